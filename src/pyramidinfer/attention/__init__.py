@@ -1,0 +1,6 @@
+"""How to attend: backends read pages and return outputs, log-sum-exps and scores on request."""
+
+from pyramidinfer.attention.base import Backend, DecodePlan, Scale, Scored
+from pyramidinfer.attention.select import available_backends, select_backend
+
+__all__ = ["Backend", "DecodePlan", "Scale", "Scored", "available_backends", "select_backend"]

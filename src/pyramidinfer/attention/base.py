@@ -1,0 +1,104 @@
+"""The seam every attention backend fits: ``plan`` once a step, ``run`` once a layer.
+
+Notation: n new tokens, m cached entries, H query heads, K KV heads (H is a multiple of K),
+D key size, V value size, R decoding requests, L layers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+from pyramidinfer.types import Reduce
+
+__all__ = ["Attended", "Backend", "DecodePlan", "Pages", "Scale", "Scored"]
+
+
+class Scale(NamedTuple):
+    """How a layer turns ``q·k`` into a logit: times ``scale``, then ``softcap·tanh(x/softcap)``.
+
+    ``window``: a query at position p sees positions above p - window, None for all up to p.
+    """
+
+    scale: float
+    softcap: float | None = None
+    window: int | None = None
+
+
+class Pages(NamedTuple):
+    """A group's storage: keys ``[pages, K, page, D]``, values ``[…, V]``, positions ``[…]``."""
+
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class DecodePlan:
+    """What stays the same over one step's layers.
+
+    tables : ``[L, R, P]`` page numbers;  lengths : ``[L, R]`` entries, the new one included;
+    longest : ``[L]`` the largest length of each layer;  positions : ``[R]`` of the new tokens.
+    """
+
+    tables: Tensor
+    lengths: Tensor
+    longest: list[int]
+    positions: Tensor
+
+
+class Attended(NamedTuple):
+    """out ``[n, H, V]``; lse ``[n, H]`` or None; probs ``[R, K, longest]`` (sum over a group)."""
+
+    out: Tensor
+    lse: Tensor | None = None
+    probs: Tensor | None = None
+
+
+class Scored(NamedTuple):
+    """scores ``[1 or K, m]`` and the window's log-sum-exps ``[W, H]``."""
+
+    scores: Tensor
+    lse: Tensor
+
+
+class Backend(Protocol):
+    """Attention over pages (decode) and over one request's entries (prefill, extend)."""
+
+    name: str
+
+    def plan(self, tables: Tensor, lengths: Tensor, longest: list[int], positions: Tensor
+             ) -> DecodePlan:
+        """Prepare one step's decode rows."""
+        ...  # fmt: skip
+
+    def run(self, plan: DecodePlan, layer: int, queries: Tensor, pages: Pages, scale: Scale, *,
+            probs: bool = False) -> Attended:
+        """One query ``[R, H, D]`` per request over its pages of ``layer``; gives lse too."""
+        ...  # fmt: skip
+
+    def prefill(self, queries: Tensor, keys: Tensor, values: Tensor, q_pos: Tensor, k_pos: Tensor,
+                scale: Scale) -> Tensor:
+        """Queries ``[n, H, D]`` over entries ``[K, m, D]`` of which the last n are their own.
+
+        The other m - n entries are older than every query, in any order.  → ``[n, H, V]``.
+        """
+        ...  # fmt: skip
+
+    def window_scores(self, queries: Tensor, keys: Tensor, q_pos: Tensor, k_pos: Tensor,
+                      scale: Scale, reduce: Reduce, *, rows: int, lse: Tensor | None = None
+                      ) -> Scored:
+        """Attention weights of ``queries`` ``[W, H, D]`` over ``keys`` ``[K, m, D]``, reduced.
+
+        A weight is ``exp(qk - lse)`` with the log-sum-exp given (``[W, H]``, of the time the
+        query attended) and is never renormalised; without one it is worked out over ``keys``.
+        ``rows`` is the length of the whole window: rows missing in front count as zero weight.
+        """
+        ...  # fmt: skip
+
+    def column_sums(self, queries: Tensor, keys: Tensor, q_pos: Tensor, k_pos: Tensor,
+                    scale: Scale) -> Tensor:
+        """Attention each entry gets from all ``queries``, summed over a KV head's group: ``[K, m]``."""
+        ...  # fmt: skip

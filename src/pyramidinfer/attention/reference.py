@@ -1,0 +1,148 @@
+"""Attention in plain torch: the judge of every other backend.
+
+Weights are worked out in float32 (float64 for float64 models).  Entries that must not be seen
+are masked, and masked values are zeroed before they are weighted: a freed entry may hold NaN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pyramidinfer.attention.base import Attended, DecodePlan, Pages, Scale, Scored
+from pyramidinfer.types import Reduce, accumulate_dtype
+
+__all__ = ["ReferenceBackend"]
+
+#: Most logits worked on at once (elements), so that long prompts need no full matrix.
+BLOCK = 1 << 24
+
+
+class ReferenceBackend:
+    """See :class:`pyramidinfer.attention.base.Backend` for shapes."""
+
+    name = "reference"
+
+    def plan(
+        self, tables: Tensor, lengths: Tensor, longest: list[int], positions: Tensor
+    ) -> DecodePlan:
+        return DecodePlan(tables, lengths, longest, positions)
+
+    def run(self, plan: DecodePlan, layer: int, queries: Tensor, pages: Pages, scale: Scale, *,
+            probs: bool = False) -> Attended:  # fmt: skip
+        requests, heads, _ = queries.shape
+        kv_heads, size = pages.keys.shape[1], pages.keys.shape[2]
+        high, longest = accumulate_dtype(queries.dtype), plan.longest[layer]
+        rows = plan.tables[layer, :, : -(-longest // size)]
+
+        def gather(storage: Tensor) -> Tensor:  # → [R, K, entries, ...]
+            return storage[rows].transpose(1, 2).flatten(2, 3)[:, :, :longest]
+
+        entry = torch.arange(longest, device=queries.device)
+        seen = (entry < plan.lengths[layer, :, None])[:, None]  # [R, 1, entries]
+        if scale.window is not None:
+            oldest = plan.positions - scale.window
+            seen = seen & (gather(pages.positions) > oldest[:, None, None])
+        keys = gather(pages.keys).to(high)
+        values = gather(pages.values).to(high).masked_fill_(~seen[..., None], 0.0)
+        grouped = queries.to(high).view(requests, kv_heads, heads // kv_heads, -1)
+        logits = _logits(grouped, keys, scale).masked_fill_(~seen[:, :, None], float("-inf"))
+        lse = torch.logsumexp(logits, dim=-1)
+        weights = torch.exp(logits - lse[..., None])
+        out = torch.matmul(weights, values).flatten(1, 2).to(queries.dtype)
+        return Attended(out, lse.flatten(1), weights.sum(2) if probs else None)
+
+    def prefill(self, queries: Tensor, keys: Tensor, values: Tensor, q_pos: Tensor, k_pos: Tensor,
+                scale: Scale) -> Tensor:  # fmt: skip
+        new, entries = queries.shape[0], keys.shape[1]
+        if scale.softcap is None and (scale.window is None or entries <= scale.window):
+            mask = None
+            if entries > new:
+                entry = torch.arange(entries, device=keys.device)
+                mask = entry <= torch.arange(entries - new, entries, device=keys.device)[:, None]
+            group = queries.shape[1] // keys.shape[0]
+            wide = (each.repeat_interleave(group, dim=0)[None] for each in (keys, values))
+            out = F.scaled_dot_product_attention(
+                queries.transpose(0, 1)[None], *wide, attn_mask=mask, is_causal=mask is None,
+                scale=scale.scale,
+            )  # fmt: skip
+            return out[0].transpose(0, 1)
+        high = accumulate_dtype(queries.dtype)
+        outs = []
+        for rows in _blocks(new, queries.shape[1] * entries):
+            weights = self._weights(queries[rows], keys, q_pos[rows], k_pos, scale, None)[0]
+            out = torch.matmul(weights, values.to(high)[:, None])  # [K, G, rows, V]
+            outs.append(out.flatten(0, 1).transpose(0, 1).to(queries.dtype))
+        return torch.cat(outs)
+
+    def window_scores(self, queries: Tensor, keys: Tensor, q_pos: Tensor, k_pos: Tensor,
+                      scale: Scale, reduce: Reduce, *, rows: int, lse: Tensor | None = None
+                      ) -> Scored:  # fmt: skip
+        window, heads, _ = queries.shape
+        kv_heads, entries = keys.shape[0], keys.shape[1]
+        high = accumulate_dtype(queries.dtype)
+        ramp = torch.linspace(1.0, reduce.newest_weight, rows, dtype=high, device=queries.device)
+        ramp = ramp[rows - window :]
+        wide = kv_heads if reduce.heads.startswith("kv") else 1
+        total = torch.zeros(wide, entries, dtype=high, device=queries.device)
+        lses = []
+        for part in _blocks(window, heads * entries):
+            given = None if lse is None else lse[part]
+            weights, found = self._weights(
+                queries[part], keys, q_pos[part], k_pos, scale, given
+            )  # [K, G, rows, m]
+            lses.append(found)
+            weights = weights.flatten(0, 1)[None] if wide == 1 else weights
+            over_heads = weights.amax(1) if reduce.heads.endswith("max") else weights.mean(1)
+            over_heads *= ramp[part, None]
+            if reduce.rows == "max":
+                total = torch.maximum(total, over_heads.amax(1))
+            else:
+                total += over_heads.sum(1)
+        if reduce.rows == "mean":
+            total /= rows
+        return Scored(total, torch.cat(lses))
+
+    def column_sums(self, queries: Tensor, keys: Tensor, q_pos: Tensor, k_pos: Tensor,
+                    scale: Scale) -> Tensor:  # fmt: skip
+        high = accumulate_dtype(queries.dtype)
+        total = torch.zeros(keys.shape[:2], dtype=high, device=keys.device)
+        for part in _blocks(len(queries), queries.shape[1] * keys.shape[1]):
+            total += self._weights(queries[part], keys, q_pos[part], k_pos, scale, None)[0].sum(
+                (1, 2)
+            )
+        return total
+
+    def _weights(self, queries: Tensor, keys: Tensor, q_pos: Tensor, k_pos: Tensor, scale: Scale,
+                 lse: Tensor | None) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Attention weights ``[K, G, n, m]`` and their log-sum-exps ``[n, H]``."""
+        new, heads, _ = queries.shape
+        kv_heads, high = keys.shape[0], accumulate_dtype(queries.dtype)
+        seen = k_pos[:, None] <= q_pos[:, None]  # [K, n, m]
+        if scale.window is not None:
+            seen &= k_pos[:, None] > q_pos[:, None] - scale.window
+        grouped = queries.to(high).transpose(0, 1).reshape(kv_heads, heads // kv_heads, new, -1)
+        logits = _logits(grouped, keys.to(high)[:, None], scale)
+        logits.masked_fill_(~seen[:, None], float("-inf"))
+        if lse is None:
+            norm = torch.logsumexp(logits, dim=-1)
+        else:
+            norm = lse.to(high).T.reshape(kv_heads, heads // kv_heads, new)
+        return torch.exp(logits - norm[..., None]), norm.flatten(0, 1).T
+
+
+def _logits(queries: Tensor, keys: Tensor, scale: Scale) -> Tensor:
+    logits = torch.matmul(queries, keys.transpose(-1, -2)).mul_(scale.scale)
+    if scale.softcap is not None:
+        logits.div_(scale.softcap).tanh_().mul_(scale.softcap)
+    return logits
+
+
+def _blocks(rows: int, row_size: int) -> Iterator[slice]:
+    """Slices of ``rows`` rows whose logits stay below ``BLOCK`` elements."""
+    step = max(1, BLOCK // max(1, row_size))
+    for first in range(0, rows, step):
+        yield slice(first, min(first + step, rows))

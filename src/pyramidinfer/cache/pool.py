@@ -1,0 +1,390 @@
+"""The paged pool: allocated once, shared by all layers of all requests.
+
+Layout of one group (layers with the same KV heads and sizes)::
+
+    keys      [pages, kv_heads, page_size, key_dim]
+    values    [pages, kv_heads, page_size, value_dim]
+    positions [pages, kv_heads, page_size]   original position of the entry in each slot
+    scores    [pages, kv_heads, page_size]   running score, where a policy asked for one
+
+Attention only reads these tensors; this module alone writes, moves and frees.  A page's count is
+the number of tables that own it; a page owned twice is copied before it is written.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyramidinfer.cache.compact import plan_moves
+from pyramidinfer.cache.table import Ring, Table
+from pyramidinfer.types import State
+
+__all__ = ["Exported", "GroupSpec", "Pool", "PoolExhausted", "Slots"]
+
+
+class PoolExhausted(RuntimeError):
+    """No free page is left; admission by reservation makes this unreachable in the engine."""
+
+
+@dataclass(frozen=True, slots=True)
+class GroupSpec:
+    """Layers that share pages because their entries have the same size."""
+
+    layers: tuple[int, ...]
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+    dtype: torch.dtype
+
+    def page_bytes(self, page_size: int, scores: bool) -> int:
+        """Bytes of one page: keys, values, int32 positions and, if asked, float32 scores."""
+        entry = (self.key_dim + self.value_dim) * self.dtype.itemsize + 4 + (4 if scores else 0)
+        return self.kv_heads * page_size * entry
+
+
+class Slots(NamedTuple):
+    """Where new entries go: ``pages`` and ``offsets``, each ``[n]`` (one group)."""
+
+    pages: Tensor
+    offsets: Tensor
+
+
+class Exported(NamedTuple):
+    """A request's cache in host memory: one tuple (keys, values, positions, scores) a layer."""
+
+    entries: list[tuple[Tensor, Tensor, Tensor, Tensor | None]]
+    seen_len: int
+    state: State
+    ring: Ring | None
+
+
+class Group:
+    """One group's tensors, page counts and free list."""
+
+    def __init__(self, spec: GroupSpec, pages: int, page_size: int, device: torch.device,
+                 scores: bool, poison: bool) -> None:  # fmt: skip
+        self.spec, self.poison = spec, poison
+        shape = (pages, spec.kv_heads, page_size)
+        fill = float("nan") if poison else 0.0
+        make = torch.full if poison else lambda size, _, **kw: torch.zeros(size, **kw)
+        self.keys = make((*shape, spec.key_dim), fill, dtype=spec.dtype, device=device)
+        self.values = make((*shape, spec.value_dim), fill, dtype=spec.dtype, device=device)
+        self.positions = torch.zeros(shape, dtype=torch.int32, device=device)
+        self.scores = torch.zeros(shape, device=device) if scores else None
+        self.counts = np.zeros(pages, dtype=np.int32)
+        self.free = list(range(pages - 1, -1, -1))
+
+    def tensors(self) -> list[Tensor]:
+        extra = [] if self.scores is None else [self.scores]
+        return [self.keys, self.values, self.positions, *extra]
+
+    def take(self, count: int) -> list[int]:
+        if count > len(self.free):
+            raise PoolExhausted(f"{count} pages asked for, {len(self.free)} free")
+        taken = [self.free.pop() for _ in range(count)]
+        self.counts[taken] = 1
+        return taken
+
+    def drop(self, pages: np.ndarray) -> None:
+        self.counts[pages] -= 1
+        freed = pages[self.counts[pages] == 0].tolist()
+        self.free.extend(freed)
+        if self.poison and freed:
+            self.keys[freed] = float("nan")
+            self.values[freed] = float("nan")
+
+
+class Pool:
+    """Pages for every layer of every request, out of one byte budget.
+
+    Raises ``ValueError`` when the budget holds less than one page a layer.
+    """
+
+    def __init__(self, specs: list[GroupSpec], budget: int, page_size: int = 16,
+                 device: torch.device | str = "cpu", *, scores: bool = False,
+                 poison: bool = False) -> None:  # fmt: skip
+        self.page_size, self.budget, self.device = page_size, budget, torch.device(device)
+        self.layers = sum(len(spec.layers) for spec in specs)
+        sizes = [spec.page_bytes(page_size, scores) for spec in specs]
+        least = sum(size * len(spec.layers) for size, spec in zip(sizes, specs, strict=True))
+        if budget < least:
+            raise ValueError(
+                f"kv_memory={budget} bytes is below one page per layer: this model needs at least "
+                f"{least} bytes ({self.layers} layers, {page_size} entries a page)"
+            )
+        self.page_bytes = sizes
+        self.groups: list[Group] = []
+        self.group_of = np.zeros(self.layers, dtype=np.int64)
+        for index, (spec, size) in enumerate(zip(specs, sizes, strict=True)):
+            share = size * len(spec.layers) / least
+            pages = max(len(spec.layers), int(budget * share) // size)
+            self.groups.append(Group(spec, pages, page_size, self.device, scores, poison))
+            self.group_of[list(spec.layers)] = index
+        self.layer_page_bytes = np.array([sizes[group] for group in self.group_of])
+        self.tables: set[Table] = set()
+
+    # --- lifetime -----------------------------------------------------------------------------
+
+    def new_table(self, entries: int = 0) -> Table:
+        """An empty table with room for ``entries`` a layer before its page list grows."""
+        table = Table.empty(self.layers, self.pages_for(max(entries, 1)))
+        self.tables.add(table)
+        return table
+
+    def release(self, table: Table) -> None:
+        """Give back everything a table owns; the table is dead afterwards."""
+        for layer in range(self.layers):
+            self._shrink(table, layer, 0)
+        table.ring, table.state = None, {}
+        self.tables.remove(table)
+
+    def fork(self, table: Table) -> Table:
+        """A second table on the same pages; whoever writes first to a shared page copies it."""
+        twin = Table(table.pages.copy(), table.held.copy(), table.kept.copy(), table.seen_len)
+        twin.state = {name: value.clone() for name, value in table.state.items()}
+        twin.ring = _copy_ring(table.ring, self.device)
+        for layer in range(self.layers):
+            self.group(layer).counts[self._owned(table, layer)] += 1
+        self.tables.add(twin)
+        return twin
+
+    # --- writing ------------------------------------------------------------------------------
+
+    def append(self, table: Table, layer: int, count: int) -> Slots:
+        """Claim ``count`` new entries of one layer (the caller writes them next)."""
+        first = int(table.kept[layer])
+        self._reserve(table, layer, first, first + count)
+        entry = np.arange(first, first + count)
+        pages = table.pages[layer, entry // self.page_size]
+        table.kept[layer] += count
+        return Slots(self._upload(pages), self._upload(entry % self.page_size))
+
+    def append_each(self, tables: list[Table]) -> tuple[Tensor, Tensor]:
+        """Claim one new entry in every layer of each table: pages and offsets ``[layers, n]``."""
+        kept = np.stack([table.kept for table in tables])
+        held = np.stack([table.held for table in tables])
+        for row, layer in zip(*np.nonzero(kept == held * self.page_size), strict=True):
+            self._reserve(tables[row], layer, kept[row, layer], kept[row, layer] + 1)
+        every = np.arange(self.layers)
+        index = kept // self.page_size
+        pages = np.stack([t.pages[every, at] for t, at in zip(tables, index, strict=True)])
+        for number, group in enumerate(self.groups):
+            shared = (group.counts[pages] > 1) & (self.group_of == number)
+            for row, layer in zip(*np.nonzero(shared), strict=True):
+                self._own(tables[row], layer, [int(index[row, layer])])
+                pages[row, layer] = tables[row].pages[layer, index[row, layer]]
+        for table in tables:
+            table.kept += 1
+        return self._upload(pages.T), self._upload((kept % self.page_size).T)
+
+    def write(self, layer: int, slots: Slots, keys: Tensor, values: Tensor, positions: Tensor
+              ) -> None:  # fmt: skip
+        """Store ``keys`` ``[n, kv_heads, key_dim]``, ``values`` and ``positions`` ``[n]``."""
+        group = self.group(layer)
+        pages, offsets = slots
+        group.keys[pages, :, offsets] = keys
+        group.values[pages, :, offsets] = values
+        group.positions[pages, :, offsets] = positions.to(torch.int32)[:, None]
+        if group.scores is not None:
+            group.scores[pages, :, offsets] = 0.0
+
+    def add_scores(self, table: Table, layer: int, amounts: Tensor) -> None:
+        """Add ``amounts`` ``[kv_heads, kept]`` to the entries' running scores."""
+        group, entry = self.group(layer), np.arange(int(table.kept[layer]))
+        if group.scores is None:
+            raise AssertionError("this pool keeps no scores")
+        pages = self._upload(table.pages[layer, entry // self.page_size])
+        group.scores[pages, :, self._upload(entry % self.page_size)] += amounts.T.float()
+
+    def add_scores_each(self, layer: int, tables: Tensor, lengths: Tensor, amounts: Tensor
+                        ) -> None:  # fmt: skip
+        """The same for several requests: pages ``[R, P]``, lengths ``[R]``, ``[R, kv_heads, n]``."""
+        group, size = self.group(layer), self.page_size
+        if group.scores is None:
+            raise AssertionError("this pool keeps no scores")
+        longest = amounts.shape[2]
+        entry = torch.arange(longest, device=self.device)
+        row, at = (entry < lengths[:, None]).nonzero(as_tuple=True)
+        group.scores[tables[row, at // size], :, at % size] += amounts[row, :, at].float()
+
+    def keep(self, table: Table, layer: int, indices: Tensor) -> None:
+        """Drop every entry of a layer but ``indices`` ``[1 or kv_heads, k]``; free empty pages."""
+        group, length = self.group(layer), int(table.kept[layer])
+        kept = indices.shape[1]
+        if kept < length:
+            head, source, target = plan_moves(
+                indices.expand(group.spec.kv_heads, -1).to(self.device), length
+            )
+            if len(target):
+                self._own(table, layer, torch.unique(target // self.page_size).tolist())
+                row = self._upload(table.pages[layer])
+                source_at = (row[source // self.page_size], head, source % self.page_size)
+                target_at = (row[target // self.page_size], head, target % self.page_size)
+                for tensor in group.tensors():
+                    tensor[target_at] = tensor[source_at]
+        self._shrink(table, layer, kept)
+
+    def truncate(self, table: Table, seen_len: int) -> None:
+        """Forget every token from position ``seen_len`` on (a rejected draft, a changed turn)."""
+        if not 0 <= seen_len <= table.seen_len:
+            raise ValueError(f"seen_len={seen_len} is outside 0..{table.seen_len}")
+        for layer in range(self.layers):
+            stays = self.positions(table, layer) < seen_len
+            count = stays.sum(1)
+            if int(count.min()) != int(count.max()):
+                raise ValueError(
+                    f"layer {layer}: heads keep different tokens and {seen_len} cuts them unevenly"
+                )
+            order = (~stays).to(torch.int8).argsort(dim=1, stable=True)
+            self.keep(table, layer, order[:, : int(count[0])])
+        table.seen_len = seen_len
+
+    # --- reading ------------------------------------------------------------------------------
+
+    def group(self, layer: int) -> Group:
+        return self.groups[self.group_of[layer]]
+
+    def gather(self, table: Table, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+        """A copy of a layer's entries: keys ``[kv_heads, n, dim]``, values, positions."""
+        group, kept = self.group(layer), int(table.kept[layer])
+        rows = self._upload(self._owned(table, layer))
+
+        def flat(tensor: Tensor) -> Tensor:
+            return tensor[rows].transpose(0, 1).flatten(1, 2)[:, :kept]
+
+        return flat(group.keys), flat(group.values), flat(group.positions).long()
+
+    def positions(self, table: Table, layer: int) -> Tensor:
+        """Original positions of a layer's entries, ``[kv_heads, kept]``, slot by slot."""
+        rows = self._upload(self._owned(table, layer))
+        kept = int(table.kept[layer])
+        return self.group(layer).positions[rows].transpose(0, 1).flatten(1, 2)[:, :kept].long()
+
+    def scores(self, table: Table, layer: int) -> Tensor:
+        """Running scores of a layer's entries, ``[kv_heads, kept]``."""
+        group, kept = self.group(layer), int(table.kept[layer])
+        if group.scores is None:
+            raise AssertionError("this pool keeps no scores")
+        rows = self._upload(self._owned(table, layer))
+        return group.scores[rows].transpose(0, 1).flatten(1, 2)[:, :kept]
+
+    def block_tables(self, tables: list[Table]) -> np.ndarray:
+        """Page lists of several requests, ``[n, layers, most pages]`` int32, padded with page 0."""
+        width = max(1, max(int(table.held.max()) for table in tables))
+        stacked = np.zeros((len(tables), self.layers, width), dtype=np.int32)
+        for row, table in enumerate(tables):
+            held = int(table.held.max())
+            owned = np.arange(held) < table.held[:, None]
+            stacked[row, :, :held] = np.where(owned, table.pages[:, :held], 0)
+        return stacked
+
+    def bytes(self, table: Table) -> int:
+        """Bytes of the pages a table owns."""
+        return int((table.held * self.layer_page_bytes).sum())
+
+    def pages_for(self, entries: int) -> int:
+        return -(-entries // self.page_size)
+
+    @property
+    def budget_used(self) -> int:
+        """Bytes of all pages that some table owns."""
+        sizes = zip(self.groups, self.page_bytes, strict=True)
+        return sum((len(group.counts) - len(group.free)) * size for group, size in sizes)
+
+    # --- moving a request out and in ----------------------------------------------------------
+
+    def export(self, table: Table) -> Exported:
+        """Copy a request's cache to host memory; the table still owns its pages."""
+        entries = []
+        for layer in range(self.layers):
+            scores = None if self.group(layer).scores is None else self.scores(table, layer).cpu()
+            keys, values, positions = (each.cpu() for each in self.gather(table, layer))
+            entries.append((keys, values, positions, scores))
+        state = {name: value.clone() for name, value in table.state.items()}
+        host = torch.device("cpu")
+        return Exported(entries, table.seen_len, state, _copy_ring(table.ring, host))
+
+    def import_(self, exported: Exported) -> Table:
+        """Bring an exported request back as a new table."""
+        table = self.new_table(max(keys.shape[1] for keys, *_ in exported.entries))
+        for layer, (keys, values, positions, scores) in enumerate(exported.entries):
+            slots, group = self.append(table, layer, keys.shape[1]), self.group(layer)
+            group.keys[slots.pages, :, slots.offsets] = keys.transpose(0, 1).to(self.device)
+            group.values[slots.pages, :, slots.offsets] = values.transpose(0, 1).to(self.device)
+            group.positions[slots.pages, :, slots.offsets] = (
+                positions.transpose(0, 1).to(self.device, torch.int32)
+            )  # fmt: skip
+            if scores is not None and group.scores is not None:
+                group.scores[slots.pages, :, slots.offsets] = scores.transpose(0, 1).to(self.device)
+        table.seen_len, table.state = exported.seen_len, dict(exported.state)
+        table.ring = _copy_ring(exported.ring, self.device)
+        return table
+
+    # --- integrity ----------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Every page is free or owned, exactly as often as it is counted; none is lost."""
+        for number, group in enumerate(self.groups):
+            owners = np.zeros_like(group.counts)
+            for table in self.tables:
+                for layer in np.nonzero(self.group_of == number)[0]:
+                    assert table.held[layer] == self.pages_for(int(table.kept[layer])), "lengths"
+                    np.add.at(owners, self._owned(table, layer), 1)
+            assert (owners == group.counts).all(), "a page's count differs from its owners"
+            free = np.zeros(len(owners), dtype=bool)
+            free[group.free] = True
+            assert len(group.free) == int(free.sum()), "a page is free twice"
+            assert (free == (owners == 0)).all(), "a page is lost, or free while owned"
+
+    # --- inside -------------------------------------------------------------------------------
+
+    def _owned(self, table: Table, layer: int) -> np.ndarray:
+        return table.pages[layer, : int(table.held[layer])]
+
+    def _reserve(self, table: Table, layer: int, first: int, end: int) -> None:
+        """Own the pages of entries ``first..end``, none of them shared."""
+        held, wanted = int(table.held[layer]), self.pages_for(int(end))
+        if wanted > table.pages.shape[1]:
+            table.grow(wanted)
+        if first % self.page_size and held:
+            self._own(table, layer, [int(first) // self.page_size])
+        if wanted > held:
+            table.pages[layer, held:wanted] = self.group(layer).take(wanted - held)
+            table.held[layer] = wanted
+
+    def _own(self, table: Table, layer: int, indices: list[int]) -> None:
+        """Copy those of the table's pages that others own too."""
+        group = self.group(layer)
+        for index in indices:
+            page = int(table.pages[layer, index])
+            if group.counts[page] > 1:
+                (copy,) = group.take(1)
+                for tensor in group.tensors():
+                    tensor[copy] = tensor[page]
+                group.counts[page] -= 1
+                table.pages[layer, index] = copy
+
+    def _shrink(self, table: Table, layer: int, kept: int) -> None:
+        group, wanted = self.group(layer), self.pages_for(kept)
+        group.drop(table.pages[layer, wanted : int(table.held[layer])])
+        table.held[layer], table.kept[layer] = wanted, kept
+        if group.poison and kept % self.page_size:
+            page = int(table.pages[layer, wanted - 1])
+            if group.counts[page] == 1:
+                group.keys[page, :, kept % self.page_size :] = float("nan")
+                group.values[page, :, kept % self.page_size :] = float("nan")
+
+    def _upload(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64)).to(self.device)
+
+
+def _copy_ring(ring: Ring | None, device: torch.device) -> Ring | None:
+    if ring is None:
+        return None
+    moved = (each.to(device, copy=True) for each in (ring.queries, ring.lse, ring.positions))
+    return Ring(*moved, written=ring.written)

@@ -1,0 +1,104 @@
+"""What one request owns: pages and lengths per layer, its policy's state, its query ring.
+
+``seen_len`` is how many tokens the request has processed (its next position);
+``kept[layer]`` is how many entries it has in that layer.  They are different things.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyramidinfer.types import State, accumulate_dtype
+
+__all__ = ["Ring", "Table"]
+
+
+@dataclass(slots=True)
+class Ring:
+    """The newest queries of every layer, with the log-sum-exp each had when it attended.
+
+    queries : ``[layers, capacity, heads, key_dim]``;  lse : ``[layers, capacity, heads]``;
+    positions : ``[capacity]``.  ``written`` rows were ever written; row ``i`` of the text's rows
+    sits at ``i % capacity``.
+    """
+
+    queries: Tensor
+    lse: Tensor
+    positions: Tensor
+    written: int = 0
+
+    @classmethod
+    def empty(cls, layers: int, capacity: int, heads: int, key_dim: int, dtype: torch.dtype,
+              device: torch.device) -> Ring:  # fmt: skip
+        return cls(
+            torch.zeros(layers, capacity, heads, key_dim, dtype=dtype, device=device),
+            torch.zeros(layers, capacity, heads, dtype=accumulate_dtype(dtype), device=device),
+            torch.zeros(capacity, dtype=torch.int64, device=device),
+        )
+
+    @property
+    def capacity(self) -> int:
+        return self.positions.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        return self.queries.nbytes + self.lse.nbytes + self.positions.nbytes
+
+    def push(self, queries: Tensor, lse: Tensor, position: int) -> None:
+        """Add one row: queries ``[layers, heads, key_dim]`` and lse ``[layers, heads]``."""
+        row = self.written % self.capacity
+        self.queries[:, row], self.lse[:, row] = queries, lse
+        self.positions[row] = position
+        self.written += 1
+
+    def newest(self, layer: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The newest ``min(count, written, capacity)`` rows of a layer, oldest first."""
+        count = min(count, self.written, self.capacity)
+        rows = torch.arange(self.written - count, self.written, device=self.positions.device)
+        rows %= self.capacity
+        return self.queries[layer, rows], self.lse[layer, rows], self.positions[rows]
+
+
+@dataclass(slots=True, eq=False)
+class Table:
+    """Pages and lengths of one request.
+
+    pages : ``[layers, capacity]`` int32, the first ``held[layer]`` of a row are owned.
+    kept : ``[layers]`` int64, entries in use.
+    """
+
+    pages: np.ndarray
+    held: np.ndarray
+    kept: np.ndarray
+    seen_len: int = 0
+    state: State = field(default_factory=dict)
+    ring: Ring | None = None
+    peak_bytes: int = 0
+
+    @classmethod
+    def empty(cls, layers: int, capacity: int) -> Table:
+        return cls(
+            np.zeros((layers, capacity), dtype=np.int32),
+            np.zeros(layers, dtype=np.int64),
+            np.zeros(layers, dtype=np.int64),
+        )
+
+    @property
+    def layers(self) -> int:
+        return len(self.kept)
+
+    @property
+    def extra_bytes(self) -> int:
+        """Bytes outside pages: policy state and ring."""
+        ring = self.ring.nbytes if self.ring else 0
+        return ring + sum(value.nbytes for value in self.state.values())
+
+    def grow(self, capacity: int) -> None:
+        """Make room for ``capacity`` page numbers a layer."""
+        wider = np.zeros((self.layers, max(capacity, 2 * self.pages.shape[1])), dtype=np.int32)
+        wider[:, : self.pages.shape[1]] = self.pages
+        self.pages = wider

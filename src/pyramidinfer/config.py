@@ -1,0 +1,111 @@
+"""The engine's options, validated once and frozen."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+
+__all__ = ["EngineConfig", "nearest", "parse_bytes", "parse_device", "parse_dtype"]
+
+DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+UNITS = {"": 1, "B": 1}
+for _power, _letter in enumerate("KMGT", start=1):
+    UNITS |= {f"{_letter}iB": 1024**_power, f"{_letter}B": 1000**_power, _letter: 1024**_power}
+
+
+def nearest(name: str, choices: Iterable[str]) -> str:
+    """``"; did you mean 'x'?"`` and the choices, to end an error message with."""
+    options = sorted(choices)
+    close = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"{hint}(choices: {', '.join(options)})"
+
+
+def parse_bytes(value: int | str) -> int:
+    """``2147483648``, ``"2GiB"``, ``"512 MiB"``, ``"1.5GB"`` → bytes."""
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise ValueError(f"kv_memory={value!r}: give bytes, or a text such as '2GiB'")
+    if isinstance(value, str):
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
+        units = {unit.lower(): size for unit, size in UNITS.items()}
+        if not match or match[2].lower() not in units:
+            raise ValueError(
+                f"kv_memory={value!r} is not a size: write bytes or a number with a unit, '2GiB'"
+            )
+        value = int(float(match[1]) * units[match[2].lower()])
+    if value <= 0:
+        raise ValueError(f"kv_memory={value} must be above 0 bytes")
+    return value
+
+
+def parse_dtype(value: str | torch.dtype, checkpoint: torch.dtype | None) -> torch.dtype:
+    """The dtype to compute in; ``auto`` is the checkpoint's own."""
+    if isinstance(value, torch.dtype):
+        value = str(value).removeprefix("torch.")
+    if value == "auto":
+        return checkpoint if checkpoint in DTYPES.values() and checkpoint else torch.float32
+    if value not in DTYPES:
+        raise ValueError(f"dtype={value!r} is unknown; {nearest(value, [*DTYPES, 'auto'])}")
+    return DTYPES[value]
+
+
+def parse_device(value: str | torch.device) -> torch.device:
+    """``auto`` is the first CUDA device where there is one, else the CPU."""
+    if value == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(value)
+    except RuntimeError as error:
+        raise ValueError(f"device={value!r} is unknown: write 'auto', 'cpu' or 'cuda'") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device={value!r}: no CUDA device is visible; use device='cpu'")
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device={value!r} is not supported: use 'auto', 'cpu' or 'cuda'")
+    return device
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """What the engine may use.
+
+    kv_memory : bytes for keys, values, query rings and prefill transients of all requests.
+    page_size : entries a page holds, per KV head.
+    max_requests : requests in flight at once.
+    step_tokens : work of one step in tokens through the whole model; a step's budget is this
+        times the number of layers, in layer-tokens.
+    prefill_chunk : tokens of a prompt that go through a layer at once.
+    poison : fill freed entries with NaN, so that reading one shows (for tests).
+    """
+
+    kv_memory: int | str = "1GiB"
+    page_size: int = 16
+    max_requests: int = 64
+    step_tokens: int = 2048
+    prefill_chunk: int = 1024
+    poison: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "kv_memory", parse_bytes(self.kv_memory))
+        for name in ("page_size", "max_requests", "step_tokens", "prefill_chunk"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
+
+    @classmethod
+    def from_options(cls, **options: Any) -> EngineConfig:
+        """Build from keywords; an unknown one raises with the nearest name."""
+        known = [each.name for each in fields(cls)]
+        for name in options:
+            if name not in known:
+                raise ValueError(f"unknown option {name!r}; {nearest(name, known)}")
+        return cls(**options)

@@ -1,0 +1,6 @@
+"""When what happens: admission, steps, sampling, answers."""
+
+from pyramidinfer.engine.engine import Engine
+from pyramidinfer.engine.llm import LLM, Interrupted
+
+__all__ = ["LLM", "Engine", "Interrupted"]

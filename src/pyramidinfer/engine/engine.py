@@ -1,0 +1,334 @@
+"""The engine: schedule → run → commit, one step at a time."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Sequence as Items
+from typing import Any
+
+import torch
+from torch import nn
+
+from pyramidinfer.attention import select_backend
+from pyramidinfer.cache import Pool, Ring
+from pyramidinfer.config import EngineConfig
+from pyramidinfer.engine.memory import Ledger, full_bytes
+from pyramidinfer.engine.request import Request
+from pyramidinfer.engine.sampler import prepare, sample
+from pyramidinfer.engine.scheduler import Plan, Scheduler
+from pyramidinfer.engine.text import Detokenizer
+from pyramidinfer.models import Adapter, Intake
+from pyramidinfer.models.intake import Batch, Sequence
+from pyramidinfer.models.loading import free_memory
+from pyramidinfer.policies import Policy
+from pyramidinfer.types import KVUsage, RequestMetrics, RequestOutput, SamplingParams, TokenIds
+
+__all__ = ["Engine"]
+
+Spans = Items[tuple[int, int]]
+
+
+class Engine:
+    """Many requests, one model, one pool.  Not thread-safe: one caller steps it.
+
+    ``add`` queues a request, ``step`` advances all of them and returns those that ended,
+    ``abort`` ends one at once.  ``ValueError`` for a request that can never be served.
+    """
+
+    def __init__(self, model: nn.Module, policy: Policy, config: EngineConfig,
+                 tokenizer: Any = None, backend: str = "reference") -> None:  # fmt: skip
+        self.config, self.policy, self.tokenizer = config, policy, tokenizer
+        self.adapter = Adapter(model, select_backend(backend), config.prefill_chunk)
+        policy.check(self.adapter.layers_for(1))
+        assert isinstance(config.kv_memory, int)
+        _check_memory(config.kv_memory, self.adapter.device)
+        self.pool = Pool(
+            self.adapter.group_specs(), config.kv_memory, config.page_size, self.adapter.device,
+            scores=policy.uses_scores, poison=config.poison,
+        )  # fmt: skip
+        self.ledger = Ledger(self.pool, self.adapter)
+        self.scheduler = Scheduler(config, self.ledger, self.adapter.depth)
+        self.end_ids = _end_ids(model)
+        self.peak_in_flight = 0
+        self.peak_bytes = 0
+        self._ids = itertools.count()
+
+    # --- requests -----------------------------------------------------------------------------
+
+    def make(self, prompt: TokenIds, params: SamplingParams, *, protect: Spans = (),
+             hold: bool = False) -> Request:  # fmt: skip
+        """Check a request and build it, without queueing it.
+
+        ``protect``: spans ``(start, stop)`` of prompt positions that no policy may drop.
+        """
+        longest = self.adapter.max_positions
+        self.check_tokens(prompt)
+        if len(prompt) >= longest:
+            raise ValueError(
+                f"the prompt has {len(prompt)} tokens; this model has {longest} positions, so at "
+                f"most {longest - 1} fit with one generated token"
+            )
+        for start, stop in protect:
+            if not 0 <= start < stop <= len(prompt):
+                raise ValueError(
+                    f"protect span ({start}, {stop}) lies outside the prompt's {len(prompt)} tokens"
+                )
+        if params.stop and self.tokenizer is None:
+            raise ValueError("stop strings need a tokenizer; none was loaded (use stop_token_ids)")
+        for token in params.stop_token_ids:
+            if token >= self.adapter.vocab_size:
+                raise ValueError(
+                    f"stop_token_ids: {token} is outside the vocabulary of {self.adapter.vocab_size}"
+                )
+        max_new = min(params.max_tokens, longest - len(prompt))
+        spans = tuple((int(start), int(stop)) for start, stop in protect)
+        layers = self.adapter.layers_for(len(prompt) + max_new)
+        covered = len(set().union(*(range(*span) for span in spans)))
+        cost = self.ledger.cost(self.policy, len(prompt), max_new, layers, covered)
+        self._check_cost(cost.bytes, self.ledger.ever_fits(cost), len(prompt), max_new)
+        text = Detokenizer(self.tokenizer, tuple(params.stop)) if self.tokenizer else None
+        return Request(next(self._ids), list(prompt), params, max_new, cost, spans, hold, text)
+
+    def add(self, prompt: TokenIds, params: SamplingParams, *, protect: Spans = (),
+            hold: bool = False) -> Request:  # fmt: skip
+        """Queue a request; its progress can be read off the returned object."""
+        request = self.make(prompt, params, protect=protect, hold=hold)
+        self.submit(request)
+        return request
+
+    def submit(self, request: Request) -> None:
+        """Queue a request made before."""
+        prepare(request, self.adapter.device)
+        self.scheduler.waiting.append(request)
+
+    def extend(self, request: Request, tokens: TokenIds, params: SamplingParams, *,
+               hold: bool = False) -> Request:  # fmt: skip
+        """Go on with a held request: ``tokens`` (a further turn) join its compressed cache.
+
+        Its own last answer is part of the text.  The old request object is used up.
+        """
+        old = request.sequence
+        if not request.hold or old is None or request.kv is None:
+            raise ValueError(f"request {request.id} holds no cache; add it with hold=True")
+        self.check_tokens(tokens)
+        text = request.prompt + request.output + list(tokens)
+        new = len(text) - old.table.seen_len
+        room = self.adapter.max_positions - len(text)
+        if room < 1:
+            raise ValueError(
+                f"the text would have {len(text)} tokens; this model has "
+                f"{self.adapter.max_positions} positions"
+            )
+        if self.adapter.rotary.is_long(len(text) + min(params.max_tokens, room) - 1) != old.is_long:
+            raise ValueError(
+                "the text outgrows the rotary range its cache was made for; start a new request"
+            )
+        max_new = min(params.max_tokens, room)
+        layers = self.adapter.layers_for(len(text) + max_new)
+        cost = self.ledger.cost(self.policy, new, max_new, layers, 0, old.table.kept)
+        self._check_cost(cost.bytes, self.ledger.ever_fits(cost), len(text), max_new)
+        detokenizer = Detokenizer(self.tokenizer, tuple(params.stop)) if self.tokenizer else None
+        turn = Request(next(self._ids), text, params, max_new, cost, request.protect, hold,
+                       detokenizer)  # fmt: skip
+        turn.sequence, request.sequence, request.hold = old, None, False
+        turn.promised, request.promised = request.promised, None
+        self.submit(turn)
+        return turn
+
+    def release(self, request: Request) -> None:
+        """Give a held request's cache back."""
+        if request.finish_reason is not None and request.sequence is not None:
+            self.pool.release(request.sequence.table)
+            self.ledger.promise(request, None)
+            request.sequence, request.hold = None, False
+
+    def abort(self, request: Request) -> None:
+        """End a request at once; its pages are free when this returns."""
+        if request.finish_reason is None:
+            self.scheduler.remove(request)
+            request.hold = False
+            self._end(request, "abort")
+
+    # --- stepping -----------------------------------------------------------------------------
+
+    def step(self) -> list[Request]:
+        """Advance everything by one step; returns the requests that ended."""
+        for request in self.scheduler.admit():
+            self._begin(request)
+        plan = self.scheduler.plan()
+        logits = self.adapter.forward(self.pool, self._batch(plan))
+        self.peak_in_flight = max(self.peak_in_flight, self.scheduler.in_flight)
+        return self._commit(plan, logits)
+
+    def check(self) -> None:
+        """``pool.check()``, and that nothing is promised when nothing runs."""
+        self.pool.check()
+        if self.scheduler.idle and not self.pool.tables:
+            assert self.ledger.bytes == 0 and not self.ledger.pages.any(), "a promise is left"
+
+    def _begin(self, request: Request) -> None:
+        request.started = time.monotonic()
+        adapter, device = self.adapter, self.adapter.device
+        longest = len(request.prompt) + request.max_new
+        layers = adapter.layers_for(longest)
+        if request.sequence is None:
+            table = self.pool.new_table(len(request.prompt))
+            table.state = self.policy.start(layers)
+            is_long = adapter.rotary.is_long(longest - 1)  # the last token is never fed
+            request.sequence = Sequence(
+                table, self.policy, layers, torch.zeros(0, dtype=torch.bool), is_long
+            )
+        sequence = request.sequence
+        sequence.layers = layers
+        sequence.protected = torch.zeros(longest, dtype=torch.bool, device=device)
+        for start, stop in request.protect:
+            sequence.protected[start:stop] = True
+        table, shape = sequence.table, adapter.shapes[0]
+        new = request.prompt[table.seen_len :]
+        rows = self.policy.ring(len(new) + int(table.kept[layers.first]), request.max_new)
+        if rows:
+            table.ring = Ring.empty(
+                adapter.depth, rows, shape.heads, shape.key_dim, adapter.dtype, device
+            )
+        request.intake = Intake(sequence, torch.tensor(new, device=device), table.seen_len)
+
+    def _batch(self, plan: Plan) -> Batch:
+        running = [each.sequence for each in plan.decode if each.sequence is not None]
+        tokens = [each.output[-1] for each in plan.decode]
+        return Batch(
+            running, torch.tensor(tokens, dtype=torch.int64, device=self.adapter.device),
+            [work for _, work in plan.prefill],
+        )  # fmt: skip
+
+    def _commit(self, plan: Plan, logits: torch.Tensor) -> list[Request]:
+        """Sample a token for every request that got logits; end those that are done."""
+        begun = [request for request, work in plan.prefill if work.intake.finished]
+        held = self.pool.budget_used + sum(
+            each.sequence.table.extra_bytes + (each.intake.transient_bytes if each.intake else 0)
+            for each in self.scheduler.prefilling + self.scheduler.running
+            if each.sequence is not None
+        )
+        self.peak_bytes = max(self.peak_bytes, held)
+        ready = plan.decode + begun
+        if not ready:
+            return []
+        for request in begun:
+            assert request.intake is not None
+            request.computed, request.intake = request.intake.computed, None
+            self.ledger.promise(request, request.cost.settled)
+            self.scheduler.to_running(request)
+        tokens, logprobs = sample(logits, ready)
+        ended = []
+        for request, token, logprob in zip(ready, tokens, logprobs, strict=True):
+            request.output.append(token)
+            if logprob is not None:
+                request.logprobs.append(logprob)
+            if request.first_token is None:
+                request.first_token = time.monotonic()
+            reason = self._reason(request, token)
+            if reason:
+                self.scheduler.remove(request)
+                self._end(request, reason)
+                ended.append(request)
+        return ended
+
+    def _reason(self, request: Request, token: int) -> str | None:
+        """Why a request ends with ``token``, or None."""
+        params = request.params
+        if token in params.stop_token_ids or (token in self.end_ids and not params.ignore_eos):
+            return "stop"
+        if params.stop and request.detokenizer:
+            request.detokenizer.update(request.output)
+            if request.detokenizer.stopped:
+                return "stop"
+        return "length" if len(request.output) >= request.max_new else None
+
+    def _end(self, request: Request, reason: str) -> None:
+        """Count what the request used, then give its pages back (or hold them)."""
+        request.finish_reason, request.ended = reason, time.monotonic()
+        request.kv = self.usage(request)
+        if request.detokenizer and not request.detokenizer.stopped:
+            request.detokenizer.update(request.output, last=True)
+        if request.intake is not None:
+            request.computed, request.intake = request.intake.computed, None
+        if request.hold and request.sequence is not None:
+            self.ledger.promise(request, self.ledger.held(request.sequence.table))
+            return
+        if request.sequence is not None:
+            self.pool.release(request.sequence.table)
+            request.sequence = None
+        self.ledger.promise(request, None)
+
+    # --- answers ------------------------------------------------------------------------------
+
+    def usage(self, request: Request) -> KVUsage:
+        """What the request's cache is now (or was, once it has ended)."""
+        if request.kv is not None or request.sequence is None:
+            zeros = (0,) * self.adapter.depth
+            return request.kv or KVUsage(0, zeros, 0, 0, 0)
+        table = request.sequence.table
+        now = self.pool.bytes(table)
+        peak = max(table.peak_bytes, now + table.extra_bytes)
+        full = full_bytes(self.pool, self.adapter, table.seen_len)
+        return KVUsage(table.seen_len, tuple(int(n) for n in table.kept), now, peak, full)
+
+    def output(self, request: Request) -> RequestOutput:
+        """The request's answer so far."""
+        def since(moment: float | None) -> float | None:
+            return None if moment is None else moment - request.arrived
+
+        new = request.computed and request.computed[0]
+        computed = sum(request.computed) / self.adapter.depth
+        metrics = RequestMetrics(
+            since(request.started), since(request.first_token),
+            (request.ended or time.monotonic()) - request.arrived,
+            computed, computed / new if new else 0.0,
+        )  # fmt: skip
+        text = ""
+        if request.detokenizer:
+            ended = request.finish_reason is not None
+            text = request.detokenizer.text if ended else request.detokenizer.settled
+        logprobs = list(request.logprobs) if request.params.logprobs is not None else None
+        return RequestOutput(
+            request.id, list(request.prompt), text, list(request.output), request.finish_reason,
+            logprobs, metrics, self.usage(request),
+        )  # fmt: skip
+
+    def check_tokens(self, tokens: TokenIds) -> None:
+        """``ValueError`` unless these are token ids of the model, at least one."""
+        if len(tokens) == 0:
+            raise ValueError("the prompt is empty; give at least one token")
+        for token in tokens:
+            if type(token) is not int or not 0 <= token < self.adapter.vocab_size:
+                raise ValueError(
+                    f"token id {token!r} is outside the vocabulary: 0 to "
+                    f"{self.adapter.vocab_size - 1}"
+                )
+
+    def _check_cost(self, need: int, possible: bool, prompt: int, max_new: int) -> None:
+        if not possible:
+            raise ValueError(
+                f"a prompt of {prompt} tokens with {max_new} generated ones needs up to {need} "
+                f"bytes ({need / 2**20:.1f} MiB) of kv_memory; the pool has "
+                f"{self.pool.budget} ({self.pool.budget / 2**20:.1f} MiB): raise kv_memory, lower "
+                f"keep or max_tokens, or shorten the prompt"
+            )
+
+
+def _check_memory(budget: int, device: torch.device) -> None:
+    free = free_memory(device)
+    if budget > free:
+        raise ValueError(
+            f"kv_memory={budget} bytes ({budget / 2**30:.2f} GiB) is more than the "
+            f"{free / 2**30:.2f} GiB of memory that are free on {device}; lower kv_memory"
+        )
+
+
+def _end_ids(model: nn.Module) -> frozenset[int]:
+    """End-of-sequence ids from the generation config, else from the model's config."""
+    for place in ("generation_config", "config"):
+        ends = getattr(getattr(model, place, None), "eos_token_id", None)
+        if ends is not None:
+            return frozenset([ends] if isinstance(ends, int) else ends)
+    return frozenset()

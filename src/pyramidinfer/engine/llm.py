@@ -1,0 +1,158 @@
+"""``LLM``: the engine for offline use."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import nn
+
+from pyramidinfer.config import EngineConfig
+from pyramidinfer.engine.engine import Engine
+from pyramidinfer.engine.request import Request
+from pyramidinfer.engine.tracing import trace
+from pyramidinfer.models.loading import load_model
+from pyramidinfer.policies import Policy, make_policy
+from pyramidinfer.types import RequestOutput, SamplingParams, TokenIds, Trace
+
+__all__ = ["LLM", "Interrupted"]
+
+Prompt = str | TokenIds
+Spans = Sequence[tuple[int, int]]
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C during ``generate``; ``outputs`` holds every answer as far as it got."""
+
+    def __init__(self, outputs: list[RequestOutput]) -> None:
+        super().__init__()
+        self.outputs = outputs
+
+
+class LLM:
+    """A model with a compressed cache, for offline generation.
+
+    Parameters
+    ----------
+    model : folder, hub id, or a loaded transformers model (used as it is, and left usable).
+    policy : a name (see ``pyramidinfer.policies.POLICIES``) or a policy object.
+    keep : common budget of the policies, a share in (0, 1]; each policy says of what.
+    kv_memory : bytes or a text such as ``"2GiB"``, for the caches of all requests together.
+    dtype : ``"auto"`` (the checkpoint's), ``"float32"``, ``"bfloat16"``, ``"float16"``,
+        ``"float64"``.
+    device : ``"auto"``, ``"cpu"`` or ``"cuda"``.
+    tokenizer : ``"auto"``, a tokenizer, a path or hub id, or None (token ids only).
+    options : fields of ``EngineConfig`` (``page_size``, ``max_requests``, ``step_tokens``, …).
+
+    Raises ``ValueError`` for anything that cannot be used, before memory is taken.
+    """
+
+    def __init__(self, model: str | os.PathLike[str] | nn.Module,
+                 policy: str | Policy = "pyramidinfer", *, keep: float | None = None,
+                 kv_memory: int | str = "1GiB", dtype: Any = "auto", device: Any = "auto",
+                 tokenizer: Any = "auto", **options: Any) -> None:  # fmt: skip
+        config = EngineConfig.from_options(kv_memory=kv_memory, **options)
+        chosen = make_policy(policy, keep)
+        loaded = load_model(model, tokenizer, dtype, device)
+        self.tokenizer = loaded.tokenizer
+        self.name, self.dtype, self.device = loaded.name, loaded.dtype, loaded.device
+        self.engine = Engine(loaded.model, chosen, config, loaded.tokenizer)
+
+    @property
+    def policy(self) -> Policy:
+        return self.engine.policy
+
+    def generate(self, prompts: Prompt | list[Prompt],
+                 sampling: SamplingParams | list[SamplingParams] | None = None, *,
+                 protect: Spans | list[Spans] = ()) -> list[RequestOutput]:  # fmt: skip
+        """Answer every prompt; the list is in prompt order.
+
+        ``prompts``: a text, a list of texts, token ids, or lists of token ids.  ``sampling`` and
+        ``protect`` (spans of prompt positions that are never dropped) are one for all, or one
+        for each.  Every prompt is checked before any of them runs.
+        """
+        batch = _as_batch(prompts)
+        many = _spread(sampling or SamplingParams(), len(batch), "sampling")
+        spans = _spread_spans(protect, len(batch))
+        encoded = [self.encode(prompt) for prompt in batch]
+        requests = [
+            self.engine.make(ids, params, protect=keep)
+            for ids, params, keep in zip(encoded, many, spans, strict=True)
+        ]
+        for request in requests:
+            self.engine.submit(request)
+        try:
+            while any(request.finish_reason is None for request in requests):
+                self.engine.step()
+        except BaseException as error:
+            for request in requests:
+                self.engine.abort(request)
+            if isinstance(error, KeyboardInterrupt):
+                raise Interrupted([self.engine.output(each) for each in requests]) from None
+            raise
+        return [self.engine.output(request) for request in requests]
+
+    def stream(self, prompt: Prompt, sampling: SamplingParams | None = None, *,
+               protect: Spans = ()) -> Iterator[RequestOutput]:  # fmt: skip
+        """Yield the answer as it grows: each item is the whole answer so far.
+
+        Closing the iterator aborts the request.  Other requests go on in the same steps.
+        """
+        params = sampling or SamplingParams()
+        request = self.engine.add(self.encode(prompt), params, protect=protect)
+        return self._follow(request)
+
+    def _follow(self, request: Request) -> Iterator[RequestOutput]:
+        given = 0
+        try:
+            while request.finish_reason is None:
+                self.engine.step()
+                if len(request.output) > given:
+                    given = len(request.output)
+                    if request.detokenizer and not request.detokenizer.stopped:
+                        request.detokenizer.update(request.output)
+                    yield self.engine.output(request)
+        finally:
+            self.engine.abort(request)
+
+    def trace(self, prompt: Prompt, max_tokens: int = 0, *, protect: Spans = ()) -> Trace:
+        """Which tokens survive to which layer, for pictures and tests (greedy, ignores EOS)."""
+        return trace(self.engine, self.encode(prompt), max_tokens, protect)
+
+    def encode(self, prompt: Prompt) -> TokenIds:
+        """Token ids of a prompt; a text gets the tokenizer's special tokens."""
+        if not isinstance(prompt, str):
+            return [int(token) if not isinstance(token, bool) else token for token in prompt]
+        if self.tokenizer is None:
+            raise ValueError("a text prompt needs a tokenizer; none was loaded (give token ids)")
+        if not prompt.strip():
+            raise ValueError("the prompt is empty; give at least one word")
+        ids: TokenIds = self.tokenizer(prompt)["input_ids"]
+        return ids
+
+
+def _as_batch(prompts: Prompt | list[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str):
+        return [prompts]
+    items = list(prompts)
+    if not items:
+        raise ValueError("no prompt was given; give at least one")
+    if all(isinstance(item, int) for item in items):
+        return [items]  # type: ignore[list-item]
+    return items  # type: ignore[return-value]
+
+
+def _spread(value: Any, count: int, name: str) -> list[Any]:
+    if not isinstance(value, list):
+        return [value] * count
+    if len(value) != count:
+        raise ValueError(f"{len(value)} {name} given for {count} prompts; give one, or one each")
+    return value
+
+
+def _spread_spans(protect: Any, count: int) -> list[Spans]:
+    items = list(protect)
+    if items and all(isinstance(item, list) for item in items):
+        return _spread(items, count, "protect lists")
+    return [items] * count

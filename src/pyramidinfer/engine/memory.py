@@ -1,0 +1,137 @@
+"""What a request may need at most, and how much is promised: admission by reservation.
+
+Every request's forecast is rounded to pages and added to what is already promised, so a request
+that was let in can never run short.  Query rings, policy state and the hidden states of prompts
+in progress count against the same ``kv_memory``.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from pyramidinfer.cache import Pool, Table
+from pyramidinfer.models import Adapter
+from pyramidinfer.policies import Policy
+from pyramidinfer.types import Layers, View, accumulate_dtype
+
+__all__ = ["Cost", "Ledger", "full_bytes"]
+
+
+class Cost(NamedTuple):
+    """An upper bound: pages per group at the worst moment, and all bytes at that moment.
+
+    ``settled``: the bound once the prompt is in (None where this already is it).
+    """
+
+    pages: np.ndarray
+    bytes: int
+    settled: Cost | None = None
+
+
+class Promised(Protocol):
+    """A request, as far as the ledger knows it."""
+
+    promised: Cost | None
+
+
+class Ledger:
+    """Promises made against the pool; ``promised`` never exceeds what there is."""
+
+    def __init__(self, pool: Pool, adapter: Adapter) -> None:
+        self.pool, self.adapter = pool, adapter
+        self.pages = np.zeros(len(pool.groups), dtype=np.int64)
+        self.bytes = 0
+
+    def cost(self, policy: Policy, new: int, max_new: int, layers: Layers, protected: int,
+             held: np.ndarray | None = None) -> Cost:  # fmt: skip
+        """The most that ``new`` prompt tokens and ``max_new`` generated ones can need.
+
+        ``held``: entries per layer already in the cache (extend).
+        """
+        pool, adapter = self.pool, self.adapter
+        base = np.zeros(layers.count, dtype=np.int64) if held is None else held
+        forecast = policy.forecast(new, max_new, layers)
+        reach = np.minimum(np.array(forecast.reach) + protected, new)
+        kept = np.minimum(np.array(forecast.kept) + protected, new + max_new)
+        if held is not None:  # generation may keep more on top of a longer text
+            kept = base + reach + max_new
+        for layer, shape in enumerate(adapter.shapes):
+            if shape.window is not None and not layers.governed[layer]:
+                kept[layer] = min(kept[layer], shape.window + pool.page_size)
+        final = -(-kept // pool.page_size)
+        arriving = -(-(base + reach) // pool.page_size)
+        worst = np.zeros(len(pool.groups), dtype=np.int64)
+        groups = pool.group_of
+        for layer in range(layers.count):  # layers before it are settled, this one is in progress
+            pages = np.where(np.arange(layers.count) <= layer, final, -(-base // pool.page_size))
+            pages[layer] = max(final[layer], arriving[layer])
+            worst = np.maximum(worst, np.bincount(groups, pages, len(worst)).astype(np.int64))
+        lasting, transient = self._beside(policy, new, max_new, layers, reach, base)
+        last = np.bincount(groups, final, len(worst)).astype(np.int64)
+        sizes = np.array(pool.page_bytes)
+        settled = Cost(last, int((last * sizes).sum()) + lasting)
+        return Cost(worst, int((worst * sizes).sum()) + lasting + transient, settled)
+
+    def _beside(self, policy: Policy, new: int, max_new: int, layers: Layers, reach: np.ndarray,
+                base: np.ndarray) -> tuple[int, int]:  # fmt: skip
+        """Bytes outside pages: (ring and state, hidden states and window queries of a prompt)."""
+        adapter, item = self.adapter, self.adapter.dtype.itemsize
+        high = accumulate_dtype(adapter.dtype).itemsize
+        heads = max(shape.heads for shape in adapter.shapes)
+        key_dim = max(shape.key_dim for shape in adapter.shapes)
+        total = new + int(base[layers.first])
+        rows = policy.ring(total, max_new)
+        ring = rows * (layers.count * heads * (key_dim * item + high) + 8)
+        state = policy.start(layers)
+        window = columns = 0
+        for layer in range(layers.count):
+            length, kept = int(reach[layer]), int(base[layer] + reach[layer])
+            view = View("extend" if base.any() else "prefill", layer, layers, new, length, kept,
+                        total, total, state)  # fmt: skip
+            needs = policy.needs(view)
+            window = max(window, min(needs.window, length))
+            columns = max(columns, (bool(needs.window) + needs.column_sums) * kept)
+        kv_heads = max(shape.kv_heads for shape in adapter.shapes)
+        transient = 2 * new * adapter.hidden_size * item
+        transient += window * heads * key_dim * item + columns * kv_heads * high
+        return ring + sum(value.nbytes for value in state.values()), transient
+
+    def fits(self, cost: Cost, instead_of: Cost | None = None) -> bool:
+        """Whether ``cost`` can be promised now, given that ``instead_of`` would be given back."""
+        pages, size = self.pages + cost.pages, self.bytes + cost.bytes
+        if instead_of is not None:
+            pages, size = pages - instead_of.pages, size - instead_of.bytes
+        have = [len(group.counts) for group in self.pool.groups]
+        return size <= self.pool.budget and bool((pages <= have).all())
+
+    def ever_fits(self, cost: Cost) -> bool:
+        """Whether it could be let in if nothing else were."""
+        groups = zip(cost.pages, self.pool.groups, strict=True)
+        return cost.bytes <= self.pool.budget and all(w <= len(g.counts) for w, g in groups)
+
+    def held(self, table: Table) -> Cost:
+        """What a finished request needs whose cache is kept."""
+        used = np.bincount(self.pool.group_of, table.held, len(self.pages)).astype(np.int64)
+        return Cost(used, self.pool.bytes(table) + table.extra_bytes)
+
+    def promise(self, holder: Promised, cost: Cost | None) -> None:
+        """Count ``cost`` for a request in place of what was promised to it before."""
+        if holder.promised is not None:
+            self.pages -= holder.promised.pages
+            self.bytes -= holder.promised.bytes
+        holder.promised = cost
+        if cost is not None:
+            self.pages += cost.pages
+            self.bytes += cost.bytes
+
+
+def full_bytes(pool: Pool, adapter: Adapter, seen_len: int) -> int:
+    """Bytes a full cache of ``seen_len`` tokens takes in pages; sliding layers stop at their
+    window."""
+    total = 0
+    for layer, shape in enumerate(adapter.shapes):
+        entries = seen_len if shape.window is None else min(seen_len, shape.window)
+        total += pool.pages_for(entries) * int(pool.layer_page_bytes[layer])
+    return total

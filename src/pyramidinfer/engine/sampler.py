@@ -1,0 +1,89 @@
+"""Choosing tokens: transformers' logits processors, each request with its own generator."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from pyramidinfer.engine.request import Request
+from pyramidinfer.types import Logprob, SamplingParams
+
+__all__ = ["prepare", "sample"]
+
+
+class CountPenalty(LogitsProcessor):  # type: ignore[misc]
+    """Presence and frequency penalties over the tokens generated so far (OpenAI's definition)."""
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if not self.request.output:
+            return scores
+        params = self.request.params
+        tokens, counts = torch.tensor(self.request.output).unique(return_counts=True)
+        penalty = params.presence_penalty + params.frequency_penalty * counts
+        scores = scores.clone()
+        scores[0, tokens.to(scores.device)] -= penalty.to(scores.device, scores.dtype)
+        return scores
+
+
+def prepare(request: Request, device: torch.device) -> None:
+    """Build a request's processors and generator once."""
+    params, chain = request.params, LogitsProcessorList()
+    if params.repetition_penalty != 1:
+        chain.append(RepetitionPenaltyLogitsProcessor(float(params.repetition_penalty)))
+    if params.presence_penalty or params.frequency_penalty:
+        chain.append(CountPenalty(request))
+    if params.temperature > 0:
+        if params.temperature != 1:
+            chain.append(TemperatureLogitsWarper(float(params.temperature)))
+        if params.top_k:
+            chain.append(TopKLogitsWarper(params.top_k))
+        if params.top_p < 1:
+            chain.append(TopPLogitsWarper(float(params.top_p)))
+        if params.min_p > 0:
+            chain.append(MinPLogitsWarper(float(params.min_p)))
+        request.generator = torch.Generator(device)
+        if params.seed is None:
+            request.generator.seed()
+        else:
+            request.generator.manual_seed(params.seed % 2**64)
+    request.processors = chain
+
+
+def sample(logits: Tensor, requests: list[Request]) -> tuple[list[int], list[Logprob | None]]:
+    """The next token of each request from ``logits`` ``[requests, vocab]``, and its logprobs."""
+    tokens: list[int] = logits.argmax(-1).tolist()
+    found: list[Logprob | None] = [None] * len(requests)
+    for row, request in enumerate(requests):
+        if request.processors or request.params.temperature > 0:
+            tokens[row] = _choose(logits[row : row + 1].float(), request)
+        if request.params.logprobs is not None:
+            found[row] = _logprob(logits[row], tokens[row], request.params)
+    return tokens, found
+
+
+def _choose(scores: Tensor, request: Request) -> int:
+    seen = torch.tensor([request.prompt + request.output], device=scores.device)
+    scores = request.processors(seen, scores)
+    if request.params.temperature == 0:
+        return int(scores.argmax())
+    weights = torch.softmax(scores[0], dim=-1)
+    return int(torch.multinomial(weights, 1, generator=request.generator))
+
+
+def _logprob(logits: Tensor, token: int, params: SamplingParams) -> Logprob:
+    values = torch.log_softmax(logits.double(), dim=-1)
+    top = values.topk(min(params.logprobs or 0, len(values)))
+    likeliest = dict(zip(top.indices.tolist(), top.values.tolist(), strict=True))
+    return Logprob(token, float(values[token]), likeliest)

@@ -1,0 +1,55 @@
+"""From token ids to text, a few tokens at a time, and stop strings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pyramidinfer.types import TokenIds
+
+__all__ = ["Detokenizer"]
+
+
+class Detokenizer:
+    """Text of a growing list of tokens, decoding only its newest part.
+
+    A token may complete a character begun by the ones before it, so a little context is decoded
+    again each time; text that ends in an incomplete character waits for the next token.
+    """
+
+    def __init__(self, tokenizer: Any, stop: tuple[str, ...]) -> None:
+        self.tokenizer, self.stop = tokenizer, stop
+        self.text = ""
+        self.stopped = False
+        self._context, self._read = 0, 0
+
+    def update(self, tokens: TokenIds, *, last: bool = False) -> None:
+        """Take in tokens beyond those seen; ``stopped`` tells that a stop string was reached.
+
+        The text is cut before the stop string.
+        """
+        known = self._decode(tokens[self._context : self._read])
+        grown = self._decode(tokens[self._context :])
+        if len(grown) <= len(known) or (grown.endswith("\ufffd") and not last):
+            return
+        before = len(self.text)
+        self.text += grown[len(known) :]
+        self._context, self._read = self._read, len(tokens)
+        cuts = [self.text.find(stop, max(0, before - len(stop) + 1)) for stop in self.stop]
+        found = [cut for cut in cuts if cut >= 0]
+        if found:
+            self.text, self.stopped = self.text[: min(found)], True
+
+    @property
+    def settled(self) -> str:
+        """The text less an ending that may turn out to begin a stop string."""
+        held = 0
+        for stop in self.stop:
+            for size in range(min(len(stop) - 1, len(self.text)), 0, -1):
+                if self.text.endswith(stop[:size]):
+                    held = max(held, size)
+                    break
+        return self.text[: len(self.text) - held]
+
+    def _decode(self, tokens: TokenIds) -> str:
+        text: str = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        return text

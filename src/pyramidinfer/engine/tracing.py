@@ -1,0 +1,64 @@
+"""Run one prompt alone and write down what survived where."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Items
+
+import torch
+from torch import Tensor
+
+from pyramidinfer.engine.engine import Engine
+from pyramidinfer.engine.request import Request
+from pyramidinfer.models.intake import Batch, Work
+from pyramidinfer.types import SamplingParams, TokenIds, Trace
+
+__all__ = ["trace"]
+
+
+def trace(engine: Engine, prompt: TokenIds, max_tokens: int, protect: Items[tuple[int, int]]
+          ) -> Trace:  # fmt: skip
+    """See :meth:`pyramidinfer.LLM.trace`.  Every generated token is fed, the last one too."""
+    if type(max_tokens) is not int or max_tokens < 0:
+        raise ValueError(f"max_tokens={max_tokens!r} must be a whole number of at least 0")
+    longest = engine.adapter.max_positions
+    if len(prompt) + max_tokens > longest:
+        raise ValueError(
+            f"{len(prompt)} prompt tokens and {max_tokens} generated ones exceed the model's "
+            f"{longest} positions"
+        )
+    params = SamplingParams(max_tokens=max_tokens + 1, ignore_eos=True)
+    request = engine.make(prompt, params, protect=protect)
+    if not engine.ledger.fits(request.cost):
+        raise ValueError("other requests hold the memory this trace needs; let them finish first")
+    engine.ledger.promise(request, request.cost)
+    try:
+        return _run(engine, request, max_tokens)
+    finally:
+        engine.ledger.promise(request, None)
+        if request.sequence is not None:
+            engine.pool.release(request.sequence.table)
+
+
+def _run(engine: Engine, request: Request, max_tokens: int) -> Trace:
+    pool, adapter = engine.pool, engine.adapter
+    engine._begin(request)
+    sequence, intake = request.sequence, request.intake
+    assert sequence is not None and intake is not None
+    nothing = torch.empty(0, dtype=torch.int64, device=adapter.device)
+    work = Work(intake, intake.work_left)
+    logits = adapter.forward(pool, Batch([], nothing, [work]))[0]
+    prefill_logits, table = logits, sequence.table
+
+    def positions() -> list[Tensor]:
+        return [pool.positions(table, layer).sort(1).values for layer in range(adapter.depth)]
+
+    after_prefill, tokens, lengths = positions(), [], []
+    for _ in range(max_tokens):
+        tokens.append(int(logits.argmax()))
+        fed = torch.tensor([tokens[-1]], device=adapter.device)
+        logits = adapter.forward(pool, Batch([sequence], fed, []))[0]
+        lengths.append([int(n) for n in table.kept])
+    return Trace(
+        list(request.prompt), after_prefill, positions(), lengths, tokens, prefill_logits, logits,
+        intake.computed,
+    )  # fmt: skip

@@ -1,0 +1,331 @@
+"""The layer loop: Hugging Face decoder layers, with tokens dropped between them.
+
+One step packs the newest token of every running request and the chunks of prompts in progress
+into one flat row ``[1, rows, hidden]`` per layer.  Policies, cache and attention meet here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pyramidinfer.attention import Backend, Scale
+from pyramidinfer.cache import GroupSpec, Pool
+from pyramidinfer.models.families import find_family
+from pyramidinfer.models.intake import Batch, Intake, Sequence, Work
+from pyramidinfer.models.rotary import Rotary
+from pyramidinfer.models.routing import Decoding, LayerCall, Segment, route
+from pyramidinfer.types import AttentionShape, Keep, Layers, Observation, View
+
+__all__ = ["Adapter"]
+
+
+class Adapter:
+    """A transformers causal language model, driven layer by layer.
+
+    ``ValueError`` for an unsupported family or layer feature.  The model object stays usable.
+    """
+
+    def __init__(self, model: nn.Module, backend: Backend, prefill_chunk: int = 1024) -> None:
+        self.config: Any = model.config
+        self.family = find_family(self.config)
+        self.backend, self.prefill_chunk = backend, prefill_chunk
+        self.body: Any = model.get_submodule(self.family.body)
+        self.head: Any = model.get_output_embeddings()  # type: ignore[operator]
+        depth = self.config.num_hidden_layers
+        originals = list(self.body.layers)[:depth]
+        self.layers = [route(layer, self.family.attention) for layer in originals]
+        self.shapes = [self._shape(layer) for layer in originals]
+        self.rotary = Rotary(self.family, self.body, self.config)
+        self.kinds = list(self.config.layer_types) if self.family.rotary_by_type else [None] * depth
+        first = next(model.parameters())
+        self.device, self.dtype = first.device, first.dtype
+        self.hidden_size: int = self.config.hidden_size
+        self.vocab_size: int = self.config.vocab_size
+        self.max_positions: int = self.config.max_position_embeddings
+        self.scales: list[Scale | None] = [None] * depth  # known once a layer has run
+
+    @property
+    def depth(self) -> int:
+        return len(self.layers)
+
+    def group_specs(self) -> list[GroupSpec]:
+        """Layers grouped by the size of their entries."""
+        groups: dict[tuple[int, int, int], list[int]] = {}
+        for layer, shape in enumerate(self.shapes):
+            key = (shape.kv_heads, shape.key_dim, shape.value_dim)
+            groups.setdefault(key, []).append(layer)
+        return [GroupSpec(tuple(layers), *key, self.dtype) for key, layers in groups.items()]
+
+    def layers_for(self, longest: int) -> Layers:
+        """The depth as a request of at most ``longest`` tokens has it: a window it cannot
+        outgrow is no window."""
+        windows = (shape.window for shape in self.shapes)
+        return Layers(tuple(window is None or window >= longest for window in windows))
+
+    @torch.inference_mode()
+    def forward(self, pool: Pool, batch: Batch) -> Tensor:
+        """Run one step.  Logits ``[decode + finished works, vocab]``, in the batch's order."""
+        decoding = self._start_decode(pool, batch)
+        hidden = None
+        if decoding:
+            is_long = torch.tensor([each.is_long for each in batch.decode], device=self.device)
+            positions = decoding.plan.positions
+            hidden = self.family.embed(self.body, self.config, batch.tokens[None], positions[None])
+            tables = self.rotary.tables(hidden, positions, is_long)
+        last: dict[int, Tensor] = {}
+        for layer in range(self.depth):
+            riding = hidden
+            while True:
+                segments, parts = self._take(batch.works, layer, 0 if riding is None else len(riding[0]))
+                if riding is None and not segments:
+                    break
+                rope = tables.get(self.kinds[layer]) if riding is not None else None
+                out = self._run_layer(pool, layer, riding, rope, decoding, segments, parts)
+                if riding is not None:
+                    hidden, riding = out[:, : riding.shape[1]], None
+                self._store(segments, out[0])
+            for index, work in enumerate(batch.works):
+                if work.intake.layer == layer and work.intake.left == 0:
+                    tail = self._finish_layer(pool, work.intake)
+                    if tail is not None:
+                        last[index] = tail
+        if decoding:
+            self._finish_decode(pool, batch, decoding)
+        rows = [] if hidden is None else [hidden[0]]
+        rows += [last[index] for index in sorted(last)]
+        if not rows:
+            return torch.empty(0, self.vocab_size, dtype=self.dtype, device=self.device)
+        return self._logits(torch.cat(rows))
+
+    # --- one layer ----------------------------------------------------------------------------
+
+    def _take(self, works: list[Work], layer: int, start: int) -> tuple[list[Segment], list[Tensor]]:
+        """Claim the next chunk of every intake that is at this layer and has budget left."""
+        segments, parts = [], []
+        for work in works:
+            intake = work.intake
+            count = min(self.prefill_chunk, intake.left, work.budget)
+            if intake.layer != layer or count <= 0:
+                continue
+            if intake.done == 0:
+                intake.needs = intake.sequence.policy.needs(self._view(intake))
+                intake.computed.append(intake.length)
+            rows = slice(intake.done, intake.done + count)
+            if intake.hidden is None:
+                ids, positions = intake.tokens[rows], intake.positions[rows]
+                part = self.family.embed(self.body, self.config, ids[None], positions[None])[0]
+            else:
+                part = intake.hidden[rows]
+            work.budget -= count
+            segments.append(Segment(intake, start, count))
+            parts.append(part)
+            start += count
+        return segments, parts
+
+    def _run_layer(self, pool: Pool, layer: int, riding: Tensor | None, rope: Any,
+                   decoding: Decoding | None, segments: list[Segment], parts: list[Tensor]
+                   ) -> Tensor:  # fmt: skip
+        """The flat row through one decoder layer, ``[1, rows, hidden]``."""
+        row = [riding[0]] if riding is not None else []
+        flat = torch.cat([*row, *parts]) if len(row) + len(parts) > 1 else [*row, *parts][0]
+        extra: dict[str, Any] = {}
+        if self.rotary.module is not None:
+            if segments:
+                rope = self._rope(flat, rope, segments, self.kinds[layer])
+            extra["position_embeddings"] = rope
+        active = decoding if riding is not None else None
+        window = self.shapes[layer].window
+        call = LayerCall(pool, self.backend, layer, window, active, segments)
+        out: Tensor = self.layers[layer](flat[None], attention_mask=None, layer_call=call, **extra)
+        self.scales[layer] = call.scale
+        return out
+
+    def _rope(self, like: Tensor, rope: Any, segments: list[Segment], kind: str | None) -> Any:
+        """cos and sin of the decode rows (``rope``) followed by those of the segments."""
+        positions = torch.cat([
+            intake.positions[intake.done : intake.done + count] for intake, _, count in segments
+        ])  # fmt: skip
+        is_long = torch.cat([
+            torch.full((count,), intake.sequence.is_long, device=self.device)
+            for intake, _, count in segments
+        ])  # fmt: skip
+        cos, sin = self.rotary.tables(like, positions, is_long)[kind]
+        if rope is None:
+            return cos, sin
+        return torch.cat([rope[0], cos], dim=1), torch.cat([rope[1], sin], dim=1)
+
+    def _store(self, segments: list[Segment], out: Tensor) -> None:
+        """Put a pass's outputs where the next layer (or the head) will read them."""
+        for intake, start, count in segments:
+            rows = out[start : start + count]
+            end = intake.done + count
+            if intake.layer == self.depth - 1:  # of the last layer only the last token matters
+                if end == intake.length:
+                    intake.out = rows[-1:].clone()
+            elif count == intake.length:
+                intake.out = rows
+            else:
+                if intake.out is None:
+                    intake.out = out.new_empty(intake.length, out.shape[-1])
+                intake.out[intake.done : end] = rows
+            intake.done = end
+
+    def _finish_layer(self, pool: Pool, intake: Intake) -> Tensor | None:
+        """Ask the policy what stays and what goes deeper; the last token's state at the end."""
+        sequence, needs, layer = intake.sequence, intake.needs, intake.layer
+        table, policy, view = sequence.table, sequence.policy, self._view(intake)
+        assert intake.out is not None
+        held = pool.bytes(table) + table.extra_bytes + intake.transient_bytes
+        table.peak_bytes = max(table.peak_bytes, held)
+        if needs.slot_scores and intake.columns is not None:
+            pool.add_scores(table, layer, intake.columns)
+        going = None
+        if needs.propagate and layer < self.depth - 1:
+            seen = Observation(
+                view, intake.positions[None], sequence.protected[intake.positions][None],
+                _newest(intake.scores, intake.length), _newest(intake.columns, intake.length),
+            )  # fmt: skip
+            keep, table.state = policy.propagate(seen, table.state)
+            going = None if keep.indices is None else keep.indices[0]
+            assert going is None or int(going[-1]) == intake.length - 1, "the last token must stay"
+        if needs.retain:
+            keep, table.state = policy.retain(
+                self._observe(pool, sequence, view, intake.scores, intake.columns), table.state
+            )
+            self._keep(pool, sequence, layer, keep)
+        self._trim(pool, sequence, layer, intake.first + intake.tokens.shape[0], slack=0)
+        table.state = policy.settled(self._view(intake))
+        hidden, intake.out = intake.out, None
+        intake.hidden = hidden if going is None else hidden[going]
+        if going is not None:
+            intake.positions = intake.positions[going]
+        intake.queries = intake.scores = intake.columns = None
+        intake.layer, intake.done = layer + 1, 0
+        if not intake.finished:
+            return None
+        table.seen_len = intake.first + intake.tokens.shape[0]
+        if table.ring is not None:
+            table.ring.written, table.ring.positions[0] = 1, table.seen_len - 1
+        intake.hidden = None
+        return hidden[-1:]
+
+    def _view(self, intake: Intake) -> View:
+        sequence, layer = intake.sequence, intake.layer
+        table, first = sequence.table, sequence.layers.first
+        arriving = intake.left if layer < self.depth else 0
+        kept = int(table.kept[layer]) + arriving
+        return View(
+            "extend" if intake.first else "prefill", layer, sequence.layers, sequence.prompt_len,
+            intake.length, kept, kept if layer <= first else int(table.kept[first]),
+            intake.first + intake.tokens.shape[0], table.state,
+        )  # fmt: skip
+
+    # --- decoding -----------------------------------------------------------------------------
+
+    def _start_decode(self, pool: Pool, batch: Batch) -> Decoding | None:
+        if not batch.decode:
+            return None
+        tables = [each.table for each in batch.decode]
+        pages, offsets = pool.append_each(tables)
+        lengths = np.stack([table.kept for table in tables], axis=1)  # [layers, R]
+        blocks = pool.block_tables(tables).transpose(1, 0, 2)
+        positions = torch.tensor([table.seen_len for table in tables], device=self.device)
+        plan = self.backend.plan(
+            torch.from_numpy(np.ascontiguousarray(blocks)).to(self.device).long(),
+            torch.from_numpy(lengths).to(self.device),
+            lengths.max(1).tolist(),
+            positions,
+        )
+        rings = any(table.ring is not None for table in tables)
+        scores = any(each.policy.uses_scores for each in batch.decode)
+        return Decoding(plan, pages, offsets, rings, scores)
+
+    def _finish_decode(self, pool: Pool, batch: Batch, decoding: Decoding) -> None:
+        """Count the new token, remember its queries, and let policies evict."""
+        if decoding.rings:
+            queries, lse = torch.stack(decoding.queries), torch.stack(decoding.lse)
+        for row, sequence in enumerate(batch.decode):
+            table = sequence.table
+            if table.ring is not None:
+                table.ring.push(queries[:, row], lse[:, row], table.seen_len)
+            table.seen_len += 1
+            table.peak_bytes = max(table.peak_bytes, pool.bytes(table) + table.extra_bytes)
+            for layer in np.nonzero(~np.array(sequence.layers.governed))[0]:
+                self._trim(pool, sequence, int(layer), table.seen_len, slack=pool.page_size)
+            if sequence.policy.evicts:
+                self._evict(pool, sequence)
+
+    def _evict(self, pool: Pool, sequence: Sequence) -> None:
+        table, policy = sequence.table, sequence.policy
+        first = int(table.kept[sequence.layers.first])
+        for layer in range(self.depth):
+            kept = int(table.kept[layer])
+            view = View(
+                "decode", layer, sequence.layers, sequence.prompt_len, 1, kept, first,
+                table.seen_len, table.state,
+            )  # fmt: skip
+            needs = policy.needs(view)
+            if not needs.evict:
+                continue
+            scores = None
+            if needs.window:
+                scale = self.scales[layer]
+                assert table.ring is not None and scale is not None
+                queries, lse, positions = table.ring.newest(layer, needs.window)
+                keys, _, k_pos = pool.gather(table, layer)
+                scores = self.backend.window_scores(
+                    queries, keys, positions, k_pos, scale, needs.reduce, rows=needs.window, lse=lse
+                ).scores
+            keep, table.state = policy.evict(
+                self._observe(pool, sequence, view, scores, None), table.state
+            )
+            self._keep(pool, sequence, layer, keep)
+
+    # --- shared -------------------------------------------------------------------------------
+
+    def _observe(self, pool: Pool, sequence: Sequence, view: View, scores: Tensor | None,
+                 columns: Tensor | None) -> Observation:  # fmt: skip
+        positions = pool.positions(sequence.table, view.layer)
+        running = None
+        if sequence.policy.uses_scores:
+            running = pool.scores(sequence.table, view.layer)
+        protected = sequence.protected[positions]
+        return Observation(view, positions, protected, scores, columns, running)
+
+    def _keep(self, pool: Pool, sequence: Sequence, layer: int, keep: Keep) -> None:
+        if keep.indices is not None:
+            pool.keep(sequence.table, layer, keep.indices)
+
+    def _trim(self, pool: Pool, sequence: Sequence, layer: int, position: int, slack: int) -> None:
+        """Drop what a sliding layer can no longer see from ``position`` on (once it is over
+        ``slack`` entries)."""
+        window, kept = self.shapes[layer].window, int(sequence.table.kept[layer])
+        if window is None or sequence.layers.governed[layer] or kept < window + slack:
+            return
+        visible = pool.positions(sequence.table, layer) > position - window
+        indices = visible.nonzero(as_tuple=True)[1].view(visible.shape[0], -1)
+        pool.keep(sequence.table, layer, indices)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """``[n, hidden]`` → ``[n, vocab]``."""
+        return self.family.logits(
+            self.config, self.head(self.family.finish(self.body, self.config, hidden))
+        )
+
+    def _shape(self, layer: nn.Module) -> AttentionShape:
+        attention: Any = getattr(layer, self.family.attention)
+        heads = self.config.num_attention_heads
+        size = getattr(attention, "head_dim", None) or self.config.hidden_size // heads
+        kv_heads = heads
+        if self.family.grouped:
+            kv_heads = getattr(self.config, "num_key_value_heads", None) or heads
+        window = self.family.window(self.config, attention)
+        return AttentionShape(heads, kv_heads, size, size, window)
+
+
+def _newest(tensor: Tensor | None, count: int) -> Tensor | None:
+    return None if tensor is None else tensor[:, -count:]

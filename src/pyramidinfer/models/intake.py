@@ -1,0 +1,105 @@
+"""One request as the layer loop sees it, and new tokens on their way through the layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from pyramidinfer.cache import Table
+from pyramidinfer.policies import Policy
+from pyramidinfer.types import Layers, Needs
+
+__all__ = ["Batch", "Intake", "Sequence", "Work"]
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """A request's cache and what decides about it.
+
+    ``protected``: bool ``[most positions]``, tokens no policy may drop; ``is_long``: rotary
+    regime, fixed at admission; ``prompt_len``: length of the text last taken in.
+    """
+
+    table: Table
+    policy: Policy
+    layers: Layers
+    protected: Tensor
+    is_long: bool = False
+    prompt_len: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class Intake:
+    """Progress of a request's new tokens: a prompt (prefill) or more text (extend).
+
+    Layer-major: all tokens go through a layer before the next one begins, so one layer's state
+    is held at a time.
+
+    tokens : ``[new]`` ids;  positions : ``[n]`` of the tokens that entered the current ``layer``;
+    hidden : ``[n, hidden]`` its input (None at layer 0: embedded chunk by chunk);
+    out : ``[n, hidden]`` its output so far;  ``done`` of the n tokens have been through it.
+    """
+
+    sequence: Sequence
+    tokens: Tensor
+    first: int
+    layer: int = 0
+    done: int = 0
+    positions: Tensor = field(init=False)
+    hidden: Tensor | None = None
+    out: Tensor | None = None
+    needs: Needs = field(default_factory=Needs)
+    queries: Tensor | None = None  # [window, heads, key_dim], the newest queries of the layer
+    scores: Tensor | None = None  # [1 or kv_heads, entries]
+    columns: Tensor | None = None  # [kv_heads, entries]
+    computed: list[int] = field(default_factory=list)  # tokens that entered each layer
+
+    def __post_init__(self) -> None:
+        new = self.tokens.shape[0]
+        self.positions = torch.arange(self.first, self.first + new, device=self.tokens.device)
+        self.sequence.prompt_len = new
+
+    @property
+    def length(self) -> int:
+        """Tokens that enter the current layer."""
+        return self.positions.shape[0]
+
+    @property
+    def left(self) -> int:
+        """Tokens still to go through the current layer."""
+        return self.length - self.done
+
+    @property
+    def finished(self) -> bool:
+        return self.layer >= self.sequence.layers.count
+
+    @property
+    def work_left(self) -> int:
+        """Layer-tokens still to do if nothing more were dropped."""
+        below = self.sequence.layers.count - self.layer - 1
+        return self.left + self.length * below if not self.finished else 0
+
+    @property
+    def transient_bytes(self) -> int:
+        """Memory of this intake outside the pool."""
+        held = (self.hidden, self.out, self.queries, self.scores, self.columns)
+        return sum(each.nbytes for each in held if each is not None)
+
+
+@dataclass(slots=True, eq=False)
+class Work:
+    """What one step may do for an intake: at most ``budget`` layer-tokens."""
+
+    intake: Intake
+    budget: int
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One step: running sequences with the token each feeds (``[R]``), and prefill work."""
+
+    decode: list[Sequence]
+    tokens: Tensor
+    works: list[Work]

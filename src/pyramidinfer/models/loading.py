@@ -1,0 +1,165 @@
+"""Load a model and tokenizer: safetensors only, no remote code, clear errors."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from pyramidinfer.config import nearest, parse_device, parse_dtype
+from pyramidinfer.models.families import find_family
+
+__all__ = ["LoadedModel", "free_memory", "load_model"]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model ready to run, its tokenizer (None where there is none) and where it came from."""
+
+    model: nn.Module
+    tokenizer: Any
+    name: str
+    device: torch.device
+    dtype: torch.dtype
+
+
+def load_model(model: str | os.PathLike[str] | nn.Module, tokenizer: Any = "auto",
+               dtype: str | torch.dtype = "auto", device: str | torch.device = "auto"
+               ) -> LoadedModel:  # fmt: skip
+    """Load a folder or hub id, or take a transformers model object as it is.
+
+    ``tokenizer``: ``"auto"`` (the model's own, None where it has none), a tokenizer, a path or
+    hub id, or None.  Raises ``ValueError`` for what cannot be loaded, with the reason.
+    """
+    if isinstance(model, nn.Module):
+        return _take_object(model, tokenizer, dtype, device)
+    name, place = str(model), parse_device(device)
+    _check_folder(name)
+    config = _from_hub(AutoConfig, name)
+    find_family(config)
+    kind = parse_dtype(dtype, getattr(config, "dtype", None))
+    _check_fits(name, kind, place)
+    loaded, report = _from_hub(
+        AutoModelForCausalLM, name, config=config, dtype=kind, use_safetensors=True,
+        output_loading_info=True,
+    )  # fmt: skip
+    _check_report(name, report)
+    loaded = loaded.to(place).eval()
+    return LoadedModel(loaded, _find_tokenizer(name, tokenizer), name, place, kind)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be allocated on the device."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
+
+
+def _take_object(model: nn.Module, tokenizer: Any, dtype: str | torch.dtype,
+                 device: str | torch.device) -> LoadedModel:  # fmt: skip
+    config = getattr(model, "config", None)
+    find_family(config)
+    first = next(model.parameters())
+    if first.is_meta:
+        raise ValueError("the model's weights are on the meta device; load them first")
+    if dtype != "auto" and parse_dtype(dtype, None) != first.dtype:
+        raise ValueError(
+            f"dtype={dtype!r}, but the model given is {first.dtype}; convert it, or leave 'auto'"
+        )
+    if device != "auto" and parse_device(device).type != first.device.type:
+        raise ValueError(
+            f"device={device!r}, but the model given is on {first.device}; move it, or leave 'auto'"
+        )
+    rates = ("attention_dropout", "hidden_dropout", "dropout", "resid_pdrop", "embd_pdrop")
+    if model.training and any(getattr(config, rate, 0) for rate in rates):
+        raise ValueError("the model given is in training mode with dropout; call model.eval()")
+    name = getattr(config, "_name_or_path", "") or type(model).__name__
+    if isinstance(tokenizer, str) and tokenizer == "auto":
+        tokenizer = None
+    elif isinstance(tokenizer, str | os.PathLike):
+        tokenizer = _find_tokenizer(name, tokenizer)
+    return LoadedModel(model, tokenizer, name, first.device, first.dtype)
+
+
+def _check_folder(name: str) -> None:
+    path = Path(name).expanduser()
+    looks_local = path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1
+    if not path.exists():
+        if looks_local:
+            near = [str(each) for each in path.parent.glob("*") if each.is_dir()]
+            hint = f"; {nearest(str(path), near)}" if near else ""
+            raise ValueError(f"model path {name!r} does not exist{hint}")
+        return
+    if not (path / "config.json").is_file():
+        raise ValueError(f"model folder {name!r} has no config.json")
+    if not list(path.glob("*.safetensors")):
+        raise ValueError(
+            f"model folder {name!r} has no *.safetensors file; other weight formats are not loaded"
+        )
+
+
+def _from_hub(loader: Any, name: str, **options: Any) -> Any:
+    """``from_pretrained`` with its many exceptions turned into one ``ValueError``."""
+    try:
+        return loader.from_pretrained(name, trust_remote_code=False, **options)
+    except Exception as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = lines[0] if lines else type(error).__name__
+        raise ValueError(f"cannot load {name!r}: {reason}") from error
+
+
+def _check_report(name: str, report: dict[str, Any]) -> None:
+    for problem in ("missing_keys", "mismatched_keys"):
+        keys = sorted(str(key) for key in report.get(problem) or ())
+        if keys:
+            what = "lacks the tensor" if problem == "missing_keys" else "has a wrong shape for"
+            more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+            raise ValueError(f"model {name!r} {what} {keys[0]}{more}; the file is not complete")
+
+
+def _check_fits(name: str, dtype: torch.dtype, device: torch.device) -> None:
+    """Refuse weights that cannot fit, before anything is allocated."""
+    files = list(Path(name).expanduser().glob("*.safetensors"))
+    count = sum(_parameters(file) for file in files)
+    need, free = count * dtype.itemsize, free_memory(device)
+    if need > free:
+        raise ValueError(
+            f"model {name!r} needs {need / 2**30:.1f} GiB for its weights in {dtype}; "
+            f"{free / 2**30:.1f} GiB of memory are free"
+        )
+
+
+def _parameters(file: Path) -> int:
+    """Number of values in a safetensors file, from its header."""
+    try:
+        with file.open("rb") as stream:
+            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+        total = 0
+        for key, entry in header.items():
+            if key != "__metadata__":
+                size = 1
+                for dimension in entry["shape"]:
+                    size *= dimension
+                total += size
+        return total
+    except (ValueError, KeyError, OverflowError, MemoryError, UnicodeDecodeError) as error:
+        raise ValueError(f"{str(file)!r} is not a readable safetensors file") from error
+
+
+def _find_tokenizer(name: str, tokenizer: Any) -> Any:
+    if tokenizer is None or not isinstance(tokenizer, str | os.PathLike):
+        return tokenizer
+    if tokenizer != "auto":
+        return _from_hub(AutoTokenizer, str(tokenizer))
+    path = Path(name).expanduser()
+    files = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+    if path.is_dir() and not any((path / file).is_file() for file in files):
+        return None
+    return _from_hub(AutoTokenizer, name)

@@ -1,0 +1,183 @@
+"""Attention of a Hugging Face layer, routed to pages and backends.
+
+A layer's attention module projects and rotates as always, then calls the attention function named
+in its config.  Ours gets a :class:`LayerCall` as a keyword, so nothing global is involved.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from pyramidinfer.attention import Backend, DecodePlan, Scale
+from pyramidinfer.attention.base import Pages
+from pyramidinfer.cache import Pool
+from pyramidinfer.cache.pool import Slots
+from pyramidinfer.models.intake import Intake
+from pyramidinfer.types import Reduce
+
+__all__ = ["Decoding", "LayerCall", "Segment", "route"]
+
+NAME = "pyramidinfer"
+
+
+class Segment(NamedTuple):
+    """``count`` tokens of an intake in the flat row, from row ``start``."""
+
+    intake: Intake
+    start: int
+    count: int
+
+
+class Decoding:
+    """The decode rows of one step: where each writes and reads, and what was observed.
+
+    slots pages, offsets : ``[layers, R]``;  queries, lse : filled layer by layer when rings ask.
+    """
+
+    def __init__(self, plan: DecodePlan, pages: Tensor, offsets: Tensor, rings: bool,
+                 scores: bool) -> None:  # fmt: skip
+        self.plan, self.pages, self.offsets = plan, pages, offsets
+        self.rings, self.scores = rings, scores
+        self.queries: list[Tensor] = []
+        self.lse: list[Tensor] = []
+
+    @property
+    def count(self) -> int:
+        return self.plan.positions.shape[0]
+
+
+class LayerCall:
+    """One pass of the flat row through one layer: decode rows first, then segments."""
+
+    def __init__(self, pool: Pool, backend: Backend, layer: int, window: int | None,
+                 decoding: Decoding | None, segments: list[Segment]) -> None:  # fmt: skip
+        self.pool, self.backend, self.layer, self.window = pool, backend, layer, window
+        self.decoding, self.segments = decoding, segments
+        self.scale: Scale | None = None
+
+    def __call__(self, queries: Tensor, keys: Tensor, values: Tensor, scale: Scale) -> Tensor:
+        """queries ``[T, H, D]``, keys ``[T, K, D]``, values ``[T, K, V]`` → ``[T, H, V]``."""
+        self.scale = scale
+        outs = []
+        if self.decoding:
+            outs.append(self._decode(self.decoding, queries, keys, values, scale))
+        for intake, start, count in self.segments:
+            rows = slice(start, start + count)
+            outs.append(self._prefill(intake, queries[rows], keys[rows], values[rows], scale))
+        return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+    def _decode(self, decoding: Decoding, queries: Tensor, keys: Tensor, values: Tensor,
+                scale: Scale) -> Tensor:  # fmt: skip
+        rows, layer, pool = decoding.count, self.layer, self.pool
+        slots = Slots(decoding.pages[layer], decoding.offsets[layer])
+        pool.write(layer, slots, keys[:rows], values[:rows], decoding.plan.positions)
+        group = pool.group(layer)
+        pages = Pages(group.keys, group.values, group.positions)
+        attended = self.backend.run(
+            decoding.plan, layer, queries[:rows], pages, scale, probs=decoding.scores
+        )
+        if decoding.rings and attended.lse is not None:
+            decoding.queries.append(queries[:rows])
+            decoding.lse.append(attended.lse)
+        if attended.probs is not None:
+            tables, lengths = decoding.plan.tables[layer], decoding.plan.lengths[layer]
+            pool.add_scores_each(layer, tables, lengths, attended.probs)
+        return attended.out
+
+    def _prefill(self, intake: Intake, queries: Tensor, keys: Tensor, values: Tensor,
+                 scale: Scale) -> Tensor:  # fmt: skip
+        table, layer, count = intake.sequence.table, self.layer, queries.shape[0]
+        held = int(table.kept[layer])
+        new = intake.positions[intake.done : intake.done + count]
+        self.pool.write(layer, self.pool.append(table, layer, count), keys, values, new)
+        if held:
+            all_keys, all_values, positions = self.pool.gather(table, layer)
+        else:
+            all_keys, all_values = keys.transpose(0, 1), values.transpose(0, 1)
+            positions = new.expand(keys.shape[1], -1)
+        out = self.backend.prefill(queries, all_keys, all_values, new, positions, scale)
+        self._observe(intake, queries, new, all_keys, positions, scale)
+        return out
+
+    def _observe(self, intake: Intake, queries: Tensor, q_pos: Tensor, keys: Tensor,
+                 k_pos: Tensor, scale: Scale) -> None:  # fmt: skip
+        """Collect what the policy needs of this layer, and the ring's first row, at its end."""
+        needs, count, ring = intake.needs, queries.shape[0], intake.sequence.table.ring
+        is_last = intake.done + count == intake.length
+        if needs.column_sums:
+            found = self.backend.column_sums(queries, keys, q_pos, k_pos, scale)
+            if intake.columns is not None:
+                found[:, : intake.columns.shape[1]] += intake.columns
+            intake.columns = found
+        window = min(needs.window, intake.length)
+        if window:
+            if intake.queries is None:
+                intake.queries = queries.new_empty(window, *queries.shape[1:])
+            begin = max(0, intake.length - window - intake.done)  # first window row in this chunk
+            if begin < count:
+                at = intake.done + begin - (intake.length - window)
+                intake.queries[at : at + count - begin] = queries[begin:]
+            if is_last:
+                assert intake.queries is not None
+                scored = self.backend.window_scores(
+                    intake.queries, keys, intake.positions[-window:], k_pos, scale, needs.reduce,
+                    rows=needs.window,
+                )  # fmt: skip
+                intake.scores = scored.scores
+        if is_last and ring is not None:
+            newest = self.backend.window_scores(
+                queries[-1:], keys, q_pos[-1:], k_pos, scale, Reduce(), rows=1
+            )
+            ring.queries[self.layer, 0], ring.lse[self.layer, 0] = queries[-1], newest.lse[0]
+
+
+def route(layer: nn.Module, attention: str) -> nn.Module:
+    """A copy of a decoder layer that shares every weight but attends through our function.
+
+    The layer given is not touched.
+    """
+    AttentionInterface.register(NAME, _attend)
+    routed, inner = _shallow(layer), _shallow(getattr(layer, attention))
+    config: Any = copy.copy(inner.config)
+    config._attn_implementation = NAME
+    inner.config = config
+    routed._modules[attention] = inner
+    return routed
+
+
+def _shallow(module: nn.Module) -> nn.Module:
+    twin = copy.copy(module)
+    twin._modules = dict(module._modules)
+    return twin
+
+
+def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
+            attention_mask: Tensor | None, dropout: float = 0.0, scaling: float | None = None,
+            sliding_window: int | None = None, softcap: float | None = None,
+            layer_call: LayerCall | None = None, **others: Any) -> tuple[Tensor, None]:  # fmt: skip
+    """transformers' attention function: ``[1, heads, T, dim]`` in, ``[1, T, heads, dim]`` out."""
+    if layer_call is None:
+        raise ValueError(f"attention implementation {NAME!r} works inside its own engine only")
+    given = {name for name, item in others.items() if item is not None and item is not False}
+    if attention_mask is not None:
+        given.add("attention_mask")
+    if dropout:
+        given.add("dropout")
+    if sliding_window not in (None, layer_call.window):
+        given.add("sliding_window")
+    if given:
+        raise ValueError(
+            f"{type(module).__name__} uses attention features this engine does not know: "
+            f"{', '.join(sorted(given))}"
+        )
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    out = layer_call(
+        query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1),
+        Scale(scale, softcap, layer_call.window),
+    )  # fmt: skip
+    return out[None], None

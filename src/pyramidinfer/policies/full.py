@@ -1,0 +1,25 @@
+"""Keep everything: the baseline every other policy is measured against."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from pyramidinfer.policies.base import Policy
+
+__all__ = ["Full"]
+
+
+@dataclass(frozen=True)
+class Full(Policy):
+    """The full cache (``keep`` can only be 1)."""
+
+    name: ClassVar[str] = "full"
+
+    keep: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.keep not in (None, 1, 1.0):
+            raise ValueError(
+                f"keep={self.keep}: policy 'full' keeps everything; choose another policy to drop"
+            )

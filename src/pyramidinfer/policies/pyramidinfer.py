@@ -1,0 +1,263 @@
+"""PyramidInfer: fewer tokens in deeper layers (Yang et al., ACL Findings 2024, arXiv 2405.12532).
+
+Semantics are those of the official *legacy* code, which is what the published numbers came from:
+
+* prefill: after a layer, the newest R+1 queries (R = prompt length x ``recent_ratio``) score the
+  context by head-averaged attention, averaged over rows weighted linearly from 1 to
+  ``distance_weight``; the best share stays, sinks always, and only survivors go deeper;
+* generation: prompt entries stay; every ``gen_chunk`` generated entries beyond the recent window
+  are thinned to ``gen_chunk * gen_keep`` times a share falling with depth.
+
+Deviations: ``decay_curve="linear"`` is linear (the code silently falls back to constant);
+``interval`` above 1 works while generating (the code crashes there); ``start_layer`` and ``keep``
+are ours; layers with a sliding window shorter than the request are left to their window.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from typing import ClassVar, NamedTuple
+
+import numpy as np
+import torch
+
+from pyramidinfer.config import nearest
+from pyramidinfer.policies.base import NOTHING, Forecast, Policy, best_entries
+from pyramidinfer.policies.budgets import CURVES, curve_ratio
+from pyramidinfer.types import Keep, Layers, Needs, Observation, Reduce, State, View
+
+__all__ = ["PyramidInfer"]
+
+
+class Schedule(NamedTuple):
+    """How one prompt length is thinned: tokens entering each layer, and what was solved for."""
+
+    reach: tuple[int, ...]
+    recent: int  # R: the window is R + 1 tokens
+    curve: str
+    decay: float
+
+
+@dataclass(frozen=True)
+class PyramidInfer(Policy):
+    """The paper's rule, both phases.
+
+    Parameters
+    ----------
+    recent_ratio : share of the prompt that is the recent window; while generating, share of the
+        first layer's entries.
+    prefill_decay : share of the context kept after the last layer (curve's end).
+    decay_curve : ``"cosine"``, ``"linear"`` or ``"constant"``.
+    interval : layers between two drops.
+    min_context : a layer's context is not cut to this many tokens or fewer.
+    sinks : first tokens that always stay.
+    distance_weight : weight of the newest query's attention; the oldest has 1.
+    gen_decay, gen_keep, gen_chunk : generation: the curve's end, share and size of a thinning.
+    start_layer : the first layer after which tokens may be dropped.
+    keep : instead of a decay: the mean over layers of the share of the prompt that reaches a
+        layer.  Uses the constant curve, solves for its decay for each prompt length, and lowers
+        ``recent_ratio`` where the window alone would not leave half the dropped layers' share to
+        the context.  ``min_context`` still holds, so very short prompts keep more.
+    """
+
+    name: ClassVar[str] = "pyramidinfer"
+    evicts: ClassVar[bool] = True
+
+    recent_ratio: float = 0.2
+    prefill_decay: float = 0.8
+    decay_curve: str = "cosine"
+    interval: int = 1
+    min_context: int = 64
+    sinks: int = 4
+    distance_weight: float = 1.2
+    gen_decay: float = 0.1
+    gen_keep: float = 0.9
+    gen_chunk: int = 16
+    start_layer: int = 0
+    keep: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.decay_curve not in CURVES:
+            raise ValueError(
+                f"decay_curve={self.decay_curve!r} is unknown; {nearest(self.decay_curve, CURVES)}"
+            )
+        if self.keep is not None and self.decay_curve != "cosine":
+            raise ValueError("give keep= or decay_curve=, not both: keep solves a constant curve")
+        for name in ("recent_ratio", "prefill_decay", "gen_decay", "gen_keep", "keep"):
+            value = getattr(self, name)
+            if value is not None and not (_is_number(value) and 0 <= value <= 1):
+                raise ValueError(f"{name}={value!r} must lie between 0 and 1")
+        if self.keep == 0:
+            raise ValueError("keep=0 must be above 0")
+        if not (_is_number(self.distance_weight) and 0 < self.distance_weight < float("inf")):
+            raise ValueError(f"distance_weight={self.distance_weight!r} must be above 0")
+        least = {"interval": 1, "min_context": 0, "sinks": 0, "gen_chunk": 1, "start_layer": 0}
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if each.name in least and not (type(value) is int and value >= least[each.name]):
+                raise ValueError(
+                    f"{each.name}={value!r} must be a whole number of at least {least[each.name]}"
+                )
+
+    def check(self, layers: Layers) -> None:
+        if self.start_layer >= layers.count:
+            raise ValueError(
+                f"start_layer={self.start_layer}: the model has {layers.count} layers, so the last "
+                f"one that can start is {layers.count - 1}"
+            )
+        lowest = _untouched(self, layers) / layers.count
+        if self.keep is not None and self.keep <= lowest and self.keep < 1:
+            raise ValueError(
+                f"keep={self.keep} cannot be reached: {_untouched(self, layers)} of {layers.count} "
+                f"layers see every token, so the lowest is just above {lowest:.3f}; ask for more, "
+                f"or lower start_layer={self.start_layer} or interval={self.interval}"
+            )
+
+    def start(self, layers: Layers) -> State:
+        return {"marker": torch.zeros(layers.count, dtype=torch.int64)}
+
+    def needs(self, view: View) -> Needs:
+        if not view.layers.governed[view.layer]:
+            return NOTHING
+        reduce = Reduce("mean", "mean", self.distance_weight)
+        if view.phase == "decode":
+            recent = int(view.first_kept_len * _recent_ratio(self, view.layers))
+            marker = int(view.state["marker"][view.layer])
+            if view.kept_len - recent - marker < self.gen_chunk:
+                return NOTHING
+            return Needs(window=recent + 1, reduce=reduce, evict=True)
+        schedule = _schedule(self, view.prompt_len, view.layers)
+        kept = self._kept_context(view.layer, view.new_len, view.prompt_len, schedule, view.layers)
+        if kept is None:
+            return NOTHING
+        return Needs(window=schedule.recent + 1, reduce=reduce, propagate=True)
+
+    def propagate(self, seen: Observation, state: State) -> tuple[Keep, State]:
+        view = seen.view
+        schedule = _schedule(self, view.prompt_len, view.layers)
+        context = view.new_len - schedule.recent - 1
+        count = self._kept_context(
+            view.layer, view.new_len, view.prompt_len, schedule, view.layers
+        )
+        assert seen.scores is not None and count is not None
+        forced = seen.protected[:, :context].clone()
+        forced[:, : self.sinks] = True
+        best = best_entries(seen.scores[:, :context], count, forced)
+        window = torch.arange(context, view.new_len, device=best.device)[None]
+        return Keep(torch.cat([best, window], dim=1)), state
+
+    def evict(self, seen: Observation, state: State) -> tuple[Keep, State]:
+        view, chunk = seen.view, self.gen_chunk
+        recent = int(view.first_kept_len * _recent_ratio(self, view.layers))
+        order = seen.positions[0].argsort()  # all heads keep the same tokens
+        first, last = view.kept_len - recent - 1 - chunk, view.kept_len - recent - 1
+        candidates = order[first:last]
+        share = curve_ratio("cosine", view.layer, view.layers.count, self.gen_decay)
+        assert seen.scores is not None
+        best = best_entries(
+            seen.scores[:, candidates],
+            max(1, int(chunk * self.gen_keep * share)),
+            seen.protected[:, candidates].all(0, keepdim=True),
+        )[0]
+        kept = torch.cat([order[:first], candidates[best], order[last:]])
+        marker = state["marker"].clone()
+        marker[view.layer] = len(kept) - recent
+        return Keep(kept[None]), {**state, "marker": marker}
+
+    def settled(self, view: View) -> State:
+        marker = view.state["marker"].clone()
+        marker[view.layer] = view.kept_len
+        return {**view.state, "marker": marker}
+
+    def forecast(self, prompt_len: int, max_new: int, layers: Layers) -> Forecast:
+        reach = list(_schedule(self, prompt_len, layers).reach)
+        grown = _generation_peak(self, prompt_len, max_new, layers)
+        return Forecast(reach, [n + extra for n, extra in zip(reach, grown, strict=True)])
+
+    def ring(self, prompt_len: int, max_new: int) -> int:
+        # Rows before the last prompt query weigh nothing on generated entries.
+        return min(int((prompt_len + max_new) * self.recent_ratio), max_new) + 1
+
+    def _kept_context(self, layer: int, length: int, prompt_len: int, schedule: Schedule,
+                      layers: Layers) -> int | None:  # fmt: skip
+        """Context tokens kept after ``layer`` when ``length`` entered it; None to keep all."""
+        if not _drops_after(self, layer, layers):
+            return None
+        context = length - schedule.recent - 1
+        least = min(self.min_context, prompt_len - 1 - schedule.recent)
+        ratio = curve_ratio(schedule.curve, layer, layers.count, schedule.decay)
+        count = int(context * ratio)
+        return None if count <= least or context <= least or ratio >= 1 else count
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _drops_after(policy: PyramidInfer, layer: int, layers: Layers) -> bool:
+    due = layer >= policy.start_layer and (layer - policy.start_layer) % policy.interval == 0
+    return due and layer < layers.count - 1 and layers.governed[layer]
+
+
+def _untouched(policy: PyramidInfer, layers: Layers) -> int:
+    """Layers that every token reaches: those up to the first drop."""
+    drops = (layer for layer in range(layers.count) if _drops_after(policy, layer, layers))
+    return next(drops, layers.count - 1) + 1
+
+
+def _recent_ratio(policy: PyramidInfer, layers: Layers) -> float:
+    """The window's share, lowered where ``keep`` leaves too little room for it."""
+    if policy.keep is None:
+        return policy.recent_ratio
+    untouched = _untouched(policy, layers) / layers.count
+    if untouched >= 1:
+        return policy.recent_ratio
+    room = (policy.keep - untouched) / (1 - untouched)  # mean share of the thinned layers
+    return policy.recent_ratio if policy.recent_ratio < room else max(0.0, room / 2)
+
+
+@lru_cache(maxsize=4096)
+def _schedule(policy: PyramidInfer, prompt_len: int, layers: Layers) -> Schedule:
+    """Tokens that enter each layer.  They depend on lengths only, so they are exact."""
+    recent = int(prompt_len * _recent_ratio(policy, layers))
+
+    def run(curve: str, decay: float) -> Schedule:
+        schedule, reach = Schedule((), recent, curve, decay), [prompt_len]
+        for layer in range(layers.count - 1):
+            kept = policy._kept_context(layer, reach[-1], prompt_len, schedule, layers)
+            if kept is not None:
+                kept = max(kept, min(policy.sinks, reach[-1] - recent - 1)) + recent + 1
+            reach.append(reach[-1] if kept is None else kept)
+        return schedule._replace(reach=tuple(reach))
+
+    if policy.keep is None:
+        return run(policy.decay_curve, policy.prefill_decay)
+    wanted = policy.keep * layers.count * prompt_len
+    # min_context makes the share jump up for small decays, so bisection would not do.
+    best = run("constant", 1.0)
+    for points in ([i / 256 for i in range(257)], [i / 8192 for i in range(-32, 33)]):
+        centre = best.decay if points[0] < 0 else 0.0
+        tries = (run("constant", centre + point) for point in points if 0 <= centre + point <= 1)
+        best = min([best, *tries], key=lambda each: abs(sum(each.reach) - wanted))
+    return best
+
+
+@lru_cache(maxsize=4096)
+def _generation_peak(policy: PyramidInfer, prompt_len: int, max_new: int, layers: Layers
+                     ) -> tuple[int, ...]:  # fmt: skip
+    """The most generated entries each layer ever holds, by running the lengths forward."""
+    ratio, chunk = _recent_ratio(policy, layers), policy.gen_chunk
+    shares = [curve_ratio("cosine", i, layers.count, policy.gen_decay) for i in range(layers.count)]
+    left = np.array([max(1, int(chunk * policy.gen_keep * share)) for share in shares])
+    governed = np.array(layers.governed)
+    held, marker = np.zeros(layers.count, dtype=np.int64), np.zeros(layers.count, dtype=np.int64)
+    peak = held.copy()
+    for _ in range(max_new):
+        held += 1
+        peak = np.maximum(peak, held)
+        recent = int((prompt_len + int(held[layers.first])) * ratio)
+        due = governed & (held - recent - marker >= chunk)
+        held = np.where(due, held - chunk + left, held)
+        marker = np.where(due, held - recent, marker)
+    return tuple(peak.tolist())

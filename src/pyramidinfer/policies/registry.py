@@ -1,0 +1,46 @@
+"""Policies by name; choices everywhere else iterate this table."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from typing import Any
+
+from pyramidinfer.config import nearest
+from pyramidinfer.policies.base import Policy
+from pyramidinfer.policies.full import Full
+from pyramidinfer.policies.pyramidinfer import PyramidInfer
+
+__all__ = ["POLICIES", "make_policy"]
+
+POLICIES: dict[str, type[Policy]] = {
+    policy.name: policy
+    for policy in (Full, PyramidInfer)
+}  # fmt: skip
+
+
+def make_policy(policy: str | Policy, keep: float | None = None, **options: Any) -> Policy:
+    """A policy from its name and options, or the given one with ``keep`` set.
+
+    Raises ``ValueError`` for an unknown name or option (with the nearest one) and for ``keep``
+    outside (0, 1].
+    """
+    if keep is not None and (
+        isinstance(keep, bool) or not isinstance(keep, int | float) or not 0 < keep <= 1
+    ):
+        raise ValueError(f"keep={keep!r} must be above 0 and at most 1")
+    if isinstance(policy, str):
+        if policy not in POLICIES:
+            raise ValueError(f"unknown policy {policy!r}; {nearest(policy, POLICIES)}")
+        chosen = POLICIES[policy]
+        known = [each.name for each in fields(chosen)]
+        for name in options:
+            if name not in known:
+                raise ValueError(
+                    f"policy {policy!r} has no option {name!r}; {nearest(name, known)}"
+                )
+        return chosen(**options) if keep is None else chosen(**options, keep=keep)  # type: ignore[call-arg]
+    if not isinstance(policy, Policy):
+        raise ValueError(f"policy={policy!r} is neither a name nor a policy object")
+    if options:
+        raise ValueError(f"options {sorted(options)} go into the policy object, not beside it")
+    return policy if keep is None else replace(policy, keep=keep)  # type: ignore[call-arg]

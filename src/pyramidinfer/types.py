@@ -1,0 +1,297 @@
+"""The nouns everything else passes around.  No behaviour lives here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "AttentionShape",
+    "Keep",
+    "KVUsage",
+    "Layers",
+    "Logprob",
+    "Needs",
+    "Observation",
+    "Reduce",
+    "RequestMetrics",
+    "RequestOutput",
+    "SamplingParams",
+    "State",
+    "TokenIds",
+    "Trace",
+    "View",
+]
+
+TokenIds = list[int]
+
+#: A policy's memory of one request: small named tensors, on the host.
+State = dict[str, Tensor]
+
+
+# --- what a policy sees and says -----------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Layers:
+    """The model's depth as a policy needs to know it.
+
+    ``governed[layer]``: every token of the request can be attended to there.  Only these layers
+    are a policy's business; a layer whose sliding window is shorter than the request is bounded
+    by that window and by nothing else.
+    """
+
+    governed: tuple[bool, ...]
+
+    @property
+    def count(self) -> int:
+        return len(self.governed)
+
+    @property
+    def first(self) -> int:
+        """The first governed layer, or 0 where there is none."""
+        return self.governed.index(True) if any(self.governed) else 0
+
+
+@dataclass(frozen=True, slots=True)
+class Reduce:
+    """How the attention of a window of queries becomes one score per entry.
+
+    ``heads``: ``mean`` or ``max`` over all query heads (one row of scores), ``kv_mean`` or
+    ``kv_max`` over the query heads of each KV head (one row per KV head).
+    ``rows``: ``mean``, ``sum`` or ``max`` over the window's queries.  ``newest_weight``: queries
+    are first weighted linearly from 1 (oldest) to this (newest).
+    """
+
+    heads: Literal["mean", "max", "kv_mean", "kv_max"] = "mean"
+    rows: Literal["mean", "sum", "max"] = "mean"
+    newest_weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What must be observed in a layer before the policy is asked.
+
+    ``window``: how many of the newest queries are scored (0: none) and ``reduce`` how.
+    ``column_sums``: attention each entry got from *all* new queries, per KV head.
+    ``slot_scores``: the running score kept beside each entry.
+    ``propagate``, ``retain``, ``evict``: which questions to ask; the others are answered "all".
+    """
+
+    window: int = 0
+    reduce: Reduce = Reduce()
+    column_sums: bool = False
+    slot_scores: bool = False
+    propagate: bool = False
+    retain: bool = False
+    evict: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """The lengths a policy decides on, before any tensor is looked at.
+
+    ``new_len`` tokens enter the layer in this phase; ``kept_len`` entries are in its cache, the
+    new ones included; ``first_kept_len`` are in the first governed layer.  ``prompt_len`` is the
+    length of the text being taken in: the prompt, or in ``extend`` the tokens added to it.
+    """
+
+    phase: Literal["prefill", "extend", "decode"]
+    layer: int
+    layers: Layers
+    prompt_len: int
+    new_len: int
+    kept_len: int
+    first_kept_len: int
+    seen_len: int
+    state: State
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """A layer as the policy sees it: the view and the tensors it asked for.
+
+    positions : ``[kv_heads, n]`` original positions; for ``propagate`` ``[1, new_len]``.
+    scores : ``[1 or kv_heads, n]`` window scores, entry by entry, or None.
+    column_sums, slot_scores : ``[kv_heads, n]`` or None.
+    protected : ``[kv_heads or 1, n]`` bool, entries that must stay.
+    """
+
+    view: View
+    positions: Tensor
+    protected: Tensor
+    scores: Tensor | None = None
+    column_sums: Tensor | None = None
+    slot_scores: Tensor | None = None
+
+
+class Keep(NamedTuple):
+    """Entries that stay: indices ``[heads, k]`` (heads is 1 or kv_heads), or None for all."""
+
+    indices: Tensor | None = None
+
+
+# --- what a layer is -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionShape:
+    """One attention layer's sizes. ``window``: positions it can look back, None for all."""
+
+    heads: int
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+    window: int | None = None
+
+
+# --- what a user gives and gets ------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How tokens are chosen.  ``temperature=0`` is greedy.
+
+    ``top_k=0``, ``top_p=1`` and ``min_p=0`` switch the filter off.  ``logprobs=k`` returns the
+    log-probability of each chosen token and of the ``k`` likeliest ones, before any filter.
+    """
+
+    max_tokens: int = 64
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+    stop: tuple[str, ...] | list[str] | str = ()
+    stop_token_ids: tuple[int, ...] | list[int] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        object.__setattr__(self, "stop", stop)
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        inf = float("inf")
+        for name, low, high in (
+            ("temperature", 0.0, 1e4), ("top_p", 0.0, 1.0), ("min_p", 0.0, 1.0),
+            ("repetition_penalty", 0.0, 1e4), ("presence_penalty", -1e3, 1e3),
+            ("frequency_penalty", -1e3, 1e3),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if not _is_number(value) or not low <= value <= high:
+                raise ValueError(f"{name}={value!r} must lie between {low:g} and {high:g}")
+        for name in ("top_p", "repetition_penalty"):
+            if getattr(self, name) == 0:
+                raise ValueError(f"{name}=0 must be above 0 (1 switches it off)")
+        for name, least, most in (
+            ("max_tokens", 1, inf), ("top_k", 0, inf), ("logprobs", 0, 1000),
+            ("seed", -(2**63), 2**64 - 1),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if value is None and name in ("logprobs", "seed"):
+                continue
+            if type(value) is not int or not least <= value <= most:
+                limits = f"at least {least}" if most == inf else f"between {least} and {most}"
+                raise ValueError(f"{name}={value!r} must be a whole number, {limits}")
+        for text in stop:
+            if not isinstance(text, str) or not text:
+                raise ValueError(f"stop={text!r}: a stop string must be a text that is not empty")
+        for token in self.stop_token_ids:
+            if type(token) is not int or token < 0:
+                raise ValueError(f"stop_token_ids: {token!r} is not a token id")
+
+
+class Logprob(NamedTuple):
+    """One position's log-probabilities: the chosen token's, and the likeliest tokens'."""
+
+    token_id: int
+    logprob: float
+    top: dict[int, float]
+
+
+@dataclass(frozen=True, slots=True)
+class RequestMetrics:
+    """Times in seconds since arrival; ``None`` where the event did not happen.
+
+    ``prefill_tokens_computed``: tokens that went through a layer in prefill, summed over layers
+    and divided by the number of layers; ``computed_share`` is that over the prompt's length.
+    """
+
+    queue_seconds: float | None
+    first_token_seconds: float | None
+    total_seconds: float
+    prefill_tokens_computed: float
+    computed_share: float
+
+
+@dataclass(frozen=True, slots=True)
+class KVUsage:
+    """What a request's cache was, just before it was released.
+
+    ``bytes``: its pages.  ``peak_bytes``: the most it held at any time, query rings and prefill
+    transients included.  ``full_bytes``: pages a full cache would take (sliding layers capped).
+    """
+
+    seen_len: int
+    kept_len: tuple[int, ...]
+    bytes: int
+    peak_bytes: int
+    full_bytes: int
+
+    @property
+    def kept_share(self) -> float:
+        """Mean over layers of the share of processed tokens that are in the cache."""
+        return sum(self.kept_len) / (len(self.kept_len) * self.seen_len) if self.seen_len else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOutput:
+    """A request's answer.
+
+    ``finish_reason``: ``"stop"`` (end-of-sequence, stop id or stop string), ``"length"``, or
+    ``"abort"``; None while streaming.
+    """
+
+    request_id: int
+    prompt_token_ids: TokenIds
+    text: str
+    token_ids: TokenIds
+    finish_reason: str | None
+    logprobs: list[Logprob] | None
+    metrics: RequestMetrics
+    kv: KVUsage
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """Which tokens survived where, for pictures and tests.
+
+    ``prefill_positions[layer]`` and ``kept_positions[layer]``: sorted original positions
+    ``[kv_heads, kept]`` after prefill and at the end.  ``kept_len_by_step[s][layer]``: entries
+    once token ``s`` is cached.  ``prefill_logits``, ``final_logits``: ``[vocab]``, after the
+    prompt and after the last token.
+    """
+
+    prompt_token_ids: TokenIds
+    prefill_positions: list[Tensor]
+    kept_positions: list[Tensor]
+    kept_len_by_step: list[list[int]]
+    token_ids: TokenIds
+    prefill_logits: Tensor
+    final_logits: Tensor
+    computed_by_layer: list[int] = field(default_factory=list)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The precision attention weights are worked out in: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
