@@ -2,11 +2,13 @@
 
 ``python -m pyramidinfer.lab.train --out DIR`` makes the same model again (up to float rounding).
 
-Three stages: pure copying (a random sequence repeated to fill the window), recall of facts among
-filler with the length growing 1.5x whenever recall passes a bar, and a finish at the full context
-with the learning rate falling to zero.  The final norm and head are also applied after the
-*exit* layers (as in LayerSkip, arXiv 2404.16710), which makes deep layers redundant: what a
-large model has by itself (the paper's inference context redundancy) and a tiny one lacks.
+Stages: pure copying (a random sequence repeated to fill the window), restating facts in shuffled
+order, recall of facts among filler with the length growing 1.5x whenever recall passes a bar, and
+a finish at the full context with the learning rate falling to zero.  Only the first
+``base_layers`` are trained until the finish; the others start as the identity and join there.
+The final norm and head are also applied after the *exit* layers (as in LayerSkip,
+arXiv 2404.16710).  Both make deep layers redundant: what a large model has by itself (the
+paper's inference context redundancy) and a tiny one, trained plainly, lacks.
 """
 
 from __future__ import annotations
@@ -40,17 +42,18 @@ class Recipe:
     kv_heads: int = 2
     mlp: int = 256
     context: int = 4096
-    exits: tuple[int, ...] = (4, 6, 8, 10)
+    base_layers: int = 5
+    exits: tuple[int, ...] = (4, 5, 6, 8, 10)
     exit_weight: float = 0.5
     filler_weight: float = 0.1
     filler_sample: float = 0.2
-    step_tokens: int = 4096
-    copy_tokens: int = 4_000_000
-    start_length: int = 128
+    step_tokens: int = 2048
+    start_length: int = 64
+    pair_length: int = 96
     growth: float = 1.5
     advance_at: float = 0.93
-    max_stage_tokens: int = 6_000_000
-    finish_tokens: int = 12_000_000
+    max_stage_tokens: int = 8_000_000
+    finish_tokens: int = 4_000_000
     learning_rate: float = 2e-3
     warmup_steps: int = 100
     init_std: float = 0.05
@@ -82,11 +85,34 @@ class Sampler:
         keys = [index > period for index in range(length)]
         return Example(ids, [1.0 if key else 0.0 for key in keys], keys)
 
+    def pairs(self, length: int) -> Example:
+        """A few facts, then the same facts again and again in random order.
+
+        How many words stand between the name and what is to be recalled differs from sequence
+        to sequence: none, up to the whole sentence.
+        """
+        rng, recipe = self.rng, self.recipe
+        facts = documents.sample_facts(rng, rng.randint(2, 6))
+        gap = rng.randrange(5)
+        words, weights, keys = ["<bos>"], [0.0], [False]
+        again = [*facts, *rng.choices(facts, k=length // 2)]
+        for index, fact in enumerate(again):
+            sentence = fact.words() if gap == 4 else [
+                fact.last, *["is", "in", fact.place][3 - gap :], fact.number
+            ]  # fmt: skip
+            recalled = [
+                index >= len(facts) and word in (fact.place, fact.number) for word in sentence
+            ]
+            words += sentence
+            weights += [1.0 if key else recipe.filler_weight for key in recalled]
+            keys += recalled
+        return Example([self.ids[w] for w in words[:length]], weights[:length], keys[:length])
+
     def recall(self, length: int) -> Example:
         """A document of facts among filler, then as many questions with answers as fit."""
         rng, recipe = self.rng, self.recipe
         turn = 22
-        asked = max(2, min(24, length // 80))
+        asked = max(2, min(40, length // 44))
         room = length - asked * turn - 2
         count = rng.randint(2, max(3, min(100, room // 24)))
         count = min(count, room // 14)
@@ -113,7 +139,7 @@ class Sampler:
 
     def batch(self, kind: str, length: int) -> tuple[Tensor, Tensor, Tensor]:
         """``step_tokens`` worth of examples: ids, weights and keys, each ``[batch, length]``."""
-        make = self.copying if kind == "copy" else self.recall
+        make = {"copy": self.copying, "pairs": self.pairs}.get(kind, self.recall)
         examples = [make(length) for _ in range(max(1, self.recipe.step_tokens // length))]
         ids, weights, keys = zip(*examples, strict=True)
         return torch.tensor(ids), torch.tensor(weights), torch.tensor(keys)
@@ -137,7 +163,11 @@ def new_model(recipe: Recipe) -> LlamaForCausalLM:
         attn_implementation="sdpa",
         use_cache=False,
     )
-    return LlamaForCausalLM(config)
+    model = LlamaForCausalLM(config)
+    for layer in model.model.layers[recipe.base_layers :]:  # the identity, until trained
+        torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
+        torch.nn.init.zeros_(layer.mlp.down_proj.weight)
+    return model
 
 
 class Losses(NamedTuple):
@@ -160,16 +190,17 @@ def losses(model: LlamaForCausalLM, recipe: Recipe, batch: tuple[Tensor, Tensor,
     scale = torch.where(key, weight, weight / recipe.filler_sample)[chosen]
     target, key = target[chosen], key[chosen]
     total, right, filler = torch.zeros(()), [], 0.0
-    for layer in (*recipe.exits, recipe.layers):
+    depth = model.config.num_hidden_layers
+    for layer in (*(exit for exit in recipe.exits if exit < depth), depth):
         state = states[layer][:, :-1][chosen]
-        if layer < recipe.layers:  # transformers applies the final norm to the last state only
+        if layer < depth:  # transformers applies the final norm to the last state only
             state = model.model.norm(state)
         logits = model.lm_head(state)
         each = F.cross_entropy(logits, target, reduction="none")
-        share = 1.0 if layer == recipe.layers else recipe.exit_weight
+        share = 1.0 if layer == depth else recipe.exit_weight
         total = total + share * (each * scale).sum() / scale.sum()
         right.append(float((logits.argmax(-1) == target)[key].float().mean()))
-        if layer == recipe.layers and not bool(key.all()):
+        if layer == depth and not bool(key.all()):
             filler = float(each.detach()[~key].mean())
     return Losses(total, filler, right)
 
@@ -179,15 +210,20 @@ class Stage(NamedTuple):
     length: int
     tokens: int
     bar: float
+    depth: int
 
 
 def stages(recipe: Recipe) -> list[Stage]:
     lengths = [recipe.start_length]
     while lengths[-1] < recipe.context:
         lengths.append(min(recipe.context, int(lengths[-1] * recipe.growth)))
-    plan = [Stage("copy", recipe.start_length, recipe.copy_tokens, 0.9)]
-    plan += [Stage("recall", n, recipe.max_stage_tokens, recipe.advance_at) for n in lengths]
-    return [*plan, Stage("finish", recipe.context, recipe.finish_tokens, 2.0)]
+    most, base = recipe.max_stage_tokens, recipe.base_layers
+    plan = [
+        Stage("copy", recipe.start_length, most, 0.9, base),
+        Stage("pairs", recipe.pair_length, most, recipe.advance_at, base),
+    ]
+    plan += [Stage("recall", n, most, recipe.advance_at, base) for n in lengths[1:]]
+    return [*plan, Stage("finish", recipe.context, recipe.finish_tokens, 2.0, recipe.layers)]
 
 
 def train(recipe: Recipe, out: Path, *, threads: int = 1, report_every: int = 20) -> None:
@@ -206,6 +242,7 @@ def train(recipe: Recipe, out: Path, *, threads: int = 1, report_every: int = 20
     step, seen, begun = 0, 0, time.monotonic()
     for stage in stages(recipe):
         spent, recall = 0, 0.0
+        model.config.num_hidden_layers = stage.depth  # transformers runs that many layers
         while spent < stage.tokens and recall < stage.bar:
             rate = recipe.learning_rate * min(1.0, (step + 1) / recipe.warmup_steps)
             if stage.kind == "finish":
@@ -213,8 +250,7 @@ def train(recipe: Recipe, out: Path, *, threads: int = 1, report_every: int = 20
             for group in optimizer.param_groups:
                 group["lr"] = rate
             batch = sampler.batch(stage.kind, stage.length)
-            with torch.autocast("cpu", torch.bfloat16):
-                result = losses(model, recipe, batch, generator)
+            result = losses(model, recipe, batch, generator)
             optimizer.zero_grad(set_to_none=True)
             result.total.backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -231,6 +267,7 @@ def train(recipe: Recipe, out: Path, *, threads: int = 1, report_every: int = 20
                 log.write(json.dumps(row) + "\n")
                 log.flush()
                 print(row, flush=True)
+        model.config.num_hidden_layers = recipe.layers
         save(model, out)
     log.close()
 

@@ -34,6 +34,7 @@ class Schedule(NamedTuple):
     """How one prompt length is thinned: tokens entering each layer, and what was solved for."""
 
     reach: tuple[int, ...]
+    ratio: float  # the recent window's share
     recent: int  # R: the window is R + 1 tokens
     curve: str
     decay: float
@@ -57,8 +58,8 @@ class PyramidInfer(Policy):
     start_layer : the first layer after which tokens may be dropped.
     keep : instead of a decay: the mean over layers of the share of the prompt that reaches a
         layer.  Uses the constant curve, solves for its decay for each prompt length, and lowers
-        ``recent_ratio`` where the window alone would not leave half the dropped layers' share to
-        the context.  ``min_context`` still holds, so very short prompts keep more.
+        ``recent_ratio`` where no decay reaches ``keep`` beside it.  ``min_context`` still holds,
+        so very short prompts keep more.
     """
 
     name: ClassVar[str] = "pyramidinfer"
@@ -122,7 +123,7 @@ class PyramidInfer(Policy):
             return NOTHING
         reduce = Reduce("mean", "mean", self.distance_weight)
         if view.phase == "decode":
-            recent = int(view.first_kept_len * _recent_ratio(self, view.layers))
+            recent = self._recent(view)
             marker = int(view.state["marker"][view.layer])
             if view.kept_len - recent - marker < self.gen_chunk:
                 return NOTHING
@@ -149,7 +150,7 @@ class PyramidInfer(Policy):
 
     def evict(self, seen: Observation, state: State) -> tuple[Keep, State]:
         view, chunk = seen.view, self.gen_chunk
-        recent = int(view.first_kept_len * _recent_ratio(self, view.layers))
+        recent = self._recent(view)
         order = seen.positions[0].argsort()  # all heads keep the same tokens
         first, last = view.kept_len - recent - 1 - chunk, view.kept_len - recent - 1
         candidates = order[first:last]
@@ -179,6 +180,10 @@ class PyramidInfer(Policy):
         # Rows before the last prompt query weigh nothing on generated entries.
         return min(int((prompt_len + max_new) * self.recent_ratio), max_new) + 1
 
+    def _recent(self, view: View) -> int:
+        """R while decoding: one for all layers, growing with the first layer's entries."""
+        return int(view.first_kept_len * _schedule(self, view.prompt_len, view.layers).ratio)
+
     def _kept_context(self, layer: int, length: int, prompt_len: int, schedule: Schedule,
                       layers: Layers) -> int | None:  # fmt: skip
         """Context tokens kept after ``layer`` when ``length`` entered it; None to keep all."""
@@ -206,24 +211,13 @@ def _untouched(policy: PyramidInfer, layers: Layers) -> int:
     return next(drops, layers.count - 1) + 1
 
 
-def _recent_ratio(policy: PyramidInfer, layers: Layers) -> float:
-    """The window's share, lowered where ``keep`` leaves too little room for it."""
-    if policy.keep is None:
-        return policy.recent_ratio
-    untouched = _untouched(policy, layers) / layers.count
-    if untouched >= 1:
-        return policy.recent_ratio
-    room = (policy.keep - untouched) / (1 - untouched)  # mean share of the thinned layers
-    return policy.recent_ratio if policy.recent_ratio < room else max(0.0, room / 2)
-
-
 @lru_cache(maxsize=4096)
 def _schedule(policy: PyramidInfer, prompt_len: int, layers: Layers) -> Schedule:
     """Tokens that enter each layer.  They depend on lengths only, so they are exact."""
-    recent = int(prompt_len * _recent_ratio(policy, layers))
 
-    def run(curve: str, decay: float) -> Schedule:
-        schedule, reach = Schedule((), recent, curve, decay), [prompt_len]
+    def run(ratio: float, curve: str, decay: float) -> Schedule:
+        recent = int(prompt_len * ratio)
+        schedule, reach = Schedule((), ratio, recent, curve, decay), [prompt_len]
         for layer in range(layers.count - 1):
             kept = policy._kept_context(layer, reach[-1], prompt_len, schedule, layers)
             if kept is not None:
@@ -232,14 +226,22 @@ def _schedule(policy: PyramidInfer, prompt_len: int, layers: Layers) -> Schedule
         return schedule._replace(reach=tuple(reach))
 
     if policy.keep is None:
-        return run(policy.decay_curve, policy.prefill_decay)
+        return run(policy.recent_ratio, policy.decay_curve, policy.prefill_decay)
     wanted = policy.keep * layers.count * prompt_len
-    # min_context makes the share jump up for small decays, so bisection would not do.
-    best = run("constant", 1.0)
-    for points in ([i / 256 for i in range(257)], [i / 8192 for i in range(-32, 33)]):
-        centre = best.decay if points[0] < 0 else 0.0
-        tries = (run("constant", centre + point) for point in points if 0 <= centre + point <= 1)
-        best = min([best, *tries], key=lambda each: abs(sum(each.reach) - wanted))
+
+    def miss(schedule: Schedule) -> float:
+        return abs(sum(schedule.reach) - wanted)
+
+    best = run(policy.recent_ratio, "constant", 1.0)
+    for narrower in range(8):
+        ratio = policy.recent_ratio / 2**narrower if narrower < 7 else 0.0
+        # min_context makes the share jump up for small decays, so bisection would not do.
+        found = min((run(ratio, "constant", i / 256) for i in range(257)), key=miss)
+        near = (found.decay + i / 8192 for i in range(-32, 33))
+        fine = (run(ratio, "constant", decay) for decay in near if 0 <= decay <= 1)
+        best = min([best, found, *fine], key=miss)
+        if miss(best) <= 0.002 * layers.count * prompt_len:
+            break
     return best
 
 
@@ -247,7 +249,7 @@ def _schedule(policy: PyramidInfer, prompt_len: int, layers: Layers) -> Schedule
 def _generation_peak(policy: PyramidInfer, prompt_len: int, max_new: int, layers: Layers
                      ) -> tuple[int, ...]:  # fmt: skip
     """The most generated entries each layer ever holds, by running the lengths forward."""
-    ratio, chunk = _recent_ratio(policy, layers), policy.gen_chunk
+    ratio, chunk = _schedule(policy, prompt_len, layers).ratio, policy.gen_chunk
     shares = [curve_ratio("cosine", i, layers.count, policy.gen_decay) for i in range(layers.count)]
     left = np.array([max(1, int(chunk * policy.gen_keep * share)) for share in shares])
     governed = np.array(layers.governed)

@@ -1,0 +1,286 @@
+"""Pool and tables under random sequences of operations, against plain Python lists."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from pyramidinfer.cache import GroupSpec, Pool, PoolExhausted, Ring, Table
+from pyramidinfer.cache.pool import Slots
+
+SPECS = [
+    GroupSpec((0, 2), kv_heads=2, key_dim=3, value_dim=2, dtype=torch.float32),
+    GroupSpec((1,), kv_heads=1, key_dim=2, value_dim=4, dtype=torch.float32),
+]
+LAYERS, PAGE = 3, 4
+KV_HEADS = (2, 1, 2)
+
+
+def new_pool(budget: int = 20_000, scores: bool = False) -> Pool:
+    return Pool(SPECS, budget, PAGE, scores=scores, poison=True)
+
+
+def entry(pool: Pool, layer: int, tags: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values that tell who wrote them: ``tag + 0.01 * head``."""
+    spec = pool.group(layer).spec
+    heads = torch.arange(spec.kv_heads) * 0.01
+    base = tags.float()[:, None, None] + heads[None, :, None]
+    return base.expand(-1, -1, spec.key_dim), -base.expand(-1, -1, spec.value_dim)
+
+
+@dataclass
+class Model:
+    """What a table must hold: per layer and head, a set of (position, tag)."""
+
+    table: Table
+    entries: list[list[set[tuple[int, int]]]] = field(
+        default_factory=lambda: [[set() for _ in range(KV_HEADS[i])] for i in range(LAYERS)]
+    )
+
+
+class PoolMachine(RuleBasedStateMachine):
+    """add, evict, decode, fork, swap, truncate and finish, in any order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool = new_pool()
+        self.live: list[Model] = []
+        self.tag = 0
+
+    def pick(self, data: st.DataObject) -> Model:
+        return self.live[data.draw(st.integers(0, len(self.live) - 1))]
+
+    @rule()
+    def begin(self) -> None:
+        if len(self.live) < 4:
+            self.live.append(Model(self.pool.new_table()))
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data(), count=st.integers(1, 11))
+    def add(self, data: st.DataObject, count: int) -> None:
+        """The same new tokens in every layer, as a prefill does."""
+        model = self.pick(data)
+        table = model.table
+        first = table.seen_len
+        positions = torch.arange(first, first + count)
+        for layer in range(LAYERS):
+            self.tag += 1
+            try:
+                slots = self.pool.append(table, layer, count)
+            except PoolExhausted:
+                self.pool.release(table)
+                self.live.remove(model)
+                return
+            keys, values = entry(self.pool, layer, torch.full((count,), self.tag))
+            self.pool.write(layer, slots, keys, values, positions)
+            for head in model.entries[layer]:
+                head |= {(int(position), self.tag) for position in positions}
+        table.seen_len += count
+
+    @precondition(lambda self: self.live)
+    @rule()
+    def decode(self) -> None:
+        """One token for every request at once."""
+        tables = [model.table for model in self.live]
+        worst = [len(tables) * 2 * len(group.spec.layers) for group in self.pool.groups]
+        if any(n > len(g.free) for n, g in zip(worst, self.pool.groups, strict=True)):
+            return
+        pages, offsets = self.pool.append_each(tables)
+        for layer in range(LAYERS):
+            self.tag += 1
+            tags = torch.arange(self.tag, self.tag + len(tables))
+            self.tag += len(tables)
+            keys, values = entry(self.pool, layer, tags)
+            positions = torch.tensor([table.seen_len for table in tables])
+            slots = Slots(pages[layer], offsets[layer])
+            self.pool.write(layer, slots, keys, values, positions)
+            for model, tag in zip(self.live, tags.tolist(), strict=True):
+                for head in model.entries[layer]:
+                    head.add((model.table.seen_len, tag))
+        for table in tables:
+            table.seen_len += 1
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data(), seed=st.integers(0, 999), share=st.floats(0, 1))
+    def evict(self, data: st.DataObject, seed: int, share: float) -> None:
+        """Each head keeps other entries, all heads as many."""
+        model = self.pick(data)
+        layer = data.draw(st.integers(0, LAYERS - 1))
+        length = int(model.table.kept[layer])
+        generator = torch.Generator().manual_seed(seed)
+        kept = int(length * share)
+        indices = torch.stack(
+            [torch.randperm(length, generator=generator)[:kept] for _ in range(KV_HEADS[layer])]
+        )
+        positions = self.pool.positions(model.table, layer)
+        keys = self.pool.gather(model.table, layer)[0]
+        try:
+            self.pool.keep(model.table, layer, indices)
+        except PoolExhausted:
+            self.pool.release(model.table)
+            self.live.remove(model)
+            return
+        for head, chosen in enumerate(indices):
+            model.entries[layer][head] = {
+                (int(positions[head, i]), round(float(keys[head, i, 0]) - 0.01 * head))
+                for i in chosen.tolist()
+            }
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data())
+    def fork(self, data: st.DataObject) -> None:
+        model = self.pick(data)
+        if len(self.live) < 4:
+            twin = Model(self.pool.fork(model.table))
+            twin.entries = [[set(head) for head in layer] for layer in model.entries]
+            self.live.append(twin)
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data())
+    def swap(self, data: st.DataObject) -> None:
+        model = self.pick(data)
+        exported = self.pool.export(model.table)
+        self.pool.release(model.table)
+        try:
+            model.table = self.pool.import_(exported)
+        except PoolExhausted:  # its pages may have been shared, so more are needed now
+            stale = [t for t in self.pool.tables if t not in [m.table for m in self.live]]
+            for table in stale:
+                self.pool.release(table)
+            self.live.remove(model)
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data(), cut=st.integers(0, 60))
+    def truncate(self, data: st.DataObject, cut: int) -> None:
+        model = self.pick(data)
+        cut = min(cut, model.table.seen_len)
+        left = [[{e for e in h if e[0] < cut} for h in layer] for layer in model.entries]
+        if any(len({len(head) for head in layer}) > 1 for layer in left):
+            with pytest.raises(ValueError, match="unevenly"):
+                self.pool.truncate(model.table, cut)
+            self.pool.release(model.table)
+            self.live.remove(model)
+            return
+        try:
+            self.pool.truncate(model.table, cut)
+        except PoolExhausted:
+            self.pool.release(model.table)
+            self.live.remove(model)
+            return
+        model.entries = left
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data())
+    def finish(self, data: st.DataObject) -> None:
+        model = self.pick(data)
+        self.pool.release(model.table)
+        self.live.remove(model)
+
+    @invariant()
+    def nothing_is_lost_or_mixed_up(self) -> None:
+        self.pool.check()
+        for model in self.live:
+            for layer in range(LAYERS):
+                keys, values, positions = self.pool.gather(model.table, layer)
+                for head, expected in enumerate(model.entries[layer]):
+                    tags = (keys[head, :, 0] - 0.01 * head).round().long().tolist()
+                    assert set(zip(positions[head].tolist(), tags, strict=True)) == expected
+                    assert len(tags) == len(expected)
+                    assert torch.equal(keys[head, :, 0], -values[head, :, 0])
+
+
+PoolMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestPool = PoolMachine.TestCase
+
+
+def filled(pool: Pool, count: int) -> Table:
+    table = pool.new_table()
+    for layer in range(LAYERS):
+        keys, values = entry(pool, layer, torch.arange(count))
+        pool.write(layer, pool.append(table, layer, count), keys, values, torch.arange(count))
+    table.seen_len = count
+    return table
+
+
+def test_eviction_frees_pages_at_once() -> None:
+    pool = new_pool()
+    table = filled(pool, 20)
+    before = pool.bytes(table)
+    pool.keep(table, 0, torch.tensor([[1, 7, 19], [0, 18, 2]]))
+    assert int(table.held[0]) == 1
+    assert before - pool.bytes(table) == 4 * pool.page_bytes[0]
+    pool.check()
+
+
+def test_hole_filling_moves_only_the_tail() -> None:
+    """Survivors already in front keep their slots; the others come from behind."""
+    pool = new_pool()
+    table = filled(pool, 10)
+    pool.keep(table, 0, torch.tensor([[0, 2, 3, 8], [9, 1, 2, 3]]))
+    positions = pool.positions(table, 0)
+    assert positions[0].tolist() == [0, 8, 2, 3]
+    assert positions[1].tolist() == [9, 1, 2, 3]
+
+
+def test_freed_slots_are_poisoned() -> None:
+    pool = new_pool()
+    table = filled(pool, 6)
+    page = int(table.pages[0, 1])
+    pool.keep(table, 0, torch.tensor([[0, 1, 2]]))
+    assert pool.groups[0].keys[page].isnan().all()
+    assert pool.groups[0].keys[table.pages[0, 0], :, 3].isnan().all()
+
+
+def test_a_shared_page_is_copied_before_it_is_written() -> None:
+    pool = new_pool()
+    table = filled(pool, 6)
+    twin = pool.fork(table)
+    assert pool.bytes(twin) == pool.bytes(table)
+    used = pool.budget_used
+    assert used == pool.bytes(table)  # nothing was copied yet
+    pool.append_each([twin])
+    assert pool.budget_used > used
+    assert twin.pages[0, 0] == table.pages[0, 0]
+    assert twin.pages[0, 1] != table.pages[0, 1]
+    pool.check()
+
+
+def test_scores_and_ring_travel_with_the_request() -> None:
+    pool = new_pool(scores=True)
+    table = filled(pool, 6)
+    for layer in range(LAYERS):
+        pool.add_scores(table, layer, torch.arange(6.0).expand(KV_HEADS[layer], -1))
+    table.state = {"marker": torch.tensor([1, 2, 3])}
+    table.ring = Ring.empty(LAYERS, 3, 2, 3, torch.float32, torch.device("cpu"))
+    for position in range(5):
+        table.ring.push(torch.full((LAYERS, 2, 3), float(position)), torch.zeros(LAYERS, 2), position)
+    pool.keep(table, 0, torch.tensor([[5, 1], [2, 5]]))
+    assert pool.scores(table, 0).sort(1).values.tolist() == [[1, 5], [2, 5]]
+    back = pool.import_(pool.export(table))
+    assert pool.scores(back, 0).tolist() == pool.scores(table, 0).tolist()
+    assert back.state["marker"].tolist() == [1, 2, 3]
+    assert back.ring is not None
+    assert back.ring.newest(0, 10)[2].tolist() == [2, 3, 4]
+
+
+def test_check_sees_a_double_owner_and_a_leak() -> None:
+    pool = new_pool()
+    table, other = filled(pool, 6), filled(pool, 6)
+    other.pages[0, 0], spare = table.pages[0, 0], other.pages[0, 0]
+    with pytest.raises(AssertionError):
+        pool.check()
+    other.pages[0, 0] = spare
+    pool.check()
+    pool.groups[0].free.pop()
+    with pytest.raises(AssertionError):
+        pool.check()
+
+
+def test_budget_below_one_page_per_layer() -> None:
+    with pytest.raises(ValueError, match="kv_memory=10 bytes is below one page per layer"):
+        Pool(SPECS, 10, PAGE)
