@@ -10,8 +10,8 @@ from torch import Tensor
 
 __all__ = [
     "AttentionShape",
-    "Keep",
     "KVUsage",
+    "Keep",
     "Layers",
     "Logprob",
     "Needs",

@@ -106,7 +106,9 @@ def test_decode_over_ragged_pages(name: str, scale: Scale, dtype: torch.dtype) -
             queries[request : request + 1], keys, q_pos[request : request + 1], k_pos, scale
         )
         expected.append(brute_out(weights, values)[0])
-        shares.append(torch.tensor(weights, dtype=torch.float64)[:, 0].view(KV, HEADS // KV, length).sum(1))
+        shares.append(
+            torch.tensor(weights, dtype=torch.float64)[:, 0].view(KV, HEADS // KV, length).sum(1)
+        )
     backend = select_backend(name)
     plan = backend.plan(tables[None], torch.tensor([lengths]), [11], q_pos)
     got = backend.run(plan, 0, queries, pages, scale, probs=True)
@@ -143,7 +145,13 @@ def test_window_scores(name: str, scale: Scale, heads: str, rows: str,
     }[heads] * torch.tensor(ramp, dtype=torch.float64)[:, None]  # fmt: skip
     expected = {"mean": over.mean(1), "sum": over.sum(1), "max": over.amax(1)}[rows]
     got = select_backend(name).window_scores(
-        queries, keys, q_pos, k_pos, scale, Reduce(heads, rows, 1.5), rows=6  # type: ignore[arg-type]
+        queries,
+        keys,
+        q_pos,
+        k_pos,
+        scale,
+        Reduce(heads, rows, 1.5),
+        rows=6,  # type: ignore[arg-type]
     )
     torch.testing.assert_close(got.scores, expected, atol=1e-9, rtol=0)
 

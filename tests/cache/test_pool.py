@@ -258,7 +258,9 @@ def test_scores_and_ring_travel_with_the_request() -> None:
     table.state = {"marker": torch.tensor([1, 2, 3])}
     table.ring = Ring.empty(LAYERS, 3, 2, 3, torch.float32, torch.device("cpu"))
     for position in range(5):
-        table.ring.push(torch.full((LAYERS, 2, 3), float(position)), torch.zeros(LAYERS, 2), position)
+        table.ring.push(
+            torch.full((LAYERS, 2, 3), float(position)), torch.zeros(LAYERS, 2), position
+        )
     pool.keep(table, 0, torch.tensor([[5, 1], [2, 5]]))
     assert pool.scores(table, 0).sort(1).values.tolist() == [[1, 5], [2, 5]]
     back = pool.import_(pool.export(table))

@@ -22,7 +22,9 @@ def policy_named(name: str) -> Policy:
     return make_policy(name, 0.5, **(SMALL if name == "pyramidinfer" else {}))
 
 
-def build(name: str, family: str = "llama", dtype: torch.dtype = torch.float64, **options: Any) -> LLM:
+def build(
+    name: str, family: str = "llama", dtype: torch.dtype = torch.float64, **options: Any
+) -> LLM:
     options = {"kv_memory": "4MiB", "page_size": 4, "poison": True, **options}
     return LLM(tiny_model(family, dtype), policy=policy_named(name), **options)
 

@@ -41,6 +41,15 @@ class HeavyHitters(Policy):
         return Forecast([prompt_len] * layers.count, [kept] * layers.count)
 
 
+def cut(alive: set[int], score: dict[int, float], budget: int) -> set[int]:
+    """The newest half of the budget and the heaviest of the rest."""
+    if len(alive) <= budget:
+        return alive
+    newest = set(sorted(alive)[-(budget // 2) :])
+    rest = sorted(alive - newest, key=lambda column: -score[column])
+    return newest | set(rest[: budget - len(newest)])
+
+
 def brute_force(model: torch.nn.Module, prompt: list[int], tokens: list[int], budget: int
                 ) -> list[list[set[int]]]:  # fmt: skip
     """Kept positions of layer 0 per KV head, from whole attention rows of layer 0.
@@ -61,14 +70,7 @@ def brute_force(model: torch.nn.Module, prompt: list[int], tokens: list[int], bu
             column: float(mine[:, : len(prompt), column].sum()) for column in range(len(prompt))
         }
 
-        def cut(alive: set[int], score: dict[int, float]) -> set[int]:
-            if len(alive) <= budget:
-                return alive
-            newest = set(sorted(alive)[-(budget // 2) :])
-            rest = sorted(alive - newest, key=lambda column: -score[column])
-            return newest | set(rest[: budget - len(newest)])
-
-        alive = cut(alive, score)
+        alive = cut(alive, score, budget)
         for step in range(len(tokens)):
             position = len(prompt) + step
             alive = alive | {position}
@@ -77,7 +79,7 @@ def brute_force(model: torch.nn.Module, prompt: list[int], tokens: list[int], bu
                 total = sum(float(row[column]) for column in alive)
                 for column in alive:
                     score[column] += float(row[column]) / total
-            alive = cut(alive, score)
+            alive = cut(alive, score, budget)
         kept.append([alive])  # type: ignore[list-item]
     return kept
 

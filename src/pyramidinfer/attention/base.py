@@ -69,27 +69,52 @@ class Backend(Protocol):
 
     name: str
 
-    def plan(self, tables: Tensor, lengths: Tensor, longest: list[int], positions: Tensor
-             ) -> DecodePlan:
+    def plan(
+        self, tables: Tensor, lengths: Tensor, longest: list[int], positions: Tensor
+    ) -> DecodePlan:
         """Prepare one step's decode rows."""
         ...  # fmt: skip
 
-    def run(self, plan: DecodePlan, layer: int, queries: Tensor, pages: Pages, scale: Scale, *,
-            probs: bool = False) -> Attended:
+    def run(
+        self,
+        plan: DecodePlan,
+        layer: int,
+        queries: Tensor,
+        pages: Pages,
+        scale: Scale,
+        *,
+        probs: bool = False,
+    ) -> Attended:
         """One query ``[R, H, D]`` per request over its pages of ``layer``; gives lse too."""
         ...  # fmt: skip
 
-    def prefill(self, queries: Tensor, keys: Tensor, values: Tensor, q_pos: Tensor, k_pos: Tensor,
-                scale: Scale) -> Tensor:
+    def prefill(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        q_pos: Tensor,
+        k_pos: Tensor,
+        scale: Scale,
+    ) -> Tensor:
         """Queries ``[n, H, D]`` over entries ``[K, m, D]`` of which the last n are their own.
 
         The other m - n entries are older than every query, in any order.  → ``[n, H, V]``.
         """
         ...  # fmt: skip
 
-    def window_scores(self, queries: Tensor, keys: Tensor, q_pos: Tensor, k_pos: Tensor,
-                      scale: Scale, reduce: Reduce, *, rows: int, lse: Tensor | None = None
-                      ) -> Scored:
+    def window_scores(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        q_pos: Tensor,
+        k_pos: Tensor,
+        scale: Scale,
+        reduce: Reduce,
+        *,
+        rows: int,
+        lse: Tensor | None = None,
+    ) -> Scored:
         """Attention weights of ``queries`` ``[W, H, D]`` over ``keys`` ``[K, m, D]``, reduced.
 
         A weight is ``exp(qk - lse)`` with the log-sum-exp given (``[W, H]``, of the time the
@@ -98,7 +123,8 @@ class Backend(Protocol):
         """
         ...  # fmt: skip
 
-    def column_sums(self, queries: Tensor, keys: Tensor, q_pos: Tensor, k_pos: Tensor,
-                    scale: Scale) -> Tensor:
-        """Attention each entry gets from all ``queries``, summed over a KV head's group: ``[K, m]``."""
+    def column_sums(
+        self, queries: Tensor, keys: Tensor, q_pos: Tensor, k_pos: Tensor, scale: Scale
+    ) -> Tensor:
+        """Attention each entry gets from all ``queries``, summed over a group: ``[K, m]``."""
         ...  # fmt: skip

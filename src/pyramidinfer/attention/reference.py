@@ -64,10 +64,12 @@ class ReferenceBackend:
                 entry = torch.arange(entries, device=keys.device)
                 mask = entry <= torch.arange(entries - new, entries, device=keys.device)[:, None]
             group = queries.shape[1] // keys.shape[0]
-            wide = (each.repeat_interleave(group, dim=0)[None] for each in (keys, values))
+            wide_keys, wide_values = (
+                each.repeat_interleave(group, dim=0)[None] for each in (keys, values)
+            )
             out = F.scaled_dot_product_attention(
-                queries.transpose(0, 1)[None], *wide, attn_mask=mask, is_causal=mask is None,
-                scale=scale.scale,
+                queries.transpose(0, 1)[None], wide_keys, wide_values, attn_mask=mask,
+                is_causal=mask is None, scale=scale.scale,
             )  # fmt: skip
             return out[0].transpose(0, 1)
         high = accumulate_dtype(queries.dtype)

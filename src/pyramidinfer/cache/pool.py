@@ -203,7 +203,8 @@ class Pool:
 
     def add_scores_each(self, layer: int, tables: Tensor, lengths: Tensor, amounts: Tensor
                         ) -> None:  # fmt: skip
-        """The same for several requests: pages ``[R, P]``, lengths ``[R]``, ``[R, kv_heads, n]``."""
+        """The same for several requests: pages ``[R, P]``, lengths ``[R]``, amounts
+        ``[R, kv_heads, n]``."""
         group, size = self.group(layer), self.page_size
         if group.scores is None:
             raise AssertionError("this pool keeps no scores")
@@ -247,7 +248,7 @@ class Pool:
     # --- reading ------------------------------------------------------------------------------
 
     def group(self, layer: int) -> Group:
-        return self.groups[self.group_of[layer]]
+        return self.groups[int(self.group_of[layer])]
 
     def gather(self, table: Table, layer: int) -> tuple[Tensor, Tensor, Tensor]:
         """A copy of a layer's entries: keys ``[kv_heads, n, dim]``, values, positions."""
@@ -332,7 +333,7 @@ class Pool:
         for number, group in enumerate(self.groups):
             owners = np.zeros_like(group.counts)
             for table in self.tables:
-                for layer in np.nonzero(self.group_of == number)[0]:
+                for layer in np.nonzero(self.group_of == number)[0].tolist():
                     assert table.held[layer] == self.pages_for(int(table.kept[layer])), "lengths"
                     np.add.at(owners, self._owned(table, layer), 1)
             assert (owners == group.counts).all(), "a page's count differs from its owners"
@@ -386,5 +387,9 @@ class Pool:
 def _copy_ring(ring: Ring | None, device: torch.device) -> Ring | None:
     if ring is None:
         return None
-    moved = (each.to(device, copy=True) for each in (ring.queries, ring.lse, ring.positions))
-    return Ring(*moved, written=ring.written)
+    return Ring(
+        ring.queries.to(device, copy=True),
+        ring.lse.to(device, copy=True),
+        ring.positions.to(device, copy=True),
+        ring.written,
+    )

@@ -79,7 +79,8 @@ class Engine:
         for token in params.stop_token_ids:
             if token >= self.adapter.vocab_size:
                 raise ValueError(
-                    f"stop_token_ids: {token} is outside the vocabulary of {self.adapter.vocab_size}"
+                    f"stop_token_ids: {token} is outside the vocabulary "
+                    f"of {self.adapter.vocab_size}"
                 )
         max_new = min(params.max_tokens, longest - len(prompt))
         spans = tuple((int(start), int(stop)) for start, stop in protect)
@@ -275,6 +276,7 @@ class Engine:
 
     def output(self, request: Request) -> RequestOutput:
         """The request's answer so far."""
+
         def since(moment: float | None) -> float | None:
             return None if moment is None else moment - request.arrived
 

@@ -63,7 +63,7 @@ class LLM:
     def policy(self) -> Policy:
         return self.engine.policy
 
-    def generate(self, prompts: Prompt | list[Prompt],
+    def generate(self, prompts: Prompt | Sequence[Prompt],
                  sampling: SamplingParams | list[SamplingParams] | None = None, *,
                  protect: Spans | list[Spans] = ()) -> list[RequestOutput]:  # fmt: skip
         """Answer every prompt; the list is in prompt order.
@@ -132,7 +132,7 @@ class LLM:
         return ids
 
 
-def _as_batch(prompts: Prompt | list[Prompt]) -> list[Prompt]:
+def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if isinstance(prompts, str):
         return [prompts]
     items = list(prompts)

@@ -20,7 +20,7 @@ from pyramidinfer.types import Logprob, SamplingParams
 __all__ = ["prepare", "sample"]
 
 
-class CountPenalty(LogitsProcessor):  # type: ignore[misc]
+class CountPenalty(LogitsProcessor):
     """Presence and frequency penalties over the tokens generated so far (OpenAI's definition)."""
 
     def __init__(self, request: Request) -> None:
@@ -30,11 +30,9 @@ class CountPenalty(LogitsProcessor):  # type: ignore[misc]
         if not self.request.output:
             return scores
         params = self.request.params
-        tokens, counts = torch.tensor(self.request.output).unique(return_counts=True)
-        penalty = params.presence_penalty + params.frequency_penalty * counts
-        scores = scores.clone()
-        scores[0, tokens.to(scores.device)] -= penalty.to(scores.device, scores.dtype)
-        return scores
+        counts = torch.bincount(torch.tensor(self.request.output), minlength=scores.shape[1])
+        penalty = params.presence_penalty * (counts > 0) + params.frequency_penalty * counts
+        return scores - penalty.to(scores.device, scores.dtype)
 
 
 def prepare(request: Request, device: torch.device) -> None:

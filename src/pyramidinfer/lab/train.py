@@ -4,8 +4,8 @@
 
 Stages: pure copying (a random sequence repeated to fill the window), restating facts in shuffled
 order, recall of facts among filler with the length growing 1.5x whenever recall passes a bar, and
-a finish at the full context with the learning rate falling to zero.  Only the first
-``base_layers`` are trained until the finish; the others start as the identity and join there.
+two stages at mixed lengths, the second with the learning rate falling to zero.  Only the first
+``base_layers`` are trained until that last stage; the others start as the identity and join there.
 The final norm and head are also applied after the *exit* layers (as in LayerSkip,
 arXiv 2404.16710).  Both make deep layers redundant: what a large model has by itself (the
 paper's inference context redundancy) and a tiny one, trained plainly, lacks.
@@ -19,7 +19,7 @@ import random
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, TextIO
 
 import torch
 from torch import Tensor
@@ -29,7 +29,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from pyramidinfer.lab import documents
 from pyramidinfer.lab.tokenizer import build_tokenizer
 
-__all__ = ["Recipe", "train"]
+__all__ = ["LOG", "Recipe", "train"]
+
+LOG = "training_log.jsonl"
+NEVER = 2.0  # recall cannot pass it
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +54,13 @@ class Recipe:
     start_length: int = 64
     pair_length: int = 96
     growth: float = 1.5
+    grow_to: int = 2400
     advance_at: float = 0.93
     max_stage_tokens: int = 8_000_000
-    finish_tokens: int = 4_000_000
+    mixed_tokens: int = 5_000_000
+    finish_tokens: int = 3_000_000
+    mixed_step_tokens: int = 4096
+    mixed_lengths: tuple[int, ...] = (256, 512, 1024, 2048, 4096)
     learning_rate: float = 2e-3
     warmup_steps: int = 100
     init_std: float = 0.05
@@ -61,7 +68,7 @@ class Recipe:
 
 
 class Example(NamedTuple):
-    """Token ids and the weight of predicting each of them; ``keys`` marks what must be recalled."""
+    """Token ids, the weight of predicting each, and ``keys``: which must be recalled."""
 
     ids: list[int]
     weights: list[float]
@@ -78,7 +85,7 @@ class Sampler:
         self.content = [i for w, i in self.ids.items() if w not in documents.SPECIALS]
 
     def copying(self, length: int) -> Example:
-        """A random sequence of period 4 to 16 repeated to ``length``; repeats are to be recalled."""
+        """A random sequence of period 4 to 16, repeated to ``length``."""
         period = self.rng.randint(4, 16)
         cycle = self.rng.choices(self.content, k=period)
         ids = [self.ids["<bos>"], *(cycle * (length // period + 1))][:length]
@@ -137,10 +144,10 @@ class Sampler:
         ids = [self.ids[word] for word in words] + [self.ids["<pad>"]] * missing
         return Example(ids, weights + [0.0] * missing, keys + [False] * missing)
 
-    def batch(self, kind: str, length: int) -> tuple[Tensor, Tensor, Tensor]:
-        """``step_tokens`` worth of examples: ids, weights and keys, each ``[batch, length]``."""
+    def batch(self, kind: str, length: int, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+        """About ``tokens`` of examples: ids, weights and keys, each ``[batch, length]``."""
         make = {"copy": self.copying, "pairs": self.pairs}.get(kind, self.recall)
-        examples = [make(length) for _ in range(max(1, self.recipe.step_tokens // length))]
+        examples = [make(length) for _ in range(max(1, tokens // length))]
         ids, weights, keys = zip(*examples, strict=True)
         return torch.tensor(ids), torch.tensor(weights), torch.tensor(keys)
 
@@ -206,77 +213,130 @@ def losses(model: LlamaForCausalLM, recipe: Recipe, batch: tuple[Tensor, Tensor,
 
 
 class Stage(NamedTuple):
+    """``lengths``: one is drawn for each step;  ``bar``: recall at which the stage ends early;
+    ``depth``: layers that run;  ``fresh``: begins from the saved weights with a new optimizer."""
+
     kind: str
-    length: int
+    lengths: tuple[int, ...]
+    step_tokens: int
     tokens: int
     bar: float
     depth: int
+    fresh: bool = False
 
 
 def stages(recipe: Recipe) -> list[Stage]:
     lengths = [recipe.start_length]
-    while lengths[-1] < recipe.context:
-        lengths.append(min(recipe.context, int(lengths[-1] * recipe.growth)))
-    most, base = recipe.max_stage_tokens, recipe.base_layers
-    plan = [
-        Stage("copy", recipe.start_length, most, 0.9, base),
-        Stage("pairs", recipe.pair_length, most, recipe.advance_at, base),
+    while lengths[-1] < recipe.grow_to:
+        lengths.append(int(lengths[-1] * recipe.growth))
+    step, most, base = recipe.step_tokens, recipe.max_stage_tokens, recipe.base_layers
+    bar, mixed = recipe.advance_at, (recipe.mixed_lengths, recipe.mixed_step_tokens)
+    return [
+        Stage("copy", (recipe.start_length,), step, most, 0.9, base),
+        Stage("pairs", (recipe.pair_length,), step, most, bar, base),
+        *(Stage("recall", (length,), step, most, bar, base) for length in lengths[1:]),
+        Stage("mixed", *mixed, recipe.mixed_tokens, NEVER, base, fresh=True),
+        Stage("finish", *mixed, recipe.finish_tokens, NEVER, recipe.layers, fresh=True),
     ]
-    plan += [Stage("recall", n, most, recipe.advance_at, base) for n in lengths[1:]]
-    return [*plan, Stage("finish", recipe.context, recipe.finish_tokens, 2.0, recipe.layers)]
 
 
-def train(recipe: Recipe, out: Path, *, threads: int = 1, report_every: int = 20) -> None:
-    """Run the recipe; write model, tokenizer, ``training_log.jsonl`` into ``out``."""
-    torch.set_num_threads(threads)
-    torch.manual_seed(recipe.seed)
-    sampler = Sampler(recipe, recipe.seed)
-    generator = torch.Generator().manual_seed(recipe.seed)
-    model = new_model(recipe)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0.01
-    )
-    out.mkdir(parents=True, exist_ok=True)
-    log = (out / "training_log.jsonl").open("w")
-    log.write(json.dumps({"recipe": asdict(recipe), "torch": torch.__version__}) + "\n")
-    step, seen, begun = 0, 0, time.monotonic()
-    for stage in stages(recipe):
-        spent, recall = 0, 0.0
-        model.config.num_hidden_layers = stage.depth  # transformers runs that many layers
+class Trainer:
+    """Runs stages on one model and writes the log."""
+
+    def __init__(self, recipe: Recipe, model: LlamaForCausalLM, log: TextIO) -> None:
+        self.recipe, self.model, self.log = recipe, model, log
+        self.step, self.seen, self.begun = 0, 0, time.monotonic()
+        self.restart(recipe.seed)
+
+    def restart(self, seed: int) -> None:
+        """A fresh optimizer and fresh random numbers."""
+        self.sampler = Sampler(self.recipe, seed)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.first_step = self.step
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=self.recipe.learning_rate, betas=(0.9, 0.98),
+            weight_decay=0.01,
+        )  # fmt: skip
+
+    def run(self, stage: Stage, report_every: int = 20) -> None:
+        """Train until recall passes the stage's bar or its tokens are spent."""
+        recipe, spent, recall = self.recipe, 0, 0.0
+        self.model.config.num_hidden_layers = stage.depth  # transformers runs that many layers
         while spent < stage.tokens and recall < stage.bar:
-            rate = recipe.learning_rate * min(1.0, (step + 1) / recipe.warmup_steps)
+            rate = recipe.learning_rate
+            rate *= min(1.0, (self.step - self.first_step + 1) / recipe.warmup_steps)
             if stage.kind == "finish":
                 rate *= 1.0 - spent / stage.tokens
-            for group in optimizer.param_groups:
+            for group in self.optimizer.param_groups:
                 group["lr"] = rate
-            batch = sampler.batch(stage.kind, stage.length)
-            result = losses(model, recipe, batch, generator)
-            optimizer.zero_grad(set_to_none=True)
+            length = self.sampler.rng.choice(stage.lengths)
+            batch = self.sampler.batch(stage.kind, length, stage.step_tokens)
+            result = losses(self.model, recipe, batch, self.generator)
+            self.optimizer.zero_grad(set_to_none=True)
             result.total.backward()  # type: ignore[no-untyped-call]
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            step, seen, spent = step + 1, seen + batch[0].numel(), spent + batch[0].numel()
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+            self.optimizer.step()
+            self.step, spent = self.step + 1, spent + batch[0].numel()
+            self.seen += batch[0].numel()
             recall = 0.9 * recall + 0.1 * result.recall[-1]
-            if step % report_every == 0:
-                row: dict[str, Any] = {
-                    "step": step, "tokens": seen, "stage": stage.kind, "length": stage.length,
-                    "loss": round(float(result.total.detach()), 4), "filler": round(result.filler, 4),
-                    "recall": round(recall, 4), "exits": [round(x, 3) for x in result.recall],
-                    "seconds": round(time.monotonic() - begun, 1),
-                }  # fmt: skip
-                log.write(json.dumps(row) + "\n")
-                log.flush()
-                print(row, flush=True)
-        model.config.num_hidden_layers = recipe.layers
-        save(model, out)
-    log.close()
+            if self.step % report_every == 0:
+                self.report(stage.kind, length, result, recall)
+        self.model.config.num_hidden_layers = recipe.layers
+
+    def report(self, kind: str, length: int, result: Losses, recall: float) -> None:
+        row = {
+            "step": self.step, "tokens": self.seen, "stage": kind, "length": length,
+            "loss": round(float(result.total.detach()), 4), "filler": round(result.filler, 4),
+            "recall": round(recall, 4), "exits": [round(x, 3) for x in result.recall],
+            "seconds": round(time.monotonic() - self.begun, 1),
+        }  # fmt: skip
+        self.log.write(json.dumps(row) + "\n")
+        self.log.flush()
+        print(row, flush=True)
+
+
+def train(recipe: Recipe, out: Path, *, threads: int = 1, resume: Path | None = None) -> None:
+    """Run the recipe; write model, tokenizer and ``training_log.jsonl`` into ``out``.
+
+    The mixed and finish stages begin anew from the saved (bfloat16) weights, so training can be
+    taken up before either of them: ``resume`` is a folder written by the stage before.
+    """
+    torch.set_num_threads(threads)
+    torch.manual_seed(recipe.seed)
+    model, plan = new_model(recipe), stages(recipe)
+    out.mkdir(parents=True, exist_ok=True)
+    earlier = [json.loads(row) for row in (resume / LOG).read_text().splitlines()] if resume else []
+    if resume:
+        done = "mixed" if earlier[-1]["stage"] == "mixed" else "recall"
+        plan = plan[max(i for i, stage in enumerate(plan) if stage.kind == done) + 1 :]
+        load(model, resume)
+    with (out / LOG).open("w") as log:
+        trainer = Trainer(recipe, model, log)
+        for row in [{"recipe": asdict(recipe)}, *earlier[1:]]:
+            log.write(json.dumps(row) + "\n")
+        if resume:
+            trainer.step, trainer.seen = earlier[-1]["step"], earlier[-1]["tokens"]
+            trainer.begun -= earlier[-1]["seconds"]
+        for index, stage in enumerate(plan):
+            if stage.fresh:
+                if index:
+                    load(model, out)
+                trainer.restart(recipe.seed + len(stages(recipe)) - len(plan) + index)
+            trainer.run(stage)
+            save(model, out)
+
+
+def load(model: LlamaForCausalLM, folder: Path) -> None:
+    """Take over saved weights."""
+    saved = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.load_state_dict(saved.state_dict())
 
 
 def save(model: LlamaForCausalLM, out: Path) -> None:
-    """Write the weights in bfloat16, the config and the tokenizer."""
-    weights = {name: value.to(torch.bfloat16) for name, value in model.state_dict().items()}
-    model.config.dtype = torch.bfloat16
-    model.save_pretrained(out, state_dict=weights)
+    """Write the weights (in bfloat16), the config and the tokenizer."""
+    half = LlamaForCausalLM(model.config).to(torch.bfloat16)
+    half.load_state_dict(model.state_dict())
+    half.save_pretrained(out)
     build_tokenizer(model.config.max_position_embeddings).save_pretrained(out)
 
 
@@ -284,8 +344,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--resume", type=Path, help="a folder to take up before mixed or finish")
     arguments = parser.parse_args()
-    train(Recipe(), arguments.out, threads=arguments.threads)
+    train(Recipe(), arguments.out, threads=arguments.threads, resume=arguments.resume)
 
 
 if __name__ == "__main__":

@@ -29,12 +29,12 @@ class Adapter:
     ``ValueError`` for an unsupported family or layer feature.  The model object stays usable.
     """
 
-    def __init__(self, model: nn.Module, backend: Backend, prefill_chunk: int = 1024) -> None:
+    def __init__(self, model: Any, backend: Backend, prefill_chunk: int = 1024) -> None:
         self.config: Any = model.config
         self.family = find_family(self.config)
         self.backend, self.prefill_chunk = backend, prefill_chunk
         self.body: Any = model.get_submodule(self.family.body)
-        self.head: Any = model.get_output_embeddings()  # type: ignore[operator]
+        self.head: Any = model.get_output_embeddings()
         depth = self.config.num_hidden_layers
         originals = list(self.body.layers)[:depth]
         self.layers = [route(layer, self.family.attention) for layer in originals]
@@ -80,7 +80,8 @@ class Adapter:
         for layer in range(self.depth):
             riding = hidden
             while True:
-                segments, parts = self._take(batch.works, layer, 0 if riding is None else len(riding[0]))
+                start = 0 if riding is None else riding.shape[1]
+                segments, parts = self._take(batch.works, layer, start)
                 if riding is None and not segments:
                     break
                 rope = tables.get(self.kinds[layer]) if riding is not None else None
@@ -103,7 +104,9 @@ class Adapter:
 
     # --- one layer ----------------------------------------------------------------------------
 
-    def _take(self, works: list[Work], layer: int, start: int) -> tuple[list[Segment], list[Tensor]]:
+    def _take(
+        self, works: list[Work], layer: int, start: int
+    ) -> tuple[list[Segment], list[Tensor]]:
         """Claim the next chunk of every intake that is at this layer and has budget left."""
         segments, parts = [], []
         for work in works:

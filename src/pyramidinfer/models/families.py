@@ -89,7 +89,8 @@ class Family:
     """How to drive one ``model_type`` of transformers.
 
     ``body``: path to the module that holds the layers; ``attention``: the attention module's
-    name in a layer; ``grouped``: it can have fewer KV heads than query heads; ``rotary_by_type``: rotary tables differ by layer type (Gemma 3).
+    name in a layer; ``grouped``: it can have fewer KV heads than query heads;
+    ``rotary_by_type``: rotary tables differ by layer type (Gemma 3).
     """
 
     title: str
@@ -123,7 +124,8 @@ FAMILIES: dict[str, Family] = {
         grouped=False,
     ),
     "opt": Family(
-        "OPT", body="model.decoder", embed=_embed_opt, finish=_finish_opt, grouped=False, rotary=False
+        "OPT", body="model.decoder", embed=_embed_opt, finish=_finish_opt, grouped=False,
+        rotary=False,
     ),
 }  # fmt: skip
 

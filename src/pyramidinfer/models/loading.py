@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ import psutil
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 
 from pyramidinfer.config import nearest, parse_device, parse_dtype
 from pyramidinfer.models.families import find_family
 
-__all__ = ["LoadedModel", "free_memory", "load_model"]
+__all__ = ["LoadedModel", "free_memory", "load_config", "load_model",
+           "quiet_transformers", "shipped_model"]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +45,7 @@ def load_model(model: str | os.PathLike[str] | nn.Module, tokenizer: Any = "auto
         return _take_object(model, tokenizer, dtype, device)
     name, place = str(model), parse_device(device)
     _check_folder(name)
-    config = _from_hub(AutoConfig, name)
+    config = load_config(name)
     find_family(config)
     kind = parse_dtype(dtype, getattr(config, "dtype", None))
     _check_fits(name, kind, place)
@@ -53,6 +56,23 @@ def load_model(model: str | os.PathLike[str] | nn.Module, tokenizer: Any = "auto
     _check_report(name, report)
     loaded = loaded.to(place).eval()
     return LoadedModel(loaded, _find_tokenizer(name, tokenizer), name, place, kind)
+
+
+def shipped_model() -> str:
+    """Folder of the model in the package."""
+    return str(files("pyramidinfer") / "assets" / "demo-model")
+
+
+def quiet_transformers() -> None:
+    """Switch transformers' progress bars and advice off (the command line's choice)."""
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
+def load_config(name: str) -> Any:
+    """The transformers config of a folder or hub id."""
+    _check_path(name)
+    return _from_hub(AutoConfig, name)
 
 
 def free_memory(device: torch.device) -> int:
@@ -88,7 +108,7 @@ def _take_object(model: nn.Module, tokenizer: Any, dtype: str | torch.dtype,
     return LoadedModel(model, tokenizer, name, first.device, first.dtype)
 
 
-def _check_folder(name: str) -> None:
+def _check_path(name: str) -> None:
     path = Path(name).expanduser()
     looks_local = path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1
     if not path.exists():
@@ -96,10 +116,14 @@ def _check_folder(name: str) -> None:
             near = [str(each) for each in path.parent.glob("*") if each.is_dir()]
             hint = f"; {nearest(str(path), near)}" if near else ""
             raise ValueError(f"model path {name!r} does not exist{hint}")
-        return
-    if not (path / "config.json").is_file():
+    elif not (path / "config.json").is_file():
         raise ValueError(f"model folder {name!r} has no config.json")
-    if not list(path.glob("*.safetensors")):
+
+
+def _check_folder(name: str) -> None:
+    _check_path(name)
+    path = Path(name).expanduser()
+    if path.exists() and not list(path.glob("*.safetensors")):
         raise ValueError(
             f"model folder {name!r} has no *.safetensors file; other weight formats are not loaded"
         )

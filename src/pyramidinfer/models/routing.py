@@ -26,11 +26,11 @@ NAME = "pyramidinfer"
 
 
 class Segment(NamedTuple):
-    """``count`` tokens of an intake in the flat row, from row ``start``."""
+    """``size`` tokens of an intake in the flat row, from row ``start``."""
 
     intake: Intake
     start: int
-    count: int
+    size: int
 
 
 class Decoding:
@@ -66,8 +66,8 @@ class LayerCall:
         outs = []
         if self.decoding:
             outs.append(self._decode(self.decoding, queries, keys, values, scale))
-        for intake, start, count in self.segments:
-            rows = slice(start, start + count)
+        for intake, start, size in self.segments:
+            rows = slice(start, start + size)
             outs.append(self._prefill(intake, queries[rows], keys[rows], values[rows], scale))
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 

@@ -47,7 +47,7 @@ class Policy:
         return {}
 
     def needs(self, view: View) -> Needs:
-        """What to observe before asking, and which questions to ask now.  Called often: ints only."""
+        """What to observe, and which questions to ask now.  Called often: ints only."""
         return NOTHING
 
     def propagate(self, seen: Observation, state: State) -> tuple[Keep, State]:

@@ -138,9 +138,7 @@ class PyramidInfer(Policy):
         view = seen.view
         schedule = _schedule(self, view.prompt_len, view.layers)
         context = view.new_len - schedule.recent - 1
-        count = self._kept_context(
-            view.layer, view.new_len, view.prompt_len, schedule, view.layers
-        )
+        count = self._kept_context(view.layer, view.new_len, view.prompt_len, schedule, view.layers)
         assert seen.scores is not None and count is not None
         forced = seen.protected[:, :context].clone()
         forced[:, : self.sinks] = True

@@ -1,0 +1,116 @@
+"""``pyramidinfer demo | generate | inspect``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pyramidinfer.policies.registry import POLICIES
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="pyramidinfer",
+    help="Language model inference in which fewer tokens are computed and fewer are kept.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+Model = Annotated[
+    str | None, typer.Option(help="Folder or hub id. Default: the model shipped with the package.")
+]
+PolicyName = Annotated[str, typer.Option(help=f"One of: {', '.join(sorted(POLICIES))}.")]
+Keep = Annotated[
+    float | None, typer.Option(help="Common budget of all policies: a share in (0, 1].")
+]
+Options = Annotated[
+    list[str] | None,
+    typer.Option("--option", "-o", help="A policy option, NAME=VALUE; may be repeated."),
+]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16 or float64.")]
+MaxTokens = Annotated[int, typer.Option(help="Tokens to generate at most.")]
+
+
+@app.command()
+def demo(
+    documents: Annotated[int, typer.Option(help="Documents to answer a question about.")] = 24,
+    length: Annotated[int, typer.Option(help="Tokens in each document.")] = 2000,
+    kv_memory: Annotated[str, typer.Option(help="Memory for all caches.")] = "64MiB",
+    keep: Annotated[float, typer.Option(help="Share of layer-tokens PyramidInfer computes.")] = 0.5,
+    start_layer: Annotated[int, typer.Option(help="Where the late start begins to drop.")] = 4,
+    out: Annotated[Path, typer.Option(help="Folder for the picture.")] = Path("out"),
+) -> None:
+    """Answer questions about long documents in one memory budget, three ways, and draw it."""
+    from pyramidinfer.cli.demo import run_demo
+
+    run_demo(documents, length, kv_memory, keep, start_layer, out)
+
+
+@app.command()
+def generate(
+    model: Model = None,
+    policy: PolicyName = "pyramidinfer",
+    keep: Keep = None,
+    option: Options = None,
+    prompt: Annotated[str | None, typer.Option(help="The prompt.")] = None,
+    prompt_file: Annotated[
+        Path | None, typer.Option(help="File holding the prompt; - is standard input.")
+    ] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Apply the model's chat template.")] = False,
+    max_tokens: MaxTokens = 64,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="1 is off.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="0 is off.")] = 0,
+    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Stop text; may be repeated.")] = None,
+    kv_memory: Annotated[str, typer.Option(help="Memory for the cache.")] = "1GiB",
+    dtype: Dtype = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Answer one prompt with any supported local or hub model."""
+    from pyramidinfer.cli.generate import run_generate
+    from pyramidinfer.types import SamplingParams
+
+    params = SamplingParams(
+        max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed,
+        stop=tuple(stop or ()),
+    )  # fmt: skip
+    run_generate(
+        model, policy, keep, option or [], prompt, prompt_file, chat, params, kv_memory, dtype,
+        device, as_json,
+    )  # fmt: skip
+
+
+@app.command()
+def inspect(
+    model: Model = None,
+    policy: PolicyName = "pyramidinfer",
+    keep: Keep = None,
+    option: Options = None,
+    prompt_len: Annotated[int, typer.Option(help="Tokens in the prompt.")] = 2048,
+    max_tokens: MaxTokens = 256,
+    dtype: Dtype = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Show what a policy would compute and keep in each layer, and the bytes. Reads no weights."""
+    from pyramidinfer.cli.inspect import run_inspect
+
+    run_inspect(model, policy, keep, option or [], prompt_len, max_tokens, dtype, as_json)
+
+
+def main() -> None:
+    """Run the command line; a user's mistake is one line and exit code 2."""
+    try:
+        app()
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,38 @@
+"""What the commands share."""
+
+from __future__ import annotations
+
+import ast
+from dataclasses import fields
+from typing import Any
+
+from pyramidinfer.config import nearest
+from pyramidinfer.policies import POLICIES, Policy, make_policy
+
+__all__ = ["human_bytes", "policy_from"]
+
+
+def policy_from(name: str, keep: float | None, options: list[str]) -> Policy:
+    """A policy from ``--policy``, ``--keep`` and ``--option NAME=VALUE``."""
+    values: dict[str, Any] = {}
+    for item in options:
+        key, sign, text = item.partition("=")
+        if not sign:
+            raise ValueError(f"--option {item!r}: write NAME=VALUE")
+        known = [each.name for each in fields(POLICIES[name])] if name in POLICIES else []
+        if known and key not in known:
+            raise ValueError(f"policy {name!r} has no option {key!r}; {nearest(key, known)}")
+        try:
+            values[key] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            values[key] = text
+    return make_policy(name, keep, **values)
+
+
+def human_bytes(count: float) -> str:
+    """``12.3 MiB``."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            break
+        count /= 1024
+    return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"

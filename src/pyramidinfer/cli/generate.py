@@ -1,0 +1,83 @@
+"""``pyramidinfer generate``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.console import Console
+
+from pyramidinfer.cli.common import human_bytes, policy_from
+from pyramidinfer.engine import LLM
+from pyramidinfer.models.loading import quiet_transformers, shipped_model
+from pyramidinfer.types import RequestOutput, SamplingParams
+
+__all__ = ["run_generate"]
+
+
+def run_generate(model: str | None, policy: str, keep: float | None, options: list[str],
+                 prompt: str | None, prompt_file: Path | None, chat: bool, params: SamplingParams,
+                 kv_memory: str, dtype: str, device: str, as_json: bool) -> None:  # fmt: skip
+    """Stream an answer to the terminal, or print it as one JSON object."""
+    chosen = policy_from(policy, keep, options)
+    text = _read_prompt(prompt, prompt_file)
+    quiet_transformers()
+    llm = LLM(model or shipped_model(), chosen, kv_memory=kv_memory, dtype=dtype, device=device)
+    ids = _chat_ids(llm, text) if chat else llm.encode(text)
+    output = None
+    try:
+        written = 0
+        for output in llm.stream(ids, params):
+            if not as_json:
+                print(output.text[written:], end="", flush=True)
+                written = len(output.text)
+    except KeyboardInterrupt:
+        if output is not None and as_json:
+            _print_json(output)
+        raise
+    assert output is not None
+    if as_json:
+        _print_json(output)
+        return
+    print(flush=True)
+    kv, metrics = output.kv, output.metrics
+    Console(stderr=True).print(
+        f"[dim]{len(output.prompt_token_ids)} prompt + {len(output.token_ids)} generated tokens, "
+        f"{output.finish_reason}; computed {metrics.computed_share:.0%} and kept "
+        f"{kv.kept_share:.0%} of layer-tokens; KV {human_bytes(kv.bytes)} of "
+        f"{human_bytes(kv.full_bytes)}; first token {metrics.first_token_seconds or 0:.2f} s, "
+        f"total {metrics.total_seconds:.2f} s[/dim]"
+    )
+
+
+def _read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
+    if (prompt is None) == (prompt_file is None):
+        raise ValueError("give the prompt with --prompt TEXT or --prompt-file FILE")
+    if prompt is not None:
+        return prompt
+    assert prompt_file is not None
+    if str(prompt_file) == "-":
+        return sys.stdin.read()
+    try:
+        return prompt_file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise ValueError(f"cannot read --prompt-file {str(prompt_file)!r}: {reason}") from error
+
+
+def _chat_ids(llm: LLM, text: str) -> list[int]:
+    if llm.tokenizer is None or not getattr(llm.tokenizer, "chat_template", None):
+        raise ValueError(f"model {llm.name!r} has no chat template; leave --chat out")
+    messages = [{"role": "user", "content": text}]
+    ids: list[int] = llm.tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=False
+    )
+    return ids
+
+
+def _print_json(output: RequestOutput) -> None:
+    entry = asdict(output)
+    entry["kv"]["kept_share"] = output.kv.kept_share
+    print(json.dumps(entry))

@@ -1,0 +1,41 @@
+"""What the package gives out is what it says."""
+
+from __future__ import annotations
+
+import importlib
+import tomllib
+from importlib.metadata import metadata
+from pathlib import Path
+
+import pytest
+
+import pyramidinfer
+
+ROOT = Path(pyramidinfer.__file__).parent
+MODULES = sorted(
+    "pyramidinfer." + ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for path in ROOT.rglob("*.py")
+    if path.name not in ("__init__.py", "__main__.py")
+)
+
+
+def test_public_names() -> None:
+    assert sorted(pyramidinfer.__all__) == [
+        "Full", "KVUsage", "LLM", "PyramidInfer", "RequestMetrics", "RequestOutput",
+        "SamplingParams", "Trace",
+    ]  # fmt: skip
+    assert len(pyramidinfer.__all__) <= 12
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_all_names_exist(name: str) -> None:
+    module = importlib.import_module(name)
+    assert module.__doc__, f"{name} says nothing about itself"
+    for each in getattr(module, "__all__", []):
+        assert hasattr(module, each), f"{name}.__all__ names {each}"
+
+
+def test_extras() -> None:
+    project = tomllib.loads((ROOT.parents[1] / "pyproject.toml").read_text())["project"]
+    assert set(project["optional-dependencies"]) == {"server", "lab", "gpu", "dev", "all"}
+    assert project["version"] == pyramidinfer.__version__ == metadata("pyramidinfer")["Version"]
