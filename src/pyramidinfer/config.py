@@ -102,10 +102,13 @@ class EngineConfig:
                 raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
 
     @classmethod
-    def from_options(cls, **options: Any) -> EngineConfig:
-        """Build from keywords; an unknown one raises with the nearest name."""
+    def from_options(cls, others: Iterable[str] = (), **options: Any) -> EngineConfig:
+        """Build from keywords; an unknown one raises with the nearest name.
+
+        ``others``: further names that the caller takes itself.
+        """
         known = [each.name for each in fields(cls)]
         for name in options:
             if name not in known:
-                raise ValueError(f"unknown option {name!r}; {nearest(name, known)}")
+                raise ValueError(f"unknown option {name!r}; {nearest(name, {*known, *others})}")
         return cls(**options)

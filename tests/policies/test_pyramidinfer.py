@@ -52,7 +52,9 @@ def test_released_schedule_keeps_more_than_half() -> None:
     """With the cosine curve and a 20 % window no decay reaches the paper's 45 % at 12 layers."""
     shares = [share(PyramidInfer(prefill_decay=decay / 10), 4000) for decay in range(11)]
     assert min(shares) > 0.55
-    assert shares[8] == pytest.approx(0.75, abs=0.03)  # the released setting keeps 72-78 %
+    deep = Layers((True,) * 40)  # the released 13B setting keeps 72-78 % of the prompt
+    released = PyramidInfer(interval=2).forecast(512, 1, deep).reach
+    assert 0.72 <= sum(released) / (40 * 512) <= 0.78
 
 
 def test_linear_is_not_constant() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -21,6 +23,20 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """A user's mistake is one line and exit code 2; Ctrl-C leaves what is done and exits 130."""
+    try:
+        yield
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        raise typer.Exit(130) from None
+
+
 Model = Annotated[
     str | None, typer.Option(help="Folder or hub id. Default: the model shipped with the package.")
 ]
@@ -37,6 +53,7 @@ MaxTokens = Annotated[int, typer.Option(help="Tokens to generate at most.")]
 
 
 @app.command()
+@plain_errors()
 def demo(
     documents: Annotated[int, typer.Option(help="Documents to answer a question about.")] = 24,
     length: Annotated[int, typer.Option(help="Tokens in each document.")] = 2000,
@@ -52,6 +69,7 @@ def demo(
 
 
 @app.command()
+@plain_errors()
 def generate(
     model: Model = None,
     policy: PolicyName = "pyramidinfer",
@@ -88,6 +106,7 @@ def generate(
 
 
 @app.command()
+@plain_errors()
 def inspect(
     model: Model = None,
     policy: PolicyName = "pyramidinfer",
@@ -105,12 +124,5 @@ def inspect(
 
 
 def main() -> None:
-    """Run the command line; a user's mistake is one line and exit code 2."""
-    try:
-        app()
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        sys.exit(130)
+    """Run the command line."""
+    app()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import operator
 import time
 from collections.abc import Sequence as Items
 from typing import Any
@@ -11,9 +12,9 @@ import torch
 from torch import nn
 
 from pyramidinfer.attention import select_backend
-from pyramidinfer.cache import Pool, Ring
+from pyramidinfer.cache import Pool, Ring, Table
 from pyramidinfer.config import EngineConfig
-from pyramidinfer.engine.memory import Ledger, full_bytes
+from pyramidinfer.engine.memory import Cost, Ledger, full_bytes
 from pyramidinfer.engine.request import Request
 from pyramidinfer.engine.sampler import prepare, sample
 from pyramidinfer.engine.scheduler import Plan, Scheduler
@@ -57,37 +58,33 @@ class Engine:
     # --- requests -----------------------------------------------------------------------------
 
     def make(self, prompt: TokenIds, params: SamplingParams, *, protect: Spans = (),
-             hold: bool = False) -> Request:  # fmt: skip
+             hold: bool = False, on: Table | None = None) -> Request:  # fmt: skip
         """Check a request and build it, without queueing it.
 
-        ``protect``: spans ``(start, stop)`` of prompt positions that no policy may drop.
+        ``protect``: spans ``(start, stop)`` of prompt positions that no policy may drop;
+        ``on``: a cache that already holds the beginning of the prompt.
         """
-        longest = self.adapter.max_positions
+        adapter, longest = self.adapter, self.adapter.max_positions
         self.check_tokens(prompt)
         if len(prompt) >= longest:
             raise ValueError(
                 f"the prompt has {len(prompt)} tokens; this model has {longest} positions, so at "
                 f"most {longest - 1} fit with one generated token"
             )
-        for start, stop in protect:
-            if not 0 <= start < stop <= len(prompt):
-                raise ValueError(
-                    f"protect span ({start}, {stop}) lies outside the prompt's {len(prompt)} tokens"
-                )
+        spans = _check_spans(protect, len(prompt))
         if params.stop and self.tokenizer is None:
             raise ValueError("stop strings need a tokenizer; none was loaded (use stop_token_ids)")
         for token in params.stop_token_ids:
-            if token >= self.adapter.vocab_size:
+            if token >= adapter.vocab_size:
                 raise ValueError(
-                    f"stop_token_ids: {token} is outside the vocabulary "
-                    f"of {self.adapter.vocab_size}"
+                    f"stop_token_ids: {token} is outside the vocabulary of {adapter.vocab_size}"
                 )
         max_new = min(params.max_tokens, longest - len(prompt))
-        spans = tuple((int(start), int(stop)) for start, stop in protect)
-        layers = self.adapter.layers_for(len(prompt) + max_new)
+        layers = adapter.layers_for(len(prompt) + max_new)
         covered = len(set().union(*(range(*span) for span in spans)))
-        cost = self.ledger.cost(self.policy, len(prompt), max_new, layers, covered)
-        self._check_cost(cost.bytes, self.ledger.ever_fits(cost), len(prompt), max_new)
+        seen, held = (on.seen_len, on.kept) if on else (0, None)
+        cost = self.ledger.cost(self.policy, len(prompt) - seen, max_new, layers, covered, held)
+        self._check_cost(cost, len(prompt), max_new)
         text = Detokenizer(self.tokenizer, tuple(params.stop)) if self.tokenizer else None
         return Request(next(self._ids), list(prompt), params, max_new, cost, spans, hold, text)
 
@@ -104,34 +101,23 @@ class Engine:
         self.scheduler.waiting.append(request)
 
     def extend(self, request: Request, tokens: TokenIds, params: SamplingParams, *,
-               hold: bool = False) -> Request:  # fmt: skip
+               protect: Spans = (), hold: bool = False) -> Request:  # fmt: skip
         """Go on with a held request: ``tokens`` (a further turn) join its compressed cache.
 
-        Its own last answer is part of the text.  The old request object is used up.
+        Its own last answer is part of the text, and ``protect`` spans are positions of the whole
+        text.  The old request object is used up.
         """
         old = request.sequence
-        if not request.hold or old is None or request.kv is None:
+        if not request.hold or old is None or request.finish_reason is None:
             raise ValueError(f"request {request.id} holds no cache; add it with hold=True")
         self.check_tokens(tokens)
         text = request.prompt + request.output + list(tokens)
-        new = len(text) - old.table.seen_len
-        room = self.adapter.max_positions - len(text)
-        if room < 1:
-            raise ValueError(
-                f"the text would have {len(text)} tokens; this model has "
-                f"{self.adapter.max_positions} positions"
-            )
-        if self.adapter.rotary.is_long(len(text) + min(params.max_tokens, room) - 1) != old.is_long:
+        turn = self.make(text, params, protect=[*request.protect, *protect], hold=hold,
+                         on=old.table)  # fmt: skip
+        if self.adapter.rotary.is_long(len(text) + turn.max_new - 1) != old.is_long:
             raise ValueError(
                 "the text outgrows the rotary range its cache was made for; start a new request"
             )
-        max_new = min(params.max_tokens, room)
-        layers = self.adapter.layers_for(len(text) + max_new)
-        cost = self.ledger.cost(self.policy, new, max_new, layers, 0, old.table.kept)
-        self._check_cost(cost.bytes, self.ledger.ever_fits(cost), len(text), max_new)
-        detokenizer = Detokenizer(self.tokenizer, tuple(params.stop)) if self.tokenizer else None
-        turn = Request(next(self._ids), text, params, max_new, cost, request.protect, hold,
-                       detokenizer)  # fmt: skip
         turn.sequence, request.sequence, request.hold = old, None, False
         turn.promised, request.promised = request.promised, None
         self.submit(turn)
@@ -308,14 +294,31 @@ class Engine:
                     f"{self.adapter.vocab_size - 1}"
                 )
 
-    def _check_cost(self, need: int, possible: bool, prompt: int, max_new: int) -> None:
-        if not possible:
+    def _check_cost(self, cost: Cost, prompt: int, max_new: int) -> None:
+        have = self.pool.budget
+        if not self.ledger.ever_fits(cost):
             raise ValueError(
-                f"a prompt of {prompt} tokens with {max_new} generated ones needs up to {need} "
-                f"bytes ({need / 2**20:.1f} MiB) of kv_memory; the pool has "
-                f"{self.pool.budget} ({self.pool.budget / 2**20:.1f} MiB): raise kv_memory, lower "
-                f"keep or max_tokens, or shorten the prompt"
+                f"a prompt of {prompt} tokens with {max_new} generated ones needs up to "
+                f"{cost.bytes} bytes ({cost.bytes / 2**20:.1f} MiB) of kv_memory; the pool has "
+                f"{have} ({have / 2**20:.1f} MiB): raise kv_memory, lower keep or max_tokens, or "
+                f"shorten the prompt"
             )
+
+
+def _check_spans(protect: Spans, length: int) -> tuple[tuple[int, int], ...]:
+    """Spans as pairs of ints inside a prompt of ``length`` tokens."""
+    try:
+        spans = tuple((operator.index(start), operator.index(stop)) for start, stop in protect)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"protect={protect!r} must be a list of spans (start, stop) of prompt positions"
+        ) from None
+    for start, stop in spans:
+        if not 0 <= start < stop <= length:
+            raise ValueError(
+                f"protect span ({start}, {stop}) lies outside the prompt's {length} tokens"
+            )
+    return spans
 
 
 def _check_memory(budget: int, device: torch.device) -> None:

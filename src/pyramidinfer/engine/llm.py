@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -18,6 +19,7 @@ from pyramidinfer.types import RequestOutput, SamplingParams, TokenIds, Trace
 
 __all__ = ["LLM", "Interrupted"]
 
+ARGUMENTS = ("model", "policy", "keep", "kv_memory", "dtype", "device", "tokenizer")
 Prompt = str | TokenIds
 Spans = Sequence[tuple[int, int]]
 
@@ -52,7 +54,7 @@ class LLM:
                  policy: str | Policy = "pyramidinfer", *, keep: float | None = None,
                  kv_memory: int | str = "1GiB", dtype: Any = "auto", device: Any = "auto",
                  tokenizer: Any = "auto", **options: Any) -> None:  # fmt: skip
-        config = EngineConfig.from_options(kv_memory=kv_memory, **options)
+        config = EngineConfig.from_options(ARGUMENTS, kv_memory=kv_memory, **options)
         chosen = make_policy(policy, keep)
         loaded = load_model(model, tokenizer, dtype, device)
         self.tokenizer = loaded.tokenizer
@@ -123,13 +125,23 @@ class LLM:
     def encode(self, prompt: Prompt) -> TokenIds:
         """Token ids of a prompt; a text gets the tokenizer's special tokens."""
         if not isinstance(prompt, str):
-            return [int(token) if not isinstance(token, bool) else token for token in prompt]
+            return _token_ids(prompt)
         if self.tokenizer is None:
             raise ValueError("a text prompt needs a tokenizer; none was loaded (give token ids)")
         if not prompt.strip():
             raise ValueError("the prompt is empty; give at least one word")
         ids: TokenIds = self.tokenizer(prompt)["input_ids"]
         return ids
+
+
+def _token_ids(prompt: Any) -> TokenIds:
+    """A list of plain ints; ``ValueError`` for anything else."""
+    try:
+        if any(isinstance(token, bool | str) for token in prompt):
+            raise TypeError
+        return [operator.index(token) for token in prompt]
+    except TypeError:
+        raise ValueError(f"prompt {prompt!r:.60} is neither a text nor a list of token ids") from None
 
 
 def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

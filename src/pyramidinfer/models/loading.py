@@ -51,7 +51,7 @@ def load_model(model: str | os.PathLike[str] | nn.Module, tokenizer: Any = "auto
     _check_fits(name, kind, place)
     loaded, report = _from_hub(
         AutoModelForCausalLM, name, config=config, dtype=kind, use_safetensors=True,
-        output_loading_info=True,
+        output_loading_info=True, ignore_mismatched_sizes=True,
     )  # fmt: skip
     _check_report(name, report)
     loaded = loaded.to(place).eval()
@@ -140,12 +140,19 @@ def _from_hub(loader: Any, name: str, **options: Any) -> Any:
 
 
 def _check_report(name: str, report: dict[str, Any]) -> None:
-    for problem in ("missing_keys", "mismatched_keys"):
-        keys = sorted(str(key) for key in report.get(problem) or ())
-        if keys:
-            what = "lacks the tensor" if problem == "missing_keys" else "has a wrong shape for"
-            more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
-            raise ValueError(f"model {name!r} {what} {keys[0]}{more}; the file is not complete")
+    """Refuse a checkpoint that left tensors at random values."""
+    missing = sorted(report.get("missing_keys") or ())
+    odd = sorted(report.get("mismatched_keys") or ())
+    if not missing and not odd:
+        return
+    if missing:
+        what = f"lacks the tensor {missing[0]}"
+    else:
+        key, found, wanted = odd[0]
+        what = f"has a wrong shape for {key}: {list(found)}, expected {list(wanted)}"
+    more = len(missing) + len(odd) - 1
+    more_text = f" (and {more} more)" if more else ""
+    raise ValueError(f"model {name!r} {what}{more_text}; its files are not complete")
 
 
 def _check_fits(name: str, dtype: torch.dtype, device: torch.device) -> None:

@@ -1,0 +1,165 @@
+"""The command line, run as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pyramidinfer import LLM, PyramidInfer, SamplingParams
+from pyramidinfer.cli.app import main
+from pyramidinfer.cli.common import human_bytes, policy_from
+from pyramidinfer.lab.recall import make_questions
+from pyramidinfer.models.loading import shipped_model
+
+GOLDEN = str(Path(__file__).parents[1] / "golden" / "mha8")
+
+
+def run(*arguments: str, text: str | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "pyramidinfer", *arguments], capture_output=True, text=True,
+        input=text, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "100"},
+    )  # fmt: skip
+
+
+def test_help_names_every_command() -> None:
+    shown = run("--help")
+    assert shown.returncode == 0
+    for command in ("demo", "generate", "inspect"):
+        assert command in shown.stdout
+
+
+def test_generate_json_equals_the_library(tmp_path: Path) -> None:
+    prompt = make_questions(4, 1, 300)[0].prompt
+    file = tmp_path / "prompt.txt"
+    file.write_text(prompt)
+    done = run(
+        "generate", "--policy", "pyramidinfer", "--keep", "0.45", "--prompt-file", str(file),
+        "--max-tokens", "8", "--dtype", "float32", "--json",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    entry = json.loads(done.stdout)
+    llm = LLM(shipped_model(), policy="pyramidinfer", keep=0.45, dtype="float32")
+    out = llm.generate(prompt, SamplingParams(max_tokens=8))[0]
+    assert entry["token_ids"] == out.token_ids
+    assert entry["text"] == out.text
+    assert entry["kv"]["bytes"] == out.kv.bytes < out.kv.full_bytes
+
+
+def test_generate_streams_text_and_a_summary() -> None:
+    prompt = make_questions(4, 1, 200)[0].prompt
+    done = run("generate", "--policy", "full", "--prompt-file", "-", "--max-tokens", "11", text=prompt)
+    assert done.returncode == 0, done.stderr
+    llm = LLM(shipped_model(), policy="full")
+    assert done.stdout.strip() == llm.generate(prompt, SamplingParams(max_tokens=11))[0].text.strip()
+    assert "computed 100% and kept 100%" in " ".join(done.stderr.split())
+
+
+def test_chat_applies_the_template() -> None:
+    done = run("generate", "--chat", "--prompt", "Where is the map ?", "--max-tokens", "2", "--json")
+    entry = json.loads(done.stdout)
+    tokenizer = LLM(shipped_model()).tokenizer
+    text = tokenizer.decode(entry["prompt_token_ids"])
+    assert text == "<bos> <user> Where is the map ? <end> <assistant>"
+
+
+def test_inspect_is_the_policys_forecast() -> None:
+    done = run("inspect", "--model", GOLDEN, "--keep", "0.45", "--prompt-len", "1000",
+               "--max-tokens", "20", "--json")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)["layers"]
+    llm = LLM(GOLDEN, kv_memory="64MiB")
+    forecast = PyramidInfer(keep=0.45).forecast(1000, 20, llm.engine.adapter.layers_for(1020))
+    assert [row["computed"] for row in rows] == forecast.reach
+    assert [row["kept"] for row in rows] == forecast.kept
+    page = llm.engine.pool.page_bytes[0]
+    assert [row["bytes"] for row in rows] == [-(-kept // 16) * page for kept in forecast.kept]
+    table = run("inspect", "--model", GOLDEN, "--keep", "0.45", "--prompt-len", "1000")
+    assert "mean share of the prompt computed: 0.450" in table.stdout
+
+
+def test_demo_prints_a_table_and_draws(tmp_path: Path) -> None:
+    done = run("demo", "--documents", "3", "--length", "300", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    for row in (
+        "answers right", "peak KV bytes", "tokens computed", "tokens kept", "requests in flight",
+        "time to first token", "output tokens/s", "prompt + output tokens/s",
+    ):  # fmt: skip
+        assert row in done.stdout
+    assert (tmp_path / "pyramid.png").read_bytes().startswith(b"\x89PNG")
+    figures = json.loads((tmp_path / "demo.json").read_text())["result"]
+    assert len(figures) == 3
+    assert figures["full cache"]["computed_share"] == 1
+    assert figures["the paper's rule"]["computed_share"] < 0.6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate", "--prompt", "x", "--policy", "pyramidinfr"], "did you mean 'pyramidinfer'"),
+        (["generate", "--prompt", "x", "--keep", "3"], "keep=3.0 must be above 0"),
+        (["generate", "--prompt", "x", "-o", "sink=3"], "did you mean 'sinks'"),
+        (["generate", "--prompt", "x", "-o", "sinks"], "write NAME=VALUE"),
+        (["generate", "--prompt", "x", "--model", "no/such/model"], "does not exist"),
+        (["generate", "--prompt", "x", "--temperature", "-1"], "temperature=-1.0"),
+        (["generate", "--prompt", "x", "--kv-memory", "1"], "below one page per layer"),
+        (["generate", "--prompt", " "], "the prompt is empty"),
+        (["generate"], "give the prompt with --prompt TEXT or --prompt-file FILE"),
+        (["generate", "--prompt-file", "no/such/file"], "cannot read --prompt-file"),
+        (["generate", "--prompt", "x", "--model", GOLDEN], "needs a tokenizer"),
+        (["generate", "--prompt", "x", "--model", GOLDEN, "--chat"], "has no chat template"),
+        (["inspect", "--prompt-len", "0"], "--prompt-len 0 must be at least 1"),
+        (["inspect", "--prompt-len", "5000"], "exceed the model's 4096 positions"),
+        (["inspect", "--keep", "0.3", "-o", "start_layer=8"], "lowest is just above 0.750"),
+        (["demo", "--length", "9"], "--length 9 must lie between"),
+        (["demo", "--kv-memory", "1MiB", "--documents", "1"], "raise kv_memory"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["pyramidinfer", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    errors = capsys.readouterr().err
+    assert message in errors
+    assert len(errors.strip().splitlines()) == 1
+
+
+def test_a_mistake_in_a_process_of_its_own() -> None:
+    done = run("generate", "--prompt", "x", "--policy", "pyramidinfr")
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+
+
+def test_ctrl_c_stops_cleanly_with_what_is_done() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pyramidinfer", "generate", "--prompt", "The old baker",
+         "--max-tokens", "4000", "--temperature", "1", "--top-k", "50"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
+    )  # fmt: skip
+    assert process.stdout is not None
+    first = process.stdout.read(20)  # it is under way
+    process.send_signal(signal.SIGINT)
+    rest, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors.decode().strip().endswith("stopped")
+    assert b"Traceback" not in errors
+    assert len(first + rest) >= 20
+
+
+def test_helpers() -> None:
+    assert policy_from("pyramidinfer", None, ["sinks=2", "decay_curve=linear"]) == PyramidInfer(
+        sinks=2, decay_curve="linear"
+    )
+    assert [human_bytes(n) for n in (5, 2048, 3 * 2**20, 5 * 2**40)] == [
+        "5 B", "2.0 KiB", "3.0 MiB", "5120.0 GiB",
+    ]  # fmt: skip

@@ -1,0 +1,202 @@
+"""Users' mistakes: one clear line, nothing half-allocated, others unharmed."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from pyramidinfer import LLM, PyramidInfer, SamplingParams
+from pyramidinfer.engine import engine as engine_module
+from pyramidinfer.models import loading
+from tests.tiny import VOCAB, random_prompt, tiny_model
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "mha8"
+
+
+def build(**options: Any) -> LLM:
+    return LLM(tiny_model("llama"), **{"policy": "full", "kv_memory": "1MiB", **options})
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ([], "no prompt was given"),
+        ([[]], "the prompt is empty"),
+        ([[5], []], "the prompt is empty"),
+        ([[5, VOCAB]], f"token id {VOCAB} is outside the vocabulary: 0 to {VOCAB - 1}"),
+        ([[5, -1]], "token id -1"),
+        ([[5, 1.5]], "neither a text nor a list of token ids"),
+        ([[5, "a"]], "neither a text nor a list of token ids"),
+        ([None], "neither a text nor a list of token ids"),
+        ("some text", "a text prompt needs a tokenizer"),
+        ([random_prompt(1, 512)], "the prompt has 512 tokens; this model has 512 positions"),
+        ([random_prompt(1, 400)], r"needs up to \d+ bytes \(\d+.\d MiB\) of kv_memory; the pool"),
+    ],
+)
+def test_bad_prompts(prompts: Any, message: str) -> None:
+    """Nothing runs, and a request already under way finishes as if nothing had happened."""
+    llm = build(kv_memory="200KiB")
+    params = SamplingParams(max_tokens=9, ignore_eos=True)
+    other = llm.engine.add(random_prompt(3, 10), params)
+    llm.engine.step()
+    held = llm.engine.pool.budget_used, llm.engine.ledger.bytes
+    with pytest.raises(ValueError, match=message):
+        llm.generate(prompts, SamplingParams(max_tokens=4))
+    assert (llm.engine.pool.budget_used, llm.engine.ledger.bytes) == held
+    while other.finish_reason is None:
+        llm.engine.step()
+    assert other.output == build().generate([random_prompt(3, 10)], params)[0].token_ids
+    llm.engine.check()
+
+
+def test_empty_text() -> None:
+    llm = build(tokenizer=object())
+    with pytest.raises(ValueError, match="the prompt is empty"):
+        llm.generate("  \n")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": -1}, "temperature=-1 must lie between 0 and 10000"),
+        ({"temperature": float("nan")}, "temperature=nan"),
+        ({"top_p": 0}, "top_p=0 must be above 0"),
+        ({"top_p": 1.5}, "top_p=1.5"),
+        ({"top_k": -3}, "top_k=-3 must be a whole number"),
+        ({"min_p": 2}, "min_p=2"),
+        ({"max_tokens": 0}, "max_tokens=0 must be a whole number, at least 1"),
+        ({"max_tokens": 2.5}, "max_tokens=2.5"),
+        ({"repetition_penalty": 0}, "repetition_penalty=0 must be above 0"),
+        ({"presence_penalty": "x"}, "presence_penalty='x'"),
+        ({"frequency_penalty": 1e9}, "frequency_penalty=1000000000.0"),
+        ({"logprobs": -1}, "logprobs=-1"),
+        ({"seed": 1.5}, "seed=1.5"),
+        ({"stop": [""]}, "stop=''"),
+        ({"stop_token_ids": [-4]}, "stop_token_ids: -4"),
+    ],
+)
+def test_bad_sampling_values(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SamplingParams(**options)
+
+
+def test_stop_needs_a_tokenizer_and_ids_a_vocabulary() -> None:
+    with pytest.raises(ValueError, match="stop strings need a tokenizer"):
+        build().generate([[5]], SamplingParams(stop="x"))
+    with pytest.raises(ValueError, match=f"stop_token_ids: {VOCAB} is outside"):
+        build().generate([[5]], SamplingParams(stop_token_ids=[VOCAB]))
+
+
+@pytest.mark.parametrize("protect", [[(0, 9)], [(3, 3)], [(-1, 2)], (1, 2), [("a", 2)]])
+def test_bad_protect_spans(protect: Any) -> None:
+    with pytest.raises(ValueError, match="protect"):
+        build().generate([[5, 6, 7]], protect=protect)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"policy": "pyramidinfr"}, "did you mean 'pyramidinfer'"),
+        ({"policy": 3}, "policy=3 is neither a name nor a policy object"),
+        ({"keep": 0}, "keep=0 must be above 0 and at most 1"),
+        ({"keep": 1.01}, "keep=1.01"),
+        ({"keep": "half"}, "keep='half'"),
+        ({"policy": "full", "keep": 0.5}, "policy 'full' keeps everything"),
+        ({"policy": PyramidInfer(start_layer=2), "keep": 0.7}, "lowest is just above 0.750"),
+        ({"kv_memory": "10"}, "kv_memory=10 bytes is below one page per layer"),
+        ({"kv_memory": "2 parsecs"}, "kv_memory='2 parsecs' is not a size"),
+        ({"kv_memory": 0}, "kv_memory=0"),
+        ({"kv_memory": "900TiB"}, "of memory that are free on cpu; lower kv_memory"),
+        ({"kv_memry": "1GiB"}, "unknown option 'kv_memry'; did you mean 'kv_memory'"),
+        ({"polcy": "full"}, "did you mean 'policy'"),
+        ({"page_size": 0}, "page_size=0"),
+        ({"dtype": "float31"}, "dtype='float31' is unknown; did you mean 'float32'"),
+        ({"dtype": "float64"}, "the model given is torch.float32; convert it"),
+        ({"device": "tpu"}, "device='tpu'"),
+    ],
+)
+def test_bad_engine_options(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LLM(tiny_model("llama"), **options)
+
+
+def test_no_cuda_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="no CUDA device is visible; use device='cpu'"):
+        LLM(str(GOLDEN), device="cuda")
+
+
+def test_not_enough_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "free_memory", lambda device: 1000)
+    with pytest.raises(ValueError, match="needs .* GiB for its weights"):
+        LLM(str(GOLDEN))
+    monkeypatch.undo()
+    monkeypatch.setattr(engine_module, "free_memory", lambda device: 1000)
+    with pytest.raises(ValueError, match="kv_memory=65536 bytes .* lower kv_memory"):
+        LLM(str(GOLDEN), kv_memory="64KiB")
+
+
+def test_dropout_in_training_mode() -> None:
+    model = tiny_model("llama", attention_dropout=0.1)
+    with pytest.raises(ValueError, match=r"call model\.eval\(\)"):
+        LLM(model.train())
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    shutil.copytree(GOLDEN, tmp_path / "model")
+    return tmp_path / "model"
+
+
+def change(folder: Path, edit: Any) -> None:
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    edit(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def test_model_path_with_the_nearest_name(folder: Path) -> None:
+    with pytest.raises(ValueError, match="does not exist; did you mean '.*/model'"):
+        LLM(str(folder.parent / "modle"))
+
+
+def test_folder_without_config_or_safetensors(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"has no \*\.safetensors file"):
+        LLM(str(folder))
+    (folder / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"has no config\.json"):
+        LLM(str(folder))
+
+
+def test_missing_tensor(folder: Path) -> None:
+    change(folder, lambda tensors: tensors.pop("model.layers.3.mlp.up_proj.weight"))
+    with pytest.raises(ValueError, match=r"lacks the tensor model\.layers\.3\.mlp\.up_proj"):
+        LLM(str(folder))
+
+
+def test_misshaped_tensor(folder: Path) -> None:
+    name = "model.layers.3.mlp.up_proj.weight"
+    change(folder, lambda tensors: tensors.update({name: torch.zeros(3, 5)}))
+    with pytest.raises(ValueError, match=r"wrong shape for model\.layers\.3\.mlp\.up_proj"):
+        LLM(str(folder))
+
+
+def test_torn_file(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="safetensors"):
+        LLM(str(folder))
+
+
+def test_a_folder_without_a_tokenizer_loads() -> None:
+    llm = LLM(str(GOLDEN), policy="full", kv_memory="1MiB")
+    assert llm.tokenizer is None
+    assert llm.generate([[5, 6]], SamplingParams(max_tokens=2))[0].text == ""
+    with pytest.raises(ValueError, match="needs a tokenizer"):
+        llm.generate("text")
