@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 TORCH := torch==2.13.0
 
-.PHONY: demo test check model install install-dev clean
+.PHONY: demo test check model report numbers install install-dev clean
 
 demo: $(VENV)/.installed
 	$(BIN)/pyramidinfer demo
@@ -20,6 +20,13 @@ check: $(VENV)/.installed-dev
 # Train the shipped model again from generated text (about two hours on one core).
 model: $(VENV)/.installed
 	$(BIN)/python -m pyramidinfer.lab.train --out out/model
+
+# Measure the shipped model, and write docs/numbers.md from the committed results.
+report: $(VENV)/.installed
+	$(BIN)/python -m pyramidinfer.lab.model_report
+
+numbers: $(VENV)/.installed
+	$(BIN)/python -m pyramidinfer.lab.numbers
 
 install: $(VENV)/.installed
 install-dev: $(VENV)/.installed-dev

@@ -13,7 +13,13 @@ from pyramidinfer.attention.base import Pages
 from pyramidinfer.types import Reduce
 
 HEADS, KV, DIM, VALUE = 4, 2, 8, 6
-SCALES = [Scale(0.3), Scale(0.3, softcap=2.0), Scale(0.3, window=5), Scale(0.3, 2.0, 5)]
+SCALES = [
+    Scale(0.3),
+    Scale(0.3, softcap=2.0),
+    Scale(0.3, window=5),
+    Scale(0.3, 2.0, 5),
+    Scale(0.3, window=12),
+]  # 12: more than there are entries, less than they span
 
 
 def brute_weights(queries: Tensor, keys: Tensor, q_pos: Tensor, k_pos: Tensor, scale: Scale

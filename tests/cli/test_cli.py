@@ -53,15 +53,21 @@ def test_generate_json_equals_the_library(tmp_path: Path) -> None:
 
 def test_generate_streams_text_and_a_summary() -> None:
     prompt = make_questions(4, 1, 200)[0].prompt
-    done = run("generate", "--policy", "full", "--prompt-file", "-", "--max-tokens", "11", text=prompt)
+    done = run(
+        "generate", "--policy", "full", "--prompt-file", "-", "--max-tokens", "11", text=prompt
+    )
     assert done.returncode == 0, done.stderr
     llm = LLM(shipped_model(), policy="full")
-    assert done.stdout.strip() == llm.generate(prompt, SamplingParams(max_tokens=11))[0].text.strip()
+    assert (
+        done.stdout.strip() == llm.generate(prompt, SamplingParams(max_tokens=11))[0].text.strip()
+    )
     assert "computed 100% and kept 100%" in " ".join(done.stderr.split())
 
 
 def test_chat_applies_the_template() -> None:
-    done = run("generate", "--chat", "--prompt", "Where is the map ?", "--max-tokens", "2", "--json")
+    done = run(
+        "generate", "--chat", "--prompt", "Where is the map ?", "--max-tokens", "2", "--json"
+    )
     entry = json.loads(done.stdout)
     tokenizer = LLM(shipped_model()).tokenizer
     text = tokenizer.decode(entry["prompt_token_ids"])

@@ -163,7 +163,7 @@ def test_forecast_bounds_what_happens(name: str, length: int, new: int) -> None:
         ({"sinks": 1.5}, "sinks=1.5"),
         ({"distance_weight": 0}, "distance_weight=0"),
         ({"keep": 0}, "keep=0"),
-        ({"keep": 0.5, "decay_curve": "linear"}, "not both"),
+        ({"keep": 0.5, "decay_curve": "linear"}, "leave decay_curve='linear' out"),
     ],
 )
 def test_bad_options_show_the_value(options: dict[str, object], message: str) -> None:

@@ -58,7 +58,8 @@ class ReferenceBackend:
     def prefill(self, queries: Tensor, keys: Tensor, values: Tensor, q_pos: Tensor, k_pos: Tensor,
                 scale: Scale) -> Tensor:  # fmt: skip
         new, entries = queries.shape[0], keys.shape[1]
-        if scale.softcap is None and (scale.window is None or entries <= scale.window):
+        far = scale.window is not None and int(q_pos[-1] - k_pos.min()) >= scale.window
+        if scale.softcap is None and not far:
             mask = None
             if entries > new:
                 entry = torch.arange(entries, device=keys.device)

@@ -72,7 +72,8 @@ class LLM:
 
         ``prompts``: a text, a list of texts, token ids, or lists of token ids.  ``sampling`` and
         ``protect`` (spans of prompt positions that are never dropped) are one for all, or one
-        for each.  Every prompt is checked before any of them runs.
+        for each.  Every prompt is checked before any of them runs.  Ctrl-C ends all of them and
+        raises a ``KeyboardInterrupt`` whose ``outputs`` holds every answer as far as it got.
         """
         batch = _as_batch(prompts)
         many = _spread(sampling or SamplingParams(), len(batch), "sampling")
@@ -141,7 +142,9 @@ def _token_ids(prompt: Any) -> TokenIds:
             raise TypeError
         return [operator.index(token) for token in prompt]
     except TypeError:
-        raise ValueError(f"prompt {prompt!r:.60} is neither a text nor a list of token ids") from None
+        raise ValueError(
+            f"prompt {prompt!r:.60} is neither a text nor a list of token ids"
+        ) from None
 
 
 def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -83,8 +83,8 @@ class PyramidInfer(Policy):
             raise ValueError(
                 f"decay_curve={self.decay_curve!r} is unknown; {nearest(self.decay_curve, CURVES)}"
             )
-        if self.keep is not None and self.decay_curve != "cosine":
-            raise ValueError("give keep= or decay_curve=, not both: keep solves a constant curve")
+        if self.keep is not None and self.decay_curve == "linear":
+            raise ValueError("keep= solves a constant curve; leave decay_curve='linear' out")
         for name in ("recent_ratio", "prefill_decay", "gen_decay", "gen_keep", "keep"):
             value = getattr(self, name)
             if value is not None and not (_is_number(value) and 0 <= value <= 1):

@@ -1,0 +1,72 @@
+"""Pictures and records come out readable; recall is counted word for word."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pyramidinfer import LLM, PyramidInfer
+from pyramidinfer.lab.model_report import filler_perplexity, one_drop, recall
+from pyramidinfer.lab.numbers import render
+from pyramidinfer.lab.plots import draw_curve, draw_pyramid, draw_training
+from pyramidinfer.lab.recall import ANSWER, is_right, make_questions
+from pyramidinfer.lab.record import write_result
+from pyramidinfer.models.loading import shipped_model
+from pyramidinfer.policies import Full
+from pyramidinfer.types import Layers
+
+
+def is_png(path: Path) -> bool:
+    return path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5000
+
+
+def test_pictures(tmp_path: Path) -> None:
+    question = make_questions(1, 1, 200)[0]
+    trace = LLM(shipped_model(), policy=PyramidInfer(keep=0.5)).trace(question.prompt)
+    assert is_png(draw_pyramid([("a", trace), ("b", trace)], question.prompt, question.needle,
+                               tmp_path / "sub" / "pyramid.png"))  # fmt: skip
+    assert is_png(draw_curve([(1, 0.2), (2, 0.9)], tmp_path / "c.png", title="t", xlabel="x",
+                             ylabel="y", level=0.9, level_name="full"))  # fmt: skip
+    log = (Path(shipped_model()) / "training_log.jsonl").read_text().splitlines()
+    rows = [row for row in map(json.loads, log) if "stage" in row]
+    assert is_png(draw_training(rows, tmp_path / "t.png"))
+
+
+def test_record_says_where_it_comes_from(tmp_path: Path) -> None:
+    entry = json.loads(write_result(tmp_path / "r.json", {"a": 1}, {"b": 2}).read_text())
+    assert entry["configuration"] == {"a": 1}
+    assert entry["result"] == {"b": 2}
+    assert entry["commit"]
+    assert entry["machine"]["cores"] >= 1
+    assert render({}).startswith("# Numbers")
+
+
+def test_an_answer_is_right_word_for_word() -> None:
+    question = make_questions(1, 1, 200)[0]
+    llm = LLM(shipped_model(), policy="full")
+    out = llm.generate(question.prompt, ANSWER)[0]
+    right = replace(out, text=question.answer)
+    assert is_right(right, question)
+    assert not is_right(replace(out, text=question.answer.replace(" is ", " was ")), question)
+    assert not is_right(replace(out, text=""), question)
+
+
+def test_one_drop_keeps_a_tenth_from_there_on() -> None:
+    layers = Layers((True,) * 12)
+    reach = one_drop(4, 12, 0.1).forecast(1000, 1, layers).reach
+    assert reach[:5] == [1000] * 5
+    assert reach[5:] == [pytest.approx(100, abs=3)] * 7
+
+
+def test_the_shipped_model_recalls_and_pruning_late_is_free() -> None:
+    """A small sample of the committed measurement, which must still hold."""
+    full = recall(shipped_model(), Full(), 600, 30)
+    assert full["recall"] >= 0.9
+    late = recall(shipped_model(), one_drop(5, 12, 0.1), 600, 30)
+    assert late["recall"] >= full["recall"] - 0.1
+    early = recall(shipped_model(), one_drop(0, 12, 0.1), 600, 30)
+    assert early["recall"] < 0.5
+    assert filler_perplexity(shipped_model(), 2, 300)["perplexity"] < 8
