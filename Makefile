@@ -36,10 +36,11 @@ $(VENV)/bin/python:
 		{ echo "Python 3.11 or newer is needed; $(PYTHON) is `$(PYTHON) --version 2>&1`. Try: make PYTHON=python3.12 ..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-# The CPU build of torch comes first, so that nothing pulls in another one.
+# Torch comes first, so that nothing pulls in another build of it. Where the registry's build is
+# not the one you want (a smaller one without CUDA, say), name it:
+#   make demo TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
 $(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
-	$(BIN)/python -m pip install -q --disable-pip-version-check $(TORCH) \
-		|| $(BIN)/python -m pip install -q --disable-pip-version-check $(TORCH) --index-url https://download.pytorch.org/whl/cpu
+	$(BIN)/python -m pip install -q --disable-pip-version-check $(TORCH)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e .
 	@touch $@
 
