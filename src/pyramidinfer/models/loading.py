@@ -110,7 +110,7 @@ def _take_object(model: nn.Module, tokenizer: Any, dtype: str | torch.dtype,
 
 def _check_path(name: str) -> None:
     path = Path(name).expanduser()
-    looks_local = path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1
+    looks_local = name.startswith((".", "~", "/")) or name.count("/") != 1 or path.parent.is_dir()
     if not path.exists():
         if looks_local:
             near = [str(each) for each in path.parent.glob("*") if each.is_dir()]
