@@ -1,4 +1,4 @@
-"""Shared builders: tiny random models, engines whose freed pages are poisoned."""
+"""Shared builders: few threads, and a check of every pool."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from pyramidinfer import LLM
-from tests.tiny import tiny_model
+from pyramidinfer.cache import Pool
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -17,18 +16,17 @@ def few_threads() -> None:
     torch.set_num_threads(1)
 
 
-@pytest.fixture
-def make_llm() -> Iterator[Any]:
-    """Build LLMs with poisoned pages; every pool is checked when the test is over."""
-    made: list[LLM] = []
+@pytest.fixture(autouse=True)
+def checked_pools(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every pool made in a test is checked when the test is over."""
+    pools: list[Pool] = []
+    build = Pool.__init__
 
-    def build(model: Any = "llama", **options: Any) -> LLM:
-        options = {"kv_memory": "16MiB", "poison": True, "page_size": 4, **options}
-        source = tiny_model(model) if isinstance(model, str) and "/" not in model else model
-        llm = LLM(source, **options)
-        made.append(llm)
-        return llm
+    def init(self: Pool, *values: Any, **options: Any) -> None:
+        build(self, *values, **options)
+        pools.append(self)
 
-    yield build
-    for llm in made:
-        llm.engine.check()
+    monkeypatch.setattr(Pool, "__init__", init)
+    yield
+    for pool in pools:
+        pool.check()

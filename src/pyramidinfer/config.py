@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-__all__ = ["EngineConfig", "nearest", "parse_bytes", "parse_device", "parse_dtype"]
+__all__ = ["EngineConfig", "named_options", "nearest", "parse_bytes", "parse_device", "parse_dtype"]
 
 DTYPES = {
     "float64": torch.float64,
@@ -31,6 +32,25 @@ def nearest(name: str, choices: Iterable[str]) -> str:
     return f"{hint}(choices: {', '.join(options)})"
 
 
+T = TypeVar("T")
+
+
+def named_options(kind: type[T]) -> type[T]:
+    """A dataclass whose unknown options raise ``ValueError`` with the nearest name."""
+    build = kind.__init__
+    known = [each.name for each in fields(kind)]  # type: ignore[arg-type]
+
+    @functools.wraps(build)
+    def init(self: T, *values: Any, **options: Any) -> None:
+        for name in options:
+            if name not in known:
+                raise ValueError(f"{kind.__name__} has no option {name!r}; {nearest(name, known)}")
+        build(self, *values, **options)
+
+    kind.__init__ = init  # type: ignore[method-assign, assignment]
+    return kind
+
+
 def parse_bytes(value: int | str) -> int:
     """``2147483648``, ``"2GiB"``, ``"512 MiB"``, ``"1.5GB"`` → bytes."""
     if isinstance(value, bool) or not isinstance(value, int | str):
@@ -42,16 +62,18 @@ def parse_bytes(value: int | str) -> int:
             raise ValueError(
                 f"kv_memory={value!r} is not a size: write bytes or a number with a unit, '2GiB'"
             )
-        value = int(float(match[1]) * units[match[2].lower()])
+        size = units[match[2].lower()]
+        value = int(float(match[1]) * size) if "." in match[1] else int(match[1]) * size
     if value <= 0:
         raise ValueError(f"kv_memory={value} must be above 0 bytes")
+    if value > 2**60:
+        raise ValueError(f"kv_memory={value!s:.20} … is more than any machine has")
     return value
 
 
 def parse_dtype(value: str | torch.dtype, checkpoint: torch.dtype | None) -> torch.dtype:
     """The dtype to compute in; ``auto`` is the checkpoint's own."""
-    if isinstance(value, torch.dtype):
-        value = str(value).removeprefix("torch.")
+    value = str(value).removeprefix("torch.")
     if value == "auto":
         return checkpoint if checkpoint in DTYPES.values() and checkpoint else torch.float32
     if value not in DTYPES:
@@ -65,7 +87,7 @@ def parse_device(value: str | torch.device) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(value)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise ValueError(f"device={value!r} is unknown: write 'auto', 'cpu' or 'cuda'") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device={value!r}: no CUDA device is visible; use device='cpu'")
@@ -100,6 +122,11 @@ class EngineConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
+
+    @property
+    def budget(self) -> int:
+        """``kv_memory`` in bytes."""
+        return parse_bytes(self.kv_memory)
 
     @classmethod
     def from_options(cls, others: Iterable[str] = (), **options: Any) -> EngineConfig:

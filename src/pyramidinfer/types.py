@@ -8,6 +8,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from pyramidinfer.config import named_options
+
 __all__ = [
     "AttentionShape",
     "KVUsage",
@@ -151,6 +153,7 @@ class AttentionShape:
 # --- what a user gives and gets ------------------------------------------------------------------
 
 
+@named_options
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """How tokens are chosen.  ``temperature=0`` is greedy.
@@ -174,31 +177,40 @@ class SamplingParams:
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
+        for name, value in (("stop", stop), ("stop_token_ids", self.stop_token_ids)):
+            if not isinstance(value, list | tuple):
+                raise ValueError(f"{name}={value!r} must be a list")
+        stop = tuple(stop)
         object.__setattr__(self, "stop", stop)
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
-        inf = float("inf")
+        if not isinstance(self.ignore_eos, bool):
+            raise ValueError(f"ignore_eos={self.ignore_eos!r} must be True or False")
         for name, low, high in (
-            ("temperature", 0.0, 1e4), ("top_p", 0.0, 1.0), ("min_p", 0.0, 1.0),
-            ("repetition_penalty", 0.0, 1e4), ("presence_penalty", -1e3, 1e3),
+            ("temperature", 0.0, 1e3), ("top_p", 0.0, 1.0), ("min_p", 0.0, 1.0),
+            ("repetition_penalty", 0.01, 1e3), ("presence_penalty", -1e3, 1e3),
             ("frequency_penalty", -1e3, 1e3),
         ):  # fmt: skip
             value = getattr(self, name)
             if not _is_number(value) or not low <= value <= high:
                 raise ValueError(f"{name}={value!r} must lie between {low:g} and {high:g}")
-        for name in ("top_p", "repetition_penalty"):
-            if getattr(self, name) == 0:
-                raise ValueError(f"{name}=0 must be above 0 (1 switches it off)")
+        if 0 < self.temperature < 1e-3:
+            raise ValueError(
+                f"temperature={self.temperature!r} must be 0 (greedy) or at least 0.001"
+            )
+        if self.top_p == 0:
+            raise ValueError("top_p=0 must be above 0 (1 switches it off)")
         for name, least, most in (
-            ("max_tokens", 1, inf), ("top_k", 0, inf), ("logprobs", 0, 1000),
+            ("max_tokens", 1, 2**31), ("top_k", 0, 2**31), ("logprobs", 0, 1000),
             ("seed", -(2**63), 2**64 - 1),
         ):  # fmt: skip
             value = getattr(self, name)
             if value is None and name in ("logprobs", "seed"):
                 continue
             if type(value) is not int or not least <= value <= most:
-                limits = f"at least {least}" if most == inf else f"between {least} and {most}"
-                raise ValueError(f"{name}={value!r} must be a whole number, {limits}")
+                raise ValueError(
+                    f"{name}={value!r} must be a whole number between {least} and {most}"
+                )
         for text in stop:
             if not isinstance(text, str) or not text:
                 raise ValueError(f"stop={text!r}: a stop string must be a text that is not empty")

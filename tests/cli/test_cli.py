@@ -99,9 +99,9 @@ def test_demo_prints_a_table_and_draws(tmp_path: Path) -> None:
         assert row in done.stdout
     assert (tmp_path / "pyramid.png").read_bytes().startswith(b"\x89PNG")
     figures = json.loads((tmp_path / "demo.json").read_text())["result"]
-    assert len(figures) == 3
+    assert len(figures) == 4
     assert figures["full cache"]["computed_share"] == 1
-    assert figures["the paper's rule"]["computed_share"] < 0.6
+    assert figures["paper's rule, keep 0.5"]["computed_share"] < 0.6
 
 
 @pytest.mark.parametrize(
@@ -121,8 +121,11 @@ def test_demo_prints_a_table_and_draws(tmp_path: Path) -> None:
         (["generate", "--prompt", "x", "--model", GOLDEN, "--chat"], "has no chat template"),
         (["inspect", "--prompt-len", "0"], "--prompt-len 0 must be at least 1"),
         (["inspect", "--prompt-len", "5000"], "exceed the model's 4096 positions"),
-        (["inspect", "--keep", "0.3", "-o", "start_layer=8"], "lowest is just above 0.750"),
+        (["inspect", "--keep", "0.3", "-o", "start_layer=8"], "is just above 0.750"),
         (["demo", "--length", "9"], "--length 9 must lie between"),
+        (["generate", "--prompt", "x", "--keep", "0.5", "-o", "keep=0.4"], "keep is given twice"),
+        (["generate", "--prompt", "x", "-o", "recent_ratio=None"], "recent_ratio=None"),
+        (["demo", "--out", "/dev/null/x"], "Not a directory"),
         (["demo", "--kv-memory", "1MiB", "--documents", "1"], "raise kv_memory"),
     ],
 )

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from pyramidinfer import LLM, PyramidInfer, SamplingParams
-from pyramidinfer.engine import engine as engine_module
-from pyramidinfer.models import loading
+from pyramidinfer.engine import checks
+from pyramidinfer.engine import llm as llm_module
+from pyramidinfer.policies import Policy
 from tests.tiny import VOCAB, random_prompt, tiny_model
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "mha8"
@@ -32,6 +35,8 @@ def build(**options: Any) -> LLM:
         ([[5, -1]], "token id -1"),
         ([[5, 1.5]], "neither a text nor a list of token ids"),
         ([[5, "a"]], "neither a text nor a list of token ids"),
+        (None, "prompts=None must be a text, token ids, or a list of either"),
+        (5, "prompts=5 must be"),
         ([None], "neither a text nor a list of token ids"),
         ("some text", "a text prompt needs a tokenizer"),
         ([random_prompt(1, 512)], "the prompt has 512 tokens; this model has 512 positions"),
@@ -54,8 +59,29 @@ def test_bad_prompts(prompts: Any, message: str) -> None:
     llm.engine.check()
 
 
+class Words:
+    def __call__(self, text: str) -> dict[str, list[int]]:
+        return {"input_ids": [5 for _ in text.split()]}
+
+    def decode(self, tokens: list[int], skip_special_tokens: bool = True) -> str:
+        return " ".join("word" for _ in tokens)
+
+
+@pytest.mark.parametrize("sampling", ["x", 5, [], [SamplingParams()] * 3, ["x"]])
+def test_bad_sampling_argument(sampling: Any) -> None:
+    with pytest.raises(ValueError, match="SamplingParams"):
+        build().generate([[5]], sampling)
+
+
+def test_ids_may_be_any_integers() -> None:
+    llm, params = build(), SamplingParams(max_tokens=3)
+    expected = llm.generate([[5, 6, 7]], params)[0].token_ids
+    for prompt in (np.array([5, 6, 7]), torch.tensor([5, 6, 7]), (5, 6, 7)):
+        assert [out.token_ids for out in llm.generate(prompt, params)] == [expected]
+
+
 def test_empty_text() -> None:
-    llm = build(tokenizer=object())
+    llm = build(tokenizer=Words())
     with pytest.raises(ValueError, match="the prompt is empty"):
         llm.generate("  \n")
 
@@ -63,15 +89,21 @@ def test_empty_text() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"temperature": -1}, "temperature=-1 must lie between 0 and 10000"),
+        ({"temperature": -1}, "temperature=-1 must lie between 0 and 1000"),
         ({"temperature": float("nan")}, "temperature=nan"),
+        ({"temperature": 1e-40}, "temperature=1e-40 must be 0 .greedy. or at least 0.001"),
+        ({"max_token": 3}, "SamplingParams has no option 'max_token'; did you mean 'max_tokens'"),
+        ({"ignore_eos": "x"}, "ignore_eos='x'"),
+        ({"stop": 5}, "stop=5 must be a list"),
+        ({"stop": None}, "stop=None must be a list"),
+        ({"stop_token_ids": 5}, "stop_token_ids=5 must be a list"),
         ({"top_p": 0}, "top_p=0 must be above 0"),
         ({"top_p": 1.5}, "top_p=1.5"),
         ({"top_k": -3}, "top_k=-3 must be a whole number"),
         ({"min_p": 2}, "min_p=2"),
-        ({"max_tokens": 0}, "max_tokens=0 must be a whole number, at least 1"),
+        ({"max_tokens": 0}, "max_tokens=0 must be a whole number between 1"),
         ({"max_tokens": 2.5}, "max_tokens=2.5"),
-        ({"repetition_penalty": 0}, "repetition_penalty=0 must be above 0"),
+        ({"repetition_penalty": 1e-39}, "repetition_penalty=1e-39 must lie between 0.01"),
         ({"presence_penalty": "x"}, "presence_penalty='x'"),
         ({"frequency_penalty": 1e9}, "frequency_penalty=1000000000.0"),
         ({"logprobs": -1}, "logprobs=-1"),
@@ -92,7 +124,7 @@ def test_stop_needs_a_tokenizer_and_ids_a_vocabulary() -> None:
         build().generate([[5]], SamplingParams(stop_token_ids=[VOCAB]))
 
 
-@pytest.mark.parametrize("protect", [[(0, 9)], [(3, 3)], [(-1, 2)], (1, 2), [("a", 2)]])
+@pytest.mark.parametrize("protect", [[(0, 9)], [(3, 3)], [(-1, 2)], (1, 2), [("a", 2)], 5])
 def test_bad_protect_spans(protect: Any) -> None:
     with pytest.raises(ValueError, match="protect"):
         build().generate([[5, 6, 7]], protect=protect)
@@ -107,17 +139,22 @@ def test_bad_protect_spans(protect: Any) -> None:
         ({"keep": 1.01}, "keep=1.01"),
         ({"keep": "half"}, "keep='half'"),
         ({"policy": "full", "keep": 0.5}, "policy 'full' keeps everything"),
-        ({"policy": PyramidInfer(start_layer=2), "keep": 0.7}, "lowest is just above 0.750"),
+        ({"policy": PyramidInfer(start_layer=2), "keep": 0.7}, "is just above 0.750"),
         ({"kv_memory": "10"}, "kv_memory=10 bytes is below one page per layer"),
         ({"kv_memory": "2 parsecs"}, "kv_memory='2 parsecs' is not a size"),
         ({"kv_memory": 0}, "kv_memory=0"),
-        ({"kv_memory": "900TiB"}, "of memory that are free on cpu; lower kv_memory"),
+        ({"kv_memory": "900TiB"}, "that are free on cpu beside the weights; lower kv_memory"),
         ({"kv_memry": "1GiB"}, "unknown option 'kv_memry'; did you mean 'kv_memory'"),
         ({"polcy": "full"}, "did you mean 'policy'"),
         ({"page_size": 0}, "page_size=0"),
         ({"dtype": "float31"}, "dtype='float31' is unknown; did you mean 'float32'"),
         ({"dtype": "float64"}, "the model given is torch.float32; convert it"),
         ({"device": "tpu"}, "device='tpu'"),
+        ({"device": 5.0}, "device=5.0"),
+        ({"dtype": None}, "dtype='None' is unknown"),
+        ({"kv_memory": "9" * 400}, "kv_memory=999.* is more than any machine has"),
+        ({"tokenizer": 5}, "tokenizer=5 is neither a tokenizer, a path, nor None"),
+        ({"policy": Policy(), "keep": 0.5}, "policy Policy has no option 'keep'"),
     ],
 )
 def test_bad_engine_options(options: dict[str, Any], message: str) -> None:
@@ -132,13 +169,38 @@ def test_no_cuda_here(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_not_enough_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading, "free_memory", lambda device: 1000)
-    with pytest.raises(ValueError, match="needs .* GiB for its weights"):
-        LLM(str(GOLDEN))
-    monkeypatch.undo()
-    monkeypatch.setattr(engine_module, "free_memory", lambda device: 1000)
-    with pytest.raises(ValueError, match="kv_memory=65536 bytes .* lower kv_memory"):
-        LLM(str(GOLDEN), kv_memory="64KiB")
+    """Told from the config, before any weight is read."""
+    weights = sum(t.numel() for t in load_file(GOLDEN / "model.safetensors").values()) * 4
+    monkeypatch.setattr(llm_module, "load_model", lambda *_: pytest.fail("weights were read"))
+    for free, message in (
+        (weights - 1, "needs .* GiB for its weights"),
+        (weights + 2**20 - 1, "kv_memory=1048576 bytes .* beside the weights; lower kv_memory"),
+    ):
+        monkeypatch.setattr(checks, "free_memory", lambda _, free=free: free)
+        with pytest.raises(ValueError, match=message):
+            LLM(str(GOLDEN), kv_memory="1MiB")
+
+
+def test_options_are_checked_before_weights_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llm_module, "load_model", lambda *_: pytest.fail("weights were read"))
+    with pytest.raises(ValueError, match="start_layer=99"):
+        LLM(str(GOLDEN), policy=PyramidInfer(start_layer=99))
+    with pytest.raises(ValueError, match="below one page per layer"):
+        LLM(str(GOLDEN), kv_memory="1KiB")
+
+
+def test_a_model_without_a_head() -> None:
+    with pytest.raises(ValueError, match="LlamaModel has no language model head"):
+        LLM(tiny_model("llama").model)
+
+
+def test_a_hooked_layer_is_refused() -> None:
+    """Device maps put a function of their own in a layer's place, which would pass us by."""
+    model = tiny_model("llama")
+    layer = model.model.layers[2]
+    layer.forward = functools.partial(type(layer).forward, layer)
+    with pytest.raises(ValueError, match="LlamaDecoderLayer was hooked"):
+        LLM(model)
 
 
 def test_dropout_in_training_mode() -> None:
@@ -190,7 +252,7 @@ def test_misshaped_tensor(folder: Path) -> None:
 def test_torn_file(folder: Path) -> None:
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(ValueError, match="safetensors"):
+    with pytest.raises(ValueError, match="cannot load .*: Error while deserializing header"):
         LLM(str(folder))
 
 

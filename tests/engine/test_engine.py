@@ -104,19 +104,50 @@ def test_layer_major_prefill_holds_one_full_layer() -> None:
 
 def test_first_come_first_served_without_starvation() -> None:
     """A big request at the head waits for room, and later small ones do not overtake it."""
-    llm = build("full", kv_memory="600KiB", dtype=torch.float32)
+    llm = build("full", kv_memory="450KiB", dtype=torch.float32)
     params = SamplingParams(max_tokens=30, ignore_eos=True)
     small = [llm.engine.add(random_prompt(i, 60), params) for i in range(3)]
     llm.engine.step()
     big = llm.engine.add(random_prompt(9, 400), params)
     late = [llm.engine.add(random_prompt(i, 20), params) for i in range(20, 23)]
-    order = []
+    llm.engine.step()
+    assert list(llm.engine.scheduler.waiting) == [big, *late]
+    assert llm.engine.ledger.fits(late[0].cost), "there is room for the small ones"
     while not llm.engine.scheduler.idle:
-        order += llm.engine.step()
-    assert [each.started is not None for each in [*small, big, *late]] == [True] * 7
+        llm.engine.step()
+    assert all(request.finish_reason == "length" for request in [*small, big, *late])
     assert big.started is not None
-    assert all(each.started >= big.started for each in late if each.started)
+    assert all(each.started and each.started >= big.started for each in late)
     llm.engine.check()
+
+
+def test_a_short_prompt_is_not_held_up_by_a_long_one() -> None:
+    llm = build("full", step_tokens=32, prefill_chunk=16, dtype=torch.float32)
+    long = llm.engine.add(random_prompt(1, 500), SamplingParams(max_tokens=2))
+    llm.engine.step()
+    short = llm.engine.add(random_prompt(2, 5), SamplingParams(max_tokens=2, ignore_eos=True))
+    steps = 0
+    while not short.output:
+        llm.engine.step()
+        steps += 1
+    assert steps <= 2
+    assert not long.output
+    llm.engine.abort(long)
+
+
+@pytest.mark.parametrize("name", sorted(POLICIES))
+def test_a_steps_budget_is_used_up(name: str) -> None:
+    """What is dropped is not paid for: prefill takes as many steps as its layer-tokens need."""
+    llm = build(name, step_tokens=256, prefill_chunk=64, dtype=torch.float32)
+    requests = [
+        llm.engine.add(random_prompt(i, 300), SamplingParams(max_tokens=1)) for i in range(6)
+    ]
+    steps = 0
+    while not llm.engine.scheduler.idle:
+        llm.engine.step()
+        steps += 1
+    work = sum(sum(request.computed) for request in requests)
+    assert steps <= work / (256 * 4) + 2
 
 
 def test_reservation_is_an_upper_bound() -> None:
@@ -129,29 +160,48 @@ def test_reservation_is_an_upper_bound() -> None:
             costs = [request.cost.bytes for request in requests]
             while not llm.engine.scheduler.idle:
                 llm.engine.step()
+            peaks = []
             for request, cost in zip(requests, costs, strict=True):
                 assert request.kv is not None
                 assert request.kv.bytes <= request.kv.peak_bytes <= cost, (name, family)
-            assert llm.engine.peak_bytes <= llm.engine.pool.budget
+                peaks.append(request.kv.peak_bytes)
+            assert max(peaks) <= llm.engine.peak_bytes <= llm.engine.pool.budget
 
 
 def test_abort_frees_pages_at_once() -> None:
-    llm = build("full", prefill_chunk=8, step_tokens=8)
-    params = SamplingParams(max_tokens=30, ignore_eos=True)
-    waiting, prefilling, running = (llm.engine.add(random_prompt(i, 90), params) for i in range(3))
-    other = llm.engine.add(random_prompt(7, 12), params)
-    for _ in range(3):
-        llm.engine.step()
-    for request in (waiting, prefilling, running):
-        llm.engine.abort(request)
+    """Waiting, prefilling, running, and waiting with a cache in hand."""
+    llm = build("full", prefill_chunk=8, step_tokens=12, kv_memory="350KiB", dtype=torch.float32)
+    params, engine = SamplingParams(max_tokens=60, ignore_eos=True), llm.engine
+    held = engine.add(random_prompt(9, 9), SamplingParams(max_tokens=2), hold=True)
+    while held.finish_reason is None:
+        engine.step()
+    running = engine.add(random_prompt(1, 12), params)
+    while not running.output:
+        engine.step()
+    other = engine.add(random_prompt(7, 5), params)
+    prefilling = engine.add(random_prompt(2, 150), params)
+    waiting = engine.add(random_prompt(3, 300), params)
+    engine.step()
+    turn = engine.extend(held, random_prompt(4, 200), params)
+    engine.step()
+    states = engine.scheduler
+    assert running in states.running
+    assert prefilling in states.prefilling
+    assert list(states.waiting) == [waiting, turn]
+    for request in (waiting, prefilling, running, turn):
+        before = engine.pool.budget_used
+        owned = request.sequence is not None
+        engine.abort(request)
         assert request.finish_reason == "abort"
         assert request.sequence is None
-        llm.engine.pool.check()
-    while not llm.engine.scheduler.idle:
-        llm.engine.step()
-    assert other.output == alone("full", "llama", other.prompt, params)
-    assert llm.engine.pool.budget_used == 0
-    llm.engine.check()
+        assert (engine.pool.budget_used < before) == owned
+        engine.pool.check()
+    while not states.idle:
+        engine.step()
+    expected = build("full", dtype=torch.float32).generate([other.prompt], params)[0]
+    assert other.output == expected.token_ids
+    assert engine.pool.budget_used == 0
+    engine.check()
 
 
 @pytest.mark.parametrize("chunk", [7, 1024])
@@ -210,21 +260,125 @@ def test_extend_needs_a_held_request() -> None:
         llm.engine.extend(request, [5], SamplingParams(max_tokens=1))
 
 
-def test_truncate_then_go_on_equals_never_having_seen_it() -> None:
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "opt"])
+def test_truncate_then_go_on_equals_never_having_seen_it(family: str) -> None:
     """A rejected draft leaves no trace."""
-    llm = build("full")
-    params = SamplingParams(max_tokens=1, ignore_eos=True)
-    turn = llm.engine.add(random_prompt(1, 40), params, hold=True)
+    llm = build("full", family)
+    params = SamplingParams(max_tokens=3, ignore_eos=True)
+    turn = llm.engine.add(random_prompt(1, 14), params, hold=True)
     while turn.finish_reason is None:
         llm.engine.step()
-    assert turn.sequence is not None
-    llm.engine.pool.truncate(turn.sequence.table, 25)
-    turn.prompt, turn.output = turn.prompt[:25], []
+    llm.engine.truncate(turn, 11)
     again = llm.engine.extend(turn, random_prompt(5, 9), SamplingParams(max_tokens=8))
     while again.finish_reason is None:
         llm.engine.step()
-    text = random_prompt(1, 40)[:25] + random_prompt(5, 9)
-    assert again.output == alone("full", "llama", text, SamplingParams(max_tokens=8))
+    text = random_prompt(1, 14)[:11] + random_prompt(5, 9)
+    assert again.output == alone("full", family, text, SamplingParams(max_tokens=8))
+
+
+def test_truncate_refuses_what_a_window_has_let_go_of() -> None:
+    llm = build("full", "gemma3_text")
+    turn = llm.engine.add(random_prompt(1, 40), SamplingParams(max_tokens=1), hold=True)
+    while turn.finish_reason is None:
+        llm.engine.step()
+    with pytest.raises(ValueError, match="cannot go back to 25 tokens: layer 0 keeps its window"):
+        llm.engine.truncate(turn, 25)
+    llm.engine.truncate(turn, 40)
+    llm.engine.release(turn)
+    llm.engine.check()
+
+
+def test_truncate_brings_policy_state_and_ring_along() -> None:
+    llm = build("pyramidinfer")
+    params = SamplingParams(max_tokens=20, ignore_eos=True)
+    turn = llm.engine.add(random_prompt(1, 80), params, hold=True)
+    while turn.finish_reason is None:
+        llm.engine.step()
+    assert turn.sequence is not None
+    table = turn.sequence.table
+    llm.engine.truncate(turn, 60)
+    assert (table.state["marker"].numpy() <= table.kept).all()
+    assert table.ring is not None
+    assert (table.ring.newest(0, 999)[2] < 60).all()
+    again = llm.engine.extend(turn, random_prompt(2, 30), params)
+    while again.finish_reason is None:
+        llm.engine.step()
+    assert len(again.output) == 20
+    llm.engine.check()
+
+
+def test_a_held_cache_does_not_lock_the_queue() -> None:
+    """Its next turn goes ahead of a request that waits for those very pages."""
+    llm = build("full", kv_memory="200KiB", dtype=torch.float32)
+    params = SamplingParams(max_tokens=2, ignore_eos=True)
+    held = llm.engine.add(random_prompt(1, 150), params, hold=True)
+    while held.finish_reason is None:
+        llm.engine.step()
+    blocked = llm.engine.add(random_prompt(2, 200), params)
+    with pytest.raises(ValueError, match="held by finished requests.*release some"):
+        llm.engine.step()
+    turn = llm.engine.extend(held, random_prompt(3, 5), params)
+    while not llm.engine.scheduler.idle:
+        llm.engine.step()
+    assert turn.finish_reason == blocked.finish_reason == "length"
+    llm.engine.check()
+
+
+@pytest.mark.parametrize("where", ["layer", "head", "settle"])
+@pytest.mark.parametrize("name", sorted(POLICIES))
+def test_a_step_that_fails_leaves_the_others_unharmed(
+    name: str, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C (or an error) at any point of a step: afterwards tokens are as if it never was."""
+    llm = build(name, prefill_chunk=16, step_tokens=24)
+    params = SamplingParams(max_tokens=16, ignore_eos=True, temperature=0.8, seed=3)
+    requests = [llm.engine.add(random_prompt(i, n), params) for i, n in enumerate((9, 70, 33))]
+    adapter = llm.engine.adapter
+    name_of = {"layer": "_run_layer", "head": "_logits", "settle": "settle"}[where]
+    real, calls = getattr(adapter, name_of), [0]
+
+    def failing(*values: Any) -> Any:
+        calls[0] += 1
+        if calls[0] % 7 == 5:
+            raise KeyboardInterrupt
+        return real(*values)
+
+    monkeypatch.setattr(adapter, name_of, failing)
+    interrupts = 0
+    for _ in range(3000):
+        if llm.engine.scheduler.idle:
+            break
+        if where == "layer" and interrupts > 30:
+            monkeypatch.setattr(adapter, name_of, real)
+        try:
+            llm.engine.step()
+        except KeyboardInterrupt:
+            interrupts += 1
+        llm.engine.pool.check()
+    assert interrupts >= 3
+    for request in requests:
+        assert request.output == alone(name, "llama", request.prompt, params)
+    llm.engine.check()
+
+
+def test_phi3_turns_may_go_back_below_the_switch() -> None:
+    """A first turn that could have become long keeps its regime in a short second turn."""
+    llm = build("full", "phi3")
+    turn = llm.engine.add(random_prompt(1, 20), SamplingParams(max_tokens=100), hold=True)
+    turn.max_new = 3
+    while turn.finish_reason is None:
+        llm.engine.step()
+    again = llm.engine.extend(turn, random_prompt(2, 5), SamplingParams(max_tokens=4))
+    while again.finish_reason is None:
+        llm.engine.step()
+    assert again.finish_reason in ("length", "stop")
+    short = llm.engine.add(random_prompt(1, 20), SamplingParams(max_tokens=4), hold=True)
+    while short.finish_reason is None:
+        llm.engine.step()
+    with pytest.raises(ValueError, match="outgrows the rotary range"):
+        llm.engine.extend(short, random_prompt(2, 60), SamplingParams(max_tokens=4))
+    llm.engine.release(short)
+    llm.engine.check()
 
 
 def test_sliding_layers_hold_their_window_only() -> None:

@@ -70,7 +70,7 @@ def test_penalties() -> None:
     for options in ({"presence_penalty": 500.0}, {"frequency_penalty": 500.0}):
         ids = run(SamplingParams(max_tokens=60, ignore_eos=True, **options)).token_ids
         assert len(set(ids)) == len(ids)
-    ids = run(SamplingParams(max_tokens=40, ignore_eos=True, repetition_penalty=1e4)).token_ids
+    ids = run(SamplingParams(max_tokens=40, ignore_eos=True, repetition_penalty=1e3)).token_ids
     assert len(set(ids)) == len(ids)
     assert not set(ids) & set(PROMPT)  # a repetition penalty counts the prompt too
 
@@ -142,6 +142,31 @@ def test_stream_is_generate_token_by_token() -> None:
     assert [len(piece.token_ids) for piece in pieces] == list(range(1, 11))
     assert pieces[-1].text == whole.text
     assert [piece.finish_reason for piece in pieces] == [None] * 9 + ["length"]
+
+
+def test_streams_side_by_side_all_end() -> None:
+    """A request that another stream's steps finished still gives its answer."""
+    params = SamplingParams(max_tokens=6, ignore_eos=True)
+    prompts = [random_prompt(i, 9 + i) for i in range(3)]
+    expected = [out.token_ids for out in build().generate(prompts, params)]
+    llm = build()
+    first, second, third = (llm.stream(prompt, params) for prompt in prompts)
+    next(second)
+    next(first)
+    assert [list(each)[-1].token_ids for each in (third, first)] == [expected[2], expected[0]]
+    llm.generate(prompts[0], params)
+    (last,) = list(second)
+    assert (last.token_ids, last.finish_reason) == (expected[1], "length")
+    assert llm.engine.scheduler.idle
+
+
+def test_a_stream_nobody_reads_is_not_queued() -> None:
+    llm = build()
+    stream = llm.stream(PROMPT)
+    assert llm.engine.scheduler.idle
+    stream.close()
+    with pytest.raises(ValueError, match="outside the vocabulary"):
+        llm.stream([VOCAB])
 
 
 def test_leaving_a_stream_frees_its_pages() -> None:

@@ -34,7 +34,7 @@ def test_layers_up_to_the_start_count_whole(start: int) -> None:
 
 
 def test_keep_below_reach_names_the_lowest() -> None:
-    with pytest.raises(ValueError, match=r"lowest is just above 0\.750"):
+    with pytest.raises(ValueError, match=r"the lowest, for long prompts, is just above 0\.750"):
         PyramidInfer(keep=0.7, start_layer=8).check(LAYERS)
     PyramidInfer(keep=0.76, start_layer=8).check(LAYERS)
 
@@ -163,6 +163,10 @@ def test_forecast_bounds_what_happens(name: str, length: int, new: int) -> None:
         ({"sinks": 1.5}, "sinks=1.5"),
         ({"distance_weight": 0}, "distance_weight=0"),
         ({"keep": 0}, "keep=0"),
+        ({"keep": 0.5, "prefill_decay": 0.1}, "leave prefill_decay=0.1 out"),
+        ({"decay_curve": [1]}, "decay_curve="),
+        ({"recent_ratio": None}, "recent_ratio=None"),
+        ({"sink": 5}, "PyramidInfer has no option 'sink'; did you mean 'sinks'"),
         ({"keep": 0.5, "decay_curve": "linear"}, "leave decay_curve='linear' out"),
     ],
 )

@@ -61,6 +61,7 @@ class Exported(NamedTuple):
     seen_len: int
     state: State
     ring: Ring | None
+    peak_bytes: int
 
 
 class Group:
@@ -102,7 +103,7 @@ class Group:
 class Pool:
     """Pages for every layer of every request, out of one byte budget.
 
-    Raises ``ValueError`` when the budget holds less than one page a layer.
+    The budget holds at least one page a layer (``least_bytes``).
     """
 
     def __init__(self, specs: list[GroupSpec], budget: int, page_size: int = 16,
@@ -111,12 +112,8 @@ class Pool:
         self.page_size, self.budget, self.device = page_size, budget, torch.device(device)
         self.layers = sum(len(spec.layers) for spec in specs)
         sizes = [spec.page_bytes(page_size, scores) for spec in specs]
-        least = sum(size * len(spec.layers) for size, spec in zip(sizes, specs, strict=True))
-        if budget < least:
-            raise ValueError(
-                f"kv_memory={budget} bytes is below one page per layer: this model needs at least "
-                f"{least} bytes ({self.layers} layers, {page_size} entries a page)"
-            )
+        least = self.least_bytes(specs, page_size, scores)
+        assert budget >= least, "the budget is below one page per layer"
         self.page_bytes = sizes
         self.groups: list[Group] = []
         self.group_of = np.zeros(self.layers, dtype=np.int64)
@@ -127,6 +124,12 @@ class Pool:
             self.group_of[list(spec.layers)] = index
         self.layer_page_bytes = np.array([sizes[group] for group in self.group_of])
         self.tables: set[Table] = set()
+        self.peak_bytes = 0  # the most all tables ever held together, as last noted
+
+    @staticmethod
+    def least_bytes(specs: list[GroupSpec], page_size: int, scores: bool = False) -> int:
+        """Bytes of one page per layer."""
+        return sum(spec.page_bytes(page_size, scores) * len(spec.layers) for spec in specs)
 
     # --- lifetime -----------------------------------------------------------------------------
 
@@ -147,7 +150,7 @@ class Pool:
         """A second table on the same pages; whoever writes first to a shared page copies it."""
         twin = Table(table.pages.copy(), table.held.copy(), table.kept.copy(), table.seen_len)
         twin.state = {name: value.clone() for name, value in table.state.items()}
-        twin.ring = _copy_ring(table.ring, self.device)
+        twin.ring, twin.peak_bytes = _copy_ring(table.ring, self.device), table.peak_bytes
         for layer in range(self.layers):
             self.group(layer).counts[self._owned(table, layer)] += 1
         self.tables.add(twin)
@@ -244,35 +247,43 @@ class Pool:
             order = (~stays).to(torch.int8).argsort(dim=1, stable=True)
             self.keep(table, layer, order[:, : int(count[0])])
         table.seen_len = seen_len
+        if table.ring is not None:
+            table.ring.truncate(seen_len)
+
+    def retract(self, table: Table, kept: np.ndarray) -> None:
+        """Undo appends: drop every layer's newest entries down to ``kept``."""
+        for layer in range(self.layers):
+            self._shrink(table, layer, int(kept[layer]))
+
+    def note_peak(self, table: Table) -> None:
+        """Take down what a table, and all of them together, hold at this moment."""
+        table.peak_bytes = max(table.peak_bytes, self.bytes(table) + table.extra_bytes)
+        held = self.budget_used + sum(each.extra_bytes for each in self.tables)
+        self.peak_bytes = max(self.peak_bytes, held)
 
     # --- reading ------------------------------------------------------------------------------
 
     def group(self, layer: int) -> Group:
         return self.groups[int(self.group_of[layer])]
 
-    def gather(self, table: Table, layer: int) -> tuple[Tensor, Tensor, Tensor]:
-        """A copy of a layer's entries: keys ``[kv_heads, n, dim]``, values, positions."""
-        group, kept = self.group(layer), int(table.kept[layer])
-        rows = self._upload(self._owned(table, layer))
+    def keys(self, table: Table, layer: int) -> Tensor:
+        """A copy of a layer's keys, ``[kv_heads, kept, key_dim]``, slot by slot."""
+        return self._flat(table, layer, self.group(layer).keys)
 
-        def flat(tensor: Tensor) -> Tensor:
-            return tensor[rows].transpose(0, 1).flatten(1, 2)[:, :kept]
-
-        return flat(group.keys), flat(group.values), flat(group.positions).long()
+    def values(self, table: Table, layer: int) -> Tensor:
+        """A copy of a layer's values, ``[kv_heads, kept, value_dim]``."""
+        return self._flat(table, layer, self.group(layer).values)
 
     def positions(self, table: Table, layer: int) -> Tensor:
-        """Original positions of a layer's entries, ``[kv_heads, kept]``, slot by slot."""
-        rows = self._upload(self._owned(table, layer))
-        kept = int(table.kept[layer])
-        return self.group(layer).positions[rows].transpose(0, 1).flatten(1, 2)[:, :kept].long()
+        """Original positions of a layer's entries, ``[kv_heads, kept]``."""
+        return self._flat(table, layer, self.group(layer).positions).long()
 
     def scores(self, table: Table, layer: int) -> Tensor:
         """Running scores of a layer's entries, ``[kv_heads, kept]``."""
-        group, kept = self.group(layer), int(table.kept[layer])
-        if group.scores is None:
+        scores = self.group(layer).scores
+        if scores is None:
             raise AssertionError("this pool keeps no scores")
-        rows = self._upload(self._owned(table, layer))
-        return group.scores[rows].transpose(0, 1).flatten(1, 2)[:, :kept]
+        return self._flat(table, layer, scores)
 
     def block_tables(self, tables: list[Table]) -> np.ndarray:
         """Page lists of several requests, ``[n, layers, most pages]`` int32, padded with page 0."""
@@ -304,27 +315,34 @@ class Pool:
         entries = []
         for layer in range(self.layers):
             scores = None if self.group(layer).scores is None else self.scores(table, layer).cpu()
-            keys, values, positions = (each.cpu() for each in self.gather(table, layer))
-            entries.append((keys, values, positions, scores))
+            keys, values = self.keys(table, layer), self.values(table, layer)
+            entries.append((keys.cpu(), values.cpu(), self.positions(table, layer).cpu(), scores))
         state = {name: value.clone() for name, value in table.state.items()}
         host = torch.device("cpu")
-        return Exported(entries, table.seen_len, state, _copy_ring(table.ring, host))
+        ring = _copy_ring(table.ring, host)
+        return Exported(entries, table.seen_len, state, ring, table.peak_bytes)
 
     def import_(self, exported: Exported) -> Table:
         """Bring an exported request back as a new table."""
         table = self.new_table(max(keys.shape[1] for keys, *_ in exported.entries))
-        for layer, (keys, values, positions, scores) in enumerate(exported.entries):
-            slots, group = self.append(table, layer, keys.shape[1]), self.group(layer)
-            group.keys[slots.pages, :, slots.offsets] = keys.transpose(0, 1).to(self.device)
-            group.values[slots.pages, :, slots.offsets] = values.transpose(0, 1).to(self.device)
-            group.positions[slots.pages, :, slots.offsets] = (
-                positions.transpose(0, 1).to(self.device, torch.int32)
-            )  # fmt: skip
-            if scores is not None and group.scores is not None:
-                group.scores[slots.pages, :, slots.offsets] = scores.transpose(0, 1).to(self.device)
+        try:
+            for layer, entry in enumerate(exported.entries):
+                self._restore(table, layer, *entry)
+        except PoolExhausted:
+            self.release(table)
+            raise
         table.seen_len, table.state = exported.seen_len, dict(exported.state)
         table.ring = _copy_ring(exported.ring, self.device)
+        table.peak_bytes = exported.peak_bytes
         return table
+
+    def _restore(self, table: Table, layer: int, keys: Tensor, values: Tensor, positions: Tensor,
+                 scores: Tensor | None) -> None:  # fmt: skip
+        pages, offsets = self.append(table, layer, keys.shape[1])
+        group = self.group(layer)
+        given = [keys, values, positions.to(torch.int32), *([] if scores is None else [scores])]
+        for storage, tensor in zip(group.tensors(), given, strict=True):
+            storage[pages, :, offsets] = tensor.transpose(0, 1).to(self.device)
 
     # --- integrity ----------------------------------------------------------------------------
 
@@ -346,6 +364,10 @@ class Pool:
 
     def _owned(self, table: Table, layer: int) -> np.ndarray:
         return table.pages[layer, : int(table.held[layer])]
+
+    def _flat(self, table: Table, layer: int, storage: Tensor) -> Tensor:
+        rows = self._upload(self._owned(table, layer))
+        return storage[rows].transpose(0, 1).flatten(1, 2)[:, : int(table.kept[layer])]
 
     def _reserve(self, table: Table, layer: int, first: int, end: int) -> None:
         """Own the pages of entries ``first..end``, none of them shared."""
@@ -392,4 +414,5 @@ def _copy_ring(ring: Ring | None, device: torch.device) -> Ring | None:
         ring.lse.to(device, copy=True),
         ring.positions.to(device, copy=True),
         ring.written,
+        ring.oldest,
     )

@@ -22,14 +22,15 @@ class Ring:
     """The newest queries of every layer, with the log-sum-exp each had when it attended.
 
     queries : ``[layers, capacity, heads, key_dim]``;  lse : ``[layers, capacity, heads]``;
-    positions : ``[capacity]``.  ``written`` rows were ever written; row ``i`` of the text's rows
-    sits at ``i % capacity``.
+    positions : ``[capacity]``.  Rows are numbered as they are written; row ``i`` sits at
+    ``i % capacity``, and rows ``oldest`` to ``written - 1`` are there.
     """
 
     queries: Tensor
     lse: Tensor
     positions: Tensor
     written: int = 0
+    oldest: int = 0
 
     @classmethod
     def empty(cls, layers: int, capacity: int, heads: int, key_dim: int, dtype: torch.dtype,
@@ -54,10 +55,22 @@ class Ring:
         self.queries[:, row], self.lse[:, row] = queries, lse
         self.positions[row] = position
         self.written += 1
+        self.oldest = max(self.oldest, self.written - self.capacity)
+
+    def begin(self, position: int) -> None:
+        """Row 0 of every layer was just written; nothing else counts."""
+        self.positions[0], self.oldest, self.written = position, 0, 1
+
+    def truncate(self, seen_len: int) -> None:
+        """Forget rows of positions from ``seen_len`` on."""
+        while self.written > self.oldest:
+            if int(self.positions[(self.written - 1) % self.capacity]) < seen_len:
+                break
+            self.written -= 1
 
     def newest(self, layer: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The newest ``min(count, written, capacity)`` rows of a layer, oldest first."""
-        count = min(count, self.written, self.capacity)
+        """The newest rows of a layer, at most ``count``, oldest first."""
+        count = min(count, self.written - self.oldest)
         rows = torch.arange(self.written - count, self.written, device=self.positions.device)
         rows %= self.capacity
         return self.queries[layer, rows], self.lse[layer, rows], self.positions[rows]
@@ -69,6 +82,7 @@ class Table:
 
     pages : ``[layers, capacity]`` int32, the first ``held[layer]`` of a row are owned.
     kept : ``[layers]`` int64, entries in use.
+    transient_bytes : hidden states and window queries of a prompt in progress, outside the pool.
     """
 
     pages: np.ndarray
@@ -77,6 +91,7 @@ class Table:
     seen_len: int = 0
     state: State = field(default_factory=dict)
     ring: Ring | None = None
+    transient_bytes: int = 0
     peak_bytes: int = 0
 
     @classmethod
@@ -93,9 +108,9 @@ class Table:
 
     @property
     def extra_bytes(self) -> int:
-        """Bytes outside pages: policy state and ring."""
+        """Bytes outside pages: policy state, ring, and a prompt in progress."""
         ring = self.ring.nbytes if self.ring else 0
-        return ring + sum(value.nbytes for value in self.state.values())
+        return ring + self.transient_bytes + sum(value.nbytes for value in self.state.values())
 
     def grow(self, capacity: int) -> None:
         """Make room for ``capacity`` page numbers a layer."""

@@ -29,7 +29,7 @@ def plain_errors() -> Iterator[None]:
     """A user's mistake is one line and exit code 2; Ctrl-C leaves what is done and exits 130."""
     try:
         yield
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
@@ -62,7 +62,7 @@ def demo(
     start_layer: Annotated[int, typer.Option(help="Where the late start begins to drop.")] = 4,
     out: Annotated[Path, typer.Option(help="Folder for the picture.")] = Path("out"),
 ) -> None:
-    """Answer questions about long documents in one memory budget, three ways, and draw it."""
+    """Answer questions about long documents in one memory budget, four ways, and draw it."""
     from pyramidinfer.cli.demo import run_demo
 
     run_demo(documents, length, kv_memory, keep, start_layer, out)

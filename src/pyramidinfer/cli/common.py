@@ -26,7 +26,9 @@ def policy_from(name: str, keep: float | None, options: list[str]) -> Policy:
             values[key] = ast.literal_eval(text)
         except (ValueError, SyntaxError):
             values[key] = text
-    return make_policy(name, keep, **values)
+    if keep is not None and "keep" in values:
+        raise ValueError(f"keep is given twice: --keep {keep} and --option keep={values['keep']}")
+    return make_policy(name, values.pop("keep", keep), **values)
 
 
 def human_bytes(count: float) -> str:

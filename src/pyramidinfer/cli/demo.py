@@ -1,4 +1,4 @@
-"""``pyramidinfer demo``: the same questions in the same memory, three ways."""
+"""``pyramidinfer demo``: the same questions in the same memory, four ways."""
 
 from __future__ import annotations
 
@@ -45,13 +45,18 @@ def run_demo(documents: int, length: int, kv_memory: str, keep: float, start_lay
         raise ValueError(f"--documents {documents} must be at least 1")
     if not 200 <= length <= 4000:
         raise ValueError(f"--length {length} must lie between 200 and 4000 tokens")
+    out.mkdir(parents=True, exist_ok=True)
     quiet_transformers()
     console = Console()
     questions = make_questions(SEED, documents, length)
     ways: list[tuple[str, Policy]] = [
         ("full cache", Full()),
-        ("the paper's rule", PyramidInfer(keep=keep)),
-        (f"from layer {start_layer} on", PyramidInfer(keep=keep, start_layer=start_layer)),
+        ("paper's settings", PyramidInfer()),
+        (f"paper's rule, keep {keep}", PyramidInfer(keep=keep)),
+        (
+            f"from layer {start_layer}, keep {keep}",
+            PyramidInfer(keep=keep, start_layer=start_layer),
+        ),
     ]
     console.print(
         f"{documents} documents of {length} tokens, one question each, "
@@ -76,7 +81,7 @@ def run_demo(documents: int, length: int, kv_memory: str, keep: float, start_lay
             console.print(_table(runs, llms[0].engine.pool.budget))
     shown = make_questions(SEED + 1, 1, min(length, 600))[0]
     picture = draw_pyramid(
-        [(way[0], llm.trace(shown.prompt)) for way, llm in zip(ways[1:], llms[1:], strict=True)],
+        [(way[0], llm.trace(shown.prompt)) for way, llm in zip(ways[2:], llms[2:], strict=True)],
         shown.prompt, shown.needle, out / "pyramid.png",
     )  # fmt: skip
     configuration = {
@@ -85,7 +90,7 @@ def run_demo(documents: int, length: int, kv_memory: str, keep: float, start_lay
     }  # fmt: skip
     figures = {run.title: _figures(run) for run in runs}
     write_result(out / "demo.json", configuration, figures)
-    console.print(f"which token survived to which layer: [bold]{picture}[/bold]")
+    console.print(f"which token survived to which layer: [bold]{picture}[/bold]", soft_wrap=True)
 
 
 def _answer(title: str, llm: LLM, questions: list[Question], advance: object) -> Run:
@@ -123,17 +128,17 @@ def _figures(run: Run) -> dict[str, float]:
 
 def _table(runs: list[Run], budget: int) -> Table:
     table = Table(title=f"the same questions in {human_bytes(budget)}")
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for run in runs:
         table.add_column(run.title, justify="right")
     all_figures = [_figures(run) for run in runs]
     rows: dict[str, Callable[[dict[str, float]], str]] = {
         "answers right": lambda f: f"{f['right']:.0f} of {f['questions']:.0f}",
         "peak KV bytes": lambda f: human_bytes(f["peak_bytes"]),
-        "tokens computed (mean over layers)": lambda f: f"{f['computed_share']:.0%}",
-        "tokens kept (mean over layers)": lambda f: f"{f['kept_share']:.0%}",
+        "tokens computed, mean": lambda f: f"{f['computed_share']:.0%}",
+        "tokens kept, mean": lambda f: f"{f['kept_share']:.0%}",
         "requests in flight": lambda f: f"{f['in_flight']:.0f}",
-        "time to first token (mean)": lambda f: f"{f['first_token_seconds']:.2f} s",
+        "time to first token": lambda f: f"{f['first_token_seconds']:.2f} s",
         "output tokens/s": lambda f: f"{f['output_tokens_per_second']:.0f}",
         "prompt + output tokens/s": lambda f: f"{f['all_tokens_per_second']:.0f}",
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -35,7 +35,7 @@ def run_generate(model: str | None, policy: str, keep: float | None, options: li
                 written = len(output.text)
     except KeyboardInterrupt:
         if output is not None and as_json:
-            _print_json(output)
+            _print_json(replace(output, finish_reason="abort"))
         raise
     assert output is not None
     if as_json:

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import json
 
-import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM
 
 from pyramidinfer.attention import select_backend
 from pyramidinfer.cli.common import human_bytes, policy_from
-from pyramidinfer.config import EngineConfig, parse_dtype
+from pyramidinfer.config import EngineConfig
 from pyramidinfer.models import Adapter
-from pyramidinfer.models.families import find_family
-from pyramidinfer.models.loading import load_config, quiet_transformers, shipped_model
+from pyramidinfer.models.loading import empty_model, quiet_transformers, shipped_model
 
 __all__ = ["run_inspect"]
 
@@ -63,12 +60,7 @@ def run_inspect(model: str | None, policy: str, keep: float | None, options: lis
 
 
 def _adapter_without_weights(model: str, dtype: str) -> Adapter:
-    config = load_config(model)
-    find_family(config)
-    kind = parse_dtype(dtype, getattr(config, "dtype", None))
-    with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(config, dtype=kind)
-    return Adapter(empty, select_backend())
+    return Adapter(empty_model(model, dtype)[0], select_backend())
 
 
 def _print(rows: list[dict[str, int]], policy: str, prompt_len: int, max_tokens: int) -> None:

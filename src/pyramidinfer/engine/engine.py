@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import operator
 import time
 from collections.abc import Sequence as Items
 from typing import Any
@@ -14,14 +13,16 @@ from torch import nn
 from pyramidinfer.attention import select_backend
 from pyramidinfer.cache import Pool, Ring, Table
 from pyramidinfer.config import EngineConfig
+from pyramidinfer.engine.checks import check_plan, check_spans, check_tokens
 from pyramidinfer.engine.memory import Cost, Ledger, full_bytes
 from pyramidinfer.engine.request import Request
 from pyramidinfer.engine.sampler import prepare, sample
 from pyramidinfer.engine.scheduler import Plan, Scheduler
 from pyramidinfer.engine.text import Detokenizer
+from pyramidinfer.engine.undo import Undo
 from pyramidinfer.models import Adapter, Intake
+from pyramidinfer.models.adapter import Stepped
 from pyramidinfer.models.intake import Batch, Sequence
-from pyramidinfer.models.loading import free_memory
 from pyramidinfer.policies import Policy
 from pyramidinfer.types import KVUsage, RequestMetrics, RequestOutput, SamplingParams, TokenIds
 
@@ -41,18 +42,16 @@ class Engine:
                  tokenizer: Any = None, backend: str = "reference") -> None:  # fmt: skip
         self.config, self.policy, self.tokenizer = config, policy, tokenizer
         self.adapter = Adapter(model, select_backend(backend), config.prefill_chunk)
-        policy.check(self.adapter.layers_for(1))
-        assert isinstance(config.kv_memory, int)
-        _check_memory(config.kv_memory, self.adapter.device)
+        device = self.adapter.device
+        check_plan(self.adapter, policy, config, device)
         self.pool = Pool(
-            self.adapter.group_specs(), config.kv_memory, config.page_size, self.adapter.device,
+            self.adapter.group_specs(), config.budget, config.page_size, device,
             scores=policy.uses_scores, poison=config.poison,
         )  # fmt: skip
         self.ledger = Ledger(self.pool, self.adapter)
         self.scheduler = Scheduler(config, self.ledger, self.adapter.depth)
         self.end_ids = _end_ids(model)
         self.peak_in_flight = 0
-        self.peak_bytes = 0
         self._ids = itertools.count()
 
     # --- requests -----------------------------------------------------------------------------
@@ -65,13 +64,13 @@ class Engine:
         ``on``: a cache that already holds the beginning of the prompt.
         """
         adapter, longest = self.adapter, self.adapter.max_positions
-        self.check_tokens(prompt)
+        check_tokens(prompt, adapter.vocab_size)
         if len(prompt) >= longest:
             raise ValueError(
                 f"the prompt has {len(prompt)} tokens; this model has {longest} positions, so at "
                 f"most {longest - 1} fit with one generated token"
             )
-        spans = _check_spans(protect, len(prompt))
+        spans = check_spans(protect, len(prompt))
         if params.stop and self.tokenizer is None:
             raise ValueError("stop strings need a tokenizer; none was loaded (use stop_token_ids)")
         for token in params.stop_token_ids:
@@ -110,11 +109,11 @@ class Engine:
         old = request.sequence
         if not request.hold or old is None or request.finish_reason is None:
             raise ValueError(f"request {request.id} holds no cache; add it with hold=True")
-        self.check_tokens(tokens)
+        check_tokens(tokens, self.adapter.vocab_size)
         text = request.prompt + request.output + list(tokens)
         turn = self.make(text, params, protect=[*request.protect, *protect], hold=hold,
                          on=old.table)  # fmt: skip
-        if self.adapter.rotary.is_long(len(text) + turn.max_new - 1) != old.is_long:
+        if self.adapter.rotary.is_long(len(text) + turn.max_new - 1) and not old.is_long:
             raise ValueError(
                 "the text outgrows the rotary range its cache was made for; start a new request"
             )
@@ -122,6 +121,30 @@ class Engine:
         turn.promised, request.promised = request.promised, None
         self.submit(turn)
         return turn
+
+    def truncate(self, request: Request, seen_len: int) -> None:
+        """Forget a held request's tokens from position ``seen_len`` on (a rejected draft).
+
+        ``ValueError`` where layers with a sliding window have already let go of entries that
+        would be seen again.
+        """
+        sequence = request.sequence
+        if not request.hold or sequence is None or request.finish_reason is None:
+            raise ValueError(f"request {request.id} holds no cache; add it with hold=True")
+        table = sequence.table
+        for layer, shape in enumerate(self.adapter.shapes):
+            if shape.window is None or sequence.layers.governed[layer] or seen_len < 1:
+                continue
+            oldest = int(self.pool.positions(table, layer).min())
+            if oldest > max(0, seen_len - shape.window + 1):
+                raise ValueError(
+                    f"cannot go back to {seen_len} tokens: layer {layer} keeps its window only, "
+                    f"from position {oldest} on"
+                )
+        self.pool.truncate(table, seen_len)
+        table.state = self.policy.truncated(table.state, [int(n) for n in table.kept])
+        request.prompt, request.output = (request.prompt + request.output)[:seen_len], []
+        self.ledger.promise(request, self.ledger.held(table))
 
     def release(self, request: Request) -> None:
         """Give a held request's cache back."""
@@ -140,13 +163,34 @@ class Engine:
     # --- stepping -----------------------------------------------------------------------------
 
     def step(self) -> list[Request]:
-        """Advance everything by one step; returns the requests that ended."""
+        """Advance everything by one step; returns the requests that ended.
+
+        If anything is raised inside (Ctrl-C included), what the step had begun is undone, so the
+        other requests go on as if it had not been tried.
+        """
         for request in self.scheduler.admit():
-            self._begin(request)
+            self.begin(request)
+        if self.scheduler.waiting and not self.scheduler.in_flight:
+            raise ValueError(
+                f"{self.ledger.bytes} bytes of kv_memory are held by finished requests, and the "
+                f"next one needs {self.scheduler.waiting[0].cost.bytes} of {self.pool.budget}: "
+                f"release some of them"
+            )
         plan = self.scheduler.plan()
-        logits = self.adapter.forward(self.pool, self._batch(plan))
         self.peak_in_flight = max(self.peak_in_flight, self.scheduler.in_flight)
-        return self._commit(plan, logits)
+        undo = Undo(self, plan)
+        try:
+            stepped = self.adapter.forward(self.pool, self._batch(plan))
+            undo.ran = True
+            return self._commit(plan, stepped, undo.committed)
+        except BaseException:
+            undo.roll_back()
+            raise
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most that all requests together ever held, pages and everything beside them."""
+        return self.pool.peak_bytes
 
     def check(self) -> None:
         """``pool.check()``, and that nothing is promised when nothing runs."""
@@ -154,7 +198,8 @@ class Engine:
         if self.scheduler.idle and not self.pool.tables:
             assert self.ledger.bytes == 0 and not self.ledger.pages.any(), "a promise is left"
 
-    def _begin(self, request: Request) -> None:
+    def begin(self, request: Request) -> None:
+        """Give an admitted request its table and put its prompt at the first layer."""
         request.started = time.monotonic()
         adapter, device = self.adapter, self.adapter.device
         longest = len(request.prompt) + request.max_new
@@ -178,7 +223,11 @@ class Engine:
             table.ring = Ring.empty(
                 adapter.depth, rows, shape.heads, shape.key_dim, adapter.dtype, device
             )
-        request.intake = Intake(sequence, torch.tensor(new, device=device), table.seen_len)
+        forecast = self.policy.forecast(len(new), request.max_new, layers)
+        extra = int(sequence.protected.sum())
+        reach = [min(len(new), count + extra) for count in forecast.reach]
+        tokens = torch.tensor(new, device=device)
+        request.intake = Intake(sequence, tokens, table.seen_len, reach)
 
     def _batch(self, plan: Plan) -> Batch:
         running = [each.sequence for each in plan.decode if each.sequence is not None]
@@ -188,31 +237,26 @@ class Engine:
             [work for _, work in plan.prefill],
         )  # fmt: skip
 
-    def _commit(self, plan: Plan, logits: torch.Tensor) -> list[Request]:
+    def _commit(self, plan: Plan, stepped: Stepped, committed: set[Request]) -> list[Request]:
         """Sample a token for every request that got logits; end those that are done."""
         begun = [request for request, work in plan.prefill if work.intake.finished]
-        held = self.pool.budget_used + sum(
-            each.sequence.table.extra_bytes + (each.intake.transient_bytes if each.intake else 0)
-            for each in self.scheduler.prefilling + self.scheduler.running
-            if each.sequence is not None
-        )
-        self.peak_bytes = max(self.peak_bytes, held)
-        ready = plan.decode + begun
-        if not ready:
-            return []
-        for request in begun:
-            assert request.intake is not None
-            request.computed, request.intake = request.intake.computed, None
-            self.ledger.promise(request, request.cost.settled)
-            self.scheduler.to_running(request)
-        tokens, logprobs = sample(logits, ready)
+        likeliest = stepped.logits.argmax(-1).tolist()
         ended = []
-        for request, token, logprob in zip(ready, tokens, logprobs, strict=True):
+        for row, request in enumerate(plan.decode + begun):
+            assert request.sequence is not None
+            if row < len(plan.decode):
+                assert stepped.decoding is not None
+                self.adapter.settle(self.pool, request.sequence, stepped.decoding, row)
+            token, logprob = sample(stepped.logits[row], request, likeliest[row])
             request.output.append(token)
+            committed.add(request)
             if logprob is not None:
                 request.logprobs.append(logprob)
-            if request.first_token is None:
+            if request.intake is not None:
                 request.first_token = time.monotonic()
+                request.computed, request.intake = request.intake.computed, None
+                self.ledger.promise(request, request.cost.settled)
+                self.scheduler.to_running(request)
             reason = self._reason(request, token)
             if reason:
                 self.scheduler.remove(request)
@@ -283,17 +327,6 @@ class Engine:
             logprobs, metrics, self.usage(request),
         )  # fmt: skip
 
-    def check_tokens(self, tokens: TokenIds) -> None:
-        """``ValueError`` unless these are token ids of the model, at least one."""
-        if len(tokens) == 0:
-            raise ValueError("the prompt is empty; give at least one token")
-        for token in tokens:
-            if type(token) is not int or not 0 <= token < self.adapter.vocab_size:
-                raise ValueError(
-                    f"token id {token!r} is outside the vocabulary: 0 to "
-                    f"{self.adapter.vocab_size - 1}"
-                )
-
     def _check_cost(self, cost: Cost, prompt: int, max_new: int) -> None:
         have = self.pool.budget
         if not self.ledger.ever_fits(cost):
@@ -303,31 +336,6 @@ class Engine:
                 f"{have} ({have / 2**20:.1f} MiB): raise kv_memory, lower keep or max_tokens, or "
                 f"shorten the prompt"
             )
-
-
-def _check_spans(protect: Spans, length: int) -> tuple[tuple[int, int], ...]:
-    """Spans as pairs of ints inside a prompt of ``length`` tokens."""
-    try:
-        spans = tuple((operator.index(start), operator.index(stop)) for start, stop in protect)
-    except (TypeError, ValueError):
-        raise ValueError(
-            f"protect={protect!r} must be a list of spans (start, stop) of prompt positions"
-        ) from None
-    for start, stop in spans:
-        if not 0 <= start < stop <= length:
-            raise ValueError(
-                f"protect span ({start}, {stop}) lies outside the prompt's {length} tokens"
-            )
-    return spans
-
-
-def _check_memory(budget: int, device: torch.device) -> None:
-    free = free_memory(device)
-    if budget > free:
-        raise ValueError(
-            f"kv_memory={budget} bytes ({budget / 2**30:.2f} GiB) is more than the "
-            f"{free / 2**30:.2f} GiB of memory that are free on {device}; lower kv_memory"
-        )
 
 
 def _end_ids(model: nn.Module) -> frozenset[int]:

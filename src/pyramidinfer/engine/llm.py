@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import operator
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import nn
 
+from pyramidinfer.attention import select_backend
 from pyramidinfer.config import EngineConfig
+from pyramidinfer.engine.checks import check_plan
 from pyramidinfer.engine.engine import Engine
 from pyramidinfer.engine.request import Request
 from pyramidinfer.engine.tracing import trace
-from pyramidinfer.models.loading import load_model
+from pyramidinfer.models import Adapter
+from pyramidinfer.models.loading import empty_model, load_model
 from pyramidinfer.policies import Policy, make_policy
 from pyramidinfer.types import RequestOutput, SamplingParams, TokenIds, Trace
 
@@ -56,6 +59,10 @@ class LLM:
                  tokenizer: Any = "auto", **options: Any) -> None:  # fmt: skip
         config = EngineConfig.from_options(ARGUMENTS, kv_memory=kv_memory, **options)
         chosen = make_policy(policy, keep)
+        if not isinstance(model, nn.Module):
+            empty, place = empty_model(model, dtype, device)
+            weights = sum(each.nbytes for each in empty.parameters())
+            check_plan(Adapter(empty, select_backend()), chosen, config, place, weights)
         loaded = load_model(model, tokenizer, dtype, device)
         self.tokenizer = loaded.tokenizer
         self.name, self.dtype, self.device = loaded.name, loaded.dtype, loaded.device
@@ -76,7 +83,7 @@ class LLM:
         raises a ``KeyboardInterrupt`` whose ``outputs`` holds every answer as far as it got.
         """
         batch = _as_batch(prompts)
-        many = _spread(sampling or SamplingParams(), len(batch), "sampling")
+        many = _spread_sampling(SamplingParams() if sampling is None else sampling, len(batch))
         spans = _spread_spans(protect, len(batch))
         encoded = [self.encode(prompt) for prompt in batch]
         requests = [
@@ -100,22 +107,27 @@ class LLM:
                protect: Spans = ()) -> Iterator[RequestOutput]:  # fmt: skip
         """Yield the answer as it grows: each item is the whole answer so far.
 
-        Closing the iterator aborts the request.  Other requests go on in the same steps.
+        The request is checked at once and queued when the first item is asked for.  Closing the
+        iterator aborts it.  Other requests go on in the same steps.
         """
         params = sampling or SamplingParams()
-        request = self.engine.add(self.encode(prompt), params, protect=protect)
-        return self._follow(request)
+        return self._follow(self.engine.make(self.encode(prompt), params, protect=protect))
 
     def _follow(self, request: Request) -> Iterator[RequestOutput]:
         given = 0
+        self.engine.submit(request)
         try:
-            while request.finish_reason is None:
-                self.engine.step()
-                if len(request.output) > given:
+            while True:
+                if request.finish_reason is None:
+                    self.engine.step()
+                ended = request.finish_reason is not None
+                if ended or len(request.output) > given:
                     given = len(request.output)
-                    if request.detokenizer and not request.detokenizer.stopped:
+                    if request.detokenizer and not ended and not request.detokenizer.stopped:
                         request.detokenizer.update(request.output)
                     yield self.engine.output(request)
+                if ended:
+                    return
         finally:
             self.engine.abort(request)
 
@@ -135,39 +147,49 @@ class LLM:
         return ids
 
 
+def _is_id(item: Any) -> bool:
+    return hasattr(item, "__index__") and not isinstance(item, bool)
+
+
 def _token_ids(prompt: Any) -> TokenIds:
     """A list of plain ints; ``ValueError`` for anything else."""
+    if not isinstance(prompt, Iterable) or not all(_is_id(token) for token in prompt):
+        raise ValueError(f"prompt {prompt!r:.60} is neither a text nor a list of token ids")
     try:
-        if any(isinstance(token, bool | str) for token in prompt):
-            raise TypeError
         return [operator.index(token) for token in prompt]
     except TypeError:
-        raise ValueError(
-            f"prompt {prompt!r:.60} is neither a text nor a list of token ids"
-        ) from None
+        raise ValueError(f"prompt {prompt!r:.60} holds something that is no token id") from None
 
 
-def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+def _as_batch(prompts: Any) -> list[Prompt]:
     if isinstance(prompts, str):
         return [prompts]
+    if not isinstance(prompts, Iterable):
+        raise ValueError(f"prompts={prompts!r} must be a text, token ids, or a list of either")
     items = list(prompts)
     if not items:
         raise ValueError("no prompt was given; give at least one")
-    if all(isinstance(item, int) for item in items):
-        return [items]  # type: ignore[list-item]
-    return items  # type: ignore[return-value]
+    return [items] if all(_is_id(item) and not isinstance(item, str) for item in items) else items
 
 
-def _spread(value: Any, count: int, name: str) -> list[Any]:
-    if not isinstance(value, list):
-        return [value] * count
-    if len(value) != count:
-        raise ValueError(f"{len(value)} {name} given for {count} prompts; give one, or one each")
-    return value
+def _spread_sampling(value: Any, count: int) -> list[SamplingParams]:
+    many = list(value) if isinstance(value, list | tuple) else [value] * count
+    for each in many:
+        if not isinstance(each, SamplingParams):
+            raise ValueError(f"sampling={each!r} must be SamplingParams, or a list of them")
+    return _one_each(many, count, "SamplingParams")
 
 
 def _spread_spans(protect: Any, count: int) -> list[Spans]:
+    if not isinstance(protect, Iterable):
+        raise ValueError(f"protect={protect!r} must be a list of spans (start, stop)")
     items = list(protect)
     if items and all(isinstance(item, list) for item in items):
-        return _spread(items, count, "protect lists")
+        return _one_each(items, count, "protect lists")
     return [items] * count
+
+
+def _one_each(items: list[Any], count: int, name: str) -> list[Any]:
+    if len(items) != count:
+        raise ValueError(f"{len(items)} {name} given for {count} prompts; give one, or one each")
+    return items

@@ -59,20 +59,20 @@ def prepare(request: Request, device: torch.device) -> None:
     request.processors = chain
 
 
-def sample(logits: Tensor, requests: list[Request]) -> tuple[list[int], list[Logprob | None]]:
-    """The next token of each request from ``logits`` ``[requests, vocab]``, and its logprobs."""
-    tokens: list[int] = logits.argmax(-1).tolist()
-    found: list[Logprob | None] = [None] * len(requests)
-    for row, request in enumerate(requests):
-        if request.processors or request.params.temperature > 0:
-            tokens[row] = _choose(logits[row : row + 1].float(), request)
-        if request.params.logprobs is not None:
-            found[row] = _logprob(logits[row], tokens[row], request.params)
-    return tokens, found
+def sample(logits: Tensor, request: Request, likeliest: int) -> tuple[int, Logprob | None]:
+    """A request's next token from ``logits`` ``[vocab]`` (``likeliest``: their argmax)."""
+    token = likeliest
+    if request.processors or request.params.temperature > 0:
+        token = _choose(logits[None].float(), request)
+    if request.params.logprobs is None:
+        return token, None
+    return token, _logprob(logits, token, request.params)
 
 
 def _choose(scores: Tensor, request: Request) -> int:
-    seen = torch.tensor([request.prompt + request.output], device=scores.device)
+    # Only the repetition penalty looks at the text, and making it a tensor takes time.
+    text = request.prompt + request.output if request.params.repetition_penalty != 1 else []
+    seen = torch.tensor([text], dtype=torch.int64, device=scores.device)
     scores = request.processors(seen, scores)
     if request.params.temperature == 0:
         return int(scores.argmax())

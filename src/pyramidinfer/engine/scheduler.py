@@ -42,30 +42,41 @@ class Scheduler:
         return not self.waiting and not self.in_flight
 
     def admit(self) -> list[Request]:
-        """Requests that begin now.  The oldest waits for room; nobody overtakes it."""
+        """Requests that begin now.
+
+        The oldest waits for room and nobody overtakes it, except who already holds a cache
+        (an extended request): its pages are part of what the oldest waits for.
+        """
         begun = []
-        while self.waiting and self.in_flight < self.config.max_requests:
-            request = self.waiting[0]
-            if not self.ledger.fits(request.cost, instead_of=request.promised):
+        blocked = False
+        for request in list(self.waiting):
+            if self.in_flight >= self.config.max_requests:
                 break
-            self.ledger.promise(self.waiting.popleft(), request.cost)
+            if blocked and request.sequence is None:
+                continue
+            if not self.ledger.fits(request.cost, instead_of=request.promised):
+                blocked = True
+                continue
+            self.waiting.remove(request)
+            self.ledger.promise(request, request.cost)
             self.prefilling.append(request)
             begun.append(request)
         return begun
 
     def plan(self) -> Plan:
-        """Share one step's layer-tokens out; the oldest prompt always gets at least a chunk."""
+        """Share one step's layer-tokens out.
+
+        Three quarters go to prompts in order of arrival, the oldest always getting at least a
+        chunk; the rest goes to those with the least left to do, so that a short prompt behind a
+        long one is not held up.
+        """
         budget = (self.config.step_tokens - len(self.running)) * self.depth
         budget = max(budget, self.config.prefill_chunk)
-        prefill = []
-        for request in self.prefilling:
-            assert request.intake is not None
-            share = min(budget, request.intake.work_left)
-            if share <= 0:
-                break
-            prefill.append((request, Work(request.intake, share)))
-            budget -= share
-        return Plan(list(self.running), prefill)
+        works = [Work(each.intake, 0) for each in self.prefilling if each.intake is not None]
+        left = _grant(works, budget - budget // 4)
+        _grant(sorted(works, key=lambda work: work.intake.work_left), left + budget // 4)
+        chosen = zip(self.prefilling, works, strict=True)
+        return Plan(list(self.running), [(each, work) for each, work in chosen if work.budget])
 
     def to_running(self, request: Request) -> None:
         self.prefilling.remove(request)
@@ -76,3 +87,12 @@ class Scheduler:
         for queue in (self.waiting, self.prefilling, self.running):
             if request in queue:
                 queue.remove(request)
+
+
+def _grant(works: list[Work], budget: int) -> int:
+    """Give each work what it can use, in order; returns what is left over."""
+    for work in works:
+        more = min(budget, work.intake.work_left - work.budget)
+        work.budget += more
+        budget -= more
+    return budget

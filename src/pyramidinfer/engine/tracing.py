@@ -41,12 +41,12 @@ def trace(engine: Engine, prompt: TokenIds, max_tokens: int, protect: Items[tupl
 
 def _run(engine: Engine, request: Request, max_tokens: int) -> Trace:
     pool, adapter = engine.pool, engine.adapter
-    engine._begin(request)
+    engine.begin(request)
     sequence, intake = request.sequence, request.intake
     assert sequence is not None and intake is not None
     nothing = torch.empty(0, dtype=torch.int64, device=adapter.device)
     work = Work(intake, intake.work_left)
-    logits = adapter.forward(pool, Batch([], nothing, [work]))[0]
+    logits = adapter.forward(pool, Batch([], nothing, [work])).logits[0]
     prefill_logits, table = logits, sequence.table
 
     def positions() -> list[Tensor]:
@@ -56,7 +56,10 @@ def _run(engine: Engine, request: Request, max_tokens: int) -> Trace:
     for _ in range(max_tokens):
         tokens.append(int(logits.argmax()))
         fed = torch.tensor([tokens[-1]], device=adapter.device)
-        logits = adapter.forward(pool, Batch([sequence], fed, []))[0]
+        stepped = adapter.forward(pool, Batch([sequence], fed, []))
+        assert stepped.decoding is not None
+        adapter.settle(pool, sequence, stepped.decoding, 0)
+        logits = stepped.logits[0]
         lengths.append([int(n) for n in table.kept])
     return Trace(
         list(request.prompt), after_prefill, positions(), lengths, tokens, prefill_logits, logits,

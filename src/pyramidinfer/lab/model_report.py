@@ -57,7 +57,7 @@ def one_drop(layer: int, depth: int, share: float) -> PyramidInfer:
 
 
 def filler_perplexity(model: str, count: int = 20, length: int = 1000) -> dict[str, float]:
-    """Perplexity of filler sentences, and the grammar's own (no model can go below it)."""
+    """Perplexity of filler sentences."""
     rng = random.Random(f"filler {SEED}")
     ids = {word: index for index, word in enumerate(documents.vocabulary())}
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()

@@ -168,7 +168,6 @@ def new_model(recipe: Recipe) -> LlamaForCausalLM:
         bos_token_id=2,
         eos_token_id=3,
         attn_implementation="sdpa",
-        use_cache=False,
     )
     model = LlamaForCausalLM(config)
     for layer in model.model.layers[recipe.base_layers :]:  # the identity, until trained

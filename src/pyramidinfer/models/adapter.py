@@ -6,7 +6,7 @@ into one flat row ``[1, rows, hidden]`` per layer.  Policies, cache and attentio
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,7 +20,14 @@ from pyramidinfer.models.rotary import Rotary
 from pyramidinfer.models.routing import Decoding, LayerCall, Segment, route
 from pyramidinfer.types import AttentionShape, Keep, Layers, Observation, View
 
-__all__ = ["Adapter"]
+__all__ = ["Adapter", "Stepped"]
+
+
+class Stepped(NamedTuple):
+    """Logits ``[decode + finished works, vocab]`` in the batch's order, and the decode rows."""
+
+    logits: Tensor
+    decoding: Decoding | None
 
 
 class Adapter:
@@ -33,8 +40,15 @@ class Adapter:
         self.config: Any = model.config
         self.family = find_family(self.config)
         self.backend, self.prefill_chunk = backend, prefill_chunk
-        self.body: Any = model.get_submodule(self.family.body)
-        self.head: Any = model.get_output_embeddings()
+        try:
+            self.body: Any = model.get_submodule(self.family.body)
+            self.head: Any = model.get_output_embeddings()
+        except AttributeError:
+            self.head = None
+        if self.head is None:
+            raise ValueError(
+                f"{type(model).__name__} has no language model head; give the …ForCausalLM model"
+            )
         depth = self.config.num_hidden_layers
         originals = list(self.body.layers)[:depth]
         self.layers = [route(layer, self.family.attention) for layer in originals]
@@ -67,8 +81,8 @@ class Adapter:
         return Layers(tuple(window is None or window >= longest for window in windows))
 
     @torch.inference_mode()
-    def forward(self, pool: Pool, batch: Batch) -> Tensor:
-        """Run one step.  Logits ``[decode + finished works, vocab]``, in the batch's order."""
+    def forward(self, pool: Pool, batch: Batch) -> Stepped:
+        """Run one step.  Decoding sequences are to be settled with ``settle`` afterwards."""
         decoding = self._start_decode(pool, batch)
         hidden = None
         if decoding:
@@ -94,13 +108,12 @@ class Adapter:
                     tail = self._finish_layer(pool, work.intake)
                     if tail is not None:
                         last[index] = tail
-        if decoding:
-            self._finish_decode(pool, batch, decoding)
         rows = [] if hidden is None else [hidden[0]]
         rows += [last[index] for index in sorted(last)]
         if not rows:
-            return torch.empty(0, self.vocab_size, dtype=self.dtype, device=self.device)
-        return self._logits(torch.cat(rows))
+            nothing = torch.empty(0, self.vocab_size, dtype=self.dtype, device=self.device)
+            return Stepped(nothing, decoding)
+        return Stepped(self._logits(torch.cat(rows)), decoding)
 
     # --- one layer ----------------------------------------------------------------------------
 
@@ -144,6 +157,8 @@ class Adapter:
         window = self.shapes[layer].window
         call = LayerCall(pool, self.backend, layer, window, active, segments)
         out: Tensor = self.layers[layer](flat[None], attention_mask=None, layer_call=call, **extra)
+        if call.scale is None:
+            raise ValueError(f"layer {layer} did not call the attention function it was given")
         self.scales[layer] = call.scale
         return out
 
@@ -182,8 +197,8 @@ class Adapter:
         sequence, needs, layer = intake.sequence, intake.needs, intake.layer
         table, policy, view = sequence.table, sequence.policy, self._view(intake)
         assert intake.out is not None
-        held = pool.bytes(table) + table.extra_bytes + intake.transient_bytes
-        table.peak_bytes = max(table.peak_bytes, held)
+        table.transient_bytes = intake.transient_bytes
+        pool.note_peak(table)
         if needs.slot_scores and intake.columns is not None:
             pool.add_scores(table, layer, intake.columns)
         going = None
@@ -209,10 +224,12 @@ class Adapter:
         intake.queries = intake.scores = intake.columns = None
         intake.layer, intake.done = layer + 1, 0
         if not intake.finished:
+            table.transient_bytes = intake.transient_bytes
             return None
+        table.transient_bytes = 0
         table.seen_len = intake.first + intake.tokens.shape[0]
         if table.ring is not None:
-            table.ring.written, table.ring.positions[0] = 1, table.seen_len - 1
+            table.ring.begin(table.seen_len - 1)
         intake.hidden = None
         return hidden[-1:]
 
@@ -247,20 +264,21 @@ class Adapter:
         scores = any(each.policy.uses_scores for each in batch.decode)
         return Decoding(plan, pages, offsets, rings, scores)
 
-    def _finish_decode(self, pool: Pool, batch: Batch, decoding: Decoding) -> None:
-        """Count the new token, remember its queries, and let policies evict."""
-        if decoding.rings:
-            queries, lse = torch.stack(decoding.queries), torch.stack(decoding.lse)
-        for row, sequence in enumerate(batch.decode):
-            table = sequence.table
-            if table.ring is not None:
-                table.ring.push(queries[:, row], lse[:, row], table.seen_len)
-            table.seen_len += 1
-            table.peak_bytes = max(table.peak_bytes, pool.bytes(table) + table.extra_bytes)
-            for layer in np.nonzero(~np.array(sequence.layers.governed))[0]:
-                self._trim(pool, sequence, int(layer), table.seen_len, slack=pool.page_size)
-            if sequence.policy.evicts:
-                self._evict(pool, sequence)
+    @torch.inference_mode()
+    def settle(self, pool: Pool, sequence: Sequence, decoding: Decoding, row: int) -> None:
+        """Count a decoded token (``row`` of its step), remember its queries, let the policy
+        evict."""
+        table = sequence.table
+        if table.ring is not None:
+            queries, lse = decoding.observed
+            table.ring.push(queries[:, row], lse[:, row], table.seen_len)
+        table.seen_len += 1
+        pool.note_peak(table)
+        for layer, governed in enumerate(sequence.layers.governed):
+            if not governed:
+                self._trim(pool, sequence, layer, table.seen_len, slack=pool.page_size)
+        if sequence.policy.evicts:
+            self._evict(pool, sequence)
 
     def _evict(self, pool: Pool, sequence: Sequence) -> None:
         table, policy = sequence.table, sequence.policy
@@ -279,7 +297,7 @@ class Adapter:
                 scale = self.scales[layer]
                 assert table.ring is not None and scale is not None
                 queries, lse, positions = table.ring.newest(layer, needs.window)
-                keys, _, k_pos = pool.gather(table, layer)
+                keys, k_pos = pool.keys(table, layer), pool.positions(table, layer)
                 scores = self.backend.window_scores(
                     queries, keys, positions, k_pos, scale, needs.reduce, rows=needs.window, lse=lse
                 ).scores

@@ -37,7 +37,8 @@ class Intake:
     Layer-major: all tokens go through a layer before the next one begins, so one layer's state
     is held at a time.
 
-    tokens : ``[new]`` ids;  positions : ``[n]`` of the tokens that entered the current ``layer``;
+    tokens : ``[new]`` ids;  ``reach``: at most so many of them enter each layer;
+    positions : ``[n]`` of the tokens that entered the current ``layer``;
     hidden : ``[n, hidden]`` its input (None at layer 0: embedded chunk by chunk);
     out : ``[n, hidden]`` its output so far;  ``done`` of the n tokens have been through it.
     """
@@ -45,6 +46,7 @@ class Intake:
     sequence: Sequence
     tokens: Tensor
     first: int
+    reach: list[int]
     layer: int = 0
     done: int = 0
     positions: Tensor = field(init=False)
@@ -77,9 +79,10 @@ class Intake:
 
     @property
     def work_left(self) -> int:
-        """Layer-tokens still to do if nothing more were dropped."""
-        below = self.sequence.layers.count - self.layer - 1
-        return self.left + self.length * below if not self.finished else 0
+        """Layer-tokens still to do, at most."""
+        if self.finished:
+            return 0
+        return self.left + sum(min(self.length, n) for n in self.reach[self.layer + 1 :])
 
     @property
     def transient_bytes(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import difflib
 import os
 from dataclasses import dataclass
 from importlib.resources import files
@@ -15,10 +15,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from pyramidinfer.config import nearest, parse_device, parse_dtype
+from pyramidinfer.config import parse_device, parse_dtype
 from pyramidinfer.models.families import find_family
 
-__all__ = ["LoadedModel", "free_memory", "load_config", "load_model",
+__all__ = ["LoadedModel", "empty_model", "free_memory", "load_config", "load_model",
            "quiet_transformers", "shipped_model"]  # fmt: skip
 
 
@@ -48,7 +48,6 @@ def load_model(model: str | os.PathLike[str] | nn.Module, tokenizer: Any = "auto
     config = load_config(name)
     find_family(config)
     kind = parse_dtype(dtype, getattr(config, "dtype", None))
-    _check_fits(name, kind, place)
     loaded, report = _from_hub(
         AutoModelForCausalLM, name, config=config, dtype=kind, use_safetensors=True,
         output_loading_info=True, ignore_mismatched_sizes=True,
@@ -73,6 +72,16 @@ def load_config(name: str) -> Any:
     """The transformers config of a folder or hub id."""
     _check_path(name)
     return _from_hub(AutoConfig, name)
+
+
+def empty_model(name: str | os.PathLike[str], dtype: str | torch.dtype = "auto",
+                device: str | torch.device = "auto") -> tuple[Any, torch.device]:  # fmt: skip
+    """The model without weights (on the meta device), and where it would be loaded."""
+    place, config = parse_device(device), load_config(str(name))
+    find_family(config)
+    kind = parse_dtype(dtype, getattr(config, "dtype", None))
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=kind), place
 
 
 def free_memory(device: torch.device) -> int:
@@ -103,8 +112,7 @@ def _take_object(model: nn.Module, tokenizer: Any, dtype: str | torch.dtype,
     name = getattr(config, "_name_or_path", "") or type(model).__name__
     if isinstance(tokenizer, str) and tokenizer == "auto":
         tokenizer = None
-    elif isinstance(tokenizer, str | os.PathLike):
-        tokenizer = _find_tokenizer(name, tokenizer)
+    tokenizer = _find_tokenizer(name, tokenizer)
     return LoadedModel(model, tokenizer, name, first.device, first.dtype)
 
 
@@ -114,8 +122,9 @@ def _check_path(name: str) -> None:
     if not path.exists():
         if looks_local:
             near = [str(each) for each in path.parent.glob("*") if each.is_dir()]
-            hint = f"; {nearest(str(path), near)}" if near else ""
-            raise ValueError(f"model path {name!r} does not exist{hint}")
+            close = difflib.get_close_matches(str(path), near, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else "a hub id is written owner/name"
+            raise ValueError(f"model path {name!r} does not exist; {hint}")
     elif not (path / "config.json").is_file():
         raise ValueError(f"model folder {name!r} has no config.json")
 
@@ -155,38 +164,9 @@ def _check_report(name: str, report: dict[str, Any]) -> None:
     raise ValueError(f"model {name!r} {what}{more_text}; its files are not complete")
 
 
-def _check_fits(name: str, dtype: torch.dtype, device: torch.device) -> None:
-    """Refuse weights that cannot fit, before anything is allocated."""
-    files = list(Path(name).expanduser().glob("*.safetensors"))
-    count = sum(_parameters(file) for file in files)
-    need, free = count * dtype.itemsize, free_memory(device)
-    if need > free:
-        raise ValueError(
-            f"model {name!r} needs {need / 2**30:.1f} GiB for its weights in {dtype}; "
-            f"{free / 2**30:.1f} GiB of memory are free"
-        )
-
-
-def _parameters(file: Path) -> int:
-    """Number of values in a safetensors file, from its header."""
-    try:
-        with file.open("rb") as stream:
-            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-        total = 0
-        for key, entry in header.items():
-            if key != "__metadata__":
-                size = 1
-                for dimension in entry["shape"]:
-                    size *= dimension
-                total += size
-        return total
-    except (ValueError, KeyError, OverflowError, MemoryError, UnicodeDecodeError) as error:
-        raise ValueError(f"{str(file)!r} is not a readable safetensors file") from error
-
-
 def _find_tokenizer(name: str, tokenizer: Any) -> Any:
     if tokenizer is None or not isinstance(tokenizer, str | os.PathLike):
-        return tokenizer
+        return _check_tokenizer(tokenizer)
     if tokenizer != "auto":
         return _from_hub(AutoTokenizer, str(tokenizer))
     path = Path(name).expanduser()
@@ -194,3 +174,9 @@ def _find_tokenizer(name: str, tokenizer: Any) -> Any:
     if path.is_dir() and not any((path / file).is_file() for file in files):
         return None
     return _from_hub(AutoTokenizer, name)
+
+
+def _check_tokenizer(tokenizer: Any) -> Any:
+    if tokenizer is not None and not (callable(tokenizer) and hasattr(tokenizer, "decode")):
+        raise ValueError(f"tokenizer={tokenizer!r} is neither a tokenizer, a path, nor None")
+    return tokenizer

@@ -7,6 +7,7 @@ in its config.  Ours gets a :class:`LayerCall` as a keyword, so nothing global i
 from __future__ import annotations
 
 import copy
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -45,6 +46,11 @@ class Decoding:
         self.rings, self.scores = rings, scores
         self.queries: list[Tensor] = []
         self.lse: list[Tensor] = []
+
+    @cached_property
+    def observed(self) -> tuple[Tensor, Tensor]:
+        """Queries ``[layers, R, H, D]`` and their log-sum-exps ``[layers, R, H]``."""
+        return torch.stack(self.queries), torch.stack(self.lse)
 
     @property
     def count(self) -> int:
@@ -96,7 +102,9 @@ class LayerCall:
         new = intake.positions[intake.done : intake.done + count]
         self.pool.write(layer, self.pool.append(table, layer, count), keys, values, new)
         if held:
-            all_keys, all_values, positions = self.pool.gather(table, layer)
+            all_keys = self.pool.keys(table, layer)
+            all_values = self.pool.values(table, layer)
+            positions = self.pool.positions(table, layer)
         else:
             all_keys, all_values = keys.transpose(0, 1), values.transpose(0, 1)
             positions = new.expand(keys.shape[1], -1)
@@ -139,8 +147,15 @@ class LayerCall:
 def route(layer: nn.Module, attention: str) -> nn.Module:
     """A copy of a decoder layer that shares every weight but attends through our function.
 
-    The layer given is not touched.
+    The layer given is not touched.  ``ValueError`` where something else runs in its place
+    (hooks of device maps and offloading), since that would pass our attention by.
     """
+    for module in (layer, getattr(layer, attention)):
+        if "forward" in vars(module) or hasattr(module, "_hf_hook"):
+            raise ValueError(
+                f"{type(module).__name__} was hooked (a device map or offloading); load the model "
+                f"whole on one device"
+            )
     AttentionInterface.register(NAME, _attend)
     routed, inner = _shallow(layer), _shallow(getattr(layer, attention))
     config: Any = copy.copy(inner.config)

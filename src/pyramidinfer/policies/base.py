@@ -66,6 +66,10 @@ class Policy:
         """The state once a layer's prefill or extend is over (``view.kept_len`` is final)."""
         return view.state
 
+    def truncated(self, state: State, kept: list[int]) -> State:
+        """The state once the newest tokens were forgotten; ``kept`` entries are left per layer."""
+        return state
+
     def forecast(self, prompt_len: int, max_new: int, layers: Layers) -> Forecast:
         """Upper bounds for a request; admission rests on them."""
         return Forecast([prompt_len] * layers.count, [prompt_len + max_new] * layers.count)

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from pyramidinfer.config import named_options
 from pyramidinfer.policies.base import Policy
 
 __all__ = ["Full"]
 
 
+@named_options
 @dataclass(frozen=True)
 class Full(Policy):
     """The full cache (``keep`` can only be 1)."""

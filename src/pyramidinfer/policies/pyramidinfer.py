@@ -22,7 +22,7 @@ from typing import ClassVar, NamedTuple
 import numpy as np
 import torch
 
-from pyramidinfer.config import nearest
+from pyramidinfer.config import named_options, nearest
 from pyramidinfer.policies.base import NOTHING, Forecast, Policy, best_entries
 from pyramidinfer.policies.budgets import CURVES, curve_ratio
 from pyramidinfer.types import Keep, Layers, Needs, Observation, Reduce, State, View
@@ -40,6 +40,7 @@ class Schedule(NamedTuple):
     decay: float
 
 
+@named_options
 @dataclass(frozen=True)
 class PyramidInfer(Policy):
     """The paper's rule, both phases.
@@ -79,15 +80,21 @@ class PyramidInfer(Policy):
     keep: float | None = None
 
     def __post_init__(self) -> None:
-        if self.decay_curve not in CURVES:
+        if not isinstance(self.decay_curve, str) or self.decay_curve not in CURVES:
             raise ValueError(
-                f"decay_curve={self.decay_curve!r} is unknown; {nearest(self.decay_curve, CURVES)}"
+                f"decay_curve={self.decay_curve!r} is unknown; "
+                f"{nearest(str(self.decay_curve), CURVES)}"
             )
         if self.keep is not None and self.decay_curve == "linear":
             raise ValueError("keep= solves a constant curve; leave decay_curve='linear' out")
+        if self.keep is not None and self.prefill_decay != PyramidInfer.prefill_decay:
+            raise ValueError(
+                f"keep= solves for the decay; leave prefill_decay={self.prefill_decay!r} out"
+            )
         for name in ("recent_ratio", "prefill_decay", "gen_decay", "gen_keep", "keep"):
             value = getattr(self, name)
-            if value is not None and not (_is_number(value) and 0 <= value <= 1):
+            absent = name == "keep" and value is None
+            if not absent and not (_is_number(value) and 0 <= value <= 1):
                 raise ValueError(f"{name}={value!r} must lie between 0 and 1")
         if self.keep == 0:
             raise ValueError("keep=0 must be above 0")
@@ -111,12 +118,16 @@ class PyramidInfer(Policy):
         if self.keep is not None and self.keep <= lowest and self.keep < 1:
             raise ValueError(
                 f"keep={self.keep} cannot be reached: {_untouched(self, layers)} of {layers.count} "
-                f"layers see every token, so the lowest is just above {lowest:.3f}; ask for more, "
-                f"or lower start_layer={self.start_layer} or interval={self.interval}"
+                f"layers see every token, so the lowest, for long prompts, is just above "
+                f"{lowest:.3f}; ask for more, or lower start_layer={self.start_layer} or "
+                f"interval={self.interval}"
             )
 
     def start(self, layers: Layers) -> State:
-        return {"marker": torch.zeros(layers.count, dtype=torch.int64)}
+        return {
+            "marker": torch.zeros(layers.count, dtype=torch.int64),
+            "ratio": torch.zeros((), dtype=torch.float64),
+        }
 
     def needs(self, view: View) -> Needs:
         if not view.layers.governed[view.layer]:
@@ -167,7 +178,11 @@ class PyramidInfer(Policy):
     def settled(self, view: View) -> State:
         marker = view.state["marker"].clone()
         marker[view.layer] = view.kept_len
-        return {**view.state, "marker": marker}
+        ratio = _schedule(self, view.prompt_len, view.layers).ratio
+        return {"marker": marker, "ratio": torch.tensor(ratio, dtype=torch.float64)}
+
+    def truncated(self, state: State, kept: list[int]) -> State:
+        return {**state, "marker": torch.minimum(state["marker"], torch.tensor(kept))}
 
     def forecast(self, prompt_len: int, max_new: int, layers: Layers) -> Forecast:
         reach = list(_schedule(self, prompt_len, layers).reach)
@@ -180,7 +195,7 @@ class PyramidInfer(Policy):
 
     def _recent(self, view: View) -> int:
         """R while decoding: one for all layers, growing with the first layer's entries."""
-        return int(view.first_kept_len * _schedule(self, view.prompt_len, view.layers).ratio)
+        return int(view.first_kept_len * float(view.state["ratio"]))
 
     def _kept_context(self, layer: int, length: int, prompt_len: int, schedule: Schedule,
                       layers: Layers) -> int | None:  # fmt: skip
@@ -246,7 +261,12 @@ def _schedule(policy: PyramidInfer, prompt_len: int, layers: Layers) -> Schedule
 @lru_cache(maxsize=4096)
 def _generation_peak(policy: PyramidInfer, prompt_len: int, max_new: int, layers: Layers
                      ) -> tuple[int, ...]:  # fmt: skip
-    """The most generated entries each layer ever holds, by running the lengths forward."""
+    """The most generated entries each layer ever holds, by running the lengths forward.
+
+    For very long generations the bound is simply their length.
+    """
+    if max_new > 20_000:
+        return (max_new,) * layers.count
     ratio, chunk = _schedule(policy, prompt_len, layers).ratio, policy.gen_chunk
     shares = [curve_ratio("cosine", i, layers.count, policy.gen_decay) for i in range(layers.count)]
     left = np.array([max(1, int(chunk * policy.gen_keep * share)) for share in shares])

@@ -43,4 +43,6 @@ def make_policy(policy: str | Policy, keep: float | None = None, **options: Any)
         raise ValueError(f"policy={policy!r} is neither a name nor a policy object")
     if options:
         raise ValueError(f"options {sorted(options)} go into the policy object, not beside it")
+    if keep is not None and "keep" not in {each.name for each in fields(policy)}:
+        raise ValueError(f"policy {type(policy).__name__} has no option 'keep'")
     return policy if keep is None else replace(policy, keep=keep)  # type: ignore[call-arg]

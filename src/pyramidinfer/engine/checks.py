@@ -1,0 +1,69 @@
+"""What is refused before it costs anything, with the value and the way out."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence as Items
+
+import torch
+
+from pyramidinfer.cache import Pool
+from pyramidinfer.config import EngineConfig
+from pyramidinfer.models import Adapter
+from pyramidinfer.models.loading import free_memory
+from pyramidinfer.policies import Policy
+from pyramidinfer.types import TokenIds
+
+__all__ = ["check_plan", "check_spans", "check_tokens"]
+
+
+def check_plan(adapter: Adapter, policy: Policy, config: EngineConfig, device: torch.device,
+               weights: int = 0) -> None:  # fmt: skip
+    """Whether this model (weights not needed) can run so: depth, budget, free memory.
+
+    ``weights``: bytes still to be loaded beside the pool.
+    """
+    policy.check(adapter.layers_for(1))
+    budget, free = config.budget, free_memory(device)
+    least = Pool.least_bytes(adapter.group_specs(), config.page_size, policy.uses_scores)
+    if budget < least:
+        raise ValueError(
+            f"kv_memory={budget} bytes is below one page per layer: this model needs at least "
+            f"{least} bytes ({adapter.depth} layers, {config.page_size} entries a page)"
+        )
+    if weights > free:
+        raise ValueError(
+            f"the model needs {weights / 2**30:.2f} GiB for its weights in {adapter.dtype}; "
+            f"{free / 2**30:.2f} GiB of memory are free on {device}"
+        )
+    if budget + weights > free:
+        raise ValueError(
+            f"kv_memory={budget} bytes ({budget / 2**30:.2f} GiB) is more than the "
+            f"{(free - weights) / 2**30:.2f} GiB of memory that are free on {device} beside the "
+            f"weights; lower kv_memory"
+        )
+
+
+def check_tokens(tokens: TokenIds, vocab_size: int) -> None:
+    """``ValueError`` unless these are token ids of the model, at least one."""
+    if len(tokens) == 0:
+        raise ValueError("the prompt is empty; give at least one token")
+    for token in tokens:
+        if type(token) is not int or not 0 <= token < vocab_size:
+            raise ValueError(f"token id {token!r} is outside the vocabulary: 0 to {vocab_size - 1}")
+
+
+def check_spans(protect: Items[tuple[int, int]], length: int) -> tuple[tuple[int, int], ...]:
+    """Spans as pairs of ints inside a prompt of ``length`` tokens."""
+    try:
+        spans = tuple((operator.index(start), operator.index(stop)) for start, stop in protect)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"protect={protect!r} must be a list of spans (start, stop) of prompt positions"
+        ) from None
+    for start, stop in spans:
+        if not 0 <= start < stop <= length:
+            raise ValueError(
+                f"protect span ({start}, {stop}) lies outside the prompt's {length} tokens"
+            )
+    return spans
