@@ -17,7 +17,7 @@ check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check src tests
 	$(BIN)/mypy
 
-# Train the shipped model again from generated text (about two hours on one core).
+# Train the shipped model again from generated text (about an hour on two cores).
 model: $(VENV)/.installed
 	$(BIN)/python -m pyramidinfer.lab.train --out out/model
 

@@ -7,7 +7,7 @@ import re
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 import pytest
 import torch
@@ -75,11 +75,12 @@ def test_links_and_pictures_exist() -> None:
                 assert (document.parent / target).exists(), f"{document.name}: {target}"
 
 
-def test_the_policy_example_works() -> None:
+def test_the_policy_example_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = ModuleType("example")
+    monkeypatch.setitem(sys.modules, "example", module)
     code = blocks((ROOT / "docs" / "add_a_policy.md").read_text(), "python")[0]
-    scope: dict[str, Any] = {"__name__": "example"}
-    exec(code, scope)
-    chosen: Policy = scope["LastLook"](budget=20, window=4)
+    exec(code, module.__dict__)
+    chosen: Policy = module.LastLook(budget=20, window=4)
     llm = LLM(tiny_model("llama", torch.float64), policy=chosen, kv_memory="4MiB", page_size=4,
               poison=True)  # fmt: skip
     trace = llm.trace(random_prompt(1, 80), max_tokens=10, protect=[(30, 33)])

@@ -111,19 +111,23 @@ def draw_training(rows: list[dict[str, Any]], path: Path) -> Path:
     figure = Figure(figsize=(8, 4), layout="constrained")
     axis = figure.subplots()
     millions = [row["tokens"] / 1e6 for row in rows]
-    axis.plot(millions, [row["recall"] for row in rows], color=KEPT, label="recall (running mean)")
+    axis.plot(millions, [row["recall"] for row in rows], color=KEPT)
     axis.set_xlabel("training tokens (millions)")
-    axis.set_ylabel("recall of place and number")
-    axis.set_ylim(0, 1.02)
+    axis.set_ylabel("recall of place and number (running mean)")
+    axis.set_ylim(0, 1.15)
     twin = axis.twinx()
-    twin.plot(millions, [row["length"] for row in rows], color=NEEDLE, linewidth=1)
+    growing = [row for row in rows if row["stage"] not in ("mixed", "finish")]
+    twin.plot([row["tokens"] / 1e6 for row in growing], [row["length"] for row in growing],
+              color=NEEDLE, linewidth=1)  # fmt: skip
     twin.set_yscale("log", base=2)
-    twin.set_ylabel("sequence length", color=NEEDLE)
-    axis.legend(frameon=False, loc="lower right")
-    for earlier, row in pairwise(rows):
-        if row["stage"] != earlier["stage"]:
-            axis.axvline(row["tokens"] / 1e6, color="0.7", linewidth=0.8)
-            axis.text(row["tokens"] / 1e6, 1.0, f" {row['stage']}", fontsize=8, color="0.4")
+    twin.set_ylabel("sequence length (then mixed)", color=NEEDLE)
+    starts = [rows[0]] + [
+        row for earlier, row in pairwise(rows) if row["stage"] != earlier["stage"]
+    ]
+    for index, row in enumerate(starts):
+        axis.axvline(row["tokens"] / 1e6, color="0.7", linewidth=0.8)
+        height = 1.04 + 0.05 * (index % 2)
+        axis.text(row["tokens"] / 1e6, height, f" {row['stage']}", fontsize=8, color="0.4")
     path.parent.mkdir(parents=True, exist_ok=True)
     FigureCanvasAgg(figure)
     figure.savefig(path, dpi=130)

@@ -122,7 +122,7 @@ class LayerCall:
             if intake.columns is not None:
                 found[:, : intake.columns.shape[1]] += intake.columns
             intake.columns = found
-        window = min(needs.window, intake.length)
+        window, newest = min(needs.window, intake.length), None
         if window:
             if intake.queries is None:
                 intake.queries = queries.new_empty(window, *queries.shape[1:])
@@ -136,12 +136,13 @@ class LayerCall:
                     intake.queries, keys, intake.positions[-window:], k_pos, scale, needs.reduce,
                     rows=needs.window,
                 )  # fmt: skip
-                intake.scores = scored.scores
+                intake.scores, newest = scored.scores, scored.lse[-1]
         if is_last and ring is not None:
-            newest = self.backend.window_scores(
-                queries[-1:], keys, q_pos[-1:], k_pos, scale, Reduce(), rows=1
-            )
-            ring.queries[self.layer, 0], ring.lse[self.layer, 0] = queries[-1], newest.lse[0]
+            if newest is None:
+                newest = self.backend.window_scores(
+                    queries[-1:], keys, q_pos[-1:], k_pos, scale, Reduce(), rows=1
+                ).lse[-1]
+            ring.queries[self.layer, 0], ring.lse[self.layer, 0] = queries[-1], newest
 
 
 def route(layer: nn.Module, attention: str) -> nn.Module:
