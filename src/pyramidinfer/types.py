@@ -267,7 +267,7 @@ class RequestOutput:
     """A request's answer.
 
     ``finish_reason``: ``"stop"`` (end-of-sequence, stop id or stop string), ``"length"``, or
-    ``"abort"``; None while streaming.
+    ``"abort"``, ``"error"`` (the model's logits were not numbers); None while streaming.
     """
 
     request_id: int

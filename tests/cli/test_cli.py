@@ -85,6 +85,14 @@ def test_inspect_is_the_policys_forecast() -> None:
     assert [row["kept"] for row in rows] == forecast.kept
     page = llm.engine.pool.page_bytes[0]
     assert [row["bytes"] for row in rows] == [-(-kept // 16) * page for kept in forecast.kept]
+    assert (
+        json.loads(done.stdout)["admission_bytes"]
+        == llm.engine.ledger.cost(
+            PyramidInfer(keep=0.45), 1000, 20, llm.engine.adapter.layers_for(1020), 0
+        ).bytes
+    )
+    tight = run("inspect", "--keep", "0.09", "--prompt-len", "1000")
+    assert "keep=0.09 cannot be reached at this prompt length" in tight.stdout
     table = run("inspect", "--model", GOLDEN, "--keep", "0.45", "--prompt-len", "1000")
     assert "mean share of the prompt computed: 0.450" in table.stdout
 
@@ -115,6 +123,9 @@ def test_demo_prints_a_table_and_draws(tmp_path: Path) -> None:
         (["generate", "--prompt", "x", "--temperature", "-1"], "temperature=-1.0"),
         (["generate", "--prompt", "x", "--kv-memory", "1"], "below one page per layer"),
         (["generate", "--prompt", " "], "the prompt is empty"),
+        (["generate", "--prompt", "x", "--kep", "0.4"], "No such option"),
+        (["genrate"], "No such command 'genrate'"),
+        (["generate", "--max-tokens", "many"], "Invalid value for '--max-tokens'"),
         (["generate"], "give the prompt with --prompt TEXT or --prompt-file FILE"),
         (["generate", "--prompt-file", "no/such/file"], "cannot read --prompt-file"),
         (["generate", "--prompt", "x", "--model", GOLDEN], "needs a tokenizer"),

@@ -37,6 +37,10 @@ def build(**options: Any) -> LLM:
         ([[5, "a"]], "neither a text nor a list of token ids"),
         (None, "prompts=None must be a text, token ids, or a list of either"),
         (5, "prompts=5 must be"),
+        ({"prompt": "a"}, "must be a text, token ids"),
+        (b"abc", "must be a text, token ids"),
+        ({5, 6}, "must be a text, token ids"),
+        ([b"abc"], "neither a text nor a list of token ids"),
         ([None], "neither a text nor a list of token ids"),
         ("some text", "a text prompt needs a tokenizer"),
         ([random_prompt(1, 512)], "the prompt has 512 tokens; this model has 512 positions"),
@@ -65,6 +69,51 @@ class Words:
 
     def decode(self, tokens: list[int], skip_special_tokens: bool = True) -> str:
         return " ".join("word" for _ in tokens)
+
+
+def test_a_home_folder_may_be_written_with_a_tilde(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(folder.parent))
+    llm = LLM("~/model", policy="full", kv_memory="1MiB")
+    assert len(llm.generate([[5]], SamplingParams(max_tokens=2))[0].token_ids) == 2
+    with pytest.raises(ValueError, match=r"did you mean '.*/model'"):
+        LLM("~/modle")
+
+
+def test_unknown_model_type_names_the_families(folder: Path) -> None:
+    (folder / "config.json").write_text('{"model_type": "foo"}')
+    with pytest.raises(ValueError, match="'foo' is not supported; supported families: Llama"):
+        LLM(str(folder))
+    (folder / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="is not a readable config"):
+        LLM(str(folder))
+
+
+def test_a_folder_with_half_a_tokenizer_loads(folder: Path) -> None:
+    (folder / "tokenizer_config.json").write_text("{}")
+    assert LLM(str(folder), kv_memory="1MiB").tokenizer is None
+    with pytest.raises(ValueError, match="tokenizer path '/no/where' does not exist"):
+        LLM(str(folder), kv_memory="1MiB", tokenizer="/no/where")
+
+
+def test_stream_and_engine_check_sampling_too() -> None:
+    llm = build()
+    with pytest.raises(ValueError, match="must be SamplingParams"):
+        llm.stream([5], {"max_tokens": 3})  # type: ignore[arg-type]
+
+
+def test_numbers_that_are_none_end_one_request_only() -> None:
+    """A NaN in one request's logits ends that request; the others go on."""
+    llm = build()
+    params = SamplingParams(max_tokens=5, ignore_eos=True)
+    expected = llm.generate([[7, 8, 9]], params)[0].token_ids
+    with torch.no_grad():
+        llm.engine.adapter.body.embed_tokens.weight[100] = float("nan")
+    broken, fine = llm.generate([[5, 100], [7, 8, 9]], params)
+    assert (broken.finish_reason, broken.token_ids) == ("error", [])
+    assert (fine.finish_reason, fine.token_ids) == ("length", expected)
+    llm.engine.check()
 
 
 @pytest.mark.parametrize("sampling", ["x", 5, [], [SamplingParams()] * 3, ["x"]])

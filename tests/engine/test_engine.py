@@ -276,6 +276,24 @@ def test_truncate_then_go_on_equals_never_having_seen_it(family: str) -> None:
     assert again.output == alone("full", family, text, SamplingParams(max_tokens=8))
 
 
+def test_truncate_forgets_protected_spans_beyond_it() -> None:
+    llm = build("full")
+    turn = llm.engine.add(
+        random_prompt(1, 40), SamplingParams(max_tokens=1), hold=True, protect=[(5, 9), (20, 40)]
+    )
+    while turn.finish_reason is None:
+        llm.engine.step()
+    for wrong in ("3", 2.5, 99):
+        with pytest.raises(ValueError, match="seen_len="):
+            llm.engine.truncate(turn, wrong)  # type: ignore[arg-type]
+    llm.engine.truncate(turn, 30)
+    assert turn.protect == ((5, 9), (20, 30))
+    again = llm.engine.extend(turn, [5, 6], SamplingParams(max_tokens=2))
+    while again.finish_reason is None:
+        llm.engine.step()
+    llm.engine.check()
+
+
 def test_truncate_refuses_what_a_window_has_let_go_of() -> None:
     llm = build("full", "gemma3_text")
     turn = llm.engine.add(random_prompt(1, 40), SamplingParams(max_tokens=1), hold=True)

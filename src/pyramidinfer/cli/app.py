@@ -124,5 +124,15 @@ def inspect(
 
 
 def main() -> None:
-    """Run the command line."""
-    app()
+    """Run the command line; a wrong command or option is one line, too."""
+    try:
+        code = app(standalone_mode=False)
+    except (typer.Abort, KeyboardInterrupt):
+        sys.exit(130)
+    except Exception as error:
+        tell = getattr(error, "format_message", None)  # what every usage error of typer has
+        if tell is None:
+            raise
+        print(f"error: {tell()}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(code if isinstance(code, int) else 0)

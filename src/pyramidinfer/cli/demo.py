@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -75,7 +76,7 @@ def run_demo(documents: int, length: int, kv_memory: str, keep: float, start_lay
         with bar:
             for (title, _), llm in zip(ways, llms, strict=True):
                 task = bar.add_task(title, total=documents)
-                runs.append(_answer(title, llm, questions, lambda: bar.advance(task)))  # noqa: B023
+                _answer(title, llm, questions, partial(bar.advance, task), runs)
     finally:
         if runs:
             console.print(_table(runs, llms[0].engine.pool.budget))
@@ -93,19 +94,26 @@ def run_demo(documents: int, length: int, kv_memory: str, keep: float, start_lay
     console.print(f"which token survived to which layer: [bold]{picture}[/bold]", soft_wrap=True)
 
 
-def _answer(title: str, llm: LLM, questions: list[Question], advance: object) -> Run:
-    """All questions at once through one engine."""
-    assert callable(advance)
+def _answer(title: str, llm: LLM, questions: list[Question], advance: Callable[[], None],
+            runs: list[Run]) -> None:  # fmt: skip
+    """All questions at once through one engine; interrupted, what is answered still counts."""
     engine = llm.engine
     requests = [engine.add(llm.encode(question.prompt), ANSWER) for question in questions]
     begun = time.monotonic()
-    while not engine.scheduler.idle:
-        for _ in engine.step():
-            advance()
-    seconds = time.monotonic() - begun
-    outputs = [engine.output(request) for request in requests]
-    right = sum(is_right(o, q) for o, q in zip(outputs, questions, strict=True))
-    return Run(title, outputs, right, seconds, engine.peak_bytes, engine.peak_in_flight)
+    try:
+        while not engine.scheduler.idle:
+            for _ in engine.step():
+                advance()
+    finally:
+        seconds = time.monotonic() - begun
+        pairs = list(zip(requests, questions, strict=True))
+        done = [(engine.output(r), q) for r, q in pairs if r.finish_reason is not None]
+        if done:
+            right = sum(is_right(output, question) for output, question in done)
+            outputs = [output for output, _ in done]
+            runs.append(
+                Run(title, outputs, right, seconds, engine.peak_bytes, engine.peak_in_flight)
+            )
 
 
 def _figures(run: Run) -> dict[str, float]:

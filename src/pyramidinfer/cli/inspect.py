@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from pyramidinfer.attention import select_backend
+from pyramidinfer.cache import Pool
 from pyramidinfer.cli.common import human_bytes, policy_from
 from pyramidinfer.config import EngineConfig
+from pyramidinfer.engine.memory import Ledger
 from pyramidinfer.models import Adapter
 from pyramidinfer.models.loading import empty_model, quiet_transformers, shipped_model
+from pyramidinfer.policies import Policy
 
 __all__ = ["run_inspect"]
 
@@ -35,10 +40,13 @@ def run_inspect(model: str | None, policy: str, keep: float | None, options: lis
     chosen.check(layers)
     forecast = chosen.forecast(prompt_len, max_tokens, layers)
     page = EngineConfig().page_size
-    per_page = {
-        layer: spec.page_bytes(page, chosen.uses_scores)
-        for spec in adapter.group_specs() for layer in spec.layers
-    }  # fmt: skip
+    specs = adapter.group_specs()
+    least = Pool.least_bytes(specs, page, chosen.uses_scores)
+    pool = Pool(specs, least, page, scores=chosen.uses_scores)
+    per_page = [int(size) for size in pool.layer_page_bytes]
+    cost = Ledger(pool, adapter).cost(chosen, prompt_len, max_tokens, layers, 0)
+    assert cost.settled is not None
+    beside = cost.settled.bytes - int((cost.settled.pages * np.array(pool.page_bytes)).sum())
     rows = []
     for layer, shape in enumerate(adapter.shapes):
         window = shape.window if shape.window is not None and not layers.governed[layer] else None
@@ -54,23 +62,31 @@ def run_inspect(model: str | None, policy: str, keep: float | None, options: lis
     if as_json:
         head = {"model": model or shipped_model(), "policy": repr(chosen)}
         print(json.dumps({**head, "prompt_len": prompt_len, "max_tokens": max_tokens,
-                          "layers": rows}))  # fmt: skip
+                          "layers": rows, "ring_and_state_bytes": beside,
+                          "admission_bytes": cost.bytes}))  # fmt: skip
         return
-    _print(rows, f"{chosen}", prompt_len, max_tokens)
+    _print(rows, chosen, prompt_len, max_tokens, beside, cost.bytes)
 
 
 def _adapter_without_weights(model: str, dtype: str) -> Adapter:
     return Adapter(empty_model(model, dtype)[0], select_backend())
 
 
-def _print(rows: list[dict[str, int]], policy: str, prompt_len: int, max_tokens: int) -> None:
-    table = Table(title=f"{policy}\n{prompt_len} prompt + {max_tokens} generated tokens, at most")
-    for name in ("layer", "tokens computed", "", "entries kept", "bytes", "of full"):
-        table.add_column(name, justify="left" if not name else "right")
+def _print(rows: list[dict[str, int]], policy: Policy, prompt_len: int, max_tokens: int,
+           beside: int, admission: int) -> None:  # fmt: skip
+    console = Console()
+    set_here = ", ".join(
+        f"{each.name}={getattr(policy, each.name)!r}"
+        for each in fields(policy) if getattr(policy, each.name) != each.default
+    )  # fmt: skip
+    console.print(f"{policy.name}({set_here}): {prompt_len} prompt + {max_tokens} generated tokens")
+    table = Table()
+    for name in ("layer", "computed", "", "kept at most", "bytes", "of full"):
+        table.add_column(name, justify="left" if not name else "right", no_wrap=True)
     for row in rows:
         share = row["computed"] / prompt_len
         table.add_row(
-            str(row["layer"]), str(row["computed"]), "█" * round(24 * share), str(row["kept"]),
+            str(row["layer"]), str(row["computed"]), "█" * round(20 * share), str(row["kept"]),
             human_bytes(row["bytes"]), f"{row['bytes'] / row['full_bytes']:.0%}",
         )  # fmt: skip
     computed = sum(row["computed"] for row in rows) / (len(rows) * prompt_len)
@@ -79,5 +95,11 @@ def _print(rows: list[dict[str, int]], policy: str, prompt_len: int, max_tokens:
     table.add_row(
         "all", f"{computed:.0%}", "", "", human_bytes(total), f"{total / full:.0%}", style="bold"
     )
-    Console().print(table)
-    print(f"full cache: {human_bytes(full)}; mean share of the prompt computed: {computed:.3f}")
+    console.print(table)
+    print(f"mean share of the prompt computed: {computed:.3f}")
+    keep = getattr(policy, "keep", None)
+    if keep is not None and computed > keep + 0.005:
+        print(f"keep={keep} cannot be reached at this prompt length; the lowest is {computed:.3f}")
+    print(f"full cache: {human_bytes(full)}; beside the pages, query rings and state: "
+          f"{human_bytes(beside)}; reserved at admission, prompt in progress included: "
+          f"{human_bytes(admission)}")  # fmt: skip

@@ -14,7 +14,7 @@ from pyramidinfer.models.loading import free_memory
 from pyramidinfer.policies import Policy
 from pyramidinfer.types import TokenIds
 
-__all__ = ["check_plan", "check_spans", "check_tokens"]
+__all__ = ["check_count", "check_plan", "check_spans", "check_tokens"]
 
 
 def check_plan(adapter: Adapter, policy: Policy, config: EngineConfig, device: torch.device,
@@ -42,6 +42,14 @@ def check_plan(adapter: Adapter, policy: Policy, config: EngineConfig, device: t
             f"{(free - weights) / 2**30:.2f} GiB of memory that are free on {device} beside the "
             f"weights; lower kv_memory"
         )
+
+
+def check_count(name: str, value: int) -> int:
+    """``value`` as an int, or ``ValueError``."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name}={value!r} must be a whole number") from None
 
 
 def check_tokens(tokens: TokenIds, vocab_size: int) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 from pyramidinfer.attention import select_backend
 from pyramidinfer.cache import Pool, Ring, Table
 from pyramidinfer.config import EngineConfig
-from pyramidinfer.engine.checks import check_plan, check_spans, check_tokens
+from pyramidinfer.engine.checks import check_count, check_plan, check_spans, check_tokens
 from pyramidinfer.engine.memory import Cost, Ledger, full_bytes
 from pyramidinfer.engine.request import Request
 from pyramidinfer.engine.sampler import prepare, sample
@@ -64,6 +64,8 @@ class Engine:
         ``on``: a cache that already holds the beginning of the prompt.
         """
         adapter, longest = self.adapter, self.adapter.max_positions
+        if not isinstance(params, SamplingParams):
+            raise ValueError(f"sampling={params!r} must be SamplingParams")
         check_tokens(prompt, adapter.vocab_size)
         if len(prompt) >= longest:
             raise ValueError(
@@ -131,7 +133,7 @@ class Engine:
         sequence = request.sequence
         if not request.hold or sequence is None or request.finish_reason is None:
             raise ValueError(f"request {request.id} holds no cache; add it with hold=True")
-        table = sequence.table
+        table, seen_len = sequence.table, check_count("seen_len", seen_len)
         for layer, shape in enumerate(self.adapter.shapes):
             if shape.window is None or sequence.layers.governed[layer] or seen_len < 1:
                 continue
@@ -144,6 +146,9 @@ class Engine:
         self.pool.truncate(table, seen_len)
         table.state = self.policy.truncated(table.state, [int(n) for n in table.kept])
         request.prompt, request.output = (request.prompt + request.output)[:seen_len], []
+        request.protect = tuple(
+            (start, min(stop, seen_len)) for start, stop in request.protect if start < seen_len
+        )
         self.ledger.promise(request, self.ledger.held(table))
 
     def release(self, request: Request) -> None:
@@ -165,11 +170,16 @@ class Engine:
     def step(self) -> list[Request]:
         """Advance everything by one step; returns the requests that ended.
 
-        If anything is raised inside (Ctrl-C included), what the step had begun is undone, so the
-        other requests go on as if it had not been tried.
+        If anything is raised inside (Ctrl-C included), what the step had begun is undone and
+        requests go on as if it had not been tried; only one that cannot be taken back (its
+        entries were being evicted, or it extends a cache) is aborted.
         """
         for request in self.scheduler.admit():
-            self.begin(request)
+            try:
+                self.begin(request)
+            except BaseException:
+                self.abort(request)
+                raise
         if self.scheduler.waiting and not self.scheduler.in_flight:
             raise ValueError(
                 f"{self.ledger.bytes} bytes of kv_memory are held by finished requests, and the "
@@ -241,12 +251,18 @@ class Engine:
         """Sample a token for every request that got logits; end those that are done."""
         begun = [request for request, work in plan.prefill if work.intake.finished]
         likeliest = stepped.logits.argmax(-1).tolist()
+        broken = stepped.logits.isnan().any(-1).tolist()
         ended = []
         for row, request in enumerate(plan.decode + begun):
             assert request.sequence is not None
             if row < len(plan.decode):
                 assert stepped.decoding is not None
                 self.adapter.settle(self.pool, request.sequence, stepped.decoding, row)
+            if broken[row]:
+                self.scheduler.remove(request)
+                self._end(request, "error")
+                ended.append(request)
+                continue
             token, logprob = sample(stepped.logits[row], request, likeliest[row])
             request.output.append(token)
             committed.add(request)

@@ -90,9 +90,9 @@ class LLM:
             self.engine.make(ids, params, protect=keep)
             for ids, params, keep in zip(encoded, many, spans, strict=True)
         ]
-        for request in requests:
-            self.engine.submit(request)
         try:
+            for request in requests:
+                self.engine.submit(request)
             while any(request.finish_reason is None for request in requests):
                 self.engine.step()
         except BaseException as error:
@@ -115,8 +115,8 @@ class LLM:
 
     def _follow(self, request: Request) -> Iterator[RequestOutput]:
         given = 0
-        self.engine.submit(request)
         try:
+            self.engine.submit(request)
             while True:
                 if request.finish_reason is None:
                     self.engine.step()
@@ -147,13 +147,18 @@ class LLM:
         return ids
 
 
+def _is_list(value: Any) -> bool:
+    """Something ordered to go through: a list, a tuple, an array, but no text, bytes or mapping."""
+    return hasattr(value, "__getitem__") and not isinstance(value, str | bytes | bytearray | dict)
+
+
 def _is_id(item: Any) -> bool:
     return hasattr(item, "__index__") and not isinstance(item, bool)
 
 
 def _token_ids(prompt: Any) -> TokenIds:
     """A list of plain ints; ``ValueError`` for anything else."""
-    if not isinstance(prompt, Iterable) or not all(_is_id(token) for token in prompt):
+    if not _is_list(prompt) or not all(_is_id(token) for token in prompt):
         raise ValueError(f"prompt {prompt!r:.60} is neither a text nor a list of token ids")
     try:
         return [operator.index(token) for token in prompt]
@@ -164,8 +169,8 @@ def _token_ids(prompt: Any) -> TokenIds:
 def _as_batch(prompts: Any) -> list[Prompt]:
     if isinstance(prompts, str):
         return [prompts]
-    if not isinstance(prompts, Iterable):
-        raise ValueError(f"prompts={prompts!r} must be a text, token ids, or a list of either")
+    if not _is_list(prompts):
+        raise ValueError(f"prompts={prompts!r:.60} must be a text, token ids, or a list of either")
     items = list(prompts)
     if not items:
         raise ValueError("no prompt was given; give at least one")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import json
 import os
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -43,8 +45,8 @@ def load_model(model: str | os.PathLike[str] | nn.Module, tokenizer: Any = "auto
     """
     if isinstance(model, nn.Module):
         return _take_object(model, tokenizer, dtype, device)
-    name, place = str(model), parse_device(device)
-    _check_folder(name)
+    place = parse_device(device)
+    name = _check_folder(str(model))
     config = load_config(name)
     find_family(config)
     kind = parse_dtype(dtype, getattr(config, "dtype", None))
@@ -70,7 +72,14 @@ def quiet_transformers() -> None:
 
 def load_config(name: str) -> Any:
     """The transformers config of a folder or hub id."""
-    _check_path(name)
+    name = _check_path(name)
+    local = Path(name) / "config.json"
+    if local.is_file():
+        try:
+            kind = json.loads(local.read_text(encoding="utf-8")).get("model_type")
+        except (ValueError, AttributeError) as error:
+            raise ValueError(f"{str(local)!r} is not a readable config") from error
+        find_family(SimpleNamespace(model_type=kind))
     return _from_hub(AutoConfig, name)
 
 
@@ -88,7 +97,14 @@ def free_memory(device: torch.device) -> int:
     """Bytes that can still be allocated on the device."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
+    free = int(psutil.virtual_memory().available)
+    try:  # a container's own limit
+        root = Path("/sys/fs/cgroup")
+        limit = int((root / "memory.max").read_text())
+        free = min(free, limit - int((root / "memory.current").read_text()))
+    except (OSError, ValueError):
+        pass
+    return free
 
 
 def _take_object(model: nn.Module, tokenizer: Any, dtype: str | torch.dtype,
@@ -116,26 +132,29 @@ def _take_object(model: nn.Module, tokenizer: Any, dtype: str | torch.dtype,
     return LoadedModel(model, tokenizer, name, first.device, first.dtype)
 
 
-def _check_path(name: str) -> None:
+def _check_path(name: str) -> str:
+    """The folder, ``~`` expanded, or the hub id; ``ValueError`` where neither can be meant."""
     path = Path(name).expanduser()
     looks_local = name.startswith((".", "~", "/")) or name.count("/") != 1 or path.parent.is_dir()
     if not path.exists():
         if looks_local:
-            near = [str(each) for each in path.parent.glob("*") if each.is_dir()]
-            close = difflib.get_close_matches(str(path), near, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else "a hub id is written owner/name"
+            near = {each.name: str(each) for each in path.parent.glob("*") if each.is_dir()}
+            close = difflib.get_close_matches(path.name, near, n=1)
+            hint = f"did you mean {near[close[0]]!r}?" if close else "a hub id is owner/name"
             raise ValueError(f"model path {name!r} does not exist; {hint}")
-    elif not (path / "config.json").is_file():
+        return name
+    if not (path / "config.json").is_file():
         raise ValueError(f"model folder {name!r} has no config.json")
+    return str(path)
 
 
-def _check_folder(name: str) -> None:
-    _check_path(name)
-    path = Path(name).expanduser()
+def _check_folder(name: str) -> str:
+    path = Path(_check_path(name))
     if path.exists() and not list(path.glob("*.safetensors")):
         raise ValueError(
             f"model folder {name!r} has no *.safetensors file; other weight formats are not loaded"
         )
+    return str(path) if path.exists() else name
 
 
 def _from_hub(loader: Any, name: str, **options: Any) -> Any:
@@ -168,9 +187,12 @@ def _find_tokenizer(name: str, tokenizer: Any) -> Any:
     if tokenizer is None or not isinstance(tokenizer, str | os.PathLike):
         return _check_tokenizer(tokenizer)
     if tokenizer != "auto":
-        return _from_hub(AutoTokenizer, str(tokenizer))
+        place = Path(tokenizer).expanduser()
+        if not place.exists() and str(tokenizer).count("/") != 1:
+            raise ValueError(f"tokenizer path {str(tokenizer)!r} does not exist")
+        return _from_hub(AutoTokenizer, str(place if place.exists() else tokenizer))
     path = Path(name).expanduser()
-    files = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+    files = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
     if path.is_dir() and not any((path / file).is_file() for file in files):
         return None
     return _from_hub(AutoTokenizer, name)
