@@ -99,6 +99,9 @@ class ReferenceBackend:
             )  # [K, G, rows, m]
             lses.append(found)
             weights = weights.flatten(0, 1)[None] if wide == 1 else weights
+            if reduce.heads.endswith("mean") and reduce.rows != "max":  # one pass: a product
+                total += torch.matmul(ramp[part], weights).mean(1)
+                continue
             over_heads = weights.amax(1) if reduce.heads.endswith("max") else weights.mean(1)
             over_heads *= ramp[part, None]
             if reduce.rows == "max":
@@ -124,17 +127,24 @@ class ReferenceBackend:
         """Attention weights ``[K, G, n, m]`` and their log-sum-exps ``[n, H]``."""
         new, heads, _ = queries.shape
         kv_heads, high = keys.shape[0], accumulate_dtype(queries.dtype)
-        seen = k_pos[:, None] <= q_pos[:, None]  # [K, n, m]
-        if scale.window is not None:
-            seen &= k_pos[:, None] > q_pos[:, None] - scale.window
         grouped = queries.to(high).transpose(0, 1).reshape(kv_heads, heads // kv_heads, new, -1)
         logits = _logits(grouped, keys.to(high)[:, None], scale)
-        logits.masked_fill_(~seen[:, None], float("-inf"))
+        # Entries older than every query need no mask, and are all but the last few as a rule.
+        old = 0 if scale.window is not None else max(0, keys.shape[1] - new)
+        if old and int(k_pos[:, :old].max()) > int(q_pos.min()):
+            old = 0
+        hidden = k_pos[:, None, old:] > q_pos[:, None]  # [K, n, m - old]
+        if scale.window is not None:
+            hidden |= k_pos[:, None] <= q_pos[:, None] - scale.window
+        logits[..., old:].masked_fill_(hidden[:, None], float("-inf"))
         if lse is None:
-            norm = torch.logsumexp(logits, dim=-1)
+            top = logits.amax(-1)
+            weights = torch.softmax(logits, dim=-1)
+            norm = top - weights.amax(-1).log()  # the largest weight is exp(top - norm)
         else:
             norm = lse.to(high).T.reshape(kv_heads, heads // kv_heads, new)
-        return torch.exp(logits - norm[..., None]), norm.flatten(0, 1).T
+            weights = logits.sub_(norm[..., None]).exp_()
+        return weights, norm.flatten(0, 1).T
 
 
 def _logits(queries: Tensor, keys: Tensor, scale: Scale) -> Tensor:
