@@ -10,27 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyramidinfer import LLM, PyramidInfer, SamplingParams
-from pyramidinfer.policies import POLICIES, Policy, make_policy
+from pyramidinfer.policies import POLICIES
+from tests.engine.build import alone, build
 from tests.tiny import random_prompt, tiny_model
-
-SMALL = {"min_context": 4, "gen_chunk": 4}
-
-
-def policy_named(name: str) -> Policy:
-    if name == "full":
-        return make_policy(name)
-    return make_policy(name, 0.5, **(SMALL if name == "pyramidinfer" else {}))
-
-
-def build(
-    name: str, family: str = "llama", dtype: torch.dtype = torch.float64, **options: Any
-) -> LLM:
-    options = {"kv_memory": "4MiB", "page_size": 4, "poison": True, **options}
-    return LLM(tiny_model(family, dtype), policy=policy_named(name), **options)
-
-
-def alone(name: str, family: str, prompt: list[int], params: SamplingParams) -> list[int]:
-    return build(name, family).generate([prompt], params)[0].token_ids
 
 
 @pytest.mark.parametrize("name", sorted(POLICIES))
@@ -204,144 +186,6 @@ def test_abort_frees_pages_at_once() -> None:
     engine.check()
 
 
-@pytest.mark.parametrize("chunk", [7, 1024])
-@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_neox"])
-def test_extend_with_the_full_cache_equals_one_long_prompt(family: str, chunk: int) -> None:
-    """Turns joined onto a kept cache give the tokens of the whole text prefilled at once."""
-    llm = build("full", family, prefill_chunk=chunk)
-    params = SamplingParams(max_tokens=6, ignore_eos=True)
-
-    def finish(request: Any) -> Any:
-        while request.finish_reason is None:
-            llm.engine.step()
-        return request
-
-    turn = finish(llm.engine.add(random_prompt(1, 40), params, hold=True))
-    text = turn.prompt + turn.output
-    for seed, length in ((2, 11), (3, 1), (4, 30)):
-        more = random_prompt(seed, length)
-        turn = finish(llm.engine.extend(turn, more, params, hold=True))
-        text += more
-        assert turn.output == alone("full", family, text, params)
-        text += turn.output
-    assert turn.kv.seen_len == len(text) - 1
-    llm.engine.release(turn)
-    assert llm.engine.pool.budget_used == 0
-    llm.engine.check()
-
-
-def test_extend_on_a_compressed_cache_keeps_its_entries() -> None:
-    """Propagation applies to the new tokens; what was kept before stays."""
-    llm = build("pyramidinfer", dtype=torch.float32)
-    params = SamplingParams(max_tokens=3, ignore_eos=True)
-    turn = llm.engine.add(random_prompt(1, 120), params, hold=True)
-    while turn.finish_reason is None:
-        llm.engine.step()
-    table = turn.sequence.table  # type: ignore[union-attr]
-    before = [set(llm.engine.pool.positions(table, layer)[0].tolist()) for layer in range(4)]
-    again = llm.engine.extend(turn, random_prompt(2, 100), params)
-    while len(again.output) < 1:
-        llm.engine.step()
-    assert again.sequence is not None
-    after = [llm.engine.pool.positions(table, layer)[0] for layer in range(4)]
-    for layer in range(4):
-        assert before[layer] <= set(after[layer].tolist())
-        fresh = int((after[layer] >= 122).sum())
-        assert (fresh == 101) if layer == 0 else (fresh < 101)
-    llm.engine.abort(again)
-    llm.engine.check()
-
-
-def test_extend_needs_a_held_request() -> None:
-    llm = build("full")
-    request = llm.engine.add(random_prompt(1, 5), SamplingParams(max_tokens=1))
-    llm.engine.step()
-    with pytest.raises(ValueError, match="hold=True"):
-        llm.engine.extend(request, [5], SamplingParams(max_tokens=1))
-
-
-@pytest.mark.parametrize("family", ["llama", "gemma3_text", "opt"])
-def test_truncate_then_go_on_equals_never_having_seen_it(family: str) -> None:
-    """A rejected draft leaves no trace."""
-    llm = build("full", family)
-    params = SamplingParams(max_tokens=3, ignore_eos=True)
-    turn = llm.engine.add(random_prompt(1, 14), params, hold=True)
-    while turn.finish_reason is None:
-        llm.engine.step()
-    llm.engine.truncate(turn, 11)
-    again = llm.engine.extend(turn, random_prompt(5, 9), SamplingParams(max_tokens=8))
-    while again.finish_reason is None:
-        llm.engine.step()
-    text = random_prompt(1, 14)[:11] + random_prompt(5, 9)
-    assert again.output == alone("full", family, text, SamplingParams(max_tokens=8))
-
-
-def test_truncate_forgets_protected_spans_beyond_it() -> None:
-    llm = build("full")
-    turn = llm.engine.add(
-        random_prompt(1, 40), SamplingParams(max_tokens=1), hold=True, protect=[(5, 9), (20, 40)]
-    )
-    while turn.finish_reason is None:
-        llm.engine.step()
-    for wrong in ("3", 2.5, 99):
-        with pytest.raises(ValueError, match="seen_len="):
-            llm.engine.truncate(turn, wrong)  # type: ignore[arg-type]
-    llm.engine.truncate(turn, 30)
-    assert turn.protect == ((5, 9), (20, 30))
-    again = llm.engine.extend(turn, [5, 6], SamplingParams(max_tokens=2))
-    while again.finish_reason is None:
-        llm.engine.step()
-    llm.engine.check()
-
-
-def test_truncate_refuses_what_a_window_has_let_go_of() -> None:
-    llm = build("full", "gemma3_text")
-    turn = llm.engine.add(random_prompt(1, 40), SamplingParams(max_tokens=1), hold=True)
-    while turn.finish_reason is None:
-        llm.engine.step()
-    with pytest.raises(ValueError, match="cannot go back to 25 tokens: layer 0 keeps its window"):
-        llm.engine.truncate(turn, 25)
-    llm.engine.truncate(turn, 40)
-    llm.engine.release(turn)
-    llm.engine.check()
-
-
-def test_truncate_brings_policy_state_and_ring_along() -> None:
-    llm = build("pyramidinfer")
-    params = SamplingParams(max_tokens=20, ignore_eos=True)
-    turn = llm.engine.add(random_prompt(1, 80), params, hold=True)
-    while turn.finish_reason is None:
-        llm.engine.step()
-    assert turn.sequence is not None
-    table = turn.sequence.table
-    llm.engine.truncate(turn, 60)
-    assert (table.state["marker"].numpy() <= table.kept).all()
-    assert table.ring is not None
-    assert (table.ring.newest(0, 999)[2] < 60).all()
-    again = llm.engine.extend(turn, random_prompt(2, 30), params)
-    while again.finish_reason is None:
-        llm.engine.step()
-    assert len(again.output) == 20
-    llm.engine.check()
-
-
-def test_a_held_cache_does_not_lock_the_queue() -> None:
-    """Its next turn goes ahead of a request that waits for those very pages."""
-    llm = build("full", kv_memory="200KiB", dtype=torch.float32)
-    params = SamplingParams(max_tokens=2, ignore_eos=True)
-    held = llm.engine.add(random_prompt(1, 150), params, hold=True)
-    while held.finish_reason is None:
-        llm.engine.step()
-    blocked = llm.engine.add(random_prompt(2, 200), params)
-    with pytest.raises(ValueError, match="held by finished requests.*release some"):
-        llm.engine.step()
-    turn = llm.engine.extend(held, random_prompt(3, 5), params)
-    while not llm.engine.scheduler.idle:
-        llm.engine.step()
-    assert turn.finish_reason == blocked.finish_reason == "length"
-    llm.engine.check()
-
-
 @pytest.mark.parametrize("where", ["layer", "head", "settle"])
 @pytest.mark.parametrize("name", sorted(POLICIES))
 def test_a_step_that_fails_leaves_the_others_unharmed(
@@ -376,26 +220,6 @@ def test_a_step_that_fails_leaves_the_others_unharmed(
     assert interrupts >= 3
     for request in requests:
         assert request.output == alone(name, "llama", request.prompt, params)
-    llm.engine.check()
-
-
-def test_phi3_turns_may_go_back_below_the_switch() -> None:
-    """A first turn that could have become long keeps its regime in a short second turn."""
-    llm = build("full", "phi3")
-    turn = llm.engine.add(random_prompt(1, 20), SamplingParams(max_tokens=100), hold=True)
-    turn.max_new = 3
-    while turn.finish_reason is None:
-        llm.engine.step()
-    again = llm.engine.extend(turn, random_prompt(2, 5), SamplingParams(max_tokens=4))
-    while again.finish_reason is None:
-        llm.engine.step()
-    assert again.finish_reason in ("length", "stop")
-    short = llm.engine.add(random_prompt(1, 20), SamplingParams(max_tokens=4), hold=True)
-    while short.finish_reason is None:
-        llm.engine.step()
-    with pytest.raises(ValueError, match="outgrows the rotary range"):
-        llm.engine.extend(short, random_prompt(2, 60), SamplingParams(max_tokens=4))
-    llm.engine.release(short)
     llm.engine.check()
 
 

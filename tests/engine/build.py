@@ -1,0 +1,30 @@
+"""Engines for tests: tiny models, small pages, freed entries poisoned."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from pyramidinfer import LLM, SamplingParams
+from pyramidinfer.policies import Policy, make_policy
+from tests.tiny import tiny_model
+
+SMALL = {"min_context": 4, "gen_chunk": 4}
+
+
+def policy_named(name: str) -> Policy:
+    if name == "full":
+        return make_policy(name)
+    return make_policy(name, 0.5, **(SMALL if name == "pyramidinfer" else {}))
+
+
+def build(
+    name: str, family: str = "llama", dtype: torch.dtype = torch.float64, **options: Any
+) -> LLM:
+    options = {"kv_memory": "4MiB", "page_size": 4, "poison": True, **options}
+    return LLM(tiny_model(family, dtype), policy=policy_named(name), **options)
+
+
+def alone(name: str, family: str, prompt: list[int], params: SamplingParams) -> list[int]:
+    return build(name, family).generate([prompt], params)[0].token_ids
