@@ -294,3 +294,16 @@ def test_ring_forgets_what_is_truncated_and_what_that_had_overwritten() -> None:
     assert ring.newest(0, 9)[0].flatten().tolist() == [2.0, 3.0, 9.0]
     ring.truncate(0)
     assert ring.newest(0, 9)[2].tolist() == []
+
+
+def test_groups_of_different_sizes_decode_together() -> None:
+    """A page number of one group may lie beyond the other group's last page."""
+    pool = new_pool()
+    small, large = sorted(pool.groups, key=lambda group: len(group.counts))
+    tables = [pool.new_table()]
+    while len(large.free) > 2 * len(large.spec.layers):
+        pool.append(tables[0], large.spec.layers[0], PAGE)
+    tables.append(pool.new_table())
+    pool.append_each(tables)
+    assert max(int(table.pages.max()) for table in tables) >= len(small.counts)
+    pool.check()

@@ -121,8 +121,9 @@ class Pool:
         index = kept // self.page_size
         pages = np.stack([t.pages[every, at] for t, at in zip(tables, index, strict=True)])
         for number, group in enumerate(self.groups):
-            shared = (group.counts[pages] > 1) & (self.group_of == number)
-            for row, layer in zip(*np.nonzero(shared), strict=True):
+            mine = np.nonzero(self.group_of == number)[0]
+            for row, column in zip(*np.nonzero(group.counts[pages[:, mine]] > 1), strict=True):
+                layer = mine[column]
                 self._own(tables[row], layer, [int(index[row, layer])])
                 pages[row, layer] = tables[row].pages[layer, index[row, layer]]
         for table in tables:
