@@ -46,6 +46,6 @@ class Undo:
             else:
                 table = request.sequence.table
                 self.engine.pool.retract(table, table.kept * 0)
-                table.state, table.seen_len, table.transient_bytes = {}, 0, 0
+                table.seen_len, table.transient_bytes = 0, 0
                 table.state = self.engine.policy.start(request.sequence.layers)
                 self.engine.begin(request)
