@@ -11,7 +11,10 @@ from typing import Any, TypeVar
 
 import torch
 
-__all__ = ["EngineConfig", "named_options", "nearest", "parse_bytes", "parse_device", "parse_dtype"]
+__all__ = [
+    "EngineConfig", "check_choice", "check_share", "check_whole", "is_number", "named_options",
+    "nearest", "parse_bytes", "parse_device", "parse_dtype",
+]  # fmt: skip
 
 DTYPES = {
     "float64": torch.float64,
@@ -30,6 +33,30 @@ def nearest(name: str, choices: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]!r}? " if close else ""
     return f"{hint}(choices: {', '.join(options)})"
+
+
+def is_number(value: object) -> bool:
+    """An int or a float that is neither a bool nor NaN."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and value == value
+
+
+def check_share(name: str, value: object, *, least: float = 0.0) -> None:
+    """``ValueError`` unless ``least`` <= value <= 1."""
+    if not (is_number(value) and least <= value <= 1):  # type: ignore[operator]
+        raise ValueError(f"{name}={value!r} must lie between {least:g} and 1")
+
+
+def check_whole(name: str, value: object, least: int) -> None:
+    """``ValueError`` unless a whole number of at least ``least``."""
+    if type(value) is not int or value < least:
+        raise ValueError(f"{name}={value!r} must be a whole number of at least {least}")
+
+
+def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
+    """``ValueError`` with the nearest choice unless ``value`` is one of them."""
+    options = list(choices)
+    if not isinstance(value, str) or value not in options:
+        raise ValueError(f"{name}={value!r} is unknown; {nearest(str(value), options)}")
 
 
 T = TypeVar("T")

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from pyramidinfer.config import named_options
+from pyramidinfer.config import is_number, named_options
 
 __all__ = [
     "AttentionShape",
@@ -22,6 +22,7 @@ __all__ = [
     "RequestMetrics",
     "RequestOutput",
     "SamplingParams",
+    "Score",
     "State",
     "TokenIds",
     "Trace",
@@ -66,10 +67,13 @@ class Reduce:
     ``kv_max`` over the query heads of each KV head (one row per KV head).
     ``rows``: ``mean``, ``sum`` or ``max`` over the window's queries.  ``newest_weight``: queries
     are first weighted linearly from 1 (oldest) to this (newest).
+
+    ``rows="below"`` counts, among the queries that could see the entry, those that gave it less
+    than an even share: a weight below 1 / (the query's position + 1).
     """
 
     heads: Literal["mean", "max", "kv_mean", "kv_max"] = "mean"
-    rows: Literal["mean", "sum", "max"] = "mean"
+    rows: Literal["mean", "sum", "max", "below"] = "mean"
     newest_weight: float = 1.0
 
 
@@ -78,6 +82,8 @@ class Needs:
     """What must be observed in a layer before the policy is asked.
 
     ``window``: how many of the newest queries are scored (0: none) and ``reduce`` how.
+    ``remember``: the window's queries go into the ring that decoding looks back on (only the
+    newest one otherwise); the same in every governed layer.
     ``column_sums``: attention each entry got from *all* new queries, per KV head.
     ``slot_scores``: the running score kept beside each entry.
     ``propagate``, ``retain``, ``evict``: which questions to ask; the others are answered "all".
@@ -85,6 +91,7 @@ class Needs:
 
     window: int = 0
     reduce: Reduce = Reduce()
+    remember: bool = False
     column_sums: bool = False
     slot_scores: bool = False
     propagate: bool = False
@@ -192,7 +199,7 @@ class SamplingParams:
             ("frequency_penalty", -1e3, 1e3),
         ):  # fmt: skip
             value = getattr(self, name)
-            if not _is_number(value) or not low <= value <= high:
+            if not is_number(value) or not low <= value <= high:
                 raise ValueError(f"{name}={value!r} must lie between {low:g} and {high:g}")
         if 0 < self.temperature < 1e-3:
             raise ValueError(
@@ -281,6 +288,24 @@ class RequestOutput:
 
 
 @dataclass(frozen=True, slots=True)
+class Score:
+    """How likely a given continuation is after a context whose cache was compressed.
+
+    ``logprobs``: of each token of the continuation; ``greedy``: whether it is the likeliest there.
+    ``metrics`` and ``kv`` are those of the context, before the continuation went in.
+    ``logits``: ``[continuation, vocab]`` float32 on the host, where asked for.
+    """
+
+    prompt_token_ids: TokenIds
+    token_ids: TokenIds
+    logprobs: list[float]
+    greedy: list[bool]
+    metrics: RequestMetrics
+    kv: KVUsage
+    logits: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Trace:
     """Which tokens survived where, for pictures and tests.
 
@@ -298,10 +323,6 @@ class Trace:
     prefill_logits: Tensor
     final_logits: Tensor
     computed_by_layer: list[int] = field(default_factory=list)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -119,7 +119,8 @@ class Backend(Protocol):
 
         A weight is ``exp(qk - lse)`` with the log-sum-exp given (``[W, H]``, of the time the
         query attended) and is never renormalised; without one it is worked out over ``keys``.
-        ``rows`` is the length of the whole window: rows missing in front count as zero weight.
+        ``rows`` is the length of the whole window: rows missing in front count as zero weight
+        (``reduce.rows="below"`` counts the rows that are there).
         """
         ...  # fmt: skip
 

@@ -99,10 +99,18 @@ class ReferenceBackend:
             )  # [K, G, rows, m]
             lses.append(found)
             weights = weights.flatten(0, 1)[None] if wide == 1 else weights
-            if reduce.heads.endswith("mean") and reduce.rows != "max":  # one pass: a product
+            if reduce.heads.endswith("mean") and reduce.rows in (
+                "mean",
+                "sum",
+            ):  # one pass: a product
                 total += torch.matmul(ramp[part], weights).mean(1)
                 continue
             over_heads = weights.amax(1) if reduce.heads.endswith("max") else weights.mean(1)
+            if reduce.rows == "below":  # an entry the query could see and hardly looked at
+                seen = k_pos[:, None] <= q_pos[part, None]
+                even = 1.0 / (q_pos[part, None] + 1).to(high)
+                total += ((over_heads < even) & seen).sum(1)
+                continue
             over_heads *= ramp[part, None]
             if reduce.rows == "max":
                 total = torch.maximum(total, over_heads.amax(1))

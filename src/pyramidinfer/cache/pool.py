@@ -149,18 +149,6 @@ class Pool:
         pages = self._upload(table.pages[layer, entry // self.page_size])
         group.scores[pages, :, self._upload(entry % self.page_size)] += amounts.T.float()
 
-    def add_scores_each(self, layer: int, tables: Tensor, lengths: Tensor, amounts: Tensor
-                        ) -> None:  # fmt: skip
-        """The same for several requests: pages ``[R, P]``, lengths ``[R]``, amounts
-        ``[R, kv_heads, n]``."""
-        group, size = self.group(layer), self.page_size
-        if group.scores is None:
-            raise AssertionError("this pool keeps no scores")
-        longest = amounts.shape[2]
-        entry = torch.arange(longest, device=self.device)
-        row, at = (entry < lengths[:, None]).nonzero(as_tuple=True)
-        group.scores[tables[row, at // size], :, at % size] += amounts[row, :, at].float()
-
     def keep(self, table: Table, layer: int, indices: Tensor) -> None:
         """Drop every entry of a layer but ``indices`` ``[1 or kv_heads, k]``; free empty pages."""
         group, length = self.group(layer), int(table.kept[layer])
@@ -177,6 +165,17 @@ class Pool:
                 for tensor in group.tensors():
                     tensor[target_at] = tensor[source_at]
         self._shrink(table, layer, kept)
+
+    def rewrite_keys(self, table: Table, layer: int, places: Tensor, keys: Tensor) -> None:
+        """Replace the keys ``[kv_heads, n, key_dim]`` of entries at ``places`` ``[n]``."""
+        group, entry = self.group(layer), self._entries_at(table, layer, places)
+        self._own(table, layer, torch.unique(entry // self.page_size).tolist())
+        pages = self._upload(table.pages[layer])[entry // self.page_size]
+        group.keys[pages, :, entry % self.page_size] = keys.transpose(0, 1)
+
+    def keys_at(self, table: Table, layer: int, places: Tensor) -> Tensor:
+        """A copy of the keys of entries at ``places``, ``[kv_heads, n, key_dim]``."""
+        return self.keys(table, layer)[:, self._entries_at(table, layer, places)]
 
     def truncate(self, table: Table, seen_len: int) -> None:
         """Forget every token from position ``seen_len`` on (a rejected draft, a changed turn)."""
@@ -309,6 +308,13 @@ class Pool:
 
     def _owned(self, table: Table, layer: int) -> np.ndarray:
         return table.pages[layer, : int(table.held[layer])]
+
+    def _entries_at(self, table: Table, layer: int, places: Tensor) -> Tensor:
+        """Entry numbers of ``places`` ``[n]`` in a layer whose heads all hold the same tokens."""
+        held, order = self.positions(table, layer)[0].sort()
+        at = torch.searchsorted(held, places.to(self.device))
+        assert bool((held[at.clamp(max=len(held) - 1)] == places.to(self.device)).all()), "not held"
+        return order[at]
 
     def _flat(self, table: Table, layer: int, storage: Tensor) -> Tensor:
         rows = self._upload(self._owned(table, layer))

@@ -57,9 +57,10 @@ class Ring:
         self.written += 1
         self.oldest = max(self.oldest, self.written - self.capacity)
 
-    def begin(self, position: int) -> None:
-        """Row 0 of every layer was just written; nothing else counts."""
-        self.positions[0], self.oldest, self.written = position, 0, 1
+    def begin(self, positions: Tensor) -> None:
+        """The first rows of every layer were just written, for these positions."""
+        count = positions.shape[0]
+        self.positions[:count], self.oldest, self.written = positions, 0, count
 
     def truncate(self, seen_len: int) -> None:
         """Forget rows of positions from ``seen_len`` on."""

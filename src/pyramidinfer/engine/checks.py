@@ -14,7 +14,7 @@ from pyramidinfer.models.loading import free_memory
 from pyramidinfer.policies import Policy
 from pyramidinfer.types import TokenIds
 
-__all__ = ["check_count", "check_plan", "check_spans", "check_tokens"]
+__all__ = ["check_count", "check_plan", "check_spans", "check_stream", "check_tokens"]
 
 
 def check_plan(adapter: Adapter, policy: Policy, config: EngineConfig, device: torch.device,
@@ -52,10 +52,20 @@ def check_count(name: str, value: int) -> int:
         raise ValueError(f"{name}={value!r} must be a whole number") from None
 
 
-def check_tokens(tokens: TokenIds, vocab_size: int) -> None:
+def check_stream(new: int, held: int, positions: int) -> None:
+    """``ValueError`` where a streaming request is given more at once than the model's positions."""
+    if new + held >= positions:
+        raise ValueError(
+            f"{new} tokens on top of {held} cached ones exceed the {positions} positions that this "
+            f"model can tell apart at once; generation has no end, but text is taken in at most "
+            f"{positions - held - 1} tokens at a time"
+        )
+
+
+def check_tokens(tokens: TokenIds, vocab_size: int, what: str = "prompt") -> None:
     """``ValueError`` unless these are token ids of the model, at least one."""
     if len(tokens) == 0:
-        raise ValueError("the prompt is empty; give at least one token")
+        raise ValueError(f"the {what} is empty; give at least one token")
     for token in tokens:
         if type(token) is not int or not 0 <= token < vocab_size:
             raise ValueError(f"token id {token!r} is outside the vocabulary: 0 to {vocab_size - 1}")

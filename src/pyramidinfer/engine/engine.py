@@ -13,9 +13,15 @@ from torch import nn
 from pyramidinfer.attention import select_backend
 from pyramidinfer.cache import Pool, Ring, Table
 from pyramidinfer.config import EngineConfig
-from pyramidinfer.engine.checks import check_count, check_plan, check_spans, check_tokens
+from pyramidinfer.engine.checks import (
+    check_count,
+    check_plan,
+    check_spans,
+    check_stream,
+    check_tokens,
+)
 from pyramidinfer.engine.memory import Cost, Ledger, full_bytes
-from pyramidinfer.engine.request import Request
+from pyramidinfer.engine.request import Request, Scoring
 from pyramidinfer.engine.sampler import prepare, sample
 from pyramidinfer.engine.scheduler import Plan, Scheduler
 from pyramidinfer.engine.text import Detokenizer
@@ -57,17 +63,23 @@ class Engine:
     # --- requests -----------------------------------------------------------------------------
 
     def make(self, prompt: TokenIds, params: SamplingParams, *, protect: Spans = (),
-             hold: bool = False, on: Table | None = None) -> Request:  # fmt: skip
+             hold: bool = False, on: Table | None = None, scoring: Scoring | None = None
+             ) -> Request:  # fmt: skip
         """Check a request and build it, without queueing it.
 
         ``protect``: spans ``(start, stop)`` of prompt positions that no policy may drop;
-        ``on``: a cache that already holds the beginning of the prompt.
+        ``on``: a cache that already holds the beginning of the prompt;  ``scoring``: a
+        continuation to score instead of generating.
         """
         adapter, longest = self.adapter, self.adapter.max_positions
         if not isinstance(params, SamplingParams):
             raise ValueError(f"sampling={params!r} must be SamplingParams")
         check_tokens(prompt, adapter.vocab_size)
-        if len(prompt) >= longest:
+        seen, held = (on.seen_len, on.kept) if on else (0, None)
+        is_endless = self.policy.streams and adapter.streaming.is_possible
+        if is_endless:
+            check_stream(len(prompt) - seen, int(on.kept.max()) if on else 0, longest)
+        elif len(prompt) >= longest:
             raise ValueError(
                 f"the prompt has {len(prompt)} tokens; this model has {longest} positions, so at "
                 f"most {longest - 1} fit with one generated token"
@@ -80,14 +92,24 @@ class Engine:
                 raise ValueError(
                     f"stop_token_ids: {token} is outside the vocabulary of {adapter.vocab_size}"
                 )
-        max_new = min(params.max_tokens, longest - len(prompt))
+        max_new = params.max_tokens if is_endless else min(params.max_tokens, longest - len(prompt))
+        if scoring:
+            check_tokens(scoring.tokens, adapter.vocab_size, "continuation")
+            max_new = len(scoring.tokens)
+            if len(prompt) + max_new > longest:
+                raise ValueError(
+                    f"{len(prompt)} context tokens and {max_new} scored ones exceed the model's "
+                    f"{longest} positions"
+                )
         layers = adapter.layers_for(len(prompt) + max_new)
         covered = len(set().union(*(range(*span) for span in spans)))
-        seen, held = (on.seen_len, on.kept) if on else (0, None)
-        cost = self.ledger.cost(self.policy, len(prompt) - seen, max_new, layers, covered, held)
+        cost_of = self.ledger.scoring_cost if scoring else self.ledger.cost
+        cost = cost_of(self.policy, len(prompt) - seen, max_new, layers, covered, held)
         self._check_cost(cost, len(prompt), max_new)
         text = Detokenizer(self.tokenizer, tuple(params.stop)) if self.tokenizer else None
-        return Request(next(self._ids), list(prompt), params, max_new, cost, spans, hold, text)
+        request = Request(next(self._ids), list(prompt), params, max_new, cost, spans, hold, text)
+        request.scoring = scoring
+        return request
 
     def add(self, prompt: TokenIds, params: SamplingParams, *, protect: Spans = (),
             hold: bool = False) -> Request:  # fmt: skip
@@ -145,6 +167,7 @@ class Engine:
                 )
         self.pool.truncate(table, seen_len)
         table.state = self.policy.truncated(table.state, [int(n) for n in table.kept])
+        self.adapter.streaming.forget(table)
         request.prompt, request.output = (request.prompt + request.output)[:seen_len], []
         request.protect = tuple(
             (start, min(stop, seen_len)) for start, stop in request.protect if start < seen_len
@@ -217,24 +240,29 @@ class Engine:
         if request.sequence is None:
             table = self.pool.new_table(len(request.prompt))
             table.state = self.policy.start(layers)
-            is_long = adapter.rotary.is_long(longest - 1)  # the last token is never fed
+            reached = min(longest - 1, adapter.max_positions)  # the last token is never fed
+            is_long = adapter.rotary.is_long(reached)
             request.sequence = Sequence(
                 table, self.policy, layers, torch.zeros(0, dtype=torch.bool), is_long
             )
         sequence = request.sequence
         sequence.layers = layers
-        sequence.protected = torch.zeros(longest, dtype=torch.bool, device=device)
+        scored = len(request.scoring.tokens) if request.scoring else 0
+        size = len(request.prompt) + scored
+        sequence.protected = torch.arange(size, device=device) >= len(request.prompt)
         for start, stop in request.protect:
             sequence.protected[start:stop] = True
         table, shape = sequence.table, adapter.shapes[0]
         new = request.prompt[table.seen_len :]
+        if self.policy.streams:
+            adapter.streaming.make_room(self.pool, sequence, len(new))
         rows = self.policy.ring(len(new) + int(table.kept[layers.first]), request.max_new)
-        if rows:
+        if rows and not request.scoring:
             table.ring = Ring.empty(
                 adapter.depth, rows, shape.heads, shape.key_dim, adapter.dtype, device
             )
         forecast = self.policy.forecast(len(new), request.max_new, layers)
-        extra = int(sequence.protected.sum())
+        extra = int(sequence.protected.sum()) - scored
         reach = [min(len(new), count + extra) for count in forecast.reach]
         tokens = torch.tensor(new, device=device)
         request.intake = Intake(sequence, tokens, table.seen_len, reach)
@@ -253,11 +281,19 @@ class Engine:
         likeliest = stepped.logits.argmax(-1).tolist()
         broken = stepped.logits.isnan().any(-1).tolist()
         ended = []
-        for row, request in enumerate(plan.decode + begun):
+        following = 0
+        for index, request in enumerate(plan.decode + begun):
             assert request.sequence is not None
-            if row < len(plan.decode):
+            row, following = following, following + request.rows
+            if index < len(plan.decode):
                 assert stepped.decoding is not None
                 self.adapter.settle(self.pool, request.sequence, stepped.decoding, row)
+            if request.scoring is not None:
+                request.scoring.add(stepped.logits[row:following])
+                committed.add(request)
+                if self._score_on(request, request.scoring):
+                    ended.append(request)
+                continue
             if broken[row]:
                 self.scheduler.remove(request)
                 self._end(request, "error")
@@ -279,6 +315,23 @@ class Engine:
                 self._end(request, reason)
                 ended.append(request)
         return ended
+
+    def _score_on(self, request: Request, scoring: Scoring) -> bool:
+        """Once the context is in, score the continuation on top of it; True when that is done."""
+        assert request.sequence is not None and request.intake is not None
+        table = request.sequence.table
+        if request.kv is None:  # the context is in, nothing else yet
+            request.first_token, request.computed = time.monotonic(), request.intake.computed
+            request.kv = self.usage(request)
+            rest = torch.tensor(scoring.tokens[:-1], dtype=torch.int64, device=self.adapter.device)
+            if len(rest):
+                reach = [len(rest)] * self.adapter.depth
+                request.intake = Intake(request.sequence, rest, table.seen_len, reach, True)
+                return False
+        request.intake = None
+        self.scheduler.remove(request)
+        self._end(request, "length")
+        return True
 
     def _reason(self, request: Request, token: int) -> str | None:
         """Why a request ends with ``token``, or None."""
@@ -322,17 +375,6 @@ class Engine:
 
     def output(self, request: Request) -> RequestOutput:
         """The request's answer so far."""
-
-        def since(moment: float | None) -> float | None:
-            return None if moment is None else moment - request.arrived
-
-        new = request.computed and request.computed[0]
-        computed = sum(request.computed) / self.adapter.depth
-        metrics = RequestMetrics(
-            since(request.started), since(request.first_token),
-            (request.ended or time.monotonic()) - request.arrived,
-            computed, computed / new if new else 0.0,
-        )  # fmt: skip
         text = ""
         if request.detokenizer:
             ended = request.finish_reason is not None
@@ -340,7 +382,21 @@ class Engine:
         logprobs = list(request.logprobs) if request.params.logprobs is not None else None
         return RequestOutput(
             request.id, list(request.prompt), text, list(request.output), request.finish_reason,
-            logprobs, metrics, self.usage(request),
+            logprobs, self.metrics(request), self.usage(request),
+        )  # fmt: skip
+
+    def metrics(self, request: Request) -> RequestMetrics:
+        """What the request took so far."""
+
+        def since(moment: float | None) -> float | None:
+            return None if moment is None else moment - request.arrived
+
+        new = request.computed and request.computed[0]
+        computed = sum(request.computed) / self.adapter.depth
+        return RequestMetrics(
+            since(request.started), since(request.first_token),
+            (request.ended or time.monotonic()) - request.arrived,
+            computed, computed / new if new else 0.0,
         )  # fmt: skip
 
     def _check_cost(self, cost: Cost, prompt: int, max_new: int) -> None:

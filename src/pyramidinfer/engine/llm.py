@@ -7,18 +7,19 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from pyramidinfer.attention import select_backend
 from pyramidinfer.config import EngineConfig
 from pyramidinfer.engine.checks import check_plan
 from pyramidinfer.engine.engine import Engine
-from pyramidinfer.engine.request import Request
+from pyramidinfer.engine.request import Request, Scoring
 from pyramidinfer.engine.tracing import trace
 from pyramidinfer.models import Adapter
 from pyramidinfer.models.loading import empty_model, load_model
 from pyramidinfer.policies import Policy, make_policy
-from pyramidinfer.types import RequestOutput, SamplingParams, TokenIds, Trace
+from pyramidinfer.types import RequestOutput, SamplingParams, Score, TokenIds, Trace
 
 __all__ = ["LLM", "Interrupted"]
 
@@ -91,16 +92,9 @@ class LLM:
             for ids, params, keep in zip(encoded, many, spans, strict=True)
         ]
         try:
-            for request in requests:
-                self.engine.submit(request)
-            while any(request.finish_reason is None for request in requests):
-                self.engine.step()
-        except BaseException as error:
-            for request in requests:
-                self.engine.abort(request)
-            if isinstance(error, KeyboardInterrupt):
-                raise Interrupted([self.engine.output(each) for each in requests]) from None
-            raise
+            self._finish(requests)
+        except KeyboardInterrupt:
+            raise Interrupted([self.engine.output(each) for each in requests]) from None
         return [self.engine.output(request) for request in requests]
 
     def stream(self, prompt: Prompt, sampling: SamplingParams | None = None, *,
@@ -131,19 +125,62 @@ class LLM:
         finally:
             self.engine.abort(request)
 
+    def score(self, prompts: Sequence[Prompt], continuations: Sequence[Prompt], *,
+              protect: Spans | list[Spans] = (), logits: bool = False) -> list[Score]:  # fmt: skip
+        """How likely each continuation is after its prompt, with compression in force.
+
+        A prompt's cache is compressed as always; the continuation then goes in on top of it, every
+        token attending to what was kept and to the continuation before it, and none is dropped.
+        Texts of continuations get no special tokens.  ``logits=True`` returns them, too.
+        """
+        batch = _as_batch(prompts)
+        spans = _spread_spans(protect, len(batch))
+        tokens = [
+            self.encode(each, special=False)
+            for each in _one_each(_as_batch(continuations), len(batch), "continuations")
+        ]
+        requests = [
+            self.engine.make(self.encode(prompt), SamplingParams(max_tokens=1), protect=keep,
+                             scoring=Scoring(wanted, logits))
+            for prompt, wanted, keep in zip(batch, tokens, spans, strict=True)
+        ]  # fmt: skip
+        self._finish(requests)
+        return [self._scored(request) for request in requests]
+
+    def _scored(self, request: Request) -> Score:
+        scoring = request.scoring
+        assert scoring is not None
+        return Score(
+            request.prompt, scoring.tokens, scoring.logprobs, scoring.greedy,
+            self.engine.metrics(request), self.engine.usage(request),
+            torch.cat(scoring.logits) if scoring.keep_logits else None,
+        )  # fmt: skip
+
+    def _finish(self, requests: list[Request]) -> None:
+        """Run requests to their end; where something is raised, abort them all."""
+        try:
+            for request in requests:
+                self.engine.submit(request)
+            while any(request.finish_reason is None for request in requests):
+                self.engine.step()
+        except BaseException:
+            for request in requests:
+                self.engine.abort(request)
+            raise
+
     def trace(self, prompt: Prompt, max_tokens: int = 0, *, protect: Spans = ()) -> Trace:
         """Which tokens survive to which layer, for pictures and tests (greedy, ignores EOS)."""
         return trace(self.engine, self.encode(prompt), max_tokens, protect)
 
-    def encode(self, prompt: Prompt) -> TokenIds:
-        """Token ids of a prompt; a text gets the tokenizer's special tokens."""
+    def encode(self, prompt: Prompt, special: bool = True) -> TokenIds:
+        """Token ids of a prompt; a text gets the tokenizer's special tokens, unless told not."""
         if not isinstance(prompt, str):
             return _token_ids(prompt)
         if self.tokenizer is None:
             raise ValueError("a text prompt needs a tokenizer; none was loaded (give token ids)")
         if not prompt.strip():
             raise ValueError("the prompt is empty; give at least one word")
-        ids: TokenIds = self.tokenizer(prompt)["input_ids"]
+        ids: TokenIds = self.tokenizer(prompt, add_special_tokens=special)["input_ids"]
         return ids
 
 

@@ -69,10 +69,20 @@ class Ledger:
             pages[layer] = max(final[layer], arriving[layer])
             worst = np.maximum(worst, np.bincount(groups, pages, len(worst)).astype(np.int64))
         lasting, transient = self._beside(policy, new, max_new, layers, reach, base)
+        lasting += self._turned(policy, protected)
         last = np.bincount(groups, final, len(worst)).astype(np.int64)
         sizes = np.array(pool.page_bytes)
         settled = Cost(last, int((last * sizes).sum()) + lasting)
         return Cost(worst, int((worst * sizes).sum()) + lasting + transient, settled)
+
+    def scoring_cost(self, policy: Policy, new: int, scored: int, layers: Layers, protected: int,
+                     held: np.ndarray | None = None) -> Cost:  # fmt: skip
+        """The most that a context and a continuation scored on top of its cache can need."""
+        context = self.cost(policy, new, 0, layers, protected, held)
+        kept = np.minimum(np.array(policy.forecast(new, 0, layers).kept) + protected, new)
+        extended = self.cost(policy, scored, 0, layers, scored, kept)
+        pages = np.maximum(context.pages, extended.pages)
+        return Cost(pages, max(context.bytes, extended.bytes), extended.settled)
 
     def _beside(self, policy: Policy, new: int, max_new: int, layers: Layers, reach: np.ndarray,
                 base: np.ndarray) -> tuple[int, int]:  # fmt: skip
@@ -97,6 +107,15 @@ class Ledger:
         transient = 2 * new * adapter.hidden_size * item
         transient += window * heads * key_dim * item + columns * kv_heads * high
         return ring + sum(value.nbytes for value in state.values()), transient
+
+    def _turned(self, policy: Policy, protected: int) -> int:
+        """Bytes of the copies a streaming request keeps of keys that are turned."""
+        if not policy.streams:
+            return 0
+        adapter, count = self.adapter, policy.anchors + protected
+        sizes = (adapter.shapes[layer] for layer in adapter.streaming.layers)
+        keys = sum(shape.kv_heads * shape.key_dim for shape in sizes)
+        return count * (keys * adapter.dtype.itemsize + 16) + 8
 
     def fits(self, cost: Cost, instead_of: Cost | None = None) -> bool:
         """Whether ``cost`` can be promised now, given that ``instead_of`` would be given back."""

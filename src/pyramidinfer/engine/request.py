@@ -13,7 +13,31 @@ from pyramidinfer.engine.text import Detokenizer
 from pyramidinfer.models.intake import Intake, Sequence
 from pyramidinfer.types import KVUsage, Logprob, SamplingParams, TokenIds
 
-__all__ = ["Request"]
+__all__ = ["Request", "Scoring"]
+
+
+@dataclass(slots=True, eq=False)
+class Scoring:
+    """A continuation to be scored instead of generating, and what is known of it so far.
+
+    ``logits``: ``[tokens, vocab]`` in parts, on the host, if they are to be kept.
+    """
+
+    tokens: TokenIds
+    keep_logits: bool
+    logprobs: list[float] = field(default_factory=list)
+    greedy: list[bool] = field(default_factory=list)
+    logits: list[torch.Tensor] = field(default_factory=list)
+
+    def add(self, logits: torch.Tensor) -> None:
+        """Take the logits ``[n, vocab]`` that predict the next n tokens."""
+        done = len(self.logprobs)
+        wide = logits.float() if logits.dtype != torch.float64 else logits
+        tokens = torch.tensor(self.tokens[done : done + len(wide)], device=logits.device)[:, None]
+        self.logprobs += wide.log_softmax(-1).gather(1, tokens)[:, 0].tolist()
+        self.greedy += (wide.argmax(-1) == tokens[:, 0]).tolist()
+        if self.keep_logits:
+            self.logits.append(wide.float().cpu())
 
 
 @dataclass(slots=True, eq=False)
@@ -22,6 +46,7 @@ class Request:
 
     ``cost``: the most it may need;  ``promised``: what the ledger counts for it now.
     ``prompt``: every token taken in so far (extended turns and fed answers included);
+    ``scoring``: a continuation to score; nothing is generated then.
     ``output``: tokens generated since the last prompt;  ``hold``: keep the cache at the end, so
     that more tokens can be appended (``Engine.extend``).
     """
@@ -37,6 +62,7 @@ class Request:
     promised: Cost | None = None
     sequence: Sequence | None = None
     intake: Intake | None = None
+    scoring: Scoring | None = None
     output: TokenIds = field(default_factory=list)
     logprobs: list[Logprob] = field(default_factory=list)
     finish_reason: str | None = None
@@ -48,3 +74,8 @@ class Request:
     ended: float | None = None
     computed: list[int] = field(default_factory=list)
     kv: KVUsage | None = None
+
+    @property
+    def rows(self) -> int:
+        """Logits that this request gets when a pass through the model is over."""
+        return len(self.intake.tokens) if self.intake and self.intake.all_rows else 1

@@ -34,9 +34,9 @@ class Undo:
             if request in self.committed or request.sequence is None:
                 continue
             table = request.sequence.table
-            if table.seen_len == seen_len and not request.sequence.policy.uses_scores:
+            if table.seen_len == seen_len:
                 self.engine.pool.retract(table, kept)
-            else:  # entries are evicted or scores grown already, and its token is lost
+            else:  # entries are evicted already, and its token is lost
                 self.engine.abort(request)
         for request, work in self.plan.prefill:
             if request in self.committed or (self.ran and not work.intake.finished):

@@ -18,6 +18,7 @@ from pyramidinfer.models.families import find_family
 from pyramidinfer.models.intake import Batch, Intake, Sequence, Work
 from pyramidinfer.models.rotary import Rotary
 from pyramidinfer.models.routing import Decoding, LayerCall, Segment, route
+from pyramidinfer.models.streaming import Streaming
 from pyramidinfer.types import AttentionShape, Keep, Layers, Observation, View
 
 __all__ = ["Adapter", "Stepped"]
@@ -61,6 +62,11 @@ class Adapter:
         self.vocab_size: int = self.config.vocab_size
         self.max_positions: int = self.config.max_position_embeddings
         self.scales: list[Scale | None] = [None] * depth  # known once a layer has run
+        attentions: list[Any] = [getattr(layer, self.family.attention) for layer in originals]
+        self.streaming = Streaming(
+            self.rotary, self.kinds, [getattr(each, "use_rope", True) for each in attentions],
+            self.max_positions,
+        )  # fmt: skip
 
     @property
     def depth(self) -> int:
@@ -89,7 +95,8 @@ class Adapter:
             is_long = torch.tensor([each.is_long for each in batch.decode], device=self.device)
             positions = decoding.plan.positions
             hidden = self.family.embed(self.body, self.config, batch.tokens[None], positions[None])
-            tables = self.rotary.tables(hidden, positions, is_long)
+            turned = positions - torch.tensor([each.offset for each in batch.decode])
+            tables = self.rotary.tables(hidden, turned.to(self.device), is_long)
         last: dict[int, Tensor] = {}
         for layer in range(self.depth):
             riding = hidden
@@ -165,7 +172,8 @@ class Adapter:
     def _rope(self, like: Tensor, rope: Any, segments: list[Segment], kind: str | None) -> Any:
         """cos and sin of the decode rows (``rope``) followed by those of the segments."""
         positions = torch.cat([
-            intake.positions[intake.done : intake.done + count] for intake, _, count in segments
+            intake.positions[intake.done : intake.done + count] - intake.sequence.offset
+            for intake, _, count in segments
         ])  # fmt: skip
         is_long = torch.cat([
             torch.full((count,), intake.sequence.is_long, device=self.device)
@@ -181,7 +189,9 @@ class Adapter:
         for intake, start, count in segments:
             rows = out[start : start + count]
             end = intake.done + count
-            if intake.layer == self.depth - 1:  # of the last layer only the last token matters
+            if (
+                intake.layer == self.depth - 1 and not intake.all_rows
+            ):  # only the last token matters
                 if end == intake.length:
                     intake.out = rows[-1:].clone()
             elif count == intake.length:
@@ -204,12 +214,13 @@ class Adapter:
         going = None
         if needs.propagate and layer < self.depth - 1:
             seen = Observation(
-                view, intake.positions[None], sequence.protected[intake.positions][None],
+                view, intake.positions[None], sequence.is_protected(intake.positions)[None],
                 _newest(intake.scores, intake.length), _newest(intake.columns, intake.length),
             )  # fmt: skip
             keep, table.state = policy.propagate(seen, table.state)
             going = None if keep.indices is None else keep.indices[0]
             assert going is None or int(going[-1]) == intake.length - 1, "the last token must stay"
+            assert going is None or not intake.all_rows or len(going) == intake.length, "scored"
         if needs.retain:
             keep, table.state = policy.retain(
                 self._observe(pool, sequence, view, intake.scores, intake.columns), table.state
@@ -228,10 +239,10 @@ class Adapter:
             return None
         table.transient_bytes = 0
         table.seen_len = intake.first + intake.tokens.shape[0]
-        if table.ring is not None:
-            table.ring.begin(table.seen_len - 1)
         intake.hidden = None
-        return hidden[-1:]
+        if policy.streams:
+            self.streaming.close_gaps(pool, sequence)
+        return hidden if intake.all_rows else hidden[-1:]
 
     def _view(self, intake: Intake) -> View:
         sequence, layer = intake.sequence, intake.layer
@@ -272,6 +283,9 @@ class Adapter:
         if table.ring is not None:
             queries, lse = decoding.observed
             table.ring.push(queries[:, row], lse[:, row], table.seen_len)
+        if sequence.policy.uses_scores:
+            for layer, probs in enumerate(decoding.probs):
+                pool.add_scores(table, layer, probs[row, :, : int(table.kept[layer])])
         table.seen_len += 1
         pool.note_peak(table)
         for layer, governed in enumerate(sequence.layers.governed):
@@ -279,6 +293,9 @@ class Adapter:
                 self._trim(pool, sequence, layer, table.seen_len, slack=pool.page_size)
         if sequence.policy.evicts:
             self._evict(pool, sequence)
+        if sequence.policy.streams:
+            self.streaming.close_gaps(pool, sequence)
+            self.streaming.make_room(pool, sequence, 1)
 
     def _evict(self, pool: Pool, sequence: Sequence) -> None:
         table, policy = sequence.table, sequence.policy
@@ -314,7 +331,7 @@ class Adapter:
         running = None
         if sequence.policy.uses_scores:
             running = pool.scores(sequence.table, view.layer)
-        protected = sequence.protected[positions]
+        protected = sequence.is_protected(positions)
         return Observation(view, positions, protected, scores, columns, running)
 
     def _keep(self, pool: Pool, sequence: Sequence, layer: int, keep: Keep) -> None:

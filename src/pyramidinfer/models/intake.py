@@ -11,15 +11,19 @@ from pyramidinfer.cache import Table
 from pyramidinfer.policies import Policy
 from pyramidinfer.types import Layers, Needs
 
-__all__ = ["Batch", "Intake", "Sequence", "Work"]
+__all__ = ["OFFSET", "Batch", "Intake", "Sequence", "Work"]
+
+#: Name of a streaming request's rotary offset in its state.
+OFFSET = "streaming.offset"
 
 
 @dataclass(slots=True, eq=False)
 class Sequence:
     """A request's cache and what decides about it.
 
-    ``protected``: bool ``[most positions]``, tokens no policy may drop; ``is_long``: rotary
-    regime, fixed at admission; ``prompt_len``: length of the text last taken in.
+    ``protected``: bool ``[text]``, tokens no policy may drop (generated ones never are);
+    ``is_long``: rotary regime, fixed at admission; ``prompt_len``: length of the text last taken
+    in.
     """
 
     table: Table
@@ -28,6 +32,18 @@ class Sequence:
     protected: Tensor
     is_long: bool = False
     prompt_len: int = 0
+
+    @property
+    def offset(self) -> int:
+        """Rotary position of a new token: its place in the text less this (streaming only)."""
+        return int(self.table.state[OFFSET]) if OFFSET in self.table.state else 0
+
+    def is_protected(self, positions: Tensor) -> Tensor:
+        """Which of these places in the text must stay; bool like ``positions``."""
+        if not self.protected.shape[0]:
+            return torch.zeros_like(positions, dtype=torch.bool)
+        last = self.protected.shape[0] - 1
+        return self.protected[positions.clamp(max=last)] & (positions <= last)
 
 
 @dataclass(slots=True, eq=False)
@@ -47,6 +63,7 @@ class Intake:
     tokens: Tensor
     first: int
     reach: list[int]
+    all_rows: bool = False  # logits of every new token are wanted, not the last one's alone
     layer: int = 0
     done: int = 0
     positions: Tensor = field(init=False)

@@ -37,7 +37,8 @@ class Segment(NamedTuple):
 class Decoding:
     """The decode rows of one step: where each writes and reads, and what was observed.
 
-    slots pages, offsets : ``[layers, R]``;  queries, lse : filled layer by layer when rings ask.
+    slots pages, offsets : ``[layers, R]``;  queries, lse : filled layer by layer when rings ask;
+    probs : per layer ``[R, kv_heads, longest]``, when running scores ask.
     """
 
     def __init__(self, plan: DecodePlan, pages: Tensor, offsets: Tensor, rings: bool,
@@ -46,6 +47,7 @@ class Decoding:
         self.rings, self.scores = rings, scores
         self.queries: list[Tensor] = []
         self.lse: list[Tensor] = []
+        self.probs: list[Tensor] = []
 
     @cached_property
     def observed(self) -> tuple[Tensor, Tensor]:
@@ -91,8 +93,7 @@ class LayerCall:
             decoding.queries.append(queries[:rows])
             decoding.lse.append(attended.lse)
         if attended.probs is not None:
-            tables, lengths = decoding.plan.tables[layer], decoding.plan.lengths[layer]
-            pool.add_scores_each(layer, tables, lengths, attended.probs)
+            decoding.probs.append(attended.probs)
         return attended.out
 
     def _prefill(self, intake: Intake, queries: Tensor, keys: Tensor, values: Tensor,
@@ -136,13 +137,21 @@ class LayerCall:
                     intake.queries, keys, intake.positions[-window:], k_pos, scale, needs.reduce,
                     rows=needs.window,
                 )  # fmt: skip
-                intake.scores, newest = scored.scores, scored.lse[-1]
+                intake.scores, newest = scored.scores, scored.lse
         if is_last and ring is not None:
             if newest is None:
                 newest = self.backend.window_scores(
                     queries[-1:], keys, q_pos[-1:], k_pos, scale, Reduce(), rows=1
-                ).lse[-1]
-            ring.queries[self.layer, 0], ring.lse[self.layer, 0] = queries[-1], newest
+                ).lse
+            rows = min(window, ring.capacity) if needs.remember else 1
+            last = queries if rows == 1 else intake.queries
+            assert last is not None
+            ring.queries[self.layer, :rows], ring.lse[self.layer, :rows] = (
+                last[-rows:],
+                newest[-rows:],
+            )
+            if self.layer == intake.sequence.layers.first:
+                ring.begin(intake.positions[-rows:])
 
 
 def route(layer: nn.Module, attention: str) -> nn.Module:

@@ -1,8 +1,29 @@
 """What to keep: one file a method, one registry line."""
 
 from pyramidinfer.policies.base import Forecast, Policy
+from pyramidinfer.policies.fastkv import FastKV
 from pyramidinfer.policies.full import Full
+from pyramidinfer.policies.h2o import H2O
 from pyramidinfer.policies.pyramidinfer import PyramidInfer
+from pyramidinfer.policies.pyramidkv import PyramidKV
 from pyramidinfer.policies.registry import POLICIES, make_policy
+from pyramidinfer.policies.scissorhands import Scissorhands
+from pyramidinfer.policies.snapkv import SnapKV
+from pyramidinfer.policies.streaming_llm import StreamingLLM
+from pyramidinfer.policies.tova import TOVA
 
-__all__ = ["POLICIES", "Forecast", "Full", "Policy", "PyramidInfer", "make_policy"]
+__all__ = [
+    "H2O",
+    "POLICIES",
+    "TOVA",
+    "FastKV",
+    "Forecast",
+    "Full",
+    "Policy",
+    "PyramidInfer",
+    "PyramidKV",
+    "Scissorhands",
+    "SnapKV",
+    "StreamingLLM",
+    "make_policy",
+]

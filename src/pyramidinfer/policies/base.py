@@ -12,10 +12,12 @@ from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from pyramidinfer.config import is_number
 from pyramidinfer.types import Keep, Layers, Needs, Observation, State, View
 
-__all__ = ["Forecast", "Policy", "best_entries"]
+__all__ = ["Forecast", "Policy", "best_entries", "check_keep", "pool_neighbours"]
 
 NOTHING = Needs()
 
@@ -38,9 +40,14 @@ class Policy:
     name: ClassVar[str] = ""
     uses_scores: ClassVar[bool] = False  # asks the pool for a running score per entry
     evicts: ClassVar[bool] = False  # is to be asked while decoding
+    streams: ClassVar[bool] = False  # rotary positions are places in the cache, so no text ends
 
     def check(self, layers: Layers) -> None:
         """Raise ``ValueError`` where the options cannot be met on a model of this depth."""
+
+    def lowest_keep(self, layers: Layers) -> float:
+        """The share that ``keep`` must be above on a model of this depth, for long prompts."""
+        return 0.0
 
     def start(self, layers: Layers) -> State:
         """The state of a request that has not begun."""
@@ -74,6 +81,11 @@ class Policy:
         """Upper bounds for a request; admission rests on them."""
         return Forecast([prompt_len] * layers.count, [prompt_len + max_new] * layers.count)
 
+    @property
+    def anchors(self) -> int:
+        """For a policy that streams: entries that stay in front of what is dropped."""
+        return 0
+
     def ring(self, prompt_len: int, max_new: int) -> int:
         """Queries per layer that ``evict`` looks back on while decoding (0: none)."""
         return 0
@@ -88,3 +100,26 @@ def best_entries(scores: Tensor, count: int, forced: Tensor) -> Tensor:
     count = max(count, int(forced.sum(-1).max()))
     ranked = torch.where(forced, torch.inf, scores).argsort(dim=-1, descending=True, stable=True)
     return ranked[:, :count].sort(-1).values
+
+
+def pool_neighbours(scores: Tensor, positions: Tensor, kernel: int, how: str) -> Tensor:
+    """Each score replaced by the ``"mean"`` or ``"max"`` of it and its neighbours in the text.
+
+    scores ``[heads, n]``, positions ``[heads, n]`` or ``[1, n]`` in any order; ``kernel`` is odd.
+    Neighbours are the nearest entries present; beyond either end a mean counts zeros.
+    """
+    if kernel == 1 or scores.shape[1] < 2:
+        return scores
+    order = positions.expand(scores.shape[0], -1).argsort(1)
+    sorted_scores = scores.gather(1, order)[:, None]
+    if how == "max":
+        pooled = F.max_pool1d(sorted_scores, kernel, 1, kernel // 2)
+    else:
+        pooled = F.avg_pool1d(sorted_scores, kernel, 1, kernel // 2)
+    return torch.empty_like(scores).scatter_(1, order, pooled[:, 0])
+
+
+def check_keep(keep: object) -> None:
+    """``ValueError`` unless ``keep`` is None or a share in (0, 1]."""
+    if keep is not None and not (is_number(keep) and 0 < keep <= 1):  # type: ignore[operator]
+        raise ValueError(f"keep={keep!r} must be above 0 and at most 1")

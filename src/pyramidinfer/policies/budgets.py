@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-__all__ = ["CURVES", "curve_ratio"]
+__all__ = ["CURVES", "curve_ratio", "linear_budget"]
 
 #: ``curve(layer, layers, end)`` → the share of the context kept after ``layer``.
 CURVES: dict[str, Callable[[int, int, float], float]] = {
@@ -23,3 +23,15 @@ CURVES: dict[str, Callable[[int, int, float], float]] = {
 def curve_ratio(curve: str, layer: int, layers: int, end: float) -> float:
     """Share kept after ``layer`` of ``layers`` by a named curve ending at ``end``."""
     return CURVES[curve](layer, layers, end)
+
+
+def linear_budget(layer: int, layers: int, first: float, last: float, *, most: int) -> int:
+    """A layer's share of budgets that run evenly from ``first`` to ``last`` entries.
+
+    Where an end is above ``most`` (there are no more entries than that) it is cut to it and the
+    other end takes what is left over, so that the mean stays.
+    """
+    total = min(first + last, 2.0 * most)
+    first, last = max(total - most, min(first, most)), max(total - most, min(last, most))
+    step = (last - first) / (layers - 1) if layers > 1 else 0.0
+    return round(first + layer * step)

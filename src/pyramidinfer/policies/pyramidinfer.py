@@ -15,15 +15,15 @@ are ours; layers with a sliding window shorter than the request are left to thei
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
 
-from pyramidinfer.config import named_options, nearest
-from pyramidinfer.policies.base import NOTHING, Forecast, Policy, best_entries
+from pyramidinfer.config import check_choice, check_share, check_whole, is_number, named_options
+from pyramidinfer.policies.base import NOTHING, Forecast, Policy, best_entries, check_keep
 from pyramidinfer.policies.budgets import CURVES, curve_ratio
 from pyramidinfer.types import Keep, Layers, Needs, Observation, Reduce, State, View
 
@@ -80,33 +80,22 @@ class PyramidInfer(Policy):
     keep: float | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.decay_curve, str) or self.decay_curve not in CURVES:
-            raise ValueError(
-                f"decay_curve={self.decay_curve!r} is unknown; "
-                f"{nearest(str(self.decay_curve), CURVES)}"
-            )
+        check_choice("decay_curve", self.decay_curve, CURVES)
         if self.keep is not None and self.decay_curve == "linear":
             raise ValueError("keep= solves a constant curve; leave decay_curve='linear' out")
         if self.keep is not None and self.prefill_decay != PyramidInfer.prefill_decay:
             raise ValueError(
                 f"keep= solves for the decay; leave prefill_decay={self.prefill_decay!r} out"
             )
-        for name in ("recent_ratio", "prefill_decay", "gen_decay", "gen_keep", "keep"):
-            value = getattr(self, name)
-            absent = name == "keep" and value is None
-            if not absent and not (_is_number(value) and 0 <= value <= 1):
-                raise ValueError(f"{name}={value!r} must lie between 0 and 1")
-        if self.keep == 0:
-            raise ValueError("keep=0 must be above 0")
-        if not (_is_number(self.distance_weight) and 0 < self.distance_weight < float("inf")):
+        check_keep(self.keep)
+        for name in ("recent_ratio", "prefill_decay", "gen_decay", "gen_keep"):
+            check_share(name, getattr(self, name))
+        if not (is_number(self.distance_weight) and 0 < self.distance_weight < float("inf")):
             raise ValueError(f"distance_weight={self.distance_weight!r} must be above 0")
-        least = {"interval": 1, "min_context": 0, "sinks": 0, "gen_chunk": 1, "start_layer": 0}
-        for each in fields(self):
-            value = getattr(self, each.name)
-            if each.name in least and not (type(value) is int and value >= least[each.name]):
-                raise ValueError(
-                    f"{each.name}={value!r} must be a whole number of at least {least[each.name]}"
-                )
+        for name, least in (
+            ("interval", 1), ("min_context", 0), ("sinks", 0), ("gen_chunk", 1), ("start_layer", 0)
+        ):  # fmt: skip
+            check_whole(name, getattr(self, name), least)
 
     def check(self, layers: Layers) -> None:
         if self.start_layer >= layers.count:
@@ -114,7 +103,7 @@ class PyramidInfer(Policy):
                 f"start_layer={self.start_layer}: the model has {layers.count} layers, so the last "
                 f"one that can start is {layers.count - 1}"
             )
-        lowest = _untouched(self, layers) / layers.count
+        lowest = self.lowest_keep(layers)
         if self.keep is not None and self.keep <= lowest and self.keep < 1:
             raise ValueError(
                 f"keep={self.keep} cannot be reached: {_untouched(self, layers)} of {layers.count} "
@@ -122,6 +111,9 @@ class PyramidInfer(Policy):
                 f"{lowest:.3f}; ask for more, or lower start_layer={self.start_layer} or "
                 f"interval={self.interval}"
             )
+
+    def lowest_keep(self, layers: Layers) -> float:
+        return _untouched(self, layers) / layers.count
 
     def start(self, layers: Layers) -> State:
         return {
@@ -207,10 +199,6 @@ class PyramidInfer(Policy):
         ratio = curve_ratio(schedule.curve, layer, layers.count, schedule.decay)
         count = int(context * ratio)
         return None if count <= least or context <= least or ratio >= 1 else count
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _drops_after(policy: PyramidInfer, layer: int, layers: Layers) -> bool:

@@ -7,14 +7,23 @@ from typing import Any
 
 from pyramidinfer.config import nearest
 from pyramidinfer.policies.base import Policy
+from pyramidinfer.policies.fastkv import FastKV
 from pyramidinfer.policies.full import Full
+from pyramidinfer.policies.h2o import H2O
 from pyramidinfer.policies.pyramidinfer import PyramidInfer
+from pyramidinfer.policies.pyramidkv import PyramidKV
+from pyramidinfer.policies.scissorhands import Scissorhands
+from pyramidinfer.policies.snapkv import SnapKV
+from pyramidinfer.policies.streaming_llm import StreamingLLM
+from pyramidinfer.policies.tova import TOVA
 
 __all__ = ["POLICIES", "make_policy"]
 
 POLICIES: dict[str, type[Policy]] = {
     policy.name: policy
-    for policy in (Full, PyramidInfer)
+    for policy in (
+        Full, PyramidInfer, StreamingLLM, H2O, Scissorhands, SnapKV, PyramidKV, TOVA, FastKV,
+    )
 }  # fmt: skip
 
 

@@ -1,0 +1,126 @@
+"""Positions inside the cache: keys turned so that what is left of a text looks contiguous.
+
+A request of a streaming policy (StreamingLLM) feeds each new token at the rotary position
+``place in the text - offset``.  Entries older than a dropped one stand further back than their
+place in the cache, so their keys are turned forward to close the gap: always from a copy of the
+key as it was first written, so that rounding does not add up.  When rotary positions reach the
+model's last one, all keys are turned back and the offset grows, so a text has no end.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyramidinfer.cache import Pool, Table
+from pyramidinfer.models.intake import OFFSET, Sequence
+from pyramidinfer.models.rotary import Rotary
+
+__all__ = ["Streaming"]
+
+#: State: places in the text of the turned entries, and the rotary positions of their copies.
+PLACES, ROTARY = "streaming.places", "streaming.rotary"
+
+
+class Streaming:
+    """Turns keys of one model.  ``kinds``: rotary kind per layer; ``rotates``: whether it has
+    rotary positions at all."""
+
+    def __init__(self, rotary: Rotary, kinds: list[str | None], rotates: list[bool],
+                 max_positions: int) -> None:  # fmt: skip
+        self.rotary, self.kinds, self.max_positions = rotary, kinds, max_positions
+        self.layers = [layer for layer, turns in enumerate(rotates) if turns]
+
+    @property
+    def is_possible(self) -> bool:
+        """Whether positions are rotary at all (learned ones cannot be turned)."""
+        return self.rotary.module is not None
+
+    def close_gaps(self, pool: Pool, sequence: Sequence) -> None:
+        """Turn the entries that are older than a dropped one to their place in the cache."""
+        table, first = sequence.table, sequence.layers.first
+        kept = int(table.kept[first])
+        if not self.is_possible or not kept or not any(sequence.layers.governed):
+            return
+        places = pool.positions(table, first)[0].sort().values.cpu()
+        base = table.seen_len - sequence.offset - kept  # rotary position of the cache's start
+        rank = torch.arange(kept)
+        before = places - sequence.offset != rank + base  # older than some gap
+        if not before.any():
+            return
+        self._copy_new(pool, sequence, places[before])
+        known, rotary = table.state[PLACES], table.state[ROTARY]
+        target = (rank + base)[torch.searchsorted(places, known)]
+        for layer in self._governed(sequence):
+            copies = table.state[_keys(layer)]
+            turned = self.turn(copies, target - rotary, layer, sequence)
+            pool.rewrite_keys(table, layer, known, turned)
+
+    def make_room(self, pool: Pool, sequence: Sequence, count: int) -> None:
+        """Turn everything back where ``count`` more tokens would pass the model's positions."""
+        table = sequence.table
+        reached = table.seen_len - sequence.offset
+        if not self.is_possible or reached + count <= self.max_positions:
+            return
+        back = reached - int(table.kept[sequence.layers.first])
+        if back <= 0:
+            return
+        turned = table.state.get(PLACES, torch.zeros(0, dtype=torch.int64))
+        for layer in self.layers:
+            places = pool.positions(table, layer)[0].cpu()
+            governed = sequence.layers.governed[layer]
+            others = places[~torch.isin(places, turned)] if governed else places
+            keys = pool.keys_at(table, layer, others)
+            by = torch.full_like(others, -back)
+            pool.rewrite_keys(table, layer, others, self.turn(keys, by, layer, sequence))
+        table.state = {**table.state, OFFSET: torch.tensor(sequence.offset + back)}
+
+    def forget(self, table: Table) -> None:
+        """Drop copies of tokens from ``table.seen_len`` on, which were just forgotten."""
+        state = dict(table.state)
+        if PLACES not in state:
+            return
+        stays = state[PLACES] < table.seen_len
+        state[PLACES], state[ROTARY] = state[PLACES][stays], state[ROTARY][stays]
+        for layer in self.layers:
+            if _keys(layer) in state:
+                state[_keys(layer)] = state[_keys(layer)][:, stays.to(state[_keys(layer)].device)]
+        table.state = state
+
+    def turn(self, keys: Tensor, by: Tensor, layer: int, sequence: Sequence) -> Tensor:
+        """Keys ``[kv_heads, n, key_dim]`` moved on by ``by`` ``[n]`` rotary positions."""
+        wide = keys.float() if keys.dtype != torch.float64 else keys
+        steps = torch.cat([by, by.new_zeros(1)]).to(keys.device)  # the last one tells the scaling
+        is_long = torch.full(steps.shape, sequence.is_long, device=keys.device)
+        cos, sin = self.rotary.tables(wide, steps, is_long)[self.kinds[layer]]
+        scale = cos[0, -1, 0]
+        cos, sin = cos[0, :-1] / scale, sin[0, :-1] / scale
+        size = cos.shape[-1]
+        part = wide[..., :size]
+        half = torch.cat([-part[..., size // 2 :], part[..., : size // 2]], dim=-1)
+        return torch.cat([part * cos + half * sin, wide[..., size:]], dim=-1).to(keys.dtype)
+
+    def _governed(self, sequence: Sequence) -> list[int]:
+        return [layer for layer in self.layers if sequence.layers.governed[layer]]
+
+    def _copy_new(self, pool: Pool, sequence: Sequence, places: Tensor) -> None:
+        """Keep copies of the keys that are turned for the first time."""
+        table, state = sequence.table, dict(sequence.table.state)
+        known = state.get(PLACES, torch.zeros(0, dtype=torch.int64))
+        new = places[~torch.isin(places, known)]
+        if not len(new):
+            return
+        rotary = state.get(ROTARY, known)
+        order = torch.cat([known, new]).argsort()
+        state[PLACES] = torch.cat([known, new])[order]
+        state[ROTARY] = torch.cat([rotary, new - sequence.offset])[order]
+        for layer in self._governed(sequence):
+            keys = pool.keys_at(table, layer, new)
+            if _keys(layer) in state:
+                keys = torch.cat([state[_keys(layer)], keys], dim=1)
+            state[_keys(layer)] = keys[:, order.to(keys.device)]
+        table.state = state
+
+
+def _keys(layer: int) -> str:
+    return f"streaming.keys.{layer}"

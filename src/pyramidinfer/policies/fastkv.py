@@ -1,0 +1,91 @@
+"""FastKV: one propagation layer, and retention of its own (Jo et al., 2502.01068).
+
+After one middle layer only the tokens that the window attends to most go deeper, which saves
+prefill compute; every layer's cache is cut to its own budget by SnapKV's scores, which saves
+memory.  The two are independent.
+
+Deviation: with ``keep`` above ``propagate_ratio`` the propagated share rises to ``keep``, so that
+deep layers can fill their budget.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from pyramidinfer.config import check_share, check_whole, named_options
+from pyramidinfer.policies.base import Forecast, best_entries, pool_neighbours
+from pyramidinfer.policies.snapkv import WindowRetaining
+from pyramidinfer.types import Keep, Layers, Needs, Observation, Reduce, State, View
+
+__all__ = ["FastKV"]
+
+
+@named_options
+@dataclass(frozen=True)
+class FastKV(WindowRetaining):
+    """Propagate once, retain everywhere.
+
+    layer : the propagation layer; None is just before the middle (15 of 32).
+    propagate_ratio : share of the new tokens that goes on after it.
+    retain_ratio : share of the text that each layer's cache keeps.
+    keep : instead of ``retain_ratio``: see ``Retaining``; generated entries come on top.
+    """
+
+    name: ClassVar[str] = "fastkv"
+
+    window: int = 8
+    layer: int | None = None
+    propagate_ratio: float = 0.2
+    retain_ratio: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.layer is not None:
+            check_whole("layer", self.layer, 0)
+        check_share("propagate_ratio", self.propagate_ratio)
+        check_share("retain_ratio", self.retain_ratio)
+
+    def check(self, layers: Layers) -> None:
+        if self.layer is not None and self.layer >= layers.count:
+            raise ValueError(
+                f"layer={self.layer}: the model has {layers.count} layers, 0 to {layers.count - 1}"
+            )
+
+    def entries(self, text_len: int) -> int:
+        return round(self.retain_ratio * text_len)
+
+    def needs(self, view: View) -> Needs:
+        if view.phase == "decode" or not view.layers.governed[view.layer]:
+            return Needs()
+        going = view.layer == self._at(view.layers) and self._count(view.new_len) < view.new_len
+        over = self.over(view)
+        if not (going or over):
+            return Needs()
+        reduce = Reduce("kv_mean", "sum")
+        return Needs(window=self.window, reduce=reduce, propagate=going, retain=over)
+
+    def propagate(self, seen: Observation, state: State) -> tuple[Keep, State]:
+        assert seen.scores is not None
+        length = seen.view.new_len
+        recent = torch.arange(length, device=seen.scores.device)[None] >= length - self.window
+        scores = torch.where(recent, 0.0, seen.scores.mean(0, keepdim=True))
+        pooled = pool_neighbours(scores, seen.positions, self.kernel, self.pooling)
+        return Keep(best_entries(pooled, self._count(length), recent | seen.protected)), state
+
+    def forecast(self, prompt_len: int, max_new: int, layers: Layers) -> Forecast:
+        going = max(0, min(prompt_len, self._count(prompt_len)))
+        reach = [prompt_len if i <= self._at(layers) else going for i in range(layers.count)]
+        kept = super().forecast(prompt_len, max_new, layers).kept
+        return Forecast(reach, [min(n, r + max_new) for n, r in zip(kept, reach, strict=True)])
+
+    def _at(self, layers: Layers) -> int:
+        """The propagation layer: the one asked for, or the governed one nearest below it."""
+        wanted = max(0, layers.count // 2 - 1) if self.layer is None else self.layer
+        eligible = [layer for layer in range(wanted + 1) if layers.governed[layer]]
+        return eligible[-1] if eligible else layers.count
+
+    def _count(self, length: int) -> int:
+        return max(self.window + 1, int(length * max(self.propagate_ratio, self.keep or 0.0)))

@@ -1,0 +1,50 @@
+"""PyramidKV: SnapKV's scores under budgets that fall with depth (Cai et al., 2406.02069).
+
+Budgets fall arithmetically from the first layer to the last, which gets 1/``beta`` of the mean
+(both without the window), so that their mean is the budget asked for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from pyramidinfer.config import check_whole, is_number, named_options
+from pyramidinfer.policies.budgets import linear_budget
+from pyramidinfer.policies.snapkv import WindowRetaining
+from pyramidinfer.types import Layers
+
+__all__ = ["PyramidKV"]
+
+
+@named_options
+@dataclass(frozen=True)
+class PyramidKV(WindowRetaining):
+    """Pooled window attention per KV head, more in early layers.
+
+    capacity : entries per layer, mean over layers.
+    beta : the mean budget over the last layer's, without the window; 1 is flat.
+    keep : instead of ``capacity``: see ``Retaining``; generated entries come on top.
+    """
+
+    name: ClassVar[str] = "pyramidkv"
+
+    window: int = 8
+    capacity: int = 2048
+    beta: float = 20.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_whole("capacity", self.capacity, 1)
+        if not (is_number(self.beta) and self.beta >= 1):
+            raise ValueError(f"beta={self.beta!r} must be at least 1")
+
+    def entries(self, text_len: int) -> int:
+        return self.capacity
+
+    def budget(self, layer: int, text_len: int, layers: Layers) -> int:
+        mean = max(1, self.mean_budget(text_len) - self.window)
+        last = mean / self.beta
+        ends = (2 * mean - last, last)
+        most = max(1, text_len - self.window)
+        return self.window + max(1, linear_budget(layer, layers.count, *ends, most=most))

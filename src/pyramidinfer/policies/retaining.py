@@ -1,0 +1,86 @@
+"""What methods share that hold every layer's cache to a budget of entries."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyramidinfer.policies.base import Forecast, Policy, check_keep
+from pyramidinfer.types import Layers, State, View
+
+__all__ = ["Retaining", "newest"]
+
+
+@dataclass(frozen=True)
+class Retaining(Policy):
+    """A budget of entries per layer, worked out when a text is taken in.
+
+    keep : the mean over layers of a layer's entries, as a share of the text (the prompt; after
+        ``extend`` the whole text).  Fixed after prefill.  A policy that evicts holds it from then
+        on; otherwise generated entries come on top.  None: the method's published budget.
+
+    A budget never falls below what the method always keeps (its window), so short texts keep a
+    larger share than asked for.
+    """
+
+    keep: float | None = None
+
+    def __post_init__(self) -> None:
+        check_keep(self.keep)
+
+    def entries(self, text_len: int) -> int:
+        """The mean budget per layer without ``keep``."""
+        raise NotImplementedError
+
+    def floor(self) -> int:
+        """The fewest entries a layer can be held to."""
+        return 1
+
+    def budget(self, layer: int, text_len: int, layers: Layers) -> int:
+        """Entries that ``layer`` is held to for a text of this length."""
+        return max(self.floor(), self.mean_budget(text_len))
+
+    def mean_budget(self, text_len: int) -> int:
+        """The mean budget per layer, before any curve over depth."""
+        if self.keep is None:
+            return self.entries(text_len)
+        return round(self.keep * text_len)
+
+    def start(self, layers: Layers) -> State:
+        return {"text": torch.zeros((), dtype=torch.int64)}
+
+    def settled(self, view: View) -> State:
+        return {**view.state, "text": torch.tensor(view.seen_len)}
+
+    def limit(self, view: View) -> int:
+        """The budget of the view's layer now."""
+        text = int(view.state["text"]) if view.phase == "decode" else view.seen_len
+        return self.budget(view.layer, text, view.layers)
+
+    def over(self, view: View) -> bool:
+        """Whether the layer is the policy's business and holds more than its budget."""
+        return view.layers.governed[view.layer] and view.kept_len > self.limit(view)
+
+    def forecast(self, prompt_len: int, max_new: int, layers: Layers) -> Forecast:
+        kept = []
+        for layer in range(layers.count):
+            budget = self.budget(layer, prompt_len, layers)
+            if not layers.governed[layer]:
+                most = prompt_len + max_new
+            elif self.evicts:  # the newest entry is written before another one goes
+                most = budget + 1
+            else:
+                most = min(prompt_len, budget) + max_new
+            kept.append(min(prompt_len + max_new, most))
+        return Forecast([prompt_len] * layers.count, kept)
+
+
+def newest(positions: Tensor, count: int) -> Tensor:
+    """Which entries are among the ``count`` newest present; bool like ``positions``."""
+    if count <= 0:
+        return torch.zeros_like(positions, dtype=torch.bool)
+    if count >= positions.shape[1]:
+        return torch.ones_like(positions, dtype=torch.bool)
+    return positions >= positions.topk(count, dim=1).values[:, -1:]

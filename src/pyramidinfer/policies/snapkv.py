@@ -1,0 +1,91 @@
+"""SnapKV: what the prompt's last queries look at (Li et al., 2404.14469).
+
+After prefill each KV head keeps the window and the entries that the window's queries gave most
+attention to, smoothed over neighbours so that clusters stay whole.  Nothing is evicted later.
+
+Deviation: query heads that share a KV head are averaged, since they share its entries (the
+official code selects per query head, on repeated keys).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from pyramidinfer.config import check_choice, check_whole, named_options
+from pyramidinfer.policies.base import best_entries, pool_neighbours
+from pyramidinfer.policies.retaining import Retaining
+from pyramidinfer.types import Keep, Needs, Observation, Reduce, State, View
+
+__all__ = ["SnapKV", "WindowRetaining", "check_kernel", "window_best"]
+
+
+def check_kernel(kernel: object) -> None:
+    """``ValueError`` unless a pooling kernel: odd and above 0."""
+    check_whole("kernel", kernel, 1)
+    if kernel % 2 == 0:  # type: ignore[operator]
+        raise ValueError(f"kernel={kernel!r} must be odd, so that it has a middle")
+
+
+def window_best(seen: Observation, count: int, window: int, kernel: int, pooling: str
+                ) -> torch.Tensor:  # fmt: skip
+    """Indices ``[kv_heads, count]``: the window's own entries, and the best pooled scores."""
+    assert seen.scores is not None
+    recent = seen.positions > seen.view.seen_len - 1 - window
+    context = torch.where(recent, 0.0, seen.scores)  # the window is not smoothed into the context
+    pooled = pool_neighbours(context, seen.positions, kernel, pooling)
+    return best_entries(pooled, count, recent | seen.protected)
+
+
+@dataclass(frozen=True)
+class WindowRetaining(Retaining):
+    """Retention by pooled window attention per KV head: SnapKV and those built on it.
+
+    window : newest queries that score, and newest entries that stay.
+    kernel, pooling : neighbours smoothed over (odd; 1 is off), and ``"mean"`` or ``"max"``.
+    """
+
+    window: int = 32
+    kernel: int = 7
+    pooling: str = "mean"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_whole("window", self.window, 1)
+        check_kernel(self.kernel)
+        check_choice("pooling", self.pooling, ("mean", "max"))
+
+    def floor(self) -> int:
+        return self.window + 1
+
+    def needs(self, view: View) -> Needs:
+        if view.phase == "decode" or not self.over(view):
+            return Needs()
+        return Needs(window=self.window, reduce=Reduce("kv_mean", "sum"), retain=True)
+
+    def retain(self, seen: Observation, state: State) -> tuple[Keep, State]:
+        limit = self.limit(seen.view)
+        return Keep(window_best(seen, limit, self.window, self.kernel, self.pooling)), state
+
+
+@named_options
+@dataclass(frozen=True)
+class SnapKV(WindowRetaining):
+    """The same budget in every layer.
+
+    capacity : entries per layer (the paper's main setting).
+    keep : instead of ``capacity``: see ``Retaining``; generated entries come on top.
+    """
+
+    name: ClassVar[str] = "snapkv"
+
+    capacity: int = 1024
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_whole("capacity", self.capacity, 1)
+
+    def entries(self, text_len: int) -> int:
+        return self.capacity

@@ -1,0 +1,56 @@
+"""TOVA: token omission via attention (Oren et al., 2401.06104).
+
+Whenever a layer is over its budget, the entries that the newest query looks at least, averaged
+over heads, go: after prefill and at every step.  All heads keep the same tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from pyramidinfer.config import check_whole, named_options
+from pyramidinfer.policies.base import best_entries
+from pyramidinfer.policies.retaining import Retaining
+from pyramidinfer.types import Keep, Needs, Observation, Reduce, State, View
+
+__all__ = ["TOVA"]
+
+
+@named_options
+@dataclass(frozen=True)
+class TOVA(Retaining):
+    """What the newest query looks at.
+
+    capacity : entries per layer (the paper's "multi-state size"; it shows 64 to 2048).
+    keep : instead of ``capacity``: see ``Retaining``; held while generating.
+    """
+
+    name: ClassVar[str] = "tova"
+    evicts: ClassVar[bool] = True
+
+    capacity: int = 512
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_whole("capacity", self.capacity, 1)
+
+    def entries(self, text_len: int) -> int:
+        return self.capacity
+
+    def needs(self, view: View) -> Needs:
+        if not self.over(view):
+            return Needs()
+        return Needs(window=1, retain=True, evict=True, reduce=Reduce("mean", "sum"))
+
+    def retain(self, seen: Observation, state: State) -> tuple[Keep, State]:
+        assert seen.scores is not None
+        order = seen.positions[0].argsort()  # by age, so that ties go to the earlier token
+        forced = seen.protected[:1, order]
+        best = best_entries(seen.scores[:, order], self.limit(seen.view), forced)
+        return Keep(order[best]), state
+
+    evict = retain
+
+    def ring(self, prompt_len: int, max_new: int) -> int:
+        return 1
