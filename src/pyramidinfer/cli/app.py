@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from pyramidinfer.cli.common import plain_errors
+from pyramidinfer.cli.study import study
 from pyramidinfer.policies.registry import POLICIES
 
 __all__ = ["app", "main"]
@@ -22,19 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-
-
-@contextmanager
-def plain_errors() -> Iterator[None]:
-    """A user's mistake is one line and exit code 2; Ctrl-C leaves what is done and exits 130."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise typer.Exit(2) from None
-    except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
-        raise typer.Exit(130) from None
+app.add_typer(study, name="study")
 
 
 Model = Annotated[

@@ -3,13 +3,31 @@
 from __future__ import annotations
 
 import ast
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
+
+import typer
 
 from pyramidinfer.config import nearest
 from pyramidinfer.policies import POLICIES, Policy, make_policy
 
-__all__ = ["human_bytes", "policy_from"]
+__all__ = ["human_bytes", "plain_errors", "policy_from"]
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """A user's mistake is one line and exit code 2; Ctrl-C leaves what is done and exits 130."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt as stop:
+        print(f"\nstopped{': ' + str(stop) if str(stop) else ''}", file=sys.stderr)
+        raise typer.Exit(130) from None
 
 
 def policy_from(name: str, keep: float | None, options: list[str]) -> Policy:

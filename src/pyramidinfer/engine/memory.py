@@ -115,7 +115,7 @@ class Ledger:
         adapter, count = self.adapter, policy.anchors + protected
         sizes = (adapter.shapes[layer] for layer in adapter.streaming.layers)
         keys = sum(shape.kv_heads * shape.key_dim for shape in sizes)
-        return count * (keys * adapter.dtype.itemsize + 16) + 8
+        return count * (keys * int(adapter.dtype.itemsize) + 16) + 8
 
     def fits(self, cost: Cost, instead_of: Cost | None = None) -> bool:
         """Whether ``cost`` can be promised now, given that ``instead_of`` would be given back."""

@@ -29,15 +29,21 @@ class Question:
     needle: tuple[int, int]
 
 
-def make_question(rng: random.Random, length: int, facts: int | None = None) -> Question:
+def make_question(rng: random.Random, length: int, facts: int | None = None,
+                  depth: float | None = None) -> Question:  # fmt: skip
     """A prompt of ``length`` tokens in the chat format, asking for one of its facts.
 
-    ``facts`` defaults to one in 64 tokens.
+    ``facts`` defaults to one in 64 tokens; ``depth``: ask for the fact nearest to this share of
+    the document (0: its beginning), else for any.
     """
     room = length - AROUND
     count = facts if facts is not None else max(2, min(100, length // 64))
     document = documents.document(rng, room, count)
-    chosen = rng.randrange(count)
+    if depth is None:
+        chosen = rng.randrange(count)
+    else:
+        aim = depth * room
+        chosen = min(range(count), key=lambda index: abs(document.starts[index] - aim))
     fact = document.facts[chosen]
     asked = " ".join(documents.question_words(fact))
     prompt = f"<user> {document.text} {asked} <end> <assistant>"

@@ -1,0 +1,186 @@
+"""What studies ask a model: passages with a continuation, and questions with a needle.
+
+Text comes from the user's file, or from the generator that the shipped model was trained on.  A
+model whose tokenizer knows the generator's chat marks gets them; any other gets plain English.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from pyramidinfer.engine import LLM
+from pyramidinfer.lab import documents
+from pyramidinfer.lab.recall import make_question
+from pyramidinfer.models.loading import load_model
+from pyramidinfer.policies import Policy
+from pyramidinfer.types import TokenIds
+
+__all__ = ["Corpus", "Needle", "Passage", "Subject"]
+
+
+@dataclass(frozen=True, slots=True)
+class Passage:
+    """A context and the text that follows it, as token ids."""
+
+    context: TokenIds
+    continuation: TokenIds
+
+
+@dataclass(frozen=True, slots=True)
+class Needle:
+    """A prompt that asks for a fact at ``depth`` (0: first, 1: last) and how the answer reads."""
+
+    prompt: TokenIds
+    answer: str
+    answer_tokens: int
+    depth: float
+
+    def is_right(self, text: str) -> bool:
+        """Whether a generated text begins with the answer, word for word."""
+        return " ".join(text.split()).startswith(self.answer)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is studied: a model, a text and where it runs.  Plain values, so it can be pickled."""
+
+    model: str
+    text: str | None = None
+    dtype: str = "float32"
+    device: str = "auto"
+    kv_memory: str = "512MiB"
+
+    def llm(self, policy: Policy, **options: Any) -> LLM:
+        """An engine over the model, which is loaded once a process."""
+        loaded = _load(self.model, self.dtype, self.device)
+        return LLM(loaded.model, policy, kv_memory=self.kv_memory, tokenizer=loaded.tokenizer,
+                   **options)  # fmt: skip
+
+    def corpus(self) -> Corpus:
+        tokenizer = _load(self.model, self.dtype, self.device).tokenizer
+        return Corpus(tokenizer, None if self.text is None else _read(self.text))
+
+    @property
+    def depth(self) -> int:
+        """The model's layers."""
+        return int(_load(self.model, self.dtype, self.device).model.config.num_hidden_layers)
+
+
+class Corpus:
+    """Samples for one tokenizer, from a text or generated; the same for the same seed."""
+
+    def __init__(self, tokenizer: Any, text: str | None) -> None:
+        if tokenizer is None:
+            raise ValueError("a study needs the model's tokenizer; none was found beside it")
+        self.tokenizer = tokenizer
+        marks = {"<user>", "<assistant>", "<end>", "room"}
+        self.has_marks = marks <= set(tokenizer.get_vocab())
+        self.ids: TokenIds | None = None if text is None else self._encode(text)
+
+    def passages(self, seed: int, count: int, context: int, continuation: int) -> list[Passage]:
+        """``count`` contexts of ``context`` tokens, each with what follows it.
+
+        In the shipped model's format that is the answer to the question the context ends with
+        (11 tokens, or fewer if fewer are asked for), else the next ``continuation`` tokens.
+        """
+        rng = random.Random(f"passages {seed}")
+        if self.ids is None and self.has_marks:
+            return [self._conversation(rng, context, continuation) for _ in range(count)]
+        return [self._excerpt(rng, context, continuation) for _ in range(count)]
+
+    def needles(self, seed: int, count: int, length: int, depths: int = 5) -> list[Needle]:
+        """``count`` questions over ``length`` tokens; needles spread evenly over the depths."""
+        rng = random.Random(f"needles {seed}")
+        wanted = [(index % depths + 0.5) / depths for index in range(count)]
+        if self.ids is None and self.has_marks:
+            return [self._asked(rng, length, depth) for depth in wanted]
+        return [self._hidden(rng, length, depth) for depth in wanted]
+
+    # --- the shipped model's format -----------------------------------------------------------
+
+    def _asked(self, rng: random.Random, length: int, depth: float) -> Needle:
+        question = make_question(rng, length, depth=depth)
+        ids = self.tokenizer(question.prompt)["input_ids"]
+        return Needle(ids, question.answer, documents.ANSWER_TOKENS, depth)
+
+    def _conversation(self, rng: random.Random, context: int, continuation: int) -> Passage:
+        """A document and a question; the continuation answers it (and says nothing else)."""
+        room = context - 12
+        if room < 40:
+            raise ValueError(f"a context of {context} tokens is too short; give at least 60")
+        document = documents.document(rng, room, max(2, min(100, context // 64)))
+        fact = rng.choice(document.facts)
+        words = ["<bos>", "<user>", *document.words, *documents.question_words(fact)]
+        answer = [*documents.answer_words(fact), "<end>"]
+        encode = self.tokenizer.convert_tokens_to_ids
+        return Passage(encode([*words, "<end>", "<assistant>"]), encode(answer[:continuation]))
+
+    # --- any other model or text --------------------------------------------------------------
+
+    def _excerpt(self, rng: random.Random, context: int, continuation: int) -> Passage:
+        head = self._head()
+        ids = self._filler(rng, context + continuation - len(head))
+        whole = head + ids
+        return Passage(whole[:context], whole[context:])
+
+    def _hidden(self, rng: random.Random, length: int, depth: float) -> Needle:
+        """A fact between two sentences of filler, and its beginning repeated at the end."""
+        (fact,) = documents.sample_facts(rng, 1)
+        opening = f"The {fact.thing} of {fact.first} {fact.last} is in"
+        sentence = self._encode(f" {opening} {fact.place} {fact.number}. ")
+        question = self._encode(
+            f"\n\nWhere is the {fact.thing} of {fact.first} {fact.last}? {opening}"
+        )
+        head = self._head()
+        filler = self._filler(rng, length - len(sentence) - len(question) - len(head))
+        at = round(depth * len(filler))
+        prompt = head + filler[:at] + sentence + filler[at:] + question
+        answer = f"{fact.place} {fact.number}"
+        return Needle(prompt, answer, len(self._encode(f" {answer}")) + 2, depth)
+
+    def _filler(self, rng: random.Random, count: int) -> TokenIds:
+        if count < 1:
+            raise ValueError("the context is too short for a question and its fact")
+        if self.ids is None:
+            ids: TokenIds = []
+            while len(ids) < count:
+                sentence = " ".join(documents.filler_sentence(rng))
+                ids += self._encode(sentence.replace(" .", ". ").replace(" ,", ","))
+            return ids[:count]
+        if len(self.ids) < count:
+            raise ValueError(
+                f"the text has {len(self.ids)} tokens; this study needs at least {count} in a row: "
+                f"give a longer text or shorter contexts"
+            )
+        first = rng.randrange(len(self.ids) - count + 1)
+        return self.ids[first : first + count]
+
+    def _head(self) -> TokenIds:
+        """The tokens that the tokenizer puts in front of every text."""
+        with_head: TokenIds = self.tokenizer("a")["input_ids"]
+        without = self._encode("a")
+        at = len(with_head) - len(without)
+        return with_head[:at] if with_head[at:] == without else []
+
+    def _encode(self, text: str) -> TokenIds:
+        ids: TokenIds = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids
+
+
+@lru_cache(maxsize=1)
+def _load(model: str, dtype: str, device: str) -> Any:
+    return load_model(model, "auto", dtype, device)
+
+
+def _read(path: str) -> str:
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is no UTF-8 text") from None
+    if not text.strip():
+        raise ValueError(f"{path} is empty")
+    return text

@@ -1,0 +1,141 @@
+"""How a study runs: cells of a grid, rows as they come, a file that can be gone on with.
+
+A study is a list of cells (plain dicts).  Each cell's rows are appended to ``F.json.partial`` the
+moment they are there; an interrupted study started again with the same settings skips what is
+done.  At the end everything goes into ``F.json`` with commit, machine and configuration.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from pyramidinfer.lab.record import commit, machine
+
+__all__ = ["Row", "Store", "run_cells"]
+
+Row = dict[str, Any]
+Cell = dict[str, Any]
+
+
+class Store:
+    """Rows of one study on disk.
+
+    ``ValueError`` where a partial file was begun with other settings.
+    """
+
+    def __init__(self, path: Path, study: str, configuration: dict[str, Any]) -> None:
+        self.path, self.partial = path, path.with_name(path.name + ".partial")
+        self.head = {"study": study, "configuration": json.loads(json.dumps(configuration))}
+        self.rows: dict[str, list[Row]] = {}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if self.partial.exists():
+            self._take_up()
+        else:
+            self.partial.write_text(json.dumps(self.head) + "\n")
+
+    def _take_up(self) -> None:
+        lines = self.partial.read_text().splitlines()
+        head = json.loads(lines[0]) if lines else None
+        if head != self.head:
+            raise ValueError(
+                f"{self.partial} was begun with other settings; go on with those, write to another "
+                f"file, or delete it"
+            )
+        whole = 0
+        for line in lines[1:]:
+            try:
+                entry = json.loads(line)
+            except json.JSONDecodeError:  # the last line of a killed run
+                break
+            self.rows[_key(entry["cell"])] = entry["rows"]
+            whole += 1
+        self.partial.write_text("".join(line + "\n" for line in lines[: whole + 1]))
+
+    def has(self, cell: Cell) -> bool:
+        return _key(cell) in self.rows
+
+    def add(self, cell: Cell, rows: list[Row]) -> None:
+        """Write a cell's rows down."""
+        rows = json.loads(json.dumps(rows))
+        self.rows[_key(cell)] = rows
+        with self.partial.open("a") as file:
+            file.write(json.dumps({"cell": cell, "rows": rows}) + "\n")
+
+    def finish(self, cells: list[Cell]) -> list[Row]:
+        """Write the result, in the order of the cells, and return its rows."""
+        rows = [row for cell in cells for row in self.rows[_key(cell)]]
+        meta = {"commit": commit(), "machine": machine(), **self.head}
+        body = ",\n".join(json.dumps(row) for row in rows)
+        self.path.write_text(f'{{"meta": {json.dumps(meta, indent=1)},\n"rows": [\n{body}\n]}}\n')
+        self.partial.unlink()
+        return rows
+
+
+def run_cells(
+    study: str,
+    configuration: dict[str, Any],
+    cells: list[Cell],
+    work: Callable[[Cell], list[Row]],
+    out: Path,
+    workers: int = 1,
+) -> list[Row]:
+    """Work on every cell that is not done yet, behind a progress bar; returns all rows.
+
+    ``workers`` above 1: so many processes of one thread each; ``work`` must be picklable.
+    Ctrl-C leaves what is done on disk and raises ``KeyboardInterrupt``.
+    """
+    store = Store(out, study, configuration)
+    left = [cell for cell in cells if not store.has(cell)]
+    bar = Progress(
+        TextColumn(study), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+        TextColumn("{task.fields[now]}"), console=Console(stderr=True),
+    )  # fmt: skip
+    try:
+        with bar, _results(left, work, workers) as results:
+            task = bar.add_task(study, total=len(cells), completed=len(cells) - len(left), now="")
+            for cell, rows in results:
+                store.add(cell, rows)
+                bar.update(task, advance=1, now=_short(cell))
+    except KeyboardInterrupt:
+        done = len(store.rows)
+        raise KeyboardInterrupt(
+            f"{done} of {len(cells)} done; the same command goes on from there"
+        ) from None
+    return store.finish(cells)
+
+
+@contextmanager
+def _results(cells: list[Cell], work: Callable[[Cell], list[Row]], workers: int
+             ) -> Iterator[Iterator[tuple[Cell, list[Row]]]]:  # fmt: skip
+    if workers < 1:
+        raise ValueError(f"--workers {workers} must be at least 1")
+    if workers == 1:
+        yield ((cell, work(cell)) for cell in cells)
+        return
+    spawn = multiprocessing.get_context("spawn")
+    executor = ProcessPoolExecutor(workers, spawn, initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        futures = {executor.submit(work, cell): cell for cell in cells}
+        yield ((futures[done], done.result()) for done in as_completed(futures))
+    finally:
+        executor.shutdown(wait=False, cancel_futures=True)
+        for process in list((getattr(executor, "_processes", None) or {}).values()):
+            process.terminate()
+
+
+def _key(cell: Cell) -> str:
+    return json.dumps(cell, sort_keys=True)
+
+
+def _short(cell: Cell) -> str:
+    return " ".join(str(value) for value in cell.values())
