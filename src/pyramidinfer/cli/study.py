@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pyramidinfer.cli.common import plain_errors
-from pyramidinfer.lab.samples import Subject
-from pyramidinfer.models.loading import quiet_transformers, shipped_model
+
+if TYPE_CHECKING:
+    from pyramidinfer.lab.samples import Subject
 
 __all__ = ["study"]
 
@@ -34,6 +35,9 @@ Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 
 def subject(model: str | None, text: Path | None, dtype: str, device: str) -> Subject:
     """What is studied, with the shipped model as the default."""
+    from pyramidinfer.lab.samples import Subject
+    from pyramidinfer.models.loading import quiet_transformers, shipped_model
+
     quiet_transformers()
     path = None if text is None else str(text)
     return Subject(model or shipped_model(), path, dtype, device)
