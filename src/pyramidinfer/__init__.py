@@ -1,17 +1,19 @@
 """PyramidInfer: an inference engine in which fewer tokens are computed and fewer are kept."""
 
 from pyramidinfer.engine.llm import LLM
-from pyramidinfer.policies import Full, PyramidInfer
-from pyramidinfer.types import KVUsage, RequestMetrics, RequestOutput, SamplingParams, Trace
+from pyramidinfer.policies import Full, Pyramid, PyramidInfer
+from pyramidinfer.types import KVUsage, RequestMetrics, RequestOutput, SamplingParams, Score, Trace
 
 __all__ = [
     "LLM",
     "Full",
     "KVUsage",
+    "Pyramid",
     "PyramidInfer",
     "RequestMetrics",
     "RequestOutput",
     "SamplingParams",
+    "Score",
     "Trace",
 ]
 __version__ = "0.1.0"

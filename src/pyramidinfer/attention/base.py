@@ -127,5 +127,8 @@ class Backend(Protocol):
     def column_sums(
         self, queries: Tensor, keys: Tensor, q_pos: Tensor, k_pos: Tensor, scale: Scale
     ) -> Tensor:
-        """Attention each entry gets from all ``queries``, summed over a group: ``[K, m]``."""
+        """Attention each entry gets from all ``queries``, summed over a group: ``[K, m]``.
+
+        The last n entries are the queries' own, in order.
+        """
         ...  # fmt: skip

@@ -17,8 +17,8 @@ from pyramidinfer.types import Reduce, accumulate_dtype
 
 __all__ = ["ReferenceBackend"]
 
-#: Most logits worked on at once (elements), so that long prompts need no full matrix.
-BLOCK = 1 << 24
+#: Most logits worked on at once (elements): no full matrix, and the passes over them hit caches.
+BLOCK = 1 << 20
 
 
 class ReferenceBackend:
@@ -124,15 +124,18 @@ class ReferenceBackend:
                     scale: Scale) -> Tensor:  # fmt: skip
         high = accumulate_dtype(queries.dtype)
         total = torch.zeros(keys.shape[:2], dtype=high, device=keys.device)
+        old = keys.shape[1] - len(queries)  # the rest are the queries' own, in order
         for part in _blocks(len(queries), queries.shape[1] * keys.shape[1]):
-            total += self._weights(queries[part], keys, q_pos[part], k_pos, scale, None)[0].sum(
-                (1, 2)
-            )
+            end = old + part.stop  # entries that this block's newest query can see
+            weights = self._weights(
+                queries[part], keys[:, :end], q_pos[part], k_pos[:, :end], scale, None, norm=False
+            )[0]
+            total[:, :end] += weights.sum((1, 2))
         return total
 
     def _weights(self, queries: Tensor, keys: Tensor, q_pos: Tensor, k_pos: Tensor, scale: Scale,
-                 lse: Tensor | None) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """Attention weights ``[K, G, n, m]`` and their log-sum-exps ``[n, H]``."""
+                 lse: Tensor | None, norm: bool = True) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Attention weights ``[K, G, n, m]`` and their log-sum-exps ``[n, H]`` (if asked for)."""
         new, heads, _ = queries.shape
         kv_heads, high = keys.shape[0], accumulate_dtype(queries.dtype)
         grouped = queries.to(high).transpose(0, 1).reshape(kv_heads, heads // kv_heads, new, -1)
@@ -146,13 +149,14 @@ class ReferenceBackend:
             hidden |= k_pos[:, None] <= q_pos[:, None] - scale.window
         logits[..., old:].masked_fill_(hidden[:, None], float("-inf"))
         if lse is None:
-            top = logits.amax(-1)
             weights = torch.softmax(logits, dim=-1)
-            norm = top - weights.amax(-1).log()  # the largest weight is exp(top - norm)
+            if not norm:
+                return weights, logits[..., 0]
+            found = logits.amax(-1) - weights.amax(-1).log()  # the largest is exp(top - found)
         else:
-            norm = lse.to(high).T.reshape(kv_heads, heads // kv_heads, new)
-            weights = logits.sub_(norm[..., None]).exp_()
-        return weights, norm.flatten(0, 1).T
+            found = lse.to(high).T.reshape(kv_heads, heads // kv_heads, new)
+            weights = logits.sub_(found[..., None]).exp_()
+        return weights, found.flatten(0, 1).T
 
 
 def _logits(queries: Tensor, keys: Tensor, scale: Scale) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from pyramidinfer.cli.common import plain_errors
+from pyramidinfer.cli.common import plain_errors, policy_from
 from pyramidinfer.cli.study import study
 from pyramidinfer.policies.registry import POLICIES
 
@@ -36,6 +36,9 @@ Options = Annotated[
     list[str] | None,
     typer.Option("--option", "-o", help="A policy option, NAME=VALUE; may be repeated."),
 ]
+ScheduleFile = Annotated[
+    Path | None, typer.Option(help="For pyramid: what `pyramidinfer calibrate` wrote.")
+]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16 or float64.")]
 MaxTokens = Annotated[int, typer.Option(help="Tokens to generate at most.")]
 
@@ -60,9 +63,10 @@ def demo(
 @plain_errors()
 def generate(
     model: Model = None,
-    policy: PolicyName = "pyramidinfer",
+    policy: PolicyName = "pyramid",
     keep: Keep = None,
     option: Options = None,
+    schedule: ScheduleFile = None,
     prompt: Annotated[str | None, typer.Option(help="The prompt.")] = None,
     prompt_file: Annotated[
         Path | None, typer.Option(help="File holding the prompt; - is standard input.")
@@ -87,19 +91,20 @@ def generate(
         max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed,
         stop=tuple(stop or ()),
     )  # fmt: skip
+    chosen = policy_from(policy, keep, option or [], schedule)
     run_generate(
-        model, policy, keep, option or [], prompt, prompt_file, chat, params, kv_memory, dtype,
-        device, as_json,
-    )  # fmt: skip
+        model, chosen, prompt, prompt_file, chat, params, kv_memory, dtype, device, as_json
+    )
 
 
 @app.command()
 @plain_errors()
 def inspect(
     model: Model = None,
-    policy: PolicyName = "pyramidinfer",
+    policy: PolicyName = "pyramid",
     keep: Keep = None,
     option: Options = None,
+    schedule: ScheduleFile = None,
     prompt_len: Annotated[int, typer.Option(help="Tokens in the prompt.")] = 2048,
     max_tokens: MaxTokens = 256,
     dtype: Dtype = "auto",
@@ -108,7 +113,33 @@ def inspect(
     """Show what a policy would compute and keep in each layer, and the bytes. Reads no weights."""
     from pyramidinfer.cli.inspect import run_inspect
 
-    run_inspect(model, policy, keep, option or [], prompt_len, max_tokens, dtype, as_json)
+    chosen = policy_from(policy, keep, option or [], schedule)
+    run_inspect(model, chosen, prompt_len, max_tokens, dtype, as_json)
+
+
+@app.command()
+@plain_errors()
+def calibrate(
+    model: Annotated[str | None, typer.Argument(help="Folder or hub id. Default: shipped.")] = None,
+    text: Annotated[Path | None, typer.Option(help="UTF-8 text to measure on.")] = None,
+    target_kl: Annotated[
+        float, typer.Option(help="Divergence from the full cache to stay within, nats a token.")
+    ] = 0.01,
+    keep: Annotated[
+        float | None, typer.Option(help="Instead: a byte budget, share of the full cache.")
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The schedule.")] = Path("schedule.json"),
+    context: Annotated[int, typer.Option(help="Tokens of context.")] = 1000,
+    samples: Annotated[int, typer.Option(help="Passages to measure on.")] = 16,
+    seed: Annotated[int, typer.Option(help="Which passages are drawn.")] = 0,
+    workers: Annotated[int, typer.Option(help="Processes of one thread each.")] = 1,
+    dtype: Dtype = "float32",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+) -> None:
+    """Measure what each layer of a model needs on your text, and write a schedule for pyramid."""
+    from pyramidinfer.cli.calibrate import run_calibrate
+
+    run_calibrate(model, text, target_kl, keep, out, context, samples, seed, workers, dtype, device)
 
 
 def main() -> None:

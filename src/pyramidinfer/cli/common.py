@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import ast
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields
-from typing import Any
+from pathlib import Path
 
 import typer
 
-from pyramidinfer.config import nearest
-from pyramidinfer.policies import POLICIES, Policy, make_policy
+from pyramidinfer.policies import Policy, make_policy
+from pyramidinfer.policies.registry import parse_options
 
 __all__ = ["human_bytes", "plain_errors", "policy_from"]
 
@@ -30,20 +28,14 @@ def plain_errors() -> Iterator[None]:
         raise typer.Exit(130) from None
 
 
-def policy_from(name: str, keep: float | None, options: list[str]) -> Policy:
-    """A policy from ``--policy``, ``--keep`` and ``--option NAME=VALUE``."""
-    values: dict[str, Any] = {}
-    for item in options:
-        key, sign, text = item.partition("=")
-        if not sign:
-            raise ValueError(f"--option {item!r}: write NAME=VALUE")
-        known = [each.name for each in fields(POLICIES[name])] if name in POLICIES else []
-        if known and key not in known:
-            raise ValueError(f"policy {name!r} has no option {key!r}; {nearest(key, known)}")
-        try:
-            values[key] = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
-            values[key] = text
+def policy_from(name: str, keep: float | None, options: list[str], schedule: Path | None = None
+                ) -> Policy:  # fmt: skip
+    """A policy from ``--policy``, ``--keep``, ``--option NAME=VALUE`` and ``--schedule``."""
+    values = parse_options(name, options)
+    if schedule is not None:
+        if "schedule" in values:
+            raise ValueError("schedule is given twice: --schedule and --option schedule=…")
+        values["schedule"] = str(schedule)
     if keep is not None and "keep" in values:
         raise ValueError(f"keep is given twice: --keep {keep} and --option keep={values['keep']}")
     return make_policy(name, values.pop("keep", keep), **values)

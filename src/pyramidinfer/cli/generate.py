@@ -9,22 +9,22 @@ from pathlib import Path
 
 from rich.console import Console
 
-from pyramidinfer.cli.common import human_bytes, policy_from
+from pyramidinfer.cli.common import human_bytes
 from pyramidinfer.engine import LLM
 from pyramidinfer.models.loading import quiet_transformers, shipped_model
+from pyramidinfer.policies import Policy
 from pyramidinfer.types import RequestOutput, SamplingParams
 
 __all__ = ["run_generate"]
 
 
-def run_generate(model: str | None, policy: str, keep: float | None, options: list[str],
-                 prompt: str | None, prompt_file: Path | None, chat: bool, params: SamplingParams,
-                 kv_memory: str, dtype: str, device: str, as_json: bool) -> None:  # fmt: skip
+def run_generate(model: str | None, policy: Policy, prompt: str | None, prompt_file: Path | None,
+                 chat: bool, params: SamplingParams, kv_memory: str, dtype: str, device: str,
+                 as_json: bool) -> None:  # fmt: skip
     """Stream an answer to the terminal, or print it as one JSON object."""
-    chosen = policy_from(policy, keep, options)
     text = _read_prompt(prompt, prompt_file)
     quiet_transformers()
-    llm = LLM(model or shipped_model(), chosen, kv_memory=kv_memory, dtype=dtype, device=device)
+    llm = LLM(model or shipped_model(), policy, kv_memory=kv_memory, dtype=dtype, device=device)
     ids = _chat_ids(llm, text) if chat else llm.encode(text)
     output = None
     try:

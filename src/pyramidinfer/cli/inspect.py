@@ -11,7 +11,7 @@ from rich.table import Table
 
 from pyramidinfer.attention import select_backend
 from pyramidinfer.cache import Pool
-from pyramidinfer.cli.common import human_bytes, policy_from
+from pyramidinfer.cli.common import human_bytes
 from pyramidinfer.config import EngineConfig
 from pyramidinfer.engine.memory import Ledger
 from pyramidinfer.models import Adapter
@@ -21,14 +21,14 @@ from pyramidinfer.policies import Policy
 __all__ = ["run_inspect"]
 
 
-def run_inspect(model: str | None, policy: str, keep: float | None, options: list[str],
-                prompt_len: int, max_tokens: int, dtype: str, as_json: bool) -> None:  # fmt: skip
+def run_inspect(model: str | None, policy: Policy, prompt_len: int, max_tokens: int, dtype: str,
+                as_json: bool) -> None:  # fmt: skip
     """Print the forecast per layer: tokens computed, entries kept, bytes."""
     for name, value in (("--prompt-len", prompt_len), ("--max-tokens", max_tokens)):
         if value < 1:
             raise ValueError(f"{name} {value} must be at least 1")
     quiet_transformers()
-    chosen = policy_from(policy, keep, options)
+    chosen = policy.for_model(model or shipped_model())
     adapter = _adapter_without_weights(model or shipped_model(), dtype)
     longest = prompt_len + max_tokens
     if longest > adapter.max_positions:
@@ -65,7 +65,8 @@ def run_inspect(model: str | None, policy: str, keep: float | None, options: lis
                           "layers": rows, "ring_and_state_bytes": beside,
                           "admission_bytes": cost.bytes}))  # fmt: skip
         return
-    _print(rows, chosen, prompt_len, max_tokens, beside, cost.bytes)
+    after = sum(chosen.forecast(prompt_len, 0, layers).kept) / (len(rows) * prompt_len)
+    _print(rows, chosen, prompt_len, max_tokens, beside, cost.bytes, after)
 
 
 def _adapter_without_weights(model: str, dtype: str) -> Adapter:
@@ -73,7 +74,7 @@ def _adapter_without_weights(model: str, dtype: str) -> Adapter:
 
 
 def _print(rows: list[dict[str, int]], policy: Policy, prompt_len: int, max_tokens: int,
-           beside: int, admission: int) -> None:  # fmt: skip
+           beside: int, admission: int, after: float) -> None:  # fmt: skip
     console = Console()
     set_here = ", ".join(
         f"{each.name}={getattr(policy, each.name)!r}"
@@ -96,10 +97,10 @@ def _print(rows: list[dict[str, int]], policy: Policy, prompt_len: int, max_toke
         "all", f"{computed:.0%}", "", "", human_bytes(total), f"{total / full:.0%}", style="bold"
     )
     console.print(table)
-    print(f"mean share of the prompt computed: {computed:.3f}")
+    print(f"mean share of the prompt computed: {computed:.3f}, kept after it: {after:.3f}")
     keep = getattr(policy, "keep", None)
-    if keep is not None and computed > keep + 0.005:
-        print(f"keep={keep} cannot be reached at this prompt length; the lowest is {computed:.3f}")
+    if keep is not None and after > keep + 0.005 + 1 / prompt_len:
+        print(f"keep={keep} cannot be reached at this prompt length; the lowest is {after:.3f}")
     print(f"full cache: {human_bytes(full)}; beside the pages, query rings and state: "
           f"{human_bytes(beside)}; reserved at admission, prompt in progress included: "
           f"{human_bytes(admission)}")  # fmt: skip

@@ -55,16 +55,18 @@ class LLM:
     """
 
     def __init__(self, model: str | os.PathLike[str] | nn.Module,
-                 policy: str | Policy = "pyramidinfer", *, keep: float | None = None,
+                 policy: str | Policy = "pyramid", *, keep: float | None = None,
                  kv_memory: int | str = "1GiB", dtype: Any = "auto", device: Any = "auto",
                  tokenizer: Any = "auto", **options: Any) -> None:  # fmt: skip
         config = EngineConfig.from_options(ARGUMENTS, kv_memory=kv_memory, **options)
         chosen = make_policy(policy, keep)
         if not isinstance(model, nn.Module):
+            chosen = chosen.for_model(os.fspath(model))
             empty, place = empty_model(model, dtype, device)
             weights = sum(each.nbytes for each in empty.parameters())
             check_plan(Adapter(empty, select_backend()), chosen, config, place, weights)
         loaded = load_model(model, tokenizer, dtype, device)
+        chosen = chosen.for_model(loaded.name)
         self.tokenizer = loaded.tokenizer
         self.name, self.dtype, self.device = loaded.name, loaded.dtype, loaded.device
         self.engine = Engine(loaded.model, chosen, config, loaded.tokenizer)

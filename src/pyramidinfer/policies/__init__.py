@@ -4,9 +4,11 @@ from pyramidinfer.policies.base import Forecast, Policy
 from pyramidinfer.policies.fastkv import FastKV
 from pyramidinfer.policies.full import Full
 from pyramidinfer.policies.h2o import H2O
+from pyramidinfer.policies.pyramid import Pyramid
 from pyramidinfer.policies.pyramidinfer import PyramidInfer
 from pyramidinfer.policies.pyramidkv import PyramidKV
 from pyramidinfer.policies.registry import POLICIES, make_policy
+from pyramidinfer.policies.schedule import Schedule
 from pyramidinfer.policies.scissorhands import Scissorhands
 from pyramidinfer.policies.snapkv import SnapKV
 from pyramidinfer.policies.streaming_llm import StreamingLLM
@@ -20,8 +22,10 @@ __all__ = [
     "Forecast",
     "Full",
     "Policy",
+    "Pyramid",
     "PyramidInfer",
     "PyramidKV",
+    "Schedule",
     "Scissorhands",
     "SnapKV",
     "StreamingLLM",

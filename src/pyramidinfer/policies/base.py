@@ -45,6 +45,10 @@ class Policy:
     def check(self, layers: Layers) -> None:
         """Raise ``ValueError`` where the options cannot be met on a model of this depth."""
 
+    def for_model(self, folder: str) -> Policy:
+        """The policy as it is for the model in ``folder`` (``""`` if it came from none)."""
+        return self
+
     def lowest_keep(self, layers: Layers) -> float:
         """The share that ``keep`` must be above on a model of this depth, for long prompts."""
         return 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from dataclasses import fields, replace
 from typing import Any
 
@@ -10,6 +11,7 @@ from pyramidinfer.policies.base import Policy
 from pyramidinfer.policies.fastkv import FastKV
 from pyramidinfer.policies.full import Full
 from pyramidinfer.policies.h2o import H2O
+from pyramidinfer.policies.pyramid import Pyramid
 from pyramidinfer.policies.pyramidinfer import PyramidInfer
 from pyramidinfer.policies.pyramidkv import PyramidKV
 from pyramidinfer.policies.scissorhands import Scissorhands
@@ -17,12 +19,13 @@ from pyramidinfer.policies.snapkv import SnapKV
 from pyramidinfer.policies.streaming_llm import StreamingLLM
 from pyramidinfer.policies.tova import TOVA
 
-__all__ = ["POLICIES", "make_policy"]
+__all__ = ["POLICIES", "make_policy", "parse_options", "parse_policy"]
 
 POLICIES: dict[str, type[Policy]] = {
     policy.name: policy
     for policy in (
-        Full, PyramidInfer, StreamingLLM, H2O, Scissorhands, SnapKV, PyramidKV, TOVA, FastKV,
+        Full, Pyramid, PyramidInfer, StreamingLLM, H2O, Scissorhands, SnapKV, PyramidKV, TOVA,
+        FastKV,
     )
 }  # fmt: skip
 
@@ -55,3 +58,30 @@ def make_policy(policy: str | Policy, keep: float | None = None, **options: Any)
     if keep is not None and "keep" not in {each.name for each in fields(policy)}:
         raise ValueError(f"policy {type(policy).__name__} has no option 'keep'")
     return policy if keep is None else replace(policy, keep=keep)  # type: ignore[call-arg]
+
+
+def parse_policy(spec: str, keep: float | None = None) -> Policy:
+    """``"snapkv"`` or ``"snapkv:window=8,kernel=5"`` → a policy.
+
+    Values are Python literals, anything else is text.  ``ValueError`` as ``make_policy``, and for
+    an option without ``=``.
+    """
+    name, _, tail = spec.partition(":")
+    return make_policy(name, keep, **parse_options(name, tail.split(",") if tail else []))
+
+
+def parse_options(name: str, items: list[str]) -> dict[str, Any]:
+    """Options of a policy from texts ``NAME=VALUE``."""
+    values: dict[str, Any] = {}
+    known = [each.name for each in fields(POLICIES[name])] if name in POLICIES else []
+    for item in items:
+        key, sign, text = item.partition("=")
+        if not sign:
+            raise ValueError(f"option {item!r} of {name!r}: write NAME=VALUE")
+        if known and key not in known:
+            raise ValueError(f"policy {name!r} has no option {key!r}; {nearest(key, known)}")
+        try:
+            values[key] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            values[key] = text
+    return values

@@ -1,0 +1,127 @@
+"""Pictures of the quality study: curves against bytes, and needles by depth and length."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from pyramidinfer.lab.study import Row
+
+__all__ = ["draw_needles", "draw_quality", "style"]
+
+MARKERS = "osD^vPX<>*h"
+#: measure → (title, logarithmic)
+PANELS = {
+    "recall": ("exact recall", False),
+    "kl": ("divergence from the full cache (nats a token)", True),
+    "agreement": ("greedy tokens as with the full cache", False),
+}
+
+
+def style(names: list[str]) -> dict[str, dict[str, Any]]:
+    """Colour and marker of each policy, the project's own drawn strongest."""
+    colours = matplotlib.colormaps["tab10"]
+    styles = {}
+    for index, name in enumerate(names):
+        own = name.split(":")[0] == "pyramid"
+        styles[name] = {
+            "color": colours(index % 10), "marker": MARKERS[index % len(MARKERS)],
+            "linewidth": 2.4 if own else 1.2, "markersize": 5.5 if own else 4,
+            "zorder": 3 if own else 2,
+        }  # fmt: skip
+    return styles
+
+
+def draw_quality(rows: list[Row], path: Path) -> Path:
+    """One row of panels a context length; share of the full cache's bytes along x."""
+    contexts = sorted({row["context"] for row in rows})
+    names = [name for name in dict.fromkeys(row["policy"] for row in rows) if name != "full"]
+    styles = style(names)
+    figure = Figure(figsize=(14, 4.4 * len(contexts) + 0.7), layout="constrained")
+    axes = figure.subplots(len(contexts), len(PANELS), squeeze=False)
+    for line, context in enumerate(contexts):
+        for axis, (measure, (title, log)) in zip(axes[line], PANELS.items(), strict=True):
+            for name in names:
+                mine = [r for r in rows if r["policy"] == name and r["context"] == context]
+                _draw_line(axis, mine, measure, styles[name], name, log)
+            _draw_level(axis, rows, context, measure)
+            axis.set_title(f"{title}, {context:,} tokens", loc="left", fontsize=10.5)
+            axis.set_xlabel("KV bytes, share of the full cache")
+            axis.set_xlim(0, 1.03)
+            axis.grid(alpha=0.25)
+            axis.spines[["top", "right"]].set_visible(False)
+            if log:
+                axis.set_yscale("log")
+            else:
+                axis.set_ylim(-0.03, 1.03)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(6, len(labels)),
+                  frameon=False, fontsize=9.5)  # fmt: skip
+    return _save(figure, path)
+
+
+def _draw_line(axis: Any, rows: list[Row], measure: str, look: dict[str, Any], name: str,
+               log: bool) -> None:  # fmt: skip
+    points = sorted((r for r in rows if r[measure] is not None), key=lambda r: r["kv_share"])
+    if not points:
+        return
+    least = 1e-6 if log else -1.0
+    x = [r["kv_share"] for r in points]
+    y = [max(r[measure], least) for r in points]
+    axis.plot(x, y, label=name, **look)
+    bounds = [r[f"{measure}_ci"] for r in points]
+    low, high = ([max(b[i], least) for b in bounds] for i in (0, 1))
+    axis.fill_between(x, low, high, color=look["color"], alpha=0.08, linewidth=0)
+
+
+def _draw_level(axis: Any, rows: list[Row], context: int, measure: str) -> None:
+    full = [r for r in rows if r["policy"] == "full" and r["context"] == context]
+    if full and measure == "recall":
+        axis.axhline(
+            full[0][measure], color="0.35", linestyle="--", linewidth=1, label="full cache"
+        )
+
+
+def draw_needles(rows: list[Row], path: Path) -> Path:
+    """Recall by the needle's depth (down) and the context's length (across), a panel a cell."""
+    names = list(dict.fromkeys(row["policy"] for row in rows))
+    keeps = sorted({row["keep"] for row in rows if row["keep"] < 1}, reverse=True)
+    shown = [keep for keep in keeps if keep in (0.45, 0.2)] or keeps[:2] or [1.0]
+    contexts = sorted({row["context"] for row in rows})
+    figure = Figure(figsize=(1.55 * len(names) + 1.2, 2.5 * len(shown) + 0.5), layout="constrained")
+    axes = figure.subplots(len(shown), len(names), squeeze=False, sharey=True)
+    image = None
+    for line, keep in enumerate(shown):
+        for axis, name in zip(axes[line], names, strict=True):
+            wanted = 1.0 if name == "full" else keep
+            mine = {r["context"]: r["recall_by_depth"] for r in rows
+                    if r["policy"] == name and r["keep"] == wanted}  # fmt: skip
+            if not mine:
+                axis.set_axis_off()
+                continue
+            depths = sorted(next(iter(mine.values())))
+            table = np.array([[mine.get(c, {}).get(d, np.nan) for c in contexts] for d in depths])
+            image = axis.imshow(table, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+            for (y, x), value in np.ndenumerate(table):
+                axis.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=7.5)
+            axis.set_xticks(range(len(contexts)), [f"{c:,}" for c in contexts], fontsize=8)
+            axis.set_yticks(range(len(depths)), [f"{float(d):.0%}" for d in depths], fontsize=8)
+            title = name if name == "full" else f"{name}\nkeep {wanted:g}"
+            axis.set_title(title, fontsize=8.5)
+        axes[line, 0].set_ylabel("needle's depth", fontsize=9)
+    figure.supxlabel("context length (tokens)", fontsize=9)
+    if image is not None:
+        figure.colorbar(image, ax=axes, label="exact recall", shrink=0.8)
+    return _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    FigureCanvasAgg(figure)
+    figure.savefig(path, dpi=120)
+    return path
