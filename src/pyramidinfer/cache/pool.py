@@ -181,6 +181,7 @@ class Pool:
         """Forget every token from position ``seen_len`` on (a rejected draft, a changed turn)."""
         if not 0 <= seen_len <= table.seen_len:
             raise ValueError(f"seen_len={seen_len} is outside 0..{table.seen_len}")
+        orders = []
         for layer in range(self.layers):
             stays = self.positions(table, layer) < seen_len
             count = stays.sum(1)
@@ -189,7 +190,9 @@ class Pool:
                     f"layer {layer}: heads keep different tokens and {seen_len} cuts them unevenly"
                 )
             order = (~stays).to(torch.int8).argsort(dim=1, stable=True)
-            self.keep(table, layer, order[:, : int(count[0])])
+            orders.append(order[:, : int(count[0])])
+        for layer, order in enumerate(orders):
+            self.keep(table, layer, order)
         table.seen_len = seen_len
         if table.ring is not None:
             table.ring.truncate(seen_len)

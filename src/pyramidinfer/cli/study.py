@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
-from pyramidinfer.cli.common import plain_errors
+from pyramidinfer.cli.common import plain_errors, policy_from
+from pyramidinfer.policies.registry import POLICIES
 
 if TYPE_CHECKING:
     from pyramidinfer.lab.samples import Subject
@@ -33,6 +36,21 @@ Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16 or fl
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 
 
+KEEPS = "1,.75,.6,.45,.3,.2,.1"
+N = TypeVar("N", int, float)
+
+
+def numbers(text: str, kind: type[N], option: str) -> tuple[N, ...]:
+    """``"1,.5"`` → numbers; ``ValueError`` naming the option otherwise."""
+    try:
+        found = tuple(kind(part) for part in text.replace(",", " ").split())
+    except ValueError:
+        raise ValueError(f"{option} {text!r}: write numbers, separated by commas") from None
+    if not found:
+        raise ValueError(f"{option} is empty: give at least one number")
+    return found
+
+
 def subject(model: str | None, text: Path | None, dtype: str, device: str) -> Subject:
     """What is studied, with the shipped model as the default."""
     from pyramidinfer.lab.samples import Subject
@@ -43,21 +61,139 @@ def subject(model: str | None, text: Path | None, dtype: str, device: str) -> Su
     return Subject(model or shipped_model(), path, dtype, device)
 
 
+KvMemory = Annotated[str, typer.Option(help="Memory for the cache.")]
+
+
 @study.command()
 @plain_errors()
 def icr(
     model: Model = None,
     text: Text = None,
     context: Context = 1000,
+    continuation: Annotated[int, typer.Option(help="Tokens scored after it, at most.")] = 64,
+    shares: Annotated[
+        str, typer.Option(help="Shares of the pruned layer's entries that stay, in (0, 1].")
+    ] = ".02,.05,.1,.2,.35,.5,.75,1",
+    layers: Annotated[
+        str | None, typer.Option(help="Layers to prune, one at a time. Default: all.")
+    ] = None,
     samples: Samples = 24,
     seed: Seed = 0,
     json: Json = Path("out/icr.json"),
     workers: Workers = 1,
+    kv_memory: KvMemory = "512MiB",
     dtype: Dtype = "float32",
     device: Device = "auto",
 ) -> None:
     """Prune one layer at a time to a share, all others whole: what does each layer need?"""
-    from pyramidinfer.lab.icr import run_icr
+    from pyramidinfer.lab.icr import IcrPlan, run_icr
 
-    picture = run_icr(subject(model, text, dtype, device), context, samples, seed, json, workers)
-    print(f"{json}\n{picture}")
+    plan = IcrPlan(
+        replace(subject(model, text, dtype, device), kv_memory=kv_memory), context, continuation,
+        samples, seed, numbers(shares, float, "--shares"),
+        None if layers is None else numbers(layers, int, "--layers"),
+    )  # fmt: skip
+    print(f"{json}\n{run_icr(plan, json, workers)}")
+
+
+@study.command()
+@plain_errors()
+def rac(
+    model: Model = None,
+    text: Text = None,
+    context: Context = 1000,
+    top: Annotated[str, typer.Option(help="Shares of the context that a token picks.")] = ".8,.2",
+    bins: Annotated[int, typer.Option(help="Parts of the distances below 30 %.")] = 10,
+    samples: Samples = 16,
+    seed: Seed = 0,
+    json: Json = Path("out/rac.json"),
+    workers: Workers = 1,
+    kv_memory: KvMemory = "512MiB",
+    dtype: Dtype = "float32",
+    device: Device = "auto",
+) -> None:
+    """Do recent tokens, alone or together, agree on which context matters?"""
+    from pyramidinfer.lab.rac import RacPlan, run_rac
+
+    plan = RacPlan(
+        replace(subject(model, text, dtype, device), kv_memory=kv_memory), context, samples, seed,
+        numbers(top, float, "--top"), bins,
+    )  # fmt: skip
+    print(f"{json}\n{run_rac(plan, json, workers)}")
+
+
+@study.command("map")
+@plain_errors()
+def survival(
+    model: Model = None,
+    policy: Annotated[
+        str, typer.Option(help=f"One of: {', '.join(sorted(POLICIES))}.")
+    ] = "pyramidinfer",
+    keep: Annotated[float | None, typer.Option(help="Its budget, a share in (0, 1].")] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option("--option", "-o", help="A policy option, NAME=VALUE; may be repeated."),
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="The prompt. Default: a generated question.")
+    ] = None,
+    prompt_file: Annotated[
+        Path | None, typer.Option(help="File holding the prompt; - is standard input.")
+    ] = None,
+    context: Annotated[int, typer.Option(help="Tokens of the generated question.")] = 1000,
+    max_tokens: Annotated[int, typer.Option(help="Tokens to generate after the prompt.")] = 11,
+    seed: Seed = 0,
+    json: Json = Path("out/map.json"),
+    kv_memory: KvMemory = "512MiB",
+    dtype: Dtype = "float32",
+    device: Device = "auto",
+) -> None:
+    """Which token of one prompt survives to which layer: figures, a picture and a page."""
+    from pyramidinfer.lab.survival import MapPlan, run_map
+
+    if prompt is not None and prompt_file is not None:
+        raise ValueError("give --prompt or --prompt-file, not both")
+    if prompt_file is not None:
+        prompt = sys.stdin.read() if str(prompt_file) == "-" else prompt_file.read_text("utf-8")
+    plan = MapPlan(
+        replace(subject(model, None, dtype, device), kv_memory=kv_memory),
+        policy_from(policy, keep, option or []), prompt, context, max_tokens, seed,
+    )  # fmt: skip
+    for path in [json, *run_map(plan, json)]:
+        print(path)
+
+
+@study.command()
+@plain_errors()
+def quality(
+    model: Model = None,
+    text: Text = None,
+    policies: Annotated[
+        str | None,
+        typer.Option(help="NAME,NAME or 'NAME NAME:option=value,…'. Default: every policy."),
+    ] = None,
+    keeps: Annotated[str, typer.Option(help="Budgets, shares in (0, 1].")] = KEEPS,
+    contexts: Annotated[str, typer.Option(help="Context lengths in tokens.")] = "1000,3000",
+    samples: Annotated[int, typer.Option(help="Questions, and passages, a cell.")] = 40,
+    schedule: Annotated[
+        Path | None, typer.Option(help="A calibrated schedule for pyramid.")
+    ] = None,
+    seed: Seed = 0,
+    json: Json = Path("out/quality.json"),
+    workers: Workers = 1,
+    dtype: Dtype = "float32",
+    device: Device = "auto",
+) -> None:
+    """Every policy at every budget: recall, perplexity, divergence, agreement, bytes."""
+    from pyramidinfer.lab.quality import Grid, run_quality, split_specs
+    from pyramidinfer.policies import POLICIES
+
+    specs = split_specs(policies) if policies else tuple(POLICIES)
+    if schedule is not None:
+        specs = tuple(f"pyramid:schedule={schedule}" if s == "pyramid" else s for s in specs)
+    grid = Grid(
+        subject(model, text, dtype, device), specs, numbers(keeps, float, "--keeps"),
+        numbers(contexts, int, "--contexts"), samples, min(8, samples), seed=seed,
+    )  # fmt: skip
+    for path in [json, *run_quality(grid, json, workers)]:
+        print(path)

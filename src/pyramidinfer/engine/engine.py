@@ -76,10 +76,10 @@ class Engine:
             raise ValueError(f"sampling={params!r} must be SamplingParams")
         check_tokens(prompt, adapter.vocab_size)
         seen, held = (on.seen_len, on.kept) if on else (0, None)
-        is_endless = self.policy.streams and adapter.streaming.is_possible
+        is_endless = self._is_endless(len(prompt))
         if is_endless:
             check_stream(len(prompt) - seen, int(on.kept.max()) if on else 0, longest)
-        elif len(prompt) >= longest:
+        elif len(prompt) >= longest + bool(scoring):
             raise ValueError(
                 f"the prompt has {len(prompt)} tokens; this model has {longest} positions, so at "
                 f"most {longest - 1} fit with one generated token"
@@ -96,7 +96,7 @@ class Engine:
         if scoring:
             check_tokens(scoring.tokens, adapter.vocab_size, "continuation")
             max_new = len(scoring.tokens)
-            if len(prompt) + max_new > longest:
+            if len(prompt) + max_new - 1 > longest:  # the last one is never fed
                 raise ValueError(
                     f"{len(prompt)} context tokens and {max_new} scored ones exceed the model's "
                     f"{longest} positions"
@@ -137,7 +137,11 @@ class Engine:
         text = request.prompt + request.output + list(tokens)
         turn = self.make(text, params, protect=[*request.protect, *protect], hold=hold,
                          on=old.table)  # fmt: skip
-        if self.adapter.rotary.is_long(len(text) + turn.max_new - 1) and not old.is_long:
+        reached = len(text) + turn.max_new - 1
+        if self._is_endless(len(text)):  # its rotary positions begin again
+            limit = self.adapter.streaming.limit(old.is_long)
+            check_stream(len(tokens) + 1, int(old.table.kept.max()), limit)
+        elif self.adapter.rotary.is_long(reached) and not old.is_long:
             raise ValueError(
                 "the text outgrows the rotary range its cache was made for; start a new request"
             )
@@ -167,7 +171,9 @@ class Engine:
                 )
         self.pool.truncate(table, seen_len)
         table.state = self.policy.truncated(table.state, [int(n) for n in table.kept])
-        self.adapter.streaming.forget(table)
+        if self.policy.streams:
+            self.adapter.streaming.forget(table)
+            self.adapter.streaming.close_gaps(self.pool, sequence)
         request.prompt, request.output = (request.prompt + request.output)[:seen_len], []
         request.protect = tuple(
             (start, min(stop, seen_len)) for start, stop in request.protect if start < seen_len
@@ -398,6 +404,16 @@ class Engine:
             (request.ended or time.monotonic()) - request.arrived,
             computed, computed / new if new else 0.0,
         )  # fmt: skip
+
+    def _is_endless(self, length: int) -> bool:
+        """Whether a request of this length may go past the model's positions: its policy streams,
+        and what it holds fits in them."""
+        adapter = self.adapter
+        if not (self.policy.streams and adapter.streaming.is_possible):
+            return False
+        layers = adapter.layers_for(length)
+        kept = zip(self.policy.forecast(length, length, layers).kept, layers.governed, strict=True)
+        return max((n for n, governed in kept if governed), default=0) < adapter.max_positions
 
     def _check_cost(self, cost: Cost, prompt: int, max_new: int) -> None:
         have = self.pool.budget

@@ -20,14 +20,13 @@ def trace(engine: Engine, prompt: TokenIds, max_tokens: int, protect: Items[tupl
     """See :meth:`pyramidinfer.LLM.trace`.  Every generated token is fed, the last one too."""
     if type(max_tokens) is not int or max_tokens < 0:
         raise ValueError(f"max_tokens={max_tokens!r} must be a whole number of at least 0")
-    longest = engine.adapter.max_positions
-    if len(prompt) + max_tokens > longest:
-        raise ValueError(
-            f"{len(prompt)} prompt tokens and {max_tokens} generated ones exceed the model's "
-            f"{longest} positions"
-        )
     params = SamplingParams(max_tokens=max_tokens + 1, ignore_eos=True)
     request = engine.make(prompt, params, protect=protect)
+    if request.max_new < max_tokens:
+        raise ValueError(
+            f"{len(prompt)} prompt tokens and {max_tokens} generated ones exceed the model's "
+            f"{engine.adapter.max_positions} positions"
+        )
     if not engine.ledger.fits(request.cost):
         raise ValueError("other requests hold the memory this trace needs; let them finish first")
     engine.ledger.promise(request, request.cost)

@@ -60,7 +60,7 @@ class Streaming:
         """Turn everything back where ``count`` more tokens would pass the model's positions."""
         table = sequence.table
         reached = table.seen_len - sequence.offset
-        if not self.is_possible or reached + count <= self.max_positions:
+        if not self.is_possible or reached + count <= self.limit(sequence.is_long):
             return
         back = reached - int(table.kept[sequence.layers.first])
         if back <= 0:
@@ -74,6 +74,13 @@ class Streaming:
             by = torch.full_like(others, -back)
             pool.rewrite_keys(table, layer, others, self.turn(keys, by, layer, sequence))
         table.state = {**table.state, OFFSET: torch.tensor(sequence.offset + back)}
+        self.close_gaps(pool, sequence)
+
+    def limit(self, is_long: bool) -> int:
+        """Rotary positions that a request of this regime can use."""
+        if self.rotary.long_from is None or is_long:
+            return self.max_positions
+        return min(self.max_positions, self.rotary.long_from)
 
     def forget(self, table: Table) -> None:
         """Drop copies of tokens from ``table.seen_len`` on, which were just forgotten."""

@@ -95,15 +95,22 @@ class Policy:
         return 0
 
 
-def best_entries(scores: Tensor, count: int, forced: Tensor) -> Tensor:
+def best_entries(scores: Tensor, count: int, forced: Tensor, positions: Tensor | None = None
+                 ) -> Tensor:  # fmt: skip
     """Indices ``[heads, max(count, forced)]`` of the highest scores, ascending.
 
     ``scores`` and ``forced`` (entries that win regardless) are ``[heads, n]``; equal scores go to
-    the earlier entry.
+    the earlier entry: by ``positions`` in the text, for a cache that is not in order.
     """
     count = max(count, int(forced.sum(-1).max()))
-    ranked = torch.where(forced, torch.inf, scores).argsort(dim=-1, descending=True, stable=True)
-    return ranked[:, :count].sort(-1).values
+    ranked = torch.where(forced, torch.inf, scores)
+    if positions is None:
+        best = ranked.argsort(dim=-1, descending=True, stable=True)
+    else:
+        by_age = positions.expand_as(ranked).argsort(dim=-1)
+        best = ranked.gather(1, by_age).argsort(dim=-1, descending=True, stable=True)
+        best = by_age.gather(1, best)
+    return best[:, :count].sort(-1).values
 
 
 def pool_neighbours(scores: Tensor, positions: Tensor, kernel: int, how: str) -> Tensor:

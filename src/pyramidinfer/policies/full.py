@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from pyramidinfer.config import named_options
-from pyramidinfer.policies.base import Policy
+from pyramidinfer.policies.base import Policy, check_keep
 
 __all__ = ["Full"]
 
@@ -21,6 +21,7 @@ class Full(Policy):
     keep: float | None = None
 
     def __post_init__(self) -> None:
+        check_keep(self.keep)
         if self.keep not in (None, 1, 1.0):
             raise ValueError(
                 f"keep={self.keep}: policy 'full' keeps everything; choose another policy to drop"

@@ -53,11 +53,11 @@ class H2O(Retaining):
 
     def retain(self, seen: Observation, state: State) -> tuple[Keep, State]:
         budget = self.limit(seen.view)
-        share = 0.5
-        if self.keep is None and self.heavy_ratio + self.recent_ratio > 0:
-            share = self.recent_ratio / (self.heavy_ratio + self.recent_ratio)
-        recent = newest(seen.positions, budget - int(budget * (1 - share)))
+        count = budget - budget // 2
+        if self.keep is None:
+            count = int(self.text_len(seen.view) * self.recent_ratio)
+        forced = newest(seen.positions, count) | seen.protected
         assert seen.slot_scores is not None
-        return Keep(best_entries(seen.slot_scores, budget, recent | seen.protected)), state
+        return Keep(best_entries(seen.slot_scores, budget, forced, seen.positions)), state
 
     evict = retain

@@ -97,6 +97,8 @@ class Pyramid(Retaining):
         for name, least in (("window", 1), ("sinks", 0), ("min_context", 1), ("stride", 1)):
             check_whole(name, getattr(self, name), least)
         check_kernel(self.kernel)
+        if not isinstance(self.schedule, Schedule | str | Path | None):
+            raise ValueError(f"schedule={self.schedule!r} must be a path, 'auto' or None")
         if isinstance(self.schedule, str | Path) and self.schedule != "auto":
             object.__setattr__(self, "schedule", Schedule.load(self.schedule))
 
@@ -264,7 +266,9 @@ class Pyramid(Retaining):
 
     def _best(self, seen: Observation, count: int) -> Keep:
         assert seen.scores is not None
-        return Keep(best_entries(self._pooled(seen.scores, seen), count, self._forced(seen)))
+        return Keep(
+            best_entries(self._pooled(seen.scores, seen), count, self._forced(seen), seen.positions)
+        )
 
     def _pooled(self, scores: Tensor, seen: Observation) -> Tensor:
         return pool_neighbours(scores, seen.positions, self.kernel, "max")

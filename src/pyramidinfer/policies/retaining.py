@@ -21,8 +21,8 @@ class Retaining(Policy):
         ``extend`` the whole text).  Fixed after prefill.  A policy that evicts holds it from then
         on; otherwise generated entries come on top.  None: the method's published budget.
 
-    A budget never falls below what the method always keeps (its window), so short texts keep a
-    larger share than asked for.
+    A budget never falls below what the method always keeps (its window, and one entry more), so
+    short texts keep a larger share than asked for.
     """
 
     keep: float | None = None
@@ -56,8 +56,11 @@ class Retaining(Policy):
 
     def limit(self, view: View) -> int:
         """The budget of the view's layer now."""
-        text = int(view.state["text"]) if view.phase == "decode" else view.seen_len
-        return self.budget(view.layer, text, view.layers)
+        return self.budget(view.layer, self.text_len(view), view.layers)
+
+    def text_len(self, view: View) -> int:
+        """Length of the text that budgets are shares of."""
+        return int(view.state["text"]) if view.phase == "decode" else view.seen_len
 
     def over(self, view: View) -> bool:
         """Whether the layer is the policy's business and holds more than its budget."""

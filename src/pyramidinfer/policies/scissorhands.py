@@ -5,7 +5,8 @@ the steps are counted in which it got less than an even share of the attention (
 the ``drop`` x B entries with the most such steps go; the newest ``recent`` never do.  Later layers
 get more, the opposite of a pyramid.
 
-Deviations: steps before an entry existed are not counted against it; query heads that share a KV
+Deviations: steps before an entry existed are not counted against it, nor, once a further text was
+taken in (``extend``), steps before that text; query heads that share a KV
 head count by their mean; after prefill exactly the budget stays, so that methods compare at equal
 bytes; the paper gives no formula for the rise with depth, here it is linear.
 """
@@ -84,4 +85,4 @@ class Scissorhands(Retaining):
     def _fewest_low(self, seen: Observation, count: int) -> Keep:
         assert seen.scores is not None
         forced = newest(seen.positions, self.recent) | seen.protected
-        return Keep(best_entries(-seen.scores, max(count, self.floor()), forced))
+        return Keep(best_entries(-seen.scores, max(count, self.floor()), forced, seen.positions))

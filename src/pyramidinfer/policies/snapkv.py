@@ -4,7 +4,8 @@ After prefill each KV head keeps the window and the entries that the window's qu
 attention to, smoothed over neighbours so that clusters stay whole.  Nothing is evicted later.
 
 Deviation: query heads that share a KV head are averaged, since they share its entries (the
-official code selects per query head, on repeated keys).
+official code selects per query head, on repeated keys).  A further text (``extend``) shorter than
+the window scores with its own queries only.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def window_best(seen: Observation, count: int, window: int, kernel: int, pooling
     recent = seen.positions > seen.view.seen_len - 1 - window
     context = torch.where(recent, 0.0, seen.scores)  # the window is not smoothed into the context
     pooled = pool_neighbours(context, seen.positions, kernel, pooling)
-    return best_entries(pooled, count, recent | seen.protected)
+    return best_entries(pooled, count, recent | seen.protected, seen.positions)
 
 
 @dataclass(frozen=True)

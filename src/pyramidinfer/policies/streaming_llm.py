@@ -62,6 +62,9 @@ class StreamingLLM(Retaining):
     def retain(self, seen: Observation, state: State) -> tuple[Keep, State]:
         positions = seen.positions[:1]  # all heads keep the same tokens
         forced = (positions < self.sinks) | seen.protected[:1]
-        return Keep(best_entries(positions.float(), self.limit(seen.view), forced)), state
+        limit = self.limit(seen.view)
+        room = max(1, (limit - self.sinks) // 2)  # protected spans leave so much to the window
+        count = max(limit, int(forced.sum()) + room)
+        return Keep(best_entries(positions.double(), count, forced)), state
 
     evict = retain

@@ -45,10 +45,9 @@ class TOVA(Retaining):
 
     def retain(self, seen: Observation, state: State) -> tuple[Keep, State]:
         assert seen.scores is not None
-        order = seen.positions[0].argsort()  # by age, so that ties go to the earlier token
-        forced = seen.protected[:1, order]
-        best = best_entries(seen.scores[:, order], self.limit(seen.view), forced)
-        return Keep(order[best]), state
+        forced, limit = seen.protected[:1], self.limit(seen.view)
+        count = max(limit, int(forced.sum()) + limit // 2)  # protected spans leave room for others
+        return Keep(best_entries(seen.scores, count, forced, seen.positions[:1])), state
 
     evict = retain
 

@@ -1,0 +1,361 @@
+"""Seven published methods written out by hand, to judge the engine's.
+
+A Llama model runs in float64, token row by token row, with whole attention rows; the cache is a
+dict per layer and KV head.  Written from the papers and from what each policy's docstring says of
+its deviations; no code of the package is used.
+
+Where papers are silent: shares of a text are rounded, H2O's odd entry goes to the recent half, and
+of equal scores the earlier token stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tests.tiny import tiny_model
+
+Kept = list[set[int]]  # per KV head, positions of the entries that stay
+
+
+class ExactNorm(nn.Module):
+    """A norm in float64 throughout; transformers' own goes by way of float32."""
+
+    def __init__(self, norm: Any) -> None:
+        super().__init__()
+        self.weight, self.eps = norm.weight, norm.variance_epsilon
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        size = hidden.pow(2).mean(-1, keepdim=True) + self.eps
+        return hidden / size.sqrt() * self.weight
+
+
+class ExactRotary(nn.Module):
+    """Rotary tables in float64 throughout."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+
+    def forward(self, like: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        halves = torch.arange(0, self.dim, 2, dtype=torch.float64) / self.dim
+        angles = positions[..., None] * 10_000.0**-halves
+        angles = torch.cat([angles, angles], dim=-1)
+        return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
+
+
+def exact_llama(**changes: Any) -> Any:
+    """The tiny Llama with nothing left in float32, so that logits agree to rounding."""
+    model = tiny_model("llama", torch.float64, **changes)
+    for layer in model.model.layers:
+        layer.input_layernorm = ExactNorm(layer.input_layernorm)
+        layer.post_attention_layernorm = ExactNorm(layer.post_attention_layernorm)
+    model.model.norm = ExactNorm(model.model.norm)
+    model.model.rotary_emb = ExactRotary(model.model.layers[0].self_attn.head_dim)
+    return model
+
+
+class Entry(NamedTuple):
+    """A token in the cache: its key before rotation and its value, ``[head_dim]`` each."""
+
+    key: Tensor
+    value: Tensor
+
+
+@dataclass
+class Seen:
+    """One layer's attention, as it was given.
+
+    rows : positions of the queries;  held : per KV head, positions of its entries, ascending;
+    weights : per KV head ``[query heads, rows, entries]``, 0 where an entry was still to come.
+    """
+
+    layer: int
+    rows: list[int]
+    held: list[list[int]]
+    weights: list[Tensor]
+    is_decode: bool
+
+
+class Judge:
+    """One request on an ``exact_llama`` under one method.  ``options`` are the method's own;
+    ``protect`` positions always stay."""
+
+    def __init__(self, model: Any, method: str, keep: float | None = None,
+                 protect: Iterable[int] = (), **options: Any) -> None:  # fmt: skip
+        self.method, self.keep, self.protect, self.options = method, keep, set(protect), options
+        self.weights = {name: weight.detach() for name, weight in model.state_dict().items()}
+        config = model.config
+        self.depth, self.heads = config.num_hidden_layers, config.num_attention_heads
+        self.kv_heads, self.eps = config.num_key_value_heads, config.rms_norm_eps
+        self.group = self.heads // self.kv_heads
+        dim = config.hidden_size // self.heads
+        self.frequencies = 10_000.0 ** -(torch.arange(dim // 2, dtype=torch.float64) * 2 / dim)
+        self.cache: list[list[dict[int, Entry]]] = [
+            [{} for _ in range(self.kv_heads)] for _ in range(self.depth)
+        ]
+        self.seen = self.text = 0  # tokens processed; tokens when text was last taken in
+        self.memory: dict[tuple[int, int], Any] = {}  # of H2O and Scissorhands
+
+    # --- the model ----------------------------------------------------------------------------
+
+    def read(self, tokens: list[int]) -> Tensor:
+        """Take in a prompt, or a further turn on top of the cache: logits after its end."""
+        self.text = self.seen + len(tokens)
+        return self._forward(tokens, is_decode=False)
+
+    def decode(self, token: int) -> Tensor:
+        """Logits after one more token."""
+        return self._forward([token], is_decode=True)
+
+    def positions(self) -> list[list[list[int]]]:
+        """Per layer and KV head, positions in the cache, ascending."""
+        return [[sorted(head) for head in layer] for layer in self.cache]
+
+    def lengths(self) -> list[int]:
+        for layer in self.cache:
+            assert len({len(head) for head in layer}) == 1, "heads hold different counts"
+        return [len(layer[0]) for layer in self.cache]
+
+    def truncate(self, seen: int) -> None:
+        """Forget every token from this position on."""
+        self.seen = seen
+        for layer in self.cache:
+            for head in layer:
+                for position in [each for each in head if each >= seen]:
+                    del head[position]
+
+    @torch.no_grad()
+    def _forward(self, tokens: list[int], is_decode: bool) -> Tensor:
+        rows = list(range(self.seen, self.seen + len(tokens)))
+        self.seen += len(tokens)
+        hidden = self.weights["model.embed_tokens.weight"][tokens]
+        for layer in range(self.depth):
+            hidden, seen = self._layer(layer, hidden, rows, is_decode)
+            going = self.fastkv_going(seen, **self.options) if self.method == "fastkv" else rows
+            kept: Kept | None = getattr(self, self.method)(seen, **self.options)
+            if kept is not None:
+                for head, stays in zip(self.cache[layer], kept, strict=True):
+                    for position in head.keys() - stays:
+                        del head[position]
+            hidden = hidden[[rows.index(position) for position in going]]
+            rows = going
+        normed = self._norm(hidden[-1], "model.norm")
+        return normed @ self.weights["lm_head.weight"].T
+
+    def _layer(self, layer: int, hidden: Tensor, rows: list[int], is_decode: bool
+               ) -> tuple[Tensor, Seen]:  # fmt: skip
+        name = f"model.layers.{layer}"
+        normed = self._norm(hidden, f"{name}.input_layernorm")
+        queries, keys, values = (
+            self._linear(normed, f"{name}.self_attn.{kind}_proj").unflatten(1, (heads, -1))
+            for kind, heads in (("q", self.heads), ("k", self.kv_heads), ("v", self.kv_heads))
+        )
+        out = torch.zeros_like(queries)
+        held_by_head, weights_by_head = [], []
+        for kv_head in range(self.kv_heads):
+            entries = self.cache[layer][kv_head]
+            for row, position in enumerate(rows):
+                entries[position] = Entry(keys[row, kv_head], values[row, kv_head])
+            held = sorted(entries)
+            places = self._places(held)
+            turned = self._turn(torch.stack([entries[each].key for each in held]), places)
+            stacked = torch.stack([entries[each].value for each in held])
+            weights = torch.zeros(self.group, len(rows), len(held), dtype=torch.float64)
+            own = [held.index(position) for position in rows]
+            for head in range(kv_head * self.group, (kv_head + 1) * self.group):
+                asking = self._turn(queries[:, head], [places[at] for at in own])
+                for row, at in enumerate(own):  # it sees itself and all before it
+                    logits = turned[: at + 1] @ asking[row] / asking.shape[1] ** 0.5
+                    weights[head % self.group, row, : at + 1] = torch.softmax(logits, -1)
+                out[:, head] = weights[head % self.group] @ stacked
+            held_by_head.append(held)
+            weights_by_head.append(weights)
+        hidden = hidden + self._linear(out.flatten(1), f"{name}.self_attn.o_proj")
+        normed = self._norm(hidden, f"{name}.post_attention_layernorm")
+        inner = F.silu(self._linear(normed, f"{name}.mlp.gate_proj"))
+        inner = inner * self._linear(normed, f"{name}.mlp.up_proj")
+        hidden = hidden + self._linear(inner, f"{name}.mlp.down_proj")
+        return hidden, Seen(layer, rows, held_by_head, weights_by_head, is_decode)
+
+    def _places(self, held: list[int]) -> list[int]:
+        """Rotary positions of the entries: their own, or places in the cache (StreamingLLM)."""
+        return list(range(len(held))) if self.method == "streaming_llm" else held
+
+    def _turn(self, vectors: Tensor, places: list[int]) -> Tensor:
+        """``[n, head_dim]`` rotated to ``n`` places."""
+        angles = torch.tensor(places, dtype=torch.float64)[..., None] * self.frequencies
+        left, right = vectors.chunk(2, dim=-1)
+        cos, sin = angles.cos(), angles.sin()
+        return torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1)
+
+    def _norm(self, hidden: Tensor, name: str) -> Tensor:
+        size = hidden.pow(2).mean(-1, keepdim=True) + self.eps
+        return hidden / size.sqrt() * self.weights[f"{name}.weight"]
+
+    def _linear(self, hidden: Tensor, name: str) -> Tensor:
+        return hidden @ self.weights[f"{name}.weight"].T
+
+    # --- what methods share ---------------------------------------------------------------------
+
+    def _budget(self, published: int) -> int:
+        """Entries per layer: ``keep`` as a share of the text, or what the paper says."""
+        return published if self.keep is None else round(self.keep * self.text)
+
+    def _best(self, held: list[list[int]], scores: list[dict[int, float]], count: int,
+              always: list[set[int]]) -> Kept:  # fmt: skip
+        """Per head: what always stays, then the highest scores; ties go to the earlier token."""
+        forced = [each | (self.protect & set(h)) for each, h in zip(always, held, strict=True)]
+        count = max(count, *(len(each) for each in forced))
+        kept = []
+        for positions, score, stays in zip(held, scores, forced, strict=True):
+            rest = [position for position in positions if position not in stays]
+            rest.sort(key=lambda position: (-score[position], position))
+            kept.append(stays | set(rest[: count - len(stays)]))
+        return kept
+
+    def _rising(self, layer: int, first: float, last: float, most: int) -> int:
+        """Budgets evenly from ``first`` to ``last``; what is cut off at ``most`` goes to the
+        other end."""
+        low, high = sorted((first, last))
+        if high > most:
+            low, high = min(most, low + high - most), most
+        first, last = (low, high) if first <= last else (high, low)
+        return round(first + (last - first) * layer / (self.depth - 1))
+
+    def _smoothed(self, positions: list[int], scores: dict[int, float], kernel: int,
+                  pooling: str) -> dict[int, float]:  # fmt: skip
+        """Scores of the neighbours that are there, averaged (zeros beyond the ends) or maxed."""
+        smoothed = {}
+        for index, position in enumerate(positions):
+            near = positions[max(0, index - kernel // 2) : index + kernel // 2 + 1]
+            found = [scores[each] for each in near]
+            smoothed[position] = sum(found) / kernel if pooling == "mean" else max(found)
+        return smoothed
+
+    # --- the methods ----------------------------------------------------------------------------
+
+    def streaming_llm(self, seen: Seen, sinks: int = 4, window: int = 1020) -> Kept | None:
+        """Sinks and the newest entries (https://arxiv.org/abs/2309.17453)."""
+        held, budget = seen.held, self._budget(sinks + window)
+        if len(held[0]) <= budget:
+            return None
+        always = [{each for each in positions if each < sinks} for positions in held]
+        newest = [{each: float(each) for each in positions} for positions in held]
+        return self._best(held, newest, budget, always)
+
+    def h2o(self, seen: Seen, heavy_ratio: float = 0.1, recent_ratio: float = 0.1) -> Kept | None:
+        """Recent tokens and those with the largest sums of attention
+        (https://arxiv.org/abs/2306.14048)."""
+        sums = []
+        for head, positions in enumerate(seen.held):
+            total: dict[int, float] = self.memory.setdefault((seen.layer, head), {})
+            given = seen.weights[head].sum((0, 1)).tolist()
+            for position, amount in zip(positions, given, strict=True):
+                total[position] = total.get(position, 0.0) + amount
+            sums.append(total)
+        recent, heavy = int(self.text * recent_ratio), int(self.text * heavy_ratio)
+        budget = self._budget(recent + heavy)
+        if self.keep is not None:
+            recent = budget - budget // 2
+        if len(seen.held[0]) <= budget:
+            return None
+        always = [set(positions[len(positions) - recent :]) for positions in seen.held]
+        return self._best(seen.held, sums, budget, always)
+
+    def scissorhands(self, seen: Seen, budget_ratio: float = 0.2, window: int = 400,
+                     recent: int = 10, drop: float = 0.5, rise: float = 0.2
+                     ) -> Kept | None:  # fmt: skip
+        """Entries that got less than 1/t of a step's attention in the fewest of the last steps
+        (https://arxiv.org/abs/2305.17118)."""
+        lows = []
+        for head, positions in enumerate(seen.held):
+            history: list[tuple[int, dict[int, float]]] = self.memory.setdefault(
+                (seen.layer, head), []
+            )
+            shares = seen.weights[head].mean(0).tolist()
+            for row, amounts in zip(seen.rows, shares, strict=True):
+                given = zip(positions, amounts, strict=True)
+                history.append((row + 1, {p: share for p, share in given if p <= row}))
+            del history[:-window]
+            lows.append({
+                each: -float(sum(1 for t, row in history if each in row and row[each] < 1 / t))
+                for each in positions
+            })  # fmt: skip
+        mean = budget_ratio * self.text if self.keep is None else self.keep * self.text
+        ends = (round(mean) * (1 - rise), round(mean) * (1 + rise))
+        budget, entries = self._rising(seen.layer, *ends, most=self.text), len(seen.held[0])
+        if entries <= budget:
+            return None
+        count = entries - max(1, int(drop * budget)) if seen.is_decode else budget
+        always = [set(positions[-recent:]) for positions in seen.held]
+        return self._best(seen.held, lows, count, always)
+
+    def snapkv(self, seen: Seen, capacity: int = 1024, **options: Any) -> Kept | None:
+        """What the prompt's last queries look at (https://arxiv.org/abs/2404.14469)."""
+        return self._window_best(seen, self._budget(capacity), **{"window": 32, **options})
+
+    def pyramidkv(self, seen: Seen, capacity: int = 2048, window: int = 8, beta: float = 20,
+                  **options: Any) -> Kept | None:  # fmt: skip
+        """SnapKV's scores; budgets fall evenly to 1/beta of the mean
+        (https://arxiv.org/abs/2406.02069)."""
+        mean = self._budget(capacity) - window
+        ends = (2 * mean - mean / beta, mean / beta)
+        budget = window + self._rising(seen.layer, *ends, most=self.text - window)
+        return self._window_best(seen, budget, window=window, **options)
+
+    def tova(self, seen: Seen, capacity: int = 512) -> Kept | None:
+        """What the last query looks at, mean over heads (https://arxiv.org/abs/2401.06104)."""
+        positions, budget = seen.held[0], self._budget(capacity)
+        if len(positions) <= budget:
+            return None
+        last = torch.stack([weights[:, -1] for weights in seen.weights]).mean((0, 1)).tolist()
+        scores = dict(zip(positions, last, strict=True))
+        return self._best(seen.held, [scores] * self.kv_heads, budget, [set()] * self.kv_heads)
+
+    def fastkv(self, seen: Seen, retain_ratio: float = 0.1, layer: int | None = None,
+               propagate_ratio: float = 0.2, **options: Any) -> Kept | None:  # fmt: skip
+        """SnapKV's retention in every layer (https://arxiv.org/abs/2502.01068)."""
+        budget = self._budget(round(retain_ratio * self.text))
+        return self._window_best(seen, budget, **{"window": 8, **options})
+
+    def fastkv_going(self, seen: Seen, layer: int | None = None, propagate_ratio: float = 0.2,
+                     window: int = 8, kernel: int = 7, pooling: str = "mean",
+                     retain_ratio: float = 0.1) -> list[int]:  # fmt: skip
+        """FastKV's one propagation: tokens that enter the layers after it."""
+        rows = seen.rows
+        if seen.is_decode or seen.layer != (self.depth // 2 - 1 if layer is None else layer):
+            return rows
+        count = int(len(rows) * max(propagate_ratio, self.keep or 0.0))
+        recent = set(rows[-window:])
+        scores = {}
+        for position in rows:
+            columns = [
+                weights[:, -window:, held.index(position)]
+                for weights, held in zip(seen.weights, seen.held, strict=True)
+            ]
+            total = float(torch.stack(columns).mean((0, 1)).sum())
+            scores[position] = 0.0 if position in recent else total
+        smoothed = self._smoothed(rows, scores, kernel, pooling)
+        return sorted(self._best([rows], [smoothed], count, [recent])[0])
+
+    def _window_best(self, seen: Seen, budget: int, window: int, kernel: int = 7,
+                     pooling: str = "mean") -> Kept | None:  # fmt: skip
+        if seen.is_decode or len(seen.held[0]) <= budget:
+            return None
+        scores, recent = [], []
+        for weights, positions in zip(seen.weights, seen.held, strict=True):
+            sums = weights[:, -window:].mean(0).sum(0).tolist()
+            newest = {each for each in positions if each >= self.seen - window}
+            context = {
+                position: 0.0 if position in newest else amount
+                for position, amount in zip(positions, sums, strict=True)
+            }
+            scores.append(self._smoothed(positions, context, kernel, pooling))
+            recent.append(newest)
+        return self._best(seen.held, scores, budget, recent)

@@ -1,0 +1,216 @@
+"""Every published method against its judge: a float64 model with whole attention rows.
+
+Entries kept per layer and head and their number at every step must be the same; logits agree to
+rounding.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from pyramidinfer import LLM, SamplingParams
+from pyramidinfer.policies import make_policy
+from pyramidinfer.types import Trace
+from tests.policies.judge import Judge, exact_llama
+from tests.tiny import VOCAB, random_prompt
+
+NEW = 20
+SPANS = (3, 4, 20)
+PER_HEAD = {"h2o", "scissorhands", "snapkv", "pyramidkv", "fastkv"}
+CASES: list[tuple[str, float | None, tuple[int, ...], dict[str, Any]]] = [
+    ("streaming_llm", 0.4, (), {}),
+    ("streaming_llm", None, SPANS, {"sinks": 2, "window": 17}),
+    ("h2o", 0.4, SPANS, {}),
+    ("h2o", None, (), {}),
+    ("h2o", None, (), {"heavy_ratio": 0.2, "recent_ratio": 0.1}),
+    ("h2o", None, (), {"heavy_ratio": 0.1, "recent_ratio": 0.35}),
+    ("scissorhands", 0.5, (), {}),
+    ("scissorhands", 0.5, SPANS, {"window": 9, "recent": 3, "drop": 0.2, "rise": 0.5}),
+    ("scissorhands", None, (), {"budget_ratio": 0.3, "recent": 3, "rise": 0.0}),
+    ("snapkv", 0.4, (), {"window": 8}),
+    ("snapkv", None, SPANS, {"window": 12, "kernel": 3, "capacity": 20, "pooling": "max"}),
+    ("snapkv", 0.3, (), {"window": 1, "kernel": 1}),
+    ("pyramidkv", 0.5, (), {}),
+    ("pyramidkv", None, SPANS, {"capacity": 30, "beta": 2.0, "pooling": "max"}),
+    ("tova", 0.5, (), {}),
+    ("tova", None, SPANS, {"capacity": 20}),
+    ("fastkv", None, (), {"propagate_ratio": 0.4, "retain_ratio": 0.3}),
+    ("fastkv", 0.4, SPANS, {"layer": 0, "window": 4}),
+    ("fastkv", 0.5, (), {"layer": 2, "kernel": 3, "pooling": "max"}),
+]
+
+
+class Verdict(NamedTuple):
+    """What the judge found, as the engine's trace would say it."""
+
+    prefill: list[list[list[int]]]
+    kept: list[list[list[int]]]
+    lengths: list[list[int]]
+    tokens: list[int]
+    prefill_logits: Tensor
+    final_logits: Tensor
+
+
+@cache
+def model() -> Any:
+    return exact_llama()
+
+
+def engine(method: str, keep: float | None, chunk: int, **options: Any) -> LLM:
+    return LLM(model(), policy=make_policy(method, keep, **options), kv_memory="4MiB", page_size=4,
+               poison=True, prefill_chunk=chunk)  # fmt: skip
+
+
+def judged(judge: Judge, prompt: list[int], tokens: list[int]) -> Verdict:
+    before = logits = judge.read(prompt)
+    prefill, lengths, chosen = judge.positions(), [], []
+    for token in tokens:
+        chosen.append(int(logits.argmax()))
+        logits = judge.decode(token)
+        lengths.append(judge.lengths())
+    return Verdict(prefill, judge.positions(), lengths, chosen, before, logits)
+
+
+def as_lists(positions: list[Tensor]) -> list[list[list[int]]]:
+    return [layer.tolist() for layer in positions]
+
+
+def check(trace: Trace, verdict: Verdict) -> None:
+    assert as_lists(trace.prefill_positions) == verdict.prefill
+    assert trace.kept_len_by_step == verdict.lengths
+    assert as_lists(trace.kept_positions) == verdict.kept
+    assert trace.token_ids == verdict.tokens
+    for logits, expected in (
+        (trace.prefill_logits, verdict.prefill_logits), (trace.final_logits, verdict.final_logits),
+    ):  # fmt: skip
+        torch.testing.assert_close(logits, expected, atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize(("method", "keep", "protect", "options"), CASES)
+def test_method_equals_its_judge(
+    method: str, keep: float | None, protect: tuple[int, ...], options: dict[str, Any]
+) -> None:
+    """Two prompts, one taken in whole and in chunks, then generation."""
+    for seed, (length, chunks) in enumerate(((80, (1024, 13)), (55, (13,)))):
+        prompt, verdict = random_prompt(seed, length), None
+        for chunk in chunks:
+            llm = engine(method, keep, chunk, **options)
+            spans = [(each, each + 1) for each in protect]
+            trace = llm.trace(prompt, max_tokens=NEW, protect=spans)
+            if verdict is None:
+                judge = Judge(model(), method, keep, protect, **options)
+                verdict = judged(judge, prompt, trace.token_ids)
+            check(trace, verdict)
+            llm.engine.check()
+        assert verdict is not None
+        assert all(len(layer[0]) < length for layer in verdict.prefill[1:]), "nothing was dropped"
+        assert all(set(protect) <= set(head) for layer in verdict.kept for head in layer)
+        differ = any(layer[0] != layer[1] for layer in verdict.kept)
+        assert differ == (method in PER_HEAD), "heads differ where the method chooses per head"
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "broken"),
+    [
+        ("streaming_llm", {"sinks": 2, "window": 17}, {"sinks": 3, "window": 16}),
+        ("h2o", {}, {"heavy_ratio": 0.05, "recent_ratio": 0.15}),
+        ("scissorhands", {"window": 20, "recent": 3}, {"window": 19, "recent": 3}),
+        ("snapkv", {"window": 8, "capacity": 30}, {"window": 7, "capacity": 30}),
+        ("pyramidkv", {"capacity": 30}, {"capacity": 30, "kernel": 5}),
+        ("tova", {"capacity": 20}, {"capacity": 21}),
+        ("fastkv", {"retain_ratio": 0.3}, {"retain_ratio": 0.3, "layer": 2}),
+    ],
+)
+def test_a_slightly_different_rule_is_noticed(
+    method: str, options: dict[str, Any], broken: dict[str, Any]
+) -> None:
+    """These tests can fail: the judge of a neighbouring rule disagrees."""
+    prompt = random_prompt(0, 80)
+    trace = engine(method, None, 1024, **options).trace(prompt, max_tokens=NEW)
+    judge = Judge(model(), method, **broken)
+    judge.read(prompt)
+    for token in trace.token_ids:
+        judge.decode(token)
+    assert as_lists(trace.kept_positions) != judge.positions()
+
+
+def test_wrong_rotary_positions_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Positions in the text instead of the cache: the same entries stay, but logits differ."""
+    trace = engine("streaming_llm", None, 1024, window=16).trace(random_prompt(0, 80), NEW)
+    monkeypatch.setattr(Judge, "_places", lambda self, held: held)
+    judge = Judge(model(), "streaming_llm", window=16)
+    logits = judge.read(trace.prompt_token_ids)
+    for token in trace.token_ids:
+        logits = judge.decode(token)
+    assert as_lists(trace.kept_positions) == judge.positions()
+    assert float((trace.final_logits - logits).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("method", "keep", "options"),
+    [
+        ("streaming_llm", 0.4, {}),
+        ("h2o", 0.4, {}),
+        ("scissorhands", 0.5, {"window": 12}),
+        ("snapkv", 0.4, {"window": 8}),
+        ("snapkv", 0.4, {"window": 8, "pooling": "max"}),
+        ("pyramidkv", 0.5, {}),
+        ("tova", 0.4, {}),
+        ("fastkv", None, {"retain_ratio": 0.3, "propagate_ratio": 0.5}),
+    ],
+)
+def test_further_turns_equal_the_judge(
+    method: str, keep: float | None, options: dict[str, Any]
+) -> None:
+    """Three turns on one compressed cache: positions after each, log-probabilities throughout."""
+    llm = engine(method, keep, 13, **options)
+    judge = Judge(model(), method, keep, SPANS, **options)
+    request, last = None, []
+    for seed, (length, new) in enumerate(((60, 8), (25, 20), (30, 20))):
+        prompt = random_prompt(seed, length)
+        params = SamplingParams(max_tokens=new, ignore_eos=True, logprobs=VOCAB)
+        if request is None:
+            spans = [(each, each + 1) for each in SPANS]
+            request = llm.engine.add(prompt, params, hold=True, protect=spans)
+        else:
+            request = llm.engine.extend(request, prompt, params, hold=True)
+        while request.finish_reason is None:
+            llm.engine.step()
+        logits = judge.read(last + prompt)
+        for step, (token, found) in enumerate(zip(request.output, request.logprobs, strict=True)):
+            expected = torch.log_softmax(logits, -1)
+            top = torch.tensor([found.top[each] for each in range(VOCAB)], dtype=torch.float64)
+            torch.testing.assert_close(top, expected, atol=1e-9, rtol=0)
+            if step < new - 1:  # the last token is fed with the next turn
+                logits = judge.decode(token)
+        last = request.output[-1:]
+        assert request.sequence is not None
+        table, pool = request.sequence.table, llm.engine.pool
+        found = [pool.positions(table, layer).sort(1).values for layer in range(judge.depth)]
+        assert as_lists(found) == judge.positions()
+    assert max(judge.lengths()) < judge.seen, "nothing was dropped"
+    llm.engine.release(request)
+    llm.engine.check()
+
+
+@pytest.mark.parametrize(("method", "keep", "protect", "options"), CASES[::2])
+def test_scored_continuation_equals_the_judge(
+    method: str, keep: float | None, protect: tuple[int, ...], options: dict[str, Any]
+) -> None:
+    """A continuation attends to what was kept of its context, and loses nothing itself."""
+    prompt, more = random_prompt(0, 60), random_prompt(1, 10)
+    spans = [(each, each + 1) for each in protect]
+    (score,) = engine(method, keep, 13, **options).score([prompt], [more], protect=spans)
+    judge = Judge(model(), method, keep, protect, **options)
+    logits = [judge.read(prompt)]
+    setattr(judge, method, lambda seen, **options: None)
+    logits += [judge.decode(token) for token in more[:-1]]
+    expected = torch.stack(logits).log_softmax(-1)
+    chosen = [float(row[token]) for row, token in zip(expected, more, strict=True)]
+    assert score.logprobs == pytest.approx(chosen, abs=1e-9)
+    assert score.kv.kept_len == tuple(each - len(more) + 1 for each in judge.lengths())
