@@ -1,8 +1,9 @@
 """Calibration: how much each layer suffers from pruning, on the user's text, made into budgets.
 
-The paper's ICR measurement (prune one layer, leave the others whole) as a tool.  Two tables are
-measured as divergence from the full cache: *retention*, each layer's cache alone held to a share;
-*propagation*, only a share of the tokens going deeper than a layer.  Taking losses as adding up,
+The paper's ICR measurement (prune one layer, leave the others whole) as a tool.  First the scores
+are chosen that lose least at a level budget.  Then two tables are measured as divergence from the
+full cache: *retention*, each layer's cache alone held to a share; *propagation*, only a share of
+the tokens going deeper than a layer.  Taking losses as adding up,
 the cheapest plan within the target is solved for, then measured as a whole on passages that were
 not used; where it misses, it is solved again for less.
 """
@@ -22,11 +23,13 @@ from pyramidinfer.lab.record import commit, machine
 from pyramidinfer.lab.samples import Passage, Subject
 from pyramidinfer.lab.study import Row, run_cells
 from pyramidinfer.policies import Full, Policy, Pyramid, Schedule
+from pyramidinfer.policies.schedule import HEADS
 from pyramidinfer.types import Needs, Observation, Score, View
 
 __all__ = ["Calibration", "OneLayer", "calibrate"]
 
 SHARES = (0.03, 0.06, 0.12, 0.25, 0.4, 0.6, 0.8)
+KERNELS = (1, 3, 7)
 PROPAGATED = (0.05, 0.1, 0.2, 0.35, 0.5)
 #: Divergences below this are noise of the arithmetic.
 NOISE = 1e-7
@@ -75,18 +78,25 @@ class OneLayer(Pyramid):
 def calibrate(task: Calibration, out: Path, workers: int = 1) -> Schedule:
     """Measure, solve, verify; writes the schedule to ``out`` and returns it."""
     depth = task.subject.depth
-    cells = [{"layer": i, "keep": s} for i in range(depth) for s in SHARES]
-    cells += [{"start": i, "propagate": s} for i in range(depth - 1) for s in PROPAGATED]
-    work = out.with_name(out.name + ".measured.json")
-    rows = run_cells("calibrate", asdict(task), cells, partial(measure, task), work, workers)
-    found = Tables.of(rows, depth)
+    level = task.keep or 0.25
+    cells = [{"heads": h, "kernel": k, "level": level} for h in HEADS for k in KERNELS]
+    parts = [out.with_name(f"{out.name}.{part}.json") for part in ("scores", "layers")]
+    settings = asdict(task)
+    rows = run_cells("scores", settings, cells, partial(measure, task), parts[0], workers)
+    scores = min(rows, key=lambda row: row["kl"])
+    by = {"heads": scores["heads"], "kernel": scores["kernel"]}
+    cells = [{"layer": i, "keep": s, **by} for i in range(depth) for s in SHARES]
+    cells += [{"start": i, "propagate": s, **by} for i in range(depth - 1) for s in PROPAGATED]
+    layers = run_cells("layers", settings, cells, partial(measure, task), parts[1], workers)
+    found = Tables.of(layers, depth, **by)
     schedule, tried = _solve_until_met(task, found)
     about = {
         "commit": commit(), "machine": machine(), "task": asdict(task), "tried": tried,
-        "kl_is_met": schedule.kl <= task.target_kl,
+        "scores": rows,
     }  # fmt: skip
     schedule.save(out, about)
-    work.unlink()
+    for part in parts:
+        part.unlink()
     return schedule
 
 
@@ -96,11 +106,13 @@ def measure(task: Calibration, cell: dict[str, Any]) -> list[Row]:
 
 
 def _policy(cell: dict[str, Any]) -> Policy:
+    common = {"schedule": None, "min_context": 1, "heads": cell["heads"], "kernel": cell["kernel"]}
+    if "level" in cell:
+        return Pyramid(keep=cell["level"], propagate_ratio=1.0, **common)
     if "layer" in cell:
-        return OneLayer(schedule=None, keep=cell["keep"], layer=cell["layer"], min_context=1)
+        return OneLayer(keep=cell["keep"], layer=cell["layer"], **common)
     return Pyramid(
-        schedule=None, keep=1.0, start_layer=cell["start"], propagate_ratio=cell["propagate"],
-        min_context=1,
+        keep=1.0, start_layer=cell["start"], propagate_ratio=cell["propagate"], **common
     )  # fmt: skip
 
 
@@ -133,9 +145,11 @@ class Tables:
 
     retain: tuple[tuple[float, ...], ...]
     go: tuple[tuple[float, ...], ...]
+    heads: str
+    kernel: int
 
     @classmethod
-    def of(cls, rows: list[Row], depth: int) -> Tables:
+    def of(cls, rows: list[Row], depth: int, heads: str, kernel: int) -> Tables:
         def table(kind: str, share: str, count: int, shares: tuple[float, ...]
                   ) -> tuple[tuple[float, ...], ...]:  # fmt: skip
             found = {(r[kind], r[share]): r["kl"] for r in rows if kind in r}
@@ -143,7 +157,7 @@ class Tables:
 
         retain = table("layer", "keep", depth, SHARES)
         go = table("start", "propagate", depth - 1, PROPAGATED)
-        return cls(tuple((*row, 0.0) for row in retain), go)
+        return cls(tuple((*row, 0.0) for row in retain), go, heads, kernel)
 
 
 def _clean(kl: float) -> float:
@@ -183,7 +197,8 @@ def solve(found: Tables, allowed: float, keep: float | None) -> Schedule:
     for start, share, loss in plans:
         if loss > allowed / 2:
             continue
-        plan = Schedule(start, share, (*SHARES, 1.0), found.retain, 1.0, 0.0)
+        plan = Schedule(start, share, (*SHARES, 1.0), found.retain, found.heads, found.kernel,
+                        1.0, 0.0)  # fmt: skip
         kept = keep if keep is not None else _least_keep(plan, allowed - loss)
         computed = (start + 1 + (depth - 1 - start) * share) / depth
         cost = computed + sum(plan.budgets(kept)) / depth

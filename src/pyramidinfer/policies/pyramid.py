@@ -29,7 +29,7 @@ from pyramidinfer.config import check_choice, check_share, check_whole, named_op
 from pyramidinfer.policies.base import Forecast, best_entries, pool_neighbours
 from pyramidinfer.policies.budgets import CURVES, SHAPES, curve_ratio, fill_budgets
 from pyramidinfer.policies.retaining import Retaining
-from pyramidinfer.policies.schedule import FILE_NAME, Schedule
+from pyramidinfer.policies.schedule import FILE_NAME, HEADS, Schedule
 from pyramidinfer.policies.snapkv import check_kernel
 from pyramidinfer.types import Keep, Layers, Needs, Observation, Reduce, State, View
 
@@ -57,8 +57,10 @@ class Pyramid(Retaining):
         ``"cosine"`` from 1 down to ``propagate_ratio`` at the last layer.
     stable : overlap of successive layers' top shares from which they are said to agree.
     window : queries that score, and newest tokens that stay.
-    kernel : neighbours over which scores are max-pooled (odd; 1 is off).
-    heads : ``"max"`` over heads and queries, or their ``"mean"``.
+    kernel : neighbours over which scores are max-pooled (odd; 1 is off); None is the schedule's,
+        else 7.
+    heads : ``"max"`` over heads and queries, or their ``"mean"``; None is the schedule's, else
+        ``"max"``.
     sinks : first tokens that stay.
     min_context : a text is not cut below so many tokens in the mean over layers, and so many
         always go deeper.
@@ -76,8 +78,8 @@ class Pyramid(Retaining):
     curve: str = "step"
     stable: float = 0.5
     window: int = 16
-    kernel: int = 7
-    heads: str = "max"
+    kernel: int | None = None
+    heads: str | None = None
     sinks: int = 4
     min_context: int = 64
     stride: int = 16
@@ -93,10 +95,12 @@ class Pyramid(Retaining):
         check_share("stable", self.stable)
         check_choice("curve", self.curve, ("step", *sorted({*CURVES} - {"constant"})))
         check_choice("budgets", self.budgets, SHAPES)
-        check_choice("heads", self.heads, ("max", "mean"))
+        if self.heads is not None:
+            check_choice("heads", self.heads, HEADS)
         for name, least in (("window", 1), ("sinks", 0), ("min_context", 1), ("stride", 1)):
             check_whole(name, getattr(self, name), least)
-        check_kernel(self.kernel)
+        if self.kernel is not None:
+            check_kernel(self.kernel)
         if not isinstance(self.schedule, Schedule | str | Path | None):
             raise ValueError(f"schedule={self.schedule!r} must be a path, 'auto' or None")
         if isinstance(self.schedule, str | Path) and self.schedule != "auto":
@@ -191,8 +195,8 @@ class Pyramid(Retaining):
     def needs(self, view: View) -> Needs:
         if not view.layers.governed[view.layer]:
             return Needs()
-        heads = "kv_max" if self.heads == "max" else "kv_mean"
-        reduce = Reduce(heads, self.heads)  # type: ignore[arg-type]
+        rows = self.heads or (self._plan.heads if self._plan else "max")
+        reduce = Reduce("kv_max", "max") if rows == "max" else Reduce("kv_mean", "mean")
         over = self.over(view)
         if view.phase == "decode":
             return Needs(window=self.window, reduce=reduce, evict=True) if over else Needs()
@@ -271,7 +275,8 @@ class Pyramid(Retaining):
         )
 
     def _pooled(self, scores: Tensor, seen: Observation) -> Tensor:
-        return pool_neighbours(scores, seen.positions, self.kernel, "max")
+        kernel = self.kernel or (self._plan.kernel if self._plan else 7)
+        return pool_neighbours(scores, seen.positions, kernel, "max")
 
     def _forced(self, seen: Observation) -> Tensor:
         recent = seen.positions > seen.view.seen_len - 1 - self.window

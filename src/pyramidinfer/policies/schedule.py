@@ -15,10 +15,13 @@ from typing import Any
 
 from pyramidinfer.config import is_number
 
-__all__ = ["FILE_NAME", "Schedule", "allocate"]
+__all__ = ["FILE_NAME", "HEADS", "Schedule", "allocate"]
 
 #: A schedule of this name in a model's folder belongs to that model.
 FILE_NAME = "pyramid_schedule.json"
+
+#: How the weights of heads and queries become one score.
+HEADS = ("max", "mean")
 
 
 @dataclass(frozen=True, repr=False)
@@ -30,6 +33,8 @@ class Schedule:
     shares : the shares of a layer's cache that were tried, ascending, the last one is 1.
     loss : ``[layers][shares]`` what holding one layer to a share costs (KL of the next-token
         distributions against the full cache, nats per token).
+    heads, kernel : the scores that lost least: ``"max"`` or ``"mean"`` over heads and queries,
+        max-pooled over so many neighbours.
     keep : mean over layers of the budgets chosen for the target.
     kl : measured divergence of the whole schedule at ``keep``.
     """
@@ -38,6 +43,8 @@ class Schedule:
     propagate: float
     shares: tuple[float, ...]
     loss: tuple[tuple[float, ...], ...]
+    heads: str
+    kernel: int
     keep: float
     kl: float
 
@@ -69,7 +76,8 @@ class Schedule:
             found = json.loads(Path(path).read_text())["schedule"]
             schedule = cls(
                 found["start_layer"], found["propagate"], tuple(found["shares"]),
-                tuple(tuple(row) for row in found["loss"]), found["keep"], found["kl"],
+                tuple(tuple(row) for row in found["loss"]), found["heads"], found["kernel"],
+                found["keep"], found["kl"],
             )  # fmt: skip
         except OSError as error:
             raise ValueError(f"schedule {str(path)!r} cannot be read: {error.strerror}") from None
@@ -92,6 +100,9 @@ class Schedule:
             and type(self.start_layer) is int
             and 0 <= self.start_layer < len(self.loss)
             and 0 < self.propagate <= 1
+            and self.heads in HEADS
+            and type(self.kernel) is int
+            and self.kernel % 2 == 1
         ):
             raise ValueError(f"{path!r} is a damaged schedule; make it again")
 
