@@ -53,12 +53,12 @@ def numbers(text: str, kind: type[N], option: str) -> tuple[N, ...]:
 
 def subject(model: str | None, text: Path | None, dtype: str, device: str) -> Subject:
     """What is studied, with the shipped model as the default."""
-    from pyramidinfer.lab.samples import Subject
-    from pyramidinfer.models.loading import quiet_transformers, shipped_model
+    from pyramidinfer.lab.samples import SHIPPED, Subject
+    from pyramidinfer.models.loading import quiet_transformers
 
     quiet_transformers()
     path = None if text is None else str(text)
-    return Subject(model or shipped_model(), path, dtype, device)
+    return Subject(model or SHIPPED, path, dtype, device)
 
 
 KvMemory = Annotated[str, typer.Option(help="Memory for the cache.")]

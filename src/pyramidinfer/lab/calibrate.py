@@ -29,7 +29,7 @@ from pyramidinfer.types import Needs, Observation, Score, View
 __all__ = ["Calibration", "OneLayer", "calibrate"]
 
 SHARES = (0.03, 0.06, 0.12, 0.25, 0.4, 0.6, 0.8)
-KERNELS = (1, 3, 7)
+KERNELS = (1, 7, 15)
 PROPAGATED = (0.05, 0.1, 0.2, 0.35, 0.5)
 #: Divergences below this are noise of the arithmetic.
 NOISE = 1e-7

@@ -15,11 +15,14 @@ from typing import Any
 from pyramidinfer.engine import LLM
 from pyramidinfer.lab import documents
 from pyramidinfer.lab.recall import make_question
-from pyramidinfer.models.loading import load_model
+from pyramidinfer.models.loading import load_model, shipped_model
 from pyramidinfer.policies import Policy
 from pyramidinfer.types import TokenIds
 
-__all__ = ["Corpus", "Needle", "Passage", "Subject"]
+__all__ = ["SHIPPED", "Corpus", "Needle", "Passage", "Subject"]
+
+#: Stands for the model in the package, wherever that is installed.
+SHIPPED = "shipped"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +51,7 @@ class Needle:
 class Subject:
     """What is studied: a model, a text and where it runs.  Plain values, so it can be pickled."""
 
-    model: str
+    model: str = SHIPPED
     text: str | None = None
     dtype: str = "float32"
     device: str = "auto"
@@ -173,7 +176,7 @@ class Corpus:
 
 @lru_cache(maxsize=1)
 def _load(model: str, dtype: str, device: str) -> Any:
-    return load_model(model, "auto", dtype, device)
+    return load_model(shipped_model() if model == SHIPPED else model, "auto", dtype, device)
 
 
 def _read(path: str) -> str:

@@ -130,12 +130,13 @@ def allocate(shares: tuple[float, ...], loss: tuple[tuple[float, ...], ...], kee
     for layer, (row, cap) in enumerate(zip(loss, caps, strict=True)):
         for (low, before), (high, after) in _hull_steps(shares, row):
             if low < cap:
-                steps.append(((before - after) / (high - low), layer, min(high, cap) - low))
-    steps.sort(key=lambda step: -step[0])  # stable: along one hull the gains only fall
+                gain = (before - after) / (high - low)
+                steps.append((-gain, high, layer, min(high, cap) - low))
+    steps.sort()  # along one hull gains only fall; where nothing is gained, level up
     left = keep * len(caps) - sum(held)
     if left <= 0:  # less than the smallest share everywhere
         return [keep * len(caps) * share / sum(held) for share in held]
-    for _, layer, width in steps:
+    for _, _, layer, width in steps:
         taken = min(width, left)
         held[layer] += taken
         left -= taken
