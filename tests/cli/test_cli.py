@@ -75,8 +75,8 @@ def test_chat_applies_the_template() -> None:
 
 
 def test_inspect_is_the_policys_forecast() -> None:
-    done = run("inspect", "--model", GOLDEN, "--keep", "0.45", "--prompt-len", "1000",
-               "--max-tokens", "20", "--json")  # fmt: skip
+    done = run("inspect", "--model", GOLDEN, "--policy", "pyramidinfer", "--keep", "0.45",
+               "--prompt-len", "1000", "--max-tokens", "20", "--json")  # fmt: skip
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)["layers"]
     llm = LLM(GOLDEN, kv_memory="64MiB")
@@ -91,9 +91,10 @@ def test_inspect_is_the_policys_forecast() -> None:
             PyramidInfer(keep=0.45), 1000, 20, llm.engine.adapter.layers_for(1020), 0
         ).bytes
     )
-    tight = run("inspect", "--keep", "0.09", "--prompt-len", "1000")
+    tight = run("inspect", "--policy", "pyramidinfer", "--keep", "0.09", "--prompt-len", "1000")
     assert "keep=0.09 cannot be reached at this prompt length" in tight.stdout
-    table = run("inspect", "--model", GOLDEN, "--keep", "0.45", "--prompt-len", "1000")
+    table = run("inspect", "--model", GOLDEN, "--policy", "pyramidinfer", "--keep", "0.45",
+                "--prompt-len", "1000")  # fmt: skip
     assert "mean share of the prompt computed: 0.450" in table.stdout
 
 
@@ -109,7 +110,7 @@ def test_demo_prints_a_table_and_draws(tmp_path: Path) -> None:
     figures = json.loads((tmp_path / "demo.json").read_text())["result"]
     assert len(figures) == 4
     assert figures["full cache"]["computed_share"] == 1
-    assert figures["paper's rule, keep 0.5"]["computed_share"] < 0.6
+    assert figures["paper's rule, keep 0.3"]["computed_share"] < 0.4
 
 
 @pytest.mark.parametrize(
@@ -132,10 +133,16 @@ def test_demo_prints_a_table_and_draws(tmp_path: Path) -> None:
         (["generate", "--prompt", "x", "--model", GOLDEN, "--chat"], "has no chat template"),
         (["inspect", "--prompt-len", "0"], "--prompt-len 0 must be at least 1"),
         (["inspect", "--prompt-len", "5000"], "exceed the model's 4096 positions"),
-        (["inspect", "--keep", "0.3", "-o", "start_layer=8"], "is just above 0.750"),
+        (
+            ["inspect", "--policy", "pyramidinfer", "--keep", "0.3", "-o", "start_layer=8"],
+            "is just above 0.750",
+        ),
         (["demo", "--length", "9"], "--length 9 must lie between"),
         (["generate", "--prompt", "x", "--keep", "0.5", "-o", "keep=0.4"], "keep is given twice"),
-        (["generate", "--prompt", "x", "-o", "recent_ratio=None"], "recent_ratio=None"),
+        (["generate", "--prompt", "x", "-o", "stable=None"], "stable=None"),
+        (["generate", "--prompt", "x", "--schedule", "no/such.json"], "cannot be read"),
+        (["generate", "--prompt", "x", "--policy", "h2o", "--schedule", "f"], "no option"),
+        (["generate", "--prompt", "x", "--schedule", "f", "-o", "schedule=g"], "given twice"),
         (["demo", "--out", "/dev/null/x"], "Not a directory"),
         (["demo", "--kv-memory", "1MiB", "--documents", "1"], "raise kv_memory"),
     ],

@@ -1,4 +1,4 @@
-"""Seven published methods written out by hand, to judge the engine's.
+"""Seven published methods and the project's own written out by hand, to judge the engine's.
 
 A Llama model runs in float64, token row by token row, with whole attention rows; the cache is a
 dict per layer and KV head.  Written from the papers and from what each policy's docstring says of
@@ -10,8 +10,11 @@ of equal scores the earlier token stays.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +22,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests.tiny import tiny_model
+
+#: How Pyramid's budgets run over depth: a layer's weight of ``depth`` layers.
+WEIGHTS: dict[str, Callable[[int, int], float]] = {
+    "level": lambda layer, depth: 1.0,
+    "linear": lambda layer, depth: 1.0 - layer / depth,
+    "cosine": lambda layer, depth: 0.55 + 0.5 * math.cos(math.pi * (layer + 0.5) / depth),
+    "rising": lambda layer, depth: (layer + 1.0) / depth,
+}
 
 Kept = list[set[int]]  # per KV head, positions of the entries that stay
 
@@ -100,13 +111,17 @@ class Judge:
             [{} for _ in range(self.kv_heads)] for _ in range(self.depth)
         ]
         self.seen = self.text = 0  # tokens processed; tokens when text was last taken in
-        self.memory: dict[tuple[int, int], Any] = {}  # of H2O and Scissorhands
+        self.new = 0  # tokens of the text last taken in
+        self.memory: dict[tuple[int, int], Any] = {}  # of H2O, Scissorhands and Pyramid
+        self.looked: list[dict[int, float]] = []  # Pyramid's scores of the layer at hand
+        self.tops: list[set[int]] = []  # and the top share of every layer so far
+        self.found: int | None = None  # and the layer where these agree
 
     # --- the model ----------------------------------------------------------------------------
 
     def read(self, tokens: list[int]) -> Tensor:
         """Take in a prompt, or a further turn on top of the cache: logits after its end."""
-        self.text = self.seen + len(tokens)
+        self.new, self.text = len(tokens), self.seen + len(tokens)
         return self._forward(tokens, is_decode=False)
 
     def decode(self, token: int) -> Tensor:
@@ -137,7 +152,8 @@ class Judge:
         hidden = self.weights["model.embed_tokens.weight"][tokens]
         for layer in range(self.depth):
             hidden, seen = self._layer(layer, hidden, rows, is_decode)
-            going = self.fastkv_going(seen, **self.options) if self.method == "fastkv" else rows
+            propagate = getattr(self, f"{self.method}_going", None)
+            going = rows if propagate is None else propagate(seen, **self.options)
             kept: Kept | None = getattr(self, self.method)(seen, **self.options)
             if kept is not None:
                 for head, stays in zip(self.cache[layer], kept, strict=True):
@@ -359,3 +375,163 @@ class Judge:
             scores.append(self._smoothed(positions, context, kernel, pooling))
             recent.append(newest)
         return self._best(seen.held, scores, budget, recent)
+
+    # --- the project's own ------------------------------------------------------------------------
+
+    def pyramid_going(self, seen: Seen, **options: Any) -> list[int]:
+        """Tokens that enter the next layer: all, until layers agree on the best of them."""
+        rule = Rule.of(**options)
+        self.looked = self._look(seen, rule)
+        rows = seen.rows
+        if seen.is_decode or seen.layer == self.depth - 1 or len(rows) <= rule.floor:
+            return rows
+        scores = {position: max(head[position] for head in self.looked) for position in rows}
+        scores = self._smoothed(rows, scores, rule.kernel, "max")
+        start = rule.start_layer
+        if start is None:
+            start = self._agreement(seen.layer, rows[: -rule.window], len(rows), scores, rule)
+        if start is None or seen.layer < start:
+            return rows
+        share = self._share_after(seen.layer, start, rule)
+        count = max(rule.min_context, rule.floor, int(share * self.new))
+        if count >= len(rows):
+            return rows
+        return sorted(self._best([rows], [scores], count, [self._stays(rows, rule)])[0])
+
+    def pyramid(self, seen: Seen, **options: Any) -> Kept | None:
+        """A budget per layer, held to while generating."""
+        rule = Rule.of(**options)
+        budget, held = self._pyramid_budget(seen.layer, rule), seen.held
+        if len(held[0]) <= budget:
+            return None
+        count = budget
+        if seen.is_decode:
+            count += 1 - min(rule.stride, max(1, budget // 16))
+        pooled = [
+            self._smoothed(positions, scores, rule.kernel, "max")
+            for positions, scores in zip(held, self.looked, strict=True)
+        ]
+        return self._best(held, pooled, count, [self._stays(each, rule) for each in held])
+
+    def _look(self, seen: Seen, rule: Rule) -> list[dict[int, float]]:
+        """Per KV head: what each entry was given by the text's last ``window`` queries.
+
+        A weight counts as it was given, whatever has been dropped since.
+        """
+        looked = []
+        for head, positions in enumerate(seen.held):
+            if not seen.is_decode:  # a text's own queries alone
+                self.memory[seen.layer, head] = []
+            history: list[dict[int, float]] = self.memory[seen.layer, head]
+            given = seen.weights[head][:, -rule.window :]
+            given = given.amax(0) if rule.heads == "max" else given.mean(0)
+            for row in given.tolist():
+                history.append(dict(zip(positions, row, strict=True)))
+            del history[: -rule.window]
+            amounts = {each: [row.get(each, 0.0) for row in history] for each in positions}
+            looked.append({
+                each: max(found) if rule.heads == "max" else sum(found)
+                for each, found in amounts.items()
+            })  # fmt: skip
+        return looked
+
+    def _agreement(self, layer: int, context: list[int], entered: int, scores: dict[int, float],
+                   rule: Rule) -> int | None:  # fmt: skip
+        """The layer from which on the top share is mostly that of the layer before."""
+        if layer == 0:
+            self.tops, self.found = [], None
+        if self.found is None:
+            ranked = sorted(context, key=lambda position: (-scores[position], position))
+            self.tops.append(set(ranked[: max(1, int(rule.propagate_ratio * entered))]))
+            shared = [len(a & b) / len(a) for a, b in pairwise(self.tops)]
+            span = max(1, round(self.depth / 8))
+            if len(shared) >= span and sum(shared[-span:]) / span >= rule.stable:
+                self.found = layer
+        return self.found
+
+    def _stays(self, positions: list[int], rule: Rule) -> set[int]:
+        """Sinks and the newest tokens."""
+        return {p for p in positions if p < rule.sinks or p >= self.seen - rule.window}
+
+    def _share_after(self, layer: int, start: int, rule: Rule) -> float:
+        """Share of the prompt that goes deeper than a layer from the start on."""
+        done = (layer - start + 1) / (self.depth - 1 - start)
+        left = {"step": 0.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
+        return rule.propagate_ratio + (1 - rule.propagate_ratio) * left[rule.curve]
+
+    def _pyramid_budget(self, layer: int, rule: Rule) -> int:
+        keep = 0.45 if self.keep is None else self.keep
+        keep = min(1.0, max(keep, rule.min_context / self.text))
+        caps = [1.0] * self.depth
+        if rule.start_layer is not None:
+            for deeper in range(rule.start_layer + 1, self.depth):
+                caps[deeper] = self._share_after(deeper - 1, rule.start_layer, rule)
+        if rule.schedule is None:
+            shares = self._level_out(keep, caps, [
+                WEIGHTS[rule.budgets](each, self.depth) for each in range(self.depth)
+            ])  # fmt: skip
+        else:
+            shares = cheapest(keep, tuple(caps), rule.schedule.shares, rule.schedule.loss)
+        return max(rule.floor, round(shares[layer] * self.text))
+
+    def _level_out(self, keep: float, caps: list[float], weights: list[float]) -> list[float]:
+        """Shares in proportion to weights, ``keep`` in the mean; what a full layer cannot hold
+        goes to the others."""
+        full: set[int] = set()
+        while True:
+            rest = [each for each in range(self.depth) if each not in full]
+            left = keep * self.depth - sum(caps[each] for each in full)
+            level = left / sum(weights[each] for each in rest) if rest else 0.0
+            over = {each for each in rest if weights[each] * level > caps[each]}
+            if not over:
+                return [caps[i] if i in full else weights[i] * level for i in range(self.depth)]
+            full |= over
+
+
+@cache
+def cheapest(keep: float, caps: tuple[float, ...], shares: tuple[float, ...],
+             loss: tuple[tuple[float, ...], ...]) -> list[float]:  # fmt: skip
+    """Thousandths handed out one by one to the layer whose (convex) loss falls most."""
+    held = [min(round(1000 * shares[0]), round(1000 * cap)) for cap in caps]
+
+    def gain(layer: int) -> float:
+        if held[layer] >= round(1000 * caps[layer]):
+            return -1.0
+        at = max(i for i, share in enumerate(shares) if round(1000 * share) <= held[layer])
+        return (loss[layer][at] - loss[layer][at + 1]) / (shares[at + 1] - shares[at])
+
+    for _ in range(round(1000 * keep * len(caps)) - sum(held)):
+        best = max(range(len(caps)), key=gain)
+        held[best] += gain(best) >= 0
+    return [share / 1000 for share in held]
+
+
+class Rule(NamedTuple):
+    """Pyramid's options with the defaults that a schedule may stand in for filled in."""
+
+    start_layer: int | None = None
+    propagate_ratio: float = 0.2
+    budgets: str = "level"
+    curve: str = "step"
+    stable: float = 0.5
+    window: int = 16
+    kernel: int = 7
+    heads: str = "max"
+    sinks: int = 4
+    min_context: int = 64
+    stride: int = 16
+    schedule: Any = None
+
+    @classmethod
+    def of(cls, schedule: Any = None, **options: Any) -> Rule:
+        if schedule is not None:
+            known = {
+                "start_layer": schedule.start_layer, "propagate_ratio": schedule.propagate,
+                "kernel": schedule.kernel, "heads": schedule.heads,
+            }  # fmt: skip
+            options = {**known, **options}
+        return cls(schedule=schedule, **options)
+
+    @property
+    def floor(self) -> int:
+        return self.sinks + self.window + 1

@@ -1,4 +1,4 @@
-"""Every published method against its judge: a float64 model with whole attention rows.
+"""Every published method, and the project's own, against its judge: a float64 model with whole attention rows.
 
 Entries kept per layer and head and their number at every step must be the same; logits agree to
 rounding.
@@ -7,6 +7,7 @@ rounding.
 from __future__ import annotations
 
 from functools import cache
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import pytest
@@ -14,14 +15,20 @@ import torch
 from torch import Tensor
 
 from pyramidinfer import LLM, SamplingParams
-from pyramidinfer.policies import make_policy
+from pyramidinfer.policies import Schedule, make_policy
 from pyramidinfer.types import Trace
 from tests.policies.judge import Judge, exact_llama
 from tests.tiny import VOCAB, random_prompt
 
 NEW = 20
 SPANS = (3, 4, 20)
-PER_HEAD = {"h2o", "scissorhands", "snapkv", "pyramidkv", "fastkv"}
+PER_HEAD = {"h2o", "scissorhands", "snapkv", "pyramidkv", "fastkv", "pyramid"}
+PLAN = Schedule(
+    start_layer=1, propagate=0.6, shares=(0.1, 0.3, 0.6, 1.0),
+    loss=((3.0, 0.5, 0.1, 0.0), (0.4, 0.3, 0.2, 0.0), (2.0, 1.0, 0.2, 0.0), (0.9, 0.1, 0.0, 0.0)),
+    heads="mean", kernel=3, keep=0.4, kl=0.01,
+)  # fmt: skip
+SHORT = {"min_context": 8, "window": 8}
 CASES: list[tuple[str, float | None, tuple[int, ...], dict[str, Any]]] = [
     ("streaming_llm", 0.4, (), {}),
     ("streaming_llm", None, SPANS, {"sinks": 2, "window": 17}),
@@ -42,7 +49,19 @@ CASES: list[tuple[str, float | None, tuple[int, ...], dict[str, Any]]] = [
     ("fastkv", None, (), {"propagate_ratio": 0.4, "retain_ratio": 0.3}),
     ("fastkv", 0.4, SPANS, {"layer": 0, "window": 4}),
     ("fastkv", 0.5, (), {"layer": 2, "kernel": 3, "pooling": "max"}),
-]
+    ("pyramid", 0.4, (), {**SHORT, "stable": 0.2}),
+    ("pyramid", None, SPANS, {**SHORT, "stable": 1.0}),
+    ("pyramid", 0.4, SPANS, {**SHORT, "start_layer": 1, "propagate_ratio": 0.5}),
+    ("pyramid", 0.5, (), {**SHORT, "start_layer": 0, "heads": "mean", "budgets": "linear"}),
+    ("pyramid", 0.35, (), {"kernel": 1, "sinks": 0, "window": 5, "min_context": 1, "stable": 0.1}),
+    ("pyramid", 0.4, (), {
+        **SHORT, "start_layer": 0, "curve": "linear", "propagate_ratio": 0.25, "budgets": "rising",
+    }),
+    ("pyramid", 0.5, SPANS, {**SHORT, "curve": "cosine", "budgets": "cosine", "stable": 0.0}),
+    ("pyramid", 0.9, (), {**SHORT, "stride": 3, "stable": 0.0}),
+    ("pyramid", 0.3, (), {**SHORT, "schedule": PLAN}),
+    ("pyramid", 0.6, SPANS, {**SHORT, "schedule": PLAN, "heads": "max", "kernel": 5}),
+]  # fmt: skip
 
 
 class Verdict(NamedTuple):
@@ -124,6 +143,11 @@ def test_method_equals_its_judge(
         ("pyramidkv", {"capacity": 30}, {"capacity": 30, "kernel": 5}),
         ("tova", {"capacity": 20}, {"capacity": 21}),
         ("fastkv", {"retain_ratio": 0.3}, {"retain_ratio": 0.3, "layer": 2}),
+        ("pyramid", {**SHORT, "kernel": 3}, {**SHORT, "kernel": 5}),
+        ("pyramid", {**SHORT, "start_layer": 1}, {**SHORT, "start_layer": 2}),
+        ("pyramid", {**SHORT, "heads": "max"}, {**SHORT, "heads": "mean"}),
+        ("pyramid", {**SHORT, "stable": 0.1}, {**SHORT, "stable": 0.9}),
+        ("pyramid", {**SHORT, "stride": 2, "keep": 0.9}, {**SHORT, "stride": 3, "keep": 0.9}),
     ],
 )
 def test_a_slightly_different_rule_is_noticed(
@@ -131,8 +155,9 @@ def test_a_slightly_different_rule_is_noticed(
 ) -> None:
     """These tests can fail: the judge of a neighbouring rule disagrees."""
     prompt = random_prompt(0, 80)
-    trace = engine(method, None, 1024, **options).trace(prompt, max_tokens=NEW)
-    judge = Judge(model(), method, **broken)
+    keeps = [each.pop("keep", None) for each in (options := {**options}, broken := {**broken})]
+    trace = engine(method, keeps[0], 1024, **options).trace(prompt, max_tokens=NEW)
+    judge = Judge(model(), method, keeps[1], **broken)
     judge.read(prompt)
     for token in trace.token_ids:
         judge.decode(token)
@@ -162,6 +187,10 @@ def test_wrong_rotary_positions_are_noticed(monkeypatch: pytest.MonkeyPatch) -> 
         ("pyramidkv", 0.5, {}),
         ("tova", 0.4, {}),
         ("fastkv", None, {"retain_ratio": 0.3, "propagate_ratio": 0.5}),
+        ("pyramid", 0.4, {**SHORT, "start_layer": 1}),
+        ("pyramid", 0.5, {**SHORT, "stable": 0.2, "heads": "mean", "kernel": 1}),
+        ("pyramid", 0.3, {"window": 28, "sinks": 2, "min_context": 1, "stable": 0.0}),
+        ("pyramid", 0.5, {"schedule": PLAN}),
     ],
 )
 def test_further_turns_equal_the_judge(
@@ -214,3 +243,25 @@ def test_scored_continuation_equals_the_judge(
     chosen = [float(row[token]) for row, token in zip(expected, more, strict=True)]
     assert score.logprobs == pytest.approx(chosen, abs=1e-9)
     assert score.kv.kept_len == tuple(each - len(more) + 1 for each in judge.lengths())
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_pyramid_starts_where_successive_layers_agree(seed: int) -> None:
+    """Two comparisons in a row at this depth, and nothing is dropped where none are enough."""
+    deep, prompt = exact_llama(num_hidden_layers=12), random_prompt(seed, 90)
+    options = {**SHORT, "kernel": 1}
+    judge = Judge(deep, "pyramid", stable=1.0, **options)
+    judge.read(prompt)
+    shared = [len(a & b) / len(a) for a, b in pairwise(judge.tops)]
+    means = [sum(pair) / 2 for pair in pairwise(shared)]
+    assert len(means) == 9
+    best = max(means)
+    for stable, start in ((best - 1e-4, 2 + means.index(best)), (best + 1e-4, None)):
+        policy = make_policy("pyramid", 0.4, stable=stable, **options)
+        trace = LLM(deep, policy=policy, kv_memory="4MiB").trace(prompt)
+        whole = 12 if start is None else start + 1
+        assert trace.computed_by_layer == [90] * whole + [18] * (12 - whole)
+        judge = Judge(deep, "pyramid", 0.4, stable=stable, **options)
+        judge.read(prompt)
+        assert judge.found == start
+        assert as_lists(trace.prefill_positions) == judge.positions()

@@ -49,14 +49,13 @@ def demo(
     documents: Annotated[int, typer.Option(help="Documents to answer a question about.")] = 24,
     length: Annotated[int, typer.Option(help="Tokens in each document.")] = 2000,
     kv_memory: Annotated[str, typer.Option(help="Memory for all caches.")] = "64MiB",
-    keep: Annotated[float, typer.Option(help="Share of layer-tokens PyramidInfer computes.")] = 0.5,
-    start_layer: Annotated[int, typer.Option(help="Where the late start begins to drop.")] = 4,
+    keep: Annotated[float, typer.Option(help="Share of the cache that is kept.")] = 0.3,
     out: Annotated[Path, typer.Option(help="Folder for the picture.")] = Path("out"),
 ) -> None:
     """Answer questions about long documents in one memory budget, four ways, and draw it."""
     from pyramidinfer.cli.demo import run_demo
 
-    run_demo(documents, length, kv_memory, keep, start_layer, out)
+    run_demo(documents, length, kv_memory, keep, out)
 
 
 @app.command()

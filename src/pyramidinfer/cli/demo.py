@@ -19,7 +19,7 @@ from pyramidinfer.lab.plots import draw_pyramid
 from pyramidinfer.lab.recall import ANSWER, Question, is_right, make_questions
 from pyramidinfer.lab.record import write_result
 from pyramidinfer.models.loading import quiet_transformers, shipped_model
-from pyramidinfer.policies import Full, Policy, PyramidInfer
+from pyramidinfer.policies import Full, Policy, Pyramid, PyramidInfer
 from pyramidinfer.types import RequestOutput
 
 __all__ = ["run_demo"]
@@ -39,8 +39,7 @@ class Run:
     in_flight: int
 
 
-def run_demo(documents: int, length: int, kv_memory: str, keep: float, start_layer: int, out: Path
-             ) -> None:  # fmt: skip
+def run_demo(documents: int, length: int, kv_memory: str, keep: float, out: Path) -> None:
     """Answer, print the table, draw ``out/pyramid.png``."""
     if documents < 1:
         raise ValueError(f"--documents {documents} must be at least 1")
@@ -54,10 +53,7 @@ def run_demo(documents: int, length: int, kv_memory: str, keep: float, start_lay
         ("full cache", Full()),
         ("paper's settings", PyramidInfer()),
         (f"paper's rule, keep {keep}", PyramidInfer(keep=keep)),
-        (
-            f"from layer {start_layer}, keep {keep}",
-            PyramidInfer(keep=keep, start_layer=start_layer),
-        ),
+        (f"pyramid, keep {keep}", Pyramid(keep=keep)),
     ]
     console.print(
         f"{documents} documents of {length} tokens, one question each, "
@@ -87,11 +83,11 @@ def run_demo(documents: int, length: int, kv_memory: str, keep: float, start_lay
     )  # fmt: skip
     configuration = {
         "documents": documents, "length": length, "kv_memory": kv_memory, "keep": keep,
-        "start_layer": start_layer, "seed": SEED,
+        "seed": SEED,
     }  # fmt: skip
     figures = {run.title: _figures(run) for run in runs}
     write_result(out / "demo.json", configuration, figures)
-    console.print(f"which token survived to which layer: [bold]{picture}[/bold]", soft_wrap=True)
+    console.print(f"which token is kept in which layer: [bold]{picture}[/bold]", soft_wrap=True)
 
 
 def _answer(title: str, llm: LLM, questions: list[Question], advance: Callable[[], None],

@@ -174,7 +174,12 @@ def quality(
     ] = None,
     keeps: Annotated[str, typer.Option(help="Budgets, shares in (0, 1].")] = KEEPS,
     contexts: Annotated[str, typer.Option(help="Context lengths in tokens.")] = "1000,3000",
-    samples: Annotated[int, typer.Option(help="Questions, and passages, a cell.")] = 40,
+    samples: Annotated[
+        int, typer.Option(help="Questions at the shortest context; longer ones get fewer.")
+    ] = 40,
+    passages: Annotated[
+        float, typer.Option(help="Passages for each question: a share, at least 5 a cell.")
+    ] = 0.5,
     schedule: Annotated[
         Path | None, typer.Option(help="A calibrated schedule for pyramid.")
     ] = None,
@@ -193,7 +198,7 @@ def quality(
         specs = tuple(f"pyramid:schedule={schedule}" if s == "pyramid" else s for s in specs)
     grid = Grid(
         subject(model, text, dtype, device), specs, numbers(keeps, float, "--keeps"),
-        numbers(contexts, int, "--contexts"), samples, min(8, samples), seed=seed,
+        numbers(contexts, int, "--contexts"), samples, passages, min(8, samples), seed=seed,
     )  # fmt: skip
     for path in [json, *run_quality(grid, json, workers)]:
         print(path)

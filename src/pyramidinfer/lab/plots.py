@@ -20,51 +20,57 @@ KEPT, NEEDLE, GONE = (0.20, 0.38, 0.62), (0.86, 0.25, 0.16), (0.93, 0.94, 0.96)
 
 def draw_pyramid(traces: list[tuple[str, Trace]], text: str, needle: tuple[int, int], path: Path
                  ) -> Path:  # fmt: skip
-    """Prompt along x, layers along y: which token survived to which layer.
+    """Prompt along x, layers along y: which token is kept in which layer, by how many heads.
 
     ``needle``: the span of tokens to mark.  Below each pyramid stands an excerpt around it, every
-    word with the deepest layer it reached.
+    word with the number of layers that keep it.
     """
     figure = Figure(figsize=(13, 4.1 * len(traces)), layout="constrained")
     axes = figure.subplots(2 * len(traces), 1, height_ratios=[3, 1.1] * len(traces), squeeze=False)
     words = ["<bos>", *text.split()]
     for index, (title, trace) in enumerate(traces):
         depth, length = len(trace.prefill_positions), len(trace.prompt_token_ids)
-        survived = np.zeros((depth, length), dtype=bool)
+        kept = np.zeros((depth, length))
         for layer, positions in enumerate(trace.prefill_positions):
-            survived[layer, positions.flatten().cpu().numpy()] = True
-        _draw_grid(axes[2 * index, 0], survived, needle, title)
-        _draw_excerpt(axes[2 * index + 1, 0], survived, words, needle)
+            np.add.at(kept[layer], positions.flatten().cpu().numpy(), 1 / positions.shape[0])
+        computed = sum(trace.computed_by_layer) / (depth * length)
+        _draw_grid(axes[2 * index, 0], kept, computed, needle, title)
+        _draw_excerpt(axes[2 * index + 1, 0], kept > 0, words, needle)
     path.parent.mkdir(parents=True, exist_ok=True)
     FigureCanvasAgg(figure)
     figure.savefig(path, dpi=130)
     return path
 
 
-def _draw_grid(axis: Any, survived: np.ndarray, needle: tuple[int, int], title: str) -> None:
-    depth, length = survived.shape
-    image = np.where(survived[..., None], np.array(KEPT), np.array(GONE))
+def _draw_grid(axis: Any, kept: np.ndarray, computed: float, needle: tuple[int, int], title: str
+               ) -> None:  # fmt: skip
+    """``kept`` ``[layers, tokens]``: share of the KV heads that keep the token."""
+    depth, length = kept.shape
     inside = np.zeros(length, dtype=bool)
     inside[needle[0] : needle[1]] = True
-    image[survived & inside] = NEEDLE
+    colour = np.where(inside[:, None], np.array(NEEDLE), np.array(KEPT))
+    image = np.array(GONE) + kept[..., None] * (colour - np.array(GONE))
     axis.imshow(image, aspect="auto", interpolation="nearest", origin="upper",
                 extent=(0, length, depth, 0))  # fmt: skip
     frame = (needle[0] - 0.5, 0), needle[1] - needle[0] + 1, depth
     axis.add_patch(Rectangle(*frame, fill=False, edgecolor=NEEDLE, linewidth=1.2))
-    reached = int(survived[:, inside].all(1).sum())
+    whole = int((kept[:, inside] > 0).all(1).sum())
     axis.set_title(
-        f"{title}: {survived.mean():.0%} of layer-tokens computed; "
-        f"the whole needle reaches {reached} of {depth} layers",
+        f"{title}: {computed:.0%} of layer-tokens computed, {kept.mean():.0%} kept; "
+        f"{whole} of {depth} layers keep the whole needle",
         loc="left", fontsize=11,
     )  # fmt: skip
     axis.set_ylabel("layer")
     axis.set_yticks(np.arange(depth) + 0.5, [str(layer) for layer in range(depth)], fontsize=8)
-    axis.set_xlabel("position in the prompt (blue: reached the layer, red: the needle)", fontsize=9)
+    axis.set_xlabel(
+        "position in the prompt (blue: kept in the layer, paler by fewer heads; red: the needle)",
+        fontsize=9,
+    )
 
 
 def _draw_excerpt(axis: Any, survived: np.ndarray, words: list[str], needle: tuple[int, int]
                   ) -> None:  # fmt: skip
-    """Words around the needle; the number over each is the deepest layer it reached."""
+    """Words around the needle; the number over each is how many layers keep it."""
     first = max(0, needle[0] - 6)
     last = min(len(words), first + 22)
     axis.set_axis_off()
@@ -73,17 +79,19 @@ def _draw_excerpt(axis: Any, survived: np.ndarray, words: list[str], needle: tup
     sizes = [len(words[index]) + 1.6 for index in range(first, last)]
     at, unit = 0.0, 1.0 / sum(sizes)
     for index, size in zip(range(first, last), sizes, strict=True):
-        deepest = int(survived[:, index].nonzero()[0].max())
+        layers = int(survived[:, index].sum())
         marked = needle[0] <= index < needle[1]
-        share = (deepest + 1) / survived.shape[0]
+        share = layers / survived.shape[0]
         colour = NEEDLE if marked else (0.1, 0.1, 0.1)
         middle = at + size * unit / 2
         axis.text(middle, 0.52, words[index], ha="center", va="center", fontsize=10.5,
                   family="monospace", color=colour, alpha=0.35 + 0.65 * share,
                   fontweight="bold" if marked else "normal")  # fmt: skip
-        axis.text(middle, 0.86, str(deepest), ha="center", va="center", fontsize=8, color="0.4")
+        axis.text(middle, 0.86, str(layers), ha="center", va="center", fontsize=8, color="0.4")
         at += size * unit
-    axis.text(0, 0.08, "above each word: the deepest layer it reached", fontsize=8, color="0.4")
+    axis.text(
+        0, 0.08, "above each word: the number of layers that keep it", fontsize=8, color="0.4"
+    )
 
 
 def draw_curve(points: list[tuple[float, float]], path: Path, *, title: str, xlabel: str,

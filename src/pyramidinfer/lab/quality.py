@@ -22,7 +22,7 @@ from scipy import stats
 
 from pyramidinfer.engine import LLM
 from pyramidinfer.lab.quality_plots import draw_needles, draw_quality
-from pyramidinfer.lab.samples import Subject
+from pyramidinfer.lab.samples import Needle, Subject
 from pyramidinfer.lab.study import Row, run_cells
 from pyramidinfer.policies import POLICIES, Full, Policy
 from pyramidinfer.policies.registry import parse_policy
@@ -31,6 +31,7 @@ from pyramidinfer.types import Layers, SamplingParams, Score, TokenIds
 __all__ = ["DEPTHS", "Grid", "divergence", "interval", "run_quality", "split_specs"]
 
 KEEPS = (1.0, 0.75, 0.6, 0.45, 0.3, 0.2, 0.1)
+LEAST = 5
 DEPTHS = 5  # needles lie at so many depths
 AGREED = 64  # tokens generated for the agreement with the full cache
 #: A share may miss ``keep`` by this much of it (pages, windows) and still count as reached.
@@ -40,16 +41,33 @@ SLACK = 0.04
 @dataclass(frozen=True)
 class Grid:
     """What is measured: each policy (``NAME`` or ``NAME:option=value,…``) at each keep and
-    context length, on ``samples`` questions and as many passages."""
+    context length.
+
+    samples : questions at the shortest context; longer ones get fewer, in proportion, so that
+        all lengths cost alike (at least ``LEAST``, or as many as at the shortest).
+    passages : passages for every question (a share), at least ``LEAST``.
+    long_samples : questions that generate ``AGREED`` tokens.
+    """
 
     subject: Subject
     policies: tuple[str, ...] = tuple(POLICIES)
     keeps: tuple[float, ...] = KEEPS
     contexts: tuple[int, ...] = (1000, 3000)
     samples: int = 40
-    long_samples: int = 8  # of them generate AGREED tokens
+    passages: float = 0.5
+    long_samples: int = 8
     continuation: int = 64
     seed: int = 0
+
+    def questions_at(self, context: int) -> int:
+        """How many questions a context length gets."""
+        fair = round(self.samples * min(self.contexts) / context)
+        return max(fair, min(LEAST, self.samples))
+
+    def passages_at(self, context: int) -> int:
+        """How many passages a context length gets."""
+        questions = self.questions_at(context)
+        return max(round(self.passages * questions), min(LEAST, questions))
 
     def cells(self) -> list[dict[str, Any]]:
         """One dict a cell; the full cache stands at keep 1 only."""
@@ -90,7 +108,7 @@ def measure(grid: Grid, cell: dict[str, Any]) -> list[Row]:
     policy = nearest_policy(cell["policy"], keep, grid.subject)
     llm = grid.subject.llm(policy)
     reference = _reference(grid, context)
-    needles = grid.subject.corpus().needles(grid.seed, grid.samples, context, DEPTHS)
+    needles = _needles(grid, context)
     outputs = _answer(llm, grid, context)
     right = [int(n.is_right(o.text)) for n, o in zip(needles, outputs, strict=True)]
     same = [
@@ -120,7 +138,7 @@ def measure(grid: Grid, cell: dict[str, Any]) -> list[Row]:
         "kl": sum(apart) / len(apart), "kl_ci": interval(apart),
         "agreement": sum(same) / len(same) if same else None,
         "agreement_ci": interval(same) if same else None,
-        "samples": len(right),
+        "samples": len(right), "passages": len(scores),
         "reachable": share <= keep * (1 + SLACK) + 16 / context,
     }]  # fmt: skip
 
@@ -150,9 +168,14 @@ def _reference(grid: Grid, context: int) -> Reference:
     return Reference(_score(llm, grid, context), [o.token_ids for o in long])
 
 
+def _needles(grid: Grid, context: int) -> list[Needle]:
+    count = grid.questions_at(context)
+    return grid.subject.corpus().needles(grid.seed, count, context, DEPTHS)
+
+
 def _answer(llm: LLM, grid: Grid, context: int, only: int | None = None) -> list[Any]:
     """Answers to the needles' questions; the first ``long_samples`` generate on."""
-    needles = grid.subject.corpus().needles(grid.seed, grid.samples, context, DEPTHS)[:only]
+    needles = _needles(grid, context)[:only]
     params = [
         SamplingParams(max_tokens=AGREED, ignore_eos=True)
         if index < grid.long_samples
@@ -164,7 +187,7 @@ def _answer(llm: LLM, grid: Grid, context: int, only: int | None = None) -> list
 
 def _score(llm: LLM, grid: Grid, context: int) -> list[Score]:
     passages = grid.subject.corpus().passages(
-        grid.seed, grid.samples, context, grid.continuation
+        grid.seed, grid.passages_at(context), context, grid.continuation
     )  # fmt: skip
     return llm.score(
         [p.context for p in passages], [p.continuation for p in passages], logits=True

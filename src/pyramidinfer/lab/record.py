@@ -18,16 +18,24 @@ __all__ = ["commit", "machine", "write_result"]
 
 
 def commit() -> str:
-    """The checkout's commit, with a mark where files differ from it; ``unknown`` outside one."""
-    try:
-        here = Path(documents.__file__).parent
+    """The checkout's commit, with a mark where the code differs from it; ``unknown`` outside one.
+
+    Results and what is generated from them do not count as code.
+    """
+    package = Path(documents.__file__).parents[1]
+
+    def git(*words: str) -> str:
         run = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-            cwd=here, capture_output=True, text=True, check=True, timeout=10,
-        )  # fmt: skip
+            ["git", *words], cwd=package, capture_output=True, text=True, check=True, timeout=10
+        )
+        return run.stdout.strip()
+
+    try:
+        found = git("describe", "--always", "--abbrev=12")
+        changed = git("status", "--porcelain", "--", ".", ":!assets")
     except (OSError, subprocess.SubprocessError):
         return "unknown"
-    return run.stdout.strip()
+    return f"{found}-dirty" if changed else found
 
 
 def machine() -> dict[str, Any]:

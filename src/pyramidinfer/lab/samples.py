@@ -15,7 +15,7 @@ from typing import Any
 from pyramidinfer.engine import LLM
 from pyramidinfer.lab import documents
 from pyramidinfer.lab.recall import make_question
-from pyramidinfer.models.loading import load_model, shipped_model
+from pyramidinfer.models.loading import load_model, quiet_transformers, shipped_model
 from pyramidinfer.policies import Policy
 from pyramidinfer.types import TokenIds
 
@@ -176,6 +176,7 @@ class Corpus:
 
 @lru_cache(maxsize=1)
 def _load(model: str, dtype: str, device: str) -> Any:
+    quiet_transformers()
     return load_model(shipped_model() if model == SHIPPED else model, "auto", dtype, device)
 
 
