@@ -13,6 +13,7 @@ from torch import nn
 from pyramidinfer.attention import select_backend
 from pyramidinfer.cache import Pool, Ring, Table
 from pyramidinfer.config import EngineConfig
+from pyramidinfer.engine import answers
 from pyramidinfer.engine.checks import (
     check_count,
     check_plan,
@@ -20,7 +21,7 @@ from pyramidinfer.engine.checks import (
     check_stream,
     check_tokens,
 )
-from pyramidinfer.engine.memory import Cost, Ledger, full_bytes
+from pyramidinfer.engine.memory import Ledger
 from pyramidinfer.engine.request import Request, Scoring
 from pyramidinfer.engine.sampler import prepare, sample
 from pyramidinfer.engine.scheduler import Plan, Scheduler
@@ -29,6 +30,7 @@ from pyramidinfer.engine.undo import Undo
 from pyramidinfer.models import Adapter, Intake
 from pyramidinfer.models.adapter import Stepped
 from pyramidinfer.models.intake import Batch, Sequence
+from pyramidinfer.models.loading import end_ids
 from pyramidinfer.policies import Policy
 from pyramidinfer.types import KVUsage, RequestMetrics, RequestOutput, SamplingParams, TokenIds
 
@@ -56,7 +58,7 @@ class Engine:
         )  # fmt: skip
         self.ledger = Ledger(self.pool, self.adapter)
         self.scheduler = Scheduler(config, self.ledger, self.adapter.depth)
-        self.end_ids = _end_ids(model)
+        self.end_ids = end_ids(model)
         self.peak_in_flight = 0
         self._ids = itertools.count()
 
@@ -105,7 +107,7 @@ class Engine:
         covered = len(set().union(*(range(*span) for span in spans)))
         cost_of = self.ledger.scoring_cost if scoring else self.ledger.cost
         cost = cost_of(self.policy, len(prompt) - seen, max_new, layers, covered, held)
-        self._check_cost(cost, len(prompt), max_new)
+        self.ledger.check_fits(cost, len(prompt), max_new)
         text = Detokenizer(self.tokenizer, tuple(params.stop)) if self.tokenizer else None
         request = Request(next(self._ids), list(prompt), params, max_new, cost, spans, hold, text)
         request.scoring = scoring
@@ -370,40 +372,15 @@ class Engine:
 
     def usage(self, request: Request) -> KVUsage:
         """What the request's cache is now (or was, once it has ended)."""
-        if request.kv is not None or request.sequence is None:
-            zeros = (0,) * self.adapter.depth
-            return request.kv or KVUsage(0, zeros, 0, 0, 0)
-        table = request.sequence.table
-        now = self.pool.bytes(table)
-        peak = max(table.peak_bytes, now + table.extra_bytes)
-        full = full_bytes(self.pool, self.adapter, table.seen_len)
-        return KVUsage(table.seen_len, tuple(int(n) for n in table.kept), now, peak, full)
-
-    def output(self, request: Request) -> RequestOutput:
-        """The request's answer so far."""
-        text = ""
-        if request.detokenizer:
-            ended = request.finish_reason is not None
-            text = request.detokenizer.text if ended else request.detokenizer.settled
-        logprobs = list(request.logprobs) if request.params.logprobs is not None else None
-        return RequestOutput(
-            request.id, list(request.prompt), text, list(request.output), request.finish_reason,
-            logprobs, self.metrics(request), self.usage(request),
-        )  # fmt: skip
+        return answers.usage(self.pool, self.adapter, request)
 
     def metrics(self, request: Request) -> RequestMetrics:
         """What the request took so far."""
+        return answers.metrics(self.adapter, request)
 
-        def since(moment: float | None) -> float | None:
-            return None if moment is None else moment - request.arrived
-
-        new = request.computed and request.computed[0]
-        computed = sum(request.computed) / self.adapter.depth
-        return RequestMetrics(
-            since(request.started), since(request.first_token),
-            (request.ended or time.monotonic()) - request.arrived,
-            computed, computed / new if new else 0.0,
-        )  # fmt: skip
+    def output(self, request: Request) -> RequestOutput:
+        """The request's answer so far."""
+        return answers.output(self.pool, self.adapter, request)
 
     def _is_endless(self, length: int) -> bool:
         """Whether a request of this length may go past the model's positions: its policy streams,
@@ -414,22 +391,3 @@ class Engine:
         layers = adapter.layers_for(length)
         kept = zip(self.policy.forecast(length, length, layers).kept, layers.governed, strict=True)
         return max((n for n, governed in kept if governed), default=0) < adapter.max_positions
-
-    def _check_cost(self, cost: Cost, prompt: int, max_new: int) -> None:
-        have = self.pool.budget
-        if not self.ledger.ever_fits(cost):
-            raise ValueError(
-                f"a prompt of {prompt} tokens with {max_new} generated ones needs up to "
-                f"{cost.bytes} bytes ({cost.bytes / 2**20:.1f} MiB) of kv_memory; the pool has "
-                f"{have} ({have / 2**20:.1f} MiB): raise kv_memory, lower keep or max_tokens, or "
-                f"shorten the prompt"
-            )
-
-
-def _end_ids(model: nn.Module) -> frozenset[int]:
-    """End-of-sequence ids from the generation config, else from the model's config."""
-    for place in ("generation_config", "config"):
-        ends = getattr(getattr(model, place, None), "eos_token_id", None)
-        if ends is not None:
-            return frozenset([ends] if isinstance(ends, int) else ends)
-    return frozenset()

@@ -130,6 +130,17 @@ class Ledger:
         groups = zip(cost.pages, self.pool.groups, strict=True)
         return cost.bytes <= self.pool.budget and all(w <= len(g.counts) for w, g in groups)
 
+    def check_fits(self, cost: Cost, prompt: int, max_new: int) -> None:
+        """``ValueError`` for a request that could never be let in."""
+        have = self.pool.budget
+        if not self.ever_fits(cost):
+            raise ValueError(
+                f"a prompt of {prompt} tokens with {max_new} generated ones needs up to "
+                f"{cost.bytes} bytes ({cost.bytes / 2**20:.1f} MiB) of kv_memory; the pool has "
+                f"{have} ({have / 2**20:.1f} MiB): raise kv_memory, lower keep or max_tokens, or "
+                f"shorten the prompt"
+            )
+
     def held(self, table: Table) -> Cost:
         """What a finished request needs whose cache is kept."""
         used = np.bincount(self.pool.group_of, table.held, len(self.pages)).astype(np.int64)

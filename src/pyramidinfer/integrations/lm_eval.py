@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from torch import nn
 from pyramidinfer.config import EngineConfig, check_whole, nearest
 from pyramidinfer.engine.llm import LLM
 from pyramidinfer.engine.request import Request, Scoring
+from pyramidinfer.integrations.tally import Tally
 from pyramidinfer.policies import POLICIES, make_policy
 from pyramidinfer.types import SamplingParams, TokenIds
 
@@ -61,39 +62,6 @@ GENERATION = (
     "seed",
 )  # fmt: skip
 Window = tuple[TokenIds, TokenIds]
-
-
-@dataclass(slots=True)
-class Tally:
-    """What the requests of one kind added up to.
-
-    ``scored``: tokens whose likelihood was asked for;  ``on_prefix``: those of them in a window
-    whose context is one token, so that there was nothing to compress.
-    """
-
-    requests: int = 0
-    tokens: int = 0
-    computed: float = 0.0
-    cached: int = 0
-    kept: float = 0.0
-    bytes: int = 0
-    full_bytes: int = 0
-    scored: int = 0
-    on_prefix: int = 0
-
-    def shares(self) -> dict[str, float]:
-        """For the results: each a share of what the full cache would have been."""
-        shares = {
-            "requests": self.requests,
-            "context_tokens": self.tokens,
-            "computed_share": round(self.computed / max(1, self.tokens), 4),
-            "kept_share": round(self.kept / max(1, self.cached), 4),
-            "bytes_share": round(self.bytes / max(1, self.full_bytes), 4),
-        }
-        if self.scored:
-            shares["scored_tokens"] = self.scored
-            shares["scored_after_one_token"] = round(self.on_prefix / self.scored, 4)
-        return shares
 
 
 @register_model("pyramidinfer")

@@ -28,7 +28,7 @@ from matplotlib.patches import Patch, Rectangle
 
 from pyramidinfer.engine import LLM
 from pyramidinfer.lab.icr import publish
-from pyramidinfer.lab.pictures import PAGE, save
+from pyramidinfer.lab.pictures import save
 from pyramidinfer.lab.rac import Newest, watch
 from pyramidinfer.lab.recall import make_question
 from pyramidinfer.lab.samples import Subject
@@ -291,4 +291,5 @@ def page(found: Survival) -> str:
     for sign in "<>&":
         text = text.replace(sign, f"\\u{ord(sign):04x}")
     parts = {"title": html.escape(found.headline), "data": text}
-    return re.sub("@(title|data)@", lambda match: parts[match[1]], PAGE)
+    frame = (Path(__file__).parents[1] / "assets" / "survival.html").read_text(encoding="utf-8")
+    return re.sub("@(title|data)@", lambda match: parts[match[1]], frame)

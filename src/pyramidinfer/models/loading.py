@@ -20,7 +20,7 @@ from transformers.utils import logging
 from pyramidinfer.config import parse_device, parse_dtype
 from pyramidinfer.models.families import find_family
 
-__all__ = ["LoadedModel", "empty_model", "free_memory", "load_config", "load_model",
+__all__ = ["LoadedModel", "empty_model", "end_ids", "free_memory", "load_config", "load_model",
            "quiet_transformers", "shipped_model"]  # fmt: skip
 
 
@@ -202,3 +202,12 @@ def _check_tokenizer(tokenizer: Any) -> Any:
     if tokenizer is not None and not (callable(tokenizer) and hasattr(tokenizer, "decode")):
         raise ValueError(f"tokenizer={tokenizer!r} is neither a tokenizer, a path, nor None")
     return tokenizer
+
+
+def end_ids(model: nn.Module) -> frozenset[int]:
+    """End-of-sequence ids from the generation config, else from the model's config."""
+    for place in ("generation_config", "config"):
+        ends = getattr(getattr(model, place, None), "eos_token_id", None)
+        if ends is not None:
+            return frozenset([ends] if isinstance(ends, int) else ends)
+    return frozenset()
