@@ -6,17 +6,24 @@ import json
 import re
 import shlex
 import sys
+import textwrap
+from dataclasses import fields, replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 
-from pyramidinfer import LLM, SamplingParams
+from pyramidinfer import LLM, SamplingParams, policies
 from pyramidinfer.cli.app import main
+from pyramidinfer.lab import calibrate, methods
 from pyramidinfer.lab.numbers import render
+from pyramidinfer.lab.numbers_studies import load_results
+from pyramidinfer.lab.samples import Subject
 from pyramidinfer.models.loading import shipped_model
-from pyramidinfer.policies import Policy
+from pyramidinfer.policies import POLICIES, Policy, Schedule, make_policy
+from tests.policies import judge, test_judges, test_matrix, test_options, test_pyramidinfer
 from tests.tiny import random_prompt, tiny_model
 
 ROOT = Path(__file__).parents[1]
@@ -37,28 +44,53 @@ def test_readme_python_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert "room 472" in capsys.readouterr().out
 
 
-def commands() -> list[str]:
-    lines = "\n".join(blocks(README, "bash")).splitlines()
+def commands(text: str = README) -> list[str]:
+    lines = "\n".join(blocks(text, "bash")).splitlines()
     return [line for line in lines if line.startswith("pyramidinfer ")]
 
 
-@pytest.mark.parametrize("line", commands())
-def test_readme_commands_run(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    prompt = tmp_path / "prompt.txt"
-    prompt.write_text("The old baker walked to the market .")
+#: What makes a command of the documents small enough for a test.
+SMALL = {
+    "demo": ["--documents", "2", "--length", "300"],
+    "generate": ["--max-tokens", "3"],
+    "calibrate": ["--context", "100", "--samples", "2"],
+    "study quality": ["--contexts", "100", "--samples", "1"],
+    "study icr": ["--context", "100", "--samples", "2", "--layers", "4", "--shares", ".5"],
+    "study rac": ["--context", "100", "--samples", "2"],
+    "study map": ["--context", "100"],
+}
+
+
+def run_command(line: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command as it stands, with the shipped model, in a folder that holds what it reads."""
+    (folder / "prompt.txt").write_text("The old baker walked to the market .")
+    (folder / "text.txt").write_text("The storm touched the bridge . " * 50)
+    loss = ((1.0, 0.0),) * 12
+    Schedule(4, 0.2, (0.1, 1.0), loss, "max", 7, 0.5, 0.0).save(folder / "schedule.json", {})
+    for name, few in (("SHARES", (0.25,)), ("KERNELS", (7,)), ("PROPAGATED", (0.2,))):
+        monkeypatch.setattr(calibrate, name, few)
+    build = Subject.llm  # a pool of 512 MiB takes longer to make than such a study to run
+    monkeypatch.setattr(
+        Subject, "llm", lambda self, policy: build(replace(self, kv_memory="16MiB"), policy)
+    )
     words = shlex.split(line, comments=True)
-    places = {"PATH_OR_HUB_ID": shipped_model(), "prompt.txt": str(prompt)}
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", [places.get(word, word) for word in words])
-    if words[1] == "demo":
-        sys.argv += ["--documents", "2", "--length", "300"]
+    name = " ".join(words[1:3] if words[1] == "study" else words[1:2])
+    words = [shipped_model() if word == "PATH_OR_HUB_ID" else word for word in words]
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", words + SMALL.get(name, []))
     with pytest.raises(SystemExit) as stopped:
         main()
     assert not stopped.value.code
 
 
+@pytest.mark.parametrize("line", commands())
+def test_readme_commands_run(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_command(line, tmp_path, monkeypatch)
+
+
 def test_readme_shows_commands() -> None:
-    assert {line.split()[1] for line in commands()} == {"demo", "generate", "inspect"}
+    shown = {line.split()[1] for line in commands()}
+    assert {"demo", "generate", "inspect"} <= shown <= {*SMALL, "inspect", "study"}
 
 
 def test_makefile_has_the_readmes_two_commands() -> None:
@@ -75,14 +107,32 @@ def test_links_and_pictures_exist() -> None:
                 assert (document.parent / target).exists(), f"{document.name}: {target}"
 
 
-def test_the_policy_example_works(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = ModuleType("example")
-    monkeypatch.setitem(sys.modules, "example", module)
-    code = blocks((ROOT / "docs" / "add_a_policy.md").read_text(), "python")[0]
-    exec(code, module.__dict__)
-    chosen: Policy = module.LastLook(budget=20, window=4)
-    llm = LLM(tiny_model("llama", torch.float64), policy=chosen, kv_memory="4MiB", page_size=4,
-              poison=True)  # fmt: skip
+# --- adding a policy ------------------------------------------------------------------------------
+
+GUIDE = (ROOT / "docs" / "add_a_policy.md").read_text()
+
+
+@pytest.fixture
+def added(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The guide's file, imported and registered as it says; and its second class."""
+    module = ModuleType("last_look")
+    monkeypatch.setitem(sys.modules, "last_look", module)
+    code = [block for block in blocks(GUIDE, "python") if "\nclass " in block]
+    (first, second) = code
+    exec(first, module.__dict__)
+    exec(second, module.__dict__)
+    for kind in (module.LastLook, module.HalfLook):
+        monkeypatch.setitem(POLICIES, kind.name, kind)
+    return module
+
+
+def tiny(policy: Policy) -> LLM:
+    return LLM(tiny_model("llama", torch.float64), policy=policy, kv_memory="4MiB", page_size=4,
+               poison=True)  # fmt: skip
+
+
+def test_the_policy_example_works(added: ModuleType) -> None:
+    llm = tiny(added.LastLook(capacity=20, window=4))
     trace = llm.trace(random_prompt(1, 80), max_tokens=10, protect=[(30, 33)])
     for positions in trace.prefill_positions:
         assert positions.shape == (2, 20)
@@ -94,14 +144,98 @@ def test_the_policy_example_works(monkeypatch: pytest.MonkeyPatch) -> None:
     llm.engine.check()
 
 
+def test_the_example_that_computes_less_works(added: ModuleType) -> None:
+    policy = added.HalfLook(keep=0.4, window=4)
+    trace = tiny(policy).trace(random_prompt(1, 80), protect=[(30, 33)])
+    assert trace.computed_by_layer == [80, 40, 40, 40]
+    assert [positions.shape[1] for positions in trace.prefill_positions] == [32] * 4
+    for positions in trace.prefill_positions:
+        assert all({30, 31, 32, 79} <= set(head) for head in positions.tolist())
+
+
+@pytest.mark.parametrize("name", ["last_look", "half_look"])
+def test_the_registrys_tests_take_the_example(added: ModuleType, name: str) -> None:
+    for dtype in test_matrix.DTYPES:
+        test_matrix.test_a_ragged_batch_equals_each_alone(name, "reference", dtype, new=8)
+    test_pyramidinfer.test_protected_spans_survive_every_policy(name)
+    test_pyramidinfer.test_forecast_bounds_what_happens(name, 200, 70)
+    if name == "last_look":
+        test_matrix.test_bytes_fall_with_keep(name, "reference")
+    for option in fields(POLICIES[name]):
+        test_options.test_wrong_values_are_shown(name, option)
+
+
+def test_the_examples_judge_agrees(added: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    (code,) = (each for each in blocks(GUIDE, "python") if each.startswith("    def last_look"))
+    space: dict[str, Any] = dict(vars(judge))
+    exec(textwrap.dedent(code), space)
+    monkeypatch.setattr(judge.Judge, "last_look", space["last_look"], raising=False)
+    monkeypatch.setattr(test_judges, "PER_HEAD", {*test_judges.PER_HEAD, "last_look"})
+    (case,) = re.findall(r'`(\("last_look", .+?\))`', GUIDE)
+    line = eval(case, {"SPANS": test_judges.SPANS})
+    test_judges.test_method_equals_its_judge(*line)
+
+
+def test_the_guides_commands_run(
+    added: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = commands(GUIDE)
+    assert {" ".join(line.split()[1:3]) for line in lines} >= {"study quality", "study map"}
+    for line in lines:
+        run_command(line, tmp_path, monkeypatch)
+    rows = json.loads((tmp_path / "out" / "look.json").read_text())["rows"]
+    assert {"full", "last_look", "snapkv"} == {row["policy"] for row in rows}
+
+
+def test_the_example_gets_a_section(added: ModuleType) -> None:
+    page = methods.render({}, {"last_look": added.LastLook})
+    assert "## last_look" in page and "Deviation" in page
+    assert all(option.text for option in methods.options(added.LastLook))
+
+
+# --- generated pages ------------------------------------------------------------------------------
+
+
+def test_methods_are_generated_from_docstrings_and_results() -> None:
+    """``make pages`` writes what stands there."""
+    assert (ROOT / "docs" / "methods.md").read_text() == methods.render(load_results(ROOT))
+
+
 def test_numbers_are_generated_from_committed_results() -> None:
-    results = {
-        path.stem: json.loads(path.read_text())
-        for path in (ROOT / "benchmarks" / "results").glob("*.json")
-    }
-    assert (ROOT / "docs" / "numbers.md").read_text() == render(results)
-    for name, result in results.items():
-        assert {"commit", "machine", "configuration", "result"} <= result.keys(), name
+    assert (ROOT / "docs" / "numbers.md").read_text() == render(load_results(ROOT))
+
+
+def test_results_say_where_they_come_from() -> None:
+    for name, result in load_results(ROOT).items():
+        assert is_result(result), name
+
+
+def is_result(found: dict[str, Any]) -> bool:
+    """A result, a study or a schedule that says where it comes from."""
+    origin = {"commit", "machine"}
+    if "rows" in found:
+        return {*origin, "study", "configuration"} <= found["meta"].keys()
+    if "schedule" in found:
+        return {*origin, "task", "tried"} <= found["about"].keys()
+    return {*origin, "configuration", "result"} <= found.keys()
+
+
+def test_every_method_can_be_had_as_its_section_says() -> None:
+    page = (ROOT / "docs" / "methods.md").read_text()
+    lines = [line for block in blocks(page, "python") for line in block.splitlines()]
+    for line, (name, kind) in zip(lines, POLICIES.items(), strict=True):
+        (made,) = re.findall(r"policy=(.+)\)$", line)
+        assert eval(made, {kind.__name__: getattr(policies, kind.__name__)}) == make_policy(
+            name, None if name == "full" else 0.45
+        )
+
+
+@pytest.mark.parametrize("line", commands((ROOT / "docs" / "methods.md").read_text()))
+def test_methods_commands_run(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_command(line, tmp_path, monkeypatch)
+
+
+# --- the README's figures -------------------------------------------------------------------------
 
 
 def test_readme_repeats_the_committed_demo() -> None:

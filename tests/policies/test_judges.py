@@ -1,4 +1,4 @@
-"""Every published method, and the project's own, against its judge: a float64 model with whole attention rows.
+"""Every method against its judge: a float64 model with whole attention rows.
 
 Entries kept per layer and head and their number at every step must be the same; logits agree to
 rounding.
@@ -25,7 +25,7 @@ SPANS = (3, 4, 20)
 PER_HEAD = {"h2o", "scissorhands", "snapkv", "pyramidkv", "fastkv", "pyramid"}
 PLAN = Schedule(
     start_layer=1, propagate=0.6, shares=(0.1, 0.3, 0.6, 1.0),
-    loss=((3.0, 0.5, 0.1, 0.0), (0.4, 0.3, 0.2, 0.0), (2.0, 1.0, 0.2, 0.0), (0.9, 0.1, 0.0, 0.0)),
+    loss=((3.0, 0.5, 0.1, 0.0), (0.9, 0.5, 0.2, 0.0), (2.0, 1.0, 0.2, 0.0), (0.9, 0.1, 0.0, 0.0)),
     heads="mean", kernel=3, keep=0.4, kl=0.01,
 )  # fmt: skip
 SHORT = {"min_context": 8, "window": 8}
@@ -52,7 +52,9 @@ CASES: list[tuple[str, float | None, tuple[int, ...], dict[str, Any]]] = [
     ("pyramid", 0.4, (), {**SHORT, "stable": 0.2}),
     ("pyramid", None, SPANS, {**SHORT, "stable": 1.0}),
     ("pyramid", 0.4, SPANS, {**SHORT, "start_layer": 1, "propagate_ratio": 0.5}),
-    ("pyramid", 0.5, (), {**SHORT, "start_layer": 0, "heads": "mean", "budgets": "linear"}),
+    ("pyramid", 0.5, (), {
+        **SHORT, "start_layer": 0, "propagate_ratio": 0.3, "heads": "mean", "budgets": "linear",
+    }),
     ("pyramid", 0.35, (), {"kernel": 1, "sinks": 0, "window": 5, "min_context": 1, "stable": 0.1}),
     ("pyramid", 0.4, (), {
         **SHORT, "start_layer": 0, "curve": "linear", "propagate_ratio": 0.25, "budgets": "rising",
@@ -146,8 +148,8 @@ def test_method_equals_its_judge(
         ("pyramid", {**SHORT, "kernel": 3}, {**SHORT, "kernel": 5}),
         ("pyramid", {**SHORT, "start_layer": 1}, {**SHORT, "start_layer": 2}),
         ("pyramid", {**SHORT, "heads": "max"}, {**SHORT, "heads": "mean"}),
-        ("pyramid", {**SHORT, "stable": 0.1}, {**SHORT, "stable": 0.9}),
-        ("pyramid", {**SHORT, "stride": 2, "keep": 0.9}, {**SHORT, "stride": 3, "keep": 0.9}),
+        ("pyramid", {**SHORT, "stable": 0.0}, {**SHORT, "stable": 1.0}),
+        ("pyramid", {**SHORT, "stride": 2}, {**SHORT, "stride": 1}),
     ],
 )
 def test_a_slightly_different_rule_is_noticed(
@@ -155,9 +157,8 @@ def test_a_slightly_different_rule_is_noticed(
 ) -> None:
     """These tests can fail: the judge of a neighbouring rule disagrees."""
     prompt = random_prompt(0, 80)
-    keeps = [each.pop("keep", None) for each in (options := {**options}, broken := {**broken})]
-    trace = engine(method, keeps[0], 1024, **options).trace(prompt, max_tokens=NEW)
-    judge = Judge(model(), method, keeps[1], **broken)
+    trace = engine(method, None, 1024, **options).trace(prompt, max_tokens=NEW)
+    judge = Judge(model(), method, **broken)
     judge.read(prompt)
     for token in trace.token_ids:
         judge.decode(token)
@@ -187,10 +188,10 @@ def test_wrong_rotary_positions_are_noticed(monkeypatch: pytest.MonkeyPatch) -> 
         ("pyramidkv", 0.5, {}),
         ("tova", 0.4, {}),
         ("fastkv", None, {"retain_ratio": 0.3, "propagate_ratio": 0.5}),
-        ("pyramid", 0.4, {**SHORT, "start_layer": 1}),
+        ("pyramid", 0.4, {**SHORT, "start_layer": 1, "propagate_ratio": 0.5}),
         ("pyramid", 0.5, {**SHORT, "stable": 0.2, "heads": "mean", "kernel": 1}),
         ("pyramid", 0.3, {"window": 28, "sinks": 2, "min_context": 1, "stable": 0.0}),
-        ("pyramid", 0.5, {"schedule": PLAN}),
+        ("pyramid", 0.48, {**SHORT, "schedule": PLAN}),
     ],
 )
 def test_further_turns_equal_the_judge(

@@ -28,9 +28,10 @@ __all__ = ["FastKV"]
 class FastKV(WindowRetaining):
     """Propagate once, retain everywhere.
 
-    layer : the propagation layer; None is just before the middle (15 of 32).
-    propagate_ratio : share of the new tokens that goes on after it.
-    retain_ratio : share of the text that each layer's cache keeps.
+    layer : the propagation layer; None is just before the middle (15 of 32).  Where it has a
+        sliding window that the text outgrows, the nearest layer before it that has none.
+    propagate_ratio : share of the new tokens that goes on after it; at least ``keep``.
+    retain_ratio : share of the text that each layer's cache keeps (not used with ``keep``).
     keep : instead of ``retain_ratio``: see ``Retaining``; generated entries come on top.
     """
 

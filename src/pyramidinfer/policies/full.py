@@ -14,7 +14,10 @@ __all__ = ["Full"]
 @named_options
 @dataclass(frozen=True)
 class Full(Policy):
-    """The full cache (``keep`` can only be 1)."""
+    """The full cache.
+
+    keep : can only be 1: nothing is dropped.
+    """
 
     name: ClassVar[str] = "full"
 

@@ -24,7 +24,8 @@ __all__ = ["H2O"]
 class H2O(Retaining):
     """Recent half, heaviest half, per KV head.
 
-    heavy_ratio, recent_ratio : shares of the text (published: 0.1 and 0.1).
+    heavy_ratio, recent_ratio : shares of the text kept as the heaviest and as the newest entries
+        (published: 0.1 and 0.1; not used with ``keep``).
     keep : instead of both: see ``Retaining``; half of it recent.  Held while generating.
     """
 

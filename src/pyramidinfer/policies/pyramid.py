@@ -1,4 +1,4 @@
-"""Pyramid: the project's own policy.
+"""Pyramid: late start, maximum scores, a budget of its own for every layer (this project's policy).
 
 The paper's two findings, kept apart.  *Propagation* (fewer tokens computed): from the layer on
 where the layers agree which tokens matter, only a share of the prompt goes deeper; before that

@@ -55,12 +55,15 @@ class PyramidInfer(Policy):
     min_context : a layer's context is not cut to this many tokens or fewer.
     sinks : first tokens that always stay.
     distance_weight : weight of the newest query's attention; the oldest has 1.
-    gen_decay, gen_keep, gen_chunk : generation: the curve's end, share and size of a thinning.
+    gen_decay, gen_keep, gen_chunk : while generating, every ``gen_chunk`` entries that fall out of
+        the recent window are thinned to the share ``gen_keep``, times a cosine over depth that
+        ends at ``gen_decay``.
     start_layer : the first layer after which tokens may be dropped.
     keep : instead of a decay: the mean over layers of the share of the prompt that reaches a
         layer.  Uses the constant curve, solves for its decay for each prompt length, and lowers
         ``recent_ratio`` where no decay reaches ``keep`` beside it.  ``min_context`` still holds,
-        so very short prompts keep more.
+        so very short prompts keep more.  Since a layer's cache holds what reached it, this is also
+        the cache's share after prefill.
     """
 
     name: ClassVar[str] = "pyramidinfer"

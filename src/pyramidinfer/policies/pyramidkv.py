@@ -2,6 +2,9 @@
 
 Budgets fall arithmetically from the first layer to the last, which gets 1/``beta`` of the mean
 (both without the window), so that their mean is the budget asked for.
+
+Deviations: query heads that share a KV head are averaged, as in SnapKV here; where the first
+layers' budgets exceed the text, the rest goes to the others.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ __all__ = ["PyramidKV"]
 class PyramidKV(WindowRetaining):
     """Pooled window attention per KV head, more in early layers.
 
-    capacity : entries per layer, mean over layers.
+    capacity : entries per layer, mean over layers (not used with ``keep``).
     beta : the mean budget over the last layer's, without the window; 1 is flat.
     keep : instead of ``capacity``: see ``Retaining``; generated entries come on top.
     """

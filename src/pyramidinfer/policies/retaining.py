@@ -19,7 +19,8 @@ class Retaining(Policy):
 
     keep : the mean over layers of a layer's entries, as a share of the text (the prompt; after
         ``extend`` the whole text).  Fixed after prefill.  A policy that evicts holds it from then
-        on; otherwise generated entries come on top.  None: the method's published budget.
+        on; otherwise generated entries come on top.  None: the method's published budget, which
+        its other options set.
 
     A budget never falls below what the method always keeps (its window, and one entry more), so
     short texts keep a larger share than asked for.

@@ -30,7 +30,8 @@ __all__ = ["Scissorhands"]
 class Scissorhands(Retaining):
     """Entries with the fewest low-attention steps, per KV head.
 
-    budget_ratio : B as a share of the text, mean over layers (published: up to 5x fewer).
+    budget_ratio : B as a share of the text, mean over layers (not used with ``keep``; the paper
+        reports a fifth of the cache as its strongest compression, 5x, and that is the default).
     window : history of queries that is counted over (w).
     recent : newest entries that always stay (r).
     drop : share of the budget that goes at a time while generating (m / B).

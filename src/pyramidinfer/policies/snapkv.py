@@ -76,7 +76,7 @@ class WindowRetaining(Retaining):
 class SnapKV(WindowRetaining):
     """The same budget in every layer.
 
-    capacity : entries per layer (the paper's main setting).
+    capacity : entries per layer (the paper's main setting; not used with ``keep``).
     keep : instead of ``capacity``: see ``Retaining``; generated entries come on top.
     """
 

@@ -2,6 +2,8 @@
 
 Whenever a layer is over its budget, the entries that the newest query looks at least, averaged
 over heads, go: after prefill and at every step.  All heads keep the same tokens.
+
+Deviation: where protected spans fill the budget, half as much again is left for other tokens.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ __all__ = ["TOVA"]
 class TOVA(Retaining):
     """What the newest query looks at.
 
-    capacity : entries per layer (the paper's "multi-state size"; it shows 64 to 2048).
+    capacity : entries per layer (the paper's "multi-state size"; it shows 64 to 2048;
+        not used with ``keep``).
     keep : instead of ``capacity``: see ``Retaining``; held while generating.
     """
 

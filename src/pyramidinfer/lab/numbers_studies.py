@@ -1,0 +1,281 @@
+"""Sections of ``docs/numbers.md`` on the quality study's results, and what all sections share."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pyramidinfer.lab.samples import SHIPPED
+from pyramidinfer.lab.study import Row
+from pyramidinfer.policies import POLICIES
+
+__all__ = [
+    "SCHEDULE", "aims", "command_block", "curves", "estimate", "joined", "json_option",
+    "load_results", "origin", "paired_difference", "paired_ratio", "percent", "quality",
+    "subject_words", "table",
+]  # fmt: skip
+
+Result = dict[str, Any]
+
+RESULTS = Path("benchmarks/results")
+SCHEDULE = Path("src/pyramidinfer/assets/demo-model/pyramid_schedule.json")
+RESAMPLES = 2000
+#: What the paper's own rule is called; other policies are compared with it.
+PAPER = "pyramidinfer"
+
+
+def load_results(root: Path = Path()) -> dict[str, Result]:
+    """Committed results by name, the shipped model's schedule among them as ``calibrate``."""
+    paths = {path.stem: path for path in sorted((root / RESULTS).glob("*.json"))}
+    if (root / SCHEDULE).is_file():
+        paths["calibrate"] = root / SCHEDULE
+    return {name: json.loads(path.read_text("utf-8")) for name, path in paths.items()}
+
+
+# --- words and cells ------------------------------------------------------------------------------
+
+
+def origin(entry: Result) -> str:
+    """Commit and machine."""
+    machine = entry["machine"]
+    threads = machine["threads"]
+    return (
+        f"Commit `{entry['commit']}`; {machine['processor']}, {machine['cores']} cores, "
+        f"{threads} thread{'s' if threads != 1 else ''}; torch {machine['torch']}, "
+        f"transformers {machine['transformers']}.\n"
+    )
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """A Markdown table's lines."""
+    return [
+        "| " + " | ".join(head) + " |",
+        "|" + "---|" * len(head),
+        *("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows),
+    ]
+
+
+def estimate(value: float | None, bounds: Sequence[float] | None, form: str = ".2f") -> str:
+    """``0.97 [0.91, 0.99]``; a dash for what was not measured."""
+    if value is None:
+        return "–"
+    if bounds is None:
+        return f"{value:{form}}"
+    return f"{value:{form}} [{bounds[0]:{form}}, {bounds[1]:{form}}]"
+
+
+def percent(value: float) -> str:
+    return f"{value:.0%}"
+
+
+def subject_words(subject: dict[str, Any]) -> str:
+    """The model and text, without folders."""
+    model, text = subject["model"], subject["text"]
+    name = "the shipped model" if model == SHIPPED else f"`{Path(model).name}`"
+    source = "generated text" if text is None else f"text `{Path(text).name}`"
+    return f"{name} ({subject['dtype']}), {source}"
+
+
+def _label(spec: str) -> str:
+    """A policy's spec as a cell, files by their names."""
+    name, _, tail = spec.partition(":")
+    options = [item.partition("=") for item in tail.split(",")] if tail else []
+    short = [f"{key}={Path(value).name if '/' in value else value}" for key, _, value in options]
+    return f"`{name}`" + (f" {', '.join(short)}" if short else "")
+
+
+def joined(values: Iterable[Any]) -> str:
+    return ",".join(f"{value:g}" if isinstance(value, float) else str(value) for value in values)
+
+
+def command_block(words: Sequence[str], subject: dict[str, Any], seed: int, *target: str) -> str:
+    """What measures it again, as a block; settings that every command has come from ``subject``."""
+    more = []
+    for option, usual in (("model", SHIPPED), ("text", None), ("dtype", "float32"),
+                          ("device", "auto"), ("kv_memory", "512MiB")):  # fmt: skip
+        if subject[option] != usual:
+            more += [f"--{option.replace('_', '-')}", str(subject[option])]
+    more += ["--seed", str(seed)] if seed else []
+    return f"```bash\n{shlex.join(['pyramidinfer', *words, *more, *target])}\n```\n"
+
+
+def json_option(name: str) -> tuple[str, str]:
+    return "--json", str(RESULTS / f"{name}.json")
+
+
+# --- quality, aims, curves ------------------------------------------------------------------------
+
+
+def _grid_head(title: str, name: str, entry: Result, words: str) -> list[str]:
+    meta = entry["meta"]
+    grid = meta["configuration"]
+    counts = {row["context"]: row for row in entry["rows"]}
+    samples = "; ".join(
+        f"at {context:,} tokens {row['samples']} questions, "
+        f"{row.get('passages', row['samples'])} passages"
+        for context, row in counts.items()
+    )
+    command = ["study", "quality"]
+    if list(grid["policies"]) != list(POLICIES):
+        command += ["--policies", " ".join(grid["policies"])]
+    command += ["--keeps", joined(grid["keeps"]), "--contexts", joined(grid["contexts"]),
+                "--samples", str(grid["samples"])]  # fmt: skip
+    if "passages" in grid:
+        command += ["--passages", f"{grid['passages']:g}"]
+    return [
+        f"## {title}\n",
+        origin(meta),
+        f"On {subject_words(grid['subject'])}; {samples}. All policies get the same ones.\n",
+        command_block(command, grid["subject"], grid["seed"], *json_option(name)),
+        f"{words}\n",
+    ]
+
+
+def _kv(row: Row) -> str:
+    return percent(row["kv_share"]) + ("" if row["reachable"] else " *")
+
+
+def _footnote(rows: list[Row]) -> list[str]:
+    missed = not all(row["reachable"] for row in rows)
+    return ["\n\\* the policy cannot go down to this `keep` here."] if missed else []
+
+
+def _by_cell(rows: list[Row]) -> dict[tuple[str, float, int], Row]:
+    return {(row["policy"], row["keep"], row["context"]): row for row in rows}
+
+
+def _lines(rows: list[Row]) -> list[tuple[str, float]]:
+    """Policies and keeps, in order, once each."""
+    return list(dict.fromkeys((row["policy"], row["keep"]) for row in rows))
+
+
+def _contexts(rows: list[Row]) -> list[int]:
+    return sorted({row["context"] for row in rows})
+
+
+def quality(entry: Result) -> str:
+    rows = entry["rows"]
+    cells, contexts = _by_cell(rows), _contexts(rows)
+    lines = _grid_head(
+        "Quality against bytes", "quality", entry,
+        "How to read it: `KV` is the share of the full cache's bytes after the context, `prefill` "
+        "the share of layer-tokens computed; compare recall between rows of equal `KV`, not of "
+        "equal `keep`. In brackets: 95 % (Wilson).",
+    )  # fmt: skip
+    head = ["policy", "keep"]
+    for context in contexts:
+        head += [f"recall at {context:,}", "KV", "prefill"]
+    found = []
+    for spec, keep in _lines(rows):
+        line = [_label(spec), f"{keep:g}"]
+        for context in contexts:
+            row = cells.get((spec, keep, context))
+            if row is None:
+                line += ["–"] * 3
+                continue
+            line += [
+                estimate(row["recall"], row["recall_ci"]),
+                _kv(row),
+                percent(row["prefill_share"]),
+            ]
+        found.append(line)
+    lines += [*table(head, found), *_footnote(rows)]
+    lines += [
+        "\n![quality against bytes](images/quality.png)",
+        "\nRecall by the needle's depth and the context's length:",
+        "\n![needles](images/quality_needles.png)\n",
+    ]
+    return "\n".join(lines)
+
+
+def aims(entry: Result) -> str:
+    rows = entry["rows"]
+    cells = _by_cell(rows)
+    lines = _grid_head(
+        "Pyramid, the paper's rule and the full cache", "aims", entry,
+        f"How to read it: every question is answered under every policy, so recalls are compared "
+        f"question by question. `of full` is a policy's recall over the full cache's, "
+        f"`against {PAPER}` its recall less that of `{PAPER}` at the same `keep`; in brackets 95 % "
+        f"over resampled questions (for `recall` Wilson's, which also has a width where all "
+        f"answers are right).",
+    )  # fmt: skip
+    found = []
+    for context in _contexts(rows):
+        full = next((r for r in rows if r["policy"] == "full" and r["context"] == context), None)
+        for spec, keep in _lines(rows):
+            row, paper = cells.get((spec, keep, context)), cells.get((PAPER, keep, context))
+            if row is None:
+                continue
+            of_full = None if full is None else paired_ratio(row["right"], full["right"])
+            against = None
+            if paper is not None and paper is not row:
+                against = paired_difference(row["right"], paper["right"])
+            found.append([
+                f"{context:,}", _label(spec), f"{keep:g}",
+                estimate(row["recall"], row["recall_ci"]),
+                "–" if of_full is None or row is full else estimate(of_full[0], of_full[1:]),
+                "–" if against is None else estimate(against[0], against[1:], "+.2f"),
+                estimate(row["kl"], row["kl_ci"], ".2g"), _kv(row),
+                percent(row["prefill_share"]),
+            ])  # fmt: skip
+    lines += table(
+        ["context", "policy", "keep", "recall", "of full", f"against {PAPER}", "KL, nats a token",
+         "KV", "prefill"],
+        found,
+    )  # fmt: skip
+    return "\n".join([*lines, *_footnote(rows)]) + "\n"
+
+
+def curves(entry: Result) -> str:
+    rows = entry["rows"]
+    cells = _by_cell(rows)
+    keeps = sorted({row["keep"] for row in rows if row["policy"] != "full"}, reverse=True)
+    lines = _grid_head(
+        "Calibrated budgets against hand-made curves", "curves", entry,
+        "How to read it: share of the full cache's bytes, recall, and divergence from the full "
+        "cache (KL, nats a token, 95 % over resampled passages); a lower divergence at the same "
+        "bytes means better budgets. `pyramid` without options uses the model's schedule.",
+    )  # fmt: skip
+    found = []
+    for context in _contexts(rows):
+        for spec in dict.fromkeys(row["policy"] for row in rows if row["policy"] != "full"):
+            line = [f"{context:,}", _label(spec)]
+            for keep in keeps:
+                row = cells.get((spec, keep, context))
+                line.append("–" if row is None else (
+                    f"{_kv(row)}; {row['recall']:.2f}; {estimate(row['kl'], row['kl_ci'], '.2g')}"
+                ))  # fmt: skip
+            found.append(line)
+    lines += table(["context", "policy", *(f"keep {keep:g}" for keep in keeps)], found)
+    lines += [*_footnote(rows), "\n![curves against bytes](images/curves.png)"]
+    return "\n".join(lines) + "\n"
+
+
+def paired_ratio(mine: Sequence[int], other: Sequence[int]) -> tuple[float, float, float] | None:
+    """Sum over sum with its 95 % interval over resampled pairs; None where ``other`` has none."""
+    if not sum(other):
+        return None
+    return _resampled(mine, other, lambda a, b: a.sum(-1) / b.sum(-1))
+
+
+def paired_difference(mine: Sequence[int], other: Sequence[int]) -> tuple[float, float, float]:
+    """Mean less mean with its 95 % interval over resampled pairs."""
+    return _resampled(mine, other, lambda a, b: a.mean(-1) - b.mean(-1))
+
+
+def _resampled(mine: Sequence[int], other: Sequence[int],
+               figure: Callable[[np.ndarray, np.ndarray], np.ndarray]
+               ) -> tuple[float, float, float]:  # fmt: skip
+    if len(mine) != len(other):
+        raise ValueError(f"{len(mine)} and {len(other)} answers are not pairs")
+    first, second = np.array(mine, dtype=np.float64), np.array(other, dtype=np.float64)
+    picks = np.random.default_rng(0).integers(len(first), size=(RESAMPLES, len(first)))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        drawn = figure(first[picks], second[picks])
+    low, high = np.percentile(drawn[np.isfinite(drawn)], (2.5, 97.5))
+    return float(figure(first, second)), float(low), float(high)
