@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from pyramidinfer.lab.study import Row
 
-__all__ = ["draw_needles", "draw_quality", "style"]
+__all__ = ["draw_needles", "draw_quality", "labels", "style"]
 
 MARKERS = "osD^vPX<>*h"
 #: measure → (title, logarithmic)
@@ -28,7 +28,7 @@ def style(names: list[str]) -> dict[str, dict[str, Any]]:
     colours = matplotlib.colormaps["tab10"]
     styles = {}
     for index, name in enumerate(names):
-        own = name.split(":")[0] == "pyramid"
+        own = name == "pyramid"
         styles[name] = {
             "color": colours(index % 10), "marker": MARKERS[index % len(MARKERS)],
             "linewidth": 2.4 if own else 1.2, "markersize": 5.5 if own else 4,
@@ -37,30 +37,42 @@ def style(names: list[str]) -> dict[str, dict[str, Any]]:
     return styles
 
 
+def labels(names: list[str]) -> dict[str, str]:
+    """What each policy is called: its name and those options that not all with options share."""
+    options = {name: name.partition(":")[2].split(",") for name in names if ":" in name}
+    shared = set.intersection(*map(set, options.values())) if len(options) > 1 else set()
+    found = {}
+    for name in names:
+        own = [each for each in options.get(name, []) if each not in shared]
+        found[name] = ", ".join([name.partition(":")[0], *own])
+    return found
+
+
 def draw_quality(rows: list[Row], path: Path) -> Path:
     """One row of panels a context length; share of the full cache's bytes along x."""
     contexts = sorted({row["context"] for row in rows})
     names = [name for name in dict.fromkeys(row["policy"] for row in rows) if name != "full"]
-    styles = style(names)
+    styles, called = style(names), labels(names)
+    widest = max([row["kv_share"] for row in rows if row["policy"] != "full"], default=1.0)
     figure = Figure(figsize=(14, 4.4 * len(contexts) + 0.7), layout="constrained")
     axes = figure.subplots(len(contexts), len(PANELS), squeeze=False)
     for line, context in enumerate(contexts):
         for axis, (measure, (title, log)) in zip(axes[line], PANELS.items(), strict=True):
             for name in names:
                 mine = [r for r in rows if r["policy"] == name and r["context"] == context]
-                _draw_line(axis, mine, measure, styles[name], name, log)
+                _draw_line(axis, mine, measure, styles[name], called[name], log)
             _draw_level(axis, rows, context, measure)
             axis.set_title(f"{title}, {context:,} tokens", loc="left", fontsize=10.5)
             axis.set_xlabel("KV bytes, share of the full cache")
-            axis.set_xlim(0, 1.03)
+            axis.set_xlim(0, widest * 1.04)
             axis.grid(alpha=0.25)
             axis.spines[["top", "right"]].set_visible(False)
             if log:
                 axis.set_yscale("log")
             else:
                 axis.set_ylim(-0.03, 1.03)
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(6, len(labels)),
+    handles, texts = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, texts, loc="outside lower center", ncols=min(6, len(texts)),
                   frameon=False, fontsize=9.5)  # fmt: skip
     return _save(figure, path)
 
@@ -90,6 +102,7 @@ def _draw_level(axis: Any, rows: list[Row], context: int, measure: str) -> None:
 def draw_needles(rows: list[Row], path: Path) -> Path:
     """Recall by the needle's depth (down) and the context's length (across), a panel a cell."""
     names = list(dict.fromkeys(row["policy"] for row in rows))
+    called = labels(names)
     keeps = sorted({row["keep"] for row in rows if row["keep"] < 1}, reverse=True)
     shown = [keep for keep in keeps if keep in (0.45, 0.2)] or keeps[:2] or [1.0]
     contexts = sorted({row["context"] for row in rows})
@@ -111,7 +124,7 @@ def draw_needles(rows: list[Row], path: Path) -> Path:
                 axis.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=7.5)
             axis.set_xticks(range(len(contexts)), [f"{c:,}" for c in contexts], fontsize=8)
             axis.set_yticks(range(len(depths)), [f"{float(d):.0%}" for d in depths], fontsize=8)
-            title = name if name == "full" else f"{name}\nkeep {wanted:g}"
+            title = name if name == "full" else f"{called[name]}\nkeep {wanted:g}"
             axis.set_title(title, fontsize=8.5)
         axes[line, 0].set_ylabel("needle's depth", fontsize=9)
     figure.supxlabel("context length (tokens)", fontsize=9)
