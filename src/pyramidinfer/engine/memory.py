@@ -104,7 +104,7 @@ class Ledger:
             window = max(window, min(needs.window, length))
             columns = max(columns, (bool(needs.window) + needs.column_sums) * kept)
         kv_heads = max(shape.kv_heads for shape in adapter.shapes)
-        transient = 2 * new * adapter.hidden_size * item
+        transient = 2 * new * adapter.hidden_size * item + policy.working_bytes(new)
         transient += window * heads * key_dim * item + columns * kv_heads * high
         return ring + sum(value.nbytes for value in state.values()), transient
 

@@ -85,6 +85,10 @@ class Policy:
         """Upper bounds for a request; admission rests on them."""
         return Forecast([prompt_len] * layers.count, [prompt_len + max_new] * layers.count)
 
+    def working_bytes(self, prompt_len: int) -> int:
+        """State beyond ``start``'s that is held while a prompt goes through the layers."""
+        return 0
+
     @property
     def anchors(self) -> int:
         """For a policy that streams: entries that stay in front of what is dropped."""

@@ -187,6 +187,9 @@ class Pyramid(Retaining):
         kept = super().forecast(prompt_len, max_new, layers).kept
         return Forecast(reach, [min(k, r + max_new) for k, r in zip(kept, reach, strict=True)])
 
+    def working_bytes(self, prompt_len: int) -> int:
+        return prompt_len + 1024  # the top share of the layer before, and the overlaps so far
+
     # --- prefill ------------------------------------------------------------------------------
 
     def start(self, layers: Layers) -> State:
