@@ -7,7 +7,7 @@ import random
 import sys
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -51,19 +51,34 @@ def measured_apart(task: Calibration, policy: Policy, part: int) -> float:
 # --- the shipped model ------------------------------------------------------------------------
 
 
+class Calibrated(NamedTuple):
+    """What a run wrote and returned, and the policy that it measured last."""
+
+    out: Path
+    schedule: Schedule
+    policy: Pyramid
+
+
 @pytest.fixture(scope="module")
-def calibrated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Schedule]:
+def calibrated(tmp_path_factory: pytest.TempPathFactory) -> Calibrated:
     """A calibration that is as small as can be."""
     out = tmp_path_factory.mktemp("calibrate") / "deep" / "plan.json"
+    verified: list[Any] = []
+    measure = lab._divergence
+
+    def spy(task: Calibration, policy: Policy, part: int) -> float:
+        if part == 1:
+            verified.append(policy)
+        return measure(task, policy, part)
+
     with pytest.MonkeyPatch.context() as patch:
         use_small_grid(patch)
-        return out, calibrate(TASK, out)
+        patch.setattr(lab, "_divergence", spy)
+        return Calibrated(out, calibrate(TASK, out), verified[-1])
 
 
-def test_the_schedule_is_written_and_says_where_it_comes_from(
-    calibrated: tuple[Path, Schedule],
-) -> None:
-    out, schedule = calibrated
+def test_the_schedule_is_written_and_says_where_it_comes_from(calibrated: Calibrated) -> None:
+    out, schedule, _ = calibrated
     assert Schedule.load(out) == schedule
     assert schedule.layers == 12
     assert schedule.shares == (*SHARES, 1.0)
@@ -75,26 +90,28 @@ def test_the_schedule_is_written_and_says_where_it_comes_from(
     assert [path.name for path in out.parent.iterdir()] == ["plan.json"], "parts are gone"
 
 
-def test_the_scores_that_lose_least_are_taken(calibrated: tuple[Path, Schedule]) -> None:
-    out, schedule = calibrated
+def test_the_scores_that_lose_least_are_taken(calibrated: Calibrated) -> None:
+    out, schedule, _ = calibrated
     rows = json.loads(out.read_text())["about"]["scores"]
     assert [(row["heads"], row["kernel"]) for row in rows] == [("max", 7), ("mean", 7)]
     best = min(rows, key=lambda row: row["kl"])
     assert (schedule.heads, schedule.kernel) == (best["heads"], best["kernel"])
 
 
-def test_the_target_is_met_on_passages_of_their_own(calibrated: tuple[Path, Schedule]) -> None:
-    out, schedule = calibrated
+def test_the_target_is_met_on_passages_of_their_own(calibrated: Calibrated) -> None:
+    out, schedule, policy = calibrated
     tried = json.loads(out.read_text())["about"]["tried"]
     assert tried[-1]["kl"] == schedule.kl <= TASK.target_kl
     assert tried[-1]["keep"] == schedule.keep
-    again = measured_apart(TASK, Pyramid(schedule=schedule, keep=schedule.keep), 1)
+    assert isinstance(policy.schedule, Schedule) and policy.keep == schedule.keep
+    assert policy.schedule.budgets(policy.keep) == schedule.budgets(schedule.keep)
+    again = measured_apart(TASK, policy, 1)
     assert schedule.kl == pytest.approx(again, rel=1e-3, abs=1e-7)
 
 
-def test_a_layers_loss_is_what_measuring_it_gives(calibrated: tuple[Path, Schedule]) -> None:
+def test_a_layers_loss_is_what_measuring_it_gives(calibrated: Calibrated) -> None:
     """The layer that matters most, held alone to the smallest share."""
-    _, schedule = calibrated
+    schedule = calibrated.schedule
     layer = max(range(12), key=lambda each: schedule.loss[each][0])
     policy = OneLayer(keep=SHARES[0], layer=layer, schedule=None, min_context=1,
                       heads=schedule.heads, kernel=schedule.kernel)  # fmt: skip
@@ -103,8 +120,8 @@ def test_a_layers_loss_is_what_measuring_it_gives(calibrated: tuple[Path, Schedu
     assert schedule.loss[layer][0] > 10 * sorted(row[0] for row in schedule.loss)[6]
 
 
-def test_pyramid_runs_by_it(calibrated: tuple[Path, Schedule]) -> None:
-    out, schedule = calibrated
+def test_pyramid_runs_by_it(calibrated: Calibrated) -> None:
+    out, schedule, _ = calibrated
     policy = Pyramid(schedule=str(out), keep=0.5, min_context=1)
     trace = LLM(shipped_model(), policy=policy, kv_memory="16MiB").trace(random_prompt(1, 400))
     kept = [positions.shape[1] for positions in trace.prefill_positions]
@@ -152,7 +169,7 @@ def losses_of(found: Tables, start: int, share: float, budgets: tuple[float, ...
     return total
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("allowed", [0.003, 0.03, 0.3])
 def test_no_plan_within_the_target_is_cheaper(seed: int, allowed: float) -> None:
     """Every start, every propagated share and every budget in steps of 1/200."""
@@ -268,8 +285,6 @@ def test_it_is_solved_for_less_until_the_target_is_met(
     last = run.policies[-1]
     assert isinstance(last, Pyramid) and isinstance(last.schedule, Schedule)
     assert last.schedule.budgets(0.5) == schedule.budgets(0.5) and last.keep == schedule.keep
-    for before, after in zip(tried, tried[1:], strict=False):
-        assert before["keep"] <= after["keep"] or before["start"] != after["start"]
 
 
 def test_a_byte_budget_is_solved_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

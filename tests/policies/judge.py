@@ -464,8 +464,10 @@ class Judge:
         keep = min(1.0, max(keep, rule.min_context / self.text))
         caps = [1.0] * self.depth
         if rule.start_layer is not None:
+            least = min(1.0, max(rule.min_context, rule.floor) / self.text)
             for deeper in range(rule.start_layer + 1, self.depth):
-                caps[deeper] = self._share_after(deeper - 1, rule.start_layer, rule)
+                share = self._share_after(deeper - 1, rule.start_layer, rule)
+                caps[deeper] = max(least, share)
         if rule.schedule is None:
             shares = self._level_out(keep, caps, [
                 WEIGHTS[rule.budgets](each, self.depth) for each in range(self.depth)

@@ -52,7 +52,7 @@ def shapes(positions: list[torch.Tensor]) -> list[int]:
 
 
 @pytest.mark.parametrize("way", sorted(WAYS))
-@pytest.mark.parametrize("length", [1, 12, 13, 90, 211])
+@pytest.mark.parametrize("length", [1, 13, 211])
 @pytest.mark.parametrize("new", [0, 45])
 def test_forecast_bounds_what_happens(way: str, length: int, new: int) -> None:
     llm = engine(**WAYS[way])
@@ -70,8 +70,7 @@ def test_forecast_bounds_what_happens(way: str, length: int, new: int) -> None:
 
 
 @pytest.mark.parametrize("way", sorted(WAYS))
-@pytest.mark.parametrize("keep", [0.25, 0.45, 0.8])
-@pytest.mark.parametrize("budgets", ["level", "rising"])
+@pytest.mark.parametrize(("keep", "budgets"), [(0.25, "rising"), (0.8, "level")])
 def test_keep_is_not_exceeded_while_generating(way: str, keep: float, budgets: str) -> None:
     """Each layer holds its budget at every step, for prompt and generated tokens alike."""
     llm = engine(keep=keep, **{"budgets": budgets, **WAYS[way]})
