@@ -63,6 +63,12 @@ CASES: list[tuple[str, float | None, tuple[int, ...], dict[str, Any]]] = [
     ("pyramid", 0.9, (), {**SHORT, "stride": 3, "stable": 0.0}),
     ("pyramid", 0.3, (), {**SHORT, "schedule": PLAN}),
     ("pyramid", 0.6, SPANS, {**SHORT, "schedule": PLAN, "heads": "max", "kernel": 5}),
+    ("pyramid", 0.5, (), {**SHORT, "schedule": PLAN, "start_layer": 0}),
+    ("pyramid", 0.5, (), {**SHORT, "schedule": PLAN, "propagate_ratio": 0.8}),
+    ("pyramid", 0.5, (), {"window": 8, "min_context": 20, "start_layer": 0}),
+    ("pyramid", 0.4, (), {**SHORT, "stable": 0.3, "propagate_ratio": 0.4}),
+    ("pyramid", 0.4, (), {**SHORT, "stable": 0.15, "curve": "cosine"}),
+    ("pyramid", 0.4, (), {**SHORT, "stable": 0.15, "curve": "linear", "propagate_ratio": 0.25}),
 ]  # fmt: skip
 
 
@@ -246,11 +252,11 @@ def test_scored_continuation_equals_the_judge(
     assert score.kv.kept_len == tuple(each - len(more) + 1 for each in judge.lengths())
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(8))
 def test_pyramid_starts_where_successive_layers_agree(seed: int) -> None:
     """Two comparisons in a row at this depth, and nothing is dropped where none are enough."""
     deep, prompt = exact_llama(num_hidden_layers=12), random_prompt(seed, 90)
-    options = {**SHORT, "kernel": 1}
+    options = {**SHORT, "kernel": 7}
     judge = Judge(deep, "pyramid", stable=1.0, **options)
     judge.read(prompt)
     shared = [len(a & b) / len(a) for a, b in pairwise(judge.tops)]

@@ -128,7 +128,17 @@ def test_entries_are_dropped_stride_by_stride(keep: float) -> None:
 
 
 @pytest.mark.parametrize("length", [1, 5, 40, 63, 64])
-@pytest.mark.parametrize("options", [FOUND, NEVER, {**FOUND, "budgets": "cosine"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        FOUND,
+        NEVER,
+        {**FOUND, "budgets": "cosine"},
+        {"start_layer": 0},
+        {"start_layer": 1, "budgets": "rising"},
+        {"schedule": PLAN},
+    ],
+)
 def test_short_prompts_lose_nothing(length: int, options: dict[str, Any]) -> None:
     llm = LLM(model("llama"), policy=Pyramid(keep=0.1, **options), kv_memory="4MiB", poison=True)
     trace = llm.trace(random_prompt(1, length))

@@ -195,7 +195,11 @@ def quality(
 
     specs = split_specs(policies) if policies else tuple(POLICIES)
     if schedule is not None:
-        specs = tuple(f"pyramid:schedule={schedule}" if s == "pyramid" else s for s in specs)
+        specs = tuple(
+            f"{s}{',' if ':' in s else ':'}schedule={schedule}"
+            if s.split(":")[0] == "pyramid" and "schedule=" not in s else s
+            for s in specs
+        )  # fmt: skip
     grid = Grid(
         subject(model, text, dtype, device), specs, numbers(keeps, float, "--keeps"),
         numbers(contexts, int, "--contexts"), samples, passages, min(8, samples), seed=seed,

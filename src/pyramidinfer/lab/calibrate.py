@@ -22,9 +22,9 @@ from pyramidinfer.lab.quality import divergence
 from pyramidinfer.lab.record import commit, machine
 from pyramidinfer.lab.samples import Passage, Subject
 from pyramidinfer.lab.study import Row, run_cells
-from pyramidinfer.policies import Full, Policy, Pyramid, Schedule
+from pyramidinfer.policies import Forecast, Full, Policy, Pyramid, Schedule
 from pyramidinfer.policies.schedule import HEADS
-from pyramidinfer.types import Needs, Observation, Score, View
+from pyramidinfer.types import Layers, Needs, Observation, Score, View
 
 __all__ = ["Calibration", "OneLayer", "calibrate"]
 
@@ -64,6 +64,9 @@ class OneLayer(Pyramid):
     evicts: ClassVar[bool] = False
 
     layer: int = 0
+
+    def forecast(self, prompt_len: int, max_new: int, layers: Layers) -> Forecast:
+        return Policy.forecast(self, prompt_len, max_new, layers)
 
     def needs(self, view: View) -> Needs:
         if view.layer != self.layer or view.phase == "decode":
@@ -173,7 +176,7 @@ def _solve_until_met(task: Calibration, found: Tables) -> tuple[Schedule, list[d
     allowed = task.target_kl
     for _ in range(8):
         schedule = solve(found, allowed, task.keep)
-        kl = _divergence(task, Pyramid(schedule=schedule, keep=schedule.keep), 1)
+        kl = _divergence(task, Pyramid(schedule=schedule, keep=schedule.keep, min_context=1), 1)
         schedule = Schedule(**{**vars(schedule), "kl": kl})
         tried.append({"allowed": allowed, "keep": schedule.keep, "start": schedule.start_layer,
                       "propagate": schedule.propagate, "kl": kl})  # fmt: skip

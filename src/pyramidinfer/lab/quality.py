@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from scipy import stats
 
+from pyramidinfer.config import is_number
 from pyramidinfer.engine import LLM
 from pyramidinfer.lab.quality_plots import draw_needles, draw_quality
 from pyramidinfer.lab.samples import Needle, Subject
@@ -71,8 +72,17 @@ class Grid:
 
     def cells(self) -> list[dict[str, Any]]:
         """One dict a cell; the full cache stands at keep 1 only."""
+        if not self.policies:
+            raise ValueError("--policies is empty: name at least one")
         for spec in self.policies:
-            parse_policy(spec)
+            parse_policy(spec, None if spec == "full" else 1.0)
+        for context in self.contexts:
+            if context < 60:
+                raise ValueError(f"--contexts: {context} is too short; give at least 60 tokens")
+        if self.samples < 1:
+            raise ValueError(f"--samples {self.samples} must be at least 1")
+        if not (is_number(self.passages) and self.passages >= 0):
+            raise ValueError(f"--passages {self.passages} must be at least 0")
         for keep in self.keeps:
             if not 0 < keep <= 1:
                 raise ValueError(f"keep {keep} must be above 0 and at most 1")

@@ -7,6 +7,7 @@ model whose tokenizer knows the generator's chat marks gets them; any other gets
 from __future__ import annotations
 
 import random
+import re
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -44,7 +45,8 @@ class Needle:
 
     def is_right(self, text: str) -> bool:
         """Whether a generated text begins with the answer, word for word."""
-        return " ".join(text.split()).startswith(self.answer)
+        said = " ".join(text.split())
+        return re.match(rf"{re.escape(self.answer)}(?!\w)", said) is not None
 
 
 @dataclass(frozen=True)

@@ -37,15 +37,21 @@ class Store:
         self.path, self.partial = path, path.with_name(path.name + ".partial")
         self.head = {"study": study, "configuration": json.loads(json.dumps(configuration))}
         self.rows: dict[str, list[Row]] = {}
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder; name a file for the result")
         path.parent.mkdir(parents=True, exist_ok=True)
-        if self.partial.exists():
-            self._take_up()
-        else:
+        if not (self.partial.exists() and self._take_up()):
             self.partial.write_text(json.dumps(self.head) + "\n")
 
-    def _take_up(self) -> None:
+    def _take_up(self) -> bool:
+        """Read what an earlier run left; False where it was killed before its first line."""
         lines = self.partial.read_text().splitlines()
-        head = json.loads(lines[0]) if lines else None
+        try:
+            head = json.loads(lines[0]) if lines else None
+        except json.JSONDecodeError:
+            head = None
+        if head is None:
+            return False
         if head != self.head:
             raise ValueError(
                 f"{self.partial} was begun with other settings; go on with those, write to another "
@@ -60,6 +66,7 @@ class Store:
             self.rows[_key(entry["cell"])] = entry["rows"]
             whole += 1
         self.partial.write_text("".join(line + "\n" for line in lines[: whole + 1]))
+        return True
 
     def has(self, cell: Cell) -> bool:
         return _key(cell) in self.rows
@@ -94,6 +101,8 @@ def run_cells(
     ``workers`` above 1: so many processes of one thread each; ``work`` must be picklable.
     Ctrl-C leaves what is done on disk and raises ``KeyboardInterrupt``.
     """
+    if workers < 1:
+        raise ValueError(f"--workers {workers} must be at least 1")
     store = Store(out, study, configuration)
     left = [cell for cell in cells if not store.has(cell)]
     bar = Progress(
@@ -117,8 +126,6 @@ def run_cells(
 @contextmanager
 def _results(cells: list[Cell], work: Callable[[Cell], list[Row]], workers: int
              ) -> Iterator[Iterator[tuple[Cell, list[Row]]]]:  # fmt: skip
-    if workers < 1:
-        raise ValueError(f"--workers {workers} must be at least 1")
     if workers == 1:
         yield ((cell, work(cell)) for cell in cells)
         return

@@ -59,8 +59,8 @@ class Pyramid(Retaining):
     window : queries that score, and newest tokens that stay.
     kernel : neighbours over which scores are max-pooled (odd; 1 is off); None is the schedule's,
         else 7.
-    heads : ``"max"`` over heads and queries, or their ``"mean"``; None is the schedule's, else
-        ``"max"``.
+    heads : ``"max"`` over heads and queries, or their ``"mean"`` in each KV head's group (what
+        goes deeper is the best of the groups); None is the schedule's, else ``"max"``.
     sinks : first tokens that stay.
     min_context : a text is not cut below so many tokens in the mean over layers, and so many
         always go deeper.
@@ -110,7 +110,7 @@ class Pyramid(Retaining):
         """The schedule in the model's folder, where ``schedule="auto"`` and there is one."""
         if self.schedule != "auto":
             return self
-        beside = Path(folder) / FILE_NAME
+        beside = Path(folder).expanduser() / FILE_NAME
         found = Schedule.load(beside) if folder and beside.is_file() else None
         return replace(self, schedule=found)
 
@@ -139,15 +139,19 @@ class Pyramid(Retaining):
         """The layer's share of the text: by the schedule, or the same for all that can fill it."""
         assert self.keep is not None
         keep = min(1.0, max(self.keep, self.min_context / text_len)) if text_len else 1.0
-        plan = self._plan
-        if plan is not None:
-            return plan.budgets(keep)[layer]
-        start = self._start(layers)
-        reach = [1.0] * layers.count
-        if start is not None:
-            deep = [self._going(i, start, layers) for i in range(start, layers.count - 1)]
-            reach[start + 1 :] = deep
-        return fill_budgets(self.budgets, keep, tuple(reach))[layer]
+        caps = self._caps(text_len, layers)
+        if self._plan is not None:
+            return self._plan.budgets(keep, caps)[layer]
+        return fill_budgets(self.budgets, keep, caps)[layer]
+
+    def _caps(self, text_len: int, layers: Layers) -> tuple[float, ...]:
+        """Share of the text that can reach each layer, where the start is known beforehand."""
+        caps, start = [1.0] * layers.count, self._start(layers)
+        if start is not None and text_len:
+            least = min(1.0, max(self.min_context, self.floor()) / text_len)
+            for deeper in range(start + 1, layers.count):
+                caps[deeper] = max(least, self._going(deeper - 1, start, layers))
+        return tuple(caps)
 
     @property
     def _plan(self) -> Schedule | None:
@@ -235,15 +239,15 @@ class Pyramid(Retaining):
             state.pop("top", None)
         if int(state["start"]) != NEVER:
             return state
-        count = max(1, int(self._going(view.layers.count - 1, 0, view.layers) * view.new_len))
+        count = max(1, int(self._going(view.layers.count - 2, 0, view.layers) * view.new_len))
         context = scores[0, : view.new_len - self.window]
         top = torch.zeros(view.new_len, dtype=torch.bool)
-        top[context.topk(min(count, len(context))).indices.cpu()] = True
+        top[context.argsort(descending=True, stable=True)[:count].cpu()] = True
         before = state.get("top")
-        agreed = state.get("agreed", torch.zeros(0))
+        agreed = state.get("agreed", torch.zeros(0, dtype=torch.float64))
         if before is not None and before.shape == top.shape:
             shared = float((top & before).sum()) / float(top.sum())
-            agreed = torch.cat([agreed, torch.tensor([shared])])
+            agreed = torch.cat([agreed, torch.tensor([shared], dtype=torch.float64)])
         span = max(1, round(view.layers.count / 8))
         if len(agreed) >= span and float(agreed[-span:].mean()) >= self.stable:
             state = {**state, "start": torch.tensor(view.layer)}

@@ -67,7 +67,10 @@ def parse_policy(spec: str, keep: float | None = None) -> Policy:
     an option without ``=``.
     """
     name, _, tail = spec.partition(":")
-    return make_policy(name, keep, **parse_options(name, tail.split(",") if tail else []))
+    options = parse_options(name, tail.split(",") if tail else [])
+    if keep is not None and "keep" in options:
+        raise ValueError(f"{spec!r}: keep is given beside it ({keep:g}); leave it out here")
+    return make_policy(name, options.pop("keep", keep), **options)
 
 
 def parse_options(name: str, items: list[str]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ layer, a propagated share and per-layer budgets for any ``keep``.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from itertools import accumulate, pairwise
@@ -58,9 +59,12 @@ class Schedule:
     def layers(self) -> int:
         return len(self.loss)
 
-    def budgets(self, keep: float) -> tuple[float, ...]:
-        """Share of the text that each layer keeps, ``keep`` in the mean, at the least loss."""
-        return _budgets(self, keep)
+    def budgets(self, keep: float, caps: tuple[float, ...] | None = None) -> tuple[float, ...]:
+        """Share of the text that each layer keeps, ``keep`` in the mean, at the least loss.
+
+        caps : the most each layer can hold; None is what the schedule itself lets through.
+        """
+        return _budgets(self, keep, caps)
 
     def save(self, path: Path, about: dict[str, Any]) -> None:
         """Write it as JSON, with what it was made from."""
@@ -91,10 +95,13 @@ class Schedule:
     def _check(self, path: str) -> None:
         numbers = [self.propagate, self.keep, self.kl, *self.shares]
         numbers += [value for row in self.loss for value in row]
-        ascending = list(self.shares) == sorted(self.shares) and self.shares[-1:] == (1.0,)
         if not (
-            all(is_number(value) for value in numbers)
-            and ascending
+            self.shares
+            and all(is_number(value) and math.isfinite(value) for value in numbers)
+            and self.shares[0] > 0
+            and all(low < high for low, high in pairwise(self.shares))
+            and self.shares[-1] == 1
+            and 0 < self.keep <= 1
             and self.loss
             and all(len(row) == len(self.shares) for row in self.loss)
             and type(self.start_layer) is int
@@ -102,18 +109,20 @@ class Schedule:
             and 0 < self.propagate <= 1
             and self.heads in HEADS
             and type(self.kernel) is int
+            and self.kernel >= 1
             and self.kernel % 2 == 1
         ):
             raise ValueError(f"{path!r} is a damaged schedule; make it again")
 
 
 @lru_cache(maxsize=256)
-def _budgets(schedule: Schedule, keep: float) -> tuple[float, ...]:
-    caps = [
+def _budgets(schedule: Schedule, keep: float, caps: tuple[float, ...] | None
+             ) -> tuple[float, ...]:  # fmt: skip
+    own = [
         1.0 if layer <= schedule.start_layer else schedule.propagate
         for layer in range(schedule.layers)
     ]
-    return tuple(allocate(schedule.shares, schedule.loss, keep, caps))
+    return tuple(allocate(schedule.shares, schedule.loss, keep, list(caps or own)))
 
 
 def allocate(shares: tuple[float, ...], loss: tuple[tuple[float, ...], ...], keep: float,
