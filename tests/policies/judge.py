@@ -457,14 +457,19 @@ class Judge:
         """Share of the prompt that goes deeper than a layer from the start on."""
         done = (layer - start + 1) / (self.depth - 1 - start)
         left = {"step": 0.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
-        return rule.propagate_ratio + (1 - rule.propagate_ratio) * left[rule.curve]
+        end = rule.propagate_ratio
+        if not rule.is_given:  # whole layers and then `end` of each: the mean has to hold keep
+            keep = 0.45 if self.keep is None else self.keep
+            end = max(end, (keep * self.depth - (start + 1)) / (self.depth - 1 - start))
+        return end + (1 - end) * left[rule.curve]
 
     def _pyramid_budget(self, layer: int, rule: Rule) -> int:
         keep = 0.45 if self.keep is None else self.keep
-        keep = min(1.0, max(keep, rule.min_context / self.text))
+        text = max(self.text, rule.min_context)
+        keep = min(1.0, max(keep, rule.min_context / text))
         caps = [1.0] * self.depth
         if rule.start_layer is not None:
-            least = min(1.0, max(rule.min_context, rule.floor) / self.text)
+            least = min(1.0, max(rule.min_context, rule.floor) / text)
             for deeper in range(rule.start_layer + 1, self.depth):
                 share = self._share_after(deeper - 1, rule.start_layer, rule)
                 caps[deeper] = max(least, share)
@@ -474,7 +479,7 @@ class Judge:
             ])  # fmt: skip
         else:
             shares = cheapest(keep, tuple(caps), rule.schedule.shares, rule.schedule.loss)
-        return max(rule.floor, round(shares[layer] * self.text))
+        return max(rule.floor, round(shares[layer] * text))
 
     def _level_out(self, keep: float, caps: list[float], weights: list[float]) -> list[float]:
         """Shares in proportion to weights, ``keep`` in the mean; what a full layer cannot hold
@@ -523,6 +528,7 @@ class Rule(NamedTuple):
     min_context: int = 64
     stride: int = 16
     schedule: Any = None
+    is_given: bool = False  # the propagated share was asked for, not a default
 
     @classmethod
     def of(cls, schedule: Any = None, **options: Any) -> Rule:
@@ -531,8 +537,8 @@ class Rule(NamedTuple):
                 "start_layer": schedule.start_layer, "propagate_ratio": schedule.propagate,
                 "kernel": schedule.kernel, "heads": schedule.heads,
             }  # fmt: skip
-            options = {**known, **options}
-        return cls(schedule=schedule, **options)
+            options = {"is_given": "propagate_ratio" in options, **known, **options}
+        return cls(**{"is_given": "propagate_ratio" in options, **options}, schedule=schedule)
 
     @property
     def floor(self) -> int:

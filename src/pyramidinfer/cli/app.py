@@ -1,15 +1,16 @@
-"""``pyramidinfer demo | generate | inspect``."""
+"""``pyramidinfer demo | generate | inspect | calibrate | study``."""
 
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from pyramidinfer.cli.common import plain_errors, policy_from
-from pyramidinfer.cli.study import study
+from pyramidinfer.cli.study import study, subject
 from pyramidinfer.policies.registry import POLICIES
 
 __all__ = ["app", "main"]
@@ -132,13 +133,15 @@ def calibrate(
     samples: Annotated[int, typer.Option(help="Passages to measure on.")] = 16,
     seed: Annotated[int, typer.Option(help="Which passages are drawn.")] = 0,
     workers: Annotated[int, typer.Option(help="Processes of one thread each.")] = 1,
+    kv_memory: Annotated[str, typer.Option(help="Memory for the cache.")] = "512MiB",
     dtype: Dtype = "float32",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
     """Measure what each layer of a model needs on your text, and write a schedule for pyramid."""
     from pyramidinfer.cli.calibrate import run_calibrate
 
-    run_calibrate(model, text, target_kl, keep, out, context, samples, seed, workers, dtype, device)
+    where = replace(subject(model, text, dtype, device), kv_memory=kv_memory)
+    run_calibrate(where, target_kl, keep, out, context, samples, seed, workers)
 
 
 def main() -> None:

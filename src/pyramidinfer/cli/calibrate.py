@@ -7,20 +7,17 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from pyramidinfer.cli.study import subject
 from pyramidinfer.lab.calibrate import Calibration, calibrate
+from pyramidinfer.lab.samples import Subject
 from pyramidinfer.policies import Schedule
 
 __all__ = ["run_calibrate"]
 
 
-def run_calibrate(model: str | None, text: Path | None, target_kl: float, keep: float | None,
-                  out: Path, context: int, samples: int, seed: int, workers: int, dtype: str,
-                  device: str) -> None:  # fmt: skip
+def run_calibrate(subject: Subject, target_kl: float, keep: float | None, out: Path, context: int,
+                  samples: int, seed: int, workers: int) -> None:  # fmt: skip
     """Measure, solve, write, and say what was found."""
-    task = Calibration(
-        subject(model, text, dtype, device), target_kl, keep, context, samples=samples, seed=seed
-    )
+    task = Calibration(subject, target_kl, keep, context, samples=samples, seed=seed)
     schedule = calibrate(task, out, workers)
     console = Console()
     console.print(_table(schedule))

@@ -186,6 +186,7 @@ def quality(
     seed: Seed = 0,
     json: Json = Path("out/quality.json"),
     workers: Workers = 1,
+    kv_memory: KvMemory = "512MiB",
     dtype: Dtype = "float32",
     device: Device = "auto",
 ) -> None:
@@ -201,7 +202,8 @@ def quality(
             for s in specs
         )  # fmt: skip
     grid = Grid(
-        subject(model, text, dtype, device), specs, numbers(keeps, float, "--keeps"),
+        replace(subject(model, text, dtype, device), kv_memory=kv_memory), specs,
+        numbers(keeps, float, "--keeps"),
         numbers(contexts, int, "--contexts"), samples, passages, min(8, samples), seed=seed,
     )  # fmt: skip
     for path in [json, *run_quality(grid, json, workers)]:

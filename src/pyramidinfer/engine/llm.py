@@ -43,7 +43,9 @@ class LLM:
     ----------
     model : folder, hub id, or a loaded transformers model (used as it is, and left usable).
     policy : a name (see ``pyramidinfer.policies.POLICIES``) or a policy object.
-    keep : common budget of the policies, a share in (0, 1]; each policy says of what.
+    keep : common budget of the policies, a share in (0, 1]; each policy says of what.  Refused
+        where the model's depth puts it out of reach; a prompt too short for it (a policy's window
+        always stays) keeps the nearest share instead, which the output tells.
     kv_memory : bytes or a text such as ``"2GiB"``, for the caches of all requests together.
     dtype : ``"auto"`` (the checkpoint's), ``"float32"``, ``"bfloat16"``, ``"float16"``,
         ``"float64"``.

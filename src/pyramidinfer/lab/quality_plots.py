@@ -63,7 +63,8 @@ def draw_quality(rows: list[Row], path: Path) -> Path:
                 _draw_line(axis, mine, measure, styles[name], called[name], log)
             _draw_level(axis, rows, context, measure)
             axis.set_title(f"{title}, {context:,} tokens", loc="left", fontsize=10.5)
-            axis.set_xlabel("KV bytes, share of the full cache")
+            when = "at the end of generation" if measure == "agreement" else "after the prompt"
+            axis.set_xlabel(f"KV bytes {when}, share of the full cache", fontsize=9)
             axis.set_xlim(0, widest * 1.04)
             axis.grid(alpha=0.25)
             axis.spines[["top", "right"]].set_visible(False)
@@ -83,7 +84,8 @@ def _draw_line(axis: Any, rows: list[Row], measure: str, look: dict[str, Any], n
     if not points:
         return
     least = 1e-6 if log else -1.0
-    x = [r["kv_share"] for r in points]
+    # what generation held: a policy may grow on top of its budget, or evict below it
+    x = [r["kv_share_end" if measure == "agreement" else "kv_share"] for r in points]
     y = [max(r[measure], least) for r in points]
     axis.plot(x, y, label=name, **look)
     bounds = [r[f"{measure}_ci"] for r in points]

@@ -40,18 +40,19 @@ class Store:
         if path.is_dir():
             raise ValueError(f"{path} is a folder; name a file for the result")
         path.parent.mkdir(parents=True, exist_ok=True)
-        if not (self.partial.exists() and self._take_up()):
-            self.partial.write_text(json.dumps(self.head) + "\n")
+        if self.partial.exists():
+            self._take_up()
 
-    def _take_up(self) -> bool:
-        """Read what an earlier run left; False where it was killed before its first line."""
+    def _take_up(self) -> None:
+        """Read what an earlier run left; one that measured nothing does not count."""
         lines = self.partial.read_text().splitlines()
         try:
             head = json.loads(lines[0]) if lines else None
         except json.JSONDecodeError:
             head = None
-        if head is None:
-            return False
+        if head is None or len(lines) < 2:
+            self.partial.unlink()
+            return
         if head != self.head:
             raise ValueError(
                 f"{self.partial} was begun with other settings; go on with those, write to another "
@@ -66,7 +67,6 @@ class Store:
             self.rows[_key(entry["cell"])] = entry["rows"]
             whole += 1
         self.partial.write_text("".join(line + "\n" for line in lines[: whole + 1]))
-        return True
 
     def has(self, cell: Cell) -> bool:
         return _key(cell) in self.rows
@@ -75,6 +75,8 @@ class Store:
         """Write a cell's rows down."""
         rows = json.loads(json.dumps(rows))
         self.rows[_key(cell)] = rows
+        if not self.partial.exists():
+            self.partial.write_text(json.dumps(self.head) + "\n")
         with self.partial.open("a") as file:
             file.write(json.dumps({"cell": cell, "rows": rows}) + "\n")
 
@@ -84,7 +86,7 @@ class Store:
         meta = {"commit": commit(), "machine": machine(), **self.head}
         body = ",\n".join(json.dumps(row) for row in rows)
         self.path.write_text(f'{{"meta": {json.dumps(meta, indent=1)},\n"rows": [\n{body}\n]}}\n')
-        self.partial.unlink()
+        self.partial.unlink(missing_ok=True)
         return rows
 
 

@@ -50,7 +50,8 @@ class Pyramid(Retaining):
         if there is one; None is none.
     start_layer : the first layer after which tokens may be dropped; None finds it: from the
         schedule, else per prompt by rank stability.
-    propagate_ratio : share of the prompt that goes deeper; None is the schedule's, else 0.2.
+    propagate_ratio : share of the prompt that goes deeper; None is the schedule's, else 0.2, or
+        more where the layers could not hold ``keep`` otherwise (at ``keep=1`` nothing is dropped).
     budgets : without a schedule, how the budgets run over depth: ``"level"``, ``"linear"`` or
         ``"cosine"`` (falling), ``"rising"``.
     curve : how the propagated share falls after the start: ``"step"`` at once, ``"linear"`` or
@@ -62,7 +63,7 @@ class Pyramid(Retaining):
     heads : ``"max"`` over heads and queries, or their ``"mean"`` in each KV head's group (what
         goes deeper is the best of the groups); None is the schedule's, else ``"max"``.
     sinks : first tokens that stay.
-    min_context : a text is not cut below so many tokens in the mean over layers, and so many
+    min_context : a cache is not cut below so many tokens in the mean over layers, and so many
         always go deeper.
     stride : generated tokens between two evictions, at most.
     """
@@ -133,12 +134,13 @@ class Pyramid(Retaining):
         return self.sinks + self.window + 1
 
     def budget(self, layer: int, text_len: int, layers: Layers) -> int:
-        return max(self.floor(), round(self._share(layer, text_len, layers) * text_len))
+        size = max(text_len, self.min_context)
+        return max(self.floor(), round(self._share(layer, size, layers) * size))
 
     def _share(self, layer: int, text_len: int, layers: Layers) -> float:
         """The layer's share of the text: by the schedule, or the same for all that can fill it."""
         assert self.keep is not None
-        keep = min(1.0, max(self.keep, self.min_context / text_len)) if text_len else 1.0
+        keep = min(1.0, max(self.keep, self.min_context / text_len))
         caps = self._caps(text_len, layers)
         if self._plan is not None:
             return self._plan.budgets(keep, caps)[layer]
@@ -147,7 +149,7 @@ class Pyramid(Retaining):
     def _caps(self, text_len: int, layers: Layers) -> tuple[float, ...]:
         """Share of the text that can reach each layer, where the start is known beforehand."""
         caps, start = [1.0] * layers.count, self._start(layers)
-        if start is not None and text_len:
+        if start is not None:
             least = min(1.0, max(self.min_context, self.floor()) / text_len)
             for deeper in range(start + 1, layers.count):
                 caps[deeper] = max(least, self._going(deeper - 1, start, layers))
@@ -163,13 +165,22 @@ class Pyramid(Retaining):
             return self.start_layer
         return self._plan.start_layer if self._plan else None
 
+    @property
+    def _wanted(self) -> float:
+        """Share of the prompt that is to go deeper, were it not for ``keep``."""
+        if self.propagate_ratio is not None:
+            return self.propagate_ratio
+        return self._plan.propagate if self._plan else 0.2
+
     def _going(self, layer: int, start: int, layers: Layers) -> float:
         """Share of the prompt that goes deeper than ``layer``."""
-        end = self.propagate_ratio
-        if end is None:
-            end = self._plan.propagate if self._plan else 0.2
         if layer < start:
             return 1.0
+        end = self._wanted
+        if self.propagate_ratio is None:
+            assert self.keep is not None
+            deep = max(1, layers.count - 1 - start)
+            end = max(end, (self.keep * layers.count - start - 1) / deep)  # so that keep fits
         if self.curve == "step":
             return end
         return curve_ratio(self.curve, layer - start + 1, layers.count - 1 - start, end)
@@ -239,7 +250,7 @@ class Pyramid(Retaining):
             state.pop("top", None)
         if int(state["start"]) != NEVER:
             return state
-        count = max(1, int(self._going(view.layers.count - 2, 0, view.layers) * view.new_len))
+        count = max(1, int(self._wanted * view.new_len))
         context = scores[0, : view.new_len - self.window]
         top = torch.zeros(view.new_len, dtype=torch.bool)
         top[context.argsort(descending=True, stable=True)[:count].cpu()] = True
