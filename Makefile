@@ -23,7 +23,7 @@ model: $(VENV)/.installed
 
 # Measure the shipped model again: every result, table and figure (under half an hour on two
 # cores). What was begun and interrupted goes on where it stopped. The committed quality grid was
-# made with SAMPLES=30, which takes ten minutes more.
+# made with SAMPLES=30, which takes longer.
 WORKERS ?= 2
 SAMPLES ?= 16
 RESULTS := benchmarks/results

@@ -266,3 +266,19 @@ def test_both_pages_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     (tmp_path / "docs" / "methods.md").unlink()
     methods.main()
     assert (tmp_path / "docs" / "methods.md").read_text() == methods.render({})
+
+
+def test_quality_says_where_another_policy_is_better() -> None:
+    """Only where the intervals do not touch, on the better side, at the same keep."""
+    mine = row("pyramid", 0.5, [1, 1, 0, 0])
+    apart = {"recall": 0.9, "recall_ci": [0.8, 1.0]}
+    near = {"recall_ci": [0.55, 1.0]}
+    worse = {"kl": 2.0, "kl_ci": [1.0, 3.0]}
+    better = row("h2o", 0.5, [1, 1, 1, 1], **apart)
+    text = quality(grid([mine, better, row("tova", 0.5, [1, 1, 1, 0], **near),
+                         row("snapkv", 0.5, [1, 1, 0, 0], **worse)], *POLICIES))  # fmt: skip
+    said = text[text.index("lies wholly on the better side") :]
+    assert "`h2o`" in said and "recall" in said
+    assert "tova" not in said and "snapkv" not in said
+    text = quality(grid([mine, row("h2o", 0.5, [1, 1, 0, 0])], *POLICIES))
+    assert "nowhere in this grid" in text

@@ -190,7 +190,37 @@ def quality(entry: Result) -> str:
         "\nRecall by the needle's depth and the context's length:",
         "\n![needles](images/quality_needles.png)\n",
     ]
-    return "\n".join(lines)
+    return "\n".join([*lines, *_better_than_pyramid(rows)])
+
+
+#: Measures of a cell, how they are written, and whether more (1) or less (-1) is better.
+MEASURES = (("recall", ".2f", 1), ("agreement", ".2f", 1), ("kl", ".2g", -1))
+
+
+def _better_than_pyramid(rows: list[Row]) -> list[str]:
+    """Where another policy's 95 % interval lies wholly on the better side of pyramid's."""
+    cells = _by_cell(rows)
+    found = []
+    for (spec, keep, context), row in cells.items():
+        mine = cells.get(("pyramid", keep, context))
+        if mine is None or spec in ("full", "pyramid"):
+            continue
+        for measure, form, sign in MEASURES:
+            ours, theirs = mine[f"{measure}_ci"], row[f"{measure}_ci"]
+            if ours is None or theirs is None:
+                continue
+            if min(sign * x for x in theirs) > max(sign * x for x in ours):
+                name = "divergence" if measure == "kl" else measure
+                found.append([f"{context:,}", f"{keep:g}", _label(spec), name,
+                              estimate(row[measure], theirs, form), _kv(row),
+                              estimate(mine[measure], ours, form), _kv(mine)])  # fmt: skip
+    if not any(row["policy"] == "pyramid" for row in rows):
+        return []
+    words = "Where another policy's 95 % interval lies wholly on the better side of pyramid's"
+    if not found:
+        return [f"{words}: nowhere in this grid.\n"]
+    head = ["context", "keep", "policy", "measure", "its figure", "its KV", "pyramid", "its KV"]
+    return [f"{words}:\n", *table(head, sorted(found)), ""]
 
 
 def aims(entry: Result) -> str:
