@@ -172,6 +172,7 @@ def test_ctrl_c_stops_cleanly_with_what_is_done() -> None:
          "--max-tokens", "4000", "--temperature", "1", "--top-k", "50"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored in background
     )  # fmt: skip
     assert process.stdout is not None
     first = process.stdout.read(20)  # it is under way
