@@ -69,7 +69,7 @@ class Reduce:
     are first weighted linearly from 1 (oldest) to this (newest).
 
     ``rows="below"`` counts, among the queries that could see the entry, those that gave it less
-    than an even share: a weight below 1 / (the query's position + 1).
+    than an even share: a weight below 1 / (the query's position + 1), rounding apart.
     """
 
     heads: Literal["mean", "max", "kv_mean", "kv_max"] = "mean"

@@ -108,7 +108,8 @@ class ReferenceBackend:
             over_heads = weights.amax(1) if reduce.heads.endswith("max") else weights.mean(1)
             if reduce.rows == "below":  # an entry the query could see and hardly looked at
                 seen = k_pos[:, None] <= q_pos[part, None]
-                even = 1.0 / (q_pos[part, None] + 1).to(high)
+                # A shade less than even: a query that sees one entry gives it 1, but for rounding.
+                even = (1 - 1e-5) / (q_pos[part, None] + 1).to(high)
                 total += ((over_heads < even) & seen).sum(1)
                 continue
             over_heads *= ramp[part, None]
