@@ -77,3 +77,5 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 
 clean:
 	rm -rf $(VENV) out
+
+include benchmarks/peers/peers.mk

@@ -99,10 +99,8 @@ class ReferenceBackend:
             )  # [K, G, rows, m]
             lses.append(found)
             weights = weights.flatten(0, 1)[None] if wide == 1 else weights
-            if reduce.heads.endswith("mean") and reduce.rows in (
-                "mean",
-                "sum",
-            ):  # one pass: a product
+            linear = reduce.heads.endswith("mean") and reduce.rows in ("mean", "sum")
+            if linear:  # one pass: a product
                 total += torch.matmul(ramp[part], weights).mean(1)
                 continue
             over_heads = weights.amax(1) if reduce.heads.endswith("max") else weights.mean(1)
@@ -128,15 +126,27 @@ class ReferenceBackend:
         old = keys.shape[1] - len(queries)  # the rest are the queries' own, in order
         for part in _blocks(len(queries), queries.shape[1] * keys.shape[1]):
             end = old + part.stop  # entries that this block's newest query can see
-            weights = self._weights(
-                queries[part], keys[:, :end], q_pos[part], k_pos[:, :end], scale, None, norm=False
-            )[0]
-            total[:, :end] += weights.sum((1, 2))
+            logits = self._masked(
+                queries[part], keys[:, :end], q_pos[part], k_pos[:, :end], scale
+            )  # fmt: skip
+            total[:, :end] += torch.softmax(logits, dim=-1).sum((1, 2))
         return total
 
     def _weights(self, queries: Tensor, keys: Tensor, q_pos: Tensor, k_pos: Tensor, scale: Scale,
-                 lse: Tensor | None, norm: bool = True) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """Attention weights ``[K, G, n, m]`` and their log-sum-exps ``[n, H]`` (if asked for)."""
+                 lse: Tensor | None) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Attention weights ``[K, G, n, m]`` and their log-sum-exps ``[n, H]``."""
+        logits = self._masked(queries, keys, q_pos, k_pos, scale)
+        if lse is None:
+            weights = torch.softmax(logits, dim=-1)
+            norm = logits.amax(-1) - weights.amax(-1).log()  # the largest is exp(top - norm)
+        else:
+            norm = lse.to(logits.dtype).T.reshape(logits.shape[:3])
+            weights = logits.sub_(norm[..., None]).exp_()
+        return weights, norm.flatten(0, 1).T
+
+    def _masked(self, queries: Tensor, keys: Tensor, q_pos: Tensor, k_pos: Tensor, scale: Scale
+                ) -> Tensor:  # fmt: skip
+        """Logits ``[K, G, n, m]``, -inf where a query does not see an entry."""
         new, heads, _ = queries.shape
         kv_heads, high = keys.shape[0], accumulate_dtype(queries.dtype)
         grouped = queries.to(high).transpose(0, 1).reshape(kv_heads, heads // kv_heads, new, -1)
@@ -149,15 +159,7 @@ class ReferenceBackend:
         if scale.window is not None:
             hidden |= k_pos[:, None] <= q_pos[:, None] - scale.window
         logits[..., old:].masked_fill_(hidden[:, None], float("-inf"))
-        if lse is None:
-            weights = torch.softmax(logits, dim=-1)
-            if not norm:
-                return weights, logits[..., 0]
-            found = logits.amax(-1) - weights.amax(-1).log()  # the largest is exp(top - found)
-        else:
-            found = lse.to(high).T.reshape(kv_heads, heads // kv_heads, new)
-            weights = logits.sub_(found[..., None]).exp_()
-        return weights, found.flatten(0, 1).T
+        return logits
 
 
 def _logits(queries: Tensor, keys: Tensor, scale: Scale) -> Tensor:

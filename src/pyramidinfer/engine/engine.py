@@ -297,7 +297,7 @@ class Engine:
                 assert stepped.decoding is not None
                 self.adapter.settle(self.pool, request.sequence, stepped.decoding, row)
             if request.scoring is not None:
-                request.scoring.add(stepped.logits[row:following])
+                request.scoring.add(stepped.logits[row:following], likeliest[row:following])
                 committed.add(request)
                 if self._score_on(request, request.scoring):
                     ended.append(request)

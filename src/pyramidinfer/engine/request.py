@@ -11,7 +11,7 @@ import torch
 from pyramidinfer.engine.memory import Cost
 from pyramidinfer.engine.text import Detokenizer
 from pyramidinfer.models.intake import Intake, Sequence
-from pyramidinfer.types import KVUsage, Logprob, SamplingParams, TokenIds
+from pyramidinfer.types import KVUsage, Logprob, SamplingParams, TokenIds, accumulate_dtype
 
 __all__ = ["Request", "Scoring"]
 
@@ -29,13 +29,14 @@ class Scoring:
     greedy: list[bool] = field(default_factory=list)
     logits: list[torch.Tensor] = field(default_factory=list)
 
-    def add(self, logits: torch.Tensor) -> None:
-        """Take the logits ``[n, vocab]`` that predict the next n tokens."""
+    def add(self, logits: torch.Tensor, likeliest: TokenIds) -> None:
+        """Take the logits ``[n, vocab]`` that predict the next n tokens, and their argmax."""
         done = len(self.logprobs)
-        wide = logits.float() if logits.dtype != torch.float64 else logits
-        tokens = torch.tensor(self.tokens[done : done + len(wide)], device=logits.device)[:, None]
+        wanted = self.tokens[done : done + len(likeliest)]
+        wide = logits.to(accumulate_dtype(logits.dtype))
+        tokens = torch.tensor(wanted, device=logits.device)[:, None]
         self.logprobs += wide.log_softmax(-1).gather(1, tokens)[:, 0].tolist()
-        self.greedy += (wide.argmax(-1) == tokens[:, 0]).tolist()
+        self.greedy += [best == token for best, token in zip(likeliest, wanted, strict=True)]
         if self.keep_logits:
             self.logits.append(wide.float().cpu())
 

@@ -189,9 +189,8 @@ class Adapter:
         for intake, start, count in segments:
             rows = out[start : start + count]
             end = intake.done + count
-            if (
-                intake.layer == self.depth - 1 and not intake.all_rows
-            ):  # only the last token matters
+            last_only = intake.layer == self.depth - 1 and not intake.all_rows
+            if last_only:  # what the head will not read is not kept
                 if end == intake.length:
                     intake.out = rows[-1:].clone()
             elif count == intake.length:

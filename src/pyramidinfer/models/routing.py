@@ -146,10 +146,8 @@ class LayerCall:
             rows = min(window, ring.capacity) if needs.remember else 1
             last = queries if rows == 1 else intake.queries
             assert last is not None
-            ring.queries[self.layer, :rows], ring.lse[self.layer, :rows] = (
-                last[-rows:],
-                newest[-rows:],
-            )
+            ring.queries[self.layer, :rows] = last[-rows:]
+            ring.lse[self.layer, :rows] = newest[-rows:]
             if self.layer == intake.sequence.layers.first:
                 ring.begin(intake.positions[-rows:])
 

@@ -150,7 +150,7 @@ class Pyramid(Retaining):
         """Share of the text that can reach each layer, where the start is known beforehand."""
         caps, start = [1.0] * layers.count, self._start(layers)
         if start is not None:
-            least = min(1.0, max(self.min_context, self.floor()) / text_len)
+            least = min(1.0, self._least / text_len)
             for deeper in range(start + 1, layers.count):
                 caps[deeper] = max(least, self._going(deeper - 1, start, layers))
         return tuple(caps)
@@ -185,19 +185,21 @@ class Pyramid(Retaining):
             return end
         return curve_ratio(self.curve, layer - start + 1, layers.count - 1 - start, end)
 
-    def _count(self, layer: int, start: int, view: View) -> int:
+    @property
+    def _least(self) -> int:
+        """So many tokens always go deeper."""
+        return max(self.min_context, self.floor())
+
+    def _count(self, layer: int, start: int, prompt_len: int, layers: Layers) -> int:
         """Tokens that go deeper than ``layer``."""
-        share = self._going(layer, start, view.layers)
-        return max(self.min_context, self.floor(), int(share * view.prompt_len))
+        return max(self._least, int(self._going(layer, start, layers) * prompt_len))
 
     def forecast(self, prompt_len: int, max_new: int, layers: Layers) -> Forecast:
         reach, start = [prompt_len], self._start(layers)
         for layer in range(layers.count - 1):
             going = reach[-1]
             if start is not None and layer >= start and layers.governed[layer]:
-                share = self._going(layer, start, layers)
-                least = max(self.min_context, self.floor())
-                going = min(going, max(least, int(share * prompt_len)))
+                going = min(going, self._count(layer, start, prompt_len, layers))
             reach.append(going)
         kept = super().forecast(prompt_len, max_new, layers).kept
         return Forecast(reach, [min(k, r + max_new) for k, r in zip(kept, reach, strict=True)])
@@ -238,7 +240,7 @@ class Pyramid(Retaining):
             start = int(state["start"])
         if start == NEVER or view.layer < start:
             return Keep(), state
-        count = self._count(view.layer, start, view)
+        count = self._count(view.layer, start, view.prompt_len, view.layers)
         if count >= view.new_len:
             return Keep(), state
         return Keep(best_entries(scores, count, self._forced(seen))), state

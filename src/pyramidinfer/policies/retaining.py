@@ -32,8 +32,8 @@ class Retaining(Policy):
         check_keep(self.keep)
 
     def entries(self, text_len: int) -> int:
-        """The mean budget per layer without ``keep``."""
-        raise NotImplementedError
+        """The mean budget per layer without ``keep``: everything, unless a method says less."""
+        return text_len
 
     def floor(self) -> int:
         """The fewest entries a layer can be held to."""
@@ -50,14 +50,19 @@ class Retaining(Policy):
         return round(self.keep * text_len)
 
     def start(self, layers: Layers) -> State:
-        return {"text": torch.zeros((), dtype=torch.int64)}
+        budgets = torch.zeros(layers.count, dtype=torch.int64)
+        return {"text": torch.zeros((), dtype=torch.int64), "budgets": budgets}
 
     def settled(self, view: View) -> State:
-        return {**view.state, "text": torch.tensor(view.seen_len)}
+        budgets = view.state["budgets"].clone()
+        budgets[view.layer] = self.limit(view)
+        return {**view.state, "text": torch.tensor(view.seen_len), "budgets": budgets}
 
     def limit(self, view: View) -> int:
-        """The budget of the view's layer now."""
-        return self.budget(view.layer, self.text_len(view), view.layers)
+        """The budget of the view's layer now: while decoding, the one its text settled."""
+        if view.phase == "decode":
+            return int(view.state["budgets"][view.layer])
+        return self.budget(view.layer, view.seen_len, view.layers)
 
     def text_len(self, view: View) -> int:
         """Length of the text that budgets are shares of."""
