@@ -1,0 +1,36 @@
+"""This engine, in a process of its own like every other."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from driver import Answers, Engine, drive
+from pyramidinfer import LLM, SamplingParams
+
+
+def load(job: dict[str, Any]) -> Engine:
+    torch.set_num_threads(job["threads"])
+    options = dict(job["options"])
+    if "backend" in options and "backend" not in inspect.signature(LLM).parameters:
+        options.pop("backend")
+    llm = LLM(job["model"], dtype=job["dtype"], device="cpu", tokenizer=None, **options)
+    notes: dict[str, Any] = {**options, "policy": repr(llm.policy)}
+
+    def generate(prompts: list[list[int]], max_new: int) -> Answers:
+        outs = llm.generate(prompts, SamplingParams(max_tokens=max_new, ignore_eos=True))
+        firsts = [out.metrics.first_token_seconds or 0.0 for out in outs]
+        kept = sum(out.kv.bytes for out in outs) / sum(out.kv.full_bytes for out in outs)
+        computed = sum(out.metrics.computed_share for out in outs) / len(outs)
+        notes.update(kv_share_end=kept, computed_share=computed)
+        return Answers([out.token_ids for out in outs], max(firsts))
+
+    first = job["prompts"][:1]  # the cache of a request that generates one token is its prompt's
+    generate(first, 1)
+    notes["kv_share_prefill"] = notes["kv_share_end"]
+    return Engine(generate, ["pyramidinfer", "torch", "transformers"], notes)
+
+
+if __name__ == "__main__":
+    drive(load)

@@ -1,0 +1,12 @@
+# Engines to compare with, each in an environment of its own: .peers/NAME.  One that cannot be
+# installed leaves .peers/NAME/failed.txt, and the comparison says so.
+PEERS ?= transformers openvino kvpress llamacpp vllm
+PEER_FILES := benchmarks/peers
+
+.PHONY: peers bench-peers
+
+peers: $(PEERS:%=.peers/%/.tried)
+
+.peers/%/.tried: $(PEER_FILES)/requirements/%.txt $(PEER_FILES)/install.sh
+	@sh $(PEER_FILES)/install.sh $* .peers/$* $(PYTHON) "$(TORCH)"
+	@touch $@
