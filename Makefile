@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 TORCH := torch==2.13.0
 
-.PHONY: demo test check model numbers pages install install-dev clean
+.PHONY: demo test check model numbers pages bench install install-dev clean
 
 demo: $(VENV)/.installed
 	$(BIN)/pyramidinfer demo
@@ -49,6 +49,18 @@ numbers: $(VENV)/.installed
 	rm -f $(RESULTS)/aims*.png $(RESULTS)/curves_needles.png
 	mv $(RESULTS)/*.png docs/images/
 	mv $(RESULTS)/map.html docs/images/
+	$(MAKE) pages
+
+# Measure speed and memory again, on a quiet machine.
+BENCH := $(BIN)/pyramidinfer bench
+BENCH_OPTIONS ?=
+
+bench: $(VENV)/.installed
+	$(BENCH) kernels --json $(RESULTS)/bench_kernels.json
+	$(BENCH) throughput $(BENCH_OPTIONS) --json $(RESULTS)/bench_throughput.json
+	$(BENCH) latency $(BENCH_OPTIONS) --json $(RESULTS)/bench_latency.json
+	$(BENCH) memory $(BENCH_OPTIONS) --json $(RESULTS)/bench_memory.json
+	mv $(RESULTS)/bench_*.png docs/images/
 	$(MAKE) pages
 
 # docs/numbers.md and docs/methods.md from the results as they are.

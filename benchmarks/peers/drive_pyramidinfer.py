@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from driver import Answers, Engine, drive
+
 from pyramidinfer import LLM, SamplingParams
 
 

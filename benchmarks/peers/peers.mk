@@ -10,3 +10,13 @@ peers: $(PEERS:%=.peers/%/.tried)
 .peers/%/.tried: $(PEER_FILES)/requirements/%.txt $(PEER_FILES)/install.sh
 	@sh $(PEER_FILES)/install.sh $* .peers/$* $(PYTHON) "$(TORCH)"
 	@touch $@
+
+# The same model and prompts on every engine, one after the other (about half an hour on two cores):
+#   make bench-peers ONLY="ours; OpenVINO" WORKLOADS=A
+WORKLOADS ?= A,B
+ONLY ?=
+THREADS ?= 2
+
+bench-peers: peers $(VENV)/.installed
+	$(BIN)/python -m pyramidinfer.lab.bench.peers --workloads $(WORKLOADS) --only "$(ONLY)" \
+		--threads $(THREADS)

@@ -1,4 +1,4 @@
-"""``pyramidinfer demo | generate | inspect | calibrate | study``."""
+"""``pyramidinfer demo | generate | inspect | calibrate | study | bench``."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from pyramidinfer.cli.bench import bench
 from pyramidinfer.cli.common import plain_errors, policy_from
 from pyramidinfer.cli.study import study, subject
 from pyramidinfer.policies.registry import POLICIES
@@ -24,6 +25,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 app.add_typer(study, name="study")
+app.add_typer(bench, name="bench")
 
 
 Model = Annotated[

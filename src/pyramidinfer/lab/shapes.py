@@ -50,7 +50,8 @@ def shape_config(shape: str, **changes: Any) -> Any:
 
 
 def make_model(shape: str, dtype: str | torch.dtype = "bfloat16",
-               device: str | torch.device = "cpu", seed: int = 0, **changes: Any) -> Any:  # fmt: skip
+               device: str | torch.device = "cpu", seed: int = 0, **changes: Any
+               ) -> Any:  # fmt: skip
     """A transformers model with seeded random weights, made in its dtype on its device.
 
     ``changes``: fields of the config.  The same weights on every device.

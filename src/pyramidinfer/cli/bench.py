@@ -1,0 +1,201 @@
+"""``pyramidinfer bench …``: speed and memory, one command each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from pyramidinfer.cli.common import plain_errors
+from pyramidinfer.cli.study import numbers
+
+__all__ = ["bench"]
+
+bench = typer.Typer(
+    help="Measure speed and memory: JSON, a table, a picture.", no_args_is_help=True
+)
+
+Model = Annotated[str | None, typer.Option(help="Folder or hub id.")]
+Shape = Annotated[
+    str | None,
+    typer.Option(
+        help="Random weights in the shape of llama2-7b, llama2-13b, llama3-8b or bench-200m "
+        "(the default where no model is given)."
+    ),
+]
+Policies = Annotated[
+    str, typer.Option(help="NAME,NAME or 'NAME NAME:option=value,…'; the first is the yardstick.")
+]
+Keep = Annotated[float, typer.Option(help="Budget of every policy that has one, a share.")]
+Dtype = Annotated[str, typer.Option(help="auto (bfloat16 for a shape), float32, bfloat16, …")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Backend = Annotated[str, typer.Option(help="Attention backend; auto is the engine's choice.")]
+Threads = Annotated[int, typer.Option(help="Threads of torch; 0 leaves its choice.")]
+Repeats = Annotated[int, typer.Option(help="Passes that count, policies taking turns.")]
+Warmup = Annotated[int, typer.Option(help="Passes before them.")]
+KvMemory = Annotated[
+    str, typer.Option(help="Memory for the cache; auto holds all requests at once.")
+]
+Json = Annotated[Path, typer.Option("--json", help="Where the result goes; a picture beside it.")]
+Seed = Annotated[int, typer.Option(help="Which weights and prompts are drawn.")]
+POLICIES = "full,pyramidinfer,pyramid"
+
+
+def _setting(policies: str, **values: Any) -> Any:
+    from pyramidinfer.lab.bench.setting import Setting
+    from pyramidinfer.lab.quality import split_specs
+    from pyramidinfer.models.loading import quiet_transformers
+
+    quiet_transformers()
+    return Setting(policies=split_specs(policies), **values)
+
+
+def _target(json: Path) -> Path:
+    if json.is_dir():
+        raise ValueError(f"{json} is a folder; name a file for the result")
+    return json
+
+
+def _show(table: Table, *paths: Path) -> None:
+    Console().print(table)
+    for path in paths:
+        print(path)
+
+
+@bench.command()
+@plain_errors()
+def throughput(
+    model: Model = None,
+    shape: Shape = None,
+    policies: Policies = POLICIES,
+    keep: Keep = 0.45,
+    batch: Annotated[int, typer.Option(help="Requests at once.")] = 16,
+    prompt_len: Annotated[int, typer.Option(help="Tokens of each prompt.")] = 512,
+    output_len: Annotated[int, typer.Option(help="Tokens each request generates.")] = 64,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    backend: Backend = "auto",
+    repeats: Repeats = 3,
+    warmup: Warmup = 1,
+    threads: Threads = 0,
+    kv_memory: KvMemory = "auto",
+    seed: Seed = 0,
+    json: Json = Path("out/bench_throughput.json"),
+) -> None:
+    """Many requests at once: tokens/s, prefill, decoding step, memory, shares of the machine."""
+    from pyramidinfer.lab.bench.plots import draw_throughput
+    from pyramidinfer.lab.bench.table import throughput_table
+    from pyramidinfer.lab.bench.throughput import ThroughputPlan, run_throughput
+
+    setting = _setting(
+        policies, model=model, shape=shape, keep=keep, dtype=dtype, device=device,
+        backend=backend, repeats=repeats, warmup=warmup, threads=threads, kv_memory=kv_memory,
+        seed=seed,
+    )  # fmt: skip
+    plan = ThroughputPlan(setting, batch, prompt_len, output_len)
+    result = run_throughput(plan, _target(json))
+    picture = draw_throughput(plan.configuration, result, json.with_suffix(".png"))
+    _show(throughput_table(plan.configuration, result), json, picture)
+
+
+@bench.command()
+@plain_errors()
+def latency(
+    model: Model = None,
+    shape: Shape = None,
+    policies: Policies = POLICIES,
+    keep: Keep = 0.45,
+    batch: Annotated[str, typer.Option(help="Requests that arrive together; a list.")] = "1",
+    prompt_len: Annotated[str, typer.Option(help="Tokens of a prompt; a list.")] = "128,512,2048",
+    output_len: Annotated[int, typer.Option(help="Tokens each request generates.")] = 32,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    backend: Backend = "auto",
+    repeats: Repeats = 3,
+    warmup: Warmup = 1,
+    threads: Threads = 0,
+    kv_memory: KvMemory = "auto",
+    seed: Seed = 0,
+    json: Json = Path("out/bench_latency.json"),
+) -> None:
+    """Time to first token and between tokens, p50 and p99, over prompt lengths."""
+    from pyramidinfer.lab.bench.latency import LatencyPlan, run_latency
+    from pyramidinfer.lab.bench.plots import draw_latency
+    from pyramidinfer.lab.bench.table import latency_table
+
+    setting = _setting(
+        policies, model=model, shape=shape, keep=keep, dtype=dtype, device=device,
+        backend=backend, repeats=repeats, warmup=warmup, threads=threads, kv_memory=kv_memory,
+        seed=seed,
+    )  # fmt: skip
+    batches, lengths = numbers(batch, int, "--batch"), numbers(prompt_len, int, "--prompt-len")
+    plan = LatencyPlan(setting, batches, lengths, output_len)
+    result = run_latency(plan, _target(json))
+    picture = draw_latency(plan.configuration, result, json.with_suffix(".png"))
+    _show(latency_table(plan.configuration, result), json, picture)
+
+
+@bench.command()
+@plain_errors()
+def memory(
+    model: Model = None,
+    shape: Shape = None,
+    policies: Policies = POLICIES,
+    keep: Keep = 0.45,
+    prompt_len: Annotated[int, typer.Option(help="Tokens of each prompt.")] = 512,
+    output_len: Annotated[int, typer.Option(help="Tokens each request generates.")] = 32,
+    requests: Annotated[int, typer.Option(help="Requests to run at most.")] = 64,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    backend: Backend = "auto",
+    threads: Threads = 0,
+    kv_memory: Annotated[str, typer.Option(help="What the requests share.")] = "256MiB",
+    seed: Seed = 0,
+    json: Json = Path("out/bench_memory.json"),
+) -> None:
+    """How many requests fit into one kv_memory at once, and what each holds."""
+    from pyramidinfer.lab.bench.memory import MemoryPlan, run_memory
+    from pyramidinfer.lab.bench.plots import draw_memory
+    from pyramidinfer.lab.bench.table import memory_table
+
+    setting = _setting(
+        policies, model=model, shape=shape, keep=keep, dtype=dtype, device=device,
+        backend=backend, threads=threads, kv_memory=kv_memory, seed=seed,
+    )  # fmt: skip
+    plan = MemoryPlan(setting, prompt_len, output_len, requests)
+    result = run_memory(plan, _target(json))
+    picture = draw_memory(plan.configuration, result, json.with_suffix(".png"))
+    _show(memory_table(plan.configuration, result), json, picture)
+
+
+@bench.command()
+@plain_errors()
+def kernels(
+    batch: Annotated[str, typer.Option(help="Requests in a decoding step; a list.")] = "1,4,16",
+    prompt_len: Annotated[
+        str, typer.Option(help="Entries a request has in a layer; a list.")
+    ] = "512,1024,2048,4096,8192",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, …")] = "bfloat16",
+    device: Device = "auto",
+    backend: Backend = "auto",
+    repeats: Annotated[int, typer.Option(help="Samples that count, taken in turns.")] = 5,
+    warmup: Annotated[int, typer.Option(help="Calls before them.")] = 1,
+    threads: Threads = 0,
+    json: Json = Path("out/bench_kernels.json"),
+) -> None:
+    """Attention and compaction alone, beside a plain read or copy of the same bytes."""
+    from pyramidinfer.lab.bench.kernels import KernelPlan, run_kernels
+    from pyramidinfer.lab.bench.plots import draw_kernels
+    from pyramidinfer.lab.bench.table import kernels_table
+
+    plan = KernelPlan(
+        backend, dtype, device, numbers(batch, int, "--batch"),
+        numbers(prompt_len, int, "--prompt-len"), threads, repeats, warmup,
+    )  # fmt: skip
+    result = run_kernels(plan, _target(json))
+    configuration = {"dtype": dtype}
+    picture = draw_kernels(configuration, result, json.with_suffix(".png"))
+    _show(kernels_table(configuration, result), json, picture)

@@ -1,0 +1,1 @@
+"""``pyramidinfer bench``: throughput, latency, memory, kernels; and a comparison with peers."""

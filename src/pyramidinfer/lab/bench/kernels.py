@@ -1,0 +1,215 @@
+"""``bench kernels``: attention and compaction alone, each beside the plainest work of its size.
+
+Every kernel is timed in turns with what it is compared with: decoding and window scores with a
+read of the same bytes, compaction with a copy of as many bytes, prefill and column sums with
+torch's own fused attention.  ``share`` is the other's time over the kernel's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pyramidinfer.attention import Backend, Scale, select_backend
+from pyramidinfer.attention.base import Pages
+from pyramidinfer.config import parse_device, parse_dtype
+from pyramidinfer.lab.bench.compaction import time_keep
+from pyramidinfer.lab.bench.machine import Roof, measure_roof, plain_read
+from pyramidinfer.lab.bench.setting import check_counts, progress
+from pyramidinfer.lab.bench.timing import side_by_side, spread
+from pyramidinfer.lab.record import write_result
+from pyramidinfer.types import Reduce
+
+__all__ = ["KernelPlan", "run_kernels"]
+
+HEADS = ((16, 16), (16, 4))  # query heads, KV heads
+DIM, PAGE = 64, 16
+WINDOW = 32  # queries that a policy scores
+LAYERS = 64  # at most so many layers' entries are read in turns, so that caches do not hold them
+
+
+@dataclass(frozen=True)
+class KernelPlan:
+    """Plain values; ``storage``: bytes of entries to go round in, at least."""
+
+    backend: str = "auto"
+    dtype: str = "bfloat16"
+    device: str = "auto"
+    batches: tuple[int, ...] = (1, 4, 16)
+    contexts: tuple[int, ...] = (512, 1024, 2048, 4096, 8192)
+    threads: int = 0
+    repeats: int = 5
+    warmup: int = 1
+    storage: int = 256 * 2**20
+
+    def check(self) -> None:
+        check_counts(repeats=self.repeats, warmup=self.warmup)
+        for batch in self.batches:
+            check_counts(batch=batch)
+        for context in self.contexts:
+            if context < 2 * PAGE:
+                raise ValueError(f"--prompt-len {context} must be at least {2 * PAGE}")
+        if self.threads < 0:
+            raise ValueError(f"--threads {self.threads} must be at least 0 (0: torch's choice)")
+
+
+class Work(NamedTuple):
+    """A kernel and what it is compared with; ``size`` in bytes, ``flops`` where they count."""
+
+    head: dict[str, Any]
+    against: str
+    kernel: Callable[[int], object]
+    other: Callable[[int], object]
+    size: int
+    flops: float | None = None
+
+
+def run_kernels(plan: KernelPlan, out: Path) -> dict[str, Any]:
+    """Measure, write ``out``, and return its result."""
+    plan.check()
+    if plan.threads:
+        torch.set_num_threads(plan.threads)
+    device, dtype = parse_device(plan.device), parse_dtype(plan.dtype, None)
+    backend = choose_backend(plan.backend, device)
+    roof = measure_roof(dtype, device, size=2 * plan.storage)
+    rows: list[dict[str, Any]] = []
+    total = len(HEADS) * len(plan.contexts) * (len(plan.batches) + 4)
+    with progress("kernels", total) as done, torch.inference_mode():
+        for heads in HEADS:
+            for work in _works(plan, backend, heads, device, dtype):
+                rows.append(_measure(work, plan, device, roof))
+                done(" ".join(str(value) for value in work.head.values()))
+            for context in plan.contexts:
+                rows.append(_keep_row(plan, heads, context, device, dtype))
+                done(f"keep {context}")
+    result = {"backend": backend.name, "roof": roof.figures(), "rows": rows}
+    write_result(out, asdict(plan), result)
+    return result
+
+
+def choose_backend(name: str, device: torch.device) -> Backend:
+    """A backend by name; ``auto`` is what the engine takes on this device."""
+    if name != "auto":
+        return select_backend(name)
+    try:
+        return select_backend("auto", device)  # type: ignore[call-arg]
+    except (TypeError, ValueError):
+        return select_backend()
+
+
+def _measure(work: Work, plan: KernelPlan, device: torch.device, roof: Roof) -> dict[str, Any]:
+    works = {"kernel": work.kernel, "other": work.other}
+    seconds = side_by_side(works, device, plan.repeats, plan.warmup)
+    mine, other = spread(seconds["kernel"]), spread(seconds["other"])
+    rate = None if work.flops is None else work.flops / mine["median"]
+    return {
+        **work.head, "seconds": mine, "against": work.against, "against_seconds": other,
+        "share": other["median"] / mine["median"], "bytes": work.size,
+        "bytes_per_second": work.size / mine["median"],
+        "share_of_read_bandwidth": work.size / mine["median"] / roof.read,
+        "flops": work.flops,
+        "share_of_matrix_rate": None if rate is None else rate / roof.matrix,
+    }  # fmt: skip
+
+
+def _works(plan: KernelPlan, backend: Backend, heads: tuple[int, int], device: torch.device,
+           dtype: torch.dtype) -> Iterator[Work]:  # fmt: skip
+    _, kv_heads = heads
+    entry = 2 * kv_heads * DIM * dtype.itemsize
+    pages = max(max(plan.batches) * -(-max(plan.contexts) // PAGE), plan.storage // entry // PAGE)
+    shape = (pages, kv_heads, PAGE, DIM)
+    keys, values = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
+    positions = torch.zeros(shape[:3], dtype=torch.int32, device=device)
+    storage = Pages(keys, values, positions)
+    for context in plan.contexts:
+        for batch in plan.batches:
+            yield _decode(backend, heads, storage, batch, context)
+        yield from _prompt_works(backend, heads, context, device, dtype)
+
+
+def _decode(backend: Backend, heads: tuple[int, int], storage: Pages, batch: int, context: int
+            ) -> Work:  # fmt: skip
+    """One token of each request over its pages; every call reads another layer's."""
+    each = -(-context // PAGE)
+    device = storage.keys.device
+    layers = max(1, min(LAYERS, len(storage.keys) // (batch * each)))
+    tables = torch.arange(layers * batch * each, dtype=torch.int32, device=device)
+    tables = tables.view(layers, batch, each)
+    lengths = torch.full((layers, batch), context, dtype=torch.int32, device=device)
+    newest = torch.full((batch,), context - 1, dtype=torch.int64, device=device)
+    plan = backend.plan(tables.long(), lengths.long(), [context] * layers, newest)
+    queries = torch.randn(batch, heads[0], DIM, device=device).to(storage.keys.dtype)
+    scale = Scale(DIM**-0.5)
+
+    def read(index: int) -> object:
+        first = index % layers * batch * each
+        mine = slice(first, first + batch * each)
+        return plain_read(storage.keys[mine]), plain_read(storage.values[mine])
+
+    size = 2 * batch * context * heads[1] * DIM * storage.keys.dtype.itemsize
+    return Work(
+        _head("decode", heads, batch, context), "read",
+        lambda index: backend.run(plan, index % layers, queries, storage, scale), read, size,
+    )  # fmt: skip
+
+
+def _prompt_works(backend: Backend, heads: tuple[int, int], context: int, device: torch.device,
+                  dtype: torch.dtype) -> Iterator[Work]:  # fmt: skip
+    """Window scores, column sums and prefill attention of one prompt."""
+    queries = torch.randn(context, heads[0], DIM, device=device).to(dtype)
+    keys, values = (torch.randn(heads[1], context, DIM, device=device).to(dtype) for _ in range(2))
+    place = torch.arange(context, device=device)
+    k_pos, scale = place.expand(heads[1], -1), Scale(DIM**-0.5)
+    window = min(WINDOW, context)
+    reduce = Reduce(heads="kv_mean")
+    yield Work(
+        _head("window scores", heads, 1, context), "read",
+        lambda _: backend.window_scores(
+            queries[-window:], keys, place[-window:], k_pos, scale, reduce, rows=window
+        ),
+        lambda _: plain_read(keys), keys.nbytes,
+        2.0 * window * heads[0] * DIM * context,
+    )  # fmt: skip
+    pairs = heads[0] * context * (context + 1) / 2
+
+    def fused(_: int) -> Tensor:
+        return F.scaled_dot_product_attention(
+            queries.transpose(0, 1)[None], keys[None], values[None], is_causal=True,
+            enable_gqa=heads[0] != heads[1],
+        )  # fmt: skip
+
+    size = queries.nbytes + keys.nbytes
+    yield Work(
+        _head("column sums", heads, 1, context), "fused attention",
+        lambda _: backend.column_sums(queries, keys, place, k_pos, scale), fused, size,
+        2.0 * DIM * pairs,
+    )  # fmt: skip
+    yield Work(
+        _head("prefill", heads, 1, context), "fused attention",
+        lambda _: backend.prefill(queries, keys, values, place, k_pos, scale), fused,
+        size + values.nbytes + queries.nbytes, 4.0 * DIM * pairs,
+    )  # fmt: skip
+
+
+def _keep_row(plan: KernelPlan, heads: tuple[int, int], context: int, device: torch.device,
+              dtype: torch.dtype) -> dict[str, Any]:  # fmt: skip
+    keep, copy, size = time_keep(heads[1], DIM, PAGE, context, device, dtype, plan.repeats,
+                                 plan.warmup)  # fmt: skip
+    mine, other = spread(keep), spread(copy)
+    return {
+        **_head("keep half", heads, 1, context), "seconds": mine, "against": "copy",
+        "against_seconds": other, "share": other["median"] / mine["median"], "bytes": size,
+        "bytes_per_second": size / mine["median"], "share_of_read_bandwidth": None,
+        "flops": None, "share_of_matrix_rate": None,
+    }  # fmt: skip
+
+
+def _head(kernel: str, heads: tuple[int, int], batch: int, context: int) -> dict[str, Any]:
+    return {"kernel": kernel, "heads": heads[0], "kv_heads": heads[1], "batch": batch,
+            "context": context}  # fmt: skip

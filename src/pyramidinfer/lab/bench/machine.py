@@ -1,0 +1,74 @@
+"""What the machine can do, measured in the same run: the roof that shares refer to."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pyramidinfer import attention
+from pyramidinfer.lab.bench.timing import side_by_side
+
+__all__ = ["Roof", "measure_roof", "plain_read"]
+
+#: Bytes read or copied at once: well above what caches hold.
+BYTES = 512 * 2**20
+ROWS, WIDTH, OUT = 2048, 2048, 8192
+
+
+@dataclass(frozen=True, slots=True)
+class Roof:
+    """Bytes read a second, bytes copied a second (read and written, both counted), and floating
+    point operations a second of a matrix product in the model's dtype."""
+
+    read: float
+    copy: float
+    matrix: float
+
+    def figures(self) -> dict[str, float]:
+        return asdict(self)
+
+    def best(self, other: Roof) -> Roof:
+        """The higher of two measurements, figure by figure."""
+        return Roof(*(max(a, b) for a, b in zip(self.tuple, other.tuple, strict=True)))
+
+    @property
+    def tuple(self) -> tuple[float, float, float]:
+        return self.read, self.copy, self.matrix
+
+
+def plain_read(tensor: Tensor) -> object:
+    """Read every byte of a contiguous tensor, as fast as it goes."""
+    native = getattr(attention, "read_bytes", None)
+    if native is not None and tensor.device.type == "cpu":
+        return native(tensor)
+    flat = tensor.view(-1)
+    if flat.nbytes % 4 == 0:
+        return flat.view(torch.float32).sum()
+    return flat.view(torch.uint8).sum()
+
+
+@torch.inference_mode()
+def measure_roof(dtype: torch.dtype, device: torch.device, repeats: int = 5, size: int | None = None
+                 ) -> Roof:  # fmt: skip
+    """The best of some repeats of each, one after the other."""
+    size = BYTES if size is None else size
+    source = torch.ones(size // 4, device=device)
+    target = torch.empty_like(source)
+    scale = max(1, 2**29 // size)  # a small size is a trial run: small matrices, too
+    left = torch.ones(ROWS // min(scale, 16), WIDTH, dtype=dtype, device=device)
+    right = torch.ones(OUT // min(scale, 16), WIDTH, dtype=dtype, device=device)
+    seconds = side_by_side(
+        {
+            "read": lambda _: plain_read(source),
+            "copy": lambda _: target.copy_(source),
+            "matrix": lambda _: F.linear(left, right),
+        },
+        device, repeats,
+    )  # fmt: skip
+    least = {name: min(values) for name, values in seconds.items()}
+    work = 2.0 * left.shape[0] * right.shape[0] * WIDTH
+    return Roof(source.nbytes / least["read"], 2 * source.nbytes / least["copy"],
+                work / least["matrix"])  # fmt: skip

@@ -1,0 +1,93 @@
+"""``bench memory``: how many requests a given ``kv_memory`` holds at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pyramidinfer.engine import LLM
+from pyramidinfer.lab.bench.setting import Setting, Subject, check_counts, progress, run_pass
+from pyramidinfer.lab.bench.timing import PeakMemory
+from pyramidinfer.lab.record import write_result
+from pyramidinfer.types import SamplingParams
+
+__all__ = ["MemoryPlan", "run_memory"]
+
+#: Where nothing is said, what is shared out.
+DEFAULT_MEMORY = "256MiB"
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """As many equal requests as fit, twice over, so that some wait; at most ``most`` are run."""
+
+    setting: Setting
+    prompt_len: int = 512
+    output_len: int = 32
+    most: int = 64
+
+    @property
+    def shared(self) -> Setting:
+        memory = self.setting.kv_memory
+        return replace(self.setting, kv_memory=DEFAULT_MEMORY) if memory == "auto" else self.setting
+
+    @property
+    def configuration(self) -> dict[str, Any]:
+        return {**self.shared.configuration(), "prompt_len": self.prompt_len,
+                "output_len": self.output_len, "most": self.most}  # fmt: skip
+
+
+def run_memory(plan: MemoryPlan, out: Path) -> dict[str, Any]:
+    """Measure, write ``out``, and return its result."""
+    check_counts(prompt_len=plan.prompt_len, output_len=plan.output_len, requests=plan.most)
+    subject = Subject(plan.shared)
+    subject.check_length(plan.prompt_len, plan.output_len)
+    rows = []
+    with progress("memory", len(plan.shared.policies)) as done:
+        for spec in plan.shared.policies:
+            rows.append(_measure(plan, subject, spec))
+            done(spec)
+    first = rows[0]["in_flight"]
+    for row in rows:
+        row["in_flight_against_first"] = row["in_flight"] / first if first else None
+    result = {"rows": rows}
+    write_result(out, plan.configuration, result)
+    return result
+
+
+def _measure(plan: MemoryPlan, subject: Subject, spec: str) -> dict[str, Any]:
+    memory = PeakMemory(subject.device)
+    llm = subject.llm(spec, plan.most, plan.prompt_len, plan.output_len, max_requests=plan.most)
+    budget = llm.engine.pool.budget
+    head = {"policy": spec, "options": repr(llm.policy), "kv_memory": budget}
+    try:
+        fits = _fits(llm, plan)
+    except ValueError as error:  # not even one
+        return {**head, "fits": 0, "in_flight": 0, "reason": str(error)}
+    count = min(plan.most, 2 * fits + 1)
+    run = run_pass(llm, subject.prompts(count, plan.prompt_len), plan.output_len)
+    return {
+        **head, "fits": fits, "requests": count, "in_flight": run.peak_in_flight,
+        "is_capped": run.peak_in_flight >= plan.most,
+        "peak_kv_bytes": llm.engine.peak_bytes,
+        "kv_bytes_per_request": run.end_bytes[0] / count,
+        "full_bytes_per_request": run.end_bytes[1] / count,
+        "kv_share_end": run.end_bytes[0] / run.end_bytes[1],
+        "kv_share_prefill": run.prefill_bytes[0] / run.prefill_bytes[1],
+        "seconds": run.seconds,
+        "output_tokens_per_second": run.output_tokens / run.seconds,
+        "peak_bytes": memory.bytes,
+    }  # fmt: skip
+
+
+def _fits(llm: LLM, plan: MemoryPlan) -> int:
+    """Requests whose whole prompts may go in at once; ``ValueError`` if one is too much."""
+    engine = llm.engine
+    params = SamplingParams(max_tokens=plan.output_len, ignore_eos=True)
+    request = engine.make([0] * plan.prompt_len, params)
+    pages = min(
+        len(group.counts) // int(wanted)
+        for group, wanted in zip(engine.pool.groups, request.cost.pages, strict=True)
+    )
+    return min(pages, engine.pool.budget // request.cost.bytes)

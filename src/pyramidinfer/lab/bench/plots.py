@@ -1,0 +1,155 @@
+"""Pictures of what the benches measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+__all__ = ["draw_kernels", "draw_latency", "draw_memory", "draw_peers", "draw_throughput"]
+
+OURS, THEIRS, MISSING = (0.20, 0.38, 0.62), (0.62, 0.66, 0.72), (0.86, 0.25, 0.16)
+Result = dict[str, Any]
+
+
+def save(figure: Figure, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    FigureCanvasAgg(figure)
+    figure.savefig(path, dpi=130)
+    return path
+
+
+def _bars(axis: Any, names: list[str], values: list[float], title: str, form: str) -> None:
+    axis.bar(range(len(names)), values, color=OURS)
+    for at, value in enumerate(values):
+        axis.text(at, value, f"{value:{form}}", ha="center", va="bottom", fontsize=8)
+    axis.set_xticks(range(len(names)), names, fontsize=8, rotation=20)
+    axis.set_title(title, loc="left", fontsize=10)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def draw_throughput(configuration: Result, result: Result, path: Path) -> Path:
+    """Four figures of every policy, side by side."""
+    rows = result["rows"]
+    names = [row["policy"] for row in rows]
+    figure = Figure(figsize=(11, 6), layout="constrained")
+    axes = figure.subplots(2, 2).flat
+    panels: list[tuple[str, Callable[[Result], float], str]] = [
+        ("output tokens/s", lambda r: r["output_tokens_per_second"]["median"], ".0f"),
+        ("prefill, seconds", lambda r: r["prefill_seconds"]["median"], ".2f"),
+        ("decode step, ms", lambda r: 1e3 * (r["step_seconds"] or {}).get("median", 0.0), ".1f"),
+        ("KV after prefill, share of full", lambda r: r["kv_share_prefill"], ".2f"),
+    ]
+    for axis, (title, value, form) in zip(axes, panels, strict=True):
+        _bars(axis, names, [value(row) for row in rows], title, form)
+    c = configuration
+    figure.suptitle(f"{c['batch']} requests of {c['prompt_len']} + {c['output_len']} tokens")
+    return save(figure, path)
+
+
+def _context_axis(axis: Any, lengths: list[int]) -> None:
+    """Lengths along x, doubling; y from zero."""
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(lengths, [str(length) for length in lengths], fontsize=8)
+    axis.minorticks_off()
+    axis.set_ylim(bottom=0)
+
+
+def draw_latency(configuration: Result, result: Result, path: Path) -> Path:
+    """Time to first token and between tokens over prompt length, one row of panels a batch."""
+    rows = result["rows"]
+    batches = sorted({row["batch"] for row in rows})
+    policies = list(dict.fromkeys(row["policy"] for row in rows))
+    figure = Figure(figsize=(11, 3.6 * len(batches)), layout="constrained")
+    axes = figure.subplots(len(batches), 2, squeeze=False)
+    names = (("first_token_seconds", "time to first token"),
+             ("inter_token_seconds", "time between tokens"))  # fmt: skip
+    for line, batch in zip(axes, batches, strict=True):
+        for axis, (key, title) in zip(line, names, strict=True):
+            for policy in policies:
+                mine = [r for r in rows if r["policy"] == policy and r["batch"] == batch]
+                lengths = [row["prompt_len"] for row in mine]
+                drawn = axis.plot(
+                    lengths, [1e3 * row[key]["p50"] for row in mine], marker="o", label=policy
+                )
+                axis.plot(
+                    lengths, [1e3 * row[key]["p99"] for row in mine], linestyle=":",
+                    color=drawn[0].get_color(),
+                )  # fmt: skip
+            _context_axis(axis, sorted({row["prompt_len"] for row in rows}))
+            axis.set_title(f"{title}, ms (dotted: p99), batch {batch}", loc="left", fontsize=10)
+            axis.set_xlabel("prompt tokens")
+            axis.spines[["top", "right"]].set_visible(False)
+    axes[0, 0].legend(frameon=False)
+    return save(figure, path)
+
+
+def draw_memory(configuration: Result, result: Result, path: Path) -> Path:
+    """Requests in flight, and bytes of a request."""
+    rows = result["rows"]
+    names = [row["policy"] for row in rows]
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    c = configuration
+    title = f"requests in flight in {c['kv_memory']} ({c['prompt_len']} + {c['output_len']} tokens)"
+    _bars(left, names, [row["in_flight"] for row in rows], title, ".0f")
+    sizes = [row.get("kv_bytes_per_request", 0.0) / 2**20 for row in rows]
+    _bars(right, names, sizes, "MiB a request at the end", ".1f")
+    return save(figure, path)
+
+
+def draw_kernels(configuration: Result, result: Result, path: Path) -> Path:
+    """What each kernel reaches of the work it is compared with, over the context."""
+    rows = result["rows"]
+    kernels = list(dict.fromkeys((row["kernel"], row["against"]) for row in rows))
+    figure = Figure(figsize=(3.2 * len(kernels), 3.6), layout="constrained")
+    axes = figure.subplots(1, len(kernels), squeeze=False)[0]
+    for axis, (kernel, against) in zip(axes, kernels, strict=True):
+        mine = [row for row in rows if row["kernel"] == kernel]
+        for heads, batch in dict.fromkeys((row["kv_heads"], row["batch"]) for row in mine):
+            line = [r for r in mine if (r["kv_heads"], r["batch"]) == (heads, batch)]
+            axis.plot(
+                [row["context"] for row in line], [row["share"] for row in line], marker="o",
+                label=f"{heads} KV heads" + (f", batch {batch}" if kernel == "decode" else ""),
+            )  # fmt: skip
+        axis.axhline(1.0, color="0.6", linewidth=0.8, linestyle="--")
+        _context_axis(axis, sorted({row["context"] for row in mine}))
+        axis.set_title(f"{kernel}: share of a {against}", loc="left", fontsize=9)
+        axis.set_xlabel("context")
+        axis.legend(frameon=False, fontsize=7)
+        axis.spines[["top", "right"]].set_visible(False)
+    return save(figure, path)
+
+
+def draw_peers(configuration: Result, result: Result, path: Path) -> Path:
+    """Output tokens/s of every engine on every workload; those that did not run are named."""
+    rows, run = result["rows"], result["run"]
+    workloads = list(configuration["workloads"])
+    engines = list(dict.fromkeys(row["engine"] for row in rows))[::-1]
+    figure = Figure(figsize=(6.2 * len(workloads), 0.42 * len(engines) + 1.6), layout="constrained")
+    axes = figure.subplots(1, len(workloads), squeeze=False)[0]
+    for axis, name in zip(axes, workloads, strict=True):
+        mine = {row["engine"]: row for row in rows if row["workload"] == name}
+        for at, engine in enumerate(engines):
+            row = mine.get(engine)
+            if row is None or row["status"] != "ok" or row["run"] != run:
+                why = "not run" if row is None else row["status"]
+                why = "of another run" if why == "ok" else why
+                axis.text(0, at, f" {why}", va="center", fontsize=8, color=MISSING)
+                continue
+            speed = row["output_tokens_per_second"]
+            axis.barh(at, speed, color=OURS if row["is_ours"] else THEIRS)
+            axis.text(speed, at, f" {speed:.1f}", va="center", fontsize=8)
+        axis.margins(x=0.15)
+        axis.set_yticks(np.arange(len(engines)), engines, fontsize=8)
+        w = configuration["workloads"][name]
+        axis.set_title(
+            f"{name}: {w['requests']} x {w['prompt_len']} + {w['new']} tokens, output tokens/s",
+            loc="left", fontsize=10,
+        )  # fmt: skip
+        axis.spines[["top", "right"]].set_visible(False)
+    return save(figure, path)

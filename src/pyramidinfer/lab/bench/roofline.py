@@ -1,0 +1,68 @@
+"""How much work a pass was: floating point operations of a prefill, bytes of a decoding step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pyramidinfer.lab.bench.machine import Roof
+from pyramidinfer.lab.bench.setting import Pass
+from pyramidinfer.models import Adapter
+
+__all__ = ["decode_bytes", "prefill_flops", "roofline"]
+
+
+def prefill_flops(adapter: Adapter, computed: list[int]) -> float:
+    """Operations of one prompt's prefill, ``computed[layer]`` tokens having entered each layer.
+
+    Products with the layers' matrices, causal attention, and the head for the last token.
+    """
+    head = sum(each.numel() for each in adapter.head.parameters() if each.ndim == 2)
+    total = 2.0 * float(head)
+    for layer, shape, tokens in zip(_layers(adapter), adapter.shapes, computed, strict=True):
+        matrices = float(sum(each.numel() for each in layer.parameters() if each.ndim == 2))
+        seen = min(tokens, shape.window or tokens)
+        pairs = seen * (seen + 1) / 2 + (tokens - seen) * seen
+        total += 2.0 * tokens * matrices
+        total += 2.0 * shape.heads * (shape.key_dim + shape.value_dim) * pairs
+    return total
+
+
+def weight_bytes(adapter: Adapter) -> int:
+    """Bytes of the weights that a step reads, whatever its batch: all but the embedding table."""
+    modules = [*_layers(adapter), adapter.head]
+    return int(sum(each.nbytes for module in modules for each in module.parameters()))
+
+
+def decode_bytes(adapter: Adapter, entries: list[float]) -> float:
+    """Bytes one decoding step has to read: weights once, keys and values of every entry.
+
+    ``entries[layer]``: cached entries of all requests.
+    """
+    item = adapter.dtype.itemsize
+    cache = sum(
+        count * shape.kv_heads * (shape.key_dim + shape.value_dim) * item
+        for shape, count in zip(adapter.shapes, entries, strict=True)
+    )
+    return float(weight_bytes(adapter) + cache)
+
+
+def roofline(adapter: Adapter, run: Pass, prefill: float, step: float | None, roof: Roof
+             ) -> dict[str, Any]:  # fmt: skip
+    """Shares of what the machine can do: matrix rate in prefill, read bandwidth in decoding.
+
+    ``prefill``, ``step``: measured seconds.  Decoding rides along while prompts go in; that work
+    is not counted, so the matrix share is a lower bound.
+    """
+    flops = sum(prefill_flops(adapter, computed) for computed in run.computed)
+    entries = [(a + b) / 2 for a, b in zip(run.kept_prefill, run.kept_end, strict=True)]
+    size = decode_bytes(adapter, entries)
+    return {
+        "prefill_flops": flops,
+        "share_of_matrix_rate": flops / prefill / roof.matrix,
+        "decode_step_bytes": size,
+        "share_of_read_bandwidth": None if step is None else size / step / roof.read,
+    }
+
+
+def _layers(adapter: Adapter) -> list[Any]:
+    return list(adapter.body.layers)[: adapter.depth]

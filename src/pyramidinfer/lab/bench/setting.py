@@ -1,0 +1,262 @@
+"""What every bench of the engine shares: the model, the policies, the prompts, one pass."""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from pyramidinfer.attention import select_backend
+from pyramidinfer.cache import Pool
+from pyramidinfer.config import EngineConfig, parse_bytes, parse_device
+from pyramidinfer.engine import LLM
+from pyramidinfer.engine.memory import Ledger
+from pyramidinfer.engine.request import Request
+from pyramidinfer.lab.shapes import make_model
+from pyramidinfer.models import Adapter
+from pyramidinfer.models.loading import load_model
+from pyramidinfer.policies import Policy
+from pyramidinfer.policies.registry import make_policy, parse_options
+from pyramidinfer.types import SamplingParams, TokenIds
+
+__all__ = ["DEFAULT_SHAPE", "Pass", "Setting", "Subject", "check_counts", "progress", "run_pass"]
+
+DEFAULT_SHAPE = "bench-200m"
+FIRST_WORD = 3  # ids below it are special
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a bench runs on.  Plain values.
+
+    model : folder or hub id; ``shape``: random weights of a known shape instead.
+    keep : for every policy that has it and does not name its own.
+    kv_memory : ``"auto"`` is what all requests of a pass need at once, per policy.
+    threads : 0 leaves torch's choice.
+    """
+
+    model: str | None = None
+    shape: str | None = None
+    policies: tuple[str, ...] = ("full", "pyramidinfer", "pyramid")
+    keep: float = 0.45
+    dtype: str = "auto"
+    device: str = "auto"
+    backend: str = "auto"
+    kv_memory: str = "auto"
+    threads: int = 0
+    repeats: int = 3
+    warmup: int = 1
+    seed: int = 0
+
+    def check(self) -> None:
+        """``ValueError`` for what cannot be run."""
+        if self.model is not None and self.shape is not None:
+            raise ValueError("give --model or --shape, not both")
+        if not self.policies:
+            raise ValueError("--policies is empty: name at least one")
+        if len(set(self.policies)) != len(self.policies):
+            raise ValueError(f"--policies names one twice: {', '.join(self.policies)}")
+        if self.kv_memory != "auto":
+            parse_bytes(self.kv_memory)
+        check_counts(repeats=self.repeats, warmup=self.warmup)
+        if self.threads < 0:
+            raise ValueError(f"--threads {self.threads} must be at least 0 (0: torch's choice)")
+        for spec in self.policies:
+            self.policy(spec)
+        parse_device(self.device)
+
+    def policy(self, spec: str) -> Policy:
+        """``NAME`` or ``NAME:option=value,…`` → a policy, ``keep`` filled in."""
+        name, _, tail = spec.partition(":")
+        options = parse_options(name, tail.split(",") if tail else [])
+        keep = options.pop("keep", None if name == "full" else self.keep)
+        return make_policy(name, keep, **options)
+
+    def configuration(self) -> dict[str, Any]:
+        return {**asdict(self), "shape": self.shape_name}
+
+    @property
+    def shape_name(self) -> str | None:
+        return DEFAULT_SHAPE if self.model is None and self.shape is None else self.shape
+
+
+def check_counts(**counts: int) -> None:
+    """``ValueError`` naming the option unless each count is at least 1."""
+    for name, value in counts.items():
+        if value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {value} must be at least 1")
+
+
+class Subject:
+    """The model of a setting, loaded once, and engines over it."""
+
+    def __init__(self, setting: Setting) -> None:
+        setting.check()
+        self.setting = setting
+        if setting.threads:
+            torch.set_num_threads(setting.threads)
+        shape = setting.shape_name
+        if shape is not None:
+            dtype = "bfloat16" if setting.dtype == "auto" else setting.dtype
+            self.model: Any = make_model(shape, dtype, setting.device, setting.seed)
+        else:
+            assert setting.model is not None
+            self.model = load_model(setting.model, None, setting.dtype, setting.device).model
+        first = next(self.model.parameters())
+        self.device, self.dtype = first.device, first.dtype
+        self.adapter = Adapter(self.model, select_backend())
+
+    def prompts(self, count: int, length: int) -> list[TokenIds]:
+        """Random tokens, the same for the same seed."""
+        draw = np.random.default_rng(self.setting.seed)
+        low = min(FIRST_WORD, self.adapter.vocab_size - 1)
+        return [draw.integers(low, self.adapter.vocab_size, length).tolist() for _ in range(count)]
+
+    def check_length(self, prompt_len: int, output_len: int) -> None:
+        """``ValueError`` where the model has too few positions."""
+        longest = self.adapter.max_positions
+        if prompt_len + output_len > longest:
+            raise ValueError(
+                f"{prompt_len} prompt tokens and {output_len} generated ones exceed the model's "
+                f"{longest} positions"
+            )
+
+    def llm(self, spec: str, count: int, prompt_len: int, output_len: int, **options: Any) -> LLM:
+        """An engine with one policy; ``kv_memory`` as the setting says."""
+        policy = self.setting.policy(spec)
+        memory: int | str = self.setting.kv_memory
+        if memory == "auto":
+            memory = self.needed_bytes(policy, count, prompt_len, output_len)
+        options = {"max_requests": max(count, EngineConfig().max_requests), **options}
+        if "backend" in inspect.signature(LLM).parameters:
+            options["backend"] = self.setting.backend
+        elif self.setting.backend not in ("auto", "reference"):
+            raise ValueError(f"--backend {self.setting.backend!r} cannot be chosen here")
+        return LLM(self.model, policy, kv_memory=memory, tokenizer=None, **options)
+
+    def needed_bytes(self, policy: Policy, count: int, prompt_len: int, output_len: int) -> int:
+        """``kv_memory`` in which ``count`` requests run at once."""
+        adapter, page = self.adapter, EngineConfig().page_size
+        chosen = policy.for_model(str(getattr(self.model.config, "_name_or_path", "")))
+        layers = adapter.layers_for(prompt_len + output_len)
+        chosen.check(layers)
+        specs = adapter.group_specs()
+        least = Pool.least_bytes(specs, page, chosen.uses_scores)
+        pool = Pool(specs, least, page, scores=chosen.uses_scores)
+        cost = Ledger(pool, adapter).cost(chosen, prompt_len, output_len, layers, 0)
+        by_group = max(
+            -(-count * int(pages) // len(spec.layers)) + 1
+            for pages, spec in zip(cost.pages, specs, strict=True)
+        )
+        return max(count * cost.bytes, by_group * least)
+
+
+class Pass(NamedTuple):
+    """One run of all prompts.
+
+    seconds : the whole;  arrivals : of each request's tokens, seconds since the start;
+    decode_steps : seconds of each step in which every request decoded and no prompt was in
+    progress;  computed : tokens that entered each layer, request by request;
+    prefill_bytes, end_bytes : (cache bytes, bytes of a full one), all requests together;
+    kept_prefill, kept_end : entries over all layers and requests.
+    """
+
+    seconds: float
+    arrivals: list[list[float]]
+    decode_steps: list[float]
+    computed: list[list[int]]
+    prefill_bytes: tuple[int, int]
+    end_bytes: tuple[int, int]
+    kept_prefill: list[int]
+    kept_end: list[int]
+    peak_in_flight: int
+
+    @property
+    def prefill_seconds(self) -> float:
+        """Until the last request has its first token."""
+        return max(each[0] for each in self.arrivals)
+
+    @property
+    def output_tokens(self) -> int:
+        return sum(len(each) for each in self.arrivals)
+
+    def step_seconds(self) -> list[float]:
+        """Seconds of decoding steps; where prompts were always in progress, the mean one."""
+        longest = max(len(each) for each in self.arrivals)
+        if self.decode_steps or longest < 2:
+            return self.decode_steps
+        return [(self.seconds - self.prefill_seconds) / (longest - 1)]
+
+
+def run_pass(llm: LLM, prompts: list[TokenIds], output_len: int) -> Pass:
+    """Run all prompts at once, greedy, to ``output_len`` tokens each, and watch every step."""
+    engine = llm.engine
+    params = SamplingParams(max_tokens=output_len, ignore_eos=True)
+    requests = [engine.make(prompt, params) for prompt in prompts]
+    arrivals: list[list[float]] = [[] for _ in requests]
+    after: dict[int, tuple[int, int, tuple[int, ...]]] = {}
+    steps: list[float] = []
+    engine.peak_in_flight = 0
+    start = time.monotonic()
+    try:
+        for request in requests:
+            engine.submit(request)
+        while any(request.finish_reason is None for request in requests):
+            waits = engine.scheduler.waiting or engine.scheduler.prefilling
+            pure = not waits and len(engine.scheduler.running) == len(requests)
+            began = time.monotonic()
+            engine.step()
+            now = time.monotonic()
+            if pure:
+                steps.append(now - began)
+            for index, request in enumerate(requests):
+                if len(request.output) > len(arrivals[index]):
+                    arrivals[index].append(now - start)
+                    if index not in after:
+                        use = engine.usage(request)
+                        after[index] = (use.bytes, use.full_bytes, use.kept_len)
+        seconds = time.monotonic() - start
+    except BaseException:
+        for request in requests:
+            engine.abort(request)
+        raise
+    _check(requests, output_len)
+    ends = [engine.usage(request) for request in requests]
+    return Pass(
+        seconds, arrivals, steps, [request.computed for request in requests],
+        (sum(b for b, _, _ in after.values()), sum(f for _, f, _ in after.values())),
+        (sum(each.bytes for each in ends), sum(each.full_bytes for each in ends)),
+        np.sum([kept for _, _, kept in after.values()], axis=0).tolist(),
+        np.sum([each.kept_len for each in ends], axis=0).tolist(),
+        engine.peak_in_flight,
+    )  # fmt: skip
+
+
+def _check(requests: list[Request], output_len: int) -> None:
+    for request in requests:
+        if len(request.output) != output_len:
+            raise ValueError(
+                f"request {request.id} ended after {len(request.output)} of {output_len} tokens "
+                f"({request.finish_reason}); a bench needs a model whose logits are numbers"
+            )
+
+
+@contextmanager
+def progress(title: str, total: int) -> Iterator[Any]:
+    """A progress bar on stderr; call what it yields after each piece of work, with a word on the
+    next."""
+    bar = Progress(
+        TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        TextColumn("{task.fields[now]}"), console=Console(stderr=True),
+    )  # fmt: skip
+    with bar:
+        task = bar.add_task(title, total=total, now="")
+        yield lambda now="": bar.update(task, advance=1, now=now)

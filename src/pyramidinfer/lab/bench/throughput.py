@@ -1,0 +1,125 @@
+"""``bench throughput``: many requests at once, policies side by side in one run."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pyramidinfer.engine import LLM
+from pyramidinfer.lab.bench.machine import measure_roof
+from pyramidinfer.lab.bench.roofline import roofline
+from pyramidinfer.lab.bench.setting import Pass, Setting, Subject, check_counts, progress, run_pass
+from pyramidinfer.lab.bench.timing import PeakMemory, ratios, spread
+from pyramidinfer.lab.record import write_result
+
+__all__ = ["ThroughputPlan", "run_throughput"]
+
+
+@dataclass(frozen=True)
+class ThroughputPlan:
+    """``batch`` requests of ``prompt_len`` random tokens, each generating ``output_len``."""
+
+    setting: Setting
+    batch: int = 16
+    prompt_len: int = 512
+    output_len: int = 64
+
+    @property
+    def configuration(self) -> dict[str, Any]:
+        return {**self.setting.configuration(), "batch": self.batch,
+                "prompt_len": self.prompt_len, "output_len": self.output_len}  # fmt: skip
+
+    def llm(self, subject: Subject, spec: str) -> LLM:
+        return subject.llm(spec, self.batch, self.prompt_len, self.output_len)
+
+
+def run_throughput(plan: ThroughputPlan, out: Path) -> dict[str, Any]:
+    """Measure, write ``out``, and return its result."""
+    check_counts(batch=plan.batch, prompt_len=plan.prompt_len, output_len=plan.output_len)
+    subject = Subject(plan.setting)
+    subject.check_length(plan.prompt_len, plan.output_len)
+    prompts = subject.prompts(plan.batch, plan.prompt_len)
+    specs, setting = plan.setting.policies, plan.setting
+    before = measure_roof(subject.dtype, subject.device)
+    peaks: dict[str, int] = {}
+    passes: dict[str, list[Pass]] = {spec: [] for spec in specs}
+    total = len(specs) * (1 + setting.warmup + setting.repeats)
+    with progress("throughput", total) as done:
+        for spec in specs:  # alone in memory, for the peak
+            memory = PeakMemory(subject.device)
+            run_pass(plan.llm(subject, spec), prompts, plan.output_len)
+            peaks[spec] = memory.bytes
+            _forget(subject.device)
+            done(spec)
+        llms = {spec: plan.llm(subject, spec) for spec in specs}
+        for repeat in range(setting.warmup + setting.repeats):
+            for spec in specs:
+                run = run_pass(llms[spec], prompts, plan.output_len)
+                if repeat >= setting.warmup:
+                    passes[spec].append(run)
+                done(spec)
+    roof = before.best(measure_roof(subject.dtype, subject.device))
+    base = passes[specs[0]]
+    rows = []
+    for spec in specs:
+        row = {"policy": spec, "options": repr(llms[spec].policy), **_figures(passes[spec])}
+        step = row["step_seconds"]
+        row["peak_bytes"] = peaks[spec]
+        row["roofline"] = roofline(
+            subject.adapter, passes[spec][-1], row["prefill_seconds"]["median"],
+            step and step["median"], roof,
+        )  # fmt: skip
+        row["against_first"] = _against(passes[spec], base)
+        rows.append(row)
+    result = {"roof": roof.figures(), "parameters": _parameters(subject.model), "rows": rows}
+    write_result(out, plan.configuration, result)
+    return result
+
+
+def _figures(passes: list[Pass]) -> dict[str, Any]:
+    last = passes[-1]
+    prompt = sum(each[0] for each in last.computed)
+    new = last.output_tokens
+    steps = [step for run in passes for step in run.step_seconds()]
+    shares = [sum(each) / (len(each) * each[0]) for each in last.computed]
+    return {
+        "seconds": spread([run.seconds for run in passes]),
+        "prefill_seconds": spread([run.prefill_seconds for run in passes]),
+        "step_seconds": spread(steps) if steps else None,
+        "output_tokens_per_second": spread([new / run.seconds for run in passes]),
+        "all_tokens_per_second": spread([(prompt + new) / run.seconds for run in passes]),
+        "output_tokens": new,
+        "prompt_tokens": prompt,
+        "computed_share": sum(shares) / len(shares),
+        "kv_bytes_prefill": last.prefill_bytes[0],
+        "full_bytes_prefill": last.prefill_bytes[1],
+        "kv_share_prefill": last.prefill_bytes[0] / last.prefill_bytes[1],
+        "kv_bytes_end": last.end_bytes[0],
+        "full_bytes_end": last.end_bytes[1],
+        "kv_share_end": last.end_bytes[0] / last.end_bytes[1],
+        "in_flight": last.peak_in_flight,
+    }
+
+
+def _against(mine: list[Pass], first: list[Pass]) -> dict[str, Any]:
+    """How many times as fast as the first policy, repeat by repeat."""
+    return {
+        "throughput": ratios([run.seconds for run in first], [run.seconds for run in mine]),
+        "prefill": ratios(
+            [run.prefill_seconds for run in first], [run.prefill_seconds for run in mine]
+        ),
+    }
+
+
+def _parameters(model: Any) -> int:
+    return sum(each.numel() for each in model.parameters())
+
+
+def _forget(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
