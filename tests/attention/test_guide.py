@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from pyramidinfer.attention import select
 from tests.attention import test_reference
 
 GUIDE = Path(__file__).parents[2] / "docs" / "add_a_backend.md"
@@ -21,6 +20,6 @@ def test_the_guides_backend(scale: Any, dtype: Any, monkeypatch: pytest.MonkeyPa
     (code,) = re.findall(r"```python\n(.*?)```", GUIDE.read_text(), flags=re.DOTALL)
     made: dict[str, Any] = {}
     exec(code, made)
-    backend = made["OneByOneBackend"]
-    monkeypatch.setitem(select.BACKENDS, backend.name, backend)
+    backend = made["OneByOneBackend"]()
+    monkeypatch.setattr(test_reference, "select_backend", {backend.name: backend}.__getitem__)
     test_reference.test_decode_over_ragged_pages(backend.name, scale, dtype)

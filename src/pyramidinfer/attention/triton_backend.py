@@ -36,6 +36,7 @@ class TritonBackend:
     """
 
     name = "triton"
+    kernels: Any = None  # none in C++
 
     def __init__(self, splits: int = 16) -> None:
         if splits < 1:

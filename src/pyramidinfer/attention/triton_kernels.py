@@ -15,6 +15,7 @@ import triton.language as tl
 
 __all__ = [
     "INTERPRETED",
+    "VERSION",
     "attend_rows",
     "combine_splits",
     "decode_split",
@@ -70,8 +71,8 @@ def _norm(top, total):
 
 @triton.jit
 def _share(total):
-    """1 / total, 0 where nothing was seen."""
-    return tl.where(total > 0.0, 1.0 / tl.where(total > 0.0, total, 1.0), 0.0)
+    """1 / total, or 1 where nothing was seen and there is only 0 to weigh."""
+    return 1.0 / tl.where(total > 0.0, total, 1.0)
 
 
 # --- decoding ------------------------------------------------------------------------------------
@@ -328,3 +329,4 @@ def reduce_rows(queries, keys, q_pos, k_pos, lse, ramp, scores, scale, softcap, 
 #: Whether kernels run in Triton's interpreter: ``TRITON_INTERPRET=1`` was set before anything
 #: imported Triton, whose own functions are made for one or the other, too.
 INTERPRETED = not any(isinstance(each, triton.runtime.JITFunction) for each in (_norm, tl.sum))
+VERSION = tuple(int(part) for part in triton.__version__.split("+")[0].split(".")[:3])
