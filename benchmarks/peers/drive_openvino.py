@@ -35,7 +35,7 @@ def load(job: dict[str, Any]) -> Engine:
     blocks = len(job["prompts"]) * (-(-longest // 32) + 2)
     scheduler = genai.SchedulerConfig()
     scheduler.num_kv_blocks = blocks
-    scheduler.max_num_batched_tokens = options.get("tokens", 2048)
+    scheduler.max_num_batched_tokens = options.get("tokens", 8192)
     scheduler.max_num_seqs = len(job["prompts"])
     scheduler.enable_prefix_caching = False
     scheduler.dynamic_split_fuse = True

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
@@ -14,8 +13,6 @@ from pyramidinfer import LLM, SamplingParams
 def load(job: dict[str, Any]) -> Engine:
     torch.set_num_threads(job["threads"])
     options = dict(job["options"])
-    if "backend" in options and "backend" not in inspect.signature(LLM).parameters:
-        options.pop("backend")
     llm = LLM(job["model"], dtype=job["dtype"], device="cpu", tokenizer=None, **options)
     notes: dict[str, Any] = {**options, "policy": repr(llm.policy)}
 

@@ -27,5 +27,5 @@ fi
 pip install -q -c "$here/requirements/constraints.txt" -r "$here/requirements/$name.txt" ||
     fail "$(tr '\n' ' ' < "$here/requirements/$name.txt")cannot be installed"
 pip uninstall -q -y torchvision torchaudio torchcodec  # builds that do not import beside CPU torch
-pip freeze && "$folder/bin/python" -m pip freeze > "$folder/versions.txt"
+"$folder/bin/python" -m pip freeze > "$folder/versions.txt"
 echo "peer $name: installed"

@@ -1,5 +1,6 @@
 # Engines to compare with, each in an environment of its own: .peers/NAME.  One that cannot be
-# installed leaves .peers/NAME/failed.txt, and the comparison says so.
+# installed leaves .peers/NAME/failed.txt, and the comparison says so; remove the folder to try it
+# again.
 PEERS ?= transformers openvino kvpress llamacpp vllm
 PEER_FILES := benchmarks/peers
 
@@ -7,7 +8,7 @@ PEER_FILES := benchmarks/peers
 
 peers: $(PEERS:%=.peers/%/.tried)
 
-.peers/%/.tried: $(PEER_FILES)/requirements/%.txt $(PEER_FILES)/install.sh
+.peers/%/.tried: $(PEER_FILES)/requirements/%.txt
 	@sh $(PEER_FILES)/install.sh $* .peers/$* $(PYTHON) "$(TORCH)"
 	@touch $@
 

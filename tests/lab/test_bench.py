@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from pyramidinfer import LLM
 from pyramidinfer.cli.app import main
@@ -88,7 +89,8 @@ def test_random_weights_are_seeded_and_run(tmp_path: Path) -> None:
     llm = LLM(str(save_model(model, tmp_path / "model")), policy="full", kv_memory="1MiB")
     assert llm.tokenizer("w9 w11 <eos> nothing")["input_ids"] == [9, 11, 2, 3]
     assert llm.tokenizer.vocab_size == 512
-    loaded = llm.engine.adapter.body.layers[0].self_attn.q_proj.weight
+    (file,) = (tmp_path / "model").glob("*.safetensors")
+    loaded = load_file(file)["model.layers.0.self_attn.q_proj.weight"]
     assert torch.equal(loaded, model.model.layers[0].self_attn.q_proj.weight)
 
 
@@ -143,7 +145,7 @@ def test_a_pass_tells_what_happened() -> None:
     subject = Subject(Setting(dtype="float32", policies=("full", "snapkv")))
     prompts = subject.prompts(3, 100)
     assert prompts == subject.prompts(3, 100) and all(len(each) == 100 for each in prompts)
-    full = run_pass(subject.llm("full", 3, 100, 6), prompts, 6)
+    full = run_pass(subject.engine("full", 3, 100, 6), prompts, 6)
     assert full.output_tokens == 18 and full.peak_in_flight == 3
     assert all(times == sorted(times) for times in full.arrivals)
     assert 0 < full.prefill_seconds < full.seconds
@@ -151,17 +153,17 @@ def test_a_pass_tells_what_happened() -> None:
     assert full.computed == [[100] * 3] * 3
     assert full.prefill_bytes[0] == full.prefill_bytes[1]
     assert full.kept_prefill == [300] * 3 and full.kept_end == [3 * 105] * 3
-    cut = run_pass(subject.llm("snapkv", 3, 100, 6), prompts, 6)
+    cut = run_pass(subject.engine("snapkv", 3, 100, 6), prompts, 6)
     assert cut.prefill_bytes[0] < cut.prefill_bytes[1] == full.prefill_bytes[1]
 
 
 def test_auto_memory_holds_all_requests_and_hardly_more() -> None:
     subject = Subject(Setting(dtype="float32"))
     for spec in Setting().policies:
-        llm = subject.llm(spec, 5, 60, 8)
-        assert run_pass(llm, subject.prompts(5, 60), 8).peak_in_flight == 5
-        assert llm.engine.pool.budget < 1.6 * 5 * llm.engine.ledger.cost(
-            llm.policy, 60, 8, subject.adapter.layers_for(68), 0
+        engine = subject.engine(spec, 5, 60, 8)
+        assert run_pass(engine, subject.prompts(5, 60), 8).peak_in_flight == 5
+        assert engine.pool.budget < 1.6 * 5 * engine.ledger.cost(
+            engine.policy, 60, 8, subject.adapter.layers_for(68), 0
         ).bytes  # fmt: skip
 
 
@@ -300,4 +302,4 @@ def test_a_model_that_breaks_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
         model.lm_head.weight.fill_(float("nan"))
     llm = LLM(model, policy="full", kv_memory="1MiB")
     with pytest.raises(ValueError, match=r"ended after 0 of 4 tokens \(error\)"):
-        run_pass(llm, [[5, 6, 7]], 4)
+        run_pass(llm.engine, [[5, 6, 7]], 4)

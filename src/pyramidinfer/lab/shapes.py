@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from pyramidinfer.config import nearest, parse_device, parse_dtype
 
-__all__ = ["SHAPES", "make_model", "save_model", "shape_config"]
+__all__ = ["SHAPES", "empty_shape", "make_model", "save_model", "shape_config"]
 
 #: Llama configs.  ``max_position_embeddings`` is raised: random weights have no trained length.
 SHAPES: dict[str, dict[str, Any]] = {
@@ -49,6 +49,14 @@ def shape_config(shape: str, **changes: Any) -> Any:
     return AutoConfig.for_model("llama", **{**usual, **SHAPES[shape], **changes})
 
 
+def empty_shape(shape: str, dtype: str | torch.dtype = "bfloat16", **changes: Any) -> Any:
+    """The model without weights (on the meta device)."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(
+            shape_config(shape, **changes), dtype=parse_dtype(dtype, torch.bfloat16)
+        )
+
+
 def make_model(shape: str, dtype: str | torch.dtype = "bfloat16",
                device: str | torch.device = "cpu", seed: int = 0, **changes: Any
                ) -> Any:  # fmt: skip
@@ -57,10 +65,8 @@ def make_model(shape: str, dtype: str | torch.dtype = "bfloat16",
     ``changes``: fields of the config.  The same weights on every device.
     """
     place, kind = parse_device(device), parse_dtype(dtype, torch.bfloat16)
-    config = shape_config(shape, **changes)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=kind)
-    model = model.to_empty(device=place)
+    model = empty_shape(shape, kind, **changes).to_empty(device=place)
+    config = model.config
     model.model.rotary_emb = type(model.model.rotary_emb)(config).to(place)
     _fill(model, seed)
     model.config._name_or_path = shape

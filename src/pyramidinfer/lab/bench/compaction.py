@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,13 +18,13 @@ LAYERS = 8
 
 
 def time_keep(kv_heads: int, dim: int, page: int, context: int, device: torch.device,
-              dtype: torch.dtype, repeats: int, warmup: int
+              dtype: torch.dtype, repeats: int, warmup: int, kernels: Any = None
               ) -> tuple[list[float], list[float], int]:  # fmt: skip
     """Seconds a layer of ``keep``, of a copy of as many bytes, and the bytes moved (read and
-    written, both counted)."""
+    written, both counted).  ``kernels``: the attention backend's, if it has some."""
     spec = GroupSpec(tuple(range(LAYERS)), kv_heads, dim, dim, dtype)
     pages = LAYERS * (-(-context // page) + 1)
-    pool = Pool([spec], pages * spec.page_bytes(page, False), page, device)
+    pool = Pool([spec], pages * spec.page_bytes(page, False), page, device, kernels=kernels)
     table = pool.new_table(context)
     generator = torch.Generator().manual_seed(0)
     kept = context // 2

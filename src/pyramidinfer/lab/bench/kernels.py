@@ -76,7 +76,7 @@ def run_kernels(plan: KernelPlan, out: Path) -> dict[str, Any]:
     if plan.threads:
         torch.set_num_threads(plan.threads)
     device, dtype = parse_device(plan.device), parse_dtype(plan.dtype, None)
-    backend = choose_backend(plan.backend, device)
+    backend = select_backend(plan.backend, device)
     roof = measure_roof(dtype, device, size=2 * plan.storage)
     rows: list[dict[str, Any]] = []
     total = len(HEADS) * len(plan.contexts) * (len(plan.batches) + 4)
@@ -86,21 +86,11 @@ def run_kernels(plan: KernelPlan, out: Path) -> dict[str, Any]:
                 rows.append(_measure(work, plan, device, roof))
                 done(" ".join(str(value) for value in work.head.values()))
             for context in plan.contexts:
-                rows.append(_keep_row(plan, heads, context, device, dtype))
+                rows.append(_keep_row(plan, backend, heads, context, device, dtype))
                 done(f"keep {context}")
     result = {"backend": backend.name, "roof": roof.figures(), "rows": rows}
     write_result(out, asdict(plan), result)
     return result
-
-
-def choose_backend(name: str, device: torch.device) -> Backend:
-    """A backend by name; ``auto`` is what the engine takes on this device."""
-    if name != "auto":
-        return select_backend(name)
-    try:
-        return select_backend("auto", device)  # type: ignore[call-arg]
-    except (TypeError, ValueError):
-        return select_backend()
 
 
 def _measure(work: Work, plan: KernelPlan, device: torch.device, roof: Roof) -> dict[str, Any]:
@@ -197,10 +187,11 @@ def _prompt_works(backend: Backend, heads: tuple[int, int], context: int, device
     )  # fmt: skip
 
 
-def _keep_row(plan: KernelPlan, heads: tuple[int, int], context: int, device: torch.device,
-              dtype: torch.dtype) -> dict[str, Any]:  # fmt: skip
-    keep, copy, size = time_keep(heads[1], DIM, PAGE, context, device, dtype, plan.repeats,
-                                 plan.warmup)  # fmt: skip
+def _keep_row(plan: KernelPlan, backend: Backend, heads: tuple[int, int], context: int,
+              device: torch.device, dtype: torch.dtype) -> dict[str, Any]:  # fmt: skip
+    keep, copy, size = time_keep(
+        heads[1], DIM, PAGE, context, device, dtype, plan.repeats, plan.warmup, backend.kernels
+    )
     mine, other = spread(keep), spread(copy)
     return {
         **_head("keep half", heads, 1, context), "seconds": mine, "against": "copy",

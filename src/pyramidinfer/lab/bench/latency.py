@@ -48,18 +48,19 @@ def run_latency(plan: LatencyPlan, out: Path) -> dict[str, Any]:
     with progress("latency", len(cells) * len(setting.policies) * rounds) as done:
         for batch, length in cells:
             prompts = subject.prompts(batch, length)
-            llms = {
-                spec: subject.llm(spec, batch, length, plan.output_len) for spec in setting.policies
+            engines = {
+                spec: subject.engine(spec, batch, length, plan.output_len)
+                for spec in setting.policies
             }
-            passes: dict[str, list[Pass]] = {spec: [] for spec in llms}
+            passes: dict[str, list[Pass]] = {spec: [] for spec in engines}
             for repeat in range(rounds):
-                for spec, llm in llms.items():
-                    run = run_pass(llm, prompts, plan.output_len)
+                for spec, engine in engines.items():
+                    run = run_pass(engine, prompts, plan.output_len)
                     if repeat >= setting.warmup:
                         passes[spec].append(run)
                     done(f"{spec} {batch}x{length}")
-            for spec, llm in llms.items():
-                head = {"policy": spec, "options": repr(llm.policy), "batch": batch,
+            for spec, engine in engines.items():
+                head = {"policy": spec, "options": repr(engine.policy), "batch": batch,
                         "prompt_len": length}  # fmt: skip
                 rows.append({**head, **_figures(passes[spec])})
     result = {"rows": rows}

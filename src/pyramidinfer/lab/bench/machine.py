@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import asdict, dataclass
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pyramidinfer import attention
+from pyramidinfer.attention import select_backend
 from pyramidinfer.lab.bench.timing import side_by_side
 
 __all__ = ["Roof", "measure_roof", "plain_read"]
@@ -41,13 +44,21 @@ class Roof:
 
 def plain_read(tensor: Tensor) -> object:
     """Read every byte of a contiguous tensor, as fast as it goes."""
-    native = getattr(attention, "read_bytes", None)
-    if native is not None and tensor.device.type == "cpu":
-        return native(tensor)
+    native = _kernels() if tensor.device.type == "cpu" else None
+    if native is not None and tensor.nbytes % 8 == 0:
+        return native.read_words(tensor.data_ptr(), tensor.nbytes // 8)
     flat = tensor.view(-1)
     if flat.nbytes % 4 == 0:
         return flat.view(torch.float32).sum()
     return flat.view(torch.uint8).sum()
+
+
+@lru_cache(maxsize=1)
+def _kernels() -> Any:
+    """The C++ kernels, None where they cannot be built."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return select_backend("auto", "cpu").kernels
 
 
 @torch.inference_mode()

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pyramidinfer.engine import LLM
+from pyramidinfer.engine.engine import Engine
 from pyramidinfer.lab.bench.setting import Setting, Subject, check_counts, progress, run_pass
 from pyramidinfer.lab.bench.timing import PeakMemory
 from pyramidinfer.lab.record import write_result
@@ -58,19 +58,21 @@ def run_memory(plan: MemoryPlan, out: Path) -> dict[str, Any]:
 
 def _measure(plan: MemoryPlan, subject: Subject, spec: str) -> dict[str, Any]:
     memory = PeakMemory(subject.device)
-    llm = subject.llm(spec, plan.most, plan.prompt_len, plan.output_len, max_requests=plan.most)
-    budget = llm.engine.pool.budget
-    head = {"policy": spec, "options": repr(llm.policy), "kv_memory": budget}
+    engine = subject.engine(
+        spec, plan.most, plan.prompt_len, plan.output_len, alone=True, max_requests=plan.most
+    )
+    budget = engine.pool.budget
+    head = {"policy": spec, "options": repr(engine.policy), "kv_memory": budget}
     try:
-        fits = _fits(llm, plan)
+        fits = _fits(engine, plan)
     except ValueError as error:  # not even one
         return {**head, "fits": 0, "in_flight": 0, "reason": str(error)}
     count = min(plan.most, 2 * fits + 1)
-    run = run_pass(llm, subject.prompts(count, plan.prompt_len), plan.output_len)
+    run = run_pass(engine, subject.prompts(count, plan.prompt_len), plan.output_len)
     return {
         **head, "fits": fits, "requests": count, "in_flight": run.peak_in_flight,
         "is_capped": run.peak_in_flight >= plan.most,
-        "peak_kv_bytes": llm.engine.peak_bytes,
+        "peak_kv_bytes": engine.peak_bytes,
         "kv_bytes_per_request": run.end_bytes[0] / count,
         "full_bytes_per_request": run.end_bytes[1] / count,
         "kv_share_end": run.end_bytes[0] / run.end_bytes[1],
@@ -81,9 +83,8 @@ def _measure(plan: MemoryPlan, subject: Subject, spec: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _fits(llm: LLM, plan: MemoryPlan) -> int:
+def _fits(engine: Engine, plan: MemoryPlan) -> int:
     """Requests whose whole prompts may go in at once; ``ValueError`` if one is too much."""
-    engine = llm.engine
     params = SamplingParams(max_tokens=plan.output_len, ignore_eos=True)
     request = engine.make([0] * plan.prompt_len, params)
     pages = min(

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,12 +17,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from pyramidinfer.attention import select_backend
 from pyramidinfer.cache import Pool
 from pyramidinfer.config import EngineConfig, parse_bytes, parse_device
-from pyramidinfer.engine import LLM
+from pyramidinfer.engine.engine import Engine
 from pyramidinfer.engine.memory import Ledger
 from pyramidinfer.engine.request import Request
-from pyramidinfer.lab.shapes import make_model
+from pyramidinfer.lab.shapes import empty_shape, make_model
 from pyramidinfer.models import Adapter
-from pyramidinfer.models.loading import load_model
+from pyramidinfer.models.loading import empty_model, load_model
 from pyramidinfer.policies import Policy
 from pyramidinfer.policies.registry import make_policy, parse_options
 from pyramidinfer.types import SamplingParams, TokenIds
@@ -96,23 +96,45 @@ def check_counts(**counts: int) -> None:
 
 
 class Subject:
-    """The model of a setting, loaded once, and engines over it."""
+    """The model of a setting, and engines over it.
+
+    adapter : the model's sizes, without weights;  ``model`` is loaded when first asked for.
+    """
 
     def __init__(self, setting: Setting) -> None:
         setting.check()
         self.setting = setting
         if setting.threads:
             torch.set_num_threads(setting.threads)
-        shape = setting.shape_name
+        self.device = parse_device(setting.device)
+        empty = self._empty()
+        self.adapter = Adapter(empty, select_backend("reference"))
+        self.dtype: torch.dtype = self.adapter.dtype
+        self.parameters = sum(each.numel() for each in empty.parameters())
+
+    @property
+    def shape_dtype(self) -> str:
+        return "bfloat16" if self.setting.dtype == "auto" else self.setting.dtype
+
+    def _empty(self) -> Any:
+        setting, shape = self.setting, self.setting.shape_name
         if shape is not None:
-            dtype = "bfloat16" if setting.dtype == "auto" else setting.dtype
-            self.model: Any = make_model(shape, dtype, setting.device, setting.seed)
-        else:
-            assert setting.model is not None
-            self.model = load_model(setting.model, None, setting.dtype, setting.device).model
-        first = next(self.model.parameters())
-        self.device, self.dtype = first.device, first.dtype
-        self.adapter = Adapter(self.model, select_backend())
+            return empty_shape(shape, self.shape_dtype)
+        assert setting.model is not None
+        return empty_model(setting.model, setting.dtype, setting.device)[0]
+
+    def load(self) -> Any:
+        """The model with its weights, made or read anew."""
+        setting, shape = self.setting, self.setting.shape_name
+        if shape is not None:
+            return make_model(shape, self.shape_dtype, setting.device, setting.seed)
+        assert setting.model is not None
+        return load_model(setting.model, None, setting.dtype, setting.device).model
+
+    @cached_property
+    def model(self) -> Any:
+        """One that all engines share."""
+        return self.load()
 
     def prompts(self, count: int, length: int) -> list[TokenIds]:
         """Random tokens, the same for the same seed."""
@@ -129,23 +151,30 @@ class Subject:
                 f"{longest} positions"
             )
 
-    def llm(self, spec: str, count: int, prompt_len: int, output_len: int, **options: Any) -> LLM:
-        """An engine with one policy; ``kv_memory`` as the setting says."""
-        policy = self.setting.policy(spec)
+    def engine(self, spec: str, count: int, prompt_len: int, output_len: int, *,
+               alone: bool = False, **options: Any) -> Engine:  # fmt: skip
+        """An engine with one policy; ``kv_memory`` as the setting says.
+
+        ``alone``: it has weights of its own and nothing else holds them, as where a user loads a
+        model; otherwise all share one model object.
+        """
+        policy = self._bound(spec)
         memory: int | str = self.setting.kv_memory
         if memory == "auto":
-            memory = self.needed_bytes(policy, count, prompt_len, output_len)
+            memory = self.needed_bytes(spec, count, prompt_len, output_len)
         options = {"max_requests": max(count, EngineConfig().max_requests), **options}
-        if "backend" in inspect.signature(LLM).parameters:
-            options["backend"] = self.setting.backend
-        elif self.setting.backend not in ("auto", "reference"):
-            raise ValueError(f"--backend {self.setting.backend!r} cannot be chosen here")
-        return LLM(self.model, policy, kv_memory=memory, tokenizer=None, **options)
+        config = EngineConfig(kv_memory=memory, **options)
+        model = self.load() if alone else self.model
+        return Engine(model, policy, config, None, self.setting.backend, own=alone)
 
-    def needed_bytes(self, policy: Policy, count: int, prompt_len: int, output_len: int) -> int:
+    def _bound(self, spec: str) -> Policy:
+        name = self.setting.model or str(self.setting.shape_name)
+        return self.setting.policy(spec).for_model(name)
+
+    def needed_bytes(self, spec: str, count: int, prompt_len: int, output_len: int) -> int:
         """``kv_memory`` in which ``count`` requests run at once."""
         adapter, page = self.adapter, EngineConfig().page_size
-        chosen = policy.for_model(str(getattr(self.model.config, "_name_or_path", "")))
+        chosen = self._bound(spec)
         layers = adapter.layers_for(prompt_len + output_len)
         chosen.check(layers)
         specs = adapter.group_specs()
@@ -196,9 +225,8 @@ class Pass(NamedTuple):
         return [(self.seconds - self.prefill_seconds) / (longest - 1)]
 
 
-def run_pass(llm: LLM, prompts: list[TokenIds], output_len: int) -> Pass:
+def run_pass(engine: Engine, prompts: list[TokenIds], output_len: int) -> Pass:
     """Run all prompts at once, greedy, to ``output_len`` tokens each, and watch every step."""
-    engine = llm.engine
     params = SamplingParams(max_tokens=output_len, ignore_eos=True)
     requests = [engine.make(prompt, params) for prompt in prompts]
     arrivals: list[list[float]] = [[] for _ in requests]

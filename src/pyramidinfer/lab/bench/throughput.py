@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from pyramidinfer.engine import LLM
+from pyramidinfer.engine.engine import Engine
 from pyramidinfer.lab.bench.machine import measure_roof
 from pyramidinfer.lab.bench.roofline import roofline
 from pyramidinfer.lab.bench.setting import Pass, Setting, Subject, check_counts, progress, run_pass
@@ -33,8 +33,9 @@ class ThroughputPlan:
         return {**self.setting.configuration(), "batch": self.batch,
                 "prompt_len": self.prompt_len, "output_len": self.output_len}  # fmt: skip
 
-    def llm(self, subject: Subject, spec: str) -> LLM:
-        return subject.llm(spec, self.batch, self.prompt_len, self.output_len)
+    def engine(self, subject: Subject, spec: str, *, alone: bool = False) -> Engine:
+        sizes = self.batch, self.prompt_len, self.output_len
+        return subject.engine(spec, *sizes, alone=alone)
 
 
 def run_throughput(plan: ThroughputPlan, out: Path) -> dict[str, Any]:
@@ -51,14 +52,14 @@ def run_throughput(plan: ThroughputPlan, out: Path) -> dict[str, Any]:
     with progress("throughput", total) as done:
         for spec in specs:  # alone in memory, for the peak
             memory = PeakMemory(subject.device)
-            run_pass(plan.llm(subject, spec), prompts, plan.output_len)
+            run_pass(plan.engine(subject, spec, alone=True), prompts, plan.output_len)
             peaks[spec] = memory.bytes
             _forget(subject.device)
             done(spec)
-        llms = {spec: plan.llm(subject, spec) for spec in specs}
+        engines = {spec: plan.engine(subject, spec) for spec in specs}
         for repeat in range(setting.warmup + setting.repeats):
             for spec in specs:
-                run = run_pass(llms[spec], prompts, plan.output_len)
+                run = run_pass(engines[spec], prompts, plan.output_len)
                 if repeat >= setting.warmup:
                     passes[spec].append(run)
                 done(spec)
@@ -66,7 +67,7 @@ def run_throughput(plan: ThroughputPlan, out: Path) -> dict[str, Any]:
     base = passes[specs[0]]
     rows = []
     for spec in specs:
-        row = {"policy": spec, "options": repr(llms[spec].policy), **_figures(passes[spec])}
+        row = {"policy": spec, "options": repr(engines[spec].policy), **_figures(passes[spec])}
         step = row["step_seconds"]
         row["peak_bytes"] = peaks[spec]
         row["roofline"] = roofline(
@@ -75,7 +76,7 @@ def run_throughput(plan: ThroughputPlan, out: Path) -> dict[str, Any]:
         )  # fmt: skip
         row["against_first"] = _against(passes[spec], base)
         rows.append(row)
-    result = {"roof": roof.figures(), "parameters": _parameters(subject.model), "rows": rows}
+    result = {"roof": roof.figures(), "parameters": subject.parameters, "rows": rows}
     write_result(out, plan.configuration, result)
     return result
 
@@ -113,10 +114,6 @@ def _against(mine: list[Pass], first: list[Pass]) -> dict[str, Any]:
             [run.prefill_seconds for run in first], [run.prefill_seconds for run in mine]
         ),
     }
-
-
-def _parameters(model: Any) -> int:
-    return sum(each.numel() for each in model.parameters())
 
 
 def _forget(device: torch.device) -> None:
