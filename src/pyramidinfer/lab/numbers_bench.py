@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Callable
 from typing import Any
 
-from pyramidinfer.lab.bench.peers_table import HEAD, peers_rows
+from pyramidinfer.lab.bench.peers_table import HEAD, peers_reasons, peers_rows
 from pyramidinfer.lab.bench.setting import DEFAULT_SHAPE, Setting
 from pyramidinfer.lab.numbers_studies import joined, json_option, origin, percent, table
 
@@ -211,6 +211,7 @@ def peers(entry: Result) -> str:
         "bfloat16 (with random weights a rounding is enough to part them).\n",
         *table(HEAD, peers_rows(result)),
     ]  # fmt: skip
+    lines += [f"\n{reason}" for reason in peers_reasons(result)]
     if notes:
         lines.append("\n" + "; ".join(f"{name}: {note}" for name, note in notes.items()) + ".")
     return "\n".join([*lines, "\n![other engines](images/peers.png)\n"])

@@ -14,9 +14,10 @@ from pyramidinfer.config import nearest
 __all__ = ["ENGINES", "Engine", "Workload", "chosen_engines", "parse_workloads"]
 
 KEEP = 0.45
-#: Holds a full cache of either workload and its prompts in progress.
-KV_MEMORY = "1280MiB"
+#: Holds a full cache of a workload and its prompts in progress.
+KV_MEMORY = {"A": "640MiB", "B": "1152MiB"}
 #: Entries that OpenVINO's eviction leaves a request, by workload (multiples of its block of 32).
+BY_WORKLOAD = "by workload"
 EVICTED = {"A": 352, "B": 1952}
 
 
@@ -55,15 +56,17 @@ class Engine:
 
     def options_for(self, name: str, workload: Workload) -> dict[str, Any]:
         """Options, with what depends on the workload filled in."""
-        if self.options.get("entries") != "by workload":
-            return dict(self.options)
         usual = max(128, round(KEEP * (workload.prompt_len + workload.new) / 32) * 32)
-        return {**self.options, "entries": EVICTED.get(name, usual)}
+        filled = {"entries": EVICTED.get(name, usual), "kv_memory": KV_MEMORY.get(name, "1280MiB")}
+        return {
+            key: filled[key] if value == BY_WORKLOAD else value
+            for key, value in self.options.items()
+        }
 
 
 def _ours(name: str, policy: str, **options: Any) -> Engine:
     return Engine(name, None, "drive_pyramidinfer.py",
-                  {"policy": policy, "kv_memory": KV_MEMORY, **options})  # fmt: skip
+                  {"policy": policy, "kv_memory": BY_WORKLOAD, **options})  # fmt: skip
 
 
 def _press(name: str, press: str) -> Engine:
@@ -80,7 +83,7 @@ ENGINES: tuple[Engine, ...] = (
     Engine("transformers, continuous", "transformers", "drive_transformers.py",
            {"mode": "continuous"}),
     Engine("OpenVINO", "openvino", "drive_openvino.py"),
-    Engine("OpenVINO, eviction", "openvino", "drive_openvino.py", {"entries": "by workload"}),
+    Engine("OpenVINO, eviction", "openvino", "drive_openvino.py", {"entries": BY_WORKLOAD}),
     Engine("OpenVINO, 8-bit KV", "openvino", "drive_openvino.py", {"cache": "u8"},
            note="its default cache"),
     Engine("llama.cpp", "llamacpp", "drive_llamacpp.py", dtype="float16"),

@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.table import Table
 
-__all__ = ["HEAD", "RIVALS", "peers_rows", "peers_table"]
+__all__ = ["HEAD", "RIVALS", "peers_reasons", "peers_rows", "peers_table"]
 
 Result = dict[str, Any]
 #: Engines that the others are compared with.
@@ -30,7 +30,7 @@ def peers_rows(result: Result) -> list[list[str]]:
         name = row["engine"] if row["run"] == result["run"] else f"{row['engine']} ({row['run']})"
         if row["status"] != "ok":
             gap = ["–"] * (len(HEAD) - 3)
-            found.append([row["workload"], name, f"{row['status']}: {row['reason'][:80]}", *gap])
+            found.append([row["workload"], name, row["status"], *gap])
             continue
         speed = row["output_tokens_per_second"]
         against = [speeds.get((rival, row["workload"], row["run"])) for rival in RIVALS]
@@ -47,10 +47,24 @@ def peers_rows(result: Result) -> list[list[str]]:
     return found
 
 
+def peers_reasons(result: Result) -> list[str]:
+    """Why there is no figure, a line each."""
+    return [
+        f"{row['engine']} on {row['workload']}: {row['status']}: {row['reason']}"
+        for row in sorted(result["rows"], key=lambda row: row["workload"])
+        if row["status"] != "ok"
+    ]
+
+
 def peers_table(configuration: Result, result: Result) -> Table:
     """For the terminal."""
     c = configuration
-    table = Table(title=f"{c['shape']}, {c['threads']} threads, greedy, the same prompts")
+    reasons = "\n".join(peers_reasons(result)) or None
+    table = Table(
+        caption=reasons,
+        caption_justify="left",
+        title=f"{c['shape']}, {c['threads']} threads, greedy, the same prompts",
+    )
     for name in HEAD:
         table.add_column(
             name, no_wrap=name == "engine", justify="left" if name in ("on", "engine") else "right"

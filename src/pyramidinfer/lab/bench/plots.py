@@ -145,6 +145,7 @@ def draw_peers(configuration: Result, result: Result, path: Path) -> Path:
             axis.barh(at, speed, color=OURS if row["is_ours"] else THEIRS)
             axis.text(speed, at, f" {speed:.1f}", va="center", fontsize=8)
         axis.margins(x=0.15)
+        axis.set_ylim(-0.6, len(engines) - 0.4)
         axis.set_yticks(np.arange(len(engines)), engines, fontsize=8)
         w = configuration["workloads"][name]
         axis.set_title(
