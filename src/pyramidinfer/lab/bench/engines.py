@@ -14,10 +14,11 @@ from pyramidinfer.config import nearest
 __all__ = ["ENGINES", "Engine", "Workload", "chosen_engines", "parse_workloads"]
 
 KEEP = 0.45
+#: Stands in an engine's options for a value of one of the two tables below.
+BY_WORKLOAD = "by workload"
 #: Holds a full cache of a workload and its prompts in progress.
 KV_MEMORY = {"A": "640MiB", "B": "1152MiB"}
 #: Entries that OpenVINO's eviction leaves a request, by workload (multiples of its block of 32).
-BY_WORKLOAD = "by workload"
 EVICTED = {"A": 352, "B": 1952}
 
 
