@@ -13,7 +13,7 @@ import pyramidinfer
 
 ROOT = Path(pyramidinfer.__file__).parent
 ORDER = [
-    {"types", "config"},
+    {"types", "config", "native"},
     {"policies", "attention", "cache"},
     {"models"},
     {"engine"},
@@ -22,7 +22,7 @@ ORDER = [
     {"__init__", "__main__"},
 ]
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
-#: ``config`` and ``types`` may be used by each other and by all; the three never meet.
+#: ``config``, ``types`` and ``native`` may be used by each other and by all; the three never meet.
 APART = {"policies", "attention", "cache"}
 
 

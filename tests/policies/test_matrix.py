@@ -20,6 +20,9 @@ from tests.tiny import random_prompt, tiny_model
 
 DTYPES = ("float32", "bfloat16", "float16")
 PROMPTS = [random_prompt(seed, length) for seed, length in enumerate((90, 3, 41, 17))]
+#: Triton's kernels are interpreted without a GPU, which takes seconds a step: see
+#: test_triton_serves_every_policy.
+COMPILED = [name for name in available_backends() if name != "triton"]
 BUDGETED = sorted(
     name for name in POLICIES
     if name != "full" and "keep" in {each.name for each in fields(POLICIES[name])}
@@ -49,7 +52,7 @@ def serve(engine: Engine, prompts: list[list[int]], new: int) -> list[Request]:
 
 @pytest.mark.parametrize("new", [1, 8], ids=["prefill", "decode"])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("backend", available_backends())
+@pytest.mark.parametrize("backend", COMPILED)
 @pytest.mark.parametrize("name", sorted(POLICIES))
 def test_a_ragged_batch_equals_each_alone(name: str, backend: str, dtype: str, new: int) -> None:
     """Lengths, bytes and work are the same in every dtype, tokens in float32 (in 16 bits, sums
@@ -70,7 +73,7 @@ def test_a_ragged_batch_equals_each_alone(name: str, backend: str, dtype: str, n
             assert request.output == alone.output
 
 
-@pytest.mark.parametrize("backend", available_backends())
+@pytest.mark.parametrize("backend", COMPILED)
 @pytest.mark.parametrize("name", BUDGETED)
 def test_bytes_fall_with_keep(name: str, backend: str) -> None:
     """After prefill and after generation; at ``keep=1`` nothing of the prompt is dropped."""
@@ -85,3 +88,14 @@ def test_bytes_fall_with_keep(name: str, backend: str) -> None:
                 assert request.kv.bytes == request.kv.full_bytes
         assert found == sorted(found, reverse=True)
         assert len(set(found)) == len(found)
+
+
+@pytest.mark.parametrize("name", sorted(POLICIES))
+def test_triton_serves_every_policy(name: str) -> None:
+    """The same tokens and lengths as the reference, two short prompts side by side."""
+    found = []
+    for backend in ("triton", "reference"):
+        requests = serve(engine(policy_named(name), backend, "float32"), PROMPTS[2:], 3)
+        found.append([(each.output, each.computed, each.kv and each.kv.kept_len)
+                      for each in requests])  # fmt: skip
+    assert found[0] == found[1]

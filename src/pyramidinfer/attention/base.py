@@ -11,6 +11,7 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
+from pyramidinfer.native import Kernels
 from pyramidinfer.types import Reduce
 
 __all__ = ["Attended", "Backend", "DecodePlan", "Pages", "Scale", "Scored"]
@@ -64,10 +65,34 @@ class Scored(NamedTuple):
     lse: Tensor
 
 
+class ScoredPrefill(Protocol):
+    """``Backend.prefill``, and the weights of its newest queries, summed on the way."""
+
+    def __call__(self, queries: Tensor, keys: Tensor, values: Tensor, q_pos: Tensor,
+                 k_pos: Tensor, scale: Scale, reduce: Reduce, ramp: Tensor
+                 ) -> tuple[Tensor, Scored]:  # fmt: skip
+        """``ramp`` ``[w]``: what each of the newest w queries counts.
+
+        ``reduce.heads`` is ``mean`` or ``kv_mean``; the scores are sums over those queries, and
+        lse is ``[w, H]``.
+        """
+        ...
+
+
 class Backend(Protocol):
     """Attention over pages (decode) and over one request's entries (prefill, extend)."""
 
     name: str
+
+    @property
+    def kernels(self) -> Kernels | None:
+        """The C++ kernels it runs on, for the cache and the layers to use too."""
+        ...
+
+    @property
+    def prefill_scored(self) -> ScoredPrefill | None:
+        """``prefill`` that sums weights on the way, where it has that."""
+        ...
 
     def plan(
         self, tables: Tensor, lengths: Tensor, longest: list[int], positions: Tensor

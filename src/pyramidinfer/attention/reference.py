@@ -7,6 +7,7 @@ are masked, and masked values are zeroed before they are weighted: a freed entry
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +26,8 @@ class ReferenceBackend:
     """See :class:`pyramidinfer.attention.base.Backend` for shapes."""
 
     name = "reference"
+    kernels: Any = None  # none in C++
+    prefill_scored: Any = None
 
     def plan(
         self, tables: Tensor, lengths: Tensor, longest: list[int], positions: Tensor

@@ -1,20 +1,56 @@
-"""Pick an attention backend by name."""
+"""Pick an attention backend by name, or the fastest one that a device has."""
 
 from __future__ import annotations
 
+import warnings
+
+import torch
+
 from pyramidinfer.attention.base import Backend
 from pyramidinfer.attention.reference import ReferenceBackend
+from pyramidinfer.native import NoCompilerError, why_not
 
-__all__ = ["available_backends", "select_backend"]
+__all__ = ["AUTO", "available_backends", "select_backend"]
 
-BACKENDS = {"reference": ReferenceBackend}
+AUTO = "auto"
+BACKENDS = ("cpu", "reference", "triton")
 
 
 def available_backends() -> list[str]:
-    return sorted(BACKENDS)
+    """Names that ``select_backend`` takes, whether or not they work here."""
+    return list(BACKENDS)
 
 
-def select_backend(name: str = "reference") -> Backend:
-    if name not in BACKENDS:
-        raise ValueError(f"attention backend {name!r} is unknown: use one of {sorted(BACKENDS)}")
-    return BACKENDS[name]()
+def select_backend(name: str = AUTO, device: torch.device | str = "cpu") -> Backend:
+    """A backend for tensors on ``device``.
+
+    ``"auto"``: ``triton`` on a GPU, ``cpu`` elsewhere; ``reference`` with a warning that says why
+    where the C++ kernels cannot be built.  ``ValueError`` for one that cannot work there.
+    """
+    kind = torch.device(device).type
+    if name == AUTO:
+        name = "triton" if kind == "cuda" else "cpu"
+        if name == "cpu" and (reason := why_not()):
+            warnings.warn(f"slow attention in plain torch: {reason}", RuntimeWarning, stacklevel=2)
+            name = "reference"
+    if name == "reference":
+        return ReferenceBackend()
+    if name == "cpu":
+        if kind not in ("cpu", "meta"):
+            raise ValueError(f"backend='cpu' cannot attend on {device}: use 'triton' or 'auto'")
+        from pyramidinfer.attention.cpu import CPUBackend
+
+        try:
+            return CPUBackend()
+        except NoCompilerError as error:
+            raise ValueError(f"backend='cpu' does not work here: {error}") from None
+    if name == "triton":
+        try:
+            from pyramidinfer.attention.triton_backend import TritonBackend
+        except ImportError as error:
+            raise ValueError(
+                f"backend='triton' needs the package triton, 3.5 or newer ({error}): "
+                f"pip install 'triton>=3.5'"
+            ) from None
+        return TritonBackend()
+    raise ValueError(f"backend={name!r} is unknown: use one of {[AUTO, *BACKENDS]}")

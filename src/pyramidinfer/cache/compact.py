@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["Moves", "plan_moves"]
+__all__ = ["Moves", "move_entries", "plan_moves"]
 
 
 class Moves(NamedTuple):
@@ -31,3 +32,20 @@ def plan_moves(indices: Tensor, length: int) -> Moves:
     head, target = (~stays[:, :kept]).nonzero(as_tuple=True)
     _, source = stays[:, kept:].nonzero(as_tuple=True)  # as many per head as there are holes
     return Moves(head, source + kept, target)
+
+
+def move_entries(tensors: list[Tensor], row: Tensor, head: Tensor, source: Tensor, target: Tensor,
+                 page_size: int) -> None:  # fmt: skip
+    """Copy entry ``source`` over entry ``target`` of ``head`` in every tensor of a group.
+
+    ``row``: ``[P]`` pages of the layer's entries; the moves are those of ``plan_moves``.
+    """
+    if tensors[0].is_cuda and find_spec("triton"):
+        from pyramidinfer.cache import triton_compact
+
+        return triton_compact.move_entries(tensors, row, head, source, target, page_size)
+    source_at = (row[source // page_size], head, source % page_size)
+    target_at = (row[target // page_size], head, target % page_size)
+    for tensor in tensors:
+        tensor[target_at] = tensor[source_at]
+    return None

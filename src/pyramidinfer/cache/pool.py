@@ -19,9 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyramidinfer.cache.compact import plan_moves
+from pyramidinfer.cache.compact import move_entries, plan_moves
 from pyramidinfer.cache.group import Group, GroupSpec, PoolExhausted
+from pyramidinfer.cache.native import native_gather, native_keep, native_write
 from pyramidinfer.cache.table import Ring, Table
+from pyramidinfer.native.library import DTYPES, Kernels
 from pyramidinfer.types import State
 
 __all__ = ["Exported", "Pool", "Slots"]
@@ -52,8 +54,9 @@ class Pool:
 
     def __init__(self, specs: list[GroupSpec], budget: int, page_size: int = 16,
                  device: torch.device | str = "cpu", *, scores: bool = False,
-                 poison: bool = False) -> None:  # fmt: skip
+                 poison: bool = False, kernels: Kernels | None = None) -> None:  # fmt: skip
         self.page_size, self.budget, self.device = page_size, budget, torch.device(device)
+        self.kernels = kernels  # C++ for what can be had faster than in torch
         self.layers = sum(len(spec.layers) for spec in specs)
         sizes = [spec.page_bytes(page_size, scores) for spec in specs]
         least = self.least_bytes(specs, page_size, scores)
@@ -135,6 +138,9 @@ class Pool:
         """Store ``keys`` ``[n, kv_heads, key_dim]``, ``values`` and ``positions`` ``[n]``."""
         group = self.group(layer)
         pages, offsets = slots
+        if self.kernels is not None and keys.dtype in DTYPES:
+            native_write(self.kernels, group, slots, keys, values, positions)
+            return
         group.keys[pages, :, offsets] = keys
         group.values[pages, :, offsets] = values
         group.positions[pages, :, offsets] = positions.to(torch.int32)[:, None]
@@ -153,17 +159,17 @@ class Pool:
         """Drop every entry of a layer but ``indices`` ``[1 or kv_heads, k]``; free empty pages."""
         group, length = self.group(layer), int(table.kept[layer])
         kept = indices.shape[1]
-        if kept < length:
+        if kept < length and self.kernels is not None:
+            self._own(table, layer, list(range(self.pages_for(kept))))
+            native_keep(self.kernels, group, table.pages[layer], indices, length)
+        elif kept < length:
             head, source, target = plan_moves(
                 indices.expand(group.spec.kv_heads, -1).to(self.device), length
             )
             if len(target):
                 self._own(table, layer, torch.unique(target // self.page_size).tolist())
                 row = self._upload(table.pages[layer])
-                source_at = (row[source // self.page_size], head, source % self.page_size)
-                target_at = (row[target // self.page_size], head, target % self.page_size)
-                for tensor in group.tensors():
-                    tensor[target_at] = tensor[source_at]
+                move_entries(group.tensors(), row, head, source, target, self.page_size)
         self._shrink(table, layer, kept)
 
     def rewrite_keys(self, table: Table, layer: int, places: Tensor, keys: Tensor) -> None:
@@ -320,6 +326,9 @@ class Pool:
         return order[at]
 
     def _flat(self, table: Table, layer: int, storage: Tensor) -> Tensor:
+        if self.kernels is not None:
+            kept = int(table.kept[layer])
+            return native_gather(self.kernels, storage, table.pages[layer], kept)
         rows = self._upload(self._owned(table, layer))
         return storage[rows].transpose(0, 1).flatten(1, 2)[:, : int(table.kept[layer])]
 
@@ -337,7 +346,8 @@ class Pool:
     def _own(self, table: Table, layer: int, indices: list[int]) -> None:
         """Copy those of the table's pages that others own too."""
         group = self.group(layer)
-        for index in indices:
+        shared = group.counts[table.pages[layer, indices]] > 1
+        for index in np.array(indices)[shared].tolist():
             page = int(table.pages[layer, index])
             if group.counts[page] > 1:
                 (copy,) = group.take(1)

@@ -47,14 +47,16 @@ class Engine:
     """
 
     def __init__(self, model: nn.Module, policy: Policy, config: EngineConfig,
-                 tokenizer: Any = None, backend: str = "reference") -> None:  # fmt: skip
+                 tokenizer: Any = None, backend: str = "auto", *, own: bool = False
+                 ) -> None:  # fmt: skip
         self.config, self.policy, self.tokenizer = config, policy, tokenizer
-        self.adapter = Adapter(model, select_backend(backend), config.prefill_chunk)
-        device = self.adapter.device
+        device = next(model.parameters()).device
+        chosen = select_backend(backend, device)
+        self.adapter = Adapter(model, chosen, config.prefill_chunk, own=own)
         check_plan(self.adapter, policy, config, device)
         self.pool = Pool(
             self.adapter.group_specs(), config.budget, config.page_size, device,
-            scores=policy.uses_scores, poison=config.poison,
+            scores=policy.uses_scores, poison=config.poison, kernels=chosen.kernels,
         )  # fmt: skip
         self.ledger = Ledger(self.pool, self.adapter)
         self.scheduler = Scheduler(config, self.ledger, self.adapter.depth)

@@ -23,7 +23,7 @@ from pyramidinfer.types import RequestOutput, SamplingParams, Score, TokenIds, T
 
 __all__ = ["LLM", "Interrupted"]
 
-ARGUMENTS = ("model", "policy", "keep", "kv_memory", "dtype", "device", "tokenizer")
+ARGUMENTS = ("model", "policy", "keep", "kv_memory", "dtype", "device", "tokenizer", "backend")
 Prompt = str | TokenIds
 Spans = Sequence[tuple[int, int]]
 
@@ -51,6 +51,8 @@ class LLM:
         ``"float64"``.
     device : ``"auto"``, ``"cpu"`` or ``"cuda"``.
     tokenizer : ``"auto"``, a tokenizer, a path or hub id, or None (token ids only).
+    backend : how to attend: ``"auto"`` (the fastest the device has), ``"cpu"`` (C++), ``"triton"``
+        or ``"reference"`` (plain torch).
     options : fields of ``EngineConfig`` (``page_size``, ``max_requests``, ``step_tokens``, …).
 
     Raises ``ValueError`` for anything that cannot be used, before memory is taken.
@@ -59,19 +61,25 @@ class LLM:
     def __init__(self, model: str | os.PathLike[str] | nn.Module,
                  policy: str | Policy = "pyramid", *, keep: float | None = None,
                  kv_memory: int | str = "1GiB", dtype: Any = "auto", device: Any = "auto",
-                 tokenizer: Any = "auto", **options: Any) -> None:  # fmt: skip
+                 tokenizer: Any = "auto", backend: str = "auto", **options: Any
+                 ) -> None:  # fmt: skip
         config = EngineConfig.from_options(ARGUMENTS, kv_memory=kv_memory, **options)
         chosen = make_policy(policy, keep)
         if not isinstance(model, nn.Module):
             chosen = chosen.for_model(os.fspath(model))
             empty, place = empty_model(model, dtype, device)
             weights = sum(each.nbytes for each in empty.parameters())
-            check_plan(Adapter(empty, select_backend()), chosen, config, place, weights)
+            check_plan(
+                Adapter(empty, select_backend(backend, place)), chosen, config, place, weights
+            )
         loaded = load_model(model, tokenizer, dtype, device)
         chosen = chosen.for_model(loaded.name)
         self.tokenizer = loaded.tokenizer
         self.name, self.dtype, self.device = loaded.name, loaded.dtype, loaded.device
-        self.engine = Engine(loaded.model, chosen, config, loaded.tokenizer)
+        self.engine = Engine(
+            loaded.model, chosen, config, loaded.tokenizer, backend,
+            own=not isinstance(model, nn.Module),
+        )  # fmt: skip
 
     @property
     def policy(self) -> Policy:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from pyramidinfer.attention import Backend, Scale
 from pyramidinfer.cache import GroupSpec, Pool
 from pyramidinfer.models.families import find_family
+from pyramidinfer.models.fused import Fused, Ropes, fuse
 from pyramidinfer.models.intake import Batch, Intake, Sequence, Work
 from pyramidinfer.models.rotary import Rotary
 from pyramidinfer.models.routing import Decoding, LayerCall, Segment, route
@@ -34,10 +35,12 @@ class Stepped(NamedTuple):
 class Adapter:
     """A transformers causal language model, driven layer by layer.
 
-    ``ValueError`` for an unsupported family or layer feature.  The model object stays usable.
+    ``ValueError`` for an unsupported family or layer feature.  The model object stays usable,
+    unless it is given away (``own``): then weights that are packed are let go of.
     """
 
-    def __init__(self, model: Any, backend: Backend, prefill_chunk: int = 1024) -> None:
+    def __init__(self, model: Any, backend: Backend, prefill_chunk: int = 1024, *,
+                 own: bool = False) -> None:  # fmt: skip
         self.config: Any = model.config
         self.family = find_family(self.config)
         self.backend, self.prefill_chunk = backend, prefill_chunk
@@ -61,6 +64,10 @@ class Adapter:
         self.hidden_size: int = self.config.hidden_size
         self.vocab_size: int = self.config.vocab_size
         self.max_positions: int = self.config.max_position_embeddings
+        self.fused: Fused | None = None
+        if self.family.plain:
+            self.fused = fuse(self.body, self.head, self.config, self.shapes, self.rotary, backend,
+                              self.dtype, self.device, own=own)  # fmt: skip
         self.scales: list[Scale | None] = [None] * depth  # known once a layer has run
         attentions: list[Any] = [getattr(layer, self.family.attention) for layer in originals]
         self.streaming = Streaming(
@@ -95,8 +102,11 @@ class Adapter:
             is_long = torch.tensor([each.is_long for each in batch.decode], device=self.device)
             positions = decoding.plan.positions
             hidden = self.family.embed(self.body, self.config, batch.tokens[None], positions[None])
-            turned = positions - torch.tensor([each.offset for each in batch.decode])
-            tables = self.rotary.tables(hidden, turned.to(self.device), is_long)
+            offsets = torch.tensor([each.offset for each in batch.decode]).to(self.device)
+            tables = self._angles(hidden, positions - offsets, is_long)
+            if not batch.works and self.fused is not None and self.fused.steps_whole:
+                out = self.fused.step(pool, decoding, hidden[0], tables[None])
+                return Stepped(self._logits(out), decoding)
         last: dict[int, Tensor] = {}
         for layer in range(self.depth):
             riding = hidden
@@ -108,8 +118,8 @@ class Adapter:
                 rope = tables.get(self.kinds[layer]) if riding is not None else None
                 out = self._run_layer(pool, layer, riding, rope, decoding, segments, parts)
                 if riding is not None:
-                    hidden, riding = out[:, : riding.shape[1]], None
-                self._store(segments, out[0])
+                    hidden, riding = out[:, :start], None
+                self._store(segments, out[0], start)
             for index, work in enumerate(batch.works):
                 if work.intake.layer == layer and work.intake.left == 0:
                     tail = self._finish_layer(pool, work.intake)
@@ -162,7 +172,13 @@ class Adapter:
             extra["position_embeddings"] = rope
         active = decoding if riding is not None else None
         window = self.shapes[layer].window
-        call = LayerCall(pool, self.backend, layer, window, active, segments)
+        call = LayerCall(
+            pool, self.backend, layer, window, active, segments, self._last_only(layer)
+        )
+        if self.fused is not None:
+            fused = self.fused.layers[layer]
+            self.scales[layer] = fused.scale
+            return fused(flat, rope, call)[None]
         out: Tensor = self.layers[layer](flat[None], attention_mask=None, layer_call=call, **extra)
         if call.scale is None:
             raise ValueError(f"layer {layer} did not call the attention function it was given")
@@ -179,15 +195,27 @@ class Adapter:
             torch.full((count,), intake.sequence.is_long, device=self.device)
             for intake, _, count in segments
         ])  # fmt: skip
-        cos, sin = self.rotary.tables(like, positions, is_long)[kind]
+        cos, sin = self._angles(like, positions, is_long)[kind]
         if rope is None:
             return cos, sin
-        return torch.cat([rope[0], cos], dim=1), torch.cat([rope[1], sin], dim=1)
+        return torch.cat([rope[0], cos], dim=-2), torch.cat([rope[1], sin], dim=-2)
 
-    def _store(self, segments: list[Segment], out: Tensor) -> None:
-        """Put a pass's outputs where the next layer (or the head) will read them."""
-        for intake, start, count in segments:
-            rows = out[start : start + count]
+    def _angles(self, like: Tensor, positions: Tensor, is_long: Tensor) -> dict[str | None, Ropes]:
+        """cos and sin per layer type, as the layers take them (``[n, dim]`` where fused)."""
+        if self.fused is not None:
+            return {None: self.rotary.angles(like, positions, is_long)}
+        return self.rotary.tables(like, positions, is_long)
+
+    def _last_only(self, layer: int) -> bool:
+        """Whether a layer gives outputs of last tokens only."""
+        return self.fused is not None and layer == self.depth - 1
+
+    def _store(self, segments: list[Segment], out: Tensor, at: int) -> None:
+        """Put a pass's outputs (from row ``at`` on) where the next layer or the head reads them."""
+        for segment in segments:
+            intake, _, count = segment
+            wanted = len(segment.rows_out(self._last_only(intake.layer)))
+            rows, at = out[at : at + wanted], at + wanted
             end = intake.done + count
             last_only = intake.layer == self.depth - 1 and not intake.all_rows
             if last_only:  # what the head will not read is not kept
@@ -227,6 +255,7 @@ class Adapter:
             self._keep(pool, sequence, layer, keep)
         self._trim(pool, sequence, layer, intake.first + intake.tokens.shape[0], slack=0)
         table.state = policy.settled(self._view(intake))
+        sequence.idle = 0
         hidden, intake.out = intake.out, None
         intake.hidden = hidden if going is None else hidden[going]
         if going is not None:
@@ -291,7 +320,10 @@ class Adapter:
             if not governed:
                 self._trim(pool, sequence, layer, table.seen_len, slack=pool.page_size)
         if sequence.policy.evicts:
-            self._evict(pool, sequence)
+            if sequence.idle:
+                sequence.idle -= 1
+            else:
+                self._evict(pool, sequence)
         if sequence.policy.streams:
             self.streaming.close_gaps(pool, sequence)
             self.streaming.make_room(pool, sequence, 1)
@@ -321,6 +353,9 @@ class Adapter:
                 self._observe(pool, sequence, view, scores, None), table.state
             )
             self._keep(pool, sequence, layer, keep)
+        sequence.idle = policy.idle_steps(
+            table.kept.tolist(), sequence.prompt_len, sequence.layers, table.state
+        )
 
     # --- shared -------------------------------------------------------------------------------
 
@@ -349,6 +384,8 @@ class Adapter:
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """``[n, hidden]`` → ``[n, vocab]``."""
+        if self.fused is not None:
+            return self.fused.logits(hidden)
         return self.family.logits(
             self.config, self.head(self.family.finish(self.body, self.config, hidden))
         )

@@ -90,7 +90,8 @@ class Family:
 
     ``body``: path to the module that holds the layers; ``attention``: the attention module's
     name in a layer; ``grouped``: it can have fewer KV heads than query heads;
-    ``rotary_by_type``: rotary tables differ by layer type (Gemma 3).
+    ``rotary_by_type``: rotary tables differ by layer type (Gemma 3);  ``plain``: layers are what
+    Llama's are (``models/fused.py``).
     """
 
     title: str
@@ -103,20 +104,21 @@ class Family:
     grouped: bool = True
     rotary: bool = True
     rotary_by_type: bool = False
+    plain: bool = False
 
 
 #: transformers' ``model_type`` → how to drive it.
 FAMILIES: dict[str, Family] = {
-    "llama": Family("Llama"),
-    "mistral": Family("Mistral", window=_window_of_config),
-    "qwen2": Family("Qwen2", window=_window_of_layer),
-    "qwen3": Family("Qwen3", window=_window_of_layer),
-    "phi3": Family("Phi-3", window=_window_of_config),
+    "llama": Family("Llama", plain=True),
+    "mistral": Family("Mistral", window=_window_of_config, plain=True),
+    "qwen2": Family("Qwen2", window=_window_of_layer, plain=True),
+    "qwen3": Family("Qwen3", window=_window_of_layer, plain=True),
+    "phi3": Family("Phi-3", window=_window_of_config, plain=True),
     "gemma2": Family("Gemma 2", window=_window_of_layer, logits=_logits_softcap),
     "gemma3_text": Family(
         "Gemma 3 (text)", window=_window_of_layer, logits=_logits_softcap, rotary_by_type=True
     ),
-    "smollm3": Family("SmolLM3", window=_window_of_layer),
+    "smollm3": Family("SmolLM3", window=_window_of_layer, plain=True),
     "olmo2": Family("OLMo2"),
     "granite": Family("Granite", embed=_embed_granite, logits=_logits_granite),
     "gpt_neox": Family(

@@ -23,7 +23,7 @@ class Sequence:
 
     ``protected``: bool ``[text]``, tokens no policy may drop (generated ones never are);
     ``is_long``: rotary regime, fixed at admission; ``prompt_len``: length of the text last taken
-    in.
+    in;  ``idle``: steps for which the policy need not be asked whether to evict.
     """
 
     table: Table
@@ -32,6 +32,7 @@ class Sequence:
     protected: Tensor
     is_long: bool = False
     prompt_len: int = 0
+    idle: int = 0
 
     @property
     def offset(self) -> int:

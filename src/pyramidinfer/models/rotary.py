@@ -33,6 +33,9 @@ class Rotary:
         parameters = getattr(config, "rope_parameters", None) or {}
         if parameters.get("rope_type") == "longrope":
             self.long_from = int(parameters["original_max_position_embeddings"])
+        #: angles go by position alone, so that those worked out once stay right
+        self.is_fixed = parameters.get("rope_type", "default") not in ("longrope", "dynamic")
+        self._known: Tables | None = None
 
     def is_long(self, longest: int) -> bool:
         """Whether a request that may reach ``longest`` tokens uses the long regime."""
@@ -43,6 +46,26 @@ class Rotary:
         if self.module is None:
             return {}
         return {kind: self._one(like, positions, is_long, kind) for kind in self.kinds}
+
+    @property
+    def turned(self) -> int:
+        """Numbers of a head that have an angle."""
+        return 0 if self.module is None else 2 * int(self.module.inv_freq.shape[0])
+
+    def angles(self, like: Tensor, positions: Tensor, is_long: Tensor) -> Tables:
+        """float32 (cos, sin) ``[n, turned]``, rounded as the dtype of ``like`` has them.
+
+        For families with one kind of table.  Fixed angles are worked out once for all positions.
+        """
+        if not self.is_fixed:
+            cos, sin = self._one(like, positions, is_long, None)
+            return cos[0].float().contiguous(), sin[0].float().contiguous()
+        most = int(positions.max()) + 1 if self._known is None or like.is_cpu else 0
+        if self._known is None or most > len(self._known[0]):
+            every = torch.arange(2 * most, device=positions.device)
+            cos, sin = self.module(like, every[None])
+            self._known = cos[0].float().contiguous(), sin[0].float().contiguous()
+        return self._known[0][positions], self._known[1][positions]
 
     def _one(self, like: Tensor, positions: Tensor, is_long: Tensor, kind: str | None) -> Tables:
         arguments = () if kind is None else (kind,)

@@ -7,7 +7,6 @@ in its config.  Ours gets a :class:`LayerCall` as a keyword, so nothing global i
 from __future__ import annotations
 
 import copy
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from pyramidinfer.attention import Backend, DecodePlan, Scale
-from pyramidinfer.attention.base import Pages
+from pyramidinfer.attention.base import Pages, ScoredPrefill
 from pyramidinfer.cache import Pool
 from pyramidinfer.cache.pool import Slots
 from pyramidinfer.models.intake import Intake
@@ -33,6 +32,13 @@ class Segment(NamedTuple):
     start: int
     size: int
 
+    def rows_out(self, last_only: bool) -> list[int]:
+        """Rows of the flat row whose outputs are wanted: all, or the text's last token's."""
+        every = range(self.start, self.start + self.size)
+        if not last_only or self.intake.all_rows:
+            return list(every)
+        return [every[-1]] if self.size == self.intake.left else []
+
 
 class Decoding:
     """The decode rows of one step: where each writes and reads, and what was observed.
@@ -47,12 +53,19 @@ class Decoding:
         self.rings, self.scores = rings, scores
         self.queries: list[Tensor] = []
         self.lse: list[Tensor] = []
+        self._observed: tuple[Tensor, Tensor] | None = None
         self.probs: list[Tensor] = []
 
-    @cached_property
+    @property
     def observed(self) -> tuple[Tensor, Tensor]:
         """Queries ``[layers, R, H, D]`` and their log-sum-exps ``[layers, R, H]``."""
-        return torch.stack(self.queries), torch.stack(self.lse)
+        if self._observed is None:
+            self._observed = torch.stack(self.queries), torch.stack(self.lse)
+        return self._observed
+
+    def observe_all(self, queries: Tensor, lse: Tensor) -> None:
+        """All layers' queries and log-sum-exps at once."""
+        self._observed = queries, lse
 
     @property
     def count(self) -> int:
@@ -63,21 +76,36 @@ class LayerCall:
     """One pass of the flat row through one layer: decode rows first, then segments."""
 
     def __init__(self, pool: Pool, backend: Backend, layer: int, window: int | None,
-                 decoding: Decoding | None, segments: list[Segment]) -> None:  # fmt: skip
+                 decoding: Decoding | None, segments: list[Segment], last_only: bool = False
+                 ) -> None:  # fmt: skip
         self.pool, self.backend, self.layer, self.window = pool, backend, layer, window
-        self.decoding, self.segments = decoding, segments
+        self.decoding, self.segments, self.last_only = decoding, segments, last_only
         self.scale: Scale | None = None
+        #: rows of the flat row that outputs are given for, or None for all
+        self.going: Tensor | None = None
 
     def __call__(self, queries: Tensor, keys: Tensor, values: Tensor, scale: Scale) -> Tensor:
-        """queries ``[T, H, D]``, keys ``[T, K, D]``, values ``[T, K, V]`` → ``[T, H, V]``."""
+        """queries ``[T, H, D]``, keys ``[T, K, D]``, values ``[T, K, V]`` → ``[T, H, V]``.
+
+        ``last_only``: of a segment, only its text's last token has an output (the last layer of
+        a prompt, where nothing reads the others); ``going`` tells the rows.
+        """
         self.scale = scale
         outs = []
+        if self.last_only:
+            self.going = self._last_rows(queries.device)
         if self.decoding:
             outs.append(self._decode(self.decoding, queries, keys, values, scale))
         for intake, start, size in self.segments:
             rows = slice(start, start + size)
             outs.append(self._prefill(intake, queries[rows], keys[rows], values[rows], scale))
         return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+    def _last_rows(self, device: torch.device) -> Tensor:
+        rows = list(range(self.decoding.count)) if self.decoding else []
+        for segment in self.segments:
+            rows += segment.rows_out(True)
+        return torch.tensor(rows, dtype=torch.int64, device=device)
 
     def _decode(self, decoding: Decoding, queries: Tensor, keys: Tensor, values: Tensor,
                 scale: Scale) -> Tensor:  # fmt: skip
@@ -109,8 +137,50 @@ class LayerCall:
         else:
             all_keys, all_values = keys.transpose(0, 1), values.transpose(0, 1)
             positions = new.expand(keys.shape[1], -1)
-        out = self.backend.prefill(queries, all_keys, all_values, new, positions, scale)
+        last_only = self.last_only and not intake.all_rows  # nothing reads the others' outputs
+        summing = self.backend.prefill_scored
+        if summing is not None and not last_only and self._sums_up(intake):
+            return self._attend_summing(
+                summing, intake, queries, all_keys, all_values, new, positions, scale
+            )
         self._observe(intake, queries, new, all_keys, positions, scale)
+        if last_only:
+            if count < intake.left:
+                return queries.new_empty(0, *queries.shape[1:])
+            queries, new = queries[-1:], new[-1:]
+        return self.backend.prefill(queries, all_keys, all_values, new, positions, scale)
+
+    def _sums_up(self, intake: Intake) -> bool:
+        """Whether the window's weights are only summed, so that attention can do it on the way."""
+        needs = intake.needs
+        linear = needs.reduce.heads.endswith("mean") and needs.reduce.rows in ("mean", "sum")
+        return linear and bool(needs.window) and not (needs.remember or needs.column_sums)
+
+    def _attend_summing(self, summing: ScoredPrefill, intake: Intake, queries: Tensor,
+                        keys: Tensor, values: Tensor, q_pos: Tensor, k_pos: Tensor, scale: Scale
+                        ) -> Tensor:  # fmt: skip
+        """``prefill``, adding to the intake's scores what this chunk's window queries give."""
+        needs, count = intake.needs, len(queries)
+        window = min(needs.window, intake.length)
+        first = max(0, intake.length - window - intake.done)  # first window row in this chunk
+        if first >= count:
+            return self.backend.prefill(queries, keys, values, q_pos, k_pos, scale)
+        ramp = torch.linspace(1.0, needs.reduce.newest_weight, needs.window, device=queries.device)
+        end = needs.window - (
+            intake.length - intake.done - count
+        )  # newer ones come in later chunks
+        ramp = ramp[end - (count - first) : end]
+        if needs.reduce.rows == "mean":
+            ramp = ramp / needs.window
+        out, scored = summing(queries, keys, values, q_pos, k_pos, scale, needs.reduce, ramp)
+        scores = scored.scores
+        if intake.scores is not None:
+            scores[:, : intake.scores.shape[1]] += intake.scores
+        intake.scores, ring = scores, intake.sequence.table.ring
+        if intake.done + count == intake.length and ring is not None:
+            ring.queries[self.layer, :1], ring.lse[self.layer, :1] = queries[-1:], scored.lse[-1:]
+            if self.layer == intake.sequence.layers.first:
+                ring.begin(intake.positions[-1:])
         return out
 
     def _observe(self, intake: Intake, queries: Tensor, q_pos: Tensor, keys: Tensor,

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pyramidinfer.config import is_number
+from pyramidinfer.native.library import Kernels, found_kernels, pointer
 from pyramidinfer.types import Keep, Layers, Needs, Observation, State, View
 
 __all__ = ["Forecast", "Policy", "best_entries", "check_keep", "pool_neighbours"]
@@ -73,6 +74,13 @@ class Policy:
         """Which entries stay while decoding."""
         return Keep(), state
 
+    def idle_steps(self, kept: list[int], prompt_len: int, layers: Layers, state: State) -> int:
+        """Tokens that can be generated from here on before any layer's ``evict`` can be due.
+
+        ``kept``: entries per layer now.  0: ask again after the next token.
+        """
+        return 0
+
     def settled(self, view: View) -> State:
         """The state once a layer's prefill or extend is over (``view.kept_len`` is final)."""
         return view.state
@@ -106,6 +114,9 @@ def best_entries(scores: Tensor, count: int, forced: Tensor, positions: Tensor |
     ``scores`` and ``forced`` (entries that win regardless) are ``[heads, n]``; equal scores go to
     the earlier entry: by ``positions`` in the text, for a cache that is not in order.
     """
+    kernels = found_kernels()
+    if kernels is not None and scores.is_cpu and scores.dtype == torch.float32:
+        return _best_native(kernels, scores, count, forced, positions)
     count = max(count, int(forced.sum(-1).max()))
     ranked = torch.where(forced, torch.inf, scores)
     if positions is None:
@@ -117,6 +128,18 @@ def best_entries(scores: Tensor, count: int, forced: Tensor, positions: Tensor |
     return best[:, :count].sort(-1).values
 
 
+def _best_native(kernels: Kernels, scores: Tensor, count: int, forced: Tensor,
+                 positions: Tensor | None) -> Tensor:  # fmt: skip
+    heads, size = max(scores.shape[0], forced.shape[0]), scores.shape[1]
+    scores, forced = (each.expand(heads, size).contiguous() for each in (scores, forced))
+    places = None if positions is None else positions.expand(heads, size).long().contiguous()
+    out = torch.empty(heads * size, dtype=torch.int64)
+    found = kernels.best_entries(
+        pointer(scores), pointer(forced), pointer(places), heads, size, count, pointer(out)
+    )
+    return out[: heads * found].view(heads, found)
+
+
 def pool_neighbours(scores: Tensor, positions: Tensor, kernel: int, how: str) -> Tensor:
     """Each score replaced by the ``"mean"`` or ``"max"`` of it and its neighbours in the text.
 
@@ -125,6 +148,13 @@ def pool_neighbours(scores: Tensor, positions: Tensor, kernel: int, how: str) ->
     """
     if kernel == 1 or scores.shape[1] < 2:
         return scores
+    kernels = found_kernels()
+    if kernels is not None and scores.is_cpu and scores.dtype == torch.float32:
+        scores, places = scores.contiguous(), positions.long().contiguous()
+        out, row = torch.empty_like(scores), places.shape[1] if places.shape[0] > 1 else 0
+        kernels.pool_neighbours(pointer(scores), pointer(places), row, *scores.shape, kernel,
+                                how == "max", pointer(out))  # fmt: skip
+        return out
     order = positions.expand(scores.shape[0], -1).argsort(1)
     sorted_scores = scores.gather(1, order)[:, None]
     if how == "max":

@@ -170,6 +170,16 @@ class PyramidInfer(Policy):
         marker[view.layer] = len(kept) - recent
         return Keep(kept[None]), {**state, "marker": marker}
 
+    def idle_steps(self, kept: list[int], prompt_len: int, layers: Layers, state: State) -> int:
+        recent = int(kept[layers.first] * float(state["ratio"]))  # grows: what is due comes later
+        markers = state["marker"].tolist()
+        left = [
+            self.gen_chunk - (count - recent - marker)
+            for count, marker, governed in zip(kept, markers, layers.governed, strict=True)
+            if governed
+        ]
+        return max(0, min(left, default=1) - 1)
+
     def settled(self, view: View) -> State:
         marker = view.state["marker"].clone()
         marker[view.layer] = view.kept_len

@@ -64,6 +64,16 @@ class Retaining(Policy):
             return int(view.state["budgets"][view.layer])
         return self.budget(view.layer, view.seen_len, view.layers)
 
+    def idle_steps(self, kept: list[int], prompt_len: int, layers: Layers, state: State) -> int:
+        room = [
+            budget - count
+            for budget, count, governed in zip(
+                state["budgets"].tolist(), kept, layers.governed, strict=True
+            )
+            if governed
+        ]
+        return max(0, min(room, default=0))
+
     def text_len(self, view: View) -> int:
         """Length of the text that budgets are shares of."""
         return int(view.state["text"]) if view.phase == "decode" else view.seen_len

@@ -1,0 +1,212 @@
+"""Plain decoder layers in few steps: QKV and gate/up fused, weights prepacked, buffers few.
+
+A layer is *plain* if it is what Llama's is: RMS norm, attention with rotary positions, RMS norm,
+SiLU-gated MLP, all linears plain ``nn.Linear`` (or Phi-3's fused ones).  Its arithmetic and
+rounding are those of transformers' own layer.  Everything else runs through Hugging Face's module.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from pyramidinfer.attention import Backend, Scale
+from pyramidinfer.cache import Pool
+from pyramidinfer.models.ops import ADD, GATED, PLAIN, Heads, KernelOps, Ops, TorchOps
+from pyramidinfer.models.rotary import Rotary
+from pyramidinfer.native.library import LayerData, StepCall, pointer
+from pyramidinfer.types import AttentionShape
+
+if TYPE_CHECKING:
+    from pyramidinfer.models.routing import Decoding, LayerCall
+
+__all__ = ["Fused", "Ropes", "fuse"]
+
+#: Angles of some rows, as float32: (cos, sin), each ``[rows, turned]``.
+Ropes = tuple[Tensor, Tensor]
+
+
+class FusedLayer:
+    """One plain layer's weights, packed for ``ops``."""
+
+    def __init__(self, layer: Any, shape: AttentionShape, turned: int, ops: Ops) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
+        self.shape, self.ops = shape, ops
+        self.norm1, self.norm2 = layer.input_layernorm, layer.post_attention_layernorm
+        self.qkv = _pack(ops, _parts(attention, "q_proj", "k_proj", "v_proj", "qkv_proj"), PLAIN)
+        self.out = _pack(ops, [attention.o_proj], PLAIN)
+        self.gate_up = _pack(ops, _parts(mlp, "gate_proj", "up_proj", "gate_up_proj"), GATED)
+        self.down = _pack(ops, [mlp.down_proj], PLAIN)
+        if not getattr(attention, "use_rope", True):
+            turned = 0
+        self.heads = Heads(shape.heads, shape.kv_heads, shape.key_dim, turned,
+                           _weight(attention, "q_norm"), _weight(attention, "k_norm"),
+                           self.norm1.variance_epsilon)  # fmt: skip
+        scaling = getattr(attention, "scaling", None)
+        scale = shape.key_dim**-0.5 if scaling is None else float(scaling)
+        self.scale = Scale(scale, None, shape.window)
+
+    def __call__(self, flat: Tensor, ropes: Ropes, call: LayerCall) -> Tensor:
+        """The flat row ``[rows, hidden]`` through the layer; fewer rows where ``call`` says so."""
+        ops, heads = self.ops, self.heads
+        normed = ops.norm(flat, self.norm1.weight.data, self.norm1.variance_epsilon)
+        qkv = ops.linear(normed, self.qkv, PLAIN).view(len(flat), -1, heads.size)
+        ops.rotate(qkv, heads, *ropes)
+        queries, rest = qkv[:, : heads.heads], qkv[:, heads.heads :]
+        keys, values = rest.chunk(2, dim=1)
+        attended = call(queries, keys, values, self.scale)
+        if call.going is not None:
+            flat = flat[call.going]
+        middle = ops.linear(attended.flatten(1), self.out, ADD, flat)
+        normed = ops.norm(middle, self.norm2.weight.data, self.norm2.variance_epsilon)
+        inner = ops.linear(normed, self.gate_up, GATED)
+        return ops.linear(inner, self.down, ADD, middle)
+
+
+class Fused:
+    """All layers of a model and its head, packed."""
+
+    def __init__(self, layers: list[FusedLayer], norm: Any, head: nn.Linear, ops: Ops) -> None:
+        self.layers, self.norm, self.ops = layers, norm, ops
+        self.head = _pack(ops, [head], PLAIN)
+        self.table: Callable[[Pool], Any] | None = None
+        self._layers_of: tuple[Pool, Any] | None = None
+
+    @property
+    def steps_whole(self) -> bool:
+        """Whether ``step`` runs (one call for all layers)."""
+        return isinstance(self.ops, KernelOps)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """``[n, hidden]`` → ``[n, vocab]``."""
+        normed = self.ops.norm(hidden, self.norm.weight.data, self.norm.variance_epsilon)
+        return self.ops.linear(normed, self.head, PLAIN)
+
+    def step(self, pool: Pool, decoding: Decoding, hidden: Tensor, ropes: Ropes) -> Tensor:
+        """The decode rows ``[R, hidden]`` through all layers in one call of the kernels."""
+        ops, plan, first = self.ops, decoding.plan, self.layers[0]
+        assert isinstance(ops, KernelOps)
+        heads, depth, rows = first.heads, len(self.layers), len(hidden)
+        x = hidden.clone()
+        queries = x.new_empty(depth, rows, heads.heads, heads.size) if decoding.rings else None
+        lse = torch.empty(depth, rows, heads.heads)
+        probs, addresses = None, None
+        if decoding.scores:
+            probs = [lse.new_empty(rows, heads.kv_heads, n) for n in plan.longest]
+            addresses = (ctypes.c_void_p * depth)(*map(pointer, probs))
+        longest = torch.tensor(plan.longest)
+        held = (*ropes, decoding.pages, decoding.offsets, plan.tables, plan.lengths,
+                plan.positions, longest, queries, lse)  # fmt: skip
+        call = StepCall(
+            self._layer_data(pool), depth, x.shape[1], first.gate_up.columns, heads.heads,
+            heads.kv_heads, heads.size, pool.page_size, rows, plan.tables.shape[2],
+            ropes[0].shape[1], *map(pointer, held),
+            None if addresses is None else ctypes.addressof(addresses),
+        )  # fmt: skip
+        ops.kernels.run_step(ops.kind, ctypes.byref(call), pointer(x))
+        if queries is not None:
+            decoding.observe_all(queries, lse)
+        if probs is not None:
+            decoding.probs = probs
+        return x
+
+    def _layer_data(self, pool: Pool) -> Any:
+        """The layers as the C side sees them; made once for a pool."""
+        if self._layers_of is None or self._layers_of[0] is not pool:
+            data = (LayerData * len(self.layers))()
+            for index, layer in enumerate(self.layers):
+                group, heads = pool.group(index), layer.heads
+                data[index] = LayerData(
+                    pointer(layer.norm1.weight), pointer(layer.norm2.weight), layer.qkv.data,
+                    layer.out.data, layer.gate_up.data, layer.down.data, pointer(group.keys),
+                    pointer(group.values), pointer(group.positions), pointer(group.scores),
+                    pointer(heads.query_norm), pointer(heads.key_norm), layer.scale.scale,
+                    heads.epsilon, layer.scale.window or 0, 0 if heads.turned else -1,
+                )  # fmt: skip
+            self._layers_of = (pool, data)
+        return self._layers_of[1]
+
+
+def fuse(body: Any, head: Any, config: Any, shapes: list[AttentionShape], rotary: Rotary,
+         backend: Backend, dtype: torch.dtype, device: torch.device, *, own: bool
+         ) -> Fused | None:  # fmt: skip
+    """The model's layers packed, or None where they are not plain or nothing would be gained.
+
+    ``own`` : the model is ours alone, so weights that were packed are let go of.  Otherwise it
+    stays as it is, and packed weights take their memory a second time.
+    """
+    layers = list(body.layers)[: len(shapes)]
+    if not (all(map(_is_plain, layers)) and type(head) is nn.Linear):
+        return None
+    if device.type == "meta" or getattr(config, "hidden_act", None) != "silu":
+        return None
+    ops: Ops
+    if device.type == "cuda":
+        ops = TorchOps()
+    elif backend.kernels is not None and backend.kernels.multiplies(dtype):
+        ops = KernelOps(backend.kernels, dtype)
+        sizes = (config.hidden_size, config.intermediate_size, shapes[0].heads * shapes[0].key_dim)
+        if any(size % 2 for size in sizes):
+            return None
+    else:
+        return None
+    packed = []
+    for layer, shape in zip(layers, shapes, strict=True):
+        packed.append(FusedLayer(layer, shape, rotary.turned, ops))
+        if own:
+            _let_go([each for each in layer.modules() if type(each) is nn.Linear])
+    fused = Fused(packed, body.norm, head, ops)
+    if own and head.weight is not body.embed_tokens.weight:
+        _let_go([head])
+    return fused
+
+
+def _is_plain(layer: Any) -> bool:
+    if not all(map(_is_untouched, layer.modules())):
+        return False
+    attention, mlp = layer.self_attn, layer.mlp
+    linears = [*_parts(attention, "q_proj", "k_proj", "v_proj", "qkv_proj"),
+               *_parts(mlp, "gate_proj", "up_proj", "gate_up_proj"),
+               getattr(attention, "o_proj", None), getattr(mlp, "down_proj", None)]  # fmt: skip
+    norms = [getattr(layer, name, None) for name in ("input_layernorm", "post_attention_layernorm")]
+    return all(type(each) is nn.Linear for each in linears) and all(
+        hasattr(norm, "variance_epsilon") for norm in norms
+    )
+
+
+def _is_untouched(module: nn.Module) -> bool:
+    """Whether a module does what its class in torch or transformers does, and nothing besides."""
+    home = type(module).__module__.partition(".")[0]
+    hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    return home in ("torch", "transformers") and not hooked
+
+
+def _parts(module: Any, *names: str) -> list[Any]:
+    """The linears that are there: separate ones, or the fused one (the last name)."""
+    if hasattr(module, names[-1]):
+        return [getattr(module, names[-1])]
+    return [getattr(module, name, None) for name in names[:-1]]
+
+
+def _weight(module: Any, name: str) -> Tensor | None:
+    norm = getattr(module, name, None)
+    return None if norm is None else norm.weight.data
+
+
+def _pack(ops: Ops, linears: list[Any], how: int) -> Any:
+    weights = [each.weight.data for each in linears]
+    biases = [None if each.bias is None else each.bias.data for each in linears]
+    if how == GATED and len(weights) == 1:
+        weights = list(weights[0].chunk(2))
+        biases = [None, None] if biases[0] is None else list(biases[0].chunk(2))
+    return ops.pack(weights, biases, how)
+
+
+def _let_go(linears: list[nn.Linear]) -> None:
+    for each in linears:
+        each.weight = nn.Parameter(each.weight.new_empty(0), requires_grad=False)
+        each.register_parameter("bias", None)

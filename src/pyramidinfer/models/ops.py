@@ -1,0 +1,158 @@
+"""What surrounds attention in a plain layer: linears, norms, rotation, on kernels or in torch."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pyramidinfer.native.library import DTYPES, HeadsData, Kernels, LinearData, pointer
+
+__all__ = ["ADD", "GATED", "PLAIN", "Heads", "KernelOps", "Ops", "TorchOps"]
+
+#: What is done with a linear's output: nothing, add a residual, or SiLU(gate) times up.
+PLAIN, ADD, GATED = 0, 1, 2
+
+
+class Heads:
+    """A projected row ``[H + 2K, D]``: heads, sizes, and the norms of queries and keys, if any."""
+
+    def __init__(self, heads: int, kv_heads: int, size: int, turned: int,
+                 query_norm: Tensor | None, key_norm: Tensor | None, epsilon: float
+                 ) -> None:  # fmt: skip
+        self.heads, self.kv_heads, self.size, self.turned = heads, kv_heads, size, turned
+        self.query_norm, self.key_norm, self.epsilon = query_norm, key_norm, epsilon
+
+    @property
+    def width(self) -> int:
+        return (self.heads + 2 * self.kv_heads) * self.size
+
+
+class Ops(Protocol):
+    """The same arithmetic on whatever runs it."""
+
+    def pack(self, weights: list[Tensor], biases: list[Tensor | None], how: int) -> Any:
+        """Linears of the same input side by side; for ``GATED`` gate and up."""
+        ...
+
+    def linear(self, x: Tensor, weights: Any, how: int, residual: Tensor | None = None) -> Tensor:
+        """``x [n, in]`` → ``[n, out]``; ``GATED``: silu(gate) · up; ``ADD``: plus the residual."""
+        ...
+
+    def norm(self, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        """Root mean square norm over the last dimension."""
+        ...
+
+    def rotate(self, qkv: Tensor, heads: Heads, cos: Tensor, sin: Tensor) -> None:
+        """Norm and turn queries and keys of ``[n, H + 2K, D]`` in place; angles ``[n, turned]``."""
+        ...
+
+
+class Packed:
+    """Weights in panels for the kernels, with what the C side needs to know of them."""
+
+    def __init__(self, panels: Tensor, bias: Tensor | None, columns: int, depth: int, how: int):
+        self.panels, self.bias, self.columns = (
+            panels,
+            bias,
+            columns // 2 if how == GATED else columns,
+        )
+        self.data = LinearData(pointer(panels), pointer(bias), columns, depth)
+
+
+class KernelOps:
+    """On the C++ kernels; outputs of ``linear`` and ``norm`` are fresh tensors."""
+
+    def __init__(self, kernels: Kernels, dtype: torch.dtype) -> None:
+        self.kernels, self.dtype, self.kind = kernels, dtype, DTYPES[dtype]
+
+    def pack(self, weights: list[Tensor], biases: list[Tensor | None], how: int) -> Packed:
+        panel = int(self.kernels.panel_columns())
+        columns, depth = sum(len(each) for each in weights), weights[0].shape[1]
+        parts = [_with_bias(each, bias) for each, bias in zip(weights, biases, strict=True)]
+        if how == GATED:  # half a panel of gate columns, then the up columns that go with them
+            half = panel // 2
+            parts = [F.pad(each, (0, 0, 0, -len(each) % half)).view(-1, half, depth + 1)
+                     for each in parts]  # fmt: skip
+            joined = torch.stack(parts, dim=1).flatten(0, 2)
+        else:
+            joined = torch.cat(parts)
+        rows, bias = joined[:, :depth].contiguous(), None
+        if any(each is not None for each in biases):
+            bias = F.pad(joined[:, depth].float(), (0, -len(joined) % panel))
+        units = len(rows) + -len(rows) % panel
+        panels = torch.empty(units * depth, dtype=self.dtype)
+        self.kernels.pack_linear(self.kind, pointer(rows), len(rows), depth, pointer(panels))
+        return Packed(panels, bias, columns, depth, how)
+
+    def linear(self, x: Tensor, weights: Packed, how: int, residual: Tensor | None = None
+               ) -> Tensor:  # fmt: skip
+        x = x.contiguous()
+        out = x.new_empty(len(x), weights.columns)
+        self.kernels.run_linear(self.kind, pointer(x), len(x), ctypes.byref(weights.data), how,
+                                pointer(residual), pointer(out))  # fmt: skip
+        return out
+
+    def norm(self, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        out = torch.empty_like(x)
+        self.kernels.run_norm(self.kind, pointer(x), len(x), x.shape[1], pointer(weight), epsilon,
+                              pointer(out))  # fmt: skip
+        return out
+
+    def rotate(self, qkv: Tensor, heads: Heads, cos: Tensor, sin: Tensor) -> None:
+        data = HeadsData(heads.heads, heads.kv_heads, heads.size, heads.turned,
+                         pointer(heads.query_norm), pointer(heads.key_norm),
+                         heads.epsilon)  # fmt: skip
+        self.kernels.run_rotate(self.kind, pointer(qkv), len(qkv), ctypes.byref(data),
+                                pointer(cos), pointer(sin))  # fmt: skip
+
+
+class TorchOps:
+    """In torch, for GPUs: few launches, and nothing that a CUDA graph could not capture."""
+
+    def pack(self, weights: list[Tensor], biases: list[Tensor | None], how: int) -> Any:
+        bias = None
+        if any(each is not None for each in biases):
+            bias = torch.cat([_zeros_like_rows(w) if b is None else b
+                              for w, b in zip(weights, biases, strict=True)])  # fmt: skip
+        return torch.cat(weights), bias
+
+    def linear(self, x: Tensor, weights: Any, how: int, residual: Tensor | None = None
+               ) -> Tensor:  # fmt: skip
+        out = F.linear(x, *weights)
+        if how == GATED:
+            gate, up = out.chunk(2, dim=-1)
+            return F.silu(gate) * up
+        return out if residual is None else out + residual
+
+    def norm(self, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        wide = x.float() if x.dtype != torch.float64 else x
+        by = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
+        return weight * (wide * by).to(x.dtype)
+
+    def rotate(self, qkv: Tensor, heads: Heads, cos: Tensor, sin: Tensor) -> None:
+        for norm, first, last in (
+            (heads.query_norm, 0, heads.heads),
+            (heads.key_norm, heads.heads, heads.heads + heads.kv_heads),
+        ):
+            part = qkv[:, first:last]
+            if norm is not None:
+                part.copy_(self.norm(part, norm, heads.epsilon))
+        if heads.turned:
+            part = qkv[:, : heads.heads + heads.kv_heads, : heads.turned]
+            half = torch.cat([-part[..., heads.turned // 2 :], part[..., : heads.turned // 2]], -1)
+            cos, sin = cos[:, None].to(part.dtype), sin[:, None].to(part.dtype)
+            part.copy_(part * cos + half * sin)
+
+
+def _with_bias(weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``[out, in + 1]``: the bias as a last column, so that both are reordered alike."""
+    column = _zeros_like_rows(weight) if bias is None else bias
+    return torch.cat([weight, column[:, None]], dim=1)
+
+
+def _zeros_like_rows(weight: Tensor) -> Tensor:
+    return weight.new_zeros(len(weight))

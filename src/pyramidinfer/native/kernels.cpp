@@ -1,0 +1,185 @@
+// The CPU kernels behind a plain C interface; see library.py for the Python side.
+#include "cache.h"
+#include "matmul.h"
+#include "decode.h"
+#include "prefill.h"
+#include "select.h"
+#include "step.h"
+
+// f(T{}) for dtype 0 float32, 1 bfloat16, 2 float16.
+template <class F>
+static void by_dtype(int dtype, F f) {
+    if (dtype == 0) f(float{});
+    else if (dtype == 1) f(bf16{});
+    else f(fp16{});
+}
+
+// The same for what linears are there for: see can_multiply.
+template <class F>
+static void by_linear(int dtype, F f) {
+#ifdef PAIRS
+    if (dtype == 1) return f(bf16{});
+#endif
+    (void)dtype;
+    f(float{});
+}
+
+struct DecodeCall {
+    const void *queries, *keys, *values, *positions, *table, *lengths, *at;
+    void *out, *lse, *probs;
+    int64_t requests, heads, kv_heads, key_dim, value_dim, page, width, longest, window;
+    float scale, softcap;
+};
+
+struct DenseCall {
+    const void *queries, *keys, *values, *q_pos, *k_pos;
+    int64_t query_row, key_head, key_row, value_head, value_row, k_row;
+    int64_t queries_n, entries, heads, kv_heads, key_dim, value_dim, window;
+    float scale, softcap;
+};
+
+template <class T>
+static Dense<T> dense(const DenseCall& c) {
+    return {(const T*)c.queries, (const T*)c.keys, (const T*)c.values, c.query_row, c.key_head,
+            c.key_row, c.value_head, c.value_row, (const int64_t*)c.q_pos, (const int64_t*)c.k_pos,
+            c.k_row, c.queries_n, c.entries, int(c.heads), int(c.kv_heads), int(c.key_dim),
+            int(c.value_dim), c.window, c.scale, c.softcap};
+}
+
+extern "C" {
+
+const char* isa() { return ISA_NAME; }
+
+// Whether linears of this dtype run here (others are torch's business).
+int can_multiply(int dtype) {
+#ifdef PAIRS
+    return dtype == 0 || dtype == 1;
+#else
+    return dtype == 0;
+#endif
+}
+
+int64_t panel_columns() { return COLUMNS; }
+
+void decode_attention(int dtype, const DecodeCall* c) {
+    static thread_local Scratch room, logits;
+    by_dtype(dtype, [&](auto kind) {
+        using T = decltype(kind);
+        const Decode<T> a{(const T*)c->queries, (const T*)c->keys, (const T*)c->values,
+                          (const int32_t*)c->positions, (const int32_t*)c->table,
+                          (const int64_t*)c->lengths, (const int64_t*)c->at, (T*)c->out,
+                          (float*)c->lse, (float*)c->probs, int(c->requests), int(c->heads),
+                          int(c->kv_heads), int(c->key_dim), int(c->value_dim), int(c->page),
+                          int(c->width), c->longest, c->window, c->scale, c->softcap};
+        const Cut cut = decode_cut(a);
+        float* partial = room.get<float>(decode_room(a, cut));
+        float* kept = nullptr;
+        if (a.probs) kept = logits.get<float>(size_t(a.requests) * a.heads * a.longest);
+#pragma omp parallel
+        decode(a, cut, partial, kept);
+    });
+}
+
+// watch: null, or the queries whose weights are summed meanwhile.
+void prefill_attention(int dtype, const DenseCall* c, void* out, const Watch* watch) {
+    by_dtype(dtype, [&](auto kind) {
+        using T = decltype(kind);
+        prefill(dense<T>(*c), (T*)out, watch);
+    });
+}
+
+// rows: 0 sum, 1 max, 2 below; lse [W, H] is read if has_lse, else written.
+void score_window(int dtype, const DenseCall* c, int per_kv_head, int max_heads, int rows,
+                  float factor, const float* ramp, int has_lse, float* lse, float* scores) {
+    const Reduction how{bool(per_kv_head), bool(max_heads), Over(rows), factor, ramp};
+    by_dtype(dtype, [&](auto kind) {
+        window_scores(dense<decltype(kind)>(*c), how, bool(has_lse), lse, scores);
+    });
+}
+
+int64_t keep(const Storage* tensors, int count, const int32_t* pages, int heads, int page,
+             const int64_t* indices, int64_t row, int64_t kept, int64_t length) {
+    return keep_entries(tensors, count, pages, heads, page, indices, row, kept, length);
+}
+
+void gather_pages(const Storage* tensor, const int32_t* pages, int heads, int page, int64_t kept,
+                  void* out) {
+    gather(*tensor, pages, heads, page, kept, (char*)out);
+}
+
+struct WriteCall {
+    const void *keys, *values, *at, *pages, *offsets;
+    void *to_keys, *to_values, *to_positions, *to_scores;
+    int64_t key_row, value_row, key_head, value_head, count, kv_heads, key_dim, value_dim, page;
+};
+
+void write_entries(int dtype, const WriteCall* c) {
+    by_dtype(dtype, [&](auto kind) {
+        using T = decltype(kind);
+        const Rows<T> rows{(const T*)c->keys, (const T*)c->values, c->key_row, c->value_row,
+                           c->key_head, c->value_head, (const int64_t*)c->at,
+                           (const int64_t*)c->pages, (const int64_t*)c->offsets, c->count};
+        const Place<T> place{(T*)c->to_keys, (T*)c->to_values, (int32_t*)c->to_positions,
+                             (float*)c->to_scores, c->kv_heads, c->key_dim, c->value_dim, c->page};
+#pragma omp parallel
+        write_rows(rows, place);
+    });
+}
+
+int64_t best_entries(const float* scores, const uint8_t* forced, const int64_t* places,
+                     int64_t heads, int64_t n, int64_t count, int64_t* out) {
+    return best_of(scores, forced, places, heads, n, count, out);
+}
+
+void pool_neighbours(const float* scores, const int64_t* places, int64_t row, int64_t heads,
+                     int64_t n, int kernel, int is_max, float* out) {
+    pool_scores(scores, places, row, heads, n, kernel, bool(is_max), out);
+}
+
+int64_t read_words(const int64_t* words, int64_t count) { return read_all(words, count); }
+
+// --- layers of the Llama kind; dtype 0 or 1 where can_multiply says so -----------------------------
+
+// weights [columns, depth] → panels.
+void pack_linear(int dtype, const void* weights, int64_t columns, int64_t depth, void* out) {
+    by_linear(dtype, [&](auto kind) {
+        using T = decltype(kind);
+        const int64_t panels = ceil_div(columns, COLUMNS);
+        const int64_t units = ceil_div(depth, UnitOf<T>::type::DEPTH);
+#pragma omp parallel for schedule(static)
+        for (int64_t p = 0; p < panels; ++p)
+            pack_keys<T>((uint32_t*)out + p * units * COLUMNS, p * COLUMNS, columns, int(depth),
+                         [&](int64_t column) { return (const T*)weights + column * depth; });
+    });
+}
+
+void run_linear(int dtype, const void* a, int64_t rows, const Linear* w, int how,
+                const void* residual, void* out) {
+    by_linear(dtype, [&](auto kind) {
+        using T = decltype(kind);
+#pragma omp parallel
+        linear<T>((const T*)a, rows, *w, Epilogue(how), (const T*)residual, (T*)out);
+    });
+}
+
+void run_norm(int dtype, const void* x, int64_t rows, int64_t size, const void* weight,
+              float epsilon, void* out) {
+    by_linear(dtype, [&](auto kind) {
+        using T = decltype(kind);
+#pragma omp parallel
+        rms_norm((const T*)x, rows, size, (const T*)weight, epsilon, (T*)out);
+    });
+}
+
+void run_rotate(int dtype, void* qkv, int64_t rows, const Heads* heads, const float* cos,
+                const float* sin) {
+    by_linear(dtype, [&](auto kind) {
+#pragma omp parallel
+        rotate((decltype(kind)*)qkv, rows, *heads, cos, sin);
+    });
+}
+
+void run_step(int dtype, const Step* step, void* x) {
+    by_linear(dtype, [&](auto kind) { decode_step(*step, (decltype(kind)*)x); });
+}
+}

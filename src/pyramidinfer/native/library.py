@@ -1,0 +1,164 @@
+"""The C interface of the CPU kernels (``kernels.cpp``), as ctypes sees it."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import POINTER, Structure, c_char_p, c_float, c_int, c_int64, c_void_p
+from functools import lru_cache
+from typing import Any
+
+import torch  # also loads the OpenMP runtime that the kernels then share
+from torch import Tensor
+
+from pyramidinfer.native.build import NoCompilerError, compile_kernels
+
+__all__ = [
+    "DTYPES", "DecodeCall", "DenseCall", "HeadsData", "Kernels", "LayerData", "LinearData",
+    "StepCall", "StorageData", "WatchCall", "WriteCall", "found_kernels", "kernels", "pointer",
+    "why_not",
+]  # fmt: skip
+
+#: The numbers by which the kernels know dtypes.
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def _struct(name: str, pointers: str, integers: str, floats: str = "") -> type[Structure]:
+    fields: list[tuple[str, Any]] = [(each, c_void_p) for each in pointers.split()]
+    fields += [(each, c_int64) for each in integers.split()]
+    fields += [(each, c_float) for each in floats.split()]
+    return type(name, (Structure,), {"_fields_": fields})
+
+
+DecodeCall = _struct(
+    "DecodeCall", "queries keys values positions table lengths at out lse probs",
+    "requests heads kv_heads key_dim value_dim page width longest window", "scale softcap",
+)  # fmt: skip
+DenseCall = _struct(
+    "DenseCall", "queries keys values q_pos k_pos",
+    "query_row key_head key_row value_head value_row k_row queries_n entries heads kv_heads "
+    "key_dim value_dim window", "scale softcap",
+)  # fmt: skip
+StorageData = _struct("StorageData", "data", "entry")
+WriteCall = _struct(
+    "WriteCall", "keys values at pages offsets to_keys to_values to_positions to_scores",
+    "key_row value_row key_head value_head count kv_heads key_dim value_dim page",
+)  # fmt: skip
+LinearData = _struct("LinearData", "packed bias", "columns depth")
+
+
+class WatchCall(Structure):
+    """``Watch`` in prefill.h."""
+
+    _fields_ = (("first", c_int64), ("ramp", c_void_p), ("sums", c_void_p), ("lse", c_void_p),
+                ("parts", c_int))  # fmt: skip
+
+
+class HeadsData(Structure):
+    """``Heads`` in step.h."""
+
+    _fields_ = (
+        ("heads", c_int64), ("kv_heads", c_int64), ("size", c_int64), ("turned", c_int64),
+        ("query_norm", c_void_p), ("key_norm", c_void_p), ("epsilon", c_float),
+    )  # fmt: skip
+
+
+class LayerData(Structure):
+    """One layer of a decode step: ``Layer`` in step.h."""
+
+    _fields_ = (
+        ("norm1", c_void_p), ("norm2", c_void_p),
+        ("qkv", LinearData), ("out", LinearData), ("gate_up", LinearData), ("down", LinearData),
+        ("keys", c_void_p), ("values", c_void_p), ("positions", c_void_p), ("scores", c_void_p),
+        ("query_norm", c_void_p), ("key_norm", c_void_p),
+        ("scale", c_float), ("epsilon", c_float), ("window", c_int64), ("angles", c_int64),
+    )  # fmt: skip
+
+
+class StepCall(Structure):
+    """A decode step: ``Step`` in step.h."""
+
+    _fields_ = (
+        ("layers", POINTER(LayerData)),
+        *((name, c_int64) for name in
+          "depth hidden inner heads kv_heads size page rows width turned".split()),
+        *((name, c_void_p) for name in
+          "cos sin pages offsets tables lengths at longest queries lse probs".split()),
+    )  # fmt: skip
+
+
+SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
+    "isa": (c_char_p, []),
+    "can_multiply": (c_int, [c_int]),
+    "panel_columns": (c_int64, []),
+    "decode_attention": (None, [c_int, POINTER(DecodeCall)]),
+    "prefill_attention": (None, [c_int, POINTER(DenseCall), c_void_p, POINTER(WatchCall)]),
+    "score_window": (None, [c_int, POINTER(DenseCall), c_int, c_int, c_int, c_float, c_void_p,
+                            c_int, c_void_p, c_void_p]),
+    "keep": (c_int64, [POINTER(StorageData), c_int, c_void_p, c_int, c_int, c_void_p, c_int64,
+                       c_int64, c_int64]),
+    "gather_pages": (None, [POINTER(StorageData), c_void_p, c_int, c_int, c_int64, c_void_p]),
+    "best_entries": (c_int64, [c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p]),
+    "pool_neighbours": (None, [c_void_p, c_void_p, c_int64, c_int64, c_int64, c_int, c_int,
+                               c_void_p]),
+    "read_words": (c_int64, [c_void_p, c_int64]),
+    "pack_linear": (None, [c_int, c_void_p, c_int64, c_int64, c_void_p]),
+    "run_linear": (None, [c_int, c_void_p, c_int64, POINTER(LinearData), c_int, c_void_p,
+                          c_void_p]),
+    "run_norm": (None, [c_int, c_void_p, c_int64, c_int64, c_void_p, c_float, c_void_p]),
+    "run_rotate": (None, [c_int, c_void_p, c_int64, POINTER(HeadsData), c_void_p, c_void_p]),
+    "write_entries": (None, [c_int, POINTER(WriteCall)]),
+    "run_step": (None, [c_int, POINTER(StepCall), c_void_p]),
+}  # fmt: skip
+
+
+class Kernels:
+    """The loaded library: one attribute per function of ``SIGNATURES``."""
+
+    def __init__(self, path: str) -> None:
+        library = ctypes.CDLL(path)
+        for name, (result, arguments) in SIGNATURES.items():
+            function = getattr(library, name)
+            function.restype, function.argtypes = result, arguments
+            setattr(self, name, function)
+
+    def __getattr__(self, name: str) -> Any:  # for what __init__ has not set: nothing
+        raise AttributeError(f"the kernels have no function {name!r}")
+
+    @property
+    def instructions(self) -> str:
+        """The instruction set in use."""
+        return str(self.isa().decode())
+
+    def multiplies(self, dtype: torch.dtype) -> bool:
+        """Whether linears of this dtype run here."""
+        return dtype in DTYPES and bool(self.can_multiply(DTYPES[dtype]))
+
+
+@lru_cache(maxsize=8)
+def kernels(isa: str = "native") -> Kernels:
+    """The kernels, built and loaded once.  ``NoCompilerError`` where that cannot be done."""
+    path = compile_kernels(isa)
+    try:
+        return Kernels(str(path))
+    except OSError as error:
+        raise NoCompilerError(f"the built kernels {path} cannot be loaded: {error}") from None
+
+
+@lru_cache(maxsize=1)
+def found_kernels() -> Kernels | None:
+    """The kernels, or None where they cannot be had."""
+    return None if why_not() else kernels()
+
+
+def why_not() -> str | None:
+    """Why the kernels cannot be used here, or None."""
+    try:
+        kernels()
+    except NoCompilerError as error:
+        return str(error)
+    return None
+
+
+def pointer(tensor: Tensor | None) -> int | None:
+    """A tensor's address for a call (None stays None)."""
+    return None if tensor is None else tensor.data_ptr()

@@ -1,0 +1,315 @@
+// Matrix products on packed operands: the one inner loop under linears, prefill attention and
+// window scores.
+//
+// A *unit* is what one multiply takes: a pair of bf16 numbers (AVX512-BF16), or one float.
+// Packed operands are panels of COLUMNS = WIDE x LANES columns: [panel][units][COLUMNS] units.
+#pragma once
+#include <omp.h>
+
+#include "simd.h"
+
+constexpr int COLUMNS = WIDE * LANES;
+constexpr int ROWS = LANES == 16 ? 6 : 4;  // rows of a tile: accumulators fill the registers
+
+struct FloatUnit {
+    static constexpr int DEPTH = 1;  // numbers in a unit
+    using Number = float;
+    static inline void mul(Vec& acc, const uint32_t* b, uint32_t a) {
+        acc = fma(load((const float*)b), set1(of_bits(a)), acc);
+    }
+};
+
+#if defined(__AVX512BF16__) && defined(__AVX512F__) && defined(__AVX512BW__)
+#define PAIRS 1
+struct PairUnit {
+    static constexpr int DEPTH = 2;
+    using Number = bf16;
+    static inline void mul(Vec& acc, const uint32_t* b, uint32_t a) {
+        acc.v = _mm512_dpbf16_ps(acc.v, (__m512bh)_mm512_loadu_si512(b),
+                                 (__m512bh)_mm512_set1_epi32(int(a)));
+    }
+};
+#endif
+
+// What numbers of a type are multiplied as.
+template <class T>
+struct UnitOf {
+    using type = FloatUnit;
+};
+#ifdef PAIRS
+template <>
+struct UnitOf<bf16> {
+    using type = PairUnit;
+};
+#endif
+
+// acc[rows][WIDE] += a[rows][units] · b[units][COLUMNS]; `next` is fetched meanwhile, `lines` of
+// 64 bytes every four units.
+template <class U, int R>
+inline void tile(Vec (&acc)[R][WIDE], const uint32_t* a, size_t lda, const uint32_t* b, int units,
+                 const char*& next, int lines) {
+    int u = 0;
+    for (; u + 4 <= units; u += 4) {
+        for (int i = 0; i < lines; ++i, next += 64) __builtin_prefetch(next, 0, 2);
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j, b += COLUMNS) {
+#pragma GCC unroll 6
+            for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+                for (int w = 0; w < WIDE; ++w)
+                    U::mul(acc[r][w], b + w * LANES, a[r * lda + u + j]);
+        }
+    }
+    for (; u < units; ++u, b += COLUMNS)
+#pragma GCC unroll 6
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+            for (int w = 0; w < WIDE; ++w) U::mul(acc[r][w], b + w * LANES, a[r * lda + u]);
+}
+
+// c[rows][COLUMNS] (= or +=) a · b for one panel, rows 1..ROWS.
+template <class U, int R>
+inline void tile_to(float* c, size_t ldc, bool add, const uint32_t* a, size_t lda,
+                    const uint32_t* b, int units) {
+    Vec acc[R][WIDE];
+    for (int r = 0; r < R; ++r)
+        for (int w = 0; w < WIDE; ++w) acc[r][w] = add ? load(c + r * ldc + w * LANES) : set1(0.f);
+    const char* none = nullptr;
+    tile<U, R>(acc, a, lda, b, units, none, 0);
+    for (int r = 0; r < R; ++r)
+        for (int w = 0; w < WIDE; ++w) store(c + r * ldc + w * LANES, acc[r][w]);
+}
+
+template <class U>
+inline void panel_product(float* c, size_t ldc, bool add, const uint32_t* a, size_t lda, int rows,
+                          const uint32_t* b, int units) {
+    int r = 0;
+    for (; r + ROWS <= rows; r += ROWS)
+        tile_to<U, ROWS>(c + r * ldc, ldc, add, a + r * lda, lda, b, units);
+    c += r * ldc;
+    a += r * lda;
+    switch (rows - r) {
+        case 1: return tile_to<U, 1>(c, ldc, add, a, lda, b, units);
+        case 2: return tile_to<U, 2>(c, ldc, add, a, lda, b, units);
+        case 3: return tile_to<U, 3>(c, ldc, add, a, lda, b, units);
+        case 4: return tile_to<U, ROWS == 6 ? 4 : 1>(c, ldc, add, a, lda, b, units);
+        case 5: return tile_to<U, ROWS == 6 ? 5 : 1>(c, ldc, add, a, lda, b, units);
+        default: return;
+    }
+}
+
+// --- packing ------------------------------------------------------------------------------------
+
+// Columns first..first+COLUMNS of an operand whose column c is the contiguous vector column(c)
+// of `depth` numbers; out [units][COLUMNS].  Absent columns and a last odd number are zero.
+template <class U, class T, class Column>
+inline void pack_columns(uint32_t* out, int64_t first, int64_t count, int depth, Column column) {
+    const int units = int(ceil_div(depth, U::DEPTH));
+    auto* numbers = reinterpret_cast<typename U::Number*>(out);
+    for (int c = 0; c < COLUMNS; ++c) {
+        const T* from = first + c < count ? column(first + c) : nullptr;
+        for (int d = 0; d < units * U::DEPTH; ++d) {
+            auto& to = numbers[(size_t(d / U::DEPTH) * COLUMNS + c) * U::DEPTH + d % U::DEPTH];
+            if (from && d < depth) from_float(to_float(from[d]), to);
+            else from_float(0.f, to);
+        }
+    }
+}
+
+#ifdef PAIRS
+inline void transpose16(__m512i (&r)[16]) {
+    __m512i t[16];
+    for (int i = 0; i < 8; ++i) {
+        t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+        t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+    }
+    for (int i = 0; i < 4; ++i)
+        for (int j = 0; j < 2; ++j) {
+            r[4 * i + 2 * j] = _mm512_unpacklo_epi64(t[4 * i + j], t[4 * i + j + 2]);
+            r[4 * i + 2 * j + 1] = _mm512_unpackhi_epi64(t[4 * i + j], t[4 * i + j + 2]);
+        }
+    for (int j = 0; j < 4; ++j) {
+        t[j] = _mm512_shuffle_i32x4(r[j], r[4 + j], 0x88);
+        t[4 + j] = _mm512_shuffle_i32x4(r[j], r[4 + j], 0xdd);
+        t[8 + j] = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0x88);
+        t[12 + j] = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0xdd);
+    }
+    for (int j = 0; j < 4; ++j) {
+        r[j] = _mm512_shuffle_i32x4(t[j], t[8 + j], 0x88);
+        r[8 + j] = _mm512_shuffle_i32x4(t[j], t[8 + j], 0xdd);
+        r[4 + j] = _mm512_shuffle_i32x4(t[4 + j], t[12 + j], 0x88);
+        r[12 + j] = _mm512_shuffle_i32x4(t[4 + j], t[12 + j], 0xdd);
+    }
+}
+
+// Keys as columns: 16 of them at a time, 32 numbers deep.
+template <class Column>
+inline void pack_pairs(uint32_t* out, int64_t first, int64_t count, int depth, Column column) {
+    if (depth % 32) return pack_columns<PairUnit, bf16>(out, first, count, depth, column);
+    for (int c = 0; c < COLUMNS; c += 16)
+        for (int d = 0; d < depth; d += 32) {
+            __m512i r[16];
+            for (int i = 0; i < 16; ++i)
+                r[i] = first + c + i < count ? _mm512_loadu_si512(column(first + c + i) + d)
+                                             : _mm512_setzero_si512();
+            transpose16(r);
+            for (int i = 0; i < 16; ++i)
+                _mm512_storeu_si512(out + size_t(d / 2 + i) * COLUMNS + c, r[i]);
+        }
+}
+#endif
+
+template <class T, class Column>
+inline void pack_keys(uint32_t* out, int64_t first, int64_t count, int depth, Column column) {
+#ifdef PAIRS
+    if constexpr (sizeof(T) == 2 && UnitOf<T>::type::DEPTH == 2)
+        return pack_pairs(out, first, count, depth, column);
+#endif
+    pack_columns<typename UnitOf<T>::type, T>(out, first, count, depth, column);
+}
+
+// Rows (values) as units: entries first.. deep, columns at..at+COLUMNS; out [units][COLUMNS].
+template <class T, class Row>
+inline void pack_rows(uint32_t* out, int64_t first, int64_t end, int units, int at, int size,
+                      Row row) {
+    using U = typename UnitOf<T>::type;
+    for (int u = 0; u < units; ++u, out += COLUMNS) {
+        const int64_t entry = first + int64_t(u) * U::DEPTH;
+        const T* one = entry < end ? row(entry) : nullptr;
+        const T* two = U::DEPTH == 2 && entry + 1 < end ? row(entry + 1) : nullptr;
+#ifdef PAIRS
+        if constexpr (U::DEPTH == 2) {
+            for (int c = 0; c < COLUMNS; c += 16) {
+                auto half = [&](const T* from) {
+                    if (!from || at + c >= size) return _mm512_setzero_si512();
+                    T padded[16] = {};
+                    std::memcpy(padded, from + at + c, sizeof(T) * std::min(16, size - at - c));
+                    return _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)padded));
+                };
+                const __m512i high = _mm512_slli_epi32(half(two), 16);
+                _mm512_storeu_si512(out + c, _mm512_or_si512(half(one), high));
+            }
+            continue;
+        }
+#endif
+        for (int c = 0; c < COLUMNS; c += LANES) {
+            const bool there = one && at + c < size;
+            store((float*)out + c, there ? load_at(one + at, c, size - at) : set1(0.f));
+        }
+        (void)two;
+    }
+}
+
+// Numbers as the left operand's units: [units] (and one more is written over).
+template <class T>
+inline void pack_left(uint32_t* out, const T* from, int depth) {
+    using U = typename UnitOf<T>::type;
+    if constexpr (U::DEPTH == 2) {
+        out[depth / 2] = 0;
+        std::memcpy(out, from, size_t(depth) * sizeof(T));
+        return;
+    }
+    for (int d = 0; d < depth; d += LANES) store_at((float*)out, load_at(from, d, depth), d, depth);
+}
+
+// --- linears ------------------------------------------------------------------------------------
+
+enum Epilogue { PLAIN = 0, ADD = 1, GATED = 2 };
+
+// A linear's weights [columns][depth] packed for `linear`, with an optional bias [columns].
+// GATED: every panel holds COLUMNS/2 gate columns, then the up columns that belong to them.
+struct Linear {
+    const uint32_t* packed;
+    const float* bias;
+    int64_t columns, depth;
+};
+
+inline Vec silu(Vec x) { return x / (set1(1.f) + exp2(x * set1(-LOG2E))); }
+
+// A value as the layer's dtype holds it.
+template <class T>
+inline Vec rounded(Vec x) {
+    T as[LANES];
+    store(as, x);
+    return load(as);
+}
+
+template <class T, int R>
+inline void finish(Vec (&acc)[R][WIDE], const Linear& w, Epilogue how, const T* residual, T* out,
+                   int64_t row, int64_t panel) {
+    const int64_t first = panel * COLUMNS;
+    for (int r = 0; r < R; ++r) {
+        if (w.bias)
+            for (int i = 0; i < WIDE; ++i) acc[r][i] = acc[r][i] + load(w.bias + first + i * LANES);
+        if (how == GATED) {
+            const int64_t size = w.columns / 2;
+            for (int i = 0; i < WIDE / 2; ++i) {
+                const int64_t at = panel * (COLUMNS / 2) + i * LANES;
+                if (at >= size) continue;
+                const Vec gate = rounded<T>(silu(rounded<T>(acc[r][i])));
+                store_at(out + (row + r) * size, gate * rounded<T>(acc[r][i + WIDE / 2]), int(at),
+                         int(size));
+            }
+            continue;
+        }
+        for (int i = 0; i < WIDE; ++i) {
+            const int64_t at = first + i * LANES;
+            if (at >= w.columns) continue;
+            Vec x = acc[r][i];
+            if (how == ADD)
+                x = rounded<T>(x) + load_at(residual + (row + r) * w.columns, int(at), int(w.columns));
+            store_at(out + (row + r) * w.columns, x, int(at), int(w.columns));
+        }
+    }
+}
+
+template <class T, int R>
+inline void linear_tile(const T* a, const Linear& w, Epilogue how, const T* residual, T* out,
+                        int64_t row, int64_t panel, const char*& next, int lines) {
+    using U = typename UnitOf<T>::type;
+    const int units = int(ceil_div(w.depth, U::DEPTH));
+    Vec acc[R][WIDE];
+    for (int r = 0; r < R; ++r)
+        for (int i = 0; i < WIDE; ++i) acc[r][i] = set1(0.f);
+    tile<U, R>(acc, reinterpret_cast<const uint32_t*>(a + row * w.depth), size_t(units),
+               w.packed + size_t(panel) * units * COLUMNS, units, next, lines);
+    finish<T, R>(acc, w, how, residual, out, row, panel);
+}
+
+// out [rows, columns (or half of them, GATED)] = a [rows, depth] · weights.  `depth` is a multiple
+// of a unit's.  To be called by all threads of a parallel region (or by one alone).
+template <class T>
+inline void linear(const T* a, int64_t rows, const Linear& w, Epilogue how, const T* residual,
+                   T* out) {
+    using U = typename UnitOf<T>::type;
+    const int64_t panels = ceil_div(w.columns, COLUMNS), block = 32 * ROWS;
+    const int64_t units = w.depth / U::DEPTH, blocks = ceil_div(rows, block);
+    const size_t panel_size = size_t(units) * COLUMNS * 4;
+    const int tiles = int(ceil_div(std::min(rows, block), ROWS));
+    // The next panel comes in while this one is used: a share of it with every tile of rows.
+    const int lines = int(ceil_div(4 * COLUMNS * 4 / 64, tiles));
+#pragma omp for schedule(static)
+    for (int64_t task = 0; task < panels * blocks; ++task) {
+        const int64_t panel = task / blocks, first = task % blocks * block;
+        const int64_t end = std::min(rows, first + block);
+        const bool is_last = first + block >= rows && panel + 1 < panels;
+        const char* next = (const char*)w.packed + (panel + 1) * panel_size;
+        const char* stop = next + panel_size;
+        int64_t row = first;
+        for (; row + ROWS <= end; row += ROWS)
+            linear_tile<T, ROWS>(a, w, how, residual, out, row, panel, next,
+                                 is_last && next < stop ? lines : 0);
+        const int more = is_last && next < stop ? lines : 0;
+        switch (end - row) {
+            case 1: linear_tile<T, 1>(a, w, how, residual, out, row, panel, next, more); break;
+            case 2: linear_tile<T, 2>(a, w, how, residual, out, row, panel, next, more); break;
+            case 3: linear_tile<T, 3>(a, w, how, residual, out, row, panel, next, more); break;
+            case 4:
+                linear_tile<T, ROWS == 6 ? 4 : 1>(a, w, how, residual, out, row, panel, next, more);
+                break;
+            case 5:
+                linear_tile<T, ROWS == 6 ? 5 : 1>(a, w, how, residual, out, row, panel, next, more);
+                break;
+        }
+    }
+}

@@ -1,0 +1,72 @@
+// Choosing entries by score: the best ones, and scores pooled over neighbours in the text.
+#pragma once
+#include <omp.h>
+
+#include <algorithm>
+
+#include "scratch.h"
+#include "simd.h"
+
+// A float as an integer of the same order; NaN is above everything.
+inline uint32_t ordered(float x) {
+    const uint32_t u = bits_of(x);
+    if (x != x) return 0xffffffffu;
+    return u & 0x80000000u ? ~u : u | 0x80000000u;
+}
+
+struct Ranked {
+    uint64_t key;  // score, then the earlier place
+    int32_t entry;
+    bool operator<(const Ranked& other) const { return key > other.key; }  // the best come first
+};
+
+// Entries [heads, count] with the highest scores [heads, n], ascending; forced ones [heads, n] win,
+// and there are as many as the head with most of them has.  Equal scores go to the earlier place
+// (places [heads, n], or the entry's number).  Returns the count.
+inline int64_t best_of(const float* scores, const uint8_t* forced, const int64_t* places,
+                       int64_t heads, int64_t n, int64_t count, int64_t* out) {
+    for (int64_t h = 0; h < heads; ++h)
+        count = std::max<int64_t>(count, std::count(forced + h * n, forced + (h + 1) * n, 1));
+    count = std::min(count, n);
+#pragma omp parallel for schedule(static) if (heads * n > 16384 && heads > 1)
+    for (int64_t h = 0; h < heads; ++h) {
+        static thread_local Scratch room;
+        auto* ranked = room.get<Ranked>(n);
+        for (int64_t i = 0; i < n; ++i) {
+            const uint32_t score = forced[h * n + i] ? 0xffffffffu : ordered(scores[h * n + i]);
+            const int64_t place = places ? places[h * n + i] : i;
+            ranked[i] = {uint64_t(score) << 32 | uint32_t(~uint32_t(place)), int32_t(i)};
+        }
+        if (count < n) std::nth_element(ranked, ranked + count, ranked + n);
+        int64_t* mine = out + h * count;
+        for (int64_t i = 0; i < count; ++i) mine[i] = ranked[i].entry;
+        std::sort(mine, mine + count);
+    }
+    return count;
+}
+
+// Each score [heads, n] replaced by the maximum (or mean, zeros beyond the ends) of it and its
+// neighbours in the text; places [heads, n] (row apart: 0 for one row for all heads), any order.
+inline void pool_scores(const float* scores, const int64_t* places, int64_t row, int64_t heads,
+                        int64_t n, int kernel, bool is_max, float* out) {
+#pragma omp parallel for schedule(static) if (heads * n > 16384 && heads > 1)
+    for (int64_t h = 0; h < heads; ++h) {
+        static thread_local Scratch order_room, value_room;
+        const int64_t* place = places + h * row;
+        auto* order = order_room.get<Ranked>(n);
+        auto* value = value_room.get<float>(n);
+        const bool sorted = std::is_sorted(place, place + n);
+        for (int64_t i = 0; i < n; ++i) order[i] = {~uint64_t(place[i]), int32_t(i)};
+        if (!sorted) std::sort(order, order + n);
+        for (int64_t i = 0; i < n; ++i) value[i] = scores[h * n + order[i].entry];
+        const int half = kernel / 2;
+        for (int64_t i = 0; i < n; ++i) {
+            const int64_t from = std::max<int64_t>(0, i - half), to = std::min(n, i + half + 1);
+            float found = is_max ? NEVER : 0.f;
+            for (int64_t j = from; j < to; ++j)
+                found = is_max ? (value[j] > found || value[j] != value[j] ? value[j] : found)
+                               : found + value[j];
+            out[h * n + order[i].entry] = is_max ? found : found / float(kernel);
+        }
+    }
+}

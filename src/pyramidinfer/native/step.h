@@ -1,0 +1,142 @@
+// What surrounds attention in a layer of the Llama kind, and a whole decode step of such layers.
+#pragma once
+#include "cache.h"
+#include "decode.h"
+#include "matmul.h"
+
+// out [rows, size] = x / rms(x), rounded, times weight.
+template <class T>
+inline void rms_norm(const T* x, int64_t rows, int64_t size, const T* weight, float epsilon, T* out) {
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < rows; ++row) {
+        const T* from = x + row * size;
+        Vec squares = set1(0.f);
+        for (int d = 0; d < size; d += LANES) {
+            const Vec v = load_at(from, d, int(size));
+            squares = fma(v, v, squares);
+        }
+        const Vec by = set1(1.f / std::sqrt(sum(squares) / float(size) + epsilon));
+        for (int d = 0; d < size; d += LANES) {
+            const Vec v = rounded<T>(load_at(from, d, int(size)) * by);
+            store_at(out + row * size, v * load_at(weight, d, int(size)), d, int(size));
+        }
+    }
+}
+
+// x [size] = x / rms(x), rounded, times weight, in place.
+template <class T>
+inline void norm_head(T* x, int size, const T* weight, float epsilon) {
+    Vec squares = set1(0.f);
+    for (int d = 0; d < size; d += LANES) {
+        const Vec v = load_at(x, d, size);
+        squares = fma(v, v, squares);
+    }
+    const Vec by = set1(1.f / std::sqrt(sum(squares) / float(size) + epsilon));
+    for (int d = 0; d < size; d += LANES)
+        store_at(x, rounded<T>(load_at(x, d, size) * by) * load_at(weight, d, size), d, size);
+}
+
+// How a row [H + 2K, D] of queries, keys and values becomes what attention sees.
+struct Heads {
+    int64_t heads, kv_heads, size, turned;  // turned: numbers of a head that have an angle
+    const void *query_norm, *key_norm;      // [D] or null
+    float epsilon;
+};
+
+// Turn queries and keys by the angles cos, sin [rows, turned] (two halves, as in Llama; the rest
+// of a head stays), in place.
+template <class T>
+inline void rotate(T* qkv, int64_t rows, const Heads& h, const float* cos, const float* sin) {
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < rows; ++row) {
+        const int half = int(h.turned / 2);
+        const float *c = cos + row * h.turned, *s = sin + row * h.turned;
+        for (int64_t head = 0; head < h.heads + h.kv_heads; ++head) {
+            T* x = qkv + (row * (h.heads + 2 * h.kv_heads) + head) * h.size;
+            const void* norm = head < h.heads ? h.query_norm : h.key_norm;
+            if (norm) norm_head(x, int(h.size), (const T*)norm, h.epsilon);
+            for (int d = 0; d < half; d += LANES) {
+                const Vec a = load_at(x, d, half), b = load_at(x + half, d, half);
+                const Vec minus = set1(0.f) - load_at(s, d, half);
+                store_at(x, fma(b, minus, a * load_at(c, d, half)), d, half);
+                const Vec later = b * load_at(c + half, d, half);
+                store_at(x + half, fma(a, load_at(s + half, d, half), later), d, half);
+            }
+        }
+    }
+}
+
+// One layer's weights, and where its cache lies.
+struct Layer {
+    const void *norm1, *norm2;  // [hidden]
+    Linear qkv, out, gate_up, down;
+    void *keys, *values;
+    int32_t* positions;
+    float* scores;
+    const void *query_norm, *key_norm;
+    float scale, epsilon;
+    int64_t window, angles;  // angles: which of the step's tables turns its keys, -1 for none
+};
+
+struct Step {
+    const Layer* layers;
+    int64_t depth, hidden, inner, heads, kv_heads, size, page, rows, width, turned;
+    const float *cos, *sin;                  // [tables, rows, turned]
+    const int64_t *pages, *offsets;          // [depth, rows] where the new entries go
+    const int32_t* tables;                   // [depth, rows, width]
+    const int64_t *lengths, *at, *longest;   // [depth, rows], [rows], [depth]
+    void* queries;                           // [depth, rows, heads, size] or null: kept for rings
+    float* lse;                              // [depth, rows, heads]
+    float* const* probs;                     // [depth] of [rows, kv_heads, longest], or null
+};
+
+// x [rows, hidden] through all layers, in place.
+template <class T>
+inline void decode_step(const Step& s, T* x) {
+    static thread_local Scratch kept, spans_room, logits_room;
+    const int64_t wide = (s.heads + 2 * s.kv_heads) * s.size, mixed = s.heads * s.size;
+    T* normed = kept.get<T>(size_t(s.rows) * (s.hidden + wide + 2 * mixed + s.inner + 4 * LANES));
+    T *qkv = normed + s.rows * s.hidden, *queries = qkv + s.rows * wide;
+    T *attended = queries + s.rows * mixed, *inner = attended + s.rows * mixed;
+    Decode<T> d{};
+    d.heads = int(s.heads), d.kv_heads = int(s.kv_heads), d.key_dim = d.value_dim = int(s.size);
+    d.page = int(s.page), d.width = int(s.width), d.requests = int(s.rows), d.at = s.at;
+    d.out = attended;
+    size_t room = 0, logits = 0;
+    for (int64_t i = 0; i < s.depth; ++i) {
+        d.longest = s.longest[i];
+        room = std::max(room, decode_room(d, decode_cut(d)));
+        if (s.probs) logits = std::max(logits, size_t(s.rows * s.heads * d.longest));
+    }
+    float *partial = spans_room.get<float>(room), *kept_logits = nullptr;
+    if (s.probs) kept_logits = logits_room.get<float>(logits);
+#pragma omp parallel firstprivate(d)
+    for (int64_t i = 0; i < s.depth; ++i) {
+        const Layer& layer = s.layers[i];
+        T* mine = s.queries ? (T*)s.queries + i * s.rows * mixed : queries;
+        rms_norm(x, s.rows, s.hidden, (const T*)layer.norm1, layer.epsilon, normed);
+        linear<T>(normed, s.rows, layer.qkv, PLAIN, nullptr, qkv);
+        const int64_t table = std::max<int64_t>(0, layer.angles) * s.rows * s.turned;
+        const Heads h{s.heads, s.kv_heads, s.size, layer.angles < 0 ? 0 : s.turned, layer.query_norm,
+                      layer.key_norm, layer.epsilon};
+        rotate(qkv, s.rows, h, s.cos + table, s.sin + table);
+        const T* keys = qkv + mixed;
+        const Rows<T> new_rows{keys, keys + s.kv_heads * s.size, wide, wide, s.size, s.size, s.at,
+                               s.pages + i * s.rows, s.offsets + i * s.rows, s.rows};
+        write_rows(new_rows, Place<T>{(T*)layer.keys, (T*)layer.values, layer.positions, layer.scores,
+                                      s.kv_heads, s.size, s.size, s.page});
+#pragma omp for schedule(static)
+        for (int64_t row = 0; row < s.rows; ++row)
+            std::memcpy(mine + row * mixed, qkv + row * wide, mixed * sizeof(T));
+        d.queries = mine, d.keys = (T*)layer.keys, d.values = (T*)layer.values;
+        d.positions = layer.positions, d.table = s.tables + i * s.rows * s.width;
+        d.lengths = s.lengths + i * s.rows, d.longest = s.longest[i];
+        d.window = layer.window, d.scale = layer.scale;
+        d.lse = s.lse + i * s.rows * s.heads, d.probs = s.probs ? s.probs[i] : nullptr;
+        decode(d, decode_cut(d), partial, kept_logits);
+        linear<T>(attended, s.rows, layer.out, ADD, x, x);
+        rms_norm(x, s.rows, s.hidden, (const T*)layer.norm2, layer.epsilon, normed);
+        linear<T>(normed, s.rows, layer.gate_up, GATED, nullptr, inner);
+        linear<T>(inner, s.rows, layer.down, ADD, x, x);
+    }
+}
