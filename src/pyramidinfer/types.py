@@ -12,6 +12,7 @@ from pyramidinfer.config import is_number, named_options
 
 __all__ = [
     "AttentionShape",
+    "Best",
     "KVUsage",
     "Keep",
     "Layers",
@@ -78,6 +79,22 @@ class Reduce:
 
 
 @dataclass(frozen=True, slots=True)
+class Best:
+    """A rule of eviction said beforehand: keep the best entries by their window scores.
+
+    Of every KV head the ``count`` entries with the highest scores stay, each score replaced by
+    the ``pool`` of it and its ``kernel`` - 1 nearest neighbours in the text; the first ``sinks``
+    positions, the newest ``recent`` and what is protected stay regardless.
+    """
+
+    count: int
+    kernel: int
+    pool: Literal["max", "mean"]
+    sinks: int
+    recent: int
+
+
+@dataclass(frozen=True, slots=True)
 class Needs:
     """What must be observed in a layer before the policy is asked.
 
@@ -87,6 +104,8 @@ class Needs:
     ``column_sums``: attention each entry got from *all* new queries, per KV head.
     ``slot_scores``: the running score kept beside each entry.
     ``propagate``, ``retain``, ``evict``: which questions to ask; the others are answered "all".
+    ``best``: what ``evict`` will answer, where that is such a rule and scores are one row per KV
+    head; whoever can may carry it out without asking.
     """
 
     window: int = 0
@@ -97,6 +116,7 @@ class Needs:
     propagate: bool = False
     retain: bool = False
     evict: bool = False
+    best: Best | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import ctypes
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pyramidinfer.cache.group import Group
-from pyramidinfer.native.library import DTYPES, Kernels, StorageData, WriteCall, pointer
+from pyramidinfer.native.library import DTYPES, Eviction, Kernels, StorageData, WriteCall, pointer
 
 if TYPE_CHECKING:
-    from pyramidinfer.cache.pool import Slots
+    from pyramidinfer.cache.pool import Pool, Slots
+    from pyramidinfer.cache.table import Table
+    from pyramidinfer.types import Needs
 
-__all__ = ["native_gather", "native_keep", "native_write"]
+__all__ = ["evict_best", "native_gather", "native_keep", "native_write"]
 
 
 def native_write(kernels: Kernels, group: Group, slots: Slots, keys: Tensor, values: Tensor,
@@ -58,3 +60,39 @@ def native_gather(kernels: Kernels, storage: Tensor, pages: np.ndarray, kept: in
 
 def _storage(tensor: Tensor) -> ctypes.Structure:
     return StorageData(tensor.data_ptr(), tensor[0, 0, 0].nbytes)
+
+
+def evict_best(pool: Pool, table: Table, rules: list[tuple[int, Needs]], scales: list[Any],
+               protected: Tensor) -> None:  # fmt: skip
+    """Carry out evictions of some layers of a request by their rules (``Needs.best``), at once.
+
+    ``scales``: how each layer's products become logits;  ``protected``: bool ``[text]``.
+    """
+    ring, kernels = table.ring, pool.kernels
+    assert ring is not None and kernels is not None
+    protected = protected.contiguous()
+    calls, kept = (Eviction * len(rules))(), np.zeros(len(rules), dtype=np.int64)
+    held = []  # what the calls point to
+    for index, ((layer, needs), scale) in enumerate(zip(rules, scales, strict=True)):
+        group, best, length = pool.group(layer), needs.best, int(table.kept[layer])
+        assert best is not None
+        pool.own_front(table, layer, length)
+        rows = ring.rows(needs.window)
+        places = ring.positions[rows]
+        held += [rows, places]
+        size = ring.queries[0].nbytes
+        calls[index] = Eviction(
+            *map(pointer, (group.keys, group.values, group.positions, group.scores)),
+            table.pages[layer].ctypes.data, ring.queries.data_ptr() + layer * size,
+            ring.lse[layer].data_ptr(), rows.data_ptr(), places.data_ptr(), pointer(protected),
+            len(rows), length, best.count, best.kernel, best.pool == "max",
+            needs.reduce.rows == "max", best.sinks, table.seen_len - 1 - best.recent,
+            len(protected), ring.queries.shape[2], group.spec.kv_heads, group.spec.key_dim,
+            group.spec.value_dim, pool.page_size, scale.scale, scale.softcap or 0.0,
+            group.spec.kv_heads / (ring.queries.shape[2] * needs.window),
+        )  # fmt: skip
+    kernels.evict_entries(
+        DTYPES[ring.queries.dtype], ctypes.addressof(calls), len(rules), kept.ctypes.data
+    )
+    for (layer, _), left in zip(rules, kept.tolist(), strict=True):
+        pool.shrink(table, layer, left)

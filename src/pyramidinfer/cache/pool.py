@@ -24,7 +24,7 @@ from pyramidinfer.cache.group import Group, GroupSpec, PoolExhausted
 from pyramidinfer.cache.native import native_gather, native_keep, native_write
 from pyramidinfer.cache.table import Ring, Table
 from pyramidinfer.native.library import DTYPES, Kernels
-from pyramidinfer.types import State
+from pyramidinfer.types import Needs, State
 
 __all__ = ["Exported", "Pool", "Slots"]
 
@@ -89,7 +89,7 @@ class Pool:
     def release(self, table: Table) -> None:
         """Give back everything a table owns; the table is dead afterwards."""
         for layer in range(self.layers):
-            self._shrink(table, layer, 0)
+            self.shrink(table, layer, 0)
         table.ring, table.state = None, {}
         self.tables.remove(table)
 
@@ -160,7 +160,7 @@ class Pool:
         group, length = self.group(layer), int(table.kept[layer])
         kept = indices.shape[1]
         if kept < length and self.kernels is not None:
-            self._own(table, layer, list(range(self.pages_for(kept))))
+            self.own_front(table, layer, kept)
             native_keep(self.kernels, group, table.pages[layer], indices, length)
         elif kept < length:
             head, source, target = plan_moves(
@@ -170,7 +170,13 @@ class Pool:
                 self._own(table, layer, torch.unique(target // self.page_size).tolist())
                 row = self._upload(table.pages[layer])
                 move_entries(group.tensors(), row, head, source, target, self.page_size)
-        self._shrink(table, layer, kept)
+        self.shrink(table, layer, kept)
+
+    def evicts_best(self, needs: Needs, dtype: torch.dtype) -> bool:
+        """Whether ``evict_best`` can carry this eviction out."""
+        flat = (needs.reduce.heads, needs.reduce.rows) in (("kv_max", "max"), ("kv_mean", "mean"))
+        plain = flat and needs.reduce.newest_weight == 1
+        return self.kernels is not None and dtype in DTYPES and plain
 
     def rewrite_keys(self, table: Table, layer: int, places: Tensor, keys: Tensor) -> None:
         """Replace the keys ``[kv_heads, n, key_dim]`` of entries at ``places`` ``[n]``."""
@@ -206,7 +212,7 @@ class Pool:
     def retract(self, table: Table, kept: np.ndarray) -> None:
         """Undo appends: drop every layer's newest entries down to ``kept``."""
         for layer in range(self.layers):
-            self._shrink(table, layer, int(kept[layer]))
+            self.shrink(table, layer, int(kept[layer]))
 
     def note_peak(self, table: Table) -> None:
         """Take down what a table, and all of them together, hold at this moment."""
@@ -343,6 +349,10 @@ class Pool:
             table.pages[layer, held:wanted] = self.group(layer).take(wanted - held)
             table.held[layer] = wanted
 
+    def own_front(self, table: Table, layer: int, entries: int) -> None:
+        """Copy those of the first pages that others own too: their entries will be written over."""
+        self._own(table, layer, list(range(self.pages_for(entries))))
+
     def _own(self, table: Table, layer: int, indices: list[int]) -> None:
         """Copy those of the table's pages that others own too."""
         group = self.group(layer)
@@ -356,7 +366,8 @@ class Pool:
                 group.counts[page] -= 1
                 table.pages[layer, index] = copy
 
-    def _shrink(self, table: Table, layer: int, kept: int) -> None:
+    def shrink(self, table: Table, layer: int, kept: int) -> None:
+        """Free the pages beyond the first ``kept`` entries of a layer."""
         group, wanted = self.group(layer), self.pages_for(kept)
         group.drop(table.pages[layer, wanted : int(table.held[layer])])
         table.held[layer], table.kept[layer] = wanted, kept

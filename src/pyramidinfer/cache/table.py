@@ -69,11 +69,15 @@ class Ring:
                 break
             self.written -= 1
 
-    def newest(self, layer: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The newest rows of a layer, at most ``count``, oldest first."""
+    def rows(self, count: int) -> Tensor:
+        """Where the newest rows are, at most ``count``, oldest first."""
         count = min(count, self.written - self.oldest)
         rows = torch.arange(self.written - count, self.written, device=self.positions.device)
-        rows %= self.capacity
+        return rows % self.capacity
+
+    def newest(self, layer: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The newest rows of a layer, at most ``count``, oldest first."""
+        rows = self.rows(count)
         return self.queries[layer, rows], self.lse[layer, rows], self.positions[rows]
 
 

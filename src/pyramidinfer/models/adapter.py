@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from pyramidinfer.attention import Backend, Scale
-from pyramidinfer.cache import GroupSpec, Pool
+from pyramidinfer.cache import GroupSpec, Pool, evict_best
 from pyramidinfer.models.families import find_family
 from pyramidinfer.models.fused import Fused, Ropes, fuse
 from pyramidinfer.models.intake import Batch, Intake, Sequence, Work
 from pyramidinfer.models.rotary import Rotary
 from pyramidinfer.models.routing import Decoding, LayerCall, Segment, route
 from pyramidinfer.models.streaming import Streaming
-from pyramidinfer.types import AttentionShape, Keep, Layers, Observation, View
+from pyramidinfer.types import AttentionShape, Keep, Layers, Needs, Observation, View
 
 __all__ = ["Adapter", "Stepped"]
 
@@ -331,6 +331,7 @@ class Adapter:
     def _evict(self, pool: Pool, sequence: Sequence) -> None:
         table, policy = sequence.table, sequence.policy
         first = int(table.kept[sequence.layers.first])
+        rules: list[tuple[int, Needs]] = []  # carried out together, without asking
         for layer in range(self.depth):
             kept = int(table.kept[layer])
             view = View(
@@ -339,6 +340,9 @@ class Adapter:
             )  # fmt: skip
             needs = policy.needs(view)
             if not needs.evict:
+                continue
+            if needs.best is not None and pool.evicts_best(needs, self.dtype):
+                rules.append((layer, needs))
                 continue
             scores = None
             if needs.window:
@@ -353,6 +357,9 @@ class Adapter:
                 self._observe(pool, sequence, view, scores, None), table.state
             )
             self._keep(pool, sequence, layer, keep)
+        if rules:
+            scales = [self.scales[layer] for layer, _ in rules]
+            evict_best(pool, table, rules, scales, sequence.protected)
         sequence.idle = policy.idle_steps(
             table.kept.tolist(), sequence.prompt_len, sequence.layers, table.state
         )

@@ -2,6 +2,7 @@
 #include "cache.h"
 #include "matmul.h"
 #include "decode.h"
+#include "evict.h"
 #include "prefill.h"
 #include "select.h"
 #include "step.h"
@@ -124,6 +125,10 @@ void write_entries(int dtype, const WriteCall* c) {
 #pragma omp parallel
         write_rows(rows, place);
     });
+}
+
+void evict_entries(int dtype, const Eviction* many, int64_t count, int64_t* kept) {
+    by_dtype(dtype, [&](auto kind) { evict_all<decltype(kind)>(many, count, kept); });
 }
 
 int64_t best_entries(const float* scores, const uint8_t* forced, const int64_t* places,

@@ -13,7 +13,8 @@ from torch import Tensor
 from pyramidinfer.native.build import NoCompilerError, compile_kernels
 
 __all__ = [
-    "DTYPES", "DecodeCall", "DenseCall", "HeadsData", "Kernels", "LayerData", "LinearData",
+    "DTYPES", "DecodeCall", "DenseCall", "Eviction", "HeadsData", "Kernels", "LayerData",
+    "LinearData",
     "StepCall", "StorageData", "WatchCall", "WriteCall", "found_kernels", "kernels", "pointer",
     "why_not",
 ]  # fmt: skip
@@ -39,6 +40,11 @@ DenseCall = _struct(
     "key_dim value_dim window", "scale softcap",
 )  # fmt: skip
 StorageData = _struct("StorageData", "data", "entry")
+Eviction = _struct(
+    "Eviction", "keys values positions scores pages queries lse rows query_at protect",
+    "window length count kernel pools_max takes_max sinks recent text heads kv_heads key_dim "
+    "value_dim page", "scale softcap share",
+)  # fmt: skip
 WriteCall = _struct(
     "WriteCall", "keys values at pages offsets to_keys to_values to_positions to_scores",
     "key_row value_row key_head value_head count kv_heads key_dim value_dim page",
@@ -97,6 +103,7 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "keep": (c_int64, [POINTER(StorageData), c_int, c_void_p, c_int, c_int, c_void_p, c_int64,
                        c_int64, c_int64]),
     "gather_pages": (None, [POINTER(StorageData), c_void_p, c_int, c_int, c_int64, c_void_p]),
+    "evict_entries": (None, [c_int, c_void_p, c_int64, c_void_p]),
     "best_entries": (c_int64, [c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p]),
     "pool_neighbours": (None, [c_void_p, c_void_p, c_int64, c_int64, c_int64, c_int, c_int,
                                c_void_p]),

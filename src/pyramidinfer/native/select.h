@@ -45,6 +45,24 @@ inline int64_t best_of(const float* scores, const uint8_t* forced, const int64_t
     return count;
 }
 
+// order [n]: entries by their place in the text; no two share one.
+inline void by_place(const int64_t* place, int64_t n, int32_t* order) {
+    static thread_local Scratch at_room;
+    for (int64_t i = 0; i < n; ++i) order[i] = int32_t(i);
+    if (std::is_sorted(place, place + n)) return;
+    const auto [low, high] = std::minmax_element(place, place + n);
+    const int64_t first = *low, span = *high - first + 1;
+    if (span > 32 * n) {
+        std::sort(order, order + n, [&](int32_t a, int32_t b) { return place[a] < place[b]; });
+        return;
+    }
+    auto* at = at_room.get<int32_t>(span);  // which entry is at each place, -1 for none
+    std::fill(at, at + span, -1);
+    for (int64_t i = 0; i < n; ++i) at[place[i] - first] = int32_t(i);
+    for (int64_t p = 0, i = 0; p < span; ++p)
+        if (at[p] >= 0) order[i++] = at[p];
+}
+
 // Each score [heads, n] replaced by the maximum (or mean, zeros beyond the ends) of it and its
 // neighbours in the text; places [heads, n] (row apart: 0 for one row for all heads), any order.
 inline void pool_scores(const float* scores, const int64_t* places, int64_t row, int64_t heads,
@@ -53,12 +71,10 @@ inline void pool_scores(const float* scores, const int64_t* places, int64_t row,
     for (int64_t h = 0; h < heads; ++h) {
         static thread_local Scratch order_room, value_room;
         const int64_t* place = places + h * row;
-        auto* order = order_room.get<Ranked>(n);
+        auto* order = order_room.get<int32_t>(n);
         auto* value = value_room.get<float>(n);
-        const bool sorted = std::is_sorted(place, place + n);
-        for (int64_t i = 0; i < n; ++i) order[i] = {~uint64_t(place[i]), int32_t(i)};
-        if (!sorted) std::sort(order, order + n);
-        for (int64_t i = 0; i < n; ++i) value[i] = scores[h * n + order[i].entry];
+        by_place(place, n, order);
+        for (int64_t i = 0; i < n; ++i) value[i] = scores[h * n + order[i]];
         const int half = kernel / 2;
         for (int64_t i = 0; i < n; ++i) {
             const int64_t from = std::max<int64_t>(0, i - half), to = std::min(n, i + half + 1);
@@ -66,7 +82,7 @@ inline void pool_scores(const float* scores, const int64_t* places, int64_t row,
             for (int64_t j = from; j < to; ++j)
                 found = is_max ? (value[j] > found || value[j] != value[j] ? value[j] : found)
                                : found + value[j];
-            out[h * n + order[i].entry] = is_max ? found : found / float(kernel);
+            out[h * n + order[i]] = is_max ? found : found / float(kernel);
         }
     }
 }

@@ -31,7 +31,7 @@ from pyramidinfer.policies.budgets import CURVES, SHAPES, curve_ratio, fill_budg
 from pyramidinfer.policies.retaining import Retaining
 from pyramidinfer.policies.schedule import FILE_NAME, HEADS, Schedule
 from pyramidinfer.policies.snapkv import check_kernel
-from pyramidinfer.types import Keep, Layers, Needs, Observation, Reduce, State, View
+from pyramidinfer.types import Best, Keep, Layers, Needs, Observation, Reduce, State, View
 
 __all__ = ["Pyramid"]
 
@@ -219,7 +219,9 @@ class Pyramid(Retaining):
         reduce = Reduce("kv_max", "max") if rows == "max" else Reduce("kv_mean", "mean")
         over = self.over(view)
         if view.phase == "decode":
-            return Needs(window=self.window, reduce=reduce, evict=True) if over else Needs()
+            return (
+                Needs(self.window, reduce, evict=True, best=self._rule(view)) if over else Needs()
+            )
         return Needs(
             window=self.window, reduce=reduce, remember=True, retain=over,
             propagate=self._may_drop(view),
@@ -282,8 +284,13 @@ class Pyramid(Retaining):
         return self._best(seen, self.limit(seen.view)), state
 
     def evict(self, seen: Observation, state: State) -> tuple[Keep, State]:
-        limit = self.limit(seen.view)
-        return self._best(seen, limit + 1 - min(self.stride, max(1, limit // 16))), state
+        return self._best(seen, self._rule(seen.view).count), state
+
+    def _rule(self, view: View) -> Best:
+        """What an eviction keeps."""
+        limit = self.limit(view)
+        count = limit + 1 - min(self.stride, max(1, limit // 16))
+        return Best(count, self._kernel, "max", self.sinks, self.window)
 
     def ring(self, prompt_len: int, max_new: int) -> int:
         return self.window
@@ -295,8 +302,11 @@ class Pyramid(Retaining):
         )
 
     def _pooled(self, scores: Tensor, seen: Observation) -> Tensor:
-        kernel = self.kernel or (self._plan.kernel if self._plan else 7)
-        return pool_neighbours(scores, seen.positions, kernel, "max")
+        return pool_neighbours(scores, seen.positions, self._kernel, "max")
+
+    @property
+    def _kernel(self) -> int:
+        return self.kernel or (self._plan.kernel if self._plan else 7)
 
     def _forced(self, seen: Observation) -> Tensor:
         recent = seen.positions > seen.view.seen_len - 1 - self.window
