@@ -72,6 +72,7 @@ class Pool:
         self.layer_page_bytes = np.array([sizes[group] for group in self.group_of])
         self.tables: set[Table] = set()
         self.peak_bytes = 0  # the most all tables ever held together, as last noted
+        self._beside = 0  # bytes outside pages of all tables, as last noted
 
     @staticmethod
     def least_bytes(specs: list[GroupSpec], page_size: int, scores: bool = False) -> int:
@@ -91,6 +92,8 @@ class Pool:
         for layer in range(self.layers):
             self.shrink(table, layer, 0)
         table.ring, table.state = None, {}
+        self._beside -= table.noted_bytes
+        table.noted_bytes = 0
         self.tables.remove(table)
 
     def fork(self, table: Table) -> Table:
@@ -216,9 +219,11 @@ class Pool:
 
     def note_peak(self, table: Table) -> None:
         """Take down what a table, and all of them together, hold at this moment."""
-        table.peak_bytes = max(table.peak_bytes, self.bytes(table) + table.extra_bytes)
-        held = self.budget_used + sum(each.extra_bytes for each in self.tables)
-        self.peak_bytes = max(self.peak_bytes, held)
+        extra = table.extra_bytes
+        self._beside += extra - table.noted_bytes
+        table.noted_bytes = extra
+        table.peak_bytes = max(table.peak_bytes, self.bytes(table) + extra)
+        self.peak_bytes = max(self.peak_bytes, self.budget_used + self._beside)
 
     # --- reading ------------------------------------------------------------------------------
 

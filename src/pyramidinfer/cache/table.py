@@ -98,6 +98,7 @@ class Table:
     ring: Ring | None = None
     transient_bytes: int = 0
     peak_bytes: int = 0
+    noted_bytes: int = 0  # of what is outside pages, when the pool last took it down
 
     @classmethod
     def empty(cls, layers: int, capacity: int) -> Table:

@@ -41,7 +41,8 @@ class LLM:
 
     Parameters
     ----------
-    model : folder, hub id, or a loaded transformers model (used as it is, and left usable).
+    model : folder, hub id, or a loaded transformers model (used as it is, and left usable; where
+        its linears are prepacked, they take their memory a second time).
     policy : a name (see ``pyramidinfer.policies.POLICIES``) or a policy object.
     keep : common budget of the policies, a share in (0, 1]; each policy says of what.  Refused
         where the model's depth puts it out of reach; a prompt too short for it (a policy's window
