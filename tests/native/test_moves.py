@@ -1,0 +1,226 @@
+"""What the cache and the policies have the kernels do, against the same in torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import settings
+from torch import Tensor
+
+from pyramidinfer.cache import GroupSpec, Pool, Table
+from pyramidinfer.policies import base
+from tests.cache import test_pool
+from tests.native.isas import DTYPES, backend, random
+
+PAGE = 4
+
+
+def pool_pair(dtype: torch.dtype, heads: int = 2, scores: bool = True) -> list[Pool]:
+    """The same pool twice, on the kernels and in torch; what is free is NaN."""
+    spec = [GroupSpec((0, 1), heads, key_dim=6, value_dim=10, dtype=dtype)]
+    return [
+        Pool(spec, 60_000, PAGE, scores=scores, poison=True, kernels=kernels)
+        for kernels in (backend("native").kernels, None)
+    ]
+
+
+def fill(pool: Pool, table: Table, layer: int, count: int, seed: int) -> None:
+    group = pool.group(layer)
+    heads, dtype = group.spec.kv_heads, group.spec.dtype
+    rows = random(seed, count, 2 * heads, 16, dtype=dtype)  # rows wider than what is written
+    first = int(table.kept[layer])
+    pool.write(layer, pool.append(table, layer, count), rows[:, :heads, :6], rows[:, heads:, :10],
+               torch.arange(first, first + count) * 3)  # fmt: skip
+
+
+def entries(pool: Pool, table: Table, layer: int) -> list[Tensor]:
+    """Keys, values, positions (and scores), each head by position."""
+    order = pool.positions(table, layer).argsort(1)
+    found = [pool.keys(table, layer), pool.values(table, layer), pool.positions(table, layer)]
+    if pool.group(layer).scores is not None:
+        found.append(pool.scores(table, layer))
+    return [
+        each.gather(1, order.view(*order.shape, *[1] * (each.dim() - 2)).expand_as(each))
+        for each in found
+    ]
+
+
+def assert_same(pools: list[Pool], tables: list[Table], layer: int) -> None:
+    native, plain = (entries(*pair, layer) for pair in zip(pools, tables, strict=True))
+    assert tables[0].kept.tolist() == tables[1].kept.tolist()
+    assert tables[0].held.tolist() == tables[1].held.tolist()
+    for got, expected in zip(native, plain, strict=True):
+        assert got.shape == expected.shape and got.dtype == expected.dtype
+        assert not got.isnan().any()
+        assert got.equal(expected)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("per_head", [True, False])
+@pytest.mark.parametrize("scores", [True, False])
+def test_write_keep_and_gather(dtype: torch.dtype, per_head: bool, scores: bool) -> None:
+    pools, heads = pool_pair(dtype, scores=scores), 2
+    tables = [pool.new_table() for pool in pools]
+    generator = torch.Generator().manual_seed(3)
+    for turn, (new, kept) in enumerate([(1, 1), (20, 9), (7, 8), (30, 30), (1, 5), (2, 0), (3, 2)]):
+        for pool, table in zip(pools, tables, strict=True):
+            fill(pool, table, 1, new, seed=turn)
+            fill(pool, table, 0, 1, seed=turn)  # its pages lie between
+            if scores:
+                pool.add_scores(table, 1, random(9, heads, int(table.kept[1])))
+        assert_same(pools, tables, 1)
+        length = int(tables[0].kept[1])
+        rows = [torch.randperm(length, generator=generator)[:kept]
+                for _ in range(heads if per_head else 1)]  # fmt: skip
+        for pool, table in zip(pools, tables, strict=True):
+            pool.keep(table, 1, torch.stack(rows))
+            pool.check()
+        assert_same(pools, tables, 1)
+        assert_same(pools, tables, 0)
+
+
+def test_keep_leaves_a_forks_twin_alone() -> None:
+    """Pages that two tables own are copied before entries are moved into them."""
+    pools = pool_pair(torch.float32)
+    tables = [pool.new_table() for pool in pools]
+    for pool, table in zip(pools, tables, strict=True):
+        fill(pool, table, 0, 4 * PAGE + 1, seed=1)
+    twins = [pool.fork(table) for pool, table in zip(pools, tables, strict=True)]
+    before = entries(pools[0], twins[0], 0)
+    indices = torch.tensor([[0, 5, 9, 12, 16], [16, 1, 2, 3, 8]])
+    for pool, table in zip(pools, tables, strict=True):
+        pool.keep(table, 0, indices)
+        pool.check()
+    assert_same(pools, tables, 0)
+    assert_same(pools, twins, 0)
+    for was, found in zip(before, entries(pools[0], twins[0], 0), strict=True):
+        assert found.equal(was)
+    for pool, twin in zip(pools, twins, strict=True):  # and the other way round
+        pool.keep(twin, 0, indices.flip(0)[:, 1:])
+        pool.check()
+    assert_same(pools, tables, 0)
+    assert_same(pools, twins, 0)
+
+
+@pytest.mark.parametrize("indices", [[3, 3], [0, 9], [-1, 2], [5, 0, 5]])
+def test_an_entry_twice_or_not_there_is_a_policys_mistake(indices: list[int]) -> None:
+    pool = pool_pair(torch.float32)[0]
+    table = pool.new_table()
+    fill(pool, table, 0, 9, seed=1)
+    before = entries(pool, table, 0)
+    with pytest.raises(AssertionError, match="a policy returned an entry twice"):
+        pool.keep(table, 0, torch.tensor([indices]))
+    for was, found in zip(before, entries(pool, table, 0), strict=True):
+        assert found.equal(was)
+
+
+class OnKernels(test_pool.PoolMachine):
+    """The pool's own machine (add, evict, fork, swap, truncate, …) with the kernels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool = Pool(test_pool.SPECS, 20_000, test_pool.PAGE, poison=True,
+                         kernels=backend("native").kernels)  # fmt: skip
+
+
+TestPoolOnKernels = OnKernels.TestCase
+TestPoolOnKernels.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
+
+
+# --- choosing ------------------------------------------------------------------------------------
+
+
+def both(ask: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any]:
+    """The same question to the kernels and to torch."""
+    assert base.found_kernels() is not None
+    native = ask()
+    with monkeypatch.context() as patch:
+        patch.setattr(base, "found_kernels", lambda: None)
+        return native, ask()
+
+
+def shuffled(heads: int, n: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.stack([torch.randperm(3 * n, generator=generator)[:n] for _ in range(heads)])
+
+
+@pytest.mark.parametrize("heads,n", [(1, 1), (1, 40), (3, 40), (2, 999), (4, 5000)])
+@pytest.mark.parametrize("kind", ["random", "ties", "zeros"])
+@pytest.mark.parametrize("in_order", [True, False])
+def test_best_entries(heads: int, n: int, kind: str, in_order: bool,
+                      monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    scores = random(n, heads, n)
+    if kind == "ties":
+        scores = (scores * 2).round()  # negative zeros among them
+    if kind == "zeros":
+        scores = torch.zeros_like(scores)
+    positions = None if in_order else shuffled(heads, n, n)
+    for share in (0.0, 0.05, 0.6):
+        forced = random(n + 1, heads, n) > 1.5
+        forced &= random(n + 2, heads, n).abs() < share * 3
+        for count in {1, n // 2 + 1, n}:  # half: where positive and negative zeros meet
+            native, plain = both(
+                lambda c=count, f=forced: base.best_entries(scores, c, f, positions), monkeypatch
+            )
+            assert native.dtype == plain.dtype and native.equal(plain), (count, share)
+
+
+def test_best_entries_takes_one_row_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores, positions or forced entries of one row, spread over heads."""
+    scores, positions = random(1, 1, 30), shuffled(1, 30, 2)
+    forced = random(3, 3, 30) > 1.2
+    native, plain = both(
+        lambda: base.best_entries(scores.expand(3, -1), 9, forced, positions), monkeypatch
+    )
+    assert native.equal(plain)
+    one = forced[:1]
+    native, plain = both(
+        lambda: base.best_entries(random(4, 3, 30), 9, one.expand(3, -1), positions), monkeypatch
+    )
+    assert native.equal(plain)
+
+
+def test_scores_that_are_no_numbers_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch sorts them: above all, the earlier first.  Infinite ones are numbers."""
+    scores = random(5, 2, 50)
+    scores[0, [7, 30]], scores[1, 3] = torch.nan, torch.nan
+    scores[0, 11], scores[1, 40] = torch.inf, -torch.inf
+    forced = torch.zeros(2, 50, dtype=torch.bool)
+    for count in (1, 2, 3, 49):
+        native, plain = both(lambda c=count: base.best_entries(scores, c, forced), monkeypatch)
+        assert native.equal(plain)
+        assert 7 in native[0] and 3 in native[1]
+
+
+@pytest.mark.parametrize("how", ["max", "mean"])
+@pytest.mark.parametrize("kernel", [3, 7, 51])
+@pytest.mark.parametrize("shape", ["one", "each", "sorted"])
+def test_pool_neighbours(how: str, kernel: int, shape: str, monkeypatch: pytest.MonkeyPatch
+                         ) -> None:  # fmt: skip
+    scores, places = random(1, 3, 200), shuffled(3, 200, 1)
+    if shape == "one":
+        places = places[:1]
+    if shape == "sorted":
+        places = places.sort(1).values
+    native, plain = both(lambda: base.pool_neighbours(scores, places, kernel, how), monkeypatch)
+    torch.testing.assert_close(native, plain, rtol=1e-6, atol=1e-6)
+    assert how == "mean" or native.equal(plain)
+    scores[1, 60] = torch.nan
+    native, plain = both(lambda: base.pool_neighbours(scores, places, kernel, how), monkeypatch)
+    assert native.isnan().equal(plain.isnan())
+    torch.testing.assert_close(native, plain, rtol=1e-6, atol=1e-6, equal_nan=True)
+    assert int(native.isnan().sum()) > 1
+
+
+def test_a_few_scores_are_pooled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer entries than the pooling kernel is wide."""
+    for n in (1, 2, 4):
+        scores, places = random(n, 2, n), shuffled(1, n, n)
+        for how in ("max", "mean"):
+            native, plain = both(
+                lambda h=how, s=scores, p=places: base.pool_neighbours(s, p, 7, h), monkeypatch
+            )
+            torch.testing.assert_close(native, plain)
