@@ -79,10 +79,10 @@ struct Place {
     int64_t kv_heads, key_dim, value_dim, page;
 };
 
-// To be called by all threads of a parallel region.
+// To be called by all threads of a parallel region; they go on with their own rows at once.
 template <class T>
 inline void write_rows(const Rows<T>& rows, const Place<T>& to) {
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
     for (int64_t row = 0; row < rows.count; ++row)
         for (int64_t head = 0; head < to.kv_heads; ++head) {
             const size_t slot = (size_t(rows.pages[row]) * to.kv_heads + head) * to.page + rows.offsets[row];

@@ -2,6 +2,7 @@
 #pragma once
 #include <omp.h>
 
+#include "matmul.h"
 #include "scratch.h"
 #include "simd.h"
 
@@ -60,22 +61,22 @@ inline void products(float* out, const float* queries, const T*, const T* keys, 
 template <int G, int STEPS>
 inline void products_of_pairs(float* out, const bf16* raw, const bf16* keys, int n) {
     constexpr int size = STEPS * 32;
-    __m512bh query[G][STEPS];
-    for (int g = 0; g < G; ++g)
+    for (int g = 0; g < G; ++g) {  // keys come from the nearest cache after the first head
+        __m512bh query[STEPS];
         for (int s = 0; s < STEPS; ++s)
-            query[g][s] = (__m512bh)_mm512_loadu_si512(raw + g * size + s * 32);
-    Vec row[G][LANES];
-    for (int e = 0; e < LANES; ++e) {
-        const bf16* key = keys + size_t(e < n ? e : 0) * size;
-        __m512bh part[STEPS];
-        for (int s = 0; s < STEPS; ++s) part[s] = (__m512bh)_mm512_loadu_si512(key + s * 32);
-        for (int g = 0; g < G; ++g) {
-            row[g][e] = set1(0.f);
+            query[s] = (__m512bh)_mm512_loadu_si512(raw + g * size + s * 32);
+        Vec row[LANES];
+#pragma GCC unroll 16
+        for (int e = 0; e < LANES; ++e) {
+            const bf16* key = keys + size_t(e < n ? e : 0) * size;
+            row[e] = set1(0.f);
+#pragma GCC unroll 4
             for (int s = 0; s < STEPS; ++s)
-                row[g][e].v = _mm512_dpbf16_ps(row[g][e].v, part[s], query[g][s]);
+                row[e].v = _mm512_dpbf16_ps(row[e].v, (__m512bh)_mm512_loadu_si512(key + s * 32),
+                                            query[s]);
         }
+        store(out + g * LANES, sum_each(row));
     }
-    for (int g = 0; g < G; ++g) store(out + g * LANES, sum_each(row[g]));
 }
 
 template <class T, int G>
@@ -94,9 +95,66 @@ inline void any_products(float* out, const float* queries, const T* raw, const T
 #define any_products products
 #endif
 
+#ifdef PAIRS
+// Sums of values are kept in the order in which two rows of pairs interleave: of every 32 numbers
+// the quarters 0, 2, 4, 6 of four come first.
+template <class T>
+inline bool is_interleaved(int value_dim) {
+    return UnitOf<T>::type::DEPTH == 2 && value_dim % 32 == 0;
+}
+inline Vec in_order(const float* block, int half) {  // numbers 16 * half.. of a block of 32
+    const __m512i index = half ? _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28,
+                                                   29, 30, 31)
+                               : _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21,
+                                                   22, 23);
+    return {_mm512_permutex2var_ps(load(block).v, index, load(block + 16).v)};
+}
+
+// acc[g] += weights[g][0..n) · values two entries at a time, weights rounded to bf16.
+template <int G>
+inline void weigh_pairs(float* acc, const float* weights, const bf16* values, int n, int size,
+                        int padded) {
+    alignas(64) uint32_t pair[G][LANES / 2];
+    for (int g = 0; g < G; ++g) store((bf16*)pair[g], load(weights + g * LANES));
+    for (int d = 0; d < size; d += 32) {
+        Vec low[G], high[G];
+        for (int g = 0; g < G; ++g) {
+            low[g] = load(acc + g * padded + d);
+            high[g] = load(acc + g * padded + d + 16);
+        }
+        for (int e = 0; e < n; e += 2) {
+            const __m512i one = _mm512_loadu_si512(values + size_t(e) * size + d);
+            const __m512i two = e + 1 < n ? _mm512_loadu_si512(values + size_t(e + 1) * size + d)
+                                          : _mm512_setzero_si512();
+            const auto first = (__m512bh)_mm512_unpacklo_epi16(one, two);
+            const auto second = (__m512bh)_mm512_unpackhi_epi16(one, two);
+            for (int g = 0; g < G; ++g) {
+                const auto weight = (__m512bh)_mm512_set1_epi32(int(pair[g][e / 2]));
+                low[g].v = _mm512_dpbf16_ps(low[g].v, first, weight);
+                high[g].v = _mm512_dpbf16_ps(high[g].v, second, weight);
+            }
+        }
+        for (int g = 0; g < G; ++g) {
+            store(acc + g * padded + d, low[g]);
+            store(acc + g * padded + d + 16, high[g]);
+        }
+    }
+}
+#else
+template <class T>
+inline bool is_interleaved(int) {
+    return false;
+}
+inline Vec in_order(const float* block, int) { return load(block); }
+#endif
+
 // acc[g][value_dim] += weights[g][0..n) · values, for G heads.
 template <class T, int G>
 inline void weigh(float* acc, const float* weights, const T* values, int n, int size, int padded) {
+#ifdef PAIRS
+    if constexpr (UnitOf<T>::type::DEPTH == 2)
+        if (is_interleaved<T>(size)) return weigh_pairs<G>(acc, weights, values, n, size, padded);
+#endif
     int d = 0;
     for (; d + 4 * LANES <= size; d += 4 * LANES) {
         Vec sum[G][4];
@@ -259,13 +317,15 @@ inline void decode(const Decode<T>& a, Cut cut, float* room, float* kept_logits)
         }
         if (a.lse) a.lse[task] = best + std::log(total);
         T* out = a.out + size_t(task) * a.value_dim;
+        const bool mixed = is_interleaved<T>(a.value_dim);
         for (int d = 0; d < a.value_dim; d += LANES) {
             Vec acc = set1(0.f);
             for (int s = 0; s < used; ++s) {
                 const float held = first[s * each + top_at];
                 if (held == NEVER) continue;
                 const Vec share = set1(std::exp(held - best) / total);
-                acc = fma(load(first + s * each + size_t(g) * padded_value + d), share, acc);
+                const float* from = first + s * each + size_t(g) * padded_value;
+                acc = fma(mixed ? in_order(from + d / 32 * 32, d / 16 % 2) : load(from + d), share, acc);
             }
             store_at(out, acc, d, a.value_dim);
         }

@@ -44,10 +44,10 @@ struct Heads {
 };
 
 // Turn queries and keys by the angles cos, sin [rows, turned] (two halves, as in Llama; the rest
-// of a head stays), in place.
+// of a head stays), in place.  Threads go on with their own rows at once.
 template <class T>
 inline void rotate(T* qkv, int64_t rows, const Heads& h, const float* cos, const float* sin) {
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
     for (int64_t row = 0; row < rows; ++row) {
         const int half = int(h.turned / 2);
         const float *c = cos + row * h.turned, *s = sin + row * h.turned;
