@@ -142,6 +142,8 @@ def fuse(body: Any, head: Any, config: Any, shapes: list[AttentionShape], rotary
     layers = list(body.layers)[: len(shapes)]
     if not (all(map(_is_plain, layers)) and type(head) is nn.Linear):
         return None
+    if not (_is_untouched(head) and _is_untouched(body.norm)):
+        return None
     if device.type == "meta" or getattr(config, "hidden_act", None) != "silu":
         return None
     ops: Ops
