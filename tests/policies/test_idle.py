@@ -1,0 +1,113 @@
+"""Steps in which a policy says nothing can be due may be left out: asked in each, it says no."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from pyramidinfer import SamplingParams
+from pyramidinfer.config import EngineConfig
+from pyramidinfer.engine import Engine
+from pyramidinfer.engine.tracing import trace
+from pyramidinfer.models import Adapter
+from pyramidinfer.policies import POLICIES, make_policy
+from pyramidinfer.types import Trace
+from tests.engine.build import SMALL
+from tests.tiny import random_prompt, tiny_model
+
+EVICTING = sorted(name for name, kind in POLICIES.items() if kind.evicts)
+NEW = 60
+
+
+def engine(name: str, family: str, keep: float | None = 0.5) -> Engine:
+    options = SMALL if name == "pyramidinfer" else {}
+    config = EngineConfig(kv_memory="8MiB", page_size=4, poison=True)
+    return Engine(tiny_model(family), make_policy(name, keep, **options), config)
+
+
+def traced(name: str, family: str, length: int, protect: Any) -> Trace:
+    return trace(engine(name, family), random_prompt(length, length), NEW, protect)
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Count how often evictions are looked into; ``asked.always()`` makes it every step."""
+
+    class Asked:
+        count = 0
+
+        def always(self) -> None:
+            for kind in POLICIES.values():
+                monkeypatch.setattr(kind, "idle_steps", lambda *given: 0)
+            self.count = 0
+
+    found, evict = Asked(), Adapter._evict
+
+    def counted(*given: Any) -> None:
+        found.count += 1
+        evict(*given)
+
+    monkeypatch.setattr(Adapter, "_evict", counted)
+    return found
+
+
+@pytest.mark.parametrize("name", EVICTING)
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("protect", [(), [(10, 30), (33, 34)]], ids=["free", "protected"])
+@pytest.mark.parametrize("length", [5, 90, 200])
+def test_asking_in_every_step_changes_nothing(
+    name: str, family: str, protect: Any, length: int, asked: Any
+) -> None:
+    """Entries of every layer and head, lengths at every step, tokens and logits."""
+    protect = [(start, min(stop, length)) for start, stop in protect if start < length]
+    seldom = traced(name, family, length, protect)
+    few = asked.count
+    asked.always()
+    always = traced(name, family, length, protect)
+    assert few <= asked.count == NEW
+    assert seldom.kept_len_by_step == always.kept_len_by_step
+    assert seldom.token_ids == always.token_ids
+    assert seldom.final_logits.equal(always.final_logits)
+    for one, other in zip(seldom.kept_positions, always.kept_positions, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("name", EVICTING)
+def test_further_turns_and_forgotten_tokens(name: str, asked: Any) -> None:
+    """After a turn is taken back and another one taken in."""
+
+    def serve() -> list[Any]:
+        made, found = engine(name, "llama"), []
+        params = SamplingParams(max_tokens=25, ignore_eos=True)
+        request = made.add(random_prompt(1, 70), params, hold=True)
+        for turn in range(3):
+            while request.finish_reason is None:
+                made.step()
+                assert request.sequence is not None
+                found.append(request.sequence.table.kept.tolist())
+            found.append(list(request.output))
+            if turn == 1 and request.sequence is not None:
+                try:
+                    made.truncate(request, request.sequence.table.seen_len - 7)
+                except ValueError as error:  # heads keep different tokens
+                    found.append(str(error))
+            request = made.extend(request, random_prompt(turn, 30), params, hold=True)
+        made.abort(request)
+        made.release(request)
+        return found
+
+    seldom = serve()
+    few = asked.count
+    asked.always()
+    assert serve() == seldom
+    assert few <= asked.count
+
+
+def test_there_are_steps_left_out(asked: Any) -> None:
+    """Methods that evict every so many tokens are asked about as often."""
+    for name in ("pyramid", "pyramidinfer"):
+        asked.count = 0
+        traced(name, "llama", 200, ())
+        assert asked.count < NEW / 2, name
