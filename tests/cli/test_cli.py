@@ -30,7 +30,7 @@ def run(*arguments: str, text: str | None = None) -> subprocess.CompletedProcess
 def test_help_names_every_command() -> None:
     shown = run("--help")
     assert shown.returncode == 0
-    for command in ("demo", "generate", "inspect"):
+    for command in ("demo", "generate", "inspect", "doctor"):
         assert command in shown.stdout
 
 
@@ -131,6 +131,10 @@ def test_demo_prints_a_table_and_draws(tmp_path: Path) -> None:
         (["generate", "--prompt-file", "no/such/file"], "cannot read --prompt-file"),
         (["generate", "--prompt", "x", "--model", GOLDEN], "needs a tokenizer"),
         (["generate", "--prompt", "x", "--model", GOLDEN, "--chat"], "has no chat template"),
+        (
+            ["generate", "--prompt", "x", "--backend", "flash"],
+            "backend='flash' is unknown: use one",
+        ),
         (["inspect", "--prompt-len", "0"], "--prompt-len 0 must be at least 1"),
         (["inspect", "--prompt-len", "5000"], "exceed the model's 4096 positions"),
         (

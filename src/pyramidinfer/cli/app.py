@@ -1,4 +1,4 @@
-"""``pyramidinfer demo | generate | inspect | calibrate | study | bench``."""
+"""``pyramidinfer demo | generate | inspect | calibrate | study | bench | doctor``."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from pyramidinfer.attention import available_backends
 from pyramidinfer.cli.bench import bench
 from pyramidinfer.cli.common import plain_errors, policy_from
 from pyramidinfer.cli.study import study, subject
@@ -44,6 +45,7 @@ ScheduleFile = Annotated[
 ]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16 or float64.")]
 MaxTokens = Annotated[int, typer.Option(help="Tokens to generate at most.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
 @app.command()
@@ -83,7 +85,10 @@ def generate(
     kv_memory: Annotated[str, typer.Option(help="Memory for the cache.")] = "1GiB",
     dtype: Dtype = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    backend: Annotated[
+        str, typer.Option(help=f"How to attend: auto, {', '.join(available_backends())}.")
+    ] = "auto",
+    as_json: AsJson = False,
 ) -> None:
     """Answer one prompt with any supported local or hub model."""
     from pyramidinfer.cli.generate import run_generate
@@ -95,7 +100,7 @@ def generate(
     )  # fmt: skip
     chosen = policy_from(policy, keep, option or [], schedule)
     run_generate(
-        model, chosen, prompt, prompt_file, chat, params, kv_memory, dtype, device, as_json
+        model, chosen, prompt, prompt_file, chat, params, kv_memory, dtype, device, backend, as_json
     )
 
 
@@ -110,7 +115,7 @@ def inspect(
     prompt_len: Annotated[int, typer.Option(help="Tokens in the prompt.")] = 2048,
     max_tokens: MaxTokens = 256,
     dtype: Dtype = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show what a policy would compute and keep in each layer, and the bytes. Reads no weights."""
     from pyramidinfer.cli.inspect import run_inspect
@@ -144,6 +149,15 @@ def calibrate(
 
     where = replace(subject(model, text, dtype, device), kv_memory=kv_memory)
     run_calibrate(where, target_kl, keep, out, context, samples, seed, workers)
+
+
+@app.command()
+@plain_errors()
+def doctor(as_json: AsJson = False) -> None:
+    """Tell what this machine has, which kernels and attention backend are in use, and why."""
+    from pyramidinfer.cli.doctor import run_doctor
+
+    run_doctor(as_json)
 
 
 def main() -> None:

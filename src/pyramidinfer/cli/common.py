@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 import typer
 
@@ -17,15 +19,36 @@ __all__ = ["human_bytes", "plain_errors", "policy_from"]
 
 @contextmanager
 def plain_errors() -> Iterator[None]:
-    """A user's mistake is one line and exit code 2; Ctrl-C leaves what is done and exits 130."""
+    """A user's mistake is one line and exit code 2; Ctrl-C leaves what is done and exits 130.
+
+    A ``RuntimeWarning`` (a slow fallback, say) is one line, told once.
+    """
     try:
-        yield
+        with _plain_warnings():
+            yield
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
     except KeyboardInterrupt as stop:
         print(f"\nstopped{': ' + str(stop) if str(stop) else ''}", file=sys.stderr)
         raise typer.Exit(130) from None
+
+
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    with warnings.catch_warnings():
+        show, told = warnings.showwarning, set()
+
+        def tell(message: Warning | str, category: type[Warning], filename: str, lineno: int,
+                 file: TextIO | None = None, line: str | None = None) -> None:  # fmt: skip
+            if not issubclass(category, RuntimeWarning):
+                show(message, category, filename, lineno, file, line)
+            elif str(message) not in told:
+                told.add(str(message))
+                print(f"warning: {message}", file=sys.stderr)
+
+        warnings.showwarning = tell
+        yield
 
 
 def policy_from(name: str, keep: float | None, options: list[str], schedule: Path | None = None

@@ -70,7 +70,7 @@ def run_inspect(model: str | None, policy: Policy, prompt_len: int, max_tokens: 
 
 
 def _adapter_without_weights(model: str, dtype: str) -> Adapter:
-    return Adapter(empty_model(model, dtype)[0], select_backend())
+    return Adapter(empty_model(model, dtype)[0], select_backend("reference"))  # builds nothing
 
 
 def _print(rows: list[dict[str, int]], policy: Policy, prompt_len: int, max_tokens: int,
