@@ -219,11 +219,15 @@ class Pool:
 
     def note_peak(self, table: Table) -> None:
         """Take down what a table, and all of them together, hold at this moment."""
+        self.note_beside(table)
+        table.peak_bytes = max(table.peak_bytes, self.bytes(table) + table.noted_bytes)
+        self.peak_bytes = max(self.peak_bytes, self.budget_used + self._beside)
+
+    def note_beside(self, table: Table) -> None:
+        """Take down what a table holds outside its pages (it may have become less)."""
         extra = table.extra_bytes
         self._beside += extra - table.noted_bytes
         table.noted_bytes = extra
-        table.peak_bytes = max(table.peak_bytes, self.bytes(table) + extra)
-        self.peak_bytes = max(self.peak_bytes, self.budget_used + self._beside)
 
     # --- reading ------------------------------------------------------------------------------
 

@@ -47,5 +47,6 @@ class Undo:
                 table = request.sequence.table
                 self.engine.pool.retract(table, table.kept * 0)
                 table.seen_len, table.transient_bytes = 0, 0
+                self.engine.pool.note_beside(table)
                 table.state = self.engine.policy.start(request.sequence.layers)
                 self.engine.begin(request)

@@ -181,6 +181,8 @@ class NewestRows:
     """A backend that also tells the attention of a prompt's newest queries, those from position
     ``first`` on.  For one prompt at a time; everything else is the ``inner`` backend's."""
 
+    prefill_scored = None  # everything comes through prefill
+
     def __init__(self, inner: Backend, first: int, take: Take) -> None:
         self.inner, self.first, self.take = inner, first, take
         self.layer, self.last = -1, -1
@@ -217,11 +219,11 @@ def watch(llm: LLM, first: int, take: Take) -> Iterator[None]:
     """Within it, ``take`` is told about every chunk of the one prompt that goes in."""
     adapter = llm.engine.adapter
     inner = adapter.backend
-    adapter.backend = cast(Backend, NewestRows(inner, first, take))
+    adapter.backend, adapter.every_output = cast(Backend, NewestRows(inner, first, take)), True
     try:
         yield
     finally:
-        adapter.backend = inner
+        adapter.backend, adapter.every_output = inner, False
 
 
 @lru_cache(maxsize=1)
