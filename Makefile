@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 TORCH := torch==2.13.0
 
-.PHONY: demo test check model numbers pages bench install install-dev clean
+.PHONY: demo test check model numbers pages bench bench-gpu install install-dev clean
 
 demo: $(VENV)/.installed
 	$(BIN)/pyramidinfer demo
@@ -62,6 +62,13 @@ bench: $(VENV)/.installed
 	$(BENCH) memory $(BENCH_OPTIONS) --json $(RESULTS)/bench_memory.json
 	mv $(RESULTS)/bench_*.png docs/images/
 	$(MAKE) pages
+
+# The paper's workload and longer ones on a GPU, in under ten minutes. TOY=--toy tries it out on a CPU.
+TOY ?=
+GPU_OPTIONS ?=
+
+bench-gpu: $(VENV)/.installed
+	$(BIN)/python -m pyramidinfer.lab.bench.gpu $(TOY) $(GPU_OPTIONS)
 
 # docs/numbers.md and docs/methods.md from the results as they are.
 pages: $(VENV)/.installed

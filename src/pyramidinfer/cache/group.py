@@ -32,12 +32,15 @@ class GroupSpec:
 
 
 class Group:
-    """One group's tensors, page counts and free list."""
+    """One group's tensors, page counts and free list.
+
+    ``scratch``: a page behind all others that is never taken; rows without a request write there.
+    """
 
     def __init__(self, spec: GroupSpec, pages: int, page_size: int, device: torch.device,
                  scores: bool, poison: bool) -> None:  # fmt: skip
-        self.spec, self.poison = spec, poison
-        shape = (pages, spec.kv_heads, page_size)
+        self.spec, self.poison, self.scratch = spec, poison, pages
+        shape = (pages + 1, spec.kv_heads, page_size)
         fill = float("nan") if poison else 0.0
         make = torch.full if poison else lambda size, _, **kw: torch.zeros(size, **kw)
         self.keys = make((*shape, spec.key_dim), fill, dtype=spec.dtype, device=device)

@@ -30,7 +30,6 @@ from pyramidinfer.engine.undo import Undo
 from pyramidinfer.models import Adapter, Intake
 from pyramidinfer.models.adapter import Stepped
 from pyramidinfer.models.intake import Batch, Sequence
-from pyramidinfer.models.loading import end_ids
 from pyramidinfer.policies import Policy
 from pyramidinfer.types import KVUsage, RequestMetrics, RequestOutput, SamplingParams, TokenIds
 
@@ -44,23 +43,29 @@ class Engine:
 
     ``add`` queues a request, ``step`` advances all of them and returns those that ended,
     ``abort`` ends one at once.  ``ValueError`` for a request that can never be served.
+
+    ``model``: a transformers model, or an ``Adapter`` that engines share, whose backend and chunk
+    of prefill then hold.
     """
 
-    def __init__(self, model: nn.Module, policy: Policy, config: EngineConfig,
+    def __init__(self, model: nn.Module | Adapter, policy: Policy, config: EngineConfig,
                  tokenizer: Any = None, backend: str = "auto", *, own: bool = False
                  ) -> None:  # fmt: skip
         self.config, self.policy, self.tokenizer = config, policy, tokenizer
-        device = next(model.parameters()).device
-        chosen = select_backend(backend, device)
-        self.adapter = Adapter(model, chosen, config.prefill_chunk, own=own)
+        if isinstance(model, Adapter):
+            self.adapter = model
+        else:
+            chosen = select_backend(backend, next(model.parameters()).device)
+            self.adapter = Adapter(model, chosen, config.prefill_chunk, own=own)
+        device = self.adapter.device
         check_plan(self.adapter, policy, config, device)
         self.pool = Pool(
             self.adapter.group_specs(), config.budget, config.page_size, device,
-            scores=policy.uses_scores, poison=config.poison, kernels=chosen.kernels,
+            scores=policy.uses_scores, poison=config.poison, kernels=self.adapter.backend.kernels,
         )  # fmt: skip
         self.ledger = Ledger(self.pool, self.adapter)
         self.scheduler = Scheduler(config, self.ledger, self.adapter.depth)
-        self.end_ids = end_ids(model)
+        self.end_ids = self.adapter.end_ids
         self.peak_in_flight = 0
         self._ids = itertools.count()
 

@@ -13,7 +13,8 @@ from pyramidinfer.config import nearest, parse_device, parse_dtype
 
 __all__ = ["SHAPES", "empty_shape", "make_model", "save_model", "shape_config"]
 
-#: Llama configs.  ``max_position_embeddings`` is raised: random weights have no trained length.
+#: Llama configs (the toys are for trying a bench out).  ``max_position_embeddings`` is raised:
+#: random weights have no trained length.
 SHAPES: dict[str, dict[str, Any]] = {
     "llama2-7b": {
         "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
@@ -31,6 +32,14 @@ SHAPES: dict[str, dict[str, Any]] = {
     "bench-200m": {
         "hidden_size": 1024, "num_hidden_layers": 16, "num_attention_heads": 16,
         "num_key_value_heads": 16, "intermediate_size": 2816, "vocab_size": 512,
+    },
+    "toy-mha": {
+        "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
+        "num_key_value_heads": 4, "intermediate_size": 96, "vocab_size": 512,
+    },
+    "toy-gqa": {
+        "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "intermediate_size": 96, "vocab_size": 512,
     },
 }  # fmt: skip
 POSITIONS = 32768

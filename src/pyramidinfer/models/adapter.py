@@ -7,6 +7,7 @@ into one flat row ``[1, rows, hidden]`` per layer.  Policies, cache and attentio
 from __future__ import annotations
 
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -16,7 +17,9 @@ from pyramidinfer.attention import Backend, Scale
 from pyramidinfer.cache import GroupSpec, Pool, evict_best
 from pyramidinfer.models.families import find_family
 from pyramidinfer.models.fused import Fused, Ropes, fuse
+from pyramidinfer.models.graphs import DecodeGraphs
 from pyramidinfer.models.intake import Batch, Intake, Sequence, Work
+from pyramidinfer.models.loading import end_ids
 from pyramidinfer.models.rotary import Rotary
 from pyramidinfer.models.routing import Decoding, LayerCall, Segment, route
 from pyramidinfer.models.streaming import Streaming
@@ -68,6 +71,8 @@ class Adapter:
         if self.family.plain:
             self.fused = fuse(self.body, self.head, self.config, self.shapes, self.rotary, backend,
                               self.dtype, self.device, own=own)  # fmt: skip
+        self._graphs: WeakKeyDictionary[Pool, DecodeGraphs] = WeakKeyDictionary()
+        self.end_ids = end_ids(model)
         self.scales: list[Scale | None] = [None] * depth  # known once a layer has run
         attentions: list[Any] = [getattr(layer, self.family.attention) for layer in originals]
         self.streaming = Streaming(
@@ -78,6 +83,17 @@ class Adapter:
     @property
     def depth(self) -> int:
         return len(self.layers)
+
+    @property
+    def steps_on_buffers(self) -> bool:
+        """Whether steps that only decode run on fixed buffers (CUDA graphs, on a GPU)."""
+        return self.fused is not None and self.backend.name == "triton"
+
+    def graphs(self, pool: Pool) -> DecodeGraphs:
+        """Decode steps over this pool, kept for as long as it."""
+        if pool not in self._graphs:
+            self._graphs[pool] = DecodeGraphs(self.device)
+        return self._graphs[pool]
 
     def group_specs(self) -> list[GroupSpec]:
         """Layers grouped by the size of their entries."""
@@ -96,6 +112,8 @@ class Adapter:
     @torch.inference_mode()
     def forward(self, pool: Pool, batch: Batch) -> Stepped:
         """Run one step.  Decoding sequences are to be settled with ``settle`` afterwards."""
+        if batch.decode and not batch.works and self.steps_on_buffers:
+            return Stepped(*self.graphs(pool).step(self, pool, batch))
         decoding = self._start_decode(pool, batch)
         hidden = None
         if decoding:

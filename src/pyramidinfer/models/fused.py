@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -74,7 +75,7 @@ class Fused:
         self.layers, self.norm, self.ops = layers, norm, ops
         self.head = _pack(ops, [head], PLAIN)
         self.table: Callable[[Pool], Any] | None = None
-        self._layers_of: tuple[Pool, Any] | None = None
+        self._layers_of: WeakKeyDictionary[Pool, Any] = WeakKeyDictionary()
 
     @property
     def steps_whole(self) -> bool:
@@ -115,8 +116,8 @@ class Fused:
         return x
 
     def _layer_data(self, pool: Pool) -> Any:
-        """The layers as the C side sees them; made once for a pool."""
-        if self._layers_of is None or self._layers_of[0] is not pool:
+        """The layers as the C side sees them; made once a pool."""
+        if pool not in self._layers_of:
             data = (LayerData * len(self.layers))()
             for index, layer in enumerate(self.layers):
                 group, heads = pool.group(index), layer.heads
@@ -127,8 +128,8 @@ class Fused:
                     pointer(heads.query_norm), pointer(heads.key_norm), layer.scale.scale,
                     heads.epsilon, layer.scale.window or 0, 0 if heads.turned else -1,
                 )  # fmt: skip
-            self._layers_of = (pool, data)
-        return self._layers_of[1]
+            self._layers_of[pool] = data
+        return self._layers_of[pool]
 
 
 def fuse(body: Any, head: Any, config: Any, shapes: list[AttentionShape], rotary: Rotary,
@@ -147,7 +148,7 @@ def fuse(body: Any, head: Any, config: Any, shapes: list[AttentionShape], rotary
     if device.type == "meta" or getattr(config, "hidden_act", None) != "silu":
         return None
     ops: Ops
-    if device.type == "cuda":
+    if device.type == "cuda" or backend.name == "triton":
         ops = TorchOps()
     elif backend.kernels is not None and backend.kernels.multiplies(dtype):
         ops = KernelOps(backend.kernels, dtype)

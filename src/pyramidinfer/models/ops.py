@@ -129,9 +129,7 @@ class TorchOps:
         return out if residual is None else out + residual
 
     def norm(self, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-        wide = x.float() if x.dtype != torch.float64 else x
-        by = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
-        return weight * (wide * by).to(x.dtype)
+        return weight * F.rms_norm(x, x.shape[-1:], None, epsilon)  # rounded before the weight, too
 
     def rotate(self, qkv: Tensor, heads: Heads, cos: Tensor, sin: Tensor) -> None:
         for norm, first, last in (

@@ -36,6 +36,7 @@ class Rotary:
         #: angles go by position alone, so that those worked out once stay right
         self.is_fixed = parameters.get("rope_type", "default") not in ("longrope", "dynamic")
         self._known: Tables | None = None
+        self._longest = int(config.max_position_embeddings)
 
     def is_long(self, longest: int) -> bool:
         """Whether a request that may reach ``longest`` tokens uses the long regime."""
@@ -55,14 +56,15 @@ class Rotary:
     def angles(self, like: Tensor, positions: Tensor, is_long: Tensor) -> Tables:
         """float32 (cos, sin) ``[n, turned]``, rounded as the dtype of ``like`` has them.
 
-        For families with one kind of table.  Fixed angles are worked out once for all positions.
+        For families with one kind of table.  Fixed angles are worked out once for all positions
+        (on a CPU for those that came up so far and as many again).
         """
         if not self.is_fixed:
             cos, sin = self._one(like, positions, is_long, None)
             return cos[0].float().contiguous(), sin[0].float().contiguous()
-        most = int(positions.max()) + 1 if self._known is None or like.is_cpu else 0
+        most = int(positions.max()) + 1 if like.is_cpu else self._longest  # no look at a GPU
         if self._known is None or most > len(self._known[0]):
-            every = torch.arange(2 * most, device=positions.device)
+            every = torch.arange(2 * most if like.is_cpu else most, device=positions.device)
             cos, sin = self.module(like, every[None])
             self._known = cos[0].float().contiguous(), sin[0].float().contiguous()
         return self._known[0][positions], self._known[1][positions]

@@ -26,7 +26,7 @@ from pyramidinfer.lab.bench.timing import side_by_side, spread
 from pyramidinfer.lab.record import write_result
 from pyramidinfer.types import Reduce
 
-__all__ = ["KernelPlan", "run_kernels"]
+__all__ = ["KernelPlan", "decode_work", "run_kernels"]
 
 HEADS = ((16, 16), (16, 4))  # query heads, KV heads
 DIM, PAGE = 64, 16
@@ -119,14 +119,15 @@ def _works(plan: KernelPlan, backend: Backend, heads: tuple[int, int], device: t
     storage = Pages(keys, values, positions)
     for context in plan.contexts:
         for batch in plan.batches:
-            yield _decode(backend, heads, storage, batch, context)
+            yield decode_work(backend, heads, storage, batch, context)
         yield from _prompt_works(backend, heads, context, device, dtype)
 
 
-def _decode(backend: Backend, heads: tuple[int, int], storage: Pages, batch: int, context: int
-            ) -> Work:  # fmt: skip
+def decode_work(backend: Backend, heads: tuple[int, int], storage: Pages, batch: int, context: int
+                ) -> Work:  # fmt: skip
     """One token of each request over its pages; every call reads another layer's."""
-    each = -(-context // PAGE)
+    _, _, page, size = storage.keys.shape
+    each = -(-context // page)
     device = storage.keys.device
     layers = max(1, min(LAYERS, len(storage.keys) // (batch * each)))
     tables = torch.arange(layers * batch * each, dtype=torch.int32, device=device)
@@ -134,18 +135,18 @@ def _decode(backend: Backend, heads: tuple[int, int], storage: Pages, batch: int
     lengths = torch.full((layers, batch), context, dtype=torch.int32, device=device)
     newest = torch.full((batch,), context - 1, dtype=torch.int64, device=device)
     plan = backend.plan(tables.long(), lengths.long(), [context] * layers, newest)
-    queries = torch.randn(batch, heads[0], DIM, device=device).to(storage.keys.dtype)
-    scale = Scale(DIM**-0.5)
+    queries = torch.randn(batch, heads[0], size, device=device).to(storage.keys.dtype)
+    scale = Scale(size**-0.5)
 
     def read(index: int) -> object:
         first = index % layers * batch * each
         mine = slice(first, first + batch * each)
         return plain_read(storage.keys[mine]), plain_read(storage.values[mine])
 
-    size = 2 * batch * context * heads[1] * DIM * storage.keys.dtype.itemsize
+    read_bytes = 2 * batch * context * heads[1] * size * storage.keys.dtype.itemsize
     return Work(
         _head("decode", heads, batch, context), "read",
-        lambda index: backend.run(plan, index % layers, queries, storage, scale), read, size,
+        lambda index: backend.run(plan, index % layers, queries, storage, scale), read, read_bytes,
     )  # fmt: skip
 
 

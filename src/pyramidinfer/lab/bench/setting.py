@@ -132,9 +132,14 @@ class Subject:
         return load_model(setting.model, None, setting.dtype, setting.device).model
 
     @cached_property
-    def model(self) -> Any:
-        """One that all engines share."""
-        return self.load()
+    def shared(self) -> Adapter:
+        """Weights packed once, for all engines that are not ``alone``."""
+        return self.pack(self.load())
+
+    def pack(self, model: Any) -> Adapter:
+        """A model's weights as engines run on them; the model itself is used up."""
+        backend = select_backend(self.setting.backend, self.device)
+        return Adapter(model, backend, EngineConfig().prefill_chunk, own=True)
 
     def prompts(self, count: int, length: int) -> list[TokenIds]:
         """Random tokens, the same for the same seed."""
@@ -156,7 +161,7 @@ class Subject:
         """An engine with one policy; ``kv_memory`` as the setting says.
 
         ``alone``: it has weights of its own and nothing else holds them, as where a user loads a
-        model; otherwise all share one model object.
+        model; otherwise all share one ``Adapter``.
         """
         policy = self._bound(spec)
         memory: int | str = self.setting.kv_memory
@@ -164,7 +169,7 @@ class Subject:
             memory = self.needed_bytes(spec, count, prompt_len, output_len)
         options = {"max_requests": max(count, EngineConfig().max_requests), **options}
         config = EngineConfig(kv_memory=memory, **options)
-        model = self.load() if alone else self.model
+        model = self.load() if alone else self.shared
         return Engine(model, policy, config, None, self.setting.backend, own=alone)
 
     def _bound(self, spec: str) -> Policy:

@@ -16,7 +16,7 @@ from pyramidinfer.lab.bench.setting import Pass, Setting, Subject, check_counts,
 from pyramidinfer.lab.bench.timing import PeakMemory, ratios, spread
 from pyramidinfer.lab.record import write_result
 
-__all__ = ["ThroughputPlan", "run_throughput"]
+__all__ = ["ThroughputPlan", "figures", "forget", "run_throughput"]
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def run_throughput(plan: ThroughputPlan, out: Path) -> dict[str, Any]:
             memory = PeakMemory(subject.device)
             run_pass(plan.engine(subject, spec, alone=True), prompts, plan.output_len)
             peaks[spec] = memory.bytes
-            _forget(subject.device)
+            forget(subject.device)
             done(spec)
         engines = {spec: plan.engine(subject, spec) for spec in specs}
         for repeat in range(setting.warmup + setting.repeats):
@@ -67,7 +67,7 @@ def run_throughput(plan: ThroughputPlan, out: Path) -> dict[str, Any]:
     base = passes[specs[0]]
     rows = []
     for spec in specs:
-        row = {"policy": spec, "options": repr(engines[spec].policy), **_figures(passes[spec])}
+        row = {"policy": spec, "options": repr(engines[spec].policy), **figures(passes[spec])}
         step = row["step_seconds"]
         row["peak_bytes"] = peaks[spec]
         row["roofline"] = roofline(
@@ -81,7 +81,8 @@ def run_throughput(plan: ThroughputPlan, out: Path) -> dict[str, Any]:
     return result
 
 
-def _figures(passes: list[Pass]) -> dict[str, Any]:
+def figures(passes: list[Pass]) -> dict[str, Any]:
+    """What passes of one policy come to."""
     last = passes[-1]
     prompt = sum(each[0] for each in last.computed)
     new = last.output_tokens
@@ -116,7 +117,8 @@ def _against(mine: list[Pass], first: list[Pass]) -> dict[str, Any]:
     }
 
 
-def _forget(device: torch.device) -> None:
+def forget(device: torch.device) -> None:
+    """Give back what nothing refers to."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -1,0 +1,361 @@
+"""``make bench-gpu``: the paper's workload and longer ones on a GPU, in under ten minutes.
+
+Random weights in the shapes of LLaMA-2-13B and Llama-3-8B.  Each engine runs alone, one after the
+other; transformers' ``generate`` first, since our engines use its weights up.  The file is written
+after every run, so that nothing measured is lost.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from pyramidinfer.attention import select_backend
+from pyramidinfer.attention.base import Pages
+from pyramidinfer.config import parse_device, parse_dtype
+from pyramidinfer.engine.engine import Engine
+from pyramidinfer.lab.bench.generate import bytes_per_request, time_generate
+from pyramidinfer.lab.bench.gpu_plan import Attention, GPUPlan, Run, bars, real_plan, toy_plan
+from pyramidinfer.lab.bench.kernels import decode_work
+from pyramidinfer.lab.bench.machine import Roof, measure_roof
+from pyramidinfer.lab.bench.roofline import roofline
+from pyramidinfer.lab.bench.setting import Setting, Subject, run_pass
+from pyramidinfer.lab.bench.table import percent, ranged
+from pyramidinfer.lab.bench.throughput import figures, forget
+from pyramidinfer.lab.bench.timing import PeakMemory, side_by_side, spread
+from pyramidinfer.lab.record import write_result
+from pyramidinfer.models import Adapter
+from pyramidinfer.models.loading import quiet_transformers
+from pyramidinfer.types import SamplingParams, TokenIds
+
+__all__ = ["Bench", "main", "run_bench"]
+
+#: Of a device's memory, what weights, caches and everything else may take.
+MEMORY_SHARE = 0.92
+#: Where the largest batch was too large after all: tries, and what is left of the batch each time.
+TRIES, STEP_DOWN = 4, 0.88
+PAGE = 16
+
+
+class Weights:
+    """One shape's weights in memory at a time: a transformers model, or packed for our engines."""
+
+    def __init__(self, plan: GPUPlan) -> None:
+        self.plan = plan
+        self.subject: Subject | None = None
+        self.model: Any = None
+
+    def of(self, shape: str) -> Subject:
+        """The shape's sizes and prompts; other weights are let go of."""
+        if self.subject is None or self.subject.setting.shape != shape:
+            self.drop()
+            plan = self.plan
+            self.subject = Subject(Setting(
+                shape=shape, keep=plan.keep, dtype=plan.dtype, device=plan.device,
+                backend=plan.backend, seed=plan.seed,
+            ))  # fmt: skip
+        return self.subject
+
+    def as_model(self, shape: str) -> Any:
+        subject = self.of(shape)
+        if self.model is None:
+            vars(subject).pop("shared", None)
+            forget(subject.device)
+            self.model = subject.load()
+        return self.model
+
+    def as_packed(self, shape: str) -> Adapter:
+        subject = self.of(shape)
+        if self.model is not None:
+            model, self.model = self.model, None
+            vars(subject)["shared"] = subject.pack(model)
+        return subject.shared
+
+    def drop(self) -> None:
+        self.subject = self.model = None
+        forget(parse_device(self.plan.device))
+
+
+class Bench:
+    """Everything of one plan; ``result`` grows run by run."""
+
+    def __init__(self, plan: GPUPlan, out: Path, now: Callable[[], float] = time.monotonic) -> None:
+        self.plan, self.out, self.now = plan, out, now
+        self.device = parse_device(plan.device)
+        self.dtype = parse_dtype(plan.dtype, torch.bfloat16)
+        self.weights = Weights(plan)
+        self.began = now()
+        self.roof: Roof | None = None
+        self.result: dict[str, Any] = {
+            "gpu": _gpu(self.device), "is_toy": self.device.type != "cuda", "roof": None,
+            "rows": [], "attention": [], "not_run": [],
+        }  # fmt: skip
+
+    def run(self) -> dict[str, Any]:
+        """Measure all that there is time for."""
+        self.result["roof"] = self._try("roof", 0.0, self._roof)
+        for each in self.plan.attention:
+            head = each._asdict()
+            row = self._try(f"decode attention {tuple(each)}", 0.0, partial(self._attend, each))
+            if row is not None:
+                self.result["attention"].append({**head, **row})
+        for run in self.plan.runs:
+            cell = run.cell
+            head = {"cell": cell.name, "engine": run.engine, "shape": cell.shape,
+                    "batch": cell.batch, "prompt_len": cell.prompt_len,
+                    "output_len": cell.output_len}  # fmt: skip
+            row = self._try(f"{cell.name}: {run.engine}", run.guess, partial(self._measure, run))
+            if row is not None:
+                self.result["rows"].append({**head, **row})
+            self._write()
+        self.weights.drop()
+        return self._write()
+
+    @property
+    def elapsed(self) -> float:
+        return self.now() - self.began
+
+    def _try(self, name: str, guess: float, work: Callable[[], dict[str, Any]]
+             ) -> dict[str, Any] | None:  # fmt: skip
+        """What ``work`` found, or why it failed; None where there is no time left for it."""
+        if self.elapsed + guess > self.plan.budget_seconds:
+            self.result["not_run"].append(name)
+            return None
+        print(f"{self.elapsed:6.1f} s  {name}", file=sys.stderr, flush=True)
+        forget(self.device)  # the last engine's pool
+        try:
+            return work()
+        except torch.OutOfMemoryError as error:
+            failed = f"out of memory: {error}"
+        except (RuntimeError, ValueError) as error:
+            failed = f"{type(error).__name__}: {error}"
+        return {"error": failed.splitlines()[0][:300]}
+
+    def _write(self) -> dict[str, Any]:
+        self.result["seconds"] = self.elapsed
+        self.result["bars"] = bars(self.result)
+        write_result(self.out, asdict(self.plan), self.result)
+        return self.result
+
+    # --- one run ------------------------------------------------------------------------------
+
+    def _measure(self, run: Run) -> dict[str, Any]:
+        if run.cell.batch is not None:
+            return self._once(run, run.cell.batch, 1.0)
+        share = 1.0
+        for left in reversed(range(TRIES)):  # as many as fit, and less where that was too much
+            try:
+                return {**self._once(run, None, share), "is_largest": True, "share": share}
+            except torch.OutOfMemoryError:
+                if not left:
+                    raise
+            forget(self.device)
+            share *= STEP_DOWN
+        raise AssertionError("the last try returns or raises")
+
+    def _once(self, run: Run, batch: int | None, share: float) -> dict[str, Any]:
+        return (self._ours if run.is_ours else self._theirs)(run, batch, share)
+
+    def _theirs(self, run: Run, batch: int | None, share: float) -> dict[str, Any]:
+        cell = run.cell
+        model, subject = self.weights.as_model(cell.shape), self.weights.of(cell.shape)
+        if batch is None:
+            one = bytes_per_request(
+                model.config, self.dtype.itemsize, cell.prompt_len, cell.output_len
+            )
+            batch = max(1, min(self.plan.most, int(share * self._left(subject)) // one))
+        memory = PeakMemory(self.device)
+        prompts = subject.prompts(batch, cell.prompt_len)
+        found = time_generate(model, run.engine, prompts, cell.output_len, 1)
+        return {"batch": batch, **found, "peak_bytes": memory.bytes}
+
+    def _ours(self, run: Run, batch: int | None, share: float) -> dict[str, Any]:
+        cell = run.cell
+        adapter, subject = self.weights.as_packed(cell.shape), self.weights.of(cell.shape)
+        memory = PeakMemory(self.device)
+        sizes = cell.prompt_len, cell.output_len
+        if batch is None:
+            kv_memory = str(int(share * (self._left(subject) - self.plan.reserve)))
+            subject.setting = replace(subject.setting, kv_memory=kv_memory)
+            engine = subject.engine(run.engine, self.plan.most, *sizes)
+            batch = min(self.plan.most, _settled_fits(engine, *sizes))
+        else:
+            subject.setting = replace(subject.setting, kv_memory="auto")
+            engine = subject.engine(run.engine, batch, *sizes)
+        prompts = subject.prompts(batch, cell.prompt_len)
+        run_pass(engine, prompts, cell.output_len)  # captures what will be replayed
+        passes = [run_pass(engine, prompts, cell.output_len) for _ in range(self.plan.repeats)]
+        found = figures(passes)
+        if self.roof is not None:
+            step = found["step_seconds"]
+            found["roofline"] = roofline(
+                subject.adapter, passes[-1], found["prefill_seconds"]["median"],
+                step and step["median"], self.roof,
+            )  # fmt: skip
+        graphs = adapter.graphs(engine.pool) if adapter.steps_on_buffers else None
+        return {
+            "batch": batch, "options": repr(engine.policy), "kv_memory": engine.pool.budget,
+            **found, "peak_bytes": memory.bytes, "backend": adapter.backend.name,
+            "graphs": 0 if graphs is None else graphs.captured,
+        }  # fmt: skip
+
+    def _left(self, subject: Subject) -> int:
+        """Bytes for everything but the weights."""
+        total = self.plan.memory
+        if total is None:
+            total = int(MEMORY_SHARE * torch.cuda.get_device_properties(self.device).total_memory)
+        return int(total - subject.parameters * self.dtype.itemsize)
+
+    # --- the machine, and attention alone -----------------------------------------------------
+
+    def _roof(self) -> dict[str, Any]:
+        size = 2**20 if self.result["is_toy"] else None
+        self.roof = measure_roof(self.dtype, self.device, size=size)
+        return self.roof.figures()
+
+    @torch.inference_mode()
+    def _attend(self, each: Attention) -> dict[str, Any]:
+        """Seconds of one layer's decode attention, other entries every time, in one graph."""
+        backend = select_backend(self.plan.backend, self.device)
+        page_bytes = 2 * each.kv_heads * PAGE * each.size * self.dtype.itemsize
+        needed = each.batch * -(-each.context // PAGE)
+        pages = max(needed, self.plan.storage // page_bytes)
+        shape = (pages, each.kv_heads, PAGE, each.size)
+        keys, values = (torch.randn(shape, device=self.device, dtype=self.dtype) for _ in range(2))
+        positions = torch.zeros(shape[:3], dtype=torch.int32, device=self.device)
+        heads = each.heads, each.kv_heads
+        storage = Pages(keys, values, positions)
+        work = decode_work(backend, heads, storage, each.batch, each.context)
+        layers = max(1, pages // needed)
+        call, calls = work.kernel, 1
+        if self.device.type == "cuda":
+            call, calls = _captured(work.kernel, layers), layers
+        seconds = side_by_side({"kernel": call}, self.device, 5)["kernel"]
+        least = spread([value / calls for value in seconds])
+        rate = work.size / least["median"]
+        copy = None if self.roof is None else self.roof.copy
+        return {
+            "backend": backend.name, "seconds": least, "bytes": work.size,
+            "bytes_per_second": rate,
+            "share_of_copy_bandwidth": None if copy is None else rate / copy,
+        }  # fmt: skip
+
+
+def _captured(kernel: Callable[[int], object], layers: int) -> Callable[[int], object]:
+    """Calls for all layers as one CUDA graph, so that starting them costs nothing."""
+    cuda: Any = torch.cuda
+    side = cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        kernel(0)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for layer in range(layers):
+            kernel(layer)
+    return lambda _: graph.replay()
+
+
+def _settled_fits(engine: Engine, prompt_len: int, output_len: int) -> int:
+    """Requests that can decode at once."""
+    params = SamplingParams(max_tokens=output_len, ignore_eos=True)
+    tokens: TokenIds = [0] * prompt_len
+    cost = engine.make(tokens, params).cost
+    settled = cost.settled or cost
+    pages = min(
+        len(group.counts) // int(wanted)
+        for group, wanted in zip(engine.pool.groups, settled.pages, strict=True)
+    )
+    return max(1, min(pages, engine.pool.budget // settled.bytes))
+
+
+def _gpu(device: torch.device) -> dict[str, Any] | None:
+    if device.type != "cuda":
+        return None
+    found = torch.cuda.get_device_properties(device)
+    return {"name": found.name, "memory": found.total_memory, "cuda": torch.version.cuda,
+            "capability": [found.major, found.minor]}  # fmt: skip
+
+
+# --- the page ---------------------------------------------------------------------------------
+
+
+def tables(result: dict[str, Any]) -> list[Table]:
+    """What the terminal shows: rows, and the bars."""
+    where = "TOY RUN, no GPU" if result["is_toy"] else result["gpu"]["name"]
+    rows = Table(title=f"{where}; {result['seconds']:.0f} s")
+    for name in ("cell", "engine", "batch", "prompt + new", "output tokens/s", "prefill, s",
+                 "step, ms", "KV at the end", "graphs"):  # fmt: skip
+        rows.add_column(name, justify="left" if name in ("cell", "engine") else "right")
+    for row in result["rows"]:
+        head = [row["cell"], row["engine"], str(row["batch"] or "largest"),
+                f"{row['prompt_len']} + {row['output_len']}"]  # fmt: skip
+        if "error" in row:
+            rows.add_row(*head, row["error"], "", "", "", "")
+            continue
+        rows.add_row(
+            *head, ranged(row["output_tokens_per_second"], ".1f"),
+            ranged(row["prefill_seconds"], ".2f"), ranged(row["step_seconds"], ".2f", 1e3),
+            percent(row.get("kv_share_end")), str(row.get("graphs", "–")),
+        )  # fmt: skip
+    judged = Table(title="bars")
+    for name in ("what", "ours", "against", "ratio", "bar", "paper", "met"):
+        judged.add_column(name, justify="left" if name in ("what", "ours", "against") else "right")
+    for bar in result["bars"]:
+        ratio = "not measured" if bar["ratio"] is None else f"{bar['ratio']:.2f}"
+        judged.add_row(
+            bar["cell"], str(bar["ours"]), str(bar["against"] or ", ".join(bar["of"])), ratio,
+            f"{bar['bar']:g}", "–" if bar["paper"] is None else f"{bar['paper']:g}",
+            {True: "yes", False: "NO", None: "–"}[bar["met"]],
+        )  # fmt: skip
+    return [rows, judged]
+
+
+def run_bench(plan: GPUPlan, out: Path) -> dict[str, Any]:
+    """Measure, write ``out``, show tables, and return the result."""
+    if parse_device(plan.device).type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("bench-gpu needs a GPU that torch can use; --toy tries it out without one")
+    quiet_transformers()
+    result = Bench(plan, out).run()
+    console = Console()
+    for table in tables(result):
+        console.print(table)
+    for name in result["not_run"]:
+        console.print(f"not run, no time left: {name}")
+    console.print(str(out))
+    return result
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """``python -m pyramidinfer.lab.bench.gpu``."""
+    parser = argparse.ArgumentParser(prog="python -m pyramidinfer.lab.bench.gpu",
+                                     description=(__doc__ or "").splitlines()[0])  # fmt: skip
+    add = parser.add_argument
+    add("--json", type=Path, default=None, help="default benchmarks/results/bench_gpu.json")
+    add("--budget-seconds", type=float, default=GPUPlan.budget_seconds)
+    add("--repeats", type=int, default=None, help="passes of our engines that count")
+    add("--backend", default="auto")
+    add("--toy", action="store_true", help="a tiny model on the CPU, to try the script out")
+    given = parser.parse_args(arguments)
+    changes = {"budget_seconds": given.budget_seconds, "backend": given.backend}
+    if given.repeats is not None:
+        changes["repeats"] = given.repeats
+    usual = Path("out" if given.toy else "benchmarks/results") / "bench_gpu.json"
+    try:
+        run_bench((toy_plan if given.toy else real_plan)(**changes), given.json or usual)
+    except ValueError as error:
+        sys.exit(f"bench-gpu: {error}")
+
+
+if __name__ == "__main__":
+    main()
