@@ -90,7 +90,7 @@ def test_readme_commands_run(line: str, tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_readme_shows_commands() -> None:
     shown = {line.split()[1] for line in commands()}
-    assert {"demo", "generate", "inspect"} <= shown <= {*SMALL, "inspect", "study"}
+    assert {"demo", "generate", "inspect"} <= shown <= {*SMALL, "inspect", "study", "doctor"}
 
 
 def test_makefile_has_the_readmes_two_commands() -> None:
