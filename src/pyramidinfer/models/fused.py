@@ -148,7 +148,11 @@ def fuse(body: Any, head: Any, config: Any, shapes: list[AttentionShape], rotary
     if device.type == "meta" or getattr(config, "hidden_act", None) != "silu":
         return None
     ops: Ops
-    if device.type == "cuda" or backend.name == "triton":
+    if device.type == "cuda" and backend.name == "triton":
+        from pyramidinfer.models.triton_ops import TritonOps
+
+        ops = TritonOps()
+    elif device.type == "cuda" or backend.name == "triton":
         ops = TorchOps()
     elif backend.kernels is not None and backend.kernels.multiplies(dtype):
         ops = KernelOps(backend.kernels, dtype)
