@@ -95,6 +95,20 @@ def test_growing_tables_move_to_the_next_size(by_layer: Callable[[], None]) -> N
     assert got == answers(triton_build("full"), (58, 5), (12, 12))
 
 
+def test_a_text_beyond_the_last_position(by_layer: Callable[[], None]) -> None:
+    """Streaming feeds tokens at places in the cache, not in the text."""
+
+    def run() -> Any:
+        model = tiny_model("llama", torch.float64, max_position_embeddings=48)
+        llm = LLM(model, policy_named("streaming_llm"), kv_memory="4MiB", page_size=4,
+                  backend="triton")  # fmt: skip
+        return answers(llm, (20, 30), (60, 50)), sizes(llm)
+
+    got, used = run()
+    by_layer()
+    assert used and got == run()[0] and len(got[0][0]) == 60
+
+
 # --- rows and what they hold ---------------------------------------------------------------------
 
 
@@ -110,8 +124,12 @@ def decoding_engine(name: str, lengths: tuple[int, ...]) -> Engine:
 
 def test_spare_rows_write_to_a_page_that_nobody_owns() -> None:
     engine = decoding_engine("h2o", LENGTHS)
+    engine.step()
     pool = engine.pool
     (group,) = pool.groups
+    (step,) = engine.adapter.graphs(pool).steps.values()
+    step.frame.host["lengths"][:], step.frame.host["tables"][:] = 9, 3  # a page in use
+    assert group.counts[3] == 1
     assert group.scratch == len(group.counts) == len(group.keys) - 1
     tables = [each.sequence.table for each in engine.scheduler.running if each.sequence]
     before = [tensor.clone() for tensor in group.tensors()]
