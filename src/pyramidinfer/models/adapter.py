@@ -73,6 +73,7 @@ class Adapter:
                               self.dtype, self.device, own=own)  # fmt: skip
         self._graphs: WeakKeyDictionary[Pool, DecodeGraphs] = WeakKeyDictionary()
         self.end_ids = end_ids(model)
+        self.every_output = False  # the last layer's too, though the head reads last tokens alone
         self.scales: list[Scale | None] = [None] * depth  # known once a layer has run
         attentions: list[Any] = [getattr(layer, self.family.attention) for layer in originals]
         self.streaming = Streaming(
@@ -226,7 +227,7 @@ class Adapter:
 
     def _last_only(self, layer: int) -> bool:
         """Whether a layer gives outputs of last tokens only."""
-        return self.fused is not None and layer == self.depth - 1
+        return self.fused is not None and layer == self.depth - 1 and not self.every_output
 
     def _store(self, segments: list[Segment], out: Tensor, at: int) -> None:
         """Put a pass's outputs (from row ``at`` on) where the next layer or the head reads them."""
@@ -282,8 +283,10 @@ class Adapter:
         intake.layer, intake.done = layer + 1, 0
         if not intake.finished:
             table.transient_bytes = intake.transient_bytes
+            pool.note_beside(table)
             return None
         table.transient_bytes = 0
+        pool.note_beside(table)
         table.seen_len = intake.first + intake.tokens.shape[0]
         intake.hidden = None
         if policy.streams:
