@@ -54,9 +54,18 @@ class CPUBackend(ReferenceBackend):
         if queries.dtype not in DTYPES:
             wide = DecodePlan(plan.tables.long(), plan.lengths, plan.longest, plan.positions)
             return super().run(wide, layer, queries, pages, scale, probs=probs)
+        queries = queries.contiguous()
+        attended, call = self.call(plan, layer, queries, pages, scale, probs)
+        kind = DTYPES[queries.dtype]
+        self.kernels.decode_attention(kind, ctypes.addressof(call), 1)
+        return attended
+
+    def call(self, plan: DecodePlan, layer: int, queries: Tensor, pages: Pages, scale: Scale,
+             probs: bool = False) -> tuple[Attended, ctypes.Structure]:  # fmt: skip
+        """What ``run`` will fill, and the kernels' call for it (contiguous ``queries``)."""
         requests, heads, key_dim = queries.shape
         kv_heads, page, value_dim = pages.values.shape[1:]
-        longest, queries = plan.longest[layer], queries.contiguous()
+        longest = plan.longest[layer]
         out = queries.new_empty(requests, heads, value_dim)
         lse = queries.new_empty(requests, heads, dtype=torch.float32)
         weights = lse.new_empty(requests, kv_heads, longest) if probs else None
@@ -66,8 +75,7 @@ class CPUBackend(ReferenceBackend):
             requests, heads, kv_heads, key_dim, value_dim, page, table.shape[1], longest,
             scale.window or 0, scale.scale, scale.softcap or 0.0,
         )  # fmt: skip
-        self.kernels.decode_attention(DTYPES[queries.dtype], ctypes.byref(call))
-        return Attended(out, lse, weights)
+        return Attended(out, lse, weights), call
 
     def prefill(self, queries: Tensor, keys: Tensor, values: Tensor, q_pos: Tensor, k_pos: Tensor,
                 scale: Scale) -> Tensor:  # fmt: skip

@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 
 from pyramidinfer.cache.group import Group
-from pyramidinfer.native.library import DTYPES, Eviction, Kernels, StorageData, WriteCall, pointer
+from pyramidinfer.native.library import (
+    DTYPES,
+    Eviction,
+    Keeping,
+    Kernels,
+    StorageData,
+    WriteCall,
+    pointer,
+)
 
 if TYPE_CHECKING:
     from pyramidinfer.cache.pool import Pool, Slots
@@ -35,17 +43,22 @@ def native_write(kernels: Kernels, group: Group, slots: Slots, keys: Tensor, val
     kernels.write_entries(DTYPES[keys.dtype], ctypes.byref(call))
 
 
-def native_keep(kernels: Kernels, group: Group, pages: np.ndarray, indices: Tensor, length: int
+def native_keep(kernels: Kernels, group: Group, layers: list[tuple[np.ndarray, Tensor, int]]
                 ) -> None:  # fmt: skip
-    """Move the entries ``indices`` ``[1 or kv_heads, k]`` of ``length`` to the front."""
-    tensors = group.tensors()
+    """Of every layer (its pages, indices ``[1 or kv_heads, k]``, its length) move the entries that
+    stay to the front."""
+    tensors, page = group.tensors(), group.keys.shape[2]
     data = (StorageData * len(tensors))(*(_storage(each) for each in tensors))
-    indices = indices.long().contiguous()
-    row = indices.shape[1] if indices.shape[0] > 1 else 0
-    moved = kernels.keep(
-        data, len(tensors), pages.ctypes.data, group.spec.kv_heads, group.keys.shape[2],
-        pointer(indices), row, indices.shape[1], length,
-    )  # fmt: skip
+    calls, held = (Keeping * len(layers))(), []  # what the calls point to
+    for number, (pages, indices, length) in enumerate(layers):
+        indices = indices.long().contiguous()
+        held.append(indices)
+        kept = indices.shape[1]
+        calls[number] = Keeping(
+            ctypes.addressof(data), pages.ctypes.data, pointer(indices), len(tensors),
+            group.spec.kv_heads, page, kept if indices.shape[0] > 1 else 0, kept, length,
+        )  # fmt: skip
+    moved = kernels.keep(ctypes.addressof(calls), len(layers))
     assert moved >= 0, "a policy returned an entry twice, or one that is not there"
 
 

@@ -164,7 +164,7 @@ class Pool:
         kept = indices.shape[1]
         if kept < length and self.kernels is not None:
             self.own_front(table, layer, kept)
-            native_keep(self.kernels, group, table.pages[layer], indices, length)
+            native_keep(self.kernels, group, [(table.pages[layer], indices, length)])
         elif kept < length:
             head, source, target = plan_moves(
                 indices.expand(group.spec.kv_heads, -1).to(self.device), length

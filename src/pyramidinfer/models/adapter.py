@@ -371,9 +371,15 @@ class Adapter:
                 assert table.ring is not None and scale is not None
                 queries, lse, positions = table.ring.newest(layer, needs.window)
                 keys, k_pos = pool.keys(table, layer), pool.positions(table, layer)
+                wanted = None
+                if needs.among is not None:
+                    wanted = k_pos[0].argsort()[slice(*needs.among)]
+                    keys, k_pos = keys[:, wanted], k_pos[:, wanted]
                 scores = self.backend.window_scores(
                     queries, keys, positions, k_pos, scale, needs.reduce, rows=needs.window, lse=lse
                 ).scores
+                if wanted is not None:
+                    scores = scores.new_zeros(len(scores), kept).index_copy_(1, wanted, scores)
             keep, table.state = policy.evict(
                 self._observe(pool, sequence, view, scores, None), table.state
             )

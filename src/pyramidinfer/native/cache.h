@@ -14,38 +14,71 @@ struct Storage {
     int64_t entry;
 };
 
-// Keep the entries `indices` [heads or 1, kept] of `length` in the first slots of the pages:
-// holes in front are filled from the tail, head by head.  Returns the entries moved, or -1 where
-// an entry is named twice or is not there.
-inline int64_t keep_entries(const Storage* tensors, int count, const int32_t* pages, int heads,
-                            int page, const int64_t* indices, int64_t row, int64_t kept,
-                            int64_t length) {
-    static thread_local Scratch room;
-    auto* stays = room.get<uint8_t>(size_t(heads) * length);
-    std::memset(stays, 0, size_t(heads) * length);
-    for (int head = 0; head < heads; ++head)
-        for (int64_t i = 0; i < kept; ++i) {
-            const int64_t entry = indices[head * row + i];
-            if (entry < 0 || entry >= length || stays[head * length + entry]) return -1;
-            stays[head * length + entry] = 1;
-        }
-    int64_t moved = 0;
-#pragma omp parallel for schedule(static) reduction(+ : moved) if (heads * kept > 4096)
-    for (int head = 0; head < heads; ++head) {
-        const uint8_t* mine = stays + head * length;
-        int64_t source = kept;
-        for (int64_t target = 0; target < kept; ++target) {
-            if (mine[target]) continue;
-            while (!mine[source]) ++source;
-            const size_t to = (size_t(pages[target / page]) * heads + head) * page + target % page;
-            const size_t from = (size_t(pages[source / page]) * heads + head) * page + source % page;
-            for (int i = 0; i < count; ++i)
-                std::memcpy(tensors[i].data + to * tensors[i].entry,
-                            tensors[i].data + from * tensors[i].entry, tensors[i].entry);
-            ++source, ++moved;
+// One layer's entries that stay: `indices` [heads or 1, kept] (row apart) of `length`.
+struct Keeping {
+    const Storage* tensors;
+    const int32_t* pages;
+    const int64_t* indices;
+    int64_t count, heads, page, row, kept, length;
+
+    size_t slot(int64_t head, int64_t entry) const {
+        return (size_t(pages[entry / page]) * heads + head) * page + entry % page;
+    }
+};
+
+inline void copy_entry(char* to, const char* from, int64_t bytes) {
+    if (bytes == 128) std::memcpy(to, from, 128);  // the usual sizes, without a call
+    else if (bytes == 256) std::memcpy(to, from, 256);
+    else if (bytes == 4) std::memcpy(to, from, 4);
+    else std::memcpy(to, from, bytes);
+}
+
+// One head: holes among the first `kept` slots are filled from the tail.  Returns the entries
+// moved, or -1 where an entry is named twice or is not there.
+inline int64_t keep_head(const Keeping& k, int64_t head) {
+    static thread_local Scratch mark_room, move_room;
+    auto* stays = mark_room.get<uint8_t>(k.length);
+    std::memset(stays, 0, k.length);
+    const int64_t* mine = k.indices + head * k.row;
+    for (int64_t i = 0; i < k.kept; ++i) {
+        if (mine[i] < 0 || mine[i] >= k.length || stays[mine[i]]) return -1;
+        stays[mine[i]] = 1;
+    }
+    auto* moves = move_room.get<size_t>(2 * k.kept);  // from, to
+    int64_t moved = 0, source = k.kept;
+    for (int64_t target = 0; target < k.kept; ++target) {
+        if (stays[target]) continue;
+        while (!stays[source]) ++source;
+        moves[2 * moved] = k.slot(head, source++);
+        moves[2 * moved++ + 1] = k.slot(head, target);
+    }
+    for (int64_t i = 0; i < k.count; ++i) {
+        char* data = k.tensors[i].data;
+        const int64_t bytes = k.tensors[i].entry;
+        for (int64_t m = 0; m < moved; ++m) {
+            if (m + 8 < moved)
+                for (int64_t b = 0; b < bytes; b += 64) {
+                    __builtin_prefetch(data + moves[2 * m + 16] * bytes + b, 0, 3);
+                    __builtin_prefetch(data + moves[2 * m + 17] * bytes + b, 1, 3);
+                }
+            copy_entry(data + moves[2 * m + 1] * bytes, data + moves[2 * m] * bytes, bytes);
         }
     }
     return moved;
+}
+
+// Several layers at once.  Returns the entries moved, or -1 (see keep_head).
+inline int64_t keep_all(const Keeping* many, int64_t count) {
+    int64_t moved = 0, wrong = 0;
+    const int64_t heads = count ? many[0].heads : 0;
+#pragma omp parallel for schedule(static) reduction(+ : moved, wrong) \
+    if (count * heads * (count ? many[0].kept : 0) > 4096)
+    for (int64_t i = 0; i < count * heads; ++i) {
+        const int64_t found = keep_head(many[i / heads], i % heads);
+        moved += found;
+        wrong += found < 0;
+    }
+    return wrong ? -1 : moved;
 }
 
 // out [heads, kept, entry] of one tensor, page by page.

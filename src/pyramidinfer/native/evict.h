@@ -98,8 +98,8 @@ inline int64_t evict(const Eviction& e) {
     const Storage tensors[] = {{(char*)e.keys, int64_t(e.key_dim * sizeof(T))},
                                {(char*)e.values, int64_t(e.value_dim * sizeof(T))},
                                {(char*)e.positions, 4}, {(char*)e.scores, 4}};
-    keep_entries(tensors, e.scores ? 4 : 3, e.pages, int(e.kv_heads), int(e.page), indices, kept, kept,
-                 n);
+    const Keeping keeping{tensors, e.pages, indices, e.scores ? 4 : 3, e.kv_heads, e.page, kept, kept, n};
+    for (int64_t head = 0; head < e.kv_heads; ++head) keep_head(keeping, head);
     return kept;
 }
 

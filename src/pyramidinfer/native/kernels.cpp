@@ -62,22 +62,33 @@ int can_multiply(int dtype) {
 
 int64_t panel_columns() { return COLUMNS; }
 
-void decode_attention(int dtype, const DecodeCall* c) {
+// Several layers of the same shape, one after the other.
+void decode_attention(int dtype, const DecodeCall* calls, int64_t count) {
     static thread_local Scratch room, logits;
     by_dtype(dtype, [&](auto kind) {
         using T = decltype(kind);
-        const Decode<T> a{(const T*)c->queries, (const T*)c->keys, (const T*)c->values,
-                          (const int32_t*)c->positions, (const int32_t*)c->table,
-                          (const int64_t*)c->lengths, (const int64_t*)c->at, (T*)c->out,
-                          (float*)c->lse, (float*)c->probs, int(c->requests), int(c->heads),
-                          int(c->kv_heads), int(c->key_dim), int(c->value_dim), int(c->page),
-                          int(c->width), c->longest, c->window, c->scale, c->softcap};
-        const Cut cut = decode_cut(a);
-        float* partial = room.get<float>(decode_room(a, cut));
-        float* kept = nullptr;
-        if (a.probs) kept = logits.get<float>(size_t(a.requests) * a.heads * a.longest);
+        const auto layer = [&](int64_t i) {
+            const DecodeCall& c = calls[i];
+            return Decode<T>{(const T*)c.queries, (const T*)c.keys, (const T*)c.values,
+                             (const int32_t*)c.positions, (const int32_t*)c.table,
+                             (const int64_t*)c.lengths, (const int64_t*)c.at, (T*)c.out,
+                             (float*)c.lse, (float*)c.probs, int(c.requests), int(c.heads),
+                             int(c.kv_heads), int(c.key_dim), int(c.value_dim), int(c.page),
+                             int(c.width), c.longest, c.window, c.scale, c.softcap};
+        };
+        size_t partials = 0, products = 0;
+        for (int64_t i = 0; i < count; ++i) {
+            const Decode<T> a = layer(i);
+            partials = std::max(partials, decode_room(a, decode_cut(a)));
+            if (a.probs) products = std::max(products, size_t(a.requests) * a.heads * a.longest);
+        }
+        float *partial = room.get<float>(partials), *kept = nullptr;
+        if (products) kept = logits.get<float>(products);
 #pragma omp parallel
-        decode(a, cut, partial, kept);
+        for (int64_t i = 0; i < count; ++i) {
+            const Decode<T> a = layer(i);
+            decode(a, decode_cut(a), partial, a.probs ? kept : nullptr);
+        }
     });
 }
 
@@ -98,10 +109,7 @@ void score_window(int dtype, const DenseCall* c, int per_kv_head, int max_heads,
     });
 }
 
-int64_t keep(const Storage* tensors, int count, const int32_t* pages, int heads, int page,
-             const int64_t* indices, int64_t row, int64_t kept, int64_t length) {
-    return keep_entries(tensors, count, pages, heads, page, indices, row, kept, length);
-}
+int64_t keep(const Keeping* many, int64_t count) { return keep_all(many, count); }
 
 void gather_pages(const Storage* tensor, const int32_t* pages, int heads, int page, int64_t kept,
                   void* out) {

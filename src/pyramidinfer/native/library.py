@@ -13,7 +13,7 @@ from torch import Tensor
 from pyramidinfer.native.build import NoCompilerError, compile_kernels
 
 __all__ = [
-    "DTYPES", "DecodeCall", "DenseCall", "Eviction", "HeadsData", "Kernels", "LayerData",
+    "DTYPES", "DecodeCall", "DenseCall", "Eviction", "HeadsData", "Keeping", "Kernels", "LayerData",
     "LinearData",
     "StepCall", "StorageData", "WatchCall", "WriteCall", "found_kernels", "kernels", "pointer",
     "why_not",
@@ -40,6 +40,7 @@ DenseCall = _struct(
     "key_dim value_dim window", "scale softcap",
 )  # fmt: skip
 StorageData = _struct("StorageData", "data", "entry")
+Keeping = _struct("Keeping", "tensors pages indices", "count heads page row kept length")
 Eviction = _struct(
     "Eviction", "keys values positions scores pages queries lse rows query_at protect",
     "window length count kernel pools_max takes_max sinks recent text heads kv_heads key_dim "
@@ -96,12 +97,11 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "isa": (c_char_p, []),
     "can_multiply": (c_int, [c_int]),
     "panel_columns": (c_int64, []),
-    "decode_attention": (None, [c_int, POINTER(DecodeCall)]),
+    "decode_attention": (None, [c_int, c_void_p, c_int64]),
     "prefill_attention": (None, [c_int, POINTER(DenseCall), c_void_p, POINTER(WatchCall)]),
     "score_window": (None, [c_int, POINTER(DenseCall), c_int, c_int, c_int, c_float, c_void_p,
                             c_int, c_void_p, c_void_p]),
-    "keep": (c_int64, [POINTER(StorageData), c_int, c_void_p, c_int, c_int, c_void_p, c_int64,
-                       c_int64, c_int64]),
+    "keep": (c_int64, [c_void_p, c_int64]),
     "gather_pages": (None, [POINTER(StorageData), c_void_p, c_int, c_int, c_int64, c_void_p]),
     "evict_entries": (None, [c_int, c_void_p, c_int64, c_void_p]),
     "best_entries": (c_int64, [c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p]),

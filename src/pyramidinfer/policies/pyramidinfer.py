@@ -133,7 +133,9 @@ class PyramidInfer(Policy):
             marker = int(view.state["marker"][view.layer])
             if view.kept_len - recent - marker < self.gen_chunk:
                 return NOTHING
-            return Needs(window=recent + 1, reduce=reduce, evict=True)
+            last = view.kept_len - recent - 1
+            among = (last - self.gen_chunk, last)
+            return Needs(window=recent + 1, reduce=reduce, evict=True, among=among)
         schedule = _schedule(self, view.prompt_len, view.layers)
         kept = self._kept_context(view.layer, view.new_len, view.prompt_len, schedule, view.layers)
         if kept is None:
@@ -154,9 +156,9 @@ class PyramidInfer(Policy):
 
     def evict(self, seen: Observation, state: State) -> tuple[Keep, State]:
         view, chunk = seen.view, self.gen_chunk
-        recent = self._recent(view)
         order = seen.positions[0].argsort()  # all heads keep the same tokens
-        first, last = view.kept_len - recent - 1 - chunk, view.kept_len - recent - 1
+        last = view.kept_len - self._recent(view) - 1
+        first = last - chunk
         candidates = order[first:last]
         share = curve_ratio("cosine", view.layer, view.layers.count, self.gen_decay)
         assert seen.scores is not None
@@ -167,7 +169,7 @@ class PyramidInfer(Policy):
         )[0]
         kept = torch.cat([order[:first], candidates[best], order[last:]])
         marker = state["marker"].clone()
-        marker[view.layer] = len(kept) - recent
+        marker[view.layer] = len(kept) - self._recent(view)
         return Keep(kept[None]), {**state, "marker": marker}
 
     def idle_steps(self, kept: list[int], prompt_len: int, layers: Layers, state: State) -> int:
