@@ -58,6 +58,9 @@ BENCH_OPTIONS ?=
 bench: $(VENV)/.installed
 	$(BENCH) kernels --json $(RESULTS)/bench_kernels.json
 	$(BENCH) throughput $(BENCH_OPTIONS) --json $(RESULTS)/bench_throughput.json
+	$(BENCH) throughput $(BENCH_OPTIONS) --batch 4 --prompt-len 4096 --repeats 2 \
+		--policies full,pyramidinfer --json $(RESULTS)/bench_long.json
+	$(BENCH) throughput $(BENCH_OPTIONS) --batch 1 --output-len 256 --json $(RESULTS)/bench_single.json
 	$(BENCH) latency $(BENCH_OPTIONS) --json $(RESULTS)/bench_latency.json
 	$(BENCH) memory $(BENCH_OPTIONS) --json $(RESULTS)/bench_memory.json
 	mv $(RESULTS)/bench_*.png docs/images/

@@ -104,8 +104,8 @@ class Needs:
     ``column_sums``: attention each entry got from *all* new queries, per KV head.
     ``slot_scores``: the running score kept beside each entry.
     ``propagate``, ``retain``, ``evict``: which questions to ask; the others are answered "all".
-    ``among``: ranks by age ``(first, last)`` of the entries whose scores ``evict`` will look at, the
-    same tokens in every head; the others' may be 0.
+    ``among``: ranks by age ``(first, last)`` of the entries whose scores ``evict`` will look at,
+    the same tokens in every head; the others' may be 0.
     ``best``: what ``evict`` will answer, where that is such a rule and scores are one row per KV
     head; whoever can may carry it out without asking.
     """

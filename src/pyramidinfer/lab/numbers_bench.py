@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from pyramidinfer.lab.bench.peers_table import HEAD, peers_reasons, peers_rows
@@ -15,13 +16,14 @@ __all__ = ["SECTIONS"]
 Result = dict[str, Any]
 
 
-def _block(name: str, options: dict[str, Any]) -> str:
-    """The command that measures it again; options with None are left out."""
+def _block(name: str, options: dict[str, Any], result: str | None = None) -> str:
+    """The command that measures it again (into ``bench_<result>.json``); options with None are
+    left out."""
     words = ["pyramidinfer", "bench", name]
     for option, value in options.items():
         if value is not None:
             words += [f"--{option.replace('_', '-')}", str(value)]
-    return f"```bash\n{shlex.join([*words, *json_option(f'bench_{name}')])}\n```\n"
+    return f"```bash\n{shlex.join([*words, *json_option(f'bench_{result or name}')])}\n```\n"
 
 
 def _common(configuration: Result, **more: Any) -> dict[str, Any]:
@@ -57,30 +59,35 @@ def _spread(values: dict[str, float] | None, form: str, scale: float = 1.0) -> s
     return f"{scale * values['median']:{form}} [{low:{form}}, {high:{form}}]"
 
 
+def _selection(shares: dict[str, float]) -> str:
+    return f"{shares['prefill_share']:.1%} / {shares['decode_share']:.1%}"
+
+
 def _share(value: float | None) -> str:
     return "–" if value is None else percent(value)
 
 
-def throughput(entry: Result) -> str:
+def throughput(entry: Result, name: str = "throughput", title: str = "Throughput") -> str:
     c, result = entry["configuration"], entry["result"]
     roof = result["roof"]
     options = _common(c, batch=c["batch"], prompt_len=c["prompt_len"], output_len=c["output_len"])
     lines = [
-        "## Throughput\n", origin(entry),
+        f"## {title}\n", origin(entry),
         f"On {_subject(c)}; {c['batch']} requests of {c['prompt_len']} prompt tokens, "
         f"{c['output_len']} generated each, all at once; policies take turns, {c['repeats']} "
         f"passes each after {c['warmup']} to warm up.\n",
-        _block("throughput", options),
+        _block("throughput", options, name),
         "How to read it: medians, in brackets the range. `times` is the ratio of neighbouring "
         "passes. Prefill lasts until the last request has its first token. The roof was measured "
         f"in the same run: reading {roof['read'] / 1e9:.1f} GB/s, matrix products "
         f"{roof['matrix'] / 1e9:,.0f} GFLOP/s; `of matrices` is prefill's share of the latter (the "
         "tokens really computed), `of reading` decoding's share of the former (weights and cache "
-        "once a step).\n",
+        "once a step). `selection` is what choosing tokens costs (scores, ranking, gathering, "
+        "compaction), as shares of prefill and of decoding.\n",
     ]  # fmt: skip
     head = ["policy", "output tokens/s", "prompt + output", f"times `{c['policies'][0]}`",
-            "prefill, s", "step, ms", "of matrices", "of reading", "computed", "KV after prefill",
-            "KV at the end", "peak memory"]  # fmt: skip
+            "prefill, s", "step, ms", "of matrices", "of reading", "selection", "computed",
+            "KV after prefill", "KV at the end", "peak memory"]  # fmt: skip
     lines += table(head, [
         [
             f"`{row['policy']}`", _spread(row["output_tokens_per_second"], ".1f"),
@@ -88,13 +95,15 @@ def throughput(entry: Result) -> str:
             _spread(row["against_first"]["throughput"], ".2f"),
             _spread(row["prefill_seconds"], ".2f"), _spread(row["step_seconds"], ".1f", 1e3),
             _share(row["roofline"]["share_of_matrix_rate"]),
-            _share(row["roofline"]["share_of_read_bandwidth"]), percent(row["computed_share"]),
+            _share(row["roofline"]["share_of_read_bandwidth"]),
+            _selection(row["selection"]),
+            percent(row["computed_share"]),
             f"{row['kv_share_prefill']:.1%}", f"{row['kv_share_end']:.1%}",
             f"{row['peak_bytes'] / 2**20:.0f} MiB",
         ]
         for row in result["rows"]
     ])  # fmt: skip
-    return "\n".join([*lines, "\n![throughput](images/bench_throughput.png)\n"])
+    return "\n".join([*lines, f"\n![{title.lower()}](images/bench_{name}.png)\n"])
 
 
 def latency(entry: Result) -> str:
@@ -218,6 +227,9 @@ def peers(entry: Result) -> str:
 
 
 SECTIONS: dict[str, Callable[[Result], str]] = {
-    "bench_throughput": throughput, "bench_latency": latency, "bench_memory": memory,
+    "bench_throughput": throughput,
+    "bench_long": partial(throughput, name="long", title="Long prompts"),
+    "bench_single": partial(throughput, name="single", title="One request alone"),
+    "bench_latency": latency, "bench_memory": memory,
     "bench_kernels": kernels, "peers": peers,
 }  # fmt: skip

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pyramidinfer.cache import GroupSpec, Pool
 from pyramidinfer.cache.compact import plan_moves
+from pyramidinfer.cache.native import native_keep
 from pyramidinfer.lab.bench.timing import synchronize
 
 __all__ = ["time_keep"]
@@ -39,14 +40,20 @@ def time_keep(kv_heads: int, dim: int, page: int, context: int, device: torch.de
         for layer in range(LAYERS):
             pool.append(table, layer, context - int(table.kept[layer]))
         synchronize(device)
+        lengths = [(table.pages[layer], indices[layer], context) for layer in range(LAYERS)]
         start = time.perf_counter()
-        for layer in range(LAYERS):
-            pool.keep(table, layer, indices[layer])
+        if kernels is not None:  # all layers at once, as an eviction does it
+            native_keep(kernels, pool.groups[0], lengths)
+        else:
+            for layer in range(LAYERS):
+                pool.keep(table, layer, indices[layer])
         synchronize(device)
         middle = time.perf_counter()
         target.copy_(source)
         synchronize(device)
         end = time.perf_counter()
+        for layer in range(LAYERS):
+            pool.shrink(table, layer, kept)
         if repeat >= max(1, warmup):
             keep.append((middle - start) / LAYERS)
             copy.append((end - middle) / LAYERS)

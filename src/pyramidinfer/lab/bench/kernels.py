@@ -7,6 +7,7 @@ torch's own fused attention.  ``share`` is the other's time over the kernel's.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,13 +18,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pyramidinfer.attention import Backend, Scale, select_backend
-from pyramidinfer.attention.base import Pages
+from pyramidinfer.attention.base import DecodePlan, Pages
+from pyramidinfer.attention.cpu import CPUBackend
 from pyramidinfer.config import parse_device, parse_dtype
 from pyramidinfer.lab.bench.compaction import time_keep
 from pyramidinfer.lab.bench.machine import Roof, measure_roof, plain_read
 from pyramidinfer.lab.bench.setting import check_counts, progress
 from pyramidinfer.lab.bench.timing import side_by_side, spread
 from pyramidinfer.lab.record import write_result
+from pyramidinfer.native.library import DTYPES
 from pyramidinfer.types import Reduce
 
 __all__ = ["KernelPlan", "decode_work", "run_kernels"]
@@ -31,7 +34,7 @@ __all__ = ["KernelPlan", "decode_work", "run_kernels"]
 HEADS = ((16, 16), (16, 4))  # query heads, KV heads
 DIM, PAGE = 64, 16
 WINDOW = 32  # queries that a policy scores
-LAYERS = 64  # at most so many layers' entries are read in turns, so that caches do not hold them
+LAYERS = 1024  # at most so many layers' entries are read in turns, so that caches do not hold them
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,7 @@ class Work(NamedTuple):
     other: Callable[[int], object]
     size: int
     flops: float | None = None
+    layers: int = 1  # that one call goes through; size and flops are those of one
 
 
 def run_kernels(plan: KernelPlan, out: Path) -> dict[str, Any]:
@@ -96,7 +100,9 @@ def run_kernels(plan: KernelPlan, out: Path) -> dict[str, Any]:
 def _measure(work: Work, plan: KernelPlan, device: torch.device, roof: Roof) -> dict[str, Any]:
     works = {"kernel": work.kernel, "other": work.other}
     seconds = side_by_side(works, device, plan.repeats, plan.warmup)
-    mine, other = spread(seconds["kernel"]), spread(seconds["other"])
+    mine, other = (
+        spread([each / work.layers for each in seconds[name]]) for name in ("kernel", "other")
+    )
     rate = None if work.flops is None else work.flops / mine["median"]
     return {
         **work.head, "seconds": mine, "against": work.against, "against_seconds": other,
@@ -125,7 +131,7 @@ def _works(plan: KernelPlan, backend: Backend, heads: tuple[int, int], device: t
 
 def decode_work(backend: Backend, heads: tuple[int, int], storage: Pages, batch: int, context: int
                 ) -> Work:  # fmt: skip
-    """One token of each request over its pages; every call reads another layer's."""
+    """One token of each request over its pages, layer after layer, as a decode step does it."""
     _, _, page, size = storage.keys.shape
     each = -(-context // page)
     device = storage.keys.device
@@ -138,16 +144,30 @@ def decode_work(backend: Backend, heads: tuple[int, int], storage: Pages, batch:
     queries = torch.randn(batch, heads[0], size, device=device).to(storage.keys.dtype)
     scale = Scale(size**-0.5)
 
-    def read(index: int) -> object:
-        first = index % layers * batch * each
-        mine = slice(first, first + batch * each)
-        return plain_read(storage.keys[mine]), plain_read(storage.values[mine])
+    run = _all_layers(backend, plan, layers, queries, storage, scale)
+    used = layers * batch * each
+
+    def read() -> object:
+        return plain_read(storage.keys[:used]), plain_read(storage.values[:used])
 
     read_bytes = 2 * batch * context * heads[1] * size * storage.keys.dtype.itemsize
     return Work(
         _head("decode", heads, batch, context), "read",
-        lambda index: backend.run(plan, index % layers, queries, storage, scale), read, read_bytes,
+        lambda _: run(), lambda _: read(), read_bytes, layers=layers,
     )  # fmt: skip
+
+
+def _all_layers(backend: Backend, plan: DecodePlan, layers: int, queries: Tensor, storage: Pages,
+                scale: Scale) -> Callable[[], object]:  # fmt: skip
+    """All layers' decode attention; in C++ with one call, as the engine's decode step has it."""
+    if not isinstance(backend, CPUBackend) or queries.dtype not in DTYPES:
+        return lambda: [
+            backend.run(plan, layer, queries, storage, scale) for layer in range(layers)
+        ]
+    made = [backend.call(plan, layer, queries, storage, scale) for layer in range(layers)]
+    calls = (type(made[0][1]) * layers)(*(call for _, call in made))
+    kind, address = DTYPES[queries.dtype], ctypes.addressof(calls)
+    return lambda: (made, calls, backend.kernels.decode_attention(kind, address, layers))
 
 
 def _prompt_works(backend: Backend, heads: tuple[int, int], context: int, device: torch.device,

@@ -53,6 +53,8 @@ def throughput_table(configuration: Result, result: Result) -> Table:
         "decode step, ms": lambda r: ranged(r["step_seconds"], ".1f", 1e3),
         "prefill, of matrix rate": lambda r: percent(r["roofline"]["share_of_matrix_rate"]),
         "decode, of read bandwidth": lambda r: percent(r["roofline"]["share_of_read_bandwidth"]),
+        "selection, of prefill": lambda r: f"{r['selection']['prefill_share']:.1%}",
+        "selection, of decoding": lambda r: f"{r['selection']['decode_share']:.1%}",
         "tokens computed": lambda r: percent(r["computed_share"]),
         "KV after prefill": lambda r: percent(r["kv_share_prefill"]),
         "KV at the end": lambda r: percent(r["kv_share_end"]),

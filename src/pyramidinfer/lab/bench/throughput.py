@@ -12,6 +12,7 @@ import torch
 from pyramidinfer.engine.engine import Engine
 from pyramidinfer.lab.bench.machine import measure_roof
 from pyramidinfer.lab.bench.roofline import roofline
+from pyramidinfer.lab.bench.selection import measure_selection
 from pyramidinfer.lab.bench.setting import Pass, Setting, Subject, check_counts, progress, run_pass
 from pyramidinfer.lab.bench.timing import PeakMemory, ratios, spread
 from pyramidinfer.lab.record import write_result
@@ -48,7 +49,7 @@ def run_throughput(plan: ThroughputPlan, out: Path) -> dict[str, Any]:
     before = measure_roof(subject.dtype, subject.device)
     peaks: dict[str, int] = {}
     passes: dict[str, list[Pass]] = {spec: [] for spec in specs}
-    total = len(specs) * (1 + setting.warmup + setting.repeats)
+    total = len(specs) * (2 + setting.warmup + setting.repeats)
     with progress("throughput", total) as done:
         for spec in specs:  # alone in memory, for the peak
             memory = PeakMemory(subject.device)
@@ -63,6 +64,10 @@ def run_throughput(plan: ThroughputPlan, out: Path) -> dict[str, Any]:
                 if repeat >= setting.warmup:
                     passes[spec].append(run)
                 done(spec)
+        selection = {}
+        for spec in specs:  # with clocks, after the passes that count
+            selection[spec] = measure_selection(engines[spec], prompts, plan.output_len)
+            done(spec)
     roof = before.best(measure_roof(subject.dtype, subject.device))
     base = passes[specs[0]]
     rows = []
@@ -70,6 +75,7 @@ def run_throughput(plan: ThroughputPlan, out: Path) -> dict[str, Any]:
         row = {"policy": spec, "options": repr(engines[spec].policy), **figures(passes[spec])}
         step = row["step_seconds"]
         row["peak_bytes"] = peaks[spec]
+        row["selection"] = selection[spec]
         row["roofline"] = roofline(
             subject.adapter, passes[spec][-1], row["prefill_seconds"]["median"],
             step and step["median"], roof,
