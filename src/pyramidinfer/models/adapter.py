@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from pyramidinfer.attention import Backend, Scale
-from pyramidinfer.cache import GroupSpec, Pool, evict_best
+from pyramidinfer.cache import GroupSpec, Pool
+from pyramidinfer.models.evicting import evict, observe
 from pyramidinfer.models.families import find_family
 from pyramidinfer.models.fused import Fused, Ropes, fuse
 from pyramidinfer.models.graphs import DecodeGraphs
@@ -23,7 +24,7 @@ from pyramidinfer.models.loading import end_ids
 from pyramidinfer.models.rotary import Rotary
 from pyramidinfer.models.routing import Decoding, LayerCall, Segment, route
 from pyramidinfer.models.streaming import Streaming
-from pyramidinfer.types import AttentionShape, Keep, Layers, Needs, Observation, View
+from pyramidinfer.types import AttentionShape, Layers, Observation, View
 
 __all__ = ["Adapter", "Stepped"]
 
@@ -269,9 +270,10 @@ class Adapter:
             assert going is None or not intake.all_rows or len(going) == intake.length, "scored"
         if needs.retain:
             keep, table.state = policy.retain(
-                self._observe(pool, sequence, view, intake.scores, intake.columns), table.state
+                observe(pool, sequence, view, intake.scores, intake.columns), table.state
             )
-            self._keep(pool, sequence, layer, keep)
+            if keep.indices is not None:
+                pool.keep(table, layer, keep.indices)
         self._trim(pool, sequence, layer, intake.first + intake.tokens.shape[0], slack=0)
         table.state = policy.settled(self._view(intake))
         sequence.idle = 0
@@ -350,61 +352,9 @@ class Adapter:
             self.streaming.make_room(pool, sequence, 1)
 
     def _evict(self, pool: Pool, sequence: Sequence) -> None:
-        table, policy = sequence.table, sequence.policy
-        first = int(table.kept[sequence.layers.first])
-        rules: list[tuple[int, Needs]] = []  # carried out together, without asking
-        for layer in range(self.depth):
-            kept = int(table.kept[layer])
-            view = View(
-                "decode", layer, sequence.layers, sequence.prompt_len, 1, kept, first,
-                table.seen_len, table.state,
-            )  # fmt: skip
-            needs = policy.needs(view)
-            if not needs.evict:
-                continue
-            if needs.best is not None and pool.evicts_best(needs, self.dtype):
-                rules.append((layer, needs))
-                continue
-            scores = None
-            if needs.window:
-                scale = self.scales[layer]
-                assert table.ring is not None and scale is not None
-                queries, lse, positions = table.ring.newest(layer, needs.window)
-                keys, k_pos = pool.keys(table, layer), pool.positions(table, layer)
-                wanted = None
-                if needs.among is not None:
-                    wanted = k_pos[0].argsort()[slice(*needs.among)]
-                    keys, k_pos = keys[:, wanted], k_pos[:, wanted]
-                scores = self.backend.window_scores(
-                    queries, keys, positions, k_pos, scale, needs.reduce, rows=needs.window, lse=lse
-                ).scores
-                if wanted is not None:
-                    scores = scores.new_zeros(len(scores), kept).index_copy_(1, wanted, scores)
-            keep, table.state = policy.evict(
-                self._observe(pool, sequence, view, scores, None), table.state
-            )
-            self._keep(pool, sequence, layer, keep)
-        if rules:
-            scales = [self.scales[layer] for layer, _ in rules]
-            evict_best(pool, table, rules, scales, sequence.protected)
-        sequence.idle = policy.idle_steps(
-            table.kept.tolist(), sequence.prompt_len, sequence.layers, table.state
-        )
+        evict(pool, sequence, self.backend, self.scales)
 
     # --- shared -------------------------------------------------------------------------------
-
-    def _observe(self, pool: Pool, sequence: Sequence, view: View, scores: Tensor | None,
-                 columns: Tensor | None) -> Observation:  # fmt: skip
-        positions = pool.positions(sequence.table, view.layer)
-        running = None
-        if sequence.policy.uses_scores:
-            running = pool.scores(sequence.table, view.layer)
-        protected = sequence.is_protected(positions)
-        return Observation(view, positions, protected, scores, columns, running)
-
-    def _keep(self, pool: Pool, sequence: Sequence, layer: int, keep: Keep) -> None:
-        if keep.indices is not None:
-            pool.keep(sequence.table, layer, keep.indices)
 
     def _trim(self, pool: Pool, sequence: Sequence, layer: int, position: int, slack: int) -> None:
         """Drop what a sliding layer can no longer see from ``position`` on (once it is over

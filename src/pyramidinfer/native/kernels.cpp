@@ -4,6 +4,7 @@
 #include "decode.h"
 #include "evict.h"
 #include "prefill.h"
+#include "scores.h"
 #include "select.h"
 #include "step.h"
 
