@@ -10,7 +10,7 @@ demo: $(VENV)/.installed
 	$(BIN)/pyramidinfer demo
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 8
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check src tests
