@@ -49,6 +49,8 @@ def test_the_whole_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         assert row["output_tokens"] == row["batch"] * row["output_len"]
         assert row["seconds"]["median"] > row["prefill_seconds"]["median"] > 0
     assert all(row["bytes"] and row["share_of_copy_bandwidth"] > 0 for row in result["attention"])
+    for row in result["attention"]:
+        assert row["bytes_per_second"] == pytest.approx(row["bytes"] / row["seconds"]["median"])
     assert len(result["attention"]) == 2 and set(result["roof"]) == {"read", "copy", "matrix"}
     assert all(bar["ratio"] and bar["met"] is None for bar in result["bars"]), "a toy meets nothing"
     largest = {row["engine"]: row for row in result["rows"] if row["cell"] == "largest"}

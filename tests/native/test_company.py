@@ -97,6 +97,17 @@ def test_with_other_chunks_and_threads(dtype: torch.dtype, family: str) -> None:
 
 
 @dtypes
+@pytest.mark.parametrize("name", ["pyramid", "pyramidinfer", "h2o"])
+def test_dropping_with_more_threads(dtype: torch.dtype, name: str) -> None:
+    expected = logits_of(engine("llama", dtype, name), PROMPTS)
+    try:
+        torch.set_num_threads(3)
+        assert_same(logits_of(engine("llama", dtype, name), PROMPTS), expected)
+    finally:
+        torch.set_num_threads(1)
+
+
+@dtypes
 def test_pages_do_not_matter(dtype: torch.dtype) -> None:
     """Nor which pages of the pool entries happen to lie in."""
     expected = logits_of(engine("llama", dtype, "full"), PROMPTS)

@@ -37,7 +37,9 @@ class FusedLayer:
     def __init__(self, layer: Any, shape: AttentionShape, turned: int, ops: Ops) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         self.shape, self.ops = shape, ops
-        self.norm1, self.norm2 = layer.input_layernorm, layer.post_attention_layernorm
+        self.epsilon = float(layer.input_layernorm.variance_epsilon)
+        self.norm1: Tensor = layer.input_layernorm.weight.data
+        self.norm2: Tensor = layer.post_attention_layernorm.weight.data
         self.qkv = _pack(ops, _parts(attention, "q_proj", "k_proj", "v_proj", "qkv_proj"), PLAIN)
         self.out = _pack(ops, [attention.o_proj], PLAIN)
         self.gate_up = _pack(ops, _parts(mlp, "gate_proj", "up_proj", "gate_up_proj"), GATED)
@@ -46,7 +48,7 @@ class FusedLayer:
             turned = 0
         self.heads = Heads(shape.heads, shape.kv_heads, shape.key_dim, turned,
                            _weight(attention, "q_norm"), _weight(attention, "k_norm"),
-                           self.norm1.variance_epsilon)  # fmt: skip
+                           self.epsilon)  # fmt: skip
         scaling = getattr(attention, "scaling", None)
         scale = shape.key_dim**-0.5 if scaling is None else float(scaling)
         self.scale = Scale(scale, None, shape.window)
@@ -54,7 +56,7 @@ class FusedLayer:
     def __call__(self, flat: Tensor, ropes: Ropes, call: LayerCall) -> Tensor:
         """The flat row ``[rows, hidden]`` through the layer; fewer rows where ``call`` says so."""
         ops, heads = self.ops, self.heads
-        normed = ops.norm(flat, self.norm1.weight.data, self.norm1.variance_epsilon)
+        normed = ops.norm(flat, self.norm1, self.epsilon)
         qkv = ops.linear(normed, self.qkv, PLAIN).view(len(flat), -1, heads.size)
         ops.rotate(qkv, heads, *ropes)
         queries, rest = qkv[:, : heads.heads], qkv[:, heads.heads :]
@@ -63,7 +65,7 @@ class FusedLayer:
         if call.going is not None:
             flat = flat[call.going]
         middle = ops.linear(attended.flatten(1), self.out, ADD, flat)
-        normed = ops.norm(middle, self.norm2.weight.data, self.norm2.variance_epsilon)
+        normed = ops.norm(middle, self.norm2, self.epsilon)
         inner = ops.linear(normed, self.gate_up, GATED)
         return ops.linear(inner, self.down, ADD, middle)
 
@@ -122,7 +124,7 @@ class Fused:
             for index, layer in enumerate(self.layers):
                 group, heads = pool.group(index), layer.heads
                 data[index] = LayerData(
-                    pointer(layer.norm1.weight), pointer(layer.norm2.weight), layer.qkv.data,
+                    pointer(layer.norm1), pointer(layer.norm2), layer.qkv.data,
                     layer.out.data, layer.gate_up.data, layer.down.data, pointer(group.keys),
                     pointer(group.values), pointer(group.positions), pointer(group.scores),
                     pointer(heads.query_norm), pointer(heads.key_norm), layer.scale.scale,
@@ -173,7 +175,7 @@ def fuse(body: Any, head: Any, config: Any, shapes: list[AttentionShape], rotary
 
 
 def _is_plain(layer: Any) -> bool:
-    if not all(map(_is_untouched, layer.modules())):
+    if not all(map(_is_untouched, layer.modules())) or not _is_uniform(layer):
         return False
     attention, mlp = layer.self_attn, layer.mlp
     linears = [*_parts(attention, "q_proj", "k_proj", "v_proj", "qkv_proj"),
@@ -182,6 +184,14 @@ def _is_plain(layer: Any) -> bool:
     norms = [getattr(layer, name, None) for name in ("input_layernorm", "post_attention_layernorm")]
     return all(type(each) is nn.Linear for each in linears) and all(
         hasattr(norm, "variance_epsilon") for norm in norms
+    )
+
+
+def _is_uniform(module: nn.Module) -> bool:
+    """Whether all parameters are plain contiguous tensors of one dtype: their memory is read."""
+    parameters = [each.data for each in module.parameters()]
+    return len({each.dtype for each in parameters}) == 1 and all(
+        type(each) is Tensor and each.is_contiguous() for each in parameters
     )
 
 

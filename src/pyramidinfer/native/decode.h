@@ -205,8 +205,8 @@ inline void attend_tile(const Decode<T>& a, int r, int first, int64_t t, size_t 
         if (kept_logits)
             std::memcpy(kept_logits + (size_t(r) * a.heads + first + g) * a.longest + t, row,
                         n * sizeof(float));
-        const float best = top(load(row));
-        if (best == NEVER) {
+        const float best = top(load(row)), any = sum(load(row));
+        if (best == NEVER && any == any) {  // nothing is seen here (and nothing is NaN)
             store(row, set1(0.f));
             continue;
         }
@@ -346,8 +346,10 @@ inline void decode(const Decode<T>& a, Cut cut, float* room, float* kept_logits)
 // A cut that gives every core work, and the floats of working room it needs.
 template <class T>
 inline Cut decode_cut(const Decode<T>& a) {
-    const int size = int(round_up(SPAN, a.page)), spans = int(ceil_div(a.longest, size));
-    const int64_t wanted = ceil_div(4 * omp_get_max_threads(), int64_t(a.requests) * spans);
+    const int size = int(round_up(SPAN, a.page));
+    const int spans = int(std::max<int64_t>(1, ceil_div(a.longest, size)));
+    const int64_t tasks = std::max<int64_t>(1, int64_t(a.requests) * spans);
+    const int64_t wanted = ceil_div(4 * omp_get_max_threads(), tasks);
     return {spans, int(std::min<int64_t>(a.kv_heads, wanted)), size};
 }
 template <class T>

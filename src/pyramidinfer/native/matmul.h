@@ -285,7 +285,7 @@ inline void linear(const T* a, int64_t rows, const Linear& w, Epilogue how, cons
     const int64_t panels = ceil_div(w.columns, COLUMNS), block = 32 * ROWS;
     const int64_t units = w.depth / U::DEPTH, blocks = ceil_div(rows, block);
     const size_t panel_size = size_t(units) * COLUMNS * 4;
-    const int tiles = int(ceil_div(std::min(rows, block), ROWS));
+    const int tiles = int(std::max<int64_t>(1, ceil_div(std::min(rows, block), ROWS)));
     // The next panel comes in while this one is used: a share of it with every tile of rows.
     const int lines = int(ceil_div(4 * COLUMNS * 4 / 64, tiles));
 #pragma omp for schedule(static)

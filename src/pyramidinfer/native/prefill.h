@@ -131,10 +131,13 @@ inline void add_seen(const Seen<T>& seen, int64_t blocks, int rows, int from, co
                      const float* total, const float* ramp, float* sums) {
     for (int64_t b = 0; b < blocks; ++b) {
         float factor[BLOCK_ROWS];
+        bool seen_any = false;
         for (int r = from; r < rows; ++r) {
             const float top = seen.tops[b * BLOCK_ROWS + r];
             factor[r] = top == NEVER ? 0.f : ramp[r] * std::exp2(top - best[r]) / total[r];
+            seen_any |= top != NEVER;  // weights of a block that no row sees were never written
         }
+        if (!seen_any) continue;
         const auto* weights = seen.weights + size_t(b) * BLOCK_ROWS * BLOCK_COLUMNS;
         for (int c = 0; c < BLOCK_COLUMNS; c += LANES) {
             Vec acc = load(sums + b * BLOCK_COLUMNS + c);

@@ -7,10 +7,10 @@
 #include "scratch.h"
 #include "simd.h"
 
-// A float as an integer of the same order; NaN is above everything, and -0 is 0.
+// A float as an integer of the same order; NaN is above every number, and -0 is 0.
 inline uint32_t ordered(float x) {
     const uint32_t u = bits_of(x + 0.f);
-    if (x != x) return 0xffffffffu;
+    if (x != x) return 0xfffffffeu;
     return u & 0x80000000u ? ~u : u | 0x80000000u;
 }
 

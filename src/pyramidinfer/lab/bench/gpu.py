@@ -236,12 +236,9 @@ class Bench:
         heads = each.heads, each.kv_heads
         storage = Pages(keys, values, positions)
         work = decode_work(backend, heads, storage, each.batch, each.context)
-        layers = max(1, pages // needed)
-        call, calls = work.kernel, 1
-        if self.device.type == "cuda":
-            call, calls = _captured(work.kernel, layers), layers
+        call = _captured(work.kernel) if self.device.type == "cuda" else work.kernel
         seconds = side_by_side({"kernel": call}, self.device, 5)["kernel"]
-        least = spread([value / calls for value in seconds])
+        least = spread([value / work.layers for value in seconds])
         rate = work.size / least["median"]
         copy = None if self.roof is None else self.roof.copy
         return {
@@ -251,8 +248,8 @@ class Bench:
         }  # fmt: skip
 
 
-def _captured(kernel: Callable[[int], object], layers: int) -> Callable[[int], object]:
-    """Calls for all layers as one CUDA graph, so that starting them costs nothing."""
+def _captured(kernel: Callable[[int], object]) -> Callable[[int], object]:
+    """One call as a CUDA graph, so that starting its kernels costs nothing."""
     cuda: Any = torch.cuda
     side = cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -261,8 +258,7 @@ def _captured(kernel: Callable[[int], object], layers: int) -> Callable[[int], o
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for layer in range(layers):
-            kernel(layer)
+        kernel(0)
     return lambda _: graph.replay()
 
 
