@@ -167,7 +167,8 @@ def _all_layers(backend: Backend, plan: DecodePlan, layers: int, queries: Tensor
     made = [backend.call(plan, layer, queries, storage, scale) for layer in range(layers)]
     calls = (type(made[0][1]) * layers)(*(call for _, call in made))
     kind, address = DTYPES[queries.dtype], ctypes.addressof(calls)
-    return lambda: (made, calls, backend.kernels.decode_attention(kind, address, layers))
+    held = made, calls, plan, queries  # what the calls point to
+    return lambda: (held, backend.kernels.decode_attention(kind, address, layers))
 
 
 def _prompt_works(backend: Backend, heads: tuple[int, int], context: int, device: torch.device,
