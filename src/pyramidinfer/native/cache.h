@@ -20,10 +20,6 @@ struct Keeping {
     const int32_t* pages;
     const int64_t* indices;
     int64_t count, heads, page, row, kept, length;
-
-    size_t slot(int64_t head, int64_t entry) const {
-        return (size_t(pages[entry / page]) * heads + head) * page + entry % page;
-    }
 };
 
 inline void copy_entry(char* to, const char* from, int64_t bytes) {
@@ -44,13 +40,14 @@ inline int64_t keep_head(const Keeping& k, int64_t head) {
         if (mine[i] < 0 || mine[i] >= k.length || stays[mine[i]]) return -1;
         stays[mine[i]] = 1;
     }
-    auto* moves = move_room.get<size_t>(2 * k.kept);  // from, to
-    int64_t moved = 0, source = k.kept;
-    for (int64_t target = 0; target < k.kept; ++target) {
-        if (stays[target]) continue;
-        while (!stays[source]) ++source;
-        moves[2 * moved] = k.slot(head, source++);
-        moves[2 * moved++ + 1] = k.slot(head, target);
+    auto* moves = move_room.get<size_t>(2 * (k.length + 1));  // from, to
+    int64_t moved = 0, found = 0;  // without branches: which entries stay is anyone's guess
+    for (int64_t i = 0; i < k.kept; ++i) moves[2 * moved + 1] = i, moved += !stays[i];
+    for (int64_t i = k.kept; i < k.length; ++i) moves[2 * found] = i, found += stays[i];
+    const int shift = k.page & (k.page - 1) ? -1 : __builtin_ctzll(k.page);
+    for (int64_t i = 0; i < 2 * moved; ++i) {
+        const int64_t entry = moves[i], page = shift < 0 ? entry / k.page : entry >> shift;
+        moves[i] = (size_t(k.pages[page]) * k.heads + head) * k.page + (entry - page * k.page);
     }
     for (int64_t i = 0; i < k.count; ++i) {
         char* data = k.tensors[i].data;

@@ -56,6 +56,12 @@ inline void products(float* out, const float* queries, const T*, const T* keys, 
     for (int g = 0; g < G; ++g) store(out + g * LANES, sum_each(row[g]));
 }
 
+// Whether products are made of the queries as they are, without widening.
+template <class T>
+inline bool takes_pairs(int size) {
+    return UnitOf<T>::type::DEPTH == 2 && (size == 64 || size == 96 || size == 128);
+}
+
 #ifdef PAIRS
 // The same on pairs of bf16, without widening; size is a multiple of 32.
 template <int G, int STEPS>
@@ -276,7 +282,8 @@ inline void decode(const Decode<T>& a, Cut cut, float* room, float* kept_logits)
         const int64_t begin = int64_t(span) * cut.size, end = std::min(a.lengths[r], begin + cut.size);
         if (begin >= end) continue;
         float* queries = widened.get<float>(size_t(a.heads) * padded_key);
-        widen(queries, a.queries + size_t(r) * a.heads * a.key_dim, a.heads, a.key_dim, padded_key);
+        if (!takes_pairs<T>(a.key_dim))
+            widen(queries, a.queries + size_t(r) * a.heads * a.key_dim, a.heads, a.key_dim, padded_key);
         const auto partial = [&](int kv_head) {
             float* values = room + (size_t(r * a.kv_heads + kv_head) * spans + span) * each;
             float* top = values + size_t(group) * padded_value;
@@ -349,7 +356,7 @@ inline Cut decode_cut(const Decode<T>& a) {
     const int size = int(round_up(SPAN, a.page));
     const int spans = int(std::max<int64_t>(1, ceil_div(a.longest, size)));
     const int64_t tasks = std::max<int64_t>(1, int64_t(a.requests) * spans);
-    const int64_t wanted = ceil_div(4 * omp_get_max_threads(), tasks);
+    const int64_t wanted = ceil_div(2 * omp_get_max_threads(), tasks);
     return {spans, int(std::min<int64_t>(a.kv_heads, wanted)), size};
 }
 template <class T>
