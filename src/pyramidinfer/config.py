@@ -134,6 +134,10 @@ class EngineConfig:
         times the number of layers, in layer-tokens.
     prefill_chunk : tokens of a prompt that go through a layer at once.
     poison : fill freed entries with NaN, so that reading one shows (for tests).
+    slot_scores : room for a running score beside each entry, so that a request may have a policy
+        that keeps one (H2O, Scissorhands) where the engine's own does not.
+    reuse_share : share of kv_memory that caches of finished conversations may hold while nobody
+        needs it.
     """
 
     kv_memory: int | str = "1GiB"
@@ -142,6 +146,8 @@ class EngineConfig:
     step_tokens: int = 2048
     prefill_chunk: int = 1024
     poison: bool = False
+    slot_scores: bool = False
+    reuse_share: float = 0.5
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kv_memory", parse_bytes(self.kv_memory))
@@ -149,6 +155,7 @@ class EngineConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
+        check_share("reuse_share", self.reuse_share)
 
     @property
     def budget(self) -> int:

@@ -190,6 +190,7 @@ class SamplingParams:
 
     ``top_k=0``, ``top_p=1`` and ``min_p=0`` switch the filter off.  ``logprobs=k`` returns the
     log-probability of each chosen token and of the ``k`` likeliest ones, before any filter.
+    ``logit_bias``: token id → what is added to its logit, between -100 and 100.
     """
 
     max_tokens: int = 64
@@ -205,8 +206,23 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] | list[int] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    logit_bias: dict[int, float] | tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
+        try:
+            bias = dict(self.logit_bias)
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"logit_bias={self.logit_bias!r:.60} must map token ids to numbers"
+            ) from None
+        for token, amount in bias.items():
+            if type(token) is not int or token < 0:
+                raise ValueError(f"logit_bias: {token!r} is not a token id")
+            if not is_number(amount) or not -100 <= amount <= 100:
+                raise ValueError(
+                    f"logit_bias of token {token}: {amount!r} must lie between -100 and 100"
+                )
+        object.__setattr__(self, "logit_bias", tuple(sorted(bias.items())))
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop
         for name, value in (("stop", stop), ("stop_token_ids", self.stop_token_ids)):
             if not isinstance(value, list | tuple):

@@ -12,9 +12,16 @@ from pyramidinfer.config import EngineConfig
 from pyramidinfer.models import Adapter
 from pyramidinfer.models.loading import free_memory
 from pyramidinfer.policies import Policy
-from pyramidinfer.types import TokenIds
+from pyramidinfer.types import SamplingParams, TokenIds
 
-__all__ = ["check_count", "check_plan", "check_spans", "check_stream", "check_tokens"]
+__all__ = [
+    "check_count",
+    "check_params",
+    "check_plan",
+    "check_spans",
+    "check_stream",
+    "check_tokens",
+]
 
 
 def check_plan(adapter: Adapter, policy: Policy, config: EngineConfig, device: torch.device,
@@ -25,7 +32,8 @@ def check_plan(adapter: Adapter, policy: Policy, config: EngineConfig, device: t
     """
     policy.check(adapter.layers_for(1))
     budget, free = config.budget, free_memory(device)
-    least = Pool.least_bytes(adapter.group_specs(), config.page_size, policy.uses_scores)
+    scores = policy.uses_scores or config.slot_scores
+    least = Pool.least_bytes(adapter.group_specs(), config.page_size, scores)
     if budget < least:
         raise ValueError(
             f"kv_memory={budget} bytes is below one page per layer: this model needs at least "
@@ -42,6 +50,19 @@ def check_plan(adapter: Adapter, policy: Policy, config: EngineConfig, device: t
             f"{(free - weights) / 2**30:.2f} GiB of memory that are free on {device} beside the "
             f"weights; lower kv_memory"
         )
+
+
+def check_params(params: SamplingParams, vocab_size: int, has_tokenizer: bool) -> None:
+    """Whether these can be had with this vocabulary."""
+    if not isinstance(params, SamplingParams):
+        raise ValueError(f"sampling={params!r} must be SamplingParams")
+    if params.stop and not has_tokenizer:
+        raise ValueError("stop strings need a tokenizer; none was loaded (use stop_token_ids)")
+    biased = list(dict(params.logit_bias))
+    for name, tokens in (("stop_token_ids", params.stop_token_ids), ("logit_bias", biased)):
+        for token in tokens:
+            if token >= vocab_size:
+                raise ValueError(f"{name}: {token} is outside the vocabulary of {vocab_size}")
 
 
 def check_count(name: str, value: int) -> int:

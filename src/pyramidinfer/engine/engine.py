@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Sequence as Items
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,18 +14,13 @@ from pyramidinfer.attention import select_backend
 from pyramidinfer.cache import Pool, Ring, Table
 from pyramidinfer.config import EngineConfig
 from pyramidinfer.engine import answers
-from pyramidinfer.engine.checks import (
-    check_count,
-    check_plan,
-    check_spans,
-    check_stream,
-    check_tokens,
-)
+from pyramidinfer.engine.checks import check_count, check_plan, check_stream, check_tokens
+from pyramidinfer.engine.making import Spans, is_endless, make_request
 from pyramidinfer.engine.memory import Ledger
 from pyramidinfer.engine.request import Request, Scoring
-from pyramidinfer.engine.sampler import prepare, sample
+from pyramidinfer.engine.reuse import Conversations
+from pyramidinfer.engine.sampler import prepare, prompt_logprobs, sample
 from pyramidinfer.engine.scheduler import Plan, Scheduler
-from pyramidinfer.engine.text import Detokenizer
 from pyramidinfer.engine.undo import Undo
 from pyramidinfer.models import Adapter, Intake
 from pyramidinfer.models.adapter import Stepped
@@ -35,8 +30,6 @@ from pyramidinfer.types import KVUsage, RequestMetrics, RequestOutput, SamplingP
 
 __all__ = ["Engine"]
 
-Spans = Items[tuple[int, int]]
-
 
 class Engine:
     """Many requests, one model, one pool.  Not thread-safe: one caller steps it.
@@ -45,7 +38,7 @@ class Engine:
     ``abort`` ends one at once.  ``ValueError`` for a request that can never be served.
 
     ``model``: a transformers model, or an ``Adapter`` that engines share, whose backend and chunk
-    of prefill then hold.
+    of prefill then hold.  ``policy``: of requests that name none.
     """
 
     def __init__(self, model: nn.Module | Adapter, policy: Policy, config: EngineConfig,
@@ -61,64 +54,42 @@ class Engine:
         check_plan(self.adapter, policy, config, device)
         self.pool = Pool(
             self.adapter.group_specs(), config.budget, config.page_size, device,
-            scores=policy.uses_scores, poison=config.poison, kernels=self.adapter.backend.kernels,
+            scores=policy.uses_scores or config.slot_scores, poison=config.poison,
+            kernels=self.adapter.backend.kernels,
         )  # fmt: skip
         self.ledger = Ledger(self.pool, self.adapter)
-        self.scheduler = Scheduler(config, self.ledger, self.adapter.depth)
+        self.scheduler = Scheduler(config, self.adapter.depth)
+        self.conversations = Conversations(self, int(config.budget * config.reuse_share))
         self.end_ids = self.adapter.end_ids
         self.peak_in_flight = 0
         self._ids = itertools.count()
 
     # --- requests -----------------------------------------------------------------------------
 
-    def make(self, prompt: TokenIds, params: SamplingParams, *, protect: Spans = (),
-             hold: bool = False, on: Table | None = None, scoring: Scoring | None = None
-             ) -> Request:  # fmt: skip
+    def make(self, prompt: TokenIds, params: SamplingParams, *, policy: Policy | None = None,
+             protect: Spans = (), hold: bool = False, on: Table | None = None,
+             scoring: Scoring | None = None, samples: int = 1) -> Request:  # fmt: skip
         """Check a request and build it, without queueing it.
 
-        ``protect``: spans ``(start, stop)`` of prompt positions that no policy may drop;
-        ``on``: a cache that already holds the beginning of the prompt;  ``scoring``: a
-        continuation to score instead of generating.
+        ``policy``: what to keep (the engine's own where none is given);  ``protect``: spans
+        ``(start, stop)`` of prompt positions that no policy may drop;  ``on``: a cache that
+        already holds the beginning of the prompt;  ``scoring``: a continuation to score instead
+        of generating;  ``samples``: answers wanted, the further ones in ``request.samples``.
         """
-        adapter, longest = self.adapter, self.adapter.max_positions
-        if not isinstance(params, SamplingParams):
-            raise ValueError(f"sampling={params!r} must be SamplingParams")
-        check_tokens(prompt, adapter.vocab_size)
-        seen, held = (on.seen_len, on.kept) if on else (0, None)
-        is_endless = self._is_endless(len(prompt))
-        if is_endless:
-            check_stream(len(prompt) - seen, int(on.kept.max()) if on else 0, longest)
-        elif len(prompt) >= longest + bool(scoring):
+        return make_request(
+            self, prompt, params, policy or self.policy, protect, hold, on, scoring, samples
+        )
+
+    def next_id(self) -> int:
+        return next(self._ids)
+
+    def check_policy(self, policy: Policy) -> None:
+        """``ValueError`` where a request cannot have this policy in this engine's pool."""
+        if policy.uses_scores and self.pool.groups[0].scores is None:
             raise ValueError(
-                f"the prompt has {len(prompt)} tokens; this model has {longest} positions, so at "
-                f"most {longest - 1} fit with one generated token"
+                f"policy {policy.name!r} keeps a running score beside each entry, and this pool "
+                f"was made without: start the engine with slot_scores=True"
             )
-        spans = check_spans(protect, len(prompt))
-        if params.stop and self.tokenizer is None:
-            raise ValueError("stop strings need a tokenizer; none was loaded (use stop_token_ids)")
-        for token in params.stop_token_ids:
-            if token >= adapter.vocab_size:
-                raise ValueError(
-                    f"stop_token_ids: {token} is outside the vocabulary of {adapter.vocab_size}"
-                )
-        max_new = params.max_tokens if is_endless else min(params.max_tokens, longest - len(prompt))
-        if scoring:
-            check_tokens(scoring.tokens, adapter.vocab_size, "continuation")
-            max_new = len(scoring.tokens)
-            if len(prompt) + max_new - 1 > longest:  # the last one is never fed
-                raise ValueError(
-                    f"{len(prompt)} context tokens and {max_new} scored ones exceed the model's "
-                    f"{longest} positions"
-                )
-        layers = adapter.layers_for(len(prompt) + max_new)
-        covered = len(set().union(*(range(*span) for span in spans)))
-        cost_of = self.ledger.scoring_cost if scoring else self.ledger.cost
-        cost = cost_of(self.policy, len(prompt) - seen, max_new, layers, covered, held)
-        self.ledger.check_fits(cost, len(prompt), max_new)
-        text = Detokenizer(self.tokenizer, tuple(params.stop)) if self.tokenizer else None
-        request = Request(next(self._ids), list(prompt), params, max_new, cost, spans, hold, text)
-        request.scoring = scoring
-        return request
 
     def add(self, prompt: TokenIds, params: SamplingParams, *, protect: Spans = (),
             hold: bool = False) -> Request:  # fmt: skip
@@ -129,7 +100,8 @@ class Engine:
 
     def submit(self, request: Request) -> None:
         """Queue a request made before."""
-        prepare(request, self.adapter.device)
+        for each in (request, *request.samples):
+            prepare(each, self.adapter.device)
         self.scheduler.waiting.append(request)
 
     def extend(self, request: Request, tokens: TokenIds, params: SamplingParams, *,
@@ -144,10 +116,10 @@ class Engine:
             raise ValueError(f"request {request.id} holds no cache; add it with hold=True")
         check_tokens(tokens, self.adapter.vocab_size)
         text = request.prompt + request.output + list(tokens)
-        turn = self.make(text, params, protect=[*request.protect, *protect], hold=hold,
-                         on=old.table)  # fmt: skip
+        turn = self.make(text, params, policy=request.policy, hold=hold, on=old.table,
+                         protect=[*request.protect, *protect])  # fmt: skip
         reached = len(text) + turn.max_new - 1
-        if self._is_endless(len(text)):  # its rotary positions begin again
+        if is_endless(self, request.policy, len(text)):  # its rotary positions begin again
             limit = self.adapter.streaming.limit(old.is_long)
             check_stream(len(tokens) + 1, int(old.table.kept.max()), limit)
         elif self.adapter.rotary.is_long(reached) and not old.is_long:
@@ -179,8 +151,8 @@ class Engine:
                     f"from position {oldest} on"
                 )
         self.pool.truncate(table, seen_len)
-        table.state = self.policy.truncated(table.state, [int(n) for n in table.kept])
-        if self.policy.streams:
+        table.state = request.policy.truncated(table.state, [int(n) for n in table.kept])
+        if request.policy.streams:
             self.adapter.streaming.forget(table)
             self.adapter.streaming.close_gaps(self.pool, sequence)
         request.prompt, request.output = (request.prompt + request.output)[:seen_len], []
@@ -197,11 +169,20 @@ class Engine:
             request.sequence, request.hold = None, False
 
     def abort(self, request: Request) -> None:
-        """End a request at once; its pages are free when this returns."""
-        if request.finish_reason is None:
-            self.scheduler.remove(request)
-            request.hold = False
-            self._end(request, "abort")
+        """End a request at once; its pages are free when this returns.
+
+        Samples that still wait for its prompt end with it.
+        """
+        self.fail(request, "abort")
+
+    def fail(self, request: Request, reason: str = "error", error: str | None = None) -> None:
+        """End a request at once for a reason of no use to its conversation."""
+        waiting = [each for each in request.samples if each.sequence is None]
+        for each in (request, *waiting):
+            if each.finish_reason is None:
+                self.scheduler.remove(each)
+                each.hold, each.owner, each.error = False, None, error
+                self._end(each, reason)
 
     # --- stepping -----------------------------------------------------------------------------
 
@@ -212,7 +193,41 @@ class Engine:
         requests go on as if it had not been tried; only one that cannot be taken back (its
         entries were being evicted, or it extends a cache) is aborted.
         """
-        for request in self.scheduler.admit():
+        self._admit()
+        return self._run(self.scheduler.plan())
+
+    def step_singly(self) -> list[Request]:
+        """A step in which a request that makes its pass fail ends with an error, alone.
+
+        For when ``step`` raised an ``Exception`` and nobody knows by whom it was caused.
+        """
+        ended = []
+        plan = self.scheduler.plan()
+        singles = [Plan([each], []) for each in plan.decode]
+        singles += [Plan([], [pair]) for pair in plan.prefill]
+        for single in singles:
+            request = single.decode[0] if single.decode else single.prefill[0][0]
+            if request.finish_reason is not None:
+                continue
+            try:
+                ended += self._run(single)
+            except Exception as error:
+                self.fail(request, error=f"{type(error).__name__}: {error}")
+                if request.error is None:  # it could not be taken back and is aborted
+                    request.finish_reason, request.error = "error", f"{error}"
+                ended.append(request)
+        return ended
+
+    def _admit(self) -> None:
+        """Let requests begin, as many as fit."""
+
+        def admits(request: Request) -> bool:
+            if not self.conversations.admits(request):
+                return False
+            self.ledger.promise(request, request.cost)
+            return True
+
+        for request in self.scheduler.admit(admits):
             try:
                 self.begin(request)
             except BaseException:
@@ -224,7 +239,9 @@ class Engine:
                 f"next one needs {self.scheduler.waiting[0].cost.bytes} of {self.pool.budget}: "
                 f"release some of them"
             )
-        plan = self.scheduler.plan()
+
+    def _run(self, plan: Plan) -> list[Request]:
+        """One pass through the model; returns the requests that ended."""
         self.peak_in_flight = max(self.peak_in_flight, self.scheduler.in_flight)
         undo = Undo(self, plan)
         try:
@@ -248,17 +265,18 @@ class Engine:
 
     def begin(self, request: Request) -> None:
         """Give an admitted request its table and put its prompt at the first layer."""
-        request.started = time.monotonic()
+        if request.started is None:
+            request.started = time.monotonic()
         adapter, device = self.adapter, self.adapter.device
         longest = len(request.prompt) + request.max_new
         layers = adapter.layers_for(longest)
         if request.sequence is None:
             table = self.pool.new_table(len(request.prompt))
-            table.state = self.policy.start(layers)
+            table.state = request.policy.start(layers)
             reached = min(longest - 1, adapter.max_positions)  # the last token is never fed
             is_long = adapter.rotary.is_long(reached)
             request.sequence = Sequence(
-                table, self.policy, layers, torch.zeros(0, dtype=torch.bool), is_long
+                table, request.policy, layers, torch.zeros(0, dtype=torch.bool), is_long
             )
         sequence = request.sequence
         sequence.layers = layers
@@ -268,19 +286,20 @@ class Engine:
         for start, stop in request.protect:
             sequence.protected[start:stop] = True
         table, shape = sequence.table, adapter.shapes[0]
-        new = request.prompt[table.seen_len :]
-        if self.policy.streams:
+        new = request.text[table.seen_len :]
+        if request.policy.streams:
             adapter.streaming.make_room(self.pool, sequence, len(new))
-        rows = self.policy.ring(len(new) + int(table.kept[layers.first]), request.max_new)
+        rows = request.policy.ring(len(new) + int(table.kept[layers.first]), request.max_new)
         if rows and not request.scoring:
             table.ring = Ring.empty(
                 adapter.depth, rows, shape.heads, shape.key_dim, adapter.dtype, device
             )
-        forecast = self.policy.forecast(len(new), request.max_new, layers)
+        forecast = request.policy.forecast(len(new), request.max_new, layers)
         extra = int(sequence.protected.sum()) - scored
         reach = [min(len(new), count + extra) for count in forecast.reach]
         tokens = torch.tensor(new, device=device)
-        request.intake = Intake(sequence, tokens, table.seen_len, reach)
+        every = request.prompt_top is not None
+        request.intake = Intake(sequence, tokens, table.seen_len, reach, every)
 
     def _batch(self, plan: Plan) -> Batch:
         running = [each.sequence for each in plan.decode if each.sequence is not None]
@@ -309,27 +328,56 @@ class Engine:
                 if self._score_on(request, request.scoring):
                     ended.append(request)
                 continue
-            if broken[row]:
-                self.scheduler.remove(request)
-                self._end(request, "error")
-                ended.append(request)
-                continue
-            token, logprob = sample(stepped.logits[row], request, likeliest[row])
-            request.output.append(token)
-            committed.add(request)
-            if logprob is not None:
-                request.logprobs.append(logprob)
-            if request.intake is not None:
-                request.first_token = time.monotonic()
-                request.computed, request.intake = request.intake.computed, None
-                self.ledger.promise(request, request.cost.settled)
-                self.scheduler.to_running(request)
-            reason = self._reason(request, token)
-            if reason:
-                self.scheduler.remove(request)
-                self._end(request, reason)
-                ended.append(request)
+            if request.prompt_top is not None and request.intake is not None:
+                request.prompt_logprobs = prompt_logprobs(
+                    stepped.logits[row:following], request.prompt, request.prompt_top
+                )
+            last = following - 1
+            samples = self._split(request) if request.intake is not None else []
+            for each in (request, *samples):
+                reason: str | None = "error" if broken[last] else None
+                if reason is None:
+                    token, logprob = sample(stepped.logits[last], each, likeliest[last])
+                    each.output.append(token)
+                    each.logprobs += [] if logprob is None else [logprob]
+                    reason = self._reason(each, token)
+                else:
+                    each.error = "the model's logits are not numbers (NaN)"
+                committed.add(each)
+                if each.intake is not None:
+                    self._prefilled(each, each.intake)
+                if reason:
+                    self.scheduler.remove(each)
+                    self._end(each, reason)
+                    ended.append(each)
         return ended
+
+    def _split(self, request: Request) -> list[Request]:
+        """Begin the further samples of a prompt that is in, on its pages."""
+        sequence = request.sequence
+        assert sequence is not None
+        begun = []
+        for each in request.samples:
+            if each.finish_reason is not None:  # aborted meanwhile
+                continue
+            each.sequence = replace(sequence, table=self.pool.fork(sequence.table))
+            each.started, each.reused = request.started, request.reused
+            each.computed = request.intake.computed if request.intake else []
+            each.first_token = time.monotonic()
+            begun.append(each)
+        return begun
+
+    def _prefilled(self, request: Request, intake: Intake) -> None:
+        """A prompt is in: what only it needed is given back, and its samples run from now on."""
+        request.first_token = request.first_token or time.monotonic()
+        request.computed = request.computed or intake.computed
+        request.intake = None
+        self.ledger.promise(request, request.cost.settled)
+        self.scheduler.to_running(request)
+        for each in request.samples:
+            if each.finish_reason is None:
+                self.ledger.promise(each, request.cost.settled)
+                self.scheduler.running.append(each)
 
     def _score_on(self, request: Request, scoring: Scoring) -> bool:
         """Once the context is in, score the continuation on top of it; True when that is done."""
@@ -357,6 +405,8 @@ class Engine:
             request.detokenizer.update(request.output)
             if request.detokenizer.stopped:
                 return "stop"
+        if request.constraint is not None and request.constraint.done:
+            return "stop"
         return "length" if len(request.output) >= request.max_new else None
 
     def _end(self, request: Request, reason: str) -> None:
@@ -367,8 +417,11 @@ class Engine:
             request.detokenizer.update(request.output, last=True)
         if request.intake is not None:
             request.computed, request.intake = request.intake.computed, None
-        if request.hold and request.sequence is not None:
+        keeps = request.owner is not None and reason != "error"
+        if (request.hold or keeps) and request.sequence is not None:
             self.ledger.promise(request, self.ledger.held(request.sequence.table))
+            if keeps:
+                self.conversations.keep(request)
             return
         if request.sequence is not None:
             self.pool.release(request.sequence.table)
@@ -388,13 +441,3 @@ class Engine:
     def output(self, request: Request) -> RequestOutput:
         """The request's answer so far."""
         return answers.output(self.pool, self.adapter, request)
-
-    def _is_endless(self, length: int) -> bool:
-        """Whether a request of this length may go past the model's positions: its policy streams,
-        and what it holds fits in them."""
-        adapter = self.adapter
-        if not (self.policy.streams and adapter.streaming.is_possible):
-            return False
-        layers = adapter.layers_for(length)
-        kept = zip(self.policy.forecast(length, length, layers).kept, layers.governed, strict=True)
-        return max((n for n, governed in kept if governed), default=0) < adapter.max_positions

@@ -16,7 +16,7 @@ from pyramidinfer.models import Adapter
 from pyramidinfer.policies import Policy
 from pyramidinfer.types import Layers, View, accumulate_dtype
 
-__all__ = ["Cost", "Ledger", "full_bytes"]
+__all__ = ["Cost", "Ledger", "for_samples", "full_bytes"]
 
 
 class Cost(NamedTuple):
@@ -28,6 +28,13 @@ class Cost(NamedTuple):
     pages: np.ndarray
     bytes: int
     settled: Cost | None = None
+
+
+def for_samples(cost: Cost, samples: int) -> Cost:
+    """The cost of several answers to one prompt: one takes it in, then each may hold its own."""
+    settled = cost.settled or cost
+    pages = np.maximum(cost.pages, settled.pages * samples)
+    return Cost(pages, max(cost.bytes, settled.bytes * samples), settled)
 
 
 class Promised(Protocol):

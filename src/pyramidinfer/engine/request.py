@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from pyramidinfer.engine.memory import Cost
 from pyramidinfer.engine.text import Detokenizer
 from pyramidinfer.models.intake import Intake, Sequence
+from pyramidinfer.policies import Policy
 from pyramidinfer.types import KVUsage, Logprob, SamplingParams, TokenIds, accumulate_dtype
+
+if TYPE_CHECKING:
+    from pyramidinfer.engine.sampler import Constraint
 
 __all__ = ["Request", "Scoring"]
 
@@ -50,12 +54,19 @@ class Request:
     ``scoring``: a continuation to score; nothing is generated then.
     ``output``: tokens generated since the last prompt;  ``hold``: keep the cache at the end, so
     that more tokens can be appended (``Engine.extend``).
+    ``samples``: further answers to the same prompt, which begin on this one's pages once its
+    prompt is in.
+    ``owner``: whose conversation this is; when it ends its cache is kept for a request of the
+    same owner that goes on with it (None: no reuse).  ``reused``: tokens taken up that way.
+    ``prompt_top``: log-probabilities of the prompt with so many likeliest tokens are wanted.
+    ``error``: what went wrong, where ``finish_reason`` is ``"error"``.
     """
 
     id: int
     prompt: TokenIds
     params: SamplingParams
     max_new: int
+    policy: Policy
     cost: Cost
     protect: tuple[tuple[int, int], ...] = ()
     hold: bool = False
@@ -75,6 +86,23 @@ class Request:
     ended: float | None = None
     computed: list[int] = field(default_factory=list)
     kv: KVUsage | None = None
+    samples: list[Request] = field(default_factory=list)
+    constraint: Constraint | None = None
+    owner: str | None = None
+    reused: int = 0
+    prompt_top: int | None = None
+    prompt_logprobs: list[Logprob] = field(default_factory=list)
+    error: str | None = None
+
+    @property
+    def text(self) -> TokenIds:
+        """Every token so far."""
+        return self.prompt + self.output
+
+    @property
+    def width(self) -> int:
+        """Requests in flight that this one stands for: itself, and samples that wait for it."""
+        return 1 + sum(each.sequence is None for each in self.samples if not each.finish_reason)
 
     @property
     def rows(self) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Protocol, Self
+
 import torch
 from torch import Tensor
 from transformers import (
@@ -15,9 +17,48 @@ from transformers import (
 )
 
 from pyramidinfer.engine.request import Request
-from pyramidinfer.types import Logprob, SamplingParams
+from pyramidinfer.types import Logprob, TokenIds, accumulate_dtype
 
-__all__ = ["prepare", "sample"]
+__all__ = ["Constraint", "prepare", "prompt_logprobs", "sample"]
+
+
+class Constraint(Protocol):
+    """What a request's next token may be (a grammar); it is told every token that was chosen."""
+
+    @property
+    def done(self) -> bool:
+        """Nothing can follow."""
+
+    def allowed(self, vocab_size: int) -> Tensor:
+        """Which tokens may come next: bool ``[vocab_size]``, at least one of them."""
+
+    def accept(self, token: int) -> None:
+        """Take in the token that was chosen."""
+
+    def copy(self) -> Self:
+        """Another one in the same state."""
+
+
+class Constrained(LogitsProcessor):
+    """Shuts out what the request's constraint does not allow."""
+
+    def __init__(self, constraint: Constraint) -> None:
+        self.constraint = constraint
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        allowed = self.constraint.allowed(scores.shape[1]).to(scores.device)
+        return scores.masked_fill(~allowed, -torch.inf)
+
+
+class Bias(LogitsProcessor):
+    """Adds to the logits of some tokens (OpenAI's ``logit_bias``)."""
+
+    def __init__(self, bias: dict[int, float], device: torch.device) -> None:
+        self.tokens = torch.tensor(list(bias), device=device)
+        self.amounts = torch.tensor([float(amount) for amount in bias.values()], device=device)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        return scores.index_add(1, self.tokens, self.amounts[None].to(scores.dtype))
 
 
 class CountPenalty(LogitsProcessor):
@@ -38,10 +79,14 @@ class CountPenalty(LogitsProcessor):
 def prepare(request: Request, device: torch.device) -> None:
     """Build a request's processors and generator once."""
     params, chain = request.params, LogitsProcessorList()
+    if params.logit_bias:
+        chain.append(Bias(dict(params.logit_bias), device))
     if params.repetition_penalty != 1:
         chain.append(RepetitionPenaltyLogitsProcessor(float(params.repetition_penalty)))
     if params.presence_penalty or params.frequency_penalty:
         chain.append(CountPenalty(request))
+    if request.constraint is not None:
+        chain.append(Constrained(request.constraint))
     if params.temperature > 0:
         if params.temperature != 1:
             chain.append(TemperatureLogitsWarper(float(params.temperature)))
@@ -64,9 +109,20 @@ def sample(logits: Tensor, request: Request, likeliest: int) -> tuple[int, Logpr
     token = likeliest
     if request.processors or request.params.temperature > 0:
         token = _choose(logits[None].float(), request)
+    if request.constraint is not None:
+        request.constraint.accept(token)
     if request.params.logprobs is None:
         return token, None
-    return token, _logprob(logits, token, request.params)
+    return token, _logprobs(logits[None], [token], request.params.logprobs)[0]
+
+
+def prompt_logprobs(logits: Tensor, prompt: TokenIds, top: int) -> list[Logprob]:
+    """Log-probabilities of every prompt token but the first, from logits ``[prompt, vocab]``."""
+    found: list[Logprob] = []
+    for start in range(0, len(prompt) - 1, 256):  # wide copies of a part at a time
+        tokens = prompt[start + 1 : start + 257]
+        found += _logprobs(logits[start : start + len(tokens)], tokens, top)
+    return found
 
 
 def _choose(scores: Tensor, request: Request) -> int:
@@ -80,8 +136,10 @@ def _choose(scores: Tensor, request: Request) -> int:
     return int(torch.multinomial(weights, 1, generator=request.generator))
 
 
-def _logprob(logits: Tensor, token: int, params: SamplingParams) -> Logprob:
-    values = torch.log_softmax(logits.double(), dim=-1)
-    top = values.topk(min(params.logprobs or 0, len(values)))
-    likeliest = dict(zip(top.indices.tolist(), top.values.tolist(), strict=True))
-    return Logprob(token, float(values[token]), likeliest)
+def _logprobs(logits: Tensor, tokens: TokenIds, top: int) -> list[Logprob]:
+    """What ``logits`` ``[n, vocab]`` say of ``tokens`` ``[n]`` and of the ``top`` likeliest."""
+    values = torch.log_softmax(logits.to(accumulate_dtype(logits.dtype)), dim=-1)
+    best = values.topk(min(top, values.shape[1]))
+    chosen = values.gather(1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0].tolist()
+    rows = zip(tokens, chosen, best.indices.tolist(), best.values.tolist(), strict=True)
+    return [Logprob(t, v, dict(zip(ids, high, strict=True))) for t, v, ids, high in rows]

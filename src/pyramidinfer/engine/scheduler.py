@@ -7,10 +7,10 @@ budget, oldest first; a long prompt spreads over many steps and never holds the 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from typing import NamedTuple
 
 from pyramidinfer.config import EngineConfig
-from pyramidinfer.engine.memory import Ledger
 from pyramidinfer.engine.request import Request
 from pyramidinfer.models.intake import Work
 
@@ -27,22 +27,22 @@ class Plan(NamedTuple):
 class Scheduler:
     """Three queues: waiting (no memory yet), prefilling, running (decoding)."""
 
-    def __init__(self, config: EngineConfig, ledger: Ledger, depth: int) -> None:
-        self.config, self.ledger, self.depth = config, ledger, depth
+    def __init__(self, config: EngineConfig, depth: int) -> None:
+        self.config, self.depth = config, depth
         self.waiting: deque[Request] = deque()
         self.prefilling: list[Request] = []
         self.running: list[Request] = []
 
     @property
     def in_flight(self) -> int:
-        return len(self.prefilling) + len(self.running)
+        return sum(each.width for each in self.prefilling) + len(self.running)
 
     @property
     def idle(self) -> bool:
         return not self.waiting and not self.in_flight
 
-    def admit(self) -> list[Request]:
-        """Requests that begin now.
+    def admit(self, admits: Callable[[Request], bool]) -> list[Request]:
+        """Requests that begin now; ``admits`` promises a request what it needs, or says no.
 
         The oldest waits for room and nobody overtakes it, except who already holds a cache
         (an extended request): its pages are part of what the oldest waits for.
@@ -50,15 +50,14 @@ class Scheduler:
         begun = []
         blocked = False
         for request in list(self.waiting):
-            if self.in_flight >= self.config.max_requests:
+            if self.in_flight + request.width > self.config.max_requests:
                 break
             if blocked and request.sequence is None:
                 continue
-            if not self.ledger.fits(request.cost, instead_of=request.promised):
+            if not admits(request):
                 blocked = True
                 continue
             self.waiting.remove(request)
-            self.ledger.promise(request, request.cost)
             self.prefilling.append(request)
             begun.append(request)
         return begun

@@ -39,6 +39,9 @@ class Undo:
             else:  # entries are evicted already, and its token is lost
                 self.engine.abort(request)
         for request, work in self.plan.prefill:
+            for sample in request.samples:  # one that has pages and no token cannot go on
+                if sample.sequence is not None and sample not in self.committed:
+                    self.engine.abort(sample)
             if request in self.committed or (self.ran and not work.intake.finished):
                 continue
             if work.intake.first or request.sequence is None:
@@ -48,5 +51,5 @@ class Undo:
                 self.engine.pool.retract(table, table.kept * 0)
                 table.seen_len, table.transient_bytes = 0, 0
                 self.engine.pool.note_beside(table)
-                table.state = self.engine.policy.start(request.sequence.layers)
+                table.state = request.policy.start(request.sequence.layers)
                 self.engine.begin(request)

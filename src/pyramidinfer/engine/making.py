@@ -1,0 +1,98 @@
+"""From what a user asks to a request: checked, and its cost known."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Items
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from pyramidinfer.cache import Table
+from pyramidinfer.engine.checks import check_params, check_spans, check_stream, check_tokens
+from pyramidinfer.engine.memory import Cost, for_samples
+from pyramidinfer.engine.request import Request, Scoring
+from pyramidinfer.engine.text import Detokenizer
+from pyramidinfer.policies import Policy
+from pyramidinfer.types import SamplingParams, TokenIds
+
+if TYPE_CHECKING:
+    from pyramidinfer.engine.engine import Engine
+
+__all__ = ["Spans", "cost_of", "is_endless", "make_request"]
+
+Spans = Items[tuple[int, int]]
+
+
+def make_request(engine: Engine, prompt: TokenIds, params: SamplingParams, policy: Policy,
+                 protect: Spans, hold: bool, on: Table | None, scoring: Scoring | None,
+                 samples: int) -> Request:  # fmt: skip
+    """See :meth:`Engine.make`."""
+    adapter, longest = engine.adapter, engine.adapter.max_positions
+    check_params(params, adapter.vocab_size, engine.tokenizer is not None)
+    check_tokens(prompt, adapter.vocab_size)
+    if not 1 <= samples <= engine.config.max_requests:
+        raise ValueError(
+            f"{samples} samples of one prompt: at least 1, and at most "
+            f"max_requests={engine.config.max_requests}"
+        )
+    if policy is not engine.policy:
+        policy.check(adapter.layers_for(1))
+        engine.check_policy(policy)
+    endless = is_endless(engine, policy, len(prompt))
+    if endless:
+        held = int(on.kept.max()) if on else 0
+        check_stream(len(prompt) - (on.seen_len if on else 0), held, longest)
+    elif len(prompt) >= longest + bool(scoring):
+        raise ValueError(
+            f"the prompt has {len(prompt)} tokens; this model has {longest} positions, so at "
+            f"most {longest - 1} fit with one generated token"
+        )
+    spans = check_spans(protect, len(prompt))
+    max_new = params.max_tokens if endless else min(params.max_tokens, longest - len(prompt))
+    if scoring:
+        check_tokens(scoring.tokens, adapter.vocab_size, "continuation")
+        max_new = len(scoring.tokens)
+        if len(prompt) + max_new - 1 > longest:  # the last one is never fed
+            raise ValueError(
+                f"{len(prompt)} context tokens and {max_new} scored ones exceed the model's "
+                f"{longest} positions"
+            )
+    cost = cost_of(engine, policy, len(prompt), max_new, spans, on, scoring)
+    if samples > 1:
+        cost = for_samples(cost, samples)
+    engine.ledger.check_fits(cost, len(prompt), max_new)
+
+    def one(params: SamplingParams) -> Request:
+        text = None
+        if engine.tokenizer:
+            text = Detokenizer(engine.tokenizer, tuple(params.stop))
+        return Request(
+            engine.next_id(), list(prompt), params, max_new, policy, cost, spans, hold, text,
+            scoring=scoring,
+        )  # fmt: skip
+
+    request = one(params)
+    for index in range(1, samples):
+        seed = None if params.seed is None else (params.seed + index) % 2**63
+        request.samples.append(one(replace(params, seed=seed)))
+    return request
+
+
+def cost_of(engine: Engine, policy: Policy, length: int, max_new: int, spans: Spans,
+            on: Table | None = None, scoring: Scoring | None = None) -> Cost:  # fmt: skip
+    """The most that a prompt of ``length`` tokens can need (the first ones held by ``on``)."""
+    seen, held = (on.seen_len, on.kept) if on else (0, None)
+    layers = engine.adapter.layers_for(length + max_new)
+    covered = len(set().union(*(range(*span) for span in spans)))
+    find = engine.ledger.scoring_cost if scoring else engine.ledger.cost
+    return find(policy, length - seen, max_new, layers, covered, held)
+
+
+def is_endless(engine: Engine, policy: Policy, length: int) -> bool:
+    """Whether a request of this length may go past the model's positions: its policy streams,
+    and what it holds fits in them."""
+    adapter = engine.adapter
+    if not (policy.streams and adapter.streaming.is_possible):
+        return False
+    layers = adapter.layers_for(length)
+    kept = zip(policy.forecast(length, length, layers).kept, layers.governed, strict=True)
+    return max((n for n, governed in kept if governed), default=0) < adapter.max_positions
