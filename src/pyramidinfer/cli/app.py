@@ -1,4 +1,4 @@
-"""``pyramidinfer demo | generate | inspect | calibrate | study | bench | doctor``."""
+"""``pyramidinfer demo | generate | serve | chat | batch | inspect | calibrate | study | …``."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import typer
 from pyramidinfer.attention import available_backends
 from pyramidinfer.cli.bench import bench
 from pyramidinfer.cli.common import plain_errors, policy_from
+from pyramidinfer.cli.serving import add_serving
 from pyramidinfer.cli.study import study, subject
 from pyramidinfer.policies.registry import POLICIES
 
@@ -158,6 +159,9 @@ def doctor(as_json: AsJson = False) -> None:
     from pyramidinfer.cli.doctor import run_doctor
 
     run_doctor(as_json)
+
+
+add_serving(app)
 
 
 def main() -> None:

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pyramidinfer.engine.checks import check_stream
-from pyramidinfer.engine.making import cost_of, is_endless
-from pyramidinfer.engine.memory import Cost, for_samples
+from pyramidinfer.engine.making import costs_of, is_endless
+from pyramidinfer.engine.memory import Cost
 from pyramidinfer.engine.request import Request
 
 if TYPE_CHECKING:
@@ -40,10 +40,22 @@ class Conversations:
         """What all of them hold together."""
         pages = np.zeros_like(self.engine.ledger.pages)
         size = 0
-        for each in self.held:
-            assert each.promised is not None
-            pages, size = pages + each.promised.pages, size + each.promised.bytes
+        for promised in [each.promised for each in self.held]:  # a list: metrics look in meanwhile
+            if promised is not None:
+                pages, size = pages + promised.pages, size + promised.bytes
         return Cost(pages, size)
+
+    @property
+    def page_count(self) -> int:
+        """Pages that held caches own, those they share counted once."""
+        pool, owned = self.engine.pool, set()
+        for sequence in [each.sequence for each in self.held]:
+            if sequence is not None:
+                table = sequence.table
+                for layer, group in enumerate(pool.group_of.tolist()):
+                    pages = table.pages[layer, : int(table.held[layer])].tolist()
+                    owned.update((group, page) for page in pages)
+        return len(owned)
 
     def keep(self, request: Request) -> None:
         """Hold a request's cache, and let old ones go that are too much then."""
@@ -53,21 +65,28 @@ class Conversations:
 
     def admits(self, request: Request) -> bool:
         """Whether a waiting request can begin: on what is held, or beside it, or instead of it."""
-        if request.owner is not None and request.sequence is None:
+        if request.owner is not None and request.sequence is None and request.prompt_top is None:
             for held in sorted(self._beginnings(request), key=_length, reverse=True):
                 if self._take_up(request, held):
                     return True
-        ledger, mine = self.engine.ledger, request.promised
-        if not ledger.fits(request.cost, instead_of=mine):
-            cost = self.cost
-            if mine is not None:
-                cost = Cost(cost.pages + mine.pages, cost.bytes + mine.bytes)
-            if not ledger.fits(request.cost, instead_of=cost):
-                return False
-            while not ledger.fits(request.cost, instead_of=mine):
-                self._drop(self.held[0])
+        if not self.clears(request.likely, request.promised):
+            return False
         if request.owner is not None:
             self.misses += 1
+        return True
+
+    def clears(self, wanted: Cost, mine: Cost | None) -> bool:
+        """Whether ``wanted`` can be promised in place of ``mine``; as many caches go as must."""
+        ledger = self.engine.ledger
+        if ledger.fits(wanted, instead_of=mine):
+            return True
+        cost = self.cost
+        if mine is not None:
+            cost = Cost(cost.pages + mine.pages, cost.bytes + mine.bytes)
+        if not ledger.fits(wanted, instead_of=cost):
+            return False
+        while not ledger.fits(wanted, instead_of=mine):
+            self._drop(self.held[0])
         return True
 
     def make_room(self) -> bool:
@@ -110,22 +129,21 @@ class Conversations:
                 return False
         elif engine.adapter.rotary.is_long(length + request.max_new - 1) != sequence.is_long:
             return False
-        cost = cost_of(
-            engine, request.policy, length, request.max_new, request.protect, table
+        most, likely = costs_of(
+            engine, request.policy, length, request.max_new, request.protect, table,
+            samples=1 + len(request.samples),
         )  # fmt: skip
-        if request.samples:
-            cost = for_samples(cost, 1 + len(request.samples))
-        if not engine.ledger.ever_fits(cost):
+        if not engine.ledger.ever_fits(most):
             return False
         others = self.cost
-        if not engine.ledger.fits(cost, instead_of=others):
+        if not engine.ledger.fits(likely, instead_of=others):
             return False
         self.held.remove(held)
-        while not engine.ledger.fits(cost, instead_of=held.promised):
+        while not engine.ledger.fits(likely, instead_of=held.promised):
             self._drop(self.held[0])
-        request.cost, request.reused = cost, table.seen_len
-        for sample in request.samples:
-            sample.cost = cost
+        request.reused, request.reused_entries = table.seen_len, int(table.kept.sum())
+        for each in (request, *request.samples):
+            each.cost, each.likely = most, likely
         request.sequence, held.sequence = sequence, None
         request.promised, held.promised = held.promised, None
         self.hits, self.reused_tokens = self.hits + 1, self.reused_tokens + table.seen_len

@@ -1,0 +1,201 @@
+"""``pyramidinfer batch``: a file of requests, in OpenAI's batch format.
+
+Every answer is one line, written whole and synced before the next.  Begun again, the command cuts
+off a line that was not finished when it was killed, and does what is missing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import json
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from pydantic import ValidationError
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from pyramidinfer.cli.serve import ModelChoice, load
+from pyramidinfer.server.errors import ApiError, error_body
+from pyramidinfer.server.protocol import ChatRequest, CompletionRequest
+from pyramidinfer.server.service import Service
+from pyramidinfer.server.settings import ServerSettings
+
+__all__ = ["run_batch"]
+
+BODIES: dict[str, type[ChatRequest] | type[CompletionRequest]] = {
+    "/v1/chat/completions": ChatRequest, "/v1/completions": CompletionRequest,
+}  # fmt: skip
+FOREVER = 1e9  # seconds: a batch has time
+
+
+class Line(NamedTuple):
+    """One request of the file."""
+
+    number: int
+    custom_id: str
+    url: str
+    body: Any
+
+
+def run_batch(choice: ModelChoice, source: Path, target: Path, model_name: str) -> None:
+    """Answer what the target does not hold yet."""
+    wanted = _check(source)
+    if target.exists() and source.samefile(target):
+        raise ValueError(f"{str(target)!r} is the file of requests; name another one for answers")
+    with target.open("a+b") as out:
+        try:
+            fcntl.flock(out, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(f"{str(target)!r} is being written by another process") from None
+        done = _recover(out, target)
+        if strangers := done - wanted:
+            raise ValueError(
+                f"{str(target)!r} holds an answer to {min(strangers)!r}, which is not in "
+                f"{str(source)!r}: it belongs to another batch; name another file"
+            )
+        console = Console(stderr=True)
+        if done:
+            console.print(f"{len(done)} of {len(wanted)} answers are there already")
+        if len(done) == len(wanted):
+            return
+        llm = load(choice)
+        most = llm.engine.config.max_requests
+        settings = ServerSettings(
+            model_name=model_name, max_waiting=2 * most, queue_timeout=FOREVER,
+            request_timeout=FOREVER, max_n=most, max_logprobs=100,
+        )  # fmt: skip
+        service = Service(llm, settings)
+        bar = Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+            TimeElapsedColumn(), console=console,
+        )  # fmt: skip
+        failed = 0
+        with bar:
+            task = bar.add_task(source.name, total=len(wanted), completed=len(done))
+
+            def write(answer: dict[str, Any]) -> None:
+                nonlocal failed
+                failed += answer["response"]["status_code"] != 200
+                out.write(json.dumps(answer, ensure_ascii=False).encode() + b"\n")
+                out.flush()
+                os.fsync(out.fileno())
+                bar.advance(task)
+
+            lines = (line for line in _lines(source) if line.custom_id not in done)
+            asyncio.run(_answer_all(service, lines, write, most))
+        if failed:
+            console.print(f"{failed} requests could not be answered; their lines say why")
+
+
+async def _answer_all(service: Service, lines: Iterator[Line], write: Any, width: int) -> None:
+    """So many requests at a time, answers in the order in which they end."""
+    service.worker.start()
+    running: set[asyncio.Task[dict[str, Any]]] = set()
+    try:
+        for line in lines:
+            running.add(asyncio.create_task(_answer(service, line)))
+            if len(running) >= width:
+                running = await _write_ended(running, write)
+        while running:
+            running = await _write_ended(running, write)
+    finally:
+        for task in running:
+            task.cancel()
+        service.worker.stop()
+
+
+async def _write_ended(running: set[asyncio.Task[dict[str, Any]]], write: Any
+                       ) -> set[asyncio.Task[dict[str, Any]]]:  # fmt: skip
+    ended, left = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+    for task in ended:
+        write(task.result())
+    return left
+
+
+async def _answer(service: Service, line: Line) -> dict[str, Any]:
+    """An answer's line; what cannot be served is answered with its error."""
+    status, body = 200, {}
+    try:
+        if line.url not in BODIES:
+            raise ApiError(400, f"url {line.url!r} is none of {', '.join(BODIES)}", param="url")
+        asked = BODIES[line.url].model_validate_json(json.dumps(line.body))
+        if asked.stream:
+            raise ApiError(400, "a batch does not stream; leave stream out", param="stream")
+        body = await service.answer(asked, None)
+    except ApiError as error:
+        status, body = error.status, error.body
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        status, body = 400, error_body(400, f"{place}: {first['msg']}", place)
+    return {
+        "id": f"batch_req_{uuid.uuid4().hex}", "custom_id": line.custom_id,
+        "response": {"status_code": status, "request_id": body.get("id", ""), "body": body},
+        "error": None,
+    }  # fmt: skip
+
+
+def _lines(source: Path) -> Iterator[Line]:
+    """The requests; ``ValueError`` with the number of a line that is none."""
+    try:
+        with source.open(encoding="utf-8") as lines:
+            for number, text in enumerate(lines, start=1):
+                if text.strip():
+                    yield _parse(source, number, text)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{str(source)!r} is not UTF-8 text: {error.reason}") from None
+
+
+def _parse(source: Path, number: int, text: str) -> Line:
+    where = f"{source}, line {number}"
+    try:
+        entry = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: not valid JSON ({error})") from None
+    if not isinstance(entry, dict):
+        raise ValueError(f"{where}: not an object with custom_id, method, url and body")
+    for name, kind in (("custom_id", str), ("url", str), ("body", dict)):
+        if not isinstance(entry.get(name), kind):
+            raise ValueError(f"{where}: {name} is missing or not a {kind.__name__}")
+    if entry.get("method", "POST") != "POST":
+        raise ValueError(f"{where}: method {entry['method']!r} must be POST")
+    return Line(number, entry["custom_id"], entry["url"], entry["body"])
+
+
+def _check(source: Path) -> set[str]:
+    """The ids of a file of requests, every line of which is one."""
+    first: dict[str, int] = {}
+    for line in _lines(source):
+        if line.custom_id in first:
+            raise ValueError(
+                f"{source}, line {line.number}: custom_id {line.custom_id!r} is that of line "
+                f"{first[line.custom_id]}; every request needs its own"
+            )
+        first[line.custom_id] = line.number
+    if not first:
+        raise ValueError(f"{str(source)!r} holds no request")
+    return set(first)
+
+
+def _recover(out: BinaryIO, target: Path) -> set[str]:
+    """Ids that are answered; a last line that was not finished is cut off."""
+    done: set[str] = set()
+    out.seek(0)
+    whole = 0
+    for number, line in enumerate(out, start=1):
+        if not line.endswith(b"\n"):
+            break
+        try:
+            done.add(json.loads(line)["custom_id"])
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(
+                f"{target}, line {number} is no answer of a batch; name another file"
+            ) from None
+        whole += len(line)
+    out.truncate(whole)
+    return done

@@ -1,0 +1,151 @@
+"""``pyramidinfer chat``: a conversation in the terminal."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from rich.console import Console
+
+from pyramidinfer.cli.common import human_bytes
+from pyramidinfer.cli.serve import ModelChoice, load
+from pyramidinfer.engine import LLM
+from pyramidinfer.engine.request import Request
+from pyramidinfer.policies import Policy, make_policy
+from pyramidinfer.server.prompts import Prompts
+from pyramidinfer.server.protocol import Message
+from pyramidinfer.types import SamplingParams
+
+__all__ = ["run_chat"]
+
+HELP = """/reset        begin a new conversation
+/system TEXT  begin one with this system prompt
+/keep SHARE   change the budget of the policy
+/policy NAME  change the policy
+/exit         leave (also Ctrl-D); Ctrl-C stops an answer"""
+
+
+def run_chat(choice: ModelChoice, system: str | None, params: SamplingParams) -> None:
+    """Read a line, answer it, until the input ends."""
+    llm = load(choice)
+    if not Prompts(llm.tokenizer, llm.engine.adapter.vocab_size).has_template:
+        raise ValueError(f"model {llm.name!r} has no chat template; use `pyramidinfer generate`")
+    chat = _Chat(llm, params, system)
+    chat.note(f"{llm.name}: /help tells what else can be typed")
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return
+        except KeyboardInterrupt:  # nothing was running
+            print()
+            continue
+        if line in ("/exit", "/quit"):
+            return
+        try:
+            if line.startswith("/"):
+                chat.command(line)
+            elif line:
+                chat.say(line)
+        except ValueError as error:
+            print(f"error: {error}", file=sys.stderr)
+
+
+class _Chat:
+    """A conversation, its policy, and what came of it."""
+
+    def __init__(self, llm: LLM, params: SamplingParams, system: str | None) -> None:
+        self.llm, self.params, self.policy = llm, params, llm.policy
+        self.prompts = Prompts(llm.tokenizer, llm.engine.adapter.vocab_size)
+        self.console = Console(stderr=True, highlight=False)
+        self.turns: list[Message] = []
+        self.reset(system)
+
+    def note(self, text: str) -> None:
+        self.console.print(text, style="dim", markup=False)
+
+    def reset(self, system: str | None) -> None:
+        self.system = system
+        self.turns = [Message(role="system", content=system)] if system else []
+        self.llm.engine.conversations.clear()
+
+    def command(self, line: str) -> None:
+        word, _, rest = line.partition(" ")
+        rest = rest.strip()
+        if word == "/help":
+            self.note(HELP)
+        elif word == "/reset":
+            self.reset(self.system)
+            self.note("a new conversation")
+        elif word == "/system":
+            self.reset(rest or None)
+            self.note("a new conversation")
+        elif word == "/keep":
+            self._use(make_policy(self.policy, _share(rest)))
+        elif word == "/policy":
+            keep = getattr(self.policy, "keep", None)
+            chosen = make_policy(rest, None if rest == "full" else keep)
+            self._use(chosen.for_model(self.llm.name))
+        else:
+            raise ValueError(f"unknown command {word!r}; /help lists them")
+
+    def _use(self, policy: Policy) -> None:
+        engine = self.llm.engine
+        policy.check(engine.adapter.layers_for(1))
+        engine.check_policy(policy)
+        self.policy = policy
+        keep = getattr(policy, "keep", None)
+        self.note(f"policy {policy.name}" + ("" if keep is None else f", keep {keep:g}"))
+
+    def say(self, line: str) -> None:
+        """One turn; Ctrl-C stops the answer, and what there is of it stays."""
+        engine = self.llm.engine
+        turns = [*self.turns, Message(role="user", content=line)]
+        tokens = self.prompts.chat(turns)
+        request = engine.make(tokens, self.params, policy=self.policy)
+        request.owner = "chat"
+        begun = time.monotonic()
+        try:
+            text = self._follow(request)
+        except KeyboardInterrupt:
+            text = request.detokenizer.settled if request.detokenizer else ""
+            engine.abort(request)
+            print()
+        self.turns = [*turns, Message(role="assistant", content=text.strip())]
+        self._tell(request, time.monotonic() - begun)
+
+    def _follow(self, request: Request) -> str:
+        engine, text = self.llm.engine, request.detokenizer
+        assert text is not None  # a chat template has a tokenizer
+        engine.submit(request)
+        written = 0
+        while request.finish_reason is None:
+            engine.step()
+            if request.finish_reason is None and not text.stopped:
+                text.update(request.output)
+            shown = text.settled if request.finish_reason is None else text.text
+            print(shown[written:], end="", flush=True)
+            written = max(written, len(shown))
+        print()
+        if request.finish_reason == "error":
+            raise ValueError(f"the answer failed: {request.error}")
+        return text.text
+
+    def _tell(self, request: Request, seconds: float) -> None:
+        kv, metrics = request.kv, self.llm.engine.metrics(request)
+        if kv is None or not kv.seen_len:
+            return
+        first = metrics.first_token_seconds or 0.0
+        rate = (len(request.output) - 1) / max(1e-9, seconds - first)
+        self.note(
+            f"{kv.seen_len} tokens, {request.reused} of them taken up; kept {kv.kept_share:.0%}, "
+            f"KV {human_bytes(kv.bytes)} of {human_bytes(kv.full_bytes)}; first token "
+            f"{first:.2f} s, {rate:.0f} tokens/s"
+        )
+
+
+def _share(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"/keep {text}: give a share above 0 and at most 1") from None

@@ -1,0 +1,249 @@
+"""Options of ``serve``, ``chat`` and ``batch``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pyramidinfer.attention import available_backends
+from pyramidinfer.cli.common import plain_errors, policy_from
+from pyramidinfer.config import parse_bytes
+from pyramidinfer.policies.registry import POLICIES
+
+__all__ = ["add_serving"]
+
+Model = Annotated[
+    str | None, typer.Argument(help="Folder or hub id. Default: the model shipped here.")
+]
+PolicyName = Annotated[str, typer.Option(help=f"One of: {', '.join(sorted(POLICIES))}.")]
+Keep = Annotated[float | None, typer.Option(help="Budget of the policy: a share in (0, 1].")]
+Options = Annotated[
+    list[str] | None,
+    typer.Option("--option", "-o", help="A policy option, NAME=VALUE; may be repeated."),
+]
+ScheduleFile = Annotated[
+    Path | None, typer.Option(help="For pyramid: what `pyramidinfer calibrate` wrote.")
+]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16 or float64.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Backend = Annotated[str, typer.Option(help=f"auto, {', '.join(available_backends())}.")]
+KvMemory = Annotated[str, typer.Option(help="Memory for the caches of all requests together.")]
+Threads = Annotated[int, typer.Option(help="Threads of torch; 0 leaves its choice.")]
+MaxRequests = Annotated[int, typer.Option(help="Requests in flight at once.")]
+SERVER, ENGINE, LIMITS, SAFETY = "Server", "Memory and scheduling", "Limits", "Safety"
+
+
+def _choice(model: str | None, policy: str, keep: float | None, option: list[str] | None,
+            schedule: Path | None, dtype: str, device: str, backend: str, threads: int,
+            **options: Any) -> Any:  # fmt: skip
+    from pyramidinfer.cli.serve import ModelChoice
+
+    chosen = policy_from(policy, keep, option or [], schedule)
+    return ModelChoice(model, chosen, dtype, device, backend, threads, options)
+
+
+def add_serving(app: typer.Typer) -> None:
+    """Register the commands."""
+    app.command()(plain_errors()(serve))
+    app.command()(plain_errors()(chat))
+    app.command()(plain_errors()(batch))
+
+
+def serve(
+    model: Model = None,
+    policy: PolicyName = "pyramid",
+    keep: Keep = None,
+    option: Options = None,
+    schedule: ScheduleFile = None,
+    kv_memory: KvMemory = "1GiB",
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    backend: Backend = "auto",
+    threads: Threads = 0,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on.", rich_help_panel=SERVER)
+    ] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(help="Port; 0 picks a free one.", rich_help_panel=SERVER)
+    ] = 8000,
+    model_name: Annotated[
+        str, typer.Option(help="Name that clients ask for; default: the folder's.",
+                          rich_help_panel=SERVER)
+    ] = "",
+    page: Annotated[
+        bool, typer.Option(help="The page at /.", rich_help_panel=SERVER)
+    ] = True,
+    drain_timeout: Annotated[
+        float, typer.Option(help="Seconds that running requests get after SIGTERM.",
+                            rich_help_panel=SERVER)
+    ] = 60.0,
+    max_requests: Annotated[
+        int, typer.Option(help="Requests in flight at once.", rich_help_panel=ENGINE)
+    ] = 64,
+    step_tokens: Annotated[
+        int, typer.Option(help="Work of one step, in tokens through the whole model.",
+                          rich_help_panel=ENGINE)
+    ] = 2048,
+    page_size: Annotated[
+        int, typer.Option(help="Entries in a page of the cache.", rich_help_panel=ENGINE)
+    ] = 16,
+    reuse_share: Annotated[
+        float, typer.Option(help="Share of kv_memory that finished conversations may hold while "
+                            "nobody needs it; 0 switches reuse off.", rich_help_panel=ENGINE)
+    ] = 0.5,
+    slot_scores: Annotated[
+        bool, typer.Option("--slot-scores", help="Room for running scores, so that requests may "
+                           "ask for h2o and scissorhands.", rich_help_panel=ENGINE)
+    ] = False,
+    admission: Annotated[
+        str, typer.Option(help="reserve (nothing can run short) or overcommit.",
+                          rich_help_panel=ENGINE)
+    ] = "reserve",
+    expected_output: Annotated[
+        float, typer.Option(help="overcommit: share of max_tokens a request is expected to "
+                            "generate.", rich_help_panel=ENGINE)
+    ] = 0.5,
+    preempt: Annotated[
+        str, typer.Option(help="overcommit: swap, or recompute (policy full only; others swap).",
+                          rich_help_panel=ENGINE)
+    ] = "swap",
+    elastic: Annotated[
+        float | None, typer.Option(help="overcommit: tighten running requests down to this keep "
+                                   "before one is preempted.", rich_help_panel=ENGINE)
+    ] = None,
+    max_waiting: Annotated[
+        int, typer.Option(help="Requests that may wait; one more gets 429.", rich_help_panel=LIMITS)
+    ] = 128,
+    queue_timeout: Annotated[
+        float, typer.Option(help="Seconds in the queue, then 429.", rich_help_panel=LIMITS)
+    ] = 30.0,
+    request_timeout: Annotated[
+        float, typer.Option(help="Seconds a request may take.", rich_help_panel=LIMITS)
+    ] = 600.0,
+    default_max_tokens: Annotated[
+        int, typer.Option(help="For requests without max_tokens.", rich_help_panel=LIMITS)
+    ] = 256,
+    max_tokens_limit: Annotated[
+        int | None, typer.Option(help="The most a request may generate.", rich_help_panel=LIMITS)
+    ] = None,
+    max_prompt_tokens: Annotated[
+        int | None, typer.Option(help="The longest prompt.", rich_help_panel=LIMITS)
+    ] = None,
+    max_n: Annotated[
+        int, typer.Option(help="Choices of one request.", rich_help_panel=LIMITS)
+    ] = 8,
+    max_stop: Annotated[
+        int, typer.Option(help="Stop strings of one request.", rich_help_panel=LIMITS)
+    ] = 8,
+    max_body: Annotated[
+        str, typer.Option(help="The largest request.", rich_help_panel=LIMITS)
+    ] = "4MiB",
+    max_schema: Annotated[
+        str, typer.Option(help="The largest JSON schema.", rich_help_panel=LIMITS)
+    ] = "64KiB",
+    policies: Annotated[
+        str | None, typer.Option(help="Policies a request may ask for, NAME,NAME; default: all.",
+                                 rich_help_panel=LIMITS)
+    ] = None,
+    min_keep: Annotated[
+        float, typer.Option(help="The least keep a request may ask for.", rich_help_panel=LIMITS)
+    ] = 0.02,
+    max_keep: Annotated[
+        float, typer.Option(help="The most.", rich_help_panel=LIMITS)
+    ] = 1.0,
+    api_key_file: Annotated[
+        Path | None, typer.Option(help="Keys, one a line (also: PYRAMIDINFER_API_KEYS).",
+                                  rich_help_panel=SAFETY)
+    ] = None,
+    cors_origin: Annotated[
+        list[str] | None, typer.Option(help="A site that may ask from a browser; may be repeated.",
+                                       rich_help_panel=SAFETY)
+    ] = None,
+    log_prompts: Annotated[
+        bool, typer.Option("--log-prompts", help="Write prompts and answers to the log.",
+                           rich_help_panel=SAFETY)
+    ] = False,
+) -> None:  # fmt: skip
+    """Serve a model under the OpenAI API, with a page at /."""
+    from pyramidinfer.cli.serve import run_serve
+    from pyramidinfer.server.settings import ServerSettings, read_keys
+
+    choice = _choice(
+        model, policy, keep, option, schedule, dtype, device, backend, threads,
+        kv_memory=kv_memory, max_requests=max_requests, step_tokens=step_tokens,
+        page_size=page_size, reuse_share=reuse_share, slot_scores=slot_scores,
+        admission=admission, expected_output=expected_output, preempt=preempt, elastic=elastic,
+    )  # fmt: skip
+    names = None if policies is None else tuple(each.strip() for each in policies.split(","))
+    settings = ServerSettings(
+        host=host, port=port, model_name=model_name, api_keys=read_keys(api_key_file),
+        max_waiting=max_waiting, queue_timeout=queue_timeout, request_timeout=request_timeout,
+        drain_timeout=drain_timeout, default_max_tokens=default_max_tokens,
+        max_tokens_limit=max_tokens_limit, max_prompt_tokens=max_prompt_tokens, max_n=max_n,
+        max_stop=max_stop, max_body_bytes=parse_bytes(max_body),
+        max_schema_bytes=parse_bytes(max_schema), policies=names, min_keep=min_keep,
+        max_keep=max_keep, log_prompts=log_prompts, cors_origins=tuple(cors_origin or ()),
+        page=page,
+    )  # fmt: skip
+    run_serve(choice, settings)
+
+
+def chat(
+    model: Model = None,
+    policy: PolicyName = "pyramid",
+    keep: Keep = None,
+    option: Options = None,
+    schedule: ScheduleFile = None,
+    kv_memory: KvMemory = "1GiB",
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    backend: Backend = "auto",
+    threads: Threads = 0,
+    system: Annotated[str | None, typer.Option(help="A system prompt.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Tokens of an answer at most.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="1 is off.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+) -> None:
+    """Chat with a model in the terminal; every turn goes on with the last one's cache."""
+    from pyramidinfer.cli.chat import run_chat
+    from pyramidinfer.types import SamplingParams
+
+    params = SamplingParams(
+        max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed
+    )  # fmt: skip
+    choice = _choice(
+        model, policy, keep, option, schedule, dtype, device, backend, threads,
+        kv_memory=kv_memory, reuse_share=1.0,
+    )  # fmt: skip
+    run_chat(choice, system, params)
+
+
+def batch(
+    source: Annotated[Path, typer.Argument(help="Requests in OpenAI's batch format, JSONL.")],
+    target: Annotated[Path, typer.Argument(help="Answers; what is there already is not repeated.")],
+    model: Model = None,
+    policy: PolicyName = "pyramid",
+    keep: Keep = None,
+    option: Options = None,
+    schedule: ScheduleFile = None,
+    kv_memory: KvMemory = "1GiB",
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    backend: Backend = "auto",
+    threads: Threads = 0,
+    max_requests: MaxRequests = 64,
+    model_name: Annotated[
+        str, typer.Option(help="Name that requests give; default: the folder's.")
+    ] = "",
+) -> None:
+    """Answer a file of requests; stopped or killed, it goes on where it was."""
+    from pyramidinfer.cli.batch import run_batch
+
+    choice = _choice(
+        model, policy, keep, option, schedule, dtype, device, backend, threads,
+        kv_memory=kv_memory, max_requests=max_requests, reuse_share=0.0,
+    )  # fmt: skip
+    run_batch(choice, source, target, model_name)

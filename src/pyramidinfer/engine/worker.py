@@ -1,0 +1,335 @@
+"""The engine in a thread of its own: requests come and go through an async interface.
+
+One thread owns the engine and steps it for as long as there is work.  ``submit`` hands requests
+over and returns a ``Stream``; after every step each stream is told what its requests got.  A
+request that is let go of is aborted before the next step begins.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from queue import Empty, SimpleQueue
+from typing import NamedTuple, Protocol
+
+from pyramidinfer.engine.engine import Engine
+from pyramidinfer.engine.request import Request
+from pyramidinfer.types import KVUsage, Logprob, TokenIds
+
+__all__ = ["AsyncEngine", "Busy", "Observer", "Stream", "Update"]
+
+log = logging.getLogger(__name__)
+
+
+class Busy(Exception):
+    """The queue is full; ``retry_after``: seconds after which there may be room."""
+
+    def __init__(self, waiting: int, retry_after: int) -> None:
+        super().__init__(f"{waiting} requests are waiting already; try again in {retry_after} s")
+        self.retry_after = retry_after
+
+
+class Update(NamedTuple):
+    """What one of a stream's requests (``choice``) got in a step.
+
+    ``finish_reason``: as in ``RequestOutput``, or ``"timeout"``, or ``"queue_timeout"`` for one
+    that never began.  ``kv``: its cache now, where asked for and at the end.
+    """
+
+    choice: int
+    text: str
+    token_ids: TokenIds
+    logprobs: list[Logprob]
+    finish_reason: str | None
+    error: str | None
+    kv: KVUsage | None
+
+
+class Observer(Protocol):
+    """Whoever counts; called in the engine's thread."""
+
+    def token(self, request: Request, since: float | None) -> None:
+        """A request got a token, ``since`` seconds after its last one (None: its first)."""
+
+    def ended(self, request: Request, reason: str) -> None:
+        """A request ended."""
+
+    def checked(self, sound: bool) -> None:
+        """With nothing to do the engine checked that no page is lost."""
+
+
+@dataclass(slots=True, eq=False)
+class Followed:
+    """How far a stream has been told of one request."""
+
+    request: Request
+    given: int = 0
+    written: int = 0
+    last: float | None = None
+    ended: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class Stream:
+    """Updates of one submission, in order: ``async for update in stream``.
+
+    ``close`` aborts what has not ended.  ``followed`` has a request and its samples in a row, for
+    every prompt.
+    """
+
+    engine: AsyncEngine
+    loop: asyncio.AbstractEventLoop
+    followed: list[Followed]
+    watch: bool
+    timeout: float
+    arrived: float = field(default_factory=time.monotonic)
+    updates: asyncio.Queue[Update] = field(default_factory=asyncio.Queue)
+    left: int = 0
+    again: bool = False
+
+    def __post_init__(self) -> None:
+        self.left = len(self.followed)
+
+    @property
+    def requests(self) -> list[Request]:
+        return [each.request for each in self.followed]
+
+    async def next(self) -> Update | None:
+        """The next update, or None when every request has ended."""
+        if not self.left:
+            return None
+        update = await self.updates.get()
+        self.left -= update.finish_reason is not None
+        return update
+
+    async def __aiter__(self) -> AsyncIterator[Update]:
+        while (update := await self.next()) is not None:
+            yield update
+
+    def close(self) -> None:
+        """Abort what still runs; its pages are free before the next step."""
+        if self.left:
+            self.left = 0
+            self.engine.tell(lambda: self.engine.abort(self))
+
+
+class AsyncEngine:
+    """Steps an engine in a thread.
+
+    ``max_waiting``: requests that may wait to begin; one more is ``Busy``.  ``queue_timeout``:
+    seconds after which a request that has not begun is given up.
+    """
+
+    def __init__(self, engine: Engine, observer: Observer, *, max_waiting: int,
+                 queue_timeout: float) -> None:  # fmt: skip
+        self.engine, self.observer = engine, observer
+        self.max_waiting, self.queue_timeout = max_waiting, queue_timeout
+        self.pace = 0.0  # seconds between two requests that end, a running mean
+        self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self._live: list[Stream] = []
+        self._arriving = 0
+        self._stopping = False
+        self._last_end = time.monotonic()
+        self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
+
+    # --- from any thread ----------------------------------------------------------------------
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Abort everything and end the thread."""
+        if self._thread.is_alive():
+            self.tell(self._stop)
+            self._thread.join()
+
+    @property
+    def is_alive(self) -> bool:
+        return self._thread.is_alive()
+
+    @property
+    def is_idle(self) -> bool:
+        """Nothing is waiting, running, or about to be."""
+        return not self._live and not self._arriving
+
+    @property
+    def waiting(self) -> int:
+        """Requests that have not begun."""
+        return self._arriving + len(self.engine.scheduler.waiting)
+
+    def tell(self, command: Callable[[], None]) -> None:
+        """Have the engine's thread do something between two steps."""
+        self._commands.put(command)
+
+    def submit(self, leaders: list[Request], *, timeout: float, watch: bool = False) -> Stream:
+        """Queue requests that ``Engine.make`` built; called in an event loop.
+
+        ``watch``: every update tells of the cache.  ``Busy`` where the queue is full.
+        """
+        if self.waiting + len(leaders) > self.max_waiting:
+            raise Busy(self.waiting, self.retry_after())
+        followed = [Followed(each) for leader in leaders for each in (leader, *leader.samples)]
+        stream = Stream(self, asyncio.get_running_loop(), followed, watch, timeout)
+        self._arriving += len(leaders)
+        self.tell(lambda: self._begin(stream, leaders))
+        return stream
+
+    def retry_after(self) -> int:
+        """Seconds after which the queue may have moved up by its length."""
+        return max(1, min(60, math.ceil(self.pace * (self.waiting + 1))))
+
+    # --- in the engine's thread ---------------------------------------------------------------
+
+    def _begin(self, stream: Stream, leaders: list[Request]) -> None:
+        self._arriving -= len(leaders)
+        self._live.append(stream)
+        for leader in leaders:
+            self.engine.submit(leader)
+
+    def abort(self, stream: Stream) -> None:
+        """End a stream's requests at once (the engine's thread only; see ``Stream.close``)."""
+        self._end(stream, "abort")
+        if stream in self._live:
+            self._live.remove(stream)
+
+    def _end(self, stream: Stream, reason: str) -> None:
+        for each in stream.followed:
+            if each.request.finish_reason is None:
+                self.engine.fail(each.request, reason)
+                self.observer.ended(each.request, reason)
+
+    def _stop(self) -> None:
+        for stream in self._live:
+            self._end(stream, "abort")
+        self._publish()
+        self.engine.conversations.clear()
+        self._stopping = True
+
+    def _work(self) -> None:
+        checked = True
+        while not self._stopping:
+            idle = self.engine.scheduler.idle
+            if idle and not checked:
+                self._check()
+                checked = True
+            self._obey(wait=idle)
+            if not self.engine.scheduler.idle:
+                checked = False
+                self._step()
+            self._expire()
+            self._publish()
+
+    def _obey(self, wait: bool) -> None:
+        """Do what was asked for meanwhile; ``wait`` until something is."""
+        with suppress(Empty):
+            if wait:
+                self._commands.get()()
+            while not self._stopping:
+                self._commands.get_nowait()()
+
+    def _check(self) -> None:
+        try:
+            self.engine.check()
+            self.observer.checked(True)
+        except AssertionError:
+            log.exception("the pool is not sound")
+            self.observer.checked(False)
+
+    def _step(self) -> None:
+        try:
+            ended = self.engine.step()
+        except Exception as error:
+            log.exception("a step failed; its requests are tried one by one")
+            try:
+                ended = self._blame(error) + self.engine.step_singly()
+            except Exception as worse:
+                log.exception("so did trying them one by one: all are ended")
+                ended = self._live_requests()
+                for request in ended:
+                    self.engine.fail(request, error=f"{type(worse).__name__}: {worse}")
+        for request in ended:
+            self.observer.ended(request, request.finish_reason or "")
+            now = time.monotonic()
+            self.pace += 0.1 * (min(now - self._last_end, 60) - self.pace)
+            self._last_end = now
+
+    def _live_requests(self) -> list[Request]:
+        return [r for stream in self._live for r in stream.requests if r.finish_reason is None]
+
+    def _blame(self, error: Exception) -> list[Request]:
+        """After a step that failed: requests that could not be taken back end with an error.
+
+        One that had just taken up a conversation's cache, and has told nothing yet, begins again
+        without it instead.
+        """
+        ended = []
+        for stream in self._live:
+            lost = [each for each in stream.followed if each.request.finish_reason == "abort"]
+            for each in lost:
+                if each.request.reused and not each.request.samples and not stream.again:
+                    old = each.request
+                    each.request = self.engine.make(old.prompt, old.params, policy=old.policy)
+                    each.request.constraint = old.constraint
+                    each.request.arrived = old.arrived
+                    stream.again = True
+                    self.engine.submit(each.request)
+                    continue
+                each.request.finish_reason = "error"
+                each.request.error = f"{type(error).__name__}: {error}"
+                ended.append(each.request)
+        return ended
+
+    def _expire(self) -> None:
+        now = time.monotonic()
+        for stream in self._live:
+            if now - stream.arrived > stream.timeout:
+                self._end(stream, "timeout")
+            elif now - stream.arrived > self.queue_timeout and all(
+                request.started is None for request in stream.requests
+            ):
+                self._end(stream, "queue_timeout")
+
+    def _publish(self) -> None:
+        """Tell every stream what its requests got since it was told last."""
+        told: dict[asyncio.AbstractEventLoop, list[tuple[Stream, Update]]] = {}
+        for stream in self._live:
+            for index, each in enumerate(stream.followed):
+                update = self._news(stream, index, each)
+                if update is not None:
+                    told.setdefault(stream.loop, []).append((stream, update))
+        self._live = [s for s in self._live if not all(each.ended for each in s.followed)]
+        for loop, items in told.items():
+            with suppress(RuntimeError):  # the loop is closed: nobody listens
+                loop.call_soon_threadsafe(_deliver, items)
+
+    def _news(self, stream: Stream, index: int, each: Followed) -> Update | None:
+        request = each.request
+        tokens = request.output[each.given :]
+        ended = request.finish_reason is not None
+        if each.ended or not (tokens or ended):
+            return None
+        if tokens:
+            now = time.monotonic()
+            self.observer.token(request, None if each.last is None else now - each.last)
+            each.last = now
+        logprobs = request.logprobs[each.given :]
+        each.given, each.ended = len(request.output), ended
+        text, detokenizer = "", request.detokenizer
+        if detokenizer is not None:
+            if not ended and not detokenizer.stopped:
+                detokenizer.update(request.output)
+            whole = detokenizer.text if ended else detokenizer.settled
+            text, each.written = whole[each.written :], max(each.written, len(whole))
+        kv = self.engine.usage(request) if stream.watch or ended else None
+        return Update(index, text, tokens, logprobs, request.finish_reason, request.error, kv)
+
+
+def _deliver(items: list[tuple[Stream, Update]]) -> None:
+    for stream, update in items:
+        stream.updates.put_nowait(update)

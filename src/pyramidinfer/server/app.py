@@ -1,0 +1,236 @@
+"""The application: routes, errors in OpenAI's shape, and the engine's life."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib.resources import files
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.exceptions import HTTPException
+
+import pyramidinfer
+from pyramidinfer.engine import LLM
+from pyramidinfer.server.errors import ApiError, error_response
+from pyramidinfer.server.gate import NONCE, Gate
+from pyramidinfer.server.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    Detokenize,
+    TokenizeRequest,
+)
+from pyramidinfer.server.service import Service
+from pyramidinfer.server.settings import ServerSettings
+
+__all__ = ["build_app"]
+
+log = logging.getLogger(__name__)
+
+#: What any endpoint may answer besides 200, for the OpenAPI document.
+ERRORS: dict[int | str, dict[str, Any]] = {
+    code: {"description": text, "content": {"application/json": {"schema": {
+        "type": "object", "required": ["error"], "properties": {"error": {"type": "object"}},
+    }}}}
+    for code, text in {
+        400: "Invalid request", 401: "No valid API key", 404: "No such model",
+        408: "The body took too long", 413: "The request is too large",
+        429: "No room: try again after Retry-After seconds", 500: "The request failed",
+        503: "The server is stopping", 504: "The request took too long",
+    }.items()
+}  # fmt: skip
+
+
+def build_app(llm: LLM, settings: ServerSettings) -> FastAPI:
+    """The server of one model; its engine starts and stops with the application."""
+    service = Service(llm, settings)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        service.worker.start()
+        yield
+        service.worker.stop()
+
+    app = FastAPI(
+        title="PyramidInfer", version=pyramidinfer.__version__, lifespan=lifespan,
+        docs_url=None, redoc_url=None,
+        description="OpenAI's API in front of an engine that keeps fewer tokens, layer by layer.",
+    )  # fmt: skip
+    app.state.service = service
+    app.add_middleware(Gate, settings=settings, rejected=lambda status: _count(service, status))
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=list(settings.cors_origins),
+            allow_methods=["GET", "POST"], allow_headers=["Authorization", "Content-Type"],
+        )  # fmt: skip
+    _add_errors(app, service)
+    _add_generation(app, service)
+    _add_tokens(app, service)
+    _add_operation(app, service)
+    if settings.page:
+        _add_page(app)
+    return app
+
+
+def _count(service: Service, status: int) -> None:
+    service.metrics.rejected.labels(service.name, str(status)).inc()
+
+
+def _add_errors(app: FastAPI, service: Service) -> None:
+    """Every error in OpenAI's shape; what is wrong with a body is 400, as its clients expect."""
+
+    @app.exception_handler(ApiError)
+    async def of_api(_: Request, error: ApiError) -> JSONResponse:
+        _count(service, error.status)
+        return JSONResponse(error.body, error.status, error.headers)
+
+    @app.exception_handler(RequestValidationError)
+    async def of_body(_: Request, error: RequestValidationError) -> JSONResponse:
+        _count(service, 400)
+        message, param = _told(error)
+        return error_response(400, message, param)
+
+    @app.exception_handler(HTTPException)
+    async def of_route(request: Request, error: HTTPException) -> JSONResponse:
+        _count(service, error.status_code)
+        message, headers = str(error.detail), dict(error.headers or {})
+        if error.status_code == 404:
+            message = f"there is no {request.method} {request.url.path} here"
+        if error.status_code == 405:
+            message = f"{request.url.path} does not take {request.method}"
+        if error.status_code in (408, 413):
+            headers["Connection"] = "close"  # the rest of the body is not read
+        return error_response(error.status_code, message, headers=headers)
+
+    @app.exception_handler(Exception)
+    async def of_ours(_: Request, error: Exception) -> JSONResponse:
+        _count(service, 500)
+        log.error("an unexpected error", exc_info=error)
+        return error_response(500, "an internal error; the server's log says more")
+
+
+def _told(error: RequestValidationError) -> tuple[str, str | None]:
+    """The first thing that is wrong with a body, and which parameter it is."""
+    found = error.errors()[0]
+    place = [str(part) for part in found["loc"] if part != "body"]
+    if found["type"] == "json_invalid":
+        return f"the body is not valid JSON: {found['ctx']['error']}", None
+    param = place[0] if place else None
+    message = str(found["msg"]).removeprefix("Value error, ")
+    if found["type"] == "model_attributes_type" and not place:
+        return "the body is not a JSON object; send one with Content-Type: application/json", None
+    if found["type"] == "extra_forbidden":
+        return f"unknown parameter {'.'.join(place)!r}", param
+    if found["type"] == "missing":
+        return f"missing parameter {'.'.join(place)!r}", param
+    shown = f" (given: {found['input']!r:.60})" if place else ""
+    return f"{'.'.join(place)}: {message}{shown}" if place else message, param
+
+
+def _add_generation(app: FastAPI, service: Service) -> None:
+    @app.post("/v1/completions", responses=ERRORS)
+    async def completions(request: Request, body: CompletionRequest) -> Response:
+        """Go on with a text.  ``stream`` answers with server-sent events."""
+        return await service.respond(request, body)
+
+    @app.post("/v1/chat/completions", responses=ERRORS)
+    async def chat(request: Request, body: ChatRequest) -> Response:
+        """The next turn of a conversation.  ``stream`` answers with server-sent events."""
+        return await service.respond(request, body)
+
+    @app.post("/v1/embeddings", include_in_schema=False)
+    async def embeddings() -> Response:
+        raise ApiError(
+            404, "this server has no embeddings: it generates text (/v1/chat/completions)",
+            code="not_supported",
+        )  # fmt: skip
+
+    created = int(time.time())
+
+    def about() -> dict[str, Any]:
+        engine, jobs = service.llm.engine, service.jobs
+        return {
+            "id": service.name, "object": "model", "created": created,
+            "owned_by": "pyramidinfer", "max_model_len": engine.adapter.max_positions,
+            "layers": engine.adapter.depth,
+            "compression": {
+                "policy": jobs.own.name, "keep": jobs.own_keep, "policies": jobs.policies,
+                "min_keep": service.settings.min_keep, "max_keep": service.settings.max_keep,
+            },
+        }  # fmt: skip
+
+    @app.get("/v1/models", responses={401: ERRORS[401]})
+    async def models() -> dict[str, Any]:
+        """The model that is served, and what a request may ask of its cache."""
+        return {"object": "list", "data": [about()]}
+
+    @app.get("/v1/models/{model}", responses={401: ERRORS[401], 404: ERRORS[404]})
+    async def model(model: str) -> dict[str, Any]:
+        """One model."""
+        service.check_model(model)
+        return about()
+
+
+def _add_tokens(app: FastAPI, service: Service) -> None:
+    @app.post("/tokenize", responses=ERRORS)
+    async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
+        """Token ids of a text, or of messages under the chat template."""
+        service.check_model(body.model)
+        try:
+            if body.messages is not None:
+                tokens = service.prompts.chat(body.messages, body.add_generation_prompt)
+            else:
+                tokens = service.prompts.encode(body.prompt or "", body.add_special_tokens)
+        except ValueError as error:
+            raise ApiError(400, str(error)) from None
+        longest = service.llm.engine.adapter.max_positions
+        return {"count": len(tokens), "max_model_len": longest, "tokens": tokens}
+
+    @app.post("/detokenize", responses=ERRORS)
+    async def detokenize(body: Detokenize) -> dict[str, Any]:
+        """The text of token ids, special ones included."""
+        service.check_model(body.model)
+        try:
+            return {"prompt": service.prompts.decode(body.tokens)}
+        except ValueError as error:
+            raise ApiError(400, str(error), param="tokens") from None
+
+
+def _add_operation(app: FastAPI, service: Service) -> None:
+    @app.get("/health", responses={503: ERRORS[503]})
+    async def health() -> dict[str, str]:
+        """Whether the engine is alive."""
+        if not service.worker.is_alive:
+            raise ApiError(503, "the engine's thread has ended", code="engine_dead")
+        return {"status": "ok"}
+
+    @app.get("/ready", responses={503: ERRORS[503]})
+    async def ready() -> dict[str, str]:
+        """Whether new requests are taken."""
+        if service.draining or not service.worker.is_alive:
+            raise ApiError(503, "the server is stopping", code="stopping")
+        return {"status": "ready"}
+
+    @app.get("/version")
+    async def version() -> dict[str, str]:
+        """The version of this server."""
+        return {"version": pyramidinfer.__version__}
+
+    @app.get("/metrics", response_class=PlainTextResponse, responses={401: ERRORS[401]})
+    async def metrics() -> Response:
+        """What there is to chart, for Prometheus."""
+        return Response(service.metrics.render(), media_type=CONTENT_TYPE_LATEST)
+
+
+def _add_page(app: FastAPI) -> None:
+    @app.get("/", response_class=HTMLResponse)
+    async def page(request: Request) -> HTMLResponse:
+        """The page: chat, and the live pyramid beside it."""
+        text = (files("pyramidinfer") / "assets" / "page.html").read_text(encoding="utf-8")
+        return HTMLResponse(text.replace("__NONCE__", request.scope[NONCE]))

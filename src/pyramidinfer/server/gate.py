@@ -1,0 +1,117 @@
+"""What every request passes first: size, time and key; and the headers every answer gets."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import secrets
+from collections.abc import Callable
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from pyramidinfer.server.errors import error_response
+from pyramidinfer.server.settings import ServerSettings
+
+__all__ = ["NONCE", "Gate"]
+
+#: Paths that need no key: probes, and the page (which asks for one).
+OPEN = {"/", "/health", "/ready", "/version"}
+#: Where the page's nonce stands in the scope.
+NONCE = "page_nonce"
+POLICY = (
+    "default-src 'none'; style-src 'nonce-{0}'; script-src 'nonce-{0}'; connect-src 'self'; "
+    "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+HEADERS = {
+    "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer",
+    "X-Frame-Options": "DENY", "Cross-Origin-Resource-Policy": "same-origin",
+}  # fmt: skip
+
+
+class Gate:
+    """ASGI middleware around the whole application.
+
+    Puts ``scope["owner"]`` in: a text of its own for every key, for what must not be shared.
+    ``rejected``: told the status of every answer that the gate gives itself.
+    """
+
+    def __init__(self, app: ASGIApp, settings: ServerSettings, rejected: Callable[[int], None]
+                 ) -> None:  # fmt: skip
+        self.app, self.settings, self.rejected = app, settings, rejected
+        self.keys = [key.encode() for key in settings.api_keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        scope[NONCE] = secrets.token_urlsafe(16)
+        scope["owner"] = self._owner(headers)
+
+        async def told(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                answer = MutableHeaders(scope=message)
+                for name, value in HEADERS.items():
+                    answer.setdefault(name, value)
+                if scope["path"] == "/":
+                    answer["Content-Security-Policy"] = POLICY.format(scope[NONCE])
+                answer.setdefault("Cache-Control", "no-store")
+            await send(message)
+
+        if scope["owner"] is None and scope["path"] not in OPEN and scope["method"] != "OPTIONS":
+            self.rejected(401)
+            answer = error_response(
+                401, "give a valid API key: Authorization: Bearer KEY", None, "invalid_api_key",
+                {"WWW-Authenticate": "Bearer", "Connection": "close"},
+            )  # fmt: skip
+            await answer(scope, receive, told)
+            return
+        await self.app(scope, self._bounded(receive, headers.get("content-length", "")), told)
+
+    def _owner(self, headers: Headers) -> str | None:
+        """Whose request this is; None where a key is needed and not given.
+
+        All keys are compared, each in constant time.
+        """
+        if not self.keys:
+            return "everybody"
+        scheme, _, given = headers.get("authorization", "").partition(" ")
+        owner = None
+        for index, key in enumerate(self.keys):
+            same = hmac.compare_digest(given.strip().encode("utf-8", "replace"), key)
+            if same and scheme.lower() == "bearer":
+                owner = f"key {index}"
+        return owner
+
+    def _bounded(self, receive: Receive, announced: str) -> Receive:
+        """``receive`` that refuses what is too large, or takes too long to arrive."""
+        most = self.settings.max_body_bytes
+        size = int(announced) if announced.isdecimal() else 0
+        arrived, whole = 0, False
+        ends = asyncio.get_running_loop().time() + self.settings.body_timeout
+
+        async def bounded() -> Message:
+            nonlocal arrived, whole
+            if whole:  # from here on it tells of a client that goes away
+                return await receive()
+            if size > most:
+                raise _too_large(most)
+            try:
+                async with asyncio.timeout_at(ends):
+                    message = await receive()
+            except TimeoutError:
+                raise HTTPException(408, "the request's body took too long to arrive") from None
+            if message["type"] == "http.request":
+                arrived += len(message.get("body", b""))
+                whole = not message.get("more_body", False)
+                if arrived > most:
+                    raise _too_large(most)
+            return message
+
+        return bounded
+
+
+def _too_large(most: int) -> HTTPException:
+    return HTTPException(413, f"the request is larger than the {most} bytes this server takes")

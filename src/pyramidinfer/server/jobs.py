@@ -1,0 +1,246 @@
+"""From a body to requests of the engine: policy, prompts, parameters, limits."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+from pyramidinfer.config import check_choice
+from pyramidinfer.engine import LLM
+from pyramidinfer.engine.request import Request
+from pyramidinfer.policies import POLICIES, Policy, make_policy
+from pyramidinfer.server.errors import ApiError
+from pyramidinfer.server.grammar import Grammars
+from pyramidinfer.server.prompts import Prompts
+from pyramidinfer.server.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    Compression,
+    Generation,
+)
+from pyramidinfer.server.settings import ServerSettings
+from pyramidinfer.types import SamplingParams, TokenIds
+
+__all__ = ["Job", "Jobs"]
+
+MAX_STOP_LENGTH = 1000
+
+
+@dataclass(slots=True)
+class Job:
+    """One HTTP request as the engine will see it.
+
+    ``leaders``: a request per prompt (further choices are its samples);  ``echoed``: what stands
+    before each prompt's answers;  ``drop``: nothing was to be generated.
+    """
+
+    body: ChatRequest | CompletionRequest
+    leaders: list[Request]
+    echoed: list[str] = field(default_factory=list)
+    drop: bool = False
+    created: int = field(default_factory=lambda: int(time.time()))
+    id: str = ""
+
+    def __post_init__(self) -> None:
+        prefix = "chatcmpl" if self.is_chat else "cmpl"
+        self.id = f"{prefix}-{uuid.uuid4().hex}"
+
+    @property
+    def is_chat(self) -> bool:
+        return isinstance(self.body, ChatRequest)
+
+
+class Jobs:
+    """Builds jobs; ``ApiError`` or ``ValueError`` for what cannot be served."""
+
+    def __init__(self, llm: LLM, settings: ServerSettings, prompts: Prompts) -> None:
+        self.llm, self.settings, self.prompts = llm, settings, prompts
+        self.engine, self.own = llm.engine, llm.policy
+        adapter = self.engine.adapter
+        self.grammars = Grammars(llm.tokenizer, adapter.vocab_size, adapter.end_ids)
+        self.policies = self._policies()
+        self._made = lru_cache(256)(self._make_policy)
+
+    @property
+    def own_keep(self) -> float | None:
+        """The keep of the server's own policy (None where it has none)."""
+        return getattr(self.own, "keep", None)
+
+    def chat(self, body: ChatRequest, owner: str | None) -> Job:
+        prompt = self._checked(self.prompts.chat(body.messages), "messages")
+        wanted = body.max_completion_tokens or body.max_tokens
+        top = (body.top_logprobs or 0) if body.logprobs else None
+        constraint = self.grammars.constraint(body.response_format, self.settings.max_schema_bytes)
+        leader = self._request(body, prompt, wanted, top, owner)
+        if constraint is not None:
+            for each in (leader, *leader.samples):
+                each.constraint = constraint.copy()
+        return Job(body, [leader])
+
+    def completion(self, body: CompletionRequest, owner: str | None) -> Job:
+        given: list[Any] = body.prompt if isinstance(body.prompt, list) else [body.prompt]
+        prompts = [given] if isinstance(given[0], int) else given
+        self._limit("n", len(prompts) * (body.n or 1), self.settings.max_n, "choices (prompts x n)")
+        drop = body.max_tokens == 0
+        leaders, echoed = [], []
+        for prompt in prompts:
+            if isinstance(prompt, str):
+                ids = self.prompts.encode(prompt, body.add_special_tokens)
+            else:
+                ids = prompt
+            self._checked(ids, "prompt")
+            leader = self._request(
+                body, ids, body.max_tokens or int(drop) or None, body.logprobs, owner
+            )
+            if body.echo:
+                echoed.append(prompt if isinstance(prompt, str) else self.prompts.decode(ids))
+                if body.logprobs is not None:
+                    self._want_prompt_logprobs(leader, body.logprobs)
+            leaders.append(leader)
+        return Job(body, leaders, echoed, drop)
+
+    # --- parts --------------------------------------------------------------------------------
+
+    def _request(self, body: Generation, prompt: TokenIds, wanted: int | None, top: int | None,
+                 owner: str | None) -> Request:  # fmt: skip
+        settings = self.settings
+        self._limit("n", body.n or 1, settings.max_n, "choices")
+        self._limit("logprobs", top or 0, settings.max_logprobs, "likeliest tokens")
+        policy = self.policy(body.compression)
+        params = self._params(body, self._max_tokens(prompt, wanted, policy), top)
+        try:
+            request = self.engine.make(prompt, params, policy=policy, samples=body.n or 1)
+        except ValueError as error:
+            raise ApiError(400, str(error)) from None
+        reuse = body.compression is None or body.compression.reuse
+        for each in (request, *request.samples):
+            each.owner = owner if reuse else None
+        return request
+
+    def _params(self, body: Generation, max_tokens: int, top: int | None) -> SamplingParams:
+        stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
+        stop = [text for text in stop if text]
+        self._limit("stop", len(stop), self.settings.max_stop, "stop strings")
+        longest = max(map(len, stop), default=0)
+        self._limit("stop", longest, MAX_STOP_LENGTH, "characters in a stop string")
+        ids = body.stop_token_ids or []
+        self._limit("stop_token_ids", len(ids), self.settings.max_stop, "stop token ids")
+        try:
+            bias = {int(token): amount for token, amount in (body.logit_bias or {}).items()}
+        except ValueError:
+            raise ApiError(400, "logit_bias: keys must be token ids", param="logit_bias") from None
+        return SamplingParams(
+            max_tokens=max_tokens,
+            temperature=1.0 if body.temperature is None else body.temperature,
+            top_p=1.0 if body.top_p is None else body.top_p,
+            top_k=max(0, body.top_k or 0),
+            min_p=body.min_p or 0.0,
+            repetition_penalty=body.repetition_penalty or 1.0,
+            presence_penalty=body.presence_penalty or 0.0,
+            frequency_penalty=body.frequency_penalty or 0.0,
+            seed=body.seed, stop=tuple(stop), stop_token_ids=tuple(ids),
+            ignore_eos=body.ignore_eos, logprobs=top, logit_bias=bias,
+        )  # fmt: skip
+
+    def _max_tokens(self, prompt: TokenIds, wanted: int | None, policy: Policy) -> int:
+        """How many to generate: what was asked for, if there is room, or the operator's default."""
+        settings, longest = self.settings, self.engine.adapter.max_positions
+        if wanted is None:
+            room = settings.default_max_tokens if policy.streams else longest - len(prompt)
+            return max(1, min(settings.default_max_tokens, room))
+        if settings.max_tokens_limit is not None:
+            self._limit("max_tokens", wanted, settings.max_tokens_limit, "generated tokens")
+        if not policy.streams and len(prompt) + wanted > longest:
+            raise ApiError(
+                400, f"This model's maximum context length is {longest} tokens. You requested "
+                f"{len(prompt) + wanted}: {len(prompt)} in the prompt and {wanted} to generate. "
+                f"Shorten the prompt or lower max_tokens.",
+                param="max_tokens", code="context_length_exceeded",
+            )  # fmt: skip
+        return wanted
+
+    def _checked(self, prompt: TokenIds, param: str) -> TokenIds:
+        if not prompt:
+            raise ApiError(400, f"the {param} is empty; give at least one token", param=param)
+        longest = self.settings.max_prompt_tokens
+        if longest is not None:
+            self._limit(param, len(prompt), longest, "prompt tokens")
+        return prompt
+
+    def _limit(self, param: str, value: int, most: int, what: str) -> None:
+        if value > most:
+            raise ApiError(
+                400, f"{param}: {value} {what} asked for; this server allows {most} at most",
+                param=param,
+            )  # fmt: skip
+
+    def _want_prompt_logprobs(self, leader: Request, top: int) -> None:
+        """``echo`` with ``logprobs``: only where every prompt token reaches the last layer."""
+        if leader.policy.computes_less:
+            raise ApiError(
+                400, f"echo with logprobs: policy {leader.policy.name!r} drops prompt tokens "
+                f"between layers, and dropped tokens have no log-probabilities; ask for "
+                f'compression={{"policy": "full"}}, or leave echo or logprobs out',
+                param="logprobs",
+            )  # fmt: skip
+        adapter, size = self.engine.adapter, len(leader.prompt)
+        needed = size * adapter.vocab_size * adapter.dtype.itemsize
+        if needed > self.settings.prompt_logprob_bytes:
+            raise ApiError(
+                400, f"echo with logprobs of {size} prompt tokens needs {needed} bytes of logits; "
+                f"this server allows {self.settings.prompt_logprob_bytes}", param="logprobs",
+            )  # fmt: skip
+        leader.prompt_top = top
+        for each in (leader, *leader.samples):
+            each.owner = None  # a cache that is taken up gives no logits
+
+    # --- compression --------------------------------------------------------------------------
+
+    def policy(self, asked: Compression | None) -> Policy:
+        """The policy of a request, within the operator's limits."""
+        if asked is None or (asked.policy is None and asked.keep is None):
+            return self.own
+        try:
+            return self._made(asked.policy, asked.keep)
+        except ValueError as error:
+            raise ApiError(400, f"compression: {error}", param="compression") from None
+
+    def _make_policy(self, name: str | None, keep: float | None) -> Policy:
+        settings, own = self.settings, self.own
+        if name is not None:
+            check_choice("policy", name, self.policies)
+        low, high = settings.min_keep, settings.max_keep
+        if keep is not None and not low <= keep <= high:
+            raise ValueError(f"keep={keep} is outside what this server allows: {low} to {high}")
+        if name is None or name == own.name:
+            chosen = own if keep is None else make_policy(own, keep)
+        elif name == "full":
+            if max(high, keep or 0) < 1:
+                raise ValueError(f"policy 'full' keeps everything; this server allows {high}")
+            make_policy(name, keep)  # a keep below 1 is refused
+            chosen = make_policy(name)
+        else:
+            share = keep if keep is not None else self.own_keep
+            share = share if share is not None else min(high, 1.0)
+            chosen = make_policy(name, share).for_model(self.llm.name)
+        chosen.check(self.engine.adapter.layers_for(1))
+        self.engine.check_policy(chosen)
+        return chosen
+
+    def _policies(self) -> list[str]:
+        """Names that a request may ask for."""
+        asked = self.settings.policies
+        names = []
+        for name in [*POLICIES] if asked is None else asked:
+            check_choice("policies", name, POLICIES)
+            try:
+                self.engine.check_policy(make_policy(name))
+            except ValueError:
+                if asked is not None:
+                    raise
+                continue
+            names.append(name)
+        return [*dict.fromkeys([self.own.name, *names])]

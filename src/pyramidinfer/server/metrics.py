@@ -1,0 +1,206 @@
+"""Prometheus metrics: vLLM's names for what vLLM has, ours for the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+from pyramidinfer.engine.request import Request
+from pyramidinfer.engine.worker import AsyncEngine
+
+__all__ = ["Metrics"]
+
+# Buckets as vLLM has them, in seconds.
+FIRST_TOKEN = (
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40,
+    80, 160, 640,
+)  # fmt: skip
+BETWEEN = (
+    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5,
+    10, 20, 40, 80,
+)  # fmt: skip
+WHOLE = (
+    0.05, 0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960,
+)  # fmt: skip
+TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
+SHARES = tuple(round(0.05 * step, 2) for step in range(1, 21))
+
+
+class Metrics:
+    """Counts what requests get (the engine's thread tells) and reads gauges when asked."""
+
+    def __init__(self, model: str) -> None:
+        self.model = model
+        self.registry = CollectorRegistry()
+        self.worker: AsyncEngine | None = None
+        self.rejected = self._counter(
+            "pyramidinfer:requests_rejected", "Requests answered with an error", "status"
+        )
+        self.disconnected = self._counter(
+            "pyramidinfer:client_disconnects", "Clients that went away before their answer ended"
+        ).labels(model)
+        self._first = self._histogram(
+            "vllm:time_to_first_token_seconds", "Arrival to first token", FIRST_TOKEN
+        )
+        self._between = self._histogram(
+            "vllm:inter_token_latency_seconds", "Time between two tokens of a request", BETWEEN
+        )
+        self._whole = self._histogram(
+            "vllm:e2e_request_latency_seconds", "Arrival to last token", WHOLE
+        )
+        self._queue = self._histogram(
+            "vllm:request_queue_time_seconds", "Arrival to the start of prefill", WHOLE
+        )
+        self._prompt_sizes = self._histogram(
+            "vllm:request_prompt_tokens", "Prompt tokens of a request", TOKENS
+        )
+        self._output_sizes = self._histogram(
+            "vllm:request_generation_tokens", "Generated tokens of a request", TOKENS
+        )
+        self._kept = self._histogram(
+            "pyramidinfer:request_kept_share", "Mean share of its text a request kept", SHARES
+        )
+        self._prompt = self._counter("vllm:prompt_tokens", "Prompt tokens taken in").labels(model)
+        self._generated = self._counter(
+            "vllm:generation_tokens", "Tokens generated"
+        ).labels(model)  # fmt: skip
+        self._success = self._counter(
+            "vllm:request_success", "Requests that came to an end", "finished_reason"
+        )
+        self._skipped = self._counter(
+            "pyramidinfer:prefill_tokens_skipped",
+            "Prompt tokens dropped between layers, mean over layers",
+        ).labels(model)
+        self._evicted = self._counter(
+            "pyramidinfer:kv_entries_evicted",
+            "Entries that were computed and are not in the cache at a request's end, all layers",
+        ).labels(model)
+        self._checks = self._counter(
+            "pyramidinfer:pool_checks", "Times an idle engine found every page in its place"
+        ).labels(model)
+        self._check_failures = self._counter(
+            "pyramidinfer:pool_check_failures", "Times it found a page lost"
+        ).labels(model)
+        self._layers = _Shares()
+        self.registry.register(_Gauges(self))
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(name, text, ("model_name", *labels), registry=self.registry)
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+        made = Histogram(name, text, ("model_name",), buckets=buckets, registry=self.registry)
+        child: Histogram = made.labels(self.model)
+        return child
+
+    def render(self) -> bytes:
+        """The text of ``/metrics``."""
+        return generate_latest(self.registry)
+
+    # --- told by the engine's thread ----------------------------------------------------------
+
+    def token(self, request: Request, since: float | None) -> None:
+        """See ``engine.worker.Observer``."""
+        self._generated.inc()
+        if since is not None:
+            self._between.observe(since)
+        elif request.first_token is not None:
+            self._first.observe(request.first_token - request.arrived)
+
+    def ended(self, request: Request, reason: str) -> None:
+        """See ``engine.worker.Observer``."""
+        self._success.labels(self.model, reason).inc()
+        self._output_sizes.observe(len(request.output))
+        if request.ended is not None:
+            self._whole.observe(request.ended - request.arrived)
+        if request.started is None or request.kv is None or not request.kv.seen_len:
+            return
+        self._queue.observe(request.started - request.arrived)
+        self._prompt_sizes.observe(len(request.prompt))
+        self._kept.observe(request.kv.kept_share)
+        self._layers.add(request.kv.kept_len, request.kv.seen_len)
+        depth, computed = len(request.kv.kept_len), sum(request.computed)
+        new = request.kv.seen_len - request.reused
+        if request.leads:
+            self._prompt.inc(len(request.prompt))
+            entered = request.computed[0] if request.computed else 0
+            self._skipped.inc(max(0.0, entered - computed / depth))
+        fed = max(0, new - (request.computed[0] if request.computed else 0))
+        gone = computed + fed * depth + request.reused_entries - sum(request.kv.kept_len)
+        self._evicted.inc(max(0, gone))
+
+    def checked(self, sound: bool) -> None:
+        """See ``engine.worker.Observer``."""
+        (self._checks if sound else self._check_failures).inc()
+
+
+class _Shares:
+    """Kept share per layer over all requests that ended."""
+
+    def __init__(self) -> None:
+        self.kept: list[int] = []
+        self.seen = 0
+
+    def add(self, kept: tuple[int, ...], seen: int) -> None:
+        self.kept = [a + b for a, b in zip(self.kept or [0] * len(kept), kept, strict=True)]
+        self.seen += seen
+
+
+class _Gauges:
+    """What is read off the engine at the moment of asking."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self.metrics = metrics
+
+    def describe(self) -> list[Metric]:
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        worker, model = self.metrics.worker, self.metrics.model
+        if worker is None:
+            return
+        engine = worker.engine
+        pool, held = engine.pool, engine.conversations
+        pages = sum(len(group.counts) for group in pool.groups)
+        free = sum(len(group.free) for group in pool.groups)
+        reusable = held.cost
+        in_use, of_held = pages - free, held.page_count
+        values: list[tuple[str, str, float]] = [
+            ("vllm:num_requests_running", "Requests in flight", engine.scheduler.in_flight),
+            ("vllm:num_requests_waiting", "Requests that have not begun", worker.waiting),
+            ("vllm:kv_cache_usage_perc", "Share of the pages that running requests hold, 0 to 1",
+             max(0, in_use - of_held) / pages),
+            ("pyramidinfer:pool_pages", "Pages there are", pages),
+            ("pyramidinfer:pool_pages_in_use", "Pages somebody owns", in_use),
+            ("pyramidinfer:pool_pages_reusable", "Pages of finished conversations", of_held),
+            ("pyramidinfer:reuse_bytes", "Bytes that finished conversations hold", reusable.bytes),
+            ("pyramidinfer:kv_bytes_promised", "Bytes of kv_memory that are promised",
+             engine.ledger.bytes),
+            ("pyramidinfer:peak_requests_running", "The most requests that were ever in flight",
+             engine.peak_in_flight),
+        ]  # fmt: skip
+        for name, text, value in values:
+            yield _one(GaugeMetricFamily(name, text, labels=["model_name"]), model, value)
+        counts = {
+            "pyramidinfer:reuse_hits": ("Requests that took a conversation's cache up", held.hits),
+            "pyramidinfer:reuse_misses": ("Requests that found none", held.misses),
+            "pyramidinfer:reuse_tokens": ("Tokens not computed again", held.reused_tokens),
+            "pyramidinfer:reuse_dropped": ("Held caches that went for room", held.dropped),
+        }
+        for name, (text, value) in counts.items():
+            yield _one(CounterMetricFamily(name, text, labels=["model_name"]), model, value)
+        shares = GaugeMetricFamily(
+            "pyramidinfer:kv_kept_share",
+            "Share of the processed tokens that a layer kept, over all ended requests",
+            labels=["model_name", "layer"],
+        )
+        layers = self.metrics._layers
+        for layer, kept in enumerate(layers.kept):
+            shares.add_metric([model, str(layer)], kept / max(1, layers.seen))
+        yield shares
+
+
+def _one(family: Metric, model: str, value: float) -> Metric:
+    family.add_metric([model], value)  # type: ignore[attr-defined]
+    return family

@@ -1,0 +1,198 @@
+"""Bodies of requests: OpenAI's fields, vLLM's extras and ours, checked strictly."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+__all__ = [
+    "ChatRequest", "CompletionRequest", "Compression", "Detokenize", "Generation", "Message",
+    "ResponseFormat", "StreamOptions", "TokenizeRequest",
+]  # fmt: skip
+
+TokenId = Annotated[int, Field(ge=0)]
+TokenList = Annotated[list[TokenId], Field(min_length=1)]
+
+
+class Strict(BaseModel):
+    """Unknown names and other types are errors; so are NaN and infinity."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+
+class Compression(Strict):
+    """What to keep for this request, within the operator's limits.
+
+    ``policy``: a method's name (the server's own by default);  ``keep``: the common budget;
+    ``reuse``: take up and leave a conversation's cache.
+    """
+
+    policy: str | None = None
+    keep: Annotated[float, Field(gt=0, le=1)] | None = None
+    reuse: bool = True
+
+
+class StreamOptions(Strict):
+    """``include_usage``: a last chunk tells the usage;  ``include_kv``: every chunk tells how many
+    tokens each layer keeps."""
+
+    include_usage: bool = False
+    include_kv: bool = False
+    include_obfuscation: bool = False
+    continuous_usage_stats: Literal[False] = False
+
+
+class JsonSchema(Strict):
+    """OpenAI's ``json_schema``; the schema itself is what it is."""
+
+    name: str
+    description: str | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(Strict):
+    """``text``, ``json_object`` (any object) or ``json_schema``."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def has_schema(self) -> ResponseFormat:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("json_schema belongs to type 'json_schema', and to no other")
+        return self
+
+
+class Generation(Strict):
+    """What both endpoints take."""
+
+    model: str | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    n: Annotated[int, Field(ge=1, le=128)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    stop: str | list[str] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    user: str | None = None
+    # what vLLM takes besides
+    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=1000)] | None = None
+    stop_token_ids: list[TokenId] | None = None
+    ignore_eos: bool = False
+    return_token_ids: bool = False
+    # ours
+    compression: Compression | None = None
+
+    @model_validator(mode="after")
+    def streams(self) -> Generation:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options needs stream=true")
+        return self
+
+
+class CompletionRequest(Generation):
+    """``POST /v1/completions``."""
+
+    prompt: (
+        str
+        | Annotated[list[str], Field(min_length=1)]
+        | TokenList
+        | Annotated[list[TokenList], Field(min_length=1)]
+    )
+    max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    logprobs: Annotated[int, Field(ge=0)] | None = None
+    echo: bool | None = None
+    best_of: int | None = None
+    suffix: None = None
+    add_special_tokens: bool = True
+
+    @model_validator(mode="after")
+    def consistent(self) -> CompletionRequest:
+        if self.best_of is not None and self.best_of != (self.n or 1):
+            raise ValueError("best_of other than n is not supported: leave it out")
+        if self.max_tokens == 0 and not self.echo:
+            raise ValueError("max_tokens=0 makes sense with echo=true only")
+        return self
+
+
+class TextPart(Strict):
+    """A part of a message's content; only text is understood."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(Strict):
+    """One turn of a conversation."""
+
+    role: Literal["developer", "system", "user", "assistant", "tool"]
+    content: str | list[TextPart] | None = None
+    name: str | None = None
+    refusal: None = None
+    tool_call_id: str | None = None
+
+    @property
+    def text(self) -> str:
+        if isinstance(self.content, list):
+            return "".join(part.text for part in self.content)
+        return self.content or ""
+
+
+class ChatRequest(Generation):
+    """``POST /v1/chat/completions``."""
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0)] | None = None
+    response_format: ResponseFormat | None = None
+    # taken for the sake of clients that send them; they change nothing
+    metadata: dict[str, str] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    modalities: list[Literal["text"]] | None = None
+    tools: Annotated[list[Any], Field(max_length=0)] | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    parallel_tool_calls: bool | None = None
+
+    @model_validator(mode="after")
+    def consistent(self) -> ChatRequest:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs=true")
+        both = (self.max_tokens, self.max_completion_tokens)
+        if None not in both and both[0] != both[1]:
+            raise ValueError("max_tokens and max_completion_tokens differ: give one of them")
+        return self
+
+
+class TokenizeRequest(Strict):
+    """``POST /tokenize``: a text, or messages as the chat template puts them."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    add_special_tokens: bool = True
+    add_generation_prompt: bool = True
+
+    @model_validator(mode="after")
+    def one(self) -> TokenizeRequest:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("give prompt or messages, one of them")
+        return self
+
+
+class Detokenize(Strict):
+    """``POST /detokenize``."""
+
+    model: str | None = None
+    tokens: list[TokenId]

@@ -1,0 +1,216 @@
+"""What goes back: OpenAI's objects, whole or in chunks, and what was kept beside the usage."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from pyramidinfer.engine.request import Request
+from pyramidinfer.engine.worker import Stream, Update
+from pyramidinfer.server.errors import ApiError, of_reason
+from pyramidinfer.server.jobs import Job
+from pyramidinfer.server.prompts import Prompts
+from pyramidinfer.types import KVUsage, Logprob, TokenIds
+
+__all__ = ["Reply", "failure"]
+
+
+@dataclass(slots=True)
+class Choice:
+    """One answer as far as it got."""
+
+    text: str = ""
+    token_ids: TokenIds = field(default_factory=list)
+    logprobs: list[Logprob] = field(default_factory=list)
+    finish_reason: str | None = None
+    offset: int = 0  # where its next token's text begins (completions' text_offset)
+
+
+class Reply:
+    """Forms the answer to a job from a stream's updates.  ``ApiError`` for one that failed."""
+
+    def __init__(self, job: Job, stream: Stream, model: str, prompts: Prompts) -> None:
+        self.job, self.stream, self.model, self.prompts = job, stream, model, prompts
+        self.choices = [Choice() for _ in stream.followed]
+        self.wants_logprobs = bool(job.body.logprobs) or job.body.logprobs == 0
+        if job.is_chat:
+            self.wants_logprobs = bool(job.body.logprobs)
+
+    # --- whole --------------------------------------------------------------------------------
+
+    async def whole(self) -> dict[str, Any]:
+        """The whole answer once it is there."""
+        async for update in self.stream:
+            self._check(update)
+            self._take(update)
+        choices = []
+        for index, choice in enumerate(self.choices):
+            entry = self._choice(index, choice.text, choice.token_ids, choice.logprobs, True)
+            entry["finish_reason"] = choice.finish_reason
+            if self.job.is_chat:
+                entry["message"] = {
+                    "role": "assistant", "content": entry.pop("text"), "refusal": None,
+                }  # fmt: skip
+            choices.append(entry)
+        kind = "chat.completion" if self.job.is_chat else "text_completion"
+        return {**self._head(kind), "choices": choices, "usage": self.usage()}
+
+    # --- in chunks ----------------------------------------------------------------------------
+
+    async def chunks(self, first: Update | None) -> AsyncIterator[dict[str, Any]]:
+        """Chunks as they come; ``first``: an update that was looked at before."""
+        kind = "chat.completion.chunk" if self.job.is_chat else "text_completion"
+        options = self.job.body.stream_options
+        begun: set[int] = set()
+        update = first
+        while update is not None:
+            self._check(update)
+            self._take(update)
+            for entry in self._deltas(update, update.choice not in begun):
+                chunk = {**self._head(kind), "choices": [entry]}
+                if options and options.include_usage:
+                    chunk["usage"] = None
+                if options and options.include_kv and update.kv is not None:
+                    chunk["kv"] = _kv(update.kv)
+                yield chunk
+            begun.add(update.choice)
+            update = await self.stream.next()
+        if options and options.include_usage:
+            yield {**self._head(kind), "choices": [], "usage": self.usage()}
+
+    def _deltas(self, update: Update, is_first: bool) -> list[dict[str, Any]]:
+        """The choices of the chunks that one update becomes."""
+        entry = self._choice(
+            update.choice, update.text, update.token_ids, update.logprobs, is_first
+        )  # fmt: skip
+        entry["finish_reason"] = None
+        entries = [entry]
+        if self.job.is_chat:
+            entry["delta"] = {"content": entry.pop("text")}
+            if is_first:
+                entry["delta"] = {"role": "assistant", **entry["delta"]}
+        if update.finish_reason:
+            if self.job.is_chat:
+                entries.append({
+                    "index": update.choice, "delta": {}, "logprobs": None,
+                    "finish_reason": update.finish_reason,
+                })  # fmt: skip
+            else:
+                entry["finish_reason"] = update.finish_reason
+        return entries
+
+    # --- parts --------------------------------------------------------------------------------
+
+    def _check(self, update: Update) -> None:
+        if update.finish_reason is not None:
+            error = of_reason(
+                update.finish_reason, update.error, self.stream.engine.retry_after()
+            )  # fmt: skip
+            if error is not None:
+                raise error
+
+    def _take(self, update: Update) -> None:
+        choice = self.choices[update.choice]
+        choice.text += update.text
+        choice.token_ids += update.token_ids
+        choice.logprobs += update.logprobs
+        choice.finish_reason = update.finish_reason
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        return {
+            "id": self.job.id, "object": kind, "created": self.job.created, "model": self.model,
+            "system_fingerprint": None,
+        }  # fmt: skip
+
+    def _choice(self, index: int, text: str, tokens: TokenIds, logprobs: list[Logprob],
+                begins: bool) -> dict[str, Any]:  # fmt: skip
+        """A choice, or the part of one, that these tokens are; the prompt too where echoed."""
+        request = self.stream.followed[index].request
+        leader = self._leader(index)
+        if self.job.drop:
+            text, tokens, logprobs = "", [], []
+        entry: dict[str, Any] = {"index": index, "text": text, "logprobs": None}
+        echoed = bool(self.job.echoed) and begins
+        if echoed:
+            entry["text"] = self.job.echoed[self.job.leaders.index(leader)] + text
+        if self.job.body.return_token_ids:
+            entry["token_ids"] = ([*request.prompt] if echoed else []) + tokens
+        if self.wants_logprobs and self.job.is_chat:
+            entry["logprobs"] = {"content": [self._spelled(each) for each in logprobs],
+                                 "refusal": None}  # fmt: skip
+        elif self.wants_logprobs:
+            before = leader.prompt_logprobs if echoed else []
+            start = [leader.prompt[0]] if echoed else []
+            entry["logprobs"] = self._legacy(self.choices[index], start, [*before, *logprobs])
+        return entry
+
+    def _leader(self, index: int) -> Request:
+        width = len(self.stream.followed) // len(self.job.leaders)
+        return self.job.leaders[index // width]
+
+    def _spelled(self, logprob: Logprob) -> dict[str, Any]:
+        """A token as chat completions tell of it."""
+
+        def one(token: int, value: float) -> dict[str, Any]:
+            text = self.prompts.spell(token)
+            return {"token": text, "logprob": value, "bytes": list(text.encode("utf-8"))}
+
+        top = [one(token, value) for token, value in logprob.top.items()]
+        return {**one(logprob.token_id, logprob.logprob), "top_logprobs": top}
+
+    def _legacy(self, choice: Choice, start: TokenIds, logprobs: list[Logprob]) -> dict[str, Any]:
+        """Tokens as completions tell of them; ``start``: tokens without a log-probability."""
+        spell = self.prompts.spell
+        tokens = [spell(token) for token in start] + [spell(each.token_id) for each in logprobs]
+        offsets = []
+        for token in tokens:
+            offsets.append(choice.offset)
+            choice.offset += len(token)
+        top: list[dict[str, float] | None] = [None for _ in start]
+        for each in logprobs:
+            named: dict[str, float] = {}
+            for number, value in [(each.token_id, each.logprob), *each.top.items()]:
+                named[spell(number)] = max(value, named.get(spell(number), value))
+            top.append(named)
+        return {
+            "tokens": tokens,
+            "token_logprobs": [None for _ in start] + [each.logprob for each in logprobs],
+            "top_logprobs": top, "text_offset": offsets,
+        }  # fmt: skip
+
+    def usage(self) -> dict[str, Any]:
+        """OpenAI's counts, and what was kept and skipped (tokens: means over layers)."""
+        requests = self.stream.requests
+        leaders = [each for each in requests if each.leads]
+        prompt = sum(len(each.prompt) for each in leaders)
+        new = sum(len(each.output) for each in requests) if not self.job.drop else 0
+        caches = [each.kv for each in requests if each.kv is not None]
+        kept = sum(sum(kv.kept_len) / len(kv.kept_len) for kv in caches)
+        skipped = sum(
+            each.computed[0] - sum(each.computed) / len(each.computed)
+            for each in leaders
+            if each.computed
+        )
+        lowered = [kv.keep_lowered_to for kv in caches if kv.keep_lowered_to is not None]
+        extra = {"kv_keep_lowered_to": min(lowered)} if lowered else {}
+        return {
+            "prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new,
+            "prompt_tokens_details": {"cached_tokens": sum(each.reused for each in leaders)},
+            "kv_tokens_kept": round(kept), "kv_tokens_full": sum(kv.seen_len for kv in caches),
+            "prefill_tokens_skipped": round(skipped),
+            "kv_bytes": sum(kv.bytes for kv in caches),
+            "kv_bytes_full": sum(kv.full_bytes for kv in caches), **extra,
+        }  # fmt: skip
+
+
+def _kv(kv: KVUsage) -> dict[str, Any]:
+    return {"seen": kv.seen_len, "kept": list(kv.kept_len), "bytes": kv.bytes,
+            "full_bytes": kv.full_bytes}  # fmt: skip
+
+
+def failure(error: Exception) -> dict[str, Any]:
+    """The event that tells of an error in the middle of a stream."""
+    if isinstance(error, ApiError):
+        return error.body
+    return ApiError(500, f"{type(error).__name__}: {error}").body

@@ -1,0 +1,190 @@
+"""From a checked body to an answer, whole or streamed, whoever asks (HTTP or a batch file)."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import suppress
+from typing import Any, TypeVar
+
+from fastapi import Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from pyramidinfer.engine import LLM
+from pyramidinfer.engine.worker import AsyncEngine, Busy
+from pyramidinfer.server.errors import ApiError
+from pyramidinfer.server.jobs import Job, Jobs
+from pyramidinfer.server.metrics import Metrics
+from pyramidinfer.server.prompts import Prompts
+from pyramidinfer.server.protocol import ChatRequest, CompletionRequest
+from pyramidinfer.server.replies import Reply, failure
+from pyramidinfer.server.settings import ServerSettings
+
+__all__ = ["Service"]
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+#: Seconds beyond the request's own that a client has to read its answer.
+READING = 60.0
+
+
+class Service:
+    """One model behind the API.  ``draining``: nothing new is taken any more."""
+
+    def __init__(self, llm: LLM, settings: ServerSettings) -> None:
+        self.llm, self.settings = llm, settings
+        self.name = settings.model_name or llm.name.rstrip("/").rpartition("/")[2]
+        self.prompts = Prompts(llm.tokenizer, llm.engine.adapter.vocab_size)
+        self.jobs = Jobs(llm, settings, self.prompts)
+        self.metrics = Metrics(self.name)
+        self.worker = AsyncEngine(
+            llm.engine, self.metrics, max_waiting=settings.max_waiting,
+            queue_timeout=settings.queue_timeout,
+        )  # fmt: skip
+        self.metrics.worker = self.worker
+        self.draining = False
+
+    # --- for whoever asks ---------------------------------------------------------------------
+
+    async def begin(self, body: ChatRequest | CompletionRequest, owner: str | None
+                    ) -> tuple[Job, Reply]:  # fmt: skip
+        """Check a body and queue what it asks for.  ``ApiError`` where that cannot be."""
+        if self.draining or not self.worker.is_alive:
+            raise ApiError(503, "the server is stopping", code="stopping", retry_after=10)
+        self.check_model(body.model)
+        try:
+            if isinstance(body, ChatRequest):
+                job = await asyncio.to_thread(self.jobs.chat, body, owner)
+            else:
+                job = await asyncio.to_thread(self.jobs.completion, body, owner)
+        except ValueError as error:
+            raise ApiError(400, str(error)) from None
+        if self.settings.log_prompts:
+            text = [self.prompts.decode(each.prompt) for each in job.leaders]
+            log.info("%s asks %r", job.id, text)
+        options = body.stream_options
+        try:
+            stream = self.worker.submit(
+                job.leaders, timeout=self.settings.request_timeout,
+                watch=bool(options and options.include_kv),
+            )  # fmt: skip
+        except Busy as busy:
+            raise ApiError(
+                429, str(busy), code="queue_full", retry_after=busy.retry_after
+            ) from None  # fmt: skip
+        return job, Reply(job, stream, self.name, self.prompts)
+
+    async def answer(self, body: ChatRequest | CompletionRequest, owner: str | None
+                     ) -> dict[str, Any]:  # fmt: skip
+        """The whole answer.  ``ApiError`` where there is none."""
+        _, reply = await self.begin(body, owner)
+        try:
+            found = await reply.whole()
+        finally:
+            reply.stream.close()
+        self._log_answer(reply)
+        return found
+
+    def check_model(self, name: str | None) -> None:
+        if name is not None and name != self.name:
+            raise ApiError(
+                404, f"The model {name!r} does not exist; this server has {self.name!r}.",
+                param="model", code="model_not_found",
+            )  # fmt: skip
+
+    # --- over HTTP ----------------------------------------------------------------------------
+
+    async def respond(self, request: Request, body: ChatRequest | CompletionRequest) -> Response:
+        """Answer over HTTP; a client that goes away takes its request along."""
+        owner: str | None = request.scope["owner"]
+        try:
+            if not body.stream:
+                return JSONResponse(await _unless_gone(request, self.answer(body, owner)))
+            return await self._stream(request, body, owner)
+        except _Gone:
+            self.metrics.disconnected.inc()
+            return Response(status_code=499)
+
+    async def _stream(self, request: Request, body: ChatRequest | CompletionRequest,
+                      owner: str | None) -> Response:  # fmt: skip
+        """A stream of events.  It begins once there is something to tell, so that what fails
+        before is answered with its proper status."""
+        _, reply = await self.begin(body, owner)
+        chunks = reply.chunks(None)
+        try:
+            first = await _unless_gone(request, reply.stream.next())
+            chunks = reply.chunks(first)
+            head = await anext(chunks)
+        except BaseException:
+            reply.stream.close()
+            raise
+        return EventStream(self, reply, self._events(reply, head, chunks))
+
+    async def _events(self, reply: Reply, head: dict[str, Any],
+                      chunks: AsyncIterator[dict[str, Any]]) -> AsyncIterator[bytes]:  # fmt: skip
+        yield _event(head)
+        try:
+            async for chunk in chunks:
+                yield _event(chunk)
+        except Exception as error:
+            if not isinstance(error, ApiError):
+                log.exception("a stream failed")
+            yield _event(failure(error))
+            return
+        self._log_answer(reply)
+        yield b"data: [DONE]\n\n"
+
+    def _log_answer(self, reply: Reply) -> None:
+        if self.settings.log_prompts:
+            log.info("%s gets %r", reply.job.id, [each.text for each in reply.choices])
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events; however it ends, the requests behind it end too."""
+
+    def __init__(self, service: Service, reply: Reply, events: AsyncIterator[bytes]) -> None:
+        super().__init__(events, media_type="text/event-stream")
+        self.service, self.stream = service, reply.stream
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            async with asyncio.timeout(self.service.settings.request_timeout + READING):
+                await super().__call__(scope, receive, send)
+        except TimeoutError:
+            log.warning("a client did not read its answer in time")
+        finally:
+            if self.stream.left:
+                self.service.metrics.disconnected.inc()
+            self.stream.close()
+
+
+class _Gone(Exception):
+    """The client went away."""
+
+
+async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """What ``work`` gives; ``_Gone`` if the client goes away first."""
+
+    async def leaves() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(leaves())
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise _Gone
+        return task.result()
+    finally:
+        for each in (task, gone):
+            each.cancel()
+            with suppress(BaseException):
+                await each
+
+
+def _event(entry: dict[str, Any]) -> bytes:
+    return f"data: {json.dumps(entry, ensure_ascii=False, separators=(',', ':'))}\n\n".encode()
