@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 TORCH := torch==2.13.0
 
-.PHONY: demo test check model numbers pages bench bench-gpu install install-dev clean
+.PHONY: demo test check model numbers pages bench bench-gpu fuzz install install-dev clean
 
 demo: $(VENV)/.installed
 	$(BIN)/pyramidinfer demo
@@ -66,6 +66,10 @@ bench: $(VENV)/.installed
 	mv $(RESULTS)/bench_*.png docs/images/
 	$(MAKE) pages
 
+# 10,000 made-up requests at the server.
+fuzz: $(VENV)/.installed-dev
+	$(BIN)/python -m pyramidinfer.lab.fuzz --cases 10000 --json $(RESULTS)/fuzz.json
+
 # The paper's workload and longer ones on a GPU, in under ten minutes. TOY=--toy tries it out on a CPU.
 TOY ?=
 GPU_OPTIONS ?=
@@ -101,3 +105,4 @@ clean:
 	rm -rf $(VENV) out
 
 include benchmarks/peers/peers.mk
+include benchmarks/serving/serving.mk

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from pathlib import Path
 
 from rich.console import Console
 
@@ -31,7 +32,7 @@ def run_chat(choice: ModelChoice, system: str | None, params: SamplingParams) ->
     if not Prompts(llm.tokenizer, llm.engine.adapter.vocab_size).has_template:
         raise ValueError(f"model {llm.name!r} has no chat template; use `pyramidinfer generate`")
     chat = _Chat(llm, params, system)
-    chat.note(f"{llm.name}: /help tells what else can be typed")
+    chat.note(f"{Path(llm.name).name}: /help tells what else can be typed")
     while True:
         try:
             line = input("> " if sys.stdin.isatty() else "").strip()
@@ -62,7 +63,7 @@ class _Chat:
         self.reset(system)
 
     def note(self, text: str) -> None:
-        self.console.print(text, style="dim", markup=False)
+        self.console.print(text, style="dim", markup=False, soft_wrap=True)
 
     def reset(self, system: str | None) -> None:
         self.system = system

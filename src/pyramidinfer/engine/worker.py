@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from typing import NamedTuple, Protocol
 
+import torch
+
 from pyramidinfer.engine.engine import Engine
 from pyramidinfer.engine.request import Request
 from pyramidinfer.types import KVUsage, Logprob, TokenIds
@@ -136,6 +138,7 @@ class AsyncEngine:
         self._arriving = 0
         self._stopping = False
         self._last_end = time.monotonic()
+        self._threads = torch.get_num_threads()
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
 
     # --- from any thread ----------------------------------------------------------------------
@@ -212,6 +215,7 @@ class AsyncEngine:
         self._stopping = True
 
     def _work(self) -> None:
+        torch.set_num_threads(self._threads)  # OpenMP counts for every thread that calls it
         checked = True
         while not self._stopping:
             idle = self.engine.scheduler.idle

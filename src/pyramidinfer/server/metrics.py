@@ -171,6 +171,10 @@ class _Gauges:
             ("vllm:num_requests_waiting", "Requests that have not begun", worker.waiting),
             ("vllm:kv_cache_usage_perc", "Share of the pages that running requests hold, 0 to 1",
              max(0, in_use - of_held) / pages),
+            ("vllm:num_requests_swapped", "Requests put off for want of memory",
+             len(engine.scheduler.away)),
+            ("pyramidinfer:swapped_bytes", "Bytes of caches in host memory",
+             engine.pressure.host_bytes),
             ("pyramidinfer:pool_pages", "Pages there are", pages),
             ("pyramidinfer:pool_pages_in_use", "Pages somebody owns", in_use),
             ("pyramidinfer:pool_pages_reusable", "Pages of finished conversations", of_held),
@@ -182,7 +186,20 @@ class _Gauges:
         ]  # fmt: skip
         for name, text, value in values:
             yield _one(GaugeMetricFamily(name, text, labels=["model_name"]), model, value)
+        done = engine.pressure.counts
         counts = {
+            "vllm:num_preemptions": (
+                "Requests that were put off for want of memory",
+                done.swapped + done.recomputed + done.restarted,
+            ),
+            "pyramidinfer:swapped": ("Caches moved to host memory", done.swapped),
+            "pyramidinfer:recomputed": ("Caches let go of and computed anew", done.recomputed),
+            "pyramidinfer:restarted": ("Prompts in progress that began again", done.restarted),
+            "pyramidinfer:resumed": ("Requests that came back", done.resumed),
+            "pyramidinfer:tightened": (
+                "Times a running request's keep was lowered",
+                done.tightened,
+            ),
             "pyramidinfer:reuse_hits": ("Requests that took a conversation's cache up", held.hits),
             "pyramidinfer:reuse_misses": ("Requests that found none", held.misses),
             "pyramidinfer:reuse_tokens": ("Tokens not computed again", held.reused_tokens),

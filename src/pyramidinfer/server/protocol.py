@@ -34,13 +34,13 @@ class Compression(Strict):
 
 
 class StreamOptions(Strict):
-    """``include_usage``: a last chunk tells the usage;  ``include_kv``: every chunk tells how many
-    tokens each layer keeps."""
+    """``include_usage``: a last chunk tells the usage, and with ``continuous_usage_stats`` every
+    chunk does;  ``include_kv``: every chunk tells how many tokens each layer keeps."""
 
     include_usage: bool = False
     include_kv: bool = False
     include_obfuscation: bool = False
-    continuous_usage_stats: Literal[False] = False
+    continuous_usage_stats: bool = False
 
 
 class JsonSchema(Strict):

@@ -70,7 +70,7 @@ class Reply:
             for entry in self._deltas(update, update.choice not in begun):
                 chunk = {**self._head(kind), "choices": [entry]}
                 if options and options.include_usage:
-                    chunk["usage"] = None
+                    chunk["usage"] = self.usage() if options.continuous_usage_stats else None
                 if options and options.include_kv and update.kv is not None:
                     chunk["kv"] = _kv(update.kv)
                 yield chunk

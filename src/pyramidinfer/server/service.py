@@ -187,4 +187,5 @@ async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
 
 
 def _event(entry: dict[str, Any]) -> bytes:
-    return f"data: {json.dumps(entry, ensure_ascii=False, separators=(',', ':'))}\n\n".encode()
+    """Escaped to ASCII: some clients split lines at U+2028 and its like, too."""
+    return f"data: {json.dumps(entry, separators=(',', ':'))}\n\n".encode()
