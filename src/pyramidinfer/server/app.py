@@ -28,6 +28,7 @@ from pyramidinfer.server.protocol import (
 )
 from pyramidinfer.server.service import Service
 from pyramidinfer.server.settings import ServerSettings
+from pyramidinfer.server.strict import StrictRoute
 
 __all__ = ["build_app"]
 
@@ -63,6 +64,7 @@ def build_app(llm: LLM, settings: ServerSettings) -> FastAPI:
         description="OpenAI's API in front of an engine that keeps fewer tokens, layer by layer.",
     )  # fmt: skip
     app.state.service = service
+    app.router.route_class = StrictRoute
     app.add_middleware(Gate, settings=settings, rejected=lambda status: _count(service, status))
     if settings.cors_origins:
         app.add_middleware(
@@ -119,16 +121,18 @@ def _told(error: RequestValidationError) -> tuple[str, str | None]:
     """The first thing that is wrong with a body, and which parameter it is."""
     found = error.errors()[0]
     place = [str(part) for part in found["loc"] if part != "body"]
-    if found["type"] == "json_invalid":
-        return f"the body is not valid JSON: {found['ctx']['error']}", None
     param = place[0] if place else None
     message = str(found["msg"]).removeprefix("Value error, ")
     if found["type"] == "model_attributes_type" and not place:
         return "the body is not a JSON object; send one with Content-Type: application/json", None
     if found["type"] == "extra_forbidden":
         return f"unknown parameter {'.'.join(place)!r}", param
+    if found["type"] == "missing" and not place:
+        return "the body is missing; send a JSON object", None
     if found["type"] == "missing":
         return f"missing parameter {'.'.join(place)!r}", param
+    if param == "prompt" and len(place) > 1:  # which of its kinds was meant is a guess
+        message, place = "must be a text, texts, token ids, or lists of token ids", ["prompt"]
     shown = f" (given: {found['input']!r:.60})" if place else ""
     return f"{'.'.join(place)}: {message}{shown}" if place else message, param
 
