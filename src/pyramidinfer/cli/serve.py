@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import logging
+import signal
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from pyramidinfer.config import check_whole
 from pyramidinfer.engine import LLM
 from pyramidinfer.models.loading import quiet_transformers, shipped_model
 from pyramidinfer.policies import Policy
-from pyramidinfer.server.run import serve
+from pyramidinfer.server.run import bind, serve
 from pyramidinfer.server.settings import ServerSettings
 
 __all__ = ["ModelChoice", "load", "run_serve"]
@@ -58,7 +59,9 @@ def run_serve(choice: ModelChoice, settings: ServerSettings) -> None:
             f"key: anybody who reaches it may use the model (--api-key-file sets keys)",
             file=sys.stderr,
         )
-    serve(load(choice), settings)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # until the server is there to drain
+    with bind(settings) as line:
+        serve(load(choice), settings, line)
 
 
 def _is_loopback(host: str) -> bool:

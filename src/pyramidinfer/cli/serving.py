@@ -95,7 +95,7 @@ def serve(
     ] = 0.5,
     slot_scores: Annotated[
         bool, typer.Option("--slot-scores", help="Room for running scores, so that requests may "
-                           "ask for h2o and scissorhands.", rich_help_panel=ENGINE)
+                           "ask for h2o.", rich_help_panel=ENGINE)
     ] = False,
     admission: Annotated[
         str, typer.Option(help="reserve (nothing can run short) or overcommit.",
@@ -121,6 +121,10 @@ def serve(
     ] = 30.0,
     request_timeout: Annotated[
         float, typer.Option(help="Seconds a request may take.", rich_help_panel=LIMITS)
+    ] = 600.0,
+    stall_timeout: Annotated[
+        float, typer.Option(help="Seconds without the end of a step until /health gives 503.",
+                            rich_help_panel=LIMITS)
     ] = 600.0,
     default_max_tokens: Annotated[
         int, typer.Option(help="For requests without max_tokens.", rich_help_panel=LIMITS)
@@ -180,7 +184,8 @@ def serve(
     settings = ServerSettings(
         host=host, port=port, model_name=model_name, api_keys=read_keys(api_key_file),
         max_waiting=max_waiting, queue_timeout=queue_timeout, request_timeout=request_timeout,
-        drain_timeout=drain_timeout, default_max_tokens=default_max_tokens,
+        drain_timeout=drain_timeout, stall_timeout=stall_timeout,
+        default_max_tokens=default_max_tokens,
         max_tokens_limit=max_tokens_limit, max_prompt_tokens=max_prompt_tokens, max_n=max_n,
         max_stop=max_stop, max_body_bytes=parse_bytes(max_body),
         max_schema_bytes=parse_bytes(max_schema), policies=names, min_keep=min_keep,

@@ -8,27 +8,32 @@ from pyramidinfer.types import TokenIds
 
 __all__ = ["Detokenizer"]
 
+#: Tokens of the prompt that an answer's first ones are decoded with.
+CONTEXT = 8
+
 
 class Detokenizer:
     """Text of a growing list of tokens, decoding only its newest part.
 
-    A token may complete a character begun by the ones before it, so a little context is decoded
-    again each time; text that ends in an incomplete character waits for the next token.
+    A token may complete a character begun by the ones before it, or bring a space between itself
+    and them, so a little context is decoded again each time (at first the end of the prompt); text
+    that ends in an incomplete character waits for the next token.
     """
 
-    def __init__(self, tokenizer: Any, stop: tuple[str, ...]) -> None:
+    def __init__(self, tokenizer: Any, stop: tuple[str, ...], prompt: TokenIds) -> None:
         self.tokenizer, self.stop = tokenizer, stop
         self.text = ""
         self.stopped = False
-        self._context, self._read = 0, 0
+        self._before = prompt[-CONTEXT:]
+        self._context, self._read = -len(self._before), 0
 
     def update(self, tokens: TokenIds, *, last: bool = False) -> None:
         """Take in tokens beyond those seen; ``stopped`` tells that a stop string was reached.
 
         The text is cut before the stop string.
         """
-        known = self._decode(tokens[self._context : self._read])
-        grown = self._decode(tokens[self._context :])
+        known = self._decode(self._part(tokens, self._read))
+        grown = self._decode(self._part(tokens, len(tokens)))
         if len(grown) <= len(known) or (grown.endswith("\ufffd") and not last):
             return
         before = len(self.text)
@@ -49,6 +54,12 @@ class Detokenizer:
                     held = max(held, size)
                     break
         return self.text[: len(self.text) - held]
+
+    def _part(self, tokens: TokenIds, end: int) -> TokenIds:
+        """Tokens from the context on; the prompt's end has negative places."""
+        if self._context >= 0:
+            return tokens[self._context : end]
+        return self._before[self._context :] + tokens[:end]
 
     def _decode(self, tokens: TokenIds) -> str:
         text: str = self.tokenizer.decode(tokens, skip_special_tokens=True)

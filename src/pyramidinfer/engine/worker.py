@@ -139,6 +139,7 @@ class AsyncEngine:
         self._stopping = False
         self._last_end = time.monotonic()
         self._threads = torch.get_num_threads()
+        self._beat = time.monotonic()
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
 
     # --- from any thread ----------------------------------------------------------------------
@@ -162,6 +163,11 @@ class AsyncEngine:
         return not self._live and not self._arriving
 
     @property
+    def stalled_seconds(self) -> float:
+        """For how long no step has ended although there is work."""
+        return 0.0 if self.is_idle else time.monotonic() - self._beat
+
+    @property
     def waiting(self) -> int:
         """Requests that have not begun."""
         return self._arriving + len(self.engine.scheduler.waiting)
@@ -175,7 +181,7 @@ class AsyncEngine:
 
         ``watch``: every update tells of the cache.  ``Busy`` where the queue is full.
         """
-        if self.waiting + len(leaders) > self.max_waiting:
+        if self.waiting and self.waiting + len(leaders) > self.max_waiting:
             raise Busy(self.waiting, self.retry_after())
         followed = [Followed(each) for leader in leaders for each in (leader, *leader.samples)]
         stream = Stream(self, asyncio.get_running_loop(), followed, watch, timeout)
@@ -192,8 +198,13 @@ class AsyncEngine:
     def _begin(self, stream: Stream, leaders: list[Request]) -> None:
         self._arriving -= len(leaders)
         self._live.append(stream)
-        for leader in leaders:
-            self.engine.submit(leader)
+        try:
+            for leader in leaders:
+                self.engine.submit(leader)
+        except Exception as error:
+            log.exception("a request could not be queued")
+            for each in stream.requests:
+                self.engine.fail(each, error=f"{type(error).__name__}: {error}")
 
     def abort(self, stream: Stream) -> None:
         """End a stream's requests at once (the engine's thread only; see ``Stream.close``)."""
@@ -207,17 +218,36 @@ class AsyncEngine:
                 self.engine.fail(each.request, reason)
                 self.observer.ended(each.request, reason)
 
-    def _stop(self) -> None:
+    def abort_all(self) -> None:
+        """End every request (from any thread)."""
+        self.tell(self._abort_all)
+
+    def _abort_all(self) -> None:
         for stream in self._live:
             self._end(stream, "abort")
         self._publish()
+
+    def _stop(self) -> None:
+        self._abort_all()
         self.engine.conversations.clear()
         self._stopping = True
 
     def _work(self) -> None:
         torch.set_num_threads(self._threads)  # OpenMP counts for every thread that calls it
+        try:
+            self._loop()
+        except Exception:
+            log.exception("the engine's thread has ended")
+            for stream in self._live:
+                for each in stream.requests:
+                    each.finish_reason = each.finish_reason or "error"
+                    each.error = each.error or "the engine has stopped"
+            self._publish()
+
+    def _loop(self) -> None:
         checked = True
         while not self._stopping:
+            self._beat = time.monotonic()
             idle = self.engine.scheduler.idle
             if idle and not checked:
                 self._check()

@@ -98,13 +98,28 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     free = int(psutil.virtual_memory().available)
-    try:  # a container's own limit
-        root = Path("/sys/fs/cgroup")
-        limit = int((root / "memory.max").read_text())
-        free = min(free, limit - int((root / "memory.current").read_text()))
-    except (OSError, ValueError):
-        pass
+    for group in _groups(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")):
+        try:  # a container's limit, or a service's
+            limit = int((group / "memory.max").read_text())
+            used = int((group / "memory.current").read_text())
+            for line in (group / "memory.stat").read_text().splitlines():
+                if line.startswith("inactive_file "):  # files read before give way
+                    used -= int(line.split()[1])
+            free = min(free, limit - used)
+        except (OSError, ValueError):
+            continue
     return free
+
+
+def _groups(root: Path, own: Path) -> list[Path]:
+    """Folders of the control groups this process is in, the innermost first."""
+    try:
+        lines = own.read_text().splitlines()
+    except OSError:
+        return [root]
+    name = next((line[3:] for line in lines if line.startswith("0::")), "/")
+    inner = root / name.lstrip("/")
+    return [group for group in (inner, *inner.parents) if group.is_relative_to(root)]
 
 
 def _take_object(model: nn.Module, tokenizer: Any, dtype: str | torch.dtype,

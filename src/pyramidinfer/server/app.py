@@ -133,6 +133,11 @@ def _told(error: RequestValidationError) -> tuple[str, str | None]:
         return f"missing parameter {'.'.join(place)!r}", param
     if param == "prompt" and len(place) > 1:  # which of its kinds was meant is a guess
         message, place = "must be a text, texts, token ids, or lists of token ids", ["prompt"]
+    if param in ("tools", "tool_choice"):
+        return f"{param}: tools are not supported; leave it out", param
+    if param == "messages" and "content" in place:
+        message = "must be a text or text parts; images, audio and files are not understood"
+        place = place[: place.index("content") + 1]
     shown = f" (given: {found['input']!r:.60})" if place else ""
     return f"{'.'.join(place)}: {message}{shown}" if place else message, param
 
@@ -212,6 +217,9 @@ def _add_operation(app: FastAPI, service: Service) -> None:
         """Whether the engine is alive."""
         if not service.worker.is_alive:
             raise ApiError(503, "the engine's thread has ended", code="engine_dead")
+        stalled = service.worker.stalled_seconds
+        if stalled > service.settings.stall_timeout:
+            raise ApiError(503, f"no step has ended for {stalled:.0f} s", code="engine_stalled")
         return {"status": "ok"}
 
     @app.get("/ready", responses={503: ERRORS[503]})

@@ -210,8 +210,11 @@ class Jobs:
 
     def _make_policy(self, name: str | None, keep: float | None) -> Policy:
         settings, own = self.settings, self.own
-        if name is not None:
-            check_choice("policy", name, self.policies)
+        if name is not None and name not in self.policies:
+            check_choice("policy", name, POLICIES)
+            raise ValueError(
+                f"policy {name!r} is not served here; there are {', '.join(self.policies)}"
+            )
         low, high = settings.min_keep, settings.max_keep
         if keep is not None and not low <= keep <= high:
             raise ValueError(f"keep={keep} is outside what this server allows: {low} to {high}")

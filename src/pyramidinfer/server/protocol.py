@@ -16,9 +16,21 @@ TokenList = Annotated[list[TokenId], Field(min_length=1)]
 
 
 class Strict(BaseModel):
-    """Unknown names and other types are errors; so are NaN and infinity."""
+    """Unknown names and other types are errors; so are NaN and infinity.
+
+    An unknown name that says nothing (null, an empty list) is passed over: clients send those for
+    what is not set.
+    """
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def says_something(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        known = {field.alias or name for name, field in cls.model_fields.items()}
+        return {k: v for k, v in given.items() if k in known or (v is not None and v != [])}
 
 
 class Compression(Strict):
@@ -135,7 +147,7 @@ class Message(Strict):
     role: Literal["developer", "system", "user", "assistant", "tool"]
     content: str | list[TextPart] | None = None
     name: str | None = None
-    refusal: None = None
+    refusal: str | None = None
     tool_call_id: str | None = None
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import socket
 import sys
 from asyncio import TimerHandle
 from typing import Any
@@ -16,7 +17,7 @@ from pyramidinfer.server.app import build_app
 from pyramidinfer.server.service import Service
 from pyramidinfer.server.settings import ServerSettings
 
-__all__ = ["serve"]
+__all__ = ["bind", "serve"]
 
 #: Seconds a client may take to send the head of a request.
 HEAD_TIMEOUT = 30.0
@@ -70,21 +71,40 @@ class _Server(uvicorn.Server):
                   file=sys.stderr, flush=True)  # fmt: skip
 
 
-def serve(llm: LLM, settings: ServerSettings) -> None:
-    """Serve until SIGTERM or Ctrl-C; then answer what was accepted, and return.
+def bind(settings: ServerSettings) -> socket.socket:
+    """The address, held but not listened to yet.  ``OSError`` where it cannot be had."""
+    host, port = settings.host, settings.port
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, protocol, _, address = found[0]
+        line = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise OSError(f"cannot listen on {host}: {error.strerror or error}") from None
+    line.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        line.bind(address)
+    except OSError as error:
+        line.close()
+        reason = error.strerror or error
+        raise OSError(f"cannot listen on {host}:{port}: {reason} (--port 0 picks one)") from None
+    return line
+
+
+def serve(llm: LLM, settings: ServerSettings, line: socket.socket) -> None:
+    """Serve on a bound address until SIGTERM or Ctrl-C; then answer what was accepted, and return.
 
     New requests get 503 meanwhile.  What has not ended after ``drain_timeout`` seconds, or at a
-    second signal, is ended.  ``OSError`` where the address cannot be had.
+    second signal, is ended.
     """
     app = build_app(llm, settings)
     config = uvicorn.Config(
-        app, settings.host, settings.port, http=Patient, ws="none", log_level="warning",
-        server_header=False, timeout_keep_alive=30, timeout_graceful_shutdown=5,
+        app, http=Patient, ws="none", log_level="warning", server_header=False,
+        timeout_keep_alive=30, timeout_graceful_shutdown=5,
     )  # fmt: skip
-    asyncio.run(_serve(_Server(config), app.state.service))
+    asyncio.run(_serve(_Server(config), app.state.service, line))
 
 
-async def _serve(server: _Server, service: Service) -> None:
+async def _serve(server: _Server, service: Service, line: socket.socket) -> None:
     loop, stopping = asyncio.get_running_loop(), asyncio.Event()
 
     def stop() -> None:
@@ -94,7 +114,7 @@ async def _serve(server: _Server, service: Service) -> None:
 
     for name in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(name, stop)
-    listening = asyncio.create_task(server._serve())
+    listening = asyncio.create_task(server._serve(sockets=[line]))
     waiting = asyncio.create_task(stopping.wait())
     await asyncio.wait({listening, waiting}, return_when=asyncio.FIRST_COMPLETED)
     if not listening.done():
@@ -102,11 +122,6 @@ async def _serve(server: _Server, service: Service) -> None:
         server.should_exit = True
     waiting.cancel()
     await listening
-    if not server.started:
-        raise OSError(
-            f"cannot listen on {service.settings.host}:{service.settings.port}: is the address "
-            f"in use, or not this machine's?"
-        )
 
 
 async def _drain(server: _Server, service: Service) -> None:
@@ -116,6 +131,8 @@ async def _drain(server: _Server, service: Service) -> None:
     print("pyramidinfer is stopping: waiting for what runs", file=sys.stderr, flush=True)
     while not service.worker.is_idle and not server.should_exit:
         if asyncio.get_running_loop().time() > ends:
+            print("pyramidinfer ends what is left", file=sys.stderr, flush=True)
             break
         await asyncio.sleep(0.05)
-    await asyncio.sleep(0.1)  # last chunks leave
+    service.worker.abort_all()  # whoever is left is told
+    await asyncio.sleep(0.2)  # last chunks leave

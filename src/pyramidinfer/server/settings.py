@@ -25,6 +25,8 @@ class ServerSettings:
     request_timeout : seconds until a request is ended.
     drain_timeout : seconds that running requests get after SIGTERM.
     body_timeout : seconds a client may take to send its request.
+    stall_timeout : seconds without the end of a step, with work to do, after which ``/health``
+        says that the engine hangs.
     default_max_tokens : for requests that say nothing.
     max_tokens_limit, max_prompt_tokens : the most a request may ask for; None is what the model
         has positions for.
@@ -49,6 +51,7 @@ class ServerSettings:
     request_timeout: float = 600.0
     drain_timeout: float = 60.0
     body_timeout: float = 30.0
+    stall_timeout: float = 600.0
     default_max_tokens: int = 256
     max_tokens_limit: int | None = None
     max_prompt_tokens: int | None = None
@@ -75,7 +78,9 @@ class ServerSettings:
         for name in ("max_tokens_limit", "max_prompt_tokens"):
             if getattr(self, name) is not None:
                 check_whole(name, getattr(self, name), 1)
-        for name in ("queue_timeout", "request_timeout", "drain_timeout", "body_timeout"):
+        for name in (
+            "queue_timeout", "request_timeout", "drain_timeout", "body_timeout", "stall_timeout",
+        ):  # fmt: skip
             value = getattr(self, name)
             if not is_number(value) or value <= 0:
                 raise ValueError(f"{name}={value!r} must be above 0 seconds")
