@@ -199,3 +199,117 @@ def kernels(
     configuration = {"dtype": dtype}
     picture = draw_kernels(configuration, result, json.with_suffix(".png"))
     _show(kernels_table(configuration, result), json, picture)
+
+
+Url = Annotated[
+    str | None, typer.Option(help="A server that runs already; none starts one for every policy.")
+]
+ServedModel = Annotated[
+    str | None, typer.Option(help="Folder or hub id to serve. Default: the shipped model.")
+]
+ServedPolicies = Annotated[
+    str | None,
+    typer.Option(
+        help="NAME,NAME or 'NAME NAME:keep=.3'; the first is the yardstick. Default: full,pyramid; "
+        "with --url the server's own, and those named are asked for by each request."
+    ),
+]
+ServedMemory = Annotated[str, typer.Option(help="Memory for the cache of each server.")]
+ServeOptions = Annotated[str, typer.Option(help="Further options for `pyramidinfer serve`.")]
+TokenIds = Annotated[
+    str | None,
+    typer.Option(help="LOW-HIGH, to draw prompts from. Default: what /tokenize makes of a text."),
+]
+ApiKey = Annotated[str | None, typer.Option(help="Key for --url.", envvar="OPENAI_API_KEY")]
+Timeout = Annotated[float, typer.Option(help="Seconds without a word until a request has failed.")]
+ServerThreads = Annotated[int, typer.Option(help="Threads of each server; 0 leaves its choice.")]
+
+
+def _server(policies: str | None, url: str | None, **values: Any) -> Any:
+    from pyramidinfer.lab.bench.serve_plan import ServerSetting
+    from pyramidinfer.lab.quality import split_specs
+
+    if policies is None:
+        policies = "" if url else "full,pyramid"
+    return ServerSetting(policies=split_specs(policies), url=url, **values)
+
+
+@bench.command()
+@plain_errors()
+def serve(
+    model: ServedModel = None,
+    url: Url = None,
+    policies: ServedPolicies = None,
+    keep: Keep = 0.45,
+    kv_memory: ServedMemory = "64MiB",
+    rates: Annotated[str, typer.Option(help="Requests a second; inf sends all at once.")] = (
+        "1,2,4,8,inf"
+    ),
+    requests: Annotated[int, typer.Option(help="Requests of a pass.")] = 32,
+    prompt_len: Annotated[int, typer.Option(help="Tokens of each prompt.")] = 1000,
+    output_len: Annotated[int, typer.Option(help="Tokens each request generates.")] = 64,
+    slo_ttft: Annotated[float, typer.Option(help="Seconds a first token may take.")] = 1.0,
+    slo_itl: Annotated[float, typer.Option(help="Seconds a further token may take, mean.")] = 0.1,
+    repeats: Annotated[int, typer.Option(help="Passes at each rate, policies in turns.")] = 1,
+    warmup: Annotated[int, typer.Option(help="Requests to each server before them.")] = 2,
+    serve_options: ServeOptions = "",
+    token_ids: TokenIds = None,
+    api_key: ApiKey = None,
+    threads: ServerThreads = 0,
+    timeout: Timeout = 300.0,
+    seed: Seed = 0,
+    json: Json = Path("out/bench_serve.json"),
+) -> None:
+    """A server under load, rate by rate: latencies, goodput, requests at once."""
+    from pyramidinfer.lab.bench.serve import run_serve
+    from pyramidinfer.lab.bench.serve_plan import ServePlan
+    from pyramidinfer.lab.bench.serve_views import draw_serve, serve_table
+
+    setting = _server(
+        policies, url, model=model, keep=keep, kv_memory=kv_memory, options=serve_options,
+        threads=threads, token_ids=token_ids, timeout=timeout, seed=seed,
+    )  # fmt: skip
+    plan = ServePlan(
+        setting, numbers(rates, float, "--rates"), requests, prompt_len, output_len, slo_ttft,
+        slo_itl, repeats, warmup,
+    )  # fmt: skip
+    result = run_serve(plan, _target(json), api_key)
+    picture = draw_serve(plan.configuration, result, json.with_suffix(".png"))
+    _show(serve_table(plan.configuration, result), json, picture)
+
+
+@bench.command()
+@plain_errors()
+def turns(
+    model: ServedModel = None,
+    url: Url = None,
+    policies: ServedPolicies = None,
+    keep: Keep = 0.45,
+    kv_memory: ServedMemory = "64MiB",
+    turns: Annotated[int, typer.Option(help="Turns of a conversation.")] = 5,
+    prompt_len: Annotated[int, typer.Option(help="Tokens of the first prompt.")] = 1000,
+    turn_len: Annotated[int, typer.Option(help="New tokens of each later prompt.")] = 50,
+    output_len: Annotated[int, typer.Option(help="Tokens each turn generates.")] = 32,
+    conversations: Annotated[int, typer.Option(help="Conversations that count.")] = 5,
+    warmup: Annotated[int, typer.Option(help="Conversations before them.")] = 1,
+    serve_options: ServeOptions = "",
+    token_ids: TokenIds = None,
+    api_key: ApiKey = None,
+    threads: ServerThreads = 0,
+    timeout: Timeout = 300.0,
+    seed: Seed = 0,
+    json: Json = Path("out/bench_turns.json"),
+) -> None:
+    """Conversations, with the last turn's cache taken up and without: time to first token."""
+    from pyramidinfer.lab.bench.serve_plan import TurnsPlan
+    from pyramidinfer.lab.bench.serve_views import draw_turns, turns_table
+    from pyramidinfer.lab.bench.turns import run_turns
+
+    setting = _server(
+        policies, url, model=model, keep=keep, kv_memory=kv_memory, options=serve_options,
+        threads=threads, token_ids=token_ids, timeout=timeout, seed=seed,
+    )  # fmt: skip
+    plan = TurnsPlan(setting, turns, prompt_len, turn_len, output_len, conversations, warmup)
+    result = run_turns(plan, _target(json), api_key)
+    picture = draw_turns(plan.configuration, result, json.with_suffix(".png"))
+    _show(turns_table(plan.configuration, result), json, picture)

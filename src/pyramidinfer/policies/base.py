@@ -93,9 +93,19 @@ class Policy:
         """Upper bounds for a request; admission rests on them."""
         return Forecast([prompt_len] * layers.count, [prompt_len + max_new] * layers.count)
 
+    def tightened(self, keep: float, state: State, layers: Layers) -> tuple[Policy, State] | None:
+        """The policy at a lower ``keep``, and the state of a request that decodes under it from
+        now on; None where some layer would not be held to less."""
+        return None
+
     def working_bytes(self, prompt_len: int) -> int:
         """State beyond ``start``'s that is held while a prompt goes through the layers."""
         return 0
+
+    @property
+    def computes_less(self) -> bool:
+        """Whether prompt tokens may be dropped between layers."""
+        return type(self).propagate is not Policy.propagate
 
     @property
     def anchors(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -81,6 +81,16 @@ class Retaining(Policy):
     def over(self, view: View) -> bool:
         """Whether the layer is the policy's business and holds more than its budget."""
         return view.layers.governed[view.layer] and view.kept_len > self.limit(view)
+
+    def tightened(self, keep: float, state: State, layers: Layers) -> tuple[Policy, State] | None:
+        """Budgets as a text of the same length has them at ``keep``, none of them raised."""
+        if not self.evicts or self.keep is None or keep >= self.keep:
+            return None
+        lower, text, old = replace(self, keep=keep), int(state["text"]), state["budgets"]
+        wanted = [lower.budget(layer, text, layers) for layer in range(layers.count)]
+        budgets = torch.minimum(old, torch.tensor(wanted))
+        falls = (budgets < old) & torch.tensor(layers.governed)
+        return (lower, {**state, "budgets": budgets}) if bool(falls.any()) else None
 
     def forecast(self, prompt_len: int, max_new: int, layers: Layers) -> Forecast:
         kept = []
