@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import takewhile
 from typing import Any
 
 from pyramidinfer.types import TokenIds
@@ -16,15 +17,18 @@ class Detokenizer:
     """Text of a growing list of tokens, decoding only its newest part.
 
     A token may complete a character begun by the ones before it, or bring a space between itself
-    and them, so a little context is decoded again each time (at first the end of the prompt); text
-    that ends in an incomplete character waits for the next token.
+    and them, so a little context is decoded again each time (at first the end of the prompt, unless
+    a special token parts it from the answer); text that ends in an incomplete character waits for
+    the next token.
     """
 
     def __init__(self, tokenizer: Any, stop: tuple[str, ...], prompt: TokenIds) -> None:
         self.tokenizer, self.stop = tokenizer, stop
         self.text = ""
         self.stopped = False
-        self._before = prompt[-CONTEXT:]
+        special = set(getattr(tokenizer, "all_special_ids", ()))
+        self._before = list(takewhile(lambda token: token not in special, prompt[:-CONTEXT:-1]))
+        self._before.reverse()
         self._context, self._read = -len(self._before), 0
 
     def update(self, tokens: TokenIds, *, last: bool = False) -> None:
