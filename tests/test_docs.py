@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
+import subprocess
 import sys
 import textwrap
 from dataclasses import fields, replace
@@ -12,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import httpx
 import pytest
 import torch
 
@@ -83,14 +86,35 @@ def run_command(line: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert not stopped.value.code
 
 
-@pytest.mark.parametrize("line", commands())
+@pytest.mark.parametrize("line", [line for line in commands() if " serve " not in line])
 def test_readme_commands_run(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_command(line, tmp_path, monkeypatch)
 
 
+def test_readme_server_answers() -> None:
+    """What the README starts answers what the README asks, and SIGTERM ends it."""
+    (line,) = (line for line in commands() if " serve " in line)
+    (curl,) = re.findall(r"^(curl .+?})'$", README, flags=re.MULTILINE | re.DOTALL)
+    words = shlex.split(line, comments=True)[1:]
+    command = [sys.executable, "-m", "pyramidinfer", *words, "--port", "0"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stderr is not None
+        try:
+            told = next(line for line in process.stderr if " serves " in line)
+            asked = shlex.split(f"{curl}'")
+            url = asked[1].replace("http://127.0.0.1:8000", told.split()[-1])
+            answer = httpx.post(url, json=json.loads(asked[-1]), timeout=60, trust_env=False)
+            assert "room 472" in answer.json()["choices"][0]["message"]["content"]
+        finally:
+            process.terminate()
+        assert process.wait(60) == 0
+
+
 def test_readme_shows_commands() -> None:
     shown = {line.split()[1] for line in commands()}
-    assert {"demo", "generate", "inspect"} <= shown <= {*SMALL, "inspect", "study", "doctor"}
+    known = {*SMALL, "inspect", "study", "doctor", "serve"}
+    assert {"demo", "generate", "inspect", "serve"} <= shown <= known
 
 
 def test_makefile_has_the_readmes_two_commands() -> None:
