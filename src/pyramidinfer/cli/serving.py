@@ -165,6 +165,10 @@ def serve(
         list[str] | None, typer.Option(help="A site that may ask from a browser; may be repeated.",
                                        rich_help_panel=SAFETY)
     ] = None,
+    access_log: Annotated[
+        bool, typer.Option("--access-log", help="A line in the log for every request.",
+                           rich_help_panel=SERVER)
+    ] = False,
     log_prompts: Annotated[
         bool, typer.Option("--log-prompts", help="Write prompts and answers to the log.",
                            rich_help_panel=SAFETY)
@@ -189,8 +193,8 @@ def serve(
         max_tokens_limit=max_tokens_limit, max_prompt_tokens=max_prompt_tokens, max_n=max_n,
         max_stop=max_stop, max_body_bytes=parse_bytes(max_body),
         max_schema_bytes=parse_bytes(max_schema), policies=names, min_keep=min_keep,
-        max_keep=max_keep, log_prompts=log_prompts, cors_origins=tuple(cors_origin or ()),
-        page=page,
+        max_keep=max_keep, access_log=access_log, log_prompts=log_prompts,
+        cors_origins=tuple(cors_origin or ()), page=page,
     )  # fmt: skip
     run_serve(choice, settings)
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import logging
 import secrets
+import time
 from collections.abc import Callable
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -15,6 +17,8 @@ from pyramidinfer.server.errors import error_response
 from pyramidinfer.server.settings import ServerSettings
 
 __all__ = ["NONCE", "Gate"]
+
+log = logging.getLogger(__name__)
 
 #: Paths that need no key: probes, and the page (which asks for one).
 OPEN = {"/", "/health", "/ready", "/version"}
@@ -50,8 +54,11 @@ class Gate:
         scope[NONCE] = secrets.token_urlsafe(16)
         scope["owner"] = self._owner(headers)
 
+        begun = time.monotonic()
+
         async def told(message: Message) -> None:
             if message["type"] == "http.response.start":
+                scope["status"] = message["status"]
                 answer = MutableHeaders(scope=message)
                 for name, value in HEADERS.items():
                     answer.setdefault(name, value)
@@ -59,6 +66,12 @@ class Gate:
                     answer["Content-Security-Policy"] = POLICY.format(scope[NONCE])
                 answer.setdefault("Cache-Control", "no-store")
             await send(message)
+            last = message["type"] == "http.response.body" and not message.get("more_body")
+            if last and self.settings.access_log:
+                log.info(
+                    "%s %s %s %.3f s", scope["method"], scope["path"], scope["status"],
+                    time.monotonic() - begun,
+                )  # fmt: skip
 
         if scope["owner"] is None and scope["path"] not in OPEN and scope["method"] != "OPTIONS":
             self.rejected(401)

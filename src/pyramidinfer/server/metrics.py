@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Histogram,
+    Info,
+    ProcessCollector,
+    generate_latest,
+)
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from pyramidinfer.engine.request import Request
@@ -31,9 +38,12 @@ SHARES = tuple(round(0.05 * step, 2) for step in range(1, 21))
 class Metrics:
     """Counts what requests get (the engine's thread tells) and reads gauges when asked."""
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, about: dict[str, str]) -> None:
         self.model = model
         self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)  # memory, processor time, open files
+        info = Info("pyramidinfer:server", "What runs", ("model_name",), registry=self.registry)
+        info.labels(model).info(about)
         self.worker: AsyncEngine | None = None
         self.rejected = self._counter(
             "pyramidinfer:requests_rejected", "Requests answered with an error", "status"

@@ -13,6 +13,7 @@ from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+import pyramidinfer
 from pyramidinfer.engine import LLM
 from pyramidinfer.engine.worker import AsyncEngine, Busy
 from pyramidinfer.server.errors import ApiError
@@ -40,7 +41,12 @@ class Service:
         self.name = settings.model_name or llm.name.rstrip("/").rpartition("/")[2]
         self.prompts = Prompts(llm.tokenizer, llm.engine.adapter.vocab_size)
         self.jobs = Jobs(llm, settings, self.prompts)
-        self.metrics = Metrics(self.name)
+        engine = llm.engine
+        self.metrics = Metrics(self.name, {
+            "version": pyramidinfer.__version__, "policy": self.jobs.own.name,
+            "keep": str(self.jobs.own_keep), "kv_memory_bytes": str(engine.pool.budget),
+            "admission": engine.config.admission, "backend": engine.adapter.backend.name,
+        })  # fmt: skip
         self.worker = AsyncEngine(
             llm.engine, self.metrics, max_waiting=settings.max_waiting,
             queue_timeout=settings.queue_timeout,

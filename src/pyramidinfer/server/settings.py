@@ -38,6 +38,7 @@ class ServerSettings:
         pool can hold.
     min_keep, max_keep : bounds of a request's ``compression.keep``.
     log_prompts : write prompts and answers to the log.
+    access_log : write a line for every request: method, path, status, seconds.
     cors_origins : origins of other sites that may ask from a browser.
     page : serve the page at ``/``.
     """
@@ -65,6 +66,7 @@ class ServerSettings:
     min_keep: float = 0.02
     max_keep: float = 1.0
     log_prompts: bool = False
+    access_log: bool = False
     cors_origins: tuple[str, ...] = ()
     page: bool = True
 

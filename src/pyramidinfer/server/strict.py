@@ -51,6 +51,8 @@ def _parse(body: bytes) -> Any:
             raise HTTPException(
                 400, "the body holds half of a surrogate pair, which is no character"
             ) from None
+        except RecursionError:
+            raise HTTPException(400, "the body is nested too deeply") from None
     return found
 
 
