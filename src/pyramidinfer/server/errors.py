@@ -46,6 +46,8 @@ def error_response(status: int, message: str, param: str | None = None, code: st
 
 def of_reason(reason: str, error: str | None, retry_after: int) -> ApiError | None:
     """What a request that ended like this is answered; None where it came to a proper end."""
+    if reason == "error" and error and error.startswith("SchemaError: "):  # seen on the way only
+        return ApiError(400, error.removeprefix("SchemaError: "), param="response_format")
     if reason == "error":
         return ApiError(500, f"the request failed: {error}", code="request_failed")
     if reason == "timeout":

@@ -22,6 +22,8 @@ log = logging.getLogger(__name__)
 
 #: Paths that need no key: probes, and the page (which asks for one).
 OPEN = {"/", "/health", "/ready", "/version"}
+#: A body that is too large is read and let go up to so many times the limit.
+READ_ALL_THE_SAME = 4
 #: Where the page's nonce stands in the scope.
 NONCE = "page_nonce"
 POLICY = (
@@ -53,7 +55,6 @@ class Gate:
         headers = Headers(scope=scope)
         scope[NONCE] = secrets.token_urlsafe(16)
         scope["owner"] = self._owner(headers)
-
         begun = time.monotonic()
 
         async def told(message: Message) -> None:
@@ -66,12 +67,6 @@ class Gate:
                     answer["Content-Security-Policy"] = POLICY.format(scope[NONCE])
                 answer.setdefault("Cache-Control", "no-store")
             await send(message)
-            last = message["type"] == "http.response.body" and not message.get("more_body")
-            if last and self.settings.access_log:
-                log.info(
-                    "%s %s %s %.3f s", scope["method"], scope["path"], scope["status"],
-                    time.monotonic() - begun,
-                )  # fmt: skip
 
         if scope["owner"] is None and scope["path"] not in OPEN and scope["method"] != "OPTIONS":
             self.rejected(401)
@@ -81,7 +76,14 @@ class Gate:
             )  # fmt: skip
             await answer(scope, receive, told)
             return
-        await self.app(scope, self._bounded(receive, headers.get("content-length", "")), told)
+        try:
+            await self.app(scope, self._bounded(receive, headers), told)
+        finally:
+            if self.settings.access_log:
+                log.info(
+                    "%s %s %s %.3f s", scope["method"], scope["path"], scope.get("status", 499),
+                    time.monotonic() - begun,
+                )  # fmt: skip
 
     def _owner(self, headers: Headers) -> str | None:
         """Whose request this is; None where a key is needed and not given.
@@ -98,9 +100,13 @@ class Gate:
                 owner = f"key {index}"
         return owner
 
-    def _bounded(self, receive: Receive, announced: str) -> Receive:
-        """``receive`` that refuses what is too large, or takes too long to arrive."""
-        most = self.settings.max_body_bytes
+    def _bounded(self, receive: Receive, headers: Headers) -> Receive:
+        """``receive`` that refuses what is too large, or takes too long to arrive.
+
+        A body that is not much too large is read to its end first: a client that is cut off while
+        it sends may never see the answer.
+        """
+        most, announced = self.settings.max_body_bytes, headers.get("content-length", "")
         size = int(announced) if announced.isdecimal() else 0
         arrived, whole = 0, False
         ends = asyncio.get_running_loop().time() + self.settings.body_timeout
@@ -109,19 +115,22 @@ class Gate:
             nonlocal arrived, whole
             if whole:  # from here on it tells of a client that goes away
                 return await receive()
-            if size > most:
+            if size > (most if "expect" in headers else READ_ALL_THE_SAME * most):
                 raise _too_large(most)
-            try:
-                async with asyncio.timeout_at(ends):
-                    message = await receive()
-            except TimeoutError:
-                raise HTTPException(408, "the request's body took too long to arrive") from None
-            if message["type"] == "http.request":
+            while True:
+                try:
+                    async with asyncio.timeout_at(ends):
+                        message = await receive()
+                except TimeoutError:
+                    raise HTTPException(408, "the request's body took too long to arrive") from None
+                if message["type"] != "http.request":
+                    return message
                 arrived += len(message.get("body", b""))
                 whole = not message.get("more_body", False)
-                if arrived > most:
+                if max(size, arrived) <= most:
+                    return message
+                if whole or arrived > READ_ALL_THE_SAME * most:
                     raise _too_large(most)
-            return message
 
         return bounded
 

@@ -14,9 +14,14 @@ from torch import Tensor
 
 from pyramidinfer.server.protocol import ResponseFormat
 
-__all__ = ["Grammars", "JsonConstraint"]
+__all__ = ["Grammars", "JsonConstraint", "SchemaError"]
 
 ANY_OBJECT = {"type": "object"}
+FIRST_TOKENS = 4  # that are tried before a schema is taken
+
+
+class SchemaError(ValueError):
+    """A schema that cannot be followed, by what it says or for its size."""
 
 
 class JsonConstraint:
@@ -30,16 +35,21 @@ class JsonConstraint:
         return bool(self.matcher.is_stopped())
 
     def allowed(self, vocab_size: int) -> Tensor:
-        """Tokens that may come next, bool ``[vocab_size]``; ``ValueError`` where there is none."""
+        """Tokens that may come next, bool ``[vocab_size]``; ``SchemaError`` where there is none."""
         packed = np.frombuffer(self.matcher.compute_bitmask(), dtype=np.uint8)
         bits = np.unpackbits(packed, bitorder="little")[:vocab_size].astype(bool)
         if self.matcher.is_error() or not bits.any():
-            raise ValueError(f"the grammar allows no token: {self.matcher.get_error()}")
+            raise SchemaError(self._why("allows no token here"))
         return torch.from_numpy(bits)
 
     def accept(self, token: int) -> None:
         if not self.matcher.consume_token(token):
-            raise ValueError(f"the grammar does not take token {token}")
+            raise SchemaError(self._why(f"does not take token {token}"))
+
+    def _why(self, what: str) -> str:
+        """One line; what the library says beyond it is about its inside."""
+        reason = str(self.matcher.get_error() or what).splitlines()[0]
+        return f"the JSON schema cannot be followed: {reason}"
 
     def copy(self) -> JsonConstraint:
         return JsonConstraint(self.matcher.deep_copy())
@@ -65,7 +75,7 @@ class Grammars:
             ) from None
 
     def constraint(self, wanted: ResponseFormat | None, most_bytes: int) -> JsonConstraint | None:
-        """For a ``response_format``; ``ValueError`` for a schema that cannot be followed."""
+        """For a ``response_format``; ``SchemaError`` for a schema that cannot be followed."""
         if wanted is None or wanted.type == "text":
             return None
         schema: dict[str, Any] = ANY_OBJECT
@@ -81,7 +91,9 @@ class Grammars:
         matcher = llguidance.LLMatcher(tables, grammar, log_level=0)
         if matcher.is_error():
             reason = str(matcher.get_error()).splitlines()[0]
-            raise ValueError(f"the JSON schema cannot be followed: {reason}")
+            raise SchemaError(f"the JSON schema cannot be followed: {reason}")
         made = JsonConstraint(matcher)
-        made.copy().allowed(self.vocab_size)  # that the vocabulary can begin it
+        # that the vocabulary can begin it, and that what may follow is not too much to work out
+        for token in made.copy().allowed(self.vocab_size).nonzero()[:FIRST_TOKENS, 0].tolist():
+            made.copy().accept(token)
         return made

@@ -184,7 +184,7 @@ class Reply:
         requests = self.stream.requests
         leaders = [each for each in requests if each.leads]
         prompt = sum(len(each.prompt) for each in leaders)
-        new = sum(len(each.output) for each in requests) if not self.job.drop else 0
+        new = sum(len(each.token_ids) for each in self.choices) if not self.job.drop else 0
         caches = [each.kv for each in requests if each.kv is not None]
         kept = sum(sum(kv.kept_len) / len(kv.kept_len) for kv in caches)
         skipped = sum(
