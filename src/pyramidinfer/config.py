@@ -135,9 +135,18 @@ class EngineConfig:
     prefill_chunk : tokens of a prompt that go through a layer at once.
     poison : fill freed entries with NaN, so that reading one shows (for tests).
     slot_scores : room for a running score beside each entry, so that a request may have a policy
-        that keeps one (H2O, Scissorhands) where the engine's own does not.
+        that keeps one (H2O) where the engine's own does not.
     reuse_share : share of kv_memory that caches of finished conversations may hold while nobody
         needs it.
+    admission : ``"reserve"`` lets a request begin when the most it can need fits, so that nothing
+        runs short; ``"overcommit"`` when what it is expected to need does.
+    expected_output : with overcommit, the share of ``max_tokens`` a request is expected to
+        generate.
+    preempt : with overcommit, what becomes of the youngest request when memory runs short:
+        ``"swap"`` moves its cache to host memory and back, ``"recompute"`` computes it anew where
+        its policy keeps everything (others are swapped all the same).
+    elastic : with overcommit, lower the ``keep`` of compressed requests, never below this share,
+        before any is moved; None is off.
     """
 
     kv_memory: int | str = "1GiB"
@@ -148,6 +157,10 @@ class EngineConfig:
     poison: bool = False
     slot_scores: bool = False
     reuse_share: float = 0.5
+    admission: str = "reserve"
+    expected_output: float = 0.5
+    preempt: str = "swap"
+    elastic: float | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kv_memory", parse_bytes(self.kv_memory))
@@ -155,7 +168,18 @@ class EngineConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
-        check_share("reuse_share", self.reuse_share)
+        for share in ("reuse_share", "expected_output"):
+            check_share(share, getattr(self, share))
+        check_choice("admission", self.admission, ("reserve", "overcommit"))
+        check_choice("preempt", self.preempt, ("swap", "recompute"))
+        if self.elastic is not None:
+            if not (is_number(self.elastic) and 0 < self.elastic <= 1):
+                raise ValueError(f"elastic={self.elastic!r} must be above 0 and at most 1")
+            if self.admission != "overcommit":
+                raise ValueError(
+                    f"elastic={self.elastic} needs admission='overcommit': with 'reserve' nothing "
+                    f"runs short"
+                )
 
     @property
     def budget(self) -> int:

@@ -294,6 +294,7 @@ class KVUsage:
 
     ``bytes``: its pages.  ``peak_bytes``: the most it held at any time, query rings and prefill
     transients included.  ``full_bytes``: pages a full cache would take (sliding layers capped).
+    ``keep_lowered_to``: what ``keep`` was lowered to while it ran, for want of memory.
     """
 
     seen_len: int
@@ -301,6 +302,7 @@ class KVUsage:
     bytes: int
     peak_bytes: int
     full_bytes: int
+    keep_lowered_to: float | None = None
 
     @property
     def kept_share(self) -> float:

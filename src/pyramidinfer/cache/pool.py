@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from pyramidinfer.cache.compact import move_entries, plan_moves
-from pyramidinfer.cache.group import Group, GroupSpec, PoolExhausted
+from pyramidinfer.cache.group import Group, GroupSpec
 from pyramidinfer.cache.native import native_gather, native_keep, native_write
 from pyramidinfer.cache.table import Ring, Table
 from pyramidinfer.native.library import DTYPES, Kernels
@@ -155,6 +155,7 @@ class Pool:
         group, entry = self.group(layer), np.arange(int(table.kept[layer]))
         if group.scores is None:
             raise AssertionError("this pool keeps no scores")
+        self.own_front(table, layer, len(entry))
         pages = self._upload(table.pages[layer, entry // self.page_size])
         group.scores[pages, :, self._upload(entry % self.page_size)] += amounts.T.float()
 
@@ -296,7 +297,7 @@ class Pool:
         try:
             for layer, entry in enumerate(exported.entries):
                 self._restore(table, layer, *entry)
-        except PoolExhausted:
+        except BaseException:
             self.release(table)
             raise
         table.seen_len, table.state = exported.seen_len, dict(exported.state)

@@ -17,11 +17,14 @@ def usage(pool: Pool, adapter: Adapter, request: Request) -> KVUsage:
     """What the request's cache is now (or was, once it has ended)."""
     if request.kv is not None or request.sequence is None:
         return request.kv or KVUsage(0, (0,) * adapter.depth, 0, 0, 0)
+    if request.away is not None:
+        return request.away.kv
     table = request.sequence.table
     now = pool.bytes(table)
     peak = max(table.peak_bytes, now + table.extra_bytes)
     full = full_bytes(pool, adapter, table.seen_len)
-    return KVUsage(table.seen_len, tuple(int(n) for n in table.kept), now, peak, full)
+    kept = tuple(int(n) for n in table.kept)
+    return KVUsage(table.seen_len, kept, now, peak, full, request.lowered_to)
 
 
 def metrics(adapter: Adapter, request: Request) -> RequestMetrics:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pyramidinfer.attention import select_backend
 from pyramidinfer.cache import Pool, Ring, Table
@@ -17,6 +17,7 @@ from pyramidinfer.engine import answers
 from pyramidinfer.engine.checks import check_count, check_plan, check_stream, check_tokens
 from pyramidinfer.engine.making import Spans, is_endless, make_request
 from pyramidinfer.engine.memory import Ledger
+from pyramidinfer.engine.pressure import Pressure
 from pyramidinfer.engine.request import Request, Scoring
 from pyramidinfer.engine.reuse import Conversations
 from pyramidinfer.engine.sampler import prepare, prompt_logprobs, sample
@@ -60,6 +61,7 @@ class Engine:
         self.ledger = Ledger(self.pool, self.adapter)
         self.scheduler = Scheduler(config, self.adapter.depth)
         self.conversations = Conversations(self, int(config.budget * config.reuse_share))
+        self.pressure = Pressure(self)
         self.end_ids = self.adapter.end_ids
         self.peak_in_flight = 0
         self._ids = itertools.count()
@@ -128,6 +130,7 @@ class Engine:
             )
         turn.sequence, request.sequence, request.hold = old, None, False
         turn.promised, request.promised = request.promised, None
+        turn.lowered_to = request.lowered_to
         self.submit(turn)
         return turn
 
@@ -193,6 +196,7 @@ class Engine:
         requests go on as if it had not been tried; only one that cannot be taken back (its
         entries were being evicted, or it extends a cache) is aborted.
         """
+        self.pressure.relieve()
         self._admit()
         return self._run(self.scheduler.plan())
 
@@ -202,6 +206,7 @@ class Engine:
         For when ``step`` raised an ``Exception`` and nobody knows by whom it was caused.
         """
         ended = []
+        self.pressure.relieve()
         plan = self.scheduler.plan()
         singles = [Plan([each], []) for each in plan.decode]
         singles += [Plan([], [pair]) for pair in plan.prefill]
@@ -222,22 +227,29 @@ class Engine:
         """Let requests begin, as many as fit."""
 
         def admits(request: Request) -> bool:
+            if request.away is not None:
+                return self.pressure.admits(request)
             if not self.conversations.admits(request):
                 return False
-            self.ledger.promise(request, request.cost)
+            self.ledger.promise(request, request.likely)
             return True
 
         for request in self.scheduler.admit(admits):
             try:
-                self.begin(request)
+                if request.away is not None:
+                    self.pressure.resume(request)
+                else:
+                    self.begin(request)
             except BaseException:
                 self.abort(request)
                 raise
-        if self.scheduler.waiting and not self.scheduler.in_flight:
+        blocked = [*self.scheduler.away, *self.scheduler.waiting]
+        if blocked and not self.scheduler.in_flight:
+            wanted = blocked[0].away.wanted if blocked[0].away else blocked[0].likely
             raise ValueError(
                 f"{self.ledger.bytes} bytes of kv_memory are held by finished requests, and the "
-                f"next one needs {self.scheduler.waiting[0].cost.bytes} of {self.pool.budget}: "
-                f"release some of them"
+                f"next one needs {wanted.bytes} of {self.pool.budget}: release some of "
+                f"them"
             )
 
     def _run(self, plan: Plan) -> list[Request]:
@@ -298,7 +310,7 @@ class Engine:
         extra = int(sequence.protected.sum()) - scored
         reach = [min(len(new), count + extra) for count in forecast.reach]
         tokens = torch.tensor(new, device=device)
-        every = request.prompt_top is not None
+        every = request.prompt_top is not None and not request.output
         request.intake = Intake(sequence, tokens, table.seen_len, reach, every)
 
     def _batch(self, plan: Plan) -> Batch:
@@ -328,7 +340,7 @@ class Engine:
                 if self._score_on(request, request.scoring):
                     ended.append(request)
                 continue
-            if request.prompt_top is not None and request.intake is not None:
+            if request.prompt_top is not None and request.intake and request.intake.all_rows:
                 request.prompt_logprobs = prompt_logprobs(
                     stepped.logits[row:following], request.prompt, request.prompt_top
                 )
@@ -337,20 +349,30 @@ class Engine:
             for each in (request, *samples):
                 reason: str | None = "error" if broken[last] else None
                 if reason is None:
-                    token, logprob = sample(stepped.logits[last], each, likeliest[last])
-                    each.output.append(token)
-                    each.logprobs += [] if logprob is None else [logprob]
-                    reason = self._reason(each, token)
+                    reason = self._sample(each, stepped.logits[last], likeliest[last])
                 else:
                     each.error = "the model's logits are not numbers (NaN)"
                 committed.add(each)
                 if each.intake is not None:
-                    self._prefilled(each, each.intake)
+                    self._prefilled(each, each.intake, samples)
                 if reason:
                     self.scheduler.remove(each)
                     self._end(each, reason)
                     ended.append(each)
         return ended
+
+    def _sample(self, request: Request, logits: Tensor, likeliest: int) -> str | None:
+        """Choose a request's next token; why it ends with that, or None."""
+        try:
+            token, logprob = sample(logits, request, likeliest)
+        except Exception as error:
+            if request.constraint is None:
+                raise
+            request.error = f"{type(error).__name__}: {error}"  # nobody else is concerned
+            return "error"
+        request.output.append(token)
+        request.logprobs += [] if logprob is None else [logprob]
+        return self._reason(request, token)
 
     def _split(self, request: Request) -> list[Request]:
         """Begin the further samples of a prompt that is in, on its pages."""
@@ -358,8 +380,8 @@ class Engine:
         assert sequence is not None
         begun = []
         for each in request.samples:
-            if each.finish_reason is not None:  # aborted meanwhile
-                continue
+            if each.finish_reason is not None or each.sequence is not None:
+                continue  # aborted meanwhile, or begun before the prompt was computed anew
             each.sequence = replace(sequence, table=self.pool.fork(sequence.table))
             each.started, each.reused = request.started, request.reused
             each.computed = request.intake.computed if request.intake else []
@@ -367,17 +389,16 @@ class Engine:
             begun.append(each)
         return begun
 
-    def _prefilled(self, request: Request, intake: Intake) -> None:
+    def _prefilled(self, request: Request, intake: Intake, samples: list[Request]) -> None:
         """A prompt is in: what only it needed is given back, and its samples run from now on."""
         request.first_token = request.first_token or time.monotonic()
         request.computed = request.computed or intake.computed
         request.intake = None
-        self.ledger.promise(request, request.cost.settled)
+        self.ledger.promise(request, request.likely.settled)
         self.scheduler.to_running(request)
-        for each in request.samples:
-            if each.finish_reason is None:
-                self.ledger.promise(each, request.cost.settled)
-                self.scheduler.running.append(each)
+        for each in samples:
+            self.ledger.promise(each, request.likely.settled)
+            self.scheduler.running.append(each)
 
     def _score_on(self, request: Request, scoring: Scoring) -> bool:
         """Once the context is in, score the continuation on top of it; True when that is done."""
@@ -416,16 +437,16 @@ class Engine:
         if request.detokenizer and not request.detokenizer.stopped:
             request.detokenizer.update(request.output, last=True)
         if request.intake is not None:
-            request.computed, request.intake = request.intake.computed, None
-        keeps = request.owner is not None and reason != "error"
+            request.computed, request.intake = request.computed or request.intake.computed, None
+        keeps = request.owner is not None and reason != "error" and request.lowered_to is None
         if (request.hold or keeps) and request.sequence is not None:
             self.ledger.promise(request, self.ledger.held(request.sequence.table))
             if keeps:
                 self.conversations.keep(request)
             return
-        if request.sequence is not None:
+        if request.sequence is not None and request.sequence.table in self.pool.tables:
             self.pool.release(request.sequence.table)
-            request.sequence = None
+        request.sequence = request.away = None
         self.ledger.promise(request, None)
 
     # --- answers ------------------------------------------------------------------------------

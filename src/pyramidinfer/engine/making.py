@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence as Items
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from pyramidinfer.cache import Table
+from pyramidinfer.config import EngineConfig
 from pyramidinfer.engine.checks import check_params, check_spans, check_stream, check_tokens
 from pyramidinfer.engine.memory import Cost, for_samples
 from pyramidinfer.engine.request import Request, Scoring
@@ -17,7 +19,7 @@ from pyramidinfer.types import SamplingParams, TokenIds
 if TYPE_CHECKING:
     from pyramidinfer.engine.engine import Engine
 
-__all__ = ["Spans", "cost_of", "is_endless", "make_request"]
+__all__ = ["Spans", "costs_of", "expected_of", "is_endless", "make_request"]
 
 Spans = Items[tuple[int, int]]
 
@@ -56,35 +58,53 @@ def make_request(engine: Engine, prompt: TokenIds, params: SamplingParams, polic
                 f"{len(prompt)} context tokens and {max_new} scored ones exceed the model's "
                 f"{longest} positions"
             )
-    cost = cost_of(engine, policy, len(prompt), max_new, spans, on, scoring)
-    if samples > 1:
-        cost = for_samples(cost, samples)
+    cost, likely = costs_of(
+        engine, policy, len(prompt), max_new, spans, on, scoring, samples=samples
+    )  # fmt: skip
     engine.ledger.check_fits(cost, len(prompt), max_new)
 
     def one(params: SamplingParams) -> Request:
         text = None
         if engine.tokenizer:
-            text = Detokenizer(engine.tokenizer, tuple(params.stop))
+            text = Detokenizer(engine.tokenizer, tuple(params.stop), prompt)
         return Request(
-            engine.next_id(), list(prompt), params, max_new, policy, cost, spans, hold, text,
-            scoring=scoring,
+            engine.next_id(), list(prompt), params, max_new, policy, cost, likely, spans, hold,
+            text, scoring=scoring,
         )  # fmt: skip
 
     request = one(params)
     for index in range(1, samples):
         seed = None if params.seed is None else (params.seed + index) % 2**63
         request.samples.append(one(replace(params, seed=seed)))
+        request.samples[-1].leads = False
     return request
 
 
-def cost_of(engine: Engine, policy: Policy, length: int, max_new: int, spans: Spans,
-            on: Table | None = None, scoring: Scoring | None = None) -> Cost:  # fmt: skip
-    """The most that a prompt of ``length`` tokens can need (the first ones held by ``on``)."""
+def costs_of(engine: Engine, policy: Policy, length: int, max_new: int, spans: Spans,
+             on: Table | None = None, scoring: Scoring | None = None, samples: int = 1
+             ) -> tuple[Cost, Cost]:  # fmt: skip
+    """The most that a prompt of ``length`` tokens can need (the first ones held by ``on``), and
+    what it has to be promised before it begins."""
     seen, held = (on.seen_len, on.kept) if on else (0, None)
     layers = engine.adapter.layers_for(length + max_new)
     covered = len(set().union(*(range(*span) for span in spans)))
     find = engine.ledger.scoring_cost if scoring else engine.ledger.cost
-    return find(policy, length - seen, max_new, layers, covered, held)
+    most = likely = find(policy, length - seen, max_new, layers, covered, held)
+    expected = expected_of(engine.config, max_new)
+    if expected < max_new and not scoring:
+        likely = engine.ledger.cost(
+            policy, length - seen, max_new, layers, covered, held, expected
+        )  # fmt: skip
+    if samples > 1:
+        most, likely = for_samples(most, samples), for_samples(likely, samples)
+    return most, likely
+
+
+def expected_of(config: EngineConfig, left: int) -> int:
+    """Tokens that a request is counted on to generate of those ``left`` to it."""
+    if config.admission == "reserve":
+        return left
+    return max(1, math.ceil(config.expected_output * left))
 
 
 def is_endless(engine: Engine, policy: Policy, length: int) -> bool:

@@ -1,8 +1,8 @@
 """What a request may need at most, and how much is promised: admission by reservation.
 
 Every request's forecast is rounded to pages and added to what is already promised, so a request
-that was let in can never run short.  Query rings, policy state and the hidden states of prompts
-in progress count against the same ``kv_memory``.
+that was let in can never run short (what else there is: ``pressure.py``).  Query rings, policy
+state and the hidden states of prompts in progress count against the same ``kv_memory``.
 """
 
 from __future__ import annotations
@@ -22,12 +22,15 @@ __all__ = ["Cost", "Ledger", "for_samples", "full_bytes"]
 class Cost(NamedTuple):
     """An upper bound: pages per group at the worst moment, and all bytes at that moment.
 
-    ``settled``: the bound once the prompt is in (None where this already is it).
+    ``settled``: the bound once the prompt is in (None where this already is it);  ``entries`` per
+    layer and the bytes ``beside`` pages are what a settled bound is made of.
     """
 
     pages: np.ndarray
     bytes: int
     settled: Cost | None = None
+    entries: np.ndarray | None = None
+    beside: int = 0
 
 
 def for_samples(cost: Cost, samples: int) -> Cost:
@@ -49,21 +52,25 @@ class Ledger:
     def __init__(self, pool: Pool, adapter: Adapter) -> None:
         self.pool, self.adapter = pool, adapter
         self.pages = np.zeros(len(pool.groups), dtype=np.int64)
+        self.have = np.array([len(group.counts) for group in pool.groups])
         self.bytes = 0
 
     def cost(self, policy: Policy, new: int, max_new: int, layers: Layers, protected: int,
-             held: np.ndarray | None = None) -> Cost:  # fmt: skip
+             held: np.ndarray | None = None, expected: int | None = None
+             ) -> Cost:  # fmt: skip
         """The most that ``new`` prompt tokens and ``max_new`` generated ones can need.
 
-        ``held``: entries per layer already in the cache (extend).
+        ``held``: entries per layer already in the cache (extend);  ``expected``: count so many
+        generated tokens instead of ``max_new`` (the ring is as long as all may make it).
         """
         pool, adapter = self.pool, self.adapter
         base = np.zeros(layers.count, dtype=np.int64) if held is None else held
-        forecast = policy.forecast(new, max_new, layers)
+        generated = max_new if expected is None else expected
+        forecast = policy.forecast(new, generated, layers)
         reach = np.minimum(np.array(forecast.reach) + protected, new)
-        kept = np.minimum(np.array(forecast.kept) + protected, new + max_new)
+        kept = np.minimum(np.array(forecast.kept) + protected, new + generated)
         if held is not None:  # generation may keep more on top of a longer text
-            kept = base + reach + max_new
+            kept = base + reach + generated
         for layer, shape in enumerate(adapter.shapes):
             if shape.window is not None and not layers.governed[layer]:
                 kept[layer] = min(kept[layer], shape.window + pool.page_size)
@@ -77,10 +84,16 @@ class Ledger:
             worst = np.maximum(worst, np.bincount(groups, pages, len(worst)).astype(np.int64))
         lasting, transient = self._beside(policy, new, max_new, layers, reach, base)
         lasting += self._turned(policy, protected)
-        last = np.bincount(groups, final, len(worst)).astype(np.int64)
         sizes = np.array(pool.page_bytes)
-        settled = Cost(last, int((last * sizes).sum()) + lasting)
+        settled = self.settled(kept, lasting)
         return Cost(worst, int((worst * sizes).sum()) + lasting + transient, settled)
+
+    def settled(self, entries: np.ndarray, beside: int) -> Cost:
+        """What so many entries per layer take, and ``beside`` bytes outside pages."""
+        pages = -(-entries // self.pool.page_size)
+        groups = np.bincount(self.pool.group_of, pages, len(self.pages)).astype(np.int64)
+        size = int((pages * self.pool.layer_page_bytes).sum()) + beside
+        return Cost(groups, size, None, entries, beside)
 
     def scoring_cost(self, policy: Policy, new: int, scored: int, layers: Layers, protected: int,
                      held: np.ndarray | None = None) -> Cost:  # fmt: skip
@@ -129,13 +142,17 @@ class Ledger:
         pages, size = self.pages + cost.pages, self.bytes + cost.bytes
         if instead_of is not None:
             pages, size = pages - instead_of.pages, size - instead_of.bytes
-        have = [len(group.counts) for group in self.pool.groups]
-        return size <= self.pool.budget and bool((pages <= have).all())
+        return size <= self.pool.budget and bool((pages <= self.have).all())
+
+    @property
+    def is_over(self) -> bool:
+        """Whether more is promised than there is (``admission="overcommit"`` only, before a pass
+        begins)."""
+        return self.bytes > self.pool.budget or bool((self.pages > self.have).any())
 
     def ever_fits(self, cost: Cost) -> bool:
         """Whether it could be let in if nothing else were."""
-        groups = zip(cost.pages, self.pool.groups, strict=True)
-        return cost.bytes <= self.pool.budget and all(w <= len(g.counts) for w, g in groups)
+        return cost.bytes <= self.pool.budget and bool((cost.pages <= self.have).all())
 
     def check_fits(self, cost: Cost, prompt: int, max_new: int) -> None:
         """``ValueError`` for a request that could never be let in."""

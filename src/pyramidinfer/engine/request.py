@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from pyramidinfer.cache.pool import Exported
 from pyramidinfer.engine.memory import Cost
 from pyramidinfer.engine.text import Detokenizer
 from pyramidinfer.models.intake import Intake, Sequence
@@ -17,7 +18,7 @@ from pyramidinfer.types import KVUsage, Logprob, SamplingParams, TokenIds, accum
 if TYPE_CHECKING:
     from pyramidinfer.engine.sampler import Constraint
 
-__all__ = ["Request", "Scoring"]
+__all__ = ["Away", "Request", "Scoring"]
 
 
 @dataclass(slots=True, eq=False)
@@ -45,11 +46,21 @@ class Scoring:
             self.logits.append(wide.float().cpu())
 
 
+class Away(NamedTuple):
+    """A preempted request: its cache in host memory (None: to be computed anew), what it was in
+    the pool, and what must fit before it comes back."""
+
+    cache: Exported | None
+    kv: KVUsage
+    wanted: Cost
+
+
 @dataclass(slots=True, eq=False)
 class Request:
     """Mutable state of one request; only the engine changes it.
 
-    ``cost``: the most it may need;  ``promised``: what the ledger counts for it now.
+    ``cost``: the most it may need;  ``likely``: what it must be promised to begin (the same,
+    unless memory is overcommitted);  ``promised``: what the ledger counts for it now.
     ``prompt``: every token taken in so far (extended turns and fed answers included);
     ``scoring``: a continuation to score; nothing is generated then.
     ``output``: tokens generated since the last prompt;  ``hold``: keep the cache at the end, so
@@ -57,9 +68,12 @@ class Request:
     ``samples``: further answers to the same prompt, which begin on this one's pages once its
     prompt is in.
     ``owner``: whose conversation this is; when it ends its cache is kept for a request of the
-    same owner that goes on with it (None: no reuse).  ``reused``: tokens taken up that way.
+    same owner that goes on with it (None: no reuse).  ``reused``: tokens taken up that way, and
+    ``reused_entries`` over all layers.
     ``prompt_top``: log-probabilities of the prompt with so many likeliest tokens are wanted.
     ``error``: what went wrong, where ``finish_reason`` is ``"error"``.
+    ``away``: it was preempted and holds nothing in the pool;  ``lowered_to``: what its policy's
+    ``keep`` was lowered to for want of memory.
     """
 
     id: int
@@ -68,6 +82,7 @@ class Request:
     max_new: int
     policy: Policy
     cost: Cost
+    likely: Cost
     protect: tuple[tuple[int, int], ...] = ()
     hold: bool = False
     detokenizer: Detokenizer | None = None
@@ -90,9 +105,13 @@ class Request:
     constraint: Constraint | None = None
     owner: str | None = None
     reused: int = 0
+    reused_entries: int = 0
+    leads: bool = True  # False for one of another's samples
     prompt_top: int | None = None
     prompt_logprobs: list[Logprob] = field(default_factory=list)
     error: str | None = None
+    away: Away | None = None
+    lowered_to: float | None = None
 
     @property
     def text(self) -> TokenIds:

@@ -48,7 +48,7 @@ class Conversations:
     @property
     def page_count(self) -> int:
         """Pages that held caches own, those they share counted once."""
-        pool, owned = self.engine.pool, set()
+        pool, owned = self.engine.pool, set[tuple[int, int]]()
         for sequence in [each.sequence for each in self.held]:
             if sequence is not None:
                 table = sequence.table

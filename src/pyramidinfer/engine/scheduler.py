@@ -7,7 +7,7 @@ budget, oldest first; a long prompt spreads over many steps and never holds the 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from pyramidinfer.config import EngineConfig
@@ -25,13 +25,15 @@ class Plan(NamedTuple):
 
 
 class Scheduler:
-    """Three queues: waiting (no memory yet), prefilling, running (decoding)."""
+    """Four queues: waiting (no memory yet), prefilling, running (decoding), and those that were
+    preempted and are away, the oldest first."""
 
     def __init__(self, config: EngineConfig, depth: int) -> None:
         self.config, self.depth = config, depth
         self.waiting: deque[Request] = deque()
         self.prefilling: list[Request] = []
         self.running: list[Request] = []
+        self.away: list[Request] = []
 
     @property
     def in_flight(self) -> int:
@@ -39,28 +41,30 @@ class Scheduler:
 
     @property
     def idle(self) -> bool:
-        return not self.waiting and not self.in_flight
+        return not self.waiting and not self.in_flight and not self.away
 
-    def admit(self, admits: Callable[[Request], bool]) -> list[Request]:
-        """Requests that begin now; ``admits`` promises a request what it needs, or says no.
+    def admit(self, admits: Callable[[Request], bool]) -> Iterator[Request]:
+        """Requests that begin now, or come back, one after the other; ``admits`` promises a
+        request what it needs, or says no.
 
-        The oldest waits for room and nobody overtakes it, except who already holds a cache
-        (an extended request): its pages are part of what the oldest waits for.
+        Those that are away come before all that never began.  The oldest waits for room and nobody
+        overtakes it, except who already holds a cache (an extended request): its pages are part of
+        what the oldest waits for.
         """
-        begun = []
         blocked = False
-        for request in list(self.waiting):
+        for request in [*self.away, *self.waiting]:
             if self.in_flight + request.width > self.config.max_requests:
                 break
-            if blocked and request.sequence is None:
+            if blocked and (request.sequence is None or request.away is not None):
                 continue
             if not admits(request):
                 blocked = True
                 continue
-            self.waiting.remove(request)
-            self.prefilling.append(request)
-            begun.append(request)
-        return begun
+            self.remove(request)
+            moved = request.away is not None and request.away.cache is not None
+            decodes = moved and request.intake is None
+            (self.running if decodes else self.prefilling).append(request)
+            yield request
 
     def plan(self) -> Plan:
         """Share one step's layer-tokens out.
@@ -81,9 +85,15 @@ class Scheduler:
         self.prefilling.remove(request)
         self.running.append(request)
 
+    def send_away(self, request: Request) -> None:
+        """Queue a preempted request by its age."""
+        self.remove(request)
+        self.away.append(request)
+        self.away.sort(key=lambda each: each.id)
+
     def remove(self, request: Request) -> None:
         """Take a request out of its queue."""
-        for queue in (self.waiting, self.prefilling, self.running):
+        for queue in (self.waiting, self.prefilling, self.running, self.away):
             if request in queue:
                 queue.remove(request)
 

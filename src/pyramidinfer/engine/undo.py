@@ -27,6 +27,9 @@ class Undo:
         self.committed: set[Request] = set()
         tables = [each.sequence.table for each in plan.decode if each.sequence is not None]
         self.before = [(table.kept.copy(), table.seen_len) for table in tables]
+        self.samples = [
+            each for request, _ in plan.prefill for each in request.samples if each.sequence is None
+        ]
 
     def roll_back(self) -> None:
         """Bring every request of the plan that was not committed into a state to go on from."""
@@ -38,10 +41,10 @@ class Undo:
                 self.engine.pool.retract(table, kept)
             else:  # entries are evicted already, and its token is lost
                 self.engine.abort(request)
+        for sample in self.samples:  # one that has pages and no token cannot go on
+            if sample.sequence is not None and sample not in self.committed:
+                self.engine.abort(sample)
         for request, work in self.plan.prefill:
-            for sample in request.samples:  # one that has pages and no token cannot go on
-                if sample.sequence is not None and sample not in self.committed:
-                    self.engine.abort(sample)
             if request in self.committed or (self.ran and not work.intake.finished):
                 continue
             if work.intake.first or request.sequence is None:

@@ -185,6 +185,8 @@ class AsyncEngine:
             raise Busy(self.waiting, self.retry_after())
         followed = [Followed(each) for leader in leaders for each in (leader, *leader.samples)]
         stream = Stream(self, asyncio.get_running_loop(), followed, watch, timeout)
+        if self.is_idle:
+            self._beat = time.monotonic()  # having had nothing to do is no standstill
         self._arriving += len(leaders)
         self.tell(lambda: self._begin(stream, leaders))
         return stream
@@ -213,10 +215,9 @@ class AsyncEngine:
             self._live.remove(stream)
 
     def _end(self, stream: Stream, reason: str) -> None:
-        for each in stream.followed:
-            if each.request.finish_reason is None:
-                self.engine.fail(each.request, reason)
-                self.observer.ended(each.request, reason)
+        for request in [each for each in stream.requests if each.finish_reason is None]:
+            self.engine.fail(request, reason)  # samples that wait for it end with it
+            self.observer.ended(request, reason)
 
     def abort_all(self) -> None:
         """End every request (from any thread)."""
@@ -276,48 +277,47 @@ class AsyncEngine:
             self.observer.checked(False)
 
     def _step(self) -> None:
+        running = [
+            each for stream in self._live for each in stream.followed
+            if each.request.finish_reason is None
+        ]  # fmt: skip
         try:
-            ended = self.engine.step()
+            self.engine.step()
         except Exception as error:
             log.exception("a step failed; its requests are tried one by one")
             try:
-                ended = self._blame(error) + self.engine.step_singly()
+                self._blame(error)
+                self.engine.step_singly()
             except Exception as worse:
                 log.exception("so did trying them one by one: all are ended")
-                ended = self._live_requests()
-                for request in ended:
-                    self.engine.fail(request, error=f"{type(worse).__name__}: {worse}")
-        for request in ended:
+                for each in running:
+                    self.engine.fail(each.request, error=f"{type(worse).__name__}: {worse}")
+        for request in [each.request for each in running if each.request.finish_reason]:
             self.observer.ended(request, request.finish_reason or "")
             now = time.monotonic()
             self.pace += 0.1 * (min(now - self._last_end, 60) - self.pace)
             self._last_end = now
 
-    def _live_requests(self) -> list[Request]:
-        return [r for stream in self._live for r in stream.requests if r.finish_reason is None]
-
-    def _blame(self, error: Exception) -> list[Request]:
+    def _blame(self, error: Exception) -> None:
         """After a step that failed: requests that could not be taken back end with an error.
 
         One that had just taken up a conversation's cache, and has told nothing yet, begins again
         without it instead.
         """
-        ended = []
         for stream in self._live:
             lost = [each for each in stream.followed if each.request.finish_reason == "abort"]
             for each in lost:
-                if each.request.reused and not each.request.samples and not stream.again:
-                    old = each.request
+                old = each.request
+                told = stream.again or old.output or old.samples or not old.leads
+                if old.reused and not told:
                     each.request = self.engine.make(old.prompt, old.params, policy=old.policy)
                     each.request.constraint = old.constraint
                     each.request.arrived = old.arrived
                     stream.again = True
                     self.engine.submit(each.request)
                     continue
-                each.request.finish_reason = "error"
-                each.request.error = f"{type(error).__name__}: {error}"
-                ended.append(each.request)
-        return ended
+                old.finish_reason = "error"
+                old.error = f"{type(error).__name__}: {error}"
 
     def _expire(self) -> None:
         now = time.monotonic()

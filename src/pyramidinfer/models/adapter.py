@@ -354,6 +354,16 @@ class Adapter:
     def _evict(self, pool: Pool, sequence: Sequence) -> None:
         evict(pool, sequence, self.backend, self.scales)
 
+    @torch.inference_mode()
+    def evict_now(self, pool: Pool, sequence: Sequence) -> None:
+        """Between two steps, bring a decoding request down to budgets that were lowered."""
+        held = -1
+        while held != int(sequence.table.kept.sum()):
+            held = int(sequence.table.kept.sum())
+            self._evict(pool, sequence)
+        if sequence.policy.streams:
+            self.streaming.close_gaps(pool, sequence)
+
     # --- shared -------------------------------------------------------------------------------
 
     def _trim(self, pool: Pool, sequence: Sequence, layer: int, position: int, slack: int) -> None:

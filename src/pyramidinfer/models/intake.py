@@ -102,6 +102,12 @@ class Intake:
             return 0
         return self.left + sum(min(self.length, n) for n in self.reach[self.layer + 1 :])
 
+    def move(self, device: torch.device | str) -> None:
+        """Take what is held beside the pool to a device."""
+        for name in ("hidden", "out", "queries", "scores", "columns"):
+            tensor = getattr(self, name)
+            setattr(self, name, None if tensor is None else tensor.to(device))
+
     @property
     def transient_bytes(self) -> int:
         """Memory of this intake outside the pool."""

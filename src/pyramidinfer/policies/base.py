@@ -41,6 +41,7 @@ class Policy:
     name: ClassVar[str] = ""
     uses_scores: ClassVar[bool] = False  # asks the pool for a running score per entry
     evicts: ClassVar[bool] = False  # is to be asked while decoding
+    keeps_all: ClassVar[bool] = False  # a text computed anew gives the same cache
     streams: ClassVar[bool] = False  # rotary positions are places in the cache, so no text ends
 
     def check(self, layers: Layers) -> None:

@@ -20,6 +20,7 @@ class Full(Policy):
     """
 
     name: ClassVar[str] = "full"
+    keeps_all: ClassVar[bool] = True
 
     keep: float | None = None
 
