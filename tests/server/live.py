@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import json
 import socket
 import threading
 import time
@@ -104,6 +105,22 @@ class Live:
             return len(self.engine.pool.tables), self.engine.ledger.bytes
 
         assert self.inside(empty) == (0, 0)
+
+
+def connect(live: Live) -> socket.socket:
+    host, port = live.url.removeprefix("http://").split(":")
+    line = socket.create_connection((host, int(port)), timeout=60)
+    line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return line
+
+
+def post(line: socket.socket, path: str, body: dict[str, Any]) -> None:
+    content = json.dumps(body).encode()
+    head = (
+        f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(content)}\r\n\r\n"
+    )
+    line.sendall(head.encode() + content)
 
 
 def until(true: Callable[[], Any], seconds: float = 60.0) -> None:

@@ -31,6 +31,7 @@ BODIES: dict[str, type[ChatRequest] | type[CompletionRequest]] = {
     "/v1/chat/completions": ChatRequest, "/v1/completions": CompletionRequest,
 }  # fmt: skip
 FOREVER = 1e9  # seconds: a batch has time
+BEGINNING = b'{"id": "batch_req_'  # of an answer's line
 
 
 class Line(NamedTuple):
@@ -52,12 +53,13 @@ def run_batch(choice: ModelChoice, source: Path, target: Path, model_name: str) 
             fcntl.flock(out, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise ValueError(f"{str(target)!r} is being written by another process") from None
-        done = _recover(out, target)
+        done, whole = _recover(out, target)
         if strangers := done - wanted:
             raise ValueError(
                 f"{str(target)!r} holds an answer to {min(strangers)!r}, which is not in "
                 f"{str(source)!r}: it belongs to another batch; name another file"
             )
+        out.truncate(whole)
         console = Console(stderr=True)
         if done:
             console.print(f"{len(done)} of {len(wanted)} answers are there already")
@@ -81,7 +83,7 @@ def run_batch(choice: ModelChoice, source: Path, target: Path, model_name: str) 
             def write(answer: dict[str, Any]) -> None:
                 nonlocal failed
                 failed += answer["response"]["status_code"] != 200
-                out.write(json.dumps(answer, ensure_ascii=False).encode() + b"\n")
+                out.write(json.dumps(answer).encode() + b"\n")
                 out.flush()
                 os.fsync(out.fileno())
                 bar.advance(task)
@@ -133,6 +135,8 @@ async def _answer(service: Service, line: Line) -> dict[str, Any]:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
         status, body = 400, error_body(400, f"{place}: {first['msg']}", place)
+    except Exception as error:  # one request's fault must not keep the others from an answer
+        status, body = 500, error_body(500, f"{type(error).__name__}: {error}")
     return {
         "id": f"batch_req_{uuid.uuid4().hex}", "custom_id": line.custom_id,
         "response": {"status_code": status, "request_id": body.get("id", ""), "body": body},
@@ -182,20 +186,19 @@ def _check(source: Path) -> set[str]:
     return set(first)
 
 
-def _recover(out: BinaryIO, target: Path) -> set[str]:
-    """Ids that are answered; a last line that was not finished is cut off."""
+def _recover(out: BinaryIO, target: Path) -> tuple[set[str], int]:
+    """Ids that are answered, and where the last line that was finished ends."""
     done: set[str] = set()
     out.seek(0)
     whole = 0
     for number, line in enumerate(out, start=1):
-        if not line.endswith(b"\n"):
-            break
         try:
+            if not line.endswith(b"\n") and line[: len(BEGINNING)] == BEGINNING[: len(line)]:
+                break  # it was being written when the command was killed
             done.add(json.loads(line)["custom_id"])
         except (ValueError, KeyError, TypeError):
             raise ValueError(
                 f"{target}, line {number} is no answer of a batch; name another file"
             ) from None
         whole += len(line)
-    out.truncate(whole)
-    return done
+    return done, whole

@@ -59,6 +59,7 @@ class _Chat:
         self.llm, self.params, self.policy = llm, params, llm.policy
         self.prompts = Prompts(llm.tokenizer, llm.engine.adapter.vocab_size)
         self.console = Console(stderr=True, highlight=False)
+        self.keep: float | None = getattr(llm.policy, "keep", None)  # the last one there was
         self.turns: list[Message] = []
         self.reset(system)
 
@@ -84,8 +85,7 @@ class _Chat:
         elif word == "/keep":
             self._use(make_policy(self.policy, _share(rest)))
         elif word == "/policy":
-            keep = getattr(self.policy, "keep", None)
-            chosen = make_policy(rest, None if rest == "full" else keep)
+            chosen = make_policy(rest, None if rest == "full" else self.keep)
             self._use(chosen.for_model(self.llm.name))
         else:
             raise ValueError(f"unknown command {word!r}; /help lists them")
@@ -96,6 +96,7 @@ class _Chat:
         engine.check_policy(policy)
         self.policy = policy
         keep = getattr(policy, "keep", None)
+        self.keep = self.keep if keep is None else keep
         self.note(f"policy {policy.name}" + ("" if keep is None else f", keep {keep:g}"))
 
     def say(self, line: str) -> None:

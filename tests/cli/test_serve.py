@@ -1,0 +1,282 @@
+"""``pyramidinfer serve``: its options, its signals, its end."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from pyramidinfer.cli import serve as serve_module
+from pyramidinfer.cli import serving
+from pyramidinfer.cli.serve import ModelChoice
+from pyramidinfer.config import EngineConfig
+from pyramidinfer.server.settings import KEYS_VARIABLE, ServerSettings
+from tests.commands import Command, command, run
+
+READY = r"pyramidinfer serves (\S+) at (http://127\.0\.0\.1:\d+)"
+SMALL = ("--port", "0", "--kv-memory", "32MiB")
+STORY = "The old baker walked to the market . "
+
+
+# --- from options to settings ---------------------------------------------------------------------
+
+
+def settings_of(words: list[str]) -> ServerSettings:
+    """What ``serve`` makes of its options."""
+    found: list[ServerSettings] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(serve_module, "run_serve", lambda _, settings: found.append(settings))
+        patch.delenv(KEYS_VARIABLE, raising=False)
+        assert invoke(*words).exit_code == 0
+    return found[0]
+
+
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> list[tuple[ModelChoice, ServerSettings]]:
+    """What ``serve`` would have run with."""
+    found: list[tuple[ModelChoice, ServerSettings]] = []
+    monkeypatch.setattr(serve_module, "run_serve", lambda *values: found.append(values))
+    monkeypatch.delenv(KEYS_VARIABLE, raising=False)
+    return found
+
+
+def invoke(*arguments: str) -> Any:
+    app = typer.Typer()
+    serving.add_serving(app)
+    return CliRunner().invoke(app, ["serve", *arguments])
+
+
+def test_options_become_settings(
+    taken: list[tuple[ModelChoice, ServerSettings]], tmp_path: Path
+) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("a\nb\n")
+    done = invoke(
+        "MODEL", "--policy", "snapkv", "--keep", "0.3", "-o", "window=8", "--kv-memory", "8MiB",
+        "--dtype", "float32", "--threads", "1", "--host", "::1", "--port", "9",
+        "--model-name", "m", "--no-page", "--drain-timeout", "7", "--max-requests", "5",
+        "--step-tokens", "99", "--page-size", "8", "--reuse-share", "0.25", "--slot-scores",
+        "--max-waiting", "3", "--queue-timeout", "1.5", "--request-timeout", "2.5",
+        "--default-max-tokens", "11", "--max-tokens-limit", "12", "--max-prompt-tokens", "13",
+        "--max-n", "2", "--max-stop", "4", "--max-body", "1MiB", "--max-schema", "2KiB",
+        "--policies", "full, snapkv", "--min-keep", "0.1", "--max-keep", "0.9",
+        "--api-key-file", str(keys), "--cors-origin", "https://a", "--cors-origin", "https://b",
+        "--log-prompts",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    ((choice, settings),) = taken
+    assert settings == ServerSettings(
+        host="::1", port=9, model_name="m", page=False, drain_timeout=7, max_waiting=3,
+        queue_timeout=1.5, request_timeout=2.5, default_max_tokens=11, max_tokens_limit=12,
+        max_prompt_tokens=13, max_n=2, max_stop=4, max_body_bytes=2**20, max_schema_bytes=2**11,
+        policies=("full", "snapkv"), min_keep=0.1, max_keep=0.9, api_keys=("a", "b"),
+        cors_origins=("https://a", "https://b"), log_prompts=True,
+    )  # fmt: skip
+    assert choice.model == "MODEL" and choice.threads == 1 and choice.dtype == "float32"
+    policy: Any = choice.policy
+    assert (policy.name, policy.keep, policy.window) == ("snapkv", 0.3, 8)
+    config = EngineConfig(**choice.options)
+    assert config == EngineConfig(
+        kv_memory="8MiB", max_requests=5, step_tokens=99, page_size=8, reuse_share=0.25,
+        slot_scores=True,
+    )  # fmt: skip
+
+
+def test_defaults_are_the_settings_own(taken: list[tuple[ModelChoice, ServerSettings]]) -> None:
+    assert invoke().exit_code == 0
+    ((choice, settings),) = taken
+    assert settings == ServerSettings()
+    assert EngineConfig(**choice.options) == EngineConfig()
+    assert choice.policy.name == "pyramid" and choice.model is None
+    options = inspect.signature(serving.serve).parameters
+    assert {"admission", "elastic", "preempt", "expected_output"} <= set(options)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--port", "70000"], "port=70000 must lie between 0 and 65535"),
+        (["--max-waiting", "0"], "max_waiting=0 must be a whole number of at least 1"),
+        (["--queue-timeout", "0"], "queue_timeout=0.0 must be above 0 seconds"),
+        (["--request-timeout", "nan"], "request_timeout=nan must be above 0"),
+        (["--min-keep", "0.9", "--max-keep", "0.5"], "min_keep=0.9 must be above 0 and at most"),
+        (["--max-keep", "1.5"], "max_keep=1.5 must lie between 0 and 1"),
+        (["--default-max-tokens", "9", "--max-tokens-limit", "5"], "is above max_tokens_limit=5"),
+        (["--max-body", "much"], "'much' is not a size"),
+        (["--policies", "full,snapkb"], "did you mean 'snapkv'"),
+        (["--policies", "h2o"], "slot_scores=True"),
+        (["--policy", "snapkb"], "did you mean 'snapkv'"),
+        (["--keep", "2"], "keep=2.0 must be above 0"),
+        (["--api-key-file", "/no/such/file"], "cannot read the keys in '/no/such/file'"),
+        (["--kv-memory", "lots"], "kv_memory='lots' is not a size"),
+        (["--kv-memory", "1000TiB"], "is more than"),
+        (["--kv-memory", "10KiB"], "kv_memory=10240 bytes is below one page per layer"),
+        (["--threads", "-1"], "threads=-1"),
+        (["--reuse-share", "2"], "reuse_share=2.0 must lie between 0 and 1"),
+        (["--admission", "hope"], "admission='hope' is unknown"),
+        (["--elastic", "0.2"], "needs admission='overcommit'"),
+        (["/no/such/model"], "/no/such/model"),
+        (["--max-requests", "x"], "Invalid value for '--max-requests'"),
+        (["--nonsense"], "No such option: --nonsense"),
+    ],
+)  # fmt: skip
+def test_a_bad_value_is_one_line(arguments: list[str], message: str) -> None:
+    code, out, err = run("serve", *SMALL, *arguments)
+    assert code == 2 and out == ""
+    (line,) = err.strip().splitlines()
+    assert line.startswith("error: ") and message in line
+
+
+def test_a_port_in_use_is_one_line() -> None:
+    with socket.socket() as line:
+        line.bind(("127.0.0.1", 0))
+        line.listen()
+        port = str(line.getsockname()[1])
+        code, out, err = run("serve", "--kv-memory", "32MiB", "--port", port)
+    assert code == 2 and out == ""
+    (text,) = err.strip().splitlines()
+    assert text.startswith(f"error: cannot listen on 127.0.0.1:{port}: ")
+
+
+@pytest.mark.parametrize(
+    ("host", "warned"),
+    [("127.0.0.1", False), ("127.8.9.10", False), ("localhost", False), ("::1", False),
+     ("0.0.0.0", True), ("::", True), ("192.168.0.5", True), ("example.org", True)],
+)  # fmt: skip
+@pytest.mark.parametrize("keys", [(), ("k",)])
+def test_open_to_others_without_a_key_warns(
+    host: str, warned: bool, keys: tuple[str, ...], monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(serve_module, "load", lambda choice: None)
+    monkeypatch.setattr(serve_module, "serve", lambda *values: None)
+    monkeypatch.setattr(serve_module, "bind", lambda settings: socket.socket())
+    monkeypatch.setattr(signal, "signal", lambda *values: None)
+    monkeypatch.setattr(logging, "basicConfig", lambda **values: None)
+    choice: Any = None
+    serve_module.run_serve(choice, ServerSettings(host=host, api_keys=keys))
+    told = capsys.readouterr().err
+    assert ("warning: " in told) == (warned and not keys)
+    if warned and not keys:
+        assert host in told and "--api-key-file" in told
+
+
+# --- a life ---------------------------------------------------------------------------------------
+
+
+@contextmanager
+def server(*arguments: str, **environment: str) -> Iterator[tuple[Command, httpx.Client]]:
+    with command("serve", *SMALL, *arguments, **environment) as begun:
+        url = begun.says(READY)[2]
+        with httpx.Client(base_url=url, trust_env=False, timeout=60) as http:
+            yield begun, http
+
+
+def long(tokens: int) -> dict[str, Any]:
+    return {"prompt": STORY, "max_tokens": tokens, "ignore_eos": True, "stream": True}
+
+
+def test_a_server_as_a_user_begins_it() -> None:
+    """``python -m pyramidinfer serve`` in a process of its own, and Ctrl-C."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "pyramidinfer", "serve", *SMALL, "--model-name", "mine"],
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", KEYS_VARIABLE: "sesame"},
+    ) as process:  # fmt: skip
+        try:
+            assert process.stderr is not None and process.stdout is not None
+            found = None
+            while found is None:
+                line = process.stderr.readline()
+                assert line, "it ended"
+                found = re.search(READY, line)
+            assert found[1] == "mine"
+            url, head = found[2], {"Authorization": "Bearer sesame"}
+            assert httpx.get(f"{url}/ready", trust_env=False).status_code == 200
+            assert httpx.get(f"{url}/v1/models", trust_env=False).status_code == 401
+            answer = httpx.get(f"{url}/v1/models", headers=head, trust_env=False).json()
+            assert answer["data"][0]["id"] == "mine"
+            process.send_signal(signal.SIGINT)
+            assert process.wait(60) == 0
+            assert process.stdout.read() == ""
+            assert "sesame" not in process.stderr.read()
+        finally:
+            process.kill()
+
+
+def test_sigterm_lets_what_runs_end() -> None:
+    """New requests are turned away meanwhile, on a connection that was open before."""
+    with server() as (begun, http), http.stream(
+        "POST", "/v1/completions", json=long(1200)
+    ) as stream:  # fmt: skip
+        lines = stream.iter_lines()
+        next(lines)
+        assert http.get("/ready").status_code == 200  # this connection stays
+        os.kill(begun.pid, signal.SIGTERM)
+        begun.says("stopping: waiting for what runs")
+        ready = http.get("/ready")
+        assert (ready.status_code, ready.json()["error"]["code"]) == (503, "stopping")
+        refused = http.post("/v1/completions", json={"prompt": "x"})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "stopping")
+        assert int(refused.headers["Retry-After"]) > 0
+        assert http.get("/health").status_code == 200
+        rest = [line for line in lines if line]
+        assert rest[-1] == "data: [DONE]" and len(rest) == 1200
+        assert json.loads(rest[-2].removeprefix("data: "))["choices"][0]["finish_reason"]
+        assert begun.wait() == 0
+        assert "Traceback" not in begun.err and begun.out == ""
+
+
+@pytest.mark.parametrize("how", ["a second signal", "the time is over"])
+def test_what_does_not_end_is_ended(how: str) -> None:
+    options = ("--drain-timeout", "0.3") if how == "the time is over" else ()
+    with server(*options) as (begun, http), http.stream(
+        "POST", "/v1/completions", json=long(4000)
+    ) as stream:  # fmt: skip
+        lines = stream.iter_lines()
+        next(lines)
+        os.kill(begun.pid, signal.SIGTERM)
+        begun.says("stopping: waiting for what runs")
+        if how == "a second signal":
+            os.kill(begun.pid, signal.SIGTERM)
+        rest = [line for line in lines if line]
+        error = json.loads(rest[-1].removeprefix("data: "))["error"]
+        assert error["code"] == "stopping" and len(rest) < 4000
+        assert begun.wait() == 0
+        assert "Traceback" not in begun.err
+
+
+def test_nobody_is_waited_for_who_asks_nothing() -> None:
+    """Connections that are open and idle do not hold up the end."""
+    with server() as (begun, http):
+        assert http.get("/health").status_code == 200
+        with socket.create_connection((http.base_url.host, http.base_url.port or 0)):
+            os.kill(begun.pid, signal.SIGTERM)
+            assert begun.wait() == 0
+
+
+def test_prompts_and_keys_stay_out_of_the_log(tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("sesame-17\n")
+    with server("--api-key-file", str(keys)) as (begun, http):
+        http.headers["Authorization"] = "Bearer sesame-17"
+        assert http.post("/v1/completions", json={"prompt": STORY, "max_tokens": 3}).json()["usage"]
+        assert http.post("/v1/completions", json={"prompt": STORY, "bogus": 1}).is_client_error
+        os.kill(begun.pid, signal.SIGTERM)
+        assert begun.wait() == 0
+        assert "sesame" not in begun.err and "baker" not in begun.err

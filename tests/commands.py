@@ -1,0 +1,104 @@
+"""The command line in processes of their own that begin quickly.
+
+Importing takes seconds, so it is done once, in a process that forks: what runs in a fork is
+``main()`` with its own arguments, environment, standard files and signals.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+PRELOADED = [
+    "tests.commands", "pyramidinfer.cli.app", "pyramidinfer.cli.batch", "pyramidinfer.cli.chat",
+    "pyramidinfer.server.run", "transformers.models.llama.modeling_llama",
+]  # fmt: skip
+
+
+class Command:
+    """A running ``pyramidinfer ARGUMENTS``; ``out`` and ``err`` are what it wrote so far."""
+
+    def __init__(self, folder: Path, arguments: tuple[str, ...], text: str,
+                 environment: Mapping[str, str]) -> None:  # fmt: skip
+        self.files = [folder / name for name in ("in", "out", "err")]
+        self.files[0].write_text(text)
+        for file in self.files[1:]:
+            file.touch()
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOADED)
+        self.process: Any = context.Process(
+            target=_run, args=(arguments, [str(file) for file in self.files], dict(environment))
+        )
+        self.process.start()
+        self.pid = int(self.process.pid)
+
+    @property
+    def out(self) -> str:
+        return self.files[1].read_text()
+
+    @property
+    def err(self) -> str:
+        return self.files[2].read_text()
+
+    def wait(self, seconds: float = 120.0) -> int:
+        """Its exit code (negative: the signal that ended it)."""
+        self.process.join(seconds)
+        assert self.process.exitcode is not None, f"it still runs: {self.err}"
+        return int(self.process.exitcode)
+
+    def says(self, pattern: str, seconds: float = 120.0) -> re.Match[str]:
+        """Wait until standard error has it."""
+        end = time.monotonic() + seconds
+        while (found := re.search(pattern, self.err)) is None:
+            assert self.process.is_alive(), f"it ended: {self.err}"
+            assert time.monotonic() < end, f"it said: {self.err}"
+            time.sleep(0.01)
+        return found
+
+    def close(self) -> None:
+        if self.process.is_alive():
+            self.process.kill()
+        self.process.join()
+        self.process.close()
+
+
+@contextmanager
+def command(*arguments: str, text: str = "", **environment: str) -> Iterator[Command]:
+    """Begin a command; at the end it is killed if it still runs."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before the process that forks begins
+    with TemporaryDirectory() as folder:
+        begun = Command(Path(folder), arguments, text, environment)
+        try:
+            yield begun
+        finally:
+            begun.close()
+
+
+def run(*arguments: str, text: str = "", **environment: str) -> tuple[int, str, str]:
+    """A command's exit code, and what it wrote to its two files."""
+    with command(*arguments, text=text, **environment) as done:
+        return done.wait(), done.out, done.err
+
+
+def _run(arguments: tuple[str, ...], files: list[str], environment: dict[str, str]) -> None:
+    os.setsid()
+    for number, (file, mode) in enumerate(
+        zip(files, (os.O_RDONLY, os.O_WRONLY, os.O_WRONLY), strict=True)
+    ):
+        handle = os.open(file, mode)
+        os.dup2(handle, number)
+        os.close(handle)
+    sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")  # noqa: SIM115
+    os.environ.update({"COLUMNS": "100", **environment})
+    sys.argv = ["pyramidinfer", *arguments]
+    from pyramidinfer.cli.app import main
+
+    main()

@@ -1,0 +1,190 @@
+"""Keys, what the log holds, and the headers of every answer."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pyramidinfer import LLM
+from pyramidinfer.server.settings import KEYS_VARIABLE, read_keys
+from tests.server.live import Live, beside, serving
+
+KEYS = ("sesame-open-17", "mellon-23")
+SITE = "https://example.org"
+
+
+@pytest.fixture(scope="module")
+def locked(llm: LLM) -> Iterator[Live]:
+    with serving(beside(llm), api_keys=KEYS, cors_origins=(SITE,)) as live:
+        yield live
+
+
+def bearer(key: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"}
+
+
+CLOSED = [
+    ("GET", "/v1/models"), ("GET", "/v1/models/demo-model"), ("GET", "/metrics"),
+    ("POST", "/v1/completions"), ("POST", "/v1/chat/completions"), ("POST", "/tokenize"),
+    ("POST", "/detokenize"), ("GET", "/openapi.json"), ("POST", "/v1/embeddings"),
+    ("GET", "/nothing"), ("POST", "/health/"), ("GET", "//health"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("method", "path"), CLOSED)
+def test_a_key_is_needed(locked: Live, method: str, path: str) -> None:
+    url = locked.url + path
+    wrong = [
+        {}, bearer("wrong"), bearer(KEYS[0][:-1]), bearer(KEYS[0] + "x"),
+        bearer(KEYS[0].upper()), {"Authorization": KEYS[0]}, {"Authorization": "Bearer"},
+        {"Authorization": f"Basic {KEYS[0]}"}, {"X-API-Key": KEYS[0]},
+        {"Authorization": f"Bearer {' '.join(KEYS)}"},
+    ]  # fmt: skip
+    for headers in wrong:
+        answer = locked.http.request(method, url, headers=headers)
+        assert answer.status_code == 401, headers
+        assert answer.headers["WWW-Authenticate"] == "Bearer"
+        error = answer.json()["error"]
+        assert (error["type"], error["code"]) == ("authentication_error", "invalid_api_key")
+        assert not any(key in answer.text for key in KEYS)
+    odd = locked.http.request(method, url, headers={b"Authorization": b"Bearer \xff\xfe"})
+    assert odd.status_code == 401
+    for key in KEYS:
+        for scheme in ("Bearer", "bearer"):
+            headers = {"Authorization": f"{scheme} {key}"}
+            assert locked.http.request(method, url, headers=headers).status_code != 401
+
+
+def test_open_paths_need_none(locked: Live) -> None:
+    for path in ("/", "/health", "/ready", "/version"):
+        assert locked.http.get(path).status_code == 200
+    assert locked.complete(max_tokens=1).status_code == 401
+    locked.http.headers.update(bearer(KEYS[1]))
+    assert locked.complete(max_tokens=1).status_code == 200
+    del locked.http.headers["Authorization"]
+
+
+def test_keys_from_a_file_and_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "keys"
+    file.write_text("# ours\none-key # of the first\n\n  two-key  \n")
+    monkeypatch.delenv(KEYS_VARIABLE, raising=False)
+    assert read_keys(None) == ()
+    assert read_keys(file) == ("one-key", "two-key")
+    monkeypatch.setenv(KEYS_VARIABLE, "three, four\none-key")
+    assert read_keys(file) == ("three", "four", "one-key", "two-key")
+    assert read_keys(None) == ("three", "four", "one-key")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"# nothing\n", "holds no key"), (b"", "holds no key"), (b"a b", "printable ASCII"),
+        ("schlüssel".encode(), "printable ASCII"), (b"\xff", "not UTF-8"),
+        (b"secret\x07", "printable ASCII"),
+    ],
+)  # fmt: skip
+def test_a_key_file_that_is_none(
+    tmp_path: Path, content: bytes, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(KEYS_VARIABLE, raising=False)
+    file = tmp_path / "keys"
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=message) as error:
+        read_keys(file)
+    assert "secret" not in str(error.value)
+    with pytest.raises(ValueError, match="cannot read the keys"):
+        read_keys(tmp_path / "none")
+
+
+PROMPT = "map 471 of Greta Moss"
+
+
+@pytest.mark.parametrize("log_prompts", [False, True])
+def test_what_the_log_holds(llm: LLM, log_prompts: bool, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    settings: dict[str, Any] = {"api_keys": KEYS, "log_prompts": log_prompts}
+    with serving(beside(llm), **settings) as live:
+        live.http.headers.update(bearer(KEYS[0]))
+        answers = [live.complete(PROMPT, max_tokens=6), live.chat(PROMPT, max_tokens=6)]
+        streamed = live.complete(PROMPT, max_tokens=6, stream=True)
+        wrong = live.complete(PROMPT, bogus=1), live.complete(PROMPT, temperature="x")
+        assert [each.status_code for each in answers] == [200, 200]
+        assert [each.status_code for each in wrong] == [400, 400]
+        live.http.headers.update(bearer("wrong-key-99"))
+        assert live.complete(PROMPT).status_code == 401
+    ours = [each for each in caplog.records if not each.name.startswith(("httpx", "httpcore"))]
+    log = "\n".join(f"{each.getMessage()} {each.exc_text or ''}" for each in ours)
+    for key in (*KEYS, "wrong-key-99"):
+        assert key not in log
+    text = answers[0].json()["choices"][0]["text"]
+    assert text.strip() and (text in log) == log_prompts
+    assert log.count("Greta Moss") == (3 if log_prompts else 0)
+    assert streamed.status_code == 200
+
+
+def test_security_headers(locked: Live) -> None:
+    for path in ("/", "/health", "/v1/models", "/nothing"):
+        headers = locked.http.get(path).headers
+        assert headers["X-Content-Type-Options"] == "nosniff"
+        assert headers["X-Frame-Options"] == "DENY"
+        assert headers["Referrer-Policy"] == "no-referrer"
+        assert headers["Cache-Control"] == "no-store"
+        assert "server" not in headers
+
+
+def test_the_pages_nonce(locked: Live) -> None:
+    nonces = set()
+    for _ in range(2):
+        answer = locked.http.get("/")
+        policy = answer.headers["Content-Security-Policy"]
+        (style,) = re.findall(r"style-src 'nonce-([\w-]{20,})'", policy)
+        (script,) = re.findall(r"script-src 'nonce-([\w-]{20,})'", policy)
+        assert style == script
+        assert "default-src 'none'" in policy and "unsafe" not in policy
+        assert "__NONCE__" not in answer.text
+        tags = re.findall(r"<(?:style|script)[^>]*>", answer.text)
+        assert tags and all(f'nonce="{script}"' in tag for tag in tags)
+        assert not re.search(r"<[a-z][^>]* (?:style|on[a-z]+)=", answer.text)
+        nonces.add(script)
+    assert len(nonces) == 2
+
+
+def test_no_page(llm: LLM) -> None:
+    with serving(beside(llm), page=False) as live:
+        assert live.http.get("/").status_code == 404
+        assert live.http.get("/health").status_code == 200
+
+
+PREFLIGHT = {
+    "Access-Control-Request-Method": "POST",
+    "Access-Control-Request-Headers": "authorization,content-type",
+}
+
+
+def test_cors_is_off(live: Live) -> None:
+    headers = {"Origin": SITE}
+    assert "Access-Control-Allow-Origin" not in live.http.get("/health", headers=headers).headers
+    answer = live.http.options("/v1/completions", headers={**headers, **PREFLIGHT})
+    assert answer.status_code == 405
+    assert "Access-Control-Allow-Origin" not in answer.headers
+
+
+def test_cors_for_a_named_site(locked: Live) -> None:
+    headers = {"Origin": SITE}
+    answer = locked.http.options("/v1/completions", headers={**headers, **PREFLIGHT})
+    assert answer.status_code == 200
+    assert answer.headers["Access-Control-Allow-Origin"] == SITE
+    assert "POST" in answer.headers["Access-Control-Allow-Methods"]
+    refused = locked.http.get("/v1/models", headers=headers)  # so that a page can tell why
+    assert refused.status_code == 401
+    assert refused.headers["Access-Control-Allow-Origin"] == SITE
+    other = locked.http.get("/health", headers={"Origin": "https://evil.example"})
+    assert "Access-Control-Allow-Origin" not in other.headers
+    assert "Access-Control-Allow-Credentials" not in answer.headers

@@ -1,0 +1,60 @@
+"""A few hundred requests that nobody would send; ``pyramidinfer.lab.fuzz`` sends thousands."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pyramidinfer import LLM
+from pyramidinfer.lab import fuzz
+from pyramidinfer.server.settings import ServerSettings
+from tests.cli.test_serve import settings_of
+from tests.server.live import beside, serving
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_nothing_is_a_5xx(llm: LLM) -> None:
+    with serving(beside(llm), **fuzz.LIMITS) as live:
+        result = fuzz.fuzz(live.url, 200, seed=7)
+    assert result["examples"] == [] and result["failures"] == 0
+    assert result["cases"] == 200
+    told, good = result["by_operation"], 0
+    for path in ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"):
+        assert "400" in told[f"POST {path}"]["statuses"], path
+        good += told[f"POST {path}"]["statuses"].get("200", 0)
+    assert good >= 5
+    assert sum(each["cases"] for name, each in told.items() if "(raw)" in name) >= 30
+    assert {"GET /", "GET /health", "GET /v1/models/{model}"} <= set(told)
+
+
+def test_what_is_wrong_is_found(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving(beside(llm), **fuzz.LIMITS) as live:
+
+        def failing(tokens: Any) -> str:
+            raise ArithmeticError("not today")
+
+        monkeypatch.setattr(live.service.prompts, "decode", failing)
+        result = fuzz.fuzz(live.url, 100, seed=7)
+        monkeypatch.undo()
+    assert result["failures"] > 0
+    assert any("/detokenize" in example["operation"] for example in result["examples"])
+    for example in result["examples"]:  # echo says token ids as text, too
+        assert example["wrong"].startswith(("status 500", "no answer"))  # and the line is closed
+        assert "curl" in example["reproduce"]
+    assert any("status 500" in example["wrong"] for example in result["examples"])
+
+
+def test_the_command_has_these_limits() -> None:
+    assert settings_of(fuzz.WORDS) == ServerSettings(port=0, **fuzz.LIMITS)
+
+
+def test_the_published_result() -> None:
+    entry = json.loads((ROOT / "benchmarks" / "results" / "fuzz.json").read_text())
+    result = entry["result"]
+    assert result["cases"] >= 10_000
+    assert result["failures"] == result["pool_check_failures"] == result["exit_code"] == 0
+    assert sum(each["cases"] for each in result["by_operation"].values()) == result["cases"]

@@ -1,0 +1,72 @@
+"""Answers that follow a JSON schema, asked for with OpenAI's own client."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import jsonschema_rs
+import openai
+import pytest
+
+from tests.server.live import Live
+from tests.server.test_openai_client import chat, texts
+
+SCHEMA = {
+    "type": "object", "required": ["name", "age", "tags"], "additionalProperties": False,
+    "properties": {
+        "name": {"type": "string", "maxLength": 8},
+        "age": {"type": "integer", "minimum": 0, "maximum": 150},
+        "tags": {"type": "array", "maxItems": 2, "items": {"enum": ["a", "b", "é"]}},
+    },
+}  # fmt: skip
+
+
+def test_json_schema_is_followed(tiny: Live) -> None:
+    wanted: Any = {"type": "json_schema", "json_schema": {"name": "person", "schema": SCHEMA}}
+    with tiny.openai() as client:
+        options = {"max_tokens": 400, "temperature": 1, "response_format": wanted}
+        ended = 0
+        for seed in range(4):
+            answer = chat(client, "Who ?", "tiny", n=3, seed=seed, **options)
+            for choice in answer.choices:
+                if choice.finish_reason == "stop":  # a random model may fill it with white space
+                    jsonschema_rs.validate(SCHEMA, json.loads(choice.message.content))
+                    ended += 1
+        assert ended >= 6
+        parts, _, _ = texts(chat(client, "Who ?", "tiny", n=3, seed=3, stream=True, **options))
+        assert [parts[each.index] for each in answer.choices] == [
+            each.message.content for each in answer.choices
+        ]
+
+
+def test_json_object(tiny: Live) -> None:
+    ended = 0
+    with tiny.openai() as client:
+        for seed in range(6):
+            answer = chat(client, "Who ?", "tiny", seed=seed, temperature=1, max_tokens=400,
+                          response_format={"type": "json_object"})  # fmt: skip
+            if answer.choices[0].finish_reason == "stop":
+                assert isinstance(json.loads(answer.choices[0].message.content), dict)
+                ended += 1
+        assert ended
+        free = chat(client, "Who ?", "tiny", response_format={"type": "text"})
+        assert free.choices == chat(client, "Who ?", "tiny").choices
+
+
+def test_a_schema_that_cannot_be_followed(tiny: Live, client: openai.OpenAI) -> None:
+    with tiny.openai() as other:
+        for schema, message in (
+            ({"type": "nonsense"}, "cannot be followed"),
+            ({"$ref": "https://example.com/x.json"}, "cannot be followed"),
+            ({"type": "string", "pattern": "("}, "cannot be followed"),
+            ({"$ref": "#"}, "cannot be followed"),  # nothing would ever be it
+            ({"properties": {f"p{i}": {"type": "string"} for i in range(1500)}}, "items; max is"),
+        ):
+            with pytest.raises(openai.BadRequestError, match=message) as error:
+                chat(other, "Who ?", "tiny", response_format={
+                    "type": "json_schema", "json_schema": {"name": "x", "schema": schema},
+                })  # fmt: skip
+            assert "\n" not in error.value.body["message"]  # type: ignore[index]
+    with pytest.raises(openai.BadRequestError, match="tokenizer cannot write JSON"):
+        chat(client, response_format={"type": "json_object"})  # its words have no braces
