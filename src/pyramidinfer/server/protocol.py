@@ -4,15 +4,45 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    model_validator,
+)
 
 __all__ = [
     "ChatRequest", "CompletionRequest", "Compression", "Detokenize", "Generation", "Message",
     "ResponseFormat", "StreamOptions", "TokenizeRequest",
 ]  # fmt: skip
 
+# Lists end at their first error: a body may hold a million of them.
 TokenId = Annotated[int, Field(ge=0)]
-TokenList = Annotated[list[TokenId], Field(min_length=1)]
+TokenList = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
+Texts = Annotated[list[str], Field(min_length=1, fail_fast=True)]
+TokenLists = Annotated[list[TokenList], Field(min_length=1, fail_fast=True)]
+
+MANY = 16  # unknown names that are told of, at most
+MANY_BIASES = 1024
+
+
+def _kind(prompt: Any) -> str:
+    """What a prompt is meant to be, by its first item."""
+    first = prompt[0] if isinstance(prompt, list) and prompt else None
+    if isinstance(prompt, str):
+        return "text"
+    return "texts" if isinstance(first, str) else "lists" if isinstance(first, list) else "tokens"
+
+
+Prompt = Annotated[
+    Annotated[str, Tag("text")]
+    | Annotated[Texts, Tag("texts")]
+    | Annotated[TokenList, Tag("tokens")]
+    | Annotated[TokenLists, Tag("lists")],
+    Discriminator(_kind),
+]
 
 
 class Strict(BaseModel):
@@ -30,7 +60,8 @@ class Strict(BaseModel):
         if not isinstance(given, dict):
             return given
         known = {field.alias or name for name, field in cls.model_fields.items()}
-        return {k: v for k, v in given.items() if k in known or (v is not None and v != [])}
+        strange = [k for k, v in given.items() if k not in known and v is not None and v != []]
+        return {k: v for k, v in given.items() if k in known or k in strange[:MANY]}
 
 
 class Compression(Strict):
@@ -86,7 +117,7 @@ class Generation(Strict):
     n: Annotated[int, Field(ge=1, le=128)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    stop: str | list[str] | None = None
+    stop: str | Annotated[list[str], Field(fail_fast=True)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
@@ -96,11 +127,19 @@ class Generation(Strict):
     top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(ge=0.01, le=1000)] | None = None
-    stop_token_ids: list[TokenId] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(fail_fast=True)] | None = None
     ignore_eos: bool = False
     return_token_ids: bool = False
     # ours
     compression: Compression | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def bounded(cls, given: Any) -> Any:
+        biases = given.get("logit_bias") if isinstance(given, dict) else None
+        if isinstance(biases, dict) and len(biases) > MANY_BIASES:
+            raise ValueError(f"logit_bias: {len(biases)} tokens; {MANY_BIASES} are taken at most")
+        return given
 
     @model_validator(mode="after")
     def streams(self) -> Generation:
@@ -112,12 +151,7 @@ class Generation(Strict):
 class CompletionRequest(Generation):
     """``POST /v1/completions``."""
 
-    prompt: (
-        str
-        | Annotated[list[str], Field(min_length=1)]
-        | TokenList
-        | Annotated[list[TokenList], Field(min_length=1)]
-    )
+    prompt: Prompt
     max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     logprobs: Annotated[int, Field(ge=0)] | None = None
     echo: bool | None = None
@@ -145,7 +179,7 @@ class Message(Strict):
     """One turn of a conversation."""
 
     role: Literal["developer", "system", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
     name: str | None = None
     refusal: str | None = None
     tool_call_id: str | None = None
@@ -157,22 +191,25 @@ class Message(Strict):
         return self.content or ""
 
 
+Messages = Annotated[list[Message], Field(min_length=1, fail_fast=True)]
+
+
 class ChatRequest(Generation):
     """``POST /v1/chat/completions``."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Messages
     max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0)] | None = None
     response_format: ResponseFormat | None = None
     # taken for the sake of clients that send them; they change nothing
-    metadata: dict[str, str] | None = None
+    metadata: dict[str, Any] | None = None
     store: bool | None = None
     service_tier: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
-    modalities: list[Literal["text"]] | None = None
+    modalities: Annotated[list[Literal["text"]], Field(fail_fast=True)] | None = None
     tools: Annotated[list[Any], Field(max_length=0)] | None = None
     tool_choice: Literal["none", "auto"] | None = None
     parallel_tool_calls: bool | None = None
@@ -192,7 +229,7 @@ class TokenizeRequest(Strict):
 
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    messages: Messages | None = None
     add_special_tokens: bool = True
     add_generation_prompt: bool = True
 
@@ -207,4 +244,4 @@ class Detokenize(Strict):
     """``POST /detokenize``."""
 
     model: str | None = None
-    tokens: list[TokenId]
+    tokens: Annotated[list[TokenId], Field(fail_fast=True)]
