@@ -43,6 +43,16 @@ def answers(file: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
+def test_lines_of_many_prompts_wait_for_each_other(tmp_path: Path) -> None:
+    """However many choices the lines have, none is answered that there is no room."""
+    lines = [line(str(i), prompt=["a", "b", "c", "d"], max_tokens=2) for i in range(16)]
+    source, target = write(tmp_path / "in.jsonl", lines), tmp_path / "out.jsonl"
+    code, _, _ = run("batch", str(source), str(target), *SMALL, "--max-requests", "4")
+    assert code == 0
+    assert {each["response"]["status_code"] for each in answers(target).values()} == {200}
+    assert len(answers(target)) == 16
+
+
 def test_a_mixed_file(tmp_path: Path) -> None:
     user = [{"role": "user", "content": "Where is the map ?"}]
     source = write(tmp_path / "in.jsonl", [

@@ -12,7 +12,7 @@ from pyramidinfer import SamplingParams
 from pyramidinfer.engine import Engine
 from pyramidinfer.engine.request import Request
 from pyramidinfer.policies import Policy, make_policy
-from tests.engine.build import policy_named
+from tests.engine.build import build, policy_named
 from tests.engine.serving import NAMES, finish, queue, start
 from tests.tiny import random_prompt
 
@@ -311,3 +311,37 @@ def test_one_request_never_reads_anothers_pages(name: str) -> None:
         for each in (request, *request.samples):
             assert each.finish_reason == "length"
             assert each.output == expected
+
+
+def test_what_is_held_is_counted_as_it_comes_and_goes() -> None:
+    """Sums, page counts and the index agree with the held caches after every change."""
+    llm = build("full", kv_memory="1MiB", reuse_share=0.4)
+    engine, held = llm.engine, llm.engine.conversations
+    params = SamplingParams(max_tokens=6, ignore_eos=True, temperature=1.0, seed=1)
+    taken = 0
+    for turn in range(24):
+        prompt = random_prompt(turn, 20 + turn % 7)
+        if turn % 3 == 2 and held.held:  # go on with a conversation
+            prompt = [*held.held[turn % len(held.held)].text, 5, 6]
+        request = engine.make(prompt, params, samples=1 + turn % 2)
+        for each in (request, *request.samples):
+            each.owner = f"owner {turn % 2}"
+        if turn % 3 == 2 and held.held:
+            request.owner = held.held[turn % len(held.held)].owner
+        engine.submit(request)
+        while not engine.scheduler.idle:
+            engine.step()
+        taken += request.reused > 0
+        owned = set()
+        for each in held.held:
+            assert each.sequence is not None
+            table = each.sequence.table
+            for layer in range(engine.adapter.depth):
+                owned |= set(table.pages[layer, : int(table.held[layer])].tolist())
+        promised = [each.promised for each in held.held if each.promised]
+        assert held.page_count == len(owned)
+        assert held.cost.bytes == sum(each.bytes for each in promised) <= held.limit
+        assert (held.cost.pages == sum(each.pages for each in promised)).all()
+    assert taken >= 4 and held.dropped > 0
+    held.clear()
+    assert held.page_count == held.cost.bytes == 0 and not held._lengths and not held._by_digest

@@ -178,6 +178,8 @@ def test_cors_is_off(live: Live) -> None:
 
 def test_cors_for_a_named_site(locked: Live) -> None:
     headers = {"Origin": SITE}
+    asks = {**PREFLIGHT, "Access-Control-Request-Headers": "authorization,x-stainless-lang"}
+    assert locked.http.options("/v1/models", headers={**headers, **asks}).status_code == 200
     answer = locked.http.options("/v1/completions", headers={**headers, **PREFLIGHT})
     assert answer.status_code == 200
     assert answer.headers["Access-Control-Allow-Origin"] == SITE
@@ -188,3 +190,31 @@ def test_cors_for_a_named_site(locked: Live) -> None:
     other = locked.http.get("/health", headers={"Origin": "https://evil.example"})
     assert "Access-Control-Allow-Origin" not in other.headers
     assert "Access-Control-Allow-Credentials" not in answer.headers
+
+
+def test_the_access_log(llm: LLM, caplog: pytest.LogCaptureFixture) -> None:
+    """A line for every request, refused ones too, which nobody can make into two."""
+    with (
+        caplog.at_level("INFO", "pyramidinfer"),
+        serving(beside(llm), api_keys=KEYS, access_log=True) as live,
+    ):
+        live.http.get("/health")
+        live.http.get("/v1/models/x%0AGET%20/admin%20200%1b[31m")
+        live.http.post("/v1/completions", json={"prompt": "a"}, headers=bearer(KEYS[0]))
+    lines = [each.getMessage() for each in caplog.records if each.name.endswith("gate")]
+    assert [line.rsplit(" ", 2)[0] for line in lines] == [
+        "GET /health 200", "GET /v1/models/x%0AGET%20/admin%20200%1b[31m 401",
+        "POST /v1/completions 200",
+    ]  # fmt: skip
+
+
+def test_nobody_logs_unasked(llm: LLM, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", "pyramidinfer"), serving(beside(llm)) as live:
+        assert live.complete().status_code == 200
+    assert not [each for each in caplog.records if each.name.startswith("pyramidinfer")]
+
+
+def test_a_models_name_may_hold_a_slash(llm: LLM) -> None:
+    with serving(beside(llm), model_name="ours/tiny") as live:
+        assert live.http.get("/v1/models/ours/tiny").json()["id"] == "ours/tiny"
+        assert live.http.get("/v1/models/ours").status_code == 404

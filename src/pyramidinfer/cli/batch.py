@@ -10,6 +10,7 @@ import asyncio
 import fcntl
 import json
 import os
+import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -68,7 +69,7 @@ def run_batch(choice: ModelChoice, source: Path, target: Path, model_name: str) 
         llm = load(choice)
         most = llm.engine.config.max_requests
         settings = ServerSettings(
-            model_name=model_name, max_waiting=2 * most, queue_timeout=FOREVER,
+            model_name=model_name, max_waiting=sys.maxsize, queue_timeout=FOREVER,
             request_timeout=FOREVER, max_n=most, max_logprobs=100,
         )  # fmt: skip
         service = Service(llm, settings)

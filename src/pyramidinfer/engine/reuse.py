@@ -8,6 +8,9 @@ request; what is least recently finished goes first when memory is short.
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
+from hashlib import blake2b
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,6 +19,7 @@ from pyramidinfer.engine.checks import check_stream
 from pyramidinfer.engine.making import costs_of, is_endless
 from pyramidinfer.engine.memory import Cost
 from pyramidinfer.engine.request import Request
+from pyramidinfer.types import TokenIds
 
 if TYPE_CHECKING:
     from pyramidinfer.engine.engine import Engine
@@ -32,41 +36,63 @@ class Conversations:
 
     def __init__(self, engine: Engine, limit: int) -> None:
         self.engine, self.limit = engine, limit
-        self.held: list[Request] = []
         self.hits = self.misses = self.reused_tokens = self.dropped = 0
+        self._digests: dict[Request, bytes] = {}  # in the order in which they ended
+        self._by_digest: dict[bytes, list[Request]] = {}
+        self._lengths: Counter[int] = Counter()
+        self._pages, self._bytes = np.zeros_like(engine.ledger.pages), 0
+        self._owners = [np.zeros(len(group.counts), dtype=np.int32) for group in engine.pool.groups]
+        self.page_count = 0  # pages that held caches own, those they share counted once
+
+    @property
+    def held(self) -> list[Request]:
+        """Requests whose caches are held, the one that goes first in front."""
+        return list(self._digests)
 
     @property
     def cost(self) -> Cost:
         """What all of them hold together."""
-        pages = np.zeros_like(self.engine.ledger.pages)
-        size = 0
-        for promised in [each.promised for each in self.held]:  # a list: metrics look in meanwhile
-            if promised is not None:
-                pages, size = pages + promised.pages, size + promised.bytes
-        return Cost(pages, size)
-
-    @property
-    def page_count(self) -> int:
-        """Pages that held caches own, those they share counted once."""
-        pool, owned = self.engine.pool, set[tuple[int, int]]()
-        for sequence in [each.sequence for each in self.held]:
-            if sequence is not None:
-                table = sequence.table
-                for layer, group in enumerate(pool.group_of.tolist()):
-                    pages = table.pages[layer, : int(table.held[layer])].tolist()
-                    owned.update((group, page) for page in pages)
-        return len(owned)
+        return Cost(self._pages.copy(), self._bytes)
 
     def keep(self, request: Request) -> None:
         """Hold a request's cache, and let old ones go that are too much then."""
-        self.held.append(request)
-        while self.cost.bytes > self.limit:
-            self._drop(self.held[0])
+        assert request.owner is not None
+        length = _length(request)
+        *_, digest = _digests(request.owner, request.text, [length])
+        self._digests[request] = digest
+        self._by_digest.setdefault(digest, []).append(request)
+        self._lengths[length] += 1
+        self._count(request, 1)
+        while self._bytes > self.limit:
+            self._drop()
+
+    def _let_go(self, held: Request) -> None:
+        """Hold a request's cache no longer; it has it still."""
+        self._count(held, -1)
+        digest, length = self._digests.pop(held), _length(held)
+        self._by_digest[digest].remove(held)
+        if not self._by_digest[digest]:
+            del self._by_digest[digest]
+        self._lengths[length] -= 1
+        if not self._lengths[length]:
+            del self._lengths[length]
+
+    def _count(self, held: Request, sign: int) -> None:
+        """Count what a cache holds in or out."""
+        assert held.sequence is not None and held.promised is not None
+        table, pool = held.sequence.table, self.engine.pool
+        self._pages = self._pages + sign * held.promised.pages
+        self._bytes += sign * held.promised.bytes
+        for layer, group in enumerate(pool.group_of.tolist()):
+            owners, pages = self._owners[group], table.pages[layer, : int(table.held[layer])]
+            before = int(np.count_nonzero(owners[pages]))
+            owners[pages] += sign
+            self.page_count += int(np.count_nonzero(owners[pages])) - before
 
     def admits(self, request: Request) -> bool:
         """Whether a waiting request can begin: on what is held, or beside it, or instead of it."""
         if request.owner is not None and request.sequence is None and request.prompt_top is None:
-            for held in sorted(self._beginnings(request), key=_length, reverse=True):
+            for held in self._beginnings(request):
                 if self._take_up(request, held):
                     return True
         if not self.clears(request.likely, request.promised):
@@ -86,13 +112,13 @@ class Conversations:
         if not ledger.fits(wanted, instead_of=cost):
             return False
         while not ledger.fits(wanted, instead_of=mine):
-            self._drop(self.held[0])
+            self._drop()
         return True
 
     def make_room(self) -> bool:
         """Let the oldest go; False where none is held."""
-        if self.held:
-            self._drop(self.held[0])
+        if self._digests:
+            self._drop()
             return True
         return False
 
@@ -102,19 +128,16 @@ class Conversations:
             pass
 
     def _beginnings(self, request: Request) -> list[Request]:
-        """Held texts that the request goes on with."""
+        """Held texts that the request goes on with, the longest first."""
+        assert request.owner is not None
+        lengths = sorted(length for length in self._lengths if length < len(request.prompt))
         found = []
-        for held in self.held:
-            size = _length(held)
-            if (
-                held.owner == request.owner
-                and size < len(request.prompt)
-                and held.policy == request.policy
-                and held.protect == request.protect
-                and held.text[:size] == request.prompt[:size]
-            ):
-                found.append(held)
-        return found
+        for digest in _digests(request.owner, request.prompt, lengths):
+            found += self._by_digest.get(digest, [])
+        return [
+            held for held in reversed(found)
+            if held.policy == request.policy and held.protect == request.protect
+        ]  # fmt: skip
 
     def _take_up(self, request: Request, held: Request) -> bool:
         """Give a held cache to a request, if what is added to it then fits."""
@@ -138,9 +161,9 @@ class Conversations:
         others = self.cost
         if not engine.ledger.fits(likely, instead_of=others):
             return False
-        self.held.remove(held)
+        self._let_go(held)
         while not engine.ledger.fits(likely, instead_of=held.promised):
-            self._drop(self.held[0])
+            self._drop()
         request.reused, request.reused_entries = table.seen_len, int(table.kept.sum())
         for each in (request, *request.samples):
             each.cost, each.likely = most, likely
@@ -149,8 +172,10 @@ class Conversations:
         self.hits, self.reused_tokens = self.hits + 1, self.reused_tokens + table.seen_len
         return True
 
-    def _drop(self, held: Request) -> None:
-        self.held.remove(held)
+    def _drop(self) -> None:
+        """Let the oldest go."""
+        held = next(iter(self._digests))
+        self._let_go(held)
         self.engine.release(held)
         self.dropped += 1
 
@@ -159,3 +184,13 @@ def _length(held: Request) -> int:
     """Tokens that a held cache has seen."""
     assert held.sequence is not None
     return held.sequence.table.seen_len
+
+
+def _digests(owner: str, text: TokenIds, lengths: list[int]) -> Iterator[bytes]:
+    """What the first so many tokens of an owner's text are known by; lengths ascend."""
+    data, at = np.array(text, dtype=np.int64), 0
+    hasher = blake2b(owner.encode(), digest_size=32)
+    for length in lengths:
+        hasher.update(data[at:length].tobytes())
+        at = length
+        yield hasher.digest()

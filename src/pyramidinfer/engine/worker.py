@@ -28,6 +28,9 @@ __all__ = ["AsyncEngine", "Busy", "Observer", "Stream", "Update"]
 
 log = logging.getLogger(__name__)
 
+#: Seconds without anything to do until the pool is checked.
+QUIET = 0.05
+
 
 class Busy(Exception):
     """The queue is full; ``retry_after``: seconds after which there may be room."""
@@ -246,27 +249,34 @@ class AsyncEngine:
             self._publish()
 
     def _loop(self) -> None:
-        checked = True
+        checked, due = True, 0.0
         while not self._stopping:
             self._beat = time.monotonic()
-            idle = self.engine.scheduler.idle
-            if idle and not checked:
+            if not self.engine.scheduler.idle:
+                self._obey(0.0)
+            elif checked:
+                self._obey(None)
+            elif not self._obey(max(QUIET, due - self._beat)):
+                begun = time.monotonic()
                 self._check()
-                checked = True
-            self._obey(wait=idle)
+                checked, due = True, 21 * time.monotonic() - 20 * begun  # a twentieth of the time
             if not self.engine.scheduler.idle:
                 checked = False
                 self._step()
             self._expire()
             self._publish()
 
-    def _obey(self, wait: bool) -> None:
-        """Do what was asked for meanwhile; ``wait`` until something is."""
+    def _obey(self, wait: float | None) -> bool:
+        """Do what was asked for, waiting so many seconds for it (None: until something is); False
+        where nothing was."""
+        try:
+            self._commands.get(block=wait != 0.0, timeout=wait)()
+        except Empty:
+            return False
         with suppress(Empty):
-            if wait:
-                self._commands.get()()
             while not self._stopping:
                 self._commands.get_nowait()()
+        return True
 
     def _check(self) -> None:
         try:

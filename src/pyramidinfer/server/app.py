@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator
@@ -69,7 +70,7 @@ def build_app(llm: LLM, settings: ServerSettings) -> FastAPI:
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=list(settings.cors_origins),
-            allow_methods=["GET", "POST"], allow_headers=["Authorization", "Content-Type"],
+            allow_methods=["GET", "POST"], allow_headers=["*"],  # OpenAI's client sends a dozen
         )  # fmt: skip
     _add_errors(app, service)
     _add_generation(app, service)
@@ -179,7 +180,7 @@ def _add_generation(app: FastAPI, service: Service) -> None:
         """The model that is served, and what a request may ask of its cache."""
         return {"object": "list", "data": [about()]}
 
-    @app.get("/v1/models/{model}", responses={401: ERRORS[401], 404: ERRORS[404]})
+    @app.get("/v1/models/{model:path}", responses={401: ERRORS[401], 404: ERRORS[404]})
     async def model(model: str) -> dict[str, Any]:
         """One model."""
         service.check_model(model)
@@ -192,10 +193,13 @@ def _add_tokens(app: FastAPI, service: Service) -> None:
         """Token ids of a text, or of messages under the chat template."""
         service.check_model(body.model)
         try:
+            prompts = service.prompts
             if body.messages is not None:
-                tokens = service.prompts.chat(body.messages, body.add_generation_prompt)
+                work = asyncio.to_thread(prompts.chat, body.messages, body.add_generation_prompt)
             else:
-                tokens = service.prompts.encode(body.prompt or "", body.add_special_tokens)
+                text = body.prompt or ""
+                work = asyncio.to_thread(prompts.encode, text, body.add_special_tokens)
+            tokens = await work
         except ValueError as error:
             raise ApiError(400, str(error)) from None
         longest = service.llm.engine.adapter.max_positions
@@ -206,7 +210,7 @@ def _add_tokens(app: FastAPI, service: Service) -> None:
         """The text of token ids, special ones included."""
         service.check_model(body.model)
         try:
-            return {"prompt": service.prompts.decode(body.tokens)}
+            return {"prompt": await asyncio.to_thread(service.prompts.decode, body.tokens)}
         except ValueError as error:
             raise ApiError(400, str(error), param="tokens") from None
 

@@ -35,6 +35,11 @@ HEADERS = {
     "X-Frame-Options": "DENY", "Cross-Origin-Resource-Policy": "same-origin",
 }  # fmt: skip
 
+NO_KEY = error_response(
+    401, "give a valid API key: Authorization: Bearer KEY", None, "invalid_api_key",
+    {"WWW-Authenticate": "Bearer", "Connection": "close"},
+)  # fmt: skip
+
 
 class Gate:
     """ASGI middleware around the whole application.
@@ -68,20 +73,17 @@ class Gate:
                 answer.setdefault("Cache-Control", "no-store")
             await send(message)
 
-        if scope["owner"] is None and scope["path"] not in OPEN and scope["method"] != "OPTIONS":
-            self.rejected(401)
-            answer = error_response(
-                401, "give a valid API key: Authorization: Bearer KEY", None, "invalid_api_key",
-                {"WWW-Authenticate": "Bearer", "Connection": "close"},
-            )  # fmt: skip
-            await answer(scope, receive, told)
-            return
         try:
-            await self.app(scope, self._bounded(receive, headers), told)
+            if scope["owner"] is None and not _is_open(scope):
+                self.rejected(401)
+                await NO_KEY(scope, receive, told)
+            else:
+                await self.app(scope, self._bounded(receive, headers), told)
         finally:
-            if self.settings.access_log:
+            if self.settings.access_log:  # the path as it was sent: decoded it may hold anything
+                path = scope.get("raw_path", b"").decode("latin-1")
                 log.info(
-                    "%s %s %s %.3f s", scope["method"], scope["path"], scope.get("status", 499),
+                    "%s %s %s %.3f s", scope["method"], path, scope.get("status", 499),
                     time.monotonic() - begun,
                 )  # fmt: skip
 
@@ -133,6 +135,11 @@ class Gate:
                     raise _too_large(most)
 
         return bounded
+
+
+def _is_open(scope: Scope) -> bool:
+    """Whether a request needs no key (a preflight carries none)."""
+    return scope["path"] in OPEN or scope["method"] == "OPTIONS"
 
 
 def _too_large(most: int) -> HTTPException:
