@@ -13,6 +13,7 @@ import torch
 
 from pyramidinfer import LLM
 from pyramidinfer.engine import engine as engine_module
+from pyramidinfer.engine.text import Detokenizer
 from pyramidinfer.engine.worker import Stream
 from pyramidinfer.server.grammar import JsonConstraint, SchemaError
 from tests.server.live import STORY, Live, beside, connect, post, serving, until
@@ -354,3 +355,35 @@ def test_an_engine_that_stands_still(llm: LLM) -> None:
             assert live.http.get("/health").json()["error"]["code"] == "engine_stalled"
         assert waits.result().status_code == 200
         until(lambda: live.http.get("/health").status_code == 200)
+
+
+# --- a tokenizer that raises ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stop", [None, ["nowhere"]])
+@pytest.mark.parametrize("stream", [False, True])
+def test_text_that_cannot_be_decoded_fails_its_request_alone(
+    live: Live, monkeypatch: pytest.MonkeyPatch, stop: list[str] | None, stream: bool
+) -> None:
+    """Wherever text is made: for an update, for a stop string, at the end."""
+    body = {"max_tokens": 30, "ignore_eos": True}
+    alone = live.complete(**body).json()["choices"]
+    decode, marked = Detokenizer._decode, "market"
+
+    def failing(self: Detokenizer, tokens: list[int]) -> str:
+        text = decode(self, tokens)
+        if len(self.text) > 30 and marked in decode(self, self._before):
+            raise RuntimeError("no such word")
+        return text
+
+    monkeypatch.setattr(Detokenizer, "_decode", failing)
+    with ThreadPoolExecutor() as pool:
+        bad = {**body, "stop": stop, "stream": stream}
+        doomed = pool.submit(live.complete, "The old baker walked to the market", **bad)
+        assert live.complete(**body).json()["choices"] == alone
+    answer = doomed.result()
+    assert answer.status_code == (200 if stream else 500)
+    assert "its tokens cannot be decoded: RuntimeError: no such word" in answer.text
+    monkeypatch.undo()
+    assert live.complete(**body).json()["choices"] == alone
+    live.settle()

@@ -436,6 +436,9 @@ class Engine:
         request.kv = self.usage(request)
         if request.detokenizer and not request.detokenizer.stopped:
             request.detokenizer.update(request.output, last=True)
+        if request.detokenizer and request.detokenizer.error and reason in ("stop", "length"):
+            reason = request.finish_reason = "error"
+            request.error = request.detokenizer.error
         if request.intake is not None:
             request.computed, request.intake = request.computed or request.intake.computed, None
         keeps = request.owner is not None and reason != "error" and request.lowered_to is None

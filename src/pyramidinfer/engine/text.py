@@ -26,6 +26,7 @@ class Detokenizer:
         self.tokenizer, self.stop = tokenizer, stop
         self.text = ""
         self.stopped = False
+        self.error: str | None = None
         special = set(getattr(tokenizer, "all_special_ids", ()))
         self._before = list(takewhile(lambda token: token not in special, prompt[:-CONTEXT:-1]))
         self._before.reverse()
@@ -34,10 +35,17 @@ class Detokenizer:
     def update(self, tokens: TokenIds, *, last: bool = False) -> None:
         """Take in tokens beyond those seen; ``stopped`` tells that a stop string was reached.
 
-        The text is cut before the stop string.
+        The text is cut before the stop string.  A tokenizer that raises is told of in ``error``,
+        and the text stays as it is from then on: one request's must not end the others'.
         """
-        known = self._decode(self._part(tokens, self._read))
-        grown = self._decode(self._part(tokens, len(tokens)))
+        if self.error:
+            return
+        try:
+            known = self._decode(self._part(tokens, self._read))
+            grown = self._decode(self._part(tokens, len(tokens)))
+        except Exception as error:
+            self.error = f"its tokens cannot be decoded: {type(error).__name__}: {error}"
+            return
         if len(grown) <= len(known) or (grown.endswith("\ufffd") and not last):
             return
         before = len(self.text)

@@ -363,11 +363,15 @@ class AsyncEngine:
             self.observer.token(request, None if each.last is None else now - each.last)
             each.last = now
         logprobs = request.logprobs[each.given :]
-        each.given, each.ended = len(request.output), ended
         text, detokenizer = "", request.detokenizer
+        if detokenizer is not None and not ended and not detokenizer.stopped:
+            detokenizer.update(request.output)
+            if detokenizer.error:
+                self.engine.fail(request, error=detokenizer.error)
+                self.observer.ended(request, "error")
+                ended = True
+        each.given, each.ended = len(request.output), ended
         if detokenizer is not None:
-            if not ended and not detokenizer.stopped:
-                detokenizer.update(request.output)
             whole = detokenizer.text if ended else detokenizer.settled
             text, each.written = whole[each.written :], max(each.written, len(whole))
         kv = self.engine.usage(request) if stream.watch or ended else None
