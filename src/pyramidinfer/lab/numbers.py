@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from pyramidinfer.lab import methods, numbers_bench
+from pyramidinfer.lab import methods, numbers_bench, numbers_serving
 from pyramidinfer.lab.numbers_studies import (
     SCHEDULE,
     aims,
@@ -261,7 +261,7 @@ def _policy_options(plan: dict[str, Any]) -> list[str]:
 SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "demo_model": _model, "demo": _demo, "quality": quality, "aims": aims, "curves": curves,
     "calibrate": _calibrate, "icr": _icr, "rac": _rac, "map": _map,
-    **numbers_bench.SECTIONS,
+    **numbers_bench.SECTIONS, **numbers_serving.SECTIONS,
 }  # fmt: skip
 
 

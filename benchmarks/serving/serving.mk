@@ -1,0 +1,22 @@
+# What is measured of the server over HTTP (see docs/bench.md); each within five minutes or so on two cores.
+SERVING := benchmarks/serving
+GUIDELLM_OPTIONS ?=
+SOAK_OPTIONS ?=
+
+.PHONY: bench-serving bench-guidellm soak
+
+bench-serving: $(VENV)/.installed-dev
+	$(BENCH) serve --policies full,pyramidinfer,pyramid --kv-memory 16MiB --requests 48 \
+		--rates 2,4,8,16,inf --json $(RESULTS)/bench_serve.json
+	$(BENCH) turns --conversations 10 --json $(RESULTS)/bench_turns.json
+	$(BENCH) turns --conversations 10 --prompt-len 3000 --json $(RESULTS)/bench_turns_long.json
+	mv $(RESULTS)/bench_serve.png $(RESULTS)/bench_turns*.png docs/images/
+	$(MAKE) pages
+
+# An independent load generator, in an environment of its own, against the same server.
+bench-guidellm: .peers/guidellm/.tried $(VENV)/.installed-dev
+	$(BIN)/python $(SERVING)/drive_guidellm.py --environment .peers/guidellm \
+		--json $(RESULTS)/guidellm.json $(GUIDELLM_OPTIONS)
+
+soak: $(VENV)/.installed-dev
+	$(BIN)/python -m pyramidinfer.lab.soak --json $(RESULTS)/soak.json $(SOAK_OPTIONS)

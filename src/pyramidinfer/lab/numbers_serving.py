@@ -1,0 +1,221 @@
+"""Sections of ``docs/numbers.md`` on the server: load, conversations, guidellm, soak, fuzzing."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable
+from dataclasses import fields
+from functools import partial
+from typing import Any
+
+from pyramidinfer.lab.bench.serve_plan import ServePlan, ServerSetting, SoakPlan, TurnsPlan
+from pyramidinfer.lab.bench.serve_views import milliseconds, rate
+from pyramidinfer.lab.numbers_studies import json_option, origin, table
+
+__all__ = ["SECTIONS"]
+
+Result = dict[str, Any]
+
+
+def _block(words: list[str], configuration: Result, plan: Any, result: str) -> str:
+    """The command that measures it again, with the options that differ from the usual ones."""
+    usual: dict[str, Any] = {
+        each.name: each.default for kind in (ServerSetting, plan) for each in fields(kind)
+    }
+    for name, value in configuration.items():
+        given = tuple(value) if isinstance(value, list) else value
+        if name == "rates":
+            given = tuple(map(float, value))
+        if given is None or given == usual[name]:
+            continue
+        if isinstance(given, tuple):
+            given = (" " if name == "policies" else ",").join(
+                f"{each:g}" if isinstance(each, float) else str(each) for each in given
+            )
+        option = "serve-options" if name == "options" else name.replace("_", "-")
+        shown = f"{given:g}" if isinstance(given, float) else str(given)
+        words = [*words, f"--{option}", shown]
+    return f"```bash\n{shlex.join([*words, *json_option(result)])}\n```\n"
+
+
+def _model(result: Result) -> str:
+    name = result["model"]
+    return "the shipped model" if name == "demo-model" else f"`{name}`"
+
+
+def _latency(values: dict[str, float] | None) -> str:
+    return " / ".join(milliseconds(values, "p50", "p99"))
+
+
+def load(entry: Result) -> str:
+    c, result = entry["configuration"], entry["result"]
+    memory = "" if c["url"] else f", each with {c['kv_memory']} of KV memory"
+    lines = [
+        "## A server under load\n", origin(entry),
+        f"On {_model(result)} over HTTP; {c['requests']} requests of {c['prompt_len']:,} prompt "
+        f"tokens and {c['output_len']} generated ones at each rate; one server for each policy"
+        f"{memory}, keep {c['keep']:g}. Policies take turns at each rate, with the same prompts "
+        f"and the same (Poisson) arrivals; `inf` sends all at once.\n",
+        _block(["pyramidinfer", "bench", "serve"], c, ServePlan, "bench_serve"),
+        "How to read it: latencies are p50 / p99 and count from when a request was due. TTFT is "
+        "the time to the first token, ITL that between tokens. `good` requests had their first "
+        f"token within {c['slo_ttft']:g} s and further ones within {1e3 * c['slo_itl']:g} ms each "
+        "(mean of a request). `times` compares output tokens/s with the first policy's; as long as "
+        "a server keeps up, the arrivals decide them. `at once` is the most requests that ran at "
+        "the same time. Client and server share the machine.\n",
+    ]  # fmt: skip
+    head = ["requests/s", "policy", "done", "429", "failed", "TTFT, ms", "ITL, ms",
+            "output tokens/s", "times", "done/s", "good/s", "at once"]  # fmt: skip
+    lines += table(head, [
+        [
+            rate(row), f"`{row['policy']}`", str(row["completed"]), str(row["refused"]),
+            str(row["failed"]), _latency(row["first_token_seconds"]),
+            _latency(row["inter_token_seconds"]), f"{row['output_tokens_per_second']:.0f}",
+            _times(row["throughput_against_first"]), f"{row['requests_per_second']:.2f}",
+            f"{row['goodput']:.2f}",
+            "–" if row["peak_running"] is None else f"{row['peak_running']:.0f}",
+        ]
+        for row in result["rows"]
+    ])  # fmt: skip
+    most = [
+        f"`{row['policy']}` {row['peak_running']:.0f}"
+        + (f" ({row['against_first']:.2f} times)" if row["against_first"] else "")
+        for row in result["concurrency"]
+    ]
+    lines.append(f"\nMost requests running at once, over all rates: {', '.join(most)}.")
+    return "\n".join([*lines, "\n![a server under load](images/bench_serve.png)\n"])
+
+
+def _times(values: dict[str, float] | None) -> str:
+    if values is None:
+        return "–"
+    low, high = values["min"], values["max"]
+    return f"{values['median']:.2f}" + ("" if low == high else f" [{low:.2f}, {high:.2f}]")
+
+
+def conversations(entry: Result, name: str = "turns", title: str = "Conversations") -> str:
+    c, result = entry["configuration"], entry["result"]
+    lines = [
+        f"## {title}\n", origin(entry),
+        f"On {_model(result)} over HTTP, one at a time; {c['conversations']} conversations of "
+        f"{c['turns']} turns: {c['prompt_len']:,} tokens first, {c['turn_len']} new ones a turn, "
+        f"{c['output_len']} generated; keep {c['keep']:g}, {c['kv_memory']} of KV memory.\n",
+        _block(["pyramidinfer", "bench", "turns"], c, TurnsPlan, f"bench_{name}"),
+        "How to read it: milliseconds to the first token, medians; `anew` computes the whole "
+        "prompt (`reuse: false`), `reuse` takes up the cache that the turn before left. Both are "
+        "asked turn by turn on the same server; `times faster` is within a conversation, in "
+        "brackets the range. `kept` is entries a layer at the turn's end.\n",
+    ]  # fmt: skip
+    head = ["policy", "turn", "prompt", "reused", "tokens cached", "anew, ms", "reuse, ms",
+            "times faster", "kept anew", "kept with reuse"]  # fmt: skip
+    lines += table(head, [
+        [
+            f"`{row['policy']}`", str(row["turn"]), f"{row['prompt_tokens']:,}",
+            f"{row['reused']} of {row['conversations']}",
+            f"{row['cached_tokens']['reuse']['median']:,.0f}",
+            *(f"{1e3 * row['first_token_seconds'][mode]['median']:.1f}"
+              for mode in ("anew", "reuse")),
+            _times(row["times_faster"]),
+            *(f"{row['kv_tokens_kept'][mode]['median']:,.0f}" for mode in ("anew", "reuse")),
+        ]
+        for row in result["rows"]
+    ])  # fmt: skip
+    return "\n".join([*lines, f"\n![{title.lower()}](images/bench_{name}.png)\n"])
+
+
+def guidellm(entry: Result) -> str:
+    c, result = entry["configuration"], entry["result"]
+    lines = [
+        "## The same server under guidellm\n", origin(entry),
+        f"{result['version'].replace('==', ' ')}, a load generator by others, on the shipped "
+        f"model: {c['prompt_len']:,} prompt tokens, {c['output_len']} generated, Poisson arrivals "
+        f"for {c['seconds']:g} seconds at each rate; {c['kv_memory']} of KV memory, keep "
+        f"{c['keep']:g}; one server after the other.\n",
+        "```bash\nmake bench-guidellm\n```\n",
+        "How to read it: the figures are guidellm's own, and of requests that were answered in "
+        "time; `cut off` are those still running when the time was over. Latencies are p50 / p99, "
+        "of requests.\n",
+    ]  # fmt: skip
+    head = ["requests/s", "policy", "done", "errors", "cut off", "TTFT, ms", "ITL, ms",
+            "output tokens/s", "done/s", "at once, mean"]  # fmt: skip
+    lines += table(head, [
+        [
+            f"{row['rate']:g}", f"`{row['policy']}`", str(row["completed"]), str(row["errors"]),
+            str(row["cut_off"]),
+            *(f"{row[key]['p50']:,.{digits}f} / {row[key]['p99']:,.{digits}f}"
+              for key, digits in (("first_token_ms", 0), ("inter_token_ms", 1))),
+            f"{row['output_tokens_per_second']:.0f}", f"{row['requests_per_second']:.2f}",
+            f"{row['concurrency']:.1f}",
+        ]
+        for row in sorted(result["rows"], key=lambda row: row["rate"])
+    ])  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+def soak(entry: Result) -> str:
+    c, result = entry["configuration"], entry["result"]
+    outcomes, after, memory = result["outcomes"], result["after"], result["memory"]
+    statuses = ", ".join(f"{n:,} with {status}" for status, n in sorted(result["statuses"].items())
+                         if status != "0")  # fmt: skip
+    lines = [
+        "## Soak\n", origin(entry),
+        f"{c['clients']} clients at once for {c['seconds']:g} seconds on {c['kv_memory']} of KV "
+        f"memory and a queue of {c['max_waiting']}; mixed policies, budgets, lengths and options; "
+        "a third of them hang up at a random moment.\n",
+        _block(["python", "-m", "pyramidinfer.lab.soak"], c, SoakPlan, "soak"),
+        "| measure | figure |", "|---|---|",
+        f"| requests | {result['requests']:,}: {outcomes.get('completed', 0):,} answered, "
+        f"{outcomes.get('left', 0):,} left, {outcomes.get('refused', 0):,} refused (429), "
+        f"{outcomes.get('failed', 0):,} failed |",
+        f"| statuses | {statuses} |",
+        f"| tokens streamed | {result['streamed_tokens']:,} |",
+        f"| most requests running | {after.get('pyramidinfer:peak_requests_running', 0):.0f} |",
+        f"| caches taken up by a next turn | {after.get('pyramidinfer:reuse_hits_total', 0):,.0f} "
+        "|",
+        f"| pages in use when idle | {after['pyramidinfer:pool_pages_in_use']:.0f}, held by "
+        f"conversations that may go on: {after['pyramidinfer:pool_pages_reusable']:.0f} |",
+        f"| the pool's own checks | {after['pyramidinfer:pool_checks_total']:.0f}, failed: "
+        f"{after['pyramidinfer:pool_check_failures_total']:.0f} |",
+    ]  # fmt: skip
+    if memory is not None:
+        lines.append(
+            f"| resident memory | {memory['warm_bytes'] / 2**20:.0f} MiB after warm-up, "
+            f"{memory['end_bytes'] / 2**20:.0f} MiB at the end ({memory['growth']:+.1%}) |"
+        )
+    lines.append(f"| SIGTERM with requests in hand | exit code {result['exit_code']} |")
+    wrong = "; ".join(result["breaches"])
+    lines.append(f"\n{'Wrong: ' + wrong if wrong else 'Nothing was wrong'}.\n")
+    return "\n".join(lines)
+
+
+def fuzz(entry: Result) -> str:
+    c, result = entry["configuration"], entry["result"]
+    words = ["python", "-m", "pyramidinfer.lab.fuzz"]
+    for name in ("cases", "seed"):
+        words += [f"--{name}", str(c[name])] if c.get(name) else []
+    lines = [
+        "## Requests that nobody would send\n", origin(entry),
+        f"{result['cases']:,} requests in {result['seconds']:.0f} seconds, made from the server's "
+        "own OpenAPI document (schemathesis), from known names with any values, and from bodies "
+        f"with bytes changed. **{result['failures']:,} failures**: no answer, a status of 500 or "
+        "more, or an error that has not OpenAI's shape.\n",
+        f"```bash\n{shlex.join([*words, *json_option('fuzz')])}\n```\n",
+    ]  # fmt: skip
+    by_operation = result.get("by_operation", {})
+    if by_operation:
+        lines += table(["operation", "requests", "statuses"], [
+            [f"`{name}`", f"{each['cases']:,}", _statuses(each["statuses"])]
+            for name, each in by_operation.items()
+        ])  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+def _statuses(counts: dict[str, int]) -> str:
+    return ", ".join(f"{status}: {count:,}" for status, count in sorted(counts.items()))
+
+
+SECTIONS: dict[str, Callable[[Result], str]] = {
+    "bench_serve": load, "bench_turns": conversations,
+    "bench_turns_long": partial(conversations, name="turns_long", title="Long conversations"),
+    "guidellm": guidellm, "soak": soak, "fuzz": fuzz,
+}  # fmt: skip

@@ -1,0 +1,269 @@
+"""A server under many clients for minutes: ``python -m pyramidinfer.lab.soak``.
+
+Clients stream with mixed policies, budgets, lengths and options; a third of them hang up at a
+random moment.  The server has too little memory and a bounded queue, so that requests wait and
+some are refused.  Afterwards nothing may be wrong: no other status than 200 and 429, no stream
+that just stops, no page that leaks, memory that does not grow, and an orderly end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+
+from pyramidinfer.lab.bench.load import Record, ask, client
+from pyramidinfer.lab.bench.serve_plan import SoakPlan
+from pyramidinfer.lab.bench.served import PEAK, PROGRAM, RUNNING, WAITING, Metrics, Served
+from pyramidinfer.lab.record import write_result
+from pyramidinfer.lab.soak_requests import Visitor, Wish
+
+__all__ = ["main", "memory_growth", "run_soak"]
+
+WARM_SHARE = 0.2  # of the time; memory is compared with what it was then
+GROWTH = 0.02  # memory may grow by so much afterwards
+WINDOW = 0.1  # of the time, at both ends of what is compared
+#: Every so many seconds come some in which one client in ten asks: the queue empties, and caches of
+#: conversations live until their next turn.
+WAVE, CALM, BUSY_IN_CALM = 40.0, 15.0, 10
+LAST_REQUESTS = 4  # in hand when the server is told to stop
+IN_USE, REUSABLE = "pyramidinfer:pool_pages_in_use", "pyramidinfer:pool_pages_reusable"
+CHECKS, FAULTS = "pyramidinfer:pool_checks_total", "pyramidinfer:pool_check_failures_total"
+WATCHED = (
+    IN_USE, REUSABLE, CHECKS, FAULTS, PEAK, "pyramidinfer:reuse_bytes",
+    "pyramidinfer:reuse_hits_total", "vllm:num_preemptions_total", "pyramidinfer:resumed_total",
+    "pyramidinfer:tightened_total", "pyramidinfer:kv_entries_evicted_total",
+    "vllm:generation_tokens_total", "vllm:prompt_tokens_total", "vllm:kv_cache_usage_perc",
+)  # fmt: skip
+
+
+@dataclass
+class _Seen:
+    """What came of the requests; and memory, second by second."""
+
+    outcomes: Counter[str] = field(default_factory=Counter)
+    statuses: Counter[int] = field(default_factory=Counter)
+    finishes: Counter[str] = field(default_factory=Counter)
+    faults: Counter[str] = field(default_factory=Counter)
+    tokens: int = 0
+    moments: list[float] = field(default_factory=list)
+    resident: list[int] = field(default_factory=list)
+
+    def add(self, record: Record, wish: Wish) -> None:
+        self.outcomes[record.outcome] += 1
+        self.statuses[record.status] += 1
+        self.finishes.update(record.finish.values())
+        self.tokens += len(record.arrivals)
+        odd = record.status not in (0, 200, 429)
+        if record.outcome == "failed" or odd:
+            self.faults[f"{wish.path}: {record.why or f'status {record.status}'}"] += 1
+        elif record.outcome == "completed" and len(record.finish) != wish.choices:
+            self.faults[
+                f"{wish.path}: {len(record.finish)} of {wish.choices} choices have a finish_reason"
+            ] += 1
+
+
+def run_soak(plan: SoakPlan, out: Path | None = None, program: Sequence[str] = PROGRAM
+             ) -> dict[str, Any]:  # fmt: skip
+    """Load a server, write ``out``, and return the result; ``breaches`` is what was wrong."""
+    plan.check()
+    server = Served(plan.words, plan.threads, program)
+    try:
+        server.ready()
+        began = time.perf_counter()
+        seen = asyncio.run(_load(plan, server))
+        seconds = time.perf_counter() - began
+        breaches = [f"{count} times: {what}" for what, count in seen.faults.most_common(10)]
+        idle, wrong = _after(server)
+        breaches += wrong
+        code, wrong = asyncio.run(_end(plan, server))
+        breaches += wrong
+    finally:
+        server.kill()
+    memory = memory_growth(seen.moments, seen.resident)
+    if plan.judge_memory and (memory is None or memory["growth"] > GROWTH):
+        breaches.append(_memory_words(memory))
+    result = {
+        "breaches": breaches, "seconds": seconds, "requests": sum(seen.outcomes.values()),
+        "outcomes": dict(seen.outcomes), "statuses": {str(s): n for s, n in seen.statuses.items()},
+        "finish_reasons": dict(seen.finishes), "streamed_tokens": seen.tokens,
+        "after": idle, "memory": memory, "exit_code": code,
+        "resident_mib": [round(each / 2**20, 1) for each in seen.resident],
+    }  # fmt: skip
+    if out is not None:
+        write_result(out, asdict(plan), result)
+    return result
+
+
+# --- while it runs --------------------------------------------------------------------------------
+
+
+async def _load(plan: SoakPlan, server: Served) -> _Seen:
+    """All clients, until the time is over; those still served then wait for their answers."""
+    seen = _Seen()
+    start = time.perf_counter()
+    end = start + plan.seconds
+    model = server.model()
+
+    async def one(number: int) -> None:
+        visitor = Visitor(model, plan.seed, number)
+        async with client(server.url) as http:
+            while (now := time.perf_counter()) < end:
+                if number % BUSY_IN_CALM and is_calm(now - start):
+                    await asyncio.sleep(0.25)
+                    continue
+                wish = visitor.wish()
+                await asyncio.sleep(wish.pause)
+                record = await ask(http, wish.path, wish.body, start=start, leave=wish.leave)
+                seen.add(record, wish)
+                visitor.heard(wish, record)
+                if record.outcome == "refused":
+                    await asyncio.sleep(wish.patience)
+
+    watcher = asyncio.create_task(_watch(server, seen, start))
+    await asyncio.gather(*(one(number) for number in range(plan.clients)))
+    watcher.cancel()
+    await asyncio.gather(watcher, return_exceptions=True)
+    return seen
+
+
+def is_calm(moment: float) -> bool:
+    """Whether few are to ask at this moment of the run."""
+    return moment % WAVE > WAVE - CALM
+
+
+async def _watch(server: Served, seen: _Seen, start: float) -> None:
+    process = psutil.Process(server.pid)
+    while True:
+        seen.moments.append(time.perf_counter() - start)
+        seen.resident.append(process.memory_info().rss)
+        await asyncio.sleep(1.0)
+
+
+def memory_growth(moments: Sequence[float], resident: Sequence[int]) -> dict[str, Any] | None:
+    """Resident bytes after warm-up and at the end, medians of windows; None for too short a
+    series."""
+    if len(moments) < 20:
+        return None
+    length = moments[-1]
+
+    def median(low: float, high: float) -> float:
+        inside = [
+            size for at, size in zip(moments, resident, strict=True)
+            if low * length <= at <= high * length
+        ]  # fmt: skip
+        return float(np.median(inside))
+
+    first, last = median(WARM_SHARE, WARM_SHARE + WINDOW), median(1 - WINDOW, 1)
+    return {"warm_bytes": first, "end_bytes": last, "growth": last / first - 1,
+            "peak_bytes": max(resident), "allowed": GROWTH}  # fmt: skip
+
+
+def _memory_words(memory: dict[str, Any] | None) -> str:
+    if memory is None:
+        return "the run was too short to judge memory"
+    first, last = memory["warm_bytes"] / 2**20, memory["end_bytes"] / 2**20
+    return (
+        f"resident memory grew by {memory['growth']:.1%} after warm-up ({first:.0f} to {last:.0f} "
+        f"MiB; {GROWTH:.0%} allowed)"
+    )
+
+
+# --- and afterwards -------------------------------------------------------------------------------
+
+
+def _after(server: Served) -> tuple[Metrics, list[str]]:
+    """Figures of the idle server, and what is wrong with them."""
+    try:
+        server.idle(60)
+        time.sleep(1.0)  # an idle server checks its pool
+        now = server.idle(5)
+    except ValueError as error:
+        return server.metrics(), [str(error)]
+    missing = [name for name in (RUNNING, IN_USE, REUSABLE, CHECKS, FAULTS) if name not in now]
+    if missing:
+        return now, [f"/metrics lacks {name}" for name in missing]
+    wrong = []
+    if now[IN_USE] != now[REUSABLE]:
+        wrong.append(f"{now[IN_USE]:.0f} pages are in use when idle, {now[REUSABLE]:.0f} of them "
+                     f"by conversations that may go on: the others leaked")  # fmt: skip
+    if now[FAULTS]:
+        wrong.append(f"the pool's own check failed {now[FAULTS]:.0f} times")
+    if not now[CHECKS]:
+        wrong.append("the pool was never checked")
+    return {name: now[name] for name in WATCHED if name in now}, wrong
+
+
+async def _end(plan: SoakPlan, server: Served) -> tuple[int | None, list[str]]:
+    """SIGTERM with requests in hand: they are answered to the end, and the server exits with 0."""
+    visitor = Visitor(server.model(), plan.seed, plan.clients)
+    wishes = [visitor.long_wish() for _ in range(LAST_REQUESTS)]
+    async with client(server.url) as http:
+        tasks = [asyncio.create_task(ask(http, wish.path, wish.body)) for wish in wishes]
+        taken = 0.0
+        while taken < LAST_REQUESTS and not any(task.done() for task in tasks):
+            now = await asyncio.to_thread(server.metrics)
+            taken = now.get(RUNNING, 0) + now.get(WAITING, 0)
+        code = await asyncio.to_thread(server.stop)
+        records = await asyncio.gather(*tasks)
+    wrong = [] if code == 0 else [f"after SIGTERM the server's exit code was {code}"]
+    for record in records:
+        if record.outcome != "completed":
+            wrong.append(f"a request in hand at SIGTERM was not answered: {record.why}")
+    return code, wrong
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
+    usual = SoakPlan()
+    parser = argparse.ArgumentParser(prog="python -m pyramidinfer.lab.soak",
+                                     description=(__doc__ or "").splitlines()[0])  # fmt: skip
+    add = parser.add_argument
+    add("--clients", type=int, default=usual.clients)
+    add("--seconds", type=float, default=usual.seconds)
+    add("--model", default=None, help="folder or hub id; default: the shipped model")
+    add("--kv-memory", default=usual.kv_memory, help="little, so that requests wait")
+    add("--max-waiting", type=int, default=usual.max_waiting, help="the queue's bound")
+    add("--reuse-share", type=float, default=usual.reuse_share, help="0: no conversations are kept")
+    add("--serve-options", default="", help="further options for `pyramidinfer serve`")
+    add("--threads", type=int, default=0, help="of the server; 0 leaves its choice")
+    add("--seed", type=int, default=0)
+    add("--json", type=Path, default=Path("out/soak.json"))
+    given = parser.parse_args(arguments)
+    try:
+        plan = SoakPlan(given.clients, given.seconds, given.model, given.kv_memory,
+                        given.max_waiting, given.reuse_share, given.serve_options, given.threads,
+                        given.seed)  # fmt: skip
+        result = run_soak(plan, given.json)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    _report(result)
+    print(given.json)
+    sys.exit(bool(result["breaches"]))
+
+
+def _report(result: dict[str, Any]) -> None:
+    counts = ", ".join(f"{number} {name}" for name, number in result["outcomes"].items())
+    print(f"{result['requests']} requests in {result['seconds']:.0f} seconds: {counts}")
+    memory = result["memory"]
+    if memory is not None:
+        print(f"resident memory: {memory['warm_bytes'] / 2**20:.0f} MiB after warm-up, "
+              f"{memory['end_bytes'] / 2**20:.0f} at the end "
+              f"({memory['growth']:+.1%})")  # fmt: skip
+    for breach in result["breaches"]:
+        print(f"wrong: {breach}")
+    print("soak: failed" if result["breaches"] else "soak: passed")
+
+
+if __name__ == "__main__":
+    main()

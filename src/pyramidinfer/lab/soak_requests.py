@@ -1,0 +1,131 @@
+"""What the soak's clients ask for."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import Any
+
+from pyramidinfer.lab.bench.load import Leave, Record
+from pyramidinfer.lab.documents import document, filler_sentence
+
+__all__ = ["Visitor", "Wish"]
+
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+LONGEST = 1500  # words of a prompt
+
+
+@dataclass(frozen=True)
+class Wish:
+    """One request: sent after ``pause`` seconds; ``patience``: rest after a refusal."""
+
+    path: str
+    body: dict[str, Any]
+    leave: Leave
+    choices: int
+    pause: float
+    patience: float
+
+
+class Visitor:
+    """One client.  The same seed and number wish for the same things, as far as answers agree.
+
+    model : the server's entry of /v1/models, which says what policies a request may choose.
+    """
+
+    def __init__(self, model: dict[str, Any], seed: int = 0, number: int = 0) -> None:
+        about = model.get("compression") or {}
+        self.policies = list(about.get("policies") or ())
+        self.keeps = (max(0.1, about.get("min_keep", 0.1)), about.get("max_keep", 1.0))
+        self.longest = min(LONGEST, (model.get("max_model_len") or 4096) // 2)
+        self.draw = random.Random(f"{seed} {number}")
+        self.talk: list[dict[str, str]] = []
+        self.terms: dict[str, Any] = {}  # the compression of the conversation so far
+
+    def wish(self) -> Wish:
+        """What it asks for next."""
+        draw = self.draw
+        body = self._body()
+        chat = draw.random() < 0.5
+        if chat:
+            going_on = bool(self.talk) and self.talk[-1]["role"] == "assistant"
+            text = " ".join(filler_sentence(draw)) if going_on else self._text()
+            self.talk = [*(self.talk if going_on else ()), {"role": "user", "content": text}]
+            body["messages"] = self.talk
+            if not going_on:
+                self.terms = body.get("compression", {})
+            body.pop("compression", None)  # on other terms the cache is of no use
+            body |= {"compression": self.terms} if self.terms else {}
+            if "logprobs" in body:
+                body |= {"logprobs": True, "top_logprobs": body["logprobs"]}
+        else:
+            body["prompt"] = self._text()
+        return Wish(
+            CHAT if chat else COMPLETIONS, body, self._leave(), body.get("n", 1),
+            pause=draw.expovariate(4.0), patience=draw.uniform(1.0, 5.0),
+        )  # fmt: skip
+
+    def heard(self, wish: Wish, record: Record) -> None:
+        """An answer; conversations go on now and then, so that there is a cache to take up."""
+        if wish.path != CHAT:
+            return
+        if record.outcome == "refused":  # and asked again, in other words
+            self.talk = self.talk[:-1]
+            return
+        whole = record.outcome == "completed" and wish.choices == 1 and record.text
+        if whole and len(self.talk) < 8 and self.draw.random() < 0.7:
+            self.talk = [*self.talk, {"role": "assistant", "content": record.text}]
+        else:
+            self.talk = []
+
+    def long_wish(self) -> Wish:
+        """A request that takes a while, and whose client stays."""
+        body = {"max_tokens": 512, "temperature": 0.0, "ignore_eos": True}
+        return Wish(COMPLETIONS, {**body, "prompt": self._text()}, Leave(), 1, 0.0, 0.0)
+
+    def _body(self) -> dict[str, Any]:
+        draw = self.draw
+        body: dict[str, Any] = {"max_tokens": draw.choice((1, 4, 16, 48, 96))}
+        if draw.random() < 0.5:
+            body |= {"temperature": draw.uniform(0.2, 1.5), "seed": draw.randrange(1000)}
+        else:
+            body["temperature"] = 0.0
+        if draw.random() < 0.2:
+            body["n"] = draw.choice((2, 3))
+        if draw.random() < 0.3:
+            body["stop"] = draw.sample([" .", " the", " room", " market"], draw.choice((1, 2)))
+        if draw.random() < 0.2:
+            body["logprobs"] = draw.choice((1, 3, 5))
+        if draw.random() < 0.3:
+            body["ignore_eos"] = True
+        if draw.random() < 0.2:
+            body["stream_options"] = {"include_usage": True, "include_kv": True}
+        if self.policies and draw.random() < 0.7:
+            body["compression"] = self._compression()
+        return body
+
+    def _compression(self) -> dict[str, Any]:
+        draw = self.draw
+        policy = draw.choice(self.policies)
+        found: dict[str, Any] = {"policy": policy}
+        if policy != "full":
+            found["keep"] = round(draw.uniform(*self.keeps), 2)
+        if draw.random() < 0.3:
+            found["reuse"] = False
+        return found
+
+    def _text(self) -> str:
+        draw = self.draw
+        length = int(min(self.longest, 10 + draw.expovariate(1 / 300)))
+        if length >= 100:
+            return document(draw, length, 2).text
+        return " ".join(word for _ in range(1 + length // 10) for word in filler_sentence(draw))
+
+    def _leave(self) -> Leave:
+        """Two of three stay; the others leave early, while they wait or are being answered."""
+        draw = self.draw
+        if draw.random() < 2 / 3:
+            return Leave()
+        if draw.random() < 0.5:
+            return Leave(chunks=draw.randint(1, 20))
+        return Leave(seconds=draw.expovariate(2.0))
