@@ -15,6 +15,7 @@ import json
 import math
 import os
 import random
+import re
 import subprocess
 import sys
 import tempfile
@@ -71,11 +72,17 @@ def run_guidellm(given: argparse.Namespace, url: str, work: Path) -> dict[str, A
     return found
 
 
+def short(error: str) -> str:
+    """A status and its name where there is one."""
+    status = re.search(r"'(\d{3} [^']+)'", error)
+    return status[1] if status else error[:200]
+
+
 def row(policy: str, benchmark: dict[str, Any]) -> dict[str, Any]:
     """Key figures of one rate; percentiles are of requests that were answered."""
     metrics, totals = benchmark["metrics"], benchmark["metrics"]["request_totals"]
     errors = {
-        request["info"]["error"]
+        short(request["info"]["error"])
         for request in benchmark["requests"]["errored"]
         if request.get("info", {}).get("error")
     }
@@ -126,8 +133,8 @@ def main() -> None:
     add("--environment", type=Path, default=Path(".peers/guidellm"))
     add("--policies", default="full,pyramid")
     add("--keep", type=float, default=0.45)
-    add("--kv-memory", default="64MiB")
-    add("--rates", default="1,2,4,8", help="requests a second, Poisson")
+    add("--kv-memory", default="16MiB")
+    add("--rates", default="2,4,8,16", help="requests a second, Poisson")
     add("--seconds", type=float, default=15.0, help="at each rate")
     add("--prompt-len", type=int, default=1000)
     add("--output-len", type=int, default=64)

@@ -78,23 +78,23 @@ def named_options(kind: type[T]) -> type[T]:
     return kind
 
 
-def parse_bytes(value: int | str) -> int:
+def parse_bytes(value: int | str, name: str = "kv_memory") -> int:
     """``2147483648``, ``"2GiB"``, ``"512 MiB"``, ``"1.5GB"`` → bytes."""
     if isinstance(value, bool) or not isinstance(value, int | str):
-        raise ValueError(f"kv_memory={value!r}: give bytes, or a text such as '2GiB'")
+        raise ValueError(f"{name}={value!r}: give bytes, or a text such as '2GiB'")
     if isinstance(value, str):
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
         units = {unit.lower(): size for unit, size in UNITS.items()}
         if not match or match[2].lower() not in units:
             raise ValueError(
-                f"kv_memory={value!r} is not a size: write bytes or a number with a unit, '2GiB'"
+                f"{name}={value!r} is not a size: write bytes or a number with a unit, '2GiB'"
             )
         size = units[match[2].lower()]
         value = int(float(match[1]) * size) if "." in match[1] else int(match[1]) * size
     if value <= 0:
-        raise ValueError(f"kv_memory={value} must be above 0 bytes")
+        raise ValueError(f"{name}={value} must be above 0 bytes")
     if value > 2**60:
-        raise ValueError(f"kv_memory={value!s:.20} … is more than any machine has")
+        raise ValueError(f"{name}={value!s:.20} … is more than any machine has")
     return value
 
 
@@ -145,6 +145,9 @@ class EngineConfig:
     preempt : with overcommit, what becomes of the youngest request when memory runs short:
         ``"swap"`` moves its cache to host memory and back, ``"recompute"`` computes it anew where
         its policy keeps everything (others are swapped all the same).
+    swap_memory : with overcommit, host memory that caches may be moved to (None: as much as
+        kv_memory).  What all requests that have begun may need at most stays within kv_memory and
+        this together.
     elastic : with overcommit, lower the ``keep`` of compressed requests, never below this share,
         before any is moved; None is off.
     """
@@ -160,10 +163,13 @@ class EngineConfig:
     admission: str = "reserve"
     expected_output: float = 0.5
     preempt: str = "swap"
+    swap_memory: int | str | None = None
     elastic: float | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kv_memory", parse_bytes(self.kv_memory))
+        if self.swap_memory is not None:
+            object.__setattr__(self, "swap_memory", parse_bytes(self.swap_memory, "swap_memory"))
         for name in ("page_size", "max_requests", "step_tokens", "prefill_chunk"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -185,6 +191,13 @@ class EngineConfig:
     def budget(self) -> int:
         """``kv_memory`` in bytes."""
         return parse_bytes(self.kv_memory)
+
+    @property
+    def swap_budget(self) -> int:
+        """``swap_memory`` in bytes; 0 where nothing is ever swapped."""
+        if self.admission == "reserve":
+            return 0
+        return self.budget if self.swap_memory is None else parse_bytes(self.swap_memory)
 
     @classmethod
     def from_options(cls, others: Iterable[str] = (), **options: Any) -> EngineConfig:

@@ -332,7 +332,8 @@ def test_sections_of_results_made_elsewhere() -> None:
     machine = {"processor": "x", "cores": 2, "threads": 2, "torch": "2", "transformers": "5"}
     head = {"commit": "abc", "machine": machine}
     row = {
-        "policy": "full", "rate": 2.0, "completed": 13, "errors": 0, "cut_off": 1,
+        "policy": "full", "rate": 2.0, "completed": 13, "errors": 1, "cut_off": 1,
+        "error_words": ["429 Too Many Requests"],
         "first_token_ms": {"p50": 64.2, "p99": 1074.0}, "concurrency": 0.44,
         "inter_token_ms": {"p50": 1.58, "p99": 3.0}, "output_tokens_per_second": 139.1,
         "requests_per_second": 2.17,
@@ -343,8 +344,9 @@ def test_sections_of_results_made_elsewhere() -> None:
     result = {"version": "guidellm==0.8.1", "rows": rows}
     page = SECTIONS["guidellm"]({**head, "configuration": configuration, "result": result})
     assert "guidellm 0.8.1" in page
-    line = "| 2 | `full` | 13 | 0 | 1 | 64 / 1,074 | 1.6 / 3.0 | 139 | 2.17 | 0.4 |"
+    line = "| 2 | `full` | 13 | 1 | 1 | 64 / 1,074 | 1.6 / 3.0 | 139 | 2.17 | 0.4 |"
     assert 0 < page.index(line) < page.index("| 8 | `pyramid` |")
+    assert "Errors: 429 Too Many Requests." in page
     fuzzed = {"cases": 10000, "failures": 0, "seconds": 61.2}
     page = SECTIONS["fuzz"]({**head, "configuration": {"cases": 10000}, "result": fuzzed})
     assert "10,000 requests in 61 seconds" in page and "**0 failures**" in page

@@ -117,7 +117,7 @@ def connect(live: Live) -> socket.socket:
 def post(line: socket.socket, path: str, body: dict[str, Any]) -> None:
     content = json.dumps(body).encode()
     head = (
-        f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         f"Content-Length: {len(content)}\r\n\r\n"
     )
     line.sendall(head.encode() + content)

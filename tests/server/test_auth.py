@@ -218,3 +218,25 @@ def test_a_models_name_may_hold_a_slash(llm: LLM) -> None:
     with serving(beside(llm), model_name="ours/tiny") as live:
         assert live.http.get("/v1/models/ours/tiny").json()["id"] == "ours/tiny"
         assert live.http.get("/v1/models/ours").status_code == 404
+
+
+def test_another_sites_name_for_this_machine(live: Live, llm: LLM) -> None:
+    """A page whose name leads to loopback may not read a server that asks for no key."""
+    for host in ("evil.example", "evil.example:8000", "127.0.0.1.evil.example"):
+        answer = live.http.get("/v1/models", headers={"Host": host})
+        assert answer.status_code == 403
+        assert host.partition(":")[0] in answer.json()["error"]["message"]
+    for host in ("localhost", "LOCALHOST:8000", "127.0.0.1:9", "[::1]:8000"):
+        assert live.http.get("/v1/models", headers={"Host": host}).status_code == 200
+    with serving(beside(llm), allowed_hosts=("model.lan",)) as other:
+        assert other.http.get("/health", headers={"Host": "model.lan"}).status_code == 200
+    with serving(beside(llm), api_keys=KEYS) as keyed:  # a key is what a page does not have
+        assert keyed.http.get("/health", headers={"Host": "evil.example"}).status_code == 200
+
+
+def test_a_variable_without_a_key_is_a_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(KEYS_VARIABLE, " , ")
+    with pytest.raises(ValueError, match=KEYS_VARIABLE):
+        read_keys(None)
+    monkeypatch.delenv(KEYS_VARIABLE)
+    assert read_keys(None) == ()

@@ -25,7 +25,7 @@ def answer_of(line: socket.socket) -> bytes:
     return found
 
 
-HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 
 
 @pytest.mark.parametrize(
@@ -34,9 +34,9 @@ HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/j
         b"GARBAGE\r\n\r\n", b"\x00\x01\x02\r\n\r\n",
         b"GET /health HTTP/1.1\r\n\r\n",  # no Host
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"\x00" * 500 + b"\r\n\r\n",  # TLS
-        b"GET /" + b"a" * 200_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n",
-        b"GET / HTTP/1.1\r\nHost: x\r\nX: " + b"a" * 200_000 + b"\r\n\r\n",
-        b"GET / HTTP/1.1\r\nHost: x\r\n" + b"X: a\r\n" * 50_000 + b"\r\n",
+        b"GET /" + b"a" * 200_000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"a" * 200_000 + b"\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: localhost\r\n" + b"X: a\r\n" * 50_000 + b"\r\n",
         HEAD + b"Content-Length: " + b"9" * 5000 + b"\r\n\r\n",
         HEAD + b"Content-Length: -5\r\n\r\n", HEAD + b"Content-Length: x\r\n\r\n",
         HEAD + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\nabcde",
@@ -60,7 +60,7 @@ def test_what_is_no_http(live: Live, sent: bytes) -> None:
 def test_a_head_that_never_ends(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "HEAD_TIMEOUT", 0.2)
     with connect(live) as silent, connect(live) as slow, connect(live) as kept:
-        kept.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        kept.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
         found = b""
         while not found.endswith(b"}"):
             found += kept.recv(65536)
@@ -104,7 +104,7 @@ def test_half_closed(live: Live) -> None:
 
 def test_two_requests_in_one_piece(live: Live) -> None:
     with connect(live) as line:
-        line.sendall(b"GET /version HTTP/1.1\r\nHost: x\r\n\r\n" * 2)
+        line.sendall(b"GET /version HTTP/1.1\r\nHost: localhost\r\n\r\n" * 2)
         found = b""
         while found.count(b"200 OK") < 2:
             piece = line.recv(65536)

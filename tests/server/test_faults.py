@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -16,6 +19,7 @@ from pyramidinfer.engine import engine as engine_module
 from pyramidinfer.engine.text import Detokenizer
 from pyramidinfer.engine.worker import Stream
 from pyramidinfer.server.grammar import JsonConstraint, SchemaError
+from pyramidinfer.server.run import _drain
 from tests.server.live import STORY, Live, beside, connect, post, serving, until
 
 LONG: dict[str, Any] = {"max_tokens": 2500, "ignore_eos": True, "temperature": 0}
@@ -220,9 +224,13 @@ def test_a_sampler_that_fails(
     assert "RuntimeError: no token pleases" in error_of(bad, stream)["message"]
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("stream", [False, True])
 def test_logits_that_are_no_numbers(
-    together: tuple[Together, list[Any]], stream: bool, monkeypatch: pytest.MonkeyPatch
+    together: tuple[Together, list[Any]],
+    stream: bool,
+    value: float,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     group, wanted = together
     engine = group.live.engine
@@ -232,13 +240,16 @@ def test_logits_that_are_no_numbers(
         logits = stepped.logits.clone()
         for row, request in enumerate(plan.decode):
             if marked(request) and len(request.output) == 3:
-                logits[row] = torch.nan
+                logits[row, 7] = value
         return commit(plan, stepped._replace(logits=logits), committed)
 
     monkeypatch.setattr(engine, "_commit", failing)
     good, bad = group.run(stream)
     assert good == wanted
-    assert "the model's logits are not numbers (NaN)" in error_of(bad, stream)["message"]
+    assert (
+        "the model's logits are not finite numbers (NaN or infinity)"
+        in error_of(bad, stream)["message"]
+    )
 
 
 def test_a_grammar_that_fails_on_the_way(tiny: Live, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -387,3 +398,55 @@ def test_text_that_cannot_be_decoded_fails_its_request_alone(
     monkeypatch.undo()
     assert live.complete(**body).json()["choices"] == alone
     live.settle()
+
+
+# --- draining -------------------------------------------------------------------------------------
+
+
+def test_a_request_whose_text_is_being_cut_is_waited_for(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGTERM while a prompt becomes tokens, and nothing runs: it is answered all the same."""
+    begun, go = threading.Event(), threading.Event()
+    with serving(beside(llm)) as live, ThreadPoolExecutor() as pool:
+        service = live.service
+        completion = service.jobs.completion
+
+        def held(*values: Any) -> Any:
+            begun.set()
+            assert go.wait(60)
+            return completion(*values)
+
+        monkeypatch.setattr(service.jobs, "completion", held)
+        answer = pool.submit(live.complete)
+        assert begun.wait(60)
+        assert service.worker.is_idle and not service.is_idle
+        server = SimpleNamespace(should_exit=False)
+        drained = pool.submit(lambda: asyncio.run(_drain(server, service)))  # type: ignore[arg-type]
+        until(lambda: service.draining)
+        assert live.complete().status_code == 503
+        assert not drained.done()
+        go.set()
+        drained.result()
+        assert answer.result().status_code == 200
+
+
+def test_texts_that_wait_to_be_cut_are_in_the_queue(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is being prepared counts: past the limit it is 429, not a longer wait."""
+    go = threading.Event()
+    with serving(beside(llm), max_waiting=3) as live, ThreadPoolExecutor() as pool:
+        completion = live.service.jobs.completion
+
+        def held(*values: Any) -> Any:
+            assert go.wait(60)
+            return completion(*values)
+
+        monkeypatch.setattr(live.service.jobs, "completion", held)
+        waiting = [pool.submit(live.complete) for _ in range(3)]
+        until(lambda: live.service.preparing == 3)
+        refused = live.complete()
+        assert refused.status_code == 429 and int(refused.headers["Retry-After"]) >= 1
+        go.set()
+        assert {each.result().status_code for each in waiting} == {200}

@@ -70,3 +70,17 @@ def test_a_schema_that_cannot_be_followed(tiny: Live, client: openai.OpenAI) -> 
             assert "\n" not in error.value.body["message"]  # type: ignore[index]
     with pytest.raises(openai.BadRequestError, match="tokenizer cannot write JSON"):
         chat(client, response_format={"type": "json_object"})  # its words have no braces
+
+
+def test_bytes_of_tokens_make_the_text(tiny: Live) -> None:
+    """A token that is part of a character has its own bytes; together they are the text's."""
+    body = {"max_tokens": 60, "temperature": 1.5, "ignore_eos": True, "logprobs": True}
+    halves = 0
+    for seed in range(6):
+        choice = tiny.chat("é", seed=seed, **body).json()["choices"][0]
+        spelled = choice["logprobs"]["content"]
+        special = {"<pad>", "<s>", "</s>"}
+        together = b"".join(bytes(e["bytes"]) for e in spelled if e["token"] not in special)
+        assert together.decode("utf-8", "replace") == choice["message"]["content"]
+        halves += sum("\ufffd" in e["token"] and e["bytes"] != [239, 191, 189] for e in spelled)
+    assert halves, "no token was half a character"

@@ -290,6 +290,28 @@ def test_completions_logprobs(client: openai.OpenAI) -> None:
     ):
         assert len(top) == 3 and max(top.values()) == top[token] == value
     assert complete(client, logprobs=0).choices[0].logprobs.tokens == found.tokens
+    assert found.text_offset[:2] == [0, 1 + len(found.tokens[0])]
+
+
+@pytest.mark.parametrize("prompt", [STORY, "The   old\tbaker", [12, 13, 14]])
+@pytest.mark.parametrize("stream", [False, True])
+def test_offsets_index_the_text(client: openai.OpenAI, prompt: Any, stream: bool) -> None:
+    """Every token is where it is said to be, the prompt's (where it was echoed) too."""
+    full = {"compression": {"policy": "full"}}
+    options = {"logprobs": 0, "echo": True, "extra_body": full, "stream": stream}
+    answer = complete(client, prompt, **options)
+    parts = [chunk.choices[0] for chunk in (answer if stream else [answer])]
+    text = "".join(part.text for part in parts)
+    pairs = [
+        pair for part in parts
+        for pair in zip(part.logprobs.tokens, part.logprobs.text_offset, strict=True)
+    ]  # fmt: skip
+    new = pairs[-8:]
+    assert all(text[at:].lstrip().startswith(token) for token, at in new)
+    assert [at for _, at in pairs] == sorted(at for _, at in pairs)
+    if prompt != "The   old\tbaker":  # whose tokens do not say how far apart they were
+        words = [pair for pair in pairs if pair[0] != "<bos>"]
+        assert all(text[at:].lstrip().startswith(token) for token, at in words)
 
 
 def test_a_list_of_prompts(client: openai.OpenAI, live: Live) -> None:

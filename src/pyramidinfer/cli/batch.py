@@ -131,6 +131,8 @@ async def _answer(service: Service, line: Line) -> dict[str, Any]:
             raise ApiError(400, "a batch does not stream; leave stream out", param="stream")
         body = await service.answer(asked, None)
     except ApiError as error:
+        if not service.worker.is_alive:
+            raise OSError("the engine has stopped; the same command goes on where it was") from None
         status, body = error.status, error.body
     except ValidationError as error:
         first = error.errors()[0]

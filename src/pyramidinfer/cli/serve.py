@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 import signal
 import sys
@@ -53,7 +52,7 @@ def run_serve(choice: ModelChoice, settings: ServerSettings) -> None:
     )
     for name in ("httpx", "transformers"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    if not settings.api_keys and not _is_loopback(settings.host):
+    if not settings.api_keys and not settings.is_loopback:
         print(
             f"warning: {settings.host} can be reached from other machines and there is no API "
             f"key: anybody who reaches it may use the model (--api-key-file sets keys)",
@@ -62,10 +61,3 @@ def run_serve(choice: ModelChoice, settings: ServerSettings) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # until the server is there to drain
     with bind(settings) as line:
         serve(load(choice), settings, line)
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

@@ -113,6 +113,10 @@ def serve(
         float | None, typer.Option(help="overcommit: tighten running requests down to this keep "
                                    "before one is preempted.", rich_help_panel=ENGINE)
     ] = None,
+    swap_memory: Annotated[
+        str | None, typer.Option(help="overcommit: host memory for caches moved out; default: as "
+                                 "much as kv_memory.", rich_help_panel=ENGINE)
+    ] = None,
     max_waiting: Annotated[
         int, typer.Option(help="Requests that may wait; one more gets 429.", rich_help_panel=LIMITS)
     ] = 128,
@@ -161,6 +165,10 @@ def serve(
         Path | None, typer.Option(help="Keys, one a line (also: PYRAMIDINFER_API_KEYS).",
                                   rich_help_panel=SAFETY)
     ] = None,
+    allowed_host: Annotated[
+        list[str] | None, typer.Option(help="Another name a server on loopback without keys may be "
+                                       "called by; may be repeated.", rich_help_panel=SAFETY)
+    ] = None,
     cors_origin: Annotated[
         list[str] | None, typer.Option(help="A site that may ask from a browser; may be repeated.",
                                        rich_help_panel=SAFETY)
@@ -183,6 +191,7 @@ def serve(
         kv_memory=kv_memory, max_requests=max_requests, step_tokens=step_tokens,
         page_size=page_size, reuse_share=reuse_share, slot_scores=slot_scores,
         admission=admission, expected_output=expected_output, preempt=preempt, elastic=elastic,
+        swap_memory=swap_memory,
     )  # fmt: skip
     names = None if policies is None else tuple(each.strip() for each in policies.split(","))
     settings = ServerSettings(
@@ -194,7 +203,7 @@ def serve(
         max_stop=max_stop, max_body_bytes=parse_bytes(max_body),
         max_schema_bytes=parse_bytes(max_schema), policies=names, min_keep=min_keep,
         max_keep=max_keep, access_log=access_log, log_prompts=log_prompts,
-        cors_origins=tuple(cors_origin or ()), page=page,
+        allowed_hosts=tuple(allowed_host or ()), cors_origins=tuple(cors_origin or ()), page=page,
     )  # fmt: skip
     run_serve(choice, settings)
 

@@ -229,7 +229,7 @@ class Engine:
         def admits(request: Request) -> bool:
             if request.away is not None:
                 return self.pressure.admits(request)
-            if not self.conversations.admits(request):
+            if not self.pressure.may_begin(request) or not self.conversations.admits(request):
                 return False
             self.ledger.promise(request, request.likely)
             return True
@@ -324,8 +324,8 @@ class Engine:
     def _commit(self, plan: Plan, stepped: Stepped, committed: set[Request]) -> list[Request]:
         """Sample a token for every request that got logits; end those that are done."""
         begun = [request for request, work in plan.prefill if work.intake.finished]
-        likeliest = stepped.logits.argmax(-1).tolist()
-        broken = stepped.logits.isnan().any(-1).tolist()
+        highest, best = stepped.logits.max(-1)  # NaN is higher than any number
+        likeliest, broken = best.tolist(), (~highest.isfinite()).tolist()
         ended = []
         following = 0
         for index, request in enumerate(plan.decode + begun):
@@ -351,7 +351,7 @@ class Engine:
                 if reason is None:
                     reason = self._sample(each, stepped.logits[last], likeliest[last])
                 else:
-                    each.error = "the model's logits are not numbers (NaN)"
+                    each.error = "the model's logits are not finite numbers (NaN or infinity)"
                 committed.add(each)
                 if each.intake is not None:
                     self._prefilled(each, each.intake, samples)

@@ -61,7 +61,7 @@ def make_request(engine: Engine, prompt: TokenIds, params: SamplingParams, polic
     cost, likely = costs_of(
         engine, policy, len(prompt), max_new, spans, on, scoring, samples=samples
     )  # fmt: skip
-    engine.ledger.check_fits(cost, len(prompt), max_new)
+    engine.ledger.check_fits(cost, len(prompt), max_new, samples)
 
     def one(params: SamplingParams) -> Request:
         text = None

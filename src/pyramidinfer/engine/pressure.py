@@ -83,6 +83,18 @@ class Pressure:
             if not (self.engine.conversations.make_room() or self._tighten()):
                 self._preempt()
 
+    def may_begin(self, request: Request) -> bool:
+        """Whether a further request can be had at its worst, host memory included."""
+        if not self.is_on:
+            return True
+        scheduler = self.engine.scheduler
+        worst = sum(
+            (each.cost if each.intake is not None else _settled(each)).bytes
+            for each in (*scheduler.prefilling, *scheduler.running, *scheduler.away)
+        )
+        most = self.engine.pool.budget + self.config.swap_budget
+        return not worst or worst + request.cost.bytes <= most
+
     def admits(self, request: Request) -> bool:
         """Whether a preempted request can come back now; it is promised what it needs then."""
         assert request.away is not None

@@ -136,7 +136,9 @@ class Conversations:
             found += self._by_digest.get(digest, [])
         return [
             held for held in reversed(found)
-            if held.policy == request.policy and held.protect == request.protect
+            if held.owner == request.owner
+            and held.policy == request.policy
+            and held.protect == request.protect
         ]  # fmt: skip
 
     def _take_up(self, request: Request, held: Request) -> bool:

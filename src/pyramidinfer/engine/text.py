@@ -11,6 +11,8 @@ __all__ = ["Detokenizer"]
 
 #: Tokens of the prompt that an answer's first ones are decoded with.
 CONTEXT = 8
+#: Tokens without any text, or without the end of a character, that are waited for.
+PATIENCE = 16
 
 
 class Detokenizer:
@@ -46,7 +48,8 @@ class Detokenizer:
         except Exception as error:
             self.error = f"its tokens cannot be decoded: {type(error).__name__}: {error}"
             return
-        if len(grown) <= len(known) or (grown.endswith("\ufffd") and not last):
+        unclear = len(grown) <= len(known) or (grown.endswith("\ufffd") and not last)
+        if unclear and len(tokens) - self._read < PATIENCE:
             return
         before = len(self.text)
         self.text += grown[len(known) :]
@@ -61,10 +64,12 @@ class Detokenizer:
         """The text less an ending that may turn out to begin a stop string."""
         held = 0
         for stop in self.stop:
-            for size in range(min(len(stop) - 1, len(self.text)), 0, -1):
-                if self.text.endswith(stop[:size]):
-                    held = max(held, size)
-                    break
+            tail = self.text[-(len(stop) - 1) :] if len(stop) > 1 else ""
+            at = tail.find(stop[0])
+            while at >= 0 and not stop.startswith(tail[at:]):
+                at = tail.find(stop[0], at + 1)
+            if at >= 0:
+                held = max(held, len(tail) - at)
         return self.text[: len(self.text) - held]
 
     def _part(self, tokens: TokenIds, end: int) -> TokenIds:

@@ -143,6 +143,7 @@ class AsyncEngine:
         self._last_end = time.monotonic()
         self._threads = torch.get_num_threads()
         self._beat = time.monotonic()
+        self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
 
     # --- from any thread ----------------------------------------------------------------------
@@ -184,13 +185,16 @@ class AsyncEngine:
 
         ``watch``: every update tells of the cache.  ``Busy`` where the queue is full.
         """
+        if not self.is_alive:
+            raise RuntimeError("the engine's thread has ended")
         if self.waiting and self.waiting + len(leaders) > self.max_waiting:
             raise Busy(self.waiting, self.retry_after())
         followed = [Followed(each) for leader in leaders for each in (leader, *leader.samples)]
         stream = Stream(self, asyncio.get_running_loop(), followed, watch, timeout)
         if self.is_idle:
             self._beat = time.monotonic()  # having had nothing to do is no standstill
-        self._arriving += len(leaders)
+        with self._lock:
+            self._arriving += len(leaders)
         self.tell(lambda: self._begin(stream, leaders))
         return stream
 
@@ -201,8 +205,9 @@ class AsyncEngine:
     # --- in the engine's thread ---------------------------------------------------------------
 
     def _begin(self, stream: Stream, leaders: list[Request]) -> None:
-        self._arriving -= len(leaders)
         self._live.append(stream)
+        with self._lock:
+            self._arriving -= len(leaders)
         try:
             for leader in leaders:
                 self.engine.submit(leader)
@@ -305,7 +310,9 @@ class AsyncEngine:
         for request in [each.request for each in running if each.request.finish_reason]:
             self.observer.ended(request, request.finish_reason or "")
             now = time.monotonic()
-            self.pace += 0.1 * (min(now - self._last_end, 60) - self.pace)
+            if self.engine.scheduler.waiting:  # else the gap is nobody's wait
+                gap = now - self._last_end
+                self.pace += (0.1 if self.pace else 1.0) * (gap - self.pace)
             self._last_end = now
 
     def _blame(self, error: Exception) -> None:

@@ -149,6 +149,8 @@ def guidellm(entry: Result) -> str:
         ]
         for row in sorted(result["rows"], key=lambda row: row["rate"])
     ])  # fmt: skip
+    words = sorted({word for row in result["rows"] for word in row["error_words"]})
+    lines += [f"\nErrors: {'; '.join(words)}."] if words else []
     return "\n".join(lines) + "\n"
 
 

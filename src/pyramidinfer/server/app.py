@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator
@@ -195,10 +194,10 @@ def _add_tokens(app: FastAPI, service: Service) -> None:
         try:
             prompts = service.prompts
             if body.messages is not None:
-                work = asyncio.to_thread(prompts.chat, body.messages, body.add_generation_prompt)
+                work = service.thread(prompts.chat, body.messages, body.add_generation_prompt)
             else:
                 text = body.prompt or ""
-                work = asyncio.to_thread(prompts.encode, text, body.add_special_tokens)
+                work = service.thread(prompts.encode, text, body.add_special_tokens)
             tokens = await work
         except ValueError as error:
             raise ApiError(400, str(error)) from None
@@ -210,7 +209,7 @@ def _add_tokens(app: FastAPI, service: Service) -> None:
         """The text of token ids, special ones included."""
         service.check_model(body.model)
         try:
-            return {"prompt": await asyncio.to_thread(service.prompts.decode, body.tokens)}
+            return {"prompt": await service.thread(service.prompts.decode, body.tokens)}
         except ValueError as error:
             raise ApiError(400, str(error), param="tokens") from None
 

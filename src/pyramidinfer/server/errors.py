@@ -11,10 +11,11 @@ __all__ = ["ApiError", "error_body", "error_response", "of_reason"]
 
 #: Status → OpenAI's error type.
 TYPES = {
-    400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error",
-    405: "invalid_request_error", 408: "timeout_error", 413: "invalid_request_error",
-    415: "invalid_request_error", 429: "rate_limit_error", 499: "client_closed_request",
-    500: "server_error", 503: "service_unavailable_error", 504: "timeout_error",
+    400: "invalid_request_error", 401: "authentication_error", 403: "permission_error",
+    404: "not_found_error", 405: "invalid_request_error", 408: "timeout_error",
+    413: "invalid_request_error", 415: "invalid_request_error", 429: "rate_limit_error",
+    499: "client_closed_request", 500: "server_error",
+    503: "service_unavailable_error", 504: "timeout_error",
 }  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import logging
+import re
 import secrets
 import time
 from collections.abc import Callable
@@ -52,6 +53,9 @@ class Gate:
                  ) -> None:  # fmt: skip
         self.app, self.settings, self.rejected = app, settings, rejected
         self.keys = [key.encode() for key in settings.api_keys]
+        self.hosts: set[str] | None = None  # any
+        if settings.is_loopback and not self.keys:
+            self.hosts = {"localhost", "127.0.0.1", "[::1]", settings.host, *settings.allowed_hosts}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -74,7 +78,14 @@ class Gate:
             await send(message)
 
         try:
-            if scope["owner"] is None and not _is_open(scope):
+            name = re.sub(r":\d*$", "", headers.get("host", "localhost")).lower()
+            if self.hosts is not None and name not in self.hosts:
+                self.rejected(403)
+                await error_response(
+                    403, f"Host {name!r:.100} is none of this server's names "
+                    f"(--allowed-host adds one)", code="host_not_allowed",
+                )(scope, receive, told)  # fmt: skip
+            elif scope["owner"] is None and not _is_open(scope):
                 self.rejected(401)
                 await NO_KEY(scope, receive, told)
             else:

@@ -70,6 +70,7 @@ class Jobs:
         return getattr(self.own, "keep", None)
 
     def chat(self, body: ChatRequest, owner: str | None) -> Job:
+        self._check_length("".join(each.text for each in body.messages), "messages")
         prompt = self._checked(self.prompts.chat(body.messages), "messages")
         wanted = body.max_completion_tokens or body.max_tokens
         top = (body.top_logprobs or 0) if body.logprobs else None
@@ -88,6 +89,7 @@ class Jobs:
         leaders, echoed = [], []
         for prompt in prompts:
             if isinstance(prompt, str):
+                self._check_length(prompt, "prompt")
                 ids = self.prompts.encode(prompt, body.add_special_tokens)
             else:
                 ids = prompt
@@ -170,6 +172,16 @@ class Jobs:
             self._limit(param, len(prompt), longest, "prompt tokens")
         return prompt
 
+    def _check_length(self, text: str, param: str) -> None:
+        """Refuse a text that has too many tokens however it is cut, before it is."""
+        most = self.settings.max_prompt_tokens or self.engine.adapter.max_positions
+        each = self.prompts.longest_token
+        if each is not None and not self.own.streams and len(text) > most * each:
+            raise ApiError(
+                400, f"{param}: {len(text)} characters are more than {most} tokens can hold",
+                param=param, code="context_length_exceeded",
+            )  # fmt: skip
+
     def _limit(self, param: str, value: int, most: int, what: str) -> None:
         if value > most:
             raise ApiError(
@@ -193,6 +205,10 @@ class Jobs:
                 400, f"echo with logprobs of {size} prompt tokens needs {needed} bytes of logits; "
                 f"this server allows {self.settings.prompt_logprob_bytes}", param="logprobs",
             )  # fmt: skip
+        for each in (leader, *leader.samples):  # they count against kv_memory while it prefills
+            each.cost = each.cost._replace(bytes=each.cost.bytes + needed)
+            each.likely = each.likely._replace(bytes=each.likely.bytes + needed)
+        self.engine.ledger.check_fits(leader.cost, size, leader.max_new)
         leader.prompt_top = top
         for each in (leader, *leader.samples):
             each.owner = None  # a cache that is taken up gives no logits
@@ -210,6 +226,10 @@ class Jobs:
 
     def _make_policy(self, name: str | None, keep: float | None) -> Policy:
         settings, own = self.settings, self.own
+        if name == "full" and own.name != name and settings.max_keep < 1:
+            raise ValueError(
+                f"policy 'full' keeps everything; this server allows {settings.max_keep}"
+            )
         if name is not None and name not in self.policies:
             check_choice("policy", name, POLICIES)
             raise ValueError(
@@ -221,8 +241,6 @@ class Jobs:
         if name is None or name == own.name:
             chosen = own if keep is None else make_policy(own, keep)
         elif name == "full":
-            if max(high, keep or 0) < 1:
-                raise ValueError(f"policy 'full' keeps everything; this server allows {high}")
             make_policy(name, keep)  # a keep below 1 is refused
             chosen = make_policy(name)
         else:
@@ -245,5 +263,6 @@ class Jobs:
                 if asked is not None:
                     raise
                 continue
-            names.append(name)
+            if name != "full" or self.settings.max_keep == 1:
+                names.append(name)
         return [*dict.fromkeys([self.own.name, *names])]

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import re
+from functools import cached_property
 from typing import Any
 
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from pyramidinfer.engine.text import Detokenizer
 from pyramidinfer.server.protocol import Message
 from pyramidinfer.types import TokenIds
 
 __all__ = ["Prompts"]
+
+#: Letter of byte-level BPE → byte.
+BYTES = {letter: byte for byte, letter in bytes_to_unicode().items()}
 
 
 class Prompts:
@@ -15,7 +24,7 @@ class Prompts:
 
     def __init__(self, tokenizer: Any, vocab_size: int) -> None:
         self.tokenizer, self.vocab_size = tokenizer, vocab_size
-        self._spelled: dict[int, str] = {}
+        self._spelled: dict[int, bytes] = {}
 
     @property
     def has_template(self) -> bool:
@@ -51,10 +60,55 @@ class Prompts:
         text: str = self.tokenizer.decode(tokens, skip_special_tokens=not special)
         return text
 
-    def spell(self, token: int) -> str:
-        """A token alone, as text (``token_id:N`` where there is no tokenizer)."""
+    def offsets(
+        self, tokens: TokenIds, said: TokenIds, prompt: TokenIds, reader: Detokenizer | None = None
+    ) -> tuple[list[int], Detokenizer | None]:
+        """Where in the text the tokens after those ``said`` begin, and what has read them.
+
+        ``prompt``: what stands before the text, which counts from 0.
+        """
         if self.tokenizer is None:
-            return f"token_id:{token}"
+            return [0] * len(tokens), None
+        reader = reader or Detokenizer(self.tokenizer, (), prompt)
+        found, read = [], list(said)
+        for token in tokens:
+            found.append(len(reader.text))
+            read.append(token)
+            reader.update(read)
+        return found, reader
+
+    def spell(self, token: int) -> bytes:
+        """The bytes a token stands for, with the space before it; half a character, it may be.
+
+        ``token_id:N`` where there is no tokenizer.
+        """
         if token not in self._spelled:
-            self._spelled[token] = str(self.tokenizer.decode([token]))
+            self._spelled[token] = self._bytes(token)
         return self._spelled[token]
+
+    def _bytes(self, token: int) -> bytes:
+        if self.tokenizer is None:
+            return f"token_id:{token}".encode()
+        piece = str(self.tokenizer.convert_ids_to_tokens(token))
+        if token in self.tokenizer.all_special_ids:
+            return piece.encode()
+        if found := re.fullmatch(r"<0x([0-9A-F]{2})>", piece):
+            return bytes.fromhex(found[1])
+        if self._of_bytes and all(letter in BYTES for letter in piece):
+            return bytes(BYTES[letter] for letter in piece)
+        return piece.replace("\u2581", " ").encode()
+
+    @cached_property
+    def _of_bytes(self) -> bool:
+        """Whether tokens are spelled in byte-level BPE's alphabet."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        return backend is not None and '"ByteLevel"' in json.dumps(
+            json.loads(backend.to_str())["decoder"]
+        )
+
+    @cached_property
+    def longest_token(self) -> int | None:
+        """Characters of the longest token; None where one may stand for any number of them."""
+        if self.tokenizer is None or not self._of_bytes:
+            return None
+        return max(map(len, self.tokenizer.get_vocab()), default=None)

@@ -48,8 +48,8 @@ Prompt = Annotated[
 class Strict(BaseModel):
     """Unknown names and other types are errors; so are NaN and infinity.
 
-    An unknown name that says nothing (null, an empty list) is passed over: clients send those for
-    what is not set.
+    A name that says nothing (null; an unknown one with an empty list) is passed over: clients send
+    those for what is not set.
     """
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
@@ -60,8 +60,9 @@ class Strict(BaseModel):
         if not isinstance(given, dict):
             return given
         known = {field.alias or name for name, field in cls.model_fields.items()}
-        strange = [k for k, v in given.items() if k not in known and v is not None and v != []]
-        return {k: v for k, v in given.items() if k in known or k in strange[:MANY]}
+        given = {name: value for name, value in given.items() if value is not None}
+        strange = [k for k, v in given.items() if k not in known and v != []][:MANY]
+        return {k: v for k, v in given.items() if k in known or k in strange}
 
 
 class Compression(Strict):

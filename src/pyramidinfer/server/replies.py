@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pyramidinfer.engine.request import Request
+from pyramidinfer.engine.text import Detokenizer
 from pyramidinfer.engine.worker import Stream, Update
 from pyramidinfer.server.errors import ApiError, of_reason
 from pyramidinfer.server.jobs import Job
@@ -24,7 +25,10 @@ class Choice:
     token_ids: TokenIds = field(default_factory=list)
     logprobs: list[Logprob] = field(default_factory=list)
     finish_reason: str | None = None
-    offset: int = 0  # where its next token's text begins (completions' text_offset)
+    # where the text of its tokens begins (completions' text_offset)
+    base: int = 0
+    said: TokenIds = field(default_factory=list)
+    reader: Detokenizer | None = None
 
 
 class Reply:
@@ -142,7 +146,10 @@ class Reply:
         elif self.wants_logprobs:
             before = leader.prompt_logprobs if echoed else []
             start = [leader.prompt[0]] if echoed else []
-            entry["logprobs"] = self._legacy(self.choices[index], start, [*before, *logprobs])
+            entry["logprobs"] = self._legacy(
+                self.choices[index], start, [*before, *logprobs], request,
+                self.job.echoed[self.job.leaders.index(leader)] if echoed else None,
+            )  # fmt: skip
         return entry
 
     def _leader(self, index: int) -> Request:
@@ -153,20 +160,28 @@ class Reply:
         """A token as chat completions tell of it."""
 
         def one(token: int, value: float) -> dict[str, Any]:
-            text = self.prompts.spell(token)
-            return {"token": text, "logprob": value, "bytes": list(text.encode("utf-8"))}
+            spelled = self.prompts.spell(token)
+            text = spelled.decode("utf-8", "replace")
+            return {"token": text, "logprob": value, "bytes": list(spelled)}
 
         top = [one(token, value) for token, value in logprob.top.items()]
         return {**one(logprob.token_id, logprob.logprob), "top_logprobs": top}
 
-    def _legacy(self, choice: Choice, start: TokenIds, logprobs: list[Logprob]) -> dict[str, Any]:
+    def _legacy(self, choice: Choice, start: TokenIds, logprobs: list[Logprob], request: Request,
+                echoed: str | None) -> dict[str, Any]:  # fmt: skip
         """Tokens as completions tell of them; ``start``: tokens without a log-probability."""
-        spell = self.prompts.spell
-        tokens = [spell(token) for token in start] + [spell(each.token_id) for each in logprobs]
-        offsets = []
-        for token in tokens:
-            offsets.append(choice.offset)
-            choice.offset += len(token)
+
+        def spell(token: int) -> str:
+            return self.prompts.spell(token).decode("utf-8", "replace")
+
+        ids = [*start, *(each.token_id for each in logprobs)]
+        offsets: list[int] = []
+        if echoed is not None:  # the prompt's tokens, and after them the answer's
+            offsets, _ = self.prompts.offsets(ids[: len(request.prompt)], [], [])
+            choice.base = len(echoed)
+        new = ids[len(offsets) :]
+        more, choice.reader = self.prompts.offsets(new, choice.said, request.prompt, choice.reader)
+        choice.said += new
         top: list[dict[str, float] | None] = [None for _ in start]
         for each in logprobs:
             named: dict[str, float] = {}
@@ -174,9 +189,9 @@ class Reply:
                 named[spell(number)] = max(value, named.get(spell(number), value))
             top.append(named)
         return {
-            "tokens": tokens,
+            "tokens": [spell(token) for token in ids],
             "token_logprobs": [None for _ in start] + [each.logprob for each in logprobs],
-            "top_logprobs": top, "text_offset": offsets,
+            "top_logprobs": top, "text_offset": [*offsets, *(choice.base + at for at in more)],
         }  # fmt: skip
 
     def usage(self) -> dict[str, Any]:

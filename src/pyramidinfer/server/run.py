@@ -129,7 +129,7 @@ async def _drain(server: _Server, service: Service) -> None:
     service.draining = True
     ends = asyncio.get_running_loop().time() + service.settings.drain_timeout
     print("pyramidinfer is stopping: waiting for what runs", file=sys.stderr, flush=True)
-    while not service.worker.is_idle and not server.should_exit:
+    while not service.is_idle and not server.should_exit:
         if asyncio.get_running_loop().time() > ends:
             print("pyramidinfer ends what is left", file=sys.stderr, flush=True)
             break

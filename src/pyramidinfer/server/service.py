@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, TypeVar
 
@@ -53,6 +54,8 @@ class Service:
         )  # fmt: skip
         self.metrics.worker = self.worker
         self.draining = False
+        self.preparing = 0  # requests whose texts become tokens
+        self._threads = ThreadPoolExecutor(2, "prepare")
 
     # --- for whoever asks ---------------------------------------------------------------------
 
@@ -62,11 +65,22 @@ class Service:
         if self.draining or not self.worker.is_alive:
             raise ApiError(503, "the server is stopping", code="stopping", retry_after=10)
         self.check_model(body.model)
+        if self.preparing and self.preparing + self.worker.waiting >= self.settings.max_waiting:
+            raise self._busy(Busy(self.preparing + self.worker.waiting, self.worker.retry_after()))
+        self.preparing += 1
+        try:
+            return await self._queue(body, owner)
+        finally:
+            self.preparing -= 1
+
+    async def _queue(self, body: ChatRequest | CompletionRequest, owner: str | None
+                     ) -> tuple[Job, Reply]:  # fmt: skip
+        """Make a body's requests in a thread, and hand them over."""
         try:
             if isinstance(body, ChatRequest):
-                job = await asyncio.to_thread(self.jobs.chat, body, owner)
+                job = await self.thread(self.jobs.chat, body, owner)
             else:
-                job = await asyncio.to_thread(self.jobs.completion, body, owner)
+                job = await self.thread(self.jobs.completion, body, owner)
         except ValueError as error:
             raise ApiError(400, str(error)) from None
         if self.settings.log_prompts:
@@ -79,10 +93,20 @@ class Service:
                 watch=bool(options and options.include_kv),
             )  # fmt: skip
         except Busy as busy:
-            raise ApiError(
-                429, str(busy), code="queue_full", retry_after=busy.retry_after
-            ) from None  # fmt: skip
+            raise self._busy(busy) from None
         return job, Reply(job, stream, self.name, self.prompts)
+
+    def _busy(self, busy: Busy) -> ApiError:
+        return ApiError(429, str(busy), code="queue_full", retry_after=busy.retry_after)
+
+    async def thread(self, work: Callable[..., T], *values: Any) -> T:
+        """What takes long for a long text, beside the event loop."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work, *values)
+
+    @property
+    def is_idle(self) -> bool:
+        """Nothing is being prepared, waiting or running."""
+        return not self.preparing and self.worker.is_idle
 
     async def answer(self, body: ChatRequest | CompletionRequest, owner: str | None
                      ) -> dict[str, Any]:  # fmt: skip
@@ -139,6 +163,7 @@ class Service:
         except Exception as error:
             if not isinstance(error, ApiError):
                 log.exception("a stream failed")
+            reply.stream.close()  # before the client, which has not gone away, is done reading
             yield _event(failure(error))
             return
         self._log_answer(reply)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,8 @@ class ServerSettings:
     min_keep, max_keep : bounds of a request's ``compression.keep``.
     log_prompts : write prompts and answers to the log.
     access_log : write a line for every request: method, path, status, seconds.
+    allowed_hosts : names by which a server on loopback without keys may be called, besides
+        localhost: another site's name for this machine must not let its pages in.
     cors_origins : origins of other sites that may ask from a browser.
     page : serve the page at ``/``.
     """
@@ -67,8 +70,17 @@ class ServerSettings:
     max_keep: float = 1.0
     log_prompts: bool = False
     access_log: bool = False
+    allowed_hosts: tuple[str, ...] = ()
     cors_origins: tuple[str, ...] = ()
     page: bool = True
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine can reach the server."""
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost"
 
     def __post_init__(self) -> None:
         for name in (
@@ -106,7 +118,10 @@ def read_keys(file: Path | None) -> tuple[str, ...]:
 
     ``ValueError`` for a file that cannot be read or holds no key.
     """
-    keys = os.environ.get(KEYS_VARIABLE, "").replace(",", " ").split()
+    given = os.environ.get(KEYS_VARIABLE)
+    keys = (given or "").replace(",", " ").split()
+    if given is not None and not keys:
+        raise ValueError(f"{KEYS_VARIABLE} is set and holds no key; unset it to serve everybody")
     if file is not None:
         try:
             lines = file.read_text(encoding="utf-8").splitlines()

@@ -33,7 +33,9 @@ class StrictRoute(APIRoute):
 
 def _parse(body: bytes) -> Any:
     try:
-        found = json.loads(body, parse_constant=_refuse_constant, object_pairs_hook=_unique)
+        found = json.loads(
+            body.decode(), parse_constant=_refuse_constant, object_pairs_hook=_unique
+        )
     except json.JSONDecodeError as error:
         raise HTTPException(
             400, f"the body is not valid JSON: {error.msg} at character {error.pos}"

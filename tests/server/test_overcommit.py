@@ -1,0 +1,72 @@
+"""Overcommitted memory, over HTTP: whoever is put off is answered as if nothing had been."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from pyramidinfer import LLM
+from tests.server.live import STORY, Live, beside, serving, until
+
+BODY: dict[str, Any] = {"max_tokens": 300, "ignore_eos": True, "compression": {"policy": "full"}}
+SHORT = {"kv_memory": "4MiB", "admission": "overcommit", "expected_output": 0.1}
+
+
+def counter(live: Live, name: str) -> float:
+    lines = live.http.get("/metrics").text.splitlines()
+    (found,) = [line for line in lines if line.startswith(f"{name}{{")]
+    return float(found.split()[-1])
+
+
+def ask(live: Live, index: int, **extra: Any) -> Any:
+    return live.complete(f"{STORY * (index + 1)}{index}", **{**BODY, **extra})
+
+
+@pytest.mark.parametrize("how", ["swap", "recompute"])
+def test_everybody_is_answered_as_alone(llm: LLM, how: str) -> None:
+    with serving(beside(llm)) as roomy:
+        wanted = [ask(roomy, index).json()["choices"] for index in range(8)]
+    with (
+        serving(beside(llm, **SHORT, preempt=how, swap_memory="16MiB")) as live,
+        ThreadPoolExecutor(8) as pool,
+    ):
+        answers = list(pool.map(lambda index: ask(live, index), range(8)))
+        assert [each.status_code for each in answers] == [200] * 8
+        assert counter(live, "vllm:num_preemptions_total") > 0
+        assert counter(live, f"pyramidinfer:{how}{'ped' if how == 'swap' else 'd'}_total") > 0
+        assert counter(live, "vllm:num_requests_swapped") == 0
+        assert counter(live, "pyramidinfer:swapped_bytes") == 0
+    if how == "swap":  # computed anew, bf16 rounds otherwise
+        assert [each.json()["choices"] for each in answers] == wanted
+
+
+def test_who_leaves_or_is_late_while_put_off_leaves_nothing(llm: LLM) -> None:
+    with serving(beside(llm, **SHORT, swap_memory="16MiB"), request_timeout=0.7) as live:
+        long = {"max_tokens": 1000, "stream": True}
+        with ThreadPoolExecutor(8) as pool:
+            answers = list(pool.map(lambda index: ask(live, index, **long), range(8)))
+        assert {each.status_code for each in answers} <= {200, 504}
+        until(lambda: live.service.is_idle)
+        assert not live.inside(lambda: live.engine.scheduler.away)
+
+
+def test_no_more_begin_than_host_memory_can_take(llm: LLM) -> None:
+    """At their worst all that have begun fit into both memories, whatever was expected."""
+    with (
+        serving(beside(llm, **SHORT, swap_memory="1MiB")) as live,
+        ThreadPoolExecutor(8) as pool,
+    ):
+        most, step = [0], live.engine.step
+
+        def watched() -> Any:
+            scheduler = live.engine.scheduler
+            begun = [*scheduler.running, *scheduler.prefilling, *scheduler.away]
+            most[0] = max(most[0], sum(each.cost.settled.bytes for each in begun))
+            return step()
+
+        live.engine.step = watched  # type: ignore[method-assign]
+        answers = list(pool.map(lambda index: ask(live, index), range(8)))
+        assert [each.status_code for each in answers] == [200] * 8
+        assert 4 * 2**20 < most[0] <= 5 * 2**20
