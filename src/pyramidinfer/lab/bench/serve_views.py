@@ -149,7 +149,8 @@ def draw_turns(configuration: Result, result: Result, path: Path) -> Path:
         axis.set_xticks(range(1, c["turns"] + 1))
     _finish(left, "time to first token, ms", "turn")
     _finish(right, "times faster with reuse (band: range)", "turn")
-    left.legend(frameon=False, fontsize=8)
+    left.set_ylim(0, 1.35 * left.get_ylim()[1])  # room for the legend
+    left.legend(frameon=False, fontsize=8, loc="upper center", ncols=2, handlelength=3)
     figure.suptitle(f"{c['prompt_len']} tokens, then {c['turn_len']} new ones a turn; "
                     f"{c['output_len']} generated")  # fmt: skip
     return save(figure, path)
