@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from pyramidinfer.attention import select_backend
 from pyramidinfer.cache import Pool, Ring, Table
 from pyramidinfer.config import EngineConfig
-from pyramidinfer.engine import answers
-from pyramidinfer.engine.checks import check_count, check_plan, check_stream, check_tokens
-from pyramidinfer.engine.making import Spans, is_endless, make_request
+from pyramidinfer.engine import answers, holding
+from pyramidinfer.engine.checks import check_plan
+from pyramidinfer.engine.making import Spans, make_request
 from pyramidinfer.engine.memory import Ledger
 from pyramidinfer.engine.pressure import Pressure
 from pyramidinfer.engine.request import Request, Scoring
@@ -113,26 +113,7 @@ class Engine:
         Its own last answer is part of the text, and ``protect`` spans are positions of the whole
         text.  The old request object is used up.
         """
-        old = request.sequence
-        if not request.hold or old is None or request.finish_reason is None:
-            raise ValueError(f"request {request.id} holds no cache; add it with hold=True")
-        check_tokens(tokens, self.adapter.vocab_size)
-        text = request.prompt + request.output + list(tokens)
-        turn = self.make(text, params, policy=request.policy, hold=hold, on=old.table,
-                         protect=[*request.protect, *protect])  # fmt: skip
-        reached = len(text) + turn.max_new - 1
-        if is_endless(self, request.policy, len(text)):  # its rotary positions begin again
-            limit = self.adapter.streaming.limit(old.is_long)
-            check_stream(len(tokens) + 1, int(old.table.kept.max()), limit)
-        elif self.adapter.rotary.is_long(reached) and not old.is_long:
-            raise ValueError(
-                "the text outgrows the rotary range its cache was made for; start a new request"
-            )
-        turn.sequence, request.sequence, request.hold = old, None, False
-        turn.promised, request.promised = request.promised, None
-        turn.lowered_to = request.lowered_to
-        self.submit(turn)
-        return turn
+        return holding.extend(self, request, tokens, params, protect, hold)
 
     def truncate(self, request: Request, seen_len: int) -> None:
         """Forget a held request's tokens from position ``seen_len`` on (a rejected draft).
@@ -140,29 +121,7 @@ class Engine:
         ``ValueError`` where layers with a sliding window have already let go of entries that
         would be seen again.
         """
-        sequence = request.sequence
-        if not request.hold or sequence is None or request.finish_reason is None:
-            raise ValueError(f"request {request.id} holds no cache; add it with hold=True")
-        table, seen_len = sequence.table, check_count("seen_len", seen_len)
-        for layer, shape in enumerate(self.adapter.shapes):
-            if shape.window is None or sequence.layers.governed[layer] or seen_len < 1:
-                continue
-            oldest = int(self.pool.positions(table, layer).min())
-            if oldest > max(0, seen_len - shape.window + 1):
-                raise ValueError(
-                    f"cannot go back to {seen_len} tokens: layer {layer} keeps its window only, "
-                    f"from position {oldest} on"
-                )
-        self.pool.truncate(table, seen_len)
-        table.state = request.policy.truncated(table.state, [int(n) for n in table.kept])
-        if request.policy.streams:
-            self.adapter.streaming.forget(table)
-            self.adapter.streaming.close_gaps(self.pool, sequence)
-        request.prompt, request.output = (request.prompt + request.output)[:seen_len], []
-        request.protect = tuple(
-            (start, min(stop, seen_len)) for start, stop in request.protect if start < seen_len
-        )
-        self.ledger.promise(request, self.ledger.held(table))
+        holding.truncate(self, request, seen_len)
 
     def release(self, request: Request) -> None:
         """Give a held request's cache back."""

@@ -1,0 +1,67 @@
+"""Held requests: going on with a cache, and forgetting the end of it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pyramidinfer.engine.checks import check_count, check_stream, check_tokens
+from pyramidinfer.engine.making import Spans, is_endless
+from pyramidinfer.engine.request import Request
+from pyramidinfer.types import SamplingParams, TokenIds
+
+if TYPE_CHECKING:
+    from pyramidinfer.engine.engine import Engine
+
+__all__ = ["extend", "truncate"]
+
+
+def extend(engine: Engine, request: Request, tokens: TokenIds, params: SamplingParams,
+           protect: Spans, hold: bool) -> Request:  # fmt: skip
+    """See :meth:`Engine.extend`."""
+    old = request.sequence
+    if not request.hold or old is None or request.finish_reason is None:
+        raise ValueError(f"request {request.id} holds no cache; add it with hold=True")
+    check_tokens(tokens, engine.adapter.vocab_size)
+    text = request.prompt + request.output + list(tokens)
+    turn = engine.make(text, params, policy=request.policy, hold=hold, on=old.table,
+                     protect=[*request.protect, *protect])  # fmt: skip
+    reached = len(text) + turn.max_new - 1
+    if is_endless(engine, request.policy, len(text)):  # its rotary positions begin again
+        limit = engine.adapter.streaming.limit(old.is_long)
+        check_stream(len(tokens) + 1, int(old.table.kept.max()), limit)
+    elif engine.adapter.rotary.is_long(reached) and not old.is_long:
+        raise ValueError(
+            "the text outgrows the rotary range its cache was made for; start a new request"
+        )
+    turn.sequence, request.sequence, request.hold = old, None, False
+    turn.promised, request.promised = request.promised, None
+    turn.lowered_to = request.lowered_to
+    engine.submit(turn)
+    return turn
+
+
+def truncate(engine: Engine, request: Request, seen_len: int) -> None:
+    """See :meth:`Engine.truncate`."""
+    sequence = request.sequence
+    if not request.hold or sequence is None or request.finish_reason is None:
+        raise ValueError(f"request {request.id} holds no cache; add it with hold=True")
+    table, seen_len = sequence.table, check_count("seen_len", seen_len)
+    for layer, shape in enumerate(engine.adapter.shapes):
+        if shape.window is None or sequence.layers.governed[layer] or seen_len < 1:
+            continue
+        oldest = int(engine.pool.positions(table, layer).min())
+        if oldest > max(0, seen_len - shape.window + 1):
+            raise ValueError(
+                f"cannot go back to {seen_len} tokens: layer {layer} keeps its window only, "
+                f"from position {oldest} on"
+            )
+    engine.pool.truncate(table, seen_len)
+    table.state = request.policy.truncated(table.state, [int(n) for n in table.kept])
+    if request.policy.streams:
+        engine.adapter.streaming.forget(table)
+        engine.adapter.streaming.close_gaps(engine.pool, sequence)
+    request.prompt, request.output = (request.prompt + request.output)[:seen_len], []
+    request.protect = tuple(
+        (start, min(stop, seen_len)) for start, stop in request.protect if start < seen_len
+    )
+    engine.ledger.promise(request, engine.ledger.held(table))
