@@ -311,3 +311,11 @@ def test_a_folder_without_a_tokenizer_loads() -> None:
     assert llm.generate([[5, 6]], SamplingParams(max_tokens=2))[0].text == ""
     with pytest.raises(ValueError, match="needs a tokenizer"):
         llm.generate("text")
+
+
+def test_host_memory_for_swapped_caches_is_looked_at_first() -> None:
+    options = {"admission": "overcommit", "swap_memory": "1000TiB"}
+    with pytest.raises(ValueError, match=r"swap_memory=\d+ bytes .* lower it"):
+        LLM(tiny_model("llama"), kv_memory="1MiB", **options)
+    with pytest.raises(ValueError, match="swap_memory='many' is not a size"):
+        LLM(tiny_model("llama"), kv_memory="1MiB", swap_memory="many")

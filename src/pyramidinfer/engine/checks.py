@@ -44,18 +44,18 @@ def check_plan(adapter: Adapter, policy: Policy, config: EngineConfig, device: t
             f"the model needs {weights / 2**30:.2f} GiB for its weights in {adapter.dtype}; "
             f"{free / 2**30:.2f} GiB of memory are free on {device}"
         )
+    if budget + weights > free:
+        raise ValueError(
+            f"kv_memory={budget} bytes ({budget / 2**30:.2f} GiB) is more than the "
+            f"{(free - weights) / 2**30:.2f} GiB of memory that are free on {device} beside the "
+            f"weights; lower kv_memory"
+        )
     here = free_memory(torch.device("cpu")) - (budget + weights if device.type == "cpu" else 0)
     if config.swap_budget > here:
         raise ValueError(
             f"swap_memory={config.swap_budget} bytes ({config.swap_budget / 2**30:.2f} GiB) is "
             f"more than the {max(0, here) / 2**30:.2f} GiB of host memory that are free beside the "
             f"rest; lower it, or admit by reservation"
-        )
-    if budget + weights > free:
-        raise ValueError(
-            f"kv_memory={budget} bytes ({budget / 2**30:.2f} GiB) is more than the "
-            f"{(free - weights) / 2**30:.2f} GiB of memory that are free on {device} beside the "
-            f"weights; lower kv_memory"
         )
 
 
