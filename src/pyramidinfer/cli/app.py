@@ -11,10 +11,17 @@ import typer
 
 from pyramidinfer.attention import available_backends
 from pyramidinfer.cli.bench import bench
-from pyramidinfer.cli.common import plain_errors, policy_from
+from pyramidinfer.cli.common import (
+    Dtype,
+    Keep,
+    Options,
+    PolicyName,
+    ScheduleFile,
+    plain_errors,
+    policy_from,
+)
 from pyramidinfer.cli.serving import add_serving
 from pyramidinfer.cli.study import study, subject
-from pyramidinfer.policies.registry import POLICIES
 
 __all__ = ["app", "main"]
 
@@ -33,18 +40,6 @@ app.add_typer(bench, name="bench")
 Model = Annotated[
     str | None, typer.Option(help="Folder or hub id. Default: the model shipped with the package.")
 ]
-PolicyName = Annotated[str, typer.Option(help=f"One of: {', '.join(sorted(POLICIES))}.")]
-Keep = Annotated[
-    float | None, typer.Option(help="Common budget of all policies: a share in (0, 1].")
-]
-Options = Annotated[
-    list[str] | None,
-    typer.Option("--option", "-o", help="A policy option, NAME=VALUE; may be repeated."),
-]
-ScheduleFile = Annotated[
-    Path | None, typer.Option(help="For pyramid: what `pyramidinfer calibrate` wrote.")
-]
-Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16 or float64.")]
 MaxTokens = Annotated[int, typer.Option(help="Tokens to generate at most.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 

@@ -7,14 +7,30 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import Annotated, TextIO
 
 import typer
 
 from pyramidinfer.policies import Policy, make_policy
-from pyramidinfer.policies.registry import parse_options
+from pyramidinfer.policies.registry import POLICIES, parse_options
 
-__all__ = ["human_bytes", "plain_errors", "policy_from"]
+__all__ = [
+    "Dtype", "Keep", "Options", "PolicyName", "ScheduleFile", "human_bytes", "plain_errors",
+    "policy_from",
+]  # fmt: skip
+
+PolicyName = Annotated[str, typer.Option(help=f"One of: {', '.join(sorted(POLICIES))}.")]
+Keep = Annotated[
+    float | None, typer.Option(help="Common budget of all policies: a share in (0, 1].")
+]
+Options = Annotated[
+    list[str] | None,
+    typer.Option("--option", "-o", help="A policy option, NAME=VALUE; may be repeated."),
+]
+ScheduleFile = Annotated[
+    Path | None, typer.Option(help="For pyramid: what `pyramidinfer calibrate` wrote.")
+]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16 or float64.")]
 
 
 @contextmanager

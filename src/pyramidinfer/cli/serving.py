@@ -8,25 +8,22 @@ from typing import Annotated, Any
 import typer
 
 from pyramidinfer.attention import available_backends
-from pyramidinfer.cli.common import plain_errors, policy_from
+from pyramidinfer.cli.common import (
+    Dtype,
+    Keep,
+    Options,
+    PolicyName,
+    ScheduleFile,
+    plain_errors,
+    policy_from,
+)
 from pyramidinfer.config import parse_bytes
-from pyramidinfer.policies.registry import POLICIES
 
 __all__ = ["add_serving"]
 
 Model = Annotated[
     str | None, typer.Argument(help="Folder or hub id. Default: the model shipped here.")
 ]
-PolicyName = Annotated[str, typer.Option(help=f"One of: {', '.join(sorted(POLICIES))}.")]
-Keep = Annotated[float | None, typer.Option(help="Budget of the policy: a share in (0, 1].")]
-Options = Annotated[
-    list[str] | None,
-    typer.Option("--option", "-o", help="A policy option, NAME=VALUE; may be repeated."),
-]
-ScheduleFile = Annotated[
-    Path | None, typer.Option(help="For pyramid: what `pyramidinfer calibrate` wrote.")
-]
-Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16 or float64.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Backend = Annotated[str, typer.Option(help=f"auto, {', '.join(available_backends())}.")]
 KvMemory = Annotated[str, typer.Option(help="Memory for the caches of all requests together.")]
