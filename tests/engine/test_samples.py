@@ -130,7 +130,9 @@ def test_what_can_never_be_served_is_refused() -> None:
             engine.make(random_prompt(1, 8), SamplingParams(), samples=wrong)
     params = SamplingParams(max_tokens=24)
     engine.make(random_prompt(1, 8), params, samples=2)
-    with pytest.raises(ValueError, match="a prompt of 8 tokens with 24 generated ones needs"):
+    with pytest.raises(
+        ValueError, match="a prompt of 8 tokens with 24 generated ones in each of 4 answers needs"
+    ):
         engine.make(random_prompt(1, 8), params, samples=4)
 
 
