@@ -280,3 +280,21 @@ def test_prompts_and_keys_stay_out_of_the_log(tmp_path: Path) -> None:
         os.kill(begun.pid, signal.SIGTERM)
         assert begun.wait() == 0
         assert "sesame" not in begun.err and "baker" not in begun.err
+
+
+@pytest.mark.parametrize("command", [["serve"], ["chat"], ["batch", "{in}", "out.jsonl"]])
+def test_without_the_extra_it_is_one_line(command: list[str], tmp_path: Path) -> None:
+    """Where FastAPI is missing, say what to install."""
+    asked = tmp_path / "in.jsonl"
+    asked.write_text('{"custom_id": "a", "url": "/v1/completions", "body": {"prompt": "a"}}')
+    words = [str(asked) if word == "{in}" else word for word in command]
+    code = (
+        "import sys; sys.modules['fastapi'] = None; sys.argv[0] = 'pyramidinfer';"
+        "from pyramidinfer.cli.app import main; main()"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code, *words], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert run.returncode == 2
+    assert run.stderr.strip().splitlines()[-1].startswith("error: this command needs fastapi")
+    assert "pip install 'pyramidinfer[server]'" in run.stderr and "Traceback" not in run.stderr

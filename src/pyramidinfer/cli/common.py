@@ -19,6 +19,9 @@ __all__ = [
     "policy_from",
 ]  # fmt: skip
 
+#: What the extra ``server`` brings.
+SERVER_PACKAGES = {"fastapi", "httpx", "llguidance", "prometheus_client", "pydantic", "uvicorn"}
+
 PolicyName = Annotated[str, typer.Option(help=f"One of: {', '.join(sorted(POLICIES))}.")]
 Keep = Annotated[
     float | None, typer.Option(help="Common budget of all policies: a share in (0, 1].")
@@ -44,6 +47,15 @@ def plain_errors() -> Iterator[None]:
             yield
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(2) from None
+    except ModuleNotFoundError as error:
+        if error.name not in SERVER_PACKAGES:
+            raise
+        print(
+            f"error: this command needs {error.name}, which is not installed: "
+            f"pip install 'pyramidinfer[server]'",
+            file=sys.stderr,
+        )
         raise typer.Exit(2) from None
     except KeyboardInterrupt as stop:
         print(f"\nstopped{': ' + str(stop) if str(stop) else ''}", file=sys.stderr)
