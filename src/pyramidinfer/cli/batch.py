@@ -109,7 +109,7 @@ async def _answer_all(service: Service, lines: Iterator[Line], write: Any, width
     finally:
         for task in running:
             task.cancel()
-        service.worker.stop()
+        service.close()
 
 
 async def _write_ended(running: set[asyncio.Task[dict[str, Any]]], write: Any

@@ -56,7 +56,7 @@ def build_app(llm: LLM, settings: ServerSettings) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         service.worker.start()
         yield
-        service.worker.stop()
+        service.close()
 
     app = FastAPI(
         title="PyramidInfer", version=pyramidinfer.__version__, lifespan=lifespan,

@@ -103,6 +103,11 @@ class Service:
         """What takes long for a long text, beside the event loop."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, work, *values)
 
+    def close(self) -> None:
+        """End whatever runs, and the threads."""
+        self.worker.stop()
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
     @property
     def is_idle(self) -> bool:
         """Nothing is being prepared, waiting or running."""
