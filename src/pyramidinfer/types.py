@@ -315,7 +315,7 @@ class RequestOutput:
     """A request's answer.
 
     ``finish_reason``: ``"stop"`` (end-of-sequence, stop id or stop string), ``"length"``, or
-    ``"abort"``, ``"error"`` (the model's logits were not numbers); None while streaming.
+    ``"abort"``, ``"error"`` (logits that are no finite numbers, say); None while streaming.
     """
 
     request_id: int

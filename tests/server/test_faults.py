@@ -379,7 +379,7 @@ def test_text_that_cannot_be_decoded_fails_its_request_alone(
     """Wherever text is made: for an update, for a stop string, at the end."""
     body = {"max_tokens": 30, "ignore_eos": True}
     alone = live.complete(**body).json()["choices"]
-    decode, marked = Detokenizer._decode, "market"
+    decode, marked = Detokenizer._decode, "harbour"
 
     def failing(self: Detokenizer, tokens: list[int]) -> str:
         text = decode(self, tokens)
@@ -390,7 +390,7 @@ def test_text_that_cannot_be_decoded_fails_its_request_alone(
     monkeypatch.setattr(Detokenizer, "_decode", failing)
     with ThreadPoolExecutor() as pool:
         bad = {**body, "stop": stop, "stream": stream}
-        doomed = pool.submit(live.complete, "The old baker walked to the market", **bad)
+        doomed = pool.submit(live.complete, "The old baker walked to the harbour", **bad)
         assert live.complete(**body).json()["choices"] == alone
     answer = doomed.result()
     assert answer.status_code == (200 if stream else 500)

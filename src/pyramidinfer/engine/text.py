@@ -30,8 +30,8 @@ class Detokenizer:
         self.stopped = False
         self.error: str | None = None
         special = set(getattr(tokenizer, "all_special_ids", ()))
-        self._before = list(takewhile(lambda token: token not in special, prompt[:-CONTEXT:-1]))
-        self._before.reverse()
+        end = prompt[: -CONTEXT - 1 : -1]  # from the last token back
+        self._before = list(takewhile(lambda token: token not in special, end))[::-1]
         self._context, self._read = -len(self._before), 0
 
     def update(self, tokens: TokenIds, *, last: bool = False) -> None:

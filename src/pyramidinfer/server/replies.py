@@ -37,9 +37,8 @@ class Reply:
     def __init__(self, job: Job, stream: Stream, model: str, prompts: Prompts) -> None:
         self.job, self.stream, self.model, self.prompts = job, stream, model, prompts
         self.choices = [Choice() for _ in stream.followed]
-        self.wants_logprobs = bool(job.body.logprobs) or job.body.logprobs == 0
-        if job.is_chat:
-            self.wants_logprobs = bool(job.body.logprobs)
+        wanted = job.body.logprobs  # chat: yes or no; completions: how many besides
+        self.wants_logprobs = bool(wanted) if job.is_chat else wanted is not None
 
     # --- whole --------------------------------------------------------------------------------
 
