@@ -1,6 +1,7 @@
 """PyramidInfer: an inference engine in which fewer tokens are computed and fewer are kept."""
 
 from pyramidinfer.engine.llm import LLM
+from pyramidinfer.engine.prefix import Prefix
 from pyramidinfer.policies import Full, Pyramid, PyramidInfer
 from pyramidinfer.types import KVUsage, RequestMetrics, RequestOutput, SamplingParams, Score, Trace
 
@@ -8,6 +9,7 @@ __all__ = [
     "LLM",
     "Full",
     "KVUsage",
+    "Prefix",
     "Pyramid",
     "PyramidInfer",
     "RequestMetrics",

@@ -2,5 +2,6 @@
 
 from pyramidinfer.engine.engine import Engine
 from pyramidinfer.engine.llm import LLM, Interrupted
+from pyramidinfer.engine.prefix import Prefix
 
-__all__ = ["LLM", "Engine", "Interrupted"]
+__all__ = ["LLM", "Engine", "Interrupted", "Prefix"]

@@ -102,6 +102,7 @@ class Engine:
 
     def submit(self, request: Request) -> None:
         """Queue a request made before."""
+        holding.copy_held(self, request)
         for each in (request, *request.samples):
             prepare(each, self.adapter.device)
         self.scheduler.waiting.append(request)
@@ -114,6 +115,15 @@ class Engine:
         text.  The old request object is used up.
         """
         return holding.extend(self, request, tokens, params, protect, hold)
+
+    def branch(self, request: Request, tokens: TokenIds, params: SamplingParams, *,
+               protect: Spans = ()) -> Request:  # fmt: skip
+        """A request, not yet queued, that goes on with a copy of a held request's cache.
+
+        The copy is made when it is queued, and shares pages until they are written.  The held
+        request stays as it is, for others.
+        """
+        return holding.branch(self, request, tokens, params, protect)
 
     def truncate(self, request: Request, seen_len: int) -> None:
         """Forget a held request's tokens from position ``seen_len`` on (a rejected draft).

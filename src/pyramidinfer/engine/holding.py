@@ -2,22 +2,53 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from pyramidinfer.engine.checks import check_count, check_stream, check_tokens
 from pyramidinfer.engine.making import Spans, is_endless
 from pyramidinfer.engine.request import Request
+from pyramidinfer.models.intake import Sequence
 from pyramidinfer.types import SamplingParams, TokenIds
 
 if TYPE_CHECKING:
     from pyramidinfer.engine.engine import Engine
 
-__all__ = ["extend", "truncate"]
+__all__ = ["branch", "copy_held", "extend", "truncate"]
 
 
 def extend(engine: Engine, request: Request, tokens: TokenIds, params: SamplingParams,
            protect: Spans, hold: bool) -> Request:  # fmt: skip
     """See :meth:`Engine.extend`."""
+    turn, old = _next(engine, request, tokens, params, protect, hold)
+    turn.sequence, request.sequence, request.hold = old, None, False
+    turn.promised, request.promised = request.promised, None
+    turn.lowered_to = request.lowered_to
+    engine.submit(turn)
+    return turn
+
+
+def branch(engine: Engine, request: Request, tokens: TokenIds, params: SamplingParams,
+           protect: Spans) -> Request:  # fmt: skip
+    """See :meth:`Engine.branch`."""
+    turn, _ = _next(engine, request, tokens, params, protect, False)
+    turn.onto, turn.lowered_to = request, request.lowered_to
+    return turn
+
+
+def copy_held(engine: Engine, turn: Request) -> None:
+    """Give a request that is about to be queued its copy of the cache that it goes on with."""
+    held, turn.onto = turn.onto, None
+    if held is None:
+        return
+    if held.sequence is None:
+        raise ValueError(f"request {held.id} holds its cache no longer; nothing can go on from it")
+    turn.sequence = replace(held.sequence, table=engine.pool.fork(held.sequence.table))
+
+
+def _next(engine: Engine, request: Request, tokens: TokenIds, params: SamplingParams,
+          protect: Spans, hold: bool) -> tuple[Request, Sequence]:  # fmt: skip
+    """What goes on with a held request, checked, and what that one holds."""
     old = request.sequence
     if not request.hold or old is None or request.finish_reason is None:
         raise ValueError(f"request {request.id} holds no cache; add it with hold=True")
@@ -33,11 +64,7 @@ def extend(engine: Engine, request: Request, tokens: TokenIds, params: SamplingP
         raise ValueError(
             "the text outgrows the rotary range its cache was made for; start a new request"
         )
-    turn.sequence, request.sequence, request.hold = old, None, False
-    turn.promised, request.promised = request.promised, None
-    turn.lowered_to = request.lowered_to
-    engine.submit(turn)
-    return turn
+    return turn, old
 
 
 def truncate(engine: Engine, request: Request, seen_len: int) -> None:

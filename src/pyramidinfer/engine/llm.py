@@ -14,6 +14,7 @@ from pyramidinfer.attention import select_backend
 from pyramidinfer.config import EngineConfig
 from pyramidinfer.engine.checks import check_plan
 from pyramidinfer.engine.engine import Engine
+from pyramidinfer.engine.prefix import Prefix
 from pyramidinfer.engine.request import Request, Scoring
 from pyramidinfer.engine.tracing import trace
 from pyramidinfer.models import Adapter
@@ -88,21 +89,30 @@ class LLM:
 
     def generate(self, prompts: Prompt | Sequence[Prompt],
                  sampling: SamplingParams | list[SamplingParams] | None = None, *,
-                 protect: Spans | list[Spans] = ()) -> list[RequestOutput]:  # fmt: skip
+                 protect: Spans | list[Spans] = (),
+                 prefix: Prefix | Sequence[Prefix] | None = None
+                 ) -> list[RequestOutput]:  # fmt: skip
         """Answer every prompt; the list is in prompt order.
 
         ``prompts``: a text, a list of texts, token ids, or lists of token ids.  ``sampling`` and
         ``protect`` (spans of prompt positions that are never dropped) are one for all, or one
-        for each.  Every prompt is checked before any of them runs.  Ctrl-C ends all of them and
-        raises a ``KeyboardInterrupt`` whose ``outputs`` holds every answer as far as it got.
+        for each.  ``prefix`` (one for all, or one for each): what ``prefill`` returned; a prompt
+        then goes on from there, a text without special tokens in front, and spans count from the
+        prefix's first token.  Every prompt is checked before any of them runs.  Ctrl-C ends all of
+        them and raises a ``KeyboardInterrupt`` whose ``outputs`` holds every answer as far as it
+        got.
         """
         batch = _as_batch(prompts)
         many = _spread_sampling(SamplingParams() if sampling is None else sampling, len(batch))
         spans = _spread_spans(protect, len(batch))
-        encoded = [self.encode(prompt) for prompt in batch]
+        begun = _spread_prefixes(prefix, len(batch))
+        encoded = [
+            self.encode(prompt, special=on is None)
+            for prompt, on in zip(batch, begun, strict=True)
+        ]  # fmt: skip
         requests = [
-            self.engine.make(ids, params, protect=keep)
-            for ids, params, keep in zip(encoded, many, spans, strict=True)
+            self._make(ids, params, keep, on)
+            for ids, params, keep, on in zip(encoded, many, spans, begun, strict=True)
         ]
         try:
             self._finish(requests)
@@ -110,15 +120,46 @@ class LLM:
             raise Interrupted([self.engine.output(each) for each in requests]) from None
         return [self.engine.output(request) for request in requests]
 
+    def prefill(self, prompt: Prompt, policy: str | Policy | None = None, *,
+                keep: float | None = None, protect: Spans = ()) -> Prefix:  # fmt: skip
+        """Take a text in and compress its cache now, for ``generate(…, prefix=…)`` to go on from.
+
+        ``policy`` and ``keep``: as in ``LLM``; None is this LLM's own.  The policy sees the text
+        without what will be asked of it.  ``ValueError`` where the cache does not fit beside what
+        is held.
+        """
+        if policy is None and keep is not None:
+            raise ValueError(f"keep={keep} without a policy: name the policy that it is for")
+        chosen = None if policy is None else make_policy(policy, keep).for_model(self.name)
+        request = self.engine.make(
+            self.encode(prompt), SamplingParams(max_tokens=1, ignore_eos=True), policy=chosen,
+            protect=protect, hold=True,
+        )  # fmt: skip
+        self._finish([request])
+        if request.error is not None:
+            self.engine.release(request)
+            raise ValueError(f"the prefix cannot be used: {request.error}")
+        request.output.clear()  # never fed, so the cache knows nothing of it
+        return Prefix(self.engine, request)
+
+    def _make(self, tokens: TokenIds, params: SamplingParams, protect: Spans,
+              prefix: Prefix | None) -> Request:  # fmt: skip
+        if prefix is None:
+            return self.engine.make(tokens, params, protect=protect)
+        held = prefix.held_by(self.engine)
+        return self.engine.branch(held, tokens, params, protect=protect)
+
     def stream(self, prompt: Prompt, sampling: SamplingParams | None = None, *,
-               protect: Spans = ()) -> Iterator[RequestOutput]:  # fmt: skip
+               protect: Spans = (), prefix: Prefix | None = None
+               ) -> Iterator[RequestOutput]:  # fmt: skip
         """Yield the answer as it grows: each item is the whole answer so far.
 
         The request is checked at once and queued when the first item is asked for.  Closing the
         iterator aborts it.  Other requests go on in the same steps.
         """
         params = sampling or SamplingParams()
-        return self._follow(self.engine.make(self.encode(prompt), params, protect=protect))
+        tokens = self.encode(prompt, special=prefix is None)
+        return self._follow(self._make(tokens, params, protect, prefix))
 
     def _follow(self, request: Request) -> Iterator[RequestOutput]:
         given = 0
@@ -233,6 +274,14 @@ def _spread_sampling(value: Any, count: int) -> list[SamplingParams]:
         if not isinstance(each, SamplingParams):
             raise ValueError(f"sampling={each!r} must be SamplingParams, or a list of them")
     return _one_each(many, count, "SamplingParams")
+
+
+def _spread_prefixes(prefix: Any, count: int) -> list[Prefix | None]:
+    many = list(prefix) if isinstance(prefix, list | tuple) else [prefix] * count
+    for each in many:
+        if not isinstance(each, Prefix | None):
+            raise ValueError(f"prefix={each!r:.60} must be what prefill returned, or None")
+    return _one_each(many, count, "prefixes")
 
 
 def _spread_spans(protect: Any, count: int) -> list[Spans]:

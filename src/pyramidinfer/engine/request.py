@@ -67,6 +67,7 @@ class Request:
     that more tokens can be appended (``Engine.extend``).
     ``samples``: further answers to the same prompt, which begin on this one's pages once its
     prompt is in.
+    ``onto``: a held request; a copy of its cache is taken when this one is queued.
     ``owner``: whose conversation this is; when it ends its cache is kept for a request of the
     same owner that goes on with it (None: no reuse).  ``reused``: tokens taken up that way, and
     ``reused_entries`` over all layers.
@@ -103,6 +104,7 @@ class Request:
     kv: KVUsage | None = None
     samples: list[Request] = field(default_factory=list)
     constraint: Constraint | None = None
+    onto: Request | None = None
     owner: str | None = None
     reused: int = 0
     reused_entries: int = 0
