@@ -20,6 +20,7 @@ from pyramidinfer.cli.common import (
     plain_errors,
     policy_from,
 )
+from pyramidinfer.cli.models import add_models
 from pyramidinfer.cli.serving import add_serving
 from pyramidinfer.cli.study import study, subject
 
@@ -157,6 +158,7 @@ def doctor(as_json: AsJson = False) -> None:
 
 
 add_serving(app)
+add_models(app)
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
+from rich.console import Console
 
 from pyramidinfer.cli.common import plain_errors, policy_from
 from pyramidinfer.policies.registry import POLICIES
@@ -207,4 +208,53 @@ def quality(
         numbers(contexts, int, "--contexts"), samples, passages, min(8, samples), seed=seed,
     )  # fmt: skip
     for path in [json, *run_quality(grid, json, workers)]:
+        print(path)
+
+
+RULER_KEEPS = ".45,.3,.15"
+
+
+@study.command()
+@plain_errors()
+def ruler(
+    model: Model = None,
+    text: Annotated[
+        str | None,
+        typer.Option(help="UTF-8 file to hide needles in, or 'noise'. Default: real English."),
+    ] = None,
+    policies: Annotated[
+        str | None,
+        typer.Option(help="NAME,NAME or 'NAME NAME:option=value,…'. Default: every policy."),
+    ] = None,
+    keeps: Annotated[str, typer.Option(help="Budgets, shares in (0, 1].")] = RULER_KEEPS,
+    lengths: Annotated[str, typer.Option(help="Tokens of a prompt and its answer.")] = "2000",
+    tasks: Annotated[str | None, typer.Option(help="NAME,NAME. Default: all thirteen.")] = None,
+    protocols: Annotated[
+        str, typer.Option(help="inside: with the question in view; after: before it came.")
+    ] = "inside,after",
+    samples: Annotated[int, typer.Option(help="Samples of each task.")] = 20,
+    seed: Seed = 0,
+    json: Json = Path("out/ruler.json"),
+    workers: Workers = 1,
+    kv_memory: KvMemory = "1GiB",
+    dtype: Dtype = "float32",
+    device: Device = "auto",
+) -> None:
+    """RULER's thirteen tasks, the question inside the compressed prompt and after it."""
+    from pyramidinfer.lab.quality import split_specs
+    from pyramidinfer.lab.ruler.grid import RulerPlan, run_ruler
+    from pyramidinfer.lab.ruler.tables import means_table
+    from pyramidinfer.lab.ruler.tasks import TASKS
+    from pyramidinfer.policies import POLICIES
+
+    plan = RulerPlan(
+        replace(subject(model, None, dtype, device), kv_memory=kv_memory, text=text),
+        split_specs(policies) if policies else tuple(POLICIES),
+        numbers(keeps, float, "--keeps"), numbers(lengths, int, "--lengths"),
+        TASKS if tasks is None else tuple(tasks.replace(",", " ").split()),
+        tuple(protocols.replace(",", " ").split()), samples, seed,
+    )  # fmt: skip
+    means, pictures = run_ruler(plan, json, workers)
+    Console().print(means_table(means))
+    for path in [json, *pictures]:
         print(path)

@@ -18,6 +18,7 @@ from pyramidinfer.engine.prefix import Prefix
 from pyramidinfer.engine.request import Request, Scoring
 from pyramidinfer.engine.tracing import trace
 from pyramidinfer.models import Adapter
+from pyramidinfer.models.catalog import find_model
 from pyramidinfer.models.loading import empty_model, load_model
 from pyramidinfer.policies import Policy, make_policy
 from pyramidinfer.types import RequestOutput, SamplingParams, Score, TokenIds, Trace
@@ -42,8 +43,9 @@ class LLM:
 
     Parameters
     ----------
-    model : folder, hub id, or a loaded transformers model (used as it is, and left usable; where
-        its linears are prepacked, they take their memory a second time).
+    model : folder, hub id, the name of a fetched model (``"smollm2"``), a GGUF file (converted
+        once, into the user's cache folder), or a loaded transformers model (used as it is, and left
+        usable; where its linears are prepacked, they take their memory a second time).
     policy : a name (see ``pyramidinfer.policies.POLICIES``) or a policy object.
     keep : common budget of the policies, a share in (0, 1]; each policy says of what.  Refused
         where the model's depth puts it out of reach; a prompt too short for it (a policy's window
@@ -68,7 +70,8 @@ class LLM:
         config = EngineConfig.from_options(ARGUMENTS, kv_memory=kv_memory, **options)
         chosen = make_policy(policy, keep)
         if not isinstance(model, nn.Module):
-            chosen = chosen.for_model(os.fspath(model))
+            model = find_model(os.fspath(model))
+            chosen = chosen.for_model(model)
             empty, place = empty_model(model, dtype, device)
             weights = sum(each.nbytes for each in empty.parameters())
             check_plan(

@@ -10,7 +10,7 @@ not used; where it misses, it is solved again for less.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import accumulate
 from pathlib import Path
@@ -20,7 +20,7 @@ import numpy as np
 
 from pyramidinfer.lab.quality import divergence
 from pyramidinfer.lab.record import commit, machine
-from pyramidinfer.lab.samples import Passage, Subject
+from pyramidinfer.lab.samples import Passage, Subject, settings
 from pyramidinfer.lab.study import Row, run_cells
 from pyramidinfer.policies import Forecast, Full, Policy, Pyramid, Schedule
 from pyramidinfer.policies.schedule import HEADS
@@ -84,17 +84,17 @@ def calibrate(task: Calibration, out: Path, workers: int = 1) -> Schedule:
     level = task.keep or 0.25
     cells = [{"heads": h, "kernel": k, "level": level} for h in HEADS for k in KERNELS]
     parts = [out.with_name(f"{out.name}.{part}.json") for part in ("scores", "layers")]
-    settings = asdict(task)
-    rows = run_cells("scores", settings, cells, partial(measure, task), parts[0], workers)
+    configuration = settings(task)
+    rows = run_cells("scores", configuration, cells, partial(measure, task), parts[0], workers)
     scores = min(rows, key=lambda row: row["kl"])
     by = {"heads": scores["heads"], "kernel": scores["kernel"]}
     cells = [{"layer": i, "keep": s, **by} for i in range(depth) for s in SHARES]
     cells += [{"start": i, "propagate": s, **by} for i in range(depth - 1) for s in PROPAGATED]
-    layers = run_cells("layers", settings, cells, partial(measure, task), parts[1], workers)
+    layers = run_cells("layers", configuration, cells, partial(measure, task), parts[1], workers)
     found = Tables.of(layers, depth, **by)
     schedule, tried = _solve_until_met(task, found)
     about = {
-        "commit": commit(), "machine": machine(), "task": asdict(task), "tried": tried,
+        "commit": commit(), "machine": machine(), "task": configuration, "tried": tried,
         "scores": rows,
     }  # fmt: skip
     schedule.save(out, about)

@@ -47,7 +47,9 @@ class Chat:
 
     def ask(self, context: str, question: str, answer: str = "") -> Asked:
         """A user's message of ``context`` and ``question`` (blanks between them are theirs), with
-        the first words of the ``answer`` given."""
+        the first words of the ``answer`` given (without blanks at the end: they would part the
+        next word from its own)."""
+        answer = answer.rstrip()
         if not self.has_template:
             return Asked(self.head + self.encode(context), self.encode(question + answer))
         text = self._render([{"role": "user", "content": context + MARKS[0] + question}])

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from pyramidinfer.engine import LLM
 from pyramidinfer.engine.engine import Engine
 from pyramidinfer.engine.request import Request, Scoring
 from pyramidinfer.lab.pictures import draw_icr
-from pyramidinfer.lab.samples import Passage, Subject
+from pyramidinfer.lab.samples import Passage, Subject, settings
 from pyramidinfer.lab.study import Row, run_cells
 from pyramidinfer.policies import Policy
 from pyramidinfer.policies.base import best_entries
@@ -79,7 +79,11 @@ def run_icr(plan: IcrPlan, out: Path, workers: int = 1) -> Path:
     """Measure, write ``out`` and draw; returns the picture's path."""
     chosen = replace(plan, layers=_layers(plan), shares=tuple(sorted(set(plan.shares))))
     cells = [{"passage": index} for index in range(plan.samples)]
-    configuration = {**asdict(chosen), "recent_ratio": RECENT_RATIO, "newest_weight": NEWEST_WEIGHT}
+    configuration = {
+        **settings(chosen),
+        "recent_ratio": RECENT_RATIO,
+        "newest_weight": NEWEST_WEIGHT,
+    }
     found = run_cells("icr", configuration, cells, partial(_work, chosen), out, workers)
     rows = _summarise(found)
     publish(out, rows)

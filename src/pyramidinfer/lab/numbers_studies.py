@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from pyramidinfer.lab.samples import SHIPPED
+from pyramidinfer.lab.samples import GENERATED, SHIPPED
 from pyramidinfer.lab.study import Row
 from pyramidinfer.policies import POLICIES
 
@@ -77,7 +77,7 @@ def subject_words(subject: dict[str, Any]) -> str:
     """The model and text, without folders."""
     model, text = subject["model"], subject["text"]
     name = "the shipped model" if model == SHIPPED else f"`{Path(model).name}`"
-    source = "generated text" if text is None else f"text `{Path(text).name}`"
+    source = subject.get("source", GENERATED) if text is None else f"text `{Path(text).name}`"
     return f"{name} ({subject['dtype']}), {source}"
 
 

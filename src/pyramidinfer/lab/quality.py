@@ -11,7 +11,7 @@ All policies see the same samples, so their differences are paired.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from scipy import stats
 from pyramidinfer.config import is_number
 from pyramidinfer.engine import LLM
 from pyramidinfer.lab.quality_plots import draw_needles, draw_quality
-from pyramidinfer.lab.samples import Needle, Subject
+from pyramidinfer.lab.samples import Needle, Subject, settings
 from pyramidinfer.lab.study import Row, run_cells
 from pyramidinfer.policies import POLICIES, Full, Policy
 from pyramidinfer.policies.registry import parse_policy
@@ -105,7 +105,7 @@ def split_specs(text: str) -> tuple[str, ...]:
 def run_quality(grid: Grid, out: Path, workers: int = 1) -> list[Path]:
     """Measure the grid, write ``out`` and pictures beside it; returns the pictures."""
     rows = run_cells(
-        "quality", asdict(grid), grid.cells(), partial(measure, grid), out, workers
+        "quality", settings(grid), grid.cells(), partial(measure, grid), out, workers
     )  # fmt: skip
     curves = draw_quality(rows, out.with_suffix(".png"))
     needles = draw_needles(rows, out.with_name(out.stem + "_needles.png"))

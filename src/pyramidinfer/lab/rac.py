@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -33,7 +33,7 @@ from pyramidinfer.attention import Backend, Scale
 from pyramidinfer.engine import LLM
 from pyramidinfer.lab.icr import bootstrap, publish
 from pyramidinfer.lab.pictures import draw_rac
-from pyramidinfer.lab.samples import Subject
+from pyramidinfer.lab.samples import Subject, settings
 from pyramidinfer.lab.study import Row, run_cells
 from pyramidinfer.policies import Full
 from pyramidinfer.types import Reduce, TokenIds, accumulate_dtype
@@ -77,7 +77,7 @@ def run_rac(plan: RacPlan, out: Path, workers: int = 1) -> Path:
     plan = replace(plan, tops=tuple(dict.fromkeys(plan.tops)))
     cells = [{"passage": index} for index in range(plan.samples)]
     configuration = {
-        **asdict(plan), "recent": RECENT, "window": WINDOW, "newest_weight": NEWEST_WEIGHT,
+        **settings(plan), "recent": RECENT, "window": WINDOW, "newest_weight": NEWEST_WEIGHT,
     }  # fmt: skip
     found = run_cells("rac", configuration, cells, partial(_work, plan), out, workers)
     rows = _summarise(found, plan.bins)

@@ -1,29 +1,34 @@
 """What studies ask a model: passages with a continuation, and questions with a needle.
 
-Text comes from the user's file, or from the generator that the shipped model was trained on.  A
-model whose tokenizer knows the generator's chat marks gets them; any other gets plain English.
+A model whose tokenizer knows the chat marks of the generated language that the shipped model was
+trained on gets that.  Any other gets the user's file or, where none is given, real English text,
+and questions go through its chat template where it has one.
 """
 
 from __future__ import annotations
 
 import random
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from pyramidinfer.engine import LLM
 from pyramidinfer.lab import documents
+from pyramidinfer.lab.chat import Chat
+from pyramidinfer.lab.english import ENGLISH, english
 from pyramidinfer.lab.recall import make_question
 from pyramidinfer.models.loading import load_model, quiet_transformers, shipped_model
 from pyramidinfer.policies import Policy
 from pyramidinfer.types import TokenIds
 
-__all__ = ["SHIPPED", "Corpus", "Needle", "Passage", "Subject"]
+__all__ = ["GENERATED", "SHIPPED", "Corpus", "Needle", "Passage", "Subject", "settings"]
 
 #: Stands for the model in the package, wherever that is installed.
 SHIPPED = "shipped"
+#: What a result calls the text of the shipped model's language.
+GENERATED = "generated text"
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,21 +75,33 @@ class Subject:
         return Corpus(tokenizer, None if self.text is None else _read(self.text))
 
     @property
+    def source(self) -> str:
+        """Which text samples are drawn from, as a result names it."""
+        if self.text is not None:
+            return Path(self.text).name
+        return ENGLISH if self.corpus().ids is not None else GENERATED
+
+    @property
     def depth(self) -> int:
         """The model's layers."""
         return int(_load(self.model, self.dtype, self.device).model.config.num_hidden_layers)
 
 
 class Corpus:
-    """Samples for one tokenizer, from a text or generated; the same for the same seed."""
+    """Samples for one tokenizer, from a text or generated; the same for the same seed.
+
+    ids : the text's tokens; None where samples are in the shipped model's language.
+    """
 
     def __init__(self, tokenizer: Any, text: str | None) -> None:
         if tokenizer is None:
             raise ValueError("a study needs the model's tokenizer; none was found beside it")
-        self.tokenizer = tokenizer
+        self.tokenizer, self.chat = tokenizer, Chat(tokenizer)
         marks = {"<user>", "<assistant>", "<end>", "room"}
         self.has_marks = marks <= set(tokenizer.get_vocab())
-        self.ids: TokenIds | None = None if text is None else self._encode(text)
+        if text is None and not self.has_marks:
+            text = english()
+        self.ids: TokenIds | None = None if text is None else self.chat.encode(text)
 
     def passages(self, seed: int, count: int, context: int, continuation: int) -> list[Passage]:
         """``count`` contexts of ``context`` tokens, each with what follows it.
@@ -93,7 +110,7 @@ class Corpus:
         (11 tokens, or fewer if fewer are asked for), else the next ``continuation`` tokens.
         """
         rng = random.Random(f"passages {seed}")
-        if self.ids is None and self.has_marks:
+        if self.ids is None:
             return [self._conversation(rng, context, continuation) for _ in range(count)]
         return [self._excerpt(rng, context, continuation) for _ in range(count)]
 
@@ -101,7 +118,7 @@ class Corpus:
         """``count`` questions over ``length`` tokens; needles spread evenly over the depths."""
         rng = random.Random(f"needles {seed}")
         wanted = [(index % depths + 0.5) / depths for index in range(count)]
-        if self.ids is None and self.has_marks:
+        if self.ids is None:
             return [self._asked(rng, length, depth) for depth in wanted]
         return [self._hidden(rng, length, depth) for depth in wanted]
 
@@ -126,36 +143,11 @@ class Corpus:
 
     # --- any other model or text --------------------------------------------------------------
 
-    def _excerpt(self, rng: random.Random, context: int, continuation: int) -> Passage:
-        head = self._head()
-        ids = self._filler(rng, context + continuation - len(head))
-        whole = head + ids
-        return Passage(whole[:context], whole[context:])
-
-    def _hidden(self, rng: random.Random, length: int, depth: float) -> Needle:
-        """A fact between two sentences of filler, and its beginning repeated at the end."""
-        (fact,) = documents.sample_facts(rng, 1)
-        opening = f"The {fact.thing} of {fact.first} {fact.last} is in"
-        sentence = self._encode(f" {opening} {fact.place} {fact.number}. ")
-        question = self._encode(
-            f"\n\nWhere is the {fact.thing} of {fact.first} {fact.last}? {opening}"
-        )
-        head = self._head()
-        filler = self._filler(rng, length - len(sentence) - len(question) - len(head))
-        at = round(depth * len(filler))
-        prompt = head + filler[:at] + sentence + filler[at:] + question
-        answer = f"{fact.place} {fact.number}"
-        return Needle(prompt, answer, len(self._encode(f" {answer}")) + 2, depth)
-
-    def _filler(self, rng: random.Random, count: int) -> TokenIds:
+    def stretch(self, rng: random.Random, count: int) -> TokenIds:
+        """``count`` tokens of the text in a row, from a random place on."""
+        assert self.ids is not None
         if count < 1:
             raise ValueError("the context is too short for a question and its fact")
-        if self.ids is None:
-            ids: TokenIds = []
-            while len(ids) < count:
-                sentence = " ".join(documents.filler_sentence(rng))
-                ids += self._encode(sentence.replace(" .", ". ").replace(" ,", ","))
-            return ids[:count]
         if len(self.ids) < count:
             raise ValueError(
                 f"the text has {len(self.ids)} tokens; this study needs at least {count} in a row: "
@@ -164,16 +156,32 @@ class Corpus:
         first = rng.randrange(len(self.ids) - count + 1)
         return self.ids[first : first + count]
 
-    def _head(self) -> TokenIds:
-        """The tokens that the tokenizer puts in front of every text."""
-        with_head: TokenIds = self.tokenizer("a")["input_ids"]
-        without = self._encode("a")
-        at = len(with_head) - len(without)
-        return with_head[:at] if with_head[at:] == without else []
+    def _excerpt(self, rng: random.Random, context: int, continuation: int) -> Passage:
+        head = self.chat.head
+        whole = head + self.stretch(rng, context + continuation - len(head))
+        return Passage(whole[:context], whole[context:])
 
-    def _encode(self, text: str) -> TokenIds:
-        ids: TokenIds = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return ids
+    def _hidden(self, rng: random.Random, length: int, depth: float) -> Needle:
+        """A fact somewhere in the text, asked for at the end with the answer's first words."""
+        (fact,) = documents.sample_facts(rng, 1)
+        opening = f"The {fact.thing} of {fact.first} {fact.last} is in"
+        sentence = self.chat.encode(f" {opening} {fact.place} {fact.number}. ")
+        around = self.chat.ask(
+            "", f"\n\nWhere is the {fact.thing} of {fact.first} {fact.last}?", f" {opening}"
+        )
+        text = self.stretch(rng, length - len(sentence) - len(around.whole))
+        at = round(depth * len(text))
+        prompt = around.context + text[:at] + sentence + text[at:] + around.rest
+        answer = f"{fact.place} {fact.number}"
+        return Needle(prompt, answer, len(self.chat.encode(f" {answer}")) + 2, depth)
+
+
+def settings(plan: Any) -> dict[str, Any]:
+    """A study's plan (a dataclass with a ``subject``) as plain values for its result, which says
+    what text its samples come from."""
+    found = asdict(plan)
+    found["subject"]["source"] = plan.subject.source
+    return found
 
 
 @lru_cache(maxsize=1)

@@ -80,9 +80,13 @@ class Store:
         with self.partial.open("a") as file:
             file.write(json.dumps({"cell": cell, "rows": rows}) + "\n")
 
+    def rows_of(self, cells: list[Cell]) -> list[Row]:
+        """The rows of cells that are done, in the order of the cells."""
+        return [row for cell in cells for row in self.rows[_key(cell)]]
+
     def finish(self, cells: list[Cell]) -> list[Row]:
         """Write the result, in the order of the cells, and return its rows."""
-        rows = [row for cell in cells for row in self.rows[_key(cell)]]
+        rows = self.rows_of(cells)
         meta = {"commit": commit(), "machine": machine(), **self.head}
         body = ",\n".join(json.dumps(row) for row in rows)
         self.path.write_text(f'{{"meta": {json.dumps(meta, indent=1)},\n"rows": [\n{body}\n]}}\n')
@@ -97,32 +101,44 @@ def run_cells(
     work: Callable[[Cell], list[Row]],
     out: Path,
     workers: int = 1,
+    then: Callable[[list[Row]], list[Cell]] | None = None,
 ) -> list[Row]:
     """Work on every cell that is not done yet, behind a progress bar; returns all rows.
 
     ``workers`` above 1: so many processes of one thread each; ``work`` must be picklable.
+    ``then``: further cells, known once the rows of ``cells`` are there.
     Ctrl-C leaves what is done on disk and raises ``KeyboardInterrupt``.
     """
     if workers < 1:
         raise ValueError(f"--workers {workers} must be at least 1")
     store = Store(out, study, configuration)
+    _work_on(store, study, cells, work, workers)
+    if then is not None:
+        more = then(store.rows_of(cells))
+        _work_on(store, study, more, work, workers)
+        cells = cells + more
+    return store.finish(cells)
+
+
+def _work_on(store: Store, study: str, cells: list[Cell], work: Callable[[Cell], list[Row]],
+             workers: int) -> None:  # fmt: skip
     left = [cell for cell in cells if not store.has(cell)]
     bar = Progress(
         TextColumn(study), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
         TextColumn("{task.fields[now]}"), console=Console(stderr=True),
     )  # fmt: skip
+    done = len(cells) - len(left)
     try:
         with bar, _results(left, work, workers) as results:
-            task = bar.add_task(study, total=len(cells), completed=len(cells) - len(left), now="")
+            task = bar.add_task(study, total=len(cells), completed=done, now="")
             for cell, rows in results:
                 store.add(cell, rows)
+                done += 1
                 bar.update(task, advance=1, now=_short(cell))
     except KeyboardInterrupt:
-        done = len(store.rows)
         raise KeyboardInterrupt(
             f"{done} of {len(cells)} done; the same command goes on from there"
         ) from None
-    return store.finish(cells)
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from pyramidinfer.config import parse_device, parse_dtype
+from pyramidinfer.models.catalog import find_model
 from pyramidinfer.models.families import find_family
 
 __all__ = ["LoadedModel", "empty_model", "end_ids", "free_memory", "load_config", "load_model",
@@ -38,7 +39,7 @@ class LoadedModel:
 def load_model(model: str | os.PathLike[str] | nn.Module, tokenizer: Any = "auto",
                dtype: str | torch.dtype = "auto", device: str | torch.device = "auto"
                ) -> LoadedModel:  # fmt: skip
-    """Load a folder or hub id, or take a transformers model object as it is.
+    """Load a folder, hub id, fetched model or GGUF file, or take a transformers model as it is.
 
     ``tokenizer``: ``"auto"`` (the model's own, None where it has none), a tokenizer, a path or
     hub id, or None.  Raises ``ValueError`` for what cannot be loaded, with the reason.
@@ -46,7 +47,7 @@ def load_model(model: str | os.PathLike[str] | nn.Module, tokenizer: Any = "auto
     if isinstance(model, nn.Module):
         return _take_object(model, tokenizer, dtype, device)
     place = parse_device(device)
-    name = _check_folder(str(model))
+    name = _check_folder(find_model(str(model)))
     config = load_config(name)
     find_family(config)
     kind = parse_dtype(dtype, getattr(config, "dtype", None))
@@ -71,8 +72,8 @@ def quiet_transformers() -> None:
 
 
 def load_config(name: str) -> Any:
-    """The transformers config of a folder or hub id."""
-    name = _check_path(name)
+    """The transformers config of a folder, a hub id, a fetched model's name or a GGUF file."""
+    name = _check_path(find_model(name))
     local = Path(name) / "config.json"
     if local.is_file():
         try:

@@ -1,0 +1,136 @@
+"""Question answering in RULER's form, on facts that we invent.
+
+RULER puts the paragraphs of SQuAD and HotpotQA among other paragraphs.  Those need a download, and
+models know their answers by heart; here documents tell of people and companies that do not exist,
+so an answer can only come from the text.  Scores compare with each other, not with RULER's.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+from pyramidinfer.lab.ruler.haystack import Haystack, hide
+from pyramidinfer.lab.ruler.sample import Recipe, Sample
+from pyramidinfer.lab.ruler.words import unlike
+
+__all__ = ["qa"]
+
+MAX_TOKENS = 32
+ASK = (
+    "Answer the question based on the given documents. Only give me the answer and do not output "
+    "any other words."
+)
+FIRST = """
+Ada Anton Bela Clara Dario Edda Emil Flora Greta Hugo Ida Ivo Jonas Karla Leo Lina Marek Mila Nora
+Otto Paula Rosa Samuel Tilda Ulla Viktor Wanda Xenia Yara Zeno
+""".split()
+JOBS = """
+accountant architect baker botanist carpenter chemist cook designer driver editor electrician
+engineer gardener geologist lawyer librarian mechanic nurse painter pilot printer surveyor tailor
+translator
+""".split()
+GOODS = [
+    "bicycles", "boats", "books", "candles", "clocks", "coats", "door locks", "farm machines",
+    "garden tools", "glassware", "hats", "kites", "lamps", "maps", "musical instruments", "ovens",
+    "paper", "pumps", "rope", "shoes", "soap", "telescopes", "toys", "water filters",
+]  # fmt: skip
+HOBBIES = [
+    "plays chess", "paints landscapes", "keeps bees", "sings in a choir", "repairs old radios",
+    "goes rowing", "collects stamps", "grows tomatoes", "writes short stories", "bakes bread",
+    "runs marathons", "watches birds",
+]  # fmt: skip
+PERSON = [
+    "{person} was born in the town of {birth} in {year}. After school {first} trained as a {job} "
+    "and has worked for {company} ever since. In the evenings {first} {hobby}.",
+    "{person} is a {job} at {company}. Born in the town of {birth} in {year}, {first} grew up "
+    "there with three older sisters. At weekends {first} {hobby}.",
+    "As a {job}, {person} joined {company} at the age of 25. Friends know that {first} {hobby}. "
+    "{first} was born in {birth} in {year}, on a winter morning.",
+]
+COMPANY = [
+    "{company} makes {goods}. It was founded in {year} by two brothers and has its head office in "
+    "the town of {seat}. Some {staff} people work there.",
+    "The head office of {company} is in {seat}. Since {year} the firm has made {goods}, which it "
+    "sells in eleven countries. It has {staff} employees.",
+    "Known for its {goods}, {company} was founded in {year}. About {staff} people work for it, "
+    "most of them at the head office in {seat}.",
+]
+ONE = ("In which town was {person} born?", "In which town is the head office of {company}?")
+TWO = "In which town is the head office of the company that {person} works for?"
+
+
+@dataclass(frozen=True, slots=True)
+class Fact:
+    """A person, where they were born, the company that they work for and where that is."""
+
+    person: str
+    birth: str
+    company: str
+    seat: str
+    about_person: str
+    about_company: str
+
+
+class World:
+    """Facts without end.  No name is part of another one: each begins with two syllables of its
+    own (consonant, vowel, consonant)."""
+
+    def __init__(self, rng: random.Random) -> None:
+        self.rng = rng
+        self.stems = unlike(lambda: (self._syllable() + self._syllable()).capitalize())
+
+    def draw(self) -> Fact:
+        pick = self.rng.choice
+        first = pick(FIRST)
+        names = {
+            "person": f"{first} {next(self.stems)}{pick(['en', 'sen', 'er', 'a', 'ov'])}",
+            "birth": next(self.stems) + pick(["ford", "ton", "by", "ham", "stead"]),
+            "company": f"{next(self.stems)} {pick(['Works', 'Limited', 'Brothers', 'Company'])}",
+            "seat": next(self.stems) + pick(["ford", "ton", "by", "ham", "stead"]),
+        }
+        more = {"first": first, "job": pick(JOBS), "hobby": pick(HOBBIES), "goods": pick(GOODS)}
+        years = {"staff": self.rng.randrange(30, 900), "year": self.rng.randrange(1900, 1995)}
+        about = [pick(PERSON), pick(COMPANY)]
+        person, company = (each.format(**names, **more, **years) for each in about)
+        return Fact(**names, about_person=person, about_company=company)
+
+    def _syllable(self) -> str:
+        pick = self.rng.choice
+        return pick("bdfghklmnprstv") + pick("aeiou") + pick("dklmnrst")
+
+
+def qa(task: str, rng: random.Random, length: int, text: Haystack) -> Recipe:
+    """Documents with those that answer the question among them: one of them in ``qa_facts_1``; in
+    ``qa_facts_2`` one that names the company and one that says where it is."""
+    two = task == "qa_facts_2"
+    asked_person = two or rng.random() < 0.5
+    depths = [rng.random() for _ in range(2 if two else 1)]
+    world = World(rng)
+    own = world.draw()
+    if two:
+        gold, question, answer = [own.about_person, own.about_company], TWO, own.seat
+    elif asked_person:
+        gold, question, answer = [own.about_person], ONE[0], own.birth
+    else:
+        gold, question, answer = [own.about_company], ONE[1], own.seat
+    question = question.format(person=own.person, company=own.company)
+    others: list[str] = []
+
+    def build(size: int) -> Sample:
+        while len(others) < size:
+            other = world.draw()
+            about = [other.about_person, other.about_company]
+            others.extend(rng.sample(about, 2))
+        documents = hide(gold, depths, others[:size])
+        listed = "\n\n".join(f"Document {at}:\n{each}" for at, each in enumerate(documents, 1))
+        return Sample(
+            task,
+            f"{ASK}\n\nThe following are given documents.\n\n{listed}",
+            f"\n\n{ASK}\n\nQuestion: {question}",
+            " Answer:",
+            (answer,),
+            MAX_TOKENS,
+        )
+
+    return Recipe(build)

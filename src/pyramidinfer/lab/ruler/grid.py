@@ -1,0 +1,247 @@
+"""``study ruler``: RULER's tasks under every policy at every budget, in two protocols.
+
+The full cache goes first.  A task that it scores below ``SCREEN`` on says nothing of compression:
+it is reported for the full cache, and left out for the others and of all means.  All policies see
+the same samples, so differences from the full cache are paired.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pyramidinfer.lab.asking import PROTOCOLS, Asker, asker
+from pyramidinfer.lab.chat import Asked
+from pyramidinfer.lab.icr import publish
+from pyramidinfer.lab.quality import interval
+from pyramidinfer.lab.ruler.pictures import draw_scores, draw_tasks
+from pyramidinfer.lab.ruler.tasks import TASKS, Haystack, Sample, check_task, make_samples
+from pyramidinfer.lab.samples import Subject
+from pyramidinfer.lab.study import Row, run_cells
+from pyramidinfer.policies import Policy
+from pyramidinfer.policies.registry import parse_policy
+from pyramidinfer.types import SamplingParams
+
+__all__ = ["NOISE", "SCREEN", "RulerPlan", "Scored", "answer_samples", "haystack", "means",
+           "passed", "run_ruler", "task_samples"]  # fmt: skip
+
+#: A task on which the full cache scores less is left out.
+SCREEN = 0.3
+#: ``--text noise``: RULER's own noise sentences instead of a text.
+NOISE = "noise"
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class RulerPlan:
+    """What is measured: each policy (``NAME`` or ``NAME:option=value,…``) at each keep (one that
+    has its own, ``NAME:keep=…``, at that only), length (tokens, template and answer included), task
+    and protocol.
+
+    samples : of each task at the shortest length; longer ones get fewer, in proportion.
+    """
+
+    subject: Subject
+    policies: tuple[str, ...]
+    keeps: tuple[float, ...]
+    lengths: tuple[int, ...]
+    tasks: tuple[str, ...] = TASKS
+    protocols: tuple[str, ...] = PROTOCOLS
+    samples: int = 20
+    seed: int = 0
+
+    def check(self) -> None:
+        """``ValueError`` for what cannot be measured, naming the option."""
+        for name in ("policies", "keeps", "lengths", "tasks", "protocols"):
+            if not getattr(self, name):
+                raise ValueError(f"--{name} is empty: name at least one")
+        for spec in self.policies:
+            parse_policy(spec, None if spec == "full" or own_keep(spec) else 1.0)
+        for keep in self.keeps:
+            if not 0 < keep <= 1:
+                raise ValueError(f"--keeps: {keep} must be above 0 and at most 1")
+        for task in self.tasks:
+            check_task(task)
+        for protocol in self.protocols:
+            if protocol not in PROTOCOLS:
+                raise ValueError(f"--protocols: {protocol!r} is none of {', '.join(PROTOCOLS)}")
+        for length in self.lengths:
+            if length < 1:
+                raise ValueError(f"--lengths: {length} must be at least 1")
+        if self.samples < 1:
+            raise ValueError(f"--samples {self.samples} must be at least 1")
+
+    def screening(self) -> list[dict[str, Any]]:
+        """The full cache's cells."""
+        return [
+            {"length": length, "policy": "full", "keep": 1.0, "task": task}
+            for length in self.lengths for task in self.tasks
+        ]  # fmt: skip
+
+    def cells(self, screened: list[Row]) -> list[dict[str, Any]]:
+        """The others' cells, of tasks that the full cache can do."""
+        able = passed(screened)
+        return [
+            {"length": length, "policy": spec, "keep": keep, "task": task, "protocol": protocol}
+            for length in self.lengths
+            for spec in self.policies if spec != "full"
+            for keep in ([own_keep(spec)] if own_keep(spec) else self.keeps)
+            for task in self.tasks if (length, task) in able
+            for protocol in self.protocols
+        ]  # fmt: skip
+
+
+def run_ruler(plan: RulerPlan, out: Path, workers: int = 1) -> tuple[list[Row], list[Path]]:
+    """Measure, write ``out`` and pictures beside it; returns means over tasks, and the pictures."""
+    plan.check()
+    configuration = asdict(plan)
+    configuration["subject"]["source"] = haystack(plan.subject).name
+    rows = run_cells(
+        "ruler", configuration, plan.screening(), partial(measure, plan), out, workers, plan.cells
+    )  # fmt: skip
+    found = means(rows)
+    publish(out, rows, means=found)
+    pictures = [draw_scores(found, out.with_suffix(".png"))]
+    pictures.append(draw_tasks(rows, SCREEN, out.with_name(out.stem + "_tasks.png")))
+    return found, pictures
+
+
+def measure(plan: RulerPlan, cell: dict[str, Any]) -> list[Row]:
+    """One cell's rows: two for the full cache, for which both protocols are the same."""
+    machine = asker(plan.subject)
+    samples = _samples(plan, cell["task"], cell["length"])
+    spec = cell["policy"]
+    policy = machine.policy(spec, None if own_keep(spec) else cell["keep"])
+    protocols = plan.protocols if cell["policy"] == "full" else (cell["protocol"],)
+    scored = answer_samples(machine, samples, protocols[0], policy)
+    return [{
+        **cell, "protocol": protocol,
+        "score": float(np.mean(scored.scores)), "score_ci": interval(scored.scores),
+        "scores": scored.scores, "kv_share": scored.kv_share,
+        "prefill_share": scored.prefill_share, "samples": len(samples),
+    } for protocol in protocols]  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """Scores of samples (0 to 1), bytes over the full cache's, layer-tokens computed."""
+
+    scores: list[float]
+    texts: list[str]
+    kv_share: float
+    prefill_share: float
+
+
+def answer_samples(machine: Asker, samples: Sequence[Sample], protocol: str, policy: Policy
+                   ) -> Scored:  # fmt: skip
+    """Ask samples under a policy and score what is said."""
+    prompts = [ask(machine, sample) for sample in samples]
+    params = [SamplingParams(max_tokens=sample.max_tokens) for sample in samples]
+    answers = machine.ask(protocol, prompts, params, policy)
+    return Scored(
+        [sample.score(each.text) for sample, each in zip(samples, answers, strict=True)],
+        [each.text for each in answers],
+        sum(each.kv.bytes for each in answers) / sum(each.kv.full_bytes for each in answers),
+        sum(each.computed_share for each in answers) / len(answers),
+    )  # fmt: skip
+
+
+def ask(machine: Asker, sample: Sample) -> Asked:
+    return machine.chat.ask(sample.context, sample.question, sample.answer)
+
+
+def task_samples(machine: Asker, subject: Subject, task: str, count: int, length: int, seed: int
+                 ) -> list[Sample]:  # fmt: skip
+    """Samples of one task whose whole prompts have at most ``length`` tokens, answer included."""
+    chat = machine.chat
+    template = len(chat.ask("a", " b", " c").whole) - len(chat.encode("a b c"))
+    return make_samples(
+        task, count, length - template, seed, lambda text: len(chat.encode(text)),
+        haystack(subject),
+    )  # fmt: skip
+
+
+def haystack(subject: Subject) -> Haystack:
+    """What needles are hidden in."""
+    if subject.text is None:
+        return Haystack.default()
+    return Haystack.noise() if subject.text == NOISE else Haystack.read(subject.text)
+
+
+@lru_cache(maxsize=64)
+def _samples(plan: RulerPlan, task: str, length: int) -> tuple[Sample, ...]:
+    count = max(1, round(plan.samples * min(plan.lengths) / length))
+    return tuple(task_samples(asker(plan.subject), plan.subject, task, count, length, plan.seed))
+
+
+def own_keep(spec: str) -> float | None:
+    """The ``keep`` that a policy's spec names itself."""
+    found = re.search(r"[:,]keep=([^,]+)", spec)
+    return float(found[1]) if found else None
+
+
+# --- over tasks -----------------------------------------------------------------------------------
+
+
+def passed(rows: Sequence[Row]) -> set[tuple[int, str]]:
+    """``(length, task)`` of those that the full cache can do."""
+    return {
+        (row["length"], row["task"])
+        for row in rows if row["policy"] == "full" and row["score"] >= SCREEN
+    }  # fmt: skip
+
+
+def means(rows: Sequence[Row]) -> list[Row]:
+    """Means over the tasks that the full cache can do, of every policy, keep, length and protocol.
+
+    score, score_ci : tasks count alike; 95 %, resampling the samples of each task.
+    lost, lost_ci : the full cache's mean less this one's, on the same samples (paired).
+    left_out : tasks that were screened away.
+    """
+    able = passed(rows)
+    whole = {(r["length"], r["protocol"], r["task"]): r for r in rows if r["policy"] == "full"}
+    cells: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        if (row["length"], row["task"]) in able:
+            key = (row["length"], row["protocol"], row["policy"], row["keep"])
+            cells.setdefault(key, []).append(row)
+    found = []
+    for (length, protocol, policy, keep), mine in cells.items():
+        own = [np.array(row["scores"]) for row in mine]
+        lost = [
+            np.array(whole[length, protocol, row["task"]]["scores"]) - scores
+            for row, scores in zip(mine, own, strict=True)
+        ]
+        found.append({
+            "length": length, "protocol": protocol, "policy": policy, "keep": keep,
+            "score": _mean(own), "score_ci": _bounds(own),
+            "lost": _mean(lost), "lost_ci": _bounds(lost),
+            "kv_share": float(np.mean([row["kv_share"] for row in mine])),
+            "prefill_share": float(np.mean([row["prefill_share"] for row in mine])),
+            "tasks": [row["task"] for row in mine],
+            "left_out": sorted({
+                r["task"] for r in rows
+                if r["length"] == length and (length, r["task"]) not in able
+            }),
+        })  # fmt: skip
+    return found
+
+
+def _mean(parts: list[np.ndarray]) -> float:
+    return float(np.mean([part.mean() for part in parts]))
+
+
+def _bounds(parts: list[np.ndarray]) -> list[float]:
+    """95 % bootstrap interval of the mean over tasks of the mean over samples."""
+    rng = np.random.default_rng(0)
+    draws = [
+        part[rng.integers(len(part), size=(RESAMPLES, len(part)))].mean(axis=1) for part in parts
+    ]
+    low, high = np.percentile(np.mean(draws, axis=0), (2.5, 97.5))
+    return [float(low), float(high)]

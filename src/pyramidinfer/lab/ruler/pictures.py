@@ -1,0 +1,101 @@
+"""Pictures of ``study ruler``: score over bytes, and a heat map of tasks and policies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from pyramidinfer.lab.quality_plots import labels, style
+from pyramidinfer.lab.study import Row
+
+__all__ = ["draw_scores", "draw_tasks"]
+
+TITLES = {"inside": "question inside the compressed prompt", "after": "question after compression"}
+
+
+def draw_scores(means: Sequence[Row], path: Path) -> Path:
+    """Mean score over KV bytes, one line a policy; a row a length, a column a protocol."""
+    lengths = sorted({row["length"] for row in means})
+    protocols = [each for each in TITLES if any(row["protocol"] == each for row in means)]
+    names = [name for name in dict.fromkeys(row["policy"] for row in means) if name != "full"]
+    looks, called = style(names), labels(names)
+    size = (6.4 * len(protocols), 4.4 * len(lengths) + 0.9)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(len(lengths), len(protocols), squeeze=False)
+    widest = max((row["kv_share"] for row in means if row["policy"] != "full"), default=1.0)
+    for (line, column), axis in np.ndenumerate(axes):
+        cell = (lengths[line], protocols[column])
+        here = [row for row in means if (row["length"], row["protocol"]) == cell]
+        for name in names:
+            mine = sorted((r for r in here if r["policy"] == name), key=lambda r: r["kv_share"])
+            _line(axis, mine, looks[name], called[name])
+        for row in here:
+            if row["policy"] == "full":
+                axis.axhline(row["score"], color="0.35", linestyle="--", linewidth=1,
+                             label="full cache")  # fmt: skip
+        count = len(here[0]["tasks"]) if here else 0
+        axis.set_title(f"{TITLES[protocols[column]]}\n{lengths[line]:,} tokens, {count} tasks",
+                       loc="left", fontsize=10.5)  # fmt: skip
+        axis.set_xlabel("KV bytes, share of the full cache", fontsize=9)
+        axis.set_ylabel("RULER score", fontsize=9)
+        axis.set_xlim(0, max(0.1, widest * 1.06))
+        axis.set_ylim(-0.03, 1.03)
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    handles, texts = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, texts, loc="outside lower center", ncols=min(5, len(texts) or 1),
+                  frameon=False, fontsize=9.5)  # fmt: skip
+    return _save(figure, path)
+
+
+def _line(axis: Any, rows: list[Row], look: dict[str, Any], name: str) -> None:
+    if not rows:
+        return
+    x = [row["kv_share"] for row in rows]
+    axis.plot(x, [row["score"] for row in rows], label=name, **look)
+    low, high = ([row["score_ci"][side] for row in rows] for side in (0, 1))
+    axis.fill_between(x, low, high, color=look["color"], alpha=0.08, linewidth=0)
+
+
+def draw_tasks(rows: Sequence[Row], screen: float, path: Path) -> Path:
+    """Score of every task (across) under every policy and keep (down); a panel a protocol and
+    length.  Tasks that the full cache fails have its score only."""
+    panels = list(dict.fromkeys((row["length"], row["protocol"]) for row in rows))
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    lines = list(dict.fromkeys((row["policy"], row["keep"]) for row in rows))
+    called = labels([policy for policy, _ in lines])
+    height = 0.26 * len(lines) + 1.9
+    figure = Figure(figsize=(0.72 * len(tasks) + 3.4, height * len(panels)), layout="constrained")
+    axes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
+    for axis, (length, protocol) in zip(axes, panels, strict=True):
+        found = {(r["policy"], r["keep"], r["task"]): r["score"] for r in rows
+                 if (r["length"], r["protocol"]) == (length, protocol)}  # fmt: skip
+        here = [line for line in lines if any((*line, task) in found for task in tasks)]
+        table = np.array([[found.get((*line, task), np.nan) for task in tasks] for line in here])
+        image = axis.imshow(table, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+        for (y, x), value in np.ndenumerate(table):
+            if not np.isnan(value):
+                axis.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=7)
+        axis.set_xticks(range(len(tasks)), [task.replace("niah_", "") for task in tasks],
+                        rotation=35, ha="right", fontsize=8)  # fmt: skip
+        names = [name if name == "full" else f"{called[name]}, {keep:g}" for name, keep in here]
+        axis.set_yticks(range(len(here)), names, fontsize=8)
+        axis.set_title(f"{TITLES[protocol]}, {length:,} tokens", loc="left", fontsize=10)
+        figure.colorbar(image, ax=axis, shrink=0.7)
+    figure.supxlabel(
+        f"RULER score; a task below {screen:g} with the full cache is not asked of the others",
+        fontsize=8.5,
+    )  # fmt: skip
+    return _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    FigureCanvasAgg(figure)
+    figure.savefig(path, dpi=120)
+    return path

@@ -1,0 +1,40 @@
+"""What ``study ruler`` prints: means over tasks, a line a policy and keep."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.table import Table
+
+from pyramidinfer.lab.study import Row
+
+__all__ = ["means_table"]
+
+
+def means_table(means: Sequence[Row]) -> Table:
+    """Score of both protocols with its interval, and what it took, by length."""
+    table = Table(title="RULER: mean score over tasks [95 % interval]")
+    for column in ("tokens", "policy", "keep", "KV kept", "computed", "inside", "after"):
+        table.add_column(column, justify="left" if column == "policy" else "right")
+    cells: dict[tuple[int, str, float], dict[str, Row]] = {}
+    for row in means:
+        cell = cells.setdefault((row["length"], row["policy"], row["keep"]), {})
+        cell[row["protocol"]] = row
+    for (length, policy, keep), found in cells.items():
+        any_row = next(iter(found.values()))
+        table.add_row(
+            f"{length:,}", policy, f"{keep:g}", f"{any_row['kv_share']:.2f}",
+            f"{any_row['prefill_share']:.2f}",
+            *(_score(found.get(protocol)) for protocol in ("inside", "after")),
+        )  # fmt: skip
+    left_out = sorted({task for row in means for task in row["left_out"]})
+    if left_out:
+        table.caption = f"the full cache cannot do, so left out: {', '.join(left_out)}"
+    return table
+
+
+def _score(row: Row | None) -> str:
+    if row is None:
+        return "–"
+    low, high = row["score_ci"]
+    return f"{row['score']:.2f} [{low:.2f}, {high:.2f}]"

