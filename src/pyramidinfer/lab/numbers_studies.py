@@ -15,7 +15,7 @@ from pyramidinfer.lab.study import Row
 from pyramidinfer.policies import POLICIES
 
 __all__ = [
-    "SCHEDULE", "aims", "command_block", "curves", "estimate", "joined", "json_option",
+    "SCHEDULE", "aims", "command_block", "curves", "estimate", "joined", "json_option", "label",
     "load_results", "origin", "paired_difference", "paired_ratio", "percent", "quality",
     "subject_words", "table",
 ]  # fmt: skip
@@ -81,7 +81,7 @@ def subject_words(subject: dict[str, Any]) -> str:
     return f"{name} ({subject['dtype']}), {source}"
 
 
-def _label(spec: str) -> str:
+def label(spec: str) -> str:
     """A policy's spec as a cell, files by their names."""
     name, _, tail = spec.partition(":")
     options = [item.partition("=") for item in tail.split(",")] if tail else []
@@ -172,7 +172,7 @@ def quality(entry: Result) -> str:
         head += [f"recall at {context:,}", "KV", "prefill"]
     found = []
     for spec, keep in _lines(rows):
-        line = [_label(spec), f"{keep:g}"]
+        line = [label(spec), f"{keep:g}"]
         for context in contexts:
             row = cells.get((spec, keep, context))
             if row is None:
@@ -211,7 +211,7 @@ def _better_than_pyramid(rows: list[Row]) -> list[str]:
                 continue
             if min(sign * x for x in theirs) > max(sign * x for x in ours):
                 name = "divergence" if measure == "kl" else measure
-                found.append([f"{context:,}", f"{keep:g}", _label(spec), name,
+                found.append([f"{context:,}", f"{keep:g}", label(spec), name,
                               estimate(row[measure], theirs, form), _kv(row),
                               estimate(mine[measure], ours, form), _kv(mine)])  # fmt: skip
     if not any(row["policy"] == "pyramid" for row in rows):
@@ -246,7 +246,7 @@ def aims(entry: Result) -> str:
             if paper is not None and paper is not row:
                 against = paired_difference(row["right"], paper["right"])
             found.append([
-                f"{context:,}", _label(spec), f"{keep:g}",
+                f"{context:,}", label(spec), f"{keep:g}",
                 estimate(row["recall"], row["recall_ci"]),
                 "–" if of_full is None or row is full else estimate(of_full[0], of_full[1:]),
                 "–" if against is None else estimate(against[0], against[1:], "+.2f"),
@@ -274,7 +274,7 @@ def curves(entry: Result) -> str:
     found = []
     for context in _contexts(rows):
         for spec in dict.fromkeys(row["policy"] for row in rows if row["policy"] != "full"):
-            line = [f"{context:,}", _label(spec)]
+            line = [f"{context:,}", label(spec)]
             for keep in keeps:
                 row = cells.get((spec, keep, context))
                 line.append("–" if row is None else (

@@ -69,8 +69,10 @@ def draw_tasks(rows: Sequence[Row], screen: float, path: Path) -> Path:
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     lines = list(dict.fromkeys((row["policy"], row["keep"]) for row in rows))
     called = labels([policy for policy, _ in lines])
+    names = {line: _line_name(called[line[0]], line[1]) for line in lines}
     height = 0.26 * len(lines) + 1.9
-    figure = Figure(figsize=(0.72 * len(tasks) + 3.4, height * len(panels)), layout="constrained")
+    width = max(0.72 * len(tasks), 4) + 0.085 * max(map(len, names.values())) + 1.6
+    figure = Figure(figsize=(width, height * len(panels)), layout="constrained")
     axes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
     for axis, (length, protocol) in zip(axes, panels, strict=True):
         found = {(r["policy"], r["keep"], r["task"]): r["score"] for r in rows
@@ -83,15 +85,19 @@ def draw_tasks(rows: Sequence[Row], screen: float, path: Path) -> Path:
                 axis.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=7)
         axis.set_xticks(range(len(tasks)), [task.replace("niah_", "") for task in tasks],
                         rotation=35, ha="right", fontsize=8)  # fmt: skip
-        names = [name if name == "full" else f"{called[name]}, {keep:g}" for name, keep in here]
-        axis.set_yticks(range(len(here)), names, fontsize=8)
+        axis.set_yticks(range(len(here)), [names[line] for line in here], fontsize=8)
         axis.set_title(f"{TITLES[protocol]}, {length:,} tokens", loc="left", fontsize=10)
         figure.colorbar(image, ax=axis, shrink=0.7)
     figure.supxlabel(
-        f"RULER score; a task below {screen:g} with the full cache is not asked of the others",
+        f"RULER score; not asked where the full cache has less than {screen:g}",
         fontsize=8.5,
     )  # fmt: skip
     return _save(figure, path)
+
+
+def _line_name(name: str, keep: float) -> str:
+    parts = [part for part in name.split(", ") if not part.startswith("keep=")]
+    return name if name == "full" else ", ".join([*parts, f"{keep:g}"])
 
 
 def _save(figure: Figure, path: Path) -> Path:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
+from pyramidinfer.lab.asking import PROTOCOLS
 from pyramidinfer.lab.study import Row
 
 __all__ = ["means_table"]
@@ -14,8 +15,11 @@ __all__ = ["means_table"]
 def means_table(means: Sequence[Row]) -> Table:
     """Score of both protocols with its interval, and what it took, by length."""
     table = Table(title="RULER: mean score over tasks [95 % interval]")
-    for column in ("tokens", "policy", "keep", "KV kept", "computed", "inside", "after"):
-        table.add_column(column, justify="left" if column == "policy" else "right")
+    for column in ("tokens", "policy", "keep", "KV kept", "computed", *PROTOCOLS):
+        if column == "policy":
+            table.add_column(column, overflow="fold")
+        else:
+            table.add_column(column, justify="right", no_wrap=column in PROTOCOLS)
     cells: dict[tuple[int, str, float], dict[str, Row]] = {}
     for row in means:
         cell = cells.setdefault((row["length"], row["policy"], row["keep"]), {})
@@ -25,7 +29,7 @@ def means_table(means: Sequence[Row]) -> Table:
         table.add_row(
             f"{length:,}", policy, f"{keep:g}", f"{any_row['kv_share']:.2f}",
             f"{any_row['prefill_share']:.2f}",
-            *(_score(found.get(protocol)) for protocol in ("inside", "after")),
+            *(_score(found.get(protocol)) for protocol in PROTOCOLS),
         )  # fmt: skip
     left_out = sorted({task for row in means for task in row["left_out"]})
     if left_out:

@@ -1,0 +1,62 @@
+# Real models and real tasks: the numbers that docs/numbers.md begins with.
+#
+# `make numbers-real` takes some hours on two cores; `make numbers-real SAMPLES=4` under one.
+# What was begun and interrupted goes on where it stopped. `make models` fetches the models.
+SAMPLES_REAL := $(if $(filter command environment,$(firstword $(origin SAMPLES))),$(SAMPLES),20)
+REAL_STUDY := $(BIN)/pyramidinfer study
+REAL_WORKERS ?= 2
+REAL_RUN = --samples $(SAMPLES_REAL) --workers $(REAL_WORKERS)
+#: The rivals, each as published but for its budget.
+RIVALS := full,pyramid,pyramidinfer,snapkv,pyramidkv,h2o,tova,fastkv,streaming_llm
+#: `pyramid` with nothing dropped between layers, and with a late start, on a model of 30 layers.
+WHOLE := schedule=None,start_layer=29
+LATE := schedule=None,start_layer=14,propagate_ratio=.2
+NEEDLE := --model smollm2 --tasks niah_single_2 --protocols inside
+
+.PHONY: numbers-real numbers-trials
+
+# Trials on one needle: what loses the answer, and what brings it back.
+numbers-trials: $(VENV)/.installed
+	$(BIN)/pyramidinfer fetch smollm2
+	$(REAL_STUDY) ruler $(NEEDLE) --lengths 1000 $(REAL_RUN) --json $(RESULTS)/trial_1000.json --policies "full \
+		snapkv:keep=.3 h2o:keep=.3 pyramidkv:keep=.3 tova:keep=.3 $(foreach k,7 15 31,pyramid:keep=.3,$(WHOLE),kernel=$(k)) \
+		$(foreach l,22 18 14 10,pyramid:keep=1,schedule=None,start_layer=$(l),propagate_ratio=.2,kernel=7) \
+		pyramid:keep=1,$(LATE),kernel=31"
+	$(REAL_STUDY) ruler $(NEEDLE) --lengths 2000 $(REAL_RUN) --json $(RESULTS)/trial_2000.json --policies "full \
+		pyramid:keep=.45 pyramid:keep=.6 pyramidinfer:keep=.6 pyramidinfer:keep=.45 snapkv:keep=.45 snapkv:keep=.25 \
+		$(foreach k,.45 .25 .15,pyramid:keep=$(k),$(LATE),kernel=31) \
+		pyramid:keep=.1,schedule=None,start_layer=14,propagate_ratio=.1,kernel=31 \
+		$(foreach l,10 6,pyramid:keep=.25,schedule=None,start_layer=$(l),propagate_ratio=.2,kernel=31)"
+	$(REAL_STUDY) ruler --model smollm2 --tasks niah_multikey_1 --protocols inside --lengths 1000 $(REAL_RUN) \
+		--json $(RESULTS)/trial_four.json --policies "full pyramid:keep=.25,$(LATE),kernel=31 \
+		pyramid:keep=.25,$(WHOLE),kernel=31 pyramid:keep=.5,schedule=None,start_layer=18,propagate_ratio=.3,kernel=31 \
+		snapkv:keep=.5"
+	$(REAL_STUDY) ruler --model smollm2 --tasks niah_single_2 --protocols after --lengths 1000 $(REAL_RUN) \
+		--json $(RESULTS)/trial_after.json --policies "full pyramid:keep=.6,$(WHOLE),kernel=31 \
+		pyramid:keep=.45,$(LATE),kernel=31 snapkv:keep=.6"
+	rm -f $(RESULTS)/trial_*.png
+
+# Everything about real models, then the pages.
+BOTH := smollm2 gemma3-270m
+HALF = $(shell expr $(SAMPLES_REAL) / 2)
+LIKE := --workers $(REAL_WORKERS)
+SHORT := --policies full,pyramid,pyramidinfer,snapkv --keeps .45,.15
+
+numbers-real: models
+	$(REAL_STUDY) ruler --model smollm2 --policies $(RIVALS) --keeps .45,.3,.15 --lengths 2000 \
+		$(REAL_RUN) --json $(RESULTS)/ruler.json
+	$(REAL_STUDY) ruler --model smollm2 --policies full,pyramid,pyramidinfer --keeps .45 --lengths 4000 \
+		--samples $(HALF) $(LIKE) --json $(RESULTS)/ruler_long.json
+	$(MAKE) numbers-trials SAMPLES=$(SAMPLES_REAL)
+	for model in $(BOTH); do \
+		$(REAL_STUDY) turns --model $$model $(SHORT) $(REAL_RUN) --json $(RESULTS)/turns_$$model.json && \
+		$(REAL_STUDY) text --model $$model $(SHORT) $(REAL_RUN) --json $(RESULTS)/text_$$model.json && \
+		$(REAL_STUDY) long --model $$model $(SHORT) --samples $(HALF) $(LIKE) --json $(RESULTS)/long_$$model.json && \
+		$(REAL_STUDY) icr --model $$model --shares .1,.2,.5 --samples $(HALF) $(LIKE) --json $(RESULTS)/icr_$$model.json && \
+		$(REAL_STUDY) rac --model $$model --samples $(HALF) $(LIKE) --json $(RESULTS)/rac_$$model.json || exit 1; \
+	done
+	$(BIN)/pyramidinfer demo --model smollm2 --out out/real
+	cp out/real/demo.json $(RESULTS)/demo_real.json
+	cp out/real/pyramid.png docs/images/demo_real.png
+	mv $(RESULTS)/*.png docs/images/
+	$(MAKE) pages

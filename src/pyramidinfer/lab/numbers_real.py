@@ -1,0 +1,157 @@
+"""Sections of ``docs/numbers.md`` on real models: RULER, chats, text, long generation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from pyramidinfer.lab.numbers_studies import (
+    command_block,
+    estimate,
+    joined,
+    json_option,
+    label,
+    origin,
+    percent,
+    subject_words,
+    table,
+)
+from pyramidinfer.lab.ruler.tasks import TASKS
+from pyramidinfer.lab.study import Row
+
+__all__ = ["SECTIONS", "lead"]
+
+Result = dict[str, Any]
+
+HOW = (
+    "How to read it: a score is the mean share of the wanted answers that were said, tasks "
+    "counting alike, with its 95 % interval; *inside*: the question was in the compressed prompt; "
+    "*after*: the context was compressed before the question came; *lost*: against the full cache "
+    "on the same samples (paired). KV and computed: shares of the full cache's bytes and "
+    "layer-tokens."
+)
+
+
+def _ruler(title: str, name: str, words: str, entry: Result) -> str:
+    """One grid of ``study ruler``."""
+    meta = entry["meta"]
+    plan, means = meta["configuration"], meta["means"]
+    command = ["study", "ruler", "--policies", " ".join(plan["policies"])]
+    command += ["--keeps", joined(plan["keeps"])] if _uses_keeps(plan["policies"]) else []
+    command += ["--lengths", joined(plan["lengths"])]
+    if tuple(plan["tasks"]) != TASKS:
+        command += ["--tasks", ",".join(plan["tasks"])]
+    if len(plan["protocols"]) == 1:
+        command += ["--protocols", plan["protocols"][0]]
+    command += ["--samples", str(plan["samples"])]
+    lines = [
+        f"## {title}\n", origin(meta),
+        f"On {subject_words(plan['subject'])}; {_samples(entry['rows'])} a task. {words}\n",
+        command_block(command, plan["subject"], plan["seed"], *json_option(name)), HOW + "\n",
+    ]  # fmt: skip
+    cells: dict[tuple[int, str, float], dict[str, Row]] = {}
+    for row in means:
+        cell = cells.setdefault((row["length"], row["policy"], row["keep"]), {})
+        cell[row["protocol"]] = row
+    protocols = plan["protocols"]
+    head = ["tokens", "policy", "keep", "KV", "computed"]
+    head += [word for each in protocols for word in (each, "lost")]
+    lines += table(head, (_mean_row(key, found, protocols) for key, found in cells.items()))
+    lines += ["", *_left_out(entry["rows"], means)]
+    return "\n".join(lines) + "\n"
+
+
+def _mean_row(key: tuple[int, str, float], found: dict[str, Row], protocols: list[str]
+              ) -> list[str]:  # fmt: skip
+    length, policy, keep = key
+    first = next(iter(found.values()))
+    cells = [f"{length:,}", label(policy), f"{keep:g}", percent(first["kv_share"]),
+             percent(first["prefill_share"])]  # fmt: skip
+    for protocol in protocols:
+        row = found.get(protocol)
+        cells += ["–", "–"] if row is None else [
+            estimate(row["score"], row["score_ci"]),
+            "" if policy == "full" else estimate(row["lost"], row["lost_ci"]),
+        ]  # fmt: skip
+    return cells
+
+
+def _left_out(rows: list[Row], means: list[Row]) -> list[str]:
+    left = sorted({task for row in means for task in row["left_out"]})
+    if not left:
+        return []
+    scores = {row["task"]: row["score"] for row in rows if row["policy"] == "full"}
+    told = ", ".join(f"`{task}` ({scores[task]:.2f})" for task in left)
+    return [f"The full cache itself scores below .3 on {told}; left out of the means.\n"]
+
+
+def _samples(rows: list[Row]) -> str:
+    counts = {row["length"]: row["samples"] for row in rows}
+    return "; ".join(f"at {length:,} tokens {count} samples" for length, count in counts.items())
+
+
+def _uses_keeps(policies: list[str]) -> bool:
+    return any(spec != "full" and "keep=" not in spec for spec in policies)
+
+
+def _pictured(title: str, name: str, words: str, entry: Result) -> str:
+    text = _ruler(title, name, words, entry)
+    return text + (
+        f"\n![score over bytes](images/{name}.png)\n\n"
+        f"![score of every task](images/{name}_tasks.png)\n"
+    )
+
+
+def lead(results: dict[str, Result]) -> list[str]:
+    """The most important figures, for the page's head."""
+    if "ruler" not in results:
+        return []
+    means = results["ruler"]["meta"]["means"]
+    found = {(r["policy"], r["keep"], r["protocol"]): r for r in means}
+    full = found["full", 1.0, "inside"]
+    lines = [
+        f"**On a real model the default loses most answers.** SmolLM2-135M, RULER at "
+        f"{full['length']:,} tokens, {len(full['tasks'])} tasks (full cache {full['score']:.2f}):\n"
+    ]
+    keeps = sorted({r["keep"] for r in means if r["policy"] != "full"}, reverse=True)
+    protocols = [each for each in ("inside", "after") if any(key[2] == each for key in found)]
+    head = ["policy", *(f"{keep:g}, {each}" for keep in keeps for each in protocols)]
+    names = [name for name in dict.fromkeys(r["policy"] for r in means) if name != "full"]
+    lines += table(
+        head,
+        (
+            [label(name), *(
+                f"{found[name, keep, each]['score']:.2f}" if (name, keep, each) in found else "–"
+                for keep in keeps for each in protocols
+            )]
+            for name in names
+        ),
+    )  # fmt: skip
+    return [*lines, ""]
+
+
+SECTIONS: dict[str, Callable[[Result], str]] = {
+    "ruler": partial(
+        _pictured, "RULER on a real model", "ruler",
+        "All policies get the same samples; each as published but for `keep`.",
+    ),
+    "ruler_long": partial(
+        _pictured, "RULER, longer", "ruler_long", "The full cache, the paper's rule, the default.",
+    ),
+    "trial_1000": partial(
+        _ruler, "One needle, 1,000 tokens", "trial_1000",
+        "What loses the answer: points instead of spans (`kernel`), and an early start.",
+    ),
+    "trial_2000": partial(
+        _ruler, "One needle, 2,000 tokens", "trial_2000",
+        "Published settings, and wide spans with a late start.",
+    ),
+    "trial_four": partial(
+        _ruler, "Four needles, one asked for", "trial_four", "The same settings, RULER's multikey.",
+    ),
+    "trial_after": partial(
+        _ruler, "One needle, asked for after compression", "trial_after",
+        "What wide spans and a late start are worth where the question comes later.",
+    ),
+}  # fmt: skip
