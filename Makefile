@@ -106,3 +106,4 @@ clean:
 
 include benchmarks/peers/peers.mk
 include benchmarks/serving/serving.mk
+include benchmarks/real.mk

@@ -15,13 +15,16 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from pyramidinfer.lab import documents
+from pyramidinfer.lab.english import ENGLISH, english, paragraphs
 from pyramidinfer.lab.recall import AROUND
 from pyramidinfer.lab.samples import Corpus, Needle, Subject
 from pyramidinfer.lab.tokenizer import build_tokenizer
 from pyramidinfer.policies import Full
 from tests.tiny import tiny_model
 
-WORDS = ["<s>", "<unk>", *documents.vocabulary()[len(documents.SPECIALS) :], *"abcdef"]
+PIECES = {piece for piece, _ in Whitespace().pre_tokenize_str(english())}
+MADE_UP = documents.vocabulary()[len(documents.SPECIALS) :]
+WORDS = list(dict.fromkeys(["<s>", "<unk>", *MADE_UP, *"abcdef", *sorted(PIECES)]))
 TEXT = " ".join(f"{letter} {number}" for number in range(100, 180) for letter in "abcdef")
 
 
@@ -244,3 +247,41 @@ def test_lengths_that_hold_no_question(name: str, length: int) -> None:
     if name == "shipped":
         with pytest.raises(ValueError, match=f"a context of {length} tokens is too short"):
             corpus.passages(1, 1, length, 5)
+
+
+# --- real text, and the form in which a model is asked ------------------------------------------
+
+
+def test_a_model_without_the_marks_is_shown_real_english(tmp_path: Path) -> None:
+    (passage,) = OTHER.passages(1, 1, 200, 8)
+    said = " ".join(words_of(OTHER, passage.context[1:]))
+    whole = " ".join(piece for piece, _ in Whitespace().pre_tokenize_str(english()))
+    assert said in whole
+    folder = tmp_path / "model"
+    tiny_model("llama").save_pretrained(folder)
+    other_tokenizer().save_pretrained(folder)
+    assert Subject(str(folder)).source == ENGLISH
+    assert Subject().source == "generated text"
+    assert Subject(text=str(tmp_path / "my.txt")).source == "my.txt"
+
+
+def test_the_english_is_prose() -> None:
+    found = paragraphs()
+    assert len(english().split()) > 15_000 and len(set(found)) == len(found)
+    for text in found:
+        assert text.endswith(".") and "\n" not in text and "**" not in text and ">>>" not in text
+
+
+def test_a_question_goes_through_the_chat_template() -> None:
+    tokenizer = other_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}module {{ m['content'] }} object{% endfor %}"
+        "{% if add_generation_prompt %} returns{% endif %}"
+    )
+    needle = only(Corpus(tokenizer, TEXT).needles(1, 1, 100))
+    words = tokenizer.convert_ids_to_tokens(needle.prompt)
+    at = len(words) - 1 - words[::-1].index("returns")
+    assert words[0] == "module" and words[at - 1] == "object" and len(words) == 100
+    answer = words[at + 1 :]
+    assert answer[:2] == ["The", answer[1]] and answer[-2:] == ["is", "in"]
+    assert needle.answer.split()[0] in words  # the fact

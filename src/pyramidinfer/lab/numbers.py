@@ -10,15 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from pyramidinfer.lab import methods, numbers_bench, numbers_real, numbers_serving
+from pyramidinfer.lab.numbers_layers import icr, rac
 from pyramidinfer.lab.numbers_studies import (
     SCHEDULE,
     aims,
     command_block,
     curves,
-    joined,
     json_option,
     load_results,
     origin,
@@ -161,75 +159,6 @@ def _calibrate(entry: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _icr(entry: dict[str, Any]) -> str:
-    meta, rows = entry["meta"], entry["rows"]
-    plan = meta["configuration"]
-    shares = sorted({row["share"] for row in rows})
-    cells = {(row["layer"], row["share"]): row["ratio"] for row in rows}
-    command = ["study", "icr", "--context", str(plan["context"]), "--continuation",
-               str(plan["continuation"]), "--shares", joined(plan["shares"]), "--layers",
-               joined(plan["layers"]), "--samples", str(plan["samples"])]  # fmt: skip
-    lines = [
-        "## What each layer needs\n",
-        origin(meta),
-        f"On {subject_words(plan['subject'])}; {plan['samples']} passages of {plan['context']:,} "
-        f"tokens, {rows[0]['tokens']} scored tokens.\n",
-        command_block(command, plan["subject"], plan["seed"], *json_option("icr")),
-        "How to read it: perplexity of the continuation with ONE layer's cache cut to a share, "
-        f"over that of the full cache ({rows[0]['full_perplexity']:.4g}); 1 means that the layer "
-        "does not miss what was cut. Intervals are in the picture.\n",
-    ]
-    lines += table(
-        ["layer", *map(percent, shares)],
-        (
-            [str(layer), *(_ratio(cells[layer, share]) for share in shares)]
-            for layer in sorted({row["layer"] for row in rows})
-        ),
-    )
-    return "\n".join(lines) + "\n\n![what each layer needs](images/icr.png)\n"
-
-
-def _ratio(value: float) -> str:
-    return f"{value:.3f}" if value < 100 else f"{value:.3g}"
-
-
-def _rac(entry: dict[str, Any]) -> str:
-    meta, rows = entry["meta"], entry["rows"]
-    plan = meta["configuration"]
-    columns = list(dict.fromkeys((row["top"], row["mode"]) for row in rows))
-    chance = {row["top"]: row["chance"] for row in rows}
-    command = ["study", "rac", "--context", str(plan["context"]), "--top", joined(plan["tops"]),
-               "--bins", str(plan["bins"]), "--samples", str(plan["samples"])]  # fmt: skip
-
-    def cell(layer: int | None, top: float, mode: str) -> str:
-        mine = [row for row in rows if (row["top"], row["mode"]) == (top, mode)]
-        mine = [row for row in mine if layer in (None, row["layer"])]
-        furthest = max(row["distance_low"] for row in mine)
-        far = [row["overlap"] for row in mine if row["distance_low"] == furthest]
-        return f"{np.mean([row['overlap'] for row in mine]):.2f}; {np.mean(far):.2f}"
-
-    lines = [
-        "## Do recent tokens agree?\n",
-        origin(meta),
-        f"On {subject_words(plan['subject'])}; {plan['samples']} texts of {plan['context']:,} "
-        f"tokens.\n",
-        command_block(command, plan["subject"], plan["seed"], *json_option("rac")),
-        "How to read it: the share of the context picks of the last token that recent tokens' "
-        "picks hold, too: mean over all distances, then at the furthest. Random picks share "
-        f"{' and '.join(f'{chance[top]:.2f} (top {top:.0%})' for top in chance)}; what is above "
-        "that is agreement.\n",
-    ]
-    layers: list[int | None] = [*sorted({row["layer"] for row in rows}), None]
-    lines += table(
-        ["layer", *(f"top {top:.0%}, {mode}" for top, mode in columns)],
-        (
-            ["all" if layer is None else str(layer), *(cell(layer, *each) for each in columns)]
-            for layer in layers
-        ),
-    )
-    return "\n".join(lines) + "\n\n![agreement by distance](images/rac.png)\n"
-
-
 def _map(entry: dict[str, Any]) -> str:
     meta = entry["meta"]
     plan = meta["configuration"]
@@ -266,7 +195,7 @@ def _policy_options(plan: dict[str, Any]) -> list[str]:
 
 SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "demo_model": _model, "demo": _demo, "quality": quality, "aims": aims, "curves": curves,
-    "calibrate": _calibrate, "icr": _icr, "rac": _rac, "map": _map,
+    "calibrate": _calibrate, "icr": icr, "rac": rac, "map": _map,
     **numbers_bench.SECTIONS, **numbers_serving.SECTIONS,
 }  # fmt: skip
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from pyramidinfer.lab.numbers_layers import icr, rac
 from pyramidinfer.lab.numbers_studies import (
     command_block,
     estimate,
@@ -24,6 +25,7 @@ __all__ = ["SECTIONS", "lead"]
 
 Result = dict[str, Any]
 
+MODELS = {"smollm2": "SmolLM2", "gemma3-270m": "Gemma 3 270M"}
 HOW = (
     "How to read it: a score is the mean share of the wanted answers that were said, tasks "
     "counting alike, with its 95 % interval; *inside*: the question was in the compressed prompt; "
@@ -154,4 +156,14 @@ SECTIONS: dict[str, Callable[[Result], str]] = {
         _ruler, "One needle, asked for after compression", "trial_after",
         "What wide spans and a late start are worth where the question comes later.",
     ),
+    **{
+        f"icr_{model}": partial(icr, name=f"icr_{model}", title=f"What each layer of {name} needs")
+        for model, name in MODELS.items()
+    },
+    **{
+        f"rac_{model}": partial(
+            rac, name=f"rac_{model}", title=f"Do recent tokens agree? {name}"
+        )
+        for model, name in MODELS.items()
+    },
 }  # fmt: skip

@@ -15,7 +15,12 @@ from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
 from pyramidinfer.lab.study import Row
 
-__all__ = ["draw_icr", "draw_rac", "save"]
+__all__ = ["PAPER_ICR", "PAPER_RAC", "draw_icr", "draw_rac", "save"]
+
+#: What the paper (arXiv 2405.12532) found on LLaMA-2-13B: one layer of 40 cut to a share.
+PAPER_ICR = "at 50 % layer 2 suffers strongly, layer 27 hardly; layer 37 is flat even at 20 %"
+#: The same: mean overlap of recent tokens' top 80 % of the context with the last token's.
+PAPER_RAC = {"single": 0.86, "ensemble": 0.93}
 
 
 def draw_icr(rows: list[Row], path: Path) -> Path:
@@ -44,6 +49,7 @@ def draw_icr(rows: list[Row], path: Path) -> Path:
     left.spines[["top", "right"]].set_visible(False)
     _depth_bar(figure, left, layers, colours, norm)
     _divergence_map(figure, right, cells, layers, shares)
+    figure.supxlabel(f"the paper, LLaMA-2-13B (40 layers): {PAPER_ICR}", fontsize=8.5, color="0.3")
     return save(figure, path)
 
 
@@ -154,10 +160,10 @@ def _consistency_map(axis: Any, rows: list[Row], layers: list[int], norm: Any) -
     every = -(-len(layers) // 16)
     axis.set_yticks(range(0, len(layers), every), [str(layer) for layer in layers[::every]])
     what = {"single": "Single token", "ensemble": "Ensemble of a 20 % window"}[rows[0]["mode"]]
-    axis.set_title(
-        f"{what}: mean {values.mean():.1%} (chance {rows[0]['chance']:.1%})",
-        loc="left", fontsize=11,
-    )  # fmt: skip
+    told = f"{what}: mean {values.mean():.1%} (chance {rows[0]['chance']:.1%}"
+    if rows[0]["top"] == 0.8:
+        told += f", paper {PAPER_RAC[rows[0]['mode']]:.0%}"
+    axis.set_title(f"{told})", loc="left", fontsize=11)
     return image
 
 
