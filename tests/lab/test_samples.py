@@ -276,7 +276,7 @@ def test_a_question_goes_through_the_chat_template() -> None:
     tokenizer = other_tokenizer()
     tokenizer.chat_template = (
         "{% for m in messages %}module {{ m['content'] }} object{% endfor %}"
-        "{% if add_generation_prompt %} returns{% endif %}"
+        "{% if add_generation_prompt %}{{ ' returns ' }}{% endif %}"
     )
     needle = only(Corpus(tokenizer, TEXT).needles(1, 1, 100))
     words = tokenizer.convert_ids_to_tokens(needle.prompt)
