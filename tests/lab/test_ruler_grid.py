@@ -27,7 +27,7 @@ TASKS = ("niah_single_1", "niah_single_2")
 def plan(**changes: Any) -> RulerPlan:
     whole = {"policies": ("full", "snapkv"), "keeps": (0.5, 0.2), "lengths": (500,),
              "tasks": TASKS, "samples": 2, **changes}  # fmt: skip
-    return RulerPlan(SUBJECT, **whole)
+    return RulerPlan(subject=SUBJECT, **whole)
 
 
 def row(policy: str, task: str, scores: list[float], keep: float = 0.5, **more: Any) -> Any:
@@ -38,7 +38,7 @@ def row(policy: str, task: str, scores: list[float], keep: float = 0.5, **more: 
 
 def test_a_task_that_the_full_cache_cannot_do_is_not_asked_of_the_others() -> None:
     rows = [row("full", "niah_single_1", [1.0, 0.0], 1.0), row("full", "vt", [0.2, 0.2], 1.0)]
-    cells = plan(tasks=("niah_single_1", "vt")).cells(rows)
+    cells = plan(tasks=("niah_single_1", "vt")).after_screening(rows)
     assert {cell["task"] for cell in cells} == {"niah_single_1"}
     assert {(cell["keep"], cell["protocol"]) for cell in cells} == {
         (keep, protocol) for keep in (0.5, 0.2) for protocol in ("inside", "after")
@@ -47,7 +47,7 @@ def test_a_task_that_the_full_cache_cannot_do_is_not_asked_of_the_others() -> No
 
 def test_a_spec_with_a_keep_of_its_own_is_measured_there_only() -> None:
     rows = [row("full", "niah_single_1", [1.0], 1.0)]
-    cells = plan(policies=("full", "snapkv:keep=.3,kernel=5", "tova")).cells(rows)
+    cells = plan(policies=("full", "snapkv:keep=.3,kernel=5", "tova")).after_screening(rows)
     keeps = {spec: {c["keep"] for c in cells if c["policy"] == spec}
              for spec in ("snapkv:keep=.3,kernel=5", "tova")}  # fmt: skip
     assert keeps == {"snapkv:keep=.3,kernel=5": {0.3}, "tova": {0.5, 0.2}}

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
@@ -37,6 +38,10 @@ Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16 or fl
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 
 
+Specs = Annotated[
+    str | None,
+    typer.Option(help="NAME,NAME or 'NAME NAME:option=value,…'. Default: every policy."),
+]
 KEEPS = "1,.75,.6,.45,.3,.2,.1"
 N = TypeVar("N", int, float)
 
@@ -169,10 +174,7 @@ def survival(
 def quality(
     model: Model = None,
     text: Text = None,
-    policies: Annotated[
-        str | None,
-        typer.Option(help="NAME,NAME or 'NAME NAME:option=value,…'. Default: every policy."),
-    ] = None,
+    policies: Specs = None,
     keeps: Annotated[str, typer.Option(help="Budgets, shares in (0, 1].")] = KEEPS,
     contexts: Annotated[str, typer.Option(help="Context lengths in tokens.")] = "1000,3000",
     samples: Annotated[
@@ -211,7 +213,9 @@ def quality(
         print(path)
 
 
-RULER_KEEPS = ".45,.3,.15"
+Keeps = Annotated[str, typer.Option(help="Budgets, shares in (0, 1].")]
+FEW_KEEPS = ".45,.3,.15"
+CONTEXTS = "500,1000,2000,4000"
 
 
 @study.command()
@@ -222,11 +226,8 @@ def ruler(
         str | None,
         typer.Option(help="UTF-8 file to hide needles in, or 'noise'. Default: real English."),
     ] = None,
-    policies: Annotated[
-        str | None,
-        typer.Option(help="NAME,NAME or 'NAME NAME:option=value,…'. Default: every policy."),
-    ] = None,
-    keeps: Annotated[str, typer.Option(help="Budgets, shares in (0, 1].")] = RULER_KEEPS,
+    policies: Specs = None,
+    keeps: Keeps = FEW_KEEPS,
     lengths: Annotated[str, typer.Option(help="Tokens of a prompt and its answer.")] = "2000",
     tasks: Annotated[str | None, typer.Option(help="NAME,NAME. Default: all thirteen.")] = None,
     protocols: Annotated[
@@ -248,9 +249,9 @@ def ruler(
     from pyramidinfer.policies import POLICIES
 
     plan = RulerPlan(
+        split_specs(policies) if policies else tuple(POLICIES), numbers(keeps, float, "--keeps"),
         replace(subject(model, None, dtype, device), kv_memory=kv_memory, text=text),
-        split_specs(policies) if policies else tuple(POLICIES),
-        numbers(keeps, float, "--keeps"), numbers(lengths, int, "--lengths"),
+        numbers(lengths, int, "--lengths"),
         TASKS if tasks is None else tuple(tasks.replace(",", " ").split()),
         tuple(protocols.replace(",", " ").split()), samples, seed,
     )  # fmt: skip
@@ -258,3 +259,122 @@ def ruler(
     Console().print(means_table(means))
     for path in [json, *pictures]:
         print(path)
+
+
+@study.command()
+@plain_errors()
+def turns(
+    model: Model = None,
+    policies: Specs = None,
+    keeps: Keeps = FEW_KEEPS,
+    length: Annotated[int, typer.Option(help="Tokens of the first turn.")] = 1000,
+    samples: Annotated[int, typer.Option(help="Chats.")] = 20,
+    seed: Seed = 0,
+    json: Json = Path("out/turns.json"),
+    workers: Workers = 1,
+    kv_memory: KvMemory = "2GiB",
+    dtype: Dtype = "float32",
+    device: Device = "auto",
+) -> None:
+    """Facts told in a chat's first turn, asked for in turns 2 to 4 on the cache taken up."""
+    from pyramidinfer.lab.quality import split_specs
+    from pyramidinfer.lab.turns import TurnsPlan, run_turns
+    from pyramidinfer.lab.ways import rows_table
+    from pyramidinfer.policies import POLICIES
+
+    where = replace(subject(model, None, dtype, device), kv_memory=kv_memory)
+    plan = TurnsPlan(
+        split_specs(policies) if policies else tuple(POLICIES), numbers(keeps, float, "--keeps"),
+        where, length, samples, seed,
+    )  # fmt: skip
+    rows, picture = run_turns(plan, json, workers)
+    columns = {"answered": _estimate("score"), "lost": _estimate("lost"), "turn 2, 3, 4": _by_turn}
+    Console().print(rows_table("facts of turn 1, asked in turns 2 to 4", rows, columns))
+    for path in (json, picture):
+        print(path)
+
+
+@study.command()
+@plain_errors()
+def text(
+    model: Model = None,
+    text: Text = None,
+    policies: Specs = None,
+    keeps: Keeps = FEW_KEEPS,
+    contexts: Annotated[
+        str, typer.Option(help="Context lengths in tokens.")
+    ] = "500,1000,2000,4000",
+    samples: Annotated[
+        int, typer.Option(help="Passages at the shortest context; longer ones get fewer.")
+    ] = 20,
+    seed: Seed = 0,
+    json: Json = Path("out/text.json"),
+    workers: Workers = 1,
+    kv_memory: KvMemory = "1GiB",
+    dtype: Dtype = "float32",
+    device: Device = "auto",
+) -> None:
+    """Perplexity and divergence on real text by context length."""
+    from pyramidinfer.lab.quality import split_specs
+    from pyramidinfer.lab.text import TextPlan, run_text
+    from pyramidinfer.lab.ways import rows_table
+    from pyramidinfer.policies import POLICIES
+
+    where = replace(subject(model, text, dtype, device), kv_memory=kv_memory)
+    plan = TextPlan(
+        split_specs(policies) if policies else tuple(POLICIES), numbers(keeps, float, "--keeps"),
+        where, numbers(contexts, int, "--contexts"), samples, seed,
+    )  # fmt: skip
+    rows, picture = run_text(plan, json, workers)
+    columns = {"tokens": lambda r: f"{r['context']:,}", "perplexity": _estimate("perplexity"),
+               "over full": _estimate("ratio"), "KL": _estimate("kl")}  # fmt: skip
+    Console().print(rows_table("real text on a compressed cache", rows, columns))
+    for path in (json, picture):
+        print(path)
+
+
+@study.command("long")
+@plain_errors()
+def long_answers(
+    model: Model = None,
+    text: Text = None,
+    policies: Specs = None,
+    keeps: Keeps = FEW_KEEPS,
+    context: Context = 1000,
+    tokens: Annotated[int, typer.Option(help="Tokens to generate; end tokens do not end.")] = 512,
+    samples: Annotated[int, typer.Option(help="Prompts.")] = 8,
+    seed: Seed = 0,
+    json: Json = Path("out/long.json"),
+    workers: Workers = 1,
+    kv_memory: KvMemory = "2GiB",
+    dtype: Dtype = "float32",
+    device: Device = "auto",
+) -> None:
+    """Long answers: first difference from the full cache's, likelihood, repetition."""
+    from pyramidinfer.lab.long import LongPlan, run_long
+    from pyramidinfer.lab.quality import split_specs
+    from pyramidinfer.lab.ways import rows_table
+    from pyramidinfer.policies import POLICIES
+
+    where = replace(subject(model, text, dtype, device), kv_memory=kv_memory)
+    plan = LongPlan(
+        split_specs(policies) if policies else tuple(POLICIES), numbers(keeps, float, "--keeps"),
+        where, context, tokens, samples, seed,
+    )  # fmt: skip
+    rows, picture = run_long(plan, json, workers)
+    columns = {"perplexity": lambda r: f"{r['perplexity']:.2f}",
+               "nats a token lost": _estimate("lost"),
+               "same tokens first": lambda r: f"{r['same_tokens']:.0f}",
+               "repeated": lambda r: f"{r['repetition']:.2f}"}  # fmt: skip
+    Console().print(rows_table(f"{tokens} tokens generated", rows, columns))
+    for path in (json, picture):
+        print(path)
+
+
+def _by_turn(row: dict[str, Any]) -> str:
+    return ", ".join(f"{each:.2f}" for each in row["by_turn"])
+
+
+def _estimate(name: str) -> Callable[[dict[str, Any]], str]:
+    """A column of a row's figure with its interval."""
+    return lambda row: "{:.2f} [{:.2f}, {:.2f}]".format(row[name], *row[f"{name}_ci"])

@@ -22,6 +22,7 @@ from pyramidinfer.engine.memory import Ledger
 from pyramidinfer.engine.request import Request
 from pyramidinfer.lab.shapes import empty_shape, make_model
 from pyramidinfer.models import Adapter
+from pyramidinfer.models.catalog import find_model
 from pyramidinfer.models.loading import empty_model, load_model
 from pyramidinfer.policies import Policy
 from pyramidinfer.policies.registry import make_policy, parse_options
@@ -173,7 +174,8 @@ class Subject:
         return Engine(model, policy, config, None, self.setting.backend, own=alone)
 
     def _bound(self, spec: str) -> Policy:
-        name = self.setting.model or str(self.setting.shape_name)
+        model = self.setting.model
+        name = find_model(model) if model else str(self.setting.shape_name)
         return self.setting.policy(spec).for_model(name)
 
     def needed_bytes(self, spec: str, count: int, prompt_len: int, output_len: int) -> int:

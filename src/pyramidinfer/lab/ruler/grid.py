@@ -7,7 +7,6 @@ the same samples, so differences from the full cache are paired.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
@@ -24,8 +23,8 @@ from pyramidinfer.lab.ruler.pictures import draw_scores, draw_tasks
 from pyramidinfer.lab.ruler.tasks import TASKS, Haystack, Sample, check_task, make_samples
 from pyramidinfer.lab.samples import Subject
 from pyramidinfer.lab.study import Row, run_cells
+from pyramidinfer.lab.ways import Ways, own_keep
 from pyramidinfer.policies import Policy
-from pyramidinfer.policies.registry import parse_policy
 from pyramidinfer.types import SamplingParams
 
 __all__ = ["NOISE", "SCREEN", "RulerPlan", "Scored", "answer_samples", "haystack", "means",
@@ -39,33 +38,24 @@ RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
-class RulerPlan:
-    """What is measured: each policy (``NAME`` or ``NAME:option=value,…``) at each keep (one that
-    has its own, ``NAME:keep=…``, at that only), length (tokens, template and answer included), task
-    and protocol.
+class RulerPlan(Ways):
+    """What is measured, at each length (tokens, template and answer included), on each task and in
+    each protocol.
 
     samples : of each task at the shortest length; longer ones get fewer, in proportion.
     """
 
-    subject: Subject
-    policies: tuple[str, ...]
-    keeps: tuple[float, ...]
-    lengths: tuple[int, ...]
+    lengths: tuple[int, ...] = (2000,)
     tasks: tuple[str, ...] = TASKS
     protocols: tuple[str, ...] = PROTOCOLS
     samples: int = 20
     seed: int = 0
 
     def check(self) -> None:
-        """``ValueError`` for what cannot be measured, naming the option."""
-        for name in ("policies", "keeps", "lengths", "tasks", "protocols"):
+        super().check()
+        for name in ("lengths", "tasks", "protocols"):
             if not getattr(self, name):
                 raise ValueError(f"--{name} is empty: name at least one")
-        for spec in self.policies:
-            parse_policy(spec, None if spec == "full" or own_keep(spec) else 1.0)
-        for keep in self.keeps:
-            if not 0 < keep <= 1:
-                raise ValueError(f"--keeps: {keep} must be above 0 and at most 1")
         for task in self.tasks:
             check_task(task)
         for protocol in self.protocols:
@@ -84,14 +74,13 @@ class RulerPlan:
             for length in self.lengths for task in self.tasks
         ]  # fmt: skip
 
-    def cells(self, screened: list[Row]) -> list[dict[str, Any]]:
+    def after_screening(self, screened: list[Row]) -> list[dict[str, Any]]:
         """The others' cells, of tasks that the full cache can do."""
         able = passed(screened)
         return [
-            {"length": length, "policy": spec, "keep": keep, "task": task, "protocol": protocol}
+            {"length": length, **way, "task": task, "protocol": protocol}
             for length in self.lengths
-            for spec in self.policies if spec != "full"
-            for keep in ([own_keep(spec)] if own_keep(spec) else self.keeps)
+            for way in self.others()
             for task in self.tasks if (length, task) in able
             for protocol in self.protocols
         ]  # fmt: skip
@@ -103,7 +92,8 @@ def run_ruler(plan: RulerPlan, out: Path, workers: int = 1) -> tuple[list[Row], 
     configuration = asdict(plan)
     configuration["subject"]["source"] = haystack(plan.subject).name
     rows = run_cells(
-        "ruler", configuration, plan.screening(), partial(measure, plan), out, workers, plan.cells
+        "ruler", configuration, plan.screening(), partial(measure, plan), out, workers,
+        plan.after_screening,
     )  # fmt: skip
     found = means(rows)
     publish(out, rows, means=found)
@@ -178,12 +168,6 @@ def haystack(subject: Subject) -> Haystack:
 def _samples(plan: RulerPlan, task: str, length: int) -> tuple[Sample, ...]:
     count = max(1, round(plan.samples * min(plan.lengths) / length))
     return tuple(task_samples(asker(plan.subject), plan.subject, task, count, length, plan.seed))
-
-
-def own_keep(spec: str) -> float | None:
-    """The ``keep`` that a policy's spec names itself."""
-    found = re.search(r"[:,]keep=([^,]+)", spec)
-    return float(found[1]) if found else None
 
 
 # --- over tasks -----------------------------------------------------------------------------------

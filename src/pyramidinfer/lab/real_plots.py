@@ -1,0 +1,80 @@
+"""Pictures of the studies ``turns``, ``text`` and ``long``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from pyramidinfer.lab.pictures import save
+from pyramidinfer.lab.quality_plots import labels, style
+from pyramidinfer.lab.study import Row
+
+__all__ = ["draw_long", "draw_text", "draw_turns"]
+
+
+def draw_turns(rows: Sequence[Row], path: Path) -> Path:
+    """Share of the asked facts that were answered, over the bytes of the last turn."""
+    figure = Figure(figsize=(6.6, 4.9), layout="constrained")
+    axis = figure.subplots()
+    _over_bytes(axis, rows, "score", "score_ci")
+    axis.set_ylim(-0.03, 1.03)
+    axis.set_title("Facts of turn 1, asked in turns 2 to 4", loc="left", fontsize=10.5)
+    axis.set_ylabel("share answered (band: 95 %)")
+    _legend(figure, axis)
+    return save(figure, path)
+
+
+def draw_text(rows: Sequence[Row], path: Path) -> Path:
+    """Perplexity over the full cache's, a panel a context length."""
+    contexts = sorted({row["context"] for row in rows})
+    figure = Figure(figsize=(1.2 + 3.6 * len(contexts), 4.4), layout="constrained")
+    axes = figure.subplots(1, len(contexts), squeeze=False, sharey=True)[0]
+    for axis, context in zip(axes, contexts, strict=True):
+        mine = [row for row in rows if row["context"] == context]
+        _over_bytes(axis, mine, "ratio", "ratio_ci")
+        axis.set_yscale("log")
+        axis.set_title(f"{context:,} tokens", loc="left", fontsize=10.5)
+    axes[0].set_ylabel("perplexity of what follows, over the full cache's")
+    _legend(figure, axes[0])
+    return save(figure, path)
+
+
+def draw_long(rows: Sequence[Row], path: Path) -> Path:
+    """How likely the full model finds long answers, and how much they repeat."""
+    figure = Figure(figsize=(10.5, 4.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    _over_bytes(left, rows, "perplexity", None)
+    left.set_title("Perplexity of the answers under the full cache", loc="left", fontsize=10.5)
+    _over_bytes(right, rows, "repetition", None)
+    right.set_title("Share of 4-grams said before", loc="left", fontsize=10.5)
+    right.set_ylim(-0.03, 1.03)
+    _legend(figure, left)
+    return save(figure, path)
+
+
+def _over_bytes(axis: Any, rows: Sequence[Row], name: str, bounds: str | None) -> None:
+    names = [each for each in dict.fromkeys(row["policy"] for row in rows) if each != "full"]
+    looks, called = style(names), labels(names)
+    for each in names:
+        mine = sorted((r for r in rows if r["policy"] == each), key=lambda row: row["kv_share"])
+        x = [row["kv_share"] for row in mine]
+        axis.plot(x, [row[name] for row in mine], label=called[each], **looks[each])
+        if bounds is not None:
+            low, high = ([row[bounds][side] for row in mine] for side in (0, 1))
+            axis.fill_between(x, low, high, color=looks[each]["color"], alpha=0.1, linewidth=0)
+    for row in rows:
+        if row["policy"] == "full":
+            axis.axhline(row[name], color="0.35", linestyle="--", linewidth=1, label="full cache")
+    axis.set_xlim(left=0)
+    axis.set_xlabel("KV bytes, share of the full cache", fontsize=9)
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _legend(figure: Figure, axis: Any) -> None:
+    handles, texts = axis.get_legend_handles_labels()
+    figure.legend(handles, texts, loc="outside lower center", ncols=min(4, len(texts) or 1),
+                  frameon=False, fontsize=9)  # fmt: skip

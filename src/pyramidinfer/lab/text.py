@@ -1,0 +1,111 @@
+"""``study text``: how well real text is predicted on a compressed cache, by context length."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from pyramidinfer.engine.request import Scoring
+from pyramidinfer.lab.asking import Asker, asker
+from pyramidinfer.lab.quality import divergence, interval
+from pyramidinfer.lab.real_plots import draw_text
+from pyramidinfer.lab.samples import Passage, settings
+from pyramidinfer.lab.study import Row, run_cells
+from pyramidinfer.lab.ways import Ways, own_keep
+from pyramidinfer.policies import Policy
+from pyramidinfer.types import SamplingParams, Score
+
+__all__ = ["TextPlan", "loss", "measure_text", "run_text"]
+
+CONTINUATION = 64  # tokens scored after each context
+
+
+@dataclass(frozen=True)
+class TextPlan(Ways):
+    """Passages of real text at each context length; longer ones get fewer, in proportion."""
+
+    contexts: tuple[int, ...] = (500, 1000, 2000, 4000)
+    samples: int = 20
+    seed: int = 0
+
+    def passages(self, context: int) -> int:
+        return max(2, round(self.samples * min(self.contexts) / context))
+
+
+def measure_text(machine: Asker, policy: Policy, passages: Sequence[Passage]) -> list[Score]:
+    """Score each continuation on its context's compressed cache; none of it is dropped."""
+    engine = machine.llm.engine
+    requests = [
+        engine.make(each.context, SamplingParams(max_tokens=1), policy=policy,
+                    scoring=Scoring(each.continuation, keep_logits=True))
+        for each in passages
+    ]  # fmt: skip
+    machine.finish(requests)
+    found = []
+    for request in requests:
+        scoring = request.scoring
+        assert scoring is not None
+        found.append(Score(
+            request.prompt, scoring.tokens, scoring.logprobs, scoring.greedy,
+            engine.metrics(request), engine.usage(request), torch.cat(scoring.logits),
+        ))  # fmt: skip
+    return found
+
+
+def loss(score: Score) -> float:
+    """Minus log-likelihood of the continuation, nats a token."""
+    return -math.fsum(score.logprobs) / len(score.logprobs)
+
+
+def run_text(plan: TextPlan, out: Path, workers: int = 1) -> tuple[list[Row], Path]:
+    """Measure, write ``out`` and a picture beside it."""
+    plan.check()
+    if plan.samples < 1:
+        raise ValueError(f"--samples {plan.samples} must be at least 1")
+    if not plan.contexts or min(plan.contexts) < 60:
+        raise ValueError(f"--contexts {plan.contexts}: give lengths of at least 60 tokens")
+    cells = [{**cell, "context": context} for context in plan.contexts for cell in plan.cells()]
+    rows = run_cells("text", settings(plan), cells, partial(measure, plan), out, workers)
+    return rows, draw_text(rows, out.with_suffix(".png"))
+
+
+def measure(plan: TextPlan, cell: dict[str, Any]) -> list[Row]:
+    """One cell's row."""
+    machine, context = asker(plan.subject), cell["context"]
+    full = _full(plan, context)
+    if cell["policy"] == "full":
+        mine = full
+    else:
+        keep = None if own_keep(cell["policy"]) else cell["keep"]
+        mine = measure_text(machine, machine.policy(cell["policy"], keep), _passages(plan, context))
+    losses = [loss(each) for each in mine]
+    more = [loss(ours) - loss(theirs) for ours, theirs in zip(mine, full, strict=True)]
+    apart = [divergence(theirs, ours) for ours, theirs in zip(mine, full, strict=True)]
+    return [{
+        **cell, "perplexity": math.exp(np.mean(losses)),
+        "perplexity_ci": [math.exp(each) for each in interval(losses)],
+        "ratio": math.exp(np.mean(more)), "ratio_ci": [math.exp(each) for each in interval(more)],
+        "kl": float(np.mean(apart)), "kl_ci": interval(apart),
+        "kv_share": sum(s.kv.bytes for s in mine) / sum(s.kv.full_bytes for s in mine),
+        "prefill_share": float(np.mean([s.metrics.computed_share for s in mine])),
+        "samples": len(mine),
+    }]  # fmt: skip
+
+
+@lru_cache(maxsize=4)
+def _passages(plan: TextPlan, context: int) -> tuple[Passage, ...]:
+    corpus = plan.subject.corpus()
+    return tuple(corpus.passages(plan.seed, plan.passages(context), context, CONTINUATION))
+
+
+@lru_cache(maxsize=4)
+def _full(plan: TextPlan, context: int) -> list[Score]:
+    machine = asker(plan.subject)
+    return measure_text(machine, machine.policy("full", None), _passages(plan, context))

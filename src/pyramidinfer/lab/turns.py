@@ -1,0 +1,164 @@
+"""``study turns``: facts told in a chat's first turn, asked for in later ones.
+
+The cache of every turn is taken up by the next, so what was compressed away is gone.  Nobody knew
+the questions when the facts were compressed.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pyramidinfer.engine.request import Request
+from pyramidinfer.lab.asking import Asker, asker
+from pyramidinfer.lab.invented import Fact, hide_facts, invent
+from pyramidinfer.lab.real_plots import draw_turns
+from pyramidinfer.lab.samples import settings
+from pyramidinfer.lab.study import Row, run_cells
+from pyramidinfer.lab.ways import Ways, own_keep, paired
+from pyramidinfer.policies import Policy
+from pyramidinfer.types import SamplingParams, TokenIds
+
+__all__ = ["Talk", "TurnScores", "TurnsPlan", "make_talks", "measure_turns", "run_turns"]
+
+#: Facts told, and turns in which one of them is asked for, its answer's first words given.
+FACTS, TURNS = 6, 3
+ANSWER, SHORT = 16, 16  # tokens of an answer; of what is said to the notes themselves
+
+
+@dataclass(frozen=True, slots=True)
+class Talk:
+    """What the user says first, and the facts asked for in the turns that follow."""
+
+    notes: str
+    asked: tuple[Fact, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TurnScores:
+    """Whether the fact was answered (1 or 0), and the share of a full cache's bytes, by turn."""
+
+    scores: tuple[float, ...]
+    kv_shares: tuple[float, ...]
+    answers: tuple[str, ...]
+
+    @property
+    def score(self) -> float:
+        return float(np.mean(self.scores))
+
+
+@dataclass(frozen=True)
+class TurnsPlan(Ways):
+    """Chats whose first turn has about ``length`` tokens."""
+
+    length: int = 1000
+    samples: int = 20
+    seed: int = 0
+
+
+def make_talks(machine: Asker, seed: int, count: int, length: int) -> list[Talk]:
+    """``count`` chats; the first turn has at most ``length`` tokens, nearly."""
+    if length < 200:
+        raise ValueError(f"--length {length} is too short for {FACTS} facts; give at least 200")
+    chat = machine.chat
+    found = []
+    for index in range(count):
+        facts = invent(random.Random(f"facts {seed} {index}"), FACTS)
+        wanted = 3 * length
+        for _ in range(6):  # characters a token differ from text to text
+            rng = random.Random(f"talk {seed} {index}")
+            text = hide_facts(rng, facts, max(1, wanted))
+            notes = f"Here are my notes. Remember them, I will ask about them later.\n\n{text}"
+            size = len(chat.begin(notes))
+            if 0.97 * length <= size <= length:
+                break
+            wanted = int(wanted * 0.985 * length / size)
+        asked = random.Random(f"asked {seed} {index}").sample(facts, TURNS)
+        found.append(Talk(notes, tuple(asked)))
+    return found
+
+
+def _ask(machine: Asker, said: TokenIds, fact: Fact) -> TokenIds:
+    """The next turn: the question, and the first words of its answer."""
+    chat = machine.chat
+    if chat.has_template:
+        return chat.go_on(said, fact.question) + chat.encode(fact.opening)
+    return chat.encode(f"\n\nQuestion: {fact.question}\nAnswer: {fact.opening}")
+
+
+def measure_turns(machine: Asker, policy: Policy, talks: Sequence[Talk]) -> list[TurnScores]:
+    """Hold the chats, all at once, each turn on the cache of the last."""
+    engine, chat = machine.llm.engine, machine.chat
+    first = SamplingParams(max_tokens=SHORT if chat.has_template else 1)
+    later = SamplingParams(max_tokens=ANSWER, stop=(".", "\n"))
+    turns: list[Request] = [
+        engine.make(chat.begin(talk.notes), first, policy=policy, hold=True) for talk in talks
+    ]
+    scores: list[list[float]] = [[] for _ in talks]
+    shares: list[list[float]] = [[] for _ in talks]
+    answers: list[list[str]] = [[] for _ in talks]
+    try:
+        machine.finish(turns)
+        for number in range(TURNS):
+            for index, talk in enumerate(talks):
+                more = _ask(machine, turns[index].output, talk.asked[number])
+                turns[index] = engine.extend(turns[index], more, later, hold=True)
+            while not engine.scheduler.idle:
+                engine.step()
+            for index, talk in enumerate(talks):
+                out = engine.output(turns[index])
+                scores[index].append(float(talk.asked[number].is_in(out.text)))
+                shares[index].append(out.kv.bytes / out.kv.full_bytes)
+                answers[index].append(out.text)
+    finally:
+        for turn in turns:
+            engine.abort(turn)
+            engine.release(turn)
+    return [
+        TurnScores(tuple(s), tuple(k), tuple(a))
+        for s, k, a in zip(scores, shares, answers, strict=True)
+    ]
+
+
+def run_turns(plan: TurnsPlan, out: Path, workers: int = 1) -> tuple[list[Row], Path]:
+    """Measure, write ``out`` and a picture beside it."""
+    plan.check()
+    if plan.samples < 1:
+        raise ValueError(f"--samples {plan.samples} must be at least 1")
+    rows = run_cells("turns", settings(plan), plan.cells(), partial(measure, plan), out, workers)
+    return rows, draw_turns(rows, out.with_suffix(".png"))
+
+
+def measure(plan: TurnsPlan, cell: dict[str, Any]) -> list[Row]:
+    """One cell's row."""
+    machine = asker(plan.subject)
+    full = _full(plan)
+    if cell["policy"] == "full":
+        mine = full
+    else:
+        keep = None if own_keep(cell["policy"]) else cell["keep"]
+        mine = measure_turns(machine, machine.policy(cell["policy"], keep), _talks(plan))
+    return [{
+        **cell, **paired("score", [each.score for each in mine], [each.score for each in full]),
+        "by_turn": np.mean([each.scores for each in mine], axis=0).tolist(),
+        "kv_by_turn": np.mean([each.kv_shares for each in mine], axis=0).tolist(),
+        "kv_share": float(np.mean([each.kv_shares[-1] for each in mine])),
+        "scores": [each.score for each in mine], "samples": len(mine),
+    }]  # fmt: skip
+
+
+@lru_cache(maxsize=2)
+def _talks(plan: TurnsPlan) -> tuple[Talk, ...]:
+    return tuple(make_talks(asker(plan.subject), plan.seed, plan.samples, plan.length))
+
+
+@lru_cache(maxsize=2)
+def _full(plan: TurnsPlan) -> list[TurnScores]:
+    machine = asker(plan.subject)
+    return measure_turns(machine, machine.policy("full", None), _talks(plan))

@@ -1,0 +1,79 @@
+"""The policies and budgets that a study compares with the full cache."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from pyramidinfer.lab.quality import interval
+from pyramidinfer.lab.samples import Subject
+from pyramidinfer.lab.study import Row
+from pyramidinfer.policies.registry import parse_policy
+
+__all__ = ["Ways", "own_keep", "paired", "rows_table"]
+
+
+@dataclass(frozen=True)
+class Ways:
+    """On a model, each policy (``NAME`` or ``NAME:option=value,…``) at each keep; one that names a
+    ``keep`` of its own at that only, and the full cache once, first."""
+
+    policies: tuple[str, ...]
+    keeps: tuple[float, ...]
+    subject: Subject
+
+    def check(self) -> None:
+        """``ValueError`` for what cannot be measured, naming the option."""
+        for name in ("policies", "keeps"):
+            if not getattr(self, name):
+                raise ValueError(f"--{name} is empty: name at least one")
+        for spec in self.policies:
+            parse_policy(spec, None if spec == "full" or own_keep(spec) else 1.0)
+        for keep in self.keeps:
+            if not 0 < keep <= 1:
+                raise ValueError(f"--keeps: {keep} must be above 0 and at most 1")
+
+    def cells(self) -> list[dict[str, Any]]:
+        """``{"policy": …, "keep": …}`` of each."""
+        return [{"policy": "full", "keep": 1.0}, *self.others()]
+
+    def others(self) -> list[dict[str, Any]]:
+        """Those of all but the full cache."""
+        return [
+            {"policy": spec, "keep": keep}
+            for spec in self.policies if spec != "full"
+            for keep in ([own_keep(spec)] if own_keep(spec) else self.keeps)
+        ]  # fmt: skip
+
+
+def own_keep(spec: str) -> float | None:
+    """The ``keep`` that a policy's spec names itself."""
+    found = re.search(r"[:,]keep=([^,]+)", spec)
+    return float(found[1]) if found else None
+
+
+def paired(name: str, mine: list[float], full: list[float]) -> Row:
+    """A figure's mean with its 95 % interval, and what is lost against the full cache's figures of
+    the same samples (resampled together)."""
+    lost = [theirs - ours for ours, theirs in zip(mine, full, strict=True)]
+    return {
+        name: float(np.mean(mine)), f"{name}_ci": interval(mine),
+        "lost": float(np.mean(lost)), "lost_ci": interval(lost),
+    }  # fmt: skip
+
+
+def rows_table(title: str, rows: list[Row], columns: dict[str, Callable[[Row], str]]) -> Table:
+    """What a study prints: a line a policy and keep, with the columns named."""
+    table = Table(title=title)
+    table.add_column("policy", overflow="fold")
+    for column in ("keep", "KV kept", *columns):
+        table.add_column(column, justify="right")
+    for row in rows:
+        cells = (show(row) for show in columns.values())
+        table.add_row(row["policy"], f"{row['keep']:g}", f"{row['kv_share']:.2f}", *cells)
+    return table
