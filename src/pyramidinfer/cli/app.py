@@ -39,7 +39,8 @@ app.add_typer(bench, name="bench")
 
 
 Model = Annotated[
-    str | None, typer.Option(help="Folder or hub id. Default: the model shipped with the package.")
+    str | None,
+    typer.Option(help="Folder, hub id, fetched model or GGUF file. Default: the shipped model."),
 ]
 MaxTokens = Annotated[int, typer.Option(help="Tokens to generate at most.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
@@ -159,6 +160,39 @@ def doctor(as_json: AsJson = False) -> None:
 
 add_serving(app)
 add_models(app)
+
+
+@app.command()
+@plain_errors()
+def verify(
+    model: Annotated[
+        str | None,
+        typer.Argument(help="Folder, hub id, fetched model or GGUF file. Default: shipped."),
+    ] = None,
+    policy: PolicyName = "pyramid",
+    keep: Keep = None,
+    option: Options = None,
+    schedule: ScheduleFile = None,
+    floor: Annotated[
+        float, typer.Option(help="Share of the full cache's quality that must be kept.")
+    ] = 0.8,
+    length: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 1000,
+    seconds: Annotated[float, typer.Option(help="About how long it may take.")] = 100.0,
+    text: Annotated[Path | None, typer.Option(help="UTF-8 text. Default: real English.")] = None,
+    seed: Annotated[int, typer.Option(help="Which samples are drawn.")] = 0,
+    json: Annotated[Path | None, typer.Option("--json", help="Where the result goes.")] = None,
+    kv_memory: Annotated[str, typer.Option(help="Memory for the cache.")] = "1GiB",
+    dtype: Dtype = "float32",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+) -> None:
+    """Tell what share of the full cache's quality a setting keeps here; exit 1 below the floor."""
+    from pyramidinfer.cli.verify import run_verify
+    from pyramidinfer.lab.verify import Plan
+
+    chosen = policy_from(policy, keep, option or [], schedule)
+    where = replace(subject(model, text, dtype, device), kv_memory=kv_memory)
+    if not run_verify(where, chosen, floor, Plan(length, seconds, seed), json):
+        raise typer.Exit(1)
 
 
 def main() -> None:

@@ -11,12 +11,12 @@ from typing import Annotated, TextIO
 
 import typer
 
-from pyramidinfer.policies import Policy, make_policy
+from pyramidinfer.policies import Policy, Pyramid, make_policy
 from pyramidinfer.policies.registry import POLICIES, parse_options
 
 __all__ = [
     "Dtype", "Keep", "Options", "PolicyName", "ScheduleFile", "human_bytes", "plain_errors",
-    "policy_from",
+    "policy_from", "warn_uncalibrated",
 ]  # fmt: skip
 
 #: What the extra ``server`` brings.
@@ -90,6 +90,19 @@ def policy_from(name: str, keep: float | None, options: list[str], schedule: Pat
     if keep is not None and "keep" in values:
         raise ValueError(f"keep is given twice: --keep {keep} and --option keep={values['keep']}")
     return make_policy(name, values.pop("keep", keep), **values)
+
+
+def warn_uncalibrated(policy: Policy, model: str) -> None:
+    """One line where ``pyramid`` drops tokens on a model that it was not calibrated for.
+
+    policy : as bound to the model;  model : as the user calls it.
+    """
+    if isinstance(policy, Pyramid) and policy.schedule is None and (policy.keep or 1) < 1:
+        print(
+            f"warning: pyramid has no calibrated schedule for {model} and may lose answers; "
+            f"`pyramidinfer verify {model}` tells, --policy full keeps everything",
+            file=sys.stderr,
+        )
 
 
 def human_bytes(count: float) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from pyramidinfer.cli.common import human_bytes
+from pyramidinfer.cli.common import human_bytes, warn_uncalibrated
 from pyramidinfer.engine import LLM
 from pyramidinfer.models.loading import quiet_transformers, shipped_model
 from pyramidinfer.policies import Policy
@@ -26,6 +26,7 @@ def run_generate(model: str | None, policy: Policy, prompt: str | None, prompt_f
     quiet_transformers()
     llm = LLM(model or shipped_model(), policy, kv_memory=kv_memory, dtype=dtype, device=device,
               backend=backend)  # fmt: skip
+    warn_uncalibrated(llm.policy, model or llm.name)
     ids = _chat_ids(llm, text) if chat else llm.encode(text)
     output = None
     try:

@@ -15,6 +15,7 @@ from pyramidinfer.cli.common import human_bytes
 from pyramidinfer.config import EngineConfig
 from pyramidinfer.engine.memory import Ledger
 from pyramidinfer.models import Adapter
+from pyramidinfer.models.catalog import find_model
 from pyramidinfer.models.loading import empty_model, quiet_transformers, shipped_model
 from pyramidinfer.policies import Policy
 
@@ -28,7 +29,7 @@ def run_inspect(model: str | None, policy: Policy, prompt_len: int, max_tokens: 
         if value < 1:
             raise ValueError(f"{name} {value} must be at least 1")
     quiet_transformers()
-    chosen = policy.for_model(model or shipped_model())
+    chosen = policy.for_model(find_model(model or shipped_model()))
     adapter = _adapter_without_weights(model or shipped_model(), dtype)
     longest = prompt_len + max_tokens
     if longest > adapter.max_positions:

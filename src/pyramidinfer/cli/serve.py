@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from rich.console import Console
 
+from pyramidinfer.cli.common import warn_uncalibrated
 from pyramidinfer.config import check_whole
 from pyramidinfer.engine import LLM
 from pyramidinfer.models.loading import quiet_transformers, shipped_model
@@ -39,14 +41,35 @@ def load(choice: ModelChoice) -> LLM:
     check_whole("threads", choice.threads, 0)
     if choice.threads:
         torch.set_num_threads(choice.threads)
-    return LLM(
+    llm = LLM(
         choice.model or shipped_model(), choice.policy, dtype=choice.dtype, device=choice.device,
         backend=choice.backend, **choice.options,
     )  # fmt: skip
+    warn_uncalibrated(llm.policy, choice.model or llm.name)
+    return llm
 
 
-def run_serve(choice: ModelChoice, settings: ServerSettings) -> None:
-    """Load the model and serve it until SIGTERM or Ctrl-C."""
+def _check_quality(choice: ModelChoice, floor: float) -> None:
+    """``ValueError`` where the policy is surely below the floor on this model."""
+    from pyramidinfer.cli.verify import run_verify
+    from pyramidinfer.lab.samples import SHIPPED, Subject
+    from pyramidinfer.lab.verify import Plan
+
+    where = Subject(choice.model or SHIPPED, None, choice.dtype, choice.device,
+                    str(choice.options["kv_memory"]))  # fmt: skip
+    if not run_verify(where, choice.policy, floor, Plan(), console=Console(stderr=True)):
+        raise ValueError(
+            f"policy {choice.policy.name!r} keeps less than {floor:g} of the full cache's quality "
+            f"on this model, so nothing is served: choose another --policy or a higher --keep, or "
+            f"lower --verify-floor"
+        )
+
+
+def run_serve(choice: ModelChoice, settings: ServerSettings, floor: float | None = None) -> None:
+    """Load the model and serve it until SIGTERM or Ctrl-C.
+
+    floor : verify the policy first; below this share of the full cache's quality, do not serve.
+    """
     logging.basicConfig(
         level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s"
     )
@@ -59,5 +82,7 @@ def run_serve(choice: ModelChoice, settings: ServerSettings) -> None:
             file=sys.stderr,
         )
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # until the server is there to drain
+    if floor is not None:
+        _check_quality(choice, floor)
     with bind(settings) as line:
         serve(load(choice), settings, line)

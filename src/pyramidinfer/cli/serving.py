@@ -174,6 +174,15 @@ def serve(
         bool, typer.Option("--access-log", help="A line in the log for every request.",
                            rich_help_panel=SERVER)
     ] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="First measure what the policy keeps of the full "
+                           "cache's quality; below the floor, do not serve.",
+                           rich_help_panel=SAFETY)
+    ] = False,
+    verify_floor: Annotated[
+        float | None, typer.Option(help="--verify: the share to be kept; default: 0.8.",
+                                   rich_help_panel=SAFETY)
+    ] = None,
     log_prompts: Annotated[
         bool, typer.Option("--log-prompts", help="Write prompts and answers to the log.",
                            rich_help_panel=SAFETY)
@@ -202,7 +211,10 @@ def serve(
         max_keep=max_keep, access_log=access_log, log_prompts=log_prompts,
         allowed_hosts=tuple(allowed_host or ()), cors_origins=tuple(cors_origin or ()), page=page,
     )  # fmt: skip
-    run_serve(choice, settings)
+    if verify_floor is not None and not verify:
+        raise ValueError(f"--verify-floor {verify_floor:g} has no effect without --verify")
+    floor = 0.8 if verify_floor is None else verify_floor
+    run_serve(choice, settings, floor if verify else None)
 
 
 def chat(

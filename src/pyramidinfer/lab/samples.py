@@ -23,7 +23,7 @@ from pyramidinfer.models.loading import load_model, quiet_transformers, shipped_
 from pyramidinfer.policies import Policy
 from pyramidinfer.types import TokenIds
 
-__all__ = ["GENERATED", "SHIPPED", "Corpus", "Needle", "Passage", "Subject", "settings"]
+__all__ = ["GENERATED", "SHIPPED", "Corpus", "Needle", "Passage", "Subject", "forget", "settings"]
 
 #: Stands for the model in the package, wherever that is installed.
 SHIPPED = "shipped"
@@ -182,6 +182,11 @@ def settings(plan: Any) -> dict[str, Any]:
     found = asdict(plan)
     found["subject"]["source"] = plan.subject.source
     return found
+
+
+def forget() -> None:
+    """Let go of the model that studies hold."""
+    _load.cache_clear()
 
 
 @lru_cache(maxsize=1)

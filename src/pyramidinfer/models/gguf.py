@@ -1,13 +1,14 @@
 """GGUF files become folders of safetensors, once, so that everything else reads one format.
 
-transformers reads and dequantizes a GGUF; what it makes of the weights, config, tokenizer, chat
-template and end ids is written down as it is, in float32 (dequantized 4-bit values do not fit in
-16 bits).
+transformers reads and dequantizes a GGUF; weights, config, tokenizer, chat template and end ids are
+written down as it has them, in float32 (dequantized values do not fit in 16 bits), but for what it
+gets wrong (``gguf_mends.py``).
 """
 
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import shutil
 import sys
@@ -17,22 +18,31 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from pyramidinfer.models.families import find_family
+from pyramidinfer.models.families import FAMILIES, find_family
+from pyramidinfer.models.gguf_file import Header, read_header
+from pyramidinfer.models.gguf_mends import mend_config, mend_ends, mend_tokenizer
 from pyramidinfer.native.build import cache_folder
 
-__all__ = ["convert", "converted", "is_gguf", "models_folder"]
+__all__ = ["convert", "converted", "digest", "is_converted", "is_gguf", "models_folder"]
 
-MAGIC = b"GGUF"
 #: Left in a converted folder: what it was made from.
 ORIGIN = "converted_from.json"
 #: Raise when a conversion would come out otherwise: cached ones are made anew.
-VERSION = 1
+VERSION = 2
+#: GGUF's names of architectures → transformers'; those it reads, and those it does not.
+READS = {"llama": "llama", "mistral": "mistral", "qwen2": "qwen2", "qwen3": "qwen3",
+         "phi3": "phi3", "gemma2": "gemma2", "gemma3": "gemma3_text"}  # fmt: skip
+OTHERS = {"gptneox": "gpt_neox", "smollm3": "smollm3", "olmo2": "olmo2", "granite": "granite",
+          "opt": "opt"}  # fmt: skip
+PROBE = "The archive is in room 472.\n\n1. It's  here:\t«naïve» 日本 <|im_end|><end_of_turn>\n  2"
 
 
 def is_gguf(name: str) -> bool:
-    return name.endswith(".gguf")
+    """Whether a model's name means a GGUF file."""
+    return name.lower().endswith(".gguf") and not Path(name).expanduser().is_dir()
 
 
 def models_folder() -> Path:
@@ -40,32 +50,45 @@ def models_folder() -> Path:
     return cache_folder() / "models"
 
 
-def convert(file: Path, folder: Path) -> Path:
+def is_converted(folder: Path) -> bool:
+    """Whether a folder is a conversion as this version makes it."""
+    try:
+        return bool(json.loads((folder / ORIGIN).read_text())["version"] == VERSION)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def convert(file: Path, folder: Path, replace: bool = False) -> Path:
     """Write ``folder`` (new or empty) from a GGUF file: safetensors, config, tokenizer.
 
-    ``ValueError`` where the file is no whole GGUF, its family is not supported (said before
-    weights are read), transformers cannot read it, or the folder holds something already.
+    ``replace``: a folder that is there gives way.  It appears whole or not at all.  ``ValueError``
+    where the file is no whole GGUF, its family is not supported or it says what is not understood
+    (before weights are read), or the folder holds something already.
     """
-    file = _check_file(file)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    header = read_header(file)
+    _check_reader()
+    _check_family(header)
+    if not replace and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{str(folder)!r} holds something already; name a new folder")
     config = _read(file, AutoConfig, "config")
-    find_family(config)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=folder.name + ".", dir=folder.parent))
+    mend_config(header, config)
+    _check_count(header, config)
+    work = _work_folder(folder)
     try:
         tokenizer = _read(file, AutoTokenizer, "tokenizer")
-        loaded = _read(file, AutoModelForCausalLM, "weights", dtype=torch.float32)
-        _save(loaded, config, work)
-        tokenizer.save_pretrained(work)
-        origin = {"file": file.name, "version": VERSION, "sha256": digest(file)}
+        mend_tokenizer(header, tokenizer)
+        config.eos_token_id = mend_ends(header, tokenizer, config.eos_token_id)
+        loaded = _read(file, AutoModelForCausalLM, "weights", config=config, dtype=torch.float32)
+        _save_model(loaded, config, work)
+        _save_tokenizer(tokenizer, work)
+        origin = {
+            "file": file.name, "sha256": digest(file), "version": VERSION,
+            "licence": header.metadata.get("general.license"),
+        }  # fmt: skip
         (work / ORIGIN).write_text(json.dumps(origin, indent=1) + "\n")
-        work.chmod(0o755)
-        if folder.exists():
-            folder.rmdir()
-        work.rename(folder)
+        _put(work, folder, replace)
     finally:
-        shutil.rmtree(work, ignore_errors=True)
+        shutil.rmtree(work.parent, ignore_errors=True)
     return folder
 
 
@@ -75,13 +98,15 @@ def converted(name: str) -> Path:
     Known by the file's path, size and time of change: reading gigabytes to know that nothing
     changed would take longer than loading.
     """
-    file = _check_file(Path(name).expanduser())
+    file = Path(name).expanduser()
+    if not file.is_file():
+        raise ValueError(f"GGUF file {name!r} does not exist")
     state = file.stat()
-    key = f"{file.resolve()}\0{state.st_size}\0{state.st_mtime_ns}\0{VERSION}"
+    key = f"{file.resolve()}\0{state.st_size}\0{state.st_mtime_ns}"
     folder = models_folder() / f"{file.stem}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
-    if not (folder / "config.json").is_file():
-        print(f"converting {file.name} to {folder} (once)", file=sys.stderr)
-        convert(file, folder)
+    if not is_converted(folder):
+        print(f"converting {file.name}, once, to {folder}", file=sys.stderr)
+        convert(file, folder, replace=True)
     return folder
 
 
@@ -91,31 +116,96 @@ def digest(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _save(loaded: Any, config: Any, folder: Path) -> None:
+def _check_reader() -> None:
+    """Older versions of transformers make other tokenizers."""
+    if importlib.util.find_spec("transformers.integrations.gguf") is None:
+        raise ValueError(
+            f"transformers {transformers.__version__} reads GGUF files in another way; converting "
+            f"them is known to work with 5.24: pip install -U transformers"
+        )
+
+
+def _check_family(header: Header) -> None:
+    kind = header.architecture
+    if kind in OTHERS:
+        read = ", ".join(FAMILIES[each].title for each in READS.values())
+        raise ValueError(
+            f"GGUF files of {FAMILIES[OTHERS[kind]].title} cannot be converted: transformers reads "
+            f"those of {read}; use the model's safetensors instead"
+        )
+    find_family(SimpleNamespace(model_type=READS.get(kind, kind)))
+    if kind not in READS:
+        raise ValueError(f"GGUF files of {kind!r} cannot be converted")
+
+
+def _check_count(header: Header, config: Any) -> None:
+    """Every number of the file has a place in the model, and the other way round.
+
+    transformers drops tensors that it has no place for (biases, experts).
+    """
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    wanted = sum(each.numel() for each in empty.parameters())
+    found = sum(each.count for name, each in header.tensors.items() if name != "rope_freqs.weight")
+    if found != wanted:
+        raise ValueError(
+            f"{str(header.file)!r} holds {found} weights, the model that it describes has "
+            f"{wanted}: it is not complete, or not a plain {find_family(config).title}"
+        )
+
+
+def _work_folder(folder: Path) -> Path:
+    """An empty folder beside the one that will be, in one of its own."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent)) / "model"
+        work.mkdir()
+    except OSError as error:
+        raise ValueError(
+            f"the model cannot be kept in {folder.parent} ({error.strerror}); the cache lies where "
+            f"PYRAMIDINFER_CACHE says"
+        ) from None
+    return work
+
+
+def _save_model(loaded: Any, config: Any, folder: Path) -> None:
     """The weights in a fresh model of their own, which knows nothing of quantization."""
-    config.dtype = torch.float32
-    for name in ("quantization_config", "_name_or_path"):
-        if hasattr(config, name):
-            delattr(config, name)
     with torch.device("meta"):
         fresh = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    state = loaded.state_dict()
-    fresh.load_state_dict(state, assign=True, strict=False)
+    fresh.load_state_dict(loaded.state_dict(), assign=True, strict=False)
     fresh.tie_weights()
     lacking = [key for key, each in fresh.state_dict().items() if each.is_meta]
     if lacking:
         raise ValueError(f"the GGUF lacks the tensor {lacking[0]} (and {len(lacking) - 1} more)")
     fresh.generation_config = loaded.generation_config
+    fresh.generation_config.eos_token_id = config.eos_token_id
     fresh.save_pretrained(folder)
+    readable = (folder / "config.json").stat().st_mode  # safetensors files are the owner's only
+    for each in folder.glob("*.safetensors"):
+        each.chmod(readable)
 
 
-def _check_file(file: Path) -> Path:
-    if not file.is_file():
-        raise ValueError(f"GGUF file {str(file)!r} does not exist")
-    with file.open("rb") as stream:
-        if stream.read(4) != MAGIC:
-            raise ValueError(f"{str(file)!r} is no GGUF file: it does not begin with 'GGUF'")
-    return file
+def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Save it, and see that what is read again is the same."""
+    tokenizer.save_pretrained(folder)
+    again = AutoTokenizer.from_pretrained(folder)
+    same = all(
+        getattr(again, what) == getattr(tokenizer, what)
+        for what in ("bos_token_id", "eos_token_id", "pad_token_id", "chat_template")
+    )
+    if not same or again(PROBE)["input_ids"] != tokenizer(PROBE)["input_ids"]:
+        raise ValueError("the tokenizer came back otherwise than it was saved; nothing was kept")
+
+
+def _put(work: Path, folder: Path, replace: bool) -> None:
+    """Move the finished folder to its place; where another process was quicker, its own stays."""
+    if replace and folder.exists() and not is_converted(folder):
+        folder.rename(work.with_name("old"))
+    try:
+        work.rename(folder)
+    except OSError:
+        if not (replace and is_converted(folder)):
+            raise ValueError(f"{str(folder)!r} holds something already") from None
 
 
 def _read(file: Path, loader: Any, what: str, **options: Any) -> Any:
@@ -123,17 +213,6 @@ def _read(file: Path, loader: Any, what: str, **options: Any) -> Any:
     try:
         return loader.from_pretrained(str(file.parent), gguf_file=file.name, **options)
     except Exception as error:
-        _name_family(file, error)
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = lines[0] if lines else type(error).__name__
-        raise ValueError(
-            f"transformers cannot read the {what} of {str(file)!r}: {reason} (is it whole?)"
-        ) from error
-
-
-def _name_family(file: Path, error: Exception) -> None:
-    """Where transformers does not know the architecture, refuse it by its name."""
-    found = str(error)
-    if "architecture" in found and "not supported" in found:
-        kind = found.split("architecture", 1)[1].split()[0].strip("'\"`.,")
-        find_family(SimpleNamespace(model_type=kind))
+        raise ValueError(f"cannot read the {what} of {str(file)!r}: {reason}") from error

@@ -41,8 +41,9 @@ def load_model(model: str | os.PathLike[str] | nn.Module, tokenizer: Any = "auto
                ) -> LoadedModel:  # fmt: skip
     """Load a folder, hub id, fetched model or GGUF file, or take a transformers model as it is.
 
-    ``tokenizer``: ``"auto"`` (the model's own, None where it has none), a tokenizer, a path or
-    hub id, or None.  Raises ``ValueError`` for what cannot be loaded, with the reason.
+    ``tokenizer``: ``"auto"`` (the model's own, None where it has none), a tokenizer, what names
+    a model that has one, or None.  Raises ``ValueError`` for what cannot be loaded, with the
+    reason.
     """
     if isinstance(model, nn.Module):
         return _take_object(model, tokenizer, dtype, device)
@@ -203,6 +204,7 @@ def _find_tokenizer(name: str, tokenizer: Any) -> Any:
     if tokenizer is None or not isinstance(tokenizer, str | os.PathLike):
         return _check_tokenizer(tokenizer)
     if tokenizer != "auto":
+        tokenizer = find_model(str(tokenizer))
         place = Path(tokenizer).expanduser()
         if not place.exists() and str(tokenizer).count("/") != 1:
             raise ValueError(f"tokenizer path {str(tokenizer)!r} does not exist")
