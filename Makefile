@@ -7,7 +7,7 @@ TORCH := torch==2.13.0
 .PHONY: demo test check model models numbers pages bench bench-gpu fuzz install install-dev clean
 
 demo: $(VENV)/.installed
-	$(BIN)/pyramidinfer demo
+	$(BIN)/pyramidinfer demo --fetch smollm2
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n auto --maxprocesses 8

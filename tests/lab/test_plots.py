@@ -26,7 +26,8 @@ def is_png(path: Path) -> bool:
 def test_pictures(tmp_path: Path) -> None:
     question = make_questions(1, 1, 200)[0]
     trace = LLM(shipped_model(), policy=PyramidInfer(keep=0.5)).trace(question.prompt)
-    assert is_png(draw_pyramid([("a", trace), ("b", trace)], question.prompt, question.needle,
+    words = ["<bos>", *question.prompt.split()]
+    assert is_png(draw_pyramid([("a", trace), ("b", trace)], words, question.needle,
                                tmp_path / "sub" / "pyramid.png"))  # fmt: skip
     assert is_png(draw_curve([(1, 0.2), (2, 0.9)], tmp_path / "c.png", title="t", xlabel="x",
                              ylabel="y", level=0.9, level_name="full"))  # fmt: skip

@@ -49,16 +49,29 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 @app.command()
 @plain_errors()
 def demo(
-    documents: Annotated[int, typer.Option(help="Documents to answer a question about.")] = 24,
-    length: Annotated[int, typer.Option(help="Tokens in each document.")] = 2000,
-    kv_memory: Annotated[str, typer.Option(help="Memory for all caches.")] = "64MiB",
-    keep: Annotated[float, typer.Option(help="Share of the cache that is kept.")] = 0.3,
+    model: Model = None,
+    fetch: Annotated[
+        str | None,
+        typer.Option(help="Fetch this model and run on it; where that fails, on the shipped one."),
+    ] = None,
+    documents: Annotated[
+        int | None, typer.Option(help="Documents to answer a question about. Default: 24 or 15.")
+    ] = None,
+    length: Annotated[
+        int | None, typer.Option(help="Tokens in each. Default: 2000, or 1500 for a real model.")
+    ] = None,
+    kv_memory: Annotated[
+        str | None, typer.Option(help="Memory for all caches. Default: 64MiB or 256MiB.")
+    ] = None,
+    keep: Annotated[
+        float | None, typer.Option(help="Share of the cache that is kept. Default: 0.3 or 0.25.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the picture.")] = Path("out"),
 ) -> None:
     """Answer questions about long documents in one memory budget, four ways, and draw it."""
     from pyramidinfer.cli.demo import run_demo
 
-    run_demo(documents, length, kv_memory, keep, out)
+    run_demo(model, fetch, documents, length, kv_memory, keep, out)
 
 
 @app.command()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,11 +14,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from pyramidinfer.cli.common import human_bytes
-from pyramidinfer.config import parse_bytes
-from pyramidinfer.engine import LLM
+from pyramidinfer.config import EngineConfig, parse_bytes
+from pyramidinfer.engine import Engine
+from pyramidinfer.engine.tracing import trace
+from pyramidinfer.lab.asked import Question, real_questions, shipped_questions
+from pyramidinfer.lab.english import ENGLISH
 from pyramidinfer.lab.plots import draw_pyramid
-from pyramidinfer.lab.recall import ANSWER, Question, is_right, make_questions
 from pyramidinfer.lab.record import write_result
+from pyramidinfer.lab.samples import GENERATED, SHIPPED
+from pyramidinfer.models import load_model
+from pyramidinfer.models.catalog import fetch, find_model
 from pyramidinfer.models.loading import quiet_transformers, shipped_model
 from pyramidinfer.policies import Full, Policy, Pyramid, PyramidInfer
 from pyramidinfer.types import RequestOutput
@@ -25,6 +31,21 @@ from pyramidinfer.types import RequestOutput
 __all__ = ["run_demo"]
 
 SEED = 2024
+EXAMPLES = 3  # questions whose answers are shown
+
+
+@dataclass(frozen=True, slots=True)
+class Usual:
+    """What is asked of a model where nothing else is said."""
+
+    documents: int
+    length: int
+    kv_memory: str
+    keep: float
+
+
+#: The shipped model, and any other.
+TOY, REAL = Usual(24, 2000, "64MiB", 0.3), Usual(15, 1500, "256MiB", 0.25)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +60,20 @@ class Run:
     in_flight: int
 
 
-def run_demo(documents: int, length: int, kv_memory: str, keep: float, out: Path) -> None:
-    """Answer, print the table, draw ``out/pyramid.png``."""
+def run_demo(model: str | None, wanted: str | None, documents: int | None, length: int | None,
+             kv_memory: str | None, keep: float | None, out: Path) -> None:  # fmt: skip
+    """Answer, print the table, draw ``out/pyramid.png``.
+
+    model : None is the shipped one;  wanted : a model to fetch and run on, if it can be had.
+    """
+    if wanted is not None:
+        if model is not None:
+            raise ValueError(f"give --model {model} or --fetch {wanted}, not both")
+        model = _fetched(wanted)
+    usual = TOY if model is None else REAL
+    documents = usual.documents if documents is None else documents
+    length = usual.length if length is None else length
+    kv_memory, keep = kv_memory or usual.kv_memory, usual.keep if keep is None else keep
     if documents < 1:
         raise ValueError(f"--documents {documents} must be at least 1")
     if not 200 <= length <= 4000:
@@ -48,53 +81,112 @@ def run_demo(documents: int, length: int, kv_memory: str, keep: float, out: Path
     out.mkdir(parents=True, exist_ok=True)
     quiet_transformers()
     console = Console()
-    questions = make_questions(SEED, documents, length)
-    ways: list[tuple[str, Policy]] = [
-        ("full cache", Full()),
-        ("paper's settings", PyramidInfer()),
-        (f"paper's rule, keep {keep}", PyramidInfer(keep=keep)),
-        (f"pyramid, keep {keep}", Pyramid(keep=keep)),
-    ]
+    name = model or SHIPPED
+    loaded = load_model(find_model(model) if model else shipped_model(), dtype="float32")
+    make = shipped_questions if model is None else real_questions
+    questions = make(loaded.tokenizer, SEED, documents, length)
+    config = EngineConfig.from_options((), kv_memory=kv_memory)
+    first = Engine(loaded.model, Full(), config, loaded.tokenizer, own=True)
+    ways = [(title, policy.for_model(loaded.name)) for title, policy in
+            _ways(keep, first.adapter.depth, model is None)]  # fmt: skip
+    text = GENERATED if model is None else ENGLISH
     console.print(
-        f"{documents} documents of {length} tokens, one question each, "
-        f"all inside [bold]{human_bytes(parse_bytes(kv_memory))}[/bold] of KV memory\n"
-        f"[dim]for example: … {questions[0].prompt.split(' ? ')[0].split(' . ')[-1]} ?[/dim]"
+        f"[bold]{name}[/bold]: {documents} documents of {length} tokens ({text}), one question "
+        f"each, all inside [bold]{human_bytes(parse_bytes(kv_memory))}[/bold] of KV memory\n"
+        f"[dim]for example: … {questions[0].asked}[/dim]"
     )
     bar = Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
         console=console,
     )  # fmt: skip
-    llms = [
-        LLM(shipped_model(), policy, kv_memory=kv_memory, dtype="float32") for _, policy in ways
-    ]
+    engines = [Engine(first.adapter, policy, config, loaded.tokenizer) for _, policy in ways]
     runs: list[Run] = []
     try:
         with bar:
-            for (title, _), llm in zip(ways, llms, strict=True):
+            for (title, _), engine in zip(ways, engines, strict=True):
                 task = bar.add_task(title, total=documents)
-                _answer(title, llm, questions, partial(bar.advance, task), runs)
+                _answer(title, engine, questions, partial(bar.advance, task), runs)
     finally:
         if runs:
-            console.print(_table(runs, llms[0].engine.pool.budget))
-    shown = make_questions(SEED + 1, 1, min(length, 600))[0]
+            console.print(_table(runs, engines[0].pool.budget))
+    _show_answers(console, questions, runs)
+    (shown,) = make(loaded.tokenizer, SEED + 1, 1, min(length, 600))
     picture = draw_pyramid(
-        [(way[0], llm.trace(shown.prompt)) for way, llm in zip(ways[2:], llms[2:], strict=True)],
-        shown.prompt, shown.needle, out / "pyramid.png",
+        [(title, trace(engine, shown.prompt, 0, ()))
+         for (title, _), engine in list(zip(ways, engines, strict=True))[1:]],
+        [loaded.tokenizer.decode([token]).strip() for token in shown.prompt],
+        shown.needle, out / "pyramid.png",
     )  # fmt: skip
     configuration = {
-        "documents": documents, "length": length, "kv_memory": kv_memory, "keep": keep,
-        "seed": SEED,
+        "model": name, "text": text, "documents": documents, "length": length,
+        "kv_memory": kv_memory, "keep": keep, "seed": SEED,
     }  # fmt: skip
     figures = {run.title: _figures(run) for run in runs}
-    write_result(out / "demo.json", configuration, figures)
+    write_result(out / "demo.json", configuration, figures, model=name)
+    console.print(_verdict(runs))
     console.print(f"which token is kept in which layer: [bold]{picture}[/bold]", soft_wrap=True)
 
 
-def _answer(title: str, llm: LLM, questions: list[Question], advance: Callable[[], None],
-            runs: list[Run]) -> None:  # fmt: skip
+def _fetched(wanted: str) -> str | None:
+    """The model's name once it is here; None, with a line that says why, where it cannot be."""
+    try:
+        fetch(wanted)
+    except (ValueError, OSError) as error:
+        print(f"{wanted} cannot be fetched, so the shipped model runs: {error}", file=sys.stderr)
+        return None
+    return wanted
+
+
+def _ways(keep: float, depth: int, calibrated: bool) -> list[tuple[str, Policy]]:
+    """Titles and policies: the full cache, the paper's rule, ours.
+
+    calibrated : the model has a schedule.  One that has none is shown what our default does there,
+    and what wide spans and a later start would.
+    """
+    rule = (f"paper's rule, keep {keep}", PyramidInfer(keep=keep))
+    default = (f"pyramid, keep {keep}", Pyramid(keep=keep))
+    if calibrated:
+        return [("full cache", Full()), ("paper's settings", PyramidInfer()), rule, default]
+    start = round(depth * 14 / 30)
+    late = Pyramid(keep=keep, schedule=None, start_layer=start, propagate_ratio=0.2, kernel=31)
+    return [
+        ("full cache", Full()), rule, (f"pyramid's default, keep {keep}", default[1]),
+        (f"pyramid from layer {start}, spans of 31, keep {keep}", late),
+    ]  # fmt: skip
+
+
+def _show_answers(console: Console, questions: Sequence[Question], runs: Sequence[Run]) -> None:
+    """What each way said to the first questions."""
+    for index, question in enumerate(questions[:EXAMPLES]):
+        console.print(f"\n{question.asked} [dim]({question.wanted})[/dim]", highlight=False)
+        for run in runs:
+            if index < len(run.outputs):
+                said = " ".join(run.outputs[index].text.split()) or "(nothing)"
+                mark = "[green]right[/green]" if question.is_right(
+                    run.outputs[index].text) else "[red]wrong[/red]"  # fmt: skip
+                console.print(f"  {mark} {run.title}: ", end="", highlight=False)
+                console.print(said, markup=False, highlight=False)
+    console.print()
+
+
+def _verdict(runs: Sequence[Run]) -> str:
+    """What each way cost and saved against the first, in a line each."""
+    whole = _figures(runs[0])
+    lines = []
+    for run in runs[1:]:
+        found = _figures(run)
+        lines.append(
+            f"{run.title}: {found['right']:.0f} right of the {whole['right']:.0f} that "
+            f"{runs[0].title} has, at {found['kept_share'] / whole['kept_share']:.0%} of its "
+            f"entries and {found['computed_share'] / whole['computed_share']:.0%} of its prefill"
+        )
+    return "\n".join(lines)
+
+
+def _answer(title: str, engine: Engine, questions: Sequence[Question],
+            advance: Callable[[], None], runs: list[Run]) -> None:  # fmt: skip
     """All questions at once through one engine; interrupted, what is answered still counts."""
-    engine = llm.engine
-    requests = [engine.add(llm.encode(question.prompt), ANSWER) for question in questions]
+    requests = [engine.add(question.prompt, question.params) for question in questions]
     begun = time.monotonic()
     try:
         while not engine.scheduler.idle:
@@ -105,7 +197,7 @@ def _answer(title: str, llm: LLM, questions: list[Question], advance: Callable[[
         pairs = list(zip(requests, questions, strict=True))
         done = [(engine.output(r), q) for r, q in pairs if r.finish_reason is not None]
         if done:
-            right = sum(is_right(output, question) for output, question in done)
+            right = sum(question.is_right(output.text) for output, question in done)
             outputs = [output for output, _ in done]
             runs.append(
                 Run(title, outputs, right, seconds, engine.peak_bytes, engine.peak_in_flight)
@@ -132,7 +224,7 @@ def _figures(run: Run) -> dict[str, float]:
 
 def _table(runs: list[Run], budget: int) -> Table:
     table = Table(title=f"the same questions in {human_bytes(budget)}")
-    table.add_column("", no_wrap=True)
+    table.add_column("")
     for run in runs:
         table.add_column(run.title, justify="right")
     all_figures = [_figures(run) for run in runs]

@@ -18,16 +18,15 @@ __all__ = ["draw_curve", "draw_pyramid", "draw_training"]
 KEPT, NEEDLE, GONE = (0.20, 0.38, 0.62), (0.86, 0.25, 0.16), (0.93, 0.94, 0.96)
 
 
-def draw_pyramid(traces: list[tuple[str, Trace]], text: str, needle: tuple[int, int], path: Path
-                 ) -> Path:  # fmt: skip
+def draw_pyramid(traces: list[tuple[str, Trace]], words: list[str], needle: tuple[int, int],
+                 path: Path) -> Path:  # fmt: skip
     """Prompt along x, layers along y: which token is kept in which layer, by how many heads.
 
-    ``needle``: the span of tokens to mark.  Below each pyramid stands an excerpt around it, every
-    word with the number of layers that keep it.
+    ``words``: the prompt's tokens as they read;  ``needle``: the span of tokens to mark.  Below
+    each pyramid stands an excerpt around it, every word with the number of layers that keep it.
     """
     figure = Figure(figsize=(13, 4.1 * len(traces)), layout="constrained")
     axes = figure.subplots(2 * len(traces), 1, height_ratios=[3, 1.1] * len(traces), squeeze=False)
-    words = ["<bos>", *text.split()]
     for index, (title, trace) in enumerate(traces):
         depth, length = len(trace.prefill_positions), len(trace.prompt_token_ids)
         kept = np.zeros((depth, length))
@@ -61,7 +60,8 @@ def _draw_grid(axis: Any, kept: np.ndarray, computed: float, needle: tuple[int, 
         loc="left", fontsize=11,
     )  # fmt: skip
     axis.set_ylabel("layer")
-    axis.set_yticks(np.arange(depth) + 0.5, [str(layer) for layer in range(depth)], fontsize=8)
+    shown = range(0, depth, -(-depth // 16))
+    axis.set_yticks(np.array(shown) + 0.5, [str(layer) for layer in shown], fontsize=8)
     axis.set_xlabel(
         "position in the prompt (blue: kept in the layer, paler by fewer heads; red: the needle)",
         fontsize=9,

@@ -1,0 +1,84 @@
+"""The demo's questions: prompts about long documents, and which answers are right.
+
+For the shipped model they are in the language it was trained on; for any other, facts of several
+kinds are hidden in real English and asked through the chat template.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from pyramidinfer.lab.chat import Chat
+from pyramidinfer.lab.invented import Fact, hide_facts, invent
+from pyramidinfer.lab.recall import ANSWER, make_questions
+from pyramidinfer.types import SamplingParams, TokenIds
+
+__all__ = ["Question", "real_questions", "shipped_questions"]
+
+FACTS = 5  # in each document, one of every kind; one of them is asked for
+SENTENCE = SamplingParams(max_tokens=16, stop=(".", "\n"))
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A prompt, what is asked, the answer wanted, and the span of prompt tokens that holds it."""
+
+    prompt: TokenIds
+    asked: str
+    wanted: str
+    needle: tuple[int, int]
+    params: SamplingParams
+    is_right: Callable[[str], bool]
+
+
+def shipped_questions(tokenizer: Any, seed: int, count: int, length: int) -> list[Question]:
+    """Documents of ``length`` tokens in the shipped model's language, one question about each."""
+    found = []
+    for each in make_questions(seed, count, length):
+        asked = each.prompt.split(" ? ")[0].split(" . ")[-1] + " ?"
+        wanted = each.answer
+        found.append(Question(
+            tokenizer(each.prompt)["input_ids"], asked, wanted, each.needle, ANSWER,
+            _Same(wanted),
+        ))  # fmt: skip
+    return found
+
+
+def real_questions(tokenizer: Any, seed: int, count: int, length: int) -> list[Question]:
+    """Prompts of at most ``length`` tokens, nearly: real English with five invented facts of
+    different kinds in it, and a question about one of them, kinds in turn."""
+    chat = Chat(tokenizer)
+    found = []
+    for index in range(count):
+        facts = invent(random.Random(f"facts {seed} {index}"), FACTS)
+        found.append(_about(chat, facts, facts[index % FACTS], f"{seed} {index}", length))
+    return found
+
+
+def _about(chat: Chat, facts: list[Fact], fact: Fact, seed: str, length: int) -> Question:
+    wanted = 3 * length
+    for _ in range(8):  # characters a token differ from text to text
+        text = hide_facts(random.Random(f"document {seed}"), facts, max(1, wanted))
+        context = f"Read this text. I will ask you about it.\n\n{text}"
+        prompt = chat.ask(context, f"\n\n{fact.question}", f" {fact.opening}")
+        size = len(prompt.whole)
+        if 0.96 * length <= size <= length:
+            break
+        wanted = int(wanted * 0.98 * length / size)
+    before = context[: context.index(fact.statement)]
+    start = len(chat.ask(before, "").context)
+    stop = len(chat.ask(before + fact.statement, "").context)
+    return Question(prompt.whole, fact.question, fact.value, (start, stop), SENTENCE, fact.is_in)
+
+
+@dataclass(frozen=True, slots=True)
+class _Same:
+    """Word for word."""
+
+    answer: str
+
+    def __call__(self, said: str) -> bool:
+        return said.strip() == self.answer
