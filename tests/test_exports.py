@@ -21,8 +21,8 @@ MODULES = sorted(
 
 def test_public_names() -> None:
     assert sorted(pyramidinfer.__all__) == [
-        "Full", "KVUsage", "LLM", "Pyramid", "PyramidInfer", "RequestMetrics", "RequestOutput",
-        "SamplingParams", "Score", "Trace",
+        "Full", "KVUsage", "LLM", "Prefix", "Pyramid", "PyramidInfer", "RequestMetrics",
+        "RequestOutput", "SamplingParams", "Score", "Trace",
     ]  # fmt: skip
     assert len(pyramidinfer.__all__) <= 12
 

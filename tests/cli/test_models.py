@@ -53,12 +53,14 @@ def test_convert_says_where(
 ) -> None:
     file = write(tmp_path / "tiny.gguf")
     assert run(monkeypatch, "convert", str(file), str(tmp_path / "new")) == 0
-    assert capsys.readouterr().out == f"converted to {tmp_path / 'new'}\n"
+    shown = capsys.readouterr()
+    assert shown.out == f"converted to {tmp_path / 'new'}\n"
+    assert shown.err == f"converting tiny.gguf to {tmp_path / 'new'}\n"  # and no bar
     assert (tmp_path / "new" / "model.safetensors").is_file()
     assert run(monkeypatch, "inspect", "--model", str(file), "--prompt-len", "100",
                "--max-tokens", "8") == 0  # fmt: skip
     told = capsys.readouterr().err
-    assert "converting tiny.gguf, once, to" in told
+    assert "converting tiny.gguf to" in told
     assert run(monkeypatch, "convert", str(file), str(tmp_path / "new")) == 2
     assert "holds something already; name a new folder" in capsys.readouterr().err
 
@@ -71,6 +73,7 @@ def test_convert_says_where(
         (["convert", "no/such.gguf", "new"], "GGUF file 'no/such.gguf' does not exist"),
         (["generate", "--model", "no/such.gguf", "--prompt", "x"], "does not exist"),
         (["convert", __file__, "new"], "is no GGUF file"),
+        (["chat", "smolm2"], "'smolm2' does not exist; did you mean 'smollm2'?"),
         *(
             ([*command, "smollm2", *rest], "'smollm2' is not here yet; run: pyramidinfer fetch")
             for command, *rest in (

@@ -13,10 +13,20 @@ from pyramidinfer.lab.ruler.needles import FORMS
 from pyramidinfer.lab.ruler.sample import TooShort, find_size
 from pyramidinfer.lab.ruler.tasks import TASKS, Haystack, Sample, check_task, make_samples
 from pyramidinfer.lab.ruler.words import ADJECTIVES, NOUNS, english_words
+from pyramidinfer.lab.tokenizer import build_tokenizer
 
 TEXT = Haystack.default()
 LEAST_FILLED = {"cwe": 0.8, "fwe": 0.8, "qa_facts_1": 0.8, "qa_facts_2": 0.8}
 GENERATED = {"vt": 30, "cwe": 120, "fwe": 50, "qa_facts_1": 32, "qa_facts_2": 32}
+SHIPPED = build_tokenizer(4096)
+#: How questions and answers of each kind begin.
+OPENINGS = {
+    "niah": ("What (is|are all) the special magic", "The special magic"),
+    "vt": ("Question: Find all variables", "Answer:"),
+    "cwe": ("Question: What are the 10 most common words", "Answer:"),
+    "fwe": ("Question: Do not provide any explanation", "Answer:"),
+    "qa": ("Answer the question based on the given documents", "Answer:"),
+}
 
 
 def count_tokens(text: str) -> int:
@@ -50,6 +60,18 @@ def test_length_is_filled_and_never_passed(task: str, length: int) -> None:
 
 
 @pytest.mark.parametrize("task", TASKS)
+def test_length_is_counted_by_the_models_tokenizer(task: str) -> None:
+    """The shipped model's has a token a character for words that it does not know."""
+
+    def count(text: str) -> int:
+        return len(SHIPPED(text, add_special_tokens=False)["input_ids"])
+
+    for sample in make_samples(task, 2, 2000, 0, count, TEXT):
+        used = count(sample.context + sample.question + sample.answer) + sample.max_tokens
+        assert 0.85 * 2000 <= used <= 2000
+
+
+@pytest.mark.parametrize("task", TASKS)
 def test_tightest_length_is_what_the_error_says(task: str) -> None:
     with pytest.raises(ValueError, match=rf"task {task} needs at least \d+ tokens; 60 are given: "
                                          "choose longer --lengths") as error:  # fmt: skip
@@ -75,6 +97,21 @@ def test_question_and_answer_stand_apart(task: str) -> None:
     assert not sample.context.endswith("\n")
     assert sample.answer.startswith(" ")
     assert len(set(sample.references)) == len(sample.references)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_context_ends_where_kvpress_cuts(task: str) -> None:
+    """kvpress (evaluation/benchmarks/ruler) compresses what stands before the last place at which
+    a question of the task's kind begins, and the answer's first words begin where they do first in
+    the rest; here blanks between them go with what follows."""
+    for sample in make(task, 2):
+        asks, answers = OPENINGS[task.split("_")[0]]
+        text = sample.context + sample.question + sample.answer
+        at = [found.start() for found in re.finditer(asks, text)][-1]
+        assert text[:at].rstrip() == sample.context.rstrip()
+        answer = text.index(answers, at)
+        assert text[at:answer].strip() == sample.question.strip()
+        assert text[answer:] == sample.answer.lstrip()
 
 
 def test_scores() -> None:

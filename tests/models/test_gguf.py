@@ -154,7 +154,8 @@ def test_a_gguf_file_is_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[st
     file = write(tmp_path / "tiny.gguf")
     llm = LLM(str(file), policy="full", kv_memory="4MiB", backend="reference")
     told = capsys.readouterr().err
-    assert told.count("converting tiny.gguf, once, to") == 1
+    assert told.count("converting tiny.gguf to") == 1 and "de-quantizing" not in told
+    assert Path(llm.name).name == "tiny"  # what a server shows
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=file.name)
     ids = llm.tokenizer("one room")["input_ids"]
     tokens = theirs.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=12)[0]
@@ -163,7 +164,7 @@ def test_a_gguf_file_is_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert out.token_ids == expected[: len(out.token_ids)] and out.token_ids
     assert load_config(str(file)).hidden_size == HIDDEN
     assert "converting" not in capsys.readouterr().err
-    (origin,) = models_folder().glob("*/converted_from.json")
+    (origin,) = models_folder().rglob("converted_from.json")
     origin.write_text(origin.read_text().replace('"version": 2', '"version": 1'))
     load_config(str(file))
     assert "converting tiny.gguf" in capsys.readouterr().err  # as an older version made it
@@ -374,6 +375,15 @@ def test_no_index_no_pip_no_place(
         fetch("tiny")
 
 
+def test_a_file_that_cannot_be_converted_leaves_nothing(tmp_path: Path) -> None:
+    file = write(tmp_path / "tiny.gguf", pre="viking")
+    with pytest.raises(ValueError, match="'viking', is not known"):
+        LLM(str(file))
+    assert not [each for each in models_folder().rglob("*") if each.name != "gguf"]
+
+
 def test_an_unknown_name() -> None:
     with pytest.raises(ValueError, match=r"no model is called 'smolm2'; did you mean 'smollm2'\?"):
         fetch("smolm2")
+    with pytest.raises(ValueError, match=r"'smolm2' does not exist; did you mean 'smollm2'\?"):
+        LLM("smolm2")

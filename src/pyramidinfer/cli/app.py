@@ -138,7 +138,10 @@ def inspect(
 @app.command()
 @plain_errors()
 def calibrate(
-    model: Annotated[str | None, typer.Argument(help="Folder or hub id. Default: shipped.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Argument(help="Folder, hub id, fetched model or GGUF file. Default: shipped."),
+    ] = None,
     text: Annotated[Path | None, typer.Option(help="UTF-8 text to measure on.")] = None,
     target_kl: Annotated[
         float, typer.Option(help="Divergence from the full cache to stay within, nats a token.")

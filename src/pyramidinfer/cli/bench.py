@@ -18,7 +18,7 @@ bench = typer.Typer(
     help="Measure speed and memory: JSON, a table, a picture.", no_args_is_help=True
 )
 
-Model = Annotated[str | None, typer.Option(help="Folder or hub id.")]
+Model = Annotated[str | None, typer.Option(help="Folder, hub id, fetched model or GGUF file.")]
 Shape = Annotated[
     str | None,
     typer.Option(
@@ -205,7 +205,8 @@ Url = Annotated[
     str | None, typer.Option(help="A server that runs already; none starts one for every policy.")
 ]
 ServedModel = Annotated[
-    str | None, typer.Option(help="Folder or hub id to serve. Default: the shipped model.")
+    str | None,
+    typer.Option(help="Folder, hub id, fetched model or GGUF file to serve. Default: shipped."),
 ]
 ServedPolicies = Annotated[
     str | None,

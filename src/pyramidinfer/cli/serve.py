@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import typer
 from rich.console import Console
 
 from pyramidinfer.cli.common import warn_uncalibrated
@@ -38,9 +39,7 @@ class ModelChoice:
 def load(choice: ModelChoice) -> LLM:
     """The model, ready; the shipped one where none is named."""
     quiet_transformers()
-    check_whole("threads", choice.threads, 0)
-    if choice.threads:
-        torch.set_num_threads(choice.threads)
+    _set_threads(choice)
     llm = LLM(
         choice.model or shipped_model(), choice.policy, dtype=choice.dtype, device=choice.device,
         backend=choice.backend, **choice.options,
@@ -49,20 +48,29 @@ def load(choice: ModelChoice) -> LLM:
     return llm
 
 
+def _set_threads(choice: ModelChoice) -> None:
+    check_whole("threads", choice.threads, 0)
+    if choice.threads:
+        torch.set_num_threads(choice.threads)
+
+
 def _check_quality(choice: ModelChoice, floor: float) -> None:
-    """``ValueError`` where the policy is surely below the floor on this model."""
+    """End with exit code 1 where the policy is surely below the floor on this model."""
     from pyramidinfer.cli.verify import run_verify
     from pyramidinfer.lab.samples import SHIPPED, Subject
     from pyramidinfer.lab.verify import Plan
 
     where = Subject(choice.model or SHIPPED, None, choice.dtype, choice.device,
                     str(choice.options["kv_memory"]))  # fmt: skip
+    _set_threads(choice)
     if not run_verify(where, choice.policy, floor, Plan(), console=Console(stderr=True)):
-        raise ValueError(
-            f"policy {choice.policy.name!r} keeps less than {floor:g} of the full cache's quality "
-            f"on this model, so nothing is served: choose another --policy or a higher --keep, or "
-            f"lower --verify-floor"
+        print(
+            f"error: policy {choice.policy.name!r} keeps less than {floor:g} of the full cache's "
+            f"quality on this model, so nothing is served: choose another --policy or a higher "
+            f"--keep, or lower --verify-floor",
+            file=sys.stderr,
         )
+        raise typer.Exit(1)
 
 
 def run_serve(choice: ModelChoice, settings: ServerSettings, floor: float | None = None) -> None:
@@ -82,7 +90,7 @@ def run_serve(choice: ModelChoice, settings: ServerSettings, floor: float | None
             file=sys.stderr,
         )
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # until the server is there to drain
-    if floor is not None:
-        _check_quality(choice, floor)
-    with bind(settings) as line:
+    with bind(settings) as line:  # held, so that nobody takes it, and not open yet
+        if floor is not None:
+            _check_quality(choice, floor)
         serve(load(choice), settings, line)

@@ -22,7 +22,7 @@ from pyramidinfer.config import parse_bytes
 __all__ = ["add_serving"]
 
 Model = Annotated[
-    str | None, typer.Argument(help="Folder or hub id. Default: the model shipped here.")
+    str | None, typer.Argument(help="Folder, hub id, fetched model or GGUF file. Default: shipped.")
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Backend = Annotated[str, typer.Option(help=f"auto, {', '.join(available_backends())}.")]
@@ -213,8 +213,14 @@ def serve(
     )  # fmt: skip
     if verify_floor is not None and not verify:
         raise ValueError(f"--verify-floor {verify_floor:g} has no effect without --verify")
-    floor = 0.8 if verify_floor is None else verify_floor
-    run_serve(choice, settings, floor if verify else None)
+    if not verify:
+        run_serve(choice, settings)
+        return
+    from pyramidinfer.lab.verify import FLOOR, check_floor
+
+    floor = FLOOR if verify_floor is None else verify_floor
+    check_floor("--verify-floor", floor)
+    run_serve(choice, settings, floor)
 
 
 def chat(

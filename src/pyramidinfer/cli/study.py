@@ -24,7 +24,8 @@ study = typer.Typer(
 )
 
 Model = Annotated[
-    str | None, typer.Option(help="Folder or hub id. Default: the model shipped with the package.")
+    str | None,
+    typer.Option(help="Folder, hub id, fetched model or GGUF. Default: the shipped one."),
 ]
 Text = Annotated[
     Path | None, typer.Option(help="UTF-8 text to draw passages from. Default: generated text.")

@@ -54,7 +54,7 @@ class LLM:
     dtype : ``"auto"`` (the checkpoint's), ``"float32"``, ``"bfloat16"``, ``"float16"``,
         ``"float64"``.
     device : ``"auto"``, ``"cpu"`` or ``"cuda"``.
-    tokenizer : ``"auto"``, a tokenizer, a path or hub id, or None (token ids only).
+    tokenizer : ``"auto"``, a tokenizer, what names a model that has one, or None (token ids only).
     backend : how to attend: ``"auto"`` (the fastest the device has), ``"cpu"`` (C++), ``"triton"``
         or ``"reference"`` (plain torch).
     options : fields of ``EngineConfig`` (``page_size``, ``max_requests``, ``step_tokens``, …).

@@ -68,7 +68,7 @@ Window = tuple[TokenIds, TokenIds]
 class PyramidInferLM(TemplateLM):  # type: ignore[misc, unused-ignore]
     """A model of this engine, as lm-eval wants it.
 
-    pretrained : folder, hub id, or a loaded transformers model.
+    pretrained : folder, hub id, fetched model, GGUF file, or a loaded transformers model.
     policy, keep : a policy's name and budget; its other options are given by name.
     dtype, device, kv_memory, tokenizer : as for ``LLM``.
     max_length : most tokens of a context and its continuation; the model's positions if None.
@@ -127,7 +127,9 @@ class PyramidInferLM(TemplateLM):  # type: ignore[misc, unused-ignore]
         if others.get("device") == "cuda:0" and not torch.cuda.is_available():
             del others["device"]  # the command's default, not somebody's wish
         if "pretrained" not in arg_dict:
-            raise ValueError("model_args needs pretrained=, a model's folder or hub id")
+            raise ValueError(
+                "model_args needs pretrained=: a folder, hub id, fetched model or GGUF file"
+            )
         return cls(**{**others, **arg_dict})
 
     def _check_length(self, max_length: int | None) -> int:

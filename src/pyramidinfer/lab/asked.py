@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pyramidinfer.lab.chat import Chat
-from pyramidinfer.lab.invented import Fact, hide_facts, invent
+from pyramidinfer.lab.invented import Fact, fit, hide_facts, invent
 from pyramidinfer.lab.recall import ANSWER, make_questions
 from pyramidinfer.types import SamplingParams, TokenIds
 
@@ -59,19 +59,18 @@ def real_questions(tokenizer: Any, seed: int, count: int, length: int) -> list[Q
 
 
 def _about(chat: Chat, facts: list[Fact], fact: Fact, seed: str, length: int) -> Question:
-    wanted = 3 * length
-    for _ in range(8):  # characters a token differ from text to text
-        text = hide_facts(random.Random(f"document {seed}"), facts, max(1, wanted))
-        context = f"Read this text. I will ask you about it.\n\n{text}"
-        prompt = chat.ask(context, f"\n\n{fact.question}", f" {fact.opening}")
-        size = len(prompt.whole)
-        if 0.96 * length <= size <= length:
-            break
-        wanted = int(wanted * 0.98 * length / size)
+    def build(wanted: int) -> str:
+        text = hide_facts(random.Random(f"document {seed}"), facts, wanted)
+        return f"Read this text. I will ask you about it.\n\n{text}"
+
+    def whole(context: str) -> TokenIds:
+        return chat.ask(context, f"\n\n{fact.question}", f" {fact.opening}").whole
+
+    context = fit(build, lambda text: len(whole(text)), length)
     before = context[: context.index(fact.statement)]
     start = len(chat.ask(before, "").context)
     stop = len(chat.ask(before + fact.statement, "").context)
-    return Question(prompt.whole, fact.question, fact.value, (start, stop), SENTENCE, fact.is_in)
+    return Question(whole(context), fact.question, fact.value, (start, stop), SENTENCE, fact.is_in)
 
 
 @dataclass(frozen=True, slots=True)

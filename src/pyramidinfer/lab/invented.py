@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from pyramidinfer.lab.english import paragraphs
 
-__all__ = ["Fact", "hide_facts", "invent", "stretch"]
+__all__ = ["Fact", "fit", "hide_facts", "invent", "stretch"]
 
+T = TypeVar("T")
 PEOPLE = [
     f"{first} {last}"
     for first in ("Ada", "Bruno", "Clara", "Dora", "Emil", "Flora", "Greta", "Hugo", "Ida", "Jonas")
@@ -88,13 +90,31 @@ def invent(rng: random.Random, count: int) -> list[Fact]:
 
 def stretch(rng: random.Random, texts: Sequence[str], wanted: int) -> list[str]:
     """Sentences of about ``wanted`` characters in a row, from a random place on, wrapping round."""
-    at, found, size = rng.randrange(len(texts)), [], 0
-    while size < wanted:
+    at, size = rng.randrange(len(texts)), 0
+    found: list[str] = []
+    while True:
         for sentence in texts[at % len(texts)].split(". "):
+            if size >= wanted:
+                return found
             found.append(sentence if sentence.endswith(".") else f"{sentence}.")
             size += len(found[-1]) + 1
         at += 1
-    return found
+
+
+def fit(build: Callable[[int], T], size: Callable[[T], int], length: int) -> T:
+    """What ``build`` makes of about as many characters as give ``length`` tokens, no more.
+
+    Bisection; the smallest (no characters) where even that has more.
+    """
+    low, high, best = 0, 8 * length, build(0)
+    while high - low > 40:
+        middle = (low + high) // 2
+        made = build(middle)
+        if size(made) <= length:
+            low, best = middle, made
+        else:
+            high = middle
+    return best
 
 
 def hide_facts(rng: random.Random, facts: Sequence[Fact], wanted: int) -> str:

@@ -230,7 +230,7 @@ def main(arguments: list[str] | None = None) -> None:
     add = parser.add_argument
     add("--clients", type=int, default=usual.clients)
     add("--seconds", type=float, default=usual.seconds)
-    add("--model", default=None, help="folder or hub id; default: the shipped model")
+    add("--model", default=None, help="folder, hub id, fetched model or GGUF")
     add("--kv-memory", default=usual.kv_memory, help="little, so that requests wait")
     add("--max-waiting", type=int, default=usual.max_waiting, help="the queue's bound")
     add("--reuse-share", type=float, default=usual.reuse_share, help="0: no conversations are kept")

@@ -17,7 +17,7 @@ import numpy as np
 
 from pyramidinfer.engine.request import Request
 from pyramidinfer.lab.asking import Asker, asker
-from pyramidinfer.lab.invented import Fact, hide_facts, invent
+from pyramidinfer.lab.invented import Fact, fit, hide_facts, invent
 from pyramidinfer.lab.real_plots import draw_turns
 from pyramidinfer.lab.samples import settings
 from pyramidinfer.lab.study import Row, run_cells
@@ -70,18 +70,18 @@ def make_talks(machine: Asker, seed: int, count: int, length: int) -> list[Talk]
     found = []
     for index in range(count):
         facts = invent(random.Random(f"facts {seed} {index}"), FACTS)
-        wanted = 3 * length
-        for _ in range(6):  # characters a token differ from text to text
-            rng = random.Random(f"talk {seed} {index}")
-            text = hide_facts(rng, facts, max(1, wanted))
-            notes = f"Here are my notes. Remember them, I will ask about them later.\n\n{text}"
-            size = len(chat.begin(notes))
-            if 0.97 * length <= size <= length:
-                break
-            wanted = int(wanted * 0.985 * length / size)
+        notes = fit(
+            partial(_notes, facts, f"talk {seed} {index}"),
+            lambda text: len(chat.begin(text)), length,
+        )  # fmt: skip
         asked = random.Random(f"asked {seed} {index}").sample(facts, TURNS)
         found.append(Talk(notes, tuple(asked)))
     return found
+
+
+def _notes(facts: list[Fact], seed: str, wanted: int) -> str:
+    text = hide_facts(random.Random(seed), facts, wanted)
+    return f"Here are my notes. Remember them, I will ask about them later.\n\n{text}"
 
 
 def _ask(machine: Asker, said: TokenIds, fact: Fact) -> TokenIds:

@@ -70,7 +70,7 @@ def paired(name: str, mine: list[float], full: list[float]) -> Row:
 def rows_table(title: str, rows: list[Row], columns: dict[str, Callable[[Row], str]]) -> Table:
     """What a study prints: a line a policy and keep, with the columns named."""
     table = Table(title=title)
-    table.add_column("policy", overflow="fold")
+    table.add_column("policy", overflow="fold", min_width=13)
     for column in ("keep", "KV kept", *columns):
         table.add_column(column, justify="right")
     for row in rows:

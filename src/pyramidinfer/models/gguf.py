@@ -13,13 +13,20 @@ import json
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    modeling_gguf_pytorch_utils,
+)
 
 from pyramidinfer.models.families import FAMILIES, find_family
 from pyramidinfer.models.gguf_file import Header, read_header
@@ -78,7 +85,10 @@ def convert(file: Path, folder: Path, replace: bool = False) -> Path:
         tokenizer = _read(file, AutoTokenizer, "tokenizer")
         mend_tokenizer(header, tokenizer)
         config.eos_token_id = mend_ends(header, tokenizer, config.eos_token_id)
-        loaded = _read(file, AutoModelForCausalLM, "weights", config=config, dtype=torch.float32)
+        print(f"converting {file.name} to {folder}", file=sys.stderr)
+        with _no_bar():
+            loaded = _read(file, AutoModelForCausalLM, "weights", config=config,
+                           dtype=torch.float32)  # fmt: skip
         _save_model(loaded, config, work)
         _save_tokenizer(tokenizer, work)
         origin = {
@@ -96,17 +106,20 @@ def converted(name: str) -> Path:
     """The folder of a GGUF file's conversion in the user's cache, made when it is not there.
 
     Known by the file's path, size and time of change: reading gigabytes to know that nothing
-    changed would take longer than loading.
+    changed would take longer than loading.  The folder has the file's name, which servers show.
     """
     file = Path(name).expanduser()
     if not file.is_file():
         raise ValueError(f"GGUF file {name!r} does not exist")
     state = file.stat()
     key = f"{file.resolve()}\0{state.st_size}\0{state.st_mtime_ns}"
-    folder = models_folder() / f"{file.stem}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+    folder = models_folder() / "gguf" / hashlib.sha256(key.encode()).hexdigest()[:12] / file.stem
     if not is_converted(folder):
-        print(f"converting {file.name}, once, to {folder}", file=sys.stderr)
-        convert(file, folder, replace=True)
+        try:
+            convert(file, folder, replace=True)
+        finally:
+            with suppress(OSError):  # there is no folder, or something in it
+                folder.parent.rmdir()
     return folder
 
 
@@ -152,6 +165,17 @@ def _check_count(header: Header, config: Any) -> None:
             f"{str(header.file)!r} holds {found} weights, the model that it describes has "
             f"{wanted}: it is not complete, or not a plain {find_family(config).title}"
         )
+
+
+@contextmanager
+def _no_bar() -> Iterator[None]:
+    """Without the bar that transformers shows over a GGUF's tensors, which has no switch."""
+    bar = getattr(modeling_gguf_pytorch_utils, "tqdm", None)
+    modeling_gguf_pytorch_utils.tqdm = lambda items, **_: items
+    try:
+        yield
+    finally:
+        modeling_gguf_pytorch_utils.tqdm = bar
 
 
 def _work_folder(folder: Path) -> Path:

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from pyramidinfer.config import parse_device, parse_dtype
-from pyramidinfer.models.catalog import find_model
+from pyramidinfer.models.catalog import CATALOG, find_model
 from pyramidinfer.models.families import find_family
 
 __all__ = ["LoadedModel", "empty_model", "end_ids", "free_memory", "load_config", "load_model",
@@ -155,7 +155,8 @@ def _check_path(name: str) -> str:
     looks_local = name.startswith((".", "~", "/")) or name.count("/") != 1 or path.parent.is_dir()
     if not path.exists():
         if looks_local:
-            near = {each.name: str(each) for each in path.parent.glob("*") if each.is_dir()}
+            near = {each: each for each in CATALOG} if "/" not in name else {}
+            near |= {each.name: str(each) for each in path.parent.glob("*") if each.is_dir()}
             close = difflib.get_close_matches(path.name, near, n=1)
             hint = f"did you mean {near[close[0]]!r}?" if close else "a hub id is owner/name"
             raise ValueError(f"model path {name!r} does not exist; {hint}")

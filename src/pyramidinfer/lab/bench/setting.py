@@ -38,7 +38,8 @@ FIRST_WORD = 3  # ids below it are special
 class Setting:
     """What a bench runs on.  Plain values.
 
-    model : folder or hub id; ``shape``: random weights of a known shape instead.
+    model : folder, hub id, fetched model or GGUF file; ``shape``: random weights of a known shape
+        instead.
     keep : for every policy that has it and does not name its own.
     kv_memory : ``"auto"`` is what all requests of a pass need at once, per policy.
     threads : 0 leaves torch's choice.

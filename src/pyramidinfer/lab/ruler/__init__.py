@@ -1,5 +1,7 @@
 """RULER's long-context tasks, and the study that asks them under compression."""
 
-from __future__ import annotations
+from pyramidinfer.lab.ruler.haystack import Haystack
+from pyramidinfer.lab.ruler.sample import Sample
+from pyramidinfer.lab.ruler.tasks import TASKS, check_task, make_samples
 
-__all__: list[str] = []
+__all__ = ["TASKS", "Haystack", "Sample", "check_task", "make_samples"]

@@ -1,7 +1,14 @@
 """RULER's tasks over a whole text: tracing variables (vt), common and frequent words (cwe, fwe).
 
 Templates and counts are those of NVIDIA/RULER (``scripts/data/synthetic``, arXiv 2404.06654,
-section 3).  The words of cwe are those of Python's documentation: see ``words.english_words``.
+section 3).  Where this departs from it:
+
+vt : an assignment has a line of its own (RULER: the beginning of a noise line); variables of the
+    worked example have five letters too (three), and it is about half as long (up to 500 tokens).
+cwe : words are those of Python's documentation (``words.english_words``; RULER: ``wonderwords``);
+    common ones have five letters or more, and none is common in the worked example as well.
+fwe : the tokens to generate count (RULER lets the text alone fill the length).
+cwe, fwe : each sample is shuffled in an order of its own (RULER: one order for all).
 """
 
 from __future__ import annotations

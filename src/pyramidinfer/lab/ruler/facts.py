@@ -41,11 +41,11 @@ HOBBIES = [
     "runs marathons", "watches birds",
 ]  # fmt: skip
 PERSON = [
-    "{person} was born in the town of {birth} in {year}. After school {first} trained as a {job} "
+    "{person} was born in the town of {birth} in {year}. After school {first} trained as {a_job} "
     "and has worked for {company} ever since. In the evenings {first} {hobby}.",
-    "{person} is a {job} at {company}. Born in the town of {birth} in {year}, {first} grew up "
-    "there with three older sisters. At weekends {first} {hobby}.",
-    "As a {job}, {person} joined {company} at the age of 25. Friends know that {first} {hobby}. "
+    "{person} works as {a_job} at {company}. Born in the town of {birth} in {year}, {first} grew "
+    "up there with three older sisters. At weekends {first} {hobby}.",
+    "As {a_job}, {person} joined {company} at the age of 25. Friends know that {first} {hobby}. "
     "{first} was born in {birth} in {year}, on a winter morning.",
 ]
 COMPANY = [
@@ -89,10 +89,16 @@ class World:
             "company": f"{next(self.stems)} {pick(['Works', 'Limited', 'Brothers', 'Company'])}",
             "seat": next(self.stems) + pick(["ford", "ton", "by", "ham", "stead"]),
         }
-        more = {"first": first, "job": pick(JOBS), "hobby": pick(HOBBIES), "goods": pick(GOODS)}
-        years = {"staff": self.rng.randrange(30, 900), "year": self.rng.randrange(1900, 1995)}
-        about = [pick(PERSON), pick(COMPANY)]
-        person, company = (each.format(**names, **more, **years) for each in about)
+        job = pick(JOBS)
+        more = {
+            "first": first, "a_job": f"{'an' if job[0] in 'aeiou' else 'a'} {job}",
+            "hobby": pick(HOBBIES), "goods": pick(GOODS), "staff": self.rng.randrange(30, 900),
+        }  # fmt: skip
+        years = self.rng.sample(range(1900, 1995), 2)  # one year in both would join the documents
+        person, company = (
+            pick(each).format(**names, **more, year=year)
+            for each, year in zip((PERSON, COMPANY), years, strict=True)
+        )
         return Fact(**names, about_person=person, about_company=company)
 
     def _syllable(self) -> str:

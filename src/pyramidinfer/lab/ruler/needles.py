@@ -1,7 +1,9 @@
 """RULER's needles in a haystack: eight forms of finding what a text says about a key.
 
 Templates and forms are those of NVIDIA/RULER (``scripts/synthetic.yaml``, arXiv 2404.06654,
-section 3); the words of the keys are our own.
+section 3); the words of the keys are our own.  Departures: a needle's depth is any (RULER draws
+from 40 steps in a text, different ones for different needles), no key and no value comes twice, and
+the text begins at any of its sentences (RULER's at the first).
 """
 
 from __future__ import annotations

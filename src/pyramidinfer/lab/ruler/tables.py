@@ -17,7 +17,7 @@ def means_table(means: Sequence[Row]) -> Table:
     table = Table(title="RULER: mean score over tasks [95 % interval]")
     for column in ("tokens", "policy", "keep", "KV kept", "computed", *PROTOCOLS):
         if column == "policy":
-            table.add_column(column, overflow="fold")
+            table.add_column(column, overflow="fold", min_width=13)
         else:
             table.add_column(column, justify="right", no_wrap=column in PROTOCOLS)
     cells: dict[tuple[int, str, float], dict[str, Row]] = {}

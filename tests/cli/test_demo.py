@@ -1,0 +1,80 @@
+"""The demo on a real model, and where that cannot be had."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from pyramidinfer.cli.app import main
+from pyramidinfer.lab.asked import real_questions, shipped_questions
+from pyramidinfer.lab.tokenizer import build_tokenizer
+from tests.lab import english_model
+from tests.lab.test_samples import other_tokenizer
+
+
+def demo(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["pyramidinfer", "demo", *words])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    return int(stopped.value.code or 0)
+
+
+def test_on_a_model_of_ones_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = english_model.save(tmp_path / "model")
+    words = ("--documents", "2", "--length", "400", "--kv-memory", "8MiB", "--out", str(tmp_path))
+    assert demo(monkeypatch, "--model", folder, *words) == 2  # the default is for deeper models
+    assert "keep=0.25 cannot be reached" in capsys.readouterr().err
+    assert demo(monkeypatch, "--model", folder, *words, "--keep", ".4") == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "pyramid's default, keep 0.4" in shown and "spans of 31" in shown
+    assert "What is the access code" in shown and "wrong full cache" in shown
+    written = json.loads((tmp_path / "demo.json").read_text())
+    assert written["model"] == written["configuration"]["model"] == folder
+    assert [run["questions"] for run in written["result"].values()] == [2] * 4
+    assert (tmp_path / "pyramid.png").stat().st_size > 10_000
+
+
+def test_where_it_cannot_be_fetched_the_shipped_model_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in (("PIP_NO_INDEX", "1"), ("PIP_FIND_LINKS", str(tmp_path)),
+                        ("PYRAMIDINFER_CACHE", str(tmp_path / "cache"))):  # fmt: skip
+        monkeypatch.setenv(name, value)
+    words = ("--documents", "1", "--length", "300", "--kv-memory", "16MiB", "--out", str(tmp_path))
+    assert demo(monkeypatch, "--fetch", "smollm2", *words) == 0
+    told = [line for line in capsys.readouterr().err.splitlines() if "fetched" in line]
+    assert len(told) == 1 and "so the shipped model runs" in told[0]
+    assert json.loads((tmp_path / "demo.json").read_text())["model"] == "shipped"
+
+
+def test_a_model_and_one_to_fetch_are_too_many(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert demo(monkeypatch, "--model", "x", "--fetch", "smollm2") == 2
+    assert "not both" in capsys.readouterr().err
+
+
+def test_questions_can_be_answered_from_their_documents() -> None:
+    tokenizer = other_tokenizer()
+    tokenizer.chat_template = english_model.TEMPLATE
+    found = real_questions(tokenizer, 3, 5, 600)
+    assert [q.prompt for q in found] == [q.prompt for q in real_questions(tokenizer, 3, 7, 600)[:5]]
+    assert len({each.asked for each in found}) == 5
+    for each in found:
+        assert 0.85 * 600 < len(each.prompt) <= 600
+        needle = tokenizer.decode(each.prompt[slice(*each.needle)])
+        spelled = tokenizer.decode(tokenizer(f" {each.wanted}", add_special_tokens=False).input_ids)
+        assert needle.endswith(f"{spelled} .")
+        assert each.is_right(f"It is {each.wanted}.") and not each.is_right("It is lost.")
+
+
+def test_the_shipped_models_questions_are_word_for_word() -> None:
+    tokenizer = build_tokenizer(4096)
+    (each,) = shipped_questions(tokenizer, 1, 1, 300)
+    assert len(each.prompt) == 300 and each.is_right(f" {each.wanted} ")
+    assert not each.is_right(each.wanted + " and more")

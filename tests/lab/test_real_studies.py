@@ -1,0 +1,197 @@
+"""Studies of chats, text and long answers: on a tiny model that speaks English words."""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pyramidinfer.cli.app import main
+from pyramidinfer.lab.asking import Asker
+from pyramidinfer.lab.english import english
+from pyramidinfer.lab.invented import hide_facts, invent
+from pyramidinfer.lab.long import LongPlan, first_difference, repetition, run_long
+from pyramidinfer.lab.samples import Subject
+from pyramidinfer.lab.text import TextPlan, measure_text, run_text
+from pyramidinfer.lab.turns import TurnsPlan, make_talks, measure_turns, run_turns
+from pyramidinfer.lab.ways import Ways, paired
+from pyramidinfer.policies import Full, StreamingLLM
+from tests.lab import english_model
+
+WAYS = (("full", "streaming_llm"), (0.2,))
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["chats", "base"])
+def where(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Subject:
+    folder = tmp_path_factory.mktemp("model")
+    return Subject(english_model.save(folder, request.param), kv_memory="32MiB")
+
+
+@pytest.fixture(scope="module")
+def machine(where: Subject) -> Asker:
+    return Asker(where)
+
+
+def two(rows: list[Any]) -> tuple[Any, Any]:
+    """The full cache's row and the other's."""
+    full, other = rows
+    assert full["policy"] == "full" and other["policy"] == "streaming_llm"
+    assert full["kv_share"] == pytest.approx(1, abs=0.02) and 0.1 < other["kv_share"] < 0.5
+    return full, other
+
+
+# --- what is told and asked -----------------------------------------------------------------------
+
+
+def test_facts_are_all_different_and_stand_once_in_the_text() -> None:
+    facts = invent(random.Random(3), 20)
+    assert [fact.kind for fact in facts[:5]] == ["code", "town", "colour", "name", "date"]
+    assert len({fact.value for fact in facts}) == len({f.question for f in facts}) == 20
+    few = facts[:6]
+    text = hide_facts(random.Random(4), few, 6000)
+    assert 5800 < len(text) < 7500
+    at = sorted(text.index(fact.statement) for fact in few)
+    for fact in few:
+        assert text.count(fact.statement) == text.count(fact.value) == 1
+        assert fact.value.lower() not in english().lower()
+        assert fact.statement == f"{fact.opening} {fact.value}."
+        assert fact.is_in(f"It is {fact.value.upper()}!") and not fact.is_in("It is nothing.")
+    assert max(at) - min(at) > 3000  # spread over the whole
+    with pytest.raises(ValueError, match="99 facts"):
+        invent(random.Random(1), 99)
+
+
+def test_a_chat_takes_its_cache_up_and_gives_it_back(machine: Asker) -> None:
+    talks = make_talks(machine, 1, 2, 400)
+    assert all(0.85 * 400 < len(machine.chat.begin(talk.notes)) <= 400 for talk in talks)
+    assert make_talks(machine, 1, 3, 400)[:2] == talks
+    for talk in talks:
+        assert len({fact.value for fact in talk.asked}) == 3
+        assert all(talk.notes.count(fact.statement) == 1 for fact in talk.asked)
+    engine, fed = machine.llm.engine, []
+    forward = engine.adapter.forward
+
+    def counted(pool: Any, batch: Any) -> Any:
+        fed.append(sum(len(work.intake.tokens) for work in batch.works))
+        return forward(pool, batch)
+
+    engine.adapter.forward = counted  # type: ignore[method-assign]
+    try:
+        full = measure_turns(machine, Full(), talks)
+    finally:
+        engine.adapter.forward = forward  # type: ignore[method-assign]
+    assert 0 < [n for n in fed if n][-1] < 150  # the last turn, not the notes again
+    assert engine.pool.budget_used == 0
+    assert all(len(each.scores) == 3 and each.kv_shares[-1] == 1 for each in full)
+    small = measure_turns(machine, StreamingLLM(keep=0.2), talks)
+    assert all(each.kv_shares[0] < 0.4 for each in small)
+    assert [each.answers for each in small] != [each.answers for each in full]
+
+
+# --- the studies ----------------------------------------------------------------------------------
+
+
+def test_turns(where: Subject, tmp_path: Path) -> None:
+    rows, picture = run_turns(TurnsPlan(*WAYS, where, 300, 2), tmp_path / "turns.json")
+    full, other = two(rows)
+    assert full["lost_ci"] == [0, 0] and len(other["by_turn"]) == 3 and other["samples"] == 2
+    assert picture.stat().st_size > 5000
+    written = json.loads((tmp_path / "turns.json").read_text())
+    assert "reference" in written["meta"]["configuration"]["subject"]["source"]
+
+
+def test_text(where: Subject, tmp_path: Path) -> None:
+    rows, picture = run_text(TextPlan(*WAYS, where, (100, 200), 4), tmp_path / "text.json")
+    assert [(row["context"], row["samples"]) for row in rows[::2]] == [(100, 4), (200, 2)]
+    for pair in (rows[:2], rows[2:]):
+        full, other = two(pair)
+        assert full["kl"] == 0 and full["ratio"] == 1
+        assert other["kl"] > 1e-4 and other["ratio"] != 1
+        assert other["ratio_ci"][0] <= other["ratio"] <= other["ratio_ci"][1]
+    assert picture.stat().st_size > 5000
+
+
+def test_scores_of_text_are_those_of_the_engine(where: Subject, machine: Asker) -> None:
+    passages = where.corpus().passages(5, 2, 120, 16)
+    mine = measure_text(machine, Full(), passages)
+    direct = machine.llm.score([p.context for p in passages], [p.continuation for p in passages])
+    assert [s.logprobs for s in mine] == [s.logprobs for s in direct]
+
+
+def test_long(where: Subject, tmp_path: Path) -> None:
+    rows, picture = run_long(LongPlan(*WAYS, where, 150, 40, 2), tmp_path / "long.json")
+    full, other = two(rows)
+    assert full["first_difference"] == [40, 40] and full["lost"] == 0
+    assert min(other["first_difference"]) < 40
+    assert other["perplexity"] > full["perplexity"]
+    assert picture.stat().st_size > 5000
+
+
+def test_an_interrupted_study_goes_on(
+    where: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pyramidinfer.lab import text
+
+    plan, out = TextPlan(*WAYS, where, (100,), 2), tmp_path / "t.json"
+    measure = text.measure
+    monkeypatch.setattr(text, "measure", lambda p, c: (
+        measure(p, c) if c["policy"] == "full" else pytest.fail("stop")))  # fmt: skip
+    with pytest.raises(pytest.fail.Exception):
+        run_text(plan, out)
+    monkeypatch.setattr(text, "measure", lambda p, c: (
+        measure(p, c) if c["policy"] != "full" else pytest.fail("again")))  # fmt: skip
+    rows, _ = run_text(plan, out)
+    assert [row["policy"] for row in rows] == ["full", "streaming_llm"]
+
+
+# --- by hand --------------------------------------------------------------------------------------
+
+
+def test_repetition_and_first_difference() -> None:
+    assert repetition([1, 2, 3, 4, 1, 2, 3, 4]) == pytest.approx(1 / 5)
+    assert repetition([7] * 10) == pytest.approx(6 / 7)
+    assert repetition([1, 2, 3]) == 0
+    assert first_difference([1, 2, 3], [1, 2, 4]) == 2
+    assert first_difference([1, 2], [1, 2]) == 2 and first_difference([3, 2], [1, 2]) == 0
+
+
+def test_what_is_lost_is_paired() -> None:
+    row = paired("score", [0.0, 0.5, 1.0], [0.5, 1.0, 1.5])
+    assert row["score"] == 0.5 and row["lost"] == 0.5 and row["lost_ci"] == [0.5, 0.5]
+    assert row["score_ci"][0] < 0.5 < row["score_ci"][1]
+
+
+def test_ways(where: Subject) -> None:
+    ways = Ways(("snapkv", "full", "tova:keep=.3"), (0.5, 0.2), where)
+    assert [(c["policy"], c["keep"]) for c in ways.cells()] == [
+        ("full", 1.0), ("snapkv", 0.5), ("snapkv", 0.2), ("tova:keep=.3", 0.3),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["turns", "--length", "20"], "--length 20 is too short"),
+        (["turns", "--samples", "0"], "--samples 0"),
+        (["text", "--contexts", "9"], "at least 60"),
+        (["text", "--keeps", "2"], "--keeps: 2.0"),
+        (["long", "--tokens", "1"], "--tokens 1"),
+        (["long", "--policies", "snapkw"], "snapkv"),
+    ],
+)
+def test_bad_input_is_one_line(
+    words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    command = ["pyramidinfer", "study", *words, "--json", str(tmp_path / "x.json"),
+               "--kv-memory", "32MiB"]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
+    assert message in line

@@ -1,0 +1,250 @@
+"""What verify finds, and what it makes of it."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from functools import partial
+from itertools import count
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from pyramidinfer.cli import serve as serve_module
+from pyramidinfer.cli import verify as cli_verify
+from pyramidinfer.cli.app import main
+from pyramidinfer.lab import checks as checking
+from pyramidinfer.lab import verify as verifying
+from pyramidinfer.lab.asking import Asker
+from pyramidinfer.lab.checks import Bench, Turns
+from pyramidinfer.lab.retrieval import Retrieval
+from pyramidinfer.lab.samples import Subject
+from pyramidinfer.lab.turns import make_talks, measure_turns
+from pyramidinfer.lab.verify import ROUND, Check, Plan, jeffreys, judge, verify
+from pyramidinfer.policies import Full, Policy, StreamingLLM
+from tests.lab import english_model
+
+PLAN = Plan(300, 0.1)
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["pyramidinfer", *words])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    return int(stopped.value.code or 0)
+
+
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long answers that are not so long."""
+    monkeypatch.setattr(checking, "LONG", 16)
+
+
+QUICK = ("--length", "300", "--seconds", ".1", "--kv-memory", "32MiB")
+
+
+def test_the_full_cache_keeps_all_of_itself() -> None:
+    machine = Asker(Subject(kv_memory="32MiB"))
+    checks = verify(machine, Subject(kv_memory="32MiB"), Full(), PLAN)
+    counted = [each for each in checks if each.share is not None]
+    assert [each.name for each in counted] == [
+        "retrieval, question inside", "retrieval, question after", "text", "128 tokens generated",
+    ]  # fmt: skip
+    assert all(each.share == 1 and each.high == 1 and each.samples >= 3 for each in counted)
+    assert judge(checks, 0.8)[0] == []
+    assert machine.llm.engine.pool.budget_used == 0
+
+
+class Counted:
+    """A check that takes its samples in no time, while the clock goes on by a second."""
+
+    telling = "counting"
+
+    def __init__(self, bench: Bench) -> None:
+        self.seeds: list[int] = []
+
+    def more(self, seed: int, count: int) -> None:
+        self.seeds += [seed] * count
+
+    def checks(self) -> list[Check]:
+        assert len(set(self.seeds)) == len(self.seeds) / ROUND  # no samples twice
+        return [Check("counting", "", "", 1.0, 1.0, 1.0, len(self.seeds))]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "rounds"), [(0.1, 1), (2.9, 1), (3, 2), (7, 4), (1e9, verifying.ROUNDS)]
+)
+def test_as_many_samples_as_the_time_has_room_for(
+    seconds: float, rounds: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A round takes 1 s here, and 1 s goes by before the next."""
+    clock = SimpleNamespace(monotonic=partial(next, count()))
+    monkeypatch.setattr(verifying, "time", clock)
+    for name in ("Retrieval", "Turns", "Text", "LongAnswers"):
+        monkeypatch.setattr(verifying, name, Counted)
+    machine: Any = SimpleNamespace(llm=SimpleNamespace(
+        engine=SimpleNamespace(adapter=SimpleNamespace(max_positions=4096))
+    ))  # fmt: skip
+    found = verify(machine, Subject(), Full(), Plan(300, seconds))
+    assert [each.samples for each in found] == [rounds * ROUND] * 4
+
+
+@pytest.mark.usefixtures("short")
+def test_a_ruinous_setting_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "v.json"
+    command = ("verify", "--policy", "streaming_llm", "--keep", ".1", *QUICK, "--json", str(out))
+    assert run(monkeypatch, *command) == 1
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "does not hold: below 0.8 of the full cache: retrieval, question inside" in shown
+    result = json.loads(out.read_text())["result"]
+    assert "retrieval, question inside" in result["below"]
+    (inside,) = (c for c in result["checks"] if c["name"] == "retrieval, question inside")
+    assert inside["share"] < 0.3 and inside["kv_share"] < 0.3
+    assert inside["computed_share"] == 1  # this policy drops nothing between layers
+    assert "3 samples a check, the least there are" in shown
+
+
+def test_a_model_that_can_do_nothing_is_not_blamed_on_the_policy(tmp_path: Path) -> None:
+    where = Subject(english_model.save(tmp_path / "model"), kv_memory="32MiB")
+    checks = verify(Asker(where), where, StreamingLLM(keep=0.3), Plan(700, 0.1))
+    assert [each.share for each in checks[:3]] == [None] * 3  # a random model answers nothing
+    assert checks[3].share is not None and checks[4].share is not None
+    below, _ = judge([each for each in checks if each.share is None], 0.8)
+    assert below == []
+
+
+def test_jeffreys() -> None:
+    assert jeffreys([1.0, 1.0, 1.0]) == (pytest.approx(0.4640, abs=1e-3), 1.0)
+    assert jeffreys([0.0] * 10) == (0.0, pytest.approx(0.2172, abs=1e-3))
+    low, high = jeffreys([1.0, 0.0, 1.0, 0.5])
+    assert 0 < low < 0.625 < high < 1
+
+
+def test_the_verdict_goes_by_the_interval() -> None:
+    def check(low: float, high: float, share: float | None = 0.5) -> Check:
+        return Check("x", "", "", share, low, high, 5)
+
+    below, unsure, surely = check(0.1, 0.7), check(0.5, 0.9), check(0.85, 1.0)
+    assert judge([below, unsure, surely, check(0, 0.1, None)], 0.8) == ([below], [unsure])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--floor", "0"], "--floor 0.0"),
+        (["--length", "100"], "--length 100 is too short"),
+        (["--length", "4090"], "4096 positions"),
+        (["--seconds", "0"], "--seconds 0.0"),
+        (["--policy", "pyramidinfer", "--keep", "0.01"], "keep=0.01"),
+    ],
+)
+def test_mistakes_are_one_line(
+    words: list[str], message: str, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    assert run(monkeypatch, "verify", "--kv-memory", "32MiB", *words) == 2
+    assert message in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+@pytest.mark.usefixtures("short")
+def test_a_server_below_the_floor_does_not_open(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(verifying, "Plan", lambda: PLAN)
+    monkeypatch.setattr(signal, "signal", lambda *values: None)
+    monkeypatch.setattr(serve_module, "serve", lambda *values: pytest.fail("it serves"))
+    command = ("serve", "--port", "0", "--kv-memory", "32MiB", "--policy", "streaming_llm",
+               "--keep", ".1", "--dtype", "float32")  # fmt: skip
+    assert run(monkeypatch, *command, "--verify") == 1
+    said = capsys.readouterr()
+    assert said.out == "" and "retrieval, question inside" in said.err
+    last = said.err.strip().splitlines()[-1]
+    assert last.startswith("error: policy 'streaming_llm' keeps less than 0.8")
+    assert "nothing is served: choose another --policy" in last
+
+
+def test_a_server_that_holds_is_served(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Verified with the server's own model, policy and memory, at the floor that was given."""
+    asked: list[Any] = []
+    served: list[Any] = []
+    monkeypatch.setattr(cli_verify, "run_verify", lambda *a, **k: asked.append(a) or True)
+    monkeypatch.setattr(signal, "signal", lambda *values: None)
+    monkeypatch.setattr(serve_module, "serve", lambda *values: served.append(values))
+    assert run(monkeypatch, "serve", "--port", "0", "--kv-memory", "16MiB", "--keep", ".3",
+               "--dtype", "float32", "--verify", "--verify-floor", ".9") == 0  # fmt: skip
+    ((where, policy, floor, plan),) = asked
+    assert where == Subject(kv_memory="16MiB", dtype="float32")
+    assert (policy.name, policy.keep, floor, plan) == ("pyramid", 0.3, 0.9, Plan())
+    assert len(served) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--verify-floor", ".5"], "--verify-floor 0.5 has no effect without --verify"),
+        (["--verify", "--verify-floor", "2"], "--verify-floor 2.0 must be above 0"),
+    ],
+)
+def test_a_servers_mistakes_are_one_line(
+    words: list[str], message: str, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    assert run(monkeypatch, "serve", *words) == 2
+    assert message in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_chats_are_held_in_as_many_groups_as_the_memory_asks_for() -> None:
+    """Held caches stay while turns go on; all at once would not fit."""
+    where = Subject(kv_memory="8MiB")
+    machine = Asker(where)
+    with pytest.raises(ValueError, match="held by finished requests"):
+        measure_turns(machine, Full(), make_talks(machine, 0, 4, 700))
+    turns = Turns(Bench(machine, where, Full(), 700))
+    turns.more(0, 3)
+    assert len(turns.pairs.kv) == 4 and machine.llm.engine.pool.budget_used == 0
+
+
+def test_an_uncalibrated_default_warns_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = english_model.save(tmp_path / "model")
+    ask = ("generate", "--prompt", "The object is", "--max-tokens", "2", "--kv-memory", "16MiB")
+    assert run(monkeypatch, *ask, "--model", folder) == 0
+    assert capsys.readouterr().err.count("no calibrated schedule") == 1
+    for more in (("--model", folder, "--policy", "full"), ("--model", folder, "--keep", "1"), ()):
+        assert run(monkeypatch, *ask, *more) == 0
+        assert "no calibrated schedule" not in capsys.readouterr().err
+
+
+def test_a_task_that_the_full_cache_cannot_do_is_named_and_left_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By all samples drawn so far: "sometimes" fails in the first round and passes in the end."""
+    bench = Bench(Asker(Subject(kv_memory="8MiB")), Subject(), StreamingLLM(keep=0.5), 300)
+    found = Retrieval(bench)
+    full = {"always": [1.0, 1.0], "never": [0.0, 0.0], "sometimes": [0.0, 1.0]}
+    monkeypatch.setattr(
+        found, "_questions", lambda seed, count: {task: (task, seed) for task in full}
+    )
+
+    def answer(protocol: str, asked: tuple[str, int], policy: Policy) -> Any:
+        task, seed = asked
+        own = isinstance(policy, StreamingLLM)
+        assert not own or task != "never"  # costs time and tells nothing
+        return ([0.5] if own else [full[task][seed]]), 0.5, 0.25
+
+    monkeypatch.setattr(found, "_answer", answer)
+    for seed in range(2):
+        found.more(seed, ROUND)
+    for check in found.checks():
+        assert check.full == "1.00 (without never)" and check.mine == "0.50"
+        assert (check.share, check.samples, check.kv_share, check.computed_share) == (
+            0.5, 3, 0.5, 0.25,
+        )  # fmt: skip

@@ -1,0 +1,1 @@
+"""Tests on real models, which ``make models`` fetches: ``make test-real``."""
