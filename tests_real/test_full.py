@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from pyramidinfer import LLM, SamplingParams
+from pyramidinfer.lab.english import paragraphs
 from pyramidinfer.models.catalog import find_model
 from pyramidinfer.models.loading import end_ids
 from pyramidinfer.types import TokenIds
@@ -23,6 +24,8 @@ SHORTEST, LONGEST, NEW = 20, 600, 20
 TIE = 1e-3
 #: So many prompts may meet such a tie; more would be another model.
 TIES = 2
+#: Nats a token of English, measured: see the docs.
+LOSS = 0.1
 
 
 @dataclass
@@ -80,21 +83,19 @@ def test_full_is_transformers(name: str, theirs: Theirs, chunk: int) -> None:
     assert len(ties) <= TIES, f"prompts {ties} met near-ties"
 
 
-@pytest.mark.parametrize(
-    ("name", "prompt", "answer"),
-    [
-        ("smollm2", "What is the capital of France?", "Paris"),
-        ("gemma3-270m", "The capital of France is", "Paris"),
-    ],
-    indirect=["name"],
-)
-def test_answers_make_sense(name: str, prompt: str, answer: str) -> None:
+@pytest.mark.parametrize("name", ["smollm2"], indirect=True)
+def test_an_answer_makes_sense(name: str) -> None:
     llm = LLM(name, policy="full", kv_memory="64MiB")
-    ids = llm.encode(prompt)
-    if llm.tokenizer.chat_template:
-        turn = [{"role": "user", "content": prompt}]
-        ids = llm.tokenizer.apply_chat_template(
-            turn, add_generation_prompt=True, return_dict=False
-        )  # fmt: skip
+    turn = [{"role": "user", "content": "What is the capital of France?"}]
+    ids = llm.tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=False)
     (output,) = llm.generate([ids], SamplingParams(max_tokens=24, temperature=0.0))
-    assert answer in output.text
+    assert "Paris" in output.text and output.finish_reason == "stop"
+
+
+def test_english_is_likely(name: str) -> None:
+    """A model that was read wrongly has no idea of English, whatever it equals."""
+    llm = LLM(name, policy="full", kv_memory="64MiB")
+    texts = [llm.encode(" ".join(paragraphs()[at : at + 12]))[:300] for at in (0, 100, 200)]
+    scores = llm.score([ids[:200] for ids in texts], [ids[200:] for ids in texts])
+    found = [-sum(each.logprobs) / len(each.logprobs) for each in scores]
+    assert sum(found) / len(found) < LOSS, found

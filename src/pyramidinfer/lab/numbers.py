@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +42,8 @@ def render(results: dict[str, dict[str, Any]]) -> str:
         "bench` speed; the command in a section its result alone.\n",
         *numbers_real.lead(results),
     ]
-    parts += [
-        make(results[name]) for name, make in numbers_real.SECTIONS.items() if name in results
-    ]
+    real = {**numbers_real.SECTIONS, "demo_real": partial(_demo, name="demo_real")}
+    parts += [section(results[name]) for name, section in real.items() if name in results]
     parts += [
         "# The shipped model\n\n"
         "It is tiny, trained on generated text, and made so that its deep layers are redundant "
@@ -87,15 +87,19 @@ def _model(entry: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _demo(entry: dict[str, Any]) -> str:
+def _demo(entry: dict[str, Any], name: str = "demo") -> str:
+    """The demo on the shipped model, or (``demo_real``) on a real one."""
     setting = entry["configuration"]
+    model = setting.get("model", SHIPPED)
+    command = ["demo", "--documents", str(setting["documents"]), "--length", str(setting["length"]),
+               "--kv-memory", setting["kv_memory"], "--keep", f"{setting['keep']:g}"]  # fmt: skip
+    command += [] if model == SHIPPED else ["--model", model]
     lines = [
-        "## The demo\n",
+        f"## The demo{'' if model == SHIPPED else f' on {model}'}\n",
         origin(entry),
         f"{setting['documents']} documents of {setting['length']:,} tokens, "
         f"{setting['kv_memory']} of KV memory, keep={setting['keep']}.\n",
-        f"```bash\npyramidinfer demo --documents {setting['documents']} --length "
-        f"{setting['length']} --kv-memory {setting['kv_memory']} --keep {setting['keep']}\n```\n",
+        f"```bash\npyramidinfer {' '.join(command)}\n```\n",
         "How to read it: `computed` and `kept` are shares of layer-tokens, `in flight` the most "
         "requests that ran at once; compare times within a run only.\n",
         "| | right | computed | kept | in flight | first token | output tok/s | all tok/s |",
@@ -107,7 +111,8 @@ def _demo(entry: dict[str, Any]) -> str:
             f"{run['kept_share']:.0%} | {run['in_flight']} | {run['first_token_seconds']:.2f} s | "
             f"{run['output_tokens_per_second']:.0f} | {run['all_tokens_per_second']:.0f} |"
         )
-    return "\n".join(lines) + "\n"
+    picture = [] if model == SHIPPED else [f"\n![what survives where](images/{name}.png)"]
+    return "\n".join([*lines, *picture]) + "\n"
 
 
 # --- what layers need -----------------------------------------------------------------------------

@@ -105,6 +105,60 @@ def _pictured(title: str, name: str, words: str, entry: Result) -> str:
     )
 
 
+def _study(study: str, title: str, name: str, entry: Result) -> str:
+    """One result of ``study turns``, ``text`` or ``long``."""
+    meta, rows = entry["meta"], entry["rows"]
+    plan, columns = meta["configuration"], COLUMNS[study]
+    command = ["study", study, "--policies", " ".join(plan["policies"])]
+    command += ["--keeps", joined(plan["keeps"])]
+    for option in ("length", "context", "tokens"):
+        command += [f"--{option}", str(plan[option])] if option in plan else []
+    command += ["--contexts", joined(plan["contexts"])] if "contexts" in plan else []
+    command += ["--samples", str(plan["samples"])]
+    lines = [
+        f"## {title}\n", origin(meta), f"On {subject_words(plan['subject'])}. {WORDS[study]}\n",
+        command_block(command, plan["subject"], plan["seed"], *json_option(name)),
+    ]  # fmt: skip
+    lines += table(
+        ["policy", "keep", "KV", *columns, "samples"],
+        (
+            [label(row["policy"]), f"{row['keep']:g}", percent(row["kv_share"]),
+             *(show(row) for show in columns.values()), str(row["samples"])]
+            for row in rows
+        ),
+    )  # fmt: skip
+    return "\n".join(lines) + f"\n\n![{title}](images/{name}.png)\n"
+
+
+def _with_ci(name: str) -> Callable[[Row], str]:
+    return lambda row: estimate(row[name], row[f"{name}_ci"])
+
+
+WORDS = {
+    "turns": "Facts told in a chat's first turn, asked in turns 2 to 4 on the cache taken up: "
+    "share answered, what is lost against the full cache, and turn by turn.",
+    "text": "Perplexity of 64 tokens after a context, over the full cache's on the same passages, "
+    "and divergence (nats a token).",
+    "long": "Long greedy answers: perplexity under the full cache, what that loses in nats a "
+    "token, how many first tokens are the full cache's, share of 4-grams said before.",
+}
+COLUMNS: dict[str, dict[str, Callable[[Row], str]]] = {
+    "turns": {
+        "answered": _with_ci("score"), "lost": _with_ci("lost"),
+        "turn 2, 3, 4": lambda row: ", ".join(f"{each:.2f}" for each in row["by_turn"]),
+    },
+    "text": {
+        "tokens": lambda row: f"{row['context']:,}", "perplexity": _with_ci("perplexity"),
+        "over full": _with_ci("ratio"), "KL": _with_ci("kl"),
+    },
+    "long": {
+        "perplexity": lambda row: f"{row['perplexity']:.2f}", "lost": _with_ci("lost"),
+        "same first": lambda row: f"{row['same_tokens']:.0f}",
+        "repeated": lambda row: f"{row['repetition']:.2f}",
+    },
+}  # fmt: skip
+
+
 def lead(results: dict[str, Result]) -> list[str]:
     """The most important figures, for the page's head."""
     if "ruler" not in results:
@@ -156,6 +210,11 @@ SECTIONS: dict[str, Callable[[Result], str]] = {
         _ruler, "One needle, asked for after compression", "trial_after",
         "What wide spans and a late start are worth where the question comes later.",
     ),
+    **{
+        f"{study}_{model}": partial(_study, study, f"{title}: {name}", f"{study}_{model}")
+        for model, name in MODELS.items()
+        for study, title in (("turns", "A chat"), ("text", "Text"), ("long", "Long answers"))
+    },
     **{
         f"icr_{model}": partial(icr, name=f"icr_{model}", title=f"What each layer of {name} needs")
         for model, name in MODELS.items()
