@@ -14,7 +14,7 @@ test: $(VENV)/.installed-dev
 
 # The same on real models, which are fetched first: what transformers says, conversions, floors.
 test-real: models $(VENV)/.installed-dev
-	$(BIN)/python -m pytest tests_real
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup tests_real
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check src tests tests_real

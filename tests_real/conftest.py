@@ -18,6 +18,14 @@ MODELS = ("smollm2", "gemma3-270m")
 QUESTION = "\n\nSay in one sentence what this text is about."
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A file's tests of one model run in one process, which then makes their fixtures once."""
+    for item in items:
+        name = item.callspec.params.get("name", "") if hasattr(item, "callspec") else ""
+        item.add_marker(pytest.mark.xdist_group(f"{item.path.stem} {name}".strip()))
+
+
 @pytest.fixture(autouse=True, scope="session")
 def quiet() -> None:
     quiet_transformers()

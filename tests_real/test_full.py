@@ -24,8 +24,8 @@ SHORTEST, LONGEST, NEW = 20, 600, 20
 TIE = 1e-3
 #: So many prompts may meet such a tie; more would be another model.
 TIES = 2
-#: Nats a token of English, measured: see the docs.
-LOSS = 0.1
+#: Nats a token of English at most; measured: 3.13 and 3.10.
+LOSS = 3.6
 
 
 @dataclass

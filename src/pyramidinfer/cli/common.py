@@ -11,7 +11,7 @@ from typing import Annotated, TextIO
 
 import typer
 
-from pyramidinfer.policies import Policy, Pyramid, make_policy
+from pyramidinfer.policies import Policy, make_policy
 from pyramidinfer.policies.registry import POLICIES, parse_options
 
 __all__ = [
@@ -97,7 +97,8 @@ def warn_uncalibrated(policy: Policy, model: str) -> None:
 
     policy : as bound to the model;  model : as the user calls it.
     """
-    if isinstance(policy, Pyramid) and policy.schedule is None and (policy.keep or 1) < 1:
+    uncalibrated = policy.name == "pyramid" and getattr(policy, "schedule", None) is None
+    if uncalibrated and (getattr(policy, "keep", None) or 1) < 1:
         print(
             f"warning: pyramid has no calibrated schedule for {model} and may lose answers; "
             f"`pyramidinfer verify {model}` tells, --policy full keeps everything",

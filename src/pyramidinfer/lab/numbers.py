@@ -42,7 +42,9 @@ def render(results: dict[str, dict[str, Any]]) -> str:
         "bench` speed; the command in a section its result alone.\n",
         *numbers_real.lead(results),
     ]
-    real = {**numbers_real.SECTIONS, "demo_real": partial(_demo, name="demo_real")}
+    real: dict[str, Callable[[dict[str, Any]], str]] = {
+        **numbers_real.SECTIONS, "demo_real": partial(_demo, name="demo_real"),
+    }  # fmt: skip
     parts += [section(results[name]) for name, section in real.items() if name in results]
     parts += [
         "# The shipped model\n\n"
