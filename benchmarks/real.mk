@@ -7,7 +7,7 @@ REAL_STUDY := $(BIN)/pyramidinfer study
 REAL_WORKERS ?= 2
 REAL_RUN = --samples $(SAMPLES_REAL) --workers $(REAL_WORKERS)
 #: The rivals, each as published but for its budget.
-RIVALS := full,pyramid,pyramidinfer,snapkv,pyramidkv,h2o,tova,fastkv,streaming_llm
+RIVALS := full,pyramid,pyramidinfer,snapkv,pyramidkv,h2o,tova
 #: `pyramid` with nothing dropped between layers, and with a late start, on a model of 30 layers.
 WHOLE := schedule=None,start_layer=29
 LATE := schedule=None,start_layer=14,propagate_ratio=.2
