@@ -224,7 +224,7 @@ def _figures(run: Run) -> dict[str, float]:
 
 def _table(runs: list[Run], budget: int) -> Table:
     table = Table(title=f"the same questions in {human_bytes(budget)}")
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for run in runs:
         table.add_column(run.title, justify="right")
     all_figures = [_figures(run) for run in runs]

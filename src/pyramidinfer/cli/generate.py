@@ -26,8 +26,8 @@ def run_generate(model: str | None, policy: Policy, prompt: str | None, prompt_f
     quiet_transformers()
     llm = LLM(model or shipped_model(), policy, kv_memory=kv_memory, dtype=dtype, device=device,
               backend=backend)  # fmt: skip
-    warn_uncalibrated(llm.policy, model or llm.name)
     ids = _chat_ids(llm, text) if chat else llm.encode(text)
+    warn_uncalibrated(llm.policy, model or llm.name)
     output = None
     try:
         written = 0
