@@ -133,6 +133,12 @@ def measure(plan: LongPlan, cell: dict[str, Any]) -> list[Row]:
 @lru_cache(maxsize=2)
 def _full(plan: LongPlan) -> tuple[list[TokenIds], list[LongRun], list[float]]:
     machine = asker(plan.subject)
+    longest = machine.llm.engine.adapter.max_positions
+    if plan.context + plan.tokens > longest:
+        raise ValueError(
+            f"--context {plan.context} and --tokens {plan.tokens} exceed the model's {longest} "
+            f"positions; give less of one"
+        )
     prompts = long_prompts(machine, plan.subject, plan.seed, plan.samples, plan.context)
     runs = measure_long(machine, Full(), prompts, plan.tokens)
     return prompts, runs, losses_under_full(machine, prompts, runs)

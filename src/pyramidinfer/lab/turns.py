@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from pyramidinfer.engine.memory import full_bytes
 from pyramidinfer.engine.request import Request
 from pyramidinfer.lab.asking import Asker, asker
 from pyramidinfer.lab.invented import Fact, fit, hide_facts, invent
@@ -30,6 +31,7 @@ __all__ = ["Talk", "TurnScores", "TurnsPlan", "make_talks", "measure_turns", "ru
 #: Facts told, and turns in which one of them is asked for, its answer's first words given.
 FACTS, TURNS = 6, 3
 ANSWER, SHORT = 16, 16  # tokens of an answer; of what is said to the notes themselves
+MORE = 200  # tokens at most that the turns add to the first
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +95,19 @@ def _ask(machine: Asker, said: TokenIds, fact: Fact) -> TokenIds:
 
 
 def measure_turns(machine: Asker, policy: Policy, talks: Sequence[Talk]) -> list[TurnScores]:
-    """Hold the chats, all at once, each turn on the cache of the last."""
+    """Hold the chats, as many at once as fit, each turn on the cache of the last."""
+    engine = machine.llm.engine
+    longest = max(len(machine.chat.begin(talk.notes)) for talk in talks) + MORE
+    whole = full_bytes(engine.pool, engine.adapter, longest)
+    size = max(1, engine.pool.budget // (2 * whole))  # what is held stays while turns go on
+    return [
+        scores for at in range(0, len(talks), size)
+        for scores in _hold(machine, policy, talks[at : at + size])
+    ]  # fmt: skip
+
+
+def _hold(machine: Asker, policy: Policy, talks: Sequence[Talk]) -> list[TurnScores]:
+    """Hold chats all at once."""
     engine, chat = machine.llm.engine, machine.chat
     first = SamplingParams(max_tokens=SHORT if chat.has_template else 1)
     later = SamplingParams(max_tokens=ANSWER, stop=(".", "\n"))
