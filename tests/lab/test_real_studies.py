@@ -5,19 +5,21 @@ from __future__ import annotations
 import json
 import random
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pyramidinfer.cli.app import main
+from pyramidinfer.engine.memory import full_bytes
 from pyramidinfer.lab.asking import Asker
 from pyramidinfer.lab.english import english
 from pyramidinfer.lab.invented import hide_facts, invent
 from pyramidinfer.lab.long import LongPlan, first_difference, repetition, run_long
 from pyramidinfer.lab.samples import Subject
 from pyramidinfer.lab.text import TextPlan, measure_text, run_text
-from pyramidinfer.lab.turns import TurnsPlan, make_talks, measure_turns, run_turns
+from pyramidinfer.lab.turns import MORE, TurnsPlan, in_groups, make_talks, measure_turns, run_turns
 from pyramidinfer.lab.ways import Ways, paired
 from pyramidinfer.policies import Full, StreamingLLM
 from tests.lab import english_model
@@ -61,6 +63,8 @@ def test_facts_are_all_different_and_stand_once_in_the_text() -> None:
         assert fact.statement == f"{fact.opening} {fact.value}."
         assert fact.is_in(f"It is {fact.value.upper()}!") and not fact.is_in("It is nothing.")
     assert max(at) - min(at) > 3000  # spread over the whole
+    date = next(fact for fact in facts if fact.kind == "date")
+    assert not date.is_in(f"on 1{date.value}") and not date.is_in(f"{date.value}s")
     with pytest.raises(ValueError, match="99 facts"):
         invent(random.Random(1), 99)
 
@@ -90,6 +94,38 @@ def test_a_chat_takes_its_cache_up_and_gives_it_back(machine: Asker) -> None:
     small = measure_turns(machine, StreamingLLM(keep=0.2), talks)
     assert all(each.kv_shares[0] < 0.4 for each in small)
     assert [each.answers for each in small] != [each.answers for each in full]
+
+
+def test_chats_that_do_not_fit_together_go_one_after_the_other(
+    where: Subject, machine: Asker
+) -> None:
+    talks, policy = make_talks(machine, 2, 5, 300), StreamingLLM(keep=0.3)
+    whole = full_bytes(machine.llm.engine.pool, machine.llm.engine.adapter, 300 + MORE)
+    small = Asker(replace(where, kv_memory=str(int(2.2 * whole))))  # of five, two never fit
+    assert in_groups(small, policy, talks) == measure_turns(machine, policy, talks)
+    assert in_groups(small, Full(), talks) == measure_turns(machine, Full(), talks)
+    assert small.llm.engine.pool.budget_used == 0
+
+
+@pytest.mark.parametrize("wanted", [1, 2, 3, 5])
+def test_chats_that_are_cut_short_hold_nothing(
+    machine: Asker, monkeypatch: pytest.MonkeyPatch, wanted: int
+) -> None:
+    """Whichever turn is being taken up: those before it are held already."""
+    engine, extend, held = machine.llm.engine, machine.llm.engine.extend, []
+
+    def broken(*arguments: Any, **options: Any) -> Any:
+        held.append(engine.pool.budget_used)
+        if len(held) == wanted:
+            raise KeyboardInterrupt
+        return extend(*arguments, **options)
+
+    monkeypatch.setattr(engine, "extend", broken)
+    with pytest.raises(KeyboardInterrupt):
+        measure_turns(machine, Full(), make_talks(machine, 1, 2, 300))
+    assert len(held) == wanted and held[-1] > 0
+    assert engine.pool.budget_used == 0 and engine.scheduler.idle
+    engine.check()
 
 
 # --- the studies ----------------------------------------------------------------------------------
@@ -177,9 +213,13 @@ def test_ways(where: Subject) -> None:
     [
         (["turns", "--length", "20"], "--length 20 is too short"),
         (["turns", "--samples", "0"], "--samples 0"),
+        (["turns", "--samples", "1"], "give another, such as --model smollm2"),
+        (["text", "--policies", "full snapkv:keep=abc"], "keep=abc is no number"),
+        (["text", "--policies", "full snapkv:keep=0"], "keep=0 must be above 0"),
         (["text", "--contexts", "9"], "at least 60"),
         (["text", "--keeps", "2"], "--keeps: 2.0"),
         (["long", "--tokens", "1"], "--tokens 1"),
+        (["long", "--tokens", "3500"], "--context 1000 and --tokens 3500 exceed the model's 4096"),
         (["long", "--policies", "snapkw"], "snapkv"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -52,8 +53,8 @@ class Fact:
     value: str
 
     def is_in(self, said: str) -> bool:
-        """Whether the value was said, in whatever case."""
-        return self.value.lower() in said.lower()
+        """Whether the value was said, in whatever case, as words of its own."""
+        return re.search(rf"(?<!\w){re.escape(self.value)}(?!\w)", said, re.IGNORECASE) is not None
 
 
 def invent(rng: random.Random, count: int) -> list[Fact]:

@@ -116,7 +116,7 @@ def measure(plan: LongPlan, cell: dict[str, Any]) -> list[Row]:
     if cell["policy"] == "full":
         mine, losses = full, full_losses
     else:
-        keep = None if own_keep(cell["policy"]) else cell["keep"]
+        keep = None if own_keep(cell["policy"]) is not None else cell["keep"]
         policy = machine.policy(cell["policy"], keep)
         mine = measure_long(machine, policy, prompts, plan.tokens)
         losses = losses_under_full(machine, prompts, mine)

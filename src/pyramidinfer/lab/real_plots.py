@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, NullLocator, StrMethodFormatter
 
 from pyramidinfer.lab.pictures import save
 from pyramidinfer.lab.quality_plots import labels, style
@@ -22,7 +23,7 @@ def draw_turns(rows: Sequence[Row], path: Path) -> Path:
     _over_bytes(axis, rows, "score", "score_ci")
     axis.set_ylim(-0.03, 1.03)
     axis.set_title("Facts of turn 1, asked in turns 2 to 4", loc="left", fontsize=10.5)
-    axis.set_ylabel("share answered (band: 95 %)")
+    axis.set_ylabel("share answered (bars: 95 %)")
     _legend(figure, axis)
     return save(figure, path)
 
@@ -36,8 +37,11 @@ def draw_text(rows: Sequence[Row], path: Path) -> Path:
         mine = [row for row in rows if row["context"] == context]
         _over_bytes(axis, mine, "ratio", "ratio_ci")
         axis.set_yscale("log")
+        axis.yaxis.set_major_locator(MaxNLocator(7))
+        axis.yaxis.set_major_formatter(StrMethodFormatter("{x:.4g}"))
+        axis.yaxis.set_minor_locator(NullLocator())
         axis.set_title(f"{context:,} tokens", loc="left", fontsize=10.5)
-    axes[0].set_ylabel("perplexity of what follows, over the full cache's")
+    axes[0].set_ylabel("perplexity of what follows,\nover the full cache's (bars: 95 %)")
     _legend(figure, axes[0])
     return save(figure, path)
 
@@ -62,13 +66,13 @@ def _over_bytes(axis: Any, rows: Sequence[Row], name: str, bounds: str | None) -
         mine = sorted((r for r in rows if r["policy"] == each), key=lambda row: row["kv_share"])
         x = [row["kv_share"] for row in mine]
         axis.plot(x, [row[name] for row in mine], label=called[each], **looks[each])
-        if bounds is not None:
+        if bounds is not None:  # bars: they can be seen where there is one keep only
             low, high = ([row[bounds][side] for row in mine] for side in (0, 1))
-            axis.fill_between(x, low, high, color=looks[each]["color"], alpha=0.1, linewidth=0)
+            axis.vlines(x, low, high, color=looks[each]["color"], alpha=0.5, linewidth=1)
     for row in rows:
         if row["policy"] == "full":
             axis.axhline(row[name], color="0.35", linestyle="--", linewidth=1, label="full cache")
-    axis.set_xlim(left=0)
+    axis.set_xlim(0, 1.08 * max([r["kv_share"] for r in rows if r["policy"] in names], default=1.0))
     axis.set_xlabel("KV bytes, share of the full cache", fontsize=9)
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)

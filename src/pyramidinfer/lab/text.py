@@ -83,7 +83,7 @@ def measure(plan: TextPlan, cell: dict[str, Any]) -> list[Row]:
     if cell["policy"] == "full":
         mine = full
     else:
-        keep = None if own_keep(cell["policy"]) else cell["keep"]
+        keep = None if own_keep(cell["policy"]) is not None else cell["keep"]
         mine = measure_text(machine, machine.policy(cell["policy"], keep), _passages(plan, context))
     losses = [loss(each) for each in mine]
     more = [loss(ours) - loss(theirs) for ours, theirs in zip(mine, full, strict=True)]

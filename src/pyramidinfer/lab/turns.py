@@ -26,7 +26,8 @@ from pyramidinfer.lab.ways import Ways, own_keep, paired
 from pyramidinfer.policies import Policy
 from pyramidinfer.types import SamplingParams, TokenIds
 
-__all__ = ["Talk", "TurnScores", "TurnsPlan", "make_talks", "measure_turns", "run_turns"]
+__all__ = ["MORE", "Talk", "TurnScores", "TurnsPlan", "in_groups", "make_talks", "measure_turns",
+           "run_turns"]  # fmt: skip
 
 #: Facts told, and turns in which one of them is asked for, its answer's first words given.
 FACTS, TURNS = 6, 3
@@ -95,19 +96,7 @@ def _ask(machine: Asker, said: TokenIds, fact: Fact) -> TokenIds:
 
 
 def measure_turns(machine: Asker, policy: Policy, talks: Sequence[Talk]) -> list[TurnScores]:
-    """Hold the chats, as many at once as fit, each turn on the cache of the last."""
-    engine = machine.llm.engine
-    longest = max(len(machine.chat.begin(talk.notes)) for talk in talks) + MORE
-    whole = full_bytes(engine.pool, engine.adapter, longest)
-    size = max(1, engine.pool.budget // (2 * whole))  # what is held stays while turns go on
-    return [
-        scores for at in range(0, len(talks), size)
-        for scores in _hold(machine, policy, talks[at : at + size])
-    ]  # fmt: skip
-
-
-def _hold(machine: Asker, policy: Policy, talks: Sequence[Talk]) -> list[TurnScores]:
-    """Hold chats all at once."""
+    """Hold the chats, all at once, each turn on the cache of the last."""
     engine, chat = machine.llm.engine, machine.chat
     first = SamplingParams(max_tokens=SHORT if chat.has_template else 1)
     later = SamplingParams(max_tokens=ANSWER, stop=(".", "\n"))
@@ -140,6 +129,18 @@ def _hold(machine: Asker, policy: Policy, talks: Sequence[Talk]) -> list[TurnSco
     ]
 
 
+def in_groups(machine: Asker, policy: Policy, talks: Sequence[Talk]) -> list[TurnScores]:
+    """``measure_turns``, as many chats at once as fit into the cache's memory."""
+    engine = machine.llm.engine
+    longest = max(len(machine.chat.begin(talk.notes)) for talk in talks) + MORE
+    whole = full_bytes(engine.pool, engine.adapter, longest)
+    size = max(1, engine.pool.budget // (2 * whole))  # what is held stays while turns go on
+    return [
+        scores for at in range(0, len(talks), size)
+        for scores in measure_turns(machine, policy, talks[at : at + size])
+    ]  # fmt: skip
+
+
 def run_turns(plan: TurnsPlan, out: Path, workers: int = 1) -> tuple[list[Row], Path]:
     """Measure, write ``out`` and a picture beside it."""
     plan.check()
@@ -156,8 +157,8 @@ def measure(plan: TurnsPlan, cell: dict[str, Any]) -> list[Row]:
     if cell["policy"] == "full":
         mine = full
     else:
-        keep = None if own_keep(cell["policy"]) else cell["keep"]
-        mine = measure_turns(machine, machine.policy(cell["policy"], keep), _talks(plan))
+        keep = None if own_keep(cell["policy"]) is not None else cell["keep"]
+        mine = in_groups(machine, machine.policy(cell["policy"], keep), _talks(plan))
     return [{
         **cell, **paired("score", [each.score for each in mine], [each.score for each in full]),
         "by_turn": np.mean([each.scores for each in mine], axis=0).tolist(),
@@ -169,10 +170,16 @@ def measure(plan: TurnsPlan, cell: dict[str, Any]) -> list[Row]:
 
 @lru_cache(maxsize=2)
 def _talks(plan: TurnsPlan) -> tuple[Talk, ...]:
-    return tuple(make_talks(asker(plan.subject), plan.seed, plan.samples, plan.length))
+    talks = make_talks(asker(plan.subject), plan.seed, plan.samples, plan.length)
+    if plan.subject.corpus().ids is None:
+        raise ValueError(
+            "chats are in English, and the model knows the generated language only: give another, "
+            "such as --model smollm2 (pyramidinfer fetch smollm2)"
+        )
+    return tuple(talks)
 
 
 @lru_cache(maxsize=2)
 def _full(plan: TurnsPlan) -> list[TurnScores]:
     machine = asker(plan.subject)
-    return measure_turns(machine, machine.policy("full", None), _talks(plan))
+    return in_groups(machine, machine.policy("full", None), _talks(plan))

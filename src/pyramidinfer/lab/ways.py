@@ -33,7 +33,7 @@ class Ways:
             if not getattr(self, name):
                 raise ValueError(f"--{name} is empty: name at least one")
         for spec in self.policies:
-            parse_policy(spec, None if spec == "full" or own_keep(spec) else 1.0)
+            parse_policy(spec, None if spec == "full" or own_keep(spec) is not None else 1.0)
         for keep in self.keeps:
             if not 0 < keep <= 1:
                 raise ValueError(f"--keeps: {keep} must be above 0 and at most 1")
@@ -47,14 +47,21 @@ class Ways:
         return [
             {"policy": spec, "keep": keep}
             for spec in self.policies if spec != "full"
-            for keep in ([own_keep(spec)] if own_keep(spec) else self.keeps)
+            for keep in (self.keeps if own_keep(spec) is None else [own_keep(spec)])
         ]  # fmt: skip
 
 
 def own_keep(spec: str) -> float | None:
-    """The ``keep`` that a policy's spec names itself."""
-    found = re.search(r"[:,]keep=([^,]+)", spec)
-    return float(found[1]) if found else None
+    """The ``keep`` that a policy's spec names itself; ``ValueError`` where that is no number."""
+    found = re.search(r"[:,]keep=([^,]*)", spec)
+    if found is None:
+        return None
+    try:
+        return float(found[1])
+    except ValueError:
+        raise ValueError(
+            f"{spec!r}: keep={found[1]} is no number; give a share in (0, 1]"
+        ) from None
 
 
 def paired(name: str, mine: list[float], full: list[float]) -> Row:
@@ -70,7 +77,7 @@ def paired(name: str, mine: list[float], full: list[float]) -> Row:
 def rows_table(title: str, rows: list[Row], columns: dict[str, Callable[[Row], str]]) -> Table:
     """What a study prints: a line a policy and keep, with the columns named."""
     table = Table(title=title)
-    table.add_column("policy", overflow="fold", min_width=13)
+    table.add_column("policy", overflow="fold")
     for column in ("keep", "KV kept", *columns):
         table.add_column(column, justify="right")
     for row in rows:

@@ -107,7 +107,7 @@ def measure(plan: RulerPlan, cell: dict[str, Any]) -> list[Row]:
     machine = asker(plan.subject)
     samples = _samples(plan, cell["task"], cell["length"])
     spec = cell["policy"]
-    policy = machine.policy(spec, None if own_keep(spec) else cell["keep"])
+    policy = machine.policy(spec, None if own_keep(spec) is not None else cell["keep"])
     protocols = plan.protocols if cell["policy"] == "full" else (cell["protocol"],)
     scored = answer_samples(machine, samples, protocols[0], policy)
     return [{
