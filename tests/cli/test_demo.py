@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from pyramidinfer.cli import demo as module
 from pyramidinfer.cli.app import main
 from pyramidinfer.lab.asked import real_questions, shipped_questions
 from pyramidinfer.lab.tokenizer import build_tokenizer
@@ -59,6 +60,36 @@ def test_a_model_and_one_to_fetch_are_too_many(
     assert "not both" in capsys.readouterr().err
 
 
+def test_a_name_that_is_not_known_is_a_mistake(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert demo(monkeypatch, "--fetch", "smolm2", "--out", str(tmp_path / "out")) == 2
+    assert "did you mean 'smollm2'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_verdict_says_which_answers_are_the_same_and_what_does_not_hold(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shares = {"full": (1.0, 1.0), "pyramid's default, keep 0.2": (0.2, 0.5), "late": (0.25, 0.75)}
+    monkeypatch.setattr(
+        module, "_figures",
+        lambda run: dict(zip(("kept_share", "computed_share"), shares[run.title], strict=True)),
+    )  # fmt: skip
+    rights = ([True, True, False], [True, False, True], [True, True, True])
+    runs = [
+        module.Run(title, [], right, 1.0, 0, 1)
+        for title, right in zip(shares, rights, strict=True)
+    ]  # fmt: skip
+    default, plainly, late = module._verdict("smollm2", runs).splitlines()
+    assert "2 right, 1 of the 2 that full has" in default
+    assert default.endswith("at 20% of its entries and 50% of its prefill")
+    assert plainly == "So pyramid's default does not hold on smollm2 yet"
+    assert "3 right, 2 of the 2 that full has" in late and "25% of its entries" in late
+    runs[1].right[1] = True
+    assert "does not hold" not in module._verdict("smollm2", runs)
+
+
 def test_questions_can_be_answered_from_their_documents() -> None:
     tokenizer = other_tokenizer()
     tokenizer.chat_template = english_model.TEMPLATE
@@ -70,6 +101,7 @@ def test_questions_can_be_answered_from_their_documents() -> None:
         needle = tokenizer.decode(each.prompt[slice(*each.needle)])
         spelled = tokenizer.decode(tokenizer(f" {each.wanted}", add_special_tokens=False).input_ids)
         assert needle.endswith(f"{spelled} .")
+        assert tokenizer.decode(each.prompt).count(spelled) == 1
         assert each.is_right(f"It is {each.wanted}.") and not each.is_right("It is lost.")
 
 
