@@ -177,9 +177,9 @@ def _verdict(name: str, runs: Sequence[Run]) -> str:
     for run in runs[1:]:
         found, same = _figures(run), sum(map(min, run.right, first.right))
         lines.append(
-            f"{run.title}: {sum(run.right)} right, {same} of the {sum(first.right)} that "
-            f"{first.title} has among them, at {found['kept_share'] / whole['kept_share']:.0%} of "
-            f"its entries and {found['computed_share'] / whole['computed_share']:.0%} of its prefill"
+            f"{run.title}: {sum(run.right)} right ({same} of {first.title}'s {sum(first.right)}), "
+            f"at {found['kept_share'] / whole['kept_share']:.0%} of its entries and "
+            f"{found['computed_share'] / whole['computed_share']:.0%} of its prefill"
         )
         if run.title.startswith(DEFAULT) and same < sum(first.right):
             lines.append(f"So {DEFAULT} does not hold on {name} yet")
