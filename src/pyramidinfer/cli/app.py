@@ -23,6 +23,7 @@ from pyramidinfer.cli.common import (
 from pyramidinfer.cli.models import add_models
 from pyramidinfer.cli.serving import add_serving
 from pyramidinfer.cli.study import study, subject
+from pyramidinfer.cli.study_real import add_real
 
 __all__ = ["app", "main"]
 
@@ -176,6 +177,7 @@ def doctor(as_json: AsJson = False) -> None:
 
 add_serving(app)
 add_models(app)
+add_real(study)
 
 
 @app.command()
@@ -190,11 +192,15 @@ def verify(
     option: Options = None,
     schedule: ScheduleFile = None,
     floor: Annotated[
-        float, typer.Option(help="Share of the full cache's quality that must be kept.")
-    ] = 0.8,
+        float | None,
+        typer.Option(help="Share of the full cache's quality to be kept. Default: 0.8."),
+    ] = None,
     length: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 1000,
     seconds: Annotated[float, typer.Option(help="About how long it may take.")] = 100.0,
-    text: Annotated[Path | None, typer.Option(help="UTF-8 text. Default: real English.")] = None,
+    text: Annotated[
+        Path | None,
+        typer.Option(help="UTF-8 text for needles, text and long answers. Default: real English."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Which samples are drawn.")] = 0,
     json: Annotated[Path | None, typer.Option("--json", help="Where the result goes.")] = None,
     kv_memory: Annotated[str, typer.Option(help="Memory for the cache.")] = "1GiB",
@@ -203,8 +209,9 @@ def verify(
 ) -> None:
     """Tell what share of the full cache's quality a setting keeps here; exit 1 below the floor."""
     from pyramidinfer.cli.verify import run_verify
-    from pyramidinfer.lab.verify import Plan
+    from pyramidinfer.lab.verify import FLOOR, Plan
 
+    floor = FLOOR if floor is None else floor
     chosen = policy_from(policy, keep, option or [], schedule)
     where = replace(subject(model, text, dtype, device), kv_memory=kv_memory)
     if not run_verify(where, chosen, floor, Plan(length, seconds, seed), json):

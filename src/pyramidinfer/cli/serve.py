@@ -36,15 +36,19 @@ class ModelChoice:
     options: dict[str, Any]
 
 
-def load(choice: ModelChoice) -> LLM:
-    """The model, ready; the shipped one where none is named."""
+def load(choice: ModelChoice, verified: bool = False) -> LLM:
+    """The model, ready; the shipped one where none is named.
+
+    verified : what its policy keeps was measured, so nobody need be warned.
+    """
     quiet_transformers()
     _set_threads(choice)
     llm = LLM(
         choice.model or shipped_model(), choice.policy, dtype=choice.dtype, device=choice.device,
         backend=choice.backend, **choice.options,
     )  # fmt: skip
-    warn_uncalibrated(llm.policy, choice.model or llm.name)
+    if not verified:
+        warn_uncalibrated(llm.policy, choice.model or llm.name)
     return llm
 
 
@@ -61,7 +65,7 @@ def _check_quality(choice: ModelChoice, floor: float) -> None:
     from pyramidinfer.lab.verify import Plan
 
     where = Subject(choice.model or SHIPPED, None, choice.dtype, choice.device,
-                    str(choice.options["kv_memory"]))  # fmt: skip
+                    str(choice.options["kv_memory"]), choice.backend)  # fmt: skip
     _set_threads(choice)
     if not run_verify(where, choice.policy, floor, Plan(), console=Console(stderr=True)):
         print(
@@ -93,4 +97,4 @@ def run_serve(choice: ModelChoice, settings: ServerSettings, floor: float | None
     with bind(settings) as line:  # held, so that nobody takes it, and not open yet
         if floor is not None:
             _check_quality(choice, floor)
-        serve(load(choice), settings, line)
+        serve(load(choice, verified=floor is not None), settings, line)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
-from rich.console import Console
 
 from pyramidinfer.cli.common import plain_errors, policy_from
 from pyramidinfer.policies.registry import POLICIES
@@ -28,7 +26,8 @@ Model = Annotated[
     typer.Option(help="Folder, hub id, fetched model or GGUF. Default: the shipped one."),
 ]
 Text = Annotated[
-    Path | None, typer.Option(help="UTF-8 text to draw passages from. Default: generated text.")
+    Path | None,
+    typer.Option(help="UTF-8 text. Default: real English; the shipped model's own language."),
 ]
 Json = Annotated[Path, typer.Option("--json", help="Where the result goes; pictures beside it.")]
 Samples = Annotated[int, typer.Option(help="Passages a figure rests on.")]
@@ -212,170 +211,3 @@ def quality(
     )  # fmt: skip
     for path in [json, *run_quality(grid, json, workers)]:
         print(path)
-
-
-Keeps = Annotated[str, typer.Option(help="Budgets, shares in (0, 1].")]
-FEW_KEEPS = ".45,.3,.15"
-CONTEXTS = "500,1000,2000,4000"
-
-
-@study.command()
-@plain_errors()
-def ruler(
-    model: Model = None,
-    text: Annotated[
-        str | None,
-        typer.Option(help="UTF-8 file to hide needles in, or 'noise'. Default: real English."),
-    ] = None,
-    policies: Specs = None,
-    keeps: Keeps = FEW_KEEPS,
-    lengths: Annotated[str, typer.Option(help="Tokens of a prompt and its answer.")] = "2000",
-    tasks: Annotated[str | None, typer.Option(help="NAME,NAME. Default: all thirteen.")] = None,
-    protocols: Annotated[
-        str, typer.Option(help="inside: with the question in view; after: before it came.")
-    ] = "inside,after",
-    samples: Annotated[int, typer.Option(help="Samples of each task.")] = 20,
-    seed: Seed = 0,
-    json: Json = Path("out/ruler.json"),
-    workers: Workers = 1,
-    kv_memory: KvMemory = "1GiB",
-    dtype: Dtype = "float32",
-    device: Device = "auto",
-) -> None:
-    """RULER's thirteen tasks, the question inside the compressed prompt and after it."""
-    from pyramidinfer.lab.quality import split_specs
-    from pyramidinfer.lab.ruler.grid import RulerPlan, run_ruler
-    from pyramidinfer.lab.ruler.tables import means_table
-    from pyramidinfer.lab.ruler.tasks import TASKS
-    from pyramidinfer.policies import POLICIES
-
-    plan = RulerPlan(
-        split_specs(policies) if policies else tuple(POLICIES), numbers(keeps, float, "--keeps"),
-        replace(subject(model, None, dtype, device), kv_memory=kv_memory, text=text),
-        numbers(lengths, int, "--lengths"),
-        TASKS if tasks is None else tuple(tasks.replace(",", " ").split()),
-        tuple(protocols.replace(",", " ").split()), samples, seed,
-    )  # fmt: skip
-    means, pictures = run_ruler(plan, json, workers)
-    Console().print(means_table(means))
-    for path in [json, *pictures]:
-        print(path)
-
-
-@study.command()
-@plain_errors()
-def turns(
-    model: Model = None,
-    policies: Specs = None,
-    keeps: Keeps = FEW_KEEPS,
-    length: Annotated[int, typer.Option(help="Tokens of the first turn.")] = 1000,
-    samples: Annotated[int, typer.Option(help="Chats.")] = 20,
-    seed: Seed = 0,
-    json: Json = Path("out/turns.json"),
-    workers: Workers = 1,
-    kv_memory: KvMemory = "2GiB",
-    dtype: Dtype = "float32",
-    device: Device = "auto",
-) -> None:
-    """Facts told in a chat's first turn, asked for in turns 2 to 4 on the cache taken up."""
-    from pyramidinfer.lab.quality import split_specs
-    from pyramidinfer.lab.turns import TurnsPlan, run_turns
-    from pyramidinfer.lab.ways import rows_table
-    from pyramidinfer.policies import POLICIES
-
-    where = replace(subject(model, None, dtype, device), kv_memory=kv_memory)
-    plan = TurnsPlan(
-        split_specs(policies) if policies else tuple(POLICIES), numbers(keeps, float, "--keeps"),
-        where, length, samples, seed,
-    )  # fmt: skip
-    rows, picture = run_turns(plan, json, workers)
-    columns = {"answered": _estimate("score"), "lost": _estimate("lost"), "turn 2, 3, 4": _by_turn}
-    Console().print(rows_table("facts of turn 1, asked in turns 2 to 4", rows, columns))
-    for path in (json, picture):
-        print(path)
-
-
-@study.command()
-@plain_errors()
-def text(
-    model: Model = None,
-    text: Text = None,
-    policies: Specs = None,
-    keeps: Keeps = FEW_KEEPS,
-    contexts: Annotated[
-        str, typer.Option(help="Context lengths in tokens.")
-    ] = "500,1000,2000,4000",
-    samples: Annotated[
-        int, typer.Option(help="Passages at the shortest context; longer ones get fewer.")
-    ] = 20,
-    seed: Seed = 0,
-    json: Json = Path("out/text.json"),
-    workers: Workers = 1,
-    kv_memory: KvMemory = "1GiB",
-    dtype: Dtype = "float32",
-    device: Device = "auto",
-) -> None:
-    """Perplexity and divergence on real text by context length."""
-    from pyramidinfer.lab.quality import split_specs
-    from pyramidinfer.lab.text import TextPlan, run_text
-    from pyramidinfer.lab.ways import rows_table
-    from pyramidinfer.policies import POLICIES
-
-    where = replace(subject(model, text, dtype, device), kv_memory=kv_memory)
-    plan = TextPlan(
-        split_specs(policies) if policies else tuple(POLICIES), numbers(keeps, float, "--keeps"),
-        where, numbers(contexts, int, "--contexts"), samples, seed,
-    )  # fmt: skip
-    rows, picture = run_text(plan, json, workers)
-    columns = {"tokens": lambda r: f"{r['context']:,}", "perplexity": _estimate("perplexity"),
-               "over full": _estimate("ratio"), "KL": _estimate("kl")}  # fmt: skip
-    Console().print(rows_table("real text on a compressed cache", rows, columns))
-    for path in (json, picture):
-        print(path)
-
-
-@study.command("long")
-@plain_errors()
-def long_answers(
-    model: Model = None,
-    text: Text = None,
-    policies: Specs = None,
-    keeps: Keeps = FEW_KEEPS,
-    context: Context = 1000,
-    tokens: Annotated[int, typer.Option(help="Tokens to generate; end tokens do not end.")] = 512,
-    samples: Annotated[int, typer.Option(help="Prompts.")] = 8,
-    seed: Seed = 0,
-    json: Json = Path("out/long.json"),
-    workers: Workers = 1,
-    kv_memory: KvMemory = "2GiB",
-    dtype: Dtype = "float32",
-    device: Device = "auto",
-) -> None:
-    """Long answers: first difference from the full cache's, likelihood, repetition."""
-    from pyramidinfer.lab.long import LongPlan, run_long
-    from pyramidinfer.lab.quality import split_specs
-    from pyramidinfer.lab.ways import rows_table
-    from pyramidinfer.policies import POLICIES
-
-    where = replace(subject(model, text, dtype, device), kv_memory=kv_memory)
-    plan = LongPlan(
-        split_specs(policies) if policies else tuple(POLICIES), numbers(keeps, float, "--keeps"),
-        where, context, tokens, samples, seed,
-    )  # fmt: skip
-    rows, picture = run_long(plan, json, workers)
-    columns = {"perplexity": lambda r: f"{r['perplexity']:.2f}",
-               "nats a token lost": _estimate("lost"),
-               "same tokens first": lambda r: f"{r['same_tokens']:.0f}",
-               "repeated": lambda r: f"{r['repetition']:.2f}"}  # fmt: skip
-    Console().print(rows_table(f"{tokens} tokens generated", rows, columns))
-    for path in (json, picture):
-        print(path)
-
-
-def _by_turn(row: dict[str, Any]) -> str:
-    return ", ".join(f"{each:.2f}" for each in row["by_turn"])
-
-
-def _estimate(name: str) -> Callable[[dict[str, Any]], str]:
-    """A column of a row's figure with its interval."""
-    return lambda row: "{:.2f} [{:.2f}, {:.2f}]".format(row[name], *row[f"{name}_ci"])

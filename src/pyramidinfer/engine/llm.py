@@ -93,28 +93,32 @@ class LLM:
     def generate(self, prompts: Prompt | Sequence[Prompt],
                  sampling: SamplingParams | list[SamplingParams] | None = None, *,
                  protect: Spans | list[Spans] = (),
-                 prefix: Prefix | Sequence[Prefix] | None = None
-                 ) -> list[RequestOutput]:  # fmt: skip
+                 prefix: Prefix | Sequence[Prefix] | None = None,
+                 policy: Policy | None = None) -> list[RequestOutput]:  # fmt: skip
         """Answer every prompt; the list is in prompt order.
 
         ``prompts``: a text, a list of texts, token ids, or lists of token ids.  ``sampling`` and
         ``protect`` (spans of prompt positions that are never dropped) are one for all, or one
         for each.  ``prefix`` (one for all, or one for each): what ``prefill`` returned; a prompt
         then goes on from there, a text without special tokens in front, and spans count from the
-        prefix's first token.  Every prompt is checked before any of them runs.  Ctrl-C ends all of
-        them and raises a ``KeyboardInterrupt`` whose ``outputs`` holds every answer as far as it
-        got.
+        prefix's first token.  ``policy``: for these prompts, instead of this LLM's own (a prefix
+        has its own already).  Every prompt is checked before any of them runs.  Ctrl-C ends all
+        of them and raises a ``KeyboardInterrupt`` whose ``outputs`` holds every answer as far as
+        it got.
         """
         batch = _as_batch(prompts)
         many = _spread_sampling(SamplingParams() if sampling is None else sampling, len(batch))
         spans = _spread_spans(protect, len(batch))
         begun = _spread_prefixes(prefix, len(batch))
+        chosen = self._bound(policy)
+        if chosen is not None and (done := next(filter(None, begun), None)):
+            raise ValueError(f"policy={chosen.name!r} beside {done!r}: give the policy to prefill")
         encoded = [
             self.encode(prompt, special=on is None)
             for prompt, on in zip(batch, begun, strict=True)
         ]  # fmt: skip
         requests = [
-            self._make(ids, params, keep, on)
+            self._make(ids, params, keep, on, chosen)
             for ids, params, keep, on in zip(encoded, many, spans, begun, strict=True)
         ]
         try:
@@ -133,7 +137,7 @@ class LLM:
         """
         if policy is None and keep is not None:
             raise ValueError(f"keep={keep} without a policy: name the policy that it is for")
-        chosen = None if policy is None else make_policy(policy, keep).for_model(self.name)
+        chosen = None if policy is None else self._bound(make_policy(policy, keep))
         request = self.engine.make(
             self.encode(prompt), SamplingParams(max_tokens=1, ignore_eos=True), policy=chosen,
             protect=protect, hold=True,
@@ -145,10 +149,16 @@ class LLM:
         request.output.clear()  # never fed, so the cache knows nothing of it
         return Prefix(self.engine, request)
 
+    def _bound(self, policy: Policy | None) -> Policy | None:
+        """A policy as it is on this model."""
+        if not isinstance(policy, Policy | None):
+            raise ValueError(f"policy={policy!r:.60} must be a policy object, or None")
+        return None if policy is None else policy.for_model(self.name)
+
     def _make(self, tokens: TokenIds, params: SamplingParams, protect: Spans,
-              prefix: Prefix | None) -> Request:  # fmt: skip
+              prefix: Prefix | None, policy: Policy | None = None) -> Request:  # fmt: skip
         if prefix is None:
-            return self.engine.make(tokens, params, protect=protect)
+            return self.engine.make(tokens, params, policy=policy, protect=protect)
         held = prefix.held_by(self.engine)
         return self.engine.branch(held, tokens, params, protect=protect)
 
@@ -183,22 +193,24 @@ class LLM:
             self.engine.abort(request)
 
     def score(self, prompts: Sequence[Prompt], continuations: Sequence[Prompt], *,
-              protect: Spans | list[Spans] = (), logits: bool = False) -> list[Score]:  # fmt: skip
+              protect: Spans | list[Spans] = (), logits: bool = False,
+              policy: Policy | None = None) -> list[Score]:  # fmt: skip
         """How likely each continuation is after its prompt, with compression in force.
 
         A prompt's cache is compressed as always; the continuation then goes in on top of it, every
         token attending to what was kept and to the continuation before it, and none is dropped.
         Texts of continuations get no special tokens.  ``logits=True`` returns them, too.
+        ``policy``: for these prompts, instead of this LLM's own.
         """
-        batch = _as_batch(prompts)
+        batch, chosen = _as_batch(prompts), self._bound(policy)
         spans = _spread_spans(protect, len(batch))
         tokens = [
             self.encode(each, special=False)
             for each in _one_each(_as_batch(continuations), len(batch), "continuations")
         ]
         requests = [
-            self.engine.make(self.encode(prompt), SamplingParams(max_tokens=1), protect=keep,
-                             scoring=Scoring(wanted, logits))
+            self.engine.make(self.encode(prompt), SamplingParams(max_tokens=1), policy=chosen,
+                             protect=keep, scoring=Scoring(wanted, logits))
             for prompt, wanted, keep in zip(batch, tokens, spans, strict=True)
         ]  # fmt: skip
         self._finish(requests)

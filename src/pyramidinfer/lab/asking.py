@@ -7,6 +7,7 @@ as in every further turn of a chat (kvpress measures so).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -14,14 +15,13 @@ from functools import lru_cache
 
 from pyramidinfer.engine import LLM
 from pyramidinfer.engine.memory import full_bytes
-from pyramidinfer.engine.request import Request
 from pyramidinfer.lab.chat import Asked, Chat
 from pyramidinfer.lab.samples import Subject
 from pyramidinfer.policies import Full, Policy
 from pyramidinfer.policies.registry import parse_policy
 from pyramidinfer.types import KVUsage, Layers, SamplingParams, TokenIds
 
-__all__ = ["PROTOCOLS", "Answer", "Asker", "asker"]
+__all__ = ["PROTOCOLS", "Answer", "Asker", "asker", "own_keep"]
 
 PROTOCOLS = ("inside", "after")
 
@@ -49,10 +49,14 @@ class Asker:
         self._layers = Layers((True,) * self.llm.engine.adapter.depth)
 
     def policy(self, spec: str, keep: float | None) -> Policy:
-        """The policy of a spec (``NAME`` or ``NAME:option=value,…``) bound to the model, at
-        ``keep`` (None: the spec's own) or the lowest share that it can reach on this depth."""
+        """The policy of a spec (``NAME`` or ``NAME:option=value,…``) bound to the model.
+
+        A ``keep`` of its own holds; else it is at ``keep``, or the lowest share that it can
+        reach on the model's depth.
+        """
         if spec.split(":")[0] == "full":
             return Full()
+        keep = keep if own_keep(spec) is None else None
         policy = parse_policy(spec, keep).for_model(self.llm.name)
         lowest = policy.lowest_keep(self._layers)
         if keep is None or keep > lowest:
@@ -75,13 +79,7 @@ class Asker:
 
     def _inside(self, prompts: Sequence[Asked], params: Sequence[SamplingParams],
                 policy: Policy) -> list[Answer]:  # fmt: skip
-        engine = self.llm.engine
-        requests = [
-            engine.make(prompt.whole, wanted, policy=policy)
-            for prompt, wanted in zip(prompts, params, strict=True)
-        ]
-        self.finish(requests)
-        outputs = [engine.output(request) for request in requests]
+        outputs = self.llm.generate([each.whole for each in prompts], list(params), policy=policy)
         return [Answer(o.text, o.token_ids, o.kv, o.metrics.computed_share) for o in outputs]
 
     def _after(self, prompts: Sequence[Asked], params: Sequence[SamplingParams],
@@ -103,18 +101,18 @@ class Asker:
         whole = full_bytes(engine.pool, engine.adapter, longest)
         return max(1, min(8, engine.pool.budget // (3 * whole)))
 
-    def finish(self, requests: Sequence[Request]) -> None:
-        """Run requests that were made to their end; where something is raised, end them all."""
-        engine = self.llm.engine
-        try:
-            for request in requests:
-                engine.submit(request)
-            while any(request.finish_reason is None for request in requests):
-                engine.step()
-        except BaseException:
-            for request in requests:
-                engine.abort(request)
-            raise
+
+def own_keep(spec: str) -> float | None:
+    """The ``keep`` that a policy's spec names itself; ``ValueError`` where that is no number."""
+    found = re.search(r"[:,]keep=([^,]*)", spec)
+    if found is None:
+        return None
+    try:
+        return float(found[1])
+    except ValueError:
+        raise ValueError(
+            f"{spec!r}: keep={found[1]} is no number; give a share in (0, 1]"
+        ) from None
 
 
 @lru_cache(maxsize=1)

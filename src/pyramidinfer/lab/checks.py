@@ -15,7 +15,6 @@ from typing import Protocol
 import numpy as np
 from scipy import stats
 
-from pyramidinfer.engine.memory import full_bytes
 from pyramidinfer.lab.asking import Asker
 from pyramidinfer.lab.long import (
     first_difference,
@@ -28,13 +27,12 @@ from pyramidinfer.lab.quality import interval
 from pyramidinfer.lab.ruler.grid import SCREEN
 from pyramidinfer.lab.samples import Subject
 from pyramidinfer.lab.text import CONTINUATION, loss, measure_text
-from pyramidinfer.lab.turns import make_talks, measure_turns
+from pyramidinfer.lab.turns import in_groups, make_talks
 from pyramidinfer.policies import Full, Policy
 
 __all__ = ["LONG", "Bench", "Check", "Kind", "LongAnswers", "Pairs", "Text", "Turns", "jeffreys"]
 
 LONG = 128  # tokens of a long answer
-MORE = 200  # tokens at most that the turns of a chat add to its first
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,16 +139,7 @@ class Turns:
         if self.pairs.full and np.mean(self.pairs.full) < SCREEN:
             return
         talks = make_talks(machine, seed, count + 1, self.bench.length)
-        engine = machine.llm.engine
-        whole = full_bytes(engine.pool, engine.adapter, self.bench.length + MORE)
-        size = max(1, engine.pool.budget // (2 * whole))  # what is held stays while turns go on
-        full, mine = (
-            [
-                run for at in range(0, len(talks), size)
-                for run in measure_turns(machine, each, talks[at : at + size])
-            ]
-            for each in (Full(), policy)
-        )  # fmt: skip
+        full, mine = (in_groups(machine, each, talks) for each in (Full(), policy))
         self.pairs.full += [score for run in full for score in run.scores]
         self.pairs.mine += [score for run in mine for score in run.scores]
         self.pairs.kv += [run.kv_shares[-1] for run in mine]

@@ -14,7 +14,7 @@ from functools import lru_cache
 __all__ = ["ENGLISH", "english", "paragraphs"]
 
 #: What a result calls this text.
-ENGLISH = "Python's language reference, prose only"
+ENGLISH = "pydoc_data.topics (Python's language reference), prose only"
 #: A paragraph has so many words at least, and so large a share of letters, blanks and commas.
 WORDS, PLAIN = 12, 0.94
 MARK = re.compile(r"^(?:[*-]|\d+\.|[a-z]\.|\[\d+\])\s+")

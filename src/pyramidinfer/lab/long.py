@@ -21,7 +21,7 @@ from pyramidinfer.lab.real_plots import draw_long
 from pyramidinfer.lab.samples import Passage, Subject, settings
 from pyramidinfer.lab.study import Row, run_cells
 from pyramidinfer.lab.text import loss, measure_text
-from pyramidinfer.lab.ways import Ways, own_keep, paired
+from pyramidinfer.lab.ways import Ways, paired
 from pyramidinfer.policies import Full, Policy
 from pyramidinfer.types import SamplingParams, TokenIds
 
@@ -46,8 +46,6 @@ class LongPlan(Ways):
 
     context: int = 1000
     tokens: int = 512
-    samples: int = 8
-    seed: int = 0
 
 
 def long_prompts(machine: Asker, subject: Subject, seed: int, count: int, context: int
@@ -65,11 +63,8 @@ def long_prompts(machine: Asker, subject: Subject, seed: int, count: int, contex
 def measure_long(machine: Asker, policy: Policy, prompts: Sequence[TokenIds], tokens: int
                  ) -> list[LongRun]:  # fmt: skip
     """Generate greedily, all prompts at once."""
-    engine = machine.llm.engine
     params = SamplingParams(max_tokens=tokens, ignore_eos=True)
-    requests = [engine.make(prompt, params, policy=policy) for prompt in prompts]
-    machine.finish(requests)
-    outputs = [engine.output(request) for request in requests]
+    outputs = machine.llm.generate(list(prompts), params, policy=policy)
     return [LongRun(out.token_ids, out.kv.bytes / out.kv.full_bytes) for out in outputs]
 
 
@@ -116,8 +111,7 @@ def measure(plan: LongPlan, cell: dict[str, Any]) -> list[Row]:
     if cell["policy"] == "full":
         mine, losses = full, full_losses
     else:
-        keep = None if own_keep(cell["policy"]) is not None else cell["keep"]
-        policy = machine.policy(cell["policy"], keep)
+        policy = machine.policy(cell["policy"], cell["keep"])
         mine = measure_long(machine, policy, prompts, plan.tokens)
         losses = losses_under_full(machine, prompts, mine)
     same = [first_difference(a.token_ids, b.token_ids) for a, b in zip(mine, full, strict=True)]

@@ -63,12 +63,13 @@ class Subject:
     dtype: str = "float32"
     device: str = "auto"
     kv_memory: str = "512MiB"
+    backend: str = "auto"
 
     def llm(self, policy: Policy, **options: Any) -> LLM:
         """An engine over the model, which is loaded once a process."""
         loaded = _load(self.model, self.dtype, self.device)
         return LLM(loaded.model, policy, kv_memory=self.kv_memory, tokenizer=loaded.tokenizer,
-                   **options)  # fmt: skip
+                   backend=self.backend, **options)  # fmt: skip
 
     def corpus(self) -> Corpus:
         tokenizer = _load(self.model, self.dtype, self.device).tokenizer

@@ -10,17 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from pyramidinfer.engine.request import Scoring
 from pyramidinfer.lab.asking import Asker, asker
 from pyramidinfer.lab.quality import divergence, interval
 from pyramidinfer.lab.real_plots import draw_text
 from pyramidinfer.lab.samples import Passage, settings
 from pyramidinfer.lab.study import Row, run_cells
-from pyramidinfer.lab.ways import Ways, own_keep
+from pyramidinfer.lab.ways import Ways
 from pyramidinfer.policies import Policy
-from pyramidinfer.types import SamplingParams, Score
+from pyramidinfer.types import Score
 
 __all__ = ["TextPlan", "loss", "measure_text", "run_text"]
 
@@ -32,8 +30,6 @@ class TextPlan(Ways):
     """Passages of real text at each context length; longer ones get fewer, in proportion."""
 
     contexts: tuple[int, ...] = (500, 1000, 2000, 4000)
-    samples: int = 20
-    seed: int = 0
 
     def passages(self, context: int) -> int:
         return max(2, round(self.samples * min(self.contexts) / context))
@@ -41,22 +37,8 @@ class TextPlan(Ways):
 
 def measure_text(machine: Asker, policy: Policy, passages: Sequence[Passage]) -> list[Score]:
     """Score each continuation on its context's compressed cache; none of it is dropped."""
-    engine = machine.llm.engine
-    requests = [
-        engine.make(each.context, SamplingParams(max_tokens=1), policy=policy,
-                    scoring=Scoring(each.continuation, keep_logits=True))
-        for each in passages
-    ]  # fmt: skip
-    machine.finish(requests)
-    found = []
-    for request in requests:
-        scoring = request.scoring
-        assert scoring is not None
-        found.append(Score(
-            request.prompt, scoring.tokens, scoring.logprobs, scoring.greedy,
-            engine.metrics(request), engine.usage(request), torch.cat(scoring.logits),
-        ))  # fmt: skip
-    return found
+    contexts, wanted = [p.context for p in passages], [p.continuation for p in passages]
+    return machine.llm.score(contexts, wanted, logits=True, policy=policy)
 
 
 def loss(score: Score) -> float:
@@ -67,8 +49,6 @@ def loss(score: Score) -> float:
 def run_text(plan: TextPlan, out: Path, workers: int = 1) -> tuple[list[Row], Path]:
     """Measure, write ``out`` and a picture beside it."""
     plan.check()
-    if plan.samples < 1:
-        raise ValueError(f"--samples {plan.samples} must be at least 1")
     if not plan.contexts or min(plan.contexts) < 60:
         raise ValueError(f"--contexts {plan.contexts}: give lengths of at least 60 tokens")
     cells = [{**cell, "context": context} for context in plan.contexts for cell in plan.cells()]
@@ -83,8 +63,9 @@ def measure(plan: TextPlan, cell: dict[str, Any]) -> list[Row]:
     if cell["policy"] == "full":
         mine = full
     else:
-        keep = None if own_keep(cell["policy"]) is not None else cell["keep"]
-        mine = measure_text(machine, machine.policy(cell["policy"], keep), _passages(plan, context))
+        mine = measure_text(
+            machine, machine.policy(cell["policy"], cell["keep"]), _passages(plan, context)
+        )
     losses = [loss(each) for each in mine]
     more = [loss(ours) - loss(theirs) for ours, theirs in zip(mine, full, strict=True)]
     apart = [divergence(theirs, ours) for ours, theirs in zip(mine, full, strict=True)]
@@ -105,7 +86,7 @@ def _passages(plan: TextPlan, context: int) -> tuple[Passage, ...]:
     return tuple(corpus.passages(plan.seed, plan.passages(context), context, CONTINUATION))
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=1)  # with their logits: cells of one context come one after the other
 def _full(plan: TextPlan, context: int) -> list[Score]:
     machine = asker(plan.subject)
     return measure_text(machine, machine.policy("full", None), _passages(plan, context))

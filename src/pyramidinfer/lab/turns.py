@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from pyramidinfer.engine import Engine
 from pyramidinfer.engine.memory import full_bytes
 from pyramidinfer.engine.request import Request
 from pyramidinfer.lab.asking import Asker, asker
@@ -22,7 +23,7 @@ from pyramidinfer.lab.invented import Fact, fit, hide_facts, invent
 from pyramidinfer.lab.real_plots import draw_turns
 from pyramidinfer.lab.samples import settings
 from pyramidinfer.lab.study import Row, run_cells
-from pyramidinfer.lab.ways import Ways, own_keep, paired
+from pyramidinfer.lab.ways import Ways, paired
 from pyramidinfer.policies import Policy
 from pyramidinfer.types import SamplingParams, TokenIds
 
@@ -61,8 +62,6 @@ class TurnsPlan(Ways):
     """Chats whose first turn has about ``length`` tokens."""
 
     length: int = 1000
-    samples: int = 20
-    seed: int = 0
 
 
 def make_talks(machine: Asker, seed: int, count: int, length: int) -> list[Talk]:
@@ -107,13 +106,14 @@ def measure_turns(machine: Asker, policy: Policy, talks: Sequence[Talk]) -> list
     shares: list[list[float]] = [[] for _ in talks]
     answers: list[list[str]] = [[] for _ in talks]
     try:
-        machine.finish(turns)
+        for turn in turns:
+            engine.submit(turn)
+        _run(engine)
         for number in range(TURNS):
             for index, talk in enumerate(talks):
                 more = _ask(machine, turns[index].output, talk.asked[number])
                 turns[index] = engine.extend(turns[index], more, later, hold=True)
-            while not engine.scheduler.idle:
-                engine.step()
+            _run(engine)
             for index, talk in enumerate(talks):
                 out = engine.output(turns[index])
                 scores[index].append(float(talk.asked[number].is_in(out.text)))
@@ -127,6 +127,11 @@ def measure_turns(machine: Asker, policy: Policy, talks: Sequence[Talk]) -> list
         TurnScores(tuple(s), tuple(k), tuple(a))
         for s, k, a in zip(scores, shares, answers, strict=True)
     ]
+
+
+def _run(engine: Engine) -> None:
+    while not engine.scheduler.idle:
+        engine.step()
 
 
 def in_groups(machine: Asker, policy: Policy, talks: Sequence[Talk]) -> list[TurnScores]:
@@ -144,8 +149,6 @@ def in_groups(machine: Asker, policy: Policy, talks: Sequence[Talk]) -> list[Tur
 def run_turns(plan: TurnsPlan, out: Path, workers: int = 1) -> tuple[list[Row], Path]:
     """Measure, write ``out`` and a picture beside it."""
     plan.check()
-    if plan.samples < 1:
-        raise ValueError(f"--samples {plan.samples} must be at least 1")
     rows = run_cells("turns", settings(plan), plan.cells(), partial(measure, plan), out, workers)
     return rows, draw_turns(rows, out.with_suffix(".png"))
 
@@ -157,8 +160,7 @@ def measure(plan: TurnsPlan, cell: dict[str, Any]) -> list[Row]:
     if cell["policy"] == "full":
         mine = full
     else:
-        keep = None if own_keep(cell["policy"]) is not None else cell["keep"]
-        mine = in_groups(machine, machine.policy(cell["policy"], keep), _talks(plan))
+        mine = in_groups(machine, machine.policy(cell["policy"], cell["keep"]), _talks(plan))
     return [{
         **cell, **paired("score", [each.score for each in mine], [each.score for each in full]),
         "by_turn": np.mean([each.scores for each in mine], axis=0).tolist(),

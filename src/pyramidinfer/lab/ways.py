@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,12 +9,13 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
+from pyramidinfer.lab.asking import own_keep
 from pyramidinfer.lab.quality import interval
 from pyramidinfer.lab.samples import Subject
 from pyramidinfer.lab.study import Row
 from pyramidinfer.policies.registry import parse_policy
 
-__all__ = ["Ways", "own_keep", "paired", "rows_table"]
+__all__ = ["Ways", "paired", "rows_table"]
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,8 @@ class Ways:
     policies: tuple[str, ...]
     keeps: tuple[float, ...]
     subject: Subject
+    samples: int
+    seed: int
 
     def check(self) -> None:
         """``ValueError`` for what cannot be measured, naming the option."""
@@ -37,6 +39,8 @@ class Ways:
         for keep in self.keeps:
             if not 0 < keep <= 1:
                 raise ValueError(f"--keeps: {keep} must be above 0 and at most 1")
+        if self.samples < 1:
+            raise ValueError(f"--samples {self.samples} must be at least 1")
 
     def cells(self) -> list[dict[str, Any]]:
         """``{"policy": …, "keep": …}`` of each."""
@@ -49,19 +53,6 @@ class Ways:
             for spec in self.policies if spec != "full"
             for keep in (self.keeps if own_keep(spec) is None else [own_keep(spec)])
         ]  # fmt: skip
-
-
-def own_keep(spec: str) -> float | None:
-    """The ``keep`` that a policy's spec names itself; ``ValueError`` where that is no number."""
-    found = re.search(r"[:,]keep=([^,]*)", spec)
-    if found is None:
-        return None
-    try:
-        return float(found[1])
-    except ValueError:
-        raise ValueError(
-            f"{spec!r}: keep={found[1]} is no number; give a share in (0, 1]"
-        ) from None
 
 
 def paired(name: str, mine: list[float], full: list[float]) -> Row:

@@ -23,7 +23,7 @@ from pyramidinfer.lab.ruler.pictures import draw_scores, draw_tasks
 from pyramidinfer.lab.ruler.tasks import TASKS, Haystack, Sample, check_task, make_samples
 from pyramidinfer.lab.samples import Subject
 from pyramidinfer.lab.study import Row, run_cells
-from pyramidinfer.lab.ways import Ways, own_keep
+from pyramidinfer.lab.ways import Ways
 from pyramidinfer.policies import Policy
 from pyramidinfer.types import SamplingParams
 
@@ -48,8 +48,6 @@ class RulerPlan(Ways):
     lengths: tuple[int, ...] = (2000,)
     tasks: tuple[str, ...] = TASKS
     protocols: tuple[str, ...] = PROTOCOLS
-    samples: int = 20
-    seed: int = 0
 
     def check(self) -> None:
         super().check()
@@ -64,8 +62,6 @@ class RulerPlan(Ways):
         for length in self.lengths:
             if length < 1:
                 raise ValueError(f"--lengths: {length} must be at least 1")
-        if self.samples < 1:
-            raise ValueError(f"--samples {self.samples} must be at least 1")
 
     def screening(self) -> list[dict[str, Any]]:
         """The full cache's cells."""
@@ -87,7 +83,8 @@ class RulerPlan(Ways):
 
 
 def run_ruler(plan: RulerPlan, out: Path, workers: int = 1) -> tuple[list[Row], list[Path]]:
-    """Measure, write ``out`` and pictures beside it; returns means over tasks, and the pictures."""
+    """Measure, write ``out`` and pictures beside it; returns means over tasks (none where the full
+    cache can do none of them), and the pictures."""
     plan.check()
     configuration = asdict(plan)
     configuration["subject"]["source"] = haystack(plan.subject).name
@@ -97,7 +94,7 @@ def run_ruler(plan: RulerPlan, out: Path, workers: int = 1) -> tuple[list[Row], 
     )  # fmt: skip
     found = means(rows)
     publish(out, rows, means=found)
-    pictures = [draw_scores(found, out.with_suffix(".png"))]
+    pictures = [draw_scores(found, out.with_suffix(".png"))] if found else []
     pictures.append(draw_tasks(rows, SCREEN, out.with_name(out.stem + "_tasks.png")))
     return found, pictures
 
@@ -106,8 +103,7 @@ def measure(plan: RulerPlan, cell: dict[str, Any]) -> list[Row]:
     """One cell's rows: two for the full cache, for which both protocols are the same."""
     machine = asker(plan.subject)
     samples = _samples(plan, cell["task"], cell["length"])
-    spec = cell["policy"]
-    policy = machine.policy(spec, None if own_keep(spec) is not None else cell["keep"])
+    policy = machine.policy(cell["policy"], cell["keep"])
     protocols = plan.protocols if cell["policy"] == "full" else (cell["protocol"],)
     scored = answer_samples(machine, samples, protocols[0], policy)
     return [{

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
-from pyramidinfer.lab.english import paragraphs
+from pyramidinfer.lab.english import ENGLISH, paragraphs
 
 __all__ = ["Haystack", "hide"]
 
@@ -80,7 +80,7 @@ def hide(needles: list[str], depths: list[float], sentences: list[str]) -> list[
 
 @lru_cache(maxsize=1)
 def _english() -> Haystack:
-    return Haystack("pydoc_data.topics", _sentences(" ".join(paragraphs())))
+    return Haystack(ENGLISH, _sentences(" ".join(paragraphs())))
 
 
 def _sentences(text: str) -> tuple[str, ...]:

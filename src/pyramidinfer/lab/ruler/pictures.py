@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from pyramidinfer.lab.pictures import save
 from pyramidinfer.lab.quality_plots import labels, style
 from pyramidinfer.lab.study import Row
 
@@ -50,7 +50,7 @@ def draw_scores(means: Sequence[Row], path: Path) -> Path:
     handles, texts = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, texts, loc="outside lower center", ncols=min(5, len(texts) or 1),
                   frameon=False, fontsize=9.5)  # fmt: skip
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def _line(axis: Any, rows: list[Row], look: dict[str, Any], name: str) -> None:
@@ -92,16 +92,9 @@ def draw_tasks(rows: Sequence[Row], screen: float, path: Path) -> Path:
         f"RULER score; not asked where the full cache has less than {screen:g}",
         fontsize=8.5,
     )  # fmt: skip
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def _line_name(name: str, keep: float) -> str:
     parts = [part for part in name.split(", ") if not part.startswith("keep=")]
     return name if name == "full" else ", ".join([*parts, f"{keep:g}"])
-
-
-def _save(figure: Figure, path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    FigureCanvasAgg(figure)
-    figure.savefig(path, dpi=120)
-    return path

@@ -31,6 +31,8 @@ def means_table(means: Sequence[Row]) -> Table:
             f"{any_row['prefill_share']:.2f}",
             *(_score(found.get(protocol)) for protocol in PROTOCOLS),
         )  # fmt: skip
+    if not means:
+        table.caption = "the full cache can do none of the tasks on this model: nothing to compare"
     left_out = sorted({task for row in means for task in row["left_out"]})
     if left_out:
         table.caption = f"the full cache cannot do, so left out: {', '.join(left_out)}"
