@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -76,3 +77,14 @@ def model_greedy(model: Any, prompt: list[int], new: int) -> list[int]:
             max_new_tokens=new, do_sample=False, use_cache=True,
         )  # fmt: skip
     return out[0, len(prompt) :].tolist()
+
+
+def of_layers(heads_of_layers: Sequence[Sequence[int]]) -> list[int]:
+    """One number a layer, where all of its heads have the same; else an error."""
+    assert all(len(set(heads)) == 1 for heads in heads_of_layers), heads_of_layers
+    return [heads[0] for heads in heads_of_layers]
+
+
+def lengths_of(positions: Iterable[Sequence[torch.Tensor]]) -> list[int]:
+    """How many entries a trace's layers have, in each of their heads."""
+    return of_layers([[len(head) for head in layer] for layer in positions])

@@ -45,10 +45,11 @@ class Layers:
 
     ``governed[layer]``: every token of the request can be attended to there.  Only these layers
     are a policy's business; a layer whose sliding window is shorter than the request is bounded
-    by that window and by nothing else.
+    by that window and by nothing else.  ``kv_heads``: of every layer.
     """
 
     governed: tuple[bool, ...]
+    kv_heads: int = 1
 
     @property
     def count(self) -> int:
@@ -126,9 +127,10 @@ class Needs:
 class View:
     """The lengths a policy decides on, before any tensor is looked at.
 
-    ``new_len`` tokens enter the layer in this phase; ``kept_len`` entries are in its cache, the
-    new ones included; ``first_kept_len`` are in the first governed layer.  ``prompt_len`` is the
-    length of the text being taken in: the prompt, or in ``extend`` the tokens added to it.
+    ``new_len`` tokens enter the layer in this phase; ``head_lens`` entries are in each of its KV
+    heads' caches, the new ones included, ``kept_len`` in the longest; ``first_kept_len`` are in
+    the longest head of the first governed layer.  ``prompt_len`` is the length of the text being
+    taken in: the prompt, or in ``extend`` the tokens added to it.
     """
 
     phase: Literal["prefill", "extend", "decode"]
@@ -136,10 +138,14 @@ class View:
     layers: Layers
     prompt_len: int
     new_len: int
-    kept_len: int
+    head_lens: tuple[int, ...]
     first_kept_len: int
     seen_len: int
     state: State
+
+    @property
+    def kept_len(self) -> int:
+        return max(self.head_lens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +156,10 @@ class Observation:
     scores : ``[1 or kv_heads, n]`` window scores, entry by entry, or None.
     column_sums, slot_scores : ``[kv_heads, n]`` or None.
     protected : ``[kv_heads or 1, n]`` bool, entries that must stay.
+
+    ``n`` is the length of the longest head (``view.kept_len``).  A head that is shorter has its
+    ``view.head_lens`` entries in front; behind them positions are negative, no two the same,
+    scores 0 and nothing is protected.
     """
 
     view: View
@@ -161,9 +171,13 @@ class Observation:
 
 
 class Keep(NamedTuple):
-    """Entries that stay: indices ``[heads, k]`` (heads is 1 or kv_heads), or None for all."""
+    """Entries that stay: indices ``[heads, k]`` (heads is 1 or kv_heads), or None for all.
+
+    ``counts``: how many of a head's indices count, the first ones, ``[kv_heads]``; None: all k.
+    """
 
     indices: Tensor | None = None
+    counts: Tensor | None = None
 
 
 # --- what a layer is -----------------------------------------------------------------------------
@@ -292,13 +306,13 @@ class RequestMetrics:
 class KVUsage:
     """What a request's cache was, just before it was released.
 
-    ``bytes``: its pages.  ``peak_bytes``: the most it held at any time, query rings and prefill
-    transients included.  ``full_bytes``: pages a full cache would take (sliding layers capped).
+    ``kept_len``: entries, ``[layers][kv_heads]``.  ``bytes``: its pages.  ``peak_bytes``: the most
+    it held at any time, query rings and prefill transients included.  ``full_bytes``: pages a full cache would take (sliding layers capped).
     ``keep_lowered_to``: what ``keep`` was lowered to while it ran, for want of memory.
     """
 
     seen_len: int
-    kept_len: tuple[int, ...]
+    kept_len: tuple[tuple[int, ...], ...]
     bytes: int
     peak_bytes: int
     full_bytes: int
@@ -306,8 +320,13 @@ class KVUsage:
 
     @property
     def kept_share(self) -> float:
-        """Mean over layers of the share of processed tokens that are in the cache."""
-        return sum(self.kept_len) / (len(self.kept_len) * self.seen_len) if self.seen_len else 0.0
+        """Mean over layers and heads of the share of processed tokens that are in the cache."""
+        return sum(self.layer_means) / (len(self.kept_len) * self.seen_len) if self.seen_len else 0
+
+    @property
+    def layer_means(self) -> tuple[float, ...]:
+        """Entries of each layer, the mean over its heads."""
+        return tuple(sum(heads) / len(heads) for heads in self.kept_len)
 
 
 @dataclass(frozen=True, slots=True)
@@ -350,16 +369,16 @@ class Score:
 class Trace:
     """Which tokens survived where, for pictures and tests.
 
-    ``prefill_positions[layer]`` and ``kept_positions[layer]``: sorted original positions
-    ``[kv_heads, kept]`` after prefill and at the end.  ``kept_len_by_step[s][layer]``: entries
-    once token ``s`` is cached.  ``prefill_logits``, ``final_logits``: ``[vocab]``, after the
-    prompt and after the last token.
+    ``prefill_positions[layer][head]`` and ``kept_positions[layer][head]``: sorted original
+    positions ``[kept]`` after prefill and at the end.  ``kept_len_by_step[s][layer][head]``:
+    entries once token ``s`` is cached.  ``prefill_logits``, ``final_logits``: ``[vocab]``, after
+    the prompt and after the last token.
     """
 
     prompt_token_ids: TokenIds
-    prefill_positions: list[Tensor]
-    kept_positions: list[Tensor]
-    kept_len_by_step: list[list[int]]
+    prefill_positions: list[list[Tensor]]
+    kept_positions: list[list[Tensor]]
+    kept_len_by_step: list[list[list[int]]]
     token_ids: TokenIds
     prefill_logits: Tensor
     final_logits: Tensor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -87,47 +88,50 @@ def test_prefill(name: str, scale: Scale, dtype: torch.dtype, held: int) -> None
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_decode_over_ragged_pages(name: str, scale: Scale, dtype: torch.dtype) -> None:
-    """Three requests of different lengths; everything outside their entries is NaN."""
-    size, lengths = 4, [1, 11, 6]
+    """Three requests whose heads have different lengths; everything outside their entries is
+    NaN."""
+    size, lengths = 4, [(1, 1), (11, 3), (6, 9)]
     pages = Pages(
-        torch.full((12, KV, size, DIM), math.nan, dtype=dtype),
-        torch.full((12, KV, size, VALUE), math.nan, dtype=dtype),
-        torch.zeros(12, KV, size, dtype=torch.int32),
+        torch.full((14, size, DIM), math.nan, dtype=dtype),
+        torch.full((14, size, VALUE), math.nan, dtype=dtype),
+        torch.zeros(14, size, dtype=torch.int32),
     )
-    tables = torch.tensor([[3, 0, 0], [7, 1, 9], [5, 2, 0]])
+    tables = torch.tensor([
+        [[3, 0, 0], [11, 0, 0]], [[7, 1, 9], [4, 0, 0]], [[5, 2, 0], [8, 12, 6]]
+    ], dtype=torch.int32)  # fmt: skip
     queries = random(4, 3, HEADS, DIM, dtype=dtype)
     q_pos = torch.tensor([0, 14, 9])
     expected, shares = [], []
-    for request, length in enumerate(lengths):
-        keys = random(10 + request, KV, length, DIM, dtype=dtype)
-        values = random(20 + request, KV, length, VALUE, dtype=dtype)
+    group = HEADS // KV
+    for request, head in itertools.product(range(3), range(KV)):
+        length = lengths[request][head]
+        keys = random(10 + 2 * request + head, 1, length, DIM, dtype=dtype)
+        values = random(20 + 2 * request + head, 1, length, VALUE, dtype=dtype)
         k_pos = torch.arange(int(q_pos[request]) - length + 1, int(q_pos[request]) + 1)
-        k_pos = torch.stack([k_pos, k_pos.flip(0)])  # order inside a layer does not matter
+        k_pos = k_pos.flip(0)[None] if head else k_pos[None]  # order does not matter
         for entry in range(length):
-            page, slot = tables[request, entry // size], entry % size
-            pages.keys[page, :, slot] = keys[:, entry]
-            pages.values[page, :, slot] = values[:, entry]
-            pages.positions[page, :, slot] = k_pos[:, entry].int()
+            slot = tables[request, head, entry // size], entry % size
+            pages.keys[slot] = keys[0, entry]
+            pages.values[slot] = values[0, entry]
+            pages.positions[slot] = k_pos[0, entry].int()
         weights = brute_weights(
-            queries[request : request + 1], keys, q_pos[request : request + 1], k_pos, scale
-        )
+            queries[request : request + 1, head * group : (head + 1) * group], keys,
+            q_pos[request : request + 1], k_pos, scale,
+        )  # fmt: skip
         expected.append(brute_out(weights, values)[0])
-        shares.append(
-            torch.tensor(weights, dtype=torch.float64)[:, 0].view(KV, HEADS // KV, length).sum(1)
-        )
+        shares.append(torch.tensor(weights, dtype=torch.float64)[:, 0].sum(0))
     backend = select_backend(name)
     plan = backend.plan(tables[None], torch.tensor([lengths]), [11], q_pos)
     got = backend.run(plan, 0, queries, pages, scale, probs=True)
     torch.testing.assert_close(
-        got.out.double(), torch.stack(expected), atol=TOLERANCE[dtype], rtol=0
+        got.out.double(), torch.cat(expected).view(3, HEADS, VALUE), atol=TOLERANCE[dtype], rtol=0
     )
     assert got.probs is not None
-    for request, length in enumerate(lengths):
+    for found, share in zip(got.probs.flatten(0, 1), shares, strict=True):
         torch.testing.assert_close(
-            got.probs[request, :, :length].double(), shares[request].double(),
-            atol=TOLERANCE[dtype], rtol=0,
-        )  # fmt: skip
-        assert not got.probs[request, :, length:].any()
+            found[: len(share)].double(), share, atol=TOLERANCE[dtype], rtol=0
+        )
+        assert not found[len(share) :].any()
 
 
 @pytest.mark.parametrize("name", available_backends())

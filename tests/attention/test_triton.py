@@ -94,30 +94,36 @@ class Step(NamedTuple):
 
 def step(layout: Layout, lengths: list[int], dtype: torch.dtype, seed: int = 0, spare: int = 0,
          index: torch.dtype = torch.int64) -> Step:  # fmt: skip
-    """Requests of these lengths in scattered pages; tables ``spare`` pages wider than needed."""
+    """Requests of these lengths in scattered pages, fewer entries in later heads of every second
+    one; tables ``spare`` pages wider than needed."""
     size, generator = layout.page_size, torch.Generator().manual_seed(seed)
-    held = [-(-length // size) for length in lengths]
-    shape = (sum(held) + 3, layout.kv_heads, size)
+    lens = torch.tensor([
+        [length // (1 + head * (row % 2)) or min(1, length) for head in range(layout.kv_heads)]
+        for row, length in enumerate(lengths)
+    ])  # fmt: skip
+    held = -(-lens // size)
+    shape = (int(held.sum()) + 3, size)
     keys = torch.full((*shape, layout.key_dim), math.nan)
     values = torch.full((*shape, layout.value_dim), math.nan)
     positions = torch.zeros(shape, dtype=torch.int32)
     order = torch.randperm(shape[0], generator=generator).tolist()
-    table = torch.full((len(lengths), max(held) + spare), order[-1], dtype=index)
+    table = torch.full((*held.shape, int(held.max()) + spare), order[-1], dtype=index)
     q_pos = [length + 11 for length in lengths]
-    for request, length in enumerate(lengths):
-        mine = [order.pop(0) for _ in range(held[request])]
-        table[request, : len(mine)] = torch.tensor(mine, dtype=index)
+    for request in range(len(lengths)):
         for head in range(layout.kv_heads):  # heads keep different tokens, the newest among them
+            length = int(lens[request, head])
+            mine = [order.pop(0) for _ in range(int(held[request, head]))]
+            table[request, head, : len(mine)] = torch.tensor(mine, dtype=index)
             seen = torch.randperm(q_pos[request], generator=generator)[: max(0, length - 1)]
             for entry, position in enumerate([*seen.tolist(), q_pos[request]][:length]):
-                slot = mine[entry // size], head, entry % size
+                slot = mine[entry // size], entry % size
                 keys[slot] = torch.randn(layout.key_dim, generator=generator)
                 values[slot] = torch.randn(layout.value_dim, generator=generator)
                 positions[slot] = position
     queries = random(seed + 1, len(lengths), layout.heads, layout.key_dim, dtype=dtype)
     pages = Pages(keys.to(DEVICE, dtype), values.to(DEVICE, dtype), positions.to(DEVICE))
     plan = TritonBackend().plan(
-        table[None].to(DEVICE), torch.tensor([lengths], device=DEVICE), [max(lengths)],
+        table[None].to(DEVICE), lens[None].to(DEVICE), [max(lengths)],
         torch.tensor(q_pos, device=DEVICE),
     )  # fmt: skip
     return Step(plan, queries, pages)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pyramidinfer.cache import GroupSpec, Pool
 from pyramidinfer.cache.compact import plan_moves
+from pyramidinfer.types import Keep
 
 pytest.importorskip("triton")
 
@@ -27,8 +28,12 @@ def random(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("scores", [False, True])
-@pytest.mark.parametrize("length,kept", [(23, 9), (23, 22), (5, 1), (8, 8)])
-def test_moves_are_the_pools(length: int, kept: int, scores: bool, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    "length,kept", [(23, (9, 9, 9)), (23, (22, 3, 9)), (5, (1, 0, 5)), (8, (8, 8, 8))]
+)
+def test_moves_are_the_pools(
+    length: int, kept: tuple[int, ...], scores: bool, dtype: torch.dtype
+) -> None:
     """The same tensors, bit by bit, as ``keep`` of a pool on the CPU leaves."""
     pool = Pool([GroupSpec((0,), 3, 12, 7, dtype)], 1 << 16, 4, scores=scores)
     group = pool.group(0)
@@ -39,12 +44,14 @@ def test_moves_are_the_pools(length: int, kept: int, scores: bool, dtype: torch.
     pool.write(0, slots, keys, values, torch.arange(length))
     if scores:
         pool.add_scores(table, 0, random(7, 3, length))
-    indices = random(8, 3, length).argsort()[:, :kept]
+    keep = Keep(random(8, 3, length).argsort()[:, : max(kept)], torch.tensor(kept))
     moved = [each.to(DEVICE, copy=True) for each in group.tensors()]
-    row = torch.from_numpy(table.pages[0].copy())
-    moves = [each.to(DEVICE) for each in (row, *plan_moves(indices, length))]
+    rows, whole = torch.from_numpy(table.pages[0].copy()), torch.full((3,), length)
+    assert keep.indices is not None and keep.counts is not None
+    moves = plan_moves(keep.indices, keep.counts, whole)
+    moves = [each.to(DEVICE) for each in (rows, *moves)]
     triton_compact.move_entries(moved, *moves, page_size=4)
-    pool.keep(table, 0, indices)
+    pool.keep(table, 0, keep)
     for got, expected in zip(moved, group.tensors(), strict=True):
         assert torch.equal(got.cpu(), expected)
-    assert len(moves[-1]) or kept >= length - 1
+    assert len(moves[-1]) or min(kept) >= length - 1

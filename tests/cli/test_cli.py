@@ -16,6 +16,7 @@ from pyramidinfer.cli.app import main
 from pyramidinfer.cli.common import human_bytes, policy_from
 from pyramidinfer.lab.recall import make_questions
 from pyramidinfer.models.loading import shipped_model
+from tests.tiny import of_layers
 
 GOLDEN = str(Path(__file__).parents[1] / "golden" / "mha8")
 
@@ -82,9 +83,11 @@ def test_inspect_is_the_policys_forecast() -> None:
     llm = LLM(GOLDEN, kv_memory="64MiB")
     forecast = PyramidInfer(keep=0.45).forecast(1000, 20, llm.engine.adapter.layers_for(1020))
     assert [row["computed"] for row in rows] == forecast.reach
-    assert [row["kept"] for row in rows] == forecast.kept
-    page = llm.engine.pool.page_bytes[0]
-    assert [row["bytes"] for row in rows] == [-(-kept // 16) * page for kept in forecast.kept]
+    assert [of_layers([row["kept"]])[0] for row in rows] == forecast.kept
+    page, heads = llm.engine.pool.page_bytes[0], llm.engine.adapter.kv_heads
+    assert [row["bytes"] for row in rows] == [
+        heads * -(-kept // 16) * page for kept in forecast.kept
+    ]
     assert (
         json.loads(done.stdout)["admission_bytes"]
         == llm.engine.ledger.cost(

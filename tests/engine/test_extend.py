@@ -123,7 +123,7 @@ def test_truncate_brings_policy_state_and_ring_along() -> None:
     assert turn.sequence is not None
     table = turn.sequence.table
     llm.engine.truncate(turn, 60)
-    assert (table.state["marker"].numpy() <= table.kept).all()
+    assert (table.state["marker"].numpy() <= table.longest).all()
     assert table.ring is not None
     assert (table.ring.newest(0, 999)[2] < 60).all()
     again = llm.engine.extend(turn, random_prompt(2, 30), params)

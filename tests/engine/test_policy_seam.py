@@ -11,7 +11,7 @@ from pyramidinfer import LLM
 from pyramidinfer.policies import Forecast, Policy
 from pyramidinfer.policies.base import best_entries
 from pyramidinfer.types import Keep, Layers, Needs, Observation, State, View
-from tests.tiny import random_prompt, tiny_model
+from tests.tiny import of_layers, random_prompt, tiny_model
 
 
 @dataclass(frozen=True)
@@ -95,5 +95,5 @@ def test_running_scores_and_per_head_eviction_against_brute_force() -> None:
         heads = [set(head.tolist()) for head in trace.kept_positions[0]]
         assert heads == [head[0] for head in expected]
         assert heads[0] != heads[1], "the heads of this case must differ"
-        assert all(lengths == [20] * 4 for lengths in trace.kept_len_by_step)
+        assert all(of_layers(lengths) == [20] * 4 for lengths in trace.kept_len_by_step)
         llm.engine.check()

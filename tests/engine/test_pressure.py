@@ -19,7 +19,7 @@ from pyramidinfer.engine.request import Request
 from pyramidinfer.policies import POLICIES, Policy, make_policy
 from tests.engine.build import policy_named
 from tests.engine.serving import NAMES, alone, finish, queue, start, step
-from tests.tiny import random_prompt
+from tests.tiny import of_layers, random_prompt
 
 FAMILIES = ("llama", "gemma3_text", "opt", "phi3")
 #: Policies that hold a budget while decoding, and can be held to a lower one.
@@ -459,7 +459,7 @@ def test_budgets_are_lowered_before_anybody_is_preempted(name: str, family: str)
         layers = engine.adapter.layers_for(99)
         budgets = [request.policy.budget(layer, 24, layers) for layer in range(layers.count)]  # type: ignore[attr-defined]
         for kept, budget, governed in zip(
-            request.kv.kept_len, budgets, layers.governed, strict=True
+            of_layers(request.kv.kept_len), budgets, layers.governed, strict=True
         ):
             assert not governed or kept <= budget
         assert request.kv.peak_bytes <= request.cost.bytes

@@ -19,7 +19,7 @@ from pyramidinfer.lab.calibrate import Calibration, OneLayer, Tables, calibrate,
 from pyramidinfer.lab.samples import Subject
 from pyramidinfer.models.loading import shipped_model
 from pyramidinfer.policies import Full, Policy, Pyramid, Schedule
-from tests.tiny import random_prompt, tiny_model
+from tests.tiny import lengths_of, of_layers, random_prompt, tiny_model
 
 SHARES, PROPAGATED, KERNELS = (0.3, 0.6), (0.35,), (7,)
 TASK = Calibration(Subject(kv_memory="32MiB"), context=200, samples=2, continuation=11, seed=5)
@@ -124,7 +124,7 @@ def test_pyramid_runs_by_it(calibrated: Calibrated) -> None:
     out, schedule, _ = calibrated
     policy = Pyramid(schedule=str(out), keep=0.5, min_context=1)
     trace = LLM(shipped_model(), policy=policy, kv_memory="16MiB").trace(random_prompt(1, 400))
-    kept = [positions.shape[1] for positions in trace.prefill_positions]
+    kept = lengths_of(trace.prefill_positions)
     assert kept == [max(policy.floor(), round(s * 400)) for s in schedule.budgets(0.5)]
     start = schedule.start_layer
     assert trace.computed_by_layer[: start + 1] == [400] * (start + 1)
@@ -138,8 +138,8 @@ def test_one_layer_is_held_and_all_else_is_whole() -> None:
         llm = LLM(tiny_model("llama"), policy=policy, kv_memory="4MiB", poison=True)
         trace = llm.trace(random_prompt(1, 100), max_tokens=20)
         held = [30 if each == layer else 100 for each in range(4)]
-        assert [positions.shape[1] for positions in trace.prefill_positions] == held
-        assert trace.kept_len_by_step[-1] == [each + 20 for each in held]
+        assert lengths_of(trace.prefill_positions) == held
+        assert of_layers(trace.kept_len_by_step[-1]) == [each + 20 for each in held]
         assert trace.computed_by_layer == [100] * 4
 
 

@@ -74,7 +74,7 @@ def test_every_kept_entry_is_there(name: str, tmp_path: Path) -> None:
         for key, field, kept in (
             ("kept", "kept", trace.prefill_positions), ("end", "kept_at_end", trace.kept_positions)
         ):  # fmt: skip
-            for head, wanted in enumerate(kept[layer].tolist()):
+            for head, wanted in enumerate(each.tolist() for each in kept[layer]):
                 assert opened(row[field][head]) == wanted == entries(data, key, layer, head)
     reached = np.frombuffer(base64.b64decode(data["reached"]), dtype=np.uint8).reshape(12, -1)
     assert reached.sum(1).tolist() == trace.computed_by_layer

@@ -80,41 +80,44 @@ def wide(*tensors: Tensor) -> list[Tensor]:
 
 def paged(layout: Layout, lengths: list[int], dtype: torch.dtype, seed: int = 0
           ) -> tuple[DecodePlan, Tensor, Pages]:  # fmt: skip
-    """Requests of these lengths in scattered pages, each head with tokens of its own; everything
-    outside their entries is NaN, and so is the page that unused places of the table name."""
-    size, generator = layout.page, torch.Generator().manual_seed(seed)
-    held = [-(-length // size) for length in lengths]
-    shape = (sum(held) + 2, layout.kv_heads, size)
+    """Requests of these lengths in scattered pages, each head with tokens of its own, and in every
+    second request fewer of them the later the head; everything outside their entries is NaN, and
+    so is the page that unused places of the table name."""
+    size, generator, heads = layout.page, torch.Generator().manual_seed(seed), layout.kv_heads
+    lens = torch.tensor([
+        [max(1, length // (1 + head * (row % 2))) for head in range(heads)]
+        for row, length in enumerate(lengths)
+    ])  # fmt: skip
+    held = -(-lens // size)
+    shape = (int(held.sum()) + 2, size)
     pages = Pages(
         torch.full((*shape, layout.key_dim), math.nan, dtype=dtype),
         torch.full((*shape, layout.value_dim), math.nan, dtype=dtype),
         torch.zeros(shape, dtype=torch.int32),
     )
     order = torch.randperm(shape[0], generator=generator)
-    table = torch.full((len(lengths), max(held) + 1), int(order[-1]))
+    table = torch.full((*held.shape, int(held.max()) + 1), int(order[-1]), dtype=torch.int32)
     at = torch.tensor([length + 30 for length in lengths])
-    for row, length in enumerate(lengths):
-        mine, order = order[: held[row]], order[held[row] :]
-        table[row, : len(mine)] = mine
-        entry = torch.arange(length)
-        slots = mine[entry // size], slice(None), entry % size
-        pages.keys[slots] = random(seed + 10 * row, length, *pages.keys.shape[1::2], dtype=dtype)
-        pages.values[slots] = random(seed + 10 * row + 1, length, *pages.values.shape[1::2],
-                                     dtype=dtype)  # fmt: skip
-        for head in range(layout.kv_heads):
-            older = torch.randperm(int(at[row]), generator=generator)[: length - 1]
-            newest = torch.cat([older, at[row, None]])
-            mixed = newest[torch.randperm(length, generator=generator)]
-            pages.positions[slots[0], head, slots[2]] = mixed.int()
+    for row, head in itertools.product(range(len(lengths)), range(heads)):
+        length, count = int(lens[row, head]), int(held[row, head])
+        mine, order = order[:count], order[count:]
+        table[row, head, :count] = mine
+        entry, own = torch.arange(length), seed + 100 * row + 3 * head
+        slots = mine[entry // size], entry % size
+        pages.keys[slots] = random(own, length, layout.key_dim, dtype=dtype)
+        pages.values[slots] = random(own + 1, length, layout.value_dim, dtype=dtype)
+        older = torch.randperm(int(at[row]), generator=generator)[: length - 1]
+        newest = torch.cat([older, at[row, None]])
+        pages.positions[slots] = newest[torch.randperm(length, generator=generator)].int()
     queries = random(seed + 7, len(lengths), layout.heads, layout.key_dim, dtype=dtype)
-    return DecodePlan(table[None], torch.tensor([lengths]), [max(lengths)], at), queries, pages
+    return DecodePlan(table[None], lens[None], [max(lengths)], at), queries, pages
 
 
 @isas
 @dtypes
 @cases(LAYOUTS)
 def test_decode(isa: str, dtype: torch.dtype, scale: Scale, layout: Layout) -> None:
-    """Ragged requests, one of them a single token, one longer than a span of work."""
+    """Ragged requests and heads, one of a single token, one longer than a span of work."""
     plan, queries, pages = paged(layout, [1, 333, 37, 256], dtype)
     cpu = backend(isa)
     got = cpu.run(
@@ -269,7 +272,7 @@ def test_it_is_what_was_asked_for(isa: str) -> None:
 def test_decode_does_not_depend_on_company_or_threads(
     isa: str, dtype: torch.dtype, layout: Layout
 ) -> None:
-    """Bit for bit: work is cut by a request's own length, whoever else is there."""
+    """Bit for bit: work is cut by a head's own length, whoever else is there."""
     cpu, scale = backend(isa), Scale(0.2, window=200)
     plan, queries, pages = paged(layout, [1, 700, 37, 256], dtype)
 

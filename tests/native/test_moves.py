@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pyramidinfer.cache import GroupSpec, Pool, Table
 from pyramidinfer.policies import base
+from pyramidinfer.types import Keep
 from tests.cache import test_pool
 from tests.native.isas import DTYPES, backend, random
 
@@ -31,21 +32,22 @@ def fill(pool: Pool, table: Table, layer: int, count: int, seed: int) -> None:
     group = pool.group(layer)
     heads, dtype = group.spec.kv_heads, group.spec.dtype
     rows = random(seed, count, 2 * heads, 16, dtype=dtype)  # rows wider than what is written
-    first = int(table.kept[layer])
+    first = int(table.longest[layer])
     pool.write(layer, pool.append(table, layer, count), rows[:, :heads, :6], rows[:, heads:, :10],
                torch.arange(first, first + count) * 3)  # fmt: skip
 
 
 def entries(pool: Pool, table: Table, layer: int) -> list[Tensor]:
     """Keys, values, positions (and scores), each head by position."""
-    order = pool.positions(table, layer).argsort(1)
-    found = [pool.keys(table, layer), pool.values(table, layer), pool.positions(table, layer)]
-    if pool.group(layer).scores is not None:
-        found.append(pool.scores(table, layer))
-    return [
-        each.gather(1, order.view(*order.shape, *[1] * (each.dim() - 2)).expand_as(each))
-        for each in found
-    ]
+    positions, found = pool.positions(table, layer), []
+    for head, count in enumerate(table.lens(layer)):
+        one, order = slice(head, head + 1), positions[head, :count].argsort()
+        of_head = [pool.keys(table, layer, one)[0], pool.values(table, layer, one)[0],
+                   positions[head, :count]]  # fmt: skip
+        if pool.group(layer).scores is not None:
+            of_head.append(pool.scores(table, layer)[head, :count])
+        found += [each[order] for each in of_head]
+    return found
 
 
 def assert_same(pools: list[Pool], tables: list[Table], layer: int) -> None:
@@ -59,9 +61,9 @@ def assert_same(pools: list[Pool], tables: list[Table], layer: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
-@pytest.mark.parametrize("per_head", [True, False])
+@pytest.mark.parametrize("heads_keep", ["the same", "as many", "unlike"])
 @pytest.mark.parametrize("scores", [True, False])
-def test_write_keep_and_gather(dtype: torch.dtype, per_head: bool, scores: bool) -> None:
+def test_write_keep_and_gather(dtype: torch.dtype, heads_keep: str, scores: bool) -> None:
     pools, heads = pool_pair(dtype, scores=scores), 2
     tables = [pool.new_table() for pool in pools]
     generator = torch.Generator().manual_seed(3)
@@ -70,13 +72,19 @@ def test_write_keep_and_gather(dtype: torch.dtype, per_head: bool, scores: bool)
             fill(pool, table, 1, new, seed=turn)
             fill(pool, table, 0, 1, seed=turn)  # its pages lie between
             if scores:
-                pool.add_scores(table, 1, random(9, heads, int(table.kept[1])))
+                pool.add_scores(table, 1, random(9, heads, int(table.longest[1])))
         assert_same(pools, tables, 1)
-        length = int(tables[0].kept[1])
-        rows = [torch.randperm(length, generator=generator)[:kept]
-                for _ in range(heads if per_head else 1)]  # fmt: skip
+        lens, shares = tables[0].lens(1), (1.0, 0.6)
+        if heads_keep == "the same":
+            keep = Keep(torch.randperm(min(lens), generator=generator)[:kept][None])
+        else:
+            keep = test_pool.ragged([
+                torch.randperm(length, generator=generator)
+                [: int(kept * (share if heads_keep == "unlike" else 1))]
+                for length, share in zip(lens, shares, strict=True)
+            ])  # fmt: skip
         for pool, table in zip(pools, tables, strict=True):
-            pool.keep(table, 1, torch.stack(rows))
+            pool.keep(table, 1, keep)
             pool.check()
         assert_same(pools, tables, 1)
         assert_same(pools, tables, 0)
@@ -92,14 +100,14 @@ def test_keep_leaves_a_forks_twin_alone() -> None:
     before = entries(pools[0], twins[0], 0)
     indices = torch.tensor([[0, 5, 9, 12, 16], [16, 1, 2, 3, 8]])
     for pool, table in zip(pools, tables, strict=True):
-        pool.keep(table, 0, indices)
+        pool.keep(table, 0, Keep(indices, torch.tensor([5, 2])))
         pool.check()
     assert_same(pools, tables, 0)
     assert_same(pools, twins, 0)
     for was, found in zip(before, entries(pools[0], twins[0], 0), strict=True):
         assert found.equal(was)
     for pool, twin in zip(pools, twins, strict=True):  # and the other way round
-        pool.keep(twin, 0, indices.flip(0)[:, 1:])
+        pool.keep(twin, 0, Keep(indices.flip(0)[:, 1:]))
         pool.check()
     assert_same(pools, tables, 0)
     assert_same(pools, twins, 0)
@@ -112,7 +120,7 @@ def test_an_entry_twice_or_not_there_is_a_policys_mistake(indices: list[int]) ->
     fill(pool, table, 0, 9, seed=1)
     before = entries(pool, table, 0)
     with pytest.raises(AssertionError, match="a policy returned an entry twice"):
-        pool.keep(table, 0, torch.tensor([indices]))
+        pool.keep(table, 0, Keep(torch.tensor([indices])))
     for was, found in zip(before, entries(pool, table, 0), strict=True):
         assert found.equal(was)
 

@@ -132,10 +132,9 @@ class Judge:
         """Per layer and KV head, positions in the cache, ascending."""
         return [[sorted(head) for head in layer] for layer in self.cache]
 
-    def lengths(self) -> list[int]:
-        for layer in self.cache:
-            assert len({len(head) for head in layer}) == 1, "heads hold different counts"
-        return [len(layer[0]) for layer in self.cache]
+    def lengths(self) -> list[list[int]]:
+        """Per layer and KV head, entries in the cache."""
+        return [[len(head) for head in layer] for layer in self.cache]
 
     def truncate(self, seen: int) -> None:
         """Forget every token from this position on."""

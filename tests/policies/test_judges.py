@@ -77,7 +77,7 @@ class Verdict(NamedTuple):
 
     prefill: list[list[list[int]]]
     kept: list[list[list[int]]]
-    lengths: list[list[int]]
+    lengths: list[list[list[int]]]
     tokens: list[int]
     prefill_logits: Tensor
     final_logits: Tensor
@@ -103,8 +103,8 @@ def judged(judge: Judge, prompt: list[int], tokens: list[int]) -> Verdict:
     return Verdict(prefill, judge.positions(), lengths, chosen, before, logits)
 
 
-def as_lists(positions: list[Tensor]) -> list[list[list[int]]]:
-    return [layer.tolist() for layer in positions]
+def as_lists(positions: list[list[Tensor]]) -> list[list[list[int]]]:
+    return [[head.tolist() for head in layer] for layer in positions]
 
 
 def check(trace: Trace, verdict: Verdict) -> None:
@@ -229,7 +229,7 @@ def test_further_turns_equal_the_judge(
         table, pool = request.sequence.table, llm.engine.pool
         found = [pool.positions(table, layer).sort(1).values for layer in range(judge.depth)]
         assert as_lists(found) == judge.positions()
-    assert max(judge.lengths()) < judge.seen, "nothing was dropped"
+    assert max(map(max, judge.lengths())) < judge.seen, "nothing was dropped"
     llm.engine.release(request)
     llm.engine.check()
 
@@ -249,7 +249,9 @@ def test_scored_continuation_equals_the_judge(
     expected = torch.stack(logits).log_softmax(-1)
     chosen = [float(row[token]) for row, token in zip(expected, more, strict=True)]
     assert score.logprobs == pytest.approx(chosen, abs=1e-9)
-    assert score.kv.kept_len == tuple(each - len(more) + 1 for each in judge.lengths())
+    assert score.kv.kept_len == tuple(
+        tuple(each - len(more) + 1 for each in heads) for heads in judge.lengths()
+    )
 
 
 @pytest.mark.parametrize("seed", range(8))

@@ -12,7 +12,7 @@ from pyramidinfer import LLM, SamplingParams
 from pyramidinfer.policies import Pyramid, Schedule
 from pyramidinfer.types import Layers
 from tests.engine.build import build
-from tests.tiny import random_prompt, tiny_model
+from tests.tiny import lengths_of, of_layers, random_prompt, tiny_model
 
 SMALL: dict[str, Any] = {"min_context": 8, "window": 8, "schedule": None}
 PLAN = Schedule(
@@ -44,10 +44,6 @@ def share_of(lengths: list[int], text: int) -> float:
     return sum(lengths) / (len(lengths) * text)
 
 
-def shapes(positions: list[torch.Tensor]) -> list[int]:
-    return [each.shape[1] for each in positions]
-
-
 # --- what is promised -------------------------------------------------------------------------
 
 
@@ -58,10 +54,10 @@ def test_forecast_bounds_what_happens(way: str, length: int, new: int) -> None:
     llm = engine(**WAYS[way])
     trace = llm.trace(random_prompt(2, length), max_tokens=new)
     forecast = llm.policy.forecast(length, new, Layers((True,) * 4))
-    computed, kept = trace.computed_by_layer, shapes(trace.prefill_positions)
+    computed, kept = trace.computed_by_layer, lengths_of(trace.prefill_positions)
     for layer in range(4):
         assert computed[layer] <= forecast.reach[layer]
-        most = max([kept[layer], *(row[layer] for row in trace.kept_len_by_step)])
+        most = max([kept[layer], *(max(row[layer]) for row in trace.kept_len_by_step)])
         assert most <= forecast.kept[layer]
     if way in ("fixed", "schedule"):  # nothing is left to find, so it is exact
         assert computed == forecast.reach
@@ -78,20 +74,21 @@ def test_keep_is_not_exceeded_while_generating(way: str, keep: float, budgets: s
     assert isinstance(policy, Pyramid)
     trace = llm.trace(random_prompt(3, 150), max_tokens=60)
     budget = [policy.budget(layer, 150, layers) for layer in range(4)]
-    for lengths in [shapes(trace.prefill_positions), *trace.kept_len_by_step]:
+    later = map(of_layers, trace.kept_len_by_step)
+    for lengths in [lengths_of(trace.prefill_positions), *later]:
         assert all(held <= most for held, most in zip(lengths, budget, strict=True))
         if min(budget) > policy.floor():  # what always stays is kept beyond it
             assert share_of(lengths, 150) <= keep + 0.5 / 150
     newest = set(range(150 + 60 - 8, 150 + 60))
-    for head in torch.cat([each.flatten(0, -2) for each in trace.kept_positions[:1]]).tolist():
-        assert newest | {0, 1, 2, 3} <= set(head), "the window and the sinks stay"
+    for head in trace.kept_positions[0]:
+        assert newest | {0, 1, 2, 3} <= set(head.tolist()), "the window and the sinks stay"
 
 
 @pytest.mark.parametrize("way", ["never", "fixed", "schedule"])
 def test_what_deep_layers_cannot_hold_goes_to_the_others(way: str) -> None:
     """The mean is ``keep``, where the start is known beforehand as where nothing is dropped."""
     trace = engine(keep=0.5, **WAYS[way]).trace(random_prompt(3, 200))
-    lengths = shapes(trace.prefill_positions)
+    lengths = lengths_of(trace.prefill_positions)
     assert share_of(lengths, 200) == pytest.approx(0.5, abs=0.5 / 200)
     assert (len(set(lengths)) > 1) == (way != "never")
 
@@ -99,15 +96,15 @@ def test_what_deep_layers_cannot_hold_goes_to_the_others(way: str) -> None:
 def test_a_start_that_is_found_leaves_deep_layers_with_less() -> None:
     trace = engine(keep=0.5, **FOUND).trace(random_prompt(3, 200))
     assert trace.computed_by_layer == [200, 200, 40, 40]
-    assert shapes(trace.prefill_positions) == [100, 100, 40, 40]
+    assert lengths_of(trace.prefill_positions) == [100, 100, 40, 40]
 
 
 def test_where_layers_never_agree_all_is_computed() -> None:
     llm = engine(keep=0.3, **NEVER)
     trace = llm.trace(random_prompt(3, 200), max_tokens=30)
     assert trace.computed_by_layer == [200] * 4
-    assert shapes(trace.prefill_positions) == [60] * 4
-    assert max(map(max, trace.kept_len_by_step)) == 60
+    assert lengths_of(trace.prefill_positions) == [60] * 4
+    assert max(max(of_layers(row)) for row in trace.kept_len_by_step) == 60
     out = llm.generate([random_prompt(3, 200)], SamplingParams(max_tokens=2))[0]
     assert out.metrics.computed_share == 1
 
@@ -117,7 +114,8 @@ def test_entries_are_dropped_stride_by_stride(keep: float) -> None:
     """A layer that is over its budget makes room for the next few tokens at once."""
     for stride in (1, 4, 16):
         llm = engine(keep=keep, stride=stride, **NEVER)
-        lengths = [row[0] for row in llm.trace(random_prompt(5, 200), 40).kept_len_by_step]
+        rows = llm.trace(random_prompt(5, 200), 40).kept_len_by_step
+        lengths = [of_layers(row)[0] for row in rows]
         budget = round(keep * 200)
         room = min(stride, max(1, budget // 16))
         assert set(lengths) == set(range(budget + 1 - room, budget + 1))
@@ -144,7 +142,7 @@ def test_short_prompts_lose_nothing(length: int, options: dict[str, Any]) -> Non
     trace = llm.trace(random_prompt(1, length))
     assert trace.computed_by_layer == [length] * 4
     for positions in trace.prefill_positions:
-        assert positions.tolist() == [list(range(length))] * 2
+        assert [head.tolist() for head in positions] == [list(range(length))] * 2
 
 
 @pytest.mark.parametrize("length", [65, 100, 400])
@@ -155,7 +153,7 @@ def test_longer_ones_are_not_cut_below_it(length: int) -> None:
         trace = LLM(model("llama"), policy=policy, kv_memory="8MiB").trace(random_prompt(1, length))
         whole = 2 if options is FOUND else 4
         assert trace.computed_by_layer == [length] * whole + [64] * (4 - whole)
-        assert shapes(trace.prefill_positions) == [64] * 4
+        assert lengths_of(trace.prefill_positions) == [64] * 4
 
 
 def test_what_always_stays_sets_the_least() -> None:
@@ -163,11 +161,11 @@ def test_what_always_stays_sets_the_least() -> None:
     policy = Pyramid(keep=0.01, min_context=1, window=11, sinks=3, start_layer=0)
     llm = LLM(model("llama"), policy=policy, kv_memory="4MiB", poison=True)
     trace = llm.trace(random_prompt(1, 200), max_tokens=20)
-    assert shapes(trace.prefill_positions) == [15] * 4
-    assert max(map(max, trace.kept_len_by_step)) == 15
+    assert lengths_of(trace.prefill_positions) == [15] * 4
+    assert max(max(of_layers(row)) for row in trace.kept_len_by_step) == 15
     for layer, positions in enumerate(trace.kept_positions):
-        for head in positions.tolist():
-            assert {0, 1, 2, *range(209, 220)} <= set(head), layer
+        for head in positions:
+            assert {0, 1, 2, *range(209, 220)} <= set(head.tolist()), layer
 
 
 # --- further turns ----------------------------------------------------------------------------
@@ -192,7 +190,7 @@ def test_further_turns_keep_a_share_of_the_whole_text(way: str) -> None:
             llm.engine.pool.check()
         text, layers = len(turn.prompt), Layers((True,) * 4)
         assert turn.kv is not None
-        for layer, kept in enumerate(turn.kv.kept_len):
+        for layer, kept in enumerate(of_layers(turn.kv.kept_len)):
             assert kept <= policy.budget(layer, text, layers)
         assert turn.kv.peak_bytes <= turn.cost.bytes
         new = length + (seed > 0)  # the last answer's last token goes in with the next turn
@@ -216,11 +214,11 @@ def test_other_kinds_of_layers(family: str, way: str) -> None:
     forecast = llm.policy.forecast(120, new, layers)
     trace = llm.trace(prompt, max_tokens=new)
     windows = [shape.window for shape in llm.engine.adapter.shapes]
-    ends = trace.kept_len_by_step[-1]
+    ends = of_layers(trace.kept_len_by_step[-1])
     for layer, governed in enumerate(layers.governed):
         assert trace.computed_by_layer[layer] <= forecast.reach[layer]
         if governed:
-            assert max(row[layer] for row in trace.kept_len_by_step) <= forecast.kept[layer]
+            assert max(max(row[layer]) for row in trace.kept_len_by_step) <= forecast.kept[layer]
             assert ends[layer] < 120
         else:
             window = windows[layer]

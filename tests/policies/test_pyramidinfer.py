@@ -8,7 +8,7 @@ import torch
 from pyramidinfer import LLM, PyramidInfer, SamplingParams
 from pyramidinfer.policies import POLICIES, make_policy
 from pyramidinfer.types import Layers, View
-from tests.tiny import random_prompt, tiny_model
+from tests.tiny import lengths_of, of_layers, random_prompt, tiny_model
 
 DEPTH = 12
 LAYERS = Layers((True,) * DEPTH)
@@ -68,9 +68,9 @@ def test_interval_drops_every_other_layer_and_generates() -> None:
     policy = PyramidInfer(interval=2, decay_curve="constant", prefill_decay=0.8, min_context=8)
     llm = LLM(tiny_model("llama"), policy=policy, kv_memory="4MiB", poison=True)
     trace = llm.trace(random_prompt(1, 100), max_tokens=60)
-    lengths = [positions.shape[1] for positions in trace.prefill_positions]
+    lengths = lengths_of(trace.prefill_positions)
     assert lengths[0] == 100 > lengths[1] == lengths[2] > lengths[3]
-    assert trace.kept_len_by_step[-1][3] < lengths[3] + 60
+    assert of_layers(trace.kept_len_by_step[-1])[3] < lengths[3] + 60
 
 
 def brute_force_lengths(policy: PyramidInfer, length: int, depth: int) -> list[int]:
@@ -149,8 +149,8 @@ def test_forecast_bounds_what_happens(name: str, length: int, new: int) -> None:
     trace = llm.trace(random_prompt(2, length), max_tokens=new)
     for layer in range(4):
         assert trace.computed_by_layer[layer] <= forecast.reach[layer]
-        lengths = [row[layer] for row in trace.kept_len_by_step]
-        assert max([trace.prefill_positions[layer].shape[1], *lengths]) <= forecast.kept[layer]
+        lengths = [max(row[layer]) for row in trace.kept_len_by_step]
+        assert max([*map(len, trace.prefill_positions[layer]), *lengths]) <= forecast.kept[layer]
 
 
 @pytest.mark.parametrize(

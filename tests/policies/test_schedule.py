@@ -19,7 +19,7 @@ from pyramidinfer import LLM
 from pyramidinfer.policies import Pyramid, Schedule, make_policy
 from pyramidinfer.policies.budgets import SHAPES, fill_budgets
 from pyramidinfer.policies.schedule import FILE_NAME, allocate
-from tests.tiny import random_prompt, tiny_model
+from tests.tiny import lengths_of, random_prompt, tiny_model
 
 PLAN = Schedule(
     start_layer=1, propagate=0.5, shares=(0.125, 0.5, 1.0),
@@ -267,7 +267,7 @@ def test_it_decides_what_is_computed_and_kept(folder: Path) -> None:
     llm = LLM(str(folder), policy="pyramid", keep=0.375, kv_memory="4MiB")
     trace = llm.trace(random_prompt(1, 400))
     assert trace.computed_by_layer == [400, 400, 200, 200]
-    kept = [positions.shape[1] for positions in trace.prefill_positions]
+    kept = lengths_of(trace.prefill_positions)
     assert kept == [round(share * 400) for share in PLAN.budgets(0.375)]
     assert len(set(kept)) > 1, "budgets differ"
 

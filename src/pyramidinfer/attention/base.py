@@ -29,7 +29,10 @@ class Scale(NamedTuple):
 
 
 class Pages(NamedTuple):
-    """A group's storage: keys ``[pages, K, page, D]``, values ``[…, V]``, positions ``[…]``."""
+    """A group's storage: keys ``[pages, page, D]``, values ``[…, V]``, positions ``[…]``.
+
+    A page holds entries of one KV head.
+    """
 
     keys: Tensor
     values: Tensor
@@ -40,8 +43,9 @@ class Pages(NamedTuple):
 class DecodePlan:
     """What stays the same over one step's layers.
 
-    tables : ``[L, R, P]`` page numbers;  lengths : ``[L, R]`` entries, the new one included;
-    longest : ``[L]`` the largest length of each layer;  positions : ``[R]`` of the new tokens.
+    tables : ``[L, R, K, P]`` int32 page numbers;  lengths : ``[L, R, K]`` entries of each head, the
+    new one included;  longest : ``[L]`` the largest length of each layer;  positions : ``[R]`` of
+    the new tokens.
     """
 
     tables: Tensor

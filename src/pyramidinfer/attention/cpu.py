@@ -52,8 +52,7 @@ class CPUBackend(ReferenceBackend):
     def run(self, plan: DecodePlan, layer: int, queries: Tensor, pages: Pages, scale: Scale, *,
             probs: bool = False) -> Attended:  # fmt: skip
         if queries.dtype not in DTYPES:
-            wide = DecodePlan(plan.tables.long(), plan.lengths, plan.longest, plan.positions)
-            return super().run(wide, layer, queries, pages, scale, probs=probs)
+            return super().run(plan, layer, queries, pages, scale, probs=probs)
         queries = queries.contiguous()
         attended, call = self.call(plan, layer, queries, pages, scale, probs)
         kind = DTYPES[queries.dtype]
@@ -64,15 +63,15 @@ class CPUBackend(ReferenceBackend):
              probs: bool = False) -> tuple[Attended, ctypes.Structure]:  # fmt: skip
         """What ``run`` will fill, and the kernels' call for it (contiguous ``queries``)."""
         requests, heads, key_dim = queries.shape
-        kv_heads, page, value_dim = pages.values.shape[1:]
-        longest = plan.longest[layer]
+        page, value_dim = pages.values.shape[1:]
+        kv_heads, longest = plan.tables.shape[2], plan.longest[layer]
         out = queries.new_empty(requests, heads, value_dim)
         lse = queries.new_empty(requests, heads, dtype=torch.float32)
         weights = lse.new_empty(requests, kv_heads, longest) if probs else None
         table, lengths = plan.tables[layer], plan.lengths[layer]
         call = DecodeCall(
             *map(pointer, (queries, *pages, table, lengths, plan.positions, out, lse, weights)),
-            requests, heads, kv_heads, key_dim, value_dim, page, table.shape[1], longest,
+            requests, heads, kv_heads, key_dim, value_dim, page, table.shape[2], longest,
             scale.window or 0, scale.scale, scale.softcap or 0.0,
         )  # fmt: skip
         return Attended(out, lse, weights), call

@@ -37,15 +37,15 @@ class ReferenceBackend:
     def run(self, plan: DecodePlan, layer: int, queries: Tensor, pages: Pages, scale: Scale, *,
             probs: bool = False) -> Attended:  # fmt: skip
         requests, heads, _ = queries.shape
-        kv_heads, size = pages.keys.shape[1], pages.keys.shape[2]
+        kv_heads, size = plan.tables.shape[2], pages.keys.shape[1]
         high, longest = accumulate_dtype(queries.dtype), plan.longest[layer]
-        rows = plan.tables[layer, :, : -(-longest // size)]
+        rows = plan.tables[layer, :, :, : -(-longest // size)].long()
 
         def gather(storage: Tensor) -> Tensor:  # → [R, K, entries, ...]
-            return storage[rows].transpose(1, 2).flatten(2, 3)[:, :, :longest]
+            return storage[rows].flatten(2, 3)[:, :, :longest]
 
         entry = torch.arange(longest, device=queries.device)
-        seen = (entry < plan.lengths[layer, :, None])[:, None]  # [R, 1, entries]
+        seen = entry < plan.lengths[layer, :, :, None]  # [R, K, entries]
         if scale.window is not None:
             oldest = plan.positions - scale.window
             seen = seen & (gather(pages.positions) > oldest[:, None, None])

@@ -66,9 +66,9 @@ class TritonBackend:
         if queries.dtype == torch.float64:
             return self.reference.run(plan, layer, queries, pages, scale, probs=probs)
         queries = queries.contiguous()
-        sizes = _sizes(queries, pages.keys.shape[1], pages.values.shape[-1])
+        sizes = _sizes(queries, plan.tables.shape[2], pages.values.shape[-1])
         assert all(each.is_contiguous() for each in pages), "a pool's storage is contiguous"
-        requests, page_size = len(queries), pages.keys.shape[2]
+        requests, page_size = len(queries), pages.keys.shape[1]
         block = sizes.fit(max(sizes.key_pad, sizes.value_pad))
         width = plan.tables.shape[-1] * page_size  # entries that fit in a row of the table
         splits = max(1, min(self.splits, -(-width // block)))
@@ -76,11 +76,13 @@ class TritonBackend:
         norms = _floats(queries, requests, sizes.heads, splits)
         logits = _floats(queries, requests, sizes.heads, width) if probs else norms
         tables, lengths = plan.tables[layer], plan.lengths[layer]
-        assert tables.stride(-1) == lengths.stride(-1) == 1, "rows of a plan are contiguous"
+        assert tables[0].is_contiguous() and lengths.is_contiguous(), (
+            "rows of a plan are contiguous"
+        )
         with _device(queries):
             kernels.decode_split[requests, sizes.kv_heads, splits](
                 queries, pages.keys, pages.values, pages.positions, tables, lengths,
-                plan.positions, outs, norms, logits, *_numbers(scale), tables.stride(0), width,
+                plan.positions, outs, norms, logits, *_numbers(scale), tables.stride(1), width,
                 **sizes.heads_only, group_pad=_pad(sizes.group, 16), **sizes.keys, **sizes.values,
                 page_size=page_size, block=block, splits=splits, stores_logits=probs,
                 **_kind(queries, scale),

@@ -87,14 +87,14 @@ def decode_split(queries, keys, values, positions, tables, lengths, q_pos, outs,
                  page_size: tl.constexpr, block: tl.constexpr, splits: tl.constexpr,
                  capped: tl.constexpr, windowed: tl.constexpr, stores_logits: tl.constexpr,
                  precision: tl.constexpr):  # fmt: skip
-    """One group's rows over one split of a request's entries.  Grid ``[R, K, splits]``.
+    """One group's rows over one split of its KV head's entries.  Grid ``[R, K, splits]``.
 
-    The splits of a request are even parts of *its* length, whole blocks long; those past its end
+    The splits of a head are even parts of *its* length, whole blocks long; those past its end
     see nothing.  outs ``[R, H, splits, V]``, norms ``[R, H, splits]``, logits ``[R, H, width]``.
     """
     request, kv, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    kv_heads = tl.num_programs(1)
-    length = tl.load(lengths + request).to(tl.int32)
+    head = request.to(tl.int64) * tl.num_programs(1) + kv
+    length = tl.load(lengths + head).to(tl.int32)
     part = tl.cdiv(tl.cdiv(length, splits), block) * block
     first = split * part
     end = tl.minimum(first + part, length)
@@ -108,9 +108,9 @@ def decode_split(queries, keys, values, positions, tables, lengths, q_pos, outs,
     for start in range(first, end, block):
         entry = start + tl.arange(0, block)
         seen = entry < end
-        at = tables + request.to(tl.int64) * table_stride + entry // page_size
+        at = tables + head * table_stride + entry // page_size
         page = tl.load(at, mask=seen, other=0).to(tl.int64)
-        slot = (page * kv_heads + kv) * page_size + entry % page_size
+        slot = page * page_size + entry % page_size
         if windowed:
             k_pos = tl.load(positions + slot, mask=seen, other=0)
             seen = seen & (k_pos > tl.load(q_pos + request) - window)
@@ -157,7 +157,7 @@ def combine_splits(outs, norms, out, lse, value_dim: tl.constexpr, value_pad: tl
 def group_probs(logits, lse, lengths, probs, width,
                 heads: tl.constexpr, group: tl.constexpr, group_pad: tl.constexpr,
                 block: tl.constexpr):  # fmt: skip
-    """Weights summed over a group, 0 past a request's end.  Grid ``[R, K, blocks of width]``.
+    """Weights summed over a group, 0 past a head's end.  Grid ``[R, K, blocks of width]``.
 
     logits ``[R, H, width]``, lse ``[R, H]`` → probs ``[R, K, width]``.
     """
@@ -165,7 +165,8 @@ def group_probs(logits, lse, lengths, probs, width,
     entry = tl.program_id(2) * block + tl.arange(0, block)
     member = tl.arange(0, group_pad)
     row = request * heads + kv * group + member
-    seen = (member < group)[:, None] & (entry < tl.load(lengths + request))[None, :]
+    length = tl.load(lengths + request * tl.num_programs(1) + kv)
+    seen = (member < group)[:, None] & (entry < length)[None, :]
     logit = tl.load(logits + row[:, None] * width + entry[None, :], mask=seen, other=0.0)
     norm = tl.load(lse + row, mask=member < group, other=0.0)
     weight = tl.where(seen, tl.exp(tl.where(seen, logit - norm[:, None], 0.0)), 0.0)

@@ -26,9 +26,10 @@ class GroupSpec:
     dtype: torch.dtype
 
     def page_bytes(self, page_size: int, scores: bool) -> int:
-        """Bytes of one page: keys, values, int32 positions and, if asked, float32 scores."""
+        """Bytes of a page, which is one head's: keys, values, int32 positions and, if asked,
+        float32 scores."""
         entry = (self.key_dim + self.value_dim) * self.dtype.itemsize + 4 + (4 if scores else 0)
-        return self.kv_heads * page_size * entry
+        return page_size * entry
 
 
 class Group:
@@ -40,7 +41,7 @@ class Group:
     def __init__(self, spec: GroupSpec, pages: int, page_size: int, device: torch.device,
                  scores: bool, poison: bool) -> None:  # fmt: skip
         self.spec, self.poison, self.scratch = spec, poison, pages
-        shape = (pages + 1, spec.kv_heads, page_size)
+        shape = (pages + 1, page_size)
         fill = float("nan") if poison else 0.0
         make = torch.full if poison else lambda size, _, **kw: torch.zeros(size, **kw)
         self.keys = make((*shape, spec.key_dim), fill, dtype=spec.dtype, device=device)
@@ -57,7 +58,10 @@ class Group:
     def take(self, count: int) -> list[int]:
         if count > len(self.free):
             raise PoolExhausted(f"{count} pages asked for, {len(self.free)} free")
-        taken = [self.free.pop() for _ in range(count)]
+        if not count:
+            return []
+        taken = self.free[: -count - 1 : -1]
+        del self.free[-count:]
         self.counts[taken] = 1
         return taken
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,7 +25,17 @@ if TYPE_CHECKING:
     from pyramidinfer.cache.table import Table
     from pyramidinfer.types import Needs
 
-__all__ = ["evict_best", "native_gather", "native_keep", "native_write"]
+__all__ = ["Stays", "evict_best", "native_gather", "native_keep", "native_write"]
+
+
+class Stays(NamedTuple):
+    """A layer's pages ``[kv_heads, P]``, indices ``[1 or kv_heads, k]``, how many of them count and
+    how many entries there are, both ``[kv_heads]``."""
+
+    pages: np.ndarray
+    indices: Tensor
+    kept: np.ndarray
+    lengths: np.ndarray
 
 
 def native_write(kernels: Kernels, group: Group, slots: Slots, keys: Tensor, values: Tensor,
@@ -38,41 +48,42 @@ def native_write(kernels: Kernels, group: Group, slots: Slots, keys: Tensor, val
     call = WriteCall(
         *map(pointer, held), *map(pointer, storage), keys.stride(0), values.stride(0),
         keys.stride(1), values.stride(1), count, kv_heads, key_dim, values.shape[2],
-        group.keys.shape[2],
+        group.keys.shape[1],
     )  # fmt: skip
     kernels.write_entries(DTYPES[keys.dtype], ctypes.byref(call))
 
 
-def native_keep(kernels: Kernels, group: Group, layers: list[tuple[np.ndarray, Tensor, int]]
-                ) -> None:  # fmt: skip
-    """Of every layer (its pages, indices ``[1 or kv_heads, k]``, its length) move the entries that
-    stay to the front."""
-    tensors, page = group.tensors(), group.keys.shape[2]
+def native_keep(kernels: Kernels, group: Group, layers: list[Stays]) -> None:
+    """Of every layer move the entries that stay to the front of each head."""
+    tensors, page = group.tensors(), group.keys.shape[1]
     data = (StorageData * len(tensors))(*(_storage(each) for each in tensors))
-    calls, held = (Keeping * len(layers))(), []  # what the calls point to
-    for number, (pages, indices, length) in enumerate(layers):
+    address, count = ctypes.addressof(data), len(tensors)
+    calls, held = [], []  # what the calls point to
+    for pages, indices, kept, lengths in layers:
         indices = indices.long().contiguous()
         held.append(indices)
-        kept = indices.shape[1]
-        calls[number] = Keeping(
-            ctypes.addressof(data), pages.ctypes.data, pointer(indices), len(tensors),
-            group.spec.kv_heads, page, kept if indices.shape[0] > 1 else 0, kept, length,
-        )  # fmt: skip
-    moved = kernels.keep(ctypes.addressof(calls), len(layers))
+        at, first = indices.data_ptr(), pages.ctypes.data
+        step = indices.shape[1] * 8 if indices.shape[0] > 1 else 0
+        for head, (stay, length) in enumerate(zip(kept.tolist(), lengths.tolist(), strict=True)):
+            row = first + head * pages.strides[0]
+            calls.append(Keeping(address, row, at + head * step, count, page, stay, length))
+    data_of = (Keeping * len(calls))(*calls)
+    moved = kernels.keep(ctypes.addressof(data_of), len(calls))
     assert moved >= 0, "a policy returned an entry twice, or one that is not there"
 
 
 def native_gather(kernels: Kernels, storage: Tensor, pages: np.ndarray, kept: int) -> Tensor:
-    """``[kv_heads, kept, ...]`` of one tensor of a group, slot by slot."""
-    heads, page = storage.shape[1:3]
-    out = torch.empty(heads, kept, *storage.shape[3:], dtype=storage.dtype)
-    data = _storage(storage)
-    kernels.gather_pages(ctypes.byref(data), pages.ctypes.data, heads, page, kept, pointer(out))
+    """``[heads, kept, ...]`` of one tensor of a group, slot by slot; pages ``[heads, P]``."""
+    out = torch.empty(len(pages), kept, *storage.shape[2:], dtype=storage.dtype)
+    data, row = _storage(storage), pages.strides[0] // pages.itemsize
+    kernels.gather_pages(
+        ctypes.byref(data), pages.ctypes.data, row, len(pages), storage.shape[1], kept, pointer(out)
+    )
     return out
 
 
 def _storage(tensor: Tensor) -> ctypes.Structure:
-    return StorageData(tensor.data_ptr(), tensor[0, 0, 0].nbytes)
+    return StorageData(tensor.data_ptr(), tensor[0, 0].nbytes)
 
 
 def evict_best(pool: Pool, table: Table, rules: list[tuple[int, Needs]], scales: list[Any],
@@ -84,12 +95,13 @@ def evict_best(pool: Pool, table: Table, rules: list[tuple[int, Needs]], scales:
     ring, kernels = table.ring, pool.kernels
     assert ring is not None and kernels is not None
     protected = protected.contiguous()
-    calls, kept = (Eviction * len(rules))(), np.zeros(len(rules), dtype=np.int64)
+    calls = (Eviction * len(rules))()
+    kept = np.zeros((len(rules), pool.kv_heads), dtype=np.int64)
     held = []  # what the calls point to
     for index, ((layer, needs), scale) in enumerate(zip(rules, scales, strict=True)):
-        group, best, length = pool.group(layer), needs.best, int(table.kept[layer])
+        group, best, lengths = pool.group(layer), needs.best, table.kept[layer]
         assert best is not None
-        pool.own_front(table, layer, length)
+        pool.own_front(table, layer, lengths)
         rows = ring.rows(needs.window)
         places = ring.positions[rows]
         held += [rows, places]
@@ -98,14 +110,14 @@ def evict_best(pool: Pool, table: Table, rules: list[tuple[int, Needs]], scales:
             *map(pointer, (group.keys, group.values, group.positions, group.scores)),
             table.pages[layer].ctypes.data, ring.queries.data_ptr() + layer * size,
             ring.lse[layer].data_ptr(), rows.data_ptr(), places.data_ptr(), pointer(protected),
-            len(rows), length, best.count, best.kernel, best.pool == "max",
-            needs.reduce.rows == "max", best.sinks, table.seen_len - 1 - best.recent,
-            len(protected), ring.queries.shape[2], group.spec.kv_heads, group.spec.key_dim,
+            lengths.ctypes.data, len(rows), table.pages.shape[2], best.count, best.kernel,
+            best.pool == "max", needs.reduce.rows == "max", best.sinks,
+            table.seen_len - 1 - best.recent, len(protected), ring.queries.shape[2], group.spec.kv_heads, group.spec.key_dim,
             group.spec.value_dim, pool.page_size, scale.scale, scale.softcap or 0.0,
             group.spec.kv_heads / (ring.queries.shape[2] * needs.window),
         )  # fmt: skip
     kernels.evict_entries(
         DTYPES[ring.queries.dtype], ctypes.addressof(calls), len(rules), kept.ctypes.data
     )
-    for (layer, _), left in zip(rules, kept.tolist(), strict=True):
+    for (layer, _), left in zip(rules, kept, strict=True):
         pool.shrink(table, layer, left)

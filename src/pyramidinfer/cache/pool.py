@@ -1,11 +1,12 @@
 """The paged pool: allocated once, shared by all layers of all requests.
 
-Layout of one group (layers with the same KV heads and sizes)::
+A page holds entries of one KV head of one layer, so every head has a length of its own.  Layout of
+one group (layers whose entries have the same size)::
 
-    keys      [pages, kv_heads, page_size, key_dim]
-    values    [pages, kv_heads, page_size, value_dim]
-    positions [pages, kv_heads, page_size]   original position of the entry in each slot
-    scores    [pages, kv_heads, page_size]   running score, where a policy asked for one
+    keys      [pages, page_size, key_dim]
+    values    [pages, page_size, value_dim]
+    positions [pages, page_size]   original position of the entry in each slot
+    scores    [pages, page_size]   running score, where a policy asked for one
 
 Attention only reads these tensors; this module alone writes, moves and frees.  A page's count is
 the number of tables that own it; a page owned twice is copied before it is written.
@@ -13,7 +14,8 @@ the number of tables that own it; a page owned twice is copied before it is writ
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,25 +23,30 @@ from torch import Tensor
 
 from pyramidinfer.cache.compact import move_entries, plan_moves
 from pyramidinfer.cache.group import Group, GroupSpec
-from pyramidinfer.cache.native import native_gather, native_keep, native_write
+from pyramidinfer.cache.native import Stays, native_gather, native_keep, native_write
 from pyramidinfer.cache.table import Ring, Table
 from pyramidinfer.native.library import DTYPES, Kernels
-from pyramidinfer.types import Needs, State
+from pyramidinfer.types import Keep, Needs, State
 
 __all__ = ["Exported", "Pool", "Slots"]
 
 
 class Slots(NamedTuple):
-    """Where new entries go: ``pages`` and ``offsets``, each ``[n]`` (one group)."""
+    """Where new entries go: ``pages`` and ``offsets``, each ``[n, kv_heads]`` (one group)."""
 
     pages: Tensor
     offsets: Tensor
 
 
 class Exported(NamedTuple):
-    """A request's cache in host memory: one tuple (keys, values, positions, scores) a layer."""
+    """A request's cache in host memory.
 
-    entries: list[tuple[Tensor, Tensor, Tensor, Tensor | None]]
+    kept : entries, ``[layers, kv_heads]``;  entries : a layer's keys, values, positions and, where
+    there are any, scores, its heads one after the other: ``[entries of all heads, ...]``.
+    """
+
+    kept: np.ndarray
+    entries: list[list[Tensor]]
     seen_len: int
     state: State
     ring: Ring | None
@@ -47,9 +54,9 @@ class Exported(NamedTuple):
 
 
 class Pool:
-    """Pages for every layer of every request, out of one byte budget.
+    """Pages for every KV head of every layer of every request, out of one byte budget.
 
-    The budget holds at least one page a layer (``least_bytes``).
+    All layers have as many KV heads.  The budget holds at least one page a head (``least_bytes``).
     """
 
     def __init__(self, specs: list[GroupSpec], budget: int, page_size: int = 16,
@@ -58,15 +65,17 @@ class Pool:
         self.page_size, self.budget, self.device = page_size, budget, torch.device(device)
         self.kernels = kernels  # C++ for what can be had faster than in torch
         self.layers = sum(len(spec.layers) for spec in specs)
+        self.kv_heads = specs[0].kv_heads
+        assert all(spec.kv_heads == self.kv_heads for spec in specs), "layers differ in KV heads"
         sizes = [spec.page_bytes(page_size, scores) for spec in specs]
         least = self.least_bytes(specs, page_size, scores)
-        assert budget >= least, "the budget is below one page per layer"
+        assert budget >= least, "the budget is below one page per head"
         self.page_bytes = sizes
         self.groups: list[Group] = []
         self.group_of = np.zeros(self.layers, dtype=np.int64)
         for index, (spec, size) in enumerate(zip(specs, sizes, strict=True)):
-            share = size * len(spec.layers) / least
-            pages = max(len(spec.layers), int(budget * share) // size)
+            heads = len(spec.layers) * spec.kv_heads
+            pages = max(heads, int(budget * (size * heads / least)) // size)
             self.groups.append(Group(spec, pages, page_size, self.device, scores, poison))
             self.group_of[list(spec.layers)] = index
         self.layer_page_bytes = np.array([sizes[group] for group in self.group_of])
@@ -76,14 +85,16 @@ class Pool:
 
     @staticmethod
     def least_bytes(specs: list[GroupSpec], page_size: int, scores: bool = False) -> int:
-        """Bytes of one page per layer."""
-        return sum(spec.page_bytes(page_size, scores) * len(spec.layers) for spec in specs)
+        """Bytes of one page per head of every layer."""
+        return sum(
+            spec.page_bytes(page_size, scores) * len(spec.layers) * spec.kv_heads for spec in specs
+        )
 
     # --- lifetime -----------------------------------------------------------------------------
 
     def new_table(self, entries: int = 0) -> Table:
-        """An empty table with room for ``entries`` a layer before its page list grows."""
-        table = Table.empty(self.layers, self.pages_for(max(entries, 1)))
+        """An empty table with room for ``entries`` a head before its page lists grow."""
+        table = Table.empty(self.layers, self.kv_heads, int(self.pages_for(max(entries, 1))))
         self.tables.add(table)
         return table
 
@@ -102,79 +113,105 @@ class Pool:
         twin.state = {name: value.clone() for name, value in table.state.items()}
         twin.ring, twin.peak_bytes = _copy_ring(table.ring, self.device), table.peak_bytes
         for layer in range(self.layers):
-            self.group(layer).counts[self._owned(table, layer)] += 1
+            self.group(layer).counts[self.owned(table, layer)] += 1
         self.tables.add(twin)
         return twin
 
     # --- writing ------------------------------------------------------------------------------
 
     def append(self, table: Table, layer: int, count: int) -> Slots:
-        """Claim ``count`` new entries of one layer (the caller writes them next)."""
-        first = int(table.kept[layer])
+        """Claim ``count`` new entries in each head of a layer (the caller writes them next)."""
+        first = table.kept[layer].copy()
         self._reserve(table, layer, first, first + count)
-        entry = np.arange(first, first + count)
-        pages = table.pages[layer, entry // self.page_size]
+        entry = first[:, None] + np.arange(count)
+        pages = np.take_along_axis(table.pages[layer], entry // self.page_size, 1)
         table.kept[layer] += count
-        return Slots(self._upload(pages), self._upload(entry % self.page_size))
+        return Slots(self._upload(pages.T), self._upload((entry % self.page_size).T))
 
     def append_each(self, tables: list[Table]) -> tuple[Tensor, Tensor]:
-        """Claim one new entry in every layer of each table: pages and offsets ``[layers, n]``."""
-        kept = np.stack([table.kept for table in tables])
-        held = np.stack([table.held for table in tables])
-        for row, layer in zip(*np.nonzero(kept == held * self.page_size), strict=True):
-            self._reserve(tables[row], layer, kept[row, layer], kept[row, layer] + 1)
-        every = np.arange(self.layers)
+        """Claim one new entry in every head of each table: pages and offsets
+        ``[layers, n, kv_heads]``."""
+        for table in tables:
+            self._claim_next(table)
+        kept = np.stack([table.kept for table in tables], axis=1)  # [layers, n, heads]
         index = kept // self.page_size
-        pages = np.stack([t.pages[every, at] for t, at in zip(tables, index, strict=True)])
+        pages = np.stack(
+            [np.take_along_axis(t.pages, index[:, row, :, None], 2)[..., 0]
+             for row, t in enumerate(tables)], axis=1,
+        )  # fmt: skip
         for number, group in enumerate(self.groups):
             mine = np.nonzero(self.group_of == number)[0]
-            for row, column in zip(*np.nonzero(group.counts[pages[:, mine]] > 1), strict=True):
-                layer = mine[column]
-                self._own(tables[row], layer, [int(index[row, layer])])
-                pages[row, layer] = tables[row].pages[layer, index[row, layer]]
+            shared = group.counts[pages[mine]] > 1
+            for at, row, head in zip(*np.nonzero(shared), strict=True):
+                layer = mine[at]
+                self._own(tables[row], layer, head, [int(index[layer, row, head])])
+                pages[layer, row, head] = tables[row].pages[layer, head, index[layer, row, head]]
         for table in tables:
             table.kept += 1
-        return self._upload(pages.T), self._upload((kept % self.page_size).T)
+        return self._upload(pages), self._upload(kept % self.page_size)
+
+    def _claim_next(self, table: Table) -> None:
+        """Own a page for the next entry of every head whose pages are full."""
+        full = table.kept == table.held * self.page_size
+        if not full.any():
+            return
+        if int(table.held[full].max()) == table.pages.shape[2]:
+            table.grow(table.pages.shape[2] + 1)
+        for number, group in enumerate(self.groups):
+            layers, heads = np.nonzero(full & (self.group_of == number)[:, None])
+            table.pages[layers, heads, table.held[layers, heads]] = group.take(len(layers))
+            table.held[layers, heads] += 1
 
     def write(self, layer: int, slots: Slots, keys: Tensor, values: Tensor, positions: Tensor
               ) -> None:  # fmt: skip
         """Store ``keys`` ``[n, kv_heads, key_dim]``, ``values`` and ``positions`` ``[n]``."""
         group = self.group(layer)
-        pages, offsets = slots
         if self.kernels is not None and keys.dtype in DTYPES:
             native_write(self.kernels, group, slots, keys, values, positions)
             return
-        group.keys[pages, :, offsets] = keys
-        group.values[pages, :, offsets] = values
-        group.positions[pages, :, offsets] = positions.to(torch.int32)[:, None]
+        group.keys[slots] = keys
+        group.values[slots] = values
+        group.positions[slots] = positions.to(torch.int32)[:, None]
         if group.scores is not None:
-            group.scores[pages, :, offsets] = 0.0
+            group.scores[slots] = 0.0
 
     def add_scores(self, table: Table, layer: int, amounts: Tensor) -> None:
-        """Add ``amounts`` ``[kv_heads, kept]`` to the entries' running scores."""
-        group, entry = self.group(layer), np.arange(int(table.kept[layer]))
+        """Add ``amounts`` ``[kv_heads, longest]`` to the entries' running scores."""
+        group, kept = self.group(layer), table.kept[layer]
         if group.scores is None:
             raise AssertionError("this pool keeps no scores")
-        self.own_front(table, layer, len(entry))
-        pages = self._upload(table.pages[layer, entry // self.page_size])
-        group.scores[pages, :, self._upload(entry % self.page_size)] += amounts.T.float()
+        self.own_front(table, layer, kept)
+        head, entry = np.nonzero(np.arange(int(kept.max())) < kept[:, None])
+        pages = self._upload(table.pages[layer, head, entry // self.page_size])
+        slots = (pages, self._upload(entry % self.page_size))
+        group.scores[slots] += amounts[self._upload(head), self._upload(entry)].float()
 
-    def keep(self, table: Table, layer: int, indices: Tensor) -> None:
-        """Drop every entry of a layer but ``indices`` ``[1 or kv_heads, k]``; free empty pages."""
-        group, length = self.group(layer), int(table.kept[layer])
-        kept = indices.shape[1]
-        if kept < length and self.kernels is not None:
+    def keep(self, table: Table, layer: int, keep: Keep) -> None:
+        """Drop every entry of a layer but those of ``keep``; free empty pages."""
+        if keep.indices is None:
+            return
+        group, lengths = self.group(layer), table.kept[layer]
+        kept = np.full(self.kv_heads, keep.indices.shape[1])
+        if keep.counts is not None:
+            kept = keep.counts.cpu().numpy()
+        if (kept < lengths).any():
             self.own_front(table, layer, kept)
-            native_keep(self.kernels, group, [(table.pages[layer], indices, length)])
-        elif kept < length:
-            head, source, target = plan_moves(
-                indices.expand(group.spec.kv_heads, -1).to(self.device), length
-            )
-            if len(target):
-                self._own(table, layer, torch.unique(target // self.page_size).tolist())
-                row = self._upload(table.pages[layer])
-                move_entries(group.tensors(), row, head, source, target, self.page_size)
+            if self.kernels is not None:
+                native_keep(
+                    self.kernels, group, [Stays(table.pages[layer], keep.indices, kept, lengths)]
+                )
+            else:
+                self._move(table, layer, keep.indices, kept)
         self.shrink(table, layer, kept)
+
+    def _move(self, table: Table, layer: int, indices: Tensor, kept: np.ndarray) -> None:
+        """Fill the holes among every head's first ``kept`` entries from its tail."""
+        group = self.group(layer)
+        indices = indices.expand(self.kv_heads, -1).to(self.device)
+        moves = plan_moves(indices, self._upload(kept), self._upload(table.kept[layer]))
+        if len(moves.head):
+            rows = self._upload(table.pages[layer])
+            move_entries(group.tensors(), rows, *moves, self.page_size)
 
     def evicts_best(self, needs: Needs, dtype: torch.dtype) -> bool:
         """Whether ``evict_best`` can carry this eviction out."""
@@ -184,10 +221,12 @@ class Pool:
 
     def rewrite_keys(self, table: Table, layer: int, places: Tensor, keys: Tensor) -> None:
         """Replace the keys ``[kv_heads, n, key_dim]`` of entries at ``places`` ``[n]``."""
-        group, entry = self.group(layer), self._entries_at(table, layer, places)
-        self._own(table, layer, torch.unique(entry // self.page_size).tolist())
-        pages = self._upload(table.pages[layer])[entry // self.page_size]
-        group.keys[pages, :, entry % self.page_size] = keys.transpose(0, 1)
+        group, entry = self.group(layer), self._entries_at(table, layer, places).cpu().numpy()
+        touched = np.unique(entry // self.page_size).tolist()
+        for head in range(self.kv_heads):
+            self._own(table, layer, head, touched)
+        pages = self._upload(table.pages[layer][:, entry // self.page_size])
+        group.keys[pages, self._upload(entry % self.page_size)] = keys
 
     def keys_at(self, table: Table, layer: int, places: Tensor) -> Tensor:
         """A copy of the keys of entries at ``places``, ``[kv_heads, n, key_dim]``."""
@@ -197,26 +236,20 @@ class Pool:
         """Forget every token from position ``seen_len`` on (a rejected draft, a changed turn)."""
         if not 0 <= seen_len <= table.seen_len:
             raise ValueError(f"seen_len={seen_len} is outside 0..{table.seen_len}")
-        orders = []
         for layer in range(self.layers):
-            stays = self.positions(table, layer) < seen_len
-            count = stays.sum(1)
-            if int(count.min()) != int(count.max()):
-                raise ValueError(
-                    f"layer {layer}: heads keep different tokens and {seen_len} cuts them unevenly"
-                )
+            positions = self.positions(table, layer)
+            stays = (positions >= 0) & (positions < seen_len)
             order = (~stays).to(torch.int8).argsort(dim=1, stable=True)
-            orders.append(order[:, : int(count[0])])
-        for layer, order in enumerate(orders):
-            self.keep(table, layer, order)
+            self.keep(table, layer, Keep(order, stays.sum(1)))
         table.seen_len = seen_len
         if table.ring is not None:
             table.ring.truncate(seen_len)
 
     def retract(self, table: Table, kept: np.ndarray) -> None:
-        """Undo appends: drop every layer's newest entries down to ``kept``."""
+        """Undo appends: drop every head's newest entries down to ``kept``
+        ``[layers, kv_heads]``."""
         for layer in range(self.layers):
-            self.shrink(table, layer, int(kept[layer]))
+            self.shrink(table, layer, kept[layer])
 
     def note_peak(self, table: Table) -> None:
         """Take down what a table, and all of them together, hold at this moment."""
@@ -235,40 +268,57 @@ class Pool:
     def group(self, layer: int) -> Group:
         return self.groups[int(self.group_of[layer])]
 
-    def keys(self, table: Table, layer: int) -> Tensor:
-        """A copy of a layer's keys, ``[kv_heads, kept, key_dim]``, slot by slot."""
-        return self._flat(table, layer, self.group(layer).keys)
+    def runs(self, table: Table, layer: int) -> Iterator[slice]:
+        """A layer's heads in runs of neighbours that are equally long."""
+        kept, first = table.kept[layer], 0
+        for head in range(1, self.kv_heads + 1):
+            if head == self.kv_heads or kept[head] != kept[first]:
+                yield slice(first, head)
+                first = head
 
-    def values(self, table: Table, layer: int) -> Tensor:
-        """A copy of a layer's values, ``[kv_heads, kept, value_dim]``."""
-        return self._flat(table, layer, self.group(layer).values)
+    def keys(self, table: Table, layer: int, heads: slice = slice(None)) -> Tensor:
+        """A copy of the keys of heads that are equally long, ``[heads, kept, key_dim]``."""
+        return self._flat(table, layer, self.group(layer).keys, heads)
+
+    def values(self, table: Table, layer: int, heads: slice = slice(None)) -> Tensor:
+        """A copy of the values of heads that are equally long, ``[heads, kept, value_dim]``."""
+        return self._flat(table, layer, self.group(layer).values, heads)
 
     def positions(self, table: Table, layer: int) -> Tensor:
-        """Original positions of a layer's entries, ``[kv_heads, kept]``."""
-        return self._flat(table, layer, self.group(layer).positions).long()
+        """Original positions of a layer's entries, ``[kv_heads, longest]``, slot by slot.
+
+        Behind a shorter head's entries: negative numbers, no two the same.
+        """
+        longest = int(table.kept[layer].max())
+        beyond = -1 - torch.arange(longest, dtype=torch.int32, device=self.device)
+        return self._padded(table, layer, self.group(layer).positions, beyond).long()
 
     def scores(self, table: Table, layer: int) -> Tensor:
-        """Running scores of a layer's entries, ``[kv_heads, kept]``."""
+        """Running scores of a layer's entries, ``[kv_heads, longest]``, 0 behind the shorter."""
         scores = self.group(layer).scores
         if scores is None:
             raise AssertionError("this pool keeps no scores")
-        return self._flat(table, layer, scores)
+        return self._padded(table, layer, scores, torch.zeros((), device=self.device))
 
     def block_tables(self, tables: list[Table]) -> np.ndarray:
-        """Page lists of several requests, ``[n, layers, most pages]`` int32, padded with page 0."""
+        """Page lists of several requests, ``[layers, n, kv_heads, most pages]`` int32, padded
+        with page 0."""
         width = max(1, max(int(table.held.max()) for table in tables))
-        stacked = np.zeros((len(tables), self.layers, width), dtype=np.int32)
+        stacked = np.zeros((self.layers, len(tables), self.kv_heads, width), dtype=np.int32)
         for row, table in enumerate(tables):
             held = int(table.held.max())
-            owned = np.arange(held) < table.held[:, None]
-            stacked[row, :, :held] = np.where(owned, table.pages[:, :held], 0)
+            np.copyto(
+                stacked[:, row, :, :held], table.pages[:, :, :held],
+                where=np.arange(held) < table.held[..., None],
+            )  # fmt: skip
         return stacked
 
     def bytes(self, table: Table) -> int:
         """Bytes of the pages a table owns."""
-        return int((table.held * self.layer_page_bytes).sum())
+        return int((table.held.sum(1) * self.layer_page_bytes).sum())
 
-    def pages_for(self, entries: int) -> int:
+    def pages_for(self, entries: Any) -> Any:
+        """Pages of so many entries (a number or an array)."""
         return -(-entries // self.page_size)
 
     @property
@@ -283,20 +333,25 @@ class Pool:
         """Copy a request's cache to host memory; the table still owns its pages."""
         entries = []
         for layer in range(self.layers):
-            scores = None if self.group(layer).scores is None else self.scores(table, layer).cpu()
-            keys, values = self.keys(table, layer), self.values(table, layer)
-            entries.append((keys.cpu(), values.cpu(), self.positions(table, layer).cpu(), scores))
+            pages, offsets = self._slots(table, layer)
+            entries.append([each[pages, offsets].cpu() for each in self.group(layer).tensors()])
         state = {name: value.clone() for name, value in table.state.items()}
-        host = torch.device("cpu")
-        ring = _copy_ring(table.ring, host)
-        return Exported(entries, table.seen_len, state, ring, table.peak_bytes)
+        ring = _copy_ring(table.ring, torch.device("cpu"))
+        return Exported(
+            table.kept.copy(), entries, table.seen_len, state, ring, table.peak_bytes
+        )  # fmt: skip
 
     def import_(self, exported: Exported) -> Table:
         """Bring an exported request back as a new table."""
-        table = self.new_table(max(keys.shape[1] for keys, *_ in exported.entries))
+        table = self.new_table(int(exported.kept.max()))
         try:
-            for layer, entry in enumerate(exported.entries):
-                self._restore(table, layer, *entry)
+            for layer, entries in enumerate(exported.entries):
+                kept = exported.kept[layer]
+                self._reserve(table, layer, np.zeros_like(kept), kept)
+                table.kept[layer] = kept
+                slots = self._slots(table, layer)
+                for storage, given in zip(self.group(layer).tensors(), entries, strict=True):
+                    storage[slots] = given.to(self.device)
         except BaseException:
             self.release(table)
             raise
@@ -305,24 +360,24 @@ class Pool:
         table.peak_bytes = exported.peak_bytes
         return table
 
-    def _restore(self, table: Table, layer: int, keys: Tensor, values: Tensor, positions: Tensor,
-                 scores: Tensor | None) -> None:  # fmt: skip
-        pages, offsets = self.append(table, layer, keys.shape[1])
-        group = self.group(layer)
-        given = [keys, values, positions.to(torch.int32), *([] if scores is None else [scores])]
-        for storage, tensor in zip(group.tensors(), given, strict=True):
-            storage[pages, :, offsets] = tensor.transpose(0, 1).to(self.device)
+    def _slots(self, table: Table, layer: int) -> tuple[Tensor, Tensor]:
+        """Page and offset of every entry of a layer, its heads one after the other."""
+        kept = table.kept[layer]
+        head, entry = np.nonzero(np.arange(int(kept.max())) < kept[:, None])
+        pages = table.pages[layer, head, entry // self.page_size]
+        return self._upload(pages), self._upload(entry % self.page_size)
 
     # --- integrity ----------------------------------------------------------------------------
 
     def check(self) -> None:
         """Every page is free or owned, exactly as often as it is counted; none is lost."""
+        for table in self.tables:
+            assert (table.held == self.pages_for(table.kept)).all(), "lengths"
         for number, group in enumerate(self.groups):
             owners = np.zeros_like(group.counts)
             for table in self.tables:
                 for layer in np.nonzero(self.group_of == number)[0].tolist():
-                    assert table.held[layer] == self.pages_for(int(table.kept[layer])), "lengths"
-                    np.add.at(owners, self._owned(table, layer), 1)
+                    np.add.at(owners, self.owned(table, layer), 1)
             assert (owners == group.counts).all(), "a page's count differs from its owners"
             free = np.zeros(len(owners), dtype=bool)
             free[group.free] = True
@@ -331,8 +386,11 @@ class Pool:
 
     # --- inside -------------------------------------------------------------------------------
 
-    def _owned(self, table: Table, layer: int) -> np.ndarray:
-        return table.pages[layer, : int(table.held[layer])]
+    def owned(self, table: Table, layer: int) -> np.ndarray:
+        """The pages that a table owns in a layer, all heads' together."""
+        pages = table.pages[layer]
+        owned: np.ndarray = pages[np.arange(pages.shape[1]) < table.held[layer][:, None]]
+        return owned
 
     def _entries_at(self, table: Table, layer: int, places: Tensor) -> Tensor:
         """Entry numbers of ``places`` ``[n]`` in a layer whose heads all hold the same tokens."""
@@ -341,51 +399,83 @@ class Pool:
         assert bool((held[at.clamp(max=len(held) - 1)] == places.to(self.device)).all()), "not held"
         return order[at]
 
-    def _flat(self, table: Table, layer: int, storage: Tensor) -> Tensor:
+    def _flat(self, table: Table, layer: int, storage: Tensor, heads: slice) -> Tensor:
+        """``[heads, kept, ...]`` of one tensor of a group, of heads that are equally long."""
+        lengths = table.kept[layer, heads]
+        kept = int(lengths[0])
+        assert (lengths == kept).all(), "heads are not equally long: take them in runs"
+        pages = table.pages[layer, heads]
         if self.kernels is not None:
-            kept = int(table.kept[layer])
-            return native_gather(self.kernels, storage, table.pages[layer], kept)
-        rows = self._upload(self._owned(table, layer))
-        return storage[rows].transpose(0, 1).flatten(1, 2)[:, : int(table.kept[layer])]
+            return native_gather(self.kernels, storage, pages, kept)
+        rows = self._upload(pages[:, : self.pages_for(kept)])
+        return storage[rows].flatten(1, 2)[:, :kept]
 
-    def _reserve(self, table: Table, layer: int, first: int, end: int) -> None:
-        """Own the pages of entries ``first..end``, none of them shared."""
-        held, wanted = int(table.held[layer]), self.pages_for(int(end))
-        if wanted > table.pages.shape[1]:
-            table.grow(wanted)
-        if first % self.page_size and held:
-            self._own(table, layer, [int(first) // self.page_size])
-        if wanted > held:
-            table.pages[layer, held:wanted] = self.group(layer).take(wanted - held)
-            table.held[layer] = wanted
+    def _padded(self, table: Table, layer: int, storage: Tensor, beyond: Tensor) -> Tensor:
+        """``[kv_heads, longest]`` of one tensor of a group, ``beyond`` behind shorter heads."""
+        runs = list(self.runs(table, layer))
+        if len(runs) == 1:
+            return self._flat(table, layer, storage, runs[0])
+        out = beyond.expand(self.kv_heads, int(table.kept[layer].max())).clone()
+        for heads in runs:
+            found = self._flat(table, layer, storage, heads)
+            out[heads, : found.shape[1]] = found
+        return out
 
-    def own_front(self, table: Table, layer: int, entries: int) -> None:
-        """Copy those of the first pages that others own too: their entries will be written over."""
-        self._own(table, layer, list(range(self.pages_for(entries))))
+    def _reserve(self, table: Table, layer: int, first: np.ndarray, end: np.ndarray) -> None:
+        """Own the pages of every head's entries ``first..end``, none of them shared."""
+        held, wanted = table.held[layer], self.pages_for(end)
+        if wanted.max() > table.pages.shape[2]:
+            table.grow(int(wanted.max()))
+        for head in np.nonzero((first % self.page_size > 0) & (held > 0))[0].tolist():
+            self._own(table, layer, head, [int(first[head]) // self.page_size])
+        new = np.maximum(wanted - held, 0)
+        taken = np.array(self.group(layer).take(int(new.sum())), dtype=np.int32)
+        for row, at, pages in zip(
+            table.pages[layer], held.tolist(), np.split(taken, np.cumsum(new)[:-1]), strict=True
+        ):
+            row[at : at + len(pages)] = pages
+        table.held[layer] = held + new
 
-    def _own(self, table: Table, layer: int, indices: list[int]) -> None:
-        """Copy those of the table's pages that others own too."""
-        group = self.group(layer)
-        shared = group.counts[table.pages[layer, indices]] > 1
-        for index in np.array(indices)[shared].tolist():
-            page = int(table.pages[layer, index])
+    def own_front(self, table: Table, layer: int, entries: np.ndarray) -> None:
+        """Copy those of every head's first pages that others own too: the entries in them, so many
+        of a head, will be written over."""
+        most = self.pages_for(entries)
+        if (self.group(layer).counts[table.pages[layer, :, : most.max()]] > 1).any():
+            for head, count in enumerate(most.tolist()):
+                self._own(table, layer, head, list(range(count)))
+
+    def _own(self, table: Table, layer: int, head: int, indices: list[int]) -> None:
+        """Copy those of a head's pages that others own too."""
+        group, row = self.group(layer), table.pages[layer, head]
+        for index in indices:
+            page = int(row[index])
             if group.counts[page] > 1:
                 (copy,) = group.take(1)
                 for tensor in group.tensors():
                     tensor[copy] = tensor[page]
                 group.counts[page] -= 1
-                table.pages[layer, index] = copy
+                row[index] = copy
 
-    def shrink(self, table: Table, layer: int, kept: int) -> None:
-        """Free the pages beyond the first ``kept`` entries of a layer."""
-        group, wanted = self.group(layer), self.pages_for(kept)
-        group.drop(table.pages[layer, wanted : int(table.held[layer])])
+    def shrink(self, table: Table, layer: int, kept: np.ndarray | int) -> None:
+        """Free the pages beyond the first ``kept`` entries of every head of a layer."""
+        group, wanted = self.group(layer), self.pages_for(np.broadcast_to(kept, self.kv_heads))
+        held, slots = table.held[layer], np.arange(table.pages.shape[2])
+        if (wanted < held).any():
+            gone = (slots >= wanted[:, None]) & (slots < held[:, None])
+            group.drop(table.pages[layer][gone])
         table.held[layer], table.kept[layer] = wanted, kept
-        if group.poison and kept % self.page_size:
-            page = int(table.pages[layer, wanted - 1])
-            if group.counts[page] == 1:
-                group.keys[page, :, kept % self.page_size :] = float("nan")
-                group.values[page, :, kept % self.page_size :] = float("nan")
+        if group.poison:
+            self._poison(table, layer)
+
+    def _poison(self, table: Table, layer: int) -> None:
+        """Make what lies behind the last entry of every head unusable."""
+        group = self.group(layer)
+        for head, kept in enumerate(table.kept[layer].tolist()):
+            if kept % self.page_size:
+                page = int(table.pages[layer, head, kept // self.page_size])
+                if group.counts[page] == 1:
+                    group.keys[page, kept % self.page_size :] = float("nan")
+                    group.values[page, kept % self.page_size :] = float("nan")
 
     def _upload(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64)).to(self.device)

@@ -1,7 +1,7 @@
-"""What one request owns: pages and lengths per layer, its policy's state, its query ring.
+"""What one request owns: pages and lengths per KV head, its policy's state, its query ring.
 
 ``seen_len`` is how many tokens the request has processed (its next position);
-``kept[layer]`` is how many entries it has in that layer.  They are different things.
+``kept[layer, head]`` is how many entries it has there.  They are different things.
 """
 
 from __future__ import annotations
@@ -85,8 +85,8 @@ class Ring:
 class Table:
     """Pages and lengths of one request.
 
-    pages : ``[layers, capacity]`` int32, the first ``held[layer]`` of a row are owned.
-    kept : ``[layers]`` int64, entries in use.
+    pages : ``[layers, kv_heads, capacity]`` int32, the first ``held[layer, head]`` of a row are
+    owned.  held, kept : ``[layers, kv_heads]`` int64, pages and entries in use.
     transient_bytes : hidden states and window queries of a prompt in progress, outside the pool.
     """
 
@@ -101,16 +101,27 @@ class Table:
     noted_bytes: int = 0  # of what is outside pages, when the pool last took it down
 
     @classmethod
-    def empty(cls, layers: int, capacity: int) -> Table:
+    def empty(cls, layers: int, kv_heads: int, capacity: int) -> Table:
         return cls(
-            np.zeros((layers, capacity), dtype=np.int32),
-            np.zeros(layers, dtype=np.int64),
-            np.zeros(layers, dtype=np.int64),
+            np.zeros((layers, kv_heads, capacity), dtype=np.int32),
+            np.zeros((layers, kv_heads), dtype=np.int64),
+            np.zeros((layers, kv_heads), dtype=np.int64),
         )
 
     @property
-    def layers(self) -> int:
-        return len(self.kept)
+    def longest(self) -> np.ndarray:
+        """Entries of each layer's longest head, ``[layers]``."""
+        longest: np.ndarray = self.kept.max(1)
+        return longest
+
+    @property
+    def layer_tokens(self) -> float:
+        """Entries of all layers, each the mean over its heads."""
+        return float(self.kept.mean(1).sum())
+
+    def lens(self, layer: int) -> tuple[int, ...]:
+        """Entries of each of a layer's heads."""
+        return tuple(self.kept[layer].tolist())
 
     @property
     def extra_bytes(self) -> int:
@@ -119,7 +130,8 @@ class Table:
         return ring + self.transient_bytes + sum(value.nbytes for value in self.state.values())
 
     def grow(self, capacity: int) -> None:
-        """Make room for ``capacity`` page numbers a layer."""
-        wider = np.zeros((self.layers, max(capacity, 2 * self.pages.shape[1])), dtype=np.int32)
-        wider[:, : self.pages.shape[1]] = self.pages
+        """Make room for ``capacity`` page numbers a head."""
+        layers, kv_heads, old = self.pages.shape
+        wider = np.zeros((layers, kv_heads, max(capacity, 2 * old)), dtype=np.int32)
+        wider[:, :, :old] = self.pages
         self.pages = wider

@@ -17,33 +17,33 @@ __all__ = ["INTERPRETED", "move_entries"]
 BLOCK = 8
 
 
-def move_entries(tensors: list[Tensor], row: Tensor, head: Tensor, source: Tensor, target: Tensor,
+def move_entries(tensors: list[Tensor], rows: Tensor, head: Tensor, source: Tensor, target: Tensor,
                  page_size: int) -> None:  # fmt: skip
     """Copy entry ``source`` over entry ``target`` of ``head``, in place, for every move.
 
-    tensors : keys ``[pages, K, page, D]``, values ``[…, V]``, positions ``[pages, K, page]`` and,
-    where there are any, scores (``Group.tensors()``);  row : ``[P]`` pages of the layer's
-    entries;  head, source, target : ``[moves]``.  No entry may be a source and a target.
+    tensors : keys ``[pages, page, D]``, values ``[…, V]``, positions ``[pages, page]`` and, where
+    there are any, scores (``Group.tensors()``);  rows : ``[K, P]`` pages of the layer's entries;
+    head, source, target : ``[moves]``.  No entry may be a source and a target.
     """
     keys, values, positions = tensors[:3]
     scores = tensors[3] if len(tensors) == 4 else positions
     moves = target.shape[0]
     if not moves:
         return
-    assert all(each.is_contiguous() for each in (*tensors, row, head, source, target))
+    assert all(each.is_contiguous() for each in (*tensors, rows, head, source, target))
     widest = max(keys.shape[-1], values.shape[-1])
     with torch.cuda.device_of(keys):
         _move[(triton.cdiv(moves, BLOCK),)](
-            keys, values, positions, scores, row, head, source, target, moves,
-            kv_heads=keys.shape[1], page_size=page_size, key_dim=keys.shape[-1],
+            keys, values, positions, scores, rows, head, source, target, moves, rows.shape[1],
+            page_size=page_size, key_dim=keys.shape[-1],
             value_dim=values.shape[-1], pad=triton.next_power_of_2(widest), block=BLOCK,
             scored=len(tensors) == 4,
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["moves"])
-def _move(keys, values, positions, scores, row, head, source, target, moves,
-          kv_heads: tl.constexpr, page_size: tl.constexpr, key_dim: tl.constexpr,
+@triton.jit(do_not_specialize=["moves", "width"])
+def _move(keys, values, positions, scores, rows, head, source, target, moves, width,
+          page_size: tl.constexpr, key_dim: tl.constexpr,
           value_dim: tl.constexpr, pad: tl.constexpr, block: tl.constexpr,
           scored: tl.constexpr):  # fmt: skip
     move = tl.program_id(0) * block + tl.arange(0, block)
@@ -51,10 +51,11 @@ def _move(keys, values, positions, scores, row, head, source, target, moves,
     kv = tl.load(head + move, mask=live, other=0).to(tl.int64)
     entry = tl.load(source + move, mask=live, other=0)
     hole = tl.load(target + move, mask=live, other=0)
+    row = rows + kv * width
     page = tl.load(row + entry // page_size, mask=live, other=0).to(tl.int64)
-    there = (page * kv_heads + kv) * page_size + entry % page_size
+    there = page * page_size + entry % page_size
     page = tl.load(row + hole // page_size, mask=live, other=0).to(tl.int64)
-    here = (page * kv_heads + kv) * page_size + hole % page_size
+    here = page * page_size + hole % page_size
     _copy(keys, there, here, live, key_dim, pad)
     _copy(values, there, here, live, value_dim, pad)
     tl.store(positions + here, tl.load(positions + there, mask=live, other=0), mask=live)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import fields
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -48,17 +49,18 @@ def run_inspect(model: str | None, policy: Policy, prompt_len: int, max_tokens: 
     cost = Ledger(pool, adapter).cost(chosen, prompt_len, max_tokens, layers, 0)
     assert cost.settled is not None
     beside = cost.settled.bytes - int((cost.settled.pages * np.array(pool.page_bytes)).sum())
-    rows = []
+    rows: list[dict[str, Any]] = []
+    heads = forecast.by_head(adapter.kv_heads)
     for layer, shape in enumerate(adapter.shapes):
         window = shape.window if shape.window is not None and not layers.governed[layer] else None
         cap = longest if window is None else window + page
-        kept, full = min(forecast.kept[layer], cap), min(longest, window or longest)
+        kept, full = np.minimum(heads[layer], cap), min(longest, window or longest)
         rows.append({
             "layer": layer,
             "computed": forecast.reach[layer],
-            "kept": kept,
-            "bytes": -(-kept // page) * per_page[layer],
-            "full_bytes": -(-full // page) * per_page[layer],
+            "kept": kept.tolist(),
+            "bytes": int(pool.pages_for(kept).sum()) * per_page[layer],
+            "full_bytes": pool.pages_for(full) * adapter.kv_heads * per_page[layer],
         })  # fmt: skip
     if as_json:
         head = {"model": model or shipped_model(), "policy": repr(chosen)}
@@ -66,7 +68,7 @@ def run_inspect(model: str | None, policy: Policy, prompt_len: int, max_tokens: 
                           "layers": rows, "ring_and_state_bytes": beside,
                           "admission_bytes": cost.bytes}))  # fmt: skip
         return
-    after = sum(chosen.forecast(prompt_len, 0, layers).kept) / (len(rows) * prompt_len)
+    after = chosen.forecast(prompt_len, 0, layers).by_head(adapter.kv_heads).mean() / prompt_len
     _print(rows, chosen, prompt_len, max_tokens, beside, cost.bytes, after)
 
 
@@ -74,7 +76,12 @@ def _adapter_without_weights(model: str, dtype: str) -> Adapter:
     return Adapter(empty_model(model, dtype)[0], select_backend("reference"))  # builds nothing
 
 
-def _print(rows: list[dict[str, int]], policy: Policy, prompt_len: int, max_tokens: int,
+def _of_heads(kept: list[int]) -> str:
+    """One number where all heads keep as many, else each head's."""
+    return str(kept[0]) if len(set(kept)) == 1 else " ".join(map(str, kept))
+
+
+def _print(rows: list[dict[str, Any]], policy: Policy, prompt_len: int, max_tokens: int,
            beside: int, admission: int, after: float) -> None:  # fmt: skip
     console = Console()
     set_here = ", ".join(
@@ -88,8 +95,8 @@ def _print(rows: list[dict[str, int]], policy: Policy, prompt_len: int, max_toke
     for row in rows:
         share = row["computed"] / prompt_len
         table.add_row(
-            str(row["layer"]), str(row["computed"]), "█" * round(20 * share), str(row["kept"]),
-            human_bytes(row["bytes"]), f"{row['bytes'] / row['full_bytes']:.0%}",
+            str(row["layer"]), str(row["computed"]), "█" * round(20 * share),
+            _of_heads(row["kept"]), human_bytes(row["bytes"]), f"{row['bytes'] / row['full_bytes']:.0%}",
         )  # fmt: skip
     computed = sum(row["computed"] for row in rows) / (len(rows) * prompt_len)
     total, full = sum(row["bytes"] for row in rows), sum(row["full_bytes"] for row in rows)

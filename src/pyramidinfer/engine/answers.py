@@ -16,14 +16,14 @@ __all__ = ["metrics", "output", "usage"]
 def usage(pool: Pool, adapter: Adapter, request: Request) -> KVUsage:
     """What the request's cache is now (or was, once it has ended)."""
     if request.kv is not None or request.sequence is None:
-        return request.kv or KVUsage(0, (0,) * adapter.depth, 0, 0, 0)
+        return request.kv or KVUsage(0, ((0,) * adapter.kv_heads,) * adapter.depth, 0, 0, 0)
     if request.away is not None:
         return request.away.kv
     table = request.sequence.table
     now = pool.bytes(table)
     peak = max(table.peak_bytes, now + table.extra_bytes)
     full = full_bytes(pool, adapter, table.seen_len)
-    kept = tuple(int(n) for n in table.kept)
+    kept = tuple(table.lens(layer) for layer in range(adapter.depth))
     return KVUsage(table.seen_len, kept, now, peak, full, request.lowered_to)
 
 

@@ -270,7 +270,7 @@ class Engine:
         new = request.text[table.seen_len :]
         if request.policy.streams:
             adapter.streaming.make_room(self.pool, sequence, len(new))
-        rows = request.policy.ring(len(new) + int(table.kept[layers.first]), request.max_new)
+        rows = request.policy.ring(len(new) + int(table.longest[layers.first]), request.max_new)
         if rows and not request.scoring:
             table.ring = Ring.empty(
                 adapter.depth, rows, shape.heads, shape.key_dim, adapter.dtype, device

@@ -83,7 +83,7 @@ def truncate(engine: Engine, request: Request, seen_len: int) -> None:
                 f"from position {oldest} on"
             )
     engine.pool.truncate(table, seen_len)
-    table.state = request.policy.truncated(table.state, [int(n) for n in table.kept])
+    table.state = request.policy.truncated(table.state, table.kept.tolist())
     if request.policy.streams:
         engine.adapter.streaming.forget(table)
         engine.adapter.streaming.close_gaps(engine.pool, sequence)

@@ -114,5 +114,5 @@ def is_endless(engine: Engine, policy: Policy, length: int) -> bool:
     if not (policy.streams and adapter.streaming.is_possible):
         return False
     layers = adapter.layers_for(length)
-    kept = zip(policy.forecast(length, length, layers).kept, layers.governed, strict=True)
-    return max((n for n, governed in kept if governed), default=0) < adapter.max_positions
+    kept = policy.forecast(length, length, layers).by_head(adapter.kv_heads)
+    return int(kept[list(layers.governed)].max(initial=0)) < adapter.max_positions

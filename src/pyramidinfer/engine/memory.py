@@ -23,7 +23,7 @@ class Cost(NamedTuple):
     """An upper bound: pages per group at the worst moment, and all bytes at that moment.
 
     ``settled``: the bound once the prompt is in (None where this already is it);  ``entries`` per
-    layer and the bytes ``beside`` pages are what a settled bound is made of.
+    layer and head and the bytes ``beside`` pages are what a settled bound is made of.
     """
 
     pages: np.ndarray
@@ -60,37 +60,49 @@ class Ledger:
              ) -> Cost:  # fmt: skip
         """The most that ``new`` prompt tokens and ``max_new`` generated ones can need.
 
-        ``held``: entries per layer already in the cache (extend);  ``expected``: count so many
-        generated tokens instead of ``max_new`` (the ring is as long as all may make it).
+        ``held``: entries per layer and head already in the cache (extend);  ``expected``: count so
+        many generated tokens instead of ``max_new`` (the ring is as long as all may make it).
         """
         pool, adapter = self.pool, self.adapter
-        base = np.zeros(layers.count, dtype=np.int64) if held is None else held
+        shape = (layers.count, adapter.kv_heads)
+        base = np.zeros(shape, dtype=np.int64) if held is None else held
         generated = max_new if expected is None else expected
         forecast = policy.forecast(new, generated, layers)
         reach = np.minimum(np.array(forecast.reach) + protected, new)
-        kept = np.minimum(np.array(forecast.kept) + protected, new + generated)
+        kept = np.minimum(forecast.by_head(adapter.kv_heads) + protected, new + generated)
         if held is not None:  # generation may keep more on top of a longer text
-            kept = base + reach + generated
-        for layer, shape in enumerate(adapter.shapes):
-            if shape.window is not None and not layers.governed[layer]:
-                kept[layer] = min(kept[layer], shape.window + pool.page_size)
-        final = -(-kept // pool.page_size)
-        arriving = -(-(base + reach) // pool.page_size)
+            kept = base + reach[:, None] + generated
+        for layer, sizes in enumerate(adapter.shapes):
+            if sizes.window is not None and not layers.governed[layer]:
+                kept[layer] = np.minimum(kept[layer], sizes.window + pool.page_size)
+        total = None
+        if forecast.total is not None and held is None:
+            total = np.array(forecast.total) + protected * adapter.kv_heads
+        final, before = self._pages(kept, total), self._pages(base)
+        arriving = pool.pages_for(base + reach[:, None]).sum(1)
         worst = np.zeros(len(pool.groups), dtype=np.int64)
         groups = pool.group_of
         for layer in range(layers.count):  # layers before it are settled, this one is in progress
-            pages = np.where(np.arange(layers.count) <= layer, final, -(-base // pool.page_size))
+            pages = np.where(np.arange(layers.count) <= layer, final, before)
             pages[layer] = max(final[layer], arriving[layer])
             worst = np.maximum(worst, np.bincount(groups, pages, len(worst)).astype(np.int64))
         lasting, transient = self._beside(policy, new, max_new, layers, reach, base)
         lasting += self._turned(policy, protected)
-        sizes = np.array(pool.page_bytes)
-        settled = self.settled(kept, lasting)
-        return Cost(worst, int((worst * sizes).sum()) + lasting + transient, settled)
+        settled = self.settled(kept, lasting, total)
+        size = int((worst * np.array(pool.page_bytes)).sum()) + lasting + transient
+        return Cost(worst, size, settled)
 
-    def settled(self, entries: np.ndarray, beside: int) -> Cost:
-        """What so many entries per layer take, and ``beside`` bytes outside pages."""
-        pages = -(-entries // self.pool.page_size)
+    def _pages(self, entries: np.ndarray, total: np.ndarray | None = None) -> np.ndarray:
+        """Pages a layer of so many entries a head ``[layers, kv_heads]``, which are no more than
+        ``total`` a layer."""
+        pages: np.ndarray = self.pool.pages_for(entries).sum(1)
+        if total is not None:  # every head may have one page that is not full
+            pages = np.minimum(pages, total // self.pool.page_size + entries.shape[1])
+        return pages
+
+    def settled(self, entries: np.ndarray, beside: int, total: np.ndarray | None = None) -> Cost:
+        """What so many entries per layer and head take, and ``beside`` bytes outside pages."""
+        pages = self._pages(entries, total)
         groups = np.bincount(self.pool.group_of, pages, len(self.pages)).astype(np.int64)
         size = int((pages * self.pool.layer_page_bytes).sum()) + beside
         return Cost(groups, size, None, entries, beside)
@@ -99,7 +111,8 @@ class Ledger:
                      held: np.ndarray | None = None) -> Cost:  # fmt: skip
         """The most that a context and a continuation scored on top of its cache can need."""
         context = self.cost(policy, new, 0, layers, protected, held)
-        kept = np.minimum(np.array(policy.forecast(new, 0, layers).kept) + protected, new)
+        forecast = policy.forecast(new, 0, layers).by_head(self.adapter.kv_heads)
+        kept = np.minimum(forecast + protected, new)
         extended = self.cost(policy, scored, 0, layers, scored, kept)
         pages = np.maximum(context.pages, extended.pages)
         return Cost(pages, max(context.bytes, extended.bytes), extended.settled)
@@ -111,14 +124,16 @@ class Ledger:
         high = accumulate_dtype(adapter.dtype).itemsize
         heads = max(shape.heads for shape in adapter.shapes)
         key_dim = max(shape.key_dim for shape in adapter.shapes)
-        total = new + int(base[layers.first])
+        most = base.max(1)
+        total = new + int(most[layers.first])
         rows = policy.ring(total, max_new)
         ring = rows * (layers.count * heads * (key_dim * item + high) + 8)
         state = policy.start(layers)
         window = columns = 0
         for layer in range(layers.count):
-            length, kept = int(reach[layer]), int(base[layer] + reach[layer])
-            view = View("extend" if base.any() else "prefill", layer, layers, new, length, kept,
+            length, kept = int(reach[layer]), int(most[layer] + reach[layer])
+            lens = tuple((base[layer] + reach[layer]).tolist())
+            view = View("extend" if base.any() else "prefill", layer, layers, new, length, lens,
                         total, total, state)  # fmt: skip
             needs = policy.needs(view)
             window = max(window, min(needs.window, length))
@@ -168,7 +183,7 @@ class Ledger:
 
     def held(self, table: Table) -> Cost:
         """What a finished request needs whose cache is kept."""
-        used = np.bincount(self.pool.group_of, table.held, len(self.pages)).astype(np.int64)
+        used = np.bincount(self.pool.group_of, table.held.sum(1), len(self.pages)).astype(np.int64)
         return Cost(used, self.pool.bytes(table) + table.extra_bytes)
 
     def promise(self, holder: Promised, cost: Cost | None) -> None:
@@ -188,5 +203,6 @@ def full_bytes(pool: Pool, adapter: Adapter, seen_len: int) -> int:
     total = 0
     for layer, shape in enumerate(adapter.shapes):
         entries = seen_len if shape.window is None else min(seen_len, shape.window)
-        total += pool.pages_for(entries) * int(pool.layer_page_bytes[layer])
+        pages = pool.pages_for(entries) * shape.kv_heads
+        total += pages * int(pool.layer_page_bytes[layer])
     return total

@@ -127,8 +127,8 @@ class Pressure:
         """Those that the next step may take beyond their promise."""
         if not running:
             return []
-        kept = np.stack([_sequence(each).table.kept for each in running])
-        need = (kept // self.engine.pool.page_size + 1) @ self._member
+        kept = np.stack([_sequence(each).table.kept for each in running])  # [R, layers, kv_heads]
+        need = (kept // self.engine.pool.page_size + 1).sum(2) @ self._member
         promised = np.stack([each.promised.pages for each in running if each.promised])
         return [running[row] for row in np.nonzero((need > promised).any(1))[0]]
 
@@ -195,8 +195,9 @@ class Pressure:
         engine.adapter.evict_now(engine.pool, sequence)
         most = _settled(request)
         assert most.entries is not None
-        kept = found[0].forecast(len(request.prompt), request.max_new, sequence.layers).kept
-        entries = np.minimum(most.entries, np.array(kept) + int(sequence.protected.sum()))
+        forecast = found[0].forecast(len(request.prompt), request.max_new, sequence.layers)
+        kept = forecast.by_head(engine.adapter.kv_heads) + int(sequence.protected.sum())
+        entries = np.minimum(most.entries, kept)
         request.cost = request.cost._replace(settled=engine.ledger.settled(entries, most.beside))
         engine.ledger.promise(request, self._needed(request))
         self.counts.tightened += 1

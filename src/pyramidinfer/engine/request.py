@@ -107,7 +107,7 @@ class Request:
     onto: Request | None = None
     owner: str | None = None
     reused: int = 0
-    reused_entries: int = 0
+    reused_entries: float = 0.0
     leads: bool = True  # False for one of another's samples
     prompt_top: int | None = None
     prompt_logprobs: list[Logprob] = field(default_factory=list)

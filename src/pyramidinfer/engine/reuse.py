@@ -84,7 +84,7 @@ class Conversations:
         self._pages = self._pages + sign * held.promised.pages
         self._bytes += sign * held.promised.bytes
         for layer, group in enumerate(pool.group_of.tolist()):
-            owners, pages = self._owners[group], table.pages[layer, : int(table.held[layer])]
+            owners, pages = self._owners[group], pool.owned(table, layer)
             before = int(np.count_nonzero(owners[pages]))
             owners[pages] += sign
             self.page_count += int(np.count_nonzero(owners[pages])) - before
@@ -166,7 +166,7 @@ class Conversations:
         self._let_go(held)
         while not engine.ledger.fits(likely, instead_of=held.promised):
             self._drop()
-        request.reused, request.reused_entries = table.seen_len, int(table.kept.sum())
+        request.reused, request.reused_entries = table.seen_len, table.layer_tokens
         for each in (request, *request.samples):
             each.cost, each.likely = most, likely
         request.sequence, held.sequence = sequence, None

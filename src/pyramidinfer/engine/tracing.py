@@ -48,8 +48,11 @@ def _run(engine: Engine, request: Request, max_tokens: int) -> Trace:
     logits = adapter.forward(pool, Batch([], nothing, [work])).logits[0]
     prefill_logits, table = logits, sequence.table
 
-    def positions() -> list[Tensor]:
-        return [pool.positions(table, layer).sort(1).values for layer in range(adapter.depth)]
+    def positions() -> list[list[Tensor]]:
+        return [
+            [head[head >= 0].sort().values for head in pool.positions(table, layer)]
+            for layer in range(adapter.depth)
+        ]
 
     after_prefill, tokens, lengths = positions(), [], []
     for _ in range(max_tokens):
@@ -59,7 +62,7 @@ def _run(engine: Engine, request: Request, max_tokens: int) -> Trace:
         assert stepped.decoding is not None
         adapter.settle(pool, sequence, stepped.decoding, 0)
         logits = stepped.logits[0]
-        lengths.append([int(n) for n in table.kept])
+        lengths.append(table.kept.tolist())
     return Trace(
         list(request.prompt), after_prefill, positions(), lengths, tokens, prefill_logits, logits,
         intake.computed,

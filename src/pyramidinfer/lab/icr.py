@@ -180,7 +180,7 @@ def _continue(engine: Engine, held: Request, passage: Passage, kept: tuple[int, 
     scoring = Scoring(passage.continuation, keep_logits=True)
     try:
         if kept is not None:
-            engine.pool.keep(table, *kept)
+            engine.pool.keep(table, kept[0], Keep(kept[1]))
         request = engine.make(
             passage.context, SamplingParams(max_tokens=1), on=table, scoring=scoring
         )

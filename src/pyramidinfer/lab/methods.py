@@ -91,7 +91,7 @@ def answers(kind: type[Policy]) -> Answers:
     layers = Layers((True,) * DEPTH)
     state = policy.start(layers)
     needs = [
-        policy.needs(View("prefill", i, layers, LENGTH, LENGTH, LENGTH, LENGTH, LENGTH, state))
+        policy.needs(View("prefill", i, layers, LENGTH, LENGTH, (LENGTH,), LENGTH, LENGTH, state))
         for i in range(DEPTH)
     ]
     dropping = sum(each.propagate for each in needs)

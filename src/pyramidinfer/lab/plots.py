@@ -30,8 +30,9 @@ def draw_pyramid(traces: list[tuple[str, Trace]], words: list[str], needle: tupl
     for index, (title, trace) in enumerate(traces):
         depth, length = len(trace.prefill_positions), len(trace.prompt_token_ids)
         kept = np.zeros((depth, length))
-        for layer, positions in enumerate(trace.prefill_positions):
-            np.add.at(kept[layer], positions.flatten().cpu().numpy(), 1 / positions.shape[0])
+        for layer, heads in enumerate(trace.prefill_positions):
+            for positions in heads:
+                kept[layer, positions.cpu().numpy()] += 1 / len(heads)
         computed = sum(trace.computed_by_layer) / (depth * length)
         _draw_grid(axes[2 * index, 0], kept, computed, needle, title)
         _draw_excerpt(axes[2 * index + 1, 0], kept > 0, words, needle)

@@ -145,11 +145,11 @@ def measure_survival(llm: LLM, prompt: TokenIds, max_tokens: int) -> tuple[Token
         rows.append({
             "layer": layer,
             "computed_share": float(reached[layer].double().mean()),
-            "kept_share": kept.shape[1] / length,
-            "kept_at_end_share": end.shape[1] / (length + max_tokens),
+            "kept_share": sum(map(len, kept)) / (len(kept) * length),
+            "kept_at_end_share": sum(map(len, end)) / (len(end) * (length + max_tokens)),
             "reached": _spans(reached[layer].nonzero()[:, 0].tolist()),
-            "kept": [_spans(head) for head in kept.tolist()],
-            "kept_at_end": [_spans(head) for head in end.tolist()],
+            "kept": [_spans(head) for head in map(torch.Tensor.tolist, kept)],
+            "kept_at_end": [_spans(head) for head in map(torch.Tensor.tolist, end)],
             "scores": [
                 float(f"{score:.4g}") if there else None
                 for score, there in zip(scores, reached[layer].tolist(), strict=True)

@@ -24,7 +24,7 @@ from pyramidinfer.models.loading import end_ids
 from pyramidinfer.models.rotary import Rotary
 from pyramidinfer.models.routing import Decoding, LayerCall, Segment, route
 from pyramidinfer.models.streaming import Streaming
-from pyramidinfer.types import AttentionShape, Layers, Observation, View
+from pyramidinfer.types import AttentionShape, Keep, Layers, Observation, View
 
 __all__ = ["Adapter", "Stepped"]
 
@@ -87,6 +87,11 @@ class Adapter:
         return len(self.layers)
 
     @property
+    def kv_heads(self) -> int:
+        """KV heads of every layer."""
+        return self.shapes[0].kv_heads
+
+    @property
     def steps_on_buffers(self) -> bool:
         """Whether steps that only decode run on fixed buffers (CUDA graphs, on a GPU)."""
         return self.fused is not None and self.backend.name == "triton"
@@ -109,7 +114,8 @@ class Adapter:
         """The depth as a request of at most ``longest`` tokens has it: a window it cannot
         outgrow is no window."""
         windows = (shape.window for shape in self.shapes)
-        return Layers(tuple(window is None or window >= longest for window in windows))
+        governed = tuple(window is None or window >= longest for window in windows)
+        return Layers(governed, self.kv_heads)
 
     @torch.inference_mode()
     def forward(self, pool: Pool, batch: Batch) -> Stepped:
@@ -262,7 +268,8 @@ class Adapter:
         if needs.propagate and layer < self.depth - 1:
             seen = Observation(
                 view, intake.positions[None], sequence.is_protected(intake.positions)[None],
-                _newest(intake.scores, intake.length), _newest(intake.columns, intake.length),
+                *(_newest(each, intake.length, table.lens(layer))
+                  for each in (intake.scores, intake.columns)),
             )  # fmt: skip
             keep, table.state = policy.propagate(seen, table.state)
             going = None if keep.indices is None else keep.indices[0]
@@ -272,8 +279,7 @@ class Adapter:
             keep, table.state = policy.retain(
                 observe(pool, sequence, view, intake.scores, intake.columns), table.state
             )
-            if keep.indices is not None:
-                pool.keep(table, layer, keep.indices)
+            pool.keep(table, layer, keep)
         self._trim(pool, sequence, layer, intake.first + intake.tokens.shape[0], slack=0)
         table.state = policy.settled(self._view(intake))
         sequence.idle = 0
@@ -299,10 +305,10 @@ class Adapter:
         sequence, layer = intake.sequence, intake.layer
         table, first = sequence.table, sequence.layers.first
         arriving = intake.left if layer < self.depth else 0
-        kept = int(table.kept[layer]) + arriving
+        kept = tuple(held + arriving for held in table.lens(layer))
         return View(
             "extend" if intake.first else "prefill", layer, sequence.layers, sequence.prompt_len,
-            intake.length, kept, kept if layer <= first else int(table.kept[first]),
+            intake.length, kept, max(kept) if layer <= first else int(table.longest[first]),
             intake.first + intake.tokens.shape[0], table.state,
         )  # fmt: skip
 
@@ -313,13 +319,12 @@ class Adapter:
             return None
         tables = [each.table for each in batch.decode]
         pages, offsets = pool.append_each(tables)
-        lengths = np.stack([table.kept for table in tables], axis=1)  # [layers, R]
-        blocks = pool.block_tables(tables).transpose(1, 0, 2)
+        lengths = np.stack([table.kept for table in tables], axis=1)  # [layers, R, kv_heads]
         positions = torch.tensor([table.seen_len for table in tables], device=self.device)
         plan = self.backend.plan(
-            torch.from_numpy(np.ascontiguousarray(blocks)).to(self.device).long(),
+            torch.from_numpy(pool.block_tables(tables)).to(self.device),
             torch.from_numpy(lengths).to(self.device),
-            lengths.max(1).tolist(),
+            lengths.max((1, 2)).tolist(),
             positions,
         )
         rings = any(table.ring is not None for table in tables)
@@ -336,7 +341,7 @@ class Adapter:
             table.ring.push(queries[:, row], lse[:, row], table.seen_len)
         if sequence.policy.uses_scores:
             for layer, probs in enumerate(decoding.probs):
-                pool.add_scores(table, layer, probs[row, :, : int(table.kept[layer])])
+                pool.add_scores(table, layer, probs[row, :, : int(table.longest[layer])])
         table.seen_len += 1
         pool.note_peak(table)
         for layer, governed in enumerate(sequence.layers.governed):
@@ -369,12 +374,12 @@ class Adapter:
     def _trim(self, pool: Pool, sequence: Sequence, layer: int, position: int, slack: int) -> None:
         """Drop what a sliding layer can no longer see from ``position`` on (once it is over
         ``slack`` entries)."""
-        window, kept = self.shapes[layer].window, int(sequence.table.kept[layer])
+        window, kept = self.shapes[layer].window, int(sequence.table.longest[layer])
         if window is None or sequence.layers.governed[layer] or kept < window + slack:
             return
         visible = pool.positions(sequence.table, layer) > position - window
         indices = visible.nonzero(as_tuple=True)[1].view(visible.shape[0], -1)
-        pool.keep(sequence.table, layer, indices)
+        pool.keep(sequence.table, layer, Keep(indices))
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """``[n, hidden]`` → ``[n, vocab]``."""
@@ -395,5 +400,9 @@ class Adapter:
         return AttentionShape(heads, kv_heads, size, size, window)
 
 
-def _newest(tensor: Tensor | None, count: int) -> Tensor | None:
-    return None if tensor is None else tensor[:, -count:]
+def _newest(tensor: Tensor | None, count: int, lens: tuple[int, ...]) -> Tensor | None:
+    """Columns of each head's newest ``count`` entries, of a tensor ``[1 or kv_heads, longest]``."""
+    if tensor is None or len(set(lens)) == 1:
+        return None if tensor is None else tensor[:, -count:]
+    ends = torch.tensor(lens, device=tensor.device)[:, None]
+    return tensor.gather(1, ends - count + torch.arange(count, device=tensor.device))

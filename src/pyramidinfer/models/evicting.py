@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from pyramidinfer.attention import Backend, Scale
+from pyramidinfer.attention import Backend, Scale, ragged
 from pyramidinfer.cache import Pool, Table, evict_best
 from pyramidinfer.models.intake import Sequence
+from pyramidinfer.models.routing import runs_of
 from pyramidinfer.types import Needs, Observation, View
 
 __all__ = ["evict", "observe"]
@@ -15,11 +16,11 @@ __all__ = ["evict", "observe"]
 def evict(pool: Pool, sequence: Sequence, backend: Backend, scales: list[Scale | None]) -> None:
     """Every layer whose eviction is due; rules said beforehand are carried out together."""
     table, policy = sequence.table, sequence.policy
-    first = int(table.kept[sequence.layers.first])
+    first = int(table.kept[sequence.layers.first].max())
     rules: list[tuple[int, Needs]] = []
     for layer in range(sequence.layers.count):
         view = View(
-            "decode", layer, sequence.layers, sequence.prompt_len, 1, int(table.kept[layer]), first,
+            "decode", layer, sequence.layers, sequence.prompt_len, 1, table.lens(layer), first,
             table.seen_len, table.state,
         )  # fmt: skip
         needs = policy.needs(view)
@@ -34,8 +35,7 @@ def evict(pool: Pool, sequence: Sequence, backend: Backend, scales: list[Scale |
             assert scale is not None
             scores = _ring_scores(pool, table, layer, needs, backend, scale)
         keep, table.state = policy.evict(observe(pool, sequence, view, scores, None), table.state)
-        if keep.indices is not None:
-            pool.keep(table, layer, keep.indices)
+        pool.keep(table, layer, keep)
     if rules:
         evict_best(pool, table, rules, [scales[layer] for layer, _ in rules], sequence.protected)
     sequence.idle = policy.idle_steps(
@@ -57,17 +57,19 @@ def observe(pool: Pool, sequence: Sequence, view: View, scores: Tensor | None,
 
 def _ring_scores(pool: Pool, table: Table, layer: int, needs: Needs, backend: Backend,
                  scale: Scale) -> Tensor:  # fmt: skip
-    """Weights that the ring's newest queries gave, ``[1 or K, kept]``; 0 where not wanted."""
+    """Weights that the ring's newest queries gave, ``[1 or K, longest]``; 0 where not wanted."""
     assert table.ring is not None
     queries, lse, positions = table.ring.newest(layer, needs.window)
-    keys, k_pos = pool.keys(table, layer), pool.positions(table, layer)
-    kept, wanted = keys.shape[1], None
+    runs, wanted = runs_of(pool, table, layer, values=False), None
     if needs.among is not None:
-        wanted = k_pos[0].argsort()[slice(*needs.among)]
-        keys, k_pos = keys[:, wanted], k_pos[:, wanted]
-    scores = backend.window_scores(
-        queries, keys, positions, k_pos, scale, needs.reduce, rows=needs.window, lse=lse
+        assert len(runs) == 1, "entries by rank of age are the same tokens in every head"
+        (run,) = runs
+        wanted = run.positions[0].argsort()[slice(*needs.among)]
+        runs = [run._replace(keys=run.keys[:, wanted], positions=run.positions[:, wanted])]
+    scores = ragged.window_scores(
+        backend, runs, queries, positions, scale, needs.reduce, rows=needs.window, lse=lse
     ).scores
     if wanted is None:
         return scores
+    kept = int(table.longest[layer])
     return scores.new_zeros(len(scores), kept).index_copy_(1, wanted, scores)

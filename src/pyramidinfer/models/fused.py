@@ -106,7 +106,7 @@ class Fused:
                 plan.positions, longest, queries, lse)  # fmt: skip
         call = StepCall(
             self._layer_data(pool), depth, x.shape[1], first.gate_up.columns, heads.heads,
-            heads.kv_heads, heads.size, pool.page_size, rows, plan.tables.shape[2],
+            heads.kv_heads, heads.size, pool.page_size, rows, plan.tables.shape[3],
             ropes[0].shape[1], *map(pointer, held),
             None if addresses is None else ctypes.addressof(addresses),
         )  # fmt: skip

@@ -38,7 +38,8 @@ LEAST_PAGES = 16
 
 
 class Size(NamedTuple):
-    """``rows`` requests of at most ``pages`` pages; whether rings and scores are asked for."""
+    """``rows`` requests of at most ``pages`` pages a head; whether rings and scores are asked
+    for."""
 
     rows: int
     pages: int
@@ -62,13 +63,15 @@ def round_pages(count: int) -> int:
 class Frame:
     """Inputs of a step of one size: one host buffer, and its copy on the device.
 
-    tables ``[L, R, P]``, lengths ``[L, R]``, positions and places (rotary positions) ``[R]`` are
-    parts of it;  tokens ``[R]``, cos and sin ``[R, turned]`` are the device's own.
+    tables ``[L, R, K, P]``, lengths ``[L, R, K]``, positions and places (rotary positions) ``[R]``
+    are parts of it;  tokens ``[R]``, cos and sin ``[R, turned]`` are the device's own.
     """
 
-    def __init__(self, size: Size, layers: int, turned: int, device: torch.device) -> None:
+    def __init__(self, size: Size, layers: int, kv_heads: int, turned: int, device: torch.device
+                 ) -> None:  # fmt: skip
         shapes = {
-            "tables": (layers, size.rows, size.pages), "lengths": (layers, size.rows),
+            "tables": (layers, size.rows, kv_heads, size.pages),
+            "lengths": (layers, size.rows, kv_heads),
             "positions": (size.rows,), "places": (size.rows,),
         }  # fmt: skip
         numbers = [-(-int(np.prod(shape)) // 32) * 32 for shape in shapes.values()]
@@ -96,10 +99,10 @@ class Frame:
         count, host = len(tables), self.host
         host["lengths"][:, :count] = np.stack([table.kept for table in tables], axis=1)
         host["lengths"][:, count:] = 0
-        host["tables"][:, count:, 0] = scratch[:, None]
+        host["tables"][:, count:, :, 0] = scratch[:, None, None]
         for row, table in enumerate(tables):
             most = int(table.held.max())
-            host["tables"][:, row, :most] = table.pages[:, :most]
+            host["tables"][:, row, :, :most] = table.pages[..., :most]
         seen = [table.seen_len for table in tables]
         host["positions"][:count] = seen
         host["places"][:count] = [a - b for a, b in zip(seen, offsets, strict=True)]
@@ -144,7 +147,7 @@ class DecodeGraphs:
             any(each.policy.uses_scores for each in batch.decode),
         )  # fmt: skip
         if size not in self.steps:
-            frame = Frame(size, adapter.depth, adapter.rotary.turned, device)
+            frame = Frame(size, adapter.depth, adapter.kv_heads, adapter.rotary.turned, device)
             self.steps[size] = Step(frame)
             if len(self.steps) > MOST:
                 self.steps.popitem(last=False)
@@ -211,8 +214,8 @@ def _layers(adapter: Adapter, pool: Pool, frame: Frame, size: Size) -> tuple[Ten
     hidden = adapter.family.embed(
         adapter.body, adapter.config, frame.tokens[None], frame.positions[None]
     )[0]
-    newest = (frame.lengths - 1).clamp(min=0).long()  # [L, R]; spare rows: the scratch page's first
-    pages = frame.tables.gather(2, (newest // pool.page_size)[..., None])[..., 0].long()
+    newest = (frame.lengths - 1).clamp(min=0).long()  # spare rows: the scratch page's first
+    pages = frame.tables.gather(3, (newest // pool.page_size)[..., None])[..., 0].long()
     longest = [size.pages * pool.page_size] * adapter.depth
     plan = adapter.backend.plan(frame.tables, frame.lengths, longest, frame.positions)
     decoding = Decoding(plan, pages, newest % pool.page_size, size.rings, size.scores)

@@ -44,7 +44,8 @@ class Sequence:
         if not self.protected.shape[0]:
             return torch.zeros_like(positions, dtype=torch.bool)
         last = self.protected.shape[0] - 1
-        return self.protected[positions.clamp(max=last)] & (positions <= last)
+        there = (positions >= 0) & (positions <= last)
+        return self.protected[positions.clamp(0, last)] & there
 
 
 @dataclass(slots=True, eq=False)

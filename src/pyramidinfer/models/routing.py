@@ -13,14 +13,15 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from pyramidinfer.attention import Backend, DecodePlan, Scale
+from pyramidinfer.attention import Backend, DecodePlan, Scale, ragged
 from pyramidinfer.attention.base import Pages, ScoredPrefill
-from pyramidinfer.cache import Pool
+from pyramidinfer.attention.ragged import Run
+from pyramidinfer.cache import Pool, Table
 from pyramidinfer.cache.pool import Slots
 from pyramidinfer.models.intake import Intake
 from pyramidinfer.types import Reduce
 
-__all__ = ["Decoding", "LayerCall", "Segment", "route"]
+__all__ = ["Decoding", "LayerCall", "Segment", "route", "runs_of"]
 
 NAME = "pyramidinfer"
 
@@ -43,8 +44,8 @@ class Segment(NamedTuple):
 class Decoding:
     """The decode rows of one step: where each writes and reads, and what was observed.
 
-    slots pages, offsets : ``[layers, R]``;  queries, lse : filled layer by layer when rings ask;
-    probs : per layer ``[R, kv_heads, longest]``, when running scores ask.
+    slots pages, offsets : ``[layers, R, kv_heads]``;  queries, lse : filled layer by layer when
+    rings ask;  probs : per layer ``[R, kv_heads, longest]``, when running scores ask.
     """
 
     def __init__(self, plan: DecodePlan, pages: Tensor, offsets: Tensor, rings: bool,
@@ -127,28 +128,23 @@ class LayerCall:
     def _prefill(self, intake: Intake, queries: Tensor, keys: Tensor, values: Tensor,
                  scale: Scale) -> Tensor:  # fmt: skip
         table, layer, count = intake.sequence.table, self.layer, queries.shape[0]
-        held = int(table.kept[layer])
+        held = bool(table.kept[layer].any())
         new = intake.positions[intake.done : intake.done + count]
         self.pool.write(layer, self.pool.append(table, layer, count), keys, values, new)
+        every, positions = slice(0, keys.shape[1]), new.expand(keys.shape[1], -1)
+        runs = [Run(every, keys.transpose(0, 1), values.transpose(0, 1), positions)]
         if held:
-            all_keys = self.pool.keys(table, layer)
-            all_values = self.pool.values(table, layer)
-            positions = self.pool.positions(table, layer)
-        else:
-            all_keys, all_values = keys.transpose(0, 1), values.transpose(0, 1)
-            positions = new.expand(keys.shape[1], -1)
+            runs = runs_of(self.pool, table, layer)
         last_only = self.last_only and not intake.all_rows  # nothing reads the others' outputs
         summing = self.backend.prefill_scored
         if summing is not None and not last_only and self._sums_up(intake):
-            return self._attend_summing(
-                summing, intake, queries, all_keys, all_values, new, positions, scale
-            )
-        self._observe(intake, queries, new, all_keys, positions, scale)
+            return self._attend_summing(summing, intake, queries, runs, new, scale)
+        self._observe(intake, queries, new, runs, scale)
         if last_only:
             if count < intake.left:
                 return queries.new_empty(0, *queries.shape[1:])
             queries, new = queries[-1:], new[-1:]
-        return self.backend.prefill(queries, all_keys, all_values, new, positions, scale)
+        return ragged.attend(self.backend, runs, queries, new, scale)
 
     def _sums_up(self, intake: Intake) -> bool:
         """Whether the window's weights are only summed, so that attention can do it on the way."""
@@ -157,14 +153,13 @@ class LayerCall:
         return linear and bool(needs.window) and not (needs.remember or needs.column_sums)
 
     def _attend_summing(self, summing: ScoredPrefill, intake: Intake, queries: Tensor,
-                        keys: Tensor, values: Tensor, q_pos: Tensor, k_pos: Tensor, scale: Scale
-                        ) -> Tensor:  # fmt: skip
+                        runs: list[Run], q_pos: Tensor, scale: Scale) -> Tensor:  # fmt: skip
         """``prefill``, adding to the intake's scores what this chunk's window queries give."""
         needs, count = intake.needs, len(queries)
         window = min(needs.window, intake.length)
         first = max(0, intake.length - window - intake.done)  # first window row in this chunk
         if first >= count:
-            return self.backend.prefill(queries, keys, values, q_pos, k_pos, scale)
+            return ragged.attend(self.backend, runs, queries, q_pos, scale)
         ramp = torch.linspace(1.0, needs.reduce.newest_weight, needs.window, device=queries.device)
         end = needs.window - (
             intake.length - intake.done - count
@@ -172,7 +167,9 @@ class LayerCall:
         ramp = ramp[end - (count - first) : end]
         if needs.reduce.rows == "mean":
             ramp = ramp / needs.window
-        out, scored = summing(queries, keys, values, q_pos, k_pos, scale, needs.reduce, ramp)
+        out, scored = ragged.attend_scored(
+            summing, runs, queries, q_pos, scale, needs.reduce, ramp
+        )  # fmt: skip
         scores = scored.scores
         if intake.scores is not None:
             scores[:, : intake.scores.shape[1]] += intake.scores
@@ -183,13 +180,13 @@ class LayerCall:
                 ring.begin(intake.positions[-1:])
         return out
 
-    def _observe(self, intake: Intake, queries: Tensor, q_pos: Tensor, keys: Tensor,
-                 k_pos: Tensor, scale: Scale) -> None:  # fmt: skip
+    def _observe(self, intake: Intake, queries: Tensor, q_pos: Tensor, runs: list[Run],
+                 scale: Scale) -> None:  # fmt: skip
         """Collect what the policy needs of this layer, and the ring's first row, at its end."""
         needs, count, ring = intake.needs, queries.shape[0], intake.sequence.table.ring
         is_last = intake.done + count == intake.length
         if needs.column_sums:
-            found = self.backend.column_sums(queries, keys, q_pos, k_pos, scale)
+            found = ragged.column_sums(self.backend, runs, queries, q_pos, scale)
             if intake.columns is not None:
                 found[:, : intake.columns.shape[1]] += intake.columns
             intake.columns = found
@@ -203,15 +200,15 @@ class LayerCall:
                 intake.queries[at : at + count - begin] = queries[begin:]
             if is_last:
                 assert intake.queries is not None
-                scored = self.backend.window_scores(
-                    intake.queries, keys, intake.positions[-window:], k_pos, scale, needs.reduce,
-                    rows=needs.window,
+                scored = ragged.window_scores(
+                    self.backend, runs, intake.queries, intake.positions[-window:], scale,
+                    needs.reduce, rows=needs.window,
                 )  # fmt: skip
                 intake.scores, newest = scored.scores, scored.lse
         if is_last and ring is not None:
             if newest is None:
-                newest = self.backend.window_scores(
-                    queries[-1:], keys, q_pos[-1:], k_pos, scale, Reduce(), rows=1
+                newest = ragged.window_scores(
+                    self.backend, runs, queries[-1:], q_pos[-1:], scale, Reduce("kv_mean"), rows=1
                 ).lse
             rows = min(window, ring.capacity) if needs.remember else 1
             last = queries if rows == 1 else intake.queries
@@ -220,6 +217,20 @@ class LayerCall:
             ring.lse[self.layer, :rows] = newest[-rows:]
             if self.layer == intake.sequence.layers.first:
                 ring.begin(intake.positions[-rows:])
+
+
+def runs_of(pool: Pool, table: Table, layer: int, values: bool = True) -> list[Run]:
+    """A layer's entries, in runs of equally long heads; keys alone where no ``values`` are asked
+    for."""
+    positions = pool.positions(table, layer)
+    return [
+        Run(
+            heads, pool.keys(table, layer, heads),
+            pool.values(table, layer, heads) if values else None,
+            positions[heads, : int(table.kept[layer, heads.start])],
+        )
+        for heads in pool.runs(table, layer)
+    ]  # fmt: skip
 
 
 def route(layer: nn.Module, attention: str) -> nn.Module:

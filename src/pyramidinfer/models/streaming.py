@@ -39,7 +39,7 @@ class Streaming:
     def close_gaps(self, pool: Pool, sequence: Sequence) -> None:
         """Turn the entries that are older than a dropped one to their place in the cache."""
         table, first = sequence.table, sequence.layers.first
-        kept = int(table.kept[first])
+        kept = int(table.longest[first])
         if not self.is_possible or not kept or not any(sequence.layers.governed):
             return
         places = pool.positions(table, first)[0].sort().values.cpu()
@@ -62,7 +62,7 @@ class Streaming:
         reached = table.seen_len - sequence.offset
         if not self.is_possible or reached + count <= self.limit(sequence.is_long):
             return
-        back = reached - int(table.kept[sequence.layers.first])
+        back = reached - int(table.longest[sequence.layers.first])
         if back <= 0:
             return
         turned = table.state.get(PLACES, torch.zeros(0, dtype=torch.int64))

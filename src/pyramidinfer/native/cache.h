@@ -8,18 +8,18 @@
 #include "scratch.h"
 #include "simd.h"
 
-// One tensor of a group: [pages, heads, page, bytes of an entry].
+// One tensor of a group: [pages, page, bytes of an entry]; a page is one KV head's.
 struct Storage {
     char* data;
     int64_t entry;
 };
 
-// One layer's entries that stay: `indices` [heads or 1, kept] (row apart) of `length`.
+// One head's entries that stay: `indices` [kept] of `length`; `count` tensors.
 struct Keeping {
     const Storage* tensors;
     const int32_t* pages;
     const int64_t* indices;
-    int64_t count, heads, page, row, kept, length;
+    int64_t count, page, kept, length;
 };
 
 inline void copy_entry(char* to, const char* from, int64_t bytes) {
@@ -29,13 +29,13 @@ inline void copy_entry(char* to, const char* from, int64_t bytes) {
     else std::memcpy(to, from, bytes);
 }
 
-// One head: holes among the first `kept` slots are filled from the tail.  Returns the entries
-// moved, or -1 where an entry is named twice or is not there.
-inline int64_t keep_head(const Keeping& k, int64_t head) {
+// Holes among the first `kept` slots are filled from the tail.  Returns the entries moved, or -1
+// where an entry is named twice or is not there.
+inline int64_t keep_head(const Keeping& k) {
     static thread_local Scratch mark_room, move_room;
     auto* stays = mark_room.get<uint8_t>(k.length);
     std::memset(stays, 0, k.length);
-    const int64_t* mine = k.indices + head * k.row;
+    const int64_t* mine = k.indices;
     for (int64_t i = 0; i < k.kept; ++i) {
         if (mine[i] < 0 || mine[i] >= k.length || stays[mine[i]]) return -1;
         stays[mine[i]] = 1;
@@ -47,7 +47,7 @@ inline int64_t keep_head(const Keeping& k, int64_t head) {
     const int shift = k.page & (k.page - 1) ? -1 : __builtin_ctzll(k.page);
     for (int64_t i = 0; i < 2 * moved; ++i) {
         const int64_t entry = moves[i], page = shift < 0 ? entry / k.page : entry >> shift;
-        moves[i] = (size_t(k.pages[page]) * k.heads + head) * k.page + (entry - page * k.page);
+        moves[i] = size_t(k.pages[page]) * k.page + (entry - page * k.page);
     }
     for (int64_t i = 0; i < k.count; ++i) {
         char* data = k.tensors[i].data;
@@ -64,36 +64,35 @@ inline int64_t keep_head(const Keeping& k, int64_t head) {
     return moved;
 }
 
-// Several layers at once.  Returns the entries moved, or -1 (see keep_head).
+// Several heads at once.  Returns the entries moved, or -1 (see keep_head).
 inline int64_t keep_all(const Keeping* many, int64_t count) {
     int64_t moved = 0, wrong = 0;
-    const int64_t heads = count ? many[0].heads : 0;
 #pragma omp parallel for schedule(static) reduction(+ : moved, wrong) \
-    if (count * heads * (count ? many[0].kept : 0) > 4096)
-    for (int64_t i = 0; i < count * heads; ++i) {
-        const int64_t found = keep_head(many[i / heads], i % heads);
+    if (count * (count ? many[0].kept : 0) > 4096)
+    for (int64_t i = 0; i < count; ++i) {
+        const int64_t found = keep_head(many[i]);
         moved += found;
         wrong += found < 0;
     }
     return wrong ? -1 : moved;
 }
 
-// out [heads, kept, entry] of one tensor, page by page.
-inline void gather(const Storage& tensor, const int32_t* pages, int heads, int page, int64_t kept,
-                   char* out) {
+// out [heads, kept, entry] of one tensor, page by page; pages [heads, ..] are `row` apart.
+inline void gather(const Storage& tensor, const int32_t* pages, int64_t row, int heads, int page,
+                   int64_t kept, char* out) {
     const int64_t whole = ceil_div(kept, page);
 #pragma omp parallel for schedule(static) collapse(2) if (heads * kept * tensor.entry > 65536)
     for (int head = 0; head < heads; ++head)
         for (int64_t i = 0; i < whole; ++i) {
             const int64_t n = std::min<int64_t>(page, kept - i * page);
             std::memcpy(out + (head * kept + i * page) * tensor.entry,
-                        tensor.data + (size_t(pages[i]) * heads + head) * page * tensor.entry,
+                        tensor.data + size_t(pages[head * row + i]) * page * tensor.entry,
                         n * tensor.entry);
         }
 }
 
 // New keys and values [n, K, ...], rows and heads so many numbers apart, with their positions, and
-// the page and offset each goes to.
+// the page and offset each goes to, [n, K].
 template <class T>
 struct Rows {
     const T *keys, *values;
@@ -115,7 +114,8 @@ inline void write_rows(const Rows<T>& rows, const Place<T>& to) {
 #pragma omp for schedule(static) nowait
     for (int64_t row = 0; row < rows.count; ++row)
         for (int64_t head = 0; head < to.kv_heads; ++head) {
-            const size_t slot = (size_t(rows.pages[row]) * to.kv_heads + head) * to.page + rows.offsets[row];
+            const int64_t at = row * to.kv_heads + head;
+            const size_t slot = size_t(rows.pages[at]) * to.page + rows.offsets[at];
             std::memcpy(to.keys + slot * to.key_dim,
                         rows.keys + row * rows.key_row + head * rows.key_head, to.key_dim * sizeof(T));
             std::memcpy(to.values + slot * to.value_dim,

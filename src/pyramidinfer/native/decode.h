@@ -6,8 +6,9 @@
 #include "scratch.h"
 #include "simd.h"
 
-// Shapes: queries, out [R, H, D|V]; keys [pages, K, page, D], values [.., V], positions [.., ]
-// int32; table [R, width] page numbers; lengths, at [R]; lse [R, H]; probs [R, K, longest] or null.
+// Shapes: queries, out [R, H, D|V]; keys [pages, page, D], values [.., V], positions [.., ] int32;
+// table [R, K, width] page numbers; lengths [R, K]; at [R]; lse [R, H]; probs [R, K, longest] or
+// null.
 template <class T>
 struct Decode {
     const T *queries, *keys, *values;
@@ -231,7 +232,7 @@ inline void attend_tile(const Decode<T>& a, int r, int first, int64_t t, size_t 
     weigh<T, G>(to.values, weights, a.values + slot * a.value_dim, n, a.value_dim, padded_value);
 }
 
-// A tile for all heads of a KV head, four at a time.
+// A tile for all heads of a KV head (whose widened queries are given), four at a time.
 template <class T>
 inline void attend_group(const Decode<T>& a, int r, int kv_head, int64_t t, size_t slot, int n,
                          const float* queries, int padded_key, int padded_value, Partial to,
@@ -239,7 +240,7 @@ inline void attend_group(const Decode<T>& a, int r, int kv_head, int64_t t, size
     const int group = a.group();
     for (int g = 0; g < group; g += 4) {
         const Partial part{to.values + g * padded_value, to.top + g, to.sum + g};
-        const float* wide = queries + (kv_head * group + g) * padded_key;
+        const float* wide = queries + g * padded_key;
 #define HEADS(G)                                                                              \
     attend_tile<T, G>(a, r, kv_head * group + g, t, slot, n, wide, padded_key, padded_value, part, \
                       kept_logits)
@@ -259,11 +260,11 @@ inline void fetch(const T* from, int count) {
     for (int i = 0; i < count; i += int(64 / sizeof(T))) __builtin_prefetch(from + i, 0, 2);
 }
 
-// How the work is cut: a request's entries into spans, its KV heads into parts.  A page holds all
-// heads side by side, so a span with all of them reads memory in one stream.  Spans go by a
-// request's own length alone, so its outputs do not depend on who else is there.
+// How the work is cut: every KV head's entries into spans, so that a long head is shared by all
+// cores.  Spans go by a head's own length alone, so a request's outputs do not depend on who else
+// is there.
 struct Cut {
-    int spans, parts, size;  // size: entries of a span
+    int spans, size;  // size: entries of a span
 };
 constexpr int SPAN = 256;
 
@@ -273,40 +274,35 @@ inline void decode(const Decode<T>& a, Cut cut, float* room, float* kept_logits)
     const int group = a.group(), spans = cut.spans;
     const int padded_key = int(round_up(a.key_dim, LANES)), padded_value = int(round_up(a.value_dim, LANES));
     const size_t each = size_t(group) * (padded_value + 2);
-    const int heads_each = int(ceil_div(a.kv_heads, cut.parts)), tasks = a.requests * spans * cut.parts;
+    const int tasks = a.requests * a.kv_heads * spans;
 #pragma omp for schedule(dynamic, 1)
     for (int task = 0; task < tasks; ++task) {
         static thread_local Scratch widened;
-        const int part = task % cut.parts, span = task / cut.parts % spans, r = task / cut.parts / spans;
-        const int from = part * heads_each, to = std::min(a.kv_heads, from + heads_each);
-        const int64_t begin = int64_t(span) * cut.size, end = std::min(a.lengths[r], begin + cut.size);
+        const int span = task % spans, head = task / spans, r = head / a.kv_heads;
+        const int kv_head = head % a.kv_heads;
+        const int64_t begin = int64_t(span) * cut.size;
+        const int64_t end = std::min(a.lengths[head], begin + cut.size);
         if (begin >= end) continue;
-        float* queries = widened.get<float>(size_t(a.heads) * padded_key);
+        float* queries = widened.get<float>(size_t(group) * padded_key);
         if (!takes_pairs<T>(a.key_dim))
-            widen(queries, a.queries + size_t(r) * a.heads * a.key_dim, a.heads, a.key_dim, padded_key);
-        const auto partial = [&](int kv_head) {
-            float* values = room + (size_t(r * a.kv_heads + kv_head) * spans + span) * each;
-            float* top = values + size_t(group) * padded_value;
-            return Partial{values, top, top + group};
-        };
-        for (int kv_head = from; kv_head < to; ++kv_head) {
-            const Partial mine = partial(kv_head);
-            std::fill(mine.values, mine.top, 0.f);
-            std::fill(mine.top, mine.sum, NEVER);
-            std::fill(mine.sum, mine.sum + group, 0.f);
-        }
-        const int32_t* table = a.table + size_t(r) * a.width;
+            widen(queries, a.queries + size_t(r * a.heads + kv_head * group) * a.key_dim, group,
+                  a.key_dim, padded_key);
+        float* values = room + size_t(task) * each;
+        float* top = values + size_t(group) * padded_value;
+        const Partial mine{values, top, top + group};
+        std::fill(mine.values, mine.top, 0.f);
+        std::fill(mine.top, mine.sum, NEVER);
+        std::fill(mine.sum, mine.sum + group, 0.f);
+        const int32_t* table = a.table + size_t(head) * a.width;
         for (int64_t t = begin; t < end; t += a.page) {
-            const size_t page = size_t(table[t / a.page]) * a.kv_heads;
-            const size_t next = t + a.page < end ? size_t(table[t / a.page + 1]) * a.kv_heads : page;
-            for (int kv_head = from; kv_head < to; ++kv_head) {
-                fetch(a.keys + (next + kv_head) * a.page * a.key_dim, a.page * a.key_dim);
-                fetch(a.values + (next + kv_head) * a.page * a.value_dim, a.page * a.value_dim);
-                for (int off = 0; off < a.page && t + off < end; off += LANES) {
-                    const int n = int(std::min<int64_t>({LANES, a.page - off, end - t - off}));
-                    attend_group(a, r, kv_head, t + off, (page + kv_head) * a.page + off, n, queries,
-                                 padded_key, padded_value, partial(kv_head), kept_logits);
-                }
+            const size_t page = table[t / a.page];
+            const size_t next = t + a.page < end ? table[t / a.page + 1] : page;
+            fetch(a.keys + next * a.page * a.key_dim, a.page * a.key_dim);
+            fetch(a.values + next * a.page * a.value_dim, a.page * a.value_dim);
+            for (int off = 0; off < a.page && t + off < end; off += LANES) {
+                const int n = int(std::min<int64_t>({LANES, a.page - off, end - t - off}));
+                attend_group(a, r, kv_head, t + off, page * a.page + off, n, queries, padded_key,
+                             padded_value, mine, kept_logits);
             }
         }
     }
@@ -315,7 +311,7 @@ inline void decode(const Decode<T>& a, Cut cut, float* room, float* kept_logits)
         const int head = task % a.heads, r = task / a.heads, kv_head = head / group, g = head % group;
         const float* first = room + size_t(r * a.kv_heads + kv_head) * spans * each;
         const size_t top_at = size_t(group) * padded_value + g, sum_at = top_at + group;
-        const int used = int(ceil_div(a.lengths[r], cut.size));
+        const int used = int(ceil_div(a.lengths[r * a.kv_heads + kv_head], cut.size));
         float best = NEVER, total = 0.f;
         for (int s = 0; s < used; ++s) best = std::max(best, first[s * each + top_at]);
         for (int s = 0; s < used; ++s) {
@@ -345,19 +341,16 @@ inline void decode(const Decode<T>& a, Cut cut, float* room, float* kept_logits)
         const size_t head = size_t(r) * a.heads + kv_head * group;
         std::fill(probs, probs + a.longest, 0.f);
         for (int g = 0; g < group; ++g)
-            for (int64_t t = 0; t < a.lengths[r]; ++t)
+            for (int64_t t = 0; t < a.lengths[task]; ++t)
                 probs[t] += std::exp(kept_logits[(head + g) * a.longest + t] - a.lse[head + g]);
     }
 }
 
-// A cut that gives every core work, and the floats of working room it needs.
+// The cut, and the floats of working room it needs.
 template <class T>
 inline Cut decode_cut(const Decode<T>& a) {
     const int size = int(round_up(SPAN, a.page));
-    const int spans = int(std::max<int64_t>(1, ceil_div(a.longest, size)));
-    const int64_t tasks = std::max<int64_t>(1, int64_t(a.requests) * spans);
-    const int64_t wanted = ceil_div(2 * omp_get_max_threads(), tasks);
-    return {spans, int(std::min<int64_t>(a.kv_heads, wanted)), size};
+    return {int(std::max<int64_t>(1, ceil_div(a.longest, size))), size};
 }
 template <class T>
 inline size_t decode_room(const Decode<T>& a, Cut cut) {

@@ -112,9 +112,9 @@ void score_window(int dtype, const DenseCall* c, int per_kv_head, int max_heads,
 
 int64_t keep(const Keeping* many, int64_t count) { return keep_all(many, count); }
 
-void gather_pages(const Storage* tensor, const int32_t* pages, int heads, int page, int64_t kept,
-                  void* out) {
-    gather(*tensor, pages, heads, page, kept, (char*)out);
+void gather_pages(const Storage* tensor, const int32_t* pages, int64_t row, int heads, int page,
+                  int64_t kept, void* out) {
+    gather(*tensor, pages, row, heads, page, kept, (char*)out);
 }
 
 struct WriteCall {
@@ -141,8 +141,9 @@ void evict_entries(int dtype, const Eviction* many, int64_t count, int64_t* kept
 }
 
 int64_t best_entries(const float* scores, const uint8_t* forced, const int64_t* places,
-                     int64_t heads, int64_t n, int64_t count, int64_t* out) {
-    return best_of(scores, forced, places, heads, n, count, out);
+                     const int64_t* lengths, int64_t heads, int64_t n, int64_t* counts,
+                     int64_t* out) {
+    return best_of(scores, forced, places, lengths, heads, n, counts, out);
 }
 
 void pool_neighbours(const float* scores, const int64_t* places, int64_t row, int64_t heads,

@@ -40,10 +40,10 @@ DenseCall = _struct(
     "key_dim value_dim window", "scale softcap",
 )  # fmt: skip
 StorageData = _struct("StorageData", "data", "entry")
-Keeping = _struct("Keeping", "tensors pages indices", "count heads page row kept length")
+Keeping = _struct("Keeping", "tensors pages indices", "count page kept length")
 Eviction = _struct(
-    "Eviction", "keys values positions scores pages queries lse rows query_at protect",
-    "window length count kernel pools_max takes_max sinks recent text heads kv_heads key_dim "
+    "Eviction", "keys values positions scores pages queries lse rows query_at protect lengths",
+    "window width count kernel pools_max takes_max sinks recent text heads kv_heads key_dim "
     "value_dim page", "scale softcap share",
 )  # fmt: skip
 WriteCall = _struct(
@@ -102,9 +102,11 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "score_window": (None, [c_int, POINTER(DenseCall), c_int, c_int, c_int, c_float, c_void_p,
                             c_int, c_void_p, c_void_p]),
     "keep": (c_int64, [c_void_p, c_int64]),
-    "gather_pages": (None, [POINTER(StorageData), c_void_p, c_int, c_int, c_int64, c_void_p]),
+    "gather_pages": (None, [POINTER(StorageData), c_void_p, c_int64, c_int, c_int, c_int64,
+                            c_void_p]),
     "evict_entries": (None, [c_int, c_void_p, c_int64, c_void_p]),
-    "best_entries": (c_int64, [c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p]),
+    "best_entries": (c_int64, [c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_void_p,
+                               c_void_p]),
     "pool_neighbours": (None, [c_void_p, c_void_p, c_int64, c_int64, c_int64, c_int, c_int,
                                c_void_p]),
     "read_words": (c_int64, [c_void_p, c_int64]),

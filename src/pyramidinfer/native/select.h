@@ -20,29 +20,38 @@ struct Ranked {
     bool operator<(const Ranked& other) const { return key > other.key; }  // the best come first
 };
 
-// Entries [heads, count] with the highest scores [heads, n], ascending; forced ones [heads, n] win,
-// and there are as many as the head with most of them has.  Equal scores go to the earlier place
-// (places [heads, n], or the entry's number).  Returns the count.
+// Entries with the highest scores [heads, n] of each head's first lengths [heads], ascending.
+// counts [heads] in: how many are wanted; out: how many there are.  Forced ones [heads, n] win, and
+// each head gets room for as many as the head with most of them has.  Equal scores go to the
+// earlier place (places [heads, n], or the entry's number).  out: [heads, k] with k, the largest
+// count, returned.
 inline int64_t best_of(const float* scores, const uint8_t* forced, const int64_t* places,
-                       int64_t heads, int64_t n, int64_t count, int64_t* out) {
+                       const int64_t* lengths, int64_t heads, int64_t n, int64_t* counts,
+                       int64_t* out) {
+    int64_t must = 0, row = 0;
     for (int64_t h = 0; h < heads; ++h)
-        count = std::max<int64_t>(count, std::count(forced + h * n, forced + (h + 1) * n, 1));
-    count = std::min(count, n);
+        must = std::max<int64_t>(must, std::count(forced + h * n, forced + h * n + lengths[h], 1));
+    for (int64_t h = 0; h < heads; ++h) {
+        counts[h] = std::min(std::max(counts[h], must), lengths[h]);
+        row = std::max(row, counts[h]);
+    }
 #pragma omp parallel for schedule(static) if (heads * n > 16384 && heads > 1)
     for (int64_t h = 0; h < heads; ++h) {
         static thread_local Scratch room;
-        auto* ranked = room.get<Ranked>(n);
-        for (int64_t i = 0; i < n; ++i) {
+        const int64_t length = lengths[h], count = counts[h];
+        auto* ranked = room.get<Ranked>(length);
+        for (int64_t i = 0; i < length; ++i) {
             const uint32_t score = forced[h * n + i] ? 0xffffffffu : ordered(scores[h * n + i]);
             const int64_t place = places ? places[h * n + i] : i;
             ranked[i] = {uint64_t(score) << 32 | uint32_t(~uint32_t(place)), int32_t(i)};
         }
-        if (count < n) std::nth_element(ranked, ranked + count, ranked + n);
-        int64_t* mine = out + h * count;
+        if (count < length) std::nth_element(ranked, ranked + count, ranked + length);
+        int64_t* mine = out + h * row;
         for (int64_t i = 0; i < count; ++i) mine[i] = ranked[i].entry;
         std::sort(mine, mine + count);
+        std::fill(mine + count, mine + row, 0);
     }
-    return count;
+    return row;
 }
 
 // order [n]: entries by their place in the text; no two share one.

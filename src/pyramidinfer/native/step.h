@@ -82,9 +82,9 @@ struct Step {
     const Layer* layers;
     int64_t depth, hidden, inner, heads, kv_heads, size, page, rows, width, turned;
     const float *cos, *sin;                  // [tables, rows, turned]
-    const int64_t *pages, *offsets;          // [depth, rows] where the new entries go
-    const int32_t* tables;                   // [depth, rows, width]
-    const int64_t *lengths, *at, *longest;   // [depth, rows], [rows], [depth]
+    const int64_t *pages, *offsets;          // [depth, rows, kv_heads] where the new entries go
+    const int32_t* tables;                   // [depth, rows, kv_heads, width]
+    const int64_t *lengths, *at, *longest;   // [depth, rows, kv_heads], [rows], [depth]
     void* queries;                           // [depth, rows, heads, size] or null: kept for rings
     float* lse;                              // [depth, rows, heads]
     float* const* probs;                     // [depth] of [rows, kv_heads, longest], or null
@@ -95,6 +95,7 @@ template <class T>
 inline void decode_step(const Step& s, T* x) {
     static thread_local Scratch kept, spans_room, logits_room;
     const int64_t wide = (s.heads + 2 * s.kv_heads) * s.size, mixed = s.heads * s.size;
+    const int64_t streams = s.rows * s.kv_heads;
     T* normed = kept.get<T>(size_t(s.rows) * (s.hidden + wide + 2 * mixed + s.inner + 4 * LANES));
     T *qkv = normed + s.rows * s.hidden, *queries = qkv + s.rows * wide;
     T *attended = queries + s.rows * mixed, *inner = attended + s.rows * mixed;
@@ -122,15 +123,15 @@ inline void decode_step(const Step& s, T* x) {
         rotate(qkv, s.rows, h, s.cos + table, s.sin + table);
         const T* keys = qkv + mixed;
         const Rows<T> new_rows{keys, keys + s.kv_heads * s.size, wide, wide, s.size, s.size, s.at,
-                               s.pages + i * s.rows, s.offsets + i * s.rows, s.rows};
+                               s.pages + i * streams, s.offsets + i * streams, s.rows};
         write_rows(new_rows, Place<T>{(T*)layer.keys, (T*)layer.values, layer.positions, layer.scores,
                                       s.kv_heads, s.size, s.size, s.page});
 #pragma omp for schedule(static)
         for (int64_t row = 0; row < s.rows; ++row)
             std::memcpy(mine + row * mixed, qkv + row * wide, mixed * sizeof(T));
         d.queries = mine, d.keys = (T*)layer.keys, d.values = (T*)layer.values;
-        d.positions = layer.positions, d.table = s.tables + i * s.rows * s.width;
-        d.lengths = s.lengths + i * s.rows, d.longest = s.longest[i];
+        d.positions = layer.positions, d.table = s.tables + i * streams * s.width;
+        d.lengths = s.lengths + i * streams, d.longest = s.longest[i];
         d.window = layer.window, d.scale = layer.scale;
         d.lse = s.lse + i * s.rows * s.heads, d.probs = s.probs ? s.probs[i] : nullptr;
         decode(d, decode_cut(d), partial, kept_logits);

@@ -10,15 +10,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from pyramidinfer.config import is_number
 from pyramidinfer.native.library import Kernels, found_kernels, pointer
+from pyramidinfer.policies.profile import Profile
 from pyramidinfer.types import Keep, Layers, Needs, Observation, State, View
 
-__all__ = ["Forecast", "Policy", "best_entries", "check_keep", "pool_neighbours"]
+__all__ = ["Forecast", "Policy", "best_entries", "check_keep", "keep_best", "pool_neighbours"]
 
 NOTHING = Needs()
 
@@ -26,12 +28,22 @@ NOTHING = Needs()
 class Forecast(NamedTuple):
     """Upper bounds per layer.
 
-    ``reach``: prompt tokens that enter the layer; ``kept``: entries it holds from the end of its
-    prefill to the end of generation.
+    ``reach``: prompt tokens that enter the layer; ``kept``: entries its longest KV head holds from
+    the end of its prefill to the end of generation.  ``heads``: the same of every head, ``[layers,
+    kv_heads]``, where they differ.  ``total``: entries that a layer's heads hold together, where
+    that is less than their bounds add up to.
     """
 
     reach: list[int]
     kept: list[int]
+    heads: list[list[int]] | None = None
+    total: list[int] | None = None
+
+    def by_head(self, kv_heads: int) -> np.ndarray:
+        """What every head holds at most, ``[layers, kv_heads]``."""
+        if self.heads is not None:
+            return np.array(self.heads)
+        return np.repeat(np.array(self.kept)[:, None], kv_heads, 1)
 
 
 @dataclass(frozen=True)
@@ -43,12 +55,18 @@ class Policy:
     evicts: ClassVar[bool] = False  # is to be asked while decoding
     keeps_all: ClassVar[bool] = False  # a text computed anew gives the same cache
     streams: ClassVar[bool] = False  # rotary positions are places in the cache, so no text ends
+    profiled: ClassVar[bool] = False  # asks for the model's head profile (``with_profile``)
 
     def check(self, layers: Layers) -> None:
         """Raise ``ValueError`` where the options cannot be met on a model of this depth."""
 
     def for_model(self, folder: str) -> Policy:
         """The policy as it is for the model in ``folder`` (``""`` if it came from none)."""
+        return self
+
+    def with_profile(self, profile: Profile | None) -> Policy:
+        """The policy with the model's head profile, where it is ``profiled`` and was given none of
+        its own; None: there is none to be had."""
         return self
 
     def lowest_keep(self, layers: Layers) -> float:
@@ -75,10 +93,12 @@ class Policy:
         """Which entries stay while decoding."""
         return Keep(), state
 
-    def idle_steps(self, kept: list[int], prompt_len: int, layers: Layers, state: State) -> int:
+    def idle_steps(
+        self, kept: list[list[int]], prompt_len: int, layers: Layers, state: State
+    ) -> int:
         """Tokens that can be generated from here on before any layer's ``evict`` can be due.
 
-        ``kept``: entries per layer now.  0: ask again after the next token.
+        ``kept``: entries now, ``[layers][kv_heads]``.  0: ask again after the next token.
         """
         return 0
 
@@ -86,8 +106,8 @@ class Policy:
         """The state once a layer's prefill or extend is over (``view.kept_len`` is final)."""
         return view.state
 
-    def truncated(self, state: State, kept: list[int]) -> State:
-        """The state once the newest tokens were forgotten; ``kept`` entries are left per layer."""
+    def truncated(self, state: State, kept: list[list[int]]) -> State:
+        """The state once the newest tokens were forgotten; ``kept``: as in ``idle_steps``."""
         return state
 
     def forecast(self, prompt_len: int, max_new: int, layers: Layers) -> Forecast:
@@ -118,6 +138,22 @@ class Policy:
         return 0
 
 
+def keep_best(seen: Observation, scores: Tensor, count: int | Tensor, forced: Tensor) -> Keep:
+    """Of every KV head the entries with the highest scores; forced ones win.
+
+    ``scores``: ``[1 or kv_heads, n]`` (one row for all heads that hold the same tokens);
+    ``count``: of every head, or ``[kv_heads]``;  ``forced``: bool ``[1 or kv_heads, n]``.  Each
+    head gets room for as many as the one with most forced entries has; a shorter one keeps what it
+    has.
+    """
+    heads = max(len(scores), len(forced))
+    counts = torch.as_tensor(count).expand(heads)
+    lengths = torch.tensor(seen.view.head_lens[:heads])
+    indices, found = _best(scores, counts, forced, seen.positions[:heads], lengths)
+    same = bool((found == indices.shape[1]).all())
+    return Keep(indices, None if same else found)
+
+
 def best_entries(scores: Tensor, count: int, forced: Tensor, positions: Tensor | None = None
                  ) -> Tensor:  # fmt: skip
     """Indices ``[heads, max(count, forced)]`` of the highest scores, ascending.
@@ -125,30 +161,44 @@ def best_entries(scores: Tensor, count: int, forced: Tensor, positions: Tensor |
     ``scores`` and ``forced`` (entries that win regardless) are ``[heads, n]``; equal scores go to
     the earlier entry: by ``positions`` in the text, for a cache that is not in order.
     """
+    heads, size = max(scores.shape[0], forced.shape[0]), scores.shape[1]
+    lengths = torch.full((heads,), size)
+    return _best(scores, torch.full((heads,), count), forced, positions, lengths)[0]
+
+
+def _best(scores: Tensor, counts: Tensor, forced: Tensor, positions: Tensor | None,
+          lengths: Tensor) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Indices ``[heads, k]``, and how many of each head count (``[heads]``, on the host)."""
     kernels = found_kernels()
     if kernels is not None and scores.is_cpu and scores.dtype == torch.float32:
-        return _best_native(kernels, scores, count, forced, positions)
-    count = max(count, int(forced.sum(-1).max()))
+        return _best_native(kernels, scores, counts, forced, positions, lengths)
+    heads, size = max(scores.shape[0], forced.shape[0]), scores.shape[1]
+    there = torch.arange(size) < lengths[:, None]
+    forced = forced.expand(heads, size) & there.to(forced.device)
+    counts = torch.minimum(counts.clamp(min=int(forced.sum(-1).max())), lengths)
     ranked = torch.where(forced, torch.inf, scores)
-    if positions is None:
-        best = ranked.argsort(dim=-1, descending=True, stable=True)
-    else:
-        by_age = positions.expand_as(ranked).argsort(dim=-1)
-        best = ranked.gather(1, by_age).argsort(dim=-1, descending=True, stable=True)
-        best = by_age.gather(1, best)
-    return best[:, :count].sort(-1).values
+    ranked = torch.where(there.to(ranked.device), ranked, -torch.inf)
+    places = -torch.arange(size, device=ranked.device)[None] if positions is None else -positions
+    places = torch.where(there.to(ranked.device), places, -(2**62))  # what is not there comes last
+    by_age = places.expand_as(ranked).argsort(dim=-1, descending=True, stable=True)
+    best = ranked.gather(1, by_age).argsort(dim=-1, descending=True, stable=True)
+    best = by_age.gather(1, best)[:, : int(counts.max())]
+    beyond = (torch.arange(best.shape[1]) >= counts[:, None]).to(best.device)
+    best = torch.where(beyond, size, best).sort(-1).values
+    return torch.where(beyond, 0, best), counts
 
 
-def _best_native(kernels: Kernels, scores: Tensor, count: int, forced: Tensor,
-                 positions: Tensor | None) -> Tensor:  # fmt: skip
+def _best_native(kernels: Kernels, scores: Tensor, counts: Tensor, forced: Tensor,
+                 positions: Tensor | None, lengths: Tensor) -> tuple[Tensor, Tensor]:  # fmt: skip
     heads, size = max(scores.shape[0], forced.shape[0]), scores.shape[1]
     scores, forced = (each.expand(heads, size).contiguous() for each in (scores, forced))
     places = None if positions is None else positions.expand(heads, size).long().contiguous()
-    out = torch.empty(heads * size, dtype=torch.int64)
+    out, counts = torch.empty(heads * size, dtype=torch.int64), counts.long().clone()
     found = kernels.best_entries(
-        pointer(scores), pointer(forced), pointer(places), heads, size, count, pointer(out)
-    )
-    return out[: heads * found].view(heads, found)
+        pointer(scores), pointer(forced), pointer(places), pointer(lengths), heads, size,
+        pointer(counts), pointer(out),
+    )  # fmt: skip
+    return out[: heads * found].view(heads, found), counts
 
 
 def pool_neighbours(scores: Tensor, positions: Tensor, kernel: int, how: str) -> Tensor:

@@ -79,8 +79,9 @@ class FastKV(WindowRetaining):
     def forecast(self, prompt_len: int, max_new: int, layers: Layers) -> Forecast:
         going = max(0, min(prompt_len, self._count(prompt_len)))
         reach = [prompt_len if i <= self._at(layers) else going for i in range(layers.count)]
-        kept = super().forecast(prompt_len, max_new, layers).kept
-        return Forecast(reach, [min(n, r + max_new) for n, r in zip(kept, reach, strict=True)])
+        whole = super().forecast(prompt_len, max_new, layers)
+        kept = [min(n, r + max_new) for n, r in zip(whole.kept, reach, strict=True)]
+        return whole._replace(reach=reach, kept=kept)
 
     def _at(self, layers: Layers) -> int:
         """The propagation layer: the one asked for, or the governed one nearest below it."""

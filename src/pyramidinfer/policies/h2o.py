@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from pyramidinfer.config import check_share, named_options
-from pyramidinfer.policies.base import best_entries
+from pyramidinfer.policies.base import keep_best
 from pyramidinfer.policies.retaining import Retaining, newest
 from pyramidinfer.types import Keep, Needs, Observation, State, View
 
@@ -59,6 +59,6 @@ class H2O(Retaining):
             count = int(self.text_len(seen.view) * self.recent_ratio)
         forced = newest(seen.positions, count) | seen.protected
         assert seen.slot_scores is not None
-        return Keep(best_entries(seen.slot_scores, budget, forced, seen.positions)), state
+        return keep_best(seen, seen.slot_scores, budget, forced), state
 
     evict = retain

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from pyramidinfer.config import check_choice, check_share, check_whole, named_options
-from pyramidinfer.policies.base import Forecast, best_entries, pool_neighbours
+from pyramidinfer.policies.base import Forecast, best_entries, keep_best, pool_neighbours
 from pyramidinfer.policies.budgets import CURVES, SHAPES, curve_ratio, fill_budgets
 from pyramidinfer.policies.retaining import Retaining
 from pyramidinfer.policies.schedule import FILE_NAME, HEADS, Schedule
@@ -297,9 +297,7 @@ class Pyramid(Retaining):
 
     def _best(self, seen: Observation, count: int) -> Keep:
         assert seen.scores is not None
-        return Keep(
-            best_entries(self._pooled(seen.scores, seen), count, self._forced(seen), seen.positions)
-        )
+        return keep_best(seen, self._pooled(seen.scores, seen), count, self._forced(seen))
 
     def _pooled(self, scores: Tensor, seen: Observation) -> Tensor:
         return pool_neighbours(scores, seen.positions, self._kernel, "max")

@@ -172,12 +172,15 @@ class PyramidInfer(Policy):
         marker[view.layer] = len(kept) - self._recent(view)
         return Keep(kept[None]), {**state, "marker": marker}
 
-    def idle_steps(self, kept: list[int], prompt_len: int, layers: Layers, state: State) -> int:
-        recent = int(kept[layers.first] * float(state["ratio"]))  # grows: what is due comes later
+    def idle_steps(
+        self, kept: list[list[int]], prompt_len: int, layers: Layers, state: State
+    ) -> int:
+        lens = list(map(max, kept))
+        recent = int(lens[layers.first] * float(state["ratio"]))  # grows: what is due comes later
         markers = state["marker"].tolist()
         left = [
             self.gen_chunk - (count - recent - marker)
-            for count, marker, governed in zip(kept, markers, layers.governed, strict=True)
+            for count, marker, governed in zip(lens, markers, layers.governed, strict=True)
             if governed
         ]
         return max(0, min(left, default=1) - 1)
@@ -188,8 +191,9 @@ class PyramidInfer(Policy):
         ratio = _schedule(self, view.prompt_len, view.layers).ratio
         return {"marker": marker, "ratio": torch.tensor(ratio, dtype=torch.float64)}
 
-    def truncated(self, state: State, kept: list[int]) -> State:
-        return {**state, "marker": torch.minimum(state["marker"], torch.tensor(kept))}
+    def truncated(self, state: State, kept: list[list[int]]) -> State:
+        lens = torch.tensor(list(map(max, kept)))
+        return {**state, "marker": torch.minimum(state["marker"], lens)}
 
     def forecast(self, prompt_len: int, max_new: int, layers: Layers) -> Forecast:
         reach = list(_schedule(self, prompt_len, layers).reach)

@@ -8,6 +8,7 @@ from typing import Any
 
 from pyramidinfer.config import nearest
 from pyramidinfer.policies.base import Policy
+from pyramidinfer.policies.duo import Duo
 from pyramidinfer.policies.fastkv import FastKV
 from pyramidinfer.policies.full import Full
 from pyramidinfer.policies.h2o import H2O
@@ -24,7 +25,7 @@ __all__ = ["POLICIES", "make_policy", "parse_options", "parse_policy"]
 POLICIES: dict[str, type[Policy]] = {
     policy.name: policy
     for policy in (
-        Full, Pyramid, PyramidInfer, StreamingLLM, H2O, Scissorhands, SnapKV, PyramidKV, TOVA,
+        Full, Pyramid, PyramidInfer, Duo, StreamingLLM, H2O, Scissorhands, SnapKV, PyramidKV, TOVA,
         FastKV,
     )
 }  # fmt: skip

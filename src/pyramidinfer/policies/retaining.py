@@ -64,9 +64,11 @@ class Retaining(Policy):
             return int(view.state["budgets"][view.layer])
         return self.budget(view.layer, view.seen_len, view.layers)
 
-    def idle_steps(self, kept: list[int], prompt_len: int, layers: Layers, state: State) -> int:
+    def idle_steps(
+        self, kept: list[list[int]], prompt_len: int, layers: Layers, state: State
+    ) -> int:
         room = [
-            budget - count
+            budget - max(count)
             for budget, count, governed in zip(
                 state["budgets"].tolist(), kept, layers.governed, strict=True
             )

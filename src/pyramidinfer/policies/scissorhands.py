@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from pyramidinfer.config import check_share, check_whole, named_options
-from pyramidinfer.policies.base import best_entries
+from pyramidinfer.policies.base import keep_best
 from pyramidinfer.policies.budgets import linear_budget
 from pyramidinfer.policies.retaining import Retaining, newest
 from pyramidinfer.types import Keep, Layers, Needs, Observation, Reduce, State, View
@@ -86,4 +86,4 @@ class Scissorhands(Retaining):
     def _fewest_low(self, seen: Observation, count: int) -> Keep:
         assert seen.scores is not None
         forced = newest(seen.positions, self.recent) | seen.protected
-        return Keep(best_entries(-seen.scores, max(count, self.floor()), forced, seen.positions))
+        return keep_best(seen, -seen.scores, max(count, self.floor()), forced)

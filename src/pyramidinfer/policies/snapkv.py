@@ -15,12 +15,12 @@ from typing import ClassVar
 
 import torch
 
-from pyramidinfer.config import check_choice, check_whole, named_options
-from pyramidinfer.policies.base import best_entries, pool_neighbours
+from pyramidinfer.config import check_choice, check_share, check_whole, named_options
+from pyramidinfer.policies.base import Forecast, keep_best, pool_neighbours
 from pyramidinfer.policies.retaining import Retaining
-from pyramidinfer.types import Keep, Needs, Observation, Reduce, State, View
+from pyramidinfer.types import Keep, Layers, Needs, Observation, Reduce, State, View
 
-__all__ = ["SnapKV", "WindowRetaining", "check_kernel", "window_best"]
+__all__ = ["SnapKV", "WindowRetaining", "check_kernel"]
 
 
 def check_kernel(kernel: object) -> None:
@@ -30,30 +30,33 @@ def check_kernel(kernel: object) -> None:
         raise ValueError(f"kernel={kernel!r} must be odd, so that it has a middle")
 
 
-def window_best(seen: Observation, count: int, window: int, kernel: int, pooling: str
-                ) -> torch.Tensor:  # fmt: skip
-    """Indices ``[kv_heads, count]``: the window's own entries, and the best pooled scores."""
-    assert seen.scores is not None
-    recent = seen.positions > seen.view.seen_len - 1 - window
-    context = torch.where(recent, 0.0, seen.scores)  # the window is not smoothed into the context
-    pooled = pool_neighbours(context, seen.positions, kernel, pooling)
-    return best_entries(pooled, count, recent | seen.protected, seen.positions)
-
-
 @dataclass(frozen=True)
 class WindowRetaining(Retaining):
     """Retention by pooled window attention per KV head: SnapKV and those built on it.
 
     window : newest queries that score, and newest entries that stay.
     kernel, pooling : neighbours smoothed over (odd; 1 is off), and ``"mean"`` or ``"max"``.
+    adaptive : a layer's entries go to the best scores of all its heads together, so that each KV
+        head has a number of its own (Ada-KV, Feng et al., 2407.11550, algorithm 1); else all heads
+        keep as many.
+    safeguard : share of the even budget that no head falls below with ``adaptive``.
     """
 
     window: int = 32
     kernel: int = 7
     pooling: str = "mean"
+    adaptive: bool = False
+    safeguard: float = 0.2
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_share("safeguard", self.safeguard)
+        if not isinstance(self.adaptive, bool):
+            raise ValueError(f"adaptive={self.adaptive!r} must be True or False")
+        if self.safeguard != WindowRetaining.safeguard and not self.adaptive:
+            raise ValueError(
+                f"safeguard={self.safeguard} has no effect unless adaptive=True; leave it out"
+            )
         check_whole("window", self.window, 1)
         check_kernel(self.kernel)
         check_choice("pooling", self.pooling, ("mean", "max"))
@@ -67,8 +70,39 @@ class WindowRetaining(Retaining):
         return Needs(window=self.window, reduce=Reduce("kv_mean", "sum"), retain=True)
 
     def retain(self, seen: Observation, state: State) -> tuple[Keep, State]:
-        limit = self.limit(seen.view)
-        return Keep(window_best(seen, limit, self.window, self.kernel, self.pooling)), state
+        assert seen.scores is not None
+        recent = seen.positions > seen.view.seen_len - 1 - self.window
+        context = torch.where(recent, 0.0, seen.scores)  # not smoothed into the context
+        pooled = pool_neighbours(context, seen.positions, self.kernel, self.pooling)
+        limit: int | torch.Tensor = self.limit(seen.view)
+        if self.adaptive:
+            limit = self._own_limits(pooled, recent, seen)
+        return keep_best(seen, pooled, limit, recent | seen.protected), state
+
+    def _own_limits(self, scores: torch.Tensor, recent: torch.Tensor, seen: Observation
+                    ) -> torch.Tensor:  # fmt: skip
+        """Entries of each head, ``[kv_heads]``: its part of the layer's best, never less than the
+        safeguard, and the window."""
+        heads, even = len(scores), self.limit(seen.view) - self.window
+        lengths = torch.tensor(seen.view.head_lens, device=scores.device)
+        there = torch.arange(scores.shape[1], device=scores.device) < lengths[:, None]
+        context = torch.where(there & ~recent, scores, -torch.inf)
+        best = context.flatten().topk(min(heads * even, int(there.sum()))).indices
+        won = torch.bincount(best // scores.shape[1], minlength=heads).cpu()
+        own = (1 - self.safeguard) * won + self.safeguard * even
+        return self.window + own.round().long()
+
+    def over(self, view: View) -> bool:
+        held = sum(view.head_lens) / len(view.head_lens) if self.adaptive else view.kept_len
+        return view.layers.governed[view.layer] and held > self.limit(view)
+
+    def forecast(self, prompt_len: int, max_new: int, layers: Layers) -> Forecast:
+        even = super().forecast(prompt_len, max_new, layers)
+        if not self.adaptive:
+            return even
+        most = [min(prompt_len, layers.kv_heads * (kept - max_new)) + max_new for kept in even.kept]
+        total = [layers.kv_heads * (kept + 1) for kept in even.kept]  # each is rounded
+        return Forecast(even.reach, most, total=total)
 
 
 @named_options

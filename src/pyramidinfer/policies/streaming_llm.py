@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from pyramidinfer.config import check_whole, named_options
-from pyramidinfer.policies.base import best_entries
+from pyramidinfer.policies.base import keep_best
 from pyramidinfer.policies.retaining import Retaining
 from pyramidinfer.types import Keep, Needs, Observation, State, View
 
@@ -65,6 +65,6 @@ class StreamingLLM(Retaining):
         limit = self.limit(seen.view)
         room = max(1, (limit - self.sinks) // 2)  # protected spans leave so much to the window
         count = max(limit, int(forced.sum()) + room)
-        return Keep(best_entries(positions.double(), count, forced)), state
+        return keep_best(seen, positions.double(), count, forced), state
 
     evict = retain

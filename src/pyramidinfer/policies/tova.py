@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from pyramidinfer.config import check_whole, named_options
-from pyramidinfer.policies.base import best_entries
+from pyramidinfer.policies.base import keep_best
 from pyramidinfer.policies.retaining import Retaining
 from pyramidinfer.types import Keep, Needs, Observation, Reduce, State, View
 
@@ -50,7 +50,7 @@ class TOVA(Retaining):
         assert seen.scores is not None
         forced, limit = seen.protected[:1], self.limit(seen.view)
         count = max(limit, int(forced.sum()) + limit // 2)  # protected spans leave room for others
-        return Keep(best_entries(seen.scores, count, forced, seen.positions[:1])), state
+        return keep_best(seen, seen.scores, count, forced), state
 
     evict = retain
 

@@ -129,7 +129,7 @@ class Metrics:
         self._queue.observe(request.started - request.arrived)
         self._prompt_sizes.observe(len(request.prompt))
         self._kept.observe(request.kv.kept_share)
-        self._layers.add(request.kv.kept_len, request.kv.seen_len)
+        self._layers.add(request.kv.layer_means, request.kv.seen_len)
         depth, computed = len(request.kv.kept_len), sum(request.computed)
         new = request.kv.seen_len - request.reused
         if request.leads:
@@ -137,7 +137,7 @@ class Metrics:
             entered = request.computed[0] if request.computed else 0
             self._skipped.inc(max(0.0, entered - computed / depth))
         fed = max(0, new - (request.computed[0] if request.computed else 0))
-        gone = computed + fed * depth + request.reused_entries - sum(request.kv.kept_len)
+        gone = computed + fed * depth + request.reused_entries - sum(request.kv.layer_means)
         self._evicted.inc(max(0, gone))
 
     def checked(self, sound: bool) -> None:
@@ -149,10 +149,10 @@ class _Shares:
     """Kept share per layer over all requests that ended."""
 
     def __init__(self) -> None:
-        self.kept: list[int] = []
+        self.kept: list[float] = []
         self.seen = 0
 
-    def add(self, kept: tuple[int, ...], seen: int) -> None:
+    def add(self, kept: tuple[float, ...], seen: int) -> None:
         self.kept = [a + b for a, b in zip(self.kept or [0] * len(kept), kept, strict=True)]
         self.seen += seen
 

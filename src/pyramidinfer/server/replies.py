@@ -200,7 +200,7 @@ class Reply:
         prompt = sum(len(each.prompt) for each in leaders)
         new = sum(len(each.token_ids) for each in self.choices) if not self.job.drop else 0
         caches = [each.kv for each in requests if each.kv is not None]
-        kept = sum(sum(kv.kept_len) / len(kv.kept_len) for kv in caches)
+        kept = sum(sum(kv.layer_means) / len(kv.layer_means) for kv in caches)
         skipped = sum(
             each.computed[0] - sum(each.computed) / len(each.computed)
             for each in leaders
@@ -219,7 +219,7 @@ class Reply:
 
 
 def _kv(kv: KVUsage) -> dict[str, Any]:
-    return {"seen": kv.seen_len, "kept": list(kv.kept_len), "bytes": kv.bytes,
+    return {"seen": kv.seen_len, "kept": [list(heads) for heads in kv.kept_len], "bytes": kv.bytes,
             "full_bytes": kv.full_bytes}  # fmt: skip
 
 

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from pyramidinfer.cache import GroupSpec, Pool
 from pyramidinfer.cache.compact import plan_moves
-from pyramidinfer.cache.native import native_keep
+from pyramidinfer.cache.native import Stays, native_keep
 from pyramidinfer.lab.bench.timing import synchronize
+from pyramidinfer.types import Keep
 
 __all__ = ["time_keep"]
 
@@ -24,29 +25,33 @@ def time_keep(kv_heads: int, dim: int, page: int, context: int, device: torch.de
     """Seconds a layer of ``keep``, of a copy of as many bytes, and the bytes moved (read and
     written, both counted).  ``kernels``: the attention backend's, if it has some."""
     spec = GroupSpec(tuple(range(LAYERS)), kv_heads, dim, dim, dtype)
-    pages = LAYERS * (-(-context // page) + 1)
+    pages = LAYERS * kv_heads * (-(-context // page) + 1)
     pool = Pool([spec], pages * spec.page_bytes(page, False), page, device, kernels=kernels)
     table = pool.new_table(context)
     generator = torch.Generator().manual_seed(0)
     kept = context // 2
     indices = [_half(kv_heads, context, kept, generator).to(device) for _ in range(LAYERS)]
     entry = 2 * dim * dtype.itemsize + 4  # keys, values, position
-    moved = sum(len(plan_moves(each, context).head) for each in indices) * entry
+    stay, whole = torch.full((kv_heads,), kept), torch.full((kv_heads,), context)
+    moved = entry * sum(
+        len(plan_moves(each, stay.to(device), whole.to(device)).head) for each in indices
+    )  # fmt: skip
     source = torch.ones(max(1, moved), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     keep: list[float] = []
     copy: list[float] = []
     for repeat in range(max(1, warmup) + repeats):
         for layer in range(LAYERS):
-            pool.append(table, layer, context - int(table.kept[layer]))
+            pool.append(table, layer, context - int(table.longest[layer]))
         synchronize(device)
-        lengths = [(table.pages[layer], indices[layer], context) for layer in range(LAYERS)]
+        moves = [Stays(table.pages[layer], indices[layer], stay.numpy(), table.kept[layer])
+                 for layer in range(LAYERS)]  # fmt: skip
         start = time.perf_counter()
         if kernels is not None:  # all layers at once, as an eviction does it
-            native_keep(kernels, pool.groups[0], lengths)
+            native_keep(kernels, pool.groups[0], moves)
         else:
             for layer in range(LAYERS):
-                pool.keep(table, layer, indices[layer])
+                pool.keep(table, layer, Keep(indices[layer]))
         synchronize(device)
         middle = time.perf_counter()
         target.copy_(source)

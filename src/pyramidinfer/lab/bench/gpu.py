@@ -230,9 +230,9 @@ class Bench:
         page_bytes = 2 * each.kv_heads * PAGE * each.size * self.dtype.itemsize
         needed = each.batch * -(-each.context // PAGE)
         pages = max(needed, self.plan.storage // page_bytes)
-        shape = (pages, each.kv_heads, PAGE, each.size)
+        shape = (pages * each.kv_heads, PAGE, each.size)
         keys, values = (torch.randn(shape, device=self.device, dtype=self.dtype) for _ in range(2))
-        positions = torch.zeros(shape[:3], dtype=torch.int32, device=self.device)
+        positions = torch.zeros(shape[:2], dtype=torch.int32, device=self.device)
         heads = each.heads, each.kv_heads
         storage = Pages(keys, values, positions)
         work = decode_work(backend, heads, storage, each.batch, each.context)

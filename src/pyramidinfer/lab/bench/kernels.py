@@ -119,9 +119,9 @@ def _works(plan: KernelPlan, backend: Backend, heads: tuple[int, int], device: t
     _, kv_heads = heads
     entry = 2 * kv_heads * DIM * dtype.itemsize
     pages = max(max(plan.batches) * -(-max(plan.contexts) // PAGE), plan.storage // entry // PAGE)
-    shape = (pages, kv_heads, PAGE, DIM)
+    shape = (pages * kv_heads, PAGE, DIM)
     keys, values = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
-    positions = torch.zeros(shape[:3], dtype=torch.int32, device=device)
+    positions = torch.zeros(shape[:2], dtype=torch.int32, device=device)
     storage = Pages(keys, values, positions)
     for context in plan.contexts:
         for batch in plan.batches:
@@ -132,20 +132,20 @@ def _works(plan: KernelPlan, backend: Backend, heads: tuple[int, int], device: t
 def decode_work(backend: Backend, heads: tuple[int, int], storage: Pages, batch: int, context: int
                 ) -> Work:  # fmt: skip
     """One token of each request over its pages, layer after layer, as a decode step does it."""
-    _, _, page, size = storage.keys.shape
+    _, page, size = storage.keys.shape
     each = -(-context // page)
     device = storage.keys.device
-    layers = max(1, min(LAYERS, len(storage.keys) // (batch * each)))
-    tables = torch.arange(layers * batch * each, dtype=torch.int32, device=device)
-    tables = tables.view(layers, batch, each)
-    lengths = torch.full((layers, batch), context, dtype=torch.int32, device=device)
+    layers = max(1, min(LAYERS, len(storage.keys) // (batch * heads[1] * each)))
+    used = layers * batch * heads[1] * each
+    tables = torch.arange(used, dtype=torch.int32, device=device)
+    tables = tables.view(layers, batch, heads[1], each)
+    lengths = torch.full((layers, batch, heads[1]), context, device=device)
     newest = torch.full((batch,), context - 1, dtype=torch.int64, device=device)
-    plan = backend.plan(tables.long(), lengths.long(), [context] * layers, newest)
+    plan = backend.plan(tables, lengths, [context] * layers, newest)
     queries = torch.randn(batch, heads[0], size, device=device).to(storage.keys.dtype)
     scale = Scale(size**-0.5)
 
     run = _all_layers(backend, plan, layers, queries, storage, scale)
-    used = layers * batch * each
 
     def read() -> object:
         return plain_read(storage.keys[:used]), plain_read(storage.values[:used])

@@ -238,7 +238,7 @@ def run_pass(engine: Engine, prompts: list[TokenIds], output_len: int) -> Pass:
     params = SamplingParams(max_tokens=output_len, ignore_eos=True)
     requests = [engine.make(prompt, params) for prompt in prompts]
     arrivals: list[list[float]] = [[] for _ in requests]
-    after: dict[int, tuple[int, int, tuple[int, ...]]] = {}
+    after: dict[int, tuple[int, int, tuple[float, ...]]] = {}
     steps: list[float] = []
     engine.peak_in_flight = 0
     start = time.monotonic()
@@ -258,7 +258,7 @@ def run_pass(engine: Engine, prompts: list[TokenIds], output_len: int) -> Pass:
                     arrivals[index].append(now - start)
                     if index not in after:
                         use = engine.usage(request)
-                        after[index] = (use.bytes, use.full_bytes, use.kept_len)
+                        after[index] = (use.bytes, use.full_bytes, use.layer_means)
         seconds = time.monotonic() - start
     except BaseException:
         for request in requests:
@@ -271,7 +271,7 @@ def run_pass(engine: Engine, prompts: list[TokenIds], output_len: int) -> Pass:
         (sum(b for b, _, _ in after.values()), sum(f for _, f, _ in after.values())),
         (sum(each.bytes for each in ends), sum(each.full_bytes for each in ends)),
         np.sum([kept for _, _, kept in after.values()], axis=0).tolist(),
-        np.sum([each.kept_len for each in ends], axis=0).tolist(),
+        np.sum([each.layer_means for each in ends], axis=0).tolist(),
         engine.peak_in_flight,
     )  # fmt: skip
 
