@@ -86,11 +86,11 @@ def test_the_study_runs_and_goes_on_where_it_was(
 
     monkeypatch.setattr(grid, "measure", interrupted)
     with pytest.raises(KeyboardInterrupt, match="goes on from there"):
-        run_ruler(plan(), out)
+        run_ruler(plan(samples=1), out)
     before = out.with_name("ruler.json.partial").read_text()
     assert before.count("\n") == 4
     stop_after = 100
-    found, pictures = run_ruler(plan(), out)
+    found, pictures = run_ruler(plan(samples=1), out)
     assert stop_after == 100 - (2 + 2 * 2 * 2 - 3)
     written = json.loads(out.read_text())
     assert written["meta"]["configuration"]["subject"]["source"] == ENGLISH
@@ -158,7 +158,7 @@ def test_the_command_prints_a_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(grid, "SCREEN", 0.0)
-    words = ["--policies", "full,tova", "--keeps", ".5", "--lengths", "500", "--tasks",
+    words = ["--policies", "full,snapkv", "--keeps", ".5", "--lengths", "500", "--tasks",
              "niah_single_1", "--samples", "1", "--kv-memory", "32MiB"]  # fmt: skip
     out = tmp_path / "r.json"
     command = ["pyramidinfer", "study", "ruler", *words, "--json", str(out)]
@@ -167,7 +167,7 @@ def test_the_command_prints_a_table(
         main()
     assert not stopped.value.code
     shown = capsys.readouterr().out
-    assert "inside" in shown and "tova" in shown and str(out.name) in shown.replace("\n", "")
+    assert "inside" in shown and "snapkv" in shown and str(out.name) in shown.replace("\n", "")
 
 
 def test_where_the_full_cache_can_do_nothing_there_is_nothing_to_compare(

@@ -151,11 +151,17 @@ def test_mistakes_are_one_line(
     assert message in capsys.readouterr().err.strip().splitlines()[-1]
 
 
-@pytest.mark.usefixtures("short")
 def test_a_server_below_the_floor_does_not_open(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(verifying, "Plan", lambda: PLAN)
+    """What is found is said on standard error, and what was asked is the policy to be served."""
+
+    def found(machine: Asker, where: Subject, policy: Policy, *more: Any) -> list[Check]:
+        assert policy == StreamingLLM(keep=0.1) and machine.llm.engine.pool.budget == 2**25
+        return [Check("retrieval, question inside", "1.00", "0.10", 0.1, 0.0, 0.4, 3),
+                Check("text", "perplexity 9", "9", 0.9, 0.7, 1.0, 3)]  # fmt: skip
+
+    monkeypatch.setattr(cli_verify, "verify", found)
     monkeypatch.setattr(signal, "signal", lambda *values: None)
     monkeypatch.setattr(serve_module, "serve", lambda *values: pytest.fail("it serves"))
     command = ("serve", "--port", "0", "--kv-memory", "32MiB", "--policy", "streaming_llm",
