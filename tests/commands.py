@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from subprocess import CompletedProcess
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -86,6 +87,11 @@ def run(*arguments: str, text: str = "", **environment: str) -> tuple[int, str, 
     """A command's exit code, and what it wrote to its two files."""
     with command(*arguments, text=text, **environment) as done:
         return done.wait(), done.out, done.err
+
+
+def run_done(*arguments: str, text: str = "", **environment: str) -> CompletedProcess[str]:
+    """``run``, its result as ``subprocess.run`` has it."""
+    return CompletedProcess(arguments, *run(*arguments, text=text, **environment))
 
 
 def _run(arguments: tuple[str, ...], files: list[str], environment: dict[str, str]) -> None:

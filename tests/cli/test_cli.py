@@ -16,16 +16,10 @@ from pyramidinfer.cli.app import main
 from pyramidinfer.cli.common import human_bytes, policy_from
 from pyramidinfer.lab.recall import make_questions
 from pyramidinfer.models.loading import shipped_model
+from tests.commands import run_done as run
 from tests.tiny import of_layers
 
 GOLDEN = str(Path(__file__).parents[1] / "golden" / "mha8")
-
-
-def run(*arguments: str, text: str | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "pyramidinfer", *arguments], capture_output=True, text=True,
-        input=text, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "100"},
-    )  # fmt: skip
 
 
 def test_help_names_every_command() -> None:

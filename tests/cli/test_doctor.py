@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +13,9 @@ from pyramidinfer.attention import select_backend
 from pyramidinfer.cli import doctor
 from pyramidinfer.native import NoCompilerError, kernels
 from pyramidinfer.native.build import compile_kernels, find_compiler
+from tests.commands import run_done as run
 
 PROMPT = ["generate", "--prompt", "The old baker walked to the", "--max-tokens", "4"]
-
-
-def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "pyramidinfer", *arguments], capture_output=True, text=True,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "100", **environment},
-    )  # fmt: skip
 
 
 def has_compiler() -> bool:

@@ -101,6 +101,8 @@ def test_what_cannot_be_is_said() -> None:
         (lambda: llm.prefill(random_prompt(1, 9), "snapkw"), "snapkv"),
         (lambda: llm.prefill(random_prompt(1, 9), "h2o"), "slot_scores"),
         (lambda: llm.generate([[]], PARAMS, prefix=cache), "empty|no token"),
+        (lambda: llm.generate([random_prompt(2, 5)], PARAMS, prefix=cache, policy=SnapKV()),
+         "policy='snapkv' beside .*: give the policy to prefill"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=words):
             wrong()

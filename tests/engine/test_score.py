@@ -78,6 +78,41 @@ def test_the_full_cache_says_what_the_model_says(family: str, chunk: int) -> Non
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
+def test_a_policy_of_the_call_is_as_an_llm_of_that_policy() -> None:
+    """Scores and answers, side by side with the LLM's own, which holds again in the next call."""
+    contexts, continuations = texts([(90, 9), (70, 5), (120, 12)])
+    sampling, whole = SamplingParams(max_tokens=12, ignore_eos=True), engine("full")
+
+    def found(llm: LLM, **options: Any) -> list[Any]:
+        outs = llm.generate(contexts, sampling, **options)
+        scores = llm.score(contexts, continuations, **options)
+        return [[(o.token_ids, o.kv.kept_len) for o in outs],
+                [(s.logprobs, s.kv.kept_len) for s in scores]]  # fmt: skip
+
+    full = found(whole)
+    for name in ("snapkv", "pyramidinfer", "streaming_llm"):
+        policy = policy_named(name)
+        expected = found(engine(name))
+        assert found(whole, policy=policy) == expected
+        assert all(mine != other for mine, other in zip(expected, full, strict=True))
+    assert found(whole) == full and found(whole, policy=None) == full
+    whole.engine.check()
+
+
+def test_a_policy_of_the_call_can_be_wrong() -> None:
+    llm = engine("full")
+    asks: list[Any] = [
+        lambda policy: llm.generate([[5, 6]], policy=policy),
+        lambda policy: llm.score([[5, 6]], [[7]], policy=policy),
+    ]
+    for ask in asks:
+        for policy, words in ((0.5, "neither a name nor a policy"), ("snapkw", "snapkv"),
+                              ("h2o", "slot_scores=True")):  # fmt: skip
+            with pytest.raises(ValueError, match=words):
+                ask(policy)
+    assert llm.engine.scheduler.idle and llm.engine.pool.budget_used == 0
+
+
 def test_greedy_tokens_are_flagged_as_such() -> None:
     llm = engine("full")
     contexts, _ = texts(PAIRS)

@@ -132,7 +132,7 @@ def test_chats_that_are_cut_short_hold_nothing(
 
 
 def test_turns(where: Subject, tmp_path: Path) -> None:
-    rows, picture = run_turns(TurnsPlan(*WAYS, where, 300, 2), tmp_path / "turns.json")
+    rows, picture = run_turns(TurnsPlan(*WAYS, where, 2, 0, 300), tmp_path / "turns.json")
     full, other = two(rows)
     assert full["lost_ci"] == [0, 0] and len(other["by_turn"]) == 3 and other["samples"] == 2
     assert picture.stat().st_size > 5000
@@ -141,7 +141,7 @@ def test_turns(where: Subject, tmp_path: Path) -> None:
 
 
 def test_text(where: Subject, tmp_path: Path) -> None:
-    rows, picture = run_text(TextPlan(*WAYS, where, (100, 200), 4), tmp_path / "text.json")
+    rows, picture = run_text(TextPlan(*WAYS, where, 4, 0, (100, 200)), tmp_path / "text.json")
     assert [(row["context"], row["samples"]) for row in rows[::2]] == [(100, 4), (200, 2)]
     for pair in (rows[:2], rows[2:]):
         full, other = two(pair)
@@ -159,7 +159,7 @@ def test_scores_of_text_are_those_of_the_engine(where: Subject, machine: Asker) 
 
 
 def test_long(where: Subject, tmp_path: Path) -> None:
-    rows, picture = run_long(LongPlan(*WAYS, where, 150, 40, 2), tmp_path / "long.json")
+    rows, picture = run_long(LongPlan(*WAYS, where, 2, 0, 150, 40), tmp_path / "long.json")
     full, other = two(rows)
     assert full["first_difference"] == [40, 40] and full["lost"] == 0
     assert min(other["first_difference"]) < 40
@@ -172,7 +172,7 @@ def test_an_interrupted_study_goes_on(
 ) -> None:
     from pyramidinfer.lab import text
 
-    plan, out = TextPlan(*WAYS, where, (100,), 2), tmp_path / "t.json"
+    plan, out = TextPlan(*WAYS, where, 2, 0, (100,)), tmp_path / "t.json"
     measure = text.measure
     monkeypatch.setattr(text, "measure", lambda p, c: (
         measure(p, c) if c["policy"] == "full" else pytest.fail("stop")))  # fmt: skip
@@ -202,7 +202,7 @@ def test_what_is_lost_is_paired() -> None:
 
 
 def test_ways(where: Subject) -> None:
-    ways = Ways(("snapkv", "full", "tova:keep=.3"), (0.5, 0.2), where)
+    ways = Ways(("snapkv", "full", "tova:keep=.3"), (0.5, 0.2), where, 1, 0)
     assert [(c["policy"], c["keep"]) for c in ways.cells()] == [
         ("full", 1.0), ("snapkv", 0.5), ("snapkv", 0.2), ("tova:keep=.3", 0.3),
     ]  # fmt: skip

@@ -14,6 +14,7 @@ from pyramidinfer.cli.app import main
 from pyramidinfer.lab import asking
 from pyramidinfer.lab.asking import asker
 from pyramidinfer.lab.chat import Asked, Chat
+from pyramidinfer.lab.english import ENGLISH
 from pyramidinfer.lab.ruler import grid
 from pyramidinfer.lab.ruler.grid import RulerPlan, haystack, means, run_ruler, task_samples
 from pyramidinfer.lab.samples import Subject
@@ -26,7 +27,7 @@ TASKS = ("niah_single_1", "niah_single_2")
 
 def plan(**changes: Any) -> RulerPlan:
     whole = {"policies": ("full", "snapkv"), "keeps": (0.5, 0.2), "lengths": (500,),
-             "tasks": TASKS, "samples": 2, **changes}  # fmt: skip
+             "tasks": TASKS, "samples": 2, "seed": 0, **changes}  # fmt: skip
     return RulerPlan(subject=SUBJECT, **whole)
 
 
@@ -85,14 +86,14 @@ def test_the_study_runs_and_goes_on_where_it_was(
 
     monkeypatch.setattr(grid, "measure", interrupted)
     with pytest.raises(KeyboardInterrupt, match="goes on from there"):
-        run_ruler(plan(), out)
+        run_ruler(plan(samples=1), out)
     before = out.with_name("ruler.json.partial").read_text()
     assert before.count("\n") == 4
     stop_after = 100
-    found, pictures = run_ruler(plan(), out)
+    found, pictures = run_ruler(plan(samples=1), out)
     assert stop_after == 100 - (2 + 2 * 2 * 2 - 3)
     written = json.loads(out.read_text())
-    assert written["meta"]["configuration"]["subject"]["source"] == "pydoc_data.topics"
+    assert written["meta"]["configuration"]["subject"]["source"] == ENGLISH
     assert written["meta"]["means"] == found and len(found) == 2 + 2 * 2
     after = {r["keep"]: r["kv_share"] for r in found if r["protocol"] == "after"}
     assert after[1.0] == 1 and 0.15 < after[0.2] < after[0.5] < 0.6
@@ -157,7 +158,7 @@ def test_the_command_prints_a_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(grid, "SCREEN", 0.0)
-    words = ["--policies", "full,tova", "--keeps", ".5", "--lengths", "500", "--tasks",
+    words = ["--policies", "full,snapkv", "--keeps", ".5", "--lengths", "500", "--tasks",
              "niah_single_1", "--samples", "1", "--kv-memory", "32MiB"]  # fmt: skip
     out = tmp_path / "r.json"
     command = ["pyramidinfer", "study", "ruler", *words, "--json", str(out)]
@@ -166,7 +167,29 @@ def test_the_command_prints_a_table(
         main()
     assert not stopped.value.code
     shown = capsys.readouterr().out
-    assert "inside" in shown and "tova" in shown and str(out.name) in shown.replace("\n", "")
+    assert "inside" in shown and "snapkv" in shown and str(out.name) in shown.replace("\n", "")
+
+
+def test_where_the_full_cache_can_do_nothing_there_is_nothing_to_compare(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The shipped model finds none of RULER's needles: that is written, and no other is asked."""
+    out = tmp_path / "r.json"
+    words = ["--policies", "full,tova", "--keeps", ".5", "--lengths", "500", "--tasks",
+             "niah_single_1", "--samples", "1", "--kv-memory", "32MiB"]  # fmt: skip
+    monkeypatch.setattr(
+        sys, "argv", ["pyramidinfer", "study", "ruler", *words, "--json", str(out)]
+    )  # fmt: skip
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert not stopped.value.code
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "the full cache can do none of the tasks on this model: nothing to compare" in shown
+    written = json.loads(out.read_text())
+    assert written["meta"]["means"] == []
+    assert {(row["policy"], row["score"]) for row in written["rows"]} == {("full", 0)}
+    assert not out.with_suffix(".png").exists()
+    assert (tmp_path / "r_tasks.png").stat().st_size > 5000
 
 
 # --- the chat's form ------------------------------------------------------------------------------

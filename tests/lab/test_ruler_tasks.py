@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from pyramidinfer.lab.english import ENGLISH
 from pyramidinfer.lab.ruler.aggregate import zipf_counts
 from pyramidinfer.lab.ruler.needles import FORMS
 from pyramidinfer.lab.ruler.sample import TooShort, find_size
@@ -283,7 +284,7 @@ def test_answers_stand_in_gold_documents_alone(task: str, gold: int) -> None:
 
 
 def test_haystacks_have_names() -> None:
-    assert TEXT.name == "pydoc_data.topics"
+    assert TEXT.name == ENGLISH
     assert len(TEXT.sentences) > 500
     assert Haystack.noise().name == "noise"
     sample = make_samples("niah_single_2", 1, 800, 0, count_tokens, Haystack.noise())[0]

@@ -151,11 +151,17 @@ def test_mistakes_are_one_line(
     assert message in capsys.readouterr().err.strip().splitlines()[-1]
 
 
-@pytest.mark.usefixtures("short")
 def test_a_server_below_the_floor_does_not_open(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(verifying, "Plan", lambda: PLAN)
+    """What is found is said on standard error, and what was asked is the policy to be served."""
+
+    def found(machine: Asker, where: Subject, policy: Policy, *more: Any) -> list[Check]:
+        assert policy == StreamingLLM(keep=0.1) and machine.llm.engine.pool.budget == 2**25
+        return [Check("retrieval, question inside", "1.00", "0.10", 0.1, 0.0, 0.4, 3),
+                Check("text", "perplexity 9", "9", 0.9, 0.7, 1.0, 3)]  # fmt: skip
+
+    monkeypatch.setattr(cli_verify, "verify", found)
     monkeypatch.setattr(signal, "signal", lambda *values: None)
     monkeypatch.setattr(serve_module, "serve", lambda *values: pytest.fail("it serves"))
     command = ("serve", "--port", "0", "--kv-memory", "32MiB", "--policy", "streaming_llm",
@@ -168,21 +174,40 @@ def test_a_server_below_the_floor_does_not_open(
     assert "nothing is served: choose another --policy" in last
 
 
-def test_a_server_that_holds_is_served(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Verified with the server's own model, policy and memory, at the floor that was given."""
+def serve_verified(monkeypatch: pytest.MonkeyPatch, *words: str) -> tuple[list[Any], list[Any]]:
+    """Run ``serve``, where every check passes; what was asked of them, and what was served."""
     asked: list[Any] = []
     served: list[Any] = []
     monkeypatch.setattr(cli_verify, "run_verify", lambda *a, **k: asked.append(a) or True)
     monkeypatch.setattr(signal, "signal", lambda *values: None)
     monkeypatch.setattr(serve_module, "serve", lambda *values: served.append(values))
-    assert run(monkeypatch, "serve", "--port", "0", "--kv-memory", "16MiB", "--keep", ".3",
-               "--dtype", "float32", "--verify", "--verify-floor", ".9") == 0  # fmt: skip
+    assert run(monkeypatch, "serve", "--port", "0", "--kv-memory", "16MiB",
+               "--dtype", "float32", *words) == 0  # fmt: skip
+    return asked, served
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_a_server_that_holds_is_served(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Verified with the server's own model, policy, memory and backend, at the floor given."""
+    asked, served = serve_verified(
+        monkeypatch, "--keep", ".3", "--backend", backend, "--verify", "--verify-floor", ".9"
+    )
     ((where, policy, floor, plan),) = asked
-    assert where == Subject(kv_memory="16MiB", dtype="float32")
+    assert where == Subject(kv_memory="16MiB", dtype="float32", backend=backend)
     assert (policy.name, policy.keep, floor, plan) == ("pyramid", 0.3, 0.9, Plan())
     assert len(served) == 1
+    used = [llm.engine.adapter.backend.name for llm in (served[0][0], where.llm(policy))]
+    assert used[0] == used[1] and (backend == "auto" or used[0] == backend)
+
+
+def test_who_was_verified_is_not_warned_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = english_model.save(tmp_path / "model")
+    for words, warnings in (((), 1), (("--verify",), 0)):
+        asked, served = serve_verified(monkeypatch, folder, "--keep", ".45", *words)
+        assert len(served) == 1 and len(asked) == len(words)
+        assert capsys.readouterr().err.count("no calibrated schedule") == warnings
 
 
 @pytest.mark.parametrize(

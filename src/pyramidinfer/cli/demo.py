@@ -5,14 +5,16 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from pyramidinfer.attention import select_backend
 from pyramidinfer.cli.common import human_bytes
 from pyramidinfer.config import EngineConfig, parse_bytes
 from pyramidinfer.engine import Engine
@@ -22,7 +24,7 @@ from pyramidinfer.lab.english import ENGLISH
 from pyramidinfer.lab.plots import draw_pyramid
 from pyramidinfer.lab.record import write_result
 from pyramidinfer.lab.samples import GENERATED, SHIPPED
-from pyramidinfer.models import load_model
+from pyramidinfer.models import Adapter, LoadedModel, load_model
 from pyramidinfer.models.catalog import fetch, find_entry, find_model
 from pyramidinfer.models.loading import quiet_transformers, shipped_model
 from pyramidinfer.policies import Full, Policy, Pyramid, PyramidInfer
@@ -61,6 +63,36 @@ class Run:
     in_flight: int
 
 
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """What is asked, of which model and in what memory.  ``model``: None is the shipped one."""
+
+    model: str | None
+    documents: int
+    length: int
+    kv_memory: str
+    keep: float
+
+    def __post_init__(self) -> None:
+        if self.documents < 1:
+            raise ValueError(f"--documents {self.documents} must be at least 1")
+        if not 200 <= self.length <= 4000:
+            raise ValueError(f"--length {self.length} must lie between 200 and 4000 tokens")
+
+    @property
+    def name(self) -> str:
+        return self.model or SHIPPED
+
+    @property
+    def text(self) -> str:
+        """Which text the documents are made of."""
+        return GENERATED if self.model is None else ENGLISH
+
+    def questions(self, tokenizer: Any, seed: int, count: int, length: int) -> list[Question]:
+        make = shipped_questions if self.model is None else real_questions
+        return make(tokenizer, seed, count, length)
+
+
 def run_demo(model: str | None, wanted: str | None, documents: int | None, length: int | None,
              kv_memory: str | None, keep: float | None, out: Path) -> None:  # fmt: skip
     """Answer, print the table, draw ``out/pyramid.png``.
@@ -72,60 +104,70 @@ def run_demo(model: str | None, wanted: str | None, documents: int | None, lengt
             raise ValueError(f"give --model {model} or --fetch {wanted}, not both")
         model = _fetched(wanted)
     usual = TOY if model is None else REAL
-    documents = usual.documents if documents is None else documents
-    length = usual.length if length is None else length
-    kv_memory, keep = kv_memory or usual.kv_memory, usual.keep if keep is None else keep
-    if documents < 1:
-        raise ValueError(f"--documents {documents} must be at least 1")
-    if not 200 <= length <= 4000:
-        raise ValueError(f"--length {length} must lie between 200 and 4000 tokens")
+    ask = Ask(
+        model, usual.documents if documents is None else documents,
+        usual.length if length is None else length, kv_memory or usual.kv_memory,
+        usual.keep if keep is None else keep,
+    )  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
     quiet_transformers()
     console = Console()
-    name = model or SHIPPED
     loaded = load_model(find_model(model) if model else shipped_model(), dtype="float32")
-    make = shipped_questions if model is None else real_questions
-    questions = make(loaded.tokenizer, SEED, documents, length)
-    config = EngineConfig.from_options((), kv_memory=kv_memory)
-    first = Engine(loaded.model, Full(), config, loaded.tokenizer, own=True)
-    ways = [(title, policy.for_model(loaded.name)) for title, policy in
-            _ways(keep, first.adapter.depth, model is None)]  # fmt: skip
-    text = GENERATED if model is None else ENGLISH
+    questions = ask.questions(loaded.tokenizer, SEED, ask.documents, ask.length)
+    engines = _engines(ask, loaded)
     console.print(
-        f"[bold]{name}[/bold]: {documents} documents of {length} tokens ({text}), one question "
-        f"each, all inside [bold]{human_bytes(parse_bytes(kv_memory))}[/bold] of KV memory\n"
-        f"[dim]for example: … {questions[0].asked}[/dim]"
+        f"[bold]{ask.name}[/bold]: {ask.documents} documents of {ask.length} tokens ({ask.text}), "
+        f"one question each, all inside [bold]{human_bytes(parse_bytes(ask.kv_memory))}[/bold] of "
+        f"KV memory\n[dim]for example: … {questions[0].asked}[/dim]"
     )
+    runs = _run(console, engines, questions)
+    _show_answers(console, questions, runs)
+    picture = _draw(ask, loaded.tokenizer, engines, out / "pyramid.png")
+    figures = {run.title: _figures(run) for run in runs}
+    configuration = {**asdict(ask), "model": ask.name, "text": ask.text, "seed": SEED}
+    write_result(out / "demo.json", configuration, figures, model=ask.name)
+    console.print(_verdict(ask.name, runs))
+    console.print(f"which token is kept in which layer: [bold]{picture}[/bold]", soft_wrap=True)
+
+
+def _engines(ask: Ask, loaded: LoadedModel) -> dict[str, Engine]:
+    """One engine a way, by its title, all on the same weights; the full cache's is the first."""
+    config = EngineConfig.from_options((), kv_memory=ask.kv_memory)
+    backend = select_backend("auto", next(loaded.model.parameters()).device)
+    adapter = Adapter(loaded.model, backend, config.prefill_chunk, own=True)
+    return {
+        title: Engine(adapter, policy.for_model(loaded.name), config, loaded.tokenizer)
+        for title, policy in _ways(ask.keep, adapter.depth, ask.model is None)
+    }
+
+
+def _run(console: Console, engines: dict[str, Engine], questions: Sequence[Question]
+         ) -> list[Run]:  # fmt: skip
+    """The questions one way after the other; the table of what is done, interrupted or not."""
     bar = Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
         console=console,
     )  # fmt: skip
-    engines = [Engine(first.adapter, policy, config, loaded.tokenizer) for _, policy in ways]
     runs: list[Run] = []
     try:
         with bar:
-            for (title, _), engine in zip(ways, engines, strict=True):
-                task = bar.add_task(title, total=documents)
+            for title, engine in engines.items():
+                task = bar.add_task(title, total=len(questions))
                 _answer(title, engine, questions, partial(bar.advance, task), runs)
     finally:
         if runs:
-            console.print(_table(runs, engines[0].pool.budget))
-    _show_answers(console, questions, runs)
-    (shown,) = make(loaded.tokenizer, SEED + 1, 1, min(length, 600))
-    picture = draw_pyramid(
-        [(title, trace(engine, shown.prompt, 0, ()))
-         for (title, _), engine in list(zip(ways, engines, strict=True))[1:]],
-        [loaded.tokenizer.decode([token]).strip() for token in shown.prompt],
-        shown.needle, out / "pyramid.png",
+            console.print(_table(runs, next(iter(engines.values())).pool.budget))
+    return runs
+
+
+def _draw(ask: Ask, tokenizer: Any, engines: dict[str, Engine], path: Path) -> Path:
+    """What every way but the full cache keeps of one shorter prompt."""
+    (shown,) = ask.questions(tokenizer, SEED + 1, 1, min(ask.length, 600))
+    _, *others = engines.items()
+    return draw_pyramid(
+        [(title, trace(engine, shown.prompt, 0, ())) for title, engine in others],
+        [tokenizer.decode([token]).strip() for token in shown.prompt], shown.needle, path,
     )  # fmt: skip
-    configuration = {
-        "model": name, "text": text, "documents": documents, "length": length,
-        "kv_memory": kv_memory, "keep": keep, "seed": SEED,
-    }  # fmt: skip
-    figures = {run.title: _figures(run) for run in runs}
-    write_result(out / "demo.json", configuration, figures, model=name)
-    console.print(_verdict(name, runs))
-    console.print(f"which token is kept in which layer: [bold]{picture}[/bold]", soft_wrap=True)
 
 
 def _fetched(wanted: str) -> str | None:

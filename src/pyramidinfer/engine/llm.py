@@ -94,7 +94,7 @@ class LLM:
                  sampling: SamplingParams | list[SamplingParams] | None = None, *,
                  protect: Spans | list[Spans] = (),
                  prefix: Prefix | Sequence[Prefix] | None = None,
-                 policy: Policy | None = None) -> list[RequestOutput]:  # fmt: skip
+                 policy: str | Policy | None = None) -> list[RequestOutput]:  # fmt: skip
         """Answer every prompt; the list is in prompt order.
 
         ``prompts``: a text, a list of texts, token ids, or lists of token ids.  ``sampling`` and
@@ -137,7 +137,7 @@ class LLM:
         """
         if policy is None and keep is not None:
             raise ValueError(f"keep={keep} without a policy: name the policy that it is for")
-        chosen = None if policy is None else self._bound(make_policy(policy, keep))
+        chosen = self._bound(policy, keep)
         request = self.engine.make(
             self.encode(prompt), SamplingParams(max_tokens=1, ignore_eos=True), policy=chosen,
             protect=protect, hold=True,
@@ -149,11 +149,9 @@ class LLM:
         request.output.clear()  # never fed, so the cache knows nothing of it
         return Prefix(self.engine, request)
 
-    def _bound(self, policy: Policy | None) -> Policy | None:
-        """A policy as it is on this model."""
-        if not isinstance(policy, Policy | None):
-            raise ValueError(f"policy={policy!r:.60} must be a policy object, or None")
-        return None if policy is None else policy.for_model(self.name)
+    def _bound(self, policy: str | Policy | None, keep: float | None = None) -> Policy | None:
+        """A policy as it is on this model; ``ValueError`` as ``make_policy``."""
+        return None if policy is None else make_policy(policy, keep).for_model(self.name)
 
     def _make(self, tokens: TokenIds, params: SamplingParams, protect: Spans,
               prefix: Prefix | None, policy: Policy | None = None) -> Request:  # fmt: skip
@@ -194,7 +192,7 @@ class LLM:
 
     def score(self, prompts: Sequence[Prompt], continuations: Sequence[Prompt], *,
               protect: Spans | list[Spans] = (), logits: bool = False,
-              policy: Policy | None = None) -> list[Score]:  # fmt: skip
+              policy: str | Policy | None = None) -> list[Score]:  # fmt: skip
         """How likely each continuation is after its prompt, with compression in force.
 
         A prompt's cache is compressed as always; the continuation then goes in on top of it, every
