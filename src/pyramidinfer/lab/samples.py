@@ -17,7 +17,7 @@ from typing import Any
 from pyramidinfer.engine import LLM
 from pyramidinfer.lab import documents
 from pyramidinfer.lab.chat import Chat
-from pyramidinfer.lab.english import ENGLISH, english
+from pyramidinfer.engine.english import ENGLISH, english
 from pyramidinfer.lab.recall import make_question
 from pyramidinfer.models.loading import load_model, quiet_transformers, shipped_model
 from pyramidinfer.policies import Policy
