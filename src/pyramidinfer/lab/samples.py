@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from pyramidinfer.engine import LLM
+from pyramidinfer.engine.english import ENGLISH, english
 from pyramidinfer.lab import documents
 from pyramidinfer.lab.chat import Chat
-from pyramidinfer.engine.english import ENGLISH, english
 from pyramidinfer.lab.recall import make_question
 from pyramidinfer.models.loading import load_model, quiet_transformers, shipped_model
 from pyramidinfer.policies import Policy

@@ -166,7 +166,9 @@ def _from(found: Any) -> Profile:
     return Profile(
         _rows(found["share"], "share"), _row(found["governed"], "governed"), found["text"],
         _row(found["lengths"], "lengths"), found["agreement"], found["kept"], found["commit"],
-        Fingerprint(mark["key"], _rows(mark["vectors"], "vectors"), _rows(mark["tables"], "tables")),
+        Fingerprint(
+            mark["key"], _rows(mark["vectors"], "vectors"), _rows(mark["tables"], "tables")
+        ),
     )  # fmt: skip
 
 
@@ -219,7 +221,8 @@ def _lines(body: dict[str, Any]) -> str:
     mark = body["fingerprint"]
 
     def rows(many: Any, blanks: str) -> str:
-        return "[\n" + ",\n".join(blanks + json.dumps(row) for row in many) + "\n" + blanks[1:] + "]"
+        lines = ",\n".join(blanks + json.dumps(row) for row in many)
+        return f"[\n{lines}\n{blanks[1:]}]"
 
     parts = {name: json.dumps(value) for name, value in body.items()}
     parts["share"] = rows(body["share"], "  ")
