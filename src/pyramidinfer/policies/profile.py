@@ -116,6 +116,16 @@ class Profile:
         """What a file of it holds."""
         return {"format": FORMAT, "version": VERSION, **asdict(self)}
 
+    @classmethod
+    def from_dict(cls, found: Any) -> Profile:
+        """The way back; ``ValueError`` with what is wrong."""
+        try:
+            return _from(found)
+        except KeyError as error:
+            raise ValueError(f"it lacks {error}") from None
+        except TypeError as error:
+            raise ValueError(str(error)) from None
+
     def save(self, path: str | Path) -> Path:
         """Write it as JSON, making the folder; the file is there whole or not at all."""
         path = Path(path)
@@ -145,12 +155,8 @@ class Profile:
         except ValueError as error:  # no JSON, or no UTF-8
             raise ValueError(f"{str(path)!r} is no head profile ({error}); {AGAIN}") from None
         try:
-            return _from(found)
-        except KeyError as error:
-            raise ValueError(
-                f"{str(path)!r} is a damaged head profile: it lacks {error}; {AGAIN}"
-            ) from None
-        except (ValueError, TypeError) as error:
+            return cls.from_dict(found)
+        except ValueError as error:
             raise ValueError(f"{str(path)!r} is no usable head profile: {error}; {AGAIN}") from None
 
 
@@ -173,7 +179,7 @@ def _from(found: Any) -> Profile:
 
 
 def _row(value: Any, name: str) -> tuple[Any, ...]:
-    if not isinstance(value, list):
+    if not isinstance(value, list | tuple):
         raise ValueError(f"{name}={value!r:.60} is no list")
     return tuple(value)
 
