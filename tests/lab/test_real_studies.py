@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from pyramidinfer.cli.app import main
+from pyramidinfer.engine.english import english
 from pyramidinfer.engine.memory import full_bytes
 from pyramidinfer.lab.asking import Asker
-from pyramidinfer.lab.english import english
 from pyramidinfer.lab.invented import hide_facts, invent
 from pyramidinfer.lab.long import LongPlan, first_difference, repetition, run_long
 from pyramidinfer.lab.samples import Subject

@@ -14,8 +14,8 @@ from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
+from pyramidinfer.engine.english import ENGLISH, english, paragraphs
 from pyramidinfer.lab import documents
-from pyramidinfer.lab.english import ENGLISH, english, paragraphs
 from pyramidinfer.lab.recall import AROUND
 from pyramidinfer.lab.samples import Corpus, Needle, Subject
 from pyramidinfer.lab.tokenizer import build_tokenizer

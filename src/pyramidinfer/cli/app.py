@@ -21,6 +21,7 @@ from pyramidinfer.cli.common import (
     policy_from,
 )
 from pyramidinfer.cli.models import add_models
+from pyramidinfer.cli.profile import add_profile
 from pyramidinfer.cli.serving import add_serving
 from pyramidinfer.cli.study import study, subject
 from pyramidinfer.cli.study_real import add_real
@@ -177,6 +178,7 @@ def doctor(as_json: AsJson = False) -> None:
 
 add_serving(app)
 add_models(app)
+add_profile(app)
 add_real(study)
 
 

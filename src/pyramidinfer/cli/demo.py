@@ -18,9 +18,9 @@ from pyramidinfer.attention import select_backend
 from pyramidinfer.cli.common import human_bytes
 from pyramidinfer.config import EngineConfig, parse_bytes
 from pyramidinfer.engine import Engine
+from pyramidinfer.engine.english import ENGLISH
 from pyramidinfer.engine.tracing import trace
 from pyramidinfer.lab.asked import Question, real_questions, shipped_questions
-from pyramidinfer.lab.english import ENGLISH
 from pyramidinfer.lab.plots import draw_pyramid
 from pyramidinfer.lab.record import write_result
 from pyramidinfer.lab.samples import GENERATED, SHIPPED

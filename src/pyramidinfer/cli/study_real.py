@@ -1,4 +1,4 @@
-"""``pyramidinfer study ruler | turns | text | long``: what to measure on a real model."""
+"""``pyramidinfer study ruler | turns | text | long | heads``: what to measure on a real model."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ KEEPS = ".45,.3,.15"
 
 def add_real(study: typer.Typer) -> None:
     """Register the commands."""
-    for name, command in (("ruler", ruler), ("turns", turns), ("text", text), ("long", long)):
-        study.command(name)(plain_errors()(command))
+    for command in (ruler, turns, text, long, heads):
+        study.command(command.__name__)(plain_errors()(command))
 
 
 def ruler(
@@ -162,6 +162,29 @@ def long(
                "same tokens first": lambda r: f"{r['same_tokens']:.0f}",
                "repeated": lambda r: f"{r['repetition']:.2f}"}  # fmt: skip
     _show(rows_table(f"{tokens} tokens generated", rows, columns), [json, picture])
+
+
+def heads(
+    model: Model = None,
+    text: Text = None,
+    context: Context = 1000,
+    continuation: Annotated[int, typer.Option(help="Tokens scored after it, at most.")] = 64,
+    share: Annotated[float, typer.Option(help="What a pruned layer is cut to, in (0, 1).")] = 0.2,
+    samples: Annotated[int, typer.Option(help="Passages that layers are pruned on.")] = 4,
+    seed: Seed = 0,
+    json: Json = Path("out/heads.json"),
+    workers: Workers = 1,
+    kv_memory: KvMemory = "512MiB",
+    dtype: Dtype = "float32",
+    device: Device = "auto",
+) -> None:
+    """What each KV head needs of a text, beside what pruning each layer alone loses."""
+    from pyramidinfer.lab.heads import HeadsPlan, heads_table, run_heads
+
+    where = replace(subject(model, text, dtype, device), kv_memory=kv_memory)
+    plan = HeadsPlan(where, context, continuation, samples, seed, share)
+    rows, picture = run_heads(plan, json, workers)
+    _show(heads_table(rows), [json, picture])
 
 
 def _ways(policies: str | None, keeps: str, where: Subject, samples: int, seed: int

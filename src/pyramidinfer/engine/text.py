@@ -1,4 +1,4 @@
-"""From token ids to text, a few tokens at a time, and stop strings."""
+"""From token ids to text, a few tokens at a time, and stop strings; the tokens of a text."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from pyramidinfer.types import TokenIds
 
-__all__ = ["Detokenizer"]
+__all__ = ["Detokenizer", "head_of", "plain_ids"]
 
 #: Tokens of the prompt that an answer's first ones are decoded with.
 CONTEXT = 8
@@ -81,3 +81,17 @@ class Detokenizer:
     def _decode(self, tokens: TokenIds) -> str:
         text: str = self.tokenizer.decode(tokens, skip_special_tokens=True)
         return text
+
+
+def plain_ids(tokenizer: Any, text: str) -> TokenIds:
+    """Token ids of a text as it stands."""
+    ids: TokenIds = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
+
+
+def head_of(tokenizer: Any) -> TokenIds:
+    """The tokens that the tokenizer puts in front of every text."""
+    with_head: TokenIds = tokenizer("a")["input_ids"]
+    without = plain_ids(tokenizer, "a")
+    at = len(with_head) - len(without)
+    return with_head[:at] if with_head[at:] == without else []

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
+from pyramidinfer.engine.text import head_of, plain_ids
 from pyramidinfer.types import TokenIds
 
 __all__ = ["Asked", "Chat"]
@@ -78,16 +79,12 @@ class Chat:
 
     def encode(self, text: str) -> TokenIds:
         """Token ids of a text as it stands."""
-        ids: TokenIds = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return ids
+        return plain_ids(self.tokenizer, text)
 
     @cached_property
     def head(self) -> TokenIds:
         """The tokens that the tokenizer puts in front of every text."""
-        with_head: TokenIds = self.tokenizer("a")["input_ids"]
-        without = self.encode("a")
-        at = len(with_head) - len(without)
-        return with_head[:at] if with_head[at:] == without else []
+        return head_of(self.tokenizer)
 
     def _render(self, messages: Sequence[dict[str, str]]) -> str:
         text: str = self.tokenizer.apply_chat_template(

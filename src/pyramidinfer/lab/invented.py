@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from pyramidinfer.lab.english import paragraphs
+from pyramidinfer.engine.english import paragraphs
 
 __all__ = ["Fact", "fit", "hide_facts", "invent", "stretch"]
 

@@ -15,15 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from pyramidinfer.engine import LLM
+from pyramidinfer.engine.english import ENGLISH, english
 from pyramidinfer.lab import documents
 from pyramidinfer.lab.chat import Chat
-from pyramidinfer.lab.english import ENGLISH, english
 from pyramidinfer.lab.recall import make_question
 from pyramidinfer.models.loading import load_model, quiet_transformers, shipped_model
 from pyramidinfer.policies import Policy
 from pyramidinfer.types import TokenIds
 
-__all__ = ["GENERATED", "SHIPPED", "Corpus", "Needle", "Passage", "Subject", "forget", "settings"]
+__all__ = ["GENERATED", "SHIPPED", "Corpus", "Needle", "Passage", "Subject", "forget", "read_text",
+           "settings"]  # fmt: skip
 
 #: Stands for the model in the package, wherever that is installed.
 SHIPPED = "shipped"
@@ -73,7 +74,7 @@ class Subject:
 
     def corpus(self) -> Corpus:
         tokenizer = _load(self.model, self.dtype, self.device).tokenizer
-        return Corpus(tokenizer, None if self.text is None else _read(self.text))
+        return Corpus(tokenizer, None if self.text is None else read_text(self.text))
 
     @property
     def source(self) -> str:
@@ -196,7 +197,8 @@ def _load(model: str, dtype: str, device: str) -> Any:
     return load_model(shipped_model() if model == SHIPPED else model, "auto", dtype, device)
 
 
-def _read(path: str) -> str:
+def read_text(path: str) -> str:
+    """A file's text; ``ValueError`` where it is none."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError:

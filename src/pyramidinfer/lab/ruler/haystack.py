@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
-from pyramidinfer.lab.english import ENGLISH, paragraphs
+from pyramidinfer.engine.english import ENGLISH, paragraphs
 
 __all__ = ["Haystack", "hide"]
 

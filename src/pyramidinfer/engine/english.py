@@ -2,19 +2,28 @@
 
 Every Python holds its language reference as plain text (``pydoc_data.topics``).  What is prose in
 it, headings, code, grammar, tables and lists of versions left out, is some 30,000 words of written
-English.  It is the same for the same Python; another minor version has other sentences.
+English.  A second text, by other hands, is the prose of the docstrings of some modules of the
+standard library, some 7,000 words.  Both are the same for the same Python; another minor version
+has other sentences.
 """
 
 from __future__ import annotations
 
+import ast
 import re
+import sysconfig
 import textwrap
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
+from pathlib import Path
 
-__all__ = ["ENGLISH", "english", "paragraphs"]
+__all__ = ["ENGLISH", "LIBRARY", "english", "library_paragraphs", "paragraphs"]
 
-#: What a result calls this text.
+#: What a result calls these texts.
 ENGLISH = "pydoc_data.topics (Python's language reference), prose only"
+LIBRARY = "docstrings of Python's standard library, prose only"
+#: The modules they are of: those that explain much and take little time to read.
+MODULES = ("configparser", "difflib", "inspect", "shutil", "statistics", "threading")
 #: A paragraph has so many words at least, and so large a share of letters, blanks and commas.
 WORDS, PLAIN = 12, 0.94
 MARK = re.compile(r"^(?:[*-]|\d+\.|[a-z]\.|\[\d+\])\s+")
@@ -31,9 +40,34 @@ def paragraphs() -> tuple[str, ...]:
     """The text's paragraphs, each one line, none twice."""
     from pydoc_data.topics import topics  # half a megabyte, wanted by few
 
+    return _all_prose(topics[topic] for topic in sorted(topics))
+
+
+@lru_cache(maxsize=1)
+def library_paragraphs() -> tuple[str, ...]:
+    """The same of docstrings; empty where this Python came without its library's sources.
+
+    The sources are read, never run.
+    """
+    return _all_prose(_docstrings())
+
+
+def _docstrings() -> Iterator[str]:
+    folder = Path(sysconfig.get_paths()["stdlib"])
+    for name in MODULES:
+        try:
+            tree = ast.parse((folder / f"{name}.py").read_text(encoding="utf-8"))
+        except (OSError, ValueError, SyntaxError):
+            continue
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                yield ast.get_docstring(node) or ""
+
+
+def _all_prose(texts: Iterable[str]) -> tuple[str, ...]:
     found: dict[str, None] = {}
-    for topic in sorted(topics):
-        for block in re.split(r"\n\s*\n", topics[topic]):
+    for each in texts:
+        for block in re.split(r"\n\s*\n", each):
             text = _prose(block)
             if text is not None:
                 found[text] = None

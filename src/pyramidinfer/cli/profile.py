@@ -1,0 +1,134 @@
+"""``pyramidinfer profile``: what each KV head of a model needs, measured and shown."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from pyramidinfer.cli.common import Dtype, plain_errors
+from pyramidinfer.cli.study import subject
+
+if TYPE_CHECKING:
+    from pyramidinfer.engine.profiling import Found
+    from pyramidinfer.policies.profile import Profile
+
+__all__ = ["add_profile", "heat_map"]
+
+#: Heads of a layer that are shown with their numbers; more are shades.
+NUMBERS = 16
+SHADES = " ░▒▓█"
+
+
+def add_profile(app: typer.Typer) -> None:
+    """Register the command."""
+    app.command()(profile)
+
+
+@plain_errors()
+def profile(
+    model: Annotated[
+        str | None,
+        typer.Argument(help="Folder, hub id, fetched model or GGUF file. Default: shipped."),
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="UTF-8 text of your own to measure on. Default: English.")
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="The profile. Default: in the user's cache folder."),
+    ] = None,
+    picture: Annotated[Path | None, typer.Option(help="A PNG of layers and heads.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Measure it anew.")] = False,
+    dtype: Dtype = "float32",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Measure how much of a text each KV head of a model needs, once, and store it."""
+    from pyramidinfer.engine.profiling import look_up
+    from pyramidinfer.lab.head_pictures import draw_profile
+    from pyramidinfer.policies import Full
+
+    where = replace(subject(model, text, dtype, device), kv_memory="128MiB")
+    llm = where.llm(Full())
+    found, anew = look_up(llm), force or text is not None
+    if anew:
+        _check_place(found, output)
+    seconds = None
+    if found is None or anew:
+        from pyramidinfer.engine.profiling import store_profile
+        from pyramidinfer.lab.heads import measure_profile
+
+        begun = time.monotonic()
+        made = measure_profile(llm, where)
+        seconds = time.monotonic() - begun
+        path = store_profile(made) if output is None else made.save(output)
+    else:
+        made, path = found
+        path = path if output is None else made.save(output)
+    if picture is not None:
+        draw_profile(made, picture)
+    if as_json:
+        print(json.dumps({
+            "model": where.model, "path": str(path), "seconds": seconds, "profile": made.as_dict(),
+        }))  # fmt: skip
+        return
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(heat_map(where.model, made))
+    how = "made before" if seconds is None else f"{seconds:.1f} s"
+    console.print(
+        f"measured on {made.text} ({how}); two texts agree on the heads' order by "
+        f"{made.agreement:.2f} (Spearman)"
+    )
+    for each in filter(None, (path, picture)):
+        print(each)
+
+
+def _check_place(found: Found | None, output: Path | None) -> None:
+    """``ValueError`` where a profile made now would lie where none looks for it."""
+    from pyramidinfer.engine.profiling import shipped_folder
+
+    if output is None and found is not None and found.path.parent == shipped_folder():
+        raise ValueError(
+            "the package holds a profile of this model, which goes before those in the cache "
+            "folder: give --output FILE for one of your own, and use it by that name"
+        )
+
+
+def heat_map(title: str, profile: Profile) -> Table:
+    """Layers × heads; a head's share as a number, or as a shade where there are many."""
+    table = Table(title=f"{title}: share of its entries that each KV head needs")
+    table.add_column("layer", justify="right")
+    widest = max(map(len, profile.share))
+    if widest <= NUMBERS:
+        for head in range(widest):
+            table.add_column(f"head {head}" if widest <= 8 else str(head), justify="right")
+    else:
+        table.add_column(f"heads 0 to {widest - 1}", no_wrap=True)
+    table.add_column("mean", justify="right")
+    for layer, row in enumerate(profile.share):
+        if not profile.governed[layer]:
+            cells = [Text("·", style="dim")] * (widest if widest <= NUMBERS else 1)
+            table.add_row(str(layer), *cells, Text("window", style="dim"))
+            continue
+        shown = [_number(share) for share in row] + [Text("")] * (widest - len(row))
+        if widest > NUMBERS:
+            shown = [Text("".join(_shade(share) for share in row))]
+        table.add_row(str(layer), *shown, f"{sum(row) / len(row):.0%}")
+    return table
+
+
+def _number(share: float) -> Text:
+    style = "bold red" if share >= 0.5 else "yellow" if share >= 0.2 else "dim"
+    return Text(f"{share:.0%}", style=style)
+
+
+def _shade(share: float) -> str:
+    return SHADES[min(len(SHADES) - 1, round(share * (len(SHADES) - 1) + 0.25))]

@@ -1,0 +1,136 @@
+"""Passages that a model reads and repeats, so that what its heads need can be measured.
+
+Two halves of different text: where the heads needed most on one are those needed most on the other,
+a profile says something about the model and not about the text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pyramidinfer.engine.english import ENGLISH, LIBRARY, library_paragraphs, paragraphs
+from pyramidinfer.engine.text import head_of, plain_ids
+from pyramidinfer.models import Adapter
+from pyramidinfer.types import TokenIds
+
+__all__ = ["AGAIN", "COUNT", "LENGTH", "Passages", "english_passages", "room_for", "text_passages"]
+
+#: What a model is asked between a passage and its repetition (KVzip, arXiv 2505.23416).
+AGAIN = "\n\nRepeat the previous context exactly.\n\n"
+#: Passages in both halves together, and tokens of each.
+COUNT, LENGTH = 4, 750
+#: The fewest tokens of a passage: where a model has no positions for more; in a short text.
+FEWEST, SHORT = 64, 200
+#: A text is refused where so large a share of its tokens is unknown to the tokenizer.
+UNKNOWN = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Passages:
+    """What is read, as token ids.
+
+    name : of the text;  halves : passages of one text, and of another;  head : tokens in front of
+    every passage that are not repeated;  again : what stands between passage and repetition.
+    """
+
+    name: str
+    halves: tuple[tuple[TokenIds, ...], tuple[TokenIds, ...]]
+    head: int = 0
+    again: TokenIds | tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not all(self.halves):
+            raise ValueError("a profile needs at least one passage in each half")
+
+    @property
+    def all(self) -> list[TokenIds]:
+        return [*self.halves[0], *self.halves[1]]
+
+    def repeated(self, passage: TokenIds) -> TokenIds:
+        """What goes in behind a passage."""
+        return [*self.again, *passage[self.head :]]
+
+
+def english_passages(adapter: Adapter, tokenizer: Any) -> Passages:
+    """From the two texts that every Python has: its language reference, and docstrings."""
+    check_tokenizer(tokenizer)
+    texts = paragraphs(), library_paragraphs()
+    if not texts[1]:
+        raise ValueError(
+            "this Python came without its library's sources, whose docstrings a profile is "
+            "measured on; give a text: pyramidinfer profile MODEL --text FILE"
+        )
+    length, each = room_for(adapter, tokenizer), COUNT // 2
+    first, second = (
+        tuple(_beginning(tokenizer, text[index * len(text) // each :], length)
+              for index in range(each))
+        for text in texts
+    )  # fmt: skip
+    return _made(tokenizer, f"{ENGLISH}; {LIBRARY}", (first, second))
+
+
+def text_passages(adapter: Adapter, tokenizer: Any, text: str, name: str) -> Passages:
+    """From one text: its first half and its second, passages evenly spread."""
+    check_tokenizer(tokenizer)
+    ids, head = plain_ids(tokenizer, text), head_of(tokenizer)
+    room = room_for(adapter, tokenizer)
+    length = min(room, len(ids) // COUNT + len(head))
+    if length < (least := min(SHORT, room)):
+        needed = COUNT * (least - len(head))
+        raise ValueError(f"{name} has {len(ids)} tokens; a profile needs at least {needed} of them")
+    part = len(ids) // COUNT
+    found = [head + ids[at * part :][: length - len(head)] for at in range(COUNT)]
+    halves = tuple(found[: COUNT // 2]), tuple(found[COUNT // 2 :])
+    return _made(tokenizer, name, halves)
+
+
+def room_for(adapter: Adapter, tokenizer: Any) -> int:
+    """Tokens of a passage that can be read and repeated on this model, at most ``LENGTH``."""
+    positions = min(adapter.max_positions, adapter.rotary.long_from or adapter.max_positions)
+    again = len(plain_ids(tokenizer, AGAIN))
+    room = min(LENGTH, (positions - again - 1) // 2)
+    if room < FEWEST:
+        raise ValueError(
+            f"the model tells {positions} positions apart; {2 * FEWEST + again + 1} are needed to "
+            f"read a passage and repeat it, so it can have no head profile"
+        )
+    return room
+
+
+def check_tokenizer(tokenizer: Any) -> None:
+    """``ValueError`` where there is none."""
+    if tokenizer is None:
+        raise ValueError(
+            "a head profile is measured on text, and this model came without a tokenizer; give "
+            "tokenizer=…, or a profile made before (profile=FILE, --profile FILE)"
+        )
+
+
+def _made(tokenizer: Any, name: str,
+          halves: tuple[tuple[TokenIds, ...], tuple[TokenIds, ...]]) -> Passages:  # fmt: skip
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    every = [token for half in halves for passage in half for token in passage]
+    if unknown is not None and every.count(unknown) > UNKNOWN * len(every):
+        raise ValueError(
+            f"most of {name} is unknown to the model's tokenizer; give a text of its own "
+            f"language: pyramidinfer profile MODEL --text FILE"
+        )
+    return Passages(name, halves, len(head_of(tokenizer)), plain_ids(tokenizer, AGAIN))
+
+
+def _beginning(tokenizer: Any, texts: Sequence[str], length: int) -> TokenIds:
+    """The first ``length`` tokens of some paragraphs, the head included."""
+    head, size = head_of(tokenizer), 4 * length
+    whole = "\n\n".join(texts)
+    while True:
+        ids = head + plain_ids(tokenizer, whole[:size])
+        if len(ids) > length:  # the last one may be half a word
+            return ids[:length]
+        if size >= len(whole):
+            raise ValueError(
+                f"Python's own texts are too short for {length} tokens; give one: pyramidinfer "
+                f"profile MODEL --text FILE"
+            )
+        size *= 2

@@ -1,0 +1,325 @@
+"""What each KV head of a model needs: measured once, stored, and found again.
+
+The measurement is KVzip's (arXiv 2505.23416, section 3.2): a model that repeats a text looks back
+at whatever it needs of it.  Each passage goes in under the full cache, then again behind the
+question to repeat it; an entry of the passage counts as much as the largest attention weight that
+any query of its KV head's group gave it meanwhile.  One threshold for all heads then tells what
+matters, and a head's share is how much of a passage that is.  What is measured per entry there is
+summed up per head here: such shares hardly differ between texts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyramidinfer.config import EngineConfig
+from pyramidinfer.engine.engine import Engine
+from pyramidinfer.engine.memory import full_bytes
+from pyramidinfer.engine.passages import Passages, english_passages
+from pyramidinfer.engine.request import Request
+from pyramidinfer.models.fingerprint import fingerprint
+from pyramidinfer.native.build import cache_folder
+from pyramidinfer.policies import Policy
+from pyramidinfer.policies.profile import Fingerprint, Profile
+from pyramidinfer.types import (
+    Keep,
+    Needs,
+    Observation,
+    Reduce,
+    SamplingParams,
+    State,
+    TokenIds,
+    View,
+)
+
+if TYPE_CHECKING:
+    from pyramidinfer.engine.llm import LLM
+
+__all__ = ["KEPT", "Found", "ensure_profile", "find_profile", "head_shares", "look_up",
+           "passage_scores", "profile_model", "profiles_folder", "rank_correlation",
+           "shipped_folder", "store_profile"]  # fmt: skip
+
+#: The share of all heads' entries that matters.
+KEPT = 0.2
+#: A passage's first entries are not counted: every head looks at them, whatever they say.
+SINKS = 4
+#: Tokens of a step, so that a bar moves.
+STEP = 256
+
+Tell = Callable[[int], None]
+
+
+# --- measuring ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class _Watching(Policy):
+    """Keeps everything, and writes down what the entries got from the queries of added text.
+
+    found : layer → scores ``[kv_heads, n]`` and their positions ``[kv_heads, n]``, on the host.
+    """
+
+    name: ClassVar[str] = "watching"
+
+    found: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def needs(self, view: View) -> Needs:
+        if view.phase != "extend" or not view.layers.governed[view.layer]:
+            return Needs()
+        return Needs(window=view.new_len, reduce=Reduce("kv_max", "max"), retain=True)
+
+    def retain(self, seen: Observation, state: State) -> tuple[Keep, State]:
+        assert seen.scores is not None
+        self.found[seen.view.layer] = seen.scores.cpu(), seen.positions.cpu()
+        return Keep(), state
+
+
+def profile_model(source: LLM | Engine, passages: Passages | None = None,
+                  progress: bool | None = None) -> Profile:  # fmt: skip
+    """Measure a model's heads, in an engine of its own beside ``source``'s.
+
+    passages : None for real English (``english_passages``);  progress : a bar on standard error;
+    None shows it in a terminal.  ``ValueError`` where there is no tokenizer to make passages with,
+    where none can be read twice, and where the model bounds every layer by a window.
+    """
+    engine = _engine_of(source)
+    passages = passages or english_passages(engine.adapter, engine.tokenizer)
+    adapter = engine.adapter
+    longest = max(len(each) + len(passages.repeated(each)) for each in passages.all)
+    governed = adapter.layers_for(longest + 1).governed
+    if not any(governed):
+        raise ValueError(
+            "every layer of this model has a sliding window that is shorter than the passages, so "
+            "no head can be profiled: their memory is bounded already"
+        )
+    own = _engine_for(engine, longest)
+    work = adapter.depth * sum(len(each) + len(passages.repeated(each)) for each in passages.all)
+    halves = []
+    with _bar(work, progress) as tell:
+        for half in passages.halves:
+            halves.append([
+                head_shares(passage_scores(own, each, passages.repeated(each), tell))
+                for each in half
+            ])  # fmt: skip
+    heads = [shape.kv_heads for shape in adapter.shapes]
+    first, second = (_flat(_mean(half)) for half in halves)
+    return Profile(
+        _rows(_mean(halves[0] + halves[1]), heads), governed, passages.name,
+        tuple(len(each) for each in passages.all), round(rank_correlation(first, second), 4), KEPT,
+        _version(), fingerprint(adapter),
+    )  # fmt: skip
+
+
+def passage_scores(engine: Engine, passage: TokenIds, repeated: TokenIds,
+                   tell: Tell = lambda _: None) -> dict[int, Tensor]:  # fmt: skip
+    """Per governed layer ``[kv_heads, passage]``: the most that any query of ``repeated``, which
+    follows the passage, gave each of its entries.  ``tell`` hears of layer-tokens done."""
+    watching, params = _Watching(), SamplingParams(max_tokens=1, ignore_eos=True)
+    held = engine.make(passage, params, policy=watching, hold=True)
+    try:
+        _finish(engine, held, len(passage), tell)
+        held.output.clear()  # it was never fed
+        _finish(engine, engine.branch(held, repeated, params), len(repeated), tell)
+    finally:
+        engine.abort(held)
+        engine.release(held)
+    return {layer: _by_place(*seen, len(passage)) for layer, seen in watching.found.items()}
+
+
+def _by_place(scores: Tensor, positions: Tensor, length: int) -> Tensor:
+    """Scores ``[kv_heads, n]`` in any order → those of places below ``length``, in order."""
+    found = scores.new_zeros(len(scores), length)
+    for mine, row, places in zip(found, scores, positions, strict=True):
+        inside = (places >= 0) & (places < length)
+        mine[places[inside].long()] = row[inside]
+    return found
+
+
+def head_shares(scores: dict[int, Tensor], kept: float = KEPT) -> dict[int, list[float]]:
+    """Per layer, each head's share of entries among the best ``kept`` of all heads' together.
+
+    scores : layer → ``[kv_heads, passage]``.  Of equals the earlier one counts.
+    """
+    rows = torch.cat([each[:, SINKS:] for each in scores.values()])
+    best = rows.flatten().argsort(descending=True, stable=True)[: round(kept * rows.numel())]
+    counts = (best // rows.shape[1]).bincount(minlength=len(rows)).tolist()
+    heads = iter(count / rows.shape[1] for count in counts)
+    return {layer: [next(heads) for _ in each] for layer, each in scores.items()}
+
+
+def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
+    """Spearman's; equals share their mean rank.  Where one has no order, 1 if both have none."""
+    from scipy.stats import rankdata
+
+    ranks = rankdata(first), rankdata(second)
+    flat = [bool(np.ptp(each) == 0) for each in ranks]
+    if any(flat):
+        return float(all(flat))
+    return float(np.clip(np.corrcoef(*ranks)[0, 1], -1, 1))
+
+
+def _mean(many: list[dict[int, list[float]]]) -> dict[int, list[float]]:
+    return {layer: np.mean([each[layer] for each in many], axis=0).tolist() for layer in many[0]}
+
+
+def _flat(shares: dict[int, list[float]]) -> list[float]:
+    return [share for row in shares.values() for share in row]
+
+
+def _rows(shares: dict[int, list[float]], heads: list[int]) -> tuple[tuple[float, ...], ...]:
+    """``[layers][kv_heads]``, with zeros for layers that were not measured."""
+    return tuple(
+        tuple(round(share, 5) for share in shares[layer]) if layer in shares else (0.0,) * count
+        for layer, count in enumerate(heads)
+    )
+
+
+def _engine_of(source: LLM | Engine) -> Engine:
+    return source if isinstance(source, Engine) else source.engine
+
+
+def _engine_for(engine: Engine, longest: int) -> Engine:
+    """An engine on the same model with room for one text of ``longest`` tokens, held twice."""
+    adapter = engine.adapter
+    shape = max(adapter.shapes, key=lambda shape: shape.heads * shape.key_dim)
+    beside = longest * (4 * adapter.hidden_size + 2 * shape.heads * shape.key_dim)
+    room = 2 * full_bytes(engine.pool, adapter, longest + 1) + 8 * beside
+    config = EngineConfig.from_options(
+        (), kv_memory=room, page_size=engine.config.page_size, max_requests=1, step_tokens=STEP
+    )
+    return Engine(adapter, _Watching(), config)
+
+
+def _finish(engine: Engine, request: Request, tokens: int, tell: Tell) -> None:
+    left = tokens * engine.adapter.depth
+    engine.submit(request)
+    while request.finish_reason is None:
+        engine.step()
+        intake = request.intake
+        now = 0 if request.finish_reason is not None or intake is None else intake.work_left
+        tell(left - now)
+        left = now
+    if request.error is not None:
+        raise ValueError(f"the model cannot be profiled: {request.error}")
+
+
+@contextmanager
+def _bar(work: int, wanted: bool | None) -> Iterator[Tell]:
+    """A bar on standard error with the time left."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    shown = sys.stderr.isatty() if wanted is None else wanted
+    bar = Progress(
+        TextColumn("what each head needs"), BarColumn(), TimeRemainingColumn(),
+        console=Console(stderr=True), disable=not shown,
+    )  # fmt: skip
+    with bar:
+        task = bar.add_task("", total=work)
+        yield lambda done: bar.advance(task, done)
+
+
+def _version() -> str:
+    try:
+        return version("pyramidinfer")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+# --- finding --------------------------------------------------------------------------------------
+
+
+class Found(NamedTuple):
+    """A profile and the file it is from."""
+
+    profile: Profile
+    path: Path
+
+
+def shipped_folder() -> Path:
+    """Where the package's own profiles lie."""
+    return Path(str(files("pyramidinfer") / "assets" / "profiles"))
+
+
+def profiles_folder() -> Path:
+    """Where measured profiles lie: ``profiles`` in the user's cache folder."""
+    return cache_folder() / "profiles"
+
+
+def look_up(source: LLM | Engine) -> Found | None:
+    """The profile of a model and its file: the package's, else one in the user's cache folder.
+
+    Files there that are damaged are told of (``RuntimeWarning``) and passed over.
+    """
+    mark = fingerprint(_engine_of(source).adapter)
+    return _look_in(shipped_folder(), mark) or _look_in(profiles_folder(), mark)
+
+
+def find_profile(source: LLM | Engine) -> Profile | None:
+    """The profile of a model where there is one (see ``look_up``)."""
+    found = look_up(source)
+    return None if found is None else found.profile
+
+
+def ensure_profile(source: LLM | Engine, progress: bool | None = None) -> Profile:
+    """The profile of a model; where there is none it is measured on real English and stored.
+
+    A folder that cannot be written is told of (``RuntimeWarning``); the profile is good anyway.
+    """
+    if (profile := find_profile(source)) is not None:
+        return profile
+    profile = profile_model(source, progress=progress)
+    try:
+        store_profile(profile)
+    except OSError as error:
+        warnings.warn(
+            f"the head profile cannot be stored in {profiles_folder()} ({error.strerror}) and will "
+            f"be measured again; set PYRAMIDINFER_CACHE to a folder that can be written",
+            RuntimeWarning, stacklevel=2,
+        )  # fmt: skip
+    return profile
+
+
+def store_profile(profile: Profile) -> Path:
+    """Write a profile into the user's cache folder, in the place of any other of this model."""
+    folder, mark = profiles_folder(), profile.fingerprint
+    digest = hashlib.sha256(json.dumps([mark.vectors, mark.tables]).encode()).hexdigest()
+    path = profile.save(folder / f"{mark.key}-{digest[:12]}.json")
+    for other in _files(folder, mark):
+        try:
+            old = other == path or not Profile.load(other).fingerprint.matches(mark)
+        except ValueError:
+            old = False
+        if not old:
+            other.unlink(missing_ok=True)
+    return path
+
+
+def _files(folder: Path, mark: Fingerprint) -> list[Path]:
+    return sorted(folder.glob(f"{mark.key}-*.json"))
+
+
+def _look_in(folder: Path, mark: Fingerprint) -> Found | None:
+    for path in _files(folder, mark):
+        try:
+            profile = Profile.load(path)
+        except ValueError as error:
+            warnings.warn(f"passed over: {error}", RuntimeWarning, stacklevel=3)
+            continue
+        if profile.fingerprint.matches(mark):
+            return Found(profile, path)
+    return None

@@ -1,0 +1,73 @@
+"""Whose weights these are, told from tensors that no packing lets go of.
+
+Once linears are packed their memory is given back (``models/fused.py``), so only norms, their
+biases and embeddings are looked at: a model trained on has other norms or embeddings, while
+adapters (LoRA) merged into linears alone are not seen.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pyramidinfer.models.adapter import Adapter
+from pyramidinfer.policies.profile import Fingerprint
+
+__all__ = ["fingerprint"]
+
+#: Rows of an embedding that are looked at, evenly spread.
+ROWS = 256
+#: Directions that a vector, and an embedding's rows, are measured in.
+VECTOR_WAYS, TABLE_WAYS = 2, 8
+
+
+def fingerprint(adapter: Adapter) -> Fingerprint:
+    """The fingerprint of a model, the same before and after its weights were packed."""
+    vectors, tables = [], []
+    for _, module in sorted(adapter.body.named_modules()):
+        if isinstance(module, nn.Linear):
+            continue
+        for _, tensor in sorted(module.named_parameters(recurse=False)):
+            if tensor.ndim == 1:
+                vectors.append(_measured(tensor, VECTOR_WAYS))
+            elif tensor.ndim == 2:
+                step = max(1, len(tensor) // ROWS)
+                tables.append(_measured(tensor[::step][:ROWS], TABLE_WAYS))
+    return Fingerprint(_key(adapter), tuple(vectors), tuple(tables))
+
+
+def _key(adapter: Adapter) -> str:
+    """The model's kind and a hash of its sizes; fit for a file's name."""
+    sizes = [
+        adapter.hidden_size, adapter.vocab_size,
+        [[s.heads, s.kv_heads, s.key_dim, s.value_dim, s.window] for s in adapter.shapes],
+    ]  # fmt: skip
+    digest = hashlib.sha256(json.dumps(sizes).encode()).hexdigest()
+    return f"{adapter.config.model_type}-{digest[:12]}"
+
+
+def _measured(tensor: Tensor, ways: int) -> tuple[float, ...]:
+    """Root mean square, and the tensor's share in each direction, in float64.
+
+    A direction is a row of signs.  Divided by the tensor's length the sum is about 1 in size for
+    any tensor, and rounding its numbers by a share e of themselves moves it by about e.
+    """
+    values = tensor.detach().to("cpu", torch.float64).flatten().numpy()
+    length = float(np.sqrt((values * values).sum()))
+    sums = [float((values * _signs(len(values), way)).sum()) for way in range(ways)]
+    size = length / max(1, len(values)) ** 0.5
+    return (float(f"{size:.6g}"), *(round(each / length if length else 0.0, 5) for each in sums))
+
+
+def _signs(count: int, way: int) -> np.ndarray:
+    """``[count]`` of 1 and -1: a bit of splitmix64 of each place, the same everywhere."""
+    mixed = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    mixed += np.uint64((way + 1) * 0x632BE59BD9B4E019 % 2**64)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
+    bits = (mixed ^ (mixed >> np.uint64(31))) & np.uint64(1)
+    return bits.astype(np.float64) * 2 - 1

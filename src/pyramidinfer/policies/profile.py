@@ -1,0 +1,239 @@
+"""A head profile: how much of a text each KV head of one model needs, and whose model that is.
+
+``engine/profiling.py`` measures it; ``pyramidinfer profile`` writes it as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pyramidinfer.config import is_number
+
+__all__ = ["FORMAT", "VERSION", "Fingerprint", "Profile"]
+
+FORMAT = "pyramidinfer head profile"
+#: Raise when a file means something else than before: older ones are then refused.
+VERSION = 1
+#: How far the same weights may lie apart after a conversion: 16 bits for vectors (no format of
+#: quantized weights touches them), four bits a weight for tables.
+VECTORS, TABLES = (0.003, 0.01), (0.03, 0.2)
+AGAIN = "make it again: pyramidinfer profile MODEL --output FILE"
+
+Numbers = tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Fingerprint:
+    """What tells one model's weights from another's (``models/fingerprint.py`` works it out).
+
+    key : the model's kind and a hash of its sizes.  Then for every tensor that was looked at its
+    root mean square and how far it points in some fixed directions (1 is what chance gives):
+    vectors : of norms and biases;  tables : of embeddings.
+    """
+
+    key: str
+    vectors: Numbers
+    tables: Numbers
+
+    def matches(self, other: Fingerprint) -> bool:
+        """Whether both are of the same weights, in whatever precision each was stored."""
+        return (
+            self.key == other.key
+            and _are_near(self.vectors, other.vectors, *VECTORS)
+            and _are_near(self.tables, other.tables, *TABLES)
+        )
+
+
+def _are_near(mine: Numbers, others: Numbers, size: float, turn: float) -> bool:
+    """Whether tensors differ by no more than the share ``size`` in length, and ``turn`` (root mean
+    square over the directions) in where they point."""
+    if [len(row) for row in mine] != [len(row) for row in others]:
+        return False
+    for (length, *ways), (other, *other_ways) in zip(mine, others, strict=True):
+        if abs(length - other) > size * max(length, other):
+            return False
+        if math.dist(ways, other_ways) > turn * math.sqrt(len(ways)):
+            return False
+    return True
+
+
+@dataclass(frozen=True, repr=False)
+class Profile:
+    """What every KV head needs, as it was measured.
+
+    share : ``[layers][kv_heads]`` the share of a head's entries that are among the best ``kept``
+        of all governed heads' entries together; 0 in layers that are not governed.
+    governed : ``[layers]``, False where a sliding window bounds the layer and nothing was measured.
+    text, lengths : the texts measured on, and the tokens of each passage.
+    agreement : Spearman's rank correlation of the heads' shares in one half of the passages with
+        those in the other half, which are of another text.
+    kept : see ``share``.
+    commit : of the code it was made with, or that code's version.
+    """
+
+    share: tuple[tuple[float, ...], ...]
+    governed: tuple[bool, ...]
+    text: str
+    lengths: tuple[int, ...]
+    agreement: float
+    kept: float
+    commit: str
+    fingerprint: Fingerprint
+
+    def __post_init__(self) -> None:
+        if (wrong := _wrong(self)) is not None:
+            raise ValueError(wrong)
+
+    def __repr__(self) -> str:
+        heads = sum(len(row) for row in self.share)
+        return (
+            f"Profile({self.layers} layers, {heads} KV heads, best {self.kept:g}, agreement "
+            f"{self.agreement:.2f}, {self.fingerprint.key})"
+        )
+
+    @property
+    def layers(self) -> int:
+        return len(self.share)
+
+    def ranked(self) -> list[tuple[int, int]]:
+        """(layer, head) of every governed head, most needed first; of equals the earlier one."""
+        heads = [
+            (layer, head)
+            for layer, row in enumerate(self.share)
+            if self.governed[layer]
+            for head in range(len(row))
+        ]
+        return sorted(heads, key=lambda place: (-self.share[place[0]][place[1]], place))
+
+    def as_dict(self) -> dict[str, Any]:
+        """What a file of it holds."""
+        return {"format": FORMAT, "version": VERSION, **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, found: Any) -> Profile:
+        """The way back; ``ValueError`` with what is wrong."""
+        try:
+            return _from(found)
+        except KeyError as error:
+            raise ValueError(f"it lacks {error}") from None
+        except TypeError as error:
+            raise ValueError(str(error)) from None
+
+    def save(self, path: str | Path) -> Path:
+        """Write it as JSON, making the folder; the file is there whole or not at all."""
+        path = Path(path)
+        if path.is_dir():
+            raise ValueError(f"{str(path)!r} is a folder; name a file for the profile")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(_lines(self.as_dict()))
+            os.chmod(name, 0o644)
+            os.replace(name, path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> Profile:
+        """Read a profile; ``ValueError`` with the file, what is wrong and the way out."""
+        try:
+            found = json.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ValueError(
+                f"profile {str(path)!r} cannot be read: {error.strerror}; {AGAIN}"
+            ) from None
+        except ValueError as error:  # no JSON, or no UTF-8
+            raise ValueError(f"{str(path)!r} is no head profile ({error}); {AGAIN}") from None
+        try:
+            return cls.from_dict(found)
+        except ValueError as error:
+            raise ValueError(f"{str(path)!r} is no usable head profile: {error}; {AGAIN}") from None
+
+
+def _from(found: Any) -> Profile:
+    if not isinstance(found, dict) or found.get("format") != FORMAT:
+        kind = found.get("format") if isinstance(found, dict) else found
+        raise ValueError(f"its format is {kind!r:.60}, not {FORMAT!r}")
+    if found.get("version") != VERSION:
+        raise ValueError(f"its version is {found.get('version')!r:.60}, not {VERSION}")
+    mark = found["fingerprint"]
+    if not isinstance(mark, dict):
+        raise ValueError(f"fingerprint={mark!r:.60} is none")
+    return Profile(
+        _rows(found["share"], "share"), _row(found["governed"], "governed"), found["text"],
+        _row(found["lengths"], "lengths"), found["agreement"], found["kept"], found["commit"],
+        Fingerprint(
+            mark["key"], _rows(mark["vectors"], "vectors"), _rows(mark["tables"], "tables")
+        ),
+    )  # fmt: skip
+
+
+def _row(value: Any, name: str) -> tuple[Any, ...]:
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"{name}={value!r:.60} is no list")
+    return tuple(value)
+
+
+def _rows(value: Any, name: str) -> tuple[tuple[Any, ...], ...]:
+    return tuple(_row(each, f"a row of {name}") for each in _row(value, name))
+
+
+def _wrong(profile: Profile) -> str | None:
+    """What is wrong with it, in words."""
+    if not profile.share or not all(profile.share):
+        return f"share={profile.share!r:.60} must have a layer, and every layer a head"
+    if len(profile.governed) != len(profile.share):
+        return f"governed has {len(profile.governed)} layers, share has {len(profile.share)}"
+    if not all(isinstance(each, bool) for each in profile.governed) or not any(profile.governed):
+        return f"governed={profile.governed!r:.60} must be true or false, and true somewhere"
+    for layer, row in enumerate(profile.share):
+        for head, value in enumerate(row):
+            if not (is_number(value) and 0 <= value <= 1):
+                return f"share of layer {layer}, head {head} is {value!r:.60}, not within 0 and 1"
+            if value and not profile.governed[layer]:
+                return f"layer {layer} is not governed, but head {head} has the share {value!r:.60}"
+    if not (is_number(profile.kept) and 0 < profile.kept < 1):
+        return f"kept={profile.kept!r:.60} must lie between 0 and 1"
+    if not (is_number(profile.agreement) and -1 <= profile.agreement <= 1):
+        return f"agreement={profile.agreement!r:.60} must lie within -1 and 1"
+    if not profile.lengths or not all(type(n) is int and n > 0 for n in profile.lengths):
+        return f"lengths={profile.lengths!r:.60} must be tokens of each passage"
+    mark = profile.fingerprint
+    for name, text in (("text", profile.text), ("commit", profile.commit), ("key", mark.key)):
+        if not isinstance(text, str) or not text:
+            return f"{name}={text!r:.60} must be a text"
+    return _wrong_numbers("vectors", mark.vectors) or _wrong_numbers("tables", mark.tables)
+
+
+def _wrong_numbers(name: str, rows: Sequence[Sequence[float]]) -> str | None:
+    for row in rows:
+        if len(row) < 2 or not all(is_number(n) and math.isfinite(n) for n in row):
+            return f"fingerprint: {row!r:.60} in {name} must be two finite numbers or more"
+    return None
+
+
+def _lines(body: dict[str, Any]) -> str:
+    """JSON with a line for every layer or tensor, not for every number."""
+    mark = body["fingerprint"]
+
+    def rows(many: Any, blanks: str) -> str:
+        lines = ",\n".join(blanks + json.dumps(row) for row in many)
+        return f"[\n{lines}\n{blanks[1:]}]"
+
+    parts = {name: json.dumps(value) for name, value in body.items()}
+    parts["share"] = rows(body["share"], "  ")
+    parts["fingerprint"] = "{\n" + ",\n".join([
+        f'  "key": {json.dumps(mark["key"])}', f'  "vectors": {rows(mark["vectors"], "   ")}',
+        f'  "tables": {rows(mark["tables"], "   ")}',
+    ]) + "\n }"  # fmt: skip
+    return "{\n" + ",\n".join(f' "{name}": {text}' for name, text in parts.items()) + "\n}\n"

@@ -1,0 +1,358 @@
+"""What each head needs, against attention worked out as a full matrix; and where it is found."""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import spearmanr
+from torch import Tensor
+from transformers import AttentionInterface
+
+from pyramidinfer import LLM
+from pyramidinfer.engine import profiling
+from pyramidinfer.engine.english import library_paragraphs, paragraphs
+from pyramidinfer.engine.passages import (
+    AGAIN,
+    LENGTH,
+    Passages,
+    english_passages,
+    room_for,
+    text_passages,
+)
+from pyramidinfer.engine.profiling import (
+    ensure_profile,
+    find_profile,
+    head_shares,
+    look_up,
+    passage_scores,
+    profile_model,
+    rank_correlation,
+    store_profile,
+)
+from pyramidinfer.models.loading import shipped_model
+from pyramidinfer.policies.profile import Profile
+from tests.lab.test_samples import WORDS, other_tokenizer
+from tests.tiny import random_prompt, tiny_model
+
+PASSAGES = Passages(
+    "made up", ((random_prompt(1, 60), random_prompt(2, 50)), (random_prompt(3, 60),)), 1, [5, 6, 7]
+)
+
+
+def engine_of(family: str, dtype: torch.dtype = torch.float64, **sizes: Any) -> LLM:
+    model = tiny_model(family, dtype, **sizes)
+    return LLM(model, "full", kv_memory="4MiB", page_size=4, poison=True)
+
+
+def weights(family: str, passage: list[int], repeated: list[int], **sizes: Any) -> list[Any]:
+    """``[kv_heads, passage]`` per layer: transformers' model, its attention as a full matrix."""
+    seen: list[Any] = []
+
+    def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float,
+               sliding_window: int | None = None, softcap: float | None = None, **_: Any
+               ) -> tuple[Tensor, None]:  # fmt: skip
+        kv, length = key.shape[1], key.shape[2]
+        logits = torch.einsum("kgqd,knd->kgqn", query[0].unflatten(0, (kv, -1)), key[0]) * scaling
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        back = torch.arange(length)[:, None] - torch.arange(length)
+        hidden = (back < 0) | (back >= (sliding_window or length))
+        probs = logits.masked_fill(hidden, -torch.inf).softmax(-1)
+        seen.append(probs[:, :, len(passage) :, : len(passage)].amax((1, 2)).numpy())
+        out = torch.einsum("kgqn,knd->kgqd", probs, value[0]).flatten(0, 1)
+        return out.transpose(0, 1)[None], None
+
+    AttentionInterface.register("full_matrix", attend)
+    model = tiny_model(family, torch.float64, **sizes)
+    model.set_attn_implementation("full_matrix")
+    with torch.no_grad():
+        model(torch.tensor([[*passage, *repeated]]), use_cache=False)
+    assert len(seen) == model.config.num_hidden_layers
+    return seen
+
+
+# --- the measurement ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "opt", "gemma2", "gemma3_text", "granite"])
+def test_scores_are_those_of_the_full_matrix(family: str) -> None:
+    passage = random_prompt(4, 70)
+    repeated = [9, 8, *passage[1:]]
+    llm = engine_of(family)
+    found = passage_scores(llm.engine, passage, repeated)
+    governed = llm.engine.adapter.layers_for(142).governed
+    assert [layer for layer, each in enumerate(governed) if each] == sorted(found)
+    assert all(governed) == (not family.startswith("gemma"))
+    for layer, wanted in enumerate(weights(family, passage, repeated)):
+        if layer in found:
+            assert found[layer].numpy() == pytest.approx(wanted, rel=1e-9, abs=1e-12)
+    assert llm.engine.scheduler.idle and llm.engine.pool.budget_used == 0
+    llm.engine.check()
+
+
+@pytest.mark.parametrize("chunk", [7, 1024])
+def test_chunks_and_kernels_change_nothing(chunk: int) -> None:
+    passage, repeated = random_prompt(4, 70), [9, 8, *random_prompt(4, 70)[1:]]
+    llm = LLM(tiny_model("llama"), "full", kv_memory="4MiB", prefill_chunk=chunk, step_tokens=11)
+    found = passage_scores(llm.engine, passage, repeated)
+    for layer, wanted in enumerate(weights("llama", passage, repeated)):
+        assert found[layer].numpy() == pytest.approx(wanted, rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "gemma3_text"])
+def test_a_profile_is_what_brute_force_finds(family: str) -> None:
+    """Sorted scores of all heads, by hand: every step is done another way."""
+    profile = profile_model(engine_of(family), PASSAGES, progress=False)
+    layers = [layer for layer, each in enumerate(profile.governed) if each]
+    halves = []
+    for half in PASSAGES.halves:
+        shares = []
+        for passage in half:
+            seen = weights(family, passage, [5, 6, 7, *passage[1:]])
+            heads = [row[4:].tolist() for layer in layers for row in seen[layer]]
+            every = sorted((value for row in heads for value in row), reverse=True)
+            least = every[round(0.2 * len(every)) - 1]
+            shares.append([sum(value >= least for value in row) / len(row) for row in heads])
+        halves.append(shares)
+    wanted = np.mean(halves[0] + halves[1], axis=0)
+    flat = [share for layer in layers for share in profile.share[layer]]
+    assert flat == pytest.approx(wanted, abs=1e-5) and len(set(flat)) > 3
+    assert sum(flat) / len(flat) == pytest.approx(0.2, abs=0.01)
+    first, second = (np.mean(half, axis=0) for half in halves)
+    assert profile.agreement == pytest.approx(spearmanr(first, second).statistic, abs=1e-4)
+    assert profile.lengths == (60, 50, 60) and profile.text == "made up" and profile.kept == 0.2
+    for layer, row in enumerate(profile.share):
+        assert profile.governed[layer] or not any(row)
+
+
+def test_a_profile_is_the_same_again_and_leaves_the_engine_alone() -> None:
+    llm = engine_of("llama")
+    before = llm.engine.pool.peak_bytes
+    first = profile_model(llm, PASSAGES, progress=False)
+    assert profile_model(llm.engine, PASSAGES, progress=False) == first
+    assert llm.engine.pool.peak_bytes == before and llm.engine.scheduler.idle
+    tight = LLM(tiny_model("llama", torch.float64), "full", kv_memory=9000, page_size=4)
+    assert profile_model(tight, PASSAGES, progress=False) == first, "its own pool is of no matter"
+
+
+def test_shares_by_hand() -> None:
+    scores = {
+        0: torch.tensor([[9.0] * 4 + [5, 1, 1, 1, 1], [9.0] * 4 + [4, 4, 4, 0, 0]]),
+        3: torch.tensor([[9.0] * 4 + [0, 0, 0, 0, 0], [0.0] * 4 + [0, 0, 0, 0, 6]]),
+    }  # the first four are sinks
+    assert head_shares(scores, 0.25) == {0: [0.2, 0.6], 3: [0.0, 0.2]}
+    assert head_shares(scores, 0.15) == {0: [0.2, 0.2], 3: [0.0, 0.2]}  # of equals the earlier
+
+
+def test_rank_correlation() -> None:
+    assert rank_correlation([1, 2, 3], [10, 20, 90]) == pytest.approx(1)
+    assert rank_correlation([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
+    mine, other = [0.1, 0.1, 0.4, 0.2, 0.9], [0.3, 0.1, 0.1, 0.2, 0.8]
+    assert rank_correlation(mine, other) == pytest.approx(spearmanr(mine, other).statistic)
+    assert rank_correlation([1, 1], [2, 2]) == 1 and rank_correlation([1, 1], [1, 2]) == 0
+
+
+def test_layers_bounded_by_a_window_are_left_out_or_refused() -> None:
+    profile = profile_model(engine_of("gemma3_text"), PASSAGES, progress=False)
+    assert profile.governed == (False, False, True) * 2
+    with pytest.raises(ValueError, match="every layer of this model has a sliding window"):
+        profile_model(engine_of("mistral"), PASSAGES)
+
+
+def test_the_bar_is_shown_where_it_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    for wanted in (None, False, True):
+        profile_model(engine_of("llama"), PASSAGES, progress=wanted)
+        shown = capsys.readouterr()
+        assert ("what each head needs" in shown.err) == (wanted is True) and not shown.out
+    told: list[int] = []
+    passage_scores(engine_of("llama").engine, [3] * 30, [3] * 20, told.append)
+    assert sum(told) == 4 * 50 and min(told) >= 0
+
+
+def test_an_interrupted_measurement_holds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = engine_of("llama")
+
+    def stopped(done: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        passage_scores(llm.engine, [3] * 30, [3] * 20, stopped)
+    assert llm.engine.pool.budget_used == 0 and llm.engine.scheduler.idle
+    llm.engine.check()
+
+
+# --- passages -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def speaks() -> LLM:
+    """A tiny model whose tokenizer knows English words."""
+    model = tiny_model("llama", vocab_size=len(WORDS), max_position_embeddings=2048)
+    return LLM(model, "full", kv_memory="4MiB", tokenizer=other_tokenizer())
+
+
+def test_the_halves_are_of_two_texts(speaks: LLM) -> None:
+    found = english_passages(speaks.engine.adapter, speaks.tokenizer)
+    texts = " ".join(paragraphs()), " ".join(library_paragraphs())
+    encode = speaks.tokenizer.encode
+    whole = [" ".join(map(str, encode(each, add_special_tokens=False))) for each in texts]
+    for half, mine, other in zip(found.halves, whole, whole[::-1], strict=True):
+        assert len(half) == 2 and half[0] != half[1]
+        for passage in half:
+            assert len(passage) == LENGTH and passage[0] == speaks.tokenizer.bos_token_id
+            said = " ".join(map(str, passage[1:]))
+            assert said in mine and said not in other
+    assert found.repeated(found.all[0])[-(LENGTH - 1) :] == found.all[0][1:]
+    assert found.again == encode(AGAIN, add_special_tokens=False) and found.head == 1
+    assert "language reference" in found.name and "docstrings" in found.name
+
+
+def test_a_text_of_ones_own_is_halved(speaks: LLM) -> None:
+    adapter, tokenizer = speaks.engine.adapter, speaks.tokenizer
+    text = " ".join(paragraphs())[:40_000]
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    found = text_passages(adapter, tokenizer, text, "mine.txt")
+    starts = [ids.index(passage[1]) for passage in found.all]
+    assert starts[0] == 0 and all(passage[0] == tokenizer.bos_token_id for passage in found.all)
+    for index, passage in enumerate(found.all):
+        at = index * (len(ids) // 4)
+        assert passage[1:] == ids[at : at + LENGTH - 1]
+    few = tokenizer.decode(ids[:900])
+    assert all(len(each) == 226 for each in text_passages(adapter, tokenizer, few, "a").all)
+    with pytest.raises(ValueError, match=r"mine.txt has \d+ tokens; .* at least 796 of them"):
+        text_passages(adapter, tokenizer, tokenizer.decode(ids[:700]), "mine.txt")
+
+
+def test_models_with_few_positions(speaks: LLM) -> None:
+    def of(family: str, **sizes: Any) -> Any:
+        return engine_of(family, vocab_size=len(WORDS), **sizes).engine.adapter
+
+    again = len(speaks.tokenizer.encode(AGAIN, add_special_tokens=False))
+    room = room_for(of("llama", max_position_embeddings=512), speaks.tokenizer)
+    assert 2 * room + again + 1 <= 512 < 2 * (room + 1) + again + 1
+    small = engine_of("llama", vocab_size=len(WORDS), max_position_embeddings=160)
+    small.tokenizer = small.engine.tokenizer = speaks.tokenizer
+    assert profile_model(small).lengths[0] == room_for(small.engine.adapter, speaks.tokenizer) > 64
+    with pytest.raises(ValueError, match="the model tells 100 positions apart"):
+        room_for(of("llama", max_position_embeddings=100), speaks.tokenizer)
+    with pytest.raises(ValueError, match="the model tells 64 positions apart"):
+        room_for(of("phi3"), speaks.tokenizer)  # its rotary positions change there
+
+
+def test_what_cannot_be_measured_is_told(speaks: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="without a tokenizer; give .*--profile FILE"):
+        profile_model(engine_of("llama"))
+    shipped = LLM(shipped_model(), "full", kv_memory="4MiB")
+    with pytest.raises(ValueError, match="most of .* is unknown to the model's tokenizer"):
+        profile_model(shipped)
+    with pytest.raises(ValueError, match="at least one passage in each half"):
+        Passages("x", ((), ([1],)))
+    monkeypatch.setattr("pyramidinfer.engine.passages.library_paragraphs", tuple)
+    with pytest.raises(ValueError, match="without its library's sources"):
+        profile_model(speaks)
+
+
+# --- where it is found ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Path, Path]]:
+    """The package's profiles, and the user's."""
+    monkeypatch.setattr(profiling, "shipped_folder", lambda: tmp_path / "package")
+    monkeypatch.setattr(profiling, "profiles_folder", lambda: tmp_path / "user" / "profiles")
+    yield tmp_path / "package", tmp_path / "user" / "profiles"
+
+
+def test_the_packages_profile_goes_before_the_users(folders: tuple[Path, Path]) -> None:
+    llm = engine_of("llama")
+    assert find_profile(llm) is None and look_up(llm) is None
+    made = profile_model(llm, PASSAGES, progress=False)
+    path = store_profile(made)
+    assert path.parent == folders[1] and find_profile(llm) == made
+    other = replace(made, text="shipped")
+    other.save(folders[0] / f"{made.fingerprint.key}-x.json")
+    found = look_up(llm)
+    assert found is not None and found.profile == other and found.path.parent == folders[0]
+    assert find_profile(engine_of("llama", torch.bfloat16)) == other
+    assert find_profile(engine_of("llama", vocab_size=121)) is None
+    assert find_profile(engine_of("qwen3")) is None
+    stranger = engine_of("llama")
+    with torch.no_grad():
+        stranger.engine.adapter.body.norm.weight *= 1.1
+    assert find_profile(stranger) is None, "of the same sizes, but other weights"
+
+
+def test_what_is_not_there_is_measured_once(
+    folders: tuple[Path, Path], speaks: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def measure(source: Any, passages: Any = None, progress: Any = None) -> Profile:
+        calls.append(progress)
+        return profile_model(source, passages or few, progress)
+
+    few = Passages("few", ((random_prompt(1, 40),), (random_prompt(2, 40),)))
+    monkeypatch.setattr(profiling, "profile_model", measure)
+    first = ensure_profile(speaks, progress=False)
+    assert ensure_profile(speaks) == first == find_profile(speaks) and calls == [False]
+    (path,) = folders[1].iterdir()
+    assert path.name.startswith(first.fingerprint.key)
+
+    path.write_text(path.read_text()[:200])  # as a full disk leaves it
+    with pytest.warns(RuntimeWarning, match=rf"passed over: '{path}' is no head profile"):
+        assert find_profile(speaks) is None
+    with pytest.warns(RuntimeWarning, match="passed over"):
+        assert ensure_profile(speaks) == first
+    assert len(calls) == 2 and find_profile(speaks) == first
+
+    (folders[1] / f"{first.fingerprint.key}-zzz.json").write_text("{")
+    store_profile(replace(first, text="newer"))
+    assert list(folders[1].iterdir()) == [path], "what it takes the place of is gone"
+    assert ensure_profile(speaks).text == "newer" and len(calls) == 2
+
+
+def test_another_models_file_stays(folders: tuple[Path, Path]) -> None:
+    llm, other = engine_of("llama"), engine_of("llama")
+    with torch.no_grad():
+        other.engine.adapter.body.norm.weight *= 1.1
+    paths = [store_profile(profile_model(each, PASSAGES)) for each in (llm, other)]
+    assert sorted(folders[1].iterdir()) == sorted(paths) and paths[0] != paths[1]
+    assert [look_up(each).path for each in (llm, other)] == paths  # type: ignore[union-attr]
+
+
+def test_a_folder_that_cannot_be_written(
+    folders: tuple[Path, Path], speaks: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = profile_model(
+        speaks, Passages("few", ((random_prompt(1, 40),), (random_prompt(2, 40),)))
+    )
+    monkeypatch.setattr(profiling, "profile_model", lambda *a, **k: made)
+    folders[1].parent.mkdir()
+    folders[1].write_text("a file stands where the folder should")
+    with pytest.warns(RuntimeWarning, match="cannot be stored in .*set PYRAMIDINFER_CACHE"):
+        assert ensure_profile(speaks) == made
+
+
+def test_files_can_be_read_by_others(folders: tuple[Path, Path]) -> None:
+    path = store_profile(profile_model(engine_of("llama"), PASSAGES))
+    assert stat.S_IMODE(path.stat().st_mode) == 0o644
+
+
+def test_the_package_holds_profiles() -> None:
+    """Whole ones, and the shipped model's is found by its weights."""
+    files = sorted(profiling.shipped_folder().glob("*.json"))
+    assert len(files) == 3
+    for path in files:
+        profile = Profile.load(path)
+        assert path.name.startswith(profile.fingerprint.key)
+        assert profile.agreement > 0.9 and profile.commit
+    for dtype in ("float32", "bfloat16"):
+        found = look_up(LLM(shipped_model(), "full", kv_memory="4MiB", dtype=dtype))
+        assert found is not None and found.path.name.endswith("-shipped.json")

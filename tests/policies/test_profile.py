@@ -1,0 +1,132 @@
+"""Head profiles: what they refuse, how they rank, what their files hold."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pyramidinfer.policies.profile import Fingerprint, Profile
+
+MARK = Fingerprint("llama-0123456789ab", ((1.0, 0.5, -0.5), (2.0, 0.0, 1.0)), ((0.02, 1.0, -1.0),))
+PROFILE = Profile(
+    ((0.25, 0.5), (0.0, 0.0), (0.5, 0.125)), (True, False, True), "a text", (750, 700), 0.9, 0.2,
+    "abc123", MARK,
+)  # fmt: skip
+
+
+def test_heads_are_ranked_most_needed_first() -> None:
+    assert PROFILE.ranked() == [(0, 1), (2, 0), (0, 0), (2, 1)]
+    rng = random.Random(3)
+    share = tuple(tuple(rng.choice((0.1, 0.2, 0.3)) for _ in range(5)) for _ in range(7))
+    found = replace(PROFILE, share=share, governed=(True,) * 7).ranked()
+    assert sorted(found) == [(layer, head) for layer in range(7) for head in range(5)]
+    for (a, b), (c, d) in zip(found, found[1:], strict=False):
+        assert share[a][b] > share[c][d] or (share[a][b] == share[c][d] and (a, b) < (c, d))
+
+
+def test_a_file_gives_back_what_was_saved(tmp_path: Path) -> None:
+    path = PROFILE.save(tmp_path / "deep" / "heads.json")
+    assert Profile.load(path) == Profile.load(str(path)) == PROFILE
+    assert hash(Profile.load(path)) == hash(PROFILE)
+    assert Profile.from_dict(PROFILE.as_dict()) == PROFILE
+    written = json.loads(path.read_text())
+    assert written["format"] == "pyramidinfer head profile" and written["version"] == 1
+    assert [each.name for each in path.parent.iterdir()] == ["heads.json"]
+    other = replace(PROFILE, share=((0.1, 0.30000000000000004), (0.0, 0.0), (1 / 3, 1.0)))
+    assert Profile.load(other.save(path)) == other  # in the old one's place
+    assert "3 layers, 6 KV heads" in repr(PROFILE)
+
+
+def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> None:
+    path = PROFILE.save(tmp_path / "heads.json")
+    with pytest.raises(TypeError):
+        replace(PROFILE, lengths=_Odd((5,))).save(path)
+    assert Profile.load(path) == PROFILE
+    assert [each.name for each in tmp_path.iterdir()] == ["heads.json"]
+    with pytest.raises(ValueError, match="is a folder; name a file"):
+        PROFILE.save(tmp_path)
+
+
+class _Odd(tuple):  # type: ignore[type-arg]
+    """Equal to what it holds, but nothing that JSON knows: asdict rebuilds it with one argument."""
+
+    def __new__(cls, items: Any) -> Any:
+        if not isinstance(items, tuple):
+            raise TypeError("stop")
+        return super().__new__(cls, items)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": "other"}, "its format is 'other'"),
+        ({"version": 2}, "its version is 2, not 1"),
+        ({"share": None}, "share=None is no list"),
+        ({"share": []}, "must have a layer"),
+        ({"share": [[0.1], []]}, "every layer a head"),
+        ({"share": [[0.25, 0.5], [0.0, 0.0]]}, "governed has 3 layers, share has 2"),
+        ({"share": [[0.25, float("nan")], [0.0, 0.0], [0.5, 0.1]]}, "layer 0, head 1 is nan"),
+        ({"share": [[0.25, 1.5], [0.0, 0.0], [0.5, 0.1]]}, "layer 0, head 1 is 1.5"),
+        ({"share": [[0.25, "x"], [0.0, 0.0], [0.5, 0.1]]}, "layer 0, head 1 is 'x'"),
+        ({"share": [[0.25, True], [0.0, 0.0], [0.5, 0.1]]}, "layer 0, head 1 is True"),
+        ({"share": [[0.25, 0.5], [0.0, 0.1], [0.5, 0.1]]}, "layer 1 is not governed"),
+        ({"governed": [1, 0, 1]}, "must be true or false"),
+        ({"governed": [False] * 3, "share": [[0, 0]] * 3}, "true somewhere"),
+        ({"agreement": float("nan")}, "agreement=nan"),
+        ({"agreement": 1.2}, "agreement=1.2"),
+        ({"kept": 0}, "kept=0 must"),
+        ({"lengths": []}, "lengths="),
+        ({"lengths": [0.5]}, "lengths="),
+        ({"text": ""}, "text=''"),
+        ({"commit": 7}, "commit=7"),
+        ({"fingerprint": "abc"}, "fingerprint='abc'"),
+        ({"fingerprint": {"key": "a", "vectors": [[1.0]], "tables": []}}, "two finite numbers"),
+        ({"fingerprint": {"key": "a", "vectors": [], "tables": [[1, float("inf")]]}}, "inf"),
+        ({"fingerprint": {"key": "a", "vectors": []}}, "it lacks 'tables'"),
+        ({"share": "gone"}, "it lacks 'share'"),
+    ],
+)
+def test_damaged_files_are_told(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    body = {**json.loads(json.dumps(PROFILE.as_dict())), **change}
+    if change.get("share") == "gone":
+        del body["share"]
+    path = tmp_path / "heads.json"
+    path.write_text(json.dumps(body))
+    with pytest.raises(ValueError) as found:
+        Profile.load(path)
+    assert message in str(found.value) and str(path) in str(found.value)
+    assert "pyramidinfer profile" in str(found.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\xfe", b"null"])
+def test_files_that_are_none(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "heads.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="heads.json' is no .*head profile.*make it again"):
+        Profile.load(path)
+    with pytest.raises(ValueError, match="cannot be read: No such file"):
+        Profile.load(tmp_path / "none.json")
+
+
+# --- whose they are -------------------------------------------------------------------------------
+
+
+def test_rounding_is_forgiven_and_other_weights_are_not() -> None:
+    def moved(row: int, place: int, by: float, name: str = "vectors") -> Fingerprint:
+        rows = [list(each) for each in getattr(MARK, name)]
+        rows[row][place] += by
+        return replace(MARK, **{name: tuple(map(tuple, rows))})
+
+    assert MARK.matches(MARK)
+    near = [moved(0, 0, 0.002), moved(1, 2, 0.005), moved(0, 0, 0.0005, "tables"),
+            moved(0, 1, 0.1, "tables")]  # fmt: skip
+    far = [moved(0, 0, 0.01), moved(1, 2, 0.05), moved(0, 0, 0.002, "tables"),
+           moved(0, 1, 0.6, "tables"), replace(MARK, key="llama-1"),
+           replace(MARK, vectors=MARK.vectors[:1]), replace(MARK, tables=((0.02, 1.0),))]  # fmt: skip
+    assert all(MARK.matches(each) and each.matches(MARK) for each in near)
+    assert not any(MARK.matches(each) or each.matches(MARK) for each in far)
