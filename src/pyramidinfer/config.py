@@ -148,6 +148,8 @@ class EngineConfig:
     swap_memory : with overcommit, host memory that caches may be moved to (None: as much as
         kv_memory).  What all requests that have begun may need at most stays within kv_memory and
         this together.
+    profile : measure what each KV head needs where a policy asks for that and nobody has yet
+        (seconds, once a model; see docs/heads.md); with False, what is known is all there is.
     elastic : with overcommit, lower the ``keep`` of compressed requests, never below this share,
         before any is moved; None is off.
     """
@@ -165,6 +167,7 @@ class EngineConfig:
     preempt: str = "swap"
     swap_memory: int | str | None = None
     elastic: float | None = None
+    profile: bool = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kv_memory", parse_bytes(self.kv_memory))
@@ -174,6 +177,8 @@ class EngineConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
+        if not isinstance(self.profile, bool):
+            raise ValueError(f"profile={self.profile!r} must be True or False")
         for share in ("reuse_share", "expected_output"):
             check_share(share, getattr(self, share))
         check_choice("admission", self.admission, ("reserve", "overcommit"))

@@ -307,8 +307,9 @@ class KVUsage:
     """What a request's cache was, just before it was released.
 
     ``kept_len``: entries, ``[layers][kv_heads]``.  ``bytes``: its pages.  ``peak_bytes``: the most
-    it held at any time, query rings and prefill transients included.  ``full_bytes``: pages a full cache would take (sliding layers capped).
-    ``keep_lowered_to``: what ``keep`` was lowered to while it ran, for want of memory.
+    it held at any time, query rings and prefill transients included.  ``full_bytes``: pages a full
+    cache would take (sliding layers capped).  ``keep_lowered_to``: what ``keep`` was lowered to
+    while it ran, for want of memory.
     """
 
     seen_len: int

@@ -113,7 +113,8 @@ def evict_best(pool: Pool, table: Table, rules: list[tuple[int, Needs]], scales:
             lengths.ctypes.data, len(rows), table.pages.shape[2], best.count, best.kernel,
             best.pool == "max", needs.reduce.rows == "max", best.sinks,
             table.seen_len - 1 - best.recent, len(protected), ring.queries.shape[2],
-            group.spec.kv_heads, group.spec.key_dim, group.spec.value_dim, pool.page_size, scale.scale, scale.softcap or 0.0,
+            group.spec.kv_heads, group.spec.key_dim, group.spec.value_dim, pool.page_size,
+            scale.scale, scale.softcap or 0.0,
             group.spec.kv_heads / (ring.queries.shape[2] * needs.window),
         )  # fmt: skip
     kernels.evict_entries(

@@ -96,7 +96,8 @@ def _print(rows: list[dict[str, Any]], policy: Policy, prompt_len: int, max_toke
         share = row["computed"] / prompt_len
         table.add_row(
             str(row["layer"]), str(row["computed"]), "█" * round(20 * share),
-            _of_heads(row["kept"]), human_bytes(row["bytes"]), f"{row['bytes'] / row['full_bytes']:.0%}",
+            _of_heads(row["kept"]), human_bytes(row["bytes"]),
+            f"{row['bytes'] / row['full_bytes']:.0%}",
         )  # fmt: skip
     computed = sum(row["computed"] for row in rows) / (len(rows) * prompt_len)
     total, full = sum(row["bytes"] for row in rows), sum(row["full_bytes"] for row in rows)

@@ -27,6 +27,7 @@ from pyramidinfer.models import Adapter, Intake
 from pyramidinfer.models.adapter import Stepped
 from pyramidinfer.models.intake import Batch, Sequence
 from pyramidinfer.policies import Policy
+from pyramidinfer.policies.profile import Profile
 from pyramidinfer.types import KVUsage, RequestMetrics, RequestOutput, SamplingParams, TokenIds
 
 __all__ = ["Engine"]
@@ -65,6 +66,10 @@ class Engine:
         self.end_ids = self.adapter.end_ids
         self.peak_in_flight = 0
         self._ids = itertools.count()
+        self._profile: Profile | None = None
+        if policy.wants_profile:
+            self.policy = self.bind(policy)
+            self.policy.check(self.adapter.layers_for(1))
 
     # --- requests -----------------------------------------------------------------------------
 
@@ -78,9 +83,24 @@ class Engine:
         already holds the beginning of the prompt;  ``scoring``: a continuation to score instead
         of generating;  ``samples``: answers wanted, the further ones in ``request.samples``.
         """
-        return make_request(
-            self, prompt, params, policy or self.policy, protect, hold, on, scoring, samples
-        )
+        chosen = self.policy if policy is None else self.bind(policy)
+        return make_request(self, prompt, params, chosen, protect, hold, on, scoring, samples)
+
+    def bind(self, policy: Policy, measure: bool = True) -> Policy:
+        """The policy with this model's head profile, where it asks for one and has none.
+
+        measure : make the profile where there is none yet, which runs the model (seconds, with a
+        bar in a terminal).  Without it, or with ``profile=False`` in the config, there may be none
+        to be had, which the policy's ``check`` then tells of.
+        """
+        if not policy.wants_profile:
+            return policy
+        if self._profile is None:
+            from pyramidinfer.engine.profiling import ensure_profile, find_profile
+
+            find = ensure_profile if measure and self.config.profile else find_profile
+            self._profile = find(self)
+        return policy.with_profile(self._profile)
 
     def next_id(self) -> int:
         return next(self._ids)

@@ -10,12 +10,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from pyramidinfer.engine.english import ENGLISH, LIBRARY, library_paragraphs, paragraphs
 from pyramidinfer.engine.text import head_of, plain_ids
 from pyramidinfer.models import Adapter
 from pyramidinfer.types import TokenIds
 
-__all__ = ["AGAIN", "COUNT", "LENGTH", "Passages", "english_passages", "room_for", "text_passages"]
+__all__ = ["AGAIN", "COUNT", "LENGTH", "Passages", "english_passages", "passages_for",
+           "random_passages", "room_for", "text_passages"]  # fmt: skip
 
 #: What a model is asked between a passage and its repetition (KVzip, arXiv 2505.23416).
 AGAIN = "\n\nRepeat the previous context exactly.\n\n"
@@ -53,6 +56,22 @@ class Passages:
         return [*self.again, *passage[self.head :]]
 
 
+def passages_for(adapter: Adapter, tokenizer: Any) -> Passages:
+    """Real English, or where there is no tokenizer to read it with, random tokens."""
+    if tokenizer is None:
+        return random_passages(adapter)
+    return english_passages(adapter, tokenizer)
+
+
+def random_passages(adapter: Adapter) -> Passages:
+    """Tokens drawn at random: heads that find what they saw before show on these as well
+    (induction heads, Olsson et al., arXiv 2209.11895), though less like they do on text."""
+    generator, length = torch.Generator().manual_seed(0), room_for(adapter, 0)
+    drawn = torch.randint(adapter.vocab_size, (COUNT, length), generator=generator).tolist()
+    halves = tuple(drawn[: COUNT // 2]), tuple(drawn[COUNT // 2 :])
+    return Passages("random tokens (the model came without a tokenizer)", halves)
+
+
 def english_passages(adapter: Adapter, tokenizer: Any) -> Passages:
     """From the two texts that every Python has: its language reference, and docstrings."""
     check_tokenizer(tokenizer)
@@ -62,7 +81,7 @@ def english_passages(adapter: Adapter, tokenizer: Any) -> Passages:
             "this Python came without its library's sources, whose docstrings a profile is "
             "measured on; give a text: pyramidinfer profile MODEL --text FILE"
         )
-    length, each = room_for(adapter, tokenizer), COUNT // 2
+    length, each = room_for(adapter, len(plain_ids(tokenizer, AGAIN))), COUNT // 2
     first, second = (
         tuple(_beginning(tokenizer, text[index * len(text) // each :], length)
               for index in range(each))
@@ -75,7 +94,7 @@ def text_passages(adapter: Adapter, tokenizer: Any, text: str, name: str) -> Pas
     """From one text: its first half and its second, passages evenly spread."""
     check_tokenizer(tokenizer)
     ids, head = plain_ids(tokenizer, text), head_of(tokenizer)
-    room = room_for(adapter, tokenizer)
+    room = room_for(adapter, len(plain_ids(tokenizer, AGAIN)))
     length = min(room, len(ids) // COUNT + len(head))
     if length < (least := min(SHORT, room)):
         needed = COUNT * (least - len(head))
@@ -86,10 +105,10 @@ def text_passages(adapter: Adapter, tokenizer: Any, text: str, name: str) -> Pas
     return _made(tokenizer, name, halves)
 
 
-def room_for(adapter: Adapter, tokenizer: Any) -> int:
-    """Tokens of a passage that can be read and repeated on this model, at most ``LENGTH``."""
+def room_for(adapter: Adapter, again: int) -> int:
+    """Tokens of a passage that can be read and repeated on this model with ``again`` tokens in
+    between, at most ``LENGTH``."""
     positions = min(adapter.max_positions, adapter.rotary.long_from or adapter.max_positions)
-    again = len(plain_ids(tokenizer, AGAIN))
     room = min(LENGTH, (positions - again - 1) // 2)
     if room < FEWEST:
         raise ValueError(
@@ -103,8 +122,7 @@ def check_tokenizer(tokenizer: Any) -> None:
     """``ValueError`` where there is none."""
     if tokenizer is None:
         raise ValueError(
-            "a head profile is measured on text, and this model came without a tokenizer; give "
-            "tokenizer=…, or a profile made before (profile=FILE, --profile FILE)"
+            "this model came without a tokenizer, so a text cannot be read; give tokenizer=…"
         )
 
 

@@ -29,7 +29,7 @@ from torch import Tensor
 from pyramidinfer.config import EngineConfig
 from pyramidinfer.engine.engine import Engine
 from pyramidinfer.engine.memory import full_bytes
-from pyramidinfer.engine.passages import Passages, english_passages
+from pyramidinfer.engine.passages import Passages, passages_for
 from pyramidinfer.engine.request import Request
 from pyramidinfer.models.fingerprint import fingerprint
 from pyramidinfer.native.build import cache_folder
@@ -92,12 +92,13 @@ def profile_model(source: LLM | Engine, passages: Passages | None = None,
                   progress: bool | None = None) -> Profile:  # fmt: skip
     """Measure a model's heads, in an engine of its own beside ``source``'s.
 
-    passages : None for real English (``english_passages``);  progress : a bar on standard error;
-    None shows it in a terminal.  ``ValueError`` where there is no tokenizer to make passages with,
-    where none can be read twice, and where the model bounds every layer by a window.
+    passages : None for real English, or random tokens where there is no tokenizer
+    (``passages_for``);  progress : a bar on standard error; None shows it in a terminal.
+    ``ValueError`` where no passage can be read twice, and where the model bounds every layer by a
+    window.
     """
     engine = _engine_of(source)
-    passages = passages or english_passages(engine.adapter, engine.tokenizer)
+    passages = passages or passages_for(engine.adapter, engine.tokenizer)
     adapter = engine.adapter
     longest = max(len(each) + len(passages.repeated(each)) for each in passages.all)
     governed = adapter.layers_for(longest + 1).governed

@@ -55,7 +55,6 @@ class Policy:
     evicts: ClassVar[bool] = False  # is to be asked while decoding
     keeps_all: ClassVar[bool] = False  # a text computed anew gives the same cache
     streams: ClassVar[bool] = False  # rotary positions are places in the cache, so no text ends
-    profiled: ClassVar[bool] = False  # asks for the model's head profile (``with_profile``)
 
     def check(self, layers: Layers) -> None:
         """Raise ``ValueError`` where the options cannot be met on a model of this depth."""
@@ -65,8 +64,8 @@ class Policy:
         return self
 
     def with_profile(self, profile: Profile | None) -> Policy:
-        """The policy with the model's head profile, where it is ``profiled`` and was given none of
-        its own; None: there is none to be had."""
+        """The policy with the model's head profile, where it ``wants_profile``; None: there is
+        none to be had."""
         return self
 
     def lowest_keep(self, layers: Layers) -> float:
@@ -122,6 +121,11 @@ class Policy:
     def working_bytes(self, prompt_len: int) -> int:
         """State beyond ``start``'s that is held while a prompt goes through the layers."""
         return 0
+
+    @property
+    def wants_profile(self) -> bool:
+        """Whether the model's head profile is to be handed in (``with_profile``)."""
+        return False
 
     @property
     def computes_less(self) -> bool:

@@ -54,7 +54,6 @@ class Duo(Policy):
 
     name: ClassVar[str] = "duo"
     evicts: ClassVar[bool] = True
-    profiled: ClassVar[bool] = True
 
     keep: float | None = 0.5
     profile: Profile | str | None = "auto"
@@ -76,10 +75,16 @@ class Duo(Policy):
         if isinstance(self.profile, str | Path) and self.profile != "auto":
             object.__setattr__(self, "profile", Profile.load(self.profile))
 
+    @property
+    def wants_profile(self) -> bool:
+        return self.profile == "auto"
+
     def with_profile(self, profile: Profile | None) -> Duo:
-        return replace(self, profile=profile) if self.profile == "auto" else self
+        return replace(self, profile=profile) if self.wants_profile else self
 
     def check(self, layers: Layers) -> None:
+        if self.wants_profile:  # to be checked once it is there
+            return
         if not isinstance(self.profile, Profile):
             raise ValueError(
                 "policy 'duo' needs to know what each head is for, and the model has no profile: "
@@ -132,14 +137,12 @@ class Duo(Policy):
         return {"limits": limits, "is_dealt": torch.tensor(is_last)}
 
     def needs(self, view: View) -> Needs:
-        if not view.layers.governed[view.layer]:
-            return Needs()
-        slack = self.stride - 1 if view.phase == "decode" else 0
-        over = any(
-            limit != ALL and held > limit + slack
+        is_decode = view.phase == "decode"
+        over = view.layers.governed[view.layer] and any(
+            limit != ALL and held > limit + (self.stride - 1) * is_decode
             for held, limit in zip(view.head_lens, self._limits(view), strict=True)
         )
-        if view.phase == "decode":
+        if is_decode:
             return Needs(evict=over)
         is_last = view.layer >= self.last(view.layers) and view.new_len > self.recent
         return Needs(retain=over, propagate=is_last)
