@@ -10,13 +10,16 @@ from pyramidinfer import LLM, SamplingParams
 from pyramidinfer.policies import Policy, make_policy
 from tests.tiny import tiny_model
 
-SMALL = {"min_context": 4, "gen_chunk": 4}
+SMALL = {
+    "pyramidinfer": {"min_context": 4, "gen_chunk": 4},
+    "duo": {"sinks": 2, "recent": 8, "min_context": 8, "stride": 4},
+}
 
 
 def policy_named(name: str) -> Policy:
     if name == "full":
         return make_policy(name)
-    return make_policy(name, 0.5, **(SMALL if name == "pyramidinfer" else {}))
+    return make_policy(name, 0.5, **SMALL.get(name, {}))
 
 
 def build(

@@ -21,7 +21,7 @@ from tests.tiny import COMMON, VOCAB, random_prompt, tiny_model
 LAST: int = COMMON["max_position_embeddings"]
 PAIRS = [(30, 7), (1, 1), (5, 1), (61, 20), (2, 33), (90, 1)]
 OPTIONS: dict[str, dict[str, Any]] = {
-    "pyramidinfer": SMALL,
+    **SMALL,
     "pyramid": {"min_context": 8, "window": 8, "stable": 0.0},  # it finds a start in any prompt
 }
 DROPPING = sorted(set(POLICIES) - {"full", "streaming_llm"})

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from pyramidinfer.lab.english import ENGLISH
 
 from pyramidinfer.cli.app import main
 from pyramidinfer.lab import asking
 from pyramidinfer.lab.asking import asker
 from pyramidinfer.lab.chat import Asked, Chat
-from pyramidinfer.lab.english import ENGLISH
 from pyramidinfer.lab.ruler import grid
 from pyramidinfer.lab.ruler.grid import RulerPlan, haystack, means, run_ruler, task_samples
 from pyramidinfer.lab.samples import Subject

@@ -360,8 +360,12 @@ class Judge:
         return sorted(self._best([rows], [smoothed], count, [recent])[0])
 
     def _window_best(self, seen: Seen, budget: int, window: int, kernel: int = 7,
-                     pooling: str = "mean") -> Kept | None:  # fmt: skip
-        if seen.is_decode or len(seen.held[0]) <= budget:
+                     pooling: str = "mean", adaptive: bool = False, safeguard: float = 0.2
+                     ) -> Kept | None:  # fmt: skip
+        lengths = [len(head) for head in seen.held]
+        if seen.is_decode or (
+            sum(lengths) <= self.kv_heads * budget if adaptive else max(lengths) <= budget
+        ):
             return None
         scores, recent = [], []
         for weights, positions in zip(seen.weights, seen.held, strict=True):
@@ -373,7 +377,74 @@ class Judge:
             }
             scores.append(self._smoothed(positions, context, kernel, pooling))
             recent.append(newest)
-        return self._best(seen.held, scores, budget, recent)
+        if not adaptive:
+            return self._best(seen.held, scores, budget, recent)
+        # Ada-KV (https://arxiv.org/abs/2407.11550): one ranking for all heads of the layer.
+        even = budget - window
+        pairs = [
+            (-score[position], head, position)
+            for head, score in enumerate(scores) for position in score
+            if position not in recent[head]
+        ]  # fmt: skip
+        won = [head for _, head, _ in sorted(pairs)[: self.kv_heads * even]]
+        kept: Kept = []
+        for head in range(self.kv_heads):
+            own = round((1 - safeguard) * won.count(head) + safeguard * even)
+            one = slice(head, head + 1)
+            kept += self._best(seen.held[one], scores[one], window + own, recent[one])
+        return kept
+
+    def _duo_limits(self, profile: Any, sinks: int, recent: int, spare: float, min_context: int,
+                    text: float) -> dict[tuple[int, int], float | None]:  # fmt: skip
+        """What every (layer, head) is held to: None keeps everything, in a text of this length."""
+        assert self.keep is not None
+        text, window = max(text, min_context), sinks + recent
+        share = {(i, h): one for i, row in enumerate(profile.share) for h, one in enumerate(row)}
+        layer_sums = [sum(row) for row in profile.share]
+        deep = max(
+            at for at in range(self.depth + 1)
+            if sum(layer_sums[self.depth - at :]) <= spare * sum(layer_sums)
+        )  # fmt: skip
+        order = sorted(share, key=lambda at: (at[0] >= self.depth - deep, -share[at], at))
+        entries = max(0.0, self.keep * text - window) * len(order)
+        limits: dict[tuple[int, int], float | None] = {}
+        for place in order:
+            limits[place] = None if entries >= text - window else window + int(max(entries, 0))
+            entries = entries - (text - window) if limits[place] is None else 0.0
+        return limits
+
+    def duo(self, seen: Seen, profile: Any, sinks: int = 4, recent: int = 64, spare: float = 0.05,
+            min_context: int = 1024, stride: int = 16) -> Kept | None:  # fmt: skip
+        """Some heads keep everything, others the first and the newest tokens
+        (https://arxiv.org/abs/2410.10819)."""
+        if (0, 0) not in self.memory:  # heads are dealt once
+            self.memory[0, 0] = self._duo_limits(
+                profile, sinks, recent, spare, min_context, self.text
+            )
+        limits = [self.memory[0, 0][seen.layer, head] for head in range(self.kv_heads)]
+        slack = stride - 1 if seen.is_decode else 0
+        if all(n is None or len(h) <= n + slack for n, h in zip(limits, seen.held, strict=True)):
+            return None
+        kept = []
+        for limit, positions in zip(limits, seen.held, strict=True):
+            always = {each for each in positions if each < sinks} | (self.protect & set(positions))
+            newest = sorted(set(positions) - always, reverse=True)
+            room = len(newest) if limit is None else max(0, int(limit) - len(always))
+            kept.append(always | set(newest[:room]))
+        return kept
+
+    def duo_going(self, seen: Seen, profile: Any, sinks: int = 4, recent: int = 64,
+                  spare: float = 0.05, min_context: int = 1024, **options: Any
+                  ) -> list[int]:  # fmt: skip
+        """Tokens that go deeper than the last layer that keeps old ones however long the text."""
+        endless = self._duo_limits(profile, sinks, recent, spare, min_context, 2.0**30)
+        wide = [layer for (layer, _), n in endless.items() if n is None or n > sinks + recent]
+        if seen.is_decode or seen.layer < max(wide, default=0) or len(seen.rows) <= recent:
+            return seen.rows
+        return [
+            each for each in seen.rows
+            if each < sinks or each >= self.seen - recent or each in self.protect
+        ]  # fmt: skip
 
     # --- the project's own ------------------------------------------------------------------------
 

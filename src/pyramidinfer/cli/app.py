@@ -14,11 +14,13 @@ from pyramidinfer.cli.bench import bench
 from pyramidinfer.cli.common import (
     Dtype,
     Keep,
+    NoProfile,
     Options,
     PolicyName,
     ScheduleFile,
     plain_errors,
     policy_from,
+    profiling,
 )
 from pyramidinfer.cli.models import add_models
 from pyramidinfer.cli.profile import add_profile
@@ -101,6 +103,7 @@ def generate(
     backend: Annotated[
         str, typer.Option(help=f"How to attend: auto, {', '.join(available_backends())}.")
     ] = "auto",
+    no_profile: NoProfile = False,
     as_json: AsJson = False,
 ) -> None:
     """Answer one prompt with any supported local or hub model."""
@@ -113,8 +116,9 @@ def generate(
     )  # fmt: skip
     chosen = policy_from(policy, keep, option or [], schedule)
     run_generate(
-        model, chosen, prompt, prompt_file, chat, params, kv_memory, dtype, device, backend, as_json
-    )
+        model, chosen, prompt, prompt_file, chat, params, kv_memory, dtype, device, backend,
+        profiling(chosen, no_profile), as_json,
+    )  # fmt: skip
 
 
 @app.command()

@@ -15,8 +15,8 @@ from pyramidinfer.policies import Policy, make_policy
 from pyramidinfer.policies.registry import POLICIES, parse_options
 
 __all__ = [
-    "Dtype", "Keep", "Options", "PolicyName", "ScheduleFile", "human_bytes", "plain_errors",
-    "policy_from", "warn_uncalibrated",
+    "Dtype", "Keep", "NoProfile", "Options", "PolicyName", "ScheduleFile", "human_bytes",
+    "plain_errors", "policy_from", "profiling", "warn_uncalibrated",
 ]  # fmt: skip
 
 #: What the extra ``server`` brings.
@@ -33,6 +33,11 @@ Options = Annotated[
 ScheduleFile = Annotated[
     Path | None, typer.Option(help="For pyramid: what `pyramidinfer calibrate` wrote.")
 ]
+NoProfile = Annotated[
+    bool,
+    typer.Option("--no-profile", help="For duo: do not measure what each head needs; only a "
+                 "profile that is known already is used."),
+]  # fmt: skip
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16 or float64.")]
 
 
@@ -104,6 +109,16 @@ def warn_uncalibrated(policy: Policy, model: str) -> None:
             f"`pyramidinfer verify {model}` tells, --policy full keeps everything",
             file=sys.stderr,
         )
+
+
+def profiling(policy: Policy, no_profile: bool) -> bool:
+    """Whether a head profile may be measured; ``ValueError`` where nobody asks for one."""
+    if no_profile and not policy.wants_profile:
+        raise ValueError(
+            f"--no-profile has no effect: policy {policy.name!r} asks for no head profile of the "
+            f"model; leave it out"
+        )
+    return not no_profile
 
 
 def human_bytes(count: float) -> str:

@@ -20,12 +20,12 @@ __all__ = ["run_generate"]
 
 def run_generate(model: str | None, policy: Policy, prompt: str | None, prompt_file: Path | None,
                  chat: bool, params: SamplingParams, kv_memory: str, dtype: str, device: str,
-                 backend: str, as_json: bool) -> None:  # fmt: skip
+                 backend: str, profile: bool, as_json: bool) -> None:  # fmt: skip
     """Stream an answer to the terminal, or print it as one JSON object."""
     text = _read_prompt(prompt, prompt_file)
     quiet_transformers()
     llm = LLM(model or shipped_model(), policy, kv_memory=kv_memory, dtype=dtype, device=device,
-              backend=backend)  # fmt: skip
+              backend=backend, profile=profile)  # fmt: skip
     ids = _chat_ids(llm, text) if chat else llm.encode(text)
     warn_uncalibrated(llm.policy, model or llm.name)
     output = None

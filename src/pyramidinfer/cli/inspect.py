@@ -14,6 +14,7 @@ from pyramidinfer.attention import select_backend
 from pyramidinfer.cache import Pool
 from pyramidinfer.cli.common import human_bytes
 from pyramidinfer.config import EngineConfig
+from pyramidinfer.engine import LLM
 from pyramidinfer.engine.memory import Ledger
 from pyramidinfer.models import Adapter
 from pyramidinfer.models.catalog import find_model
@@ -32,6 +33,8 @@ def run_inspect(model: str | None, policy: Policy, prompt_len: int, max_tokens: 
     quiet_transformers()
     chosen = policy.for_model(find_model(model or shipped_model()))
     adapter = _adapter_without_weights(model or shipped_model(), dtype)
+    if chosen.wants_profile:  # which is known by the weights
+        chosen = LLM(model or shipped_model(), chosen, dtype=dtype).policy
     longest = prompt_len + max_tokens
     if longest > adapter.max_positions:
         raise ValueError(

@@ -11,11 +11,13 @@ from pyramidinfer.attention import available_backends
 from pyramidinfer.cli.common import (
     Dtype,
     Keep,
+    NoProfile,
     Options,
     PolicyName,
     ScheduleFile,
     plain_errors,
     policy_from,
+    profiling,
 )
 from pyramidinfer.config import parse_bytes
 
@@ -34,10 +36,11 @@ SERVER, ENGINE, LIMITS, SAFETY = "Server", "Memory and scheduling", "Limits", "S
 
 def _choice(model: str | None, policy: str, keep: float | None, option: list[str] | None,
             schedule: Path | None, dtype: str, device: str, backend: str, threads: int,
-            **options: Any) -> Any:  # fmt: skip
+            no_profile: bool, **options: Any) -> Any:  # fmt: skip
     from pyramidinfer.cli.serve import ModelChoice
 
     chosen = policy_from(policy, keep, option or [], schedule)
+    options["profile"] = profiling(chosen, no_profile)
     return ModelChoice(model, chosen, dtype, device, backend, threads, options)
 
 
@@ -58,6 +61,7 @@ def serve(
     dtype: Dtype = "auto",
     device: Device = "auto",
     backend: Backend = "auto",
+    no_profile: NoProfile = False,
     threads: Threads = 0,
     host: Annotated[
         str, typer.Option(help="Address to listen on.", rich_help_panel=SERVER)
@@ -193,7 +197,7 @@ def serve(
     from pyramidinfer.server.settings import ServerSettings, read_keys
 
     choice = _choice(
-        model, policy, keep, option, schedule, dtype, device, backend, threads,
+        model, policy, keep, option, schedule, dtype, device, backend, threads, no_profile,
         kv_memory=kv_memory, max_requests=max_requests, step_tokens=step_tokens,
         page_size=page_size, reuse_share=reuse_share, slot_scores=slot_scores,
         admission=admission, expected_output=expected_output, preempt=preempt, elastic=elastic,
@@ -233,6 +237,7 @@ def chat(
     dtype: Dtype = "auto",
     device: Device = "auto",
     backend: Backend = "auto",
+    no_profile: NoProfile = False,
     threads: Threads = 0,
     system: Annotated[str | None, typer.Option(help="A system prompt.")] = None,
     max_tokens: Annotated[int, typer.Option(help="Tokens of an answer at most.")] = 256,
@@ -248,7 +253,7 @@ def chat(
         max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed
     )  # fmt: skip
     choice = _choice(
-        model, policy, keep, option, schedule, dtype, device, backend, threads,
+        model, policy, keep, option, schedule, dtype, device, backend, threads, no_profile,
         kv_memory=kv_memory, reuse_share=1.0,
     )  # fmt: skip
     run_chat(choice, system, params)
@@ -266,6 +271,7 @@ def batch(
     dtype: Dtype = "auto",
     device: Device = "auto",
     backend: Backend = "auto",
+    no_profile: NoProfile = False,
     threads: Threads = 0,
     max_requests: MaxRequests = 64,
     model_name: Annotated[
@@ -276,7 +282,7 @@ def batch(
     from pyramidinfer.cli.batch import run_batch
 
     choice = _choice(
-        model, policy, keep, option, schedule, dtype, device, backend, threads,
+        model, policy, keep, option, schedule, dtype, device, backend, threads, no_profile,
         kv_memory=kv_memory, max_requests=max_requests, reuse_share=0.0,
     )  # fmt: skip
     run_batch(choice, source, target, model_name)

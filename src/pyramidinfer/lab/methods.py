@@ -23,13 +23,14 @@ from pyramidinfer.lab.numbers_studies import (
     table,
 )
 from pyramidinfer.policies import POLICIES, Policy, make_policy
+from pyramidinfer.policies.profile import Fingerprint, Profile
 from pyramidinfer.types import Layers, View
 
 __all__ = ["PAGE", "Answers", "Option", "answers", "main", "options", "render", "to_markdown"]
 
 PAGE = Path("docs/methods.md")
 #: The budget in examples, and what a policy is asked about: a prompt, a model's depth.
-KEEP, ASKED_KEEP, LENGTH, DEPTH = 0.45, 0.5, 1000, 12
+KEEP, ASKED_KEEP, LENGTH, DEPTH, HEADS = 0.45, 0.5, 1000, 12, 4
 
 MEASURED = """\
 Measured tables: `KV` is the share of the full cache's bytes after the context, `prefill` the share
@@ -88,16 +89,25 @@ def answers(kind: type[Policy]) -> Answers:
     policy = kind()
     with suppress(ValueError):  # takes no such budget
         policy = make_policy(policy, ASKED_KEEP)
-    layers = Layers((True,) * DEPTH)
+    layers, heads = Layers((True,) * DEPTH, HEADS), range(HEADS)
+    policy = policy.with_profile(Profile(
+        tuple(tuple(0.1 * (1 + (3 * at + head) % 7) for head in heads) for at in range(DEPTH)),
+        layers.governed, "made up", (1,), 1.0, 0.2, "none", Fingerprint("any", (), ()),
+    ))  # fmt: skip
     state = policy.start(layers)
     needs = [
-        policy.needs(View("prefill", i, layers, LENGTH, LENGTH, (LENGTH,), LENGTH, LENGTH, state))
+        policy.needs(
+            View("prefill", i, layers, LENGTH, LENGTH, (LENGTH,) * HEADS, LENGTH, LENGTH, state)
+        )
         for i in range(DEPTH)
     ]
     dropping = sum(each.propagate for each in needs)
     propagate = {0: "all", 1: "fewer, from one layer on"}.get(dropping, "fewer, any layer may drop")
-    kept = policy.forecast(LENGTH, 0, layers).kept
-    if any(each.retain for each in needs):
+    forecast = policy.forecast(LENGTH, 0, layers)
+    kept = forecast.kept
+    if forecast.heads is not None:
+        retain = "all in some KV heads, the newest in others, by the model's profile"
+    elif any(each.retain for each in needs):
         budget = "one budget for all layers"
         if len(set(kept)) > 1:
             falls = kept == sorted(kept, reverse=True)
