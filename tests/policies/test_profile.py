@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ def test_heads_are_ranked_most_needed_first() -> None:
     share = tuple(tuple(rng.choice((0.1, 0.2, 0.3)) for _ in range(5)) for _ in range(7))
     found = replace(PROFILE, share=share, governed=(True,) * 7).ranked()
     assert sorted(found) == [(layer, head) for layer in range(7) for head in range(5)]
-    for (a, b), (c, d) in zip(found, found[1:], strict=False):
+    for (a, b), (c, d) in pairwise(found):
         assert share[a][b] > share[c][d] or (share[a][b] == share[c][d] and (a, b) < (c, d))
 
 
@@ -127,6 +128,7 @@ def test_rounding_is_forgiven_and_other_weights_are_not() -> None:
             moved(0, 1, 0.1, "tables")]  # fmt: skip
     far = [moved(0, 0, 0.01), moved(1, 2, 0.05), moved(0, 0, 0.002, "tables"),
            moved(0, 1, 0.6, "tables"), replace(MARK, key="llama-1"),
-           replace(MARK, vectors=MARK.vectors[:1]), replace(MARK, tables=((0.02, 1.0),))]  # fmt: skip
+           replace(MARK, vectors=MARK.vectors[:1]),
+           replace(MARK, tables=((0.02, 1.0),))]  # fmt: skip
     assert all(MARK.matches(each) and each.matches(MARK) for each in near)
     assert not any(MARK.matches(each) or each.matches(MARK) for each in far)
