@@ -53,7 +53,8 @@ numbers-real: models
 		$(REAL_STUDY) text --model $$model $(SHORT) $(REAL_RUN) --json $(RESULTS)/text_$$model.json && \
 		$(REAL_STUDY) long --model $$model $(SHORT) --samples $(HALF) $(LIKE) --json $(RESULTS)/long_$$model.json && \
 		$(REAL_STUDY) icr --model $$model --shares .1,.2,.5 --samples $(HALF) $(LIKE) --json $(RESULTS)/icr_$$model.json && \
-		$(REAL_STUDY) rac --model $$model --samples $(HALF) $(LIKE) --json $(RESULTS)/rac_$$model.json || exit 1; \
+		$(REAL_STUDY) rac --model $$model --samples $(HALF) $(LIKE) --json $(RESULTS)/rac_$$model.json && \
+		$(REAL_STUDY) heads --model $$model $(LIKE) --json $(RESULTS)/heads_$$model.json || exit 1; \
 	done
 	$(BIN)/pyramidinfer demo --model smollm2 --out out/real
 	cp out/real/demo.json $(RESULTS)/demo_real.json

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from pyramidinfer.engine.english import paragraphs
 from pyramidinfer.lab.chat import Chat
-from pyramidinfer.lab.english import paragraphs
 from pyramidinfer.models.catalog import CATALOG, download, find_model
 from pyramidinfer.models.loading import quiet_transformers
 from pyramidinfer.types import TokenIds

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pyramidinfer.lab.english import paragraphs
+from pyramidinfer.engine.english import paragraphs
 from pyramidinfer.models.catalog import CATALOG, find_model
 from pyramidinfer.models.gguf_file import Header, read_header
 from pyramidinfer.models.loading import end_ids, load_config

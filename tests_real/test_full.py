@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from pyramidinfer import LLM, SamplingParams
-from pyramidinfer.lab.english import paragraphs
+from pyramidinfer.engine.english import paragraphs
 from pyramidinfer.models.catalog import find_model
 from pyramidinfer.models.loading import end_ids
 from pyramidinfer.types import TokenIds

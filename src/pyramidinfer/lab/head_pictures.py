@@ -15,6 +15,9 @@ from pyramidinfer.policies.profile import Profile
 
 __all__ = ["draw_heads", "draw_profile"]
 
+#: Divergences below this are noise of the arithmetic and drawn as this.
+LEAST = 1e-7
+
 
 def draw_profile(profile: Profile, path: Path) -> Path:
     """How much of a text every KV head needs: layers down, heads across."""
@@ -35,16 +38,15 @@ def draw_heads(profile: Profile, rows: Sequence[Row], path: Path) -> Path:
     _map(figure, left, profile)
     mine = [row for row in rows if row["governed"] and row["kl"] is not None]
     layers = [row["layer"] for row in mine]
-    right.plot([row["mean"] for row in mine], layers, marker="o", markersize=3.5, color="#1f6f9c",
-               label="share of entries that its heads need, mean")  # fmt: skip
+    means = [row["mean"] for row in mine]
+    right.plot(means, layers, marker="o", markersize=3.5, color="#1f6f9c")
     right.set_ylim(profile.layers - 0.5, -0.5)
     right.set_xlabel("mean share of its heads", color="#1f6f9c")
     right.set_xlim(left=0)
     other = right.twiny()
-    other.plot([row["kl"] for row in mine], layers, marker="s", markersize=3.5, color="#c4561c",
-               label="divergence when it alone is pruned")  # fmt: skip
-    other.set_xscale("symlog", linthresh=1e-3)
-    other.set_xlim(left=0)
+    losses = [max(row["kl"], LEAST) for row in mine]
+    other.plot(losses, layers, marker="s", markersize=3.5, color="#c4561c")
+    other.set_xscale("log")
     other.set_xlabel(
         f"divergence with {mine[0]['pruned_to']:.0%} of it kept, nats a token", color="#c4561c"
     )

@@ -22,7 +22,7 @@ import torch
 
 from pyramidinfer.config import check_share, check_whole, named_options
 from pyramidinfer.policies.base import Forecast, Policy, check_keep, keep_best
-from pyramidinfer.policies.profile import Profile
+from pyramidinfer.policies.profile import Masks, Profile, load_heads
 from pyramidinfer.types import Keep, Layers, Needs, Observation, State, View
 
 __all__ = ["Duo"]
@@ -56,7 +56,7 @@ class Duo(Policy):
     evicts: ClassVar[bool] = True
 
     keep: float | None = 0.5
-    profile: Profile | str | None = "auto"
+    profile: Profile | Masks | str | None = "auto"
     sinks: int = 4
     recent: int = 64
     spare: float = 0.05
@@ -70,10 +70,10 @@ class Duo(Policy):
         check_share("spare", self.spare)
         for name, least in (("sinks", 0), ("recent", 1), ("min_context", 1), ("stride", 1)):
             check_whole(name, getattr(self, name), least)
-        if not isinstance(self.profile, Profile | str | Path | None):
+        if not isinstance(self.profile, Profile | Masks | str | Path | None):
             raise ValueError(f"profile={self.profile!r} must be a path, 'auto' or None")
         if isinstance(self.profile, str | Path) and self.profile != "auto":
-            object.__setattr__(self, "profile", Profile.load(self.profile))
+            object.__setattr__(self, "profile", load_heads(self.profile))
 
     @property
     def wants_profile(self) -> bool:
@@ -85,7 +85,7 @@ class Duo(Policy):
     def check(self, layers: Layers) -> None:
         if self.wants_profile:  # to be checked once it is there
             return
-        if not isinstance(self.profile, Profile):
+        if not isinstance(self.profile, Profile | Masks):
             raise ValueError(
                 "policy 'duo' needs to know what each head is for, and the model has no profile: "
                 "make one (pyramidinfer profile MODEL) or give profile=FILE"
@@ -191,7 +191,7 @@ class Duo(Policy):
 @lru_cache(maxsize=4096)
 def _deal(policy: Duo, text_len: int, layers: Layers) -> Limits:
     """Retrieval heads are the most needed ones, as many as ``keep`` pays for."""
-    assert isinstance(policy.profile, Profile) and policy.keep is not None
+    assert isinstance(policy.profile, Profile | Masks) and policy.keep is not None
     share, window = policy.profile.share, policy.window
     ranked = [place for place in policy.profile.ranked() if layers.governed[place[0]]]
     needed = sum(share[layer][head] for layer, head in ranked)

@@ -16,7 +16,7 @@ from typing import Any
 
 from pyramidinfer.config import is_number
 
-__all__ = ["FORMAT", "VERSION", "Fingerprint", "Profile"]
+__all__ = ["FORMAT", "VERSION", "Fingerprint", "Masks", "Profile", "load_heads"]
 
 FORMAT = "pyramidinfer head profile"
 #: Raise when a file means something else than before: older ones are then refused.
@@ -104,13 +104,7 @@ class Profile:
 
     def ranked(self) -> list[tuple[int, int]]:
         """(layer, head) of every governed head, most needed first; of equals the earlier one."""
-        heads = [
-            (layer, head)
-            for layer, row in enumerate(self.share)
-            if self.governed[layer]
-            for head in range(len(row))
-        ]
-        return sorted(heads, key=lambda place: (-self.share[place[0]][place[1]], place))
+        return [place for place in _ranked(self.share) if self.governed[place[0]]]
 
     def as_dict(self) -> dict[str, Any]:
         """What a file of it holds."""
@@ -158,6 +152,51 @@ class Profile:
             return cls.from_dict(found)
         except ValueError as error:
             raise ValueError(f"{str(path)!r} is no usable head profile: {error}; {AGAIN}") from None
+
+
+@dataclass(frozen=True)
+class Masks:
+    """DuoAttention's own answer to what each head is for (arXiv 2410.10819, section 2.2).
+
+    share : ``[layers][kv_heads]`` how much of full attention the optimised mask gives each head.
+    """
+
+    share: tuple[tuple[float, ...], ...]
+
+    def __post_init__(self) -> None:
+        if not self.share or len({len(row) for row in self.share}) != 1 or not self.share[0]:
+            raise ValueError("it must be a table of layers by KV heads, all rows equally long")
+        for layer, row in enumerate(self.share):
+            for head, value in enumerate(row):
+                if not (is_number(value) and math.isfinite(value)):
+                    raise ValueError(f"layer {layer}, head {head} is {value!r:.60}, no number")
+
+    def ranked(self) -> list[tuple[int, int]]:
+        """As ``Profile.ranked``."""
+        return _ranked(self.share)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Masks:
+        """Read ``full_attention_heads.tsv``: a line a layer, a number a KV head, below 0 as 0 and
+        above 1 as 1; ``ValueError`` with the file and what is wrong."""
+        try:
+            lines = Path(path).read_text(encoding="utf-8").split("\n")
+            rows = [[float(each) for each in line.split()] for line in lines if line.strip()]
+            return cls(tuple(tuple(min(1.0, max(0.0, each)) for each in row) for row in rows))
+        except OSError as error:
+            raise ValueError(f"masks {str(path)!r} cannot be read: {error.strerror}") from None
+        except ValueError as error:
+            raise ValueError(f"{str(path)!r} are no masks of DuoAttention's: {error}") from None
+
+
+def load_heads(path: str | Path) -> Profile | Masks:
+    """A profile, or DuoAttention's masks where the file is a ``.tsv``."""
+    return Masks.load(path) if Path(path).suffix == ".tsv" else Profile.load(path)
+
+
+def _ranked(share: Numbers) -> list[tuple[int, int]]:
+    heads = [(layer, head) for layer, row in enumerate(share) for head in range(len(row))]
+    return sorted(heads, key=lambda place: (-share[place[0]][place[1]], place))
 
 
 def _from(found: Any) -> Profile:
