@@ -59,7 +59,7 @@ class Duo(Policy):
     profile: Profile | Masks | str | None = "auto"
     sinks: int = 4
     recent: int = 64
-    spare: float = 0.05
+    spare: float = 0.1
     min_context: int = 1024
     stride: int = 16
 
