@@ -236,7 +236,7 @@ def test_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels.KernelPlan.__init__, "__defaults__", (
-        "auto", "bfloat16", "auto", (1,), (64,), 0, 1, 1, 2**18,
+        "auto", "bfloat16", "auto", (1,), (64,), 0, 1, 1, 2**18, 16,
     ))  # fmt: skip
     code, entry = bench(
         tmp_path, monkeypatch, "kernels", "--batch", "1,2", "--prompt-len", "64,128",
@@ -244,9 +244,11 @@ def test_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     )  # fmt: skip
     assert code == 0 and is_whole(entry, tmp_path / "kernels.png")
     rows = entry["result"]["rows"]
-    names = {"decode", "window scores", "column sums", "prefill", "keep half"}
+    names = {"decode", "decode, unequal heads", "window scores", "column sums", "prefill",
+             "keep half"}  # fmt: skip
     assert {row["kernel"] for row in rows} == names
-    assert len(rows) == 2 * 2 * (2 + 4)
+    assert len(rows) == 2 * 2 * (2 * 2 + 4)
+    assert {row["against"] for row in rows if "unequal" in row["kernel"]} == {"equal heads"}
     decode = next(row for row in rows if row["kernel"] == "decode" and row["batch"] == 2)
     assert decode["bytes"] == 2 * 2 * 64 * 16 * 64 * 4
     for row in rows:

@@ -183,6 +183,7 @@ def kernels(
     backend: Backend = "auto",
     repeats: Annotated[int, typer.Option(help="Samples that count, taken in turns.")] = 5,
     warmup: Annotated[int, typer.Option(help="Calls before them.")] = 1,
+    page_size: Annotated[int, typer.Option(help="Entries in a page.")] = 16,
     threads: Threads = 0,
     json: Json = Path("out/bench_kernels.json"),
 ) -> None:
@@ -193,7 +194,7 @@ def kernels(
 
     plan = KernelPlan(
         backend, dtype, device, numbers(batch, int, "--batch"),
-        numbers(prompt_len, int, "--prompt-len"), threads, repeats, warmup,
+        numbers(prompt_len, int, "--prompt-len"), threads, repeats, warmup, page_size=page_size,
     )  # fmt: skip
     result = run_kernels(plan, _target(json))
     configuration = {"dtype": dtype}

@@ -1,9 +1,11 @@
 """What to keep: one file a method, one registry line."""
 
 from pyramidinfer.policies.base import Forecast, Policy
+from pyramidinfer.policies.duo import Duo
 from pyramidinfer.policies.fastkv import FastKV
 from pyramidinfer.policies.full import Full
 from pyramidinfer.policies.h2o import H2O
+from pyramidinfer.policies.profile import Profile
 from pyramidinfer.policies.pyramid import Pyramid
 from pyramidinfer.policies.pyramidinfer import PyramidInfer
 from pyramidinfer.policies.pyramidkv import PyramidKV
@@ -18,10 +20,12 @@ __all__ = [
     "H2O",
     "POLICIES",
     "TOVA",
+    "Duo",
     "FastKV",
     "Forecast",
     "Full",
     "Policy",
+    "Profile",
     "Pyramid",
     "PyramidInfer",
     "PyramidKV",

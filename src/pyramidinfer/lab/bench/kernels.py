@@ -32,8 +32,9 @@ from pyramidinfer.types import Reduce
 __all__ = ["KernelPlan", "decode_work", "run_kernels"]
 
 HEADS = ((16, 16), (16, 4))  # query heads, KV heads
-DIM, PAGE = 64, 16
+DIM = 64
 WINDOW = 32  # queries that a policy scores
+UNEQUAL, SHORT = 0.2, 64  # what heads hold in the mean of a context, and the short ones at most
 LAYERS = 1024  # at most so many layers' entries are read in turns, so that caches do not hold them
 
 
@@ -50,14 +51,15 @@ class KernelPlan:
     repeats: int = 5
     warmup: int = 1
     storage: int = 256 * 2**20
+    page_size: int = 16
 
     def check(self) -> None:
-        check_counts(repeats=self.repeats, warmup=self.warmup)
+        check_counts(repeats=self.repeats, warmup=self.warmup, page_size=self.page_size)
         for batch in self.batches:
             check_counts(batch=batch)
         for context in self.contexts:
-            if context < 2 * PAGE:
-                raise ValueError(f"--prompt-len {context} must be at least {2 * PAGE}")
+            if context < 2 * self.page_size:
+                raise ValueError(f"--prompt-len {context} must be at least {2 * self.page_size}")
         if self.threads < 0:
             raise ValueError(f"--threads {self.threads} must be at least 0 (0: torch's choice)")
 
@@ -83,7 +85,7 @@ def run_kernels(plan: KernelPlan, out: Path) -> dict[str, Any]:
     backend = select_backend(plan.backend, device)
     roof = measure_roof(dtype, device, size=2 * plan.storage)
     rows: list[dict[str, Any]] = []
-    total = len(HEADS) * len(plan.contexts) * (len(plan.batches) + 4)
+    total = len(HEADS) * len(plan.contexts) * (2 * len(plan.batches) + 4)
     with progress("kernels", total) as done, torch.inference_mode():
         for heads in HEADS:
             for work in _works(plan, backend, heads, device, dtype):
@@ -118,43 +120,81 @@ def _works(plan: KernelPlan, backend: Backend, heads: tuple[int, int], device: t
            dtype: torch.dtype) -> Iterator[Work]:  # fmt: skip
     _, kv_heads = heads
     entry = 2 * kv_heads * DIM * dtype.itemsize
-    pages = max(max(plan.batches) * -(-max(plan.contexts) // PAGE), plan.storage // entry // PAGE)
-    shape = (pages * kv_heads, PAGE, DIM)
+    page = plan.page_size
+    pages = max(max(plan.batches) * -(-max(plan.contexts) // page), plan.storage // entry // page)
+    shape = (pages * kv_heads, page, DIM)
     keys, values = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
     positions = torch.zeros(shape[:2], dtype=torch.int32, device=device)
     storage = Pages(keys, values, positions)
     for context in plan.contexts:
         for batch in plan.batches:
             yield decode_work(backend, heads, storage, batch, context)
+            yield unequal_work(backend, heads, storage, batch, context)
         yield from _prompt_works(backend, heads, context, device, dtype)
 
 
 def decode_work(backend: Backend, heads: tuple[int, int], storage: Pages, batch: int, context: int
                 ) -> Work:  # fmt: skip
     """One token of each request over its pages, layer after layer, as a decode step does it."""
-    _, page, size = storage.keys.shape
-    each = -(-context // page)
-    device = storage.keys.device
-    layers = max(1, min(LAYERS, len(storage.keys) // (batch * heads[1] * each)))
-    used = layers * batch * heads[1] * each
-    tables = torch.arange(used, dtype=torch.int32, device=device)
-    tables = tables.view(layers, batch, heads[1], each)
-    lengths = torch.full((layers, batch, heads[1]), context, device=device)
-    newest = torch.full((batch,), context - 1, dtype=torch.int64, device=device)
-    plan = backend.plan(tables, lengths, [context] * layers, newest)
-    queries = torch.randn(batch, heads[0], size, device=device).to(storage.keys.dtype)
-    scale = Scale(size**-0.5)
-
-    run = _all_layers(backend, plan, layers, queries, storage, scale)
+    lens = [context] * heads[1]
+    layers = _layers_in(storage, batch, lens)
+    run, used = _decode(backend, heads, storage, batch, lens, layers)
 
     def read() -> object:
         return plain_read(storage.keys[:used]), plain_read(storage.values[:used])
 
-    read_bytes = 2 * batch * context * heads[1] * size * storage.keys.dtype.itemsize
     return Work(
         _head("decode", heads, batch, context), "read",
-        lambda _: run(), lambda _: read(), read_bytes, layers=layers,
+        lambda _: run(), lambda _: read(), _bytes(storage, batch, lens), layers=layers,
     )  # fmt: skip
+
+
+def unequal_work(backend: Backend, heads: tuple[int, int], storage: Pages, batch: int, context: int
+                 ) -> Work:  # fmt: skip
+    """The same where heads hold a fifth of the context in the mean: some all of it and the others
+    the newest, against heads that hold a fifth each."""
+    kv_heads, few = heads[1], min(SHORT, context // 10)
+    left, lens = round(UNEQUAL * context * kv_heads) - few * kv_heads, []
+    for _ in range(kv_heads):
+        lens.append(few + min(left, context - few))
+        left -= lens[-1] - few
+    even = [sum(lens) // kv_heads] * kv_heads
+    layers = min(_layers_in(storage, batch, each) for each in (lens, even))
+    run, _ = _decode(backend, heads, storage, batch, lens, layers)
+    other, _ = _decode(backend, heads, storage, batch, even, layers)
+    return Work(
+        _head("decode, unequal heads", heads, batch, context), "equal heads",
+        lambda _: run(), lambda _: other(), _bytes(storage, batch, lens), layers=layers,
+    )  # fmt: skip
+
+
+def _bytes(storage: Pages, batch: int, lens: list[int]) -> int:
+    """Keys and values of one layer."""
+    return 2 * batch * sum(lens) * storage.keys.shape[2] * storage.keys.dtype.itemsize
+
+
+def _layers_in(storage: Pages, batch: int, lens: list[int]) -> int:
+    """Layers that the storage holds, so that one after the other is read from memory."""
+    pages = sum(-(-length // storage.keys.shape[1]) for length in lens)
+    return max(1, min(LAYERS, len(storage.keys) // (batch * pages)))
+
+
+def _decode(backend: Backend, heads: tuple[int, int], storage: Pages, batch: int, lens: list[int],
+            layers: int) -> tuple[Callable[[], object], int]:  # fmt: skip
+    """Decode attention of all layers, of requests whose KV heads have these lengths, and the pages
+    that they hold."""
+    _, page, size = storage.keys.shape
+    device, longest = storage.keys.device, max(lens)
+    held = torch.tensor([-(-length // page) for length in lens])
+    used = layers * batch * int(held.sum())
+    owned = torch.arange(int(held.max())) < held[:, None]
+    tables = torch.zeros(layers, batch, *owned.shape, dtype=torch.int32)
+    tables[owned.expand_as(tables)] = torch.arange(used, dtype=torch.int32)
+    lengths = torch.tensor(lens).expand(layers, batch, -1).contiguous()
+    newest = torch.full((batch,), longest - 1, dtype=torch.int64, device=device)
+    plan = backend.plan(tables.to(device), lengths.to(device), [longest] * layers, newest)
+    queries = torch.randn(batch, heads[0], size, device=device).to(storage.keys.dtype)
+    return _all_layers(backend, plan, layers, queries, storage, Scale(size**-0.5)), used
 
 
 def _all_layers(backend: Backend, plan: DecodePlan, layers: int, queries: Tensor, storage: Pages,
@@ -212,7 +252,15 @@ def _prompt_works(backend: Backend, heads: tuple[int, int], context: int, device
 def _keep_row(plan: KernelPlan, backend: Backend, heads: tuple[int, int], context: int,
               device: torch.device, dtype: torch.dtype) -> dict[str, Any]:  # fmt: skip
     keep, copy, size = time_keep(
-        heads[1], DIM, PAGE, context, device, dtype, plan.repeats, plan.warmup, backend.kernels
+        heads[1],
+        DIM,
+        plan.page_size,
+        context,
+        device,
+        dtype,
+        plan.repeats,
+        plan.warmup,
+        backend.kernels,
     )
     mine, other = spread(keep), spread(copy)
     return {

@@ -114,7 +114,7 @@ def draw_kernels(configuration: Result, result: Result, path: Path) -> Path:
             line = [r for r in mine if (r["kv_heads"], r["batch"]) == (heads, batch)]
             axis.plot(
                 [row["context"] for row in line], [row["share"] for row in line], marker="o",
-                label=f"{heads} KV heads" + (f", batch {batch}" if kernel == "decode" else ""),
+                label=f"{heads} KV heads" + (f", batch {batch}" if kernel.startswith("decode") else ""),
             )  # fmt: skip
         axis.axhline(1.0, color="0.6", linewidth=0.8, linestyle="--")
         _context_axis(axis, sorted({row["context"] for row in mine}))
