@@ -112,9 +112,10 @@ def draw_kernels(configuration: Result, result: Result, path: Path) -> Path:
         mine = [row for row in rows if row["kernel"] == kernel]
         for heads, batch in dict.fromkeys((row["kv_heads"], row["batch"]) for row in mine):
             line = [r for r in mine if (r["kv_heads"], r["batch"]) == (heads, batch)]
+            of_batch = f", batch {batch}" if kernel.startswith("decode") else ""
             axis.plot(
                 [row["context"] for row in line], [row["share"] for row in line], marker="o",
-                label=f"{heads} KV heads" + (f", batch {batch}" if kernel.startswith("decode") else ""),
+                label=f"{heads} KV heads{of_batch}",
             )  # fmt: skip
         axis.axhline(1.0, color="0.6", linewidth=0.8, linestyle="--")
         _context_axis(axis, sorted({row["context"] for row in mine}))
