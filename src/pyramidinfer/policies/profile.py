@@ -182,7 +182,8 @@ class Masks:
         try:
             lines = Path(path).read_text(encoding="utf-8").split("\n")
             rows = [[float(each) for each in line.split()] for line in lines if line.strip()]
-            return cls(tuple(tuple(min(1.0, max(0.0, each)) for each in row) for row in rows))
+            raw = cls(tuple(map(tuple, rows)))
+            return cls(tuple(tuple(min(1.0, max(0.0, each)) for each in row) for row in raw.share))
         except OSError as error:
             raise ValueError(f"masks {str(path)!r} cannot be read: {error.strerror}") from None
         except ValueError as error:

@@ -259,7 +259,9 @@ class Jobs:
         for name in [*POLICIES] if asked is None else asked:
             check_choice("policies", name, POLICIES)
             try:
-                self.engine.check_policy(make_policy(name))
+                asked_for = self.engine.bind(make_policy(name), measure=False)
+                asked_for.check(self.engine.adapter.layers_for(1))
+                self.engine.check_policy(asked_for)
             except ValueError:
                 if asked is not None:
                     raise
