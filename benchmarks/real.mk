@@ -13,7 +13,7 @@ WHOLE := schedule=None,start_layer=29
 LATE := schedule=None,start_layer=14,propagate_ratio=.2
 NEEDLE := --model smollm2 --tasks niah_single_2 --protocols inside
 
-.PHONY: numbers-real numbers-trials
+.PHONY: numbers-real numbers-trials numbers-heads
 
 # Trials on one needle: what loses the answer, and what brings it back.
 numbers-trials: $(VENV)/.installed
@@ -36,6 +36,19 @@ numbers-trials: $(VENV)/.installed
 		pyramid:keep=.45,$(LATE),kernel=31 snapkv:keep=.6"
 	rm -f $(RESULTS)/trial_*.png
 
+# Heads with lengths of their own: `duo` on the tasks that the full cache can do, and on one needle.
+CAN_DO := niah_single_1,niah_single_2,niah_single_3,niah_multikey_1,niah_multivalue,niah_multiquery,fwe
+DUO := full duo:keep=.2 duo:keep=.3 duo:keep=.5 snapkv:keep=.3
+
+numbers-heads: $(VENV)/.installed
+	$(BIN)/pyramidinfer fetch smollm2
+	$(REAL_STUDY) ruler --model smollm2 --tasks $(CAN_DO) --lengths 2000 $(REAL_RUN) \
+		--json $(RESULTS)/heads_ruler.json --policies "$(DUO)"
+	$(REAL_STUDY) ruler --model smollm2 --tasks niah_single_2 --protocols after --lengths 1000 $(REAL_RUN) \
+		--json $(RESULTS)/heads_needle.json --policies "full duo:keep=.5 duo:keep=.3 duo:keep=.2 duo:keep=.12"
+	rm -f $(RESULTS)/heads_needle*.png
+	mv $(RESULTS)/heads_ruler*.png docs/images/
+
 # Everything about real models, then the pages.
 BOTH := smollm2 gemma3-270m
 HALF = $(shell expr $(SAMPLES_REAL) / 2)
@@ -48,6 +61,7 @@ numbers-real: models
 	$(REAL_STUDY) ruler --model smollm2 --policies full,pyramid,pyramidinfer --keeps .45 --lengths 4000 \
 		--samples $(HALF) $(LIKE) --json $(RESULTS)/ruler_long.json
 	$(MAKE) numbers-trials SAMPLES=$(SAMPLES_REAL)
+	$(MAKE) numbers-heads SAMPLES=$(SAMPLES_REAL)
 	for model in $(BOTH); do \
 		$(REAL_STUDY) turns --model $$model $(SHORT) $(REAL_RUN) --json $(RESULTS)/turns_$$model.json && \
 		$(REAL_STUDY) text --model $$model $(SHORT) $(REAL_RUN) --json $(RESULTS)/text_$$model.json && \

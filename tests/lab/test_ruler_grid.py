@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from pyramidinfer.lab.english import ENGLISH
 
 from pyramidinfer.cli.app import main
+from pyramidinfer.engine.english import ENGLISH
 from pyramidinfer.lab import asking
 from pyramidinfer.lab.asking import asker
 from pyramidinfer.lab.chat import Asked, Chat

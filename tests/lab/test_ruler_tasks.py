@@ -7,8 +7,8 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from pyramidinfer.lab.english import ENGLISH
 
+from pyramidinfer.engine.english import ENGLISH
 from pyramidinfer.lab.ruler.aggregate import zipf_counts
 from pyramidinfer.lab.ruler.needles import FORMS
 from pyramidinfer.lab.ruler.sample import TooShort, find_size

@@ -192,6 +192,14 @@ SECTIONS: dict[str, Callable[[Result], str]] = {
         _pictured, "RULER on a real model", "ruler",
         "All policies get the same samples; each as published but for `keep`.",
     ),
+    "heads_ruler": partial(
+        _pictured, "Heads that keep everything, heads that keep the newest", "heads_ruler",
+        "Tasks that the full cache can do; `duo` at three budgets, window scores beside it.",
+    ),
+    "heads_needle": partial(
+        _ruler, "One needle, asked for later, heads dealt once", "heads_needle",
+        "`duo` at falling budgets: which head keeps everything was found once, on plain text.",
+    ),
     "ruler_long": partial(
         _pictured, "RULER, longer", "ruler_long", "The full cache, the paper's rule, the default.",
     ),
