@@ -114,7 +114,10 @@ def test_mistakes_are_one_line(words: list[str], message: str, profile: Any) -> 
 
 def test_a_model_without_a_tokenizer(profile: Any, tmp_path: Path) -> None:
     tiny_model("llama").save_pretrained(tmp_path / "bare")
-    code, _, err = profile(str(tmp_path / "bare"))
+    code, out, _ = profile(str(tmp_path / "bare"))
+    assert code == 0 and "random tokens (the model came without a tokenizer)" in out
+    (tmp_path / "mine.txt").write_text("some words of my own " * 500)
+    code, _, err = profile(str(tmp_path / "bare"), "--text", str(tmp_path / "mine.txt"))
     assert code == 2 and "this model came without a tokenizer" in err
 
 

@@ -23,6 +23,7 @@ from pyramidinfer.engine.passages import (
     LENGTH,
     Passages,
     english_passages,
+    passages_for,
     room_for,
     text_passages,
 )
@@ -235,20 +236,31 @@ def test_models_with_few_positions(speaks: LLM) -> None:
         return engine_of(family, vocab_size=len(WORDS), **sizes).engine.adapter
 
     again = len(speaks.tokenizer.encode(AGAIN, add_special_tokens=False))
-    room = room_for(of("llama", max_position_embeddings=512), speaks.tokenizer)
+    room = room_for(of("llama", max_position_embeddings=512), again)
     assert 2 * room + again + 1 <= 512 < 2 * (room + 1) + again + 1
     small = engine_of("llama", vocab_size=len(WORDS), max_position_embeddings=160)
     small.tokenizer = small.engine.tokenizer = speaks.tokenizer
-    assert profile_model(small).lengths[0] == room_for(small.engine.adapter, speaks.tokenizer) > 64
+    assert profile_model(small).lengths[0] == room_for(small.engine.adapter, again) > 64
     with pytest.raises(ValueError, match="the model tells 100 positions apart"):
-        room_for(of("llama", max_position_embeddings=100), speaks.tokenizer)
+        room_for(of("llama", max_position_embeddings=100), again)
     with pytest.raises(ValueError, match="the model tells 64 positions apart"):
-        room_for(of("phi3"), speaks.tokenizer)  # its rotary positions change there
+        room_for(of("phi3"), again)  # its rotary positions change there
+
+
+def test_without_a_tokenizer_random_tokens_are_read() -> None:
+    bare = engine_of("llama")
+    found = passages_for(bare.engine.adapter, None)
+    every = [token for passage in found.all for token in passage]
+    assert len(found.all) == 4 and len(set(map(tuple, found.all))) == 4
+    assert set(every) <= set(range(bare.engine.adapter.vocab_size)) and len(set(every)) > 50
+    profile = profile_model(bare)
+    assert "without a tokenizer" in profile.text and profile.lengths == (len(found.all[0]),) * 4
+    assert profile == profile_model(engine_of("llama")), "the same tokens every time"
 
 
 def test_what_cannot_be_measured_is_told(speaks: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="without a tokenizer; give .*--profile FILE"):
-        profile_model(engine_of("llama"))
+    with pytest.raises(ValueError, match="without a tokenizer, so a text cannot be read"):
+        text_passages(engine_of("llama").engine.adapter, None, "a text", "mine.txt")
     shipped = LLM(shipped_model(), "full", kv_memory="4MiB")
     with pytest.raises(ValueError, match="most of .* is unknown to the model's tokenizer"):
         profile_model(shipped)

@@ -297,7 +297,7 @@ def test_one_request_never_reads_anothers_pages(name: str) -> None:
             int(page)
             for table in engine.pool.tables
             for layer in range(4)
-            for page in table.pages[layer, : table.held[layer]]
+            for page in engine.pool.owned(table, layer)
         }
         free = np.array(sorted(set(range(len(group.counts))) - owned))
         assert torch.isnan(group.keys[free]).all(), "what nobody owns is poisoned"

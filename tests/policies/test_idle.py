@@ -21,7 +21,7 @@ NEW = 60
 
 
 def engine(name: str, family: str, keep: float | None = 0.5) -> Engine:
-    options = SMALL if name == "pyramidinfer" else {}
+    options = SMALL.get(name, {})
     config = EngineConfig(kv_memory="8MiB", page_size=4, poison=True)
     return Engine(tiny_model(family), make_policy(name, keep, **options), config)
 

@@ -92,7 +92,7 @@ def passages_of(llm: LLM, subject: Subject) -> Passages | None:
         return text_passages(adapter, tokenizer, text, Path(subject.text).name)
     if tokenizer is None or not (corpus := Corpus(tokenizer, None)).has_marks:
         return None
-    length = room_for(adapter, tokenizer)
+    length = room_for(adapter, 0)
 
     def half(seed: int) -> tuple[TokenIds, ...]:
         return tuple(each.context for each in corpus.passages(seed, COUNT // 2, length, 1))

@@ -191,9 +191,10 @@ class Duo(Policy):
 @lru_cache(maxsize=4096)
 def _deal(policy: Duo, text_len: int, layers: Layers) -> Limits:
     """Retrieval heads are the most needed ones, as many as ``keep`` pays for."""
-    assert isinstance(policy.profile, Profile | Masks) and policy.keep is not None
-    share, window = policy.profile.share, policy.window
-    ranked = [place for place in policy.profile.ranked() if layers.governed[place[0]]]
+    needs = policy.profile
+    assert isinstance(needs, Profile | Masks) and policy.keep is not None
+    share, window = needs.share, policy.window
+    ranked = [place for place in needs.ranked() if layers.governed[place[0]]]
     needed = sum(share[layer][head] for layer, head in ranked)
     deep, held = layers.count, 0.0
     while deep > 0 and held + sum(share[deep - 1]) <= policy.spare * needed:
