@@ -95,6 +95,23 @@ def test_inspect_is_the_policys_forecast() -> None:
     assert "mean share of the prompt computed: 0.450" in table.stdout
 
 
+def test_inspect_shows_heads_that_are_not_equally_long(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The shipped model's profile is known, and the forecast is its policy's."""
+    asked = ["inspect", "--policy", "duo", "--keep", "0.3", "--prompt-len", "1500"]
+    monkeypatch.setattr(sys, "argv", ["pyramidinfer", *asked, "--max-tokens", "20", "--json"])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert not stopped.value.code
+    rows = json.loads(capsys.readouterr().out)["layers"]
+    llm = LLM(shipped_model(), policy="duo", keep=0.3, profile=False)
+    forecast = llm.policy.forecast(1500, 20, llm.engine.adapter.layers_for(1520))
+    assert [row["kept"] for row in rows] == forecast.heads
+    assert [row["computed"] for row in rows] == forecast.reach
+    assert len({kept for row in rows for kept in row["kept"]}) == 3
+
+
 def test_demo_prints_a_table_and_draws(tmp_path: Path) -> None:
     done = run("demo", "--documents", "3", "--length", "300", "--out", str(tmp_path))
     assert done.returncode == 0, done.stderr
@@ -145,6 +162,14 @@ def test_demo_prints_a_table_and_draws(tmp_path: Path) -> None:
         (["generate", "--prompt", "x", "--policy", "h2o", "--schedule", "f"], "no option"),
         (["generate", "--prompt", "x", "--schedule", "f", "-o", "schedule=g"], "given twice"),
         (["demo", "--out", "/dev/null/x"], "Not a directory"),
+        (
+            ["generate", "--prompt", "x", "--no-profile"],
+            "--no-profile has no effect: policy 'pyramid'",
+        ),
+        (
+            ["generate", "--prompt", "x", "--policy", "duo", "-o", "profile=no/such.json"],
+            "profile 'no/such.json' cannot be read",
+        ),
         (["demo", "--kv-memory", "1MiB", "--documents", "1"], "raise kv_memory"),
     ],
 )

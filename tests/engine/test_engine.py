@@ -234,7 +234,7 @@ def test_sliding_layers_hold_their_window_only() -> None:
             assert kept < 16 + llm.engine.pool.page_size
     per_page = llm.engine.pool.page_bytes[0]
     sliding = sum(kind != "full_attention" for kind in kinds)
-    assert out.kv.full_bytes == per_page * (sliding * 4 + (6 - sliding) * 35)
+    assert out.kv.full_bytes == 2 * per_page * (sliding * 4 + (6 - sliding) * 35)  # two heads
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])

@@ -219,9 +219,9 @@ def test_what_is_promised_is_what_is_expected() -> None:
     params = SamplingParams(max_tokens=40)
     request = engine.make(random_prompt(1, 20), params)
     assert request.likely.settled is not None and request.likely.settled.entries is not None
-    assert request.likely.settled.entries.tolist() == [40] * 4
+    assert request.likely.settled.entries.tolist() == [[40] * 2] * 4
     assert request.cost.settled is not None and request.cost.settled.entries is not None
-    assert request.cost.settled.entries.tolist() == [60] * 4
+    assert request.cost.settled.entries.tolist() == [[60] * 2] * 4
     assert (request.likely.pages < request.cost.pages).all()
     plain = start("full").make(random_prompt(1, 20), params)
     assert plain.likely is plain.cost
@@ -239,11 +239,11 @@ def test_expectations_give_way_and_come_back() -> None:
     request, ledger = queue(engine, random_prompt(1, 20), 40), engine.ledger
     while len(request.output) < 3:
         step(engine)
-    assert request.promised is not None and request.promised.pages.tolist() == [4 * 15]
-    ledger.promise(Other(), Cost(ledger.have - 4 * 8, 0))
+    assert request.promised is not None and request.promised.pages.tolist() == [2 * 4 * 15]
+    ledger.promise(Other(), Cost(ledger.have - 2 * 4 * 8, 0))
     for entries in range(22, 32):
         step(engine)
-        assert request.promised.pages.tolist() == [4 * -(-(entries + 1) // 4)]
+        assert request.promised.pages.tolist() == [2 * 4 * -(-(entries + 1) // 4)]
     assert not engine.scheduler.away
     with pytest.raises(ValueError, match="held by finished requests"):
         step(engine)
@@ -257,7 +257,7 @@ def test_what_is_expected_is_promised_again_before_anybody_else_begins() -> None
     engine.ledger.promise(request, engine.pressure._needed(request))
     engine.pressure._trimmed.append(request)
     engine.pressure.relieve()
-    assert request.promised is not None and request.promised.pages.tolist() == [4 * 15]
+    assert request.promised is not None and request.promised.pages.tolist() == [2 * 4 * 15]
     finish(engine)
 
 

@@ -337,7 +337,7 @@ def test_what_is_held_is_counted_as_it_comes_and_goes() -> None:
             assert each.sequence is not None
             table = each.sequence.table
             for layer in range(engine.adapter.depth):
-                owned |= set(table.pages[layer, : int(table.held[layer])].tolist())
+                owned |= set(engine.pool.owned(table, layer).tolist())
         promised = [each.promised for each in held.held if each.promised]
         assert held.page_count == len(owned)
         assert held.cost.bytes == sum(each.bytes for each in promised) <= held.limit

@@ -277,7 +277,7 @@ def test_sizes_not_used_for_long_go(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_parts_of_a_frame_begin_where_kernels_like_it() -> None:
     """Triton compiles anew for pointers that are not multiples of 16 bytes."""
-    frame = Frame(Size(3, 16, False, False), 5, 8, torch.device("cpu"))
+    frame = Frame(Size(3, 16, False, False), 5, 2, 8, torch.device("cpu"))
     for part in (frame.tables, frame.lengths, frame.positions, frame.places):
         assert part.data_ptr() % 16 == 0 and part.is_contiguous()
     frame.host["lengths"][:] = 9

@@ -26,6 +26,8 @@ AGAIN = "\n\nRepeat the previous context exactly.\n\n"
 COUNT, LENGTH = 4, 750
 #: The fewest tokens of a passage: where a model has no positions for more; in a short text.
 FEWEST, SHORT = 64, 200
+#: The fewest of tokens drawn at random, which need no sense to be recognised.
+FEWEST_RANDOM = 16
 #: A text is refused where so large a share of its tokens is unknown to the tokenizer.
 UNKNOWN = 0.5
 
@@ -66,7 +68,7 @@ def passages_for(adapter: Adapter, tokenizer: Any) -> Passages:
 def random_passages(adapter: Adapter) -> Passages:
     """Tokens drawn at random: heads that find what they saw before show on these as well
     (induction heads, Olsson et al., arXiv 2209.11895), though less like they do on text."""
-    generator, length = torch.Generator().manual_seed(0), room_for(adapter, 0)
+    generator, length = torch.Generator().manual_seed(0), room_for(adapter, 0, FEWEST_RANDOM)
     drawn = torch.randint(adapter.vocab_size, (COUNT, length), generator=generator).tolist()
     halves = tuple(drawn[: COUNT // 2]), tuple(drawn[COUNT // 2 :])
     return Passages("random tokens (the model came without a tokenizer)", halves)
@@ -105,14 +107,14 @@ def text_passages(adapter: Adapter, tokenizer: Any, text: str, name: str) -> Pas
     return _made(tokenizer, name, halves)
 
 
-def room_for(adapter: Adapter, again: int) -> int:
+def room_for(adapter: Adapter, again: int, fewest: int = FEWEST) -> int:
     """Tokens of a passage that can be read and repeated on this model with ``again`` tokens in
     between, at most ``LENGTH``."""
     positions = min(adapter.max_positions, adapter.rotary.long_from or adapter.max_positions)
     room = min(LENGTH, (positions - again - 1) // 2)
-    if room < FEWEST:
+    if room < fewest:
         raise ValueError(
-            f"the model tells {positions} positions apart; {2 * FEWEST + again + 1} are needed to "
+            f"the model tells {positions} positions apart; {2 * fewest + again + 1} are needed to "
             f"read a passage and repeat it, so it can have no head profile"
         )
     return room
