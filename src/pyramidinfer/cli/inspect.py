@@ -80,8 +80,12 @@ def _adapter_without_weights(model: str, dtype: str) -> Adapter:
 
 
 def _of_heads(kept: list[int]) -> str:
-    """One number where all heads keep as many, else each head's."""
-    return str(kept[0]) if len(set(kept)) == 1 else " ".join(map(str, kept))
+    """One number where all heads keep as many, else each head's, or of many the extremes."""
+    if len(set(kept)) == 1:
+        return str(kept[0])
+    if len(kept) <= 4:
+        return " ".join(map(str, kept))
+    return f"{min(kept)} to {max(kept)}, mean {sum(kept) / len(kept):.0f}"
 
 
 def _print(rows: list[dict[str, Any]], policy: Policy, prompt_len: int, max_tokens: int,

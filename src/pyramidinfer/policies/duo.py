@@ -176,13 +176,13 @@ class Duo(Policy):
         return max(0, min(room, default=1 << 30))
 
     def forecast(self, prompt_len: int, max_new: int, layers: Layers) -> Forecast:
-        last, whole = self.last(layers), prompt_len + max_new
+        last, whole, slack = self.last(layers), prompt_len + max_new, min(self.stride, max_new)
         reach = [
             prompt_len if layer <= last else min(prompt_len, self.window)
             for layer in range(layers.count)
         ]
         heads = [
-            [whole if limit == ALL else min(whole, limit + self.stride) for limit in limits]
+            [whole if limit == ALL else min(whole, limit + slack) for limit in limits]
             for limits in self.limits(prompt_len, layers)
         ]
         return Forecast(reach, [max(lens) for lens in heads], heads)
