@@ -38,16 +38,19 @@ numbers-trials: $(VENV)/.installed
 
 # Heads with lengths of their own: `duo` on the tasks that the full cache can do, and on one needle.
 CAN_DO := niah_single_1,niah_single_2,niah_single_3,niah_multikey_1,niah_multivalue,niah_multiquery,fwe
-DUO := full duo:keep=.2 duo:keep=.3 duo:keep=.5 snapkv:keep=.3
+DUO := full duo:keep=.2,spare=.1 duo:keep=.3,spare=.1 duo:keep=.5,spare=.1 snapkv:keep=.3
+CHATS := full duo:keep=.5,spare=0 duo:keep=.3,spare=0 duo:keep=.5,spare=.1 duo:keep=.3,spare=.1
 
 numbers-heads: $(VENV)/.installed
 	$(BIN)/pyramidinfer fetch smollm2
 	$(REAL_STUDY) ruler --model smollm2 --tasks $(CAN_DO) --lengths 2000 $(REAL_RUN) \
 		--json $(RESULTS)/heads_ruler.json --policies "$(DUO)"
 	$(REAL_STUDY) ruler --model smollm2 --tasks niah_single_2 --protocols after --lengths 1000 $(REAL_RUN) \
-		--json $(RESULTS)/heads_needle.json --policies "full duo:keep=.5 duo:keep=.3 duo:keep=.2 duo:keep=.12"
+		--json $(RESULTS)/heads_needle.json --policies "full \
+		$(foreach k,.5 .3 .2 .12,duo:keep=$(k),spare=.1)"
+	$(REAL_STUDY) turns --model smollm2 --policies "$(CHATS)" $(REAL_RUN) --json $(RESULTS)/heads_turns.json
 	rm -f $(RESULTS)/heads_needle*.png
-	mv $(RESULTS)/heads_ruler*.png docs/images/
+	mv $(RESULTS)/heads_*.png docs/images/
 
 # Everything about real models, then the pages.
 BOTH := smollm2 gemma3-270m

@@ -413,7 +413,7 @@ class Judge:
             entries = entries - (text - window) if limits[place] is None else 0.0
         return limits
 
-    def duo(self, seen: Seen, profile: Any, sinks: int = 4, recent: int = 64, spare: float = 0.1,
+    def duo(self, seen: Seen, profile: Any, sinks: int = 4, recent: int = 64, spare: float = 0.0,
             min_context: int = 1024, stride: int = 16) -> Kept | None:  # fmt: skip
         """Some heads keep everything, others the first and the newest tokens
         (https://arxiv.org/abs/2410.10819)."""
@@ -434,7 +434,7 @@ class Judge:
         return kept
 
     def duo_going(self, seen: Seen, profile: Any, sinks: int = 4, recent: int = 64,
-                  spare: float = 0.1, min_context: int = 1024, **options: Any
+                  spare: float = 0.0, min_context: int = 1024, **options: Any
                   ) -> list[int]:  # fmt: skip
         """Tokens that go deeper than the last layer that keeps old ones however long the text."""
         endless = self._duo_limits(profile, sinks, recent, spare, min_context, 2.0**30)

@@ -194,12 +194,15 @@ SECTIONS: dict[str, Callable[[Result], str]] = {
     ),
     "heads_ruler": partial(
         _pictured, "Heads that keep everything, heads that keep the newest", "heads_ruler",
-        "Tasks that the full cache can do; `duo` at three budgets, window scores beside it.",
+        "Tasks that the full cache can do; `duo` with `spare=.1`, the default at that commit, at "
+        "three budgets, and window scores beside it.",
     ),
     "heads_needle": partial(
         _ruler, "One needle, asked for later, heads dealt once", "heads_needle",
-        "`duo` at falling budgets: which head keeps everything was found once, on plain text.",
+        "`duo` with `spare=.1`, the default at that commit, at falling budgets: which head keeps "
+        "everything was found once, on plain text.",
     ),
+    "heads_turns": partial(_study, "turns", "A chat, heads dealt once", "heads_turns"),
     "ruler_long": partial(
         _pictured, "RULER, longer", "ruler_long", "The full cache, the paper's rule, the default.",
     ),

@@ -47,7 +47,8 @@ class Duo(Policy):
         ``full_attention_heads.tsv``; ``"auto"`` is the model's own, measured at its first load.
     sinks, recent : first and newest tokens that streaming heads keep.
     spare : the deepest layers whose heads together hold no more than this share of all that
-        matters get retrieval heads last, so that few tokens need be computed there.
+        matters get retrieval heads last, so that few tokens need be computed there; 0 goes by need
+        alone.
     min_context : see ``keep``.
     stride : generated tokens between two evictions.
     """
@@ -59,7 +60,7 @@ class Duo(Policy):
     profile: Profile | Masks | str | None = "auto"
     sinks: int = 4
     recent: int = 64
-    spare: float = 0.1
+    spare: float = 0.0
     min_context: int = 1024
     stride: int = 16
 
