@@ -48,8 +48,10 @@ numbers-heads: $(VENV)/.installed
 	$(REAL_STUDY) ruler --model smollm2 --tasks niah_single_2 --protocols after --lengths 1000 $(REAL_RUN) \
 		--json $(RESULTS)/heads_needle.json --policies "full \
 		$(foreach k,.5 .3 .2 .12,duo:keep=$(k),spare=.1)"
+	$(REAL_STUDY) ruler --model smollm2 --tasks niah_single_3,niah_multivalue,niah_multiquery --protocols after \
+		--lengths 2000 $(REAL_RUN) --json $(RESULTS)/heads_spare.json --policies "full duo:keep=.5,spare=0 duo:keep=.3,spare=0"
 	$(REAL_STUDY) turns --model smollm2 --policies "$(CHATS)" $(REAL_RUN) --json $(RESULTS)/heads_turns.json
-	rm -f $(RESULTS)/heads_needle*.png
+	rm -f $(RESULTS)/heads_needle*.png $(RESULTS)/heads_spare*.png
 	mv $(RESULTS)/heads_*.png docs/images/
 
 # Everything about real models, then the pages.

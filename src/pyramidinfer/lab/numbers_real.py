@@ -202,6 +202,10 @@ SECTIONS: dict[str, Callable[[Result], str]] = {
         "`duo` with `spare=.1`, the default at that commit, at falling budgets: which head keeps "
         "everything was found once, on plain text.",
     ),
+    "heads_spare": partial(
+        _ruler, "Heads dealt by need alone", "heads_spare",
+        "Three of these tasks with `spare=0`, the default now, the question after.",
+    ),
     "heads_turns": partial(_study, "turns", "A chat, heads dealt once", "heads_turns"),
     "ruler_long": partial(
         _pictured, "RULER, longer", "ruler_long", "The full cache, the paper's rule, the default.",
