@@ -50,6 +50,18 @@ def test_deep_layers_that_hold_little_get_heads_last() -> None:
         assert reach == [500] * (last + 1) + [10] * (3 - last)
 
 
+def test_layers_that_were_not_measured_keep_everything() -> None:
+    """A window that a short text cannot outgrow governs nothing then; its heads are not dealt."""
+    share = ((0.0, 0.0), *SHARE[1:])
+    half = replace(PROFILE, share=share, governed=(False, True, True, True))
+    policy = Duo(keep=0.3, **{**SMALL, "profile": half})
+    assert policy.limits(500, LAYERS)[0] == (0, 0)
+    llm = LLM(model("llama"), policy=policy, kv_memory="4MiB", page_size=4, poison=True)
+    kept = llm.trace(random_prompt(1, 100)).prefill_positions
+    assert [len(head) for head in kept[0]] == [100, 100]
+    assert min(len(head) for layer in kept[1:] for head in layer) == 10
+
+
 def test_forecast_is_what_every_head_holds() -> None:
     policy = Duo(keep=0.4, **SMALL, stride=4)
     llm = LLM(model("llama"), policy=policy, kv_memory="4MiB", page_size=4, poison=True)
@@ -132,7 +144,8 @@ def test_nothing_is_measured_where_that_is_not_wanted(
     with pytest.raises(ValueError, match="needs to know what each head is for"):
         LLM(tiny_model("llama"), policy="duo", kv_memory="4MiB", profile=False)
     assert LLM(tiny_model("llama"), policy="duo", kv_memory="4MiB").policy != Duo()
-    LLM(tiny_model("llama"), policy="duo", kv_memory="4MiB", profile=False)  # known now
+    with pytest.raises(ValueError, match="needs to know"):  # of random tokens: it was not stored
+        LLM(tiny_model("llama"), policy="duo", kv_memory="4MiB", profile=False)
 
 
 def test_masks_of_duo_attention(tmp_path: Path) -> None:

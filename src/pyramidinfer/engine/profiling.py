@@ -279,11 +279,14 @@ def find_profile(source: LLM | Engine) -> Profile | None:
 def ensure_profile(source: LLM | Engine, progress: bool | None = None) -> Profile:
     """The profile of a model; where there is none it is measured on real English and stored.
 
+    What was measured on random tokens, for want of a tokenizer, is not stored: others may have one.
     A folder that cannot be written is told of (``RuntimeWarning``); the profile is good anyway.
     """
     if (profile := find_profile(source)) is not None:
         return profile
     profile = profile_model(source, progress=progress)
+    if _engine_of(source).tokenizer is None:
+        return profile
     try:
         store_profile(profile)
     except OSError as error:

@@ -39,10 +39,11 @@ Limits = tuple[tuple[int, ...], ...]
 class Duo(Policy):
     """Retrieval heads keep everything, streaming heads ``sinks`` and the ``recent`` tokens.
 
-    keep : mean over layers and heads of a head's entries, as a share of the text, which tells how
-        many retrieval heads there are; one more head keeps as much as is left over.  Heads are
+    keep : mean over the measured heads of a head's entries, as a share of the text, which tells
+        how many retrieval heads there are; one more head keeps as much as is left over.  Heads are
         dealt by the length of the first text taken in, as if it had at least ``min_context``
-        tokens; generated tokens come on top in retrieval heads.
+        tokens; generated tokens come on top in retrieval heads.  Layers that the profile leaves
+        out, because a sliding window bounds them in longer texts, keep all they may.
     profile : what each head needs: a ``Profile``, or the path of one or of DuoAttention's
         ``full_attention_heads.tsv``; ``"auto"`` is the model's own, measured at its first load.
     sinks, recent : first and newest tokens that streaming heads keep.
@@ -198,11 +199,12 @@ def _deal(policy: Duo, text_len: int, layers: Layers) -> Limits:
     ranked = [place for place in needs.ranked() if layers.governed[place[0]]]
     needed = sum(share[layer][head] for layer, head in ranked)
     deep, held = layers.count, 0.0
-    while deep > 0 and held + sum(share[deep - 1]) <= policy.spare * needed:
+    while deep > 0 and (held := held + sum(share[deep - 1])) <= policy.spare * needed:
         deep -= 1
-        held += sum(share[deep]) if layers.governed[deep] else 0.0
     ranked.sort(key=lambda place: place[0] >= deep)  # stable: the deepest come last
-    limits = [[window if governed else ALL] * layers.kv_heads for governed in layers.governed]
+    limits = [[ALL] * layers.kv_heads for _ in layers.governed]  # also where nothing was measured
+    for layer, head in ranked:
+        limits[layer][head] = window
     room = max(text_len - window, 0)
     left = max(0.0, policy.keep * text_len - window) * len(ranked)  # entries beyond the windows
     for layer, head in ranked:

@@ -177,7 +177,11 @@ class Subject:
     def _bound(self, spec: str) -> Policy:
         model = self.setting.model
         name = find_model(model) if model else str(self.setting.shape_name)
-        return self.setting.policy(spec).for_model(name)
+        chosen = self.setting.policy(spec).for_model(name)
+        if not chosen.wants_profile:
+            return chosen
+        least = Pool.least_bytes(self.adapter.group_specs(), EngineConfig().page_size)
+        return Engine(self.shared, chosen, EngineConfig(kv_memory=least)).policy
 
     def needed_bytes(self, spec: str, count: int, prompt_len: int, output_len: int) -> int:
         """``kv_memory`` in which ``count`` requests run at once."""
@@ -190,7 +194,7 @@ class Subject:
         pool = Pool(specs, least, page, scores=chosen.uses_scores)
         cost = Ledger(pool, adapter).cost(chosen, prompt_len, output_len, layers, 0)
         by_group = max(
-            -(-count * int(pages) // len(spec.layers)) + 1
+            -(-count * int(pages) // (len(spec.layers) * spec.kv_heads)) + 1
             for pages, spec in zip(cost.pages, specs, strict=True)
         )
         return max(count * cost.bytes, by_group * least)
