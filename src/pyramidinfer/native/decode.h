@@ -69,9 +69,8 @@ template <int G, int STEPS>
 inline void products_of_pairs(float* out, const bf16* raw, const bf16* keys, int n) {
     constexpr int size = STEPS * 32;
     for (int g = 0; g < G; ++g) {  // keys come from the nearest cache after the first head
-        __m512bh query[STEPS];
-        for (int s = 0; s < STEPS; ++s)
-            query[s] = (__m512bh)_mm512_loadu_si512(raw + g * size + s * 32);
+        __m512i query[STEPS];
+        for (int s = 0; s < STEPS; ++s) query[s] = _mm512_loadu_si512(raw + g * size + s * 32);
         Vec row[LANES];
 #pragma GCC unroll 16
         for (int e = 0; e < LANES; ++e) {
@@ -79,8 +78,7 @@ inline void products_of_pairs(float* out, const bf16* raw, const bf16* keys, int
             row[e] = set1(0.f);
 #pragma GCC unroll 4
             for (int s = 0; s < STEPS; ++s)
-                row[e].v = _mm512_dpbf16_ps(row[e].v, (__m512bh)_mm512_loadu_si512(key + s * 32),
-                                            query[s]);
+                row[e].v = add_pairs(row[e].v, _mm512_loadu_si512(key + s * 32), query[s]);
         }
         store(out + g * LANES, sum_each(row));
     }
@@ -133,12 +131,12 @@ inline void weigh_pairs(float* acc, const float* weights, const bf16* values, in
             const __m512i one = _mm512_loadu_si512(values + size_t(e) * size + d);
             const __m512i two = e + 1 < n ? _mm512_loadu_si512(values + size_t(e + 1) * size + d)
                                           : _mm512_setzero_si512();
-            const auto first = (__m512bh)_mm512_unpacklo_epi16(one, two);
-            const auto second = (__m512bh)_mm512_unpackhi_epi16(one, two);
+            const __m512i first = _mm512_unpacklo_epi16(one, two);
+            const __m512i second = _mm512_unpackhi_epi16(one, two);
             for (int g = 0; g < G; ++g) {
-                const auto weight = (__m512bh)_mm512_set1_epi32(int(pair[g][e / 2]));
-                low[g].v = _mm512_dpbf16_ps(low[g].v, first, weight);
-                high[g].v = _mm512_dpbf16_ps(high[g].v, second, weight);
+                const __m512i weight = _mm512_set1_epi32(int(pair[g][e / 2]));
+                low[g].v = add_pairs(low[g].v, first, weight);
+                high[g].v = add_pairs(high[g].v, second, weight);
             }
         }
         for (int g = 0; g < G; ++g) {

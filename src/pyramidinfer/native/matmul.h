@@ -1,7 +1,7 @@
 // Matrix products on packed operands: the one inner loop under linears, prefill attention and
 // window scores.
 //
-// A *unit* is what one multiply takes: a pair of bf16 numbers (AVX512-BF16), or one float.
+// A *unit* is what one multiply takes: a pair of bf16 numbers (AVX-512), or one float.
 // Packed operands are panels of COLUMNS = WIDE x LANES columns: [panel][units][COLUMNS] units.
 #pragma once
 #include <omp.h>
@@ -19,14 +19,12 @@ struct FloatUnit {
     }
 };
 
-#if defined(__AVX512BF16__) && defined(__AVX512F__) && defined(__AVX512BW__)
-#define PAIRS 1
+#ifdef PAIRS
 struct PairUnit {
     static constexpr int DEPTH = 2;
     using Number = bf16;
     static inline void mul(Vec& acc, const uint32_t* b, uint32_t a) {
-        acc.v = _mm512_dpbf16_ps(acc.v, (__m512bh)_mm512_loadu_si512(b),
-                                 (__m512bh)_mm512_set1_epi32(int(a)));
+        acc.v = add_pairs(acc.v, _mm512_loadu_si512(b), _mm512_set1_epi32(int(a)));
     }
 };
 #endif

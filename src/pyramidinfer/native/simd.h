@@ -97,6 +97,18 @@ inline Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
 inline Vec operator/(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
 inline Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 inline Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
+// acc + a · b, lane by lane over pairs of bf16; without an instruction for it, by two of floats.
+#define PAIRS 1
+inline __m512 add_pairs(__m512 acc, __m512i a, __m512i b) {
+#ifdef __AVX512BF16__
+    return _mm512_dpbf16_ps(acc, (__m512bh)a, (__m512bh)b);
+#else
+    const __m512i high = _mm512_set1_epi32(int(0xffff0000));
+    const auto first = [](__m512i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(x, 16)); };
+    const auto second = [&](__m512i x) { return _mm512_castsi512_ps(_mm512_and_si512(x, high)); };
+    return _mm512_fmadd_ps(second(a), second(b), _mm512_fmadd_ps(first(a), first(b), acc));
+#endif
+}
 inline float sum(Vec a) { return _mm512_reduce_add_ps(a.v); }
 inline float top(Vec a) { return _mm512_reduce_max_ps(a.v); }
 // 2^x; 0 below the smallest normal number.
