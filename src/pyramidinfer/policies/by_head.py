@@ -1,0 +1,187 @@
+"""What methods share that hold every KV head to a number of entries of its own, by the profile."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from pyramidinfer.config import check_whole
+from pyramidinfer.policies.base import Forecast, Policy, check_keep
+from pyramidinfer.policies.profile import Masks, Profile, load_heads
+from pyramidinfer.types import Layers, Observation, State, View
+
+__all__ = ["ALL", "ByHead", "Limits"]
+
+#: A head's limit where it keeps everything, what is generated too.
+ALL = 1 << 30
+
+#: Entries that every head is held to, ``[layers][kv_heads]``.
+Limits = tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class ByHead(Policy):
+    """A limit for every KV head, dealt by the model's head profile.
+
+    keep : mean over the measured heads of a head's entries, as a share of the text; heads that
+        keep everything keep what is generated as well.  Layers that the profile leaves out, because
+        a sliding window bounds them in longer texts, keep all they may.
+    profile : what each head needs: a ``Profile``, or the path of one or of DuoAttention's
+        ``full_attention_heads.tsv``; ``"auto"`` is the model's own, measured at its first load.
+    sinks, recent : first and newest tokens that stay in every head.
+    min_context : a shorter text is given what a text of so many tokens would be.
+    stride : generated tokens between two evictions of a head, at most.
+    """
+
+    evicts: ClassVar[bool] = True
+
+    keep: float | None = 0.5
+    profile: Profile | Masks | str | None = "auto"
+    sinks: int = 4
+    recent: int = 64
+    min_context: int = 1024
+    stride: int = 16
+
+    def __post_init__(self) -> None:
+        check_keep(self.keep)
+        if self.keep is None:
+            raise ValueError("keep=None: give a share above 0 and at most 1")
+        for name, least in (("sinks", 0), ("recent", 1), ("min_context", 1), ("stride", 1)):
+            check_whole(name, getattr(self, name), least)
+        if not isinstance(self.profile, Profile | Masks | str | Path | None):
+            raise ValueError(f"profile={self.profile!r} must be a path, 'auto' or None")
+        if isinstance(self.profile, str | Path) and self.profile != "auto":
+            object.__setattr__(self, "profile", load_heads(self.profile))
+
+    @property
+    def wants_profile(self) -> bool:
+        return self.profile == "auto"
+
+    def with_profile(self, profile: Profile | None) -> ByHead:
+        return replace(self, profile=profile) if self.wants_profile else self
+
+    def check(self, layers: Layers) -> None:
+        if self.wants_profile:  # to be checked once it is there
+            return
+        if not isinstance(self.profile, Profile | Masks):
+            raise ValueError(
+                f"policy {self.name!r} needs to know what each head is for, and the model has no "
+                f"profile: make one (pyramidinfer profile MODEL) or give profile=FILE"
+            )
+        share, shape = self.profile.share, (layers.count, layers.kv_heads)
+        if (len(share), len(share[0])) != shape:
+            raise ValueError(
+                f"the profile is of {len(share)} layers with {len(share[0])} KV heads, this model "
+                f"has {shape[0]} with {shape[1]}: make its own (pyramidinfer profile MODEL)"
+            )
+
+    # --- who keeps what -----------------------------------------------------------------------
+
+    def deal(self, text_len: int, layers: Layers) -> Limits:
+        """What every head is held to in a text of this length."""
+        raise NotImplementedError
+
+    def going(self, layer: int, text_len: int, layers: Layers) -> int:
+        """Tokens of a text of this length that go deeper than ``layer``, at most."""
+        return text_len
+
+    def most(self, limit: int) -> int:
+        """Entries that a head of this limit holds at most while decoding."""
+        return limit
+
+    def least(self, limit: int) -> int:
+        """Entries that an eviction leaves it with."""
+        return limit
+
+    @property
+    def heads(self) -> Profile | Masks:
+        """The profile, once it is there."""
+        assert isinstance(self.profile, Profile | Masks)
+        return self.profile
+
+    def limits(self, text_len: int, layers: Layers) -> Limits:
+        """``deal`` for this text, or for one of ``min_context`` tokens."""
+        return _dealt(self, max(text_len, self.min_context), layers)
+
+    def limits_at(self, view: View) -> tuple[int, ...]:
+        """Entries that each of the view's heads is held to now."""
+        if view.phase == "decode":
+            return tuple(view.state["limits"][view.layer].tolist())
+        return self.limits(view.seen_len, view.layers)[view.layer]
+
+    def over(self, view: View) -> bool:
+        """Whether any of the view's heads holds more than it may."""
+        limits, is_decode = self.limits_at(view), view.phase == "decode"
+        return view.layers.governed[view.layer] and any(
+            held > (self.most(limit) if is_decode else limit)
+            for held, limit in zip(view.head_lens, limits, strict=True)
+        )
+
+    def counts(self, view: View) -> tuple[int, ...]:
+        """Entries that stay in each of the view's heads."""
+        pairs = zip(view.head_lens, self.limits_at(view), strict=True)
+        if view.phase != "decode":
+            return tuple(min(pair) for pair in pairs)
+        return tuple(
+            self.least(limit) if held > self.most(limit) else held for held, limit in pairs
+        )
+
+    def forced(self, seen: Observation) -> Tensor:
+        """Entries that stay whatever their scores."""
+        recent = seen.positions > seen.view.seen_len - 1 - self.recent
+        return recent | (seen.positions < self.sinks) | seen.protected
+
+    # --- what is remembered and promised ------------------------------------------------------
+
+    def start(self, layers: Layers) -> State:
+        limits = torch.zeros(layers.count, layers.kv_heads, dtype=torch.int64)
+        return {"text": torch.zeros((), dtype=torch.int64), "limits": limits}
+
+    def settled(self, view: View) -> State:
+        limits = view.state["limits"].clone()
+        limits[view.layer] = torch.tensor(self.limits_at(view))
+        return {"text": torch.tensor(view.seen_len), "limits": limits}
+
+    def idle_steps(self, kept: list[list[int]], prompt_len: int, layers: Layers, state: State
+                   ) -> int:  # fmt: skip
+        room = [
+            self.most(limit) - held
+            for lens, limits, governed in zip(
+                kept, state["limits"].tolist(), layers.governed, strict=True
+            )
+            for held, limit in zip(lens, limits, strict=True)
+            if governed
+        ]
+        return max(0, min(room, default=ALL))
+
+    def tightened(self, keep: float, state: State, layers: Layers) -> tuple[Policy, State] | None:
+        assert self.keep is not None
+        if keep >= self.keep:
+            return None
+        lower, old = replace(self, keep=keep), state["limits"]
+        limits = torch.minimum(old, torch.tensor(lower.limits(int(state["text"]), layers)))
+        falls = (limits < old) & torch.tensor(layers.governed)[:, None]
+        return (lower, {**state, "limits": limits}) if bool(falls.any()) else None
+
+    def forecast(self, prompt_len: int, max_new: int, layers: Layers) -> Forecast:
+        reach = [prompt_len]
+        for layer in range(layers.count - 1):
+            reach.append(min(reach[-1], self.going(layer, prompt_len, layers)))
+        heads = [
+            [
+                min(entering + max_new, max(limit, self.most(limit) + bool(max_new)))
+                for limit in limits
+            ]
+            for entering, limits in zip(reach, self.limits(prompt_len, layers), strict=True)
+        ]
+        return Forecast(reach, [max(lens) for lens in heads], heads)
+
+
+@lru_cache(maxsize=4096)
+def _dealt(policy: ByHead, text_len: int, layers: Layers) -> Limits:
+    return policy.deal(text_len, layers)
