@@ -128,6 +128,11 @@ class Policy:
         return False
 
     @property
+    def rule(self) -> str:
+        """What its choices rest on beside the options, in a few words; ``""`` for nothing."""
+        return ""
+
+    @property
     def computes_less(self) -> bool:
         """Whether prompt tokens may be dropped between layers."""
         return type(self).propagate is not Policy.propagate

@@ -136,6 +136,13 @@ class ByHead(Policy):
         recent = seen.positions > seen.view.seen_len - 1 - self.recent
         return recent | (seen.positions < self.sinks) | seen.protected
 
+    @property
+    def rule(self) -> str:
+        if isinstance(self.profile, Profile):
+            how = f"two texts agree by {self.profile.agreement:.2f}"
+            return f"what each head needs, as measured on {self.profile.text} ({how})"
+        return "what each head needs, by given masks" if self.profile != "auto" else ""
+
     # --- what is remembered and promised ------------------------------------------------------
 
     def start(self, layers: Layers) -> State:

@@ -169,7 +169,8 @@ def _add_generation(app: FastAPI, service: Service) -> None:
             "owned_by": "pyramidinfer", "max_model_len": engine.adapter.max_positions,
             "layers": engine.adapter.depth,
             "compression": {
-                "policy": jobs.own.name, "keep": jobs.own_keep, "policies": jobs.policies,
+                "policy": jobs.own.name, "keep": jobs.own_keep, "rule": jobs.own.rule,
+                "policies": jobs.policies,
                 "min_keep": service.settings.min_keep, "max_keep": service.settings.max_keep,
             },
         }  # fmt: skip
