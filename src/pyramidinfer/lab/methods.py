@@ -57,7 +57,7 @@ def render(results: dict[str, dict[str, Any]], policies: dict[str, type[Policy]]
         "request are left to that window.\n",
         _overview(policies),
         f"\nAs they answer for a prompt of {LENGTH:,} tokens and `keep={ASKED_KEEP}` on a model of "
-        f"{DEPTH} layers that has no schedule of its own.\n",
+        f"{DEPTH} layers with a made-up head profile.\n",
         "Options are given as `-o NAME=VALUE` on the command line, as keywords of the class in "
         "Python (`from pyramidinfer.policies import …`), and as `NAME:option=value,…` to "
         "`pyramidinfer study quality --policies`. `keep` is the common budget; where its default "
@@ -106,7 +106,8 @@ def answers(kind: type[Policy]) -> Answers:
     forecast = policy.forecast(LENGTH, 0, layers)
     kept = forecast.kept
     if forecast.heads is not None:
-        retain = "all in some KV heads, the newest in others, by the model's profile"
+        rest = "what was looked at" if any(each.window for each in needs) else "the newest"
+        retain = f"all in some KV heads, {rest} in others, by the model's profile"
     elif any(each.retain for each in needs):
         budget = "one budget for all layers"
         if len(set(kept)) > 1:

@@ -53,7 +53,6 @@ class Pyramid(ByHead):
 
     name: ClassVar[str] = "pyramid"
 
-    keep: float | None = 0.3
     recent: int = 32
     safeguard: float = 0.2
     sharpness: float = 2.0
