@@ -83,12 +83,13 @@ class Reduce:
 class Best:
     """A rule of eviction said beforehand: keep the best entries by their window scores.
 
-    Of every KV head the ``count`` entries with the highest scores stay, each score replaced by
-    the ``pool`` of it and its ``kernel`` - 1 nearest neighbours in the text; the first ``sinks``
-    positions, the newest ``recent`` and what is protected stay regardless.
+    Of every KV head the ``count`` entries (one number, or one a head) with the highest scores stay,
+    each score replaced by the ``pool`` of it and its ``kernel`` - 1 nearest neighbours in the text;
+    the first ``sinks`` positions, the newest ``recent`` and what is protected stay regardless.
+    Without a window the best entries are the newest.
     """
 
-    count: int
+    count: int | tuple[int, ...]
     kernel: int
     pool: Literal["max", "mean"]
     sinks: int
@@ -107,8 +108,8 @@ class Needs:
     ``propagate``, ``retain``, ``evict``: which questions to ask; the others are answered "all".
     ``among``: ranks by age ``(first, last)`` of the entries whose scores ``evict`` will look at,
     the same tokens in every head; the others' may be 0.
-    ``best``: what ``evict`` will answer, where that is such a rule and scores are one row per KV
-    head; whoever can may carry it out without asking.
+    ``best``: what ``evict`` will answer, where that is such a rule and scores, if any, are one row
+    per KV head; whoever can may carry it out without asking.
     """
 
     window: int = 0

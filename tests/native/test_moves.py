@@ -191,6 +191,19 @@ def test_best_entries_takes_one_row_for_all(monkeypatch: pytest.MonkeyPatch) -> 
     assert native.equal(plain)
 
 
+def test_a_head_that_loses_nothing_makes_no_room_in_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forced entries count where something goes: 12 of them in the second of these heads."""
+    scores, lengths = random(1, 4, 30), torch.tensor([30, 20, 14, 30])
+    forced = torch.zeros(4, 30, dtype=torch.bool)
+    forced[0, :25], forced[1, 3:15], forced[2, :14] = True, True, True
+    counts = torch.tensor([30, 5, 99, 13])
+    (native, found), (plain, expected) = both(
+        lambda: base._best(scores, counts, forced, shuffled(4, 30, 2), lengths), monkeypatch
+    )
+    assert found.tolist() == expected.tolist() == [30, 12, 14, 13]
+    assert native.equal(plain)
+
+
 def test_scores_that_are_no_numbers_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """As torch sorts them: above all, the earlier first.  Infinite ones are numbers."""
     scores = random(5, 2, 50)

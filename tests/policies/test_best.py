@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,61 +13,103 @@ from pyramidinfer.cache import Pool
 from pyramidinfer.config import EngineConfig
 from pyramidinfer.engine import Engine
 from pyramidinfer.engine.tracing import trace
-from pyramidinfer.policies import Pyramid
-from pyramidinfer.types import Trace
+from pyramidinfer.policies import Duo, Policy, Pyramid
+from pyramidinfer.policies.base import Forecast
+from pyramidinfer.types import Best, Layers, Trace, View
 from tests.tiny import random_prompt, tiny_model
 
 POLICY: dict[str, Any] = {"keep": 0.3, "min_context": 8, "window": 4, "stride": 3, "schedule": None}
+HEADS: dict[str, Any] = {"keep": 0.4, "sinks": 2, "recent": 8, "min_context": 8, "stride": 3}
 
 
-def traced(family: str, dtype: torch.dtype, options: dict[str, Any], protect: Any) -> Trace:
+class Unequal(Pyramid):
+    """A count of its own for every head; the first one loses nothing."""
+
+    def _rule(self, view: View) -> Best:
+        rule = super()._rule(view)
+        assert isinstance(rule.count, int)
+        more = [rule.count + 3 * head for head in range(1, view.layers.kv_heads)]
+        return replace(rule, count=(1 << 30, *more))
+
+    def forecast(self, prompt_len: int, max_new: int, layers: Layers) -> Forecast:
+        return Policy.forecast(self, prompt_len, max_new, layers)
+
+
+def traced(family: str, dtype: torch.dtype, policy: Policy, protect: Any) -> Trace:
     config = EngineConfig(kv_memory="4MiB", page_size=4, poison=True)
-    engine = Engine(tiny_model(family, dtype), Pyramid(**POLICY, **options), config)
+    engine = Engine(tiny_model(family, dtype), policy, config)
     return trace(engine, random_prompt(5, 150), 40, protect)
 
 
 @pytest.mark.parametrize("protect", [(), [(20, 33), (70, 71)]], ids=["free", "protected"])
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_neox"])
-@pytest.mark.parametrize("options", [{}, {"kernel": 1}, {"heads": "mean", "sinks": 0}], ids=str)
+@pytest.mark.parametrize("policy", [
+    Pyramid(**POLICY), Pyramid(**POLICY, kernel=1), Pyramid(**POLICY, heads="mean", sinks=0),
+    Unequal(**POLICY), Unequal(**POLICY, heads="mean"),
+    Duo(**HEADS), Duo(**{**HEADS, "sinks": 0, "stride": 1}),
+], ids=["max", "unpooled", "mean", "unequal", "unequal mean", "duo", "duo at once"])  # fmt: skip
 def test_carried_out_is_what_the_policy_says(
-    family: str, options: dict[str, Any], protect: Any, monkeypatch: pytest.MonkeyPatch
+    family: str, policy: Policy, protect: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Positions in every layer and head, lengths at every step, and tokens."""
+    """Positions in every layer and head, lengths at every step, tokens; to the last bit where
+    nothing is scored."""
     calls = []
     asks = Pool.evicts_best
     monkeypatch.setattr(Pool, "evicts_best", lambda *given: calls.append(asks(*given)) or calls[-1])
-    together = traced(family, torch.float32, options, protect)
+    together = traced(family, torch.float32, policy, protect)
     assert calls and all(calls)
     monkeypatch.setattr(Pool, "evicts_best", lambda *given: False)
-    asked = traced(family, torch.float32, options, protect)
+    asked = traced(family, torch.float32, policy, protect)
     assert together.kept_len_by_step == asked.kept_len_by_step
     assert together.token_ids == asked.token_ids
     for one, other in zip(together.kept_positions, asked.kept_positions, strict=True):
         assert all(mine.equal(its) for mine, its in zip(one, other, strict=True))
+    if isinstance(policy, Duo):
+        assert together.final_logits.equal(asked.final_logits)
 
 
+@pytest.mark.parametrize("policy", [Pyramid(**POLICY), Unequal(**POLICY), Duo(**HEADS)],
+                         ids=["pyramid", "unequal", "duo"])  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_lengths_are_the_same_in_16_bits(
-    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, policy: Policy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    together = traced("llama", dtype, {}, ())
+    together = traced("llama", dtype, policy, ())
     monkeypatch.setattr(Pool, "evicts_best", lambda *given: False)
-    asked = traced("llama", dtype, {}, ())
+    asked = traced("llama", dtype, policy, ())
     assert together.kept_len_by_step == asked.kept_len_by_step
 
 
-def test_shared_pages_are_copied_first() -> None:
-    """Evicting from a forked cache leaves its twin as it was."""
+@pytest.mark.parametrize("policy", [Pyramid(**POLICY), Unequal(**POLICY), Duo(**HEADS)],
+                         ids=["pyramid", "unequal", "duo"])  # fmt: skip
+def test_shared_pages_are_copied_first(policy: Policy) -> None:
+    """Evicting from a forked cache leaves its twin as it was; heads that lose nothing stay
+    shared, but for the page that a new entry goes into."""
     config = EngineConfig(kv_memory="4MiB", page_size=4)
-    engine = Engine(tiny_model("llama"), Pyramid(**POLICY), config)
+    engine = Engine(tiny_model("llama"), policy, config)
     request = engine.add(random_prompt(5, 150), SamplingParams(max_tokens=40, ignore_eos=True))
     while len(request.output) < 2:
         engine.step()
     assert request.sequence is not None
-    twin = engine.pool.fork(request.sequence.table)
-    before = [engine.pool.keys(twin, layer).clone() for layer in range(engine.adapter.depth)]
-    while request.finish_reason is None:
+    pool, table = engine.pool, request.sequence.table
+    assert (table.ring is None) == isinstance(policy, Duo)
+    twin = pool.fork(table)
+
+    def keys() -> list[torch.Tensor]:
+        return [
+            pool.keys(twin, layer, heads)
+            for layer in range(engine.adapter.depth)
+            for heads in pool.runs(twin, layer)
+        ]
+
+    before, lens = keys(), table.kept.copy()
+    while len(request.output) < 39:
         engine.step()
-    for layer, keys in enumerate(before):
-        assert torch.equal(engine.pool.keys(twin, layer), keys)
+    whole = table.kept - lens == 37
+    assert whole.any() == (type(policy) is not Pyramid)
+    for layer, head in zip(*whole.nonzero(), strict=True):
+        full = int(lens[layer, head]) // pool.page_size
+        assert (table.pages[layer, head, :full] == twin.pages[layer, head, :full]).all()
+    engine.abort(request)
+    assert all(found.equal(was) for found, was in zip(keys(), before, strict=True))
     engine.pool.release(twin)

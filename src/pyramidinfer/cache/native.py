@@ -22,7 +22,7 @@ from pyramidinfer.native.library import (
 
 if TYPE_CHECKING:
     from pyramidinfer.cache.pool import Pool, Slots
-    from pyramidinfer.cache.table import Table
+    from pyramidinfer.cache.table import Ring, Table
     from pyramidinfer.types import Needs
 
 __all__ = ["Stays", "evict_best", "native_gather", "native_keep", "native_write"]
@@ -90,35 +90,46 @@ def evict_best(pool: Pool, table: Table, rules: list[tuple[int, Needs]], scales:
                protected: Tensor) -> None:  # fmt: skip
     """Carry out evictions of some layers of a request by their rules (``Needs.best``), at once.
 
-    ``scales``: how each layer's products become logits;  ``protected``: bool ``[text]``.
+    ``scales``: how each layer's products become logits, where there is a window;  ``protected``:
+    bool ``[text]``.
     """
-    ring, kernels = table.ring, pool.kernels
-    assert ring is not None and kernels is not None
-    protected = protected.contiguous()
+    kernels, protected = pool.kernels, protected.contiguous()
+    assert kernels is not None
     calls = (Eviction * len(rules))()
-    kept = np.zeros((len(rules), pool.kv_heads), dtype=np.int64)
-    held = []  # what the calls point to
+    pages, kept, counts = table.pages, table.kept, table.kept.copy()
+    for layer, needs in rules:
+        assert needs.best is not None
+        counts[layer] = needs.best.count
+    pool.own_fronts(table, np.where(counts < kept, kept, 0))
+    held: dict[int, tuple[Tensor, Tensor]] = {}  # by window, what the calls point to
     for index, ((layer, needs), scale) in enumerate(zip(rules, scales, strict=True)):
-        group, best, lengths = pool.group(layer), needs.best, table.kept[layer]
+        group, best = pool.group(layer), needs.best
         assert best is not None
-        pool.own_front(table, layer, lengths)
-        rows = ring.rows(needs.window)
-        places = ring.positions[rows]
-        held += [rows, places]
-        size = ring.queries[0].nbytes
+        spec = group.spec
         calls[index] = Eviction(
             *map(pointer, (group.keys, group.values, group.positions, group.scores)),
-            table.pages[layer].ctypes.data, ring.queries.data_ptr() + layer * size,
-            ring.lse[layer].data_ptr(), rows.data_ptr(), places.data_ptr(), pointer(protected),
-            lengths.ctypes.data, len(rows), table.pages.shape[2], best.count, best.kernel,
-            best.pool == "max", needs.reduce.rows == "max", best.sinks,
-            table.seen_len - 1 - best.recent, len(protected), ring.queries.shape[2],
-            group.spec.kv_heads, group.spec.key_dim, group.spec.value_dim, pool.page_size,
-            scale.scale, scale.softcap or 0.0,
-            group.spec.kv_heads / (ring.queries.shape[2] * needs.window),
+            *(each[layer].ctypes.data for each in (pages, kept, counts)),
+            pointer(protected), None, None, None, None, pages.shape[2], best.kernel,
+            best.pool == "max", best.sinks, table.seen_len - 1 - best.recent, len(protected),
+            spec.kv_heads, spec.key_dim, spec.value_dim, pool.page_size,
         )  # fmt: skip
-    kernels.evict_entries(
-        DTYPES[ring.queries.dtype], ctypes.addressof(calls), len(rules), kept.ctypes.data
-    )
-    for (layer, _), left in zip(rules, kept, strict=True):
-        pool.shrink(table, layer, left)
+        if needs.window:
+            _look_back(calls[index], table.ring, layer, needs, scale, held)
+    kernels.evict_entries(DTYPES[pool.groups[0].spec.dtype], ctypes.addressof(calls), len(rules))
+    pool.retract(table, counts)
+
+
+def _look_back(call: Any, ring: Ring | None, layer: int, needs: Needs, scale: Any,
+               held: dict[int, tuple[Tensor, Tensor]]) -> None:  # fmt: skip
+    """Fill in what an eviction with a window scores by."""
+    assert ring is not None
+    if needs.window not in held:
+        rows = ring.rows(needs.window)
+        held[needs.window] = rows, ring.positions[rows]
+    rows, places = held[needs.window]
+    heads = ring.queries.shape[2]
+    call.queries = ring.queries.data_ptr() + layer * ring.queries[0].nbytes
+    call.lse, call.rows, call.query_at = map(pointer, (ring.lse[layer], rows, places))
+    call.window, call.heads, call.takes_max = len(rows), heads, needs.reduce.rows == "max"
+    call.scale, call.softcap = scale.scale, scale.softcap or 0.0
+    call.share = call.kv_heads / (heads * needs.window)

@@ -216,7 +216,7 @@ class Pool:
     def evicts_best(self, needs: Needs, dtype: torch.dtype) -> bool:
         """Whether ``evict_best`` can carry this eviction out."""
         flat = (needs.reduce.heads, needs.reduce.rows) in (("kv_max", "max"), ("kv_mean", "mean"))
-        plain = flat and needs.reduce.newest_weight == 1
+        plain = not needs.window or (flat and needs.reduce.newest_weight == 1)
         return self.kernels is not None and dtype in DTYPES and plain
 
     def rewrite_keys(self, table: Table, layer: int, places: Tensor, keys: Tensor) -> None:
@@ -246,10 +246,18 @@ class Pool:
             table.ring.truncate(seen_len)
 
     def retract(self, table: Table, kept: np.ndarray) -> None:
-        """Undo appends: drop every head's newest entries down to ``kept``
-        ``[layers, kv_heads]``."""
+        """``shrink`` of all layers to ``kept`` ``[layers, kv_heads]`` at once: undo appends, or end
+        an eviction."""
+        wanted, slots = self.pages_for(kept), np.arange(table.pages.shape[2])
+        if (wanted < table.held).any():
+            gone = (slots >= wanted[..., None]) & (slots < table.held[..., None])
+            for number, group in enumerate(self.groups):
+                mine = self.group_of == number
+                group.drop(table.pages[mine][gone[mine]])
+        table.held[:], table.kept[:] = wanted, kept
         for layer in range(self.layers):
-            self.shrink(table, layer, kept[layer])
+            if self.group(layer).poison:
+                self._poison(table, layer)
 
     def note_peak(self, table: Table) -> None:
         """Take down what a table, and all of them together, hold at this moment."""
@@ -443,6 +451,15 @@ class Pool:
         if (self.group(layer).counts[table.pages[layer, :, : most.max()]] > 1).any():
             for head, count in enumerate(most.tolist()):
                 self._own(table, layer, head, list(range(count)))
+
+    def own_fronts(self, table: Table, entries: np.ndarray) -> None:
+        """``own_front`` of all layers, ``entries`` ``[layers, kv_heads]``."""
+        width = int(self.pages_for(entries).max())
+        for number, group in enumerate(self.groups):
+            mine = np.nonzero(self.group_of == number)[0]
+            shared = (group.counts[table.pages[mine, :, :width]] > 1).any((1, 2))
+            for layer in mine[shared].tolist():
+                self.own_front(table, layer, entries[layer])
 
     def _own(self, table: Table, layer: int, head: int, indices: list[int]) -> None:
         """Copy those of a head's pages that others own too."""

@@ -1,24 +1,27 @@
 // An eviction whose rule is said beforehand, many layers at once: score the entries by the ring's
-// queries, pool over neighbours, keep the best of every KV head, fill the holes.
+// queries and pool over neighbours (or go by position), keep the best of every KV head, fill the
+// holes.
 #pragma once
 #include "cache.h"
 #include "decode.h"
 #include "matmul.h"
 #include "select.h"
 
-// One layer of one request.  pages [K, ..], `width` apart; lengths [K]; rows [window] of the ring,
-// oldest first; queries [capacity, H, D], lse [capacity, H]; query_at [window] positions.
-// protect [text] bytes: places that must stay.
+// One layer of one request.  pages [K, ..], `width` apart; lengths [K]; counts [K] in: how many
+// entries of each head are to stay; out: how many it has.  protect [text] bytes: places that must
+// stay.  rows [window] of the ring, oldest first; queries [capacity, H, D], lse [capacity, H];
+// query_at [window] positions.  window 0: the newest are the best, and there is no ring.
 struct Eviction {
     void *keys, *values, *positions, *scores;  // the group's; scores null where there are none
     const int32_t* pages;
+    const int64_t* lengths;
+    int64_t* counts;
+    const uint8_t* protect;
     const void* queries;
     const float* lse;
     const int64_t *rows, *query_at;
-    const uint8_t* protect;
-    const int64_t* lengths;
-    int64_t window, width, count, kernel, pools_max, takes_max, sinks, recent, text;
-    int64_t heads, kv_heads, key_dim, value_dim, page;
+    int64_t width, kernel, pools_max, sinks, recent, text, kv_heads, key_dim, value_dim, page;
+    int64_t window, heads, takes_max;
     float scale, softcap, share;  // share: what each weight counts in a mean
 
     int64_t group() const { return heads / kv_heads; }
@@ -74,45 +77,56 @@ inline void score_entries(const Eviction& e, int64_t head, const int64_t* places
     }
 }
 
-// kept [K]: how many entries each head keeps.
+// Heads that lose nothing are not looked at.
 template <class T>
-inline void evict(const Eviction& e, int64_t* kept) {
-    static thread_local Scratch place_room, score_room, room, kept_room;
-    const int64_t n = *std::max_element(e.lengths, e.lengths + e.kv_heads), units = ceil_div(e.key_dim, UnitOf<T>::type::DEPTH);
-    auto* places = place_room.get<int64_t>(e.kv_heads * n);
-    auto* scores = score_room.get<float>(2 * e.kv_heads * n);
-    auto* forced = kept_room.get<uint8_t>(e.kv_heads * n * (1 + sizeof(int64_t)) + 64);
-    auto* indices = (int64_t*)(forced + round_up(e.kv_heads * n, 64));
-    auto* work = room.get<uint32_t>(e.window * e.group() * (units + COLUMNS) + units * COLUMNS + 64);
+inline void evict(const Eviction& e) {
+    static thread_local Scratch head_room, place_room, score_room, room, kept_room;
+    auto* live = head_room.get<int64_t>(3 * e.kv_heads);  // heads, their lengths, their counts
+    int64_t *lengths = live + e.kv_heads, *counts = lengths + e.kv_heads, heads = 0, n = 0;
     for (int64_t head = 0; head < e.kv_heads; ++head) {
-        int64_t* mine = places + head * n;
-        for (int64_t i = 0; i < e.lengths[head]; ++i) {
-            mine[i] = ((const int32_t*)e.positions)[e.slot(head, i)];
-            forced[head * n + i] = e.stays(mine[i]);
+        const int64_t length = e.lengths[head];
+        if (e.counts[head] >= length) {
+            e.counts[head] = length;
+            continue;
         }
-        for (int64_t i = e.lengths[head]; i < n; ++i) {  // behind a shorter head's entries
-            mine[i] = -1 - i, forced[head * n + i] = 0, scores[head * n + i] = 0.f;
+        live[heads] = head, lengths[heads] = length, counts[heads++] = e.counts[head];
+        n = std::max(n, length);
+    }
+    if (!heads) return;
+    const int64_t units = ceil_div(e.key_dim, UnitOf<T>::type::DEPTH);
+    auto* places = place_room.get<int64_t>(heads * n);
+    auto* scores = score_room.get<float>(2 * heads * n);
+    auto* forced = kept_room.get<uint8_t>(heads * n * (1 + sizeof(int64_t)) + 64);
+    auto* indices = (int64_t*)(forced + round_up(heads * n, 64));
+    auto* work = room.get<uint32_t>(e.window ? e.window * e.group() * (units + COLUMNS) + units * COLUMNS + 64 : 0);
+    const bool pools = e.window && e.kernel > 1;
+    for (int64_t h = 0; h < heads; ++h) {
+        const int64_t length = lengths[h], at = h * n;
+        for (int64_t i = 0; i < length; ++i) {
+            places[at + i] = ((const int32_t*)e.positions)[e.slot(live[h], i)];
+            forced[at + i] = e.stays(places[at + i]);
         }
-        score_entries<T>(e, head, mine, scores + head * n, work);
+        if (!e.window)
+            for (int64_t i = 0; i < length; ++i) scores[at + i] = float(places[at + i]);
+        else score_entries<T>(e, live[h], places + at, scores + at, work);
+        if (pools)
+            pool_scores(scores + at, places + at, 0, 1, length, int(e.kernel), bool(e.pools_max),
+                        scores + heads * n + at);
     }
-    float* pooled = scores;
-    if (e.kernel > 1) {
-        pooled = scores + e.kv_heads * n;
-        pool_scores(scores, places, n, e.kv_heads, n, int(e.kernel), bool(e.pools_max), pooled);
-    }
-    std::fill(kept, kept + e.kv_heads, e.count);
-    const int64_t row = best_of(pooled, forced, places, e.lengths, e.kv_heads, n, kept, indices);
+    const int64_t row = best_of(pools ? scores + heads * n : scores, forced, places, lengths, heads, n, counts, indices);
     const Storage tensors[] = {{(char*)e.keys, int64_t(e.key_dim * sizeof(T))},
                                {(char*)e.values, int64_t(e.value_dim * sizeof(T))},
                                {(char*)e.positions, 4}, {(char*)e.scores, 4}};
-    for (int64_t head = 0; head < e.kv_heads; ++head)
-        keep_head({tensors, e.pages + head * e.width, indices + head * row, e.scores ? 4 : 3, e.page,
-                   kept[head], e.lengths[head]});
+    for (int64_t h = 0; h < heads; ++h) {
+        keep_head({tensors, e.pages + live[h] * e.width, indices + h * row, e.scores ? 4 : 3, e.page,
+                   counts[h], lengths[h]});
+        e.counts[live[h]] = counts[h];
+    }
 }
 
-// All of them; kept [count, K] entries are left.
+// All of them; their counts are what is left.
 template <class T>
-inline void evict_all(const Eviction* many, int64_t count, int64_t* kept) {
+inline void evict_all(const Eviction* many, int64_t count) {
 #pragma omp parallel for schedule(dynamic, 1)
-    for (int64_t i = 0; i < count; ++i) evict<T>(many[i], kept + i * many[i].kv_heads);
+    for (int64_t i = 0; i < count; ++i) evict<T>(many[i]);
 }

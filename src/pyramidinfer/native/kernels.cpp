@@ -136,8 +136,8 @@ void write_entries(int dtype, const WriteCall* c) {
     });
 }
 
-void evict_entries(int dtype, const Eviction* many, int64_t count, int64_t* kept) {
-    by_dtype(dtype, [&](auto kind) { evict_all<decltype(kind)>(many, count, kept); });
+void evict_entries(int dtype, const Eviction* many, int64_t count) {
+    by_dtype(dtype, [&](auto kind) { evict_all<decltype(kind)>(many, count); });
 }
 
 int64_t best_entries(const float* scores, const uint8_t* forced, const int64_t* places,

@@ -42,9 +42,10 @@ DenseCall = _struct(
 StorageData = _struct("StorageData", "data", "entry")
 Keeping = _struct("Keeping", "tensors pages indices", "count page kept length")
 Eviction = _struct(
-    "Eviction", "keys values positions scores pages queries lse rows query_at protect lengths",
-    "window width count kernel pools_max takes_max sinks recent text heads kv_heads key_dim "
-    "value_dim page", "scale softcap share",
+    "Eviction", "keys values positions scores pages lengths counts protect queries lse rows "
+    "query_at",
+    "width kernel pools_max sinks recent text kv_heads key_dim value_dim page window heads "
+    "takes_max", "scale softcap share",
 )  # fmt: skip
 WriteCall = _struct(
     "WriteCall", "keys values at pages offsets to_keys to_values to_positions to_scores",
@@ -104,7 +105,7 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "keep": (c_int64, [c_void_p, c_int64]),
     "gather_pages": (None, [POINTER(StorageData), c_void_p, c_int64, c_int, c_int, c_int64,
                             c_void_p]),
-    "evict_entries": (None, [c_int, c_void_p, c_int64, c_void_p]),
+    "evict_entries": (None, [c_int, c_void_p, c_int64]),
     "best_entries": (c_int64, [c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_void_p,
                                c_void_p]),
     "pool_neighbours": (None, [c_void_p, c_void_p, c_int64, c_int64, c_int64, c_int, c_int,

@@ -22,15 +22,16 @@ struct Ranked {
 
 // Entries with the highest scores [heads, n] of each head's first lengths [heads], ascending.
 // counts [heads] in: how many are wanted; out: how many there are.  Forced ones [heads, n] win, and
-// each head gets room for as many as the head with most of them has.  Equal scores go to the
-// earlier place (places [heads, n], or the entry's number).  out: [heads, k] with k, the largest
-// count, returned.
+// each head gets room for as many as the head with most of them has; one that loses nothing does
+// not count, and is not looked at.  Equal scores go to the earlier place (places [heads, n], or the
+// entry's number).  out: [heads, k] with k, the largest count, returned.
 inline int64_t best_of(const float* scores, const uint8_t* forced, const int64_t* places,
                        const int64_t* lengths, int64_t heads, int64_t n, int64_t* counts,
                        int64_t* out) {
     int64_t must = 0, row = 0;
     for (int64_t h = 0; h < heads; ++h)
-        must = std::max<int64_t>(must, std::count(forced + h * n, forced + h * n + lengths[h], 1));
+        if (counts[h] < lengths[h])
+            must = std::max<int64_t>(must, std::count(forced + h * n, forced + h * n + lengths[h], 1));
     for (int64_t h = 0; h < heads; ++h) {
         counts[h] = std::min(std::max(counts[h], must), lengths[h]);
         row = std::max(row, counts[h]);
@@ -39,17 +40,21 @@ inline int64_t best_of(const float* scores, const uint8_t* forced, const int64_t
     for (int64_t h = 0; h < heads; ++h) {
         static thread_local Scratch room;
         const int64_t length = lengths[h], count = counts[h];
+        int64_t* mine = out + h * row;
+        std::fill(mine + count, mine + row, 0);
+        if (count == length) {
+            for (int64_t i = 0; i < count; ++i) mine[i] = i;
+            continue;
+        }
         auto* ranked = room.get<Ranked>(length);
         for (int64_t i = 0; i < length; ++i) {
             const uint32_t score = forced[h * n + i] ? 0xffffffffu : ordered(scores[h * n + i]);
             const int64_t place = places ? places[h * n + i] : i;
             ranked[i] = {uint64_t(score) << 32 | uint32_t(~uint32_t(place)), int32_t(i)};
         }
-        if (count < length) std::nth_element(ranked, ranked + count, ranked + length);
-        int64_t* mine = out + h * row;
+        std::nth_element(ranked, ranked + count, ranked + length);
         for (int64_t i = 0; i < count; ++i) mine[i] = ranked[i].entry;
         std::sort(mine, mine + count);
-        std::fill(mine + count, mine + row, 0);
     }
     return row;
 }

@@ -142,13 +142,14 @@ class Policy:
         return 0
 
 
-def keep_best(seen: Observation, scores: Tensor, count: int | Tensor, forced: Tensor) -> Keep:
+def keep_best(seen: Observation, scores: Tensor, count: int | tuple[int, ...] | Tensor,
+              forced: Tensor) -> Keep:  # fmt: skip
     """Of every KV head the entries with the highest scores; forced ones win.
 
     ``scores``: ``[1 or kv_heads, n]`` (one row for all heads that hold the same tokens);
-    ``count``: of every head, or ``[kv_heads]``;  ``forced``: bool ``[1 or kv_heads, n]``.  Each
-    head gets room for as many as the one with most forced entries has; a shorter one keeps what it
-    has.
+    ``count``: of every head, or one a head;  ``forced``: bool ``[1 or kv_heads, n]``.  Each
+    head gets room for as many as the one with most forced entries has, heads that lose nothing
+    left aside; a shorter one keeps what it has.
     """
     heads = max(len(scores), len(forced))
     counts = torch.as_tensor(count).expand(heads)
@@ -179,7 +180,8 @@ def _best(scores: Tensor, counts: Tensor, forced: Tensor, positions: Tensor | No
     heads, size = max(scores.shape[0], forced.shape[0]), scores.shape[1]
     there = torch.arange(size) < lengths[:, None]
     forced = forced.expand(heads, size) & there.to(forced.device)
-    counts = torch.minimum(counts.clamp(min=int(forced.sum(-1).max())), lengths)
+    must = torch.where(counts < lengths, forced.sum(-1).cpu(), 0)
+    counts = torch.minimum(counts.clamp(min=int(must.max())), lengths)
     ranked = torch.where(forced, torch.inf, scores)
     ranked = torch.where(there.to(ranked.device), ranked, -torch.inf)
     places = -torch.arange(size, device=ranked.device)[None] if positions is None else -positions

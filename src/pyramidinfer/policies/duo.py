@@ -23,7 +23,7 @@ import torch
 from pyramidinfer.config import check_share, check_whole, named_options
 from pyramidinfer.policies.base import Forecast, Policy, check_keep, keep_best
 from pyramidinfer.policies.profile import Masks, Profile, load_heads
-from pyramidinfer.types import Keep, Layers, Needs, Observation, State, View
+from pyramidinfer.types import Best, Keep, Layers, Needs, Observation, State, View
 
 __all__ = ["Duo"]
 
@@ -145,7 +145,7 @@ class Duo(Policy):
             for held, limit in zip(view.head_lens, self._limits(view), strict=True)
         )
         if is_decode:
-            return Needs(evict=over)
+            return Needs(evict=True, best=self._rule(view)) if over else Needs()
         is_last = view.layer >= self.last(view.layers) and view.new_len > self.recent
         return Needs(retain=over, propagate=is_last)
 
@@ -154,13 +154,18 @@ class Duo(Policy):
         return Keep(going[:1].nonzero(as_tuple=True)[1][None]), state
 
     def retain(self, seen: Observation, state: State) -> tuple[Keep, State]:
-        counts = torch.tensor([
-            held if limit == ALL else limit
-            for held, limit in zip(seen.view.head_lens, self._limits(seen.view), strict=True)
-        ])  # fmt: skip
-        return keep_best(seen, seen.positions.float(), counts, self._forced(seen)), state
+        count = self._rule(seen.view).count
+        return keep_best(seen, seen.positions.float(), count, self._forced(seen)), state
 
     evict = retain
+
+    def _rule(self, view: View) -> Best:
+        """What an eviction keeps."""
+        counts = tuple(
+            held if limit == ALL else limit
+            for held, limit in zip(view.head_lens, self._limits(view), strict=True)
+        )
+        return Best(counts, 1, "max", self.sinks, 0)
 
     def _forced(self, seen: Observation) -> torch.Tensor:
         return (seen.positions < self.sinks) | seen.protected

@@ -295,7 +295,7 @@ class Pyramid(Retaining):
     def ring(self, prompt_len: int, max_new: int) -> int:
         return self.window
 
-    def _best(self, seen: Observation, count: int) -> Keep:
+    def _best(self, seen: Observation, count: int | tuple[int, ...]) -> Keep:
         assert seen.scores is not None
         return keep_best(seen, self._pooled(seen.scores, seen), count, self._forced(seen))
 
