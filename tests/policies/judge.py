@@ -10,11 +10,8 @@ of equal scores the earlier token stays.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cache
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -22,14 +19,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests.tiny import tiny_model
-
-#: How Pyramid's budgets run over depth: a layer's weight of ``depth`` layers.
-WEIGHTS: dict[str, Callable[[int, int], float]] = {
-    "level": lambda layer, depth: 1.0,
-    "linear": lambda layer, depth: 1.0 - layer / depth,
-    "cosine": lambda layer, depth: 0.55 + 0.5 * math.cos(math.pi * (layer + 0.5) / depth),
-    "rising": lambda layer, depth: (layer + 1.0) / depth,
-}
 
 Kept = list[set[int]]  # per KV head, positions of the entries that stay
 
@@ -114,8 +103,6 @@ class Judge:
         self.new = 0  # tokens of the text last taken in
         self.memory: dict[tuple[int, int], Any] = {}  # of H2O, Scissorhands and Pyramid
         self.looked: list[dict[int, float]] = []  # Pyramid's scores of the layer at hand
-        self.tops: list[set[int]] = []  # and the top share of every layer so far
-        self.found: int | None = None  # and the layer where these agree
 
     # --- the model ----------------------------------------------------------------------------
 
@@ -417,20 +404,16 @@ class Judge:
             min_context: int = 1024, stride: int = 16) -> Kept | None:  # fmt: skip
         """Some heads keep everything, others the first and the newest tokens
         (https://arxiv.org/abs/2410.10819)."""
-        if (0, 0) not in self.memory:  # heads are dealt once
-            self.memory[0, 0] = self._duo_limits(
-                profile, sinks, recent, spare, min_context, self.text
-            )
-        limits = [self.memory[0, 0][seen.layer, head] for head in range(self.kv_heads)]
+        dealt = self._duo_limits(profile, sinks, recent, spare, min_context, self.text)
+        limits = [dealt[seen.layer, head] for head in range(self.kv_heads)]
         slack = stride - 1 if seen.is_decode else 0
-        if all(n is None or len(h) <= n + slack for n, h in zip(limits, seen.held, strict=True)):
-            return None
         kept = []
         for limit, positions in zip(limits, seen.held, strict=True):
             always = {each for each in positions if each < sinks} | (self.protect & set(positions))
             newest = sorted(set(positions) - always, reverse=True)
-            room = len(newest) if limit is None else max(0, int(limit) - len(always))
-            kept.append(always | set(newest[:room]))
+            if limit is not None and len(positions) > limit + slack:
+                newest = newest[: max(0, int(limit) - len(always))]
+            kept.append(always | set(newest))
         return kept
 
     def duo_going(self, seen: Seen, profile: Any, sinks: int = 4, recent: int = 64,
@@ -449,42 +432,48 @@ class Judge:
     # --- the project's own ------------------------------------------------------------------------
 
     def pyramid_going(self, seen: Seen, **options: Any) -> list[int]:
-        """Tokens that enter the next layer: all, until layers agree on the best of them."""
-        rule = Rule.of(**options)
+        """Tokens that enter the next layer: past the last with much need, what one head can hold."""
+        rule = Rule(**options)
         self.looked = self._look(seen, rule)
         rows = seen.rows
-        if seen.is_decode or seen.layer == self.depth - 1 or len(rows) <= rule.floor:
+        if seen.is_decode or seen.layer == self.depth - 1 or seen.layer < self._start(rule):
+            return rows
+        budgets = self._need_budgets(self.new, rule)
+        count = max(
+            float("inf") if budget is None else budget
+            for (layer, _), budget in budgets.items() if layer > seen.layer
+        )  # fmt: skip
+        if rule.propagate_ratio is not None:
+            count = min(count, int(rule.propagate_ratio * max(self.new, rule.min_context)))
+        count = max(count, rule.least, rule.sinks + rule.window + 1)  # the window looks everywhere
+        if count >= len(rows):
             return rows
         scores = {position: max(head[position] for head in self.looked) for position in rows}
         scores = self._smoothed(rows, scores, rule.kernel, "max")
-        start = rule.start_layer
-        if start is None:
-            start = self._agreement(seen.layer, rows[: -rule.window], len(rows), scores, rule)
-        if start is None or seen.layer < start:
-            return rows
-        share = self._share_after(seen.layer, start, rule)
-        count = max(rule.min_context, rule.floor, int(share * self.new))
-        if count >= len(rows):
-            return rows
-        return sorted(self._best([rows], [scores], count, [self._stays(rows, rule)])[0])
+        window = set(rows[-rule.window :])
+        return sorted(
+            self._best([rows], [scores], int(count), [self._stays(rows, rule) | window])[0]
+        )
 
     def pyramid(self, seen: Seen, **options: Any) -> Kept | None:
-        """A budget per layer, held to while generating."""
-        rule = Rule.of(**options)
-        budget, held = self._pyramid_budget(seen.layer, rule), seen.held
-        if len(held[0]) <= budget:
-            return None
-        count = budget
-        if seen.is_decode:
-            count += 1 - min(rule.stride, max(1, budget // 16))
-        pooled = [
-            self._smoothed(positions, scores, rule.kernel, "max")
-            for positions, scores in zip(held, self.looked, strict=True)
-        ]
-        return self._best(held, pooled, count, [self._stays(each, rule) for each in held])
+        """A budget per head, held to while generating."""
+        rule, kept = Rule(**options), []
+        budgets = self._need_budgets(self.text, rule)
+        for head, (positions, scores) in enumerate(zip(seen.held, self.looked, strict=True)):
+            budget, one = budgets[seen.layer, head], slice(head, head + 1)
+            if budget is None or len(positions) <= budget:
+                kept.append(set(positions))
+                continue
+            count = budget
+            if seen.is_decode:
+                count += 1 - min(rule.stride, max(1, budget // 4))
+            pooled = self._smoothed(positions, scores, rule.kernel, "max")
+            always = [self._stays(positions, rule)]
+            kept += self._best(seen.held[one], [pooled], count, always)
+        return kept
 
     def _look(self, seen: Seen, rule: Rule) -> list[dict[int, float]]:
-        """Per KV head: what each entry was given by the text's last ``window`` queries.
+        """Per KV head: the most that any of the text's last ``window`` queries gave each entry.
 
         A weight counts as it was given, whatever has been dropped since.
         """
@@ -493,123 +482,71 @@ class Judge:
             if not seen.is_decode:  # a text's own queries alone
                 self.memory[seen.layer, head] = []
             history: list[dict[int, float]] = self.memory[seen.layer, head]
-            given = seen.weights[head][:, -rule.window :]
-            given = given.amax(0) if rule.heads == "max" else given.mean(0)
-            for row in given.tolist():
+            for row in seen.weights[head][:, -rule.window :].amax(0).tolist():
                 history.append(dict(zip(positions, row, strict=True)))
             del history[: -rule.window]
-            amounts = {each: [row.get(each, 0.0) for row in history] for each in positions}
-            looked.append({
-                each: max(found) if rule.heads == "max" else sum(found)
-                for each, found in amounts.items()
-            })  # fmt: skip
+            looked.append({p: max(row.get(p, 0.0) for row in history) for p in positions})
         return looked
-
-    def _agreement(self, layer: int, context: list[int], entered: int, scores: dict[int, float],
-                   rule: Rule) -> int | None:  # fmt: skip
-        """The layer from which on the top share is mostly that of the layer before."""
-        if layer == 0:
-            self.tops, self.found = [], None
-        if self.found is None:
-            ranked = sorted(context, key=lambda position: (-scores[position], position))
-            self.tops.append(set(ranked[: max(1, int(rule.propagate_ratio * entered))]))
-            shared = [len(a & b) / len(a) for a, b in pairwise(self.tops)]
-            span = max(1, round(self.depth / 8))
-            if len(shared) >= span and sum(shared[-span:]) / span >= rule.stable:
-                self.found = layer
-        return self.found
 
     def _stays(self, positions: list[int], rule: Rule) -> set[int]:
         """Sinks and the newest tokens."""
-        return {p for p in positions if p < rule.sinks or p >= self.seen - rule.window}
+        return {p for p in positions if p < rule.sinks or p >= self.seen - rule.recent}
 
-    def _share_after(self, layer: int, start: int, rule: Rule) -> float:
-        """Share of the prompt that goes deeper than a layer from the start on."""
-        done = (layer - start + 1) / (self.depth - 1 - start)
-        left = {"step": 0.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
-        end = rule.propagate_ratio
-        if not rule.is_given:  # whole layers and then `end` of each: the mean has to hold keep
-            keep = 0.45 if self.keep is None else self.keep
-            end = max(end, (keep * self.depth - (start + 1)) / (self.depth - 1 - start))
-        return end + (1 - end) * left[rule.curve]
-
-    def _pyramid_budget(self, layer: int, rule: Rule) -> int:
-        keep = 0.45 if self.keep is None else self.keep
-        text = max(self.text, rule.min_context)
-        keep = min(1.0, max(keep, rule.min_context / text))
-        caps = [1.0] * self.depth
+    def _start(self, rule: Rule) -> int:
+        """The last layer that has, with all deeper ones, more than a tenth of all need."""
         if rule.start_layer is not None:
-            least = min(1.0, max(rule.min_context, rule.floor) / text)
-            for deeper in range(rule.start_layer + 1, self.depth):
-                share = self._share_after(deeper - 1, rule.start_layer, rule)
-                caps[deeper] = max(least, share)
-        if rule.schedule is None:
-            shares = self._level_out(keep, caps, [
-                WEIGHTS[rule.budgets](each, self.depth) for each in range(self.depth)
-            ])  # fmt: skip
-        else:
-            shares = cheapest(keep, tuple(caps), rule.schedule.shares, rule.schedule.loss)
-        return max(rule.floor, round(shares[layer] * text))
+            return rule.start_layer
+        sums = [sum(row) for row in rule.profile.share]
+        return max(i for i in range(self.depth) if sum(sums[i:]) > 0.1 * sum(sums))
 
-    def _level_out(self, keep: float, caps: list[float], weights: list[float]) -> list[float]:
-        """Shares in proportion to weights, ``keep`` in the mean; what a full layer cannot hold
-        goes to the others."""
-        full: set[int] = set()
-        while True:
-            rest = [each for each in range(self.depth) if each not in full]
-            left = keep * self.depth - sum(caps[each] for each in full)
-            level = left / sum(weights[each] for each in rest) if rest else 0.0
-            over = {each for each in rest if weights[each] * level > caps[each]}
-            if not over:
-                return [caps[i] if i in full else weights[i] * level for i in range(self.depth)]
-            full |= over
+    def _need_budgets(self, text: float, rule: Rule) -> dict[tuple[int, int], int | None]:
+        """What every (layer, head) may hold of a text: None is everything, for ever.
 
+        As the level rises, heads leave the floor and reach their caps one after another; between
+        two such levels the sum is a straight line.
+        """
+        text, keep = max(text, rule.min_context), 0.5 if self.keep is None else self.keep
+        share = {(i, h): n for i, row in enumerate(rule.profile.share) for h, n in enumerate(row)}
+        if keep == 1:
+            return dict.fromkeys(share)
+        need = {place: n**rule.sharpness for place, n in share.items()}
+        floor, caps = max(rule.least, rule.safeguard * keep * text), dict.fromkeys(share, text)
+        if rule.propagate_ratio is not None:
+            most = max(rule.least, rule.sinks + rule.window + 1, int(rule.propagate_ratio * text))
+            caps.update({place: most for place in share if place[0] > self._start(rule)})
 
-@cache
-def cheapest(keep: float, caps: tuple[float, ...], shares: tuple[float, ...],
-             loss: tuple[tuple[float, ...], ...]) -> list[float]:  # fmt: skip
-    """Thousandths handed out one by one to the layer whose (convex) loss falls most."""
-    held = [min(round(1000 * shares[0]), round(1000 * cap)) for cap in caps]
+        def at(level: float) -> dict[tuple[int, int], float]:
+            return {each: min(caps[each], max(floor, level * need[each])) for each in share}
 
-    def gain(layer: int) -> float:
-        if held[layer] >= round(1000 * caps[layer]):
-            return -1.0
-        at = max(i for i, share in enumerate(shares) if round(1000 * share) <= held[layer])
-        return (loss[layer][at] - loss[layer][at + 1]) / (shares[at + 1] - shares[at])
-
-    for _ in range(round(1000 * keep * len(caps)) - sum(held)):
-        best = max(range(len(caps)), key=gain)
-        held[best] += gain(best) >= 0
-    return [share / 1000 for share in held]
+        wanted = keep * text * len(share)
+        turns = [
+            bound / need[each] for each in share for bound in (floor, caps[each]) if need[each]
+        ]
+        low = max([0.0, *(turn for turn in turns if sum(at(turn).values()) <= wanted)])
+        high = min((turn for turn in turns if turn > low), default=low)
+        below, above = sum(at(low).values()), sum(at(high).values())
+        level = low
+        if above > below and wanted > below:
+            level += (high - low) * (wanted - below) / (above - below)
+        whole = {each: int(n + 1e-6) for each, n in at(level).items()}  # not 31.999999
+        return {each: None if n >= text else n for each, n in whole.items()}
 
 
 class Rule(NamedTuple):
-    """Pyramid's options with the defaults that a schedule may stand in for filled in."""
+    """Pyramid's options."""
 
-    start_layer: int | None = None
-    propagate_ratio: float = 0.2
-    budgets: str = "level"
-    curve: str = "step"
-    stable: float = 0.5
-    window: int = 16
-    kernel: int = 7
-    heads: str = "max"
+    profile: Any
     sinks: int = 4
-    min_context: int = 64
+    recent: int = 32
+    min_context: int = 1024
     stride: int = 16
-    schedule: Any = None
-    is_given: bool = False  # the propagated share was asked for, not a default
-
-    @classmethod
-    def of(cls, schedule: Any = None, **options: Any) -> Rule:
-        if schedule is not None:
-            known = {
-                "start_layer": schedule.start_layer, "propagate_ratio": schedule.propagate,
-                "kernel": schedule.kernel, "heads": schedule.heads,
-            }  # fmt: skip
-            options = {"is_given": "propagate_ratio" in options, **known, **options}
-        return cls(**{"is_given": "propagate_ratio" in options, **options}, schedule=schedule)
+    safeguard: float = 0.2
+    sharpness: float = 2.0
+    start_layer: int | None = None
+    propagate_ratio: float | None = None
+    window: int = 16
+    kernel: int = 31
 
     @property
-    def floor(self) -> int:
-        return self.sinks + self.window + 1
+    def least(self) -> int:
+        return self.sinks + self.recent + 1

@@ -86,8 +86,13 @@ class Pyramid(ByHead):
 
     @property
     def window_size(self) -> int:
-        """The fewest entries a head is held to, and the fewest tokens that go deeper."""
+        """The fewest entries a head is held to."""
         return self.sinks + self.recent + 1
+
+    @property
+    def least_going(self) -> int:
+        """The fewest tokens that go deeper: the queries that score are the same in every layer."""
+        return self.sinks + max(self.recent, self.window) + 1
 
     def deal(self, text_len: int, layers: Layers) -> Limits:
         heads, keep = self.heads, self.keep
@@ -107,14 +112,14 @@ class Pyramid(ByHead):
             }
 
         low, high, wanted = 0.0, 1.0, keep * text_len * len(places)
-        most = sum(min(caps[layer], text_len) for layer, _ in places)
-        while sum(dealt(high).values()) < min(wanted, 0.999 * most) and high < 1e12:
+        while sum(dealt(high).values()) < wanted and high < 1e12:
             high *= 2
         for _ in range(60):
             middle = (low + high) / 2
             low, high = (low, middle) if sum(dealt(middle).values()) > wanted else (middle, high)
         for (layer, head), size in dealt(low).items():
-            limits[layer][head] = ALL if size >= text_len else int(size)
+            entries = int(size + 1e-6)  # sums of floats may fall short of a whole number
+            limits[layer][head] = ALL if entries >= text_len else entries
         return tuple(map(tuple, limits))
 
     @property
@@ -143,14 +148,14 @@ class Pyramid(ByHead):
             ratio = self._calibrated.propagate_ratio
         if ratio is None or layer <= self.begin(layers):
             return text_len
-        return max(self.window_size, int(ratio * text_len))
+        return max(self.least_going, int(ratio * text_len))
 
     def going(self, layer: int, text_len: int, layers: Layers) -> int:
         if layer < self.begin(layers):
             return text_len
         size = max(text_len, self.min_context)
         held = max(max(row) for row in self.limits(text_len, layers)[layer + 1 :])
-        return min(text_len, max(self.window_size, min(held, self._cap(layer + 1, size, layers))))
+        return min(text_len, max(self.least_going, min(held, self._cap(layer + 1, size, layers))))
 
     @property
     def rule(self) -> str:
@@ -166,7 +171,7 @@ class Pyramid(ByHead):
         return limit
 
     def least(self, limit: int) -> int:
-        return limit + 1 - min(self.stride, max(1, limit // 16))
+        return limit + 1 - min(self.stride, max(1, limit // 4))
 
     # --- what was looked at -------------------------------------------------------------------
 
@@ -189,7 +194,8 @@ class Pyramid(ByHead):
         view = seen.view
         count = self.going(view.layer, view.prompt_len, view.layers)
         scores = self._pooled(seen.scores.amax(0, keepdim=True), seen)
-        return Keep(best_entries(scores, count, self.forced(seen))), state
+        forced = self.forced(seen) | (seen.positions >= view.seen_len - self.window)
+        return Keep(best_entries(scores, count, forced)), state
 
     def retain(self, seen: Observation, state: State) -> tuple[Keep, State]:
         assert seen.scores is not None
@@ -203,7 +209,7 @@ class Pyramid(ByHead):
         return Best(self.counts(view), self.kernel, "max", self.sinks, self.recent)
 
     def ring(self, prompt_len: int, max_new: int) -> int:
-        return 0 if self.keep == 1 else self.window
+        return self.window
 
     def _pooled(self, scores: Tensor, seen: Observation) -> Tensor:
         return pool_neighbours(scores, seen.positions, self.kernel, "max")
