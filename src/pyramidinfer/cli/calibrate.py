@@ -33,14 +33,8 @@ def run_calibrate(task: Task, output: Path | None, as_json: bool) -> None:
             "profile": made.as_dict(),
         }))  # fmt: skip
         return
-    going = (
-        f"{found.propagate_ratio:.0%} of the text"
-        if found.propagate_ratio < 1
-        else "what the fullest deeper head keeps"
-    )
     Console(highlight=False, soft_wrap=True).print(
-        f"after layer {found.start_layer} of {made.layers}, {going} goes deeper: "
-        f"{found.computed:.0%} of layer-tokens, {found.score:.0%} of the right answers that all "
-        f"tokens give at keep={found.keep:g} ({seconds / 60:.1f} minutes)"
+        f"{found.going}: {found.computed:.0%} of layer-tokens, {found.score:.0%} of the right "
+        f"answers that all tokens give at keep={found.keep:g} ({seconds / 60:.1f} minutes)"
     )
     print(path)

@@ -64,7 +64,7 @@ def run_inspect(model: str | None, chosen: Policy, prompt_len: int, max_tokens: 
             "full_bytes": pool.pages_for(full) * adapter.kv_heads * per_page[layer],
         })  # fmt: skip
     if as_json:
-        head = {"model": model or shipped_model(), "policy": repr(chosen)}
+        head = {"model": model or shipped_model(), "policy": repr(chosen), "rule": chosen.rule}
         print(json.dumps({**head, "prompt_len": prompt_len, "max_tokens": max_tokens,
                           "layers": rows, "ring_and_state_bytes": beside,
                           "admission_bytes": cost.bytes}))  # fmt: skip
@@ -94,6 +94,8 @@ def _print(rows: list[dict[str, Any]], policy: Policy, prompt_len: int, max_toke
         for each in fields(policy) if getattr(policy, each.name) != each.default
     )  # fmt: skip
     console.print(f"{policy.name}({set_here}): {prompt_len} prompt + {max_tokens} generated tokens")
+    if policy.rule:
+        print(policy.rule)
     table = Table()
     for name in ("layer", "computed", "", "kept at most", "bytes", "of full"):
         table.add_column(name, justify="left" if not name else "right", no_wrap=True)

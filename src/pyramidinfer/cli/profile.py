@@ -87,11 +87,12 @@ def profile(
         f"measured on {made.text} ({how}); two texts agree on the heads' order by "
         f"{made.agreement:.2f} (Spearman)"
     )
-    if made.calibrated is not None:
+    if made.calibrated is None:
         console.print(
-            f"calibrated: after layer {made.calibrated.start_layer} "
-            f"{made.calibrated.propagate_ratio:.0%} of the text goes deeper at most"
+            "not calibrated: pyramidinfer calibrate finds how early tokens may be dropped"
         )
+    else:
+        console.print(f"calibrated: {made.calibrated.going}")
     for each in filter(None, (path, picture)):
         print(each)
 

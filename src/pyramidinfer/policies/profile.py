@@ -10,7 +10,7 @@ import math
 import os
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +85,16 @@ class Calibrated:
     context: int
     questions: int
     passages: int
+
+    @property
+    def going(self) -> str:
+        """What goes deeper, in words."""
+        share = (
+            f"at most {self.propagate_ratio:.0%} of the text"
+            if self.propagate_ratio < 1
+            else "as much as the fullest deeper head holds"
+        )
+        return f"after layer {self.start_layer} {share} goes deeper"
 
 
 @dataclass(frozen=True, repr=False)
@@ -248,8 +258,8 @@ def _calibrated(found: Any) -> Calibrated | None:
     if found is None:
         return None
     if not isinstance(found, dict):
-        raise ValueError(f"calibrated={found!r:.60} is none")
-    return Calibrated(**found)  # a name that is missing or not known is a TypeError
+        raise ValueError(f"calibrated={found!r:.60} must be null or what calibrate writes")
+    return Calibrated(**{each.name: found[each.name] for each in fields(Calibrated)})
 
 
 def _row(value: Any, name: str) -> tuple[Any, ...]:
@@ -298,7 +308,10 @@ def _wrong_start(found: Calibrated, profile: Profile) -> str | None:
     for name in ("propagate_ratio", "keep", "computed"):
         if not (is_number(value := getattr(found, name)) and 0 < value <= 1):
             return f"calibrated: {name}={value!r:.60} must be above 0 and at most 1"
-    for name in ("score", "kl", "context", "questions", "passages"):
+    for name in ("context", "questions", "passages"):
+        if type(value := getattr(found, name)) is not int or value < 1:
+            return f"calibrated: {name}={value!r:.60} must be a whole number of at least 1"
+    for name in ("score", "kl"):
         if not (is_number(value := getattr(found, name)) and 0 <= value < math.inf):
             return f"calibrated: {name}={value!r:.60} must be a number of at least 0"
     return None

@@ -18,7 +18,7 @@ heads' scores.  Pooled window scores are SnapKV's (2404.14469), unequal heads ar
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from torch import Tensor
@@ -162,10 +162,9 @@ class Pyramid(ByHead):
         found = self._calibrated
         if found is None:
             return super().rule
-        return (
-            f"{super().rule}; calibrated: after layer {found.start_layer} "
-            f"{found.propagate_ratio:.0%} of the text goes deeper at most"
-        )
+        if self.propagate_ratio is not None:
+            found = replace(found, propagate_ratio=self.propagate_ratio)
+        return f"{super().rule}; calibrated: {found.going}"
 
     def most(self, limit: int) -> int:
         return limit
