@@ -74,9 +74,9 @@ CASES: list[tuple[str, float | None, tuple[int, ...], dict[str, Any]]] = [
     ("pyramid", 0.3, (), {**SHORT, "profile": LATE, "kernel": 31}),
     ("pyramid", 0.6, SPANS, {**SHORT, "profile": LATE, "stride": 1}),
     ("pyramid", 0.5, (), {**SHORT, "profile": LATE, "start_layer": 1}),
-    ("pyramid", 0.2, (), {**SHORT, "window": 1, "recent": 9, "sinks": 1}),
+    ("pyramid", 0.35, (), {**SHORT, "window": 1, "recent": 9, "sinks": 1}),
     ("pyramid", 0.3, (), {**SHORT, "min_context": 100}),
-    ("pyramid", 0.1, (), {**SHORT, "min_context": 90, "start_layer": 2, "propagate_ratio": 0.3}),
+    ("pyramid", 0.25, (), {**SHORT, "min_context": 90, "start_layer": 2, "propagate_ratio": 0.3}),
     ("pyramid", 0.5, SPANS, {**SHORT, "start_layer": 1, "propagate_ratio": 0.1, "window": 20}),
 ]  # fmt: skip
 

@@ -173,12 +173,19 @@ class Subject:
         model = self.load() if alone else self.shared
         return Engine(model, policy, config, None, self.setting.backend, own=alone)
 
+    @cached_property
+    def _policies(self) -> dict[str, Policy]:
+        """Those bound so far: a head profile is measured once."""
+        return {}
+
     def _bound(self, spec: str) -> Policy:
-        chosen = self.setting.policy(spec)
-        if not chosen.wants_profile:
-            return chosen
-        least = Pool.least_bytes(self.adapter.group_specs(), EngineConfig().page_size)
-        return Engine(self.shared, chosen, EngineConfig(kv_memory=least)).policy
+        if spec not in self._policies:
+            chosen = self.setting.policy(spec)
+            if chosen.wants_profile:
+                least = Pool.least_bytes(self.adapter.group_specs(), EngineConfig().page_size)
+                chosen = Engine(self.shared, chosen, EngineConfig(kv_memory=least)).policy
+            self._policies[spec] = chosen
+        return self._policies[spec]
 
     def needed_bytes(self, spec: str, count: int, prompt_len: int, output_len: int) -> int:
         """``kv_memory`` in which ``count`` requests run at once."""
