@@ -201,7 +201,7 @@ class _Runs:
         self.texts = [each.context for each in passages], [each.continuation for each in passages]
         self.full = self._scored(Full())
 
-    def measure(self, policy: Pyramid, advance: Callable[[float], None]) -> Measured:
+    def measure(self, policy: Pyramid, advance: Callable[[int], None]) -> Measured:
         inside, computed = self._inside(policy)
         advance(1)
         later = self._later(policy)
