@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,7 +26,7 @@ from pyramidinfer.lab.numbers import render
 from pyramidinfer.lab.numbers_studies import load_results
 from pyramidinfer.lab.samples import Subject
 from pyramidinfer.models.loading import shipped_model
-from pyramidinfer.policies import POLICIES, Policy, Schedule, make_policy
+from pyramidinfer.policies import POLICIES, Policy, make_policy
 from tests.policies import judge, test_judges, test_matrix, test_options, test_pyramidinfer
 from tests.tiny import lengths_of, of_layers, random_prompt, tiny_model
 
@@ -56,7 +57,7 @@ def commands(text: str = README) -> list[str]:
 SMALL = {
     "demo": ["--documents", "2", "--length", "300"],
     "generate": ["--max-tokens", "3"],
-    "calibrate": ["--context", "100", "--samples", "2"],
+    "calibrate": ["--quick", "--output", "mine.json"],
     "study quality": ["--contexts", "100", "--samples", "1"],
     "study icr": ["--context", "100", "--samples", "2", "--layers", "4", "--shares", ".5"],
     "study rac": ["--context", "100", "--samples", "2"],
@@ -68,10 +69,8 @@ def run_command(line: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     """A command as it stands, with the shipped model, in a folder that holds what it reads."""
     (folder / "prompt.txt").write_text("The old baker walked to the market .")
     (folder / "text.txt").write_text("The storm touched the bridge . " * 50)
-    loss = ((1.0, 0.0),) * 12
-    Schedule(4, 0.2, (0.1, 1.0), loss, "max", 7, 0.5, 0.0).save(folder / "schedule.json", {})
-    for name, few in (("SHARES", (0.25,)), ("KERNELS", (7,)), ("PROPAGATED", (0.2,))):
-        monkeypatch.setattr(calibrate, name, few)
+    few = partial(replace, context=200, samples=1, passages=1)
+    monkeypatch.setattr(calibrate.Task, "quick", lambda self: few(self))
     build = Subject.llm  # a pool of 512 MiB takes longer to make than such a study to run
     monkeypatch.setattr(
         Subject, "llm", lambda self, policy: build(replace(self, kv_memory="16MiB"), policy)
@@ -235,12 +234,10 @@ def test_results_say_where_they_come_from() -> None:
 
 
 def is_result(found: dict[str, Any]) -> bool:
-    """A result, a study or a schedule that says where it comes from."""
+    """A result or a study that says where it comes from."""
     origin = {"commit", "machine"}
     if "rows" in found:
         return {*origin, "study", "configuration"} <= found["meta"].keys()
-    if "schedule" in found:
-        return {*origin, "task", "tried"} <= found["about"].keys()
     return {*origin, "configuration", "result"} <= found.keys()
 
 

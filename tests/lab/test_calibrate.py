@@ -1,365 +1,409 @@
-"""Calibration: what is measured, the plan that is solved for, and the file that is written."""
+"""Calibration: what is asked, the start that is found, and the profile that is written."""
 
 from __future__ import annotations
 
 import json
-import random
 import sys
-from itertools import accumulate
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import pytest
 
 from pyramidinfer import LLM
 from pyramidinfer.cli.app import main
+from pyramidinfer.engine import passages, profiling
+from pyramidinfer.engine.profiling import find_profile
 from pyramidinfer.lab import calibrate as lab
-from pyramidinfer.lab.calibrate import Calibration, OneLayer, Tables, calibrate, predicted, solve
-from pyramidinfer.lab.samples import Subject
+from pyramidinfer.lab.calibrate import FACTS, Measured, Task, calibrate, make_samples, plans
+from pyramidinfer.lab.samples import Corpus, Subject
 from pyramidinfer.models.loading import shipped_model
-from pyramidinfer.policies import Full, Policy, Pyramid, Schedule
-from tests.tiny import lengths_of, of_layers, random_prompt, tiny_model
+from pyramidinfer.policies import Full, Pyramid
+from pyramidinfer.policies.profile import Profile
+from pyramidinfer.types import Layers
+from tests.lab import english_model
+from tests.lab.test_samples import CORPORA, OTHER, SHIPPED, other_tokenizer
 
-SHARES, PROPAGATED, KERNELS = (0.3, 0.6), (0.35,), (7,)
-TASK = Calibration(Subject(kv_memory="32MiB"), context=200, samples=2, continuation=11, seed=5)
-DEPTH = 4  # of synthetic tables
-
-
-def use_small_grid(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(lab, "SHARES", SHARES)
-    patch.setattr(lab, "PROPAGATED", PROPAGATED)
-    patch.setattr(lab, "KERNELS", KERNELS)
+DEPTH, OWN = 12, 10  # the shipped model's layers, and its profile's own start
+TASK = Task(Subject(kv_memory="32MiB"), context=200, samples=2, passages=1)
 
 
-def measured_apart(task: Calibration, policy: Policy, part: int) -> float:
-    """Divergence from the full cache, in plain numpy."""
-    passages = task.subject.corpus().passages(2 * task.seed + part, task.samples, task.context, 64)
-    found = []
-    for passage in passages:
-        one, other = (
-            task.subject.llm(each).score([passage.context], [passage.continuation], logits=True)[0]
-            for each in (Full(), policy)
-        )
-        assert one.logits is not None and other.logits is not None
-        p, q = (np.exp(each.logits.double().numpy()) for each in (one, other))
-        p, q = p / p.sum(1, keepdims=True), q / q.sum(1, keepdims=True)
-        found.append((p * np.log(p / q)).sum(1).mean())
-    return float(np.mean(found))
-
-
-# --- the shipped model ------------------------------------------------------------------------
-
-
-class Calibrated(NamedTuple):
-    """What a run wrote and returned, and the policy that it measured last."""
-
-    out: Path
-    schedule: Schedule
-    policy: Pyramid
+def holds(ids: list[int], part: list[int]) -> bool:
+    return any(ids[at : at + len(part)] == part for at in range(len(ids) - len(part) + 1))
 
 
 @pytest.fixture(scope="module")
-def calibrated(tmp_path_factory: pytest.TempPathFactory) -> Calibrated:
-    """A calibration that is as small as can be."""
-    out = tmp_path_factory.mktemp("calibrate") / "deep" / "plan.json"
-    verified: list[Any] = []
-    measure = lab._divergence
-
-    def spy(task: Calibration, policy: Policy, part: int) -> float:
-        if part == 1:
-            verified.append(policy)
-        return measure(task, policy, part)
-
-    with pytest.MonkeyPatch.context() as patch:
-        use_small_grid(patch)
-        patch.setattr(lab, "_divergence", spy)
-        return Calibrated(out, calibrate(TASK, out), verified[-1])
+def llm() -> LLM:
+    return TASK.subject.llm(Full())
 
 
-def test_the_schedule_is_written_and_says_where_it_comes_from(calibrated: Calibrated) -> None:
-    out, schedule, _ = calibrated
-    assert Schedule.load(out) == schedule
-    assert schedule.layers == 12
-    assert schedule.shares == (*SHARES, 1.0)
-    assert all(row[-1] == 0 for row in schedule.loss)
-    assert 0 < schedule.keep <= 1
-    about = json.loads(out.read_text())["about"]
-    assert about["commit"] and about["machine"]["torch"]
-    assert about["task"]["context"] == 200 and about["task"]["subject"]["model"] == "shipped"
-    assert [path.name for path in out.parent.iterdir()] == ["plan.json"], "parts are gone"
+@pytest.fixture(scope="module")
+def profile(llm: LLM) -> Profile:
+    found = find_profile(llm)
+    assert found is not None
+    layers = Layers((True,) * DEPTH, llm.engine.adapter.kv_heads)
+    assert Pyramid(profile=replace(found, calibrated=None)).begin(layers) == OWN
+    return found
 
 
-def test_the_scores_that_lose_least_are_taken(calibrated: Calibrated) -> None:
-    out, schedule, _ = calibrated
-    rows = json.loads(out.read_text())["about"]["scores"]
-    assert [(row["heads"], row["kernel"]) for row in rows] == [("max", 7), ("mean", 7)]
-    best = min(rows, key=lambda row: row["kl"])
-    assert (schedule.heads, schedule.kernel) == (best["heads"], best["kernel"])
+# --- what is asked --------------------------------------------------------------------------------
 
 
-def test_the_target_is_met_on_passages_of_their_own(calibrated: Calibrated) -> None:
-    out, schedule, policy = calibrated
-    tried = json.loads(out.read_text())["about"]["tried"]
-    assert tried[-1]["kl"] == schedule.kl <= TASK.target_kl
-    assert tried[-1]["keep"] == schedule.keep
-    assert isinstance(policy.schedule, Schedule) and policy.keep == schedule.keep
-    assert policy.schedule.budgets(policy.keep) == schedule.budgets(schedule.keep)
-    again = measured_apart(TASK, policy, 1)
-    assert schedule.kl == pytest.approx(again, rel=1e-3, abs=1e-7)
+def templated() -> Corpus:
+    tokenizer = other_tokenizer()
+    tokenizer.chat_template = english_model.TEMPLATE
+    return Corpus(tokenizer, None)
 
 
-def test_a_layers_loss_is_what_measuring_it_gives(calibrated: Calibrated) -> None:
-    """The layer that matters most, held alone to the smallest share."""
-    schedule = calibrated.schedule
-    layer = max(range(12), key=lambda each: schedule.loss[each][0])
-    policy = OneLayer(keep=SHARES[0], layer=layer, schedule=None, min_context=1,
-                      heads=schedule.heads, kernel=schedule.kernel)  # fmt: skip
-    expected = measured_apart(TASK, policy, 0)
-    assert schedule.loss[layer][0] == pytest.approx(expected, rel=1e-3)
-    assert schedule.loss[layer][0] > 10 * sorted(row[0] for row in schedule.loss)[6]
+@pytest.mark.parametrize("name", [*CORPORA, "template"])
+def test_the_text_ends_where_its_questions_begin(name: str) -> None:
+    """So that nothing of a question is seen when the text is compressed."""
+    corpus = templated() if name == "template" else CORPORA[name]
+    found = make_samples(corpus, replace(TASK, samples=3))
+    assert len(found) == 3 and len({tuple(each.context) for each in found}) == 3
+    for each in found:
+        wholes = [len(each.context) + len(question.rest) for question in each.questions]
+        assert len(wholes) == FACTS and max(wholes) <= TASK.context <= max(wholes) + 2
+        for question in each.questions:
+            assert not holds(each.context, question.rest[:6])
 
 
-def test_pyramid_runs_by_it(calibrated: Calibrated) -> None:
-    out, schedule, _ = calibrated
-    policy = Pyramid(schedule=str(out), keep=0.5, min_context=1)
-    trace = LLM(shipped_model(), policy=policy, kv_memory="16MiB").trace(random_prompt(1, 400))
-    kept = lengths_of(trace.prefill_positions)
-    assert kept == [max(policy.floor(), round(s * 400)) for s in schedule.budgets(0.5)]
-    start = schedule.start_layer
-    assert trace.computed_by_layer[: start + 1] == [400] * (start + 1)
-    going = max(policy.floor(), int(schedule.propagate * 400))
-    assert trace.computed_by_layer[start + 1 :] == [going] * (11 - start)
+def test_facts_of_five_kinds_are_told_and_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    invented: list[Any] = []
+    invent = lab.invent
+    monkeypatch.setattr(lab, "invent", lambda *a: invented.append(invent(*a)) or invented[-1])
+    (sample,) = make_samples(templated(), replace(TASK, samples=1))
+    (facts,) = invented
+    assert len({fact.kind for fact in facts}) == FACTS
+    chat = templated().chat
+    for fact, question in zip(facts, sample.questions, strict=True):
+        assert holds(sample.context, chat.encode(fact.statement))
+        assert holds(question.rest, chat.encode(fact.question))
+        assert question.rest[-2:] == chat.encode(fact.opening)[-2:], "the answer's first words"
+        assert question.is_right(f"{fact.value}.") and not question.is_right("no idea")
 
 
-def test_one_layer_is_held_and_all_else_is_whole() -> None:
-    for layer in (0, 2):
-        policy = OneLayer(keep=0.3, layer=layer, schedule=None, min_context=1, window=8)
-        llm = LLM(tiny_model("llama"), policy=policy, kv_memory="4MiB", poison=True)
-        trace = llm.trace(random_prompt(1, 100), max_tokens=20)
-        held = [30 if each == layer else 100 for each in range(4)]
-        assert lengths_of(trace.prefill_positions) == held
-        assert of_layers(trace.kept_len_by_step[-1]) == [each + 20 for each in held]
-        assert trace.computed_by_layer == [100] * 4
+def test_generated_documents_answer_word_for_word() -> None:
+    (sample,) = make_samples(SHIPPED, replace(TASK, samples=1))
+    said = SHIPPED.tokenizer.decode(sample.context)
+    for question in sample.questions:
+        answer = question.is_right.args[0]  # type: ignore[attr-defined]
+        assert answer in said and question.is_right(answer) and not question.is_right("")
+        assert SHIPPED.tokenizer.convert_ids_to_tokens(question.rest)[-2:] == [
+            "<end>", "<assistant>",
+        ]  # fmt: skip
 
 
-# --- solving ----------------------------------------------------------------------------------
+@pytest.mark.parametrize("corpus", [SHIPPED, OTHER])
+def test_samples_are_none_of_a_studys(corpus: Corpus) -> None:
+    mine = make_samples(corpus, TASK)
+    assert [each.context for each in mine] == [each.context for each in make_samples(corpus, TASK)]
+    others = make_samples(corpus, replace(TASK, seed=1))
+    assert not {tuple(each.context) for each in mine} & {tuple(each.context) for each in others}
+    for needle in corpus.needles(TASK.seed, 10, TASK.context):
+        assert all(needle.prompt[20:60] != each.context[20:60] for each in mine)
 
 
-def random_tables(seed: int) -> Tables:
-    """Falling losses, and a start that costs less the later it is."""
-    rng = random.Random(seed)
+def test_quick_is_a_third() -> None:
+    task = Task(Subject())
 
-    def falling(count: int, scale: float) -> list[float]:
-        return sorted((scale * rng.random() ** 3 for _ in range(count)), reverse=True)
+    def tokens(each: Task) -> int:
+        return (2 * each.samples + each.passages) * each.context
 
-    retain = tuple((*falling(len(lab.SHARES), 0.1), 0.0) for _ in range(DEPTH))
-    go = [falling(len(lab.PROPAGATED), 0.1 / (start + 1)) for start in range(DEPTH - 1)]
-    return Tables(retain, tuple(map(tuple, go)), "max", 7)
-
-
-def losses_of(found: Tables, start: int, share: float, budgets: tuple[float, ...]) -> float:
-    """What each layer's budget costs, added up; nothing where it holds all that reaches it."""
-    total = 0.0
-    for layer, budget in enumerate(budgets):
-        if layer > start and budget >= share - 1e-9:
-            continue
-        curve = list(accumulate(found.retain[layer], min))
-        total += float(np.interp(budget, (*lab.SHARES, 1.0), curve))
-    return total
+    assert 0.25 < tokens(task.quick()) / tokens(task) < 0.4
+    assert task.questions == task.samples * 6 and task.quick().keep == task.keep
+    for keep in (0.0, 1.0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match=f"--keep {keep} must lie between 0 and 1"):
+            Task(Subject(), keep)
 
 
-@pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize("allowed", [0.003, 0.03, 0.3])
-def test_no_plan_within_the_target_is_cheaper(seed: int, allowed: float) -> None:
-    """Every start, every propagated share and every budget in steps of 1/200."""
-    found = random_tables(seed)
-    plans = [(DEPTH - 1, 1.0, 0.0)] + [
-        (start, share, loss)
-        for start, row in enumerate(found.go)
-        for share, loss in zip(lab.PROPAGATED, row, strict=True)
-    ]
-    costs = {}
-    for start, share, loss in plans:
-        plan = Schedule(start, share, (*lab.SHARES, 1.0), found.retain, "max", 7, 1.0, 0.0)
-        computed = (start + 1 + share * (DEPTH - 1 - start)) / DEPTH
-        for keep in range(1, 201):
-            budgets = plan.budgets(keep / 200)
-            lost = losses_of(found, start, share, budgets)
-            assert predicted(plan, keep / 200) == pytest.approx(lost)
-            if loss <= allowed / 2 and loss + lost <= allowed:
-                costs[start, share, keep / 200] = computed + sum(budgets) / DEPTH
-    chosen = solve(found, allowed, None)
-    assert costs[chosen.start_layer, chosen.propagate, chosen.keep] == pytest.approx(
-        min(costs.values())
-    )
-    assert (chosen.heads, chosen.kernel, chosen.loss) == ("max", 7, found.retain)
+# --- the start that is found ----------------------------------------------------------------------
 
 
-def test_a_smaller_target_costs_more() -> None:
-    for seed in range(6):
-        found = random_tables(seed)
-        costs = []
-        for allowed in (0.3, 0.1, 0.03, 0.01, 0.003):
-            plan = solve(found, allowed, None)
-            deep = DEPTH - 1 - plan.start_layer
-            computed = plan.start_layer + 1 + plan.propagate * deep
-            costs.append(computed + sum(plan.budgets(plan.keep)))
-        assert costs == sorted(costs)
-        assert costs[0] < costs[-1]
-
-
-def test_where_nothing_may_be_lost_nothing_is_dropped() -> None:
-    found = Tables(((1.0,) * len(lab.SHARES) + (0.0,),) * DEPTH,
-                   ((1.0,) * len(lab.PROPAGATED),) * (DEPTH - 1), "max", 7)  # fmt: skip
-    plan = solve(found, 1e-9, None)
-    assert (plan.start_layer, plan.propagate, plan.keep) == (DEPTH - 1, 1.0, 1.0)
-    free = Tables(((0.0,) * len(lab.SHARES) + (0.0,),) * DEPTH,
-                  ((0.0,) * len(lab.PROPAGATED),) * (DEPTH - 1), "max", 7)  # fmt: skip
-    plan = solve(free, 1e-9, None)
-    assert (plan.start_layer, plan.propagate, plan.keep) == (0, min(lab.PROPAGATED), 1 / 200)
-
-
-@pytest.mark.parametrize("keep", [0.2, 0.5])
-def test_a_byte_budget_is_kept_to(keep: float) -> None:
-    """The target then bounds what propagation may cost, and nothing else."""
-    for seed in range(6):
-        found = random_tables(seed)
-        plan = solve(found, 0.02, keep)
-        assert plan.keep == keep
-        if plan.start_layer < DEPTH - 1:
-            at = lab.PROPAGATED.index(plan.propagate)
-            assert found.go[plan.start_layer][at] <= 0.01
-        assert sum(plan.budgets(keep)) <= keep * DEPTH + 1e-9
-
-
-# --- the run ----------------------------------------------------------------------------------
+def test_what_is_free() -> None:
+    whole = Measured(0.8, 0.1, 1.0)
+    assert whole.is_free(whole)
+    assert Measured(0.97 * 0.8, 1.25 * 0.1 + 0.005, 0.5).is_free(whole)
+    assert not Measured(0.96 * 0.8, 0.1, 0.5).is_free(whole)
+    assert not Measured(0.9, 0.131, 0.5).is_free(whole)
+    assert Measured(0.8, 0.004, 0.5).is_free(Measured(0.8, 0.0, 1.0))
 
 
 class Synthetic:
-    """Stands in for the model: a loss for every cell, and divergences of whole schedules."""
+    """Stands in for the model: from which start on each share is free."""
 
-    def __init__(self, patch: pytest.MonkeyPatch, wholes: list[float]) -> None:
-        self.cells: list[dict[str, Any]] = []
-        self.policies: list[Policy] = []
-        self.wholes, self.stop_at = wholes, -1
-        use_small_grid(patch)
-        patch.setattr(lab, "measure", self.measure)
-        patch.setattr(lab, "_divergence", self.whole)
+    def __init__(self, patch: pytest.MonkeyPatch, free: dict[float, int], whole: float = 0.75):
+        self.free, self.whole = free, whole
+        self.plans: list[tuple[int | None, float | None]] = []
+        patch.setattr(lab, "_Runs", lambda llm, task: self)
 
-    def measure(self, task: Calibration, cell: dict[str, Any]) -> list[dict[str, Any]]:
-        if len(self.cells) == self.stop_at:
-            raise KeyboardInterrupt
-        self.cells.append(cell)
-        share = cell.get("keep", cell.get("propagate", 0.5))
-        return [{**cell, "kl": (1 - share) * 0.01 * random.Random(str(cell)).random()}]
-
-    def whole(self, task: Calibration, policy: Policy, part: int) -> float:
-        assert part == 1, "not the passages that were measured on"
-        self.policies.append(policy)
-        return self.wholes[min(len(self.policies), len(self.wholes)) - 1]
+    def measure(self, policy: Pyramid, advance: Callable[[float], None],
+                whole: Measured | None = None) -> Measured:  # fmt: skip
+        advance(lab.PARTS)
+        start, share = policy.start_layer, policy.propagate_ratio
+        self.plans.append((start, share))
+        assert getattr(policy.profile, "calibrated", None) is None
+        assert (policy.keep, policy.min_context) == (0.3, 1), "shares are of the text as it is"
+        if start is None or share is None:
+            return Measured(self.whole, 0.01, 0.9)
+        score = self.whole if start >= self.free.get(share, DEPTH) else 0.5 * self.whole
+        return Measured(score, 0.01, (start + share * (DEPTH - start)) / DEPTH)
 
 
-def test_every_layer_is_measured_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    run = Synthetic(monkeypatch, [0.0])
-    calibrate(TASK, tmp_path / "plan.json")
-    assert [cell for cell in run.cells if "level" in cell] == [
-        {"heads": heads, "kernel": 7, "level": 0.25} for heads in ("max", "mean")
-    ]
-    pairs = [(cell["layer"], cell["keep"]) for cell in run.cells if "layer" in cell]
-    assert pairs == [(layer, share) for layer in range(12) for share in SHARES]
-    pairs = [(cell["start"], cell["propagate"]) for cell in run.cells if "start" in cell]
-    assert pairs == [(start, share) for start in range(11) for share in PROPAGATED]
-
-
-def test_it_is_solved_for_less_until_the_target_is_met(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize("early", range(OWN + 1))
+def test_the_earliest_start_is_found(
+    early: int, llm: LLM, profile: Profile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = Synthetic(monkeypatch, [0.08, 0.011, 0.004])
-    schedule = calibrate(TASK, tmp_path / "plan.json")
-    tried = json.loads((tmp_path / "plan.json").read_text())["about"]["tried"]
-    assert [each["kl"] for each in tried] == [0.08, 0.011, 0.004]
-    allowed = [each["allowed"] for each in tried]
-    assert allowed == pytest.approx([0.01, 0.01 * 0.01 / 0.08, 0.01 * 0.01 / 0.08 / 2])
-    assert schedule.kl == 0.004
-    last = run.policies[-1]
-    assert isinstance(last, Pyramid) and isinstance(last.schedule, Schedule)
-    assert last.schedule.budgets(0.5) == schedule.budgets(0.5) and last.keep == schedule.keep
+    run = Synthetic(monkeypatch, {0.2: early})
+    found = calibrate(llm, profile, TASK, progress=False).calibrated
+    assert found is not None
+    wanted = (early, 0.2) if early < OWN else (OWN, 1.0)
+    assert (found.start_layer, found.propagate_ratio) == wanted
+    assert len(run.plans) == len(set(run.plans)) <= plans(OWN), "nothing is measured twice"
+    assert (found.keep, found.context, found.questions, found.passages) == (0.3, 200, 12, 1)
 
 
-def test_a_byte_budget_is_solved_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    run = Synthetic(monkeypatch, [0.5])
-    task = Calibration(TASK.subject, keep=0.4, context=200, samples=2)
-    schedule = calibrate(task, tmp_path / "plan.json")
-    assert schedule.keep == 0.4 and schedule.kl == 0.5
-    assert len(run.policies) == 1
-    assert {cell["level"] for cell in run.cells if "level" in cell} == {0.4}
-
-
-def test_an_interrupted_calibration_ends_alike(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_what_computes_least_wins(
+    llm: LLM, profile: Profile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = Synthetic(monkeypatch, [0.0])
-    whole = calibrate(TASK, tmp_path / "whole.json")
-    count = len(run.cells)
-    for done in (1, 2, 9):
-        out = tmp_path / f"{done}.json"
-        run.cells, run.stop_at = [], done
-        with pytest.raises(KeyboardInterrupt, match="the same command goes on from there"):
-            calibrate(TASK, out)
-        assert not out.exists()
-        run.stop_at = -1
-        assert calibrate(TASK, out) == whole
-        layers = [cell for cell in run.cells if "level" not in cell]
-        assert len(layers) == count - 2, "no layer is measured twice"
-    names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"whole.json", "1.json", "2.json", "9.json"}
+    for free, wanted in (({0.2: 5, 0.4: 4}, (5, 0.2)), ({0.2: 7, 0.4: 1}, (1, 0.4))):
+        Synthetic(monkeypatch, free)
+        found = calibrate(llm, profile, TASK, progress=False).calibrated
+        assert found is not None and (found.start_layer, found.propagate_ratio) == wanted
+        assert found.score == 1 and found.computed < 0.9
 
 
-def command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["pyramidinfer", "calibrate", *arguments])
-    with pytest.raises(SystemExit) as stopped:
-        main()
-    return int(stopped.value.code or 0)
-
-
-@pytest.mark.parametrize("kl", [0.005, 0.5])
-def test_the_command(
-    kl: float, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_where_nothing_is_free_the_profiles_own_start_stands(
+    llm: LLM, profile: Profile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    Synthetic(monkeypatch, [kl])
+    Synthetic(monkeypatch, {})
+    made = calibrate(llm, profile, TASK, progress=False)
+    assert made.calibrated is not None
+    assert (made.calibrated.start_layer, made.calibrated.propagate_ratio) == (OWN, 1.0)
+    assert (made.calibrated.score, made.calibrated.computed) == (1.0, 0.9)
+    layers = Layers((True,) * DEPTH, llm.engine.adapter.kv_heads)
+    with_it, without = (
+        Pyramid(keep=0.3, profile=each) for each in (made, replace(made, calibrated=None))
+    )
+    assert with_it.limits(2000, layers) == without.limits(2000, layers)
+    for layer in range(DEPTH - 1):
+        assert with_it.going(layer, 2000, layers) == without.going(layer, 2000, layers)
+
+
+class Bar:
+    """Stands in for the bar, and is told of each step."""
+
+    def __init__(self, title: str, work: int, wanted: bool | None) -> None:
+        self.work, self.done = work, 0.0
+
+    def __enter__(self) -> Callable[[float], None]:
+        return self.advance
+
+    def advance(self, steps: float) -> None:
+        self.done += steps
+
+    def __exit__(self, *how: Any) -> None:
+        assert self.done == self.work == lab.PARTS * plans(OWN)
+
+
+@pytest.mark.parametrize("free", [{}, {0.2: 0, 0.4: 0}, {0.2: 5, 0.4: 7}])
+def test_the_bar_reaches_its_end_and_the_time_is_told_first(
+    free: dict[float, int], llm: LLM, profile: Profile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, told = Synthetic(monkeypatch, free), []
+
+    def tell(text: str) -> None:
+        told.append((text, len(run.plans)))
+
+    monkeypatch.setattr(lab, "progress_bar", Bar)
+    calibrate(llm, profile, TASK, tell=tell)
+    assert told == [(f"{plans(OWN)} settings at most, about 0.0 minutes", 1)]
+
+
+def test_a_model_that_answers_nothing_is_refused(
+    llm: LLM, profile: Profile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Synthetic(monkeypatch, {}, whole=0.0)
+    with pytest.raises(ValueError, match="answers none of the questions.*higher --keep"):
+        calibrate(llm, profile, TASK, progress=False)
+
+
+# --- the shipped model ----------------------------------------------------------------------------
+
+
+class Made(NamedTuple):
+    """What a run returned, and the policy and figures of every plan (None: lost on the way)."""
+
+    profile: Profile
+    seen: list[tuple[Pyramid, Measured | None]]
+
+
+@pytest.fixture(scope="module")
+def made(llm: LLM, profile: Profile) -> Made:
+    """A calibration that is as small as can be."""
+    seen: list[tuple[Pyramid, Measured | None]] = []
+    measure = lab._Runs.measure
+
+    def spy(self: Any, policy: Pyramid, advance: Any, whole: Any = None) -> Measured | None:
+        seen.append((policy, measure(self, policy, advance, whole)))
+        return seen[-1][1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lab._Runs, "measure", spy)
+        patch.setattr(lab, "SHARES", (0.4,))
+        return Made(calibrate(llm, profile, TASK, progress=False), seen)
+
+
+def test_what_is_written_is_what_was_measured(made: Made, profile: Profile, tmp_path: Path) -> None:
+    found, (_, whole) = made.profile.calibrated, made.seen[0]
+    assert found is not None and replace(made.profile, calibrated=None) == replace(
+        profile, calibrated=None
+    )
+    assert Profile.load(made.profile.save(tmp_path / "mine.json")) == made.profile
+    wanted = (found.start_layer, found.propagate_ratio)
+    (plan,) = (
+        each for policy, each in made.seen
+        if (policy.start_layer, policy.propagate_ratio) == wanted
+    )  # fmt: skip
+    assert plan is not None and whole is not None and plan.is_free(whole)
+    assert found.kl == pytest.approx(plan.kl, abs=1e-5)
+    assert found.computed == pytest.approx(plan.computed, abs=1e-4)
+    assert found.score == pytest.approx(plan.score / whole.score, abs=1e-4)
+    assert whole.score > 0 and whole.kl >= 0
+
+
+def test_the_policy_runs_by_it(made: Made) -> None:
+    """With what was found as it would with the same in its options."""
+    found = made.profile.calibrated
+    assert found is not None and found.start_layer < OWN
+    bare = replace(made.profile, calibrated=None)
+    options = {"start_layer": found.start_layer, "propagate_ratio": found.propagate_ratio}
+    (prompt,) = [each.context for each in make_samples(SHIPPED, replace(TASK, samples=1))]
+    mine, same, own = (
+        LLM(shipped_model(), policy, kv_memory="16MiB").trace(prompt)
+        for policy in (
+            Pyramid(keep=0.3, profile=made.profile, min_context=1),
+            Pyramid(keep=0.3, profile=bare, min_context=1, **options),  # type: ignore[arg-type]
+            Pyramid(keep=0.3, profile=bare, min_context=1),
+        )
+    )
+    assert mine.computed_by_layer == same.computed_by_layer != own.computed_by_layer
+    assert sum(mine.computed_by_layer) < sum(own.computed_by_layer)
+
+
+def test_what_cannot_be_free_is_not_measured_to_its_end(
+    llm: LLM, profile: Profile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs, whole, parts = lab._Runs(llm, TASK), Measured(0.8, 0.01, 1.0), []
+    policy = Pyramid(keep=0.3, profile=profile, min_context=1)
+    for kl, inside, asked in ((0.1, 1.0, ""), (0.01, 0.5, "i"), (0.01, 0.9, "il")):
+        monkeypatch.setattr(lab, "divergence", lambda *a, kl=kl: kl)
+        monkeypatch.setattr(runs, "_inside", lambda p, s=inside: parts.append("i") or (s, 0.5))
+        monkeypatch.setattr(runs, "_later", lambda p: parts.append("l") or 0.7)
+        for against in (whole, None):
+            steps: list[float] = []
+            parts.clear()
+            found = runs.measure(policy, steps.append, against)
+            assert sum(steps) == lab.PARTS
+            assert parts == list("il" if against is None else asked)
+            if against is None or asked == "il":
+                assert found == Measured(pytest.approx((inside + 0.7) / 2), kl, 0.5)
+            else:
+                assert found is None
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+class Ran(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Ran]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """A command in a folder of its own, with a cache of its own and few, short samples."""
+    monkeypatch.setattr(profiling, "profiles_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr(passages, "LENGTH", 220)
+    quick = Task.quick
+    monkeypatch.setattr(
+        Task, "quick", lambda self: replace(quick(self), context=200, samples=1, passages=1)
+    )
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "160")
-    out = tmp_path / "plan.json"
-    arguments = ("--samples", "2", "--context", "200", "--out", str(out))
-    assert command(monkeypatch, *arguments) == 0
-    shown = " ".join(capsys.readouterr().out.split())
-    schedule = Schedule.load(out)
-    assert f"{schedule.keep:.1%} of the cache is kept" in shown
-    assert f"divergence {kl:.2g} nats" in shown
-    assert ("the target of 0.01 is not met" in shown) == (kl > 0.01)
-    assert f"{schedule.budgets(schedule.keep)[0]:.1%}" in shown
+
+    def ran(*words: str) -> Ran:
+        monkeypatch.setattr(sys, "argv", ["pyramidinfer", *words])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        return Ran(int(stopped.value.code or 0), *capsys.readouterr())
+
+    return ran
+
+
+def test_the_command(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lab, "SHARES", (0.4,))
+    small = ("calibrate", "--quick", "--kv-memory", "32MiB")
+    code, out, err = run(*small, "-o", "deep/mine.json", "--json")
+    assert code == 0, err
+    told = json.loads(out)
+    found = Profile.load("deep/mine.json")
+    assert told["path"] == "deep/mine.json" and told["seconds"] > 0
+    assert Profile.from_dict(told["profile"]) == found and found.calibrated is not None
+    assert f"{1 + OWN.bit_length()} settings at most, about" in err
+    code, out, err = run(*small, "-o", "again.json")
+    assert code == 0 and out.startswith(found.calibrated.going) and "again.json" in out
+    assert Profile.load("again.json") == found and not Path("cache").exists()
+
+
+def test_a_models_own_profile_is_calibrated_and_used_from_then_on(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    Synthetic(monkeypatch, {0.2: 1})
+    folder = english_model.save(tmp_path / "model")
+    assert "not calibrated" in run("profile", folder).out
+    code, out, err = run("calibrate", folder, "--kv-memory", "16MiB")
+    assert code == 0, err
+    assert "after layer 1 at most 20% of the text goes deeper" in out
+    (path,) = Path("cache").iterdir()
+    found = find_profile(LLM(folder, "full", kv_memory="4MiB"))
+    assert found == Profile.load(path) and found.calibrated is not None
+    calibrated = "calibrated: after layer 1 at most 20% of the text goes deeper"
+    assert calibrated in run("profile", folder).out
+    shown = run("inspect", "--model", folder, "--keep", ".3", "--prompt-len", "1500")
+    assert calibrated in shown.out, shown.err
+    told = json.loads(run("inspect", "--model", folder, "--keep", ".3", "--prompt-len", "1500",
+                          "--json").out)  # fmt: skip
+    assert told["rule"].endswith(calibrated)
+    assert [row["computed"] for row in told["layers"]] == [1500, 1500, 300, 300]
+
+
+def test_a_random_model_answers_nothing(run: Run, tmp_path: Path) -> None:
+    folder = english_model.save(tmp_path / "model")
+    code, _, err = run("calibrate", folder, "--quick", "--kv-memory", "16MiB")
+    assert code == 2 and "answers none of the questions" in err.splitlines()[-1]
+    found = find_profile(LLM(folder, "full", kv_memory="4MiB"))
+    assert found is not None and found.calibrated is None, "nothing was written"
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("words", "message"),
     [
-        (["--target-kl", "0"], "--target-kl 0.0 must be above 0"),
-        (["--target-kl", "nan"], "--target-kl nan must be above 0"),
-        (["--keep", "0"], "--keep 0.0 must be above 0 and at most 1"),
-        (["--keep", "1.1"], "--keep 1.1 must be above 0 and at most 1"),
-        (["--samples", "1"], "--samples 1 must be at least 2"),
-        (["--workers", "0"], "--workers 0 must be at least 1"),
-        (["--context", "5"], "a context of 5 tokens is too short"),
-        (["--context", "5000"], "4096 positions"),
-        (["--text", "no/such/text"], "No such file"),
-        (["no/such/model"], "does not exist"),
-        (["--dtype", "float3"], "did you mean 'float32'"),
+        ((), "the package holds a profile of this model"),
+        (("--keep", "0"), "--keep 0.0 must lie between 0 and 1"),
+        (("--keep", "1"), "--keep 1.0 must lie between 0 and 1"),
+        (("--text", "no/such/text", "-o", "x"), "No such file"),
+        (("no/such/model",), "does not exist"),
+        (("--dtype", "float3"), "did you mean 'float32'"),
+        (("--samples", "3"), "No such option"),
     ],
 )
-def test_mistakes_are_one_line(
-    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    assert command(monkeypatch, "--out", str(tmp_path / "plan.json"), *arguments) == 2
-    errors = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
-    assert len(errors) == 1 and message in errors[0]
+def test_mistakes_are_one_line(words: tuple[str, ...], message: str, run: Run) -> None:
+    code, _, err = run("calibrate", *words)
+    (line,) = [line for line in err.splitlines() if "error:" in line]
+    assert code == 2 and message in line

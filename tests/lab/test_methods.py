@@ -11,7 +11,6 @@ import pytest
 from pyramidinfer.lab import methods, numbers
 from pyramidinfer.lab.methods import answers, options, to_markdown
 from pyramidinfer.lab.numbers_studies import (
-    aims,
     load_results,
     paired_difference,
     paired_ratio,
@@ -180,15 +179,6 @@ def test_quality_rows() -> None:
     assert "cannot go down" not in whole and "--policies" not in whole
 
 
-def test_aims_compare_question_by_question() -> None:
-    text = aims(GRID)
-    (full, snapkv, other, paper) = [line for line in text.splitlines() if line[:7] == "| 1,000"]
-    assert full.split(" | ")[4:6] == ["–", "–"]
-    assert snapkv.split(" | ")[4].startswith("0.67 [") and "| +0.25 [" in snapkv
-    assert "| +0.50 [" in other and "| 1.00 [1.00, 1.00] |" in other
-    assert paper.split(" | ")[5] == "–"
-
-
 def test_paired_intervals() -> None:
     """Pairs, not samples: where every answer is the same the difference has no width."""
     answers = [1, 0] * 50
@@ -215,46 +205,33 @@ def test_studies_render() -> None:
          "chance": 0.2}
         for layer in (0, 3) for mode in ("single", "ensemble") for low in (0.0, 0.1)
     ]  # fmt: skip
-    schedule = {
-        "schedule": {"start_layer": 0, "propagate": 0.2, "shares": [0.1, 1.0],
-                     "loss": [[0.5, 0.0], [0.001, 0.0]], "heads": "max", "kernel": 7, "keep": 0.3,
-                     "kl": 0.004},
-        "budgets": [0.5, 0.1],
-        "about": {"commit": "abc", "machine": MACHINE, "tried": [],
-                  "scores": [{"heads": "max", "kernel": 7, "level": 0.25, "kl": 0.1}],
-                  "task": {"subject": SUBJECT, "target_kl": 0.01, "keep": None, "context": 1000,
-                           "samples": 2, "seed": 3}},
-    }  # fmt: skip
     results = {
-        "quality": GRID, "aims": GRID, "curves": GRID, "calibrate": schedule,
+        "quality": GRID,
         "icr": study("icr", icr, context=1000, continuation=64, samples=3, shares=[0.1, 1.0],
                      layers=[0, 1]),
         "rac": study("rac", rac, context=1000, samples=3, tops=[0.2], bins=2),
         "map": study("map", [], policy="pyramid", prompt_token_ids=[1, 2], max_tokens=3,
-                     options="Pyramid(keep=0.3, schedule='auto', window=8)"),
+                     options="Pyramid(keep=0.3, profile='auto', window=8)"),
     }  # fmt: skip
     text = numbers.render(results)
     assert text.count("\n## ") == text.count("How to read it") == len(results)
     assert text.count("Commit `abc`") == len(results)
     assert text.count("```bash\npyramidinfer ") == len(results)
-    assert "| 1,000 | `snapkv` | 40% *; 0.50; 0.25 [0.12, 0.5] |" in text
-    assert "| 0 | 0.5 | 50.0% |" in text and "after layer 0, 20% of the prompt" in text
-    assert "--target-kl 0.01 --seed 3 --out src/pyramidinfer/assets/demo-model" in text
     assert "| 1 | 150 | 150 |" in text and "| 0 | 1.000 | 1.000 |" in text
     assert "| all | 0.55; 0.60 | 0.55; 0.60 |" in text
     assert "--policy pyramid --keep 0.3 -o window=8 --context 2 --max-tokens 3" in text
     for line in text.splitlines():
         if line.startswith("| 0 ") or line.startswith("| 1"):
             assert line.endswith("|")
-    del results["rac"], results["aims"]
+    del results["rac"]
     assert numbers.render(results).count("\n## ") == len(results)
 
 
 def test_options_that_are_no_plain_values_are_not_made_up() -> None:
     found = study("map", [], policy="pyramid", prompt_token_ids=[1], max_tokens=3,
-                  options="Pyramid(keep=0.3, schedule=Schedule(12 layers, start 4))")  # fmt: skip
+                  options="Pyramid(keep=0.3, profile=Profile(12 layers, 24 KV heads))")  # fmt: skip
     text = numbers.render({"map": found})
-    assert "--policy pyramid --context 1" in text and "Schedule(12 layers, start 4)" in text
+    assert "--policy pyramid --context 1" in text and "Profile(12 layers, 24 KV heads)" in text
 
 
 def test_both_pages_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,7 +30,7 @@ from pyramidinfer.types import RequestMetrics, Score
 SUBJECT = Subject(kv_memory="64MiB")
 LATE = "pyramidinfer:start_layer=8"
 GRID = Grid(
-    SUBJECT, ("full", "pyramid:schedule=None", "snapkv", LATE), (0.9, 0.3), (300,), samples=5,
+    SUBJECT, ("full", "pyramid:window=8", "snapkv", LATE), (0.9, 0.3), (300,), samples=5,
     passages=0.5, long_samples=2, continuation=8, seed=3,
 )  # fmt: skip
 FIELDS = {
@@ -187,7 +187,7 @@ def test_the_command(
         (["--contexts", "4999", "--samples", "1"], "4096 positions"),
         (["--model", "no/such/model"], "does not exist"),
         (["--text", "no/such/text"], "No such file"),
-        (["--schedule", "no/such/file"], "cannot be read: No such file"),
+        (["--schedule", "f"], "No such option"),
         (["--workers", "0"], "--workers 0 must be at least 1"),
     ],
 )  # fmt: skip

@@ -200,16 +200,6 @@ def test_a_server_that_holds_is_served(backend: str, monkeypatch: pytest.MonkeyP
     assert used[0] == used[1] and (backend == "auto" or used[0] == backend)
 
 
-def test_who_was_verified_is_not_warned_of(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = english_model.save(tmp_path / "model")
-    for words, warnings in (((), 1), (("--verify",), 0)):
-        asked, served = serve_verified(monkeypatch, folder, "--keep", ".45", *words)
-        assert len(served) == 1 and len(asked) == len(words)
-        assert capsys.readouterr().err.count("no calibrated schedule") == warnings
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -234,18 +224,6 @@ def test_chats_are_held_in_as_many_groups_as_the_memory_asks_for() -> None:
     turns = Turns(Bench(machine, where, Full(), 700))
     turns.more(0, 3)
     assert len(turns.pairs.kv) == 4 and machine.llm.engine.pool.budget_used == 0
-
-
-def test_an_uncalibrated_default_warns_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = english_model.save(tmp_path / "model")
-    ask = ("generate", "--prompt", "The object is", "--max-tokens", "2", "--kv-memory", "16MiB")
-    assert run(monkeypatch, *ask, "--model", folder) == 0
-    assert capsys.readouterr().err.count("no calibrated schedule") == 1
-    for more in (("--model", folder, "--policy", "full"), ("--model", folder, "--keep", "1"), ()):
-        assert run(monkeypatch, *ask, *more) == 0
-        assert "no calibrated schedule" not in capsys.readouterr().err
 
 
 def test_a_task_that_the_full_cache_cannot_do_is_named_and_left_out(

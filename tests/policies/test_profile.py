@@ -11,13 +11,16 @@ from typing import Any
 
 import pytest
 
-from pyramidinfer.policies.profile import Fingerprint, Profile
+from pyramidinfer.policies import Pyramid
+from pyramidinfer.policies.profile import Calibrated, Fingerprint, Masks, Profile
+from pyramidinfer.types import Layers
 
 MARK = Fingerprint("llama-0123456789ab", ((1.0, 0.5, -0.5), (2.0, 0.0, 1.0)), ((0.02, 1.0, -1.0),))
 PROFILE = Profile(
     ((0.25, 0.5), (0.0, 0.0), (0.5, 0.125)), (True, False, True), "a text", (750, 700), 0.9, 0.2,
     "abc123", MARK,
 )  # fmt: skip
+FOUND = Calibrated(0, 0.25, 0.3, 0.98, 0.5, 0.01, 1000, 36, 3)
 
 
 def test_heads_are_ranked_most_needed_first() -> None:
@@ -112,6 +115,103 @@ def test_files_that_are_none(content: bytes, tmp_path: Path) -> None:
         Profile.load(path)
     with pytest.raises(ValueError, match="cannot be read: No such file"):
         Profile.load(tmp_path / "none.json")
+
+
+# --- what calibrate adds --------------------------------------------------------------------------
+
+
+def test_a_calibration_is_in_the_same_file(tmp_path: Path) -> None:
+    made = replace(PROFILE, calibrated=FOUND)
+    path = made.save(tmp_path / "heads.json")
+    assert Profile.load(path) == made != PROFILE
+    body = json.loads(path.read_text())
+    assert body["version"] == 1 and body["calibrated"]["start_layer"] == 0
+    for gone in (
+        {**body, "calibrated": None},
+        {k: v for k, v in body.items() if k != "calibrated"},
+    ):
+        assert Profile.from_dict(gone) == PROFILE
+    assert FOUND.going == "after layer 0 at most 25% of the text goes deeper"
+    assert replace(FOUND, propagate_ratio=1.0).going == (
+        "after layer 0 as much as the fullest deeper head holds goes deeper"
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"start_layer": 3}, "start_layer=3 is no layer of 3"),
+        ({"start_layer": -1}, "start_layer=-1 is no layer of 3"),
+        ({"start_layer": True}, "start_layer=True"),
+        ({"start_layer": 1.0}, "start_layer=1.0"),
+        ({"propagate_ratio": 0}, "propagate_ratio=0 must be above 0 and at most 1"),
+        ({"propagate_ratio": 1.5}, "propagate_ratio=1.5 must"),
+        ({"keep": "x"}, "keep='x' must"),
+        ({"computed": float("nan")}, "computed=nan must"),
+        ({"score": -1}, "score=-1 must be a number of at least 0"),
+        ({"score": None}, "score=None must"),
+        ({"kl": float("inf")}, "kl=inf must"),
+        ({"context": 0}, "context=0 must be a whole number of at least 1"),
+        ({"questions": 2.5}, "questions=2.5 must be a whole number"),
+        ({"passages": True}, "passages=True must be a whole number"),
+    ],
+)
+def test_damaged_calibrations_are_told(change: dict[str, Any], message: str) -> None:
+    body = replace(PROFILE, calibrated=FOUND).as_dict()
+    body["calibrated"].update(change)
+    with pytest.raises(ValueError) as found:
+        Profile.from_dict(body)
+    assert str(found.value).startswith(f"calibrated: {message}")
+
+
+def test_a_calibration_that_is_none() -> None:
+    body = replace(PROFILE, calibrated=FOUND).as_dict()
+    del body["calibrated"]["kl"]
+    with pytest.raises(ValueError, match="it lacks 'kl'"):
+        Profile.from_dict(body)
+    for wrong in (7, "x", [1], True):
+        with pytest.raises(ValueError, match="calibrated=.* must be null or what calibrate writes"):
+            Profile.from_dict({**body, "calibrated": wrong})
+
+
+LAYERS = Layers((True,) * 4, 2)
+EVEN = Profile(
+    ((0.5, 0.25),) * 4, (True,) * 4, "a text", (750,), 0.9, 0.2, "abc123", MARK,
+    replace(FOUND, start_layer=1),
+)  # fmt: skip
+BARE = replace(EVEN, calibrated=None)
+
+
+def going(policy: Pyramid) -> list[int]:
+    return [policy.going(layer, 2000, LAYERS) for layer in range(3)]
+
+
+def test_pyramid_starts_where_it_was_calibrated() -> None:
+    mine = Pyramid(keep=0.3, profile=EVEN)
+    same = Pyramid(keep=0.3, profile=BARE, start_layer=1, propagate_ratio=0.25)
+    assert mine.begin(LAYERS) == 1 and going(mine) == going(same) == [2000, 500, 500]
+    assert mine.limits(2000, LAYERS) == same.limits(2000, LAYERS)
+    assert mine.rule.endswith(
+        "; calibrated: after layer 1 at most 25% of the text goes deeper"
+    )  # fmt: skip
+    bare = Pyramid(keep=0.3, profile=BARE)
+    assert bare.begin(LAYERS) == 3 and going(bare) == [2000] * 3 and "calibrated" not in bare.rule
+    mine.check(LAYERS)
+
+
+def test_options_go_before_what_was_calibrated() -> None:
+    later = Pyramid(keep=0.3, profile=EVEN, start_layer=2)
+    alone = Pyramid(keep=0.3, profile=BARE, start_layer=2)
+    assert going(later) == going(alone), "a start of one's own goes without the calibrated ratio"
+    assert later.limits(2000, LAYERS) == alone.limits(2000, LAYERS)
+    assert "calibrated" not in later.rule
+    wider = Pyramid(keep=0.3, profile=EVEN, propagate_ratio=0.5)
+    assert wider.begin(LAYERS) == 1 and max(going(wider)[1:]) > 500
+    assert "at most 50% of the text" in wider.rule
+    whole = Pyramid(keep=1, profile=EVEN)
+    assert going(whole) == [2000] * 3 and "calibrated" not in whole.rule
+    masks = Pyramid(keep=0.3, profile=Masks(((0.5, 0.25),) * 4))
+    assert masks.begin(LAYERS) == 3 and "calibrated" not in masks.rule
 
 
 # --- whose they are -------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ SHARES = (0.2, 0.4)
 SCORE, RISE, NOISE = 0.97, 1.25, 0.005
 #: Facts in every text: one is asked for in the prompt, all of them later.
 FACTS = 5
-#: Steps of the bar for every plan: questions inside, questions later, text.
+#: Steps of the bar for every plan: text, questions inside, questions later.
 PARTS = 3
 #: Tokens scored after a passage.
 CONTINUATION = 64
@@ -94,13 +94,14 @@ def plans(own: int) -> int:
 def calibrate(llm: LLM, profile: Profile, task: Task, progress: bool | None = None,
               tell: Callable[[str], None] = lambda _: None) -> Profile:  # fmt: skip
     """The profile with what was found; ``tell`` hears how long it will take."""
-    base = Pyramid(keep=task.keep, profile=replace(profile, calibrated=None))
+    base = Pyramid(keep=task.keep, profile=replace(profile, calibrated=None), min_context=1)
     layers = Layers((True,) * llm.engine.adapter.depth, llm.engine.adapter.kv_heads)
     own = base.begin(layers)
     most, runs = plans(own), _Runs(llm, task)
     with progress_bar("which layers need all tokens", PARTS * most, progress) as advance:
         begun = time.monotonic()
         whole = runs.measure(base, advance)
+        assert whole is not None
         minutes = most * (time.monotonic() - begun) / 60
         tell(f"{most} settings at most, about {minutes:.1f} minutes")
         if whole.score == 0:
@@ -118,8 +119,8 @@ def calibrate(llm: LLM, profile: Profile, task: Task, progress: bool | None = No
                     continue
                 middle = (low + high) // 2
                 plan = replace(base, start_layer=middle, propagate_ratio=share)
-                found = runs.measure(plan, advance)
-                if found.is_free(whole):
+                found = runs.measure(plan, advance, whole)
+                if found is not None and found.is_free(whole):
                     high = middle
                     best = min(best, (found, middle, share), key=lambda each: each[0].computed)
                 else:
@@ -201,17 +202,26 @@ class _Runs:
         self.texts = [each.context for each in passages], [each.continuation for each in passages]
         self.full = self._scored(Full())
 
-    def measure(self, policy: Pyramid, advance: Callable[[int], None]) -> Measured:
-        inside, computed = self._inside(policy)
-        advance(1)
-        later = self._later(policy)
-        advance(1)
+    def measure(self, policy: Pyramid, advance: Callable[[float], None],
+                whole: Measured | None = None) -> Measured | None:  # fmt: skip
+        """What a plan does; None once it cannot be free beside ``whole`` whatever is still left."""
         kls = [
             divergence(full, mine)
             for full, mine in zip(self.full, self._scored(policy), strict=True)
         ]
+        kl = float(np.mean(kls))
         advance(1)
-        return Measured((inside + later) / 2, float(np.mean(kls)), computed)
+        if whole is not None and not Measured(1, kl, 1).is_free(whole):
+            advance(PARTS - 1)
+            return None
+        inside, computed = self._inside(policy)
+        advance(1)
+        if whole is not None and not Measured((inside + 1) / 2, kl, 1).is_free(whole):
+            advance(PARTS - 2)
+            return None
+        later = self._later(policy)
+        advance(1)
+        return Measured((inside + later) / 2, kl, computed)
 
     def _inside(self, policy: Pyramid) -> tuple[float, float]:
         """Of every text another fact is asked for, kinds in turn."""
