@@ -432,7 +432,7 @@ class Judge:
     # --- the project's own ------------------------------------------------------------------------
 
     def pyramid_going(self, seen: Seen, **options: Any) -> list[int]:
-        """Tokens that enter the next layer: past the last with much need, what one head can hold."""
+        """Tokens that go deeper: past the last layer with much need, what one head can hold."""
         rule = Rule(**options)
         self.looked = self._look(seen, rule)
         rows = seen.rows
