@@ -202,7 +202,7 @@ class _Runs:
         self.texts = [each.context for each in passages], [each.continuation for each in passages]
         self.full = self._scored(Full())
 
-    def measure(self, policy: Pyramid, advance: Callable[[float], None],
+    def measure(self, policy: Pyramid, advance: Callable[[int], None],
                 whole: Measured | None = None) -> Measured | None:  # fmt: skip
         """What a plan does; None once it cannot be free beside ``whole`` whatever is still left."""
         kls = [
