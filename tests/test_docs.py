@@ -112,7 +112,7 @@ def test_readme_server_answers() -> None:
 
 def test_readme_shows_commands() -> None:
     shown = {line.split()[1] for line in commands()}
-    known = {*SMALL, "inspect", "study", "doctor", "serve"}
+    known = {*SMALL, "inspect", "study", "doctor", "serve", "profile"}
     assert {"demo", "generate", "inspect", "serve"} <= shown <= known
 
 

@@ -157,12 +157,12 @@ def test_demo_prints_a_table_and_draws(tmp_path: Path) -> None:
         ),
         (["demo", "--length", "9"], "--length 9 must lie between"),
         (["generate", "--prompt", "x", "--keep", "0.5", "-o", "keep=0.4"], "keep is given twice"),
-        (["generate", "--prompt", "x", "-o", "stable=None"], "stable=None"),
+        (["generate", "--prompt", "x", "-o", "sharpness=None"], "sharpness=None"),
         (["generate", "--prompt", "x", "-o", "schedule=f"], "no option 'schedule'"),
         (["demo", "--out", "/dev/null/x"], "Not a directory"),
         (
-            ["generate", "--prompt", "x", "--no-profile"],
-            "--no-profile has no effect: policy 'pyramid'",
+            ["generate", "--prompt", "x", "--policy", "snapkv", "--no-profile"],
+            "--no-profile has no effect: policy 'snapkv'",
         ),
         (
             ["generate", "--prompt", "x", "--policy", "duo", "-o", "profile=no/such.json"],
