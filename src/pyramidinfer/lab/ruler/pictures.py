@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ def draw_scores(means: Sequence[Row], path: Path) -> Path:
     """Mean score over KV bytes, one line a policy; a row a length, a column a protocol."""
     lengths = sorted({row["length"] for row in means})
     protocols = [each for each in TITLES if any(row["protocol"] == each for row in means)]
-    names = [name for name in dict.fromkeys(row["policy"] for row in means) if name != "full"]
+    names = [name for name in dict.fromkeys(_method(row) for row in means) if name != "full"]
     looks, called = style(names), labels(names)
     size = (6.4 * len(protocols), 4.4 * len(lengths) + 0.9)
     figure = Figure(figsize=size, layout="constrained")
@@ -32,7 +33,7 @@ def draw_scores(means: Sequence[Row], path: Path) -> Path:
         cell = (lengths[line], protocols[column])
         here = [row for row in means if (row["length"], row["protocol"]) == cell]
         for name in names:
-            mine = sorted((r for r in here if r["policy"] == name), key=lambda r: r["kv_share"])
+            mine = sorted((r for r in here if _method(r) == name), key=lambda r: r["kv_share"])
             _line(axis, mine, looks[name], called[name])
         for row in here:
             if row["policy"] == "full":
@@ -51,6 +52,11 @@ def draw_scores(means: Sequence[Row], path: Path) -> Path:
     figure.legend(handles, texts, loc="outside lower center", ncols=min(5, len(texts) or 1),
                   frameon=False, fontsize=9.5)  # fmt: skip
     return save(figure, path)
+
+
+def _method(row: Row) -> str:
+    """A policy's spec without a ``keep`` of its own."""
+    return re.sub(r"(:)keep=[^,]*,|[:,]keep=[^,]*", r"\1", str(row["policy"]))
 
 
 def _line(axis: Any, rows: list[Row], look: dict[str, Any], name: str) -> None:
