@@ -35,17 +35,9 @@ model: $(VENV)/.installed
 WORKERS ?= 2
 SAMPLES ?= 16
 RESULTS := benchmarks/results
-SCHEDULE := src/pyramidinfer/assets/demo-model/pyramid_schedule.json
 STUDY := $(BIN)/pyramidinfer study
-LEVEL := pyramid:schedule=None,start_layer=4,propagate_ratio=.05,budgets
 
 numbers: $(VENV)/.installed
-	$(BIN)/pyramidinfer calibrate --samples 12 --workers $(WORKERS) --out $(SCHEDULE)
-	$(STUDY) quality --policies full,pyramid,pyramidinfer --keeps .45,.25 --samples 100 \
-		--passages .1 --workers $(WORKERS) --json $(RESULTS)/aims.json
-	$(STUDY) quality --policies "pyramid $(LEVEL)=level $(LEVEL)=linear $(LEVEL)=cosine $(LEVEL)=rising" \
-		--keeps .3,.2,.1 --contexts 1000 --samples 20 --passages 1 --workers $(WORKERS) \
-		--json $(RESULTS)/curves.json
 	$(STUDY) quality --samples $(SAMPLES) --passages .33 --workers $(WORKERS) --json $(RESULTS)/quality.json
 	$(STUDY) icr --workers $(WORKERS) --json $(RESULTS)/icr.json
 	$(STUDY) rac --workers $(WORKERS) --json $(RESULTS)/rac.json
@@ -54,7 +46,6 @@ numbers: $(VENV)/.installed
 	$(BIN)/python -m pyramidinfer.lab.model_report --count 60
 	cp out/demo.json $(RESULTS)/
 	cp out/pyramid.png docs/images/
-	rm -f $(RESULTS)/aims*.png $(RESULTS)/curves_needles.png
 	mv $(RESULTS)/*.png docs/images/
 	mv $(RESULTS)/map.html docs/images/
 	$(MAKE) pages

@@ -9,8 +9,8 @@ REAL_RUN = --samples $(SAMPLES_REAL) --workers $(REAL_WORKERS)
 #: The rivals, each as published but for its budget.
 RIVALS := full,pyramid,pyramidinfer,snapkv,pyramidkv,h2o,tova
 #: `pyramid` with nothing dropped between layers, and with a late start, on a model of 30 layers.
-WHOLE := schedule=None,start_layer=29
-LATE := schedule=None,start_layer=14,propagate_ratio=.2
+WHOLE := start_layer=29
+LATE := start_layer=14,propagate_ratio=.2
 NEEDLE := --model smollm2 --tasks niah_single_2 --protocols inside
 
 .PHONY: numbers-real numbers-trials numbers-heads
@@ -20,16 +20,16 @@ numbers-trials: $(VENV)/.installed
 	$(BIN)/pyramidinfer fetch smollm2
 	$(REAL_STUDY) ruler $(NEEDLE) --lengths 1000 $(REAL_RUN) --json $(RESULTS)/trial_1000.json --policies "full \
 		snapkv:keep=.3 h2o:keep=.3 pyramidkv:keep=.3 tova:keep=.3 $(foreach k,7 15 31,pyramid:keep=.3,$(WHOLE),kernel=$(k)) \
-		$(foreach l,22 18 14 10,pyramid:keep=1,schedule=None,start_layer=$(l),propagate_ratio=.2,kernel=7) \
+		$(foreach l,22 18 14 10,pyramid:keep=1,start_layer=$(l),propagate_ratio=.2,kernel=7) \
 		pyramid:keep=1,$(LATE),kernel=31"
 	$(REAL_STUDY) ruler $(NEEDLE) --lengths 2000 $(REAL_RUN) --json $(RESULTS)/trial_2000.json --policies "full \
 		pyramid:keep=.45 pyramid:keep=.6 pyramidinfer:keep=.6 pyramidinfer:keep=.45 snapkv:keep=.45 snapkv:keep=.25 \
 		$(foreach k,.45 .25 .15,pyramid:keep=$(k),$(LATE),kernel=31) \
-		pyramid:keep=.1,schedule=None,start_layer=14,propagate_ratio=.1,kernel=31 \
-		$(foreach l,10 6,pyramid:keep=.25,schedule=None,start_layer=$(l),propagate_ratio=.2,kernel=31)"
+		pyramid:keep=.1,start_layer=14,propagate_ratio=.1,kernel=31 \
+		$(foreach l,10 6,pyramid:keep=.25,start_layer=$(l),propagate_ratio=.2,kernel=31)"
 	$(REAL_STUDY) ruler --model smollm2 --tasks niah_multikey_1 --protocols inside --lengths 1000 $(REAL_RUN) \
 		--json $(RESULTS)/trial_four.json --policies "full pyramid:keep=.25,$(LATE),kernel=31 \
-		pyramid:keep=.25,$(WHOLE),kernel=31 pyramid:keep=.5,schedule=None,start_layer=18,propagate_ratio=.3,kernel=31 \
+		pyramid:keep=.25,$(WHOLE),kernel=31 pyramid:keep=.5,start_layer=18,propagate_ratio=.3,kernel=31 \
 		snapkv:keep=.5"
 	$(REAL_STUDY) ruler --model smollm2 --tasks niah_single_2 --protocols after --lengths 1000 $(REAL_RUN) \
 		--json $(RESULTS)/trial_after.json --policies "full pyramid:keep=.6,$(WHOLE),kernel=31 \
@@ -38,8 +38,8 @@ numbers-trials: $(VENV)/.installed
 
 # Heads with lengths of their own: `duo` on the tasks that the full cache can do, and on one needle.
 CAN_DO := niah_single_1,niah_single_2,niah_single_3,niah_multikey_1,niah_multivalue,niah_multiquery,fwe
-DUO := full duo:keep=.2,spare=.1 duo:keep=.3,spare=.1 duo:keep=.5,spare=.1 snapkv:keep=.3
-CHATS := full duo:keep=.5,spare=0 duo:keep=.3,spare=0 duo:keep=.5,spare=.1 duo:keep=.3,spare=.1
+DUO := full $(foreach k,.3 .2 .5 .12,pyramid:keep=$(k)) duo:keep=.2,spare=.1 duo:keep=.3,spare=.1 duo:keep=.5,spare=.1 snapkv:keep=.3
+CHATS := full pyramid:keep=.5 pyramid:keep=.3 duo:keep=.5,spare=0 duo:keep=.3,spare=0 duo:keep=.5,spare=.1 duo:keep=.3,spare=.1
 
 numbers-heads: $(VENV)/.installed
 	$(BIN)/pyramidinfer fetch smollm2

@@ -451,7 +451,9 @@ class Judge:
         scores = {position: max(head[position] for head in self.looked) for position in rows}
         scores = self._smoothed(rows, scores, rule.kernel, "max")
         window = set(rows[-rule.window :])
-        return sorted(self._best([rows], [scores], int(count), [self._stays(rows, rule) | window])[0])
+        return sorted(
+            self._best([rows], [scores], int(count), [self._stays(rows, rule) | window])[0]
+        )
 
     def pyramid(self, seen: Seen, **options: Any) -> Kept | None:
         """A budget per head, held to while generating."""
@@ -464,7 +466,7 @@ class Judge:
                 continue
             count = budget
             if seen.is_decode:
-                count += 1 - min(rule.stride, max(1, budget // 16))
+                count += 1 - min(rule.stride, max(1, budget // 4))
             pooled = self._smoothed(positions, scores, rule.kernel, "max")
             always = [self._stays(positions, rule)]
             kept += self._best(seen.held[one], [pooled], count, always)
@@ -517,7 +519,9 @@ class Judge:
             return {each: min(caps[each], max(floor, level * need[each])) for each in share}
 
         wanted = keep * text * len(share)
-        turns = [bound / need[each] for each in share for bound in (floor, caps[each]) if need[each]]
+        turns = [
+            bound / need[each] for each in share for bound in (floor, caps[each]) if need[each]
+        ]
         low = max([0.0, *(turn for turn in turns if sum(at(turn).values()) <= wanted)])
         high = min((turn for turn in turns if turn > low), default=low)
         below, above = sum(at(low).values()), sum(at(high).values())

@@ -17,7 +17,6 @@ from pyramidinfer.cli.common import (
     NoProfile,
     Options,
     PolicyName,
-    ScheduleFile,
     plain_errors,
     policy_from,
     profiling,
@@ -85,7 +84,6 @@ def generate(
     policy: PolicyName = "pyramid",
     keep: Keep = None,
     option: Options = None,
-    schedule: ScheduleFile = None,
     prompt: Annotated[str | None, typer.Option(help="The prompt.")] = None,
     prompt_file: Annotated[
         Path | None, typer.Option(help="File holding the prompt; - is standard input.")
@@ -114,7 +112,7 @@ def generate(
         max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed,
         stop=tuple(stop or ()),
     )  # fmt: skip
-    chosen = policy_from(policy, keep, option or [], schedule)
+    chosen = policy_from(policy, keep, option or [])
     run_generate(
         model, chosen, prompt, prompt_file, chat, params, kv_memory, dtype, device, backend,
         profiling(chosen, no_profile), as_json,
@@ -128,7 +126,6 @@ def inspect(
     policy: PolicyName = "pyramid",
     keep: Keep = None,
     option: Options = None,
-    schedule: ScheduleFile = None,
     prompt_len: Annotated[int, typer.Option(help="Tokens in the prompt.")] = 2048,
     max_tokens: MaxTokens = 256,
     dtype: Dtype = "auto",
@@ -137,7 +134,7 @@ def inspect(
     """Show what a policy would compute and keep in each layer, and the bytes. Reads no weights."""
     from pyramidinfer.cli.inspect import run_inspect
 
-    chosen = policy_from(policy, keep, option or [], schedule)
+    chosen = policy_from(policy, keep, option or [])
     run_inspect(model, chosen, prompt_len, max_tokens, dtype, as_json)
 
 
@@ -149,26 +146,24 @@ def calibrate(
         typer.Argument(help="Folder, hub id, fetched model or GGUF file. Default: shipped."),
     ] = None,
     text: Annotated[Path | None, typer.Option(help="UTF-8 text to measure on.")] = None,
-    target_kl: Annotated[
-        float, typer.Option(help="Divergence from the full cache to stay within, nats a token.")
-    ] = 0.01,
-    keep: Annotated[
-        float | None, typer.Option(help="Instead: a byte budget, share of the full cache.")
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="The profile. Default: in the user's cache folder."),
     ] = None,
-    out: Annotated[Path, typer.Option("--out", "-o", help="The schedule.")] = Path("schedule.json"),
-    context: Annotated[int, typer.Option(help="Tokens of context.")] = 1000,
-    samples: Annotated[int, typer.Option(help="Passages to measure on.")] = 16,
-    seed: Annotated[int, typer.Option(help="Which passages are drawn.")] = 0,
-    workers: Annotated[int, typer.Option(help="Processes of one thread each.")] = 1,
+    quick: Annotated[bool, typer.Option("--quick", help="A third of the work.")] = False,
+    keep: Annotated[float, typer.Option(help="The budget that is measured at.")] = 0.3,
+    seed: Annotated[int, typer.Option(help="Which samples are drawn.")] = 0,
     kv_memory: Annotated[str, typer.Option(help="Memory for the cache.")] = "512MiB",
     dtype: Dtype = "float32",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    as_json: AsJson = False,
 ) -> None:
-    """Measure what each layer of a model needs on your text, and write a schedule for pyramid."""
+    """Find after which layer of a model tokens may be dropped, and write it into its profile."""
     from pyramidinfer.cli.calibrate import run_calibrate
+    from pyramidinfer.lab.calibrate import Task
 
-    where = replace(subject(model, text, dtype, device), kv_memory=kv_memory)
-    run_calibrate(where, target_kl, keep, out, context, samples, seed, workers)
+    task = Task(replace(subject(model, text, dtype, device), kv_memory=kv_memory), keep, seed=seed)
+    run_calibrate(task.quick() if quick else task, output, as_json)
 
 
 @app.command()
@@ -196,7 +191,6 @@ def verify(
     policy: PolicyName = "pyramid",
     keep: Keep = None,
     option: Options = None,
-    schedule: ScheduleFile = None,
     floor: Annotated[
         float | None,
         typer.Option(help="Share of the full cache's quality to be kept. Default: 0.8."),
@@ -218,7 +212,7 @@ def verify(
     from pyramidinfer.lab.verify import FLOOR, Plan
 
     floor = FLOOR if floor is None else floor
-    chosen = policy_from(policy, keep, option or [], schedule)
+    chosen = policy_from(policy, keep, option or [])
     where = replace(subject(model, text, dtype, device), kv_memory=kv_memory)
     if not run_verify(where, chosen, floor, Plan(length, seconds, seed), json):
         raise typer.Exit(1)

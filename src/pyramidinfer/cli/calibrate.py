@@ -2,47 +2,45 @@
 
 from __future__ import annotations
 
+import json
+import sys
+import time
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 
-from pyramidinfer.lab.calibrate import Calibration, calibrate
-from pyramidinfer.lab.samples import Subject
-from pyramidinfer.policies import Schedule
+from pyramidinfer.cli.profile import check_place
+from pyramidinfer.engine.profiling import ensure_profile, look_up, store_profile
+from pyramidinfer.lab.calibrate import Task, calibrate
+from pyramidinfer.policies import Full
 
 __all__ = ["run_calibrate"]
 
 
-def run_calibrate(subject: Subject, target_kl: float, keep: float | None, out: Path, context: int,
-                  samples: int, seed: int, workers: int) -> None:  # fmt: skip
-    """Measure, solve, write, and say what was found."""
-    task = Calibration(subject, target_kl, keep, context, samples=samples, seed=seed)
-    schedule = calibrate(task, out, workers)
-    console = Console()
-    console.print(_table(schedule))
-    deep = schedule.start_layer + 1
+def run_calibrate(task: Task, output: Path | None, as_json: bool) -> None:
+    """Measure, write the model's profile anew, and say what was found."""
+    llm = task.subject.llm(Full())
+    check_place(look_up(llm), output)
+    profile, begun = ensure_profile(llm), time.monotonic()
+    made = calibrate(llm, profile, task, tell=lambda text: print(text, file=sys.stderr, flush=True))
+    seconds = time.monotonic() - begun
+    path = store_profile(made) if output is None else made.save(output)
+    found = made.calibrated
+    assert found is not None
+    if as_json:
+        print(json.dumps({
+            "model": task.subject.model, "path": str(path), "seconds": seconds,
+            "profile": made.as_dict(),
+        }))  # fmt: skip
+        return
     going = (
-        f"after layer {schedule.start_layer}, {schedule.propagate:.0%} of the prompt goes deeper"
-        if deep < schedule.layers
-        else "every token goes through every layer"
+        f"{found.propagate_ratio:.0%} of the text"
+        if found.propagate_ratio < 1
+        else "what the fullest deeper head keeps"
     )
-    console.print(
-        f"{going}; {schedule.keep:.1%} of the cache is kept; divergence {schedule.kl:.2g} nats a "
-        f"token on passages that were not measured on"
+    Console(highlight=False, soft_wrap=True).print(
+        f"after layer {found.start_layer} of {made.layers}, {going} goes deeper: "
+        f"{found.computed:.0%} of layer-tokens, {found.score:.0%} of the right answers that all "
+        f"tokens give at keep={found.keep:g} ({seconds / 60:.1f} minutes)"
     )
-    if keep is None and schedule.kl > target_kl:
-        console.print(f"[bold]the target of {target_kl:g} is not met[/bold]: ask for more")
-    console.print(f"use it: pyramidinfer generate --policy pyramid --schedule {out}")
-
-
-def _table(schedule: Schedule) -> Table:
-    table = Table(title="divergence when one layer alone is held to a share, and its budget")
-    table.add_column("layer", justify="right")
-    for share in schedule.shares[:-1]:
-        table.add_column(f"{share:.0%}", justify="right")
-    table.add_column("budget", justify="right", style="bold")
-    for layer, budget in enumerate(schedule.budgets(schedule.keep)):
-        losses = [f"{loss:.1g}" for loss in schedule.loss[layer][:-1]]
-        table.add_row(str(layer), *losses, f"{budget:.1%}")
-    return table
+    print(path)

@@ -86,7 +86,7 @@ class _Chat:
             self._use(make_policy(self.policy, _share(rest)))
         elif word == "/policy":
             chosen = make_policy(rest, None if rest == "full" else self.keep)
-            self._use(chosen.for_model(self.llm.name))
+            self._use(chosen)
         else:
             raise ValueError(f"unknown command {word!r}; /help lists them")
 

@@ -6,7 +6,6 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Annotated, TextIO
 
 import typer
@@ -15,8 +14,8 @@ from pyramidinfer.policies import Policy, make_policy
 from pyramidinfer.policies.registry import POLICIES, parse_options
 
 __all__ = [
-    "Dtype", "Keep", "NoProfile", "Options", "PolicyName", "ScheduleFile", "human_bytes",
-    "plain_errors", "policy_from", "profiling", "warn_uncalibrated",
+    "Dtype", "Keep", "NoProfile", "Options", "PolicyName", "human_bytes", "plain_errors",
+    "policy_from", "profiling",
 ]  # fmt: skip
 
 #: What the extra ``server`` brings.
@@ -30,14 +29,14 @@ Options = Annotated[
     list[str] | None,
     typer.Option("--option", "-o", help="A policy option, NAME=VALUE; may be repeated."),
 ]
-ScheduleFile = Annotated[
-    Path | None, typer.Option(help="For pyramid: what `pyramidinfer calibrate` wrote.")
-]
 NoProfile = Annotated[
     bool,
-    typer.Option("--no-profile", help="For duo: do not measure what each head needs; only a "
-                 "profile that is known already is used."),
-]  # fmt: skip
+    typer.Option(
+        "--no-profile",
+        help="For pyramid and duo: do not measure what each head needs; only a profile that is "
+        "known already is used.",
+    ),
+]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16 or float64.")]
 
 
@@ -84,31 +83,12 @@ def _plain_warnings() -> Iterator[None]:
         yield
 
 
-def policy_from(name: str, keep: float | None, options: list[str], schedule: Path | None = None
-                ) -> Policy:  # fmt: skip
-    """A policy from ``--policy``, ``--keep``, ``--option NAME=VALUE`` and ``--schedule``."""
+def policy_from(name: str, keep: float | None, options: list[str]) -> Policy:
+    """A policy from ``--policy``, ``--keep`` and ``--option NAME=VALUE``."""
     values = parse_options(name, options)
-    if schedule is not None:
-        if "schedule" in values:
-            raise ValueError("schedule is given twice: --schedule and --option schedule=…")
-        values["schedule"] = str(schedule)
     if keep is not None and "keep" in values:
         raise ValueError(f"keep is given twice: --keep {keep} and --option keep={values['keep']}")
     return make_policy(name, values.pop("keep", keep), **values)
-
-
-def warn_uncalibrated(policy: Policy, model: str) -> None:
-    """One line where ``pyramid`` drops tokens on a model that it was not calibrated for.
-
-    policy : as bound to the model;  model : as the user calls it.
-    """
-    uncalibrated = policy.name == "pyramid" and getattr(policy, "schedule", None) is None
-    if uncalibrated and (getattr(policy, "keep", None) or 1) < 1:
-        print(
-            f"warning: pyramid has no calibrated schedule for {model} and may lose answers; "
-            f"`pyramidinfer verify {model}` tells, --policy full keeps everything",
-            file=sys.stderr,
-        )
 
 
 def profiling(policy: Policy, no_profile: bool) -> bool:

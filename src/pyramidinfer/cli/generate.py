@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from pyramidinfer.cli.common import human_bytes, warn_uncalibrated
+from pyramidinfer.cli.common import human_bytes
 from pyramidinfer.engine import LLM
 from pyramidinfer.models.loading import quiet_transformers, shipped_model
 from pyramidinfer.policies import Policy
@@ -27,7 +27,6 @@ def run_generate(model: str | None, policy: Policy, prompt: str | None, prompt_f
     llm = LLM(model or shipped_model(), policy, kv_memory=kv_memory, dtype=dtype, device=device,
               backend=backend, profile=profile)  # fmt: skip
     ids = _chat_ids(llm, text) if chat else llm.encode(text)
-    warn_uncalibrated(llm.policy, model or llm.name)
     output = None
     try:
         written = 0

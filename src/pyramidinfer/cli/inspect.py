@@ -17,21 +17,19 @@ from pyramidinfer.config import EngineConfig
 from pyramidinfer.engine import LLM
 from pyramidinfer.engine.memory import Ledger
 from pyramidinfer.models import Adapter
-from pyramidinfer.models.catalog import find_model
 from pyramidinfer.models.loading import empty_model, quiet_transformers, shipped_model
 from pyramidinfer.policies import Policy
 
 __all__ = ["run_inspect"]
 
 
-def run_inspect(model: str | None, policy: Policy, prompt_len: int, max_tokens: int, dtype: str,
+def run_inspect(model: str | None, chosen: Policy, prompt_len: int, max_tokens: int, dtype: str,
                 as_json: bool) -> None:  # fmt: skip
     """Print the forecast per layer: tokens computed, entries kept, bytes."""
     for name, value in (("--prompt-len", prompt_len), ("--max-tokens", max_tokens)):
         if value < 1:
             raise ValueError(f"{name} {value} must be at least 1")
     quiet_transformers()
-    chosen = policy.for_model(find_model(model or shipped_model()))
     adapter = _adapter_without_weights(model or shipped_model(), dtype)
     if chosen.wants_profile:  # which is known by the weights
         chosen = LLM(model or shipped_model(), chosen, dtype=dtype).policy

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pyramidinfer.engine.profiling import Found
     from pyramidinfer.policies.profile import Profile
 
-__all__ = ["add_profile", "heat_map"]
+__all__ = ["add_profile", "check_place", "heat_map"]
 
 #: Heads of a layer that are shown with their numbers; more are shades.
 NUMBERS = 16
@@ -60,7 +60,7 @@ def profile(
     llm = where.llm(Full())
     found, anew = look_up(llm), force or text is not None
     if anew:
-        _check_place(found, output)
+        check_place(found, output)
     seconds = None
     if found is None or anew:
         from pyramidinfer.engine.profiling import store_profile
@@ -87,11 +87,16 @@ def profile(
         f"measured on {made.text} ({how}); two texts agree on the heads' order by "
         f"{made.agreement:.2f} (Spearman)"
     )
+    if made.calibrated is not None:
+        console.print(
+            f"calibrated: after layer {made.calibrated.start_layer} "
+            f"{made.calibrated.propagate_ratio:.0%} of the text goes deeper at most"
+        )
     for each in filter(None, (path, picture)):
         print(each)
 
 
-def _check_place(found: Found | None, output: Path | None) -> None:
+def check_place(found: Found | None, output: Path | None) -> None:
     """``ValueError`` where a profile made now would lie where none looks for it."""
     from pyramidinfer.engine.profiling import shipped_folder
 

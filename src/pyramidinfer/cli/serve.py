@@ -12,7 +12,6 @@ import torch
 import typer
 from rich.console import Console
 
-from pyramidinfer.cli.common import warn_uncalibrated
 from pyramidinfer.config import check_whole
 from pyramidinfer.engine import LLM
 from pyramidinfer.models.loading import quiet_transformers, shipped_model
@@ -36,20 +35,14 @@ class ModelChoice:
     options: dict[str, Any]
 
 
-def load(choice: ModelChoice, verified: bool = False) -> LLM:
-    """The model, ready; the shipped one where none is named.
-
-    verified : what its policy keeps was measured, so nobody need be warned.
-    """
+def load(choice: ModelChoice) -> LLM:
+    """The model, ready; the shipped one where none is named."""
     quiet_transformers()
     _set_threads(choice)
-    llm = LLM(
+    return LLM(
         choice.model or shipped_model(), choice.policy, dtype=choice.dtype, device=choice.device,
         backend=choice.backend, **choice.options,
     )  # fmt: skip
-    if not verified:
-        warn_uncalibrated(llm.policy, choice.model or llm.name)
-    return llm
 
 
 def _set_threads(choice: ModelChoice) -> None:
@@ -97,4 +90,4 @@ def run_serve(choice: ModelChoice, settings: ServerSettings, floor: float | None
     with bind(settings) as line:  # held, so that nobody takes it, and not open yet
         if floor is not None:
             _check_quality(choice, floor)
-        serve(load(choice, verified=floor is not None), settings, line)
+        serve(load(choice), settings, line)

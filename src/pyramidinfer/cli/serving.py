@@ -14,7 +14,6 @@ from pyramidinfer.cli.common import (
     NoProfile,
     Options,
     PolicyName,
-    ScheduleFile,
     plain_errors,
     policy_from,
     profiling,
@@ -35,11 +34,11 @@ SERVER, ENGINE, LIMITS, SAFETY = "Server", "Memory and scheduling", "Limits", "S
 
 
 def _choice(model: str | None, policy: str, keep: float | None, option: list[str] | None,
-            schedule: Path | None, dtype: str, device: str, backend: str, threads: int,
+            dtype: str, device: str, backend: str, threads: int,
             no_profile: bool, **options: Any) -> Any:  # fmt: skip
     from pyramidinfer.cli.serve import ModelChoice
 
-    chosen = policy_from(policy, keep, option or [], schedule)
+    chosen = policy_from(policy, keep, option or [])
     options["profile"] = profiling(chosen, no_profile)
     return ModelChoice(model, chosen, dtype, device, backend, threads, options)
 
@@ -56,7 +55,6 @@ def serve(
     policy: PolicyName = "pyramid",
     keep: Keep = None,
     option: Options = None,
-    schedule: ScheduleFile = None,
     kv_memory: KvMemory = "1GiB",
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -197,7 +195,7 @@ def serve(
     from pyramidinfer.server.settings import ServerSettings, read_keys
 
     choice = _choice(
-        model, policy, keep, option, schedule, dtype, device, backend, threads, no_profile,
+        model, policy, keep, option, dtype, device, backend, threads, no_profile,
         kv_memory=kv_memory, max_requests=max_requests, step_tokens=step_tokens,
         page_size=page_size, reuse_share=reuse_share, slot_scores=slot_scores,
         admission=admission, expected_output=expected_output, preempt=preempt, elastic=elastic,
@@ -232,7 +230,6 @@ def chat(
     policy: PolicyName = "pyramid",
     keep: Keep = None,
     option: Options = None,
-    schedule: ScheduleFile = None,
     kv_memory: KvMemory = "1GiB",
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -253,7 +250,7 @@ def chat(
         max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed
     )  # fmt: skip
     choice = _choice(
-        model, policy, keep, option, schedule, dtype, device, backend, threads, no_profile,
+        model, policy, keep, option, dtype, device, backend, threads, no_profile,
         kv_memory=kv_memory, reuse_share=1.0,
     )  # fmt: skip
     run_chat(choice, system, params)
@@ -266,7 +263,6 @@ def batch(
     policy: PolicyName = "pyramid",
     keep: Keep = None,
     option: Options = None,
-    schedule: ScheduleFile = None,
     kv_memory: KvMemory = "1GiB",
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -282,7 +278,7 @@ def batch(
     from pyramidinfer.cli.batch import run_batch
 
     choice = _choice(
-        model, policy, keep, option, schedule, dtype, device, backend, threads, no_profile,
+        model, policy, keep, option, dtype, device, backend, threads, no_profile,
         kv_memory=kv_memory, max_requests=max_requests, reuse_share=0.0,
     )  # fmt: skip
     run_batch(choice, source, target, model_name)

@@ -183,9 +183,6 @@ def quality(
     passages: Annotated[
         float, typer.Option(help="Passages for each question: a share, at least 5 a cell.")
     ] = 0.5,
-    schedule: Annotated[
-        Path | None, typer.Option(help="A calibrated schedule for pyramid.")
-    ] = None,
     seed: Seed = 0,
     json: Json = Path("out/quality.json"),
     workers: Workers = 1,
@@ -198,12 +195,6 @@ def quality(
     from pyramidinfer.policies import POLICIES
 
     specs = split_specs(policies) if policies else tuple(POLICIES)
-    if schedule is not None:
-        specs = tuple(
-            f"{s}{',' if ':' in s else ':'}schedule={schedule}"
-            if s.split(":")[0] == "pyramid" and "schedule=" not in s else s
-            for s in specs
-        )  # fmt: skip
     grid = Grid(
         replace(subject(model, text, dtype, device), kv_memory=kv_memory), specs,
         numbers(keeps, float, "--keeps"),

@@ -31,7 +31,6 @@ def run_verify(where: Subject, policy: Policy, floor: float, plan: Plan, out: Pa
     begun = time.monotonic()
     try:
         machine = asker(where)
-        policy = policy.for_model(machine.llm.name)
         with console.status("loading") as status:
             checks = verify(machine, where, policy, plan, status.update)
     finally:

@@ -71,14 +71,12 @@ class LLM:
         chosen = make_policy(policy, keep)
         if not isinstance(model, nn.Module):
             model = find_model(os.fspath(model))
-            chosen = chosen.for_model(model)
             empty, place = empty_model(model, dtype, device)
             weights = sum(each.nbytes for each in empty.parameters())
             check_plan(
                 Adapter(empty, select_backend(backend, place)), chosen, config, place, weights
             )
         loaded = load_model(model, tokenizer, dtype, device)
-        chosen = chosen.for_model(loaded.name)
         self.tokenizer = loaded.tokenizer
         self.name, self.dtype, self.device = loaded.name, loaded.dtype, loaded.device
         self.engine = Engine(
@@ -151,7 +149,7 @@ class LLM:
 
     def _bound(self, policy: str | Policy | None, keep: float | None = None) -> Policy | None:
         """A policy as it is on this model; ``ValueError`` as ``make_policy``."""
-        return None if policy is None else make_policy(policy, keep).for_model(self.name)
+        return None if policy is None else make_policy(policy, keep)
 
     def _make(self, tokens: TokenIds, params: SamplingParams, protect: Spans,
               prefix: Prefix | None, policy: Policy | None = None) -> Request:  # fmt: skip

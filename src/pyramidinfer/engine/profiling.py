@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from pyramidinfer.engine.llm import LLM
 
 __all__ = ["KEPT", "Found", "ensure_profile", "find_profile", "head_shares", "look_up",
-           "passage_scores", "profile_model", "profiles_folder", "rank_correlation",
+           "passage_scores", "profile_model", "profiles_folder", "progress_bar", "rank_correlation",
            "shipped_folder", "store_profile"]  # fmt: skip
 
 #: The share of all heads' entries that matters.
@@ -110,7 +110,7 @@ def profile_model(source: LLM | Engine, passages: Passages | None = None,
     own = _engine_for(engine, longest)
     work = adapter.depth * sum(len(each) + len(passages.repeated(each)) for each in passages.all)
     halves = []
-    with _bar(work, progress) as tell:
+    with progress_bar("what each head needs", work, progress) as tell:
         for half in passages.halves:
             halves.append([
                 head_shares(passage_scores(own, each, passages.repeated(each), tell))
@@ -219,14 +219,14 @@ def _finish(engine: Engine, request: Request, tokens: int, tell: Tell) -> None:
 
 
 @contextmanager
-def _bar(work: int, wanted: bool | None) -> Iterator[Tell]:
-    """A bar on standard error with the time left."""
+def progress_bar(title: str, work: int, wanted: bool | None = None) -> Iterator[Tell]:
+    """A bar on standard error with the time left; None shows it in a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     shown = sys.stderr.isatty() if wanted is None else wanted
     bar = Progress(
-        TextColumn("what each head needs"), BarColumn(), TimeRemainingColumn(),
+        TextColumn(title), BarColumn(), TimeRemainingColumn(),
         console=Console(stderr=True), disable=not shown,
     )  # fmt: skip
     with bar:

@@ -57,11 +57,11 @@ class Asker:
         if spec.split(":")[0] == "full":
             return Full()
         keep = keep if own_keep(spec) is None else None
-        policy = parse_policy(spec, keep).for_model(self.llm.name)
+        policy = parse_policy(spec, keep)
         lowest = policy.lowest_keep(self._layers)
         if keep is None or keep > lowest:
             return policy
-        return parse_policy(spec, min(1.0, lowest + 0.005)).for_model(self.llm.name)
+        return parse_policy(spec, min(1.0, lowest + 0.005))
 
     def ask(self, protocol: str, prompts: Sequence[Asked], params: Sequence[SamplingParams],
             policy: Policy) -> list[Answer]:  # fmt: skip

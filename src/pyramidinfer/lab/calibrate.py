@@ -1,237 +1,157 @@
-"""Calibration: how much each layer suffers from pruning, on the user's text, made into budgets.
+"""Calibration: after which layer of a model tokens may be dropped, found on tasks and on text.
 
-The paper's ICR measurement (prune one layer, leave the others whole) as a tool.  First the scores
-are chosen that lose least at a level budget.  Then two tables are measured as divergence from the
-full cache: *retention*, each layer's cache alone held to a share; *propagation*, only a share of
-the tokens going deeper than a layer.  Taking losses as adding up,
-the cheapest plan within the target is solved for, then measured as a whole on passages that were
-not used; where it misses, it is solved again for less.
+The head profile says what each head needs, and the policy ``pyramid`` drops tokens between layers
+only after the last layer with much need.  How much earlier a model bears it is measured here: with
+questions inside the prompt, with questions that come later, and as divergence from what the model
+says of running text.  Of each propagated share the earliest layer that costs nothing is found by
+bisection; what computes least is written into the profile.  The tasks are none that results are
+reported on (``study ruler``, ``study turns``).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import lru_cache, partial
-from itertools import accumulate
-from pathlib import Path
-from typing import Any, ClassVar
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from pyramidinfer.engine import LLM
+from pyramidinfer.engine.profiling import progress_bar
 from pyramidinfer.lab.quality import divergence
-from pyramidinfer.lab.record import commit, machine
-from pyramidinfer.lab.samples import Passage, Subject, settings
-from pyramidinfer.lab.study import Row, run_cells
-from pyramidinfer.policies import Forecast, Full, Policy, Pyramid, Schedule
-from pyramidinfer.policies.schedule import HEADS
-from pyramidinfer.types import Layers, Needs, Observation, Score, View
+from pyramidinfer.lab.samples import Needle, Subject
+from pyramidinfer.policies import Full, Pyramid
+from pyramidinfer.policies.profile import Calibrated, Profile
+from pyramidinfer.types import Layers, SamplingParams, Score
 
-__all__ = ["Calibration", "OneLayer", "calibrate"]
+__all__ = ["Measured", "Task", "calibrate", "plans"]
 
-SHARES = (0.03, 0.06, 0.12, 0.25, 0.4, 0.6, 0.8)
-KERNELS = (1, 7, 15)
-PROPAGATED = (0.05, 0.1, 0.2, 0.35, 0.5)
-#: Divergences below this are noise of the arithmetic.
-NOISE = 1e-7
+#: Shares of the text that may go deeper.
+SHARES = (0.2, 0.4)
+#: A plan is free if it keeps so much of the score, and the divergence rises no further than this.
+SCORE, RISE, NOISE = 0.97, 1.25, 0.005
+#: Tokens at a prompt's end that go in later where the question comes later: it, and what is around.
+LATER = 28
 
 
 @dataclass(frozen=True)
-class Calibration:
-    """What to measure on, and the target: a divergence, or a byte budget (``keep``)."""
+class Task:
+    """What to measure on.
+
+    keep : of the policy meanwhile;  context : tokens of a prompt;  samples : questions, each asked
+    inside and later;  passages : of running text.
+    """
 
     subject: Subject
-    target_kl: float = 0.01
-    keep: float | None = None
+    keep: float = 0.3
     context: int = 1000
-    continuation: int = 64
-    samples: int = 16
+    samples: int = 8
+    passages: int = 4
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not self.target_kl > 0:
-            raise ValueError(f"--target-kl {self.target_kl} must be above 0 (nats per token)")
-        if self.keep is not None and not 0 < self.keep <= 1:
-            raise ValueError(f"--keep {self.keep} must be above 0 and at most 1")
-        if self.samples < 2:
-            raise ValueError(f"--samples {self.samples} must be at least 2")
+        if not 0 < self.keep < 1:
+            raise ValueError(f"--keep {self.keep} must lie between 0 and 1, so that some go")
+
+    def quick(self) -> Task:
+        """A third of the work."""
+        return replace(self, context=700, samples=4, passages=2)
 
 
-@dataclass(frozen=True)
-class OneLayer(Pyramid):
-    """Hold one layer's cache to a share, by Pyramid's scores; all else stays whole."""
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What a plan was found to do: the mean score of both protocols, nats a token, layer-tokens."""
 
-    name: ClassVar[str] = "one_layer"
-    evicts: ClassVar[bool] = False
+    score: float
+    kl: float
+    computed: float
 
-    layer: int = 0
-
-    def forecast(self, prompt_len: int, max_new: int, layers: Layers) -> Forecast:
-        return Policy.forecast(self, prompt_len, max_new, layers)
-
-    def needs(self, view: View) -> Needs:
-        if view.layer != self.layer or view.phase == "decode":
-            return Needs()
-        needs = super().needs(view)
-        return Needs(window=needs.window, reduce=needs.reduce, retain=needs.retain)
-
-    def propagate(self, seen: Observation, state: Any) -> Any:
-        raise AssertionError("nothing is dropped between layers")
+    def is_free(self, whole: Measured) -> bool:
+        """Whether it is no worse than with nothing dropped between layers before."""
+        return self.score >= SCORE * whole.score and self.kl <= RISE * whole.kl + NOISE
 
 
-def calibrate(task: Calibration, out: Path, workers: int = 1) -> Schedule:
-    """Measure, solve, verify; writes the schedule to ``out`` and returns it."""
-    depth = task.subject.depth
-    level = task.keep or 0.25
-    cells = [{"heads": h, "kernel": k, "level": level} for h in HEADS for k in KERNELS]
-    parts = [out.with_name(f"{out.name}.{part}.json") for part in ("scores", "layers")]
-    configuration = settings(task)
-    rows = run_cells("scores", configuration, cells, partial(measure, task), parts[0], workers)
-    scores = min(rows, key=lambda row: row["kl"])
-    by = {"heads": scores["heads"], "kernel": scores["kernel"]}
-    cells = [{"layer": i, "keep": s, **by} for i in range(depth) for s in SHARES]
-    cells += [{"start": i, "propagate": s, **by} for i in range(depth - 1) for s in PROPAGATED]
-    layers = run_cells("layers", configuration, cells, partial(measure, task), parts[1], workers)
-    found = Tables.of(layers, depth, **by)
-    schedule, tried = _solve_until_met(task, found)
-    about = {
-        "commit": commit(), "machine": machine(), "task": configuration, "tried": tried,
-        "scores": rows,
-    }  # fmt: skip
-    schedule.save(out, about)
-    for part in parts:
-        part.unlink()
-    return schedule
+def plans(own: int) -> int:
+    """How many plans are measured at most on a model whose profile's own start is layer ``own``."""
+    return 1 + len(SHARES) * own.bit_length()
 
 
-def measure(task: Calibration, cell: dict[str, Any]) -> list[Row]:
-    """One cell's divergence from the full cache."""
-    return [{**cell, "kl": _divergence(task, _policy(cell), 0)}]
+def calibrate(llm: LLM, profile: Profile, task: Task, progress: bool | None = None,
+              tell: Callable[[str], None] = lambda _: None) -> Profile:  # fmt: skip
+    """The profile with what was found; ``tell`` hears how long it will take."""
+    runs = _Runs(llm, task)
+    base = Pyramid(keep=task.keep, profile=replace(profile, calibrated=None))
+    layers = Layers((True,) * llm.engine.adapter.depth, llm.engine.adapter.kv_heads)
+    own, most = base.begin(layers), plans(base.begin(layers))
+    with progress_bar("which layers need all tokens", most, progress) as advance:
+        begun = time.monotonic()
+        whole = runs.measure(base)
+        seconds = time.monotonic() - begun
+        tell(f"{most} settings at most, about {most * seconds / 60:.1f} minutes")
+        advance(1)
+        if whole.score == 0:
+            raise ValueError(
+                f"with all tokens computed and keep={task.keep} the model answers none of the "
+                f"questions, so nothing can be calibrated on them: give a higher --keep, or a text "
+                f"that it knows (--text)"
+            )
+        best = (whole, own, 1.0)
+        for share in SHARES:
+            low, high = 0, own  # the earliest free start is in low..high; high stands for none
+            for _ in range(own.bit_length()):
+                if low < high:
+                    middle = (low + high) // 2
+                    found = runs.measure(replace(base, start_layer=middle, propagate_ratio=share))
+                    if found.is_free(whole):
+                        high = middle
+                        best = min(best, (found, middle, share), key=lambda each: each[0].computed)
+                    else:
+                        low = middle + 1
+                advance(1)
+    found, start, share = best
+    return replace(profile, calibrated=Calibrated(
+        start, share, task.keep, round(found.score / whole.score, 4), round(found.computed, 4),
+        round(found.kl, 5), task.context, 2 * task.samples, task.passages,
+    ))  # fmt: skip
 
 
-def _policy(cell: dict[str, Any]) -> Policy:
-    common = {"schedule": None, "min_context": 1, "heads": cell["heads"], "kernel": cell["kernel"]}
-    if "level" in cell:
-        return Pyramid(keep=cell["level"], propagate_ratio=1.0, **common)
-    if "layer" in cell:
-        return OneLayer(keep=cell["keep"], layer=cell["layer"], **common)
-    return Pyramid(
-        keep=1.0, start_layer=cell["start"], propagate_ratio=cell["propagate"], **common
-    )  # fmt: skip
+class _Runs:
+    """The samples, and the full cache's scores of the text."""
+
+    def __init__(self, llm: LLM, task: Task) -> None:
+        corpus = task.subject.corpus()
+        self.llm = llm
+        self.needles = corpus.needles(task.seed, task.samples, task.context)
+        passages = corpus.passages(task.seed, task.passages, task.context, 64)
+        self.texts = [each.context for each in passages], [each.continuation for each in passages]
+        self.full = self._scored(Full())
+
+    def measure(self, policy: Pyramid) -> Measured:
+        inside, computed = self._inside(policy)
+        kls = [
+            divergence(full, mine)
+            for full, mine in zip(self.full, self._scored(policy), strict=True)
+        ]
+        return Measured((inside + self._later(policy)) / 2, float(np.mean(kls)), computed)
+
+    def _inside(self, policy: Pyramid) -> tuple[float, float]:
+        params = [_params(needle) for needle in self.needles]
+        prompts = [needle.prompt for needle in self.needles]
+        found = self.llm.generate(prompts, params, policy=policy)
+        right = [needle.is_right(out.text) for needle, out in zip(self.needles, found, strict=True)]
+        return float(np.mean(right)), float(np.mean([o.metrics.computed_share for o in found]))
+
+    def _later(self, policy: Pyramid) -> float:
+        right = []
+        for needle in self.needles:
+            with self.llm.prefill(needle.prompt[:-LATER], policy) as cache:
+                (out,) = self.llm.generate([needle.prompt[-LATER:]], _params(needle), prefix=cache)
+                right.append(needle.is_right(out.text))
+        return float(np.mean(right))
+
+    def _scored(self, policy: Pyramid | Full) -> list[Score]:
+        return self.llm.score(*self.texts, policy=policy, logits=True)
 
 
-def _passages(task: Calibration, part: int) -> list[Passage]:
-    """Passages to measure on (part 0), or to verify on (part 1)."""
-    seed = 2 * task.seed + part
-    return task.subject.corpus().passages(seed, task.samples, task.context, task.continuation)
-
-
-def _scores(task: Calibration, policy: Policy, part: int) -> list[Score]:
-    passages = _passages(task, part)
-    return task.subject.llm(policy).score(
-        [p.context for p in passages], [p.continuation for p in passages], logits=True
-    )
-
-
-@lru_cache(maxsize=2)
-def _full(task: Calibration, part: int) -> list[Score]:
-    return _scores(task, Full(), part)
-
-
-def _divergence(task: Calibration, policy: Policy, part: int) -> float:
-    pairs = zip(_full(task, part), _scores(task, policy, part), strict=True)
-    return float(np.mean([divergence(full, other) for full, other in pairs]))
-
-
-@dataclass(frozen=True)
-class Tables:
-    """Losses: ``retain[layer][share]`` with share 1 appended, ``go[start][propagated]``."""
-
-    retain: tuple[tuple[float, ...], ...]
-    go: tuple[tuple[float, ...], ...]
-    heads: str
-    kernel: int
-
-    @classmethod
-    def of(cls, rows: list[Row], depth: int, heads: str, kernel: int) -> Tables:
-        def table(kind: str, share: str, count: int, shares: tuple[float, ...]
-                  ) -> tuple[tuple[float, ...], ...]:  # fmt: skip
-            found = {(r[kind], r[share]): r["kl"] for r in rows if kind in r}
-            return tuple(tuple(_clean(found[i, s]) for s in shares) for i in range(count))
-
-        retain = table("layer", "keep", depth, SHARES)
-        go = table("start", "propagate", depth - 1, PROPAGATED)
-        return cls(tuple((*row, 0.0) for row in retain), go, heads, kernel)
-
-
-def _clean(kl: float) -> float:
-    return 0.0 if kl < NOISE else kl
-
-
-def _solve_until_met(task: Calibration, found: Tables) -> tuple[Schedule, list[dict[str, Any]]]:
-    """Solve for the target, measure the whole, and solve for less while it misses.
-
-    With a byte budget the target bounds what propagation may cost, and budgets are solved once.
-    """
-    tried: list[dict[str, Any]] = []
-    allowed = task.target_kl
-    for _ in range(8):
-        schedule = solve(found, allowed, task.keep)
-        kl = _divergence(task, Pyramid(schedule=schedule, keep=schedule.keep, min_context=1), 1)
-        schedule = Schedule(**{**vars(schedule), "kl": kl})
-        tried.append({"allowed": allowed, "keep": schedule.keep, "start": schedule.start_layer,
-                      "propagate": schedule.propagate, "kl": kl})  # fmt: skip
-        if kl <= task.target_kl or task.keep is not None:
-            break
-        allowed *= min(0.5, task.target_kl / kl)
-    return schedule, tried
-
-
-def solve(found: Tables, allowed: float, keep: float | None) -> Schedule:
-    """The cheapest plan whose losses add up to ``allowed`` at most.
-
-    Cost is the share of prefill computed plus the share of the cache kept.  With ``keep`` given
-    half of ``allowed`` is for propagation, whatever the budgets then cost.
-    """
-    depth = len(found.retain)
-    plans = [(depth - 1, 1.0, 0.0)]  # nothing is dropped between layers
-    for start, row in enumerate(found.go):
-        plans += [(start, s, loss) for s, loss in zip(PROPAGATED, row, strict=True)]
-    best: tuple[float, Schedule] | None = None
-    for start, share, loss in plans:
-        if loss > allowed / 2:
-            continue
-        plan = Schedule(start, share, (*SHARES, 1.0), found.retain, found.heads, found.kernel,
-                        1.0, 0.0)  # fmt: skip
-        kept = keep if keep is not None else _least_keep(plan, allowed - loss)
-        computed = (start + 1 + (depth - 1 - start) * share) / depth
-        cost = computed + sum(plan.budgets(kept)) / depth
-        if best is None or cost < best[0]:
-            best = (cost, Schedule(**{**vars(plan), "keep": kept}))
-    assert best is not None  # the plan that drops nothing costs no loss
-    return best[1]
-
-
-def _least_keep(plan: Schedule, allowed: float) -> float:
-    """The smallest mean budget whose predicted loss is within ``allowed``, to 1/200."""
-    low, high = 0, 200
-    while low < high:
-        middle = (low + high) // 2
-        if predicted(plan, max(1, middle) / 200) <= allowed:
-            high = middle
-        else:
-            low = middle + 1
-    return max(1, high) / 200
-
-
-def predicted(plan: Schedule, keep: float) -> float:
-    """Losses of a plan's budgets, added up; between measured shares along the line.
-
-    A layer that fewer tokens reach than were tried alone loses no more than propagation, which is
-    counted on its own.
-    """
-    total = 0.0
-    for layer, share in enumerate(plan.budgets(keep)):
-        falling = list(accumulate(plan.loss[layer], min))
-        full = share >= plan.propagate - 1e-9 and layer > plan.start_layer
-        total += 0.0 if full else float(np.interp(share, plan.shares, falling))
-    return total
+def _params(needle: Needle) -> SamplingParams:
+    return SamplingParams(max_tokens=needle.answer_tokens)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from pyramidinfer.lab.asking import PROTOCOLS
 from pyramidinfer.lab.numbers_layers import icr, rac
 from pyramidinfer.lab.numbers_studies import (
     command_block,
@@ -161,30 +162,28 @@ COLUMNS: dict[str, dict[str, Callable[[Row], str]]] = {
 
 def lead(results: dict[str, Result]) -> list[str]:
     """The most important figures, for the page's head."""
-    if "ruler" not in results:
+    if "heads_ruler" not in results:
         return []
-    means = results["ruler"]["meta"]["means"]
-    found = {(r["policy"], r["keep"], r["protocol"]): r for r in means}
-    full = found["full", 1.0, "inside"]
-    lines = [
-        f"**On a real model the default loses most answers.** SmolLM2-135M, RULER at "
-        f"{full['length']:,} tokens, {len(full['tasks'])} tasks (full cache {full['score']:.2f}):\n"
-    ]
-    keeps = sorted({r["keep"] for r in means if r["policy"] != "full"}, reverse=True)
-    protocols = [each for each in ("inside", "after") if any(key[2] == each for key in found)]
-    head = ["policy", *(f"{keep:g}, {each}" for keep in keeps for each in protocols)]
-    names = [name for name in dict.fromkeys(r["policy"] for r in means) if name != "full"]
-    lines += table(
-        head,
-        (
-            [label(name), *(
-                f"{found[name, keep, each]['score']:.2f}" if (name, keep, each) in found else "–"
-                for keep in keeps for each in protocols
-            )]
-            for name in names
-        ),
-    )  # fmt: skip
-    return [*lines, ""]
+    means = results["heads_ruler"]["meta"]["means"]
+    full = next(row for row in means if row["policy"] == "full")
+    cells: dict[tuple[str, float], dict[str, Row]] = {}
+    for row in means:
+        cells.setdefault((row["policy"], row["keep"]), {})[row["protocol"]] = row
+    rows = []
+    for (name, _), found in sorted(
+        cells.items(), key=lambda each: (-next(iter(each[1].values()))["kv_share"], each[0])
+    ):
+        first = next(iter(found.values()))
+        scores = [found[each]["score"] if each in found else None for each in PROTOCOLS]
+        rows.append([
+            label(name), percent(first["kv_share"]), percent(first["prefill_share"]),
+            *("–" if score is None else f"{score:.2f}" for score in scores),
+        ])  # fmt: skip
+    return [
+        f"**On a real model**: SmolLM2-135M, RULER at {full['length']:,} tokens, the "
+        f"{len(full['tasks'])} tasks that the full cache can do.\n",
+        *table(["policy", "KV", "computed", *PROTOCOLS], rows), "",
+    ]  # fmt: skip
 
 
 SECTIONS: dict[str, Callable[[Result], str]] = {
@@ -193,9 +192,9 @@ SECTIONS: dict[str, Callable[[Result], str]] = {
         "All policies get the same samples; each as published but for `keep`.",
     ),
     "heads_ruler": partial(
-        _pictured, "Heads that keep everything, heads that keep the newest", "heads_ruler",
-        "Tasks that the full cache can do; `duo` with `spare=.1`, the default at that commit, at "
-        "three budgets, and window scores beside it.",
+        _pictured, "Budgets by head, heads dealt once, and window scores alone", "heads_ruler",
+        "Tasks that the full cache can do; `pyramid`, `duo` with `spare=.1` (the default at the "
+        "commit of its rows), and `snapkv`.",
     ),
     "heads_needle": partial(
         _ruler, "One needle, asked for later, heads dealt once", "heads_needle",
@@ -216,7 +215,7 @@ SECTIONS: dict[str, Callable[[Result], str]] = {
     ),
     "trial_2000": partial(
         _ruler, "One needle, 2,000 tokens", "trial_2000",
-        "Published settings, and wide spans with a late start.",
+        "Published settings, and wide spans with a late start; `pyramid` is the rule before.",
     ),
     "trial_four": partial(
         _ruler, "Four needles, one asked for", "trial_four", "The same settings, RULER's multikey.",

@@ -15,7 +15,7 @@ from pyramidinfer.lab.study import Row
 from pyramidinfer.policies import POLICIES
 
 __all__ = [
-    "SCHEDULE", "aims", "command_block", "curves", "estimate", "joined", "json_option", "label",
+    "command_block", "estimate", "joined", "json_option", "label",
     "load_results", "origin", "paired_difference", "paired_ratio", "percent", "quality",
     "subject_words", "table",
 ]  # fmt: skip
@@ -23,17 +23,14 @@ __all__ = [
 Result = dict[str, Any]
 
 RESULTS = Path("benchmarks/results")
-SCHEDULE = Path("src/pyramidinfer/assets/demo-model/pyramid_schedule.json")
 RESAMPLES = 2000
 #: What the paper's own rule is called; other policies are compared with it.
 PAPER = "pyramidinfer"
 
 
 def load_results(root: Path = Path()) -> dict[str, Result]:
-    """Committed results by name, the shipped model's schedule among them as ``calibrate``."""
+    """Committed results by name."""
     paths = {path.stem: path for path in sorted((root / RESULTS).glob("*.json"))}
-    if (root / SCHEDULE).is_file():
-        paths["calibrate"] = root / SCHEDULE
     return {name: json.loads(path.read_text("utf-8")) for name, path in paths.items()}
 
 
@@ -108,7 +105,7 @@ def json_option(name: str) -> tuple[str, str]:
     return "--json", str(RESULTS / f"{name}.json")
 
 
-# --- quality, aims, curves ------------------------------------------------------------------------
+# --- quality --------------------------------------------------------------------------------------
 
 
 def _grid_head(title: str, name: str, entry: Result, words: str) -> list[str]:
@@ -221,69 +218,6 @@ def _better_than_pyramid(rows: list[Row]) -> list[str]:
         return [f"{words}: nowhere in this grid.\n"]
     head = ["context", "keep", "policy", "measure", "its figure", "its KV", "pyramid", "its KV"]
     return [f"{words}:\n", *table(head, sorted(found)), ""]
-
-
-def aims(entry: Result) -> str:
-    rows = entry["rows"]
-    cells = _by_cell(rows)
-    lines = _grid_head(
-        "Pyramid, the paper's rule and the full cache", "aims", entry,
-        f"How to read it: every question is answered under every policy, so recalls are compared "
-        f"question by question. `of full` is a policy's recall over the full cache's, "
-        f"`against {PAPER}` its recall less that of `{PAPER}` at the same `keep`; in brackets 95 % "
-        f"over resampled questions (for `recall` Wilson's, which also has a width where all "
-        f"answers are right).",
-    )  # fmt: skip
-    found = []
-    for context in _contexts(rows):
-        full = next((r for r in rows if r["policy"] == "full" and r["context"] == context), None)
-        for spec, keep in _lines(rows):
-            row, paper = cells.get((spec, keep, context)), cells.get((PAPER, keep, context))
-            if row is None:
-                continue
-            of_full = None if full is None else paired_ratio(row["right"], full["right"])
-            against = None
-            if paper is not None and paper is not row:
-                against = paired_difference(row["right"], paper["right"])
-            found.append([
-                f"{context:,}", label(spec), f"{keep:g}",
-                estimate(row["recall"], row["recall_ci"]),
-                "–" if of_full is None or row is full else estimate(of_full[0], of_full[1:]),
-                "–" if against is None else estimate(against[0], against[1:], "+.2f"),
-                estimate(row["kl"], row["kl_ci"], ".2g"), _kv(row),
-                percent(row["prefill_share"]),
-            ])  # fmt: skip
-    lines += table(
-        ["context", "policy", "keep", "recall", "of full", f"against {PAPER}", "KL, nats a token",
-         "KV", "prefill"],
-        found,
-    )  # fmt: skip
-    return "\n".join([*lines, *_footnote(rows)]) + "\n"
-
-
-def curves(entry: Result) -> str:
-    rows = entry["rows"]
-    cells = _by_cell(rows)
-    keeps = sorted({row["keep"] for row in rows if row["policy"] != "full"}, reverse=True)
-    lines = _grid_head(
-        "Calibrated budgets against hand-made curves", "curves", entry,
-        "How to read it: share of the full cache's bytes, recall, and divergence from the full "
-        "cache (KL, nats a token, 95 % over resampled passages); a lower divergence at the same "
-        "bytes means better budgets. `pyramid` without options uses the model's schedule.",
-    )  # fmt: skip
-    found = []
-    for context in _contexts(rows):
-        for spec in dict.fromkeys(row["policy"] for row in rows if row["policy"] != "full"):
-            line = [f"{context:,}", label(spec)]
-            for keep in keeps:
-                row = cells.get((spec, keep, context))
-                line.append("–" if row is None else (
-                    f"{_kv(row)}; {row['recall']:.2f}; {estimate(row['kl'], row['kl_ci'], '.2g')}"
-                ))  # fmt: skip
-            found.append(line)
-    lines += table(["context", "policy", *(f"keep {keep:g}" for keep in keeps)], found)
-    lines += [*_footnote(rows), "\n![curves against bytes](images/curves.png)"]
-    return "\n".join(lines) + "\n"
 
 
 def paired_ratio(mine: Sequence[int], other: Sequence[int]) -> tuple[float, float, float] | None:

@@ -10,7 +10,6 @@ from pyramidinfer.policies.pyramid import Pyramid
 from pyramidinfer.policies.pyramidinfer import PyramidInfer
 from pyramidinfer.policies.pyramidkv import PyramidKV
 from pyramidinfer.policies.registry import POLICIES, make_policy
-from pyramidinfer.policies.schedule import Schedule
 from pyramidinfer.policies.scissorhands import Scissorhands
 from pyramidinfer.policies.snapkv import SnapKV
 from pyramidinfer.policies.streaming_llm import StreamingLLM
@@ -29,7 +28,6 @@ __all__ = [
     "Pyramid",
     "PyramidInfer",
     "PyramidKV",
-    "Schedule",
     "Scissorhands",
     "SnapKV",
     "StreamingLLM",

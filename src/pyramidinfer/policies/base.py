@@ -59,10 +59,6 @@ class Policy:
     def check(self, layers: Layers) -> None:
         """Raise ``ValueError`` where the options cannot be met on a model of this depth."""
 
-    def for_model(self, folder: str) -> Policy:
-        """The policy as it is for the model in ``folder`` (``""`` if it came from none)."""
-        return self
-
     def with_profile(self, profile: Profile | None) -> Policy:
         """The policy with the model's head profile, where it ``wants_profile``; None: there is
         none to be had."""

@@ -36,6 +36,7 @@ class Duo(ByHead):
 
     keep : mean over the measured heads of a head's entries, as a share of the text, which tells
         how many retrieval heads there are; one more head keeps as much as is left over.
+    sinks, recent : first and newest tokens that streaming heads keep.
     spare : the deepest layers whose heads together hold no more than this share of all that
         matters get retrieval heads last, so that few tokens need be computed there; 0 goes by need
         alone.

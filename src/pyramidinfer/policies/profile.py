@@ -16,7 +16,7 @@ from typing import Any
 
 from pyramidinfer.config import is_number
 
-__all__ = ["FORMAT", "VERSION", "Fingerprint", "Masks", "Profile", "load_heads"]
+__all__ = ["FORMAT", "VERSION", "Calibrated", "Fingerprint", "Masks", "Profile", "load_heads"]
 
 FORMAT = "pyramidinfer head profile"
 #: Raise when a file means something else than before: older ones are then refused.
@@ -64,6 +64,29 @@ def _are_near(mine: Numbers, others: Numbers, size: float, turn: float) -> bool:
     return True
 
 
+@dataclass(frozen=True, slots=True)
+class Calibrated:
+    """After which layer tokens may be dropped, as ``pyramidinfer calibrate`` found it.
+
+    start_layer, propagate_ratio : after this layer such a share of the text goes deeper (1: as much
+        as the fullest deeper head holds).
+    keep : of the policy meanwhile;  score : share of the right answers that it gives where nothing
+        is dropped between layers before;  computed : share of layer-tokens;  kl : divergence of
+        text from the full cache's, nats a token.
+    context, questions, passages : tokens of a prompt, and how many were measured.
+    """
+
+    start_layer: int
+    propagate_ratio: float
+    keep: float
+    score: float
+    computed: float
+    kl: float
+    context: int
+    questions: int
+    passages: int
+
+
 @dataclass(frozen=True, repr=False)
 class Profile:
     """What every KV head needs, as it was measured.
@@ -76,6 +99,7 @@ class Profile:
         those in the other half, which are of another text.
     kept : see ``share``.
     commit : of the code it was made with, or that code's version.
+    calibrated : what ``pyramidinfer calibrate`` added, or None.
     """
 
     share: tuple[tuple[float, ...], ...]
@@ -86,6 +110,7 @@ class Profile:
     kept: float
     commit: str
     fingerprint: Fingerprint
+    calibrated: Calibrated | None = None
 
     def __post_init__(self) -> None:
         if (wrong := _wrong(self)) is not None:
@@ -215,7 +240,16 @@ def _from(found: Any) -> Profile:
         Fingerprint(
             mark["key"], _rows(mark["vectors"], "vectors"), _rows(mark["tables"], "tables")
         ),
+        _calibrated(found.get("calibrated")),
     )  # fmt: skip
+
+
+def _calibrated(found: Any) -> Calibrated | None:
+    if found is None:
+        return None
+    if not isinstance(found, dict):
+        raise ValueError(f"calibrated={found!r:.60} is none")
+    return Calibrated(**found)  # a name that is missing or not known is a TypeError
 
 
 def _row(value: Any, name: str) -> tuple[Any, ...]:
@@ -248,11 +282,26 @@ def _wrong(profile: Profile) -> str | None:
         return f"agreement={profile.agreement!r:.60} must lie within -1 and 1"
     if not profile.lengths or not all(type(n) is int and n > 0 for n in profile.lengths):
         return f"lengths={profile.lengths!r:.60} must be tokens of each passage"
+    if profile.calibrated is not None and (wrong := _wrong_start(profile.calibrated, profile)):
+        return wrong
     mark = profile.fingerprint
     for name, text in (("text", profile.text), ("commit", profile.commit), ("key", mark.key)):
         if not isinstance(text, str) or not text:
             return f"{name}={text!r:.60} must be a text"
     return _wrong_numbers("vectors", mark.vectors) or _wrong_numbers("tables", mark.tables)
+
+
+def _wrong_start(found: Calibrated, profile: Profile) -> str | None:
+    layers = len(profile.share)
+    if type(found.start_layer) is not int or not 0 <= found.start_layer < layers:
+        return f"calibrated: start_layer={found.start_layer!r:.60} is no layer of {layers}"
+    for name in ("propagate_ratio", "keep", "computed"):
+        if not (is_number(value := getattr(found, name)) and 0 < value <= 1):
+            return f"calibrated: {name}={value!r:.60} must be above 0 and at most 1"
+    for name in ("score", "kl", "context", "questions", "passages"):
+        if not (is_number(value := getattr(found, name)) and 0 <= value < math.inf):
+            return f"calibrated: {name}={value!r:.60} must be a number of at least 0"
+    return None
 
 
 def _wrong_numbers(name: str, rows: Sequence[Sequence[float]]) -> str | None:

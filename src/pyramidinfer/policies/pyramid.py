@@ -26,6 +26,7 @@ from torch import Tensor
 from pyramidinfer.config import check_share, check_whole, is_number, named_options
 from pyramidinfer.policies.base import best_entries, keep_best, pool_neighbours
 from pyramidinfer.policies.by_head import ALL, ByHead, Limits
+from pyramidinfer.policies.profile import Calibrated
 from pyramidinfer.policies.snapkv import check_kernel
 from pyramidinfer.types import Best, Keep, Layers, Needs, Observation, Reduce, State, View
 
@@ -121,10 +122,18 @@ class Pyramid(ByHead):
             limits[layer][head] = ALL if entries >= text_len else entries
         return tuple(map(tuple, limits))
 
-    def _begin(self, layers: Layers) -> int:
+    @property
+    def _calibrated(self) -> Calibrated | None:
+        if self.start_layer is not None or self.keep == 1:
+            return None
+        return getattr(self.profile, "calibrated", None)
+
+    def begin(self, layers: Layers) -> int:
         """The first layer after which tokens may be dropped."""
         if self.start_layer is not None:
             return self.start_layer
+        if self._calibrated is not None:
+            return self._calibrated.start_layer
         share = self.heads.share
         total = sum(map(sum, share))
         left, layer = 0.0, layers.count - 1
@@ -132,29 +141,43 @@ class Pyramid(ByHead):
             layer -= 1
         return layer
 
-    def _cap(self, layer: int, text_len: int, layers: Layers) -> float:
+    def _cap(self, layer: int, text_len: int, layers: Layers) -> int:
         """Tokens of a text that can reach a layer, where that is said."""
-        if self.propagate_ratio is None or layer <= self._begin(layers):
+        ratio = self.propagate_ratio
+        if ratio is None and self._calibrated is not None:
+            ratio = self._calibrated.propagate_ratio
+        if ratio is None or layer <= self.begin(layers):
             return text_len
-        return max(self.least_going, int(self.propagate_ratio * text_len))
+        return max(self.least_going, int(ratio * text_len))
 
     def going(self, layer: int, text_len: int, layers: Layers) -> int:
-        if layer < self._begin(layers):
+        if layer < self.begin(layers):
             return text_len
         size = max(text_len, self.min_context)
         held = max(max(row) for row in self.limits(text_len, layers)[layer + 1 :])
-        return int(min(text_len, max(self.least_going, min(held, self._cap(layer + 1, size, layers)))))
+        return min(text_len, max(self.least_going, min(held, self._cap(layer + 1, size, layers))))
+
+    @property
+    def rule(self) -> str:
+        found = self._calibrated
+        if found is None:
+            return super().rule
+        return (
+            f"{super().rule}; calibrated: after layer {found.start_layer} "
+            f"{found.propagate_ratio:.0%} of the text goes deeper at most"
+        )
 
     def most(self, limit: int) -> int:
         return limit
 
     def least(self, limit: int) -> int:
-        return limit + 1 - min(self.stride, max(1, limit // 16))
+        return limit + 1 - min(self.stride, max(1, limit // 4))
 
     # --- what was looked at -------------------------------------------------------------------
 
     def needs(self, view: View) -> Needs:
-        if not view.layers.governed[view.layer] or self.keep == 1 and self.propagate_ratio is None:
+        keeps_all = self.keep == 1 and self.propagate_ratio is None
+        if keeps_all or not view.layers.governed[view.layer]:
             return Needs()
         over = self.over(view)
         if view.phase == "decode":

@@ -246,7 +246,7 @@ class Jobs:
         else:
             share = keep if keep is not None else self.own_keep
             share = share if share is not None else min(high, 1.0)
-            chosen = make_policy(name, share).for_model(self.llm.name)
+            chosen = make_policy(name, share)
             chosen = self.llm.engine.bind(chosen, measure=False)  # the model is being served
         chosen.check(self.engine.adapter.layers_for(1))
         self.engine.check_policy(chosen)

@@ -45,8 +45,9 @@ class Service:
         engine = llm.engine
         self.metrics = Metrics(self.name, {
             "version": pyramidinfer.__version__, "policy": self.jobs.own.name,
-            "keep": str(self.jobs.own_keep), "rule": self.jobs.own.rule, "kv_memory_bytes": str(engine.pool.budget),
-            "admission": engine.config.admission, "backend": engine.adapter.backend.name,
+            "keep": str(self.jobs.own_keep), "rule": self.jobs.own.rule,
+            "kv_memory_bytes": str(engine.pool.budget), "admission": engine.config.admission,
+            "backend": engine.adapter.backend.name,
         })  # fmt: skip
         self.worker = AsyncEngine(
             llm.engine, self.metrics, max_waiting=settings.max_waiting,

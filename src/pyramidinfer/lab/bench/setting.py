@@ -22,7 +22,6 @@ from pyramidinfer.engine.memory import Ledger
 from pyramidinfer.engine.request import Request
 from pyramidinfer.lab.shapes import empty_shape, make_model
 from pyramidinfer.models import Adapter
-from pyramidinfer.models.catalog import find_model
 from pyramidinfer.models.loading import empty_model, load_model
 from pyramidinfer.policies import Policy
 from pyramidinfer.policies.registry import make_policy, parse_options
@@ -175,9 +174,7 @@ class Subject:
         return Engine(model, policy, config, None, self.setting.backend, own=alone)
 
     def _bound(self, spec: str) -> Policy:
-        model = self.setting.model
-        name = find_model(model) if model else str(self.setting.shape_name)
-        chosen = self.setting.policy(spec).for_model(name)
+        chosen = self.setting.policy(spec)
         if not chosen.wants_profile:
             return chosen
         least = Pool.least_bytes(self.adapter.group_specs(), EngineConfig().page_size)
