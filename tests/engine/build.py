@@ -10,10 +10,14 @@ from pyramidinfer import LLM, SamplingParams
 from pyramidinfer.policies import Policy, make_policy
 from tests.tiny import tiny_model
 
-SMALL = {
+SMALL: dict[str, dict[str, Any]] = {
     "pyramidinfer": {"min_context": 4, "gen_chunk": 4},
     "duo": {"sinks": 2, "recent": 8, "min_context": 8, "stride": 4},
-}
+    "pyramid": {
+        "recent": 4, "min_context": 8, "window": 8, "kernel": 7, "start_layer": 1,
+        "propagate_ratio": 0.4,
+    },
+}  # fmt: skip
 
 
 def policy_named(name: str) -> Policy:

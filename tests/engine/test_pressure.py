@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from operator import le
 from typing import Any
 
 import numpy as np
@@ -17,15 +18,18 @@ from pyramidinfer.engine import Engine
 from pyramidinfer.engine.memory import Cost
 from pyramidinfer.engine.request import Request
 from pyramidinfer.policies import POLICIES, Policy, make_policy
+from pyramidinfer.policies.by_head import ALL, ByHead
+from pyramidinfer.types import Layers
 from tests.engine.build import policy_named
 from tests.engine.serving import NAMES, alone, finish, queue, start, step
 from tests.tiny import of_layers, random_prompt
 
 FAMILIES = ("llama", "gemma3_text", "opt", "phi3")
 #: Policies that hold a budget while decoding, and can be held to a lower one.
-ELASTIC = ("h2o", "pyramid", "scissorhands", "streaming_llm", "tova")
+ELASTIC = ("duo", "h2o", "pyramid", "scissorhands", "streaming_llm", "tova")
 SMALL: dict[str, dict[str, Any]] = {
-    "pyramid": {"min_context": 8, "window": 4},
+    "duo": {"recent": 8, "min_context": 8},
+    "pyramid": {"min_context": 8, "recent": 4, "window": 4},
     "scissorhands": {"window": 8, "recent": 4},
 }
 
@@ -42,6 +46,14 @@ def crowded(name: str, family: str, sizes: list[tuple[int, int]], room: float = 
     options = {"expected_output": 0.0, **options}
     return start(name, family, admission="overcommit",
                  kv_memory=(int(most * room) // size + 1) * size, **options)  # fmt: skip
+
+
+def held_to(policy: Any, length: int, layers: Layers) -> list[tuple[int, ...]]:
+    """Entries that each head of each layer may hold while decoding."""
+    if isinstance(policy, ByHead):
+        return [tuple(map(policy.most, row)) for row in policy.limits(length, layers)]
+    budgets = [policy.budget(layer, length, layers) for layer in range(layers.count)]
+    return [(budget,) * layers.kv_heads for budget in budgets]
 
 
 #: Policy (None: full), prompt and new tokens of a request.
@@ -439,7 +451,7 @@ def test_budgets_are_lowered_before_anybody_is_preempted(name: str, family: str)
     """Compressed requests get less, never below the floor, and their usage says so; the full
     one beside them is left alone."""
     floor = 0.2
-    policy = make_policy(name, 0.7, **SMALL.get(name, {}))
+    policy = start("full", family).bind(make_policy(name, 0.7, **SMALL.get(name, {})))
     plans: list[Plan] = [(None, 6, 80), (policy, 24, 75), (policy, 24, 75)]
     engine, (whole, *others) = squeezed(family, plans, elastic=floor)
     finish(engine)
@@ -455,13 +467,12 @@ def test_budgets_are_lowered_before_anybody_is_preempted(name: str, family: str)
             continue
         lowered.append(request)
         assert floor <= to < 0.7
-        assert request.policy == make_policy(name, to, **SMALL.get(name, {}))
+        assert request.policy == replace(policy, keep=to)  # type: ignore[call-arg]
         layers = engine.adapter.layers_for(99)
-        budgets = [request.policy.budget(layer, 24, layers) for layer in range(layers.count)]  # type: ignore[attr-defined]
-        for kept, budget, governed in zip(
-            of_layers(request.kv.kept_len), budgets, layers.governed, strict=True
+        for kept, most, governed in zip(
+            request.kv.kept_len, held_to(request.policy, 24, layers), layers.governed, strict=True
         ):
-            assert not governed or kept <= budget
+            assert not governed or all(map(le, kept, most))
         assert request.kv.peak_bytes <= request.cost.bytes
     assert lowered
 
@@ -514,25 +525,41 @@ def test_a_lowered_held_cache_says_so_in_its_next_turn() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_budgets_only_fall(name: str) -> None:
     """What a policy says of a lower keep: no layer's budget is raised, None where none falls."""
-    policy, layers = policy_named(name), start(name).adapter.layers_for(100)
+    engine = start(name)
+    policy, layers = engine.policy, engine.adapter.layers_for(100)
     state = policy.start(layers)
     if name not in ELASTIC:
         assert policy.tightened(0.1, state, layers) is None
         return
-    state = {**state, "text": torch.tensor(100), "budgets": torch.tensor([50, 20, 50, 50])}
+    kind, held = "budgets", torch.tensor([50, 20, 50, 50])
+    if isinstance(policy, ByHead):
+        kind, held = "limits", torch.tensor([[50, ALL], [50, 20], [50, 50], [ALL, ALL]])
+    state = {**state, "text": torch.tensor(100), kind: held.clone()}
     assert policy.tightened(0.5, state, layers) is None
     assert policy.tightened(0.9, state, layers) is None
     found = policy.tightened(0.25, state, layers)
-    if name == "pyramid":  # its least cache is larger
-        assert found is None
-        found = make_policy(name, 0.5, min_context=8).tightened(0.25, state, layers)
     assert found is not None
     lower, after = found
-    assert lower == make_policy(name, 0.25, **({"min_context": 8} if name == "pyramid" else {}))
-    budgets = after["budgets"]
-    assert (budgets <= state["budgets"]).all()
-    assert np.mean(budgets.tolist()) < 30
-    assert state["budgets"].tolist() == [50, 20, 50, 50], "the old state is as it was"
+    assert lower == replace(policy, keep=0.25)  # type: ignore[call-arg]
+    assert (after[kind] <= held).all()
+    if isinstance(policy, ByHead):
+        assert after[kind].equal(held.minimum(torch.tensor(lower.limits(100, layers))))  # type: ignore[attr-defined]
+        assert after[kind].clamp(max=100).float().mean() < 30
+    else:
+        assert np.mean(after[kind].tolist()) < 30
+    assert state[kind].equal(held), "the old state is as it was"
+    assert lower.tightened(0.25, after, layers) is None
+
+
+def test_one_that_keeps_everything_can_be_lowered() -> None:
+    """Its ring looks back, though nothing was to be evicted."""
+    policy = make_policy("pyramid", 1.0, **SMALL["pyramid"])
+    plans: list[Plan] = [(None, 6, 80), (policy, 24, 75)]
+    engine, (whole, other) = squeezed("llama", plans, elastic=0.2)
+    finish(engine)
+    assert other.lowered_to is not None and other.kv is not None
+    assert min(map(min, other.kv.kept_len)) < 50
+    assert whole.output == alone("full", "llama", 0, 6, 80)
 
 
 # --- what goes wrong -----------------------------------------------------------------------------

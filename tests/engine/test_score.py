@@ -20,10 +20,6 @@ from tests.tiny import COMMON, VOCAB, random_prompt, tiny_model
 
 LAST: int = COMMON["max_position_embeddings"]
 PAIRS = [(30, 7), (1, 1), (5, 1), (61, 20), (2, 33), (90, 1)]
-OPTIONS: dict[str, dict[str, Any]] = {
-    **SMALL,
-    "pyramid": {"min_context": 8, "window": 8, "stable": 0.0},  # it finds a start in any prompt
-}
 DROPPING = sorted(set(POLICIES) - {"full", "streaming_llm"})
 
 
@@ -33,7 +29,7 @@ def model(family: str) -> Any:
 
 
 def policy_named(name: str) -> Policy:
-    return make_policy(name, None if name == "full" else 0.5, **OPTIONS.get(name, {}))
+    return make_policy(name, None if name == "full" else 0.5, **SMALL.get(name, {}))
 
 
 def engine(name: str, family: str = "llama", **options: Any) -> LLM:

@@ -435,16 +435,16 @@ class Judge:
         """Tokens that go deeper: past the last layer with much need, what one head can hold."""
         rule = Rule(**options)
         self.looked = self._look(seen, rule)
-        rows = seen.rows
-        if seen.is_decode or seen.layer == self.depth - 1 or seen.layer < self._start(rule):
+        rows, (start, going) = seen.rows, self._start(rule)
+        if seen.is_decode or seen.layer == self.depth - 1 or seen.layer < start:
             return rows
         budgets = self._need_budgets(self.new, rule)
         count = max(
             float("inf") if budget is None else budget
             for (layer, _), budget in budgets.items() if layer > seen.layer
         )  # fmt: skip
-        if rule.propagate_ratio is not None:
-            count = min(count, int(rule.propagate_ratio * max(self.new, rule.min_context)))
+        if going is not None:
+            count = min(count, int(going * max(self.new, rule.min_context)))
         count = max(count, rule.least, rule.sinks + rule.window + 1)  # the window looks everywhere
         if count >= len(rows):
             return rows
@@ -492,12 +492,16 @@ class Judge:
         """Sinks and the newest tokens."""
         return {p for p in positions if p < rule.sinks or p >= self.seen - rule.recent}
 
-    def _start(self, rule: Rule) -> int:
-        """The last layer that has, with all deeper ones, more than a tenth of all need."""
-        if rule.start_layer is not None:
-            return rule.start_layer
-        sums = [sum(row) for row in rule.profile.share]
-        return max(i for i in range(self.depth) if sum(sums[i:]) > 0.1 * sum(sums))
+    def _start(self, rule: Rule) -> tuple[int, float | None]:
+        """The last layer that has, with all deeper ones, more than a tenth of all need, and the
+        share of the text that goes deeper, unless they are given or calibrated."""
+        start, going, found = rule.start_layer, rule.propagate_ratio, rule.profile.calibrated
+        if start is None and found is not None:
+            start, going = found.start_layer, found.propagate_ratio if going is None else going
+        if start is None:
+            sums = [sum(row) for row in rule.profile.share]
+            start = max(i for i in range(self.depth) if sum(sums[i:]) > 0.1 * sum(sums))
+        return start, going
 
     def _need_budgets(self, text: float, rule: Rule) -> dict[tuple[int, int], int | None]:
         """What every (layer, head) may hold of a text: None is everything, for ever.
@@ -511,9 +515,10 @@ class Judge:
             return dict.fromkeys(share)
         need = {place: n**rule.sharpness for place, n in share.items()}
         floor, caps = max(rule.least, rule.safeguard * keep * text), dict.fromkeys(share, text)
-        if rule.propagate_ratio is not None:
-            most = max(rule.least, rule.sinks + rule.window + 1, int(rule.propagate_ratio * text))
-            caps.update({place: most for place in share if place[0] > self._start(rule)})
+        start, going = self._start(rule)
+        if going is not None:
+            most = max(rule.least, rule.sinks + rule.window + 1, int(going * text))
+            caps.update({place: most for place in share if place[0] > start})
 
         def at(level: float) -> dict[tuple[int, int], float]:
             return {each: min(caps[each], max(floor, level * need[each])) for each in share}

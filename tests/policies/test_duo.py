@@ -11,6 +11,7 @@ import torch
 
 from pyramidinfer import LLM, SamplingParams
 from pyramidinfer.policies import Duo, Full, SnapKV
+from pyramidinfer.policies.by_head import ALL
 from pyramidinfer.policies.profile import Fingerprint, Profile, load_heads
 from pyramidinfer.types import Layers
 from tests.engine.serving import finish, model, queue, start, step
@@ -25,19 +26,19 @@ SMALL: dict[str, Any] = {"profile": PROFILE, "sinks": 2, "recent": 8, "min_conte
 def test_the_most_needed_heads_keep_everything() -> None:
     """At 1,010 tokens: 0.5 of them in the mean are 3.96 whole heads beside windows of 10."""
     limits = Duo(keep=0.5, **SMALL).limits(1010, LAYERS)
-    whole = {(layer, head) for layer in range(4) for head in range(2) if limits[layer][head] == 0}
+    whole = {(layer, head) for layer in range(4) for head in range(2) if limits[layer][head] == ALL}
     assert whole == {(0, 1), (2, 0), (1, 0)}
     assert limits[2][1] == 10 + int(0.5 * 1010 * 8 - 80 - 3 * 1000)
-    assert sum(limit or 1010 for row in limits for limit in row) == int(0.5 * 1010 * 8)
+    assert sum(min(limit, 1010) for row in limits for limit in row) == int(0.5 * 1010 * 8)
     assert {limits[0][0], limits[1][1], *limits[3]} == {10}
 
 
 @pytest.mark.parametrize("keep", [0.02, 0.1, 0.3, 0.77, 1.0])
 def test_keep_is_the_mean_over_heads(keep: float) -> None:
     limits = Duo(keep=keep, **SMALL).limits(2000, LAYERS)
-    held = sum(limit or 2000 for row in limits for limit in row) / (8 * 2000)
+    held = sum(min(limit, 2000) for row in limits for limit in row) / (8 * 2000)
     assert held == pytest.approx(max(keep, 10 / 2000), abs=1e-3)
-    assert keep < 1 or not any(map(any, limits)), "nothing is dropped at 1"
+    assert keep < 1 or {limit for row in limits for limit in row} == {ALL}, "nothing is dropped at 1"
 
 
 def test_deep_layers_that_hold_little_get_heads_last() -> None:
@@ -55,7 +56,7 @@ def test_layers_that_were_not_measured_keep_everything() -> None:
     share = ((0.0, 0.0), *SHARE[1:])
     half = replace(PROFILE, share=share, governed=(False, True, True, True))
     policy = Duo(keep=0.3, **{**SMALL, "profile": half})
-    assert policy.limits(500, LAYERS)[0] == (0, 0)
+    assert policy.limits(500, LAYERS)[0] == (ALL, ALL)
     llm = LLM(model("llama"), policy=policy, kv_memory="4MiB", page_size=4, poison=True)
     kept = llm.trace(random_prompt(1, 100)).prefill_positions
     assert [len(head) for head in kept[0]] == [100, 100]
@@ -155,7 +156,7 @@ def test_masks_of_duo_attention(tmp_path: Path) -> None:
     policy = Duo(keep=0.5, **{**SMALL, "profile": str(path)})
     assert load_heads(path).share == ((0.1, 0.9), (0.4, 0.0), (1.0, 0.3), (0.02, 0.05))
     limits = policy.limits(1010, LAYERS)
-    assert [limits[2][0], limits[0][1], limits[1][0]] == [0, 0, 0]
+    assert [limits[2][0], limits[0][1], limits[1][0]] == [ALL] * 3
     LLM(tiny_model("llama"), policy=policy, kv_memory="4MiB")
     for text in ("0.1\tx\n", "0.1 0.2\n0.3\n", "\n", "0.1\tnan\n"):
         path.write_text(text)

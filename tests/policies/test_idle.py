@@ -18,10 +18,12 @@ from tests.tiny import random_prompt, tiny_model
 
 EVICTING = sorted(name for name, kind in POLICIES.items() if kind.evicts)
 NEW = 60
+#: Heads of one size, and so large that they make room for several tokens at once.
+EVEN: dict[str, dict[str, Any]] = {"pyramid": {"safeguard": 1.0, "propagate_ratio": None}}
 
 
-def engine(name: str, family: str, keep: float | None = 0.5) -> Engine:
-    options = SMALL.get(name, {})
+def engine(name: str, family: str, keep: float | None = 0.5, **options: Any) -> Engine:
+    options = {**SMALL.get(name, {}), **options}
     config = EngineConfig(kv_memory="8MiB", page_size=4, poison=True)
     return Engine(tiny_model(family), make_policy(name, keep, **options), config)
 
@@ -108,5 +110,5 @@ def test_there_are_steps_left_out(asked: Any) -> None:
     """Methods that evict every so many tokens are asked about as often."""
     for name in ("pyramid", "pyramidinfer"):
         asked.count = 0
-        traced(name, "llama", 200, ())
+        trace(engine(name, "llama", **EVEN.get(name, {})), random_prompt(200, 200), NEW, ())
         assert asked.count < NEW / 2, name

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pyramidinfer import LLM, SamplingParams
 from pyramidinfer.policies import make_policy
-from pyramidinfer.policies.profile import Fingerprint, Profile
+from pyramidinfer.policies.profile import Calibrated, Fingerprint, Profile
 from pyramidinfer.types import Trace
 from tests.policies.judge import Judge, exact_llama
 from tests.tiny import VOCAB, random_prompt
@@ -33,6 +33,7 @@ FEW = {"profile": NEEDED, "sinks": 2, "recent": 9, "min_context": 8}
 SHORT = {"profile": NEEDED, "min_context": 8, "recent": 5, "window": 8, "kernel": 7}
 EARLY = {"start_layer": 1, "propagate_ratio": 0.4}
 LATE = replace(NEEDED, share=((0.3, 0.1), (0.2, 0.5), (0.05, 0.4), (0.6, 0.02)))
+KNOWN = replace(NEEDED, calibrated=Calibrated(1, 0.6, 0.5, 1.0, 0.8, 0.01, 900, 20, 2))
 CASES: list[tuple[str, float | None, tuple[int, ...], dict[str, Any]]] = [
     ("streaming_llm", 0.4, (), {}),
     ("streaming_llm", None, SPANS, {"sinks": 2, "window": 17}),
@@ -74,9 +75,12 @@ CASES: list[tuple[str, float | None, tuple[int, ...], dict[str, Any]]] = [
     ("pyramid", 0.3, (), {**SHORT, "profile": LATE, "kernel": 31}),
     ("pyramid", 0.6, SPANS, {**SHORT, "profile": LATE, "stride": 1}),
     ("pyramid", 0.5, (), {**SHORT, "profile": LATE, "start_layer": 1}),
-    ("pyramid", 0.35, (), {**SHORT, "window": 1, "recent": 9, "sinks": 1}),
+    ("pyramid", 0.4, (), {**SHORT, "profile": KNOWN}),
+    ("pyramid", 0.5, (), {**SHORT, "profile": KNOWN, "propagate_ratio": 0.3}),
+    ("pyramid", 0.5, SPANS, {**SHORT, "profile": KNOWN, "start_layer": 0}),
+    ("pyramid", 0.3, (), {**SHORT, "window": 1, "recent": 9, "sinks": 1}),
     ("pyramid", 0.3, (), {**SHORT, "min_context": 100}),
-    ("pyramid", 0.25, (), {**SHORT, "min_context": 90, "start_layer": 2, "propagate_ratio": 0.3}),
+    ("pyramid", 0.2, (), {**SHORT, "min_context": 90, "start_layer": 2, "propagate_ratio": 0.3}),
     ("pyramid", 0.5, SPANS, {**SHORT, "start_layer": 1, "propagate_ratio": 0.1, "window": 20}),
 ]  # fmt: skip
 

@@ -15,7 +15,7 @@ from pyramidinfer.config import EngineConfig
 from pyramidinfer.engine import Engine
 from pyramidinfer.engine.request import Request
 from pyramidinfer.policies import POLICIES, make_policy
-from tests.engine.build import policy_named
+from tests.engine.build import SMALL, policy_named
 from tests.tiny import random_prompt, tiny_model
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -27,6 +27,8 @@ BUDGETED = sorted(
     name for name in POLICIES
     if name != "full" and "keep" in {each.name for each in fields(POLICIES[name])}
 )  # fmt: skip
+
+OPTIONS = {"duo": SMALL["duo"], "pyramid": {"min_context": 8, "recent": 4, "window": 8}}
 
 
 @cache
@@ -81,7 +83,8 @@ def test_bytes_fall_with_keep(name: str, backend: str) -> None:
     for new in (1, 20):
         found = []
         for keep in (1.0, 0.7, 0.4):
-            (request,) = serve(engine(make_policy(name, keep), backend, "float32"), [prompt], new)
+            policy = make_policy(name, keep, **OPTIONS.get(name, {}))
+            (request,) = serve(engine(policy, backend, "float32"), [prompt], new)
             assert request.kv is not None
             found.append(request.kv.bytes)
             if keep == 1 and new == 1:

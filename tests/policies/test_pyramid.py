@@ -2,31 +2,37 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from pyramidinfer import LLM, SamplingParams
-from pyramidinfer.policies import Pyramid, Schedule
+from pyramidinfer.models.families import FAMILIES
+from pyramidinfer.policies import Pyramid
+from pyramidinfer.policies.by_head import ALL
+from pyramidinfer.policies.profile import Calibrated, Fingerprint, Profile
 from pyramidinfer.types import Layers
 from tests.engine.build import build
-from tests.tiny import lengths_of, of_layers, random_prompt, tiny_model
+from tests.tiny import random_prompt, tiny_model
 
-SMALL: dict[str, Any] = {"min_context": 8, "window": 8, "schedule": None}
-PLAN = Schedule(
-    start_layer=1, propagate=0.4, shares=(0.1, 0.5, 1.0),
-    loss=((0.9, 0.1, 0.0), (0.5, 0.05, 0.0), (0.2, 0.01, 0.0), (0.04, 0.0, 0.0)),
-    heads="max", kernel=3, keep=0.4, kl=0.01,
-)  # fmt: skip
-FOUND, NEVER, FIXED = {"stable": 0.0}, {"stable": 1.0}, {"start_layer": 1}
+SHARE = ((0.1, 0.9), (0.4, 0.2), (0.8, 0.3), (0.02, 0.05))
+PROFILE = Profile(SHARE, (True,) * 4, "a text", (9,), 0.9, 0.2, "x", Fingerprint("k", (), ()))
+FOUND = Calibrated(0, 0.5, 0.5, 1.0, 0.6, 0.01, 900, 20, 2)
+LAYERS = Layers((True,) * 4, 2)
+SMALL: dict[str, Any] = {
+    "profile": PROFILE, "min_context": 8, "recent": 5, "window": 8, "kernel": 7,
+}  # fmt: skip
 WAYS: dict[str, dict[str, Any]] = {
-    "found": FOUND,
-    "never": NEVER,
-    "fixed": FIXED,
-    "schedule": {"schedule": PLAN},
-    "curve": {**FOUND, "curve": "linear", "budgets": "cosine"},
+    "need": {},
+    "early": {"start_layer": 1, "propagate_ratio": 0.4},
+    "start": {"start_layer": 1},
+    "even": {"safeguard": 1.0},
+    "sharp": {"sharpness": 4.0, "safeguard": 0.1},
+    "calibrated": {"profile": replace(PROFILE, calibrated=FOUND)},
 }
 
 
@@ -40,8 +46,68 @@ def engine(family: str = "llama", keep: float = 0.4, **options: Any) -> LLM:
     return LLM(model(family), policy=policy, kv_memory="8MiB", page_size=4, poison=True)
 
 
-def share_of(lengths: list[int], text: int) -> float:
-    return sum(lengths) / (len(lengths) * text)
+def limits(length: int = 1000, layers: Layers = LAYERS, **options: Any) -> list[tuple[int, ...]]:
+    return list(Pyramid(**{**SMALL, "keep": 0.4, **options}).limits(length, layers))
+
+
+def lengths(positions: Any) -> list[list[int]]:
+    return [[len(head) for head in layer] for layer in positions]
+
+
+# --- budgets ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length", [100, 1000, 5000])
+@pytest.mark.parametrize("keep", [0.15, 0.3, 0.5, 0.77, 0.95])
+@pytest.mark.parametrize("way", ["need", "even", "sharp", "start"])
+def test_keep_is_the_mean_over_heads(way: str, keep: float, length: int) -> None:
+    """Whole numbers lose less than an entry a head."""
+    held = [min(n, length) for row in limits(length, keep=keep, **WAYS[way]) for n in row]
+    assert keep * length - 1 < sum(held) / 8 <= keep * length + 1e-6
+
+
+def test_budgets_go_by_need() -> None:
+    """In proportion to its power, between the floor and the text."""
+    found = limits(keep=0.3, sharpness=1.0, safeguard=0.5)
+    level = found[1][0] / 0.4
+    assert found[2][1] == pytest.approx(level * 0.3, abs=2)
+    assert found[2][0] == pytest.approx(level * 0.8, abs=2)
+    assert found[0][0] == found[3][0] == found[3][1] == 150, "the floor"
+    sharper = limits(keep=0.3, sharpness=2.0, safeguard=0.5)
+    assert sharper[0][1] > found[0][1] and sharper[1][0] < found[1][0]
+    assert limits(keep=0.3, sharpness=0.0) == [(300, 300)] * 4
+
+
+def test_a_head_that_may_hold_the_text_keeps_everything() -> None:
+    """Also what is generated."""
+    llm = engine(keep=0.5)
+    found = limits(120, keep=0.5)
+    whole = {(layer, head) for layer in range(4) for head in range(2) if found[layer][head] == ALL}
+    assert whole == {(0, 1), (2, 0)}
+    trace = llm.trace(random_prompt(1, 120), max_tokens=50)
+    for layer in range(4):
+        for head, positions in enumerate(trace.kept_positions[layer]):
+            assert (len(positions) == 170) == ((layer, head) in whole)
+
+
+def test_need_of_nothing_and_of_little_is_met_where_there_is_room() -> None:
+    """However high the level must be for a sum that cannot be had."""
+    bare = replace(PROFILE, share=((0.0, 0.9), (1e-4, 0.2), (0.8, 0.3), (0.02, 0.05)))
+    found = limits(profile=bare, keep=0.85, safeguard=0.1)
+    assert (found[0][0], found[1][0]) == (85, 0.85 * 8000 - 6 * 1000 - 85)
+    assert [n for row in found for n in row].count(ALL) == 6
+    found = limits(profile=bare, keep=0.9, safeguard=0.1)
+    assert found[0][0] == 90 and [n for row in found for n in row].count(ALL) == 7
+
+
+def test_layers_that_were_not_measured_keep_everything() -> None:
+    half = replace(
+        PROFILE, share=((0.0, 0.0), *SHARE[1:]), governed=(False, True, True, True)
+    )  # fmt: skip
+    assert limits(500, profile=half)[0] == (ALL, ALL)
+    trace = engine(profile=half, keep=0.3).trace(random_prompt(1, 100), max_tokens=20)
+    assert lengths(trace.kept_positions)[0] == [120, 120]
+    assert min(map(min, lengths(trace.kept_positions))) < 30
 
 
 # --- what is promised -------------------------------------------------------------------------
@@ -51,131 +117,109 @@ def share_of(lengths: list[int], text: int) -> float:
 @pytest.mark.parametrize("length", [1, 13, 211])
 @pytest.mark.parametrize("new", [0, 45])
 def test_forecast_bounds_what_happens(way: str, length: int, new: int) -> None:
+    """What reaches a layer is known beforehand; a head holds its bound, one entry aside."""
     llm = engine(**WAYS[way])
     trace = llm.trace(random_prompt(2, length), max_tokens=new)
-    forecast = llm.policy.forecast(length, new, Layers((True,) * 4))
-    computed, kept = trace.computed_by_layer, lengths_of(trace.prefill_positions)
-    for layer in range(4):
-        assert computed[layer] <= forecast.reach[layer]
-        most = max([kept[layer], *(max(row[layer]) for row in trace.kept_len_by_step)])
-        assert most <= forecast.kept[layer]
-    if way in ("fixed", "schedule"):  # nothing is left to find, so it is exact
-        assert computed == forecast.reach
-    if way == "found" and length > 100:
-        assert computed[2:] < forecast.reach[2:]
+    forecast = llm.policy.forecast(length, new, LAYERS)
+    assert trace.computed_by_layer == forecast.reach
+    bound = torch.tensor(forecast.heads)
+    assert bound.amax(1).tolist() == forecast.kept
+    most = torch.tensor([lengths(trace.prefill_positions), *trace.kept_len_by_step]).amax(0)
+    assert (most <= bound).all() and (most >= bound - 1).all()
 
 
 @pytest.mark.parametrize("way", sorted(WAYS))
-@pytest.mark.parametrize(("keep", "budgets"), [(0.25, "rising"), (0.8, "level")])
-def test_keep_is_not_exceeded_while_generating(way: str, keep: float, budgets: str) -> None:
-    """Each layer holds its budget at every step, for prompt and generated tokens alike."""
-    llm = engine(keep=keep, **{"budgets": budgets, **WAYS[way]})
-    policy, layers = llm.policy, Layers((True,) * 4)
-    assert isinstance(policy, Pyramid)
+@pytest.mark.parametrize("keep", [0.25, 0.6])
+def test_limits_hold_at_every_step(way: str, keep: float) -> None:
+    """For prompt and generated tokens alike; what always stays is there."""
+    llm = engine(keep=keep, **WAYS[way])
     trace = llm.trace(random_prompt(3, 150), max_tokens=60)
-    budget = [policy.budget(layer, 150, layers) for layer in range(4)]
-    later = map(of_layers, trace.kept_len_by_step)
-    for lengths in [lengths_of(trace.prefill_positions), *later]:
-        assert all(held <= most for held, most in zip(lengths, budget, strict=True))
-        if min(budget) > policy.floor():  # what always stays is kept beyond it
-            assert share_of(lengths, 150) <= keep + 0.5 / 150
-    newest = set(range(150 + 60 - 8, 150 + 60))
-    for head in trace.kept_positions[0]:
-        assert newest | {0, 1, 2, 3} <= set(head.tolist()), "the window and the sinks stay"
-
-
-@pytest.mark.parametrize("way", ["never", "fixed", "schedule"])
-def test_what_deep_layers_cannot_hold_goes_to_the_others(way: str) -> None:
-    """The mean is ``keep``, where the start is known beforehand as where nothing is dropped."""
-    trace = engine(keep=0.5, **WAYS[way]).trace(random_prompt(3, 200))
-    lengths = lengths_of(trace.prefill_positions)
-    assert share_of(lengths, 200) == pytest.approx(0.5, abs=0.5 / 200)
-    assert (len(set(lengths)) > 1) == (way != "never")
-
-
-def test_a_start_that_is_found_leaves_deep_layers_with_less() -> None:
-    trace = engine(keep=0.5, **FOUND).trace(random_prompt(3, 200))
-    assert trace.computed_by_layer == [200, 200, 40, 40]
-    assert lengths_of(trace.prefill_positions) == [100, 100, 40, 40]
-
-
-def test_where_layers_never_agree_all_is_computed() -> None:
-    llm = engine(keep=0.3, **NEVER)
-    trace = llm.trace(random_prompt(3, 200), max_tokens=30)
-    assert trace.computed_by_layer == [200] * 4
-    assert lengths_of(trace.prefill_positions) == [60] * 4
-    assert max(max(of_layers(row)) for row in trace.kept_len_by_step) == 60
-    out = llm.generate([random_prompt(3, 200)], SamplingParams(max_tokens=2))[0]
-    assert out.metrics.computed_share == 1
+    bound = torch.tensor(limits(150, keep=keep, **WAYS[way]))
+    for row in [lengths(trace.prefill_positions), *trace.kept_len_by_step]:
+        held = torch.tensor(row)
+        assert (held <= bound).all()
+        if bound.max() < ALL:
+            assert held.float().mean() <= keep * 150
+    for layer in trace.kept_positions:
+        for head in layer:
+            assert {*range(4), *range(205, 210)} <= set(head.tolist())
 
 
 @pytest.mark.parametrize("keep", [0.2, 0.6])
 def test_entries_are_dropped_stride_by_stride(keep: float) -> None:
-    """A layer that is over its budget makes room for the next few tokens at once."""
+    """A head that is over its limit makes room for the next few tokens at once."""
     for stride in (1, 4, 16):
-        llm = engine(keep=keep, stride=stride, **NEVER)
-        rows = llm.trace(random_prompt(5, 200), 40).kept_len_by_step
-        lengths = [of_layers(row)[0] for row in rows]
+        llm = engine(keep=keep, stride=stride, safeguard=1.0)
+        rows = [row[0][0] for row in llm.trace(random_prompt(5, 200), 48).kept_len_by_step]
         budget = round(keep * 200)
-        room = min(stride, max(1, budget // 16))
-        assert set(lengths) == set(range(budget + 1 - room, budget + 1))
-        assert lengths.count(budget + 1 - room) == -(-40 // room)
+        room = min(stride, budget // 4)
+        assert set(rows) == set(range(budget + 1 - room, budget + 1))
+        assert rows.count(budget + 1 - room) == -(-48 // room)
+
+
+# --- what goes deeper -------------------------------------------------------------------------
+
+
+def test_layers_of_little_need_get_few_tokens() -> None:
+    """Layer 3 holds 0.07 of 2.77: as much goes there as its fullest head holds."""
+    found = limits(200, keep=0.4)
+    assert engine().trace(random_prompt(1, 200)).computed_by_layer == [200] * 3 + [max(found[3])]
+    late = replace(PROFILE, share=(*SHARE[:3], (0.3, 0.05)))
+    trace = engine(profile=late).trace(random_prompt(1, 200))
+    assert trace.computed_by_layer == [200] * 4
+
+
+def test_a_start_and_a_share_that_are_given() -> None:
+    prompt = random_prompt(1, 200)
+    given = {"start_layer": 0, "propagate_ratio": 0.35}
+    assert engine(**given).trace(prompt).computed_by_layer[:2] == [200, 70]
+    found = torch.tensor(limits(200, keep=0.6, **given))
+    assert found[0].tolist() == [ALL, ALL] and found[1:].max() == 70, "what is left goes before"
+    calibrated = replace(PROFILE, calibrated=FOUND)
+    assert engine(profile=calibrated).trace(prompt).computed_by_layer[:2] == [200, 100]
+    assert engine(profile=calibrated, **given).trace(prompt).computed_by_layer[:2] == [200, 70]
+    assert engine(start_layer=3, keep=0.1).trace(prompt).computed_by_layer == [200] * 4
+
+
+def test_queries_that_score_go_to_every_layer() -> None:
+    """Also more of them than always stay."""
+    llm = engine(keep=0.1, window=30, start_layer=0, propagate_ratio=0.01)
+    trace = llm.trace(random_prompt(1, 200), max_tokens=20)
+    assert trace.computed_by_layer == [200, 35, 35, 35]
 
 
 # --- texts that are short ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("length", [1, 5, 40, 63, 64])
-@pytest.mark.parametrize(
-    "options",
-    [
-        FOUND,
-        NEVER,
-        {**FOUND, "budgets": "cosine"},
-        {"start_layer": 0},
-        {"start_layer": 1, "budgets": "rising"},
-        {"schedule": PLAN},
-    ],
-)
-def test_short_prompts_lose_nothing(length: int, options: dict[str, Any]) -> None:
-    llm = LLM(model("llama"), policy=Pyramid(keep=0.1, **options), kv_memory="4MiB", poison=True)
-    trace = llm.trace(random_prompt(1, length))
-    assert trace.computed_by_layer == [length] * 4
-    for positions in trace.prefill_positions:
-        assert [head.tolist() for head in positions] == [list(range(length))] * 2
-
-
-@pytest.mark.parametrize("length", [65, 100, 400])
-def test_longer_ones_are_not_cut_below_it(length: int) -> None:
-    """So many tokens go deeper, and so many are kept in the mean over layers."""
-    for options in (FOUND, NEVER):
-        policy = Pyramid(keep=0.01, propagate_ratio=0.01, **options)
-        trace = LLM(model("llama"), policy=policy, kv_memory="8MiB").trace(random_prompt(1, length))
-        whole = 2 if options is FOUND else 4
-        assert trace.computed_by_layer == [length] * whole + [64] * (4 - whole)
-        assert lengths_of(trace.prefill_positions) == [64] * 4
+@pytest.mark.parametrize("way", sorted(WAYS))
+@pytest.mark.parametrize("length", [1, 30, 80, 99])
+def test_a_short_text_gets_what_a_longer_one_would(way: str, length: int) -> None:
+    options = {**WAYS[way], "min_context": 100, "keep": 0.3}
+    trace = engine(**options).trace(random_prompt(1, length), max_tokens=5)
+    reach = engine(**options).trace(random_prompt(1, 100)).computed_by_layer
+    assert trace.computed_by_layer == [min(length, each) for each in reach]
+    for row, most, going in zip(
+        lengths(trace.prefill_positions), limits(100, **options), reach, strict=True
+    ):
+        assert row == [min(length, limit, going) for limit in most]
 
 
 def test_what_always_stays_sets_the_least() -> None:
-    """Sinks, window and one entry more, however little is asked for."""
-    policy = Pyramid(keep=0.01, min_context=1, window=11, sinks=3, start_layer=0)
-    llm = LLM(model("llama"), policy=policy, kv_memory="4MiB", poison=True)
-    trace = llm.trace(random_prompt(1, 200), max_tokens=20)
-    assert lengths_of(trace.prefill_positions) == [15] * 4
-    assert max(max(of_layers(row)) for row in trace.kept_len_by_step) == 15
-    for layer, positions in enumerate(trace.kept_positions):
-        for head in positions:
-            assert {0, 1, 2, *range(209, 220)} <= set(head.tolist()), layer
+    """Sinks, recent tokens and one entry more, however little is asked for."""
+    trace = engine(keep=0.01, sinks=3, recent=11).trace(random_prompt(1, 200), max_tokens=20)
+    assert lengths(trace.prefill_positions) == [[15, 15]] * 4
+    assert max(max(map(max, row)) for row in trace.kept_len_by_step) == 15
+    for layer in trace.kept_positions:
+        for head in layer:
+            assert {0, 1, 2, *range(209, 220)} <= set(head.tolist())
 
 
 # --- further turns ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("way", sorted(WAYS))
-def test_further_turns_keep_a_share_of_the_whole_text(way: str) -> None:
+def test_further_turns_are_dealt_the_whole_text(way: str) -> None:
     llm = engine(**WAYS[way])
-    policy = llm.policy
-    assert isinstance(policy, Pyramid)
     params, turn = SamplingParams(max_tokens=12, ignore_eos=True), None
     for seed, length in enumerate((120, 3, 70, 9)):
         prompt = random_prompt(seed, length)
@@ -188,74 +232,94 @@ def test_further_turns_keep_a_share_of_the_whole_text(way: str) -> None:
         while turn.finish_reason is None:
             llm.engine.step()
             llm.engine.pool.check()
-        text, layers = len(turn.prompt), Layers((True,) * 4)
-        assert turn.kv is not None
-        for layer, kept in enumerate(of_layers(turn.kv.kept_len)):
-            assert kept <= policy.budget(layer, text, layers)
+        assert turn.kv is not None and turn.sequence is not None
+        bound = torch.tensor(limits(len(turn.prompt), **WAYS[way]))
+        assert turn.sequence.table.state["limits"].equal(bound)
+        assert (torch.tensor(turn.kv.kept_len) <= bound).all()
         assert turn.kv.peak_bytes <= turn.cost.bytes
         new = length + (seed > 0)  # the last answer's last token goes in with the next turn
-        assert turn.computed[0] == new
-        dropped = way != "never" and length > 60
-        assert (turn.computed[3] < new) == dropped
+        assert turn.computed == llm.policy.forecast(new, 0, LAYERS).reach
     llm.engine.release(turn)
     llm.engine.check()
+
+
+# --- budgets that are lowered -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", sorted(WAYS))
+def test_a_lower_keep_lowers_limits(way: str) -> None:
+    policy = Pyramid(**{**SMALL, "keep": 0.6, **WAYS[way]})
+    now = torch.tensor(policy.limits(300, LAYERS))
+    state = {**policy.start(LAYERS), "text": torch.tensor(300), "limits": now}
+    assert policy.tightened(0.6, state, LAYERS) is None
+    found = policy.tightened(0.3, state, LAYERS)
+    assert found is not None and found[0] == replace(policy, keep=0.3)
+    after = found[1]["limits"]
+    assert after.equal(now.minimum(torch.tensor(found[0].limits(300, LAYERS))))
+    assert after.clamp(max=300).float().mean() <= 90 and not after.equal(now)
 
 
 # --- kinds of models --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("way", ["found", "never", "fixed"])
+@pytest.mark.parametrize("way", ["auto", "early"])
 @pytest.mark.parametrize("family", ["gemma3_text", "mistral", "qwen2", "opt", "smollm3"])
 def test_other_kinds_of_layers(family: str, way: str) -> None:
     """Sliding windows bound their layers alone; without rotary positions all is the same."""
-    llm = engine(family, **WAYS[way])
+    profile = PROFILE if family == "mistral" else "auto"  # no layer of it can be measured
+    llm = engine(family, **{"profile": profile, **(WAYS[way] if way == "early" else {})})
     layers = llm.engine.adapter.layers_for(150)
-    prompt, new = random_prompt(4, 120), 30
-    forecast = llm.policy.forecast(120, new, layers)
-    trace = llm.trace(prompt, max_tokens=new)
+    forecast = llm.policy.forecast(120, 30, layers)
+    trace = llm.trace(random_prompt(4, 120), max_tokens=30)
     windows = [shape.window for shape in llm.engine.adapter.shapes]
-    ends = of_layers(trace.kept_len_by_step[-1])
+    assert forecast.heads is not None
     for layer, governed in enumerate(layers.governed):
-        assert trace.computed_by_layer[layer] <= forecast.reach[layer]
+        ends = trace.kept_len_by_step[-1][layer]
         if governed:
-            assert max(max(row[layer]) for row in trace.kept_len_by_step) <= forecast.kept[layer]
-            assert ends[layer] < 120
+            most = torch.tensor([row[layer] for row in trace.kept_len_by_step]).amax(0)
+            assert (most <= torch.tensor(forecast.heads[layer])).all()
         else:
             window = windows[layer]
-            assert window is not None and ends[layer] <= window + llm.engine.pool.page_size
-    first = trace.computed_by_layer.count(120)
-    compared = [layer for layer in range(layers.count - 1) if layers.governed[layer]]
-    if way == "fixed":
-        assert first == 1 + next((i for i in compared if i >= 1), layers.count - 1)
-    elif way == "found":  # two layers at least must be compared
-        assert first == 1 + (compared[1] if len(compared) > 1 else layers.count - 1)
-    else:
-        assert first == layers.count
+            assert window is not None and max(ends) <= window + llm.engine.pool.page_size
+    assert trace.computed_by_layer == forecast.reach
+    if way == "early":  # tokens are dropped after the first governed layer that may
+        start = next((i for i in range(1, layers.count - 1) if layers.governed[i]), layers.count)
+        assert trace.computed_by_layer[: start + 1] == [120] * min(start + 1, layers.count)
+        assert all(count <= 48 for count in trace.computed_by_layer[start + 1 :])
+    if any(layers.governed):
+        kept = [n for row, is_ours in zip(trace.kept_len_by_step[-1], layers.governed, strict=True)
+                for n in row if is_ours]  # fmt: skip
+        assert min(kept) < 60, "nothing was dropped"
     llm.engine.check()
 
 
-@pytest.mark.parametrize("family", ["gemma3_text", "mistral", "opt"])
-def test_all_kept_and_all_computed_is_the_full_cache(family: str) -> None:
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_all_kept_is_the_full_cache(family: str) -> None:
+    """To the last bit, whatever else is asked for."""
     prompts = [random_prompt(seed, length) for seed, length in enumerate((70, 15, 100))]
-    params = SamplingParams(max_tokens=1, logprobs=120, ignore_eos=True)
-    whole = build("full", family).generate(prompts, params)
-    policy = {"keep": 1.0, "propagate_ratio": 1.0, **FOUND}
-    for mine, theirs in zip(engine(family, **policy).generate(prompts, params), whole, strict=True):
+    params = SamplingParams(max_tokens=12, logprobs=120, ignore_eos=True)
+    whole = build("full", family, dtype=torch.float32).generate(prompts, params)
+    profile = PROFILE if family == "mistral" else "auto"
+    policy = Pyramid(keep=1.0, min_context=8, profile=profile)
+    llm = LLM(tiny_model(family), policy=policy, kv_memory="4MiB", page_size=4, poison=True)
+    for mine, theirs in zip(llm.generate(prompts, params), whole, strict=True):
         assert mine.token_ids == theirs.token_ids
-        assert mine.kv.bytes == theirs.kv.bytes == theirs.kv.full_bytes
-        assert mine.logprobs is not None and theirs.logprobs is not None
-        assert mine.logprobs[0].top == pytest.approx(theirs.logprobs[0].top, abs=1e-6)
+        assert mine.logprobs == theirs.logprobs
+        assert mine.kv.kept_len == theirs.kv.kept_len
+        assert mine.kv.bytes == theirs.kv.bytes
+        assert mine.metrics.computed_share == 1
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "opt"])
 def test_side_by_side_is_as_alone(family: str) -> None:
-    """Each request finds its own start, whatever runs beside it."""
+    """Each request has its own budgets, whatever runs beside it."""
     prompts = [random_prompt(seed, length) for seed, length in enumerate((90, 30, 140, 8))]
     params = SamplingParams(max_tokens=20, ignore_eos=True)
-    llm = engine(family, stable=0.2)
+    options = {"profile": "auto", **WAYS["early"]}
+    llm = engine(family, **options)
     together = llm.generate(prompts, params)
     for prompt, out in zip(prompts, together, strict=True):
-        (alone,) = engine(family, stable=0.2).generate([prompt], params)
+        (alone,) = engine(family, **options).generate([prompt], params)
         assert out.token_ids == alone.token_ids
         assert out.kv.kept_len == alone.kv.kept_len
         assert out.metrics.computed_share == alone.metrics.computed_share
@@ -272,14 +336,18 @@ def test_side_by_side_is_as_alone(family: str) -> None:
         ({"start_layer": -1}, "start_layer=-1 must be a whole number of at least 0"),
         ({"start_layer": 1.0}, "start_layer=1.0"),
         ({"propagate_ratio": 1.5}, "propagate_ratio=1.5 must lie between 0 and 1"),
-        ({"budgets": "falling"}, "budgets='falling' is unknown.*level"),
-        ({"curve": "constant"}, "curve='constant' is unknown.*step"),
-        ({"stable": -0.1}, "stable=-0.1 must lie between 0 and 1"),
+        ({"safeguard": -0.1}, "safeguard=-0.1 must lie between 0 and 1"),
+        ({"sharpness": -1}, "sharpness=-1 must lie between 0 and 8"),
+        ({"sharpness": 8.5}, "sharpness=8.5 must lie between 0 and 8"),
         ({"window": 0}, "window=0 must be a whole number of at least 1"),
         ({"kernel": 2}, "kernel=2 must be odd"),
-        ({"heads": "mx"}, "heads='mx' is unknown; did you mean 'max'"),
+        ({"sinks": -1}, "sinks=-1 must be a whole number of at least 0"),
+        ({"recent": 0}, "recent=0 must be a whole number of at least 1"),
         ({"min_context": 0}, "min_context=0"),
         ({"stride": 0}, "stride=0"),
+        ({"profile": 3}, "profile=3 must be a path"),
+        ({"budgets": "level"}, "no option 'budgets'"),
+        ({"schedule": None}, "no option 'schedule'"),
     ],
 )
 def test_wrong_options_name_what_would_do(options: dict[str, Any], message: str) -> None:
@@ -290,5 +358,15 @@ def test_wrong_options_name_what_would_do(options: dict[str, Any], message: str)
 def test_a_start_beyond_the_model_is_refused() -> None:
     with pytest.raises(ValueError, match="start_layer=4: the model has 4 layers, 0 to 3"):
         engine(start_layer=4)
-    trace = engine(start_layer=3, keep=0.5).trace(random_prompt(1, 100))
-    assert trace.computed_by_layer == [100] * 4
+
+
+def test_a_model_without_a_profile_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYRAMIDINFER_CACHE", str(tmp_path))
+    way_out = "needs to know what each head is for.*pyramidinfer profile MODEL.*profile=FILE"
+    for options in ({"policy": "pyramid", "profile": False}, {"policy": Pyramid(profile=None)}):
+        with pytest.raises(ValueError, match=f"policy 'pyramid' {way_out}"):
+            LLM(tiny_model("llama"), kv_memory="4MiB", **options)
+    with pytest.raises(ValueError, match="profile is of 4 layers with 2 KV heads, this model has"):
+        LLM(tiny_model("opt"), policy=Pyramid(profile=PROFILE), kv_memory="4MiB")

@@ -151,7 +151,7 @@ class Pyramid(ByHead):
         return max(self.least_going, int(ratio * text_len))
 
     def going(self, layer: int, text_len: int, layers: Layers) -> int:
-        if layer < self.begin(layers):
+        if layer < self.begin(layers) or not layers.governed[layer]:
             return text_len
         size = max(text_len, self.min_context)
         held = max(max(row) for row in self.limits(text_len, layers)[layer + 1 :])
