@@ -122,7 +122,9 @@ def test_demo_prints_a_table_and_draws(tmp_path: Path) -> None:
         assert row in done.stdout
     assert (tmp_path / "pyramid.png").read_bytes().startswith(b"\x89PNG")
     figures = json.loads((tmp_path / "demo.json").read_text())["result"]
-    assert len(figures) == 4
+    assert list(figures) == [
+        "full cache", "paper's settings", "paper's rule, keep 0.3", "pyramid, keep 0.3",
+    ]  # fmt: skip
     assert figures["full cache"]["computed_share"] == 1
     assert figures["paper's rule, keep 0.3"]["computed_share"] < 0.4
 
@@ -159,6 +161,7 @@ def test_demo_prints_a_table_and_draws(tmp_path: Path) -> None:
         (["generate", "--prompt", "x", "--keep", "0.5", "-o", "keep=0.4"], "keep is given twice"),
         (["generate", "--prompt", "x", "-o", "sharpness=None"], "sharpness=None"),
         (["generate", "--prompt", "x", "-o", "schedule=f"], "no option 'schedule'"),
+        (["generate", "--prompt", "x", "-o", "start_layer=12"], "the model has 12 layers, 0 to 11"),
         (["demo", "--out", "/dev/null/x"], "Not a directory"),
         (
             ["generate", "--prompt", "x", "--policy", "snapkv", "--no-profile"],

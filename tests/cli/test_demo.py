@@ -37,10 +37,12 @@ def test_on_a_model_of_ones_own(
     assert "keep=0.25 cannot be reached" in capsys.readouterr().err
     assert demo(monkeypatch, "--model", folder, *words, "--keep", ".4") == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert "pyramid's default, keep 0.4" in shown and "spans of 31" in shown
+    titles = ["full cache", "paper's rule, keep 0.4", "duo, keep 0.4", "pyramid, keep 0.4"]
+    assert all(f"{title}: " in shown for title in titles)
     assert "What is the access code" in shown and "wrong full cache" in shown
     written = json.loads((tmp_path / "demo.json").read_text())
     assert written["model"] == written["configuration"]["model"] == folder
+    assert list(written["result"]) == titles
     assert [run["questions"] for run in written["result"].values()] == [2] * 4
     assert (tmp_path / "pyramid.png").stat().st_size > 10_000
 
@@ -73,10 +75,10 @@ def test_a_name_that_is_not_known_is_a_mistake(
     assert not (tmp_path / "out").exists()
 
 
-def test_the_verdict_says_which_answers_are_the_same_and_what_does_not_hold(
+def test_the_verdict_says_which_answers_are_the_same_and_at_what_cost(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    shares = {"full": (1.0, 1.0), "pyramid's default, keep 0.2": (0.2, 0.5), "late": (0.25, 0.75)}
+    shares = {"full": (0.8, 1.0), "paper's": (0.16, 0.5), "pyramid": (0.2, 0.75)}
     monkeypatch.setattr(
         module, "_figures",
         lambda run: dict(zip(("kept_share", "computed_share"), shares[run.title], strict=True)),
@@ -86,13 +88,10 @@ def test_the_verdict_says_which_answers_are_the_same_and_what_does_not_hold(
         module.Run(title, [], right, 1.0, 0, 1)
         for title, right in zip(shares, rights, strict=True)
     ]  # fmt: skip
-    default, plainly, late = module._verdict("smollm2", runs).splitlines()
-    assert "2 right (1 of full's 2)" in default
-    assert default.endswith("at 20% of its entries and 50% of its prefill")
-    assert plainly == "So pyramid's default does not hold on smollm2 yet"
-    assert "3 right (2 of full's 2)" in late and "25% of its entries" in late
-    runs[1].right[1] = True
-    assert "does not hold" not in module._verdict("smollm2", runs)
+    assert module._verdict(runs).splitlines() == [
+        "paper's: 2 right (1 of full's 2), at 20% of its entries and 50% of its prefill",
+        "pyramid: 3 right (2 of full's 2), at 25% of its entries and 75% of its prefill",
+    ]
 
 
 def test_questions_can_be_answered_from_their_documents() -> None:

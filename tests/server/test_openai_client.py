@@ -52,13 +52,15 @@ def check_usage(usage: Any, prompt: int, new: int) -> None:
 # --- the two endpoints ----------------------------------------------------------------------------
 
 
-def test_models(client: openai.OpenAI) -> None:
+def test_models(client: openai.OpenAI, live: Live) -> None:
     (model,) = client.models.list().data
     assert (model.id, model.owned_by, model.object) == (MODEL, "pyramidinfer", "model")
     extra: Any = model.model_extra
     assert (extra["max_model_len"], extra["layers"]) == (4096, 12)
     compression = extra["compression"]
     assert (compression["policy"], compression["keep"]) == ("pyramid", 0.45)
+    assert compression["rule"] == live.service.llm.policy.rule
+    assert compression["rule"].startswith("what each head needs, as measured on")
     assert {"pyramid", "full", "snapkv", "streaming_llm"} <= set(compression["policies"])
     assert "h2o" not in compression["policies"]  # this pool has no room for its scores
     assert client.models.retrieve(MODEL) == model

@@ -129,6 +129,7 @@ def test_full_keeps_everything(open_tab: Callable[..., Tab]) -> None:
     tab = open_tab()
     names = tab.page.locator("#policy option").all_inner_texts()
     assert {"pyramid", "full", "snapkv"} <= set(names)
+    assert tab.text("#rule").startswith("pyramid goes by what each head needs, as measured on")
     tab.ask()
     tab.wait()
     assert min(tab.kept) < tab.seen
