@@ -22,7 +22,7 @@ from pyramidinfer.policies.by_head import ALL, ByHead
 from pyramidinfer.types import Layers
 from tests.engine.build import policy_named
 from tests.engine.serving import NAMES, alone, finish, queue, start, step
-from tests.tiny import of_layers, random_prompt
+from tests.tiny import random_prompt
 
 FAMILIES = ("llama", "gemma3_text", "opt", "phi3")
 #: Policies that hold a budget while decoding, and can be held to a lower one.

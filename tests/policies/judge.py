@@ -432,7 +432,7 @@ class Judge:
     # --- the project's own ------------------------------------------------------------------------
 
     def pyramid_going(self, seen: Seen, **options: Any) -> list[int]:
-        """Tokens that enter the next layer: past the last with much need, what one head can hold."""
+        """Tokens that enter the next layer: past the last of much need, what a head can hold."""
         rule = Rule(**options)
         self.looked = self._look(seen, rule)
         rows, (start, going) = seen.rows, self._start(rule)
