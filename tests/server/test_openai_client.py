@@ -59,6 +59,7 @@ def test_models(client: openai.OpenAI) -> None:
     assert (extra["max_model_len"], extra["layers"]) == (4096, 12)
     compression = extra["compression"]
     assert (compression["policy"], compression["keep"]) == ("pyramid", 0.45)
+    assert compression["rule"].startswith("what each head needs, as measured on ")
     assert {"pyramid", "full", "snapkv", "streaming_llm"} <= set(compression["policies"])
     assert "h2o" not in compression["policies"]  # this pool has no room for its scores
     assert client.models.retrieve(MODEL) == model
