@@ -10,15 +10,17 @@ import torch
 
 from pyramidinfer import LLM
 from pyramidinfer.models.loading import shipped_model
+from pyramidinfer.policies import Pyramid
 from tests.server.live import Live, serving, tiny_llm
 
 
 @pytest.fixture(scope="session")
 def llm() -> LLM:
-    """The shipped model."""
+    """The shipped model; half of a text goes deeper than its middle."""
     torch.set_num_threads(1)
+    policy = Pyramid(keep=0.45, min_context=64, start_layer=5, propagate_ratio=0.5)
     # float32: its products are our own on every CPU, so a request's bits do not depend on company
-    return LLM(shipped_model(), "pyramid", keep=0.45, kv_memory="64MiB", dtype="float32")
+    return LLM(shipped_model(), policy, kv_memory="64MiB", dtype="float32")
 
 
 @pytest.fixture(scope="session")
