@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,11 +14,24 @@ if not torch.cuda.is_available():  # before anything imports Triton
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from pyramidinfer.cache import Pool
+from pyramidinfer.engine import profiling
 
 
 @pytest.fixture(autouse=True, scope="session")
 def few_threads() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_profiles(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Head profiles of tests' models are neither looked for nor left in the user's cache."""
+    own = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            profiling, "profiles_folder",
+            lambda: Path(os.environ.get("PYRAMIDINFER_CACHE") or own) / "profiles",
+        )  # fmt: skip
+        yield
 
 
 @pytest.fixture(autouse=True)

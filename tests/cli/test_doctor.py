@@ -84,7 +84,7 @@ def test_a_backend_that_does_not_work_here_is_one_line() -> None:
 
 
 def test_inspect_needs_no_kernels(tmp_path: Path) -> None:
-    """It reads no weights and attends to nothing, so nothing is built and nothing warned of."""
+    """It attends to nothing where the profile is there, so nothing is built nor warned of."""
     done = run("inspect", "--json", PYRAMIDINFER_CACHE=str(tmp_path / "cache"))
     assert done.returncode == 0 and not done.stderr
     assert not (tmp_path / "cache").exists()

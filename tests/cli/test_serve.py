@@ -163,7 +163,7 @@ def test_open_to_others_without_a_key_warns(
     host: str, warned: bool, keys: tuple[str, ...], monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(serve_module, "load", lambda choice, verified: None)
+    monkeypatch.setattr(serve_module, "load", lambda choice: None)
     monkeypatch.setattr(serve_module, "serve", lambda *values: None)
     monkeypatch.setattr(serve_module, "bind", lambda settings: socket.socket())
     monkeypatch.setattr(signal, "signal", lambda *values: None)

@@ -58,7 +58,7 @@ def test_before_and_after_load(fresh: Live) -> None:
     before = read(fresh)
     (runs,) = (name for name in before if name.startswith("pyramidinfer:server_info"))
     policy = fresh.service.llm.policy
-    assert policy.rule and f"policy=pyramid keep=0.45 rule={policy.rule} " in runs
+    assert policy.rule and f" policy=pyramid rule={policy.rule} " in runs and " keep=0.45 " in runs
     for name in ("vllm:prompt_tokens_total", "vllm:generation_tokens_total",
                  "vllm:time_to_first_token_seconds_count", "vllm:num_requests_running",
                  "pyramidinfer:pool_pages_in_use", "vllm:kv_cache_usage_perc"):  # fmt: skip

@@ -16,9 +16,11 @@ from pyramidinfer.cli.common import human_bytes
 from pyramidinfer.config import EngineConfig
 from pyramidinfer.engine import LLM
 from pyramidinfer.engine.memory import Ledger
+from pyramidinfer.engine.profiling import ensure_profile, find_profile
 from pyramidinfer.models import Adapter
 from pyramidinfer.models.loading import empty_model, quiet_transformers, shipped_model
-from pyramidinfer.policies import Policy
+from pyramidinfer.policies import Full, Policy
+from pyramidinfer.policies.profile import Profile
 
 __all__ = ["run_inspect"]
 
@@ -32,7 +34,7 @@ def run_inspect(model: str | None, chosen: Policy, prompt_len: int, max_tokens: 
     quiet_transformers()
     adapter = _adapter_without_weights(model or shipped_model(), dtype)
     if chosen.wants_profile:  # which is known by the weights
-        chosen = LLM(model or shipped_model(), chosen, dtype=dtype).policy
+        chosen = chosen.with_profile(_profile(model or shipped_model(), dtype))
     longest = prompt_len + max_tokens
     if longest > adapter.max_positions:
         raise ValueError(
@@ -75,6 +77,12 @@ def run_inspect(model: str | None, chosen: Policy, prompt_len: int, max_tokens: 
 
 def _adapter_without_weights(model: str, dtype: str) -> Adapter:
     return Adapter(empty_model(model, dtype)[0], select_backend("reference"))  # builds nothing
+
+
+def _profile(model: str, dtype: str) -> Profile:
+    """The model's profile; kernels are built only where it has to be measured."""
+    found = find_profile(LLM(model, Full(), dtype=dtype, backend="reference"))
+    return found or ensure_profile(LLM(model, Full(), dtype=dtype))
 
 
 def _of_heads(kept: list[int]) -> str:
