@@ -29,9 +29,10 @@ from pyramidinfer.types import RequestMetrics, Score
 
 SUBJECT = Subject(kv_memory="64MiB")
 LATE = "pyramidinfer:start_layer=8"
+OURS = "pyramid:window=8,min_context=1"
 GRID = Grid(
-    SUBJECT, ("full", "pyramid:window=8", "snapkv", LATE), (0.9, 0.3), (300,), samples=5,
-    passages=0.5, long_samples=2, continuation=8, seed=3,
+    SUBJECT, ("full", OURS, "snapkv", LATE), (0.9, 0.3), (300,), samples=5, passages=0.5,
+    long_samples=2, continuation=8, seed=3,
 )  # fmt: skip
 FIELDS = {
     "policy", "keep", "context", "kv_share", "prefill_share", "recall", "recall_ci", "perplexity",

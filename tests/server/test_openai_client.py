@@ -391,6 +391,7 @@ def test_compression_of_a_request(client: openai.OpenAI) -> None:
     for policy in ("snapkv", "streaming_llm", "pyramidinfer"):
         other = usage(policy=policy, keep=0.3)
         assert other["kv_tokens_kept"] < 0.5 * other["kv_tokens_full"]
+        assert (other["prefill_tokens_skipped"] > 0) == (policy == "pyramidinfer")
 
 
 # --- errors ---------------------------------------------------------------------------------------
