@@ -15,6 +15,7 @@ import uvicorn
 
 from pyramidinfer import LLM
 from pyramidinfer.models.loading import shipped_model
+from pyramidinfer.policies import Pyramid
 from pyramidinfer.server.app import build_app
 from pyramidinfer.server.settings import ServerSettings
 
@@ -43,7 +44,7 @@ class Server:
 @contextmanager
 def serving(**options: Any) -> Iterator[Server]:
     """The real server with the shipped model, in a thread, on a free port."""
-    llm = LLM(shipped_model(), policy="pyramid", keep=0.45, kv_memory="64MiB")
+    llm = LLM(shipped_model(), Pyramid(keep=0.45, min_context=64), kv_memory="64MiB")
     paced = Paced(build_app(llm, ServerSettings(**options)))
     with socket.socket() as line:
         line.bind(("127.0.0.1", 0))
