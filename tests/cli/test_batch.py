@@ -114,7 +114,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]
     chance = random.Random(3)
     source = write(folder / "in.jsonl", [
         line(f"request {index}", prompt=f"The map {index} was lost .", temperature=0,
-             max_tokens=chance.randrange(20, 120), ignore_eos=True)
+             max_tokens=chance.randrange(60, 360), ignore_eos=True)
         for index in range(40)
     ])  # fmt: skip
     target = folder / "whole.jsonl"

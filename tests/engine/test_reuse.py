@@ -97,7 +97,7 @@ def test_only_the_same_owner_policy_and_text_takes_a_cache_up() -> None:
     misses(engine, text, "ann", policy_named("full"))
     misses(engine, text, "ann", policy_named("h2o"))
     misses(engine, text, "ann", make_policy("pyramid", 0.6))
-    misses(engine, text, "ann", replace(policy, window=8))  # type: ignore[call-arg]
+    misses(engine, text, "ann", replace(policy, kernel=9))  # type: ignore[call-arg]
     misses(engine, text, "ann", protect=((2, 5),))
     for place in (0, 20, 39, 43):
         changed = list(text)
@@ -281,7 +281,7 @@ def test_one_request_never_reads_anothers_pages(name: str) -> None:
     """Pages go from hand to hand among requests of all policies, freed entries are NaN: tokens are
     those of a fresh engine, and every page that was read is the request's own."""
     policies = ["full", name, "streaming_llm", "pyramid"]
-    engine = start(name, kv_memory="150KiB", slot_scores=True, reuse_share=0.4)
+    engine = start(name, kv_memory="144KiB", slot_scores=True, reuse_share=0.4)
     group = engine.pool.groups[0]
     assert torch.isnan(group.keys).all(), "nothing is written yet"
     requests = []

@@ -330,7 +330,7 @@ def test_continuations_that_cannot_be_scored(snapkv: PyramidInferLM) -> None:
         ({"keep": 1.5}, "keep=1.5"),
         ({"policy": "full", "keep": 0.5}, "policy 'full' keeps everything"),
         ({"page_size": 0}, "page_size=0"),
-        ({"max_length": POSITIONS + 1}, "more than the model's 160 positions"),
+        ({"policy": "full", "max_length": POSITIONS + 1}, "more than the model's 160 positions"),
         ({"max_gen_toks": 0}, "max_gen_toks=0"),
         ({"rolling_context": 1}, "rolling_context=1 must be"),
         ({"kv_memory": "2 apples"}, "kv_memory='2 apples'"),
