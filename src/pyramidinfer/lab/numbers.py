@@ -147,7 +147,7 @@ def _policy_options(plan: dict[str, Any]) -> list[str]:
     except (SyntaxError, ValueError, AssertionError):
         return []
     usual = POLICIES[plan["policy"]]()
-    changed = {name: value for name, value in given.items() if value != getattr(usual, str(name))}
+    changed = {n: value for n, value in given.items() if value != getattr(usual, str(n), None)}
     keep = changed.pop("keep", None)
     words = [] if keep is None else ["--keep", f"{keep:g}"]
     return words + [word for name, value in changed.items() for word in ("-o", f"{name}={value}")]
