@@ -131,7 +131,7 @@ def inspect(
     dtype: Dtype = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Show what a policy would compute and keep in each layer, and the bytes. Reads no weights."""
+    """Show what a policy would compute and keep in each layer, and the bytes; generates nothing."""
     from pyramidinfer.cli.inspect import run_inspect
 
     chosen = policy_from(policy, keep, option or [])

@@ -1,4 +1,4 @@
-"""``pyramidinfer inspect``: a policy's forecast for a model, from its config alone."""
+"""``pyramidinfer inspect``: a policy's forecast for a model, from its config and head profile."""
 
 from __future__ import annotations
 

@@ -105,7 +105,7 @@ def profile_model(source: LLM | Engine, passages: Passages | None = None,
     if not any(governed):
         raise ValueError(
             "every layer of this model has a sliding window that is shorter than the passages, so "
-            "no head can be profiled: their memory is bounded already, and policy 'full' does"
+            "no head can be profiled: their memory is bounded already; use policy 'full'"
         )
     own = _engine_for(engine, longest)
     work = adapter.depth * sum(len(each) + len(passages.repeated(each)) for each in passages.all)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -25,7 +26,7 @@ Limits = tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
-class ByHead(Policy):
+class ByHead(Policy, ABC):
     """A limit for every KV head, dealt by the model's head profile.
 
     keep : mean over the measured heads of a head's entries, as a share of the text; heads that
@@ -82,9 +83,9 @@ class ByHead(Policy):
 
     # --- who keeps what -----------------------------------------------------------------------
 
+    @abstractmethod
     def deal(self, text_len: int, layers: Layers) -> Limits:
         """What every head is held to in a text of this length."""
-        raise NotImplementedError
 
     def going(self, layer: int, text_len: int, layers: Layers) -> int:
         """Tokens of a text of this length that go deeper than ``layer``, at most."""
@@ -180,10 +181,7 @@ class ByHead(Policy):
         for layer in range(layers.count - 1):
             reach.append(min(reach[-1], self.going(layer, prompt_len, layers)))
         heads = [
-            [
-                min(entering + max_new, max(limit, self.most(limit) + bool(max_new)))
-                for limit in limits
-            ]
+            [min(min(entering, limit) + max_new, self.most(limit) + 1) for limit in limits]
             for entering, limits in zip(reach, self.limits(prompt_len, layers), strict=True)
         ]
         return Forecast(reach, [max(lens) for lens in heads], heads)

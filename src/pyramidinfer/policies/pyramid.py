@@ -42,6 +42,8 @@ SCORES = Reduce("kv_max", "max")
 class Pyramid(ByHead):
     """A budget for every KV head in proportion to its need, filled with what was looked at.
 
+    At ``keep=1`` nothing is dropped, unless ``propagate_ratio`` says so.
+
     safeguard : share of the mean budget that no head falls below.
     sharpness : budgets above that go by each head's need to this power; higher gives more to fewer.
     start_layer : the first layer after which tokens may be dropped; None is the calibrated one,
@@ -165,9 +167,6 @@ class Pyramid(ByHead):
         if self.propagate_ratio is not None:
             found = replace(found, propagate_ratio=self.propagate_ratio)
         return f"{super().rule}; calibrated: {found.going}"
-
-    def most(self, limit: int) -> int:
-        return limit
 
     def least(self, limit: int) -> int:
         return limit + 1 - min(self.stride, max(1, limit // 4))
