@@ -252,12 +252,6 @@ def test_a_hooked_layer_is_refused() -> None:
         LLM(model)
 
 
-def test_dropout_in_training_mode() -> None:
-    model = tiny_model("llama", attention_dropout=0.1)
-    with pytest.raises(ValueError, match=r"call model\.eval\(\)"):
-        LLM(model.train())
-
-
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     shutil.copytree(GOLDEN, tmp_path / "model")

@@ -44,8 +44,10 @@ class LLM:
     Parameters
     ----------
     model : folder, hub id, the name of a fetched model (``"smollm2"``), a GGUF file (converted
-        once, into the user's cache folder), or a loaded transformers model (used as it is, and left
-        usable; where its linears are prepacked, they take their memory a second time).
+        once, into the user's cache folder), the folder or hub id of a PEFT adapter (LoRA; merged
+        into its base model), or a loaded transformers model or ``PeftModel`` (used as it is,
+        without dropout even in training mode, and left usable in its mode; where its linears are
+        prepacked, they take their memory a second time).
     policy : a name (see ``pyramidinfer.policies.POLICIES``) or a policy object.
     keep : common budget of the policies, a share in (0, 1]; each policy says of what.  Refused
         where the model's depth puts it out of reach; a prompt too short for it (a policy's window

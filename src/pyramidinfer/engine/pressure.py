@@ -234,6 +234,7 @@ class Pressure:
         """Have a request's text computed anew, where that is asked for and gives the same."""
         engine, policy = self.engine, request.policy
         anew = self.config.preempt == "recompute" and policy.keeps_all
+        anew &= engine.adapter.rotary.grows_from is None  # else keys are turned as it comes in
         if not anew or request.scoring is not None:
             return None
         left = request.max_new - len(request.output)

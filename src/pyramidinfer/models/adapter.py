@@ -21,8 +21,8 @@ from pyramidinfer.models.fused import Fused, Ropes, fuse
 from pyramidinfer.models.graphs import DecodeGraphs
 from pyramidinfer.models.intake import Batch, Intake, Sequence, Work
 from pyramidinfer.models.loading import end_ids
-from pyramidinfer.models.rotary import Rotary
-from pyramidinfer.models.routing import Decoding, LayerCall, Segment, route
+from pyramidinfer.models.rotary import Rotary, count_positions
+from pyramidinfer.models.routing import Decoding, LayerCall, Segment, evaluating, route
 from pyramidinfer.models.streaming import Streaming
 from pyramidinfer.types import AttentionShape, Keep, Layers, Observation, View
 
@@ -39,8 +39,9 @@ class Stepped(NamedTuple):
 class Adapter:
     """A transformers causal language model, driven layer by layer.
 
-    ``ValueError`` for an unsupported family or layer feature.  The model object stays usable,
-    unless it is given away (``own``): then weights that are packed are let go of.
+    ``ValueError`` for an unsupported family or layer feature.  The model object stays usable and
+    in its mode (it runs without dropout even in training mode), unless it is given away (``own``):
+    then weights that are packed are let go of.
     """
 
     def __init__(self, model: Any, backend: Backend, prefill_chunk: int = 1024, *,
@@ -58,6 +59,7 @@ class Adapter:
                 f"{type(model).__name__} has no language model head; give the …ForCausalLM model"
             )
         depth = self.config.num_hidden_layers
+        self._given: list[nn.Module] = [] if own else list(model.modules())
         originals = list(self.body.layers)[:depth]
         self.layers = [route(layer, self.family.attention) for layer in originals]
         self.shapes = [self._shape(layer) for layer in originals]
@@ -67,7 +69,7 @@ class Adapter:
         self.device, self.dtype = first.device, first.dtype
         self.hidden_size: int = self.config.hidden_size
         self.vocab_size: int = self.config.vocab_size
-        self.max_positions: int = self.config.max_position_embeddings
+        self.max_positions = count_positions(self.family, self.config)
         self.fused: Fused | None = None
         if self.family.plain:
             self.fused = fuse(self.body, self.head, self.config, self.shapes, self.rotary, backend,
@@ -120,16 +122,19 @@ class Adapter:
     @torch.inference_mode()
     def forward(self, pool: Pool, batch: Batch) -> Stepped:
         """Run one step.  Decoding sequences are to be settled with ``settle`` afterwards."""
+        with evaluating(self._given):
+            return self._forward(pool, batch)
+
+    def _forward(self, pool: Pool, batch: Batch) -> Stepped:
         if batch.decode and not batch.works and self.steps_on_buffers:
             return Stepped(*self.graphs(pool).step(self, pool, batch))
         decoding = self._start_decode(pool, batch)
         hidden = None
         if decoding:
-            is_long = torch.tensor([each.is_long for each in batch.decode], device=self.device)
             positions = decoding.plan.positions
             hidden = self.family.embed(self.body, self.config, batch.tokens[None], positions[None])
             offsets = torch.tensor([each.offset for each in batch.decode]).to(self.device)
-            tables = self._angles(hidden, positions - offsets, is_long)
+            tables = self._angles(hidden, positions - offsets, self.regimes(batch.decode))
             if not batch.works and self.fused is not None and self.fused.steps_whole:
                 out = self.fused.step(pool, decoding, hidden[0], tables[None])
                 return Stepped(self._logits(out), decoding)
@@ -217,20 +222,25 @@ class Adapter:
             intake.positions[intake.done : intake.done + count] - intake.sequence.offset
             for intake, _, count in segments
         ])  # fmt: skip
-        is_long = torch.cat([
-            torch.full((count,), intake.sequence.is_long, device=self.device)
+        regimes = torch.cat([
+            torch.full((count,), self.rotary.regime(intake.sequence.is_long, intake.end))
             for intake, _, count in segments
-        ])  # fmt: skip
-        cos, sin = self._angles(like, positions, is_long)[kind]
+        ]).to(self.device)  # fmt: skip
+        cos, sin = self._angles(like, positions, regimes)[kind]
         if rope is None:
             return cos, sin
         return torch.cat([rope[0], cos], dim=-2), torch.cat([rope[1], sin], dim=-2)
 
-    def _angles(self, like: Tensor, positions: Tensor, is_long: Tensor) -> dict[str | None, Ropes]:
+    def regimes(self, decode: list[Sequence]) -> Tensor:
+        """Rotary regimes ``[R]`` of the tokens that decoding sequences feed."""
+        regimes = [self.rotary.regime(each.is_long, each.table.seen_len + 1) for each in decode]
+        return torch.tensor(regimes).to(self.device)
+
+    def _angles(self, like: Tensor, positions: Tensor, regimes: Tensor) -> dict[str | None, Ropes]:
         """cos and sin per layer type, as the layers take them (``[n, dim]`` where fused)."""
         if self.fused is not None:
-            return {None: self.rotary.angles(like, positions, is_long)}
-        return self.rotary.tables(like, positions, is_long)
+            return {None: self.rotary.angles(like, positions, regimes)}
+        return self.rotary.tables(like, positions, regimes)
 
     def _last_only(self, layer: int) -> bool:
         """Whether a layer gives outputs of last tokens only."""

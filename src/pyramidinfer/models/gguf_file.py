@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from pyramidinfer.models.folder import check_pointer
+
 __all__ = ["Header", "Tensor", "read_header"]
 
 #: Value type → struct's letter; 8 is a string, 9 an array.
@@ -69,6 +71,7 @@ def read_header(file: Path) -> Header:
     """``ValueError`` where the file is not there, is no GGUF, is a part of one, or is cut short."""
     if not file.is_file():
         raise ValueError(f"GGUF file {str(file)!r} does not exist")
+    check_pointer(file)
     size = file.stat().st_size
     with file.open("rb") as stream:
         if stream.read(4) != b"GGUF":

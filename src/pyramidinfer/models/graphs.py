@@ -167,10 +167,10 @@ class DecodeGraphs:
         if not rotary.turned:
             return
         like = torch.empty(0, dtype=adapter.dtype, device=adapter.device)
-        is_long = like
+        regimes = like
         if not rotary.is_fixed:
-            is_long = torch.tensor([each.is_long for each in batch.decode], device=adapter.device)
-        cos, sin = rotary.angles(like, frame.places[:count].long(), is_long)
+            regimes = adapter.regimes(batch.decode)
+        cos, sin = rotary.angles(like, frame.places[:count].long(), regimes)
         frame.cos[:count].copy_(cos)
         frame.sin[:count].copy_(sin)
 

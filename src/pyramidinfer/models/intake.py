@@ -88,6 +88,11 @@ class Intake:
         return self.positions.shape[0]
 
     @property
+    def end(self) -> int:
+        """Length of the request's text once this is in."""
+        return self.first + self.tokens.shape[0]
+
+    @property
     def left(self) -> int:
         """Tokens still to go through the current layer."""
         return self.length - self.done

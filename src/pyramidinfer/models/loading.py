@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
-import difflib
-import json
 import os
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from pyramidinfer.config import parse_device, parse_dtype
-from pyramidinfer.models.catalog import CATALOG, find_model
+from pyramidinfer.models.catalog import check_path, find_model
+from pyramidinfer.models.configs import read_config
 from pyramidinfer.models.families import find_family
+from pyramidinfer.models.folder import (
+    ADAPTER,
+    model_folder,
+    one_line,
+    read_headers,
+    stored_dtype,
+    weight_files,
+)
+from pyramidinfer.models.lora import base_of, merge_adapter, unwrap
+from pyramidinfer.models.tensors import check_report, check_tensors
+
+#: Files that make a tokenizer, one of them.
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
 
 __all__ = ["LoadedModel", "empty_model", "end_ids", "free_memory", "load_config", "load_model",
            "quiet_transformers", "shipped_model"]  # fmt: skip
@@ -48,17 +59,39 @@ def load_model(model: str | os.PathLike[str] | nn.Module, tokenizer: Any = "auto
     if isinstance(model, nn.Module):
         return _take_object(model, tokenizer, dtype, device)
     place = parse_device(device)
-    name = _check_folder(find_model(str(model)))
-    config = load_config(name)
-    find_family(config)
-    kind = parse_dtype(dtype, getattr(config, "dtype", None))
+    name = check_path(find_model(str(model)))
+    folder = model_folder(name, weights=True)
+    if (folder / ADAPTER).is_file():
+        return _load_adapted(name, folder, tokenizer, dtype, place)
+    loaded, kind = _load_weights(name, folder, dtype)
+    found = _find_tokenizer(folder, tokenizer)
+    return LoadedModel(loaded.to(place).eval(), found, name, place, kind)
+
+
+def _load_weights(name: str, folder: Path, dtype: str | torch.dtype) -> tuple[Any, torch.dtype]:
+    """The model of a folder on the CPU, every tensor of its files in its place."""
+    config, files = load_config(name), weight_files(folder)
+    check_tensors(name, config, read_headers(files))
+    kind = parse_dtype(dtype, config.dtype)
     loaded, report = _from_hub(
-        AutoModelForCausalLM, name, config=config, dtype=kind, use_safetensors=True,
+        AutoModelForCausalLM, folder, name, config=config, dtype=kind, use_safetensors=True,
         output_loading_info=True, ignore_mismatched_sizes=True,
     )  # fmt: skip
-    _check_report(name, report)
-    loaded = loaded.to(place).eval()
-    return LoadedModel(loaded, _find_tokenizer(name, tokenizer), name, place, kind)
+    check_report(name, report)
+    return loaded, kind
+
+
+def _load_adapted(name: str, folder: Path, tokenizer: Any, dtype: str | torch.dtype,
+                  place: torch.device) -> LoadedModel:  # fmt: skip
+    """An adapter's base model with the adapter merged in; its tokenizer, else the base's."""
+    base = check_path(find_model(base_of(folder, name)))
+    below = model_folder(base, weights=True)
+    loaded, kind = _load_weights(base, below, dtype)
+    merged = merge_adapter(loaded, folder, name).to(place).eval()
+    found = _find_tokenizer(folder, tokenizer)
+    if found is None and isinstance(tokenizer, str) and tokenizer == "auto":
+        found = _find_tokenizer(below, tokenizer)
+    return LoadedModel(merged, found, name, place, kind)
 
 
 def shipped_model() -> str:
@@ -73,26 +106,32 @@ def quiet_transformers() -> None:
 
 
 def load_config(name: str) -> Any:
-    """The transformers config of a folder, a hub id, a fetched model's name or a GGUF file."""
-    name = _check_path(find_model(name))
-    local = Path(name) / "config.json"
-    if local.is_file():
-        try:
-            kind = json.loads(local.read_text(encoding="utf-8")).get("model_type")
-        except (ValueError, AttributeError) as error:
-            raise ValueError(f"{str(local)!r} is not a readable config") from error
-        find_family(SimpleNamespace(model_type=kind))
-    return _from_hub(AutoConfig, name)
+    """The transformers config of a folder, a hub id, a fetched model's name or a GGUF file; an
+    adapter's is its base model's.  Where it names no dtype, it gets that of the weights."""
+    name = check_path(find_model(name))
+    folder = model_folder(name)
+    if (folder / ADAPTER).is_file():
+        return load_config(base_of(folder, name))
+    config = read_config(folder)
+    if config.dtype is None:
+        folder = model_folder(name, weights=True)
+        if list(folder.glob("*.safetensors")):
+            config.dtype = stored_dtype(read_headers(weight_files(folder)))
+    return config
 
 
 def empty_model(name: str | os.PathLike[str], dtype: str | torch.dtype = "auto",
                 device: str | torch.device = "auto") -> tuple[Any, torch.device]:  # fmt: skip
     """The model without weights (on the meta device), and where it would be loaded."""
     place, config = parse_device(device), load_config(str(name))
-    find_family(config)
-    kind = parse_dtype(dtype, getattr(config, "dtype", None))
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=kind), place
+    kind = parse_dtype(dtype, config.dtype)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, dtype=kind), place
+    except Exception as error:
+        raise ValueError(
+            f"the config of {str(name)!r} makes no model: {one_line(error)}"
+        ) from error
 
 
 def free_memory(device: torch.device) -> int:
@@ -126,6 +165,7 @@ def _groups(root: Path, own: Path) -> list[Path]:
 
 def _take_object(model: nn.Module, tokenizer: Any, dtype: str | torch.dtype,
                  device: str | torch.device) -> LoadedModel:  # fmt: skip
+    model = unwrap(model)
     config = getattr(model, "config", None)
     find_family(config)
     first = next(model.parameters())
@@ -139,82 +179,37 @@ def _take_object(model: nn.Module, tokenizer: Any, dtype: str | torch.dtype,
         raise ValueError(
             f"device={device!r}, but the model given is on {first.device}; move it, or leave 'auto'"
         )
-    rates = ("attention_dropout", "hidden_dropout", "dropout", "resid_pdrop", "embd_pdrop")
-    if model.training and any(getattr(config, rate, 0) for rate in rates):
-        raise ValueError("the model given is in training mode with dropout; call model.eval()")
     name = getattr(config, "_name_or_path", "") or type(model).__name__
     if isinstance(tokenizer, str) and tokenizer == "auto":
         tokenizer = None
-    tokenizer = _find_tokenizer(name, tokenizer)
+    tokenizer = _find_tokenizer(Path(), tokenizer)
     return LoadedModel(model, tokenizer, name, first.device, first.dtype)
 
 
-def _check_path(name: str) -> str:
-    """The folder, ``~`` expanded, or the hub id; ``ValueError`` where neither can be meant."""
-    path = Path(name).expanduser()
-    looks_local = name.startswith((".", "~", "/")) or name.count("/") != 1 or path.parent.is_dir()
-    if not path.exists():
-        if looks_local:
-            near = {each: each for each in CATALOG} if "/" not in name else {}
-            near |= {each.name: str(each) for each in path.parent.glob("*") if each.is_dir()}
-            close = difflib.get_close_matches(path.name, near, n=1)
-            hint = f"did you mean {near[close[0]]!r}?" if close else "a hub id is owner/name"
-            raise ValueError(f"model path {name!r} does not exist; {hint}")
-        return name
-    if not (path / "config.json").is_file():
-        raise ValueError(f"model folder {name!r} has no config.json")
-    return str(path)
-
-
-def _check_folder(name: str) -> str:
-    path = Path(_check_path(name))
-    if path.exists() and not list(path.glob("*.safetensors")):
-        raise ValueError(
-            f"model folder {name!r} has no *.safetensors file; other weight formats are not loaded"
-        )
-    return str(path) if path.exists() else name
-
-
-def _from_hub(loader: Any, name: str, **options: Any) -> Any:
+def _from_hub(loader: Any, folder: Path, name: str, **options: Any) -> Any:
     """``from_pretrained`` with its many exceptions turned into one ``ValueError``."""
     try:
-        return loader.from_pretrained(name, trust_remote_code=False, **options)
-    except Exception as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        reason = lines[0] if lines else type(error).__name__
-        raise ValueError(f"cannot load {name!r}: {reason}") from error
+        return loader.from_pretrained(str(folder), trust_remote_code=False, **options)
+    except BaseException as error:
+        is_panic = type(error).__name__ == "PanicException"  # of a tokenizer, in Rust
+        if not (isinstance(error, Exception) or is_panic):
+            raise
+        raise ValueError(f"cannot load {name!r}: {one_line(error)}") from error
 
 
-def _check_report(name: str, report: dict[str, Any]) -> None:
-    """Refuse a checkpoint that left tensors at random values."""
-    missing = sorted(report.get("missing_keys") or ())
-    odd = sorted(report.get("mismatched_keys") or ())
-    if not missing and not odd:
-        return
-    if missing:
-        what = f"lacks the tensor {missing[0]}"
-    else:
-        key, found, wanted = odd[0]
-        what = f"has a wrong shape for {key}: {list(found)}, expected {list(wanted)}"
-    more = len(missing) + len(odd) - 1
-    more_text = f" (and {more} more)" if more else ""
-    raise ValueError(f"model {name!r} {what}{more_text}; its files are not complete")
-
-
-def _find_tokenizer(name: str, tokenizer: Any) -> Any:
+def _find_tokenizer(folder: Path, tokenizer: Any) -> Any:
+    """``"auto"``: the folder's own, None where it has none; else what is given or named."""
     if tokenizer is None or not isinstance(tokenizer, str | os.PathLike):
         return _check_tokenizer(tokenizer)
     if tokenizer != "auto":
-        tokenizer = find_model(str(tokenizer))
-        place = Path(tokenizer).expanduser()
-        if not place.exists() and str(tokenizer).count("/") != 1:
+        name = find_model(str(tokenizer))
+        place = Path(name).expanduser()
+        if not place.exists() and name.count("/") != 1:
             raise ValueError(f"tokenizer path {str(tokenizer)!r} does not exist")
-        return _from_hub(AutoTokenizer, str(place if place.exists() else tokenizer))
-    path = Path(name).expanduser()
-    files = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
-    if path.is_dir() and not any((path / file).is_file() for file in files):
+        return _from_hub(AutoTokenizer, model_folder(name), name)
+    if not any((folder / file).is_file() for file in TOKENIZERS):
         return None
-    return _from_hub(AutoTokenizer, name)
+    return _from_hub(AutoTokenizer, folder, str(folder))
 
 
 def _check_tokenizer(tokenizer: Any) -> Any:

@@ -1,9 +1,11 @@
 """Rotary tables for rows of different requests, each in its own regime.
 
-Long-rope (Phi-3) picks its frequencies by the sequence's length: short up to
-``original_max_position_embeddings``, long beyond.  transformers looks at the largest position it
-is given, so requests packed in one row would choose for each other; here the regime is a
-property of the request, fixed at admission by the length it may reach.
+Some frequencies depend on a text's length: long-rope (Phi-3) has short ones up to
+``original_max_position_embeddings`` and long ones beyond, dynamic scaling stretches them more the
+longer a text is.  transformers looks at the largest position it is given, so requests packed in one
+row would choose for each other; here every row says which text length its frequencies are for.
+Long-rope's is a property of the request, fixed at admission by the length it may reach; dynamic
+scaling's is the length of the text when the token goes in, as in transformers.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 
 from pyramidinfer.models.families import Family
 
-__all__ = ["Rotary"]
+__all__ = ["Rotary", "count_positions"]
 
 Tables = tuple[Tensor, Tensor]
 
@@ -29,38 +31,54 @@ class Rotary:
         self.kinds: list[str | None] = [None]
         if family.rotary_by_type:
             self.kinds = sorted(set(config.layer_types))
+        scales = rope_scales(config)
+        types = {scale.get("rope_type", "default") for scale in scales}
         self.long_from: int | None = None
-        parameters = getattr(config, "rope_parameters", None) or {}
-        if parameters.get("rope_type") == "longrope":
-            self.long_from = int(parameters["original_max_position_embeddings"])
+        for scale in scales:
+            if scale.get("rope_type") == "longrope":
+                self.long_from = int(scale["original_max_position_embeddings"])
+        #: frequencies stretch with the text beyond this length
+        self.grows_from: int | None = None
+        if "dynamic" in types:
+            self.grows_from = int(config.max_position_embeddings)
         #: angles go by position alone, so that those worked out once stay right
-        self.is_fixed = parameters.get("rope_type", "default") not in ("longrope", "dynamic")
+        self.is_fixed = self.long_from is None and self.grows_from is None
         self._known: Tables | None = None
-        self._longest = int(config.max_position_embeddings)
+        self._longest = count_positions(family, config)
 
     def is_long(self, longest: int) -> bool:
         """Whether a request that may reach ``longest`` tokens uses the long regime."""
         return self.long_from is not None and longest > self.long_from
 
-    def tables(self, like: Tensor, positions: Tensor, is_long: Tensor) -> dict[str | None, Tables]:
-        """(cos, sin) ``[1, n, dim]`` per layer type for positions ``[n]``; dtype of ``like``."""
+    def regime(self, is_long: bool, length: int) -> int:
+        """The text length that a token's frequencies are for; 0: those of short texts.
+
+        is_long : of its request;  length : of the text, once the tokens that go in with it are in.
+        """
+        if self.long_from is not None:
+            return self.long_from + 1 if is_long else 0
+        return length if self.grows_from is not None and length > self.grows_from else 0
+
+    def tables(self, like: Tensor, positions: Tensor, regimes: Tensor) -> dict[str | None, Tables]:
+        """(cos, sin) ``[1, n, dim]`` per layer type for positions ``[n]`` in regimes ``[n]``;
+        dtype of ``like``."""
         if self.module is None:
             return {}
-        return {kind: self._one(like, positions, is_long, kind) for kind in self.kinds}
+        return {kind: self._one(like, positions, regimes, kind) for kind in self.kinds}
 
     @property
     def turned(self) -> int:
         """Numbers of a head that have an angle."""
         return 0 if self.module is None else 2 * int(self.module.inv_freq.shape[0])
 
-    def angles(self, like: Tensor, positions: Tensor, is_long: Tensor) -> Tables:
+    def angles(self, like: Tensor, positions: Tensor, regimes: Tensor) -> Tables:
         """float32 (cos, sin) ``[n, turned]``, rounded as the dtype of ``like`` has them.
 
         For families with one kind of table.  Fixed angles are worked out once for all positions
         (on a CPU for those that came up so far and as many again).
         """
         if not self.is_fixed:
-            cos, sin = self._one(like, positions, is_long, None)
+            cos, sin = self._one(like, positions, regimes, None)
             return cos[0].float().contiguous(), sin[0].float().contiguous()
         most = int(positions.max()) + 1 if like.is_cpu else self._longest  # no look at a GPU
         if self._known is None or most > len(self._known[0]):
@@ -69,18 +87,49 @@ class Rotary:
             self._known = cos[0].float().contiguous(), sin[0].float().contiguous()
         return self._known[0][positions], self._known[1][positions]
 
-    def _one(self, like: Tensor, positions: Tensor, is_long: Tensor, kind: str | None) -> Tables:
+    def _one(self, like: Tensor, positions: Tensor, regimes: Tensor, kind: str | None) -> Tables:
         arguments = () if kind is None else (kind,)
-        if self.long_from is None or not bool(is_long.any()):
+        if self.is_fixed:
             cos, sin = self.module(like, positions[None], *arguments)
             return cos, sin
-        # One position in the long range makes transformers choose the long frequencies for all.
-        far = torch.tensor([self.long_from], device=positions.device)
-        cos, sin = self.module(like, torch.cat([positions, far])[None], *arguments)
-        cos, sin = cos[:, :-1], sin[:, :-1]
-        if not bool(is_long.all()):
-            near = torch.where(is_long, 0, positions)
-            short_cos, short_sin = self.module(like, near[None], *arguments)
-            choose = is_long[None, :, None]
-            cos, sin = torch.where(choose, cos, short_cos), torch.where(choose, sin, short_sin)
-        return cos, sin
+        found: Tables | None = None
+        for length in regimes.unique().tolist():
+            rows = regimes == length
+            here = torch.where(rows, positions, 0)
+            if self.grows_from is not None:  # forget the longest text seen so far
+                self.module(like, torch.zeros_like(here[None, :1]), *arguments)
+            if length:  # transformers chooses by the largest position
+                here = torch.cat([here, here.new_tensor([length - 1])])
+            cos, sin = self.module(like, here[None], *arguments)
+            cos, sin = cos[:, : len(rows)], sin[:, : len(rows)]
+            if found is not None:
+                choose = rows[None, :, None]
+                cos, sin = torch.where(choose, cos, found[0]), torch.where(choose, sin, found[1])
+            found = cos, sin
+        assert found is not None, "no rows"
+        return found
+
+
+def rope_scales(config: Any) -> list[dict[str, Any]]:
+    """Rotary parameters of every kind of layer."""
+    scale = getattr(config, "rope_parameters", None) or {}
+    nested = [each for each in scale.values() if isinstance(each, dict)]
+    return nested or [scale]
+
+
+def count_positions(family: Family, config: Any) -> int:
+    """Positions that a model can tell apart: the config's, or what its rotary scale stretches them
+    to where that is more.
+
+    Configs of Gemma 3, and scales that name the original length, count the stretch already; others
+    name the length before it.  Long-rope's factor is worked out of the config's length.
+    """
+    plain = most = int(config.max_position_embeddings)
+    for scale in rope_scales(config):
+        original = scale.get("original_max_position_embeddings")
+        if scale.get("rope_type") not in ("yarn", "linear", "dynamic", "llama3"):
+            continue
+        if original is None and family.rotary_by_type:
+            continue
+        most = max(most, int((scale.get("factor") or 1) * (original or plain)))
+    return most

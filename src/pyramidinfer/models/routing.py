@@ -7,6 +7,8 @@ in its config.  Ours gets a :class:`LayerCall` as a keyword, so nothing global i
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +23,7 @@ from pyramidinfer.cache.pool import Slots
 from pyramidinfer.models.intake import Intake
 from pyramidinfer.types import Reduce
 
-__all__ = ["Decoding", "LayerCall", "Segment", "route", "runs_of"]
+__all__ = ["Decoding", "LayerCall", "Segment", "evaluating", "route", "runs_of"]
 
 NAME = "pyramidinfer"
 
@@ -257,7 +259,21 @@ def route(layer: nn.Module, attention: str) -> nn.Module:
 def _shallow(module: nn.Module) -> nn.Module:
     twin = copy.copy(module)
     twin._modules = dict(module._modules)
+    twin.training = False
     return twin
+
+
+@contextmanager
+def evaluating(modules: list[nn.Module]) -> Iterator[None]:
+    """Without dropout, whatever mode the modules are in; each has its mode back afterwards."""
+    training = [module for module in modules if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor,

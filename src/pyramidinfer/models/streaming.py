@@ -33,8 +33,9 @@ class Streaming:
 
     @property
     def is_possible(self) -> bool:
-        """Whether positions are rotary at all (learned ones cannot be turned)."""
-        return self.rotary.module is not None
+        """Whether keys can be turned: not learned positions, nor keys that were each turned by
+        frequencies of their own (dynamic scaling)."""
+        return self.rotary.module is not None and self.rotary.grows_from is None
 
     def close_gaps(self, pool: Pool, sequence: Sequence) -> None:
         """Turn the entries that are older than a dropped one to their place in the cache."""
@@ -98,8 +99,8 @@ class Streaming:
         """Keys ``[kv_heads, n, key_dim]`` moved on by ``by`` ``[n]`` rotary positions."""
         wide = keys.float() if keys.dtype != torch.float64 else keys
         steps = torch.cat([by, by.new_zeros(1)]).to(keys.device)  # the last one tells the scaling
-        is_long = torch.full(steps.shape, sequence.is_long, device=keys.device)
-        cos, sin = self.rotary.tables(wide, steps, is_long)[self.kinds[layer]]
+        regimes = torch.full_like(steps, self.rotary.regime(sequence.is_long, 0))
+        cos, sin = self.rotary.tables(wide, steps, regimes)[self.kinds[layer]]
         scale = cos[0, -1, 0]
         cos, sin = cos[0, :-1] / scale, sin[0, :-1] / scale
         size = cos.shape[-1]
