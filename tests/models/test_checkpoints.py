@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -170,7 +171,7 @@ def test_a_hub_id_without_a_network_fails_at_once(
 
     from pyramidinfer.cli.app import app
 
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     words = {"generate": ["--model", "owner/some-model", "--prompt", "a"],
              "inspect": ["--model", "owner/some-model"]}  # fmt: skip
     began = time.monotonic()

@@ -93,7 +93,7 @@ class Rotary:
             cos, sin = self.module(like, positions[None], *arguments)
             return cos, sin
         found: Tables | None = None
-        for length in regimes.unique().tolist():
+        for length in set(regimes.tolist()):
             rows = regimes == length
             here = torch.where(rows, positions, 0)
             if self.grows_from is not None:  # forget the longest text seen so far

@@ -12,9 +12,7 @@ __all__ = ["check_report", "check_tensors"]
 
 #: Buffers that older versions of transformers saved, all of them worked out anew: rotary
 #: frequencies, position ids, and causal masks (GPT-NeoX) with what they are filled with.
-HARMLESS = re.compile(
-    r"(^|\.)(rotary_emb\.inv_freq|position_ids|attention\.bias|(attention|attn)\.masked_bias)$"
-)
+HARMLESS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|position_ids|attention\.bias|masked_bias)$")
 #: Ends of tensors' names → the key that a config lacks where it has no place for them.
 HINTS = {
     "bias": "a config with biases says so (attention_bias, mlp_bias)",
@@ -64,7 +62,8 @@ def check_report(name: str, report: dict[str, Any]) -> None:
         hint = next((hint for end, hint in HINTS.items() if extra.endswith(end)),
                     "the config and the weights are of two models")  # fmt: skip
         raise ValueError(
-            f"model {name!r} has the tensor {extra}{more}, for which its config has no place: {hint}"
+            f"model {name!r} has the tensor {extra}{more}, for which its config has no place: "
+            f"{hint}"
         )
 
 
