@@ -28,6 +28,8 @@ REMOTE = "auto_map"
 REFUSED = ("fusion_config", "kernel_config", "use_kernels", "custom_generate", "custom_pipelines",
            "transformers_weights", "configuration_files", "per_layer_config", "text_config",
            "text_encoder", "decoder", "generator")  # fmt: skip
+#: Of models that classify: no effect here.
+LABELS = ("num_labels", "id2label", "label2id")
 #: Sizes: whole numbers of at least 1, and the most that is believed.
 SIZES = {
     "num_hidden_layers": 1024, "hidden_size": 2**20, "intermediate_size": 2**24, "ffn_dim": 2**24,
@@ -57,8 +59,10 @@ def read_config(folder: Path) -> Any:
     _check_sizes(raw, file)
     _check_dtype(raw, file)
     _check_quantization(raw, file)
-    plain = {key: value for key, value in raw.items()
-             if key != REMOTE and not _chooses_implementation(key)}  # fmt: skip
+    plain = {
+        key: value for key, value in raw.items()
+        if key != REMOTE and key not in LABELS and not _chooses_implementation(key)
+    }  # fmt: skip
     plain["_name_or_path"] = str(folder)
     try:
         config = AutoConfig.for_model(kind, **plain)
@@ -123,13 +127,13 @@ def _check_quantization(raw: dict[str, Any], file: Path) -> None:
     given = raw.get("quantization_config")
     if given is None:
         return
-    method = given.get("quant_method") if isinstance(given, dict) else given
+    method = str(given.get("quant_method") if isinstance(given, dict) else given)
     known = set(AUTO_QUANTIZATION_CONFIG_MAPPING)
     by_bits = isinstance(given, dict) and (given.get("load_in_4bit") or given.get("load_in_8bit"))
     if method not in known and not by_bits:
         raise ValueError(
             f"{str(file)!r} has quantization_config with quant_method={method!r:.80}; "
-            f"{nearest(str(method), known)}"
+            f"{nearest(method, known)}"
         )
 
 
@@ -149,7 +153,7 @@ def _check_parts(config: Any, file: Path) -> None:
     rope = getattr(config, "rope_parameters", None) or {}
     for each in [rope, *(value for value in rope.values() if isinstance(value, dict))]:
         name = each.get("rope_type", "default")
-        if name != "default" and name not in ROPE_INIT_FUNCTIONS:
+        if name != "default" and str(name) not in ROPE_INIT_FUNCTIONS:
             raise ValueError(
                 f"{str(file)!r} has rope_type={name!r:.80}; "
                 f"{nearest(str(name), ['default', *ROPE_INIT_FUNCTIONS])}"

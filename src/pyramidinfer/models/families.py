@@ -135,9 +135,9 @@ FAMILIES: dict[str, Family] = {
 def find_family(config: Any) -> Family:
     """The family of a transformers config; ``ValueError`` naming the supported ones otherwise."""
     kind = getattr(config, "model_type", None)
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         titles = ", ".join(family.title for family in FAMILIES.values())
-        raise ValueError(f"model type {kind!r} is not supported; supported families: {titles}")
+        raise ValueError(f"model type {kind!r:.80} is not supported; supported families: {titles}")
     if getattr(config, "use_bidirectional_attention", False):
         raise ValueError(f"{kind} with bidirectional attention is not supported")
     return FAMILIES[kind]

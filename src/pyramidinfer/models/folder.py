@@ -25,6 +25,9 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 #: Files beside the weights that something here reads.
 SMALL = ("*.json", "*.model", "*.txt", "*.jinja")
+#: Those that transformers passes over, or fails on without a name, where they are broken.
+READ_WHOLE = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json",
+              "added_tokens.json")  # fmt: skip
 POINTER = b"version https://git-lfs.github.com/spec/"
 #: safetensors' names of the dtypes that hold plain numbers.
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
@@ -50,9 +53,11 @@ def model_folder(name: str, weights: bool = False) -> Path:
         if weights:
             wanted = [ADAPTER_WEIGHTS] if (path / ADAPTER).is_file() else _weight_names(path)
             path = _download(name, (*SMALL, *wanted))
-    for pattern in SMALL:
-        for file in path.glob(pattern):
-            check_pointer(file)
+    for file in (each for pattern in SMALL for each in path.glob(pattern) if each.is_file()):
+        check_pointer(file)
+    for name in READ_WHOLE:
+        if (path / name).exists():
+            read_json(path / name, name.removesuffix(".json").replace("_", " "))
     return path
 
 

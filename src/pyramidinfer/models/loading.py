@@ -64,7 +64,7 @@ def load_model(model: str | os.PathLike[str] | nn.Module, tokenizer: Any = "auto
     if (folder / ADAPTER).is_file():
         return _load_adapted(name, folder, tokenizer, dtype, place)
     loaded, kind = _load_weights(name, folder, dtype)
-    found = _find_tokenizer(folder, tokenizer)
+    found = _find_tokenizer(folder, tokenizer, loaded.config)
     return LoadedModel(loaded.to(place).eval(), found, name, place, kind)
 
 
@@ -74,8 +74,8 @@ def _load_weights(name: str, folder: Path, dtype: str | torch.dtype) -> tuple[An
     check_tensors(name, config, read_headers(files))
     kind = parse_dtype(dtype, config.dtype)
     loaded, report = _from_hub(
-        AutoModelForCausalLM, folder, name, config=config, dtype=kind, use_safetensors=True,
-        output_loading_info=True, ignore_mismatched_sizes=True,
+        AutoModelForCausalLM, folder, repr(name), config=config, dtype=kind,
+        use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True,
     )  # fmt: skip
     check_report(name, report)
     return loaded, kind
@@ -88,9 +88,9 @@ def _load_adapted(name: str, folder: Path, tokenizer: Any, dtype: str | torch.dt
     below = model_folder(base, weights=True)
     loaded, kind = _load_weights(base, below, dtype)
     merged = merge_adapter(loaded, folder, name).to(place).eval()
-    found = _find_tokenizer(folder, tokenizer)
+    found = _find_tokenizer(folder, tokenizer, loaded.config)
     if found is None and isinstance(tokenizer, str) and tokenizer == "auto":
-        found = _find_tokenizer(below, tokenizer)
+        found = _find_tokenizer(below, tokenizer, loaded.config)
     return LoadedModel(merged, found, name, place, kind)
 
 
@@ -186,7 +186,7 @@ def _take_object(model: nn.Module, tokenizer: Any, dtype: str | torch.dtype,
     return LoadedModel(model, tokenizer, name, first.device, first.dtype)
 
 
-def _from_hub(loader: Any, folder: Path, name: str, **options: Any) -> Any:
+def _from_hub(loader: Any, folder: Path, what: str, **options: Any) -> Any:
     """``from_pretrained`` with its many exceptions turned into one ``ValueError``."""
     try:
         return loader.from_pretrained(str(folder), trust_remote_code=False, **options)
@@ -194,11 +194,14 @@ def _from_hub(loader: Any, folder: Path, name: str, **options: Any) -> Any:
         is_panic = type(error).__name__ == "PanicException"  # of a tokenizer, in Rust
         if not (isinstance(error, Exception) or is_panic):
             raise
-        raise ValueError(f"cannot load {name!r}: {one_line(error)}") from error
+        raise ValueError(f"cannot load {what}: {one_line(error)}") from error
 
 
-def _find_tokenizer(folder: Path, tokenizer: Any) -> Any:
-    """``"auto"``: the folder's own, None where it has none; else what is given or named."""
+def _find_tokenizer(folder: Path, tokenizer: Any, config: Any = None) -> Any:
+    """``"auto"``: the folder's own, None where it has none; else what is given or named.
+
+    config : the model's, so that transformers does not read the folder's as it is.
+    """
     if tokenizer is None or not isinstance(tokenizer, str | os.PathLike):
         return _check_tokenizer(tokenizer)
     if tokenizer != "auto":
@@ -206,10 +209,10 @@ def _find_tokenizer(folder: Path, tokenizer: Any) -> Any:
         place = Path(name).expanduser()
         if not place.exists() and name.count("/") != 1:
             raise ValueError(f"tokenizer path {str(tokenizer)!r} does not exist")
-        return _from_hub(AutoTokenizer, model_folder(name), name)
+        return _from_hub(AutoTokenizer, model_folder(name), f"the tokenizer of {name!r}")
     if not any((folder / file).is_file() for file in TOKENIZERS):
         return None
-    return _from_hub(AutoTokenizer, folder, str(folder))
+    return _from_hub(AutoTokenizer, folder, f"the tokenizer of {str(folder)!r}", config=config)
 
 
 def _check_tokenizer(tokenizer: Any) -> Any:
