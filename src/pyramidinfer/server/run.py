@@ -199,10 +199,7 @@ def serve(llm: LLM, settings: ServerSettings, line: socket.socket) -> None:
         timeout_keep_alive=30, backlog=BACKLOG,
     )  # fmt: skip
     service: Service = app.state.service
-    try:
-        asyncio.run(_serve(_Server(config), service, line))
-    finally:
-        service.close()  # at a second signal nobody else does
+    asyncio.run(_serve(_Server(config), service, line))
     if service.worker.died:
         raise EngineDied("the engine's thread has ended with an error, which the log has")
 
@@ -212,7 +209,8 @@ async def _serve(server: _Server, service: Service, line: socket.socket) -> None
 
     def stop() -> None:
         if stopping.is_set():  # the second time
-            server.should_exit = server.force_exit = True
+            server.config.timeout_graceful_shutdown = 1
+            server.should_exit = True
         stopping.set()
 
     for name in (signal.SIGTERM, signal.SIGINT):
