@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -259,6 +260,35 @@ def test_what_does_not_end_is_ended(how: str) -> None:
         assert error["code"] == "stopping" and len(rest) < 4000
         assert begun.wait() == 0
         assert "Traceback" not in begun.err
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_who_reads_slowly_gets_the_whole_answer(stream: bool) -> None:
+    """After SIGTERM there is as much time to read as to answer, not a few seconds."""
+    with server() as (begun, http):
+        body = {**long(2000), "logprobs": 5, "stream": stream}
+        content = json.dumps(body).encode()
+        with socket.socket() as line:
+            line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            line.connect((http.base_url.host, http.base_url.port or 0))
+            line.sendall(
+                b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: "
+                b"application/json\r\nContent-Length: %d\r\n\r\n" % len(content) + content
+            )
+            found = line.recv(2048)  # the answer has begun
+            os.kill(begun.pid, signal.SIGTERM)
+            begun.says("stopping: waiting for what runs")
+            end = time.monotonic() + 7  # longer than connections used to be given
+            while time.monotonic() < end:
+                found += line.recv(512)
+                time.sleep(0.05)
+            while piece := line.recv(65536):
+                found += piece
+        assert found.endswith(b"[DONE]\n\n\r\n0\r\n\r\n" if stream else b"}")
+        if not stream:
+            text = found.partition(b"\r\n\r\n")[2]
+            assert json.loads(text)["usage"]["completion_tokens"] == 2000
+        assert begun.wait() == 0
 
 
 def test_nobody_is_waited_for_who_asks_nothing() -> None:

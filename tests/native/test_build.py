@@ -57,7 +57,7 @@ def test_a_second_time_nothing_is_compiled(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("CXX", str(compiler(tmp_path)))
     first = compile_kernels("avx2")
     assert first.parent == cache_folder() == tmp_path / "cache"
-    assert first.read_bytes() == MADE
+    assert first.read_bytes()[: -build.MARK] == MADE
     assert [each.name for each in first.parent.iterdir()] == [first.name]  # nothing is left behind
     assert compile_kernels("avx2") == first
     assert len(builds(tmp_path)) == 1
@@ -150,8 +150,8 @@ def test_a_cache_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyP
         compile_kernels()
 
 
-def test_two_processes_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each gets a whole library, whoever is first; a reader never sees half of one."""
+def test_processes_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One builds, all get a whole library; a reader never sees half of one."""
     monkeypatch.setenv("CXX", str(compiler(tmp_path, body="sleep 0.3")))
     code = (
         "from pyramidinfer.native import kernels; from pyramidinfer.native.build import *;"
@@ -159,14 +159,71 @@ def test_two_processes_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     )
     running = [
         subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-        for _ in range(2)
+        for _ in range(3)
     ]
     said = {process.communicate(timeout=120)[0] for process in running}
-    assert [process.returncode for process in running] == [0, 0]
+    assert [process.returncode for process in running] == [0, 0, 0]
     assert len(said) == 1
     (path,) = said.pop().split()[1:]
-    assert Path(path).read_bytes() == MADE
+    assert Path(path).read_bytes()[: -build.MARK] == MADE
+    assert len(builds(tmp_path)) == 1  # the others waited for the first
     assert [each.name for each in Path(path).parent.iterdir()] == [Path(path).name]
+
+
+@pytest.mark.parametrize("damage", ["cut short", "changed", "empty"])
+def test_a_damaged_library_is_built_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    """Loading one that is cut short would end the process."""
+    monkeypatch.setenv("CXX", str(compiler(tmp_path)))
+    made = compile_kernels()
+    content = made.read_bytes()
+    middle = len(content) // 2
+    made.write_bytes({
+        "cut short": content[:middle], "empty": b"",
+        "changed": content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :],
+    }[damage])  # fmt: skip
+    assert compile_kernels() == made and made.read_bytes() == content
+    assert library.kernels().instructions
+
+
+def test_a_library_of_somebody_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", str(compiler(tmp_path)))
+    made = compile_kernels()
+    made.chmod(0o777)
+    assert "can be written by everybody" in (why_not() or "")
+    made.chmod(0o755)
+    monkeypatch.setattr(build.os, "geteuid", lambda: made.stat().st_uid + 1)
+    if made.stat().st_uid == 0:  # root may do what it likes in any case
+        os.chown(made, 12345, 12345)
+    with pytest.raises(NoCompilerError, match="belong to another user"):
+        compile_kernels()
+    with pytest.warns(RuntimeWarning, match="belong to another user"):
+        assert select_backend().name == "reference"
+
+
+def test_a_library_that_lacks_a_function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", str(compiler(tmp_path)))
+    monkeypatch.setitem(library.SIGNATURES, "from_tomorrow", (None, []))
+    with pytest.warns(RuntimeWarning, match="no function 'from_tomorrow'"):
+        assert select_backend().name == "reference"
+
+
+def test_without_a_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("PYRAMIDINFER_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", "/nonexistent")
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(build.tempfile, "tempdir", None)
+    assert cache_folder() == tmp_path / f"pyramidinfer-{os.getuid()}"
+
+    def nobody() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(build.Path, "home", nobody)
+    assert cache_folder() == tmp_path / f"pyramidinfer-{os.getuid()}"
+    monkeypatch.setenv("CXX", str(compiler(tmp_path)))
+    assert compile_kernels().parent == cache_folder()
 
 
 def test_what_is_loaded_says_what_it_is() -> None:

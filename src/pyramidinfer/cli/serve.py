@@ -16,7 +16,7 @@ from pyramidinfer.config import check_whole
 from pyramidinfer.engine import LLM
 from pyramidinfer.models.loading import quiet_transformers, shipped_model
 from pyramidinfer.policies import Policy
-from pyramidinfer.server.run import bind, serve
+from pyramidinfer.server.run import EngineDied, bind, serve
 from pyramidinfer.server.settings import ServerSettings
 
 __all__ = ["ModelChoice", "load", "run_serve"]
@@ -90,4 +90,8 @@ def run_serve(choice: ModelChoice, settings: ServerSettings, floor: float | None
     with bind(settings) as line:  # held, so that nobody takes it, and not open yet
         if floor is not None:
             _check_quality(choice, floor)
-        serve(load(choice), settings, line)
+        try:
+            serve(load(choice), settings, line)
+        except EngineDied as error:
+            print(f"error: {error}", file=sys.stderr)
+            raise typer.Exit(1) from None

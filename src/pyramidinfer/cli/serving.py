@@ -129,6 +129,15 @@ def serve(
         float, typer.Option(help="Seconds without the end of a step until /health gives 503.",
                             rich_help_panel=LIMITS)
     ] = 600.0,
+    max_connections: Annotated[
+        int | None, typer.Option(help="Connections open at once; default: what the limit of open "
+                                 "files leaves.", rich_help_panel=LIMITS)
+    ] = None,
+    keep_alive_on_engine_death: Annotated[
+        bool, typer.Option("--keep-alive-on-engine-death", help="When the engine's thread "
+                           "has died, answer 503 instead of ending with exit code 1.",
+                           rich_help_panel=SERVER)
+    ] = False,
     default_max_tokens: Annotated[
         int, typer.Option(help="For requests without max_tokens.", rich_help_panel=LIMITS)
     ] = 256,
@@ -205,7 +214,8 @@ def serve(
     settings = ServerSettings(
         host=host, port=port, model_name=model_name, api_keys=read_keys(api_key_file),
         max_waiting=max_waiting, queue_timeout=queue_timeout, request_timeout=request_timeout,
-        drain_timeout=drain_timeout, stall_timeout=stall_timeout,
+        drain_timeout=drain_timeout, stall_timeout=stall_timeout, max_connections=max_connections,
+        keep_alive_on_engine_death=keep_alive_on_engine_death,
         default_max_tokens=default_max_tokens,
         max_tokens_limit=max_tokens_limit, max_prompt_tokens=max_prompt_tokens, max_n=max_n,
         max_stop=max_stop, max_body_bytes=parse_bytes(max_body),

@@ -26,6 +26,7 @@ from pyramidinfer.engine.undo import Undo
 from pyramidinfer.models import Adapter, Intake
 from pyramidinfer.models.adapter import Stepped
 from pyramidinfer.models.intake import Batch, Sequence
+from pyramidinfer.native.forks import watch_forks
 from pyramidinfer.policies import Policy
 from pyramidinfer.policies.profile import Profile
 from pyramidinfer.types import KVUsage, RequestMetrics, RequestOutput, SamplingParams, TokenIds
@@ -46,6 +47,7 @@ class Engine:
     def __init__(self, model: nn.Module | Adapter, policy: Policy, config: EngineConfig,
                  tokenizer: Any = None, backend: str = "auto", *, own: bool = False
                  ) -> None:  # fmt: skip
+        watch_forks()
         self.config, self.policy, self.tokenizer = config, policy, tokenizer
         if isinstance(model, Adapter):
             self.adapter = model

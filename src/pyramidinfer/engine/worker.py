@@ -22,6 +22,7 @@ import torch
 
 from pyramidinfer.engine.engine import Engine
 from pyramidinfer.engine.request import Request
+from pyramidinfer.native.forks import set_threads
 from pyramidinfer.types import KVUsage, Logprob, TokenIds
 
 __all__ = ["AsyncEngine", "Busy", "Observer", "Stream", "Update"]
@@ -140,6 +141,7 @@ class AsyncEngine:
         self._live: list[Stream] = []
         self._arriving = 0
         self._stopping = False
+        self.died = False  # ended by something raised, not by ``stop``
         self._last_end = time.monotonic()
         self._threads = torch.get_num_threads()
         self._beat = time.monotonic()
@@ -153,13 +155,14 @@ class AsyncEngine:
 
     def stop(self) -> None:
         """Abort everything and end the thread."""
-        if self._thread.is_alive():
+        if self._thread.is_alive() and not self.died:
             self.tell(self._stop)
+        if self._thread.ident is not None:
             self._thread.join()
 
     @property
     def is_alive(self) -> bool:
-        return self._thread.is_alive()
+        return self._thread.is_alive() and not self.died
 
     @property
     def is_idle(self) -> bool:
@@ -180,22 +183,26 @@ class AsyncEngine:
         """Have the engine's thread do something between two steps."""
         self._commands.put(command)
 
-    def submit(self, leaders: list[Request], *, timeout: float, watch: bool = False) -> Stream:
+    def submit(self, leaders: list[Request], *, timeout: float, watch: bool = False,
+               arrived: float | None = None) -> Stream:  # fmt: skip
         """Queue requests that ``Engine.make`` built; called in an event loop.
 
-        ``watch``: every update tells of the cache.  ``Busy`` where the queue is full.
+        ``watch``: every update tells of the cache;  ``arrived``: when they were asked for
+        (``time.monotonic``), from which on their waiting counts.  ``Busy`` where the queue is full.
         """
-        if not self.is_alive:
-            raise RuntimeError("the engine's thread has ended")
         if self.waiting and self.waiting + len(leaders) > self.max_waiting:
             raise Busy(self.waiting, self.retry_after())
         followed = [Followed(each) for leader in leaders for each in (leader, *leader.samples)]
         stream = Stream(self, asyncio.get_running_loop(), followed, watch, timeout)
+        if arrived is not None:
+            stream.arrived = arrived
         if self.is_idle:
             self._beat = time.monotonic()  # having had nothing to do is no standstill
-        with self._lock:
+        with self._lock:  # whoever is in the queue when the thread dies is told
+            if not self.is_alive:
+                raise RuntimeError("the engine's thread has ended")
             self._arriving += len(leaders)
-        self.tell(lambda: self._begin(stream, leaders))
+            self.tell(lambda: self._begin(stream, leaders))
         return stream
 
     def retry_after(self) -> int:
@@ -208,6 +215,8 @@ class AsyncEngine:
         self._live.append(stream)
         with self._lock:
             self._arriving -= len(leaders)
+        if self.died:
+            return
         try:
             for leader in leaders:
                 self.engine.submit(leader)
@@ -218,6 +227,8 @@ class AsyncEngine:
 
     def abort(self, stream: Stream) -> None:
         """End a stream's requests at once (the engine's thread only; see ``Stream.close``)."""
+        if self.died:
+            return
         self._end(stream, "abort")
         if stream in self._live:
             self._live.remove(stream)
@@ -232,6 +243,8 @@ class AsyncEngine:
         self.tell(self._abort_all)
 
     def _abort_all(self) -> None:
+        if self.died:
+            return
         for stream in self._live:
             self._end(stream, "abort")
         self._publish()
@@ -242,16 +255,33 @@ class AsyncEngine:
         self._stopping = True
 
     def _work(self) -> None:
-        torch.set_num_threads(self._threads)  # OpenMP counts for every thread that calls it
+        set_threads(self._threads)  # OpenMP counts for every thread that calls it
         try:
             self._loop()
-        except Exception:
+        except BaseException:  # a panic in a library of Rust is no Exception
             log.exception("the engine's thread has ended")
-            for stream in self._live:
-                for each in stream.requests:
-                    each.finish_reason = each.finish_reason or "error"
-                    each.error = each.error or "the engine has stopped"
-            self._publish()
+            self._die()
+
+    def _die(self) -> None:
+        """Tell everybody who waits, those in the queue too; the engine is not to be touched."""
+        with self._lock:
+            self.died = True
+        while True:
+            try:
+                command = self._commands.get_nowait()
+            except Empty:
+                break
+            with suppress(Exception):
+                command()
+        told: dict[asyncio.AbstractEventLoop, list[tuple[Stream, Update]]] = {}
+        for stream in self._live:
+            for index, each in enumerate(stream.followed):
+                if not each.ended:
+                    error = each.request.error or "the engine has stopped"
+                    update = Update(index, "", [], [], "error", error, None)
+                    told.setdefault(stream.loop, []).append((stream, update))
+        self._live = []
+        _tell(told)
 
     def _loop(self) -> None:
         checked, due = True, 0.0
@@ -355,9 +385,7 @@ class AsyncEngine:
                 if update is not None:
                     told.setdefault(stream.loop, []).append((stream, update))
         self._live = [s for s in self._live if not all(each.ended for each in s.followed)]
-        for loop, items in told.items():
-            with suppress(RuntimeError):  # the loop is closed: nobody listens
-                loop.call_soon_threadsafe(_deliver, items)
+        _tell(told)
 
     def _news(self, stream: Stream, index: int, each: Followed) -> Update | None:
         request = each.request
@@ -383,6 +411,12 @@ class AsyncEngine:
             text, each.written = whole[each.written :], max(each.written, len(whole))
         kv = self.engine.usage(request) if stream.watch or ended else None
         return Update(index, text, tokens, logprobs, request.finish_reason, request.error, kv)
+
+
+def _tell(told: dict[asyncio.AbstractEventLoop, list[tuple[Stream, Update]]]) -> None:
+    for loop, items in told.items():
+        with suppress(RuntimeError):  # the loop is closed: nobody listens
+            loop.call_soon_threadsafe(_deliver, items)
 
 
 def _deliver(items: list[tuple[Stream, Update]]) -> None:

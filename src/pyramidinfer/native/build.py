@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
@@ -29,6 +33,7 @@ ISAS = {
 }
 FLAGS = ["-O3", "-std=c++17", "-fopenmp", "-fPIC", "-shared", "-fno-math-errno", "-w"]
 TIMEOUT = 300  # seconds
+MARK = 32  # bytes of the checksum behind a library
 
 
 class NoCompilerError(RuntimeError):
@@ -48,11 +53,19 @@ def find_compiler() -> str:
 
 
 def cache_folder() -> Path:
-    """Where built kernels lie: ``$PYRAMIDINFER_CACHE``, else under the user's cache folder."""
+    """Where built kernels lie: ``$PYRAMIDINFER_CACHE``, else under the user's cache folder, or in
+    the system's folder for temporary files where the user has no home."""
     if own := os.environ.get("PYRAMIDINFER_CACHE"):
         return Path(own)
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "pyramidinfer"
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return Path(base) / "pyramidinfer"
+    try:
+        home = Path.home()
+    except RuntimeError:  # a user id that nobody has given a name
+        home = Path(os.devnull)
+    if home.is_dir():
+        return home / ".cache" / "pyramidinfer"
+    return Path(tempfile.gettempdir()) / f"pyramidinfer-{os.getuid()}"
 
 
 @lru_cache(maxsize=1)
@@ -88,15 +101,60 @@ def compile_kernels(isa: str = "native") -> Path:
     for source in sources:
         key.update(source.read_bytes())
     target = cache_folder() / f"kernels-{isa}-{key.hexdigest()[:20]}.so"
-    if not target.exists():
-        _build(compiler, options, folder / "kernels.cpp", target)
+    if not _is_whole(target):
+        try:
+            with _alone(target):
+                if not _is_whole(target):  # another process may have built it meanwhile
+                    _build(compiler, options, folder / "kernels.cpp", target)
+        except OSError as error:
+            raise NoCompilerError(
+                f"the built kernels cannot be kept in {target.parent} ({error.strerror}); set "
+                f"PYRAMIDINFER_CACHE to a folder that can be written"
+            ) from None
+    _check_owner(target)
     return target
 
 
-def _build(compiler: str, options: list[str], source: Path, target: Path) -> None:
-    """Compile beside the target, then rename: two processes may do it at once."""
+def _is_whole(library: Path) -> bool:
+    """Whether the library is there, and ends with the checksum of all that is before."""
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        content = library.read_bytes()
+    except OSError:
+        return False
+    body, mark = content[:-MARK], content[-MARK:]
+    return bool(body) and hashlib.sha256(body).digest() == mark
+
+
+def _check_owner(library: Path) -> None:
+    """``NoCompilerError`` where somebody else could have put the library there."""
+    found = library.stat()
+    if found.st_uid not in (os.geteuid(), 0):
+        raise NoCompilerError(
+            f"the built kernels {library} belong to another user (id {found.st_uid}) and are not "
+            f"loaded; set PYRAMIDINFER_CACHE to a folder of your own"
+        )
+    if found.st_mode & stat.S_IWOTH:
+        raise NoCompilerError(
+            f"the built kernels {library} can be written by everybody and are not loaded: delete "
+            f"them, or set PYRAMIDINFER_CACHE to a folder of your own"
+        )
+
+
+@contextmanager
+def _alone(target: Path) -> Iterator[None]:
+    """One process at a time; who ends, however, makes way for the next."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    lock = os.open(target.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
+
+
+def _build(compiler: str, options: list[str], source: Path, target: Path) -> None:
+    """Compile beside the target, then rename."""
+    try:
         with tempfile.TemporaryDirectory(dir=target.parent) as place:
             built = Path(place) / target.name
             done = subprocess.run(
@@ -107,11 +165,12 @@ def _build(compiler: str, options: list[str], source: Path, target: Path) -> Non
                 raise NoCompilerError(
                     f"{compiler} could not build the CPU kernels: {done.stderr.strip()[:400]}"
                 )
+            content = built.read_bytes()
+            with built.open("ab") as file:
+                file.write(hashlib.sha256(content).digest())
+                file.flush()
+                os.fsync(file.fileno())
+            built.chmod(0o755)
             built.replace(target)
     except subprocess.TimeoutExpired:
         raise NoCompilerError(f"{compiler} took more than {TIMEOUT} s over the kernels") from None
-    except OSError as error:
-        raise NoCompilerError(
-            f"the built kernels cannot be kept in {target.parent} ({error.strerror}); set "
-            f"PYRAMIDINFER_CACHE to a folder that can be written"
-        ) from None

@@ -127,7 +127,10 @@ class Kernels:
     def __init__(self, path: str) -> None:
         library = ctypes.CDLL(path)
         for name, (result, arguments) in SIGNATURES.items():
-            function = getattr(library, name)
+            try:
+                function = getattr(library, name)
+            except AttributeError:
+                raise OSError(f"it has no function {name!r}") from None
             function.restype, function.argtypes = result, arguments
             setattr(self, name, function)
 

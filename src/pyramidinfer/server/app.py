@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator
@@ -42,6 +43,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     for code, text in {
         400: "Invalid request", 401: "No valid API key", 404: "No such model",
         408: "The body took too long", 413: "The request is too large",
+        415: "The body is encoded in a way that is not understood",
         429: "No room: try again after Retry-After seconds", 500: "The request failed",
         503: "The server is stopping", 504: "The request took too long",
     }.items()
@@ -59,11 +61,13 @@ def build_app(llm: LLM, settings: ServerSettings) -> FastAPI:
         service.close()
 
     app = FastAPI(
+        redirect_slashes=False,  # a redirect would go wherever Host says
         title="PyramidInfer", version=pyramidinfer.__version__, lifespan=lifespan,
         docs_url=None, redoc_url=None,
         description="OpenAI's API in front of an engine that keeps fewer tokens, layer by layer.",
     )  # fmt: skip
     app.state.service = service
+    app.state.large_bodies = asyncio.Semaphore(1)
     app.router.route_class = StrictRoute
     app.add_middleware(Gate, settings=settings, rejected=lambda status: _count(service, status))
     if settings.cors_origins:
@@ -192,16 +196,7 @@ def _add_tokens(app: FastAPI, service: Service) -> None:
     async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
         """Token ids of a text, or of messages under the chat template."""
         service.check_model(body.model)
-        try:
-            prompts = service.prompts
-            if body.messages is not None:
-                work = service.thread(prompts.chat, body.messages, body.add_generation_prompt)
-            else:
-                text = body.prompt or ""
-                work = service.thread(prompts.encode, text, body.add_special_tokens)
-            tokens = await work
-        except ValueError as error:
-            raise ApiError(400, str(error)) from None
+        tokens = await service.prepare(service.jobs.tokens, body)
         longest = service.llm.engine.adapter.max_positions
         return {"count": len(tokens), "max_model_len": longest, "tokens": tokens}
 
@@ -209,10 +204,7 @@ def _add_tokens(app: FastAPI, service: Service) -> None:
     async def detokenize(body: Detokenize) -> dict[str, Any]:
         """The text of token ids, special ones included."""
         service.check_model(body.model)
-        try:
-            return {"prompt": await service.thread(service.prompts.decode, body.tokens)}
-        except ValueError as error:
-            raise ApiError(400, str(error), param="tokens") from None
+        return {"prompt": await service.prepare(service.jobs.text, body)}
 
 
 def _add_operation(app: FastAPI, service: Service) -> None:

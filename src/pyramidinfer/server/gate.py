@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pyramidinfer.server.errors import error_response
@@ -85,6 +86,9 @@ class Gate:
                     403, f"Host {name!r:.100} is none of this server's names "
                     f"(--allowed-host adds one)", code="host_not_allowed",
                 )(scope, receive, told)  # fmt: skip
+            elif wrong := _wrong_framing(headers):
+                self.rejected(wrong.status_code)
+                await wrong(scope, receive, told)
             elif scope["owner"] is None and not _is_open(scope):
                 self.rejected(401)
                 await NO_KEY(scope, receive, told)
@@ -146,6 +150,22 @@ class Gate:
                     raise _too_large(most)
 
         return bounded
+
+
+def _wrong_framing(headers: Headers) -> Response | None:
+    """The answer to a body that would be read in another way than it was meant."""
+    if "content-length" in headers and "transfer-encoding" in headers:
+        return error_response(
+            400, "Content-Length and Transfer-Encoding were both given; give one of them",
+            headers={"Connection": "close"},
+        )  # fmt: skip
+    encoding = headers.get("content-encoding", "identity")
+    if encoding.strip().lower() not in ("identity", ""):
+        return error_response(
+            415, f"Content-Encoding {encoding!r:.60} is not understood; send the body as it is",
+            headers={"Accept-Encoding": "identity", "Connection": "close"},
+        )  # fmt: skip
+    return None
 
 
 def _is_open(scope: Scope) -> bool:

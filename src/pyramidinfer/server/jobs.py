@@ -19,7 +19,9 @@ from pyramidinfer.server.protocol import (
     ChatRequest,
     CompletionRequest,
     Compression,
+    Detokenize,
     Generation,
+    TokenizeRequest,
 )
 from pyramidinfer.server.settings import ServerSettings
 from pyramidinfer.types import SamplingParams, TokenIds
@@ -27,6 +29,8 @@ from pyramidinfer.types import SamplingParams, TokenIds
 __all__ = ["Job", "Jobs"]
 
 MAX_STOP_LENGTH = 1000
+#: Characters that a token is taken to stand for at most, where the tokenizer sets no bound.
+LONGEST_TOKEN = 256
 
 
 @dataclass(slots=True)
@@ -104,6 +108,25 @@ class Jobs:
             leaders.append(leader)
         return Job(body, leaders, echoed, drop)
 
+    def tokens(self, body: TokenizeRequest) -> TokenIds:
+        """Token ids of what a body holds; no longer a text than a request may have."""
+        if body.messages is not None:
+            self._check_length("".join(each.text for each in body.messages), "messages")
+            return self.prompts.chat(body.messages, body.add_generation_prompt)
+        text = body.prompt or ""
+        self._check_length(text, "prompt")
+        return self.prompts.encode(text, body.add_special_tokens)
+
+    def text(self, body: Detokenize) -> str:
+        """The text of a body's tokens; no more of them than a request may have."""
+        most = self.settings.max_prompt_tokens or self.engine.adapter.max_positions
+        if not self.own.streams:
+            self._limit("tokens", len(body.tokens), most, "tokens")
+        try:
+            return self.prompts.decode(body.tokens)
+        except ValueError as error:
+            raise ApiError(400, str(error), param="tokens") from None
+
     # --- parts --------------------------------------------------------------------------------
 
     def _request(self, body: Generation, prompt: TokenIds, wanted: int | None, top: int | None,
@@ -175,8 +198,8 @@ class Jobs:
     def _check_length(self, text: str, param: str) -> None:
         """Refuse a text that has too many tokens however it is cut, before it is."""
         most = self.settings.max_prompt_tokens or self.engine.adapter.max_positions
-        each = self.prompts.longest_token
-        if each is not None and not self.own.streams and len(text) > most * each:
+        each = self.prompts.longest_token or LONGEST_TOKEN
+        if not self.own.streams and len(text) > most * each:
             raise ApiError(
                 400, f"{param}: {len(text)} characters are more than {most} tokens can hold",
                 param=param, code="context_length_exceeded",

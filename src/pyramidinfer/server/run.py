@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import math
+import os
+import resource
 import signal
 import socket
 import sys
+import time
 from asyncio import TimerHandle
 from typing import Any
 
@@ -17,28 +22,115 @@ from pyramidinfer.server.app import build_app
 from pyramidinfer.server.service import Service
 from pyramidinfer.server.settings import ServerSettings
 
-__all__ = ["bind", "serve"]
+__all__ = ["EngineDied", "bind", "serve"]
+
+log = logging.getLogger(__name__)
 
 #: Seconds a client may take to send the head of a request.
 HEAD_TIMEOUT = 30.0
+#: Connections that the system accepts before we have seen them.
+BACKLOG = 64
+#: The most connections where file descriptors set no limit.
+MOST_CONNECTIONS = 10_000
+#: Seconds between two lines about too many connections.
+LOG_EVERY = 60.0
+REFUSAL = (
+    b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\nRetry-After: 1\r\n"
+    b"Connection: close\r\n\r\n"
+)
+#: Seconds that whoever is told of the engine's end has to read it.
+LAST_WORDS = 1.0
+
+
+class EngineDied(Exception):
+    """The engine's thread has ended, and the server with it."""
+
+
+class Connections:
+    """No more connections than there are file descriptors for.
+
+    One more takes the place of the one that has waited longest without a request; where all have
+    requests, it is turned away.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most, self.open = most, 0
+        self.waiting: dict[Patient, None] = {}  # in the order in which they began to wait
+        self._told = -LOG_EVERY
+        self._refused = 0
+
+    def admit(self) -> bool:
+        """Whether one more may stay."""
+        self.open += 1
+        if self.open <= self.most:
+            return True
+        self._tell()
+        oldest = next(iter(self.waiting), None)
+        if oldest is None:
+            return False
+        oldest.leave()
+        return True
+
+    def _tell(self) -> None:
+        self._refused += 1
+        now = time.monotonic()
+        if now - self._told < LOG_EVERY:
+            return
+        log.warning(
+            "more than %d connections: %d were closed without an answer or turned away "
+            "(--max-connections, and ulimit -n, allow more)", self.most, self._refused,
+        )  # fmt: skip
+        self._told, self._refused = now, 0
+
+
+def connections_left() -> int:
+    """Connections that the limit of file descriptors has room for, with some to spare."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return MOST_CONNECTIONS
+    try:
+        used = len(os.listdir("/proc/self/fd"))
+    except OSError:
+        used = 64
+    return max(1, min(MOST_CONNECTIONS, soft - used - 2 * BACKLOG))
 
 
 class Patient(H11Protocol):
     """HTTP/1.1 that gives a client only so long to send the head of its request."""
 
     timer: TimerHandle | None = None
+    refused = False
+    limit = Connections(MOST_CONNECTIONS)
 
     def connection_made(self, transport: Any) -> None:
+        if not self.limit.admit():
+            self.refused = True
+            transport.write(REFUSAL)
+            transport.close()
+            return
         super().connection_made(transport)
         self._expect_head()
 
+    def leave(self) -> None:
+        """Make room for another one."""
+        self._stop_timer()
+        self.transport.close()
+
     def data_received(self, data: bytes) -> None:
+        if self.refused:
+            return
         super().data_received(data)
         self._expect_head()
 
+    def eof_received(self) -> None:
+        if not self.refused:
+            super().eof_received()
+
     def connection_lost(self, exc: Exception | None) -> None:
-        self._stop_timer()
-        super().connection_lost(exc)
+        self.limit.open -= 1
+        if not self.refused:
+            self._stop_timer()
+            super().connection_lost(exc)
 
     def _expect_head(self) -> None:
         """Start the clock while no request is being answered, stop it when one is."""
@@ -46,14 +138,17 @@ class Patient(H11Protocol):
             self._stop_timer()
         elif self.timer is None:
             self.timer = self.loop.call_later(HEAD_TIMEOUT, self._too_late)
+            self.limit.waiting[self] = None
 
     def _stop_timer(self) -> None:
         if self.timer is not None:
             self.timer.cancel()
             self.timer = None
+        self.limit.waiting.pop(self, None)
 
     def _too_late(self) -> None:
         self.timer = None
+        self.limit.waiting.pop(self, None)
         if self.cycle is None or self.cycle.response_complete:
             self.transport.close()
 
@@ -94,14 +189,19 @@ def serve(llm: LLM, settings: ServerSettings, line: socket.socket) -> None:
     """Serve on a bound address until SIGTERM or Ctrl-C; then answer what was accepted, and return.
 
     New requests get 503 meanwhile.  What has not ended after ``drain_timeout`` seconds, or at a
-    second signal, is ended.
+    second signal, is ended.  ``EngineDied`` where the engine's thread ended by itself (unless
+    ``keep_alive_on_engine_death``).
     """
     app = build_app(llm, settings)
+    Patient.limit = Connections(settings.max_connections or connections_left())
     config = uvicorn.Config(
         app, http=Patient, ws="none", log_level="warning", server_header=False,
-        timeout_keep_alive=30, timeout_graceful_shutdown=5,
+        timeout_keep_alive=30, backlog=BACKLOG,
     )  # fmt: skip
-    asyncio.run(_serve(_Server(config), app.state.service, line))
+    service: Service = app.state.service
+    asyncio.run(_serve(_Server(config), service, line))
+    if service.worker.died:
+        raise EngineDied("the engine's thread has ended with an error, which the log has")
 
 
 async def _serve(server: _Server, service: Service, line: socket.socket) -> None:
@@ -109,6 +209,7 @@ async def _serve(server: _Server, service: Service, line: socket.socket) -> None
 
     def stop() -> None:
         if stopping.is_set():  # the second time
+            server.config.timeout_graceful_shutdown = 1
             server.should_exit = True
         stopping.set()
 
@@ -116,16 +217,28 @@ async def _serve(server: _Server, service: Service, line: socket.socket) -> None
         loop.add_signal_handler(name, stop)
     listening = asyncio.create_task(server._serve(sockets=[line]))
     waiting = asyncio.create_task(stopping.wait())
-    await asyncio.wait({listening, waiting}, return_when=asyncio.FIRST_COMPLETED)
-    if not listening.done():
-        await _drain(server, service)
-        server.should_exit = True
-    waiting.cancel()
+    dying = asyncio.create_task(_death(service))
+    await asyncio.wait({listening, waiting, dying}, return_when=asyncio.FIRST_COMPLETED)
+    if dying.done() and not stopping.is_set():
+        print("the engine's thread has ended: pyramidinfer ends", file=sys.stderr, flush=True)
+        server.config.timeout_graceful_shutdown = 1
+    elif not listening.done():
+        server.config.timeout_graceful_shutdown = await _drain(server, service)
+    server.should_exit = True
+    for each in (waiting, dying):
+        each.cancel()
     await listening
 
 
-async def _drain(server: _Server, service: Service) -> None:
-    """Take nothing new, and wait for what runs."""
+async def _death(service: Service) -> None:
+    """Return when the engine's thread has died and everybody had time to hear of it."""
+    while service.settings.keep_alive_on_engine_death or not service.worker.died:
+        await asyncio.sleep(0.25)
+    await asyncio.sleep(LAST_WORDS)
+
+
+async def _drain(server: _Server, service: Service) -> int:
+    """Take nothing new and wait for what runs; the seconds that are left to who still reads."""
     service.draining = True
     ends = asyncio.get_running_loop().time() + service.settings.drain_timeout
     print("pyramidinfer is stopping: waiting for what runs", file=sys.stderr, flush=True)
@@ -136,3 +249,4 @@ async def _drain(server: _Server, service: Service) -> None:
         await asyncio.sleep(0.05)
     service.worker.abort_all()  # whoever is left is told
     await asyncio.sleep(0.2)  # last chunks leave
+    return max(1, math.ceil(ends - asyncio.get_running_loop().time()))

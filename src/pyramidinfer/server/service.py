@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Callable, Coroutine
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -17,7 +18,7 @@ from starlette.types import Receive, Scope, Send
 import pyramidinfer
 from pyramidinfer.engine import LLM
 from pyramidinfer.engine.worker import AsyncEngine, Busy
-from pyramidinfer.server.errors import ApiError
+from pyramidinfer.server.errors import ApiError, of_reason
 from pyramidinfer.server.jobs import Job, Jobs
 from pyramidinfer.server.metrics import Metrics
 from pyramidinfer.server.prompts import Prompts
@@ -66,43 +67,66 @@ class Service:
         if self.draining or not self.worker.is_alive:
             raise ApiError(503, "the server is stopping", code="stopping", retry_after=10)
         self.check_model(body.model)
+        arrived = time.monotonic()
+        make = self.jobs.chat if isinstance(body, ChatRequest) else self.jobs.completion
+        with self._waiting():
+            job: Job = await self._in_thread(arrived, make, body, owner)
+            return self._queue(job, arrived)
+
+    async def prepare(self, work: Callable[..., T], *values: Any) -> T:
+        """What ``work`` makes of a text, in a thread.
+
+        It waits in the line of requests whose texts become tokens, and as long as they do.
+        """
+        with self._waiting():
+            return await self._in_thread(time.monotonic(), work, *values)
+
+    @contextmanager
+    def _waiting(self) -> Iterator[None]:
+        """Meanwhile one more is counted; ``ApiError`` where there are too many already."""
         if self.preparing and self.preparing + self.worker.waiting >= self.settings.max_waiting:
             raise self._busy(Busy(self.preparing + self.worker.waiting, self.worker.retry_after()))
         self.preparing += 1
         try:
-            return await self._queue(body, owner)
+            yield
         finally:
             self.preparing -= 1
 
-    async def _queue(self, body: ChatRequest | CompletionRequest, owner: str | None
-                     ) -> tuple[Job, Reply]:  # fmt: skip
-        """Make a body's requests in a thread, and hand them over."""
+    async def _in_thread(self, arrived: float, work: Callable[..., T], *values: Any) -> T:
+        """``work`` in a thread, unless its turn comes too late."""
+
+        def in_time() -> T:
+            if time.monotonic() - arrived > self.settings.queue_timeout:
+                late = of_reason("queue_timeout", None, self.worker.retry_after())
+                assert late is not None
+                raise late
+            return work(*values)
+
         try:
-            if isinstance(body, ChatRequest):
-                job = await self.thread(self.jobs.chat, body, owner)
-            else:
-                job = await self.thread(self.jobs.completion, body, owner)
+            return await asyncio.get_running_loop().run_in_executor(self._threads, in_time)
         except ValueError as error:
             raise ApiError(400, str(error)) from None
+
+    def _queue(self, job: Job, arrived: float) -> tuple[Job, Reply]:
+        """Hand a body's requests over."""
+        body = job.body
         if self.settings.log_prompts:
             text = [self.prompts.decode(each.prompt) for each in job.leaders]
             log.info("%s asks %r", job.id, text)
         options = body.stream_options
         try:
             stream = self.worker.submit(
-                job.leaders, timeout=self.settings.request_timeout,
+                job.leaders, timeout=self.settings.request_timeout, arrived=arrived,
                 watch=bool(options and options.include_kv),
             )  # fmt: skip
         except Busy as busy:
             raise self._busy(busy) from None
+        except RuntimeError as error:
+            raise ApiError(503, str(error), code="engine_dead") from None
         return job, Reply(job, stream, self.name, self.prompts)
 
     def _busy(self, busy: Busy) -> ApiError:
         return ApiError(429, str(busy), code="queue_full", retry_after=busy.retry_after)
-
-    async def thread(self, work: Callable[..., T], *values: Any) -> T:
-        """What takes long for a long text, beside the event loop."""
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work, *values)
 
     def close(self) -> None:
         """End whatever runs, and the threads."""

@@ -26,6 +26,9 @@ class ServerSettings:
     request_timeout : seconds until a request is ended.
     drain_timeout : seconds that running requests get after SIGTERM.
     body_timeout : seconds a client may take to send its request.
+    max_connections : open at once; None is what the limit of file descriptors leaves.
+    keep_alive_on_engine_death : answer 503 when the engine's thread has died, instead of ending, so
+        that a supervisor starts the server anew.
     stall_timeout : seconds without the end of a step, with work to do, after which ``/health``
         says that the engine hangs.
     default_max_tokens : for requests that say nothing.
@@ -55,6 +58,8 @@ class ServerSettings:
     request_timeout: float = 600.0
     drain_timeout: float = 60.0
     body_timeout: float = 30.0
+    max_connections: int | None = None
+    keep_alive_on_engine_death: bool = False
     stall_timeout: float = 600.0
     default_max_tokens: int = 256
     max_tokens_limit: int | None = None
@@ -89,7 +94,7 @@ class ServerSettings:
         ):  # fmt: skip
             check_whole(name, getattr(self, name), 1)
         check_whole("max_logprobs", self.max_logprobs, 0)
-        for name in ("max_tokens_limit", "max_prompt_tokens"):
+        for name in ("max_tokens_limit", "max_prompt_tokens", "max_connections"):
             if getattr(self, name) is not None:
                 check_whole(name, getattr(self, name), 1)
         for name in (

@@ -1,8 +1,11 @@
-"""Bodies as JSON to the letter: no NaN, no name twice, no half characters."""
+"""Bodies as JSON to the letter: no NaN, no name twice, no half characters; and none so large that
+reading it would keep everybody waiting."""
 
 from __future__ import annotations
 
+import asyncio
 import json
+import re
 from collections.abc import Callable, Coroutine
 from typing import Any, NoReturn
 
@@ -12,10 +15,29 @@ from fastapi.routing import APIRoute
 __all__ = ["StrictRoute"]
 
 
+#: Objects and lists that a body may hold, and all values.
+MOST_CONTAINERS, MOST_VALUES = 20_000, 1_000_000
+#: Bytes from which on a body is large: such bodies are read one at a time, so that others get their
+#: turn in between.
+LARGE = 64 * 2**10
+
+#: A string, or the beginning of one that does not end; never goes back over what it has read.
+STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
+
+
 class _StrictRequest(Request):
     async def json(self) -> Any:
         if not hasattr(self, "_json"):
-            self._json = _parse(await self.body())
+            body = await self.body()
+            if len(body) < LARGE:
+                self._json = _parse(body)
+            else:
+                async with self.app.state.large_bodies:
+                    await asyncio.sleep(0)
+                    _check_size(body)
+                    await asyncio.sleep(0)
+                    self._json = _parse(body)
+                    await asyncio.sleep(0)
         return self._json
 
 
@@ -29,6 +51,20 @@ class StrictRoute(APIRoute):
             return await handler(_StrictRequest(request.scope, request.receive))
 
         return strict
+
+
+def _check_size(body: bytes) -> None:
+    """Refuse a body of too many parts by their commas and brackets, before it is taken apart."""
+    bare = STRING.sub(b"", body)
+    containers = bare.count(b"[") + bare.count(b"{")
+    values = containers + bare.count(b",")
+    for found, most, what in (
+        (containers, MOST_CONTAINERS, "objects and lists"), (values, MOST_VALUES, "values"),
+    ):  # fmt: skip
+        if found > most:
+            raise HTTPException(
+                400, f"the body holds {found} {what}; this server takes {most} at most"
+            )
 
 
 def _parse(body: bytes) -> Any:
