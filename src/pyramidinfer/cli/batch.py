@@ -221,8 +221,8 @@ def _check(requests: Requests) -> set[str]:
     for line in _lines(requests):
         if line.custom_id in first:
             raise ValueError(
-                f"{requests.name}, line {line.number}: custom_id {line.custom_id!r} is that of line "
-                f"{first[line.custom_id]}; every request needs its own"
+                f"{requests.name}, line {line.number}: custom_id {line.custom_id!r} is that of "
+                f"line {first[line.custom_id]}; every request needs its own"
             )
         first[line.custom_id] = line.number
     if not first:

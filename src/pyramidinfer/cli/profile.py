@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pyramidinfer.cli.common import Dtype, plain_errors
+from pyramidinfer.cli.common import Dtype, Model, names_model, plain_errors
 from pyramidinfer.cli.study import subject
 
 if TYPE_CHECKING:
@@ -32,15 +32,11 @@ SHADES = " ░▒▓█"
 
 def add_profile(app: typer.Typer) -> None:
     """Register the command."""
-    app.command()(profile)
+    app.command()(plain_errors()(names_model(profile)))
 
 
-@plain_errors()
 def profile(
-    model: Annotated[
-        str | None,
-        typer.Argument(help="Folder, hub id, fetched model or GGUF file. Default: shipped."),
-    ] = None,
+    model: Model = None,
     text: Annotated[
         Path | None, typer.Option(help="UTF-8 text of your own to measure on. Default: English.")
     ] = None,
