@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import typer
 
 import pyramidinfer
@@ -24,7 +26,7 @@ from pyramidinfer.lab.recall import make_questions
 from pyramidinfer.models.loading import shipped_model
 from pyramidinfer.policies import POLICIES, make_policy
 from tests.commands import run_done as run
-from tests.tiny import of_layers
+from tests.tiny import of_layers, tiny_model
 
 GOLDEN = str(Path(__file__).parents[1] / "golden" / "mha8")
 
@@ -168,9 +170,35 @@ def test_inspect_is_the_policys_forecast() -> None:
     )
     tight = run("inspect", "--policy", "pyramidinfer", "--keep", "0.09", "--prompt-len", "1000")
     assert "keep=0.09 cannot be reached at this prompt length" in tight.stdout
+    short = run("inspect", "--keep", "0.3", "--prompt-len", "300").stdout
+    assert "cannot be reached at this prompt length (min_context=1024: shorter ones" in short
     table = run("inspect", "--model", GOLDEN, "--policy", "pyramidinfer", "--keep", "0.45",
                 "--prompt-len", "1000")  # fmt: skip
     assert "mean share of the prompt computed: 0.450" in table.stdout
+
+
+def test_inspect_of_sliding_layers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Shares are of a full cache, which holds their window only: none is above 100 %."""
+    tiny_model("gemma3_text", torch.float32).save_pretrained(tmp_path)
+
+    def shown(*options: str) -> str:
+        words = ["inspect", str(tmp_path), "--prompt-len", "90", "--max-tokens", "9", *options]
+        monkeypatch.setattr(sys, "argv", ["pyramidinfer", *words])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        assert not stopped.value.code
+        return capsys.readouterr().out
+
+    full = shown("--policy", "full")
+    assert set(re.findall(r"\d+%", full)) == {"100%"}
+    assert "of a full cache's entries kept after it: 1.000" in full
+    text = shown("--policy", "streaming_llm", "--keep", "0.3")
+    assert "cannot be reached" not in text
+    assert "layers hold no more than their sliding window; of the others' entries 0.3" in text
+    rows = json.loads(shown("--policy", "snapkv", "--keep", "0.5", "--json"))["layers"]
+    assert max(row["bytes"] / row["full_bytes"] for row in rows) == 1
 
 
 def test_inspect_shows_heads_that_are_not_equally_long(

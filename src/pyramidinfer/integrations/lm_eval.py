@@ -381,8 +381,8 @@ class PyramidInferLM(TemplateLM):  # type: ignore[misc, unused-ignore]
         tally.requests += 1
         tally.tokens += len(request.prompt)
         tally.computed += self.llm.engine.metrics(request).prefill_tokens_computed
-        tally.cached += used.seen_len
-        tally.kept += used.kept_share * used.seen_len
+        tally.cached += sum(used.full_len)
+        tally.kept += sum(used.layer_means)
         tally.bytes += used.bytes
         tally.full_bytes += used.full_bytes
 
