@@ -9,6 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -96,6 +97,7 @@ def run_done(*arguments: str, text: str = "", **environment: str) -> CompletedPr
 
 def _run(arguments: tuple[str, ...], files: list[str], environment: dict[str, str]) -> None:
     os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background ignores it
     for number, (file, mode) in enumerate(
         zip(files, (os.O_RDONLY, os.O_WRONLY, os.O_WRONLY), strict=True)
     ):

@@ -74,7 +74,7 @@ def test_importing_does_nothing() -> None:
         "import sys, logging, torch; from transformers import AttentionInterface;"
         "before = set(AttentionInterface._global_mapping), torch.get_num_threads(), "
         "len(logging.root.handlers);"
-        "import pyramidinfer;"
+        "import pyramidinfer; pyramidinfer.LLM;"
         "after = set(AttentionInterface._global_mapping), torch.get_num_threads(), "
         "len(logging.root.handlers);"
         "assert before == after; assert not torch.cuda.is_initialized();"

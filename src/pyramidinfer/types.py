@@ -307,14 +307,16 @@ class RequestMetrics:
 class KVUsage:
     """What a request's cache was, just before it was released.
 
-    ``kept_len``: entries, ``[layers][kv_heads]``.  ``bytes``: its pages.  ``peak_bytes``: the most
-    it held at any time, query rings and prefill transients included.  ``full_bytes``: pages a full
-    cache would take (sliding layers capped).  ``keep_lowered_to``: what ``keep`` was lowered to
-    while it ran, for want of memory.
+    ``kept_len``: entries, ``[layers][kv_heads]``.  ``full_len``: entries a full cache would hold in
+    every head of a layer, ``[layers]``: ``seen_len``, less in sliding layers.  ``bytes``: its
+    pages.  ``peak_bytes``: the most it held at any time, query rings and prefill transients
+    included.  ``full_bytes``: pages a full cache would take.  ``keep_lowered_to``: what
+    ``keep`` was lowered to while it ran, for want of memory.
     """
 
     seen_len: int
     kept_len: tuple[tuple[int, ...], ...]
+    full_len: tuple[int, ...]
     bytes: int
     peak_bytes: int
     full_bytes: int
@@ -322,8 +324,8 @@ class KVUsage:
 
     @property
     def kept_share(self) -> float:
-        """Mean over layers and heads of the share of processed tokens that are in the cache."""
-        return sum(self.layer_means) / (len(self.kept_len) * self.seen_len) if self.seen_len else 0
+        """Share of a full cache's entries that are in the cache; never above 1."""
+        return sum(self.layer_means) / sum(self.full_len) if self.seen_len else 0
 
     @property
     def layer_means(self) -> tuple[float, ...]:

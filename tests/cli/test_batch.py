@@ -7,6 +7,7 @@ import json
 import os
 import random
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from typing import Any
 import pytest
 
 from pyramidinfer import LLM, SamplingParams
+from pyramidinfer.cli import batch as batch_module
+from pyramidinfer.cli.app import main
 from pyramidinfer.models.loading import shipped_model
 from tests.commands import command, run
 from tests.server.live import until
@@ -170,6 +173,44 @@ def test_stopped_by_ctrl_c(work: tuple[Path, dict[str, str]], tmp_path: Path) ->
     assert texts(target) == wanted
 
 
+def run_here(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """In this process, whose files the command can name."""
+    monkeypatch.setattr(sys, "argv", ["pyramidinfer", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    return int(stopped.value.code or 0)
+
+
+def test_requests_from_a_pipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``cat in | pyramidinfer batch /dev/stdin out``, or ``<(…)``: what is read is gone."""
+    for names in ("abc", "abcd"):  # the second one goes on
+        reading, writing = os.pipe()
+        lines = [json.dumps(line(name, prompt="x", max_tokens=1)) for name in names]
+        os.write(writing, "\n".join(lines).encode())
+        os.close(writing)
+        target = tmp_path / "out"
+        assert run_here(monkeypatch, "batch", f"/dev/fd/{reading}", str(target), *SMALL) == 0
+        os.close(reading)
+        assert set(answers(target)) == set(names)
+
+
+def test_requests_that_are_gone_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fewer answers than requests are never a success."""
+    source = write(tmp_path / "in", [line(name, prompt="x", max_tokens=1) for name in "abc"])
+    begin = batch_module.load
+
+    def cut(choice: Any) -> LLM:
+        write(source, [line("a", prompt="x", max_tokens=1)])
+        return begin(choice)
+
+    monkeypatch.setattr(batch_module, "load", cut)
+    assert run_here(monkeypatch, "batch", str(source), str(tmp_path / "out"), *SMALL) == 2
+    assert "2 requests that it had ('b', say) have no answer" in capsys.readouterr().err
+    assert set(answers(tmp_path / "out")) == {"a"}
+
+
 def test_a_last_line_that_was_cut_off(tmp_path: Path) -> None:
     source = write(tmp_path / "in", [line(name, prompt="x", max_tokens=1) for name in "abc"])
     target = tmp_path / "out"
@@ -227,6 +268,7 @@ def test_a_target_that_cannot_be(tmp_path: Path) -> None:
             (source, other, "line 1 is no answer of a batch"),
             (source, locked, "is being written by another process"),
             (source, tmp_path, "Is a directory"),
+            (source, Path("/dev/null"), "'/dev/null' is no file"),
             (source, tmp_path / "no" / "folder", "No such file or directory"),
             (tmp_path / "none", tmp_path / "out", "No such file or directory"),
         ):

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+import typer
 
+import pyramidinfer
 from pyramidinfer import LLM, PyramidInfer, SamplingParams
-from pyramidinfer.cli.app import main
+from pyramidinfer.attention import available_backends
+from pyramidinfer.cli import common
+from pyramidinfer.cli.app import app, main
 from pyramidinfer.cli.common import human_bytes, policy_from
 from pyramidinfer.lab.recall import make_questions
 from pyramidinfer.models.loading import shipped_model
+from pyramidinfer.policies import POLICIES, make_policy
 from tests.commands import run_done as run
-from tests.tiny import of_layers
+from tests.tiny import of_layers, tiny_model
 
 GOLDEN = str(Path(__file__).parents[1] / "golden" / "mha8")
 
@@ -27,6 +36,77 @@ def test_help_names_every_command() -> None:
     assert shown.returncode == 0
     for command in ("demo", "generate", "inspect", "doctor"):
         assert command in shown.stdout
+
+
+def test_help_and_version_import_neither_torch_nor_transformers() -> None:
+    """So they are there at once."""
+    groups: list[typer.Typer] = [each.typer_instance for each in app.registered_groups]
+    named = [each.name or each.callback.__name__ for each in app.registered_commands]
+    assert {"serve", "chat", "generate", "batch", "profile"} <= set(named) and len(groups) == 2
+    lines = [["--help"], ["--version"], ["study", "--help"], ["bench", "--help"]]
+    lines += [[each, "--help"] for each in named]
+    lines += [["study", "ruler", "--help"], ["bench", "throughput", "--help"]]
+    code = (
+        "import json, sys\n"
+        "from pyramidinfer.cli.app import main\n"
+        f"for line in {lines!r}:\n"
+        "    sys.argv = ['pyramidinfer', *line]\n"
+        "    try: main()\n"
+        "    except SystemExit as end: assert not end.code, line\n"
+        "    slow = {'torch', 'transformers', 'numpy', 'fastapi'} & set(sys.modules)\n"
+        "    assert not slow, (line, slow)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"pyramidinfer {pyramidinfer.__version__}" in done.stdout
+
+
+def test_help_tells_what_is_registered() -> None:
+    assert list(common.POLICY_NAMES) == sorted(POLICIES)
+    assert list(common.BACKENDS) == sorted(available_backends())
+    shown = " ".join(run("generate", "--help").stdout.replace("│", " ").split())
+    assert "Default: 0.5 for pyramid and duo, the published settings for the others" in shown
+    keeps = {name: getattr(make_policy(name), "keep", None) for name in POLICIES}
+    assert {name for name, keep in keeps.items() if keep is not None} == {"pyramid", "duo"}
+    assert keeps["pyramid"] == keeps["duo"] == 0.5
+
+
+def commands() -> dict[str, Any]:
+    """Every command's parameters by name, as the command line has them."""
+    root: Any = typer.main.get_command(app)
+    groups = {"": root, "study ": root.commands["study"]}
+    return {
+        f"{prefix}{name}": {each.name: each for each in command.params}
+        for prefix, group in groups.items()
+        for name, command in group.commands.items()
+        if not hasattr(command, "commands")
+    }
+
+
+def test_one_default_policy_and_two_ways_to_name_a_model() -> None:
+    found = commands()
+    policies = {name: each["policy"].default for name, each in found.items() if "policy" in each}
+    assert len(policies) >= 7 and set(policies.values()) == {"pyramid"}
+    assert inspect.signature(LLM).parameters["policy"].default == "pyramid"
+    takes = {name for name, each in found.items() if "model" in each}
+    assert takes == set(found) - {"doctor", "fetch", "convert"}
+    for name in takes:
+        assert found[name]["model"].param_type_name == "argument", name
+        assert "--model" in found[name]["model_option"].opts, name
+
+
+def test_a_model_by_place_or_by_name() -> None:
+    asked = ("--policy", "snapkv", "--prompt-len", "1000", "--json")
+    shown = [
+        run("inspect", *words, *asked).stdout
+        for words in ((GOLDEN,), ("--model", GOLDEN), (GOLDEN, "--model", GOLDEN))
+    ]
+    assert json.loads(shown[0])["model"] == GOLDEN and len(set(shown)) == 1
+    done = run("generate", GOLDEN, "--model", "other", "--prompt", "x")
+    assert done.returncode == 2
+    assert done.stderr.strip() == (
+        f"error: two models are given, {GOLDEN!r} and --model 'other'; leave one out"
+    )
 
 
 def test_generate_json_equals_the_library(tmp_path: Path) -> None:
@@ -90,9 +170,35 @@ def test_inspect_is_the_policys_forecast() -> None:
     )
     tight = run("inspect", "--policy", "pyramidinfer", "--keep", "0.09", "--prompt-len", "1000")
     assert "keep=0.09 cannot be reached at this prompt length" in tight.stdout
+    short = run("inspect", "--keep", "0.3", "--prompt-len", "300").stdout
+    assert "cannot be reached at this prompt length (min_context=1024: shorter ones" in short
     table = run("inspect", "--model", GOLDEN, "--policy", "pyramidinfer", "--keep", "0.45",
                 "--prompt-len", "1000")  # fmt: skip
     assert "mean share of the prompt computed: 0.450" in table.stdout
+
+
+def test_inspect_of_sliding_layers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Shares are of a full cache, which holds their window only: none is above 100 %."""
+    tiny_model("gemma3_text", torch.float32).save_pretrained(tmp_path)
+
+    def shown(*options: str) -> str:
+        words = ["inspect", str(tmp_path), "--prompt-len", "90", "--max-tokens", "9", *options]
+        monkeypatch.setattr(sys, "argv", ["pyramidinfer", *words])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        assert not stopped.value.code
+        return capsys.readouterr().out
+
+    full = shown("--policy", "full")
+    assert set(re.findall(r"\d+%", full)) == {"100%"}
+    assert "of a full cache's entries kept after it: 1.000" in full
+    text = shown("--policy", "streaming_llm", "--keep", "0.3")
+    assert "cannot be reached" not in text
+    assert "layers hold no more than their sliding window; of the others' entries 0.3" in text
+    rows = json.loads(shown("--policy", "snapkv", "--keep", "0.5", "--json"))["layers"]
+    assert max(row["bytes"] / row["full_bytes"] for row in rows) == 1
 
 
 def test_inspect_shows_heads_that_are_not_equally_long(

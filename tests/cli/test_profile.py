@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from pyramidinfer.engine import passages, profiling
 from pyramidinfer.engine.english import english
 from pyramidinfer.engine.profiling import find_profile
 from pyramidinfer.models.loading import shipped_model
-from pyramidinfer.policies.profile import Fingerprint, Profile
+from pyramidinfer.policies.profile import Calibrated, Fingerprint, Profile
 from tests.lab import english_model
 from tests.tiny import tiny_model
 
@@ -63,6 +64,24 @@ def test_a_profile_is_measured_stored_and_found(profile: Any, model: str, small:
     assert f"{made.share[0][0]:.0%}" in out and f"{made.agreement:.2f}" in out
     anew = json.loads(profile(model, "--force", "--json")[1])
     assert anew["seconds"] > 0 and len(list(small.iterdir())) == 1
+
+
+def test_a_calibration_is_not_dropped_without_a_word(
+    profile: Any, model: str, tmp_path: Path
+) -> None:
+    """The same heads measured anew keep it; after other heads it says nothing, which is told."""
+    path = json.loads(profile(model, "--json")[1])["path"]
+    found = Calibrated(1, 0.4, 0.3, 1.0, 0.7, 0.01, 1000, 36, 3)
+    replace(Profile.load(path), calibrated=found).save(path)
+    code, out, err = profile(model, "--force")
+    assert code == 0 and "calibrated: after layer 1" in out and "left out" not in err
+    assert Profile.load(path).calibrated == found
+    (tmp_path / "mine.txt").write_text("some words of my own, again and again. " * 2000)
+    code, out, err = profile(model, "--text", "mine.txt", "-o", "mine.json")
+    assert code == 0 and "not calibrated" in out
+    assert "the calibration (after layer 1 at most 40% of the text goes deeper) is left out" in err
+    assert Profile.load("mine.json").calibrated is None
+    assert Profile.load(path).calibrated == found
 
 
 def test_output_picture_and_text(profile: Any, model: str, small: Path, tmp_path: Path) -> None:

@@ -70,7 +70,7 @@ def test_options_become_settings(
     done = invoke(
         "MODEL", "--policy", "snapkv", "--keep", "0.3", "-o", "window=8", "--kv-memory", "8MiB",
         "--dtype", "float32", "--threads", "1", "--host", "::1", "--port", "9",
-        "--model-name", "m", "--no-page", "--drain-timeout", "7", "--max-requests", "5",
+        "--served-model-name", "m", "--no-page", "--drain-timeout", "7", "--max-requests", "5",
         "--step-tokens", "99", "--page-size", "8", "--reuse-share", "0.25", "--slot-scores",
         "--max-waiting", "3", "--queue-timeout", "1.5", "--request-timeout", "2.5",
         "--default-max-tokens", "11", "--max-tokens-limit", "12", "--max-prompt-tokens", "13",
@@ -132,6 +132,8 @@ def test_defaults_are_the_settings_own(taken: list[tuple[ModelChoice, ServerSett
         (["--admission", "hope"], "admission='hope' is unknown"),
         (["--elastic", "0.2"], "needs admission='overcommit'"),
         (["/no/such/model"], "/no/such/model"),
+        (["--model", "/no/such/model"], "/no/such/model"),
+        (["A", "--model", "B"], "two models are given, 'A' and --model 'B'; leave one out"),
         (["--max-requests", "x"], "Invalid value for '--max-requests'"),
         (["--nonsense"], "No such option: --nonsense"),
     ],
@@ -195,7 +197,7 @@ def long(tokens: int) -> dict[str, Any]:
 def test_a_server_as_a_user_begins_it() -> None:
     """``python -m pyramidinfer serve`` in a process of its own, and Ctrl-C."""
     with subprocess.Popen(
-        [sys.executable, "-m", "pyramidinfer", "serve", *SMALL, "--model-name", "mine"],
+        [sys.executable, "-m", "pyramidinfer", "serve", *SMALL, "--served-model-name", "mine"],
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", KEYS_VARIABLE: "sesame"},
     ) as process:  # fmt: skip

@@ -232,9 +232,22 @@ def test_sliding_layers_hold_their_window_only() -> None:
             assert kept == 139
         else:
             assert kept < 16 + llm.engine.pool.page_size
-    per_page = llm.engine.pool.page_bytes[0]
-    sliding = sum(kind != "full_attention" for kind in kinds)
-    assert out.kv.full_bytes == 2 * per_page * (sliding * 4 + (6 - sliding) * 35)  # two heads
+    assert out.kv.full_len == tuple(of_layers(out.kv.kept_len))
+
+
+@pytest.mark.parametrize("new", [1, 2, 5, 6, 20])
+@pytest.mark.parametrize("length", [5, 15, 16, 17, 100])
+def test_shares_are_of_a_full_cache_which_in_sliding_layers_is_the_window(
+    length: int, new: int
+) -> None:
+    """So the full cache is 100 %, and nothing is more."""
+    params = SamplingParams(max_tokens=new, ignore_eos=True)
+    for name in ("full", "pyramidinfer", "snapkv"):
+        llm = build(name, "gemma3_text", dtype=torch.float32)
+        kv = llm.generate([random_prompt(1, length)], params)[0].kv
+        assert kv.bytes <= kv.full_bytes and kv.kept_share <= 1
+        if name == "full":
+            assert kv.bytes == kv.full_bytes and kv.kept_share == 1
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])

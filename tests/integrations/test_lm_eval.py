@@ -6,6 +6,7 @@ import json
 import math
 import random
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -22,6 +23,7 @@ from lm_eval.api.model import LM
 from lm_eval.api.registry import Registry, get_model
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from transformers import AutoTokenizer
 
 from pyramidinfer import LLM, SamplingParams
 from pyramidinfer.integrations.lm_eval import PyramidInferLM
@@ -230,6 +232,54 @@ def test_windows_score_every_token_once(
                 assert len(scored) <= window - math.ceil(share * window) + 1
             done += len(scored)
         assert done == count
+
+
+@pytest.fixture(scope="module")
+def shy(folder: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The model with a tokenizer that has a BOS and adds none by itself."""
+    place = tmp_path_factory.mktemp("shy") / "model"
+    shutil.copytree(folder, place)
+    tokenizer = json.loads((place / "tokenizer.json").read_text())
+    tokenizer["post_processor"] = {"type": "ByteLevel", "add_prefix_space": True,
+                                   "trim_offsets": False, "use_regex": True}  # fmt: skip
+    (place / "tokenizer.json").write_text(json.dumps(tokenizer))
+    return str(place)
+
+
+@pytest.mark.parametrize("wanted", [None, True, False])
+def test_add_bos_token_is_that_of_hf(wanted: bool | None, shy: str) -> None:
+    own = HFLM(shy, device="cpu", max_length=LONGEST, add_bos_token=wanted)
+    ours = PyramidInferLM(shy, "full", add_bos_token=wanted, **COMMON)
+    assert ours.tok_encode("the map") == own.tok_encode("the map")
+    assert (ours.tok_encode("the map")[0] == ours.prefix_token_id) == bool(wanted)
+    assert ours.tok_encode("<bos> the map").count(ours.prefix_token_id) == 1
+    pairs = asked(("the old baker", " walked"), ("", "the map"), (words(1, 40), " room 472 ."))
+    ends = asked(("the old baker", {"until": ["."], "max_gen_toks": 6}))
+    texts = asked((words(3, 50),))
+    for value, other in zip(
+        ours.loglikelihood(pairs, disable_tqdm=True), own.loglikelihood(pairs, disable_tqdm=True),
+        strict=True,
+    ):  # fmt: skip
+        assert value == (pytest.approx(other[0], abs=1e-4), other[1])
+    assert ours.loglikelihood_rolling(texts, disable_tqdm=True) == pytest.approx(
+        own.loglikelihood_rolling(texts, disable_tqdm=True), abs=1e-4
+    )
+    assert ours.generate_until(ends, disable_tqdm=True) == own.generate_until(
+        ends, disable_tqdm=True
+    )
+
+
+def test_add_bos_token_without_effect(shy: str) -> None:
+    """Refused, and a tokenizer that is somebody's own is left as it is."""
+    tokenizer = AutoTokenizer.from_pretrained(shy)
+    with pytest.raises(ValueError, match="the tokenizer that was given adds no BOS"):
+        PyramidInferLM(shy, "full", tokenizer=tokenizer, add_bos_token=True, **COMMON)
+    assert not tokenizer.add_bos_token
+    tokenizer.add_bos_token = True
+    assert PyramidInferLM(shy, "full", tokenizer=tokenizer, add_bos_token=True, **COMMON)
+    tokenizer.bos_token = None
+    with pytest.raises(ValueError, match=r"add_bos_token=True has no effect: .*has no BOS"):
+        PyramidInferLM(shy, "full", tokenizer=tokenizer, add_bos_token=True, **COMMON)
 
 
 # --- text, truncation, generation options --------------------------------------------------------

@@ -94,6 +94,18 @@ def test_bytes_fall_with_keep(name: str, backend: str) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(POLICIES))
+def test_what_the_forecast_says_is_computed(name: str) -> None:
+    """``inspect`` shows it as a figure, not as a bound."""
+    for keep in (0.4, 0.8) if name in BUDGETED else (None,):
+        each = engine(make_policy(name, keep, **OPTIONS.get(name, {})), "reference", "float32")
+        prompts = [random_prompt(8, length) for length in (60, 200)]
+        for request in serve(each, prompts, 4):
+            length = len(request.prompt)
+            layers = each.adapter.layers_for(length + 4)
+            assert request.computed == each.policy.forecast(length, 4, layers).reach
+
+
+@pytest.mark.parametrize("name", sorted(POLICIES))
 def test_triton_serves_every_policy(name: str) -> None:
     """The same tokens and lengths as the reference, two short prompts side by side."""
     found = []

@@ -319,6 +319,12 @@ def test_more_prompts_than_may_wait(llm: LLM) -> None:
         assert len(live.complete(["x", "y", "map", "Where"]).json()["choices"]) == 4
 
 
+def test_a_policy_that_needs_slot_scores(live: Live) -> None:
+    """The error says which option the server was started without."""
+    told = error_of(live.complete(compression={"policy": "h2o"}), 400)["message"]
+    assert "policy 'h2o' is not served here" in told and "serve --slot-scores" in told
+
+
 def test_a_request_that_takes_too_long(llm: LLM) -> None:
     long = {"max_tokens": 3900, "ignore_eos": True}
     with serving(beside(llm), request_timeout=0.1) as live:

@@ -9,14 +9,18 @@ from typing import Annotated
 
 import typer
 
-from pyramidinfer.attention import available_backends
+import pyramidinfer
 from pyramidinfer.cli.bench import bench
 from pyramidinfer.cli.common import (
+    BACKENDS,
+    DEFAULT_POLICY,
     Dtype,
     Keep,
+    Model,
     NoProfile,
     Options,
     PolicyName,
+    names_model,
     plain_errors,
     policy_from,
     profiling,
@@ -29,9 +33,15 @@ from pyramidinfer.cli.study_real import add_real
 
 __all__ = ["app", "main"]
 
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"pyramidinfer {pyramidinfer.__version__}")
+        raise typer.Exit
+
+
 app = typer.Typer(
     name="pyramidinfer",
-    help="Language model inference in which fewer tokens are computed and fewer are kept.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -41,16 +51,23 @@ app.add_typer(study, name="study")
 app.add_typer(bench, name="bench")
 
 
-Model = Annotated[
-    str | None,
-    typer.Option(help="Folder, hub id, fetched model or GGUF file. Default: the shipped model."),
-]
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version.", callback=_show_version,
+                           is_eager=True)
+    ] = False,
+) -> None:  # fmt: skip
+    """Language model inference in which fewer tokens are computed and fewer are kept."""
+
+
 MaxTokens = Annotated[int, typer.Option(help="Tokens to generate at most.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
 @app.command()
 @plain_errors()
+@names_model
 def demo(
     model: Model = None,
     fetch: Annotated[
@@ -79,9 +96,10 @@ def demo(
 
 @app.command()
 @plain_errors()
+@names_model
 def generate(
     model: Model = None,
-    policy: PolicyName = "pyramid",
+    policy: PolicyName = DEFAULT_POLICY,
     keep: Keep = None,
     option: Options = None,
     prompt: Annotated[str | None, typer.Option(help="The prompt.")] = None,
@@ -99,7 +117,7 @@ def generate(
     dtype: Dtype = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     backend: Annotated[
-        str, typer.Option(help=f"How to attend: auto, {', '.join(available_backends())}.")
+        str, typer.Option(help=f"How to attend: auto, {', '.join(BACKENDS)}.")
     ] = "auto",
     no_profile: NoProfile = False,
     as_json: AsJson = False,
@@ -121,9 +139,10 @@ def generate(
 
 @app.command()
 @plain_errors()
+@names_model
 def inspect(
     model: Model = None,
-    policy: PolicyName = "pyramid",
+    policy: PolicyName = DEFAULT_POLICY,
     keep: Keep = None,
     option: Options = None,
     prompt_len: Annotated[int, typer.Option(help="Tokens in the prompt.")] = 2048,
@@ -140,11 +159,9 @@ def inspect(
 
 @app.command()
 @plain_errors()
+@names_model
 def calibrate(
-    model: Annotated[
-        str | None,
-        typer.Argument(help="Folder, hub id, fetched model or GGUF file. Default: shipped."),
-    ] = None,
+    model: Model = None,
     text: Annotated[Path | None, typer.Option(help="UTF-8 text to measure on.")] = None,
     output: Annotated[
         Path | None,
@@ -183,12 +200,10 @@ add_real(study)
 
 @app.command()
 @plain_errors()
+@names_model
 def verify(
-    model: Annotated[
-        str | None,
-        typer.Argument(help="Folder, hub id, fetched model or GGUF file. Default: shipped."),
-    ] = None,
-    policy: PolicyName = "pyramid",
+    model: Model = None,
+    policy: PolicyName = DEFAULT_POLICY,
     keep: Keep = None,
     option: Options = None,
     floor: Annotated[

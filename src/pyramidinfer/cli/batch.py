@@ -1,7 +1,8 @@
 """``pyramidinfer batch``: a file of requests, in OpenAI's batch format.
 
 Every answer is one line, written whole and synced before the next.  Begun again, the command cuts
-off a line that was not finished when it was killed, and does what is missing.
+off a line that was not finished when it was killed, and does what is missing.  Requests may come
+from a pipe, which is read once, into a temporary file.
 """
 
 from __future__ import annotations
@@ -10,9 +11,12 @@ import asyncio
 import fcntl
 import json
 import os
+import shutil
 import sys
+import tempfile
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -44,55 +48,89 @@ class Line(NamedTuple):
     body: Any
 
 
+class Requests(NamedTuple):
+    """A file of requests that can be read again, and what the user calls it."""
+
+    name: str
+    file: BinaryIO
+
+
 def run_batch(choice: ModelChoice, source: Path, target: Path, model_name: str) -> None:
     """Answer what the target does not hold yet."""
-    wanted = _check(source)
-    if target.exists() and source.samefile(target):
+    if target.exists() and source.exists() and source.samefile(target):
         raise ValueError(f"{str(target)!r} is the file of requests; name another one for answers")
-    with target.open("a+b") as out:
-        try:
-            fcntl.flock(out, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ValueError(f"{str(target)!r} is being written by another process") from None
-        done, whole = _recover(out, target)
-        if strangers := done - wanted:
-            raise ValueError(
-                f"{str(target)!r} holds an answer to {min(strangers)!r}, which is not in "
-                f"{str(source)!r}: it belongs to another batch; name another file"
-            )
-        out.truncate(whole)
-        console = Console(stderr=True)
-        if done:
-            console.print(f"{len(done)} of {len(wanted)} answers are there already")
-        if len(done) == len(wanted):
+    if target.exists() and not target.is_file() and not target.is_dir():
+        raise ValueError(f"{str(target)!r} is no file: answers that are there already are read")
+    with _opened(source) as requests:
+        wanted = _check(requests)
+        with target.open("a+b") as out:
+            _answer_rest(choice, requests, wanted, out, target, model_name)
+
+
+@contextmanager
+def _opened(source: Path) -> Iterator[Requests]:
+    """The requests; those from a pipe are copied, since they are checked before they are run."""
+    with source.open("rb") as given, tempfile.TemporaryFile() as copy:
+        if source.is_file():
+            yield Requests(str(source), given)
             return
-        llm = load(choice)
-        most = llm.engine.config.max_requests
-        settings = ServerSettings(
-            model_name=model_name, max_waiting=sys.maxsize, queue_timeout=FOREVER,
-            request_timeout=FOREVER, max_n=most, max_logprobs=100,
-        )  # fmt: skip
-        service = Service(llm, settings)
-        bar = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-            TimeElapsedColumn(), console=console,
-        )  # fmt: skip
-        failed = 0
-        with bar:
-            task = bar.add_task(source.name, total=len(wanted), completed=len(done))
+        shutil.copyfileobj(given, copy)
+        yield Requests(str(source), copy)
 
-            def write(answer: dict[str, Any]) -> None:
-                nonlocal failed
-                failed += answer["response"]["status_code"] != 200
-                out.write(json.dumps(answer).encode() + b"\n")
-                out.flush()
-                os.fsync(out.fileno())
-                bar.advance(task)
 
-            lines = (line for line in _lines(source) if line.custom_id not in done)
-            asyncio.run(_answer_all(service, lines, write, most))
-        if failed:
-            console.print(f"{failed} requests could not be answered; their lines say why")
+def _answer_rest(choice: ModelChoice, requests: Requests, wanted: set[str], out: BinaryIO,
+                 target: Path, model_name: str) -> None:  # fmt: skip
+    """Go on where the target ends; ``OSError`` where a request is left without an answer."""
+    try:
+        fcntl.flock(out, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise ValueError(f"{str(target)!r} is being written by another process") from None
+    done, whole = _recover(out, target)
+    if strangers := done - wanted:
+        raise ValueError(
+            f"{str(target)!r} holds an answer to {min(strangers)!r}, which is not in "
+            f"{requests.name!r}: it belongs to another batch; name another file"
+        )
+    out.truncate(whole)
+    console = Console(stderr=True)
+    if done:
+        console.print(f"{len(done)} of {len(wanted)} answers are there already")
+    if len(done) == len(wanted):
+        return
+    llm = load(choice)
+    most = llm.engine.config.max_requests
+    settings = ServerSettings(
+        model_name=model_name, max_waiting=sys.maxsize, queue_timeout=FOREVER,
+        request_timeout=FOREVER, max_n=most, max_logprobs=100,
+    )  # fmt: skip
+    service = Service(llm, settings)
+    bar = Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+        TimeElapsedColumn(), console=console,
+    )  # fmt: skip
+    failed = 0
+    left = wanted - done
+    with bar:
+        task = bar.add_task(Path(requests.name).name, total=len(wanted), completed=len(done))
+
+        def write(answer: dict[str, Any]) -> None:
+            nonlocal failed
+            failed += answer["response"]["status_code"] != 200
+            out.write(json.dumps(answer).encode() + b"\n")
+            out.flush()
+            os.fsync(out.fileno())
+            left.discard(answer["custom_id"])
+            bar.advance(task)
+
+        lines = (line for line in _lines(requests) if line.custom_id not in done)
+        asyncio.run(_answer_all(service, lines, write, most))
+    if left:
+        raise OSError(
+            f"{requests.name!r} was changed meanwhile: {len(left)} requests that it had "
+            f"({min(left)!r}, say) have no answer; the same command goes on where it was"
+        )
+    if failed:
+        console.print(f"{failed} requests could not be answered; their lines say why")
 
 
 async def _answer_all(service: Service, lines: Iterator[Line], write: Any, width: int) -> None:
@@ -147,18 +185,21 @@ async def _answer(service: Service, line: Line) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _lines(source: Path) -> Iterator[Line]:
+def _lines(requests: Requests) -> Iterator[Line]:
     """The requests; ``ValueError`` with the number of a line that is none."""
-    try:
-        with source.open(encoding="utf-8") as lines:
-            for number, text in enumerate(lines, start=1):
-                if text.strip():
-                    yield _parse(source, number, text)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{str(source)!r} is not UTF-8 text: {error.reason}") from None
+    requests.file.seek(0)
+    for number, line in enumerate(requests.file, start=1):
+        try:
+            text = line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"{requests.name}, line {number}: not UTF-8 text ({error.reason})"
+            ) from None
+        if text.strip():
+            yield _parse(requests.name, number, text)
 
 
-def _parse(source: Path, number: int, text: str) -> Line:
+def _parse(source: str, number: int, text: str) -> Line:
     where = f"{source}, line {number}"
     try:
         entry = json.loads(text)
@@ -174,18 +215,18 @@ def _parse(source: Path, number: int, text: str) -> Line:
     return Line(number, entry["custom_id"], entry["url"], entry["body"])
 
 
-def _check(source: Path) -> set[str]:
+def _check(requests: Requests) -> set[str]:
     """The ids of a file of requests, every line of which is one."""
     first: dict[str, int] = {}
-    for line in _lines(source):
+    for line in _lines(requests):
         if line.custom_id in first:
             raise ValueError(
-                f"{source}, line {line.number}: custom_id {line.custom_id!r} is that of line "
-                f"{first[line.custom_id]}; every request needs its own"
+                f"{requests.name}, line {line.number}: custom_id {line.custom_id!r} is that of "
+                f"line {first[line.custom_id]}; every request needs its own"
             )
         first[line.custom_id] = line.number
     if not first:
-        raise ValueError(f"{str(source)!r} holds no request")
+        raise ValueError(f"{requests.name!r} holds no request")
     return set(first)
 
 

@@ -2,28 +2,46 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Annotated, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
-from pyramidinfer.policies import Policy, make_policy
-from pyramidinfer.policies.registry import POLICIES, parse_options
+if TYPE_CHECKING:  # torch takes seconds, and --help needs none of it
+    from pyramidinfer.policies import Policy
 
 __all__ = [
-    "Dtype", "Keep", "NoProfile", "Options", "PolicyName", "human_bytes", "plain_errors",
-    "policy_from", "profiling",
+    "BACKENDS", "DEFAULT_POLICY", "POLICY_NAMES", "Dtype", "Keep", "Model", "NoProfile", "Options",
+    "PolicyName", "human_bytes", "names_model", "plain_errors", "policy_from", "profiling",
 ]  # fmt: skip
+
+#: What ``--help`` tells of the registry and of the backends, which are not imported for it.
+POLICY_NAMES = (
+    "duo", "fastkv", "full", "h2o", "pyramid", "pyramidinfer", "pyramidkv", "scissorhands",
+    "snapkv", "streaming_llm", "tova",
+)  # fmt: skip
+BACKENDS = ("cpu", "reference", "triton")
+DEFAULT_POLICY = "pyramid"
 
 #: What the extra ``server`` brings.
 SERVER_PACKAGES = {"fastapi", "httpx", "llguidance", "prometheus_client", "pydantic", "uvicorn"}
 
-PolicyName = Annotated[str, typer.Option(help=f"One of: {', '.join(sorted(POLICIES))}.")]
+Model = Annotated[
+    str | None,
+    typer.Argument(help="Folder, hub id, fetched model or GGUF file. Default: the shipped model."),
+]
+PolicyName = Annotated[str, typer.Option(help=f"One of: {', '.join(POLICY_NAMES)}.")]
 Keep = Annotated[
-    float | None, typer.Option(help="Common budget of all policies: a share in (0, 1].")
+    float | None,
+    typer.Option(
+        help="Common budget of all policies: a share in (0, 1]. Default: 0.5 for pyramid and duo, "
+        "the published settings for the others."
+    ),
 ]
 Options = Annotated[
     list[str] | None,
@@ -38,6 +56,31 @@ NoProfile = Annotated[
     ),
 ]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16 or float64.")]
+
+
+def names_model(command: Callable[..., None]) -> Callable[..., None]:
+    """A command whose model (its parameter ``model``, a ``Model``) may also be given as --model."""
+    option = inspect.Parameter(
+        "model_option", inspect.Parameter.KEYWORD_ONLY, default=None,
+        annotation=Annotated[str | None, typer.Option("--model", help="MODEL, by name.")],
+    )  # fmt: skip
+
+    @functools.wraps(command)
+    def run(*, model: str | None, model_option: str | None, **others: Any) -> None:
+        if None not in (model, model_option) and model != model_option:
+            raise ValueError(
+                f"two models are given, {model!r} and --model {model_option!r}; leave one out"
+            )
+        command(model=model if model_option is None else model_option, **others)
+
+    signature = inspect.signature(command, eval_str=True)
+    kinds = [
+        each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in signature.parameters.values()
+    ]
+    kinds.insert(1 + list(signature.parameters).index("model"), option)
+    run.__signature__ = signature.replace(parameters=kinds)  # type: ignore[attr-defined]
+    run.__annotations__ = {each.name: each.annotation for each in kinds}
+    return run
 
 
 @contextmanager
@@ -85,6 +128,8 @@ def _plain_warnings() -> Iterator[None]:
 
 def policy_from(name: str, keep: float | None, options: list[str]) -> Policy:
     """A policy from ``--policy``, ``--keep`` and ``--option NAME=VALUE``."""
+    from pyramidinfer.policies.registry import make_policy, parse_options
+
     values = parse_options(name, options)
     if keep is not None and "keep" in values:
         raise ValueError(f"keep is given twice: --keep {keep} and --option keep={values['keep']}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from rich.console import Console
@@ -21,6 +21,7 @@ from pyramidinfer.models import Adapter
 from pyramidinfer.models.loading import empty_model, quiet_transformers, shipped_model
 from pyramidinfer.policies import Full, Policy
 from pyramidinfer.policies.profile import Profile
+from pyramidinfer.types import Layers
 
 __all__ = ["run_inspect"]
 
@@ -53,11 +54,13 @@ def run_inspect(model: str | None, chosen: Policy, prompt_len: int, max_tokens: 
     assert cost.settled is not None
     beside = cost.settled.bytes - int((cost.settled.pages * np.array(pool.page_bytes)).sum())
     rows: list[dict[str, Any]] = []
+    caps = [  # sliding layers hold no more than this, whatever the policy
+        longest if shape.window is None or governed else shape.window + page
+        for shape, governed in zip(adapter.shapes, layers.governed, strict=True)
+    ]
     heads = forecast.by_head(adapter.kv_heads)
-    for layer, shape in enumerate(adapter.shapes):
-        window = shape.window if shape.window is not None and not layers.governed[layer] else None
-        cap = longest if window is None else window + page
-        kept, full = np.minimum(heads[layer], cap), min(longest, window or longest)
+    for layer, cap in enumerate(caps):
+        kept, full = np.minimum(heads[layer], cap), min(longest, cap)
         rows.append({
             "layer": layer,
             "computed": forecast.reach[layer],
@@ -71,8 +74,31 @@ def run_inspect(model: str | None, chosen: Policy, prompt_len: int, max_tokens: 
                           "layers": rows, "ring_and_state_bytes": beside,
                           "admission_bytes": cost.bytes}))  # fmt: skip
         return
-    after = chosen.forecast(prompt_len, 0, layers).by_head(adapter.kv_heads).mean() / prompt_len
+    after = _After.of(chosen, prompt_len, layers, adapter.kv_heads, caps)
     _print(rows, chosen, prompt_len, max_tokens, beside, cost.bytes, after)
+
+
+class _After(NamedTuple):
+    """What is kept once the prompt is in.
+
+    share : of a full cache's entries;  governed : of the entries of layers without a sliding
+    window;  budget : the mean over layers that ``keep`` is held to;  sliding : how many there are.
+    """
+
+    share: float
+    governed: float
+    budget: float
+    sliding: int
+
+    @classmethod
+    def of(cls, policy: Policy, prompt_len: int, layers: Layers, kv_heads: int, caps: list[int]
+           ) -> _After:  # fmt: skip
+        held = policy.forecast(prompt_len, 0, layers).by_head(kv_heads).mean(1)
+        full = np.minimum(caps, prompt_len)
+        governed = held[list(layers.governed)].mean() / prompt_len
+        share = np.minimum(held, full).sum() / full.sum()
+        budget = min(governed, held.mean() / prompt_len)
+        return cls(share, governed, budget, layers.governed.count(False))
 
 
 def _adapter_without_weights(model: str, dtype: str) -> Adapter:
@@ -95,7 +121,7 @@ def _of_heads(kept: list[int]) -> str:
 
 
 def _print(rows: list[dict[str, Any]], policy: Policy, prompt_len: int, max_tokens: int,
-           beside: int, admission: int, after: float) -> None:  # fmt: skip
+           beside: int, admission: int, after: _After) -> None:  # fmt: skip
     console = Console()
     set_here = ", ".join(
         f"{each.name}={getattr(policy, each.name)!r}"
@@ -121,10 +147,17 @@ def _print(rows: list[dict[str, Any]], policy: Policy, prompt_len: int, max_toke
         "all", f"{computed:.0%}", "", "", human_bytes(total), f"{total / full:.0%}", style="bold"
     )
     console.print(table)
-    print(f"mean share of the prompt computed: {computed:.3f}, kept after it: {after:.3f}")
+    print(f"mean share of the prompt computed: {computed:.3f}, of a full cache's entries kept "
+          f"after it: {after.share:.3f}")  # fmt: skip
+    if after.sliding:
+        print(f"{after.sliding} of {len(rows)} layers hold no more than their sliding window; "
+              f"of the others' entries {after.governed:.3f} are kept")  # fmt: skip
     keep = getattr(policy, "keep", None)
-    if keep is not None and after > keep + 0.005 + 1 / prompt_len:
-        print(f"keep={keep} cannot be reached at this prompt length; the lowest is {after:.3f}")
+    if keep is not None and after.budget > keep + 0.005 + 1 / prompt_len:
+        least = getattr(policy, "min_context", 0)
+        why = f" (min_context={least}: shorter ones are cut less)" if prompt_len < least else ""
+        print(f"keep={keep} cannot be reached at this prompt length{why}; the lowest is "
+              f"{after.budget:.3f}")  # fmt: skip
     print(f"full cache: {human_bytes(full)}; beside the pages, query rings and state: "
           f"{human_bytes(beside)}; reserved at admission, prompt in progress included: "
           f"{human_bytes(admission)}")  # fmt: skip

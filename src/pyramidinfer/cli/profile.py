@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pyramidinfer.cli.common import Dtype, plain_errors
+from pyramidinfer.cli.common import Dtype, Model, names_model, plain_errors
 from pyramidinfer.cli.study import subject
 
 if TYPE_CHECKING:
@@ -24,20 +25,18 @@ __all__ = ["add_profile", "check_place", "heat_map"]
 
 #: Heads of a layer that are shown with their numbers; more are shades.
 NUMBERS = 16
+#: A calibration holds on while no head's share moves by more.
+SAME_SHARE = 0.01
 SHADES = " ░▒▓█"
 
 
 def add_profile(app: typer.Typer) -> None:
     """Register the command."""
-    app.command()(profile)
+    app.command()(plain_errors()(names_model(profile)))
 
 
-@plain_errors()
 def profile(
-    model: Annotated[
-        str | None,
-        typer.Argument(help="Folder, hub id, fetched model or GGUF file. Default: shipped."),
-    ] = None,
+    model: Model = None,
     text: Annotated[
         Path | None, typer.Option(help="UTF-8 text of your own to measure on. Default: English.")
     ] = None,
@@ -69,6 +68,8 @@ def profile(
         begun = time.monotonic()
         made = measure_profile(llm, where)
         seconds = time.monotonic() - begun
+        if found is not None:
+            made = _with_calibration(made, found.profile)
         path = store_profile(made) if output is None else made.save(output)
     else:
         made, path = found
@@ -95,6 +96,23 @@ def profile(
         console.print(f"calibrated: {made.calibrated.going}")
     for each in filter(None, (path, picture)):
         print(each)
+
+
+def _with_calibration(made: Profile, old: Profile) -> Profile:
+    """The profile with the calibration of the one it replaces, which was made with that one's
+    budgets; where the heads' shares are others now, it is left out and that is told."""
+    if old.calibrated is None:
+        return made
+    pairs = zip(made.share, old.share, strict=True)
+    moved = max(abs(a - b) for rows in pairs for a, b in zip(*rows, strict=True))
+    if moved <= SAME_SHARE:
+        return replace(made, calibrated=old.calibrated)
+    print(
+        f"the calibration ({old.calibrated.going}) is left out: it was made with other shares (one "
+        f"moved by {moved:.1%}); pyramidinfer calibrate makes it anew",
+        file=sys.stderr,
+    )
+    return made
 
 
 def check_place(found: Found | None, output: Path | None) -> None:

@@ -7,26 +7,25 @@ from typing import Annotated, Any
 
 import typer
 
-from pyramidinfer.attention import available_backends
 from pyramidinfer.cli.common import (
+    BACKENDS,
+    DEFAULT_POLICY,
     Dtype,
     Keep,
+    Model,
     NoProfile,
     Options,
     PolicyName,
+    names_model,
     plain_errors,
     policy_from,
     profiling,
 )
-from pyramidinfer.config import parse_bytes
 
 __all__ = ["add_serving"]
 
-Model = Annotated[
-    str | None, typer.Argument(help="Folder, hub id, fetched model or GGUF file. Default: shipped.")
-]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-Backend = Annotated[str, typer.Option(help=f"auto, {', '.join(available_backends())}.")]
+Backend = Annotated[str, typer.Option(help=f"auto, {', '.join(BACKENDS)}.")]
 KvMemory = Annotated[str, typer.Option(help="Memory for the caches of all requests together.")]
 Threads = Annotated[int, typer.Option(help="Threads of torch; 0 leaves its choice.")]
 MaxRequests = Annotated[int, typer.Option(help="Requests in flight at once.")]
@@ -45,14 +44,13 @@ def _choice(model: str | None, policy: str, keep: float | None, option: list[str
 
 def add_serving(app: typer.Typer) -> None:
     """Register the commands."""
-    app.command()(plain_errors()(serve))
-    app.command()(plain_errors()(chat))
-    app.command()(plain_errors()(batch))
+    for command in (serve, chat, batch):
+        app.command()(plain_errors()(names_model(command)))
 
 
 def serve(
     model: Model = None,
-    policy: PolicyName = "pyramid",
+    policy: PolicyName = DEFAULT_POLICY,
     keep: Keep = None,
     option: Options = None,
     kv_memory: KvMemory = "1GiB",
@@ -67,8 +65,9 @@ def serve(
     port: Annotated[
         int, typer.Option(help="Port; 0 picks a free one.", rich_help_panel=SERVER)
     ] = 8000,
-    model_name: Annotated[
-        str, typer.Option(help="Name that clients ask for; default: the folder's.",
+    served_model_name: Annotated[
+        str, typer.Option("--served-model-name", "--model-name",
+                          help="Name that clients ask for; default: the folder's.",
                           rich_help_panel=SERVER)
     ] = "",
     page: Annotated[
@@ -201,6 +200,7 @@ def serve(
 ) -> None:  # fmt: skip
     """Serve a model under the OpenAI API, with a page at /."""
     from pyramidinfer.cli.serve import run_serve
+    from pyramidinfer.config import parse_bytes
     from pyramidinfer.server.settings import ServerSettings, read_keys
 
     choice = _choice(
@@ -212,7 +212,7 @@ def serve(
     )  # fmt: skip
     names = None if policies is None else tuple(each.strip() for each in policies.split(","))
     settings = ServerSettings(
-        host=host, port=port, model_name=model_name, api_keys=read_keys(api_key_file),
+        host=host, port=port, model_name=served_model_name, api_keys=read_keys(api_key_file),
         max_waiting=max_waiting, queue_timeout=queue_timeout, request_timeout=request_timeout,
         drain_timeout=drain_timeout, stall_timeout=stall_timeout, max_connections=max_connections,
         keep_alive_on_engine_death=keep_alive_on_engine_death,
@@ -237,7 +237,7 @@ def serve(
 
 def chat(
     model: Model = None,
-    policy: PolicyName = "pyramid",
+    policy: PolicyName = DEFAULT_POLICY,
     keep: Keep = None,
     option: Options = None,
     kv_memory: KvMemory = "1GiB",
@@ -270,7 +270,7 @@ def batch(
     source: Annotated[Path, typer.Argument(help="Requests in OpenAI's batch format, JSONL.")],
     target: Annotated[Path, typer.Argument(help="Answers; what is there already is not repeated.")],
     model: Model = None,
-    policy: PolicyName = "pyramid",
+    policy: PolicyName = DEFAULT_POLICY,
     keep: Keep = None,
     option: Options = None,
     kv_memory: KvMemory = "1GiB",
@@ -280,8 +280,13 @@ def batch(
     no_profile: NoProfile = False,
     threads: Threads = 0,
     max_requests: MaxRequests = 64,
-    model_name: Annotated[
-        str, typer.Option(help="Name that requests give; default: the folder's.")
+    served_model_name: Annotated[
+        str,
+        typer.Option(
+            "--served-model-name",
+            "--model-name",
+            help="Name that requests give; default: the folder's.",
+        ),
     ] = "",
 ) -> None:
     """Answer a file of requests; stopped or killed, it goes on where it was."""
@@ -291,4 +296,4 @@ def batch(
         model, policy, keep, option, dtype, device, backend, threads, no_profile,
         kv_memory=kv_memory, max_requests=max_requests, reuse_share=0.0,
     )  # fmt: skip
-    run_batch(choice, source, target, model_name)
+    run_batch(choice, source, target, served_model_name)

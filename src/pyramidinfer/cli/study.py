@@ -9,8 +9,16 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
-from pyramidinfer.cli.common import plain_errors, policy_from
-from pyramidinfer.policies.registry import POLICIES
+from pyramidinfer.cli.common import (
+    DEFAULT_POLICY,
+    Keep,
+    Model,
+    Options,
+    PolicyName,
+    names_model,
+    plain_errors,
+    policy_from,
+)
 
 if TYPE_CHECKING:
     from pyramidinfer.lab.samples import Subject
@@ -21,10 +29,6 @@ study = typer.Typer(
     help="Measure a model under compression: JSON, pictures, resumable.", no_args_is_help=True
 )
 
-Model = Annotated[
-    str | None,
-    typer.Option(help="Folder, hub id, fetched model or GGUF. Default: the shipped one."),
-]
 Text = Annotated[
     Path | None,
     typer.Option(help="UTF-8 text. Default: real English; the shipped model's own language."),
@@ -72,6 +76,7 @@ KvMemory = Annotated[str, typer.Option(help="Memory for the cache.")]
 
 @study.command()
 @plain_errors()
+@names_model
 def icr(
     model: Model = None,
     text: Text = None,
@@ -104,6 +109,7 @@ def icr(
 
 @study.command()
 @plain_errors()
+@names_model
 def rac(
     model: Model = None,
     text: Text = None,
@@ -130,16 +136,12 @@ def rac(
 
 @study.command("map")
 @plain_errors()
+@names_model
 def survival(
     model: Model = None,
-    policy: Annotated[
-        str, typer.Option(help=f"One of: {', '.join(sorted(POLICIES))}.")
-    ] = "pyramidinfer",
-    keep: Annotated[float | None, typer.Option(help="Its budget, a share in (0, 1].")] = None,
-    option: Annotated[
-        list[str] | None,
-        typer.Option("--option", "-o", help="A policy option, NAME=VALUE; may be repeated."),
-    ] = None,
+    policy: PolicyName = DEFAULT_POLICY,
+    keep: Keep = None,
+    option: Options = None,
     prompt: Annotated[
         str | None, typer.Option(help="The prompt. Default: a generated question.")
     ] = None,
@@ -171,6 +173,7 @@ def survival(
 
 @study.command()
 @plain_errors()
+@names_model
 def quality(
     model: Model = None,
     text: Text = None,

@@ -11,14 +11,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from pyramidinfer.cli.common import plain_errors
+from pyramidinfer.cli.common import Model, names_model, plain_errors
 from pyramidinfer.cli.study import (
     Context,
     Device,
     Dtype,
     Json,
     KvMemory,
-    Model,
     Seed,
     Specs,
     Text,
@@ -39,7 +38,7 @@ KEEPS = ".45,.3,.15"
 def add_real(study: typer.Typer) -> None:
     """Register the commands."""
     for command in (ruler, turns, text, long, heads):
-        study.command(command.__name__)(plain_errors()(command))
+        study.command(command.__name__)(plain_errors()(names_model(command)))
 
 
 def ruler(

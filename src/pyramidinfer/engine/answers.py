@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from pyramidinfer.cache import Pool
-from pyramidinfer.engine.memory import full_bytes
+from pyramidinfer.engine.memory import bytes_of, full_lens
 from pyramidinfer.engine.request import Request
 from pyramidinfer.models import Adapter
 from pyramidinfer.types import KVUsage, RequestMetrics, RequestOutput
@@ -16,15 +16,17 @@ __all__ = ["metrics", "output", "usage"]
 def usage(pool: Pool, adapter: Adapter, request: Request) -> KVUsage:
     """What the request's cache is now (or was, once it has ended)."""
     if request.kv is not None or request.sequence is None:
-        return request.kv or KVUsage(0, ((0,) * adapter.kv_heads,) * adapter.depth, 0, 0, 0)
+        none = (0,) * adapter.depth
+        return request.kv or KVUsage(0, ((0,) * adapter.kv_heads,) * adapter.depth, none, 0, 0, 0)
     if request.away is not None:
         return request.away.kv
     table = request.sequence.table
     now = pool.bytes(table)
     peak = max(table.peak_bytes, now + table.extra_bytes)
-    full = full_bytes(pool, adapter, table.seen_len)
     kept = tuple(table.lens(layer) for layer in range(adapter.depth))
-    return KVUsage(table.seen_len, kept, now, peak, full, request.lowered_to)
+    full = full_lens(adapter, table.seen_len, [max(heads) for heads in kept])
+    whole = bytes_of(pool, adapter, full)
+    return KVUsage(table.seen_len, kept, full, now, peak, whole, request.lowered_to)
 
 
 def metrics(adapter: Adapter, request: Request) -> RequestMetrics:

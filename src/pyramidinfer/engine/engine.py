@@ -112,7 +112,7 @@ class Engine:
         if policy.uses_scores and self.pool.groups[0].scores is None:
             raise ValueError(
                 f"policy {policy.name!r} keeps a running score beside each entry, and this pool "
-                f"was made without: start the engine with slot_scores=True"
+                f"was made without: start the engine with slot_scores=True (serve --slot-scores)"
             )
 
     def add(self, prompt: TokenIds, params: SamplingParams, *, protect: Spans = (),

@@ -7,6 +7,7 @@ state and the hidden states of prompts in progress count against the same ``kv_m
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Items
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -16,7 +17,7 @@ from pyramidinfer.models import Adapter
 from pyramidinfer.policies import Policy
 from pyramidinfer.types import Layers, View, accumulate_dtype
 
-__all__ = ["Cost", "Ledger", "for_samples", "full_bytes"]
+__all__ = ["Cost", "Ledger", "bytes_of", "for_samples", "full_bytes", "full_lens"]
 
 
 class Cost(NamedTuple):
@@ -200,9 +201,25 @@ class Ledger:
 def full_bytes(pool: Pool, adapter: Adapter, seen_len: int) -> int:
     """Bytes a full cache of ``seen_len`` tokens takes in pages; sliding layers stop at their
     window."""
-    total = 0
-    for layer, shape in enumerate(adapter.shapes):
-        entries = seen_len if shape.window is None else min(seen_len, shape.window)
-        pages = pool.pages_for(entries) * shape.kv_heads
-        total += pages * int(pool.layer_page_bytes[layer])
-    return total
+    return bytes_of(pool, adapter, full_lens(adapter, seen_len))
+
+
+def full_lens(adapter: Adapter, seen_len: int, held: Items[int] | None = None) -> tuple[int, ...]:
+    """Entries per layer that a full cache of ``seen_len`` tokens holds in every KV head.
+
+    Sliding layers stop at their window, and let go of what is older some entries at a time:
+    ``held`` is how many they hold just now, which a full cache would hold as well.
+    """
+    held = held or (0,) * adapter.depth
+    return tuple(
+        seen_len if shape.window is None else max(min(seen_len, shape.window - 1), now)
+        for shape, now in zip(adapter.shapes, held, strict=True)
+    )
+
+
+def bytes_of(pool: Pool, adapter: Adapter, lens: Items[int]) -> int:
+    """Bytes of pages of a cache with so many entries per layer in every KV head."""
+    return sum(
+        int(pool.pages_for(entries)) * shape.kv_heads * int(size)
+        for entries, shape, size in zip(lens, adapter.shapes, pool.layer_page_bytes, strict=True)
+    )

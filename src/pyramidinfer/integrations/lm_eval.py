@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from typing import Any
@@ -75,7 +76,8 @@ class PyramidInferLM(TemplateLM):  # type: ignore[misc, unused-ignore]
     max_gen_toks : most generated tokens where a task does not say.
     rolling_context : in ``loglikelihood_rolling``, the share of a window that is compressed
         context.  None: 0.5, and 0 (lm-eval's own windows) for the policy ``full``.
-    add_bos_token, prefix_token_id, chat_template_args : as for lm-eval's ``hf``.
+    add_bos_token, prefix_token_id, chat_template_args : as for lm-eval's ``hf``; where a tokenizer
+        that is given, or has no BOS, begins a text with none, ``add_bos_token=True`` is refused.
     batch_size, max_batch_size : ignored, all requests of a call run together.
     options : options of the policy and of ``EngineConfig`` (``page_size``, ``max_requests``, …).
 
@@ -107,6 +109,8 @@ class PyramidInferLM(TemplateLM):  # type: ignore[misc, unused-ignore]
         self.max_gen_toks, self.rolling_context = max_gen_toks, rolling_context
         self.max_length = self._check_length(max_length)
         self.add_bos_token, self.chat_template_args = add_bos_token, chat_template_args or {}
+        if add_bos_token is not None:
+            self._set_bos(add_bos_token, isinstance(tokenizer, str | os.PathLike))
         self._prefix = self._find_prefix(prefix_token_id)
         self._prefix_text = self.tok_decode([self._prefix], skip_special_tokens=False)
         self._special = self._find_special()
@@ -142,6 +146,20 @@ class PyramidInferLM(TemplateLM):  # type: ignore[misc, unused-ignore]
                 f"max_length={max_length} is more than the model's {longest} positions"
             )
         return max_length
+
+    def _set_bos(self, wanted: bool, is_own: bool) -> None:
+        """Tell the tokenizer, as ``hf`` does: many have a BOS and add none by themselves.
+
+        is_own : it was loaded here, and is nobody else's.
+        """
+        if is_own:
+            self.tokenizer.add_bos_token = wanted
+        if wanted and self.tokenizer.encode("a")[:1] != [self.tokenizer.bos_token_id]:
+            raise ValueError(
+                "add_bos_token=True has no effect: "
+                + ("the tokenizer has no BOS; leave it out" if self.tokenizer.bos_token_id is None
+                   else "the tokenizer that was given adds no BOS; set its add_bos_token first")
+            )  # fmt: skip
 
     def _find_prefix(self, chosen: int | None) -> int:
         for token in (chosen, self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
@@ -363,8 +381,8 @@ class PyramidInferLM(TemplateLM):  # type: ignore[misc, unused-ignore]
         tally.requests += 1
         tally.tokens += len(request.prompt)
         tally.computed += self.llm.engine.metrics(request).prefill_tokens_computed
-        tally.cached += used.seen_len
-        tally.kept += used.kept_share * used.seen_len
+        tally.cached += sum(used.full_len)
+        tally.kept += sum(used.layer_means)
         tally.bytes += used.bytes
         tally.full_bytes += used.full_bytes
 

@@ -65,6 +65,7 @@ class Jobs:
         self.engine, self.own = llm.engine, llm.policy
         adapter = self.engine.adapter
         self.grammars = Grammars(llm.tokenizer, adapter.vocab_size, adapter.end_ids)
+        self.refused: dict[str, str] = {}  # policies that cannot be served, and why
         self.policies = self._policies()
         self._made = lru_cache(256)(self._make_policy)
 
@@ -255,8 +256,10 @@ class Jobs:
             )
         if name is not None and name not in self.policies:
             check_choice("policy", name, POLICIES)
+            reason = self.refused.get(name)
             raise ValueError(
-                f"policy {name!r} is not served here; there are {', '.join(self.policies)}"
+                f"policy {name!r} is not served here{f' ({reason})' if reason else ''}; there are "
+                f"{', '.join(self.policies)}"
             )
         low, high = settings.min_keep, settings.max_keep
         if keep is not None and not low <= keep <= high:
@@ -285,9 +288,10 @@ class Jobs:
                 asked_for = self.engine.bind(make_policy(name), measure=False)
                 asked_for.check(self.engine.adapter.layers_for(1))
                 self.engine.check_policy(asked_for)
-            except ValueError:
+            except ValueError as error:
                 if asked is not None:
                     raise
+                self.refused[name] = str(error)
                 continue
             if name != "full" or self.settings.max_keep == 1:
                 names.append(name)

@@ -70,7 +70,9 @@ class Metrics:
             "vllm:request_generation_tokens", "Generated tokens of a request", TOKENS
         )
         self._kept = self._histogram(
-            "pyramidinfer:request_kept_share", "Mean share of its text a request kept", SHARES
+            "pyramidinfer:request_kept_share",
+            "Share of a full cache's entries that a request kept",
+            SHARES,
         )
         self._prompt = self._counter("vllm:prompt_tokens", "Prompt tokens taken in").labels(model)
         self._generated = self._counter(
@@ -129,7 +131,7 @@ class Metrics:
         self._queue.observe(request.started - request.arrived)
         self._prompt_sizes.observe(len(request.prompt))
         self._kept.observe(request.kv.kept_share)
-        self._layers.add(request.kv.layer_means, request.kv.seen_len)
+        self._layers.add(request.kv.layer_means, request.kv.full_len)
         depth, computed = len(request.kv.kept_len), sum(request.computed)
         new = request.kv.seen_len - request.reused
         if request.leads:
@@ -150,11 +152,12 @@ class _Shares:
 
     def __init__(self) -> None:
         self.kept: list[float] = []
-        self.seen = 0
+        self.full: list[float] = []
 
-    def add(self, kept: tuple[float, ...], seen: int) -> None:
-        self.kept = [a + b for a, b in zip(self.kept or [0] * len(kept), kept, strict=True)]
-        self.seen += seen
+    def add(self, kept: tuple[float, ...], full: tuple[int, ...]) -> None:
+        nothing = [0.0] * len(kept)
+        self.kept = [a + b for a, b in zip(self.kept or nothing, kept, strict=True)]
+        self.full = [a + b for a, b in zip(self.full or nothing, full, strict=True)]
 
 
 class _Gauges:
@@ -219,12 +222,12 @@ class _Gauges:
             yield _one(CounterMetricFamily(name, text, labels=["model_name"]), model, value)
         shares = GaugeMetricFamily(
             "pyramidinfer:kv_kept_share",
-            "Share of the processed tokens that a layer kept, over all ended requests",
+            "Share of a full cache's entries that a layer kept, over all ended requests",
             labels=["model_name", "layer"],
         )
         layers = self.metrics._layers
-        for layer, kept in enumerate(layers.kept):
-            shares.add_metric([model, str(layer)], kept / max(1, layers.seen))
+        for layer, (kept, full) in enumerate(zip(layers.kept, layers.full, strict=True)):
+            shares.add_metric([model, str(layer)], kept / max(1, full))
         yield shares
 
 

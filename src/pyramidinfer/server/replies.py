@@ -201,6 +201,7 @@ class Reply:
         new = sum(len(each.token_ids) for each in self.choices) if not self.job.drop else 0
         caches = [each.kv for each in requests if each.kv is not None]
         kept = sum(sum(kv.layer_means) / len(kv.layer_means) for kv in caches)
+        full = sum(sum(kv.full_len) / len(kv.full_len) for kv in caches)
         skipped = sum(
             each.computed[0] - sum(each.computed) / len(each.computed)
             for each in leaders
@@ -211,7 +212,7 @@ class Reply:
         return {
             "prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new,
             "prompt_tokens_details": {"cached_tokens": sum(each.reused for each in leaders)},
-            "kv_tokens_kept": round(kept), "kv_tokens_full": sum(kv.seen_len for kv in caches),
+            "kv_tokens_kept": round(kept), "kv_tokens_full": round(full),
             "prefill_tokens_skipped": round(skipped),
             "kv_bytes": sum(kv.bytes for kv in caches),
             "kv_bytes_full": sum(kv.full_bytes for kv in caches), **extra,
@@ -219,8 +220,8 @@ class Reply:
 
 
 def _kv(kv: KVUsage) -> dict[str, Any]:
-    return {"seen": kv.seen_len, "kept": [list(heads) for heads in kv.kept_len], "bytes": kv.bytes,
-            "full_bytes": kv.full_bytes}  # fmt: skip
+    return {"seen": kv.seen_len, "kept": [list(heads) for heads in kv.kept_len],
+            "full": list(kv.full_len), "bytes": kv.bytes, "full_bytes": kv.full_bytes}  # fmt: skip
 
 
 def failure(error: Exception) -> dict[str, Any]:
