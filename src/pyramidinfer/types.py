@@ -105,6 +105,7 @@ class Needs:
     newest one otherwise); the same in every governed layer.
     ``column_sums``: attention each entry got from *all* new queries, per KV head.
     ``slot_scores``: the running score kept beside each entry.
+    ``keys``: the entries' keys, for ``retain`` and ``evict``.
     ``propagate``, ``retain``, ``evict``: which questions to ask; the others are answered "all".
     ``among``: ranks by age ``(first, last)`` of the entries whose scores ``evict`` will look at,
     the same tokens in every head; the others' may be 0.
@@ -117,6 +118,7 @@ class Needs:
     remember: bool = False
     column_sums: bool = False
     slot_scores: bool = False
+    keys: bool = False
     propagate: bool = False
     retain: bool = False
     evict: bool = False
@@ -156,11 +158,13 @@ class Observation:
     positions : ``[kv_heads, n]`` original positions; for ``propagate`` ``[1, new_len]``.
     scores : ``[1 or kv_heads, n]`` window scores, entry by entry, or None.
     column_sums, slot_scores : ``[kv_heads, n]`` or None.
+    keys : ``[kv_heads, n, key_dim]``, as they are in the cache (rotated), float32 or wider; or
+        None.
     protected : ``[kv_heads or 1, n]`` bool, entries that must stay.
 
     ``n`` is the length of the longest head (``view.kept_len``).  A head that is shorter has its
     ``view.head_lens`` entries in front; behind them positions are negative, no two the same,
-    scores 0 and nothing is protected.
+    scores and keys 0 and nothing is protected.
     """
 
     view: View
@@ -169,6 +173,7 @@ class Observation:
     scores: Tensor | None = None
     column_sums: Tensor | None = None
     slot_scores: Tensor | None = None
+    keys: Tensor | None = None
 
 
 class Keep(NamedTuple):

@@ -1,4 +1,4 @@
-"""Seven published methods and the project's own written out by hand, to judge the engine's.
+"""Nine published methods and the project's own written out by hand, to judge the engine's.
 
 A Llama model runs in float64, token row by token row, with whole attention rows; the cache is a
 dict per layer and KV head.  Written from the papers and from what each policy's docstring says of
@@ -319,6 +319,41 @@ class Judge:
         last = torch.stack([weights[:, -1] for weights in seen.weights]).mean((0, 1)).tolist()
         scores = dict(zip(positions, last, strict=True))
         return self._best(seen.held, [scores] * self.kv_heads, budget, [set()] * self.kv_heads)
+
+    def chunkkv(self, seen: Seen, retain_ratio: float = 0.1, chunk_length: int = 10,
+                window: int = 32) -> Kept | None:  # fmt: skip
+        """The chunks that the last queries of all heads look at most
+        (https://arxiv.org/abs/2502.00299)."""
+        positions = seen.held[0]
+        budget = max(self._budget(round(retain_ratio * self.text)), window + chunk_length)
+        if seen.is_decode or len(positions) <= budget:
+            return None
+        given = torch.stack([weights[:, -window:] for weights in seen.weights]).mean((0, 1)).sum(0)
+        amounts = dict(zip(positions, given.tolist(), strict=True))
+        recent = {each for each in positions if each >= self.seen - window}
+        members: dict[int, list[float]] = {}
+        for position in positions:
+            if position not in recent:
+                members.setdefault(position // chunk_length, []).append(amounts[position])
+        means = {number: sum(given) / len(given) for number, given in members.items()}
+        scores = {each: means.get(each // chunk_length, 0.0) for each in positions}
+        count = window + (budget - window) // chunk_length * chunk_length
+        return self._best(seen.held, [scores] * self.kv_heads, count, [recent] * self.kv_heads)
+
+    def keydiff(self, seen: Seen, capacity: int = 2048) -> Kept | None:
+        """The keys least like the mean of all (https://arxiv.org/abs/2504.15364)."""
+        budget = self._budget(capacity)
+        if len(seen.held[0]) <= budget:
+            return None
+        scores = []
+        for head, positions in enumerate(seen.held):
+            entries = self.cache[seen.layer][head]
+            keys = self._turn(torch.stack([entries[each].key for each in positions]), positions)
+            ones = [key / key.norm() if key.any() else key for key in keys]  # of length 1, or 0
+            mean = torch.stack(ones).mean(0)
+            alike = [float(one @ mean / mean.norm()) for one in ones]
+            scores.append({each: -one for each, one in zip(positions, alike, strict=True)})
+        return self._best(seen.held, scores, budget, [set()] * self.kv_heads)
 
     def fastkv(self, seen: Seen, retain_ratio: float = 0.1, layer: int | None = None,
                propagate_ratio: float = 0.2, **options: Any) -> Kept | None:  # fmt: skip

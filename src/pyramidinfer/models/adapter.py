@@ -277,7 +277,7 @@ class Adapter:
             assert going is None or not intake.all_rows or len(going) == intake.length, "scored"
         if needs.retain:
             keep, table.state = policy.retain(
-                observe(pool, sequence, view, intake.scores, intake.columns), table.state
+                observe(pool, sequence, view, needs, intake.scores, intake.columns), table.state
             )
             pool.keep(table, layer, keep)
         self._trim(pool, sequence, layer, intake.first + intake.tokens.shape[0], slack=0)

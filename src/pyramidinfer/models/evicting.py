@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from pyramidinfer.attention import Backend, Scale, ragged
@@ -34,7 +35,8 @@ def evict(pool: Pool, sequence: Sequence, backend: Backend, scales: list[Scale |
             scale = scales[layer]
             assert scale is not None
             scores = _ring_scores(pool, table, layer, needs, backend, scale)
-        keep, table.state = policy.evict(observe(pool, sequence, view, scores, None), table.state)
+        seen = observe(pool, sequence, view, needs, scores)
+        keep, table.state = policy.evict(seen, table.state)
         pool.keep(table, layer, keep)
     if rules:
         evict_best(pool, table, rules, [scales[layer] for layer, _ in rules], sequence.protected)
@@ -43,16 +45,28 @@ def evict(pool: Pool, sequence: Sequence, backend: Backend, scales: list[Scale |
     )
 
 
-def observe(pool: Pool, sequence: Sequence, view: View, scores: Tensor | None,
-            columns: Tensor | None) -> Observation:  # fmt: skip
+def observe(pool: Pool, sequence: Sequence, view: View, needs: Needs, scores: Tensor | None,
+            columns: Tensor | None = None) -> Observation:  # fmt: skip
     """A layer's entries as its policy sees them."""
-    positions = pool.positions(sequence.table, view.layer)
-    running = None
-    if sequence.policy.uses_scores:
-        running = pool.scores(sequence.table, view.layer)
+    table, layer = sequence.table, view.layer
+    positions = pool.positions(table, layer)
+    running = pool.scores(table, layer) if sequence.policy.uses_scores else None
+    keys = _keys(pool, table, layer) if needs.keys else None
     return Observation(
-        view, positions, sequence.is_protected(positions), scores, columns, running
+        view, positions, sequence.is_protected(positions), scores, columns, running, keys
     )  # fmt: skip
+
+
+def _keys(pool: Pool, table: Table, layer: int) -> Tensor:
+    """``[kv_heads, longest, key_dim]`` in float32 or wider, 0 behind a shorter head."""
+    spec = pool.group(layer).spec
+    keys = torch.zeros(
+        pool.kv_heads, int(table.longest[layer]), spec.key_dim,
+        dtype=torch.promote_types(spec.dtype, torch.float32), device=pool.device,
+    )  # fmt: skip
+    for run in runs_of(pool, table, layer, values=False):
+        keys[run.heads, : run.keys.shape[1]] = run.keys.to(keys.dtype)
+    return keys
 
 
 def _ring_scores(pool: Pool, table: Table, layer: int, needs: Needs, backend: Backend,
