@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -46,27 +48,30 @@ def evict(pool: Pool, sequence: Sequence, backend: Backend, scales: list[Scale |
 
 
 def observe(pool: Pool, sequence: Sequence, view: View, needs: Needs, scores: Tensor | None,
-            columns: Tensor | None = None) -> Observation:  # fmt: skip
+            columns: Tensor | None = None, queries: tuple[Tensor, Tensor] | None = None
+            ) -> Observation:  # fmt: skip
     """A layer's entries as its policy sees them."""
     table, layer = sequence.table, view.layer
     positions = pool.positions(table, layer)
     running = pool.scores(table, layer) if sequence.policy.uses_scores else None
-    keys = _keys(pool, table, layer) if needs.keys else None
+    keys = _wide(pool, table, layer, pool.keys) if needs.keys else None
+    values = _wide(pool, table, layer, pool.values) if needs.values else None
     return Observation(
-        view, positions, sequence.is_protected(positions), scores, columns, running, keys
+        view, positions, sequence.is_protected(positions), scores, columns, running, keys, values,
+        queries,
     )  # fmt: skip
 
 
-def _keys(pool: Pool, table: Table, layer: int) -> Tensor:
-    """``[kv_heads, longest, key_dim]`` in float32 or wider, 0 behind a shorter head."""
-    spec = pool.group(layer).spec
-    keys = torch.zeros(
-        pool.kv_heads, int(table.longest[layer]), spec.key_dim,
-        dtype=torch.promote_types(spec.dtype, torch.float32), device=pool.device,
-    )  # fmt: skip
-    for run in runs_of(pool, table, layer, values=False):
-        keys[run.heads, : run.keys.shape[1]] = run.keys.to(keys.dtype)
-    return keys
+def _wide(pool: Pool, table: Table, layer: int,
+          read: Callable[[Table, int, slice], Tensor]) -> Tensor:  # fmt: skip
+    """Keys or values ``[kv_heads, longest, dim]`` in float32 or wider, 0 behind a shorter head."""
+    parts = [(heads, read(table, layer, heads)) for heads in pool.runs(table, layer)]
+    first, longest = parts[0][1], int(table.longest[layer])
+    wide = torch.promote_types(first.dtype, torch.float32)
+    out = first.new_zeros(pool.kv_heads, longest, first.shape[-1], dtype=wide)
+    for heads, part in parts:
+        out[heads, : part.shape[1]] = part
+    return out
 
 
 def _ring_scores(pool: Pool, table: Table, layer: int, needs: Needs, backend: Backend,

@@ -3,6 +3,7 @@
 from pyramidinfer.policies.base import Forecast, Policy
 from pyramidinfer.policies.chunkkv import ChunkKV
 from pyramidinfer.policies.duo import Duo
+from pyramidinfer.policies.expected_attention import ExpectedAttention
 from pyramidinfer.policies.fastkv import FastKV
 from pyramidinfer.policies.full import Full
 from pyramidinfer.policies.h2o import H2O
@@ -23,6 +24,7 @@ __all__ = [
     "TOVA",
     "ChunkKV",
     "Duo",
+    "ExpectedAttention",
     "FastKV",
     "Forecast",
     "Full",

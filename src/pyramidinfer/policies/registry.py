@@ -10,6 +10,7 @@ from pyramidinfer.config import nearest
 from pyramidinfer.policies.base import Policy
 from pyramidinfer.policies.chunkkv import ChunkKV
 from pyramidinfer.policies.duo import Duo
+from pyramidinfer.policies.expected_attention import ExpectedAttention
 from pyramidinfer.policies.fastkv import FastKV
 from pyramidinfer.policies.full import Full
 from pyramidinfer.policies.h2o import H2O
@@ -28,7 +29,7 @@ POLICIES: dict[str, type[Policy]] = {
     policy.name: policy
     for policy in (
         Full, Pyramid, PyramidInfer, Duo, StreamingLLM, H2O, Scissorhands, SnapKV, PyramidKV, TOVA,
-        FastKV, ChunkKV, KeyDiff,
+        FastKV, ChunkKV, KeyDiff, ExpectedAttention,
     )
 }  # fmt: skip
 
