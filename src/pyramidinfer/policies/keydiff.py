@@ -43,6 +43,9 @@ class KeyDiff(Retaining):
     def entries(self, text_len: int) -> int:
         return self.capacity
 
+    def floor(self) -> int:
+        return 2  # both of two keys are as far from their mean
+
     def needs(self, view: View) -> Needs:
         if not self.over(view):
             return Needs()
