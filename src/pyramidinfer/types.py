@@ -11,6 +11,7 @@ from torch import Tensor
 from pyramidinfer.config import is_number, named_options
 
 __all__ = [
+    "Ahead",
     "AttentionShape",
     "Best",
     "KVUsage",
@@ -97,6 +98,15 @@ class Best:
 
 
 @dataclass(frozen=True, slots=True)
+class Ahead:
+    """Queries to come, told from those of the text: as if they stood at the ``positions`` right
+    behind it.  Those of the text's first ``skip`` tokens do not count."""
+
+    positions: int
+    skip: int
+
+
+@dataclass(frozen=True, slots=True)
 class Needs:
     """What must be observed in a layer before the policy is asked.
 
@@ -105,6 +115,9 @@ class Needs:
     newest one otherwise); the same in every governed layer.
     ``column_sums``: attention each entry got from *all* new queries, per KV head.
     ``slot_scores``: the running score kept beside each entry.
+    ``keys``, ``values``: the entries' own, for ``retain`` and ``evict``.
+    ``ahead``: the mean and covariance of the text's queries, as they would stand at positions
+    behind it, for ``retain``.
     ``propagate``, ``retain``, ``evict``: which questions to ask; the others are answered "all".
     ``among``: ranks by age ``(first, last)`` of the entries whose scores ``evict`` will look at,
     the same tokens in every head; the others' may be 0.
@@ -117,6 +130,9 @@ class Needs:
     remember: bool = False
     column_sums: bool = False
     slot_scores: bool = False
+    keys: bool = False
+    values: bool = False
+    ahead: Ahead | None = None
     propagate: bool = False
     retain: bool = False
     evict: bool = False
@@ -156,11 +172,15 @@ class Observation:
     positions : ``[kv_heads, n]`` original positions; for ``propagate`` ``[1, new_len]``.
     scores : ``[1 or kv_heads, n]`` window scores, entry by entry, or None.
     column_sums, slot_scores : ``[kv_heads, n]`` or None.
+    keys, values : ``[kv_heads, n, key_dim]`` as they are in the cache (rotated), and ``[kv_heads,
+        n, value_dim]``, float32 or wider; or None.
+    queries : the mean ``[heads, key_dim]`` and covariance ``[heads, key_dim, key_dim]`` of the
+        text's queries times the scale of their softmax, as ``ahead`` asked for; or None.
     protected : ``[kv_heads or 1, n]`` bool, entries that must stay.
 
     ``n`` is the length of the longest head (``view.kept_len``).  A head that is shorter has its
     ``view.head_lens`` entries in front; behind them positions are negative, no two the same,
-    scores 0 and nothing is protected.
+    scores, keys and values 0 and nothing is protected.
     """
 
     view: View
@@ -169,6 +189,9 @@ class Observation:
     scores: Tensor | None = None
     column_sums: Tensor | None = None
     slot_scores: Tensor | None = None
+    keys: Tensor | None = None
+    values: Tensor | None = None
+    queries: tuple[Tensor, Tensor] | None = None
 
 
 class Keep(NamedTuple):

@@ -1,4 +1,4 @@
-"""Seven published methods and the project's own written out by hand, to judge the engine's.
+"""Nine published methods and the project's own written out by hand, to judge the engine's.
 
 A Llama model runs in float64, token row by token row, with whole attention rows; the cache is a
 dict per layer and KV head.  Written from the papers and from what each policy's docstring says of
@@ -103,6 +103,7 @@ class Judge:
         self.new = 0  # tokens of the text last taken in
         self.memory: dict[tuple[int, int], Any] = {}  # of H2O, Scissorhands and Pyramid
         self.looked: list[dict[int, float]] = []  # Pyramid's scores of the layer at hand
+        self.queries = torch.empty(0)  # [rows, heads, head_dim] of the layer at hand, not rotated
 
     # --- the model ----------------------------------------------------------------------------
 
@@ -158,7 +159,7 @@ class Judge:
             self._linear(normed, f"{name}.self_attn.{kind}_proj").unflatten(1, (heads, -1))
             for kind, heads in (("q", self.heads), ("k", self.kv_heads), ("v", self.kv_heads))
         )
-        out = torch.zeros_like(queries)
+        out, self.queries = torch.zeros_like(queries), queries
         held_by_head, weights_by_head = [], []
         for kv_head in range(self.kv_heads):
             entries = self.cache[layer][kv_head]
@@ -320,6 +321,85 @@ class Judge:
         scores = dict(zip(positions, last, strict=True))
         return self._best(seen.held, [scores] * self.kv_heads, budget, [set()] * self.kv_heads)
 
+    def chunkkv(self, seen: Seen, retain_ratio: float = 0.1, chunk_length: int = 10,
+                window: int = 32) -> Kept | None:  # fmt: skip
+        """The chunks that the last queries of all heads look at most
+        (https://arxiv.org/abs/2502.00299)."""
+        positions = seen.held[0]
+        budget = max(self._budget(round(retain_ratio * self.text)), window + chunk_length)
+        if seen.is_decode or len(positions) <= budget:
+            return None
+        given = torch.stack([weights[:, -window:] for weights in seen.weights]).mean((0, 1)).sum(0)
+        amounts = dict(zip(positions, given.tolist(), strict=True))
+        recent = {each for each in positions if each >= self.seen - window}
+        members: dict[int, list[float]] = {}
+        for position in positions:
+            if position not in recent:
+                members.setdefault(position // chunk_length, []).append(amounts[position])
+        means = {number: sum(given) / len(given) for number, given in members.items()}
+        scores = {each: means.get(each // chunk_length, 0.0) for each in positions}
+        count = window + (budget - window) // chunk_length * chunk_length
+        return self._best(seen.held, [scores] * self.kv_heads, count, [recent] * self.kv_heads)
+
+    def keydiff(self, seen: Seen, capacity: int = 2048) -> Kept | None:
+        """The keys least like the mean of all (https://arxiv.org/abs/2504.15364)."""
+        budget = self._budget(capacity)
+        if len(seen.held[0]) <= budget:
+            return None
+        scores = []
+        for head, positions in enumerate(seen.held):
+            entries = self.cache[seen.layer][head]
+            keys = self._turn(torch.stack([entries[each].key for each in positions]), positions)
+            ones = [key / key.norm() if key.any() else key for key in keys]  # of length 1, or 0
+            mean = torch.stack(ones).mean(0)
+            alike = [float(one @ mean / mean.norm()) for one in ones]
+            scores.append({each: -one for each, one in zip(positions, alike, strict=True)})
+        return self._best(seen.held, scores, budget, [set()] * self.kv_heads)
+
+    def expected_attention(self, seen: Seen, retain_ratio: float = 0.5, ahead: int = 512,
+                           sinks: int = 4, epsilon: float = 0.02, adaptive: bool = True,
+                           safeguard: float = 0.2) -> Kept | None:  # fmt: skip
+        """The attention that normally distributed queries to come would give, times the value's
+        length (https://arxiv.org/abs/2510.00636)."""
+        budget = max(self._budget(round(retain_ratio * self.text)), sinks + 1)
+        held = [len(head) for head in seen.held]
+        if seen.is_decode or (
+            sum(held) <= budget * self.kv_heads if adaptive else max(held) <= budget
+        ):
+            return None
+        dim = self.queries.shape[-1]
+        places = list(range(self.seen, self.seen + ahead))
+        turns = [  # of the unit vectors, to every place
+            self._turn(unit.expand(ahead, dim), places).mean(0)
+            for unit in torch.eye(dim, dtype=torch.float64)
+        ]
+        turn = torch.stack(turns, dim=1)
+        counted = self.queries[[at for at, row in enumerate(seen.rows) if row >= sinks]]
+        scores, always = [], []
+        for kv_head, positions in enumerate(seen.held):
+            entries = self.cache[seen.layer][kv_head]
+            late = [each for each in positions if each >= sinks]
+            keys = self._turn(torch.stack([entries[each].key for each in late]), late)
+            expected = torch.zeros(len(late), dtype=torch.float64)
+            for head in range(kv_head * self.group, (kv_head + 1) * self.group):
+                mean = counted[:, head].mean(0)
+                spread = counted[:, head] - mean
+                covariance = turn @ (spread.T @ spread / len(counted)) @ turn.T
+                logits = [
+                    key @ turn @ mean / dim**0.5 + key @ covariance @ key / (2 * dim)
+                    for key in keys
+                ]
+                expected += torch.softmax(torch.stack(logits), 0) / self.group
+            found = {
+                each: float((weight + epsilon) * entries[each].value.norm())
+                for each, weight in zip(late, expected, strict=True)
+            }
+            scores.append({each: found.get(each, 0.0) for each in positions})
+            always.append({each for each in positions if each < sinks})
+        if not adaptive:
+            return self._best(seen.held, scores, budget, always)
+        return self._adaptive(seen.held, scores, budget, always, safeguard)
+
     def fastkv(self, seen: Seen, retain_ratio: float = 0.1, layer: int | None = None,
                propagate_ratio: float = 0.2, **options: Any) -> Kept | None:  # fmt: skip
         """SnapKV's retention in every layer (https://arxiv.org/abs/2502.01068)."""
@@ -366,19 +446,23 @@ class Judge:
             recent.append(newest)
         if not adaptive:
             return self._best(seen.held, scores, budget, recent)
-        # Ada-KV (https://arxiv.org/abs/2407.11550): one ranking for all heads of the layer.
-        even = budget - window
+        return self._adaptive(seen.held, scores, budget, recent, safeguard)
+
+    def _adaptive(self, held: list[list[int]], scores: list[dict[int, float]], budget: int,
+                  always: list[set[int]], safeguard: float) -> Kept:  # fmt: skip
+        """Ada-KV (https://arxiv.org/abs/2407.11550): one ranking for all heads of the layer."""
+        even = budget - len(always[0])
         pairs = [
             (-score[position], head, position)
             for head, score in enumerate(scores) for position in score
-            if position not in recent[head]
+            if position not in always[head]
         ]  # fmt: skip
         won = [head for _, head, _ in sorted(pairs)[: self.kv_heads * even]]
         kept: Kept = []
         for head in range(self.kv_heads):
             own = round((1 - safeguard) * won.count(head) + safeguard * even)
             one = slice(head, head + 1)
-            kept += self._best(seen.held[one], scores[one], window + own, recent[one])
+            kept += self._best(held[one], scores[one], len(always[head]) + own, always[one])
         return kept
 
     def _duo_limits(self, profile: Any, sinks: int, recent: int, spare: float, min_context: int,

@@ -23,7 +23,8 @@ from tests.tiny import VOCAB, random_prompt
 
 NEW = 20
 SPANS = (3, 4, 20)
-PER_HEAD = {"h2o", "scissorhands", "snapkv", "pyramidkv", "fastkv", "pyramid", "duo"}
+PER_HEAD = {"h2o", "scissorhands", "snapkv", "pyramidkv", "fastkv", "pyramid", "duo",
+            "keydiff", "expected_attention"}  # fmt: skip
 BY_HEAD = {"duo", "pyramid"}  # some heads lose nothing
 NEEDED = Profile(
     ((0.1, 0.9), (0.4, 0.2), (0.8, 0.3), (0.02, 0.05)), (True,) * 4, "a text", (9, 9), 0.9, 0.2,
@@ -58,6 +59,13 @@ CASES: list[tuple[str, float | None, tuple[int, ...], dict[str, Any]]] = [
     ("pyramidkv", None, SPANS, {"capacity": 30, "beta": 2.0, "pooling": "max"}),
     ("tova", 0.5, (), {}),
     ("tova", None, SPANS, {"capacity": 20}),
+    ("chunkkv", 0.5, (), {"window": 8}),
+    ("chunkkv", None, SPANS, {"window": 5, "chunk_length": 7, "retain_ratio": 0.4}),
+    ("keydiff", 0.5, (), {}),
+    ("keydiff", None, SPANS, {"capacity": 20}),
+    ("expected_attention", 0.5, (), {}),
+    ("expected_attention", None, SPANS, {"retain_ratio": 0.3, "ahead": 40, "epsilon": 0.0}),
+    ("expected_attention", 0.4, (), {"adaptive": False, "sinks": 0}),
     ("fastkv", None, (), {"propagate_ratio": 0.4, "retain_ratio": 0.3}),
     ("fastkv", 0.4, SPANS, {"layer": 0, "window": 4}),
     ("fastkv", 0.5, (), {"layer": 2, "kernel": 3, "pooling": "max"}),
@@ -166,6 +174,16 @@ def test_method_equals_its_judge(
         ("snapkv", {"window": 8, "capacity": 30, "adaptive": True}, {"window": 8, "capacity": 30}),
         ("pyramidkv", {"capacity": 30}, {"capacity": 30, "kernel": 5}),
         ("tova", {"capacity": 20}, {"capacity": 21}),
+        (
+            "chunkkv",
+            {"window": 8, "retain_ratio": 0.4},
+            {"window": 8, "retain_ratio": 0.4, "chunk_length": 9},
+        ),
+        ("chunkkv", {"window": 8, "retain_ratio": 0.4}, {"window": 9, "retain_ratio": 0.4}),
+        ("keydiff", {"capacity": 20}, {"capacity": 19}),
+        ("expected_attention", {}, {"ahead": 400}),
+        ("expected_attention", {}, {"epsilon": 0.01}),
+        ("expected_attention", {}, {"adaptive": False}),
         ("fastkv", {"retain_ratio": 0.3}, {"retain_ratio": 0.3, "layer": 2}),
         ("pyramid", SHORT, {**SHORT, "kernel": 5}),
         ("pyramid", SHORT, {**SHORT, "window": 7}),
@@ -218,6 +236,9 @@ def test_wrong_rotary_positions_are_noticed(monkeypatch: pytest.MonkeyPatch) -> 
         ("duo", 0.4, FEW),
         ("duo", 0.5, {**FEW, "spare": 0.4, "stride": 5}),
         ("tova", 0.4, {}),
+        ("chunkkv", 0.5, {"window": 8}),
+        ("keydiff", 0.4, {}),
+        ("expected_attention", 0.5, {}),
         ("fastkv", None, {"retain_ratio": 0.3, "propagate_ratio": 0.5}),
         ("pyramid", 0.4, SHORT),
         ("pyramid", 0.4, {**SHORT, **EARLY}),

@@ -130,7 +130,7 @@ class Ledger:
         rows = policy.ring(total, max_new)
         ring = rows * (layers.count * heads * (key_dim * item + high) + 8)
         state = policy.start(layers)
-        window = columns = 0
+        window = columns = moments = 0
         for layer in range(layers.count):
             length, kept = int(reach[layer]), int(most[layer] + reach[layer])
             lens = tuple((base[layer] + reach[layer]).tolist())
@@ -139,9 +139,11 @@ class Ledger:
             needs = policy.needs(view)
             window = max(window, min(needs.window, length))
             columns = max(columns, (bool(needs.window) + needs.column_sums) * kept)
+            moments = max(moments, bool(needs.ahead) * heads * key_dim * (key_dim + 1))
         kv_heads = max(shape.kv_heads for shape in adapter.shapes)
         transient = 2 * new * adapter.hidden_size * item + policy.working_bytes(new)
         transient += window * heads * key_dim * item + columns * kv_heads * high
+        transient += moments * high + 8 * bool(moments)
         return ring + sum(value.nbytes for value in state.values()), transient
 
     def _turned(self, policy: Policy, protected: int) -> int:

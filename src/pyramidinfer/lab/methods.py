@@ -115,8 +115,13 @@ def answers(kind: type[Policy]) -> Answers:
             rises = kept == sorted(kept)
             budget = f"a budget {'falling' if falls else 'rising' if rises else 'varying'} "
             budget += "with depth"
-        own = any(n.reduce.heads.startswith("kv_") or n.column_sums or n.slot_scores for n in needs)
+        own = any(
+            n.reduce.heads.startswith("kv_") or n.column_sums or n.slot_scores or n.keys
+            for n in needs
+        )
         retain = f"{budget}, {'each KV head its own' if own else 'all heads the same'}"
+        if forecast.total is not None:
+            retain += ", in numbers of their own"
     else:
         retain = "what reached the layer" if dropping else "all"
     later = policy.forecast(LENGTH, LENGTH, layers).kept
@@ -131,6 +136,10 @@ def _looks_at(needs: list[Any]) -> str:
     window = max(each.window for each in needs)
     if any(each.column_sums or each.slot_scores for each in needs):
         return "all queries so far"
+    if any(each.ahead for each in needs):
+        return "queries to come, as the text's foretell them"
+    if any(each.keys for each in needs):
+        return "none: keys alone"
     return {0: "–", 1: "the newest query"}.get(window, "the newest queries")
 
 

@@ -204,7 +204,14 @@ class Adapter:
         active = decoding if riding is not None else None
         window = self.shapes[layer].window
         call = LayerCall(
-            pool, self.backend, layer, window, active, segments, self._last_only(layer)
+            pool,
+            self.backend,
+            layer,
+            window,
+            active,
+            segments,
+            self.streaming,
+            self._last_only(layer),
         )
         if self.fused is not None:
             fused = self.fused.layers[layer]
@@ -278,8 +285,8 @@ class Adapter:
         if needs.propagate and layer < self.depth - 1:
             seen = Observation(
                 view, intake.positions[None], sequence.is_protected(intake.positions)[None],
-                *(_newest(each, intake.length, table.lens(layer))
-                  for each in (intake.scores, intake.columns)),
+                _newest(intake.scores, intake.length, table.lens(layer)),
+                _newest(intake.columns, intake.length, table.lens(layer)),
             )  # fmt: skip
             keep, table.state = policy.propagate(seen, table.state)
             going = None if keep.indices is None else keep.indices[0]
@@ -287,8 +294,9 @@ class Adapter:
             assert going is None or not intake.all_rows or len(going) == intake.length, "scored"
         if needs.retain:
             keep, table.state = policy.retain(
-                observe(pool, sequence, view, intake.scores, intake.columns), table.state
-            )
+                observe(pool, sequence, view, needs, intake.scores, intake.columns,
+                        self._expected(intake)), table.state
+            )  # fmt: skip
             pool.keep(table, layer, keep)
         self._trim(pool, sequence, layer, intake.first + intake.tokens.shape[0], slack=0)
         table.state = policy.settled(self._view(intake))
@@ -297,7 +305,7 @@ class Adapter:
         intake.hidden = hidden if going is None else hidden[going]
         if going is not None:
             intake.positions = intake.positions[going]
-        intake.queries = intake.scores = intake.columns = None
+        intake.queries = intake.scores = intake.columns = intake.moments = None
         intake.layer, intake.done = layer + 1, 0
         if not intake.finished:
             table.transient_bytes = intake.transient_bytes
@@ -310,6 +318,19 @@ class Adapter:
         if policy.streams:
             self.streaming.close_gaps(pool, sequence)
         return hidden if intake.all_rows else hidden[-1:]
+
+    def _expected(self, intake: Intake) -> tuple[Tensor, Tensor] | None:
+        """Mean and covariance of the queries to come, times the softmax's scale."""
+        ahead, scale = intake.needs.ahead, self.scales[intake.layer]
+        if ahead is None or intake.moments is None:
+            return None
+        assert scale is not None
+        sequence = intake.sequence
+        first = intake.first + intake.tokens.shape[0] - sequence.offset
+        positions = torch.arange(first, first + ahead.positions, device=self.device)
+        mean, covariance = intake.moments.mean_and_covariance
+        turn = self.streaming.mean_turn(mean, positions, intake.layer, sequence, intake.end)
+        return mean @ turn * scale.scale, turn.T @ covariance @ turn * scale.scale**2
 
     def _view(self, intake: Intake) -> View:
         sequence, layer = intake.sequence, intake.layer

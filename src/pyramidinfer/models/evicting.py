@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor
 
 from pyramidinfer.attention import Backend, Scale, ragged
@@ -34,7 +37,8 @@ def evict(pool: Pool, sequence: Sequence, backend: Backend, scales: list[Scale |
             scale = scales[layer]
             assert scale is not None
             scores = _ring_scores(pool, table, layer, needs, backend, scale)
-        keep, table.state = policy.evict(observe(pool, sequence, view, scores, None), table.state)
+        seen = observe(pool, sequence, view, needs, scores)
+        keep, table.state = policy.evict(seen, table.state)
         pool.keep(table, layer, keep)
     if rules:
         evict_best(pool, table, rules, [scales[layer] for layer, _ in rules], sequence.protected)
@@ -43,16 +47,31 @@ def evict(pool: Pool, sequence: Sequence, backend: Backend, scales: list[Scale |
     )
 
 
-def observe(pool: Pool, sequence: Sequence, view: View, scores: Tensor | None,
-            columns: Tensor | None) -> Observation:  # fmt: skip
+def observe(pool: Pool, sequence: Sequence, view: View, needs: Needs, scores: Tensor | None,
+            columns: Tensor | None = None, queries: tuple[Tensor, Tensor] | None = None
+            ) -> Observation:  # fmt: skip
     """A layer's entries as its policy sees them."""
-    positions = pool.positions(sequence.table, view.layer)
-    running = None
-    if sequence.policy.uses_scores:
-        running = pool.scores(sequence.table, view.layer)
+    table, layer = sequence.table, view.layer
+    positions = pool.positions(table, layer)
+    running = pool.scores(table, layer) if sequence.policy.uses_scores else None
+    keys = _wide(pool, table, layer, pool.keys) if needs.keys else None
+    values = _wide(pool, table, layer, pool.values) if needs.values else None
     return Observation(
-        view, positions, sequence.is_protected(positions), scores, columns, running
+        view, positions, sequence.is_protected(positions), scores, columns, running, keys, values,
+        queries,
     )  # fmt: skip
+
+
+def _wide(pool: Pool, table: Table, layer: int,
+          read: Callable[[Table, int, slice], Tensor]) -> Tensor:  # fmt: skip
+    """Keys or values ``[kv_heads, longest, dim]`` in float32 or wider, 0 behind a shorter head."""
+    parts = [(heads, read(table, layer, heads)) for heads in pool.runs(table, layer)]
+    first, longest = parts[0][1], int(table.longest[layer])
+    wide = torch.promote_types(first.dtype, torch.float32)
+    out = first.new_zeros(pool.kv_heads, longest, first.shape[-1], dtype=wide)
+    for heads, part in parts:
+        out[heads, : part.shape[1]] = part
+    return out
 
 
 def _ring_scores(pool: Pool, table: Table, layer: int, needs: Needs, backend: Backend,

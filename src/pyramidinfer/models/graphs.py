@@ -220,7 +220,9 @@ def _layers(adapter: Adapter, pool: Pool, frame: Frame, size: Size) -> tuple[Ten
     plan = adapter.backend.plan(frame.tables, frame.lengths, longest, frame.positions)
     decoding = Decoding(plan, pages, newest % pool.page_size, size.rings, size.scores)
     for index, layer in enumerate(fused.layers):
-        call = LayerCall(pool, adapter.backend, index, layer.shape.window, decoding, [])
+        call = LayerCall(
+            pool, adapter.backend, index, layer.shape.window, decoding, [], adapter.streaming
+        )
         hidden = layer(hidden, (frame.cos, frame.sin), call)
     if size.rings:
         decoding.observe_all(torch.stack(decoding.queries), torch.stack(decoding.lse))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,6 +49,29 @@ class Sequence:
         return self.protected[positions.clamp(0, last)] & there
 
 
+class Moments(NamedTuple):
+    """Sums over queries before rotation: how many ``[]``, of them ``[heads, key_dim]``, and of
+    their outer products ``[heads, key_dim, key_dim]``."""
+
+    number: Tensor
+    first: Tensor
+    second: Tensor
+
+    @staticmethod
+    def of(queries: Tensor) -> Moments:
+        """queries ``[heads, n, key_dim]``."""
+        number = torch.tensor(queries.shape[1], device=queries.device)
+        return Moments(number, queries.sum(1), queries.mT @ queries)
+
+    def plus(self, other: Moments) -> Moments:
+        return Moments(*(mine + theirs for mine, theirs in zip(self, other, strict=True)))
+
+    @property
+    def mean_and_covariance(self) -> tuple[Tensor, Tensor]:
+        mean = self.first / self.number
+        return mean, self.second / self.number - mean[:, :, None] * mean[:, None]
+
+
 @dataclass(slots=True, eq=False)
 class Intake:
     """Progress of a request's new tokens: a prompt (prefill) or more text (extend).
@@ -75,6 +99,7 @@ class Intake:
     queries: Tensor | None = None  # [window, heads, key_dim], the newest queries of the layer
     scores: Tensor | None = None  # [1 or kv_heads, entries]
     columns: Tensor | None = None  # [kv_heads, entries]
+    moments: Moments | None = None  # of the layer's queries
     computed: list[int] = field(default_factory=list)  # tokens that entered each layer
 
     def __post_init__(self) -> None:
@@ -113,11 +138,20 @@ class Intake:
         for name in ("hidden", "out", "queries", "scores", "columns"):
             tensor = getattr(self, name)
             setattr(self, name, None if tensor is None else tensor.to(device))
+        if self.moments is not None:
+            self.moments = Moments(*(tensor.to(device) for tensor in self.moments))
 
     @property
     def transient_bytes(self) -> int:
         """Memory of this intake outside the pool."""
-        held = (self.hidden, self.out, self.queries, self.scores, self.columns)
+        held = (
+            self.hidden,
+            self.out,
+            self.queries,
+            self.scores,
+            self.columns,
+            *(self.moments or ()),
+        )
         return sum(each.nbytes for each in held if each is not None)
 
 

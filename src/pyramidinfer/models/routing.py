@@ -20,7 +20,8 @@ from pyramidinfer.attention.base import Pages, ScoredPrefill
 from pyramidinfer.attention.ragged import Run
 from pyramidinfer.cache import Pool, Table
 from pyramidinfer.cache.pool import Slots
-from pyramidinfer.models.intake import Intake
+from pyramidinfer.models.intake import Intake, Moments
+from pyramidinfer.models.streaming import Streaming
 from pyramidinfer.types import Reduce
 
 __all__ = ["Decoding", "LayerCall", "Segment", "evaluating", "route", "runs_of"]
@@ -79,8 +80,9 @@ class LayerCall:
     """One pass of the flat row through one layer: decode rows first, then segments."""
 
     def __init__(self, pool: Pool, backend: Backend, layer: int, window: int | None,
-                 decoding: Decoding | None, segments: list[Segment], last_only: bool = False
-                 ) -> None:  # fmt: skip
+                 decoding: Decoding | None, segments: list[Segment], streaming: Streaming,
+                 last_only: bool = False) -> None:  # fmt: skip
+        self.streaming = streaming
         self.pool, self.backend, self.layer, self.window = pool, backend, layer, window
         self.decoding, self.segments, self.last_only = decoding, segments, last_only
         self.scale: Scale | None = None
@@ -137,6 +139,8 @@ class LayerCall:
         runs = [Run(every, keys.transpose(0, 1), values.transpose(0, 1), positions)]
         if held:
             runs = runs_of(self.pool, table, layer)
+        if intake.needs.ahead:
+            self._count_in(intake, queries, new, intake.needs.ahead.skip)
         last_only = self.last_only and not intake.all_rows  # nothing reads the others' outputs
         summing = self.backend.prefill_scored
         if summing is not None and not last_only and self._sums_up(intake):
@@ -147,6 +151,17 @@ class LayerCall:
                 return queries.new_empty(0, *queries.shape[1:])
             queries, new = queries[-1:], new[-1:]
         return ragged.attend(self.backend, runs, queries, new, scale)
+
+    def _count_in(self, intake: Intake, queries: Tensor, positions: Tensor, skip: int) -> None:
+        """Add queries ``[n, H, D]`` to the moments of their layer."""
+        counting = positions >= skip
+        places = positions[counting] - intake.sequence.offset
+        found = Moments.of(
+            self.streaming.unturned(
+                queries[counting].transpose(0, 1), places, self.layer, intake.sequence, intake.end
+            )
+        )
+        intake.moments = found if intake.moments is None else intake.moments.plus(found)
 
     def _sums_up(self, intake: Intake) -> bool:
         """Whether the window's weights are only summed, so that attention can do it on the way."""

@@ -98,15 +98,35 @@ class Streaming:
     def turn(self, keys: Tensor, by: Tensor, layer: int, sequence: Sequence) -> Tensor:
         """Keys ``[kv_heads, n, key_dim]`` moved on by ``by`` ``[n]`` rotary positions."""
         wide = keys.float() if keys.dtype != torch.float64 else keys
-        steps = torch.cat([by, by.new_zeros(1)]).to(keys.device)  # the last one tells the scaling
-        regimes = torch.full_like(steps, self.rotary.regime(sequence.is_long, 0))
-        cos, sin = self.rotary.tables(wide, steps, regimes)[self.kinds[layer]]
+        return _turned(wide, *self._angles(wide, by, layer, sequence)).to(keys.dtype)
+
+    def unturned(self, queries: Tensor, positions: Tensor, layer: int, sequence: Sequence,
+                 length: int) -> Tensor:  # fmt: skip
+        """Queries ``[heads, n, key_dim]`` of these rotary positions, in a text of this length, as
+        they were before rotation, in float32 or wider."""
+        wide = queries.float() if queries.dtype != torch.float64 else queries
+        if layer not in self.layers or not self.is_possible:
+            return wide
+        return _turned(wide, *self._angles(wide, -positions, layer, sequence, length))
+
+    def mean_turn(self, like: Tensor, positions: Tensor, layer: int, sequence: Sequence,
+                  length: int) -> Tensor:  # fmt: skip
+        """``[key_dim, key_dim]``: a vector times this is the mean of it turned to all ``positions``
+        in a text of this length."""
+        unit = torch.eye(like.shape[-1], dtype=like.dtype, device=like.device)
+        if layer not in self.layers or not self.is_possible:
+            return unit
+        cos, sin = self._angles(like, positions, layer, sequence, length)
+        return _turned(unit, cos.mean(0), sin.mean(0))
+
+    def _angles(self, like: Tensor, by: Tensor, layer: int, sequence: Sequence, length: int = 0
+                ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Cosines and sines ``[n, turned]`` of ``by`` ``[n]`` positions, of length 1 together."""
+        steps = torch.cat([by, by.new_zeros(1)]).to(like.device)  # the last one tells the scaling
+        regimes = torch.full_like(steps, self.rotary.regime(sequence.is_long, length))
+        cos, sin = self.rotary.tables(like, steps, regimes)[self.kinds[layer]]
         scale = cos[0, -1, 0]
-        cos, sin = cos[0, :-1] / scale, sin[0, :-1] / scale
-        size = cos.shape[-1]
-        part = wide[..., :size]
-        half = torch.cat([-part[..., size // 2 :], part[..., : size // 2]], dim=-1)
-        return torch.cat([part * cos + half * sin, wide[..., size:]], dim=-1).to(keys.dtype)
+        return cos[0, :-1] / scale, sin[0, :-1] / scale
 
     def _governed(self, sequence: Sequence) -> list[int]:
         return [layer for layer in self.layers if sequence.layers.governed[layer]]
@@ -128,6 +148,13 @@ class Streaming:
                 keys = torch.cat([state[_keys(layer)], keys], dim=1)
             state[_keys(layer)] = keys[:, order.to(keys.device)]
         table.state = state
+
+
+def _turned(vectors: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    size = cos.shape[-1]
+    part = vectors[..., :size]
+    half = torch.cat([-part[..., size // 2 :], part[..., : size // 2]], dim=-1)
+    return torch.cat([part * cos + half * sin, vectors[..., size:]], dim=-1)
 
 
 def _keys(layer: int) -> str:

@@ -1,10 +1,13 @@
 """What to keep: one file a method, one registry line."""
 
 from pyramidinfer.policies.base import Forecast, Policy
+from pyramidinfer.policies.chunkkv import ChunkKV
 from pyramidinfer.policies.duo import Duo
+from pyramidinfer.policies.expected_attention import ExpectedAttention
 from pyramidinfer.policies.fastkv import FastKV
 from pyramidinfer.policies.full import Full
 from pyramidinfer.policies.h2o import H2O
+from pyramidinfer.policies.keydiff import KeyDiff
 from pyramidinfer.policies.profile import Profile
 from pyramidinfer.policies.pyramid import Pyramid
 from pyramidinfer.policies.pyramidinfer import PyramidInfer
@@ -19,10 +22,13 @@ __all__ = [
     "H2O",
     "POLICIES",
     "TOVA",
+    "ChunkKV",
     "Duo",
+    "ExpectedAttention",
     "FastKV",
     "Forecast",
     "Full",
+    "KeyDiff",
     "Policy",
     "Profile",
     "Pyramid",

@@ -8,10 +8,13 @@ from typing import Any
 
 from pyramidinfer.config import nearest
 from pyramidinfer.policies.base import Policy
+from pyramidinfer.policies.chunkkv import ChunkKV
 from pyramidinfer.policies.duo import Duo
+from pyramidinfer.policies.expected_attention import ExpectedAttention
 from pyramidinfer.policies.fastkv import FastKV
 from pyramidinfer.policies.full import Full
 from pyramidinfer.policies.h2o import H2O
+from pyramidinfer.policies.keydiff import KeyDiff
 from pyramidinfer.policies.pyramid import Pyramid
 from pyramidinfer.policies.pyramidinfer import PyramidInfer
 from pyramidinfer.policies.pyramidkv import PyramidKV
@@ -26,7 +29,7 @@ POLICIES: dict[str, type[Policy]] = {
     policy.name: policy
     for policy in (
         Full, Pyramid, PyramidInfer, Duo, StreamingLLM, H2O, Scissorhands, SnapKV, PyramidKV, TOVA,
-        FastKV,
+        FastKV, ChunkKV, KeyDiff, ExpectedAttention,
     )
 }  # fmt: skip
 

@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from pyramidinfer.policies.base import Forecast, Policy, check_keep
-from pyramidinfer.types import Layers, State, View
+from pyramidinfer.config import check_share
+from pyramidinfer.policies.base import Forecast, Policy, check_keep, keep_best
+from pyramidinfer.types import Keep, Layers, Observation, State, View
 
-__all__ = ["Retaining", "newest"]
+__all__ = ["Adaptive", "Retaining", "newest"]
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,62 @@ class Retaining(Policy):
                 most = min(prompt_len, budget) + max_new
             kept.append(min(prompt_len + max_new, most))
         return Forecast([prompt_len] * layers.count, kept)
+
+
+@dataclass(frozen=True)
+class Adaptive(Retaining):
+    """A budget of entries that a layer's heads may share unevenly, fixed after prefill.
+
+    adaptive : a layer's entries go to the best scores of all its heads together, so that each KV
+        head has a number of its own (Ada-KV, Feng et al., 2407.11550, algorithm 1); else all heads
+        keep as many.
+    safeguard : share of the even budget that no head falls below with ``adaptive``.
+    """
+
+    adaptive: bool = False
+    safeguard: float = 0.2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_share("safeguard", self.safeguard)
+        if not isinstance(self.adaptive, bool):
+            raise ValueError(f"adaptive={self.adaptive!r} must be True or False")
+        if self.safeguard != Adaptive.safeguard and not self.adaptive:
+            raise ValueError(
+                f"safeguard={self.safeguard} has no effect unless adaptive=True; leave it out"
+            )
+
+    def keep_adaptive(self, seen: Observation, scores: Tensor, always: Tensor) -> Keep:
+        """Of every head what ``always`` stays (bool like ``scores``), and its best entries."""
+        limit: int | Tensor = self.limit(seen.view)
+        if self.adaptive:
+            limit = self._own_limits(scores, always, seen)
+        return keep_best(seen, scores, limit, always | seen.protected)
+
+    def _own_limits(self, scores: Tensor, always: Tensor, seen: Observation) -> Tensor:
+        """Entries of each head, ``[kv_heads]``: what always stays, and its part of the layer's
+        best, never less than the safeguard."""
+        heads, fixed = len(scores), int(always[0].sum())
+        even = self.limit(seen.view) - fixed
+        lengths = torch.tensor(seen.view.head_lens, device=scores.device)
+        there = torch.arange(scores.shape[1], device=scores.device) < lengths[:, None]
+        context = torch.where(there & ~always, scores, -torch.inf)
+        best = context.flatten().topk(min(heads * even, int(there.sum()))).indices
+        won = torch.bincount(best // scores.shape[1], minlength=heads).cpu()
+        own = (1 - self.safeguard) * won + self.safeguard * even
+        return fixed + own.round().long()
+
+    def over(self, view: View) -> bool:
+        held = sum(view.head_lens) / len(view.head_lens) if self.adaptive else view.kept_len
+        return view.layers.governed[view.layer] and held > self.limit(view)
+
+    def forecast(self, prompt_len: int, max_new: int, layers: Layers) -> Forecast:
+        even = super().forecast(prompt_len, max_new, layers)
+        if not self.adaptive:
+            return even
+        most = [min(prompt_len, layers.kv_heads * (kept - max_new)) + max_new for kept in even.kept]
+        total = [layers.kv_heads * (kept + 1) for kept in even.kept]  # each is rounded
+        return Forecast(even.reach, most, total=total)
 
 
 def newest(positions: Tensor, count: int) -> Tensor:

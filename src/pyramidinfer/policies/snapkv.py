@@ -15,10 +15,10 @@ from typing import ClassVar
 
 import torch
 
-from pyramidinfer.config import check_choice, check_share, check_whole, named_options
-from pyramidinfer.policies.base import Forecast, keep_best, pool_neighbours
-from pyramidinfer.policies.retaining import Retaining
-from pyramidinfer.types import Keep, Layers, Needs, Observation, Reduce, State, View
+from pyramidinfer.config import check_choice, check_whole, named_options
+from pyramidinfer.policies.base import pool_neighbours
+from pyramidinfer.policies.retaining import Adaptive
+from pyramidinfer.types import Keep, Needs, Observation, Reduce, State, View
 
 __all__ = ["SnapKV", "WindowRetaining", "check_kernel"]
 
@@ -31,32 +31,19 @@ def check_kernel(kernel: object) -> None:
 
 
 @dataclass(frozen=True)
-class WindowRetaining(Retaining):
+class WindowRetaining(Adaptive):
     """Retention by pooled window attention per KV head: SnapKV and those built on it.
 
     window : newest queries that score, and newest entries that stay.
     kernel, pooling : neighbours smoothed over (odd; 1 is off), and ``"mean"`` or ``"max"``.
-    adaptive : a layer's entries go to the best scores of all its heads together, so that each KV
-        head has a number of its own (Ada-KV, Feng et al., 2407.11550, algorithm 1); else all heads
-        keep as many.
-    safeguard : share of the even budget that no head falls below with ``adaptive``.
     """
 
     window: int = 32
     kernel: int = 7
     pooling: str = "mean"
-    adaptive: bool = False
-    safeguard: float = 0.2
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_share("safeguard", self.safeguard)
-        if not isinstance(self.adaptive, bool):
-            raise ValueError(f"adaptive={self.adaptive!r} must be True or False")
-        if self.safeguard != WindowRetaining.safeguard and not self.adaptive:
-            raise ValueError(
-                f"safeguard={self.safeguard} has no effect unless adaptive=True; leave it out"
-            )
         check_whole("window", self.window, 1)
         check_kernel(self.kernel)
         check_choice("pooling", self.pooling, ("mean", "max"))
@@ -74,35 +61,7 @@ class WindowRetaining(Retaining):
         recent = seen.positions > seen.view.seen_len - 1 - self.window
         context = torch.where(recent, 0.0, seen.scores)  # not smoothed into the context
         pooled = pool_neighbours(context, seen.positions, self.kernel, self.pooling)
-        limit: int | torch.Tensor = self.limit(seen.view)
-        if self.adaptive:
-            limit = self._own_limits(pooled, recent, seen)
-        return keep_best(seen, pooled, limit, recent | seen.protected), state
-
-    def _own_limits(self, scores: torch.Tensor, recent: torch.Tensor, seen: Observation
-                    ) -> torch.Tensor:  # fmt: skip
-        """Entries of each head, ``[kv_heads]``: its part of the layer's best, never less than the
-        safeguard, and the window."""
-        heads, even = len(scores), self.limit(seen.view) - self.window
-        lengths = torch.tensor(seen.view.head_lens, device=scores.device)
-        there = torch.arange(scores.shape[1], device=scores.device) < lengths[:, None]
-        context = torch.where(there & ~recent, scores, -torch.inf)
-        best = context.flatten().topk(min(heads * even, int(there.sum()))).indices
-        won = torch.bincount(best // scores.shape[1], minlength=heads).cpu()
-        own = (1 - self.safeguard) * won + self.safeguard * even
-        return self.window + own.round().long()
-
-    def over(self, view: View) -> bool:
-        held = sum(view.head_lens) / len(view.head_lens) if self.adaptive else view.kept_len
-        return view.layers.governed[view.layer] and held > self.limit(view)
-
-    def forecast(self, prompt_len: int, max_new: int, layers: Layers) -> Forecast:
-        even = super().forecast(prompt_len, max_new, layers)
-        if not self.adaptive:
-            return even
-        most = [min(prompt_len, layers.kv_heads * (kept - max_new)) + max_new for kept in even.kept]
-        total = [layers.kv_heads * (kept + 1) for kept in even.kept]  # each is rounded
-        return Forecast(even.reach, most, total=total)
+        return self.keep_adaptive(seen, pooled, recent), state
 
 
 @named_options

@@ -1,0 +1,83 @@
+"""Expected Attention: what queries to come will look at (Devoto et al., 2510.00636).
+
+Queries of a text are about normally distributed before they are rotated.  Their mean μ and
+covariance Σ, turned to the next ``ahead`` positions on average, give the attention that an entry
+with key k and value v can expect: exp(kᵀμ + kᵀΣk / 2), μ and Σ scaled as the softmax is, over the
+sum of all entries'.  An entry scores by that plus ``epsilon``, times the length of v; the best stay
+after prefill.  No window of queries is looked at, so it does not matter whether the question is
+known.  Nothing is evicted later.
+
+Deviations: moments are of the queries as they attend, norms of queries included; a further text
+tells by its own queries.  A soft cap on logits is passed over.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from pyramidinfer.config import check_share, check_whole, is_number, named_options
+from pyramidinfer.policies.retaining import Adaptive
+from pyramidinfer.types import Ahead, Keep, Needs, Observation, State, View
+
+__all__ = ["ExpectedAttention"]
+
+
+@named_options
+@dataclass(frozen=True)
+class ExpectedAttention(Adaptive):
+    """The same budget in every layer, shared among its heads.
+
+    retain_ratio : share of the text kept (not used with ``keep``).
+    ahead : positions behind the text that queries are expected at.
+    sinks : first tokens, which stay and whose queries do not count.
+    epsilon : added to the attention expected.
+    keep : instead of ``retain_ratio``: see ``Retaining``; generated entries come on top.
+    """
+
+    name: ClassVar[str] = "expected_attention"
+
+    adaptive: bool = True
+    retain_ratio: float = 0.5
+    ahead: int = 512
+    sinks: int = 4
+    epsilon: float = 0.02
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_share("retain_ratio", self.retain_ratio)
+        check_whole("ahead", self.ahead, 1)
+        check_whole("sinks", self.sinks, 0)
+        if not (is_number(self.epsilon) and self.epsilon >= 0):
+            raise ValueError(f"epsilon={self.epsilon!r} must be a number of at least 0")
+
+    def entries(self, text_len: int) -> int:
+        return round(text_len * self.retain_ratio)
+
+    def floor(self) -> int:
+        return self.sinks + 1
+
+    def needs(self, view: View) -> Needs:
+        if view.phase == "decode" or not self.over(view):
+            return Needs()
+        return Needs(keys=True, values=True, ahead=Ahead(self.ahead, self.sinks), retain=True)
+
+    def retain(self, seen: Observation, state: State) -> tuple[Keep, State]:
+        sinks = (seen.positions >= 0) & (seen.positions < self.sinks)
+        return self.keep_adaptive(seen, self._scores(seen, sinks), sinks), state
+
+    def _scores(self, seen: Observation, sinks: Tensor) -> Tensor:
+        """``[kv_heads, n]``."""
+        assert seen.keys is not None and seen.values is not None and seen.queries is not None
+        heads, dim = len(seen.keys), seen.keys.shape[-1]
+        mean, covariance = seen.queries
+        mean, covariance = mean.view(heads, -1, dim), covariance.view(heads, -1, dim, dim)
+        keys = seen.keys[:, None]  # of every query head of the group
+        logits = (keys @ mean[..., None])[..., 0] + ((keys @ covariance) * keys).sum(-1) / 2
+        counts = (seen.positions >= 0) & ~sinks
+        expected = torch.where(counts[:, None], logits, -torch.inf).softmax(-1).mean(1)
+        sizes: Tensor = seen.values.norm(dim=-1)
+        return (expected + self.epsilon) * sizes

@@ -1,0 +1,61 @@
+"""KeyDiff: the keys that are least like the others (Park et al., 2504.15364).
+
+An entry's score is the cosine between its key and the mean of all keys of its head, each of length
+1; the entries with the lowest stay, per KV head: after prefill and at every step.  No query is
+looked at, so it does not matter whether the question is known.
+
+Deviation: a prompt is taken in whole and cut once, not block by block.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch.nn import functional as F
+
+from pyramidinfer.config import check_whole, named_options
+from pyramidinfer.policies.base import keep_best
+from pyramidinfer.policies.retaining import Retaining
+from pyramidinfer.types import Keep, Needs, Observation, State, View
+
+__all__ = ["KeyDiff"]
+
+
+@named_options
+@dataclass(frozen=True)
+class KeyDiff(Retaining):
+    """The most distinct keys of every KV head.
+
+    capacity : entries per layer (the paper shows 2048 to 8192; not used with ``keep``).
+    keep : instead of ``capacity``: see ``Retaining``; held while generating.
+    """
+
+    name: ClassVar[str] = "keydiff"
+    evicts: ClassVar[bool] = True
+
+    capacity: int = 2048
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_whole("capacity", self.capacity, 1)
+
+    def entries(self, text_len: int) -> int:
+        return self.capacity
+
+    def floor(self) -> int:
+        return 2  # both of two keys are as far from their mean
+
+    def needs(self, view: View) -> Needs:
+        if not self.over(view):
+            return Needs()
+        return Needs(keys=True, retain=True, evict=True)
+
+    def retain(self, seen: Observation, state: State) -> tuple[Keep, State]:
+        assert seen.keys is not None
+        keys = F.normalize(seen.keys, dim=-1)  # what is behind a shorter head stays 0
+        anchor = F.normalize(keys.sum(1, keepdim=True), dim=-1)
+        alike = (keys * anchor).sum(-1)
+        return keep_best(seen, -alike, self.limit(seen.view), seen.protected), state
+
+    evict = retain
