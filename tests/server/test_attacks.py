@@ -19,7 +19,7 @@ import pytest
 from pyramidinfer import LLM
 from pyramidinfer.server import run
 from pyramidinfer.server.run import Connections, Patient
-from pyramidinfer.server.strict import MOST_CONTAINERS, MOST_VALUES
+from pyramidinfer.server.strict import MOST_CONTAINERS, MOST_NAMES, MOST_TEXTS, MOST_VALUES
 from tests.server.live import STORY, Live, beside, connect, post, serving, until
 from tests.server.test_connections import HEAD, answer_of
 
@@ -85,6 +85,8 @@ LARGE = {
     "messages": b'{"messages": [' + b",".join([b"{}"] * MANY * 2) + b"]}",
     "parts": b'{"messages": [{"role": "user", "content": ['
     + b",".join([b'{"type":"text","text":"[a]"}'] * MANY) + b"]}]}",
+    "texts": b'{"prompt": [' + b",".join([b'""'] * MOST_TEXTS * 2) + b"]}",
+    "names": b"{" + b",".join(b'"x%d":1' % at for at in range(MOST_NAMES + 1)) + b"}",
     "nested": b'{"prompt": ' + b"[" * MANY * 4 + b"]" * MANY * 4 + b"}",
     "cut short": b'{"prompt": "' + b'\\"' * MANY * 4,
 }  # fmt: skip
@@ -98,10 +100,9 @@ def test_bodies_of_too_many_parts(live: Live, kind: str, path: str) -> None:
     answer = live.http.post(path, content=LARGE[kind], headers=headers)
     assert answer.status_code == 400
     message = answer.json()["error"]["message"]
-    if kind == "cut short":
-        assert "not valid JSON" in message
-    else:
-        assert "objects and lists; this server takes 20000 at most" in message
+    said = {"cut short": "not valid JSON", "texts": "texts and names; this server takes 100000",
+            "parts": "takes", "names": "an object has 4097 names"}  # fmt: skip
+    assert said.get(kind, "objects and lists; this server takes 20000 at most") in message
 
 
 def test_too_many_values(live: Live) -> None:

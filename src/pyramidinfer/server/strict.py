@@ -15,8 +15,8 @@ from fastapi.routing import APIRoute
 __all__ = ["StrictRoute"]
 
 
-#: Objects and lists that a body may hold, and all values.
-MOST_CONTAINERS, MOST_VALUES = 20_000, 1_000_000
+#: Objects and lists that a body may hold, texts and names, and all values; names of one object.
+MOST_CONTAINERS, MOST_TEXTS, MOST_VALUES, MOST_NAMES = 20_000, 100_000, 1_000_000, 4096
 #: Bytes from which on a body is large: such bodies are read one at a time, so that others get their
 #: turn in between.
 LARGE = 64 * 2**10
@@ -54,17 +54,19 @@ class StrictRoute(APIRoute):
 
 
 def _check_size(body: bytes) -> None:
-    """Refuse a body of too many parts by their commas and brackets, before it is taken apart."""
+    """Refuse a body of too many parts by its quotes, commas and brackets, before it is taken
+    apart."""
+    texts = (body.count(b'"') - body.count(b'\\"')) // 2  # or more: backslashes may be escaped
+    _limit(texts, MOST_TEXTS, "texts and names")
     bare = STRING.sub(b"", body)
     containers = bare.count(b"[") + bare.count(b"{")
-    values = containers + bare.count(b",")
-    for found, most, what in (
-        (containers, MOST_CONTAINERS, "objects and lists"), (values, MOST_VALUES, "values"),
-    ):  # fmt: skip
-        if found > most:
-            raise HTTPException(
-                400, f"the body holds {found} {what}; this server takes {most} at most"
-            )
+    _limit(containers, MOST_CONTAINERS, "objects and lists")
+    _limit(containers + bare.count(b","), MOST_VALUES, "values")
+
+
+def _limit(found: int, most: int, what: str) -> None:
+    if found > most:
+        raise HTTPException(400, f"the body holds {found} {what}; this server takes {most} at most")
 
 
 def _parse(body: bytes) -> Any:
@@ -99,6 +101,10 @@ def _refuse_constant(name: str) -> NoReturn:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(pairs) > MOST_NAMES:
+        raise ValueError(
+            f"an object has {len(pairs)} names; this server takes {MOST_NAMES} at most"
+        )
     found: dict[str, Any] = {}
     for name, value in pairs:
         if name in found:
