@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 
 from pyramidinfer import LLM, PyramidInfer
+from pyramidinfer.lab import real_plots
 from pyramidinfer.lab.model_report import filler_perplexity, one_drop, recall
 from pyramidinfer.lab.numbers import render
+from pyramidinfer.lab.pictures import counted
 from pyramidinfer.lab.plots import draw_curve, draw_pyramid, draw_training
+from pyramidinfer.lab.quality_plots import draw_quality
 from pyramidinfer.lab.recall import ANSWER, is_right, make_questions
 from pyramidinfer.lab.record import write_result
+from pyramidinfer.lab.ruler.pictures import draw_scores
 from pyramidinfer.models.loading import shipped_model
 from pyramidinfer.policies import Full
 from pyramidinfer.types import Layers
@@ -34,6 +42,45 @@ def test_pictures(tmp_path: Path) -> None:
     log = (Path(shipped_model()) / "training_log.jsonl").read_text().splitlines()
     rows = [row for row in map(json.loads, log) if "stage" in row]
     assert is_png(draw_training(rows, tmp_path / "t.png"))
+
+
+def figure_rows() -> list[dict[str, Any]]:
+    names = ["full", *(f"pyramid:keep=.{n},start_layer=14,propagate_ratio=.2" for n in range(1, 9))]
+    return [
+        {"policy": name, "keep": 0.3, "kv_share": 0.1 * at + 0.1, "score": 0.1 * at,
+         "score_ci": [0.0, 1.0], "perplexity": 2.0, "repetition": 0.1, "ratio": 1.5,
+         "ratio_ci": [1.0, 2.0], "context": context, "samples": 8, "passages": 4, "recall": 0.5,
+         "recall_ci": [0, 1], "kl": 0.1, "kl_ci": [0.01, 1], "agreement": 0.5, "kv_share_end": 0.5,
+         "agreement_ci": [0, 1], "length": 2000, "protocol": protocol, "tasks": ["vt"]}
+        for at, name in enumerate(names) for context in (1000, 3000)
+        for protocol in ("inside", "after")
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "draw", [real_plots.draw_turns, real_plots.draw_text, real_plots.draw_long, draw_quality,
+             draw_scores]
+)  # fmt: skip
+def test_pictures_say_n_and_their_labels_have_room(
+    draw: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Legends are inside the picture whatever the policies are called, and titles apart."""
+    drawn: list[Any] = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: drawn.append(self))
+    draw(figure_rows(), tmp_path / "p.png")
+    (figure,) = drawn
+    figure.draw_without_rendering()
+    below = figure.legends[0].get_window_extent()
+    assert below.x0 >= 0 and below.x1 <= figure.bbox.x1 and below.y0 >= 0
+    titles = [axis._left_title for axis in figure.axes]
+    boxes = [title.get_window_extent() for title in titles]
+    assert not any(one.overlaps(other) for one, other in combinations(boxes, 2))
+    assert any(re.search(r"n = [48]\b", title.get_text()) for title in titles)
+
+
+def test_counts_that_differ() -> None:
+    assert counted([{"samples": 20}, {"samples": 5}, {"samples": 10}]) == "n = 5 to 20"
+    assert counted([{"samples": 5}, {"samples": 5}]) == "n = 5" and counted([{}]) == ""
 
 
 def test_record_says_where_it_comes_from(tmp_path: Path) -> None:

@@ -62,6 +62,13 @@ def test_models(client: openai.OpenAI, live: Live) -> None:
     assert compression["rule"] == live.service.llm.policy.rule
     assert compression["rule"].startswith("what each head needs, as measured on")
     assert {"pyramid", "full", "snapkv", "streaming_llm"} <= set(compression["policies"])
+    assert compression["rules"]["pyramid"] == compression["rule"]
+    assert compression["rules"].keys() == compression["min_context"].keys()
+    assert set(compression["policies"]) == set(compression["rules"]) and all(
+        compression["rules"].values()
+    )
+    assert compression["min_context"]["pyramid"] == 64
+    assert [len(row) for row in extra["heads"]] == [2] * 12
     assert "h2o" not in compression["policies"]  # this pool has no room for its scores
     assert client.models.retrieve(MODEL) == model
     with pytest.raises(openai.NotFoundError, match="'gpt-5' does not exist.*'demo-model'"):

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import httpx
 import pytest
 
 from pyramidinfer.lab.screenshot import FLAGS, SEEDED, find_chromium, missing, take
@@ -122,6 +123,58 @@ def test_a_conversation_streams(server: Server, open_tab: Callable[..., Tab]) ->
     assert "tokens/s" in tab.text(".note") and "pyramid, keep 45 %" in tab.text(".note")
     assert f"of {seen}" in tab.page.get_attribute("#pyramid", "aria-label")
     assert fact_asked_for(document) in tab.page.text_content("#live")
+
+
+def test_layers_and_heads(server: Server, open_tab: Callable[..., Tab]) -> None:
+    """What each head needs, by the model's profile, and what it keeps, told where one points."""
+    tab = open_tab()
+    told = "[...document.querySelectorAll('#%s i')].map((each) => [each.title, each.offsetHeight])"
+    needs = dict(tab.page.evaluate(told % "needed"))
+    (model,) = httpx.get(f"{server.url}/v1/models", trust_env=False).json()["data"]
+    heads = model["heads"]
+    assert len(needs) == sum(map(len, heads)) == 24 and min(needs.values()) > 0
+    for layer, row in enumerate(heads):
+        for head, need in enumerate(row):
+            # JavaScript rounds halves up
+            wanted = int(100 * need + 0.5)
+            assert f"layer {layer}, head {head}: needs {wanted} % of a text" in needs
+    assert tab.page.evaluate(told % "held") == []
+    tab.ask()
+    tab.wait()
+    held = tab.page.evaluate(told % "held")
+    kept = [
+        re.fullmatch(r"layer (\d+), head (\d+): keeps (\d+) of (\d+) \(\d+ %\)", title)
+        for title, _ in held
+    ]
+    assert len(kept) == 24 and all(kept) and {int(each[4]) for each in kept} == {tab.seen}
+    by_layer: dict[int, list[int]] = {}
+    for each in kept:
+        by_layer.setdefault(int(each[1]), []).append(int(each[3]))
+    means = [sum(by_layer[layer]) / 2 for layer in range(12)]
+    assert means == pytest.approx(tab.kept, abs=0.51) and len({*map(tuple, by_layer.values())}) > 2
+    tab.page.click("#new")
+    assert tab.page.evaluate(told % "held") == []
+    assert len(tab.page.evaluate(told % "needed")) == 24
+
+
+def test_why_nothing_is_cut_and_which_rule_is_in_use(open_tab: Callable[..., Tab]) -> None:
+    tab = open_tab()
+    tab.page.fill("#max-tokens", "3")
+    tab.ask("Where is the harp ?")
+    tab.wait()
+    assert tab.text("#kv").endswith("100 %")
+    told = r"pyramid cuts texts below 64 tokens \(min_context\) less, and this one has \d+\."
+    assert re.fullmatch(f"Nothing is cut: {told}", tab.text("#why"))
+    tab.page.click("#new")
+    assert not tab.page.is_visible("#why")
+    tab.ask()
+    tab.wait()
+    assert not tab.page.is_visible("#why")
+    assert tab.text("#rule").startswith("pyramid goes by what each head needs, as measured on")
+    tab.page.select_option("#policy", "snapkv")
+    assert tab.text("#rule").startswith("snapkv: ")
+    tab.page.select_option("#policy", "full")
+    assert tab.text("#rule") == "full: the full cache."
 
 
 def test_full_keeps_everything(open_tab: Callable[..., Tab]) -> None:

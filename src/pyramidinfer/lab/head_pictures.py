@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from pyramidinfer.lab.pictures import save
+from pyramidinfer.lab.pictures import counted, save
 from pyramidinfer.lab.study import Row
 from pyramidinfer.policies.profile import Profile
 
@@ -48,7 +48,8 @@ def draw_heads(profile: Profile, rows: Sequence[Row], path: Path) -> Path:
     other.plot(losses, layers, marker="s", markersize=3.5, color="#c4561c")
     other.set_xscale("log")
     other.set_xlabel(
-        f"divergence with {mine[0]['pruned_to']:.0%} of it kept, nats a token", color="#c4561c"
+        f"divergence with {mine[0]['pruned_to']:.0%} of it kept, nats a token, {counted(mine)}",
+        color="#c4561c",
     )
     right.set_ylabel("layer")
     right.grid(alpha=0.25)

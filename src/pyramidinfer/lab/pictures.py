@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
 from pyramidinfer.lab.study import Row
 
-__all__ = ["PAPER_ICR", "PAPER_RAC", "draw_icr", "draw_rac", "save"]
+__all__ = ["PAPER_ICR", "PAPER_RAC", "counted", "draw_icr", "draw_rac", "legend", "save"]
 
 #: What the paper (arXiv 2405.12532) found on LLaMA-2-13B: one layer of 40 cut to a share.
 PAPER_ICR = "at 50 % layer 2 suffers strongly, layer 27 hardly; layer 37 is flat even at 20 %"
@@ -43,7 +44,8 @@ def draw_icr(rows: list[Row], path: Path) -> Path:
         left.yaxis.set_minor_locator(NullLocator())
     left.set_ylabel("perplexity of the continuation (band: 95 %)")
     left.set_title(
-        f"One layer pruned, the others whole; dashed: full cache, {rows[0]['full_perplexity']:.4g}",
+        f"One layer pruned, the others whole ({counted(rows)}); dashed: full cache, "
+        f"{rows[0]['full_perplexity']:.4g}",
         loc="left", fontsize=11,
     )  # fmt: skip
     left.spines[["top", "right"]].set_visible(False)
@@ -163,8 +165,28 @@ def _consistency_map(axis: Any, rows: list[Row], layers: list[int], norm: Any) -
     told = f"{what}: mean {values.mean():.1%} (chance {rows[0]['chance']:.1%}"
     if rows[0]["top"] == 0.8:
         told += f", paper {PAPER_RAC[rows[0]['mode']]:.0%}"
-    axis.set_title(f"{told})", loc="left", fontsize=11)
+    axis.set_title(f"{told}; {counted(rows)})", loc="left", fontsize=9.5)
     return image
+
+
+def counted(rows: Iterable[Row], name: str = "samples") -> str:
+    """How many samples a figure rests on: ``n = 8``, or ``n = 5 to 20`` where rows differ.
+
+    Rows of older files may not say it: then nothing is told.
+    """
+    found = sorted({row[name] for row in rows if name in row})
+    return f"n = {' to '.join(map(str, found[:1] + found[1:][-1:]))}" if found else ""
+
+
+def legend(figure: Figure, axis: Any) -> None:
+    """The axis' lines below the figure, in as many columns as its width has room for."""
+    handles, texts = axis.get_legend_handles_labels()
+    if not texts:
+        return
+    column = 0.72 + 0.088 * max(map(len, texts))  # inches, at this size of type
+    columns = max(1, min(len(texts), int((figure.get_figwidth() - 0.4) / column)))
+    figure.legend(handles, texts, loc="outside lower center", ncols=columns, frameon=False,
+                  fontsize=9)  # fmt: skip
 
 
 def save(figure: Figure, path: Path) -> Path:

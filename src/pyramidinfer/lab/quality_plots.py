@@ -7,9 +7,9 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from pyramidinfer.lab.pictures import counted, legend, save
 from pyramidinfer.lab.study import Row
 
 __all__ = ["draw_needles", "draw_quality", "labels", "style"]
@@ -62,7 +62,9 @@ def draw_quality(rows: list[Row], path: Path) -> Path:
                 mine = [r for r in rows if r["policy"] == name and r["context"] == context]
                 _draw_line(axis, mine, measure, styles[name], called[name], log)
             _draw_level(axis, rows, context, measure)
-            axis.set_title(f"{title}, {context:,} tokens", loc="left", fontsize=10.5)
+            mine = [r for r in rows if r["context"] == context]
+            n = counted(mine, "samples" if measure == "recall" else "passages")
+            axis.set_title(f"{title}\n{context:,} tokens, {n}", loc="left", fontsize=10.5)
             when = "at the end of generation" if measure == "agreement" else "after the prompt"
             axis.set_xlabel(f"KV bytes {when}, share of the full cache", fontsize=9)
             axis.set_xlim(0, widest * 1.04)
@@ -72,10 +74,8 @@ def draw_quality(rows: list[Row], path: Path) -> Path:
                 axis.set_yscale("log")
             else:
                 axis.set_ylim(-0.03, 1.03)
-    handles, texts = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, texts, loc="outside lower center", ncols=min(6, len(texts)),
-                  frameon=False, fontsize=9.5)  # fmt: skip
-    return _save(figure, path)
+    legend(figure, axes[0, 0])
+    return save(figure, path)
 
 
 def _draw_line(axis: Any, rows: list[Row], measure: str, look: dict[str, Any], name: str,
@@ -129,14 +129,10 @@ def draw_needles(rows: list[Row], path: Path) -> Path:
             title = name if name == "full" else f"{called[name]}\nkeep {wanted:g}"
             axis.set_title(title, fontsize=8.5)
         axes[line, 0].set_ylabel("needle's depth", fontsize=9)
-    figure.supxlabel("context length (tokens)", fontsize=9)
+    per_cell = "; ".join(
+        f"{c:,} tokens: {counted(r for r in rows if r['context'] == c)}" for c in contexts
+    )
+    figure.supxlabel(f"context length ({per_cell} over all depths)", fontsize=9)
     if image is not None:
         figure.colorbar(image, ax=axes, label="exact recall", shrink=0.8)
-    return _save(figure, path)
-
-
-def _save(figure: Figure, path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    FigureCanvasAgg(figure)
-    figure.savefig(path, dpi=120)
-    return path
+    return save(figure, path)

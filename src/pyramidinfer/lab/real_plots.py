@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator, StrMethodFormatter
 
-from pyramidinfer.lab.pictures import save
+from pyramidinfer.lab.pictures import counted, legend, save
 from pyramidinfer.lab.quality_plots import labels, style
 from pyramidinfer.lab.study import Row
 
@@ -22,9 +22,11 @@ def draw_turns(rows: Sequence[Row], path: Path) -> Path:
     axis = figure.subplots()
     _over_bytes(axis, rows, "score", "score_ci")
     axis.set_ylim(-0.03, 1.03)
-    axis.set_title("Facts of turn 1, asked in turns 2 to 4", loc="left", fontsize=10.5)
+    axis.set_title(
+        f"Facts of turn 1, asked in turns 2 to 4; chats: {counted(rows)}", loc="left", fontsize=10.5
+    )
     axis.set_ylabel("share answered (bars: 95 %)")
-    _legend(figure, axis)
+    legend(figure, axis)
     return save(figure, path)
 
 
@@ -40,9 +42,9 @@ def draw_text(rows: Sequence[Row], path: Path) -> Path:
         axis.yaxis.set_major_locator(MaxNLocator(7))
         axis.yaxis.set_major_formatter(StrMethodFormatter("{x:.4g}"))
         axis.yaxis.set_minor_locator(NullLocator())
-        axis.set_title(f"{context:,} tokens", loc="left", fontsize=10.5)
+        axis.set_title(f"{context:,} tokens, {counted(mine)}", loc="left", fontsize=10.5)
     axes[0].set_ylabel("perplexity of what follows,\nover the full cache's (bars: 95 %)")
-    _legend(figure, axes[0])
+    legend(figure, axes[0])
     return save(figure, path)
 
 
@@ -51,11 +53,14 @@ def draw_long(rows: Sequence[Row], path: Path) -> Path:
     figure = Figure(figsize=(10.5, 4.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     _over_bytes(left, rows, "perplexity", None)
-    left.set_title("Perplexity of the answers under the full cache", loc="left", fontsize=10.5)
+    left.set_title(
+        f"Perplexity of the answers under the full cache, {counted(rows)}", loc="left",
+        fontsize=10.5,
+    )  # fmt: skip
     _over_bytes(right, rows, "repetition", None)
     right.set_title("Share of 4-grams said before", loc="left", fontsize=10.5)
     right.set_ylim(-0.03, 1.03)
-    _legend(figure, left)
+    legend(figure, left)
     return save(figure, path)
 
 
@@ -76,9 +81,3 @@ def _over_bytes(axis: Any, rows: Sequence[Row], name: str, bounds: str | None) -
     axis.set_xlabel("KV bytes, share of the full cache", fontsize=9)
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
-
-
-def _legend(figure: Figure, axis: Any) -> None:
-    handles, texts = axis.get_legend_handles_labels()
-    figure.legend(handles, texts, loc="outside lower center", ncols=min(4, len(texts) or 1),
-                  frameon=False, fontsize=9)  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import logging
 import time
 from collections.abc import AsyncIterator
@@ -19,6 +20,7 @@ from starlette.exceptions import HTTPException
 
 import pyramidinfer
 from pyramidinfer.engine import LLM
+from pyramidinfer.policies import Policy
 from pyramidinfer.server.errors import ApiError, error_response
 from pyramidinfer.server.gate import NONCE, Gate
 from pyramidinfer.server.protocol import (
@@ -165,16 +167,19 @@ def _add_generation(app: FastAPI, service: Service) -> None:
         )  # fmt: skip
 
     created = int(time.time())
+    served = service.jobs.served
+    rules = {name: each.rule or _summary(each) for name, each in served.items()}
+    least = {name: getattr(each, "min_context", None) for name, each in served.items()}
 
     def about() -> dict[str, Any]:
         engine, jobs = service.llm.engine, service.jobs
         return {
             "id": service.name, "object": "model", "created": created,
             "owned_by": "pyramidinfer", "max_model_len": engine.adapter.max_positions,
-            "layers": engine.adapter.depth,
+            "layers": engine.adapter.depth, "heads": jobs.heads,
             "compression": {
                 "policy": jobs.own.name, "keep": jobs.own_keep, "rule": jobs.own.rule,
-                "policies": jobs.policies,
+                "policies": jobs.policies, "rules": rules, "min_context": least,
                 "min_keep": service.settings.min_keep, "max_keep": service.settings.max_keep,
             },
         }  # fmt: skip
@@ -189,6 +194,12 @@ def _add_generation(app: FastAPI, service: Service) -> None:
         """One model."""
         service.check_model(model)
         return about()
+
+
+def _summary(policy: Policy) -> str:
+    """The first line of a policy's description, begun small."""
+    text = (inspect.getdoc(type(policy)) or "").partition("\n")[0]
+    return text[:1].lower() + text[1:].removesuffix(".")
 
 
 def _add_tokens(app: FastAPI, service: Service) -> None:

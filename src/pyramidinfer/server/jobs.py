@@ -11,7 +11,7 @@ from typing import Any
 from pyramidinfer.config import check_choice
 from pyramidinfer.engine import LLM
 from pyramidinfer.engine.request import Request
-from pyramidinfer.policies import POLICIES, Policy, make_policy
+from pyramidinfer.policies import POLICIES, Policy, Profile, make_policy
 from pyramidinfer.server.errors import ApiError
 from pyramidinfer.server.grammar import Grammars
 from pyramidinfer.server.prompts import Prompts
@@ -66,7 +66,8 @@ class Jobs:
         adapter = self.engine.adapter
         self.grammars = Grammars(llm.tokenizer, adapter.vocab_size, adapter.end_ids)
         self.refused: dict[str, str] = {}  # policies that cannot be served, and why
-        self.policies = self._policies()
+        self.served = self._policies()
+        self.policies = list(self.served)
         self._made = lru_cache(256)(self._make_policy)
 
     @property
@@ -278,10 +279,20 @@ class Jobs:
         self.engine.check_policy(chosen)
         return chosen
 
-    def _policies(self) -> list[str]:
-        """Names that a request may ask for."""
+    @property
+    def heads(self) -> list[list[float] | None] | None:
+        """The share of its entries that each KV head needs ``[layers][kv_heads]``, None in layers
+        that a window bounds; None where no policy here has a profile."""
+        for each in self.served.values():
+            if isinstance(profile := getattr(each, "profile", None), Profile):
+                rows = zip(profile.share, profile.governed, strict=True)
+                return [list(row) if governed else None for row, governed in rows]
+        return None
+
+    def _policies(self) -> dict[str, Policy]:
+        """What a request may ask for, with default options, the server's own first."""
         asked = self.settings.policies
-        names = []
+        found = {self.own.name: self.own}
         for name in [*POLICIES] if asked is None else asked:
             check_choice("policies", name, POLICIES)
             try:
@@ -294,5 +305,5 @@ class Jobs:
                 self.refused[name] = str(error)
                 continue
             if name != "full" or self.settings.max_keep == 1:
-                names.append(name)
-        return [*dict.fromkeys([self.own.name, *names])]
+                found.setdefault(name, asked_for)
+        return found

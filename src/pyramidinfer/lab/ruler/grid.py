@@ -204,7 +204,7 @@ def means(rows: Sequence[Row]) -> list[Row]:
             "lost": _mean(lost), "lost_ci": _bounds(lost),
             "kv_share": float(np.mean([row["kv_share"] for row in mine])),
             "prefill_share": float(np.mean([row["prefill_share"] for row in mine])),
-            "tasks": [row["task"] for row in mine],
+            "tasks": [row["task"] for row in mine], "samples": min(row["samples"] for row in mine),
             "left_out": sorted({
                 r["task"] for r in rows
                 if r["length"] == length and (length, r["task"]) not in able

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from pyramidinfer.lab.pictures import save
+from pyramidinfer.lab.pictures import counted, legend, save
 from pyramidinfer.lab.quality_plots import labels, style
 from pyramidinfer.lab.study import Row
 
@@ -40,17 +40,18 @@ def draw_scores(means: Sequence[Row], path: Path) -> Path:
                 axis.axhline(row["score"], color="0.35", linestyle="--", linewidth=1,
                              label="full cache")  # fmt: skip
         count = len(here[0]["tasks"]) if here else 0
-        axis.set_title(f"{TITLES[protocols[column]]}\n{lengths[line]:,} tokens, {count} tasks",
-                       loc="left", fontsize=10.5)  # fmt: skip
+        n = counted(here)
+        axis.set_title(
+            f"{TITLES[protocols[column]]}\n{lengths[line]:,} tokens, {count} tasks"
+            f"{f', {n} a task' if n else ''}", loc="left", fontsize=10.5,
+        )  # fmt: skip
         axis.set_xlabel("KV bytes, share of the full cache", fontsize=9)
         axis.set_ylabel("RULER score", fontsize=9)
         axis.set_xlim(0, max(0.1, widest * 1.06))
         axis.set_ylim(-0.03, 1.03)
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
-    handles, texts = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, texts, loc="outside lower center", ncols=min(5, len(texts) or 1),
-                  frameon=False, fontsize=9.5)  # fmt: skip
+    legend(figure, axes[0, 0])
     return save(figure, path)
 
 
@@ -92,7 +93,9 @@ def draw_tasks(rows: Sequence[Row], screen: float, path: Path) -> Path:
         axis.set_xticks(range(len(tasks)), [task.replace("niah_", "") for task in tasks],
                         rotation=35, ha="right", fontsize=8)  # fmt: skip
         axis.set_yticks(range(len(here)), [names[line] for line in here], fontsize=8)
-        axis.set_title(f"{TITLES[protocol]}, {length:,} tokens", loc="left", fontsize=10)
+        n = counted(r for r in rows if (r["length"], r["protocol"]) == (length, protocol))
+        title = f"{TITLES[protocol]}, {length:,} tokens, {n} a task"
+        axis.set_title(title, loc="left", fontsize=10)
         figure.colorbar(image, ax=axis, shrink=0.7)
     figure.supxlabel(
         f"RULER score; not asked where the full cache has less than {screen:g}",
