@@ -20,6 +20,7 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from pyramidinfer.cli.common import check_asked, defaults_of
 from pyramidinfer.cli.serve import ModelChoice, load
 from pyramidinfer.server.errors import ApiError, error_body
 from pyramidinfer.server.protocol import ChatRequest, CompletionRequest
@@ -44,8 +45,10 @@ class Line(NamedTuple):
     body: Any
 
 
-def run_batch(choice: ModelChoice, source: Path, target: Path, model_name: str) -> None:
+def run_batch(choice: ModelChoice, source: Path, target: Path, model_name: str,
+              generation_config: str = "auto") -> None:  # fmt: skip
     """Answer what the target does not hold yet."""
+    check_asked({}, generation_config)
     wanted = _check(source)
     if target.exists() and source.samefile(target):
         raise ValueError(f"{str(target)!r} is the file of requests; name another one for answers")
@@ -67,10 +70,12 @@ def run_batch(choice: ModelChoice, source: Path, target: Path, model_name: str) 
         if len(done) == len(wanted):
             return
         llm = load(choice)
+        defaults_of(llm, generation_config)
         most = llm.engine.config.max_requests
         settings = ServerSettings(
             model_name=model_name, max_waiting=sys.maxsize, queue_timeout=FOREVER,
             request_timeout=FOREVER, max_n=most, max_logprobs=100,
+            generation_config=generation_config,
         )  # fmt: skip
         service = Service(llm, settings)
         bar = Progress(

@@ -52,6 +52,7 @@ def load_model(model: str | os.PathLike[str] | nn.Module, tokenizer: Any = "auto
     config = load_config(name)
     find_family(config)
     kind = parse_dtype(dtype, getattr(config, "dtype", None))
+    _check_generation_config(name)
     loaded, report = _from_hub(
         AutoModelForCausalLM, name, config=config, dtype=kind, use_safetensors=True,
         output_loading_info=True, ignore_mismatched_sizes=True,
@@ -185,6 +186,16 @@ def _from_hub(loader: Any, name: str, **options: Any) -> Any:
         raise ValueError(f"cannot load {name!r}: {reason}") from error
 
 
+def _check_generation_config(name: str) -> None:
+    """``ValueError`` for one that cannot be read, which transformers passes over."""
+    file = Path(name) / "generation_config.json"
+    try:
+        if file.is_file() and not isinstance(json.loads(file.read_text(encoding="utf-8")), dict):
+            raise ValueError("no object")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{str(file)!r} is not a readable generation config") from error
+
+
 def _check_report(name: str, report: dict[str, Any]) -> None:
     """Refuse a checkpoint that left tensors at random values."""
     missing = sorted(report.get("missing_keys") or ())
@@ -224,9 +235,10 @@ def _check_tokenizer(tokenizer: Any) -> Any:
 
 
 def end_ids(model: nn.Module) -> frozenset[int]:
-    """End-of-sequence ids from the generation config, else from the model's config."""
+    """End-of-sequence ids of the generation config and of the model's config."""
+    found: set[int] = set()
     for place in ("generation_config", "config"):
         ends = getattr(getattr(model, place, None), "eos_token_id", None)
         if ends is not None:
-            return frozenset([ends] if isinstance(ends, int) else ends)
-    return frozenset()
+            found.update([ends] if isinstance(ends, int) else ends)
+    return frozenset(found)

@@ -195,7 +195,10 @@ def _add_tokens(app: FastAPI, service: Service) -> None:
         try:
             prompts = service.prompts
             if body.messages is not None:
-                work = service.thread(prompts.chat, body.messages, body.add_generation_prompt)
+                work = service.thread(
+                    prompts.chat, body.messages, body.add_generation_prompt,
+                    body.chat_template_kwargs,
+                )  # fmt: skip
             else:
                 text = body.prompt or ""
                 work = service.thread(prompts.encode, text, body.add_special_tokens)
