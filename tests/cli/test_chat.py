@@ -121,6 +121,9 @@ def test_sampling_options() -> None:
     ("options", "message"),
     [
         (("--temperature", "-1"), "temperature=-1.0 must lie between"),
+        (("--generation-config", "x"), "--generation-config='x' is unknown"),
+        (("--chat-template-kwargs", "{"), "--chat-template-kwargs '{' is not valid JSON"),
+        (("--chat-template-kwargs", '{"enable_thinking": 1}'), "never reads 'enable_thinking'"),
         (("--max-tokens", "0"), "max_tokens=0 must be"), (("--keep", "7"), "keep=7.0"),
         (("/no/such/model",), "/no/such/model"),
     ],
@@ -137,4 +140,4 @@ def test_a_model_without_a_template(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chat_module, "load", lambda choice: llm)
     choice: Any = None
     with pytest.raises(ValueError, match="has no chat template; use `pyramidinfer generate`"):
-        chat_module.run_chat(choice, None, SamplingParams())
+        chat_module.run_chat(choice, None, {}, "auto", {})

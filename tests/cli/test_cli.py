@@ -243,6 +243,14 @@ def test_demo_prints_a_table_and_draws(tmp_path: Path) -> None:
         (["generate", "--prompt", "x", "-o", "sink=3"], "did you mean 'sinks'"),
         (["generate", "--prompt", "x", "-o", "sinks"], "write NAME=VALUE"),
         (["generate", "--prompt", "x", "--model", "no/such/model"], "does not exist"),
+        (
+            ["generate", "--prompt", "x", "--chat-template-kwargs", "{}"],
+            "--chat-template-kwargs has no effect without --chat",
+        ),
+        (
+            ["generate", "--prompt", "x", "--chat", "--chat-template-kwargs", '{"tools": 1}'],
+            "'tools' cannot be set this way",
+        ),
         (["generate", "--prompt", "x", "--temperature", "-1"], "temperature=-1.0"),
         (["generate", "--prompt", "x", "--kv-memory", "1"], "below one page per layer"),
         (["generate", "--prompt", " "], "the prompt is empty"),

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -77,7 +78,8 @@ def test_options_become_settings(
         "--max-n", "2", "--max-stop", "4", "--max-body", "1MiB", "--max-schema", "2KiB",
         "--policies", "full, snapkv", "--min-keep", "0.1", "--max-keep", "0.9",
         "--api-key-file", str(keys), "--cors-origin", "https://a", "--cors-origin", "https://b",
-        "--log-prompts",
+        "--log-prompts", "--generation-config", "none",
+        "--default-chat-template-kwargs", '{"enable_thinking": false}',
     )  # fmt: skip
     assert done.exit_code == 0, done.output
     ((choice, settings),) = taken
@@ -87,6 +89,7 @@ def test_options_become_settings(
         max_prompt_tokens=13, max_n=2, max_stop=4, max_body_bytes=2**20, max_schema_bytes=2**11,
         policies=("full", "snapkv"), min_keep=0.1, max_keep=0.9, api_keys=("a", "b"),
         cors_origins=("https://a", "https://b"), log_prompts=True,
+        generation_config="none", chat_template_kwargs={"enable_thinking": False},
     )  # fmt: skip
     assert choice.model == "MODEL" and choice.threads == 1 and choice.dtype == "float32"
     policy: Any = choice.policy
@@ -118,6 +121,13 @@ def test_defaults_are_the_settings_own(taken: list[tuple[ModelChoice, ServerSett
         (["--min-keep", "0.9", "--max-keep", "0.5"], "min_keep=0.9 must be above 0 and at most"),
         (["--max-keep", "1.5"], "max_keep=1.5 must lie between 0 and 1"),
         (["--default-max-tokens", "9", "--max-tokens-limit", "5"], "is above max_tokens_limit=5"),
+        (["--generation-config", "vllm"], "generation_config='vllm' is unknown"),
+        (["--default-chat-template-kwargs", "x"], "chat-template-kwargs 'x' is not valid JSON"),
+        (["--default-chat-template-kwargs", "[1]"], "kwargs '[1]' is not a JSON object"),
+        (
+            ["--default-chat-template-kwargs", '{"enable_thinking": false}'],
+            "chat template never reads 'enable_thinking'",
+        ),
         (["--max-body", "much"], "'much' is not a size"),
         (["--policies", "full,snapkb"], "did you mean 'snapkv'"),
         (["--policies", "h2o"], "slot_scores=True"),
@@ -166,7 +176,8 @@ def test_open_to_others_without_a_key_warns(
     host: str, warned: bool, keys: tuple[str, ...], monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(serve_module, "load", lambda choice: None)
+    loaded = SimpleNamespace(sampling_defaults={})
+    monkeypatch.setattr(serve_module, "load", lambda choice: loaded)
     monkeypatch.setattr(serve_module, "serve", lambda *values: None)
     monkeypatch.setattr(serve_module, "bind", lambda settings: socket.socket())
     monkeypatch.setattr(signal, "signal", lambda *values: None)

@@ -15,15 +15,19 @@ from pyramidinfer.cli.common import (
     BACKENDS,
     DEFAULT_POLICY,
     Dtype,
+    FromModel,
     Keep,
     Model,
     NoProfile,
     Options,
     PolicyName,
+    TemplateKwargs,
+    json_object,
     names_model,
     plain_errors,
     policy_from,
     profiling,
+    said,
 )
 from pyramidinfer.cli.models import add_models
 from pyramidinfer.cli.profile import add_profile
@@ -107,10 +111,20 @@ def generate(
         Path | None, typer.Option(help="File holding the prompt; - is standard input.")
     ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Apply the model's chat template.")] = False,
-    max_tokens: MaxTokens = 64,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="1 is off.")] = 1.0,
-    top_k: Annotated[int, typer.Option(help="0 is off.")] = 0,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Tokens to generate at most; default: the model's, or 64.")
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="0 is greedy; default: the model's, or 0.")
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="1 is off; default: the model's, or off.")
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(help="0 is off; default: the model's, or off.")
+    ] = None,
+    generation_config: FromModel = "auto",
+    chat_template_kwargs: TemplateKwargs = None,
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Stop text; may be repeated.")] = None,
     kv_memory: Annotated[str, typer.Option(help="Memory for the cache.")] = "1GiB",
@@ -124,16 +138,18 @@ def generate(
 ) -> None:
     """Answer one prompt with any supported local or hub model."""
     from pyramidinfer.cli.generate import run_generate
-    from pyramidinfer.types import SamplingParams
 
-    params = SamplingParams(
+    if chat_template_kwargs is not None and not chat:
+        raise ValueError("--chat-template-kwargs has no effect without --chat")
+    asked = said(
         max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed,
-        stop=tuple(stop or ()),
+        stop=stop or None,
     )  # fmt: skip
     chosen = policy_from(policy, keep, option or [])
     run_generate(
-        model, chosen, prompt, prompt_file, chat, params, kv_memory, dtype, device, backend,
-        profiling(chosen, no_profile), as_json,
+        model, chosen, prompt, prompt_file, chat, asked, generation_config,
+        json_object("--chat-template-kwargs", chat_template_kwargs), kv_memory, dtype, device,
+        backend, profiling(chosen, no_profile), as_json,
     )  # fmt: skip
 
 

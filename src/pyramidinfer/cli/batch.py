@@ -24,6 +24,7 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from pyramidinfer.cli.common import check_asked, defaults_of
 from pyramidinfer.cli.serve import ModelChoice, load
 from pyramidinfer.server.errors import ApiError, error_body
 from pyramidinfer.server.protocol import ChatRequest, CompletionRequest
@@ -55,8 +56,10 @@ class Requests(NamedTuple):
     file: BinaryIO
 
 
-def run_batch(choice: ModelChoice, source: Path, target: Path, model_name: str) -> None:
+def run_batch(choice: ModelChoice, source: Path, target: Path, model_name: str,
+              generation_config: str = "auto") -> None:  # fmt: skip
     """Answer what the target does not hold yet."""
+    check_asked({}, generation_config)
     if target.exists() and source.exists() and source.samefile(target):
         raise ValueError(f"{str(target)!r} is the file of requests; name another one for answers")
     if target.exists() and not target.is_file() and not target.is_dir():
@@ -64,7 +67,7 @@ def run_batch(choice: ModelChoice, source: Path, target: Path, model_name: str) 
     with _opened(source) as requests:
         wanted = _check(requests)
         with target.open("a+b") as out:
-            _answer_rest(choice, requests, wanted, out, target, model_name)
+            _answer_rest(choice, requests, wanted, out, target, model_name, generation_config)
 
 
 @contextmanager
@@ -79,7 +82,7 @@ def _opened(source: Path) -> Iterator[Requests]:
 
 
 def _answer_rest(choice: ModelChoice, requests: Requests, wanted: set[str], out: BinaryIO,
-                 target: Path, model_name: str) -> None:  # fmt: skip
+                 target: Path, model_name: str, generation_config: str) -> None:  # fmt: skip
     """Go on where the target ends; ``OSError`` where a request is left without an answer."""
     try:
         fcntl.flock(out, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -98,10 +101,12 @@ def _answer_rest(choice: ModelChoice, requests: Requests, wanted: set[str], out:
     if len(done) == len(wanted):
         return
     llm = load(choice)
+    defaults_of(llm, generation_config)
     most = llm.engine.config.max_requests
     settings = ServerSettings(
         model_name=model_name, max_waiting=sys.maxsize, queue_timeout=FOREVER,
         request_timeout=FOREVER, max_n=most, max_logprobs=100,
+        generation_config=generation_config,
     )  # fmt: skip
     service = Service(llm, settings)
     bar = Progress(

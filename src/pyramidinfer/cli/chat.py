@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
-from pyramidinfer.cli.common import human_bytes
+from pyramidinfer.cli.common import check_asked, defaults_of, human_bytes
 from pyramidinfer.cli.serve import ModelChoice, load
 from pyramidinfer.engine import LLM
+from pyramidinfer.engine.chat_template import ChatTemplate
 from pyramidinfer.engine.request import Request
 from pyramidinfer.policies import Policy, make_policy
 from pyramidinfer.server.prompts import Prompts
@@ -19,6 +22,7 @@ from pyramidinfer.types import SamplingParams
 
 __all__ = ["run_chat"]
 
+MAX_TOKENS = 256  # of an answer, where nobody says another
 HELP = """/reset        begin a new conversation
 /system TEXT  begin one with this system prompt
 /keep SHARE   change the budget of the policy
@@ -26,12 +30,19 @@ HELP = """/reset        begin a new conversation
 /exit         leave (also Ctrl-D); Ctrl-C stops an answer"""
 
 
-def run_chat(choice: ModelChoice, system: str | None, params: SamplingParams) -> None:
-    """Read a line, answer it, until the input ends."""
+def run_chat(choice: ModelChoice, system: str | None, asked: Mapping[str, Any],
+             generation_config: str, template_kwargs: Mapping[str, Any]) -> None:  # fmt: skip
+    """Read a line, answer it, until the input ends.
+
+    ``asked``: fields of ``SamplingParams``; what is not among them is as the model's
+    generation config says.
+    """
+    check_asked(asked, generation_config)
     llm = load(choice)
-    if not Prompts(llm.tokenizer, llm.engine.adapter.vocab_size).has_template:
+    if not ChatTemplate(llm.tokenizer).exists:
         raise ValueError(f"model {llm.name!r} has no chat template; use `pyramidinfer generate`")
-    chat = _Chat(llm, params, system)
+    chosen = {"max_tokens": MAX_TOKENS, **defaults_of(llm, generation_config), **asked}
+    chat = _Chat(llm, SamplingParams(**chosen), system, template_kwargs)
     chat.note(f"{Path(llm.name).name}: /help tells what else can be typed")
     while True:
         try:
@@ -55,9 +66,10 @@ def run_chat(choice: ModelChoice, system: str | None, params: SamplingParams) ->
 class _Chat:
     """A conversation, its policy, and what came of it."""
 
-    def __init__(self, llm: LLM, params: SamplingParams, system: str | None) -> None:
+    def __init__(self, llm: LLM, params: SamplingParams, system: str | None,
+                 template_kwargs: Mapping[str, Any]) -> None:  # fmt: skip
         self.llm, self.params, self.policy = llm, params, llm.policy
-        self.prompts = Prompts(llm.tokenizer, llm.engine.adapter.vocab_size)
+        self.prompts = Prompts(llm.tokenizer, llm.engine.adapter.vocab_size, template_kwargs)
         self.console = Console(stderr=True, highlight=False)
         self.keep: float | None = getattr(llm.policy, "keep", None)  # the last one there was
         self.turns: list[Message] = []

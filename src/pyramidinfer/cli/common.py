@@ -4,26 +4,31 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
+from pyramidinfer.config import check_choice
+
 if TYPE_CHECKING:  # torch takes seconds, and --help needs none of it
+    from pyramidinfer.engine import LLM
     from pyramidinfer.policies import Policy
 
 __all__ = [
-    "BACKENDS", "DEFAULT_POLICY", "POLICY_NAMES", "Dtype", "Keep", "Model", "NoProfile", "Options",
-    "PolicyName", "human_bytes", "names_model", "plain_errors", "policy_from", "profiling",
+    "BACKENDS", "DEFAULT_POLICY", "POLICY_NAMES", "Dtype", "FromModel", "Keep", "Model",
+    "NoProfile", "Options", "PolicyName", "TemplateKwargs", "check_asked", "defaults_of",
+    "human_bytes", "json_object", "names_model", "plain_errors", "policy_from", "profiling", "said",
 ]  # fmt: skip
 
 #: What ``--help`` tells of the registry and of the backends, which are not imported for it.
 POLICY_NAMES = (
-    "duo", "fastkv", "full", "h2o", "pyramid", "pyramidinfer", "pyramidkv", "scissorhands",
-    "snapkv", "streaming_llm", "tova",
+    "chunkkv", "duo", "expected_attention", "fastkv", "full", "h2o", "keydiff", "pyramid",
+    "pyramidinfer", "pyramidkv", "scissorhands", "snapkv", "streaming_llm", "tova",
 )  # fmt: skip
 BACKENDS = ("cpu", "reference", "triton")
 DEFAULT_POLICY = "pyramid"
@@ -56,6 +61,55 @@ NoProfile = Annotated[
     ),
 ]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16 or float64.")]
+FromModel = Annotated[
+    str,
+    typer.Option(
+        "--generation-config",
+        help="auto: what is not said about sampling is as the model's generation_config.json "
+        "says; none: it is not.",
+    ),
+]
+TemplateKwargs = Annotated[
+    str | None,
+    typer.Option(help='For the chat template, a JSON object such as {"enable_thinking": false}.'),
+]
+
+
+def json_object(option: str, text: str | None) -> dict[str, Any]:
+    """The JSON object that an option gives; ``ValueError`` where it gives another thing."""
+    try:
+        found = json.loads("{}" if text is None else text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{option} {text!r:.60} is not valid JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{option} {text!r:.60} is not a JSON object")
+    return found
+
+
+def said(**options: Any) -> dict[str, Any]:
+    """The options that were given."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def check_asked(asked: Mapping[str, Any], generation_config: str) -> None:
+    """``ValueError`` for options of sampling that cannot be, before anything is loaded."""
+    from pyramidinfer.types import SamplingParams
+
+    SamplingParams(**asked)
+    check_choice("--generation-config", generation_config, ("auto", "none"))
+
+
+def defaults_of(llm: LLM, generation_config: str) -> dict[str, Any]:
+    """The model's sampling defaults, told on standard error; none where they are switched off."""
+    found = llm.sampling_defaults if generation_config == "auto" else {}
+    if found:
+        shown = ", ".join(f"{name} {value:g}" for name, value in found.items())
+        print(
+            f"sampling defaults of the model: {shown} (its generation_config.json; "
+            f"--generation-config none switches them off)",
+            file=sys.stderr,
+        )
+    return found
 
 
 def names_model(command: Callable[..., None]) -> Callable[..., None]:

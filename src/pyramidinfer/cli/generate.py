@@ -4,29 +4,39 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
-from pyramidinfer.cli.common import human_bytes
+from pyramidinfer.cli.common import check_asked, defaults_of, human_bytes
 from pyramidinfer.engine import LLM
+from pyramidinfer.engine.chat_template import ChatTemplate
 from pyramidinfer.models.loading import quiet_transformers, shipped_model
 from pyramidinfer.policies import Policy
-from pyramidinfer.types import RequestOutput, SamplingParams
+from pyramidinfer.types import RequestOutput, SamplingParams, TokenIds
 
 __all__ = ["run_generate"]
 
 
 def run_generate(model: str | None, policy: Policy, prompt: str | None, prompt_file: Path | None,
-                 chat: bool, params: SamplingParams, kv_memory: str, dtype: str, device: str,
+                 chat: bool, asked: Mapping[str, Any], generation_config: str,
+                 template_kwargs: Mapping[str, Any], kv_memory: str, dtype: str, device: str,
                  backend: str, profile: bool, as_json: bool) -> None:  # fmt: skip
-    """Stream an answer to the terminal, or print it as one JSON object."""
+    """Stream an answer to the terminal, or print it as one JSON object.
+
+    ``asked``: fields of ``SamplingParams``; what is not among them is as the model's
+    generation config says.
+    """
+    check_asked(asked, generation_config)
     text = _read_prompt(prompt, prompt_file)
     quiet_transformers()
     llm = LLM(model or shipped_model(), policy, kv_memory=kv_memory, dtype=dtype, device=device,
               backend=backend, profile=profile)  # fmt: skip
-    ids = _chat_ids(llm, text) if chat else llm.encode(text)
+    ids = _chat_ids(llm, text, template_kwargs) if chat else llm.encode(text)
+    params = SamplingParams(**{**defaults_of(llm, generation_config), **asked})
     output = None
     try:
         written = 0
@@ -68,14 +78,11 @@ def _read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
         raise ValueError(f"cannot read --prompt-file {str(prompt_file)!r}: {reason}") from error
 
 
-def _chat_ids(llm: LLM, text: str) -> list[int]:
-    if llm.tokenizer is None or not getattr(llm.tokenizer, "chat_template", None):
+def _chat_ids(llm: LLM, text: str, options: Mapping[str, Any]) -> TokenIds:
+    template = ChatTemplate(llm.tokenizer)
+    if not template.exists:
         raise ValueError(f"model {llm.name!r} has no chat template; leave --chat out")
-    messages = [{"role": "user", "content": text}]
-    ids: list[int] = llm.tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, tokenize=True, return_dict=False
-    )
-    return ids
+    return template.ids([{"role": "user", "content": text}], options=options)
 
 
 def _print_json(output: RequestOutput) -> None:

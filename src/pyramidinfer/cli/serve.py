@@ -12,6 +12,7 @@ import torch
 import typer
 from rich.console import Console
 
+from pyramidinfer.cli.common import defaults_of
 from pyramidinfer.config import check_whole
 from pyramidinfer.engine import LLM
 from pyramidinfer.models.loading import quiet_transformers, shipped_model
@@ -90,8 +91,10 @@ def run_serve(choice: ModelChoice, settings: ServerSettings, floor: float | None
     with bind(settings) as line:  # held, so that nobody takes it, and not open yet
         if floor is not None:
             _check_quality(choice, floor)
+        llm = load(choice)
+        defaults_of(llm, settings.generation_config)
         try:
-            serve(load(choice), settings, line)
+            serve(llm, settings, line)
         except EngineDied as error:
             print(f"error: {error}", file=sys.stderr)
             raise typer.Exit(1) from None

@@ -11,15 +11,19 @@ from pyramidinfer.cli.common import (
     BACKENDS,
     DEFAULT_POLICY,
     Dtype,
+    FromModel,
     Keep,
     Model,
     NoProfile,
     Options,
     PolicyName,
+    TemplateKwargs,
+    json_object,
     names_model,
     plain_errors,
     policy_from,
     profiling,
+    said,
 )
 
 __all__ = ["add_serving"]
@@ -70,6 +74,8 @@ def serve(
                           help="Name that clients ask for; default: the folder's.",
                           rich_help_panel=SERVER)
     ] = "",
+    generation_config: FromModel = "auto",
+    default_chat_template_kwargs: TemplateKwargs = None,
     page: Annotated[
         bool, typer.Option(help="The page at /.", rich_help_panel=SERVER)
     ] = True,
@@ -138,8 +144,9 @@ def serve(
                            rich_help_panel=SERVER)
     ] = False,
     default_max_tokens: Annotated[
-        int, typer.Option(help="For requests without max_tokens.", rich_help_panel=LIMITS)
-    ] = 256,
+        int | None, typer.Option(help="For requests without max_tokens; default: the model's, or "
+                                 "256.", rich_help_panel=LIMITS)
+    ] = None,
     max_tokens_limit: Annotated[
         int | None, typer.Option(help="The most a request may generate.", rich_help_panel=LIMITS)
     ] = None,
@@ -216,7 +223,10 @@ def serve(
         max_waiting=max_waiting, queue_timeout=queue_timeout, request_timeout=request_timeout,
         drain_timeout=drain_timeout, stall_timeout=stall_timeout, max_connections=max_connections,
         keep_alive_on_engine_death=keep_alive_on_engine_death,
-        default_max_tokens=default_max_tokens,
+        default_max_tokens=default_max_tokens, generation_config=generation_config,
+        chat_template_kwargs=json_object(
+            "--default-chat-template-kwargs", default_chat_template_kwargs
+        ),
         max_tokens_limit=max_tokens_limit, max_prompt_tokens=max_prompt_tokens, max_n=max_n,
         max_stop=max_stop, max_body_bytes=parse_bytes(max_body),
         max_schema_bytes=parse_bytes(max_schema), policies=names, min_keep=min_keep,
@@ -247,23 +257,34 @@ def chat(
     no_profile: NoProfile = False,
     threads: Threads = 0,
     system: Annotated[str | None, typer.Option(help="A system prompt.")] = None,
-    max_tokens: Annotated[int, typer.Option(help="Tokens of an answer at most.")] = 256,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="1 is off.")] = 1.0,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Tokens of an answer at most; default: the model's, or 256.")
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="0 is greedy; default: the model's, or 0.")
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="1 is off; default: the model's, or off.")
+    ] = None,
+    generation_config: FromModel = "auto",
+    chat_template_kwargs: TemplateKwargs = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Stop text; may be repeated.")] = None,
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
 ) -> None:
     """Chat with a model in the terminal; every turn goes on with the last one's cache."""
     from pyramidinfer.cli.chat import run_chat
-    from pyramidinfer.types import SamplingParams
 
-    params = SamplingParams(
-        max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed
+    asked = said(
+        max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed, stop=stop or None
     )  # fmt: skip
     choice = _choice(
         model, policy, keep, option, dtype, device, backend, threads, no_profile,
         kv_memory=kv_memory, reuse_share=1.0,
     )  # fmt: skip
-    run_chat(choice, system, params)
+    run_chat(
+        choice, system, asked, generation_config,
+        json_object("--chat-template-kwargs", chat_template_kwargs),
+    )  # fmt: skip
 
 
 def batch(
@@ -288,6 +309,7 @@ def batch(
             help="Name that requests give; default: the folder's.",
         ),
     ] = "",
+    generation_config: FromModel = "auto",
 ) -> None:
     """Answer a file of requests; stopped or killed, it goes on where it was."""
     from pyramidinfer.cli.batch import run_batch
@@ -296,4 +318,4 @@ def batch(
         model, policy, keep, option, dtype, device, backend, threads, no_profile,
         kv_memory=kv_memory, max_requests=max_requests, reuse_share=0.0,
     )  # fmt: skip
-    run_batch(choice, source, target, served_model_name)
+    run_batch(choice, source, target, served_model_name, generation_config)

@@ -14,6 +14,7 @@ from pyramidinfer.attention import select_backend
 from pyramidinfer.cache import Pool, Ring, Table
 from pyramidinfer.config import EngineConfig
 from pyramidinfer.engine import answers, holding
+from pyramidinfer.engine.chat_template import find_end_ids
 from pyramidinfer.engine.checks import check_plan
 from pyramidinfer.engine.making import Spans, make_request
 from pyramidinfer.engine.memory import Ledger
@@ -22,6 +23,7 @@ from pyramidinfer.engine.request import Request, Scoring
 from pyramidinfer.engine.reuse import Conversations
 from pyramidinfer.engine.sampler import prepare, prompt_logprobs, sample
 from pyramidinfer.engine.scheduler import Plan, Scheduler
+from pyramidinfer.engine.text import added_tokens
 from pyramidinfer.engine.undo import Undo
 from pyramidinfer.models import Adapter, Intake
 from pyramidinfer.models.adapter import Stepped
@@ -65,7 +67,9 @@ class Engine:
         self.scheduler = Scheduler(config, self.adapter.depth)
         self.conversations = Conversations(self, int(config.budget * config.reuse_share))
         self.pressure = Pressure(self)
-        self.end_ids = self.adapter.end_ids
+        ends = self.adapter.end_ids | find_end_ids(tokenizer)
+        self.end_ids = frozenset(end for end in ends if end < self.adapter.vocab_size)
+        self.added_tokens = added_tokens(tokenizer)
         self.peak_in_flight = 0
         self._ids = itertools.count()
         self._profile: Profile | None = None
@@ -411,7 +415,7 @@ class Engine:
     def _reason(self, request: Request, token: int) -> str | None:
         """Why a request ends with ``token``, or None."""
         params = request.params
-        if token in params.stop_token_ids or (token in self.end_ids and not params.ignore_eos):
+        if token in request.stop_ids or (token in self.end_ids and not params.ignore_eos):
             return "stop"
         if params.stop and request.detokenizer:
             request.detokenizer.update(request.output)
@@ -426,7 +430,7 @@ class Engine:
         request.finish_reason, request.ended = reason, time.monotonic()
         request.kv = self.usage(request)
         if request.detokenizer and not request.detokenizer.stopped:
-            request.detokenizer.update(request.output, last=True)
+            request.detokenizer.update(self._said(request, reason), last=True)
         if request.detokenizer and request.detokenizer.error and reason in ("stop", "length"):
             reason = request.finish_reason = "error"
             request.error = request.detokenizer.error
@@ -442,6 +446,12 @@ class Engine:
             self.pool.release(request.sequence.table)
         request.sequence = request.away = None
         self.ledger.promise(request, None)
+
+    def _said(self, request: Request, reason: str) -> TokenIds:
+        """A request's tokens less the one that ended it, where that is no part of its text."""
+        ends = self.end_ids.union(request.stop_ids).difference(request.params.stop_token_ids)
+        ended = reason == "stop" and request.output[-1] in ends
+        return request.output[:-1] if ended else request.output
 
     # --- answers ------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ from torch import nn
 from pyramidinfer.attention import select_backend
 from pyramidinfer.config import EngineConfig
 from pyramidinfer.engine.checks import check_plan
+from pyramidinfer.engine.defaults import sampling_defaults
 from pyramidinfer.engine.engine import Engine
 from pyramidinfer.engine.prefix import Prefix
 from pyramidinfer.engine.request import Request, Scoring
@@ -81,6 +82,7 @@ class LLM:
         loaded = load_model(model, tokenizer, dtype, device)
         self.tokenizer = loaded.tokenizer
         self.name, self.dtype, self.device = loaded.name, loaded.dtype, loaded.device
+        self._generation_config = getattr(loaded.model, "generation_config", None)
         self.engine = Engine(
             loaded.model, chosen, config, loaded.tokenizer, backend,
             own=not isinstance(model, nn.Module),
@@ -90,6 +92,18 @@ class LLM:
     def policy(self) -> Policy:
         return self.engine.policy
 
+    @property
+    def sampling_defaults(self) -> dict[str, Any]:
+        """What the model's ``generation_config.json`` says, as fields of ``SamplingParams``.
+
+        ``ValueError`` for a key in it that would change answers and is not supported.
+        """
+        return sampling_defaults(self._generation_config, self.name)
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What ``generate`` and ``stream`` use where none are given: the model's own defaults."""
+        return SamplingParams(**self.sampling_defaults)
+
     def generate(self, prompts: Prompt | Sequence[Prompt],
                  sampling: SamplingParams | list[SamplingParams] | None = None, *,
                  protect: Spans | list[Spans] = (),
@@ -97,17 +111,18 @@ class LLM:
                  policy: str | Policy | None = None) -> list[RequestOutput]:  # fmt: skip
         """Answer every prompt; the list is in prompt order.
 
-        ``prompts``: a text, a list of texts, token ids, or lists of token ids.  ``sampling`` and
-        ``protect`` (spans of prompt positions that are never dropped) are one for all, or one
-        for each.  ``prefix`` (one for all, or one for each): what ``prefill`` returned; a prompt
-        then goes on from there, a text without special tokens in front, and spans count from the
-        prefix's first token.  ``policy``: for these prompts, instead of this LLM's own (a prefix
-        has its own already).  Every prompt is checked before any of them runs.  Ctrl-C ends all
-        of them and raises a ``KeyboardInterrupt`` whose ``outputs`` holds every answer as far as
-        it got.
+        ``prompts``: a text, a list of texts, token ids, or lists of token ids.  ``sampling``
+        (``get_default_sampling_params()`` where none is given) and ``protect`` (spans of prompt
+        positions that are never dropped) are one for all, or one for each.  ``prefix`` (one for
+        all, or one for each): what ``prefill`` returned; a prompt then goes on from there, a text
+        without special tokens in front, and spans count from the prefix's first token.
+        ``policy``: for these prompts, instead of this LLM's own (a prefix has its own already).
+        Every prompt is checked before any of them runs.  Ctrl-C ends all of them and raises a
+        ``KeyboardInterrupt`` whose ``outputs`` holds every answer as far as it got.
         """
         batch = _as_batch(prompts)
-        many = _spread_sampling(SamplingParams() if sampling is None else sampling, len(batch))
+        chosen_params = self.get_default_sampling_params() if sampling is None else sampling
+        many = _spread_sampling(chosen_params, len(batch))
         spans = _spread_spans(protect, len(batch))
         begun = _spread_prefixes(prefix, len(batch))
         chosen = self._bound(policy)
@@ -168,7 +183,7 @@ class LLM:
         The request is checked at once and queued when the first item is asked for.  Closing the
         iterator aborts it.  Other requests go on in the same steps.
         """
-        params = sampling or SamplingParams()
+        params = self.get_default_sampling_params() if sampling is None else sampling
         tokens = self.encode(prompt, special=prefix is None)
         return self._follow(self._make(tokens, params, protect, prefix))
 

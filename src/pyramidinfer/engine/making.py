@@ -62,6 +62,8 @@ def make_request(engine: Engine, prompt: TokenIds, params: SamplingParams, polic
         engine, policy, len(prompt), max_new, spans, on, scoring, samples=samples
     )  # fmt: skip
     engine.ledger.check_fits(cost, len(prompt), max_new, samples)
+    ids = engine.added_tokens
+    stops = {*params.stop_token_ids, *(ids[text] for text in params.stop if text in ids)}
 
     def one(params: SamplingParams) -> Request:
         text = None
@@ -69,7 +71,7 @@ def make_request(engine: Engine, prompt: TokenIds, params: SamplingParams, polic
             text = Detokenizer(engine.tokenizer, tuple(params.stop), prompt)
         return Request(
             engine.next_id(), list(prompt), params, max_new, policy, cost, likely, spans, hold,
-            text, scoring=scoring,
+            text, frozenset(stops), scoring=scoring,
         )  # fmt: skip
 
     request = one(params)

@@ -72,6 +72,7 @@ class Request:
     same owner that goes on with it (None: no reuse).  ``reused``: tokens taken up that way, and
     ``reused_entries`` over all layers.
     ``prompt_top``: log-probabilities of the prompt with so many likeliest tokens are wanted.
+    ``stop_ids``: tokens that end it besides the model's own: ids, and stop strings that are one.
     ``error``: what went wrong, where ``finish_reason`` is ``"error"``.
     ``away``: it was preempted and holds nothing in the pool;  ``lowered_to``: what its policy's
     ``keep`` was lowered to for want of memory.
@@ -87,6 +88,7 @@ class Request:
     protect: tuple[tuple[int, int], ...] = ()
     hold: bool = False
     detokenizer: Detokenizer | None = None
+    stop_ids: frozenset[int] = frozenset()
     promised: Cost | None = None
     sequence: Sequence | None = None
     intake: Intake | None = None

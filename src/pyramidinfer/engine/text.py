@@ -7,7 +7,7 @@ from typing import Any
 
 from pyramidinfer.types import TokenIds
 
-__all__ = ["Detokenizer", "head_of", "plain_ids"]
+__all__ = ["Detokenizer", "added_tokens", "head_of", "plain_ids"]
 
 #: Tokens of the prompt that an answer's first ones are decoded with.
 CONTEXT = 8
@@ -81,6 +81,12 @@ class Detokenizer:
     def _decode(self, tokens: TokenIds) -> str:
         text: str = self.tokenizer.decode(tokens, skip_special_tokens=True)
         return text
+
+
+def added_tokens(tokenizer: Any) -> dict[str, int]:
+    """Texts that are one token wherever they stand, such as ``<|im_end|>``, and their ids."""
+    find = getattr(tokenizer, "get_added_vocab", dict)
+    return {text: token for text, token in find().items() if text.strip()}
 
 
 def plain_ids(tokenizer: Any, text: str) -> TokenIds:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass
 from importlib.resources import files
@@ -73,6 +74,7 @@ def _load_weights(name: str, folder: Path, dtype: str | torch.dtype) -> tuple[An
     config, files = load_config(name), weight_files(folder)
     check_tensors(name, config, read_headers(files))
     kind = parse_dtype(dtype, config.dtype)
+    _check_generation_config(folder)
     loaded, report = _from_hub(
         AutoModelForCausalLM, folder, repr(name), config=config, dtype=kind,
         use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True,
@@ -197,6 +199,16 @@ def _from_hub(loader: Any, folder: Path, what: str, **options: Any) -> Any:
         raise ValueError(f"cannot load {what}: {one_line(error)}") from error
 
 
+def _check_generation_config(folder: Path) -> None:
+    """``ValueError`` for one that cannot be read, which transformers passes over."""
+    file = folder / "generation_config.json"
+    try:
+        if file.is_file() and not isinstance(json.loads(file.read_text(encoding="utf-8")), dict):
+            raise ValueError("no object")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{str(file)!r} is not a readable generation config") from error
+
+
 def _find_tokenizer(folder: Path, tokenizer: Any, config: Any = None) -> Any:
     """``"auto"``: the folder's own, None where it has none; else what is given or named.
 
@@ -222,9 +234,10 @@ def _check_tokenizer(tokenizer: Any) -> Any:
 
 
 def end_ids(model: nn.Module) -> frozenset[int]:
-    """End-of-sequence ids from the generation config, else from the model's config."""
+    """End-of-sequence ids of the generation config and of the model's config."""
+    found: set[int] = set()
     for place in ("generation_config", "config"):
         ends = getattr(getattr(model, place, None), "eos_token_id", None)
         if ends is not None:
-            return frozenset([ends] if isinstance(ends, int) else ends)
-    return frozenset()
+            found.update([ends] if isinstance(ends, int) else ends)
+    return frozenset(found)

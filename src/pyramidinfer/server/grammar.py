@@ -17,6 +17,9 @@ from pyramidinfer.server.protocol import ResponseFormat
 __all__ = ["Grammars", "JsonConstraint", "SchemaError"]
 
 ANY_OBJECT = {"type": "object"}
+#: White space between two tokens of JSON: a blank, or a new line and its indentation.  Without a
+#: bound a model that does not want to go on writes blanks until it is cut off.
+WHITE_SPACE = r" |\r?\n[ \t]{0,20}"
 FIRST_TOKENS = 4  # that are tried before a schema is taken
 
 
@@ -87,7 +90,9 @@ class Grammars:
                 f"the JSON schema has {len(text)} bytes; this server takes {most_bytes} at most"
             )
         tables = self._tables
-        grammar = llguidance.LLMatcher.grammar_from_json_schema(text)
+        grammar = llguidance.LLMatcher.grammar_from_json_schema(
+            text, defaults={"whitespace_pattern": WHITE_SPACE}
+        )
         matcher = llguidance.LLMatcher(tables, grammar, log_level=0)
         if matcher.is_error():
             reason = str(matcher.get_error()).splitlines()[0]

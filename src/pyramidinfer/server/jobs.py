@@ -31,6 +31,8 @@ __all__ = ["Job", "Jobs"]
 MAX_STOP_LENGTH = 1000
 #: Characters that a token is taken to stand for at most, where the tokenizer sets no bound.
 LONGEST_TOKEN = 256
+#: For requests without ``max_tokens``, where neither the operator nor the model says another.
+MAX_TOKENS = 256
 
 
 @dataclass(slots=True)
@@ -64,7 +66,8 @@ class Jobs:
         self.llm, self.settings, self.prompts = llm, settings, prompts
         self.engine, self.own = llm.engine, llm.policy
         adapter = self.engine.adapter
-        self.grammars = Grammars(llm.tokenizer, adapter.vocab_size, adapter.end_ids)
+        self.grammars = Grammars(llm.tokenizer, adapter.vocab_size, self.engine.end_ids)
+        self.defaults = llm.sampling_defaults if settings.generation_config == "auto" else {}
         self.refused: dict[str, str] = {}  # policies that cannot be served, and why
         self.served = self._policies()
         self.policies = list(self.served)
@@ -77,7 +80,7 @@ class Jobs:
 
     def chat(self, body: ChatRequest, owner: str | None) -> Job:
         self._check_length("".join(each.text for each in body.messages), "messages")
-        prompt = self._checked(self.prompts.chat(body.messages), "messages")
+        prompt = self._checked(self._rendered(body), "messages")
         wanted = body.max_completion_tokens or body.max_tokens
         top = (body.top_logprobs or 0) if body.logprobs else None
         constraint = self.grammars.constraint(body.response_format, self.settings.max_schema_bytes)
@@ -114,7 +117,7 @@ class Jobs:
         """Token ids of what a body holds; no longer a text than a request may have."""
         if body.messages is not None:
             self._check_length("".join(each.text for each in body.messages), "messages")
-            return self.prompts.chat(body.messages, body.add_generation_prompt)
+            return self._rendered(body, body.add_generation_prompt)
         text = body.prompt or ""
         self._check_length(text, "prompt")
         return self.prompts.encode(text, body.add_special_tokens)
@@ -128,6 +131,17 @@ class Jobs:
             return self.prompts.decode(body.tokens)
         except ValueError as error:
             raise ApiError(400, str(error), param="tokens") from None
+
+    def _rendered(self, body: ChatRequest | TokenizeRequest, generate: bool = True) -> TokenIds:
+        options = body.chat_template_kwargs or {}
+        try:
+            self.prompts.template.check_options(options)
+        except ValueError as error:
+            raise ApiError(400, str(error), param="chat_template_kwargs") from None
+        try:
+            return self.prompts.chat(body.messages or [], generate, options)
+        except ValueError as error:
+            raise ApiError(400, str(error), param="messages") from None
 
     # --- parts --------------------------------------------------------------------------------
 
@@ -159,13 +173,15 @@ class Jobs:
             bias = {int(token): amount for token, amount in (body.logit_bias or {}).items()}
         except ValueError:
             raise ApiError(400, "logit_bias: keys must be token ids", param="logit_bias") from None
+        asked: dict[str, Any] = {
+            "temperature": body.temperature, "top_p": body.top_p, "min_p": body.min_p,
+            "top_k": None if body.top_k is None else max(0, body.top_k),
+            "repetition_penalty": body.repetition_penalty,
+        }  # fmt: skip
+        said = {name: value for name, value in asked.items() if value is not None}
+        chosen = {"temperature": 1.0, **self.defaults, **said, "max_tokens": max_tokens}
         return SamplingParams(
-            max_tokens=max_tokens,
-            temperature=1.0 if body.temperature is None else body.temperature,
-            top_p=1.0 if body.top_p is None else body.top_p,
-            top_k=max(0, body.top_k or 0),
-            min_p=body.min_p or 0.0,
-            repetition_penalty=body.repetition_penalty or 1.0,
+            **chosen,
             presence_penalty=body.presence_penalty or 0.0,
             frequency_penalty=body.frequency_penalty or 0.0,
             seed=body.seed, stop=tuple(stop), stop_token_ids=tuple(ids),
@@ -173,11 +189,12 @@ class Jobs:
         )  # fmt: skip
 
     def _max_tokens(self, prompt: TokenIds, wanted: int | None, policy: Policy) -> int:
-        """How many to generate: what was asked for, if there is room, or the operator's default."""
+        """How many to generate: what was asked for, if there is room, or the default."""
         settings, longest = self.settings, self.engine.adapter.max_positions
         if wanted is None:
-            room = settings.default_max_tokens if policy.streams else longest - len(prompt)
-            return max(1, min(settings.default_max_tokens, room))
+            usual = settings.default_max_tokens or self.defaults.get("max_tokens", MAX_TOKENS)
+            room = usual if policy.streams else longest - len(prompt)
+            return max(1, min(usual, room, settings.max_tokens_limit or usual))
         if settings.max_tokens_limit is not None:
             self._limit("max_tokens", wanted, settings.max_tokens_limit, "generated tokens")
         if not policy.streams and len(prompt) + wanted > longest:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from pyramidinfer.engine.chat_template import ChatTemplate
 from pyramidinfer.engine.text import Detokenizer
 from pyramidinfer.server.protocol import Message
 from pyramidinfer.types import TokenIds
@@ -20,15 +22,17 @@ BYTES = {letter: byte for byte, letter in bytes_to_unicode().items()}
 
 
 class Prompts:
-    """One model's tokenizer (None: token ids only), as the API needs it."""
+    """One model's tokenizer (None: token ids only), as the API needs it.
 
-    def __init__(self, tokenizer: Any, vocab_size: int) -> None:
+    ``options``: of every chat, for the template; ``ValueError`` for one that it never reads.
+    """
+
+    def __init__(self, tokenizer: Any, vocab_size: int,
+                 options: Mapping[str, Any] | None = None) -> None:  # fmt: skip
         self.tokenizer, self.vocab_size = tokenizer, vocab_size
+        self.template, self.options = ChatTemplate(tokenizer), dict(options or {})
+        self.template.check_options(self.options)
         self._spelled: dict[int, bytes] = {}
-
-    @property
-    def has_template(self) -> bool:
-        return bool(getattr(self.tokenizer, "chat_template", None))
 
     def encode(self, text: str, special: bool = True) -> TokenIds:
         """Token ids of a text; ``ValueError`` where there is no tokenizer or nothing to encode."""
@@ -37,18 +41,16 @@ class Prompts:
         ids: TokenIds = self.tokenizer(text, add_special_tokens=special)["input_ids"]
         return ids
 
-    def chat(self, messages: list[Message], generate: bool = True) -> TokenIds:
-        """Token ids of a conversation; ``ValueError`` where the template does not take it."""
-        if not self.has_template:
+    def chat(self, messages: Sequence[Message], generate: bool = True,
+             options: Mapping[str, Any] | None = None) -> TokenIds:  # fmt: skip
+        """Token ids of a conversation; ``ValueError`` where the template does not take it.
+
+        ``options``: of a request, for the template; those it leaves out are ``self.options``.
+        """
+        if not self.template.exists:
             raise ValueError("this model has no chat template; use /v1/completions")
-        turns = [{"role": each.role, "content": each.text} for each in messages]
-        try:
-            ids: TokenIds = self.tokenizer.apply_chat_template(
-                turns, add_generation_prompt=generate, tokenize=True, return_dict=False
-            )
-        except Exception as error:  # a template raises what it likes
-            raise ValueError(f"the chat template refuses these messages: {error}") from None
-        return ids
+        turns = [each.turn for each in messages]
+        return self.template.ids(turns, generate, {**self.options, **(options or {})})
 
     def decode(self, tokens: TokenIds, special: bool = True) -> str:
         """The text of tokens, with special ones unless told not."""

@@ -191,6 +191,12 @@ class Message(Strict):
             return "".join(part.text for part in self.content)
         return self.content or ""
 
+    @property
+    def turn(self) -> dict[str, str]:
+        """What the chat template gets: the role, the text, and further fields that are given."""
+        further = self.model_dump(include={"name", "refusal", "tool_call_id"}, exclude_none=True)
+        return {"role": self.role, "content": self.text, **further}
+
 
 Messages = Annotated[list[Message], Field(min_length=1, fail_fast=True)]
 
@@ -204,6 +210,7 @@ class ChatRequest(Generation):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0)] | None = None
     response_format: ResponseFormat | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
     # taken for the sake of clients that send them; they change nothing
     metadata: dict[str, Any] | None = None
     store: bool | None = None
@@ -233,11 +240,18 @@ class TokenizeRequest(Strict):
     messages: Messages | None = None
     add_special_tokens: bool = True
     add_generation_prompt: bool = True
+    chat_template_kwargs: dict[str, Any] | None = None
 
     @model_validator(mode="after")
     def one(self) -> TokenizeRequest:
         if (self.prompt is None) == (self.messages is None):
             raise ValueError("give prompt or messages, one of them")
+        given = self.model_fields_set
+        for name in given & {"add_generation_prompt", "chat_template_kwargs"}:
+            if self.messages is None:
+                raise ValueError(f"{name} is for messages; leave it out beside prompt")
+        if self.prompt is None and "add_special_tokens" in given and self.add_special_tokens:
+            raise ValueError("add_special_tokens is for prompt: the chat template puts its own")
         return self
 
 

@@ -41,7 +41,9 @@ class Service:
     def __init__(self, llm: LLM, settings: ServerSettings) -> None:
         self.llm, self.settings = llm, settings
         self.name = settings.model_name or llm.name.rstrip("/").rpartition("/")[2]
-        self.prompts = Prompts(llm.tokenizer, llm.engine.adapter.vocab_size)
+        self.prompts = Prompts(
+            llm.tokenizer, llm.engine.adapter.vocab_size, settings.chat_template_kwargs
+        )
         self.jobs = Jobs(llm, settings, self.prompts)
         engine = llm.engine
         self.metrics = Metrics(self.name, {

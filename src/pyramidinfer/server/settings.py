@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ipaddress
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from pyramidinfer.config import check_share, check_whole, is_number
+from pyramidinfer.config import check_choice, check_share, check_whole, is_number
 
 __all__ = ["KEYS_VARIABLE", "ServerSettings", "read_keys"]
 
@@ -31,13 +33,18 @@ class ServerSettings:
         that a supervisor starts the server anew.
     stall_timeout : seconds without the end of a step, with work to do, after which ``/health``
         says that the engine hangs.
-    default_max_tokens : for requests that say nothing.
+    default_max_tokens : for requests that say nothing; None is what the model's generation config
+        says, else 256.
+    generation_config : ``"auto"`` fills what a request leaves out from the model's
+        ``generation_config.json``, ``"none"`` does not.
     max_tokens_limit, max_prompt_tokens : the most a request may ask for; None is what the model
         has positions for.
     max_n : choices of one request (prompts times ``n``).
     max_stop : stop strings, and stop token ids, of one request.
     max_schema_bytes : of a ``response_format``.
     prompt_logprob_bytes : of the logits that ``echo`` with ``logprobs`` needs at once.
+    chat_template_kwargs : names and values for the chat template, for requests that do not give
+        those names.
     policies : names a request may ask for besides the server's own; None is every one that the
         pool can hold.
     min_keep, max_keep : bounds of a request's ``compression.keep``.
@@ -61,7 +68,8 @@ class ServerSettings:
     max_connections: int | None = None
     keep_alive_on_engine_death: bool = False
     stall_timeout: float = 600.0
-    default_max_tokens: int = 256
+    default_max_tokens: int | None = None
+    generation_config: str = "auto"
     max_tokens_limit: int | None = None
     max_prompt_tokens: int | None = None
     max_n: int = 8
@@ -70,6 +78,7 @@ class ServerSettings:
     max_body_bytes: int = 4 * 2**20
     max_schema_bytes: int = 64 * 1024
     prompt_logprob_bytes: int = 512 * 2**20
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     policies: tuple[str, ...] | None = None
     min_keep: float = 0.02
     max_keep: float = 1.0
@@ -89,12 +98,15 @@ class ServerSettings:
 
     def __post_init__(self) -> None:
         for name in (
-            "max_waiting", "default_max_tokens", "max_n", "max_stop", "max_body_bytes",
+            "max_waiting", "max_n", "max_stop", "max_body_bytes",
             "max_schema_bytes", "prompt_logprob_bytes",
         ):  # fmt: skip
             check_whole(name, getattr(self, name), 1)
         check_whole("max_logprobs", self.max_logprobs, 0)
-        for name in ("max_tokens_limit", "max_prompt_tokens", "max_connections"):
+        check_choice("generation_config", self.generation_config, ("auto", "none"))
+        for name in (
+            "default_max_tokens", "max_tokens_limit", "max_prompt_tokens", "max_connections",
+        ):  # fmt: skip
             if getattr(self, name) is not None:
                 check_whole(name, getattr(self, name), 1)
         for name in (
@@ -111,7 +123,8 @@ class ServerSettings:
             raise ValueError(
                 f"min_keep={self.min_keep} must be above 0 and at most max_keep={self.max_keep}"
             )
-        if self.max_tokens_limit is not None and self.default_max_tokens > self.max_tokens_limit:
+        default, limit = self.default_max_tokens, self.max_tokens_limit
+        if default is not None and limit is not None and default > limit:
             raise ValueError(
                 f"default_max_tokens={self.default_max_tokens} is above "
                 f"max_tokens_limit={self.max_tokens_limit}"

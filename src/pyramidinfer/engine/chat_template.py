@@ -1,0 +1,210 @@
+"""A tokenizer's chat template: messages to token ids, and nothing is lost on the way."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any, NamedTuple
+
+from pyramidinfer.engine.text import added_tokens
+from pyramidinfer.types import TokenIds
+
+__all__ = ["ChatTemplate", "Turn", "find_end_ids"]
+
+#: A message: its role and texts, ``{"role": "user", "content": "…", "name": "…"}``.
+Turn = dict[str, str]
+
+#: Stands for the text of a field when it is asked whether the field has a place in the template:
+#: plain letters and digits, which filters leave alone.
+MARK = "mark{}end"
+MARKED = re.compile(r"mark(\d+)end", re.IGNORECASE)
+#: Fields without a place that are looked at again with their own text, at most.
+DOUBTED = 4
+#: Names that a template reads and whoever asks cannot set.
+OWN_NAMES = {"messages", "tools", "add_generation_prompt", "raise_exception", "strftime_now"}
+
+
+class Field(NamedTuple):
+    """A text of a conversation: which message's, and which field of it."""
+
+    turn: int
+    key: str
+
+
+class ChatTemplate:
+    """A tokenizer's template (``exists`` tells whether there is one).
+
+    Contents go to it as texts, or as one text part each where it reads parts only.  Role
+    ``developer`` is ``system`` where the template does not name it.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+
+    @property
+    def exists(self) -> bool:
+        return bool(getattr(self.tokenizer, "chat_template", None))
+
+    def ids(self, messages: Sequence[Turn], generate: bool = True,
+            options: Mapping[str, Any] | None = None) -> TokenIds:  # fmt: skip
+        """Token ids of a conversation, up to where the model answers if it is to ``generate``.
+
+        ``options``: further names for the template (``enable_thinking``, say).  ``ValueError``
+        where there is no template, it refuses the messages, or it would ignore one of them, one
+        of their fields or an option.
+        """
+        if not self.exists:
+            raise ValueError("this model has no chat template")
+        self.check_options(options or {})
+        rendering = Rendering(self, messages, generate, options or {})
+        return rendering.ids()
+
+    def check_options(self, options: Mapping[str, Any]) -> None:
+        """``ValueError`` for an option that the template never reads."""
+        if options and not self.exists:
+            raise ValueError("chat_template_kwargs: this model has no chat template")
+        for name in options:
+            if name in OWN_NAMES:
+                raise ValueError(f"chat_template_kwargs: {name!r} cannot be set this way")
+            if name not in self.names:
+                can = ", ".join(sorted(self.names - OWN_NAMES)) or "no name"
+                raise ValueError(
+                    f"chat_template_kwargs: this model's chat template never reads {name!r:.60} "
+                    f"(it reads: {can})"
+                )
+
+    @cached_property
+    def source(self) -> str:
+        source: str = self.tokenizer.get_chat_template()
+        return source
+
+    @cached_property
+    def names(self) -> frozenset[str]:
+        """Names that the template reads from outside."""
+        from jinja2 import Environment, meta
+
+        place = Environment(extensions=["jinja2.ext.loopcontrols"])
+        # transformers' own tag around what an assistant says
+        plain = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", self.source)
+        return frozenset(meta.find_undeclared_variables(place.parse(plain)))
+
+    @cached_property
+    def turn_end(self) -> int | None:
+        """The token right behind an assistant's words, where the template puts one there."""
+        talk = [{"role": role, "content": MARK.format(role)} for role in ("user", "assistant")]
+        try:
+            text = Rendering(self, talk, False, {}).text()
+        except Exception:  # a template raises what it likes
+            return None
+        _, said, rest = text.rpartition(MARK.format("assistant"))
+        rest = rest.lstrip()
+        found = [token for token in added_tokens(self.tokenizer) if said and rest.startswith(token)]
+        return added_tokens(self.tokenizer)[max(found, key=len)] if found else None
+
+
+class Rendering:
+    """One conversation on its way through a template."""
+
+    def __init__(self, template: ChatTemplate, messages: Sequence[Turn], generate: bool,
+                 options: Mapping[str, Any]) -> None:  # fmt: skip
+        self.template, self.given = template, messages
+        self.generate, self.options = generate, options
+        renames = not re.search(r"""["']developer["']""", template.source)
+        self.turns = [
+            {**each, "role": "system"} if renames and each["role"] == "developer" else {**each}
+            for each in messages
+        ]
+        self.parts: frozenset[int] = frozenset()  # messages whose content goes as a part
+
+    def ids(self) -> TokenIds:
+        self._find_places()
+        ids: TokenIds = self._apply(self.turns, tokenize=True)
+        return ids
+
+    def text(self) -> str:
+        self._find_places()
+        return self._rendered(self.turns)
+
+    def _apply(self, turns: list[Turn], tokenize: bool) -> Any:
+        forms: list[dict[str, Any]] = [
+            {**turn, "content": [{"type": "text", "text": turn["content"]}]}
+            if index in self.parts else turn
+            for index, turn in enumerate(turns)
+        ]  # fmt: skip
+        try:
+            return self.template.tokenizer.apply_chat_template(
+                forms, add_generation_prompt=self.generate, tokenize=tokenize, return_dict=False,
+                **self.options,
+            )  # fmt: skip
+        except Exception as error:  # a template raises what it likes
+            raise ValueError(f"the chat template refuses these messages: {error}") from None
+
+    def _rendered(self, turns: list[Turn]) -> str:
+        text: str = self._apply(turns, tokenize=False)
+        return text
+
+    def _find_places(self) -> None:
+        """Choose the form of contents; ``ValueError`` for a text that has no place.
+
+        Each text is replaced by a mark of its own and looked for in what comes out, so this takes
+        as long for a long text as for a short one.
+        """
+        fields = [
+            Field(index, key) for index, turn in enumerate(self.turns)
+            for key, text in turn.items() if key != "role" and text.strip()
+        ]  # fmt: skip
+        marked = [dict(turn) for turn in self.turns]
+        for number, (index, key) in enumerate(fields):
+            marked[index][key] = MARK.format(number)
+        lost = self._lost(marked, fields)
+        if lost is None or any(key == "content" for _, key in lost):
+            among = fields if lost is None else lost
+            self.parts = frozenset(index for index, key in among if key == "content")
+            left = self._lost(marked, fields)
+            if left is None or (lost is not None and len(left) >= len(lost)):
+                self.parts = frozenset()
+            else:
+                lost = left
+        for field in (lost or [])[:DOUBTED]:
+            if not self._matters(field):
+                raise ValueError(self._nowhere(field))
+
+    def _lost(self, marked: list[Turn], fields: list[Field]) -> list[Field] | None:
+        """Fields whose marks do not come out; None where the template refuses the marks."""
+        try:
+            text = self._rendered(marked)
+        except ValueError:
+            return None
+        found = {int(number) for number in MARKED.findall(text)}
+        return [field for number, field in enumerate(fields) if number not in found]
+
+    def _matters(self, field: Field) -> bool:
+        """Whether the prompt changes with the field's own text."""
+        other = [dict(turn) for turn in self.turns]
+        other[field.turn][field.key] += MARK.format(0)
+        try:
+            return self._rendered(self.turns) != self._rendered(other)
+        except ValueError:
+            return True  # not ignored; the messages as they are decide
+
+    def _nowhere(self, field: Field) -> str:
+        index, key = field
+        role = self.given[index]["role"]
+        if key == "content":
+            return (
+                f"messages[{index}]: this model's chat template ignores a message of role "
+                f"{role!r} there; leave it out, or give it another role"
+            )
+        return (
+            f"messages[{index}].{key}: this model's chat template has no place for it, so it "
+            f"would be ignored; leave it out"
+        )
+
+
+def find_end_ids(tokenizer: Any) -> frozenset[int]:
+    """Tokens that end an answer by what the tokenizer says: its end token, and its chat
+    template's end of a turn."""
+    template, eos = ChatTemplate(tokenizer), getattr(tokenizer, "eos_token_id", None)
+    ends = (eos, template.turn_end if template.exists else None)
+    return frozenset(end for end in ends if end is not None)
