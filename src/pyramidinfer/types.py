@@ -201,9 +201,10 @@ class AttentionShape:
 @named_options
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """How tokens are chosen.  ``temperature=0`` is greedy.
+    """How tokens are chosen.  ``temperature=0`` is greedy, and so is any below 0.00001.
 
-    ``top_k=0``, ``top_p=1`` and ``min_p=0`` switch the filter off.  ``logprobs=k`` returns the
+    ``top_k=0``, ``top_p=1`` and ``min_p=0`` switch the filter off; ``top_p=0`` leaves the likeliest
+    token only.  ``logprobs=k`` returns the
     log-probability of each chosen token and of the ``k`` likeliest ones, before any filter.
     ``logit_bias``: token id → what is added to its logit, between -100 and 100.
     """
@@ -255,12 +256,6 @@ class SamplingParams:
             value = getattr(self, name)
             if not is_number(value) or not low <= value <= high:
                 raise ValueError(f"{name}={value!r} must lie between {low:g} and {high:g}")
-        if 0 < self.temperature < 1e-3:
-            raise ValueError(
-                f"temperature={self.temperature!r} must be 0 (greedy) or at least 0.001"
-            )
-        if self.top_p == 0:
-            raise ValueError("top_p=0 must be above 0 (1 switches it off)")
         for name, least, most in (
             ("max_tokens", 1, 2**31), ("top_k", 0, 2**31), ("logprobs", 0, 1000),
             ("seed", -(2**63), 2**64 - 1),
@@ -278,6 +273,12 @@ class SamplingParams:
         for token in self.stop_token_ids:
             if type(token) is not int or token < 0:
                 raise ValueError(f"stop_token_ids: {token!r} is not a token id")
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the likeliest token is taken: by a temperature so low, any other has no chance,
+        and logits divided by it may overflow."""
+        return self.temperature < 1e-5
 
 
 class Logprob(NamedTuple):

@@ -15,6 +15,7 @@ from pyramidinfer.policies import Policy
 from pyramidinfer.types import SamplingParams, TokenIds
 
 __all__ = [
+    "ContextLengthError",
     "check_count",
     "check_params",
     "check_plan",
@@ -22,6 +23,10 @@ __all__ = [
     "check_stream",
     "check_tokens",
 ]
+
+
+class ContextLengthError(ValueError):
+    """More tokens than the model has positions for."""
 
 
 def check_plan(adapter: Adapter, policy: Policy, config: EngineConfig, device: torch.device,
@@ -81,9 +86,10 @@ def check_count(name: str, value: int) -> int:
 
 
 def check_stream(new: int, held: int, positions: int) -> None:
-    """``ValueError`` where a streaming request is given more at once than the model's positions."""
+    """``ContextLengthError`` where a streaming request is given more at once than the model's
+    positions."""
     if new + held >= positions:
-        raise ValueError(
+        raise ContextLengthError(
             f"{new} tokens on top of {held} cached ones exceed the {positions} positions that this "
             f"model can tell apart at once; generation has no end, but text is taken in at most "
             f"{positions - held - 1} tokens at a time"

@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING
 
 from pyramidinfer.cache import Table
 from pyramidinfer.config import EngineConfig
-from pyramidinfer.engine.checks import check_params, check_spans, check_stream, check_tokens
+from pyramidinfer.engine.checks import (
+    ContextLengthError,
+    check_params,
+    check_spans,
+    check_stream,
+    check_tokens,
+)
 from pyramidinfer.engine.memory import Cost, for_samples
 from pyramidinfer.engine.request import Request, Scoring
 from pyramidinfer.engine.text import Detokenizer
@@ -44,7 +50,7 @@ def make_request(engine: Engine, prompt: TokenIds, params: SamplingParams, polic
         held = int(on.kept.max()) if on else 0
         check_stream(len(prompt) - (on.seen_len if on else 0), held, longest)
     elif len(prompt) >= longest + bool(scoring):
-        raise ValueError(
+        raise ContextLengthError(
             f"the prompt has {len(prompt)} tokens; this model has {longest} positions, so at "
             f"most {longest - 1} fit with one generated token"
         )

@@ -87,7 +87,7 @@ def prepare(request: Request, device: torch.device) -> None:
         chain.append(CountPenalty(request))
     if request.constraint is not None:
         chain.append(Constrained(request.constraint))
-    if params.temperature > 0:
+    if not params.is_greedy:
         if params.temperature != 1:
             chain.append(TemperatureLogitsWarper(float(params.temperature)))
         if params.top_k:
@@ -107,7 +107,7 @@ def prepare(request: Request, device: torch.device) -> None:
 def sample(logits: Tensor, request: Request, likeliest: int) -> tuple[int, Logprob | None]:
     """A request's next token from ``logits`` ``[vocab]`` (``likeliest``: their argmax)."""
     token = likeliest
-    if request.processors or request.params.temperature > 0:
+    if request.processors or not request.params.is_greedy:
         token = _choose(logits[None].float(), request)
     if request.constraint is not None:
         request.constraint.accept(token)
@@ -130,7 +130,7 @@ def _choose(scores: Tensor, request: Request) -> int:
     text = request.prompt + request.output if request.params.repetition_penalty != 1 else []
     seen = torch.tensor([text], dtype=torch.int64, device=scores.device)
     scores = request.processors(seen, scores)
-    if request.params.temperature == 0:
+    if request.params.is_greedy:
         return int(scores.argmax())
     weights = torch.softmax(scores[0], dim=-1)
     return int(torch.multinomial(weights, 1, generator=request.generator))

@@ -165,8 +165,6 @@ def _tame(case: Any) -> None:
             body[name] = min(body[name], most)
     for name in ("model", "max_completion_tokens" if "max_tokens" in body else "", "best_of"):
         body.pop(name, None)
-    if body.get("temperature"):
-        body["temperature"] = max(body["temperature"], 0.01)
     if "top_logprobs" in body:
         body["logprobs"] = True
     if isinstance(body.get("logit_bias"), dict):

@@ -10,6 +10,8 @@ from typing import Any
 
 from pyramidinfer.config import check_choice
 from pyramidinfer.engine import LLM
+from pyramidinfer.engine.checks import ContextLengthError
+from pyramidinfer.engine.making import is_endless
 from pyramidinfer.engine.request import Request
 from pyramidinfer.policies import POLICIES, Policy, make_policy
 from pyramidinfer.server.errors import ApiError
@@ -112,9 +114,12 @@ class Jobs:
         self._limit("n", body.n or 1, settings.max_n, "choices")
         self._limit("logprobs", top or 0, settings.max_logprobs, "likeliest tokens")
         policy = self.policy(body.compression)
-        params = self._params(body, self._max_tokens(prompt, wanted, policy), top)
+        param = "messages" if isinstance(body, ChatRequest) else "prompt"
+        params = self._params(body, self._max_tokens(prompt, wanted, policy, param), top)
         try:
             request = self.engine.make(prompt, params, policy=policy, samples=body.n or 1)
+        except ContextLengthError as error:
+            raise self._too_long(param, f"{error}.") from None
         except ValueError as error:
             raise ApiError(400, str(error)) from None
         reuse = body.compression is None or body.compression.reuse
@@ -147,29 +152,45 @@ class Jobs:
             ignore_eos=body.ignore_eos, logprobs=top, logit_bias=bias,
         )  # fmt: skip
 
-    def _max_tokens(self, prompt: TokenIds, wanted: int | None, policy: Policy) -> int:
+    def _max_tokens(self, prompt: TokenIds, wanted: int | None, policy: Policy, param: str
+                    ) -> int:  # fmt: skip
         """How many to generate: what was asked for, if there is room, or the operator's default."""
-        settings, longest = self.settings, self.engine.adapter.max_positions
+        settings, size = self.settings, len(prompt)
+        room = self.engine.adapter.max_positions - size
+        endless = is_endless(self.engine, policy, size)
         if wanted is None:
-            room = settings.default_max_tokens if policy.streams else longest - len(prompt)
-            return max(1, min(settings.default_max_tokens, room))
+            if room < 1 and not endless:
+                raise self._too_long(
+                    param, f"your {param} resulted in {size} tokens. Please reduce the length of "
+                    f"the {param}.",
+                )  # fmt: skip
+            usual = settings.default_max_tokens
+            return usual if endless else min(usual, room)
         if settings.max_tokens_limit is not None:
             self._limit("max_tokens", wanted, settings.max_tokens_limit, "generated tokens")
-        if not policy.streams and len(prompt) + wanted > longest:
-            raise ApiError(
-                400, f"This model's maximum context length is {longest} tokens. You requested "
-                f"{len(prompt) + wanted}: {len(prompt)} in the prompt and {wanted} to generate. "
-                f"Shorten the prompt or lower max_tokens.",
-                param="max_tokens", code="context_length_exceeded",
+        if wanted > room and not endless:
+            raise self._too_long(
+                param, f"you requested {size + wanted} tokens ({size} in the {param}, {wanted} in "
+                f"the completion). Please reduce the length of the {param} or completion.",
             )  # fmt: skip
         return wanted
+
+    def _too_long(self, param: str, what: str) -> ApiError:
+        """As OpenAI and vLLM say it: there are clients that read the message."""
+        longest = self.engine.adapter.max_positions
+        return ApiError(
+            400, f"This model's maximum context length is {longest} tokens. However, {what}",
+            param=param, code="context_length_exceeded",
+        )  # fmt: skip
 
     def _checked(self, prompt: TokenIds, param: str) -> TokenIds:
         if not prompt:
             raise ApiError(400, f"the {param} is empty; give at least one token", param=param)
         longest = self.settings.max_prompt_tokens
         if longest is not None:
-            self._limit(param, len(prompt), longest, "prompt tokens")
+            self._limit(
+                param, len(prompt), longest, "prompt tokens", code="context_length_exceeded"
+            )
         return prompt
 
     def _check_length(self, text: str, param: str) -> None:
@@ -177,16 +198,17 @@ class Jobs:
         most = self.settings.max_prompt_tokens or self.engine.adapter.max_positions
         each = self.prompts.longest_token
         if each is not None and not self.own.streams and len(text) > most * each:
-            raise ApiError(
-                400, f"{param}: {len(text)} characters are more than {most} tokens can hold",
-                param=param, code="context_length_exceeded",
+            raise self._too_long(
+                param, f"your {param} has {len(text)} characters, more than {most} tokens can "
+                f"hold. Please reduce the length of the {param}.",
             )  # fmt: skip
 
-    def _limit(self, param: str, value: int, most: int, what: str) -> None:
+    def _limit(self, param: str, value: int, most: int, what: str, code: str | None = None
+               ) -> None:  # fmt: skip
         if value > most:
             raise ApiError(
                 400, f"{param}: {value} {what} asked for; this server allows {most} at most",
-                param=param,
+                param=param, code=code,
             )  # fmt: skip
 
     def _want_prompt_logprobs(self, leader: Request, top: int) -> None:
