@@ -76,6 +76,8 @@ class Reply:
                     chunk["usage"] = self.usage() if options.continuous_usage_stats else None
                 if options and options.include_kv and update.kv is not None:
                     chunk["kv"] = _kv(update.kv)
+                if entry["finish_reason"] and update.kv:
+                    chunk |= _lowered([update.kv])
                 yield chunk
             begun.add(update.choice)
             update = await self.stream.next()
@@ -206,16 +208,20 @@ class Reply:
             for each in leaders
             if each.computed
         )
-        lowered = [kv.keep_lowered_to for kv in caches if kv.keep_lowered_to is not None]
-        extra = {"kv_keep_lowered_to": min(lowered)} if lowered else {}
         return {
             "prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new,
             "prompt_tokens_details": {"cached_tokens": sum(each.reused for each in leaders)},
             "kv_tokens_kept": round(kept), "kv_tokens_full": sum(kv.seen_len for kv in caches),
             "prefill_tokens_skipped": round(skipped),
             "kv_bytes": sum(kv.bytes for kv in caches),
-            "kv_bytes_full": sum(kv.full_bytes for kv in caches), **extra,
+            "kv_bytes_full": sum(kv.full_bytes for kv in caches), **_lowered(caches),
         }  # fmt: skip
+
+
+def _lowered(caches: list[KVUsage]) -> dict[str, float]:
+    """What ``--elastic`` lowered the ``keep`` of these to, where it did."""
+    lowered = [kv.keep_lowered_to for kv in caches if kv.keep_lowered_to is not None]
+    return {"kv_keep_lowered_to": min(lowered)} if lowered else {}
 
 
 def _kv(kv: KVUsage) -> dict[str, Any]:
