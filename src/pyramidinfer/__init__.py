@@ -3,7 +3,15 @@
 from pyramidinfer.engine.llm import LLM
 from pyramidinfer.engine.prefix import Prefix
 from pyramidinfer.policies import Full, Pyramid, PyramidInfer
-from pyramidinfer.types import KVUsage, RequestMetrics, RequestOutput, SamplingParams, Score, Trace
+from pyramidinfer.types import (
+    KVUsage,
+    RequestMetrics,
+    RequestOutput,
+    SamplingParams,
+    Score,
+    StructuredOutputsParams,
+    Trace,
+)
 
 __all__ = [
     "LLM",
@@ -16,6 +24,7 @@ __all__ = [
     "RequestOutput",
     "SamplingParams",
     "Score",
+    "StructuredOutputsParams",
     "Trace",
 ]
 __version__ = "0.1.0"

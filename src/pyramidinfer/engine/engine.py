@@ -15,6 +15,7 @@ from pyramidinfer.cache import Pool, Ring, Table
 from pyramidinfer.config import EngineConfig
 from pyramidinfer.engine import answers, holding
 from pyramidinfer.engine.checks import check_plan
+from pyramidinfer.engine.grammar import Grammars
 from pyramidinfer.engine.making import Spans, make_request
 from pyramidinfer.engine.memory import Ledger
 from pyramidinfer.engine.pressure import Pressure
@@ -64,6 +65,7 @@ class Engine:
         self.conversations = Conversations(self, int(config.budget * config.reuse_share))
         self.pressure = Pressure(self)
         self.end_ids = self.adapter.end_ids
+        self.grammars = Grammars(tokenizer, self.adapter.vocab_size, self.end_ids)
         self.peak_in_flight = 0
         self._ids = itertools.count()
         self._profile: Profile | None = None
@@ -124,7 +126,7 @@ class Engine:
         """Queue a request made before."""
         holding.copy_held(self, request)
         for each in (request, *request.samples):
-            prepare(each, self.adapter.device)
+            prepare(each, self.adapter.device, self.end_ids)
         self.scheduler.waiting.append(request)
 
     def extend(self, request: Request, tokens: TokenIds, params: SamplingParams, *,
@@ -409,7 +411,8 @@ class Engine:
     def _reason(self, request: Request, token: int) -> str | None:
         """Why a request ends with ``token``, or None."""
         params = request.params
-        if token in params.stop_token_ids or (token in self.end_ids and not params.ignore_eos):
+        ends = token in params.stop_token_ids or (token in self.end_ids and not params.ignore_eos)
+        if ends and len(request.output) > params.min_tokens:
             return "stop"
         if params.stop and request.detokenizer:
             request.detokenizer.update(request.output)
@@ -424,7 +427,7 @@ class Engine:
         request.finish_reason, request.ended = reason, time.monotonic()
         request.kv = self.usage(request)
         if request.detokenizer and not request.detokenizer.stopped:
-            request.detokenizer.update(request.output, last=True)
+            request.detokenizer.update(self._said(request, reason), last=True)
         if request.detokenizer and request.detokenizer.error and reason in ("stop", "length"):
             reason = request.finish_reason = "error"
             request.error = request.detokenizer.error
@@ -440,6 +443,11 @@ class Engine:
             self.pool.release(request.sequence.table)
         request.sequence = request.away = None
         self.ledger.promise(request, None)
+
+    def _said(self, request: Request, reason: str) -> TokenIds:
+        """A request's tokens less the end token that ended it, which is no part of its text."""
+        ended = reason == "stop" and request.output[-1] in self.end_ids
+        return request.output[:-1] if ended else request.output
 
     # --- answers ------------------------------------------------------------------------------
 

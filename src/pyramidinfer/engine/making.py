@@ -12,6 +12,7 @@ from pyramidinfer.config import EngineConfig
 from pyramidinfer.engine.checks import (
     ContextLengthError,
     check_params,
+    check_prompt_logprobs,
     check_spans,
     check_stream,
     check_tokens,
@@ -67,18 +68,35 @@ def make_request(engine: Engine, prompt: TokenIds, params: SamplingParams, polic
     cost, likely = costs_of(
         engine, policy, len(prompt), max_new, spans, on, scoring, samples=samples
     )  # fmt: skip
+    if params.min_tokens > max_new:
+        raise ContextLengthError(
+            f"min_tokens={params.min_tokens}: after a prompt of {len(prompt)} tokens this model "
+            f"has positions for {max_new}"
+        )
+    if params.prompt_logprobs is not None:
+        check_prompt_logprobs(policy, on is not None)
+        logits = len(prompt) * adapter.vocab_size * adapter.dtype.itemsize  # while it prefills
+        cost, likely = (
+            each._replace(bytes=each.bytes + logits) for each in (cost, likely)
+        )  # fmt: skip
     engine.ledger.check_fits(cost, len(prompt), max_new, samples)
+    form = params.structured_outputs
+    constraint = None if form is None else engine.grammars.constraint(form)
 
     def one(params: SamplingParams) -> Request:
         text = None
         if engine.tokenizer:
-            text = Detokenizer(engine.tokenizer, tuple(params.stop), prompt)
+            text = Detokenizer(
+                engine.tokenizer, tuple(params.stop), prompt, params.min_tokens,
+                params.skip_special_tokens,
+            )  # fmt: skip
         return Request(
             engine.next_id(), list(prompt), params, max_new, policy, cost, likely, spans, hold,
-            text, scoring=scoring,
+            text, scoring=scoring, constraint=constraint.copy() if constraint else None,
         )  # fmt: skip
 
     request = one(params)
+    request.prompt_top = params.prompt_logprobs
     for index in range(1, samples):
         seed = None if params.seed is None else (params.seed + index) % 2**63
         request.samples.append(one(replace(params, seed=seed)))
