@@ -68,7 +68,8 @@ def error_of(answer: httpx.Response, status: int = 400) -> dict[str, Any]:
         (COMPLETIONS, {"prompt": "x", "compression": {"policy": "full"}}, "full", "0.8",
          "compression"),
         (CHAT, {"messages": USER, "response_format": {"type": "json_schema", "json_schema": {
-            "name": "x", "schema": {"enum": ["a" * 600]}}}}, "6", "500", None),
+            "name": "x", "schema": {"enum": ["a" * 600]}}}}, "6", "500",
+         "response_format"),
     ],
 )  # fmt: skip
 def test_a_limit_names_the_value_and_itself(
