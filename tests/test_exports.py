@@ -22,7 +22,7 @@ MODULES = sorted(
 def test_public_names() -> None:
     assert sorted(pyramidinfer.__all__) == [
         "Full", "KVUsage", "LLM", "Prefix", "Pyramid", "PyramidInfer", "RequestMetrics",
-        "RequestOutput", "SamplingParams", "Score", "Trace",
+        "RequestOutput", "SamplingParams", "Score", "StructuredOutputsParams", "Trace",
     ]  # fmt: skip
     assert len(pyramidinfer.__all__) <= 12
 

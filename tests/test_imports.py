@@ -13,7 +13,7 @@ import pyramidinfer
 
 ROOT = Path(pyramidinfer.__file__).parent
 ORDER = [
-    {"types", "config", "native"},
+    {"types", "sampling", "config", "native"},
     {"policies", "attention", "cache"},
     {"models"},
     {"engine"},

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         RequestOutput,
         SamplingParams,
         Score,
+        StructuredOutputsParams,
         Trace,
     )
 
@@ -29,6 +30,7 @@ __all__ = [
     "RequestOutput",
     "SamplingParams",
     "Score",
+    "StructuredOutputsParams",
     "Trace",
 ]
 __version__ = "0.1.0"

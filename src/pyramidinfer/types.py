@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from pyramidinfer.config import is_number, named_options
+from pyramidinfer.sampling import SamplingParams, StructuredOutputsParams
 
 __all__ = [
     "Ahead",
@@ -26,6 +26,7 @@ __all__ = [
     "SamplingParams",
     "Score",
     "State",
+    "StructuredOutputsParams",
     "TokenIds",
     "Trace",
     "View",
@@ -221,94 +222,16 @@ class AttentionShape:
 # --- what a user gives and gets ------------------------------------------------------------------
 
 
-@named_options
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SamplingParams:
-    """How tokens are chosen.  ``temperature=0`` is greedy.
-
-    ``top_k=0``, ``top_p=1`` and ``min_p=0`` switch the filter off.  ``logprobs=k`` returns the
-    log-probability of each chosen token and of the ``k`` likeliest ones, before any filter.
-    ``logit_bias``: token id → what is added to its logit, between -100 and 100.
-    """
-
-    max_tokens: int = 64
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    seed: int | None = None
-    stop: tuple[str, ...] | list[str] | str = ()
-    stop_token_ids: tuple[int, ...] | list[int] = ()
-    ignore_eos: bool = False
-    logprobs: int | None = None
-    logit_bias: dict[int, float] | tuple[tuple[int, float], ...] = ()
-
-    def __post_init__(self) -> None:
-        try:
-            bias = dict(self.logit_bias)
-        except (TypeError, ValueError):
-            raise ValueError(
-                f"logit_bias={self.logit_bias!r:.60} must map token ids to numbers"
-            ) from None
-        for token, amount in bias.items():
-            if type(token) is not int or token < 0:
-                raise ValueError(f"logit_bias: {token!r} is not a token id")
-            if not is_number(amount) or not -100 <= amount <= 100:
-                raise ValueError(
-                    f"logit_bias of token {token}: {amount!r} must lie between -100 and 100"
-                )
-        object.__setattr__(self, "logit_bias", tuple(sorted(bias.items())))
-        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
-        for name, value in (("stop", stop), ("stop_token_ids", self.stop_token_ids)):
-            if not isinstance(value, list | tuple):
-                raise ValueError(f"{name}={value!r} must be a list")
-        stop = tuple(stop)
-        object.__setattr__(self, "stop", stop)
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
-        if not isinstance(self.ignore_eos, bool):
-            raise ValueError(f"ignore_eos={self.ignore_eos!r} must be True or False")
-        for name, low, high in (
-            ("temperature", 0.0, 1e3), ("top_p", 0.0, 1.0), ("min_p", 0.0, 1.0),
-            ("repetition_penalty", 0.01, 1e3), ("presence_penalty", -1e3, 1e3),
-            ("frequency_penalty", -1e3, 1e3),
-        ):  # fmt: skip
-            value = getattr(self, name)
-            if not is_number(value) or not low <= value <= high:
-                raise ValueError(f"{name}={value!r} must lie between {low:g} and {high:g}")
-        if 0 < self.temperature < 1e-3:
-            raise ValueError(
-                f"temperature={self.temperature!r} must be 0 (greedy) or at least 0.001"
-            )
-        if self.top_p == 0:
-            raise ValueError("top_p=0 must be above 0 (1 switches it off)")
-        for name, least, most in (
-            ("max_tokens", 1, 2**31), ("top_k", 0, 2**31), ("logprobs", 0, 1000),
-            ("seed", -(2**63), 2**64 - 1),
-        ):  # fmt: skip
-            value = getattr(self, name)
-            if value is None and name in ("logprobs", "seed"):
-                continue
-            if type(value) is not int or not least <= value <= most:
-                raise ValueError(
-                    f"{name}={value!r} must be a whole number between {least} and {most}"
-                )
-        for text in stop:
-            if not isinstance(text, str) or not text:
-                raise ValueError(f"stop={text!r}: a stop string must be a text that is not empty")
-        for token in self.stop_token_ids:
-            if type(token) is not int or token < 0:
-                raise ValueError(f"stop_token_ids: {token!r} is not a token id")
-
-
 class Logprob(NamedTuple):
-    """One position's log-probabilities: the chosen token's, and the likeliest tokens'."""
+    """One position's log-probabilities: the chosen token's, and the likeliest tokens'.
+
+    ``rank``: the chosen token's place among all by likelihood, from 1 on.
+    """
 
     token_id: int
     logprob: float
     top: dict[int, float]
+    rank: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -362,6 +285,7 @@ class RequestOutput:
 
     ``finish_reason``: ``"stop"`` (end-of-sequence, stop id or stop string), ``"length"``, or
     ``"abort"``, ``"error"`` (logits that are no finite numbers, say); None while streaming.
+    ``prompt_logprobs``: of each prompt token, None for the first one.
     """
 
     request_id: int
@@ -372,6 +296,7 @@ class RequestOutput:
     logprobs: list[Logprob] | None
     metrics: RequestMetrics
     kv: KVUsage
+    prompt_logprobs: list[Logprob | None] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -253,7 +253,7 @@ def test_demo_prints_a_table_and_draws(tmp_path: Path) -> None:
         ),
         (["generate", "--prompt", "x", "--temperature", "-1"], "temperature=-1.0"),
         (["generate", "--prompt", "x", "--kv-memory", "1"], "below one page per layer"),
-        (["generate", "--prompt", " "], "the prompt is empty"),
+        (["generate", "--prompt", ""], "the prompt is empty"),
         (["generate", "--prompt", "x", "--kep", "0.4"], "No such option"),
         (["genrate"], "No such command 'genrate'"),
         (["generate", "--max-tokens", "many"], "Invalid value for '--max-tokens'"),

@@ -55,11 +55,16 @@ def test_sampled_shares_follow_the_softmax() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}], ids=["top_k", "top_p", "min_p"]
-)
+    "options",
+    [
+        {"top_k": 1}, {"top_p": 1e-6}, {"top_p": 0}, {"min_p": 1.0}, {"temperature": 1e-5},
+        {"temperature": 1e-8}, {"temperature": 1e-40}, {"temperature": 1e-300},
+    ],
+    ids=str,
+)  # fmt: skip
 def test_the_tightest_filter_is_greedy(options: dict[str, Any]) -> None:
     greedy = run(SamplingParams(max_tokens=12, ignore_eos=True)).token_ids
-    params = SamplingParams(max_tokens=12, temperature=1.0, ignore_eos=True, **options)
+    params = SamplingParams(max_tokens=12, ignore_eos=True, **{"temperature": 1.0, **options})
     assert run(params).token_ids == greedy
 
 

@@ -16,9 +16,9 @@ import torch
 
 from pyramidinfer import LLM
 from pyramidinfer.engine import engine as engine_module
+from pyramidinfer.engine.grammar import GrammarConstraint, GrammarError
 from pyramidinfer.engine.text import Detokenizer
 from pyramidinfer.engine.worker import Stream
-from pyramidinfer.server.grammar import JsonConstraint, SchemaError
 from pyramidinfer.server.run import _drain
 from tests.server.live import STORY, Live, beside, connect, post, serving, until
 
@@ -254,15 +254,15 @@ def test_logits_that_are_no_numbers(
 
 def test_a_grammar_that_fails_on_the_way(tiny: Live, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is found out only then is still the schema's fault."""
-    allowed, asked = JsonConstraint.allowed, [0]
+    allowed, asked = GrammarConstraint.allowed, [0]
 
-    def failing(self: JsonConstraint, vocab_size: int) -> Any:
+    def failing(self: GrammarConstraint, vocab_size: int) -> Any:
         asked[0] += 1
         if asked[0] > 4:
-            raise SchemaError("the JSON schema cannot be followed: it is lost")
+            raise GrammarError("the JSON schema cannot be followed: it is lost")
         return allowed(self, vocab_size)
 
-    monkeypatch.setattr(JsonConstraint, "allowed", failing)
+    monkeypatch.setattr(GrammarConstraint, "allowed", failing)
     body = {"max_tokens": 50, "response_format": {"type": "json_object"}}
     answer = tiny.chat("Who ?", **body)
     assert answer.status_code == 400

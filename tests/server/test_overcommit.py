@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -70,3 +71,30 @@ def test_no_more_begin_than_host_memory_can_take(llm: LLM) -> None:
         answers = list(pool.map(lambda index: ask(live, index), range(8)))
         assert [each.status_code for each in answers] == [200] * 8
         assert 8 * 2**20 < most[0] <= 10 * 2**20
+
+
+@pytest.mark.parametrize("usage", [False, True])
+def test_a_stream_tells_that_its_keep_was_lowered(llm: LLM, usage: bool) -> None:
+    """In the chunk that ends a choice; in the usage, too, where that is asked for."""
+    body: dict[str, Any] = {"stream": True, "max_tokens": 300, "compression": {"keep": 0.8}}
+    if usage:
+        body["stream_options"] = {"include_usage": True}
+    with (
+        serving(beside(llm, **{**SHORT, "kv_memory": "3MiB"}, elastic=0.2)) as live,
+        ThreadPoolExecutor(8) as pool,
+    ):
+        answers = list(pool.map(lambda index: ask(live, index + 8, **body), range(8)))
+        assert counter(live, "pyramidinfer:tightened_total") > 0
+    lowered = 0
+    for answer in answers:
+        lines = [line.removeprefix("data: ") for line in answer.text.splitlines() if line]
+        assert lines.pop() == "[DONE]"
+        chunks = [json.loads(line) for line in lines]
+        told = [each["kv_keep_lowered_to"] for each in chunks if "kv_keep_lowered_to" in each]
+        if told:
+            (ends,) = [e for e in chunks if e["choices"] and e["choices"][0]["finish_reason"]]
+            assert told == [ends["kv_keep_lowered_to"]] and 0.2 <= told[0] < 0.8
+            lowered += 1
+        if usage:
+            assert [chunks[-1]["usage"].get("kv_keep_lowered_to")] == (told or [None])
+    assert lowered

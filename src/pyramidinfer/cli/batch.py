@@ -30,6 +30,7 @@ from pyramidinfer.server.errors import ApiError, error_body
 from pyramidinfer.server.protocol import ChatRequest, CompletionRequest
 from pyramidinfer.server.service import Service
 from pyramidinfer.server.settings import ServerSettings
+from pyramidinfer.server.strict import parse_json
 
 __all__ = ["run_batch"]
 
@@ -207,9 +208,9 @@ def _lines(requests: Requests) -> Iterator[Line]:
 def _parse(source: str, number: int, text: str) -> Line:
     where = f"{source}, line {number}"
     try:
-        entry = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: not valid JSON ({error})") from None
+        entry = parse_json(text)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
     if not isinstance(entry, dict):
         raise ValueError(f"{where}: not an object with custom_id, method, url and body")
     for name, kind in (("custom_id", str), ("url", str), ("body", dict)):

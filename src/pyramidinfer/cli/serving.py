@@ -163,7 +163,7 @@ def serve(
         str, typer.Option(help="The largest request.", rich_help_panel=LIMITS)
     ] = "4MiB",
     max_schema: Annotated[
-        str, typer.Option(help="The largest JSON schema.", rich_help_panel=LIMITS)
+        str, typer.Option(help="The largest JSON schema or grammar.", rich_help_panel=LIMITS)
     ] = "64KiB",
     policies: Annotated[
         str | None, typer.Option(help="Policies a request may ask for, NAME,NAME; default: all.",

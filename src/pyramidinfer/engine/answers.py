@@ -51,7 +51,9 @@ def output(pool: Pool, adapter: Adapter, request: Request) -> RequestOutput:
         ended = request.finish_reason is not None
         text = request.detokenizer.text if ended else request.detokenizer.settled
     logprobs = list(request.logprobs) if request.params.logprobs is not None else None
+    told = request.prompt_top is not None and (request.prompt_logprobs or request.output)
     return RequestOutput(
         request.id, list(request.prompt), text, list(request.output), request.finish_reason,
         logprobs, metrics(adapter, request), usage(pool, adapter, request),
+        [None, *request.prompt_logprobs] if told else None,
     )  # fmt: skip

@@ -15,13 +15,19 @@ from pyramidinfer.policies import Policy
 from pyramidinfer.types import SamplingParams, TokenIds
 
 __all__ = [
+    "ContextLengthError",
     "check_count",
     "check_params",
     "check_plan",
+    "check_prompt_logprobs",
     "check_spans",
     "check_stream",
     "check_tokens",
 ]
+
+
+class ContextLengthError(ValueError):
+    """More tokens than the model has positions for."""
 
 
 def check_plan(adapter: Adapter, policy: Policy, config: EngineConfig, device: torch.device,
@@ -65,6 +71,8 @@ def check_params(params: SamplingParams, vocab_size: int, has_tokenizer: bool) -
         raise ValueError(f"sampling={params!r} must be SamplingParams")
     if params.stop and not has_tokenizer:
         raise ValueError("stop strings need a tokenizer; none was loaded (use stop_token_ids)")
+    if not params.skip_special_tokens and not has_tokenizer:
+        raise ValueError("skip_special_tokens=False needs a tokenizer; none was loaded")
     biased = list(dict(params.logit_bias))
     for name, tokens in (("stop_token_ids", params.stop_token_ids), ("logit_bias", biased)):
         for token in tokens:
@@ -80,10 +88,28 @@ def check_count(name: str, value: int) -> int:
         raise ValueError(f"{name}={value!r} must be a whole number") from None
 
 
-def check_stream(new: int, held: int, positions: int) -> None:
-    """``ValueError`` where a streaming request is given more at once than the model's positions."""
-    if new + held >= positions:
+def check_prompt_logprobs(policy: Policy, goes_on: bool = False, what: str = "prompt_logprobs"
+                          ) -> None:  # fmt: skip
+    """``ValueError`` unless every prompt token reaches the last layer: those dropped on the way,
+    and those of a cache that is gone on with, have no logits."""
+    if goes_on:
         raise ValueError(
+            f"{what}: what a prefix or an earlier turn holds has no log-probabilities any more; "
+            f"give the whole prompt at once"
+        )
+    if policy.computes_less:
+        raise ValueError(
+            f"{what}: policy {policy.name!r} drops prompt tokens between layers, and dropped "
+            f"tokens have no log-probabilities; ask for another policy ('full', say) or leave it "
+            f"out"
+        )
+
+
+def check_stream(new: int, held: int, positions: int) -> None:
+    """``ContextLengthError`` where a streaming request is given more at once than the model's
+    positions."""
+    if new + held >= positions:
+        raise ContextLengthError(
             f"{new} tokens on top of {held} cached ones exceed the {positions} positions that this "
             f"model can tell apart at once; generation has no end, but text is taken in at most "
             f"{positions - held - 1} tokens at a time"

@@ -16,6 +16,7 @@ from pyramidinfer.config import EngineConfig
 from pyramidinfer.engine import answers, holding
 from pyramidinfer.engine.chat_template import find_end_ids
 from pyramidinfer.engine.checks import check_plan
+from pyramidinfer.engine.grammar import Grammars
 from pyramidinfer.engine.making import Spans, make_request
 from pyramidinfer.engine.memory import Ledger
 from pyramidinfer.engine.pressure import Pressure
@@ -70,6 +71,7 @@ class Engine:
         ends = self.adapter.end_ids | find_end_ids(tokenizer)
         self.end_ids = frozenset(end for end in ends if end < self.adapter.vocab_size)
         self.added_tokens = added_tokens(tokenizer)
+        self.grammars = Grammars(tokenizer, self.adapter.vocab_size, self.end_ids)
         self.peak_in_flight = 0
         self._ids = itertools.count()
         self._profile: Profile | None = None
@@ -130,7 +132,7 @@ class Engine:
         """Queue a request made before."""
         holding.copy_held(self, request)
         for each in (request, *request.samples):
-            prepare(each, self.adapter.device)
+            prepare(each, self.adapter.device, self.end_ids)
         self.scheduler.waiting.append(request)
 
     def extend(self, request: Request, tokens: TokenIds, params: SamplingParams, *,
@@ -415,7 +417,8 @@ class Engine:
     def _reason(self, request: Request, token: int) -> str | None:
         """Why a request ends with ``token``, or None."""
         params = request.params
-        if token in request.stop_ids or (token in self.end_ids and not params.ignore_eos):
+        ends = token in request.stop_ids or (token in self.end_ids and not params.ignore_eos)
+        if ends and len(request.output) > params.min_tokens:
             return "stop"
         if params.stop and request.detokenizer:
             request.detokenizer.update(request.output)

@@ -260,7 +260,7 @@ class LLM:
             return _token_ids(prompt)
         if self.tokenizer is None:
             raise ValueError("a text prompt needs a tokenizer; none was loaded (give token ids)")
-        if not prompt.strip():
+        if not prompt:
             raise ValueError("the prompt is empty; give at least one word")
         ids: TokenIds = self.tokenizer(prompt, add_special_tokens=special)["input_ids"]
         return ids

@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING
 
 from pyramidinfer.cache import Table
 from pyramidinfer.config import EngineConfig
-from pyramidinfer.engine.checks import check_params, check_spans, check_stream, check_tokens
+from pyramidinfer.engine.checks import (
+    ContextLengthError,
+    check_params,
+    check_prompt_logprobs,
+    check_spans,
+    check_stream,
+    check_tokens,
+)
 from pyramidinfer.engine.memory import Cost, for_samples
 from pyramidinfer.engine.request import Request, Scoring
 from pyramidinfer.engine.text import Detokenizer
@@ -44,7 +51,7 @@ def make_request(engine: Engine, prompt: TokenIds, params: SamplingParams, polic
         held = int(on.kept.max()) if on else 0
         check_stream(len(prompt) - (on.seen_len if on else 0), held, longest)
     elif len(prompt) >= longest + bool(scoring):
-        raise ValueError(
+        raise ContextLengthError(
             f"the prompt has {len(prompt)} tokens; this model has {longest} positions, so at "
             f"most {longest - 1} fit with one generated token"
         )
@@ -61,20 +68,38 @@ def make_request(engine: Engine, prompt: TokenIds, params: SamplingParams, polic
     cost, likely = costs_of(
         engine, policy, len(prompt), max_new, spans, on, scoring, samples=samples
     )  # fmt: skip
+    if params.min_tokens > max_new:
+        raise ContextLengthError(
+            f"min_tokens={params.min_tokens}: after a prompt of {len(prompt)} tokens this model "
+            f"has positions for {max_new}"
+        )
+    if params.prompt_logprobs is not None:
+        check_prompt_logprobs(policy, on is not None)
+        logits = len(prompt) * adapter.vocab_size * adapter.dtype.itemsize  # while it prefills
+        cost, likely = (
+            each._replace(bytes=each.bytes + logits) for each in (cost, likely)
+        )  # fmt: skip
     engine.ledger.check_fits(cost, len(prompt), max_new, samples)
     ids = engine.added_tokens
     stops = {*params.stop_token_ids, *(ids[text] for text in params.stop if text in ids)}
+    form = params.structured_outputs
+    constraint = None if form is None else engine.grammars.constraint(form)
 
     def one(params: SamplingParams) -> Request:
         text = None
         if engine.tokenizer:
-            text = Detokenizer(engine.tokenizer, tuple(params.stop), prompt)
+            text = Detokenizer(
+                engine.tokenizer, tuple(params.stop), prompt, params.min_tokens,
+                params.skip_special_tokens,
+            )  # fmt: skip
         return Request(
             engine.next_id(), list(prompt), params, max_new, policy, cost, likely, spans, hold,
             text, frozenset(stops), scoring=scoring,
+            constraint=constraint.copy() if constraint else None,
         )  # fmt: skip
 
     request = one(params)
+    request.prompt_top = params.prompt_logprobs
     for index in range(1, samples):
         seed = None if params.seed is None else (params.seed + index) % 2**63
         request.samples.append(one(replace(params, seed=seed)))

@@ -71,6 +71,7 @@ class Request:
     ``owner``: whose conversation this is; when it ends its cache is kept for a request of the
     same owner that goes on with it (None: no reuse).  ``reused``: tokens taken up that way, and
     ``reused_entries`` over all layers.
+    ``constraint``: what its next token may be, where its answer has a given form.
     ``prompt_top``: log-probabilities of the prompt with so many likeliest tokens are wanted.
     ``stop_ids``: tokens that end it besides the model's own: ids, and stop strings that are one.
     ``error``: what went wrong, where ``finish_reason`` is ``"error"``.

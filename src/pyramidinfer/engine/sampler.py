@@ -76,7 +76,20 @@ class CountPenalty(LogitsProcessor):
         return scores - penalty.to(scores.device, scores.dtype)
 
 
-def prepare(request: Request, device: torch.device) -> None:
+class MinTokens(LogitsProcessor):
+    """Shuts out what would end an answer until it has ``min_tokens`` tokens."""
+
+    def __init__(self, request: Request, ends: frozenset[int], device: torch.device) -> None:
+        self.request, self.ends = request, torch.tensor(sorted(ends), device=device)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if len(self.request.output) >= self.request.params.min_tokens:
+            return scores
+        others = scores.index_fill(1, self.ends, -torch.inf)
+        return others if (others > -torch.inf).any() else scores  # a grammar is at its end
+
+
+def prepare(request: Request, device: torch.device, end_ids: frozenset[int]) -> None:
     """Build a request's processors and generator once."""
     params, chain = request.params, LogitsProcessorList()
     if params.logit_bias:
@@ -87,7 +100,10 @@ def prepare(request: Request, device: torch.device) -> None:
         chain.append(CountPenalty(request))
     if request.constraint is not None:
         chain.append(Constrained(request.constraint))
-    if params.temperature > 0:
+    ends = end_ids.union(request.stop_ids)
+    if params.min_tokens and ends:
+        chain.append(MinTokens(request, ends, device))
+    if not params.is_greedy:
         if params.temperature != 1:
             chain.append(TemperatureLogitsWarper(float(params.temperature)))
         if params.top_k:
@@ -107,7 +123,7 @@ def prepare(request: Request, device: torch.device) -> None:
 def sample(logits: Tensor, request: Request, likeliest: int) -> tuple[int, Logprob | None]:
     """A request's next token from ``logits`` ``[vocab]`` (``likeliest``: their argmax)."""
     token = likeliest
-    if request.processors or request.params.temperature > 0:
+    if request.processors or not request.params.is_greedy:
         token = _choose(logits[None].float(), request)
     if request.constraint is not None:
         request.constraint.accept(token)
@@ -130,7 +146,7 @@ def _choose(scores: Tensor, request: Request) -> int:
     text = request.prompt + request.output if request.params.repetition_penalty != 1 else []
     seen = torch.tensor([text], dtype=torch.int64, device=scores.device)
     scores = request.processors(seen, scores)
-    if request.params.temperature == 0:
+    if request.params.is_greedy:
         return int(scores.argmax())
     weights = torch.softmax(scores[0], dim=-1)
     return int(torch.multinomial(weights, 1, generator=request.generator))
@@ -140,6 +156,12 @@ def _logprobs(logits: Tensor, tokens: TokenIds, top: int) -> list[Logprob]:
     """What ``logits`` ``[n, vocab]`` say of ``tokens`` ``[n]`` and of the ``top`` likeliest."""
     values = torch.log_softmax(logits.to(accumulate_dtype(logits.dtype)), dim=-1)
     best = values.topk(min(top, values.shape[1]))
-    chosen = values.gather(1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0].tolist()
-    rows = zip(tokens, chosen, best.indices.tolist(), best.values.tolist(), strict=True)
-    return [Logprob(t, v, dict(zip(ids, high, strict=True))) for t, v, ids, high in rows]
+    chosen = values.gather(1, torch.tensor(tokens, device=logits.device)[:, None])
+    ranks = (values > chosen).sum(1) + 1
+    return [
+        Logprob(token, value, dict(zip(ids, high, strict=True)), rank)
+        for token, value, ids, high, rank in zip(
+            tokens, chosen[:, 0].tolist(), best.indices.tolist(), best.values.tolist(),
+            ranks.tolist(), strict=True,
+        )
+    ]  # fmt: skip

@@ -21,11 +21,13 @@ class Detokenizer:
     A token may complete a character begun by the ones before it, or bring a space between itself
     and them, so a little context is decoded again each time (at first the end of the prompt, unless
     a special token parts it from the answer); text that ends in an incomplete character waits for
-    the next token.
+    the next token.  Stop strings count from behind ``min_tokens`` tokens on.
     """
 
-    def __init__(self, tokenizer: Any, stop: tuple[str, ...], prompt: TokenIds) -> None:
+    def __init__(self, tokenizer: Any, stop: tuple[str, ...], prompt: TokenIds,
+                 min_tokens: int = 0, skip_special_tokens: bool = True) -> None:  # fmt: skip
         self.tokenizer, self.stop = tokenizer, stop
+        self.min_tokens, self.skip_special_tokens = min_tokens, skip_special_tokens
         self.text = ""
         self.stopped = False
         self.error: str | None = None
@@ -54,6 +56,8 @@ class Detokenizer:
         before = len(self.text)
         self.text += grown[len(known) :]
         self._context, self._read = self._read, len(tokens)
+        if len(tokens) <= self.min_tokens:
+            return
         cuts = [self.text.find(stop, max(0, before - len(stop) + 1)) for stop in self.stop]
         found = [cut for cut in cuts if cut >= 0]
         if found:
@@ -79,7 +83,7 @@ class Detokenizer:
         return self._before[self._context :] + tokens[:end]
 
     def _decode(self, tokens: TokenIds) -> str:
-        text: str = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        text: str = self.tokenizer.decode(tokens, skip_special_tokens=self.skip_special_tokens)
         return text
 
 

@@ -358,7 +358,6 @@ class AsyncEngine:
                 told = stream.again or old.output or old.samples or not old.leads
                 if old.reused and not told:
                     each.request = self.engine.make(old.prompt, old.params, policy=old.policy)
-                    each.request.constraint = old.constraint
                     each.request.arrived = old.arrived
                     stream.again = True
                     self.engine.submit(each.request)

@@ -160,13 +160,18 @@ def _tame(case: Any) -> None:
     if not isinstance(body, dict) or not {"prompt", "messages"} & set(body):
         return
     for name, most in (("max_tokens", 4), ("max_completion_tokens", 4), ("n", 3), ("logprobs", 5),
-                       ("top_logprobs", 5)):  # fmt: skip
+                       ("top_logprobs", 5), ("min_tokens", 2), ("prompt_logprobs", 5)):  # fmt: skip
         if type(body.get(name)) is int:
             body[name] = min(body[name], most)
-    for name in ("model", "max_completion_tokens" if "max_tokens" in body else "", "best_of"):
+    forms = [name for name in body if name.startswith("guided_")]  # its words have no braces
+    for name in (
+        *forms,
+        "structured_outputs",
+        "model",
+        "max_completion_tokens" if "max_tokens" in body else "",
+        "best_of",
+    ):
         body.pop(name, None)
-    if body.get("temperature"):
-        body["temperature"] = max(body["temperature"], 0.01)
     if "top_logprobs" in body:
         body["logprobs"] = True
     if isinstance(body.get("logit_bias"), dict):

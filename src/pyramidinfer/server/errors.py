@@ -45,10 +45,14 @@ def error_response(status: int, message: str, param: str | None = None, code: st
     return JSONResponse(error_body(status, message, param, code), status, headers)
 
 
-def of_reason(reason: str, error: str | None, retry_after: int) -> ApiError | None:
-    """What a request that ended like this is answered; None where it came to a proper end."""
-    if reason == "error" and error and error.startswith("SchemaError: "):  # seen on the way only
-        return ApiError(400, error.removeprefix("SchemaError: "), param="response_format")
+def of_reason(reason: str, error: str | None, retry_after: int, form: str | None = None
+              ) -> ApiError | None:  # fmt: skip
+    """What a request that ended like this is answered; None where it came to a proper end.
+
+    ``form``: the field that said what form the answer has.
+    """
+    if reason == "error" and error and error.startswith("GrammarError: "):  # seen on the way only
+        return ApiError(400, error.removeprefix("GrammarError: "), param=form)
     if reason == "error":
         return ApiError(500, f"the request failed: {error}", code="request_failed")
     if reason == "timeout":

@@ -10,10 +10,12 @@ from typing import Any
 
 from pyramidinfer.config import check_choice
 from pyramidinfer.engine import LLM
+from pyramidinfer.engine.checks import ContextLengthError, check_prompt_logprobs
+from pyramidinfer.engine.grammar import GrammarError
+from pyramidinfer.engine.making import is_endless
 from pyramidinfer.engine.request import Request
 from pyramidinfer.policies import POLICIES, Policy, Profile, make_policy
 from pyramidinfer.server.errors import ApiError
-from pyramidinfer.server.grammar import Grammars
 from pyramidinfer.server.prompts import Prompts
 from pyramidinfer.server.protocol import (
     ChatRequest,
@@ -24,7 +26,7 @@ from pyramidinfer.server.protocol import (
     TokenizeRequest,
 )
 from pyramidinfer.server.settings import ServerSettings
-from pyramidinfer.types import SamplingParams, TokenIds
+from pyramidinfer.types import SamplingParams, StructuredOutputsParams, TokenIds
 
 __all__ = ["Job", "Jobs"]
 
@@ -65,8 +67,6 @@ class Jobs:
     def __init__(self, llm: LLM, settings: ServerSettings, prompts: Prompts) -> None:
         self.llm, self.settings, self.prompts = llm, settings, prompts
         self.engine, self.own = llm.engine, llm.policy
-        adapter = self.engine.adapter
-        self.grammars = Grammars(llm.tokenizer, adapter.vocab_size, self.engine.end_ids)
         self.defaults = llm.sampling_defaults if settings.generation_config == "auto" else {}
         self.refused: dict[str, str] = {}  # policies that cannot be served, and why
         self.served = self._policies()
@@ -83,12 +83,7 @@ class Jobs:
         prompt = self._checked(self._rendered(body), "messages")
         wanted = body.max_completion_tokens or body.max_tokens
         top = (body.top_logprobs or 0) if body.logprobs else None
-        constraint = self.grammars.constraint(body.response_format, self.settings.max_schema_bytes)
-        leader = self._request(body, prompt, wanted, top, owner)
-        if constraint is not None:
-            for each in (leader, *leader.samples):
-                each.constraint = constraint.copy()
-        return Job(body, [leader])
+        return Job(body, [self._request(body, prompt, wanted, top, owner)])
 
     def completion(self, body: CompletionRequest, owner: str | None) -> Job:
         given: list[Any] = body.prompt if isinstance(body.prompt, list) else [body.prompt]
@@ -108,8 +103,6 @@ class Jobs:
             )
             if body.echo:
                 echoed.append(prompt if isinstance(prompt, str) else self.prompts.decode(ids))
-                if body.logprobs is not None:
-                    self._want_prompt_logprobs(leader, body.logprobs)
             leaders.append(leader)
         return Job(body, leaders, echoed, drop)
 
@@ -151,17 +144,25 @@ class Jobs:
         self._limit("n", body.n or 1, settings.max_n, "choices")
         self._limit("logprobs", top or 0, settings.max_logprobs, "likeliest tokens")
         policy = self.policy(body.compression)
-        params = self._params(body, self._max_tokens(prompt, wanted, policy), top)
+        param = "messages" if isinstance(body, ChatRequest) else "prompt"
+        most = self._max_tokens(prompt, wanted, policy, param, body.min_tokens)
+        params = self._params(body, most, top, self._prompt_top(body, len(prompt), policy))
         try:
             request = self.engine.make(prompt, params, policy=policy, samples=body.n or 1)
+        except ContextLengthError as error:
+            raise self._too_long(param, f"{error}.") from None
+        except GrammarError as error:
+            raise ApiError(400, str(error), param=next(iter(body.forms))) from None
         except ValueError as error:
             raise ApiError(400, str(error)) from None
         reuse = body.compression is None or body.compression.reuse
+        reuse = reuse and request.prompt_top is None  # a cache that is taken up gives no logits
         for each in (request, *request.samples):
             each.owner = owner if reuse else None
         return request
 
-    def _params(self, body: Generation, max_tokens: int, top: int | None) -> SamplingParams:
+    def _params(self, body: Generation, max_tokens: int, top: int | None, prompt_top: int | None
+                ) -> SamplingParams:  # fmt: skip
         stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
         stop = [text for text in stop if text]
         self._limit("stop", len(stop), self.settings.max_stop, "stop strings")
@@ -186,32 +187,66 @@ class Jobs:
             frequency_penalty=body.frequency_penalty or 0.0,
             seed=body.seed, stop=tuple(stop), stop_token_ids=tuple(ids),
             ignore_eos=body.ignore_eos, logprobs=top, logit_bias=bias,
+            min_tokens=body.min_tokens, skip_special_tokens=body.skip_special_tokens,
+            prompt_logprobs=prompt_top, structured_outputs=self._form(body),
         )  # fmt: skip
 
-    def _max_tokens(self, prompt: TokenIds, wanted: int | None, policy: Policy) -> int:
+    def _form(self, body: Generation) -> StructuredOutputsParams | None:
+        """The form that the answer must have."""
+        for param, options in body.forms.items():
+            try:
+                form = StructuredOutputsParams(**options)
+            except ValueError as error:
+                raise ApiError(400, str(error), param=param) from None
+            texts = (form.json, form.regex, form.grammar, *(form.choice or ()))
+            size = sum(len(text.encode()) for text in texts if text is not None)
+            self._limit(param, size, self.settings.max_schema_bytes, "bytes")
+            return form
+        return None
+
+    def _max_tokens(self, prompt: TokenIds, wanted: int | None, policy: Policy, param: str,
+                    least: int) -> int:  # fmt: skip
         """How many to generate: what was asked for, if there is room, or the default."""
-        settings, longest = self.settings, self.engine.adapter.max_positions
+        settings, size = self.settings, len(prompt)
+        room = self.engine.adapter.max_positions - size
+        endless = is_endless(self.engine, policy, size)
         if wanted is None:
+            if room < 1 and not endless:
+                raise self._too_long(
+                    param, f"your {param} resulted in {size} tokens. Please reduce the length of "
+                    f"the {param}.",
+                )  # fmt: skip
             usual = settings.default_max_tokens or self.defaults.get("max_tokens", MAX_TOKENS)
-            room = usual if policy.streams else longest - len(prompt)
-            return max(1, min(usual, room, settings.max_tokens_limit or usual))
+            usual = min(usual, settings.max_tokens_limit or usual)
+            if least <= usual:
+                return usual if endless else min(usual, room)
+            wanted = least
         if settings.max_tokens_limit is not None:
-            self._limit("max_tokens", wanted, settings.max_tokens_limit, "generated tokens")
-        if not policy.streams and len(prompt) + wanted > longest:
-            raise ApiError(
-                400, f"This model's maximum context length is {longest} tokens. You requested "
-                f"{len(prompt) + wanted}: {len(prompt)} in the prompt and {wanted} to generate. "
-                f"Shorten the prompt or lower max_tokens.",
-                param="max_tokens", code="context_length_exceeded",
+            name = "max_tokens" if wanted > least else "min_tokens"
+            self._limit(name, wanted, settings.max_tokens_limit, "generated tokens")
+        if wanted > room and not endless:
+            raise self._too_long(
+                param, f"you requested {size + wanted} tokens ({size} in the {param}, {wanted} in "
+                f"the completion). Please reduce the length of the {param} or completion.",
             )  # fmt: skip
         return wanted
+
+    def _too_long(self, param: str, what: str) -> ApiError:
+        """As OpenAI and vLLM say it: there are clients that read the message."""
+        longest = self.engine.adapter.max_positions
+        return ApiError(
+            400, f"This model's maximum context length is {longest} tokens. However, {what}",
+            param=param, code="context_length_exceeded",
+        )  # fmt: skip
 
     def _checked(self, prompt: TokenIds, param: str) -> TokenIds:
         if not prompt:
             raise ApiError(400, f"the {param} is empty; give at least one token", param=param)
         longest = self.settings.max_prompt_tokens
         if longest is not None:
-            self._limit(param, len(prompt), longest, "prompt tokens")
+            self._limit(
+                param, len(prompt), longest, "prompt tokens", code="context_length_exceeded"
+            )
         return prompt
 
     def _check_length(self, text: str, param: str) -> None:
@@ -219,41 +254,42 @@ class Jobs:
         most = self.settings.max_prompt_tokens or self.engine.adapter.max_positions
         each = self.prompts.longest_token or LONGEST_TOKEN
         if not self.own.streams and len(text) > most * each:
-            raise ApiError(
-                400, f"{param}: {len(text)} characters are more than {most} tokens can hold",
-                param=param, code="context_length_exceeded",
+            raise self._too_long(
+                param, f"your {param} has {len(text)} characters, more than {most} tokens can "
+                f"hold. Please reduce the length of the {param}.",
             )  # fmt: skip
 
-    def _limit(self, param: str, value: int, most: int, what: str) -> None:
+    def _limit(self, param: str, value: int, most: int, what: str, code: str | None = None
+               ) -> None:  # fmt: skip
         if value > most:
             raise ApiError(
                 400, f"{param}: {value} {what} asked for; this server allows {most} at most",
-                param=param,
+                param=param, code=code,
             )  # fmt: skip
 
-    def _want_prompt_logprobs(self, leader: Request, top: int) -> None:
-        """``echo`` with ``logprobs``: only where every prompt token reaches the last layer."""
-        if leader.policy.computes_less:
-            raise ApiError(
-                400, f"echo with logprobs: policy {leader.policy.name!r} drops prompt tokens "
-                f"between layers, and dropped tokens have no log-probabilities; ask for "
-                f'compression={{"policy": "full"}}, or leave echo or logprobs out',
-                param="logprobs",
-            )  # fmt: skip
-        adapter, size = self.engine.adapter, len(leader.prompt)
+    def _prompt_top(self, body: Generation, size: int, policy: Policy) -> int | None:
+        """How many of the likeliest are wanted of a prompt of ``size`` tokens, which only a policy
+        by which each of them reaches the last layer can tell."""
+        top, what, param = body.prompt_logprobs, "prompt_logprobs", "prompt_logprobs"
+        if isinstance(body, CompletionRequest) and body.echo and body.logprobs is not None:
+            if top is None:
+                what, param = "echo with logprobs", "logprobs"
+            top = max(body.logprobs, top or 0)
+        if top is None:
+            return None
+        self._limit(param, top, self.settings.max_logprobs, "likeliest tokens")
+        try:
+            check_prompt_logprobs(policy, what=what)
+        except ValueError as error:
+            raise ApiError(400, str(error), param=param) from None
+        adapter = self.engine.adapter
         needed = size * adapter.vocab_size * adapter.dtype.itemsize
         if needed > self.settings.prompt_logprob_bytes:
             raise ApiError(
-                400, f"echo with logprobs of {size} prompt tokens needs {needed} bytes of logits; "
-                f"this server allows {self.settings.prompt_logprob_bytes}", param="logprobs",
+                400, f"{what} of {size} prompt tokens needs {needed} bytes of logits; this server "
+                f"allows {self.settings.prompt_logprob_bytes}", param=param,
             )  # fmt: skip
-        for each in (leader, *leader.samples):  # they count against kv_memory while it prefills
-            each.cost = each.cost._replace(bytes=each.cost.bytes + needed)
-            each.likely = each.likely._replace(bytes=each.likely.bytes + needed)
-        self.engine.ledger.check_fits(leader.cost, size, leader.max_new)
-        leader.prompt_top = top
-        for each in (leader, *leader.samples):
-            each.owner = None  # a cache that is taken up gives no logits
+        return top
 
     # --- compression --------------------------------------------------------------------------
 

@@ -63,15 +63,16 @@ class Prompts:
         return text
 
     def offsets(
-        self, tokens: TokenIds, said: TokenIds, prompt: TokenIds, reader: Detokenizer | None = None
-    ) -> tuple[list[int], Detokenizer | None]:
+        self, tokens: TokenIds, said: TokenIds, prompt: TokenIds, reader: Detokenizer | None = None,
+        skip_special_tokens: bool = True,
+    ) -> tuple[list[int], Detokenizer | None]:  # fmt: skip
         """Where in the text the tokens after those ``said`` begin, and what has read them.
 
         ``prompt``: what stands before the text, which counts from 0.
         """
         if self.tokenizer is None:
             return [0] * len(tokens), None
-        reader = reader or Detokenizer(self.tokenizer, (), prompt)
+        reader = reader or Detokenizer(self.tokenizer, (), prompt, 0, skip_special_tokens)
         found, read = [], list(said)
         for token in tokens:
             found.append(len(reader.text))

@@ -15,7 +15,7 @@ from pydantic import (
 
 __all__ = [
     "ChatRequest", "CompletionRequest", "Compression", "Detokenize", "Generation", "Message",
-    "ResponseFormat", "StreamOptions", "TokenizeRequest",
+    "ResponseFormat", "StreamOptions", "StructuredOutputs", "TokenizeRequest",
 ]  # fmt: skip
 
 # Lists end at their first error: a body may hold a million of them.
@@ -109,12 +109,23 @@ class ResponseFormat(Strict):
         return self
 
 
+class StructuredOutputs(Strict):
+    """vLLM's: a JSON schema, a regular expression, texts to choose from, a grammar (Lark's notation
+    or GBNF), or any JSON object; one of them."""
+
+    json_: dict[str, Any] | str | None = Field(None, alias="json")
+    regex: str | None = None
+    choice: Texts | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+
+
 class Generation(Strict):
     """What both endpoints take."""
 
     model: str | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     n: Annotated[int, Field(ge=1, le=128)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -131,6 +142,15 @@ class Generation(Strict):
     stop_token_ids: Annotated[list[TokenId], Field(fail_fast=True)] | None = None
     ignore_eos: bool = False
     return_token_ids: bool = False
+    min_tokens: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    skip_special_tokens: bool = True
+    prompt_logprobs: Annotated[int, Field(ge=0)] | None = None
+    structured_outputs: StructuredOutputs | None = None
+    # what structured_outputs was before
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = None
+    guided_choice: Texts | None = None
+    guided_grammar: str | None = None
     # ours
     compression: Compression | None = None
 
@@ -146,7 +166,27 @@ class Generation(Strict):
     def streams(self) -> Generation:
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options needs stream=true")
+        if self.prompt_logprobs is not None and self.stream:
+            raise ValueError("prompt_logprobs are not available with stream=true")
         return self
+
+    @model_validator(mode="after")
+    def has_one_form(self) -> Generation:
+        if len(forms := self.forms) > 1:
+            raise ValueError(f"{' and '.join(forms)}: an answer has one form; give one of them")
+        return self
+
+    @property
+    def forms(self) -> dict[str, dict[str, Any]]:
+        """Fields that say what form the answer has, and what as ``StructuredOutputsParams``."""
+        found = {
+            f"guided_{kind}": {kind: getattr(self, f"guided_{kind}")}
+            for kind in ("json", "regex", "choice", "grammar")
+            if getattr(self, f"guided_{kind}") is not None
+        }
+        if self.structured_outputs is not None:
+            found["structured_outputs"] = self.structured_outputs.model_dump(by_alias=True)
+        return found
 
 
 class CompletionRequest(Generation):
@@ -164,8 +204,10 @@ class CompletionRequest(Generation):
     def consistent(self) -> CompletionRequest:
         if self.best_of is not None and self.best_of != (self.n or 1):
             raise ValueError("best_of other than n is not supported: leave it out")
-        if self.max_tokens == 0 and not self.echo:
-            raise ValueError("max_tokens=0 makes sense with echo=true only")
+        if self.max_tokens == 0 and not self.echo and self.prompt_logprobs is None:
+            raise ValueError("max_tokens=0 makes sense with echo=true or prompt_logprobs only")
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise ValueError(f"min_tokens={self.min_tokens} is above max_tokens={self.max_tokens}")
         return self
 
 
@@ -229,7 +271,19 @@ class ChatRequest(Generation):
         both = (self.max_tokens, self.max_completion_tokens)
         if None not in both and both[0] != both[1]:
             raise ValueError("max_tokens and max_completion_tokens differ: give one of them")
+        most = self.max_completion_tokens or self.max_tokens
+        if most is not None and self.min_tokens > most:
+            raise ValueError(f"min_tokens={self.min_tokens} is above max_tokens={most}")
         return self
+
+    @property
+    def forms(self) -> dict[str, dict[str, Any]]:
+        found, wanted = super().forms, self.response_format
+        if wanted is not None and wanted.json_schema is not None:
+            found["response_format"] = {"json": wanted.json_schema.schema_}
+        elif wanted is not None and wanted.type == "json_object":
+            found["response_format"] = {"json_object": True}
+        return found
 
 
 class TokenizeRequest(Strict):

@@ -56,8 +56,11 @@ class Reply:
                     "role": "assistant", "content": entry.pop("text"), "refusal": None,
                 }  # fmt: skip
             choices.append(entry)
+        answer: dict[str, Any] = {"choices": choices, "usage": self.usage()}
+        if self.job.body.prompt_logprobs is not None and self.job.is_chat:
+            answer["prompt_logprobs"] = self._of_prompt(self._leader(0))
         kind = "chat.completion" if self.job.is_chat else "text_completion"
-        return {**self._head(kind), "choices": choices, "usage": self.usage()}
+        return {**self._head(kind), **answer}
 
     # --- in chunks ----------------------------------------------------------------------------
 
@@ -76,6 +79,8 @@ class Reply:
                     chunk["usage"] = self.usage() if options.continuous_usage_stats else None
                 if options and options.include_kv and update.kv is not None:
                     chunk["kv"] = _kv(update.kv)
+                if entry["finish_reason"] and update.kv:
+                    chunk |= _lowered([update.kv])
                 yield chunk
             begun.add(update.choice)
             update = await self.stream.next()
@@ -108,7 +113,8 @@ class Reply:
     def _check(self, update: Update) -> None:
         if update.finish_reason is not None:
             error = of_reason(
-                update.finish_reason, update.error, self.stream.engine.retry_after()
+                update.finish_reason, update.error, self.stream.engine.retry_after(),
+                next(iter(self.job.body.forms), None),
             )  # fmt: skip
             if error is not None:
                 raise error
@@ -139,17 +145,36 @@ class Reply:
             entry["text"] = self.job.echoed[self.job.leaders.index(leader)] + text
         if self.job.body.return_token_ids:
             entry["token_ids"] = ([*request.prompt] if echoed else []) + tokens
+        if self.job.body.prompt_logprobs is not None and not self.job.is_chat:
+            entry["prompt_logprobs"] = self._of_prompt(leader)
         if self.wants_logprobs and self.job.is_chat:
             entry["logprobs"] = {"content": [self._spelled(each) for each in logprobs],
                                  "refusal": None}  # fmt: skip
         elif self.wants_logprobs:
-            before = leader.prompt_logprobs if echoed else []
+            most = self.job.body.logprobs or 0
+            before = [_top(each, most) for each in leader.prompt_logprobs] if echoed else []
             start = [leader.prompt[0]] if echoed else []
             entry["logprobs"] = self._legacy(
                 self.choices[index], start, [*before, *logprobs], request,
                 self.job.echoed[self.job.leaders.index(leader)] if echoed else None,
             )  # fmt: skip
         return entry
+
+    def _of_prompt(self, leader: Request) -> list[dict[str, Any] | None]:
+        """A prompt's tokens and the likeliest in their place, as vLLM tells of them."""
+
+        def one(token: int, value: float, rank: int) -> dict[str, Any]:
+            text = self.prompts.spell(token).decode("utf-8", "replace")
+            return {"logprob": value, "rank": rank, "decoded_token": text}
+
+        found: list[dict[str, Any] | None] = [None]  # nothing comes before the first one
+        for each in leader.prompt_logprobs:
+            told = {str(each.token_id): one(each.token_id, each.logprob, each.rank)}
+            top = _top(each, self.job.body.prompt_logprobs or 0).top
+            for rank, (token, value) in enumerate(top.items(), start=1):
+                told.setdefault(str(token), one(token, value, rank))
+            found.append(told)
+        return found
 
     def _leader(self, index: int) -> Request:
         width = len(self.stream.followed) // len(self.job.leaders)
@@ -179,7 +204,9 @@ class Reply:
             offsets, _ = self.prompts.offsets(ids[: len(request.prompt)], [], [])
             choice.base = len(echoed)
         new = ids[len(offsets) :]
-        more, choice.reader = self.prompts.offsets(new, choice.said, request.prompt, choice.reader)
+        more, choice.reader = self.prompts.offsets(
+            new, choice.said, request.prompt, choice.reader, self.job.body.skip_special_tokens
+        )
         choice.said += new
         top: list[dict[str, float] | None] = [None for _ in start]
         for each in logprobs:
@@ -207,16 +234,25 @@ class Reply:
             for each in leaders
             if each.computed
         )
-        lowered = [kv.keep_lowered_to for kv in caches if kv.keep_lowered_to is not None]
-        extra = {"kv_keep_lowered_to": min(lowered)} if lowered else {}
         return {
             "prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new,
             "prompt_tokens_details": {"cached_tokens": sum(each.reused for each in leaders)},
             "kv_tokens_kept": round(kept), "kv_tokens_full": round(full),
             "prefill_tokens_skipped": round(skipped),
             "kv_bytes": sum(kv.bytes for kv in caches),
-            "kv_bytes_full": sum(kv.full_bytes for kv in caches), **extra,
+            "kv_bytes_full": sum(kv.full_bytes for kv in caches), **_lowered(caches),
         }  # fmt: skip
+
+
+def _top(logprob: Logprob, most: int) -> Logprob:
+    """With fewer of the likeliest."""
+    return logprob._replace(top=dict([*logprob.top.items()][:most]))
+
+
+def _lowered(caches: list[KVUsage]) -> dict[str, float]:
+    """What ``--elastic`` lowered the ``keep`` of these to, where it did."""
+    lowered = [kv.keep_lowered_to for kv in caches if kv.keep_lowered_to is not None]
+    return {"kv_keep_lowered_to": min(lowered)} if lowered else {}
 
 
 def _kv(kv: KVUsage) -> dict[str, Any]:

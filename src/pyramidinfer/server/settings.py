@@ -41,7 +41,7 @@ class ServerSettings:
         has positions for.
     max_n : choices of one request (prompts times ``n``).
     max_stop : stop strings, and stop token ids, of one request.
-    max_schema_bytes : of a ``response_format``.
+    max_schema_bytes : of a ``response_format`` or ``structured_outputs``.
     prompt_logprob_bytes : of the logits that ``echo`` with ``logprobs`` needs at once.
     chat_template_kwargs : names and values for the chat template, for requests that do not give
         those names.

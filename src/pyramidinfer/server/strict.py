@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 from fastapi import HTTPException, Request, Response
 from fastapi.routing import APIRoute
 
-__all__ = ["StrictRoute"]
+__all__ = ["StrictRoute", "parse_json"]
 
 
 #: Objects and lists that a body may hold, texts and names, and all values; names of one object.
@@ -69,21 +69,25 @@ def _limit(found: int, most: int, what: str) -> None:
         raise HTTPException(400, f"the body holds {found} {what}; this server takes {most} at most")
 
 
+def parse_json(text: str) -> Any:
+    """What a text says; ``ValueError`` where it is not JSON to the letter, and why."""
+    try:
+        return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_unique)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not valid JSON: {error.msg} at character {error.pos}") from None
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    except ValueError as error:  # a number of thousands of digits, or one of ours
+        raise ValueError(f"not valid JSON: {error}") from None
+
+
 def _parse(body: bytes) -> Any:
     try:
-        found = json.loads(
-            body.decode(), parse_constant=_refuse_constant, object_pairs_hook=_unique
-        )
-    except json.JSONDecodeError as error:
-        raise HTTPException(
-            400, f"the body is not valid JSON: {error.msg} at character {error.pos}"
-        ) from None
+        found = parse_json(body.decode())
     except UnicodeDecodeError:
         raise HTTPException(400, "the body is not UTF-8") from None
-    except RecursionError:
-        raise HTTPException(400, "the body is nested too deeply") from None
-    except ValueError as error:  # a number of thousands of digits, or one of ours
-        raise HTTPException(400, f"the body is not valid JSON: {error}") from None
+    except ValueError as error:
+        raise HTTPException(400, f"the body is {error}") from None
     if b"\\u" in body:
         try:
             json.dumps(found, ensure_ascii=False).encode()

@@ -1,0 +1,136 @@
+"""Answers that follow a JSON schema, a regular expression or a grammar: masks from llguidance."""
+
+from __future__ import annotations
+
+import re
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyramidinfer.types import StructuredOutputsParams
+
+if TYPE_CHECKING:
+    import llguidance
+
+__all__ = ["GrammarConstraint", "GrammarError", "Grammars"]
+
+ANY_OBJECT = '{"type": "object"}'
+#: White space between two tokens of JSON: a blank, or a new line and its indentation.  Without a
+#: bound a model that does not want to go on writes blanks until it is cut off.
+WHITE_SPACE = r" |\r?\n[ \t]{0,20}"
+FIRST_TOKENS = 4  # that are tried before a grammar is taken
+#: What has a meaning in a regular expression.
+SIGNS = re.compile(r"[\\.+*?()|\[\]{}^$#&\-~]")
+#: A rule as GBNF writes it; what has none is Lark's.
+GBNF_RULE = re.compile(r"^\s*[\w-]+\s*::=", re.MULTILINE)
+
+
+class GrammarError(ValueError):
+    """A grammar that cannot be followed, by what it says, for its size, or by the tokenizer."""
+
+
+class GrammarConstraint:
+    """A matcher in the state it is in; see ``engine.sampler.Constraint``.
+
+    ``what``: how errors call the grammar.
+    """
+
+    def __init__(self, matcher: llguidance.LLMatcher, what: str) -> None:
+        self.matcher, self.what = matcher, what
+
+    @property
+    def done(self) -> bool:
+        return bool(self.matcher.is_stopped())
+
+    def allowed(self, vocab_size: int) -> Tensor:
+        """Tokens that may come next, bool ``[vocab_size]``; ``GrammarError`` where there is
+        none."""
+        packed = np.frombuffer(self.matcher.compute_bitmask(), dtype=np.uint8)
+        bits = np.unpackbits(packed, bitorder="little")[:vocab_size].astype(bool)
+        if self.matcher.is_error() or not bits.any():
+            raise self.error("allows no token here")
+        return torch.from_numpy(bits)
+
+    def accept(self, token: int) -> None:
+        if not self.matcher.consume_token(token):
+            raise self.error(f"does not take token {token}")
+
+    def error(self, why: str) -> GrammarError:
+        """One line; what the library says beyond it is about its inside."""
+        return _error(self.what, self.matcher.get_error() or why)
+
+    def copy(self) -> GrammarConstraint:
+        return GrammarConstraint(self.matcher.deep_copy(), self.what)
+
+
+class Grammars:
+    """Builds constraints for one tokenizer; the tokenizer's tables are made once, on first use."""
+
+    def __init__(self, tokenizer: Any, vocab_size: int, end_ids: frozenset[int]) -> None:
+        self.tokenizer, self.vocab_size, self.end_ids = tokenizer, vocab_size, end_ids
+
+    @cached_property
+    def _tables(self) -> llguidance.LLTokenizer:
+        if self.tokenizer is None:
+            raise GrammarError("structured outputs need a tokenizer; none was loaded")
+        try:
+            import llguidance.hf
+        except ModuleNotFoundError:
+            raise GrammarError(
+                "structured outputs need the package llguidance: pip install 'pyramidinfer[server]'"
+            ) from None
+        ends = sorted(self.end_ids) or None
+        try:
+            return llguidance.hf.from_tokenizer(self.tokenizer, self.vocab_size, ends)
+        except ValueError as error:
+            raise GrammarError(
+                f"this model's tokenizer cannot write JSON, nor follow any grammar ({error}); "
+                f"leave the request for structured outputs out"
+            ) from None
+
+    def constraint(self, wanted: StructuredOutputsParams) -> GrammarConstraint:
+        """At its beginning; ``GrammarError`` for what cannot be followed."""
+        tables = self._tables
+        from llguidance import LLMatcher
+
+        what, grammar = _read(wanted)
+        matcher = LLMatcher(tables, grammar, log_level=0)
+        if matcher.is_error():
+            raise _error(what, matcher.get_error())
+        made = GrammarConstraint(matcher, what)
+        # that the vocabulary can begin it, and that what may follow is not too much to work out
+        for token in made.copy().allowed(self.vocab_size).nonzero()[:FIRST_TOKENS, 0].tolist():
+            made.copy().accept(token)
+        return made
+
+
+def _read(wanted: StructuredOutputsParams) -> tuple[str, str]:
+    """What errors call it, and the grammar as llguidance reads it."""
+    from llguidance import LLMatcher
+    from llguidance.gbnf_to_lark import gbnf_to_lark
+
+    if wanted.regex is not None:
+        return "regular expression", LLMatcher.grammar_from_regex(wanted.regex)
+    if wanted.choice is not None:
+        choices = "|".join(SIGNS.sub(r"\\\g<0>", text) for text in wanted.choice)
+        return "choice", LLMatcher.grammar_from_regex(choices)
+    if wanted.grammar is None:
+        schema = ANY_OBJECT if wanted.json is None else wanted.json
+        return "JSON schema", LLMatcher.grammar_from_json_schema(
+            schema, defaults={"whitespace_pattern": WHITE_SPACE}
+        )
+    text = wanted.grammar
+    if GBNF_RULE.search(text):
+        try:
+            text = gbnf_to_lark(text)
+        except Exception as error:  # the library raises bare ones, too
+            raise _error("grammar", error) from None
+    return "grammar", LLMatcher.grammar_from_lark(text)
+
+
+def _error(what: str, reason: object) -> GrammarError:
+    lines = str(reason).splitlines() or [""]
+    return GrammarError(f"the {what} cannot be followed: {lines[0]}")

@@ -1,0 +1,142 @@
+"""How the tokens of an answer are chosen, and what form it has."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from pyramidinfer.config import is_number, named_options
+
+__all__ = ["SamplingParams", "StructuredOutputsParams"]
+
+
+@named_options
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StructuredOutputsParams:
+    """The form an answer must have, one of them.
+
+    ``json``: a JSON schema, as a dict or a text;  ``regex``: a regular expression for the whole
+    answer;  ``choice``: texts, one of which is the answer;  ``grammar``: in Lark's notation, or in
+    GBNF (``root ::= …``);  ``json_object``: any JSON object.
+    """
+
+    json: dict[str, Any] | str | None = None
+    regex: str | None = None
+    choice: tuple[str, ...] | list[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+
+    def __post_init__(self) -> None:
+        given = [name for name in self.__slots__ if getattr(self, name) not in (None, False)]
+        if len(given) != 1:
+            raise ValueError(
+                f"structured_outputs: give one of {', '.join(self.__slots__)} (given: "
+                f"{', '.join(given) or 'none'})"
+            )
+        choice = [] if self.choice is None else self.choice
+        texts = [*choice] if isinstance(choice, list | tuple) else [None]
+        schema = json.dumps(self.json) if isinstance(self.json, dict) else self.json
+        for name, value in (("json", schema), ("regex", self.regex), ("grammar", self.grammar)):
+            if value is not None and not isinstance(value, str):
+                raise ValueError(f"structured_outputs: {name}={value!r:.60} must be a text")
+        if (self.choice is not None and not texts) or not all(isinstance(t, str) for t in texts):
+            raise ValueError(f"structured_outputs: choice={choice!r:.60} must be a list of texts")
+        object.__setattr__(self, "json", schema)
+        object.__setattr__(self, "choice", tuple(texts) or None)
+
+
+@named_options
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How tokens are chosen.  ``temperature=0`` is greedy, and so is any below 0.00001.
+
+    ``top_k=0``, ``top_p=1`` and ``min_p=0`` switch the filter off; ``top_p=0`` leaves the likeliest
+    token only.  ``logprobs=k`` returns the
+    log-probability of each chosen token and of the ``k`` likeliest ones, before any filter.
+    ``prompt_logprobs=k`` returns the same of the prompt.  ``logit_bias``: token id → what is added
+    to its logit, between -100 and 100.  ``min_tokens``: so many come before an end token, a stop id
+    or a stop string ends the answer (unless ``structured_outputs`` allows nothing but its end).
+    ``skip_special_tokens=False`` puts them into the text.
+    """
+
+    max_tokens: int = 64
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+    stop: tuple[str, ...] | list[str] | str = ()
+    stop_token_ids: tuple[int, ...] | list[int] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    logit_bias: dict[int, float] | tuple[tuple[int, float], ...] = ()
+    min_tokens: int = 0
+    skip_special_tokens: bool = True
+    prompt_logprobs: int | None = None
+    structured_outputs: StructuredOutputsParams | None = None
+
+    def __post_init__(self) -> None:
+        try:
+            bias = dict(self.logit_bias)
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"logit_bias={self.logit_bias!r:.60} must map token ids to numbers"
+            ) from None
+        for token, amount in bias.items():
+            if type(token) is not int or token < 0:
+                raise ValueError(f"logit_bias: {token!r} is not a token id")
+            if not is_number(amount) or not -100 <= amount <= 100:
+                raise ValueError(
+                    f"logit_bias of token {token}: {amount!r} must lie between -100 and 100"
+                )
+        object.__setattr__(self, "logit_bias", tuple(sorted(bias.items())))
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
+        for name, value in (("stop", stop), ("stop_token_ids", self.stop_token_ids)):
+            if not isinstance(value, list | tuple):
+                raise ValueError(f"{name}={value!r} must be a list")
+        stop = tuple(stop)
+        object.__setattr__(self, "stop", stop)
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        for name in ("ignore_eos", "skip_special_tokens"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be True or False")
+        form = self.structured_outputs
+        if not isinstance(form, StructuredOutputsParams | None):
+            raise ValueError(f"structured_outputs={form!r:.60} must be StructuredOutputsParams")
+        for name, low, high in (
+            ("temperature", 0.0, 1e3), ("top_p", 0.0, 1.0), ("min_p", 0.0, 1.0),
+            ("repetition_penalty", 0.01, 1e3), ("presence_penalty", -1e3, 1e3),
+            ("frequency_penalty", -1e3, 1e3),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if not is_number(value) or not low <= value <= high:
+                raise ValueError(f"{name}={value!r} must lie between {low:g} and {high:g}")
+        for name, least, most in (
+            ("max_tokens", 1, 2**31), ("top_k", 0, 2**31), ("logprobs", 0, 1000),
+            ("seed", -(2**63), 2**64 - 1), ("min_tokens", 0, 2**31), ("prompt_logprobs", 0, 1000),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if value is None and name in ("logprobs", "prompt_logprobs", "seed"):
+                continue
+            if type(value) is not int or not least <= value <= most:
+                raise ValueError(
+                    f"{name}={value!r} must be a whole number between {least} and {most}"
+                )
+        if self.min_tokens > self.max_tokens:
+            raise ValueError(f"min_tokens={self.min_tokens} is above max_tokens={self.max_tokens}")
+        for text in stop:
+            if not isinstance(text, str) or not text:
+                raise ValueError(f"stop={text!r}: a stop string must be a text that is not empty")
+        for token in self.stop_token_ids:
+            if type(token) is not int or token < 0:
+                raise ValueError(f"stop_token_ids: {token!r} is not a token id")
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the likeliest token is taken: by a temperature so low, any other has no chance,
+        and logits divided by it may overflow."""
+        return self.temperature < 1e-5
