@@ -73,17 +73,20 @@ def test_a_mixed_file(tmp_path: Path) -> None:
         line("stream", prompt="x", stream=True),
         line("url", "/v1/embeddings", input="x"),
         line("policy", prompt="x", compression={"policy": "snapkb"}),
+        line("told", CHAT, messages=user, min_tokens=9, max_tokens=9, skip_special_tokens=False,
+             prompt_logprobs=1, compression={"policy": "full"}),
+        line("form", CHAT, messages=user, guided_choice=["a"]),
     ])  # fmt: skip
     with source.open("a") as file:
         file.write("\n  \n")  # empty lines are none
     target = tmp_path / "out.jsonl"
     code, out, err = run("batch", str(source), str(target), *SMALL)
     assert code == 0 and out == ""
-    assert "9 requests could not be answered; their lines say why" in err
+    assert "10 requests could not be answered; their lines say why" in err
     found = answers(target)
-    assert len(found) == 14
+    assert len(found) == 16
     status = {name: each["response"]["status_code"] for name, each in found.items()}
-    good = {"good", "chat", "many", "é\u2028", "\ud800"}
+    good = {"good", "chat", "many", "é\u2028", "\ud800", "told"}
     assert {name for name, code in status.items() if code == 200} == good
     assert status.pop("model") == 404
     assert {code for name, code in status.items() if name not in good} == {400}
@@ -94,6 +97,9 @@ def test_a_mixed_file(tmp_path: Path) -> None:
     assert found["good"]["response"]["request_id"] == body["id"]
     assert found["chat"]["response"]["body"]["choices"][0]["message"]["role"] == "assistant"
     assert len(found["many"]["response"]["body"]["choices"]) == 4
+    told = found["told"]["response"]["body"]
+    assert told["usage"]["completion_tokens"] == 9
+    assert len(told["prompt_logprobs"]) == told["usage"]["prompt_tokens"]
     messages = {
         name: found[name]["response"]["body"]["error"]["message"] for name in status
         if name not in good
@@ -101,12 +107,13 @@ def test_a_mixed_file(tmp_path: Path) -> None:
     for name, part in (
         ("unknown", "bogus"), ("type", "max_tokens"), ("missing", "messages"), ("long", "4096"),
         ("stream", "does not stream"), ("url", "/v1/embeddings"), ("policy", "snapkv"),
+        ("form", "tokenizer cannot write JSON, nor follow any grammar"),
     ):  # fmt: skip
         assert part in messages[name]
 
     before = target.read_bytes()
     code, _, err = run("batch", str(source), str(target), *SMALL)
-    assert code == 0 and "14 of 14 answers are there already" in err
+    assert code == 0 and "16 of 16 answers are there already" in err
     assert target.read_bytes() == before
 
 

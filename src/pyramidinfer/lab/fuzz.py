@@ -163,15 +163,12 @@ def _tame(case: Any) -> None:
                        ("top_logprobs", 5), ("min_tokens", 2), ("prompt_logprobs", 5)):  # fmt: skip
         if type(body.get(name)) is int:
             body[name] = min(body[name], most)
-    forms = [name for name in body if name.startswith("guided_")]  # its words have no braces
-    for name in (
-        *forms,
-        "structured_outputs",
-        "model",
-        "max_completion_tokens" if "max_tokens" in body else "",
-        "best_of",
-    ):
+    for name in ("model", "max_completion_tokens" if "max_tokens" in body else "", "best_of"):
         body.pop(name, None)
+    for name in [name for name in body if name.startswith(("guided_", "structured_"))]:
+        del body[name]  # the shipped model's tokenizer follows none
+    if body.get("stream"):
+        body.pop("prompt_logprobs", None)
     if "top_logprobs" in body:
         body["logprobs"] = True
     if isinstance(body.get("logit_bias"), dict):
