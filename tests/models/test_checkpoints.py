@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -163,7 +162,45 @@ def test_a_checkpoint_in_shards(folder: Path) -> None:
     assert greedy(str(folder), [5, 6, 7]) == expected
 
 
-@pytest.mark.parametrize("command", ["generate", "inspect", "profile", "chat", "serve", "verify"])
+def test_a_hub_id_in_the_cache_needs_no_network(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    expected = greedy(str(folder), [5, 6, 7])
+    kept = tmp_path / "hub" / "models--owner--cached-model"
+    (kept / "refs").mkdir(parents=True)
+    (kept / "refs" / "main").write_text("0" * 40)
+    (kept / "snapshots").mkdir()
+    folder.rename(kept / "snapshots" / ("0" * 40))
+    llm = LLM("owner/cached-model", policy="full", kv_memory="1MiB")
+    assert llm.generate([[5, 6, 7]], SamplingParams(max_tokens=NEW))[0].token_ids == expected
+    assert llm.name == "owner/cached-model"
+
+
+def test_of_a_hub_id_only_what_is_read_is_fetched(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Small files first, so that a model that cannot run is refused before weights come."""
+    tiny_model("llama").save_pretrained(folder, max_shard_size="20KB")
+    (folder / "model.safetensors").unlink(missing_ok=True)
+    shards = {each.name for each in folder.glob("*.safetensors")}
+    asked: list[set[str]] = []
+
+    def download(name: str, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+        assert (name, ignore_patterns) == ("owner/new-model", ["*/*"])
+        asked.append(set(allow_patterns))
+        return str(folder)
+
+    monkeypatch.setattr("pyramidinfer.models.folder.snapshot_download", download)
+    LLM("owner/new-model", policy="full", kv_memory="1MiB")
+    small = {"*.json", "*.model", "*.txt", "*.jinja"}
+    assert asked == [small, small | shards]
+
+
+@pytest.mark.parametrize(
+    "command", ["generate", "inspect", "profile", "chat", "serve", "verify", "calibrate"]
+)
 def test_a_hub_id_without_a_network_fails_at_once(
     command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -171,7 +208,7 @@ def test_a_hub_id_without_a_network_fails_at_once(
 
     from pyramidinfer.cli.app import app
 
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     words = {"generate": ["--model", "owner/some-model", "--prompt", "a"],
              "inspect": ["--model", "owner/some-model"]}  # fmt: skip
     began = time.monotonic()

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import peft
 import pytest
 import torch
@@ -136,7 +135,7 @@ def configure(folder: Path, **keys: Any) -> None:
 def test_adapters_that_cannot_be_merged(
     base: Path, keys: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     folder, _ = save("lora", base)
     configure(folder, **keys)
     with pytest.raises(ValueError, match=message) as caught:
