@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,13 +16,14 @@ from pyramidinfer.cache import Pool, Ring, Table
 from pyramidinfer.config import EngineConfig
 from pyramidinfer.engine import answers, holding
 from pyramidinfer.engine.checks import check_plan
-from pyramidinfer.engine.making import Spans, make_request
+from pyramidinfer.engine.making import Spans, make_request, readings_for, settle_on_held
 from pyramidinfer.engine.memory import Ledger
 from pyramidinfer.engine.pressure import Pressure
 from pyramidinfer.engine.request import Request, Scoring
 from pyramidinfer.engine.reuse import Conversations
 from pyramidinfer.engine.sampler import prepare, prompt_logprobs, sample
 from pyramidinfer.engine.scheduler import Plan, Scheduler
+from pyramidinfer.engine.text import plain_ids
 from pyramidinfer.engine.undo import Undo
 from pyramidinfer.models import Adapter, Intake
 from pyramidinfer.models.adapter import Stepped
@@ -67,8 +69,8 @@ class Engine:
         self.peak_in_flight = 0
         self._ids = itertools.count()
         self._profile: Profile | None = None
-        if policy.wants_profile:
-            self.policy = self.bind(policy)
+        self.policy = self.bind(policy)
+        if self.policy is not policy:
             self.policy.check(self.adapter.layers_for(1))
 
     # --- requests -----------------------------------------------------------------------------
@@ -87,12 +89,16 @@ class Engine:
         return make_request(self, prompt, params, chosen, protect, hold, on, scoring, samples)
 
     def bind(self, policy: Policy, measure: bool = True) -> Policy:
-        """The policy with this model's head profile, where it asks for one and has none.
+        """The policy with what it asks for of this model: its head profile where it has none, its
+        sentences as tokens.
 
         measure : make the profile where there is none yet, which runs the model (seconds, with a
         bar in a terminal).  Without it, or with ``profile=False`` in the config, there may be none
         to be had, which the policy's ``check`` then tells of.
         """
+        if policy.wants_tokenizer:
+            encode = None if self.tokenizer is None else partial(plain_ids, self.tokenizer)
+            policy = policy.with_tokenizer(encode)
         if not policy.wants_profile:
             return policy
         if self._profile is None:
@@ -300,7 +306,9 @@ class Engine:
         reach = [min(len(new), count + extra) for count in forecast.reach]
         tokens = torch.tensor(new, device=device)
         every = request.prompt_top is not None and not request.output
-        request.intake = Intake(sequence, tokens, table.seen_len, reach, every)
+        request.intake = Intake(
+            sequence, tokens, table.seen_len, reach, every, readings=readings_for(self, request)
+        )
 
     def _batch(self, plan: Plan) -> Batch:
         running = [each.sequence for each in plan.decode if each.sequence is not None]
@@ -383,6 +391,8 @@ class Engine:
         request.first_token = request.first_token or time.monotonic()
         request.computed = request.computed or intake.computed
         request.intake = None
+        if intake.is_reread:
+            settle_on_held(self, request, samples)
         self.ledger.promise(request, request.likely.settled)
         self.scheduler.to_running(request)
         for each in samples:

@@ -7,19 +7,23 @@ from collections.abc import Sequence as Items
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import numpy as np
+import torch
+
 from pyramidinfer.cache import Table
 from pyramidinfer.config import EngineConfig
 from pyramidinfer.engine.checks import check_params, check_spans, check_stream, check_tokens
 from pyramidinfer.engine.memory import Cost, for_samples
 from pyramidinfer.engine.request import Request, Scoring
-from pyramidinfer.engine.text import Detokenizer
+from pyramidinfer.engine.text import Detokenizer, head_of
 from pyramidinfer.policies import Policy
 from pyramidinfer.types import SamplingParams, TokenIds
 
 if TYPE_CHECKING:
     from pyramidinfer.engine.engine import Engine
 
-__all__ = ["Spans", "costs_of", "expected_of", "is_endless", "make_request"]
+__all__ = ["Spans", "costs_of", "expected_of", "is_endless", "make_request", "readings_for",
+           "settle_on_held"]  # fmt: skip
 
 Spans = Items[tuple[int, int]]
 
@@ -88,16 +92,55 @@ def costs_of(engine: Engine, policy: Policy, length: int, max_new: int, spans: S
     seen, held = (on.seen_len, on.kept) if on else (0, None)
     layers = engine.adapter.layers_for(length + max_new)
     covered = len(set().union(*(range(*span) for span in spans)))
+    readings = _readings(engine, policy, range(length - seen), length, max_new)
+    reread = max(map(len, readings), default=0)
     find = engine.ledger.scoring_cost if scoring else engine.ledger.cost
-    most = likely = find(policy, length - seen, max_new, layers, covered, held)
+    most = likely = find(policy, length - seen, max_new, layers, covered, held, reread=reread)
     expected = expected_of(engine.config, max_new)
     if expected < max_new and not scoring:
         likely = engine.ledger.cost(
-            policy, length - seen, max_new, layers, covered, held, expected
+            policy, length - seen, max_new, layers, covered, held, expected, reread
         )  # fmt: skip
     if samples > 1:
         most, likely = for_samples(most, samples), for_samples(likely, samples)
     return most, likely
+
+
+def readings_for(engine: Engine, request: Request) -> list[torch.Tensor]:
+    """What is to be read behind the text that a request is about to take in, token ids each."""
+    assert request.sequence is not None
+    text, seen, head = request.text, request.sequence.table.seen_len, 0
+    if not seen and engine.tokenizer is not None:
+        begins = head_of(engine.tokenizer)
+        head = len(begins) if text[: len(begins)] == begins else 0
+    found = _readings(engine, request.policy, text[seen:], len(text), request.max_new, head)
+    return [torch.tensor(each, device=engine.adapter.device) for each in found]
+
+
+def settle_on_held(engine: Engine, request: Request, samples: list[Request]) -> None:
+    """A request whose text was cut by one threshold for all layers: what each of them keeps was not
+    known before, so what it needs from here on is told by what it holds."""
+    assert request.sequence is not None
+    kept = request.sequence.table.kept
+
+    def from_here(cost: Cost, generated: int) -> Cost:
+        most = cost.settled
+        assert most is not None and most.entries is not None
+        entries = np.minimum(most.entries, kept + generated)
+        return cost._replace(settled=engine.ledger.settled(entries, most.beside))
+
+    cost = from_here(request.cost, request.max_new)
+    likely = from_here(request.likely, expected_of(engine.config, request.max_new))
+    for each in (request, *samples):
+        each.cost, each.likely = cost, likely
+
+
+def _readings(engine: Engine, policy: Policy, new: Items[int], length: int, max_new: int,
+              head: int = 0) -> list[TokenIds]:  # fmt: skip
+    """What is read behind a text of ``length`` tokens that ends with ``new``."""
+    adapter = engine.adapter
+    is_long = adapter.rotary.is_long(min(length + max_new - 1, adapter.max_positions))
+    return policy.readings(new, adapter.streaming.limit(is_long) - length, head)
 
 
 def expected_of(config: EngineConfig, left: int) -> int:

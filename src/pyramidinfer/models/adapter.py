@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from pyramidinfer.attention import Backend, Scale
 from pyramidinfer.cache import GroupSpec, Pool
+from pyramidinfer.models import rereading
 from pyramidinfer.models.evicting import evict, observe
 from pyramidinfer.models.families import find_family
 from pyramidinfer.models.fused import Fused, Ropes, fuse
@@ -24,7 +25,7 @@ from pyramidinfer.models.loading import end_ids
 from pyramidinfer.models.rotary import Rotary
 from pyramidinfer.models.routing import Decoding, LayerCall, Segment, route
 from pyramidinfer.models.streaming import Streaming
-from pyramidinfer.types import AttentionShape, Keep, Layers, Observation, View
+from pyramidinfer.types import AttentionShape, Keep, Layers, Observation
 
 __all__ = ["Adapter", "Stepped"]
 
@@ -171,11 +172,11 @@ class Adapter:
             if intake.layer != layer or count <= 0:
                 continue
             if intake.done == 0:
-                intake.needs = intake.sequence.policy.needs(self._view(intake))
+                intake.needs = intake.sequence.policy.needs(intake.view())
                 intake.computed.append(intake.length)
             rows = slice(intake.done, intake.done + count)
             if intake.hidden is None:
-                ids, positions = intake.tokens[rows], intake.positions[rows]
+                ids, positions = intake.entering[rows], intake.positions[rows]
                 part = self.family.embed(self.body, self.config, ids[None], positions[None])[0]
             else:
                 part = intake.hidden[rows]
@@ -243,7 +244,7 @@ class Adapter:
             wanted = len(segment.rows_out(self._last_only(intake.layer)))
             rows, at = out[at : at + wanted], at + wanted
             end = intake.done + count
-            last_only = intake.layer == self.depth - 1 and not intake.all_rows
+            last_only = intake.layer == self.depth - 1 and not intake.gives_all
             if last_only:  # what the head will not read is not kept
                 if end == intake.length:
                     intake.out = rows[-1:].clone()
@@ -256,12 +257,41 @@ class Adapter:
             intake.done = end
 
     def _finish_layer(self, pool: Pool, intake: Intake) -> Tensor | None:
-        """Ask the policy what stays and what goes deeper; the last token's state at the end."""
-        sequence, needs, layer = intake.sequence, intake.needs, intake.layer
-        table, policy, view = sequence.table, sequence.policy, self._view(intake)
+        """Ask the policy what stays and what goes deeper; what the head reads at the end."""
+        sequence, table, going = intake.sequence, intake.sequence.table, None
         assert intake.out is not None
         table.transient_bytes = intake.transient_bytes
         pool.note_peak(table)
+        if intake.again is None:
+            going = self._settle_layer(pool, intake)
+        else:
+            rereading.settle_layer(pool, intake)
+        hidden, intake.out = intake.out, None
+        intake.hidden = hidden if going is None else hidden[going]
+        intake.queries = intake.scores = intake.columns = None
+        intake.layer, intake.done = intake.layer + 1, 0
+        if intake.finished:
+            intake.hidden = None
+            if intake.again is None:
+                intake.answer = hidden if intake.all_rows else hidden[-1:]
+            intake.read_on()
+        table.transient_bytes = intake.transient_bytes
+        pool.note_beside(table)
+        if not intake.finished:
+            return None
+        if intake.is_reread:
+            rereading.cut(pool, intake)
+        answer, intake.answer = intake.answer, None
+        table.transient_bytes, table.seen_len = 0, intake.end
+        pool.note_beside(table)
+        if sequence.policy.streams:
+            self.streaming.close_gaps(pool, sequence)
+        return answer
+
+    def _settle_layer(self, pool: Pool, intake: Intake) -> Tensor | None:
+        """What stays of a layer that the whole text is through; rows that go deeper (None: all)."""
+        sequence, needs, layer = intake.sequence, intake.needs, intake.layer
+        table, policy, view = sequence.table, sequence.policy, intake.view()
         if needs.slot_scores and intake.columns is not None:
             pool.add_scores(table, layer, intake.columns)
         going = None
@@ -280,37 +310,12 @@ class Adapter:
                 observe(pool, sequence, view, needs, intake.scores, intake.columns), table.state
             )
             pool.keep(table, layer, keep)
-        self._trim(pool, sequence, layer, intake.first + intake.tokens.shape[0], slack=0)
-        table.state = policy.settled(self._view(intake))
+        self._trim(pool, sequence, layer, intake.end, slack=0)
+        table.state = policy.settled(intake.view())
         sequence.idle = 0
-        hidden, intake.out = intake.out, None
-        intake.hidden = hidden if going is None else hidden[going]
         if going is not None:
             intake.positions = intake.positions[going]
-        intake.queries = intake.scores = intake.columns = None
-        intake.layer, intake.done = layer + 1, 0
-        if not intake.finished:
-            table.transient_bytes = intake.transient_bytes
-            pool.note_beside(table)
-            return None
-        table.transient_bytes = 0
-        pool.note_beside(table)
-        table.seen_len = intake.first + intake.tokens.shape[0]
-        intake.hidden = None
-        if policy.streams:
-            self.streaming.close_gaps(pool, sequence)
-        return hidden if intake.all_rows else hidden[-1:]
-
-    def _view(self, intake: Intake) -> View:
-        sequence, layer = intake.sequence, intake.layer
-        table, first = sequence.table, sequence.layers.first
-        arriving = intake.left if layer < self.depth else 0
-        kept = tuple(held + arriving for held in table.lens(layer))
-        return View(
-            "extend" if intake.first else "prefill", layer, sequence.layers, sequence.prompt_len,
-            intake.length, kept, max(kept) if layer <= first else int(table.longest[first]),
-            intake.first + intake.tokens.shape[0], table.state,
-        )  # fmt: skip
+        return going
 
     # --- decoding -----------------------------------------------------------------------------
 

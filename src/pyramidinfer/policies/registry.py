@@ -14,6 +14,7 @@ from pyramidinfer.policies.fastkv import FastKV
 from pyramidinfer.policies.full import Full
 from pyramidinfer.policies.h2o import H2O
 from pyramidinfer.policies.keydiff import KeyDiff
+from pyramidinfer.policies.kvzip import KVzip
 from pyramidinfer.policies.pyramid import Pyramid
 from pyramidinfer.policies.pyramidinfer import PyramidInfer
 from pyramidinfer.policies.pyramidkv import PyramidKV
@@ -28,7 +29,7 @@ POLICIES: dict[str, type[Policy]] = {
     policy.name: policy
     for policy in (
         Full, Pyramid, PyramidInfer, Duo, StreamingLLM, H2O, Scissorhands, SnapKV, PyramidKV, TOVA,
-        FastKV, ChunkKV, KeyDiff,
+        FastKV, ChunkKV, KeyDiff, KVzip,
     )
 }  # fmt: skip
 
