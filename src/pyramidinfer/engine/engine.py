@@ -16,7 +16,7 @@ from pyramidinfer.cache import Pool, Ring, Table
 from pyramidinfer.config import EngineConfig
 from pyramidinfer.engine import answers, holding
 from pyramidinfer.engine.checks import check_plan
-from pyramidinfer.engine.making import Spans, make_request, readings_for, settle_on_held
+from pyramidinfer.engine.making import Spans, is_long, make_request, readings_for, settle_on_held
 from pyramidinfer.engine.memory import Ledger
 from pyramidinfer.engine.pressure import Pressure
 from pyramidinfer.engine.request import Request, Scoring
@@ -280,10 +280,10 @@ class Engine:
         if request.sequence is None:
             table = self.pool.new_table(len(request.prompt))
             table.state = request.policy.start(layers)
-            reached = min(longest - 1, adapter.max_positions)  # the last token is never fed
-            is_long = adapter.rotary.is_long(reached)
+            length = len(request.prompt)
+            far = is_long(self, request.policy, length, length, request.max_new)
             request.sequence = Sequence(
-                table, request.policy, layers, torch.zeros(0, dtype=torch.bool), is_long
+                table, request.policy, layers, torch.zeros(0, dtype=torch.bool), far
             )
         sequence = request.sequence
         sequence.layers = layers

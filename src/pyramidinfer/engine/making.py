@@ -22,8 +22,8 @@ from pyramidinfer.types import SamplingParams, TokenIds
 if TYPE_CHECKING:
     from pyramidinfer.engine.engine import Engine
 
-__all__ = ["Spans", "costs_of", "expected_of", "is_endless", "make_request", "readings_for",
-           "settle_on_held"]  # fmt: skip
+__all__ = ["Spans", "costs_of", "expected_of", "is_endless", "is_long", "make_request",
+           "readings_for", "settle_on_held"]  # fmt: skip
 
 Spans = Items[tuple[int, int]]
 
@@ -138,9 +138,21 @@ def settle_on_held(engine: Engine, request: Request, samples: list[Request]) -> 
 def _readings(engine: Engine, policy: Policy, new: Items[int], length: int, max_new: int,
               head: int = 0) -> list[TokenIds]:  # fmt: skip
     """What is read behind a text of ``length`` tokens that ends with ``new``."""
-    adapter = engine.adapter
-    is_long = adapter.rotary.is_long(min(length + max_new - 1, adapter.max_positions))
-    return policy.readings(new, adapter.streaming.limit(is_long) - length, head)
+    limit = engine.adapter.streaming.limit(is_long(engine, policy, len(new), length, max_new))
+    return policy.readings(new, limit - length, head)
+
+
+def is_long(engine: Engine, policy: Policy, new: int, length: int, max_new: int) -> bool:
+    """Whether a text of ``length`` tokens, the last ``new`` of them to be taken in, needs the long
+    rotary regime: for all that is generated, or to be read again behind itself."""
+    rotary, longest = engine.adapter.rotary, engine.adapter.max_positions
+    if rotary.long_from is None or rotary.is_long(min(length + max_new - 1, longest)):
+        return rotary.long_from is not None  # the last token is never fed
+    try:
+        policy.readings(range(new), rotary.long_from - length)
+    except ValueError:
+        return True
+    return False
 
 
 def expected_of(config: EngineConfig, left: int) -> int:

@@ -138,8 +138,8 @@ class Ledger:
     def _beside(self, policy: Policy, new: int, max_new: int, layers: Layers, reach: np.ndarray,
                 base: np.ndarray, reread: int) -> tuple[int, int]:  # fmt: skip
         """Bytes outside pages: (ring and state, hidden states and window queries of a prompt)."""
-        adapter, item = self.adapter, self.adapter.dtype.itemsize
-        high = accumulate_dtype(adapter.dtype).itemsize
+        adapter, item = self.adapter, int(self.adapter.dtype.itemsize)
+        high = int(accumulate_dtype(adapter.dtype).itemsize)
         heads = max(shape.heads for shape in adapter.shapes)
         key_dim = max(shape.key_dim for shape in adapter.shapes)
         most = base.max(1)
@@ -147,7 +147,7 @@ class Ledger:
         rows = policy.ring(total, max_new)
         ring = rows * (layers.count * heads * (key_dim * item + high) + 8)
         state = policy.start(layers)
-        kv_heads: int = max(shape.kv_heads for shape in adapter.shapes)
+        kv_heads = int(max(shape.kv_heads for shape in adapter.shapes))
 
         def going(phase: Phase, reach: np.ndarray, base: np.ndarray) -> int:
             window = columns = 0

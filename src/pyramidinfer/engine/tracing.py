@@ -44,9 +44,8 @@ def _run(engine: Engine, request: Request, max_tokens: int) -> Trace:
     sequence, intake = request.sequence, request.intake
     assert sequence is not None and intake is not None
     nothing = torch.empty(0, dtype=torch.int64, device=adapter.device)
-    while not intake.finished:  # once more for every time that it is read again
-        stepped = adapter.forward(pool, Batch([], nothing, [Work(intake, intake.work_left)]))
-    logits = stepped.logits[0]
+    work = Work(intake, intake.work_left)
+    logits = adapter.forward(pool, Batch([], nothing, [work])).logits[0]
     prefill_logits, table = logits, sequence.table
 
     def positions() -> list[list[Tensor]]:

@@ -124,7 +124,7 @@ class Adapter:
         if batch.decode and not batch.works and self.steps_on_buffers:
             return Stepped(*self.graphs(pool).step(self, pool, batch))
         decoding = self._start_decode(pool, batch)
-        hidden = None
+        hidden, tables = None, None
         if decoding:
             is_long = torch.tensor([each.is_long for each in batch.decode], device=self.device)
             positions = decoding.plan.positions
@@ -135,29 +135,41 @@ class Adapter:
                 out = self.fused.step(pool, decoding, hidden[0], tables[None])
                 return Stepped(self._logits(out), decoding)
         last: dict[int, Tensor] = {}
-        for layer in range(self.depth):
-            riding = hidden
-            while True:
-                start = 0 if riding is None else riding.shape[1]
-                segments, parts = self._take(batch.works, layer, start)
-                if riding is None and not segments:
-                    break
-                rope = tables.get(self.kinds[layer]) if riding is not None else None
-                out = self._run_layer(pool, layer, riding, rope, decoding, segments, parts)
-                if riding is not None:
-                    hidden, riding = out[:, :start], None
-                self._store(segments, out[0], start)
-            for index, work in enumerate(batch.works):
-                if work.intake.layer == layer and work.intake.left == 0:
-                    tail = self._finish_layer(pool, work.intake)
-                    if tail is not None:
-                        last[index] = tail
-        rows = [] if hidden is None else [hidden[0]]
+        through = self._all_layers(pool, batch.works, last, hidden, tables, decoding)
+        while any(work.budget > 0 and work.intake.again is not None for work in batch.works):
+            self._all_layers(pool, batch.works, last)  # texts that begin to be read again
+        rows = [] if through is None else [through[0]]
         rows += [last[index] for index in sorted(last)]
         if not rows:
             nothing = torch.empty(0, self.vocab_size, dtype=self.dtype, device=self.device)
             return Stepped(nothing, decoding)
         return Stepped(self._logits(torch.cat(rows)), decoding)
+
+    def _all_layers(self, pool: Pool, works: list[Work], last: dict[int, Tensor],
+                    hidden: Tensor | None = None, tables: dict[str | None, Ropes] | None = None,
+                    decoding: Decoding | None = None) -> Tensor | None:  # fmt: skip
+        """All layers once, for decode rows ``hidden`` and for works from where each stands.
+
+        Gives what becomes of the rows; ``last`` takes outputs of the works that come to their end.
+        """
+        for layer in range(self.depth):
+            riding = hidden
+            while True:
+                start = 0 if riding is None else riding.shape[1]
+                segments, parts = self._take(works, layer, start)
+                if riding is None and not segments:
+                    break
+                rope = tables.get(self.kinds[layer]) if tables and riding is not None else None
+                out = self._run_layer(pool, layer, riding, rope, decoding, segments, parts)
+                if riding is not None:
+                    hidden, riding = out[:, :start], None
+                self._store(segments, out[0], start)
+            for index, work in enumerate(works):
+                if work.intake.layer == layer and work.intake.left == 0:
+                    tail = self._finish_layer(pool, work.intake)
+                    if tail is not None:
+                        last[index] = tail
+        return hidden
 
     # --- one layer ----------------------------------------------------------------------------
 
