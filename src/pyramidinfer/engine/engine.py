@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import time
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,14 +15,15 @@ from pyramidinfer.cache import Pool, Ring, Table
 from pyramidinfer.config import EngineConfig
 from pyramidinfer.engine import answers, holding
 from pyramidinfer.engine.checks import check_plan
-from pyramidinfer.engine.making import Spans, is_long, make_request, readings_for, settle_on_held
+from pyramidinfer.engine.making import Spans, make_request, settle_on_held
 from pyramidinfer.engine.memory import Ledger
 from pyramidinfer.engine.pressure import Pressure
+from pyramidinfer.engine.readings import is_long, readings_for
 from pyramidinfer.engine.request import Request, Scoring
 from pyramidinfer.engine.reuse import Conversations
 from pyramidinfer.engine.sampler import prepare, prompt_logprobs, sample
 from pyramidinfer.engine.scheduler import Plan, Scheduler
-from pyramidinfer.engine.text import plain_ids
+from pyramidinfer.engine.text import encoder_of
 from pyramidinfer.engine.undo import Undo
 from pyramidinfer.models import Adapter, Intake
 from pyramidinfer.models.adapter import Stepped
@@ -97,8 +97,7 @@ class Engine:
         to be had, which the policy's ``check`` then tells of.
         """
         if policy.wants_tokenizer:
-            encode = None if self.tokenizer is None else partial(plain_ids, self.tokenizer)
-            policy = policy.with_tokenizer(encode)
+            policy = policy.with_tokenizer(encoder_of(self.tokenizer))
         if not policy.wants_profile:
             return policy
         if self._profile is None:
@@ -281,7 +280,7 @@ class Engine:
             table = self.pool.new_table(len(request.prompt))
             table.state = request.policy.start(layers)
             length = len(request.prompt)
-            far = is_long(self, request.policy, length, length, request.max_new)
+            far = is_long(adapter, request.policy, length, length, request.max_new)
             request.sequence = Sequence(
                 table, request.policy, layers, torch.zeros(0, dtype=torch.bool), far
             )

@@ -6,7 +6,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from pyramidinfer.engine.checks import check_count, check_stream, check_tokens
-from pyramidinfer.engine.making import Spans, is_endless, is_long
+from pyramidinfer.engine.making import Spans, is_endless
+from pyramidinfer.engine.readings import is_long
 from pyramidinfer.engine.request import Request
 from pyramidinfer.models.intake import Sequence
 from pyramidinfer.types import SamplingParams, TokenIds
@@ -60,7 +61,7 @@ def _next(engine: Engine, request: Request, tokens: TokenIds, params: SamplingPa
         limit = engine.adapter.streaming.limit(old.is_long)
         check_stream(len(tokens) + 1, int(old.table.kept.max()), limit)
     elif not old.is_long and is_long(
-        engine, request.policy, len(text) - old.table.seen_len, len(text), turn.max_new
+        engine.adapter, request.policy, len(text) - old.table.seen_len, len(text), turn.max_new
     ):
         raise ValueError(
             "the text outgrows the rotary range its cache was made for; start a new request"

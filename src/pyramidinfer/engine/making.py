@@ -8,22 +8,21 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from pyramidinfer.cache import Table
 from pyramidinfer.config import EngineConfig
 from pyramidinfer.engine.checks import check_params, check_spans, check_stream, check_tokens
 from pyramidinfer.engine.memory import Cost, for_samples
 from pyramidinfer.engine.request import Request, Scoring
-from pyramidinfer.engine.text import Detokenizer, head_of
+from pyramidinfer.engine.text import Detokenizer
 from pyramidinfer.policies import Policy
 from pyramidinfer.types import SamplingParams, TokenIds
 
 if TYPE_CHECKING:
     from pyramidinfer.engine.engine import Engine
 
-__all__ = ["Spans", "costs_of", "expected_of", "is_endless", "is_long", "make_request",
-           "readings_for", "settle_on_held"]  # fmt: skip
+__all__ = ["Spans", "costs_of", "expected_of", "is_endless", "make_request",
+           "settle_on_held"]  # fmt: skip
 
 Spans = Items[tuple[int, int]]
 
@@ -92,29 +91,16 @@ def costs_of(engine: Engine, policy: Policy, length: int, max_new: int, spans: S
     seen, held = (on.seen_len, on.kept) if on else (0, None)
     layers = engine.adapter.layers_for(length + max_new)
     covered = len(set().union(*(range(*span) for span in spans)))
-    readings = _readings(engine, policy, range(length - seen), length, max_new)
-    reread = max(map(len, readings), default=0)
     find = engine.ledger.scoring_cost if scoring else engine.ledger.cost
-    most = likely = find(policy, length - seen, max_new, layers, covered, held, reread=reread)
+    most = likely = find(policy, length - seen, max_new, layers, covered, held, seen=seen)
     expected = expected_of(engine.config, max_new)
     if expected < max_new and not scoring:
         likely = engine.ledger.cost(
-            policy, length - seen, max_new, layers, covered, held, expected, reread
+            policy, length - seen, max_new, layers, covered, held, expected, seen
         )  # fmt: skip
     if samples > 1:
         most, likely = for_samples(most, samples), for_samples(likely, samples)
     return most, likely
-
-
-def readings_for(engine: Engine, request: Request) -> list[torch.Tensor]:
-    """What is to be read behind the text that a request is about to take in, token ids each."""
-    assert request.sequence is not None
-    text, seen, head = request.text, request.sequence.table.seen_len, 0
-    if not seen and engine.tokenizer is not None:
-        begins = head_of(engine.tokenizer)
-        head = len(begins) if text[: len(begins)] == begins else 0
-    found = _readings(engine, request.policy, text[seen:], len(text), request.max_new, head)
-    return [torch.tensor(each, device=engine.adapter.device) for each in found]
 
 
 def settle_on_held(engine: Engine, request: Request, samples: list[Request]) -> None:
@@ -133,26 +119,6 @@ def settle_on_held(engine: Engine, request: Request, samples: list[Request]) -> 
     likely = from_here(request.likely, expected_of(engine.config, request.max_new))
     for each in (request, *samples):
         each.cost, each.likely = cost, likely
-
-
-def _readings(engine: Engine, policy: Policy, new: Items[int], length: int, max_new: int,
-              head: int = 0) -> list[TokenIds]:  # fmt: skip
-    """What is read behind a text of ``length`` tokens that ends with ``new``."""
-    limit = engine.adapter.streaming.limit(is_long(engine, policy, len(new), length, max_new))
-    return policy.readings(new, limit - length, head)
-
-
-def is_long(engine: Engine, policy: Policy, new: int, length: int, max_new: int) -> bool:
-    """Whether a text of ``length`` tokens, the last ``new`` of them to be taken in, needs the long
-    rotary regime: for all that is generated, or to be read again behind itself."""
-    rotary, longest = engine.adapter.rotary, engine.adapter.max_positions
-    if rotary.long_from is None or rotary.is_long(min(length + max_new - 1, longest)):
-        return rotary.long_from is not None  # the last token is never fed
-    try:
-        policy.readings(range(new), rotary.long_from - length)
-    except ValueError:
-        return True
-    return False
 
 
 def expected_of(config: EngineConfig, left: int) -> int:

@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from pyramidinfer.cache import Pool, Table
+from pyramidinfer.engine.readings import readings
 from pyramidinfer.models import Adapter
 from pyramidinfer.models.routing import scores_by_chunk
 from pyramidinfer.policies import Policy
@@ -57,18 +58,22 @@ class Ledger:
         self.bytes = 0
 
     def cost(self, policy: Policy, new: int, max_new: int, layers: Layers, protected: int,
-             held: np.ndarray | None = None, expected: int | None = None, reread: int = 0
+             held: np.ndarray | None = None, expected: int | None = None, seen: int | None = 0
              ) -> Cost:  # fmt: skip
         """The most that ``new`` prompt tokens and ``max_new`` generated ones can need.
 
         ``held``: entries per layer and head already in the cache (extend);  ``expected``: count so
         many generated tokens instead of ``max_new`` (the ring is as long as all may make it);
-        ``reread``: the longest of the policy's readings.
+        ``seen``: tokens in front of the prompt's, in the cache or dropped from it; None: the prompt
+        is not read again, whatever the policy says.
         """
         pool, adapter = self.pool, self.adapter
         shape = (layers.count, adapter.kv_heads)
         base = np.zeros(shape, dtype=np.int64) if held is None else held
-        generated = max_new if expected is None else expected
+        generated, reread = max_new if expected is None else expected, 0
+        if seen is not None:
+            again = readings(adapter, policy, range(new), seen + new, max_new)
+            reread = max(map(len, again), default=0)
         forecast = policy.forecast(new, generated, layers)
         reach = np.minimum(np.array(forecast.reach) + protected, new)
         kept = np.minimum(forecast.by_head(adapter.kv_heads) + protected, new + generated)
@@ -126,12 +131,12 @@ class Ledger:
         return Cost(groups, size, None, entries, beside)
 
     def scoring_cost(self, policy: Policy, new: int, scored: int, layers: Layers, protected: int,
-                     held: np.ndarray | None = None, reread: int = 0) -> Cost:  # fmt: skip
+                     held: np.ndarray | None = None, seen: int = 0) -> Cost:  # fmt: skip
         """The most that a context and a continuation scored on top of its cache can need."""
-        context = self.cost(policy, new, 0, layers, protected, held, reread=reread)
+        context = self.cost(policy, new, 0, layers, protected, held, seen=seen)
         forecast = policy.forecast(new, 0, layers).by_head(self.adapter.kv_heads)
         kept = np.minimum(forecast + protected, new)
-        extended = self.cost(policy, scored, 0, layers, scored, kept)
+        extended = self.cost(policy, scored, 0, layers, scored, kept, seen=None)
         pages = np.maximum(context.pages, extended.pages)
         return Cost(pages, max(context.bytes, extended.bytes), extended.settled)
 

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pyramidinfer.engine.checks import check_stream
-from pyramidinfer.engine.making import costs_of, is_endless, is_long
+from pyramidinfer.engine.making import costs_of, is_endless
 from pyramidinfer.engine.memory import Cost
+from pyramidinfer.engine.readings import is_long
 from pyramidinfer.engine.request import Request
 from pyramidinfer.types import TokenIds
 
@@ -153,7 +154,7 @@ class Conversations:
             except ValueError:
                 return False
         elif sequence.is_long != is_long(
-            engine, request.policy, length - table.seen_len, length, request.max_new
+            engine.adapter, request.policy, length - table.seen_len, length, request.max_new
         ):
             return False
         most, likely = costs_of(

@@ -58,7 +58,7 @@ def load_model(model: str | os.PathLike[str] | nn.Module, tokenizer: Any = "auto
     )  # fmt: skip
     _check_report(name, report)
     loaded = loaded.to(place).eval()
-    return LoadedModel(loaded, _find_tokenizer(name, tokenizer), name, place, kind)
+    return LoadedModel(loaded, find_tokenizer(name, tokenizer), name, place, kind)
 
 
 def shipped_model() -> str:
@@ -145,7 +145,7 @@ def _take_object(model: nn.Module, tokenizer: Any, dtype: str | torch.dtype,
     name = getattr(config, "_name_or_path", "") or type(model).__name__
     if isinstance(tokenizer, str) and tokenizer == "auto":
         tokenizer = None
-    tokenizer = _find_tokenizer(name, tokenizer)
+    tokenizer = find_tokenizer(name, tokenizer)
     return LoadedModel(model, tokenizer, name, first.device, first.dtype)
 
 
@@ -201,7 +201,7 @@ def _check_report(name: str, report: dict[str, Any]) -> None:
     raise ValueError(f"model {name!r} {what}{more_text}; its files are not complete")
 
 
-def _find_tokenizer(name: str, tokenizer: Any) -> Any:
+def find_tokenizer(name: str, tokenizer: Any) -> Any:
     if tokenizer is None or not isinstance(tokenizer, str | os.PathLike):
         return _check_tokenizer(tokenizer)
     if tokenizer != "auto":
