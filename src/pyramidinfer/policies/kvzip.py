@@ -4,9 +4,9 @@ Once a text is in, and every layer still holds all of it, its tokens are read a 
 the question to repeat it.  An entry counts as much as the largest attention weight that any of
 those queries gave it.  One threshold over all layers and heads then tells what stays, so heads
 and layers keep as many entries as they need.  No question of the user's is looked at, so it does
-not matter whether it is known; it costs a second prefill, once, which pays where a text is asked
-about many times.  Texts that are added later (``extend``) are read again and cut on their own;
-what is generated stays.
+not matter whether it is known.  It costs a second prefill and more, since all of its queries look
+over the whole text and are scored; that pays where a text is asked about many times.  Texts that
+are added later (``extend``) are read again and cut on their own; what is generated stays.
 
 Deviations: weights are those of the attention that the model computes, over all of the text and
 what was read again, where the official code takes a softmax over a chunk's own entries; so an
