@@ -20,6 +20,7 @@ __all__ = [
     "Logprob",
     "Needs",
     "Observation",
+    "Phase",
     "Reduce",
     "RequestMetrics",
     "RequestOutput",
@@ -33,6 +34,9 @@ __all__ = [
 ]
 
 TokenIds = list[int]
+
+#: What a policy is asked in.
+Phase = Literal["prefill", "extend", "reread", "decode"]
 
 #: A policy's memory of one request: small named tensors, on the host.
 State = dict[str, Tensor]
@@ -148,10 +152,12 @@ class View:
     ``new_len`` tokens enter the layer in this phase; ``head_lens`` entries are in each of its KV
     heads' caches, the new ones included, ``kept_len`` in the longest; ``first_kept_len`` are in
     the longest head of the first governed layer.  ``prompt_len`` is the length of the text being
-    taken in: the prompt, or in ``extend`` the tokens added to it.
+    taken in: the prompt, or in ``extend`` the tokens added to it.  ``seen_len`` tokens make up the
+    whole text.  In ``reread`` a text that is in goes through the layers again, behind itself:
+    ``new_len`` tokens of that enter the layer, and 0 once all of it was read.
     """
 
-    phase: Literal["prefill", "extend", "decode"]
+    phase: Phase
     layer: int
     layers: Layers
     prompt_len: int
@@ -239,7 +245,8 @@ class RequestMetrics:
     """Times in seconds since arrival; ``None`` where the event did not happen.
 
     ``prefill_tokens_computed``: tokens that went through a layer in prefill, summed over layers
-    and divided by the number of layers; ``computed_share`` is that over the prompt's length.
+    and divided by the number of layers; ``computed_share`` is that over the prompt's length, above
+    1 where a policy had the prompt read a second time.
     """
 
     queue_seconds: float | None
@@ -324,7 +331,8 @@ class Trace:
     ``prefill_positions[layer][head]`` and ``kept_positions[layer][head]``: sorted original
     positions ``[kept]`` after prefill and at the end.  ``kept_len_by_step[s][layer][head]``:
     entries once token ``s`` is cached.  ``prefill_logits``, ``final_logits``: ``[vocab]``, after
-    the prompt and after the last token.
+    the prompt and after the last token.  ``computed_by_layer``: prompt tokens that entered each
+    layer; where the prompt was read again, the same of every further reading behind them.
     """
 
     prompt_token_ids: TokenIds

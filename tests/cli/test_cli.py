@@ -218,6 +218,30 @@ def test_inspect_shows_heads_that_are_not_equally_long(
     assert len({kept for row in rows for kept in row["kept"]}) == 3
 
 
+def test_inspect_counts_what_is_read_again(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is admitted and kept is what the engine says of its policy, sentences included."""
+    asked = ["inspect", "--policy", "kvzip", "--keep", "0.3", "--prompt-len", "1000"]
+
+    def shown(*more: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["pyramidinfer", *asked, "--max-tokens", "20", *more])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        assert not stopped.value.code
+        return capsys.readouterr().out
+
+    found = json.loads(shown("--json"))
+    llm = LLM(shipped_model(), policy="kvzip", keep=0.3)
+    request = llm.engine.make([3] * 1000, SamplingParams(max_tokens=20))
+    assert found["admission_bytes"] == request.cost.bytes
+    assert request.cost.settled is not None and found["bytes"] == request.cost.settled.bytes
+    assert found["tokens_read_again"] == 1000 + len(llm.policy.question)  # type: ignore[attr-defined]
+    table = shown()
+    assert "mean share of the prompt computed: 2.0" in table and "kept after it: 0.300" in table
+    assert "cannot be reached" not in table and "are read behind the prompt" in table
+
+
 def test_demo_prints_a_table_and_draws(tmp_path: Path) -> None:
     done = run("demo", "--documents", "3", "--length", "300", "--out", str(tmp_path))
     assert done.returncode == 0, done.stderr

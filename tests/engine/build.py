@@ -11,6 +11,8 @@ from pyramidinfer.policies import Policy, make_policy
 from tests.tiny import tiny_model
 
 SMALL: dict[str, dict[str, Any]] = {
+    "chunkkv": {"window": 8},
+    "kvzip": {"min_text": 8, "question": (5, 6, 7), "chunk_length": 40},
     "pyramidinfer": {"min_context": 4, "gen_chunk": 4},
     "duo": {"sinks": 2, "recent": 8, "min_context": 8, "stride": 4},
     "pyramid": {

@@ -86,7 +86,7 @@ def test_rows_are_the_models_attention_in_every_family(family: str) -> None:
             into[np.ix_(rows.numpy(), seen.positions.numpy())] = seen.weights.numpy()
 
     backend = llm.engine.adapter.backend
-    with watch(llm, 20, take):
+    with watch(llm, 20, 50, take):
         llm.trace(prompt)
     assert llm.engine.adapter.backend is backend
     wanted = attention(model, prompt)

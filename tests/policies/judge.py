@@ -110,7 +110,10 @@ class Judge:
     def read(self, tokens: list[int]) -> Tensor:
         """Take in a prompt, or a further turn on top of the cache: logits after its end."""
         self.new, self.text = len(tokens), self.seen + len(tokens)
-        return self._forward(tokens, is_decode=False)
+        logits = self._forward(tokens, is_decode=False)
+        if self.method == "kvzip":
+            self._zip(tokens, **self.options)
+        return logits
 
     def decode(self, token: int) -> Tensor:
         """Logits after one more token."""
@@ -399,6 +402,38 @@ class Judge:
         if not adaptive:
             return self._best(seen.held, scores, budget, always)
         return self._adaptive(seen.held, scores, budget, always, safeguard)
+
+    def kvzip(self, seen: Seen, **options: Any) -> None:
+        """Nothing is dropped until the text was read again: see ``_zip``."""
+        for head, positions in enumerate(seen.held):
+            most = seen.weights[head].amax((0, 1)).tolist()
+            for position, weight in zip(positions, most, strict=True):
+                entry = seen.layer, head, position
+                self.memory[entry] = max(self.memory.get(entry, 0.0), weight)
+
+    def _zip(self, tokens: list[int], sinks: int = 4, min_text: int = 128,
+             question: Iterable[int] = (), question_from: Iterable[int] = (),
+             chunk_length: int = 2048
+             ) -> None:  # fmt: skip
+        """The text again, chunk by chunk behind itself; then the entries of all heads and layers
+        that were looked at most (https://arxiv.org/abs/2505.23416)."""
+        if len(tokens) < min_text:
+            return
+        self.memory.clear()
+        end = self.seen
+        for begin in range(0, len(tokens), chunk_length):
+            asked = [*question_from, *tokens[max(0, begin - 8) : begin]] if begin else [*question]
+            self._forward([*asked, *tokens[begin : begin + chunk_length]], is_decode=False)
+            self.truncate(end)
+        mine = {entry: most for entry, most in self.memory.items() if self._is_new(entry[2])}
+        stays = {each for each in mine if each[2] < sinks or each[2] in self.protect}
+        ranked = sorted(mine.keys() - stays, key=lambda each: (-mine[each], each))
+        stays |= set(ranked[: round((self.keep or 0.3) * len(mine)) - len(stays)])
+        for layer, head, position in mine.keys() - stays:
+            del self.cache[layer][head][position]
+
+    def _is_new(self, position: int) -> bool:
+        return self.text - self.new <= position < self.text
 
     def fastkv(self, seen: Seen, retain_ratio: float = 0.1, layer: int | None = None,
                propagate_ratio: float = 0.2, **options: Any) -> Kept | None:  # fmt: skip

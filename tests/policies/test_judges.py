@@ -24,7 +24,7 @@ from tests.tiny import VOCAB, random_prompt
 NEW = 20
 SPANS = (3, 4, 20)
 PER_HEAD = {"h2o", "scissorhands", "snapkv", "pyramidkv", "fastkv", "pyramid", "duo",
-            "keydiff", "expected_attention"}  # fmt: skip
+            "keydiff", "expected_attention", "kvzip"}  # fmt: skip
 BY_HEAD = {"duo", "pyramid"}  # some heads lose nothing
 NEEDED = Profile(
     ((0.1, 0.9), (0.4, 0.2), (0.8, 0.3), (0.02, 0.05)), (True,) * 4, "a text", (9, 9), 0.9, 0.2,
@@ -32,6 +32,7 @@ NEEDED = Profile(
 )  # fmt: skip
 FEW = {"profile": NEEDED, "sinks": 2, "recent": 9, "min_context": 8}
 SHORT = {"profile": NEEDED, "min_context": 8, "recent": 5, "window": 8, "kernel": 7}
+ZIPPED = {"min_text": 8, "question": (5, 6, 7), "question_from": (8, 9), "chunk_length": 30}
 EARLY = {"start_layer": 1, "propagate_ratio": 0.4}
 LATE = replace(NEEDED, share=((0.3, 0.1), (0.2, 0.5), (0.05, 0.4), (0.6, 0.02)))
 KNOWN = replace(NEEDED, calibrated=Calibrated(1, 0.6, 0.5, 1.0, 0.8, 0.01, 900, 20, 2))
@@ -66,6 +67,9 @@ CASES: list[tuple[str, float | None, tuple[int, ...], dict[str, Any]]] = [
     ("expected_attention", 0.5, (), {}),
     ("expected_attention", None, SPANS, {"retain_ratio": 0.3, "ahead": 40, "epsilon": 0.0}),
     ("expected_attention", 0.4, (), {"adaptive": False, "sinks": 0}),
+    ("kvzip", 0.4, (), ZIPPED),
+    ("kvzip", 0.3, SPANS, {**ZIPPED, "sinks": 0, "chunk_length": 2048}),
+    ("kvzip", 0.2, (), {"min_text": 8, "sinks": 1, "chunk_length": 7}),
     ("fastkv", None, (), {"propagate_ratio": 0.4, "retain_ratio": 0.3}),
     ("fastkv", 0.4, SPANS, {"layer": 0, "window": 4}),
     ("fastkv", 0.5, (), {"layer": 2, "kernel": 3, "pooling": "max"}),
@@ -184,6 +188,10 @@ def test_method_equals_its_judge(
         ("expected_attention", {}, {"ahead": 400}),
         ("expected_attention", {}, {"epsilon": 0.01}),
         ("expected_attention", {}, {"adaptive": False}),
+        ("kvzip", ZIPPED, {**ZIPPED, "question": (5, 6, 8)}),
+        ("kvzip", ZIPPED, {**ZIPPED, "question_from": (8,)}),
+        ("kvzip", ZIPPED, {**ZIPPED, "chunk_length": 31}),
+        ("kvzip", {**ZIPPED, "sinks": 12}, {**ZIPPED, "sinks": 13}),
         ("fastkv", {"retain_ratio": 0.3}, {"retain_ratio": 0.3, "layer": 2}),
         ("pyramid", SHORT, {**SHORT, "kernel": 5}),
         ("pyramid", SHORT, {**SHORT, "window": 7}),
@@ -239,6 +247,8 @@ def test_wrong_rotary_positions_are_noticed(monkeypatch: pytest.MonkeyPatch) -> 
         ("chunkkv", 0.5, {"window": 8}),
         ("keydiff", 0.4, {}),
         ("expected_attention", 0.5, {}),
+        ("kvzip", 0.4, ZIPPED),
+        ("kvzip", 0.3, {**ZIPPED, "min_text": 28, "chunk_length": 2048}),
         ("fastkv", None, {"retain_ratio": 0.3, "propagate_ratio": 0.5}),
         ("pyramid", 0.4, SHORT),
         ("pyramid", 0.4, {**SHORT, **EARLY}),

@@ -28,7 +28,11 @@ BUDGETED = sorted(
     if name != "full" and "keep" in {each.name for each in fields(POLICIES[name])}
 )  # fmt: skip
 
-OPTIONS = {"duo": SMALL["duo"], "pyramid": {"min_context": 8, "recent": 4, "window": 8}}
+OPTIONS = {
+    "duo": SMALL["duo"],
+    "kvzip": SMALL["kvzip"],
+    "pyramid": {"min_context": 8, "recent": 4, "window": 8},
+}
 
 
 @cache

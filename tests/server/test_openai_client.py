@@ -395,8 +395,10 @@ def test_compression_of_a_request(client: openai.OpenAI) -> None:
     assert own["prefill_tokens_skipped"] > 0
     kept = [usage(keep=keep)["kv_tokens_kept"] for keep in (0.2, 0.4, 0.8)]
     assert kept == sorted(set(kept)) and kept[0] < own["kv_tokens_kept"] < kept[2]
-    for policy in ("snapkv", "streaming_llm", "pyramidinfer"):
+    for policy in ("snapkv", "streaming_llm", "pyramidinfer", "kvzip"):
         other = usage(policy=policy, keep=0.3)
+        again = other.get("prefill_tokens_reread", 0)
+        assert (again > 0.9 * other["kv_tokens_full"]) == (policy == "kvzip")
         assert other["kv_tokens_kept"] < 0.5 * other["kv_tokens_full"]
         assert (other["prefill_tokens_skipped"] > 0) == (policy == "pyramidinfer")
 

@@ -27,8 +27,8 @@ __all__ = [
 
 #: What ``--help`` tells of the registry and of the backends, which are not imported for it.
 POLICY_NAMES = (
-    "chunkkv", "duo", "expected_attention", "fastkv", "full", "h2o", "keydiff", "pyramid",
-    "pyramidinfer", "pyramidkv", "scissorhands", "snapkv", "streaming_llm", "tova",
+    "chunkkv", "duo", "expected_attention", "fastkv", "full", "h2o", "keydiff", "kvzip",
+    "pyramid", "pyramidinfer", "pyramidkv", "scissorhands", "snapkv", "streaming_llm", "tova",
 )  # fmt: skip
 BACKENDS = ("cpu", "reference", "triton")
 DEFAULT_POLICY = "pyramid"

@@ -17,8 +17,17 @@ from pyramidinfer.config import EngineConfig
 from pyramidinfer.engine import LLM
 from pyramidinfer.engine.memory import Ledger
 from pyramidinfer.engine.profiling import ensure_profile, find_profile
+from pyramidinfer.engine.readings import readings
+from pyramidinfer.engine.text import encoder_of
 from pyramidinfer.models import Adapter
-from pyramidinfer.models.loading import empty_model, quiet_transformers, shipped_model
+from pyramidinfer.models.catalog import find_model
+from pyramidinfer.models.folder import model_folder
+from pyramidinfer.models.loading import (
+    empty_model,
+    find_tokenizer,
+    quiet_transformers,
+    shipped_model,
+)
 from pyramidinfer.policies import Full, Policy
 from pyramidinfer.policies.profile import Profile
 from pyramidinfer.types import Layers
@@ -36,6 +45,10 @@ def run_inspect(model: str | None, chosen: Policy, prompt_len: int, max_tokens: 
     adapter = _adapter_without_weights(model or shipped_model(), dtype)
     if chosen.wants_profile:  # which is known by the weights
         chosen = chosen.with_profile(_profile(model or shipped_model(), dtype))
+    if chosen.wants_tokenizer:
+        folder = model_folder(find_model(model or shipped_model()))
+        tokenizer = find_tokenizer(folder, "auto")
+        chosen = chosen.with_tokenizer(encoder_of(tokenizer))
     longest = prompt_len + max_tokens
     if longest > adapter.max_positions:
         raise ValueError(
@@ -51,8 +64,10 @@ def run_inspect(model: str | None, chosen: Policy, prompt_len: int, max_tokens: 
     pool = Pool(specs, least, page, scores=chosen.uses_scores)
     per_page = [int(size) for size in pool.layer_page_bytes]
     cost = Ledger(pool, adapter).cost(chosen, prompt_len, max_tokens, layers, 0)
+    again = sum(map(len, readings(adapter, chosen, range(prompt_len), prompt_len, max_tokens)))
     assert cost.settled is not None
-    beside = cost.settled.bytes - int((cost.settled.pages * np.array(pool.page_bytes)).sum())
+    in_pages = int((cost.settled.pages * np.array(pool.page_bytes)).sum())
+    beside = cost.settled.bytes - in_pages
     rows: list[dict[str, Any]] = []
     caps = [  # sliding layers hold no more than this, whatever the policy
         longest if shape.window is None or governed else shape.window + page
@@ -71,11 +86,12 @@ def run_inspect(model: str | None, chosen: Policy, prompt_len: int, max_tokens: 
     if as_json:
         head = {"model": model or shipped_model(), "policy": repr(chosen), "rule": chosen.rule}
         print(json.dumps({**head, "prompt_len": prompt_len, "max_tokens": max_tokens,
-                          "layers": rows, "ring_and_state_bytes": beside,
+                          "layers": rows, "tokens_read_again": again, "bytes": in_pages,
+                          "ring_and_state_bytes": beside,
                           "admission_bytes": cost.bytes}))  # fmt: skip
         return
     after = _After.of(chosen, prompt_len, layers, adapter.kv_heads, caps)
-    _print(rows, chosen, prompt_len, max_tokens, beside, cost.bytes, after)
+    _print(rows, chosen, prompt_len, max_tokens, again, in_pages, beside, cost.bytes, after)
 
 
 class _After(NamedTuple):
@@ -93,7 +109,11 @@ class _After(NamedTuple):
     @classmethod
     def of(cls, policy: Policy, prompt_len: int, layers: Layers, kv_heads: int, caps: list[int]
            ) -> _After:  # fmt: skip
-        held = policy.forecast(prompt_len, 0, layers).by_head(kv_heads).mean(1)
+        forecast = policy.forecast(prompt_len, 0, layers)
+        held = forecast.by_head(kv_heads).mean(1)
+        if forecast.sum is not None:  # what the governed layers hold together
+            rule = np.array(layers.governed)
+            held[rule] = (forecast.sum / kv_heads - held[~rule].sum()) / rule.sum()
         full = np.minimum(caps, prompt_len)
         governed = held[list(layers.governed)].mean() / prompt_len
         share = np.minimum(held, full).sum() / full.sum()
@@ -120,8 +140,8 @@ def _of_heads(kept: list[int]) -> str:
     return f"{min(kept)} to {max(kept)}, mean {sum(kept) / len(kept):.0f}"
 
 
-def _print(rows: list[dict[str, Any]], policy: Policy, prompt_len: int, max_tokens: int,
-           beside: int, admission: int, after: _After) -> None:  # fmt: skip
+def _print(rows: list[dict[str, Any]], policy: Policy, prompt_len: int, max_tokens: int, again: int,
+           total: int, beside: int, admission: int, after: _After) -> None:  # fmt: skip
     console = Console()
     set_here = ", ".join(
         f"{each.name}={getattr(policy, each.name)!r}"
@@ -140,8 +160,8 @@ def _print(rows: list[dict[str, Any]], policy: Policy, prompt_len: int, max_toke
             _of_heads(row["kept"]), human_bytes(row["bytes"]),
             f"{row['bytes'] / row['full_bytes']:.0%}",
         )  # fmt: skip
-    computed = sum(row["computed"] for row in rows) / (len(rows) * prompt_len)
-    total, full = sum(row["bytes"] for row in rows), sum(row["full_bytes"] for row in rows)
+    computed = sum(row["computed"] + again for row in rows) / (len(rows) * prompt_len)
+    full = sum(row["full_bytes"] for row in rows)
     table.add_section()
     table.add_row(
         "all", f"{computed:.0%}", "", "", human_bytes(total), f"{total / full:.0%}", style="bold"
@@ -152,6 +172,8 @@ def _print(rows: list[dict[str, Any]], policy: Policy, prompt_len: int, max_toke
     if after.sliding:
         print(f"{after.sliding} of {len(rows)} layers hold no more than their sliding window; "
               f"of the others' entries {after.governed:.3f} are kept")  # fmt: skip
+    if again:
+        print(f"{again} of these tokens are read behind the prompt, while all of it is held")
     keep = getattr(policy, "keep", None)
     if keep is not None and after.budget > keep + 0.005 + 1 / prompt_len:
         least = getattr(policy, "min_context", 0)

@@ -17,14 +17,15 @@ from pyramidinfer.engine import answers, holding
 from pyramidinfer.engine.chat_template import find_end_ids
 from pyramidinfer.engine.checks import check_plan
 from pyramidinfer.engine.grammar import Grammars
-from pyramidinfer.engine.making import Spans, make_request
+from pyramidinfer.engine.making import Spans, make_request, settle_on_held
 from pyramidinfer.engine.memory import Ledger
 from pyramidinfer.engine.pressure import Pressure
+from pyramidinfer.engine.readings import is_long, readings_for
 from pyramidinfer.engine.request import Request, Scoring
 from pyramidinfer.engine.reuse import Conversations
 from pyramidinfer.engine.sampler import prepare, prompt_logprobs, sample
 from pyramidinfer.engine.scheduler import Plan, Scheduler
-from pyramidinfer.engine.text import added_tokens
+from pyramidinfer.engine.text import added_tokens, encoder_of
 from pyramidinfer.engine.undo import Undo
 from pyramidinfer.models import Adapter, Intake
 from pyramidinfer.models.adapter import Stepped
@@ -75,8 +76,8 @@ class Engine:
         self.peak_in_flight = 0
         self._ids = itertools.count()
         self._profile: Profile | None = None
-        if policy.wants_profile:
-            self.policy = self.bind(policy)
+        self.policy = self.bind(policy)
+        if self.policy is not policy:
             self.policy.check(self.adapter.layers_for(1))
 
     # --- requests -----------------------------------------------------------------------------
@@ -95,12 +96,15 @@ class Engine:
         return make_request(self, prompt, params, chosen, protect, hold, on, scoring, samples)
 
     def bind(self, policy: Policy, measure: bool = True) -> Policy:
-        """The policy with this model's head profile, where it asks for one and has none.
+        """The policy with what it asks for of this model: its head profile where it has none, its
+        sentences as tokens.
 
         measure : make the profile where there is none yet, which runs the model (seconds, with a
         bar in a terminal).  Without it, or with ``profile=False`` in the config, there may be none
         to be had, which the policy's ``check`` then tells of.
         """
+        if policy.wants_tokenizer:
+            policy = policy.with_tokenizer(encoder_of(self.tokenizer))
         if not policy.wants_profile:
             return policy
         if self._profile is None:
@@ -282,10 +286,10 @@ class Engine:
         if request.sequence is None:
             table = self.pool.new_table(len(request.prompt))
             table.state = request.policy.start(layers)
-            reached = min(longest - 1, adapter.max_positions)  # the last token is never fed
-            is_long = adapter.rotary.is_long(reached)
+            length = len(request.prompt)
+            far = is_long(adapter, request.policy, length, length, request.max_new)
             request.sequence = Sequence(
-                table, request.policy, layers, torch.zeros(0, dtype=torch.bool), is_long
+                table, request.policy, layers, torch.zeros(0, dtype=torch.bool), far
             )
         sequence = request.sequence
         sequence.layers = layers
@@ -308,7 +312,9 @@ class Engine:
         reach = [min(len(new), count + extra) for count in forecast.reach]
         tokens = torch.tensor(new, device=device)
         every = request.prompt_top is not None and not request.output
-        request.intake = Intake(sequence, tokens, table.seen_len, reach, every)
+        request.intake = Intake(
+            sequence, tokens, table.seen_len, reach, every, readings=readings_for(self, request)
+        )
 
     def _batch(self, plan: Plan) -> Batch:
         running = [each.sequence for each in plan.decode if each.sequence is not None]
@@ -391,6 +397,8 @@ class Engine:
         request.first_token = request.first_token or time.monotonic()
         request.computed = request.computed or intake.computed
         request.intake = None
+        if intake.is_reread:
+            settle_on_held(self, request, samples)
         self.ledger.promise(request, request.likely.settled)
         self.scheduler.to_running(request)
         for each in samples:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from pyramidinfer.engine.checks import check_count, check_stream, check_tokens
 from pyramidinfer.engine.making import Spans, is_endless
+from pyramidinfer.engine.readings import is_long
 from pyramidinfer.engine.request import Request
 from pyramidinfer.models.intake import Sequence
 from pyramidinfer.types import SamplingParams, TokenIds
@@ -56,11 +57,12 @@ def _next(engine: Engine, request: Request, tokens: TokenIds, params: SamplingPa
     text = request.prompt + request.output + list(tokens)
     turn = engine.make(text, params, policy=request.policy, hold=hold, on=old.table,
                      protect=[*request.protect, *protect])  # fmt: skip
-    reached = len(text) + turn.max_new - 1
     if is_endless(engine, request.policy, len(text)):  # its rotary positions begin again
         limit = engine.adapter.streaming.limit(old.is_long)
         check_stream(len(tokens) + 1, int(old.table.kept.max()), limit)
-    elif engine.adapter.rotary.is_long(reached) and not old.is_long:
+    elif not old.is_long and is_long(
+        engine.adapter, request.policy, len(text) - old.table.seen_len, len(text), turn.max_new
+    ):
         raise ValueError(
             "the text outgrows the rotary range its cache was made for; start a new request"
         )

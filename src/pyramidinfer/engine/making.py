@@ -7,6 +7,8 @@ from collections.abc import Sequence as Items
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from pyramidinfer.cache import Table
 from pyramidinfer.config import EngineConfig
 from pyramidinfer.engine.checks import (
@@ -26,7 +28,8 @@ from pyramidinfer.types import SamplingParams, TokenIds
 if TYPE_CHECKING:
     from pyramidinfer.engine.engine import Engine
 
-__all__ = ["Spans", "costs_of", "expected_of", "is_endless", "make_request"]
+__all__ = ["Spans", "costs_of", "expected_of", "is_endless", "make_request",
+           "settle_on_held"]  # fmt: skip
 
 Spans = Items[tuple[int, int]]
 
@@ -116,15 +119,33 @@ def costs_of(engine: Engine, policy: Policy, length: int, max_new: int, spans: S
     layers = engine.adapter.layers_for(length + max_new)
     covered = len(set().union(*(range(*span) for span in spans)))
     find = engine.ledger.scoring_cost if scoring else engine.ledger.cost
-    most = likely = find(policy, length - seen, max_new, layers, covered, held)
+    most = likely = find(policy, length - seen, max_new, layers, covered, held, seen=seen)
     expected = expected_of(engine.config, max_new)
     if expected < max_new and not scoring:
         likely = engine.ledger.cost(
-            policy, length - seen, max_new, layers, covered, held, expected
+            policy, length - seen, max_new, layers, covered, held, expected, seen
         )  # fmt: skip
     if samples > 1:
         most, likely = for_samples(most, samples), for_samples(likely, samples)
     return most, likely
+
+
+def settle_on_held(engine: Engine, request: Request, samples: list[Request]) -> None:
+    """A request whose text was cut by one threshold for all layers: what each of them keeps was not
+    known before, so what it needs from here on is told by what it holds."""
+    assert request.sequence is not None
+    kept = request.sequence.table.kept
+
+    def from_here(cost: Cost, generated: int) -> Cost:
+        most = cost.settled
+        assert most is not None and most.entries is not None
+        entries = np.minimum(most.entries, kept + generated)
+        return cost._replace(settled=engine.ledger.settled(entries, most.beside))
+
+    cost = from_here(request.cost, request.max_new)
+    likely = from_here(request.likely, expected_of(engine.config, request.max_new))
+    for each in (request, *samples):
+        each.cost, each.likely = cost, likely
 
 
 def expected_of(config: EngineConfig, left: int) -> int:

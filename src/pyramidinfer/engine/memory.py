@@ -13,9 +13,11 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from pyramidinfer.cache import Pool, Table
+from pyramidinfer.engine.readings import readings
 from pyramidinfer.models import Adapter
+from pyramidinfer.models.routing import scores_by_chunk
 from pyramidinfer.policies import Policy
-from pyramidinfer.types import Layers, View, accumulate_dtype
+from pyramidinfer.types import Layers, Phase, View, accumulate_dtype
 
 __all__ = ["Cost", "Ledger", "bytes_of", "for_samples", "full_bytes", "full_lens"]
 
@@ -57,29 +59,37 @@ class Ledger:
         self.bytes = 0
 
     def cost(self, policy: Policy, new: int, max_new: int, layers: Layers, protected: int,
-             held: np.ndarray | None = None, expected: int | None = None
+             held: np.ndarray | None = None, expected: int | None = None, seen: int | None = 0
              ) -> Cost:  # fmt: skip
         """The most that ``new`` prompt tokens and ``max_new`` generated ones can need.
 
         ``held``: entries per layer and head already in the cache (extend);  ``expected``: count so
-        many generated tokens instead of ``max_new`` (the ring is as long as all may make it).
+        many generated tokens instead of ``max_new`` (the ring is as long as all may make it);
+        ``seen``: tokens in front of the prompt's, in the cache or dropped from it; None: the prompt
+        is not read again, whatever the policy says.
         """
         pool, adapter = self.pool, self.adapter
         shape = (layers.count, adapter.kv_heads)
         base = np.zeros(shape, dtype=np.int64) if held is None else held
-        generated = max_new if expected is None else expected
+        generated, reread = max_new if expected is None else expected, 0
+        if seen is not None:
+            again = readings(adapter, policy, range(new), seen + new, max_new)
+            reread = max(map(len, again), default=0)
         forecast = policy.forecast(new, generated, layers)
         reach = np.minimum(np.array(forecast.reach) + protected, new)
         kept = np.minimum(forecast.by_head(adapter.kv_heads) + protected, new + generated)
         if held is not None:  # generation may keep more on top of a longer text
             kept = base + reach[:, None] + generated
+        whole = base + reach[:, None]  # while the prompt is read again
         for layer, sizes in enumerate(adapter.shapes):
             if sizes.window is not None and not layers.governed[layer]:
-                kept[layer] = np.minimum(kept[layer], sizes.window + pool.page_size)
+                most = sizes.window + pool.page_size
+                kept[layer] = np.minimum(kept[layer], most)
+                whole[layer] = np.minimum(whole[layer], most)
         total = None
         if forecast.total is not None and held is None:
             total = np.array(forecast.total) + protected * adapter.kv_heads
-        final, before = self._pages(kept, total), self._pages(base)
+        final, before = self._pages(whole if reread else kept, total), self._pages(base)
         arriving = pool.pages_for(base + reach[:, None]).sum(1)
         worst = np.zeros(len(pool.groups), dtype=np.int64)
         groups = pool.group_of
@@ -87,11 +97,19 @@ class Ledger:
             pages = np.where(np.arange(layers.count) <= layer, final, before)
             pages[layer] = max(final[layer], arriving[layer])
             worst = np.maximum(worst, np.bincount(groups, pages, len(worst)).astype(np.int64))
-        lasting, transient = self._beside(policy, new, max_new, layers, reach, base)
+            if reread:
+                pages = final.copy()
+                pages[layer] = pool.pages_for(whole[layer] + reread).sum()
+                worst = np.maximum(worst, np.bincount(groups, pages, len(worst)).astype(np.int64))
+        lasting, transient = self._beside(policy, new, max_new, layers, reach, base, reread)
         lasting += self._turned(policy, protected)
-        settled = self.settled(kept, lasting, total)
         size = int((worst * np.array(pool.page_bytes)).sum()) + lasting + transient
-        return Cost(worst, size, settled)
+        in_all = None
+        if forecast.sum is not None:
+            in_all = int(base.sum()) + forecast.sum + protected * base.size
+        settled = self.settled(kept, lasting, total, in_all)
+        worst = np.maximum(worst, settled.pages)
+        return Cost(worst, max(size, settled.bytes), settled)
 
     def _pages(self, entries: np.ndarray, total: np.ndarray | None = None) -> np.ndarray:
         """Pages a layer of so many entries a head ``[layers, kv_heads]``, which are no more than
@@ -101,28 +119,33 @@ class Ledger:
             pages = np.minimum(pages, total // self.pool.page_size + entries.shape[1])
         return pages
 
-    def settled(self, entries: np.ndarray, beside: int, total: np.ndarray | None = None) -> Cost:
-        """What so many entries per layer and head take, and ``beside`` bytes outside pages."""
-        pages = self._pages(entries, total)
-        groups = np.bincount(self.pool.group_of, pages, len(self.pages)).astype(np.int64)
-        size = int((pages * self.pool.layer_page_bytes).sum()) + beside
+    def settled(self, entries: np.ndarray, beside: int, total: np.ndarray | None = None,
+                in_all: int | None = None) -> Cost:  # fmt: skip
+        """What so many entries per layer and head take, no more than ``total`` a layer and
+        ``in_all`` together, and ``beside`` bytes outside pages."""
+        pages, group_of = self._pages(entries, total), self.pool.group_of
+        groups = np.bincount(group_of, pages, len(self.pages)).astype(np.int64)
+        if in_all is not None:
+            heads = np.bincount(group_of, minlength=len(groups)) * entries.shape[1]
+            groups = np.minimum(groups, in_all // self.pool.page_size + heads)
+        size = int((groups * np.array(self.pool.page_bytes)).sum()) + beside
         return Cost(groups, size, None, entries, beside)
 
     def scoring_cost(self, policy: Policy, new: int, scored: int, layers: Layers, protected: int,
-                     held: np.ndarray | None = None) -> Cost:  # fmt: skip
+                     held: np.ndarray | None = None, seen: int = 0) -> Cost:  # fmt: skip
         """The most that a context and a continuation scored on top of its cache can need."""
-        context = self.cost(policy, new, 0, layers, protected, held)
+        context = self.cost(policy, new, 0, layers, protected, held, seen=seen)
         forecast = policy.forecast(new, 0, layers).by_head(self.adapter.kv_heads)
         kept = np.minimum(forecast + protected, new)
-        extended = self.cost(policy, scored, 0, layers, scored, kept)
+        extended = self.cost(policy, scored, 0, layers, scored, kept, seen=None)
         pages = np.maximum(context.pages, extended.pages)
         return Cost(pages, max(context.bytes, extended.bytes), extended.settled)
 
     def _beside(self, policy: Policy, new: int, max_new: int, layers: Layers, reach: np.ndarray,
-                base: np.ndarray) -> tuple[int, int]:  # fmt: skip
+                base: np.ndarray, reread: int) -> tuple[int, int]:  # fmt: skip
         """Bytes outside pages: (ring and state, hidden states and window queries of a prompt)."""
-        adapter, item = self.adapter, self.adapter.dtype.itemsize
-        high = accumulate_dtype(adapter.dtype).itemsize
+        adapter, item = self.adapter, int(self.adapter.dtype.itemsize)
+        high = int(accumulate_dtype(adapter.dtype).itemsize)
         heads = max(shape.heads for shape in adapter.shapes)
         key_dim = max(shape.key_dim for shape in adapter.shapes)
         most = base.max(1)
@@ -130,20 +153,28 @@ class Ledger:
         rows = policy.ring(total, max_new)
         ring = rows * (layers.count * heads * (key_dim * item + high) + 8)
         state = policy.start(layers)
-        window = columns = moments = 0
-        for layer in range(layers.count):
-            length, kept = int(reach[layer]), int(most[layer] + reach[layer])
-            lens = tuple((base[layer] + reach[layer]).tolist())
-            view = View("extend" if base.any() else "prefill", layer, layers, new, length, lens,
-                        total, total, state)  # fmt: skip
-            needs = policy.needs(view)
-            window = max(window, min(needs.window, length))
-            columns = max(columns, (bool(needs.window) + needs.column_sums) * kept)
-            moments = max(moments, bool(needs.ahead) * heads * key_dim * (key_dim + 1))
-        kv_heads = max(shape.kv_heads for shape in adapter.shapes)
-        transient = 2 * new * adapter.hidden_size * item + policy.working_bytes(new)
-        transient += window * heads * key_dim * item + columns * kv_heads * high
-        transient += moments * high + 8 * bool(moments)
+        kv_heads = int(max(shape.kv_heads for shape in adapter.shapes))
+
+        def going(phase: Phase, reach: np.ndarray, base: np.ndarray) -> int:
+            window = columns = moments = 0
+            for layer in range(layers.count):
+                length, lens = int(reach[layer]), (base[layer] + reach[layer]).tolist()
+                view = View(phase, layer, layers, new, length, tuple(lens), total, total, state)
+                needs = policy.needs(view)
+                if not scores_by_chunk(needs, length):
+                    window = max(window, min(needs.window, length))
+                columns = max(columns, (bool(needs.window) + needs.column_sums) * max(lens))
+                moments = max(moments, bool(needs.ahead) * heads * key_dim * (key_dim + 1))
+            hidden = 2 * int(reach[0]) * int(adapter.hidden_size) * item
+            told = moments * high + 8 * bool(moments)
+            return hidden + window * heads * key_dim * item + columns * kv_heads * high + told
+
+        transient = going("extend" if base.any() else "prefill", reach, base)
+        if reread:  # what the head will read waits meanwhile, in a prompt that is scored all of it
+            waiting = new * adapter.hidden_size * item
+            again = going("reread", np.full(layers.count, reread), base + reach[:, None])
+            transient = max(transient, waiting + again)
+        transient += policy.working_bytes(new, layers)
         return ring + sum(value.nbytes for value in state.values()), transient
 
     def _turned(self, policy: Policy, protected: int) -> int:

@@ -15,13 +15,12 @@ import torch
 from pyramidinfer.engine.english import ENGLISH, LIBRARY, library_paragraphs, paragraphs
 from pyramidinfer.engine.text import head_of, plain_ids
 from pyramidinfer.models import Adapter
+from pyramidinfer.policies.kvzip import AGAIN
 from pyramidinfer.types import TokenIds
 
 __all__ = ["AGAIN", "COUNT", "LENGTH", "Passages", "english_passages", "passages_for",
            "random_passages", "room_for", "text_passages"]  # fmt: skip
 
-#: What a model is asked between a passage and its repetition (KVzip, arXiv 2505.23416).
-AGAIN = "\n\nRepeat the previous context exactly.\n\n"
 #: Passages in both halves together, and tokens of each.
 COUNT, LENGTH = 4, 750
 #: The fewest tokens of a passage: where a model has no positions for more; in a short text.

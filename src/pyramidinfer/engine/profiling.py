@@ -36,7 +36,6 @@ from pyramidinfer.native.build import cache_folder
 from pyramidinfer.policies import Policy
 from pyramidinfer.policies.profile import Fingerprint, Profile
 from pyramidinfer.types import (
-    Keep,
     Needs,
     Observation,
     Reduce,
@@ -68,24 +67,30 @@ Tell = Callable[[int], None]
 
 @dataclass(frozen=True, eq=False)
 class _Watching(Policy):
-    """Keeps everything, and writes down what the entries got from the queries of added text.
+    """Keeps everything, has ``again`` read behind the text, and writes down what the text's entries
+    got from the queries of that.
 
-    found : layer → scores ``[kv_heads, n]`` and their positions ``[kv_heads, n]``, on the host.
+    found : layer → scores ``[kv_heads, text]``, on the host, of the layers that are ``governed``.
     """
 
     name: ClassVar[str] = "watching"
 
-    found: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    again: TokenIds = field(default_factory=list)
+    governed: tuple[bool, ...] = ()
+    found: dict[int, Tensor] = field(default_factory=dict)
+
+    def readings(self, text: Sequence[int], room: int, head: int = 0) -> list[TokenIds]:
+        return [self.again] if self.again else []
 
     def needs(self, view: View) -> Needs:
-        if view.phase != "extend" or not view.layers.governed[view.layer]:
+        if view.phase != "reread" or not self.governed[view.layer]:
             return Needs()
-        return Needs(window=view.new_len, reduce=Reduce("kv_max", "max"), retain=True)
+        return Needs(window=view.new_len, reduce=Reduce("kv_max", "max"))
 
-    def retain(self, seen: Observation, state: State) -> tuple[Keep, State]:
-        assert seen.scores is not None
-        self.found[seen.view.layer] = seen.scores.cpu(), seen.positions.cpu()
-        return Keep(), state
+    def reread(self, seen: Observation, state: State) -> State:
+        if seen.scores is not None:
+            self.found[seen.view.layer] = seen.scores.cpu()
+        return state
 
 
 def profile_model(source: LLM | Engine, passages: Passages | None = None,
@@ -129,25 +134,15 @@ def passage_scores(engine: Engine, passage: TokenIds, repeated: TokenIds,
                    tell: Tell = lambda _: None) -> dict[int, Tensor]:  # fmt: skip
     """Per governed layer ``[kv_heads, passage]``: the most that any query of ``repeated``, which
     follows the passage, gave each of its entries.  ``tell`` hears of layer-tokens done."""
-    watching, params = _Watching(), SamplingParams(max_tokens=1, ignore_eos=True)
-    held = engine.make(passage, params, policy=watching, hold=True)
+    tokens = len(passage) + len(repeated)
+    watching = _Watching(repeated, engine.adapter.layers_for(tokens + 1).governed)
+    params = SamplingParams(max_tokens=1, ignore_eos=True)
+    request = engine.make(passage, params, policy=watching)
     try:
-        _finish(engine, held, len(passage), tell)
-        held.output.clear()  # it was never fed
-        _finish(engine, engine.branch(held, repeated, params), len(repeated), tell)
+        _finish(engine, request, tokens, tell)
     finally:
-        engine.abort(held)
-        engine.release(held)
-    return {layer: _by_place(*seen, len(passage)) for layer, seen in watching.found.items()}
-
-
-def _by_place(scores: Tensor, positions: Tensor, length: int) -> Tensor:
-    """Scores ``[kv_heads, n]`` in any order → those of places below ``length``, in order."""
-    found = scores.new_zeros(len(scores), length)
-    for mine, row, places in zip(found, scores, positions, strict=True):
-        inside = (places >= 0) & (places < length)
-        mine[places[inside].long()] = row[inside]
-    return found
+        engine.abort(request)
+    return watching.found
 
 
 def head_shares(scores: dict[int, Tensor], kept: float = KEPT) -> dict[int, list[float]]:
@@ -194,11 +189,12 @@ def _engine_of(source: LLM | Engine) -> Engine:
 
 
 def _engine_for(engine: Engine, longest: int) -> Engine:
-    """An engine on the same model with room for one text of ``longest`` tokens, held twice."""
+    """An engine on the same model with room for a passage and what is read behind it, together
+    ``longest`` tokens."""
     adapter = engine.adapter
     shape = max(adapter.shapes, key=lambda shape: shape.heads * shape.key_dim)
     beside = longest * (4 * adapter.hidden_size + 2 * shape.heads * shape.key_dim)
-    room = 2 * full_bytes(engine.pool, adapter, longest + 1) + 8 * beside
+    room = full_bytes(engine.pool, adapter, longest + 1) + 8 * beside
     config = EngineConfig.from_options(
         (), kv_memory=room, page_size=engine.config.page_size, max_requests=1, step_tokens=STEP
     )

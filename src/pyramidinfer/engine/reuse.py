@@ -18,6 +18,7 @@ import numpy as np
 from pyramidinfer.engine.checks import check_stream
 from pyramidinfer.engine.making import costs_of, is_endless
 from pyramidinfer.engine.memory import Cost
+from pyramidinfer.engine.readings import is_long
 from pyramidinfer.engine.request import Request
 from pyramidinfer.types import TokenIds
 
@@ -152,7 +153,9 @@ class Conversations:
                 check_stream(length - table.seen_len + 1, int(table.kept.max()), limit)
             except ValueError:
                 return False
-        elif engine.adapter.rotary.is_long(length + request.max_new - 1) != sequence.is_long:
+        elif sequence.is_long != is_long(
+            engine.adapter, request.policy, length - table.seen_len, length, request.max_new
+        ):
             return False
         most, likely = costs_of(
             engine, request.policy, length, request.max_new, request.protect, table,

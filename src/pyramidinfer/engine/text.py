@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from itertools import takewhile
 from typing import Any
 
 from pyramidinfer.types import TokenIds
 
-__all__ = ["Detokenizer", "added_tokens", "head_of", "plain_ids"]
+__all__ = ["Detokenizer", "added_tokens", "encoder_of", "head_of", "plain_ids"]
 
 #: Tokens of the prompt that an answer's first ones are decoded with.
 CONTEXT = 8
@@ -97,6 +99,11 @@ def plain_ids(tokenizer: Any, text: str) -> TokenIds:
     """Token ids of a text as it stands."""
     ids: TokenIds = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return ids
+
+
+def encoder_of(tokenizer: Any) -> Callable[[str], TokenIds] | None:
+    """What makes a text into token ids as it stands, where there is a tokenizer."""
+    return None if tokenizer is None else partial(plain_ids, tokenizer)
 
 
 def head_of(tokenizer: Any) -> TokenIds:

@@ -104,10 +104,12 @@ def answers(kind: type[Policy]) -> Answers:
     dropping = sum(each.propagate for each in needs)
     propagate = {0: "all", 1: "fewer, from one layer on"}.get(dropping, "fewer, any layer may drop")
     forecast = policy.forecast(LENGTH, 0, layers)
-    kept = forecast.kept
+    kept, again = forecast.kept, policy.readings(range(LENGTH), 2 * LENGTH)
     if forecast.heads is not None:
         rest = "what was looked at" if any(each.window for each in needs) else "the newest"
         retain = f"all in some KV heads, {rest} in others, by the model's profile"
+    elif again:
+        retain = "one budget for all layers and heads together"
     elif any(each.retain for each in needs):
         budget = "one budget for all layers"
         if len(set(kept)) > 1:
@@ -129,7 +131,8 @@ def answers(kind: type[Policy]) -> Answers:
     evict = "nothing"
     if policy.evicts:
         evict = "what is over the budget" if grown < LENGTH // 20 else "a part of what is generated"
-    return Answers(propagate, retain, evict, _looks_at(needs))
+    looks = "the text's own queries when it is read again" if again else _looks_at(needs)
+    return Answers(propagate, retain, evict, looks)
 
 
 def _looks_at(needs: list[Any]) -> str:

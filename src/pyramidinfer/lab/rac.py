@@ -125,7 +125,7 @@ def measure_text(llm: LLM, tokens: TokenIds, tops: tuple[float, ...], bins: int)
                     "chance": count / context,
                 })  # fmt: skip
 
-    with watch(llm, length - (recent + window - 1), take):
+    with watch(llm, length - (recent + window - 1), length, take):
         llm.trace(tokens)
     return rows
 
@@ -179,12 +179,13 @@ Take = Callable[[Newest], None]
 
 class NewestRows:
     """A backend that also tells the attention of a prompt's newest queries, those from position
-    ``first`` on.  For one prompt at a time; everything else is the ``inner`` backend's."""
+    ``first`` on.  For one prompt at a time; everything else, and what comes behind position
+    ``end`` (a prompt that is read again), is the ``inner`` backend's."""
 
     prefill_scored = None  # everything comes through prefill
 
-    def __init__(self, inner: Backend, first: int, take: Take) -> None:
-        self.inner, self.first, self.take = inner, first, take
+    def __init__(self, inner: Backend, first: int, end: int, take: Take) -> None:
+        self.inner, self.first, self.end, self.take = inner, first, end, take
         self.layer, self.last = -1, -1
 
     def __getattr__(self, name: str) -> Any:
@@ -192,6 +193,8 @@ class NewestRows:
 
     def prefill(self, queries: Tensor, keys: Tensor, values: Tensor, q_pos: Tensor, k_pos: Tensor,
                 scale: Scale) -> Tensor:  # fmt: skip
+        if int(q_pos[0]) >= self.end:
+            return self.inner.prefill(queries, keys, values, q_pos, k_pos, scale)
         if self.layer < 0 or int(q_pos[0]) <= self.last:  # layer-major: positions start again
             self.layer += 1
         self.last = int(q_pos[-1])
@@ -215,11 +218,13 @@ class NewestRows:
 
 
 @contextmanager
-def watch(llm: LLM, first: int, take: Take) -> Iterator[None]:
-    """Within it, ``take`` is told about every chunk of the one prompt that goes in."""
+def watch(llm: LLM, first: int, end: int, take: Take) -> Iterator[None]:
+    """Within it, ``take`` is told about every chunk of the one prompt, of ``end`` tokens, that goes
+    in."""
     adapter = llm.engine.adapter
     inner = adapter.backend
-    adapter.backend, adapter.every_output = cast(Backend, NewestRows(inner, first, take)), True
+    watching = NewestRows(inner, first, end, take)
+    adapter.backend, adapter.every_output = cast(Backend, watching), True
     try:
         yield
     finally:

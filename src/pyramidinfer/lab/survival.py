@@ -136,7 +136,7 @@ def measure_survival(llm: LLM, prompt: TokenIds, max_tokens: int) -> tuple[Token
         mass[seen.layer].index_add_(0, seen.positions.cpu(), seen.weights.sum(0).double().cpu())
         queries[seen.layer] += len(seen.weights)
 
-    with watch(llm, max(0, length - WINDOW), take):
+    with watch(llm, max(0, length - WINDOW), length, take):
         trace = llm.trace(prompt, max_tokens)
     rows = []
     for layer in range(depth):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from pyramidinfer.attention import Backend, Scale
 from pyramidinfer.cache import GroupSpec, Pool
+from pyramidinfer.models import rereading
 from pyramidinfer.models.evicting import evict, observe
 from pyramidinfer.models.families import find_family
 from pyramidinfer.models.fused import Fused, Ropes, fuse
@@ -24,7 +25,7 @@ from pyramidinfer.models.loading import end_ids
 from pyramidinfer.models.rotary import Rotary, count_positions
 from pyramidinfer.models.routing import Decoding, LayerCall, Segment, evaluating, route
 from pyramidinfer.models.streaming import Streaming
-from pyramidinfer.types import AttentionShape, Keep, Layers, Observation, View
+from pyramidinfer.types import AttentionShape, Keep, Layers, Observation
 
 __all__ = ["Adapter", "Stepped"]
 
@@ -129,7 +130,7 @@ class Adapter:
         if batch.decode and not batch.works and self.steps_on_buffers:
             return Stepped(*self.graphs(pool).step(self, pool, batch))
         decoding = self._start_decode(pool, batch)
-        hidden = None
+        hidden, tables = None, None
         if decoding:
             positions = decoding.plan.positions
             hidden = self.family.embed(self.body, self.config, batch.tokens[None], positions[None])
@@ -139,29 +140,41 @@ class Adapter:
                 out = self.fused.step(pool, decoding, hidden[0], tables[None])
                 return Stepped(self._logits(out), decoding)
         last: dict[int, Tensor] = {}
-        for layer in range(self.depth):
-            riding = hidden
-            while True:
-                start = 0 if riding is None else riding.shape[1]
-                segments, parts = self._take(batch.works, layer, start)
-                if riding is None and not segments:
-                    break
-                rope = tables.get(self.kinds[layer]) if riding is not None else None
-                out = self._run_layer(pool, layer, riding, rope, decoding, segments, parts)
-                if riding is not None:
-                    hidden, riding = out[:, :start], None
-                self._store(segments, out[0], start)
-            for index, work in enumerate(batch.works):
-                if work.intake.layer == layer and work.intake.left == 0:
-                    tail = self._finish_layer(pool, work.intake)
-                    if tail is not None:
-                        last[index] = tail
-        rows = [] if hidden is None else [hidden[0]]
+        through = self._all_layers(pool, batch.works, last, hidden, tables, decoding)
+        while any(work.budget > 0 and work.intake.again is not None for work in batch.works):
+            self._all_layers(pool, batch.works, last)  # texts that begin to be read again
+        rows = [] if through is None else [through[0]]
         rows += [last[index] for index in sorted(last)]
         if not rows:
             nothing = torch.empty(0, self.vocab_size, dtype=self.dtype, device=self.device)
             return Stepped(nothing, decoding)
         return Stepped(self._logits(torch.cat(rows)), decoding)
+
+    def _all_layers(self, pool: Pool, works: list[Work], last: dict[int, Tensor],
+                    hidden: Tensor | None = None, tables: dict[str | None, Ropes] | None = None,
+                    decoding: Decoding | None = None) -> Tensor | None:  # fmt: skip
+        """All layers once, for decode rows ``hidden`` and for works from where each stands.
+
+        Gives what becomes of the rows; ``last`` takes outputs of the works that come to their end.
+        """
+        for layer in range(self.depth):
+            riding = hidden
+            while True:
+                start = 0 if riding is None else riding.shape[1]
+                segments, parts = self._take(works, layer, start)
+                if riding is None and not segments:
+                    break
+                rope = tables.get(self.kinds[layer]) if tables and riding is not None else None
+                out = self._run_layer(pool, layer, riding, rope, decoding, segments, parts)
+                if riding is not None:
+                    hidden, riding = out[:, :start], None
+                self._store(segments, out[0], start)
+            for index, work in enumerate(works):
+                if work.intake.layer == layer and work.intake.left == 0:
+                    tail = self._finish_layer(pool, work.intake)
+                    if tail is not None:
+                        last[index] = tail
+        return hidden
 
     # --- one layer ----------------------------------------------------------------------------
 
@@ -176,11 +189,11 @@ class Adapter:
             if intake.layer != layer or count <= 0:
                 continue
             if intake.done == 0:
-                intake.needs = intake.sequence.policy.needs(self._view(intake))
+                intake.needs = intake.sequence.policy.needs(intake.view())
                 intake.computed.append(intake.length)
             rows = slice(intake.done, intake.done + count)
             if intake.hidden is None:
-                ids, positions = intake.tokens[rows], intake.positions[rows]
+                ids, positions = intake.entering[rows], intake.positions[rows]
                 part = self.family.embed(self.body, self.config, ids[None], positions[None])[0]
             else:
                 part = intake.hidden[rows]
@@ -260,7 +273,7 @@ class Adapter:
             wanted = len(segment.rows_out(self._last_only(intake.layer)))
             rows, at = out[at : at + wanted], at + wanted
             end = intake.done + count
-            last_only = intake.layer == self.depth - 1 and not intake.all_rows
+            last_only = intake.layer == self.depth - 1 and not intake.gives_all
             if last_only:  # what the head will not read is not kept
                 if end == intake.length:
                     intake.out = rows[-1:].clone()
@@ -273,12 +286,41 @@ class Adapter:
             intake.done = end
 
     def _finish_layer(self, pool: Pool, intake: Intake) -> Tensor | None:
-        """Ask the policy what stays and what goes deeper; the last token's state at the end."""
-        sequence, needs, layer = intake.sequence, intake.needs, intake.layer
-        table, policy, view = sequence.table, sequence.policy, self._view(intake)
+        """Ask the policy what stays and what goes deeper; what the head reads at the end."""
+        sequence, table, going = intake.sequence, intake.sequence.table, None
         assert intake.out is not None
         table.transient_bytes = intake.transient_bytes
         pool.note_peak(table)
+        if intake.again is None:
+            going = self._settle_layer(pool, intake)
+        else:
+            rereading.settle_layer(pool, intake)
+        hidden, intake.out = intake.out, None
+        intake.hidden = hidden if going is None else hidden[going]
+        intake.queries = intake.scores = intake.columns = intake.moments = None
+        intake.layer, intake.done = intake.layer + 1, 0
+        if intake.finished:
+            intake.hidden = None
+            if intake.again is None:
+                intake.answer = hidden if intake.all_rows else hidden[-1:]
+            intake.read_on()
+        table.transient_bytes = intake.transient_bytes
+        pool.note_beside(table)
+        if not intake.finished:
+            return None
+        if intake.is_reread:
+            rereading.cut(pool, intake)
+        answer, intake.answer = intake.answer, None
+        table.transient_bytes, table.seen_len = 0, intake.end
+        pool.note_beside(table)
+        if sequence.policy.streams:
+            self.streaming.close_gaps(pool, sequence)
+        return answer
+
+    def _settle_layer(self, pool: Pool, intake: Intake) -> Tensor | None:
+        """What stays of a layer that the whole text is through; rows that go deeper (None: all)."""
+        sequence, needs, layer = intake.sequence, intake.needs, intake.layer
+        table, policy, view = sequence.table, sequence.policy, intake.view()
         if needs.slot_scores and intake.columns is not None:
             pool.add_scores(table, layer, intake.columns)
         going = None
@@ -298,26 +340,12 @@ class Adapter:
                         self._expected(intake)), table.state
             )  # fmt: skip
             pool.keep(table, layer, keep)
-        self._trim(pool, sequence, layer, intake.first + intake.tokens.shape[0], slack=0)
-        table.state = policy.settled(self._view(intake))
+        self._trim(pool, sequence, layer, intake.end, slack=0)
+        table.state = policy.settled(intake.view())
         sequence.idle = 0
-        hidden, intake.out = intake.out, None
-        intake.hidden = hidden if going is None else hidden[going]
         if going is not None:
             intake.positions = intake.positions[going]
-        intake.queries = intake.scores = intake.columns = intake.moments = None
-        intake.layer, intake.done = layer + 1, 0
-        if not intake.finished:
-            table.transient_bytes = intake.transient_bytes
-            pool.note_beside(table)
-            return None
-        table.transient_bytes = 0
-        pool.note_beside(table)
-        table.seen_len = intake.first + intake.tokens.shape[0]
-        intake.hidden = None
-        if policy.streams:
-            self.streaming.close_gaps(pool, sequence)
-        return hidden if intake.all_rows else hidden[-1:]
+        return going
 
     def _expected(self, intake: Intake) -> tuple[Tensor, Tensor] | None:
         """Mean and covariance of the queries to come, times the softmax's scale."""
@@ -326,22 +354,11 @@ class Adapter:
             return None
         assert scale is not None
         sequence = intake.sequence
-        first = intake.first + intake.tokens.shape[0] - sequence.offset
+        first = intake.end - sequence.offset
         positions = torch.arange(first, first + ahead.positions, device=self.device)
         mean, covariance = intake.moments.mean_and_covariance
         turn = self.streaming.mean_turn(mean, positions, intake.layer, sequence, intake.end)
         return mean @ turn * scale.scale, turn.T @ covariance @ turn * scale.scale**2
-
-    def _view(self, intake: Intake) -> View:
-        sequence, layer = intake.sequence, intake.layer
-        table, first = sequence.table, sequence.layers.first
-        arriving = intake.left if layer < self.depth else 0
-        kept = tuple(held + arriving for held in table.lens(layer))
-        return View(
-            "extend" if intake.first else "prefill", layer, sequence.layers, sequence.prompt_len,
-            intake.length, kept, max(kept) if layer <= first else int(table.longest[first]),
-            intake.first + intake.tokens.shape[0], table.state,
-        )  # fmt: skip
 
     # --- decoding -----------------------------------------------------------------------------
 

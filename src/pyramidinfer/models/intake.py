@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyramidinfer.cache import Table
 from pyramidinfer.policies import Policy
-from pyramidinfer.types import Layers, Needs
+from pyramidinfer.types import Layers, Needs, Phase, View
 
 __all__ = ["OFFSET", "Batch", "Intake", "Sequence", "Work"]
 
@@ -83,6 +83,8 @@ class Intake:
     positions : ``[n]`` of the tokens that entered the current ``layer``;
     hidden : ``[n, hidden]`` its input (None at layer 0: embedded chunk by chunk);
     out : ``[n, hidden]`` its output so far;  ``done`` of the n tokens have been through it.
+    readings : what is still to be read behind the text once it is in (``Policy.readings``), and
+    ``again`` what is being read;  ``answer`` waits meanwhile: outputs that the head will read.
     """
 
     sequence: Sequence
@@ -100,22 +102,47 @@ class Intake:
     scores: Tensor | None = None  # [1 or kv_heads, entries]
     columns: Tensor | None = None  # [kv_heads, entries]
     moments: Moments | None = None  # of the layer's queries
-    computed: list[int] = field(default_factory=list)  # tokens that entered each layer
+    computed: list[int] = field(default_factory=list)  # tokens that entered each layer, each time
+    readings: list[Tensor] = field(default_factory=list)
+    again: Tensor | None = None
+    is_reread: bool = False  # the text is in and was begun to be read again
+    answer: Tensor | None = None
 
     def __post_init__(self) -> None:
         new = self.tokens.shape[0]
         self.positions = torch.arange(self.first, self.first + new, device=self.tokens.device)
         self.sequence.prompt_len = new
 
+    def read_on(self) -> bool:
+        """Turn to the next reading; False where none is left."""
+        if not self.readings:
+            self.again = None
+            return False
+        self.again, self.is_reread = self.readings.pop(0), True
+        size, device = self.again.shape[0], self.tokens.device
+        self.positions = torch.arange(self.end, self.end + size, device=device)
+        self.layer = self.done = 0
+        return True
+
+    @property
+    def end(self) -> int:
+        """The place behind the text."""
+        return self.first + self.tokens.shape[0]
+
+    @property
+    def entering(self) -> Tensor:
+        """Ids of what goes through the layers now."""
+        return self.tokens if self.again is None else self.again
+
+    @property
+    def gives_all(self) -> bool:
+        """Whether all outputs of the last layer are wanted from what goes through it now."""
+        return self.all_rows and self.again is None
+
     @property
     def length(self) -> int:
         """Tokens that enter the current layer."""
         return self.positions.shape[0]
-
-    @property
-    def end(self) -> int:
-        """Length of the request's text once this is in."""
-        return self.first + self.tokens.shape[0]
 
     @property
     def left(self) -> int:
@@ -129,13 +156,29 @@ class Intake:
     @property
     def work_left(self) -> int:
         """Layer-tokens still to do, at most."""
+        depth = self.sequence.layers.count
+        later = depth * sum(map(len, self.readings))
+        if self.again is not None:
+            return later + self.left + self.length * (depth - self.layer - 1)
         if self.finished:
             return 0
-        return self.left + sum(min(self.length, n) for n in self.reach[self.layer + 1 :])
+        return later + self.left + sum(min(self.length, n) for n in self.reach[self.layer + 1 :])
+
+    def view(self, layer: int | None = None) -> View:
+        """The layer it is at as a policy sees it, or another one once all is through."""
+        sequence, table = self.sequence, self.sequence.table
+        new, arriving = (0, 0) if self.finished else (self.length, self.left)
+        layer, first = self.layer if layer is None else layer, sequence.layers.first
+        kept = tuple(held + arriving for held in table.lens(layer))
+        phase: Phase = "reread" if self.is_reread else "extend" if self.first else "prefill"
+        return View(
+            phase, layer, sequence.layers, sequence.prompt_len, new, kept,
+            max(kept) if layer <= first else int(table.longest[first]), self.end, table.state,
+        )  # fmt: skip
 
     def move(self, device: torch.device | str) -> None:
         """Take what is held beside the pool to a device."""
-        for name in ("hidden", "out", "queries", "scores", "columns"):
+        for name in ("hidden", "out", "queries", "scores", "columns", "answer"):
             tensor = getattr(self, name)
             setattr(self, name, None if tensor is None else tensor.to(device))
         if self.moments is not None:
@@ -145,13 +188,9 @@ class Intake:
     def transient_bytes(self) -> int:
         """Memory of this intake outside the pool."""
         held = (
-            self.hidden,
-            self.out,
-            self.queries,
-            self.scores,
-            self.columns,
+            self.hidden, self.out, self.queries, self.scores, self.columns, self.answer,
             *(self.moments or ()),
-        )
+        )  # fmt: skip
         return sum(each.nbytes for each in held if each is not None)
 
 

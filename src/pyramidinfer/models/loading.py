@@ -33,8 +33,8 @@ from pyramidinfer.models.tensors import check_report, check_tensors
 #: Files that make a tokenizer, one of them.
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
 
-__all__ = ["LoadedModel", "empty_model", "end_ids", "free_memory", "load_config", "load_model",
-           "quiet_transformers", "shipped_model"]  # fmt: skip
+__all__ = ["LoadedModel", "empty_model", "end_ids", "find_tokenizer", "free_memory", "load_config",
+           "load_model", "quiet_transformers", "shipped_model"]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ def load_model(model: str | os.PathLike[str] | nn.Module, tokenizer: Any = "auto
     if (folder / ADAPTER).is_file():
         return _load_adapted(name, folder, tokenizer, dtype, place)
     loaded, kind = _load_weights(name, folder, dtype)
-    found = _find_tokenizer(folder, tokenizer, loaded.config)
+    found = find_tokenizer(folder, tokenizer, loaded.config)
     return LoadedModel(loaded.to(place).eval(), found, name, place, kind)
 
 
@@ -90,9 +90,9 @@ def _load_adapted(name: str, folder: Path, tokenizer: Any, dtype: str | torch.dt
     below = model_folder(base, weights=True)
     loaded, kind = _load_weights(base, below, dtype)
     merged = merge_adapter(loaded, folder, name).to(place).eval()
-    found = _find_tokenizer(folder, tokenizer, loaded.config)
+    found = find_tokenizer(folder, tokenizer, loaded.config)
     if found is None and isinstance(tokenizer, str) and tokenizer == "auto":
-        found = _find_tokenizer(below, tokenizer, loaded.config)
+        found = find_tokenizer(below, tokenizer, loaded.config)
     return LoadedModel(merged, found, name, place, kind)
 
 
@@ -184,7 +184,7 @@ def _take_object(model: nn.Module, tokenizer: Any, dtype: str | torch.dtype,
     name = getattr(config, "_name_or_path", "") or type(model).__name__
     if isinstance(tokenizer, str) and tokenizer == "auto":
         tokenizer = None
-    tokenizer = _find_tokenizer(Path(), tokenizer)
+    tokenizer = find_tokenizer(Path(), tokenizer)
     return LoadedModel(model, tokenizer, name, first.device, first.dtype)
 
 
@@ -209,7 +209,7 @@ def _check_generation_config(folder: Path) -> None:
         raise ValueError(f"{str(file)!r} is not a readable generation config") from error
 
 
-def _find_tokenizer(folder: Path, tokenizer: Any, config: Any = None) -> Any:
+def find_tokenizer(folder: Path, tokenizer: Any, config: Any = None) -> Any:
     """``"auto"``: the folder's own, None where it has none; else what is given or named.
 
     config : the model's, so that transformers does not read the folder's as it is.

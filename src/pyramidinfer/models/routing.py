@@ -22,9 +22,11 @@ from pyramidinfer.cache import Pool, Table
 from pyramidinfer.cache.pool import Slots
 from pyramidinfer.models.intake import Intake, Moments
 from pyramidinfer.models.streaming import Streaming
-from pyramidinfer.types import Reduce
+from pyramidinfer.types import Needs, Reduce
 
-__all__ = ["Decoding", "LayerCall", "Segment", "evaluating", "route", "runs_of"]
+__all__ = [
+    "Decoding", "LayerCall", "Segment", "evaluating", "route", "runs_of", "scores_by_chunk",
+]  # fmt: skip
 
 NAME = "pyramidinfer"
 
@@ -39,7 +41,7 @@ class Segment(NamedTuple):
     def rows_out(self, last_only: bool) -> list[int]:
         """Rows of the flat row whose outputs are wanted: all, or the text's last token's."""
         every = range(self.start, self.start + self.size)
-        if not last_only or self.intake.all_rows:
+        if not last_only or self.intake.gives_all:
             return list(every)
         return [every[-1]] if self.size == self.intake.left else []
 
@@ -141,7 +143,7 @@ class LayerCall:
             runs = runs_of(self.pool, table, layer)
         if intake.needs.ahead:
             self._count_in(intake, queries, new, intake.needs.ahead.skip)
-        last_only = self.last_only and not intake.all_rows  # nothing reads the others' outputs
+        last_only = self.last_only and not intake.gives_all  # nothing reads the others' outputs
         summing = self.backend.prefill_scored
         if summing is not None and not last_only and self._sums_up(intake):
             return self._attend_summing(summing, intake, queries, runs, new, scale)
@@ -200,7 +202,8 @@ class LayerCall:
     def _observe(self, intake: Intake, queries: Tensor, q_pos: Tensor, runs: list[Run],
                  scale: Scale) -> None:  # fmt: skip
         """Collect what the policy needs of this layer, and the ring's first row, at its end."""
-        needs, count, ring = intake.needs, queries.shape[0], intake.sequence.table.ring
+        needs, count = intake.needs, queries.shape[0]
+        ring = intake.sequence.table.ring if intake.again is None else None
         is_last = intake.done + count == intake.length
         if needs.column_sums:
             found = ragged.column_sums(self.backend, runs, queries, q_pos, scale)
@@ -208,7 +211,15 @@ class LayerCall:
                 found[:, : intake.columns.shape[1]] += intake.columns
             intake.columns = found
         window, newest = min(needs.window, intake.length), None
-        if window:
+        if window and scores_by_chunk(needs, intake.length):
+            found = ragged.window_scores(
+                self.backend, runs, queries, q_pos, scale, needs.reduce, rows=count
+            ).scores
+            if intake.scores is not None:
+                known = found[:, : intake.scores.shape[1]]
+                torch.maximum(known, intake.scores, out=known)
+            intake.scores = found
+        elif window:
             if intake.queries is None:
                 intake.queries = queries.new_empty(window, *queries.shape[1:])
             begin = max(0, intake.length - window - intake.done)  # first window row in this chunk
@@ -234,6 +245,13 @@ class LayerCall:
             ring.lse[self.layer, :rows] = newest[-rows:]
             if self.layer == intake.sequence.layers.first:
                 ring.begin(intake.positions[-rows:])
+
+
+def scores_by_chunk(needs: Needs, length: int) -> bool:
+    """Whether the window is all of ``length`` tokens and the largest weight counts: nothing need be
+    kept of a chunk's queries then."""
+    flat = needs.reduce.rows == "max" and needs.reduce.newest_weight == 1
+    return flat and needs.window >= length and not needs.remember
 
 
 def runs_of(pool: Pool, table: Table, layer: int, values: bool = True) -> list[Run]:

@@ -8,6 +8,7 @@ from pyramidinfer.policies.fastkv import FastKV
 from pyramidinfer.policies.full import Full
 from pyramidinfer.policies.h2o import H2O
 from pyramidinfer.policies.keydiff import KeyDiff
+from pyramidinfer.policies.kvzip import KVzip
 from pyramidinfer.policies.profile import Profile
 from pyramidinfer.policies.pyramid import Pyramid
 from pyramidinfer.policies.pyramidinfer import PyramidInfer
@@ -28,6 +29,7 @@ __all__ = [
     "FastKV",
     "Forecast",
     "Full",
+    "KVzip",
     "KeyDiff",
     "Policy",
     "Profile",

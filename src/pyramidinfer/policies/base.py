@@ -7,6 +7,7 @@ tensors, never a module, a cache or a model's config.  Everything not overridden
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -18,7 +19,7 @@ from torch.nn import functional as F
 from pyramidinfer.config import is_number
 from pyramidinfer.native.library import Kernels, found_kernels, pointer
 from pyramidinfer.policies.profile import Profile
-from pyramidinfer.types import Keep, Layers, Needs, Observation, State, View
+from pyramidinfer.types import Keep, Layers, Needs, Observation, State, TokenIds, View
 
 __all__ = ["Forecast", "Policy", "best_entries", "check_keep", "keep_best", "pool_neighbours"]
 
@@ -31,13 +32,15 @@ class Forecast(NamedTuple):
     ``reach``: prompt tokens that enter the layer; ``kept``: entries its longest KV head holds from
     the end of its prefill to the end of generation.  ``heads``: the same of every head, ``[layers,
     kv_heads]``, where they differ.  ``total``: entries that a layer's heads hold together, where
-    that is less than their bounds add up to.
+    that is less than their bounds add up to.  ``sum``: the same of all layers, for a policy whose
+    text is read again (``readings``) and cut when that is over.
     """
 
     reach: list[int]
     kept: list[int]
     heads: list[list[int]] | None = None
     total: list[int] | None = None
+    sum: int | None = None
 
     def by_head(self, kv_heads: int) -> np.ndarray:
         """What every head holds at most, ``[layers, kv_heads]``."""
@@ -64,6 +67,11 @@ class Policy:
         none to be had."""
         return self
 
+    def with_tokenizer(self, encode: Callable[[str], TokenIds] | None) -> Policy:
+        """The policy with its sentences as tokens, where it ``wants_tokenizer``; None: the model
+        came without one."""
+        return self
+
     def lowest_keep(self, layers: Layers) -> float:
         """The share that ``keep`` must be above on a model of this depth, for long prompts."""
         return 0.0
@@ -81,8 +89,24 @@ class Policy:
         return Keep(), state
 
     def retain(self, seen: Observation, state: State) -> tuple[Keep, State]:
-        """Which entries stay in the layer's cache after prefill or extend."""
+        """Which entries stay in the layer's cache after prefill or extend; where the text was read
+        again, once all of that is over: layer by layer, with a view whose ``new_len`` is 0."""
         return Keep(), state
+
+    def readings(self, text: Sequence[int], room: int, head: int = 0) -> list[TokenIds]:
+        """What is read behind a text once it is in, while every layer still holds all of it: one
+        after the other, each from the text's end on, and forgotten again.
+
+        ``text``: the new tokens (at admission only their number counts);  ``room``: positions that
+        there are behind it;  ``head``: tokens in front that the tokenizer puts before every text.
+        ``ValueError`` where there are too few positions.
+        """
+        return []
+
+    def reread(self, seen: Observation, state: State) -> State:
+        """The state once a reading is through a layer; ``seen`` holds what its queries gave the
+        entries that were there before."""
+        return state
 
     def evict(self, seen: Observation, state: State) -> tuple[Keep, State]:
         """Which entries stay while decoding."""
@@ -114,13 +138,18 @@ class Policy:
         now on; None where some layer would not be held to less."""
         return None
 
-    def working_bytes(self, prompt_len: int) -> int:
+    def working_bytes(self, prompt_len: int, layers: Layers) -> int:
         """State beyond ``start``'s that is held while a prompt goes through the layers."""
         return 0
 
     @property
     def wants_profile(self) -> bool:
         """Whether the model's head profile is to be handed in (``with_profile``)."""
+        return False
+
+    @property
+    def wants_tokenizer(self) -> bool:
+        """Whether sentences are to be made into tokens (``with_tokenizer``)."""
         return False
 
     @property

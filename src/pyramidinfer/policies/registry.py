@@ -15,6 +15,7 @@ from pyramidinfer.policies.fastkv import FastKV
 from pyramidinfer.policies.full import Full
 from pyramidinfer.policies.h2o import H2O
 from pyramidinfer.policies.keydiff import KeyDiff
+from pyramidinfer.policies.kvzip import KVzip
 from pyramidinfer.policies.pyramid import Pyramid
 from pyramidinfer.policies.pyramidinfer import PyramidInfer
 from pyramidinfer.policies.pyramidkv import PyramidKV
@@ -29,7 +30,7 @@ POLICIES: dict[str, type[Policy]] = {
     policy.name: policy
     for policy in (
         Full, Pyramid, PyramidInfer, Duo, StreamingLLM, H2O, Scissorhands, SnapKV, PyramidKV, TOVA,
-        FastKV, ChunkKV, KeyDiff, ExpectedAttention,
+        FastKV, ChunkKV, KeyDiff, ExpectedAttention, KVzip,
     )
 }  # fmt: skip
 

@@ -85,6 +85,10 @@ class Metrics:
             "pyramidinfer:prefill_tokens_skipped",
             "Prompt tokens dropped between layers, mean over layers",
         ).labels(model)
+        self._reread = self._counter(
+            "pyramidinfer:prefill_tokens_reread",
+            "Tokens computed in reading prompts again, mean over layers",
+        ).labels(model)
         self._evicted = self._counter(
             "pyramidinfer:kv_entries_evicted",
             "Entries that were computed and are not in the cache at a request's end, all layers",
@@ -132,12 +136,14 @@ class Metrics:
         self._prompt_sizes.observe(len(request.prompt))
         self._kept.observe(request.kv.kept_share)
         self._layers.add(request.kv.layer_means, request.kv.full_len)
-        depth, computed = len(request.kv.kept_len), sum(request.computed)
+        depth = len(request.kv.kept_len)
+        computed = sum(request.computed[:depth])
         new = request.kv.seen_len - request.reused
         if request.leads:
             self._prompt.inc(len(request.prompt))
             entered = request.computed[0] if request.computed else 0
             self._skipped.inc(max(0.0, entered - computed / depth))
+            self._reread.inc(sum(request.computed[depth:]) / depth)
         fed = max(0, new - (request.computed[0] if request.computed else 0))
         gone = computed + fed * depth + request.reused_entries - sum(request.kv.layer_means)
         self._evicted.inc(max(0, gone))

@@ -229,11 +229,14 @@ class Reply:
         caches = [each.kv for each in requests if each.kv is not None]
         kept = sum(sum(kv.layer_means) / len(kv.layer_means) for kv in caches)
         full = sum(sum(kv.full_len) / len(kv.full_len) for kv in caches)
-        skipped = sum(
-            each.computed[0] - sum(each.computed) / len(each.computed)
-            for each in leaders
-            if each.computed
-        )
+        depth = len(caches[0].kept_len) if caches else 1
+        entered = [each.computed[:depth] for each in leaders if each.computed]
+        skipped = sum(layers[0] - sum(layers) / len(layers) for layers in entered)
+        reread = sum(sum(each.computed[depth:]) for each in leaders) / depth
+        lowered = [kv.keep_lowered_to for kv in caches if kv.keep_lowered_to is not None]
+        extra: dict[str, Any] = {"kv_keep_lowered_to": min(lowered)} if lowered else {}
+        if reread:
+            extra["prefill_tokens_reread"] = round(reread)
         return {
             "prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new,
             "prompt_tokens_details": {"cached_tokens": sum(each.reused for each in leaders)},

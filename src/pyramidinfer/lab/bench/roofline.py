@@ -12,16 +12,20 @@ __all__ = ["decode_bytes", "prefill_flops", "roofline"]
 
 
 def prefill_flops(adapter: Adapter, computed: list[int]) -> float:
-    """Operations of one prompt's prefill, ``computed[layer]`` tokens having entered each layer.
+    """Operations of one prompt's prefill, ``computed[layer]`` tokens having entered each layer, and
+    behind them those of each time that it was read again.
 
     Products with the layers' matrices, causal attention, and the head for the last token.
     """
     head = sum(each.numel() for each in adapter.head.parameters() if each.ndim == 2)
-    total = 2.0 * float(head)
-    for layer, shape, tokens in zip(_layers(adapter), adapter.shapes, computed, strict=True):
-        matrices = float(sum(each.numel() for each in layer.parameters() if each.ndim == 2))
-        seen = min(tokens, shape.window or tokens)
-        pairs = seen * (seen + 1) / 2 + (tokens - seen) * seen
+    total, layers = 2.0 * float(head), _layers(adapter)
+    for at, tokens in enumerate(computed):
+        shape, before = adapter.shapes[at % len(layers)], 0 if at < len(layers) else computed[0]
+        parameters = layers[at % len(layers)].parameters()
+        matrices = float(sum(each.numel() for each in parameters if each.ndim == 2))
+        window = shape.window or before + tokens
+        alone = max(0, min(tokens, window - before))  # tokens that see all there is
+        pairs = alone * (before + (alone + 1) / 2) + (tokens - alone) * window
         total += 2.0 * tokens * matrices
         total += 2.0 * shape.heads * (shape.key_dim + shape.value_dim) * pairs
     return total

@@ -209,7 +209,7 @@ class Pass(NamedTuple):
 
     seconds : the whole;  arrivals : of each request's tokens, seconds since the start;
     decode_steps : seconds of each step in which every request decoded and no prompt was in
-    progress;  computed : tokens that entered each layer, request by request;
+    progress;  computed : tokens that entered each layer, each time, request by request;
     prefill_bytes, end_bytes : (cache bytes, bytes of a full one), all requests together;
     kept_prefill, kept_end : entries over all layers and requests.
     """

@@ -93,7 +93,7 @@ def figures(passes: list[Pass]) -> dict[str, Any]:
     prompt = sum(each[0] for each in last.computed)
     new = last.output_tokens
     steps = [step for run in passes for step in run.step_seconds()]
-    shares = [sum(each) / (len(each) * each[0]) for each in last.computed]
+    shares = [sum(each) / (len(last.kept_end) * each[0]) for each in last.computed]
     return {
         "seconds": spread([run.seconds for run in passes]),
         "prefill_seconds": spread([run.prefill_seconds for run in passes]),

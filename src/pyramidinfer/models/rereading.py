@@ -1,0 +1,53 @@
+"""A text that is in is read again behind itself, and its cache is cut when that is over.
+
+All layers hold the whole text meanwhile.  A reading goes through them like any further text, but
+what it leaves in a layer is dropped as soon as the policy has seen what its queries looked at.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyramidinfer.cache import Pool
+from pyramidinfer.models.evicting import observe
+from pyramidinfer.models.intake import Intake
+
+__all__ = ["cut", "settle_layer"]
+
+
+def settle_layer(pool: Pool, intake: Intake) -> None:
+    """Tell the policy what a reading gave the entries of a layer, and forget the reading's own."""
+    sequence, needs, layer = intake.sequence, intake.needs, intake.layer
+    table = sequence.table
+    before = table.kept[layer] - intake.length
+    pool.shrink(table, layer, before)
+    lengths = torch.from_numpy(before).to(pool.device)
+    scores, columns = (_fronts(each, lengths) for each in (intake.scores, intake.columns))
+    seen = observe(pool, sequence, intake.view(), needs, scores, columns)
+    table.state = sequence.policy.reread(seen, table.state)
+
+
+def cut(pool: Pool, intake: Intake) -> None:
+    """Once all was read, ask the policy layer by layer what stays."""
+    sequence = intake.sequence
+    table, policy = sequence.table, sequence.policy
+    pool.note_peak(table)
+    for layer in range(sequence.layers.count):
+        view = intake.view(layer)
+        needs = policy.needs(view)
+        if needs.retain:
+            seen = observe(pool, sequence, view, needs, None)
+            keep, table.state = policy.retain(seen, table.state)
+            pool.keep(table, layer, keep)
+        table.state = policy.settled(intake.view(layer))
+
+
+def _fronts(rows: Tensor | None, lengths: Tensor) -> Tensor | None:
+    """Rows ``[heads, n]`` without what is behind the first ``lengths`` of each: ``[heads,
+    longest]``, 0 behind the shorter."""
+    if rows is None:
+        return None
+    rows = rows[:, : int(lengths.max())]
+    there = torch.arange(rows.shape[1], device=rows.device) < lengths[:, None]
+    return torch.where(there, rows, 0)

@@ -1,0 +1,208 @@
+"""KVzip: what a model looks back on when it repeats the text (Kim et al., 2505.23416).
+
+Once a text is in, and every layer still holds all of it, its tokens are read a second time behind
+the question to repeat it.  An entry counts as much as the largest attention weight that any of
+those queries gave it.  One threshold over all layers and heads then tells what stays, so heads
+and layers keep as many entries as they need.  No question of the user's is looked at, so it does
+not matter whether it is known.  It costs a second prefill and more, since all of its queries look
+over the whole text and are scored; that pays where a text is asked about many times.  Texts that
+are added later (``extend``) are read again and cut on their own; what is generated stays.
+
+Deviations: weights are those of the attention that the model computes, over all of the text and
+what was read again, where the official code takes a softmax over a chunk's own entries; so an
+entry's score is the largest over all chunks.  Two line ends stand for the chat template between
+question and repetition, and nothing between the last tokens of a chunk and the next one.  The
+official code reads again in chunks of 2000 and keeps the whole system prompt; as in kvpress it is
+2048 here, and the first ``sinks`` tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from pyramidinfer.config import check_whole, named_options
+from pyramidinfer.policies.base import Forecast, Policy, check_keep
+from pyramidinfer.types import Keep, Layers, Needs, Observation, Reduce, State, TokenIds, View
+
+__all__ = ["AGAIN", "KVzip"]
+
+#: What a model is asked between a text and its repetition, and in front of a chunk of it.
+AGAIN = "\n\nRepeat the previous context exactly.\n\n"
+FROM = "\n\nRepeat the part of the previous context exactly, starting with"
+#: Tokens of the chunk before that follow ``FROM``.
+TAIL = 8
+#: A chunk is no shorter than this, unless asked for.
+FEWEST = 64
+
+
+@named_options
+@dataclass(frozen=True)
+class KVzip(Policy):
+    """The entries that repeating the text needs most, in all layers and heads together.
+
+    keep : entries that stay of a text that is taken in, as a share of all its entries in the
+        governed layers; what is generated comes on top.
+    sinks : first tokens of the whole text that always stay.
+    min_text : a shorter text that is taken in (a question on top of a document) stays whole and is
+        read once.
+    question : token ids between a text and its repetition, or None; ``"auto"`` is KVzip's sentence
+        in the model's tokens (none where it came without a tokenizer).
+    question_from : the same in front of a chunk that is not the first, where the last tokens of the
+        chunk before follow it.
+    chunk_length : most tokens that are read again at once; fewer where the model has no positions
+        left for so many behind the text.
+    """
+
+    name: ClassVar[str] = "kvzip"
+
+    keep: float | None = 0.3
+    sinks: int = 4
+    min_text: int = 128
+    question: tuple[int, ...] | list[int] | str | None = "auto"
+    question_from: tuple[int, ...] | list[int] | str | None = "auto"
+    chunk_length: int = 2048
+
+    def __post_init__(self) -> None:
+        check_keep(self.keep)
+        if self.keep is None:
+            raise ValueError("keep=None: give a share above 0 and at most 1")
+        for name, least in (("sinks", 0), ("min_text", 1), ("chunk_length", 1)):
+            check_whole(name, getattr(self, name), least)
+        for name in ("question", "question_from"):
+            value = getattr(self, name)
+            if value is None or value == "auto":
+                continue
+            ids = value if isinstance(value, list | tuple) and value else [None]
+            if not all(type(token) is int and token >= 0 for token in ids):
+                raise ValueError(f"{name}={value!r} must be token ids, 'auto' or None")
+            object.__setattr__(self, name, tuple(ids))
+
+    @property
+    def wants_tokenizer(self) -> bool:
+        return "auto" in (self.question, self.question_from)
+
+    def with_tokenizer(self, encode: Callable[[str], TokenIds] | None) -> KVzip:
+        texts = {"question": AGAIN, "question_from": FROM}
+        found: dict[str, Any] = {
+            name: None if encode is None else tuple(encode(text))
+            for name, text in texts.items()
+            if getattr(self, name) == "auto"
+        }
+        return replace(self, **found)
+
+    # --- reading again ------------------------------------------------------------------------
+
+    def is_cut(self, length: int) -> bool:
+        """Whether a text of this length is read again and cut."""
+        assert self.keep is not None
+        return self.keep < 1 and length >= self.min_text
+
+    def readings(self, text: Sequence[int], room: int, head: int = 0) -> list[TokenIds]:
+        if not self.is_cut(len(text)):
+            return []
+        text = text[head:]
+        first, later = (
+            [] if isinstance(each, str | None) else list(each)  # unknown without a model
+            for each in (self.question, self.question_from)
+        )
+        if len(text) <= self.chunk_length and len(first) + len(text) <= room:
+            return [[*first, *text]]
+        asked = max(len(first), len(later) + TAIL)
+        size, least = min(self.chunk_length, room - asked), min(self.chunk_length, FEWEST)
+        if size < least:
+            raise ValueError(
+                f"policy {self.name!r} reads a text of {len(text)} tokens again behind itself, "
+                f"which takes {asked + least} positions at least, and this model has {room} left "
+                f"there: shorten the text, or take a policy that reads it once"
+            )
+        return [
+            [*(later if at else first), *text[max(0, at - TAIL) : at], *text[at : at + size]]
+            for at in range(0, len(text), size)
+        ]
+
+    def needs(self, view: View) -> Needs:
+        if view.phase != "reread" or not view.layers.governed[view.layer]:
+            return Needs()
+        return Needs(window=view.new_len, reduce=Reduce("kv_max", "max"), retain=True)
+
+    def reread(self, seen: Observation, state: State) -> State:
+        if seen.scores is None:  # a layer that is left alone
+            return state
+        length, places = seen.view.prompt_len, _places(seen)
+        found = seen.scores.new_zeros(len(seen.scores), length + 1)
+        found.scatter_(1, torch.where(places < 0, length, places), seen.scores)
+        name, scores = f"scores.{seen.view.layer}", found[:, :length].float().cpu()
+        return {**state, name: torch.maximum(state[name], scores) if name in state else scores}
+
+    # --- cutting ------------------------------------------------------------------------------
+
+    def retain(self, seen: Observation, state: State) -> tuple[Keep, State]:
+        if f"scores.{seen.view.layer}" in state:  # the first one asked about
+            state = self._chosen(seen, state)
+        state, places = dict(state), _places(seen)
+        chosen = state.pop(f"stays.{seen.view.layer}").to(places.device)
+        lengths = torch.tensor(seen.view.head_lens, device=places.device)
+        there = torch.arange(places.shape[1], device=places.device) < lengths[:, None]
+        stays = (places < 0) | chosen.gather(1, places.clamp(min=0)) | seen.protected
+        stays &= there
+        counts = stays.sum(1)
+        order = (~stays).to(torch.int8).argsort(dim=1, stable=True)
+        return Keep(order[:, : int(counts.max())], counts.cpu()), state
+
+    def _chosen(self, seen: Observation, state: State) -> State:
+        """Which of the text's entries stay, ``stays.LAYER`` ``[kv_heads, text]``, in the place of
+        all scores.  Of equal scores the first one wins: by layer, head and place."""
+        names = sorted((each for each in state if each.startswith("scores.")), key=_layer_of)
+        scores = torch.stack([state[name] for name in names])
+        forced = self._forced(seen).expand_as(scores)
+        ranked = torch.where(forced, torch.inf, scores)
+        assert self.keep is not None
+        count = max(round(self.keep * ranked.numel()), int(forced.sum()))
+        level = ranked.flatten().topk(count, sorted=False).values.min()
+        stays, equal = ranked > level, (ranked == level).flatten().nonzero()[:, 0]
+        stays.view(-1)[equal[: count - int(stays.sum())]] = True
+        rest = {name: value for name, value in state.items() if name not in names}
+        for name, layer in zip(names, stays, strict=True):
+            rest[f"stays.{_layer_of(name)}"] = layer
+        return rest
+
+    def _forced(self, seen: Observation) -> Tensor:
+        """The text's tokens that stay regardless, ``[text]``."""
+        places, length = _places(seen)[0].cpu(), seen.view.prompt_len
+        forced = torch.arange(seen.view.seen_len - length, seen.view.seen_len) < self.sinks
+        mine = seen.protected[0].cpu() & (places >= 0)
+        forced[places[mine]] = True
+        return forced
+
+    # --- what is promised ---------------------------------------------------------------------
+
+    def forecast(self, prompt_len: int, max_new: int, layers: Layers) -> Forecast:
+        even = super().forecast(prompt_len, max_new, layers)
+        if not self.is_cut(prompt_len):
+            return even
+        assert self.keep is not None
+        cut, whole = sum(layers.governed), layers.count - sum(layers.governed)
+        stays = max(round(self.keep * layers.kv_heads * cut * prompt_len),
+                    min(self.sinks, prompt_len) * layers.kv_heads * cut)  # fmt: skip
+        stays += layers.kv_heads * (whole * prompt_len + layers.count * max_new)
+        return even._replace(sum=stays)
+
+    def working_bytes(self, prompt_len: int, layers: Layers) -> int:
+        """A score and a mark for each entry."""
+        if not self.is_cut(prompt_len):
+            return 0
+        return 5 * prompt_len * layers.kv_heads * sum(layers.governed)
+
+
+def _places(seen: Observation) -> Tensor:
+    """Places in the text that was taken in last; older entries' are negative."""
+    return seen.positions - (seen.view.seen_len - seen.view.prompt_len)
+
+
+def _layer_of(name: str) -> int:
+    return int(name.partition(".")[2])
