@@ -12,7 +12,8 @@ import torch
 
 from pyramidinfer import LLM, SamplingParams
 from pyramidinfer.models.families import FAMILIES
-from pyramidinfer.policies import Pyramid
+from pyramidinfer.models.fingerprint import fingerprint
+from pyramidinfer.policies import Pyramid, make_policy
 from pyramidinfer.policies.by_head import ALL
 from pyramidinfer.policies.profile import Calibrated, Fingerprint, Masks, Profile
 from pyramidinfer.types import Layers
@@ -414,3 +415,25 @@ def test_a_model_without_a_profile_says_what_to_do(
             LLM(tiny_model("llama"), kv_memory="4MiB", **options)
     with pytest.raises(ValueError, match="profile is of 4 layers with 2 KV heads, this model has"):
         LLM(tiny_model("opt"), policy=Pyramid(profile=PROFILE), kv_memory="4MiB")
+
+
+@pytest.mark.parametrize("method", ["pyramid", "duo"])
+def test_a_given_profile_must_be_of_these_weights(method: str, tmp_path: Path) -> None:
+    """At the engine's start and in a request, from a file and as an object."""
+    own = LLM(model("llama"), policy="full", kv_memory="8MiB")
+    found, path = fingerprint(own.engine.adapter), tmp_path / "heads.json"
+    (size, *ways), *rest = found.vectors
+    trained_on = replace(found, vectors=((1.1 * size, *ways), *rest))
+    message = "the profile is of other weights.*pyramidinfer profile MODEL.*or leave profile=FILE"
+    for mark in (trained_on, replace(found, key="other-1"), found):
+        replace(PROFILE, fingerprint=mark).save(path)
+        for profile in (str(path), Profile.load(path)):
+            policy = make_policy(method, 0.4, profile=profile)
+            if mark == found:
+                LLM(model("llama"), policy=policy, kv_memory="8MiB")
+                own.engine.make([1, 2], SamplingParams(), policy=policy)
+                continue
+            with pytest.raises(ValueError, match=message):
+                LLM(model("llama"), policy=policy, kv_memory="8MiB")
+            with pytest.raises(ValueError, match=message):
+                own.engine.make([1, 2], SamplingParams(), policy=policy)

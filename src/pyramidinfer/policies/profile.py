@@ -16,7 +16,8 @@ from typing import Any
 
 from pyramidinfer.config import is_number
 
-__all__ = ["FORMAT", "VERSION", "Calibrated", "Fingerprint", "Masks", "Profile", "load_heads",
+__all__ = ["FORMAT", "VERSION", "Calibrated", "Fingerprint", "Masks", "Profile",
+           "check_target", "load_heads",
            "what_goes"]  # fmt: skip
 
 FORMAT = "pyramidinfer head profile"
@@ -37,7 +38,8 @@ class Fingerprint:
 
     key : the model's kind and a hash of its sizes.  Then for every tensor that was looked at its
     root mean square and how far it points in some fixed directions (1 is what chance gives):
-    vectors : of norms and biases;  tables : of embeddings.
+    vectors : of norms and biases;  tables : of embeddings.  Without either it tells no weights
+    from others: a profile made by hand, for any model of its layers and heads.
     """
 
     key: str
@@ -144,6 +146,18 @@ class Profile:
     def layers(self) -> int:
         return len(self.share)
 
+    def check_model(self, mark: Fingerprint) -> None:
+        """``ValueError`` unless it is of the model with this fingerprint, or of any."""
+        mine = self.fingerprint
+        if (mine.vectors or mine.tables) and not mine.matches(mark):
+            others = (
+                f"{mine.key}, not {mark.key}" if mine.key != mark.key else f"another {mark.key}"
+            )
+            raise ValueError(
+                f"the profile is of other weights ({others}): make this model's own (pyramidinfer "
+                f"profile MODEL --output FILE), or leave profile=FILE out to have it found"
+            )
+
     def ranked(self) -> list[tuple[int, int]]:
         """(layer, head) of every governed head, most needed first; of equals the earlier one."""
         return [place for place in _ranked(self.share) if self.governed[place[0]]]
@@ -164,9 +178,7 @@ class Profile:
 
     def save(self, path: str | Path) -> Path:
         """Write it as JSON, making the folder; the file is there whole or not at all."""
-        path = Path(path)
-        if path.is_dir():
-            raise ValueError(f"{str(path)!r} is a folder; name a file for the profile")
+        path = check_target(path, "the profile")
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         try:
@@ -232,6 +244,19 @@ class Masks:
             raise ValueError(f"masks {str(path)!r} cannot be read: {error.strerror}") from None
         except ValueError as error:
             raise ValueError(f"{str(path)!r} are no masks of DuoAttention's: {error}") from None
+
+
+def check_target(path: str | Path, what: str) -> Path:
+    """The path of a file to be written; ``ValueError`` where it cannot be, before any work."""
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{str(path)!r} is a folder; name a file for {what}")
+    folder = next(each for each in path.absolute().parents if each.exists())
+    if not folder.is_dir():
+        raise ValueError(f"{str(path)!r}: {str(folder)!r} is no folder; name a file for {what}")
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"{str(path)!r}: {str(folder)!r} cannot be written; name another file")
+    return path
 
 
 def load_heads(path: str | Path) -> Profile | Masks:
