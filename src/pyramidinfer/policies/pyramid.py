@@ -43,10 +43,10 @@ SCORES = Reduce("kv_max", "max")
 class Pyramid(ByHead):
     """A budget for every KV head in proportion to its need, filled with what was looked at.
 
-    Once all heads with any need are full, the others share evenly what is left of ``keep``.  At
-    ``keep=1`` every head keeps all that reaches it, and all does unless ``propagate_ratio`` is
-    given.
-
+    keep : mean over the measured heads of a head's entries, as a share of the text; once all heads
+        with any need are full, the others share evenly what is left.  Layers that the profile
+        leaves out keep all they may; heads that keep everything keep what is generated as well.  At
+        1 every head keeps all that reaches it, and all does unless ``propagate_ratio`` is given.
     safeguard : share of the mean budget that no head falls below.
     sharpness : budgets above that go by each head's need to this power; higher gives more to fewer.
     start_layer : the first layer after which tokens may be dropped; None is the calibrated one,
