@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from pyramidinfer.attention import available_backends
 from pyramidinfer.cli import common
 from pyramidinfer.cli.app import app, main
 from pyramidinfer.cli.common import human_bytes, policy_from
+from pyramidinfer.engine.profiling import find_profile
 from pyramidinfer.lab.recall import make_questions
 from pyramidinfer.models.loading import shipped_model
 from pyramidinfer.policies import POLICIES, make_policy
@@ -171,7 +173,10 @@ def test_inspect_is_the_policys_forecast() -> None:
     tight = run("inspect", "--policy", "pyramidinfer", "--keep", "0.09", "--prompt-len", "1000")
     assert "keep=0.09 cannot be reached at this prompt length" in tight.stdout
     short = run("inspect", "--keep", "0.3", "--prompt-len", "300").stdout
-    assert "cannot be reached at this prompt length (min_context=1024: shorter ones" in short
+    assert "texts shorter than min_context=1024 are given what 1024 tokens would be" in short
+    assert "the lowest is" not in short
+    short = run("inspect", "--policy", "pyramidinfer", "--keep", "0.3", "--prompt-len", "50").stdout
+    assert "cannot be reached at this prompt length (min_context=64: shorter ones" in short
     table = run("inspect", "--model", GOLDEN, "--policy", "pyramidinfer", "--keep", "0.45",
                 "--prompt-len", "1000")  # fmt: skip
     assert "mean share of the prompt computed: 0.450" in table.stdout
@@ -216,6 +221,50 @@ def test_inspect_shows_heads_that_are_not_equally_long(
     assert [row["kept"] for row in rows] == forecast.heads
     assert [row["computed"] for row in rows] == forecast.reach
     assert len({kept for row in rows for kept in row["kept"]}) == 3
+
+
+@pytest.mark.parametrize(
+    "options", [["snapkv", "-o", "adaptive=True"], ["pyramidkv", "-o", "adaptive=True"],
+                ["expected_attention"]]
+)  # fmt: skip
+def test_inspect_counts_what_heads_share(
+    options: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A layer's heads hold no more than its budget together, however they share it."""
+    asked = ["inspect", "--policy", *options, "--keep", "0.3", "--prompt-len", "1000"]
+
+    def shown(*more: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["pyramidinfer", *asked, "--max-tokens", "20", *more])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        assert not stopped.value.code
+        return capsys.readouterr().out
+
+    found = json.loads(shown("--json"))
+    rows, heads = found["layers"], len(found["layers"][0]["kept"])
+    mean = sum(row["kept_together"] for row in rows) / len(rows) / heads
+    assert 320 <= mean <= 321.5
+    assert sum(row["bytes"] for row in rows) == found["bytes"]
+    table = shown()
+    assert re.search(r"entries kept after it: 0.30[01]", table), table
+    assert "cannot be reached" not in table and re.search(r"\d+, mean 3\d\d", table)
+
+
+def test_inspect_refuses_a_profile_of_other_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = find_profile(LLM(shipped_model(), policy="full"))
+    assert own is not None
+    mark = own.fingerprint
+    other = replace(own, fingerprint=replace(mark, vectors=(*mark.vectors[:-1], (9.0, 1.0, 1.0))))
+    for profile, code in ((own, 0), (other, 2)):
+        path = profile.save(tmp_path / "heads.json")
+        asked = ["inspect", "--policy", "pyramid", "-o", f"profile={path}"]
+        monkeypatch.setattr(sys, "argv", ["pyramidinfer", *asked])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        assert (stopped.value.code or 0) == code
+    assert "the profile is of other weights" in capsys.readouterr().err
 
 
 def test_inspect_counts_what_is_read_again(

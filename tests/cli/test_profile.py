@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from pyramidinfer.cli.profile import heat_map
 from pyramidinfer.engine import passages, profiling
 from pyramidinfer.engine.english import english
 from pyramidinfer.engine.profiling import find_profile
+from pyramidinfer.lab import heads
 from pyramidinfer.models.loading import shipped_model
 from pyramidinfer.policies.profile import Calibrated, Fingerprint, Profile
 from tests.lab import english_model
@@ -129,6 +131,18 @@ def test_mistakes_are_one_line(words: list[str], message: str, profile: Any) -> 
     code, _, err = profile(*words)
     (line,) = err.strip().splitlines()[-1:]
     assert code == 2 and message in line and line.startswith("error: ")
+
+
+@pytest.mark.parametrize("words", [["--force", "-o", "sub"], ["-o", "sub"], ["--picture", "sub"],
+                                   ["--force", "-o", "file/x.json"]])  # fmt: skip
+def test_where_to_write_is_known_before_anything_is_measured(
+    words: list[str], profile: Any, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("sub").mkdir()
+    Path("file").touch()
+    monkeypatch.setattr(heads, "measure_profile", lambda *a: pytest.fail("it was measured"))
+    code, _, err = profile(model, *words)
+    assert code == 2 and re.search("is (a|no) folder; name a file for the (profile|picture)", err)
 
 
 def test_a_model_without_a_tokenizer(profile: Any, tmp_path: Path) -> None:

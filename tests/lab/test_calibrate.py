@@ -20,13 +20,14 @@ from pyramidinfer.lab.calibrate import FACTS, Measured, Task, calibrate, make_sa
 from pyramidinfer.lab.samples import Corpus, Subject
 from pyramidinfer.models.loading import shipped_model
 from pyramidinfer.policies import Full, Pyramid
-from pyramidinfer.policies.profile import Profile
+from pyramidinfer.policies.profile import Fingerprint, Profile
 from pyramidinfer.types import Layers
 from tests.lab import english_model
 from tests.lab.test_samples import CORPORA, OTHER, SHIPPED, other_tokenizer
+from tests.tiny import tiny_model
 
 DEPTH, OWN = 12, 10  # the shipped model's layers, and its profile's own start
-TASK = Task(Subject(kv_memory="32MiB"), context=200, samples=2, passages=1)
+TASK = Task(Subject(kv_memory="32MiB"), context=300, samples=2, passages=1)
 
 
 def holds(ids: list[int], part: list[int]) -> bool:
@@ -161,7 +162,7 @@ def test_the_earliest_start_is_found(
     wanted = (early, 0.2) if early < OWN else (OWN, 1.0)
     assert (found.start_layer, found.propagate_ratio) == wanted
     assert len(run.plans) == len(set(run.plans)) <= plans(OWN), "nothing is measured twice"
-    assert (found.keep, found.context, found.questions, found.passages) == (0.3, 200, 12, 1)
+    assert (found.keep, found.context, found.questions, found.passages) == (0.3, 300, 12, 1)
 
 
 def test_what_computes_least_wins(
@@ -189,6 +190,20 @@ def test_where_nothing_is_free_the_profiles_own_start_stands(
     assert with_it.limits(2000, layers) == without.limits(2000, layers)
     for layer in range(DEPTH - 1):
         assert with_it.going(layer, 2000, layers) == without.going(layer, 2000, layers)
+
+
+def test_a_start_is_a_layer_that_may_drop_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers with a sliding window drop none, so a plan that starts there is another one's."""
+    llm = LLM(tiny_model("gemma3_text"), policy="full", kv_memory="8MiB")
+    share = tuple((0.5, 0.4) if layer in (2, 5) else (0.0, 0.0) for layer in range(6))
+    profile = Profile(
+        share, (False, False, True) * 2, "a text", (9,), 0.9, 0.2, "x", Fingerprint("k", (), ())
+    )
+    for early, wanted in ((0, (2, 0.2)), (3, (5, 1.0))):
+        run = Synthetic(monkeypatch, {0.2: early})
+        found = calibrate(llm, profile, TASK, progress=False).calibrated
+        assert found is not None and (found.start_layer, found.propagate_ratio) == wanted
+        assert run.plans == [(None, None), (2, 0.2), (2, 0.4)]
 
 
 class Bar:
@@ -332,7 +347,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     monkeypatch.setattr(passages, "LENGTH", 220)
     quick = Task.quick
     monkeypatch.setattr(
-        Task, "quick", lambda self: replace(quick(self), context=200, samples=1, passages=1)
+        Task, "quick", lambda self: replace(quick(self), context=300, samples=1, passages=1)
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "160")
@@ -381,6 +396,17 @@ def test_a_models_own_profile_is_calibrated_and_used_from_then_on(
                           "--json").out)  # fmt: skip
     assert told["rule"].endswith(calibrated)
     assert [row["computed"] for row in told["layers"]] == [1500, 1500, 300, 300]
+
+
+def test_where_to_write_is_known_before_the_model_runs(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lab, "_Runs", lambda *a: pytest.fail("the model ran"))
+    Path("sub").mkdir()
+    Path("file").touch()
+    for name in ("sub", "file/x.json"):
+        code, _, err = run("calibrate", "-o", name)
+        assert code == 2 and "folder; name a file for the profile" in err
 
 
 def test_a_random_model_answers_nothing(run: Run, tmp_path: Path) -> None:

@@ -563,7 +563,7 @@ class Judge:
             for (layer, _), budget in budgets.items() if layer > seen.layer
         )  # fmt: skip
         if going is not None:
-            count = min(count, int(going * max(self.new, rule.min_context)))
+            count = min(count, self._deepest(max(self.new, rule.min_context), rule))
         count = max(count, rule.least, rule.sinks + rule.window + 1)  # the window looks everywhere
         if count >= len(rows):
             return rows
@@ -622,6 +622,16 @@ class Judge:
             start = max(i for i in range(self.depth) if sum(sums[i:]) > 0.1 * sum(sums))
         return start, going
 
+    def _deepest(self, text: float, rule: Rule) -> float:
+        """Tokens that may go deeper: as many as said, or as the mean needs with all before full."""
+        start, going = self._start(rule)
+        keep = 0.5 if self.keep is None else self.keep
+        before, deep = (start + 1) * self.kv_heads, (self.depth - 1 - start) * self.kv_heads
+        going = going or 0.0
+        if deep and keep < 1:
+            going = max(going, (keep * (before + deep) - before) / deep)
+        return max(int(going * text + 1e-6), rule.least, rule.sinks + rule.window + 1)
+
     def _need_budgets(self, text: float, rule: Rule) -> dict[tuple[int, int], int | None]:
         """What every (layer, head) may hold of a text: None is everything, for ever.
 
@@ -636,15 +646,18 @@ class Judge:
         floor, caps = max(rule.least, rule.safeguard * keep * text), dict.fromkeys(share, text)
         start, going = self._start(rule)
         if going is not None:
-            most = max(rule.least, rule.sinks + rule.window + 1, int(going * text))
+            most = min(text, self._deepest(text, rule))
             caps.update({place: most for place in share if place[0] > start})
+        wanted, lows = keep * text * len(share), {each: min(floor, caps[each]) for each in share}
+        most = {each: caps[each] if need[each] else lows[each] for each in share}
+        if sum(most.values()) < wanted:  # the rest is for those without need
+            lows, need = most, {each: float(not need[each]) for each in share}
 
         def at(level: float) -> dict[tuple[int, int], float]:
-            return {each: min(caps[each], max(floor, level * need[each])) for each in share}
+            return {each: max(lows[each], min(caps[each], level * need[each])) for each in share}
 
-        wanted = keep * text * len(share)
         turns = [
-            bound / need[each] for each in share for bound in (floor, caps[each]) if need[each]
+            bound / need[each] for each in share for bound in (lows[each], caps[each]) if need[each]
         ]
         low = max([0.0, *(turn for turn in turns if sum(at(turn).values()) <= wanted)])
         high = min((turn for turn in turns if turn > low), default=low)
@@ -673,4 +686,5 @@ class Rule(NamedTuple):
 
     @property
     def least(self) -> int:
-        return self.sinks + self.recent + 1
+        always = self.sinks + self.recent
+        return always + max(1, min(self.stride, always // 3))

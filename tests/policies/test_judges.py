@@ -36,6 +36,7 @@ ZIPPED = {"min_text": 8, "question": (5, 6, 7), "question_from": (8, 9), "chunk_
 EARLY = {"start_layer": 1, "propagate_ratio": 0.4}
 LATE = replace(NEEDED, share=((0.3, 0.1), (0.2, 0.5), (0.05, 0.4), (0.6, 0.02)))
 KNOWN = replace(NEEDED, calibrated=Calibrated(1, 0.6, 0.5, 1.0, 0.8, 0.01, 900, 20, 2))
+IDLE = replace(NEEDED, share=((0.3, 0.0), (1e-4, 0.5), (0.0, 0.4), (0.0, 0.02)))
 CASES: list[tuple[str, float | None, tuple[int, ...], dict[str, Any]]] = [
     ("streaming_llm", 0.4, (), {}),
     ("streaming_llm", None, SPANS, {"sinks": 2, "window": 17}),
@@ -94,6 +95,10 @@ CASES: list[tuple[str, float | None, tuple[int, ...], dict[str, Any]]] = [
     ("pyramid", 0.3, (), {**SHORT, "min_context": 100}),
     ("pyramid", 0.2, (), {**SHORT, "min_context": 90, "start_layer": 2, "propagate_ratio": 0.3}),
     ("pyramid", 0.5, SPANS, {**SHORT, "start_layer": 1, "propagate_ratio": 0.1, "window": 20}),
+    ("pyramid", 0.8, (), {**SHORT, **EARLY}),
+    ("pyramid", 0.9, SPANS, {**SHORT, "profile": KNOWN}),
+    ("pyramid", 0.7, (), {**SHORT, "profile": IDLE, "sharpness": 8}),
+    ("pyramid", 0.2, (), {**SHORT, "recent": 32, "stride": 5}),
 ]  # fmt: skip
 
 
@@ -198,7 +203,7 @@ def test_method_equals_its_judge(
         ("pyramid", SHORT, {**SHORT, "recent": 6}),
         ("pyramid", SHORT, {**SHORT, "sinks": 3}),
         ("pyramid", SHORT, {**SHORT, "sharpness": 1.5}),
-        ("pyramid", SHORT, {**SHORT, "safeguard": 0.3}),
+        ("pyramid", SHORT, {**SHORT, "safeguard": 0.5}),
         ("pyramid", {**SHORT, **EARLY}, {**SHORT, **EARLY, "start_layer": 0}),
         ("pyramid", {**SHORT, **EARLY}, {**SHORT, **EARLY, "propagate_ratio": 0.5}),
         ("pyramid", SHORT, {**SHORT, "min_context": 100}),

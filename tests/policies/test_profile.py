@@ -79,6 +79,9 @@ class _Odd(tuple):  # type: ignore[type-arg]
         ({"share": [[0.25, "x"], [0.0, 0.0], [0.5, 0.1]]}, "layer 0, head 1 is 'x'"),
         ({"share": [[0.25, True], [0.0, 0.0], [0.5, 0.1]]}, "layer 0, head 1 is True"),
         ({"share": [[0.25, 0.5], [0.0, 0.1], [0.5, 0.1]]}, "layer 1 is not governed"),
+        ({"share": [[0.25, 0.5], [0.0], [0.5, 0.1]]}, "layers of 1 and of 2 heads"),
+        ({"share": [[0.25, 0.5], [0.0, 0.0], [0.5]]}, "layers of 1 and of 2 heads"),
+        ({"share": [[0.0, 0.0]] * 3}, "every head's share is 0"),
         ({"governed": [1, 0, 1]}, "must be true or false"),
         ({"governed": [False] * 3, "share": [[0, 0]] * 3}, "true somewhere"),
         ({"agreement": float("nan")}, "agreement=nan"),
@@ -195,7 +198,8 @@ def test_pyramid_starts_where_it_was_calibrated() -> None:
         "; calibrated: after layer 1 at most 25% of the text goes deeper"
     )  # fmt: skip
     bare = Pyramid(keep=0.3, profile=BARE)
-    assert bare.begin(LAYERS) == 3 and going(bare) == [2000] * 3 and "calibrated" not in bare.rule
+    assert bare.begin(LAYERS) == 3 and going(bare) == [2000] * 3
+    assert bare.rule.endswith("(two texts agree by 0.90); nothing is dropped between layers")
     mine.check(LAYERS)
 
 
@@ -204,14 +208,28 @@ def test_options_go_before_what_was_calibrated() -> None:
     alone = Pyramid(keep=0.3, profile=BARE, start_layer=2)
     assert going(later) == going(alone), "a start of one's own goes without the calibrated ratio"
     assert later.limits(2000, LAYERS) == alone.limits(2000, LAYERS)
-    assert "calibrated" not in later.rule
+    assert later.rule.endswith(
+        "; after layer 2 as much as the fullest deeper head holds goes deeper"
+    )
     wider = Pyramid(keep=0.3, profile=EVEN, propagate_ratio=0.5)
     assert wider.begin(LAYERS) == 1 and max(going(wider)[1:]) > 500
     assert "at most 50% of the text" in wider.rule
     whole = Pyramid(keep=1, profile=EVEN)
-    assert going(whole) == [2000] * 3 and "calibrated" not in whole.rule
+    assert going(whole) == [2000] * 3 and whole.rule.endswith("; everything is kept")
+    full = Pyramid(keep=0.75, profile=EVEN)
+    assert full.rule.endswith("; calibrated: after layer 1 at most 50% of the text goes deeper")
     masks = Pyramid(keep=0.3, profile=Masks(((0.5, 0.25),) * 4))
-    assert masks.begin(LAYERS) == 3 and "calibrated" not in masks.rule
+    assert masks.begin(LAYERS) == 3
+    assert masks.rule == "what each head needs, by given masks; nothing is dropped between layers"
+    assert Pyramid().rule == ""
+
+
+def test_masks_that_tell_no_head_from_another_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "full_attention_heads.tsv"
+    for text in ("0 0\n0 0\n", "-1 0\n0 -2\n"):
+        path.write_text(text)
+        with pytest.raises(ValueError, match="every head's share is 0.*one must be above 0"):
+            Masks.load(path)
 
 
 # --- whose they are -------------------------------------------------------------------------------

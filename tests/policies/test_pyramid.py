@@ -12,9 +12,10 @@ import torch
 
 from pyramidinfer import LLM, SamplingParams
 from pyramidinfer.models.families import FAMILIES
-from pyramidinfer.policies import Pyramid
+from pyramidinfer.models.fingerprint import fingerprint
+from pyramidinfer.policies import Pyramid, make_policy
 from pyramidinfer.policies.by_head import ALL
-from pyramidinfer.policies.profile import Calibrated, Fingerprint, Profile
+from pyramidinfer.policies.profile import Calibrated, Fingerprint, Masks, Profile
 from pyramidinfer.types import Layers
 from tests.engine.build import build
 from tests.tiny import random_prompt, tiny_model
@@ -34,6 +35,15 @@ WAYS: dict[str, dict[str, Any]] = {
     "sharp": {"sharpness": 4.0, "safeguard": 0.1},
     "calibrated": {"profile": replace(PROFILE, calibrated=FOUND)},
 }
+#: Profiles whose levels lie far apart, or that leave some heads nothing.
+APART: dict[str, dict[str, Any]] = {
+    "sharpest": {"sharpness": 8, "profile": replace(PROFILE, share=(*SHARE[:3], (1e-5, 0.0)))},
+    "masks": {"profile": Masks(((0.0, 1.0), (1.0, 0.0), (0.0, 0.0), (0.0, 1.0)))},
+    "measured": {
+        "profile": replace(PROFILE, share=((0.0, 0.9), (1e-4, 0.2), (0.8, 0.3), (0.02, 0.05))),
+        "start_layer": 2, "propagate_ratio": 0.1,
+    },
+}  # fmt: skip
 
 
 @cache
@@ -59,10 +69,11 @@ def lengths(positions: Any) -> list[list[int]]:
 
 @pytest.mark.parametrize("length", [100, 1000, 5000])
 @pytest.mark.parametrize("keep", [0.15, 0.3, 0.5, 0.77, 0.95])
-@pytest.mark.parametrize("way", ["need", "even", "sharp", "start"])
+@pytest.mark.parametrize("way", [*sorted(WAYS), "sharpest", "masks", "measured"])
 def test_keep_is_the_mean_over_heads(way: str, keep: float, length: int) -> None:
     """Whole numbers lose less than an entry a head."""
-    held = [min(n, length) for row in limits(length, keep=keep, **WAYS[way]) for n in row]
+    held = [min(n, length) for row in limits(length, keep=keep, **{**WAYS, **APART}[way])
+            for n in row]  # fmt: skip
     assert keep * length - 1 < sum(held) / 8 <= keep * length + 1e-6
 
 
@@ -97,7 +108,9 @@ def test_need_of_nothing_and_of_little_is_met_where_there_is_room() -> None:
     assert (found[0][0], found[1][0]) == (85, 0.85 * 8000 - 6 * 1000 - 85)
     assert [n for row in found for n in row].count(ALL) == 6
     found = limits(profile=bare, keep=0.9, safeguard=0.1)
-    assert found[0][0] == 90 and [n for row in found for n in row].count(ALL) == 7
+    assert found[0][0] == 200 and [n for row in found for n in row].count(ALL) == 7
+    idle = replace(PROFILE, share=((0.0, 0.9), (0.0, 0.0), (0.8, 0.3), (0.0, 0.0)))
+    assert limits(profile=idle, keep=0.5) == [(200, ALL), (200, 200), (ALL, ALL), (200, 200)]
 
 
 def test_layers_that_were_not_measured_keep_everything() -> None:
@@ -157,6 +170,19 @@ def test_entries_are_dropped_stride_by_stride(keep: float) -> None:
         assert rows.count(budget + 1 - room) == -(-48 // room)
 
 
+@pytest.mark.parametrize("options", [{}, {"recent": 2, "sinks": 0}, {"stride": 3}, {"recent": 64}])
+def test_the_smallest_heads_make_room_as_others_do(options: dict[str, Any]) -> None:
+    """What always stays does not take up the whole budget."""
+    policy = Pyramid(**{"keep": 0.01, "profile": PROFILE, "min_context": 8, **options})
+    llm = LLM(model("llama"), policy=policy, kv_memory="8MiB", page_size=4, poison=True)
+    trace = llm.trace(random_prompt(5, 200), 60)
+    limit = policy.limits(200, LAYERS)[3][0]
+    room = min(policy.stride, max(1, limit // 4))
+    rows = [row[3][0] for row in trace.kept_len_by_step]
+    assert set(rows) == set(range(limit + 1 - room, limit + 1))
+    assert rows.count(limit + 1 - room) == -(-60 // room)
+
+
 # --- what goes deeper -------------------------------------------------------------------------
 
 
@@ -173,8 +199,12 @@ def test_a_start_and_a_share_that_are_given() -> None:
     prompt = random_prompt(1, 200)
     given = {"start_layer": 0, "propagate_ratio": 0.35}
     assert engine(**given).trace(prompt).computed_by_layer[:2] == [200, 70]
-    found = torch.tensor(limits(200, keep=0.6, **given))
+    found = torch.tensor(limits(200, keep=0.5, **given))
     assert found[0].tolist() == [ALL, ALL] and found[1:].max() == 70, "what is left goes before"
+    found = torch.tensor(limits(200, keep=0.6, **given))
+    assert found[1:].max() == 93, "before it all is full, so more goes deeper"
+    trace = engine(keep=0.6, **given).trace(prompt)
+    assert trace.computed_by_layer == [200, 93, 93, 93]
     calibrated = replace(PROFILE, calibrated=FOUND)
     assert engine(profile=calibrated).trace(prompt).computed_by_layer[:2] == [200, 100]
     assert engine(profile=calibrated, **given).trace(prompt).computed_by_layer[:2] == [200, 70]
@@ -205,10 +235,10 @@ def test_a_short_text_gets_what_a_longer_one_would(way: str, length: int) -> Non
 
 
 def test_what_always_stays_sets_the_least() -> None:
-    """Sinks, recent tokens and one entry more, however little is asked for."""
+    """Sinks, recent tokens and room for a few, however little is asked for."""
     trace = engine(keep=0.01, sinks=3, recent=11).trace(random_prompt(1, 200), max_tokens=20)
-    assert lengths(trace.prefill_positions) == [[15, 15]] * 4
-    assert max(max(map(max, row)) for row in trace.kept_len_by_step) == 15
+    assert lengths(trace.prefill_positions) == [[18, 18]] * 4
+    assert max(max(map(max, row)) for row in trace.kept_len_by_step) == 18
     for layer in trace.kept_positions:
         for head in layer:
             assert {0, 1, 2, *range(209, 220)} <= set(head.tolist())
@@ -293,6 +323,21 @@ def test_other_kinds_of_layers(family: str, way: str) -> None:
     llm.engine.check()
 
 
+def test_a_start_is_a_layer_that_scores() -> None:
+    """Nothing is dropped after a layer with a sliding window, so the next one gets all tokens."""
+    layers = Layers((False, True, False, True), 2)
+    share = ((0.0, 0.0), (0.9, 0.2), (0.0, 0.0), (0.3, 0.1))
+    profile = replace(PROFILE, share=share, governed=layers.governed)
+    policy = Pyramid(keep=0.3, profile=profile, start_layer=2, propagate_ratio=0.1)
+    assert policy.begin(layers) == 3
+    assert [policy.going(layer, 2000, layers) for layer in range(3)] == [2000] * 3
+    plain = Pyramid(keep=0.3, profile=profile, start_layer=3)
+    assert policy.limits(2000, layers) == plain.limits(2000, layers)
+    assert Pyramid(profile=profile, start_layer=0).begin(layers) == 1
+    ends = Layers((True, False, False, False), 2)
+    assert Pyramid(profile=profile, start_layer=2).begin(ends) == 4
+
+
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_all_kept_is_the_full_cache(family: str) -> None:
     """To the last bit, whatever else is asked for."""
@@ -370,3 +415,25 @@ def test_a_model_without_a_profile_says_what_to_do(
             LLM(tiny_model("llama"), kv_memory="4MiB", **options)
     with pytest.raises(ValueError, match="profile is of 4 layers with 2 KV heads, this model has"):
         LLM(tiny_model("opt"), policy=Pyramid(profile=PROFILE), kv_memory="4MiB")
+
+
+@pytest.mark.parametrize("method", ["pyramid", "duo"])
+def test_a_given_profile_must_be_of_these_weights(method: str, tmp_path: Path) -> None:
+    """At the engine's start and in a request, from a file and as an object."""
+    own = LLM(model("llama"), policy="full", kv_memory="8MiB")
+    found, path = fingerprint(own.engine.adapter), tmp_path / "heads.json"
+    (size, *ways), *rest = found.vectors
+    trained_on = replace(found, vectors=((1.1 * size, *ways), *rest))
+    message = "the profile is of other weights.*pyramidinfer profile MODEL.*or leave profile=FILE"
+    for mark in (trained_on, replace(found, key="other-1"), found):
+        replace(PROFILE, fingerprint=mark).save(path)
+        for profile in (str(path), Profile.load(path)):
+            policy = make_policy(method, 0.4, profile=profile)
+            if mark == found:
+                LLM(model("llama"), policy=policy, kv_memory="8MiB")
+                own.engine.make([1, 2], SamplingParams(), policy=policy)
+                continue
+            with pytest.raises(ValueError, match=message):
+                LLM(model("llama"), policy=policy, kv_memory="8MiB")
+            with pytest.raises(ValueError, match=message):
+                own.engine.make([1, 2], SamplingParams(), policy=policy)

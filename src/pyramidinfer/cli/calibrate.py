@@ -13,12 +13,15 @@ from pyramidinfer.cli.profile import check_place
 from pyramidinfer.engine.profiling import ensure_profile, look_up, store_profile
 from pyramidinfer.lab.calibrate import Task, calibrate
 from pyramidinfer.policies import Full
+from pyramidinfer.policies.profile import check_target
 
 __all__ = ["run_calibrate"]
 
 
 def run_calibrate(task: Task, output: Path | None, as_json: bool) -> None:
     """Measure, write the model's profile anew, and say what was found."""
+    if output is not None:
+        check_target(output, "the profile")
     llm = task.subject.llm(Full())
     check_place(look_up(llm), output)
     profile, begun = ensure_profile(llm), time.monotonic()

@@ -29,6 +29,7 @@ from pyramidinfer.models.loading import (
     shipped_model,
 )
 from pyramidinfer.policies import Full, Policy
+from pyramidinfer.policies.by_head import ByHead
 from pyramidinfer.policies.profile import Profile
 from pyramidinfer.types import Layers
 
@@ -45,6 +46,11 @@ def run_inspect(model: str | None, chosen: Policy, prompt_len: int, max_tokens: 
     adapter = _adapter_without_weights(model or shipped_model(), dtype)
     if chosen.wants_profile:  # which is known by the weights
         chosen = chosen.with_profile(_profile(model or shipped_model(), dtype))
+    elif isinstance(chosen, ByHead) and isinstance(
+        chosen.profile, Profile
+    ):  # and so is whether a given one is of this model
+        chosen.check(adapter.layers_for(1))
+        LLM(model or shipped_model(), Full(), dtype=dtype, backend="reference").engine.bind(chosen)
     if chosen.wants_tokenizer:
         folder = model_folder(find_model(model or shipped_model()))
         tokenizer = find_tokenizer(folder, "auto")
@@ -76,11 +82,16 @@ def run_inspect(model: str | None, chosen: Policy, prompt_len: int, max_tokens: 
     heads = forecast.by_head(adapter.kv_heads)
     for layer, cap in enumerate(caps):
         kept, full = np.minimum(heads[layer], cap), min(longest, cap)
+        together, pages = int(kept.sum()), int(pool.pages_for(kept).sum())
+        if forecast.total is not None:  # every head may have one page that is not full
+            together = min(together, forecast.total[layer])
+            pages = min(pages, forecast.total[layer] // page + adapter.kv_heads)
         rows.append({
             "layer": layer,
             "computed": forecast.reach[layer],
             "kept": kept.tolist(),
-            "bytes": int(pool.pages_for(kept).sum()) * per_page[layer],
+            "kept_together": together,
+            "bytes": pages * per_page[layer],
             "full_bytes": pool.pages_for(full) * adapter.kv_heads * per_page[layer],
         })  # fmt: skip
     if as_json:
@@ -111,6 +122,8 @@ class _After(NamedTuple):
            ) -> _After:  # fmt: skip
         forecast = policy.forecast(prompt_len, 0, layers)
         held = forecast.by_head(kv_heads).mean(1)
+        if forecast.total is not None:  # what a layer's heads hold together
+            held = np.minimum(held, np.array(forecast.total) / kv_heads)
         if forecast.sum is not None:  # what the governed layers hold together
             rule = np.array(layers.governed)
             held[rule] = (forecast.sum / kv_heads - held[~rule].sum()) / rule.sum()
@@ -131,13 +144,28 @@ def _profile(model: str, dtype: str) -> Profile:
     return found or ensure_profile(LLM(model, Full(), dtype=dtype))
 
 
-def _of_heads(kept: list[int]) -> str:
-    """One number where all heads keep as many, else each head's, or of many the extremes."""
+def _of_heads(kept: list[int], together: int) -> str:
+    """One number where all heads keep as many, else each head's, or of many the extremes; where
+    they share what they hold ``together``, the most of one and the mean."""
+    if together < sum(kept):
+        return f"{max(kept)}, mean {together / len(kept):.0f}"
     if len(set(kept)) == 1:
         return str(kept[0])
     if len(kept) <= 4:
         return " ".join(map(str, kept))
     return f"{min(kept)} to {max(kept)}, mean {sum(kept) / len(kept):.0f}"
+
+
+def _why_more(policy: Policy, keep: float, prompt_len: int, share: float) -> str:
+    """Why a share above ``keep`` is kept."""
+    least = getattr(policy, "min_context", 0)
+    if isinstance(policy, ByHead) and prompt_len < least:
+        return (
+            f"keep={keep} is not reached at this prompt length: texts shorter than min_context="
+            f"{least} are given what {least} tokens would be, here {share:.3f}"
+        )
+    why = f" (min_context={least}: shorter ones are cut less)" if prompt_len < least else ""
+    return f"keep={keep} cannot be reached at this prompt length{why}; the lowest is {share:.3f}"
 
 
 def _print(rows: list[dict[str, Any]], policy: Policy, prompt_len: int, max_tokens: int, again: int,
@@ -157,7 +185,7 @@ def _print(rows: list[dict[str, Any]], policy: Policy, prompt_len: int, max_toke
         share = row["computed"] / prompt_len
         table.add_row(
             str(row["layer"]), str(row["computed"]), "█" * round(20 * share),
-            _of_heads(row["kept"]), human_bytes(row["bytes"]),
+            _of_heads(row["kept"], row["kept_together"]), human_bytes(row["bytes"]),
             f"{row['bytes'] / row['full_bytes']:.0%}",
         )  # fmt: skip
     computed = sum(row["computed"] + again for row in rows) / (len(rows) * prompt_len)
@@ -176,10 +204,7 @@ def _print(rows: list[dict[str, Any]], policy: Policy, prompt_len: int, max_toke
         print(f"{again} of these tokens are read behind the prompt, while all of it is held")
     keep = getattr(policy, "keep", None)
     if keep is not None and after.budget > keep + 0.005 + 1 / prompt_len:
-        least = getattr(policy, "min_context", 0)
-        why = f" (min_context={least}: shorter ones are cut less)" if prompt_len < least else ""
-        print(f"keep={keep} cannot be reached at this prompt length{why}; the lowest is "
-              f"{after.budget:.3f}")  # fmt: skip
+        print(_why_more(policy, keep, prompt_len, after.budget))
     print(f"full cache: {human_bytes(full)}; beside the pages, query rings and state: "
           f"{human_bytes(beside)}; reserved at admission, prompt in progress included: "
           f"{human_bytes(admission)}")  # fmt: skip

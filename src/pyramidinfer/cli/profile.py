@@ -54,7 +54,11 @@ def profile(
     from pyramidinfer.engine.profiling import look_up
     from pyramidinfer.lab.head_pictures import draw_profile
     from pyramidinfer.policies import Full
+    from pyramidinfer.policies.profile import check_target
 
+    for path, what in ((output, "the profile"), (picture, "the picture")):
+        if path is not None:
+            check_target(path, what)
     where = replace(subject(model, text, dtype, device), kv_memory="128MiB")
     llm = where.llm(Full())
     found, anew = look_up(llm), force or text is not None
@@ -70,15 +74,15 @@ def profile(
         seconds = time.monotonic() - begun
         if found is not None:
             made = _with_calibration(made, found.profile)
-        path = store_profile(made) if output is None else made.save(output)
+        lies = store_profile(made) if output is None else made.save(output)
     else:
-        made, path = found
-        path = path if output is None else made.save(output)
+        made, lies = found
+        lies = lies if output is None else made.save(output)
     if picture is not None:
         draw_profile(made, picture)
     if as_json:
         print(json.dumps({
-            "model": where.model, "path": str(path), "seconds": seconds, "profile": made.as_dict(),
+            "model": where.model, "path": str(lies), "seconds": seconds, "profile": made.as_dict(),
         }))  # fmt: skip
         return
     console = Console(highlight=False, soft_wrap=True)
@@ -94,7 +98,7 @@ def profile(
         )
     else:
         console.print(f"calibrated: {made.calibrated.going}")
-    for each in filter(None, (path, picture)):
+    for each in filter(None, (lies, picture)):
         print(each)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -29,10 +30,12 @@ from pyramidinfer.engine.text import added_tokens, encoder_of
 from pyramidinfer.engine.undo import Undo
 from pyramidinfer.models import Adapter, Intake
 from pyramidinfer.models.adapter import Stepped
+from pyramidinfer.models.fingerprint import fingerprint
 from pyramidinfer.models.intake import Batch, Sequence
 from pyramidinfer.native.forks import watch_forks
 from pyramidinfer.policies import Policy
-from pyramidinfer.policies.profile import Profile
+from pyramidinfer.policies.by_head import ByHead
+from pyramidinfer.policies.profile import Fingerprint, Profile
 from pyramidinfer.types import KVUsage, RequestMetrics, RequestOutput, SamplingParams, TokenIds
 
 __all__ = ["Engine"]
@@ -101,11 +104,14 @@ class Engine:
 
         measure : make the profile where there is none yet, which runs the model (seconds, with a
         bar in a terminal).  Without it, or with ``profile=False`` in the config, there may be none
-        to be had, which the policy's ``check`` then tells of.
+        to be had, which the policy's ``check`` then tells of.  ``ValueError`` where a profile is
+        given that is of other weights.
         """
         if policy.wants_tokenizer:
             policy = policy.with_tokenizer(encoder_of(self.tokenizer))
         if not policy.wants_profile:
+            if isinstance(policy, ByHead) and isinstance(policy.profile, Profile):
+                policy.profile.check_model(self._fingerprint)
             return policy
         if self._profile is None:
             from pyramidinfer.engine.profiling import ensure_profile, find_profile
@@ -113,6 +119,10 @@ class Engine:
             find = ensure_profile if measure and self.config.profile else find_profile
             self._profile = find(self)
         return policy.with_profile(self._profile)
+
+    @cached_property
+    def _fingerprint(self) -> Fingerprint:
+        return fingerprint(self.adapter)
 
     def next_id(self) -> int:
         return next(self._ids)

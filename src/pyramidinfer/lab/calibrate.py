@@ -4,8 +4,8 @@ The head profile says what each head needs, and the policy ``pyramid`` drops tok
 only after the last layer with much need.  How much earlier a model bears it is measured here: with
 questions inside the prompt, with questions that come later, and as divergence from what the model
 says of running text.  Of each propagated share the earliest layer that costs nothing is found by
-bisection; what computes least is written into the profile.  The tasks are none of RULER's, and the
-samples are none that a study reports on.
+bisection over the layers without a sliding window; what computes least is written into the profile.
+The tasks are none of RULER's, and the samples are none that a study reports on.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from pyramidinfer.lab.recall import ANSWER, AROUND
 from pyramidinfer.lab.samples import Corpus, Subject
 from pyramidinfer.policies import Full, Pyramid
 from pyramidinfer.policies.profile import Calibrated, Profile
-from pyramidinfer.types import Layers, SamplingParams, Score, TokenIds
+from pyramidinfer.types import SamplingParams, Score, TokenIds
 
 __all__ = ["FACTS", "Measured", "Question", "Sample", "Task", "calibrate", "make_samples", "plans"]
 
@@ -87,7 +87,8 @@ class Measured:
 
 
 def plans(own: int) -> int:
-    """How many plans are measured at most on a model whose profile's own start is layer ``own``."""
+    """How many plans are measured at most where ``own`` layers that may be a start lie before the
+    profile's own."""
     return 1 + len(SHARES) * own.bit_length()
 
 
@@ -95,8 +96,10 @@ def calibrate(llm: LLM, profile: Profile, task: Task, progress: bool | None = No
               tell: Callable[[str], None] = lambda _: None) -> Profile:  # fmt: skip
     """The profile with what was found; ``tell`` hears how long it will take."""
     base = Pyramid(keep=task.keep, profile=replace(profile, calibrated=None), min_context=1)
-    layers = Layers((True,) * llm.engine.adapter.depth, llm.engine.adapter.kv_heads)
-    own = base.begin(layers)
+    layers = llm.engine.adapter.layers_for(task.context + CONTINUATION)
+    begin = base.begin(layers)
+    starts = [layer for layer in range(begin) if layers.governed[layer]]  # others drop nothing
+    own = len(starts)
     most, runs = plans(own), _Runs(llm, task)
     with progress_bar("which layers need all tokens", PARTS * most, progress) as advance:
         begun = time.monotonic()
@@ -110,7 +113,7 @@ def calibrate(llm: LLM, profile: Profile, task: Task, progress: bool | None = No
                 f"questions, so nothing can be calibrated on them: give a higher --keep, or a text "
                 f"that it knows (--text)"
             )
-        best = (whole, own, 1.0)
+        best = (whole, min(begin, layers.count - 1), 1.0)
         for share in SHARES:
             low, high = 0, own  # the earliest free start is in low..high; high stands for none
             for _ in range(own.bit_length()):
@@ -118,11 +121,13 @@ def calibrate(llm: LLM, profile: Profile, task: Task, progress: bool | None = No
                     advance(PARTS)
                     continue
                 middle = (low + high) // 2
-                plan = replace(base, start_layer=middle, propagate_ratio=share)
+                plan = replace(base, start_layer=starts[middle], propagate_ratio=share)
                 found = runs.measure(plan, advance, whole)
                 if found is not None and found.is_free(whole):
                     high = middle
-                    best = min(best, (found, middle, share), key=lambda each: each[0].computed)
+                    best = min(
+                        best, (found, starts[middle], share), key=lambda each: each[0].computed
+                    )
                 else:
                     low = middle + 1
     found, start, share = best

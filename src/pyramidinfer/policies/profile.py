@@ -16,7 +16,9 @@ from typing import Any
 
 from pyramidinfer.config import is_number
 
-__all__ = ["FORMAT", "VERSION", "Calibrated", "Fingerprint", "Masks", "Profile", "load_heads"]
+__all__ = ["FORMAT", "VERSION", "Calibrated", "Fingerprint", "Masks", "Profile",
+           "check_target", "load_heads",
+           "what_goes"]  # fmt: skip
 
 FORMAT = "pyramidinfer head profile"
 #: Raise when a file means something else than before: older ones are then refused.
@@ -24,6 +26,7 @@ VERSION = 1
 #: How far the same weights may lie apart after a conversion: 16 bits for vectors (no format of
 #: quantized weights touches them), four bits a weight for tables.
 VECTORS, TABLES = (0.003, 0.01), (0.03, 0.2)
+NOTHING_TOLD = "every head's share is 0, which tells none from another; one must be above 0"
 AGAIN = "make it again: pyramidinfer profile MODEL --output FILE"
 
 Numbers = tuple[tuple[float, ...], ...]
@@ -35,7 +38,8 @@ class Fingerprint:
 
     key : the model's kind and a hash of its sizes.  Then for every tensor that was looked at its
     root mean square and how far it points in some fixed directions (1 is what chance gives):
-    vectors : of norms and biases;  tables : of embeddings.
+    vectors : of norms and biases;  tables : of embeddings.  Without either it tells no weights
+    from others: a profile made by hand, for any model of its layers and heads.
     """
 
     key: str
@@ -89,12 +93,17 @@ class Calibrated:
     @property
     def going(self) -> str:
         """What goes deeper, in words."""
-        share = (
-            f"at most {self.propagate_ratio:.0%} of the text"
-            if self.propagate_ratio < 1
-            else "as much as the fullest deeper head holds"
-        )
-        return f"after layer {self.start_layer} {share} goes deeper"
+        return what_goes(self.start_layer, self.propagate_ratio)
+
+
+def what_goes(start_layer: int, propagate_ratio: float) -> str:
+    """What goes deeper, in words."""
+    share = (
+        f"at most {propagate_ratio:.0%} of the text"
+        if propagate_ratio < 1
+        else "as much as the fullest deeper head holds"
+    )
+    return f"after layer {start_layer} {share} goes deeper"
 
 
 @dataclass(frozen=True, repr=False)
@@ -137,6 +146,18 @@ class Profile:
     def layers(self) -> int:
         return len(self.share)
 
+    def check_model(self, mark: Fingerprint) -> None:
+        """``ValueError`` unless it is of the model with this fingerprint, or of any."""
+        mine = self.fingerprint
+        if (mine.vectors or mine.tables) and not mine.matches(mark):
+            others = (
+                f"{mine.key}, not {mark.key}" if mine.key != mark.key else f"another {mark.key}"
+            )
+            raise ValueError(
+                f"the profile is of other weights ({others}): make this model's own (pyramidinfer "
+                f"profile MODEL --output FILE), or leave profile=FILE out to have it found"
+            )
+
     def ranked(self) -> list[tuple[int, int]]:
         """(layer, head) of every governed head, most needed first; of equals the earlier one."""
         return [place for place in _ranked(self.share) if self.governed[place[0]]]
@@ -157,9 +178,7 @@ class Profile:
 
     def save(self, path: str | Path) -> Path:
         """Write it as JSON, making the folder; the file is there whole or not at all."""
-        path = Path(path)
-        if path.is_dir():
-            raise ValueError(f"{str(path)!r} is a folder; name a file for the profile")
+        path = check_target(path, "the profile")
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         try:
@@ -205,6 +224,8 @@ class Masks:
             for head, value in enumerate(row):
                 if not (is_number(value) and math.isfinite(value)):
                     raise ValueError(f"layer {layer}, head {head} is {value!r:.60}, no number")
+        if all(value <= 0 for row in self.share for value in row):
+            raise ValueError(NOTHING_TOLD)
 
     def ranked(self) -> list[tuple[int, int]]:
         """As ``Profile.ranked``."""
@@ -223,6 +244,19 @@ class Masks:
             raise ValueError(f"masks {str(path)!r} cannot be read: {error.strerror}") from None
         except ValueError as error:
             raise ValueError(f"{str(path)!r} are no masks of DuoAttention's: {error}") from None
+
+
+def check_target(path: str | Path, what: str) -> Path:
+    """The path of a file to be written; ``ValueError`` where it cannot be, before any work."""
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{str(path)!r} is a folder; name a file for {what}")
+    folder = next(each for each in path.absolute().parents if each.exists())
+    if not folder.is_dir():
+        raise ValueError(f"{str(path)!r}: {str(folder)!r} is no folder; name a file for {what}")
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"{str(path)!r}: {str(folder)!r} cannot be written; name another file")
+    return path
 
 
 def load_heads(path: str | Path) -> Profile | Masks:
@@ -276,6 +310,9 @@ def _wrong(profile: Profile) -> str | None:
     """What is wrong with it, in words."""
     if not profile.share or not all(profile.share):
         return f"share={profile.share!r:.60} must have a layer, and every layer a head"
+    if len({len(row) for row in profile.share}) != 1:
+        sizes = sorted({len(row) for row in profile.share})
+        return f"share has layers of {sizes[0]} and of {sizes[-1]} heads, all must have as many"
     if len(profile.governed) != len(profile.share):
         return f"governed has {len(profile.governed)} layers, share has {len(profile.share)}"
     if not all(isinstance(each, bool) for each in profile.governed) or not any(profile.governed):
@@ -286,6 +323,8 @@ def _wrong(profile: Profile) -> str | None:
                 return f"share of layer {layer}, head {head} is {value!r:.60}, not within 0 and 1"
             if value and not profile.governed[layer]:
                 return f"layer {layer} is not governed, but head {head} has the share {value!r:.60}"
+    if not any(map(any, profile.share)):
+        return f"share: {NOTHING_TOLD}"
     if not (is_number(profile.kept) and 0 < profile.kept < 1):
         return f"kept={profile.kept!r:.60} must lie between 0 and 1"
     if not (is_number(profile.agreement) and -1 <= profile.agreement <= 1):

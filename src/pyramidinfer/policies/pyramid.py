@@ -4,21 +4,22 @@ Two facts are known of an entry when a prompt is in.  What its KV head is *for*,
 the ``Profile``, measured once a model, says which heads look far back at all.  And how much the
 prompt's last queries *looked* at it.  Neither does alone: looks miss what is asked for later, and a
 fixed split of heads spends on all of a text what a question needs a few spans of.  So every head
-gets a budget in proportion to its need, and fills it with the spans that were looked at most; the
-heads with most need keep everything, and are not scored at all.
+gets a budget in proportion to its need, and fills it with the spans that were looked at most; heads
+whose budget reaches the text keep everything, what is generated too.
 
 A token's score is the largest weight that any of the last ``window`` queries of the KV head's group
 gave it or one of its neighbours: a wide pool (``kernel``), since an answer is a span of tokens and
 the words that are looked at stand beside it.  After the layer that the profile says is the last
 with much need, only as many tokens go deeper as the fullest deeper head holds: the best of all
-heads' scores.  Pooled window scores are SnapKV's (2404.14469), unequal heads are Ada-KV's
-(2407.11550) and DuoAttention's (2410.10819), dropping between layers is PyramidInfer's
-(2405.12532).
+heads' scores, so a head there may miss some that it would have kept.  Pooled window scores are
+SnapKV's (2404.14469), unequal heads are Ada-KV's (2407.11550) and DuoAttention's (2410.10819),
+dropping between layers is PyramidInfer's (2405.12532).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
@@ -26,7 +27,7 @@ from torch import Tensor
 from pyramidinfer.config import check_share, check_whole, is_number, named_options
 from pyramidinfer.policies.base import best_entries, keep_best, pool_neighbours
 from pyramidinfer.policies.by_head import ALL, ByHead, Limits
-from pyramidinfer.policies.profile import Calibrated
+from pyramidinfer.policies.profile import Calibrated, what_goes
 from pyramidinfer.policies.snapkv import check_kernel
 from pyramidinfer.types import Best, Keep, Layers, Needs, Observation, Reduce, State, View
 
@@ -42,14 +43,18 @@ SCORES = Reduce("kv_max", "max")
 class Pyramid(ByHead):
     """A budget for every KV head in proportion to its need, filled with what was looked at.
 
-    At ``keep=1`` nothing is dropped, unless ``propagate_ratio`` says so.
-
+    keep : mean over the measured heads of a head's entries, as a share of the text; once all heads
+        with any need are full, the others share evenly what is left.  Layers that the profile
+        leaves out keep all they may; heads that keep everything keep what is generated as well.  At
+        1 every head keeps all that reaches it, and all does unless ``propagate_ratio`` is given.
     safeguard : share of the mean budget that no head falls below.
     sharpness : budgets above that go by each head's need to this power; higher gives more to fewer.
     start_layer : the first layer after which tokens may be dropped; None is the calibrated one,
-        else the last layer with much need, so that no head misses what it would keep.
-    propagate_ratio : share of the text that goes deeper; None is the calibrated one, else as much
-        as the fullest deeper head holds.
+        else the last layer with much need.  Where it has a sliding window that the text outgrows,
+        the next layer that has none.
+    propagate_ratio : share of the text that goes deeper, at most; it rises as far as ``keep``
+        needs with all heads before full.  None is the calibrated one, unless ``start_layer`` is
+        given; else as much as the fullest deeper head holds.
     window : newest queries that score.
     kernel : neighbours over which scores are max-pooled (odd; 1 is off).
     """
@@ -88,38 +93,29 @@ class Pyramid(ByHead):
 
     @property
     def window_size(self) -> int:
-        """The fewest entries a head is held to."""
-        return self.sinks + self.recent + 1
+        """The fewest entries a head is held to: what always stays, and room for an eviction to free
+        ``stride`` entries, or a quarter."""
+        always = self.sinks + self.recent
+        return always + max(1, min(self.stride, always // 3))
 
     @property
     def least_going(self) -> int:
         """The fewest tokens that go deeper: the queries that score are the same in every layer."""
-        return self.sinks + max(self.recent, self.window) + 1
+        return max(self.window_size, self.sinks + self.window + 1)
 
     def deal(self, text_len: int, layers: Layers) -> Limits:
         heads, keep = self.heads, self.keep
         assert keep is not None
         limits = [[ALL] * layers.kv_heads for _ in layers.governed]
         places = [place for place in heads.ranked() if layers.governed[place[0]]]
-        if keep == 1:
+        if keep == 1 or not places:
             return tuple(map(tuple, limits))
-        caps = {layer: self._cap(layer, text_len, layers) for layer, _ in places}
-        weights = {(i, j): heads.share[i][j] ** self.sharpness for i, j in places}
+        caps = [self._cap(layer, text_len, layers) for layer, _ in places]
+        top = max(heads.share[layer][head] for layer, head in places) or 1.0
+        weights = [(heads.share[layer][head] / top) ** self.sharpness for layer, head in places]
         floor = max(self.window_size, self.safeguard * keep * text_len)
-
-        def dealt(level: float) -> dict[tuple[int, int], float]:
-            return {
-                place: min(caps[place[0]], max(floor, level * weight))
-                for place, weight in weights.items()
-            }
-
-        low, high, wanted = 0.0, 1.0, keep * text_len * len(places)
-        while sum(dealt(high).values()) < wanted and high < 1e12:
-            high *= 2
-        for _ in range(60):
-            middle = (low + high) / 2
-            low, high = (low, middle) if sum(dealt(middle).values()) > wanted else (middle, high)
-        for (layer, head), size in dealt(low).items():
+        sizes = _fill(weights, floor, caps, keep * text_len * len(places))
+        for (layer, head), size in zip(places, sizes, strict=True):
             entries = int(size + 1e-6)  # sums of floats may fall short of a whole number
             limits[layer][head] = ALL if entries >= text_len else entries
         return tuple(map(tuple, limits))
@@ -131,7 +127,12 @@ class Pyramid(ByHead):
         return getattr(self.profile, "calibrated", None)
 
     def begin(self, layers: Layers) -> int:
-        """The first layer after which tokens may be dropped."""
+        """The first layer after which tokens may be dropped, by the scores of that layer: the first
+        without a sliding window from the wanted one on; past the last layer where there is none."""
+        wanted = self._wanted(layers)
+        return next((i for i in range(wanted, layers.count) if layers.governed[i]), layers.count)
+
+    def _wanted(self, layers: Layers) -> int:
         if self.start_layer is not None:
             return self.start_layer
         if self._calibrated is not None:
@@ -143,14 +144,26 @@ class Pyramid(ByHead):
             layer -= 1
         return layer
 
-    def _cap(self, layer: int, text_len: int, layers: Layers) -> int:
-        """Tokens of a text that can reach a layer, where that is said."""
+    def _ratio(self, layers: Layers) -> float | None:
+        """The share of a text that goes deeper, where that is said: it rises as far as ``keep``
+        needs with all heads before full."""
         ratio = self.propagate_ratio
         if ratio is None and self._calibrated is not None:
             ratio = self._calibrated.propagate_ratio
+        if ratio is None or self.keep in (None, 1):
+            return ratio
+        begin = self.begin(layers)
+        measured = [layer for layer, _ in self.heads.ranked() if layers.governed[layer]]
+        deep = sum(layer > begin for layer in measured)
+        missing = self.keep * len(measured) - (len(measured) - deep)
+        return max(ratio, missing / deep) if deep else ratio
+
+    def _cap(self, layer: int, text_len: int, layers: Layers) -> int:
+        """Tokens of a text that can reach a layer, where that is said."""
+        ratio = self._ratio(layers)
         if ratio is None or layer <= self.begin(layers):
             return text_len
-        return max(self.least_going, int(ratio * text_len))
+        return min(text_len, max(self.least_going, int(ratio * text_len + 1e-6)))
 
     def going(self, layer: int, text_len: int, layers: Layers) -> int:
         if layer < self.begin(layers) or not layers.governed[layer]:
@@ -161,12 +174,18 @@ class Pyramid(ByHead):
 
     @property
     def rule(self) -> str:
-        found = self._calibrated
-        if found is None:
-            return super().rule
-        if self.propagate_ratio is not None:
-            found = replace(found, propagate_ratio=self.propagate_ratio)
-        return f"{super().rule}; calibrated: {found.going}"
+        if not (base := super().rule):
+            return ""
+        share = self.heads.share
+        measured = getattr(self.profile, "governed", (True,) * len(share))
+        layers = Layers(measured, len(share[0]))
+        ratio, begin = self._ratio(layers), self.begin(layers)
+        if self.keep == 1 and ratio is None:
+            return f"{base}; everything is kept"
+        if begin >= layers.count - 1:
+            return f"{base}; nothing is dropped between layers"
+        source = "" if self._calibrated is None else "calibrated: "
+        return f"{base}; {source}{what_goes(begin, 1.0 if ratio is None else ratio)}"
 
     def least(self, limit: int) -> int:
         return limit + 1 - min(self.stride, max(1, limit // 4))
@@ -211,3 +230,30 @@ class Pyramid(ByHead):
 
     def _pooled(self, scores: Tensor, seen: Observation) -> Tensor:
         return pool_neighbours(scores, seen.positions, self.kernel, "max")
+
+
+def _fill(weights: Sequence[float], floor: float, caps: Sequence[float], wanted: float
+          ) -> list[float]:  # fmt: skip
+    """Sizes in proportion to weights, from the floor up to each one's cap, that sum to ``wanted``.
+
+    Those of weight 0 share evenly what is left over once all others are full.
+    """
+    lows: list[float] = [min(cap, floor) for cap in caps]
+    most = [cap if weight else low for weight, low, cap in zip(weights, lows, caps, strict=True)]
+    if sum(most) < wanted:
+        lows, weights = most, [0.0 if weight else 1.0 for weight in weights]
+
+    def sizes(level: float) -> list[float]:
+        return [
+            max(low, min(cap, level * weight)) if weight else low
+            for weight, low, cap in zip(weights, lows, caps, strict=True)
+        ]
+
+    low, high = 0.0, 1.0
+    enough = max(caps) / min((weight for weight in weights if weight), default=1.0)
+    while sum(sizes(high)) < wanted and high < enough:
+        low, high = high, 2 * high
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (low, middle) if sum(sizes(middle)) > wanted else (middle, high)
+    return sizes(low)
