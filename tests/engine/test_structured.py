@@ -25,6 +25,28 @@ def llm() -> LLM:
     return tiny_llm()
 
 
+def chained(links: int) -> dict[str, str]:
+    """A schema in which every object holds the next one."""
+    schemas: dict[str, Any] = {
+        f"r{i}": {"items": {"$ref": f"#/$defs/r{i + 1}"}} for i in range(links)
+    }
+    schemas[f"r{links}"] = {"type": "integer"}
+    return {"json": json.dumps({"$defs": schemas, "$ref": "#/$defs/r0"})}
+
+
+#: Small ones that end the process that reads them, or keep it busy for ever.
+HOSTILE = {
+    "schema": chained(1400),
+    "rules": {"grammar": "\n".join(["start: r0", *(f"r{i}: r{i + 1}" for i in range(5000)),
+                                    'r5000: "a"'])},
+    "terms": {"grammar": "\n".join(["start: R0", *(f"R{i}: R{i + 1}" for i in range(5000)),
+                                    'R5000: "a"'])},
+    "patterns": {"json": json.dumps({"type": "string", "allOf": [
+        {"pattern": f"^.*a.{{{i}}}b.*$"} for i in range(40)]})},
+    "both": {"grammar": "start: A\nA: " + " & ".join(f"/(.*a.{{{i}}}b.*)/" for i in range(40))},
+}  # fmt: skip
+
+
 def texts(llm: LLM, form: dict[str, Any], **options: Any) -> list[str]:
     """Of answers that came to an end, at least one."""
     options = {"max_tokens": 60, "temperature": 1.0, **options}
@@ -72,12 +94,33 @@ def test_json(llm: LLM) -> None:
         ({"grammar": "start: ("}, "the grammar cannot be followed"),
         ({"grammar": "root ::= nothing"}, "the grammar cannot be followed: .*nothing"),
         ({"json": "nonsense"}, "the JSON schema cannot be followed"),
+        ({"regex": "(?=a)b"}, "cannot be followed: look-around, .* is not supported"),
+        ({"regex": "(" * 5000}, "the regular expression cannot be followed: .{1,200}$"),
+        ({"regex": r"[^\s\S]"}, "the regular expression cannot be followed: no answer matches it"),
+        ({"regex": "\ud800"}, "surrogates not allowed"),
+        ({"choice": ["\ud800"]}, "surrogates not allowed"),
+        ({"json_object": "yes"}, "json_object='yes' is no bool"),
     ],
 )  # fmt: skip
 def test_forms_that_cannot_be(llm: LLM, form: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message) as error:
         texts(llm, form)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("form", HOSTILE.values(), ids=HOSTILE)
+def test_forms_that_would_end_or_hang_the_process(llm: LLM, form: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="it is nested too deeply, or too much work; make it si"):
+        texts(llm, form)
+
+
+def test_large_forms_that_are_well(llm: LLM) -> None:
+    properties = {f"name{i}": {"type": "string", "pattern": "^[a-z]{1,9}$"} for i in range(300)}
+    wide = {"json": {"properties": properties, "required": ["name7"]}}
+    for form in (chained(60), wide, {"choice": [f"{i}" for i in range(9000)]},
+                 {"regex": "|".join(f"{i}[ab]{{1,3}}" for i in range(3000))}):  # fmt: skip
+        params = SamplingParams(max_tokens=3, structured_outputs=StructuredOutputsParams(**form))
+        assert llm.generate("Who ?", params)[0].finish_reason in ("stop", "length")
 
 
 def test_a_form_needs_a_tokenizer() -> None:
