@@ -28,6 +28,8 @@ from pyramidinfer.types import AttentionShape, Keep, Layers, Observation, View
 
 __all__ = ["Adapter", "Stepped"]
 
+READ = 64  # logits of a prompt that are held at a time
+
 
 class Stepped(NamedTuple):
     """Logits ``[decode + finished works, vocab]`` in the batch's order, and the decode rows."""
@@ -299,7 +301,11 @@ class Adapter:
         intake.hidden = None
         if policy.streams:
             self.streaming.close_gaps(pool, sequence)
-        return hidden if intake.all_rows else hidden[-1:]
+        if intake.reader is None:
+            return hidden if intake.all_rows else hidden[-1:]
+        for start in range(0, len(hidden), READ):
+            intake.reader(self._logits(hidden[start : start + READ]))
+        return hidden[-1:]
 
     def _view(self, intake: Intake) -> View:
         sequence, layer = intake.sequence, intake.layer

@@ -34,7 +34,8 @@ class ServerSettings:
     max_n : choices of one request (prompts times ``n``).
     max_stop : stop strings, and stop token ids, of one request.
     max_schema_bytes : of a ``response_format`` or ``structured_outputs``.
-    prompt_logprob_bytes : of the logits that ``echo`` with ``logprobs`` needs at once.
+    prompt_logprob_bytes : of the logits that are worked out for ``prompt_logprobs``, or ``echo``
+        with ``logprobs``, in one step.
     policies : names a request may ask for besides the server's own; None is every one that the
         pool can hold.
     min_keep, max_keep : bounds of a request's ``compression.keep``.
