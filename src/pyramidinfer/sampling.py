@@ -42,6 +42,13 @@ class StructuredOutputsParams:
                 raise ValueError(f"structured_outputs: {name}={value!r:.60} must be a text")
         if (self.choice is not None and not texts) or not all(isinstance(t, str) for t in texts):
             raise ValueError(f"structured_outputs: choice={choice!r:.60} must be a list of texts")
+        if self.json_object not in (None, True, False):
+            raise ValueError(f"structured_outputs: json_object={self.json_object!r:.60} is no bool")
+        for text in filter(None, (schema, self.regex, self.grammar, *texts)):
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise ValueError(f"structured_outputs: {text!r:.60}: {error}") from None
         object.__setattr__(self, "json", schema)
         object.__setattr__(self, "choice", tuple(texts) or None)
 

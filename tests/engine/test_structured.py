@@ -25,6 +25,28 @@ def llm() -> LLM:
     return tiny_llm()
 
 
+def chained(links: int) -> dict[str, str]:
+    """A schema in which every object holds the next one."""
+    schemas: dict[str, Any] = {
+        f"r{i}": {"items": {"$ref": f"#/$defs/r{i + 1}"}} for i in range(links)
+    }
+    schemas[f"r{links}"] = {"type": "integer"}
+    return {"json": json.dumps({"$defs": schemas, "$ref": "#/$defs/r0"})}
+
+
+#: Small ones that end the process that reads them, or keep it busy for ever.
+HOSTILE = {
+    "schema": chained(1400),
+    "rules": {"grammar": "\n".join(["start: r0", *(f"r{i}: r{i + 1}" for i in range(5000)),
+                                    'r5000: "a"'])},
+    "terms": {"grammar": "\n".join(["start: R0", *(f"R{i}: R{i + 1}" for i in range(5000)),
+                                    'R5000: "a"'])},
+    "patterns": {"json": json.dumps({"type": "string", "allOf": [
+        {"pattern": f"^.*a.{{{i}}}b.*$"} for i in range(40)]})},
+    "both": {"grammar": "start: A\nA: " + " & ".join(f"/(.*a.{{{i}}}b.*)/" for i in range(40))},
+}  # fmt: skip
+
+
 def texts(llm: LLM, form: dict[str, Any], **options: Any) -> list[str]:
     """Of answers that came to an end, at least one."""
     options = {"max_tokens": 60, "temperature": 1.0, **options}
@@ -72,12 +94,33 @@ def test_json(llm: LLM) -> None:
         ({"grammar": "start: ("}, "the grammar cannot be followed"),
         ({"grammar": "root ::= nothing"}, "the grammar cannot be followed: .*nothing"),
         ({"json": "nonsense"}, "the JSON schema cannot be followed"),
+        ({"regex": "(?=a)b"}, "cannot be followed: look-around, .* is not supported"),
+        ({"regex": "(" * 5000}, "the regular expression cannot be followed: .{1,200}$"),
+        ({"regex": r"[^\s\S]"}, "the regular expression cannot be followed: no answer matches it"),
+        ({"regex": "\ud800"}, "surrogates not allowed"),
+        ({"choice": ["\ud800"]}, "surrogates not allowed"),
+        ({"json_object": "yes"}, "json_object='yes' is no bool"),
     ],
 )  # fmt: skip
 def test_forms_that_cannot_be(llm: LLM, form: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message) as error:
         texts(llm, form)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("form", HOSTILE.values(), ids=HOSTILE)
+def test_forms_that_would_end_or_hang_the_process(llm: LLM, form: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="it is nested too deeply, or too much work; make it si"):
+        texts(llm, form)
+
+
+def test_large_forms_that_are_well(llm: LLM) -> None:
+    properties = {f"name{i}": {"type": "string", "pattern": "^[a-z]{1,9}$"} for i in range(300)}
+    wide = {"json": {"properties": properties, "required": ["name7"]}}
+    for form in (chained(60), wide, {"choice": [f"{i}" for i in range(9000)]},
+                 {"regex": "|".join(f"{i}[ab]{{1,3}}" for i in range(3000))}):  # fmt: skip
+        params = SamplingParams(max_tokens=3, structured_outputs=StructuredOutputsParams(**form))
+        assert llm.generate("Who ?", params)[0].finish_reason in ("stop", "length")
 
 
 def test_a_form_needs_a_tokenizer() -> None:
@@ -157,6 +200,22 @@ def test_prompt_logprobs(policy: str) -> None:
             assert row.sort(descending=True).indices[each.rank - 1] == prompt[index]
     assert VOCAB >= max(each.rank for each in outs[0].prompt_logprobs or [] if each) > 4
     assert llm.generate([[5]], SamplingParams(max_tokens=1))[0].prompt_logprobs is None
+
+
+def test_prompt_logprobs_take_no_memory_by_the_length_of_the_prompt() -> None:
+    """Logits are read a few at a time."""
+    llm = LLM(tiny_model("llama", vocab_size=4000), "full", kv_memory="4MiB")
+    prompt = random_prompt(3, 400)
+    most, logits = [0], llm.engine.adapter._logits
+
+    def counted(hidden: torch.Tensor) -> torch.Tensor:
+        most[0] = max(most[0], len(hidden))
+        return logits(hidden)
+
+    llm.engine.adapter._logits = counted  # type: ignore[method-assign]
+    assert len(prompt) * 4000 * 4 > llm.engine.pool.budget, "as many logits would not fit"
+    out = llm.generate([prompt], SamplingParams(max_tokens=2, prompt_logprobs=0))[0]
+    assert len(out.prompt_logprobs or []) == 400 and most[0] <= 64
 
 
 def test_prompt_logprobs_that_do_not_exist() -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 import openai
 import pytest
 
-from tests.server.live import Live
+from tests.server.live import Live, serving, tiny_llm
+from tests.server.test_limits import error_of
 from tests.server.test_openai_client import chat, complete
 
 
@@ -26,6 +29,17 @@ def test_too_long_a_text_has_the_code_that_clients_know(client: openai.OpenAI, p
         with pytest.raises(openai.BadRequestError, match=begins + message) as error:
             chat(client, "baker " * words, **options)
         assert (error.value.code, error.value.param) == ("context_length_exceeded", "messages")
+
+
+def test_so_has_one_that_memory_cannot_hold() -> None:
+    """Once it is shorter, it can."""
+    with serving(tiny_llm(kv_memory="300KiB"), default_max_tokens=8) as live:
+        for ask, param in ((live.complete, "prompt"), (live.chat, "messages")):
+            error = error_of(ask("Who ?" * 300))
+            assert (error["code"], error["param"]) == ("context_length_exceeded", param)
+            assert re.match(r"This model's maximum context length is \d+ tokens\. However, a prompt"
+                            r" of \d+ tokens .* kv_memory", error["message"])  # fmt: skip
+            assert ask("Who ?").status_code == 200
 
 
 @pytest.mark.parametrize("options", [{"top_p": 0}, {"temperature": 1e-8}, {"temperature": 1e-5}])

@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.engine.test_structured import HOSTILE
 from tests.server.live import END, MODEL, STORY, Live, serving, tiny_llm
 from tests.server.test_limits import CHAT, COMPLETIONS, USER, error_of
 
@@ -85,6 +86,18 @@ def test_wrong_bodies(tiny: Live, body: dict[str, Any], message: str, param: str
     for path, asked in ((COMPLETIONS, {"prompt": "x"}), (CHAT, {"messages": USER})):
         error = error_of(tiny.http.post(path, json={**asked, **body}))
         assert message in error["message"] and error["param"] == param
+
+
+@pytest.mark.parametrize("form", HOSTILE.values(), ids=HOSTILE)
+def test_forms_that_would_end_or_hang_the_server(tiny: Live, form: dict[str, Any]) -> None:
+    error = error_of(tiny.chat("x", structured_outputs=form))
+    assert "nested too deeply, or too much work" in error["message"]
+    assert error["param"] == "structured_outputs"
+    if "json" in form:  # the same by OpenAI's name
+        schema = {"name": "x", "schema": json.loads(form["json"])}
+        wanted = {"response_format": {"type": "json_schema", "json_schema": schema}}
+        assert "too much work" in error_of(tiny.chat("x", **wanted))["message"]
+    assert tiny.chat("x", max_tokens=1).status_code == 200
 
 
 def test_one_form_only(tiny: Live) -> None:

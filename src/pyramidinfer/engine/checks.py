@@ -27,7 +27,7 @@ __all__ = [
 
 
 class ContextLengthError(ValueError):
-    """More tokens than the model has positions for."""
+    """More tokens than the model has positions, or the pool memory, for."""
 
 
 def check_plan(adapter: Adapter, policy: Policy, config: EngineConfig, device: torch.device,

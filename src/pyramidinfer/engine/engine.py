@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from pyramidinfer.engine.pressure import Pressure
 from pyramidinfer.engine.readings import is_long, readings_for
 from pyramidinfer.engine.request import Request, Scoring
 from pyramidinfer.engine.reuse import Conversations
-from pyramidinfer.engine.sampler import prepare, prompt_logprobs, sample
+from pyramidinfer.engine.sampler import prepare, read_prompt, sample
 from pyramidinfer.engine.scheduler import Plan, Scheduler
 from pyramidinfer.engine.text import added_tokens, encoder_of
 from pyramidinfer.engine.undo import Undo
@@ -321,10 +321,13 @@ class Engine:
         extra = int(sequence.protected.sum()) - scored
         reach = [min(len(new), count + extra) for count in forecast.reach]
         tokens = torch.tensor(new, device=device)
-        every = request.prompt_top is not None and not request.output
+        reader = None
+        if request.prompt_top is not None and not request.output:
+            request.prompt_logprobs, reader = [], partial(read_prompt, request)
         request.intake = Intake(
-            sequence, tokens, table.seen_len, reach, every, readings=readings_for(self, request)
-        )
+            sequence, tokens, table.seen_len, reach, reader is not None, reader,
+            readings=readings_for(self, request),
+        )  # fmt: skip
 
     def _batch(self, plan: Plan) -> Batch:
         running = [each.sequence for each in plan.decode if each.sequence is not None]
@@ -353,10 +356,6 @@ class Engine:
                 if self._score_on(request, request.scoring):
                     ended.append(request)
                 continue
-            if request.prompt_top is not None and request.intake and request.intake.all_rows:
-                request.prompt_logprobs = prompt_logprobs(
-                    stepped.logits[row:following], request.prompt, request.prompt_top
-                )
             last = following - 1
             samples = self._split(request) if request.intake is not None else []
             for each in (request, *samples):

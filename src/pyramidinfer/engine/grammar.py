@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from pyramidinfer.engine.trial import survives
 from pyramidinfer.types import StructuredOutputsParams
 
 if TYPE_CHECKING:
@@ -97,6 +99,8 @@ class Grammars:
         from llguidance import LLMatcher
 
         what, grammar = _read(wanted)
+        if wanted.choice is None and not wanted.json_object:  # those are ours
+            _try(what, grammar)
         matcher = LLMatcher(tables, grammar, log_level=0)
         if matcher.is_error():
             raise _error(what, matcher.get_error())
@@ -131,6 +135,22 @@ def _read(wanted: StructuredOutputsParams) -> tuple[str, str]:
     return "grammar", LLMatcher.grammar_from_lark(text)
 
 
+def _try(what: str, grammar: str) -> None:
+    """``GrammarError`` for one that would end this process, or keep it busy for ever."""
+    import llguidance
+
+    try:
+        if survives(grammar, str(Path(llguidance.__file__).parents[1])):
+            return
+    except OSError as error:
+        raise _error(what, f"no process to try it in could be started ({error})") from None
+    raise _error(what, "it is nested too deeply, or too much work; make it simpler")
+
+
 def _error(what: str, reason: object) -> GrammarError:
+    """In one line: of several the one that says why."""
     lines = str(reason).splitlines() or [""]
-    return GrammarError(f"the {what} cannot be followed: {lines[0]}")
+    why = next((line for line in lines if line.startswith("error: ")), lines[0])
+    if why.startswith("NoExtension"):
+        why = "no answer matches it"
+    return GrammarError(f"the {what} cannot be followed: {why.removeprefix('error: '):.200}")

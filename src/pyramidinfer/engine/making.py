@@ -78,10 +78,6 @@ def make_request(engine: Engine, prompt: TokenIds, params: SamplingParams, polic
         )
     if params.prompt_logprobs is not None:
         check_prompt_logprobs(policy, on is not None)
-        logits = len(prompt) * adapter.vocab_size * adapter.dtype.itemsize  # while it prefills
-        cost, likely = (
-            each._replace(bytes=each.bytes + logits) for each in (cost, likely)
-        )  # fmt: skip
     engine.ledger.check_fits(cost, len(prompt), max_new, samples)
     ids = engine.added_tokens
     stops = {*params.stop_token_ids, *(ids[text] for text in params.stop if text in ids)}

@@ -13,6 +13,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from pyramidinfer.cache import Pool, Table
+from pyramidinfer.engine.checks import ContextLengthError
 from pyramidinfer.engine.readings import readings
 from pyramidinfer.models import Adapter
 from pyramidinfer.models.routing import scores_by_chunk
@@ -204,11 +205,11 @@ class Ledger:
         return cost.bytes <= self.pool.budget and bool((cost.pages <= self.have).all())
 
     def check_fits(self, cost: Cost, prompt: int, max_new: int, samples: int = 1) -> None:
-        """``ValueError`` for a request that could never be let in."""
+        """``ContextLengthError`` for a request that could never be let in."""
         have = self.pool.budget
         if not self.ever_fits(cost):
             each = f" in each of {samples} answers" if samples > 1 else ""
-            raise ValueError(
+            raise ContextLengthError(
                 f"a prompt of {prompt} tokens with {max_new} generated ones{each} needs up to "
                 f"{cost.bytes} bytes ({cost.bytes / 2**20:.1f} MiB) of kv_memory; the pool has "
                 f"{have} ({have / 2**20:.1f} MiB): raise kv_memory, lower keep or max_tokens, or "

@@ -131,4 +131,5 @@ class Request:
     @property
     def rows(self) -> int:
         """Logits that this request gets when a pass through the model is over."""
-        return len(self.intake.tokens) if self.intake and self.intake.all_rows else 1
+        intake = self.intake
+        return len(intake.tokens) if intake and intake.all_rows and not intake.reader else 1

@@ -19,7 +19,7 @@ from transformers import (
 from pyramidinfer.engine.request import Request
 from pyramidinfer.types import Logprob, TokenIds, accumulate_dtype
 
-__all__ = ["Constraint", "prepare", "prompt_logprobs", "sample"]
+__all__ = ["Constraint", "prepare", "read_prompt", "sample"]
 
 
 class Constraint(Protocol):
@@ -132,13 +132,13 @@ def sample(logits: Tensor, request: Request, likeliest: int) -> tuple[int, Logpr
     return token, _logprobs(logits[None], [token], request.params.logprobs)[0]
 
 
-def prompt_logprobs(logits: Tensor, prompt: TokenIds, top: int) -> list[Logprob]:
-    """Log-probabilities of every prompt token but the first, from logits ``[prompt, vocab]``."""
-    found: list[Logprob] = []
-    for start in range(0, len(prompt) - 1, 256):  # wide copies of a part at a time
-        tokens = prompt[start + 1 : start + 257]
-        found += _logprobs(logits[start : start + len(tokens)], tokens, top)
-    return found
+def read_prompt(request: Request, logits: Tensor) -> None:
+    """Take the logits ``[n, vocab]`` of a prompt's next n tokens: what they say of those that
+    follow in the prompt."""
+    done = len(request.prompt_logprobs)
+    tokens = request.prompt[done + 1 : done + 1 + len(logits)]
+    if tokens:
+        request.prompt_logprobs += _logprobs(logits[: len(tokens)], tokens, request.prompt_top or 0)
 
 
 def _choose(scores: Tensor, request: Request) -> int:

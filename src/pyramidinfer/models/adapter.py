@@ -29,6 +29,8 @@ from pyramidinfer.types import AttentionShape, Keep, Layers, Observation
 
 __all__ = ["Adapter", "Stepped"]
 
+READ = 64  # logits of a prompt that are held at a time
+
 
 class Stepped(NamedTuple):
     """Logits ``[decode + finished works, vocab]`` in the batch's order, and the decode rows."""
@@ -315,7 +317,11 @@ class Adapter:
         pool.note_beside(table)
         if sequence.policy.streams:
             self.streaming.close_gaps(pool, sequence)
-        return answer
+        if intake.reader is None or answer is None:
+            return answer
+        for start in range(0, len(answer), READ):
+            intake.reader(self._logits(answer[start : start + READ]))
+        return answer[-1:]
 
     def _settle_layer(self, pool: Pool, intake: Intake) -> Tensor | None:
         """What stays of a layer that the whole text is through; rows that go deeper (None: all)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -82,6 +83,8 @@ class Intake:
     tokens : ``[new]`` ids;  ``reach``: at most so many of them enter each layer;
     positions : ``[n]`` of the tokens that entered the current ``layer``;
     hidden : ``[n, hidden]`` its input (None at layer 0: embedded chunk by chunk);
+    reader : is given the logits of every new token, ``[part, vocab]`` in order, once they are in
+    (then the last one's alone are the pass's);
     out : ``[n, hidden]`` its output so far;  ``done`` of the n tokens have been through it.
     readings : what is still to be read behind the text once it is in (``Policy.readings``), and
     ``again`` what is being read;  ``answer`` waits meanwhile: outputs that the head will read.
@@ -92,6 +95,7 @@ class Intake:
     first: int
     reach: list[int]
     all_rows: bool = False  # logits of every new token are wanted, not the last one's alone
+    reader: Callable[[Tensor], None] | None = None
     layer: int = 0
     done: int = 0
     positions: Tensor = field(init=False)

@@ -287,7 +287,7 @@ class Jobs:
         if needed > self.settings.prompt_logprob_bytes:
             raise ApiError(
                 400, f"{what} of {size} prompt tokens needs {needed} bytes of logits; this server "
-                f"allows {self.settings.prompt_logprob_bytes}", param=param,
+                f"allows {self.settings.prompt_logprob_bytes}: shorten the prompt", param=param,
             )  # fmt: skip
         return top
 

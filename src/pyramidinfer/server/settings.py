@@ -42,7 +42,8 @@ class ServerSettings:
     max_n : choices of one request (prompts times ``n``).
     max_stop : stop strings, and stop token ids, of one request.
     max_schema_bytes : of a ``response_format`` or ``structured_outputs``.
-    prompt_logprob_bytes : of the logits that ``echo`` with ``logprobs`` needs at once.
+    prompt_logprob_bytes : of the logits that are worked out for ``prompt_logprobs``, or ``echo``
+        with ``logprobs``, in one step.
     chat_template_kwargs : names and values for the chat template, for requests that do not give
         those names.
     policies : names a request may ask for besides the server's own; None is every one that the

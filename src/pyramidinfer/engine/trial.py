@@ -1,0 +1,63 @@
+"""A grammar is read in a process of its own first: there are small ones that end the process that
+reads them (nested too deeply), or keep it busy for ever.
+
+Run as a script, which imports nothing of this package.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from contextlib import suppress
+from functools import lru_cache
+
+__all__ = ["survives"]
+
+SECONDS = 3  # of a CPU's time
+MEMORY = 2**30
+STACK = 2**20  # less than any thread of ours has
+PATIENCE = 120.0  # seconds, on a machine that is busy with other things
+
+
+@lru_cache(64)
+def survives(grammar: str, library: str) -> bool:
+    """Whether reading a grammar comes to an end, well or with an error, within these bounds.
+
+    ``library``: the folder that llguidance is in.  ``OSError`` where no process can be started.
+    """
+    command = [sys.executable, "-I", "-S", __file__, library]
+    with suppress(subprocess.TimeoutExpired):
+        return not subprocess.run(
+            command, input=grammar.encode(), capture_output=True, timeout=PATIENCE
+        ).returncode
+    return False
+
+
+def _read(grammar: str, ended: threading.Event) -> None:
+    from llguidance import LLMatcher, LLTokenizer
+
+    matcher = LLMatcher(LLTokenizer("byte"), grammar, log_level=0)
+    if not matcher.is_error():
+        matcher.compute_bitmask()
+    ended.set()
+
+
+def _main() -> int:
+    import resource
+
+    for bound, most in ((resource.RLIMIT_CPU, SECONDS), (resource.RLIMIT_AS, MEMORY),
+                        (resource.RLIMIT_CORE, 0)):  # fmt: skip
+        with suppress(OSError, ValueError):  # not every system has every one
+            resource.setrlimit(bound, (most, most))
+    threading.stack_size(STACK)
+    ended = threading.Event()
+    thread = threading.Thread(target=_read, args=(sys.stdin.buffer.read().decode(), ended))
+    thread.start()
+    thread.join()
+    return not ended.is_set()
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, sys.argv[1])
+    sys.exit(_main())
