@@ -333,7 +333,11 @@ def test_a_start_is_a_layer_that_scores() -> None:
     assert [policy.going(layer, 2000, layers) for layer in range(3)] == [2000] * 3
     plain = Pyramid(keep=0.3, profile=profile, start_layer=3)
     assert policy.limits(2000, layers) == plain.limits(2000, layers)
-    assert Pyramid(profile=profile, start_layer=0).begin(layers) == 1
+    first = Pyramid(profile=profile, start_layer=0)
+    assert first.begin(layers) == 1 and first.going(1, 2000, layers) == 2000
+    assert first.rule.endswith("; nothing is dropped between layers"), "a window needs its tokens"
+    early = replace(first, keep=0.3, propagate_ratio=0.25)
+    assert early.rule.endswith("; after layer 1 at most 25% of the text goes deeper")
     ends = Layers((True, False, False, False), 2)
     assert Pyramid(profile=profile, start_layer=2).begin(ends) == 4
 

@@ -178,7 +178,9 @@ class Profile:
 
     def save(self, path: str | Path) -> Path:
         """Write it as JSON, making the folder; the file is there whole or not at all."""
-        path = check_target(path, "the profile")
+        path = Path(path)
+        if path.is_dir():
+            raise ValueError(f"{str(path)!r} is a folder; name a file for the profile")
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         try:

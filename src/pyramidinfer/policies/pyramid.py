@@ -182,10 +182,11 @@ class Pyramid(ByHead):
         ratio, begin = self._ratio(layers), self.begin(layers)
         if self.keep == 1 and ratio is None:
             return f"{base}; everything is kept"
-        if begin >= layers.count - 1:
+        share_said = 1.0 if ratio is None else ratio
+        if begin >= layers.count - 1 or (share_said >= 1 and not all(measured[begin + 1 :])):
             return f"{base}; nothing is dropped between layers"
         source = "" if self._calibrated is None else "calibrated: "
-        return f"{base}; {source}{what_goes(begin, 1.0 if ratio is None else ratio)}"
+        return f"{base}; {source}{what_goes(begin, share_said)}"
 
     def least(self, limit: int) -> int:
         return limit + 1 - min(self.stride, max(1, limit // 4))
