@@ -98,7 +98,12 @@ class Grammars:
         tables = self._tables
         from llguidance import LLMatcher
 
-        what, grammar = _read(wanted)
+        try:
+            what, grammar = _read(wanted)
+        except GrammarError:
+            raise
+        except ValueError as error:  # a schema that is none, as the library says it
+            raise _error("JSON schema", error) from None
         if wanted.choice is None and not wanted.json_object:  # those are ours
             _try(what, grammar)
         matcher = LLMatcher(tables, grammar, log_level=0)
