@@ -340,3 +340,21 @@ def test_training_mode_that_comes_later() -> None:
     model.train()
     assert llm.generate([prompt], SamplingParams(max_tokens=NEW))[0].token_ids == expected
     assert model.training
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"sliding_window": 128}, "sliding_window=128 has no effect"),
+        ({"rope_theta": 5.0, "rope_parameters": {"rope_type": "default", "rope_theta": 7.0}},
+         "rope_theta=5.0 has no effect beside rope_parameters"),
+    ],
+)  # fmt: skip
+def test_keys_without_effect(tmp_path: Path, changes: dict[str, Any], named: str) -> None:
+    folder = tmp_path / "model"
+    tiny_model("llama", torch.float32).save_pretrained(folder)
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({**config, **changes}))
+    with pytest.raises(ValueError, match=named):
+        LLM(str(folder), "full", kv_memory="4MiB")

@@ -13,8 +13,6 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
-from pyramidinfer.config import check_choice
-
 if TYPE_CHECKING:  # torch takes seconds, and --help needs none of it
     from pyramidinfer.engine import LLM
     from pyramidinfer.policies import Policy
@@ -93,6 +91,7 @@ def said(**options: Any) -> dict[str, Any]:
 
 def check_asked(asked: Mapping[str, Any], generation_config: str) -> None:
     """``ValueError`` for options of sampling that cannot be, before anything is loaded."""
+    from pyramidinfer.config import check_choice
     from pyramidinfer.types import SamplingParams
 
     SamplingParams(**asked)

@@ -12,7 +12,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from pyramidinfer.config import DTYPES, nearest
-from pyramidinfer.models.families import find_family
+from pyramidinfer.models.families import Family, find_family
 from pyramidinfer.models.folder import read_json
 
 __all__ = ["read_config"]
@@ -72,7 +72,23 @@ def read_config(folder: Path) -> Any:
     find_family(config)
     _check_sizes({key: getattr(config, key, 1) for key in SIZES}, file)
     _check_parts(config, file)
+    _check_effect(raw, config, file)
     return config
+
+
+def _check_effect(raw: dict[str, Any], config: Any, file: Path) -> None:
+    """Refuse keys that say what the model is not."""
+    theta = (raw.get("rope_parameters") or {}).get("rope_theta")
+    if None not in (theta, raw.get("rope_theta")) and theta != raw["rope_theta"]:
+        raise ValueError(
+            f"{str(file)!r}: rope_theta={raw['rope_theta']!r} has no effect beside "
+            f"rope_parameters, which says {theta!r}: leave one of them out"
+        )
+    if raw.get("sliding_window") and find_family(config).window is Family.window:
+        raise ValueError(
+            f"{str(file)!r}: sliding_window={raw['sliding_window']!r} has no effect, as models of "
+            f"type {config.model_type!r} have no window; leave it out"
+        )
 
 
 def _chooses_implementation(key: str) -> bool:

@@ -227,6 +227,12 @@ class Message(Strict):
     refusal: str | None = None
     tool_call_id: str | None = None
 
+    @model_validator(mode="after")
+    def says_or_is_said(self) -> Message:
+        if self.role != "assistant" and not self.content and self.content != "":
+            raise ValueError(f"a message of the role {self.role} needs content: a text, or parts")
+        return self
+
     @property
     def text(self) -> str:
         if isinstance(self.content, list):

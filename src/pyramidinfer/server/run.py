@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import math
 import os
@@ -12,6 +13,7 @@ import socket
 import sys
 import time
 from asyncio import TimerHandle
+from collections.abc import Callable
 from typing import Any
 
 import uvicorn
@@ -29,7 +31,9 @@ log = logging.getLogger(__name__)
 #: Seconds a client may take to send the head of a request.
 HEAD_TIMEOUT = 30.0
 #: Connections that the system accepts before we have seen them.
-BACKLOG = 64
+BACKLOG = 16
+#: File descriptors that are left for connections that are on their way in or out, and all else.
+SPARE = 8 * BACKLOG
 #: The most connections where file descriptors set no limit.
 MOST_CONNECTIONS = 10_000
 #: Seconds between two lines about too many connections.
@@ -92,7 +96,7 @@ def connections_left() -> int:
         used = len(os.listdir("/proc/self/fd"))
     except OSError:
         used = 64
-    return max(1, min(MOST_CONNECTIONS, soft - used - 2 * BACKLOG))
+    return max(1, min(MOST_CONNECTIONS, soft - used - SPARE))
 
 
 class Patient(H11Protocol):
@@ -206,6 +210,7 @@ def serve(llm: LLM, settings: ServerSettings, line: socket.socket) -> None:
 
 async def _serve(server: _Server, service: Service, line: socket.socket) -> None:
     loop, stopping = asyncio.get_running_loop(), asyncio.Event()
+    loop.set_exception_handler(_told_now_and_then())
 
     def stop() -> None:
         if stopping.is_set():  # the second time
@@ -228,6 +233,22 @@ async def _serve(server: _Server, service: Service, line: socket.socket) -> None
     for each in (waiting, dying):
         each.cancel()
     await listening
+
+
+def _told_now_and_then() -> Callable[[asyncio.AbstractEventLoop, dict[str, Any]], None]:
+    """An event loop's handler of exceptions that says once a minute that no file can be opened."""
+    told = -LOG_EVERY
+
+    def handle(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        nonlocal told
+        error = context.get("exception")
+        if not (isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)):
+            loop.default_exception_handler(context)
+        elif time.monotonic() - told >= LOG_EVERY:
+            told = time.monotonic()
+            log.warning("no connection can be accepted: too many open files (ulimit -n)")
+
+    return handle
 
 
 async def _death(service: Service) -> None:

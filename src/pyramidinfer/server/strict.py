@@ -16,13 +16,17 @@ __all__ = ["StrictRoute", "parse_json"]
 
 
 #: Objects and lists that a body may hold, texts and names, and all values; names of one object.
-MOST_CONTAINERS, MOST_TEXTS, MOST_VALUES, MOST_NAMES = 20_000, 100_000, 1_000_000, 4096
+MOST_CONTAINERS, MOST_TEXTS, MOST_VALUES, MOST_NAMES = 10_000, 100_000, 1_000_000, 4096
 #: Bytes from which on a body is large: such bodies are read one at a time, so that others get their
 #: turn in between.
 LARGE = 64 * 2**10
 
 #: A string, or the beginning of one that does not end; never goes back over what it has read.
 STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
+
+
+class TooManyNames(ValueError):
+    """An object that is valid JSON, and too large."""
 
 
 class _StrictRequest(Request):
@@ -86,6 +90,8 @@ def _parse(body: bytes) -> Any:
         found = parse_json(body.decode())
     except UnicodeDecodeError:
         raise HTTPException(400, "the body is not UTF-8") from None
+    except TooManyNames as error:
+        raise HTTPException(400, str(error)) from None
     except ValueError as error:
         raise HTTPException(400, f"the body is {error}") from None
     if b"\\u" in body:
@@ -106,9 +112,7 @@ def _refuse_constant(name: str) -> NoReturn:
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(pairs) > MOST_NAMES:
-        raise ValueError(
-            f"an object has {len(pairs)} names; this server takes {MOST_NAMES} at most"
-        )
+        raise TooManyNames(f"an object has {len(pairs)} names; {MOST_NAMES} are read at most")
     found: dict[str, Any] = {}
     for name, value in pairs:
         if name in found:
