@@ -101,7 +101,7 @@ def test_bodies_of_too_many_parts(live: Live, kind: str, path: str) -> None:
     assert answer.status_code == 400
     message = answer.json()["error"]["message"]
     said = {"cut short": "not valid JSON", "texts": "texts and names; this server takes 100000",
-            "parts": "takes", "names": "an object has 4097 names; 4096 are read at most"}  # fmt: skip
+            "parts": "takes", "names": "an object has 4097 names; 4096 are read"}  # fmt: skip
     assert said.get(kind, "objects and lists; this server takes 10000 at most") in message
 
 

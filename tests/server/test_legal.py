@@ -53,3 +53,13 @@ def test_a_blank_prompt_is_one(tiny: Live) -> None:
     for text in (" ", "\n"):
         assert tiny.complete(text).json()["usage"]["prompt_tokens"] == 1
         assert tiny.chat(text).json()["usage"]["completion_tokens"]
+
+
+@pytest.mark.parametrize("content", [None, []])
+@pytest.mark.parametrize("role", ["user", "system", "developer", "tool"])
+def test_a_message_says_something(live: Live, role: str, content: Any) -> None:
+    """Only an assistant may have said nothing."""
+    body = {"messages": [{"role": role, "content": content}, {"role": "user", "content": "a"}]}
+    answer = live.http.post("/v1/chat/completions", json=body)
+    assert answer.status_code == 400
+    assert f"a message of the role {role} needs content" in answer.json()["error"]["message"]

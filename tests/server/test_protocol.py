@@ -52,13 +52,3 @@ def test_every_kind_of_prompt_is_taken(prompt: Any) -> None:
 def test_other_prompts_are_not(prompt: Any) -> None:
     with pytest.raises(ValidationError):
         CompletionRequest(prompt=prompt)
-
-
-@pytest.mark.parametrize("content", [None, []])
-@pytest.mark.parametrize("role", ["user", "system", "developer", "tool"])
-def test_a_message_says_something(live: Live, role: str, content: Any) -> None:
-    """Only an assistant may have said nothing."""
-    body = {"messages": [{"role": role, "content": content}, {"role": "user", "content": "a"}]}
-    answer = live.http.post("/v1/chat/completions", json=body)
-    assert answer.status_code == 400
-    assert f"a message of the role {role} needs content" in answer.json()["error"]["message"]

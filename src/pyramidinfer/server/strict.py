@@ -81,6 +81,8 @@ def parse_json(text: str) -> Any:
         raise ValueError(f"not valid JSON: {error.msg} at character {error.pos}") from None
     except RecursionError:
         raise ValueError("nested too deeply") from None
+    except TooManyNames:
+        raise
     except ValueError as error:  # a number of thousands of digits, or one of ours
         raise ValueError(f"not valid JSON: {error}") from None
 
