@@ -57,7 +57,7 @@ def test_a_blank_prompt_is_one(tiny: Live) -> None:
 
 @pytest.mark.parametrize("content", [None, []])
 @pytest.mark.parametrize("role", ["user", "system", "developer", "tool"])
-def test_a_message_says_something(live: Live, role: str, content: Any) -> None:
+def test_a_message_says_something(live: Live, role: str, content: object) -> None:
     """Only an assistant may have said nothing."""
     body = {"messages": [{"role": role, "content": content}, {"role": "user", "content": "a"}]}
     answer = live.http.post("/v1/chat/completions", json=body)
