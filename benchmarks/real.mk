@@ -39,6 +39,8 @@ numbers-trials: $(VENV)/.installed
 # Heads with lengths of their own: `duo` on the tasks that the full cache can do, and on one needle.
 CAN_DO := niah_single_1,niah_single_2,niah_single_3,niah_multikey_1,niah_multivalue,niah_multiquery,fwe
 DUO := full $(foreach k,.3 .2 .5 .12,pyramid:keep=$(k)) duo:keep=.2,spare=.1 duo:keep=.3,spare=.1 duo:keep=.5,spare=.1 snapkv:keep=.3
+LATER := full $(foreach k,.3 .2 .1,kvzip:keep=$(k)) $(foreach k,.3 .2,expected_attention:keep=$(k)) \
+	keydiff:keep=.3 chunkkv:keep=.3 pyramid:keep=.2
 CHATS := full pyramid:keep=.5 pyramid:keep=.3 duo:keep=.5,spare=0 duo:keep=.3,spare=0 duo:keep=.5,spare=.1 duo:keep=.3,spare=.1
 
 numbers-heads: $(VENV)/.installed
@@ -50,6 +52,9 @@ numbers-heads: $(VENV)/.installed
 		$(foreach k,.5 .3 .2 .12,duo:keep=$(k),spare=.1)"
 	$(REAL_STUDY) ruler --model smollm2 --tasks niah_single_3,niah_multivalue,niah_multiquery --protocols after \
 		--lengths 2000 $(REAL_RUN) --json $(RESULTS)/heads_spare.json --policies "full duo:keep=.5,spare=0 duo:keep=.3,spare=0"
+	$(REAL_STUDY) ruler --model smollm2 --tasks $(CAN_DO) --protocols after --lengths 1000 $(REAL_RUN) \
+		--json $(RESULTS)/later_ruler.json --policies "$(LATER)"
+	mv $(RESULTS)/later_ruler*.png docs/images/
 	$(REAL_STUDY) turns --model smollm2 --policies "$(CHATS)" $(REAL_RUN) --json $(RESULTS)/heads_turns.json
 	rm -f $(RESULTS)/heads_needle*.png $(RESULTS)/heads_spare*.png
 	mv $(RESULTS)/heads_*.png docs/images/

@@ -296,3 +296,16 @@ def test_a_child_forked_after_loading() -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "2"}
     done = subprocess.run([sys.executable, "-c", FORK], timeout=120, env=environment, check=False)
     assert done.returncode == 0
+
+
+@pytest.mark.parametrize("parts", [False, True])
+def test_a_chat_of_more_parts_than_tokens(live: Live, parts: bool) -> None:
+    """Each is a token at least, so it need not be rendered to be too long."""
+    count = live.engine.adapter.max_positions + 1
+    one = [{"type": "text", "text": ""}] * count if parts else ""
+    message = {"role": "user", "content": one}
+    answer = live.http.post(
+        "/v1/chat/completions", json={"messages": [message] * (1 if parts else count)}
+    )
+    assert answer.status_code == 400
+    assert answer.json()["error"]["code"] == "context_length_exceeded"

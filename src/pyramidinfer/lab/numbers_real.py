@@ -205,6 +205,12 @@ SECTIONS: dict[str, Callable[[Result], str]] = {
         _ruler, "Heads dealt by need alone", "heads_spare",
         "Three of these tasks with `spare=0`, the default now, the question after.",
     ),
+    "later_ruler": partial(
+        _pictured, "The question that comes later", "later_ruler",
+        "Methods that look at keys, at queries to come, or at the text when it is read again, "
+        "beside budgets by head (`pyramid`) and chunks by the window's scores; the question after. "
+        "Computed above 100 %: `kvzip` reads a text twice.",
+    ),
     "heads_turns": partial(_study, "turns", "A chat, heads dealt once", "heads_turns"),
     "ruler_long": partial(
         _pictured, "RULER, longer", "ruler_long", "The full cache, the paper's rule, the default.",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -23,6 +24,7 @@ from pyramidinfer.server.protocol import (
     Compression,
     Detokenize,
     Generation,
+    Message,
     TokenizeRequest,
 )
 from pyramidinfer.server.settings import ServerSettings
@@ -79,7 +81,7 @@ class Jobs:
         return getattr(self.own, "keep", None)
 
     def chat(self, body: ChatRequest, owner: str | None) -> Job:
-        self._check_length("".join(each.text for each in body.messages), "messages")
+        self._check_messages(body.messages)
         prompt = self._checked(self._rendered(body), "messages")
         wanted = body.max_completion_tokens or body.max_tokens
         top = (body.top_logprobs or 0) if body.logprobs else None
@@ -109,7 +111,7 @@ class Jobs:
     def tokens(self, body: TokenizeRequest) -> TokenIds:
         """Token ids of what a body holds; no longer a text than a request may have."""
         if body.messages is not None:
-            self._check_length("".join(each.text for each in body.messages), "messages")
+            self._check_messages(body.messages)
             return self._rendered(body, body.add_generation_prompt)
         text = body.prompt or ""
         self._check_length(text, "prompt")
@@ -248,6 +250,17 @@ class Jobs:
                 param, len(prompt), longest, "prompt tokens", code="context_length_exceeded"
             )
         return prompt
+
+    def _check_messages(self, messages: Sequence[Message]) -> None:
+        """``_check_length`` of a chat; each of its messages and parts is a token at least."""
+        most = self.settings.max_prompt_tokens or self.engine.adapter.max_positions
+        parts = sum(len(each.content) if isinstance(each.content, list) else 1 for each in messages)
+        if not self.own.streams and parts > most:
+            raise self._too_long(
+                "messages", f"your messages have {parts} parts, a token each at least. Please "
+                f"reduce the length of the messages.",
+            )  # fmt: skip
+        self._check_length("".join(each.text for each in messages), "messages")
 
     def _check_length(self, text: str, param: str) -> None:
         """Refuse a text that has too many tokens however it is cut, before it is."""
