@@ -69,7 +69,7 @@ def run_command(line: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     """A command as it stands, with the shipped model, in a folder that holds what it reads."""
     (folder / "prompt.txt").write_text("The old baker walked to the market .")
     (folder / "text.txt").write_text("The storm touched the bridge . " * 50)
-    few = partial(replace, context=200, samples=1, passages=1)
+    few = partial(replace, context=300, samples=1, passages=1)
     monkeypatch.setattr(calibrate.Task, "quick", lambda self: few(self))
     build = Subject.llm  # a pool of 512 MiB takes longer to make than such a study to run
     monkeypatch.setattr(

@@ -106,7 +106,8 @@ def test_what_the_forecast_says_is_computed(name: str) -> None:
         for request in serve(each, prompts, 4):
             length = len(request.prompt)
             layers = each.adapter.layers_for(length + 4)
-            assert request.computed == each.policy.forecast(length, 4, layers).reach
+            reach = each.policy.forecast(length, 4, layers).reach
+            assert request.computed[: layers.count] == reach  # what is read again comes behind
 
 
 @pytest.mark.parametrize("name", sorted(POLICIES))

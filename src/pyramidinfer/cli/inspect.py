@@ -29,7 +29,6 @@ from pyramidinfer.models.loading import (
     shipped_model,
 )
 from pyramidinfer.policies import Full, Policy
-from pyramidinfer.policies.by_head import ByHead
 from pyramidinfer.policies.profile import Profile
 from pyramidinfer.types import Layers
 
@@ -46,9 +45,8 @@ def run_inspect(model: str | None, chosen: Policy, prompt_len: int, max_tokens: 
     adapter = _adapter_without_weights(model or shipped_model(), dtype)
     if chosen.wants_profile:  # which is known by the weights
         chosen = chosen.with_profile(_profile(model or shipped_model(), dtype))
-    elif isinstance(chosen, ByHead) and isinstance(
-        chosen.profile, Profile
-    ):  # and so is whether a given one is of this model
+    elif isinstance(getattr(chosen, "profile", None), Profile):
+        # and so is whether a given one is of this model
         chosen.check(adapter.layers_for(1))
         LLM(model or shipped_model(), Full(), dtype=dtype, backend="reference").engine.bind(chosen)
     if chosen.wants_tokenizer:
@@ -159,7 +157,7 @@ def _of_heads(kept: list[int], together: int) -> str:
 def _why_more(policy: Policy, keep: float, prompt_len: int, share: float) -> str:
     """Why a share above ``keep`` is kept."""
     least = getattr(policy, "min_context", 0)
-    if isinstance(policy, ByHead) and prompt_len < least:
+    if hasattr(policy, "profile") and prompt_len < least:  # heads have limits of their own
         return (
             f"keep={keep} is not reached at this prompt length: texts shorter than min_context="
             f"{least} are given what {least} tokens would be, here {share:.3f}"

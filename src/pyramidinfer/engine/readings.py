@@ -31,6 +31,8 @@ def readings_for(engine: Engine, request: Request) -> list[torch.Tensor]:
     """The same for a text that a request is about to take in, token ids each."""
     assert request.sequence is not None
     text, seen, head = request.text, request.sequence.table.seen_len, 0
+    if not request.policy.reads_again:
+        return []
     if not seen and engine.tokenizer is not None:
         begins = head_of(engine.tokenizer)
         head = len(begins) if text[: len(begins)] == begins else 0

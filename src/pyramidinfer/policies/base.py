@@ -158,6 +158,11 @@ class Policy:
         return ""
 
     @property
+    def reads_again(self) -> bool:
+        """Whether a text may be read again once it is in."""
+        return type(self).readings is not Policy.readings
+
+    @property
     def computes_less(self) -> bool:
         """Whether prompt tokens may be dropped between layers."""
         return type(self).propagate is not Policy.propagate

@@ -233,10 +233,7 @@ class Reply:
         entered = [each.computed[:depth] for each in leaders if each.computed]
         skipped = sum(layers[0] - sum(layers) / len(layers) for layers in entered)
         reread = sum(sum(each.computed[depth:]) for each in leaders) / depth
-        lowered = [kv.keep_lowered_to for kv in caches if kv.keep_lowered_to is not None]
-        extra: dict[str, Any] = {"kv_keep_lowered_to": min(lowered)} if lowered else {}
-        if reread:
-            extra["prefill_tokens_reread"] = round(reread)
+        extra: dict[str, Any] = {"prefill_tokens_reread": round(reread)} if reread else {}
         return {
             "prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new,
             "prompt_tokens_details": {"cached_tokens": sum(each.reused for each in leaders)},
@@ -244,6 +241,7 @@ class Reply:
             "prefill_tokens_skipped": round(skipped),
             "kv_bytes": sum(kv.bytes for kv in caches),
             "kv_bytes_full": sum(kv.full_bytes for kv in caches), **_lowered(caches),
+            **extra,
         }  # fmt: skip
 
 

@@ -19,7 +19,7 @@ __all__ = ["StrictRoute", "parse_json"]
 MOST_CONTAINERS, MOST_TEXTS, MOST_VALUES, MOST_NAMES = 10_000, 100_000, 1_000_000, 4096
 #: Bytes from which on a body is large: such bodies are read one at a time, so that others get their
 #: turn in between.
-LARGE = 64 * 2**10
+LARGE = 16 * 2**10
 
 #: A string, or the beginning of one that does not end; never goes back over what it has read.
 STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
