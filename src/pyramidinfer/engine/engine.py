@@ -34,7 +34,6 @@ from pyramidinfer.models.fingerprint import fingerprint
 from pyramidinfer.models.intake import Batch, Sequence
 from pyramidinfer.native.forks import watch_forks
 from pyramidinfer.policies import Policy
-from pyramidinfer.policies.by_head import ByHead
 from pyramidinfer.policies.profile import Fingerprint, Profile
 from pyramidinfer.types import KVUsage, RequestMetrics, RequestOutput, SamplingParams, TokenIds
 
@@ -110,8 +109,9 @@ class Engine:
         if policy.wants_tokenizer:
             policy = policy.with_tokenizer(encoder_of(self.tokenizer))
         if not policy.wants_profile:
-            if isinstance(policy, ByHead) and isinstance(policy.profile, Profile):
-                policy.profile.check_model(self._fingerprint)
+            given = getattr(policy, "profile", None)
+            if isinstance(given, Profile):
+                given.check_model(self._fingerprint)
             return policy
         if self._profile is None:
             from pyramidinfer.engine.profiling import ensure_profile, find_profile
