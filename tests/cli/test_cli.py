@@ -141,6 +141,17 @@ def test_generate_streams_text_and_a_summary() -> None:
     assert "computed 100% and kept 100%" in " ".join(done.stderr.split())
 
 
+def test_generate_tells_where_positions_end() -> None:
+    positions = LLM(shipped_model(), policy="full").engine.adapter.max_positions
+    words = " ".join(["map"] * (positions - 4))
+    done = run("generate", "--policy", "full", "--prompt-file", "-", "--max-tokens", "50", "--json",
+               text=words)  # fmt: skip
+    entry = json.loads(done.stdout)
+    assert entry["finish_reason"] == "length"
+    left = len(entry["token_ids"])
+    assert f"50 tokens were asked for, and the model has positions for {left} " in done.stderr
+
+
 def test_chat_applies_the_template() -> None:
     done = run(
         "generate", "--chat", "--prompt", "Where is the map ?", "--max-tokens", "2", "--json"

@@ -49,6 +49,12 @@ def run_generate(model: str | None, policy: Policy, prompt: str | None, prompt_f
             _print_json(replace(output, finish_reason="abort"))
         raise
     assert output is not None
+    if output.finish_reason == "length" and len(output.token_ids) < params.max_tokens:
+        print(
+            f"warning: {params.max_tokens} tokens were asked for, and the model has positions for "
+            f"{len(output.token_ids)} behind this prompt",
+            file=sys.stderr,
+        )
     if as_json:
         _print_json(output)
         return
