@@ -1,4 +1,4 @@
-"""Nine published methods and the project's own written out by hand, to judge the engine's.
+"""Eleven published methods and the project's own written out by hand, to judge the engine's.
 
 A Llama model runs in float64, token row by token row, with whole attention rows; the cache is a
 dict per layer and KV head.  Written from the papers and from what each policy's docstring says of
