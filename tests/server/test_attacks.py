@@ -19,6 +19,7 @@ import pytest
 from pyramidinfer import LLM
 from pyramidinfer.server import run
 from pyramidinfer.server.run import Connections, Patient
+from pyramidinfer.server.settings import ServerSettings
 from pyramidinfer.server.strict import MOST_CONTAINERS, MOST_NAMES, MOST_TEXTS, MOST_VALUES
 from tests.server.live import STORY, Live, beside, connect, post, serving, until
 from tests.server.test_connections import HEAD, answer_of
@@ -74,6 +75,9 @@ def test_descriptors_are_left_over(monkeypatch: pytest.MonkeyPatch) -> None:
     assert run.connections_left() >= 1
     monkeypatch.setattr(run.resource, "getrlimit", lambda which: (run.resource.RLIM_INFINITY,) * 2)
     assert run.connections_left() == run.MOST_CONNECTIONS
+    assert run.check_connections(ServerSettings(max_connections=7)) == 7
+    with pytest.raises(ValueError, match=r"max_connections=10001: .* leaves room for 10000"):
+        run.check_connections(ServerSettings(max_connections=10_001))
 
 
 # --- bodies ---------------------------------------------------------------------------------------

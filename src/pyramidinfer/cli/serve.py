@@ -17,7 +17,7 @@ from pyramidinfer.config import check_whole
 from pyramidinfer.engine import LLM
 from pyramidinfer.models.loading import quiet_transformers, shipped_model
 from pyramidinfer.policies import Policy
-from pyramidinfer.server.run import EngineDied, bind, serve
+from pyramidinfer.server.run import EngineDied, bind, check_connections, serve
 from pyramidinfer.server.settings import ServerSettings
 
 __all__ = ["ModelChoice", "load", "run_serve"]
@@ -88,6 +88,7 @@ def run_serve(choice: ModelChoice, settings: ServerSettings, floor: float | None
             file=sys.stderr,
         )
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # until the server is there to drain
+    check_connections(settings)
     with bind(settings) as line:  # held, so that nobody takes it, and not open yet
         if floor is not None:
             _check_quality(choice, floor)

@@ -219,15 +219,9 @@ class Adapter:
         active = decoding if riding is not None else None
         window = self.shapes[layer].window
         call = LayerCall(
-            pool,
-            self.backend,
-            layer,
-            window,
-            active,
-            segments,
-            self.streaming,
+            pool, self.backend, layer, window, active, segments, self.streaming,
             self._last_only(layer),
-        )
+        )  # fmt: skip
         if self.fused is not None:
             fused = self.fused.layers[layer]
             self.scales[layer] = fused.scale

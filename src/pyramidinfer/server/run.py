@@ -24,7 +24,7 @@ from pyramidinfer.server.app import build_app
 from pyramidinfer.server.service import Service
 from pyramidinfer.server.settings import ServerSettings
 
-__all__ = ["EngineDied", "bind", "serve"]
+__all__ = ["EngineDied", "bind", "check_connections", "serve"]
 
 log = logging.getLogger(__name__)
 
@@ -97,6 +97,17 @@ def connections_left() -> int:
     except OSError:
         used = 64
     return max(1, min(MOST_CONNECTIONS, soft - used - SPARE))
+
+
+def check_connections(settings: ServerSettings) -> int:
+    """Connections that may be open; ``ValueError`` where more are asked for than there can be."""
+    most, wanted = connections_left(), settings.max_connections
+    if wanted is not None and wanted > most:
+        raise ValueError(
+            f"max_connections={wanted}: the limit of open files leaves room for {most}; raise it "
+            f"(ulimit -n) or ask for fewer"
+        )
+    return wanted or most
 
 
 class Patient(H11Protocol):
@@ -197,7 +208,7 @@ def serve(llm: LLM, settings: ServerSettings, line: socket.socket) -> None:
     ``keep_alive_on_engine_death``).
     """
     app = build_app(llm, settings)
-    Patient.limit = Connections(settings.max_connections or connections_left())
+    Patient.limit = Connections(check_connections(settings))
     config = uvicorn.Config(
         app, http=Patient, ws="none", log_level="warning", server_header=False,
         timeout_keep_alive=30, backlog=BACKLOG,
@@ -210,7 +221,7 @@ def serve(llm: LLM, settings: ServerSettings, line: socket.socket) -> None:
 
 async def _serve(server: _Server, service: Service, line: socket.socket) -> None:
     loop, stopping = asyncio.get_running_loop(), asyncio.Event()
-    loop.set_exception_handler(_told_now_and_then())
+    loop.set_exception_handler(_rate_limited())
 
     def stop() -> None:
         if stopping.is_set():  # the second time
@@ -235,7 +246,7 @@ async def _serve(server: _Server, service: Service, line: socket.socket) -> None
     await listening
 
 
-def _told_now_and_then() -> Callable[[asyncio.AbstractEventLoop, dict[str, Any]], None]:
+def _rate_limited() -> Callable[[asyncio.AbstractEventLoop, dict[str, Any]], None]:
     """An event loop's handler of exceptions that says once a minute that no file can be opened."""
     told = -LOG_EVERY
 
