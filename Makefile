@@ -93,7 +93,7 @@ $(VENV)/bin/python:
 #   make demo TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
 $(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install -q --disable-pip-version-check $(TORCH)
-	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[server]'
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[server,lab]'
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed

@@ -59,6 +59,35 @@ def test_imports_point_one_way(path: Path) -> None:
             assert not {mine, other} <= APART, f"{mine} and {other} must meet in models only"
 
 
+def modules(path: Path) -> set[Path]:
+    """Files of the package that a file imports, lazily and under TYPE_CHECKING too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            names.append(node.module or "")
+        else:
+            continue
+        for name in names:
+            inside = (
+                ROOT.joinpath(*name.split(".")[1:]) if name.startswith("pyramidinfer.") else None
+            )
+            if inside is not None and inside.with_suffix(".py").exists():
+                found.add(inside.with_suffix(".py"))
+    return found - {path}
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    waiting = {path: modules(path) for path in FILES}
+    while free := [path for path, others in waiting.items() if not others & waiting.keys()]:
+        for path in free:
+            del waiting[path]
+    circles = {str(path.relative_to(ROOT)) for path in waiting}
+    assert not circles, f"these import each other, directly or by way of others: {circles}"
+
+
 def test_no_policy_is_asked_for_its_class() -> None:
     """No ``isinstance(policy, …)`` outside the registry, which checks what a user handed in."""
     for path in FILES:
@@ -67,6 +96,39 @@ def test_no_policy_is_asked_for_its_class() -> None:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "isinstance":
                 assert "policy" not in ast.unparse(node.args[0]), path
+
+
+LAB_ALONE = "import sys; sys.modules.update(dict.fromkeys(['matplotlib', 'scipy']));"
+
+
+def test_the_engine_needs_nothing_of_the_lab() -> None:
+    """All but ``lab`` is imported, and a model answers, without matplotlib and scipy."""
+    parts = [path.relative_to(ROOT.parent).with_suffix("") for path in FILES]
+    others = {"lab", "integrations", "__main__", "triton_kernels", "triton_ops", "triton_compact"}
+    names = [".".join(path.parts) for path in parts if not others & set(path.parts)]
+    lab = {"cli.demo", "cli.verify", "cli.calibrate"}  # commands of the lab
+    names = [name for name in names if not any(name.endswith(each) for each in lab)]
+    code = (
+        f"{LAB_ALONE} import importlib; [importlib.import_module(each) for each in {names}];"
+        "from pyramidinfer import LLM, SamplingParams;"
+        "from pyramidinfer.models.loading import shipped_model;"
+        "llm = LLM(shipped_model(), kv_memory='32MiB');"
+        "print(llm.generate('The old baker', SamplingParams(max_tokens=3))[0].token_ids)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count(",") == 2
+
+
+@pytest.mark.parametrize("command", ["demo", "study icr", "bench kernels", "calibrate", "verify"])
+def test_what_the_lab_needs_is_named(command: str) -> None:
+    code = (
+        f"{LAB_ALONE} sys.argv[:] = 'pyramidinfer {command}'.split();"
+        "from pyramidinfer.cli.app import main; main()"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 2 and "Traceback" not in run.stderr
+    assert "pip install 'pyramidinfer[lab]'" in run.stderr
 
 
 def test_importing_does_nothing() -> None:

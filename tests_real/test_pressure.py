@@ -35,7 +35,7 @@ def test_tokens_do_not_depend_on_memory(policy: str, admission: str) -> None:
                 **options)  # fmt: skip
     found = answers(tight, prompts)
     assert [each.output for each in found] == [each.output for each in wanted]
-    swapped = tight.engine.pressure.counts.swapped
+    swapped = tight.engine.scheduler.counts.swapped
     assert (swapped > 0) == (admission == "overcommit"), "nobody was preempted"
     assert tight.engine.peak_in_flight > 1
     assert tight.engine.peak_bytes <= room

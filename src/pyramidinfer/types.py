@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from pyramidinfer.native.library import Kernels
 from pyramidinfer.sampling import SamplingParams, StructuredOutputsParams
 
 __all__ = [
@@ -184,6 +185,7 @@ class Observation:
     queries : the mean ``[heads, key_dim]`` and covariance ``[heads, key_dim, key_dim]`` of the
         text's queries times the scale of their softmax, as ``ahead`` asked for; or None.
     protected : ``[kv_heads or 1, n]`` bool, entries that must stay.
+    kernels : what selects faster than torch does, where the backend has it.
 
     ``n`` is the length of the longest head (``view.kept_len``).  A head that is shorter has its
     ``view.head_lens`` entries in front; behind them positions are negative, no two the same,
@@ -199,6 +201,7 @@ class Observation:
     keys: Tensor | None = None
     values: Tensor | None = None
     queries: tuple[Tensor, Tensor] | None = None
+    kernels: Kernels | None = None
 
 
 class Keep(NamedTuple):

@@ -10,7 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from pyramidinfer.cache import GroupSpec, Pool, PoolExhausted, Ring, Table
+from pyramidinfer.cache import GroupSpec, Layout, Pool, PoolExhausted, Ring, Table
 from pyramidinfer.cache.pool import Slots
 from pyramidinfer.types import Keep
 
@@ -22,7 +22,7 @@ LAYERS, PAGE, KV_HEADS = 3, 4, 2
 
 
 def new_pool(budget: int = 20_000, scores: bool = False) -> Pool:
-    return Pool(SPECS, budget, PAGE, scores=scores, poison=True)
+    return Pool(Layout(SPECS, budget, PAGE, scores=scores), poison=True)
 
 
 def entry(pool: Pool, layer: int, tags: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -221,7 +221,7 @@ def test_eviction_frees_pages_at_once() -> None:
         table, 0, Keep(torch.tensor([[1, 7, 19, 3, 4], [0, 18, 2, 0, 0]]), torch.tensor([5, 3]))
     )
     assert table.held[0].tolist() == [2, 1] and table.lens(0) == (5, 3)
-    assert before - pool.bytes(table) == (3 + 4) * pool.page_bytes[0]
+    assert before - pool.bytes(table) == (3 + 4) * pool.layout.page_bytes[0]
     pool.check()
 
 

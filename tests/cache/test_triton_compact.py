@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyramidinfer.cache import GroupSpec, Pool
+from pyramidinfer.cache import GroupSpec, Layout, Pool
 from pyramidinfer.cache.compact import plan_moves
 from pyramidinfer.types import Keep
 
@@ -35,7 +35,7 @@ def test_moves_are_the_pools(
     length: int, kept: tuple[int, ...], scores: bool, dtype: torch.dtype
 ) -> None:
     """The same tensors, bit by bit, as ``keep`` of a pool on the CPU leaves."""
-    pool = Pool([GroupSpec((0,), 3, 12, 7, dtype)], 1 << 16, 4, scores=scores)
+    pool = Pool(Layout([GroupSpec((0,), 3, 12, 7, dtype)], 1 << 16, 4, scores=scores))
     group = pool.group(0)
     group.free.reverse()  # pages from the far end
     table = pool.new_table(length)

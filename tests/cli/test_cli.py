@@ -171,7 +171,7 @@ def test_inspect_is_the_policys_forecast() -> None:
     forecast = PyramidInfer(keep=0.45).forecast(1000, 20, llm.engine.adapter.layers_for(1020))
     assert [row["computed"] for row in rows] == forecast.reach
     assert [of_layers([row["kept"]])[0] for row in rows] == forecast.kept
-    page, heads = llm.engine.pool.page_bytes[0], llm.engine.adapter.kv_heads
+    page, heads = llm.engine.pool.layout.page_bytes[0], llm.engine.adapter.kv_heads
     assert [row["bytes"] for row in rows] == [
         heads * -(-kept // 16) * page for kept in forecast.kept
     ]

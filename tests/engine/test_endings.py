@@ -41,7 +41,7 @@ def forced(llm: LLM, token: str, after: int = 3, **options: Any) -> Any:
     params = SamplingParams(max_tokens=12, logit_bias={ids["a"]: 80}, **options)
     request = llm.engine.make(llm.encode("Who ?"), params)
     request.constraint = At(ids[token], after)
-    llm._finish([request])
+    llm.engine.run([request])
     return llm.engine.output(request)
 
 

@@ -253,14 +253,14 @@ def test_a_begin_that_fails_leaves_the_others_in_the_queue(
     """Requests that were to begin in the same step begin in the next."""
     engine = start("full")
     requests = [queue(engine, random_prompt(number, 20), 14) for number in (1, 2, 3)]
-    real = engine.begin
+    real = engine.shared.start
 
     def begin(request: Request) -> None:
         if request is requests[1]:
             raise MemoryError("no memory")
         real(request)
 
-    monkeypatch.setattr(engine, "begin", begin)
+    monkeypatch.setattr(engine.shared, "start", begin)
     with pytest.raises(MemoryError):
         engine.step()
     finish(engine)

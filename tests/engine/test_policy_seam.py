@@ -5,12 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import pytest
 import torch
 
-from pyramidinfer import LLM
-from pyramidinfer.policies import Forecast, Policy
+from pyramidinfer import LLM, SamplingParams
+from pyramidinfer.native import library
+from pyramidinfer.policies import POLICIES, Forecast, Policy
 from pyramidinfer.policies.base import best_entries
 from pyramidinfer.types import Keep, Layers, Needs, Observation, State, View
+from tests.engine.build import build
 from tests.tiny import of_layers, random_prompt, tiny_model
 
 
@@ -97,3 +100,19 @@ def test_running_scores_and_per_head_eviction_against_brute_force() -> None:
         assert heads[0] != heads[1], "the heads of this case must differ"
         assert all(of_layers(lengths) == [20] * 4 for lengths in trace.kept_len_by_step)
         llm.engine.check()
+
+
+@pytest.mark.parametrize("name", sorted(POLICIES))
+def test_the_reference_asks_for_no_kernels(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither where it attends nor where a policy chooses: nothing is compiled, and nobody asks
+    what there is."""
+
+    def never(*_: object) -> None:
+        raise AssertionError("the kernels were asked for")
+
+    library.kernels.cache_clear()
+    monkeypatch.setattr(library, "compile_kernels", never)
+    llm = build(name, dtype=torch.float32, backend="reference", slot_scores=True)
+    params = SamplingParams(max_tokens=12, ignore_eos=True)
+    (out,) = llm.generate([random_prompt(1, 60)], params)
+    assert len(out.token_ids) == 12

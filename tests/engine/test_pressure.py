@@ -42,7 +42,7 @@ def crowded(name: str, family: str, sizes: list[tuple[int, int]], room: float = 
         roomy.make(random_prompt(0, length), SamplingParams(max_tokens=new)).cost.bytes
         for length, new in sizes
     )
-    size = roomy.pool.page_bytes[0]
+    size = roomy.pool.layout.page_bytes[0]
     options = {"expected_output": 0.0, **options}
     return start(name, family, admission="overcommit",
                  kv_memory=(int(most * room) // size + 1) * size, **options)  # fmt: skip
@@ -77,7 +77,7 @@ def squeezed(family: str, plans: list[Plan], share: float = 0.4, **options: Any
     assert len(roomy.scheduler.running) == len(plans)
     now, alone = roomy.ledger.bytes, max(each.cost.bytes for each in requests)
     most = sum(each.cost.settled.bytes for each in requests if each.cost.settled)
-    size = roomy.pool.page_bytes[0]
+    size = roomy.pool.layout.page_bytes[0]
     budget = max(alone, int(now + share * (most - now)))
     engine = start("full", family, kv_memory=(budget // size + 1) * size, **options)
     return engine, add(engine)
@@ -119,7 +119,7 @@ def test_nothing_runs_short_and_nothing_is_lost(name: str, data: st.DataObject) 
     if doomed is not None:
         engine.abort(doomed)
     finish(engine)
-    counts, pairs = engine.pressure.counts, []
+    counts, pairs = engine.scheduler.counts, []
     assert counts.resumed <= counts.swapped + counts.recomputed + counts.restarted
     roomy = start(name, family)
     for request in requests:
@@ -146,7 +146,7 @@ def test_the_full_cache_is_moved_or_computed_anew(family: str, preempt: str) -> 
     engine = crowded("full", family, sizes, 1.4, preempt=preempt)
     requests = [queue(engine, random_prompt(i, n), new) for i, (n, new) in enumerate(sizes)]
     finish(engine)
-    counts = engine.pressure.counts
+    counts = engine.scheduler.counts
     assert counts.resumed > 0
     if preempt == "swap":
         assert counts.resumed == counts.swapped
@@ -173,15 +173,15 @@ def test_a_round_trip_changes_no_bit(name: str, dtype: torch.dtype) -> None:
             steps += 1
             if every and steps % every == 0 and request.finish_reason is None:
                 before = engine.usage(request)
-                engine.pressure._preempt()
+                engine.scheduler._preempt()
                 assert engine.usage(request) == before
                 assert engine.pool.budget_used == 0
-                assert engine.pressure.host_bytes == before.bytes
+                assert engine.scheduler.host_bytes == before.bytes
         engine.check()
         return request, engine
 
     (here, _), (moved, engine) = answer(None), answer(3)
-    assert engine.pressure.counts.swapped == engine.pressure.counts.resumed >= 10
+    assert engine.scheduler.counts.swapped == engine.scheduler.counts.resumed >= 10
     assert moved.output == here.output
     assert moved.logprobs == here.logprobs
     assert moved.kv == here.kv
@@ -197,7 +197,7 @@ def test_whoever_is_preempted_gives_way_to_the_oldest(name: str) -> None:
         step(engine)
         assert oldest not in engine.scheduler.away
     engine.check()
-    assert engine.pressure.counts.swapped > 0
+    assert engine.scheduler.counts.swapped > 0
     assert oldest.output == alone("full", "llama", 0, 6, 80)
     for seed, request in zip((1, 2), others, strict=True):
         assert request.output == alone(name, "llama", seed, 24, 75)
@@ -209,7 +209,7 @@ def test_a_text_too_long_to_be_taken_in_again_is_moved() -> None:
     engine = crowded("full", "llama", sizes, preempt="recompute")
     requests = [queue(engine, random_prompt(i, n), new) for i, (n, new) in enumerate(sizes)]
     finish(engine)
-    assert engine.pressure.counts.swapped > 0
+    assert engine.scheduler.counts.swapped > 0
     for seed, request in enumerate(requests):
         assert request.output == alone("full", "llama", seed, 4, 60)
 
@@ -252,7 +252,7 @@ def test_expectations_give_way_and_come_back() -> None:
     while len(request.output) < 3:
         step(engine)
     assert request.promised is not None and request.promised.pages.tolist() == [2 * 4 * 15]
-    ledger.promise(Other(), Cost(ledger.have - 2 * 4 * 8, 0))
+    ledger.promise(Other(), Cost(ledger.layout.page_counts - 2 * 4 * 8, 0))
     for entries in range(22, 32):
         step(engine)
         assert request.promised.pages.tolist() == [2 * 4 * -(-(entries + 1) // 4)]
@@ -266,9 +266,9 @@ def test_what_is_expected_is_promised_again_before_anybody_else_begins() -> None
     engine = start("full", admission="overcommit", expected_output=1.0)
     request = queue(engine, random_prompt(1, 20), 40)
     step(engine)
-    engine.ledger.promise(request, engine.pressure._needed(request))
-    engine.pressure._trimmed.append(request)
-    engine.pressure.relieve()
+    engine.ledger.promise(request, engine.scheduler._needed(request))
+    engine.scheduler._trimmed.append(request)
+    engine.scheduler.relieve()
     assert request.promised is not None and request.promised.pages.tolist() == [2 * 4 * 15]
     finish(engine)
 
@@ -310,7 +310,7 @@ def test_abort_while_away_frees_everything() -> None:
         assert second.finish_reason == "abort"
         assert second.away is None and second.sequence is None and second.promised is None
         assert second.kv == said.kv
-        assert engine.pressure.host_bytes == 0
+        assert engine.scheduler.host_bytes == 0
         finish(engine)
         assert first.output == alone("full", "llama", 0, 10, 60)
         assert not engine.pool.tables
@@ -332,7 +332,7 @@ def test_a_prompt_in_progress_is_preempted_too() -> None:
             preempted |= late in engine.scheduler.away and not late.output
         engine.check()
         assert preempted
-        counts = engine.pressure.counts
+        counts = engine.scheduler.counts
         assert (counts.restarted if preempt == "recompute" else counts.swapped) > 0
         assert oldest.output == alone("full", "llama", 0, 6, 70)
         assert late.output == alone("full", "llama", 1, 26, 3)
@@ -344,12 +344,12 @@ def test_samples_that_wait_for_a_preempted_prompt() -> None:
                        preempt=preempt)  # fmt: skip
         request = queue(engine, random_prompt(1, 30), 12, None, 3, temperature=0.8, seed=4)
         step(engine)
-        engine.pressure._preempt()
+        engine.scheduler._preempt()
         step(engine)
         while len(request.output) < 4:
             step(engine)
         for _ in range(3):
-            engine.pressure._preempt()
+            engine.scheduler._preempt()
         assert len(engine.scheduler.away) == 3
         finish(engine)
         for index, each in enumerate((request, *request.samples)):
@@ -365,7 +365,7 @@ def test_a_failed_step_in_which_a_prompt_is_computed_anew_spares_its_samples(
     while len(request.output) < 4:
         step(engine)
     for _ in range(3):
-        engine.pressure._preempt()
+        engine.scheduler._preempt()
     for each in (request, *request.samples):
         assert each.away is not None and each.away.cache is None
     engine.config = engine.scheduler.config = replace(engine.config, max_requests=2)
@@ -395,7 +395,7 @@ def test_conversations_go_before_anybody_is_preempted() -> None:
     requests = [queue(engine, random_prompt(seed, 10), 60) for seed in range(5, 7)]
     finish(engine)
     assert engine.conversations.dropped > 0
-    assert engine.pressure.counts.swapped == 0
+    assert engine.scheduler.counts.swapped == 0
     for seed, request in zip(range(5, 7), requests, strict=True):
         assert request.output == alone("full", "llama", seed, 10, 60)
     engine.conversations.clear()
@@ -415,7 +415,7 @@ def test_a_preempted_turn_goes_on_with_its_cache(name: str) -> None:
         while turn.finish_reason is None:
             step(engine)
             if preempts and turn.finish_reason is None:
-                engine.pressure._preempt()
+                engine.scheduler._preempt()
         assert turn.reused == 45
         outputs.append(turn.output)
         engine.conversations.clear()
@@ -455,7 +455,7 @@ def test_budgets_are_lowered_before_anybody_is_preempted(name: str, family: str)
     plans: list[Plan] = [(None, 6, 80), (policy, 24, 75), (policy, 24, 75)]
     engine, (whole, *others) = squeezed(family, plans, elastic=floor)
     finish(engine)
-    assert engine.pressure.counts.tightened > 0
+    assert engine.scheduler.counts.tightened > 0
     assert whole.output == alone("full", family, 0, 6, 80)
     assert whole.kv is not None and whole.kv.keep_lowered_to is None
     lowered = []
@@ -482,8 +482,8 @@ def test_a_keep_below_the_floor_and_policies_that_cannot_are_left_alone() -> Non
     plans: list[Plan] = [(None, 30, 60), *((policy, 40, 50) for policy in policies)]
     engine, (whole, *others) = squeezed("llama", plans, elastic=0.5)
     finish(engine)
-    assert engine.pressure.counts.tightened == 0
-    assert engine.pressure.counts.swapped > 0
+    assert engine.scheduler.counts.tightened == 0
+    assert engine.scheduler.counts.swapped > 0
     assert whole.output == alone("full", "llama", 0, 30, 60)
     for request, policy in zip(others, policies, strict=True):
         assert request.policy == policy
@@ -494,8 +494,8 @@ def test_lowering_stops_at_the_floor_and_then_somebody_is_preempted() -> None:
     plans: list[Plan] = [(None, 30, 90), (make_policy("streaming_llm", 0.9), 50, 80)]
     engine, (whole, other) = squeezed("llama", plans, 0.1, elastic=0.6)
     finish(engine)
-    assert engine.pressure.counts.tightened > 0
-    assert engine.pressure.counts.swapped > 0
+    assert engine.scheduler.counts.tightened > 0
+    assert engine.scheduler.counts.swapped > 0
     assert other.lowered_to == 0.6
     assert whole.output == alone("full", "llama", 0, 30, 90)
 

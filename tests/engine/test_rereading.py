@@ -53,7 +53,7 @@ def test_promises_are_exact(chunk: int) -> None:
     assert most >= table.peak_bytes > 0.97 * most
     held = pool.pages_for(table.kept + 10).sum(1)
     assert request.promised is not None and request.cost.settled is not None
-    assert request.promised.bytes == int((held * pool.layer_page_bytes).sum())
+    assert request.promised.bytes == int((held * pool.layout.layer_page_bytes).sum())
     assert request.promised.bytes < 0.55 * pool.bytes(table) / 0.3
     assert table.kept.sum() == round(0.3 * 90 * table.kept.size) and not table.state
     assert table.seen_len == 90 and table.extra_bytes == 0
@@ -112,10 +112,10 @@ def test_a_text_is_moved_away_in_the_middle_of_a_reading(layer: int) -> None:
     engine = start(POLICY, prefill_chunk=16, step_tokens=16, admission="overcommit")
     request = queue(engine, prompt, 10)
     reread(engine, request, layer)
-    engine.pressure._preempt()
+    engine.scheduler._preempt()
     assert request.away is not None and request.intake is not None
     finish(engine)
-    assert engine.pressure.counts.swapped == engine.pressure.counts.resumed == 1
+    assert engine.scheduler.counts.swapped == engine.scheduler.counts.resumed == 1
     assert request.output == answer(prompt)
 
 
@@ -238,7 +238,7 @@ def test_the_sentences_are_read_with_the_models_tokenizer() -> None:
     head = head_of(llm.tokenizer)
     assert head and prompt[: len(head)] == head
     request = llm.engine.add(prompt, ALL)
-    llm.engine._admit()
+    llm.engine._schedule()
     assert request.intake is not None
     (again,) = request.intake.readings
     assert again.tolist() == [*policy.question, *prompt[len(head) :]]

@@ -169,11 +169,12 @@ def test_what_buffers_held_before_does_not_matter() -> None:
     assert len(batch.decode) == 3
     before = [(table.kept.copy(), table) for table in (each.table for each in batch.decode)]
     with torch.inference_mode():
-        logits, decoding = used.step(engine.adapter, pool, batch)
+        logits, decoding = used.step(pool, batch)
         logits, (queries, lse) = logits.clone(), decoding.observed
         for kept, table in before:
             pool.retract(table, kept)
-        fresh, other = DecodeGraphs(engine.adapter.device).step(engine.adapter, pool, batch)
+        del engine.adapter._graphs[pool]
+        fresh, other = engine.adapter.graphs(pool).step(pool, batch)
     assert len(used.steps) == 1 and logits.isfinite().all()
     assert torch.equal(logits, fresh)
     assert torch.equal(queries[:, :3], other.observed[0][:, :3])

@@ -10,7 +10,8 @@ import torch
 from hypothesis import settings
 from torch import Tensor
 
-from pyramidinfer.cache import GroupSpec, Pool, Table
+from pyramidinfer.cache import GroupSpec, Layout, Pool, Table
+from pyramidinfer.native import Kernels, kernels
 from pyramidinfer.policies import base
 from pyramidinfer.types import Keep
 from tests.cache import test_pool
@@ -23,7 +24,7 @@ def pool_pair(dtype: torch.dtype, heads: int = 2, scores: bool = True) -> list[P
     """The same pool twice, on the kernels and in torch; what is free is NaN."""
     spec = [GroupSpec((0, 1), heads, key_dim=6, value_dim=10, dtype=dtype)]
     return [
-        Pool(spec, 60_000, PAGE, scores=scores, poison=True, kernels=kernels)
+        Pool(Layout(spec, 60_000, PAGE, scores=scores), poison=True, kernels=kernels)
         for kernels in (backend("native").kernels, None)
     ]
 
@@ -130,7 +131,7 @@ class OnKernels(test_pool.PoolMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.pool = Pool(test_pool.SPECS, 20_000, test_pool.PAGE, poison=True,
+        self.pool = Pool(Layout(test_pool.SPECS, 20_000, test_pool.PAGE), poison=True,
                          kernels=backend("native").kernels)  # fmt: skip
 
 
@@ -141,13 +142,9 @@ TestPoolOnKernels.settings = settings(max_examples=40, stateful_step_count=25, d
 # --- choosing ------------------------------------------------------------------------------------
 
 
-def both(ask: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any]:
+def both(ask: Callable[[Kernels | None], Any]) -> tuple[Any, Any]:
     """The same question to the kernels and to torch."""
-    assert base.found_kernels() is not None
-    native = ask()
-    with monkeypatch.context() as patch:
-        patch.setattr(base, "found_kernels", lambda: None)
-        return native, ask()
+    return ask(kernels()), ask(None)
 
 
 def shuffled(heads: int, n: int, seed: int) -> Tensor:
@@ -158,8 +155,7 @@ def shuffled(heads: int, n: int, seed: int) -> Tensor:
 @pytest.mark.parametrize("heads,n", [(1, 1), (1, 40), (3, 40), (2, 999), (4, 5000)])
 @pytest.mark.parametrize("kind", ["random", "ties", "zeros"])
 @pytest.mark.parametrize("in_order", [True, False])
-def test_best_entries(heads: int, n: int, kind: str, in_order: bool,
-                      monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+def test_best_entries(heads: int, n: int, kind: str, in_order: bool) -> None:  # fmt: skip
     scores = random(n, heads, n)
     if kind == "ties":
         scores = (scores * 2).round()  # negative zeros among them
@@ -171,47 +167,45 @@ def test_best_entries(heads: int, n: int, kind: str, in_order: bool,
         forced &= random(n + 2, heads, n).abs() < share * 3
         for count in {1, n // 2 + 1, n}:  # half: where positive and negative zeros meet
             native, plain = both(
-                lambda c=count, f=forced: base.best_entries(scores, c, f, positions), monkeypatch
+                lambda k, c=count, f=forced: base.best_entries(scores, c, f, positions, k)
             )
             assert native.dtype == plain.dtype and native.equal(plain), (count, share)
 
 
-def test_best_entries_takes_one_row_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_best_entries_takes_one_row_for_all() -> None:
     """Scores, positions or forced entries of one row, spread over heads."""
     scores, positions = random(1, 1, 30), shuffled(1, 30, 2)
     forced = random(3, 3, 30) > 1.2
-    native, plain = both(
-        lambda: base.best_entries(scores.expand(3, -1), 9, forced, positions), monkeypatch
-    )
+    native, plain = both(lambda k: base.best_entries(scores.expand(3, -1), 9, forced, positions, k))
     assert native.equal(plain)
     one = forced[:1]
     native, plain = both(
-        lambda: base.best_entries(random(4, 3, 30), 9, one.expand(3, -1), positions), monkeypatch
+        lambda k: base.best_entries(random(4, 3, 30), 9, one.expand(3, -1), positions, k)
     )
     assert native.equal(plain)
 
 
-def test_a_head_that_loses_nothing_makes_no_room_in_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_head_that_loses_nothing_makes_no_room_in_others() -> None:
     """Forced entries count where something goes: 12 of them in the second of these heads."""
     scores, lengths = random(1, 4, 30), torch.tensor([30, 20, 14, 30])
     forced = torch.zeros(4, 30, dtype=torch.bool)
     forced[0, :25], forced[1, 3:15], forced[2, :14] = True, True, True
     counts = torch.tensor([30, 5, 99, 13])
     (native, found), (plain, expected) = both(
-        lambda: base._best(scores, counts, forced, shuffled(4, 30, 2), lengths), monkeypatch
+        lambda k: base._best(scores, counts, forced, shuffled(4, 30, 2), lengths, k)
     )
     assert found.tolist() == expected.tolist() == [30, 12, 14, 13]
     assert native.equal(plain)
 
 
-def test_scores_that_are_no_numbers_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scores_that_are_no_numbers_come_first() -> None:
     """As torch sorts them: above all, the earlier first.  Infinite ones are numbers."""
     scores = random(5, 2, 50)
     scores[0, [7, 30]], scores[1, 3] = torch.nan, torch.nan
     scores[0, 11], scores[1, 40] = torch.inf, -torch.inf
     forced = torch.zeros(2, 50, dtype=torch.bool)
     for count in (1, 2, 3, 49):
-        native, plain = both(lambda c=count: base.best_entries(scores, c, forced), monkeypatch)
+        native, plain = both(lambda k, c=count: base.best_entries(scores, c, forced, kernels=k))
         assert native.equal(plain)
         assert 7 in native[0] and 3 in native[1]
 
@@ -219,29 +213,28 @@ def test_scores_that_are_no_numbers_come_first(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("how", ["max", "mean"])
 @pytest.mark.parametrize("kernel", [3, 7, 51])
 @pytest.mark.parametrize("shape", ["one", "each", "sorted"])
-def test_pool_neighbours(how: str, kernel: int, shape: str, monkeypatch: pytest.MonkeyPatch
-                         ) -> None:  # fmt: skip
+def test_pool_neighbours(how: str, kernel: int, shape: str) -> None:  # fmt: skip
     scores, places = random(1, 3, 200), shuffled(3, 200, 1)
     if shape == "one":
         places = places[:1]
     if shape == "sorted":
         places = places.sort(1).values
-    native, plain = both(lambda: base.pool_neighbours(scores, places, kernel, how), monkeypatch)
+    native, plain = both(lambda k: base.pool_neighbours(scores, places, kernel, how, k))
     torch.testing.assert_close(native, plain, rtol=1e-6, atol=1e-6)
     assert how == "mean" or native.equal(plain)
     scores[1, 60] = torch.nan
-    native, plain = both(lambda: base.pool_neighbours(scores, places, kernel, how), monkeypatch)
+    native, plain = both(lambda k: base.pool_neighbours(scores, places, kernel, how, k))
     assert native.isnan().equal(plain.isnan())
     torch.testing.assert_close(native, plain, rtol=1e-6, atol=1e-6, equal_nan=True)
     assert int(native.isnan().sum()) > 1
 
 
-def test_a_few_scores_are_pooled(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_few_scores_are_pooled() -> None:
     """Fewer entries than the pooling kernel is wide."""
     for n in (1, 2, 4):
         scores, places = random(n, 2, n), shuffled(1, n, n)
         for how in ("max", "mean"):
             native, plain = both(
-                lambda h=how, s=scores, p=places: base.pool_neighbours(s, p, 7, h), monkeypatch
+                lambda k, h=how, s=scores, p=places: base.pool_neighbours(s, p, 7, h, k)
             )
             torch.testing.assert_close(native, plain)

@@ -96,8 +96,8 @@ def test_unequal_heads_stay_within_what_is_promised(policy: Any, admission: str)
         step(engine)
         steps += 1
         if admission == "overcommit" and steps in (8, 20):
-            engine.pressure._preempt()  # the youngest goes to host memory, and comes back
-    assert engine.pressure.counts.resumed == (2 if admission == "overcommit" else 0)
+            engine.scheduler._preempt()  # the youngest goes to host memory, and comes back
+    assert engine.scheduler.counts.resumed == (2 if admission == "overcommit" else 0)
     for request, (each, _, _) in zip(requests, plans, strict=True):
         alone = start(each)
         one = queue(alone, request.prompt, request.max_new, each)

@@ -1,8 +1,9 @@
 """Where keys and values live: one paged pool, a table per request."""
 
+from pyramidinfer.cache.evict import evict_best
 from pyramidinfer.cache.group import GroupSpec, PoolExhausted
-from pyramidinfer.cache.native import evict_best
+from pyramidinfer.cache.layout import Layout
 from pyramidinfer.cache.pool import Pool
 from pyramidinfer.cache.table import Ring, Table
 
-__all__ = ["GroupSpec", "Pool", "PoolExhausted", "Ring", "Table", "evict_best"]
+__all__ = ["GroupSpec", "Layout", "Pool", "PoolExhausted", "Ring", "Table", "evict_best"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,7 +12,6 @@ from torch import Tensor
 from pyramidinfer.cache.group import Group
 from pyramidinfer.native.library import (
     DTYPES,
-    Eviction,
     Keeping,
     Kernels,
     StorageData,
@@ -20,12 +19,14 @@ from pyramidinfer.native.library import (
     pointer,
 )
 
-if TYPE_CHECKING:
-    from pyramidinfer.cache.pool import Pool, Slots
-    from pyramidinfer.cache.table import Ring, Table
-    from pyramidinfer.types import Needs
+__all__ = ["Slots", "Stays", "native_gather", "native_keep", "native_write"]
 
-__all__ = ["Stays", "evict_best", "native_gather", "native_keep", "native_write"]
+
+class Slots(NamedTuple):
+    """Where new entries go: ``pages`` and ``offsets``, each ``[n, kv_heads]`` (one group)."""
+
+    pages: Tensor
+    offsets: Tensor
 
 
 class Stays(NamedTuple):
@@ -84,52 +85,3 @@ def native_gather(kernels: Kernels, storage: Tensor, pages: np.ndarray, kept: in
 
 def _storage(tensor: Tensor) -> ctypes.Structure:
     return StorageData(tensor.data_ptr(), tensor[0, 0].nbytes)
-
-
-def evict_best(pool: Pool, table: Table, rules: list[tuple[int, Needs]], scales: list[Any],
-               protected: Tensor) -> None:  # fmt: skip
-    """Carry out evictions of some layers of a request by their rules (``Needs.best``), at once.
-
-    ``scales``: how each layer's products become logits, where there is a window;  ``protected``:
-    bool ``[text]``.
-    """
-    kernels, protected = pool.kernels, protected.contiguous()
-    assert kernels is not None
-    calls = (Eviction * len(rules))()
-    pages, kept, counts = table.pages, table.kept, table.kept.copy()
-    for layer, needs in rules:
-        assert needs.best is not None
-        counts[layer] = needs.best.count
-    pool.own_fronts(table, np.where(counts < kept, kept, 0))
-    held: dict[int, tuple[Tensor, Tensor]] = {}  # by window, what the calls point to
-    for index, ((layer, needs), scale) in enumerate(zip(rules, scales, strict=True)):
-        group, best = pool.group(layer), needs.best
-        assert best is not None
-        spec = group.spec
-        calls[index] = Eviction(
-            *map(pointer, (group.keys, group.values, group.positions, group.scores)),
-            *(each[layer].ctypes.data for each in (pages, kept, counts)),
-            pointer(protected), None, None, None, None, pages.shape[2], best.kernel,
-            best.pool == "max", best.sinks, table.seen_len - 1 - best.recent, len(protected),
-            spec.kv_heads, spec.key_dim, spec.value_dim, pool.page_size,
-        )  # fmt: skip
-        if needs.window:
-            _look_back(calls[index], table.ring, layer, needs, scale, held)
-    kernels.evict_entries(DTYPES[pool.groups[0].spec.dtype], ctypes.addressof(calls), len(rules))
-    pool.retract(table, counts)
-
-
-def _look_back(call: Any, ring: Ring | None, layer: int, needs: Needs, scale: Any,
-               held: dict[int, tuple[Tensor, Tensor]]) -> None:  # fmt: skip
-    """Fill in what an eviction with a window scores by."""
-    assert ring is not None
-    if needs.window not in held:
-        rows = ring.rows(needs.window)
-        held[needs.window] = rows, ring.positions[rows]
-    rows, places = held[needs.window]
-    heads = ring.queries.shape[2]
-    call.queries = ring.queries.data_ptr() + layer * ring.queries[0].nbytes
-    call.lse, call.rows, call.query_at = map(pointer, (ring.lse[layer], rows, places))
-    call.window, call.heads, call.takes_max = len(rows), heads, needs.reduce.rows == "max"
-    call.scale, call.softcap = scale.scale, scale.softcap or 0.0
-    call.share = call.kv_heads / (heads * needs.window)

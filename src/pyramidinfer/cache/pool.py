@@ -15,27 +15,21 @@ the number of tables that own it; a page owned twice is copied before it is writ
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pyramidinfer.cache.compact import move_entries, plan_moves
-from pyramidinfer.cache.group import Group, GroupSpec
-from pyramidinfer.cache.native import Stays, native_gather, native_keep, native_write
+from pyramidinfer.cache.group import Group
+from pyramidinfer.cache.layout import Layout
+from pyramidinfer.cache.native import Slots, Stays, native_gather, native_keep, native_write
 from pyramidinfer.cache.table import Ring, Table
 from pyramidinfer.native.library import DTYPES, Kernels
 from pyramidinfer.types import Keep, Needs, State
 
 __all__ = ["Exported", "Pool", "Slots"]
-
-
-class Slots(NamedTuple):
-    """Where new entries go: ``pages`` and ``offsets``, each ``[n, kv_heads]`` (one group)."""
-
-    pages: Tensor
-    offsets: Tensor
 
 
 class Exported(NamedTuple):
@@ -54,41 +48,22 @@ class Exported(NamedTuple):
 
 
 class Pool:
-    """Pages for every KV head of every layer of every request, out of one byte budget.
+    """The storage of a ``Layout``, and who owns which of its pages."""
 
-    All layers have as many KV heads.  The budget holds at least one page a head (``least_bytes``).
-    """
-
-    def __init__(self, specs: list[GroupSpec], budget: int, page_size: int = 16,
-                 device: torch.device | str = "cpu", *, scores: bool = False,
+    def __init__(self, layout: Layout, device: torch.device | str = "cpu", *,
                  poison: bool = False, kernels: Kernels | None = None) -> None:  # fmt: skip
-        self.page_size, self.budget, self.device = page_size, budget, torch.device(device)
+        self.layout, self.device = layout, torch.device(device)
         self.kernels = kernels  # C++ for what can be had faster than in torch
-        self.layers = sum(len(spec.layers) for spec in specs)
-        self.kv_heads = specs[0].kv_heads
-        assert all(spec.kv_heads == self.kv_heads for spec in specs), "layers differ in KV heads"
-        sizes = [spec.page_bytes(page_size, scores) for spec in specs]
-        least = self.least_bytes(specs, page_size, scores)
-        assert budget >= least, "the budget is below one page per head"
-        self.page_bytes = sizes
-        self.groups: list[Group] = []
-        self.group_of = np.zeros(self.layers, dtype=np.int64)
-        for index, (spec, size) in enumerate(zip(specs, sizes, strict=True)):
-            heads = len(spec.layers) * spec.kv_heads
-            pages = max(heads, int(budget * (size * heads / least)) // size)
-            self.groups.append(Group(spec, pages, page_size, self.device, scores, poison))
-            self.group_of[list(spec.layers)] = index
-        self.layer_page_bytes = np.array([sizes[group] for group in self.group_of])
+        self.page_size, self.budget = layout.page_size, layout.budget
+        self.layers, self.kv_heads = layout.layers, layout.kv_heads
+        self.group_of, self.pages_for = layout.group_of, layout.pages_for
+        self.groups = [
+            Group(spec, int(pages), self.page_size, self.device, layout.scores, poison)
+            for spec, pages in zip(layout.specs, layout.page_counts, strict=True)
+        ]
         self.tables: set[Table] = set()
         self.peak_bytes = 0  # the most all tables ever held together, as last noted
         self._beside = 0  # bytes outside pages of all tables, as last noted
-
-    @staticmethod
-    def least_bytes(specs: list[GroupSpec], page_size: int, scores: bool = False) -> int:
-        """Bytes of one page per head of every layer."""
-        return sum(
-            spec.page_bytes(page_size, scores) * len(spec.layers) * spec.kv_heads for spec in specs
-        )
 
     # --- lifetime -----------------------------------------------------------------------------
 
@@ -323,16 +298,12 @@ class Pool:
 
     def bytes(self, table: Table) -> int:
         """Bytes of the pages a table owns."""
-        return int((table.held.sum(1) * self.layer_page_bytes).sum())
-
-    def pages_for(self, entries: Any) -> Any:
-        """Pages of so many entries (a number or an array)."""
-        return -(-entries // self.page_size)
+        return int((table.held.sum(1) * self.layout.layer_page_bytes).sum())
 
     @property
     def budget_used(self) -> int:
         """Bytes of all pages that some table owns."""
-        sizes = zip(self.groups, self.page_bytes, strict=True)
+        sizes = zip(self.groups, self.layout.page_bytes, strict=True)
         return sum((len(group.counts) - len(group.free)) * size for group, size in sizes)
 
     # --- moving a request out and in ----------------------------------------------------------

@@ -104,7 +104,6 @@ class _Chat:
 
     def _use(self, policy: Policy) -> None:
         engine = self.llm.engine
-        policy.check(engine.adapter.layers_for(1))
         engine.check_policy(policy)
         self.policy = policy
         keep = getattr(policy, "keep", None)
@@ -131,10 +130,8 @@ class _Chat:
     def _follow(self, request: Request) -> str:
         engine, text = self.llm.engine, request.detokenizer
         assert text is not None  # a chat template has a tokenizer
-        engine.submit(request)
         written = 0
-        while request.finish_reason is None:
-            engine.step()
+        for _ in engine.steps([request]):
             if request.finish_reason is None and not text.stopped:
                 text.update(request.output)
             shown = text.settled if request.finish_reason is None else text.text

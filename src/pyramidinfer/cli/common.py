@@ -31,8 +31,11 @@ POLICY_NAMES = (
 BACKENDS = ("cpu", "reference", "triton")
 DEFAULT_POLICY = "pyramid"
 
-#: What the extra ``server`` brings.
-SERVER_PACKAGES = {"fastapi", "httpx", "llguidance", "prometheus_client", "pydantic", "uvicorn"}
+#: What each extra brings.
+EXTRAS = {
+    "server": ("fastapi", "httpx", "llguidance", "prometheus_client", "pydantic", "uvicorn"),
+    "lab": ("matplotlib", "scipy"),
+}
 
 Model = Annotated[
     str | None,
@@ -149,11 +152,13 @@ def plain_errors() -> Iterator[None]:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
     except ModuleNotFoundError as error:
-        if error.name not in SERVER_PACKAGES:
+        package = (error.name or "").partition(".")[0]
+        extra = next((extra for extra, packages in EXTRAS.items() if package in packages), None)
+        if extra is None:
             raise
         print(
-            f"error: this command needs {error.name}, which is not installed: "
-            f"pip install 'pyramidinfer[server]'",
+            f"error: this command needs {package}, which is not installed: "
+            f"pip install 'pyramidinfer[{extra}]'",
             file=sys.stderr,
         )
         raise typer.Exit(2) from None

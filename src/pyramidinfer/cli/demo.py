@@ -222,16 +222,16 @@ def _verdict(runs: Sequence[Run]) -> str:
 def _answer(title: str, engine: Engine, questions: Sequence[Question],
             advance: Callable[[], None], runs: list[Run]) -> None:  # fmt: skip
     """All questions at once through one engine; interrupted, what is answered still counts."""
-    requests = [engine.add(question.prompt, question.params) for question in questions]
+    requests = [engine.make(question.prompt, question.params) for question in questions]
     begun = time.monotonic()
     try:
-        while not engine.scheduler.idle:
-            for _ in engine.step():
+        for ended in engine.steps(requests):
+            for _ in ended:
                 advance()
     finally:
         seconds = time.monotonic() - begun
         pairs = list(zip(requests, questions, strict=True))
-        done = [(engine.output(r), q) for r, q in pairs if r.finish_reason is not None]
+        done = [(engine.output(r), q) for r, q in pairs if r.finish_reason not in (None, "abort")]
         if done:
             right = [question.is_right(output.text) for output, question in done]
             outputs = [output for output, _ in done]

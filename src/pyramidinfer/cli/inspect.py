@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pyramidinfer.attention import select_backend
-from pyramidinfer.cache import Pool
+from pyramidinfer.cache import Layout
 from pyramidinfer.cli.common import human_bytes
 from pyramidinfer.config import EngineConfig
 from pyramidinfer.engine import LLM
@@ -63,14 +63,12 @@ def run_inspect(model: str | None, chosen: Policy, prompt_len: int, max_tokens: 
     chosen.check(layers)
     forecast = chosen.forecast(prompt_len, max_tokens, layers)
     page = EngineConfig().page_size
-    specs = adapter.group_specs()
-    least = Pool.least_bytes(specs, page, chosen.uses_scores)
-    pool = Pool(specs, least, page, scores=chosen.uses_scores)
-    per_page = [int(size) for size in pool.layer_page_bytes]
-    cost = Ledger(pool, adapter).cost(chosen, prompt_len, max_tokens, layers, 0)
+    layout = Layout.smallest(adapter.group_specs(), page, chosen.uses_scores)
+    per_page = [int(size) for size in layout.layer_page_bytes]
+    cost = Ledger(layout, adapter).cost(chosen, prompt_len, max_tokens, layers, 0)
     again = sum(map(len, readings(adapter, chosen, range(prompt_len), prompt_len, max_tokens)))
     assert cost.settled is not None
-    in_pages = int((cost.settled.pages * np.array(pool.page_bytes)).sum())
+    in_pages = layout.bytes_of(cost.settled.pages)
     beside = cost.settled.bytes - in_pages
     rows: list[dict[str, Any]] = []
     caps = [  # sliding layers hold no more than this, whatever the policy
@@ -80,7 +78,7 @@ def run_inspect(model: str | None, chosen: Policy, prompt_len: int, max_tokens: 
     heads = forecast.by_head(adapter.kv_heads)
     for layer, cap in enumerate(caps):
         kept, full = np.minimum(heads[layer], cap), min(longest, cap)
-        together, pages = int(kept.sum()), int(pool.pages_for(kept).sum())
+        together, pages = int(kept.sum()), int(layout.pages_for(kept).sum())
         if forecast.total is not None:  # every head may have one page that is not full
             together = min(together, forecast.total[layer])
             pages = min(pages, forecast.total[layer] // page + adapter.kv_heads)
@@ -90,7 +88,7 @@ def run_inspect(model: str | None, chosen: Policy, prompt_len: int, max_tokens: 
             "kept": kept.tolist(),
             "kept_together": together,
             "bytes": pages * per_page[layer],
-            "full_bytes": pool.pages_for(full) * adapter.kv_heads * per_page[layer],
+            "full_bytes": layout.pages_for(full) * adapter.kv_heads * per_page[layer],
         })  # fmt: skip
     if as_json:
         head = {"model": model or shipped_model(), "policy": repr(chosen), "rule": chosen.rule}

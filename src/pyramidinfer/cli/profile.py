@@ -52,7 +52,6 @@ def profile(
 ) -> None:
     """Measure how much of a text each KV head of a model needs, once, and store it."""
     from pyramidinfer.engine.profiling import look_up
-    from pyramidinfer.lab.head_pictures import draw_profile
     from pyramidinfer.policies import Full
     from pyramidinfer.policies.profile import check_target
 
@@ -79,6 +78,8 @@ def profile(
         made, lies = found
         lies = lies if output is None else made.save(output)
     if picture is not None:
+        from pyramidinfer.lab.head_pictures import draw_profile
+
         draw_profile(made, picture)
     if as_json:
         print(json.dumps({

@@ -25,7 +25,7 @@ def usage(pool: Pool, adapter: Adapter, request: Request) -> KVUsage:
     peak = max(table.peak_bytes, now + table.extra_bytes)
     kept = tuple(table.lens(layer) for layer in range(adapter.depth))
     full = full_lens(adapter, table.seen_len, [max(heads) for heads in kept])
-    whole = bytes_of(pool, adapter, full)
+    whole = bytes_of(pool.layout, adapter, full)
     return KVUsage(table.seen_len, kept, full, now, peak, whole, request.lowered_to)
 
 

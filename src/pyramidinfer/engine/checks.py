@@ -7,7 +7,7 @@ from collections.abc import Sequence as Items
 
 import torch
 
-from pyramidinfer.cache import Pool
+from pyramidinfer.cache import Layout
 from pyramidinfer.config import EngineConfig
 from pyramidinfer.models import Adapter
 from pyramidinfer.models.loading import free_memory
@@ -39,7 +39,7 @@ def check_plan(adapter: Adapter, policy: Policy, config: EngineConfig, device: t
     policy.check(adapter.layers_for(1))
     budget, free = config.budget, free_memory(device)
     scores = policy.uses_scores or config.slot_scores
-    least = Pool.least_bytes(adapter.group_specs(), config.page_size, scores)
+    least = Layout.least_bytes(adapter.group_specs(), config.page_size, scores)
     if budget < least:
         raise ValueError(
             f"kv_memory={budget} bytes is below one page per layer: this model needs at least "

@@ -2,36 +2,35 @@
 
 from __future__ import annotations
 
-import itertools
 import time
+from collections.abc import Iterator
+from collections.abc import Sequence as Items
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pyramidinfer.attention import select_backend
-from pyramidinfer.cache import Pool, Ring, Table
+from pyramidinfer.cache import Layout, Pool, Table
 from pyramidinfer.config import EngineConfig
 from pyramidinfer.engine import answers, holding
 from pyramidinfer.engine.chat_template import find_end_ids
 from pyramidinfer.engine.checks import check_plan
-from pyramidinfer.engine.grammar import Grammars
-from pyramidinfer.engine.making import Spans, make_request, settle_on_held
+from pyramidinfer.engine.making import Maker, Spans, settle_on_held
 from pyramidinfer.engine.memory import Ledger
-from pyramidinfer.engine.pressure import Pressure
-from pyramidinfer.engine.readings import is_long, readings_for
 from pyramidinfer.engine.request import Request, Scoring
 from pyramidinfer.engine.reuse import Conversations
-from pyramidinfer.engine.sampler import prepare, read_prompt, sample
+from pyramidinfer.engine.sampler import prepare, sample
 from pyramidinfer.engine.scheduler import Plan, Scheduler
-from pyramidinfer.engine.text import added_tokens, encoder_of
+from pyramidinfer.engine.shared import Shared
+from pyramidinfer.engine.text import encoder_of
 from pyramidinfer.engine.undo import Undo
 from pyramidinfer.models import Adapter, Intake
 from pyramidinfer.models.adapter import Stepped
 from pyramidinfer.models.fingerprint import fingerprint
-from pyramidinfer.models.intake import Batch, Sequence
+from pyramidinfer.models.intake import Batch
 from pyramidinfer.native.forks import watch_forks
 from pyramidinfer.policies import Policy
 from pyramidinfer.policies.profile import Fingerprint, Profile
@@ -62,21 +61,20 @@ class Engine:
             self.adapter = Adapter(model, chosen, config.prefill_chunk, own=own)
         device = self.adapter.device
         check_plan(self.adapter, policy, config, device)
-        self.pool = Pool(
-            self.adapter.group_specs(), config.budget, config.page_size, device,
-            scores=policy.uses_scores or config.slot_scores, poison=config.poison,
-            kernels=self.adapter.backend.kernels,
+        layout = Layout(
+            self.adapter.group_specs(), config.budget, config.page_size,
+            scores=policy.uses_scores or config.slot_scores,
         )  # fmt: skip
-        self.ledger = Ledger(self.pool, self.adapter)
-        self.scheduler = Scheduler(config, self.adapter.depth)
-        self.conversations = Conversations(self, int(config.budget * config.reuse_share))
-        self.pressure = Pressure(self)
+        kernels = self.adapter.backend.kernels
+        self.pool = Pool(layout, device, poison=config.poison, kernels=kernels)
+        self.ledger = Ledger(layout, self.adapter)
+        self.shared = Shared(self.adapter, self.pool, self.ledger, config, tokenizer)
+        self.conversations = Conversations(self.shared, int(config.budget * config.reuse_share))
+        self.scheduler = Scheduler(self.shared, self.conversations)
         ends = self.adapter.end_ids | find_end_ids(tokenizer)
         self.end_ids = frozenset(end for end in ends if end < self.adapter.vocab_size)
-        self.added_tokens = added_tokens(tokenizer)
-        self.grammars = Grammars(tokenizer, self.adapter.vocab_size, self.end_ids)
+        self.maker = Maker(self.shared, self.end_ids)
         self.peak_in_flight = 0
-        self._ids = itertools.count()
         self._profile: Profile | None = None
         self.policy = self.bind(policy)
         if self.policy is not policy:
@@ -95,7 +93,9 @@ class Engine:
         of generating;  ``samples``: answers wanted, the further ones in ``request.samples``.
         """
         chosen = self.policy if policy is None else self.bind(policy)
-        return make_request(self, prompt, params, chosen, protect, hold, on, scoring, samples)
+        if chosen is not self.policy:
+            self.check_policy(chosen)
+        return self.maker.make(prompt, params, chosen, protect, hold, on, scoring, samples)
 
     def bind(self, policy: Policy, measure: bool = True) -> Policy:
         """The policy with what it asks for of this model: its head profile where it has none, its
@@ -124,16 +124,9 @@ class Engine:
     def _fingerprint(self) -> Fingerprint:
         return fingerprint(self.adapter)
 
-    def next_id(self) -> int:
-        return next(self._ids)
-
     def check_policy(self, policy: Policy) -> None:
-        """``ValueError`` where a request cannot have this policy in this engine's pool."""
-        if policy.uses_scores and self.pool.groups[0].scores is None:
-            raise ValueError(
-                f"policy {policy.name!r} keeps a running score beside each entry, and this pool "
-                f"was made without: start the engine with slot_scores=True (serve --slot-scores)"
-            )
+        """``ValueError`` where a request cannot have this policy in this engine."""
+        self.shared.check_policy(policy)
 
     def add(self, prompt: TokenIds, params: SamplingParams, *, protect: Spans = (),
             hold: bool = False) -> Request:  # fmt: skip
@@ -144,10 +137,10 @@ class Engine:
 
     def submit(self, request: Request) -> None:
         """Queue a request made before."""
-        holding.copy_held(self, request)
+        holding.copy_held(self.pool, request)
         for each in (request, *request.samples):
             prepare(each, self.adapter.device, self.end_ids)
-        self.scheduler.waiting.append(request)
+        self.scheduler.queue(request)
 
     def extend(self, request: Request, tokens: TokenIds, params: SamplingParams, *,
                protect: Spans = (), hold: bool = False) -> Request:  # fmt: skip
@@ -156,7 +149,11 @@ class Engine:
         Its own last answer is part of the text, and ``protect`` spans are positions of the whole
         text.  The old request object is used up.
         """
-        return holding.extend(self, request, tokens, params, protect, hold)
+        turn = holding.next_turn(self.maker, request, tokens, params, protect, hold)
+        turn.sequence, request.sequence, request.hold = request.sequence, None, False
+        turn.promised, request.promised = request.promised, None
+        self.submit(turn)
+        return turn
 
     def branch(self, request: Request, tokens: TokenIds, params: SamplingParams, *,
                protect: Spans = ()) -> Request:  # fmt: skip
@@ -165,7 +162,9 @@ class Engine:
         The copy is made when it is queued, and shares pages until they are written.  The held
         request stays as it is, for others.
         """
-        return holding.branch(self, request, tokens, params, protect)
+        turn = holding.next_turn(self.maker, request, tokens, params, protect, False)
+        turn.onto = request
+        return turn
 
     def truncate(self, request: Request, seen_len: int) -> None:
         """Forget a held request's tokens from position ``seen_len`` on (a rejected draft).
@@ -173,14 +172,13 @@ class Engine:
         ``ValueError`` where layers with a sliding window have already let go of entries that
         would be seen again.
         """
-        holding.truncate(self, request, seen_len)
+        holding.truncate(self.shared, request, seen_len)
 
     def release(self, request: Request) -> None:
         """Give a held request's cache back."""
         if request.finish_reason is not None and request.sequence is not None:
-            self.pool.release(request.sequence.table)
-            self.ledger.promise(request, None)
-            request.sequence, request.hold = None, False
+            self.shared.release(request)
+            request.hold = False
 
     def abort(self, request: Request) -> None:
         """End a request at once; its pages are free when this returns.
@@ -200,6 +198,27 @@ class Engine:
 
     # --- stepping -----------------------------------------------------------------------------
 
+    def run(self, requests: Items[Request]) -> None:
+        """Queue requests and step until all of them have ended; see ``steps``."""
+        for _ in self.steps(requests):
+            pass
+
+    def steps(self, requests: Items[Request]) -> Iterator[list[Request]]:
+        """Queue requests (those that are not yet) and step until all of them have ended; after
+        every step, whoever ended in it.
+
+        Where anything is raised, or nobody asks on, they are aborted.
+        """
+        try:
+            for request in requests:
+                if request.status == "made":
+                    self.submit(request)
+            while any(request.status != "finished" for request in requests):
+                yield self.step()
+        finally:
+            for request in requests:
+                self.abort(request)  # nothing, for one that has ended
+
     def step(self) -> list[Request]:
         """Advance everything by one step; returns the requests that ended.
 
@@ -207,9 +226,7 @@ class Engine:
         requests go on as if it had not been tried; only one that cannot be taken back (its
         entries were being evicted, or it extends a cache) is aborted.
         """
-        self.pressure.relieve()
-        self._admit()
-        return self._run(self.scheduler.plan())
+        return self._run(self._schedule())
 
     def step_singly(self) -> list[Request]:
         """A step in which a request that makes its pass fail ends with an error, alone.
@@ -217,8 +234,7 @@ class Engine:
         For when ``step`` raised an ``Exception`` and nobody knows by whom it was caused.
         """
         ended = []
-        self.pressure.relieve()
-        plan = self.scheduler.plan()
+        plan = self._schedule(begin=False)
         singles = [Plan([each], []) for each in plan.decode]
         singles += [Plan([], [pair]) for pair in plan.prefill]
         for single in singles:
@@ -234,45 +250,32 @@ class Engine:
                 ended.append(request)
         return ended
 
-    def _admit(self) -> None:
-        """Let requests begin, as many as fit."""
-
-        def admits(request: Request) -> bool:
-            if request.away is not None:
-                return self.pressure.admits(request)
-            if not self.pressure.may_begin(request) or not self.conversations.admits(request):
-                return False
-            self.ledger.promise(request, request.likely)
-            return True
-
-        for request in self.scheduler.admit(admits):
-            try:
-                if request.away is not None:
-                    self.pressure.resume(request)
-                else:
-                    self.begin(request)
-            except BaseException:
-                self.abort(request)
-                raise
-        blocked = [*self.scheduler.away, *self.scheduler.waiting]
-        if blocked and not self.scheduler.in_flight:
-            wanted = blocked[0].away.wanted if blocked[0].away else blocked[0].likely
-            raise ValueError(
-                f"{self.ledger.bytes} bytes of kv_memory are held by finished requests, and the "
-                f"next one needs {wanted.bytes} of {self.pool.budget}: release some of "
-                f"them"
-            )
+    def _schedule(self, begin: bool = True) -> Plan:
+        """What the next step does, once memory is there for it; with ``begin``, requests that fit
+        have begun."""
+        scheduler = self.scheduler
+        try:
+            scheduler.relieve()
+            if begin:
+                scheduler.admit()
+        except BaseException:
+            if (lost := scheduler.moving) is not None:
+                scheduler.moving = None
+                self.abort(lost)
+            raise
+        return scheduler.plan()
 
     def _run(self, plan: Plan) -> list[Request]:
         """One pass through the model; returns the requests that ended."""
         self.peak_in_flight = max(self.peak_in_flight, self.scheduler.in_flight)
-        undo = Undo(self, plan)
+        undo = Undo(self.shared, plan)
         try:
             stepped = self.adapter.forward(self.pool, self._batch(plan))
             undo.ran = True
             return self._commit(plan, stepped, undo.committed)
         except BaseException:
-            undo.roll_back()
+            for lost in undo.roll_back():
+                self.abort(lost)
             raise
 
     @property
@@ -285,49 +288,6 @@ class Engine:
         self.pool.check()
         if self.scheduler.idle and not self.pool.tables:
             assert self.ledger.bytes == 0 and not self.ledger.pages.any(), "a promise is left"
-
-    def begin(self, request: Request) -> None:
-        """Give an admitted request its table and put its prompt at the first layer."""
-        if request.started is None:
-            request.started = time.monotonic()
-        adapter, device = self.adapter, self.adapter.device
-        longest = len(request.prompt) + request.max_new
-        layers = adapter.layers_for(longest)
-        if request.sequence is None:
-            table = self.pool.new_table(len(request.prompt))
-            table.state = request.policy.start(layers)
-            length = len(request.prompt)
-            far = is_long(adapter, request.policy, length, length, request.max_new)
-            request.sequence = Sequence(
-                table, request.policy, layers, torch.zeros(0, dtype=torch.bool), far
-            )
-        sequence = request.sequence
-        sequence.layers = layers
-        scored = len(request.scoring.tokens) if request.scoring else 0
-        size = len(request.prompt) + scored
-        sequence.protected = torch.arange(size, device=device) >= len(request.prompt)
-        for start, stop in request.protect:
-            sequence.protected[start:stop] = True
-        table, shape = sequence.table, adapter.shapes[0]
-        new = request.text[table.seen_len :]
-        if request.policy.streams:
-            adapter.streaming.make_room(self.pool, sequence, len(new))
-        rows = request.policy.ring(len(new) + int(table.longest[layers.first]), request.max_new)
-        if rows and not request.scoring:
-            table.ring = Ring.empty(
-                adapter.depth, rows, shape.heads, shape.key_dim, adapter.dtype, device
-            )
-        forecast = request.policy.forecast(len(new), request.max_new, layers)
-        extra = int(sequence.protected.sum()) - scored
-        reach = [min(len(new), count + extra) for count in forecast.reach]
-        tokens = torch.tensor(new, device=device)
-        reader = None
-        if request.prompt_top is not None and not request.output:
-            request.prompt_logprobs, reader = [], partial(read_prompt, request)
-        request.intake = Intake(
-            sequence, tokens, table.seen_len, reach, reader is not None, reader,
-            readings=readings_for(self, request),
-        )  # fmt: skip
 
     def _batch(self, plan: Plan) -> Batch:
         running = [each.sequence for each in plan.decode if each.sequence is not None]
@@ -407,12 +367,10 @@ class Engine:
         request.computed = request.computed or intake.computed
         request.intake = None
         if intake.is_reread:
-            settle_on_held(self, request, samples)
-        self.ledger.promise(request, request.likely.settled)
-        self.scheduler.to_running(request)
-        for each in samples:
+            settle_on_held(self.shared, request, samples)
+        for each in (request, *samples):
             self.ledger.promise(each, request.likely.settled)
-            self.scheduler.running.append(each)
+            self.scheduler.to_running(each)
 
     def _score_on(self, request: Request, scoring: Scoring) -> bool:
         """Once the context is in, score the continuation on top of it; True when that is done."""
@@ -448,6 +406,7 @@ class Engine:
     def _end(self, request: Request, reason: str) -> None:
         """Count what the request used, then give its pages back (or hold them)."""
         request.finish_reason, request.ended = reason, time.monotonic()
+        request.status = "finished"
         request.kv = self.usage(request)
         if request.detokenizer and not request.detokenizer.stopped:
             request.detokenizer.update(self._said(request, reason), last=True)
@@ -462,10 +421,7 @@ class Engine:
             if keeps:
                 self.conversations.keep(request)
             return
-        if request.sequence is not None and request.sequence.table in self.pool.tables:
-            self.pool.release(request.sequence.table)
-        request.sequence = request.away = None
-        self.ledger.promise(request, None)
+        self.shared.release(request)
 
     def _said(self, request: Request, reason: str) -> TokenIds:
         """A request's tokens less the one that ended it, where that is no part of its text."""

@@ -137,7 +137,7 @@ class LLM:
             for ids, params, keep, on in zip(encoded, many, spans, begun, strict=True)
         ]
         try:
-            self._finish(requests)
+            self.engine.run(requests)
         except KeyboardInterrupt:
             raise Interrupted([self.engine.output(each) for each in requests]) from None
         return [self.engine.output(request) for request in requests]
@@ -157,7 +157,7 @@ class LLM:
             self.encode(prompt), SamplingParams(max_tokens=1, ignore_eos=True), policy=chosen,
             protect=protect, hold=True,
         )  # fmt: skip
-        self._finish([request])
+        self.engine.run([request])
         if request.error is not None:
             self.engine.release(request)
             raise ValueError(f"the prefix cannot be used: {request.error}")
@@ -189,21 +189,13 @@ class LLM:
 
     def _follow(self, request: Request) -> Iterator[RequestOutput]:
         given = 0
-        try:
-            self.engine.submit(request)
-            while True:
-                if request.finish_reason is None:
-                    self.engine.step()
-                ended = request.finish_reason is not None
-                if ended or len(request.output) > given:
-                    given = len(request.output)
-                    if request.detokenizer and not ended and not request.detokenizer.stopped:
-                        request.detokenizer.update(request.output)
-                    yield self.engine.output(request)
-                if ended:
-                    return
-        finally:
-            self.engine.abort(request)
+        for _ in self.engine.steps([request]):
+            ended = request.finish_reason is not None
+            if ended or len(request.output) > given:
+                given = len(request.output)
+                if request.detokenizer and not ended and not request.detokenizer.stopped:
+                    request.detokenizer.update(request.output)
+                yield self.engine.output(request)
 
     def score(self, prompts: Sequence[Prompt], continuations: Sequence[Prompt], *,
               protect: Spans | list[Spans] = (), logits: bool = False,
@@ -226,7 +218,7 @@ class LLM:
                              protect=keep, scoring=Scoring(wanted, logits))
             for prompt, wanted, keep in zip(batch, tokens, spans, strict=True)
         ]  # fmt: skip
-        self._finish(requests)
+        self.engine.run(requests)
         return [self._scored(request) for request in requests]
 
     def _scored(self, request: Request) -> Score:
@@ -237,18 +229,6 @@ class LLM:
             self.engine.metrics(request), self.engine.usage(request),
             torch.cat(scoring.logits) if scoring.keep_logits else None,
         )  # fmt: skip
-
-    def _finish(self, requests: list[Request]) -> None:
-        """Run requests to their end; where something is raised, abort them all."""
-        try:
-            for request in requests:
-                self.engine.submit(request)
-            while any(request.finish_reason is None for request in requests):
-                self.engine.step()
-        except BaseException:
-            for request in requests:
-                self.engine.abort(request)
-            raise
 
     def trace(self, prompt: Prompt, max_tokens: int = 0, *, protect: Spans = ()) -> Trace:
         """Which tokens survive to which layer, for pictures and tests (greedy, ignores EOS)."""

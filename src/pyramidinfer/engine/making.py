@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence as Items
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -19,48 +19,95 @@ from pyramidinfer.engine.checks import (
     check_stream,
     check_tokens,
 )
+from pyramidinfer.engine.grammar import Grammars
 from pyramidinfer.engine.memory import Cost, for_samples
 from pyramidinfer.engine.request import Request, Scoring
-from pyramidinfer.engine.text import Detokenizer
+from pyramidinfer.engine.shared import Shared
+from pyramidinfer.engine.text import Detokenizer, added_tokens
 from pyramidinfer.policies import Policy
 from pyramidinfer.types import SamplingParams, TokenIds
 
-if TYPE_CHECKING:
-    from pyramidinfer.engine.engine import Engine
-
-__all__ = ["Spans", "costs_of", "expected_of", "is_endless", "make_request",
-           "settle_on_held"]  # fmt: skip
+__all__ = ["Maker", "Spans", "costs_of", "expected_of", "settle_on_held"]
 
 Spans = Items[tuple[int, int]]
 
 
-def make_request(engine: Engine, prompt: TokenIds, params: SamplingParams, policy: Policy,
-                 protect: Spans, hold: bool, on: Table | None, scoring: Scoring | None,
-                 samples: int) -> Request:  # fmt: skip
-    """See :meth:`Engine.make`."""
-    adapter, longest = engine.adapter, engine.adapter.max_positions
-    check_params(params, adapter.vocab_size, engine.tokenizer is not None)
-    check_tokens(prompt, adapter.vocab_size)
-    if not 1 <= samples <= engine.config.max_requests:
-        raise ValueError(
-            f"{samples} samples of one prompt: at least 1, and at most "
-            f"max_requests={engine.config.max_requests}"
-        )
-    if policy is not engine.policy:
-        policy.check(adapter.layers_for(1))
-        engine.check_policy(policy)
-    endless = is_endless(engine, policy, len(prompt))
-    if endless:
-        held = int(on.kept.max()) if on else 0
-        check_stream(len(prompt) - (on.seen_len if on else 0), held, longest)
-    elif len(prompt) >= longest + bool(scoring):
-        raise ContextLengthError(
-            f"the prompt has {len(prompt)} tokens; this model has {longest} positions, so at "
-            f"most {longest - 1} fit with one generated token"
-        )
-    spans = check_spans(protect, len(prompt))
-    max_new = params.max_tokens if endless else min(params.max_tokens, longest - len(prompt))
-    if scoring:
+class Maker:
+    """Builds requests of one engine."""
+
+    def __init__(self, shared: Shared, end_ids: frozenset[int]) -> None:
+        self.shared = shared
+        self.added_tokens = added_tokens(shared.tokenizer)
+        self.grammars = Grammars(shared.tokenizer, shared.adapter.vocab_size, end_ids)
+        self._ids = itertools.count()
+
+    def make(self, prompt: TokenIds, params: SamplingParams, policy: Policy, protect: Spans,
+             hold: bool, on: Table | None, scoring: Scoring | None, samples: int
+             ) -> Request:  # fmt: skip
+        """See :meth:`Engine.make`; ``policy`` is checked already."""
+        shared, adapter = self.shared, self.shared.adapter
+        check_params(params, adapter.vocab_size, shared.tokenizer is not None)
+        check_tokens(prompt, adapter.vocab_size)
+        if not 1 <= samples <= shared.config.max_requests:
+            raise ValueError(
+                f"{samples} samples of one prompt: at least 1, and at most "
+                f"max_requests={shared.config.max_requests}"
+            )
+        max_new = self._room(prompt, params, policy, on, scoring)
+        spans = check_spans(protect, len(prompt))
+        cost, likely = costs_of(
+            shared, policy, len(prompt), max_new, spans, on, scoring, samples=samples
+        )  # fmt: skip
+        if params.min_tokens > max_new:
+            raise ContextLengthError(
+                f"min_tokens={params.min_tokens}: after a prompt of {len(prompt)} tokens this "
+                f"model has positions for {max_new}"
+            )
+        if params.prompt_logprobs is not None:
+            check_prompt_logprobs(policy, on is not None)
+        shared.ledger.check_fits(cost, len(prompt), max_new, samples)
+        ids = self.added_tokens
+        stops = {*params.stop_token_ids, *(ids[text] for text in params.stop if text in ids)}
+        form = params.structured_outputs
+        constraint = None if form is None else self.grammars.constraint(form)
+
+        def one(params: SamplingParams) -> Request:
+            text = None
+            if shared.tokenizer:
+                text = Detokenizer(
+                    shared.tokenizer, tuple(params.stop), prompt, params.min_tokens,
+                    params.skip_special_tokens,
+                )  # fmt: skip
+            return Request(
+                next(self._ids), list(prompt), params, max_new, policy, cost, likely, spans, hold,
+                text, frozenset(stops), scoring=scoring,
+                constraint=constraint.copy() if constraint else None,
+            )  # fmt: skip
+
+        request = one(params)
+        request.prompt_top = params.prompt_logprobs
+        for index in range(1, samples):
+            seed = None if params.seed is None else (params.seed + index) % 2**63
+            request.samples.append(one(replace(params, seed=seed)))
+            request.samples[-1].leads = False
+        return request
+
+    def _room(self, prompt: TokenIds, params: SamplingParams, policy: Policy, on: Table | None,
+              scoring: Scoring | None) -> int:  # fmt: skip
+        """Tokens that may be generated, or are scored; ``ValueError`` where the model has too few
+        positions."""
+        adapter, longest = self.shared.adapter, self.shared.adapter.max_positions
+        endless = self.shared.is_endless(policy, len(prompt))
+        if endless:
+            held = int(on.kept.max()) if on else 0
+            check_stream(len(prompt) - (on.seen_len if on else 0), held, longest)
+        elif len(prompt) >= longest + bool(scoring):
+            raise ContextLengthError(
+                f"the prompt has {len(prompt)} tokens; this model has {longest} positions, so at "
+                f"most {longest - 1} fit with one generated token"
+            )
+        if not scoring:
+            return params.max_tokens if endless else min(params.max_tokens, longest - len(prompt))
         check_tokens(scoring.tokens, adapter.vocab_size, "continuation")
         max_new = len(scoring.tokens)
         if len(prompt) + max_new - 1 > longest:  # the last one is never fed
@@ -68,57 +115,22 @@ def make_request(engine: Engine, prompt: TokenIds, params: SamplingParams, polic
                 f"{len(prompt)} context tokens and {max_new} scored ones exceed the model's "
                 f"{longest} positions"
             )
-    cost, likely = costs_of(
-        engine, policy, len(prompt), max_new, spans, on, scoring, samples=samples
-    )  # fmt: skip
-    if params.min_tokens > max_new:
-        raise ContextLengthError(
-            f"min_tokens={params.min_tokens}: after a prompt of {len(prompt)} tokens this model "
-            f"has positions for {max_new}"
-        )
-    if params.prompt_logprobs is not None:
-        check_prompt_logprobs(policy, on is not None)
-    engine.ledger.check_fits(cost, len(prompt), max_new, samples)
-    ids = engine.added_tokens
-    stops = {*params.stop_token_ids, *(ids[text] for text in params.stop if text in ids)}
-    form = params.structured_outputs
-    constraint = None if form is None else engine.grammars.constraint(form)
-
-    def one(params: SamplingParams) -> Request:
-        text = None
-        if engine.tokenizer:
-            text = Detokenizer(
-                engine.tokenizer, tuple(params.stop), prompt, params.min_tokens,
-                params.skip_special_tokens,
-            )  # fmt: skip
-        return Request(
-            engine.next_id(), list(prompt), params, max_new, policy, cost, likely, spans, hold,
-            text, frozenset(stops), scoring=scoring,
-            constraint=constraint.copy() if constraint else None,
-        )  # fmt: skip
-
-    request = one(params)
-    request.prompt_top = params.prompt_logprobs
-    for index in range(1, samples):
-        seed = None if params.seed is None else (params.seed + index) % 2**63
-        request.samples.append(one(replace(params, seed=seed)))
-        request.samples[-1].leads = False
-    return request
+        return max_new
 
 
-def costs_of(engine: Engine, policy: Policy, length: int, max_new: int, spans: Spans,
+def costs_of(shared: Shared, policy: Policy, length: int, max_new: int, spans: Spans,
              on: Table | None = None, scoring: Scoring | None = None, samples: int = 1
              ) -> tuple[Cost, Cost]:  # fmt: skip
     """The most that a prompt of ``length`` tokens can need (the first ones held by ``on``), and
     what it has to be promised before it begins."""
     seen, held = (on.seen_len, on.kept) if on else (0, None)
-    layers = engine.adapter.layers_for(length + max_new)
+    layers = shared.adapter.layers_for(length + max_new)
     covered = len(set().union(*(range(*span) for span in spans)))
-    find = engine.ledger.scoring_cost if scoring else engine.ledger.cost
+    find = shared.ledger.scoring_cost if scoring else shared.ledger.cost
     most = likely = find(policy, length - seen, max_new, layers, covered, held, seen=seen)
-    expected = expected_of(engine.config, max_new)
+    expected = expected_of(shared.config, max_new)
     if expected < max_new and not scoring:
-        likely = engine.ledger.cost(
+        likely = shared.ledger.cost(
             policy, length - seen, max_new, layers, covered, held, expected, seen
         )  # fmt: skip
     if samples > 1:
@@ -126,7 +138,7 @@ def costs_of(engine: Engine, policy: Policy, length: int, max_new: int, spans: S
     return most, likely
 
 
-def settle_on_held(engine: Engine, request: Request, samples: list[Request]) -> None:
+def settle_on_held(shared: Shared, request: Request, samples: list[Request]) -> None:
     """A request whose text was cut by one threshold for all layers: what each of them keeps was not
     known before, so what it needs from here on is told by what it holds."""
     assert request.sequence is not None
@@ -136,10 +148,10 @@ def settle_on_held(engine: Engine, request: Request, samples: list[Request]) -> 
         most = cost.settled
         assert most is not None and most.entries is not None
         entries = np.minimum(most.entries, kept + generated)
-        return cost._replace(settled=engine.ledger.settled(entries, most.beside))
+        return cost._replace(settled=shared.ledger.settled(entries, most.beside))
 
     cost = from_here(request.cost, request.max_new)
-    likely = from_here(request.likely, expected_of(engine.config, request.max_new))
+    likely = from_here(request.likely, expected_of(shared.config, request.max_new))
     for each in (request, *samples):
         each.cost, each.likely = cost, likely
 
@@ -149,14 +161,3 @@ def expected_of(config: EngineConfig, left: int) -> int:
     if config.admission == "reserve":
         return left
     return max(1, math.ceil(config.expected_output * left))
-
-
-def is_endless(engine: Engine, policy: Policy, length: int) -> bool:
-    """Whether a request of this length may go past the model's positions: its policy streams,
-    and what it holds fits in them."""
-    adapter = engine.adapter
-    if not (policy.streams and adapter.streaming.is_possible):
-        return False
-    layers = adapter.layers_for(length)
-    kept = policy.forecast(length, length, layers).by_head(adapter.kv_heads)
-    return int(kept[list(layers.governed)].max(initial=0)) < adapter.max_positions

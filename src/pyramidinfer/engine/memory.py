@@ -1,7 +1,7 @@
 """What a request may need at most, and how much is promised: admission by reservation.
 
 Every request's forecast is rounded to pages and added to what is already promised, so a request
-that was let in can never run short (what else there is: ``pressure.py``).  Query rings, policy
+that was let in can never run short (what else there is: ``scheduler.py``).  Query rings, policy
 state and the hidden states of prompts in progress count against the same ``kv_memory``.
 """
 
@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from pyramidinfer.cache import Pool, Table
+from pyramidinfer.cache import Layout, Table
 from pyramidinfer.engine.checks import ContextLengthError
 from pyramidinfer.engine.readings import readings
 from pyramidinfer.models import Adapter
@@ -53,10 +53,9 @@ class Promised(Protocol):
 class Ledger:
     """Promises made against the pool; ``promised`` never exceeds what there is."""
 
-    def __init__(self, pool: Pool, adapter: Adapter) -> None:
-        self.pool, self.adapter = pool, adapter
-        self.pages = np.zeros(len(pool.groups), dtype=np.int64)
-        self.have = np.array([len(group.counts) for group in pool.groups])
+    def __init__(self, layout: Layout, adapter: Adapter) -> None:
+        self.layout, self.adapter = layout, adapter
+        self.pages = np.zeros_like(layout.page_counts)
         self.bytes = 0
 
     def cost(self, policy: Policy, new: int, max_new: int, layers: Layers, protected: int,
@@ -69,7 +68,7 @@ class Ledger:
         ``seen``: tokens in front of the prompt's, in the cache or dropped from it; None: the prompt
         is not read again, whatever the policy says.
         """
-        pool, adapter = self.pool, self.adapter
+        layout, adapter = self.layout, self.adapter
         shape = (layers.count, adapter.kv_heads)
         base = np.zeros(shape, dtype=np.int64) if held is None else held
         generated, reread = max_new if expected is None else expected, 0
@@ -84,27 +83,26 @@ class Ledger:
         whole = base + reach[:, None]  # while the prompt is read again
         for layer, sizes in enumerate(adapter.shapes):
             if sizes.window is not None and not layers.governed[layer]:
-                most = sizes.window + pool.page_size
+                most = sizes.window + layout.page_size
                 kept[layer] = np.minimum(kept[layer], most)
                 whole[layer] = np.minimum(whole[layer], most)
         total = None
         if forecast.total is not None and held is None:
             total = np.array(forecast.total) + protected * adapter.kv_heads
         final, before = self._pages(whole if reread else kept, total), self._pages(base)
-        arriving = pool.pages_for(base + reach[:, None]).sum(1)
-        worst = np.zeros(len(pool.groups), dtype=np.int64)
-        groups = pool.group_of
+        arriving = layout.pages_for(base + reach[:, None]).sum(1)
+        worst = np.zeros_like(layout.page_counts)
         for layer in range(layers.count):  # layers before it are settled, this one is in progress
             pages = np.where(np.arange(layers.count) <= layer, final, before)
             pages[layer] = max(final[layer], arriving[layer])
-            worst = np.maximum(worst, np.bincount(groups, pages, len(worst)).astype(np.int64))
+            worst = np.maximum(worst, layout.by_group(pages))
             if reread:
                 pages = final.copy()
-                pages[layer] = pool.pages_for(whole[layer] + reread).sum()
-                worst = np.maximum(worst, np.bincount(groups, pages, len(worst)).astype(np.int64))
+                pages[layer] = layout.pages_for(whole[layer] + reread).sum()
+                worst = np.maximum(worst, layout.by_group(pages))
         lasting, transient = self._beside(policy, new, max_new, layers, reach, base, reread)
         lasting += self._turned(policy, protected)
-        size = int((worst * np.array(pool.page_bytes)).sum()) + lasting + transient
+        size = layout.bytes_of(worst) + lasting + transient
         in_all = None
         if forecast.sum is not None:
             in_all = int(base.sum()) + forecast.sum + protected * base.size
@@ -115,21 +113,21 @@ class Ledger:
     def _pages(self, entries: np.ndarray, total: np.ndarray | None = None) -> np.ndarray:
         """Pages a layer of so many entries a head ``[layers, kv_heads]``, which are no more than
         ``total`` a layer."""
-        pages: np.ndarray = self.pool.pages_for(entries).sum(1)
+        pages: np.ndarray = self.layout.pages_for(entries).sum(1)
         if total is not None:  # every head may have one page that is not full
-            pages = np.minimum(pages, total // self.pool.page_size + entries.shape[1])
+            pages = np.minimum(pages, total // self.layout.page_size + entries.shape[1])
         return pages
 
     def settled(self, entries: np.ndarray, beside: int, total: np.ndarray | None = None,
                 in_all: int | None = None) -> Cost:  # fmt: skip
         """What so many entries per layer and head take, no more than ``total`` a layer and
         ``in_all`` together, and ``beside`` bytes outside pages."""
-        pages, group_of = self._pages(entries, total), self.pool.group_of
-        groups = np.bincount(group_of, pages, len(self.pages)).astype(np.int64)
+        layout, pages = self.layout, self._pages(entries, total)
+        groups = layout.by_group(pages)
         if in_all is not None:
-            heads = np.bincount(group_of, minlength=len(groups)) * entries.shape[1]
-            groups = np.minimum(groups, in_all // self.pool.page_size + heads)
-        size = int((groups * np.array(self.pool.page_bytes)).sum()) + beside
+            heads = layout.by_group(np.ones_like(pages)) * entries.shape[1]
+            groups = np.minimum(groups, in_all // layout.page_size + heads)
+        size = layout.bytes_of(groups) + beside
         return Cost(groups, size, None, entries, beside)
 
     def scoring_cost(self, policy: Policy, new: int, scored: int, layers: Layers, protected: int,
@@ -192,21 +190,26 @@ class Ledger:
         pages, size = self.pages + cost.pages, self.bytes + cost.bytes
         if instead_of is not None:
             pages, size = pages - instead_of.pages, size - instead_of.bytes
-        return size <= self.pool.budget and bool((pages <= self.have).all())
+        return size <= self.layout.budget and bool((pages <= self.layout.page_counts).all())
 
     @property
     def is_over(self) -> bool:
         """Whether more is promised than there is (``admission="overcommit"`` only, before a pass
         begins)."""
-        return self.bytes > self.pool.budget or bool((self.pages > self.have).any())
+        return self.bytes > self.layout.budget or bool((self.pages > self.layout.page_counts).any())
 
     def ever_fits(self, cost: Cost) -> bool:
         """Whether it could be let in if nothing else were."""
-        return cost.bytes <= self.pool.budget and bool((cost.pages <= self.have).all())
+        return self.how_many(cost) > 0
+
+    def how_many(self, cost: Cost) -> int:
+        """Requests of this cost that could be let in if nothing else were."""
+        pages = self.layout.page_counts // np.maximum(cost.pages, 1)
+        return min(int(pages.min()), self.layout.budget // max(cost.bytes, 1))
 
     def check_fits(self, cost: Cost, prompt: int, max_new: int, samples: int = 1) -> None:
         """``ContextLengthError`` for a request that could never be let in."""
-        have = self.pool.budget
+        have = self.layout.budget
         if not self.ever_fits(cost):
             each = f" in each of {samples} answers" if samples > 1 else ""
             raise ContextLengthError(
@@ -218,8 +221,8 @@ class Ledger:
 
     def held(self, table: Table) -> Cost:
         """What a finished request needs whose cache is kept."""
-        used = np.bincount(self.pool.group_of, table.held.sum(1), len(self.pages)).astype(np.int64)
-        return Cost(used, self.pool.bytes(table) + table.extra_bytes)
+        used = self.layout.by_group(table.held.sum(1))
+        return Cost(used, self.layout.bytes_of(used) + table.extra_bytes)
 
     def promise(self, holder: Promised, cost: Cost | None) -> None:
         """Count ``cost`` for a request in place of what was promised to it before."""
@@ -232,10 +235,10 @@ class Ledger:
             self.bytes += cost.bytes
 
 
-def full_bytes(pool: Pool, adapter: Adapter, seen_len: int) -> int:
+def full_bytes(layout: Layout, adapter: Adapter, seen_len: int) -> int:
     """Bytes a full cache of ``seen_len`` tokens takes in pages; sliding layers stop at their
     window."""
-    return bytes_of(pool, adapter, full_lens(adapter, seen_len))
+    return bytes_of(layout, adapter, full_lens(adapter, seen_len))
 
 
 def full_lens(adapter: Adapter, seen_len: int, held: Items[int] | None = None) -> tuple[int, ...]:
@@ -251,9 +254,9 @@ def full_lens(adapter: Adapter, seen_len: int, held: Items[int] | None = None) -
     )
 
 
-def bytes_of(pool: Pool, adapter: Adapter, lens: Items[int]) -> int:
+def bytes_of(layout: Layout, adapter: Adapter, lens: Items[int]) -> int:
     """Bytes of pages of a cache with so many entries per layer in every KV head."""
     return sum(
-        int(pool.pages_for(entries)) * shape.kv_heads * int(size)
-        for entries, shape, size in zip(lens, adapter.shapes, pool.layer_page_bytes, strict=True)
+        int(layout.pages_for(entries)) * shape.kv_heads * int(size)
+        for entries, shape, size in zip(lens, adapter.shapes, layout.layer_page_bytes, strict=True)
     )

@@ -159,13 +159,17 @@ def head_shares(scores: dict[int, Tensor], kept: float = KEPT) -> dict[int, list
 
 def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
     """Spearman's; equals share their mean rank.  Where one has no order, 1 if both have none."""
-    from scipy.stats import rankdata
-
-    ranks = rankdata(first), rankdata(second)
+    ranks = _ranks(first), _ranks(second)
     flat = [bool(np.ptp(each) == 0) for each in ranks]
     if any(flat):
         return float(all(flat))
     return float(np.clip(np.corrcoef(*ranks)[0, 1], -1, 1))
+
+
+def _ranks(values: Sequence[float]) -> np.ndarray:
+    _, places, counts = np.unique(values, return_inverse=True, return_counts=True)
+    middle: np.ndarray = counts.cumsum() - (counts - 1) / 2
+    return middle[places]
 
 
 def _mean(many: list[dict[int, list[float]]]) -> dict[int, list[float]]:
@@ -194,7 +198,7 @@ def _engine_for(engine: Engine, longest: int) -> Engine:
     adapter = engine.adapter
     shape = max(adapter.shapes, key=lambda shape: shape.heads * shape.key_dim)
     beside = longest * (4 * adapter.hidden_size + 2 * shape.heads * shape.key_dim)
-    room = full_bytes(engine.pool, adapter, longest + 1) + 8 * beside
+    room = full_bytes(engine.pool.layout, adapter, longest + 1) + 8 * beside
     config = EngineConfig.from_options(
         (), kv_memory=room, page_size=engine.config.page_size, max_requests=1, step_tokens=STEP
     )

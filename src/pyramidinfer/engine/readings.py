@@ -3,20 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-import torch
-
-from pyramidinfer.engine.text import head_of
 from pyramidinfer.models import Adapter
 from pyramidinfer.policies import Policy
 from pyramidinfer.types import TokenIds
 
-if TYPE_CHECKING:
-    from pyramidinfer.engine.engine import Engine
-    from pyramidinfer.engine.request import Request
-
-__all__ = ["is_long", "readings", "readings_for"]
+__all__ = ["is_long", "readings"]
 
 
 def readings(adapter: Adapter, policy: Policy, new: Sequence[int], length: int, max_new: int,
@@ -25,20 +17,6 @@ def readings(adapter: Adapter, policy: Policy, new: Sequence[int], length: int, 
     ``Policy.readings``."""
     far = is_long(adapter, policy, len(new), length, max_new)
     return policy.readings(new, adapter.streaming.limit(far) - length, head)
-
-
-def readings_for(engine: Engine, request: Request) -> list[torch.Tensor]:
-    """The same for a text that a request is about to take in, token ids each."""
-    assert request.sequence is not None
-    text, seen, head = request.text, request.sequence.table.seen_len, 0
-    if not request.policy.reads_again:
-        return []
-    if not seen and engine.tokenizer is not None:
-        begins = head_of(engine.tokenizer)
-        head = len(begins) if text[: len(begins)] == begins else 0
-    adapter = engine.adapter
-    found = readings(adapter, request.policy, text[seen:], len(text), request.max_new, head)
-    return [torch.tensor(each, device=adapter.device) for each in found]
 
 
 def is_long(adapter: Adapter, policy: Policy, new: int, length: int, max_new: int) -> bool:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol, Self
 
 import torch
+from torch import Tensor
 
 from pyramidinfer.cache.pool import Exported
 from pyramidinfer.engine.memory import Cost
@@ -15,10 +16,27 @@ from pyramidinfer.models.intake import Intake, Sequence
 from pyramidinfer.policies import Policy
 from pyramidinfer.types import KVUsage, Logprob, SamplingParams, TokenIds, accumulate_dtype
 
-if TYPE_CHECKING:
-    from pyramidinfer.engine.sampler import Constraint
+__all__ = ["Away", "Constraint", "Request", "Scoring", "Status"]
 
-__all__ = ["Away", "Request", "Scoring"]
+#: Where a request stands: not queued yet, in one of the scheduler's queues, or at its end.
+Status = Literal["made", "waiting", "prefilling", "running", "preempted", "finished"]
+
+
+class Constraint(Protocol):
+    """What a request's next token may be (a grammar); it is told every token that was chosen."""
+
+    @property
+    def done(self) -> bool:
+        """Nothing can follow."""
+
+    def allowed(self, vocab_size: int) -> Tensor:
+        """Which tokens may come next: bool ``[vocab_size]``, at least one of them."""
+
+    def accept(self, token: int) -> None:
+        """Take in the token that was chosen."""
+
+    def copy(self) -> Self:
+        """Another one in the same state."""
 
 
 @dataclass(slots=True, eq=False)
@@ -32,9 +50,9 @@ class Scoring:
     keep_logits: bool
     logprobs: list[float] = field(default_factory=list)
     greedy: list[bool] = field(default_factory=list)
-    logits: list[torch.Tensor] = field(default_factory=list)
+    logits: list[Tensor] = field(default_factory=list)
 
-    def add(self, logits: torch.Tensor, likeliest: TokenIds) -> None:
+    def add(self, logits: Tensor, likeliest: TokenIds) -> None:
         """Take the logits ``[n, vocab]`` that predict the next n tokens, and their argmax."""
         done = len(self.logprobs)
         wanted = self.tokens[done : done + len(likeliest)]
@@ -59,6 +77,7 @@ class Away(NamedTuple):
 class Request:
     """Mutable state of one request; only the engine changes it.
 
+    ``status``: where it stands.
     ``cost``: the most it may need;  ``likely``: what it must be promised to begin (the same,
     unless memory is overcommitted);  ``promised``: what the ledger counts for it now.
     ``prompt``: every token taken in so far (extended turns and fed answers included);
@@ -88,6 +107,7 @@ class Request:
     likely: Cost
     protect: tuple[tuple[int, int], ...] = ()
     hold: bool = False
+    status: Status = field(default="made", kw_only=True)
     detokenizer: Detokenizer | None = None
     stop_ids: frozenset[int] = frozenset()
     promised: Cost | None = None

@@ -11,19 +11,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from hashlib import blake2b
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pyramidinfer.engine.checks import check_stream
-from pyramidinfer.engine.making import costs_of, is_endless
+from pyramidinfer.engine.making import costs_of
 from pyramidinfer.engine.memory import Cost
 from pyramidinfer.engine.readings import is_long
 from pyramidinfer.engine.request import Request
+from pyramidinfer.engine.shared import Shared
 from pyramidinfer.types import TokenIds
-
-if TYPE_CHECKING:
-    from pyramidinfer.engine.engine import Engine
 
 __all__ = ["Conversations"]
 
@@ -35,14 +32,14 @@ class Conversations:
     was asked for, ``dropped`` the caches that went for want of room.
     """
 
-    def __init__(self, engine: Engine, limit: int) -> None:
-        self.engine, self.limit = engine, limit
+    def __init__(self, shared: Shared, limit: int) -> None:
+        self.shared, self.limit = shared, limit
         self.hits = self.misses = self.reused_tokens = self.dropped = 0
         self._digests: dict[Request, bytes] = {}  # in the order in which they ended
         self._by_digest: dict[bytes, list[Request]] = {}
         self._lengths: Counter[int] = Counter()
-        self._pages, self._bytes = np.zeros_like(engine.ledger.pages), 0
-        self._owners = [np.zeros(len(group.counts), dtype=np.int32) for group in engine.pool.groups]
+        self._pages, self._bytes = np.zeros_like(shared.ledger.pages), 0
+        self._owners = [np.zeros(len(group.counts), dtype=np.int32) for group in shared.pool.groups]
         self.page_count = 0  # pages that held caches own, those they share counted once
 
     @property
@@ -81,7 +78,7 @@ class Conversations:
     def _count(self, held: Request, sign: int) -> None:
         """Count what a cache holds in or out."""
         assert held.sequence is not None and held.promised is not None
-        table, pool = held.sequence.table, self.engine.pool
+        table, pool = held.sequence.table, self.shared.pool
         self._pages = self._pages + sign * held.promised.pages
         self._bytes += sign * held.promised.bytes
         for layer, group in enumerate(pool.group_of.tolist()):
@@ -90,21 +87,17 @@ class Conversations:
             owners[pages] += sign
             self.page_count += int(np.count_nonzero(owners[pages])) - before
 
-    def admits(self, request: Request) -> bool:
-        """Whether a waiting request can begin: on what is held, or beside it, or instead of it."""
-        if request.owner is not None and request.sequence is None and request.prompt_top is None:
-            for held in self._beginnings(request):
-                if self._take_up(request, held):
-                    return True
-        if not self.clears(request.likely, request.promised):
+    def reuse(self, request: Request) -> bool:
+        """Give a waiting request the held cache that its text goes on with, the longest first, if
+        what is added then fits."""
+        if request.owner is None or request.sequence is not None or request.prompt_top is not None:
             return False
-        if request.owner is not None:
-            self.misses += 1
-        return True
+        return any(self._take_up(request, held) for held in self._beginnings(request))
 
-    def clears(self, wanted: Cost, mine: Cost | None) -> bool:
-        """Whether ``wanted`` can be promised in place of ``mine``; as many caches go as must."""
-        ledger = self.engine.ledger
+    def make_room_for(self, wanted: Cost, mine: Cost | None) -> bool:
+        """Let as many caches go as must, so that ``wanted`` can be promised in place of ``mine``;
+        False, and none goes, where that cannot be."""
+        ledger = self.shared.ledger
         if ledger.fits(wanted, instead_of=mine):
             return True
         cost = self.cost
@@ -144,30 +137,30 @@ class Conversations:
 
     def _take_up(self, request: Request, held: Request) -> bool:
         """Give a held cache to a request, if what is added to it then fits."""
-        engine, sequence = self.engine, held.sequence
+        shared, sequence = self.shared, held.sequence
         assert sequence is not None
         table, length = sequence.table, len(request.prompt)
-        if is_endless(engine, request.policy, length):
-            limit = engine.adapter.streaming.limit(sequence.is_long)
+        if shared.is_endless(request.policy, length):
+            limit = shared.adapter.streaming.limit(sequence.is_long)
             try:
                 check_stream(length - table.seen_len + 1, int(table.kept.max()), limit)
             except ValueError:
                 return False
         elif sequence.is_long != is_long(
-            engine.adapter, request.policy, length - table.seen_len, length, request.max_new
+            shared.adapter, request.policy, length - table.seen_len, length, request.max_new
         ):
             return False
         most, likely = costs_of(
-            engine, request.policy, length, request.max_new, request.protect, table,
+            shared, request.policy, length, request.max_new, request.protect, table,
             samples=1 + len(request.samples),
         )  # fmt: skip
-        if not engine.ledger.ever_fits(most):
+        if not shared.ledger.ever_fits(most):
             return False
         others = self.cost
-        if not engine.ledger.fits(likely, instead_of=others):
+        if not shared.ledger.fits(likely, instead_of=others):
             return False
         self._let_go(held)
-        while not engine.ledger.fits(likely, instead_of=held.promised):
+        while not shared.ledger.fits(likely, instead_of=held.promised):
             self._drop()
         request.reused, request.reused_entries = table.seen_len, table.layer_tokens
         for each in (request, *request.samples):
@@ -181,7 +174,7 @@ class Conversations:
         """Let the oldest go."""
         held = next(iter(self._digests))
         self._let_go(held)
-        self.engine.release(held)
+        self.shared.release(held)
         self.dropped += 1
 
 

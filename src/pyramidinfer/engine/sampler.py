@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Protocol, Self
-
 import torch
 from torch import Tensor
 from transformers import (
@@ -16,27 +14,10 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from pyramidinfer.engine.request import Request
+from pyramidinfer.engine.request import Constraint, Request
 from pyramidinfer.types import Logprob, TokenIds, accumulate_dtype
 
-__all__ = ["Constraint", "prepare", "read_prompt", "sample"]
-
-
-class Constraint(Protocol):
-    """What a request's next token may be (a grammar); it is told every token that was chosen."""
-
-    @property
-    def done(self) -> bool:
-        """Nothing can follow."""
-
-    def allowed(self, vocab_size: int) -> Tensor:
-        """Which tokens may come next: bool ``[vocab_size]``, at least one of them."""
-
-    def accept(self, token: int) -> None:
-        """Take in the token that was chosen."""
-
-    def copy(self) -> Self:
-        """Another one in the same state."""
+__all__ = ["prepare", "read_prompt", "sample"]
 
 
 class Constrained(LogitsProcessor):

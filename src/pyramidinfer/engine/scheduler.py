@@ -1,20 +1,49 @@
-"""Who works in the next step: first come, first served, and nobody waits for ever.
+"""Who runs: admission, each step's plan, and what happens when memory runs out.
 
 Running requests decode one token in every step.  Prompts share what is left of the step's
 budget, oldest first; a long prompt spreads over many steps and never holds the others up.
+
+By default a request begins when the most it can need fits beside what is promised to the others.
+With ``admission="overcommit"`` it begins when what it is *expected* to need fits: its prompt in
+full, and a share of the tokens it may generate.  Before every step each decoding request is then
+promised at least what the step may claim: one entry more in every layer, and no page shared.  One
+that outlives what was expected is expected to go on for the same share of what is left to it.
+Where promises exceed what there is, in this order, until they fit:
+
+1. expectations give way, the youngest request's first, down to what the next step needs;
+2. caches of finished conversations go, the least recently finished first;
+3. (elastic) the compressed request with the highest ``keep`` gets a lower one, down to a floor;
+4. the youngest request is preempted: its cache moves to host memory, or is dropped and computed
+   anew where the policy keeps everything and that was asked for.
+
+A preempted request comes back before any that never began, as soon as what it is expected to need
+from there on fits.  The oldest is preempted only when it is alone (caches that a caller holds then
+take the room), and what could not be served alone was refused from the start: the oldest always
+gets on, and every request comes to its end.  Pages cannot run out inside a pass, since promises
+count every page once for each owner and cover the pass.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
-from pyramidinfer.config import EngineConfig
-from pyramidinfer.engine.request import Request
-from pyramidinfer.models.intake import Work
+import numpy as np
 
-__all__ = ["Plan", "Scheduler"]
+from pyramidinfer.engine import answers
+from pyramidinfer.engine.making import costs_of, expected_of
+from pyramidinfer.engine.memory import Cost
+from pyramidinfer.engine.request import Away, Request
+from pyramidinfer.engine.reuse import Conversations
+from pyramidinfer.engine.shared import Shared
+from pyramidinfer.models.intake import Sequence, Work
+from pyramidinfer.types import KVUsage
+
+__all__ = ["Counts", "Plan", "Scheduler"]
+
+#: What ``keep`` is multiplied by each time it is lowered.
+STEP = 0.8
 
 
 class Plan(NamedTuple):
@@ -24,16 +53,38 @@ class Plan(NamedTuple):
     prefill: list[tuple[Request, Work]]
 
 
+@dataclass
+class Counts:
+    """How often what was done: caches moved to host memory, caches let go of to be computed anew,
+    prompts in progress that began again, requests that came back, ``keep`` lowered."""
+
+    swapped: int = 0
+    recomputed: int = 0
+    restarted: int = 0
+    resumed: int = 0
+    tightened: int = 0
+
+
 class Scheduler:
     """Four queues: waiting (no memory yet), prefilling, running (decoding), and those that were
-    preempted and are away, the oldest first."""
+    preempted and are away, the oldest first.
 
-    def __init__(self, config: EngineConfig, depth: int) -> None:
-        self.config, self.depth = config, depth
+    ``moving``: the request that is being begun, preempted or brought back; where something is
+    raised meanwhile it cannot go on, and whoever catches that has to end it.
+    """
+
+    def __init__(self, shared: Shared, conversations: Conversations) -> None:
+        self.shared, self.conversations = shared, conversations
+        self.config, self.ledger, self.pool = shared.config, shared.ledger, shared.pool
         self.waiting: deque[Request] = deque()
         self.prefilling: list[Request] = []
         self.running: list[Request] = []
         self.away: list[Request] = []
+        self.moving: Request | None = None
+        self.counts = Counts()
+        groups = np.arange(len(self.pool.groups))
+        self._member = (self.pool.group_of[:, None] == groups).astype(np.int64)  # [L, groups]
+        self._trimmed: list[Request] = []  # expected to need more than they are promised
 
     @property
     def in_flight(self) -> int:
@@ -43,28 +94,107 @@ class Scheduler:
     def idle(self) -> bool:
         return not self.waiting and not self.in_flight and not self.away
 
-    def admit(self, admits: Callable[[Request], bool]) -> Iterator[Request]:
-        """Requests that begin now, or come back, one after the other; ``admits`` promises a
-        request what it needs, or says no.
+    @property
+    def overcommits(self) -> bool:
+        return self.config.admission == "overcommit"
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of caches that are in host memory."""
+        away = [each.away for each in list(self.away)]
+        return sum(each.kv.bytes for each in away if each is not None and each.cache is not None)
+
+    def queue(self, request: Request) -> None:
+        """Let a request wait, behind all others."""
+        request.status = "waiting"
+        self.waiting.append(request)
+
+    # --- beginning ----------------------------------------------------------------------------
+
+    def admit(self) -> None:
+        """Let requests begin, or come back, as many as fit.
 
         Those that are away come before all that never began.  The oldest waits for room and nobody
         overtakes it, except who already holds a cache (an extended request): its pages are part of
-        what the oldest waits for.
+        what the oldest waits for.  ``ValueError`` where nothing runs and nothing can begin.
         """
         blocked = False
         for request in [*self.away, *self.waiting]:
             if self.in_flight + request.width > self.config.max_requests:
                 break
-            if blocked and (request.sequence is None or request.away is not None):
+            if blocked and (request.sequence is None or request.status == "preempted"):
                 continue
-            if not admits(request):
+            if not self._reserve(request):
                 blocked = True
                 continue
             self.remove(request)
-            moved = request.away is not None and request.away.cache is not None
-            decodes = moved and request.intake is None
-            (self.running if decodes else self.prefilling).append(request)
-            yield request
+            self.moving = request
+            if request.status == "preempted":
+                self._resume(request)
+            else:
+                self.shared.start(request)
+            if request.intake is None:
+                self.to_running(request)
+            else:
+                request.status = "prefilling"
+                self.prefilling.append(request)
+            self.moving = None
+        left = [*self.away, *self.waiting]
+        if left and not self.in_flight:
+            wanted = left[0].away.wanted if left[0].away else left[0].likely
+            raise ValueError(
+                f"{self.ledger.bytes} bytes of kv_memory are held by finished requests, and the "
+                f"next one needs {wanted.bytes} of {self.pool.budget}: release some of them"
+            )
+
+    def _reserve(self, request: Request) -> bool:
+        """Promise a request what it needs to begin, or to come back; False where that does not
+        fit now."""
+        wanted, mine = request.likely, request.promised
+        if request.status == "preempted":
+            assert request.away is not None
+            wanted = request.away.wanted
+        elif not self._fits_at_worst(request):
+            return False
+        elif self.conversations.reuse(request):
+            self.ledger.promise(request, request.likely)
+            return True
+        if not self.conversations.make_room_for(wanted, mine):
+            return False
+        if request.owner is not None and request.status == "waiting":
+            self.conversations.misses += 1
+        self.ledger.promise(request, wanted)
+        return True
+
+    def _fits_at_worst(self, request: Request) -> bool:
+        """Whether a further request can be had at its worst, host memory included."""
+        if not self.overcommits:
+            return True
+        worst = sum(
+            (each.cost if each.intake is not None else _settled(each)).bytes
+            for each in (*self.prefilling, *self.running, *self.away)
+        )
+        most = self.pool.budget + self.config.swap_budget
+        return not worst or worst + request.cost.bytes <= most
+
+    def _resume(self, request: Request) -> None:
+        """Bring a preempted request back into the pool."""
+        shared, away, sequence = self.shared, request.away, _sequence(request)
+        assert away is not None
+        request.away = None
+        if away.cache is None:
+            sequence.table = self.pool.new_table(len(request.text))
+            sequence.table.state = request.policy.start(sequence.layers)
+            shared.start(request)
+        else:
+            sequence.table = self.pool.import_(away.cache)
+            if request.intake is not None:
+                request.intake.move(shared.adapter.device)
+                sequence.table.transient_bytes = request.intake.transient_bytes
+            self.pool.note_peak(sequence.table)
+        self.counts.resumed += 1
+
+    # --- a step -------------------------------------------------------------------------------
 
     def plan(self) -> Plan:
         """Share one step's layer-tokens out.
@@ -73,7 +203,7 @@ class Scheduler:
         chunk; the rest goes to those with the least left to do, so that a short prompt behind a
         long one is not held up.
         """
-        budget = (self.config.step_tokens - len(self.running)) * self.depth
+        budget = (self.config.step_tokens - len(self.running)) * self.shared.adapter.depth
         budget = max(budget, self.config.prefill_chunk)
         works = [Work(each.intake, 0) for each in self.prefilling if each.intake is not None]
         left = _grant(works, budget - budget // 4)
@@ -82,20 +212,160 @@ class Scheduler:
         return Plan(list(self.running), [(each, work) for each, work in chosen if work.budget])
 
     def to_running(self, request: Request) -> None:
-        self.prefilling.remove(request)
-        self.running.append(request)
-
-    def send_away(self, request: Request) -> None:
-        """Queue a preempted request by its age."""
+        """A request's prompt is in: from now on it decodes."""
         self.remove(request)
-        self.away.append(request)
-        self.away.sort(key=lambda each: each.id)
+        request.status = "running"
+        self.running.append(request)
 
     def remove(self, request: Request) -> None:
         """Take a request out of its queue."""
         for queue in (self.waiting, self.prefilling, self.running, self.away):
             if request in queue:
                 queue.remove(request)
+
+    # --- more promised than there is ----------------------------------------------------------
+
+    def relieve(self) -> None:
+        """Promise every decoding request what the next step may claim, and make that fit."""
+        if not self.overcommits:
+            return
+        self._restore()
+        for request in self._short():
+            self.ledger.promise(request, self._expected(request))
+        if self.ledger.is_over:
+            self._expect_less()
+        while self.ledger.is_over:
+            if not (self.conversations.make_room() or self._tighten()):
+                self._preempt()
+
+    def _short(self) -> list[Request]:
+        """Those that the next step may take beyond their promise."""
+        if not self.running:
+            return []
+        kept = np.stack([_sequence(each).table.kept for each in self.running])  # [R, layers, heads]
+        need = (kept // self.pool.page_size + 1).sum(2) @ self._member
+        promised = np.stack([each.promised.pages for each in self.running if each.promised])
+        return [self.running[row] for row in np.nonzero((need > promised).any(1))[0]]
+
+    def _needed(self, request: Request) -> Cost:
+        """What a decoding request holds, and what one step may add."""
+        return self._after(request, 1)
+
+    def _expected(self, request: Request) -> Cost:
+        """What a decoding request is expected to need from here on."""
+        left = max(1, request.max_new - len(request.output))
+        return self._after(request, expected_of(self.config, left))
+
+    def _after(self, request: Request, steps: int) -> Cost:
+        """What a decoding request may need for so many tokens more."""
+        kept, most = _sequence(request).table.kept, _settled(request)
+        assert most.entries is not None
+        entries = np.maximum(kept + 1, np.minimum(kept + steps, most.entries))
+        return self.ledger.settled(entries, most.beside)
+
+    def _expect_less(self) -> None:
+        """Promise no more than the next step needs, the youngest request's promise first."""
+        for request in sorted(self.running, key=_age, reverse=True):
+            if not self.ledger.is_over:
+                return
+            self.ledger.promise(request, self._needed(request))
+            if request not in self._trimmed:
+                self._trimmed.append(request)
+
+    def _restore(self) -> None:
+        """Promise what is expected again, the oldest request first, as far as it fits."""
+        if not self._trimmed:
+            return
+        ledger, running = self.ledger, set(self.running)
+        self._trimmed = sorted((each for each in self._trimmed if each in running), key=_age)
+        while self._trimmed:
+            expected = self._expected(self._trimmed[0])
+            if not ledger.fits(expected, instead_of=self._trimmed[0].promised):
+                return
+            ledger.promise(self._trimmed.pop(0), expected)
+
+    def _tighten(self) -> bool:
+        """Lower the highest ``keep`` among compressed requests; False where none can be."""
+        floor = self.config.elastic
+        if floor is None:
+            return False
+        able = [each for each in self.running if _keep(each) > floor]
+        able.sort(key=lambda each: (_keep(each), each.id), reverse=True)
+        return any(self._lower(each, floor) for each in able)
+
+    def _lower(self, request: Request, floor: float) -> bool:
+        """Lower a request's ``keep`` until some layer is held to less, and evict at once."""
+        adapter, sequence, keep = self.shared.adapter, _sequence(request), _keep(request)
+        found = None
+        while keep > floor and found is None:
+            keep = max(floor, round(STEP * keep, 4))
+            found = request.policy.tightened(keep, sequence.table.state, sequence.layers)
+        if found is None:
+            return False
+        sequence.policy, sequence.table.state = found
+        request.policy, request.lowered_to, sequence.idle = found[0], keep, 0
+        adapter.evict_now(self.pool, sequence)
+        most = _settled(request)
+        assert most.entries is not None
+        forecast = found[0].forecast(len(request.prompt), request.max_new, sequence.layers)
+        kept = forecast.by_head(adapter.kv_heads) + int(sequence.protected.sum())
+        entries = np.minimum(most.entries, kept)
+        request.cost = request.cost._replace(settled=self.ledger.settled(entries, most.beside))
+        self.ledger.promise(request, self._needed(request))
+        self.counts.tightened += 1
+        return True
+
+    def _preempt(self) -> None:
+        """Take the youngest request out of the pool."""
+        request = max((*self.prefilling, *self.running), key=_age)
+        sequence = _sequence(request)
+        self.moving = request
+        away = self._let_go(request) or self._moved(request)
+        self.remove(request)
+        self.away.append(request)
+        self.away.sort(key=_age)
+        request.away, request.status = away, "preempted"
+        self.pool.release(sequence.table)
+        self.ledger.promise(request, None)
+        self.moving = None
+
+    def _moved(self, request: Request) -> Away:
+        """Copy a request's cache to host memory."""
+        kv, wanted = self._usage(request), request.likely
+        if request.intake is None:
+            wanted = self._expected(request)
+        away = Away(self.pool.export(_sequence(request).table), kv, wanted)
+        if request.intake is not None:
+            request.intake.move("cpu")
+        self.counts.swapped += 1
+        return away
+
+    def _let_go(self, request: Request) -> Away | None:
+        """Have a request's text computed anew, where that is asked for and gives the same."""
+        shared, policy = self.shared, request.policy
+        anew = self.config.preempt == "recompute" and policy.keeps_all
+        anew &= shared.adapter.rotary.grows_from is None  # else keys are turned as it comes in
+        if not anew or request.scoring is not None:
+            return None
+        left = request.max_new - len(request.output)
+        most, likely = costs_of(
+            shared, policy, len(request.text), left, request.protect, samples=request.width
+        )  # fmt: skip
+        if not self.ledger.ever_fits(most):  # a longer text than the prompt it began with
+            return None
+        kv = self._usage(request)
+        for each in (request, *(each for each in request.samples if each.sequence is None)):
+            each.cost, each.likely = most, likely
+        if request.output:
+            self.counts.recomputed += 1
+        else:
+            request.reused = request.reused_entries = 0
+            self.counts.restarted += 1
+        request.intake = None
+        return Away(None, kv, likely)
+
+    def _usage(self, request: Request) -> KVUsage:
+        return answers.usage(self.pool, self.shared.adapter, request)
 
 
 def _grant(works: list[Work], budget: int) -> int:
@@ -105,3 +375,22 @@ def _grant(works: list[Work], budget: int) -> int:
         work.budget += more
         budget -= more
     return budget
+
+
+def _sequence(request: Request) -> Sequence:
+    assert request.sequence is not None
+    return request.sequence
+
+
+def _settled(request: Request) -> Cost:
+    assert request.cost.settled is not None
+    return request.cost.settled
+
+
+def _keep(request: Request) -> float:
+    keep: float | None = getattr(request.policy, "keep", None)
+    return keep or 0.0
+
+
+def _age(request: Request) -> int:
+    return request.id

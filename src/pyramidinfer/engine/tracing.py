@@ -40,7 +40,7 @@ def trace(engine: Engine, prompt: TokenIds, max_tokens: int, protect: Items[tupl
 
 def _run(engine: Engine, request: Request, max_tokens: int) -> Trace:
     pool, adapter = engine.pool, engine.adapter
-    engine.begin(request)
+    engine.shared.start(request)
     sequence, intake = request.sequence, request.intake
     assert sequence is not None and intake is not None
     nothing = torch.empty(0, dtype=torch.int64, device=adapter.device)

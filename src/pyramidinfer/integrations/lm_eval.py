@@ -45,7 +45,7 @@ try:
     from tqdm import tqdm
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
-        f"{error}; lm-eval comes with: pip install 'pyramidinfer[lab]'", name=error.name
+        f"{error}; lm-eval comes with: pip install 'pyramidinfer[lm_eval]'", name=error.name
     ) from error
 
 __all__ = ["PyramidInferLM"]
@@ -360,20 +360,12 @@ class PyramidInferLM(TemplateLM):  # type: ignore[misc, unused-ignore]
         """Run requests together; yields each, with its index, as soon as it has ended."""
         engine, tally = self.llm.engine, self.tallies.setdefault(kind, Tally())
         places = {request.id: index for index, request in enumerate(requests)}
-        left = len(requests)
-        try:
-            for request in requests:
-                engine.submit(request)
-            with tqdm(total=left, desc=f"Running {kind} requests", disable=quiet) as bar:
-                while left:
-                    for request in engine.step():
-                        left -= 1
-                        self._count(tally, request)
-                        bar.update()
-                        yield places[request.id], request
-        finally:
-            for request in requests:
-                engine.abort(request)  # nothing, for one that has ended
+        with tqdm(total=len(requests), desc=f"Running {kind} requests", disable=quiet) as bar:
+            for ended in engine.steps(requests):
+                for request in ended:
+                    self._count(tally, request)
+                    bar.update()
+                    yield places[request.id], request
         logger.info("%s: %s", kind, tally.shares())
 
     def _count(self, tally: Tally, request: Request) -> None:

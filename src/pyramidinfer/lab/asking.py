@@ -98,7 +98,7 @@ class Asker:
     def _at_once(self, longest: int) -> int:
         """How many contexts to hold together: each may be there twice, when its copy is written."""
         engine = self.llm.engine
-        whole = full_bytes(engine.pool, engine.adapter, longest)
+        whole = full_bytes(engine.pool.layout, engine.adapter, longest)
         return max(1, min(8, engine.pool.budget // (3 * whole)))
 
 

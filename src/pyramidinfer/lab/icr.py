@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy import stats
 from torch import Tensor
 
 from pyramidinfer.engine import LLM
@@ -108,7 +109,7 @@ def measure_passage(llm: LLM, passage: Passage, layers: tuple[int, ...], shares:
     engine = llm.engine
     params = SamplingParams(max_tokens=1, ignore_eos=True)
     held = engine.make(passage.context[:-1], params, hold=True)
-    _finish(engine, held)
+    engine.run([held])
     assert held.sequence is not None
     state, rows = held.sequence.table.state, []
     try:
@@ -188,14 +189,8 @@ def _continue(engine: Engine, held: Request, passage: Passage, kept: tuple[int, 
         engine.pool.release(table)
         raise
     request.sequence = replace(held.sequence, table=table)
-    _finish(engine, request)
+    engine.run([request])
     return scoring
-
-
-def _finish(engine: Engine, request: Request) -> None:
-    engine.submit(request)
-    while request.finish_reason is None:
-        engine.step()
 
 
 def _logprobs(scoring: Scoring) -> Tensor:
@@ -264,10 +259,15 @@ def bootstrap(values: np.ndarray, weights: np.ndarray) -> tuple[float | None, fl
     """
     if len(values) < 2:
         return None, None
-    picks = np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))
-    means = values[picks].sum(1) / weights[picks].sum(1)
-    low, high = np.percentile(means, (2.5, 97.5))
-    return float(low), float(high)
+
+    def ratio(values: np.ndarray, weights: np.ndarray, axis: int) -> np.ndarray:
+        return np.asarray(values.sum(axis) / weights.sum(axis))
+
+    found = stats.bootstrap(
+        (values, weights), ratio, paired=True, vectorized=True, method="percentile",
+        n_resamples=RESAMPLES, rng=0,
+    )  # fmt: skip
+    return float(found.confidence_interval.low), float(found.confidence_interval.high)
 
 
 def publish(path: Path, rows: list[Row], **more: Any) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
 from pyramidinfer.lab.samples import GENERATED, SHIPPED
 from pyramidinfer.lab.study import Row
@@ -238,8 +239,10 @@ def _resampled(mine: Sequence[int], other: Sequence[int],
     if len(mine) != len(other):
         raise ValueError(f"{len(mine)} and {len(other)} answers are not pairs")
     first, second = np.array(mine, dtype=np.float64), np.array(other, dtype=np.float64)
-    picks = np.random.default_rng(0).integers(len(first), size=(RESAMPLES, len(first)))
     with np.errstate(invalid="ignore", divide="ignore"):
-        drawn = figure(first[picks], second[picks])
+        drawn = stats.bootstrap(
+            (first, second), lambda a, b, axis: figure(a, b), paired=True, vectorized=True,
+            n_resamples=RESAMPLES, method="percentile", rng=0,
+        ).bootstrap_distribution  # fmt: skip
     low, high = np.percentile(drawn[np.isfinite(drawn)], (2.5, 97.5))
     return float(figure(first, second)), float(low), float(high)

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 
-from pyramidinfer.engine import Engine
 from pyramidinfer.engine.memory import full_bytes
 from pyramidinfer.engine.request import Request
 from pyramidinfer.lab.asking import Asker, asker
@@ -106,14 +105,12 @@ def measure_turns(machine: Asker, policy: Policy, talks: Sequence[Talk]) -> list
     shares: list[list[float]] = [[] for _ in talks]
     answers: list[list[str]] = [[] for _ in talks]
     try:
-        for turn in turns:
-            engine.submit(turn)
-        _run(engine)
+        engine.run(turns)
         for number in range(TURNS):
             for index, talk in enumerate(talks):
                 more = _ask(machine, turns[index].output, talk.asked[number])
                 turns[index] = engine.extend(turns[index], more, later, hold=True)
-            _run(engine)
+            engine.run(turns)
             for index, talk in enumerate(talks):
                 out = engine.output(turns[index])
                 scores[index].append(float(talk.asked[number].is_in(out.text)))
@@ -129,16 +126,11 @@ def measure_turns(machine: Asker, policy: Policy, talks: Sequence[Talk]) -> list
     ]
 
 
-def _run(engine: Engine) -> None:
-    while not engine.scheduler.idle:
-        engine.step()
-
-
 def in_groups(machine: Asker, policy: Policy, talks: Sequence[Talk]) -> list[TurnScores]:
     """``measure_turns``, as many chats at once as fit into the cache's memory."""
     engine = machine.llm.engine
     longest = max(len(machine.chat.begin(talk.notes)) for talk in talks) + MORE
-    whole = full_bytes(engine.pool, engine.adapter, longest)
+    whole = full_bytes(engine.pool.layout, engine.adapter, longest)
     size = max(1, engine.pool.budget // (2 * whole))  # what is held stays while turns go on
     return [
         scores for at in range(0, len(talks), size)

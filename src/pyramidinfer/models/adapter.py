@@ -19,7 +19,7 @@ from pyramidinfer.models import rereading
 from pyramidinfer.models.evicting import evict, observe
 from pyramidinfer.models.families import find_family
 from pyramidinfer.models.fused import Fused, Ropes, fuse
-from pyramidinfer.models.graphs import DecodeGraphs
+from pyramidinfer.models.graphs import DecodeGraphs, Frame, Size
 from pyramidinfer.models.intake import Batch, Intake, Sequence, Work
 from pyramidinfer.models.loading import end_ids
 from pyramidinfer.models.rotary import Rotary, count_positions
@@ -104,7 +104,9 @@ class Adapter:
     def graphs(self, pool: Pool) -> DecodeGraphs:
         """Decode steps over this pool, kept for as long as it."""
         if pool not in self._graphs:
-            self._graphs[pool] = DecodeGraphs(self.device)
+            self._graphs[pool] = DecodeGraphs(
+                self.device, self.rotary.turned, self._frame_angles, self._run_frame
+            )
         return self._graphs[pool]
 
     def group_specs(self) -> list[GroupSpec]:
@@ -130,7 +132,7 @@ class Adapter:
 
     def _forward(self, pool: Pool, batch: Batch) -> Stepped:
         if batch.decode and not batch.works and self.steps_on_buffers:
-            return Stepped(*self.graphs(pool).step(self, pool, batch))
+            return Stepped(*self.graphs(pool).step(pool, batch))
         decoding = self._start_decode(pool, batch)
         hidden, tables = None, None
         if decoding:
@@ -328,7 +330,7 @@ class Adapter:
             seen = Observation(
                 view, intake.positions[None], sequence.is_protected(intake.positions)[None],
                 _newest(intake.scores, intake.length, table.lens(layer)),
-                _newest(intake.columns, intake.length, table.lens(layer)),
+                _newest(intake.columns, intake.length, table.lens(layer)), kernels=pool.kernels,
             )  # fmt: skip
             keep, table.state = policy.propagate(seen, table.state)
             going = None if keep.indices is None else keep.indices[0]
@@ -378,6 +380,34 @@ class Adapter:
         rings = any(table.ring is not None for table in tables)
         scores = any(each.policy.uses_scores for each in batch.decode)
         return Decoding(plan, pages, offsets, rings, scores)
+
+    def _frame_angles(self, places: Tensor, sequences: list[Sequence]) -> tuple[Tensor, Tensor]:
+        """cos and sin of sequences that feed tokens at these rotary positions."""
+        like = torch.empty(0, dtype=self.dtype, device=self.device)
+        regimes = like if self.rotary.is_fixed else self.regimes(sequences)
+        return self.rotary.angles(like, places, regimes)
+
+    def _run_frame(self, pool: Pool, frame: Frame, size: Size) -> tuple[Tensor, Decoding]:
+        """A decode step on a frame's buffers.  Nothing in here waits for the device or depends on
+        what the buffers hold."""
+        fused = self.fused
+        assert fused is not None
+        hidden = self.family.embed(
+            self.body, self.config, frame.tokens[None], frame.positions[None]
+        )[0]
+        newest = (frame.lengths - 1).clamp(min=0).long()  # spare rows: the scratch page's first
+        pages = frame.tables.gather(3, (newest // pool.page_size)[..., None])[..., 0].long()
+        longest = [size.pages * pool.page_size] * self.depth
+        plan = self.backend.plan(frame.tables, frame.lengths, longest, frame.positions)
+        decoding = Decoding(plan, pages, newest % pool.page_size, size.rings, size.scores)
+        for index, layer in enumerate(fused.layers):
+            window = layer.shape.window
+            call = LayerCall(pool, self.backend, index, window, decoding, [], self.streaming)
+            hidden = layer(hidden, (frame.cos, frame.sin), call)
+        if size.rings:
+            decoding.observe_all(torch.stack(decoding.queries), torch.stack(decoding.lse))
+            decoding.queries, decoding.lse = [], []
+        return fused.logits(hidden), decoding
 
     @torch.inference_mode()
     def settle(self, pool: Pool, sequence: Sequence, decoding: Decoding, row: int) -> None:

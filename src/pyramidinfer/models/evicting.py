@@ -58,7 +58,7 @@ def observe(pool: Pool, sequence: Sequence, view: View, needs: Needs, scores: Te
     values = _wide(pool, table, layer, pool.values) if needs.values else None
     return Observation(
         view, positions, sequence.is_protected(positions), scores, columns, running, keys, values,
-        queries,
+        queries, pool.kernels,
     )  # fmt: skip
 
 

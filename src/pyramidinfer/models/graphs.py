@@ -14,20 +14,17 @@ from __future__ import annotations
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pyramidinfer.cache import Pool, Table
-from pyramidinfer.models.intake import Batch
-from pyramidinfer.models.routing import Decoding, LayerCall
+from pyramidinfer.models.intake import Batch, Sequence
+from pyramidinfer.models.routing import Decoding
 
-if TYPE_CHECKING:
-    from pyramidinfer.models.adapter import Adapter
-
-__all__ = ["DecodeGraphs", "Size", "round_pages", "round_rows"]
+__all__ = ["DecodeGraphs", "Frame", "Size", "round_pages", "round_rows"]
 
 #: Steps of a size that run kernel by kernel before it is captured.
 WARM_UP = 2
@@ -121,10 +118,21 @@ class Step:
         self.out: tuple[Tensor, Decoding] | None = None  # where the graph leaves its results
 
 
-class DecodeGraphs:
-    """Decode steps over one pool.  What ``step`` returns is good until the next step."""
+#: cos and sin ``[R, turned]`` of sequences that feed tokens at rotary positions ``[R]``.
+Angles = Callable[[Tensor, list[Sequence]], tuple[Tensor, Tensor]]
+#: Logits ``[rows, vocab]`` and the decode rows of a frame's inputs.
+Run = Callable[[Pool, Frame, Size], tuple[Tensor, Decoding]]
 
-    def __init__(self, device: torch.device) -> None:
+
+class DecodeGraphs:
+    """Decode steps over one pool.  What ``step`` returns is good until the next step.
+
+    ``run``: the layers over a frame's buffers; it waits for nothing and does not depend on what
+    they hold.  ``angles``: of the rows in use, where any of the ``turned`` columns are.
+    """
+
+    def __init__(self, device: torch.device, turned: int, angles: Angles, run: Run) -> None:
+        self._turned, self._angles, self._layers = turned, angles, run
         self.steps: OrderedDict[Size, Step] = OrderedDict()
         self.captures = device.type == "cuda"
         cuda: Any = torch.cuda
@@ -136,43 +144,33 @@ class DecodeGraphs:
         """Sizes that are replayed."""
         return sum(step.graph is not None for step in self.steps.values())
 
-    def step(self, adapter: Adapter, pool: Pool, batch: Batch) -> tuple[Tensor, Decoding]:
+    def step(self, pool: Pool, batch: Batch) -> tuple[Tensor, Decoding]:
         """The newest token of each sequence through all layers: logits ``[R, vocab]``."""
         tables = [each.table for each in batch.decode]
         pool.append_each(tables)
-        count, device = len(tables), adapter.device
+        count = len(tables)
         size = Size(
             round_rows(count), round_pages(max(int(table.held.max()) for table in tables)),
             any(table.ring is not None for table in tables),
             any(each.policy.uses_scores for each in batch.decode),
         )  # fmt: skip
         if size not in self.steps:
-            frame = Frame(size, adapter.depth, adapter.kv_heads, adapter.rotary.turned, device)
+            frame = Frame(size, pool.layers, pool.kv_heads, self._turned, pool.device)
             self.steps[size] = Step(frame)
             if len(self.steps) > MOST:
                 self.steps.popitem(last=False)
         self.steps.move_to_end(size)
         step = self.steps[size]
         frame = step.frame
-        scratch = np.array([pool.group(layer).scratch for layer in range(adapter.depth)])
+        scratch = np.array([pool.group(layer).scratch for layer in range(pool.layers)])
         frame.fill(tables, [each.offset for each in batch.decode], scratch)
         frame.tokens[:count].copy_(batch.tokens)
-        self._turn(adapter, batch, frame)
-        logits, decoding = self._run(step, lambda: _layers(adapter, pool, frame, size))
+        if self._turned:
+            cos, sin = self._angles(frame.places[:count].long(), batch.decode)
+            frame.cos[:count].copy_(cos)
+            frame.sin[:count].copy_(sin)
+        logits, decoding = self._run(step, lambda: self._layers(pool, frame, size))
         return logits[:count], decoding
-
-    def _turn(self, adapter: Adapter, batch: Batch, frame: Frame) -> None:
-        """Angles of the rows in use."""
-        count, rotary = len(batch.decode), adapter.rotary
-        if not rotary.turned:
-            return
-        like = torch.empty(0, dtype=adapter.dtype, device=adapter.device)
-        regimes = like
-        if not rotary.is_fixed:
-            regimes = adapter.regimes(batch.decode)
-        cos, sin = rotary.angles(like, frame.places[:count].long(), regimes)
-        frame.cos[:count].copy_(cos)
-        frame.sin[:count].copy_(sin)
 
     def _run(self, step: Step, work: Callable[[], tuple[Tensor, Decoding]]
              ) -> tuple[Tensor, Decoding]:  # fmt: skip
@@ -205,26 +203,3 @@ class DecodeGraphs:
                           stacklevel=2)  # fmt: skip
             return
         step.graph, step.out = graph, out
-
-
-def _layers(adapter: Adapter, pool: Pool, frame: Frame, size: Size) -> tuple[Tensor, Decoding]:
-    """Nothing in here waits for the device or depends on what the buffers hold."""
-    fused = adapter.fused
-    assert fused is not None
-    hidden = adapter.family.embed(
-        adapter.body, adapter.config, frame.tokens[None], frame.positions[None]
-    )[0]
-    newest = (frame.lengths - 1).clamp(min=0).long()  # spare rows: the scratch page's first
-    pages = frame.tables.gather(3, (newest // pool.page_size)[..., None])[..., 0].long()
-    longest = [size.pages * pool.page_size] * adapter.depth
-    plan = adapter.backend.plan(frame.tables, frame.lengths, longest, frame.positions)
-    decoding = Decoding(plan, pages, newest % pool.page_size, size.rings, size.scores)
-    for index, layer in enumerate(fused.layers):
-        call = LayerCall(
-            pool, adapter.backend, index, layer.shape.window, decoding, [], adapter.streaming
-        )
-        hidden = layer(hidden, (frame.cos, frame.sin), call)
-    if size.rings:
-        decoding.observe_all(torch.stack(decoding.queries), torch.stack(decoding.lse))
-        decoding.queries, decoding.lse = [], []
-    return fused.logits(hidden), decoding

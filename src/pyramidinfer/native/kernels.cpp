@@ -123,6 +123,15 @@ struct WriteCall {
     int64_t key_row, value_row, key_head, value_head, count, kv_heads, key_dim, value_dim, page;
 };
 
+// Bytes of what library.py describes a second time, in the order of its STRUCTS.
+int64_t struct_bytes(int which) {
+    static const size_t bytes[] = {
+        sizeof(DecodeCall), sizeof(DenseCall), sizeof(Storage), sizeof(Keeping), sizeof(Eviction),
+        sizeof(WriteCall), sizeof(Linear), sizeof(Watch), sizeof(Heads), sizeof(Layer), sizeof(Step),
+    };
+    return which < int(sizeof bytes / sizeof *bytes) ? int64_t(bytes[which]) : -1;
+}
+
 void write_entries(int dtype, const WriteCall* c) {
     by_dtype(dtype, [&](auto kind) {
         using T = decltype(kind);

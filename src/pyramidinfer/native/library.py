@@ -15,7 +15,7 @@ from pyramidinfer.native.build import NoCompilerError, compile_kernels
 __all__ = [
     "DTYPES", "DecodeCall", "DenseCall", "Eviction", "HeadsData", "Keeping", "Kernels", "LayerData",
     "LinearData",
-    "StepCall", "StorageData", "WatchCall", "WriteCall", "found_kernels", "kernels", "pointer",
+    "StepCall", "StorageData", "WatchCall", "WriteCall", "kernels", "pointer",
     "why_not",
 ]  # fmt: skip
 
@@ -94,10 +94,17 @@ class StepCall(Structure):
     )  # fmt: skip
 
 
+#: In the order in which ``struct_bytes`` knows them.
+STRUCTS: tuple[type[Structure], ...] = (
+    DecodeCall, DenseCall, StorageData, Keeping, Eviction, WriteCall, LinearData, WatchCall,
+    HeadsData, LayerData, StepCall,
+)  # fmt: skip
+
 SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "isa": (c_char_p, []),
     "can_multiply": (c_int, [c_int]),
     "panel_columns": (c_int64, []),
+    "struct_bytes": (c_int64, [c_int]),
     "decode_attention": (None, [c_int, c_void_p, c_int64]),
     "prefill_attention": (None, [c_int, POINTER(DenseCall), c_void_p, POINTER(WatchCall)]),
     "score_window": (None, [c_int, POINTER(DenseCall), c_int, c_int, c_int, c_float, c_void_p,
@@ -133,6 +140,11 @@ class Kernels:
                 raise OSError(f"it has no function {name!r}") from None
             function.restype, function.argtypes = result, arguments
             setattr(self, name, function)
+        for index, mine in enumerate(STRUCTS):
+            if (theirs := self.struct_bytes(index)) != ctypes.sizeof(mine):
+                raise OSError(
+                    f"its {mine.__name__} has {theirs} bytes, here it has {ctypes.sizeof(mine)}"
+                )
 
     def __getattr__(self, name: str) -> Any:  # for what __init__ has not set: nothing
         raise AttributeError(f"the kernels have no function {name!r}")
@@ -155,12 +167,6 @@ def kernels(isa: str = "native") -> Kernels:
         return Kernels(str(path))
     except OSError as error:
         raise NoCompilerError(f"the built kernels {path} cannot be loaded: {error}") from None
-
-
-@lru_cache(maxsize=1)
-def found_kernels() -> Kernels | None:
-    """The kernels, or None where they cannot be had."""
-    return None if why_not() else kernels()
 
 
 def why_not() -> str | None:

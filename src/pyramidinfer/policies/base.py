@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pyramidinfer.config import is_number
-from pyramidinfer.native.library import Kernels, found_kernels, pointer
+from pyramidinfer.native.library import Kernels, pointer
 from pyramidinfer.policies.profile import Profile
 from pyramidinfer.types import Keep, Layers, Needs, Observation, State, TokenIds, View
 
@@ -189,27 +189,27 @@ def keep_best(seen: Observation, scores: Tensor, count: int | tuple[int, ...] | 
     heads = max(len(scores), len(forced))
     counts = torch.as_tensor(count).expand(heads)
     lengths = torch.tensor(seen.view.head_lens[:heads])
-    indices, found = _best(scores, counts, forced, seen.positions[:heads], lengths)
+    indices, found = _best(scores, counts, forced, seen.positions[:heads], lengths, seen.kernels)
     same = bool((found == indices.shape[1]).all())
     return Keep(indices, None if same else found)
 
 
-def best_entries(scores: Tensor, count: int, forced: Tensor, positions: Tensor | None = None
-                 ) -> Tensor:  # fmt: skip
+def best_entries(scores: Tensor, count: int, forced: Tensor, positions: Tensor | None = None,
+                 kernels: Kernels | None = None) -> Tensor:  # fmt: skip
     """Indices ``[heads, max(count, forced)]`` of the highest scores, ascending.
 
     ``scores`` and ``forced`` (entries that win regardless) are ``[heads, n]``; equal scores go to
     the earlier entry: by ``positions`` in the text, for a cache that is not in order.
+    ``kernels``: as in an observation.
     """
     heads, size = max(scores.shape[0], forced.shape[0]), scores.shape[1]
     lengths = torch.full((heads,), size)
-    return _best(scores, torch.full((heads,), count), forced, positions, lengths)[0]
+    return _best(scores, torch.full((heads,), count), forced, positions, lengths, kernels)[0]
 
 
 def _best(scores: Tensor, counts: Tensor, forced: Tensor, positions: Tensor | None,
-          lengths: Tensor) -> tuple[Tensor, Tensor]:  # fmt: skip
+          lengths: Tensor, kernels: Kernels | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Indices ``[heads, k]``, and how many of each head count (``[heads]``, on the host)."""
-    kernels = found_kernels()
     if kernels is not None and scores.is_cpu and scores.dtype == torch.float32:
         return _best_native(kernels, scores, counts, forced, positions, lengths)
     heads, size = max(scores.shape[0], forced.shape[0]), scores.shape[1]
@@ -242,15 +242,16 @@ def _best_native(kernels: Kernels, scores: Tensor, counts: Tensor, forced: Tenso
     return out[: heads * found].view(heads, found), counts
 
 
-def pool_neighbours(scores: Tensor, positions: Tensor, kernel: int, how: str) -> Tensor:
+def pool_neighbours(scores: Tensor, positions: Tensor, kernel: int, how: str,
+                    kernels: Kernels | None = None) -> Tensor:  # fmt: skip
     """Each score replaced by the ``"mean"`` or ``"max"`` of it and its neighbours in the text.
 
     scores ``[heads, n]``, positions ``[heads, n]`` or ``[1, n]`` in any order; ``kernel`` is odd.
     Neighbours are the nearest entries present; beyond either end a mean counts zeros.
+    ``kernels``: as in an observation.
     """
     if kernel == 1 or scores.shape[1] < 2:
         return scores
-    kernels = found_kernels()
     if kernels is not None and scores.is_cpu and scores.dtype == torch.float32:
         scores, places = scores.contiguous(), positions.long().contiguous()
         out, row = torch.empty_like(scores), places.shape[1] if places.shape[0] > 1 else 0

@@ -73,8 +73,9 @@ class FastKV(WindowRetaining):
         length = seen.view.new_len
         recent = torch.arange(length, device=seen.scores.device)[None] >= length - self.window
         scores = torch.where(recent, 0.0, seen.scores.mean(0, keepdim=True))
-        pooled = pool_neighbours(scores, seen.positions, self.kernel, self.pooling)
-        return Keep(best_entries(pooled, self._count(length), recent | seen.protected)), state
+        pooled = pool_neighbours(scores, seen.positions, self.kernel, self.pooling, seen.kernels)
+        forced, count = recent | seen.protected, self._count(length)
+        return Keep(best_entries(pooled, count, forced, kernels=seen.kernels)), state
 
     def forecast(self, prompt_len: int, max_new: int, layers: Layers) -> Forecast:
         going = max(0, min(prompt_len, self._count(prompt_len)))

@@ -213,7 +213,7 @@ class Pyramid(ByHead):
         count = self.going(view.layer, view.prompt_len, view.layers)
         scores = self._pooled(seen.scores.amax(0, keepdim=True), seen)
         forced = self.forced(seen) | (seen.positions >= view.seen_len - self.window)
-        return Keep(best_entries(scores, count, forced)), state
+        return Keep(best_entries(scores, count, forced, kernels=seen.kernels)), state
 
     def retain(self, seen: Observation, state: State) -> tuple[Keep, State]:
         assert seen.scores is not None
@@ -230,7 +230,7 @@ class Pyramid(ByHead):
         return self.window
 
     def _pooled(self, scores: Tensor, seen: Observation) -> Tensor:
-        return pool_neighbours(scores, seen.positions, self.kernel, "max")
+        return pool_neighbours(scores, seen.positions, self.kernel, "max", seen.kernels)
 
 
 def _fill(weights: Sequence[float], floor: float, caps: Sequence[float], wanted: float

@@ -150,7 +150,7 @@ class PyramidInfer(Policy):
         assert seen.scores is not None and count is not None
         forced = seen.protected[:, :context].clone()
         forced[:, : self.sinks] = True
-        best = best_entries(seen.scores[:, :context], count, forced)
+        best = best_entries(seen.scores[:, :context], count, forced, kernels=seen.kernels)
         window = torch.arange(context, view.new_len, device=best.device)[None]
         return Keep(torch.cat([best, window], dim=1)), state
 
@@ -166,6 +166,7 @@ class PyramidInfer(Policy):
             seen.scores[:, candidates],
             max(1, int(chunk * self.gen_keep * share)),
             seen.protected[:, candidates].all(0, keepdim=True),
+            kernels=seen.kernels,
         )[0]
         kept = torch.cat([order[:first], candidates[best], order[last:]])
         marker = state["marker"].clone()

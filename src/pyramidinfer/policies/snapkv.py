@@ -60,7 +60,7 @@ class WindowRetaining(Adaptive):
         assert seen.scores is not None
         recent = seen.positions > seen.view.seen_len - 1 - self.window
         context = torch.where(recent, 0.0, seen.scores)  # not smoothed into the context
-        pooled = pool_neighbours(context, seen.positions, self.kernel, self.pooling)
+        pooled = pool_neighbours(context, seen.positions, self.kernel, self.pooling, seen.kernels)
         return self.keep_adaptive(seen, pooled, recent), state
 
 

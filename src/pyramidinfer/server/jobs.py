@@ -13,7 +13,6 @@ from pyramidinfer.config import check_choice
 from pyramidinfer.engine import LLM
 from pyramidinfer.engine.checks import ContextLengthError, check_prompt_logprobs
 from pyramidinfer.engine.grammar import GrammarError
-from pyramidinfer.engine.making import is_endless
 from pyramidinfer.engine.request import Request
 from pyramidinfer.policies import POLICIES, Policy, Profile, make_policy
 from pyramidinfer.server.errors import ApiError
@@ -211,7 +210,7 @@ class Jobs:
         """How many to generate: what was asked for, if there is room, or the default."""
         settings, size = self.settings, len(prompt)
         room = self.engine.adapter.max_positions - size
-        endless = is_endless(self.engine, policy, size)
+        endless = self.engine.shared.is_endless(policy, size)
         if wanted is None:
             if room < 1 and not endless:
                 raise self._too_long(
@@ -341,7 +340,6 @@ class Jobs:
             share = share if share is not None else min(high, 1.0)
             chosen = make_policy(name, share)
             chosen = self.llm.engine.bind(chosen, measure=False)  # the model is being served
-        chosen.check(self.engine.adapter.layers_for(1))
         self.engine.check_policy(chosen)
         return chosen
 
@@ -363,7 +361,6 @@ class Jobs:
             check_choice("policies", name, POLICIES)
             try:
                 asked_for = self.engine.bind(make_policy(name), measure=False)
-                asked_for.check(self.engine.adapter.layers_for(1))
                 self.engine.check_policy(asked_for)
             except ValueError as error:
                 if asked is not None:

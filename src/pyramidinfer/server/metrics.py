@@ -193,7 +193,7 @@ class _Gauges:
             ("vllm:num_requests_swapped", "Requests put off for want of memory",
              len(engine.scheduler.away)),
             ("pyramidinfer:swapped_bytes", "Bytes of caches in host memory",
-             engine.pressure.host_bytes),
+             engine.scheduler.host_bytes),
             ("pyramidinfer:pool_pages", "Pages there are", pages),
             ("pyramidinfer:pool_pages_in_use", "Pages somebody owns", in_use),
             ("pyramidinfer:pool_pages_reusable", "Pages of finished conversations", of_held),
@@ -205,7 +205,7 @@ class _Gauges:
         ]  # fmt: skip
         for name, text, value in values:
             yield _one(GaugeMetricFamily(name, text, labels=["model_name"]), model, value)
-        done = engine.pressure.counts
+        done = engine.scheduler.counts
         counts = {
             "vllm:num_preemptions": (
                 "Requests that were put off for want of memory",

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyramidinfer.cache import GroupSpec, Pool
+from pyramidinfer.cache import GroupSpec, Layout, Pool
 from pyramidinfer.cache.compact import plan_moves
 from pyramidinfer.cache.native import Stays, native_keep
 from pyramidinfer.lab.bench.timing import synchronize
@@ -26,7 +26,7 @@ def time_keep(kv_heads: int, dim: int, page: int, context: int, device: torch.de
     written, both counted).  ``kernels``: the attention backend's, if it has some."""
     spec = GroupSpec(tuple(range(LAYERS)), kv_heads, dim, dim, dtype)
     pages = LAYERS * kv_heads * (-(-context // page) + 1)
-    pool = Pool([spec], pages * spec.page_bytes(page, False), page, device, kernels=kernels)
+    pool = Pool(Layout([spec], pages * spec.page_bytes(page, False), page), device, kernels=kernels)
     table = pool.new_table(context)
     generator = torch.Generator().manual_seed(0)
     kept = context // 2

@@ -267,12 +267,7 @@ def _settled_fits(engine: Engine, prompt_len: int, output_len: int) -> int:
     params = SamplingParams(max_tokens=output_len, ignore_eos=True)
     tokens: TokenIds = [0] * prompt_len
     cost = engine.make(tokens, params).cost
-    settled = cost.settled or cost
-    pages = min(
-        len(group.counts) // int(wanted)
-        for group, wanted in zip(engine.pool.groups, settled.pages, strict=True)
-    )
-    return max(1, min(pages, engine.pool.budget // settled.bytes))
+    return max(1, engine.ledger.how_many(cost.settled or cost))
 
 
 def _gpu(device: torch.device) -> dict[str, Any] | None:

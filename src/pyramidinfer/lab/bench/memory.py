@@ -87,8 +87,4 @@ def _fits(engine: Engine, plan: MemoryPlan) -> int:
     """Requests whose whole prompts may go in at once; ``ValueError`` if one is too much."""
     params = SamplingParams(max_tokens=plan.output_len, ignore_eos=True)
     request = engine.make([0] * plan.prompt_len, params)
-    pages = min(
-        len(group.counts) // int(wanted)
-        for group, wanted in zip(engine.pool.groups, request.cost.pages, strict=True)
-    )
-    return min(pages, engine.pool.budget // request.cost.bytes)
+    return engine.ledger.how_many(request.cost)

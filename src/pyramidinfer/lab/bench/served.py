@@ -29,11 +29,12 @@ Metrics = dict[str, float]
 
 def parse_metrics(text: str) -> Metrics:
     """Prometheus text → values by name, series of one name added up."""
+    from prometheus_client.parser import text_string_to_metric_families
+
     found: Metrics = defaultdict(float)
-    for line in text.splitlines():
-        match = re.match(r"([a-zA-Z_:][\w:]*)(?:\{.*\})?\s+(\S+)", line)
-        if match and not line.startswith("#"):
-            found[match[1]] += float(match[2])
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            found[sample.name] += sample.value
     return dict(found)
 
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from pyramidinfer.attention import select_backend
-from pyramidinfer.cache import Pool
+from pyramidinfer.cache import Layout
 from pyramidinfer.config import EngineConfig, parse_bytes, parse_device
 from pyramidinfer.engine.engine import Engine
 from pyramidinfer.engine.memory import Ledger
@@ -182,7 +182,7 @@ class Subject:
         if spec not in self._policies:
             chosen = self.setting.policy(spec)
             if chosen.wants_profile:
-                least = Pool.least_bytes(self.adapter.group_specs(), EngineConfig().page_size)
+                least = Layout.least_bytes(self.adapter.group_specs(), EngineConfig().page_size)
                 chosen = Engine(self.shared, chosen, EngineConfig(kv_memory=least)).policy
             self._policies[spec] = chosen
         return self._policies[spec]
@@ -194,14 +194,13 @@ class Subject:
         layers = adapter.layers_for(prompt_len + output_len)
         chosen.check(layers)
         specs = adapter.group_specs()
-        least = Pool.least_bytes(specs, page, chosen.uses_scores)
-        pool = Pool(specs, least, page, scores=chosen.uses_scores)
-        cost = Ledger(pool, adapter).cost(chosen, prompt_len, output_len, layers, 0)
+        layout = Layout.smallest(specs, page, chosen.uses_scores)
+        cost = Ledger(layout, adapter).cost(chosen, prompt_len, output_len, layers, 0)
         by_group = max(
             -(-count * int(pages) // (len(spec.layers) * spec.kv_heads)) + 1
             for pages, spec in zip(cost.pages, specs, strict=True)
         )
-        return max(count * cost.bytes, by_group * least)
+        return max(count * cost.bytes, by_group * layout.budget)
 
 
 class Pass(NamedTuple):
@@ -249,29 +248,21 @@ def run_pass(engine: Engine, prompts: list[TokenIds], output_len: int) -> Pass:
     after: dict[int, tuple[int, int, tuple[float, ...]]] = {}
     steps: list[float] = []
     engine.peak_in_flight = 0
-    start = time.monotonic()
-    try:
-        for request in requests:
-            engine.submit(request)
-        while any(request.finish_reason is None for request in requests):
-            waits = engine.scheduler.waiting or engine.scheduler.prefilling
-            pure = not waits and len(engine.scheduler.running) == len(requests)
-            began = time.monotonic()
-            engine.step()
-            now = time.monotonic()
-            if pure:
-                steps.append(now - began)
-            for index, request in enumerate(requests):
-                if len(request.output) > len(arrivals[index]):
-                    arrivals[index].append(now - start)
-                    if index not in after:
-                        use = engine.usage(request)
-                        after[index] = (use.bytes, use.full_bytes, use.layer_means)
-        seconds = time.monotonic() - start
-    except BaseException:
-        for request in requests:
-            engine.abort(request)
-        raise
+    start = began = time.monotonic()
+    decodes = False  # the step to come, all of the requests and nothing else
+    for _ in engine.steps(requests):
+        now = time.monotonic()
+        if decodes:
+            steps.append(now - began)
+        for index, request in enumerate(requests):
+            if len(request.output) > len(arrivals[index]):
+                arrivals[index].append(now - start)
+                if index not in after:
+                    use = engine.usage(request)
+                    after[index] = (use.bytes, use.full_bytes, use.layer_means)
+        decodes = all(request.status == "running" for request in requests)
+        began = time.monotonic()
+    seconds = time.monotonic() - start
     _check(requests, output_len)
     ends = [engine.usage(request) for request in requests]
     return Pass(

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
 from pyramidinfer.lab.asking import PROTOCOLS, Asker, asker
 from pyramidinfer.lab.chat import Asked
@@ -218,10 +219,15 @@ def _mean(parts: list[np.ndarray]) -> float:
 
 
 def _bounds(parts: list[np.ndarray]) -> list[float]:
-    """95 % bootstrap interval of the mean over tasks of the mean over samples."""
-    rng = np.random.default_rng(0)
-    draws = [
-        part[rng.integers(len(part), size=(RESAMPLES, len(part)))].mean(axis=1) for part in parts
-    ]
-    low, high = np.percentile(np.mean(draws, axis=0), (2.5, 97.5))
-    return [float(low), float(high)]
+    """95 % bootstrap interval of the mean over tasks of the mean over samples; the mean itself
+    where a task has one sample."""
+    if min(map(len, parts)) < 2:
+        return [_mean(parts)] * 2
+
+    def mean(*drawn: np.ndarray, axis: int) -> np.ndarray:
+        return np.asarray(np.mean([part.mean(axis) for part in drawn], axis=0))
+
+    found = stats.bootstrap(
+        parts, mean, vectorized=True, method="percentile", n_resamples=RESAMPLES, rng=0
+    ).confidence_interval
+    return [float(found.low), float(found.high)]
