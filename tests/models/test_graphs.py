@@ -240,7 +240,8 @@ class NoLook(TorchDispatchMode):
 
 @pytest.mark.parametrize("name", ["pyramidinfer", "h2o"])
 def test_nothing_in_a_step_looks_at_the_device(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine, run = decoding_engine(name, LENGTHS), graphs._layers
+    engine = decoding_engine(name, LENGTHS)
+    run = engine.adapter._run_frame
     seen = []
 
     def watched(*values: Any) -> Any:
@@ -248,7 +249,8 @@ def test_nothing_in_a_step_looks_at_the_device(name: str, monkeypatch: pytest.Mo
             seen.append(1)
             return run(*values)
 
-    monkeypatch.setattr(graphs, "_layers", watched)
+    monkeypatch.setattr(engine.adapter, "_run_frame", watched)
+    engine.adapter._graphs.clear()
     engine.step()
     assert seen
     for looks in (lambda: int(torch.ones(1).sum()), lambda: torch.tensor([1])):
