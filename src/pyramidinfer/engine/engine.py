@@ -22,6 +22,7 @@ from pyramidinfer.engine.making import Spans, make_request, settle_on_held
 from pyramidinfer.engine.memory import Ledger
 from pyramidinfer.engine.pressure import Pressure
 from pyramidinfer.engine.readings import is_long, readings_for
+from pyramidinfer.engine.recompress import recompress
 from pyramidinfer.engine.request import Request, Scoring
 from pyramidinfer.engine.reuse import Conversations
 from pyramidinfer.engine.sampler import prepare, read_prompt, sample
@@ -175,6 +176,16 @@ class Engine:
         """
         holding.truncate(self, request, seen_len)
 
+    def recompress(self, request: Request) -> bool:
+        """Choose anew what a held request's cache keeps, by what the model needs to repeat the
+        text: for any question to come.
+
+        Every head keeps as many entries as before.  It takes two prefills of the text, in memory
+        that is free, and other requests wait meanwhile.  False where the cache was left alone
+        (``engine/recompress.py`` says which are);  ``ValueError`` where none is held.
+        """
+        return recompress(self, request)
+
     def release(self, request: Request) -> None:
         """Give a held request's cache back."""
         if request.finish_reason is not None and request.sequence is not None:
@@ -326,7 +337,9 @@ class Engine:
             request.prompt_logprobs, reader = [], partial(read_prompt, request)
         request.intake = Intake(
             sequence, tokens, table.seen_len, reach, reader is not None, reader,
-            readings=readings_for(self, request),
+            readings=readings_for(
+                self, request.policy, request.text, table.seen_len, request.max_new
+            ),
         )  # fmt: skip
 
     def _batch(self, plan: Plan) -> Batch:

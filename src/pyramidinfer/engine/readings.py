@@ -14,7 +14,6 @@ from pyramidinfer.types import TokenIds
 
 if TYPE_CHECKING:
     from pyramidinfer.engine.engine import Engine
-    from pyramidinfer.engine.request import Request
 
 __all__ = ["is_long", "readings", "readings_for"]
 
@@ -27,17 +26,17 @@ def readings(adapter: Adapter, policy: Policy, new: Sequence[int], length: int, 
     return policy.readings(new, adapter.streaming.limit(far) - length, head)
 
 
-def readings_for(engine: Engine, request: Request) -> list[torch.Tensor]:
-    """The same for a text that a request is about to take in, token ids each."""
-    assert request.sequence is not None
-    text, seen, head = request.text, request.sequence.table.seen_len, 0
-    if not request.policy.reads_again:
+def readings_for(engine: Engine, policy: Policy, text: TokenIds, seen: int, max_new: int
+                 ) -> list[torch.Tensor]:  # fmt: skip
+    """The same for a text of which all but the first ``seen`` tokens are about to be taken in."""
+    if not policy.reads_again:
         return []
+    head = 0
     if not seen and engine.tokenizer is not None:
         begins = head_of(engine.tokenizer)
         head = len(begins) if text[: len(begins)] == begins else 0
     adapter = engine.adapter
-    found = readings(adapter, request.policy, text[seen:], len(text), request.max_new, head)
+    found = readings(adapter, policy, text[seen:], len(text), max_new, head)
     return [torch.tensor(each, device=adapter.device) for each in found]
 
 

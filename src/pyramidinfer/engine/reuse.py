@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pyramidinfer.cache import Table
 from pyramidinfer.engine.checks import check_stream
 from pyramidinfer.engine.making import costs_of, is_endless
 from pyramidinfer.engine.memory import Cost
@@ -89,6 +90,19 @@ class Conversations:
             before = int(np.count_nonzero(owners[pages]))
             owners[pages] += sign
             self.page_count += int(np.count_nonzero(owners[pages])) - before
+
+    def exchange(self, request: Request, table: Table) -> None:
+        """Have a held request, of the caller's or of these, hold ``table`` in the place of its own,
+        which is given back."""
+        assert request.sequence is not None
+        is_counted = request in self._digests
+        if is_counted:
+            self._count(request, -1)
+        self.engine.pool.release(request.sequence.table)
+        request.sequence.table = table
+        self.engine.ledger.promise(request, self.engine.ledger.held(table))
+        if is_counted:
+            self._count(request, 1)
 
     def admits(self, request: Request) -> bool:
         """Whether a waiting request can begin: on what is held, or beside it, or instead of it."""
