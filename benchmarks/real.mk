@@ -56,6 +56,8 @@ numbers-heads: $(VENV)/.installed
 		--json $(RESULTS)/later_ruler.json --policies "$(LATER)"
 	mv $(RESULTS)/later_ruler*.png docs/images/
 	$(REAL_STUDY) turns --model smollm2 --policies "$(CHATS)" $(REAL_RUN) --json $(RESULTS)/heads_turns.json
+	$(REAL_STUDY) turns --model smollm2 --policies "full pyramid:keep=.5 pyramid:keep=.3" --compress-idle $(REAL_RUN) \
+		--json $(RESULTS)/heads_turns_idle.json
 	rm -f $(RESULTS)/heads_needle*.png $(RESULTS)/heads_spare*.png
 	mv $(RESULTS)/heads_*.png docs/images/
 

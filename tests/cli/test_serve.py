@@ -78,7 +78,7 @@ def test_options_become_settings(
         "--max-n", "2", "--max-stop", "4", "--max-body", "1MiB", "--max-schema", "2KiB",
         "--policies", "full, snapkv", "--min-keep", "0.1", "--max-keep", "0.9",
         "--api-key-file", str(keys), "--cors-origin", "https://a", "--cors-origin", "https://b",
-        "--log-prompts", "--generation-config", "none",
+        "--log-prompts", "--compress-idle", "--generation-config", "none",
         "--default-chat-template-kwargs", '{"enable_thinking": false}',
     )  # fmt: skip
     assert done.exit_code == 0, done.output
@@ -88,7 +88,7 @@ def test_options_become_settings(
         queue_timeout=1.5, request_timeout=2.5, default_max_tokens=11, max_tokens_limit=12,
         max_prompt_tokens=13, max_n=2, max_stop=4, max_body_bytes=2**20, max_schema_bytes=2**11,
         policies=("full", "snapkv"), min_keep=0.1, max_keep=0.9, api_keys=("a", "b"),
-        cors_origins=("https://a", "https://b"), log_prompts=True,
+        cors_origins=("https://a", "https://b"), log_prompts=True, compress_idle=True,
         generation_config="none", chat_template_kwargs={"enable_thinking": False},
     )  # fmt: skip
     assert choice.model == "MODEL" and choice.threads == 1 and choice.dtype == "float32"
@@ -139,6 +139,10 @@ def test_defaults_are_the_settings_own(taken: list[tuple[ModelChoice, ServerSett
         (["--kv-memory", "10KiB"], "kv_memory=10240 bytes is below one page per layer"),
         (["--threads", "-1"], "threads=-1"),
         (["--reuse-share", "2"], "reuse_share=2.0 must lie between 0 and 1"),
+        (
+            ["--compress-idle", "--reuse-share", "0"],
+            "--compress-idle with --reuse-share 0: no conversation is held then",
+        ),
         (["--admission", "hope"], "admission='hope' is unknown"),
         (["--elastic", "0.2"], "needs admission='overcommit'"),
         (["/no/such/model"], "/no/such/model"),

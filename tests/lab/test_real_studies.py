@@ -21,7 +21,7 @@ from pyramidinfer.lab.samples import Subject
 from pyramidinfer.lab.text import TextPlan, measure_text, run_text
 from pyramidinfer.lab.turns import MORE, TurnsPlan, in_groups, make_talks, measure_turns, run_turns
 from pyramidinfer.lab.ways import Ways, paired
-from pyramidinfer.policies import Full, StreamingLLM
+from pyramidinfer.policies import Full, SnapKV, StreamingLLM
 from tests.lab import english_model
 
 WAYS = (("full", "streaming_llm"), (0.2,))
@@ -94,6 +94,18 @@ def test_a_chat_takes_its_cache_up_and_gives_it_back(machine: Asker) -> None:
     small = measure_turns(machine, StreamingLLM(keep=0.2), talks)
     assert all(each.kv_shares[0] < 0.4 for each in small)
     assert [each.answers for each in small] != [each.answers for each in full]
+
+
+def test_caches_are_recompressed_between_turns(machine: Asker) -> None:
+    talks = make_talks(machine, 1, 2, 400)
+    policy = SnapKV(keep=0.3)
+    plain, idle = (measure_turns(machine, policy, talks, each) for each in (False, True))
+    assert [each.recompressed for each in (*plain, *idle)] == [0, 0, 3, 3]
+    assert [each.kv_shares for each in plain] == [each.kv_shares for each in idle]
+    assert [each.answers for each in plain] != [each.answers for each in idle]
+    whole = measure_turns(machine, Full(), talks, True)
+    assert [each.recompressed for each in whole] == [0, 0]
+    assert machine.llm.engine.pool.budget_used == 0
 
 
 def test_chats_that_do_not_fit_together_go_one_after_the_other(

@@ -22,6 +22,7 @@ TYPES = {
     "pyramidinfer:prefill_tokens_skipped": "counter",
     "pyramidinfer:prefill_tokens_reread": "counter", "pyramidinfer:reuse_hits": "counter",
     "pyramidinfer:reuse_misses": "counter", "pyramidinfer:reuse_tokens": "counter",
+    "pyramidinfer:recompressed": "counter", "pyramidinfer:recompressed_tokens": "counter",
     "pyramidinfer:requests_rejected": "counter", "pyramidinfer:client_disconnects": "counter",
     "pyramidinfer:peak_requests_running": "gauge", "pyramidinfer:pool_pages": "gauge",
     "pyramidinfer:pool_pages_in_use": "gauge", "pyramidinfer:pool_pages_reusable": "gauge",

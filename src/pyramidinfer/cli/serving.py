@@ -97,6 +97,11 @@ def serve(
         float, typer.Option(help="Share of kv_memory that finished conversations may hold while "
                             "nobody needs it; 0 switches reuse off.", rich_help_panel=ENGINE)
     ] = 0.5,
+    compress_idle: Annotated[
+        bool, typer.Option("--compress-idle", help="While nobody asks for anything, choose what "
+                           "held conversations keep anew, for questions to come.",
+                           rich_help_panel=ENGINE)
+    ] = False,
     slot_scores: Annotated[
         bool, typer.Option("--slot-scores", help="Room for running scores, so that requests may "
                            "ask for h2o.", rich_help_panel=ENGINE)
@@ -222,7 +227,7 @@ def serve(
         host=host, port=port, model_name=served_model_name, api_keys=read_keys(api_key_file),
         max_waiting=max_waiting, queue_timeout=queue_timeout, request_timeout=request_timeout,
         drain_timeout=drain_timeout, stall_timeout=stall_timeout, max_connections=max_connections,
-        keep_alive_on_engine_death=keep_alive_on_engine_death,
+        keep_alive_on_engine_death=keep_alive_on_engine_death, compress_idle=compress_idle,
         default_max_tokens=default_max_tokens, generation_config=generation_config,
         chat_template_kwargs=json_object(
             "--default-chat-template-kwargs", default_chat_template_kwargs
@@ -233,6 +238,11 @@ def serve(
         max_keep=max_keep, access_log=access_log, log_prompts=log_prompts,
         allowed_hosts=tuple(allowed_host or ()), cors_origins=tuple(cors_origin or ()), page=page,
     )  # fmt: skip
+    if compress_idle and not reuse_share:
+        raise ValueError(
+            f"--compress-idle with --reuse-share {reuse_share:g}: no conversation is held then; "
+            f"give a share above 0"
+        )
     if verify_floor is not None and not verify:
         raise ValueError(f"--verify-floor {verify_floor:g} has no effect without --verify")
     if not verify:

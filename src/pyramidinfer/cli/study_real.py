@@ -84,6 +84,13 @@ def turns(
     policies: Specs = None,
     keeps: Keeps = KEEPS,
     length: Annotated[int, typer.Option(help="Tokens of the first turn.")] = 1000,
+    compress_idle: Annotated[
+        bool,
+        typer.Option(
+            "--compress-idle",
+            help="Recompress caches between turns, as serve --compress-idle does.",
+        ),
+    ] = False,
     samples: Annotated[int, typer.Option(help="Chats.")] = 20,
     seed: Seed = 0,
     json: Json = Path("out/turns.json"),
@@ -97,7 +104,7 @@ def turns(
     from pyramidinfer.lab.ways import rows_table
 
     where = replace(subject(model, None, dtype, device), kv_memory=kv_memory)
-    plan = TurnsPlan(*_ways(policies, keeps, where, samples, seed), length)
+    plan = TurnsPlan(*_ways(policies, keeps, where, samples, seed), length, compress_idle)
     rows, picture = run_turns(plan, json, workers)
     columns = {"answered": _estimate("score"), "lost": _estimate("lost"), "turn 2, 3, 4": _by_turn}
     _show(rows_table("facts of turn 1, asked in turns 2 to 4", rows, columns), [json, picture])

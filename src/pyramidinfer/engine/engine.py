@@ -20,6 +20,7 @@ from pyramidinfer.engine.chat_template import find_end_ids
 from pyramidinfer.engine.checks import check_plan
 from pyramidinfer.engine.making import Maker, Spans, settle_on_held
 from pyramidinfer.engine.memory import Ledger
+from pyramidinfer.engine.recompress import Recompressor, recompress
 from pyramidinfer.engine.request import Request, Scoring
 from pyramidinfer.engine.reuse import Conversations
 from pyramidinfer.engine.sampler import prepare, sample
@@ -32,7 +33,7 @@ from pyramidinfer.models.adapter import Stepped
 from pyramidinfer.models.fingerprint import fingerprint
 from pyramidinfer.models.intake import Batch
 from pyramidinfer.native.forks import watch_forks
-from pyramidinfer.policies import Policy
+from pyramidinfer.policies import KVzip, Policy
 from pyramidinfer.policies.profile import Fingerprint, Profile
 from pyramidinfer.types import KVUsage, RequestMetrics, RequestOutput, SamplingParams, TokenIds
 
@@ -173,6 +174,26 @@ class Engine:
         would be seen again.
         """
         holding.truncate(self.shared, request, seen_len)
+
+    def recompress(self, request: Request) -> bool:
+        """Choose anew what a held request's cache keeps, by what the model needs to repeat the
+        text: for any question to come.
+
+        Every head keeps as many entries as before.  It takes two prefills of the text, in memory
+        that is free, and other requests wait meanwhile.  False where the cache was left alone
+        (``engine/recompress.py`` says which are);  ``ValueError`` where none is held.
+        """
+        return recompress(self.shared, self.conversations, self._reader(), request)
+
+    def recompressor(self) -> Recompressor:
+        """What does that to finished conversations, bit by bit; ``ValueError`` where this engine
+        holds none."""
+        return Recompressor(self.shared, self.conversations, self._reader())
+
+    def _reader(self) -> KVzip:
+        reader = self.bind(KVzip())
+        assert isinstance(reader, KVzip)
+        return reader
 
     def release(self, request: Request) -> None:
         """Give a held request's cache back."""

@@ -14,6 +14,7 @@ from hashlib import blake2b
 
 import numpy as np
 
+from pyramidinfer.cache import Table
 from pyramidinfer.engine.checks import check_stream
 from pyramidinfer.engine.making import costs_of
 from pyramidinfer.engine.memory import Cost
@@ -86,6 +87,19 @@ class Conversations:
             before = int(np.count_nonzero(owners[pages]))
             owners[pages] += sign
             self.page_count += int(np.count_nonzero(owners[pages])) - before
+
+    def exchange(self, request: Request, table: Table) -> None:
+        """Have a held request, of the caller's or of these, hold ``table`` in the place of its own,
+        which is given back."""
+        assert request.sequence is not None
+        is_counted = request in self._digests
+        if is_counted:
+            self._count(request, -1)
+        self.shared.pool.release(request.sequence.table)
+        request.sequence.table = table
+        self.shared.ledger.promise(request, self.shared.ledger.held(table))
+        if is_counted:
+            self._count(request, 1)
 
     def reuse(self, request: Request) -> bool:
         """Give a waiting request the held cache that its text goes on with, the longest first, if

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from pyramidinfer.cache import Pool, Ring
 from pyramidinfer.config import EngineConfig
@@ -92,7 +92,9 @@ class Shared:
             request.prompt_logprobs, reader = [], partial(read_prompt, request)
         request.intake = Intake(
             sequence, torch.tensor(new, device=device), table.seen_len, reach, reader is not None,
-            reader, readings=self._readings(request, new),
+            reader, readings=self.readings(
+                request.policy, request.text, table.seen_len, request.max_new
+            ),
         )  # fmt: skip
 
     def start_again(self, request: Request) -> None:
@@ -113,15 +115,14 @@ class Shared:
         far = is_long(self.adapter, request.policy, length, length, request.max_new)
         return Sequence(table, request.policy, layers, torch.zeros(0, dtype=torch.bool), far)
 
-    def _readings(self, request: Request, new: Items[int]) -> list[torch.Tensor]:
-        """What is read behind a text that is about to be taken in, token ids each."""
-        text, head = request.text, 0
-        if not request.policy.reads_again:
+    def readings(self, policy: Policy, text: TokenIds, seen: int, max_new: int) -> list[Tensor]:
+        """What is read behind a text of which all but the first ``seen`` tokens are about to be
+        taken in, token ids each."""
+        if not policy.reads_again:
             return []
-        if len(new) == len(text) and self.tokenizer is not None:
-            begins: TokenIds = head_of(self.tokenizer)
+        head = 0
+        if not seen and self.tokenizer is not None:
+            begins = head_of(self.tokenizer)
             head = len(begins) if text[: len(begins)] == begins else 0
-        found = readings(
-            self.adapter, request.policy, new, len(text), request.max_new, head
-        )  # fmt: skip
+        found = readings(self.adapter, policy, text[seen:], len(text), max_new, head)
         return [torch.tensor(each, device=self.adapter.device) for each in found]

@@ -129,12 +129,14 @@ class AsyncEngine:
     """Steps an engine in a thread.
 
     ``max_waiting``: requests that may wait to begin; one more is ``Busy``.  ``queue_timeout``:
-    seconds after which a request that has not begun is given up.
+    seconds after which a request that has not begun is given up.  ``compress_idle``: while nobody
+    asks for anything, recompress caches of finished conversations (``engine/recompress.py``).
     """
 
     def __init__(self, engine: Engine, observer: Observer, *, max_waiting: int,
-                 queue_timeout: float) -> None:  # fmt: skip
+                 queue_timeout: float, compress_idle: bool = False) -> None:  # fmt: skip
         self.engine, self.observer = engine, observer
+        self.recompressor = engine.recompressor() if compress_idle else None
         self.max_waiting, self.queue_timeout = max_waiting, queue_timeout
         self.pace = 0.0  # seconds between two requests that end, a running mean
         self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
@@ -284,19 +286,21 @@ class AsyncEngine:
         _tell(told)
 
     def _loop(self) -> None:
-        checked, due = True, 0.0
+        checked, due, recompressing = True, 0.0, False
         while not self._stopping:
             self._beat = time.monotonic()
             if not self.engine.scheduler.idle:
                 self._obey(0.0)
             elif checked:
                 self._obey(None)
-            elif not self._obey(max(QUIET, due - self._beat)):
-                begun = time.monotonic()
-                self._check()
-                checked, due = True, 21 * time.monotonic() - 20 * begun  # a twentieth of the time
+            elif not self._obey(0.0 if recompressing else max(QUIET, due - self._beat)):
+                recompressing = self._recompress()
+                if not recompressing:
+                    begun = time.monotonic()
+                    self._check()
+                    checked, due = True, 21 * time.monotonic() - 20 * begun  # a twentieth of it
             if not self.engine.scheduler.idle:
-                checked = False
+                checked = recompressing = False
                 self._step()
             self._expire()
             self._publish()
@@ -305,13 +309,26 @@ class AsyncEngine:
         """Do what was asked for, waiting so many seconds for it (None: until something is); False
         where nothing was."""
         try:
-            self._commands.get(block=wait != 0.0, timeout=wait)()
+            command = self._commands.get(block=wait != 0.0, timeout=wait)
         except Empty:
             return False
+        if self.recompressor is not None:
+            self.recompressor.drop()  # whoever asks comes first
+        command()
         with suppress(Empty):
             while not self._stopping:
                 self._commands.get_nowait()()
         return True
+
+    def _recompress(self) -> bool:
+        """A bit of work on held caches; False where there is none."""
+        if self.recompressor is None:
+            return False
+        try:
+            return self.recompressor.step()
+        except Exception:
+            log.exception("a held cache could not be recompressed; it stays as it was")
+            return True
 
     def _check(self) -> None:
         try:

@@ -106,8 +106,8 @@ def _pictured(title: str, name: str, words: str, entry: Result) -> str:
     )
 
 
-def _study(study: str, title: str, name: str, entry: Result) -> str:
-    """One result of ``study turns``, ``text`` or ``long``."""
+def _study(study: str, title: str, name: str, entry: Result, more: str = "") -> str:
+    """One result of ``study turns``, ``text`` or ``long``; ``more`` is said of this one alone."""
     meta, rows = entry["meta"], entry["rows"]
     plan, columns = meta["configuration"], COLUMNS[study]
     command = ["study", study, "--policies", " ".join(plan["policies"])]
@@ -115,9 +115,11 @@ def _study(study: str, title: str, name: str, entry: Result) -> str:
     for option in ("length", "context", "tokens"):
         command += [f"--{option}", str(plan[option])] if option in plan else []
     command += ["--contexts", joined(plan["contexts"])] if "contexts" in plan else []
+    command += ["--compress-idle"] if plan.get("compress_idle") else []
     command += ["--samples", str(plan["samples"])]
     lines = [
-        f"## {title}\n", origin(meta), f"On {subject_words(plan['subject'])}. {WORDS[study]}\n",
+        f"## {title}\n", origin(meta),
+        f"On {subject_words(plan['subject'])}. {WORDS[study]}{more and ' '}{more}\n",
         command_block(command, plan["subject"], plan["seed"], *json_option(name)),
     ]  # fmt: skip
     lines += table(
@@ -212,6 +214,11 @@ SECTIONS: dict[str, Callable[[Result], str]] = {
         "Computed above 100 %: `kvzip` reads a text twice.",
     ),
     "heads_turns": partial(_study, "turns", "A chat, heads dealt once", "heads_turns"),
+    "heads_turns_idle": partial(
+        _study, "turns", "A chat, recompressed between turns", "heads_turns_idle",
+        more="Between two turns the cache is chosen anew, as many entries in every head, by what "
+        "the model needs to repeat the text (`serve --compress-idle`); the same chats as above.",
+    ),
     "ruler_long": partial(
         _pictured, "RULER, longer", "ruler_long", "The full cache, the paper's rule, the default.",
     ),

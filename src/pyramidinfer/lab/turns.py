@@ -45,11 +45,13 @@ class Talk:
 
 @dataclass(frozen=True, slots=True)
 class TurnScores:
-    """Whether the fact was answered (1 or 0), and the share of a full cache's bytes, by turn."""
+    """Whether the fact was answered (1 or 0), and the share of a full cache's bytes, by turn; and
+    how often the cache was recompressed in between."""
 
     scores: tuple[float, ...]
     kv_shares: tuple[float, ...]
     answers: tuple[str, ...]
+    recompressed: int = 0
 
     @property
     def score(self) -> float:
@@ -58,9 +60,11 @@ class TurnScores:
 
 @dataclass(frozen=True)
 class TurnsPlan(Ways):
-    """Chats whose first turn has about ``length`` tokens."""
+    """Chats whose first turn has about ``length`` tokens; with ``compress_idle`` their caches are
+    recompressed between turns, as ``serve --compress-idle`` does."""
 
     length: int = 1000
+    compress_idle: bool = False
 
 
 def make_talks(machine: Asker, seed: int, count: int, length: int) -> list[Talk]:
@@ -93,8 +97,9 @@ def _ask(machine: Asker, said: TokenIds, fact: Fact) -> TokenIds:
     return chat.encode(f"\n\nQuestion: {fact.question}\nAnswer: {fact.opening}")
 
 
-def measure_turns(machine: Asker, policy: Policy, talks: Sequence[Talk]) -> list[TurnScores]:
-    """Hold the chats, all at once, each turn on the cache of the last."""
+def measure_turns(machine: Asker, policy: Policy, talks: Sequence[Talk],
+                  compress_idle: bool = False) -> list[TurnScores]:  # fmt: skip
+    """Hold the chats, all at once, each turn on the cache of the last (recompressed if wanted)."""
     engine, chat = machine.llm.engine, machine.chat
     first = SamplingParams(max_tokens=SHORT if chat.has_template else 1)
     later = SamplingParams(max_tokens=ANSWER, stop=(".", "\n"))
@@ -104,10 +109,13 @@ def measure_turns(machine: Asker, policy: Policy, talks: Sequence[Talk]) -> list
     scores: list[list[float]] = [[] for _ in talks]
     shares: list[list[float]] = [[] for _ in talks]
     answers: list[list[str]] = [[] for _ in talks]
+    recompressed = [0 for _ in talks]
     try:
         engine.run(turns)
         for number in range(TURNS):
             for index, talk in enumerate(talks):
+                if compress_idle:
+                    recompressed[index] += engine.recompress(turns[index])
                 more = _ask(machine, turns[index].output, talk.asked[number])
                 turns[index] = engine.extend(turns[index], more, later, hold=True)
             engine.run(turns)
@@ -121,12 +129,13 @@ def measure_turns(machine: Asker, policy: Policy, talks: Sequence[Talk]) -> list
             engine.abort(turn)
             engine.release(turn)
     return [
-        TurnScores(tuple(s), tuple(k), tuple(a))
-        for s, k, a in zip(scores, shares, answers, strict=True)
+        TurnScores(tuple(s), tuple(k), tuple(a), n)
+        for s, k, a, n in zip(scores, shares, answers, recompressed, strict=True)
     ]
 
 
-def in_groups(machine: Asker, policy: Policy, talks: Sequence[Talk]) -> list[TurnScores]:
+def in_groups(machine: Asker, policy: Policy, talks: Sequence[Talk],
+              compress_idle: bool = False) -> list[TurnScores]:  # fmt: skip
     """``measure_turns``, as many chats at once as fit into the cache's memory."""
     engine = machine.llm.engine
     longest = max(len(machine.chat.begin(talk.notes)) for talk in talks) + MORE
@@ -134,7 +143,7 @@ def in_groups(machine: Asker, policy: Policy, talks: Sequence[Talk]) -> list[Tur
     size = max(1, engine.pool.budget // (2 * whole))  # what is held stays while turns go on
     return [
         scores for at in range(0, len(talks), size)
-        for scores in measure_turns(machine, policy, talks[at : at + size])
+        for scores in measure_turns(machine, policy, talks[at : at + size], compress_idle)
     ]  # fmt: skip
 
 
@@ -152,12 +161,14 @@ def measure(plan: TurnsPlan, cell: dict[str, Any]) -> list[Row]:
     if cell["policy"] == "full":
         mine = full
     else:
-        mine = in_groups(machine, machine.policy(cell["policy"], cell["keep"]), _talks(plan))
+        policy = machine.policy(cell["policy"], cell["keep"])
+        mine = in_groups(machine, policy, _talks(plan), plan.compress_idle)
     return [{
         **cell, **paired("score", [each.score for each in mine], [each.score for each in full]),
         "by_turn": np.mean([each.scores for each in mine], axis=0).tolist(),
         "kv_by_turn": np.mean([each.kv_shares for each in mine], axis=0).tolist(),
         "kv_share": float(np.mean([each.kv_shares[-1] for each in mine])),
+        "recompressed": sum(each.recompressed for each in mine),
         "scores": [each.score for each in mine], "samples": len(mine),
     }]  # fmt: skip
 

@@ -205,7 +205,7 @@ class _Gauges:
         ]  # fmt: skip
         for name, text, value in values:
             yield _one(GaugeMetricFamily(name, text, labels=["model_name"]), model, value)
-        done = engine.scheduler.counts
+        done, idle = engine.scheduler.counts, worker.recompressor
         counts = {
             "vllm:num_preemptions": (
                 "Requests that were put off for want of memory",
@@ -223,6 +223,14 @@ class _Gauges:
             "pyramidinfer:reuse_misses": ("Requests that found none", held.misses),
             "pyramidinfer:reuse_tokens": ("Tokens not computed again", held.reused_tokens),
             "pyramidinfer:reuse_dropped": ("Held caches that went for room", held.dropped),
+            "pyramidinfer:recompressed": (
+                "Held caches that were recompressed while idle",
+                idle.done if idle else 0,
+            ),
+            "pyramidinfer:recompressed_tokens": (
+                "Tokens computed to recompress held caches, mean over layers",
+                idle.tokens if idle else 0,
+            ),
         }
         for name, (text, value) in counts.items():
             yield _one(CounterMetricFamily(name, text, labels=["model_name"]), model, value)

@@ -54,7 +54,7 @@ class Service:
         })  # fmt: skip
         self.worker = AsyncEngine(
             llm.engine, self.metrics, max_waiting=settings.max_waiting,
-            queue_timeout=settings.queue_timeout,
+            queue_timeout=settings.queue_timeout, compress_idle=settings.compress_idle,
         )  # fmt: skip
         self.metrics.worker = self.worker
         self.draining = False

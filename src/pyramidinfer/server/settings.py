@@ -46,6 +46,8 @@ class ServerSettings:
         with ``logprobs``, in one step.
     chat_template_kwargs : names and values for the chat template, for requests that do not give
         those names.
+    compress_idle : while nobody asks for anything, recompress caches of finished conversations, for
+        questions to come.
     policies : names a request may ask for besides the server's own; None is every one that the
         pool can hold.
     min_keep, max_keep : bounds of a request's ``compression.keep``.
@@ -80,6 +82,7 @@ class ServerSettings:
     max_schema_bytes: int = 64 * 1024
     prompt_logprob_bytes: int = 512 * 2**20
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    compress_idle: bool = False
     policies: tuple[str, ...] | None = None
     min_keep: float = 0.02
     max_keep: float = 1.0

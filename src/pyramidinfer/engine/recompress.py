@@ -1,0 +1,270 @@
+"""Held caches chosen anew, by what the model needs to repeat their text.
+
+What the cache of a conversation holds was chosen by what its last question looked at, and later
+turns ask other things.  Here the text of a held cache is taken in once more, whole, and read again
+behind itself as KVzip does (Kim et al., 2505.23416): no question has a say in those scores.  Then
+every head of every layer keeps as many entries as it held before, the ones with the best scores, so
+bytes, promises and the state of the conversation's own policy stay what they were.  What all heads
+held of the text's two ends stays (the policy's first tokens, its newest window, what was just
+generated), and heads that held the same tokens hold the same tokens again.
+
+Left alone is what nothing was dropped from, and what cannot be exchanged entry by entry: policies
+with running scores (h2o), with positions inside the cache (streaming_llm), or that read texts again
+themselves.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyramidinfer.cache import Pool
+from pyramidinfer.engine.memory import Cost
+from pyramidinfer.engine.readings import is_long
+from pyramidinfer.engine.request import Request
+from pyramidinfer.engine.reuse import Conversations
+from pyramidinfer.engine.shared import Shared
+from pyramidinfer.models.intake import Batch, Intake, Sequence, Work
+from pyramidinfer.policies import Forecast, Policy
+from pyramidinfer.policies.base import keep_best
+from pyramidinfer.types import Keep, Layers, Needs, Observation, State, TokenIds, View
+
+__all__ = ["Recompression", "Recompressor", "recompress"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Recut(Policy):
+    """Has a text read again as ``reader`` does, and keeps a given number of entries in every head.
+
+    counts : entries, ``[layers][kv_heads]``;  shared : by layer, whether all heads keep the same
+    tokens;  sinks, recent : first and newest tokens that stay in every head.
+    """
+
+    name: ClassVar[str] = "recut"
+
+    reader: KVzip
+    counts: tuple[tuple[int, ...], ...]
+    shared: tuple[bool, ...]
+    sinks: int
+    recent: int
+
+    def readings(self, text: Items[int], room: int, head: int = 0) -> list[TokenIds]:
+        return self.reader.readings(text, room, head)
+
+    def needs(self, view: View) -> Needs:
+        return self.reader.needs(view)
+
+    def reread(self, seen: Observation, state: State) -> State:
+        return self.reader.reread(seen, state)
+
+    def retain(self, seen: Observation, state: State) -> tuple[Keep, State]:
+        layer, state = seen.view.layer, dict(state)
+        found = state.pop(f"scores.{layer}").to(seen.positions.device)
+        scores = found.gather(1, seen.positions)  # every head holds the whole text
+        if self.shared[layer]:
+            scores = scores.amax(0, keepdim=True)
+        forced = (seen.positions < self.sinks) | seen.protected
+        forced |= seen.positions >= seen.view.seen_len - self.recent
+        heads = len(scores)
+        return keep_best(seen, scores, self.counts[layer][:heads], forced[:heads]), state
+
+    def forecast(self, prompt_len: int, max_new: int, layers: Layers) -> Forecast:
+        heads = [
+            [(count if governed else prompt_len) + max_new for count in counts]
+            for counts, governed in zip(self.counts, layers.governed, strict=True)
+        ]
+        return Forecast([prompt_len] * layers.count, list(map(max, heads)), heads)
+
+    def working_bytes(self, prompt_len: int, layers: Layers) -> int:
+        return self.reader.working_bytes(prompt_len, layers)
+
+
+class _Found(NamedTuple):
+    """What a held cache keeps: by layer, whether its heads keep the same tokens; the first and the
+    newest tokens that no head lacks; whether any head could keep others beside those."""
+
+    shared: tuple[bool, ...]
+    sinks: int
+    recent: int
+    is_free: bool
+
+
+def _look(pool: Pool, held: Sequence, layers: Layers, protected: Tensor) -> _Found:
+    """See ``_Found``; of the layers that are ``governed``."""
+    length, cut, shared = held.table.seen_len, [], []
+    for layer, governed in enumerate(layers.governed):
+        places = pool.positions(held.table, layer)
+        there = torch.zeros(len(places), length + 1, dtype=torch.bool, device=places.device)
+        there.scatter_(1, torch.where(places < 0, length, places), True)
+        there = there[:, :length]
+        shared.append(bool((there == there[:1]).all()))
+        if governed:
+            cut.append(there[~there.all(1)])
+    rows = torch.cat(cut) if cut else torch.zeros(0, length, dtype=torch.bool)
+    if not len(rows):
+        return _Found(tuple(shared), 0, 0, False)
+    sinks, recent = (int(each.int().cumprod(1).sum(1).min()) for each in (rows, rows.flip(1)))
+    fixed = protected.to(rows.device).clone()
+    fixed[:sinks] = fixed[length - recent :] = True
+    return _Found(tuple(shared), sinks, recent, bool((rows.sum(1) > fixed.sum()).any()))
+
+
+class Recompression:
+    """A held cache being chosen anew, beside the one that is held until that is over.
+
+    It takes memory that is free and no other, and is ``promised`` that like a request.  ``work``:
+    layer-tokens computed so far.  ``ValueError`` where the cache is left alone, saying why.
+    """
+
+    def __init__(self, shared: Shared, conversations: Conversations, reader: KVzip,
+                 held: Request) -> None:  # fmt: skip
+        assert held.sequence is not None
+        self.shared, self.conversations, self.reader = shared, conversations, reader
+        self.held, self.work = held, 0
+        self.promised: Cost | None = None
+        adapter, length = shared.adapter, held.sequence.table.seen_len
+        text = held.text[:length]
+        protected = torch.zeros(length, dtype=torch.bool, device=adapter.device)
+        for start, stop in held.protect:
+            protected[start:stop] = True
+        layers = adapter.layers_for(length + 1)
+        policy = self._policy(layers, protected)
+        cost = shared.ledger.cost(policy, length, 1, layers, int(protected.sum()))
+        if is_long(adapter, policy, length, length, 1) != held.sequence.is_long:
+            raise ValueError("read again, it would have other rotary positions")
+        if not shared.ledger.fits(cost):
+            raise ValueError(f"it takes {cost.bytes} bytes for a while, more than are free")
+        again = shared.readings(policy, text, 0, 1)
+        table = shared.pool.new_table(length)
+        sequence = Sequence(table, policy, layers, protected, held.sequence.is_long)
+        tokens, reach = torch.tensor(text, device=adapter.device), [length] * layers.count
+        self.intake = Intake(sequence, tokens, 0, reach, readings=again)
+        shared.ledger.promise(self, cost)
+
+    def _policy(self, layers: Layers, protected: Tensor) -> _Recut:
+        """What chooses the entries; ``ValueError`` where there is nothing to choose."""
+        old, held, reader = self.held.policy, self.held.sequence, self.reader
+        assert held is not None
+        if old.reads_again or old.uses_scores or old.streams:
+            raise ValueError(f"entries of policy {old.name!r} cannot be exchanged")
+        if held.table.seen_len < reader.min_text:
+            raise ValueError(f"its text has fewer than {reader.min_text} tokens")
+        found = _look(self.shared.pool, held, layers, protected)
+        if not found.is_free:
+            raise ValueError("no head could keep other entries than it does")
+        counts = tuple(held.table.lens(layer) for layer in range(layers.count))
+        return _Recut(reader, counts, found.shared, found.sinks, found.recent)
+
+    def step(self) -> bool:
+        """Take one chunk through one layer; True once the new cache is in the old one's place.
+
+        If anything is raised, the old one stays and nothing else is left.
+        """
+        shared, budget = self.shared, self.shared.config.prefill_chunk
+        work = Work(self.intake, budget)
+        nothing = torch.empty(0, dtype=torch.int64, device=shared.adapter.device)
+        try:
+            stepped = shared.adapter.forward(shared.pool, Batch([], nothing, [work]))
+            self.work += budget - work.budget
+            if not self.intake.finished:
+                return False
+            if not bool(stepped.logits.isfinite().all()):
+                raise FloatingPointError("the model's logits are not finite numbers")
+        except BaseException:
+            self.drop()
+            raise
+        self._exchange()
+        return True
+
+    def drop(self) -> None:
+        """Give back what was taken; the held cache is as it was."""
+        self.shared.pool.release(self.intake.sequence.table)
+        self.shared.ledger.promise(self, None)
+
+    def _exchange(self) -> None:
+        held, table = self.held.sequence, self.intake.sequence.table
+        assert held is not None
+        old = held.table
+        table.state, table.ring, table.peak_bytes = old.state, old.ring, old.peak_bytes
+        self.shared.pool.note_beside(table)
+        self.shared.ledger.promise(self, None)
+        self.conversations.exchange(self.held, table)
+
+
+def recompress(shared: Shared, conversations: Conversations, reader: KVzip, request: Request
+               ) -> bool:  # fmt: skip
+    """See :meth:`Engine.recompress`."""
+    if request.sequence is None or request.finish_reason is None:
+        raise ValueError(f"request {request.id} holds no cache; add it with hold=True")
+    try:
+        recompression = Recompression(shared, conversations, reader, request)
+    except ValueError as error:
+        log.debug("the cache of request %d is left alone: %s", request.id, error)
+        return False
+    while not recompression.step():
+        pass
+    return True
+
+
+class Recompressor:
+    """Recompresses caches of finished conversations for as long as nobody asks for anything.
+
+    The most recently finished goes first; each is tried once, and again only if it was dropped
+    midway.  ``done``: how many were recompressed;  ``tokens``: computed for that, also in vain, the
+    mean over layers.  ``ValueError`` for an engine that holds no conversations.
+    """
+
+    def __init__(self, shared: Shared, conversations: Conversations, reader: KVzip) -> None:
+        if not shared.config.reuse_share:
+            raise ValueError(
+                "compress_idle needs conversations whose caches are held: give the engine a "
+                "reuse_share above 0"
+            )
+        self.shared, self.conversations, self.reader = shared, conversations, reader
+        self.done, self.tokens = 0, 0.0
+        self._now: Recompression | None = None
+        self._tried: set[Request] = set()
+
+    def step(self) -> bool:
+        """Look at a cache, or take one chunk through one layer; False where nothing is left."""
+        now, self._now = self._now, None
+        if now is None:
+            return self._begin()
+        before = now.work
+        try:
+            ended = now.step()
+        finally:
+            self.tokens += (now.work - before) / self.shared.adapter.depth
+        if ended:
+            self.done += 1
+            log.debug("the cache of request %d was recompressed", now.held.id)
+        else:
+            self._now = now
+        return True
+
+    def _begin(self) -> bool:
+        held = self.conversations.held
+        self._tried.intersection_update(held)
+        request = next((each for each in reversed(held) if each not in self._tried), None)
+        if request is None:
+            return False
+        self._tried.add(request)
+        try:
+            self._now = Recompression(self.shared, self.conversations, self.reader, request)
+        except ValueError as error:
+            log.debug("the cache of request %d is left alone: %s", request.id, error)
+        return True
+
+    def drop(self) -> None:
+        """Stop in the middle of a cache, if need be; it begins anew another time."""
+        if self._now is not None:
+            self._tried.remove(self._now.held)
+            self._now.drop()
+            self._now = None
