@@ -30,7 +30,7 @@ from pyramidinfer.engine.request import Request
 from pyramidinfer.engine.reuse import Conversations
 from pyramidinfer.engine.shared import Shared
 from pyramidinfer.models.intake import Batch, Intake, Sequence, Work
-from pyramidinfer.policies import Forecast, Policy
+from pyramidinfer.policies import Forecast, KVzip, Policy
 from pyramidinfer.policies.base import keep_best
 from pyramidinfer.types import Keep, Layers, Needs, Observation, State, TokenIds, View
 
