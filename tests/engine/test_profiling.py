@@ -32,10 +32,10 @@ from pyramidinfer.engine.profiling import (
     find_profile,
     head_shares,
     look_up,
-    passage_scores,
     profile_model,
     rank_correlation,
     store_profile,
+    watch,
 )
 from pyramidinfer.models.loading import shipped_model
 from pyramidinfer.policies.profile import Profile
@@ -87,7 +87,7 @@ def test_scores_are_those_of_the_full_matrix(family: str) -> None:
     passage = random_prompt(4, 70)
     repeated = [9, 8, *passage[1:]]
     llm = engine_of(family)
-    found = passage_scores(llm.engine, passage, repeated)
+    found = watch(llm.engine, passage, repeated).scores
     governed = llm.engine.adapter.layers_for(142).governed
     assert [layer for layer, each in enumerate(governed) if each] == sorted(found)
     assert all(governed) == (not family.startswith("gemma"))
@@ -102,7 +102,7 @@ def test_scores_are_those_of_the_full_matrix(family: str) -> None:
 def test_chunks_and_kernels_change_nothing(chunk: int) -> None:
     passage, repeated = random_prompt(4, 70), [9, 8, *random_prompt(4, 70)[1:]]
     llm = LLM(tiny_model("llama"), "full", kv_memory="4MiB", prefill_chunk=chunk, step_tokens=11)
-    found = passage_scores(llm.engine, passage, repeated)
+    found = watch(llm.engine, passage, repeated).scores
     for layer, wanted in enumerate(weights("llama", passage, repeated)):
         assert found[layer].numpy() == pytest.approx(wanted, rel=1e-3, abs=1e-6)
 
@@ -131,6 +131,47 @@ def test_a_profile_is_what_brute_force_finds(family: str) -> None:
     assert profile.lengths == (60, 50, 60) and profile.text == "made up" and profile.kept == 0.2
     for layer, row in enumerate(profile.share):
         assert profile.governed[layer] or not any(row)
+
+
+def unrotated(family: str, passage: list[int]) -> list[Tensor]:
+    """Per layer ``[heads, n, key_dim]``: queries as transformers' modules have them before they
+    rotate, times the softmax's scale."""
+    model, found = tiny_model(family, torch.float64), []
+    body = model.get_submodule(
+        {"gpt_neox": "gpt_neox", "opt": "model.decoder"}.get(family, "model")
+    )
+    for layer in body.layers:
+        attention: Any = layer.attention if family == "gpt_neox" else layer.self_attn
+        part = {"gpt_neox": "query_key_value", "gemma3_text": "q_norm"}.get(family, "q_proj")
+        attention.get_submodule(part).register_forward_hook(lambda *seen: found.append(seen[2]))
+    with torch.no_grad():
+        model(torch.tensor([passage]), use_cache=False)
+    if family == "gemma3_text":  # [1, heads, n, key_dim] already
+        return [each[0] * 8**-0.5 for each in found]
+    if family == "gpt_neox":  # a head's queries, keys and values side by side
+        found = [each.unflatten(-1, (4, 3, 8))[..., 0, :] for each in found]
+    return [each[0].unflatten(-1, (4, 8)).transpose(0, 1) * 8**-0.5 if each.dim() == 3
+            else each[0].transpose(0, 1) * 8**-0.5 for each in found]  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_neox", "opt"])
+def test_centres_are_means_of_queries_before_rotation(family: str) -> None:
+    """Of all passages, their first four tokens left out, in layers with a window as well."""
+    found = profile_model(engine_of(family), PASSAGES, progress=False).queries
+    assert found is not None
+    pairs = {"gpt_neox": 2, "opt": 0}.get(family, 4)
+    passages = [unrotated(family, passage) for passage in PASSAGES.all]
+    for layer, (means, sizes) in enumerate(zip(found.mean, found.sizes, strict=True)):
+        for head, (mean, size) in enumerate(zip(means, sizes, strict=True)):
+            rows = [each[layer][head, 4:] for each in passages]
+            wanted = sum(row.mean(0) for row in rows) / len(rows)
+            assert list(mean) == pytest.approx(wanted.tolist(), rel=1e-3)
+            lengths = [
+                float(sum(row[:, f].hypot(row[:, f + pairs]).mean() for row in rows)) / len(rows)
+                for f in range(pairs)
+            ]
+            assert list(size) == pytest.approx(lengths, rel=1e-3)
+            assert all(float(f"{value:.4g}") == value for value in (*mean, *size))
 
 
 def test_a_profile_is_the_same_again_and_leaves_the_engine_alone() -> None:
@@ -173,7 +214,7 @@ def test_the_bar_is_shown_where_it_is_asked_for(capsys: pytest.CaptureFixture[st
         shown = capsys.readouterr()
         assert ("what each head needs" in shown.err) == (wanted is True) and not shown.out
     told: list[int] = []
-    passage_scores(engine_of("llama").engine, [3] * 30, [3] * 20, told.append)
+    watch(engine_of("llama").engine, [3] * 30, [3] * 20, told.append)
     assert sum(told) == 4 * 50 and min(told) >= 0
 
 
@@ -184,7 +225,7 @@ def test_an_interrupted_measurement_holds_nothing(monkeypatch: pytest.MonkeyPatc
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        passage_scores(llm.engine, [3] * 30, [3] * 20, stopped)
+        watch(llm.engine, [3] * 30, [3] * 20, stopped)
     assert llm.engine.pool.budget_used == 0 and llm.engine.scheduler.idle
     llm.engine.check()
 
@@ -364,7 +405,7 @@ def test_the_package_holds_profiles() -> None:
     for path in files:
         profile = Profile.load(path)
         assert path.name.startswith(profile.fingerprint.key)
-        assert profile.agreement > 0.9 and profile.commit
+        assert profile.agreement > 0.9 and profile.commit and profile.queries is not None
     for dtype in ("float32", "bfloat16"):
         found = look_up(LLM(shipped_model(), "full", kv_memory="4MiB", dtype=dtype))
         assert found is not None and found.path.name.endswith("-shipped.json")

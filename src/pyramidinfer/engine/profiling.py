@@ -6,6 +6,9 @@ question to repeat it; an entry of the passage counts as much as the largest att
 any query of its KV head's group gave it meanwhile.  One threshold for all heads then tells what
 matters, and a head's share is how much of a passage that is.  What is measured per entry there is
 summed up per head here: such shares hardly differ between texts.
+
+While the passages go in, the means of every layer's queries before rotation are taken as well
+(TriAttention, arXiv 2604.04921, section 3).
 """
 
 from __future__ import annotations
@@ -34,8 +37,9 @@ from pyramidinfer.engine.request import Request
 from pyramidinfer.models.fingerprint import fingerprint
 from pyramidinfer.native.build import cache_folder
 from pyramidinfer.policies import Policy
-from pyramidinfer.policies.profile import Fingerprint, Profile
+from pyramidinfer.policies.profile import Centres, Fingerprint, Profile
 from pyramidinfer.types import (
+    Keep,
     Needs,
     Observation,
     Reduce,
@@ -49,12 +53,13 @@ if TYPE_CHECKING:
     from pyramidinfer.engine.llm import LLM
 
 __all__ = ["KEPT", "Found", "ensure_profile", "find_profile", "head_shares", "look_up",
-           "passage_scores", "profile_model", "profiles_folder", "progress_bar", "rank_correlation",
-           "shipped_folder", "store_profile"]  # fmt: skip
+           "profile_model", "profiles_folder", "progress_bar", "rank_correlation",
+           "shipped_folder", "store_profile", "watch"]  # fmt: skip
 
 #: The share of all heads' entries that matters.
 KEPT = 0.2
-#: A passage's first entries are not counted: every head looks at them, whatever they say.
+#: A passage's first tokens are not counted: every head looks at them, whatever they say, and their
+#: queries are like no others.
 SINKS = 4
 #: Tokens of a step, so that a bar moves.
 STEP = 256
@@ -65,12 +70,32 @@ Tell = Callable[[int], None]
 # --- measuring ------------------------------------------------------------------------------------
 
 
+class Means(NamedTuple):
+    """Of a layer's queries before rotation: ``[heads, key_dim]``, and ``[heads, pairs]`` of the
+    lengths of their rotated pairs."""
+
+    mean: Tensor
+    sizes: Tensor
+
+
+class Watched(NamedTuple):
+    """What a passage and its repetition gave.
+
+    scores : layer → ``[kv_heads, passage]``, of the layers that are governed;  queries : layer →
+    means of the passage's own, of all layers.
+    """
+
+    scores: dict[int, Tensor]
+    queries: dict[int, Means]
+
+
 @dataclass(frozen=True, eq=False)
 class _Watching(Policy):
     """Keeps everything, has ``again`` read behind the text, and writes down what the text's entries
-    got from the queries of that.
+    got from the queries of that, and what the text's own queries are like.
 
     found : layer → scores ``[kv_heads, text]``, on the host, of the layers that are ``governed``.
+    queries : layer → means, on the host, of all layers.
     """
 
     name: ClassVar[str] = "watching"
@@ -78,14 +103,23 @@ class _Watching(Policy):
     again: TokenIds = field(default_factory=list)
     governed: tuple[bool, ...] = ()
     found: dict[int, Tensor] = field(default_factory=dict)
+    queries: dict[int, Means] = field(default_factory=dict)
 
     def readings(self, text: Sequence[int], room: int, head: int = 0) -> list[TokenIds]:
         return [self.again] if self.again else []
 
     def needs(self, view: View) -> Needs:
+        if view.phase == "prefill":
+            return Needs(queries_from=SINKS, retain=True)
         if view.phase != "reread" or not self.governed[view.layer]:
             return Needs()
         return Needs(window=view.new_len, reduce=Reduce("kv_max", "max"))
+
+    def retain(self, seen: Observation, state: State) -> tuple[Keep, State]:
+        if seen.queries is not None:
+            mean, _, sizes = seen.queries
+            self.queries[seen.view.layer] = Means(mean.double().cpu(), sizes.double().cpu())
+        return Keep(), state
 
     def reread(self, seen: Observation, state: State) -> State:
         if seen.scores is not None:
@@ -117,23 +151,22 @@ def profile_model(source: LLM | Engine, passages: Passages | None = None,
     halves = []
     with progress_bar("what each head needs", work, progress) as tell:
         for half in passages.halves:
-            halves.append([
-                head_shares(passage_scores(own, each, passages.repeated(each), tell))
-                for each in half
-            ])  # fmt: skip
+            halves.append([watch(own, each, passages.repeated(each), tell) for each in half])
     heads = [shape.kv_heads for shape in adapter.shapes]
-    first, second = (_flat(_mean(half)) for half in halves)
+    shares = [[head_shares(each.scores) for each in half] for half in halves]
+    first, second = (_flat(_mean(half)) for half in shares)
     return Profile(
-        _rows(_mean(halves[0] + halves[1]), heads), governed, passages.name,
+        _rows(_mean(shares[0] + shares[1]), heads), governed, passages.name,
         tuple(len(each) for each in passages.all), round(rank_correlation(first, second), 4), KEPT,
         _version(), fingerprint(adapter),
+        queries=_centres([each.queries for half in halves for each in half]),
     )  # fmt: skip
 
 
-def passage_scores(engine: Engine, passage: TokenIds, repeated: TokenIds,
-                   tell: Tell = lambda _: None) -> dict[int, Tensor]:  # fmt: skip
-    """Per governed layer ``[kv_heads, passage]``: the most that any query of ``repeated``, which
-    follows the passage, gave each of its entries.  ``tell`` hears of layer-tokens done."""
+def watch(engine: Engine, passage: TokenIds, repeated: TokenIds,
+          tell: Tell = lambda _: None) -> Watched:  # fmt: skip
+    """The most that any query of ``repeated``, which follows the passage, gave each of its entries,
+    and the passage's own queries.  ``tell`` hears of layer-tokens done."""
     tokens = len(passage) + len(repeated)
     watching = _Watching(repeated, engine.adapter.layers_for(tokens + 1).governed)
     params = SamplingParams(max_tokens=1, ignore_eos=True)
@@ -142,7 +175,7 @@ def passage_scores(engine: Engine, passage: TokenIds, repeated: TokenIds,
         _finish(engine, request, tokens, tell)
     finally:
         engine.abort(request)
-    return watching.found
+    return Watched(watching.found, watching.queries)
 
 
 def head_shares(scores: dict[int, Tensor], kept: float = KEPT) -> dict[int, list[float]]:
@@ -170,6 +203,17 @@ def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
 
 def _mean(many: list[dict[int, list[float]]]) -> dict[int, list[float]]:
     return {layer: np.mean([each[layer] for each in many], axis=0).tolist() for layer in many[0]}
+
+
+def _centres(found: list[dict[int, Means]]) -> Centres:
+    """The mean over passages, to four digits."""
+
+    def rows(layer: int, name: str) -> tuple[tuple[float, ...], ...]:
+        mean = torch.stack([getattr(each[layer], name) for each in found]).mean(0)
+        return tuple(tuple(float(f"{value:.4g}") for value in row) for row in mean.tolist())
+
+    layers = sorted(found[0])
+    return Centres(*(tuple(rows(i, name) for i in layers) for name in ("mean", "sizes")))
 
 
 def _flat(shares: dict[int, list[float]]) -> list[float]:
