@@ -212,6 +212,7 @@ SECTIONS: dict[str, Callable[[Result], str]] = {
         "Computed above 100 %: `kvzip` reads a text twice.",
     ),
     "heads_turns": partial(_study, "turns", "A chat, heads dealt once", "heads_turns"),
+    "decode_long": partial(_study, "long", "Long answers, cut while they grow", "decode_long"),
     "ruler_long": partial(
         _pictured, "RULER, longer", "ruler_long", "The full cache, the paper's rule, the default.",
     ),
