@@ -13,7 +13,7 @@ WHOLE := start_layer=29
 LATE := start_layer=14,propagate_ratio=.2
 NEEDLE := --model smollm2 --tasks niah_single_2 --protocols inside
 
-.PHONY: numbers-real numbers-trials numbers-heads
+.PHONY: numbers-real numbers-trials numbers-heads numbers-decode
 
 # Trials on one needle: what loses the answer, and what brings it back.
 numbers-trials: $(VENV)/.installed
@@ -61,6 +61,14 @@ numbers-heads: $(VENV)/.installed
 	rm -f $(RESULTS)/heads_needle*.png $(RESULTS)/heads_spare*.png
 	mv $(RESULTS)/heads_*.png docs/images/
 
+# Methods that go on cutting while an answer grows.
+DECODE := full rkv:keep=.5 triattention:keep=.5 pyramid:keep=.5 h2o:keep=.5
+
+numbers-decode: $(VENV)/.installed
+	$(BIN)/pyramidinfer fetch smollm2
+	$(REAL_STUDY) long --model smollm2 --policies "$(DECODE)" $(REAL_RUN) --json $(RESULTS)/decode_long.json
+	mv $(RESULTS)/decode_long.png docs/images/
+
 # Everything about real models, then the pages.
 BOTH := smollm2 gemma3-270m
 HALF = $(shell expr $(SAMPLES_REAL) / 2)
@@ -74,6 +82,7 @@ numbers-real: models
 		--samples $(HALF) $(LIKE) --json $(RESULTS)/ruler_long.json
 	$(MAKE) numbers-trials SAMPLES=$(SAMPLES_REAL)
 	$(MAKE) numbers-heads SAMPLES=$(SAMPLES_REAL)
+	$(MAKE) numbers-decode SAMPLES=$(HALF)
 	for model in $(BOTH); do \
 		$(REAL_STUDY) turns --model $$model $(SHORT) $(REAL_RUN) --json $(RESULTS)/turns_$$model.json && \
 		$(REAL_STUDY) text --model $$model $(SHORT) $(REAL_RUN) --json $(RESULTS)/text_$$model.json && \

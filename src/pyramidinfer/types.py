@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -12,7 +13,6 @@ from pyramidinfer.native.library import Kernels
 from pyramidinfer.sampling import SamplingParams, StructuredOutputsParams
 
 __all__ = [
-    "Ahead",
     "AttentionShape",
     "Best",
     "KVUsage",
@@ -22,6 +22,7 @@ __all__ = [
     "Needs",
     "Observation",
     "Phase",
+    "Queries",
     "Reduce",
     "RequestMetrics",
     "RequestOutput",
@@ -103,13 +104,17 @@ class Best:
     recent: int
 
 
-@dataclass(frozen=True, slots=True)
-class Ahead:
-    """Queries to come, told from those of the text: as if they stood at the ``positions`` right
-    behind it.  Those of the text's first ``skip`` tokens do not count."""
+class Queries(NamedTuple):
+    """What a layer's queries are like before rotation, times the scale of their softmax.
 
-    positions: int
-    skip: int
+    mean : ``[heads, key_dim]``;  covariance : ``[heads, key_dim, key_dim]``;  sizes : ``[heads,
+    pairs]``, the mean length of each pair of numbers that are rotated together (number ``f`` and
+    number ``f + pairs`` of a head; none where the layer has no rotary positions).
+    """
+
+    mean: Tensor
+    covariance: Tensor
+    sizes: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,8 +127,9 @@ class Needs:
     ``column_sums``: attention each entry got from *all* new queries, per KV head.
     ``slot_scores``: the running score kept beside each entry.
     ``keys``, ``values``: the entries' own, for ``retain`` and ``evict``.
-    ``ahead``: the mean and covariance of the text's queries, as they would stand at positions
-    behind it, for ``retain``.
+    ``queries_from``: what the text's queries are like, from this token on, for ``retain``.
+    ``ahead``: places behind the text, 1 for the next token's, that vectors are to be turned to on
+    average (``Observation.turn``), for ``retain`` and ``evict``.
     ``propagate``, ``retain``, ``evict``: which questions to ask; the others are answered "all".
     ``among``: ranks by age ``(first, last)`` of the entries whose scores ``evict`` will look at,
     the same tokens in every head; the others' may be 0.
@@ -138,7 +144,8 @@ class Needs:
     slot_scores: bool = False
     keys: bool = False
     values: bool = False
-    ahead: Ahead | None = None
+    queries_from: int | None = None
+    ahead: Sequence[int] = ()
     propagate: bool = False
     retain: bool = False
     evict: bool = False
@@ -182,8 +189,9 @@ class Observation:
     column_sums, slot_scores : ``[kv_heads, n]`` or None.
     keys, values : ``[kv_heads, n, key_dim]`` as they are in the cache (rotated), and ``[kv_heads,
         n, value_dim]``, float32 or wider; or None.
-    queries : the mean ``[heads, key_dim]`` and covariance ``[heads, key_dim, key_dim]`` of the
-        text's queries times the scale of their softmax, as ``ahead`` asked for; or None.
+    queries : what the text's queries are like, as ``queries_from`` asked for; or None.
+    turn : ``[key_dim, key_dim]``, a vector before rotation times this is the mean of it rotated to
+        the places ``ahead``; or None.  Where positions are not rotary it leaves vectors alone.
     protected : ``[kv_heads or 1, n]`` bool, entries that must stay.
     kernels : what selects faster than torch does, where the backend has it.
 
@@ -200,7 +208,8 @@ class Observation:
     slot_scores: Tensor | None = None
     keys: Tensor | None = None
     values: Tensor | None = None
-    queries: tuple[Tensor, Tensor] | None = None
+    queries: Queries | None = None
+    turn: Tensor | None = None
     kernels: Kernels | None = None
 
 

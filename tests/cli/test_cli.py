@@ -264,7 +264,7 @@ def test_inspect_counts_what_heads_share(
 def test_inspect_refuses_a_profile_of_other_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    own = find_profile(LLM(shipped_model(), policy="full"))
+    own = find_profile(LLM(shipped_model(), policy="full").engine.shared)
     assert own is not None
     mark = own.fingerprint
     other = replace(own, fingerprint=replace(mark, vectors=(*mark.vectors[:-1], (9.0, 1.0, 1.0))))

@@ -58,7 +58,7 @@ def test_a_profile_is_measured_stored_and_found(profile: Any, model: str, small:
     made = Profile.load(told["path"])
     assert Path(told["path"]).parent == small and told["seconds"] > 0
     assert Profile.from_dict(told["profile"]) == made and made.lengths == (220,) * 4
-    assert find_profile(LLM(model, "full", kv_memory="4MiB")) == made
+    assert find_profile(LLM(model, "full", kv_memory="4MiB").engine.shared) == made
     again = json.loads(profile(model, "--json")[1])
     assert again["seconds"] is None and again["path"] == told["path"]
     code, out, _ = profile(model)
@@ -97,7 +97,7 @@ def test_output_picture_and_text(profile: Any, model: str, small: Path, tmp_path
     assert (tmp_path / "deep" / "heads.png").stat().st_size > 5000
     assert "deep/own.json" in out and "deep/heads.png" in out and "measured on mine.txt" in out
     assert profile(model, "--text", "mine.txt")[0] == 0  # without a name: the model's from now on
-    found = find_profile(LLM(model, "full", kv_memory="4MiB"))
+    found = find_profile(LLM(model, "full", kv_memory="4MiB").engine.shared)
     assert found is not None and found.text == "mine.txt"
 
 
@@ -105,7 +105,7 @@ def test_the_shipped_models_profile_is_there(profile: Any, small: Path) -> None:
     code, out, err = profile("-o", "copy.json")
     assert code == 0, err
     assert "made before" in out and "head 1" in out and not small.exists()
-    made = find_profile(LLM(shipped_model(), "full", kv_memory="4MiB"))
+    made = find_profile(LLM(shipped_model(), "full", kv_memory="4MiB").engine.shared)
     assert Profile.load("copy.json") == made
     code, _, err = profile("--force")
     assert code == 2 and "the package holds a profile of this model" in err and "--output" in err

@@ -14,6 +14,8 @@ SMALL: dict[str, dict[str, Any]] = {
     "chunkkv": {"window": 8},
     "kvzip": {"min_text": 8, "question": (5, 6, 7), "chunk_length": 40},
     "pyramidinfer": {"min_context": 4, "gen_chunk": 4},
+    "rkv": {"window": 4, "buffer": 4},
+    "triattention": {"buffer": 4},
     "duo": {"sinks": 2, "recent": 8, "min_context": 8, "stride": 4},
     "pyramid": {
         "recent": 4, "min_context": 8, "window": 8, "kernel": 7, "start_layer": 1,

@@ -26,11 +26,15 @@ from tests.tiny import random_prompt
 
 FAMILIES = ("llama", "gemma3_text", "opt", "phi3")
 #: Policies that hold a budget while decoding, and can be held to a lower one.
-ELASTIC = ("duo", "h2o", "pyramid", "scissorhands", "streaming_llm", "tova")
+ELASTIC = (
+    "duo", "h2o", "pyramid", "rkv", "scissorhands", "streaming_llm", "tova", "triattention",
+)  # fmt: skip
 SMALL: dict[str, dict[str, Any]] = {
     "duo": {"recent": 8, "min_context": 8},
     "pyramid": {"min_context": 8, "recent": 4, "window": 4},
+    "rkv": {"window": 4, "buffer": 6},
     "scissorhands": {"window": 8, "recent": 4},
+    "triattention": {"buffer": 6},
 }
 
 
@@ -52,7 +56,7 @@ def held_to(policy: Any, length: int, layers: Layers) -> list[tuple[int, ...]]:
     """Entries that each head of each layer may hold while decoding."""
     if isinstance(policy, ByHead):
         return [tuple(map(policy.most, row)) for row in policy.limits(length, layers)]
-    budgets = [policy.budget(layer, length, layers) for layer in range(layers.count)]
+    budgets = [policy.budget(i, length, layers) + policy.slack for i in range(layers.count)]
     return [(budget,) * layers.kv_heads for budget in budgets]
 
 

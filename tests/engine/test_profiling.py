@@ -32,10 +32,10 @@ from pyramidinfer.engine.profiling import (
     find_profile,
     head_shares,
     look_up,
-    passage_scores,
     profile_model,
     rank_correlation,
     store_profile,
+    watch,
 )
 from pyramidinfer.models.loading import shipped_model
 from pyramidinfer.policies.profile import Profile
@@ -87,7 +87,7 @@ def test_scores_are_those_of_the_full_matrix(family: str) -> None:
     passage = random_prompt(4, 70)
     repeated = [9, 8, *passage[1:]]
     llm = engine_of(family)
-    found = passage_scores(llm.engine, passage, repeated)
+    found = watch(llm.engine.adapter, llm.engine.pool, passage, repeated).scores
     governed = llm.engine.adapter.layers_for(142).governed
     assert [layer for layer, each in enumerate(governed) if each] == sorted(found)
     assert all(governed) == (not family.startswith("gemma"))
@@ -102,7 +102,7 @@ def test_scores_are_those_of_the_full_matrix(family: str) -> None:
 def test_chunks_and_kernels_change_nothing(chunk: int) -> None:
     passage, repeated = random_prompt(4, 70), [9, 8, *random_prompt(4, 70)[1:]]
     llm = LLM(tiny_model("llama"), "full", kv_memory="4MiB", prefill_chunk=chunk, step_tokens=11)
-    found = passage_scores(llm.engine, passage, repeated)
+    found = watch(llm.engine.adapter, llm.engine.pool, passage, repeated).scores
     for layer, wanted in enumerate(weights("llama", passage, repeated)):
         assert found[layer].numpy() == pytest.approx(wanted, rel=1e-3, abs=1e-6)
 
@@ -110,7 +110,7 @@ def test_chunks_and_kernels_change_nothing(chunk: int) -> None:
 @pytest.mark.parametrize("family", ["llama", "gpt_neox", "gemma3_text"])
 def test_a_profile_is_what_brute_force_finds(family: str) -> None:
     """Sorted scores of all heads, by hand: every step is done another way."""
-    profile = profile_model(engine_of(family), PASSAGES, progress=False)
+    profile = profile_model(engine_of(family).engine.shared, PASSAGES, progress=False)
     layers = [layer for layer, each in enumerate(profile.governed) if each]
     halves = []
     for half in PASSAGES.halves:
@@ -133,14 +133,57 @@ def test_a_profile_is_what_brute_force_finds(family: str) -> None:
         assert profile.governed[layer] or not any(row)
 
 
+def unrotated(family: str, passage: list[int]) -> list[Tensor]:
+    """Per layer ``[heads, n, key_dim]``: queries as transformers' modules have them before they
+    rotate, times the softmax's scale."""
+    model, found = tiny_model(family, torch.float64), []
+    body = model.get_submodule(
+        {"gpt_neox": "gpt_neox", "opt": "model.decoder"}.get(family, "model")
+    )
+    for layer in body.layers:
+        attention: Any = layer.attention if family == "gpt_neox" else layer.self_attn
+        part = {"gpt_neox": "query_key_value", "gemma3_text": "q_norm"}.get(family, "q_proj")
+        attention.get_submodule(part).register_forward_hook(lambda *seen: found.append(seen[2]))
+    with torch.no_grad():
+        model(torch.tensor([passage]), use_cache=False)
+    if family == "gemma3_text":  # [1, heads, n, key_dim] already
+        return [each[0] * 8**-0.5 for each in found]
+    if family == "gpt_neox":  # a head's queries, keys and values side by side
+        found = [each.unflatten(-1, (4, 3, 8))[..., 0, :] for each in found]
+    return [each[0].unflatten(-1, (4, 8)).transpose(0, 1) * 8**-0.5 if each.dim() == 3
+            else each[0].transpose(0, 1) * 8**-0.5 for each in found]  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_neox", "opt"])
+def test_centres_are_means_of_queries_before_rotation(family: str) -> None:
+    """Of all passages, their first four tokens left out, in layers with a window as well."""
+    found = profile_model(engine_of(family).engine.shared, PASSAGES, progress=False).queries
+    assert found is not None
+    pairs = {"gpt_neox": 2, "opt": 0}.get(family, 4)
+    passages = [unrotated(family, passage) for passage in PASSAGES.all]
+    for layer, (means, sizes) in enumerate(zip(found.mean, found.sizes, strict=True)):
+        for head, (mean, size) in enumerate(zip(means, sizes, strict=True)):
+            rows = [each[layer][head, 4:] for each in passages]
+            wanted = sum(row.mean(0) for row in rows) / len(rows)
+            assert list(mean) == pytest.approx(wanted.tolist(), rel=1e-3)
+            lengths = [
+                float(sum(row[:, f].hypot(row[:, f + pairs]).mean() for row in rows)) / len(rows)
+                for f in range(pairs)
+            ]
+            assert list(size) == pytest.approx(lengths, rel=1e-3)
+            assert all(float(f"{value:.4g}") == value for value in (*mean, *size))
+
+
 def test_a_profile_is_the_same_again_and_leaves_the_engine_alone() -> None:
     llm = engine_of("llama")
     before = llm.engine.pool.peak_bytes
-    first = profile_model(llm, PASSAGES, progress=False)
-    assert profile_model(llm.engine, PASSAGES, progress=False) == first
+    first = profile_model(llm.engine.shared, PASSAGES, progress=False)
+    assert profile_model(llm.engine.shared, PASSAGES, progress=False) == first
     assert llm.engine.pool.peak_bytes == before and llm.engine.scheduler.idle
     tight = LLM(tiny_model("llama", torch.float64), "full", kv_memory=9000, page_size=4)
-    assert profile_model(tight, PASSAGES, progress=False) == first, "its own pool is of no matter"
+    assert profile_model(tight.engine.shared, PASSAGES, progress=False) == first, (
+        "its own pool is of no matter"
+    )
 
 
 def test_shares_by_hand() -> None:
@@ -161,19 +204,20 @@ def test_rank_correlation() -> None:
 
 
 def test_layers_bounded_by_a_window_are_left_out_or_refused() -> None:
-    profile = profile_model(engine_of("gemma3_text"), PASSAGES, progress=False)
+    profile = profile_model(engine_of("gemma3_text").engine.shared, PASSAGES, progress=False)
     assert profile.governed == (False, False, True) * 2
     with pytest.raises(ValueError, match="every layer of this model has a sliding window"):
-        profile_model(engine_of("mistral"), PASSAGES)
+        profile_model(engine_of("mistral").engine.shared, PASSAGES)
 
 
 def test_the_bar_is_shown_where_it_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
     for wanted in (None, False, True):
-        profile_model(engine_of("llama"), PASSAGES, progress=wanted)
+        profile_model(engine_of("llama").engine.shared, PASSAGES, progress=wanted)
         shown = capsys.readouterr()
         assert ("what each head needs" in shown.err) == (wanted is True) and not shown.out
     told: list[int] = []
-    passage_scores(engine_of("llama").engine, [3] * 30, [3] * 20, told.append)
+    engine = engine_of("llama").engine
+    watch(engine.adapter, engine.pool, [3] * 30, [3] * 20, told.append)
     assert sum(told) == 4 * 50 and min(told) >= 0
 
 
@@ -184,7 +228,7 @@ def test_an_interrupted_measurement_holds_nothing(monkeypatch: pytest.MonkeyPatc
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        passage_scores(llm.engine, [3] * 30, [3] * 20, stopped)
+        watch(llm.engine.adapter, llm.engine.pool, [3] * 30, [3] * 20, stopped)
     assert llm.engine.pool.budget_used == 0 and llm.engine.scheduler.idle
     llm.engine.check()
 
@@ -239,8 +283,9 @@ def test_models_with_few_positions(speaks: LLM) -> None:
     room = room_for(of("llama", max_position_embeddings=512), again)
     assert 2 * room + again + 1 <= 512 < 2 * (room + 1) + again + 1
     small = engine_of("llama", vocab_size=len(WORDS), max_position_embeddings=160)
-    small.tokenizer = small.engine.tokenizer = speaks.tokenizer
-    assert profile_model(small).lengths[0] == room_for(small.engine.adapter, again) > 64
+    small.tokenizer = small.engine.shared.tokenizer = speaks.tokenizer
+    made = profile_model(small.engine.shared)
+    assert made.lengths[0] == room_for(small.engine.adapter, again) > 64
     with pytest.raises(ValueError, match="the model tells 100 positions apart"):
         room_for(of("llama", max_position_embeddings=100), again)
     with pytest.raises(ValueError, match="the model tells 64 positions apart"):
@@ -253,9 +298,9 @@ def test_without_a_tokenizer_random_tokens_are_read() -> None:
     every = [token for passage in found.all for token in passage]
     assert len(found.all) == 4 and len(set(map(tuple, found.all))) == 4
     assert set(every) <= set(range(bare.engine.adapter.vocab_size)) and len(set(every)) > 50
-    profile = profile_model(bare)
+    profile = profile_model(bare.engine.shared)
     assert "without a tokenizer" in profile.text and profile.lengths == (len(found.all[0]),) * 4
-    assert profile == profile_model(engine_of("llama")), "the same tokens every time"
+    assert profile == profile_model(engine_of("llama").engine.shared), "the same tokens every time"
 
 
 def test_what_cannot_be_measured_is_told(speaks: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -263,12 +308,12 @@ def test_what_cannot_be_measured_is_told(speaks: LLM, monkeypatch: pytest.Monkey
         text_passages(engine_of("llama").engine.adapter, None, "a text", "mine.txt")
     shipped = LLM(shipped_model(), "full", kv_memory="4MiB")
     with pytest.raises(ValueError, match="most of .* is unknown to the model's tokenizer"):
-        profile_model(shipped)
+        profile_model(shipped.engine.shared)
     with pytest.raises(ValueError, match="at least one passage in each half"):
         Passages("x", ((), ([1],)))
     monkeypatch.setattr("pyramidinfer.engine.passages.library_paragraphs", tuple)
     with pytest.raises(ValueError, match="without its library's sources"):
-        profile_model(speaks)
+        profile_model(speaks.engine.shared)
 
 
 # --- where it is found ----------------------------------------------------------------------------
@@ -284,21 +329,21 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[P
 
 def test_the_packages_profile_goes_before_the_users(folders: tuple[Path, Path]) -> None:
     llm = engine_of("llama")
-    assert find_profile(llm) is None and look_up(llm) is None
-    made = profile_model(llm, PASSAGES, progress=False)
+    assert find_profile(llm.engine.shared) is None and look_up(llm.engine.shared) is None
+    made = profile_model(llm.engine.shared, PASSAGES, progress=False)
     path = store_profile(made)
-    assert path.parent == folders[1] and find_profile(llm) == made
+    assert path.parent == folders[1] and find_profile(llm.engine.shared) == made
     other = replace(made, text="shipped")
     other.save(folders[0] / f"{made.fingerprint.key}-x.json")
-    found = look_up(llm)
+    found = look_up(llm.engine.shared)
     assert found is not None and found.profile == other and found.path.parent == folders[0]
-    assert find_profile(engine_of("llama", torch.bfloat16)) == other
-    assert find_profile(engine_of("llama", vocab_size=121)) is None
-    assert find_profile(engine_of("qwen3")) is None
+    assert find_profile(engine_of("llama", torch.bfloat16).engine.shared) == other
+    assert find_profile(engine_of("llama", vocab_size=121).engine.shared) is None
+    assert find_profile(engine_of("qwen3").engine.shared) is None
     stranger = engine_of("llama")
     with torch.no_grad():
         stranger.engine.adapter.body.norm.weight *= 1.1
-    assert find_profile(stranger) is None, "of the same sizes, but other weights"
+    assert find_profile(stranger.engine.shared) is None, "of the same sizes, but other weights"
 
 
 def test_what_is_not_there_is_measured_once(
@@ -312,48 +357,50 @@ def test_what_is_not_there_is_measured_once(
 
     few = Passages("few", ((random_prompt(1, 40),), (random_prompt(2, 40),)))
     monkeypatch.setattr(profiling, "profile_model", measure)
-    first = ensure_profile(speaks, progress=False)
-    assert ensure_profile(speaks) == first == find_profile(speaks) and calls == [False]
+    first = ensure_profile(speaks.engine.shared, progress=False)
+    assert ensure_profile(speaks.engine.shared) == first == find_profile(
+        speaks.engine.shared
+    ) and calls == [False]
     (path,) = folders[1].iterdir()
     assert path.name.startswith(first.fingerprint.key)
 
     path.write_text(path.read_text()[:200])  # as a full disk leaves it
     with pytest.warns(RuntimeWarning, match=rf"passed over: '{path}' is no head profile"):
-        assert find_profile(speaks) is None
+        assert find_profile(speaks.engine.shared) is None
     with pytest.warns(RuntimeWarning, match="passed over"):
-        assert ensure_profile(speaks) == first
-    assert len(calls) == 2 and find_profile(speaks) == first
+        assert ensure_profile(speaks.engine.shared) == first
+    assert len(calls) == 2 and find_profile(speaks.engine.shared) == first
 
     (folders[1] / f"{first.fingerprint.key}-zzz.json").write_text("{")
     store_profile(replace(first, text="newer"))
     assert list(folders[1].iterdir()) == [path], "what it takes the place of is gone"
-    assert ensure_profile(speaks).text == "newer" and len(calls) == 2
+    assert ensure_profile(speaks.engine.shared).text == "newer" and len(calls) == 2
 
 
 def test_another_models_file_stays(folders: tuple[Path, Path]) -> None:
     llm, other = engine_of("llama"), engine_of("llama")
     with torch.no_grad():
         other.engine.adapter.body.norm.weight *= 1.1
-    paths = [store_profile(profile_model(each, PASSAGES)) for each in (llm, other)]
+    paths = [store_profile(profile_model(each.engine.shared, PASSAGES)) for each in (llm, other)]
     assert sorted(folders[1].iterdir()) == sorted(paths) and paths[0] != paths[1]
-    assert [look_up(each).path for each in (llm, other)] == paths  # type: ignore[union-attr]
+    assert [look_up(each.engine.shared).path for each in (llm, other)] == paths  # type: ignore[union-attr]
 
 
 def test_a_folder_that_cannot_be_written(
     folders: tuple[Path, Path], speaks: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = profile_model(
-        speaks, Passages("few", ((random_prompt(1, 40),), (random_prompt(2, 40),)))
+        speaks.engine.shared, Passages("few", ((random_prompt(1, 40),), (random_prompt(2, 40),)))
     )
     monkeypatch.setattr(profiling, "profile_model", lambda *a, **k: made)
     folders[1].parent.mkdir()
     folders[1].write_text("a file stands where the folder should")
     with pytest.warns(RuntimeWarning, match="cannot be stored in .*set PYRAMIDINFER_CACHE"):
-        assert ensure_profile(speaks) == made
+        assert ensure_profile(speaks.engine.shared) == made
 
 
 def test_files_can_be_read_by_others(folders: tuple[Path, Path]) -> None:
-    path = store_profile(profile_model(engine_of("llama"), PASSAGES))
+    path = store_profile(profile_model(engine_of("llama").engine.shared, PASSAGES))
     assert stat.S_IMODE(path.stat().st_mode) == 0o644
 
 
@@ -364,7 +411,7 @@ def test_the_package_holds_profiles() -> None:
     for path in files:
         profile = Profile.load(path)
         assert path.name.startswith(profile.fingerprint.key)
-        assert profile.agreement > 0.9 and profile.commit
+        assert profile.agreement > 0.9 and profile.commit and profile.queries is not None
     for dtype in ("float32", "bfloat16"):
-        found = look_up(LLM(shipped_model(), "full", kv_memory="4MiB", dtype=dtype))
+        found = look_up(LLM(shipped_model(), "full", kv_memory="4MiB", dtype=dtype).engine.shared)
         assert found is not None and found.path.name.endswith("-shipped.json")

@@ -41,7 +41,7 @@ def llm() -> LLM:
 
 @pytest.fixture(scope="module")
 def profile(llm: LLM) -> Profile:
-    found = find_profile(llm)
+    found = find_profile(llm.engine.shared)
     assert found is not None
     layers = Layers((True,) * DEPTH, llm.engine.adapter.kv_heads)
     assert Pyramid(profile=replace(found, calibrated=None)).begin(layers) == OWN
@@ -386,7 +386,7 @@ def test_a_models_own_profile_is_calibrated_and_used_from_then_on(
     assert code == 0, err
     assert "after layer 1 at most 20% of the text goes deeper" in out
     (path,) = Path("cache").iterdir()
-    found = find_profile(LLM(folder, "full", kv_memory="4MiB"))
+    found = find_profile(LLM(folder, "full", kv_memory="4MiB").engine.shared)
     assert found == Profile.load(path) and found.calibrated is not None
     calibrated = "calibrated: after layer 1 at most 20% of the text goes deeper"
     assert calibrated in run("profile", folder).out
@@ -413,7 +413,7 @@ def test_a_random_model_answers_nothing(run: Run, tmp_path: Path) -> None:
     folder = english_model.save(tmp_path / "model")
     code, _, err = run("calibrate", folder, "--quick", "--kv-memory", "16MiB")
     assert code == 2 and "answers none of the questions" in err.splitlines()[-1]
-    found = find_profile(LLM(folder, "full", kv_memory="4MiB"))
+    found = find_profile(LLM(folder, "full", kv_memory="4MiB").engine.shared)
     assert found is not None and found.calibrated is None, "nothing was written"
 
 

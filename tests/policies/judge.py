@@ -1,4 +1,4 @@
-"""Eleven published methods and the project's own written out by hand, to judge the engine's.
+"""Published methods and the project's own written out by hand, to judge the engine's.
 
 A Llama model runs in float64, token row by token row, with whole attention rows; the cache is a
 dict per layer and KV head.  Written from the papers and from what each policy's docstring says of
@@ -403,6 +403,75 @@ class Judge:
             return self._best(seen.held, scores, budget, always)
         return self._adaptive(seen.held, scores, budget, always, safeguard)
 
+    def rkv(self, seen: Seen, capacity: int = 1024, buffer: int = 128, window: int = 8,
+            kernel: int = 7, mix: float = 0.1, threshold: float = 0.5) -> Kept | None:  # fmt: skip
+        """What the last queries look at, less what is like other keys
+        (https://arxiv.org/abs/2505.24133)."""
+        budget = max(self._budget(capacity), window + 1)
+        for head, positions in enumerate(seen.held):
+            if not seen.is_decode:  # a text's own queries alone
+                self.memory[seen.layer, head] = []
+            for row in seen.weights[head].amax(0).tolist():
+                self.memory[seen.layer, head].append(dict(zip(positions, row, strict=True)))
+            del self.memory[seen.layer, head][:-window]
+        if not self._is_due(seen, budget, buffer):
+            return None
+        scores, recent = [], []
+        for head, positions in enumerate(seen.held):
+            history: list[dict[int, float]] = self.memory[seen.layer, head]
+            newest = {each for each in positions if each >= self.seen - window}
+            older = [each for each in positions if each not in newest]
+            given = {p: sum(row.get(p, 0.0) for row in history) / len(history) for p in older}
+            looked = self._smoothed(older, given, kernel, "max")
+            entries = self.cache[seen.layer][head]
+            keys = self._turn(torch.stack([entries[each].key for each in positions]), positions)
+            keys = keys / keys.norm(dim=1, keepdim=True)
+            total = [0.0] * len(positions)
+            for at, row in enumerate((keys @ keys.T).tolist()):
+                row[at] = 0.0
+                twins = [other for other, cosine in enumerate(row) if cosine > threshold]
+                for other, cosine in enumerate(row):
+                    total[other] += 0.0 if twins and other == twins[-1] else cosine
+            means = torch.tensor(total, dtype=torch.float64) / len(positions)
+            again = dict(zip(positions, means.softmax(0).tolist(), strict=True))
+            scores.append({p: mix * looked[p] - (1 - mix) * again[p] for p in older})
+            recent.append(newest)
+        return self._best(seen.held, scores, budget, recent)
+
+    def triattention(self, seen: Seen, profile: Any, capacity: int = 2048, buffer: int = 128,
+                     offset_max: int = 65536) -> Kept | None:  # fmt: skip
+        """What queries at the model's centres will look at from places to come
+        (https://arxiv.org/abs/2604.04921)."""
+        budget = self._budget(capacity)
+        if not self._is_due(seen, budget, buffer):
+            return None
+        offsets, best = [1], []
+        while offsets[-1] * 2 <= offset_max:
+            offsets.append(offsets[-1] * 2)
+        for kv_head, positions in enumerate(seen.held):
+            entries = self.cache[seen.layer][kv_head]
+            keys = _pairs(torch.stack([entries[each].key for each in positions]))  # not rotated
+            places = torch.tensor(positions)
+            found: dict[int, float] = dict.fromkeys(positions, float("-inf"))
+            for head in range(kv_head * self.group, (kv_head + 1) * self.group):
+                numbers = profile.queries.mean[seen.layer][head]
+                centre = _pairs(torch.tensor(numbers, dtype=torch.float64))
+                size = torch.tensor(profile.queries.sizes[seen.layer][head], dtype=torch.float64)
+                score = ((size - centre.abs()) * keys.abs()).sum(1)
+                for offset in offsets:
+                    away = (self.seen - 1 + offset - places)[:, None] * self.frequencies
+                    turned = torch.cos(away + centre.angle() - keys.angle())
+                    score += (centre.abs() * keys.abs() * turned).sum(1) / len(offsets)
+                score = (score - score.mean()) / score.std(correction=0)
+                for position, value in zip(positions, score.tolist(), strict=True):
+                    found[position] = max(found[position], value)
+            best.append(found)
+        return self._best(seen.held, best, budget, [set()] * self.kv_heads)
+
+    def _is_due(self, seen: Seen, budget: int, buffer: int) -> bool:
+        """Whether a method that cuts every ``buffer`` generated tokens does so now."""
+        return len(seen.held[0]) >= budget + (buffer if seen.is_decode else 1)
+
     def kvzip(self, seen: Seen, **options: Any) -> None:
         """Nothing is dropped until the text was read again: see ``_zip``."""
         for head, positions in enumerate(seen.held):
@@ -667,6 +736,12 @@ class Judge:
             level += (high - low) * (wanted - below) / (above - below)
         whole = {each: int(n + 1e-6) for each, n in at(level).items()}  # not 31.999999
         return {each: None if n >= text else n for each, n in whole.items()}
+
+
+def _pairs(vectors: Tensor) -> Tensor:
+    """Numbers that rotate together as one complex number, ``[..., head_dim / 2]``."""
+    real, imaginary = vectors.chunk(2, dim=-1)
+    return torch.complex(real, imaginary)
 
 
 class Rule(NamedTuple):

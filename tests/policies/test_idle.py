@@ -108,7 +108,7 @@ def test_further_turns_and_forgotten_tokens(name: str, asked: Any) -> None:
 
 def test_there_are_steps_left_out(asked: Any) -> None:
     """Methods that evict every so many tokens are asked about as often."""
-    for name in ("pyramid", "pyramidinfer"):
+    for name in ("pyramid", "pyramidinfer", "rkv", "triattention"):
         asked.count = 0
         trace(engine(name, "llama", **EVEN.get(name, {})), random_prompt(200, 200), NEW, ())
         assert asked.count < NEW / 2, name

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pyramidinfer import LLM, SamplingParams
 from pyramidinfer.policies import make_policy
-from pyramidinfer.policies.profile import Calibrated, Fingerprint, Profile
+from pyramidinfer.policies.profile import Calibrated, Centres, Fingerprint, Profile
 from pyramidinfer.types import Trace
 from tests.policies.judge import Judge, exact_llama
 from tests.tiny import VOCAB, random_prompt
@@ -24,7 +24,7 @@ from tests.tiny import VOCAB, random_prompt
 NEW = 20
 SPANS = (3, 4, 20)
 PER_HEAD = {"h2o", "scissorhands", "snapkv", "pyramidkv", "fastkv", "pyramid", "duo",
-            "keydiff", "expected_attention", "kvzip"}  # fmt: skip
+            "keydiff", "expected_attention", "kvzip", "rkv", "triattention"}  # fmt: skip
 BY_HEAD = {"duo", "pyramid"}  # some heads lose nothing
 NEEDED = Profile(
     ((0.1, 0.9), (0.4, 0.2), (0.8, 0.3), (0.02, 0.05)), (True,) * 4, "a text", (9, 9), 0.9, 0.2,
@@ -37,6 +37,23 @@ EARLY = {"start_layer": 1, "propagate_ratio": 0.4}
 LATE = replace(NEEDED, share=((0.3, 0.1), (0.2, 0.5), (0.05, 0.4), (0.6, 0.02)))
 KNOWN = replace(NEEDED, calibrated=Calibrated(1, 0.6, 0.5, 1.0, 0.8, 0.01, 900, 20, 2))
 IDLE = replace(NEEDED, share=((0.3, 0.0), (1e-4, 0.5), (0.0, 0.4), (0.0, 0.02)))
+
+
+def centres(seed: int, layers: int = 4, heads: int = 4, dim: int = 8) -> Centres:
+    """Random ones, each pair's mean length at least that of its mean."""
+    mean = torch.randn(layers, heads, dim, generator=torch.Generator().manual_seed(seed))
+    left, right = mean.chunk(2, dim=-1)
+    sizes = left.hypot(right) * 1.5 + 0.1 * left.abs()
+    return Centres(*(
+        tuple(tuple(tuple(row) for row in layer) for layer in each.tolist())
+        for each in (mean, sizes)
+    ))  # fmt: skip
+
+
+KNOWS = {"profile": replace(NEEDED, queries=centres(1))}
+OTHERS = {"profile": replace(NEEDED, queries=centres(2))}
+TOLD = {"capacity": 30, "buffer": 4}
+GUIDED = {**KNOWS, **TOLD}
 CASES: list[tuple[str, float | None, tuple[int, ...], dict[str, Any]]] = [
     ("streaming_llm", 0.4, (), {}),
     ("streaming_llm", None, SPANS, {"sinks": 2, "window": 17}),
@@ -68,6 +85,16 @@ CASES: list[tuple[str, float | None, tuple[int, ...], dict[str, Any]]] = [
     ("expected_attention", 0.5, (), {}),
     ("expected_attention", None, SPANS, {"retain_ratio": 0.3, "ahead": 40, "epsilon": 0.0}),
     ("expected_attention", 0.4, (), {"adaptive": False, "sinks": 0}),
+    ("rkv", 0.4, (), {"buffer": 4}),
+    ("rkv", 0.6, (), {"buffer": 3, "window": 24}),
+    ("rkv", None, SPANS, {
+        "capacity": 20, "buffer": 7, "window": 3, "kernel": 3, "mix": 0.6, "threshold": 0.2,
+    }),
+    ("rkv", 0.3, (), {"buffer": 1, "window": 1, "kernel": 1, "mix": 0.0}),
+    ("rkv", 0.3, SPANS, {"buffer": 9, "mix": 1.0, "threshold": 1.0}),
+    ("triattention", 0.4, (), {**KNOWS, "buffer": 4}),
+    ("triattention", 0.5, (), {**OTHERS, "buffer": 1}),
+    ("triattention", None, SPANS, {**KNOWS, "capacity": 20, "buffer": 7, "offset_max": 100}),
     ("kvzip", 0.4, (), ZIPPED),
     ("kvzip", 0.3, SPANS, {**ZIPPED, "sinks": 0, "chunk_length": 2048}),
     ("kvzip", 0.2, (), {"min_text": 8, "sinks": 1, "chunk_length": 7}),
@@ -193,6 +220,16 @@ def test_method_equals_its_judge(
         ("expected_attention", {}, {"ahead": 400}),
         ("expected_attention", {}, {"epsilon": 0.01}),
         ("expected_attention", {}, {"adaptive": False}),
+        ("rkv", TOLD, {**TOLD, "capacity": 29}),
+        ("rkv", TOLD, {**TOLD, "buffer": 5}),
+        ("rkv", TOLD, {**TOLD, "window": 7}),
+        ("rkv", TOLD, {**TOLD, "kernel": 5}),
+        ("rkv", TOLD, {**TOLD, "mix": 0.2}),
+        ("rkv", TOLD, {**TOLD, "threshold": 0.6}),
+        ("triattention", GUIDED, {**GUIDED, "capacity": 29}),
+        ("triattention", GUIDED, {**GUIDED, "buffer": 5}),
+        ("triattention", GUIDED, {**GUIDED, "offset_max": 32768}),
+        ("triattention", GUIDED, {**GUIDED, **OTHERS}),
         ("kvzip", ZIPPED, {**ZIPPED, "question": (5, 6, 8)}),
         ("kvzip", ZIPPED, {**ZIPPED, "question_from": (8,)}),
         ("kvzip", ZIPPED, {**ZIPPED, "chunk_length": 31}),
@@ -236,6 +273,19 @@ def test_wrong_rotary_positions_are_noticed(monkeypatch: pytest.MonkeyPatch) -> 
     assert float((trace.final_logits - logits).abs().max()) > 1e-3
 
 
+@pytest.mark.parametrize(("method", "options"), [("rkv", {}), ("triattention", KNOWS)])
+def test_long_answers_are_cut_every_128_tokens(method: str, options: dict[str, Any]) -> None:
+    """As published: a prompt below the budget, then three cuts of one layer after another."""
+    options = {**options, "capacity": 60}
+    trace = engine(method, None, 1024, **options).trace(random_prompt(5, 50), 400)
+    judge = Judge(model(), method, **options)
+    verdict = judged(judge, trace.prompt_token_ids, trace.token_ids)
+    check(trace, verdict)
+    counts = [heads[0] for heads in (step[0] for step in trace.kept_len_by_step)]
+    assert max(counts) == 60 + 128 - 1
+    assert [at for at, count in enumerate(counts) if count == 60 and at > 10] == [137, 265, 393]
+
+
 @pytest.mark.parametrize(
     ("method", "keep", "options"),
     [
@@ -252,6 +302,9 @@ def test_wrong_rotary_positions_are_noticed(monkeypatch: pytest.MonkeyPatch) -> 
         ("chunkkv", 0.5, {"window": 8}),
         ("keydiff", 0.4, {}),
         ("expected_attention", 0.5, {}),
+        ("rkv", 0.4, {"buffer": 5}),
+        ("rkv", 0.4, {"buffer": 3, "window": 28}),
+        ("triattention", 0.4, {**KNOWS, "buffer": 5}),
         ("kvzip", 0.4, ZIPPED),
         ("kvzip", 0.3, {**ZIPPED, "min_text": 28, "chunk_length": 2048}),
         ("fastkv", None, {"retain_ratio": 0.3, "propagate_ratio": 0.5}),

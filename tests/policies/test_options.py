@@ -31,6 +31,7 @@ NOT_A_SHARE = [1.001, 2, float("inf"), True, None, "0.5"]
 SHARES = {
     "keep", "recent_ratio", "heavy_ratio", "prefill_decay", "gen_decay", "gen_keep",
     "budget_ratio", "drop", "rise", "propagate_ratio", "retain_ratio", "safeguard",
+    "mix", "threshold",
 }  # fmt: skip
 OPTIONS = [(name, each) for name in sorted(POLICIES) for each in fields(POLICIES[name])]
 IDS = [f"{name}-{each.name}" for name, each in OPTIONS]

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from pyramidinfer.policies import Pyramid
-from pyramidinfer.policies.profile import Calibrated, Fingerprint, Masks, Profile
+from pyramidinfer.policies.profile import Calibrated, Centres, Fingerprint, Masks, Profile
 from pyramidinfer.types import Layers
 
 MARK = Fingerprint("llama-0123456789ab", ((1.0, 0.5, -0.5), (2.0, 0.0, 1.0)), ((0.02, 1.0, -1.0),))
@@ -118,6 +118,58 @@ def test_files_that_are_none(content: bytes, tmp_path: Path) -> None:
         Profile.load(path)
     with pytest.raises(ValueError, match="cannot be read: No such file"):
         Profile.load(tmp_path / "none.json")
+
+
+# --- where queries lie ----------------------------------------------------------------------------
+
+CENTRES = Centres(
+    (((0.1, -2.0, 3.5), (1.0, 0.0, -1e-5)),) * 3,
+    (((2.1,), (1.0,)), ((), ()), ((0.5,), (0.25,))),  # the second layer has no positions
+)
+LIES = replace(PROFILE, queries=CENTRES)
+
+
+def test_centres_are_in_the_same_file_one_line_a_layer(tmp_path: Path) -> None:
+    path = LIES.save(tmp_path / "heads.json")
+    assert Profile.load(path) == LIES != PROFILE
+    assert hash(LIES) == hash(PROFILE)
+    assert "   [[0.1,-2.0,3.5],[1.0,0.0,-1e-05]],\n" in path.read_text()
+    body = json.loads(path.read_text())
+    assert body["version"] == 1
+    for gone in ({**body, "queries": None}, {k: v for k, v in body.items() if k != "queries"}):
+        assert Profile.from_dict(gone) == PROFILE
+
+
+@pytest.mark.parametrize(
+    ("name", "layer", "rows", "message"),
+    [
+        ("mean", 0, [], "queries.mean of layer 0 has 0 heads"),
+        ("mean", 1, [[1.0, 2.0, 3.0]] * 3, "queries.mean of layer 1 has 3 heads, which 2 KV heads"),
+        ("sizes", 2, [[1.0]] * 4, "queries.sizes of layer 2 has 4 heads"),
+        ("sizes", 0, [[1.0], []], "queries.sizes of layer 0 has heads of unequal sizes"),
+        ("mean", 2, [[1.0, 2.0, float("nan")]] * 2, "queries.mean of layer 2 has nan, no number"),
+        ("sizes", 2, [["x"], [1.0]], "queries.sizes of layer 2 has 'x', no number"),
+        ("sizes", 0, [[1.0, 2.0]] * 2, "queries: layer 0 has 2 pairs of 3 numbers"),
+        ("mean", 1, 5, "queries.mean=5 is no list"),
+    ],
+)
+def test_damaged_centres_are_told(name: str, layer: int, rows: Any, message: str) -> None:
+    body = json.loads(json.dumps(LIES.as_dict()))
+    body["queries"][name][layer] = rows
+    with pytest.raises(ValueError) as found:
+        Profile.from_dict(body)
+    assert message in str(found.value)
+
+
+def test_centres_that_are_none() -> None:
+    body = json.loads(json.dumps(LIES.as_dict()))
+    for wrong in (7, "x", [1]):
+        with pytest.raises(ValueError, match="queries=.* must be null or have mean and sizes"):
+            Profile.from_dict({**body, "queries": wrong})
+    with pytest.raises(ValueError, match="queries.sizes has 2 layers, share has 3"):
+        Profile.from_dict({**body, "queries": {**body["queries"], "sizes": [[[], []]] * 2}})
+    with pytest.raises(ValueError, match="it lacks 'sizes'"):
+        Profile.from_dict({**body, "queries": {"mean": body["queries"]["mean"]}})
 
 
 # --- what calibrate adds --------------------------------------------------------------------------

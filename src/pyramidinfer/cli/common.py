@@ -26,7 +26,8 @@ __all__ = [
 #: What ``--help`` tells of the registry and of the backends, which are not imported for it.
 POLICY_NAMES = (
     "chunkkv", "duo", "expected_attention", "fastkv", "full", "h2o", "keydiff", "kvzip",
-    "pyramid", "pyramidinfer", "pyramidkv", "scissorhands", "snapkv", "streaming_llm", "tova",
+    "pyramid", "pyramidinfer", "pyramidkv", "rkv", "scissorhands", "snapkv", "streaming_llm",
+    "tova", "triattention",
 )  # fmt: skip
 BACKENDS = ("cpu", "reference", "triton")
 DEFAULT_POLICY = "pyramid"
@@ -57,8 +58,8 @@ NoProfile = Annotated[
     bool,
     typer.Option(
         "--no-profile",
-        help="For pyramid and duo: do not measure what each head needs; only a profile that is "
-        "known already is used.",
+        help="For pyramid, duo and triattention: do not measure what the model's heads are like; "
+        "only a profile that is known already is used.",
     ),
 ]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16 or float64.")]

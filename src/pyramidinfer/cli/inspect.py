@@ -136,8 +136,8 @@ def _adapter_without_weights(model: str, dtype: str) -> Adapter:
 
 def _profile(model: str, dtype: str) -> Profile:
     """The model's profile; kernels are built only where it has to be measured."""
-    found = find_profile(LLM(model, Full(), dtype=dtype, backend="reference"))
-    return found or ensure_profile(LLM(model, Full(), dtype=dtype))
+    found = find_profile(LLM(model, Full(), dtype=dtype, backend="reference").engine.shared)
+    return found or ensure_profile(LLM(model, Full(), dtype=dtype).engine.shared)
 
 
 def _of_heads(kept: list[int], together: int) -> str:

@@ -20,6 +20,7 @@ from pyramidinfer.engine.chat_template import find_end_ids
 from pyramidinfer.engine.checks import check_plan
 from pyramidinfer.engine.making import Maker, Spans, settle_on_held
 from pyramidinfer.engine.memory import Ledger
+from pyramidinfer.engine.profiling import ensure_profile, find_profile
 from pyramidinfer.engine.recompress import Recompressor, recompress
 from pyramidinfer.engine.request import Request, Scoring
 from pyramidinfer.engine.reuse import Conversations
@@ -54,7 +55,7 @@ class Engine:
                  tokenizer: Any = None, backend: str = "auto", *, own: bool = False
                  ) -> None:  # fmt: skip
         watch_forks()
-        self.config, self.policy, self.tokenizer = config, policy, tokenizer
+        self.config, self.policy = config, policy
         if isinstance(model, Adapter):
             self.adapter = model
         else:
@@ -80,6 +81,10 @@ class Engine:
         self.policy = self.bind(policy)
         if self.policy is not policy:
             self.policy.check(self.adapter.layers_for(1))
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.shared.tokenizer
 
     # --- requests -----------------------------------------------------------------------------
 
@@ -115,10 +120,8 @@ class Engine:
                 given.check_model(self._fingerprint)
             return policy
         if self._profile is None:
-            from pyramidinfer.engine.profiling import ensure_profile, find_profile
-
             find = ensure_profile if measure and self.config.profile else find_profile
-            self._profile = find(self)
+            self._profile = find(self.shared)
         return policy.with_profile(self._profile)
 
     @cached_property

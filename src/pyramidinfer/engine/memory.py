@@ -163,7 +163,8 @@ class Ledger:
                 if not scores_by_chunk(needs, length):
                     window = max(window, min(needs.window, length))
                 columns = max(columns, (bool(needs.window) + needs.column_sums) * max(lens))
-                moments = max(moments, bool(needs.ahead) * heads * key_dim * (key_dim + 1))
+                if needs.queries_from is not None:
+                    moments = heads * (key_dim * (key_dim + 1) + key_dim // 2)
             hidden = 2 * int(reach[0]) * int(adapter.hidden_size) * item
             told = moments * high + 8 * bool(moments)
             return hidden + window * heads * key_dim * item + columns * kv_heads * high + told

@@ -6,6 +6,9 @@ question to repeat it; an entry of the passage counts as much as the largest att
 any query of its KV head's group gave it meanwhile.  One threshold for all heads then tells what
 matters, and a head's share is how much of a passage that is.  What is measured per entry there is
 summed up per head here: such shares hardly differ between texts.
+
+While the passages go in, the means of every layer's queries before rotation are taken as well
+(TriAttention, arXiv 2604.04921, section 3).
 """
 
 from __future__ import annotations
@@ -14,47 +17,47 @@ import hashlib
 import json
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Items
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pyramidinfer.config import EngineConfig
-from pyramidinfer.engine.engine import Engine
-from pyramidinfer.engine.memory import full_bytes
+from pyramidinfer.cache import Layout, Pool
 from pyramidinfer.engine.passages import Passages, passages_for
-from pyramidinfer.engine.request import Request
+from pyramidinfer.engine.readings import is_long
+from pyramidinfer.engine.shared import Shared
+from pyramidinfer.models import Adapter, Intake
 from pyramidinfer.models.fingerprint import fingerprint
+from pyramidinfer.models.intake import Batch, Sequence, Work
 from pyramidinfer.native.build import cache_folder
 from pyramidinfer.policies import Policy
-from pyramidinfer.policies.profile import Fingerprint, Profile
+from pyramidinfer.policies.profile import Centres, Fingerprint, Profile
 from pyramidinfer.types import (
+    Keep,
     Needs,
     Observation,
     Reduce,
-    SamplingParams,
     State,
     TokenIds,
     View,
 )
 
-if TYPE_CHECKING:
-    from pyramidinfer.engine.llm import LLM
-
 __all__ = ["KEPT", "Found", "ensure_profile", "find_profile", "head_shares", "look_up",
-           "passage_scores", "profile_model", "profiles_folder", "progress_bar", "rank_correlation",
-           "shipped_folder", "store_profile"]  # fmt: skip
+           "profile_model", "profiles_folder", "progress_bar", "rank_correlation",
+           "shipped_folder", "store_profile", "watch"]  # fmt: skip
 
 #: The share of all heads' entries that matters.
 KEPT = 0.2
-#: A passage's first entries are not counted: every head looks at them, whatever they say.
+#: A passage's first tokens are not counted: every head looks at them, whatever they say, and their
+#: queries are like no others.
 SINKS = 4
 #: Tokens of a step, so that a bar moves.
 STEP = 256
@@ -65,12 +68,32 @@ Tell = Callable[[int], None]
 # --- measuring ------------------------------------------------------------------------------------
 
 
+class Means(NamedTuple):
+    """Of a layer's queries before rotation: ``[heads, key_dim]``, and ``[heads, pairs]`` of the
+    lengths of their rotated pairs."""
+
+    mean: Tensor
+    sizes: Tensor
+
+
+class Watched(NamedTuple):
+    """What a passage and its repetition gave.
+
+    scores : layer → ``[kv_heads, passage]``, of the layers that are governed;  queries : layer →
+    means of the passage's own, of all layers.
+    """
+
+    scores: dict[int, Tensor]
+    queries: dict[int, Means]
+
+
 @dataclass(frozen=True, eq=False)
 class _Watching(Policy):
     """Keeps everything, has ``again`` read behind the text, and writes down what the text's entries
-    got from the queries of that.
+    got from the queries of that, and what the text's own queries are like.
 
     found : layer → scores ``[kv_heads, text]``, on the host, of the layers that are ``governed``.
+    queries : layer → means, on the host, of all layers.
     """
 
     name: ClassVar[str] = "watching"
@@ -78,14 +101,23 @@ class _Watching(Policy):
     again: TokenIds = field(default_factory=list)
     governed: tuple[bool, ...] = ()
     found: dict[int, Tensor] = field(default_factory=dict)
+    queries: dict[int, Means] = field(default_factory=dict)
 
-    def readings(self, text: Sequence[int], room: int, head: int = 0) -> list[TokenIds]:
+    def readings(self, text: Items[int], room: int, head: int = 0) -> list[TokenIds]:
         return [self.again] if self.again else []
 
     def needs(self, view: View) -> Needs:
+        if view.phase == "prefill":
+            return Needs(queries_from=SINKS, retain=True)
         if view.phase != "reread" or not self.governed[view.layer]:
             return Needs()
         return Needs(window=view.new_len, reduce=Reduce("kv_max", "max"))
+
+    def retain(self, seen: Observation, state: State) -> tuple[Keep, State]:
+        if seen.queries is not None:
+            mean, _, sizes = seen.queries
+            self.queries[seen.view.layer] = Means(mean.double().cpu(), sizes.double().cpu())
+        return Keep(), state
 
     def reread(self, seen: Observation, state: State) -> State:
         if seen.scores is not None:
@@ -93,18 +125,17 @@ class _Watching(Policy):
         return state
 
 
-def profile_model(source: LLM | Engine, passages: Passages | None = None,
+def profile_model(shared: Shared, passages: Passages | None = None,
                   progress: bool | None = None) -> Profile:  # fmt: skip
-    """Measure a model's heads, in an engine of its own beside ``source``'s.
+    """Measure the heads of an engine's model, in memory of its own.
 
     passages : None for real English, or random tokens where there is no tokenizer
     (``passages_for``);  progress : a bar on standard error; None shows it in a terminal.
     ``ValueError`` where no passage can be read twice, and where the model bounds every layer by a
     window.
     """
-    engine = _engine_of(source)
-    passages = passages or passages_for(engine.adapter, engine.tokenizer)
-    adapter = engine.adapter
+    adapter = shared.adapter
+    passages = passages or passages_for(adapter, shared.tokenizer)
     longest = max(len(each) + len(passages.repeated(each)) for each in passages.all)
     governed = adapter.layers_for(longest + 1).governed
     if not any(governed):
@@ -112,37 +143,51 @@ def profile_model(source: LLM | Engine, passages: Passages | None = None,
             "every layer of this model has a sliding window that is shorter than the passages, so "
             "no head can be profiled: their memory is bounded already; use policy 'full'"
         )
-    own = _engine_for(engine, longest)
+    pool = _pool_for(shared, longest)
     work = adapter.depth * sum(len(each) + len(passages.repeated(each)) for each in passages.all)
     halves = []
     with progress_bar("what each head needs", work, progress) as tell:
         for half in passages.halves:
-            halves.append([
-                head_shares(passage_scores(own, each, passages.repeated(each), tell))
-                for each in half
-            ])  # fmt: skip
+            halves.append(
+                [watch(adapter, pool, each, passages.repeated(each), tell) for each in half]
+            )
     heads = [shape.kv_heads for shape in adapter.shapes]
-    first, second = (_flat(_mean(half)) for half in halves)
+    shares = [[head_shares(each.scores) for each in half] for half in halves]
+    first, second = (_flat(_mean(half)) for half in shares)
     return Profile(
-        _rows(_mean(halves[0] + halves[1]), heads), governed, passages.name,
+        _rows(_mean(shares[0] + shares[1]), heads), governed, passages.name,
         tuple(len(each) for each in passages.all), round(rank_correlation(first, second), 4), KEPT,
         _version(), fingerprint(adapter),
+        queries=_centres([each.queries for half in halves for each in half]),
     )  # fmt: skip
 
 
-def passage_scores(engine: Engine, passage: TokenIds, repeated: TokenIds,
-                   tell: Tell = lambda _: None) -> dict[int, Tensor]:  # fmt: skip
-    """Per governed layer ``[kv_heads, passage]``: the most that any query of ``repeated``, which
-    follows the passage, gave each of its entries.  ``tell`` hears of layer-tokens done."""
-    tokens = len(passage) + len(repeated)
-    watching = _Watching(repeated, engine.adapter.layers_for(tokens + 1).governed)
-    params = SamplingParams(max_tokens=1, ignore_eos=True)
-    request = engine.make(passage, params, policy=watching)
+def watch(adapter: Adapter, pool: Pool, passage: TokenIds, repeated: TokenIds,
+          tell: Tell = lambda _: None) -> Watched:  # fmt: skip
+    """The most that any query of ``repeated``, which follows the passage, gave each of its entries,
+    and the passage's own queries.  ``tell`` hears of layer-tokens done."""
+    length = len(passage)
+    layers = adapter.layers_for(length + len(repeated) + 1)
+    watching = _Watching(repeated, layers.governed)
+    far = is_long(adapter, watching, length, length, 1)
+    nothing = torch.zeros(0, dtype=torch.int64, device=adapter.device)
+    table = pool.new_table(length)
+    protected = torch.zeros(length, dtype=torch.bool, device=adapter.device)
+    sequence = Sequence(table, watching, layers, protected, far)
+    tokens, again = (torch.tensor(each, device=adapter.device) for each in (passage, repeated))
+    intake = Intake(sequence, tokens, 0, [length] * adapter.depth, readings=[again])
     try:
-        _finish(engine, request, tokens, tell)
+        while not intake.finished:
+            work = Work(intake, STEP * adapter.depth)
+            stepped = adapter.forward(pool, Batch([], nothing, [work]))
+            tell(STEP * adapter.depth - work.budget)
     finally:
-        engine.abort(request)
-    return watching.found
+        pool.release(table)
+    if not bool(stepped.logits.isfinite().all()):
+        raise ValueError(
+            "the model cannot be profiled: its logits are not finite numbers (NaN or infinity)"
+        )
+    return Watched(watching.found, watching.queries)
 
 
 def head_shares(scores: dict[int, Tensor], kept: float = KEPT) -> dict[int, list[float]]:
@@ -157,7 +202,7 @@ def head_shares(scores: dict[int, Tensor], kept: float = KEPT) -> dict[int, list
     return {layer: [next(heads) for _ in each] for layer, each in scores.items()}
 
 
-def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
+def rank_correlation(first: Items[float], second: Items[float]) -> float:
     """Spearman's; equals share their mean rank.  Where one has no order, 1 if both have none."""
     ranks = _ranks(first), _ranks(second)
     flat = [bool(np.ptp(each) == 0) for each in ranks]
@@ -166,7 +211,7 @@ def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
     return float(np.clip(np.corrcoef(*ranks)[0, 1], -1, 1))
 
 
-def _ranks(values: Sequence[float]) -> np.ndarray:
+def _ranks(values: Items[float]) -> np.ndarray:
     _, places, counts = np.unique(values, return_inverse=True, return_counts=True)
     middle: np.ndarray = counts.cumsum() - (counts - 1) / 2
     return middle[places]
@@ -174,6 +219,17 @@ def _ranks(values: Sequence[float]) -> np.ndarray:
 
 def _mean(many: list[dict[int, list[float]]]) -> dict[int, list[float]]:
     return {layer: np.mean([each[layer] for each in many], axis=0).tolist() for layer in many[0]}
+
+
+def _centres(found: list[dict[int, Means]]) -> Centres:
+    """The mean over passages, to four digits."""
+
+    def rows(layer: int, name: str) -> tuple[tuple[float, ...], ...]:
+        mean = torch.stack([getattr(each[layer], name) for each in found]).mean(0)
+        return tuple(tuple(float(f"{value:.4g}") for value in row) for row in mean.tolist())
+
+    layers = sorted(found[0])
+    return Centres(*(tuple(rows(i, name) for i in layers) for name in ("mean", "sizes")))
 
 
 def _flat(shares: dict[int, list[float]]) -> list[float]:
@@ -188,34 +244,12 @@ def _rows(shares: dict[int, list[float]], heads: list[int]) -> tuple[tuple[float
     )
 
 
-def _engine_of(source: LLM | Engine) -> Engine:
-    return source if isinstance(source, Engine) else source.engine
-
-
-def _engine_for(engine: Engine, longest: int) -> Engine:
-    """An engine on the same model with room for a passage and what is read behind it, together
-    ``longest`` tokens."""
-    adapter = engine.adapter
-    shape = max(adapter.shapes, key=lambda shape: shape.heads * shape.key_dim)
-    beside = longest * (4 * adapter.hidden_size + 2 * shape.heads * shape.key_dim)
-    room = full_bytes(engine.pool.layout, adapter, longest + 1) + 8 * beside
-    config = EngineConfig.from_options(
-        (), kv_memory=room, page_size=engine.config.page_size, max_requests=1, step_tokens=STEP
-    )
-    return Engine(adapter, _Watching(), config)
-
-
-def _finish(engine: Engine, request: Request, tokens: int, tell: Tell) -> None:
-    left = tokens * engine.adapter.depth
-    engine.submit(request)
-    while request.finish_reason is None:
-        engine.step()
-        intake = request.intake
-        now = 0 if request.finish_reason is not None or intake is None else intake.work_left
-        tell(left - now)
-        left = now
-    if request.error is not None:
-        raise ValueError(f"the model cannot be profiled: {request.error}")
+def _pool_for(shared: Shared, longest: int) -> Pool:
+    """Room for a passage and what is read behind it, together ``longest`` tokens."""
+    specs, page = shared.pool.layout.specs, shared.config.page_size
+    smallest = Layout.smallest(specs, page)
+    layout = Layout(specs, smallest.budget * (int(smallest.pages_for(longest)) + 1), page)
+    return Pool(layout, shared.adapter.device, kernels=shared.pool.kernels)
 
 
 @contextmanager
@@ -261,31 +295,31 @@ def profiles_folder() -> Path:
     return cache_folder() / "profiles"
 
 
-def look_up(source: LLM | Engine) -> Found | None:
+def look_up(shared: Shared) -> Found | None:
     """The profile of a model and its file: the package's, else one in the user's cache folder.
 
     Files there that are damaged are told of (``RuntimeWarning``) and passed over.
     """
-    mark = fingerprint(_engine_of(source).adapter)
+    mark = fingerprint(shared.adapter)
     return _look_in(shipped_folder(), mark) or _look_in(profiles_folder(), mark)
 
 
-def find_profile(source: LLM | Engine) -> Profile | None:
+def find_profile(shared: Shared) -> Profile | None:
     """The profile of a model where there is one (see ``look_up``)."""
-    found = look_up(source)
+    found = look_up(shared)
     return None if found is None else found.profile
 
 
-def ensure_profile(source: LLM | Engine, progress: bool | None = None) -> Profile:
+def ensure_profile(shared: Shared, progress: bool | None = None) -> Profile:
     """The profile of a model; where there is none it is measured on real English and stored.
 
     What was measured on random tokens, for want of a tokenizer, is not stored: others may have one.
     A folder that cannot be written is told of (``RuntimeWarning``); the profile is good anyway.
     """
-    if (profile := find_profile(source)) is not None:
+    if (profile := find_profile(shared)) is not None:
         return profile
-    profile = profile_model(source, progress=progress)
-    if _engine_of(source).tokenizer is None:
+    profile = profile_model(shared, progress=progress)
+    if shared.tokenizer is None:
         return profile
     try:
         store_profile(profile)

@@ -79,7 +79,7 @@ def heads_table(rows: list[Row]) -> Table:
 
 def measure_profile(llm: LLM, subject: Subject, progress: bool | None = None) -> Profile:
     """The profile of a study's model, loaded as ``llm``, on the study's text."""
-    found = profile_model(llm, passages_of(llm, subject), progress)
+    found = profile_model(llm.engine.shared, passages_of(llm, subject), progress)
     return replace(found, commit=commit())
 
 
@@ -103,7 +103,8 @@ def passages_of(llm: LLM, subject: Subject) -> Passages | None:
 def _work(plan: HeadsPlan, cell: dict[str, Any]) -> list[Row]:
     llm = _llm(plan.subject)
     if cell["part"] == "profile":
-        return [{"profile": measure_profile(llm, plan.subject, progress=False).as_dict()}]
+        found = measure_profile(llm, plan.subject, progress=False)
+        return [{"profile": replace(found, queries=None).as_dict()}]
     passage = _passages(plan)[cell["passage"]]
     governed = llm.engine.adapter.layers_for(plan.context + plan.continuation).governed
     layers = tuple(layer for layer, each in enumerate(governed) if each)

@@ -126,8 +126,8 @@ def answers(kind: type[Policy]) -> Answers:
             retain += ", in numbers of their own"
     else:
         retain = "what reached the layer" if dropping else "all"
-    later = policy.forecast(LENGTH, LENGTH, layers).kept
-    grown = max(after - before for before, after in zip(kept, later, strict=True))
+    later = [policy.forecast(LENGTH, times * LENGTH, layers).kept for times in (1, 2)]
+    grown = max(after - before for before, after in zip(*later, strict=True))
     evict = "nothing"
     if policy.evicts:
         evict = "what is over the budget" if grown < LENGTH // 20 else "a part of what is generated"
@@ -140,8 +140,9 @@ def _looks_at(needs: list[Any]) -> str:
     if any(each.column_sums or each.slot_scores for each in needs):
         return "all queries so far"
     if any(each.ahead for each in needs):
-        return "queries to come, as the text's foretell them"
-    if any(each.keys for each in needs):
+        told = any(each.queries_from is not None for each in needs)
+        return f"queries to come, as those of the {'text' if told else 'model'} foretell them"
+    if any(each.keys for each in needs) and not window:
         return "none: keys alone"
     return {0: "–", 1: "the newest query"}.get(window, "the newest queries")
 

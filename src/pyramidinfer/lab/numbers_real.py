@@ -219,6 +219,7 @@ SECTIONS: dict[str, Callable[[Result], str]] = {
         more="Between two turns the cache is chosen anew, as many entries in every head, by what "
         "the model needs to repeat the text (`serve --compress-idle`); the same chats as above.",
     ),
+    "decode_long": partial(_study, "long", "Long answers, cut while they grow", "decode_long"),
     "ruler_long": partial(
         _pictured, "RULER, longer", "ruler_long", "The full cache, the paper's rule, the default.",
     ),

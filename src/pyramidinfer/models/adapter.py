@@ -25,7 +25,7 @@ from pyramidinfer.models.loading import end_ids
 from pyramidinfer.models.rotary import Rotary, count_positions
 from pyramidinfer.models.routing import Decoding, LayerCall, Segment, evaluating, route
 from pyramidinfer.models.streaming import Streaming
-from pyramidinfer.types import AttentionShape, Keep, Layers, Observation
+from pyramidinfer.types import AttentionShape, Keep, Layers, Observation, Queries
 
 __all__ = ["Adapter", "Stepped"]
 
@@ -292,7 +292,7 @@ class Adapter:
         if intake.again is None:
             going = self._settle_layer(pool, intake)
         else:
-            rereading.settle_layer(pool, intake)
+            rereading.settle_layer(pool, intake, self.streaming)
         hidden, intake.out = intake.out, None
         intake.hidden = hidden if going is None else hidden[going]
         intake.queries = intake.scores = intake.columns = intake.moments = None
@@ -307,7 +307,7 @@ class Adapter:
         if not intake.finished:
             return None
         if intake.is_reread:
-            rereading.cut(pool, intake)
+            rereading.cut(pool, intake, self.streaming)
         answer, intake.answer = intake.answer, None
         table.transient_bytes, table.seen_len = 0, intake.end
         pool.note_beside(table)
@@ -338,8 +338,8 @@ class Adapter:
             assert going is None or not intake.all_rows or len(going) == intake.length, "scored"
         if needs.retain:
             keep, table.state = policy.retain(
-                observe(pool, sequence, view, needs, intake.scores, intake.columns,
-                        self._expected(intake)), table.state
+                observe(pool, sequence, view, needs, self.streaming, intake.scores, intake.columns,
+                        self._queries(intake)), table.state
             )  # fmt: skip
             pool.keep(table, layer, keep)
         self._trim(pool, sequence, layer, intake.end, slack=0)
@@ -349,18 +349,13 @@ class Adapter:
             intake.positions = intake.positions[going]
         return going
 
-    def _expected(self, intake: Intake) -> tuple[Tensor, Tensor] | None:
-        """Mean and covariance of the queries to come, times the softmax's scale."""
-        ahead, scale = intake.needs.ahead, self.scales[intake.layer]
-        if ahead is None or intake.moments is None:
+    def _queries(self, intake: Intake) -> Queries | None:
+        """What the layer's queries are like, where the policy asked."""
+        if intake.moments is None:
             return None
+        scale = self.scales[intake.layer]
         assert scale is not None
-        sequence = intake.sequence
-        first = intake.end - sequence.offset
-        positions = torch.arange(first, first + ahead.positions, device=self.device)
-        mean, covariance = intake.moments.mean_and_covariance
-        turn = self.streaming.mean_turn(mean, positions, intake.layer, sequence, intake.end)
-        return mean @ turn * scale.scale, turn.T @ covariance @ turn * scale.scale**2
+        return intake.moments.queries(scale.scale)
 
     # --- decoding -----------------------------------------------------------------------------
 
@@ -435,7 +430,7 @@ class Adapter:
             self.streaming.make_room(pool, sequence, 1)
 
     def _evict(self, pool: Pool, sequence: Sequence) -> None:
-        evict(pool, sequence, self.backend, self.scales)
+        evict(pool, sequence, self.backend, self.scales, self.streaming)
 
     @torch.inference_mode()
     def evict_now(self, pool: Pool, sequence: Sequence) -> None:

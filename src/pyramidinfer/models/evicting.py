@@ -11,12 +11,14 @@ from pyramidinfer.attention import Backend, Scale, ragged
 from pyramidinfer.cache import Pool, Table, evict_best
 from pyramidinfer.models.intake import Sequence
 from pyramidinfer.models.routing import runs_of
-from pyramidinfer.types import Needs, Observation, View
+from pyramidinfer.models.streaming import Streaming
+from pyramidinfer.types import Needs, Observation, Queries, View
 
 __all__ = ["evict", "observe"]
 
 
-def evict(pool: Pool, sequence: Sequence, backend: Backend, scales: list[Scale | None]) -> None:
+def evict(pool: Pool, sequence: Sequence, backend: Backend, scales: list[Scale | None],
+          streaming: Streaming) -> None:  # fmt: skip
     """Every layer whose eviction is due; rules said beforehand are carried out together."""
     table, policy = sequence.table, sequence.policy
     first = int(table.kept[sequence.layers.first].max())
@@ -37,7 +39,7 @@ def evict(pool: Pool, sequence: Sequence, backend: Backend, scales: list[Scale |
             scale = scales[layer]
             assert scale is not None
             scores = _ring_scores(pool, table, layer, needs, backend, scale)
-        seen = observe(pool, sequence, view, needs, scores)
+        seen = observe(pool, sequence, view, needs, streaming, scores)
         keep, table.state = policy.evict(seen, table.state)
         pool.keep(table, layer, keep)
     if rules:
@@ -47,19 +49,29 @@ def evict(pool: Pool, sequence: Sequence, backend: Backend, scales: list[Scale |
     )
 
 
-def observe(pool: Pool, sequence: Sequence, view: View, needs: Needs, scores: Tensor | None,
-            columns: Tensor | None = None, queries: tuple[Tensor, Tensor] | None = None
-            ) -> Observation:  # fmt: skip
+def observe(pool: Pool, sequence: Sequence, view: View, needs: Needs, streaming: Streaming,
+            scores: Tensor | None = None, columns: Tensor | None = None,
+            queries: Queries | None = None) -> Observation:  # fmt: skip
     """A layer's entries as its policy sees them."""
     table, layer = sequence.table, view.layer
     positions = pool.positions(table, layer)
     running = pool.scores(table, layer) if sequence.policy.uses_scores else None
     keys = _wide(pool, table, layer, pool.keys) if needs.keys else None
     values = _wide(pool, table, layer, pool.values) if needs.values else None
+    turn = None
+    if needs.ahead:
+        spec = pool.group(layer).spec
+        like = torch.empty(0, spec.key_dim, dtype=_widest(spec.dtype), device=pool.device)
+        turn = streaming.mean_turn(like, needs.ahead, layer, sequence, view.seen_len)
     return Observation(
         view, positions, sequence.is_protected(positions), scores, columns, running, keys, values,
-        queries, pool.kernels,
+        queries, turn, pool.kernels,
     )  # fmt: skip
+
+
+def _widest(dtype: torch.dtype) -> torch.dtype:
+    """float32 or wider."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def _wide(pool: Pool, table: Table, layer: int,
@@ -67,8 +79,7 @@ def _wide(pool: Pool, table: Table, layer: int,
     """Keys or values ``[kv_heads, longest, dim]`` in float32 or wider, 0 behind a shorter head."""
     parts = [(heads, read(table, layer, heads)) for heads in pool.runs(table, layer)]
     first, longest = parts[0][1], int(table.longest[layer])
-    wide = torch.promote_types(first.dtype, torch.float32)
-    out = first.new_zeros(pool.kv_heads, longest, first.shape[-1], dtype=wide)
+    out = first.new_zeros(pool.kv_heads, longest, first.shape[-1], dtype=_widest(first.dtype))
     for heads, part in parts:
         out[heads, : part.shape[1]] = part
     return out

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyramidinfer.cache import Table
 from pyramidinfer.policies import Policy
-from pyramidinfer.types import Layers, Needs, Phase, View
+from pyramidinfer.types import Layers, Needs, Phase, Queries, View
 
 __all__ = ["OFFSET", "Batch", "Intake", "Sequence", "Work"]
 
@@ -51,26 +51,30 @@ class Sequence:
 
 
 class Moments(NamedTuple):
-    """Sums over queries before rotation: how many ``[]``, of them ``[heads, key_dim]``, and of
-    their outer products ``[heads, key_dim, key_dim]``."""
+    """Sums over queries before rotation: how many ``[]``, of them ``[heads, key_dim]``, of their
+    outer products ``[heads, key_dim, key_dim]``, and of the lengths of their rotated pairs
+    ``[heads, pairs]``."""
 
     number: Tensor
     first: Tensor
     second: Tensor
+    sizes: Tensor
 
     @staticmethod
-    def of(queries: Tensor) -> Moments:
-        """queries ``[heads, n, key_dim]``."""
+    def of(queries: Tensor, pairs: int) -> Moments:
+        """queries ``[heads, n, key_dim]``, of which the first ``2 * pairs`` numbers rotate."""
         number = torch.tensor(queries.shape[1], device=queries.device)
-        return Moments(number, queries.sum(1), queries.mT @ queries)
+        sizes = queries[..., :pairs].hypot(queries[..., pairs : 2 * pairs]).sum(1)
+        return Moments(number, queries.sum(1), queries.mT @ queries, sizes)
 
     def plus(self, other: Moments) -> Moments:
         return Moments(*(mine + theirs for mine, theirs in zip(self, other, strict=True)))
 
-    @property
-    def mean_and_covariance(self) -> tuple[Tensor, Tensor]:
+    def queries(self, scale: float) -> Queries:
+        """What the queries are like, times ``scale``."""
         mean = self.first / self.number
-        return mean, self.second / self.number - mean[:, :, None] * mean[:, None]
+        covariance = self.second / self.number - mean[:, :, None] * mean[:, None]
+        return Queries(mean * scale, covariance * scale**2, self.sizes / self.number * scale)
 
 
 @dataclass(slots=True, eq=False)

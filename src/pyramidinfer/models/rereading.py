@@ -12,11 +12,12 @@ from torch import Tensor
 from pyramidinfer.cache import Pool
 from pyramidinfer.models.evicting import observe
 from pyramidinfer.models.intake import Intake
+from pyramidinfer.models.streaming import Streaming
 
 __all__ = ["cut", "settle_layer"]
 
 
-def settle_layer(pool: Pool, intake: Intake) -> None:
+def settle_layer(pool: Pool, intake: Intake, streaming: Streaming) -> None:
     """Tell the policy what a reading gave the entries of a layer, and forget the reading's own."""
     sequence, needs, layer = intake.sequence, intake.needs, intake.layer
     table = sequence.table
@@ -24,11 +25,11 @@ def settle_layer(pool: Pool, intake: Intake) -> None:
     pool.shrink(table, layer, before)
     lengths = torch.from_numpy(before).to(pool.device)
     scores, columns = (_fronts(each, lengths) for each in (intake.scores, intake.columns))
-    seen = observe(pool, sequence, intake.view(), needs, scores, columns)
+    seen = observe(pool, sequence, intake.view(), needs, streaming, scores, columns)
     table.state = sequence.policy.reread(seen, table.state)
 
 
-def cut(pool: Pool, intake: Intake) -> None:
+def cut(pool: Pool, intake: Intake, streaming: Streaming) -> None:
     """Once all was read, ask the policy layer by layer what stays."""
     sequence = intake.sequence
     table, policy = sequence.table, sequence.policy
@@ -37,7 +38,7 @@ def cut(pool: Pool, intake: Intake) -> None:
         view = intake.view(layer)
         needs = policy.needs(view)
         if needs.retain:
-            seen = observe(pool, sequence, view, needs, None)
+            seen = observe(pool, sequence, view, needs, streaming)
             keep, table.state = policy.retain(seen, table.state)
             pool.keep(table, layer, keep)
         table.state = policy.settled(intake.view(layer))

@@ -141,8 +141,8 @@ class LayerCall:
         runs = [Run(every, keys.transpose(0, 1), values.transpose(0, 1), positions)]
         if held:
             runs = runs_of(self.pool, table, layer)
-        if intake.needs.ahead:
-            self._count_in(intake, queries, new, intake.needs.ahead.skip)
+        if intake.needs.queries_from is not None:
+            self._count_in(intake, queries, new, intake.needs.queries_from)
         last_only = self.last_only and not intake.gives_all  # nothing reads the others' outputs
         summing = self.backend.prefill_scored
         if summing is not None and not last_only and self._sums_up(intake):
@@ -154,15 +154,14 @@ class LayerCall:
             queries, new = queries[-1:], new[-1:]
         return ragged.attend(self.backend, runs, queries, new, scale)
 
-    def _count_in(self, intake: Intake, queries: Tensor, positions: Tensor, skip: int) -> None:
-        """Add queries ``[n, H, D]`` to the moments of their layer."""
-        counting = positions >= skip
+    def _count_in(self, intake: Intake, queries: Tensor, positions: Tensor, first: int) -> None:
+        """Add queries ``[n, H, D]`` of tokens from ``first`` on to the moments of their layer."""
+        counting = positions >= first
         places = positions[counting] - intake.sequence.offset
-        found = Moments.of(
-            self.streaming.unturned(
-                queries[counting].transpose(0, 1), places, self.layer, intake.sequence, intake.end
-            )
+        unturned = self.streaming.unturned(
+            queries[counting].transpose(0, 1), places, self.layer, intake.sequence, intake.end
         )
+        found = Moments.of(unturned, self.streaming.pairs(queries, self.layer))
         intake.moments = found if intake.moments is None else intake.moments.plus(found)
 
     def _sums_up(self, intake: Intake) -> bool:

@@ -9,6 +9,8 @@ model's last one, all keys are turned back and the offset grows, so a text has n
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Items
+
 import torch
 from torch import Tensor
 
@@ -100,24 +102,46 @@ class Streaming:
         wide = keys.float() if keys.dtype != torch.float64 else keys
         return _turned(wide, *self._angles(wide, by, layer, sequence)).to(keys.dtype)
 
+    def turns(self, layer: int) -> bool:
+        """Whether a layer's vectors can be turned from one place to another."""
+        return layer in self.layers and self.is_possible
+
+    def pairs(self, like: Tensor, layer: int) -> int:
+        """Pairs of a head's numbers that can be turned: number ``f`` with number ``f + pairs``."""
+        if not self.turns(layer):
+            return 0
+        start = torch.zeros(1, dtype=torch.int64, device=like.device)
+        cos, _ = self.rotary.tables(like, start, start)[self.kinds[layer]]
+        return cos.shape[-1] // 2
+
     def unturned(self, queries: Tensor, positions: Tensor, layer: int, sequence: Sequence,
                  length: int) -> Tensor:  # fmt: skip
         """Queries ``[heads, n, key_dim]`` of these rotary positions, in a text of this length, as
         they were before rotation, in float32 or wider."""
         wide = queries.float() if queries.dtype != torch.float64 else queries
-        if layer not in self.layers or not self.is_possible:
+        if not self.turns(layer):
             return wide
         return _turned(wide, *self._angles(wide, -positions, layer, sequence, length))
 
-    def mean_turn(self, like: Tensor, positions: Tensor, layer: int, sequence: Sequence,
+    def mean_turn(self, like: Tensor, ahead: Items[int], layer: int, sequence: Sequence,
                   length: int) -> Tensor:  # fmt: skip
-        """``[key_dim, key_dim]``: a vector times this is the mean of it turned to all ``positions``
-        in a text of this length."""
+        """``[key_dim, key_dim]``: a vector times this is the mean of it turned to the places
+        ``ahead`` of a text of this length, 1 for the next token's; the identity where nothing is
+        turned.
+
+        like : any tensor of that size, dtype and device.  Places may lie far beyond the model's
+        last position and keep the request's frequencies, so angles are worked out from those of
+        one step.
+        """
         unit = torch.eye(like.shape[-1], dtype=like.dtype, device=like.device)
-        if layer not in self.layers or not self.is_possible:
+        if not self.turns(layer):
             return unit
-        cos, sin = self._angles(like, positions, layer, sequence, length)
-        return _turned(unit, cos.mean(0), sin.mean(0))
+        step = torch.ones(1, dtype=torch.int64)
+        cos, sin = self._angles(like, step, layer, sequence, length)
+        places = torch.tensor(ahead, dtype=torch.float64, device=like.device)
+        places += length - 1 - sequence.offset
+        angles = places[:, None] * torch.atan2(sin, cos).double()
+        return _turned(unit, angles.cos().mean(0), angles.sin().mean(0)).to(like.dtype)
 
     def _angles(self, like: Tensor, by: Tensor, layer: int, sequence: Sequence, length: int = 0
                 ) -> tuple[Tensor, Tensor]:  # fmt: skip

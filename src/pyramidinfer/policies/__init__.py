@@ -14,14 +14,17 @@ from pyramidinfer.policies.pyramid import Pyramid
 from pyramidinfer.policies.pyramidinfer import PyramidInfer
 from pyramidinfer.policies.pyramidkv import PyramidKV
 from pyramidinfer.policies.registry import POLICIES, make_policy
+from pyramidinfer.policies.rkv import RKV
 from pyramidinfer.policies.scissorhands import Scissorhands
 from pyramidinfer.policies.snapkv import SnapKV
 from pyramidinfer.policies.streaming_llm import StreamingLLM
 from pyramidinfer.policies.tova import TOVA
+from pyramidinfer.policies.triattention import TriAttention
 
 __all__ = [
     "H2O",
     "POLICIES",
+    "RKV",
     "TOVA",
     "ChunkKV",
     "Duo",
@@ -39,5 +42,6 @@ __all__ = [
     "Scissorhands",
     "SnapKV",
     "StreamingLLM",
+    "TriAttention",
     "make_policy",
 ]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -13,7 +12,8 @@ from torch import Tensor
 
 from pyramidinfer.config import check_whole
 from pyramidinfer.policies.base import Forecast, Policy, check_keep
-from pyramidinfer.policies.profile import Masks, Profile, load_heads
+from pyramidinfer.policies.profile import Masks, Profile
+from pyramidinfer.policies.profiled import Profiled
 from pyramidinfer.types import Layers, Observation, State, View
 
 __all__ = ["ALL", "ByHead", "Limits"]
@@ -26,7 +26,7 @@ Limits = tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
-class ByHead(Policy, ABC):
+class ByHead(Profiled, ABC):
     """A limit for every KV head, dealt by the model's head profile.
 
     keep : mean over the measured heads of a head's entries, as a share of the text; heads that
@@ -54,32 +54,7 @@ class ByHead(Policy, ABC):
             raise ValueError("keep=None: give a share above 0 and at most 1")
         for name, least in (("sinks", 0), ("recent", 1), ("min_context", 1), ("stride", 1)):
             check_whole(name, getattr(self, name), least)
-        if not isinstance(self.profile, Profile | Masks | str | Path | None):
-            raise ValueError(f"profile={self.profile!r} must be a path, 'auto' or None")
-        if isinstance(self.profile, str | Path) and self.profile != "auto":
-            object.__setattr__(self, "profile", load_heads(self.profile))
-
-    @property
-    def wants_profile(self) -> bool:
-        return self.profile == "auto"
-
-    def with_profile(self, profile: Profile | None) -> ByHead:
-        return replace(self, profile=profile) if self.wants_profile else self
-
-    def check(self, layers: Layers) -> None:
-        if self.wants_profile:  # to be checked once it is there
-            return
-        if not isinstance(self.profile, Profile | Masks):
-            raise ValueError(
-                f"policy {self.name!r} needs to know what each head is for, and the model has no "
-                f"profile: make one (pyramidinfer profile MODEL) or give profile=FILE"
-            )
-        share, shape = self.profile.share, (layers.count, layers.kv_heads)
-        if (len(share), len(share[0])) != shape:
-            raise ValueError(
-                f"the profile is of {len(share)} layers with {len(share[0])} KV heads, this model "
-                f"has {shape[0]} with {shape[1]}: make its own (pyramidinfer profile MODEL)"
-            )
+        self.load_profile()
 
     # --- who keeps what -----------------------------------------------------------------------
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pyramidinfer.config import check_share, check_whole, is_number, named_options
 from pyramidinfer.policies.retaining import Adaptive
-from pyramidinfer.types import Ahead, Keep, Needs, Observation, State, View
+from pyramidinfer.types import Keep, Needs, Observation, State, View
 
 __all__ = ["ExpectedAttention"]
 
@@ -63,7 +63,8 @@ class ExpectedAttention(Adaptive):
     def needs(self, view: View) -> Needs:
         if view.phase == "decode" or not self.over(view):
             return Needs()
-        return Needs(keys=True, values=True, ahead=Ahead(self.ahead, self.sinks), retain=True)
+        places = range(1, self.ahead + 1)
+        return Needs(keys=True, values=True, queries_from=self.sinks, ahead=places, retain=True)
 
     def retain(self, seen: Observation, state: State) -> tuple[Keep, State]:
         sinks = (seen.positions >= 0) & (seen.positions < self.sinks)
@@ -71,10 +72,11 @@ class ExpectedAttention(Adaptive):
 
     def _scores(self, seen: Observation, sinks: Tensor) -> Tensor:
         """``[kv_heads, n]``."""
-        assert seen.keys is not None and seen.values is not None and seen.queries is not None
-        heads, dim = len(seen.keys), seen.keys.shape[-1]
-        mean, covariance = seen.queries
-        mean, covariance = mean.view(heads, -1, dim), covariance.view(heads, -1, dim, dim)
+        assert seen.keys is not None and seen.values is not None
+        assert seen.queries is not None and seen.turn is not None
+        heads, dim, turn = len(seen.keys), seen.keys.shape[-1], seen.turn
+        mean = (seen.queries.mean @ turn).view(heads, -1, dim)
+        covariance = (turn.T @ seen.queries.covariance @ turn).view(heads, -1, dim, dim)
         keys = seen.keys[:, None]  # of every query head of the group
         logits = (keys @ mean[..., None])[..., 0] + ((keys @ covariance) * keys).sum(-1) / 2
         counts = (seen.positions >= 0) & ~sinks

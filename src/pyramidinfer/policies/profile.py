@@ -10,14 +10,14 @@ import math
 import os
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from pyramidinfer.config import is_number
 
-__all__ = ["FORMAT", "VERSION", "Calibrated", "Fingerprint", "Masks", "Profile",
-           "check_target", "load_heads",
+__all__ = ["FORMAT", "VERSION", "Calibrated", "Centres", "Fingerprint", "Masks",
+           "Profile", "check_target", "load_heads",
            "what_goes"]  # fmt: skip
 
 FORMAT = "pyramidinfer head profile"
@@ -30,6 +30,8 @@ NOTHING_TOLD = "every head's share is 0, which tells none from another; one must
 AGAIN = "make it again: pyramidinfer profile MODEL --output FILE"
 
 Numbers = tuple[tuple[float, ...], ...]
+#: Numbers of every query head of every layer.
+ByLayer = tuple[Numbers, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +108,20 @@ def what_goes(start_layer: int, propagate_ratio: float) -> str:
     return f"after layer {start_layer} {share} goes deeper"
 
 
+@dataclass(frozen=True)
+class Centres:
+    """What every layer's queries are like before rotation, times the scale of their softmax
+    (TriAttention, arXiv 2604.04921, calls the means their centres).
+
+    mean : ``[layers][heads][key_dim]``;  sizes : ``[layers][heads][pairs]`` the mean length of each
+    pair of numbers that rotate together, number ``f`` and number ``f + pairs`` of a head (none in a
+    layer without rotary positions).
+    """
+
+    mean: ByLayer
+    sizes: ByLayer
+
+
 @dataclass(frozen=True, repr=False)
 class Profile:
     """What every KV head needs, as it was measured.
@@ -119,6 +135,8 @@ class Profile:
     kept : see ``share``.
     commit : of the code it was made with, or that code's version.
     calibrated : what ``pyramidinfer calibrate`` added, or None.
+    queries : where the queries of the texts lie, in all layers; None in profiles made before that
+        was measured.  Of no account to the hash: profiles that differ in nothing else are rare.
     """
 
     share: tuple[tuple[float, ...], ...]
@@ -130,6 +148,7 @@ class Profile:
     commit: str
     fingerprint: Fingerprint
     calibrated: Calibrated | None = None
+    queries: Centres | None = field(default=None, hash=False)
 
     def __post_init__(self) -> None:
         if (wrong := _wrong(self)) is not None:
@@ -286,8 +305,20 @@ def _from(found: Any) -> Profile:
         Fingerprint(
             mark["key"], _rows(mark["vectors"], "vectors"), _rows(mark["tables"], "tables")
         ),
-        _calibrated(found.get("calibrated")),
+        _calibrated(found.get("calibrated")), _centres(found.get("queries")),
     )  # fmt: skip
+
+
+def _centres(found: Any) -> Centres | None:
+    if found is None:
+        return None
+    if not isinstance(found, dict):
+        raise ValueError(f"queries={found!r:.60} must be null or have mean and sizes")
+    mean, sizes = (
+        tuple(_rows(layer, f"queries.{name}") for layer in _row(found[name], f"queries.{name}"))
+        for name in ("mean", "sizes")
+    )
+    return Centres(mean, sizes)
 
 
 def _calibrated(found: Any) -> Calibrated | None:
@@ -335,6 +366,8 @@ def _wrong(profile: Profile) -> str | None:
         return f"lengths={profile.lengths!r:.60} must be tokens of each passage"
     if profile.calibrated is not None and (wrong := _wrong_start(profile.calibrated, profile)):
         return wrong
+    if profile.queries is not None and (wrong := _wrong_centres(profile.queries, profile)):
+        return wrong
     mark = profile.fingerprint
     for name, text in (("text", profile.text), ("commit", profile.commit), ("key", mark.key)):
         if not isinstance(text, str) or not text:
@@ -358,6 +391,27 @@ def _wrong_start(found: Calibrated, profile: Profile) -> str | None:
     return None
 
 
+def _wrong_centres(found: Centres, profile: Profile) -> str | None:
+    layers, kv_heads = len(profile.share), len(profile.share[0])
+    for name in ("mean", "sizes"):
+        table: ByLayer = getattr(found, name)
+        if len(table) != layers:
+            return f"queries.{name} has {len(table)} layers, share has {layers}"
+        for layer, rows in enumerate(table):
+            where = f"queries.{name} of layer {layer}"
+            if not rows or len(rows) % kv_heads or len(rows) != len(found.mean[0]):
+                return f"{where} has {len(rows)} heads, which {kv_heads} KV heads cannot share"
+            if len({len(row) for row in rows}) != 1:
+                return f"{where} has heads of unequal sizes"
+            for value in (value for row in rows for value in row):
+                if not (is_number(value) and math.isfinite(value)):
+                    return f"{where} has {value!r:.60}, no number"
+    for layer, (mean, sizes) in enumerate(zip(found.mean, found.sizes, strict=True)):
+        if 2 * len(sizes[0]) > len(mean[0]):
+            return f"queries: layer {layer} has {len(sizes[0])} pairs of {len(mean[0])} numbers"
+    return None
+
+
 def _wrong_numbers(name: str, rows: Sequence[Sequence[float]]) -> str | None:
     for row in rows:
         if len(row) < 2 or not all(is_number(n) and math.isfinite(n) for n in row):
@@ -369,8 +423,8 @@ def _lines(body: dict[str, Any]) -> str:
     """JSON with a line for every layer or tensor, not for every number."""
     mark = body["fingerprint"]
 
-    def rows(many: Any, blanks: str) -> str:
-        lines = ",\n".join(blanks + json.dumps(row) for row in many)
+    def rows(many: Any, blanks: str, signs: tuple[str, str] = (", ", ": ")) -> str:
+        lines = ",\n".join(blanks + json.dumps(row, separators=signs) for row in many)
         return f"[\n{lines}\n{blanks[1:]}]"
 
     parts = {name: json.dumps(value) for name, value in body.items()}
@@ -379,4 +433,9 @@ def _lines(body: dict[str, Any]) -> str:
         f'  "key": {json.dumps(mark["key"])}', f'  "vectors": {rows(mark["vectors"], "   ")}',
         f'  "tables": {rows(mark["tables"], "   ")}',
     ]) + "\n }"  # fmt: skip
+    if (queries := body["queries"]) is not None:
+        tight = (",", ":")
+        parts["queries"] = "{\n" + ",\n".join(
+            f'  "{name}": {rows(queries[name], "   ", tight)}' for name in ("mean", "sizes")
+        ) + "\n }"  # fmt: skip
     return "{\n" + ",\n".join(f' "{name}": {text}' for name, text in parts.items()) + "\n}\n"

@@ -19,10 +19,12 @@ from pyramidinfer.policies.kvzip import KVzip
 from pyramidinfer.policies.pyramid import Pyramid
 from pyramidinfer.policies.pyramidinfer import PyramidInfer
 from pyramidinfer.policies.pyramidkv import PyramidKV
+from pyramidinfer.policies.rkv import RKV
 from pyramidinfer.policies.scissorhands import Scissorhands
 from pyramidinfer.policies.snapkv import SnapKV
 from pyramidinfer.policies.streaming_llm import StreamingLLM
 from pyramidinfer.policies.tova import TOVA
+from pyramidinfer.policies.triattention import TriAttention
 
 __all__ = ["POLICIES", "make_policy", "parse_options", "parse_policy"]
 
@@ -30,7 +32,7 @@ POLICIES: dict[str, type[Policy]] = {
     policy.name: policy
     for policy in (
         Full, Pyramid, PyramidInfer, Duo, StreamingLLM, H2O, Scissorhands, SnapKV, PyramidKV, TOVA,
-        FastKV, ChunkKV, KeyDiff, ExpectedAttention, KVzip,
+        FastKV, ChunkKV, KeyDiff, ExpectedAttention, KVzip, RKV, TriAttention,
     )
 }  # fmt: skip
 

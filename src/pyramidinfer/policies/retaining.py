@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from pyramidinfer.config import check_share
+from pyramidinfer.config import check_share, check_whole
 from pyramidinfer.policies.base import Forecast, Policy, check_keep, keep_best
 from pyramidinfer.types import Keep, Layers, Observation, State, View
 
-__all__ = ["Adaptive", "Retaining", "newest"]
+__all__ = ["Adaptive", "Buffered", "Retaining", "newest"]
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,15 @@ class Retaining(Policy):
     def floor(self) -> int:
         """The fewest entries a layer can be held to."""
         return 1
+
+    @property
+    def slack(self) -> int:
+        """Entries that a layer may gather beyond its budget while decoding."""
+        return 0
+
+    def full(self, state: State) -> Tensor:
+        """Entries ``[layers]`` that may be in a layer while decoding; one more and it is cut."""
+        return state["budgets"]
 
     def budget(self, layer: int, text_len: int, layers: Layers) -> int:
         """Entries that ``layer`` is held to for a text of this length."""
@@ -69,9 +79,9 @@ class Retaining(Policy):
         self, kept: list[list[int]], prompt_len: int, layers: Layers, state: State
     ) -> int:
         room = [
-            budget - max(count)
-            for budget, count, governed in zip(
-                state["budgets"].tolist(), kept, layers.governed, strict=True
+            most - max(count)
+            for most, count, governed in zip(
+                self.full(state).tolist(), kept, layers.governed, strict=True
             )
             if governed
         ]
@@ -82,8 +92,12 @@ class Retaining(Policy):
         return int(view.state["text"]) if view.phase == "decode" else view.seen_len
 
     def over(self, view: View) -> bool:
-        """Whether the layer is the policy's business and holds more than its budget."""
-        return view.layers.governed[view.layer] and view.kept_len > self.limit(view)
+        """Whether the layer is the policy's business and holds more than it may."""
+        if view.phase == "decode":
+            most = int(self.full(view.state)[view.layer])
+        else:
+            most = self.limit(view)
+        return view.layers.governed[view.layer] and view.kept_len > most
 
     def tightened(self, keep: float, state: State, layers: Layers) -> tuple[Policy, State] | None:
         """Budgets as a text of the same length has them at ``keep``, none of them raised."""
@@ -99,14 +113,61 @@ class Retaining(Policy):
         kept = []
         for layer in range(layers.count):
             budget = self.budget(layer, prompt_len, layers)
-            if not layers.governed[layer]:
-                most = prompt_len + max_new
-            elif self.evicts:  # the newest entry is written before another one goes
-                most = budget + 1
-            else:
+            most = prompt_len + max_new
+            if layers.governed[layer]:
                 most = min(prompt_len, budget) + max_new
-            kept.append(min(prompt_len + max_new, most))
+                if self.evicts:  # the newest entry is written before another one goes
+                    most = min(most, budget + self.slack + 1)
+            kept.append(most)
         return Forecast([prompt_len] * layers.count, kept)
+
+
+@dataclass(frozen=True)
+class Buffered(Retaining):
+    """A budget that generated tokens outgrow for a while, until a layer is cut back to it at once.
+
+    buffer : generated tokens between two cuts: with so many entries beyond its budget a layer is
+        cut.  The first cut after a budget was lowered is made at once.
+    """
+
+    evicts: ClassVar[bool] = True
+
+    buffer: int = 128
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_whole("buffer", self.buffer, 1)
+
+    @property
+    def slack(self) -> int:
+        return self.buffer - 1
+
+    def full(self, state: State) -> Tensor:
+        return state["full"]
+
+    def start(self, layers: Layers) -> State:
+        return {**super().start(layers), "full": torch.zeros(layers.count, dtype=torch.int64)}
+
+    def settled(self, view: View) -> State:
+        return self._filling(view, super().settled(view))
+
+    def tightened(self, keep: float, state: State, layers: Layers) -> tuple[Policy, State] | None:
+        if (found := super().tightened(keep, state, layers)) is None:
+            return None
+        lower, state = found
+        return lower, {**state, "full": state["budgets"].clone()}
+
+    def cut(self, seen: Observation, scores: Tensor, forced: Tensor, state: State
+            ) -> tuple[Keep, State]:  # fmt: skip
+        """The best entries of every head (``keep_best``), and the state once they are left."""
+        keep = keep_best(seen, scores, self.limit(seen.view), forced)
+        return keep, self._filling(seen.view, state)
+
+    def _filling(self, view: View, state: State) -> State:
+        """The state with the view's layer at its budget, its buffer empty."""
+        full = state["full"].clone()
+        full[view.layer] = self.limit(view) + self.slack
+        return {**state, "full": full}
 
 
 @dataclass(frozen=True)

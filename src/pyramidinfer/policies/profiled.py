@@ -1,0 +1,49 @@
+"""What policies share that want to know what was measured of the model: its head profile."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Self
+
+from pyramidinfer.policies.base import Policy
+from pyramidinfer.policies.profile import Masks, Profile, load_heads
+from pyramidinfer.types import Layers
+
+__all__ = ["Profiled"]
+
+
+class Profiled(Policy):
+    """A policy with an option ``profile``: a ``Profile``, the path of one, or ``"auto"`` for the
+    model's own, which the engine hands in."""
+
+    profile: Profile | Masks | str | None
+
+    def load_profile(self) -> None:
+        """Read the profile where a path is given; ``ValueError`` where it is none."""
+        if not isinstance(self.profile, Profile | Masks | str | Path | None):
+            raise ValueError(f"profile={self.profile!r} must be a path, 'auto' or None")
+        if isinstance(self.profile, str | Path) and self.profile != "auto":
+            object.__setattr__(self, "profile", load_heads(self.profile))
+
+    @property
+    def wants_profile(self) -> bool:
+        return self.profile == "auto"
+
+    def with_profile(self, profile: Profile | None) -> Self:
+        return replace(self, profile=profile) if self.wants_profile else self  # type: ignore[call-arg]
+
+    def check(self, layers: Layers) -> None:
+        if self.wants_profile:  # to be checked once it is there
+            return
+        if not isinstance(self.profile, Profile | Masks):
+            raise ValueError(
+                f"policy {self.name!r} needs to know what each head is for, and the model has no "
+                f"profile: make one (pyramidinfer profile MODEL) or give profile=FILE"
+            )
+        share, shape = self.profile.share, (layers.count, layers.kv_heads)
+        if (len(share), len(share[0])) != shape:
+            raise ValueError(
+                f"the profile is of {len(share)} layers with {len(share[0])} KV heads, this model "
+                f"has {shape[0]} with {shape[1]}: make its own (pyramidinfer profile MODEL)"
+            )

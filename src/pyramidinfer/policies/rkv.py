@@ -1,0 +1,119 @@
+"""R-KV: what is looked at and not said again and again (Cai et al., 2505.24133).
+
+Long answers repeat themselves.  Every ``buffer`` generated tokens a layer is cut back to its
+budget: the newest ``window`` entries stay, and of the others those with the best ``mix`` x
+importance - (1 - ``mix``) x redundancy, per KV head.  Importance is the attention that the window's
+queries give, the largest of the query heads that share the KV head, their mean, max-pooled over
+neighbours.  Redundancy is how like an entry's key is to all others of its head: the mean of their
+cosines, over which a softmax is taken.  In every key's row the newest of the others that are alike
+(above ``threshold``) counts 0, so that of what is said many times the last is punished least.
+
+Deviations: weights are those of the model's attention and the largest of the group is taken
+afterwards (the official code takes the largest logit, then a softmax over what is outside the
+window); a key without any alike leaves its row as it is (there the first entry counts 0 in it); a
+prompt over the budget is cut as well; a further text (``extend``) shorter than the window scores
+with its own queries only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pyramidinfer.config import check_share, check_whole, named_options
+from pyramidinfer.policies.base import pool_neighbours
+from pyramidinfer.policies.retaining import Buffered
+from pyramidinfer.policies.snapkv import check_kernel
+from pyramidinfer.types import Keep, Needs, Observation, Reduce, State, View
+
+__all__ = ["RKV", "redundancy"]
+
+#: Cosines that are held at a time (float32: 1 MiB).
+BLOCK = 1 << 18
+
+
+@named_options
+@dataclass(frozen=True)
+class RKV(Buffered):
+    """Important and not redundant entries, per KV head.
+
+    window : newest queries that score, and newest entries that stay.
+    kernel : neighbours over which importance is max-pooled (odd; 1 is off).
+    mix : weight of importance; redundancy has the rest.
+    threshold : cosine above which two keys are alike.
+    capacity : entries per layer after a cut (the paper shows 128 to 1536; not used with ``keep``).
+    keep : instead of ``capacity``: see ``Retaining``; held while generating, up to the buffer.
+    """
+
+    name: ClassVar[str] = "rkv"
+
+    window: int = 8
+    kernel: int = 7
+    mix: float = 0.1
+    threshold: float = 0.5
+    capacity: int = 1024
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_whole("window", self.window, 1)
+        check_kernel(self.kernel)
+        check_share("mix", self.mix)
+        check_share("threshold", self.threshold)
+        check_whole("capacity", self.capacity, 1)
+
+    def entries(self, text_len: int) -> int:
+        return self.capacity
+
+    def floor(self) -> int:
+        return self.window + 1
+
+    def needs(self, view: View) -> Needs:
+        over, reduce = self.over(view), Reduce("kv_max", "sum")
+        if view.phase == "decode":
+            return Needs(self.window, reduce, keys=True, evict=True) if over else Needs()
+        if not view.layers.governed[view.layer]:
+            return Needs()
+        return Needs(self.window, reduce, remember=True, keys=over, retain=over)
+
+    def retain(self, seen: Observation, state: State) -> tuple[Keep, State]:
+        assert seen.scores is not None and seen.keys is not None
+        view = seen.view
+        queries = min(self.window, view.prompt_len + view.seen_len - self.text_len(view))
+        recent = seen.positions > view.seen_len - 1 - self.window
+        context = torch.where(recent, 0.0, seen.scores / queries)  # not pooled into the context
+        importance = pool_neighbours(context, seen.positions, self.kernel, "max", seen.kernels)
+        redundant = redundancy(seen.keys, seen.positions, self.threshold)
+        scores = self.mix * importance - (1 - self.mix) * redundant
+        return self.cut(seen, scores, recent | seen.protected, state)
+
+    evict = retain
+
+    def ring(self, prompt_len: int, max_new: int) -> int:
+        return self.window
+
+
+def redundancy(keys: Tensor, positions: Tensor, threshold: float) -> Tensor:
+    """``[kv_heads, n]``: softmax over a head's entries of how like their keys are to all others.
+
+    keys ``[kv_heads, n, key_dim]``, positions ``[kv_heads, n]`` (negative behind the entries of a
+    shorter head).  No more than ``BLOCK`` cosines are held at a time, or one row of them.
+    """
+    keys, there = F.normalize(keys, dim=-1), positions >= 0
+    alike = torch.zeros_like(keys[..., 0])
+    size = keys.shape[1]
+    step = max(1, BLOCK // size)
+    for head, place in enumerate(positions):
+        for start in range(0, size, step):
+            rows = torch.arange(start, min(start + step, size), device=keys.device)
+            cosines = keys[head, rows] @ keys[head].T
+            cosines[rows - start, rows] = 0.0
+            last, newest = torch.where(cosines > threshold, place, -1).max(1)
+            found = last >= 0
+            cosines[rows[found] - start, newest[found]] = 0.0
+            alike[head] += cosines.sum(0)
+    mean = alike / there.sum(1, keepdim=True)
+    return torch.where(there, mean, -torch.inf).softmax(1)

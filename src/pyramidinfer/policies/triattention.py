@@ -1,0 +1,117 @@
+"""TriAttention: the queries to come are known beforehand (Mao et al., 2604.04921).
+
+Before they are rotated a head's queries gather around a centre that belongs to the model, whatever
+the text.  So the attention that a key will get follows from its place and the model alone: the dot
+product of the key with the centre rotated to places to come, on average over the offsets 1, 2, 4, …
+``offset_max`` behind the text.  To it comes what queries have beside their centre: over all rotated
+pairs of numbers, the mean length of the queries' pair, less the length of its centre, times the
+length of the key's.  Scores of a query head become z-scores over the entries; an entry has the
+largest of the heads that share its KV head, and the best entries of every KV head stay: after the
+prompt, and every ``buffer`` generated tokens.  No query is looked at while serving.
+
+Deviations: the tokens of a prompt compete as generated ones do (the official code pins them unless
+told otherwise), also at its end; an offset of 1 is the next token's place; numbers of a head that
+are not rotated, all of them where a model has no rotary positions (OPT) or each key its own
+frequencies (dynamic scaling), are attended to by their mean alone; no newest entries are set aside.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from pyramidinfer.config import check_whole, named_options
+from pyramidinfer.policies.profile import Centres, Profile
+from pyramidinfer.policies.profiled import Profiled
+from pyramidinfer.policies.retaining import Buffered
+from pyramidinfer.types import Keep, Layers, Needs, Observation, State, View
+
+__all__ = ["TriAttention"]
+
+
+@named_options
+@dataclass(frozen=True)
+class TriAttention(Buffered, Profiled):
+    """What the model's mean queries will look at, per KV head.
+
+    capacity : entries per layer after a cut (the official code's setting; not used with ``keep``).
+    offset_max : the farthest place behind the text that is looked ahead to, in tokens.
+    profile : where the model's queries lie: a ``Profile``, or the path of one; ``"auto"`` is the
+        model's own, measured at its first load.
+    keep : instead of ``capacity``: see ``Retaining``; held while generating, up to the buffer.
+    """
+
+    name: ClassVar[str] = "triattention"
+
+    capacity: int = 2048
+    offset_max: int = 65536
+    profile: Profile | str | None = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_whole("capacity", self.capacity, 1)
+        check_whole("offset_max", self.offset_max, 1)
+        self.load_profile()
+
+    def check(self, layers: Layers) -> None:
+        super().check(layers)
+        if not self.wants_profile and not isinstance(self._centres, Centres):
+            raise ValueError(
+                f"policy {self.name!r} needs to know where the model's queries lie, and its "
+                f"profile was made without: make it again (pyramidinfer profile MODEL --force)"
+            )
+
+    @property
+    def _centres(self) -> Centres | None:
+        return getattr(self.profile, "queries", None)
+
+    @property
+    def rule(self) -> str:
+        if not isinstance(self.profile, Profile):
+            return ""
+        return f"where the model's queries lie, as measured on {self.profile.text}"
+
+    def entries(self, text_len: int) -> int:
+        return self.capacity
+
+    @property
+    def offsets(self) -> tuple[int, ...]:
+        """Places behind the text that are looked ahead to."""
+        return tuple(1 << power for power in range(self.offset_max.bit_length()))
+
+    def needs(self, view: View) -> Needs:
+        if not self.over(view):
+            return Needs()
+        return Needs(keys=True, ahead=self.offsets, retain=True, evict=True)
+
+    def retain(self, seen: Observation, state: State) -> tuple[Keep, State]:
+        return self.cut(seen, self._scores(seen), seen.protected, state)
+
+    evict = retain
+
+    def _scores(self, seen: Observation) -> Tensor:
+        """``[kv_heads, n]``."""
+        keys, centres, layer = seen.keys, self._centres, seen.view.layer
+        assert keys is not None and seen.turn is not None and centres is not None
+        mean, sizes = (keys.new_tensor(each[layer]) for each in (centres.mean, centres.sizes))
+        pairs = sizes.shape[1]
+        beside = sizes - _lengths(mean, pairs)  # of queries, without their centre's
+        scores = _grouped(mean @ seen.turn, keys) + _grouped(beside, _lengths(keys, pairs))
+        there = (seen.positions >= 0)[:, None]
+        count = there.sum(-1, keepdim=True)
+        scores = torch.where(there, scores - scores.sum(-1, keepdim=True) / count, 0.0)
+        spread = (scores.square().sum(-1, keepdim=True) / count).sqrt()
+        return (scores / spread.clamp(min=torch.finfo(spread.dtype).tiny)).amax(1)
+
+
+def _lengths(vectors: Tensor, pairs: int) -> Tensor:
+    """``[..., pairs]``: lengths of the pairs of numbers that rotate together."""
+    return vectors[..., :pairs].hypot(vectors[..., pairs : 2 * pairs])
+
+
+def _grouped(queries: Tensor, keys: Tensor) -> Tensor:
+    """Dot products ``[kv_heads, group, n]`` of ``[heads, dim]`` with ``[kv_heads, n, dim]``."""
+    return queries.view(len(keys), -1, queries.shape[1]) @ keys.mT
