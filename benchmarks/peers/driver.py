@@ -41,24 +41,33 @@ class Engine:
 
 
 def drive(load: Callable[[dict[str, Any]], Engine]) -> None:
-    """Run the job named on the command line; stdout gets the result and nothing else."""
+    """Time the engine that ``load`` makes of a job."""
+    reply(lambda job: timed(load, job))
+
+
+def reply(answer: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Run the job named on the command line; stdout gets the answer and nothing else."""
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints goes to stderr
-    job = json.loads(Path(sys.argv[1]).read_text())
+    found = answer(json.loads(Path(sys.argv[1]).read_text()))
+    out.write(json.dumps(found) + "\n")
+    out.flush()
+    os._exit(0)  # some engines hang in their own shutdown
+
+
+def timed(load: Callable[[dict[str, Any]], Engine], job: dict[str, Any]) -> dict[str, Any]:
+    """Load, warm up, measure."""
     began = time.perf_counter()
     engine = load(job)
     loaded = time.perf_counter()
     engine.generate(job["prompts"][:1], min(WARM_TOKENS, job["max_new"]))
     warm = time.perf_counter()
-    result = {
+    return {
         "versions": {name: version(name) for name in engine.packages},
         "load_seconds": loaded - began, "warm_seconds": warm - loaded,
         **measure(engine, job), "notes": engine.notes,
         "peak_rss_bytes": peak_memory(),
     }  # fmt: skip
-    out.write(json.dumps(result) + "\n")
-    out.flush()
-    os._exit(0)  # some engines hang in their own shutdown
 
 
 def peak_memory() -> int:

@@ -4,7 +4,7 @@
 PEERS ?= transformers openvino kvpress llamacpp vllm
 PEER_FILES := benchmarks/peers
 
-.PHONY: peers bench-peers
+.PHONY: peers bench-peers bench-kept
 
 peers: $(PEERS:%=.peers/%/.tried)
 
@@ -21,3 +21,9 @@ THREADS ?= 2
 bench-peers: peers $(VENV)/.installed
 	$(BIN)/python -m pyramidinfer.lab.bench.peers --workloads $(WORKLOADS) --only "$(ONLY)" \
 		--threads $(THREADS)
+
+# Which entries our methods keep, beside kvpress's own, on one text (a minute).
+bench-kept: .peers/kvpress/.tried $(VENV)/.installed
+	$(BIN)/pyramidinfer fetch smollm2
+	$(BIN)/python -m pyramidinfer.lab.bench.kept
+	$(MAKE) pages

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 from pyramidinfer.lab.asking import PROTOCOLS
+from pyramidinfer.lab.bench.kept import HEAD, kept_rows
 from pyramidinfer.lab.numbers_layers import icr, rac
 from pyramidinfer.lab.numbers_studies import (
     command_block,
@@ -162,6 +163,32 @@ COLUMNS: dict[str, dict[str, Callable[[Row], str]]] = {
 }  # fmt: skip
 
 
+def kept(entry: Result) -> str:
+    """Our methods beside kvpress's."""
+    c, result = entry["configuration"], entry["result"]
+    versions = result["versions"]
+    reasons = {row["policy"]: row["why"] for row in result["rows"] if row["why"]}
+    lines = [
+        "## The same entries as kvpress?\n", origin(entry),
+        f"Methods that [kvpress](https://github.com/NVIDIA/kvpress) {versions['kvpress']} (with "
+        f"transformers {versions['transformers']}) has, too, on one text: `{c['model']}` in "
+        f"float32, {c['length']:,} tokens of {c['source']}, keep={c['keep']:g}, the same options. "
+        f"The logits behind the text differ by {result['logits_apart']:.0e} at most.\n",
+        "```bash\nmake bench-kept\n```\n",
+        "How to read it: what shares a budget (a head, a layer's heads, the whole model) holds as "
+        "many entries in both by construction; `same entries` is the share of them that both keep, "
+        "mean over all of these and the least. Where numbers differ, it is over those of whoever "
+        "keeps more, and behind `of` stands what the numbers allow. `ranks` is Spearman's "
+        "correlation of the scores (tokens that always stay left out), where both give every "
+        f"head's. Two choices by chance would share {percent(c['keep'])}. Kept: mean entries of "
+        "a head.\n",
+        *table(HEAD, [[f"`{cells[0]}`", *cells[1:]] for cells in kept_rows(result)]),
+        "\nWhat differs by definition:\n",
+        *(f"- `{policy}`: {why}." for policy, why in reasons.items()),
+    ]  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
 def lead(results: dict[str, Result]) -> list[str]:
     """The most important figures, for the page's head."""
     if "heads_ruler" not in results:
@@ -213,6 +240,7 @@ SECTIONS: dict[str, Callable[[Result], str]] = {
         "beside budgets by head (`pyramid`) and chunks by the window's scores; the question after. "
         "Computed above 100 %: `kvzip` reads a text twice.",
     ),
+    "kept_kvpress": kept,
     "heads_turns": partial(_study, "turns", "A chat, heads dealt once", "heads_turns"),
     "heads_turns_idle": partial(
         _study, "turns", "A chat, recompressed between turns", "heads_turns_idle",

@@ -38,7 +38,7 @@ from pyramidinfer.lab.bench.timing import spread
 from pyramidinfer.lab.record import commit, write_result
 from pyramidinfer.lab.shapes import SHAPES, make_model, save_model, shape_config
 
-__all__ = ["Comparison", "main", "run_peers"]
+__all__ = ["Comparison", "ask_driver", "main", "run_peers"]
 
 Row = dict[str, Any]
 LIMIT = 1800  # seconds an engine may take for one workload
@@ -104,12 +104,25 @@ def run_peers(plan: Comparison, engines: Iterable[Engine], out: Path, work: Path
 
 def _run_engine(engine: Engine, job: dict[str, Any], threads: int, environments: Path,
                 drivers: Path, work: Path) -> Row:  # fmt: skip
-    """What one engine's process says, or why there is nothing."""
+    """What one engine's process measured, or why there is nothing."""
+    Path(job["work"]).mkdir(parents=True, exist_ok=True)
+    row = ask_driver(engine, job, threads, environments, drivers, work)
+    if "said" not in row:
+        return row
+    try:
+        return {"status": "ok", **_figures(row["said"], job)}
+    except (ValueError, IndexError, KeyError) as error:
+        return {"status": "failed", "reason": f"its driver's answer is no result: {error!r}"}
+
+
+def ask_driver(engine: Engine, job: dict[str, Any], threads: int, environments: Path,
+               drivers: Path, work: Path) -> Row:  # fmt: skip
+    """``status`` and what an engine's driver ``said`` about a job, or the ``reason`` why there is
+    nothing."""
     python = engine.python(environments)
     why = _why_missing(engine, python, environments)
     if why:
         return {"status": "not installed", "reason": why}
-    Path(job["work"]).mkdir(parents=True, exist_ok=True)
     path = work / "job.json"
     path.write_text(json.dumps(job))
     count = str(threads)
@@ -127,9 +140,8 @@ def _run_engine(engine: Engine, job: dict[str, Any], threads: int, environments:
     if done.returncode:
         return {"status": "failed", "reason": _last_line(done.stderr) or f"code {done.returncode}"}
     try:
-        said = json.loads(done.stdout.splitlines()[-1])
-        return {"status": "ok", **_figures(said, job)}
-    except (ValueError, IndexError, KeyError) as error:
+        return {"status": "ok", "said": json.loads(done.stdout.splitlines()[-1])}
+    except (ValueError, IndexError) as error:
         return {"status": "failed", "reason": f"its driver's answer is no result: {error!r}"}
 
 

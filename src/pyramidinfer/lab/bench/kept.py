@@ -1,0 +1,383 @@
+"""Our methods beside kvpress's own, on one text: which entries each keeps, and how it ranks them.
+
+``python -m pyramidinfer.lab.bench.kept``, or ``make bench-kept``.
+
+Both take the same model in float32, the same token ids and the same share to keep.  kvpress runs in
+an environment of its own (``make peers``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from scipy.stats import spearmanr
+from torch import Tensor
+
+from pyramidinfer.config import check_whole, nearest
+from pyramidinfer.lab.bench.engines import Engine
+from pyramidinfer.lab.bench.peers import ask_driver
+from pyramidinfer.lab.record import write_result
+from pyramidinfer.lab.samples import SHIPPED, Subject
+from pyramidinfer.models.catalog import find_model
+from pyramidinfer.models.loading import shipped_model
+from pyramidinfer.policies import Policy
+from pyramidinfer.policies.base import check_keep
+from pyramidinfer.policies.kvzip import KVzip
+from pyramidinfer.policies.registry import parse_policy
+from pyramidinfer.types import Keep, Observation, State, TokenIds
+
+__all__ = ["CASES", "HEAD", "Case", "KeptPlan", "agreement", "kept_rows", "main", "ranks",
+           "run_kept"]  # fmt: skip
+
+Row = dict[str, Any]
+#: What a budget is shared by, and so what holds as many entries in both by construction.
+Level = Literal["head", "layer", "model"]
+KVPRESS = Engine("kvpress", "kvpress", "keep_kvpress.py", dtype="float32")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One of our methods and its counterpart.
+
+    policy : ours, as on the command line, without ``keep``;  press : theirs: its class, its options
+        (one that is such a pair in turn is the press that is wrapped);  level : what shares a
+        budget.
+    first, last : tokens at either end that both keep whatever their scores: left out of ranks.
+    why : what differs by definition.
+    """
+
+    policy: str
+    press: tuple[str, dict[str, Any]]
+    level: Level = "head"
+    first: int = 0
+    last: int = 0
+    why: str = ""
+
+    @property
+    def theirs(self) -> str:
+        """Their name for it, a press that is wrapped in brackets."""
+        return _named(self.press)
+
+
+def _named(press: tuple[str, dict[str, Any]]) -> str:
+    name, options = press
+    inner = ", ".join(_named(each) for each in options.values() if isinstance(each, tuple))
+    return f"{name}({inner})" if inner else name
+
+
+def _spec(press: tuple[str, dict[str, Any]]) -> Row:
+    """The same for the driver."""
+    name, options = press
+    plain = {key: _spec(each) if isinstance(each, tuple) else each
+             for key, each in options.items()}  # fmt: skip
+    return {"press": name, "options": plain}
+
+
+SNAPKV = ("SnapKVPress", {"window_size": 32, "kernel_size": 7})
+EXPECTED = (
+    "ExpectedAttentionPress", {"n_future_positions": 512, "n_sink": 4, "epsilon": 0.02},
+)  # fmt: skip
+ADAPTIVE = (
+    "kvpress gives each head the best entries of its safeguard and deals the rest by rank; here, "
+    "as in Ada-KV's algorithm 1, a head has safeguard × the even budget + (1 - safeguard) × the "
+    "entries that it wins by rank"
+)
+
+CASES: tuple[Case, ...] = (
+    Case("streaming_llm", ("StreamingLLMPress", {"n_sink": 4})),
+    Case("keydiff", ("KeyDiffPress", {})),
+    Case("tova", ("TOVAPress", {}), why="kvpress always keeps the last token"),
+    Case("snapkv", SNAPKV, last=32),
+    Case("snapkv:adaptive=True", ("AdaKVPress", {"press": SNAPKV, "alpha_safeguard": 0.2}),
+         "layer", last=32, why=ADAPTIVE),
+    Case("pyramidkv", ("PyramidKVPress", {"window_size": 8, "kernel_size": 7, "beta": 20}),
+         last=8, why="budgets: here the window comes on top of those that fall, in kvpress it is "
+         "part of them"),
+    Case("chunkkv:window=30", ("ChunkKVPress", {
+        "press": ("SnapKVPress", {"window_size": 30, "kernel_size": 1}), "chunk_length": 10,
+    }), why="kvpress counts the window by chunks; the same where both end together, as here"),
+    Case("expected_attention:adaptive=False", EXPECTED, first=4),
+    Case("expected_attention", ("AdaKVPress", {"press": EXPECTED, "alpha_safeguard": 0.2}),
+         "layer", first=4, why=ADAPTIVE),
+    Case("kvzip", ("KVzipPress", {"n_sink": 4, "chunk_size": 2048}), "model", first=4,
+         why="nothing while the text is one chunk and what stands between it and its repetition is "
+         "the same, as here"),
+    Case("kvzip:chunk_length=300", ("KVzipPress", {"n_sink": 4, "chunk_size": 300}), "model",
+         first=4, why="kvpress takes a softmax over a chunk's own entries, an entry's score from "
+         "its own chunk only, and puts a line end in front of every repetition"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class KeptPlan:
+    """Plain values.  model : folder or fetched model, of the Llama kind;  length : tokens of the
+    text, a stretch of what studies read;  keep : share of its entries that stays."""
+
+    model: str = "smollm2"
+    length: int = 800
+    keep: float = 0.3
+    seed: int = 0
+    threads: int = 1
+
+    def check(self) -> None:
+        """``ValueError`` for what cannot be run."""
+        check_keep(self.keep)
+        check_whole("length", self.length, 64)
+        check_whole("threads", self.threads, 1)
+
+    @property
+    def subject(self) -> Subject:
+        return Subject(self.model)
+
+
+class Found(NamedTuple):
+    """Of one method: which entries stay, bool ``[layers, kv_heads, n]``, and what they were ranked
+    by, of the same shape, where that can be told."""
+
+    kept: np.ndarray
+    scores: np.ndarray | None
+
+
+# --- measuring ------------------------------------------------------------------------------------
+
+
+def run_kept(plan: KeptPlan, cases: Iterable[Case], out: Path, work: Path, *,
+             environments: Path = Path(".peers"), drivers: Path = Path("benchmarks/peers")
+             ) -> Row:  # fmt: skip
+    """Ask both, compare, write ``out`` and return the result.
+
+    ``ValueError`` where kvpress is not there or fails, with its reason.
+    """
+    plan.check()
+    cases = list(cases)
+    work.mkdir(parents=True, exist_ok=True)
+    folder = _plain_folder(plan.model, work)
+    ids = plan.subject.corpus().passages(plan.seed, 1, plan.length, 1)[0].context
+    job = {
+        "model": str(folder), "ids": ids, "threads": plan.threads,
+        "ratio": round(1 - plan.keep, 12),
+        "cases": {case.policy: _spec(case.press) for case in cases},
+    }  # fmt: skip
+    answer = ask_driver(KVPRESS, job, plan.threads, environments, drivers, work)
+    if "said" not in answer:
+        raise ValueError(f"kvpress: {answer['status']}: {answer['reason']}")
+    said = answer["said"]
+    torch.set_num_threads(plan.threads)
+    rows, apart = [], 0.0
+    for case in cases:
+        print(f"{case.policy} …", file=sys.stderr, flush=True)
+        theirs = said["cases"][case.policy]
+        ours, logits = _ours(plan, case, ids, theirs["question"])
+        rows.append(_row(case, ours, _theirs(theirs, len(ids))))
+        apart = max(apart, float((logits - torch.tensor(said["logits"])).abs().max()))
+    result = {"rows": rows, "logits_apart": apart, "versions": said["versions"]}
+    configuration = {**asdict(plan), "source": plan.subject.source}
+    write_result(out, configuration, result)
+    return result
+
+
+def _plain_folder(model: str, work: Path) -> Path:
+    """The model without its chat template, whose beginning kvpress's KVzip would take the text's
+    for."""
+    folder = Path(shipped_model() if model == SHIPPED else find_model(model)).expanduser()
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"--model {model!r} must be a folder or a fetched model")
+    plain = work / "model"
+    shutil.rmtree(plain, ignore_errors=True)
+    plain.mkdir()
+    for file in folder.iterdir():
+        if file.name == "tokenizer_config.json":
+            settings = json.loads(file.read_text("utf-8"))
+            settings.pop("chat_template", None)
+            (plain / file.name).write_text(json.dumps(settings))
+        elif file.name != "chat_template.jinja":
+            (plain / file.name).symlink_to(file.resolve())
+    return plain.resolve()
+
+
+def _ours(plan: KeptPlan, case: Case, ids: TokenIds, question: TokenIds | None
+          ) -> tuple[Found, Tensor]:  # fmt: skip
+    """What our engine keeps, and its logits behind the text."""
+    policy, scores = parse_policy(case.policy, plan.keep), {}
+    if isinstance(policy, KVzip) and question:
+        policy = replace(policy, question=tuple(question))
+
+    def take(layer: int, found: Tensor) -> None:
+        scores[layer] = found.float().cpu().numpy()
+
+    llm = plan.subject.llm(_watched(policy, take))
+    trace = llm.trace(ids)
+    heads = llm.engine.adapter.layers_for(len(ids)).kv_heads
+    kept = np.zeros((len(trace.prefill_positions), heads, len(ids)), dtype=bool)
+    for layer, positions in enumerate(trace.prefill_positions):
+        for head in range(heads):
+            kept[layer, head, positions[head]] = True
+    found = np.stack([scores[layer] for layer in sorted(scores)]) if scores else None
+    return Found(kept, found), trace.prefill_logits.float()
+
+
+def _watched(policy: Policy, take: Callable[[int, Tensor], None]) -> Policy:
+    """The policy, telling ``take`` by layer the scores ``[kv_heads, n]`` by which it ranks a
+    text's entries, where it has some for every head."""
+    kind: Any = type(policy)
+
+    def keep_adaptive(self: Any, seen: Observation, scores: Tensor, always: Tensor) -> Keep:
+        take(seen.view.layer, scores.gather(1, seen.positions.argsort(1)))
+        kept: Keep = kind.keep_adaptive(self, seen, scores, always)
+        return kept
+
+    def retain(self: Any, seen: Observation, state: State) -> tuple[Keep, State]:
+        for name, scores in state.items():
+            if name.startswith("scores."):
+                take(int(name.partition(".")[2]), scores)
+        kept: tuple[Keep, State] = kind.retain(self, seen, state)
+        return kept
+
+    asked = {"retain": retain} if isinstance(policy, KVzip) else {"keep_adaptive": keep_adaptive}
+    watched: Policy = type(kind.__name__, (kind,), asked)(
+        **{each.name: getattr(policy, each.name) for each in fields(policy)}
+    )
+    return watched
+
+
+def _theirs(found: Row, length: int) -> Found:
+    kept = np.zeros((len(found["kept"]), len(found["kept"][0]), length), dtype=bool)
+    for layer, heads in enumerate(found["kept"]):
+        for head, positions in enumerate(heads):
+            kept[layer, head, positions] = True
+    return Found(kept, None if found["scores"] is None else np.array(found["scores"]))
+
+
+# --- comparing ------------------------------------------------------------------------------------
+
+
+def _row(case: Case, ours: Found, theirs: Found) -> Row:
+    shape, other = ours.kept.shape, theirs.kept.shape
+    if shape != other:
+        raise ValueError(
+            f"{case.policy}: layers, KV heads and tokens are {shape} here, {other} there"
+        )
+    correlation = None
+    if ours.scores is not None and theirs.scores is not None:
+        free = slice(case.first, shape[2] - case.last)
+        correlation = ranks(ours.scores[..., free], theirs.scores[..., free], case.level)
+    return {
+        "policy": case.policy, "press": case.theirs, "options": _spec(case.press),
+        "level": case.level, "why": case.why,
+        "kept": [float(each.kept.sum(-1).mean()) for each in (ours, theirs)],
+        **agreement(ours.kept, theirs.kept, case.level), "ranks": correlation,
+    }  # fmt: skip
+
+
+def _grouped(array: np.ndarray, level: Level) -> np.ndarray:
+    """``[layers, kv_heads, n]`` → ``[groups, entries]``, a group being what shares a budget."""
+    layers, heads, _ = array.shape
+    return array.reshape({"head": layers * heads, "layer": layers, "model": 1}[level], -1)
+
+
+def agreement(ours: np.ndarray, theirs: np.ndarray, level: Level) -> Row:
+    """``same``: entries that both keep, over those of whoever keeps more, mean and least over all
+    groups;  ``at_most``: what their numbers allow it to be in the mean.
+
+    Both are bool ``[layers, kv_heads, n]``, and keep something in every group.
+    """
+    mine, other = _grouped(ours, level), _grouped(theirs, level)
+    counts = np.stack([mine.sum(1), other.sum(1)])
+    same = (mine & other).sum(1) / counts.max(0)
+    return {"same": _spread(same), "at_most": float((counts.min(0) / counts.max(0)).mean())}
+
+
+def ranks(ours: np.ndarray, theirs: np.ndarray, level: Level) -> Row:
+    """Spearman's rank correlation of scores ``[layers, kv_heads, n]``, mean and least over all
+    groups."""
+    pairs = zip(_grouped(ours, level), _grouped(theirs, level), strict=True)
+    return _spread(np.array([spearmanr(mine, other).statistic for mine, other in pairs]))
+
+
+def _spread(values: np.ndarray) -> Row:
+    return {"mean": float(values.mean()), "least": float(values.min())}
+
+
+# --- telling --------------------------------------------------------------------------------------
+
+HEAD = ("ours", "kvpress", "budget of a", "kept by ours", "theirs", "same entries", "least",
+        "ranks", "least")  # fmt: skip
+
+
+def kept_rows(result: Row) -> list[list[str]]:
+    """Cells as texts."""
+    found = []
+    for row in result["rows"]:
+        ranked = row["ranks"]
+        same = f"{row['same']['mean']:.1%}"
+        if row["at_most"] < 1 - 1e-3:
+            same += f" of {row['at_most']:.1%}"
+        found.append([
+            row["policy"], row["press"], row["level"], *(f"{count:.1f}" for count in row["kept"]),
+            same, f"{row['same']['least']:.1%}",
+            *(["–"] * 2 if ranked is None else [f"{ranked[key]:.4f}" for key in ("mean", "least")]),
+        ])  # fmt: skip
+    return found
+
+
+def _table(plan: KeptPlan, result: Row) -> Table:
+    table = Table(title=f"{plan.model}, {plan.length} tokens, keep={plan.keep:g}")
+    for name in HEAD:
+        table.add_column(name, justify="left" if name in HEAD[:3] else "right")
+    for cells in kept_rows(result):
+        table.add_row(*cells)
+    return table
+
+
+def _chosen(names: str) -> list[Case]:
+    """Cases by our policy's name, or by the beginning of it; all for no name."""
+    wanted = [name.strip() for name in names.split(";") if name.strip()]
+    for name in wanted:
+        if not any(case.policy.startswith(name) for case in CASES):
+            known = [case.policy for case in CASES]
+            raise ValueError(f"--only {name!r} is no case; {nearest(name, known)}")
+    return [
+        case for case in CASES
+        if not wanted or any(case.policy.startswith(name) for name in wanted)
+    ]  # fmt: skip
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
+    usual = KeptPlan()
+    parser = argparse.ArgumentParser(prog="python -m pyramidinfer.lab.bench.kept",
+                                     description=(__doc__ or "").splitlines()[0])  # fmt: skip
+    add = parser.add_argument
+    add("--only", default="", help="our policies, separated by semicolons; a beginning is enough")
+    add("--model", default=usual.model, help="a folder or a fetched model, of the Llama kind")
+    add("--length", type=int, default=usual.length, help="tokens of the text")
+    add("--keep", type=float, default=usual.keep)
+    add("--threads", type=int, default=usual.threads)
+    add("--json", type=Path, default=Path("benchmarks/results/kept_kvpress.json"))
+    add("--work", type=Path, default=Path("out/kept"))
+    add("--environments", type=Path, default=Path(".peers"))
+    given = parser.parse_args(arguments)
+    try:
+        plan = KeptPlan(given.model, given.length, given.keep, threads=given.threads)
+        result = run_kept(plan, _chosen(given.only), given.json, given.work,
+                          environments=given.environments)  # fmt: skip
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    Console(width=150).print(_table(plan, result))
+    print(f"logits behind the text differ by {result['logits_apart']:.1e} at most\n{given.json}")
+
+
+if __name__ == "__main__":
+    main()
