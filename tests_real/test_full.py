@@ -66,7 +66,7 @@ def test_full_is_transformers(name: str, theirs: Theirs, chunk: int) -> None:
     for number, output in enumerate(outputs):
         expected, logits = theirs.tokens[number], theirs.logits[number]
         if output.finish_reason == "stop":
-            assert output.token_ids[-1] in end_ids(llm.engine.adapter.model)
+            assert output.token_ids[-1] in end_ids(llm.engine.runner.model)
         if output.token_ids == expected:
             continue
         at = next(

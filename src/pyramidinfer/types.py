@@ -128,8 +128,8 @@ class Needs:
     ``slot_scores``: the running score kept beside each entry.
     ``keys``, ``values``: the entries' own, for ``retain`` and ``evict``.
     ``queries_from``: what the text's queries are like, from this token on, for ``retain``.
-    ``ahead``: places behind the text, 1 for the next token's, that vectors are to be turned to on
-    average (``Observation.turn``), for ``retain`` and ``evict``.
+    ``ahead``: places behind the text, 1 for the next token's, that vectors are to be rotated to on
+    average (``Observation.rotation``), for ``retain`` and ``evict``.
     ``propagate``, ``retain``, ``evict``: which questions to ask; the others are answered "all".
     ``among``: ranks by age ``(first, last)`` of the entries whose scores ``evict`` will look at,
     the same tokens in every head; the others' may be 0.
@@ -190,8 +190,8 @@ class Observation:
     keys, values : ``[kv_heads, n, key_dim]`` as they are in the cache (rotated), and ``[kv_heads,
         n, value_dim]``, float32 or wider; or None.
     queries : what the text's queries are like, as ``queries_from`` asked for; or None.
-    turn : ``[key_dim, key_dim]``, a vector before rotation times this is the mean of it rotated to
-        the places ``ahead``; or None.  Where positions are not rotary it leaves vectors alone.
+    rotation : ``[key_dim, key_dim]``, a vector before rotation times this is the mean of it rotated
+        to the places ``ahead``; or None.  Where positions are not rotary it leaves vectors alone.
     protected : ``[kv_heads or 1, n]`` bool, entries that must stay.
     kernels : what selects faster than torch does, where the backend has it.
 
@@ -209,7 +209,7 @@ class Observation:
     keys: Tensor | None = None
     values: Tensor | None = None
     queries: Queries | None = None
-    turn: Tensor | None = None
+    rotation: Tensor | None = None
     kernels: Kernels | None = None
 
 

@@ -142,7 +142,7 @@ def test_generate_streams_text_and_a_summary() -> None:
 
 
 def test_generate_tells_where_positions_end() -> None:
-    positions = LLM(shipped_model(), policy="full").engine.adapter.max_positions
+    positions = LLM(shipped_model(), policy="full").engine.runner.max_positions
     words = " ".join(["map"] * (positions - 4))
     done = run("generate", "--policy", "full", "--prompt-file", "-", "--max-tokens", "50", "--json",
                text=words)  # fmt: skip
@@ -168,17 +168,17 @@ def test_inspect_is_the_policys_forecast() -> None:
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)["layers"]
     llm = LLM(GOLDEN, kv_memory="64MiB")
-    forecast = PyramidInfer(keep=0.45).forecast(1000, 20, llm.engine.adapter.layers_for(1020))
+    forecast = PyramidInfer(keep=0.45).forecast(1000, 20, llm.engine.runner.layers_for(1020))
     assert [row["computed"] for row in rows] == forecast.reach
     assert [of_layers([row["kept"]])[0] for row in rows] == forecast.kept
-    page, heads = llm.engine.pool.layout.page_bytes[0], llm.engine.adapter.kv_heads
+    page, heads = llm.engine.pool.layout.page_bytes[0], llm.engine.runner.kv_heads
     assert [row["bytes"] for row in rows] == [
         heads * -(-kept // 16) * page for kept in forecast.kept
     ]
     assert (
         json.loads(done.stdout)["admission_bytes"]
         == llm.engine.ledger.cost(
-            PyramidInfer(keep=0.45), 1000, 20, llm.engine.adapter.layers_for(1020), 0
+            PyramidInfer(keep=0.45), 1000, 20, llm.engine.runner.layers_for(1020), 0
         ).bytes
     )
     tight = run("inspect", "--policy", "pyramidinfer", "--keep", "0.09", "--prompt-len", "1000")
@@ -228,7 +228,7 @@ def test_inspect_shows_heads_that_are_not_equally_long(
     assert not stopped.value.code
     rows = json.loads(capsys.readouterr().out)["layers"]
     llm = LLM(shipped_model(), policy="duo", keep=0.3, profile=False)
-    forecast = llm.policy.forecast(1500, 20, llm.engine.adapter.layers_for(1520))
+    forecast = llm.policy.forecast(1500, 20, llm.engine.runner.layers_for(1520))
     assert [row["kept"] for row in rows] == forecast.heads
     assert [row["computed"] for row in rows] == forecast.reach
     assert len({kept for row in rows for kept in row["kept"]}) == 3
@@ -295,7 +295,10 @@ def test_inspect_counts_what_is_read_again(
     llm = LLM(shipped_model(), policy="kvzip", keep=0.3)
     request = llm.engine.make([3] * 1000, SamplingParams(max_tokens=20))
     assert found["admission_bytes"] == request.cost.bytes
-    assert request.cost.settled is not None and found["bytes"] == request.cost.settled.bytes
+    assert (
+        request.cost.after_prefill is not None
+        and found["bytes"] == request.cost.after_prefill.bytes
+    )
     assert found["tokens_read_again"] == 1000 + len(llm.policy.question)  # type: ignore[attr-defined]
     table = shown()
     assert "mean share of the prompt computed: 2.0" in table and "kept after it: 0.300" in table

@@ -238,7 +238,7 @@ def test_a_server_as_a_user_begins_it() -> None:
 
 
 def test_sigterm_lets_what_runs_end() -> None:
-    """New requests are turned away meanwhile, on a connection that was open before."""
+    """New requests are rotated away meanwhile, on a connection that was open before."""
     with server() as (begun, http), http.stream(
         "POST", "/v1/completions", json=long(1200)
     ) as stream:  # fmt: skip

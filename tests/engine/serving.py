@@ -43,16 +43,16 @@ def queue(engine: Engine, prompt: list[int], new: int, policy: Policy | None = N
 
 
 def step(engine: Engine) -> list[Request]:
-    """One step; what is held never exceeds what is promised, nor that what there is."""
+    """One step; what is held never exceeds what is reserved, nor that what there is."""
     ended = engine.step()
     engine.pool.check()
     ledger, pool = engine.ledger, engine.pool
     assert not ledger.is_over
     for request in (*engine.scheduler.prefilling, *engine.scheduler.running):
-        assert request.sequence is not None and request.promised is not None
+        assert request.sequence is not None and request.reserved is not None
         held = ledger.held(request.sequence.table)
-        assert (held.pages <= request.promised.pages).all()
-        assert held.bytes <= request.promised.bytes
+        assert (held.pages <= request.reserved.pages).all()
+        assert held.bytes <= request.reserved.bytes
     assert pool.budget_used <= ledger.bytes <= pool.budget
     return ended
 

@@ -110,7 +110,7 @@ def test_numbers_that_are_none_end_one_request_only() -> None:
     params = SamplingParams(max_tokens=5, ignore_eos=True)
     expected = llm.generate([[7, 8, 9]], params)[0].token_ids
     with torch.no_grad():
-        llm.engine.adapter.body.embed_tokens.weight[100] = float("nan")
+        llm.engine.runner.body.embed_tokens.weight[100] = float("nan")
     broken, fine = llm.generate([[5, 100], [7, 8, 9]], params)
     assert (broken.finish_reason, broken.token_ids) == ("error", [])
     assert (fine.finish_reason, fine.token_ids) == ("length", expected)

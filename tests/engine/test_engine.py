@@ -133,7 +133,7 @@ def test_a_steps_budget_is_used_up(name: str) -> None:
 
 
 def test_reservation_is_an_upper_bound() -> None:
-    """What a request holds never exceeds what was promised to it, and the budget holds."""
+    """What a request holds never exceeds what was reserved for it, and the budget holds."""
     for name in sorted(POLICIES):
         for family in ("llama", "gemma2", "opt"):
             llm = build(name, family, prefill_chunk=16, step_tokens=32, dtype=torch.float32)
@@ -195,9 +195,9 @@ def test_a_step_that_fails_leaves_the_others_unharmed(
     llm = build(name, prefill_chunk=16, step_tokens=24)
     params = SamplingParams(max_tokens=16, ignore_eos=True, temperature=0.8, seed=3)
     requests = [llm.engine.add(random_prompt(i, n), params) for i, n in enumerate((9, 70, 33))]
-    adapter = llm.engine.adapter
+    runner = llm.engine.runner
     name_of = {"layer": "_run_layer", "head": "_logits", "settle": "settle"}[where]
-    real, calls = getattr(adapter, name_of), [0]
+    real, calls = getattr(runner, name_of), [0]
 
     def failing(*values: Any) -> Any:
         calls[0] += 1
@@ -205,13 +205,13 @@ def test_a_step_that_fails_leaves_the_others_unharmed(
             raise KeyboardInterrupt
         return real(*values)
 
-    monkeypatch.setattr(adapter, name_of, failing)
+    monkeypatch.setattr(runner, name_of, failing)
     interrupts = 0
     for _ in range(3000):
         if llm.engine.scheduler.idle:
             break
         if where == "layer" and interrupts > 30:
-            monkeypatch.setattr(adapter, name_of, real)
+            monkeypatch.setattr(runner, name_of, real)
         try:
             llm.engine.step()
         except KeyboardInterrupt:
@@ -226,7 +226,7 @@ def test_a_step_that_fails_leaves_the_others_unharmed(
 def test_sliding_layers_hold_their_window_only() -> None:
     llm = build("full", "gemma3_text", dtype=torch.float32)
     out = llm.generate([random_prompt(1, 100)], SamplingParams(max_tokens=40, ignore_eos=True))[0]
-    kinds = llm.engine.adapter.config.layer_types
+    kinds = llm.engine.runner.config.layer_types
     for kind, kept in zip(kinds, of_layers(out.kv.kept_len), strict=True):
         if kind == "full_attention":
             assert kept == 139

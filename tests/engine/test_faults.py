@@ -57,7 +57,7 @@ def test_a_prompt_that_breaks_its_pass_ends_alone(
     """Tokens that the embedding raises at, in the second chunk of a prompt, while others decode
     and take their prompts in."""
     engine = start(name, prefill_chunk=16, step_tokens=40)
-    family = engine.adapter.family
+    family = engine.runner.family
     real = family.embed
 
     def embed(body: Any, config: Any, ids: Tensor, positions: Tensor) -> Tensor:
@@ -65,7 +65,7 @@ def test_a_prompt_that_breaks_its_pass_ends_alone(
             raise RuntimeError("a bad token")
         return real(body, config, ids, positions)
 
-    monkeypatch.setattr(engine.adapter, "family", replace(family, embed=embed))
+    monkeypatch.setattr(engine.runner, "family", replace(family, embed=embed))
     others = [queue(engine, random_prompt(number, 20), 14) for number in (1, 2)]
     while not others[0].output:
         step(engine)
@@ -89,14 +89,14 @@ def test_one_that_cannot_be_settled_ends_with_what_it_has(
     requests = [queue(engine, random_prompt(number, 20), 14) for number in (1, 2, 3)]
     while len(requests[0].output) < 4:
         step(engine)
-    bad, real = requests[1].sequence, engine.adapter.settle
+    bad, real = requests[1].sequence, engine.runner.settle
 
     def settle(pool: Any, sequence: Any, decoding: Any, row: int) -> None:
         if sequence is bad:
             raise ArithmeticError("no eviction")
         real(pool, sequence, decoding, row)
 
-    monkeypatch.setattr(engine.adapter, "settle", settle)
+    monkeypatch.setattr(engine.runner, "settle", settle)
     assert run(engine) == [requests[1]]
     assert requests[1].error == "ArithmeticError: no eviction"
     for number, request in zip((1, 2, 3), requests, strict=True):
@@ -187,7 +187,7 @@ def test_logits_that_are_no_numbers_end_one_sample(
     request = queue(engine, random_prompt(1, 20), 14, samples=3, **hot)
     while len(request.output) < 4:
         step(engine)
-    everyone, real = [request, *request.samples], engine.adapter.forward
+    everyone, real = [request, *request.samples], engine.runner.forward
     assert engine.scheduler.running == everyone
 
     def forward(pool: Any, batch: Any) -> Any:
@@ -197,7 +197,7 @@ def test_logits_that_are_no_numbers_end_one_sample(
                 stepped.logits[victim, 7] = float("nan")
         return stepped
 
-    monkeypatch.setattr(engine.adapter, "forward", forward)
+    monkeypatch.setattr(engine.runner, "forward", forward)
     ended = step(engine)
     assert ended == [everyone[victim]]
     assert ended[0].finish_reason == "error" and "NaN" in (ended[0].error or "")
@@ -211,8 +211,8 @@ def test_logits_of_a_prompt_that_are_no_numbers_end_all_its_samples(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     engine = start("full")
-    real = engine.adapter._logits
-    monkeypatch.setattr(engine.adapter, "_logits", lambda hidden: real(hidden) * float("nan"))
+    real = engine.runner._logits
+    monkeypatch.setattr(engine.runner, "_logits", lambda hidden: real(hidden) * float("nan"))
     request = queue(engine, random_prompt(1, 20), 14, samples=2)
     finish(engine)
     for each in (request, *request.samples):
@@ -225,7 +225,7 @@ def test_a_step_that_fails_for_nobodys_fault_is_taken_again(
     """The error does not come back: one by one, everybody gets a token."""
     engine = start("pyramid", prefill_chunk=16, step_tokens=24)
     requests = [queue(engine, random_prompt(number, 30), 14) for number in (1, 2, 3)]
-    real, calls = engine.adapter._logits, [0]
+    real, calls = engine.runner._logits, [0]
 
     def failing(hidden: Tensor) -> Tensor:
         calls[0] += 1
@@ -233,11 +233,11 @@ def test_a_step_that_fails_for_nobodys_fault_is_taken_again(
             raise OSError("a hiccup")
         return real(hidden)
 
-    monkeypatch.setattr(engine.adapter, "_logits", failing)
+    monkeypatch.setattr(engine.runner, "_logits", failing)
     failed: list[Request] = []
     while not engine.scheduler.idle:
         if calls[0] > 30:
-            monkeypatch.setattr(engine.adapter, "_logits", real)
+            monkeypatch.setattr(engine.runner, "_logits", real)
         failed += [each for each in blame(engine) if each.finish_reason == "error"]
     for number, request in zip((1, 2, 3), requests, strict=True):
         expected = plain(number, 30, name="pyramid")

@@ -1,4 +1,4 @@
-"""More promised than there is: every request comes to its end, with the tokens it has alone."""
+"""More reserved than there is: every request comes to its end, with the tokens it has alone."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def squeezed(family: str, plans: list[Plan], share: float = 0.4, **options: Any
     step(roomy)
     assert len(roomy.scheduler.running) == len(plans)
     now, alone = roomy.ledger.bytes, max(each.cost.bytes for each in requests)
-    most = sum(each.cost.settled.bytes for each in requests if each.cost.settled)
+    most = sum(each.cost.after_prefill.bytes for each in requests if each.cost.after_prefill)
     size = roomy.pool.layout.page_bytes[0]
     budget = max(alone, int(now + share * (most - now)))
     engine = start("full", family, kv_memory=(budget // size + 1) * size, **options)
@@ -199,7 +199,7 @@ def test_whoever_is_preempted_gives_way_to_the_oldest(name: str) -> None:
     engine, (oldest, *others) = squeezed("llama", [(None, 6, 80), other, other])
     while not engine.scheduler.idle:
         step(engine)
-        assert oldest not in engine.scheduler.away
+        assert oldest not in engine.scheduler.preempted
     engine.check()
     assert engine.scheduler.counts.swapped > 0
     assert oldest.output == alone("full", "llama", 0, 6, 80)
@@ -234,10 +234,13 @@ def test_what_is_promised_is_what_is_expected() -> None:
     engine = start("full", admission="overcommit", expected_output=0.5)
     params = SamplingParams(max_tokens=40)
     request = engine.make(random_prompt(1, 20), params)
-    assert request.likely.settled is not None and request.likely.settled.entries is not None
-    assert request.likely.settled.entries.tolist() == [[40] * 2] * 4
-    assert request.cost.settled is not None and request.cost.settled.entries is not None
-    assert request.cost.settled.entries.tolist() == [[60] * 2] * 4
+    assert (
+        request.likely.after_prefill is not None
+        and request.likely.after_prefill.entries is not None
+    )
+    assert request.likely.after_prefill.entries.tolist() == [[40] * 2] * 4
+    assert request.cost.after_prefill is not None and request.cost.after_prefill.entries is not None
+    assert request.cost.after_prefill.entries.tolist() == [[60] * 2] * 4
     assert (request.likely.pages < request.cost.pages).all()
     plain = start("full").make(random_prompt(1, 20), params)
     assert plain.likely is plain.cost
@@ -249,31 +252,31 @@ def test_expectations_give_way_and_come_back() -> None:
     preempted for what is only expected."""
 
     class Other:
-        promised: Cost | None = None
+        reserved: Cost | None = None
 
     engine = start("full", admission="overcommit", expected_output=1.0)
     request, ledger = queue(engine, random_prompt(1, 20), 40), engine.ledger
     while len(request.output) < 3:
         step(engine)
-    assert request.promised is not None and request.promised.pages.tolist() == [2 * 4 * 15]
-    ledger.promise(Other(), Cost(ledger.layout.page_counts - 2 * 4 * 8, 0))
+    assert request.reserved is not None and request.reserved.pages.tolist() == [2 * 4 * 15]
+    ledger.reserve(Other(), Cost(ledger.layout.page_counts - 2 * 4 * 8, 0))
     for entries in range(22, 32):
         step(engine)
-        assert request.promised.pages.tolist() == [2 * 4 * -(-(entries + 1) // 4)]
-    assert not engine.scheduler.away
+        assert request.reserved.pages.tolist() == [2 * 4 * -(-(entries + 1) // 4)]
+    assert not engine.scheduler.preempted
     with pytest.raises(ValueError, match="held by finished requests"):
         step(engine)
-    assert engine.scheduler.away == [request]
+    assert engine.scheduler.preempted == [request]
 
 
 def test_what_is_expected_is_promised_again_before_anybody_else_begins() -> None:
     engine = start("full", admission="overcommit", expected_output=1.0)
     request = queue(engine, random_prompt(1, 20), 40)
     step(engine)
-    engine.ledger.promise(request, engine.scheduler._needed(request))
+    engine.ledger.reserve(request, engine.scheduler._needed(request))
     engine.scheduler._trimmed.append(request)
     engine.scheduler.relieve()
-    assert request.promised is not None and request.promised.pages.tolist() == [2 * 4 * 15]
+    assert request.reserved is not None and request.reserved.pages.tolist() == [2 * 4 * 15]
     finish(engine)
 
 
@@ -288,13 +291,13 @@ def test_who_is_away_comes_before_who_never_began_and_is_no_request_in_flight() 
     first, second = (queue(engine, random_prompt(i, 10), 60) for i in range(2))
     third = queue(engine, random_prompt(2, 3), 2)
     scheduler = engine.scheduler
-    while not scheduler.away:
+    while not scheduler.preempted:
         step(engine)
         assert third.started is None
-    assert scheduler.away == [second]
+    assert scheduler.preempted == [second]
     assert scheduler.in_flight == 1
     assert second.output, "it was decoding"
-    while scheduler.away:
+    while scheduler.preempted:
         assert third.started is None, "nobody overtakes who is away"
         assert not scheduler.idle
         step(engine)
@@ -307,12 +310,12 @@ def test_abort_while_away_frees_everything() -> None:
     for preempt in ("swap", "recompute"):
         engine = crowded("full", "llama", [(10, 60)], 1.3, preempt=preempt)
         first, second = (queue(engine, random_prompt(i, 10), 60) for i in range(2))
-        while not engine.scheduler.away:
+        while not engine.scheduler.preempted:
             step(engine)
         said = engine.output(second)
         engine.abort(second)
         assert second.finish_reason == "abort"
-        assert second.away is None and second.sequence is None and second.promised is None
+        assert second.preempted is None and second.sequence is None and second.reserved is None
         assert second.kv == said.kv
         assert engine.scheduler.host_bytes == 0
         finish(engine)
@@ -333,7 +336,7 @@ def test_a_prompt_in_progress_is_preempted_too() -> None:
         preempted = False
         while not engine.scheduler.idle:
             step(engine)
-            preempted |= late in engine.scheduler.away and not late.output
+            preempted |= late in engine.scheduler.preempted and not late.output
         engine.check()
         assert preempted
         counts = engine.scheduler.counts
@@ -354,7 +357,7 @@ def test_samples_that_wait_for_a_preempted_prompt() -> None:
             step(engine)
         for _ in range(3):
             engine.scheduler._preempt()
-        assert len(engine.scheduler.away) == 3
+        assert len(engine.scheduler.preempted) == 3
         finish(engine)
         for index, each in enumerate((request, *request.samples)):
             assert each.output == alone("full", "llama", 1, 30, 12, temperature=0.8, seed=4 + index)
@@ -371,13 +374,13 @@ def test_a_failed_step_in_which_a_prompt_is_computed_anew_spares_its_samples(
     for _ in range(3):
         engine.scheduler._preempt()
     for each in (request, *request.samples):
-        assert each.away is not None and each.away.cache is None
+        assert each.preempted is not None and each.preempted.cache is None
     engine.config = engine.scheduler.config = replace(engine.config, max_requests=2)
-    real = engine.adapter._logits
-    monkeypatch.setattr(engine.adapter, "_logits", _raise)
+    real = engine.runner._logits
+    monkeypatch.setattr(engine.runner, "_logits", _raise)
     with pytest.raises(OSError, match="a hiccup"):
         engine.step()
-    monkeypatch.setattr(engine.adapter, "_logits", real)
+    monkeypatch.setattr(engine.runner, "_logits", real)
     finish(engine)
     for index, each in enumerate((request, *request.samples)):
         assert each.output == alone("full", "llama", 1, 30, 12, temperature=0.8, seed=4 + index)
@@ -434,7 +437,7 @@ def test_a_cache_in_a_callers_hands_is_named_when_nobody_can_go_on() -> None:
     request = queue(engine, random_prompt(0, 10), 60)
     with pytest.raises(ValueError, match="held by finished requests.*release some"):
         finish(engine)
-    assert engine.scheduler.away == [request] and request.output
+    assert engine.scheduler.preempted == [request] and request.output
     turn = engine.extend(held, [5, 6, 7], SamplingParams(max_tokens=2), hold=True)
     while turn.finish_reason is None:
         step(engine)
@@ -472,7 +475,7 @@ def test_budgets_are_lowered_before_anybody_is_preempted(name: str, family: str)
         lowered.append(request)
         assert floor <= to < 0.7
         assert request.policy == replace(policy, keep=to)  # type: ignore[call-arg]
-        layers = engine.adapter.layers_for(99)
+        layers = engine.runner.layers_for(99)
         for kept, most, governed in zip(
             request.kv.kept_len, held_to(request.policy, 24, layers), layers.governed, strict=True
         ):
@@ -530,7 +533,7 @@ def test_a_lowered_held_cache_says_so_in_its_next_turn() -> None:
 def test_budgets_only_fall(name: str) -> None:
     """What a policy says of a lower keep: no layer's budget is raised, None where none falls."""
     engine = start(name)
-    policy, layers = engine.policy, engine.adapter.layers_for(100)
+    policy, layers = engine.policy, engine.runner.layers_for(100)
     state = policy.start(layers)
     if name not in ELASTIC:
         assert policy.tightened(0.1, state, layers) is None
@@ -574,7 +577,7 @@ def test_relief_that_fails_leaks_nothing(where: str, monkeypatch: pytest.MonkeyP
     """Who was to be moved is aborted; the others go on as if nothing had been."""
     other = (make_policy("streaming_llm", 0.9), 24, 75)
     engine, (oldest, *others) = squeezed("llama", [(None, 6, 80), other, other], elastic=0.7)
-    target = engine.adapter if where == "evict_now" else engine.pool
+    target = engine.runner if where == "evict_now" else engine.pool
     real, calls = getattr(target, where), [0]
 
     def failing(*values: Any) -> Any:

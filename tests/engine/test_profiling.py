@@ -87,8 +87,8 @@ def test_scores_are_those_of_the_full_matrix(family: str) -> None:
     passage = random_prompt(4, 70)
     repeated = [9, 8, *passage[1:]]
     llm = engine_of(family)
-    found = watch(llm.engine.adapter, llm.engine.pool, passage, repeated).scores
-    governed = llm.engine.adapter.layers_for(142).governed
+    found = watch(llm.engine.runner, llm.engine.pool, passage, repeated).scores
+    governed = llm.engine.runner.layers_for(142).governed
     assert [layer for layer, each in enumerate(governed) if each] == sorted(found)
     assert all(governed) == (not family.startswith("gemma"))
     for layer, wanted in enumerate(weights(family, passage, repeated)):
@@ -102,7 +102,7 @@ def test_scores_are_those_of_the_full_matrix(family: str) -> None:
 def test_chunks_and_kernels_change_nothing(chunk: int) -> None:
     passage, repeated = random_prompt(4, 70), [9, 8, *random_prompt(4, 70)[1:]]
     llm = LLM(tiny_model("llama"), "full", kv_memory="4MiB", prefill_chunk=chunk, step_tokens=11)
-    found = watch(llm.engine.adapter, llm.engine.pool, passage, repeated).scores
+    found = watch(llm.engine.runner, llm.engine.pool, passage, repeated).scores
     for layer, wanted in enumerate(weights("llama", passage, repeated)):
         assert found[layer].numpy() == pytest.approx(wanted, rel=1e-3, abs=1e-6)
 
@@ -217,7 +217,7 @@ def test_the_bar_is_shown_where_it_is_asked_for(capsys: pytest.CaptureFixture[st
         assert ("what each head needs" in shown.err) == (wanted is True) and not shown.out
     told: list[int] = []
     engine = engine_of("llama").engine
-    watch(engine.adapter, engine.pool, [3] * 30, [3] * 20, told.append)
+    watch(engine.runner, engine.pool, [3] * 30, [3] * 20, told.append)
     assert sum(told) == 4 * 50 and min(told) >= 0
 
 
@@ -228,7 +228,7 @@ def test_an_interrupted_measurement_holds_nothing(monkeypatch: pytest.MonkeyPatc
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        watch(llm.engine.adapter, llm.engine.pool, [3] * 30, [3] * 20, stopped)
+        watch(llm.engine.runner, llm.engine.pool, [3] * 30, [3] * 20, stopped)
     assert llm.engine.pool.budget_used == 0 and llm.engine.scheduler.idle
     llm.engine.check()
 
@@ -244,7 +244,7 @@ def speaks() -> LLM:
 
 
 def test_the_halves_are_of_two_texts(speaks: LLM) -> None:
-    found = english_passages(speaks.engine.adapter, speaks.tokenizer)
+    found = english_passages(speaks.engine.runner, speaks.tokenizer)
     texts = " ".join(paragraphs()), " ".join(library_paragraphs())
     encode = speaks.tokenizer.encode
     whole = [" ".join(map(str, encode(each, add_special_tokens=False))) for each in texts]
@@ -260,24 +260,24 @@ def test_the_halves_are_of_two_texts(speaks: LLM) -> None:
 
 
 def test_a_text_of_ones_own_is_halved(speaks: LLM) -> None:
-    adapter, tokenizer = speaks.engine.adapter, speaks.tokenizer
+    runner, tokenizer = speaks.engine.runner, speaks.tokenizer
     text = " ".join(paragraphs())[:40_000]
     ids = tokenizer.encode(text, add_special_tokens=False)
-    found = text_passages(adapter, tokenizer, text, "mine.txt")
+    found = text_passages(runner, tokenizer, text, "mine.txt")
     starts = [ids.index(passage[1]) for passage in found.all]
     assert starts[0] == 0 and all(passage[0] == tokenizer.bos_token_id for passage in found.all)
     for index, passage in enumerate(found.all):
         at = index * (len(ids) // 4)
         assert passage[1:] == ids[at : at + LENGTH - 1]
     few = tokenizer.decode(ids[:900])
-    assert all(len(each) == 226 for each in text_passages(adapter, tokenizer, few, "a").all)
+    assert all(len(each) == 226 for each in text_passages(runner, tokenizer, few, "a").all)
     with pytest.raises(ValueError, match=r"mine.txt has \d+ tokens; .* at least 796 of them"):
-        text_passages(adapter, tokenizer, tokenizer.decode(ids[:700]), "mine.txt")
+        text_passages(runner, tokenizer, tokenizer.decode(ids[:700]), "mine.txt")
 
 
 def test_models_with_few_positions(speaks: LLM) -> None:
     def of(family: str, **sizes: Any) -> Any:
-        return engine_of(family, vocab_size=len(WORDS), **sizes).engine.adapter
+        return engine_of(family, vocab_size=len(WORDS), **sizes).engine.runner
 
     again = len(speaks.tokenizer.encode(AGAIN, add_special_tokens=False))
     room = room_for(of("llama", max_position_embeddings=512), again)
@@ -285,7 +285,7 @@ def test_models_with_few_positions(speaks: LLM) -> None:
     small = engine_of("llama", vocab_size=len(WORDS), max_position_embeddings=160)
     small.tokenizer = small.engine.shared.tokenizer = speaks.tokenizer
     made = profile_model(small.engine.shared)
-    assert made.lengths[0] == room_for(small.engine.adapter, again) > 64
+    assert made.lengths[0] == room_for(small.engine.runner, again) > 64
     with pytest.raises(ValueError, match="the model tells 100 positions apart"):
         room_for(of("llama", max_position_embeddings=100), again)
     with pytest.raises(ValueError, match="the model tells 64 positions apart"):
@@ -294,10 +294,10 @@ def test_models_with_few_positions(speaks: LLM) -> None:
 
 def test_without_a_tokenizer_random_tokens_are_read() -> None:
     bare = engine_of("llama")
-    found = passages_for(bare.engine.adapter, None)
+    found = passages_for(bare.engine.runner, None)
     every = [token for passage in found.all for token in passage]
     assert len(found.all) == 4 and len(set(map(tuple, found.all))) == 4
-    assert set(every) <= set(range(bare.engine.adapter.vocab_size)) and len(set(every)) > 50
+    assert set(every) <= set(range(bare.engine.runner.vocab_size)) and len(set(every)) > 50
     profile = profile_model(bare.engine.shared)
     assert "without a tokenizer" in profile.text and profile.lengths == (len(found.all[0]),) * 4
     assert profile == profile_model(engine_of("llama").engine.shared), "the same tokens every time"
@@ -305,7 +305,7 @@ def test_without_a_tokenizer_random_tokens_are_read() -> None:
 
 def test_what_cannot_be_measured_is_told(speaks: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="without a tokenizer, so a text cannot be read"):
-        text_passages(engine_of("llama").engine.adapter, None, "a text", "mine.txt")
+        text_passages(engine_of("llama").engine.runner, None, "a text", "mine.txt")
     shipped = LLM(shipped_model(), "full", kv_memory="4MiB")
     with pytest.raises(ValueError, match="most of .* is unknown to the model's tokenizer"):
         profile_model(shipped.engine.shared)
@@ -342,7 +342,7 @@ def test_the_packages_profile_goes_before_the_users(folders: tuple[Path, Path]) 
     assert find_profile(engine_of("qwen3").engine.shared) is None
     stranger = engine_of("llama")
     with torch.no_grad():
-        stranger.engine.adapter.body.norm.weight *= 1.1
+        stranger.engine.runner.body.norm.weight *= 1.1
     assert find_profile(stranger.engine.shared) is None, "of the same sizes, but other weights"
 
 
@@ -380,7 +380,7 @@ def test_what_is_not_there_is_measured_once(
 def test_another_models_file_stays(folders: tuple[Path, Path]) -> None:
     llm, other = engine_of("llama"), engine_of("llama")
     with torch.no_grad():
-        other.engine.adapter.body.norm.weight *= 1.1
+        other.engine.runner.body.norm.weight *= 1.1
     paths = [store_profile(profile_model(each.engine.shared, PASSAGES)) for each in (llm, other)]
     assert sorted(folders[1].iterdir()) == sorted(paths) and paths[0] != paths[1]
     assert [look_up(each.engine.shared).path for each in (llm, other)] == paths  # type: ignore[union-attr]

@@ -29,7 +29,7 @@ def positions(engine: Engine, request: Request) -> list[list[list[int]]]:
     table = request.sequence.table
     return [
         [head[head >= 0].sort().values.tolist() for head in engine.pool.positions(table, layer)]
-        for layer in range(engine.adapter.depth)
+        for layer in range(engine.runner.depth)
     ]
 
 
@@ -123,9 +123,9 @@ def test_counts_bytes_and_state_stay(name: str) -> None:
     """Only which entries there are changes, and the conversation goes on with them."""
     engine = start(name, reuse_share=1.0)
     held = talk(engine, random_prompt(1, LONG))
-    assert held.sequence is not None and held.promised is not None
+    assert held.sequence is not None and held.reserved is not None
     table, before = held.sequence.table, positions(engine, held)
-    kept, state, promised = table.kept.copy(), dict(table.state), held.promised
+    kept, state, reserved = table.kept.copy(), dict(table.state), held.reserved
     used, conversations = engine.pool.budget_used, engine.conversations
     assert engine.recompress(held) == (name not in ALONE)
     after = held.sequence.table
@@ -135,8 +135,8 @@ def test_counts_bytes_and_state_stay(name: str) -> None:
     assert all(torch.equal(after.state[each], state[each]) for each in state)
     same = [heads[0] == heads[1] for heads in before]
     assert [heads[0] == heads[1] for heads in positions(engine, held)] == same
-    assert engine.pool.budget_used == used and held.promised.bytes == promised.bytes
-    assert engine.ledger.bytes == conversations.cost.bytes == promised.bytes
+    assert engine.pool.budget_used == used and held.reserved.bytes == reserved.bytes
+    assert engine.ledger.bytes == conversations.cost.bytes == reserved.bytes
     owned = {int(p) for layer in range(4) for p in engine.pool.owned(after, layer)}
     assert conversations.page_count == len(owned) and conversations.held == [held]
     turn = talk(engine, held.text + random_prompt(2, 20))
@@ -149,13 +149,13 @@ def test_it_is_promised_what_it_takes() -> None:
     engine = start("snapkv", prefill_chunk=16)
     held = talk(engine, random_prompt(1, LONG))
     work, most = Recompression(engine.shared, engine.conversations, engine._reader(), held), 0
-    assert work.promised is not None
+    assert work.reserved is not None
     while not work.step():
-        taken = engine.ledger.held(work.intake.sequence.table)
-        assert (taken.pages <= work.promised.pages).all() and taken.bytes <= work.promised.bytes
+        taken = engine.ledger.held(work.prefill.sequence.table)
+        assert (taken.pages <= work.reserved.pages).all() and taken.bytes <= work.reserved.bytes
         most = max(most, taken.bytes)
-    assert most > 0.9 * (work.intake.length * 4 * 2 * (2 * 8 * 8 + 4))  # all of it was there
-    assert work.promised is None and work.work == 2 * 4 * (LONG + 5)
+    assert most > 0.9 * (work.prefill.length * 4 * 2 * (2 * 8 * 8 + 4))  # all of it was there
+    assert work.reserved is None and work.work == 2 * 4 * (LONG + 5)
     assert engine.scheduler.idle and engine.peak_in_flight == 1
 
 
@@ -175,7 +175,7 @@ def test_windows_stay_windows() -> None:
     engine = start("snapkv", "gemma3_text")
     held = talk(engine, random_prompt(1, LONG), 10)
     assert held.sequence is not None
-    governed = np.array(engine.adapter.layers_for(LONG + 10).governed)
+    governed = np.array(engine.runner.layers_for(LONG + 10).governed)
     assert governed.any() and not governed.all()
     before, kept = positions(engine, held), held.sequence.table.kept.copy()
     assert engine.recompress(held)
@@ -309,7 +309,7 @@ def test_a_fault_leaves_the_held_cache(broken: str, monkeypatch: pytest.MonkeyPa
     engine = start("snapkv")
     held = talk(engine, random_prompt(1, LONG))
     recompressor, before = engine.recompressor(), positions(engine, held)
-    forward = engine.adapter.forward
+    forward = engine.runner.forward
 
     def fails(*arguments: Any) -> Any:
         stepped = forward(*arguments)
@@ -317,7 +317,7 @@ def test_a_fault_leaves_the_held_cache(broken: str, monkeypatch: pytest.MonkeyPa
             raise RuntimeError("broken")
         return stepped._replace(logits=stepped.logits * torch.nan)
 
-    monkeypatch.setattr(engine.adapter, "forward", fails)
+    monkeypatch.setattr(engine.runner, "forward", fails)
     with pytest.raises((RuntimeError, FloatingPointError), match="broken|not finite"):
         run(recompressor)
     monkeypatch.undo()

@@ -26,8 +26,8 @@ ALL = SamplingParams(max_tokens=10, ignore_eos=True)
 def reread(engine: Engine, request: Request, layer: int) -> None:
     """Step until the request's text is being read again in this layer."""
     while True:
-        intake = request.intake
-        if intake is not None and intake.again is not None and intake.layer == layer:
+        prefill = request.prefill
+        if prefill is not None and prefill.again is not None and prefill.layer == layer:
             return
         step(engine)
 
@@ -52,9 +52,9 @@ def test_promises_are_exact(chunk: int) -> None:
     most = request.cost.bytes - 90 * 32 * 8  # outputs of every token, had they been asked for
     assert most >= table.peak_bytes > 0.97 * most
     held = pool.pages_for(table.kept + 10).sum(1)
-    assert request.promised is not None and request.cost.settled is not None
-    assert request.promised.bytes == int((held * pool.layout.layer_page_bytes).sum())
-    assert request.promised.bytes < 0.55 * pool.bytes(table) / 0.3
+    assert request.reserved is not None and request.cost.after_prefill is not None
+    assert request.reserved.bytes == int((held * pool.layout.layer_page_bytes).sum())
+    assert request.reserved.bytes < 0.55 * pool.bytes(table) / 0.3
     assert table.kept.sum() == round(0.3 * 90 * table.kept.size) and not table.state
     assert table.seen_len == 90 and table.extra_bytes == 0
     assert engine.metrics(request).computed_share == (90 + 90 + 3 + 10 + 10) / 90
@@ -69,7 +69,7 @@ def test_forecast_bounds_all_layers_together() -> None:
     engine = start(POLICY)
     for length, new in ((90, 1), (90, 60), (200, 20)):
         request = queue(engine, random_prompt(length, length), new)
-        settled = request.cost.settled
+        settled = request.cost.after_prefill
         finish(engine)
         assert request.kv is not None and settled is not None
         assert request.kv.bytes <= settled.bytes
@@ -80,7 +80,7 @@ def test_forecast_bounds_all_layers_together() -> None:
 def test_ctrl_c_in_a_reading_begins_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """In a layer of it and in the cut; another request beside it goes on."""
     prompt, expected = random_prompt(3, 90), answer(random_prompt(3, 90))
-    for name in ("settle_layer", "cut"):
+    for name in ("end_layer", "cut"):
         engine = start(POLICY, prefill_chunk=16, step_tokens=24)
         other, request = queue(engine, random_prompt(9, 20), 40), queue(engine, prompt, 10)
         reread(engine, request, 2)
@@ -92,7 +92,7 @@ def test_ctrl_c_in_a_reading_begins_again(monkeypatch: pytest.MonkeyPatch) -> No
             patched.setattr(rereading, name, stop)
             with pytest.raises(KeyboardInterrupt):
                 finish(engine)
-        assert request.intake is not None and request.intake.again is None
+        assert request.prefill is not None and request.prefill.again is None
         assert request.sequence is not None and not request.sequence.table.state
         finish(engine)
         assert request.output == expected and other.output == answer_of(other)
@@ -113,7 +113,7 @@ def test_a_text_is_moved_away_in_the_middle_of_a_reading(layer: int) -> None:
     request = queue(engine, prompt, 10)
     reread(engine, request, layer)
     engine.scheduler._preempt()
-    assert request.away is not None and request.intake is not None
+    assert request.preempted is not None and request.prefill is not None
     finish(engine)
     assert engine.scheduler.counts.swapped == engine.scheduler.counts.resumed == 1
     assert request.output == answer(prompt)
@@ -125,8 +125,8 @@ def test_samples_begin_on_what_was_cut() -> None:
     while not request.output:
         step(engine)
     for each in (request, *request.samples):
-        assert each.promised is not None
-        assert each.promised.bytes == request.promised.bytes < request.cost.bytes / 2  # type: ignore[union-attr]
+        assert each.reserved is not None
+        assert each.reserved.bytes == request.reserved.bytes < request.cost.bytes / 2  # type: ignore[union-attr]
     finish(engine)
     assert len({tuple(each.output) for each in (request, *request.samples)}) == 3
 
@@ -190,7 +190,7 @@ def test_sliding_layers_are_left_alone() -> None:
         finish(engine)
         assert request.kv is not None
         kept.append(np.array(request.kv.kept_len))
-    governed = np.array(engine.adapter.layers_for(104).governed)
+    governed = np.array(engine.runner.layers_for(104).governed)
     assert (kept[0][~governed] == kept[1][~governed]).all()
     cut = kept[1][governed]
     assert int(cut.sum()) == round(0.3 * 100 * cut.size) + 3 * cut.size
@@ -239,8 +239,8 @@ def test_the_sentences_are_read_with_the_models_tokenizer() -> None:
     assert head and prompt[: len(head)] == head
     request = llm.engine.add(prompt, ALL)
     llm.engine._schedule()
-    assert request.intake is not None
-    (again,) = request.intake.readings
+    assert request.prefill is not None
+    (again,) = request.prefill.readings
     assert again.tolist() == [*policy.question, *prompt[len(head) :]]
     mine = KVzip(question=[3, 4])
     assert llm.engine.bind(mine) == KVzip(question=(3, 4), question_from=policy.question_from)

@@ -41,8 +41,8 @@ def test_turns_on_the_full_cache_equal_those_from_scratch(family: str) -> None:
         scratch = talk(fresh, text, owner=None)
         assert turn.output == scratch.output
         assert turn.reused == held
-        assert turn.computed == [len(text) - held] * engine.adapter.depth
-        assert scratch.computed == [len(text)] * engine.adapter.depth
+        assert turn.computed == [len(text) - held] * engine.runner.depth
+        assert scratch.computed == [len(text)] * engine.runner.depth
         assert turn.cost.bytes < scratch.cost.bytes or not held
         held, text = len(turn.text) - 1, after(turn, number)
     conversations = engine.conversations
@@ -230,7 +230,7 @@ def test_a_taken_up_stream_goes_on_past_the_models_positions() -> None:
     engine = start(policy)
     turn = talk(engine, after(talk(engine, random_prompt(1, 440), 40), 2, 20), 40)
     assert turn.reused == 479
-    assert turn.kv is not None and turn.kv.seen_len > engine.adapter.max_positions
+    assert turn.kv is not None and turn.kv.seen_len > engine.runner.max_positions
     assert max(of_layers(turn.kv.kept_len)) <= 33 + 21
     with pytest.raises(ValueError, match="text is taken in at most 511 tokens at a time"):
         talk(engine, after(turn, 3))
@@ -336,12 +336,12 @@ def test_what_is_held_is_counted_as_it_comes_and_goes() -> None:
         for each in held.held:
             assert each.sequence is not None
             table = each.sequence.table
-            for layer in range(engine.adapter.depth):
+            for layer in range(engine.runner.depth):
                 owned |= set(engine.pool.owned(table, layer).tolist())
-        promised = [each.promised for each in held.held if each.promised]
+        reserved = [each.reserved for each in held.held if each.reserved]
         assert held.page_count == len(owned)
-        assert held.cost.bytes == sum(each.bytes for each in promised) <= held.limit
-        assert (held.cost.pages == sum(each.pages for each in promised)).all()
+        assert held.cost.bytes == sum(each.bytes for each in reserved) <= held.limit
+        assert (held.cost.pages == sum(each.pages for each in reserved)).all()
     assert taken >= 4 and held.dropped > 0
     held.clear()
     assert held.page_count == held.cost.bytes == 0 and not held._lengths and not held._by_digest

@@ -253,9 +253,9 @@ def test_memory_stays_below_what_was_promised(
             if request.sequence is not None and request.sequence.table is table:
                 held = pool.bytes(table) + table.extra_bytes
                 pages = np.bincount(pool.group_of, table.held.sum(1), len(pool.groups))
-                assert request.promised is not None
-                assert held <= request.promised.bytes <= request.cost.bytes
-                assert (pages <= request.promised.pages).all()
+                assert request.reserved is not None
+                assert held <= request.reserved.bytes <= request.cost.bytes
+                assert (pages <= request.reserved.pages).all()
                 looked.append(held)
 
     monkeypatch.setattr(pool, "note_peak", watch)

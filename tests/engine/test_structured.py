@@ -206,13 +206,13 @@ def test_prompt_logprobs_take_no_memory_by_the_length_of_the_prompt() -> None:
     """Logits are read a few at a time."""
     llm = LLM(tiny_model("llama", vocab_size=4000), "full", kv_memory="4MiB")
     prompt = random_prompt(3, 400)
-    most, logits = [0], llm.engine.adapter._logits
+    most, logits = [0], llm.engine.runner._logits
 
     def counted(hidden: torch.Tensor) -> torch.Tensor:
         most[0] = max(most[0], len(hidden))
         return logits(hidden)
 
-    llm.engine.adapter._logits = counted  # type: ignore[method-assign]
+    llm.engine.runner._logits = counted  # type: ignore[method-assign]
     assert len(prompt) * 4000 * 4 > llm.engine.pool.budget, "as many logits would not fit"
     out = llm.generate([prompt], SamplingParams(max_tokens=2, prompt_logprobs=0))[0]
     assert len(out.prompt_logprobs or []) == 400 and most[0] <= 64

@@ -17,7 +17,7 @@ from pyramidinfer.lab import shapes
 from pyramidinfer.lab.bench import compaction, kernels, machine, setting
 from pyramidinfer.lab.bench.machine import measure_roof
 from pyramidinfer.lab.bench.roofline import decode_bytes, prefill_flops
-from pyramidinfer.lab.bench.setting import Setting, Subject, run_pass
+from pyramidinfer.lab.bench.setting import Rig, Setting, run_pass
 from pyramidinfer.lab.bench.timing import PeakMemory, ratios, side_by_side, spread
 from pyramidinfer.lab.shapes import SHAPES, make_model, save_model, shape_config
 from tests.tiny import tiny_model
@@ -128,21 +128,21 @@ def test_roof_is_measured() -> None:
 
 
 def test_work_is_counted_by_hand() -> None:
-    adapter = Subject(Setting(dtype="float32")).adapter
+    runner = Rig(Setting(dtype="float32")).runner
     layer = 64 * (64 + 32 + 32 + 64) + 3 * 64 * 96  # q, k, v, o and the MLP
     pairs = 10 * 11 / 2
     attention = 4 * 2 * (16 + 16) * pairs
     head = 2 * 64 * 512
-    assert prefill_flops(adapter, [10, 10, 5]) == pytest.approx(
+    assert prefill_flops(runner, [10, 10, 5]) == pytest.approx(
         2 * 25 * layer + 2 * attention + 4 * 2 * 32 * 15 + head
     )
     entry = 2 * (16 + 16) * 4
     weights = 4 * (3 * (layer + 2 * 64) + 64 * 512)
-    assert decode_bytes(adapter, [7.0, 5.0, 3.0]) == weights + 15 * entry
+    assert decode_bytes(runner, [7.0, 5.0, 3.0]) == weights + 15 * entry
 
 
 def test_a_pass_tells_what_happened() -> None:
-    subject = Subject(Setting(dtype="float32", policies=("full", "snapkv")))
+    subject = Rig(Setting(dtype="float32", policies=("full", "snapkv")))
     prompts = subject.prompts(3, 100)
     assert prompts == subject.prompts(3, 100) and all(len(each) == 100 for each in prompts)
     full = run_pass(subject.engine("full", 3, 100, 6), prompts, 6)
@@ -158,12 +158,12 @@ def test_a_pass_tells_what_happened() -> None:
 
 
 def test_auto_memory_holds_all_requests_and_hardly_more() -> None:
-    subject = Subject(Setting(dtype="float32"))
+    subject = Rig(Setting(dtype="float32"))
     for spec in Setting().policies:
         engine = subject.engine(spec, 5, 60, 8)
         assert run_pass(engine, subject.prompts(5, 60), 8).peak_in_flight == 5
         assert engine.pool.budget < 1.6 * 5 * engine.ledger.cost(
-            engine.policy, 60, 8, subject.adapter.layers_for(68), 0
+            engine.policy, 60, 8, subject.runner.layers_for(68), 0
         ).bytes  # fmt: skip
 
 

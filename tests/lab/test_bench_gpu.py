@@ -146,7 +146,7 @@ def test_weights_change_hands_once(monkeypatch: pytest.MonkeyPatch) -> None:
     weights, made = gpu.Weights(PYTHON_PLAN), []
     # float32: linears of 16 bits are packed only where the CPU multiplies them
     make = partial(make_model, "toy-mha", "float32")
-    monkeypatch.setattr(gpu.Subject, "load", lambda self: made.append(1) or make())
+    monkeypatch.setattr(gpu.Rig, "load", lambda self: made.append(1) or make())
     model = weights.as_model("toy-mha")
     packed = weights.as_packed("toy-mha")
     assert weights.as_packed("toy-mha") is packed and len(made) == 1

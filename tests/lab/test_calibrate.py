@@ -43,7 +43,7 @@ def llm() -> LLM:
 def profile(llm: LLM) -> Profile:
     found = find_profile(llm.engine.shared)
     assert found is not None
-    layers = Layers((True,) * DEPTH, llm.engine.adapter.kv_heads)
+    layers = Layers((True,) * DEPTH, llm.engine.runner.kv_heads)
     assert Pyramid(profile=replace(found, calibrated=None)).begin(layers) == OWN
     return found
 
@@ -183,7 +183,7 @@ def test_where_nothing_is_free_the_profiles_own_start_stands(
     assert made.calibrated is not None
     assert (made.calibrated.start_layer, made.calibrated.propagate_ratio) == (OWN, 1.0)
     assert (made.calibrated.score, made.calibrated.computed) == (1.0, 0.9)
-    layers = Layers((True,) * DEPTH, llm.engine.adapter.kv_heads)
+    layers = Layers((True,) * DEPTH, llm.engine.runner.kv_heads)
     with_it, without = (
         Pyramid(keep=0.3, profile=each) for each in (made, replace(made, calibrated=None))
     )

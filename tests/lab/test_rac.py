@@ -85,16 +85,16 @@ def test_rows_are_the_models_attention_in_every_family(family: str) -> None:
             rows = seen.reached[seen.reached >= 20]
             into[np.ix_(rows.numpy(), seen.positions.numpy())] = seen.weights.numpy()
 
-    backend = llm.engine.adapter.backend
+    backend = llm.engine.runner.backend
     with watch(llm, 20, 50, take):
         llm.trace(prompt)
-    assert llm.engine.adapter.backend is backend
+    assert llm.engine.runner.backend is backend
     wanted = attention(model, prompt)
     assert sorted(found) == list(range(len(wanted)))
     for layer, weights in found.items():
         np.testing.assert_allclose(weights[20:], wanted[layer][20:], atol=1e-6)
     measured = {row["layer"] for row in measure_text(llm, prompt, (0.5,), 3)}
-    governed = llm.engine.adapter.layers_for(50).governed
+    governed = llm.engine.runner.layers_for(50).governed
     assert measured == {layer for layer, yes in enumerate(governed) if yes}
 
 

@@ -77,17 +77,17 @@ def test_a_chat_takes_its_cache_up_and_gives_it_back(machine: Asker) -> None:
         assert len({fact.value for fact in talk.asked}) == 3
         assert all(talk.notes.count(fact.statement) == 1 for fact in talk.asked)
     engine, fed = machine.llm.engine, []
-    forward = engine.adapter.forward
+    forward = engine.runner.forward
 
     def counted(pool: Any, batch: Any) -> Any:
-        fed.append(sum(len(work.intake.tokens) for work in batch.works))
+        fed.append(sum(len(work.prefill.tokens) for work in batch.works))
         return forward(pool, batch)
 
-    engine.adapter.forward = counted  # type: ignore[method-assign]
+    engine.runner.forward = counted  # type: ignore[method-assign]
     try:
         full = measure_turns(machine, Full(), talks)
     finally:
-        engine.adapter.forward = forward  # type: ignore[method-assign]
+        engine.runner.forward = forward  # type: ignore[method-assign]
     assert 0 < [n for n in fed if n][-1] < 150  # the last turn, not the notes again
     assert engine.pool.budget_used == 0
     assert all(len(each.scores) == 3 and each.kv_shares[-1] == 1 for each in full)
@@ -112,7 +112,7 @@ def test_chats_that_do_not_fit_together_go_one_after_the_other(
     where: Subject, machine: Asker
 ) -> None:
     talks, policy = make_talks(machine, 2, 5, 300), StreamingLLM(keep=0.3)
-    whole = full_bytes(machine.llm.engine.pool, machine.llm.engine.adapter, 300 + MORE)
+    whole = full_bytes(machine.llm.engine.pool, machine.llm.engine.runner, 300 + MORE)
     small = Asker(replace(where, kv_memory=str(int(2.2 * whole))))  # of five, two never fit
     assert in_groups(small, policy, talks) == measure_turns(machine, policy, talks)
     assert in_groups(small, Full(), talks) == measure_turns(machine, Full(), talks)

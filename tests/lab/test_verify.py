@@ -86,7 +86,7 @@ def test_as_many_samples_as_the_time_has_room_for(
     for name in ("Retrieval", "Turns", "Text", "LongAnswers"):
         monkeypatch.setattr(verifying, name, Counted)
     machine: Any = SimpleNamespace(llm=SimpleNamespace(
-        engine=SimpleNamespace(adapter=SimpleNamespace(max_positions=4096))
+        engine=SimpleNamespace(runner=SimpleNamespace(max_positions=4096))
     ))  # fmt: skip
     found = verify(machine, Subject(), Full(), Plan(300, seconds))
     assert [each.samples for each in found] == [rounds * ROUND] * 4
@@ -196,7 +196,7 @@ def test_a_server_that_holds_is_served(backend: str, monkeypatch: pytest.MonkeyP
     assert where == Subject(kv_memory="16MiB", dtype="float32", backend=backend)
     assert (policy.name, policy.keep, floor, plan) == ("pyramid", 0.3, 0.9, Plan())
     assert len(served) == 1
-    used = [llm.engine.adapter.backend.name for llm in (served[0][0], where.llm(policy))]
+    used = [llm.engine.runner.backend.name for llm in (served[0][0], where.llm(policy))]
     assert used[0] == used[1] and (backend == "auto" or used[0] == backend)
 
 

@@ -261,7 +261,7 @@ def test_what_many_configs_carry_is_harmless(folder: Path) -> None:
     (folder / "modeling.py").write_text("raise SystemExit('remote code was run')")
     llm = LLM(str(folder), policy="full", kv_memory="1MiB")
     assert llm.generate([[5, 6, 7]], SamplingParams(max_tokens=NEW))[0].token_ids == expected
-    assert not hasattr(llm.engine.adapter.config, "auto_map")
+    assert not hasattr(llm.engine.runner.config, "auto_map")
 
 
 @pytest.mark.parametrize(

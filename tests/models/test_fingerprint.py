@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyramidinfer import LLM
 from pyramidinfer.attention import select_backend
-from pyramidinfer.models import Adapter
+from pyramidinfer.models import ModelRunner
 from pyramidinfer.models.fingerprint import fingerprint
 from pyramidinfer.policies.profile import Fingerprint
 from tests.tiny import SPECIFIC, tiny_config, tiny_model
@@ -20,7 +20,7 @@ FAMILIES = sorted(SPECIFIC)
 
 
 def mark_of(model: Any, **options: Any) -> Fingerprint:
-    return fingerprint(Adapter(model, select_backend("auto", torch.device("cpu")), **options))
+    return fingerprint(ModelRunner(model, select_backend("auto", torch.device("cpu")), **options))
 
 
 def trained(family: str, seed: int = 1, dtype: torch.dtype = torch.float32, **sizes: Any) -> Any:
@@ -98,7 +98,7 @@ def test_packing_changes_nothing(tmp_path: Path) -> None:
     """Weights that are packed are let go of; a model that is used as it is keeps them."""
     model = trained("llama")
     model.save_pretrained(tmp_path)
-    adapter = LLM(str(tmp_path), "full", dtype="float32", kv_memory="2MiB").engine.adapter
-    if adapter.fused is not None:  # where there are no kernels nothing is packed
-        assert adapter.body.layers[0].self_attn.k_proj.weight.numel() == 0
-    assert fingerprint(adapter).matches(mark_of(model))
+    runner = LLM(str(tmp_path), "full", dtype="float32", kv_memory="2MiB").engine.runner
+    if runner.fused is not None:  # where there are no kernels nothing is packed
+        assert runner.body.layers[0].self_attn.k_proj.weight.numel() == 0
+    assert fingerprint(runner).matches(mark_of(model))

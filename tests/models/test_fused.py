@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pyramidinfer import LLM, SamplingParams
 from pyramidinfer.attention import select_backend
-from pyramidinfer.models import Adapter
+from pyramidinfer.models import ModelRunner
 from pyramidinfer.models import fused as fusing
 from pyramidinfer.models.families import FAMILIES
 from pyramidinfer.models.ops import ADD, GATED, PLAIN, Heads, KernelOps, TorchOps
@@ -78,7 +78,7 @@ def test_logits_are_the_models_own(variant: str, length: int) -> None:
     family, changes = VARIANTS[variant]
     model = varied(family, **changes)
     llm = build(model, prefill_chunk=40)
-    assert llm.engine.adapter.fused is not None
+    assert llm.engine.runner.fused is not None
     tokens = random_prompt(length, length + 20)
     (scored,) = llm.score([tokens[:length]], [tokens[length:]], logits=True)
     assert scored.logits is not None
@@ -97,7 +97,7 @@ def test_bf16_is_no_further_off_than_the_models_own(variant: str, length: int) -
     family, changes = VARIANTS[variant]
     model = varied(family, torch.bfloat16, **changes)
     llm = build(model, prefill_chunk=40)
-    assert llm.engine.adapter.fused is not None
+    assert llm.engine.runner.fused is not None
     tokens = random_prompt(length, length + 30)
     (scored,) = llm.score([tokens[:length]], [tokens[length:]], logits=True)
     traces = [llm.trace(random_prompt(seed, length), max_tokens=8) for seed in range(8)]
@@ -143,11 +143,11 @@ def test_of_a_model_that_is_ours_packed_weights_are_let_go(variant: str, tmp_pat
     model = varied(family, **changes)
     model.save_pretrained(tmp_path)
     llm = LLM(str(tmp_path), "full", kv_memory="4MiB", tokenizer=None, backend="cpu")
-    assert llm.engine.adapter.fused is not None
-    layers = llm.engine.adapter.body.layers
+    assert llm.engine.runner.fused is not None
+    layers = llm.engine.runner.body.layers
     linears = [each for each in layers.modules() if isinstance(each, nn.Linear)]
     assert linears and all(each.weight.numel() == 0 and each.bias is None for each in linears)
-    head = llm.engine.adapter.head.weight.numel()
+    head = llm.engine.runner.head.weight.numel()
     assert head == (model.lm_head.weight.numel() if variant == "tied" else 0)
     prompt = random_prompt(6, 50)
     params = SamplingParams(max_tokens=10)
@@ -182,7 +182,7 @@ def subclass(model: Any) -> None:
     attention.__class__ = Doubled
 
 
-def adapter(model: Any) -> None:
+def runner(model: Any) -> None:
     model.model.layers[2].mlp.up_proj = Adapted(model.model.layers[2].mlp.up_proj)
 
 
@@ -207,7 +207,7 @@ def hooked_before(model: Any) -> None:
 
 
 CHANGES = [
-    subclass, adapter, patched, hooked_before, hooked("model.layers.1.mlp"),
+    subclass, runner, patched, hooked_before, hooked("model.layers.1.mlp"),
     hooked("model.layers.0.input_layernorm"), hooked("model.norm"), hooked("lm_head"),
 ]  # fmt: skip
 
@@ -222,7 +222,7 @@ def test_a_layer_that_was_changed_runs_as_changed(change: Any) -> None:
     expected = own_logits(model, prompt)[-1]
     assert not torch.allclose(expected, untouched, atol=1e-2)
     llm = build(model)
-    assert llm.engine.adapter.fused is None
+    assert llm.engine.runner.fused is None
     traced = llm.trace(prompt, max_tokens=6)
     assert_close(traced.prefill_logits, expected, torch.float32)
     assert_close(
@@ -236,7 +236,7 @@ def test_what_the_kernels_do_not_do_runs_in_torch(why: str) -> None:
     changes: dict[str, Any] = {"gelu": {"hidden_act": "gelu"}, "odd": {"intermediate_size": 49}}
     model = varied("gemma2" if why == "gemma2" else "llama", dtype, **changes.get(why, {}))
     llm = build(model, backend="reference" if why == "reference" else "cpu")
-    assert llm.engine.adapter.fused is None
+    assert llm.engine.runner.fused is None
     prompt = random_prompt(8, 40)
     traced = llm.trace(prompt, max_tokens=6)
     limit = torch.float16 if why == "float16" else torch.float32
@@ -246,7 +246,7 @@ def test_what_the_kernels_do_not_do_runs_in_torch(why: str) -> None:
 def test_without_weights_nothing_is_packed() -> None:
     with torch.device("meta"):
         model = tiny_model("llama")
-    assert Adapter(model, select_backend("cpu")).fused is None
+    assert ModelRunner(model, select_backend("cpu")).fused is None
 
 
 # --- the last layer ------------------------------------------------------------------------------
@@ -273,7 +273,7 @@ def test_the_last_layer_answers_for_last_tokens_only(
     given.clear()  # of the model's head profile
     short = llm.trace(prompt, max_tokens=10)
     assert sum(given) == 1  # decode steps run in one call of the kernels
-    monkeypatch.setattr(Adapter, "_last_only", lambda self, layer: False)
+    monkeypatch.setattr(ModelRunner, "_last_only", lambda self, layer: False)
     llm = build(model, name, prefill_chunk=chunk)
     given.clear()
     whole = llm.trace(prompt, max_tokens=10)
@@ -355,15 +355,15 @@ def test_norms_equal_torch(isa: str, dtype: torch.dtype, size: int) -> None:
 
 
 @pytest.mark.parametrize("isa,dtype", OPS)
-@pytest.mark.parametrize("size,turned", [(8, 8), (64, 64), (80, 80), (96, 24), (16, 0)])
+@pytest.mark.parametrize("size,rotated", [(8, 8), (64, 64), (80, 80), (96, 24), (16, 0)])
 @pytest.mark.parametrize("normed", [True, False])
 def test_rotation_equals_torch(
-    isa: str, dtype: torch.dtype, size: int, turned: int, normed: bool
+    isa: str, dtype: torch.dtype, size: int, rotated: int, normed: bool
 ) -> None:
-    """Queries and keys turn (the first ``turned`` numbers of a head), values stay as they are."""
+    """Queries and keys turn (the first ``rotated`` numbers of a head), values stay as they are."""
     norms = [random(i, size, dtype=dtype) if normed else None for i in (1, 2)]
-    heads = Heads(3, 2, size, turned, *norms, 1e-5)
-    angles = random(3, 9, turned)
+    heads = Heads(3, 2, size, rotated, *norms, 1e-5)
+    angles = random(3, 9, rotated)
     qkv = random(4, 9, 7, size, dtype=dtype)
     got, expected = qkv.clone(), qkv.clone()
     KernelOps(backend(isa).kernels, dtype).rotate(got, heads, angles.cos(), angles.sin())

@@ -16,7 +16,7 @@ from pyramidinfer import LLM, SamplingParams
 from pyramidinfer.attention import select_backend, triton_kernels
 from pyramidinfer.config import EngineConfig
 from pyramidinfer.engine.engine import Engine
-from pyramidinfer.models import Adapter, graphs
+from pyramidinfer.models import ModelRunner, graphs
 from pyramidinfer.models.graphs import DecodeGraphs, Frame, Size, Step, round_pages, round_rows
 from pyramidinfer.models.ops import TorchOps
 from tests.engine.build import build, policy_named
@@ -41,13 +41,13 @@ def answers(llm: LLM, lengths: tuple[int, ...] = LENGTHS, new: tuple[int, ...] =
 
 
 def sizes(llm: LLM) -> list[Size]:
-    return list(llm.engine.adapter.graphs(llm.engine.pool).steps)
+    return list(llm.engine.runner.graphs(llm.engine.pool).steps)
 
 
 @pytest.fixture
 def by_layer(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Turns fixed buffers off."""
-    return lambda: monkeypatch.setattr(Adapter, "steps_on_buffers", False)
+    return lambda: monkeypatch.setattr(ModelRunner, "steps_on_buffers", False)
 
 
 @pytest.mark.parametrize("name", ["full", "pyramidinfer", "pyramid", "h2o", "streaming_llm"])
@@ -84,7 +84,7 @@ def test_with_the_kernels_themselves(by_layer: Callable[[], None]) -> None:
 def test_other_families_go_layer_by_layer() -> None:
     llm = triton_build("full", "gemma2")
     answers(llm, (5,), (3,))
-    assert not llm.engine.adapter.steps_on_buffers and not sizes(llm)
+    assert not llm.engine.runner.steps_on_buffers and not sizes(llm)
 
 
 def test_growing_tables_move_to_the_next_size(by_layer: Callable[[], None]) -> None:
@@ -127,14 +127,14 @@ def test_spare_rows_write_to_a_page_that_nobody_owns() -> None:
     engine.step()
     pool = engine.pool
     (group,) = pool.groups
-    (step,) = engine.adapter.graphs(pool).steps.values()
+    (step,) = engine.runner.graphs(pool).steps.values()
     step.frame.host["lengths"][:], step.frame.host["tables"][:] = 9, 3  # a page in use
     assert group.counts[3] == 1
     assert group.scratch == len(group.counts) == len(group.keys) - 1
     tables = [each.sequence.table for each in engine.scheduler.running if each.sequence]
     before = [tensor.clone() for tensor in group.tensors()]
     kept = [table.kept.copy() for table in tables]
-    engine.adapter.forward(pool, engine._batch(engine.scheduler.plan()))
+    engine.runner.forward(pool, engine._batch(engine.scheduler.plan()))
     written = torch.zeros_like(group.positions, dtype=torch.bool)
     for table, lengths in zip(tables, kept, strict=True):
         for layer in range(pool.layers):
@@ -157,7 +157,7 @@ def test_what_buffers_held_before_does_not_matter() -> None:
     for _ in range(2):
         engine.step()
     engine.abort(engine.scheduler.running[0])
-    used, pool = engine.adapter.graphs(engine.pool), engine.pool
+    used, pool = engine.runner.graphs(engine.pool), engine.pool
     (step,) = used.steps.values()
     with torch.inference_mode():
         step.frame.cos.fill_(float("nan"))
@@ -173,8 +173,8 @@ def test_what_buffers_held_before_does_not_matter() -> None:
         logits, (queries, lse) = logits.clone(), decoding.observed
         for kept, table in before:
             pool.retract(table, kept)
-        del engine.adapter._graphs[pool]
-        fresh, other = engine.adapter.graphs(pool).step(pool, batch)
+        del engine.runner._graphs[pool]
+        fresh, other = engine.runner.graphs(pool).step(pool, batch)
     assert len(used.steps) == 1 and logits.isfinite().all()
     assert torch.equal(logits, fresh)
     assert torch.equal(queries[:, :3], other.observed[0][:, :3])
@@ -216,7 +216,7 @@ def test_a_captured_step_is_replayed(
     monkeypatch.setattr(DecodeGraphs, "_capture", capture)
     monkeypatch.setattr(Replayed, "replays", 0)
     llm = triton_build(name)
-    held = llm.engine.adapter.graphs(llm.engine.pool)
+    held = llm.engine.runner.graphs(llm.engine.pool)
     held.captures = True
     got = answers(llm, (30, 17, 40), (25, 9, 17))
     assert [size.rows for size in captured] == [4, 2, 1], "once each"
@@ -241,7 +241,7 @@ class NoLook(TorchDispatchMode):
 @pytest.mark.parametrize("name", ["pyramidinfer", "h2o"])
 def test_nothing_in_a_step_looks_at_the_device(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = decoding_engine(name, LENGTHS)
-    run = engine.adapter._run_frame
+    run = engine.runner._run_frame
     seen = []
 
     def watched(*values: Any) -> Any:
@@ -249,8 +249,8 @@ def test_nothing_in_a_step_looks_at_the_device(name: str, monkeypatch: pytest.Mo
             seen.append(1)
             return run(*values)
 
-    monkeypatch.setattr(engine.adapter, "_run_frame", watched)
-    engine.adapter._graphs.clear()
+    monkeypatch.setattr(engine.runner, "_run_frame", watched)
+    engine.runner._graphs.clear()
     engine.step()
     assert seen
     for looks in (lambda: int(torch.ones(1).sum()), lambda: torch.tensor([1])):
@@ -304,17 +304,17 @@ def test_norm_rounds_before_the_weight(dtype: torch.dtype) -> None:
     torch.testing.assert_close(got, plain(x))
 
 
-# --- one adapter, several engines ----------------------------------------------------------------
+# --- one runner, several engines ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("backend", ["triton", "auto"])
 def test_engines_share_an_adapter(backend: str) -> None:
     dtype = torch.float64 if backend == "triton" else torch.float32
     device = torch.device("cpu")
-    adapter = Adapter(tiny_model("llama", dtype), select_backend(backend, device), own=True)
+    runner = ModelRunner(tiny_model("llama", dtype), select_backend(backend, device), own=True)
     config = EngineConfig(kv_memory="4MiB", page_size=4, poison=True)
-    engines = [Engine(adapter, policy_named(name), config) for name in ("full", "h2o")]
-    assert engines[0].adapter is engines[1].adapter
+    engines = [Engine(runner, policy_named(name), config) for name in ("full", "h2o")]
+    assert engines[0].runner is engines[1].runner
     prompt, params = random_prompt(1, 20), SamplingParams(max_tokens=8)
     running = [engine.add(prompt, params) for engine in engines]
     while any(request.finish_reason is None for request in running):  # in turns

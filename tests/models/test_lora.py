@@ -93,7 +93,7 @@ def test_an_adapters_folder_is_merged_into_its_base(kind: str, base: Path) -> No
     llm = LLM(str(folder), policy="full", kv_memory="1MiB")
     assert llm.generate([PROMPT], SamplingParams(max_tokens=NEW))[0].token_ids == expected
     assert llm.name == str(folder)
-    layer: nn.Module = llm.engine.adapter.body.layers[0].self_attn.q_proj
+    layer: nn.Module = llm.engine.runner.body.layers[0].self_attn.q_proj
     assert type(layer) is nn.Linear, "merged, so the layers stay plain"
 
 

@@ -37,7 +37,7 @@ def test_tokens_beyond_the_old_length_equal_generate(family: str, kind: str, bac
     """Short and long prompts side by side, in chunks; each gets what it gets alone."""
     llm = LLM(scaled(family, kind), policy="full", kv_memory="4MiB", backend=backend,
               prefill_chunk=37, step_tokens=41)  # fmt: skip
-    assert llm.engine.adapter.max_positions == OLD * FACTOR
+    assert llm.engine.runner.max_positions == OLD * FACTOR
     prompts = [random_prompt(seed, length) for seed, length in enumerate((5, 60, 150, 64, 90))]
     for prompt, out in zip(prompts, llm.generate(prompts, PARAMS), strict=True):
         assert out.token_ids == model_greedy(scaled(family, kind), prompt, NEW), len(prompt)
@@ -88,7 +88,7 @@ def test_families_without_a_scale_keep_their_length() -> None:
 
 
 def test_streaming_does_not_turn_keys_of_dynamic_frequencies() -> None:
-    """They were each turned by frequencies of their own, so such a text has an end."""
+    """They were each rotated by frequencies of their own, so such a text has an end."""
     llm = LLM(scaled("llama", "dynamic"), policy="streaming_llm", keep=0.5, kv_memory="4MiB")
     out = llm.generate([random_prompt(1, 200)], SamplingParams(max_tokens=99, ignore_eos=True))[0]
     assert len(out.token_ids) == int(OLD * FACTOR) - 200

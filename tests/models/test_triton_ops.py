@@ -66,11 +66,11 @@ def test_gate(dtype: torch.dtype, bias: bool) -> None:
 
 @dtypes
 @pytest.mark.parametrize("normed", [False, True])
-@pytest.mark.parametrize("size,turned", [(16, 16), (80, 80), (24, 12), (8, 0)])
-def test_rotate(dtype: torch.dtype, normed: bool, size: int, turned: int) -> None:
+@pytest.mark.parametrize("size,rotated", [(16, 16), (80, 80), (24, 12), (8, 0)])
+def test_rotate(dtype: torch.dtype, normed: bool, size: int, rotated: int) -> None:
     norms = (random(dtype, size), random(dtype, size) + 1) if normed else (None, None)
-    heads = Heads(4, 2, size, turned, *norms, 1e-3)
-    angles = random(torch.float32, 3, turned)
+    heads = Heads(4, 2, size, rotated, *norms, 1e-3)
+    angles = random(torch.float32, 3, rotated)
     cos, sin = (each.to(dtype).float() for each in (angles.cos(), angles.mul(1.3).sin()))
     got, expected = random(dtype, 3, 8, size), random(dtype, 3, 8, size)
     values = got[:, 6:].clone()
@@ -99,7 +99,7 @@ def test_a_model_on_them(monkeypatch: pytest.MonkeyPatch) -> None:
             real = getattr(ops, name)
             monkeypatch.setattr(ops, name, noting(calls, name, real))
         llm = build("full", "qwen3", torch.float32, backend="triton")
-        fused = llm.engine.adapter.fused
+        fused = llm.engine.runner.fused
         assert fused is not None
         for each in (fused, *fused.layers):
             each.ops = ops()

@@ -40,13 +40,13 @@ def engine(family: str, dtype: torch.dtype, name: str, **options: Any) -> Engine
 def logits_of(engine: Engine, prompts: list[list[int]], joining: int = 0
               ) -> tuple[list[list[int]], list[Tensor]]:  # fmt: skip
     """Tokens and logits ``[NEW, vocab]`` of each; ``joining`` steps lie between two prompts."""
-    assert engine.adapter.fused is not None
+    assert engine.runner.fused is not None
     params = SamplingParams(max_tokens=NEW, ignore_eos=True)
     rows: dict[Request, list[Tensor]] = {}
     commit = engine._commit
 
     def watched(plan: Any, stepped: Any, committed: Any) -> Any:
-        begun = [request for request, work in plan.prefill if work.intake.finished]
+        begun = [request for request, work in plan.prefill if work.prefill.finished]
         for row, request in enumerate(plan.decode + begun):
             rows.setdefault(request, []).append(stepped.logits[row].clone())
         return commit(plan, stepped, committed)

@@ -170,14 +170,14 @@ class Judge:
                 entries[position] = Entry(keys[row, kv_head], values[row, kv_head])
             held = sorted(entries)
             places = self._places(held)
-            turned = self._turn(torch.stack([entries[each].key for each in held]), places)
+            rotated = self._turn(torch.stack([entries[each].key for each in held]), places)
             stacked = torch.stack([entries[each].value for each in held])
             weights = torch.zeros(self.group, len(rows), len(held), dtype=torch.float64)
             own = [held.index(position) for position in rows]
             for head in range(kv_head * self.group, (kv_head + 1) * self.group):
                 asking = self._turn(queries[:, head], [places[at] for at in own])
                 for row, at in enumerate(own):  # it sees itself and all before it
-                    logits = turned[: at + 1] @ asking[row] / asking.shape[1] ** 0.5
+                    logits = rotated[: at + 1] @ asking[row] / asking.shape[1] ** 0.5
                     weights[head % self.group, row, : at + 1] = torch.softmax(logits, -1)
                 out[:, head] = weights[head % self.group] @ stacked
             held_by_head.append(held)
@@ -460,8 +460,8 @@ class Judge:
                 score = ((size - centre.abs()) * keys.abs()).sum(1)
                 for offset in offsets:
                     away = (self.seen - 1 + offset - places)[:, None] * self.frequencies
-                    turned = torch.cos(away + centre.angle() - keys.angle())
-                    score += (centre.abs() * keys.abs() * turned).sum(1) / len(offsets)
+                    rotated = torch.cos(away + centre.angle() - keys.angle())
+                    score += (centre.abs() * keys.abs() * rotated).sum(1) / len(offsets)
                 score = (score - score.mean()) / score.std(correction=0)
                 for position, value in zip(positions, score.tolist(), strict=True):
                     found[position] = max(found[position], value)

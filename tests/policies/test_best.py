@@ -86,7 +86,7 @@ def test_shared_pages_are_copied_first(policy: Policy) -> None:
     def keys() -> list[torch.Tensor]:
         return [
             pool.keys(twin, layer, heads)
-            for layer in range(engine.adapter.depth)
+            for layer in range(engine.runner.depth)
             for heads in pool.runs(twin, layer)
         ]
 

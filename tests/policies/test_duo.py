@@ -1,4 +1,4 @@
-"""Duo's heads: who keeps what, what is promised, what does not suit it."""
+"""Duo's heads: who keeps what, what is reserved, what does not suit it."""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ def test_forecast_is_exact_on_golden_cases() -> None:
         golden = json.loads((GOLDEN / case / "golden.json").read_text())
         policy = official(golden["parameters"])
         llm = LLM(str(GOLDEN / case), policy=policy, kv_memory="16MiB")
-        layers = llm.engine.adapter.layers_for(1000)
+        layers = llm.engine.runner.layers_for(1000)
         forecast = policy.forecast(len(golden["prompt"]), len(golden["tokens"]), layers)
         assert forecast.reach == [len(p) for p in golden["prefill_positions"]]
         peaks = [max(column) for column in zip(*golden["kept_len_by_step"], strict=True)]

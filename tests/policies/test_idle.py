@@ -10,7 +10,7 @@ from pyramidinfer import SamplingParams
 from pyramidinfer.config import EngineConfig
 from pyramidinfer.engine import Engine
 from pyramidinfer.engine.tracing import trace
-from pyramidinfer.models import Adapter
+from pyramidinfer.models import ModelRunner
 from pyramidinfer.policies import POLICIES, make_policy
 from pyramidinfer.types import Trace
 from tests.engine.build import SMALL
@@ -44,13 +44,13 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Any:
                 monkeypatch.setattr(kind, "idle_steps", lambda *given: 0)
             self.count = 0
 
-    found, evict = Asked(), Adapter._evict
+    found, evict = Asked(), ModelRunner._evict
 
     def counted(*given: Any) -> None:
         found.count += 1
         evict(*given)
 
-    monkeypatch.setattr(Adapter, "_evict", counted)
+    monkeypatch.setattr(ModelRunner, "_evict", counted)
     return found
 
 

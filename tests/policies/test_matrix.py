@@ -105,7 +105,7 @@ def test_what_the_forecast_says_is_computed(name: str) -> None:
         prompts = [random_prompt(8, length) for length in (60, 200)]
         for request in serve(each, prompts, 4):
             length = len(request.prompt)
-            layers = each.adapter.layers_for(length + 4)
+            layers = each.runner.layers_for(length + 4)
             reach = each.policy.forecast(length, 4, layers).reach
             assert request.computed[: layers.count] == reach  # what is read again comes behind
 

@@ -1,4 +1,4 @@
-"""Pyramid: what its forecast, its budgets and its start promise, on every kind of model."""
+"""Pyramid: what its forecast, its budgets and its start reservation, on every kind of model."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_layers_that_were_not_measured_keep_everything() -> None:
     assert min(map(min, lengths(trace.kept_positions))) < 30
 
 
-# --- what is promised -------------------------------------------------------------------------
+# --- what is reserved -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("way", sorted(WAYS))
@@ -298,10 +298,10 @@ def test_other_kinds_of_layers(family: str, way: str) -> None:
     """Sliding windows bound their layers alone; without rotary positions all is the same."""
     profile = PROFILE if family == "mistral" else "auto"  # no layer of it can be measured
     llm = engine(family, **{"profile": profile, **(WAYS[way] if way == "early" else {})})
-    layers = llm.engine.adapter.layers_for(150)
+    layers = llm.engine.runner.layers_for(150)
     forecast = llm.policy.forecast(120, 30, layers)
     trace = llm.trace(random_prompt(4, 120), max_tokens=30)
-    windows = [shape.window for shape in llm.engine.adapter.shapes]
+    windows = [shape.window for shape in llm.engine.runner.shapes]
     assert forecast.heads is not None
     for layer, governed in enumerate(layers.governed):
         ends = trace.kept_len_by_step[-1][layer]
@@ -425,7 +425,7 @@ def test_a_model_without_a_profile_says_what_to_do(
 def test_a_given_profile_must_be_of_these_weights(method: str, tmp_path: Path) -> None:
     """At the engine's start and in a request, from a file and as an object."""
     own = LLM(model("llama"), policy="full", kv_memory="8MiB")
-    found, path = fingerprint(own.engine.adapter), tmp_path / "heads.json"
+    found, path = fingerprint(own.engine.runner), tmp_path / "heads.json"
     (size, *ways), *rest = found.vectors
     trained_on = replace(found, vectors=((1.1 * size, *ways), *rest))
     message = "the profile is of other weights.*pyramidinfer profile MODEL.*or leave profile=FILE"

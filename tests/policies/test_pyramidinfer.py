@@ -145,7 +145,7 @@ def test_protected_spans_survive_every_policy(name: str) -> None:
 def test_forecast_bounds_what_happens(name: str, length: int, new: int) -> None:
     policy = make_policy(name, None if name == "full" else 0.5)
     llm = LLM(tiny_model("llama"), policy=policy, kv_memory="8MiB", poison=True)
-    forecast = llm.policy.forecast(length, new, llm.engine.adapter.layers_for(length + new))
+    forecast = llm.policy.forecast(length, new, llm.engine.runner.layers_for(length + new))
     trace = llm.trace(random_prompt(2, length), max_tokens=new)
     for layer in range(4):
         assert trace.computed_by_layer[layer] <= forecast.reach[layer]

@@ -1,4 +1,4 @@
-"""R-KV's redundancy, by hand; its blocks; what a buffer promises."""
+"""R-KV's redundancy, by hand; its blocks; what a buffer reservations."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_what_is_promised_is_reached_and_never_passed(name: str) -> None:
         if request.sequence is not None:
             most = max(most, int(request.sequence.table.kept.max()))
     assert most == 30 + 11 - 1  # the one more that is written is gone by the end of the step
-    assert policy.forecast(60, 40, llm.engine.adapter.layers_for(100)).kept == [41] * 4
+    assert policy.forecast(60, 40, llm.engine.runner.layers_for(100)).kept == [41] * 4
 
 
 def test_a_lowered_budget_is_met_at_once() -> None:
@@ -95,7 +95,7 @@ def test_a_lowered_budget_is_met_at_once() -> None:
     state = policy.start(layers)
     for layer in range(2):
         view = View("prefill", layer, layers, 100, 100, (80, 80), 100, 100, state)
-        state = policy.settled(view)
+        state = policy.prefilled(view)
     kept = [[90, 90], [90, 90]]
     assert policy.idle_steps(kept, 100, layers, state) == 80 + 127 - 90
     found = policy.tightened(0.6, state, layers)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from pyramidinfer import LLM, SamplingParams
+from pyramidinfer.models.batch import Batch, Sequence
 from pyramidinfer.models.families import FAMILIES
-from pyramidinfer.models.intake import Batch, Sequence
 from pyramidinfer.policies import Full, StreamingLLM
 from pyramidinfer.types import Logprob
 from tests.policies.judge import Judge, exact_llama
@@ -69,11 +69,11 @@ def positions(llm: LLM, request: Any) -> list[list[list[int]]]:
 
 def feed(llm: LLM, sequence: Sequence, tokens: list[int]) -> Tensor:
     """Logits ``[tokens, vocab]`` of a sequence that decodes these tokens."""
-    adapter, pool, logits = llm.engine.adapter, llm.engine.pool, []
+    runner, pool, logits = llm.engine.runner, llm.engine.pool, []
     for token in tokens:
-        stepped = adapter.forward(pool, Batch([sequence], torch.tensor([token]), []))
+        stepped = runner.forward(pool, Batch([sequence], torch.tensor([token]), []))
         assert stepped.decoding is not None
-        adapter.settle(pool, sequence, stepped.decoding, 0)
+        runner.commit(pool, sequence, stepped.decoding, 0)
         logits.append(stepped.logits[0])
     return torch.stack(logits)
 
@@ -93,7 +93,7 @@ def feed(llm: LLM, sequence: Sequence, tokens: list[int]) -> Tensor:
 def test_generation_passes_the_models_last_position(
     length: int, new: int, protect: Items[int], options: dict[str, Any]
 ) -> None:
-    """Every step's log-probabilities are those of keys turned to their place in the cache."""
+    """Every step's log-probabilities are those of keys rotated to their place in the cache."""
     llm = streaming(**options)
     spans = [(each, each + 1) for each in protect]
     request = finish(llm, llm.engine.add(random_prompt(1, length), params(new), hold=True,
@@ -107,7 +107,7 @@ def test_generation_passes_the_models_last_position(
     same(found, expected)
     assert positions(llm, request) == judge.positions()
     assert all(set(protect) <= set(head) for layer in judge.positions() for head in layer)
-    assert request.kv.peak_bytes <= request.cost.bytes, "the promise is kept"
+    assert request.kv.peak_bytes <= request.cost.bytes, "the reservation is kept"
     llm.engine.release(request)
     llm.engine.check()
 
@@ -137,7 +137,7 @@ def test_turns_pass_the_models_last_position(protect: Items[int]) -> None:
 @pytest.mark.parametrize("family", ROTARY)
 def test_few_positions_are_as_good_as_many(family: str) -> None:
     """Every rotary family: with 64 positions or 512, the same log-probabilities (float32 rotary
-    tables), though in one of them all keys were turned back on the way."""
+    tables), though in one of them all keys were rotated back on the way."""
     changes: dict[str, Any] = {}
     if family == "phi3":  # the same regime and scaling in both
         rope = {**LONGROPE, "original_max_position_embeddings": 16, "attention_factor": 1.2}
@@ -165,16 +165,16 @@ def test_turned_keys_are_keys_rotated_further(family: str, is_long: bool) -> Non
     llm = LLM(on, policy=Full(), kv_memory="4MiB", page_size=4, poison=True)
     prompt = [5] * 60
     request = finish(llm, llm.engine.add(prompt, params(20 if is_long else 1), hold=True))
-    sequence, adapter, pool = request.sequence, llm.engine.adapter, llm.engine.pool
+    sequence, runner, pool = request.sequence, llm.engine.runner, llm.engine.pool
     assert sequence.is_long == (is_long and family == "phi3")
-    assert adapter.streaming.layers, "some layer has rotary positions"
+    assert runner.streaming.layers, "some layer has rotary positions"
     for layer in range(pool.layers):
         order = pool.positions(sequence.table, layer)[0].argsort()
         order = order[pool.positions(sequence.table, layer)[0][order] < len(prompt)]
         keys = pool.keys(sequence.table, layer)[:, order]
         if not len(order):
             continue
-        if layer not in adapter.streaming.layers:
+        if layer not in runner.streaming.layers:
             assert family == "smollm3" and on.config.no_rope_layers[layer] == 0
             same(keys, keys[:, :1].expand_as(keys), atol=1e-4)
             continue
@@ -182,15 +182,15 @@ def test_turned_keys_are_keys_rotated_further(family: str, is_long: bool) -> Non
         for by in (1, 5, len(order) - 1):
             if by < len(order):
                 steps = torch.full((len(order) - by,), by)
-                on_and_on = adapter.streaming.turn(keys[:, :-by], steps, layer, sequence)
+                on_and_on = runner.streaming.rotate(keys[:, :-by], steps, layer, sequence)
                 same(on_and_on, keys[:, by:], atol=1e-4)
-                same(adapter.streaming.turn(keys[:, by:], -steps, layer, sequence),
+                same(runner.streaming.rotate(keys[:, by:], -steps, layer, sequence),
                      keys[:, :-by], atol=1e-4)  # fmt: skip
     llm.engine.release(request)
 
 
 def test_layers_without_rotary_positions_are_left_alone() -> None:
-    """SmolLM3: sinks are turned in rotary layers, while the other layers' keys stay bit for bit."""
+    """SmolLM3: sinks are rotated in rotary layers; the other layers' keys stay bit for bit."""
     llm = streaming(tiny_model("smollm3", max_position_embeddings=POSITIONS))
     request = finish(llm, llm.engine.add(random_prompt(1, 30), params(3), hold=True))
     pool, sequence = llm.engine.pool, request.sequence
@@ -198,7 +198,7 @@ def test_layers_without_rotary_positions_are_left_alone() -> None:
     before = [pool.keys_at(sequence.table, layer, sinks) for layer in range(4)]
     feed(llm, sequence, random_prompt(2, 80))
     assert sequence.offset > 0
-    for layer, rotates in enumerate(llm.engine.adapter.config.no_rope_layers):
+    for layer, rotates in enumerate(llm.engine.runner.config.no_rope_layers):
         after = pool.keys_at(sequence.table, layer, sinks)
         assert torch.equal(before[layer], after) != bool(rotates)
     llm.engine.release(request)

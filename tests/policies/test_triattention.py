@@ -53,12 +53,12 @@ def test_numbers_that_are_not_rotated_are_attended_to_by_their_mean() -> None:
             mean = torch.tensor(found.mean[1][head]).double()
             each = []
             for key in keys[kv_head, :length]:
-                beside = sum(
+                overhead = sum(
                     (size - (mean[f] ** 2 + mean[f + 2] ** 2) ** 0.5)
                     * (key[f] ** 2 + key[f + 2] ** 2) ** 0.5
                     for f, size in enumerate(found.sizes[1][head])
                 )
-                each.append(float(mean @ turn @ key + beside))
+                each.append(float(mean @ turn @ key + overhead))
             wanted.append(z_scores(torch.tensor(each).double()))
         torch.testing.assert_close(scores[kv_head, :length], torch.stack(wanted).amax(0))
     assert policy.retain(seen, seen.view.state)[0].indices is not None
@@ -84,26 +84,26 @@ def test_without_rotary_positions_the_score_is_a_dot_product() -> None:
 def test_vectors_are_turned_to_places_far_ahead(family: str) -> None:
     """By the frequencies of the request's own text, however far: worked out by hand."""
     llm = LLM(tiny_model(family, torch.float64), policy="full", kv_memory="4MiB")
-    adapter = llm.engine.adapter
+    runner = llm.engine.runner
     params = SamplingParams(max_tokens=1, ignore_eos=True)
     request = llm.engine.add(random_prompt(1, 20), params, hold=True)
     while request.finish_reason is None:
         llm.engine.step()
     sequence = request.sequence
     assert sequence is not None and not sequence.is_long
-    size = adapter.shapes[0].key_dim
+    size = runner.shapes[0].key_dim
     like, vector = torch.empty(0, size).double(), torch.randn(size).double()
     ahead = (1, 7, 4000)
-    for layer in range(adapter.depth):
-        turn = adapter.streaming.mean_turn(like, ahead, layer, sequence, 20)
-        rotated = 2 * adapter.streaming.pairs(like, layer)
+    for layer in range(runner.depth):
+        turn = runner.streaming.mean_rotation(like, ahead, layer, sequence, 20)
+        rotated = 2 * runner.streaming.pairs(like, layer)
         expected = {"gpt_neox": 4, "opt": 0}.get(family, size)
         if family == "smollm3" and layer % 2:  # every other layer has no positions
             expected = 0
         assert rotated == expected
         base = 10_000.0
         if family == "gemma3_text":
-            base = 1e6 if adapter.kinds[layer] == "full_attention" else 10_000.0
+            base = 1e6 if runner.kinds[layer] == "full_attention" else 10_000.0
         if family == "smollm3":
             base = 2e6
         total = torch.zeros(size, dtype=torch.float64)

@@ -164,7 +164,7 @@ def beside(llm: LLM, **options: Any) -> LLM:
     """The same model with an engine of its own."""
     other = copy.copy(llm)
     config = EngineConfig(**{"kv_memory": "16MiB", **options})
-    other.engine = Engine(llm.engine.adapter, llm.policy, config, llm.tokenizer)
+    other.engine = Engine(llm.engine.runner, llm.policy, config, llm.tokenizer)
     return other
 
 

@@ -162,7 +162,7 @@ def test_texts_that_no_request_may_have_are_not_cut(
     monkeypatch.setattr(prompts, "encode", lambda *given: pytest.fail("it was cut"))
     monkeypatch.setattr(prompts, "decode", lambda *given: pytest.fail("it was decoded"))
     monkeypatch.setattr(prompts, "chat", lambda *given: pytest.fail("it was cut"))
-    longest = live.engine.adapter.max_positions
+    longest = live.engine.runner.max_positions
     text = "a" * 3_000_000
     for path, body in (
         ("/tokenize", {"prompt": text}),
@@ -305,7 +305,7 @@ def test_a_child_forked_after_loading() -> None:
 @pytest.mark.parametrize("parts", [False, True])
 def test_a_chat_of_more_parts_than_tokens(live: Live, parts: bool) -> None:
     """Each is a token at least, so it need not be rendered to be too long."""
-    count = live.engine.adapter.max_positions + 1
+    count = live.engine.runner.max_positions + 1
     one = [{"type": "text", "text": ""}] * count if parts else ""
     message = {"role": "user", "content": one}
     answer = live.http.post(

@@ -160,12 +160,14 @@ def error_of(answer: httpx.Response, stream: bool) -> dict[str, Any]:
 
 def in_forward(live: Live, monkeypatch: pytest.MonkeyPatch, after: int, late: bool) -> None:
     """The model's pass fails for a request that got ``after`` tokens."""
-    adapter, engine = live.engine.adapter, live.engine
-    forward = adapter.forward
+    runner, engine = live.engine.runner, live.engine
+    forward = runner.forward
 
     def failing(pool: Any, batch: Any) -> Any:
         done = forward(pool, batch) if late else None
-        tables = [each.table for each in [*batch.decode, *(w.intake.sequence for w in batch.works)]]
+        tables = [
+            each.table for each in [*batch.decode, *(w.prefill.sequence for w in batch.works)]
+        ]
         for request in [*engine.scheduler.running, *engine.scheduler.prefilling]:
             if (
                 marked(request)
@@ -175,7 +177,7 @@ def in_forward(live: Live, monkeypatch: pytest.MonkeyPatch, after: int, late: bo
                 raise ArithmeticError("a kernel fell over")
         return done or forward(pool, batch)
 
-    monkeypatch.setattr(adapter, "forward", failing)
+    monkeypatch.setattr(runner, "forward", failing)
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -283,15 +285,15 @@ def test_a_reused_cache_that_fails_is_done_without(
     wanted = tiny.complete([*text, 9], max_tokens=8, **{**body, "compression": {
         "policy": "full", "reuse": False}}).json()["choices"]  # fmt: skip
     engine, failed = tiny.engine, [0]
-    forward = engine.adapter.forward
+    forward = engine.runner.forward
 
     def failing(pool: Any, batch: Any) -> Any:
-        if any(work.intake.first for work in batch.works) and not failed[0]:
+        if any(work.prefill.first for work in batch.works) and not failed[0]:
             failed[0] = 1
             raise ArithmeticError("once")
         return forward(pool, batch)
 
-    monkeypatch.setattr(engine.adapter, "forward", failing)
+    monkeypatch.setattr(engine.runner, "forward", failing)
     answer = tiny.complete([*text, 9], max_tokens=8, **body)
     assert failed == [1] and answer.json()["choices"] == wanted
 

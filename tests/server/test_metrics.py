@@ -130,7 +130,7 @@ def test_while_something_runs(fresh: Live) -> None:
         values = read(fresh)
         assert values["vllm:num_requests_running"] == 1
         assert 0 < values["vllm:kv_cache_usage_perc"] < 1
-        assert values["pyramidinfer:kv_bytes_promised"] > 0
+        assert values["pyramidinfer:kv_bytes_reserved"] > 0
     until(lambda: fresh.service.worker.is_idle)
     values = read(fresh)
     assert values["pyramidinfer:client_disconnects_total"] == 1

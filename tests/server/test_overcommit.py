@@ -50,7 +50,7 @@ def test_who_leaves_or_is_late_while_put_off_leaves_nothing(llm: LLM) -> None:
             answers = list(pool.map(lambda index: ask(live, index, **long), range(8)))
         assert {each.status_code for each in answers} <= {200, 504}
         until(lambda: live.service.is_idle)
-        assert not live.inside(lambda: live.engine.scheduler.away)
+        assert not live.inside(lambda: live.engine.scheduler.preempted)
 
 
 def test_no_more_begin_than_host_memory_can_take(llm: LLM) -> None:
@@ -63,8 +63,8 @@ def test_no_more_begin_than_host_memory_can_take(llm: LLM) -> None:
 
         def watched() -> Any:
             scheduler = live.engine.scheduler
-            begun = [*scheduler.running, *scheduler.prefilling, *scheduler.away]
-            most[0] = max(most[0], sum(each.cost.settled.bytes for each in begun))
+            begun = [*scheduler.running, *scheduler.prefilling, *scheduler.preempted]
+            most[0] = max(most[0], sum(each.cost.after_prefill.bytes for each in begun))
             return step()
 
         live.engine.step = watched  # type: ignore[method-assign]

@@ -63,7 +63,7 @@ class Pool:
         ]
         self.tables: set[Table] = set()
         self.peak_bytes = 0  # the most all tables ever held together, as last noted
-        self._beside = 0  # bytes outside pages of all tables, as last noted
+        self._overhead = 0  # bytes outside pages of all tables, as last noted
 
     # --- lifetime -----------------------------------------------------------------------------
 
@@ -78,7 +78,7 @@ class Pool:
         for layer in range(self.layers):
             self.shrink(table, layer, 0)
         table.ring, table.state = None, {}
-        self._beside -= table.noted_bytes
+        self._overhead -= table.noted_bytes
         table.noted_bytes = 0
         self.tables.remove(table)
 
@@ -236,14 +236,14 @@ class Pool:
 
     def note_peak(self, table: Table) -> None:
         """Take down what a table, and all of them together, hold at this moment."""
-        self.note_beside(table)
+        self.note_overhead(table)
         table.peak_bytes = max(table.peak_bytes, self.bytes(table) + table.noted_bytes)
-        self.peak_bytes = max(self.peak_bytes, self.budget_used + self._beside)
+        self.peak_bytes = max(self.peak_bytes, self.budget_used + self._overhead)
 
-    def note_beside(self, table: Table) -> None:
+    def note_overhead(self, table: Table) -> None:
         """Take down what a table holds outside its pages (it may have become less)."""
         extra = table.extra_bytes
-        self._beside += extra - table.noted_bytes
+        self._overhead += extra - table.noted_bytes
         table.noted_bytes = extra
 
     # --- reading ------------------------------------------------------------------------------

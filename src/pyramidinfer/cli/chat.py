@@ -69,7 +69,7 @@ class _Chat:
     def __init__(self, llm: LLM, params: SamplingParams, system: str | None,
                  template_kwargs: Mapping[str, Any]) -> None:  # fmt: skip
         self.llm, self.params, self.policy = llm, params, llm.policy
-        self.prompts = Prompts(llm.tokenizer, llm.engine.adapter.vocab_size, template_kwargs)
+        self.prompts = Prompts(llm.tokenizer, llm.engine.runner.vocab_size, template_kwargs)
         self.console = Console(stderr=True, highlight=False)
         self.keep: float | None = getattr(llm.policy, "keep", None)  # the last one there was
         self.turns: list[Message] = []
@@ -121,7 +121,7 @@ class _Chat:
         try:
             text = self._follow(request)
         except KeyboardInterrupt:
-            text = request.detokenizer.settled if request.detokenizer else ""
+            text = request.detokenizer.stable if request.detokenizer else ""
             engine.abort(request)
             print()
         self.turns = [*turns, Message(role="assistant", content=text.strip())]
@@ -134,7 +134,7 @@ class _Chat:
         for _ in engine.steps([request]):
             if request.finish_reason is None and not text.stopped:
                 text.update(request.output)
-            shown = text.settled if request.finish_reason is None else text.text
+            shown = text.stable if request.finish_reason is None else text.text
             print(shown[written:], end="", flush=True)
             written = max(written, len(shown))
         print()

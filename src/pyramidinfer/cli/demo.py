@@ -24,7 +24,7 @@ from pyramidinfer.lab.asked import Question, real_questions, shipped_questions
 from pyramidinfer.lab.plots import draw_pyramid
 from pyramidinfer.lab.record import write_result
 from pyramidinfer.lab.samples import GENERATED, SHIPPED
-from pyramidinfer.models import Adapter, LoadedModel, load_model
+from pyramidinfer.models import LoadedModel, ModelRunner, load_model
 from pyramidinfer.models.catalog import fetch, find_entry, find_model
 from pyramidinfer.models.loading import quiet_transformers, shipped_model
 from pyramidinfer.policies import Duo, Full, Policy, Pyramid, PyramidInfer
@@ -133,9 +133,9 @@ def _engines(ask: Ask, loaded: LoadedModel) -> dict[str, Engine]:
     """One engine a way, by its title, all on the same weights; the full cache's is the first."""
     config = EngineConfig.from_options((), kv_memory=ask.kv_memory)
     backend = select_backend("auto", next(loaded.model.parameters()).device)
-    adapter = Adapter(loaded.model, backend, config.prefill_chunk, own=True)
+    runner = ModelRunner(loaded.model, backend, config.prefill_chunk, own=True)
     return {
-        title: Engine(adapter, policy, config, loaded.tokenizer)
+        title: Engine(runner, policy, config, loaded.tokenizer)
         for title, policy in _ways(ask.keep, ask.model is None)
     }
 

@@ -19,7 +19,7 @@ from pyramidinfer.engine.memory import Ledger
 from pyramidinfer.engine.profiling import ensure_profile, find_profile
 from pyramidinfer.engine.readings import readings
 from pyramidinfer.engine.text import encoder_of
-from pyramidinfer.models import Adapter
+from pyramidinfer.models import ModelRunner
 from pyramidinfer.models.catalog import find_model
 from pyramidinfer.models.folder import model_folder
 from pyramidinfer.models.loading import (
@@ -42,63 +42,63 @@ def run_inspect(model: str | None, chosen: Policy, prompt_len: int, max_tokens: 
         if value < 1:
             raise ValueError(f"{name} {value} must be at least 1")
     quiet_transformers()
-    adapter = _adapter_without_weights(model or shipped_model(), dtype)
+    runner = _runner_without_weights(model or shipped_model(), dtype)
     if chosen.wants_profile:  # which is known by the weights
         chosen = chosen.with_profile(_profile(model or shipped_model(), dtype))
     elif isinstance(getattr(chosen, "profile", None), Profile):
         # and so is whether a given one is of this model
-        chosen.check(adapter.layers_for(1))
+        chosen.check(runner.layers_for(1))
         LLM(model or shipped_model(), Full(), dtype=dtype, backend="reference").engine.bind(chosen)
     if chosen.wants_tokenizer:
         folder = model_folder(find_model(model or shipped_model()))
         tokenizer = find_tokenizer(folder, "auto")
         chosen = chosen.with_tokenizer(encoder_of(tokenizer))
     longest = prompt_len + max_tokens
-    if longest > adapter.max_positions:
+    if longest > runner.max_positions:
         raise ValueError(
             f"{prompt_len} prompt tokens and {max_tokens} generated ones exceed the model's "
-            f"{adapter.max_positions} positions"
+            f"{runner.max_positions} positions"
         )
-    layers = adapter.layers_for(longest)
+    layers = runner.layers_for(longest)
     chosen.check(layers)
     forecast = chosen.forecast(prompt_len, max_tokens, layers)
     page = EngineConfig().page_size
-    layout = Layout.smallest(adapter.group_specs(), page, chosen.uses_scores)
+    layout = Layout.smallest(runner.group_specs(), page, chosen.uses_scores)
     per_page = [int(size) for size in layout.layer_page_bytes]
-    cost = Ledger(layout, adapter).cost(chosen, prompt_len, max_tokens, layers, 0)
-    again = sum(map(len, readings(adapter, chosen, range(prompt_len), prompt_len, max_tokens)))
-    assert cost.settled is not None
-    in_pages = layout.bytes_of(cost.settled.pages)
-    beside = cost.settled.bytes - in_pages
+    cost = Ledger(layout, runner).cost(chosen, prompt_len, max_tokens, layers, 0)
+    again = sum(map(len, readings(runner, chosen, range(prompt_len), prompt_len, max_tokens)))
+    assert cost.after_prefill is not None
+    in_pages = layout.bytes_of(cost.after_prefill.pages)
+    overhead = cost.after_prefill.bytes - in_pages
     rows: list[dict[str, Any]] = []
     caps = [  # sliding layers hold no more than this, whatever the policy
         longest if shape.window is None or governed else shape.window + page
-        for shape, governed in zip(adapter.shapes, layers.governed, strict=True)
+        for shape, governed in zip(runner.shapes, layers.governed, strict=True)
     ]
-    heads = forecast.by_head(adapter.kv_heads)
+    heads = forecast.by_head(runner.kv_heads)
     for layer, cap in enumerate(caps):
         kept, full = np.minimum(heads[layer], cap), min(longest, cap)
         together, pages = int(kept.sum()), int(layout.pages_for(kept).sum())
         if forecast.total is not None:  # every head may have one page that is not full
             together = min(together, forecast.total[layer])
-            pages = min(pages, forecast.total[layer] // page + adapter.kv_heads)
+            pages = min(pages, forecast.total[layer] // page + runner.kv_heads)
         rows.append({
             "layer": layer,
             "computed": forecast.reach[layer],
             "kept": kept.tolist(),
             "kept_together": together,
             "bytes": pages * per_page[layer],
-            "full_bytes": layout.pages_for(full) * adapter.kv_heads * per_page[layer],
+            "full_bytes": layout.pages_for(full) * runner.kv_heads * per_page[layer],
         })  # fmt: skip
     if as_json:
         head = {"model": model or shipped_model(), "policy": repr(chosen), "rule": chosen.rule}
         print(json.dumps({**head, "prompt_len": prompt_len, "max_tokens": max_tokens,
                           "layers": rows, "tokens_read_again": again, "bytes": in_pages,
-                          "ring_and_state_bytes": beside,
+                          "ring_and_state_bytes": overhead,
                           "admission_bytes": cost.bytes}))  # fmt: skip
         return
-    after = _After.of(chosen, prompt_len, layers, adapter.kv_heads, caps)
-    _print(rows, chosen, prompt_len, max_tokens, again, in_pages, beside, cost.bytes, after)
+    after = _After.of(chosen, prompt_len, layers, runner.kv_heads, caps)
+    _print(rows, chosen, prompt_len, max_tokens, again, in_pages, overhead, cost.bytes, after)
 
 
 class _After(NamedTuple):
@@ -130,8 +130,8 @@ class _After(NamedTuple):
         return cls(share, governed, budget, layers.governed.count(False))
 
 
-def _adapter_without_weights(model: str, dtype: str) -> Adapter:
-    return Adapter(empty_model(model, dtype)[0], select_backend("reference"))  # builds nothing
+def _runner_without_weights(model: str, dtype: str) -> ModelRunner:
+    return ModelRunner(empty_model(model, dtype)[0], select_backend("reference"))  # builds nothing
 
 
 def _profile(model: str, dtype: str) -> Profile:
@@ -165,7 +165,7 @@ def _why_more(policy: Policy, keep: float, prompt_len: int, share: float) -> str
 
 
 def _print(rows: list[dict[str, Any]], policy: Policy, prompt_len: int, max_tokens: int, again: int,
-           total: int, beside: int, admission: int, after: _After) -> None:  # fmt: skip
+           total: int, overhead: int, admission: int, after: _After) -> None:  # fmt: skip
     console = Console()
     set_here = ", ".join(
         f"{each.name}={getattr(policy, each.name)!r}"
@@ -202,5 +202,5 @@ def _print(rows: list[dict[str, Any]], policy: Policy, prompt_len: int, max_toke
     if keep is not None and after.budget > keep + 0.005 + 1 / prompt_len:
         print(_why_more(policy, keep, prompt_len, after.budget))
     print(f"full cache: {human_bytes(full)}; beside the pages, query rings and state: "
-          f"{human_bytes(beside)}; reserved at admission, prompt in progress included: "
+          f"{human_bytes(overhead)}; reserved at admission, prompt in progress included: "
           f"{human_bytes(admission)}")  # fmt: skip

@@ -9,7 +9,7 @@ import torch
 
 from pyramidinfer.cache import Layout
 from pyramidinfer.config import EngineConfig
-from pyramidinfer.models import Adapter
+from pyramidinfer.models import ModelRunner
 from pyramidinfer.models.loading import free_memory
 from pyramidinfer.policies import Policy
 from pyramidinfer.types import SamplingParams, TokenIds
@@ -30,24 +30,24 @@ class ContextLengthError(ValueError):
     """More tokens than the model has positions, or the pool memory, for."""
 
 
-def check_plan(adapter: Adapter, policy: Policy, config: EngineConfig, device: torch.device,
+def check_plan(runner: ModelRunner, policy: Policy, config: EngineConfig, device: torch.device,
                weights: int = 0) -> None:  # fmt: skip
     """Whether this model (weights not needed) can run so: depth, budget, free memory.
 
     ``weights``: bytes still to be loaded beside the pool.
     """
-    policy.check(adapter.layers_for(1))
+    policy.check(runner.layers_for(1))
     budget, free = config.budget, free_memory(device)
     scores = policy.uses_scores or config.slot_scores
-    least = Layout.least_bytes(adapter.group_specs(), config.page_size, scores)
+    least = Layout.least_bytes(runner.group_specs(), config.page_size, scores)
     if budget < least:
         raise ValueError(
             f"kv_memory={budget} bytes is below one page per layer: this model needs at least "
-            f"{least} bytes ({adapter.depth} layers, {config.page_size} entries a page)"
+            f"{least} bytes ({runner.depth} layers, {config.page_size} entries a page)"
         )
     if weights > free:
         raise ValueError(
-            f"the model needs {weights / 2**30:.2f} GiB for its weights in {adapter.dtype}; "
+            f"the model needs {weights / 2**30:.2f} GiB for its weights in {runner.dtype}; "
             f"{free / 2**30:.2f} GiB of memory are free on {device}"
         )
     if budget + weights > free:

@@ -18,7 +18,7 @@ from pyramidinfer.config import EngineConfig
 from pyramidinfer.engine import answers, holding
 from pyramidinfer.engine.chat_template import find_end_ids
 from pyramidinfer.engine.checks import check_plan
-from pyramidinfer.engine.making import Maker, Spans, settle_on_held
+from pyramidinfer.engine.making import Maker, Spans, cost_from_held
 from pyramidinfer.engine.memory import Ledger
 from pyramidinfer.engine.profiling import ensure_profile, find_profile
 from pyramidinfer.engine.recompress import Recompressor, recompress
@@ -29,10 +29,10 @@ from pyramidinfer.engine.scheduler import Plan, Scheduler
 from pyramidinfer.engine.shared import Shared
 from pyramidinfer.engine.text import encoder_of
 from pyramidinfer.engine.undo import Undo
-from pyramidinfer.models import Adapter, Intake
-from pyramidinfer.models.adapter import Stepped
+from pyramidinfer.models import ModelRunner, Prefill
+from pyramidinfer.models.batch import Batch
 from pyramidinfer.models.fingerprint import fingerprint
-from pyramidinfer.models.intake import Batch
+from pyramidinfer.models.runner import Stepped
 from pyramidinfer.native.forks import watch_forks
 from pyramidinfer.policies import KVzip, Policy
 from pyramidinfer.policies.profile import Fingerprint, Profile
@@ -47,40 +47,40 @@ class Engine:
     ``add`` queues a request, ``step`` advances all of them and returns those that ended,
     ``abort`` ends one at once.  ``ValueError`` for a request that can never be served.
 
-    ``model``: a transformers model, or an ``Adapter`` that engines share, whose backend and chunk
-    of prefill then hold.  ``policy``: of requests that name none.
+    ``model``: a transformers model, or a ``ModelRunner`` that engines share, whose backend and
+    chunk of prefill then hold.  ``policy``: of requests that name none.
     """
 
-    def __init__(self, model: nn.Module | Adapter, policy: Policy, config: EngineConfig,
+    def __init__(self, model: nn.Module | ModelRunner, policy: Policy, config: EngineConfig,
                  tokenizer: Any = None, backend: str = "auto", *, own: bool = False
                  ) -> None:  # fmt: skip
         watch_forks()
         self.config, self.policy = config, policy
-        if isinstance(model, Adapter):
-            self.adapter = model
+        if isinstance(model, ModelRunner):
+            self.runner = model
         else:
             chosen = select_backend(backend, next(model.parameters()).device)
-            self.adapter = Adapter(model, chosen, config.prefill_chunk, own=own)
-        device = self.adapter.device
-        check_plan(self.adapter, policy, config, device)
+            self.runner = ModelRunner(model, chosen, config.prefill_chunk, own=own)
+        device = self.runner.device
+        check_plan(self.runner, policy, config, device)
         layout = Layout(
-            self.adapter.group_specs(), config.budget, config.page_size,
+            self.runner.group_specs(), config.budget, config.page_size,
             scores=policy.uses_scores or config.slot_scores,
         )  # fmt: skip
-        kernels = self.adapter.backend.kernels
+        kernels = self.runner.backend.kernels
         self.pool = Pool(layout, device, poison=config.poison, kernels=kernels)
-        self.ledger = Ledger(layout, self.adapter)
-        self.shared = Shared(self.adapter, self.pool, self.ledger, config, tokenizer)
+        self.ledger = Ledger(layout, self.runner)
+        self.shared = Shared(self.runner, self.pool, self.ledger, config, tokenizer)
         self.conversations = Conversations(self.shared, int(config.budget * config.reuse_share))
         self.scheduler = Scheduler(self.shared, self.conversations)
-        ends = self.adapter.end_ids | find_end_ids(tokenizer)
-        self.end_ids = frozenset(end for end in ends if end < self.adapter.vocab_size)
+        ends = self.runner.end_ids | find_end_ids(tokenizer)
+        self.end_ids = frozenset(end for end in ends if end < self.runner.vocab_size)
         self.maker = Maker(self.shared, self.end_ids)
         self.peak_in_flight = 0
         self._profile: Profile | None = None
         self.policy = self.bind(policy)
         if self.policy is not policy:
-            self.policy.check(self.adapter.layers_for(1))
+            self.policy.check(self.runner.layers_for(1))
 
     @property
     def tokenizer(self) -> Any:
@@ -126,7 +126,7 @@ class Engine:
 
     @cached_property
     def _fingerprint(self) -> Fingerprint:
-        return fingerprint(self.adapter)
+        return fingerprint(self.runner)
 
     def check_policy(self, policy: Policy) -> None:
         """``ValueError`` where a request cannot have this policy in this engine."""
@@ -143,7 +143,7 @@ class Engine:
         """Queue a request made before."""
         holding.copy_held(self.pool, request)
         for each in (request, *request.samples):
-            prepare(each, self.adapter.device, self.end_ids)
+            prepare(each, self.runner.device, self.end_ids)
         self.scheduler.queue(request)
 
     def extend(self, request: Request, tokens: TokenIds, params: SamplingParams, *,
@@ -155,7 +155,7 @@ class Engine:
         """
         turn = holding.next_turn(self.maker, request, tokens, params, protect, hold)
         turn.sequence, request.sequence, request.hold = request.sequence, None, False
-        turn.promised, request.promised = request.promised, None
+        turn.reserved, request.reserved = request.reserved, None
         self.submit(turn)
         return turn
 
@@ -294,7 +294,7 @@ class Engine:
         self.peak_in_flight = max(self.peak_in_flight, self.scheduler.in_flight)
         undo = Undo(self.shared, plan)
         try:
-            stepped = self.adapter.forward(self.pool, self._batch(plan))
+            stepped = self.runner.forward(self.pool, self._batch(plan))
             undo.ran = True
             return self._commit(plan, stepped, undo.committed)
         except BaseException:
@@ -308,22 +308,22 @@ class Engine:
         return self.pool.peak_bytes
 
     def check(self) -> None:
-        """``pool.check()``, and that nothing is promised when nothing runs."""
+        """``pool.check()``, and that nothing is reserved when nothing runs."""
         self.pool.check()
         if self.scheduler.idle and not self.pool.tables:
-            assert self.ledger.bytes == 0 and not self.ledger.pages.any(), "a promise is left"
+            assert self.ledger.bytes == 0 and not self.ledger.pages.any(), "a reservation is left"
 
     def _batch(self, plan: Plan) -> Batch:
         running = [each.sequence for each in plan.decode if each.sequence is not None]
         tokens = [each.output[-1] for each in plan.decode]
         return Batch(
-            running, torch.tensor(tokens, dtype=torch.int64, device=self.adapter.device),
+            running, torch.tensor(tokens, dtype=torch.int64, device=self.runner.device),
             [work for _, work in plan.prefill],
         )  # fmt: skip
 
     def _commit(self, plan: Plan, stepped: Stepped, committed: set[Request]) -> list[Request]:
         """Sample a token for every request that got logits; end those that are done."""
-        begun = [request for request, work in plan.prefill if work.intake.finished]
+        begun = [request for request, work in plan.prefill if work.prefill.finished]
         highest, best = stepped.logits.max(-1)  # NaN is higher than any number
         likeliest, broken = best.tolist(), (~highest.isfinite()).tolist()
         ended = []
@@ -333,7 +333,7 @@ class Engine:
             row, following = following, following + request.rows
             if index < len(plan.decode):
                 assert stepped.decoding is not None
-                self.adapter.settle(self.pool, request.sequence, stepped.decoding, row)
+                self.runner.commit(self.pool, request.sequence, stepped.decoding, row)
             if request.scoring is not None:
                 request.scoring.add(stepped.logits[row:following], likeliest[row:following])
                 committed.add(request)
@@ -341,7 +341,7 @@ class Engine:
                     ended.append(request)
                 continue
             last = following - 1
-            samples = self._split(request) if request.intake is not None else []
+            samples = self._split(request) if request.prefill is not None else []
             for each in (request, *samples):
                 reason: str | None = "error" if broken[last] else None
                 if reason is None:
@@ -349,8 +349,8 @@ class Engine:
                 else:
                     each.error = "the model's logits are not finite numbers (NaN or infinity)"
                 committed.add(each)
-                if each.intake is not None:
-                    self._prefilled(each, each.intake, samples)
+                if each.prefill is not None:
+                    self._prefilled(each, each.prefill, samples)
                 if reason:
                     self.scheduler.remove(each)
                     self._end(each, reason)
@@ -380,35 +380,35 @@ class Engine:
                 continue  # aborted meanwhile, or begun before the prompt was computed anew
             each.sequence = replace(sequence, table=self.pool.fork(sequence.table))
             each.started, each.reused = request.started, request.reused
-            each.computed = request.intake.computed if request.intake else []
+            each.computed = request.prefill.computed if request.prefill else []
             each.first_token = time.monotonic()
             begun.append(each)
         return begun
 
-    def _prefilled(self, request: Request, intake: Intake, samples: list[Request]) -> None:
+    def _prefilled(self, request: Request, prefill: Prefill, samples: list[Request]) -> None:
         """A prompt is in: what only it needed is given back, and its samples run from now on."""
         request.first_token = request.first_token or time.monotonic()
-        request.computed = request.computed or intake.computed
-        request.intake = None
-        if intake.is_reread:
-            settle_on_held(self.shared, request, samples)
+        request.computed = request.computed or prefill.computed
+        request.prefill = None
+        if prefill.is_reread:
+            cost_from_held(self.shared, request, samples)
         for each in (request, *samples):
-            self.ledger.promise(each, request.likely.settled)
+            self.ledger.reserve(each, request.likely.after_prefill)
             self.scheduler.to_running(each)
 
     def _score_on(self, request: Request, scoring: Scoring) -> bool:
         """Once the context is in, score the continuation on top of it; True when that is done."""
-        assert request.sequence is not None and request.intake is not None
+        assert request.sequence is not None and request.prefill is not None
         table = request.sequence.table
         if request.kv is None:  # the context is in, nothing else yet
-            request.first_token, request.computed = time.monotonic(), request.intake.computed
+            request.first_token, request.computed = time.monotonic(), request.prefill.computed
             request.kv = self.usage(request)
-            rest = torch.tensor(scoring.tokens[:-1], dtype=torch.int64, device=self.adapter.device)
+            rest = torch.tensor(scoring.tokens[:-1], dtype=torch.int64, device=self.runner.device)
             if len(rest):
-                reach = [len(rest)] * self.adapter.depth
-                request.intake = Intake(request.sequence, rest, table.seen_len, reach, True)
+                reach = [len(rest)] * self.runner.depth
+                request.prefill = Prefill(request.sequence, rest, table.seen_len, reach, True)
                 return False
-        request.intake = None
+        request.prefill = None
         self.scheduler.remove(request)
         self._end(request, "length")
         return True
@@ -437,11 +437,11 @@ class Engine:
         if request.detokenizer and request.detokenizer.error and reason in ("stop", "length"):
             reason = request.finish_reason = "error"
             request.error = request.detokenizer.error
-        if request.intake is not None:
-            request.computed, request.intake = request.computed or request.intake.computed, None
+        if request.prefill is not None:
+            request.computed, request.prefill = request.computed or request.prefill.computed, None
         keeps = request.owner is not None and reason != "error" and request.lowered_to is None
         if (request.hold or keeps) and request.sequence is not None:
-            self.ledger.promise(request, self.ledger.held(request.sequence.table))
+            self.ledger.reserve(request, self.ledger.held(request.sequence.table))
             if keeps:
                 self.conversations.keep(request)
             return
@@ -457,12 +457,12 @@ class Engine:
 
     def usage(self, request: Request) -> KVUsage:
         """What the request's cache is now (or was, once it has ended)."""
-        return answers.usage(self.pool, self.adapter, request)
+        return answers.usage(self.pool, self.runner, request)
 
     def metrics(self, request: Request) -> RequestMetrics:
         """What the request took so far."""
-        return answers.metrics(self.adapter, request)
+        return answers.metrics(self.runner, request)
 
     def output(self, request: Request) -> RequestOutput:
         """The request's answer so far."""
-        return answers.output(self.pool, self.adapter, request)
+        return answers.output(self.pool, self.runner, request)

@@ -10,7 +10,7 @@ from pyramidinfer.engine.making import Maker, Spans
 from pyramidinfer.engine.readings import is_long
 from pyramidinfer.engine.request import Request
 from pyramidinfer.engine.shared import Shared
-from pyramidinfer.models.intake import Sequence
+from pyramidinfer.models.batch import Sequence
 from pyramidinfer.types import SamplingParams, TokenIds
 
 __all__ = ["copy_held", "next_turn", "truncate"]
@@ -30,15 +30,15 @@ def next_turn(maker: Maker, request: Request, tokens: TokenIds, params: Sampling
               protect: Spans, hold: bool) -> Request:  # fmt: skip
     """What goes on with a held request, checked; it has no cache yet."""
     old, shared = _held(request), maker.shared
-    check_tokens(tokens, shared.adapter.vocab_size)
+    check_tokens(tokens, shared.runner.vocab_size)
     text = request.prompt + request.output + list(tokens)
     spans = [*request.protect, *protect]
     turn = maker.make(text, params, request.policy, spans, hold, old.table, None, 1)
     if shared.is_endless(request.policy, len(text)):  # its rotary positions begin again
-        limit = shared.adapter.streaming.limit(old.is_long)
+        limit = shared.runner.streaming.limit(old.is_long)
         check_stream(len(tokens) + 1, int(old.table.kept.max()), limit)
     elif not old.is_long and is_long(
-        shared.adapter, request.policy, len(text) - old.table.seen_len, len(text), turn.max_new
+        shared.runner, request.policy, len(text) - old.table.seen_len, len(text), turn.max_new
     ):
         raise ValueError(
             "the text outgrows the rotary range its cache was made for; start a new request"
@@ -56,9 +56,9 @@ def _held(request: Request) -> Sequence:
 
 def truncate(shared: Shared, request: Request, seen_len: int) -> None:
     """See :meth:`Engine.truncate`."""
-    sequence, adapter, pool = _held(request), shared.adapter, shared.pool
+    sequence, runner, pool = _held(request), shared.runner, shared.pool
     table, seen_len = sequence.table, check_count("seen_len", seen_len)
-    for layer, shape in enumerate(adapter.shapes):
+    for layer, shape in enumerate(runner.shapes):
         if shape.window is None or sequence.layers.governed[layer] or seen_len < 1:
             continue
         oldest = int(pool.positions(table, layer).min())
@@ -70,10 +70,10 @@ def truncate(shared: Shared, request: Request, seen_len: int) -> None:
     pool.truncate(table, seen_len)
     table.state = request.policy.truncated(table.state, table.kept.tolist())
     if request.policy.streams:
-        adapter.streaming.forget(table)
-        adapter.streaming.close_gaps(pool, sequence)
+        runner.streaming.forget(table)
+        runner.streaming.close_gaps(pool, sequence)
     request.prompt, request.output = (request.prompt + request.output)[:seen_len], []
     request.protect = tuple(
         (start, min(stop, seen_len)) for start, stop in request.protect if start < seen_len
     )
-    shared.ledger.promise(request, shared.ledger.held(table))
+    shared.ledger.reserve(request, shared.ledger.held(table))

@@ -18,7 +18,7 @@ from pyramidinfer.engine.engine import Engine
 from pyramidinfer.engine.prefix import Prefix
 from pyramidinfer.engine.request import Request, Scoring
 from pyramidinfer.engine.tracing import trace
-from pyramidinfer.models import Adapter
+from pyramidinfer.models import ModelRunner
 from pyramidinfer.models.catalog import find_model
 from pyramidinfer.models.loading import empty_model, load_model
 from pyramidinfer.policies import Policy, make_policy
@@ -77,7 +77,7 @@ class LLM:
             empty, place = empty_model(model, dtype, device)
             weights = sum(each.nbytes for each in empty.parameters())
             check_plan(
-                Adapter(empty, select_backend(backend, place)), chosen, config, place, weights
+                ModelRunner(empty, select_backend(backend, place)), chosen, config, place, weights
             )
         loaded = load_model(model, tokenizer, dtype, device)
         self.tokenizer = loaded.tokenizer

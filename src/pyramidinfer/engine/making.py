@@ -27,7 +27,7 @@ from pyramidinfer.engine.text import Detokenizer, added_tokens
 from pyramidinfer.policies import Policy
 from pyramidinfer.types import SamplingParams, TokenIds
 
-__all__ = ["Maker", "Spans", "costs_of", "expected_of", "settle_on_held"]
+__all__ = ["Maker", "Spans", "cost_from_held", "costs_of", "expected_of"]
 
 Spans = Items[tuple[int, int]]
 
@@ -38,16 +38,16 @@ class Maker:
     def __init__(self, shared: Shared, end_ids: frozenset[int]) -> None:
         self.shared = shared
         self.added_tokens = added_tokens(shared.tokenizer)
-        self.grammars = Grammars(shared.tokenizer, shared.adapter.vocab_size, end_ids)
+        self.grammars = Grammars(shared.tokenizer, shared.runner.vocab_size, end_ids)
         self._ids = itertools.count()
 
     def make(self, prompt: TokenIds, params: SamplingParams, policy: Policy, protect: Spans,
              hold: bool, on: Table | None, scoring: Scoring | None, samples: int
              ) -> Request:  # fmt: skip
         """See :meth:`Engine.make`; ``policy`` is checked already."""
-        shared, adapter = self.shared, self.shared.adapter
-        check_params(params, adapter.vocab_size, shared.tokenizer is not None)
-        check_tokens(prompt, adapter.vocab_size)
+        shared, runner = self.shared, self.shared.runner
+        check_params(params, runner.vocab_size, shared.tokenizer is not None)
+        check_tokens(prompt, runner.vocab_size)
         if not 1 <= samples <= shared.config.max_requests:
             raise ValueError(
                 f"{samples} samples of one prompt: at least 1, and at most "
@@ -96,7 +96,7 @@ class Maker:
               scoring: Scoring | None) -> int:  # fmt: skip
         """Tokens that may be generated, or are scored; ``ValueError`` where the model has too few
         positions."""
-        adapter, longest = self.shared.adapter, self.shared.adapter.max_positions
+        runner, longest = self.shared.runner, self.shared.runner.max_positions
         endless = self.shared.is_endless(policy, len(prompt))
         if endless:
             held = int(on.kept.max()) if on else 0
@@ -108,7 +108,7 @@ class Maker:
             )
         if not scoring:
             return params.max_tokens if endless else min(params.max_tokens, longest - len(prompt))
-        check_tokens(scoring.tokens, adapter.vocab_size, "continuation")
+        check_tokens(scoring.tokens, runner.vocab_size, "continuation")
         max_new = len(scoring.tokens)
         if len(prompt) + max_new - 1 > longest:  # the last one is never fed
             raise ValueError(
@@ -122,9 +122,9 @@ def costs_of(shared: Shared, policy: Policy, length: int, max_new: int, spans: S
              on: Table | None = None, scoring: Scoring | None = None, samples: int = 1
              ) -> tuple[Cost, Cost]:  # fmt: skip
     """The most that a prompt of ``length`` tokens can need (the first ones held by ``on``), and
-    what it has to be promised before it begins."""
+    what has to be reserved for it before it begins."""
     seen, held = (on.seen_len, on.kept) if on else (0, None)
-    layers = shared.adapter.layers_for(length + max_new)
+    layers = shared.runner.layers_for(length + max_new)
     covered = len(set().union(*(range(*span) for span in spans)))
     find = shared.ledger.scoring_cost if scoring else shared.ledger.cost
     most = likely = find(policy, length - seen, max_new, layers, covered, held, seen=seen)
@@ -138,17 +138,17 @@ def costs_of(shared: Shared, policy: Policy, length: int, max_new: int, spans: S
     return most, likely
 
 
-def settle_on_held(shared: Shared, request: Request, samples: list[Request]) -> None:
+def cost_from_held(shared: Shared, request: Request, samples: list[Request]) -> None:
     """A request whose text was cut by one threshold for all layers: what each of them keeps was not
     known before, so what it needs from here on is told by what it holds."""
     assert request.sequence is not None
     kept = request.sequence.table.kept
 
     def from_here(cost: Cost, generated: int) -> Cost:
-        most = cost.settled
+        most = cost.after_prefill
         assert most is not None and most.entries is not None
         entries = np.minimum(most.entries, kept + generated)
-        return cost._replace(settled=shared.ledger.settled(entries, most.beside))
+        return cost._replace(after_prefill=shared.ledger.decode_cost(entries, most.overhead))
 
     cost = from_here(request.cost, request.max_new)
     likely = from_here(request.likely, expected_of(shared.config, request.max_new))

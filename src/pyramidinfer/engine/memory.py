@@ -1,6 +1,6 @@
-"""What a request may need at most, and how much is promised: admission by reservation.
+"""What a request may need at most, and how much is reserved: admission by reservation.
 
-Every request's forecast is rounded to pages and added to what is already promised, so a request
+Every request's forecast is rounded to pages and added to what is already reserved, so a request
 that was let in can never run short (what else there is: ``scheduler.py``).  Query rings, policy
 state and the hidden states of prompts in progress count against the same ``kv_memory``.
 """
@@ -15,7 +15,7 @@ import numpy as np
 from pyramidinfer.cache import Layout, Table
 from pyramidinfer.engine.checks import ContextLengthError
 from pyramidinfer.engine.readings import readings
-from pyramidinfer.models import Adapter
+from pyramidinfer.models import ModelRunner
 from pyramidinfer.models.routing import scores_by_chunk
 from pyramidinfer.policies import Policy
 from pyramidinfer.types import Layers, Phase, View, accumulate_dtype
@@ -26,35 +26,36 @@ __all__ = ["Cost", "Ledger", "bytes_of", "for_samples", "full_bytes", "full_lens
 class Cost(NamedTuple):
     """An upper bound: pages per group at the worst moment, and all bytes at that moment.
 
-    ``settled``: the bound once the prompt is in (None where this already is it);  ``entries`` per
-    layer and head and the bytes ``beside`` pages are what a settled bound is made of.
+    ``after_prefill``: the bound once the prompt is in (None where this already is it);
+    ``entries`` per layer and head and the bytes of ``overhead`` outside pages: what such a bound is
+    made of.
     """
 
     pages: np.ndarray
     bytes: int
-    settled: Cost | None = None
+    after_prefill: Cost | None = None
     entries: np.ndarray | None = None
-    beside: int = 0
+    overhead: int = 0
 
 
 def for_samples(cost: Cost, samples: int) -> Cost:
     """The cost of several answers to one prompt: one takes it in, then each may hold its own."""
-    settled = cost.settled or cost
+    settled = cost.after_prefill or cost
     pages = np.maximum(cost.pages, settled.pages * samples)
     return Cost(pages, max(cost.bytes, settled.bytes * samples), settled)
 
 
-class Promised(Protocol):
+class Reserved(Protocol):
     """A request, as far as the ledger knows it."""
 
-    promised: Cost | None
+    reserved: Cost | None
 
 
 class Ledger:
-    """Promises made against the pool; ``promised`` never exceeds what there is."""
+    """Reservations made against the pool; ``reserved`` never exceeds what there is."""
 
-    def __init__(self, layout: Layout, adapter: Adapter) -> None:
-        self.layout, self.adapter = layout, adapter
+    def __init__(self, layout: Layout, runner: ModelRunner) -> None:
+        self.layout, self.runner = layout, runner
         self.pages = np.zeros_like(layout.page_counts)
         self.bytes = 0
 
@@ -68,27 +69,27 @@ class Ledger:
         ``seen``: tokens in front of the prompt's, in the cache or dropped from it; None: the prompt
         is not read again, whatever the policy says.
         """
-        layout, adapter = self.layout, self.adapter
-        shape = (layers.count, adapter.kv_heads)
+        layout, runner = self.layout, self.runner
+        shape = (layers.count, runner.kv_heads)
         base = np.zeros(shape, dtype=np.int64) if held is None else held
         generated, reread = max_new if expected is None else expected, 0
         if seen is not None:
-            again = readings(adapter, policy, range(new), seen + new, max_new)
+            again = readings(runner, policy, range(new), seen + new, max_new)
             reread = max(map(len, again), default=0)
         forecast = policy.forecast(new, generated, layers)
         reach = np.minimum(np.array(forecast.reach) + protected, new)
-        kept = np.minimum(forecast.by_head(adapter.kv_heads) + protected, new + generated)
+        kept = np.minimum(forecast.by_head(runner.kv_heads) + protected, new + generated)
         if held is not None:  # generation may keep more on top of a longer text
             kept = base + reach[:, None] + generated
         whole = base + reach[:, None]  # while the prompt is read again
-        for layer, sizes in enumerate(adapter.shapes):
+        for layer, sizes in enumerate(runner.shapes):
             if sizes.window is not None and not layers.governed[layer]:
                 most = sizes.window + layout.page_size
                 kept[layer] = np.minimum(kept[layer], most)
                 whole[layer] = np.minimum(whole[layer], most)
         total = None
         if forecast.total is not None and held is None:
-            total = np.array(forecast.total) + protected * adapter.kv_heads
+            total = np.array(forecast.total) + protected * runner.kv_heads
         final, before = self._pages(whole if reread else kept, total), self._pages(base)
         arriving = layout.pages_for(base + reach[:, None]).sum(1)
         worst = np.zeros_like(layout.page_counts)
@@ -100,13 +101,13 @@ class Ledger:
                 pages = final.copy()
                 pages[layer] = layout.pages_for(whole[layer] + reread).sum()
                 worst = np.maximum(worst, layout.by_group(pages))
-        lasting, transient = self._beside(policy, new, max_new, layers, reach, base, reread)
-        lasting += self._turned(policy, protected)
+        lasting, transient = self._overhead(policy, new, max_new, layers, reach, base, reread)
+        lasting += self._rotated(policy, protected)
         size = layout.bytes_of(worst) + lasting + transient
         in_all = None
         if forecast.sum is not None:
             in_all = int(base.sum()) + forecast.sum + protected * base.size
-        settled = self.settled(kept, lasting, total, in_all)
+        settled = self.decode_cost(kept, lasting, total, in_all)
         worst = np.maximum(worst, settled.pages)
         return Cost(worst, max(size, settled.bytes), settled)
 
@@ -118,7 +119,7 @@ class Ledger:
             pages = np.minimum(pages, total // self.layout.page_size + entries.shape[1])
         return pages
 
-    def settled(self, entries: np.ndarray, beside: int, total: np.ndarray | None = None,
+    def decode_cost(self, entries: np.ndarray, overhead: int, total: np.ndarray | None = None,
                 in_all: int | None = None) -> Cost:  # fmt: skip
         """What so many entries per layer and head take, no more than ``total`` a layer and
         ``in_all`` together, and ``beside`` bytes outside pages."""
@@ -127,32 +128,32 @@ class Ledger:
         if in_all is not None:
             heads = layout.by_group(np.ones_like(pages)) * entries.shape[1]
             groups = np.minimum(groups, in_all // layout.page_size + heads)
-        size = layout.bytes_of(groups) + beside
-        return Cost(groups, size, None, entries, beside)
+        size = layout.bytes_of(groups) + overhead
+        return Cost(groups, size, None, entries, overhead)
 
     def scoring_cost(self, policy: Policy, new: int, scored: int, layers: Layers, protected: int,
                      held: np.ndarray | None = None, seen: int = 0) -> Cost:  # fmt: skip
         """The most that a context and a continuation scored on top of its cache can need."""
         context = self.cost(policy, new, 0, layers, protected, held, seen=seen)
-        forecast = policy.forecast(new, 0, layers).by_head(self.adapter.kv_heads)
+        forecast = policy.forecast(new, 0, layers).by_head(self.runner.kv_heads)
         kept = np.minimum(forecast + protected, new)
         extended = self.cost(policy, scored, 0, layers, scored, kept, seen=None)
         pages = np.maximum(context.pages, extended.pages)
-        return Cost(pages, max(context.bytes, extended.bytes), extended.settled)
+        return Cost(pages, max(context.bytes, extended.bytes), extended.after_prefill)
 
-    def _beside(self, policy: Policy, new: int, max_new: int, layers: Layers, reach: np.ndarray,
+    def _overhead(self, policy: Policy, new: int, max_new: int, layers: Layers, reach: np.ndarray,
                 base: np.ndarray, reread: int) -> tuple[int, int]:  # fmt: skip
         """Bytes outside pages: (ring and state, hidden states and window queries of a prompt)."""
-        adapter, item = self.adapter, int(self.adapter.dtype.itemsize)
-        high = int(accumulate_dtype(adapter.dtype).itemsize)
-        heads = max(shape.heads for shape in adapter.shapes)
-        key_dim = max(shape.key_dim for shape in adapter.shapes)
+        runner, item = self.runner, int(self.runner.dtype.itemsize)
+        high = int(accumulate_dtype(runner.dtype).itemsize)
+        heads = max(shape.heads for shape in runner.shapes)
+        key_dim = max(shape.key_dim for shape in runner.shapes)
         most = base.max(1)
         total = new + int(most[layers.first])
         rows = policy.ring(total, max_new)
         ring = rows * (layers.count * heads * (key_dim * item + high) + 8)
         state = policy.start(layers)
-        kv_heads = int(max(shape.kv_heads for shape in adapter.shapes))
+        kv_heads = int(max(shape.kv_heads for shape in runner.shapes))
 
         def going(phase: Phase, reach: np.ndarray, base: np.ndarray) -> int:
             window = columns = moments = 0
@@ -165,29 +166,29 @@ class Ledger:
                 columns = max(columns, (bool(needs.window) + needs.column_sums) * max(lens))
                 if needs.queries_from is not None:
                     moments = heads * (key_dim * (key_dim + 1) + key_dim // 2)
-            hidden = 2 * int(reach[0]) * int(adapter.hidden_size) * item
+            hidden = 2 * int(reach[0]) * int(runner.hidden_size) * item
             told = moments * high + 8 * bool(moments)
             return hidden + window * heads * key_dim * item + columns * kv_heads * high + told
 
         transient = going("extend" if base.any() else "prefill", reach, base)
         if reread:  # what the head will read waits meanwhile, in a prompt that is scored all of it
-            waiting = new * adapter.hidden_size * item
+            waiting = new * runner.hidden_size * item
             again = going("reread", np.full(layers.count, reread), base + reach[:, None])
             transient = max(transient, waiting + again)
         transient += policy.working_bytes(new, layers)
         return ring + sum(value.nbytes for value in state.values()), transient
 
-    def _turned(self, policy: Policy, protected: int) -> int:
-        """Bytes of the copies a streaming request keeps of keys that are turned."""
+    def _rotated(self, policy: Policy, protected: int) -> int:
+        """Bytes of the copies a streaming request keeps of keys that are rotated."""
         if not policy.streams:
             return 0
-        adapter, count = self.adapter, policy.anchors + protected
-        sizes = (adapter.shapes[layer] for layer in adapter.streaming.layers)
+        runner, count = self.runner, policy.anchors + protected
+        sizes = (runner.shapes[layer] for layer in runner.streaming.layers)
         keys = sum(shape.kv_heads * shape.key_dim for shape in sizes)
-        return count * (keys * int(adapter.dtype.itemsize) + 16) + 8
+        return count * (keys * int(runner.dtype.itemsize) + 16) + 8
 
     def fits(self, cost: Cost, instead_of: Cost | None = None) -> bool:
-        """Whether ``cost`` can be promised now, given that ``instead_of`` would be given back."""
+        """Whether ``cost`` can be reserved now, given that ``instead_of`` would be given back."""
         pages, size = self.pages + cost.pages, self.bytes + cost.bytes
         if instead_of is not None:
             pages, size = pages - instead_of.pages, size - instead_of.bytes
@@ -195,7 +196,7 @@ class Ledger:
 
     @property
     def is_over(self) -> bool:
-        """Whether more is promised than there is (``admission="overcommit"`` only, before a pass
+        """Whether more is reserved than there is (``admission="overcommit"`` only, before a pass
         begins)."""
         return self.bytes > self.layout.budget or bool((self.pages > self.layout.page_counts).any())
 
@@ -225,39 +226,41 @@ class Ledger:
         used = self.layout.by_group(table.held.sum(1))
         return Cost(used, self.layout.bytes_of(used) + table.extra_bytes)
 
-    def promise(self, holder: Promised, cost: Cost | None) -> None:
-        """Count ``cost`` for a request in place of what was promised to it before."""
-        if holder.promised is not None:
-            self.pages -= holder.promised.pages
-            self.bytes -= holder.promised.bytes
-        holder.promised = cost
+    def reserve(self, holder: Reserved, cost: Cost | None) -> None:
+        """Count ``cost`` for a request in place of what was reserved for it before."""
+        if holder.reserved is not None:
+            self.pages -= holder.reserved.pages
+            self.bytes -= holder.reserved.bytes
+        holder.reserved = cost
         if cost is not None:
             self.pages += cost.pages
             self.bytes += cost.bytes
 
 
-def full_bytes(layout: Layout, adapter: Adapter, seen_len: int) -> int:
+def full_bytes(layout: Layout, runner: ModelRunner, seen_len: int) -> int:
     """Bytes a full cache of ``seen_len`` tokens takes in pages; sliding layers stop at their
     window."""
-    return bytes_of(layout, adapter, full_lens(adapter, seen_len))
+    return bytes_of(layout, runner, full_lens(runner, seen_len))
 
 
-def full_lens(adapter: Adapter, seen_len: int, held: Items[int] | None = None) -> tuple[int, ...]:
+def full_lens(
+    runner: ModelRunner, seen_len: int, held: Items[int] | None = None
+) -> tuple[int, ...]:
     """Entries per layer that a full cache of ``seen_len`` tokens holds in every KV head.
 
     Sliding layers stop at their window, and let go of what is older some entries at a time:
     ``held`` is how many they hold just now, which a full cache would hold as well.
     """
-    held = held or (0,) * adapter.depth
+    held = held or (0,) * runner.depth
     return tuple(
         seen_len if shape.window is None else max(min(seen_len, shape.window - 1), now)
-        for shape, now in zip(adapter.shapes, held, strict=True)
+        for shape, now in zip(runner.shapes, held, strict=True)
     )
 
 
-def bytes_of(layout: Layout, adapter: Adapter, lens: Items[int]) -> int:
+def bytes_of(layout: Layout, runner: ModelRunner, lens: Items[int]) -> int:
     """Bytes of pages of a cache with so many entries per layer in every KV head."""
     return sum(
         int(layout.pages_for(entries)) * shape.kv_heads * int(size)
-        for entries, shape, size in zip(lens, adapter.shapes, layout.layer_page_bytes, strict=True)
+        for entries, shape, size in zip(lens, runner.shapes, layout.layer_page_bytes, strict=True)
     )

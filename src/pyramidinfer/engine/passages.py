@@ -14,7 +14,7 @@ import torch
 
 from pyramidinfer.engine.english import ENGLISH, LIBRARY, library_paragraphs, paragraphs
 from pyramidinfer.engine.text import head_of, plain_ids
-from pyramidinfer.models import Adapter
+from pyramidinfer.models import ModelRunner
 from pyramidinfer.policies.kvzip import AGAIN
 from pyramidinfer.types import TokenIds
 
@@ -57,23 +57,23 @@ class Passages:
         return [*self.again, *passage[self.head :]]
 
 
-def passages_for(adapter: Adapter, tokenizer: Any) -> Passages:
+def passages_for(runner: ModelRunner, tokenizer: Any) -> Passages:
     """Real English, or where there is no tokenizer to read it with, random tokens."""
     if tokenizer is None:
-        return random_passages(adapter)
-    return english_passages(adapter, tokenizer)
+        return random_passages(runner)
+    return english_passages(runner, tokenizer)
 
 
-def random_passages(adapter: Adapter) -> Passages:
+def random_passages(runner: ModelRunner) -> Passages:
     """Tokens drawn at random: heads that find what they saw before show on these as well
     (induction heads, Olsson et al., arXiv 2209.11895), though less like they do on text."""
-    generator, length = torch.Generator().manual_seed(0), room_for(adapter, 0, FEWEST_RANDOM)
-    drawn = torch.randint(adapter.vocab_size, (COUNT, length), generator=generator).tolist()
+    generator, length = torch.Generator().manual_seed(0), room_for(runner, 0, FEWEST_RANDOM)
+    drawn = torch.randint(runner.vocab_size, (COUNT, length), generator=generator).tolist()
     halves = tuple(drawn[: COUNT // 2]), tuple(drawn[COUNT // 2 :])
     return Passages("random tokens (the model came without a tokenizer)", halves)
 
 
-def english_passages(adapter: Adapter, tokenizer: Any) -> Passages:
+def english_passages(runner: ModelRunner, tokenizer: Any) -> Passages:
     """From the two texts that every Python has: its language reference, and docstrings."""
     check_tokenizer(tokenizer)
     texts = paragraphs(), library_paragraphs()
@@ -82,7 +82,7 @@ def english_passages(adapter: Adapter, tokenizer: Any) -> Passages:
             "this Python came without its library's sources, whose docstrings a profile is "
             "measured on; give a text: pyramidinfer profile MODEL --text FILE"
         )
-    length, each = room_for(adapter, len(plain_ids(tokenizer, AGAIN))), COUNT // 2
+    length, each = room_for(runner, len(plain_ids(tokenizer, AGAIN))), COUNT // 2
     first, second = (
         tuple(_beginning(tokenizer, text[index * len(text) // each :], length)
               for index in range(each))
@@ -91,11 +91,11 @@ def english_passages(adapter: Adapter, tokenizer: Any) -> Passages:
     return _made(tokenizer, f"{ENGLISH}; {LIBRARY}", (first, second))
 
 
-def text_passages(adapter: Adapter, tokenizer: Any, text: str, name: str) -> Passages:
+def text_passages(runner: ModelRunner, tokenizer: Any, text: str, name: str) -> Passages:
     """From one text: its first half and its second, passages evenly spread."""
     check_tokenizer(tokenizer)
     ids, head = plain_ids(tokenizer, text), head_of(tokenizer)
-    room = room_for(adapter, len(plain_ids(tokenizer, AGAIN)))
+    room = room_for(runner, len(plain_ids(tokenizer, AGAIN)))
     length = min(room, len(ids) // COUNT + len(head))
     if length < (least := min(SHORT, room)):
         needed = COUNT * (least - len(head))
@@ -106,10 +106,10 @@ def text_passages(adapter: Adapter, tokenizer: Any, text: str, name: str) -> Pas
     return _made(tokenizer, name, halves)
 
 
-def room_for(adapter: Adapter, again: int, fewest: int = FEWEST) -> int:
+def room_for(runner: ModelRunner, again: int, fewest: int = FEWEST) -> int:
     """Tokens of a passage that can be read and repeated on this model with ``again`` tokens in
     between, at most ``LENGTH``."""
-    positions = min(adapter.max_positions, adapter.rotary.long_from or adapter.max_positions)
+    positions = min(runner.max_positions, runner.rotary.long_from or runner.max_positions)
     room = min(LENGTH, (positions - again - 1) // 2)
     if room < fewest:
         raise ValueError(

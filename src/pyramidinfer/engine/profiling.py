@@ -34,9 +34,9 @@ from pyramidinfer.cache import Layout, Pool
 from pyramidinfer.engine.passages import Passages, passages_for
 from pyramidinfer.engine.readings import is_long
 from pyramidinfer.engine.shared import Shared
-from pyramidinfer.models import Adapter, Intake
+from pyramidinfer.models import ModelRunner, Prefill
+from pyramidinfer.models.batch import Batch, Sequence, Work
 from pyramidinfer.models.fingerprint import fingerprint
-from pyramidinfer.models.intake import Batch, Sequence, Work
 from pyramidinfer.native.build import cache_folder
 from pyramidinfer.policies import Policy
 from pyramidinfer.policies.profile import Centres, Fingerprint, Profile
@@ -134,53 +134,53 @@ def profile_model(shared: Shared, passages: Passages | None = None,
     ``ValueError`` where no passage can be read twice, and where the model bounds every layer by a
     window.
     """
-    adapter = shared.adapter
-    passages = passages or passages_for(adapter, shared.tokenizer)
+    runner = shared.runner
+    passages = passages or passages_for(runner, shared.tokenizer)
     longest = max(len(each) + len(passages.repeated(each)) for each in passages.all)
-    governed = adapter.layers_for(longest + 1).governed
+    governed = runner.layers_for(longest + 1).governed
     if not any(governed):
         raise ValueError(
             "every layer of this model has a sliding window that is shorter than the passages, so "
             "no head can be profiled: their memory is bounded already; use policy 'full'"
         )
     pool = _pool_for(shared, longest)
-    work = adapter.depth * sum(len(each) + len(passages.repeated(each)) for each in passages.all)
+    work = runner.depth * sum(len(each) + len(passages.repeated(each)) for each in passages.all)
     halves = []
     with progress_bar("what each head needs", work, progress) as tell:
         for half in passages.halves:
             halves.append(
-                [watch(adapter, pool, each, passages.repeated(each), tell) for each in half]
+                [watch(runner, pool, each, passages.repeated(each), tell) for each in half]
             )
-    heads = [shape.kv_heads for shape in adapter.shapes]
+    heads = [shape.kv_heads for shape in runner.shapes]
     shares = [[head_shares(each.scores) for each in half] for half in halves]
     first, second = (_flat(_mean(half)) for half in shares)
     return Profile(
         _rows(_mean(shares[0] + shares[1]), heads), governed, passages.name,
         tuple(len(each) for each in passages.all), round(rank_correlation(first, second), 4), KEPT,
-        _version(), fingerprint(adapter),
+        _version(), fingerprint(runner),
         queries=_centres([each.queries for half in halves for each in half]),
     )  # fmt: skip
 
 
-def watch(adapter: Adapter, pool: Pool, passage: TokenIds, repeated: TokenIds,
+def watch(runner: ModelRunner, pool: Pool, passage: TokenIds, repeated: TokenIds,
           tell: Tell = lambda _: None) -> Watched:  # fmt: skip
     """The most that any query of ``repeated``, which follows the passage, gave each of its entries,
     and the passage's own queries.  ``tell`` hears of layer-tokens done."""
     length = len(passage)
-    layers = adapter.layers_for(length + len(repeated) + 1)
+    layers = runner.layers_for(length + len(repeated) + 1)
     watching = _Watching(repeated, layers.governed)
-    far = is_long(adapter, watching, length, length, 1)
-    nothing = torch.zeros(0, dtype=torch.int64, device=adapter.device)
+    far = is_long(runner, watching, length, length, 1)
+    nothing = torch.zeros(0, dtype=torch.int64, device=runner.device)
     table = pool.new_table(length)
-    protected = torch.zeros(length, dtype=torch.bool, device=adapter.device)
+    protected = torch.zeros(length, dtype=torch.bool, device=runner.device)
     sequence = Sequence(table, watching, layers, protected, far)
-    tokens, again = (torch.tensor(each, device=adapter.device) for each in (passage, repeated))
-    intake = Intake(sequence, tokens, 0, [length] * adapter.depth, readings=[again])
+    tokens, again = (torch.tensor(each, device=runner.device) for each in (passage, repeated))
+    prefill = Prefill(sequence, tokens, 0, [length] * runner.depth, readings=[again])
     try:
-        while not intake.finished:
-            work = Work(intake, STEP * adapter.depth)
-            stepped = adapter.forward(pool, Batch([], nothing, [work]))
-            tell(STEP * adapter.depth - work.budget)
+        while not prefill.finished:
+            work = Work(prefill, STEP * runner.depth)
+            stepped = runner.forward(pool, Batch([], nothing, [work]))
+            tell(STEP * runner.depth - work.budget)
     finally:
         pool.release(table)
     if not bool(stepped.logits.isfinite().all()):
@@ -249,7 +249,7 @@ def _pool_for(shared: Shared, longest: int) -> Pool:
     specs, page = shared.pool.layout.specs, shared.config.page_size
     smallest = Layout.smallest(specs, page)
     layout = Layout(specs, smallest.budget * (int(smallest.pages_for(longest)) + 1), page)
-    return Pool(layout, shared.adapter.device, kernels=shared.pool.kernels)
+    return Pool(layout, shared.runner.device, kernels=shared.pool.kernels)
 
 
 @contextmanager
@@ -300,7 +300,7 @@ def look_up(shared: Shared) -> Found | None:
 
     Files there that are damaged are told of (``RuntimeWarning``) and passed over.
     """
-    mark = fingerprint(shared.adapter)
+    mark = fingerprint(shared.runner)
     return _look_in(shipped_folder(), mark) or _look_in(profiles_folder(), mark)
 
 

@@ -4,28 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pyramidinfer.models import Adapter
+from pyramidinfer.models import ModelRunner
 from pyramidinfer.policies import Policy
 from pyramidinfer.types import TokenIds
 
 __all__ = ["is_long", "readings"]
 
 
-def readings(adapter: Adapter, policy: Policy, new: Sequence[int], length: int, max_new: int,
+def readings(runner: ModelRunner, policy: Policy, new: Sequence[int], length: int, max_new: int,
              head: int = 0) -> list[TokenIds]:  # fmt: skip
     """What is read behind a text of ``length`` tokens that ends with ``new``; see
     ``Policy.readings``."""
-    far = is_long(adapter, policy, len(new), length, max_new)
-    return policy.readings(new, adapter.streaming.limit(far) - length, head)
+    far = is_long(runner, policy, len(new), length, max_new)
+    return policy.readings(new, runner.streaming.limit(far) - length, head)
 
 
-def is_long(adapter: Adapter, policy: Policy, new: int, length: int, max_new: int) -> bool:
+def is_long(runner: ModelRunner, policy: Policy, new: int, length: int, max_new: int) -> bool:
     """Whether a text of ``length`` tokens, the last ``new`` of them to be taken in, needs the long
     rotary regime: for all that is generated, or to be read again behind itself."""
-    rotary = adapter.rotary
+    rotary = runner.rotary
     if rotary.long_from is None:
         return False
-    if rotary.is_long(min(length + max_new - 1, adapter.max_positions)):  # the last is never fed
+    if rotary.is_long(min(length + max_new - 1, runner.max_positions)):  # the last is never fed
         return True
     try:
         policy.readings(range(new), rotary.long_from - length)

@@ -4,8 +4,8 @@ What the cache of a conversation holds was chosen by what its last question look
 turns ask other things.  Here the text of a held cache is taken in once more, whole, and read again
 behind itself as KVzip does (Kim et al., 2505.23416): no question has a say in those scores.  Then
 every head of every layer keeps as many entries as it held before, the ones with the best scores, so
-bytes, promises and the state of the conversation's own policy stay what they were.  What all heads
-held of the text's two ends stays (the policy's first tokens, its newest window, what was just
+bytes, reservations and the state of the conversation's own policy stay what they were.  What all
+heads held of the text's two ends stays (the policy's first tokens, its newest window, what was just
 generated), and heads that held the same tokens hold the same tokens again.
 
 Left alone is what nothing was dropped from, and what cannot be exchanged entry by entry: policies
@@ -29,7 +29,7 @@ from pyramidinfer.engine.readings import is_long
 from pyramidinfer.engine.request import Request
 from pyramidinfer.engine.reuse import Conversations
 from pyramidinfer.engine.shared import Shared
-from pyramidinfer.models.intake import Batch, Intake, Sequence, Work
+from pyramidinfer.models.batch import Batch, Prefill, Sequence, Work
 from pyramidinfer.policies import Forecast, KVzip, Policy
 from pyramidinfer.policies.base import keep_best
 from pyramidinfer.types import Keep, Layers, Needs, Observation, State, TokenIds, View
@@ -119,7 +119,7 @@ def _look(pool: Pool, held: Sequence, layers: Layers, protected: Tensor) -> _Fou
 class Recompression:
     """A held cache being chosen anew, beside the one that is held until that is over.
 
-    It takes memory that is free and no other, and is ``promised`` that like a request.  ``work``:
+    It takes memory that is free and no other, and is ``reserved`` that like a request.  ``work``:
     layer-tokens computed so far.  ``ValueError`` where the cache is left alone, saying why.
     """
 
@@ -128,25 +128,25 @@ class Recompression:
         assert held.sequence is not None
         self.shared, self.conversations, self.reader = shared, conversations, reader
         self.held, self.work = held, 0
-        self.promised: Cost | None = None
-        adapter, length = shared.adapter, held.sequence.table.seen_len
+        self.reserved: Cost | None = None
+        runner, length = shared.runner, held.sequence.table.seen_len
         text = held.text[:length]
-        protected = torch.zeros(length, dtype=torch.bool, device=adapter.device)
+        protected = torch.zeros(length, dtype=torch.bool, device=runner.device)
         for start, stop in held.protect:
             protected[start:stop] = True
-        layers = adapter.layers_for(length + 1)
+        layers = runner.layers_for(length + 1)
         policy = self._policy(layers, protected)
         cost = shared.ledger.cost(policy, length, 1, layers, int(protected.sum()))
-        if is_long(adapter, policy, length, length, 1) != held.sequence.is_long:
+        if is_long(runner, policy, length, length, 1) != held.sequence.is_long:
             raise ValueError("read again, it would have other rotary positions")
         if not shared.ledger.fits(cost):
             raise ValueError(f"it takes {cost.bytes} bytes for a while, more than are free")
         again = shared.readings(policy, text, 0, 1)
         table = shared.pool.new_table(length)
         sequence = Sequence(table, policy, layers, protected, held.sequence.is_long)
-        tokens, reach = torch.tensor(text, device=adapter.device), [length] * layers.count
-        self.intake = Intake(sequence, tokens, 0, reach, readings=again)
-        shared.ledger.promise(self, cost)
+        tokens, reach = torch.tensor(text, device=runner.device), [length] * layers.count
+        self.prefill = Prefill(sequence, tokens, 0, reach, readings=again)
+        shared.ledger.reserve(self, cost)
 
     def _policy(self, layers: Layers, protected: Tensor) -> _Recut:
         """What chooses the entries; ``ValueError`` where there is nothing to choose."""
@@ -168,12 +168,12 @@ class Recompression:
         If anything is raised, the old one stays and nothing else is left.
         """
         shared, budget = self.shared, self.shared.config.prefill_chunk
-        work = Work(self.intake, budget)
-        nothing = torch.empty(0, dtype=torch.int64, device=shared.adapter.device)
+        work = Work(self.prefill, budget)
+        nothing = torch.empty(0, dtype=torch.int64, device=shared.runner.device)
         try:
-            stepped = shared.adapter.forward(shared.pool, Batch([], nothing, [work]))
+            stepped = shared.runner.forward(shared.pool, Batch([], nothing, [work]))
             self.work += budget - work.budget
-            if not self.intake.finished:
+            if not self.prefill.finished:
                 return False
             if not bool(stepped.logits.isfinite().all()):
                 raise FloatingPointError("the model's logits are not finite numbers")
@@ -185,16 +185,16 @@ class Recompression:
 
     def drop(self) -> None:
         """Give back what was taken; the held cache is as it was."""
-        self.shared.pool.release(self.intake.sequence.table)
-        self.shared.ledger.promise(self, None)
+        self.shared.pool.release(self.prefill.sequence.table)
+        self.shared.ledger.reserve(self, None)
 
     def _exchange(self) -> None:
-        held, table = self.held.sequence, self.intake.sequence.table
+        held, table = self.held.sequence, self.prefill.sequence.table
         assert held is not None
         old = held.table
         table.state, table.ring, table.peak_bytes = old.state, old.ring, old.peak_bytes
-        self.shared.pool.note_beside(table)
-        self.shared.ledger.promise(self, None)
+        self.shared.pool.note_overhead(table)
+        self.shared.ledger.reserve(self, None)
         self.conversations.exchange(self.held, table)
 
 
@@ -241,7 +241,7 @@ class Recompressor:
         try:
             ended = now.step()
         finally:
-            self.tokens += (now.work - before) / self.shared.adapter.depth
+            self.tokens += (now.work - before) / self.shared.runner.depth
         if ended:
             self.done += 1
             log.debug("the cache of request %d was recompressed", now.held.id)

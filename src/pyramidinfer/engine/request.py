@@ -12,11 +12,11 @@ from torch import Tensor
 from pyramidinfer.cache.pool import Exported
 from pyramidinfer.engine.memory import Cost
 from pyramidinfer.engine.text import Detokenizer
-from pyramidinfer.models.intake import Intake, Sequence
+from pyramidinfer.models.batch import Prefill, Sequence
 from pyramidinfer.policies import Policy
 from pyramidinfer.types import KVUsage, Logprob, SamplingParams, TokenIds, accumulate_dtype
 
-__all__ = ["Away", "Constraint", "Request", "Scoring", "Status"]
+__all__ = ["Constraint", "Preempted", "Request", "Scoring", "Status"]
 
 #: Where a request stands: not queued yet, in one of the scheduler's queues, or at its end.
 Status = Literal["made", "waiting", "prefilling", "running", "preempted", "finished"]
@@ -64,7 +64,7 @@ class Scoring:
             self.logits.append(wide.float().cpu())
 
 
-class Away(NamedTuple):
+class Preempted(NamedTuple):
     """A preempted request: its cache in host memory (None: to be computed anew), what it was in
     the pool, and what must fit before it comes back."""
 
@@ -78,8 +78,8 @@ class Request:
     """Mutable state of one request; only the engine changes it.
 
     ``status``: where it stands.
-    ``cost``: the most it may need;  ``likely``: what it must be promised to begin (the same,
-    unless memory is overcommitted);  ``promised``: what the ledger counts for it now.
+    ``cost``: the most it may need;  ``likely``: what must be reserved for it to begin (the same,
+    unless memory is overcommitted);  ``reserved``: what the ledger counts for it now.
     ``prompt``: every token taken in so far (extended turns and fed answers included);
     ``scoring``: a continuation to score; nothing is generated then.
     ``output``: tokens generated since the last prompt;  ``hold``: keep the cache at the end, so
@@ -94,8 +94,8 @@ class Request:
     ``prompt_top``: log-probabilities of the prompt with so many likeliest tokens are wanted.
     ``stop_ids``: tokens that end it besides the model's own: ids, and stop strings that are one.
     ``error``: what went wrong, where ``finish_reason`` is ``"error"``.
-    ``away``: it was preempted and holds nothing in the pool;  ``lowered_to``: what its policy's
-    ``keep`` was lowered to for want of memory.
+    ``preempted``: where its cache is meanwhile, since it holds nothing in the pool;
+    ``lowered_to``: what its policy's ``keep`` was lowered to for want of memory.
     """
 
     id: int
@@ -110,9 +110,9 @@ class Request:
     status: Status = field(default="made", kw_only=True)
     detokenizer: Detokenizer | None = None
     stop_ids: frozenset[int] = frozenset()
-    promised: Cost | None = None
+    reserved: Cost | None = None
     sequence: Sequence | None = None
-    intake: Intake | None = None
+    prefill: Prefill | None = None
     scoring: Scoring | None = None
     output: TokenIds = field(default_factory=list)
     logprobs: list[Logprob] = field(default_factory=list)
@@ -135,7 +135,7 @@ class Request:
     prompt_top: int | None = None
     prompt_logprobs: list[Logprob] = field(default_factory=list)
     error: str | None = None
-    away: Away | None = None
+    preempted: Preempted | None = None
     lowered_to: float | None = None
 
     @property
@@ -151,5 +151,5 @@ class Request:
     @property
     def rows(self) -> int:
         """Logits that this request gets when a pass through the model is over."""
-        intake = self.intake
-        return len(intake.tokens) if intake and intake.all_rows and not intake.reader else 1
+        prefill = self.prefill
+        return len(prefill.tokens) if prefill and prefill.all_rows and not prefill.reader else 1

@@ -65,7 +65,7 @@ class Conversations:
         while self._bytes > self.limit:
             self._drop()
 
-    def _let_go(self, held: Request) -> None:
+    def _forget(self, held: Request) -> None:
         """Hold a request's cache no longer; it has it still."""
         self._count(held, -1)
         digest, length = self._digests.pop(held), _length(held)
@@ -78,10 +78,10 @@ class Conversations:
 
     def _count(self, held: Request, sign: int) -> None:
         """Count what a cache holds in or out."""
-        assert held.sequence is not None and held.promised is not None
+        assert held.sequence is not None and held.reserved is not None
         table, pool = held.sequence.table, self.shared.pool
-        self._pages = self._pages + sign * held.promised.pages
-        self._bytes += sign * held.promised.bytes
+        self._pages = self._pages + sign * held.reserved.pages
+        self._bytes += sign * held.reserved.bytes
         for layer, group in enumerate(pool.group_of.tolist()):
             owners, pages = self._owners[group], pool.owned(table, layer)
             before = int(np.count_nonzero(owners[pages]))
@@ -97,7 +97,7 @@ class Conversations:
             self._count(request, -1)
         self.shared.pool.release(request.sequence.table)
         request.sequence.table = table
-        self.shared.ledger.promise(request, self.shared.ledger.held(table))
+        self.shared.ledger.reserve(request, self.shared.ledger.held(table))
         if is_counted:
             self._count(request, 1)
 
@@ -106,10 +106,10 @@ class Conversations:
         what is added then fits."""
         if request.owner is None or request.sequence is not None or request.prompt_top is not None:
             return False
-        return any(self._take_up(request, held) for held in self._beginnings(request))
+        return any(self._reuse(request, held) for held in self._beginnings(request))
 
     def make_room_for(self, wanted: Cost, mine: Cost | None) -> bool:
-        """Let as many caches go as must, so that ``wanted`` can be promised in place of ``mine``;
+        """Let as many caches go as must, so that ``wanted`` can be reserved in place of ``mine``;
         False, and none goes, where that cannot be."""
         ledger = self.shared.ledger
         if ledger.fits(wanted, instead_of=mine):
@@ -149,19 +149,19 @@ class Conversations:
             and held.protect == request.protect
         ]  # fmt: skip
 
-    def _take_up(self, request: Request, held: Request) -> bool:
+    def _reuse(self, request: Request, held: Request) -> bool:
         """Give a held cache to a request, if what is added to it then fits."""
         shared, sequence = self.shared, held.sequence
         assert sequence is not None
         table, length = sequence.table, len(request.prompt)
         if shared.is_endless(request.policy, length):
-            limit = shared.adapter.streaming.limit(sequence.is_long)
+            limit = shared.runner.streaming.limit(sequence.is_long)
             try:
                 check_stream(length - table.seen_len + 1, int(table.kept.max()), limit)
             except ValueError:
                 return False
         elif sequence.is_long != is_long(
-            shared.adapter, request.policy, length - table.seen_len, length, request.max_new
+            shared.runner, request.policy, length - table.seen_len, length, request.max_new
         ):
             return False
         most, likely = costs_of(
@@ -173,21 +173,21 @@ class Conversations:
         others = self.cost
         if not shared.ledger.fits(likely, instead_of=others):
             return False
-        self._let_go(held)
-        while not shared.ledger.fits(likely, instead_of=held.promised):
+        self._forget(held)
+        while not shared.ledger.fits(likely, instead_of=held.reserved):
             self._drop()
         request.reused, request.reused_entries = table.seen_len, table.layer_tokens
         for each in (request, *request.samples):
             each.cost, each.likely = most, likely
         request.sequence, held.sequence = sequence, None
-        request.promised, held.promised = held.promised, None
+        request.reserved, held.reserved = held.reserved, None
         self.hits, self.reused_tokens = self.hits + 1, self.reused_tokens + table.seen_len
         return True
 
     def _drop(self) -> None:
         """Let the oldest go."""
         held = next(iter(self._digests))
-        self._let_go(held)
+        self._forget(held)
         self.shared.release(held)
         self.dropped += 1
 

@@ -3,12 +3,12 @@
 Running requests decode one token in every step.  Prompts share what is left of the step's
 budget, oldest first; a long prompt spreads over many steps and never holds the others up.
 
-By default a request begins when the most it can need fits beside what is promised to the others.
+By default a request begins when the most it can need fits beside what is reserved for others.
 With ``admission="overcommit"`` it begins when what it is *expected* to need fits: its prompt in
 full, and a share of the tokens it may generate.  Before every step each decoding request is then
-promised at least what the step may claim: one entry more in every layer, and no page shared.  One
+reserved at least what the step may claim: one entry more in every layer, and no page shared.  One
 that outlives what was expected is expected to go on for the same share of what is left to it.
-Where promises exceed what there is, in this order, until they fit:
+Where reservations exceed what there is, in this order, until they fit:
 
 1. expectations give way, the youngest request's first, down to what the next step needs;
 2. caches of finished conversations go, the least recently finished first;
@@ -19,7 +19,7 @@ Where promises exceed what there is, in this order, until they fit:
 A preempted request comes back before any that never began, as soon as what it is expected to need
 from there on fits.  The oldest is preempted only when it is alone (caches that a caller holds then
 take the room), and what could not be served alone was refused from the start: the oldest always
-gets on, and every request comes to its end.  Pages cannot run out inside a pass, since promises
+gets on, and every request comes to its end.  Pages cannot run out inside a pass, since reservations
 count every page once for each owner and cover the pass.
 """
 
@@ -34,10 +34,10 @@ import numpy as np
 from pyramidinfer.engine import answers
 from pyramidinfer.engine.making import costs_of, expected_of
 from pyramidinfer.engine.memory import Cost
-from pyramidinfer.engine.request import Away, Request
+from pyramidinfer.engine.request import Preempted, Request
 from pyramidinfer.engine.reuse import Conversations
 from pyramidinfer.engine.shared import Shared
-from pyramidinfer.models.intake import Sequence, Work
+from pyramidinfer.models.batch import Sequence, Work
 from pyramidinfer.types import KVUsage
 
 __all__ = ["Counts", "Plan", "Scheduler"]
@@ -67,7 +67,7 @@ class Counts:
 
 class Scheduler:
     """Four queues: waiting (no memory yet), prefilling, running (decoding), and those that were
-    preempted and are away, the oldest first.
+    preempted, the oldest first.
 
     ``moving``: the request that is being begun, preempted or brought back; where something is
     raised meanwhile it cannot go on, and whoever catches that has to end it.
@@ -79,12 +79,12 @@ class Scheduler:
         self.waiting: deque[Request] = deque()
         self.prefilling: list[Request] = []
         self.running: list[Request] = []
-        self.away: list[Request] = []
+        self.preempted: list[Request] = []
         self.moving: Request | None = None
         self.counts = Counts()
         groups = np.arange(len(self.pool.groups))
         self._member = (self.pool.group_of[:, None] == groups).astype(np.int64)  # [L, groups]
-        self._trimmed: list[Request] = []  # expected to need more than they are promised
+        self._trimmed: list[Request] = []  # expected to need more than is reserved
 
     @property
     def in_flight(self) -> int:
@@ -92,7 +92,7 @@ class Scheduler:
 
     @property
     def idle(self) -> bool:
-        return not self.waiting and not self.in_flight and not self.away
+        return not self.waiting and not self.in_flight and not self.preempted
 
     @property
     def overcommits(self) -> bool:
@@ -101,8 +101,8 @@ class Scheduler:
     @property
     def host_bytes(self) -> int:
         """Bytes of caches that are in host memory."""
-        away = [each.away for each in list(self.away)]
-        return sum(each.kv.bytes for each in away if each is not None and each.cache is not None)
+        gone = [each.preempted for each in list(self.preempted)]
+        return sum(each.kv.bytes for each in gone if each is not None and each.cache is not None)
 
     def queue(self, request: Request) -> None:
         """Let a request wait, behind all others."""
@@ -114,12 +114,12 @@ class Scheduler:
     def admit(self) -> None:
         """Let requests begin, or come back, as many as fit.
 
-        Those that are away come before all that never began.  The oldest waits for room and nobody
-        overtakes it, except who already holds a cache (an extended request): its pages are part of
-        what the oldest waits for.  ``ValueError`` where nothing runs and nothing can begin.
+        Those that were preempted come before all that never began.  The oldest waits for room and
+        nobody overtakes it, except who already holds a cache (an extended request): its pages are
+        part of what the oldest waits for.  ``ValueError`` where nothing runs and nothing can begin.
         """
         blocked = False
-        for request in [*self.away, *self.waiting]:
+        for request in [*self.preempted, *self.waiting]:
             if self.in_flight + request.width > self.config.max_requests:
                 break
             if blocked and (request.sequence is None or request.status == "preempted"):
@@ -133,37 +133,37 @@ class Scheduler:
                 self._resume(request)
             else:
                 self.shared.start(request)
-            if request.intake is None:
+            if request.prefill is None:
                 self.to_running(request)
             else:
                 request.status = "prefilling"
                 self.prefilling.append(request)
             self.moving = None
-        left = [*self.away, *self.waiting]
+        left = [*self.preempted, *self.waiting]
         if left and not self.in_flight:
-            wanted = left[0].away.wanted if left[0].away else left[0].likely
+            wanted = left[0].preempted.wanted if left[0].preempted else left[0].likely
             raise ValueError(
                 f"{self.ledger.bytes} bytes of kv_memory are held by finished requests, and the "
                 f"next one needs {wanted.bytes} of {self.pool.budget}: release some of them"
             )
 
     def _reserve(self, request: Request) -> bool:
-        """Promise a request what it needs to begin, or to come back; False where that does not
+        """Reserve a request what it needs to begin, or to come back; False where that does not
         fit now."""
-        wanted, mine = request.likely, request.promised
+        wanted, mine = request.likely, request.reserved
         if request.status == "preempted":
-            assert request.away is not None
-            wanted = request.away.wanted
+            assert request.preempted is not None
+            wanted = request.preempted.wanted
         elif not self._fits_at_worst(request):
             return False
         elif self.conversations.reuse(request):
-            self.ledger.promise(request, request.likely)
+            self.ledger.reserve(request, request.likely)
             return True
         if not self.conversations.make_room_for(wanted, mine):
             return False
         if request.owner is not None and request.status == "waiting":
             self.conversations.misses += 1
-        self.ledger.promise(request, wanted)
+        self.ledger.reserve(request, wanted)
         return True
 
     def _fits_at_worst(self, request: Request) -> bool:
@@ -171,26 +171,26 @@ class Scheduler:
         if not self.overcommits:
             return True
         worst = sum(
-            (each.cost if each.intake is not None else _settled(each)).bytes
-            for each in (*self.prefilling, *self.running, *self.away)
+            (each.cost if each.prefill is not None else _decode_cost(each)).bytes
+            for each in (*self.prefilling, *self.running, *self.preempted)
         )
         most = self.pool.budget + self.config.swap_budget
         return not worst or worst + request.cost.bytes <= most
 
     def _resume(self, request: Request) -> None:
         """Bring a preempted request back into the pool."""
-        shared, away, sequence = self.shared, request.away, _sequence(request)
-        assert away is not None
-        request.away = None
-        if away.cache is None:
+        shared, gone, sequence = self.shared, request.preempted, _sequence(request)
+        assert gone is not None
+        request.preempted = None
+        if gone.cache is None:
             sequence.table = self.pool.new_table(len(request.text))
             sequence.table.state = request.policy.start(sequence.layers)
             shared.start(request)
         else:
-            sequence.table = self.pool.import_(away.cache)
-            if request.intake is not None:
-                request.intake.move(shared.adapter.device)
-                sequence.table.transient_bytes = request.intake.transient_bytes
+            sequence.table = self.pool.import_(gone.cache)
+            if request.prefill is not None:
+                request.prefill.move(shared.runner.device)
+                sequence.table.transient_bytes = request.prefill.transient_bytes
             self.pool.note_peak(sequence.table)
         self.counts.resumed += 1
 
@@ -203,11 +203,11 @@ class Scheduler:
         chunk; the rest goes to those with the least left to do, so that a short prompt behind a
         long one is not held up.
         """
-        budget = (self.config.step_tokens - len(self.running)) * self.shared.adapter.depth
+        budget = (self.config.step_tokens - len(self.running)) * self.shared.runner.depth
         budget = max(budget, self.config.prefill_chunk)
-        works = [Work(each.intake, 0) for each in self.prefilling if each.intake is not None]
+        works = [Work(each.prefill, 0) for each in self.prefilling if each.prefill is not None]
         left = _grant(works, budget - budget // 4)
-        _grant(sorted(works, key=lambda work: work.intake.work_left), left + budget // 4)
+        _grant(sorted(works, key=lambda work: work.prefill.work_left), left + budget // 4)
         chosen = zip(self.prefilling, works, strict=True)
         return Plan(list(self.running), [(each, work) for each, work in chosen if work.budget])
 
@@ -219,19 +219,19 @@ class Scheduler:
 
     def remove(self, request: Request) -> None:
         """Take a request out of its queue."""
-        for queue in (self.waiting, self.prefilling, self.running, self.away):
+        for queue in (self.waiting, self.prefilling, self.running, self.preempted):
             if request in queue:
                 queue.remove(request)
 
-    # --- more promised than there is ----------------------------------------------------------
+    # --- more reserved than there is ----------------------------------------------------------
 
     def relieve(self) -> None:
-        """Promise every decoding request what the next step may claim, and make that fit."""
+        """Reserve every decoding request what the next step may claim, and make that fit."""
         if not self.overcommits:
             return
         self._restore()
         for request in self._short():
-            self.ledger.promise(request, self._expected(request))
+            self.ledger.reserve(request, self._expected(request))
         if self.ledger.is_over:
             self._expect_less()
         while self.ledger.is_over:
@@ -239,13 +239,13 @@ class Scheduler:
                 self._preempt()
 
     def _short(self) -> list[Request]:
-        """Those that the next step may take beyond their promise."""
+        """Those that the next step may take beyond their reservation."""
         if not self.running:
             return []
         kept = np.stack([_sequence(each).table.kept for each in self.running])  # [R, layers, heads]
         need = (kept // self.pool.page_size + 1).sum(2) @ self._member
-        promised = np.stack([each.promised.pages for each in self.running if each.promised])
-        return [self.running[row] for row in np.nonzero((need > promised).any(1))[0]]
+        reserved = np.stack([each.reserved.pages for each in self.running if each.reserved])
+        return [self.running[row] for row in np.nonzero((need > reserved).any(1))[0]]
 
     def _needed(self, request: Request) -> Cost:
         """What a decoding request holds, and what one step may add."""
@@ -258,31 +258,31 @@ class Scheduler:
 
     def _after(self, request: Request, steps: int) -> Cost:
         """What a decoding request may need for so many tokens more."""
-        kept, most = _sequence(request).table.kept, _settled(request)
+        kept, most = _sequence(request).table.kept, _decode_cost(request)
         assert most.entries is not None
         entries = np.maximum(kept + 1, np.minimum(kept + steps, most.entries))
-        return self.ledger.settled(entries, most.beside)
+        return self.ledger.decode_cost(entries, most.overhead)
 
     def _expect_less(self) -> None:
-        """Promise no more than the next step needs, the youngest request's promise first."""
+        """Reserve no more than the next step needs, the youngest request's reservation first."""
         for request in sorted(self.running, key=_age, reverse=True):
             if not self.ledger.is_over:
                 return
-            self.ledger.promise(request, self._needed(request))
+            self.ledger.reserve(request, self._needed(request))
             if request not in self._trimmed:
                 self._trimmed.append(request)
 
     def _restore(self) -> None:
-        """Promise what is expected again, the oldest request first, as far as it fits."""
+        """Reserve what is expected again, the oldest request first, as far as it fits."""
         if not self._trimmed:
             return
         ledger, running = self.ledger, set(self.running)
         self._trimmed = sorted((each for each in self._trimmed if each in running), key=_age)
         while self._trimmed:
             expected = self._expected(self._trimmed[0])
-            if not ledger.fits(expected, instead_of=self._trimmed[0].promised):
+            if not ledger.fits(expected, instead_of=self._trimmed[0].reserved):
                 return
-            ledger.promise(self._trimmed.pop(0), expected)
+            ledger.reserve(self._trimmed.pop(0), expected)
 
     def _tighten(self) -> bool:
         """Lower the highest ``keep`` among compressed requests; False where none can be."""
@@ -295,7 +295,7 @@ class Scheduler:
 
     def _lower(self, request: Request, floor: float) -> bool:
         """Lower a request's ``keep`` until some layer is held to less, and evict at once."""
-        adapter, sequence, keep = self.shared.adapter, _sequence(request), _keep(request)
+        runner, sequence, keep = self.shared.runner, _sequence(request), _keep(request)
         found = None
         while keep > floor and found is None:
             keep = max(floor, round(STEP * keep, 4))
@@ -304,14 +304,16 @@ class Scheduler:
             return False
         sequence.policy, sequence.table.state = found
         request.policy, request.lowered_to, sequence.idle = found[0], keep, 0
-        adapter.evict_now(self.pool, sequence)
-        most = _settled(request)
+        runner.evict_now(self.pool, sequence)
+        most = _decode_cost(request)
         assert most.entries is not None
         forecast = found[0].forecast(len(request.prompt), request.max_new, sequence.layers)
-        kept = forecast.by_head(adapter.kv_heads) + int(sequence.protected.sum())
+        kept = forecast.by_head(runner.kv_heads) + int(sequence.protected.sum())
         entries = np.minimum(most.entries, kept)
-        request.cost = request.cost._replace(settled=self.ledger.settled(entries, most.beside))
-        self.ledger.promise(request, self._needed(request))
+        request.cost = request.cost._replace(
+            after_prefill=self.ledger.decode_cost(entries, most.overhead)
+        )
+        self.ledger.reserve(request, self._needed(request))
         self.counts.tightened += 1
         return True
 
@@ -320,31 +322,31 @@ class Scheduler:
         request = max((*self.prefilling, *self.running), key=_age)
         sequence = _sequence(request)
         self.moving = request
-        away = self._let_go(request) or self._moved(request)
+        gone = self._recompute(request) or self._moved(request)
         self.remove(request)
-        self.away.append(request)
-        self.away.sort(key=_age)
-        request.away, request.status = away, "preempted"
+        self.preempted.append(request)
+        self.preempted.sort(key=_age)
+        request.preempted, request.status = gone, "preempted"
         self.pool.release(sequence.table)
-        self.ledger.promise(request, None)
+        self.ledger.reserve(request, None)
         self.moving = None
 
-    def _moved(self, request: Request) -> Away:
+    def _moved(self, request: Request) -> Preempted:
         """Copy a request's cache to host memory."""
         kv, wanted = self._usage(request), request.likely
-        if request.intake is None:
+        if request.prefill is None:
             wanted = self._expected(request)
-        away = Away(self.pool.export(_sequence(request).table), kv, wanted)
-        if request.intake is not None:
-            request.intake.move("cpu")
+        gone = Preempted(self.pool.export(_sequence(request).table), kv, wanted)
+        if request.prefill is not None:
+            request.prefill.move("cpu")
         self.counts.swapped += 1
-        return away
+        return gone
 
-    def _let_go(self, request: Request) -> Away | None:
+    def _recompute(self, request: Request) -> Preempted | None:
         """Have a request's text computed anew, where that is asked for and gives the same."""
         shared, policy = self.shared, request.policy
         anew = self.config.preempt == "recompute" and policy.keeps_all
-        anew &= shared.adapter.rotary.grows_from is None  # else keys are turned as it comes in
+        anew &= shared.runner.rotary.grows_from is None  # else keys are rotated as it comes in
         if not anew or request.scoring is not None:
             return None
         left = request.max_new - len(request.output)
@@ -361,17 +363,17 @@ class Scheduler:
         else:
             request.reused = request.reused_entries = 0
             self.counts.restarted += 1
-        request.intake = None
-        return Away(None, kv, likely)
+        request.prefill = None
+        return Preempted(None, kv, likely)
 
     def _usage(self, request: Request) -> KVUsage:
-        return answers.usage(self.pool, self.shared.adapter, request)
+        return answers.usage(self.pool, self.shared.runner, request)
 
 
 def _grant(works: list[Work], budget: int) -> int:
     """Give each work what it can use, in order; returns what is left over."""
     for work in works:
-        more = min(budget, work.intake.work_left - work.budget)
+        more = min(budget, work.prefill.work_left - work.budget)
         work.budget += more
         budget -= more
     return budget
@@ -382,9 +384,9 @@ def _sequence(request: Request) -> Sequence:
     return request.sequence
 
 
-def _settled(request: Request) -> Cost:
-    assert request.cost.settled is not None
-    return request.cost.settled
+def _decode_cost(request: Request) -> Cost:
+    assert request.cost.after_prefill is not None
+    return request.cost.after_prefill
 
 
 def _keep(request: Request) -> float:

@@ -18,8 +18,8 @@ from pyramidinfer.engine.readings import is_long, readings
 from pyramidinfer.engine.request import Request
 from pyramidinfer.engine.sampler import read_prompt
 from pyramidinfer.engine.text import head_of
-from pyramidinfer.models import Adapter, Intake
-from pyramidinfer.models.intake import Sequence
+from pyramidinfer.models import ModelRunner, Prefill
+from pyramidinfer.models.batch import Sequence
 from pyramidinfer.policies import Policy
 from pyramidinfer.types import TokenIds
 
@@ -30,7 +30,7 @@ __all__ = ["Shared"]
 class Shared:
     """Handed to whoever admits, builds, holds or starts requests; it decides nothing itself."""
 
-    adapter: Adapter
+    runner: ModelRunner
     pool: Pool
     ledger: Ledger
     config: EngineConfig
@@ -38,7 +38,7 @@ class Shared:
 
     def check_policy(self, policy: Policy) -> None:
         """``ValueError`` where a request cannot have this policy on this model, in this pool."""
-        policy.check(self.adapter.layers_for(1))
+        policy.check(self.runner.layers_for(1))
         if policy.uses_scores and self.pool.groups[0].scores is None:
             raise ValueError(
                 f"policy {policy.name!r} keeps a running score beside each entry, and this pool "
@@ -46,28 +46,28 @@ class Shared:
             )
 
     def release(self, request: Request) -> None:
-        """Give back whatever a request has in the pool, and its promise."""
+        """Give back whatever a request has in the pool, and its reservation."""
         if request.sequence is not None and request.sequence.table in self.pool.tables:
             self.pool.release(request.sequence.table)
-        request.sequence = request.away = None
-        self.ledger.promise(request, None)
+        request.sequence = request.preempted = None
+        self.ledger.reserve(request, None)
 
     def is_endless(self, policy: Policy, length: int) -> bool:
         """Whether a request of this length may go past the model's positions: its policy streams,
         and what it holds fits in them."""
-        adapter = self.adapter
-        if not (policy.streams and adapter.streaming.is_possible):
+        runner = self.runner
+        if not (policy.streams and runner.streaming.is_possible):
             return False
-        layers = adapter.layers_for(length)
-        kept = policy.forecast(length, length, layers).by_head(adapter.kv_heads)
-        return int(kept[list(layers.governed)].max(initial=0)) < adapter.max_positions
+        layers = runner.layers_for(length)
+        kept = policy.forecast(length, length, layers).by_head(runner.kv_heads)
+        return int(kept[list(layers.governed)].max(initial=0)) < runner.max_positions
 
     def start(self, request: Request) -> None:
         """Give an admitted request its table, and put its prompt at the first layer."""
         if request.started is None:
             request.started = time.monotonic()
-        adapter, device = self.adapter, self.adapter.device
-        layers = adapter.layers_for(len(request.prompt) + request.max_new)
+        runner, device = self.runner, self.runner.device
+        layers = runner.layers_for(len(request.prompt) + request.max_new)
         sequence = request.sequence or self._new_sequence(request)
         request.sequence, sequence.layers = sequence, layers
         scored = len(request.scoring.tokens) if request.scoring else 0
@@ -75,14 +75,14 @@ class Shared:
         sequence.protected = torch.arange(size, device=device) >= len(request.prompt)
         for start, stop in request.protect:
             sequence.protected[start:stop] = True
-        table, shape = sequence.table, adapter.shapes[0]
+        table, shape = sequence.table, runner.shapes[0]
         new = request.text[table.seen_len :]
         if request.policy.streams:
-            adapter.streaming.make_room(self.pool, sequence, len(new))
+            runner.streaming.make_room(self.pool, sequence, len(new))
         rows = request.policy.ring(len(new) + int(table.longest[layers.first]), request.max_new)
         if rows and not request.scoring:
             table.ring = Ring.empty(
-                adapter.depth, rows, shape.heads, shape.key_dim, adapter.dtype, device
+                runner.depth, rows, shape.heads, shape.key_dim, runner.dtype, device
             )
         forecast = request.policy.forecast(len(new), request.max_new, layers)
         extra = int(sequence.protected.sum()) - scored
@@ -90,7 +90,7 @@ class Shared:
         reader = None
         if request.prompt_top is not None and not request.output:
             request.prompt_logprobs, reader = [], partial(read_prompt, request)
-        request.intake = Intake(
+        request.prefill = Prefill(
             sequence, torch.tensor(new, device=device), table.seen_len, reach, reader is not None,
             reader, readings=self.readings(
                 request.policy, request.text, table.seen_len, request.max_new
@@ -103,16 +103,16 @@ class Shared:
         table = request.sequence.table
         self.pool.retract(table, np.zeros_like(table.kept))
         table.seen_len, table.transient_bytes = 0, 0
-        self.pool.note_beside(table)
+        self.pool.note_overhead(table)
         table.state = request.policy.start(request.sequence.layers)
         self.start(request)
 
     def _new_sequence(self, request: Request) -> Sequence:
         length = len(request.prompt)
-        layers = self.adapter.layers_for(length + request.max_new)
+        layers = self.runner.layers_for(length + request.max_new)
         table = self.pool.new_table(length)
         table.state = request.policy.start(layers)
-        far = is_long(self.adapter, request.policy, length, length, request.max_new)
+        far = is_long(self.runner, request.policy, length, length, request.max_new)
         return Sequence(table, request.policy, layers, torch.zeros(0, dtype=torch.bool), far)
 
     def readings(self, policy: Policy, text: TokenIds, seen: int, max_new: int) -> list[Tensor]:
@@ -124,5 +124,5 @@ class Shared:
         if not seen and self.tokenizer is not None:
             begins = head_of(self.tokenizer)
             head = len(begins) if text[: len(begins)] == begins else 0
-        found = readings(self.adapter, policy, text[seen:], len(text), max_new, head)
-        return [torch.tensor(each, device=self.adapter.device) for each in found]
+        found = readings(self.runner, policy, text[seen:], len(text), max_new, head)
+        return [torch.tensor(each, device=self.runner.device) for each in found]

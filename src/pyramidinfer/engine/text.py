@@ -66,7 +66,7 @@ class Detokenizer:
             self.text, self.stopped = self.text[: min(found)], True
 
     @property
-    def settled(self) -> str:
+    def stable(self) -> str:
         """The text less an ending that may turn out to begin a stop string."""
         held = 0
         for stop in self.stop:

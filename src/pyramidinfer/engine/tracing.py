@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyramidinfer.engine.engine import Engine
 from pyramidinfer.engine.request import Request
-from pyramidinfer.models.intake import Batch, Work
+from pyramidinfer.models.batch import Batch, Work
 from pyramidinfer.types import SamplingParams, TokenIds, Trace
 
 __all__ = ["trace"]
@@ -25,45 +25,45 @@ def trace(engine: Engine, prompt: TokenIds, max_tokens: int, protect: Items[tupl
     if request.max_new < max_tokens:
         raise ValueError(
             f"{len(prompt)} prompt tokens and {max_tokens} generated ones exceed the model's "
-            f"{engine.adapter.max_positions} positions"
+            f"{engine.runner.max_positions} positions"
         )
     if not engine.ledger.fits(request.cost):
         raise ValueError("other requests hold the memory this trace needs; let them finish first")
-    engine.ledger.promise(request, request.cost)
+    engine.ledger.reserve(request, request.cost)
     try:
         return _run(engine, request, max_tokens)
     finally:
-        engine.ledger.promise(request, None)
+        engine.ledger.reserve(request, None)
         if request.sequence is not None:
             engine.pool.release(request.sequence.table)
 
 
 def _run(engine: Engine, request: Request, max_tokens: int) -> Trace:
-    pool, adapter = engine.pool, engine.adapter
+    pool, runner = engine.pool, engine.runner
     engine.shared.start(request)
-    sequence, intake = request.sequence, request.intake
-    assert sequence is not None and intake is not None
-    nothing = torch.empty(0, dtype=torch.int64, device=adapter.device)
-    work = Work(intake, intake.work_left)
-    logits = adapter.forward(pool, Batch([], nothing, [work])).logits[0]
+    sequence, prefill = request.sequence, request.prefill
+    assert sequence is not None and prefill is not None
+    nothing = torch.empty(0, dtype=torch.int64, device=runner.device)
+    work = Work(prefill, prefill.work_left)
+    logits = runner.forward(pool, Batch([], nothing, [work])).logits[0]
     prefill_logits, table = logits, sequence.table
 
     def positions() -> list[list[Tensor]]:
         return [
             [head[head >= 0].sort().values for head in pool.positions(table, layer)]
-            for layer in range(adapter.depth)
+            for layer in range(runner.depth)
         ]
 
     after_prefill, tokens, lengths = positions(), [], []
     for _ in range(max_tokens):
         tokens.append(int(logits.argmax()))
-        fed = torch.tensor([tokens[-1]], device=adapter.device)
-        stepped = adapter.forward(pool, Batch([sequence], fed, []))
+        fed = torch.tensor([tokens[-1]], device=runner.device)
+        stepped = runner.forward(pool, Batch([sequence], fed, []))
         assert stepped.decoding is not None
-        adapter.settle(pool, sequence, stepped.decoding, 0)
+        runner.commit(pool, sequence, stepped.decoding, 0)
         logits = stepped.logits[0]
         lengths.append(table.kept.tolist())
     return Trace(
         list(request.prompt), after_prefill, positions(), lengths, tokens, prefill_logits, logits,
-        intake.computed,
+        prefill.computed,
     )  # fmt: skip

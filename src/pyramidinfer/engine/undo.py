@@ -45,9 +45,9 @@ class Undo:
             if sample.sequence is not None and sample not in self.committed:
                 yield sample
         for request, work in self.plan.prefill:
-            if request in self.committed or (self.ran and not work.intake.finished):
+            if request in self.committed or (self.ran and not work.prefill.finished):
                 continue
-            if work.intake.first or request.sequence is None:
+            if work.prefill.first or request.sequence is None:
                 yield request
             else:
                 self.shared.start_again(request)

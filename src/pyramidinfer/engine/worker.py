@@ -423,7 +423,7 @@ class AsyncEngine:
                 ended = True
         each.given, each.ended = len(request.output), ended
         if detokenizer is not None:
-            whole = detokenizer.text if ended else detokenizer.settled
+            whole = detokenizer.text if ended else detokenizer.stable
             text, each.written = whole[each.written :], max(each.written, len(whole))
         kv = self.engine.usage(request) if stream.watch or ended else None
         return Update(index, text, tokens, logprobs, request.finish_reason, request.error, kv)

@@ -137,7 +137,7 @@ class PyramidInferLM(TemplateLM):  # type: ignore[misc, unused-ignore]
         return cls(**{**others, **arg_dict})
 
     def _check_length(self, max_length: int | None) -> int:
-        longest = self.llm.engine.adapter.max_positions
+        longest = self.llm.engine.runner.max_positions
         if max_length is None:
             return longest
         check_whole("max_length", max_length, 2)
@@ -350,7 +350,7 @@ class PyramidInferLM(TemplateLM):  # type: ignore[misc, unused-ignore]
         return {
             token: self.tok_decode([token], skip_special_tokens=False)
             for token in sorted(special.union(self.tokenizer.all_special_ids))
-            if token < self.llm.engine.adapter.vocab_size
+            if token < self.llm.engine.runner.vocab_size
         }
 
     # --- running ------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ class Asker:
     def __init__(self, subject: Subject) -> None:
         self.llm: LLM = subject.llm(Full(), slot_scores=True)
         self.chat = Chat(self.llm.tokenizer)
-        self._layers = Layers((True,) * self.llm.engine.adapter.depth)
+        self._layers = Layers((True,) * self.llm.engine.runner.depth)
 
     def policy(self, spec: str, keep: float | None) -> Policy:
         """The policy of a spec (``NAME`` or ``NAME:option=value,…``) bound to the model.
@@ -98,7 +98,7 @@ class Asker:
     def _at_once(self, longest: int) -> int:
         """How many contexts to hold together: each may be there twice, when its copy is written."""
         engine = self.llm.engine
-        whole = full_bytes(engine.pool.layout, engine.adapter, longest)
+        whole = full_bytes(engine.pool.layout, engine.runner, longest)
         return max(1, min(8, engine.pool.budget // (3 * whole)))
 
 

@@ -96,7 +96,7 @@ def calibrate(llm: LLM, profile: Profile, task: Task, progress: bool | None = No
               tell: Callable[[str], None] = lambda _: None) -> Profile:  # fmt: skip
     """The profile with what was found; ``tell`` hears how long it will take."""
     base = Pyramid(keep=task.keep, profile=replace(profile, calibrated=None), min_context=1)
-    layers = llm.engine.adapter.layers_for(task.context + CONTINUATION)
+    layers = llm.engine.runner.layers_for(task.context + CONTINUATION)
     begin = base.begin(layers)
     starts = [layer for layer in range(begin) if layers.governed[layer]]  # others drop nothing
     own = len(starts)

@@ -86,13 +86,13 @@ def measure_profile(llm: LLM, subject: Subject, progress: bool | None = None) ->
 def passages_of(llm: LLM, subject: Subject) -> Passages | None:
     """What a profile is measured on: a file's text, the shipped model's own language, or None for
     real English."""
-    adapter, tokenizer = llm.engine.adapter, llm.tokenizer
+    runner, tokenizer = llm.engine.runner, llm.tokenizer
     if subject.text is not None:
         text = read_text(subject.text)
-        return text_passages(adapter, tokenizer, text, Path(subject.text).name)
+        return text_passages(runner, tokenizer, text, Path(subject.text).name)
     if tokenizer is None or not (corpus := Corpus(tokenizer, None)).has_marks:
         return None
-    length = room_for(adapter, 0)
+    length = room_for(runner, 0)
 
     def half(seed: int) -> tuple[TokenIds, ...]:
         return tuple(each.context for each in corpus.passages(seed, COUNT // 2, length, 1))
@@ -106,7 +106,7 @@ def _work(plan: HeadsPlan, cell: dict[str, Any]) -> list[Row]:
         found = measure_profile(llm, plan.subject, progress=False)
         return [{"profile": replace(found, queries=None).as_dict()}]
     passage = _passages(plan)[cell["passage"]]
-    governed = llm.engine.adapter.layers_for(plan.context + plan.continuation).governed
+    governed = llm.engine.runner.layers_for(plan.context + plan.continuation).governed
     layers = tuple(layer for layer, each in enumerate(governed) if each)
     return measure_passage(llm, passage, layers, (plan.pruned_to,))
 

@@ -114,7 +114,7 @@ def measure_passage(llm: LLM, passage: Passage, layers: tuple[int, ...], shares:
     state, rows = held.sequence.table.state, []
     try:
         longest = len(passage.context) + len(passage.continuation)
-        if engine.adapter.rotary.is_long(longest - 1) and not held.sequence.is_long:
+        if engine.runner.rotary.is_long(longest - 1) and not held.sequence.is_long:
             raise ValueError(
                 f"the model's rotary positions change between {len(passage.context)} and {longest} "
                 f"tokens; choose a --context on one side"
@@ -200,7 +200,7 @@ def _logprobs(scoring: Scoring) -> Tensor:
 
 def _layers(plan: IcrPlan) -> tuple[int, ...]:
     """The layers to prune; ``ValueError`` for one that is not there or bounded by its window."""
-    governed = _llm(plan.subject).engine.adapter.layers_for(plan.context + plan.continuation)
+    governed = _llm(plan.subject).engine.runner.layers_for(plan.context + plan.continuation)
     possible = tuple(layer for layer, yes in enumerate(governed.governed) if yes)
     if plan.layers is None:
         return possible

@@ -127,7 +127,7 @@ def measure(plan: LongPlan, cell: dict[str, Any]) -> list[Row]:
 @lru_cache(maxsize=2)
 def _full(plan: LongPlan) -> tuple[list[TokenIds], list[LongRun], list[float]]:
     machine = asker(plan.subject)
-    longest = machine.llm.engine.adapter.max_positions
+    longest = machine.llm.engine.runner.max_positions
     if plan.context + plan.tokens > longest:
         raise ValueError(
             f"--context {plan.context} and --tokens {plan.tokens} exceed the model's {longest} "

@@ -98,7 +98,7 @@ def measure_text(llm: LLM, tokens: TokenIds, tops: tuple[float, ...], bins: int)
     length = len(tokens)
     recent, window = math.ceil(RECENT * length), max(1, int(WINDOW * length))
     context = length - recent
-    governed = llm.engine.adapter.layers_for(length).governed
+    governed = llm.engine.runner.layers_for(length).governed
     places = _places(length, recent, bins)
     ramp = _ramp(recent, window)
     rows: list[Row] = []
@@ -221,14 +221,14 @@ class NewestRows:
 def watch(llm: LLM, first: int, end: int, take: Take) -> Iterator[None]:
     """Within it, ``take`` is told about every chunk of the one prompt, of ``end`` tokens, that goes
     in."""
-    adapter = llm.engine.adapter
-    inner = adapter.backend
+    runner = llm.engine.runner
+    inner = runner.backend
     watching = NewestRows(inner, first, end, take)
-    adapter.backend, adapter.every_output = cast(Backend, watching), True
+    runner.backend, runner.every_output = cast(Backend, watching), True
     try:
         yield
     finally:
-        adapter.backend, adapter.every_output = inner, False
+        runner.backend, runner.every_output = inner, False
 
 
 @lru_cache(maxsize=1)

@@ -41,9 +41,9 @@ class Store:
             raise ValueError(f"{path} is a folder; name a file for the result")
         path.parent.mkdir(parents=True, exist_ok=True)
         if self.partial.exists():
-            self._take_up()
+            self._reuse()
 
-    def _take_up(self) -> None:
+    def _reuse(self) -> None:
         """Read what an earlier run left; one that measured nothing does not count."""
         lines = self.partial.read_text().splitlines()
         try:

@@ -126,7 +126,7 @@ def measure_survival(llm: LLM, prompt: TokenIds, max_tokens: int) -> tuple[Token
     reached : spans ``[start, stop)`` of positions computed there;  kept, kept_at_end : the same of
     the entries of each KV head;  scores : of each prompt token, None where it did not get to.
     """
-    length, depth = len(prompt), llm.engine.adapter.depth
+    length, depth = len(prompt), llm.engine.runner.depth
     reached = torch.zeros(depth, length, dtype=torch.bool)
     mass = torch.zeros(depth, length, dtype=torch.float64)
     queries = [0] * depth

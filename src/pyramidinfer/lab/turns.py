@@ -139,7 +139,7 @@ def in_groups(machine: Asker, policy: Policy, talks: Sequence[Talk],
     """``measure_turns``, as many chats at once as fit into the cache's memory."""
     engine = machine.llm.engine
     longest = max(len(machine.chat.begin(talk.notes)) for talk in talks) + MORE
-    whole = full_bytes(engine.pool.layout, engine.adapter, longest)
+    whole = full_bytes(engine.pool.layout, engine.runner, longest)
     size = max(1, engine.pool.budget // (2 * whole))  # what is held stays while turns go on
     return [
         scores for at in range(0, len(talks), size)

@@ -57,9 +57,9 @@ def verify(machine: Asker, subject: Subject, policy: Policy, plan: Plan,
     The first round of samples is timed, and as many more are taken as the time has room for.
     """
     plan.check()
-    if plan.length > machine.llm.engine.adapter.max_positions - LONG:
+    if plan.length > machine.llm.engine.runner.max_positions - LONG:
         raise ValueError(
-            f"--length {plan.length}: the model has {machine.llm.engine.adapter.max_positions} "
+            f"--length {plan.length}: the model has {machine.llm.engine.runner.max_positions} "
             f"positions, and {LONG} are generated"
         )
     bench = Bench(machine, subject, policy, plan.length)

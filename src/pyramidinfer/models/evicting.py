@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyramidinfer.attention import Backend, Scale, ragged
 from pyramidinfer.cache import Pool, Table, evict_best
-from pyramidinfer.models.intake import Sequence
+from pyramidinfer.models.batch import Sequence
 from pyramidinfer.models.routing import runs_of
 from pyramidinfer.models.streaming import Streaming
 from pyramidinfer.types import Needs, Observation, Queries, View
@@ -58,14 +58,14 @@ def observe(pool: Pool, sequence: Sequence, view: View, needs: Needs, streaming:
     running = pool.scores(table, layer) if sequence.policy.uses_scores else None
     keys = _wide(pool, table, layer, pool.keys) if needs.keys else None
     values = _wide(pool, table, layer, pool.values) if needs.values else None
-    turn = None
+    rotation = None
     if needs.ahead:
         spec = pool.group(layer).spec
         like = torch.empty(0, spec.key_dim, dtype=_widest(spec.dtype), device=pool.device)
-        turn = streaming.mean_turn(like, needs.ahead, layer, sequence, view.seen_len)
+        rotation = streaming.mean_rotation(like, needs.ahead, layer, sequence, view.seen_len)
     return Observation(
         view, positions, sequence.is_protected(positions), scores, columns, running, keys, values,
-        queries, turn, pool.kernels,
+        queries, rotation, pool.kernels,
     )  # fmt: skip
 
 

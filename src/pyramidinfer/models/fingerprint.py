@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pyramidinfer.models.adapter import Adapter
+from pyramidinfer.models.runner import ModelRunner
 from pyramidinfer.policies.profile import Fingerprint
 
 __all__ = ["fingerprint"]
@@ -25,10 +25,10 @@ ROWS = 256
 VECTOR_WAYS, TABLE_WAYS = 2, 8
 
 
-def fingerprint(adapter: Adapter) -> Fingerprint:
+def fingerprint(runner: ModelRunner) -> Fingerprint:
     """The fingerprint of a model, the same before and after its weights were packed."""
     vectors, tables = [], []
-    for _, module in sorted(adapter.body.named_modules()):
+    for _, module in sorted(runner.body.named_modules()):
         if isinstance(module, nn.Linear):
             continue
         for _, tensor in sorted(module.named_parameters(recurse=False)):
@@ -37,17 +37,17 @@ def fingerprint(adapter: Adapter) -> Fingerprint:
             elif tensor.ndim == 2:
                 step = max(1, len(tensor) // ROWS)
                 tables.append(_measured(tensor[::step][:ROWS], TABLE_WAYS))
-    return Fingerprint(_key(adapter), tuple(vectors), tuple(tables))
+    return Fingerprint(_key(runner), tuple(vectors), tuple(tables))
 
 
-def _key(adapter: Adapter) -> str:
+def _key(runner: ModelRunner) -> str:
     """The model's kind and a hash of its sizes; fit for a file's name."""
     sizes = [
-        adapter.hidden_size, adapter.vocab_size,
-        [[s.heads, s.kv_heads, s.key_dim, s.value_dim, s.window] for s in adapter.shapes],
+        runner.hidden_size, runner.vocab_size,
+        [[s.heads, s.kv_heads, s.key_dim, s.value_dim, s.window] for s in runner.shapes],
     ]  # fmt: skip
     digest = hashlib.sha256(json.dumps(sizes).encode()).hexdigest()
-    return f"{adapter.config.model_type}-{digest[:12]}"
+    return f"{runner.config.model_type}-{digest[:12]}"
 
 
 def _measured(tensor: Tensor, ways: int) -> tuple[float, ...]:

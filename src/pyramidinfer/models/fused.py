@@ -27,14 +27,14 @@ if TYPE_CHECKING:
 
 __all__ = ["Fused", "Ropes", "fuse"]
 
-#: Angles of some rows, as float32: (cos, sin), each ``[rows, turned]``.
+#: Angles of some rows, as float32: (cos, sin), each ``[rows, rotated]``.
 Ropes = tuple[Tensor, Tensor]
 
 
 class FusedLayer:
     """One plain layer's weights, packed for ``ops``."""
 
-    def __init__(self, layer: Any, shape: AttentionShape, turned: int, ops: Ops) -> None:
+    def __init__(self, layer: Any, shape: AttentionShape, rotated: int, ops: Ops) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         self.shape, self.ops = shape, ops
         self.epsilon = float(layer.input_layernorm.variance_epsilon)
@@ -45,8 +45,8 @@ class FusedLayer:
         self.gate_up = _pack(ops, _parts(mlp, "gate_proj", "up_proj", "gate_up_proj"), GATED)
         self.down = _pack(ops, [mlp.down_proj], PLAIN)
         if not getattr(attention, "use_rope", True):
-            turned = 0
-        self.heads = Heads(shape.heads, shape.kv_heads, shape.key_dim, turned,
+            rotated = 0
+        self.heads = Heads(shape.heads, shape.kv_heads, shape.key_dim, rotated,
                            _weight(attention, "q_norm"), _weight(attention, "k_norm"),
                            self.epsilon)  # fmt: skip
         scaling = getattr(attention, "scaling", None)
@@ -128,7 +128,7 @@ class Fused:
                     layer.out.data, layer.gate_up.data, layer.down.data, pointer(group.keys),
                     pointer(group.values), pointer(group.positions), pointer(group.scores),
                     pointer(heads.query_norm), pointer(heads.key_norm), layer.scale.scale,
-                    heads.epsilon, layer.scale.window or 0, 0 if heads.turned else -1,
+                    heads.epsilon, layer.scale.window or 0, 0 if heads.rotated else -1,
                 )  # fmt: skip
             self._layers_of[pool] = data
         return self._layers_of[pool]
@@ -165,12 +165,12 @@ def fuse(body: Any, head: Any, config: Any, shapes: list[AttentionShape], rotary
         return None
     packed = []
     for layer, shape in zip(layers, shapes, strict=True):
-        packed.append(FusedLayer(layer, shape, rotary.turned, ops))
+        packed.append(FusedLayer(layer, shape, rotary.rotated, ops))
         if own:
-            _let_go([each for each in layer.modules() if type(each) is nn.Linear])
+            _free([each for each in layer.modules() if type(each) is nn.Linear])
     fused = Fused(packed, body.norm, head, ops)
     if own and head.weight is not body.embed_tokens.weight:
-        _let_go([head])
+        _free([head])
     return fused
 
 
@@ -223,7 +223,7 @@ def _pack(ops: Ops, linears: list[Any], how: int) -> Any:
     return ops.pack(weights, biases, how)
 
 
-def _let_go(linears: list[nn.Linear]) -> None:
+def _free(linears: list[nn.Linear]) -> None:
     for each in linears:
         each.weight = nn.Parameter(each.weight.new_empty(0), requires_grad=False)
         each.register_parameter("bias", None)

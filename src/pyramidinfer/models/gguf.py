@@ -233,7 +233,7 @@ def _put(work: Path, folder: Path, replace: bool) -> None:
 
 
 def _read(file: Path, loader: Any, what: str, **options: Any) -> Any:
-    """Read a part of a GGUF with transformers, its many exceptions turned into one."""
+    """Read a part of a GGUF with transformers, its many exceptions rotated into one."""
     try:
         return loader.from_pretrained(str(file.parent), gguf_file=file.name, **options)
     except Exception as error:

@@ -102,8 +102,8 @@ def _mend_heads(header: Header, config: Any) -> None:
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if value not in (None, size) or head not in (None, size):
         raise _refused(header, f"its keys have {head} numbers a head, its values {value}")
-    if (turned := header.get("rope.dimension_count")) not in (None, size):
-        raise _refused(header, f"{turned} of {size} numbers of a head are rotated")
+    if (rotated := header.get("rope.dimension_count")) not in (None, size):
+        raise _refused(header, f"{rotated} of {size} numbers of a head are rotated")
 
 
 def _mend_windows(header: Header, config: Any) -> None:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from pyramidinfer.cache import Pool, Table
-from pyramidinfer.models.intake import Batch, Sequence
+from pyramidinfer.models.batch import Batch, Sequence
 from pyramidinfer.models.routing import Decoding
 
 __all__ = ["DecodeGraphs", "Frame", "Size", "round_pages", "round_rows"]
@@ -61,10 +61,10 @@ class Frame:
     """Inputs of a step of one size: one host buffer, and its copy on the device.
 
     tables ``[L, R, K, P]``, lengths ``[L, R, K]``, positions and places (rotary positions) ``[R]``
-    are parts of it;  tokens ``[R]``, cos and sin ``[R, turned]`` are the device's own.
+    are parts of it;  tokens ``[R]``, cos and sin ``[R, rotated]`` are the device's own.
     """
 
-    def __init__(self, size: Size, layers: int, kv_heads: int, turned: int, device: torch.device
+    def __init__(self, size: Size, layers: int, kv_heads: int, rotated: int, device: torch.device
                  ) -> None:  # fmt: skip
         shapes = {
             "tables": (layers, size.rows, kv_heads, size.pages),
@@ -85,7 +85,7 @@ class Frame:
         self.tables, self.lengths = read["tables"], read["lengths"]
         self.positions, self.places = read["positions"], read["places"]
         self.tokens = torch.zeros(size.rows, dtype=torch.int64, device=device)
-        self.cos, self.sin = (torch.zeros(size.rows, turned, device=device) for _ in range(2))
+        self.cos, self.sin = (torch.zeros(size.rows, rotated, device=device) for _ in range(2))
         cuda: Any = torch.cuda
         self._sent = cuda.Event() if on_gpu else None
 
@@ -118,7 +118,7 @@ class Step:
         self.out: tuple[Tensor, Decoding] | None = None  # where the graph leaves its results
 
 
-#: cos and sin ``[R, turned]`` of sequences that feed tokens at rotary positions ``[R]``.
+#: cos and sin ``[R, rotated]`` of sequences that feed tokens at rotary positions ``[R]``.
 Angles = Callable[[Tensor, list[Sequence]], tuple[Tensor, Tensor]]
 #: Logits ``[rows, vocab]`` and the decode rows of a frame's inputs.
 Run = Callable[[Pool, Frame, Size], tuple[Tensor, Decoding]]
@@ -128,11 +128,11 @@ class DecodeGraphs:
     """Decode steps over one pool.  What ``step`` returns is good until the next step.
 
     ``run``: the layers over a frame's buffers; it waits for nothing and does not depend on what
-    they hold.  ``angles``: of the rows in use, where any of the ``turned`` columns are.
+    they hold.  ``angles``: of the rows in use, where any of the ``rotated`` columns are.
     """
 
-    def __init__(self, device: torch.device, turned: int, angles: Angles, run: Run) -> None:
-        self._turned, self._angles, self._layers = turned, angles, run
+    def __init__(self, device: torch.device, rotated: int, angles: Angles, run: Run) -> None:
+        self._rotated, self._angles, self._layers = rotated, angles, run
         self.steps: OrderedDict[Size, Step] = OrderedDict()
         self.captures = device.type == "cuda"
         cuda: Any = torch.cuda
@@ -155,7 +155,7 @@ class DecodeGraphs:
             any(each.policy.uses_scores for each in batch.decode),
         )  # fmt: skip
         if size not in self.steps:
-            frame = Frame(size, pool.layers, pool.kv_heads, self._turned, pool.device)
+            frame = Frame(size, pool.layers, pool.kv_heads, self._rotated, pool.device)
             self.steps[size] = Step(frame)
             if len(self.steps) > MOST:
                 self.steps.popitem(last=False)
@@ -165,7 +165,7 @@ class DecodeGraphs:
         scratch = np.array([pool.group(layer).scratch for layer in range(pool.layers)])
         frame.fill(tables, [each.offset for each in batch.decode], scratch)
         frame.tokens[:count].copy_(batch.tokens)
-        if self._turned:
+        if self._rotated:
             cos, sin = self._angles(frame.places[:count].long(), batch.decode)
             frame.cos[:count].copy_(cos)
             frame.sin[:count].copy_(sin)

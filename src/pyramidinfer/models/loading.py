@@ -189,7 +189,7 @@ def _take_object(model: nn.Module, tokenizer: Any, dtype: str | torch.dtype,
 
 
 def _from_hub(loader: Any, folder: Path, what: str, **options: Any) -> Any:
-    """``from_pretrained`` with its many exceptions turned into one ``ValueError``."""
+    """``from_pretrained`` with its many exceptions rotated into one ``ValueError``."""
     try:
         return loader.from_pretrained(str(folder), trust_remote_code=False, **options)
     except BaseException as error:

@@ -20,10 +20,10 @@ PLAIN, ADD, GATED = 0, 1, 2
 class Heads:
     """A projected row ``[H + 2K, D]``: heads, sizes, and the norms of queries and keys, if any."""
 
-    def __init__(self, heads: int, kv_heads: int, size: int, turned: int,
+    def __init__(self, heads: int, kv_heads: int, size: int, rotated: int,
                  query_norm: Tensor | None, key_norm: Tensor | None, epsilon: float
                  ) -> None:  # fmt: skip
-        self.heads, self.kv_heads, self.size, self.turned = heads, kv_heads, size, turned
+        self.heads, self.kv_heads, self.size, self.rotated = heads, kv_heads, size, rotated
         self.query_norm, self.key_norm, self.epsilon = query_norm, key_norm, epsilon
 
     @property
@@ -47,7 +47,7 @@ class Ops(Protocol):
         ...
 
     def rotate(self, qkv: Tensor, heads: Heads, cos: Tensor, sin: Tensor) -> None:
-        """Norm and turn queries and keys of ``[n, H + 2K, D]`` in place; angles ``[n, turned]``."""
+        """Norm and rotate queries and keys ``[n, H + 2K, D]`` in place; angles ``[n, rotated]``."""
         ...
 
 
@@ -103,7 +103,7 @@ class KernelOps:
         return out
 
     def rotate(self, qkv: Tensor, heads: Heads, cos: Tensor, sin: Tensor) -> None:
-        data = HeadsData(heads.heads, heads.kv_heads, heads.size, heads.turned,
+        data = HeadsData(heads.heads, heads.kv_heads, heads.size, heads.rotated,
                          pointer(heads.query_norm), pointer(heads.key_norm),
                          heads.epsilon)  # fmt: skip
         self.kernels.run_rotate(self.kind, pointer(qkv), len(qkv), ctypes.byref(data),
@@ -139,9 +139,11 @@ class TorchOps:
             part = qkv[:, first:last]
             if norm is not None:
                 part.copy_(self.norm(part, norm, heads.epsilon))
-        if heads.turned:
-            part = qkv[:, : heads.heads + heads.kv_heads, : heads.turned]
-            half = torch.cat([-part[..., heads.turned // 2 :], part[..., : heads.turned // 2]], -1)
+        if heads.rotated:
+            part = qkv[:, : heads.heads + heads.kv_heads, : heads.rotated]
+            half = torch.cat(
+                [-part[..., heads.rotated // 2 :], part[..., : heads.rotated // 2]], -1
+            )
             cos, sin = cos[:, None].to(part.dtype), sin[:, None].to(part.dtype)
             part.copy_(part * cos + half * sin)
 

@@ -10,38 +10,38 @@ import torch
 from torch import Tensor
 
 from pyramidinfer.cache import Pool
+from pyramidinfer.models.batch import Prefill
 from pyramidinfer.models.evicting import observe
-from pyramidinfer.models.intake import Intake
 from pyramidinfer.models.streaming import Streaming
 
-__all__ = ["cut", "settle_layer"]
+__all__ = ["cut", "end_layer"]
 
 
-def settle_layer(pool: Pool, intake: Intake, streaming: Streaming) -> None:
+def end_layer(pool: Pool, prefill: Prefill, streaming: Streaming) -> None:
     """Tell the policy what a reading gave the entries of a layer, and forget the reading's own."""
-    sequence, needs, layer = intake.sequence, intake.needs, intake.layer
+    sequence, needs, layer = prefill.sequence, prefill.needs, prefill.layer
     table = sequence.table
-    before = table.kept[layer] - intake.length
+    before = table.kept[layer] - prefill.length
     pool.shrink(table, layer, before)
     lengths = torch.from_numpy(before).to(pool.device)
-    scores, columns = (_fronts(each, lengths) for each in (intake.scores, intake.columns))
-    seen = observe(pool, sequence, intake.view(), needs, streaming, scores, columns)
+    scores, columns = (_fronts(each, lengths) for each in (prefill.scores, prefill.columns))
+    seen = observe(pool, sequence, prefill.view(), needs, streaming, scores, columns)
     table.state = sequence.policy.reread(seen, table.state)
 
 
-def cut(pool: Pool, intake: Intake, streaming: Streaming) -> None:
+def cut(pool: Pool, prefill: Prefill, streaming: Streaming) -> None:
     """Once all was read, ask the policy layer by layer what stays."""
-    sequence = intake.sequence
+    sequence = prefill.sequence
     table, policy = sequence.table, sequence.policy
     pool.note_peak(table)
     for layer in range(sequence.layers.count):
-        view = intake.view(layer)
+        view = prefill.view(layer)
         needs = policy.needs(view)
         if needs.retain:
             seen = observe(pool, sequence, view, needs, streaming)
             keep, table.state = policy.retain(seen, table.state)
             pool.keep(table, layer, keep)
-        table.state = policy.settled(intake.view(layer))
+        table.state = policy.prefilled(prefill.view(layer))
 
 
 def _fronts(rows: Tensor | None, lengths: Tensor) -> Tensor | None:

@@ -67,12 +67,12 @@ class Rotary:
         return {kind: self._one(like, positions, regimes, kind) for kind in self.kinds}
 
     @property
-    def turned(self) -> int:
+    def rotated(self) -> int:
         """Numbers of a head that have an angle."""
         return 0 if self.module is None else 2 * int(self.module.inv_freq.shape[0])
 
     def angles(self, like: Tensor, positions: Tensor, regimes: Tensor) -> Tables:
-        """float32 (cos, sin) ``[n, turned]``, rounded as the dtype of ``like`` has them.
+        """float32 (cos, sin) ``[n, rotated]``, rounded as the dtype of ``like`` has them.
 
         For families with one kind of table.  Fixed angles are worked out once for all positions
         (on a CPU for those that came up so far and as many again).

@@ -20,7 +20,7 @@ from pyramidinfer.attention.base import Pages, ScoredPrefill
 from pyramidinfer.attention.ragged import Run
 from pyramidinfer.cache import Pool, Table
 from pyramidinfer.cache.pool import Slots
-from pyramidinfer.models.intake import Intake, Moments
+from pyramidinfer.models.batch import Moments, Prefill
 from pyramidinfer.models.streaming import Streaming
 from pyramidinfer.types import Needs, Reduce
 
@@ -32,18 +32,18 @@ NAME = "pyramidinfer"
 
 
 class Segment(NamedTuple):
-    """``size`` tokens of an intake in the flat row, from row ``start``."""
+    """``size`` tokens of an prefill in the flat row, from row ``start``."""
 
-    intake: Intake
+    prefill: Prefill
     start: int
     size: int
 
     def rows_out(self, last_only: bool) -> list[int]:
         """Rows of the flat row whose outputs are wanted: all, or the text's last token's."""
         every = range(self.start, self.start + self.size)
-        if not last_only or self.intake.gives_all:
+        if not last_only or self.prefill.gives_all:
             return list(every)
-        return [every[-1]] if self.size == self.intake.left else []
+        return [every[-1]] if self.size == self.prefill.left else []
 
 
 class Decoding:
@@ -103,9 +103,9 @@ class LayerCall:
             self.going = self._last_rows(queries.device)
         if self.decoding:
             outs.append(self._decode(self.decoding, queries, keys, values, scale))
-        for intake, start, size in self.segments:
+        for prefill, start, size in self.segments:
             rows = slice(start, start + size)
-            outs.append(self._prefill(intake, queries[rows], keys[rows], values[rows], scale))
+            outs.append(self._prefill(prefill, queries[rows], keys[rows], values[rows], scale))
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 
     def _last_rows(self, device: torch.device) -> Tensor:
@@ -131,56 +131,56 @@ class LayerCall:
             decoding.probs.append(attended.probs)
         return attended.out
 
-    def _prefill(self, intake: Intake, queries: Tensor, keys: Tensor, values: Tensor,
+    def _prefill(self, prefill: Prefill, queries: Tensor, keys: Tensor, values: Tensor,
                  scale: Scale) -> Tensor:  # fmt: skip
-        table, layer, count = intake.sequence.table, self.layer, queries.shape[0]
+        table, layer, count = prefill.sequence.table, self.layer, queries.shape[0]
         held = bool(table.kept[layer].any())
-        new = intake.positions[intake.done : intake.done + count]
+        new = prefill.positions[prefill.done : prefill.done + count]
         self.pool.write(layer, self.pool.append(table, layer, count), keys, values, new)
         every, positions = slice(0, keys.shape[1]), new.expand(keys.shape[1], -1)
         runs = [Run(every, keys.transpose(0, 1), values.transpose(0, 1), positions)]
         if held:
             runs = runs_of(self.pool, table, layer)
-        if intake.needs.queries_from is not None:
-            self._count_in(intake, queries, new, intake.needs.queries_from)
-        last_only = self.last_only and not intake.gives_all  # nothing reads the others' outputs
+        if prefill.needs.queries_from is not None:
+            self._count_in(prefill, queries, new, prefill.needs.queries_from)
+        last_only = self.last_only and not prefill.gives_all  # nothing reads the others' outputs
         summing = self.backend.prefill_scored
-        if summing is not None and not last_only and self._sums_up(intake):
-            return self._attend_summing(summing, intake, queries, runs, new, scale)
-        self._observe(intake, queries, new, runs, scale)
+        if summing is not None and not last_only and self._sums_up(prefill):
+            return self._attend_summing(summing, prefill, queries, runs, new, scale)
+        self._observe(prefill, queries, new, runs, scale)
         if last_only:
-            if count < intake.left:
+            if count < prefill.left:
                 return queries.new_empty(0, *queries.shape[1:])
             queries, new = queries[-1:], new[-1:]
         return ragged.attend(self.backend, runs, queries, new, scale)
 
-    def _count_in(self, intake: Intake, queries: Tensor, positions: Tensor, first: int) -> None:
+    def _count_in(self, prefill: Prefill, queries: Tensor, positions: Tensor, first: int) -> None:
         """Add queries ``[n, H, D]`` of tokens from ``first`` on to the moments of their layer."""
         counting = positions >= first
-        places = positions[counting] - intake.sequence.offset
-        unturned = self.streaming.unturned(
-            queries[counting].transpose(0, 1), places, self.layer, intake.sequence, intake.end
+        places = positions[counting] - prefill.sequence.offset
+        unrotated = self.streaming.unrotated(
+            queries[counting].transpose(0, 1), places, self.layer, prefill.sequence, prefill.end
         )
-        found = Moments.of(unturned, self.streaming.pairs(queries, self.layer))
-        intake.moments = found if intake.moments is None else intake.moments.plus(found)
+        found = Moments.of(unrotated, self.streaming.pairs(queries, self.layer))
+        prefill.moments = found if prefill.moments is None else prefill.moments.plus(found)
 
-    def _sums_up(self, intake: Intake) -> bool:
+    def _sums_up(self, prefill: Prefill) -> bool:
         """Whether the window's weights are only summed, so that attention can do it on the way."""
-        needs = intake.needs
+        needs = prefill.needs
         linear = needs.reduce.heads.endswith("mean") and needs.reduce.rows in ("mean", "sum")
         return linear and bool(needs.window) and not (needs.remember or needs.column_sums)
 
-    def _attend_summing(self, summing: ScoredPrefill, intake: Intake, queries: Tensor,
+    def _attend_summing(self, summing: ScoredPrefill, prefill: Prefill, queries: Tensor,
                         runs: list[Run], q_pos: Tensor, scale: Scale) -> Tensor:  # fmt: skip
-        """``prefill``, adding to the intake's scores what this chunk's window queries give."""
-        needs, count = intake.needs, len(queries)
-        window = min(needs.window, intake.length)
-        first = max(0, intake.length - window - intake.done)  # first window row in this chunk
+        """``prefill``, adding to the prefill's scores what this chunk's window queries give."""
+        needs, count = prefill.needs, len(queries)
+        window = min(needs.window, prefill.length)
+        first = max(0, prefill.length - window - prefill.done)  # first window row in this chunk
         if first >= count:
             return ragged.attend(self.backend, runs, queries, q_pos, scale)
         ramp = torch.linspace(1.0, needs.reduce.newest_weight, needs.window, device=queries.device)
         end = needs.window - (
-            intake.length - intake.done - count
+            prefill.length - prefill.done - count
         )  # newer ones come in later chunks
         ramp = ramp[end - (count - first) : end]
         if needs.reduce.rows == "mean":
@@ -189,61 +189,61 @@ class LayerCall:
             summing, runs, queries, q_pos, scale, needs.reduce, ramp
         )  # fmt: skip
         scores = scored.scores
-        if intake.scores is not None:
-            scores[:, : intake.scores.shape[1]] += intake.scores
-        intake.scores, ring = scores, intake.sequence.table.ring
-        if intake.done + count == intake.length and ring is not None:
+        if prefill.scores is not None:
+            scores[:, : prefill.scores.shape[1]] += prefill.scores
+        prefill.scores, ring = scores, prefill.sequence.table.ring
+        if prefill.done + count == prefill.length and ring is not None:
             ring.queries[self.layer, :1], ring.lse[self.layer, :1] = queries[-1:], scored.lse[-1:]
-            if self.layer == intake.sequence.layers.first:
-                ring.begin(intake.positions[-1:])
+            if self.layer == prefill.sequence.layers.first:
+                ring.begin(prefill.positions[-1:])
         return out
 
-    def _observe(self, intake: Intake, queries: Tensor, q_pos: Tensor, runs: list[Run],
+    def _observe(self, prefill: Prefill, queries: Tensor, q_pos: Tensor, runs: list[Run],
                  scale: Scale) -> None:  # fmt: skip
         """Collect what the policy needs of this layer, and the ring's first row, at its end."""
-        needs, count = intake.needs, queries.shape[0]
-        ring = intake.sequence.table.ring if intake.again is None else None
-        is_last = intake.done + count == intake.length
+        needs, count = prefill.needs, queries.shape[0]
+        ring = prefill.sequence.table.ring if prefill.again is None else None
+        is_last = prefill.done + count == prefill.length
         if needs.column_sums:
             found = ragged.column_sums(self.backend, runs, queries, q_pos, scale)
-            if intake.columns is not None:
-                found[:, : intake.columns.shape[1]] += intake.columns
-            intake.columns = found
-        window, newest = min(needs.window, intake.length), None
-        if window and scores_by_chunk(needs, intake.length):
+            if prefill.columns is not None:
+                found[:, : prefill.columns.shape[1]] += prefill.columns
+            prefill.columns = found
+        window, newest = min(needs.window, prefill.length), None
+        if window and scores_by_chunk(needs, prefill.length):
             found = ragged.window_scores(
                 self.backend, runs, queries, q_pos, scale, needs.reduce, rows=count
             ).scores
-            if intake.scores is not None:
-                known = found[:, : intake.scores.shape[1]]
-                torch.maximum(known, intake.scores, out=known)
-            intake.scores = found
+            if prefill.scores is not None:
+                known = found[:, : prefill.scores.shape[1]]
+                torch.maximum(known, prefill.scores, out=known)
+            prefill.scores = found
         elif window:
-            if intake.queries is None:
-                intake.queries = queries.new_empty(window, *queries.shape[1:])
-            begin = max(0, intake.length - window - intake.done)  # first window row in this chunk
+            if prefill.queries is None:
+                prefill.queries = queries.new_empty(window, *queries.shape[1:])
+            begin = max(0, prefill.length - window - prefill.done)  # first window row in this chunk
             if begin < count:
-                at = intake.done + begin - (intake.length - window)
-                intake.queries[at : at + count - begin] = queries[begin:]
+                at = prefill.done + begin - (prefill.length - window)
+                prefill.queries[at : at + count - begin] = queries[begin:]
             if is_last:
-                assert intake.queries is not None
+                assert prefill.queries is not None
                 scored = ragged.window_scores(
-                    self.backend, runs, intake.queries, intake.positions[-window:], scale,
+                    self.backend, runs, prefill.queries, prefill.positions[-window:], scale,
                     needs.reduce, rows=needs.window,
                 )  # fmt: skip
-                intake.scores, newest = scored.scores, scored.lse
+                prefill.scores, newest = scored.scores, scored.lse
         if is_last and ring is not None:
             if newest is None:
                 newest = ragged.window_scores(
                     self.backend, runs, queries[-1:], q_pos[-1:], scale, Reduce("kv_mean"), rows=1
                 ).lse
             rows = min(window, ring.capacity) if needs.remember else 1
-            last = queries if rows == 1 else intake.queries
+            last = queries if rows == 1 else prefill.queries
             assert last is not None
             ring.queries[self.layer, :rows] = last[-rows:]
             ring.lse[self.layer, :rows] = newest[-rows:]
-            if self.layer == intake.sequence.layers.first:
-                ring.begin(intake.positions[-rows:])
+            if self.layer == prefill.sequence.layers.first:
+                ring.begin(prefill.positions[-rows:])
 
 
 def scores_by_chunk(needs: Needs, length: int) -> bool:

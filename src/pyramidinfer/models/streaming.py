@@ -1,10 +1,10 @@
-"""Positions inside the cache: keys turned so that what is left of a text looks contiguous.
+"""Positions inside the cache: keys rotated so that what is left of a text looks contiguous.
 
 A request of a streaming policy (StreamingLLM) feeds each new token at the rotary position
 ``place in the text - offset``.  Entries older than a dropped one stand further back than their
-place in the cache, so their keys are turned forward to close the gap: always from a copy of the
+place in the cache, so their keys are rotated forward to close the gap: always from a copy of the
 key as it was first written, so that rounding does not add up.  When rotary positions reach the
-model's last one, all keys are turned back and the offset grows, so a text has no end.
+model's last one, all keys are rotated back and the offset grows, so a text has no end.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from pyramidinfer.cache import Pool, Table
-from pyramidinfer.models.intake import OFFSET, Sequence
+from pyramidinfer.models.batch import OFFSET, Sequence
 from pyramidinfer.models.rotary import Rotary
 
 __all__ = ["Streaming"]
 
-#: State: places in the text of the turned entries, and the rotary positions of their copies.
+#: State: places in the text of the rotated entries, and the rotary positions of their copies.
 PLACES, ROTARY = "streaming.places", "streaming.rotary"
 
 
@@ -35,7 +35,7 @@ class Streaming:
 
     @property
     def is_possible(self) -> bool:
-        """Whether keys can be turned: not learned positions, nor keys that were each turned by
+        """Whether keys can be rotated: not learned positions, nor keys that were each rotated by
         frequencies of their own (dynamic scaling)."""
         return self.rotary.module is not None and self.rotary.grows_from is None
 
@@ -56,8 +56,8 @@ class Streaming:
         target = (rank + base)[torch.searchsorted(places, known)]
         for layer in self._governed(sequence):
             copies = table.state[_keys(layer)]
-            turned = self.turn(copies, target - rotary, layer, sequence)
-            pool.rewrite_keys(table, layer, known, turned)
+            rotated = self.rotate(copies, target - rotary, layer, sequence)
+            pool.rewrite_keys(table, layer, known, rotated)
 
     def make_room(self, pool: Pool, sequence: Sequence, count: int) -> None:
         """Turn everything back where ``count`` more tokens would pass the model's positions."""
@@ -68,14 +68,14 @@ class Streaming:
         back = reached - int(table.longest[sequence.layers.first])
         if back <= 0:
             return
-        turned = table.state.get(PLACES, torch.zeros(0, dtype=torch.int64))
+        rotated = table.state.get(PLACES, torch.zeros(0, dtype=torch.int64))
         for layer in self.layers:
             places = pool.positions(table, layer)[0].cpu()
             governed = sequence.layers.governed[layer]
-            others = places[~torch.isin(places, turned)] if governed else places
+            others = places[~torch.isin(places, rotated)] if governed else places
             keys = pool.keys_at(table, layer, others)
             by = torch.full_like(others, -back)
-            pool.rewrite_keys(table, layer, others, self.turn(keys, by, layer, sequence))
+            pool.rewrite_keys(table, layer, others, self.rotate(keys, by, layer, sequence))
         table.state = {**table.state, OFFSET: torch.tensor(sequence.offset + back)}
         self.close_gaps(pool, sequence)
 
@@ -97,37 +97,37 @@ class Streaming:
                 state[_keys(layer)] = state[_keys(layer)][:, stays.to(state[_keys(layer)].device)]
         table.state = state
 
-    def turn(self, keys: Tensor, by: Tensor, layer: int, sequence: Sequence) -> Tensor:
+    def rotate(self, keys: Tensor, by: Tensor, layer: int, sequence: Sequence) -> Tensor:
         """Keys ``[kv_heads, n, key_dim]`` moved on by ``by`` ``[n]`` rotary positions."""
         wide = keys.float() if keys.dtype != torch.float64 else keys
-        return _turned(wide, *self._angles(wide, by, layer, sequence)).to(keys.dtype)
+        return _rotated(wide, *self._angles(wide, by, layer, sequence)).to(keys.dtype)
 
     def turns(self, layer: int) -> bool:
-        """Whether a layer's vectors can be turned from one place to another."""
+        """Whether a layer's vectors can be rotated from one place to another."""
         return layer in self.layers and self.is_possible
 
     def pairs(self, like: Tensor, layer: int) -> int:
-        """Pairs of a head's numbers that can be turned: number ``f`` with number ``f + pairs``."""
+        """Pairs of a head's numbers that can be rotated: number ``f`` with number ``f + pairs``."""
         if not self.turns(layer):
             return 0
         start = torch.zeros(1, dtype=torch.int64, device=like.device)
         cos, _ = self.rotary.tables(like, start, start)[self.kinds[layer]]
         return cos.shape[-1] // 2
 
-    def unturned(self, queries: Tensor, positions: Tensor, layer: int, sequence: Sequence,
+    def unrotated(self, queries: Tensor, positions: Tensor, layer: int, sequence: Sequence,
                  length: int) -> Tensor:  # fmt: skip
         """Queries ``[heads, n, key_dim]`` of these rotary positions, in a text of this length, as
         they were before rotation, in float32 or wider."""
         wide = queries.float() if queries.dtype != torch.float64 else queries
         if not self.turns(layer):
             return wide
-        return _turned(wide, *self._angles(wide, -positions, layer, sequence, length))
+        return _rotated(wide, *self._angles(wide, -positions, layer, sequence, length))
 
-    def mean_turn(self, like: Tensor, ahead: Items[int], layer: int, sequence: Sequence,
+    def mean_rotation(self, like: Tensor, ahead: Items[int], layer: int, sequence: Sequence,
                   length: int) -> Tensor:  # fmt: skip
-        """``[key_dim, key_dim]``: a vector times this is the mean of it turned to the places
+        """``[key_dim, key_dim]``: a vector times this is the mean of it rotated to the places
         ``ahead`` of a text of this length, 1 for the next token's; the identity where nothing is
-        turned.
+        rotated.
 
         like : any tensor of that size, dtype and device.  Places may lie far beyond the model's
         last position and keep the request's frequencies, so angles are worked out from those of
@@ -141,11 +141,11 @@ class Streaming:
         places = torch.tensor(ahead, dtype=torch.float64, device=like.device)
         places += length - 1 - sequence.offset
         angles = places[:, None] * torch.atan2(sin, cos).double()
-        return _turned(unit, angles.cos().mean(0), angles.sin().mean(0)).to(like.dtype)
+        return _rotated(unit, angles.cos().mean(0), angles.sin().mean(0)).to(like.dtype)
 
     def _angles(self, like: Tensor, by: Tensor, layer: int, sequence: Sequence, length: int = 0
                 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """Cosines and sines ``[n, turned]`` of ``by`` ``[n]`` positions, of length 1 together."""
+        """Cosines and sines ``[n, rotated]`` of ``by`` ``[n]`` positions, of length 1 together."""
         steps = torch.cat([by, by.new_zeros(1)]).to(like.device)  # the last one tells the scaling
         regimes = torch.full_like(steps, self.rotary.regime(sequence.is_long, length))
         cos, sin = self.rotary.tables(like, steps, regimes)[self.kinds[layer]]
@@ -156,7 +156,7 @@ class Streaming:
         return [layer for layer in self.layers if sequence.layers.governed[layer]]
 
     def _copy_new(self, pool: Pool, sequence: Sequence, places: Tensor) -> None:
-        """Keep copies of the keys that are turned for the first time."""
+        """Keep copies of the keys that are rotated for the first time."""
         table, state = sequence.table, dict(sequence.table.state)
         known = state.get(PLACES, torch.zeros(0, dtype=torch.int64))
         new = places[~torch.isin(places, known)]
@@ -174,7 +174,7 @@ class Streaming:
         table.state = state
 
 
-def _turned(vectors: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _rotated(vectors: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     size = cos.shape[-1]
     part = vectors[..., :size]
     half = torch.cat([-part[..., size // 2 :], part[..., : size // 2]], dim=-1)

@@ -54,22 +54,22 @@ class TritonOps(TorchOps):
         return out
 
     def rotate(self, qkv: Tensor, heads: Heads, cos: Tensor, sin: Tensor) -> None:
-        if qkv.dtype == torch.float64 or heads.turned % 2 or not qkv.is_contiguous():
+        if qkv.dtype == torch.float64 or heads.rotated % 2 or not qkv.is_contiguous():
             return super().rotate(qkv, heads, cos, sin)
         normed = heads.query_norm is not None and heads.key_norm is not None
-        if not len(qkv) or not (heads.turned or normed):
+        if not len(qkv) or not (heads.rotated or normed):
             return None
         if (heads.query_norm is None) != (heads.key_norm is None):
             return super().rotate(qkv, heads, cos, sin)
-        rest = heads.size - heads.turned
+        rest = heads.size - heads.rotated
         with _device(qkv):
             _rotate[len(qkv), heads.heads + heads.kv_heads](
                 qkv, cos.contiguous(), sin.contiguous(),
                 heads.query_norm if normed else qkv, heads.key_norm if normed else qkv,
                 heads.epsilon, heads=heads.heads, width=heads.heads + 2 * heads.kv_heads,
                 size=heads.size, size_pad=triton.next_power_of_2(heads.size),
-                turned=heads.turned,
-                half_pad=triton.next_power_of_2(max(1, heads.turned // 2)),
+                rotated=heads.rotated,
+                half_pad=triton.next_power_of_2(max(1, heads.rotated // 2)),
                 rest_pad=triton.next_power_of_2(max(1, rest)), normed=normed, num_warps=1,
             )  # fmt: skip
         return None
@@ -114,7 +114,7 @@ def _part(qkv, scale, at, first, by, there, normed: tl.constexpr):
 @triton.jit
 def _rotate(qkv, cos, sin, query_norm, key_norm, epsilon, heads: tl.constexpr,
             width: tl.constexpr, size: tl.constexpr, size_pad: tl.constexpr,
-            turned: tl.constexpr, half_pad: tl.constexpr, rest_pad: tl.constexpr,
+            rotated: tl.constexpr, half_pad: tl.constexpr, rest_pad: tl.constexpr,
             normed: tl.constexpr):  # fmt: skip
     """One head's norm and rotation, in place.  Grid ``[n, heads + kv_heads]``."""
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -127,14 +127,14 @@ def _rotate(qkv, cos, sin, query_norm, key_norm, epsilon, heads: tl.constexpr,
         by = 1.0 / tl.sqrt(tl.sum(wide * wide, 0) / size + epsilon)
         if head >= heads:
             scale = key_norm
-    half: tl.constexpr = turned // 2
+    half: tl.constexpr = rotated // 2
     at = tl.arange(0, half_pad)
     there = at < half
     low = _part(qkv, scale, at, 0, by, there, normed)
     high = _part(qkv, scale, at, half, by, there, normed)
     beyond = tl.arange(0, rest_pad)
-    rest = _part(qkv, scale, beyond, turned, by, beyond < size - turned, normed)
-    angle = row * turned + at
+    rest = _part(qkv, scale, beyond, rotated, by, beyond < size - rotated, normed)
+    angle = row * rotated + at
     cos_low = tl.load(cos + angle, mask=there, other=0.0).to(kind).to(tl.float32)
     sin_low = tl.load(sin + angle, mask=there, other=0.0).to(kind).to(tl.float32)
     cos_high = tl.load(cos + angle + half, mask=there, other=0.0).to(kind).to(tl.float32)
@@ -145,7 +145,7 @@ def _rotate(qkv, cos, sin, query_norm, key_norm, epsilon, heads: tl.constexpr,
     tl.store(qkv + at, new_low, mask=there)
     tl.store(qkv + half + at, new_high, mask=there)
     if normed:
-        tl.store(qkv + turned + beyond, rest, mask=beyond < size - turned)
+        tl.store(qkv + rotated + beyond, rest, mask=beyond < size - rotated)
 
 
 def _device(tensor: Tensor) -> AbstractContextManager[None]:

@@ -65,7 +65,7 @@ class HeadsData(Structure):
     """``Heads`` in step.h."""
 
     _fields_ = (
-        ("heads", c_int64), ("kv_heads", c_int64), ("size", c_int64), ("turned", c_int64),
+        ("heads", c_int64), ("kv_heads", c_int64), ("size", c_int64), ("rotated", c_int64),
         ("query_norm", c_void_p), ("key_norm", c_void_p), ("epsilon", c_float),
     )  # fmt: skip
 
@@ -88,7 +88,7 @@ class StepCall(Structure):
     _fields_ = (
         ("layers", POINTER(LayerData)),
         *((name, c_int64) for name in
-          "depth hidden inner heads kv_heads size page rows width turned".split()),
+          "depth hidden inner heads kv_heads size page rows width rotated".split()),
         *((name, c_void_p) for name in
           "cos sin pages offsets tables lengths at longest queries lse probs".split()),
     )  # fmt: skip

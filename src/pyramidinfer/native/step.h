@@ -38,19 +38,19 @@ inline void norm_head(T* x, int size, const T* weight, float epsilon) {
 
 // How a row [H + 2K, D] of queries, keys and values becomes what attention sees.
 struct Heads {
-    int64_t heads, kv_heads, size, turned;  // turned: numbers of a head that have an angle
+    int64_t heads, kv_heads, size, rotated;  // rotated: numbers of a head that have an angle
     const void *query_norm, *key_norm;      // [D] or null
     float epsilon;
 };
 
-// Turn queries and keys by the angles cos, sin [rows, turned] (two halves, as in Llama; the rest
+// Turn queries and keys by the angles cos, sin [rows, rotated] (two halves, as in Llama; the rest
 // of a head stays), in place.  Threads go on with their own rows at once.
 template <class T>
 inline void rotate(T* qkv, int64_t rows, const Heads& h, const float* cos, const float* sin) {
 #pragma omp for schedule(static) nowait
     for (int64_t row = 0; row < rows; ++row) {
-        const int half = int(h.turned / 2);
-        const float *c = cos + row * h.turned, *s = sin + row * h.turned;
+        const int half = int(h.rotated / 2);
+        const float *c = cos + row * h.rotated, *s = sin + row * h.rotated;
         for (int64_t head = 0; head < h.heads + h.kv_heads; ++head) {
             T* x = qkv + (row * (h.heads + 2 * h.kv_heads) + head) * h.size;
             const void* norm = head < h.heads ? h.query_norm : h.key_norm;
@@ -80,8 +80,8 @@ struct Layer {
 
 struct Step {
     const Layer* layers;
-    int64_t depth, hidden, inner, heads, kv_heads, size, page, rows, width, turned;
-    const float *cos, *sin;                  // [tables, rows, turned]
+    int64_t depth, hidden, inner, heads, kv_heads, size, page, rows, width, rotated;
+    const float *cos, *sin;                  // [tables, rows, rotated]
     const int64_t *pages, *offsets;          // [depth, rows, kv_heads] where the new entries go
     const int32_t* tables;                   // [depth, rows, kv_heads, width]
     const int64_t *lengths, *at, *longest;   // [depth, rows, kv_heads], [rows], [depth]
@@ -117,8 +117,8 @@ inline void decode_step(const Step& s, T* x) {
         T* mine = s.queries ? (T*)s.queries + i * s.rows * mixed : queries;
         rms_norm(x, s.rows, s.hidden, (const T*)layer.norm1, layer.epsilon, normed);
         linear<T>(normed, s.rows, layer.qkv, PLAIN, nullptr, qkv);
-        const int64_t table = std::max<int64_t>(0, layer.angles) * s.rows * s.turned;
-        const Heads h{s.heads, s.kv_heads, s.size, layer.angles < 0 ? 0 : s.turned, layer.query_norm,
+        const int64_t table = std::max<int64_t>(0, layer.angles) * s.rows * s.rotated;
+        const Heads h{s.heads, s.kv_heads, s.size, layer.angles < 0 ? 0 : s.rotated, layer.query_norm,
                       layer.key_norm, layer.epsilon};
         rotate(qkv, s.rows, h, s.cos + table, s.sin + table);
         const T* keys = qkv + mixed;

@@ -121,7 +121,7 @@ class Policy:
         """
         return 0
 
-    def settled(self, view: View) -> State:
+    def prefilled(self, view: View) -> State:
         """The state once a layer's prefill or extend is over (``view.kept_len`` is final)."""
         return view.state
 

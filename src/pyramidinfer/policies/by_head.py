@@ -119,13 +119,13 @@ class ByHead(Profiled, ABC):
             return f"what each head needs, as measured on {self.profile.text} ({how})"
         return "what each head needs, by given masks" if self.profile != "auto" else ""
 
-    # --- what is remembered and promised ------------------------------------------------------
+    # --- what is remembered and reserved ------------------------------------------------------
 
     def start(self, layers: Layers) -> State:
         limits = torch.zeros(layers.count, layers.kv_heads, dtype=torch.int64)
         return {"text": torch.zeros((), dtype=torch.int64), "limits": limits}
 
-    def settled(self, view: View) -> State:
+    def prefilled(self, view: View) -> State:
         limits = view.state["limits"].clone()
         limits[view.layer] = torch.tensor(self.limits_at(view))
         return {"text": torch.tensor(view.seen_len), "limits": limits}

@@ -1,7 +1,7 @@
 """Expected Attention: what queries to come will look at (Devoto et al., 2510.00636).
 
 Queries of a text are about normally distributed before they are rotated.  Their mean μ and
-covariance Σ, turned to the next ``ahead`` positions on average, give the attention that an entry
+covariance Σ, rotated to the next ``ahead`` positions on average, give the attention that an entry
 with key k and value v can expect: exp(kᵀμ + kᵀΣk / 2), μ and Σ scaled as the softmax is, over the
 sum of all entries'.  An entry scores by that plus ``epsilon``, times the length of v; the best stay
 after prefill.  No window of queries is looked at, so it does not matter whether the question is
@@ -73,10 +73,10 @@ class ExpectedAttention(Adaptive):
     def _scores(self, seen: Observation, sinks: Tensor) -> Tensor:
         """``[kv_heads, n]``."""
         assert seen.keys is not None and seen.values is not None
-        assert seen.queries is not None and seen.turn is not None
-        heads, dim, turn = len(seen.keys), seen.keys.shape[-1], seen.turn
-        mean = (seen.queries.mean @ turn).view(heads, -1, dim)
-        covariance = (turn.T @ seen.queries.covariance @ turn).view(heads, -1, dim, dim)
+        assert seen.queries is not None and seen.rotation is not None
+        heads, dim, rotation = len(seen.keys), seen.keys.shape[-1], seen.rotation
+        mean = (seen.queries.mean @ rotation).view(heads, -1, dim)
+        covariance = (rotation.T @ seen.queries.covariance @ rotation).view(heads, -1, dim, dim)
         keys = seen.keys[:, None]  # of every query head of the group
         logits = (keys @ mean[..., None])[..., 0] + ((keys @ covariance) * keys).sum(-1) / 2
         counts = (seen.positions >= 0) & ~sinks

@@ -179,7 +179,7 @@ class KVzip(Policy):
         forced[places[mine]] = True
         return forced
 
-    # --- what is promised ---------------------------------------------------------------------
+    # --- what it promises -----------------------------------------------------------------------
 
     def forecast(self, prompt_len: int, max_new: int, layers: Layers) -> Forecast:
         even = super().forecast(prompt_len, max_new, layers)

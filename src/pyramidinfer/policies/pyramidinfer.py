@@ -186,7 +186,7 @@ class PyramidInfer(Policy):
         ]
         return max(0, min(left, default=1) - 1)
 
-    def settled(self, view: View) -> State:
+    def prefilled(self, view: View) -> State:
         marker = view.state["marker"].clone()
         marker[view.layer] = view.kept_len
         ratio = _schedule(self, view.prompt_len, view.layers).ratio

@@ -64,7 +64,7 @@ class Retaining(Policy):
         budgets = torch.zeros(layers.count, dtype=torch.int64)
         return {"text": torch.zeros((), dtype=torch.int64), "budgets": budgets}
 
-    def settled(self, view: View) -> State:
+    def prefilled(self, view: View) -> State:
         budgets = view.state["budgets"].clone()
         budgets[view.layer] = self.limit(view)
         return {**view.state, "text": torch.tensor(view.seen_len), "budgets": budgets}
@@ -148,8 +148,8 @@ class Buffered(Retaining):
     def start(self, layers: Layers) -> State:
         return {**super().start(layers), "full": torch.zeros(layers.count, dtype=torch.int64)}
 
-    def settled(self, view: View) -> State:
-        return self._filling(view, super().settled(view))
+    def prefilled(self, view: View) -> State:
+        return self._filling(view, super().prefilled(view))
 
     def tightened(self, keep: float, state: State, layers: Layers) -> tuple[Policy, State] | None:
         if (found := super().tightened(keep, state, layers)) is None:

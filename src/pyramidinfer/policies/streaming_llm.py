@@ -4,9 +4,9 @@ The first tokens and the newest ones stay, whatever they hold.  Positions are pl
 cache: the engine turns the keys of what lies before a gap so that the cache looks contiguous, and
 a request may generate past the model's positions (``streams``).
 
-Deviations: the prompt attends in full before it is cut, as in the official streaming demo; turned
+Deviations: the prompt attends in full before it is cut, as in the official streaming demo; rotated
 keys are made from copies of the originals, so nothing accumulates.  Layers without rotary
-positions are left alone.  Learned positions (OPT) cannot be turned: there the tokens keep their
+positions are left alone.  Learned positions (OPT) cannot be rotated: there the tokens keep their
 places in the text and a request ends at the model's last position.
 """
 

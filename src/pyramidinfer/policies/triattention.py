@@ -95,11 +95,11 @@ class TriAttention(Buffered, Profiled):
     def _scores(self, seen: Observation) -> Tensor:
         """``[kv_heads, n]``."""
         keys, centres, layer = seen.keys, self._centres, seen.view.layer
-        assert keys is not None and seen.turn is not None and centres is not None
+        assert keys is not None and seen.rotation is not None and centres is not None
         mean, sizes = (keys.new_tensor(each[layer]) for each in (centres.mean, centres.sizes))
         pairs = sizes.shape[1]
         beside = sizes - _lengths(mean, pairs)  # of queries, without their centre's
-        scores = _grouped(mean @ seen.turn, keys) + _grouped(beside, _lengths(keys, pairs))
+        scores = _grouped(mean @ seen.rotation, keys) + _grouped(beside, _lengths(keys, pairs))
         there = (seen.positions >= 0)[:, None]
         count = there.sum(-1, keepdim=True)
         scores = torch.where(there, scores - scores.sum(-1, keepdim=True) / count, 0.0)

@@ -175,8 +175,8 @@ def _add_generation(app: FastAPI, service: Service) -> None:
         engine, jobs = service.llm.engine, service.jobs
         return {
             "id": service.name, "object": "model", "created": created,
-            "owned_by": "pyramidinfer", "max_model_len": engine.adapter.max_positions,
-            "layers": engine.adapter.depth, "heads": jobs.heads,
+            "owned_by": "pyramidinfer", "max_model_len": engine.runner.max_positions,
+            "layers": engine.runner.depth, "heads": jobs.heads,
             "compression": {
                 "policy": jobs.own.name, "keep": jobs.own_keep, "rule": jobs.own.rule,
                 "policies": jobs.policies, "rules": rules, "min_context": least,
@@ -208,7 +208,7 @@ def _add_tokens(app: FastAPI, service: Service) -> None:
         """Token ids of a text, or of messages under the chat template."""
         service.check_model(body.model)
         tokens = await service.prepare(service.jobs.tokens, body)
-        longest = service.llm.engine.adapter.max_positions
+        longest = service.llm.engine.runner.max_positions
         return {"count": len(tokens), "max_model_len": longest, "tokens": tokens}
 
     @app.post("/detokenize", responses=ERRORS)

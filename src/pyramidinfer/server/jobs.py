@@ -118,7 +118,7 @@ class Jobs:
 
     def text(self, body: Detokenize) -> str:
         """The text of a body's tokens; no more of them than a request may have."""
-        most = self.settings.max_prompt_tokens or self.engine.adapter.max_positions
+        most = self.settings.max_prompt_tokens or self.engine.runner.max_positions
         if not self.own.streams:
             self._limit("tokens", len(body.tokens), most, "tokens")
         try:
@@ -209,7 +209,7 @@ class Jobs:
                     least: int) -> int:  # fmt: skip
         """How many to generate: what was asked for, if there is room, or the default."""
         settings, size = self.settings, len(prompt)
-        room = self.engine.adapter.max_positions - size
+        room = self.engine.runner.max_positions - size
         endless = self.engine.shared.is_endless(policy, size)
         if wanted is None:
             if room < 1 and not endless:
@@ -234,7 +234,7 @@ class Jobs:
 
     def _too_long(self, param: str, what: str) -> ApiError:
         """As OpenAI and vLLM say it: there are clients that read the message."""
-        longest = self.engine.adapter.max_positions
+        longest = self.engine.runner.max_positions
         return ApiError(
             400, f"This model's maximum context length is {longest} tokens. However, {what}",
             param=param, code="context_length_exceeded",
@@ -252,7 +252,7 @@ class Jobs:
 
     def _check_messages(self, messages: Sequence[Message]) -> None:
         """``_check_length`` of a chat; each of its messages and parts is a token at least."""
-        most = self.settings.max_prompt_tokens or self.engine.adapter.max_positions
+        most = self.settings.max_prompt_tokens or self.engine.runner.max_positions
         parts = sum(len(each.content) if isinstance(each.content, list) else 1 for each in messages)
         if not self.own.streams and parts > most:
             raise self._too_long(
@@ -263,7 +263,7 @@ class Jobs:
 
     def _check_length(self, text: str, param: str) -> None:
         """Refuse a text that has too many tokens however it is cut, before it is."""
-        most = self.settings.max_prompt_tokens or self.engine.adapter.max_positions
+        most = self.settings.max_prompt_tokens or self.engine.runner.max_positions
         each = self.prompts.longest_token or LONGEST_TOKEN
         if not self.own.streams and len(text) > most * each:
             raise self._too_long(
@@ -294,8 +294,8 @@ class Jobs:
             check_prompt_logprobs(policy, what=what)
         except ValueError as error:
             raise ApiError(400, str(error), param=param) from None
-        adapter = self.engine.adapter
-        needed = size * adapter.vocab_size * adapter.dtype.itemsize
+        runner = self.engine.runner
+        needed = size * runner.vocab_size * runner.dtype.itemsize
         if needed > self.settings.prompt_logprob_bytes:
             raise ApiError(
                 400, f"{what} of {size} prompt tokens needs {needed} bytes of logits; this server "

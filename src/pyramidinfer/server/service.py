@@ -42,7 +42,7 @@ class Service:
         self.llm, self.settings = llm, settings
         self.name = settings.model_name or llm.name.rstrip("/").rpartition("/")[2]
         self.prompts = Prompts(
-            llm.tokenizer, llm.engine.adapter.vocab_size, settings.chat_template_kwargs
+            llm.tokenizer, llm.engine.runner.vocab_size, settings.chat_template_kwargs
         )
         self.jobs = Jobs(llm, settings, self.prompts)
         engine = llm.engine
@@ -50,7 +50,7 @@ class Service:
             "version": pyramidinfer.__version__, "policy": self.jobs.own.name,
             "keep": str(self.jobs.own_keep), "rule": self.jobs.own.rule,
             "kv_memory_bytes": str(engine.pool.budget), "admission": engine.config.admission,
-            "backend": engine.adapter.backend.name,
+            "backend": engine.runner.backend.name,
         })  # fmt: skip
         self.worker = AsyncEngine(
             llm.engine, self.metrics, max_waiting=settings.max_waiting,

@@ -29,12 +29,12 @@ from pyramidinfer.lab.bench.gpu_plan import Attention, GPUPlan, Run, bars, real_
 from pyramidinfer.lab.bench.kernels import decode_work
 from pyramidinfer.lab.bench.machine import Roof, measure_roof
 from pyramidinfer.lab.bench.roofline import roofline
-from pyramidinfer.lab.bench.setting import Setting, Subject, run_pass
+from pyramidinfer.lab.bench.setting import Rig, Setting, run_pass
 from pyramidinfer.lab.bench.table import percent, ranged
 from pyramidinfer.lab.bench.throughput import figures, forget
 from pyramidinfer.lab.bench.timing import PeakMemory, side_by_side, spread
 from pyramidinfer.lab.record import write_result
-from pyramidinfer.models import Adapter
+from pyramidinfer.models import ModelRunner
 from pyramidinfer.models.loading import quiet_transformers
 from pyramidinfer.types import SamplingParams, TokenIds
 
@@ -52,15 +52,15 @@ class Weights:
 
     def __init__(self, plan: GPUPlan) -> None:
         self.plan = plan
-        self.subject: Subject | None = None
+        self.subject: Rig | None = None
         self.model: Any = None
 
-    def of(self, shape: str) -> Subject:
+    def of(self, shape: str) -> Rig:
         """The shape's sizes and prompts; other weights are let go of."""
         if self.subject is None or self.subject.setting.shape != shape:
             self.drop()
             plan = self.plan
-            self.subject = Subject(Setting(
+            self.subject = Rig(Setting(
                 shape=shape, keep=plan.keep, dtype=plan.dtype, device=plan.device,
                 backend=plan.backend, seed=plan.seed,
             ))  # fmt: skip
@@ -74,7 +74,7 @@ class Weights:
             self.model = subject.load()
         return self.model
 
-    def as_packed(self, shape: str) -> Adapter:
+    def as_packed(self, shape: str) -> ModelRunner:
         subject = self.of(shape)
         if self.model is not None:
             model, self.model = self.model, None
@@ -181,14 +181,14 @@ class Bench:
 
     def _ours(self, run: Run, batch: int | None, share: float) -> dict[str, Any]:
         cell = run.cell
-        adapter, subject = self.weights.as_packed(cell.shape), self.weights.of(cell.shape)
+        runner, subject = self.weights.as_packed(cell.shape), self.weights.of(cell.shape)
         memory = PeakMemory(self.device)
         sizes = cell.prompt_len, cell.output_len
         if batch is None:
             kv_memory = str(int(share * (self._left(subject) - self.plan.reserve)))
             subject.setting = replace(subject.setting, kv_memory=kv_memory)
             engine = subject.engine(run.engine, self.plan.most, *sizes)
-            batch = min(self.plan.most, _settled_fits(engine, *sizes))
+            batch = min(self.plan.most, _decoding_fits(engine, *sizes))
         else:
             subject.setting = replace(subject.setting, kv_memory="auto")
             engine = subject.engine(run.engine, batch, *sizes)
@@ -199,17 +199,17 @@ class Bench:
         if self.roof is not None:
             step = found["step_seconds"]
             found["roofline"] = roofline(
-                subject.adapter, passes[-1], found["prefill_seconds"]["median"],
+                subject.runner, passes[-1], found["prefill_seconds"]["median"],
                 step and step["median"], self.roof,
             )  # fmt: skip
-        graphs = adapter.graphs(engine.pool) if adapter.steps_on_buffers else None
+        graphs = runner.graphs(engine.pool) if runner.steps_on_buffers else None
         return {
             "batch": batch, "options": repr(engine.policy), "kv_memory": engine.pool.budget,
-            **found, "peak_bytes": memory.bytes, "backend": adapter.backend.name,
+            **found, "peak_bytes": memory.bytes, "backend": runner.backend.name,
             "graphs": 0 if graphs is None else graphs.captured,
         }  # fmt: skip
 
-    def _left(self, subject: Subject) -> int:
+    def _left(self, subject: Rig) -> int:
         """Bytes for everything but the weights."""
         total = self.plan.memory
         if total is None:
@@ -262,12 +262,12 @@ def _captured(kernel: Callable[[int], object]) -> Callable[[int], object]:
     return lambda _: graph.replay()
 
 
-def _settled_fits(engine: Engine, prompt_len: int, output_len: int) -> int:
+def _decoding_fits(engine: Engine, prompt_len: int, output_len: int) -> int:
     """Requests that can decode at once."""
     params = SamplingParams(max_tokens=output_len, ignore_eos=True)
     tokens: TokenIds = [0] * prompt_len
     cost = engine.make(tokens, params).cost
-    return max(1, engine.ledger.how_many(cost.settled or cost))
+    return max(1, engine.ledger.how_many(cost.after_prefill or cost))
 
 
 def _gpu(device: torch.device) -> dict[str, Any] | None:

@@ -218,7 +218,7 @@ def _ours(plan: KeptPlan, case: Case, ids: TokenIds, question: TokenIds | None
 
     llm = plan.subject.llm(_watched(policy, take))
     trace = llm.trace(ids)
-    heads = llm.engine.adapter.layers_for(len(ids)).kv_heads
+    heads = llm.engine.runner.layers_for(len(ids)).kv_heads
     kept = np.zeros((len(trace.prefill_positions), heads, len(ids)), dtype=bool)
     for layer, positions in enumerate(trace.prefill_positions):
         for head in range(heads):

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from pyramidinfer.lab.bench.setting import Pass, Setting, Subject, check_counts, progress, run_pass
+from pyramidinfer.lab.bench.setting import Pass, Rig, Setting, check_counts, progress, run_pass
 from pyramidinfer.lab.bench.timing import spread
 from pyramidinfer.lab.record import write_result
 
@@ -39,7 +39,7 @@ def run_latency(plan: LatencyPlan, out: Path) -> dict[str, Any]:
         check_counts(prompt_len=length)
     if plan.output_len < 2:
         raise ValueError(f"--output-len {plan.output_len} must be at least 2: time between tokens")
-    subject = Subject(plan.setting)
+    subject = Rig(plan.setting)
     subject.check_length(max(plan.prompt_lens), plan.output_len)
     setting = plan.setting
     cells = [(batch, length) for batch in plan.batches for length in plan.prompt_lens]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pyramidinfer.engine.engine import Engine
-from pyramidinfer.lab.bench.setting import Setting, Subject, check_counts, progress, run_pass
+from pyramidinfer.lab.bench.setting import Rig, Setting, check_counts, progress, run_pass
 from pyramidinfer.lab.bench.timing import PeakMemory
 from pyramidinfer.lab.record import write_result
 from pyramidinfer.types import SamplingParams
@@ -41,7 +41,7 @@ class MemoryPlan:
 def run_memory(plan: MemoryPlan, out: Path) -> dict[str, Any]:
     """Measure, write ``out``, and return its result."""
     check_counts(prompt_len=plan.prompt_len, output_len=plan.output_len, requests=plan.most)
-    subject = Subject(plan.shared)
+    subject = Rig(plan.shared)
     subject.check_length(plan.prompt_len, plan.output_len)
     rows = []
     with progress("memory", len(plan.shared.policies)) as done:
@@ -56,7 +56,7 @@ def run_memory(plan: MemoryPlan, out: Path) -> dict[str, Any]:
     return result
 
 
-def _measure(plan: MemoryPlan, subject: Subject, spec: str) -> dict[str, Any]:
+def _measure(plan: MemoryPlan, subject: Rig, spec: str) -> dict[str, Any]:
     memory = PeakMemory(subject.device)
     engine = subject.engine(
         spec, plan.most, plan.prompt_len, plan.output_len, alone=True, max_requests=plan.most

@@ -6,21 +6,21 @@ from typing import Any
 
 from pyramidinfer.lab.bench.machine import Roof
 from pyramidinfer.lab.bench.setting import Pass
-from pyramidinfer.models import Adapter
+from pyramidinfer.models import ModelRunner
 
 __all__ = ["decode_bytes", "prefill_flops", "roofline"]
 
 
-def prefill_flops(adapter: Adapter, computed: list[int]) -> float:
+def prefill_flops(runner: ModelRunner, computed: list[int]) -> float:
     """Operations of one prompt's prefill, ``computed[layer]`` tokens having entered each layer, and
     behind them those of each time that it was read again.
 
     Products with the layers' matrices, causal attention, and the head for the last token.
     """
-    head = sum(each.numel() for each in adapter.head.parameters() if each.ndim == 2)
-    total, layers = 2.0 * float(head), _layers(adapter)
+    head = sum(each.numel() for each in runner.head.parameters() if each.ndim == 2)
+    total, layers = 2.0 * float(head), _layers(runner)
     for at, tokens in enumerate(computed):
-        shape, before = adapter.shapes[at % len(layers)], 0 if at < len(layers) else computed[0]
+        shape, before = runner.shapes[at % len(layers)], 0 if at < len(layers) else computed[0]
         parameters = layers[at % len(layers)].parameters()
         matrices = float(sum(each.numel() for each in parameters if each.ndim == 2))
         window = shape.window or before + tokens
@@ -31,35 +31,35 @@ def prefill_flops(adapter: Adapter, computed: list[int]) -> float:
     return total
 
 
-def weight_bytes(adapter: Adapter) -> int:
+def weight_bytes(runner: ModelRunner) -> int:
     """Bytes of the weights that a step reads, whatever its batch: all but the embedding table."""
-    modules = [*_layers(adapter), adapter.head]
+    modules = [*_layers(runner), runner.head]
     return int(sum(each.nbytes for module in modules for each in module.parameters()))
 
 
-def decode_bytes(adapter: Adapter, entries: list[float]) -> float:
+def decode_bytes(runner: ModelRunner, entries: list[float]) -> float:
     """Bytes one decoding step has to read: weights once, keys and values of every entry.
 
     ``entries[layer]``: cached entries of all requests.
     """
-    item = adapter.dtype.itemsize
+    item = runner.dtype.itemsize
     cache = sum(
         count * shape.kv_heads * (shape.key_dim + shape.value_dim) * item
-        for shape, count in zip(adapter.shapes, entries, strict=True)
+        for shape, count in zip(runner.shapes, entries, strict=True)
     )
-    return float(weight_bytes(adapter) + cache)
+    return float(weight_bytes(runner) + cache)
 
 
-def roofline(adapter: Adapter, run: Pass, prefill: float, step: float | None, roof: Roof
+def roofline(runner: ModelRunner, run: Pass, prefill: float, step: float | None, roof: Roof
              ) -> dict[str, Any]:  # fmt: skip
     """Shares of what the machine can do: matrix rate in prefill, read bandwidth in decoding.
 
     ``prefill``, ``step``: measured seconds.  Decoding rides along while prompts go in; that work
     is not counted, so the matrix share is a lower bound.
     """
-    flops = sum(prefill_flops(adapter, computed) for computed in run.computed)
+    flops = sum(prefill_flops(runner, computed) for computed in run.computed)
     entries = [(a + b) / 2 for a, b in zip(run.kept_prefill, run.kept_end, strict=True)]
-    size = decode_bytes(adapter, entries)
+    size = decode_bytes(runner, entries)
     return {
         "prefill_flops": flops,
         "share_of_matrix_rate": flops / prefill / roof.matrix,
@@ -68,5 +68,5 @@ def roofline(adapter: Adapter, run: Pass, prefill: float, step: float | None, ro
     }
 
 
-def _layers(adapter: Adapter) -> list[Any]:
-    return list(adapter.body.layers)[: adapter.depth]
+def _layers(runner: ModelRunner) -> list[Any]:
+    return list(runner.body.layers)[: runner.depth]

@@ -79,7 +79,7 @@ class TimedBackend:
 def measure_selection(engine: Engine, prompts: list[TokenIds], output_len: int
                       ) -> dict[str, float]:  # fmt: skip
     """Seconds of selection in a pass, as shares of its prefill and of its decoding."""
-    prefill, decode = Clock(engine.adapter.device), Clock(engine.adapter.device)
+    prefill, decode = Clock(engine.runner.device), Clock(engine.runner.device)
     with _clocks(engine, prefill, decode):
         run = run_pass(engine, prompts, output_len)
     before = run.prefill_seconds - prefill.extra
@@ -93,26 +93,26 @@ def measure_selection(engine: Engine, prompts: list[TokenIds], output_len: int
 
 @contextmanager
 def _clocks(engine: Engine, prefill: Clock, decode: Clock) -> Iterator[None]:
-    adapter: Any = engine.adapter
-    backend = adapter.backend
-    adapter.backend = TimedBackend(backend, prefill)
-    adapter._finish_layer = prefill.around(adapter._finish_layer)
-    adapter._evict = decode.around(_untimed(adapter, backend, adapter._evict))
+    runner: Any = engine.runner
+    backend = runner.backend
+    runner.backend = TimedBackend(backend, prefill)
+    runner._finish_layer = prefill.around(runner._finish_layer)
+    runner._evict = decode.around(_untimed(runner, backend, runner._evict))
     try:
         yield
     finally:
-        adapter.backend = backend
-        del adapter._finish_layer, adapter._evict
+        runner.backend = backend
+        del runner._finish_layer, runner._evict
 
 
-def _untimed(adapter: Any, backend: Any, work: Callable[..., Any]) -> Callable[..., Any]:
+def _untimed(runner: Any, backend: Any, work: Callable[..., Any]) -> Callable[..., Any]:
     """``work`` with the plain backend: what it asks of it is on its own clock already."""
 
     def run(*given: Any) -> Any:
-        timed, adapter.backend = adapter.backend, backend
+        timed, runner.backend = runner.backend, backend
         try:
             return work(*given)
         finally:
-            adapter.backend = timed
+            runner.backend = timed
 
     return run

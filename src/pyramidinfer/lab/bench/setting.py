@@ -21,13 +21,13 @@ from pyramidinfer.engine.engine import Engine
 from pyramidinfer.engine.memory import Ledger
 from pyramidinfer.engine.request import Request
 from pyramidinfer.lab.shapes import empty_shape, make_model
-from pyramidinfer.models import Adapter
+from pyramidinfer.models import ModelRunner
 from pyramidinfer.models.loading import empty_model, load_model
 from pyramidinfer.policies import Policy
 from pyramidinfer.policies.registry import make_policy, parse_options
 from pyramidinfer.types import SamplingParams, TokenIds
 
-__all__ = ["DEFAULT_SHAPE", "Pass", "Setting", "Subject", "check_counts", "progress", "run_pass"]
+__all__ = ["DEFAULT_SHAPE", "Pass", "Rig", "Setting", "check_counts", "progress", "run_pass"]
 
 DEFAULT_SHAPE = "bench-200m"
 FIRST_WORD = 3  # ids below it are special
@@ -96,10 +96,10 @@ def check_counts(**counts: int) -> None:
             raise ValueError(f"--{name.replace('_', '-')} {value} must be at least 1")
 
 
-class Subject:
+class Rig:
     """The model of a setting, and engines over it.
 
-    adapter : the model's sizes, without weights;  ``model`` is loaded when first asked for.
+    runner : the model's sizes, without weights;  ``model`` is loaded when first asked for.
     """
 
     def __init__(self, setting: Setting) -> None:
@@ -109,8 +109,8 @@ class Subject:
             torch.set_num_threads(setting.threads)
         self.device = parse_device(setting.device)
         empty = self._empty()
-        self.adapter = Adapter(empty, select_backend("reference"))
-        self.dtype: torch.dtype = self.adapter.dtype
+        self.runner = ModelRunner(empty, select_backend("reference"))
+        self.dtype: torch.dtype = self.runner.dtype
         self.parameters = sum(each.numel() for each in empty.parameters())
 
     @property
@@ -133,24 +133,24 @@ class Subject:
         return load_model(setting.model, None, setting.dtype, setting.device).model
 
     @cached_property
-    def shared(self) -> Adapter:
+    def shared(self) -> ModelRunner:
         """Weights packed once, for all engines that are not ``alone``."""
         return self.pack(self.load())
 
-    def pack(self, model: Any) -> Adapter:
+    def pack(self, model: Any) -> ModelRunner:
         """A model's weights as engines run on them; the model itself is used up."""
         backend = select_backend(self.setting.backend, self.device)
-        return Adapter(model, backend, EngineConfig().prefill_chunk, own=True)
+        return ModelRunner(model, backend, EngineConfig().prefill_chunk, own=True)
 
     def prompts(self, count: int, length: int) -> list[TokenIds]:
         """Random tokens, the same for the same seed."""
         draw = np.random.default_rng(self.setting.seed)
-        low = min(FIRST_WORD, self.adapter.vocab_size - 1)
-        return [draw.integers(low, self.adapter.vocab_size, length).tolist() for _ in range(count)]
+        low = min(FIRST_WORD, self.runner.vocab_size - 1)
+        return [draw.integers(low, self.runner.vocab_size, length).tolist() for _ in range(count)]
 
     def check_length(self, prompt_len: int, output_len: int) -> None:
         """``ValueError`` where the model has too few positions."""
-        longest = self.adapter.max_positions
+        longest = self.runner.max_positions
         if prompt_len + output_len > longest:
             raise ValueError(
                 f"{prompt_len} prompt tokens and {output_len} generated ones exceed the model's "
@@ -162,7 +162,7 @@ class Subject:
         """An engine with one policy; ``kv_memory`` as the setting says.
 
         ``alone``: it has weights of its own and nothing else holds them, as where a user loads a
-        model; otherwise all share one ``Adapter``.
+        model; otherwise all share one ``ModelRunner``.
         """
         policy = self._bound(spec)
         memory: int | str = self.setting.kv_memory
@@ -182,20 +182,20 @@ class Subject:
         if spec not in self._policies:
             chosen = self.setting.policy(spec)
             if chosen.wants_profile:
-                least = Layout.least_bytes(self.adapter.group_specs(), EngineConfig().page_size)
+                least = Layout.least_bytes(self.runner.group_specs(), EngineConfig().page_size)
                 chosen = Engine(self.shared, chosen, EngineConfig(kv_memory=least)).policy
             self._policies[spec] = chosen
         return self._policies[spec]
 
     def needed_bytes(self, spec: str, count: int, prompt_len: int, output_len: int) -> int:
         """``kv_memory`` in which ``count`` requests run at once."""
-        adapter, page = self.adapter, EngineConfig().page_size
+        runner, page = self.runner, EngineConfig().page_size
         chosen = self._bound(spec)
-        layers = adapter.layers_for(prompt_len + output_len)
+        layers = runner.layers_for(prompt_len + output_len)
         chosen.check(layers)
-        specs = adapter.group_specs()
+        specs = runner.group_specs()
         layout = Layout.smallest(specs, page, chosen.uses_scores)
-        cost = Ledger(layout, adapter).cost(chosen, prompt_len, output_len, layers, 0)
+        cost = Ledger(layout, runner).cost(chosen, prompt_len, output_len, layers, 0)
         by_group = max(
             -(-count * int(pages) // (len(spec.layers) * spec.kv_heads)) + 1
             for pages, spec in zip(cost.pages, specs, strict=True)

@@ -13,7 +13,7 @@ from pyramidinfer.engine.engine import Engine
 from pyramidinfer.lab.bench.machine import measure_roof
 from pyramidinfer.lab.bench.roofline import roofline
 from pyramidinfer.lab.bench.selection import measure_selection
-from pyramidinfer.lab.bench.setting import Pass, Setting, Subject, check_counts, progress, run_pass
+from pyramidinfer.lab.bench.setting import Pass, Rig, Setting, check_counts, progress, run_pass
 from pyramidinfer.lab.bench.timing import PeakMemory, ratios, spread
 from pyramidinfer.lab.record import write_result
 
@@ -34,7 +34,7 @@ class ThroughputPlan:
         return {**self.setting.configuration(), "batch": self.batch,
                 "prompt_len": self.prompt_len, "output_len": self.output_len}  # fmt: skip
 
-    def engine(self, subject: Subject, spec: str, *, alone: bool = False) -> Engine:
+    def engine(self, subject: Rig, spec: str, *, alone: bool = False) -> Engine:
         sizes = self.batch, self.prompt_len, self.output_len
         return subject.engine(spec, *sizes, alone=alone)
 
@@ -42,7 +42,7 @@ class ThroughputPlan:
 def run_throughput(plan: ThroughputPlan, out: Path) -> dict[str, Any]:
     """Measure, write ``out``, and return its result."""
     check_counts(batch=plan.batch, prompt_len=plan.prompt_len, output_len=plan.output_len)
-    subject = Subject(plan.setting)
+    subject = Rig(plan.setting)
     subject.check_length(plan.prompt_len, plan.output_len)
     prompts = subject.prompts(plan.batch, plan.prompt_len)
     specs, setting = plan.setting.policies, plan.setting
@@ -77,7 +77,7 @@ def run_throughput(plan: ThroughputPlan, out: Path) -> dict[str, Any]:
         row["peak_bytes"] = peaks[spec]
         row["selection"] = selection[spec]
         row["roofline"] = roofline(
-            subject.adapter, passes[spec][-1], row["prefill_seconds"]["median"],
+            subject.runner, passes[spec][-1], row["prefill_seconds"]["median"],
             step and step["median"], roof,
         )  # fmt: skip
         row["against_first"] = _against(passes[spec], base)

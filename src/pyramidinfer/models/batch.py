@@ -13,7 +13,7 @@ from pyramidinfer.cache import Table
 from pyramidinfer.policies import Policy
 from pyramidinfer.types import Layers, Needs, Phase, Queries, View
 
-__all__ = ["OFFSET", "Batch", "Intake", "Sequence", "Work"]
+__all__ = ["OFFSET", "Batch", "Prefill", "Sequence", "Work"]
 
 #: Name of a streaming request's rotary offset in its state.
 OFFSET = "streaming.offset"
@@ -78,7 +78,7 @@ class Moments(NamedTuple):
 
 
 @dataclass(slots=True, eq=False)
-class Intake:
+class Prefill:
     """Progress of a request's new tokens: a prompt (prefill) or more text (extend).
 
     Layer-major: all tokens go through a layer before the next one begins, so one layer's state
@@ -194,7 +194,7 @@ class Intake:
 
     @property
     def transient_bytes(self) -> int:
-        """Memory of this intake outside the pool."""
+        """Memory of this prefill outside the pool."""
         held = (
             self.hidden, self.out, self.queries, self.scores, self.columns, self.answer,
             *(self.moments or ()),
@@ -204,9 +204,9 @@ class Intake:
 
 @dataclass(slots=True, eq=False)
 class Work:
-    """What one step may do for an intake: at most ``budget`` layer-tokens."""
+    """What one step may do for an prefill: at most ``budget`` layer-tokens."""
 
-    intake: Intake
+    prefill: Prefill
     budget: int
 
 

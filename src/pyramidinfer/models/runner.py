@@ -16,18 +16,18 @@ from torch import Tensor, nn
 from pyramidinfer.attention import Backend, Scale
 from pyramidinfer.cache import GroupSpec, Pool
 from pyramidinfer.models import rereading
+from pyramidinfer.models.batch import Batch, Prefill, Sequence, Work
 from pyramidinfer.models.evicting import evict, observe
 from pyramidinfer.models.families import find_family
 from pyramidinfer.models.fused import Fused, Ropes, fuse
 from pyramidinfer.models.graphs import DecodeGraphs, Frame, Size
-from pyramidinfer.models.intake import Batch, Intake, Sequence, Work
 from pyramidinfer.models.loading import end_ids
 from pyramidinfer.models.rotary import Rotary, count_positions
 from pyramidinfer.models.routing import Decoding, LayerCall, Segment, evaluating, route
 from pyramidinfer.models.streaming import Streaming
 from pyramidinfer.types import AttentionShape, Keep, Layers, Observation, Queries
 
-__all__ = ["Adapter", "Stepped"]
+__all__ = ["ModelRunner", "Stepped"]
 
 READ = 64  # logits of a prompt that are held at a time
 
@@ -39,7 +39,7 @@ class Stepped(NamedTuple):
     decoding: Decoding | None
 
 
-class Adapter:
+class ModelRunner:
     """A transformers causal language model, driven layer by layer.
 
     ``ValueError`` for an unsupported family or layer feature.  The model object stays usable and
@@ -105,7 +105,7 @@ class Adapter:
         """Decode steps over this pool, kept for as long as it."""
         if pool not in self._graphs:
             self._graphs[pool] = DecodeGraphs(
-                self.device, self.rotary.turned, self._frame_angles, self._run_frame
+                self.device, self.rotary.rotated, self._frame_angles, self._run_frame
             )
         return self._graphs[pool]
 
@@ -126,7 +126,7 @@ class Adapter:
 
     @torch.inference_mode()
     def forward(self, pool: Pool, batch: Batch) -> Stepped:
-        """Run one step.  Decoding sequences are to be settled with ``settle`` afterwards."""
+        """Run one step.  Decoding sequences are to be committed with ``commit`` afterwards."""
         with evaluating(self._given):
             return self._forward(pool, batch)
 
@@ -145,7 +145,7 @@ class Adapter:
                 return Stepped(self._logits(out), decoding)
         last: dict[int, Tensor] = {}
         through = self._all_layers(pool, batch.works, last, hidden, tables, decoding)
-        while any(work.budget > 0 and work.intake.again is not None for work in batch.works):
+        while any(work.budget > 0 and work.prefill.again is not None for work in batch.works):
             self._all_layers(pool, batch.works, last)  # texts that begin to be read again
         rows = [] if through is None else [through[0]]
         rows += [last[index] for index in sorted(last)]
@@ -174,8 +174,8 @@ class Adapter:
                     hidden, riding = out[:, :start], None
                 self._store(segments, out[0], start)
             for index, work in enumerate(works):
-                if work.intake.layer == layer and work.intake.left == 0:
-                    tail = self._finish_layer(pool, work.intake)
+                if work.prefill.layer == layer and work.prefill.left == 0:
+                    tail = self._finish_layer(pool, work.prefill)
                     if tail is not None:
                         last[index] = tail
         return hidden
@@ -185,24 +185,24 @@ class Adapter:
     def _take(
         self, works: list[Work], layer: int, start: int
     ) -> tuple[list[Segment], list[Tensor]]:
-        """Claim the next chunk of every intake that is at this layer and has budget left."""
+        """Claim the next chunk of every prefill that is at this layer and has budget left."""
         segments, parts = [], []
         for work in works:
-            intake = work.intake
-            count = min(self.prefill_chunk, intake.left, work.budget)
-            if intake.layer != layer or count <= 0:
+            prefill = work.prefill
+            count = min(self.prefill_chunk, prefill.left, work.budget)
+            if prefill.layer != layer or count <= 0:
                 continue
-            if intake.done == 0:
-                intake.needs = intake.sequence.policy.needs(intake.view())
-                intake.computed.append(intake.length)
-            rows = slice(intake.done, intake.done + count)
-            if intake.hidden is None:
-                ids, positions = intake.entering[rows], intake.positions[rows]
+            if prefill.done == 0:
+                prefill.needs = prefill.sequence.policy.needs(prefill.view())
+                prefill.computed.append(prefill.length)
+            rows = slice(prefill.done, prefill.done + count)
+            if prefill.hidden is None:
+                ids, positions = prefill.entering[rows], prefill.positions[rows]
                 part = self.family.embed(self.body, self.config, ids[None], positions[None])[0]
             else:
-                part = intake.hidden[rows]
+                part = prefill.hidden[rows]
             work.budget -= count
-            segments.append(Segment(intake, start, count))
+            segments.append(Segment(prefill, start, count))
             parts.append(part)
             start += count
         return segments, parts
@@ -237,12 +237,12 @@ class Adapter:
     def _rope(self, like: Tensor, rope: Any, segments: list[Segment], kind: str | None) -> Any:
         """cos and sin of the decode rows (``rope``) followed by those of the segments."""
         positions = torch.cat([
-            intake.positions[intake.done : intake.done + count] - intake.sequence.offset
-            for intake, _, count in segments
+            prefill.positions[prefill.done : prefill.done + count] - prefill.sequence.offset
+            for prefill, _, count in segments
         ])  # fmt: skip
         regimes = torch.cat([
-            torch.full((count,), self.rotary.regime(intake.sequence.is_long, intake.end))
-            for intake, _, count in segments
+            torch.full((count,), self.rotary.regime(prefill.sequence.is_long, prefill.end))
+            for prefill, _, count in segments
         ]).to(self.device)  # fmt: skip
         cos, sin = self._angles(like, positions, regimes)[kind]
         if rope is None:
@@ -267,95 +267,97 @@ class Adapter:
     def _store(self, segments: list[Segment], out: Tensor, at: int) -> None:
         """Put a pass's outputs (from row ``at`` on) where the next layer or the head reads them."""
         for segment in segments:
-            intake, _, count = segment
-            wanted = len(segment.rows_out(self._last_only(intake.layer)))
+            prefill, _, count = segment
+            wanted = len(segment.rows_out(self._last_only(prefill.layer)))
             rows, at = out[at : at + wanted], at + wanted
-            end = intake.done + count
-            last_only = intake.layer == self.depth - 1 and not intake.gives_all
+            end = prefill.done + count
+            last_only = prefill.layer == self.depth - 1 and not prefill.gives_all
             if last_only:  # what the head will not read is not kept
-                if end == intake.length:
-                    intake.out = rows[-1:].clone()
-            elif count == intake.length:
-                intake.out = rows
+                if end == prefill.length:
+                    prefill.out = rows[-1:].clone()
+            elif count == prefill.length:
+                prefill.out = rows
             else:
-                if intake.out is None:
-                    intake.out = out.new_empty(intake.length, out.shape[-1])
-                intake.out[intake.done : end] = rows
-            intake.done = end
+                if prefill.out is None:
+                    prefill.out = out.new_empty(prefill.length, out.shape[-1])
+                prefill.out[prefill.done : end] = rows
+            prefill.done = end
 
-    def _finish_layer(self, pool: Pool, intake: Intake) -> Tensor | None:
+    def _finish_layer(self, pool: Pool, prefill: Prefill) -> Tensor | None:
         """Ask the policy what stays and what goes deeper; what the head reads at the end."""
-        sequence, table, going = intake.sequence, intake.sequence.table, None
-        assert intake.out is not None
-        table.transient_bytes = intake.transient_bytes
+        sequence, table, going = prefill.sequence, prefill.sequence.table, None
+        assert prefill.out is not None
+        table.transient_bytes = prefill.transient_bytes
         pool.note_peak(table)
-        if intake.again is None:
-            going = self._settle_layer(pool, intake)
+        if prefill.again is None:
+            going = self._keep_layer(pool, prefill)
         else:
-            rereading.settle_layer(pool, intake, self.streaming)
-        hidden, intake.out = intake.out, None
-        intake.hidden = hidden if going is None else hidden[going]
-        intake.queries = intake.scores = intake.columns = intake.moments = None
-        intake.layer, intake.done = intake.layer + 1, 0
-        if intake.finished:
-            intake.hidden = None
-            if intake.again is None:
-                intake.answer = hidden if intake.all_rows else hidden[-1:]
-            intake.read_on()
-        table.transient_bytes = intake.transient_bytes
-        pool.note_beside(table)
-        if not intake.finished:
+            rereading.end_layer(pool, prefill, self.streaming)
+        hidden, prefill.out = prefill.out, None
+        prefill.hidden = hidden if going is None else hidden[going]
+        prefill.queries = prefill.scores = prefill.columns = prefill.moments = None
+        prefill.layer, prefill.done = prefill.layer + 1, 0
+        if prefill.finished:
+            prefill.hidden = None
+            if prefill.again is None:
+                prefill.answer = hidden if prefill.all_rows else hidden[-1:]
+            prefill.read_on()
+        table.transient_bytes = prefill.transient_bytes
+        pool.note_overhead(table)
+        if not prefill.finished:
             return None
-        if intake.is_reread:
-            rereading.cut(pool, intake, self.streaming)
-        answer, intake.answer = intake.answer, None
-        table.transient_bytes, table.seen_len = 0, intake.end
-        pool.note_beside(table)
+        if prefill.is_reread:
+            rereading.cut(pool, prefill, self.streaming)
+        answer, prefill.answer = prefill.answer, None
+        table.transient_bytes, table.seen_len = 0, prefill.end
+        pool.note_overhead(table)
         if sequence.policy.streams:
             self.streaming.close_gaps(pool, sequence)
-        if intake.reader is None or answer is None:
+        if prefill.reader is None or answer is None:
             return answer
         for start in range(0, len(answer), READ):
-            intake.reader(self._logits(answer[start : start + READ]))
+            prefill.reader(self._logits(answer[start : start + READ]))
         return answer[-1:]
 
-    def _settle_layer(self, pool: Pool, intake: Intake) -> Tensor | None:
+    def _keep_layer(self, pool: Pool, prefill: Prefill) -> Tensor | None:
         """What stays of a layer that the whole text is through; rows that go deeper (None: all)."""
-        sequence, needs, layer = intake.sequence, intake.needs, intake.layer
-        table, policy, view = sequence.table, sequence.policy, intake.view()
-        if needs.slot_scores and intake.columns is not None:
-            pool.add_scores(table, layer, intake.columns)
+        sequence, needs, layer = prefill.sequence, prefill.needs, prefill.layer
+        table, policy, view = sequence.table, sequence.policy, prefill.view()
+        if needs.slot_scores and prefill.columns is not None:
+            pool.add_scores(table, layer, prefill.columns)
         going = None
         if needs.propagate and layer < self.depth - 1:
             seen = Observation(
-                view, intake.positions[None], sequence.is_protected(intake.positions)[None],
-                _newest(intake.scores, intake.length, table.lens(layer)),
-                _newest(intake.columns, intake.length, table.lens(layer)), kernels=pool.kernels,
+                view, prefill.positions[None], sequence.is_protected(prefill.positions)[None],
+                _newest(prefill.scores, prefill.length, table.lens(layer)),
+                _newest(prefill.columns, prefill.length, table.lens(layer)), kernels=pool.kernels,
             )  # fmt: skip
             keep, table.state = policy.propagate(seen, table.state)
             going = None if keep.indices is None else keep.indices[0]
-            assert going is None or int(going[-1]) == intake.length - 1, "the last token must stay"
-            assert going is None or not intake.all_rows or len(going) == intake.length, "scored"
+            assert going is None or int(going[-1]) == prefill.length - 1, "the last token must stay"
+            assert going is None or not prefill.all_rows or len(going) == prefill.length, "scored"
         if needs.retain:
             keep, table.state = policy.retain(
-                observe(pool, sequence, view, needs, self.streaming, intake.scores, intake.columns,
-                        self._queries(intake)), table.state
+                observe(
+                    pool, sequence, view, needs, self.streaming, prefill.scores, prefill.columns,
+                    self._queries(prefill),
+                ), table.state,
             )  # fmt: skip
             pool.keep(table, layer, keep)
-        self._trim(pool, sequence, layer, intake.end, slack=0)
-        table.state = policy.settled(intake.view())
+        self._trim(pool, sequence, layer, prefill.end, slack=0)
+        table.state = policy.prefilled(prefill.view())
         sequence.idle = 0
         if going is not None:
-            intake.positions = intake.positions[going]
+            prefill.positions = prefill.positions[going]
         return going
 
-    def _queries(self, intake: Intake) -> Queries | None:
+    def _queries(self, prefill: Prefill) -> Queries | None:
         """What the layer's queries are like, where the policy asked."""
-        if intake.moments is None:
+        if prefill.moments is None:
             return None
-        scale = self.scales[intake.layer]
+        scale = self.scales[prefill.layer]
         assert scale is not None
-        return intake.moments.queries(scale.scale)
+        return prefill.moments.queries(scale.scale)
 
     # --- decoding -----------------------------------------------------------------------------
 
@@ -405,7 +407,7 @@ class Adapter:
         return fused.logits(hidden), decoding
 
     @torch.inference_mode()
-    def settle(self, pool: Pool, sequence: Sequence, decoding: Decoding, row: int) -> None:
+    def commit(self, pool: Pool, sequence: Sequence, decoding: Decoding, row: int) -> None:
         """Count a decoded token (``row`` of its step), remember its queries, let the policy
         evict."""
         table = sequence.table
