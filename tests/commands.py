@@ -20,16 +20,21 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 PRELOADED = [
-    "tests.commands", "pyramidinfer.cli.app", "pyramidinfer.cli.batch", "pyramidinfer.cli.chat",
-    "pyramidinfer.server.run", "transformers.models.llama.modeling_llama",
-]  # fmt: skip
+    "tests.commands",
+    "pyramidinfer.cli.app",
+    "pyramidinfer.cli.batch",
+    "pyramidinfer.cli.chat",
+    "pyramidinfer.server.run",
+    "transformers.models.llama.modeling_llama",
+]
 
 
 class Command:
     """A running ``pyramidinfer ARGUMENTS``; ``out`` and ``err`` are what it wrote so far."""
 
-    def __init__(self, folder: Path, arguments: tuple[str, ...], text: str,
-                 environment: Mapping[str, str]) -> None:  # fmt: skip
+    def __init__(
+        self, folder: Path, arguments: tuple[str, ...], text: str, environment: Mapping[str, str]
+    ) -> None:
         self.files = [folder / name for name in ("in", "out", "err")]
         self.files[0].write_text(text)
         for file in self.files[1:]:

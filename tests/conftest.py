@@ -28,9 +28,10 @@ def own_profiles(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     own = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            profiling, "profiles_folder",
+            profiling,
+            "profiles_folder",
             lambda: Path(os.environ.get("PYRAMIDINFER_CACHE") or own) / "profiles",
-        )  # fmt: skip
+        )
         yield
 
 

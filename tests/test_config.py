@@ -11,10 +11,16 @@ from pyramidinfer.config import EngineConfig, nearest, parse_bytes, parse_dtype
 @pytest.mark.parametrize(
     ("text", "size"),
     [
-        (7, 7), ("7", 7), ("2GiB", 2 * 2**30), ("2 gib", 2 * 2**30), ("1.5MB", 1_500_000),
-        ("3K", 3072), ("4 TiB", 4 * 2**40), (" 8 B ", 8),
+        (7, 7),
+        ("7", 7),
+        ("2GiB", 2 * 2**30),
+        ("2 gib", 2 * 2**30),
+        ("1.5MB", 1_500_000),
+        ("3K", 3072),
+        ("4 TiB", 4 * 2**40),
+        (" 8 B ", 8),
     ],
-)  # fmt: skip
+)
 def test_sizes(text: int | str, size: int) -> None:
     assert parse_bytes(text) == size
 

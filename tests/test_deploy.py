@@ -282,8 +282,11 @@ def test_no_file_says_latest() -> None:
 
 
 def test_the_pages_commands_parse() -> None:
-    runs = re.findall(r"pyramidinfer:\d\S*((?: (?:-\S+|/models\S*)(?: \d\S*| /\S+)?)*)$", README,
-                      flags=re.MULTILINE)  # fmt: skip
+    runs = re.findall(
+        r"pyramidinfer:\d\S*((?: (?:-\S+|/models\S*)(?: \d\S*| /\S+)?)*)$",
+        README,
+        flags=re.MULTILINE,
+    )
     assert any(runs)
     for words in runs:
         parsed([*Image("Dockerfile.cpu").entry, *shlex.split(words)])

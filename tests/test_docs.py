@@ -150,8 +150,13 @@ def added(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def tiny(policy: Policy) -> LLM:
-    return LLM(tiny_model("llama", torch.float64), policy=policy, kv_memory="4MiB", page_size=4,
-               poison=True)  # fmt: skip
+    return LLM(
+        tiny_model("llama", torch.float64),
+        policy=policy,
+        kv_memory="4MiB",
+        page_size=4,
+        poison=True,
+    )
 
 
 def test_the_policy_example_works(added: ModuleType) -> None:

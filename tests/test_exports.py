@@ -21,9 +21,19 @@ MODULES = sorted(
 
 def test_public_names() -> None:
     assert sorted(pyramidinfer.__all__) == [
-        "Full", "KVUsage", "LLM", "Prefix", "Pyramid", "PyramidInfer", "RequestMetrics",
-        "RequestOutput", "SamplingParams", "Score", "StructuredOutputsParams", "Trace",
-    ]  # fmt: skip
+        "Full",
+        "KVUsage",
+        "LLM",
+        "Prefix",
+        "Pyramid",
+        "PyramidInfer",
+        "RequestMetrics",
+        "RequestOutput",
+        "SamplingParams",
+        "Score",
+        "StructuredOutputsParams",
+        "Trace",
+    ]
     assert len(pyramidinfer.__all__) <= 12
 
 

@@ -54,8 +54,9 @@ def live() -> Iterator[Live]:
     (words,) = [line for line in code_lines(section("Run")) if line[0] == "serve"]
     options = parsed(words)
     assert options["port"] == 8000
-    llm = LLM(shipped_model(), options["policy"], keep=options["keep"],
-              kv_memory=options["kv_memory"])  # fmt: skip
+    llm = LLM(
+        shipped_model(), options["policy"], keep=options["keep"], kv_memory=options["kv_memory"]
+    )
     with serving(llm) as live:
         yield live
 
@@ -100,8 +101,11 @@ def test_queries_and_alerts_name_metrics_there_are(live: Live) -> None:
 
 
 def test_every_field_of_a_request_is_listed() -> None:
-    listed = {name for row in rows(section("What of OpenAI's API there is"))
-              for name in re.findall(r"`(\w+)`", row[0])}  # fmt: skip
+    listed = {
+        name
+        for row in rows(section("What of OpenAI's API there is"))
+        for name in re.findall(r"`(\w+)`", row[0])
+    }
     fields = ChatRequest.model_fields.keys() | CompletionRequest.model_fields.keys()
     assert listed == set(fields)
     shown = {row[0].strip("`") for row in rows(section("Compression, request by request"))}
@@ -128,11 +132,16 @@ def test_the_statuses_are_what_it_says(live: Live) -> None:
     tool = {"type": "function", "function": {"name": "look", "parameters": {}}}
     image = [{"type": "image_url", "image_url": {"url": "x"}}]
     for refused in (
-        {"tools": [tool]}, {"response_format": {"type": "json_object"}}, {"unheard_of": 1},
-        {"messages": [{"role": "user", "content": image}]}, {"max_tokens": 5000}, {"n": 9},
-        {"compression": {"policy": "full", "keep": 0.5}}, {"compression": {"keep": 0.001}},
+        {"tools": [tool]},
+        {"response_format": {"type": "json_object"}},
+        {"unheard_of": 1},
+        {"messages": [{"role": "user", "content": image}]},
+        {"max_tokens": 5000},
+        {"n": 9},
+        {"compression": {"policy": "full", "keep": 0.5}},
+        {"compression": {"keep": 0.001}},
         {"compression": {"policy": "h2o"}},
-    ):  # fmt: skip
+    ):
         answer = live.http.post("/v1/chat/completions", json={"messages": turns, **refused})
         assert answer.status_code == 400, refused
         assert answer.json()["error"].keys() == {"message", "type", "param", "code"}

@@ -39,18 +39,23 @@ SPECIFIC: dict[str, dict[str, Any]] = {
     "phi3": {"rope_parameters": LONGROPE, "original_max_position_embeddings": 64},
     "gemma2": {"head_dim": 8, "sliding_window": 16, "query_pre_attn_scalar": 8},
     "gemma3_text": {
-        "head_dim": 8, "sliding_window": 16, "query_pre_attn_scalar": 8,
-        "num_hidden_layers": 6, "sliding_window_pattern": 3,
+        "head_dim": 8,
+        "sliding_window": 16,
+        "query_pre_attn_scalar": 8,
+        "num_hidden_layers": 6,
+        "sliding_window_pattern": 3,
     },
     "smollm3": {"no_rope_layer_interval": 2},
     "olmo2": {},
     "granite": {
-        "embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.5,
+        "embedding_multiplier": 3.0,
+        "logits_scaling": 2.0,
+        "residual_multiplier": 0.5,
         "attention_multiplier": 0.3,
     },
     "gpt_neox": {"rotary_pct": 0.5, "use_parallel_residual": True},
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 16, "dropout": 0.0},
-}  # fmt: skip
+}
 
 
 def tiny_config(family: str, **changes: Any) -> Any:
@@ -73,9 +78,12 @@ def model_greedy(model: Any, prompt: list[int], new: int) -> list[int]:
     """The model's own ``generate``, greedy, without the prompt; stops at its end token."""
     with torch.no_grad():
         out = model.generate(
-            torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
-            max_new_tokens=new, do_sample=False, use_cache=True,
-        )  # fmt: skip
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
+            max_new_tokens=new,
+            do_sample=False,
+            use_cache=True,
+        )
     return out[0, len(prompt) :].tolist()
 
 

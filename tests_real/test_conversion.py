@@ -16,10 +16,17 @@ from pyramidinfer.models.gguf_file import Header, read_header
 from pyramidinfer.models.loading import end_ids, load_config
 
 TEXTS = [
-    "The archive is in room 472.", "It's  «naïve»: 日本語, 🙂 – ≠ \u200b.", "\tdef f(x):\n\t\tpass",
-    " a  b   c\n\n\nd \n", "<|im_start|>user\nHi<|im_end|>\n", "<start_of_turn>Hi<end_of_turn>",
-    "<eos> <bos><pad><unk> <|endoftext|>", "e\u0301 é I'LL they've", "x" * 200, "\r\n \u00a0\ufeff",
-]  # fmt: skip
+    "The archive is in room 472.",
+    "It's  «naïve»: 日本語, 🙂 – ≠ \u200b.",
+    "\tdef f(x):\n\t\tpass",
+    " a  b   c\n\n\nd \n",
+    "<|im_start|>user\nHi<|im_end|>\n",
+    "<start_of_turn>Hi<end_of_turn>",
+    "<eos> <bos><pad><unk> <|endoftext|>",
+    "e\u0301 é I'LL they've",
+    "x" * 200,
+    "\r\n \u00a0\ufeff",
+]
 #: Where SmolLM's own way of splitting text and transformers' reading of it differ.
 BEFORE_DIGITS = "one\n\n1. two\n  2 ½"
 
@@ -76,8 +83,11 @@ def test_the_template_is_the_files(name: str, both: tuple[Any, Any], gguf_file: 
     assert (template is not None) == (name == "smollm2")
     if template is None:
         return
-    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello, you."},
-             {"role": "user", "content": "Bye"}]  # fmt: skip
+    turns = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello, you."},
+        {"role": "user", "content": "Bye"},
+    ]
     for shown in (turns, [{"role": "system", "content": "Be brief."}, *turns]):
         mine, other = (
             each.apply_chat_template(shown, add_generation_prompt=True, return_dict=False)
@@ -97,13 +107,14 @@ def test_smollm2_takes_digits_alone(name: str, both: tuple[Any, Any]) -> None:
 def test_the_config_says_what_the_file_says(name: str, gguf_file: Path) -> None:
     header, config = read_header(gguf_file), load_config(name)
     for key, found in (
-        ("block_count", config.num_hidden_layers), ("embedding_length", config.hidden_size),
+        ("block_count", config.num_hidden_layers),
+        ("embedding_length", config.hidden_size),
         ("context_length", config.max_position_embeddings),
         ("feed_forward_length", config.intermediate_size),
         ("attention.head_count", config.num_attention_heads),
         ("attention.head_count_kv", config.num_key_value_heads),
         ("attention.layer_norm_rms_epsilon", config.rms_norm_eps),
-    ):  # fmt: skip
+    ):
         assert header.get(key) == found, key
     assert config.tie_word_embeddings
     {"smollm2": _check_smollm2, "gemma3-270m": _check_gemma}[name](header, config)

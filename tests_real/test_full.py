@@ -47,9 +47,13 @@ def theirs(name: str) -> Iterator[Theirs]:
     found = Theirs(prompts, [], [])
     for prompt in prompts:
         out = model.generate(
-            torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-            do_sample=False, max_new_tokens=NEW, output_logits=True, return_dict_in_generate=True,
-        )  # fmt: skip
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            do_sample=False,
+            max_new_tokens=NEW,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
         found.tokens.append(out.sequences[0, len(prompt) :].tolist())
         found.logits.append([step[0].clone() for step in out.logits])
     yield found

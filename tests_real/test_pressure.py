@@ -24,15 +24,21 @@ def answers(llm: LLM, prompts: list[list[int]]) -> list[Request]:
 @pytest.mark.parametrize("admission", ["overcommit", "reserve"])
 def test_tokens_do_not_depend_on_memory(policy: str, admission: str) -> None:
     """Swapped out and in again, or made to wait, an answer is the one it is alone."""
-    alone = LLM("smollm2", policy, keep=None if policy == "full" else 0.5, dtype="float32",
-                kv_memory="256MiB")  # fmt: skip
+    alone = LLM(
+        "smollm2",
+        policy,
+        keep=None if policy == "full" else 0.5,
+        dtype="float32",
+        kv_memory="256MiB",
+    )
     prompts = real_prompts(alone.tokenizer, COUNT, 60, MOST)
     wanted = [answers(alone, [prompt])[0] for prompt in prompts]
     full = 4 * 2 * 30 * 3 * 64  # bytes of a token
     room = int(3 * max(map(len, prompts)) * full)
     options = {"expected_output": 0.1} if admission == "overcommit" else {}
-    tight = LLM("smollm2", alone.policy, dtype="float32", kv_memory=room, admission=admission,
-                **options)  # fmt: skip
+    tight = LLM(
+        "smollm2", alone.policy, dtype="float32", kv_memory=room, admission=admission, **options
+    )
     found = answers(tight, prompts)
     assert [each.output for each in found] == [each.output for each in wanted]
     swapped = tight.engine.scheduler.counts.swapped

@@ -21,10 +21,21 @@ def export(model: str, work: str) -> tuple[Path, float]:
     if not (target / "openvino_model.bin").is_file():
         tool = Path(sys.executable).with_name("optimum-cli")
         subprocess.run(
-            [str(tool), "export", "openvino", "-m", model, "--task", "text-generation-with-past",
-             "--weight-format", "fp16", str(target)],
-            check=True, stdout=sys.stderr,
-        )  # fmt: skip
+            [
+                str(tool),
+                "export",
+                "openvino",
+                "-m",
+                model,
+                "--task",
+                "text-generation-with-past",
+                "--weight-format",
+                "fp16",
+                str(target),
+            ],
+            check=True,
+            stdout=sys.stderr,
+        )
     return target, time.perf_counter() - start
 
 
@@ -46,10 +57,15 @@ def load(job: dict[str, Any]) -> Engine:
         )
     cache = options.get("cache", kind)
     pipe = genai.ContinuousBatchingPipeline(
-        str(folder), scheduler, "CPU",
-        {"INFERENCE_PRECISION_HINT": kind, "KV_CACHE_PRECISION": cache,
-         "INFERENCE_NUM_THREADS": job["threads"]},
-    )  # fmt: skip
+        str(folder),
+        scheduler,
+        "CPU",
+        {
+            "INFERENCE_PRECISION_HINT": kind,
+            "KV_CACHE_PRECISION": cache,
+            "INFERENCE_NUM_THREADS": job["threads"],
+        },
+    )
 
     def generate(prompts: list[list[int]], max_new: int) -> Answers:
         config = genai.GenerationConfig(max_new_tokens=max_new, do_sample=False, ignore_eos=True)

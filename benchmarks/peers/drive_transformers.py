@@ -32,8 +32,9 @@ def load_model(job: dict[str, Any]) -> Any:
 
 
 def greedy(max_new: int) -> Any:
-    return GenerationConfig(max_new_tokens=max_new, do_sample=False, eos_token_id=None,
-                            pad_token_id=0, use_cache=True)  # fmt: skip
+    return GenerationConfig(
+        max_new_tokens=max_new, do_sample=False, eos_token_id=None, pad_token_id=0, use_cache=True
+    )
 
 
 def run_generate(model: Any, prompts: list[list[int]], max_new: int) -> Answers:
@@ -41,9 +42,11 @@ def run_generate(model: Any, prompts: list[list[int]], max_new: int) -> Answers:
     start = time.perf_counter()
     with torch.inference_mode():
         out = model.generate(
-            ids, attention_mask=torch.ones_like(ids), generation_config=greedy(max_new),
+            ids,
+            attention_mask=torch.ones_like(ids),
+            generation_config=greedy(max_new),
             stopping_criteria=[stamp],
-        )  # fmt: skip
+        )
     assert stamp.first is not None
     return Answers(out[:, ids.shape[1] :].tolist(), stamp.first - start)
 
@@ -59,16 +62,21 @@ def continuous(model: Any, job: dict[str, Any]) -> Any:
     longest = max(len(prompt) for prompt in job["prompts"]) + job["max_new"]
     blocks = len(job["prompts"]) * (-(-longest // page) + 1)
     settings = ContinuousBatchingConfig(
-        page_size=page, num_blocks=blocks, max_batch_tokens=job["options"].get("tokens", 512),
-        max_requests_per_batch=len(job["prompts"]), allow_block_sharing=False,
-    )  # fmt: skip
+        page_size=page,
+        num_blocks=blocks,
+        max_batch_tokens=job["options"].get("tokens", 512),
+        max_requests_per_batch=len(job["prompts"]),
+        allow_block_sharing=False,
+    )
 
     def generate(prompts: list[list[int]], max_new: int) -> Answers:
         start = time.perf_counter()
         found = model.generate_batch(  # its thread must not be in inference mode
-            prompts, generation_config=greedy(max_new), record_timestamps=True,
+            prompts,
+            generation_config=greedy(max_new),
+            record_timestamps=True,
             continuous_batching_config=settings,
-        )  # fmt: skip
+        )
         done = list(found.values())
         firsts = [each.timestamps[0] for each in done if each.timestamps]
         first = max(firsts) - start if len(firsts) == len(prompts) else None

@@ -16,17 +16,24 @@ def load(job: dict[str, Any]) -> Engine:
 
     longest = max(len(prompt) for prompt in job["prompts"]) + job["max_new"]
     llm = LLM(
-        job["model"], dtype=job["dtype"], enforce_eager=True, enable_prefix_caching=False,
-        max_model_len=longest + 16, max_num_seqs=len(job["prompts"]),
-        max_num_batched_tokens=max(2048, longest + 16), disable_log_stats=False,
-    )  # fmt: skip
+        job["model"],
+        dtype=job["dtype"],
+        enforce_eager=True,
+        enable_prefix_caching=False,
+        max_model_len=longest + 16,
+        max_num_seqs=len(job["prompts"]),
+        max_num_batched_tokens=max(2048, longest + 16),
+        disable_log_stats=False,
+    )
 
     def generate(prompts: list[list[int]], max_new: int) -> Answers:
-        params = SamplingParams(temperature=0.0, max_tokens=max_new, ignore_eos=True,
-                                detokenize=False)  # fmt: skip
+        params = SamplingParams(
+            temperature=0.0, max_tokens=max_new, ignore_eos=True, detokenize=False
+        )
         start = time.perf_counter()
-        outs = llm.generate([{"prompt_token_ids": each} for each in prompts], params,
-                            use_tqdm=False)  # fmt: skip
+        outs = llm.generate(
+            [{"prompt_token_ids": each} for each in prompts], params, use_tqdm=False
+        )
         total = time.perf_counter() - start
         tokens = [list(out.outputs[0].token_ids) for out in outs]
         stamps = [getattr(out, "metrics", None) for out in outs]

@@ -64,10 +64,12 @@ def timed(load: Callable[[dict[str, Any]], Engine], job: dict[str, Any]) -> dict
     warm = time.perf_counter()
     return {
         "versions": {name: version(name) for name in engine.packages},
-        "load_seconds": loaded - began, "warm_seconds": warm - loaded,
-        **measure(engine, job), "notes": engine.notes,
+        "load_seconds": loaded - began,
+        "warm_seconds": warm - loaded,
+        **measure(engine, job),
+        "notes": engine.notes,
         "peak_rss_bytes": peak_memory(),
-    }  # fmt: skip
+    }
 
 
 def peak_memory() -> int:
@@ -102,5 +104,10 @@ def measure(engine: Engine, job: dict[str, Any]) -> dict[str, Any]:
         start = time.perf_counter()
         engine.generate(prompts, 1)
         firsts.append(time.perf_counter() - start)
-    return {"total_seconds": totals, "prefill_seconds": firsts, "prefill_in_own_run": prefill_run,
-            "output_tokens": sum(len(each) for each in tokens), "tokens": tokens}  # fmt: skip
+    return {
+        "total_seconds": totals,
+        "prefill_seconds": firsts,
+        "prefill_in_own_run": prefill_run,
+        "output_tokens": sum(len(each) for each in tokens),
+        "tokens": tokens,
+    }

@@ -58,8 +58,9 @@ class Watch:
         self.scores[module.layer_idx] = found[0].clone()  # what wraps it may write into it
         return found
 
-    def _compress(self, compress: Any, module: Any, hidden: Tensor, keys: Tensor, *rest: Any,
-                  **named: Any) -> tuple[Tensor, Tensor]:  # fmt: skip
+    def _compress(
+        self, compress: Any, module: Any, hidden: Tensor, keys: Tensor, *rest: Any, **named: Any
+    ) -> tuple[Tensor, Tensor]:
         found: tuple[Tensor, Tensor] = compress(module, hidden, keys, *rest, **named)
         if found[0].shape[2] < keys.shape[2]:
             self.left[module.layer_idx] = places_of(found[0][0], keys[0])

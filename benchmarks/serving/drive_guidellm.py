@@ -38,12 +38,19 @@ def write_prompts(path: Path, given: argparse.Namespace, tokenize: Any) -> None:
     lines = []
     for number in range(count):
         text = document(random.Random(f"{given.seed} {number}"), given.prompt_len, 2).text
-        lines.append({"prompt": text, "prompt_tokens_count": given.prompt_len,
-                      "output_tokens_count": given.output_len})  # fmt: skip
+        lines.append(
+            {
+                "prompt": text,
+                "prompt_tokens_count": given.prompt_len,
+                "output_tokens_count": given.output_len,
+            }
+        )
     made = tokenize(lines[0]["prompt"])
     if made != given.prompt_len:
-        raise ValueError(f"a prompt of {given.prompt_len} words became {made} tokens: this needs "
-                         f"the shipped model's tokenizer")  # fmt: skip
+        raise ValueError(
+            f"a prompt of {given.prompt_len} words became {made} tokens: this needs "
+            f"the shipped model's tokenizer"
+        )
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
@@ -52,19 +59,41 @@ def run_guidellm(given: argparse.Namespace, url: str, work: Path) -> dict[str, A
     report = work / "report.json"
     profile = f"kind=poisson,rate={given.rates.split(',')[0]}"
     command = [
-        str(given.environment / "bin" / "guidellm"), "run",
-        "--backend", f"kind=openai_http,target={url},request_format=/v1/completions,http2=false",
-        "--profile", profile, "--override", "profile.rate", given.rates,
-        "--constraint", f"kind=max_duration,seconds={given.seconds:g}",
-        "--tokenizer", f"kind=huggingface_auto,model={shipped_model()}",
-        "--data", f"kind=json_file,path={work / 'prompts.jsonl'}",
-        "--seed", f"kind=static,value={given.seed}",
-        "--output", f"kind=json,path={report}", "--disable-console",
-    ]  # fmt: skip
-    setting = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1",
-               "GUIDELLM__MAX_WORKER_PROCESSES": "1"}  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, cwd=work,
-                          env={**os.environ, **setting})  # fmt: skip
+        str(given.environment / "bin" / "guidellm"),
+        "run",
+        "--backend",
+        f"kind=openai_http,target={url},request_format=/v1/completions,http2=false",
+        "--profile",
+        profile,
+        "--override",
+        "profile.rate",
+        given.rates,
+        "--constraint",
+        f"kind=max_duration,seconds={given.seconds:g}",
+        "--tokenizer",
+        f"kind=huggingface_auto,model={shipped_model()}",
+        "--data",
+        f"kind=json_file,path={work / 'prompts.jsonl'}",
+        "--seed",
+        f"kind=static,value={given.seed}",
+        "--output",
+        f"kind=json,path={report}",
+        "--disable-console",
+    ]
+    setting = {
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "OMP_NUM_THREADS": "1",
+        "GUIDELLM__MAX_WORKER_PROCESSES": "1",
+    }
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+        cwd=work,
+        env={**os.environ, **setting},
+    )
     if done.returncode:
         said = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
         raise ValueError(f"guidellm failed: {said[-1][:300] if said else done.returncode}")
@@ -87,16 +116,19 @@ def row(policy: str, benchmark: dict[str, Any]) -> dict[str, Any]:
         if request.get("info", {}).get("error")
     }
     found: dict[str, Any] = {
-        "policy": policy, "rate": benchmark["config"]["strategy"]["rate"],
-        "completed": totals["successful"], "errors": totals["errored"],
-        "cut_off": totals["incomplete"], "error_words": sorted(errors)[:5],
+        "policy": policy,
+        "rate": benchmark["config"]["strategy"]["rate"],
+        "completed": totals["successful"],
+        "errors": totals["errored"],
+        "cut_off": totals["incomplete"],
+        "error_words": sorted(errors)[:5],
         "seconds": benchmark["duration"],
         "requests_per_second": metrics["requests_per_second"]["successful"]["mean"],
         "output_tokens_per_second": metrics["output_tokens_per_second"]["successful"]["mean"],
         "output_tokens": metrics["output_token_count"]["successful"]["mean"],
         "prompt_tokens": metrics["prompt_token_count"]["successful"]["mean"],
         "concurrency": metrics["request_concurrency"]["successful"]["mean"],
-    }  # fmt: skip
+    }
     for name, theirs in LATENCIES.items():
         shares = metrics[theirs]["successful"]["percentiles"]
         found[name] = {"p50": shares["p50"], "p99": shares["p99"]}
@@ -106,15 +138,19 @@ def row(policy: str, benchmark: dict[str, Any]) -> dict[str, Any]:
 def measure(given: argparse.Namespace) -> list[dict[str, Any]]:
     """One server after the other; a row for each policy and rate."""
     setting = ServerSetting(
-        policies=tuple(given.policies.split(",")), keep=given.keep, kv_memory=given.kv_memory,
+        policies=tuple(given.policies.split(",")),
+        keep=given.keep,
+        kv_memory=given.kv_memory,
         options=given.serve_options,
-    )  # fmt: skip
+    )
     setting.check()
     rows = []
     for policy in setting.policies:
         print(f"{policy} …", file=sys.stderr, flush=True)
-        with serving({policy: setting.words(policy)}) as servers, \
-                tempfile.TemporaryDirectory() as folder:  # fmt: skip
+        with (
+            serving({policy: setting.words(policy)}) as servers,
+            tempfile.TemporaryDirectory() as folder,
+        ):
             server, work = servers[policy], Path(folder)
 
             def tokenize(text: str, server: Any = server) -> int:

@@ -37,9 +37,12 @@ __version__ = "0.1.0"
 
 #: Where a name is that does not come from ``pyramidinfer.types``.
 _PLACES = {
-    "LLM": "engine.llm", "Prefix": "engine.prefix",
-    "Full": "policies", "Pyramid": "policies", "PyramidInfer": "policies",
-}  # fmt: skip
+    "LLM": "engine.llm",
+    "Prefix": "engine.prefix",
+    "Full": "policies",
+    "Pyramid": "policies",
+    "PyramidInfer": "policies",
+}
 
 
 def __getattr__(name: str) -> Any:

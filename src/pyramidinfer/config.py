@@ -12,9 +12,17 @@ from typing import Any, TypeVar
 import torch
 
 __all__ = [
-    "EngineConfig", "check_choice", "check_share", "check_whole", "is_number", "named_options",
-    "nearest", "parse_bytes", "parse_device", "parse_dtype",
-]  # fmt: skip
+    "EngineConfig",
+    "check_choice",
+    "check_share",
+    "check_whole",
+    "is_number",
+    "named_options",
+    "nearest",
+    "parse_bytes",
+    "parse_device",
+    "parse_dtype",
+]
 
 DTYPES = {
     "float64": torch.float64,

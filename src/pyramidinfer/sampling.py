@@ -115,17 +115,24 @@ class SamplingParams:
         if not isinstance(form, StructuredOutputsParams | None):
             raise ValueError(f"structured_outputs={form!r:.60} must be StructuredOutputsParams")
         for name, low, high in (
-            ("temperature", 0.0, 1e3), ("top_p", 0.0, 1.0), ("min_p", 0.0, 1.0),
-            ("repetition_penalty", 0.01, 1e3), ("presence_penalty", -1e3, 1e3),
+            ("temperature", 0.0, 1e3),
+            ("top_p", 0.0, 1.0),
+            ("min_p", 0.0, 1.0),
+            ("repetition_penalty", 0.01, 1e3),
+            ("presence_penalty", -1e3, 1e3),
             ("frequency_penalty", -1e3, 1e3),
-        ):  # fmt: skip
+        ):
             value = getattr(self, name)
             if not is_number(value) or not low <= value <= high:
                 raise ValueError(f"{name}={value!r} must lie between {low:g} and {high:g}")
         for name, least, most in (
-            ("max_tokens", 1, 2**31), ("top_k", 0, 2**31), ("logprobs", 0, 1000),
-            ("seed", -(2**63), 2**64 - 1), ("min_tokens", 0, 2**31), ("prompt_logprobs", 0, 1000),
-        ):  # fmt: skip
+            ("max_tokens", 1, 2**31),
+            ("top_k", 0, 2**31),
+            ("logprobs", 0, 1000),
+            ("seed", -(2**63), 2**64 - 1),
+            ("min_tokens", 0, 2**31),
+            ("prompt_logprobs", 0, 1000),
+        ):
             value = getattr(self, name)
             if value is None and name in ("logprobs", "prompt_logprobs", "seed"):
                 continue

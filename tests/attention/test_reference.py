@@ -23,8 +23,9 @@ SCALES = [
 ]  # 12: more than there are entries, less than they span
 
 
-def brute_weights(queries: Tensor, keys: Tensor, q_pos: Tensor, k_pos: Tensor, scale: Scale
-                  ) -> list[list[list[float]]]:  # fmt: skip
+def brute_weights(
+    queries: Tensor, keys: Tensor, q_pos: Tensor, k_pos: Tensor, scale: Scale
+) -> list[list[list[float]]]:
     """weights[head][query][entry], by the definition."""
     heads = queries.shape[1]
     result = []
@@ -72,9 +73,10 @@ def test_prefill(name: str, scale: Scale, dtype: torch.dtype, held: int) -> None
     """New tokens on nothing, or on older entries in any order."""
     new = 9
     queries, keys, values = (
-        random(1, new, HEADS, DIM, dtype=dtype), random(2, KV, held + new, DIM, dtype=dtype),
+        random(1, new, HEADS, DIM, dtype=dtype),
+        random(2, KV, held + new, DIM, dtype=dtype),
         random(3, KV, held + new, VALUE, dtype=dtype),
-    )  # fmt: skip
+    )
     old = torch.stack([torch.randperm(held), torch.randperm(held)])
     fresh = torch.arange(held, held + 2 * new, 2)  # dropped tokens leave gaps
     k_pos = torch.cat([old, fresh.expand(KV, -1)], dim=1)
@@ -96,9 +98,10 @@ def test_decode_over_ragged_pages(name: str, scale: Scale, dtype: torch.dtype) -
         torch.full((14, size, VALUE), math.nan, dtype=dtype),
         torch.zeros(14, size, dtype=torch.int32),
     )
-    tables = torch.tensor([
-        [[3, 0, 0], [11, 0, 0]], [[7, 1, 9], [4, 0, 0]], [[5, 2, 0], [8, 12, 6]]
-    ], dtype=torch.int32)  # fmt: skip
+    tables = torch.tensor(
+        [[[3, 0, 0], [11, 0, 0]], [[7, 1, 9], [4, 0, 0]], [[5, 2, 0], [8, 12, 6]]],
+        dtype=torch.int32,
+    )
     queries = random(4, 3, HEADS, DIM, dtype=dtype)
     q_pos = torch.tensor([0, 14, 9])
     expected, shares = [], []
@@ -115,9 +118,12 @@ def test_decode_over_ragged_pages(name: str, scale: Scale, dtype: torch.dtype) -
             pages.values[slot] = values[0, entry]
             pages.positions[slot] = k_pos[0, entry].int()
         weights = brute_weights(
-            queries[request : request + 1, head * group : (head + 1) * group], keys,
-            q_pos[request : request + 1], k_pos, scale,
-        )  # fmt: skip
+            queries[request : request + 1, head * group : (head + 1) * group],
+            keys,
+            q_pos[request : request + 1],
+            k_pos,
+            scale,
+        )
         expected.append(brute_out(weights, values)[0])
         shares.append(torch.tensor(weights, dtype=torch.float64)[:, 0].sum(0))
     backend = select_backend(name)
@@ -138,8 +144,9 @@ def test_decode_over_ragged_pages(name: str, scale: Scale, dtype: torch.dtype) -
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("heads", ["mean", "max", "kv_mean", "kv_max"])
 @pytest.mark.parametrize("rows", ["mean", "sum", "max"])
-def test_window_scores(name: str, scale: Scale, heads: str, rows: str,
-                       monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+def test_window_scores(
+    name: str, scale: Scale, heads: str, rows: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Reduced as asked, also when the window is worked on in several blocks."""
     from pyramidinfer.attention import reference
 
@@ -150,9 +157,11 @@ def test_window_scores(name: str, scale: Scale, heads: str, rows: str,
     ramp = [1 + 0.5 * row / 5 for row in range(6)]
     grouped = weights.view(KV, HEADS // KV, 6, 20)
     over = {
-        "mean": weights.mean(0)[None], "max": weights.amax(0)[None],
-        "kv_mean": grouped.mean(1), "kv_max": grouped.amax(1),
-    }[heads] * torch.tensor(ramp, dtype=torch.float64)[:, None]  # fmt: skip
+        "mean": weights.mean(0)[None],
+        "max": weights.amax(0)[None],
+        "kv_mean": grouped.mean(1),
+        "kv_max": grouped.amax(1),
+    }[heads] * torch.tensor(ramp, dtype=torch.float64)[:, None]
     expected = {"mean": over.mean(1), "sum": over.sum(1), "max": over.amax(1)}[rows]
     got = select_backend(name).window_scores(
         queries,

@@ -92,15 +92,23 @@ class Step(NamedTuple):
     pages: Pages
 
 
-def step(layout: Layout, lengths: list[int], dtype: torch.dtype, seed: int = 0, spare: int = 0,
-         index: torch.dtype = torch.int64) -> Step:  # fmt: skip
+def step(
+    layout: Layout,
+    lengths: list[int],
+    dtype: torch.dtype,
+    seed: int = 0,
+    spare: int = 0,
+    index: torch.dtype = torch.int64,
+) -> Step:
     """Requests of these lengths in scattered pages, fewer entries in later heads of every second
     one; tables ``spare`` pages wider than needed."""
     size, generator = layout.page_size, torch.Generator().manual_seed(seed)
-    lens = torch.tensor([
-        [length // (1 + head * (row % 2)) or min(1, length) for head in range(layout.kv_heads)]
-        for row, length in enumerate(lengths)
-    ])  # fmt: skip
+    lens = torch.tensor(
+        [
+            [length // (1 + head * (row % 2)) or min(1, length) for head in range(layout.kv_heads)]
+            for row, length in enumerate(lengths)
+        ]
+    )
     held = -(-lens // size)
     shape = (int(held.sum()) + 3, size)
     keys = torch.full((*shape, layout.key_dim), math.nan)
@@ -123,9 +131,11 @@ def step(layout: Layout, lengths: list[int], dtype: torch.dtype, seed: int = 0, 
     queries = random(seed + 1, len(lengths), layout.heads, layout.key_dim, dtype=dtype)
     pages = Pages(keys.to(DEVICE, dtype), values.to(DEVICE, dtype), positions.to(DEVICE))
     plan = TritonBackend().plan(
-        table[None].to(DEVICE), lens[None].to(DEVICE), [max(lengths)],
+        table[None].to(DEVICE),
+        lens[None].to(DEVICE),
+        [max(lengths)],
         torch.tensor(q_pos, device=DEVICE),
-    )  # fmt: skip
+    )
     return Step(plan, queries, pages)
 
 
@@ -202,8 +212,11 @@ def test_a_plan_reads_what_its_tensors_hold_now() -> None:
     at = old._replace(plan=TritonBackend().plan(*given[:2], [30], given[2]))
     before = decode(at, SCALES["window"], 2).out
     written = [*given, at.queries, *at.pages]
-    for mine, theirs in zip(written, [new.plan.tables, new.plan.lengths, new.plan.positions,
-                                      new.queries, *new.pages], strict=True):  # fmt: skip
+    for mine, theirs in zip(
+        written,
+        [new.plan.tables, new.plan.lengths, new.plan.positions, new.queries, *new.pages],
+        strict=True,
+    ):
         mine[: len(theirs)] = theirs
     got, expected = decode(at, SCALES["window"], 2), judge(new, SCALES["window"])
     close(got.out, expected.out)
@@ -254,9 +267,9 @@ class Text(NamedTuple):
 def text(layout: Layout, new: int, held: int, dtype: torch.dtype = torch.float32) -> Text:
     """Dropped tokens leave gaps; keys and values are strided, as views of pages are."""
     generator = torch.Generator().manual_seed(held)
-    old = torch.stack([
-        torch.randperm(held + 5, generator=generator)[:held] for _ in range(layout.kv_heads)
-    ])  # fmt: skip
+    old = torch.stack(
+        [torch.randperm(held + 5, generator=generator)[:held] for _ in range(layout.kv_heads)]
+    )
     fresh = torch.arange(held + 5, held + 5 + 2 * new, 2)
     k_pos = torch.cat([old, fresh.expand(layout.kv_heads, -1)], dim=1)
     entries = held + new
@@ -264,8 +277,9 @@ def text(layout: Layout, new: int, held: int, dtype: torch.dtype = torch.float32
         random(1, new, layout.heads, layout.key_dim, dtype=dtype),
         random(2, entries, layout.kv_heads, layout.key_dim, dtype=dtype).transpose(0, 1),
         random(3, layout.kv_heads, entries + 2, layout.value_dim, dtype=dtype)[:, :entries],
-        fresh.to(DEVICE), k_pos.to(DEVICE),
-    )  # fmt: skip
+        fresh.to(DEVICE),
+        k_pos.to(DEVICE),
+    )
 
 
 @cases
@@ -283,9 +297,19 @@ def test_prefill_of_few(new: int, held: int, scale: Scale) -> None:
     close(TritonBackend().prefill(*at, scale), REFERENCE.prefill(*at, scale))
 
 
-def brute_varlen(queries: Tensor, keys: Tensor, values: Tensor, q_ends: Tensor, k_ends: Tensor,
-                 most_q: int, most_k: int, *, scale: float, window_size: tuple[int, int],
-                 enable_gqa: bool) -> Tensor:  # fmt: skip
+def brute_varlen(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    q_ends: Tensor,
+    k_ends: Tensor,
+    most_q: int,
+    most_k: int,
+    *,
+    scale: float,
+    window_size: tuple[int, int],
+    enable_gqa: bool,
+) -> Tensor:
     """What ``torch.nn.attention.varlen`` says it does, for one causal sequence."""
     assert q_ends.tolist() == [0, most_q] == [0, len(queries)] and q_ends.dtype == torch.int32
     assert k_ends.tolist() == [0, most_k] == [0, len(keys)] and window_size == (-1, 0)
@@ -293,17 +317,20 @@ def brute_varlen(queries: Tensor, keys: Tensor, values: Tensor, q_ends: Tensor, 
     mask = torch.ones(most_q, most_k, dtype=torch.bool, device=queries.device)
     wide = [each.repeat_interleave(queries.shape[1] // keys.shape[1], 1) for each in (keys, values)]
     out = F.scaled_dot_product_attention(
-        queries.transpose(0, 1), *(each.transpose(0, 1) for each in wide),
-        attn_mask=mask.tril(most_k - most_q), scale=scale,
-    )  # fmt: skip
+        queries.transpose(0, 1),
+        *(each.transpose(0, 1) for each in wide),
+        attn_mask=mask.tril(most_k - most_q),
+        scale=scale,
+    )
     return out.transpose(0, 1)
 
 
 @pytest.mark.parametrize("has_varlen", [True, False])
 @pytest.mark.parametrize("held", [0, 20])
 @pytest.mark.parametrize("name", ["mha", "four"])
-def test_prefill_where_flash_kernels_fit(name: str, held: int, has_varlen: bool,
-                                         monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+def test_prefill_where_flash_kernels_fit(
+    name: str, held: int, has_varlen: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The calls made on a GPU: through varlen, or with grouped heads and no mask."""
     given = brute_varlen if has_varlen else None
     monkeypatch.setattr(torch_flash, "_fits_flash", lambda *_: True)
@@ -392,9 +419,11 @@ def test_float64_is_the_references() -> None:
         (backend.prefill(*at, scale), REFERENCE.prefill(*at, scale)),
         (backend.column_sums(*seen), REFERENCE.column_sums(*seen)),
         (decode(decoding, scale, 2).out, judge(decoding, scale).out),
-        (backend.window_scores(*seen, reduce, rows=5).scores,
-         REFERENCE.window_scores(*seen, reduce, rows=5).scores),
-    ]  # fmt: skip
+        (
+            backend.window_scores(*seen, reduce, rows=5).scores,
+            REFERENCE.window_scores(*seen, reduce, rows=5).scores,
+        ),
+    ]
     for got, expected in pairs:
         assert got.dtype == torch.float64 and torch.equal(got, expected)
 

@@ -44,9 +44,7 @@ def held_by(pool: Pool, table: Table, layer: int, head: int) -> list[tuple[int, 
     """A head's (position, tag), slot by slot."""
     keys = pool.keys(table, layer, slice(head, head + 1))[0, :, 0]
     positions = pool.positions(table, layer)[head, : len(keys)]
-    return list(
-        zip(positions.tolist(), (keys - 0.01 * head).round().long().tolist(), strict=True)
-    )  # fmt: skip
+    return list(zip(positions.tolist(), (keys - 0.01 * head).round().long().tolist(), strict=True))
 
 
 @dataclass

@@ -58,25 +58,36 @@ def test_lines_of_many_prompts_wait_for_each_other(tmp_path: Path) -> None:
 
 def test_a_mixed_file(tmp_path: Path) -> None:
     user = [{"role": "user", "content": "Where is the map ?"}]
-    source = write(tmp_path / "in.jsonl", [
-        line("good", prompt="The old baker", max_tokens=5, temperature=0),
-        line("chat", CHAT, messages=user, max_tokens=5, temperature=0, model="demo-model"),
-        line("many", prompt=["a", "b"], n=2, max_tokens=2),
-        line("é\u2028", prompt="The storm", max_tokens=1),
-        line("\ud800", prompt="The storm", max_tokens=1),
-        line("half", prompt="\ud800", max_tokens=1),
-        line("unknown", prompt="x", bogus=1),
-        line("type", prompt="x", max_tokens="5"),
-        line("missing", CHAT, max_tokens=5),
-        line("model", prompt="x", model="gpt-5"),
-        line("long", prompt="x " * 5000),
-        line("stream", prompt="x", stream=True),
-        line("url", "/v1/embeddings", input="x"),
-        line("policy", prompt="x", compression={"policy": "snapkb"}),
-        line("told", CHAT, messages=user, min_tokens=9, max_tokens=9, skip_special_tokens=False,
-             prompt_logprobs=1, compression={"policy": "full"}),
-        line("form", CHAT, messages=user, guided_choice=["a"]),
-    ])  # fmt: skip
+    source = write(
+        tmp_path / "in.jsonl",
+        [
+            line("good", prompt="The old baker", max_tokens=5, temperature=0),
+            line("chat", CHAT, messages=user, max_tokens=5, temperature=0, model="demo-model"),
+            line("many", prompt=["a", "b"], n=2, max_tokens=2),
+            line("é\u2028", prompt="The storm", max_tokens=1),
+            line("\ud800", prompt="The storm", max_tokens=1),
+            line("half", prompt="\ud800", max_tokens=1),
+            line("unknown", prompt="x", bogus=1),
+            line("type", prompt="x", max_tokens="5"),
+            line("missing", CHAT, max_tokens=5),
+            line("model", prompt="x", model="gpt-5"),
+            line("long", prompt="x " * 5000),
+            line("stream", prompt="x", stream=True),
+            line("url", "/v1/embeddings", input="x"),
+            line("policy", prompt="x", compression={"policy": "snapkb"}),
+            line(
+                "told",
+                CHAT,
+                messages=user,
+                min_tokens=9,
+                max_tokens=9,
+                skip_special_tokens=False,
+                prompt_logprobs=1,
+                compression={"policy": "full"},
+            ),
+            line("form", CHAT, messages=user, guided_choice=["a"]),
+        ],
+    )
     with source.open("a") as file:
         file.write("\n  \n")  # empty lines are none
     target = tmp_path / "out.jsonl"
@@ -101,14 +112,20 @@ def test_a_mixed_file(tmp_path: Path) -> None:
     assert told["usage"]["completion_tokens"] == 9
     assert len(told["prompt_logprobs"]) == told["usage"]["prompt_tokens"]
     messages = {
-        name: found[name]["response"]["body"]["error"]["message"] for name in status
+        name: found[name]["response"]["body"]["error"]["message"]
+        for name in status
         if name not in good
-    }  # fmt: skip
+    }
     for name, part in (
-        ("unknown", "bogus"), ("type", "max_tokens"), ("missing", "messages"), ("long", "4096"),
-        ("stream", "does not stream"), ("url", "/v1/embeddings"), ("policy", "snapkv"),
+        ("unknown", "bogus"),
+        ("type", "max_tokens"),
+        ("missing", "messages"),
+        ("long", "4096"),
+        ("stream", "does not stream"),
+        ("url", "/v1/embeddings"),
+        ("policy", "snapkv"),
         ("form", "tokenizer cannot write JSON, nor follow any grammar"),
-    ):  # fmt: skip
+    ):
         assert part in messages[name]
 
     before = target.read_bytes()
@@ -122,11 +139,19 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]
     """A file of requests that takes a second or two, and its answers."""
     folder = tmp_path_factory.mktemp("batch")
     chance = random.Random(3)
-    source = write(folder / "in.jsonl", [
-        line(f"request {index}", prompt=f"The map {index} was lost .", temperature=0,
-             max_tokens=chance.randrange(60, 360), ignore_eos=True)
-        for index in range(40)
-    ])  # fmt: skip
+    source = write(
+        folder / "in.jsonl",
+        [
+            line(
+                f"request {index}",
+                prompt=f"The map {index} was lost .",
+                temperature=0,
+                max_tokens=chance.randrange(60, 360),
+                ignore_eos=True,
+            )
+            for index in range(40)
+        ],
+    )
     target = folder / "whole.jsonl"
     assert run("batch", str(source), str(target), *SMALL, "--max-requests", "6")[0] == 0
     return source, texts(target)
@@ -234,10 +259,12 @@ def test_a_last_line_that_was_cut_off(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "holds no request"), ("\n\n", "holds no request"),
+        ("", "holds no request"),
+        ("\n\n", "holds no request"),
         ("{}\n", "line 1: custom_id is missing or not a str"),
         ('{"custom_id": "a", "url": "/v1/completions", "body": {}}\nnul\n', "line 2: not valid"),
-        ("[]\n", "line 1: not an object"), ("[" * 100_000, "line 1: nested too deeply"),
+        ("[]\n", "line 1: not an object"),
+        ("[" * 100_000, "line 1: nested too deeply"),
         ('{"custom_id": 5, "url": "x", "body": {}}', "line 1: custom_id is missing or not a str"),
         ('{"custom_id": "a", "body": {}}', "line 1: url is missing"),
         ('{"custom_id": "a", "url": "x", "body": []}', "line 1: body is missing or not a dict"),
@@ -250,7 +277,7 @@ def test_a_last_line_that_was_cut_off(tmp_path: Path) -> None:
         (b"\xff\xfe\n", "not UTF-8"),
     ],
     ids=lambda value: repr(value[:30]),
-)  # fmt: skip
+)
 def test_a_file_that_is_none(content: str | bytes, message: str, tmp_path: Path) -> None:
     source, target = tmp_path / "in", tmp_path / "out"
     source.write_bytes(content if isinstance(content, bytes) else content.encode())

@@ -39,9 +39,10 @@ def test_a_conversation() -> None:
     assert len(cached) == 3 and 0 == cached[0] < cached[1] < cached[2]
     llm = LLM(shipped_model())
     ids = llm.tokenizer.apply_chat_template(
-        [{"role": "user", "content": STORY.strip()}], add_generation_prompt=True,
+        [{"role": "user", "content": STORY.strip()}],
+        add_generation_prompt=True,
         return_dict=False,
-    )  # fmt: skip
+    )
     wanted = llm.generate(ids, SamplingParams(max_tokens=12))[0]
     assert said[0].strip() == wanted.text.strip()
     assert "tokens/s" in "".join(told) and re.search(r"KV [\d.]+ KiB of [\d.]+ KiB", "".join(told))
@@ -49,17 +50,32 @@ def test_a_conversation() -> None:
 
 def test_commands() -> None:
     said, told = chat(
-        STORY, "/reset", "Where ?", "/system Be kind .", "Where ?", "/keep 0.3", STORY,
-        "/policy full", STORY, "/policy snapkv", "Where ?", "/help", "/exit", "never read",
-    )  # fmt: skip
+        STORY,
+        "/reset",
+        "Where ?",
+        "/system Be kind .",
+        "Where ?",
+        "/keep 0.3",
+        STORY,
+        "/policy full",
+        STORY,
+        "/policy snapkv",
+        "Where ?",
+        "/help",
+        "/exit",
+        "never read",
+    )
     text = "\n".join(told)
     assert len(said) == 6
     assert told.count("a new conversation") == 2
     assert taken_up(told)[:4] == [0, 0, 0, 0]  # forgotten, or another policy's
     for part in (
-        "policy pyramid, keep 0.3", "policy full\n", "policy snapkv, keep 0.3",
-        "/keep SHARE   change the budget", "/exit         leave",
-    ):  # fmt: skip
+        "policy pyramid, keep 0.3",
+        "policy full\n",
+        "policy snapkv, keep 0.3",
+        "/keep SHARE   change the budget",
+        "/exit         leave",
+    ):
         assert part in text, part
     shares = [int(each) for each in re.findall(r"; kept (\d+)%", " ".join(told))]
     assert len(shares) == 6 and shares[4] == 100 > max(shares[3], shares[5])
@@ -79,7 +95,7 @@ def test_under_full_reuse_changes_nothing() -> None:
         {"role": "user", "content": STORY.strip()},
         {"role": "assistant", "content": said[0].strip()},
         {"role": "user", "content": "Where is the map ?"},
-    ]  # fmt: skip
+    ]
     ids = llm.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
     wanted = llm.generate(ids, SamplingParams(max_tokens=12))[0]
     assert said[1].strip() == wanted.text.strip() and taken_up(told)[1] > 0
@@ -87,16 +103,35 @@ def test_under_full_reuse_changes_nothing() -> None:
 
 def test_a_wrong_command_is_told_and_the_chat_goes_on() -> None:
     said, told = chat(
-        "/nonsense", "/keep", "/keep much", "/keep 7", "/keep 0", "/policy snapkb", "/policy",
-        "/policy h2o", "", "   ", "Where ?",
-    )  # fmt: skip
+        "/nonsense",
+        "/keep",
+        "/keep much",
+        "/keep 7",
+        "/keep 0",
+        "/policy snapkb",
+        "/policy",
+        "/policy h2o",
+        "",
+        "   ",
+        "Where ?",
+    )
     assert len(said) == 1
     errors = [each for each in told if each.startswith("error: ")]
     assert len(errors) == 8
-    for error, part in zip(errors, (
-        "unknown command '/nonsense'; /help lists them", "give a share", "give a share",
-        "keep=7", "keep=0", "did you mean 'snapkv'", "policy", "slot_scores",
-    ), strict=True):  # fmt: skip
+    for error, part in zip(
+        errors,
+        (
+            "unknown command '/nonsense'; /help lists them",
+            "give a share",
+            "give a share",
+            "keep=7",
+            "keep=0",
+            "did you mean 'snapkv'",
+            "policy",
+            "slot_scores",
+        ),
+        strict=True,
+    ):
         assert part in error
 
 
@@ -124,10 +159,11 @@ def test_sampling_options() -> None:
         (("--generation-config", "x"), "--generation-config='x' is unknown"),
         (("--chat-template-kwargs", "{"), "--chat-template-kwargs '{' is not valid JSON"),
         (("--chat-template-kwargs", '{"enable_thinking": 1}'), "never reads 'enable_thinking'"),
-        (("--max-tokens", "0"), "max_tokens=0 must be"), (("--keep", "7"), "keep=7.0"),
+        (("--max-tokens", "0"), "max_tokens=0 must be"),
+        (("--keep", "7"), "keep=7.0"),
         (("/no/such/model",), "/no/such/model"),
     ],
-)  # fmt: skip
+)
 def test_a_bad_option_is_one_line(options: tuple[str, ...], message: str) -> None:
     code, out, err = run("chat", *SMALL, *options, text="Where ?\n")
     (line,) = err.strip().splitlines()

@@ -116,9 +116,19 @@ def test_generate_json_equals_the_library(tmp_path: Path) -> None:
     file = tmp_path / "prompt.txt"
     file.write_text(prompt)
     done = run(
-        "generate", "--policy", "pyramidinfer", "--keep", "0.45", "--prompt-file", str(file),
-        "--max-tokens", "8", "--dtype", "float32", "--json",
-    )  # fmt: skip
+        "generate",
+        "--policy",
+        "pyramidinfer",
+        "--keep",
+        "0.45",
+        "--prompt-file",
+        str(file),
+        "--max-tokens",
+        "8",
+        "--dtype",
+        "float32",
+        "--json",
+    )
     assert done.returncode == 0, done.stderr
     entry = json.loads(done.stdout)
     llm = LLM(shipped_model(), policy="pyramidinfer", keep=0.45, dtype="float32")
@@ -144,8 +154,17 @@ def test_generate_streams_text_and_a_summary() -> None:
 def test_generate_tells_where_positions_end() -> None:
     positions = LLM(shipped_model(), policy="full").engine.runner.max_positions
     words = " ".join(["map"] * (positions - 4))
-    done = run("generate", "--policy", "full", "--prompt-file", "-", "--max-tokens", "50", "--json",
-               text=words)  # fmt: skip
+    done = run(
+        "generate",
+        "--policy",
+        "full",
+        "--prompt-file",
+        "-",
+        "--max-tokens",
+        "50",
+        "--json",
+        text=words,
+    )
     entry = json.loads(done.stdout)
     assert entry["finish_reason"] == "length"
     left = len(entry["token_ids"])
@@ -163,8 +182,20 @@ def test_chat_applies_the_template() -> None:
 
 
 def test_inspect_is_the_policys_forecast() -> None:
-    done = run("inspect", "--model", GOLDEN, "--policy", "pyramidinfer", "--keep", "0.45",
-               "--prompt-len", "1000", "--max-tokens", "20", "--json")  # fmt: skip
+    done = run(
+        "inspect",
+        "--model",
+        GOLDEN,
+        "--policy",
+        "pyramidinfer",
+        "--keep",
+        "0.45",
+        "--prompt-len",
+        "1000",
+        "--max-tokens",
+        "20",
+        "--json",
+    )
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)["layers"]
     llm = LLM(GOLDEN, kv_memory="64MiB")
@@ -188,8 +219,17 @@ def test_inspect_is_the_policys_forecast() -> None:
     assert "the lowest is" not in short
     short = run("inspect", "--policy", "pyramidinfer", "--keep", "0.3", "--prompt-len", "50").stdout
     assert "cannot be reached at this prompt length (min_context=64: shorter ones" in short
-    table = run("inspect", "--model", GOLDEN, "--policy", "pyramidinfer", "--keep", "0.45",
-                "--prompt-len", "1000")  # fmt: skip
+    table = run(
+        "inspect",
+        "--model",
+        GOLDEN,
+        "--policy",
+        "pyramidinfer",
+        "--keep",
+        "0.45",
+        "--prompt-len",
+        "1000",
+    )
     assert "mean share of the prompt computed: 0.450" in table.stdout
 
 
@@ -235,9 +275,13 @@ def test_inspect_shows_heads_that_are_not_equally_long(
 
 
 @pytest.mark.parametrize(
-    "options", [["snapkv", "-o", "adaptive=True"], ["pyramidkv", "-o", "adaptive=True"],
-                ["expected_attention"]]
-)  # fmt: skip
+    "options",
+    [
+        ["snapkv", "-o", "adaptive=True"],
+        ["pyramidkv", "-o", "adaptive=True"],
+        ["expected_attention"],
+    ],
+)
 def test_inspect_counts_what_heads_share(
     options: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -309,15 +353,24 @@ def test_demo_prints_a_table_and_draws(tmp_path: Path) -> None:
     done = run("demo", "--documents", "3", "--length", "300", "--out", str(tmp_path))
     assert done.returncode == 0, done.stderr
     for row in (
-        "answers right", "peak KV bytes", "tokens computed", "tokens kept", "requests in flight",
-        "time to first token", "output tokens/s", "prompt + output tokens/s",
-    ):  # fmt: skip
+        "answers right",
+        "peak KV bytes",
+        "tokens computed",
+        "tokens kept",
+        "requests in flight",
+        "time to first token",
+        "output tokens/s",
+        "prompt + output tokens/s",
+    ):
         assert row in done.stdout
     assert (tmp_path / "pyramid.png").read_bytes().startswith(b"\x89PNG")
     figures = json.loads((tmp_path / "demo.json").read_text())["result"]
     assert list(figures) == [
-        "full cache", "paper's settings", "paper's rule, keep 0.3", "pyramid, keep 0.3",
-    ]  # fmt: skip
+        "full cache",
+        "paper's settings",
+        "paper's rule, keep 0.3",
+        "pyramid, keep 0.3",
+    ]
     assert figures["full cache"]["computed_share"] == 1
     assert figures["paper's rule, keep 0.3"]["computed_share"] < 0.4
 
@@ -376,9 +429,11 @@ def test_demo_prints_a_table_and_draws(tmp_path: Path) -> None:
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(
-    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     monkeypatch.setattr(sys, "argv", ["pyramidinfer", *arguments])
     with pytest.raises(SystemExit) as stopped:
         main()
@@ -396,12 +451,25 @@ def test_a_mistake_in_a_process_of_its_own() -> None:
 
 def test_ctrl_c_stops_cleanly_with_what_is_done() -> None:
     process = subprocess.Popen(
-        [sys.executable, "-m", "pyramidinfer", "generate", "--prompt", "The old baker",
-         "--max-tokens", "4000", "--temperature", "1", "--top-k", "50"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        [
+            sys.executable,
+            "-m",
+            "pyramidinfer",
+            "generate",
+            "--prompt",
+            "The old baker",
+            "--max-tokens",
+            "4000",
+            "--temperature",
+            "1",
+            "--top-k",
+            "50",
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored in background
-    )  # fmt: skip
+    )
     assert process.stdout is not None
     first = process.stdout.read(20)  # it is under way
     process.send_signal(signal.SIGINT)
@@ -417,5 +485,8 @@ def test_helpers() -> None:
         sinks=2, decay_curve="linear"
     )
     assert [human_bytes(n) for n in (5, 2048, 3 * 2**20, 5 * 2**40)] == [
-        "5 B", "2.0 KiB", "3.0 MiB", "5120.0 GiB",
-    ]  # fmt: skip
+        "5 B",
+        "2.0 KiB",
+        "3.0 MiB",
+        "5120.0 GiB",
+    ]

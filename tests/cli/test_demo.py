@@ -50,8 +50,11 @@ def test_on_a_model_of_ones_own(
 def test_where_it_cannot_be_fetched_the_shipped_model_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name, value in (("PIP_NO_INDEX", "1"), ("PIP_FIND_LINKS", str(tmp_path)),
-                        ("PYRAMIDINFER_CACHE", str(tmp_path / "cache"))):  # fmt: skip
+    for name, value in (
+        ("PIP_NO_INDEX", "1"),
+        ("PIP_FIND_LINKS", str(tmp_path)),
+        ("PYRAMIDINFER_CACHE", str(tmp_path / "cache")),
+    ):
         monkeypatch.setenv(name, value)
     words = ("--documents", "1", "--length", "300", "--kv-memory", "16MiB", "--out", str(tmp_path))
     assert demo(monkeypatch, "--fetch", "smollm2", *words) == 0
@@ -80,14 +83,14 @@ def test_the_verdict_says_which_answers_are_the_same_and_at_what_cost(
 ) -> None:
     shares = {"full": (0.8, 1.0), "paper's": (0.16, 0.5), "pyramid": (0.2, 0.75)}
     monkeypatch.setattr(
-        module, "_figures",
+        module,
+        "_figures",
         lambda run: dict(zip(("kept_share", "computed_share"), shares[run.title], strict=True)),
-    )  # fmt: skip
+    )
     rights = ([True, True, False], [True, False, True], [True, True, True])
     runs = [
-        module.Run(title, [], right, 1.0, 0, 1)
-        for title, right in zip(shares, rights, strict=True)
-    ]  # fmt: skip
+        module.Run(title, [], right, 1.0, 0, 1) for title, right in zip(shares, rights, strict=True)
+    ]
     assert module._verdict(runs).splitlines() == [
         "paper's: 2 right (1 of full's 2), at 20% of its entries and 50% of its prefill",
         "pyramid: 3 right (2 of full's 2), at 25% of its entries and 75% of its prefill",

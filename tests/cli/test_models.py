@@ -32,10 +32,12 @@ def test_fetch_lists_fetches_and_says_so(
     assert run(monkeypatch, "fetch") == 0
     shown = capsys.readouterr().out
     for text in (
-        "smollm2: SmolLM2-135M-Instruct (Q4_1), 88.6 MiB to download", "Apache-2.0",
-        "gemma3-270m: Gemma 3 270M base (Q4_K_M)", "https://ai.google.dev/gemma/terms",
+        "smollm2: SmolLM2-135M-Instruct (Q4_1), 88.6 MiB to download",
+        "Apache-2.0",
+        "gemma3-270m: Gemma 3 270M base (Q4_K_M)",
+        "https://ai.google.dev/gemma/terms",
         "not here; run: pyramidinfer fetch tiny",
-    ):  # fmt: skip
+    ):
         assert text in shown
     assert run(monkeypatch, "fetch", "tiny") == 0
     shown = capsys.readouterr().out
@@ -43,8 +45,20 @@ def test_fetch_lists_fetches_and_says_so(
     assert f"tiny is here now: {folder}" in shown and "licence: none" in shown
     assert run(monkeypatch, "fetch", "tiny") == 0
     assert f"tiny is here already: {folder}" in capsys.readouterr().out
-    assert run(monkeypatch, "inspect", "--model", "tiny", "--prompt-len", "100", "--json",
-               "--max-tokens", "8") == 0  # fmt: skip
+    assert (
+        run(
+            monkeypatch,
+            "inspect",
+            "--model",
+            "tiny",
+            "--prompt-len",
+            "100",
+            "--json",
+            "--max-tokens",
+            "8",
+        )
+        == 0
+    )
     assert '"layers"' in capsys.readouterr().out
 
 
@@ -57,8 +71,12 @@ def test_convert_says_where(
     assert shown.out == f"converted to {tmp_path / 'new'}\n"
     assert shown.err == f"converting tiny.gguf to {tmp_path / 'new'}\n"  # and no bar
     assert (tmp_path / "new" / "model.safetensors").is_file()
-    assert run(monkeypatch, "inspect", "--model", str(file), "--prompt-len", "100",
-               "--max-tokens", "8") == 0  # fmt: skip
+    assert (
+        run(
+            monkeypatch, "inspect", "--model", str(file), "--prompt-len", "100", "--max-tokens", "8"
+        )
+        == 0
+    )
     told = capsys.readouterr().err
     assert "converting tiny.gguf to" in told
     assert run(monkeypatch, "convert", str(file), str(tmp_path / "new")) == 2
@@ -77,17 +95,24 @@ def test_convert_says_where(
         *(
             ([*command, "smollm2", *rest], "'smollm2' is not here yet; run: pyramidinfer fetch")
             for command, *rest in (
-                (["generate", "--model"], "--prompt", "x"), (["inspect", "--model"],),
-                (["serve"],), (["chat"],), (["calibrate"],), (["study", "icr", "--model"],),
+                (["generate", "--model"], "--prompt", "x"),
+                (["inspect", "--model"],),
+                (["serve"],),
+                (["chat"],),
+                (["calibrate"],),
+                (["study", "icr", "--model"],),
                 (["bench", "throughput", "--model"],),
             )
         ),
     ],
-)  # fmt: skip
+)
 def test_mistakes_are_one_line(
-    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert run(monkeypatch, *arguments) == 2
     errors = capsys.readouterr().err

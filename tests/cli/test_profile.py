@@ -90,7 +90,7 @@ def test_output_picture_and_text(profile: Any, model: str, small: Path, tmp_path
     (tmp_path / "mine.txt").write_text(english()[:60_000])
     code, out, err = profile(
         model, "--text", "mine.txt", "-o", "deep/own.json", "--picture", "deep/heads.png"
-    )  # fmt: skip
+    )
     assert code == 0, err
     made = Profile.load("deep/own.json")
     assert made.text == "mine.txt" and made.commit and not small.exists()
@@ -133,8 +133,15 @@ def test_mistakes_are_one_line(words: list[str], message: str, profile: Any) -> 
     assert code == 2 and message in line and line.startswith("error: ")
 
 
-@pytest.mark.parametrize("words", [["--force", "-o", "sub"], ["-o", "sub"], ["--picture", "sub"],
-                                   ["--force", "-o", "file/x.json"]])  # fmt: skip
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--force", "-o", "sub"],
+        ["-o", "sub"],
+        ["--picture", "sub"],
+        ["--force", "-o", "file/x.json"],
+    ],
+)
 def test_where_to_write_is_known_before_anything_is_measured(
     words: list[str], profile: Any, model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

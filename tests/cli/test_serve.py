@@ -69,36 +69,116 @@ def test_options_become_settings(
     keys = tmp_path / "keys"
     keys.write_text("a\nb\n")
     done = invoke(
-        "MODEL", "--policy", "snapkv", "--keep", "0.3", "-o", "window=8", "--kv-memory", "8MiB",
-        "--dtype", "float32", "--threads", "1", "--host", "::1", "--port", "9",
-        "--served-model-name", "m", "--no-page", "--drain-timeout", "7", "--max-requests", "5",
-        "--step-tokens", "99", "--page-size", "8", "--reuse-share", "0.25", "--slot-scores",
-        "--max-waiting", "3", "--queue-timeout", "1.5", "--request-timeout", "2.5",
-        "--default-max-tokens", "11", "--max-tokens-limit", "12", "--max-prompt-tokens", "13",
-        "--max-n", "2", "--max-stop", "4", "--max-body", "1MiB", "--max-schema", "2KiB",
-        "--policies", "full, snapkv", "--min-keep", "0.1", "--max-keep", "0.9",
-        "--api-key-file", str(keys), "--cors-origin", "https://a", "--cors-origin", "https://b",
-        "--log-prompts", "--compress-idle", "--generation-config", "none",
-        "--default-chat-template-kwargs", '{"enable_thinking": false}',
-    )  # fmt: skip
+        "MODEL",
+        "--policy",
+        "snapkv",
+        "--keep",
+        "0.3",
+        "-o",
+        "window=8",
+        "--kv-memory",
+        "8MiB",
+        "--dtype",
+        "float32",
+        "--threads",
+        "1",
+        "--host",
+        "::1",
+        "--port",
+        "9",
+        "--served-model-name",
+        "m",
+        "--no-page",
+        "--drain-timeout",
+        "7",
+        "--max-requests",
+        "5",
+        "--step-tokens",
+        "99",
+        "--page-size",
+        "8",
+        "--reuse-share",
+        "0.25",
+        "--slot-scores",
+        "--max-waiting",
+        "3",
+        "--queue-timeout",
+        "1.5",
+        "--request-timeout",
+        "2.5",
+        "--default-max-tokens",
+        "11",
+        "--max-tokens-limit",
+        "12",
+        "--max-prompt-tokens",
+        "13",
+        "--max-n",
+        "2",
+        "--max-stop",
+        "4",
+        "--max-body",
+        "1MiB",
+        "--max-schema",
+        "2KiB",
+        "--policies",
+        "full, snapkv",
+        "--min-keep",
+        "0.1",
+        "--max-keep",
+        "0.9",
+        "--api-key-file",
+        str(keys),
+        "--cors-origin",
+        "https://a",
+        "--cors-origin",
+        "https://b",
+        "--log-prompts",
+        "--compress-idle",
+        "--generation-config",
+        "none",
+        "--default-chat-template-kwargs",
+        '{"enable_thinking": false}',
+    )
     assert done.exit_code == 0, done.output
     ((choice, settings),) = taken
     assert settings == ServerSettings(
-        host="::1", port=9, model_name="m", page=False, drain_timeout=7, max_waiting=3,
-        queue_timeout=1.5, request_timeout=2.5, default_max_tokens=11, max_tokens_limit=12,
-        max_prompt_tokens=13, max_n=2, max_stop=4, max_body_bytes=2**20, max_schema_bytes=2**11,
-        policies=("full", "snapkv"), min_keep=0.1, max_keep=0.9, api_keys=("a", "b"),
-        cors_origins=("https://a", "https://b"), log_prompts=True, compress_idle=True,
-        generation_config="none", chat_template_kwargs={"enable_thinking": False},
-    )  # fmt: skip
+        host="::1",
+        port=9,
+        model_name="m",
+        page=False,
+        drain_timeout=7,
+        max_waiting=3,
+        queue_timeout=1.5,
+        request_timeout=2.5,
+        default_max_tokens=11,
+        max_tokens_limit=12,
+        max_prompt_tokens=13,
+        max_n=2,
+        max_stop=4,
+        max_body_bytes=2**20,
+        max_schema_bytes=2**11,
+        policies=("full", "snapkv"),
+        min_keep=0.1,
+        max_keep=0.9,
+        api_keys=("a", "b"),
+        cors_origins=("https://a", "https://b"),
+        log_prompts=True,
+        compress_idle=True,
+        generation_config="none",
+        chat_template_kwargs={"enable_thinking": False},
+    )
     assert choice.model == "MODEL" and choice.threads == 1 and choice.dtype == "float32"
     policy: Any = choice.policy
     assert (policy.name, policy.keep, policy.window) == ("snapkv", 0.3, 8)
     config = EngineConfig(**choice.options)
     assert config == EngineConfig(
-        kv_memory="8MiB", max_requests=5, step_tokens=99, page_size=8, reuse_share=0.25,
+        kv_memory="8MiB",
+        max_requests=5,
+        step_tokens=99,
+        page_size=8,
+        reuse_share=0.25,
         slot_scores=True,
-    )  # fmt: skip
+    )
 
 
 def test_defaults_are_the_settings_own(taken: list[tuple[ModelChoice, ServerSettings]]) -> None:
@@ -151,7 +231,7 @@ def test_defaults_are_the_settings_own(taken: list[tuple[ModelChoice, ServerSett
         (["--max-requests", "x"], "Invalid value for '--max-requests'"),
         (["--nonsense"], "No such option: --nonsense"),
     ],
-)  # fmt: skip
+)
 def test_a_bad_value_is_one_line(arguments: list[str], message: str) -> None:
     code, out, err = run("serve", *SMALL, *arguments)
     assert code == 2 and out == ""
@@ -172,14 +252,25 @@ def test_a_port_in_use_is_one_line() -> None:
 
 @pytest.mark.parametrize(
     ("host", "warned"),
-    [("127.0.0.1", False), ("127.8.9.10", False), ("localhost", False), ("::1", False),
-     ("0.0.0.0", True), ("::", True), ("192.168.0.5", True), ("example.org", True)],
-)  # fmt: skip
+    [
+        ("127.0.0.1", False),
+        ("127.8.9.10", False),
+        ("localhost", False),
+        ("::1", False),
+        ("0.0.0.0", True),
+        ("::", True),
+        ("192.168.0.5", True),
+        ("example.org", True),
+    ],
+)
 @pytest.mark.parametrize("keys", [(), ("k",)])
 def test_open_to_others_without_a_key_warns(
-    host: str, warned: bool, keys: tuple[str, ...], monkeypatch: pytest.MonkeyPatch,
+    host: str,
+    warned: bool,
+    keys: tuple[str, ...],
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     loaded = SimpleNamespace(sampling_defaults={})
     monkeypatch.setattr(serve_module, "load", lambda choice: loaded)
     monkeypatch.setattr(serve_module, "serve", lambda *values: None)
@@ -213,9 +304,12 @@ def test_a_server_as_a_user_begins_it() -> None:
     """``python -m pyramidinfer serve`` in a process of its own, and Ctrl-C."""
     with subprocess.Popen(
         [sys.executable, "-m", "pyramidinfer", "serve", *SMALL, "--served-model-name", "mine"],
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", KEYS_VARIABLE: "sesame"},
-    ) as process:  # fmt: skip
+    ) as process:
         try:
             assert process.stderr is not None and process.stdout is not None
             found = None
@@ -239,9 +333,10 @@ def test_a_server_as_a_user_begins_it() -> None:
 
 def test_sigterm_lets_what_runs_end() -> None:
     """New requests are rotated away meanwhile, on a connection that was open before."""
-    with server() as (begun, http), http.stream(
-        "POST", "/v1/completions", json=long(1200)
-    ) as stream:  # fmt: skip
+    with (
+        server() as (begun, http),
+        http.stream("POST", "/v1/completions", json=long(1200)) as stream,
+    ):
         lines = stream.iter_lines()
         next(lines)
         assert http.get("/ready").status_code == 200  # this connection stays
@@ -263,9 +358,10 @@ def test_sigterm_lets_what_runs_end() -> None:
 @pytest.mark.parametrize("how", ["a second signal", "the time is over"])
 def test_what_does_not_end_is_ended(how: str) -> None:
     options = ("--drain-timeout", "0.3") if how == "the time is over" else ()
-    with server(*options) as (begun, http), http.stream(
-        "POST", "/v1/completions", json=long(4000)
-    ) as stream:  # fmt: skip
+    with (
+        server(*options) as (begun, http),
+        http.stream("POST", "/v1/completions", json=long(4000)) as stream,
+    ):
         lines = stream.iter_lines()
         next(lines)
         os.kill(begun.pid, signal.SIGTERM)

@@ -18,10 +18,14 @@ SMALL: dict[str, dict[str, Any]] = {
     "triattention": {"buffer": 4},
     "duo": {"sinks": 2, "recent": 8, "min_context": 8, "stride": 4},
     "pyramid": {
-        "recent": 4, "min_context": 8, "window": 8, "kernel": 7, "start_layer": 1,
+        "recent": 4,
+        "min_context": 8,
+        "window": 8,
+        "kernel": 7,
+        "start_layer": 1,
         "propagate_ratio": 0.4,
     },
-}  # fmt: skip
+}
 
 
 def policy_named(name: str) -> Policy:

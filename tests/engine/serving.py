@@ -23,16 +23,24 @@ def model(family: str, dtype: torch.dtype = torch.float64) -> Any:
     return tiny_model(family, dtype)
 
 
-def start(name: str | Policy, family: str = "llama", dtype: torch.dtype = torch.float64,
-          **options: Any) -> Engine:  # fmt: skip
+def start(
+    name: str | Policy, family: str = "llama", dtype: torch.dtype = torch.float64, **options: Any
+) -> Engine:
     """An engine with small pages, freed entries poisoned."""
     policy = policy_named(name) if isinstance(name, str) else name
     options = {"kv_memory": "4MiB", "page_size": 4, "poison": True, **options}
     return LLM(model(family, dtype), policy=policy, **options).engine
 
 
-def queue(engine: Engine, prompt: list[int], new: int, policy: Policy | None = None,
-          samples: int = 1, owner: str | None = None, **params: Any) -> Request:  # fmt: skip
+def queue(
+    engine: Engine,
+    prompt: list[int],
+    new: int,
+    policy: Policy | None = None,
+    samples: int = 1,
+    owner: str | None = None,
+    **params: Any,
+) -> Request:
     """A request of ``new`` tokens, and its samples."""
     wanted = SamplingParams(max_tokens=new, ignore_eos=True, **params)
     request = engine.make(prompt, wanted, policy=policy, samples=samples)
@@ -70,8 +78,9 @@ def _roomy(name: str, family: str) -> Engine:
 
 
 @cache
-def _alone(name: str, family: str, number: int, length: int, new: int, params: tuple[Any, ...]
-           ) -> tuple[int, ...]:  # fmt: skip
+def _alone(
+    name: str, family: str, number: int, length: int, new: int, params: tuple[Any, ...]
+) -> tuple[int, ...]:
     engine = _roomy(name, family)
     request = queue(engine, random_prompt(number, length), new, **dict(params))
     while request.finish_reason is None:

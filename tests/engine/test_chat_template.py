@@ -87,11 +87,13 @@ def test_a_field_that_would_be_ignored_is_refused(field: str) -> None:
 @pytest.mark.parametrize(
     ("source", "wanted"),
     [
-        (THREE, "[S]Be kind[U]Hi[A]"), (PARTS, "<system>Be kind</s>\n<user>Hi</s>\n"),
-        (BOTH, "<system>Be kind</s><user>Hi</s>"), (MIXED, "Be kind;Hi;"),
+        (THREE, "[S]Be kind[U]Hi[A]"),
+        (PARTS, "<system>Be kind</s>\n<user>Hi</s>\n"),
+        (BOTH, "<system>Be kind</s><user>Hi</s>"),
+        (MIXED, "Be kind;Hi;"),
         (THREE.replace("m['content']", "m['content'][0].text"), "[S]Be kind[U]Hi[A]"),
     ],
-)  # fmt: skip
+)
 def test_contents_take_the_form_that_the_template_reads(source: str, wanted: str) -> None:
     assert said(source, turn("system", "Be kind"), turn("user", "Hi")) == wanted
 
@@ -119,10 +121,12 @@ def test_options_reach_the_template() -> None:
     ("name", "message"),
     [
         ("thinking", r"never reads 'thinking' \(it reads: bos_token, enable_thinking\)"),
-        ("own", "never reads 'own'"), ("tokenize", "never reads 'tokenize'"),
-        ("messages", "'messages' cannot be set"), ("strftime_now", "cannot be set"),
+        ("own", "never reads 'own'"),
+        ("tokenize", "never reads 'tokenize'"),
+        ("messages", "'messages' cannot be set"),
+        ("strftime_now", "cannot be set"),
     ],
-)  # fmt: skip
+)
 def test_an_option_that_the_template_never_reads_is_refused(name: str, message: str) -> None:
     with pytest.raises(ValueError, match=f"chat_template_kwargs: .*{message}"):
         said(THINKING, turn("user", "Hi"), **{name: 1})
@@ -142,11 +146,17 @@ def test_without_a_template() -> None:
 @pytest.mark.parametrize(
     ("end", "wanted"),
     [
-        ("<|im_end|>\n", "<|im_end|>"), (" </s>", "</s>"), ("{{ eos_token }}", "</s>"),
-        ("\n", None), ("", None), ("\nUser:", None), (" then <|im_end|>", None),
-        ("<|im_end|>x<pad>", "<|im_end|>"), ("{{ raise_exception('no') }}", None),
+        ("<|im_end|>\n", "<|im_end|>"),
+        (" </s>", "</s>"),
+        ("{{ eos_token }}", "</s>"),
+        ("\n", None),
+        ("", None),
+        ("\nUser:", None),
+        (" then <|im_end|>", None),
+        ("<|im_end|>x<pad>", "<|im_end|>"),
+        ("{{ raise_exception('no') }}", None),
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("special", [True, False])
 def test_the_end_of_a_turn(end: str, wanted: str | None, special: bool) -> None:
     found = template(

@@ -23,29 +23,61 @@ def found(**keys: Any) -> dict[str, Any]:
     ("keys", "wanted"),
     [
         ({}, {}),
-        ({"do_sample": True, "temperature": 0.6, "top_p": 0.9},
-         {"temperature": 0.6, "top_p": 0.9}),
-        ({"temperature": 0.7, "top_k": 20, "min_p": 0.1, "repetition_penalty": 1.05,
-          "max_new_tokens": 7},
-         {"temperature": 0.7, "top_k": 20, "min_p": 0.1, "repetition_penalty": 1.05,
-          "max_tokens": 7}),
+        ({"do_sample": True, "temperature": 0.6, "top_p": 0.9}, {"temperature": 0.6, "top_p": 0.9}),
+        (
+            {
+                "temperature": 0.7,
+                "top_k": 20,
+                "min_p": 0.1,
+                "repetition_penalty": 1.05,
+                "max_new_tokens": 7,
+            },
+            {
+                "temperature": 0.7,
+                "top_k": 20,
+                "min_p": 0.1,
+                "repetition_penalty": 1.05,
+                "max_tokens": 7,
+            },
+        ),
         ({"do_sample": True}, {"temperature": 1.0}),
-        ({"do_sample": False, "temperature": 0.7, "top_p": 0.9, "repetition_penalty": 1.1},
-         {"temperature": 0.0, "repetition_penalty": 1.1}),
-        ({"max_length": 4096, "pad_token_id": 0, "num_beams": 1, "length_penalty": 2.0,
-          "suppress_tokens": [], "use_cache": False, "typical_p": 1.0, "min_length": 0}, {}),
+        (
+            {"do_sample": False, "temperature": 0.7, "top_p": 0.9, "repetition_penalty": 1.1},
+            {"temperature": 0.0, "repetition_penalty": 1.1},
+        ),
+        (
+            {
+                "max_length": 4096,
+                "pad_token_id": 0,
+                "num_beams": 1,
+                "length_penalty": 2.0,
+                "suppress_tokens": [],
+                "use_cache": False,
+                "typical_p": 1.0,
+                "min_length": 0,
+            },
+            {},
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_the_makers_say(keys: dict[str, Any], wanted: dict[str, Any]) -> None:
     assert found(**keys) == wanted
 
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("no_repeat_ngram_size", 3), ("num_beams", 4), ("suppress_tokens", [5]), ("typical_p", 0.9),
-     ("min_new_tokens", 2), ("stop_strings", ["x"]), ("guidance_scale", 1.5), ("top_p", 2.0),
-     ("max_new_tokens", 0)],
-)  # fmt: skip
+    [
+        ("no_repeat_ngram_size", 3),
+        ("num_beams", 4),
+        ("suppress_tokens", [5]),
+        ("typical_p", 0.9),
+        ("min_new_tokens", 2),
+        ("stop_strings", ["x"]),
+        ("guidance_scale", 1.5),
+        ("top_p", 2.0),
+        ("max_new_tokens", 0),
+    ],
+)
 def test_what_cannot_be_had_is_named(key: str, value: Any) -> None:
     config = GenerationConfig()
     setattr(config, key, value)  # whatever transformers itself thinks of it
@@ -103,8 +135,10 @@ def test_the_server_fills_what_a_request_leaves_out(monkeypatch: pytest.MonkeyPa
     llm, made = llm_with(**keys), []
     make = llm.engine.make
     monkeypatch.setattr(
-        llm.engine, "make", lambda prompt, params, **rest: made.append(params) or make(
-            prompt, params, **rest))  # type: ignore[func-returns-value]  # fmt: skip
+        llm.engine,
+        "make",
+        lambda prompt, params, **rest: made.append(params) or make(prompt, params, **rest),
+    )  # type: ignore[func-returns-value]
     ask: dict[str, Any] = {"prompt": "Who ?", "ignore_eos": True}
     with serving(llm, model_name="tiny") as live:
         usage = live.http.post("/v1/completions", json=ask).json()["usage"]
@@ -123,9 +157,13 @@ def test_the_server_fills_what_a_request_leaves_out(monkeypatch: pytest.MonkeyPa
         assert live.http.post("/v1/completions", json=ask).is_success
     taken = [(p.temperature, p.top_p, p.top_k, p.max_tokens) for p in made]
     assert taken == [
-        (0.6, 0.9, 20, 7), (0, 1, 0, 3), (0.6, 0.5, 20, 7), (0.6, 0.9, 20, 5), (0.6, 0.9, 20, 4),
+        (0.6, 0.9, 20, 7),
+        (0, 1, 0, 3),
+        (0.6, 0.5, 20, 7),
+        (0.6, 0.9, 20, 5),
+        (0.6, 0.9, 20, 4),
         (1.0, 1.0, 0, 256),
-    ]  # fmt: skip
+    ]
 
 
 def test_a_server_begins_only_with_defaults_that_can_be_had() -> None:

@@ -120,7 +120,12 @@ def test_an_answer_in_json_ends_with_the_turn() -> None:
     """The grammar lets the turn's end follow, and nothing else."""
     llm = llm_with(chatml())
     with serving(llm, model_name="tiny") as live:
-        body = {"response_format": {"type": "json_schema", "json_schema": {
-            "name": "x", "schema": {"enum": ["a"]}}}, "max_tokens": 30}  # fmt: skip
+        body = {
+            "response_format": {
+                "type": "json_schema",
+                "json_schema": {"name": "x", "schema": {"enum": ["a"]}},
+            },
+            "max_tokens": 30,
+        }
         choice = live.chat("Who ?", **body).json()["choices"][0]
     assert (choice["finish_reason"], choice["message"]["content"]) == ("stop", '"a"')

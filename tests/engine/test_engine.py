@@ -25,12 +25,13 @@ def test_tokens_do_not_depend_on_neighbours(name: str, family: str, data: st.Dat
     gaps = data.draw(st.lists(st.integers(0, 5), min_size=6, max_size=6))
     doomed = data.draw(st.integers(-1, 1))
     llm = build(
-        name, family,
+        name,
+        family,
         prefill_chunk=data.draw(st.sampled_from([5, 16, 1024])),
         step_tokens=data.draw(st.sampled_from([1, 8, 300])),
         max_requests=data.draw(st.sampled_from([2, 64])),
         kv_memory=data.draw(st.sampled_from(["300KiB", "4MiB"])),
-    )  # fmt: skip
+    )
     params = SamplingParams(max_tokens=14, ignore_eos=True)
     requests = []
     for seed, length in enumerate(lengths):
@@ -72,8 +73,14 @@ def test_a_long_prompt_does_not_stall_the_others() -> None:
 def test_layer_major_prefill_holds_one_full_layer() -> None:
     """Peak pages in prefill: what earlier layers kept, and the layer in progress."""
     policy = PyramidInfer(keep=0.3, min_context=4)
-    llm = LLM(tiny_model("llama", num_hidden_layers=12), policy=policy, kv_memory="8MiB",
-              page_size=4, prefill_chunk=32, step_tokens=32)  # fmt: skip
+    llm = LLM(
+        tiny_model("llama", num_hidden_layers=12),
+        policy=policy,
+        kv_memory="8MiB",
+        page_size=4,
+        prefill_chunk=32,
+        step_tokens=32,
+    )
     request = llm.engine.add(random_prompt(3, 400), SamplingParams(max_tokens=2))
     most = 0
     while request.finish_reason is None:

@@ -107,8 +107,9 @@ def test_one_that_cannot_be_settled_ends_with_what_it_has(
 class Grammar:
     """Allows some tokens, in order; raises at a given place."""
 
-    def __init__(self, tokens: list[int], breaks_at: int | None = None, where: str = "allowed"
-                 ) -> None:  # fmt: skip
+    def __init__(
+        self, tokens: list[int], breaks_at: int | None = None, where: str = "allowed"
+    ) -> None:
         self.tokens, self.breaks_at, self.where = tokens, breaks_at, where
         self.taken: list[int] = []
 
@@ -169,8 +170,14 @@ def test_a_constraint_leads_and_ends_an_answer() -> None:
 def test_a_constraint_under_temperature_and_penalties() -> None:
     """Whatever else shapes the logits, only what is allowed is drawn."""
     engine = start("full")
-    params = SamplingParams(max_tokens=9, temperature=2.0, seed=1, repetition_penalty=1.5,
-                            top_k=3, logit_bias={40: 50.0})  # fmt: skip
+    params = SamplingParams(
+        max_tokens=9,
+        temperature=2.0,
+        seed=1,
+        repetition_penalty=1.5,
+        top_k=3,
+        logit_bias={40: 50.0},
+    )
     request = engine.make(random_prompt(2, 20), params)
     request.constraint = Grammar([9, 8, 7])
     engine.submit(request)
@@ -299,8 +306,14 @@ def test_a_bias_draws_a_token_or_shuts_it_out() -> None:
     forced = queue(engine, random_prompt(1, 20), 5, logit_bias={77: 100.0})
     barred = queue(engine, random_prompt(1, 20), 5, logit_bias={usual[0]: -100.0})
     even = queue(engine, random_prompt(1, 20), 14, logit_bias={usual[0]: 0.0})
-    sampled = queue(engine, random_prompt(1, 20), 9, temperature=1.0, seed=2,
-                    logit_bias={usual[0]: -100.0, 5: 1.0})  # fmt: skip
+    sampled = queue(
+        engine,
+        random_prompt(1, 20),
+        9,
+        temperature=1.0,
+        seed=2,
+        logit_bias={usual[0]: -100.0, 5: 1.0},
+    )
     finish(engine)
     assert forced.output == [77] * 5
     assert usual[0] not in barred.output + sampled.output

@@ -53,8 +53,9 @@ def cut(alive: set[int], score: dict[int, float], budget: int) -> set[int]:
     return newest | set(rest[: budget - len(newest)])
 
 
-def brute_force(model: torch.nn.Module, prompt: list[int], tokens: list[int], budget: int
-                ) -> list[list[set[int]]]:  # fmt: skip
+def brute_force(
+    model: torch.nn.Module, prompt: list[int], tokens: list[int], budget: int
+) -> list[list[set[int]]]:
     """Kept positions of layer 0 per KV head, from whole attention rows of layer 0.
 
     Layer 0's queries and keys do not depend on what deeper layers dropped, so a row over the
@@ -91,8 +92,14 @@ def test_running_scores_and_per_head_eviction_against_brute_force() -> None:
     model = tiny_model("llama", torch.float64)
     prompt = random_prompt(4, 60)
     for chunk in (1024, 13):
-        llm = LLM(model, policy=HeavyHitters(), kv_memory="4MiB", page_size=4, poison=True,
-                  prefill_chunk=chunk)  # fmt: skip
+        llm = LLM(
+            model,
+            policy=HeavyHitters(),
+            kv_memory="4MiB",
+            page_size=4,
+            poison=True,
+            prefill_chunk=chunk,
+        )
         trace = llm.trace(prompt, max_tokens=30)
         expected = brute_force(model, prompt, trace.token_ids, 20)
         heads = [set(head.tolist()) for head in trace.kept_positions[0]]

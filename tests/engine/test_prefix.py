@@ -61,8 +61,11 @@ def test_a_compressed_prefix_serves_every_question_alike(policy: str) -> None:
 def test_prefixes_of_different_policies_side_by_side() -> None:
     llm = build("full")
     text, question = random_prompt(1, 150), random_prompt(2, 10)
-    caches = [llm.prefill(text, "snapkv", keep=0.3), llm.prefill(text, PyramidInfer()),
-              llm.prefill(text)]  # fmt: skip
+    caches = [
+        llm.prefill(text, "snapkv", keep=0.3),
+        llm.prefill(text, PyramidInfer()),
+        llm.prefill(text),
+    ]
     assert [c.policy.name for c in caches] == ["snapkv", "pyramidinfer", "full"]
     outputs = llm.generate([question] * 3, PARAMS, prefix=caches)
     assert outputs[2].token_ids == alone("full", "llama", text + question, PARAMS)
@@ -101,9 +104,11 @@ def test_what_cannot_be_is_said() -> None:
         (lambda: llm.prefill(random_prompt(1, 9), "snapkw"), "snapkv"),
         (lambda: llm.prefill(random_prompt(1, 9), "h2o"), "slot_scores"),
         (lambda: llm.generate([[]], PARAMS, prefix=cache), "empty|no token"),
-        (lambda: llm.generate([random_prompt(2, 5)], PARAMS, prefix=cache, policy=SnapKV()),
-         "policy='snapkv' beside .*: give the policy to prefill"),
-    ):  # fmt: skip
+        (
+            lambda: llm.generate([random_prompt(2, 5)], PARAMS, prefix=cache, policy=SnapKV()),
+            "policy='snapkv' beside .*: give the policy to prefill",
+        ),
+    ):
         with pytest.raises(ValueError, match=words):
             wrong()
     cache.release()

@@ -27,8 +27,15 @@ from tests.tiny import random_prompt
 FAMILIES = ("llama", "gemma3_text", "opt", "phi3")
 #: Policies that hold a budget while decoding, and can be held to a lower one.
 ELASTIC = (
-    "duo", "h2o", "pyramid", "rkv", "scissorhands", "streaming_llm", "tova", "triattention",
-)  # fmt: skip
+    "duo",
+    "h2o",
+    "pyramid",
+    "rkv",
+    "scissorhands",
+    "streaming_llm",
+    "tova",
+    "triattention",
+)
 SMALL: dict[str, dict[str, Any]] = {
     "duo": {"recent": 8, "min_context": 8},
     "pyramid": {"min_context": 8, "recent": 4, "window": 4},
@@ -38,8 +45,9 @@ SMALL: dict[str, dict[str, Any]] = {
 }
 
 
-def crowded(name: str, family: str, sizes: list[tuple[int, int]], room: float = 1.0,
-            **options: Any) -> Engine:  # fmt: skip
+def crowded(
+    name: str, family: str, sizes: list[tuple[int, int]], room: float = 1.0, **options: Any
+) -> Engine:
     """An overcommitted engine with ``room`` times what the largest (prompt, new) can need."""
     roomy = start(name, family)
     most = max(
@@ -48,8 +56,13 @@ def crowded(name: str, family: str, sizes: list[tuple[int, int]], room: float = 
     )
     size = roomy.pool.layout.page_bytes[0]
     options = {"expected_output": 0.0, **options}
-    return start(name, family, admission="overcommit",
-                 kv_memory=(int(most * room) // size + 1) * size, **options)  # fmt: skip
+    return start(
+        name,
+        family,
+        admission="overcommit",
+        kv_memory=(int(most * room) // size + 1) * size,
+        **options,
+    )
 
 
 def held_to(policy: Any, length: int, layers: Layers) -> list[tuple[int, ...]]:
@@ -64,8 +77,9 @@ def held_to(policy: Any, length: int, layers: Layers) -> list[tuple[int, ...]]:
 Plan = tuple[Policy | None, int, int]
 
 
-def squeezed(family: str, plans: list[Plan], share: float = 0.4, **options: Any
-             ) -> tuple[Engine, list[Request]]:  # fmt: skip
+def squeezed(
+    family: str, plans: list[Plan], share: float = 0.4, **options: Any
+) -> tuple[Engine, list[Request]]:
     """An engine with requests that all can begin, and memory for ``share`` of what they grow by."""
 
     def add(engine: Engine) -> list[Request]:
@@ -99,14 +113,17 @@ def test_nothing_runs_short_and_nothing_is_lost(name: str, data: st.DataObject) 
     sizes = [(data.draw(st.integers(1, 50)), data.draw(st.integers(1, 30))) for _ in range(count)]
     samples = [data.draw(st.sampled_from([1, 1, 2, 3])) for _ in range(count)]
     engine = crowded(
-        name, family, sizes, data.draw(st.sampled_from([1.0, 1.5])),
+        name,
+        family,
+        sizes,
+        data.draw(st.sampled_from([1.0, 1.5])),
         expected_output=data.draw(st.sampled_from([0.0, 0.5])),
         preempt=data.draw(st.sampled_from(["swap", "recompute"])),
         elastic=data.draw(st.sampled_from([None, None, 0.2])),
         prefill_chunk=data.draw(st.sampled_from([5, 1024])),
         step_tokens=data.draw(st.sampled_from([8, 300])),
         max_requests=data.draw(st.sampled_from([3, 64])),
-    )  # fmt: skip
+    )
     requests: list[Request] = []
     for seed, (length, new) in enumerate(sizes):
         params = {"temperature": 0.9, "seed": 10 * seed}
@@ -347,8 +364,9 @@ def test_a_prompt_in_progress_is_preempted_too() -> None:
 
 def test_samples_that_wait_for_a_preempted_prompt() -> None:
     for preempt in ("swap", "recompute"):
-        engine = start("full", admission="overcommit", step_tokens=8, prefill_chunk=8,
-                       preempt=preempt)  # fmt: skip
+        engine = start(
+            "full", admission="overcommit", step_tokens=8, prefill_chunk=8, preempt=preempt
+        )
         request = queue(engine, random_prompt(1, 30), 12, None, 3, temperature=0.8, seed=4)
         step(engine)
         engine.scheduler._preempt()

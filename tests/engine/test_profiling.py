@@ -56,9 +56,17 @@ def weights(family: str, passage: list[int], repeated: list[int], **sizes: Any) 
     """``[kv_heads, passage]`` per layer: transformers' model, its attention as a full matrix."""
     seen: list[Any] = []
 
-    def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float,
-               sliding_window: int | None = None, softcap: float | None = None, **_: Any
-               ) -> tuple[Tensor, None]:  # fmt: skip
+    def attend(
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Any,
+        scaling: float,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        **_: Any,
+    ) -> tuple[Tensor, None]:
         kv, length = key.shape[1], key.shape[2]
         logits = torch.einsum("kgqd,knd->kgqn", query[0].unflatten(0, (kv, -1)), key[0]) * scaling
         if softcap is not None:
@@ -150,8 +158,12 @@ def unrotated(family: str, passage: list[int]) -> list[Tensor]:
         return [each[0] * 8**-0.5 for each in found]
     if family == "gpt_neox":  # a head's queries, keys and values side by side
         found = [each.unflatten(-1, (4, 3, 8))[..., 0, :] for each in found]
-    return [each[0].unflatten(-1, (4, 8)).transpose(0, 1) * 8**-0.5 if each.dim() == 3
-            else each[0].transpose(0, 1) * 8**-0.5 for each in found]  # fmt: skip
+    return [
+        each[0].unflatten(-1, (4, 8)).transpose(0, 1) * 8**-0.5
+        if each.dim() == 3
+        else each[0].transpose(0, 1) * 8**-0.5
+        for each in found
+    ]
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_neox", "opt"])

@@ -17,8 +17,14 @@ from tests.engine.serving import NAMES, finish, queue, start
 from tests.tiny import of_layers, random_prompt
 
 
-def talk(engine: Engine, prompt: list[int], new: int = 6, owner: str | None = "ann",
-         policy: Policy | None = None, samples: int = 1) -> Request:  # fmt: skip
+def talk(
+    engine: Engine,
+    prompt: list[int],
+    new: int = 6,
+    owner: str | None = "ann",
+    policy: Policy | None = None,
+    samples: int = 1,
+) -> Request:
     """A turn, to its end."""
     request = queue(engine, prompt, new, policy, samples, owner)
     finish(engine)
@@ -72,8 +78,13 @@ def test_a_taken_up_cache_is_an_extended_one(name: str) -> None:
     engine.check()
 
 
-def misses(engine: Engine, prompt: list[int], owner: str | None, policy: Policy | None = None,
-           protect: tuple[tuple[int, int], ...] = ()) -> Request:  # fmt: skip
+def misses(
+    engine: Engine,
+    prompt: list[int],
+    owner: str | None,
+    policy: Policy | None = None,
+    protect: tuple[tuple[int, int], ...] = (),
+) -> Request:
     """A turn that begins from scratch and leaves what is held alone."""
     before, held = engine.conversations.hits, list(engine.conversations.held)
     request = engine.make(prompt, SamplingParams(max_tokens=3), policy=policy, protect=protect)
@@ -288,8 +299,9 @@ def test_one_request_never_reads_anothers_pages(name: str) -> None:
     for number in range(8):
         policy = policy_named(policies[number % 4])
         owner = f"owner {number}" if number % 3 == 0 else None
-        requests.append(queue(engine, random_prompt(number, 12 + 3 * number), 10, policy,
-                              1 + number % 2, owner))  # fmt: skip
+        requests.append(
+            queue(engine, random_prompt(number, 12 + 3 * number), 10, policy, 1 + number % 2, owner)
+        )
     while not engine.scheduler.idle:
         engine.step()
         engine.pool.check()

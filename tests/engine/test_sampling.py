@@ -36,8 +36,10 @@ def test_a_seed_repeats_and_neighbours_do_not_matter() -> None:
     first = run(params).token_ids
     others = [random_prompt(i, 9) for i in range(3)]
     assert build().generate([*others, PROMPT], params)[-1].token_ids == first
-    assert run(SamplingParams(max_tokens=20, temperature=1.5, seed=6, ignore_eos=True)
-               ).token_ids != first  # fmt: skip
+    assert (
+        run(SamplingParams(max_tokens=20, temperature=1.5, seed=6, ignore_eos=True)).token_ids
+        != first
+    )
 
 
 def test_sampled_shares_follow_the_softmax() -> None:
@@ -57,11 +59,17 @@ def test_sampled_shares_follow_the_softmax() -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {"top_k": 1}, {"top_p": 1e-6}, {"top_p": 0}, {"min_p": 1.0}, {"temperature": 1e-5},
-        {"temperature": 1e-8}, {"temperature": 1e-40}, {"temperature": 1e-300},
+        {"top_k": 1},
+        {"top_p": 1e-6},
+        {"top_p": 0},
+        {"min_p": 1.0},
+        {"temperature": 1e-5},
+        {"temperature": 1e-8},
+        {"temperature": 1e-40},
+        {"temperature": 1e-300},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_the_tightest_filter_is_greedy(options: dict[str, Any]) -> None:
     greedy = run(SamplingParams(max_tokens=12, ignore_eos=True)).token_ids
     params = SamplingParams(max_tokens=12, ignore_eos=True, **{"temperature": 1.0, **options})
@@ -84,9 +92,12 @@ def test_repetition_penalty_equals_transformers() -> None:
     model = tiny_model("llama")
     with torch.no_grad():
         theirs = model.generate(
-            torch.tensor([PROMPT]), attention_mask=torch.ones(1, len(PROMPT)), do_sample=False,
-            max_new_tokens=30, repetition_penalty=1.3,
-        )[0, len(PROMPT) :].tolist()  # fmt: skip
+            torch.tensor([PROMPT]),
+            attention_mask=torch.ones(1, len(PROMPT)),
+            do_sample=False,
+            max_new_tokens=30,
+            repetition_penalty=1.3,
+        )[0, len(PROMPT) :].tolist()
     mine = LLM(model, policy="full", kv_memory="1MiB").generate(
         [PROMPT], SamplingParams(max_tokens=30, repetition_penalty=1.3)
     )[0]

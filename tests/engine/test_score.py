@@ -82,8 +82,10 @@ def test_a_policy_of_the_call_is_as_an_llm_of_that_policy() -> None:
     def found(llm: LLM, **options: Any) -> list[Any]:
         outs = llm.generate(contexts, sampling, **options)
         scores = llm.score(contexts, continuations, **options)
-        return [[(o.token_ids, o.kv.kept_len) for o in outs],
-                [(s.logprobs, s.kv.kept_len) for s in scores]]  # fmt: skip
+        return [
+            [(o.token_ids, o.kv.kept_len) for o in outs],
+            [(s.logprobs, s.kv.kept_len) for s in scores],
+        ]
 
     full = found(whole)
     for name in ("snapkv", "pyramidinfer", "streaming_llm"):
@@ -102,8 +104,11 @@ def test_a_policy_of_the_call_can_be_wrong() -> None:
         lambda policy: llm.score([[5, 6]], [[7]], policy=policy),
     ]
     for ask in asks:
-        for policy, words in ((0.5, "neither a name nor a policy"), ("snapkw", "snapkv"),
-                              ("h2o", "slot_scores=True")):  # fmt: skip
+        for policy, words in (
+            (0.5, "neither a name nor a policy"),
+            ("snapkw", "snapkv"),
+            ("h2o", "slot_scores=True"),
+        ):
             with pytest.raises(ValueError, match=words):
                 ask(policy)
     assert llm.engine.scheduler.idle and llm.engine.pool.budget_used == 0

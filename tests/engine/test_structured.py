@@ -37,14 +37,19 @@ def chained(links: int) -> dict[str, str]:
 #: Small ones that end the process that reads them, or keep it busy for ever.
 HOSTILE = {
     "schema": chained(1400),
-    "rules": {"grammar": "\n".join(["start: r0", *(f"r{i}: r{i + 1}" for i in range(5000)),
-                                    'r5000: "a"'])},
-    "terms": {"grammar": "\n".join(["start: R0", *(f"R{i}: R{i + 1}" for i in range(5000)),
-                                    'R5000: "a"'])},
-    "patterns": {"json": json.dumps({"type": "string", "allOf": [
-        {"pattern": f"^.*a.{{{i}}}b.*$"} for i in range(40)]})},
+    "rules": {
+        "grammar": "\n".join(["start: r0", *(f"r{i}: r{i + 1}" for i in range(5000)), 'r5000: "a"'])
+    },
+    "terms": {
+        "grammar": "\n".join(["start: R0", *(f"R{i}: R{i + 1}" for i in range(5000)), 'R5000: "a"'])
+    },
+    "patterns": {
+        "json": json.dumps(
+            {"type": "string", "allOf": [{"pattern": f"^.*a.{{{i}}}b.*$"} for i in range(40)]}
+        )
+    },
     "both": {"grammar": "start: A\nA: " + " & ".join(f"/(.*a.{{{i}}}b.*)/" for i in range(40))},
-}  # fmt: skip
+}
 
 
 def texts(llm: LLM, form: dict[str, Any], **options: Any) -> list[str]:
@@ -67,10 +72,11 @@ def texts(llm: LLM, form: dict[str, Any], **options: Any) -> list[str]:
         ({"regex": r"^[a-c]{2,5}-\d\d$"}, r"[a-c]{2,5}-\d\d"),
         ({"choice": ["left", "right"]}, "left|right"),
         ({"choice": SIGNS}, "|".join(map(re.escape, SIGNS))),
-        ({"grammar": LARK}, "(yes|no)(,(yes|no))*"), ({"grammar": GBNF}, "(yes|no)(,(yes|no))*"),
+        ({"grammar": LARK}, "(yes|no)(,(yes|no))*"),
+        ({"grammar": GBNF}, "(yes|no)(,(yes|no))*"),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_answers_have_the_form(llm: LLM, form: dict[str, Any], pattern: str) -> None:
     assert all(re.fullmatch(pattern, text) for text in texts(llm, form))
 
@@ -87,8 +93,10 @@ def test_json(llm: LLM) -> None:
     [
         ({}, "give one of json, regex, choice, grammar, json_object .given: none"),
         ({"regex": "a", "choice": ["a"]}, "given: regex, choice"),
-        ({"choice": []}, "must be a list of texts"), ({"choice": "ab"}, "must be a list of texts"),
-        ({"regex": 5}, "regex=5 must be a text"), ({"json": []}, "json=.. must be a text"),
+        ({"choice": []}, "must be a list of texts"),
+        ({"choice": "ab"}, "must be a list of texts"),
+        ({"regex": 5}, "regex=5 must be a text"),
+        ({"json": []}, "json=.. must be a text"),
         ({"rgex": "a"}, "did you mean 'regex'"),
         ({"regex": "("}, "the regular expression cannot be followed"),
         ({"grammar": "start: ("}, "the grammar cannot be followed"),
@@ -101,7 +109,7 @@ def test_json(llm: LLM) -> None:
         ({"choice": ["\ud800"]}, "surrogates not allowed"),
         ({"json_object": "yes"}, "json_object='yes' is no bool"),
     ],
-)  # fmt: skip
+)
 def test_forms_that_cannot_be(llm: LLM, form: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message) as error:
         texts(llm, form)
@@ -117,8 +125,12 @@ def test_forms_that_would_end_or_hang_the_process(llm: LLM, form: dict[str, Any]
 def test_large_forms_that_are_well(llm: LLM) -> None:
     properties = {f"name{i}": {"type": "string", "pattern": "^[a-z]{1,9}$"} for i in range(300)}
     wide = {"json": {"properties": properties, "required": ["name7"]}}
-    for form in (chained(60), wide, {"choice": [f"{i}" for i in range(9000)]},
-                 {"regex": "|".join(f"{i}[ab]{{1,3}}" for i in range(3000))}):  # fmt: skip
+    for form in (
+        chained(60),
+        wide,
+        {"choice": [f"{i}" for i in range(9000)]},
+        {"regex": "|".join(f"{i}[ab]{{1,3}}" for i in range(3000))},
+    ):
         params = SamplingParams(max_tokens=3, structured_outputs=StructuredOutputsParams(**form))
         assert llm.generate("Who ?", params)[0].finish_reason in ("stop", "length")
 
@@ -140,9 +152,10 @@ def test_min_tokens(llm: LLM) -> None:
     first = llm.generate("Who ?", SamplingParams(max_tokens=20, logit_bias=ends))[0]
     assert first.token_ids == [END]
     for options in (
-        {"logit_bias": ends}, {"logit_bias": ends, "temperature": 1.0},
+        {"logit_bias": ends},
+        {"logit_bias": ends, "temperature": 1.0},
         {"logit_bias": ends, "ignore_eos": True, "stop_token_ids": [END]},
-    ):  # fmt: skip
+    ):
         params = SamplingParams(max_tokens=20, min_tokens=7, **options)
         (later,) = llm.generate("Who ?", params)
         assert later.finish_reason == "stop" and len(later.token_ids) == 8

@@ -51,9 +51,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     place = tmp_path_factory.mktemp("model")
     tokenizer = build_tokenizer(POSITIONS)
     model = tiny_model(
-        "llama", vocab_size=len(tokenizer), max_position_embeddings=POSITIONS,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
+        "llama",
+        vocab_size=len(tokenizer),
+        max_position_embeddings=POSITIONS,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
     model.save_pretrained(place)
     tokenizer.save_pretrained(place)
     return str(place)
@@ -65,8 +68,9 @@ def evaluate(tmp_path_factory: pytest.TempPathFactory, folder: str) -> Evaluate:
     place = tmp_path_factory.mktemp("tasks")
     starts = [words(seed, count) for seed, count in enumerate((4, 30, 60, 200))]
     llm = LLM(folder, policy="full", kv_memory="16MiB")
-    outs = llm.generate([text for text in starts if len(text.split()) < 100],
-                        SamplingParams(max_tokens=20))  # fmt: skip
+    outs = llm.generate(
+        [text for text in starts if len(text.split()) < 100], SamplingParams(max_tokens=20)
+    )
     said = [out.text.split() for out in outs]  # what greedy decoding says there
     choices = [
         {"q": text, "choices": [" ".join(answer[:3]), "room 472 .", "a"]}
@@ -82,19 +86,26 @@ def evaluate(tmp_path_factory: pytest.TempPathFactory, folder: str) -> Evaluate:
     }
     tasks: dict[str, dict[str, Any]] = {
         "choice": {
-            "output_type": "multiple_choice", "doc_to_text": "{{q}}", "doc_to_target": "{{a}}",
-            "doc_to_choice": "{{choices}}", "metric_list": [{"metric": "acc"}],
+            "output_type": "multiple_choice",
+            "doc_to_text": "{{q}}",
+            "doc_to_target": "{{a}}",
+            "doc_to_choice": "{{choices}}",
+            "metric_list": [{"metric": "acc"}],
         },
         "rolling": {
-            "output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{text}}",
+            "output_type": "loglikelihood_rolling",
+            "doc_to_text": "",
+            "doc_to_target": "{{text}}",
             "metric_list": [{"metric": "word_perplexity"}],
         },
         "answer": {
-            "output_type": "generate_until", "doc_to_text": "{{text}}", "doc_to_target": "x",
+            "output_type": "generate_until",
+            "doc_to_text": "{{text}}",
+            "doc_to_target": "x",
             "metric_list": [{"metric": "exact_match"}],
             "generation_kwargs": {"until": [said[1][9], " " + said[2][5]], "max_gen_toks": 24},
         },
-    }  # fmt: skip
+    }
     for name, task in tasks.items():
         data = place / f"{name}.jsonl"
         data.write_text("".join(json.dumps(row) + "\n" for row in rows[name]))
@@ -105,10 +116,13 @@ def evaluate(tmp_path_factory: pytest.TempPathFactory, folder: str) -> Evaluate:
 
     def run(model: str, only: str = "", **arguments: Any) -> Results:
         results = lm_eval.simple_evaluate(
-            model=model, model_args={"pretrained": folder, **arguments}, bootstrap_iters=0,
+            model=model,
+            model_args={"pretrained": folder, **arguments},
+            bootstrap_iters=0,
             tasks=[dict(task) for name, task in tasks.items() if only in name],
-            batch_size=2, task_manager=manager,
-        )  # fmt: skip
+            batch_size=2,
+            task_manager=manager,
+        )
         assert results is not None
         results["answers"] = {
             name: [answer for sample in samples for answer in sample["filtered_resps"]]
@@ -240,8 +254,12 @@ def shy(folder: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     place = tmp_path_factory.mktemp("shy") / "model"
     shutil.copytree(folder, place)
     tokenizer = json.loads((place / "tokenizer.json").read_text())
-    tokenizer["post_processor"] = {"type": "ByteLevel", "add_prefix_space": True,
-                                   "trim_offsets": False, "use_regex": True}  # fmt: skip
+    tokenizer["post_processor"] = {
+        "type": "ByteLevel",
+        "add_prefix_space": True,
+        "trim_offsets": False,
+        "use_regex": True,
+    }
     (place / "tokenizer.json").write_text(json.dumps(tokenizer))
     return str(place)
 
@@ -257,9 +275,10 @@ def test_add_bos_token_is_that_of_hf(wanted: bool | None, shy: str) -> None:
     ends = asked(("the old baker", {"until": ["."], "max_gen_toks": 6}))
     texts = asked((words(3, 50),))
     for value, other in zip(
-        ours.loglikelihood(pairs, disable_tqdm=True), own.loglikelihood(pairs, disable_tqdm=True),
+        ours.loglikelihood(pairs, disable_tqdm=True),
+        own.loglikelihood(pairs, disable_tqdm=True),
         strict=True,
-    ):  # fmt: skip
+    ):
         assert value == (pytest.approx(other[0], abs=1e-4), other[1])
     assert ours.loglikelihood_rolling(texts, disable_tqdm=True) == pytest.approx(
         own.loglikelihood_rolling(texts, disable_tqdm=True), abs=1e-4
@@ -372,8 +391,10 @@ def test_continuations_that_cannot_be_scored(snapkv: PyramidInferLM) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"polcy": "full"}, "unknown model argument 'polcy' with policy 'pyramid'; did you "
-                            "mean 'policy'"),
+        (
+            {"polcy": "full"},
+            "unknown model argument 'polcy' with policy 'pyramid'; did you mean 'policy'",
+        ),
         ({"policy": "snapkv", "windw": 8}, "did you mean 'window'"),
         ({"policy": "full", "window": 8}, "unknown model argument 'window' with policy 'full'"),
         ({"policy": "snap"}, "unknown policy 'snap'; did you mean 'snapkv'"),
@@ -387,7 +408,7 @@ def test_continuations_that_cannot_be_scored(snapkv: PyramidInferLM) -> None:
         ({"tokenizer": None}, "has no tokenizer"),
         ({"pretrained": "./nowhere"}, "'./nowhere' does not exist"),
     ],
-)  # fmt: skip
+)
 def test_bad_arguments(folder: str, arguments: dict[str, Any], message: str) -> None:
     given = {"pretrained": folder, "kv_memory": "16MiB", **arguments}
     with pytest.raises(ValueError, match=re.escape(message)):
@@ -403,8 +424,10 @@ def test_arguments_as_text(folder: str, monkeypatch: pytest.MonkeyPatch) -> None
         lm = PyramidInferLM.create_from_arg_string(arguments, others)
         assert lm.device.type == "cpu"
         assert (lm.llm.policy.name, lm.llm.policy.keep, lm.llm.policy.window) == (
-            "pyramidkv", 0.4, 6,
-        )  # fmt: skip
+            "pyramidkv",
+            0.4,
+            6,
+        )
         assert lm.llm.engine.config.max_requests == 3
     with pytest.raises(ValueError, match="model_args needs pretrained="):
         PyramidInferLM.create_from_arg_string("policy=full")
@@ -437,12 +460,22 @@ def test_the_command_with_the_shipped_model(tmp_path: Path) -> None:
     )
     done = subprocess.run(
         [
-            sys.executable, "-c", code, "--model", "pyramidinfer",
-            "--model_args", f"pretrained={shipped_model()},policy=snapkv,keep=0.3,window=16,"
-            "kv_memory=64MiB", "--tasks", str(task), "--output_path", str(tmp_path / "out"),
+            sys.executable,
+            "-c",
+            code,
+            "--model",
+            "pyramidinfer",
+            "--model_args",
+            f"pretrained={shipped_model()},policy=snapkv,keep=0.3,window=16,kv_memory=64MiB",
+            "--tasks",
+            str(task),
+            "--output_path",
+            str(tmp_path / "out"),
         ],
-        capture_output=True, text=True, cwd=tmp_path,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
     assert done.returncode == 0, done.stderr
     assert "word_perplexity" in done.stdout
     assert "'kept_share': 0.3" in done.stderr

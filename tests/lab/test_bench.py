@@ -23,9 +23,13 @@ from pyramidinfer.lab.shapes import SHAPES, make_model, save_model, shape_config
 from tests.tiny import tiny_model
 
 SMALL: dict[str, Any] = {
-    "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "intermediate_size": 96, "vocab_size": 512,
-}  # fmt: skip
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 96,
+    "vocab_size": 512,
+}
 POLICIES = "full,pyramidinfer,snapkv"
 
 
@@ -50,10 +54,12 @@ def bench(
 
 
 def is_whole(entry: dict[str, Any], picture: Path) -> bool:
-    return (
-        {"commit", "machine", "configuration", "result"} <= entry.keys()
-        and picture.read_bytes().startswith(b"\x89PNG")
-    )  # fmt: skip
+    return {
+        "commit",
+        "machine",
+        "configuration",
+        "result",
+    } <= entry.keys() and picture.read_bytes().startswith(b"\x89PNG")
 
 
 # --- shapes ---------------------------------------------------------------------------------------
@@ -162,9 +168,12 @@ def test_auto_memory_holds_all_requests_and_hardly_more() -> None:
     for spec in Setting().policies:
         engine = subject.engine(spec, 5, 60, 8)
         assert run_pass(engine, subject.prompts(5, 60), 8).peak_in_flight == 5
-        assert engine.pool.budget < 1.6 * 5 * engine.ledger.cost(
-            engine.policy, 60, 8, subject.runner.layers_for(68), 0
-        ).bytes  # fmt: skip
+        assert (
+            engine.pool.budget
+            < 1.6
+            * 5
+            * engine.ledger.cost(engine.policy, 60, 8, subject.runner.layers_for(68), 0).bytes
+        )
 
 
 def test_keep_goes_to_those_who_take_it() -> None:
@@ -179,9 +188,22 @@ def test_keep_goes_to_those_who_take_it() -> None:
 
 def test_throughput(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code, entry = bench(
-        tmp_path, monkeypatch, "throughput", "--policies", POLICIES, "--batch", "3",
-        "--prompt-len", "80", "--output-len", "4", "--repeats", "2", "--dtype", "float32",
-    )  # fmt: skip
+        tmp_path,
+        monkeypatch,
+        "throughput",
+        "--policies",
+        POLICIES,
+        "--batch",
+        "3",
+        "--prompt-len",
+        "80",
+        "--output-len",
+        "4",
+        "--repeats",
+        "2",
+        "--dtype",
+        "float32",
+    )
     assert code == 0 and is_whole(entry, tmp_path / "throughput.png")
     rows = {row["policy"]: row for row in entry["result"]["rows"]}
     assert list(rows) == POLICIES.split(",")
@@ -203,9 +225,20 @@ def test_throughput(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_latency(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code, entry = bench(
-        tmp_path, monkeypatch, "latency", "--policies", "full,snapkv", "--batch", "1,2",
-        "--prompt-len", "40,60", "--output-len", "3", "--repeats", "2",
-    )  # fmt: skip
+        tmp_path,
+        monkeypatch,
+        "latency",
+        "--policies",
+        "full,snapkv",
+        "--batch",
+        "1,2",
+        "--prompt-len",
+        "40,60",
+        "--output-len",
+        "3",
+        "--repeats",
+        "2",
+    )
     assert code == 0 and is_whole(entry, tmp_path / "latency.png")
     rows = entry["result"]["rows"]
     assert len(rows) == 8
@@ -217,9 +250,20 @@ def test_latency(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code, entry = bench(
-        tmp_path, monkeypatch, "memory", "--policies", "full,streaming_llm", "--prompt-len", "200",
-        "--output-len", "4", "--kv-memory", "1MiB", "--dtype", "float32",
-    )  # fmt: skip
+        tmp_path,
+        monkeypatch,
+        "memory",
+        "--policies",
+        "full,streaming_llm",
+        "--prompt-len",
+        "200",
+        "--output-len",
+        "4",
+        "--kv-memory",
+        "1MiB",
+        "--dtype",
+        "float32",
+    )
     assert code == 0 and is_whole(entry, tmp_path / "memory.png")
     full, cut = entry["result"]["rows"]
     assert 1 <= full["fits"] <= full["in_flight"] < full["requests"]
@@ -227,25 +271,60 @@ def test_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert cut["kv_bytes_per_request"] < full["kv_bytes_per_request"]
     assert full["peak_kv_bytes"] <= full["kv_memory"] == 2**20
     code, entry = bench(
-        tmp_path, monkeypatch, "memory", "--policies", "full", "--prompt-len", "2000",
-        "--kv-memory", "1MiB",
-    )  # fmt: skip
+        tmp_path,
+        monkeypatch,
+        "memory",
+        "--policies",
+        "full",
+        "--prompt-len",
+        "2000",
+        "--kv-memory",
+        "1MiB",
+    )
     assert code == 0 and entry["result"]["rows"][0]["fits"] == 0
     assert "raise kv_memory" in entry["result"]["rows"][0]["reason"]
 
 
 def test_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels.KernelPlan.__init__, "__defaults__", (
-        "auto", "bfloat16", "auto", (1,), (64,), 0, 1, 1, 2**18, 16,
-    ))  # fmt: skip
+    monkeypatch.setattr(
+        kernels.KernelPlan.__init__,
+        "__defaults__",
+        (
+            "auto",
+            "bfloat16",
+            "auto",
+            (1,),
+            (64,),
+            0,
+            1,
+            1,
+            2**18,
+            16,
+        ),
+    )
     code, entry = bench(
-        tmp_path, monkeypatch, "kernels", "--batch", "1,2", "--prompt-len", "64,128",
-        "--repeats", "1", "--dtype", "float32",
-    )  # fmt: skip
+        tmp_path,
+        monkeypatch,
+        "kernels",
+        "--batch",
+        "1,2",
+        "--prompt-len",
+        "64,128",
+        "--repeats",
+        "1",
+        "--dtype",
+        "float32",
+    )
     assert code == 0 and is_whole(entry, tmp_path / "kernels.png")
     rows = entry["result"]["rows"]
-    names = {"decode", "decode, unequal heads", "window scores", "column sums", "prefill",
-             "keep half"}  # fmt: skip
+    names = {
+        "decode",
+        "decode, unequal heads",
+        "window scores",
+        "column sums",
+        "prefill",
+        "keep half",
+    }
     assert {row["kernel"] for row in rows} == names
     assert len(rows) == 2 * 2 * (2 * 2 + 4)
     assert {row["against"] for row in rows if "unequal" in row["kernel"]} == {"equal heads"}
@@ -289,9 +368,13 @@ def test_compaction_counts_the_bytes_that_move() -> None:
     ],
 )
 def test_mistakes_are_one_line(
-    name: str, words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    words: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     code, entry = bench(tmp_path, monkeypatch, name, *words)
     said = capsys.readouterr().err
     assert code == 2 and not entry

@@ -109,14 +109,23 @@ def test_ratios_and_bars() -> None:
     def row(cell: str, engine: str, speed: float) -> dict[str, Any]:
         return {"cell": cell, "engine": engine, "output_tokens_per_second": {"median": speed}}
 
-    rows = [row("paper", DYNAMIC, 10.0), row("paper", STATIC, 20.0), row("paper", "pyramid", 90.0),
-            row("long", "full", 10.0), row("long", "pyramid", 15.0),
-            row("long", "pyramidinfer", 16.0)]  # fmt: skip
+    rows = [
+        row("paper", DYNAMIC, 10.0),
+        row("paper", STATIC, 20.0),
+        row("paper", "pyramid", 90.0),
+        row("long", "full", 10.0),
+        row("long", "pyramid", 15.0),
+        row("long", "pyramidinfer", 16.0),
+    ]
     attention = {"heads": 4, "kv_heads": 2, "batch": 1, "context": 8}
-    result = {"rows": rows, "is_toy": False, "attention": [
-        {**attention, "backend": "triton", "share_of_copy_bandwidth": 0.71},
-        {**attention, "error": "out of memory"},
-    ]}  # fmt: skip
+    result = {
+        "rows": rows,
+        "is_toy": False,
+        "attention": [
+            {**attention, "backend": "triton", "share_of_copy_bandwidth": 0.71},
+            {**attention, "error": "out of memory"},
+        ],
+    }
     found = {(bar["cell"], bar["ours"], bar["against"]): bar for bar in bars(result)}
     paper = found["paper", "pyramid", STATIC]
     assert (paper["ratio"], paper["bar"], paper["paper"], paper["met"]) == (4.5, 4.0, 2.24, True)

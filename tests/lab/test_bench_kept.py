@@ -35,16 +35,19 @@ def chosen(*heads: list[int], length: int = 6) -> np.ndarray:
 def test_entries_that_both_keep() -> None:
     ours, theirs = chosen([0, 1, 2, 3], [0, 5]), chosen([0, 1, 4, 5], [0, 5])
     assert agreement(ours, theirs, "head") == {
-        "same": {"mean": 0.75, "least": 0.5}, "at_most": 1.0,
-    }  # fmt: skip
+        "same": {"mean": 0.75, "least": 0.5},
+        "at_most": 1.0,
+    }
     assert agreement(ours, theirs, "layer")["same"] == {"mean": 4 / 6, "least": 4 / 6}
     fewer = chosen([0, 1], [0, 1, 2, 5])
     assert agreement(ours, fewer, "head") == {
-        "same": {"mean": 0.5, "least": 0.5}, "at_most": 0.5,
-    }  # fmt: skip
+        "same": {"mean": 0.5, "least": 0.5},
+        "at_most": 0.5,
+    }
     assert agreement(ours, fewer, "model") == {
-        "same": {"mean": 4 / 6, "least": 4 / 6}, "at_most": 1.0,
-    }  # fmt: skip
+        "same": {"mean": 4 / 6, "least": 4 / 6},
+        "at_most": 1.0,
+    }
 
 
 def test_ranks_compare_what_shares_a_budget() -> None:
@@ -117,10 +120,11 @@ def test_ours_beside_what_is_said(tmp_path: Path, folders: dict[str, Path]) -> N
     cases = [
         Case("streaming_llm", ("StreamingLLMPress", {"n_sink": 4})),
         Case("keydiff", ("KeyDiffPress", {}), why="all"),
-        Case("snapkv:adaptive=True", ("AdaKVPress", {"press": ("SnapKVPress", {})}), "layer",
-             last=32),
+        Case(
+            "snapkv:adaptive=True", ("AdaKVPress", {"press": ("SnapKVPress", {})}), "layer", last=32
+        ),
         Case("kvzip:sinks=0,chunk_length=70", ("KVzipPress", {}), "model"),
-    ]  # fmt: skip
+    ]
     out = tmp_path / "kept.json"
     result = run_kept(PLAN, cases, out, tmp_path / "work", **folders)
     streaming, keydiff, adaptive, kvzip = result["rows"]
@@ -136,7 +140,7 @@ def test_ours_beside_what_is_said(tmp_path: Path, folders: dict[str, Path]) -> N
     assert job["cases"]["snapkv:adaptive=True"] == {
         "press": "AdaKVPress",
         "options": {"press": {"press": "SnapKVPress", "options": {}}},
-    }  # fmt: skip
+    }
     assert not (Path(job["model"]) / "chat_template.jinja").exists()
 
     entry = json.loads(out.read_text())
@@ -166,8 +170,9 @@ def test_scores_are_those_entries_are_kept_by() -> None:
     ours, _ = kept._ours(PLAN, case, ids, None)
     assert ours.scores is not None and ours.kept[..., -32:].all()
     count = round(PLAN.keep * length) - 32
-    for held, scores in zip(ours.kept.reshape(-1, length), ours.scores.reshape(-1, length),
-                            strict=True):  # fmt: skip
+    for held, scores in zip(
+        ours.kept.reshape(-1, length), ours.scores.reshape(-1, length), strict=True
+    ):
         best = np.argsort(-scores[:-32], kind="stable")[:count]
         assert set(best) == set(held[:-32].nonzero()[0])
 
@@ -239,19 +244,24 @@ def test_the_driver_reads_what_is_removed_and_what_is_masked(
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: kvpress\nVersion: 0.1\n")
     plain = {"press": "Press", "options": {"shift": 3}}
     job = {
-        "model": shipped_model(), "ids": list(range(10, 30)), "threads": 1, "ratio": 0.75,
+        "model": shipped_model(),
+        "ids": list(range(10, 30)),
+        "threads": 1,
+        "ratio": 0.75,
         "cases": {
             "removed": plain,
             "masked": {"press": "Masking", "options": {"press": plain}},
             "again": {"press": "Again", "options": {}},
         },
-    }  # fmt: skip
+    }
     (tmp_path / "job.json").write_text(json.dumps(job))
     done = subprocess.run(
         [sys.executable, str(DRIVERS / "keep_kvpress.py"), str(tmp_path / "job.json")],
-        capture_output=True, text=True, timeout=120,
+        capture_output=True,
+        text=True,
+        timeout=120,
         env={**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     said: dict[str, Any] = json.loads(done.stdout)
     layers, heads, words = sizes

@@ -21,9 +21,13 @@ from pyramidinfer.lab.shapes import SHAPES
 ROOT = Path(__file__).parents[2]
 DRIVERS = ROOT / "benchmarks" / "peers"
 SMALL: dict[str, Any] = {
-    "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "intermediate_size": 96, "vocab_size": 512,
-}  # fmt: skip
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 96,
+    "vocab_size": 512,
+}
 
 FAKE = """
 import sys, json
@@ -62,12 +66,20 @@ def fake(name: str, **options: Any) -> Engine:
     return Engine(name, None, "fake.py", options)
 
 
-def compare(tmp_path: Path, drivers: Path, *entries: Engine, keep: bool = False, **changes: Any
-            ) -> dict[str, Any]:  # fmt: skip
+def compare(
+    tmp_path: Path, drivers: Path, *entries: Engine, keep: bool = False, **changes: Any
+) -> dict[str, Any]:
     plan = Comparison(parse_workloads("T=2x5+3"), "small", 1, **changes)
     out = tmp_path / "peers.json"
-    result = run_peers(plan, entries, out, tmp_path / "work", drivers=drivers, keep=keep,
-                       environments=tmp_path / "environments")  # fmt: skip
+    result = run_peers(
+        plan,
+        entries,
+        out,
+        tmp_path / "work",
+        drivers=drivers,
+        keep=keep,
+        environments=tmp_path / "environments",
+    )
     assert json.loads(out.read_text())["result"] == result
     return result
 
@@ -77,15 +89,24 @@ def test_engines_that_fail_or_are_missing_are_rows(tmp_path: Path, drivers: Path
     environment.mkdir(parents=True)
     (environment / "failed.txt").write_text("broken==1\ncannot be installed\n")
     result = compare(
-        tmp_path, drivers, fake("transformers"), fake("short", wrong=1), fake("dead", fails=True),
-        Engine("absent", "absent", "fake.py"), Engine("broken", "broken", "fake.py"),
+        tmp_path,
+        drivers,
+        fake("transformers"),
+        fake("short", wrong=1),
+        fake("dead", fails=True),
+        Engine("absent", "absent", "fake.py"),
+        Engine("broken", "broken", "fake.py"),
         Engine("mute", None, "mute.py"),
-    )  # fmt: skip
+    )
     rows = {row["engine"]: row for row in result["rows"]}
     assert {name: row["status"] for name, row in rows.items()} == {
-        "transformers": "ok", "short": "failed", "dead": "failed", "absent": "not installed",
-        "broken": "not installed", "mute": "failed",
-    }  # fmt: skip
+        "transformers": "ok",
+        "short": "failed",
+        "dead": "failed",
+        "absent": "not installed",
+        "broken": "not installed",
+        "mute": "failed",
+    }
     assert "3 tokens each were asked for; the engine made [2, 2]" in rows["short"]["reason"]
     assert "the engine cannot start" in rows["dead"]["reason"]
     assert "run `make peers`" in rows["absent"]["reason"]
@@ -111,8 +132,9 @@ def test_rows_of_another_run_are_marked_and_give_no_ratio(
 ) -> None:
     first = compare(tmp_path, drivers, fake("transformers"), fake("other"))
     assert {line[1]: line[6] != "–" for line in peers_rows(first)} == {
-        "transformers": True, "other": True,
-    }  # fmt: skip
+        "transformers": True,
+        "other": True,
+    }
     for row in first["rows"]:
         row["run"] = "2020-01-01T00:00:00Z"
     path = tmp_path / "peers.json"
@@ -145,8 +167,13 @@ def test_a_driver_that_hangs_is_stopped(
 
 def test_real_drivers_here_agree(tmp_path: Path) -> None:
     """Ours with the full cache and transformers' ``generate``: the same tokens, in float32."""
-    ours = Engine("ours, full", None, "drive_pyramidinfer.py",
-                  {"policy": "full", "kv_memory": "8MiB"}, "float32")  # fmt: skip
+    ours = Engine(
+        "ours, full",
+        None,
+        "drive_pyramidinfer.py",
+        {"policy": "full", "kv_memory": "8MiB"},
+        "float32",
+    )
     theirs = Engine("transformers", None, "drive_transformers.py", {}, "float32")
     result = compare(tmp_path, DRIVERS, ours, theirs)
     rows = {row["engine"]: row for row in result["rows"]}
@@ -162,8 +189,9 @@ def test_engines_and_workloads_by_name() -> None:
     assert len(chosen_engines([""])) == len(ENGINES)
     assert [each.is_ours for each in chosen_engines(["ours"])] == [True] * 3
     assert [each.name for each in chosen_engines(["OpenVINO, ev", "vllm"])] == [
-        "OpenVINO, eviction", "vLLM (CPU)",
-    ]  # fmt: skip
+        "OpenVINO, eviction",
+        "vLLM (CPU)",
+    ]
     with pytest.raises(ValueError, match="did you mean 'llama.cpp'"):
         chosen_engines(["llama-cpp"])
     assert parse_workloads("A,T=2x9+4")["T"].prompt_len == 9
@@ -210,8 +238,10 @@ def test_a_failed_install_leaves_its_reason(tmp_path: Path) -> None:
     script.write_text((DRIVERS / "install.sh").read_text())
     done = subprocess.run(
         ["sh", str(script), "llamacpp", str(tmp_path / "env"), sys.executable, "torch"],
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr
     assert "cannot be installed" in (tmp_path / "env" / "failed.txt").read_text()
     engine = Engine("x", "env", "fake.py")

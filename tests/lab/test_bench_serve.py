@@ -22,12 +22,21 @@ from pyramidinfer.lab.bench.served import Remote, Served, parse_metrics
 from pyramidinfer.lab.numbers_serving import SECTIONS
 
 
-def answered(due: float = 0.0, first: float = 0.5, tokens: int = 5, gap: float = 0.1,
-             **more: Any) -> Record:  # fmt: skip
+def answered(
+    due: float = 0.0, first: float = 0.5, tokens: int = 5, gap: float = 0.1, **more: Any
+) -> Record:
     """A whole answer."""
     arrivals = [first + gap * token for token in range(tokens)]
-    return Record(due=due, sent=due, ended=arrivals[-1], status=200, done=True, arrivals=arrivals,
-                  finish={0: "length"}, **more)  # fmt: skip
+    return Record(
+        due=due,
+        sent=due,
+        ended=arrivals[-1],
+        status=200,
+        done=True,
+        arrivals=arrivals,
+        finish={0: "length"},
+        **more,
+    )
 
 
 # --- arrivals -------------------------------------------------------------------------------------
@@ -69,8 +78,9 @@ class Pieces(httpx.AsyncByteStream):
         self.is_closed = True
 
 
-def chunk(text: str = "", ids: tuple[int, ...] = (), finish: str | None = None, **more: Any
-          ) -> bytes:  # fmt: skip
+def chunk(
+    text: str = "", ids: tuple[int, ...] = (), finish: str | None = None, **more: Any
+) -> bytes:
     choice = {"index": 0, "text": text, "token_ids": list(ids), "finish_reason": finish}
     return f"data: {json.dumps({'choices': [choice], **more}, ensure_ascii=False)}\n\n".encode()
 
@@ -86,10 +96,16 @@ def asked(answer: Callable[[], httpx.Response], leave: Leave | None = None) -> R
 
 def test_a_stream_is_read_whole_however_it_is_torn() -> None:
     usage = {"completion_tokens": 3, "prompt_tokens_details": {"cached_tokens": 7}}
-    whole = b"".join([
-        chunk("a\u2028b", (5,)), chunk("", (6,)), b": a comment\n\n", chunk("ü", (7,), "length"),
-        f"data: {json.dumps({'choices': [], 'usage': usage})}\n\n".encode(), b"data: [DONE]\n\n",
-    ])  # fmt: skip
+    whole = b"".join(
+        [
+            chunk("a\u2028b", (5,)),
+            chunk("", (6,)),
+            b": a comment\n\n",
+            chunk("ü", (7,), "length"),
+            f"data: {json.dumps({'choices': [], 'usage': usage})}\n\n".encode(),
+            b"data: [DONE]\n\n",
+        ]
+    )
     for size in (1, 7, len(whole)):
         pieces = [whole[at : at + size] for at in range(0, len(whole), size)]
         record = asked(lambda pieces=pieces: httpx.Response(200, stream=Pieces(pieces)))
@@ -158,8 +174,9 @@ def test_arrivals_do_not_wait_for_answers() -> None:
             if here == 6:
                 all_here.set()
             await all_here.wait()
-            return httpx.Response(200, stream=Pieces([chunk("a", (5,), "stop"),
-                                                      b"data: [DONE]\n\n"]))  # fmt: skip
+            return httpx.Response(
+                200, stream=Pieces([chunk("a", (5,), "stop"), b"data: [DONE]\n\n"])
+            )
 
         transport = httpx.MockTransport(answer)
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
@@ -195,8 +212,10 @@ def test_what_meets_the_limits() -> None:
     uneven.arrivals = [0.5, 0.6, 1.0]  # 0.25 a token, though one took 0.4
     assert meets(uneven, 1.0, 0.25 + 1e-9) and not meets(uneven, 1.0, 0.24)
     for unfinished in (
-        Record(status=429), Record(status=500, error="x"), Record(status=200, arrivals=[0.1]),
-    ):  # fmt: skip
+        Record(status=429),
+        Record(status=500, error="x"),
+        Record(status=200, arrivals=[0.1]),
+    ):
         assert not meets(unfinished, 1.0, 1.0)
 
 
@@ -212,10 +231,11 @@ def test_latency_counts_from_when_a_request_was_due() -> None:
 
 def test_figures_of_a_pass() -> None:
     records = [
-        answered(first=0.5, tokens=5, gap=0.1), answered(due=1.0, first=3.0, tokens=5, gap=0.2),
+        answered(first=0.5, tokens=5, gap=0.1),
+        answered(due=1.0, first=3.0, tokens=5, gap=0.2),
         Record(due=1.5, sent=1.5, ended=1.6, status=429),
         Record(due=1.5, sent=1.5, ended=1.6, status=500, error="it broke"),
-    ]  # fmt: skip
+    ]
     found = figures(records, 10.0, slo_ttft=1.0, slo_itl=0.15)
     assert found["requests"] == 4
     assert (found["completed"], found["refused"], found["failed"]) == (2, 1, 1)
@@ -239,9 +259,11 @@ def test_an_answer_of_another_length_has_failed() -> None:
 
 def test_concurrency_is_compared_with_the_first_policy() -> None:
     rows = [
-        {"policy": "full", "peak_running": 4.0}, {"policy": "pyramid", "peak_running": 5.0},
-        {"policy": "full", "peak_running": 3.0}, {"policy": "pyramid", "peak_running": 10.0},
-    ]  # fmt: skip
+        {"policy": "full", "peak_running": 4.0},
+        {"policy": "pyramid", "peak_running": 5.0},
+        {"policy": "full", "peak_running": 3.0},
+        {"policy": "pyramid", "peak_running": 10.0},
+    ]
     assert serve._concurrency(rows) == [
         {"policy": "full", "peak_running": 4.0, "against_first": 1.0},
         {"policy": "pyramid", "peak_running": 10.0, "against_first": 2.5},
@@ -282,12 +304,26 @@ def test_wrong_values_are_shown(plan: Any, said: str) -> None:
 def test_a_servers_command_and_a_requests_wish() -> None:
     setting = ServerSetting(policies=("full", "snapkv:window=8,keep=.3"), options="--max-waiting 9")
     tail = ["--max-waiting", "9"]
-    assert setting.words("full") == ["--port", "0", "--policy", "full", "--kv-memory", "64MiB",
-                                     *tail]  # fmt: skip
-    assert setting.words("snapkv:window=8,keep=.3")[2:] == [
-        "--policy", "snapkv", "--kv-memory", "64MiB", "--keep", "0.3", "--option", "window=8",
+    assert setting.words("full") == [
+        "--port",
+        "0",
+        "--policy",
+        "full",
+        "--kv-memory",
+        "64MiB",
         *tail,
-    ]  # fmt: skip
+    ]
+    assert setting.words("snapkv:window=8,keep=.3")[2:] == [
+        "--policy",
+        "snapkv",
+        "--kv-memory",
+        "64MiB",
+        "--keep",
+        "0.3",
+        "--option",
+        "window=8",
+        *tail,
+    ]
     assert setting.compression("full") == {}  # its server knows
     there = ServerSetting(url="http://127.0.0.1:1", policies=("pyramid",))
     assert there.compression("pyramid") == {"policy": "pyramid", "keep": 0.45}
@@ -332,15 +368,26 @@ def test_sections_of_results_made_elsewhere() -> None:
     machine = {"processor": "x", "cores": 2, "threads": 2, "torch": "2", "transformers": "5"}
     head = {"commit": "abc", "machine": machine}
     row = {
-        "policy": "full", "rate": 2.0, "completed": 13, "errors": 1, "cut_off": 1,
+        "policy": "full",
+        "rate": 2.0,
+        "completed": 13,
+        "errors": 1,
+        "cut_off": 1,
         "error_words": ["429 Too Many Requests"],
-        "first_token_ms": {"p50": 64.2, "p99": 1074.0}, "concurrency": 0.44,
-        "inter_token_ms": {"p50": 1.58, "p99": 3.0}, "output_tokens_per_second": 139.1,
+        "first_token_ms": {"p50": 64.2, "p99": 1074.0},
+        "concurrency": 0.44,
+        "inter_token_ms": {"p50": 1.58, "p99": 3.0},
+        "output_tokens_per_second": 139.1,
         "requests_per_second": 2.17,
-    }  # fmt: skip
+    }
     rows = [{**row, "rate": 8.0, "policy": "pyramid"}, row]
-    configuration = {"prompt_len": 1000, "output_len": 64, "seconds": 15.0, "kv_memory": "64MiB",
-                     "keep": 0.45}  # fmt: skip
+    configuration = {
+        "prompt_len": 1000,
+        "output_len": 64,
+        "seconds": 15.0,
+        "kv_memory": "64MiB",
+        "keep": 0.45,
+    }
     result = {"version": "guidellm==0.8.1", "rows": rows}
     page = SECTIONS["guidellm"]({**head, "configuration": configuration, "result": result})
     assert "guidellm 0.8.1" in page
@@ -373,13 +420,31 @@ def test_serve_counts_what_a_server_answers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     entry = bench(
-        "serve", tmp_path, monkeypatch, "--rates", "50,inf", "--requests", "6", "--prompt-len",
-        "200", "--output-len", "4", "--kv-memory", "2MiB", "--threads", "1", "--slo-ttft", "1e-6",
-    )  # fmt: skip
+        "serve",
+        tmp_path,
+        monkeypatch,
+        "--rates",
+        "50,inf",
+        "--requests",
+        "6",
+        "--prompt-len",
+        "200",
+        "--output-len",
+        "4",
+        "--kv-memory",
+        "2MiB",
+        "--threads",
+        "1",
+        "--slo-ttft",
+        "1e-6",
+    )
     rows = entry["result"]["rows"]
     assert [(row["policy"], row["rate"]) for row in rows] == [
-        ("full", 50.0), ("pyramid", 50.0), ("full", "inf"), ("pyramid", "inf"),
-    ]  # fmt: skip
+        ("full", 50.0),
+        ("pyramid", 50.0),
+        ("full", "inf"),
+        ("pyramid", "inf"),
+    ]
     for row in rows:
         assert (row["completed"], row["refused"], row["failed"]) == (6, 0, 0), row["failures"]
         assert row["output_tokens_per_second"] * row["seconds"] == pytest.approx(24)
@@ -398,10 +463,26 @@ def test_turns_take_up_the_cache_of_the_last_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     entry = bench(
-        "turns", tmp_path, monkeypatch, "--policies", "pyramid", "--turns", "3", "--prompt-len",
-        "120", "--turn-len", "10", "--output-len", "6", "--conversations", "2", "--kv-memory",
-        "8MiB", "--threads", "1",
-    )  # fmt: skip
+        "turns",
+        tmp_path,
+        monkeypatch,
+        "--policies",
+        "pyramid",
+        "--turns",
+        "3",
+        "--prompt-len",
+        "120",
+        "--turn-len",
+        "10",
+        "--output-len",
+        "6",
+        "--conversations",
+        "2",
+        "--kv-memory",
+        "8MiB",
+        "--threads",
+        "1",
+    )
     rows = entry["result"]["rows"]
     assert [row["prompt_tokens"] for row in rows] == [120, 136, 152]
     assert [row["reused"] for row in rows] == [0, 2, 2]

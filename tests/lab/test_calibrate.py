@@ -92,8 +92,9 @@ def test_generated_documents_answer_word_for_word() -> None:
         answer = question.is_right.args[0]  # type: ignore[attr-defined]
         assert answer in said and question.is_right(answer) and not question.is_right("")
         assert SHIPPED.tokenizer.convert_ids_to_tokens(question.rest)[-2:] == [
-            "<end>", "<assistant>",
-        ]  # fmt: skip
+            "<end>",
+            "<assistant>",
+        ]
 
 
 @pytest.mark.parametrize("corpus", [SHIPPED, OTHER])
@@ -139,8 +140,9 @@ class Synthetic:
         self.plans: list[tuple[int | None, float | None]] = []
         patch.setattr(lab, "_Runs", lambda llm, task: self)
 
-    def measure(self, policy: Pyramid, advance: Callable[[float], None],
-                whole: Measured | None = None) -> Measured:  # fmt: skip
+    def measure(
+        self, policy: Pyramid, advance: Callable[[float], None], whole: Measured | None = None
+    ) -> Measured:
         advance(lab.PARTS)
         start, share = policy.start_layer, policy.propagate_ratio
         self.plans.append((start, share))
@@ -278,9 +280,8 @@ def test_what_is_written_is_what_was_measured(made: Made, profile: Profile, tmp_
     assert Profile.load(made.profile.save(tmp_path / "mine.json")) == made.profile
     wanted = (found.start_layer, found.propagate_ratio)
     (plan,) = (
-        each for policy, each in made.seen
-        if (policy.start_layer, policy.propagate_ratio) == wanted
-    )  # fmt: skip
+        each for policy, each in made.seen if (policy.start_layer, policy.propagate_ratio) == wanted
+    )
     assert plan is not None and whole is not None and plan.is_free(whole)
     assert found.kl == pytest.approx(plan.kl, abs=1e-5)
     assert found.computed == pytest.approx(plan.computed, abs=1e-4)
@@ -392,8 +393,9 @@ def test_a_models_own_profile_is_calibrated_and_used_from_then_on(
     assert calibrated in run("profile", folder).out
     shown = run("inspect", "--model", folder, "--keep", ".3", "--prompt-len", "1500")
     assert calibrated in shown.out, shown.err
-    told = json.loads(run("inspect", "--model", folder, "--keep", ".3", "--prompt-len", "1500",
-                          "--json").out)  # fmt: skip
+    told = json.loads(
+        run("inspect", "--model", folder, "--keep", ".3", "--prompt-len", "1500", "--json").out
+    )
     assert told["rule"].endswith(calibrated)
     assert [row["computed"] for row in told["layers"]] == [1500, 1500, 300, 300]
 

@@ -100,9 +100,12 @@ def test_passages_are_in_the_models_own_language(tmp_path: Path) -> None:
     ],
 )
 def test_mistakes_are_one_line(
-    words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    words: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     line = ["pyramidinfer", "study", "heads", *words, "--json", str(tmp_path / "x.json")]
     monkeypatch.setattr(sys, "argv", [*line, "--kv-memory", "32MiB"])
     with pytest.raises(SystemExit) as stopped:
@@ -114,8 +117,19 @@ def test_mistakes_are_one_line(
 def test_the_command_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    line = ["pyramidinfer", "study", "heads", "--context", "100", "--samples", "1", "--json",
-            str(tmp_path / "x.json"), "--kv-memory", "32MiB"]  # fmt: skip
+    line = [
+        "pyramidinfer",
+        "study",
+        "heads",
+        "--context",
+        "100",
+        "--samples",
+        "1",
+        "--json",
+        str(tmp_path / "x.json"),
+        "--kv-memory",
+        "32MiB",
+    ]
     monkeypatch.setattr(sys, "argv", line)
     with pytest.raises(SystemExit) as stopped:
         main()

@@ -138,11 +138,31 @@ def test_any_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = tmp_path / "text.txt"
     text.write_text("The old baker walked slowly to the market near the river . " * 30)
     out = tmp_path / "icr.json"
-    monkeypatch.setattr(sys, "argv", [
-        "pyramidinfer", "study", "icr", "--text", str(text), "--context", "80", "--continuation",
-        "9", "--samples", "1", "--layers", "3", "--shares", ".1,1", "--json", str(out),
-        "--kv-memory", "8MiB",
-    ])  # fmt: skip
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "pyramidinfer",
+            "study",
+            "icr",
+            "--text",
+            str(text),
+            "--context",
+            "80",
+            "--continuation",
+            "9",
+            "--samples",
+            "1",
+            "--layers",
+            "3",
+            "--shares",
+            ".1,1",
+            "--json",
+            str(out),
+            "--kv-memory",
+            "8MiB",
+        ],
+    )
     with pytest.raises(SystemExit) as stopped:
         main()
     assert not stopped.value.code
@@ -174,14 +194,18 @@ def test_intervals() -> None:
     ],
 )
 def test_mistakes(
-    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     out = str(tmp_path / "icr.json")
     monkeypatch.setattr(
-        sys, "argv",
+        sys,
+        "argv",
         ["pyramidinfer", "study", "icr", "--json", out, "--kv-memory", "8MiB", *arguments],
-    )  # fmt: skip
+    )
     with pytest.raises(SystemExit) as stopped:
         main()
     assert stopped.value.code == 2

@@ -21,18 +21,35 @@ from pyramidinfer.policies.retaining import Retaining
 
 ROOT = Path(__file__).parents[2]
 MACHINE = {"processor": "P", "cores": 2, "threads": 1, "torch": "2", "transformers": "5"}
-SUBJECT = {"model": "shipped", "text": None, "dtype": "float32", "device": "auto",
-           "kv_memory": "512MiB"}  # fmt: skip
+SUBJECT = {
+    "model": "shipped",
+    "text": None,
+    "dtype": "float32",
+    "device": "auto",
+    "kv_memory": "512MiB",
+}
 
 
 def row(policy: str, keep: float, right: list[int], **changes: Any) -> dict[str, Any]:
     recall = sum(right) / len(right)
     return {
-        "policy": policy, "keep": keep, "context": 1000, "kv_share": keep, "prefill_share": 1.0,
-        "recall": recall, "recall_ci": [recall - 0.1, recall + 0.1], "right": right,
-        "kl": 0.25, "kl_ci": [0.125, 0.5], "agreement": None, "agreement_ci": None,
-        "samples": len(right), "passages": 5, "reachable": True, **changes,
-    }  # fmt: skip
+        "policy": policy,
+        "keep": keep,
+        "context": 1000,
+        "kv_share": keep,
+        "prefill_share": 1.0,
+        "recall": recall,
+        "recall_ci": [recall - 0.1, recall + 0.1],
+        "right": right,
+        "kl": 0.25,
+        "kl_ci": [0.125, 0.5],
+        "agreement": None,
+        "agreement_ci": None,
+        "samples": len(right),
+        "passages": 5,
+        "reachable": True,
+        **changes,
+    }
 
 
 def study(name: str, rows: list[dict[str, Any]], **configuration: Any) -> dict[str, Any]:
@@ -42,8 +59,15 @@ def study(name: str, rows: list[dict[str, Any]], **configuration: Any) -> dict[s
 
 
 def grid(rows: list[dict[str, Any]], *names: str) -> dict[str, Any]:
-    return study("quality", rows, policies=list(names), keeps=[1.0, 0.4], contexts=[1000],
-                 samples=4, passages=0.5)  # fmt: skip
+    return study(
+        "quality",
+        rows,
+        policies=list(names),
+        keeps=[1.0, 0.4],
+        contexts=[1000],
+        samples=4,
+        passages=0.5,
+    )
 
 
 GRID = grid(
@@ -53,8 +77,11 @@ GRID = grid(
         row("snapkv:window=8,kernel=1", 0.4, [1, 1, 1, 0], agreement=0.5),
         row("pyramidinfer", 0.4, [0, 0, 1, 0]),
     ],
-    "full", "snapkv", "snapkv:window=8,kernel=1", "pyramidinfer",
-)  # fmt: skip
+    "full",
+    "snapkv",
+    "snapkv:window=8,kernel=1",
+    "pyramidinfer",
+)
 
 
 # --- docs/methods.md ------------------------------------------------------------------------------
@@ -79,8 +106,16 @@ def test_every_policy_has_a_section(name: str) -> None:
 
 def test_every_paper_is_linked() -> None:
     page = methods.render({})
-    papers = {"2405.12532", "2309.17453", "2306.14048", "2305.17118", "2404.14469", "2406.02069",
-              "2401.06104", "2502.01068"}  # fmt: skip
+    papers = {
+        "2405.12532",
+        "2309.17453",
+        "2306.14048",
+        "2305.17118",
+        "2404.14469",
+        "2406.02069",
+        "2401.06104",
+        "2502.01068",
+    }
     assert all(f"https://arxiv.org/abs/{paper}" in page for paper in papers)
 
 
@@ -196,23 +231,44 @@ def test_paired_intervals() -> None:
 def test_studies_render() -> None:
     """Every section on rows of the studies' own formats; the page holds those that exist."""
     icr = [
-        {"layer": layer, "share": share, "ratio": 150.0 if layer else 1.0, "tokens": 11,
-         "full_perplexity": 1.5}
-        for layer in (0, 1) for share in (0.1, 1.0)
-    ]  # fmt: skip
+        {
+            "layer": layer,
+            "share": share,
+            "ratio": 150.0 if layer else 1.0,
+            "tokens": 11,
+            "full_perplexity": 1.5,
+        }
+        for layer in (0, 1)
+        for share in (0.1, 1.0)
+    ]
     rac = [
-        {"layer": layer, "top": 0.2, "mode": mode, "distance_low": low, "overlap": 0.5 + low,
-         "chance": 0.2}
-        for layer in (0, 3) for mode in ("single", "ensemble") for low in (0.0, 0.1)
-    ]  # fmt: skip
+        {
+            "layer": layer,
+            "top": 0.2,
+            "mode": mode,
+            "distance_low": low,
+            "overlap": 0.5 + low,
+            "chance": 0.2,
+        }
+        for layer in (0, 3)
+        for mode in ("single", "ensemble")
+        for low in (0.0, 0.1)
+    ]
     results = {
         "quality": GRID,
-        "icr": study("icr", icr, context=1000, continuation=64, samples=3, shares=[0.1, 1.0],
-                     layers=[0, 1]),
+        "icr": study(
+            "icr", icr, context=1000, continuation=64, samples=3, shares=[0.1, 1.0], layers=[0, 1]
+        ),
         "rac": study("rac", rac, context=1000, samples=3, tops=[0.2], bins=2),
-        "map": study("map", [], policy="pyramid", prompt_token_ids=[1, 2], max_tokens=3,
-                     options="Pyramid(keep=0.3, profile='auto', window=8)"),
-    }  # fmt: skip
+        "map": study(
+            "map",
+            [],
+            policy="pyramid",
+            prompt_token_ids=[1, 2],
+            max_tokens=3,
+            options="Pyramid(keep=0.3, profile='auto', window=8)",
+        ),
+    }
     text = numbers.render(results)
     assert text.count("\n## ") == text.count("How to read it") == len(results)
     assert text.count("Commit `abc`") == len(results)
@@ -228,8 +284,14 @@ def test_studies_render() -> None:
 
 
 def test_options_that_are_no_plain_values_are_not_made_up() -> None:
-    found = study("map", [], policy="pyramid", prompt_token_ids=[1], max_tokens=3,
-                  options="Pyramid(keep=0.3, profile=Profile(12 layers, 24 KV heads))")  # fmt: skip
+    found = study(
+        "map",
+        [],
+        policy="pyramid",
+        prompt_token_ids=[1],
+        max_tokens=3,
+        options="Pyramid(keep=0.3, profile=Profile(12 layers, 24 KV heads))",
+    )
     text = numbers.render({"map": found})
     assert "--policy pyramid --context 1" in text and "Profile(12 layers, 24 KV heads)" in text
 
@@ -252,8 +314,17 @@ def test_quality_says_where_another_policy_is_better() -> None:
     near = {"recall_ci": [0.55, 1.0]}
     worse = {"kl": 2.0, "kl_ci": [1.0, 3.0]}
     better = row("h2o", 0.5, [1, 1, 1, 1], **apart)
-    text = quality(grid([mine, better, row("tova", 0.5, [1, 1, 1, 0], **near),
-                         row("snapkv", 0.5, [1, 1, 0, 0], **worse)], *POLICIES))  # fmt: skip
+    text = quality(
+        grid(
+            [
+                mine,
+                better,
+                row("tova", 0.5, [1, 1, 1, 0], **near),
+                row("snapkv", 0.5, [1, 1, 0, 0], **worse),
+            ],
+            *POLICIES,
+        )
+    )
     said = text[text.index("lies wholly on the better side") :]
     assert "`h2o`" in said and "recall" in said
     assert "tova" not in said and "snapkv" not in said

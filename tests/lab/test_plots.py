@@ -35,10 +35,22 @@ def test_pictures(tmp_path: Path) -> None:
     question = make_questions(1, 1, 200)[0]
     trace = LLM(shipped_model(), policy=PyramidInfer(keep=0.5)).trace(question.prompt)
     words = ["<bos>", *question.prompt.split()]
-    assert is_png(draw_pyramid([("a", trace), ("b", trace)], words, question.needle,
-                               tmp_path / "sub" / "pyramid.png"))  # fmt: skip
-    assert is_png(draw_curve([(1, 0.2), (2, 0.9)], tmp_path / "c.png", title="t", xlabel="x",
-                             ylabel="y", level=0.9, level_name="full"))  # fmt: skip
+    assert is_png(
+        draw_pyramid(
+            [("a", trace), ("b", trace)], words, question.needle, tmp_path / "sub" / "pyramid.png"
+        )
+    )
+    assert is_png(
+        draw_curve(
+            [(1, 0.2), (2, 0.9)],
+            tmp_path / "c.png",
+            title="t",
+            xlabel="x",
+            ylabel="y",
+            level=0.9,
+            level_name="full",
+        )
+    )
     log = (Path(shipped_model()) / "training_log.jsonl").read_text().splitlines()
     rows = [row for row in map(json.loads, log) if "stage" in row]
     assert is_png(draw_training(rows, tmp_path / "t.png"))
@@ -47,20 +59,40 @@ def test_pictures(tmp_path: Path) -> None:
 def figure_rows() -> list[dict[str, Any]]:
     names = ["full", *(f"pyramid:keep=.{n},start_layer=14,propagate_ratio=.2" for n in range(1, 9))]
     return [
-        {"policy": name, "keep": 0.3, "kv_share": 0.1 * at + 0.1, "score": 0.1 * at,
-         "score_ci": [0.0, 1.0], "perplexity": 2.0, "repetition": 0.1, "ratio": 1.5,
-         "ratio_ci": [1.0, 2.0], "context": context, "samples": 8, "passages": 4, "recall": 0.5,
-         "recall_ci": [0, 1], "kl": 0.1, "kl_ci": [0.01, 1], "agreement": 0.5, "kv_share_end": 0.5,
-         "agreement_ci": [0, 1], "length": 2000, "protocol": protocol, "tasks": ["vt"]}
-        for at, name in enumerate(names) for context in (1000, 3000)
+        {
+            "policy": name,
+            "keep": 0.3,
+            "kv_share": 0.1 * at + 0.1,
+            "score": 0.1 * at,
+            "score_ci": [0.0, 1.0],
+            "perplexity": 2.0,
+            "repetition": 0.1,
+            "ratio": 1.5,
+            "ratio_ci": [1.0, 2.0],
+            "context": context,
+            "samples": 8,
+            "passages": 4,
+            "recall": 0.5,
+            "recall_ci": [0, 1],
+            "kl": 0.1,
+            "kl_ci": [0.01, 1],
+            "agreement": 0.5,
+            "kv_share_end": 0.5,
+            "agreement_ci": [0, 1],
+            "length": 2000,
+            "protocol": protocol,
+            "tasks": ["vt"],
+        }
+        for at, name in enumerate(names)
+        for context in (1000, 3000)
         for protocol in ("inside", "after")
-    ]  # fmt: skip
+    ]
 
 
 @pytest.mark.parametrize(
-    "draw", [real_plots.draw_turns, real_plots.draw_text, real_plots.draw_long, draw_quality,
-             draw_scores]
-)  # fmt: skip
+    "draw",
+    [real_plots.draw_turns, real_plots.draw_text, real_plots.draw_long, draw_quality, draw_scores],
+)
 def test_pictures_say_n_and_their_labels_have_room(
     draw: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -31,13 +31,30 @@ SUBJECT = Subject(kv_memory="64MiB")
 LATE = "pyramidinfer:start_layer=8"
 OURS = "pyramid:window=8,min_context=1"
 GRID = Grid(
-    SUBJECT, ("full", OURS, "snapkv", LATE), (0.9, 0.3), (300,), samples=5, passages=0.5,
-    long_samples=2, continuation=8, seed=3,
-)  # fmt: skip
+    SUBJECT,
+    ("full", OURS, "snapkv", LATE),
+    (0.9, 0.3),
+    (300,),
+    samples=5,
+    passages=0.5,
+    long_samples=2,
+    continuation=8,
+    seed=3,
+)
 FIELDS = {
-    "policy", "keep", "context", "kv_share", "prefill_share", "recall", "recall_ci", "perplexity",
-    "kl", "agreement", "samples", "reachable",
-}  # fmt: skip
+    "policy",
+    "keep",
+    "context",
+    "kv_share",
+    "prefill_share",
+    "recall",
+    "recall_ci",
+    "perplexity",
+    "kl",
+    "agreement",
+    "samples",
+    "reachable",
+}
 Rows = dict[tuple[str, float], dict[str, Any]]
 
 
@@ -160,10 +177,25 @@ def test_the_command(
 ) -> None:
     out = tmp_path / "result.json"
     monkeypatch.setattr(quality, "AGREED", 4)
-    monkeypatch.setattr(sys, "argv", [
-        "pyramidinfer", "study", "quality", "--policies", "full,snapkv", "--keeps", ".5",
-        "--contexts", "300", "--samples", "3", "--json", str(out),
-    ])  # fmt: skip
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "pyramidinfer",
+            "study",
+            "quality",
+            "--policies",
+            "full,snapkv",
+            "--keeps",
+            ".5",
+            "--contexts",
+            "300",
+            "--samples",
+            "3",
+            "--json",
+            str(out),
+        ],
+    )
     with pytest.raises(SystemExit) as stopped:
         main()
     assert not stopped.value.code
@@ -191,14 +223,26 @@ def test_the_command(
         (["--schedule", "f"], "No such option"),
         (["--workers", "0"], "--workers 0 must be at least 1"),
     ],
-)  # fmt: skip
+)
 def test_mistakes_are_one_line(
-    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    monkeypatch.setattr(sys, "argv", [
-        "pyramidinfer", "study", "quality", "--json", str(tmp_path / "result.json"), *arguments,
-    ])  # fmt: skip
+) -> None:
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "pyramidinfer",
+            "study",
+            "quality",
+            "--json",
+            str(tmp_path / "result.json"),
+            *arguments,
+        ],
+    )
     with pytest.raises(SystemExit) as stopped:
         main()
     assert stopped.value.code == 2
@@ -212,8 +256,11 @@ def test_mistakes_are_one_line(
 def test_specs() -> None:
     assert split_specs("full,snapkv") == split_specs("full snapkv") == ("full", "snapkv")
     assert split_specs("full snapkv:window=8,kernel=5 tova,h2o") == (
-        "full", "snapkv:window=8,kernel=5", "tova", "h2o",
-    )  # fmt: skip
+        "full",
+        "snapkv:window=8,kernel=5",
+        "tova",
+        "h2o",
+    )
     assert Grid(SUBJECT).policies == tuple(POLICIES)
 
 

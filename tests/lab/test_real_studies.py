@@ -186,12 +186,18 @@ def test_an_interrupted_study_goes_on(
 
     plan, out = TextPlan(*WAYS, where, 2, 0, (100,)), tmp_path / "t.json"
     measure = text.measure
-    monkeypatch.setattr(text, "measure", lambda p, c: (
-        measure(p, c) if c["policy"] == "full" else pytest.fail("stop")))  # fmt: skip
+    monkeypatch.setattr(
+        text,
+        "measure",
+        lambda p, c: measure(p, c) if c["policy"] == "full" else pytest.fail("stop"),
+    )
     with pytest.raises(pytest.fail.Exception):
         run_text(plan, out)
-    monkeypatch.setattr(text, "measure", lambda p, c: (
-        measure(p, c) if c["policy"] != "full" else pytest.fail("again")))  # fmt: skip
+    monkeypatch.setattr(
+        text,
+        "measure",
+        lambda p, c: measure(p, c) if c["policy"] != "full" else pytest.fail("again"),
+    )
     rows, _ = run_text(plan, out)
     assert [row["policy"] for row in rows] == ["full", "streaming_llm"]
 
@@ -216,8 +222,11 @@ def test_what_is_lost_is_paired() -> None:
 def test_ways(where: Subject) -> None:
     ways = Ways(("snapkv", "full", "tova:keep=.3"), (0.5, 0.2), where, 1, 0)
     assert [(c["policy"], c["keep"]) for c in ways.cells()] == [
-        ("full", 1.0), ("snapkv", 0.5), ("snapkv", 0.2), ("tova:keep=.3", 0.3),
-    ]  # fmt: skip
+        ("full", 1.0),
+        ("snapkv", 0.5),
+        ("snapkv", 0.2),
+        ("tova:keep=.3", 0.3),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -236,11 +245,21 @@ def test_ways(where: Subject) -> None:
     ],
 )
 def test_bad_input_is_one_line(
-    words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    words: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    command = ["pyramidinfer", "study", *words, "--json", str(tmp_path / "x.json"),
-               "--kv-memory", "32MiB"]  # fmt: skip
+) -> None:
+    command = [
+        "pyramidinfer",
+        "study",
+        *words,
+        "--json",
+        str(tmp_path / "x.json"),
+        "--kv-memory",
+        "32MiB",
+    ]
     monkeypatch.setattr(sys, "argv", command)
     with pytest.raises(SystemExit) as stopped:
         main()

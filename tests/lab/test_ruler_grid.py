@@ -26,15 +26,32 @@ TASKS = ("niah_single_1", "niah_single_2")
 
 
 def plan(**changes: Any) -> RulerPlan:
-    whole = {"policies": ("full", "snapkv"), "keeps": (0.5, 0.2), "lengths": (500,),
-             "tasks": TASKS, "samples": 2, "seed": 0, **changes}  # fmt: skip
+    whole = {
+        "policies": ("full", "snapkv"),
+        "keeps": (0.5, 0.2),
+        "lengths": (500,),
+        "tasks": TASKS,
+        "samples": 2,
+        "seed": 0,
+        **changes,
+    }
     return RulerPlan(subject=SUBJECT, **whole)
 
 
 def row(policy: str, task: str, scores: list[float], keep: float = 0.5, **more: Any) -> Any:
-    return {"length": 500, "protocol": "inside", "policy": policy, "keep": keep, "task": task,
-            "score": float(np.mean(scores)), "scores": scores, "kv_share": keep,
-            "prefill_share": 1.0, "samples": len(scores), **more}  # fmt: skip
+    return {
+        "length": 500,
+        "protocol": "inside",
+        "policy": policy,
+        "keep": keep,
+        "task": task,
+        "score": float(np.mean(scores)),
+        "scores": scores,
+        "kv_share": keep,
+        "prefill_share": 1.0,
+        "samples": len(scores),
+        **more,
+    }
 
 
 def test_a_task_that_the_full_cache_cannot_do_is_not_asked_of_the_others() -> None:
@@ -49,17 +66,21 @@ def test_a_task_that_the_full_cache_cannot_do_is_not_asked_of_the_others() -> No
 def test_a_spec_with_a_keep_of_its_own_is_measured_there_only() -> None:
     rows = [row("full", "niah_single_1", [1.0], 1.0)]
     cells = plan(policies=("full", "snapkv:keep=.3,kernel=5", "tova")).after_screening(rows)
-    keeps = {spec: {c["keep"] for c in cells if c["policy"] == spec}
-             for spec in ("snapkv:keep=.3,kernel=5", "tova")}  # fmt: skip
+    keeps = {
+        spec: {c["keep"] for c in cells if c["policy"] == spec}
+        for spec in ("snapkv:keep=.3,kernel=5", "tova")
+    }
     assert keeps == {"snapkv:keep=.3,kernel=5": {0.3}, "tova": {0.5, 0.2}}
 
 
 def test_means_are_paired_with_the_full_cache_and_leave_out_what_it_cannot_do() -> None:
     rows = [
-        row("full", "a", [1.0, 1.0, 0.0, 1.0], 1.0), row("full", "b", [0.5, 0.5, 0.5, 0.5], 1.0),
+        row("full", "a", [1.0, 1.0, 0.0, 1.0], 1.0),
+        row("full", "b", [0.5, 0.5, 0.5, 0.5], 1.0),
         row("full", "c", [0.0, 0.0, 0.0, 1.0], 1.0),
-        row("snapkv", "a", [0.0, 1.0, 0.0, 1.0]), row("snapkv", "b", [0.5, 0.5, 0.5, 0.5]),
-    ]  # fmt: skip
+        row("snapkv", "a", [0.0, 1.0, 0.0, 1.0]),
+        row("snapkv", "b", [0.5, 0.5, 0.5, 0.5]),
+    ]
     full, snap = means(rows)
     assert full["policy"] == "full" and full["lost_ci"] == [0, 0]
     assert full["score"] == pytest.approx((0.75 + 0.5) / 2)
@@ -107,11 +128,14 @@ def test_both_protocols_are_the_same_with_the_full_cache(monkeypatch: pytest.Mon
     samples = task_samples(machine, SUBJECT, "niah_multivalue", 3, 500, 1)
     prompts = [grid.ask(machine, sample) for sample in samples]
     params = [SamplingParams(max_tokens=8, ignore_eos=True)] * 3
-    full = [machine.ask(each, prompts, params, machine.policy("full", None))
-            for each in asking.PROTOCOLS]  # fmt: skip
+    full = [
+        machine.ask(each, prompts, params, machine.policy("full", None))
+        for each in asking.PROTOCOLS
+    ]
     assert [a.token_ids for a in full[0]] == [a.token_ids for a in full[1]]
-    inside, after = (machine.ask(each, prompts, params, SnapKV(keep=0.1, window=8))
-                     for each in asking.PROTOCOLS)  # fmt: skip
+    inside, after = (
+        machine.ask(each, prompts, params, SnapKV(keep=0.1, window=8)) for each in asking.PROTOCOLS
+    )
     assert [a.token_ids for a in inside] != [a.token_ids for a in after]
     assert all(a.kv.seen_len == len(p.context) for a, p in zip(after, prompts, strict=True))
     assert machine.llm.engine.pool.budget_used == 0
@@ -158,8 +182,20 @@ def test_the_command_prints_a_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(grid, "SCREEN", 0.0)
-    words = ["--policies", "full,snapkv", "--keeps", ".5", "--lengths", "500", "--tasks",
-             "niah_single_1", "--samples", "1", "--kv-memory", "32MiB"]  # fmt: skip
+    words = [
+        "--policies",
+        "full,snapkv",
+        "--keeps",
+        ".5",
+        "--lengths",
+        "500",
+        "--tasks",
+        "niah_single_1",
+        "--samples",
+        "1",
+        "--kv-memory",
+        "32MiB",
+    ]
     out = tmp_path / "r.json"
     command = ["pyramidinfer", "study", "ruler", *words, "--json", str(out)]
     monkeypatch.setattr(sys, "argv", command)
@@ -175,11 +211,21 @@ def test_where_the_full_cache_can_do_nothing_there_is_nothing_to_compare(
 ) -> None:
     """The shipped model finds none of RULER's needles: that is written, and no other is asked."""
     out = tmp_path / "r.json"
-    words = ["--policies", "full,tova", "--keeps", ".5", "--lengths", "500", "--tasks",
-             "niah_single_1", "--samples", "1", "--kv-memory", "32MiB"]  # fmt: skip
-    monkeypatch.setattr(
-        sys, "argv", ["pyramidinfer", "study", "ruler", *words, "--json", str(out)]
-    )  # fmt: skip
+    words = [
+        "--policies",
+        "full,tova",
+        "--keeps",
+        ".5",
+        "--lengths",
+        "500",
+        "--tasks",
+        "niah_single_1",
+        "--samples",
+        "1",
+        "--kv-memory",
+        "32MiB",
+    ]
+    monkeypatch.setattr(sys, "argv", ["pyramidinfer", "study", "ruler", *words, "--json", str(out)])
     with pytest.raises(SystemExit) as stopped:
         main()
     assert not stopped.value.code
@@ -215,8 +261,9 @@ def words(ids: list[int]) -> str:
 def test_a_prompt_in_two_pieces_is_the_template_around_the_whole() -> None:
     asked = Chat(Templated()).ask("A long text.", "\nWhat is it? ", " It is ")
     assert (words(asked.context), words(asked.rest)) == (
-        "<u>A long text.", "\nWhat is it?~<a>It is",
-    )  # fmt: skip
+        "<u>A long text.",
+        "\nWhat is it?~<a>It is",
+    )
     assert words(asked.whole) == "<u>A long text.\nWhat is it?~<a>It is"
     assert isinstance(asked, Asked)
 

@@ -74,8 +74,11 @@ def test_length_is_counted_by_the_models_tokenizer(task: str) -> None:
 
 @pytest.mark.parametrize("task", TASKS)
 def test_tightest_length_is_what_the_error_says(task: str) -> None:
-    with pytest.raises(ValueError, match=rf"task {task} needs at least \d+ tokens; 60 are given: "
-                                         "choose longer --lengths") as error:  # fmt: skip
+    with pytest.raises(
+        ValueError,
+        match=rf"task {task} needs at least \d+ tokens; 60 are given: "
+        "choose longer --lengths",
+    ) as error:
         make(task, 1, 60)
     needed = int(re.findall(r"least (\d+)", str(error.value))[0])
     assert tokens(make(task, 1, needed + 120)[0]) <= needed + 120
@@ -142,8 +145,12 @@ def test_needles_are_hidden_once_and_give_the_references(task: str) -> None:
     form = FORMS[task]
     for sample in make(task):
         found = NEEDLE.findall(sample.context)
-        keys = set(re.findall(r"for (.+) mentioned", sample.question)[0]
-                   .replace(" and ", " ").replace(",", "").split())  # fmt: skip
+        keys = set(
+            re.findall(r"for (.+) mentioned", sample.question)[0]
+            .replace(" and ", " ")
+            .replace(",", "")
+            .split()
+        )
         assert len(keys) == form.asked
         assert sorted(v for _, key, v in found if key in keys) == sorted(sample.references)
         assert len(sample.references) == form.asked * form.values
@@ -168,8 +175,10 @@ def test_a_single_needle_is_asked_for_in_the_singular() -> None:
 def test_several_needles_are_asked_for_in_the_plural() -> None:
     sample = make("niah_multiquery", 1)[0]
     assert sample.context.startswith("Some special magic numbers are hidden")
-    assert re.match(r"\nWhat are all the special magic numbers for \S+, \S+, \S+, and \S+ mention",
-                    sample.question)  # fmt: skip
+    assert re.match(
+        r"\nWhat are all the special magic numbers for \S+, \S+, \S+, and \S+ mention",
+        sample.question,
+    )
     assert sample.answer.endswith("mentioned in the provided text are")
 
 
@@ -337,8 +346,12 @@ def test_mistakes_are_said_so() -> None:
 
 
 def test_sizes_are_found_in_few_steps() -> None:
-    for least, most, each, room in [(1, None, 3, 5000), (1, 40, 3, 5000), (5, None, 90, 700),
-                                    (73, None, 1, 100_000)]:  # fmt: skip
+    for least, most, each, room in [
+        (1, None, 3, 5000),
+        (1, 40, 3, 5000),
+        (5, None, 90, 700),
+        (73, None, 1, 100_000),
+    ]:
         asked = []
 
         def cost(size: int, each: int = each, asked: list[int] = asked) -> int:

@@ -101,9 +101,10 @@ def test_the_fact_nearest_to_the_depth_is_asked_for(length: int) -> None:
         words = words_of(SHIPPED, needle.prompt)
         assert words[:2] == ["<bos>", "<user>"] and words[-2:] == ["<end>", "<assistant>"]
         starts = [
-            at for at, (the, thing) in enumerate(pairwise(words))
+            at
+            for at, (the, thing) in enumerate(pairwise(words))
             if the == "The" and thing in documents.THINGS
-        ]  # fmt: skip
+        ]
         answer = needle.answer.split()
         aim = 2 + needle.depth * (length - AROUND)
         nearest = min(abs(start - aim) for start in starts)
@@ -184,10 +185,15 @@ def test_a_tokenizer_without_a_first_token() -> None:
 @pytest.mark.parametrize(
     ("text", "right"),
     [
-        ("room 472", True), (" room  472 .", True), ("room 472\nand more", True),
-        ("room 47", False), ("in room 472", False), ("Room 472", False), ("", False),
+        ("room 472", True),
+        (" room  472 .", True),
+        ("room 472\nand more", True),
+        ("room 47", False),
+        ("in room 472", False),
+        ("Room 472", False),
+        ("", False),
     ],
-)  # fmt: skip
+)
 def test_an_answer_begins_with_the_words(text: str, right: bool) -> None:
     assert Needle([5], "room 472", 3, 0.5).is_right(text) == right
 

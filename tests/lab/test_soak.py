@@ -9,8 +9,10 @@ from pyramidinfer.lab.bench.load import Leave, Record
 from pyramidinfer.lab.soak_requests import Visitor
 from tests.lab.test_bench_serve import answered
 
-MODEL = {"max_model_len": 4096, "compression": {"policies": ["full", "pyramid"], "min_keep": 0.02,
-                                                "max_keep": 1.0}}  # fmt: skip
+MODEL = {
+    "max_model_len": 4096,
+    "compression": {"policies": ["full", "pyramid"], "min_keep": 0.02, "max_keep": 1.0},
+}
 
 
 def test_memory_growth_compares_the_end_with_what_was_warm() -> None:
@@ -52,8 +54,13 @@ def test_the_load_comes_in_waves() -> None:
 
 def test_what_is_wrong_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(soak.time, "sleep", lambda seconds: None)
-    good = {soak.RUNNING: 0.0, soak.IN_USE: 7.0, soak.REUSABLE: 7.0, soak.CHECKS: 3.0,
-            soak.FAULTS: 0.0}  # fmt: skip
+    good = {
+        soak.RUNNING: 0.0,
+        soak.IN_USE: 7.0,
+        soak.REUSABLE: 7.0,
+        soak.CHECKS: 3.0,
+        soak.FAULTS: 0.0,
+    }
 
     class Idle:
         def __init__(self, **changes: float) -> None:

@@ -148,8 +148,9 @@ def test_workers_give_the_same_rows(tmp_path: Path) -> None:
     assert os.getpid() not in processes
     assert shared == alone
     first, second = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
-    assert first["rows"] == [{k: v for k, v in row.items() if k != "process"}
-                             for row in second["rows"]]  # fmt: skip
+    assert first["rows"] == [
+        {k: v for k, v in row.items() if k != "process"} for row in second["rows"]
+    ]
 
 
 @pytest.mark.parametrize("workers", [0, -1])

@@ -72,8 +72,9 @@ def test_every_kept_entry_is_there(name: str, tmp_path: Path) -> None:
         layer = row["layer"]
         assert len(opened(row["reached"])) == trace.computed_by_layer[layer]
         for key, field, kept in (
-            ("kept", "kept", trace.prefill_positions), ("end", "kept_at_end", trace.kept_positions)
-        ):  # fmt: skip
+            ("kept", "kept", trace.prefill_positions),
+            ("end", "kept_at_end", trace.kept_positions),
+        ):
             for head, wanted in enumerate(each.tolist() for each in kept[layer]):
                 assert opened(row[field][head]) == wanted == entries(data, key, layer, head)
     reached = np.frombuffer(base64.b64decode(data["reached"]), dtype=np.uint8).reshape(12, -1)
@@ -97,8 +98,11 @@ def test_scores_are_attention_from_the_newest_queries(family: str) -> None:
 
 
 def test_a_token_that_did_not_get_to_a_layer_has_no_score_there() -> None:
-    llm = LLM(tiny_model("llama", torch.float64), policy=make_policy("pyramidinfer", 0.6),
-              kv_memory="4MiB")  # fmt: skip
+    llm = LLM(
+        tiny_model("llama", torch.float64),
+        policy=make_policy("pyramidinfer", 0.6),
+        kv_memory="4MiB",
+    )
     _, rows = measure_survival(llm, random_prompt(3, 200), 0)
     assert len(opened(rows[-1]["reached"])) < 200
     for row in rows:
@@ -107,14 +111,28 @@ def test_a_token_that_did_not_get_to_a_layer_has_no_score_there() -> None:
 
 
 def test_the_page_is_safe_whatever_a_token_says() -> None:
-    hostile = ["</script><script>alert(1)</script>", "<!--", "'\"&", "\x00\x1b\n", "\u202e\u2028",
-               "@data@", "\ud800"]  # fmt: skip
+    hostile = [
+        "</script><script>alert(1)</script>",
+        "<!--",
+        "'\"&",
+        "\x00\x1b\n",
+        "\u202e\u2028",
+        "@data@",
+        "\ud800",
+    ]
     held = np.ones((2, 9, len(hostile)), dtype=bool)
     found = Survival(
-        "x <b> @data@", [visible(token) for token in hostile], len(hostile), [9, 9],
-        np.ones((2, len(hostile)), dtype=bool), held, held,
-        np.zeros((2, len(hostile)), dtype=np.float32), WINDOW, None,
-    )  # fmt: skip
+        "x <b> @data@",
+        [visible(token) for token in hostile],
+        len(hostile),
+        [9, 9],
+        np.ones((2, len(hostile)), dtype=bool),
+        held,
+        held,
+        np.zeros((2, len(hostile)), dtype=np.float32),
+        WINDOW,
+        None,
+    )
     html = page(found)
     assert "alert" not in html.replace("\\u003cscript\\u003ealert", "")
     assert html.count("</script>") == 2  # the data's and the program's
@@ -128,20 +146,34 @@ def test_the_page_is_safe_whatever_a_token_says() -> None:
     html.encode("utf-8")
 
 
-def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                     capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+def test_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     prompt, out = tmp_path / "prompt.txt", tmp_path / "m.json"
     prompt.write_text("The old baker walked to the market . " * 6)
     command = ["pyramidinfer", "study", "map", "--json", str(out), "--kv-memory", "8MiB"]
-    given = [*command, "--policy", "snapkv", "-o", "capacity=20", "-o", "window=4",
-             "--prompt-file", str(prompt), "--max-tokens", "0"]  # fmt: skip
+    given = [
+        *command,
+        "--policy",
+        "snapkv",
+        "-o",
+        "capacity=20",
+        "-o",
+        "window=4",
+        "--prompt-file",
+        str(prompt),
+        "--max-tokens",
+        "0",
+    ]
     monkeypatch.setattr(sys, "argv", given)
     with pytest.raises(SystemExit) as stopped:
         main()
     assert not stopped.value.code
     assert capsys.readouterr().out.split() == [
-        str(out), str(out.with_suffix(".png")), str(out.with_suffix(".html"))
-    ]  # fmt: skip
+        str(out),
+        str(out.with_suffix(".png")),
+        str(out.with_suffix(".html")),
+    ]
     entry = json.loads(out.read_text())
     assert all(len(opened(head)) == 20 for row in entry["rows"] for head in row["kept"])
     assert "snapkv window=4 capacity=20" in " ".join(out.with_suffix(".html").read_text().split())

@@ -16,11 +16,22 @@ from pyramidinfer.lab.tokenizer import build_tokenizer
 from pyramidinfer.lab.train import LOG, Recipe, Sampler, train
 
 TINY = Recipe(
-    width=16, layers=4, heads=2, kv_heads=1, mlp=16, context=128, grow_to=128,
-    base_layers=2, exits=(1, 2, 3),
-    step_tokens=256, max_stage_tokens=1024, mixed_tokens=512, finish_tokens=512,
-    mixed_step_tokens=256, mixed_lengths=(64, 128),
-)  # fmt: skip
+    width=16,
+    layers=4,
+    heads=2,
+    kv_heads=1,
+    mlp=16,
+    context=128,
+    grow_to=128,
+    base_layers=2,
+    exits=(1, 2, 3),
+    step_tokens=256,
+    max_stage_tokens=1024,
+    mixed_tokens=512,
+    finish_tokens=512,
+    mixed_step_tokens=256,
+    mixed_lengths=(64, 128),
+)
 
 
 def test_every_generated_word_is_a_token() -> None:
@@ -36,9 +47,11 @@ def test_every_generated_word_is_a_token() -> None:
 def test_chat_template_gives_the_trained_format() -> None:
     tokenizer = build_tokenizer(4096)
     ids = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "Where is the map ?"}], add_generation_prompt=True,
-        tokenize=True, return_dict=False,
-    )  # fmt: skip
+        [{"role": "user", "content": "Where is the map ?"}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=False,
+    )
     assert tokenizer.decode(ids) == "<bos> <user> Where is the map ? <end> <assistant>"
     assert ids == tokenizer("<user> Where is the map ? <end> <assistant>")["input_ids"]
 
@@ -82,9 +95,19 @@ def test_the_script_trains_saves_and_can_finish_again(tmp_path: Path) -> None:
     assert out.text == tokenizer.decode(out.token_ids, skip_special_tokens=True)
 
     # cut the log as if the finish had not begun: taking it up twice gives the same model
-    (whole / LOG).write_text(json.dumps(rows[0]) + "\n" + json.dumps({
-        "stage": "mixed", "step": 30, "tokens": 6000, "seconds": 1.0,
-    }) + "\n")  # fmt: skip
+    (whole / LOG).write_text(
+        json.dumps(rows[0])
+        + "\n"
+        + json.dumps(
+            {
+                "stage": "mixed",
+                "step": 30,
+                "tokens": 6000,
+                "seconds": 1.0,
+            }
+        )
+        + "\n"
+    )
     again, third = tmp_path / "again", tmp_path / "third"
     train(TINY, again, resume=whole)
     train(TINY, third, resume=whole)

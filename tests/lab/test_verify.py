@@ -51,8 +51,11 @@ def test_the_full_cache_keeps_all_of_itself() -> None:
     checks = verify(machine, Subject(kv_memory="32MiB"), Full(), PLAN)
     counted = [each for each in checks if each.share is not None]
     assert [each.name for each in counted] == [
-        "retrieval, question inside", "retrieval, question after", "text", "128 tokens generated",
-    ]  # fmt: skip
+        "retrieval, question inside",
+        "retrieval, question after",
+        "text",
+        "128 tokens generated",
+    ]
     assert all(each.share == 1 and each.high == 1 and each.samples >= 3 for each in counted)
     assert judge(checks, 0.8)[0] == []
     assert machine.llm.engine.pool.budget_used == 0
@@ -85,9 +88,9 @@ def test_as_many_samples_as_the_time_has_room_for(
     monkeypatch.setattr(verifying, "time", clock)
     for name in ("Retrieval", "Turns", "Text", "LongAnswers"):
         monkeypatch.setattr(verifying, name, Counted)
-    machine: Any = SimpleNamespace(llm=SimpleNamespace(
-        engine=SimpleNamespace(runner=SimpleNamespace(max_positions=4096))
-    ))  # fmt: skip
+    machine: Any = SimpleNamespace(
+        llm=SimpleNamespace(engine=SimpleNamespace(runner=SimpleNamespace(max_positions=4096)))
+    )
     found = verify(machine, Subject(), Full(), Plan(300, seconds))
     assert [each.samples for each in found] == [rounds * ROUND] * 4
 
@@ -144,9 +147,11 @@ def test_the_verdict_goes_by_the_interval() -> None:
     ],
 )
 def test_mistakes_are_one_line(
-    words: list[str], message: str, monkeypatch: pytest.MonkeyPatch,
+    words: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     assert run(monkeypatch, "verify", "--kv-memory", "32MiB", *words) == 2
     assert message in capsys.readouterr().err.strip().splitlines()[-1]
 
@@ -158,14 +163,27 @@ def test_a_server_below_the_floor_does_not_open(
 
     def found(machine: Asker, where: Subject, policy: Policy, *more: Any) -> list[Check]:
         assert policy == StreamingLLM(keep=0.1) and machine.llm.engine.pool.budget == 2**25
-        return [Check("retrieval, question inside", "1.00", "0.10", 0.1, 0.0, 0.4, 3),
-                Check("text", "perplexity 9", "9", 0.9, 0.7, 1.0, 3)]  # fmt: skip
+        return [
+            Check("retrieval, question inside", "1.00", "0.10", 0.1, 0.0, 0.4, 3),
+            Check("text", "perplexity 9", "9", 0.9, 0.7, 1.0, 3),
+        ]
 
     monkeypatch.setattr(cli_verify, "verify", found)
     monkeypatch.setattr(signal, "signal", lambda *values: None)
     monkeypatch.setattr(serve_module, "serve", lambda *values: pytest.fail("it serves"))
-    command = ("serve", "--port", "0", "--kv-memory", "32MiB", "--policy", "streaming_llm",
-               "--keep", ".1", "--dtype", "float32")  # fmt: skip
+    command = (
+        "serve",
+        "--port",
+        "0",
+        "--kv-memory",
+        "32MiB",
+        "--policy",
+        "streaming_llm",
+        "--keep",
+        ".1",
+        "--dtype",
+        "float32",
+    )
     assert run(monkeypatch, *command, "--verify") == 1
     said = capsys.readouterr()
     assert said.out == "" and "retrieval, question inside" in said.err
@@ -181,8 +199,20 @@ def serve_verified(monkeypatch: pytest.MonkeyPatch, *words: str) -> tuple[list[A
     monkeypatch.setattr(cli_verify, "run_verify", lambda *a, **k: asked.append(a) or True)
     monkeypatch.setattr(signal, "signal", lambda *values: None)
     monkeypatch.setattr(serve_module, "serve", lambda *values: served.append(values))
-    assert run(monkeypatch, "serve", "--port", "0", "--kv-memory", "16MiB",
-               "--dtype", "float32", *words) == 0  # fmt: skip
+    assert (
+        run(
+            monkeypatch,
+            "serve",
+            "--port",
+            "0",
+            "--kv-memory",
+            "16MiB",
+            "--dtype",
+            "float32",
+            *words,
+        )
+        == 0
+    )
     return asked, served
 
 
@@ -208,9 +238,11 @@ def test_a_server_that_holds_is_served(backend: str, monkeypatch: pytest.MonkeyP
     ],
 )
 def test_a_servers_mistakes_are_one_line(
-    words: list[str], message: str, monkeypatch: pytest.MonkeyPatch,
+    words: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     assert run(monkeypatch, "serve", *words) == 2
     assert message in capsys.readouterr().err.strip().splitlines()[-1]
 
@@ -249,5 +281,8 @@ def test_a_task_that_the_full_cache_cannot_do_is_named_and_left_out(
     for check in found.checks():
         assert check.full == "1.00 (without never)" and check.mine == "0.50"
         assert (check.share, check.samples, check.kv_share, check.computed_share) == (
-            0.5, 3, 0.5, 0.25,
-        )  # fmt: skip
+            0.5,
+            3,
+            0.5,
+            0.25,
+        )

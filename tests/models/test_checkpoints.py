@@ -73,12 +73,17 @@ def test_several_tensors_without_a_place_are_counted(folder: Path) -> None:
 
 def test_buffers_that_are_worked_out_anew_are_harmless(folder: Path) -> None:
     expected = greedy(str(folder), [5, 6, 7])
-    change(folder, lambda tensors: tensors.update({
-        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
-        "model.layers.0.self_attn.masked_bias": torch.ones(1),
-        "model.layers.0.attention.bias": torch.ones(1, 1, 4, 4, dtype=torch.bool),
-        "model.embeddings.position_ids": torch.arange(4)[None],
-    }))  # fmt: skip
+    change(
+        folder,
+        lambda tensors: tensors.update(
+            {
+                "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
+                "model.layers.0.self_attn.masked_bias": torch.ones(1),
+                "model.layers.0.attention.bias": torch.ones(1, 1, 4, 4, dtype=torch.bool),
+                "model.embeddings.position_ids": torch.arange(4)[None],
+            }
+        ),
+    )
     with pytest.raises(ValueError, match="embeddings"):  # see that it is looked at
         change(folder, lambda tensors: tensors.update({"model.embeddings.x": torch.ones(1)}))
         LLM(str(folder))
@@ -89,9 +94,12 @@ def test_buffers_that_are_worked_out_anew_are_harmless(folder: Path) -> None:
 def test_a_tied_head_that_is_saved_too_is_harmless(tmp_path: Path) -> None:
     model = tiny_model("llama", tie_word_embeddings=True)
     model.save_pretrained(tmp_path)
-    change(tmp_path, lambda tensors: tensors.update(
-        {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
-    ))  # fmt: skip
+    change(
+        tmp_path,
+        lambda tensors: tensors.update(
+            {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
+        ),
+    )
     assert greedy(str(tmp_path), [5, 6, 7]) == model_greedy(model, [5, 6, 7], NEW)
 
 
@@ -103,9 +111,12 @@ def test_integers_are_no_weights(folder: Path) -> None:
 
 
 def test_a_checkpoint_without_a_dtype_loads_as_it_is_stored(folder: Path) -> None:
-    change(folder, lambda tensors: tensors.update(
-        {name: each.bfloat16() for name, each in tensors.items() if "norm" not in name}
-    ))  # fmt: skip
+    change(
+        folder,
+        lambda tensors: tensors.update(
+            {name: each.bfloat16() for name, each in tensors.items() if "norm" not in name}
+        ),
+    )
     configure(folder, drop="dtype")
     assert load_config(str(folder)).dtype is torch.bfloat16
     assert load_model(str(folder)).dtype is torch.bfloat16
@@ -139,8 +150,13 @@ def test_a_gguf_that_is_a_pointer(tmp_path: Path) -> None:
 def test_an_index_may_name_files_of_its_folder_only(folder: Path, tmp_path: Path) -> None:
     (folder / "model.safetensors").rename(tmp_path / "other.safetensors")
     index = folder / "model.safetensors.index.json"
-    for place in ("../other.safetensors", str(tmp_path / "other.safetensors"), "a/b.safetensors",
-                  "weights.bin", 5):  # fmt: skip
+    for place in (
+        "../other.safetensors",
+        str(tmp_path / "other.safetensors"),
+        "a/b.safetensors",
+        "weights.bin",
+        5,
+    ):
         index.write_text(json.dumps({"weight_map": {"model.norm.weight": place}}))
         (folder / "some.safetensors").touch()
         with pytest.raises(ValueError, match=r"it may only name safetensors files of its own"):
@@ -209,8 +225,10 @@ def test_a_hub_id_without_a_network_fails_at_once(
     from pyramidinfer.cli.app import app
 
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-    words = {"generate": ["--model", "owner/some-model", "--prompt", "a"],
-             "inspect": ["--model", "owner/some-model"]}  # fmt: skip
+    words = {
+        "generate": ["--model", "owner/some-model", "--prompt", "a"],
+        "inspect": ["--model", "owner/some-model"],
+    }
     began = time.monotonic()
     result = CliRunner().invoke(app, [command, *words.get(command, ["owner/some-model"])])
     assert result.exit_code == 2
@@ -254,10 +272,13 @@ def test_what_many_configs_carry_is_harmless(folder: Path) -> None:
     """transformers' own attention, and remote code for what transformers has by now."""
     expected = greedy(str(folder), [5, 6, 7])
     configure(
-        folder, _attn_implementation="flash_attention_2", attn_implementation="eager",
-        _attn_implementation_autoset=True, num_labels=10**9,
+        folder,
+        _attn_implementation="flash_attention_2",
+        attn_implementation="eager",
+        _attn_implementation_autoset=True,
+        num_labels=10**9,
         auto_map={"AutoConfig": "owner/code--a.B", "AutoModelForCausalLM": "modeling.Evil"},
-    )  # fmt: skip
+    )
     (folder / "modeling.py").write_text("raise SystemExit('remote code was run')")
     llm = LLM(str(folder), policy="full", kv_memory="1MiB")
     assert llm.generate([[5, 6, 7]], SamplingParams(max_tokens=NEW))[0].token_ids == expected
@@ -346,10 +367,12 @@ def test_training_mode_that_comes_later() -> None:
     ("changes", "named"),
     [
         ({"sliding_window": 128}, "sliding_window=128 has no effect"),
-        ({"rope_theta": 5.0, "rope_parameters": {"rope_type": "default", "rope_theta": 7.0}},
-         "rope_theta=5.0 has no effect beside rope_parameters"),
+        (
+            {"rope_theta": 5.0, "rope_parameters": {"rope_type": "default", "rope_theta": 7.0}},
+            "rope_theta=5.0 has no effect beside rope_parameters",
+        ),
     ],
-)  # fmt: skip
+)
 def test_keys_without_effect(tmp_path: Path, changes: dict[str, Any], named: str) -> None:
     folder = tmp_path / "model"
     tiny_model("llama", torch.float32).save_pretrained(folder)

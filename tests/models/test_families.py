@@ -23,8 +23,15 @@ def test_greedy_tokens_equal_generate(family: str, chunk: int) -> None:
     ), "the tiny model must hold every kind of layer"
     if family == "smollm3":
         assert len(set(model.config.no_rope_layers)) == 2
-    llm = LLM(model, policy="full", kv_memory="8MiB", page_size=4, poison=True,
-              prefill_chunk=chunk, step_tokens=max(8, chunk))  # fmt: skip
+    llm = LLM(
+        model,
+        policy="full",
+        kv_memory="8MiB",
+        page_size=4,
+        poison=True,
+        prefill_chunk=chunk,
+        step_tokens=max(8, chunk),
+    )
     params = SamplingParams(max_tokens=NEW)
     requests = []
     for seed, length in enumerate(LENGTHS):

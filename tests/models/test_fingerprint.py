@@ -69,10 +69,17 @@ def test_another_seed_without_any_training() -> None:
 
 
 def test_sizes_are_told_by_the_key() -> None:
-    keys = [mark_of(tiny_model("llama", **sizes)).key for sizes in (
-        {}, {"vocab_size": 121}, {"num_key_value_heads": 4}, {"num_hidden_layers": 3},
-        {"hidden_size": 64, "head_dim": 8}, {"head_dim": 16},
-    )]  # fmt: skip
+    keys = [
+        mark_of(tiny_model("llama", **sizes)).key
+        for sizes in (
+            {},
+            {"vocab_size": 121},
+            {"num_key_value_heads": 4},
+            {"num_hidden_layers": 3},
+            {"hidden_size": 64, "head_dim": 8},
+            {"head_dim": 16},
+        )
+    ]
     keys += [mark_of(tiny_model(each)).key for each in ("mistral", "qwen2")]
     assert len(set(keys)) == len(keys)
     assert all(key.replace("-", "").replace("_", "").isalnum() for key in keys)

@@ -27,15 +27,39 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3-bias": ("qwen3", {"attention_bias": True, "num_key_value_heads": 1}),
     "mha": ("llama", {"num_key_value_heads": 4}),
     "one-kv-head": ("mistral", {"num_key_value_heads": 1, "sliding_window": None}),
-    "three-heads": ("llama", {"num_attention_heads": 3, "num_key_value_heads": 3,
-                              "hidden_size": 36, "intermediate_size": 70, "vocab_size": 121}),
+    "three-heads": (
+        "llama",
+        {
+            "num_attention_heads": 3,
+            "num_key_value_heads": 3,
+            "hidden_size": 36,
+            "intermediate_size": 70,
+            "vocab_size": 121,
+        },
+    ),
     "tied": ("llama", {"tie_word_embeddings": True}),
     "tied-qwen2": ("qwen2", {"tie_word_embeddings": True}),
-    "some-of-a-head": ("phi3", {"rope_parameters": {
-        "rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.5}}),
-    "wide": ("llama", {"hidden_size": 320, "intermediate_size": 400, "num_attention_heads": 5,
-                       "num_key_value_heads": 1, "initializer_range": 0.05}),
-}  # fmt: skip
+    "some-of-a-head": (
+        "phi3",
+        {
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10_000.0,
+                "partial_rotary_factor": 0.5,
+            }
+        },
+    ),
+    "wide": (
+        "llama",
+        {
+            "hidden_size": 320,
+            "intermediate_size": 400,
+            "num_attention_heads": 5,
+            "num_key_value_heads": 1,
+            "initializer_range": 0.05,
+        },
+    ),
+}
 KERNELS = backend("native").kernels
 DTYPES = [each for each in (torch.float32, torch.bfloat16) if KERNELS.multiplies(each)]
 #: In units of the largest logit.
@@ -104,8 +128,10 @@ def test_bf16_is_no_further_off_than_the_models_own(variant: str, length: int) -
     texts = [[*trace.prompt_token_ids, *trace.token_ids] for trace in traces]
 
     def said() -> list[Tensor]:
-        return [own_logits(model, tokens)[length - 1 : -1].float(),
-                torch.stack([own_logits(model, text)[-1] for text in texts]).float()]  # fmt: skip
+        return [
+            own_logits(model, tokens)[length - 1 : -1].float(),
+            torch.stack([own_logits(model, text)[-1] for text in texts]).float(),
+        ]
 
     assert scored.logits is not None
     found = [scored.logits, torch.stack([trace.final_logits for trace in traces])]
@@ -207,9 +233,15 @@ def hooked_before(model: Any) -> None:
 
 
 CHANGES = [
-    subclass, runner, patched, hooked_before, hooked("model.layers.1.mlp"),
-    hooked("model.layers.0.input_layernorm"), hooked("model.norm"), hooked("lm_head"),
-]  # fmt: skip
+    subclass,
+    runner,
+    patched,
+    hooked_before,
+    hooked("model.layers.1.mlp"),
+    hooked("model.layers.0.input_layernorm"),
+    hooked("model.norm"),
+    hooked("lm_head"),
+]
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda each: each.__name__)
@@ -309,9 +341,10 @@ def test_several_prompts_and_decoding_rows_share_a_last_layer() -> None:
 
 OPS = [
     pytest.param(isa, dtype, id=f"{isa}-{dtype}")
-    for isa in ISAS for dtype in (torch.float32, torch.bfloat16)
+    for isa in ISAS
+    for dtype in (torch.float32, torch.bfloat16)
     if backend(isa).kernels.multiplies(dtype)
-]  # fmt: skip
+]
 SHAPES = [(1, 32, 48), (5, 64, 120), (3, 6, 10), (200, 96, 70), (13, 320, 129)]
 #: One rounding of a result whose size is about that of ``unit``; sums in another order.
 NEAR = {torch.float32: 1e-5, torch.bfloat16: 2**-7}

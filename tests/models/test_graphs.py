@@ -100,8 +100,9 @@ def test_a_text_beyond_the_last_position(by_layer: Callable[[], None]) -> None:
 
     def run() -> Any:
         model = tiny_model("llama", torch.float64, max_position_embeddings=48)
-        llm = LLM(model, policy_named("streaming_llm"), kv_memory="4MiB", page_size=4,
-                  backend="triton")  # fmt: skip
+        llm = LLM(
+            model, policy_named("streaming_llm"), kv_memory="4MiB", page_size=4, backend="triton"
+        )
         return answers(llm, (20, 30), (60, 50)), sizes(llm)
 
     got, used = run()
@@ -263,8 +264,18 @@ def test_nothing_in_a_step_looks_at_the_device(name: str, monkeypatch: pytest.Mo
 
 def test_sizes_are_few_and_large_enough() -> None:
     assert [round_rows(count) for count in (1, 2, 3, 5, 8, 9, 32, 33, 64, 65, 150)] == [
-        1, 2, 4, 8, 8, 16, 32, 40, 64, 80, 160,
-    ]  # fmt: skip
+        1,
+        2,
+        4,
+        8,
+        8,
+        16,
+        32,
+        40,
+        64,
+        80,
+        160,
+    ]
     for count in range(1, 600):
         assert count <= round_rows(count) <= max(count + 7, 1.25 * count)
         assert count <= round_pages(count) < max(graphs.LEAST_PAGES + 1, 2 * count)

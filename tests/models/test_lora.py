@@ -24,24 +24,36 @@ NEW, PROMPT = 10, random_prompt(1, 30)
 TARGETS = ["q_proj", "v_proj", "up_proj"]
 CONFIGS: dict[str, Callable[[], Any]] = {
     "lora": lambda: peft.LoraConfig(
-        task_type="CAUSAL_LM", r=4, lora_dropout=0.5, init_lora_weights=False,
+        task_type="CAUSAL_LM",
+        r=4,
+        lora_dropout=0.5,
+        init_lora_weights=False,
         target_modules=TARGETS,
     ),
     "dora": lambda: peft.LoraConfig(
-        r=4, init_lora_weights=False, use_dora=True, use_rslora=True, target_modules=TARGETS,
+        r=4,
+        init_lora_weights=False,
+        use_dora=True,
+        use_rslora=True,
+        target_modules=TARGETS,
     ),
     "saved": lambda: peft.LoraConfig(
-        task_type="CAUSAL_LM", r=4, init_lora_weights=False, target_modules=TARGETS,
+        task_type="CAUSAL_LM",
+        r=4,
+        init_lora_weights=False,
+        target_modules=TARGETS,
         modules_to_save=["lm_head"],
     ),
     "loha": lambda: peft.LoHaConfig(
         task_type="CAUSAL_LM", r=4, init_weights=False, target_modules=TARGETS
     ),
     "ia3": lambda: peft.IA3Config(
-        task_type="CAUSAL_LM", init_ia3_weights=False, target_modules=["k_proj", "down_proj"],
+        task_type="CAUSAL_LM",
+        init_ia3_weights=False,
+        target_modules=["k_proj", "down_proj"],
         feedforward_modules=["down_proj"],
     ),
-}  # fmt: skip
+}
 
 
 def adapted(kind: str, base: Any) -> Any:
@@ -176,9 +188,10 @@ def test_without_peft_the_command_says_what_to_install(
     folder, _ = save("lora", base)
     find = importlib.util.find_spec
     monkeypatch.setattr(
-        importlib.util, "find_spec",
+        importlib.util,
+        "find_spec",
         lambda name, *rest: None if name == "peft" else find(name, *rest),
-    )  # fmt: skip
+    )
     result = CliRunner().invoke(app, ["generate", "--model", str(folder), "--prompt", "a"])
     assert result.exit_code == 2
     assert "pip install 'pyramidinfer[peft]'" in result.stderr

@@ -17,17 +17,15 @@ SCALES: dict[str, dict[str, Any]] = {
     "yarn": THETA | {"original_max_position_embeddings": OLD},
     "linear": THETA,
     "dynamic": THETA,
-    "llama3": THETA | {"low_freq_factor": 1.0, "high_freq_factor": 4.0,
-                       "original_max_position_embeddings": OLD},
-}  # fmt: skip
+    "llama3": THETA
+    | {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": OLD},
+}
 PARAMS = SamplingParams(max_tokens=NEW, ignore_eos=True)
 
 
 def scaled(family: str, kind: str) -> Any:
     scale = {"rope_type": kind} | SCALES[kind]
-    return tiny_model(
-        family, max_position_embeddings=OLD, rope_parameters=scale, eos_token_id=None
-    )  # fmt: skip
+    return tiny_model(family, max_position_embeddings=OLD, rope_parameters=scale, eos_token_id=None)
 
 
 @pytest.mark.parametrize("family", ["llama", "olmo2", "gpt_neox"])
@@ -35,8 +33,14 @@ def scaled(family: str, kind: str) -> Any:
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_tokens_beyond_the_old_length_equal_generate(family: str, kind: str, backend: str) -> None:
     """Short and long prompts side by side, in chunks; each gets what it gets alone."""
-    llm = LLM(scaled(family, kind), policy="full", kv_memory="4MiB", backend=backend,
-              prefill_chunk=37, step_tokens=41)  # fmt: skip
+    llm = LLM(
+        scaled(family, kind),
+        policy="full",
+        kv_memory="4MiB",
+        backend=backend,
+        prefill_chunk=37,
+        step_tokens=41,
+    )
     assert llm.engine.runner.max_positions == OLD * FACTOR
     prompts = [random_prompt(seed, length) for seed, length in enumerate((5, 60, 150, 64, 90))]
     for prompt, out in zip(prompts, llm.generate(prompts, PARAMS), strict=True):
@@ -55,22 +59,44 @@ def test_the_limit_is_the_new_length(kind: str) -> None:
 @pytest.mark.parametrize(
     ("family", "most", "scale", "expected"),
     [
-        ("llama", 131_072, {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
-                            "high_freq_factor": 4.0,
-                            "original_max_position_embeddings": 8192}, 131_072),
-        ("qwen2", 32_768, {"rope_type": "yarn", "factor": 4.0,
-                           "original_max_position_embeddings": 32_768}, 131_072),
-        ("qwen2", 131_072, {"rope_type": "yarn", "factor": 4.0,
-                            "original_max_position_embeddings": 32_768}, 131_072),
+        (
+            "llama",
+            131_072,
+            {
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 8192,
+            },
+            131_072,
+        ),
+        (
+            "qwen2",
+            32_768,
+            {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32_768},
+            131_072,
+        ),
+        (
+            "qwen2",
+            131_072,
+            {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32_768},
+            131_072,
+        ),
         ("llama", 4096, {"rope_type": "linear", "factor": 2.5}, 10_240),
         ("llama", 4096, {"rope_type": "default"}, 4096),
-        ("gemma3_text", 131_072, {
-            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
-            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
-        }, 131_072),
+        (
+            "gemma3_text",
+            131_072,
+            {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+            131_072,
+        ),
         ("phi3", 512, None, 512),
     ],
-)  # fmt: skip
+)
 def test_positions_of_known_models(
     family: str, most: int, scale: dict[str, Any] | None, expected: int
 ) -> None:

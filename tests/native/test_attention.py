@@ -78,16 +78,19 @@ def wide(*tensors: Tensor) -> list[Tensor]:
 # --- decoding ------------------------------------------------------------------------------------
 
 
-def paged(layout: Layout, lengths: list[int], dtype: torch.dtype, seed: int = 0
-          ) -> tuple[DecodePlan, Tensor, Pages]:  # fmt: skip
+def paged(
+    layout: Layout, lengths: list[int], dtype: torch.dtype, seed: int = 0
+) -> tuple[DecodePlan, Tensor, Pages]:
     """Requests of these lengths in scattered pages, each head with tokens of its own, and in every
     second request fewer of them the later the head; everything outside their entries is NaN, and
     so is the page that unused places of the table name."""
     size, generator, heads = layout.page, torch.Generator().manual_seed(seed), layout.kv_heads
-    lens = torch.tensor([
-        [max(1, length // (1 + head * (row % 2))) for head in range(heads)]
-        for row, length in enumerate(lengths)
-    ])  # fmt: skip
+    lens = torch.tensor(
+        [
+            [max(1, length // (1 + head * (row % 2))) for head in range(heads)]
+            for row, length in enumerate(lengths)
+        ]
+    )
     held = -(-lens // size)
     shape = (int(held.sum()) + 2, size)
     pages = Pages(
@@ -121,9 +124,13 @@ def test_decode(isa: str, dtype: torch.dtype, scale: Scale, layout: Layout) -> N
     plan, queries, pages = paged(layout, [1, 333, 37, 256], dtype)
     cpu = backend(isa)
     got = cpu.run(
-        cpu.plan(plan.tables, plan.lengths, plan.longest, plan.positions), 0, queries, pages, scale,
+        cpu.plan(plan.tables, plan.lengths, plan.longest, plan.positions),
+        0,
+        queries,
+        pages,
+        scale,
         probs=True,
-    )  # fmt: skip
+    )
     keys, values = wide(pages.keys, pages.values)
     exact = REFERENCE.run(
         plan, 0, queries.float(), Pages(keys, values, pages.positions), scale, probs=True
@@ -149,23 +156,25 @@ class Dense(NamedTuple):
     k_pos: Tensor
 
     def widened(self) -> Any:
-        return self._replace(queries=self.queries.float(), keys=self.keys.float(),
-                             values=self.values.float())  # fmt: skip
+        return self._replace(
+            queries=self.queries.float(), keys=self.keys.float(), values=self.values.float()
+        )
 
 
 def dense(layout: Layout, new: int, entries: int, dtype: torch.dtype, seed: int = 0) -> Dense:
     """``new`` tokens with gaps between them on older entries in any order, other ones a head."""
     generator, old = torch.Generator().manual_seed(seed), entries - new
-    older = torch.stack([
-        torch.randperm(2 * old + 3, generator=generator)[:old] for _ in range(layout.kv_heads)
-    ])  # fmt: skip
+    older = torch.stack(
+        [torch.randperm(2 * old + 3, generator=generator)[:old] for _ in range(layout.kv_heads)]
+    )
     q_pos = 2 * old + 3 + torch.arange(new) * 3 // 2
     return Dense(
         random(seed, new, layout.heads, layout.key_dim, dtype=dtype),
         random(seed + 1, entries, layout.kv_heads, layout.key_dim, dtype=dtype).transpose(0, 1),
         random(seed + 2, entries, layout.kv_heads, layout.value_dim, dtype=dtype).transpose(0, 1),
-        q_pos, torch.cat([older, q_pos.expand(layout.kv_heads, -1)], dim=1),
-    )  # fmt: skip
+        q_pos,
+        torch.cat([older, q_pos.expand(layout.kv_heads, -1)], dim=1),
+    )
 
 
 SIZES = [(1, 1), (7, 7), (100, 100), (50, 301), (1, 130)]  # whole, on older entries, single row
@@ -198,9 +207,14 @@ def test_prefill_scored(isa: str, dtype: torch.dtype, scale: Scale, layout: Layo
             limit = ROUNDING[dtype] * float(case.values.abs().max())
             close(out, exact_out, limit, f"out {new} of {entries} ")
             expected = REFERENCE.window_scores(
-                exact.queries[-watched:], exact.keys, exact.q_pos[-watched:], exact.k_pos, scale,
-                Reduce(heads, "sum", 1.4), rows=watched,
-            )  # fmt: skip
+                exact.queries[-watched:],
+                exact.keys,
+                exact.q_pos[-watched:],
+                exact.k_pos,
+                scale,
+                Reduce(heads, "sum", 1.4),
+                rows=watched,
+            )
             # Weights wait for their row's sum in the dtype they are multiplied in.
             close(scored.scores, expected.scores, ROUNDING[dtype], f"scores {new} of {entries} ")
             close(scored.lse, expected.lse, EXACT, "lse ")
@@ -228,11 +242,17 @@ def test_window_scores(isa: str, dtype: torch.dtype, scale: Scale, layout: Layou
             reduce = Reduce(heads, rows, 1.3)
             got, expected = (
                 each.window_scores(
-                    data.queries, data.keys, data.q_pos, data.k_pos, scale, reduce, rows=new + 2,
+                    data.queries,
+                    data.keys,
+                    data.q_pos,
+                    data.k_pos,
+                    scale,
+                    reduce,
+                    rows=new + 2,
                     lse=lse,
                 )
                 for each, data in ((backend(isa), case), (REFERENCE, exact))
-            )  # fmt: skip
+            )
             what = f"{heads} {rows} {new} of {entries} lse {lse is not None} "
             close(got.lse, expected.lse, EXACT, what)
             if rows == "below":  # a weight that is even but for rounding may count or not
@@ -304,10 +324,16 @@ def test_prefill_does_not_depend_on_chunks_or_threads(isa: str, dtype: torch.dty
     whole, scored = cpu.prefill_scored(*case, scale, Reduce("kv_mean", "sum", 1.4), ramp)
     assert whole.equal(cpu.prefill(*case, scale))
     parts = [
-        cpu.prefill(case.queries[a:b], case.keys[:, :b], case.values[:, :b], case.q_pos[a:b],
-                    case.k_pos[:, :b], scale)
+        cpu.prefill(
+            case.queries[a:b],
+            case.keys[:, :b],
+            case.values[:, :b],
+            case.q_pos[a:b],
+            case.k_pos[:, :b],
+            scale,
+        )
         for a, b in ((0, 1), (1, 77), (77, 200), (200, 259), (259, 260))
-    ]  # fmt: skip
+    ]
     assert torch.cat(parts).equal(whole)
     try:
         for threads in (2, 3):

@@ -175,10 +175,13 @@ def test_a_damaged_library_is_built_again(
     made = compile_kernels()
     content = made.read_bytes()
     middle = len(content) // 2
-    made.write_bytes({
-        "cut short": content[:middle], "empty": b"",
-        "changed": content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :],
-    }[damage])  # fmt: skip
+    made.write_bytes(
+        {
+            "cut short": content[:middle],
+            "empty": b"",
+            "changed": content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :],
+        }[damage]
+    )
     assert compile_kernels() == made and made.read_bytes() == content
     assert library.kernels().instructions
 

@@ -19,9 +19,10 @@ from tests.tiny import random_prompt, tiny_model
 
 #: Those whose linears run in the kernels: torch's own products depend on how many rows there are.
 DTYPES = [
-    dtype for dtype in (torch.float32, torch.bfloat16)
+    dtype
+    for dtype in (torch.float32, torch.bfloat16)
     if backend("native").kernels.multiplies(dtype)
-]  # fmt: skip
+]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 PROMPTS = [random_prompt(seed, length) for seed, length in enumerate((90, 3, 300, 41, 1))]
 NEW = 20
@@ -37,8 +38,9 @@ def engine(family: str, dtype: torch.dtype, name: str, **options: Any) -> Engine
     return Engine(model(family, dtype), policy_named(name), EngineConfig(**options), backend="cpu")
 
 
-def logits_of(engine: Engine, prompts: list[list[int]], joining: int = 0
-              ) -> tuple[list[list[int]], list[Tensor]]:  # fmt: skip
+def logits_of(
+    engine: Engine, prompts: list[list[int]], joining: int = 0
+) -> tuple[list[list[int]], list[Tensor]]:
     """Tokens and logits ``[NEW, vocab]`` of each; ``joining`` steps lie between two prompts."""
     assert engine.runner.fused is not None
     params = SamplingParams(max_tokens=NEW, ignore_eos=True)

@@ -34,8 +34,13 @@ def fill(pool: Pool, table: Table, layer: int, count: int, seed: int) -> None:
     heads, dtype = group.spec.kv_heads, group.spec.dtype
     rows = random(seed, count, 2 * heads, 16, dtype=dtype)  # rows wider than what is written
     first = int(table.longest[layer])
-    pool.write(layer, pool.append(table, layer, count), rows[:, :heads, :6], rows[:, heads:, :10],
-               torch.arange(first, first + count) * 3)  # fmt: skip
+    pool.write(
+        layer,
+        pool.append(table, layer, count),
+        rows[:, :heads, :6],
+        rows[:, heads:, :10],
+        torch.arange(first, first + count) * 3,
+    )
 
 
 def entries(pool: Pool, table: Table, layer: int) -> list[Tensor]:
@@ -43,8 +48,11 @@ def entries(pool: Pool, table: Table, layer: int) -> list[Tensor]:
     positions, found = pool.positions(table, layer), []
     for head, count in enumerate(table.lens(layer)):
         one, order = slice(head, head + 1), positions[head, :count].argsort()
-        of_head = [pool.keys(table, layer, one)[0], pool.values(table, layer, one)[0],
-                   positions[head, :count]]  # fmt: skip
+        of_head = [
+            pool.keys(table, layer, one)[0],
+            pool.values(table, layer, one)[0],
+            positions[head, :count],
+        ]
         if pool.group(layer).scores is not None:
             of_head.append(pool.scores(table, layer)[head, :count])
         found += [each[order] for each in of_head]
@@ -79,11 +87,14 @@ def test_write_keep_and_gather(dtype: torch.dtype, heads_keep: str, scores: bool
         if heads_keep == "the same":
             keep = Keep(torch.randperm(min(lens), generator=generator)[:kept][None])
         else:
-            keep = test_pool.ragged([
-                torch.randperm(length, generator=generator)
-                [: int(kept * (share if heads_keep == "unlike" else 1))]
-                for length, share in zip(lens, shares, strict=True)
-            ])  # fmt: skip
+            keep = test_pool.ragged(
+                [
+                    torch.randperm(length, generator=generator)[
+                        : int(kept * (share if heads_keep == "unlike" else 1))
+                    ]
+                    for length, share in zip(lens, shares, strict=True)
+                ]
+            )
         for pool, table in zip(pools, tables, strict=True):
             pool.keep(table, 1, keep)
             pool.check()
@@ -131,8 +142,11 @@ class OnKernels(test_pool.PoolMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.pool = Pool(Layout(test_pool.SPECS, 20_000, test_pool.PAGE), poison=True,
-                         kernels=backend("native").kernels)  # fmt: skip
+        self.pool = Pool(
+            Layout(test_pool.SPECS, 20_000, test_pool.PAGE),
+            poison=True,
+            kernels=backend("native").kernels,
+        )
 
 
 TestPoolOnKernels = OnKernels.TestCase
@@ -155,7 +169,7 @@ def shuffled(heads: int, n: int, seed: int) -> Tensor:
 @pytest.mark.parametrize("heads,n", [(1, 1), (1, 40), (3, 40), (2, 999), (4, 5000)])
 @pytest.mark.parametrize("kind", ["random", "ties", "zeros"])
 @pytest.mark.parametrize("in_order", [True, False])
-def test_best_entries(heads: int, n: int, kind: str, in_order: bool) -> None:  # fmt: skip
+def test_best_entries(heads: int, n: int, kind: str, in_order: bool) -> None:
     scores = random(n, heads, n)
     if kind == "ties":
         scores = (scores * 2).round()  # negative zeros among them
@@ -213,7 +227,7 @@ def test_scores_that_are_no_numbers_come_first() -> None:
 @pytest.mark.parametrize("how", ["max", "mean"])
 @pytest.mark.parametrize("kernel", [3, 7, 51])
 @pytest.mark.parametrize("shape", ["one", "each", "sorted"])
-def test_pool_neighbours(how: str, kernel: int, shape: str) -> None:  # fmt: skip
+def test_pool_neighbours(how: str, kernel: int, shape: str) -> None:
     scores, places = random(1, 3, 200), shuffled(3, 200, 1)
     if shape == "one":
         places = places[:1]

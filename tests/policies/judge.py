@@ -86,8 +86,14 @@ class Judge:
     """One request on an ``exact_llama`` under one method.  ``options`` are the method's own;
     ``protect`` positions always stay."""
 
-    def __init__(self, model: Any, method: str, keep: float | None = None,
-                 protect: Iterable[int] = (), **options: Any) -> None:  # fmt: skip
+    def __init__(
+        self,
+        model: Any,
+        method: str,
+        keep: float | None = None,
+        protect: Iterable[int] = (),
+        **options: Any,
+    ) -> None:
         self.method, self.keep, self.protect, self.options = method, keep, set(protect), options
         self.weights = {name: weight.detach() for name, weight in model.state_dict().items()}
         config = model.config
@@ -154,8 +160,9 @@ class Judge:
         normed = self._norm(hidden[-1], "model.norm")
         return normed @ self.weights["lm_head.weight"].T
 
-    def _layer(self, layer: int, hidden: Tensor, rows: list[int], is_decode: bool
-               ) -> tuple[Tensor, Seen]:  # fmt: skip
+    def _layer(
+        self, layer: int, hidden: Tensor, rows: list[int], is_decode: bool
+    ) -> tuple[Tensor, Seen]:
         name = f"model.layers.{layer}"
         normed = self._norm(hidden, f"{name}.input_layernorm")
         queries, keys, values = (
@@ -213,8 +220,13 @@ class Judge:
         """Entries per layer: ``keep`` as a share of the text, or what the paper says."""
         return published if self.keep is None else round(self.keep * self.text)
 
-    def _best(self, held: list[list[int]], scores: list[dict[int, float]], count: int,
-              always: list[set[int]]) -> Kept:  # fmt: skip
+    def _best(
+        self,
+        held: list[list[int]],
+        scores: list[dict[int, float]],
+        count: int,
+        always: list[set[int]],
+    ) -> Kept:
         """Per head: what always stays, then the highest scores; ties go to the earlier token."""
         forced = [each | (self.protect & set(h)) for each, h in zip(always, held, strict=True)]
         count = max(count, *(len(each) for each in forced))
@@ -234,8 +246,9 @@ class Judge:
         first, last = (low, high) if first <= last else (high, low)
         return round(first + (last - first) * layer / (self.depth - 1))
 
-    def _smoothed(self, positions: list[int], scores: dict[int, float], kernel: int,
-                  pooling: str) -> dict[int, float]:  # fmt: skip
+    def _smoothed(
+        self, positions: list[int], scores: dict[int, float], kernel: int, pooling: str
+    ) -> dict[int, float]:
         """Scores of the neighbours that are there, averaged (zeros beyond the ends) or maxed."""
         smoothed = {}
         for index, position in enumerate(positions):
@@ -274,9 +287,15 @@ class Judge:
         always = [set(positions[len(positions) - recent :]) for positions in seen.held]
         return self._best(seen.held, sums, budget, always)
 
-    def scissorhands(self, seen: Seen, budget_ratio: float = 0.2, window: int = 400,
-                     recent: int = 10, drop: float = 0.5, rise: float = 0.2
-                     ) -> Kept | None:  # fmt: skip
+    def scissorhands(
+        self,
+        seen: Seen,
+        budget_ratio: float = 0.2,
+        window: int = 400,
+        recent: int = 10,
+        drop: float = 0.5,
+        rise: float = 0.2,
+    ) -> Kept | None:
         """Entries that got less than 1/t of a step's attention in the fewest of the last steps
         (https://arxiv.org/abs/2305.17118)."""
         lows = []
@@ -289,10 +308,12 @@ class Judge:
                 given = zip(positions, amounts, strict=True)
                 history.append((row + 1, {p: share for p, share in given if p <= row}))
             del history[:-window]
-            lows.append({
-                each: -float(sum(1 for t, row in history if each in row and row[each] < 1 / t))
-                for each in positions
-            })  # fmt: skip
+            lows.append(
+                {
+                    each: -float(sum(1 for t, row in history if each in row and row[each] < 1 / t))
+                    for each in positions
+                }
+            )
         mean = budget_ratio * self.text if self.keep is None else self.keep * self.text
         ends = (round(mean) * (1 - rise), round(mean) * (1 + rise))
         budget, entries = self._rising(seen.layer, *ends, most=self.text), len(seen.held[0])
@@ -306,8 +327,9 @@ class Judge:
         """What the prompt's last queries look at (https://arxiv.org/abs/2404.14469)."""
         return self._window_best(seen, self._budget(capacity), **{"window": 32, **options})
 
-    def pyramidkv(self, seen: Seen, capacity: int = 2048, window: int = 8, beta: float = 20,
-                  **options: Any) -> Kept | None:  # fmt: skip
+    def pyramidkv(
+        self, seen: Seen, capacity: int = 2048, window: int = 8, beta: float = 20, **options: Any
+    ) -> Kept | None:
         """SnapKV's scores; budgets fall evenly to 1/beta of the mean
         (https://arxiv.org/abs/2406.02069)."""
         mean = self._budget(capacity) - window
@@ -324,8 +346,9 @@ class Judge:
         scores = dict(zip(positions, last, strict=True))
         return self._best(seen.held, [scores] * self.kv_heads, budget, [set()] * self.kv_heads)
 
-    def chunkkv(self, seen: Seen, retain_ratio: float = 0.1, chunk_length: int = 10,
-                window: int = 32) -> Kept | None:  # fmt: skip
+    def chunkkv(
+        self, seen: Seen, retain_ratio: float = 0.1, chunk_length: int = 10, window: int = 32
+    ) -> Kept | None:
         """The chunks that the last queries of all heads look at most
         (https://arxiv.org/abs/2502.00299)."""
         positions = seen.held[0]
@@ -359,9 +382,16 @@ class Judge:
             scores.append({each: -one for each, one in zip(positions, alike, strict=True)})
         return self._best(seen.held, scores, budget, [set()] * self.kv_heads)
 
-    def expected_attention(self, seen: Seen, retain_ratio: float = 0.5, ahead: int = 512,
-                           sinks: int = 4, epsilon: float = 0.02, adaptive: bool = True,
-                           safeguard: float = 0.2) -> Kept | None:  # fmt: skip
+    def expected_attention(
+        self,
+        seen: Seen,
+        retain_ratio: float = 0.5,
+        ahead: int = 512,
+        sinks: int = 4,
+        epsilon: float = 0.02,
+        adaptive: bool = True,
+        safeguard: float = 0.2,
+    ) -> Kept | None:
         """The attention that normally distributed queries to come would give, times the value's
         length (https://arxiv.org/abs/2510.00636)."""
         budget = max(self._budget(round(retain_ratio * self.text)), sinks + 1)
@@ -403,8 +433,16 @@ class Judge:
             return self._best(seen.held, scores, budget, always)
         return self._adaptive(seen.held, scores, budget, always, safeguard)
 
-    def rkv(self, seen: Seen, capacity: int = 1024, buffer: int = 128, window: int = 8,
-            kernel: int = 7, mix: float = 0.1, threshold: float = 0.5) -> Kept | None:  # fmt: skip
+    def rkv(
+        self,
+        seen: Seen,
+        capacity: int = 1024,
+        buffer: int = 128,
+        window: int = 8,
+        kernel: int = 7,
+        mix: float = 0.1,
+        threshold: float = 0.5,
+    ) -> Kept | None:
         """What the last queries look at, less what is like other keys
         (https://arxiv.org/abs/2505.24133)."""
         budget = max(self._budget(capacity), window + 1)
@@ -438,8 +476,14 @@ class Judge:
             recent.append(newest)
         return self._best(seen.held, scores, budget, recent)
 
-    def triattention(self, seen: Seen, profile: Any, capacity: int = 2048, buffer: int = 128,
-                     offset_max: int = 65536) -> Kept | None:  # fmt: skip
+    def triattention(
+        self,
+        seen: Seen,
+        profile: Any,
+        capacity: int = 2048,
+        buffer: int = 128,
+        offset_max: int = 65536,
+    ) -> Kept | None:
         """What queries at the model's centres will look at from places to come
         (https://arxiv.org/abs/2604.04921)."""
         budget = self._budget(capacity)
@@ -480,10 +524,15 @@ class Judge:
                 entry = seen.layer, head, position
                 self.memory[entry] = max(self.memory.get(entry, 0.0), weight)
 
-    def _zip(self, tokens: list[int], sinks: int = 4, min_text: int = 128,
-             question: Iterable[int] = (), question_from: Iterable[int] = (),
-             chunk_length: int = 2048
-             ) -> None:  # fmt: skip
+    def _zip(
+        self,
+        tokens: list[int],
+        sinks: int = 4,
+        min_text: int = 128,
+        question: Iterable[int] = (),
+        question_from: Iterable[int] = (),
+        chunk_length: int = 2048,
+    ) -> None:
         """The text again, chunk by chunk behind itself; then the entries of all heads and layers
         that were looked at most (https://arxiv.org/abs/2505.23416)."""
         if len(tokens) < min_text:
@@ -504,15 +553,28 @@ class Judge:
     def _is_new(self, position: int) -> bool:
         return self.text - self.new <= position < self.text
 
-    def fastkv(self, seen: Seen, retain_ratio: float = 0.1, layer: int | None = None,
-               propagate_ratio: float = 0.2, **options: Any) -> Kept | None:  # fmt: skip
+    def fastkv(
+        self,
+        seen: Seen,
+        retain_ratio: float = 0.1,
+        layer: int | None = None,
+        propagate_ratio: float = 0.2,
+        **options: Any,
+    ) -> Kept | None:
         """SnapKV's retention in every layer (https://arxiv.org/abs/2502.01068)."""
         budget = self._budget(round(retain_ratio * self.text))
         return self._window_best(seen, budget, **{"window": 8, **options})
 
-    def fastkv_going(self, seen: Seen, layer: int | None = None, propagate_ratio: float = 0.2,
-                     window: int = 8, kernel: int = 7, pooling: str = "mean",
-                     retain_ratio: float = 0.1) -> list[int]:  # fmt: skip
+    def fastkv_going(
+        self,
+        seen: Seen,
+        layer: int | None = None,
+        propagate_ratio: float = 0.2,
+        window: int = 8,
+        kernel: int = 7,
+        pooling: str = "mean",
+        retain_ratio: float = 0.1,
+    ) -> list[int]:
         """FastKV's one propagation: tokens that enter the layers after it."""
         rows = seen.rows
         if seen.is_decode or seen.layer != (self.depth // 2 - 1 if layer is None else layer):
@@ -530,9 +592,16 @@ class Judge:
         smoothed = self._smoothed(rows, scores, kernel, pooling)
         return sorted(self._best([rows], [smoothed], count, [recent])[0])
 
-    def _window_best(self, seen: Seen, budget: int, window: int, kernel: int = 7,
-                     pooling: str = "mean", adaptive: bool = False, safeguard: float = 0.2
-                     ) -> Kept | None:  # fmt: skip
+    def _window_best(
+        self,
+        seen: Seen,
+        budget: int,
+        window: int,
+        kernel: int = 7,
+        pooling: str = "mean",
+        adaptive: bool = False,
+        safeguard: float = 0.2,
+    ) -> Kept | None:
         lengths = [len(head) for head in seen.held]
         if seen.is_decode or (
             sum(lengths) <= self.kv_heads * budget if adaptive else max(lengths) <= budget
@@ -552,15 +621,22 @@ class Judge:
             return self._best(seen.held, scores, budget, recent)
         return self._adaptive(seen.held, scores, budget, recent, safeguard)
 
-    def _adaptive(self, held: list[list[int]], scores: list[dict[int, float]], budget: int,
-                  always: list[set[int]], safeguard: float) -> Kept:  # fmt: skip
+    def _adaptive(
+        self,
+        held: list[list[int]],
+        scores: list[dict[int, float]],
+        budget: int,
+        always: list[set[int]],
+        safeguard: float,
+    ) -> Kept:
         """Ada-KV (https://arxiv.org/abs/2407.11550): one ranking for all heads of the layer."""
         even = budget - len(always[0])
         pairs = [
             (-score[position], head, position)
-            for head, score in enumerate(scores) for position in score
+            for head, score in enumerate(scores)
+            for position in score
             if position not in always[head]
-        ]  # fmt: skip
+        ]
         won = [head for _, head, _ in sorted(pairs)[: self.kv_heads * even]]
         kept: Kept = []
         for head in range(self.kv_heads):
@@ -569,17 +645,19 @@ class Judge:
             kept += self._best(held[one], scores[one], len(always[head]) + own, always[one])
         return kept
 
-    def _duo_limits(self, profile: Any, sinks: int, recent: int, spare: float, min_context: int,
-                    text: float) -> dict[tuple[int, int], float | None]:  # fmt: skip
+    def _duo_limits(
+        self, profile: Any, sinks: int, recent: int, spare: float, min_context: int, text: float
+    ) -> dict[tuple[int, int], float | None]:
         """What every (layer, head) is held to: None keeps everything, in a text of this length."""
         assert self.keep is not None
         text, window = max(text, min_context), sinks + recent
         share = {(i, h): one for i, row in enumerate(profile.share) for h, one in enumerate(row)}
         layer_sums = [sum(row) for row in profile.share]
         deep = max(
-            at for at in range(self.depth + 1)
+            at
+            for at in range(self.depth + 1)
             if sum(layer_sums[self.depth - at :]) <= spare * sum(layer_sums)
-        )  # fmt: skip
+        )
         order = sorted(share, key=lambda at: (at[0] >= self.depth - deep, -share[at], at))
         entries = max(0.0, self.keep * text - window) * len(order)
         limits: dict[tuple[int, int], float | None] = {}
@@ -588,8 +666,16 @@ class Judge:
             entries = entries - (text - window) if limits[place] is None else 0.0
         return limits
 
-    def duo(self, seen: Seen, profile: Any, sinks: int = 4, recent: int = 64, spare: float = 0.0,
-            min_context: int = 1024, stride: int = 16) -> Kept | None:  # fmt: skip
+    def duo(
+        self,
+        seen: Seen,
+        profile: Any,
+        sinks: int = 4,
+        recent: int = 64,
+        spare: float = 0.0,
+        min_context: int = 1024,
+        stride: int = 16,
+    ) -> Kept | None:
         """Some heads keep everything, others the first and the newest tokens
         (https://arxiv.org/abs/2410.10819)."""
         dealt = self._duo_limits(profile, sinks, recent, spare, min_context, self.text)
@@ -604,18 +690,26 @@ class Judge:
             kept.append(always | set(newest))
         return kept
 
-    def duo_going(self, seen: Seen, profile: Any, sinks: int = 4, recent: int = 64,
-                  spare: float = 0.0, min_context: int = 1024, **options: Any
-                  ) -> list[int]:  # fmt: skip
+    def duo_going(
+        self,
+        seen: Seen,
+        profile: Any,
+        sinks: int = 4,
+        recent: int = 64,
+        spare: float = 0.0,
+        min_context: int = 1024,
+        **options: Any,
+    ) -> list[int]:
         """Tokens that go deeper than the last layer that keeps old ones however long the text."""
         endless = self._duo_limits(profile, sinks, recent, spare, min_context, 2.0**30)
         wide = [layer for (layer, _), n in endless.items() if n is None or n > sinks + recent]
         if seen.is_decode or seen.layer < max(wide, default=0) or len(seen.rows) <= recent:
             return seen.rows
         return [
-            each for each in seen.rows
+            each
+            for each in seen.rows
             if each < sinks or each >= self.seen - recent or each in self.protect
-        ]  # fmt: skip
+        ]
 
     # --- the project's own ------------------------------------------------------------------------
 
@@ -629,8 +723,9 @@ class Judge:
         budgets = self._need_budgets(self.new, rule)
         count = max(
             float("inf") if budget is None else budget
-            for (layer, _), budget in budgets.items() if layer > seen.layer
-        )  # fmt: skip
+            for (layer, _), budget in budgets.items()
+            if layer > seen.layer
+        )
         if going is not None:
             count = min(count, self._deepest(max(self.new, rule.min_context), rule))
         count = max(count, rule.least, rule.sinks + rule.window + 1)  # the window looks everywhere

@@ -17,8 +17,13 @@ from pyramidinfer.types import Trace
 from tests.tiny import random_prompt, tiny_model
 
 POLICY: dict[str, Any] = {
-    "keep": 0.3, "min_context": 8, "recent": 4, "window": 4, "kernel": 7, "stride": 3,
-}  # fmt: skip
+    "keep": 0.3,
+    "min_context": 8,
+    "recent": 4,
+    "window": 4,
+    "kernel": 7,
+    "stride": 3,
+}
 EVEN = {**POLICY, "sharpness": 0.0}  # heads hold as much as each other
 SOME = {**POLICY, "keep": 0.6, "sharpness": 4.0}  # some of them everything
 HEADS: dict[str, Any] = {"keep": 0.4, "sinks": 2, "recent": 8, "min_context": 8, "stride": 3}
@@ -32,10 +37,18 @@ def traced(family: str, dtype: torch.dtype, policy: Policy, protect: Any) -> Tra
 
 @pytest.mark.parametrize("protect", [(), [(20, 33), (70, 71)]], ids=["free", "protected"])
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_neox"])
-@pytest.mark.parametrize("policy", [
-    Pyramid(**POLICY), Pyramid(**{**POLICY, "kernel": 1}), Pyramid(**{**SOME, "sinks": 0}),
-    Pyramid(**EVEN), Duo(**HEADS), Duo(**{**HEADS, "sinks": 0, "stride": 1}),
-], ids=["pyramid", "unpooled", "some whole", "even", "duo", "duo at once"])  # fmt: skip
+@pytest.mark.parametrize(
+    "policy",
+    [
+        Pyramid(**POLICY),
+        Pyramid(**{**POLICY, "kernel": 1}),
+        Pyramid(**{**SOME, "sinks": 0}),
+        Pyramid(**EVEN),
+        Duo(**HEADS),
+        Duo(**{**HEADS, "sinks": 0, "stride": 1}),
+    ],
+    ids=["pyramid", "unpooled", "some whole", "even", "duo", "duo at once"],
+)
 def test_carried_out_is_what_the_policy_says(
     family: str, policy: Policy, protect: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -56,8 +69,9 @@ def test_carried_out_is_what_the_policy_says(
         assert together.final_logits.equal(asked.final_logits)
 
 
-@pytest.mark.parametrize("policy", [Pyramid(**EVEN), Pyramid(**SOME), Duo(**HEADS)],
-                         ids=["even", "some whole", "duo"])  # fmt: skip
+@pytest.mark.parametrize(
+    "policy", [Pyramid(**EVEN), Pyramid(**SOME), Duo(**HEADS)], ids=["even", "some whole", "duo"]
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_lengths_are_the_same_in_16_bits(
     dtype: torch.dtype, policy: Policy, monkeypatch: pytest.MonkeyPatch
@@ -68,8 +82,9 @@ def test_lengths_are_the_same_in_16_bits(
     assert together.kept_len_by_step == asked.kept_len_by_step
 
 
-@pytest.mark.parametrize("policy", [Pyramid(**EVEN), Pyramid(**SOME), Duo(**HEADS)],
-                         ids=["even", "some whole", "duo"])  # fmt: skip
+@pytest.mark.parametrize(
+    "policy", [Pyramid(**EVEN), Pyramid(**SOME), Duo(**HEADS)], ids=["even", "some whole", "duo"]
+)
 def test_shared_pages_are_copied_first(policy: Policy) -> None:
     """Evicting from a forked cache leaves its twin as it was; heads that lose nothing stay
     shared, but for the page that a new entry goes into."""

@@ -78,9 +78,14 @@ def test_forecast_is_what_every_head_holds() -> None:
     assert len(set(most.flatten().tolist())) >= 3, "heads are not equally long"
 
 
-@pytest.mark.parametrize("policy", [
-    Duo(keep=0.4, **SMALL, stride=4), SnapKV(keep=0.4, window=4, adaptive=True),
-], ids=["duo", "adaptive"])  # fmt: skip
+@pytest.mark.parametrize(
+    "policy",
+    [
+        Duo(keep=0.4, **SMALL, stride=4),
+        SnapKV(keep=0.4, window=4, adaptive=True),
+    ],
+    ids=["duo", "adaptive"],
+)
 @pytest.mark.parametrize("admission", ["reserve", "overcommit"])
 def test_unequal_heads_stay_within_what_is_promised(policy: Any, admission: str) -> None:
     """Requests side by side with a full one, and swapped: every step is checked, and tokens are
@@ -166,9 +171,17 @@ def test_masks_of_duo_attention(tmp_path: Path) -> None:
             Duo(profile=str(path))
 
 
-@pytest.mark.parametrize("options", [
-    {"keep": None}, {"keep": 0}, {"recent": 0}, {"spare": 2}, {"stride": 0}, {"profile": 3},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"keep": None},
+        {"keep": 0},
+        {"recent": 0},
+        {"spare": 2},
+        {"stride": 0},
+        {"profile": 3},
+    ],
+)
 def test_wrong_options(options: dict[str, Any]) -> None:
     (name,) = options
     with pytest.raises(ValueError, match=name):

@@ -43,9 +43,13 @@ def test_cases_are_there() -> None:
 def test_official_code_is_reproduced(case: str, chunk: int) -> None:
     golden = json.loads((GOLDEN / case / "golden.json").read_text())
     llm = LLM(
-        str(GOLDEN / case), policy=official(golden["parameters"]), dtype="float64",
-        kv_memory="16MiB", poison=True, prefill_chunk=chunk,
-    )  # fmt: skip
+        str(GOLDEN / case),
+        policy=official(golden["parameters"]),
+        dtype="float64",
+        kv_memory="16MiB",
+        poison=True,
+        prefill_chunk=chunk,
+    )
     trace = llm.trace(golden["prompt"], max_tokens=len(golden["tokens"]))
     for mine, theirs in (
         (trace.prefill_positions, golden["prefill_positions"]),
@@ -57,8 +61,9 @@ def test_official_code_is_reproduced(case: str, chunk: int) -> None:
     assert trace.token_ids == golden["tokens"]
     assert list(map(of_layers, trace.kept_len_by_step)) == golden["kept_len_by_step"]
     for logits, name in (
-        (trace.prefill_logits, "prefill_logits"), (trace.final_logits, "final_logits"),
-    ):  # fmt: skip
+        (trace.prefill_logits, "prefill_logits"),
+        (trace.final_logits, "final_logits"),
+    ):
         expected = torch.tensor(golden[name], dtype=torch.float64)
         torch.testing.assert_close(logits, expected, atol=2e-4, rtol=0)
     llm.engine.check()

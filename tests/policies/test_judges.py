@@ -23,13 +23,31 @@ from tests.tiny import VOCAB, random_prompt
 
 NEW = 20
 SPANS = (3, 4, 20)
-PER_HEAD = {"h2o", "scissorhands", "snapkv", "pyramidkv", "fastkv", "pyramid", "duo",
-            "keydiff", "expected_attention", "kvzip", "rkv", "triattention"}  # fmt: skip
+PER_HEAD = {
+    "h2o",
+    "scissorhands",
+    "snapkv",
+    "pyramidkv",
+    "fastkv",
+    "pyramid",
+    "duo",
+    "keydiff",
+    "expected_attention",
+    "kvzip",
+    "rkv",
+    "triattention",
+}
 BY_HEAD = {"duo", "pyramid"}  # some heads lose nothing
 NEEDED = Profile(
-    ((0.1, 0.9), (0.4, 0.2), (0.8, 0.3), (0.02, 0.05)), (True,) * 4, "a text", (9, 9), 0.9, 0.2,
-    "a commit", Fingerprint("llama", (), ()),
-)  # fmt: skip
+    ((0.1, 0.9), (0.4, 0.2), (0.8, 0.3), (0.02, 0.05)),
+    (True,) * 4,
+    "a text",
+    (9, 9),
+    0.9,
+    0.2,
+    "a commit",
+    Fingerprint("llama", (), ()),
+)
 FEW = {"profile": NEEDED, "sinks": 2, "recent": 9, "min_context": 8}
 SHORT = {"profile": NEEDED, "min_context": 8, "recent": 5, "window": 8, "kernel": 7}
 ZIPPED = {"min_text": 8, "question": (5, 6, 7), "question_from": (8, 9), "chunk_length": 30}
@@ -44,10 +62,12 @@ def centres(seed: int, layers: int = 4, heads: int = 4, dim: int = 8) -> Centres
     mean = torch.randn(layers, heads, dim, generator=torch.Generator().manual_seed(seed))
     left, right = mean.chunk(2, dim=-1)
     sizes = left.hypot(right) * 1.5 + 0.1 * left.abs()
-    return Centres(*(
-        tuple(tuple(tuple(row) for row in layer) for layer in each.tolist())
-        for each in (mean, sizes)
-    ))  # fmt: skip
+    return Centres(
+        *(
+            tuple(tuple(tuple(row) for row in layer) for layer in each.tolist())
+            for each in (mean, sizes)
+        )
+    )
 
 
 KNOWS = {"profile": replace(NEEDED, queries=centres(1))}
@@ -87,9 +107,19 @@ CASES: list[tuple[str, float | None, tuple[int, ...], dict[str, Any]]] = [
     ("expected_attention", 0.4, (), {"adaptive": False, "sinks": 0}),
     ("rkv", 0.4, (), {"buffer": 4}),
     ("rkv", 0.6, (), {"buffer": 3, "window": 24}),
-    ("rkv", None, SPANS, {
-        "capacity": 20, "buffer": 7, "window": 3, "kernel": 3, "mix": 0.6, "threshold": 0.2,
-    }),
+    (
+        "rkv",
+        None,
+        SPANS,
+        {
+            "capacity": 20,
+            "buffer": 7,
+            "window": 3,
+            "kernel": 3,
+            "mix": 0.6,
+            "threshold": 0.2,
+        },
+    ),
     ("rkv", 0.3, (), {"buffer": 1, "window": 1, "kernel": 1, "mix": 0.0}),
     ("rkv", 0.3, SPANS, {"buffer": 9, "mix": 1.0, "threshold": 1.0}),
     ("triattention", 0.4, (), {**KNOWS, "buffer": 4}),
@@ -105,10 +135,20 @@ CASES: list[tuple[str, float | None, tuple[int, ...], dict[str, Any]]] = [
     ("pyramid", None, SPANS, {**SHORT, "sharpness": 1.0}),
     ("pyramid", 0.4, SPANS, {**SHORT, **EARLY}),
     ("pyramid", 0.3, (), {**SHORT, "start_layer": 0, "propagate_ratio": 0.45, "kernel": 1}),
-    ("pyramid", 0.35, (), {
-        **SHORT, "kernel": 1, "sinks": 0, "recent": 1, "window": 5, "min_context": 1,
-        "safeguard": 0.0,
-    }),
+    (
+        "pyramid",
+        0.35,
+        (),
+        {
+            **SHORT,
+            "kernel": 1,
+            "sinks": 0,
+            "recent": 1,
+            "window": 5,
+            "min_context": 1,
+            "safeguard": 0.0,
+        },
+    ),
     ("pyramid", 0.4, (), {**SHORT, "safeguard": 1.0, "window": 20}),
     ("pyramid", 0.33, SPANS, {**SHORT, "safeguard": 0.7, "sharpness": 4.0}),
     ("pyramid", 0.8, (), {**SHORT, "stride": 3}),
@@ -126,7 +166,7 @@ CASES: list[tuple[str, float | None, tuple[int, ...], dict[str, Any]]] = [
     ("pyramid", 0.9, SPANS, {**SHORT, "profile": KNOWN}),
     ("pyramid", 0.7, (), {**SHORT, "profile": IDLE, "sharpness": 8}),
     ("pyramid", 0.2, (), {**SHORT, "recent": 32, "stride": 5}),
-]  # fmt: skip
+]
 
 
 class Verdict(NamedTuple):
@@ -146,8 +186,14 @@ def model() -> Any:
 
 
 def engine(method: str, keep: float | None, chunk: int, **options: Any) -> LLM:
-    return LLM(model(), policy=make_policy(method, keep, **options), kv_memory="4MiB", page_size=4,
-               poison=True, prefill_chunk=chunk)  # fmt: skip
+    return LLM(
+        model(),
+        policy=make_policy(method, keep, **options),
+        kv_memory="4MiB",
+        page_size=4,
+        poison=True,
+        prefill_chunk=chunk,
+    )
 
 
 def judged(judge: Judge, prompt: list[int], tokens: list[int]) -> Verdict:
@@ -170,8 +216,9 @@ def check(trace: Trace, verdict: Verdict) -> None:
     assert as_lists(trace.kept_positions) == verdict.kept
     assert trace.token_ids == verdict.tokens
     for logits, expected in (
-        (trace.prefill_logits, verdict.prefill_logits), (trace.final_logits, verdict.final_logits),
-    ):  # fmt: skip
+        (trace.prefill_logits, verdict.prefill_logits),
+        (trace.final_logits, verdict.final_logits),
+    ):
         torch.testing.assert_close(logits, expected, atol=1e-9, rtol=0)
 
 

@@ -24,9 +24,10 @@ PROMPTS = [random_prompt(seed, length) for seed, length in enumerate((90, 3, 41,
 #: test_triton_serves_every_policy.
 COMPILED = [name for name in available_backends() if name != "triton"]
 BUDGETED = sorted(
-    name for name in POLICIES
+    name
+    for name in POLICIES
     if name != "full" and "keep" in {each.name for each in fields(POLICIES[name])}
-)  # fmt: skip
+)
 
 OPTIONS = {
     "duo": SMALL["duo"],
@@ -116,6 +117,7 @@ def test_triton_serves_every_policy(name: str) -> None:
     found = []
     for backend in ("triton", "reference"):
         requests = serve(engine(policy_named(name), backend, "float32"), PROMPTS[2:], 3)
-        found.append([(each.output, each.computed, each.kv and each.kv.kept_len)
-                      for each in requests])  # fmt: skip
+        found.append(
+            [(each.output, each.computed, each.kv and each.kv.kept_len) for each in requests]
+        )
     assert found[0] == found[1]

@@ -29,10 +29,21 @@ NEVER = ["bogus", [], {}, float("nan"), -1, -0.5, float("-inf"), object()]
 NOT_WHOLE = [1.5, 3.0, True, None, "8"]
 NOT_A_SHARE = [1.001, 2, float("inf"), True, None, "0.5"]
 SHARES = {
-    "keep", "recent_ratio", "heavy_ratio", "prefill_decay", "gen_decay", "gen_keep",
-    "budget_ratio", "drop", "rise", "propagate_ratio", "retain_ratio", "safeguard",
-    "mix", "threshold",
-}  # fmt: skip
+    "keep",
+    "recent_ratio",
+    "heavy_ratio",
+    "prefill_decay",
+    "gen_decay",
+    "gen_keep",
+    "budget_ratio",
+    "drop",
+    "rise",
+    "propagate_ratio",
+    "retain_ratio",
+    "safeguard",
+    "mix",
+    "threshold",
+}
 OPTIONS = [(name, each) for name in sorted(POLICIES) for each in fields(POLICIES[name])]
 IDS = [f"{name}-{each.name}" for name, each in OPTIONS]
 

@@ -17,9 +17,15 @@ from pyramidinfer.types import Layers
 
 MARK = Fingerprint("llama-0123456789ab", ((1.0, 0.5, -0.5), (2.0, 0.0, 1.0)), ((0.02, 1.0, -1.0),))
 PROFILE = Profile(
-    ((0.25, 0.5), (0.0, 0.0), (0.5, 0.125)), (True, False, True), "a text", (750, 700), 0.9, 0.2,
-    "abc123", MARK,
-)  # fmt: skip
+    ((0.25, 0.5), (0.0, 0.0), (0.5, 0.125)),
+    (True, False, True),
+    "a text",
+    (750, 700),
+    0.9,
+    0.2,
+    "abc123",
+    MARK,
+)
 FOUND = Calibrated(0, 0.25, 0.3, 0.98, 0.5, 0.01, 1000, 36, 3)
 
 
@@ -231,9 +237,16 @@ def test_a_calibration_that_is_none() -> None:
 
 LAYERS = Layers((True,) * 4, 2)
 EVEN = Profile(
-    ((0.5, 0.25),) * 4, (True,) * 4, "a text", (750,), 0.9, 0.2, "abc123", MARK,
+    ((0.5, 0.25),) * 4,
+    (True,) * 4,
+    "a text",
+    (750,),
+    0.9,
+    0.2,
+    "abc123",
+    MARK,
     replace(FOUND, start_layer=1),
-)  # fmt: skip
+)
 BARE = replace(EVEN, calibrated=None)
 
 
@@ -246,9 +259,7 @@ def test_pyramid_starts_where_it_was_calibrated() -> None:
     same = Pyramid(keep=0.3, profile=BARE, start_layer=1, propagate_ratio=0.25)
     assert mine.begin(LAYERS) == 1 and going(mine) == going(same) == [2000, 500, 500]
     assert mine.limits(2000, LAYERS) == same.limits(2000, LAYERS)
-    assert mine.rule.endswith(
-        "; calibrated: after layer 1 at most 25% of the text goes deeper"
-    )  # fmt: skip
+    assert mine.rule.endswith("; calibrated: after layer 1 at most 25% of the text goes deeper")
     bare = Pyramid(keep=0.3, profile=BARE)
     assert bare.begin(LAYERS) == 3 and going(bare) == [2000] * 3
     assert bare.rule.endswith("(two texts agree by 0.90); nothing is dropped between layers")
@@ -294,11 +305,20 @@ def test_rounding_is_forgiven_and_other_weights_are_not() -> None:
         return replace(MARK, **{name: tuple(map(tuple, rows))})
 
     assert MARK.matches(MARK)
-    near = [moved(0, 0, 0.002), moved(1, 2, 0.005), moved(0, 0, 0.0005, "tables"),
-            moved(0, 1, 0.1, "tables")]  # fmt: skip
-    far = [moved(0, 0, 0.01), moved(1, 2, 0.05), moved(0, 0, 0.002, "tables"),
-           moved(0, 1, 0.6, "tables"), replace(MARK, key="llama-1"),
-           replace(MARK, vectors=MARK.vectors[:1]),
-           replace(MARK, tables=((0.02, 1.0),))]  # fmt: skip
+    near = [
+        moved(0, 0, 0.002),
+        moved(1, 2, 0.005),
+        moved(0, 0, 0.0005, "tables"),
+        moved(0, 1, 0.1, "tables"),
+    ]
+    far = [
+        moved(0, 0, 0.01),
+        moved(1, 2, 0.05),
+        moved(0, 0, 0.002, "tables"),
+        moved(0, 1, 0.6, "tables"),
+        replace(MARK, key="llama-1"),
+        replace(MARK, vectors=MARK.vectors[:1]),
+        replace(MARK, tables=((0.02, 1.0),)),
+    ]
     assert all(MARK.matches(each) and each.matches(MARK) for each in near)
     assert not any(MARK.matches(each) or each.matches(MARK) for each in far)

@@ -25,8 +25,12 @@ PROFILE = Profile(SHARE, (True,) * 4, "a text", (9,), 0.9, 0.2, "x", Fingerprint
 FOUND = Calibrated(0, 0.5, 0.5, 1.0, 0.6, 0.01, 900, 20, 2)
 LAYERS = Layers((True,) * 4, 2)
 SMALL: dict[str, Any] = {
-    "profile": PROFILE, "min_context": 8, "recent": 5, "window": 8, "kernel": 7,
-}  # fmt: skip
+    "profile": PROFILE,
+    "min_context": 8,
+    "recent": 5,
+    "window": 8,
+    "kernel": 7,
+}
 WAYS: dict[str, dict[str, Any]] = {
     "need": {},
     "early": {"start_layer": 1, "propagate_ratio": 0.4},
@@ -41,9 +45,10 @@ APART: dict[str, dict[str, Any]] = {
     "masks": {"profile": Masks(((0.0, 1.0), (1.0, 0.0), (0.0, 0.0), (0.0, 1.0)))},
     "measured": {
         "profile": replace(PROFILE, share=((0.0, 0.9), (1e-4, 0.2), (0.8, 0.3), (0.02, 0.05))),
-        "start_layer": 2, "propagate_ratio": 0.1,
+        "start_layer": 2,
+        "propagate_ratio": 0.1,
     },
-}  # fmt: skip
+}
 
 
 @cache
@@ -72,8 +77,9 @@ def lengths(positions: Any) -> list[list[int]]:
 @pytest.mark.parametrize("way", [*sorted(WAYS), "sharpest", "masks", "measured"])
 def test_keep_is_the_mean_over_heads(way: str, keep: float, length: int) -> None:
     """Whole numbers lose less than an entry a head."""
-    held = [min(n, length) for row in limits(length, keep=keep, **{**WAYS, **APART}[way])
-            for n in row]  # fmt: skip
+    held = [
+        min(n, length) for row in limits(length, keep=keep, **{**WAYS, **APART}[way]) for n in row
+    ]
     assert keep * length - 1 < sum(held) / 8 <= keep * length + 1e-6
 
 
@@ -114,9 +120,7 @@ def test_need_of_nothing_and_of_little_is_met_where_there_is_room() -> None:
 
 
 def test_layers_that_were_not_measured_keep_everything() -> None:
-    half = replace(
-        PROFILE, share=((0.0, 0.0), *SHARE[1:]), governed=(False, True, True, True)
-    )  # fmt: skip
+    half = replace(PROFILE, share=((0.0, 0.0), *SHARE[1:]), governed=(False, True, True, True))
     assert limits(500, profile=half)[0] == (ALL, ALL)
     trace = engine(profile=half, keep=0.3).trace(random_prompt(1, 100), max_tokens=20)
     assert lengths(trace.kept_positions)[0] == [120, 120]
@@ -317,8 +321,12 @@ def test_other_kinds_of_layers(family: str, way: str) -> None:
         assert trace.computed_by_layer[: start + 1] == [120] * min(start + 1, layers.count)
         assert all(count <= 48 for count in trace.computed_by_layer[start + 1 :])
     if any(layers.governed):
-        kept = [n for row, is_ours in zip(trace.kept_len_by_step[-1], layers.governed, strict=True)
-                for n in row if is_ours]  # fmt: skip
+        kept = [
+            n
+            for row, is_ours in zip(trace.kept_len_by_step[-1], layers.governed, strict=True)
+            for n in row
+            if is_ours
+        ]
         assert min(kept) < 60, "nothing was dropped"
     llm.engine.check()
 

@@ -30,8 +30,13 @@ def model() -> Any:
 
 def streaming(on: Any = None, **options: Any) -> LLM:
     options = options or {"sinks": 4, "window": 16}
-    return LLM(model() if on is None else on, policy=StreamingLLM(**options), kv_memory="4MiB",
-               page_size=4, poison=True)  # fmt: skip
+    return LLM(
+        model() if on is None else on,
+        policy=StreamingLLM(**options),
+        kv_memory="4MiB",
+        page_size=4,
+        poison=True,
+    )
 
 
 def params(new: int) -> SamplingParams:
@@ -96,8 +101,9 @@ def test_generation_passes_the_models_last_position(
     """Every step's log-probabilities are those of keys rotated to their place in the cache."""
     llm = streaming(**options)
     spans = [(each, each + 1) for each in protect]
-    request = finish(llm, llm.engine.add(random_prompt(1, length), params(new), hold=True,
-                                         protect=spans))  # fmt: skip
+    request = finish(
+        llm, llm.engine.add(random_prompt(1, length), params(new), hold=True, protect=spans)
+    )
     assert len(request.output) == new > POSITIONS - length
     judge = Judge(model(), "streaming_llm", protect=protect, **options)
     expected = judged(judge, request.prompt, request.output)
@@ -184,8 +190,11 @@ def test_turned_keys_are_keys_rotated_further(family: str, is_long: bool) -> Non
                 steps = torch.full((len(order) - by,), by)
                 on_and_on = runner.streaming.rotate(keys[:, :-by], steps, layer, sequence)
                 same(on_and_on, keys[:, by:], atol=1e-4)
-                same(runner.streaming.rotate(keys[:, by:], -steps, layer, sequence),
-                     keys[:, :-by], atol=1e-4)  # fmt: skip
+                same(
+                    runner.streaming.rotate(keys[:, by:], -steps, layer, sequence),
+                    keys[:, :-by],
+                    atol=1e-4,
+                )
     llm.engine.release(request)
 
 

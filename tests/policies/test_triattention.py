@@ -41,9 +41,7 @@ def test_numbers_that_are_not_rotated_are_attended_to_by_their_mean() -> None:
     """Of 8 numbers the first 4 rotate; heads of 7 and 5 entries, two query heads each."""
     keys, turn = torch.randn(2, 7, 8).double(), torch.linalg.qr(torch.randn(8, 8).double())[0]
     found = centres(3, dim=8)
-    found = Centres(found.mean, tuple(
-        tuple(row[:2] for row in layer) for layer in found.sizes
-    ))  # fmt: skip
+    found = Centres(found.mean, tuple(tuple(row[:2] for row in layer) for layer in found.sizes))
     policy = TriAttention(profile=replace(NEEDED, queries=found))
     seen = seen_by(keys, turn, (7, 5))
     scores = policy._scores(seen)
@@ -66,8 +64,12 @@ def test_numbers_that_are_not_rotated_are_attended_to_by_their_mean() -> None:
 
 def test_without_rotary_positions_the_score_is_a_dot_product() -> None:
     """OPT's profile has no pairs, its vectors are left alone, and it is served."""
-    llm = LLM(tiny_model("opt", torch.float64), policy=TriAttention(keep=0.5, buffer=4),
-              kv_memory="4MiB", page_size=4)  # fmt: skip
+    llm = LLM(
+        tiny_model("opt", torch.float64),
+        policy=TriAttention(keep=0.5, buffer=4),
+        kv_memory="4MiB",
+        page_size=4,
+    )
     profile: Any = llm.policy.profile  # type: ignore[attr-defined]
     assert all(row == () for layer in profile.queries.sizes for row in layer)
     trace = llm.trace(random_prompt(1, 60), max_tokens=10)
@@ -140,8 +142,9 @@ def test_a_profile_without_centres_is_refused_with_the_way_out(tmp_path: Path) -
             LLM(tiny_model("llama"), policy=TriAttention(profile=profile), kv_memory="1MiB")
     with pytest.raises(ValueError, match="the model has no profile"):
         LLM(tiny_model("llama"), policy=TriAttention(profile=None), kv_memory="1MiB")
-    other = replace(KNOWS["profile"], share=NEEDED.share[:3], governed=(True,) * 3,
-                    queries=centres(1, layers=3))  # fmt: skip
+    other = replace(
+        KNOWS["profile"], share=NEEDED.share[:3], governed=(True,) * 3, queries=centres(1, layers=3)
+    )
     with pytest.raises(ValueError, match="of 3 layers with 2 KV heads, this model has 4 with 2"):
         LLM(tiny_model("llama"), policy=TriAttention(profile=other), kv_memory="1MiB")
 

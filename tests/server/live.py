@@ -48,9 +48,13 @@ class Live:
     def openai(self, key: str = "none", **options: Any) -> openai.OpenAI:
         """A client that does not try again by itself."""
         return openai.OpenAI(
-            base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60.0,
-            http_client=openai.DefaultHttpxClient(trust_env=False), **options,
-        )  # fmt: skip
+            base_url=f"{self.url}/v1",
+            api_key=key,
+            max_retries=0,
+            timeout=60.0,
+            http_client=openai.DefaultHttpxClient(trust_env=False),
+            **options,
+        )
 
     def complete(self, prompt: Any = STORY, **body: Any) -> httpx.Response:
         """``POST /v1/completions``; greedy and short unless told otherwise."""
@@ -131,14 +135,13 @@ def until(true: Callable[[], Any], seconds: float = 60.0) -> None:
 
 
 @contextmanager
-def serving(llm: LLM, settles: bool = True, send_buffer: int = 0, **settings: Any
-            ) -> Iterator[Live]:  # fmt: skip
+def serving(
+    llm: LLM, settles: bool = True, send_buffer: int = 0, **settings: Any
+) -> Iterator[Live]:
     """A server in a thread, on a free port; afterwards nothing may be left in its engine (unless
     it does not ``settle``, for it was killed)."""
     app = build_app(llm, ServerSettings(**settings))
-    config = uvicorn.Config(
-        app, http=Patient, ws="none", log_level="warning", server_header=False
-    )  # fmt: skip
+    config = uvicorn.Config(app, http=Patient, ws="none", log_level="warning", server_header=False)
     with socket.socket(proto=socket.IPPROTO_TCP) as line:  # asyncio sends at once then
         line.bind(("127.0.0.1", 0))
         if send_buffer:
@@ -185,14 +188,19 @@ def byte_tokenizer() -> Any:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=320, special_tokens=["<pad>", "<s>", "</s>"], show_progress=False,
+        vocab_size=320,
+        special_tokens=["<pad>", "<s>", "</s>"],
+        show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )  # fmt: skip
+    )
     tokenizer.train_from_iterator(SENTENCES * 3, trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
         chat_template=TEMPLATE,
-    )  # fmt: skip
+    )
 
 
 def tiny_llm(**options: Any) -> LLM:
@@ -200,9 +208,14 @@ def tiny_llm(**options: Any) -> LLM:
     tokenizer = byte_tokenizer()
     model = tiny_model(
         "llama", torch.float32, vocab_size=len(tokenizer), max_position_embeddings=2048
-    )  # fmt: skip
-    return LLM(model, "pyramid", keep=0.5, tokenizer=tokenizer,
-               **{"kv_memory": "8MiB", "page_size": 4, "poison": True, **options})  # fmt: skip
+    )
+    return LLM(
+        model,
+        "pyramid",
+        keep=0.5,
+        tokenizer=tokenizer,
+        **{"kv_memory": "8MiB", "page_size": 4, "poison": True, **options},
+    )
 
 
 def gather(*works: Any) -> list[Any]:

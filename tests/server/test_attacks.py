@@ -88,12 +88,13 @@ LARGE = {
     "lists": b'{"prompt": [' + b",".join([b"[1]"] * MANY) + b"]}",
     "messages": b'{"messages": [' + b",".join([b"{}"] * MANY * 2) + b"]}",
     "parts": b'{"messages": [{"role": "user", "content": ['
-    + b",".join([b'{"type":"text","text":"[a]"}'] * MANY) + b"]}]}",
+    + b",".join([b'{"type":"text","text":"[a]"}'] * MANY)
+    + b"]}]}",
     "texts": b'{"prompt": [' + b",".join([b'""'] * MOST_TEXTS * 2) + b"]}",
     "names": b"{" + b",".join(b'"x%d":1' % at for at in range(MOST_NAMES + 1)) + b"}",
     "nested": b'{"prompt": ' + b"[" * MANY * 4 + b"]" * MANY * 4 + b"}",
     "cut short": b'{"prompt": "' + b'\\"' * MANY * 4,
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", LARGE)
@@ -104,8 +105,12 @@ def test_bodies_of_too_many_parts(live: Live, kind: str, path: str) -> None:
     answer = live.http.post(path, content=LARGE[kind], headers=headers)
     assert answer.status_code == 400
     message = answer.json()["error"]["message"]
-    said = {"cut short": "not valid JSON", "texts": "texts and names; this server takes 100000",
-            "parts": "takes", "names": "an object has 4097 names; 4096 are read"}  # fmt: skip
+    said = {
+        "cut short": "not valid JSON",
+        "texts": "texts and names; this server takes 100000",
+        "parts": "takes",
+        "names": "an object has 4097 names; 4096 are read",
+    }
     assert said.get(kind, "objects and lists; this server takes 10000 at most") in message
 
 
@@ -123,11 +128,14 @@ def test_signs_in_texts_are_no_parts(live: Live) -> None:
     assert live.http.post("/tokenize", json={"prompt": text}).json()["count"] > 0
 
 
-@pytest.mark.parametrize("head", [
-    b"Content-Length: 18\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n{\"prompt\": \"a\"}",
-    b"Content-Encoding: gzip\r\nContent-Length: 3\r\n\r\nabc",
-    b"Content-Encoding: br\r\nContent-Length: 3\r\n\r\nabc",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "head",
+    [
+        b'Content-Length: 18\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n{"prompt": "a"}',
+        b"Content-Encoding: gzip\r\nContent-Length: 3\r\n\r\nabc",
+        b"Content-Encoding: br\r\nContent-Length: 3\r\n\r\nabc",
+    ],
+)
 def test_bodies_that_could_be_read_in_two_ways(live: Live, head: bytes) -> None:
     with connect(live) as line:
         line.sendall(HEAD + head)

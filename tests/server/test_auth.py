@@ -29,22 +29,36 @@ def bearer(key: str) -> dict[str, str]:
 
 
 CLOSED = [
-    ("GET", "/v1/models"), ("GET", "/v1/models/demo-model"), ("GET", "/metrics"),
-    ("POST", "/v1/completions"), ("POST", "/v1/chat/completions"), ("POST", "/tokenize"),
-    ("POST", "/detokenize"), ("GET", "/openapi.json"), ("POST", "/v1/embeddings"),
-    ("GET", "/nothing"), ("POST", "/health/"), ("GET", "//health"),
-]  # fmt: skip
+    ("GET", "/v1/models"),
+    ("GET", "/v1/models/demo-model"),
+    ("GET", "/metrics"),
+    ("POST", "/v1/completions"),
+    ("POST", "/v1/chat/completions"),
+    ("POST", "/tokenize"),
+    ("POST", "/detokenize"),
+    ("GET", "/openapi.json"),
+    ("POST", "/v1/embeddings"),
+    ("GET", "/nothing"),
+    ("POST", "/health/"),
+    ("GET", "//health"),
+]
 
 
 @pytest.mark.parametrize(("method", "path"), CLOSED)
 def test_a_key_is_needed(locked: Live, method: str, path: str) -> None:
     url = locked.url + path
     wrong = [
-        {}, bearer("wrong"), bearer(KEYS[0][:-1]), bearer(KEYS[0] + "x"),
-        bearer(KEYS[0].upper()), {"Authorization": KEYS[0]}, {"Authorization": "Bearer"},
-        {"Authorization": f"Basic {KEYS[0]}"}, {"X-API-Key": KEYS[0]},
+        {},
+        bearer("wrong"),
+        bearer(KEYS[0][:-1]),
+        bearer(KEYS[0] + "x"),
+        bearer(KEYS[0].upper()),
+        {"Authorization": KEYS[0]},
+        {"Authorization": "Bearer"},
+        {"Authorization": f"Basic {KEYS[0]}"},
+        {"X-API-Key": KEYS[0]},
         {"Authorization": f"Bearer {' '.join(KEYS)}"},
-    ]  # fmt: skip
+    ]
     for headers in wrong:
         answer = locked.http.request(method, url, headers=headers)
         assert answer.status_code == 401, headers
@@ -85,11 +99,14 @@ def test_keys_from_a_file_and_the_environment(
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"# nothing\n", "holds no key"), (b"", "holds no key"), (b"a b", "printable ASCII"),
-        ("schlüssel".encode(), "printable ASCII"), (b"\xff", "not UTF-8"),
+        (b"# nothing\n", "holds no key"),
+        (b"", "holds no key"),
+        (b"a b", "printable ASCII"),
+        ("schlüssel".encode(), "printable ASCII"),
+        (b"\xff", "not UTF-8"),
         (b"secret\x07", "printable ASCII"),
     ],
-)  # fmt: skip
+)
 def test_a_key_file_that_is_none(
     tmp_path: Path, content: bytes, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -203,9 +220,10 @@ def test_the_access_log(llm: LLM, caplog: pytest.LogCaptureFixture) -> None:
         live.http.post("/v1/completions", json={"prompt": "a"}, headers=bearer(KEYS[0]))
     lines = [each.getMessage() for each in caplog.records if each.name.endswith("gate")]
     assert [line.rsplit(" ", 2)[0] for line in lines] == [
-        "GET /health 200", "GET /v1/models/x%0AGET%20/admin%20200%1b[31m 401",
+        "GET /health 200",
+        "GET /v1/models/x%0AGET%20/admin%20200%1b[31m 401",
         "POST /v1/completions 200",
-    ]  # fmt: skip
+    ]
 
 
 def test_nobody_logs_unasked(llm: LLM, caplog: pytest.LogCaptureFixture) -> None:

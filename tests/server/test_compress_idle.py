@@ -19,8 +19,14 @@ from tests.server.test_metrics import read
 FIRST = STORY * 20
 DONE, TOKENS = "pyramidinfer:recompressed_total", "pyramidinfer:recompressed_tokens_total"
 #: Counters and gauges that tell of requests.
-USERS = ("vllm:", "pyramidinfer:request", "pyramidinfer:kv_", "pyramidinfer:prefill",
-         "pyramidinfer:peak", "pyramidinfer:reuse")  # fmt: skip
+USERS = (
+    "vllm:",
+    "pyramidinfer:request",
+    "pyramidinfer:kv_",
+    "pyramidinfer:prefill",
+    "pyramidinfer:peak",
+    "pyramidinfer:reuse",
+)
 
 
 @pytest.fixture

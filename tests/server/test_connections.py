@@ -31,20 +31,22 @@ HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: appli
 @pytest.mark.parametrize(
     "sent",
     [
-        b"GARBAGE\r\n\r\n", b"\x00\x01\x02\r\n\r\n",
+        b"GARBAGE\r\n\r\n",
+        b"\x00\x01\x02\r\n\r\n",
         b"GET /health HTTP/1.1\r\n\r\n",  # no Host
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"\x00" * 500 + b"\r\n\r\n",  # TLS
         b"GET /" + b"a" * 200_000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n",
         b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"a" * 200_000 + b"\r\n\r\n",
         b"GET / HTTP/1.1\r\nHost: localhost\r\n" + b"X: a\r\n" * 50_000 + b"\r\n",
         HEAD + b"Content-Length: " + b"9" * 5000 + b"\r\n\r\n",
-        HEAD + b"Content-Length: -5\r\n\r\n", HEAD + b"Content-Length: x\r\n\r\n",
+        HEAD + b"Content-Length: -5\r\n\r\n",
+        HEAD + b"Content-Length: x\r\n\r\n",
         HEAD + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\nabcde",
         HEAD + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n",
         HEAD + b"Transfer-Encoding: gzip\r\n\r\n",
     ],
     ids=lambda sent: repr(sent[:30]),
-)  # fmt: skip
+)
 def test_what_is_no_http(live: Live, sent: bytes) -> None:
     with connect(live) as line:
         try:
@@ -78,9 +80,12 @@ def test_a_request_may_take_longer_than_its_head(
     monkeypatch.setattr(run, "HEAD_TIMEOUT", 0.3)
     with live.openai() as client:
         stream = client.completions.create(
-            model=MODEL, prompt=STORY, max_tokens=600, stream=True,
+            model=MODEL,
+            prompt=STORY,
+            max_tokens=600,
+            stream=True,
             extra_body={"ignore_eos": True},
-        )  # fmt: skip
+        )
         assert sum(1 for _ in stream) == 600
 
 

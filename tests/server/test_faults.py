@@ -282,8 +282,9 @@ def test_a_reused_cache_that_fails_is_done_without(
     body: dict[str, Any] = {"compression": {"policy": "full"}, "ignore_eos": True}
     first = tiny.complete(GOOD[0], max_tokens=8, return_token_ids=True, **body).json()
     text = tiny.service.llm.tokenizer(GOOD[0])["input_ids"] + first["choices"][0]["token_ids"]
-    wanted = tiny.complete([*text, 9], max_tokens=8, **{**body, "compression": {
-        "policy": "full", "reuse": False}}).json()["choices"]  # fmt: skip
+    wanted = tiny.complete(
+        [*text, 9], max_tokens=8, **{**body, "compression": {"policy": "full", "reuse": False}}
+    ).json()["choices"]
     engine, failed = tiny.engine, [0]
     forward = engine.runner.forward
 

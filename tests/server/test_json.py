@@ -13,13 +13,15 @@ from tests.server.live import Live
 from tests.server.test_openai_client import chat, texts
 
 SCHEMA = {
-    "type": "object", "required": ["name", "age", "tags"], "additionalProperties": False,
+    "type": "object",
+    "required": ["name", "age", "tags"],
+    "additionalProperties": False,
     "properties": {
         "name": {"type": "string", "maxLength": 8},
         "age": {"type": "integer", "minimum": 0, "maximum": 150},
         "tags": {"type": "array", "maxItems": 2, "items": {"enum": ["a", "b", "é"]}},
     },
-}  # fmt: skip
+}
 
 
 def test_json_schema_is_followed(tiny: Live) -> None:
@@ -44,9 +46,14 @@ def test_a_model_that_wants_blanks_only_comes_to_an_end(tiny: Live) -> None:
     wanted: Any = {"type": "json_schema", "json_schema": {"name": "person", "schema": SCHEMA}}
     with tiny.openai() as client:
         answer = chat(
-            client, "Who ?", "tiny", max_tokens=400, temperature=0, response_format=wanted,
+            client,
+            "Who ?",
+            "tiny",
+            max_tokens=400,
+            temperature=0,
+            response_format=wanted,
             logit_bias={str(token): 100 for token in blanks},
-        ).choices[0]  # fmt: skip
+        ).choices[0]
     assert answer.finish_reason == "stop", answer.message.content
     jsonschema_rs.validate(SCHEMA, json.loads(answer.message.content))
     assert "\n" in answer.message.content  # a pretty form is still to be had
@@ -56,8 +63,15 @@ def test_json_object(tiny: Live) -> None:
     ended = 0
     with tiny.openai() as client:
         for seed in range(6):
-            answer = chat(client, "Who ?", "tiny", seed=seed, temperature=1, max_tokens=400,
-                          response_format={"type": "json_object"})  # fmt: skip
+            answer = chat(
+                client,
+                "Who ?",
+                "tiny",
+                seed=seed,
+                temperature=1,
+                max_tokens=400,
+                response_format={"type": "json_object"},
+            )
             if answer.choices[0].finish_reason == "stop":
                 assert isinstance(json.loads(answer.choices[0].message.content), dict)
                 ended += 1
@@ -76,9 +90,15 @@ def test_a_schema_that_cannot_be_followed(tiny: Live, client: openai.OpenAI) -> 
             ({"properties": {f"p{i}": {"type": "string"} for i in range(1500)}}, "items; max is"),
         ):
             with pytest.raises(openai.BadRequestError, match=message) as error:
-                chat(other, "Who ?", "tiny", response_format={
-                    "type": "json_schema", "json_schema": {"name": "x", "schema": schema},
-                })  # fmt: skip
+                chat(
+                    other,
+                    "Who ?",
+                    "tiny",
+                    response_format={
+                        "type": "json_schema",
+                        "json_schema": {"name": "x", "schema": schema},
+                    },
+                )
             assert "\n" not in error.value.body["message"]  # type: ignore[index]
     with pytest.raises(openai.BadRequestError, match="tokenizer cannot write JSON"):
         chat(client, response_format={"type": "json_object"})  # its words have no braces

@@ -18,8 +18,10 @@ def test_too_long_a_text_has_the_code_that_clients_know(client: openai.OpenAI, p
     extra = {"extra_body": {"compression": {"policy": policy}}}
     begins = r"This model's maximum context length is 4096 tokens\. However, "
     for words, max_tokens, message in (
-        (4200, None, ""), (4200, 5, ""), (1300, 2900, r"you requested 42\d\d tokens \(13\d\d in"),
-    ):  # fmt: skip
+        (4200, None, ""),
+        (4200, 5, ""),
+        (1300, 2900, r"you requested 42\d\d tokens \(13\d\d in"),
+    ):
         if policy == "streaming_llm" and words < 4096:
             continue  # its generation has no end
         options = {**extra, "max_tokens": max_tokens or openai.omit}
@@ -37,8 +39,11 @@ def test_so_has_one_that_memory_cannot_hold() -> None:
         for ask, param in ((live.complete, "prompt"), (live.chat, "messages")):
             error = error_of(ask("Who ?" * 300))
             assert (error["code"], error["param"]) == ("context_length_exceeded", param)
-            assert re.match(r"This model's maximum context length is \d+ tokens\. However, a prompt"
-                            r" of \d+ tokens .* kv_memory", error["message"])  # fmt: skip
+            assert re.match(
+                r"This model's maximum context length is \d+ tokens\. However, a prompt"
+                r" of \d+ tokens .* kv_memory",
+                error["message"],
+            )
             assert ask("Who ?").status_code == 200
 
 

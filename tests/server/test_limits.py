@@ -19,11 +19,19 @@ from tests.server.live import STORY, Live, beside, serving, until
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 USER = [{"role": "user", "content": "x"}]
 LIMITS: dict[str, Any] = {
-    "max_tokens_limit": 50, "default_max_tokens": 5, "max_prompt_tokens": 100, "max_n": 4,
-    "max_stop": 3, "max_logprobs": 5, "max_body_bytes": 300_000, "max_schema_bytes": 500,
-    "prompt_logprob_bytes": 50_000, "policies": ("full", "snapkv"), "min_keep": 0.2,
+    "max_tokens_limit": 50,
+    "default_max_tokens": 5,
+    "max_prompt_tokens": 100,
+    "max_n": 4,
+    "max_stop": 3,
+    "max_logprobs": 5,
+    "max_body_bytes": 300_000,
+    "max_schema_bytes": 500,
+    "prompt_logprob_bytes": 50_000,
+    "policies": ("full", "snapkv"),
+    "min_keep": 0.2,
     "max_keep": 0.8,
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
@@ -59,19 +67,44 @@ def error_of(answer: httpx.Response, status: int = 400) -> dict[str, Any]:
         (COMPLETIONS, {"prompt": "x", "stop_token_ids": [1] * 4}, "4", "3", "stop_token_ids"),
         (COMPLETIONS, {"prompt": "x", "logprobs": 6}, "6", "5", "logprobs"),
         (CHAT, {"messages": USER, "logprobs": True, "top_logprobs": 6}, "6", "5", "logprobs"),
-        (COMPLETIONS, {"prompt": "x " * 90, "echo": True, "logprobs": 1,
-                       "compression": {"policy": "snapkv"}}, "91", "50000", "logprobs"),
+        (
+            COMPLETIONS,
+            {"prompt": "x " * 90, "echo": True, "logprobs": 1, "compression": {"policy": "snapkv"}},
+            "91",
+            "50000",
+            "logprobs",
+        ),
         (COMPLETIONS, {"prompt": "x", "compression": {"keep": 0.1}}, "0.1", "0.2", "compression"),
         (COMPLETIONS, {"prompt": "x", "compression": {"keep": 0.9}}, "0.9", "0.8", "compression"),
-        (COMPLETIONS, {"prompt": "x", "compression": {"policy": "tova"}}, "tova", "snapkv",
-         "compression"),
-        (COMPLETIONS, {"prompt": "x", "compression": {"policy": "full"}}, "full", "0.8",
-         "compression"),
-        (CHAT, {"messages": USER, "response_format": {"type": "json_schema", "json_schema": {
-            "name": "x", "schema": {"enum": ["a" * 600]}}}}, "6", "500",
-         "response_format"),
+        (
+            COMPLETIONS,
+            {"prompt": "x", "compression": {"policy": "tova"}},
+            "tova",
+            "snapkv",
+            "compression",
+        ),
+        (
+            COMPLETIONS,
+            {"prompt": "x", "compression": {"policy": "full"}},
+            "full",
+            "0.8",
+            "compression",
+        ),
+        (
+            CHAT,
+            {
+                "messages": USER,
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "x", "schema": {"enum": ["a" * 600]}},
+                },
+            },
+            "6",
+            "500",
+            "response_format",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_limit_names_the_value_and_itself(
     tight: Live, path: str, body: dict[str, Any], value: str, limit: str, param: str | None
 ) -> None:
@@ -82,9 +115,14 @@ def test_a_limit_names_the_value_and_itself(
 
 def test_at_the_limits_all_is_well(tight: Live) -> None:
     answer = tight.complete(
-        [5] * 49, max_tokens=50, n=4, stop=["a", "b", "c"], logprobs=5, stop_token_ids=[1] * 3,
+        [5] * 49,
+        max_tokens=50,
+        n=4,
+        stop=["a", "b", "c"],
+        logprobs=5,
+        stop_token_ids=[1] * 3,
         compression={"policy": "snapkv", "keep": 0.2},
-    )  # fmt: skip
+    )
     assert answer.status_code == 200
     unsaid = tight.complete("x", max_tokens=None, ignore_eos=True).json()
     assert unsaid["usage"]["completion_tokens"] == 5, "the operator's default"
@@ -126,13 +164,20 @@ def test_a_body_that_is_far_too_large_is_not_read(tight: Live) -> None:
         (COMPLETIONS, {"prompt": "x", "bogus": 1}, "unknown parameter 'bogus'", "bogus"),
         (CHAT, {"messages": USER, "function_call": "x"}, "'function_call'", "function_call"),
         (CHAT, {"messages": USER, "tools": [{}]}, "tools", "tools"),
-        (CHAT, {"messages": [{"role": "user", "content": "x", "x": 1}]}, "messages.0.x",
-         "messages"),
-        (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0",
-         "messages"),
+        (
+            CHAT,
+            {"messages": [{"role": "user", "content": "x", "x": 1}]},
+            "messages.0.x",
+            "messages",
+        ),
+        (
+            CHAT,
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            "messages.0",
+            "messages",
+        ),
         (CHAT, {"messages": [{"role": "king", "content": "x"}]}, "messages.0.role", "messages"),
-        (CHAT, {"messages": [{"content": "x"}]}, "missing parameter 'messages.0.role'",
-         "messages"),
+        (CHAT, {"messages": [{"content": "x"}]}, "missing parameter 'messages.0.role'", "messages"),
         (CHAT, {}, "missing parameter 'messages'", "messages"),
         (CHAT, {"messages": []}, "messages", "messages"),
         (COMPLETIONS, {}, "missing parameter 'prompt'", "prompt"),
@@ -170,22 +215,34 @@ def test_a_body_that_is_far_too_large_is_not_read(tight: Live) -> None:
         (COMPLETIONS, {"prompt": "x", "stop_token_ids": [5000]}, "5000", None),
         (CHAT, {"messages": USER, "max_tokens": 3, "max_completion_tokens": 4}, "differ", None),
         (CHAT, {"messages": USER, "top_logprobs": 2}, "top_logprobs needs logprobs", None),
-        (CHAT, {"messages": USER, "response_format": {"type": "json_schema"}}, "json_schema",
-         "response_format"),
+        (
+            CHAT,
+            {"messages": USER, "response_format": {"type": "json_schema"}},
+            "json_schema",
+            "response_format",
+        ),
         (CHAT, {"messages": USER, "response_format": {"type": "xml"}}, "xml", "response_format"),
         (COMPLETIONS, {"prompt": "x", "compression": {"keep": 0}}, "keep", "compression"),
         (COMPLETIONS, {"prompt": "x", "compression": {"keep": 1.5}}, "1.5", "compression"),
-        (COMPLETIONS, {"prompt": "x", "compression": {"policy": "snapkb"}},
-         "did you mean 'snapkv'", "compression"),
-        (COMPLETIONS, {"prompt": "x", "compression": {"window": 4}}, "compression.window",
-         "compression"),
+        (
+            COMPLETIONS,
+            {"prompt": "x", "compression": {"policy": "snapkb"}},
+            "did you mean 'snapkv'",
+            "compression",
+        ),
+        (
+            COMPLETIONS,
+            {"prompt": "x", "compression": {"window": 4}},
+            "compression.window",
+            "compression",
+        ),
         ("/tokenize", {}, "give prompt or messages", None),
         ("/tokenize", {"prompt": "x", "messages": USER}, "give prompt or messages", None),
         ("/detokenize", {"tokens": [-1]}, "tokens", "tokens"),
         ("/detokenize", {"tokens": [1270]}, "1270", "tokens"),
         ("/detokenize", {"tokens": [2**70]}, "outside the vocabulary", "tokens"),
     ],
-)  # fmt: skip
+)
 def test_a_wrong_body_is_told_what_is_wrong(
     live: Live, path: str, body: dict[str, Any], message: str, param: str | None
 ) -> None:
@@ -200,23 +257,39 @@ DEEP = 100_000
 @pytest.mark.parametrize(
     "text",
     [
-        b"", b"nul", b"null", b"[]", b'"x"', b"5", b"{", b'{"prompt":', b"\xff\xfe", b"\x00",
-        b'{"prompt": "\xff"}', b'{"prompt": "x", "temperature": NaN}',
-        b'{"prompt": "x", "temperature": Infinity}', b'{"prompt": "x", "top_p": -Infinity}',
-        b'{"prompt": "x", "temperature": 1e999}', b'{"prompt": "x", "seed": 1e999}',
+        b"",
+        b"nul",
+        b"null",
+        b"[]",
+        b'"x"',
+        b"5",
+        b"{",
+        b'{"prompt":',
+        b"\xff\xfe",
+        b"\x00",
+        b'{"prompt": "\xff"}',
+        b'{"prompt": "x", "temperature": NaN}',
+        b'{"prompt": "x", "temperature": Infinity}',
+        b'{"prompt": "x", "top_p": -Infinity}',
+        b'{"prompt": "x", "temperature": 1e999}',
+        b'{"prompt": "x", "seed": 1e999}',
         b'{"prompt": "x", "logit_bias": {"5": NaN}}',
         b'{"prompt": "x", "compression": {"keep": NaN}}',
         b'{"prompt": "x", "max_tokens": ' + b"9" * 5000 + b"}",
-        b"[" * DEEP, b"[" * DEEP + b"]" * DEEP, b'{"a":' * DEEP + b"1" + b"}" * DEEP,
+        b"[" * DEEP,
+        b"[" * DEEP + b"]" * DEEP,
+        b'{"a":' * DEEP + b"1" + b"}" * DEEP,
         b'{"prompt": ' + b"[" * DEEP + b"]" * DEEP + b"}",
-        b'{"prompt": "x", "\\ud800": 1}', b'{"prompt": "x", "logit_bias": {"\\ud800": 1}}',
+        b'{"prompt": "x", "\\ud800": 1}',
+        b'{"prompt": "x", "logit_bias": {"\\ud800": 1}}',
         b'{"prompt": "x", "logit_bias": {"\\ud800": 1000}}',
         b'{"prompt": "x", "compression": {"policy": "\\ud800"}}',
         b'{"prompt": "x", "stop_token_ids": ["\\udfff"]}',
-        b'{"prompt": "y", "prompt": "x"}', b'{"prompt": "x", "logit_bias": {"5": 1, "5": 2}}',
+        b'{"prompt": "y", "prompt": "x"}',
+        b'{"prompt": "x", "logit_bias": {"5": 1, "5": 2}}',
     ],
     ids=lambda text: repr(text[:40]),
-)  # fmt: skip
+)
 def test_json_that_is_none_or_odd(live: Live, text: bytes) -> None:
     for path in (COMPLETIONS, "/tokenize"):
         error_of(live.http.post(path, content=text, headers={"Content-Type": "application/json"}))

@@ -11,23 +11,36 @@ from pyramidinfer import LLM
 from tests.server.live import STORY, Live, beside, serving, until
 
 TYPES = {
-    "vllm:num_requests_running": "gauge", "vllm:num_requests_waiting": "gauge",
-    "vllm:kv_cache_usage_perc": "gauge", "vllm:time_to_first_token_seconds": "histogram",
+    "vllm:num_requests_running": "gauge",
+    "vllm:num_requests_waiting": "gauge",
+    "vllm:kv_cache_usage_perc": "gauge",
+    "vllm:time_to_first_token_seconds": "histogram",
     "vllm:inter_token_latency_seconds": "histogram",
     "vllm:e2e_request_latency_seconds": "histogram",
-    "vllm:request_queue_time_seconds": "histogram", "vllm:request_prompt_tokens": "histogram",
-    "vllm:request_generation_tokens": "histogram", "vllm:prompt_tokens": "counter",
-    "vllm:generation_tokens": "counter", "vllm:request_success": "counter",
-    "pyramidinfer:kv_kept_share": "gauge", "pyramidinfer:kv_entries_evicted": "counter",
+    "vllm:request_queue_time_seconds": "histogram",
+    "vllm:request_prompt_tokens": "histogram",
+    "vllm:request_generation_tokens": "histogram",
+    "vllm:prompt_tokens": "counter",
+    "vllm:generation_tokens": "counter",
+    "vllm:request_success": "counter",
+    "pyramidinfer:kv_kept_share": "gauge",
+    "pyramidinfer:kv_entries_evicted": "counter",
     "pyramidinfer:prefill_tokens_skipped": "counter",
-    "pyramidinfer:prefill_tokens_reread": "counter", "pyramidinfer:reuse_hits": "counter",
-    "pyramidinfer:reuse_misses": "counter", "pyramidinfer:reuse_tokens": "counter",
-    "pyramidinfer:recompressed": "counter", "pyramidinfer:recompressed_tokens": "counter",
-    "pyramidinfer:requests_rejected": "counter", "pyramidinfer:client_disconnects": "counter",
-    "pyramidinfer:peak_requests_running": "gauge", "pyramidinfer:pool_pages": "gauge",
-    "pyramidinfer:pool_pages_in_use": "gauge", "pyramidinfer:pool_pages_reusable": "gauge",
-    "pyramidinfer:pool_checks": "counter", "pyramidinfer:pool_check_failures": "counter",
-}  # fmt: skip
+    "pyramidinfer:prefill_tokens_reread": "counter",
+    "pyramidinfer:reuse_hits": "counter",
+    "pyramidinfer:reuse_misses": "counter",
+    "pyramidinfer:reuse_tokens": "counter",
+    "pyramidinfer:recompressed": "counter",
+    "pyramidinfer:recompressed_tokens": "counter",
+    "pyramidinfer:requests_rejected": "counter",
+    "pyramidinfer:client_disconnects": "counter",
+    "pyramidinfer:peak_requests_running": "gauge",
+    "pyramidinfer:pool_pages": "gauge",
+    "pyramidinfer:pool_pages_in_use": "gauge",
+    "pyramidinfer:pool_pages_reusable": "gauge",
+    "pyramidinfer:pool_checks": "counter",
+    "pyramidinfer:pool_check_failures": "counter",
+}
 
 
 @pytest.fixture
@@ -61,15 +74,21 @@ def test_before_and_after_load(fresh: Live) -> None:
     (runs,) = (name for name in before if name.startswith("pyramidinfer:server_info"))
     policy = fresh.service.llm.policy
     assert policy.rule and f" policy=pyramid rule={policy.rule} " in runs and " keep=0.45 " in runs
-    for name in ("vllm:prompt_tokens_total", "vllm:generation_tokens_total",
-                 "vllm:time_to_first_token_seconds_count", "vllm:num_requests_running",
-                 "pyramidinfer:pool_pages_in_use", "vllm:kv_cache_usage_perc"):  # fmt: skip
+    for name in (
+        "vllm:prompt_tokens_total",
+        "vllm:generation_tokens_total",
+        "vllm:time_to_first_token_seconds_count",
+        "vllm:num_requests_running",
+        "pyramidinfer:pool_pages_in_use",
+        "vllm:kv_cache_usage_perc",
+    ):
         assert before[name] == 0, name
     assert not any(name.startswith("pyramidinfer:kv_kept_share") for name in before)
 
     bodies = [{"max_tokens": 8}, {"max_tokens": 5, "n": 3, "temperature": 1}, {"max_tokens": 3}]
-    answers = [fresh.complete(STORY * (20 + i), ignore_eos=True, **body)
-               for i, body in enumerate(bodies)]  # fmt: skip
+    answers = [
+        fresh.complete(STORY * (20 + i), ignore_eos=True, **body) for i, body in enumerate(bodies)
+    ]
     streamed = fresh.complete(STORY, max_tokens=6, ignore_eos=True, stream=True)
     ended = fresh.complete(STORY, logit_bias={"3": 100})  # its end at once
     assert fresh.complete(STORY, bogus=1).status_code == 400
@@ -86,9 +105,13 @@ def test_before_and_after_load(fresh: Live) -> None:
     assert prompts == after["vllm:prompt_tokens_total"]
     assert after["vllm:request_success_total finished_reason=length"] == 6
     assert after["vllm:request_success_total finished_reason=stop"] == 1
-    for name in ("time_to_first_token_seconds", "e2e_request_latency_seconds",
-                 "request_queue_time_seconds", "request_prompt_tokens",
-                 "request_generation_tokens"):  # fmt: skip
+    for name in (
+        "time_to_first_token_seconds",
+        "e2e_request_latency_seconds",
+        "request_queue_time_seconds",
+        "request_prompt_tokens",
+        "request_generation_tokens",
+    ):
         assert after[f"vllm:{name}_count"] == 7, name
         assert after[f"vllm:{name}_bucket le=+Inf"] == 7
     assert after["vllm:inter_token_latency_seconds_count"] == new - 7

@@ -122,9 +122,14 @@ def test_usage_in_a_stream_comes_last_or_not_at_all(client: openai.OpenAI) -> No
     assert all(chunk.usage is None for chunk in chunks[:-1])
     assert len({chunk.id for chunk in chunks}) == 1
     assert all(chunk.usage is None for chunk in chat(client, stream=True))
-    running = chat(client, stream=True, stream_options={
-        "include_usage": True, "continuous_usage_stats": True,
-    })  # fmt: skip
+    running = chat(
+        client,
+        stream=True,
+        stream_options={
+            "include_usage": True,
+            "continuous_usage_stats": True,
+        },
+    )
     counts = [chunk.usage.completion_tokens for chunk in running]
     assert counts == sorted(counts) and counts[0] == 1 and counts[-1] == 8
 
@@ -142,14 +147,19 @@ def test_kv_in_a_stream(client: openai.OpenAI) -> None:
 
 def test_many_at_once(live: Live) -> None:
     """Answers are those of each alone, whoever else asks meanwhile."""
-    prompts = [f"The {who} walked to the {where} ." for who in ("baker", "student", "shepherd")
-               for where in ("market", "church", "bridge")]  # fmt: skip
+    prompts = [
+        f"The {who} walked to the {where} ."
+        for who in ("baker", "student", "shepherd")
+        for where in ("market", "church", "bridge")
+    ]
 
     async def ask() -> list[str]:
         async with openai.AsyncOpenAI(
-            base_url=f"{live.url}/v1", api_key="none", max_retries=0,
+            base_url=f"{live.url}/v1",
+            api_key="none",
+            max_retries=0,
             http_client=openai.DefaultAsyncHttpxClient(trust_env=False),
-        ) as client:  # fmt: skip
+        ) as client:
 
             async def one(prompt: str) -> str:
                 whole = client.completions.create(
@@ -215,8 +225,9 @@ def test_stop_token_ids_and_ignore_eos(client: openai.OpenAI) -> None:
     ended = complete(client, logit_bias=forced)
     assert (ended.choices[0].finish_reason, ended.usage.completion_tokens) == ("stop", 1)
     for stream in (False, True):
-        got = complete(client, logit_bias=forced, extra_body={**extra, "ignore_eos": True},
-                       stream=stream)  # fmt: skip
+        got = complete(
+            client, logit_bias=forced, extra_body={**extra, "ignore_eos": True}, stream=stream
+        )
         parts = list(got) if stream else [got]
         ids = [id for part in parts for id in part.choices[0].model_extra["token_ids"]]
         assert ids == [END] * 8 and parts[-1].choices[0].finish_reason == "length"
@@ -229,8 +240,7 @@ def test_logit_bias_forces_and_forbids(client: openai.OpenAI, live: Live) -> Non
     wanted = tokenizer.convert_tokens_to_ids("lost")
     forced = complete(client, logit_bias={str(wanted): 100}, temperature=1)
     assert forced.choices[0].text.split() == ["lost"] * 8
-    other = complete(client, logit_bias={str(first): -100},
-                     extra_body={"return_token_ids": True})  # fmt: skip
+    other = complete(client, logit_bias={str(first): -100}, extra_body={"return_token_ids": True})
     assert first not in other.choices[0].model_extra["token_ids"]
 
 
@@ -313,9 +323,10 @@ def test_offsets_index_the_text(client: openai.OpenAI, prompt: Any, stream: bool
     parts = [chunk.choices[0] for chunk in (answer if stream else [answer])]
     text = "".join(part.text for part in parts)
     pairs = [
-        pair for part in parts
+        pair
+        for part in parts
         for pair in zip(part.logprobs.tokens, part.logprobs.text_offset, strict=True)
-    ]  # fmt: skip
+    ]
     new = pairs[-8:]
     assert all(text[at:].lstrip().startswith(token) for token, at in new)
     assert [at for _, at in pairs] == sorted(at for _, at in pairs)
@@ -355,15 +366,20 @@ def test_echoed_logprobs_are_the_models_own(tiny: Live) -> None:
     with torch.no_grad():
         logits = tiny_model("llama", torch.float32, vocab_size=320, max_position_embeddings=2048)(
             torch.tensor([prompt])
-        ).logits[0]  # fmt: skip
+        ).logits[0]
     wanted = logits.log_softmax(-1)[:-1].gather(1, torch.tensor(prompt[1:])[:, None])[:, 0]
     full = {"compression": {"policy": "full"}}
     with tiny.openai() as client:
         for new in (0, 3):
             answer = client.completions.create(
-                model="tiny", prompt=prompt, echo=True, logprobs=2, max_tokens=new, temperature=0,
+                model="tiny",
+                prompt=prompt,
+                echo=True,
+                logprobs=2,
+                max_tokens=new,
+                temperature=0,
                 extra_body=full,
-            )  # fmt: skip
+            )
             found: Any = answer.choices[0].logprobs
             assert len(found.tokens) == len(prompt) + new
             assert found.token_logprobs[0] is None and found.top_logprobs[0] is None

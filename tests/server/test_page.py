@@ -52,16 +52,19 @@ def open_tab(chromium: Any, server: Server) -> Iterator[Callable[..., Tab]]:
     opened: list[tuple[Any, Tab, str, bool]] = []
     server.paced.pause = 0.0
 
-    def opening(url: str = "", size: tuple[int, int] = DESKTOP, errors: bool = False,
-                **options: Any) -> Tab:  # fmt: skip
+    def opening(
+        url: str = "", size: tuple[int, int] = DESKTOP, errors: bool = False, **options: Any
+    ) -> Tab:
         context = chromium.new_context(
             viewport={"width": size[0], "height": size[1]}, reduced_motion="reduce", **options
         )
         context.set_default_timeout(60_000)
         page = context.new_page()
         tab = Tab(page)
-        page.on("console", lambda each: each.type in ("error", "warning")
-                and tab.complaints.append(each.text))  # fmt: skip
+        page.on(
+            "console",
+            lambda each: each.type in ("error", "warning") and tab.complaints.append(each.text),
+        )
         page.on("pageerror", lambda each: tab.complaints.append(str(each)))
         page.on("request", lambda each: tab.requests.append(each.url))
         page.add_init_script(SEEDED + "\n" + WATCH)
@@ -371,9 +374,16 @@ def test_keyboard_alone(server: Server, open_tab: Callable[..., Tab]) -> None:
         outline = tab.page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
         assert outline == "solid" or name == "input", name
     assert back == [
-        "API key", "System prompt", "temperature", "max-tokens", "keep", "policy", "log", "new",
+        "API key",
+        "System prompt",
+        "temperature",
+        "max-tokens",
+        "keep",
+        "policy",
+        "log",
+        "new",
         "Skip to the message box",
-    ]  # fmt: skip
+    ]
     tab.page.focus(".skip")
     keys.press("Enter")
     assert tab.focused == "input"
@@ -410,11 +420,14 @@ def test_phone(size: tuple[int, int], open_tab: Callable[..., Tab]) -> None:
     tab = open_tab(size=size, has_touch=True, is_mobile=True)
 
     def fits() -> bool:
-        return bool(tab.page.evaluate(
-            "[document.documentElement, ...document.querySelectorAll('body, main, #log, aside')]"
-            ".every((each) => each.scrollWidth <= each.clientWidth)"
-            " && document.documentElement.scrollHeight <= innerHeight"
-        ))  # fmt: skip
+        return bool(
+            tab.page.evaluate(
+                "[document.documentElement,"
+                " ...document.querySelectorAll('body, main, #log, aside')]"
+                ".every((each) => each.scrollWidth <= each.clientWidth)"
+                " && document.documentElement.scrollHeight <= innerHeight"
+            )
+        )
 
     assert fits()
     tab.page.tap("#example")
@@ -471,12 +484,19 @@ def test_colours(scheme: str, open_tab: Callable[..., Tab]) -> None:
     page, panel = colour("body", "backgroundColor"), colour("aside", "backgroundColor")
     assert (sum(page) < 150) == (scheme == "dark")
     for at, on in (
-        ("body", page), (".note", page), ("#model", page), ("#new", page), (".acts button", page),
-        ("#kv", panel), (".layer .count", panel), (".axis", panel), ("#hint", panel),
+        ("body", page),
+        (".note", page),
+        ("#model", page),
+        ("#new", page),
+        (".acts button", page),
+        ("#kv", panel),
+        (".layer .count", panel),
+        (".axis", panel),
+        ("#hint", panel),
         (".user p", colour(".user", "backgroundColor")),
         (".user button", colour(".user", "backgroundColor")),
         ("#send", colour("#send", "backgroundColor")),
-    ):  # fmt: skip
+    ):
         assert contrast(colour(at, "color"), on) >= 4.5, at
     bar = colour(".track .in", "backgroundColor")
     assert contrast(bar, panel) >= 3 and contrast(bar, colour(".track .of", "backgroundColor")) >= 3

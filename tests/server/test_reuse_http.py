@@ -67,9 +67,15 @@ def test_under_full_nothing_else_is_said(keyed: Live, stream: bool) -> None:
         said, _ = turn(keyed, FIRST, compression=FULL)
         keyed.http.headers["Authorization"] = "Bearer one"
         answer = keyed.chat(
-            FIRST, said, "Where is the map ?", compression=FULL, max_tokens=12, stream=True,
-            stream_options={"include_usage": True}, return_token_ids=True,
-        )  # fmt: skip
+            FIRST,
+            said,
+            "Where is the map ?",
+            compression=FULL,
+            max_tokens=12,
+            stream=True,
+            stream_options={"include_usage": True},
+            return_token_ids=True,
+        )
         assert f'"token_ids":[{with_reuse[1][0]}]' in answer.text
         assert f'"cached_tokens":{taken[1]}' in answer.text
 

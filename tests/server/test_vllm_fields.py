@@ -47,8 +47,9 @@ def test_answers_have_the_form(tiny: Live, form: dict[str, Any], pattern: str) -
         answer = ask("Who ?", **body)
         assert answer.status_code == 200, answer.text
         choices = answer.json()["choices"]
-        texts = [each["message"]["content"] if "message" in each else each["text"]
-                 for each in choices]  # fmt: skip
+        texts = [
+            each["message"]["content"] if "message" in each else each["text"] for each in choices
+        ]
         ended = [each["finish_reason"] == "stop" for each in choices]
         assert any(ended)
         assert all(
@@ -62,11 +63,20 @@ def test_answers_have_the_form(tiny: Live, form: dict[str, Any], pattern: str) -
     ("body", "message", "param"),
     [
         ({"structured_outputs": {}}, "give one of json, regex, choice", "structured_outputs"),
-        ({"structured_outputs": {"regex": "a", "json": {}}}, "given: json, regex",
-         "structured_outputs"),
+        (
+            {"structured_outputs": {"regex": "a", "json": {}}},
+            "given: json, regex",
+            "structured_outputs",
+        ),
         ({"structured_outputs": {"structural_tag": "a"}}, "structural_tag", "structured_outputs"),
         ({"guided_regex": "a", "guided_choice": ["a"]}, "guided_regex and guided_choice", None),
-        ({"guided_regex": "(", }, "the regular expression cannot be followed", "guided_regex"),
+        (
+            {
+                "guided_regex": "(",
+            },
+            "the regular expression cannot be followed",
+            "guided_regex",
+        ),
         ({"guided_grammar": "start: ("}, "the grammar cannot be followed", "guided_grammar"),
         ({"guided_json": "[]"}, "the JSON schema cannot be followed", "guided_json"),
         ({"guided_choice": []}, "guided_choice", "guided_choice"),
@@ -81,7 +91,7 @@ def test_answers_have_the_form(tiny: Live, form: dict[str, Any], pattern: str) -
         ({"skip_special_tokens": 1}, "skip_special_tokens", "skip_special_tokens"),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_wrong_bodies(tiny: Live, body: dict[str, Any], message: str, param: str | None) -> None:
     for path, asked in ((COMPLETIONS, {"prompt": "x"}), (CHAT, {"messages": USER})):
         error = error_of(tiny.http.post(path, json={**asked, **body}))
@@ -170,8 +180,13 @@ def test_a_cache_that_is_taken_up_tells_no_prompt_logprobs(live: Live) -> None:
 
 def test_openais_client_takes_them_all() -> None:
     with serving(tiny_llm(), model_name=MODEL) as live, live.openai() as client:
-        extra = {"structured_outputs": {"choice": ["left", "right"]}, "min_tokens": 1,
-                 "skip_special_tokens": False, **FULL, "prompt_logprobs": 1}  # fmt: skip
+        extra = {
+            "structured_outputs": {"choice": ["left", "right"]},
+            "min_tokens": 1,
+            "skip_special_tokens": False,
+            **FULL,
+            "prompt_logprobs": 1,
+        }
         answer = client.chat.completions.create(
             model=MODEL, messages=[{"role": "user", "content": "x"}], extra_body=extra
         )

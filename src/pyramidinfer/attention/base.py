@@ -72,9 +72,17 @@ class Scored(NamedTuple):
 class ScoredPrefill(Protocol):
     """``Backend.prefill``, and the weights of its newest queries, summed on the way."""
 
-    def __call__(self, queries: Tensor, keys: Tensor, values: Tensor, q_pos: Tensor,
-                 k_pos: Tensor, scale: Scale, reduce: Reduce, ramp: Tensor
-                 ) -> tuple[Tensor, Scored]:  # fmt: skip
+    def __call__(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        q_pos: Tensor,
+        k_pos: Tensor,
+        scale: Scale,
+        reduce: Reduce,
+        ramp: Tensor,
+    ) -> tuple[Tensor, Scored]:
         """``ramp`` ``[w]``: what each of the newest w queries counts.
 
         ``reduce.heads`` is ``mean`` or ``kv_mean``; the scores are sums over those queries, and
@@ -102,7 +110,7 @@ class Backend(Protocol):
         self, tables: Tensor, lengths: Tensor, longest: list[int], positions: Tensor
     ) -> DecodePlan:
         """Prepare one step's decode rows."""
-        ...  # fmt: skip
+        ...
 
     def run(
         self,
@@ -115,7 +123,7 @@ class Backend(Protocol):
         probs: bool = False,
     ) -> Attended:
         """One query ``[R, H, D]`` per request over its pages of ``layer``; gives lse too."""
-        ...  # fmt: skip
+        ...
 
     def prefill(
         self,
@@ -130,7 +138,7 @@ class Backend(Protocol):
 
         The other m - n entries are older than every query, in any order.  → ``[n, H, V]``.
         """
-        ...  # fmt: skip
+        ...
 
     def window_scores(
         self,
@@ -151,7 +159,7 @@ class Backend(Protocol):
         ``rows`` is the length of the whole window: rows missing in front count as zero weight
         (``reduce.rows="below"`` counts the rows that are there).
         """
-        ...  # fmt: skip
+        ...
 
     def column_sums(
         self, queries: Tensor, keys: Tensor, q_pos: Tensor, k_pos: Tensor, scale: Scale
@@ -160,4 +168,4 @@ class Backend(Protocol):
 
         The last n entries are the queries' own, in order.
         """
-        ...  # fmt: skip
+        ...

@@ -46,11 +46,20 @@ class CPUBackend(ReferenceBackend):
     def plan(
         self, tables: Tensor, lengths: Tensor, longest: list[int], positions: Tensor
     ) -> DecodePlan:
-        return DecodePlan(tables.to(torch.int32).contiguous(), lengths.contiguous(), longest,
-                          positions)  # fmt: skip
+        return DecodePlan(
+            tables.to(torch.int32).contiguous(), lengths.contiguous(), longest, positions
+        )
 
-    def run(self, plan: DecodePlan, layer: int, queries: Tensor, pages: Pages, scale: Scale, *,
-            probs: bool = False) -> Attended:  # fmt: skip
+    def run(
+        self,
+        plan: DecodePlan,
+        layer: int,
+        queries: Tensor,
+        pages: Pages,
+        scale: Scale,
+        *,
+        probs: bool = False,
+    ) -> Attended:
         if queries.dtype not in DTYPES:
             return super().run(plan, layer, queries, pages, scale, probs=probs)
         queries = queries.contiguous()
@@ -59,8 +68,15 @@ class CPUBackend(ReferenceBackend):
         self.kernels.decode_attention(kind, ctypes.addressof(call), 1)
         return attended
 
-    def call(self, plan: DecodePlan, layer: int, queries: Tensor, pages: Pages, scale: Scale,
-             probs: bool = False) -> tuple[Attended, ctypes.Structure]:  # fmt: skip
+    def call(
+        self,
+        plan: DecodePlan,
+        layer: int,
+        queries: Tensor,
+        pages: Pages,
+        scale: Scale,
+        probs: bool = False,
+    ) -> tuple[Attended, ctypes.Structure]:
         """What ``run`` will fill, and the kernels' call for it (contiguous ``queries``)."""
         requests, heads, key_dim = queries.shape
         page, value_dim = pages.values.shape[1:]
@@ -71,13 +87,29 @@ class CPUBackend(ReferenceBackend):
         table, lengths = plan.tables[layer], plan.lengths[layer]
         call = DecodeCall(
             *map(pointer, (queries, *pages, table, lengths, plan.positions, out, lse, weights)),
-            requests, heads, kv_heads, key_dim, value_dim, page, table.shape[2], longest,
-            scale.window or 0, scale.scale, scale.softcap or 0.0,
-        )  # fmt: skip
+            requests,
+            heads,
+            kv_heads,
+            key_dim,
+            value_dim,
+            page,
+            table.shape[2],
+            longest,
+            scale.window or 0,
+            scale.scale,
+            scale.softcap or 0.0,
+        )
         return Attended(out, lse, weights), call
 
-    def prefill(self, queries: Tensor, keys: Tensor, values: Tensor, q_pos: Tensor, k_pos: Tensor,
-                scale: Scale) -> Tensor:  # fmt: skip
+    def prefill(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        q_pos: Tensor,
+        k_pos: Tensor,
+        scale: Scale,
+    ) -> Tensor:
         if queries.dtype not in DTYPES:
             return super().prefill(queries, keys, values, q_pos, k_pos, scale)
         held, call = _dense(queries, keys, values, q_pos, k_pos, scale)
@@ -87,9 +119,17 @@ class CPUBackend(ReferenceBackend):
         del held
         return out
 
-    def prefill_scored(self, queries: Tensor, keys: Tensor, values: Tensor, q_pos: Tensor,
-                       k_pos: Tensor, scale: Scale, reduce: Reduce, ramp: Tensor
-                       ) -> tuple[Tensor, Scored]:  # fmt: skip
+    def prefill_scored(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        q_pos: Tensor,
+        k_pos: Tensor,
+        scale: Scale,
+        reduce: Reduce,
+        ramp: Tensor,
+    ) -> tuple[Tensor, Scored]:
         if queries.dtype not in DTYPES:
             return self._scored_apart(queries, keys, values, q_pos, k_pos, scale, reduce, ramp)
         held, call = _dense(queries, keys, values, q_pos, k_pos, scale)
@@ -106,9 +146,18 @@ class CPUBackend(ReferenceBackend):
         scores = sums.view(parts, wide, heads // wide, entries).sum((0, 2)) / (heads // wide)
         return out, Scored(scores, lse)
 
-    def window_scores(self, queries: Tensor, keys: Tensor, q_pos: Tensor, k_pos: Tensor,
-                      scale: Scale, reduce: Reduce, *, rows: int, lse: Tensor | None = None
-                      ) -> Scored:  # fmt: skip
+    def window_scores(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        q_pos: Tensor,
+        k_pos: Tensor,
+        scale: Scale,
+        reduce: Reduce,
+        *,
+        rows: int,
+        lse: Tensor | None = None,
+    ) -> Scored:
         if queries.dtype not in DTYPES:
             return super().window_scores(
                 queries, keys, q_pos, k_pos, scale, reduce, rows=rows, lse=lse
@@ -117,12 +166,31 @@ class CPUBackend(ReferenceBackend):
         ramp = torch.linspace(1.0, reduce.newest_weight, rows)[rows - window :].contiguous()
         factor = 1.0 / rows if reduce.rows == "mean" else 1.0
         per_kv_head, is_max = reduce.heads.startswith("kv"), reduce.heads.endswith("max")
-        return self._score(queries, keys, q_pos, k_pos, scale, lse, per_kv_head, is_max,
-                           ROWS[reduce.rows], factor, ramp)  # fmt: skip
+        return self._score(
+            queries,
+            keys,
+            q_pos,
+            k_pos,
+            scale,
+            lse,
+            per_kv_head,
+            is_max,
+            ROWS[reduce.rows],
+            factor,
+            ramp,
+        )
 
-    def _scored_apart(self, queries: Tensor, keys: Tensor, values: Tensor, q_pos: Tensor,
-                      k_pos: Tensor, scale: Scale, reduce: Reduce, ramp: Tensor
-                      ) -> tuple[Tensor, Scored]:  # fmt: skip
+    def _scored_apart(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        q_pos: Tensor,
+        k_pos: Tensor,
+        scale: Scale,
+        reduce: Reduce,
+        ramp: Tensor,
+    ) -> tuple[Tensor, Scored]:
         """The reference's way: one query's weights after the other's."""
         out, each = self.prefill(queries, keys, values, q_pos, k_pos, scale), Reduce(reduce.heads)
         first, scores, lses = len(queries) - len(ramp), 0.0, []
@@ -133,32 +201,54 @@ class CPUBackend(ReferenceBackend):
             lses.append(scored.lse)
         return out, Scored(torch.as_tensor(scores), torch.cat(lses))
 
-    def column_sums(self, queries: Tensor, keys: Tensor, q_pos: Tensor, k_pos: Tensor,
-                    scale: Scale) -> Tensor:  # fmt: skip
+    def column_sums(
+        self, queries: Tensor, keys: Tensor, q_pos: Tensor, k_pos: Tensor, scale: Scale
+    ) -> Tensor:
         if queries.dtype not in DTYPES:
             return super().column_sums(queries, keys, q_pos, k_pos, scale)
         group = queries.shape[1] / keys.shape[0]
         ramp = torch.ones(len(queries))
-        scored = self._score(queries, keys, q_pos, k_pos, scale, None, True, False, ROWS["sum"],
-                             group, ramp)  # fmt: skip
+        scored = self._score(
+            queries, keys, q_pos, k_pos, scale, None, True, False, ROWS["sum"], group, ramp
+        )
         return scored.scores
 
-    def _score(self, queries: Tensor, keys: Tensor, q_pos: Tensor, k_pos: Tensor, scale: Scale,
-               lse: Tensor | None, per_kv_head: bool, is_max: bool, rows: int, factor: float,
-               ramp: Tensor) -> Scored:  # fmt: skip
+    def _score(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        q_pos: Tensor,
+        k_pos: Tensor,
+        scale: Scale,
+        lse: Tensor | None,
+        per_kv_head: bool,
+        is_max: bool,
+        rows: int,
+        factor: float,
+        ramp: Tensor,
+    ) -> Scored:
         held, call = _dense(queries, keys, keys, q_pos, k_pos, scale)
         found = ramp.new_empty(queries.shape[:2]) if lse is None else lse.float().contiguous()
         scores = ramp.new_empty(keys.shape[0] if per_kv_head else 1, keys.shape[1])
         self.kernels.score_window(
-            DTYPES[queries.dtype], ctypes.byref(call), per_kv_head, is_max, rows, factor,
-            pointer(ramp), lse is not None, pointer(found), pointer(scores),
-        )  # fmt: skip
+            DTYPES[queries.dtype],
+            ctypes.byref(call),
+            per_kv_head,
+            is_max,
+            rows,
+            factor,
+            pointer(ramp),
+            lse is not None,
+            pointer(found),
+            pointer(scores),
+        )
         del held
         return Scored(scores, found)
 
 
-def _dense(queries: Tensor, keys: Tensor, values: Tensor, q_pos: Tensor, k_pos: Tensor,
-           scale: Scale) -> tuple[list[Tensor], ctypes.Structure]:  # fmt: skip
+def _dense(
+    queries: Tensor, keys: Tensor, values: Tensor, q_pos: Tensor, k_pos: Tensor, scale: Scale
+) -> tuple[list[Tensor], ctypes.Structure]:
     """The call for one request's tensors, and what must live until it is over."""
     if queries.stride(2) != 1 or queries.stride(1) != queries.shape[2]:
         queries = queries.contiguous()
@@ -169,9 +259,20 @@ def _dense(queries: Tensor, keys: Tensor, values: Tensor, q_pos: Tensor, k_pos: 
         k_pos = k_pos.contiguous()
     call = DenseCall(
         *map(pointer, (queries, keys, values, q_pos, k_pos)),
-        queries.stride(0), keys.stride(0), keys.stride(1), values.stride(0), values.stride(1),
-        k_pos.stride(0) if k_pos.shape[0] > 1 else 0, queries.shape[0], keys.shape[1],
-        queries.shape[1], keys.shape[0], keys.shape[2], values.shape[2],
-        scale.window or 0, scale.scale, scale.softcap or 0.0,
-    )  # fmt: skip
+        queries.stride(0),
+        keys.stride(0),
+        keys.stride(1),
+        values.stride(0),
+        values.stride(1),
+        k_pos.stride(0) if k_pos.shape[0] > 1 else 0,
+        queries.shape[0],
+        keys.shape[1],
+        queries.shape[1],
+        keys.shape[0],
+        keys.shape[2],
+        values.shape[2],
+        scale.window or 0,
+        scale.scale,
+        scale.softcap or 0.0,
+    )
     return [queries, keys, values, q_pos, k_pos], call

@@ -31,8 +31,9 @@ class Run(NamedTuple):
         return queries[:, self.heads.start * group : self.heads.stop * group]
 
 
-def attend(backend: Backend, runs: list[Run], queries: Tensor, q_pos: Tensor, scale: Scale
-           ) -> Tensor:  # fmt: skip
+def attend(
+    backend: Backend, runs: list[Run], queries: Tensor, q_pos: Tensor, scale: Scale
+) -> Tensor:
     """``Backend.prefill``: ``[n, H, V]``."""
     total, outs = runs[-1].heads.stop, []
     for run in runs:
@@ -42,25 +43,39 @@ def attend(backend: Backend, runs: list[Run], queries: Tensor, q_pos: Tensor, sc
     return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
 
 
-def attend_scored(prefill: ScoredPrefill, runs: list[Run], queries: Tensor, q_pos: Tensor,
-                  scale: Scale, reduce: Reduce, ramp: Tensor) -> tuple[Tensor, Scored]:  # fmt: skip
+def attend_scored(
+    prefill: ScoredPrefill,
+    runs: list[Run],
+    queries: Tensor,
+    q_pos: Tensor,
+    scale: Scale,
+    reduce: Reduce,
+    ramp: Tensor,
+) -> tuple[Tensor, Scored]:
     """``Backend.prefill_scored``; scores are 0 behind a shorter head's entries."""
     _check(runs, reduce)
     total, found = runs[-1].heads.stop, []
     for run in runs:
         assert run.values is not None
         mine = run.of(queries, total)
-        found.append(
-            prefill(mine, run.keys, run.values, q_pos, run.positions, scale, reduce, ramp)
-        )  # fmt: skip
+        found.append(prefill(mine, run.keys, run.values, q_pos, run.positions, scale, reduce, ramp))
     if len(found) == 1:
         return found[0]
     out = torch.cat([each for each, _ in found], dim=1)
     return out, _joined([scored for _, scored in found])
 
 
-def window_scores(backend: Backend, runs: list[Run], queries: Tensor, q_pos: Tensor, scale: Scale,
-                  reduce: Reduce, *, rows: int, lse: Tensor | None = None) -> Scored:  # fmt: skip
+def window_scores(
+    backend: Backend,
+    runs: list[Run],
+    queries: Tensor,
+    q_pos: Tensor,
+    scale: Scale,
+    reduce: Reduce,
+    *,
+    rows: int,
+    lse: Tensor | None = None,
+) -> Scored:
     """``Backend.window_scores``; scores are 0 behind a shorter head's entries."""
     _check(runs, reduce)
     total, found = runs[-1].heads.stop, []
@@ -74,14 +89,17 @@ def window_scores(backend: Backend, runs: list[Run], queries: Tensor, q_pos: Ten
     return found[0] if len(found) == 1 else _joined(found)
 
 
-def column_sums(backend: Backend, runs: list[Run], queries: Tensor, q_pos: Tensor, scale: Scale
-                ) -> Tensor:  # fmt: skip
+def column_sums(
+    backend: Backend, runs: list[Run], queries: Tensor, q_pos: Tensor, scale: Scale
+) -> Tensor:
     """``Backend.column_sums``: ``[K, longest]``, 0 behind a shorter head's entries."""
     total = runs[-1].heads.stop
-    return _stacked([
-        backend.column_sums(run.of(queries, total), run.keys, q_pos, run.positions, scale)
-        for run in runs
-    ])  # fmt: skip
+    return _stacked(
+        [
+            backend.column_sums(run.of(queries, total), run.keys, q_pos, run.positions, scale)
+            for run in runs
+        ]
+    )
 
 
 def _check(runs: list[Run], reduce: Reduce) -> None:

@@ -34,8 +34,16 @@ class ReferenceBackend:
     ) -> DecodePlan:
         return DecodePlan(tables, lengths, longest, positions)
 
-    def run(self, plan: DecodePlan, layer: int, queries: Tensor, pages: Pages, scale: Scale, *,
-            probs: bool = False) -> Attended:  # fmt: skip
+    def run(
+        self,
+        plan: DecodePlan,
+        layer: int,
+        queries: Tensor,
+        pages: Pages,
+        scale: Scale,
+        *,
+        probs: bool = False,
+    ) -> Attended:
         requests, heads, _ = queries.shape
         kv_heads, size = plan.tables.shape[2], pages.keys.shape[1]
         high, longest = accumulate_dtype(queries.dtype), plan.longest[layer]
@@ -58,8 +66,15 @@ class ReferenceBackend:
         out = torch.matmul(weights, values).flatten(1, 2).to(queries.dtype)
         return Attended(out, lse.flatten(1), weights.sum(2) if probs else None)
 
-    def prefill(self, queries: Tensor, keys: Tensor, values: Tensor, q_pos: Tensor, k_pos: Tensor,
-                scale: Scale) -> Tensor:  # fmt: skip
+    def prefill(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        q_pos: Tensor,
+        k_pos: Tensor,
+        scale: Scale,
+    ) -> Tensor:
         new, entries = queries.shape[0], keys.shape[1]
         far = scale.window is not None and int(q_pos[-1] - k_pos.min()) >= scale.window
         if scale.softcap is None and not far:
@@ -72,9 +87,13 @@ class ReferenceBackend:
                 each.repeat_interleave(group, dim=0)[None] for each in (keys, values)
             )
             out = F.scaled_dot_product_attention(
-                queries.transpose(0, 1)[None], wide_keys, wide_values, attn_mask=mask,
-                is_causal=mask is None, scale=scale.scale,
-            )  # fmt: skip
+                queries.transpose(0, 1)[None],
+                wide_keys,
+                wide_values,
+                attn_mask=mask,
+                is_causal=mask is None,
+                scale=scale.scale,
+            )
             return out[0].transpose(0, 1)
         high = accumulate_dtype(queries.dtype)
         outs = []
@@ -84,9 +103,18 @@ class ReferenceBackend:
             outs.append(out.flatten(0, 1).transpose(0, 1).to(queries.dtype))
         return torch.cat(outs)
 
-    def window_scores(self, queries: Tensor, keys: Tensor, q_pos: Tensor, k_pos: Tensor,
-                      scale: Scale, reduce: Reduce, *, rows: int, lse: Tensor | None = None
-                      ) -> Scored:  # fmt: skip
+    def window_scores(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        q_pos: Tensor,
+        k_pos: Tensor,
+        scale: Scale,
+        reduce: Reduce,
+        *,
+        rows: int,
+        lse: Tensor | None = None,
+    ) -> Scored:
         window, heads, _ = queries.shape
         kv_heads, entries = keys.shape[0], keys.shape[1]
         high = accumulate_dtype(queries.dtype)
@@ -122,21 +150,27 @@ class ReferenceBackend:
             total /= rows
         return Scored(total, torch.cat(lses))
 
-    def column_sums(self, queries: Tensor, keys: Tensor, q_pos: Tensor, k_pos: Tensor,
-                    scale: Scale) -> Tensor:  # fmt: skip
+    def column_sums(
+        self, queries: Tensor, keys: Tensor, q_pos: Tensor, k_pos: Tensor, scale: Scale
+    ) -> Tensor:
         high = accumulate_dtype(queries.dtype)
         total = torch.zeros(keys.shape[:2], dtype=high, device=keys.device)
         old = keys.shape[1] - len(queries)  # the rest are the queries' own, in order
         for part in _blocks(len(queries), queries.shape[1] * keys.shape[1]):
             end = old + part.stop  # entries that this block's newest query can see
-            logits = self._masked(
-                queries[part], keys[:, :end], q_pos[part], k_pos[:, :end], scale
-            )  # fmt: skip
+            logits = self._masked(queries[part], keys[:, :end], q_pos[part], k_pos[:, :end], scale)
             total[:, :end] += torch.softmax(logits, dim=-1).sum((1, 2))
         return total
 
-    def _weights(self, queries: Tensor, keys: Tensor, q_pos: Tensor, k_pos: Tensor, scale: Scale,
-                 lse: Tensor | None) -> tuple[Tensor, Tensor]:  # fmt: skip
+    def _weights(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        q_pos: Tensor,
+        k_pos: Tensor,
+        scale: Scale,
+        lse: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
         """Attention weights ``[K, G, n, m]`` and their log-sum-exps ``[n, H]``."""
         logits = self._masked(queries, keys, q_pos, k_pos, scale)
         if lse is None:
@@ -147,8 +181,9 @@ class ReferenceBackend:
             weights = logits.sub_(norm[..., None]).exp_()
         return weights, norm.flatten(0, 1).T
 
-    def _masked(self, queries: Tensor, keys: Tensor, q_pos: Tensor, k_pos: Tensor, scale: Scale
-                ) -> Tensor:  # fmt: skip
+    def _masked(
+        self, queries: Tensor, keys: Tensor, q_pos: Tensor, k_pos: Tensor, scale: Scale
+    ) -> Tensor:
         """Logits ``[K, G, n, m]``, -inf where a query does not see an entry."""
         new, heads, _ = queries.shape
         kv_heads, high = keys.shape[0], accumulate_dtype(queries.dtype)

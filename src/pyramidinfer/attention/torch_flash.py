@@ -33,9 +33,14 @@ def attend_causal(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -
         keys, values = (each.repeat_interleave(group, dim=0) for each in (keys, values))
     mask: Any = causal_lower_right(new, entries) if 1 < new < entries else None
     out = F.scaled_dot_product_attention(
-        queries.transpose(0, 1)[None], keys[None], values[None], attn_mask=mask,
-        is_causal=1 < new == entries, scale=scale, enable_gqa=grouped,
-    )  # fmt: skip
+        queries.transpose(0, 1)[None],
+        keys[None],
+        values[None],
+        attn_mask=mask,
+        is_causal=1 < new == entries,
+        scale=scale,
+        enable_gqa=grouped,
+    )
     return out[0].transpose(0, 1)
 
 
@@ -69,8 +74,9 @@ def _find_varlen() -> Callable[..., Any] | None:
     return varlen_attn if all(name in known for name in wanted) else None
 
 
-def _attend_varlen(varlen: Callable[..., Any], queries: Tensor, keys: Tensor, values: Tensor,
-                   scale: float) -> Tensor:  # fmt: skip
+def _attend_varlen(
+    varlen: Callable[..., Any], queries: Tensor, keys: Tensor, values: Tensor, scale: float
+) -> Tensor:
     """One sequence in varlen's layout: ``[tokens, heads, D]`` and where sequences begin and end."""
     new, entries = queries.shape[0], keys.shape[1]
     ends = [
@@ -78,7 +84,14 @@ def _attend_varlen(varlen: Callable[..., Any], queries: Tensor, keys: Tensor, va
         for count in (new, entries)
     ]  # [0, count] each, made on the device
     out: Tensor = varlen(
-        queries, keys.transpose(0, 1), values.transpose(0, 1), *ends, new, entries,
-        scale=scale, window_size=(-1, 0), enable_gqa=queries.shape[1] != keys.shape[0],
-    )  # fmt: skip
+        queries,
+        keys.transpose(0, 1),
+        values.transpose(0, 1),
+        *ends,
+        new,
+        entries,
+        scale=scale,
+        window_size=(-1, 0),
+        enable_gqa=queries.shape[1] != keys.shape[0],
+    )
     return out

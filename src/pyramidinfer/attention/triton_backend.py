@@ -61,8 +61,16 @@ class TritonBackend:
         """
         return DecodePlan(tables, lengths, longest, positions)
 
-    def run(self, plan: DecodePlan, layer: int, queries: Tensor, pages: Pages, scale: Scale, *,
-            probs: bool = False) -> Attended:  # fmt: skip
+    def run(
+        self,
+        plan: DecodePlan,
+        layer: int,
+        queries: Tensor,
+        pages: Pages,
+        scale: Scale,
+        *,
+        probs: bool = False,
+    ) -> Attended:
         if queries.dtype == torch.float64:
             return self.reference.run(plan, layer, queries, pages, scale, probs=probs)
         queries = queries.contiguous()
@@ -81,12 +89,29 @@ class TritonBackend:
         )
         with _device(queries):
             kernels.decode_split[requests, sizes.kv_heads, splits](
-                queries, pages.keys, pages.values, pages.positions, tables, lengths,
-                plan.positions, outs, norms, logits, *_numbers(scale), tables.stride(1), width,
-                **sizes.heads_only, group_pad=_pad(sizes.group, 16), **sizes.keys, **sizes.values,
-                page_size=page_size, block=block, splits=splits, stores_logits=probs,
+                queries,
+                pages.keys,
+                pages.values,
+                pages.positions,
+                tables,
+                lengths,
+                plan.positions,
+                outs,
+                norms,
+                logits,
+                *_numbers(scale),
+                tables.stride(1),
+                width,
+                **sizes.heads_only,
+                group_pad=_pad(sizes.group, 16),
+                **sizes.keys,
+                **sizes.values,
+                page_size=page_size,
+                block=block,
+                splits=splits,
+                stores_logits=probs,
                 **_kind(queries, scale),
-            )  # fmt: skip
+            )
             out = queries.new_empty(requests, sizes.heads, sizes.value_dim)
             lse = _floats(queries, requests, sizes.heads)
             kernels.combine_splits[(requests * sizes.heads,)](
@@ -97,8 +122,15 @@ class TritonBackend:
         shares = self._shares(logits, lse, lengths, sizes)
         return Attended(out, lse, shares[:, :, : plan.longest[layer]])
 
-    def prefill(self, queries: Tensor, keys: Tensor, values: Tensor, q_pos: Tensor, k_pos: Tensor,
-                scale: Scale) -> Tensor:  # fmt: skip
+    def prefill(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        q_pos: Tensor,
+        k_pos: Tensor,
+        scale: Scale,
+    ) -> Tensor:
         if queries.dtype == torch.float64:
             return self.reference.prefill(queries, keys, values, q_pos, k_pos, scale)
         if scale.softcap is None and scale.window is None:
@@ -112,16 +144,39 @@ class TritonBackend:
         grid = (-(-len(queries) * sizes.group // height), sizes.kv_heads)
         with _device(queries):
             kernels.attend_rows[grid](
-                rows.queries, rows.keys, values, rows.q_pos, rows.k_pos, out, *_numbers(scale),
-                rows.new, rows.entries, *rows.keys.stride()[:2], *values.stride()[:2],
-                rows.k_pos.stride(0), **sizes.heads_only, **sizes.keys, **sizes.values,
-                rows=height, block=block, **_kind(queries, scale),
-            )  # fmt: skip
+                rows.queries,
+                rows.keys,
+                values,
+                rows.q_pos,
+                rows.k_pos,
+                out,
+                *_numbers(scale),
+                rows.new,
+                rows.entries,
+                *rows.keys.stride()[:2],
+                *values.stride()[:2],
+                rows.k_pos.stride(0),
+                **sizes.heads_only,
+                **sizes.keys,
+                **sizes.values,
+                rows=height,
+                block=block,
+                **_kind(queries, scale),
+            )
         return out
 
-    def window_scores(self, queries: Tensor, keys: Tensor, q_pos: Tensor, k_pos: Tensor,
-                      scale: Scale, reduce: Reduce, *, rows: int, lse: Tensor | None = None
-                      ) -> Scored:  # fmt: skip
+    def window_scores(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        q_pos: Tensor,
+        k_pos: Tensor,
+        scale: Scale,
+        reduce: Reduce,
+        *,
+        rows: int,
+        lse: Tensor | None = None,
+    ) -> Scored:
         grouped = reduce.heads.startswith("kv")
         uneven = reduce.rows == "below" and not grouped and len(keys) > 1  # heads see apart
         if queries.dtype == torch.float64 or uneven:
@@ -134,14 +189,20 @@ class TritonBackend:
         over_heads = "max" if reduce.heads.endswith("max") else "mean"
         over_rows = reduce.rows if reduce.rows in ("max", "below") else "sum"
         found = self._reduce(
-            window, lse, ramp[rows - window.new :], scale, 1 if grouped else len(keys),
-            over_heads, over_rows,
-        )  # fmt: skip
+            window,
+            lse,
+            ramp[rows - window.new :],
+            scale,
+            1 if grouped else len(keys),
+            over_heads,
+            over_rows,
+        )
         scores = found.amax(0) if over_rows == "max" else found.sum(0)
         return Scored(scores / rows if reduce.rows == "mean" else scores, lse)
 
-    def column_sums(self, queries: Tensor, keys: Tensor, q_pos: Tensor, k_pos: Tensor,
-                    scale: Scale) -> Tensor:  # fmt: skip
+    def column_sums(
+        self, queries: Tensor, keys: Tensor, q_pos: Tensor, k_pos: Tensor, scale: Scale
+    ) -> Tensor:
         if queries.dtype == torch.float64:
             return self.reference.column_sums(queries, keys, q_pos, k_pos, scale)
         all_rows = _Rows.of(queries, keys, q_pos, k_pos, ordered=True)
@@ -172,15 +233,36 @@ class TritonBackend:
         grid = (-(-rows.new * sizes.group // height), sizes.kv_heads, splits)
         with _device(rows.queries):
             kernels.row_norms[grid](
-                rows.queries, rows.keys, rows.q_pos, rows.k_pos, norms, *_numbers(scale),
-                rows.new, rows.entries, *rows.keys.stride()[:2], rows.k_pos.stride(0),
-                **sizes.heads_only, **sizes.keys, rows=height, block=block, splits=splits,
-                ordered=rows.ordered, **_kind(rows.queries, scale),
-            )  # fmt: skip
+                rows.queries,
+                rows.keys,
+                rows.q_pos,
+                rows.k_pos,
+                norms,
+                *_numbers(scale),
+                rows.new,
+                rows.entries,
+                *rows.keys.stride()[:2],
+                rows.k_pos.stride(0),
+                **sizes.heads_only,
+                **sizes.keys,
+                rows=height,
+                block=block,
+                splits=splits,
+                ordered=rows.ordered,
+                **_kind(rows.queries, scale),
+            )
         return torch.logsumexp(norms, 0)
 
-    def _reduce(self, rows: _Rows, lse: Tensor, ramp: Tensor, scale: Scale, together: int,
-                over_heads: str, over_rows: str) -> Tensor:  # fmt: skip
+    def _reduce(
+        self,
+        rows: _Rows,
+        lse: Tensor,
+        ramp: Tensor,
+        scale: Scale,
+        together: int,
+        over_heads: str,
+        over_rows: str,
+    ) -> Tensor:
         """Scores ``[parts, K / together, m]`` of parts of the queries, yet to be joined."""
         sizes = _sizes(rows.queries, len(rows.keys), 1)
         block = sizes.fit(sizes.key_pad)
@@ -191,12 +273,29 @@ class TritonBackend:
         scores = _floats(rows.queries, parts, wide, rows.entries)
         with _device(rows.queries):
             kernels.reduce_rows[-(-rows.entries // block), wide, parts](
-                rows.queries, rows.keys, rows.q_pos, rows.k_pos, lse, ramp, scores,
-                *_numbers(scale), rows.new, rows.entries, part, *rows.keys.stride()[:2],
-                rows.k_pos.stride(0), **sizes.grouped, together=together, **sizes.keys,
-                steps=steps, block=block, over_heads=over_heads, over_rows=over_rows,
-                ordered=rows.ordered, **_kind(rows.queries, scale),
-            )  # fmt: skip
+                rows.queries,
+                rows.keys,
+                rows.q_pos,
+                rows.k_pos,
+                lse,
+                ramp,
+                scores,
+                *_numbers(scale),
+                rows.new,
+                rows.entries,
+                part,
+                *rows.keys.stride()[:2],
+                rows.k_pos.stride(0),
+                **sizes.grouped,
+                together=together,
+                **sizes.keys,
+                steps=steps,
+                block=block,
+                over_heads=over_heads,
+                over_rows=over_rows,
+                ordered=rows.ordered,
+                **_kind(rows.queries, scale),
+            )
         return scores
 
 
@@ -210,11 +309,10 @@ class _Rows(NamedTuple):
     ordered: bool  # the last n entries are the queries' own, in order
 
     @staticmethod
-    def of(queries: Tensor, keys: Tensor, q_pos: Tensor, k_pos: Tensor, ordered: bool = False
-           ) -> _Rows:  # fmt: skip
-        return _Rows(
-            queries.contiguous(), _dense(keys), q_pos.contiguous(), _dense(k_pos), ordered
-        )  # fmt: skip
+    def of(
+        queries: Tensor, keys: Tensor, q_pos: Tensor, k_pos: Tensor, ordered: bool = False
+    ) -> _Rows:
+        return _Rows(queries.contiguous(), _dense(keys), q_pos.contiguous(), _dense(k_pos), ordered)
 
     @property
     def new(self) -> int:

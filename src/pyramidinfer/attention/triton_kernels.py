@@ -79,14 +79,37 @@ def _share(total):
 
 
 @triton.jit(do_not_specialize=["table_stride", "width"])
-def decode_split(queries, keys, values, positions, tables, lengths, q_pos, outs, norms, logits,
-                 scale, softcap, window, table_stride, width,
-                 heads: tl.constexpr, group: tl.constexpr, group_pad: tl.constexpr,
-                 key_dim: tl.constexpr, key_pad: tl.constexpr,
-                 value_dim: tl.constexpr, value_pad: tl.constexpr,
-                 page_size: tl.constexpr, block: tl.constexpr, splits: tl.constexpr,
-                 capped: tl.constexpr, windowed: tl.constexpr, stores_logits: tl.constexpr,
-                 precision: tl.constexpr):  # fmt: skip
+def decode_split(
+    queries,
+    keys,
+    values,
+    positions,
+    tables,
+    lengths,
+    q_pos,
+    outs,
+    norms,
+    logits,
+    scale,
+    softcap,
+    window,
+    table_stride,
+    width,
+    heads: tl.constexpr,
+    group: tl.constexpr,
+    group_pad: tl.constexpr,
+    key_dim: tl.constexpr,
+    key_pad: tl.constexpr,
+    value_dim: tl.constexpr,
+    value_pad: tl.constexpr,
+    page_size: tl.constexpr,
+    block: tl.constexpr,
+    splits: tl.constexpr,
+    capped: tl.constexpr,
+    windowed: tl.constexpr,
+    stores_logits: tl.constexpr,
+    precision: tl.constexpr,
+):
     """One group's rows over one split of its KV head's entries.  Grid ``[R, K, splits]``.
 
     The splits of a head are even parts of *its* length, whole blocks long; those past its end
@@ -130,13 +153,24 @@ def decode_split(queries, keys, values, positions, tables, lengths, q_pos, outs,
     place = row * splits + split
     tl.store(norms + place, _norm(top, total), mask=ours)
     column = tl.arange(0, value_pad)
-    tl.store(outs + place[:, None] * value_dim + column[None, :], out * _share(total)[:, None],
-             mask=ours[:, None] & (column < value_dim)[None, :])  # fmt: skip
+    tl.store(
+        outs + place[:, None] * value_dim + column[None, :],
+        out * _share(total)[:, None],
+        mask=ours[:, None] & (column < value_dim)[None, :],
+    )
 
 
 @triton.jit
-def combine_splits(outs, norms, out, lse, value_dim: tl.constexpr, value_pad: tl.constexpr,
-                   splits: tl.constexpr, split_pad: tl.constexpr):  # fmt: skip
+def combine_splits(
+    outs,
+    norms,
+    out,
+    lse,
+    value_dim: tl.constexpr,
+    value_pad: tl.constexpr,
+    splits: tl.constexpr,
+    split_pad: tl.constexpr,
+):
     """Splits weighted by their share of the whole softmax.  Grid ``[R · H]``."""
     row = tl.program_id(0).to(tl.int64)
     split = tl.arange(0, split_pad)
@@ -154,9 +188,17 @@ def combine_splits(outs, norms, out, lse, value_dim: tl.constexpr, value_pad: tl
 
 
 @triton.jit(do_not_specialize=["width"])
-def group_probs(logits, lse, lengths, probs, width,
-                heads: tl.constexpr, group: tl.constexpr, group_pad: tl.constexpr,
-                block: tl.constexpr):  # fmt: skip
+def group_probs(
+    logits,
+    lse,
+    lengths,
+    probs,
+    width,
+    heads: tl.constexpr,
+    group: tl.constexpr,
+    group_pad: tl.constexpr,
+    block: tl.constexpr,
+):
     """Weights summed over a group, 0 past a head's end.  Grid ``[R, K, blocks of width]``.
 
     logits ``[R, H, width]``, lse ``[R, H]`` → probs ``[R, K, width]``.
@@ -181,15 +223,46 @@ def group_probs(logits, lse, lengths, probs, width,
 # ``ordered``: the last n entries are the queries' own, in order (later ones need no look).
 
 
-@triton.jit(do_not_specialize=["count", "entries", "key_head", "key_step", "value_head",
-                               "value_step", "pos_head"])  # fmt: skip
-def attend_rows(queries, keys, values, q_pos, k_pos, out, scale, softcap, window, count, entries,
-                key_head, key_step, value_head, value_step, pos_head,
-                heads: tl.constexpr, group: tl.constexpr,
-                key_dim: tl.constexpr, key_pad: tl.constexpr,
-                value_dim: tl.constexpr, value_pad: tl.constexpr,
-                rows: tl.constexpr, block: tl.constexpr,
-                capped: tl.constexpr, windowed: tl.constexpr, precision: tl.constexpr):  # fmt: skip
+@triton.jit(
+    do_not_specialize=[
+        "count",
+        "entries",
+        "key_head",
+        "key_step",
+        "value_head",
+        "value_step",
+        "pos_head",
+    ]
+)
+def attend_rows(
+    queries,
+    keys,
+    values,
+    q_pos,
+    k_pos,
+    out,
+    scale,
+    softcap,
+    window,
+    count,
+    entries,
+    key_head,
+    key_step,
+    value_head,
+    value_step,
+    pos_head,
+    heads: tl.constexpr,
+    group: tl.constexpr,
+    key_dim: tl.constexpr,
+    key_pad: tl.constexpr,
+    value_dim: tl.constexpr,
+    value_pad: tl.constexpr,
+    rows: tl.constexpr,
+    block: tl.constexpr,
+    capped: tl.constexpr,
+    windowed: tl.constexpr,
+    precision: tl.constexpr,
+):
     """Causal attention by position, out ``[n, H, V]``.  Grid ``[blocks of rows, K]``."""
     kv = tl.program_id(1).to(tl.int64)
     number = tl.program_id(0) * rows + tl.arange(0, rows)
@@ -220,18 +293,40 @@ def attend_rows(queries, keys, values, q_pos, k_pos, out, scale, softcap, window
             total = total * shrink + tl.sum(weight, 1)
             mixed = mixed * shrink[:, None] + tl.dot(weight, value, input_precision=precision)
     column = tl.arange(0, value_pad)
-    tl.store(out + row[:, None] * value_dim + column[None, :], mixed * _share(total)[:, None],
-             mask=ours[:, None] & (column < value_dim)[None, :])  # fmt: skip
+    tl.store(
+        out + row[:, None] * value_dim + column[None, :],
+        mixed * _share(total)[:, None],
+        mask=ours[:, None] & (column < value_dim)[None, :],
+    )
 
 
 @triton.jit(do_not_specialize=["count", "entries", "key_head", "key_step", "pos_head"])
-def row_norms(queries, keys, q_pos, k_pos, norms, scale, softcap, window, count, entries,
-              key_head, key_step, pos_head,
-              heads: tl.constexpr, group: tl.constexpr,
-              key_dim: tl.constexpr, key_pad: tl.constexpr,
-              rows: tl.constexpr, block: tl.constexpr, splits: tl.constexpr,
-              capped: tl.constexpr, windowed: tl.constexpr, ordered: tl.constexpr,
-              precision: tl.constexpr):  # fmt: skip
+def row_norms(
+    queries,
+    keys,
+    q_pos,
+    k_pos,
+    norms,
+    scale,
+    softcap,
+    window,
+    count,
+    entries,
+    key_head,
+    key_step,
+    pos_head,
+    heads: tl.constexpr,
+    group: tl.constexpr,
+    key_dim: tl.constexpr,
+    key_pad: tl.constexpr,
+    rows: tl.constexpr,
+    block: tl.constexpr,
+    splits: tl.constexpr,
+    capped: tl.constexpr,
+    windowed: tl.constexpr,
+    ordered: tl.constexpr,
+    precision: tl.constexpr,
+):
     """Log-sum-exps ``[splits, n, H]`` of parts of the entries.  Grid ``[blocks, K, splits]``."""
     kv, split = tl.program_id(1).to(tl.int64), tl.program_id(2)
     number = tl.program_id(0) * rows + tl.arange(0, rows)
@@ -263,14 +358,38 @@ def row_norms(queries, keys, q_pos, k_pos, norms, scale, softcap, window, count,
 
 
 @triton.jit(do_not_specialize=["count", "entries", "part", "key_head", "key_step", "pos_head"])
-def reduce_rows(queries, keys, q_pos, k_pos, lse, ramp, scores, scale, softcap, window, count,
-                entries, part, key_head, key_step, pos_head,
-                heads: tl.constexpr, group: tl.constexpr, group_pad: tl.constexpr,
-                together: tl.constexpr, key_dim: tl.constexpr, key_pad: tl.constexpr,
-                steps: tl.constexpr, block: tl.constexpr,
-                over_heads: tl.constexpr, over_rows: tl.constexpr,
-                capped: tl.constexpr, windowed: tl.constexpr, ordered: tl.constexpr,
-                precision: tl.constexpr):  # fmt: skip
+def reduce_rows(
+    queries,
+    keys,
+    q_pos,
+    k_pos,
+    lse,
+    ramp,
+    scores,
+    scale,
+    softcap,
+    window,
+    count,
+    entries,
+    part,
+    key_head,
+    key_step,
+    pos_head,
+    heads: tl.constexpr,
+    group: tl.constexpr,
+    group_pad: tl.constexpr,
+    together: tl.constexpr,
+    key_dim: tl.constexpr,
+    key_pad: tl.constexpr,
+    steps: tl.constexpr,
+    block: tl.constexpr,
+    over_heads: tl.constexpr,
+    over_rows: tl.constexpr,
+    capped: tl.constexpr,
+    windowed: tl.constexpr,
+    ordered: tl.constexpr,
+    precision: tl.constexpr,
+):
     """Weights ``exp(logit - lse)`` of queries over a block of entries, reduced to one score each.
 
     Grid ``[blocks of entries, wide, parts of the queries]``; ``together`` KV heads make one score

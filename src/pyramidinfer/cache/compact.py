@@ -39,8 +39,14 @@ def plan_moves(indices: Tensor, kept: Tensor, lengths: Tensor) -> Moves:
     return Moves(head, source, target)
 
 
-def move_entries(tensors: list[Tensor], rows: Tensor, head: Tensor, source: Tensor, target: Tensor,
-                 page_size: int) -> None:  # fmt: skip
+def move_entries(
+    tensors: list[Tensor],
+    rows: Tensor,
+    head: Tensor,
+    source: Tensor,
+    target: Tensor,
+    page_size: int,
+) -> None:
     """Copy entry ``source`` over entry ``target`` of ``head`` in every tensor of a group.
 
     ``rows``: ``[heads, P]`` pages of the layer's entries; the moves are those of ``plan_moves``.

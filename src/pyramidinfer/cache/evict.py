@@ -16,8 +16,9 @@ from pyramidinfer.types import Needs
 __all__ = ["evict_best"]
 
 
-def evict_best(pool: Pool, table: Table, rules: list[tuple[int, Needs]], scales: list[Any],
-               protected: Tensor) -> None:  # fmt: skip
+def evict_best(
+    pool: Pool, table: Table, rules: list[tuple[int, Needs]], scales: list[Any], protected: Tensor
+) -> None:
     """Carry out evictions of some layers of a request by their rules (``Needs.best``), at once.
 
     ``scales``: how each layer's products become logits, where there is a window;  ``protected``:
@@ -39,18 +40,36 @@ def evict_best(pool: Pool, table: Table, rules: list[tuple[int, Needs]], scales:
         calls[index] = Eviction(
             *map(pointer, (group.keys, group.values, group.positions, group.scores)),
             *(each[layer].ctypes.data for each in (pages, kept, counts)),
-            pointer(protected), None, None, None, None, pages.shape[2], best.kernel,
-            best.pool == "max", best.sinks, table.seen_len - 1 - best.recent, len(protected),
-            spec.kv_heads, spec.key_dim, spec.value_dim, pool.page_size,
-        )  # fmt: skip
+            pointer(protected),
+            None,
+            None,
+            None,
+            None,
+            pages.shape[2],
+            best.kernel,
+            best.pool == "max",
+            best.sinks,
+            table.seen_len - 1 - best.recent,
+            len(protected),
+            spec.kv_heads,
+            spec.key_dim,
+            spec.value_dim,
+            pool.page_size,
+        )
         if needs.window:
             _look_back(calls[index], table.ring, layer, needs, scale, held)
     kernels.evict_entries(DTYPES[pool.groups[0].spec.dtype], ctypes.addressof(calls), len(rules))
     pool.retract(table, counts)
 
 
-def _look_back(call: Any, ring: Ring | None, layer: int, needs: Needs, scale: Any,
-               held: dict[int, tuple[Tensor, Tensor]]) -> None:  # fmt: skip
+def _look_back(
+    call: Any,
+    ring: Ring | None,
+    layer: int,
+    needs: Needs,
+    scale: Any,
+    held: dict[int, tuple[Tensor, Tensor]],
+) -> None:
     """Fill in what an eviction with a window scores by."""
     assert ring is not None
     if needs.window not in held:

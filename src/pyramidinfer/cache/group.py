@@ -38,8 +38,15 @@ class Group:
     ``scratch``: a page behind all others that is never taken; rows without a request write there.
     """
 
-    def __init__(self, spec: GroupSpec, pages: int, page_size: int, device: torch.device,
-                 scores: bool, poison: bool) -> None:  # fmt: skip
+    def __init__(
+        self,
+        spec: GroupSpec,
+        pages: int,
+        page_size: int,
+        device: torch.device,
+        scores: bool,
+        poison: bool,
+    ) -> None:
         self.spec, self.poison, self.scratch = spec, poison, pages
         shape = (pages + 1, page_size)
         fill = float("nan") if poison else 0.0

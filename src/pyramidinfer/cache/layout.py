@@ -21,8 +21,9 @@ class Layout:
     group_of, layer_page_bytes : ``[layers]``;  page_bytes, page_counts : of every group.
     """
 
-    def __init__(self, specs: list[GroupSpec], budget: int, page_size: int = 16, *,
-                 scores: bool = False) -> None:  # fmt: skip
+    def __init__(
+        self, specs: list[GroupSpec], budget: int, page_size: int = 16, *, scores: bool = False
+    ) -> None:
         self.specs, self.budget, self.page_size, self.scores = specs, budget, page_size, scores
         self.layers = sum(len(spec.layers) for spec in specs)
         self.kv_heads = specs[0].kv_heads

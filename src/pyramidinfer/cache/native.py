@@ -39,18 +39,27 @@ class Stays(NamedTuple):
     lengths: np.ndarray
 
 
-def native_write(kernels: Kernels, group: Group, slots: Slots, keys: Tensor, values: Tensor,
-                 positions: Tensor) -> None:  # fmt: skip
+def native_write(
+    kernels: Kernels, group: Group, slots: Slots, keys: Tensor, values: Tensor, positions: Tensor
+) -> None:
     """``Pool.write``; each head of a row of keys and values is contiguous."""
     keys, values = (each if each.stride(2) == 1 else each.contiguous() for each in (keys, values))
     held = (keys, values, positions.long().contiguous(), *(each.contiguous() for each in slots))
     storage = (group.keys, group.values, group.positions, group.scores)
     count, kv_heads, key_dim = keys.shape
     call = WriteCall(
-        *map(pointer, held), *map(pointer, storage), keys.stride(0), values.stride(0),
-        keys.stride(1), values.stride(1), count, kv_heads, key_dim, values.shape[2],
+        *map(pointer, held),
+        *map(pointer, storage),
+        keys.stride(0),
+        values.stride(0),
+        keys.stride(1),
+        values.stride(1),
+        count,
+        kv_heads,
+        key_dim,
+        values.shape[2],
         group.keys.shape[1],
-    )  # fmt: skip
+    )
     kernels.write_entries(DTYPES[keys.dtype], ctypes.byref(call))
 
 

@@ -50,8 +50,14 @@ class Exported(NamedTuple):
 class Pool:
     """The storage of a ``Layout``, and who owns which of its pages."""
 
-    def __init__(self, layout: Layout, device: torch.device | str = "cpu", *,
-                 poison: bool = False, kernels: Kernels | None = None) -> None:  # fmt: skip
+    def __init__(
+        self,
+        layout: Layout,
+        device: torch.device | str = "cpu",
+        *,
+        poison: bool = False,
+        kernels: Kernels | None = None,
+    ) -> None:
         self.layout, self.device = layout, torch.device(device)
         self.kernels = kernels  # C++ for what can be had faster than in torch
         self.page_size, self.budget = layout.page_size, layout.budget
@@ -111,9 +117,12 @@ class Pool:
         kept = np.stack([table.kept for table in tables], axis=1)  # [layers, n, heads]
         index = kept // self.page_size
         pages = np.stack(
-            [np.take_along_axis(t.pages, index[:, row, :, None], 2)[..., 0]
-             for row, t in enumerate(tables)], axis=1,
-        )  # fmt: skip
+            [
+                np.take_along_axis(t.pages, index[:, row, :, None], 2)[..., 0]
+                for row, t in enumerate(tables)
+            ],
+            axis=1,
+        )
         for number, group in enumerate(self.groups):
             mine = np.nonzero(self.group_of == number)[0]
             shared = group.counts[pages[mine]] > 1
@@ -137,8 +146,9 @@ class Pool:
             table.pages[layers, heads, table.held[layers, heads]] = group.take(len(layers))
             table.held[layers, heads] += 1
 
-    def write(self, layer: int, slots: Slots, keys: Tensor, values: Tensor, positions: Tensor
-              ) -> None:  # fmt: skip
+    def write(
+        self, layer: int, slots: Slots, keys: Tensor, values: Tensor, positions: Tensor
+    ) -> None:
         """Store ``keys`` ``[n, kv_heads, key_dim]``, ``values`` and ``positions`` ``[n]``."""
         group = self.group(layer)
         if self.kernels is not None and keys.dtype in DTYPES:
@@ -291,9 +301,10 @@ class Pool:
         for row, table in enumerate(tables):
             held = int(table.held.max())
             np.copyto(
-                stacked[:, row, :, :held], table.pages[:, :, :held],
+                stacked[:, row, :, :held],
+                table.pages[:, :, :held],
                 where=np.arange(held) < table.held[..., None],
-            )  # fmt: skip
+            )
         return stacked
 
     def bytes(self, table: Table) -> int:
@@ -316,9 +327,7 @@ class Pool:
             entries.append([each[pages, offsets].cpu() for each in self.group(layer).tensors()])
         state = {name: value.clone() for name, value in table.state.items()}
         ring = _copy_ring(table.ring, torch.device("cpu"))
-        return Exported(
-            table.kept.copy(), entries, table.seen_len, state, ring, table.peak_bytes
-        )  # fmt: skip
+        return Exported(table.kept.copy(), entries, table.seen_len, state, ring, table.peak_bytes)
 
     def import_(self, exported: Exported) -> Table:
         """Bring an exported request back as a new table."""

@@ -33,8 +33,15 @@ class Ring:
     oldest: int = 0
 
     @classmethod
-    def empty(cls, layers: int, capacity: int, heads: int, key_dim: int, dtype: torch.dtype,
-              device: torch.device) -> Ring:  # fmt: skip
+    def empty(
+        cls,
+        layers: int,
+        capacity: int,
+        heads: int,
+        key_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> Ring:
         return cls(
             torch.zeros(layers, capacity, heads, key_dim, dtype=dtype, device=device),
             torch.zeros(layers, capacity, heads, dtype=accumulate_dtype(dtype), device=device),

@@ -17,8 +17,14 @@ __all__ = ["INTERPRETED", "move_entries"]
 BLOCK = 8
 
 
-def move_entries(tensors: list[Tensor], rows: Tensor, head: Tensor, source: Tensor, target: Tensor,
-                 page_size: int) -> None:  # fmt: skip
+def move_entries(
+    tensors: list[Tensor],
+    rows: Tensor,
+    head: Tensor,
+    source: Tensor,
+    target: Tensor,
+    page_size: int,
+) -> None:
     """Copy entry ``source`` over entry ``target`` of ``head``, in place, for every move.
 
     tensors : keys ``[pages, page, D]``, values ``[…, V]``, positions ``[pages, page]`` and, where
@@ -34,18 +40,44 @@ def move_entries(tensors: list[Tensor], rows: Tensor, head: Tensor, source: Tens
     widest = max(keys.shape[-1], values.shape[-1])
     with torch.cuda.device_of(keys):
         _move[(triton.cdiv(moves, BLOCK),)](
-            keys, values, positions, scores, rows, head, source, target, moves, rows.shape[1],
-            page_size=page_size, key_dim=keys.shape[-1],
-            value_dim=values.shape[-1], pad=triton.next_power_of_2(widest), block=BLOCK,
+            keys,
+            values,
+            positions,
+            scores,
+            rows,
+            head,
+            source,
+            target,
+            moves,
+            rows.shape[1],
+            page_size=page_size,
+            key_dim=keys.shape[-1],
+            value_dim=values.shape[-1],
+            pad=triton.next_power_of_2(widest),
+            block=BLOCK,
             scored=len(tensors) == 4,
-        )  # fmt: skip
+        )
 
 
 @triton.jit(do_not_specialize=["moves", "width"])
-def _move(keys, values, positions, scores, rows, head, source, target, moves, width,
-          page_size: tl.constexpr, key_dim: tl.constexpr,
-          value_dim: tl.constexpr, pad: tl.constexpr, block: tl.constexpr,
-          scored: tl.constexpr):  # fmt: skip
+def _move(
+    keys,
+    values,
+    positions,
+    scores,
+    rows,
+    head,
+    source,
+    target,
+    moves,
+    width,
+    page_size: tl.constexpr,
+    key_dim: tl.constexpr,
+    value_dim: tl.constexpr,
+    pad: tl.constexpr,
+    block: tl.constexpr,
+    scored: tl.constexpr,
+):
     move = tl.program_id(0) * block + tl.arange(0, block)
     live = move < moves
     kv = tl.load(head + move, mask=live, other=0).to(tl.int64)

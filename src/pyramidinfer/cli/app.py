@@ -58,10 +58,10 @@ app.add_typer(bench, name="bench")
 @app.callback()
 def options(
     version: Annotated[
-        bool, typer.Option("--version", help="Show the version.", callback=_show_version,
-                           is_eager=True)
+        bool,
+        typer.Option("--version", help="Show the version.", callback=_show_version, is_eager=True),
     ] = False,
-) -> None:  # fmt: skip
+) -> None:
     """Language model inference in which fewer tokens are computed and fewer are kept."""
 
 
@@ -142,15 +142,30 @@ def generate(
     if chat_template_kwargs is not None and not chat:
         raise ValueError("--chat-template-kwargs has no effect without --chat")
     asked = said(
-        max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        seed=seed,
         stop=stop or None,
-    )  # fmt: skip
+    )
     chosen = policy_from(policy, keep, option or [])
     run_generate(
-        model, chosen, prompt, prompt_file, chat, asked, generation_config,
-        json_object("--chat-template-kwargs", chat_template_kwargs), kv_memory, dtype, device,
-        backend, profiling(chosen, no_profile), as_json,
-    )  # fmt: skip
+        model,
+        chosen,
+        prompt,
+        prompt_file,
+        chat,
+        asked,
+        generation_config,
+        json_object("--chat-template-kwargs", chat_template_kwargs),
+        kv_memory,
+        dtype,
+        device,
+        backend,
+        profiling(chosen, no_profile),
+        as_json,
+    )
 
 
 @app.command()

@@ -35,8 +35,9 @@ from pyramidinfer.server.strict import parse_json
 __all__ = ["run_batch"]
 
 BODIES: dict[str, type[ChatRequest] | type[CompletionRequest]] = {
-    "/v1/chat/completions": ChatRequest, "/v1/completions": CompletionRequest,
-}  # fmt: skip
+    "/v1/chat/completions": ChatRequest,
+    "/v1/completions": CompletionRequest,
+}
 FOREVER = 1e9  # seconds: a batch has time
 BEGINNING = b'{"id": "batch_req_'  # of an answer's line
 
@@ -57,8 +58,13 @@ class Requests(NamedTuple):
     file: BinaryIO
 
 
-def run_batch(choice: ModelChoice, source: Path, target: Path, model_name: str,
-              generation_config: str = "auto") -> None:  # fmt: skip
+def run_batch(
+    choice: ModelChoice,
+    source: Path,
+    target: Path,
+    model_name: str,
+    generation_config: str = "auto",
+) -> None:
     """Answer what the target does not hold yet."""
     check_asked({}, generation_config)
     if target.exists() and source.exists() and source.samefile(target):
@@ -82,8 +88,15 @@ def _opened(source: Path) -> Iterator[Requests]:
         yield Requests(str(source), copy)
 
 
-def _answer_rest(choice: ModelChoice, requests: Requests, wanted: set[str], out: BinaryIO,
-                 target: Path, model_name: str, generation_config: str) -> None:  # fmt: skip
+def _answer_rest(
+    choice: ModelChoice,
+    requests: Requests,
+    wanted: set[str],
+    out: BinaryIO,
+    target: Path,
+    model_name: str,
+    generation_config: str,
+) -> None:
     """Go on where the target ends; ``OSError`` where a request is left without an answer."""
     try:
         fcntl.flock(out, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -105,15 +118,22 @@ def _answer_rest(choice: ModelChoice, requests: Requests, wanted: set[str], out:
     defaults_of(llm, generation_config)
     most = llm.engine.config.max_requests
     settings = ServerSettings(
-        model_name=model_name, max_waiting=sys.maxsize, queue_timeout=FOREVER,
-        request_timeout=FOREVER, max_n=most, max_logprobs=100,
+        model_name=model_name,
+        max_waiting=sys.maxsize,
+        queue_timeout=FOREVER,
+        request_timeout=FOREVER,
+        max_n=most,
+        max_logprobs=100,
         generation_config=generation_config,
-    )  # fmt: skip
+    )
     service = Service(llm, settings)
     bar = Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-        TimeElapsedColumn(), console=console,
-    )  # fmt: skip
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console,
+    )
     failed = 0
     left = wanted - done
     with bar:
@@ -156,8 +176,9 @@ async def _answer_all(service: Service, lines: Iterator[Line], write: Any, width
         service.close()
 
 
-async def _write_ended(running: set[asyncio.Task[dict[str, Any]]], write: Any
-                       ) -> set[asyncio.Task[dict[str, Any]]]:  # fmt: skip
+async def _write_ended(
+    running: set[asyncio.Task[dict[str, Any]]], write: Any
+) -> set[asyncio.Task[dict[str, Any]]]:
     ended, left = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
     for task in ended:
         write(task.result())
@@ -185,10 +206,11 @@ async def _answer(service: Service, line: Line) -> dict[str, Any]:
     except Exception as error:  # one request's fault must not keep the others from an answer
         status, body = 500, error_body(500, f"{type(error).__name__}: {error}")
     return {
-        "id": f"batch_req_{uuid.uuid4().hex}", "custom_id": line.custom_id,
+        "id": f"batch_req_{uuid.uuid4().hex}",
+        "custom_id": line.custom_id,
         "response": {"status_code": status, "request_id": body.get("id", ""), "body": body},
         "error": None,
-    }  # fmt: skip
+    }
 
 
 def _lines(requests: Requests) -> Iterator[Line]:

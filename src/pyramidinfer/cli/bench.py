@@ -91,10 +91,19 @@ def throughput(
     from pyramidinfer.lab.bench.throughput import ThroughputPlan, run_throughput
 
     setting = _setting(
-        policies, model=model, shape=shape, keep=keep, dtype=dtype, device=device,
-        backend=backend, repeats=repeats, warmup=warmup, threads=threads, kv_memory=kv_memory,
+        policies,
+        model=model,
+        shape=shape,
+        keep=keep,
+        dtype=dtype,
+        device=device,
+        backend=backend,
+        repeats=repeats,
+        warmup=warmup,
+        threads=threads,
+        kv_memory=kv_memory,
         seed=seed,
-    )  # fmt: skip
+    )
     plan = ThroughputPlan(setting, batch, prompt_len, output_len)
     result = run_throughput(plan, _target(json))
     picture = draw_throughput(plan.configuration, result, json.with_suffix(".png"))
@@ -127,10 +136,19 @@ def latency(
     from pyramidinfer.lab.bench.table import latency_table
 
     setting = _setting(
-        policies, model=model, shape=shape, keep=keep, dtype=dtype, device=device,
-        backend=backend, repeats=repeats, warmup=warmup, threads=threads, kv_memory=kv_memory,
+        policies,
+        model=model,
+        shape=shape,
+        keep=keep,
+        dtype=dtype,
+        device=device,
+        backend=backend,
+        repeats=repeats,
+        warmup=warmup,
+        threads=threads,
+        kv_memory=kv_memory,
         seed=seed,
-    )  # fmt: skip
+    )
     batches, lengths = numbers(batch, int, "--batch"), numbers(prompt_len, int, "--prompt-len")
     plan = LatencyPlan(setting, batches, lengths, output_len)
     result = run_latency(plan, _target(json))
@@ -162,9 +180,17 @@ def memory(
     from pyramidinfer.lab.bench.table import memory_table
 
     setting = _setting(
-        policies, model=model, shape=shape, keep=keep, dtype=dtype, device=device,
-        backend=backend, threads=threads, kv_memory=kv_memory, seed=seed,
-    )  # fmt: skip
+        policies,
+        model=model,
+        shape=shape,
+        keep=keep,
+        dtype=dtype,
+        device=device,
+        backend=backend,
+        threads=threads,
+        kv_memory=kv_memory,
+        seed=seed,
+    )
     plan = MemoryPlan(setting, prompt_len, output_len, requests)
     result = run_memory(plan, _target(json))
     picture = draw_memory(plan.configuration, result, json.with_suffix(".png"))
@@ -193,9 +219,16 @@ def kernels(
     from pyramidinfer.lab.bench.table import kernels_table
 
     plan = KernelPlan(
-        backend, dtype, device, numbers(batch, int, "--batch"),
-        numbers(prompt_len, int, "--prompt-len"), threads, repeats, warmup, page_size=page_size,
-    )  # fmt: skip
+        backend,
+        dtype,
+        device,
+        numbers(batch, int, "--batch"),
+        numbers(prompt_len, int, "--prompt-len"),
+        threads,
+        repeats,
+        warmup,
+        page_size=page_size,
+    )
     result = run_kernels(plan, _target(json))
     configuration = {"dtype": dtype}
     picture = draw_kernels(configuration, result, json.with_suffix(".png"))
@@ -268,13 +301,28 @@ def serve(
     from pyramidinfer.lab.bench.serve_views import draw_serve, serve_table
 
     setting = _server(
-        policies, url, model=model, keep=keep, kv_memory=kv_memory, options=serve_options,
-        threads=threads, token_ids=token_ids, timeout=timeout, seed=seed,
-    )  # fmt: skip
+        policies,
+        url,
+        model=model,
+        keep=keep,
+        kv_memory=kv_memory,
+        options=serve_options,
+        threads=threads,
+        token_ids=token_ids,
+        timeout=timeout,
+        seed=seed,
+    )
     plan = ServePlan(
-        setting, numbers(rates, float, "--rates"), requests, prompt_len, output_len, slo_ttft,
-        slo_itl, repeats, warmup,
-    )  # fmt: skip
+        setting,
+        numbers(rates, float, "--rates"),
+        requests,
+        prompt_len,
+        output_len,
+        slo_ttft,
+        slo_itl,
+        repeats,
+        warmup,
+    )
     result = run_serve(plan, _target(json), api_key)
     picture = draw_serve(plan.configuration, result, json.with_suffix(".png"))
     _show(serve_table(plan.configuration, result), json, picture)
@@ -308,9 +356,17 @@ def turns(
     from pyramidinfer.lab.bench.turns import run_turns
 
     setting = _server(
-        policies, url, model=model, keep=keep, kv_memory=kv_memory, options=serve_options,
-        threads=threads, token_ids=token_ids, timeout=timeout, seed=seed,
-    )  # fmt: skip
+        policies,
+        url,
+        model=model,
+        keep=keep,
+        kv_memory=kv_memory,
+        options=serve_options,
+        threads=threads,
+        token_ids=token_ids,
+        timeout=timeout,
+        seed=seed,
+    )
     plan = TurnsPlan(setting, turns, prompt_len, turn_len, output_len, conversations, warmup)
     result = run_turns(plan, _target(json), api_key)
     picture = draw_turns(plan.configuration, result, json.with_suffix(".png"))

@@ -31,10 +31,16 @@ def run_calibrate(task: Task, output: Path | None, as_json: bool) -> None:
     found = made.calibrated
     assert found is not None
     if as_json:
-        print(json.dumps({
-            "model": task.subject.model, "path": str(path), "seconds": seconds,
-            "profile": made.as_dict(),
-        }))  # fmt: skip
+        print(
+            json.dumps(
+                {
+                    "model": task.subject.model,
+                    "path": str(path),
+                    "seconds": seconds,
+                    "profile": made.as_dict(),
+                }
+            )
+        )
         return
     Console(highlight=False, soft_wrap=True).print(
         f"{found.going}: {found.computed:.0%} of layer-tokens, {found.score:.0%} of the right "

@@ -30,8 +30,13 @@ HELP = """/reset        begin a new conversation
 /exit         leave (also Ctrl-D); Ctrl-C stops an answer"""
 
 
-def run_chat(choice: ModelChoice, system: str | None, asked: Mapping[str, Any],
-             generation_config: str, template_kwargs: Mapping[str, Any]) -> None:  # fmt: skip
+def run_chat(
+    choice: ModelChoice,
+    system: str | None,
+    asked: Mapping[str, Any],
+    generation_config: str,
+    template_kwargs: Mapping[str, Any],
+) -> None:
     """Read a line, answer it, until the input ends.
 
     ``asked``: fields of ``SamplingParams``; what is not among them is as the model's
@@ -66,8 +71,13 @@ def run_chat(choice: ModelChoice, system: str | None, asked: Mapping[str, Any],
 class _Chat:
     """A conversation, its policy, and what came of it."""
 
-    def __init__(self, llm: LLM, params: SamplingParams, system: str | None,
-                 template_kwargs: Mapping[str, Any]) -> None:  # fmt: skip
+    def __init__(
+        self,
+        llm: LLM,
+        params: SamplingParams,
+        system: str | None,
+        template_kwargs: Mapping[str, Any],
+    ) -> None:
         self.llm, self.params, self.policy = llm, params, llm.policy
         self.prompts = Prompts(llm.tokenizer, llm.engine.runner.vocab_size, template_kwargs)
         self.console = Console(stderr=True, highlight=False)

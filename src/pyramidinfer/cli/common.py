@@ -18,17 +18,48 @@ if TYPE_CHECKING:  # torch takes seconds, and --help needs none of it
     from pyramidinfer.policies import Policy
 
 __all__ = [
-    "BACKENDS", "DEFAULT_POLICY", "POLICY_NAMES", "Dtype", "FromModel", "Keep", "Model",
-    "NoProfile", "Options", "PolicyName", "TemplateKwargs", "check_asked", "defaults_of",
-    "human_bytes", "json_object", "names_model", "plain_errors", "policy_from", "profiling", "said",
-]  # fmt: skip
+    "BACKENDS",
+    "DEFAULT_POLICY",
+    "POLICY_NAMES",
+    "Dtype",
+    "FromModel",
+    "Keep",
+    "Model",
+    "NoProfile",
+    "Options",
+    "PolicyName",
+    "TemplateKwargs",
+    "check_asked",
+    "defaults_of",
+    "human_bytes",
+    "json_object",
+    "names_model",
+    "plain_errors",
+    "policy_from",
+    "profiling",
+    "said",
+]
 
 #: What ``--help`` tells of the registry and of the backends, which are not imported for it.
 POLICY_NAMES = (
-    "chunkkv", "duo", "expected_attention", "fastkv", "full", "h2o", "keydiff", "kvzip",
-    "pyramid", "pyramidinfer", "pyramidkv", "rkv", "scissorhands", "snapkv", "streaming_llm",
-    "tova", "triattention",
-)  # fmt: skip
+    "chunkkv",
+    "duo",
+    "expected_attention",
+    "fastkv",
+    "full",
+    "h2o",
+    "keydiff",
+    "kvzip",
+    "pyramid",
+    "pyramidinfer",
+    "pyramidkv",
+    "rkv",
+    "scissorhands",
+    "snapkv",
+    "streaming_llm",
+    "tova",
+    "triattention",
+)
 BACKENDS = ("cpu", "reference", "triton")
 DEFAULT_POLICY = "pyramid"
 
@@ -118,9 +149,11 @@ def defaults_of(llm: LLM, generation_config: str) -> dict[str, Any]:
 def names_model(command: Callable[..., None]) -> Callable[..., None]:
     """A command whose model (its parameter ``model``, a ``Model``) may also be given as --model."""
     option = inspect.Parameter(
-        "model_option", inspect.Parameter.KEYWORD_ONLY, default=None,
+        "model_option",
+        inspect.Parameter.KEYWORD_ONLY,
+        default=None,
         annotation=Annotated[str | None, typer.Option("--model", help="MODEL, by name.")],
-    )  # fmt: skip
+    )
 
     @functools.wraps(command)
     def run(*, model: str | None, model_option: str | None, **others: Any) -> None:
@@ -173,8 +206,14 @@ def _plain_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         show, told = warnings.showwarning, set()
 
-        def tell(message: Warning | str, category: type[Warning], filename: str, lineno: int,
-                 file: TextIO | None = None, line: str | None = None) -> None:  # fmt: skip
+        def tell(
+            message: Warning | str,
+            category: type[Warning],
+            filename: str,
+            lineno: int,
+            file: TextIO | None = None,
+            line: str | None = None,
+        ) -> None:
             if not issubclass(category, RuntimeWarning):
                 show(message, category, filename, lineno, file, line)
             elif str(message) not in told:

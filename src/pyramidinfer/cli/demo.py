@@ -92,8 +92,15 @@ class Ask:
         return make(tokenizer, seed, count, length)
 
 
-def run_demo(model: str | None, wanted: str | None, documents: int | None, length: int | None,
-             kv_memory: str | None, keep: float | None, out: Path) -> None:  # fmt: skip
+def run_demo(
+    model: str | None,
+    wanted: str | None,
+    documents: int | None,
+    length: int | None,
+    kv_memory: str | None,
+    keep: float | None,
+    out: Path,
+) -> None:
     """Answer, print the table, draw ``out/pyramid.png``.
 
     model : None is the shipped one;  wanted : a model to fetch and run on, if it can be had.
@@ -104,10 +111,12 @@ def run_demo(model: str | None, wanted: str | None, documents: int | None, lengt
         model = _fetched(wanted)
     usual = TOY if model is None else REAL
     ask = Ask(
-        model, usual.documents if documents is None else documents,
-        usual.length if length is None else length, kv_memory or usual.kv_memory,
+        model,
+        usual.documents if documents is None else documents,
+        usual.length if length is None else length,
+        kv_memory or usual.kv_memory,
         usual.keep if keep is None else keep,
-    )  # fmt: skip
+    )
     out.mkdir(parents=True, exist_ok=True)
     quiet_transformers()
     console = Console()
@@ -140,13 +149,15 @@ def _engines(ask: Ask, loaded: LoadedModel) -> dict[str, Engine]:
     }
 
 
-def _run(console: Console, engines: dict[str, Engine], questions: Sequence[Question]
-         ) -> list[Run]:  # fmt: skip
+def _run(console: Console, engines: dict[str, Engine], questions: Sequence[Question]) -> list[Run]:
     """The questions one way after the other; the table of what is done, interrupted or not."""
     bar = Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
         console=console,
-    )  # fmt: skip
+    )
     runs: list[Run] = []
     try:
         with bar:
@@ -165,8 +176,10 @@ def _draw(ask: Ask, tokenizer: Any, engines: dict[str, Engine], path: Path) -> P
     _, *others = engines.items()
     return draw_pyramid(
         [(title, trace(engine, shown.prompt, 0, ())) for title, engine in others],
-        [tokenizer.decode([token]).strip() for token in shown.prompt], shown.needle, path,
-    )  # fmt: skip
+        [tokenizer.decode([token]).strip() for token in shown.prompt],
+        shown.needle,
+        path,
+    )
 
 
 def _fetched(wanted: str) -> str | None:
@@ -199,8 +212,11 @@ def _show_answers(console: Console, questions: Sequence[Question], runs: Sequenc
         for run in runs:
             if index < len(run.outputs):
                 said = " ".join(run.outputs[index].text.split()) or "(nothing)"
-                mark = "[green]right[/green]" if question.is_right(
-                    run.outputs[index].text) else "[red]wrong[/red]"  # fmt: skip
+                mark = (
+                    "[green]right[/green]"
+                    if question.is_right(run.outputs[index].text)
+                    else "[red]wrong[/red]"
+                )
                 console.print(f"  {mark} {run.title}: ", end="", highlight=False)
                 console.print(said, markup=False, highlight=False)
     console.print()
@@ -219,8 +235,13 @@ def _verdict(runs: Sequence[Run]) -> str:
     return "\n".join(lines)
 
 
-def _answer(title: str, engine: Engine, questions: Sequence[Question],
-            advance: Callable[[], None], runs: list[Run]) -> None:  # fmt: skip
+def _answer(
+    title: str,
+    engine: Engine,
+    questions: Sequence[Question],
+    advance: Callable[[], None],
+    runs: list[Run],
+) -> None:
     """All questions at once through one engine; interrupted, what is answered still counts."""
     requests = [engine.make(question.prompt, question.params) for question in questions]
     begun = time.monotonic()

@@ -45,14 +45,22 @@ def _report() -> dict[str, Any]:
     here = machine()
     return {
         "versions": {
-            "pyramidinfer": _version("pyramidinfer"), "python": here["python"],
-            "torch": here["torch"], "transformers": here["transformers"],
+            "pyramidinfer": _version("pyramidinfer"),
+            "python": here["python"],
+            "torch": here["torch"],
+            "transformers": here["transformers"],
             "triton": _version("triton"),
         },
-        "processor": here["processor"], "cores": here["cores"], "memory_gib": here["memory_gib"],
-        "threads": here["threads"], "huge_pages": _huge_pages(),
-        "compiler": _compiler(), "kernels": _kernels(), "backend": _backend(), "gpus": _gpus(),
-    }  # fmt: skip
+        "processor": here["processor"],
+        "cores": here["cores"],
+        "memory_gib": here["memory_gib"],
+        "threads": here["threads"],
+        "huge_pages": _huge_pages(),
+        "compiler": _compiler(),
+        "kernels": _kernels(),
+        "backend": _backend(),
+        "gpus": _gpus(),
+    }
 
 
 def _version(package: str) -> str | None:
@@ -77,9 +85,11 @@ def _kernels() -> dict[str, Any]:
     kinds = (torch.float32, torch.bfloat16, torch.float16)
     linears = [str(kind).removeprefix("torch.") for kind in kinds if made.multiplies(kind)]
     return {
-        "instructions": made.instructions, "path": str(compile_kernels()), "linears": linears,
+        "instructions": made.instructions,
+        "path": str(compile_kernels()),
+        "linears": linears,
         "reason": None,
-    }  # fmt: skip
+    }
 
 
 def _backend() -> dict[str, str | None]:

@@ -21,10 +21,22 @@ from pyramidinfer.types import RequestOutput, SamplingParams, TokenIds
 __all__ = ["run_generate"]
 
 
-def run_generate(model: str | None, policy: Policy, prompt: str | None, prompt_file: Path | None,
-                 chat: bool, asked: Mapping[str, Any], generation_config: str,
-                 template_kwargs: Mapping[str, Any], kv_memory: str, dtype: str, device: str,
-                 backend: str, profile: bool, as_json: bool) -> None:  # fmt: skip
+def run_generate(
+    model: str | None,
+    policy: Policy,
+    prompt: str | None,
+    prompt_file: Path | None,
+    chat: bool,
+    asked: Mapping[str, Any],
+    generation_config: str,
+    template_kwargs: Mapping[str, Any],
+    kv_memory: str,
+    dtype: str,
+    device: str,
+    backend: str,
+    profile: bool,
+    as_json: bool,
+) -> None:
     """Stream an answer to the terminal, or print it as one JSON object.
 
     ``asked``: fields of ``SamplingParams``; what is not among them is as the model's
@@ -33,8 +45,15 @@ def run_generate(model: str | None, policy: Policy, prompt: str | None, prompt_f
     check_asked(asked, generation_config)
     text = _read_prompt(prompt, prompt_file)
     quiet_transformers()
-    llm = LLM(model or shipped_model(), policy, kv_memory=kv_memory, dtype=dtype, device=device,
-              backend=backend, profile=profile)  # fmt: skip
+    llm = LLM(
+        model or shipped_model(),
+        policy,
+        kv_memory=kv_memory,
+        dtype=dtype,
+        device=device,
+        backend=backend,
+        profile=profile,
+    )
     ids = _chat_ids(llm, text, template_kwargs) if chat else llm.encode(text)
     params = SamplingParams(**{**defaults_of(llm, generation_config), **asked})
     output = None

@@ -35,8 +35,9 @@ from pyramidinfer.types import Layers
 __all__ = ["run_inspect"]
 
 
-def run_inspect(model: str | None, chosen: Policy, prompt_len: int, max_tokens: int, dtype: str,
-                as_json: bool) -> None:  # fmt: skip
+def run_inspect(
+    model: str | None, chosen: Policy, prompt_len: int, max_tokens: int, dtype: str, as_json: bool
+) -> None:
     """Print the forecast per layer: tokens computed, entries kept, bytes."""
     for name, value in (("--prompt-len", prompt_len), ("--max-tokens", max_tokens)):
         if value < 1:
@@ -82,20 +83,32 @@ def run_inspect(model: str | None, chosen: Policy, prompt_len: int, max_tokens: 
         if forecast.total is not None:  # every head may have one page that is not full
             together = min(together, forecast.total[layer])
             pages = min(pages, forecast.total[layer] // page + runner.kv_heads)
-        rows.append({
-            "layer": layer,
-            "computed": forecast.reach[layer],
-            "kept": kept.tolist(),
-            "kept_together": together,
-            "bytes": pages * per_page[layer],
-            "full_bytes": layout.pages_for(full) * runner.kv_heads * per_page[layer],
-        })  # fmt: skip
+        rows.append(
+            {
+                "layer": layer,
+                "computed": forecast.reach[layer],
+                "kept": kept.tolist(),
+                "kept_together": together,
+                "bytes": pages * per_page[layer],
+                "full_bytes": layout.pages_for(full) * runner.kv_heads * per_page[layer],
+            }
+        )
     if as_json:
         head = {"model": model or shipped_model(), "policy": repr(chosen), "rule": chosen.rule}
-        print(json.dumps({**head, "prompt_len": prompt_len, "max_tokens": max_tokens,
-                          "layers": rows, "tokens_read_again": again, "bytes": in_pages,
-                          "ring_and_state_bytes": overhead,
-                          "admission_bytes": cost.bytes}))  # fmt: skip
+        print(
+            json.dumps(
+                {
+                    **head,
+                    "prompt_len": prompt_len,
+                    "max_tokens": max_tokens,
+                    "layers": rows,
+                    "tokens_read_again": again,
+                    "bytes": in_pages,
+                    "ring_and_state_bytes": overhead,
+                    "admission_bytes": cost.bytes,
+                }
+            )
+        )
         return
     after = _After.of(chosen, prompt_len, layers, runner.kv_heads, caps)
     _print(rows, chosen, prompt_len, max_tokens, again, in_pages, overhead, cost.bytes, after)
@@ -114,8 +127,9 @@ class _After(NamedTuple):
     sliding: int
 
     @classmethod
-    def of(cls, policy: Policy, prompt_len: int, layers: Layers, kv_heads: int, caps: list[int]
-           ) -> _After:  # fmt: skip
+    def of(
+        cls, policy: Policy, prompt_len: int, layers: Layers, kv_heads: int, caps: list[int]
+    ) -> _After:
         forecast = policy.forecast(prompt_len, 0, layers)
         held = forecast.by_head(kv_heads).mean(1)
         if forecast.total is not None:  # what a layer's heads hold together
@@ -164,13 +178,23 @@ def _why_more(policy: Policy, keep: float, prompt_len: int, share: float) -> str
     return f"keep={keep} cannot be reached at this prompt length{why}; the lowest is {share:.3f}"
 
 
-def _print(rows: list[dict[str, Any]], policy: Policy, prompt_len: int, max_tokens: int, again: int,
-           total: int, overhead: int, admission: int, after: _After) -> None:  # fmt: skip
+def _print(
+    rows: list[dict[str, Any]],
+    policy: Policy,
+    prompt_len: int,
+    max_tokens: int,
+    again: int,
+    total: int,
+    overhead: int,
+    admission: int,
+    after: _After,
+) -> None:
     console = Console()
     set_here = ", ".join(
         f"{each.name}={getattr(policy, each.name)!r}"
-        for each in fields(policy) if getattr(policy, each.name) != each.default
-    )  # fmt: skip
+        for each in fields(policy)
+        if getattr(policy, each.name) != each.default
+    )
     console.print(f"{policy.name}({set_here}): {prompt_len} prompt + {max_tokens} generated tokens")
     if policy.rule:
         print(policy.rule)
@@ -180,10 +204,13 @@ def _print(rows: list[dict[str, Any]], policy: Policy, prompt_len: int, max_toke
     for row in rows:
         share = row["computed"] / prompt_len
         table.add_row(
-            str(row["layer"]), str(row["computed"]), "█" * round(20 * share),
-            _of_heads(row["kept"], row["kept_together"]), human_bytes(row["bytes"]),
+            str(row["layer"]),
+            str(row["computed"]),
+            "█" * round(20 * share),
+            _of_heads(row["kept"], row["kept_together"]),
+            human_bytes(row["bytes"]),
             f"{row['bytes'] / row['full_bytes']:.0%}",
-        )  # fmt: skip
+        )
     computed = sum(row["computed"] + again for row in rows) / (len(rows) * prompt_len)
     full = sum(row["full_bytes"] for row in rows)
     table.add_section()
@@ -191,16 +218,22 @@ def _print(rows: list[dict[str, Any]], policy: Policy, prompt_len: int, max_toke
         "all", f"{computed:.0%}", "", "", human_bytes(total), f"{total / full:.0%}", style="bold"
     )
     console.print(table)
-    print(f"mean share of the prompt computed: {computed:.3f}, of a full cache's entries kept "
-          f"after it: {after.share:.3f}")  # fmt: skip
+    print(
+        f"mean share of the prompt computed: {computed:.3f}, of a full cache's entries kept "
+        f"after it: {after.share:.3f}"
+    )
     if after.sliding:
-        print(f"{after.sliding} of {len(rows)} layers hold no more than their sliding window; "
-              f"of the others' entries {after.governed:.3f} are kept")  # fmt: skip
+        print(
+            f"{after.sliding} of {len(rows)} layers hold no more than their sliding window; "
+            f"of the others' entries {after.governed:.3f} are kept"
+        )
     if again:
         print(f"{again} of these tokens are read behind the prompt, while all of it is held")
     keep = getattr(policy, "keep", None)
     if keep is not None and after.budget > keep + 0.005 + 1 / prompt_len:
         print(_why_more(policy, keep, prompt_len, after.budget))
-    print(f"full cache: {human_bytes(full)}; beside the pages, query rings and state: "
-          f"{human_bytes(overhead)}; reserved at admission, prompt in progress included: "
-          f"{human_bytes(admission)}")  # fmt: skip
+    print(
+        f"full cache: {human_bytes(full)}; beside the pages, query rings and state: "
+        f"{human_bytes(overhead)}; reserved at admission, prompt in progress included: "
+        f"{human_bytes(admission)}"
+    )

@@ -82,9 +82,16 @@ def profile(
 
         draw_profile(made, picture)
     if as_json:
-        print(json.dumps({
-            "model": where.model, "path": str(lies), "seconds": seconds, "profile": made.as_dict(),
-        }))  # fmt: skip
+        print(
+            json.dumps(
+                {
+                    "model": where.model,
+                    "path": str(lies),
+                    "seconds": seconds,
+                    "profile": made.as_dict(),
+                }
+            )
+        )
         return
     console = Console(highlight=False, soft_wrap=True)
     console.print(heat_map(where.model, made))

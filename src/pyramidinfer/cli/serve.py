@@ -41,9 +41,13 @@ def load(choice: ModelChoice) -> LLM:
     quiet_transformers()
     _set_threads(choice)
     return LLM(
-        choice.model or shipped_model(), choice.policy, dtype=choice.dtype, device=choice.device,
-        backend=choice.backend, **choice.options,
-    )  # fmt: skip
+        choice.model or shipped_model(),
+        choice.policy,
+        dtype=choice.dtype,
+        device=choice.device,
+        backend=choice.backend,
+        **choice.options,
+    )
 
 
 def _set_threads(choice: ModelChoice) -> None:
@@ -58,8 +62,14 @@ def _check_quality(choice: ModelChoice, floor: float) -> None:
     from pyramidinfer.lab.samples import SHIPPED, Subject
     from pyramidinfer.lab.verify import Plan
 
-    where = Subject(choice.model or SHIPPED, None, choice.dtype, choice.device,
-                    str(choice.options["kv_memory"]), choice.backend)  # fmt: skip
+    where = Subject(
+        choice.model or SHIPPED,
+        None,
+        choice.dtype,
+        choice.device,
+        str(choice.options["kv_memory"]),
+        choice.backend,
+    )
     _set_threads(choice)
     if not run_verify(where, choice.policy, floor, Plan(), console=Console(stderr=True)):
         print(

@@ -100,10 +100,14 @@ def icr(
     from pyramidinfer.lab.icr import IcrPlan, run_icr
 
     plan = IcrPlan(
-        replace(subject(model, text, dtype, device), kv_memory=kv_memory), context, continuation,
-        samples, seed, numbers(shares, float, "--shares"),
+        replace(subject(model, text, dtype, device), kv_memory=kv_memory),
+        context,
+        continuation,
+        samples,
+        seed,
+        numbers(shares, float, "--shares"),
         None if layers is None else numbers(layers, int, "--layers"),
-    )  # fmt: skip
+    )
     print(f"{json}\n{run_icr(plan, json, workers)}")
 
 
@@ -128,9 +132,13 @@ def rac(
     from pyramidinfer.lab.rac import RacPlan, run_rac
 
     plan = RacPlan(
-        replace(subject(model, text, dtype, device), kv_memory=kv_memory), context, samples, seed,
-        numbers(top, float, "--top"), bins,
-    )  # fmt: skip
+        replace(subject(model, text, dtype, device), kv_memory=kv_memory),
+        context,
+        samples,
+        seed,
+        numbers(top, float, "--top"),
+        bins,
+    )
     print(f"{json}\n{run_rac(plan, json, workers)}")
 
 
@@ -165,8 +173,12 @@ def survival(
         prompt = sys.stdin.read() if str(prompt_file) == "-" else prompt_file.read_text("utf-8")
     plan = MapPlan(
         replace(subject(model, None, dtype, device), kv_memory=kv_memory),
-        policy_from(policy, keep, option or []), prompt, context, max_tokens, seed,
-    )  # fmt: skip
+        policy_from(policy, keep, option or []),
+        prompt,
+        context,
+        max_tokens,
+        seed,
+    )
     for path in [json, *run_map(plan, json)]:
         print(path)
 
@@ -199,9 +211,14 @@ def quality(
 
     specs = split_specs(policies) if policies else tuple(POLICIES)
     grid = Grid(
-        replace(subject(model, text, dtype, device), kv_memory=kv_memory), specs,
+        replace(subject(model, text, dtype, device), kv_memory=kv_memory),
+        specs,
         numbers(keeps, float, "--keeps"),
-        numbers(contexts, int, "--contexts"), samples, passages, min(8, samples), seed=seed,
-    )  # fmt: skip
+        numbers(contexts, int, "--contexts"),
+        samples,
+        passages,
+        min(8, samples),
+        seed=seed,
+    )
     for path in [json, *run_quality(grid, json, workers)]:
         print(path)

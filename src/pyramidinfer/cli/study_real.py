@@ -71,10 +71,11 @@ def ruler(
 
     where = replace(subject(model, None, dtype, device), kv_memory=kv_memory, text=text)
     plan = RulerPlan(
-        *_ways(policies, keeps, where, samples, seed), numbers(lengths, int, "--lengths"),
+        *_ways(policies, keeps, where, samples, seed),
+        numbers(lengths, int, "--lengths"),
         TASKS if tasks is None else tuple(tasks.replace(",", " ").split()),
         tuple(protocols.replace(",", " ").split()),
-    )  # fmt: skip
+    )
     means, pictures = run_ruler(plan, json, workers)
     _show(means_table(means), [json, *pictures])
 
@@ -136,8 +137,12 @@ def text(
     ways = _ways(policies, keeps, where, samples, seed)
     plan = TextPlan(*ways, numbers(contexts, int, "--contexts"))
     rows, picture = run_text(plan, json, workers)
-    columns = {"tokens": lambda r: f"{r['context']:,}", "perplexity": _estimate("perplexity"),
-               "over full": _estimate("ratio"), "KL": _estimate("kl")}  # fmt: skip
+    columns = {
+        "tokens": lambda r: f"{r['context']:,}",
+        "perplexity": _estimate("perplexity"),
+        "over full": _estimate("ratio"),
+        "KL": _estimate("kl"),
+    }
     _show(rows_table("real text on a compressed cache", rows, columns), [json, picture])
 
 
@@ -163,10 +168,12 @@ def long(
     where = replace(subject(model, text, dtype, device), kv_memory=kv_memory)
     plan = LongPlan(*_ways(policies, keeps, where, samples, seed), context, tokens)
     rows, picture = run_long(plan, json, workers)
-    columns = {"perplexity": lambda r: f"{r['perplexity']:.2f}",
-               "nats a token lost": _estimate("lost"),
-               "same tokens first": lambda r: f"{r['same_tokens']:.0f}",
-               "repeated": lambda r: f"{r['repetition']:.2f}"}  # fmt: skip
+    columns = {
+        "perplexity": lambda r: f"{r['perplexity']:.2f}",
+        "nats a token lost": _estimate("lost"),
+        "same tokens first": lambda r: f"{r['same_tokens']:.0f}",
+        "repeated": lambda r: f"{r['repetition']:.2f}",
+    }
     _show(rows_table(f"{tokens} tokens generated", rows, columns), [json, picture])
 
 
@@ -193,8 +200,9 @@ def heads(
     _show(heads_table(rows), [json, picture])
 
 
-def _ways(policies: str | None, keeps: str, where: Subject, samples: int, seed: int
-          ) -> tuple[tuple[str, ...], tuple[float, ...], Subject, int, int]:  # fmt: skip
+def _ways(
+    policies: str | None, keeps: str, where: Subject, samples: int, seed: int
+) -> tuple[tuple[str, ...], tuple[float, ...], Subject, int, int]:
     """The first fields of every plan (``lab.ways.Ways``)."""
     from pyramidinfer.lab.quality import split_specs
     from pyramidinfer.policies import POLICIES

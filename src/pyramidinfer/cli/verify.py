@@ -21,8 +21,14 @@ from pyramidinfer.policies import Policy
 __all__ = ["run_verify"]
 
 
-def run_verify(where: Subject, policy: Policy, floor: float, plan: Plan, out: Path | None = None,
-               console: Console | None = None) -> bool:  # fmt: skip
+def run_verify(
+    where: Subject,
+    policy: Policy,
+    floor: float,
+    plan: Plan,
+    out: Path | None = None,
+    console: Console | None = None,
+) -> bool:
     """Run the checks and print them; False where one is surely below the floor."""
     console = console or Console()
     check_floor("--floor", floor)
@@ -41,10 +47,16 @@ def run_verify(where: Subject, policy: Policy, floor: float, plan: Plan, out: Pa
     below, unsure = judge(checks, floor)
     console.print(_verdict(checks, below, unsure, floor, _duration(checks, plan, took)))
     if out is not None:
-        write_result(out, _configuration(where, policy, floor, plan), {
-            "checks": [asdict(each) for each in checks], "seconds": took,
-            "below": [each.name for each in below], "unsure": [each.name for each in unsure],
-        })  # fmt: skip
+        write_result(
+            out,
+            _configuration(where, policy, floor, plan),
+            {
+                "checks": [asdict(each) for each in checks],
+                "seconds": took,
+                "below": [each.name for each in below],
+                "unsure": [each.name for each in unsure],
+            },
+        )
     return not below
 
 
@@ -62,16 +74,18 @@ def _table(model: str, policy: Policy, checks: Sequence[Check]) -> Table:
     for name in ("KV kept", "computed", "share kept [95 %]", "samples"):
         table.add_column(name, justify="right")
     for each in checks:
-        share = "the full cache cannot do it here" if each.share is None else (
-            f"{each.share:.2f} [{each.low:.2f}, {each.high:.2f}]"
-        )  # fmt: skip
+        share = (
+            "the full cache cannot do it here"
+            if each.share is None
+            else (f"{each.share:.2f} [{each.low:.2f}, {each.high:.2f}]")
+        )
         kept, computed = (
             "–" if found is None else f"{found:.0%}"
             for found in (each.kv_share, each.computed_share)
         )
         table.add_row(
             each.name, each.full, each.mine, kept, computed, share, str(each.samples or "–")
-        )  # fmt: skip
+        )
     return table
 
 
@@ -83,8 +97,13 @@ def _duration(checks: Sequence[Check], plan: Plan, took: float) -> str:
     return f"({took:.0f} s: {ROUND} samples a check, the least there are, take so long)"
 
 
-def _verdict(checks: Sequence[Check], below: Sequence[Check], unsure: Sequence[Check],
-             floor: float, took: str) -> str:  # fmt: skip
+def _verdict(
+    checks: Sequence[Check],
+    below: Sequence[Check],
+    unsure: Sequence[Check],
+    floor: float,
+    took: str,
+) -> str:
     if all(each.share is None for each in checks):
         return f"nothing could be told: the full cache itself can do none of this {took}"
     if below:

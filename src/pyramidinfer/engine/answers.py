@@ -38,10 +38,12 @@ def metrics(runner: ModelRunner, request: Request) -> RequestMetrics:
     new = request.computed and request.computed[0]
     computed = sum(request.computed) / runner.depth
     return RequestMetrics(
-        since(request.started), since(request.first_token),
+        since(request.started),
+        since(request.first_token),
         (request.ended or time.monotonic()) - request.arrived,
-        computed, computed / new if new else 0.0,
-    )  # fmt: skip
+        computed,
+        computed / new if new else 0.0,
+    )
 
 
 def output(pool: Pool, runner: ModelRunner, request: Request) -> RequestOutput:
@@ -53,7 +55,13 @@ def output(pool: Pool, runner: ModelRunner, request: Request) -> RequestOutput:
     logprobs = list(request.logprobs) if request.params.logprobs is not None else None
     told = request.prompt_top is not None and (request.prompt_logprobs or request.output)
     return RequestOutput(
-        request.id, list(request.prompt), text, list(request.output), request.finish_reason,
-        logprobs, metrics(runner, request), usage(pool, runner, request),
+        request.id,
+        list(request.prompt),
+        text,
+        list(request.output),
+        request.finish_reason,
+        logprobs,
+        metrics(runner, request),
+        usage(pool, runner, request),
         [None, *request.prompt_logprobs] if told else None,
-    )  # fmt: skip
+    )

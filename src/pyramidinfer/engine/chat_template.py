@@ -46,8 +46,12 @@ class ChatTemplate:
     def exists(self) -> bool:
         return bool(getattr(self.tokenizer, "chat_template", None))
 
-    def ids(self, messages: Sequence[Turn], generate: bool = True,
-            options: Mapping[str, Any] | None = None) -> TokenIds:  # fmt: skip
+    def ids(
+        self,
+        messages: Sequence[Turn],
+        generate: bool = True,
+        options: Mapping[str, Any] | None = None,
+    ) -> TokenIds:
         """Token ids of a conversation, up to where the model answers if it is to ``generate``.
 
         ``options``: further names for the template (``enable_thinking``, say).  ``ValueError``
@@ -106,8 +110,13 @@ class ChatTemplate:
 class Rendering:
     """One conversation on its way through a template."""
 
-    def __init__(self, template: ChatTemplate, messages: Sequence[Turn], generate: bool,
-                 options: Mapping[str, Any]) -> None:  # fmt: skip
+    def __init__(
+        self,
+        template: ChatTemplate,
+        messages: Sequence[Turn],
+        generate: bool,
+        options: Mapping[str, Any],
+    ) -> None:
         self.template, self.given = template, messages
         self.generate, self.options = generate, options
         renames = not re.search(r"""["']developer["']""", template.source)
@@ -129,14 +138,18 @@ class Rendering:
     def _apply(self, turns: list[Turn], tokenize: bool) -> Any:
         forms: list[dict[str, Any]] = [
             {**turn, "content": [{"type": "text", "text": turn["content"]}]}
-            if index in self.parts else turn
+            if index in self.parts
+            else turn
             for index, turn in enumerate(turns)
-        ]  # fmt: skip
+        ]
         try:
             return self.template.tokenizer.apply_chat_template(
-                forms, add_generation_prompt=self.generate, tokenize=tokenize, return_dict=False,
+                forms,
+                add_generation_prompt=self.generate,
+                tokenize=tokenize,
+                return_dict=False,
                 **self.options,
-            )  # fmt: skip
+            )
         except Exception as error:  # a template raises what it likes
             raise ValueError(f"the chat template refuses these messages: {error}") from None
 
@@ -151,9 +164,11 @@ class Rendering:
         as long for a long text as for a short one.
         """
         fields = [
-            Field(index, key) for index, turn in enumerate(self.turns)
-            for key, text in turn.items() if key != "role" and text.strip()
-        ]  # fmt: skip
+            Field(index, key)
+            for index, turn in enumerate(self.turns)
+            for key, text in turn.items()
+            if key != "role" and text.strip()
+        ]
         marked = [dict(turn) for turn in self.turns]
         for number, (index, key) in enumerate(fields):
             marked[index][key] = MARK.format(number)

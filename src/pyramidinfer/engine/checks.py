@@ -30,8 +30,13 @@ class ContextLengthError(ValueError):
     """More tokens than the model has positions, or the pool memory, for."""
 
 
-def check_plan(runner: ModelRunner, policy: Policy, config: EngineConfig, device: torch.device,
-               weights: int = 0) -> None:  # fmt: skip
+def check_plan(
+    runner: ModelRunner,
+    policy: Policy,
+    config: EngineConfig,
+    device: torch.device,
+    weights: int = 0,
+) -> None:
     """Whether this model (weights not needed) can run so: depth, budget, free memory.
 
     ``weights``: bytes still to be loaded beside the pool.
@@ -88,8 +93,9 @@ def check_count(name: str, value: int) -> int:
         raise ValueError(f"{name}={value!r} must be a whole number") from None
 
 
-def check_prompt_logprobs(policy: Policy, goes_on: bool = False, what: str = "prompt_logprobs"
-                          ) -> None:  # fmt: skip
+def check_prompt_logprobs(
+    policy: Policy, goes_on: bool = False, what: str = "prompt_logprobs"
+) -> None:
     """``ValueError`` unless every prompt token reaches the last layer: those dropped on the way,
     and those of a cache that is gone on with, have no logits."""
     if goes_on:

@@ -10,21 +10,43 @@ __all__ = ["sampling_defaults"]
 
 #: Keys that are taken, and the ``SamplingParams`` they are.
 TAKEN = {
-    "temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "min_p": "min_p",
-    "repetition_penalty": "repetition_penalty", "max_new_tokens": "max_tokens",
-}  # fmt: skip
+    "temperature": "temperature",
+    "top_p": "top_p",
+    "top_k": "top_k",
+    "min_p": "min_p",
+    "repetition_penalty": "repetition_penalty",
+    "max_new_tokens": "max_tokens",
+}
 #: Keys that would change answers and are not supported, and their values that change nothing.
 REFUSED: dict[str, tuple[Any, ...]] = {
-    "num_beams": (1,), "num_beam_groups": (1,), "num_return_sequences": (1,), "penalty_alpha": (0,),
-    "typical_p": (1,), "top_h": (), "epsilon_cutoff": (0,), "eta_cutoff": (0,),
-    "no_repeat_ngram_size": (0,), "encoder_no_repeat_ngram_size": (0,),
-    "encoder_repetition_penalty": (1,), "guidance_scale": (1,), "min_length": (0,),
-    "min_new_tokens": (0,), "forced_bos_token_id": (), "forced_eos_token_id": (),
-    "suppress_tokens": ([],), "begin_suppress_tokens": ([],), "bad_words_ids": ([],),
-    "force_words_ids": ([],), "constraints": ([],), "sequence_bias": ({}, []),
-    "stop_strings": ([],), "exponential_decay_length_penalty": (), "watermarking_config": (),
-    "token_healing": (False,), "dola_layers": (),
-}  # fmt: skip
+    "num_beams": (1,),
+    "num_beam_groups": (1,),
+    "num_return_sequences": (1,),
+    "penalty_alpha": (0,),
+    "typical_p": (1,),
+    "top_h": (),
+    "epsilon_cutoff": (0,),
+    "eta_cutoff": (0,),
+    "no_repeat_ngram_size": (0,),
+    "encoder_no_repeat_ngram_size": (0,),
+    "encoder_repetition_penalty": (1,),
+    "guidance_scale": (1,),
+    "min_length": (0,),
+    "min_new_tokens": (0,),
+    "forced_bos_token_id": (),
+    "forced_eos_token_id": (),
+    "suppress_tokens": ([],),
+    "begin_suppress_tokens": ([],),
+    "bad_words_ids": ([],),
+    "force_words_ids": ([],),
+    "constraints": ([],),
+    "sequence_bias": ({}, []),
+    "stop_strings": ([],),
+    "exponential_decay_length_penalty": (),
+    "watermarking_config": (),
+    "token_healing": (False,),
+    "dola_layers": (),
+}
 
 
 def sampling_defaults(generation_config: Any, name: str) -> dict[str, Any]:
@@ -35,9 +57,10 @@ def sampling_defaults(generation_config: Any, name: str) -> dict[str, Any]:
     supported, and for a value that cannot be.
     """
     said = {
-        key: value for key in ("do_sample", *TAKEN, *REFUSED)
+        key: value
+        for key in ("do_sample", *TAKEN, *REFUSED)
         if (value := getattr(generation_config, key, None)) is not None
-    }  # fmt: skip
+    }
     where = f"generation_config.json of {name!r}"
     way_out = "use --generation-config none, or give SamplingParams"
     for key, neutral in REFUSED.items():

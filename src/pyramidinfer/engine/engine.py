@@ -51,9 +51,16 @@ class Engine:
     chunk of prefill then hold.  ``policy``: of requests that name none.
     """
 
-    def __init__(self, model: nn.Module | ModelRunner, policy: Policy, config: EngineConfig,
-                 tokenizer: Any = None, backend: str = "auto", *, own: bool = False
-                 ) -> None:  # fmt: skip
+    def __init__(
+        self,
+        model: nn.Module | ModelRunner,
+        policy: Policy,
+        config: EngineConfig,
+        tokenizer: Any = None,
+        backend: str = "auto",
+        *,
+        own: bool = False,
+    ) -> None:
         watch_forks()
         self.config, self.policy = config, policy
         if isinstance(model, ModelRunner):
@@ -64,9 +71,11 @@ class Engine:
         device = self.runner.device
         check_plan(self.runner, policy, config, device)
         layout = Layout(
-            self.runner.group_specs(), config.budget, config.page_size,
+            self.runner.group_specs(),
+            config.budget,
+            config.page_size,
             scores=policy.uses_scores or config.slot_scores,
-        )  # fmt: skip
+        )
         kernels = self.runner.backend.kernels
         self.pool = Pool(layout, device, poison=config.poison, kernels=kernels)
         self.ledger = Ledger(layout, self.runner)
@@ -88,9 +97,18 @@ class Engine:
 
     # --- requests -----------------------------------------------------------------------------
 
-    def make(self, prompt: TokenIds, params: SamplingParams, *, policy: Policy | None = None,
-             protect: Spans = (), hold: bool = False, on: Table | None = None,
-             scoring: Scoring | None = None, samples: int = 1) -> Request:  # fmt: skip
+    def make(
+        self,
+        prompt: TokenIds,
+        params: SamplingParams,
+        *,
+        policy: Policy | None = None,
+        protect: Spans = (),
+        hold: bool = False,
+        on: Table | None = None,
+        scoring: Scoring | None = None,
+        samples: int = 1,
+    ) -> Request:
         """Check a request and build it, without queueing it.
 
         ``policy``: what to keep (the engine's own where none is given);  ``protect``: spans
@@ -132,8 +150,9 @@ class Engine:
         """``ValueError`` where a request cannot have this policy in this engine."""
         self.shared.check_policy(policy)
 
-    def add(self, prompt: TokenIds, params: SamplingParams, *, protect: Spans = (),
-            hold: bool = False) -> Request:  # fmt: skip
+    def add(
+        self, prompt: TokenIds, params: SamplingParams, *, protect: Spans = (), hold: bool = False
+    ) -> Request:
         """Queue a request; its progress can be read off the returned object."""
         request = self.make(prompt, params, protect=protect, hold=hold)
         self.submit(request)
@@ -146,8 +165,15 @@ class Engine:
             prepare(each, self.runner.device, self.end_ids)
         self.scheduler.queue(request)
 
-    def extend(self, request: Request, tokens: TokenIds, params: SamplingParams, *,
-               protect: Spans = (), hold: bool = False) -> Request:  # fmt: skip
+    def extend(
+        self,
+        request: Request,
+        tokens: TokenIds,
+        params: SamplingParams,
+        *,
+        protect: Spans = (),
+        hold: bool = False,
+    ) -> Request:
         """Go on with a held request: ``tokens`` (a further turn) join its compressed cache.
 
         Its own last answer is part of the text, and ``protect`` spans are positions of the whole
@@ -159,8 +185,9 @@ class Engine:
         self.submit(turn)
         return turn
 
-    def branch(self, request: Request, tokens: TokenIds, params: SamplingParams, *,
-               protect: Spans = ()) -> Request:  # fmt: skip
+    def branch(
+        self, request: Request, tokens: TokenIds, params: SamplingParams, *, protect: Spans = ()
+    ) -> Request:
         """A request, not yet queued, that goes on with a copy of a held request's cache.
 
         The copy is made when it is queued, and shares pages until they are written.  The held
@@ -317,9 +344,10 @@ class Engine:
         running = [each.sequence for each in plan.decode if each.sequence is not None]
         tokens = [each.output[-1] for each in plan.decode]
         return Batch(
-            running, torch.tensor(tokens, dtype=torch.int64, device=self.runner.device),
+            running,
+            torch.tensor(tokens, dtype=torch.int64, device=self.runner.device),
             [work for _, work in plan.prefill],
-        )  # fmt: skip
+        )
 
     def _commit(self, plan: Plan, stepped: Stepped, committed: set[Request]) -> list[Request]:
         """Sample a token for every request that got logits; end those that are done."""

@@ -26,8 +26,14 @@ def copy_held(pool: Pool, turn: Request) -> None:
     turn.sequence = replace(held.sequence, table=pool.fork(held.sequence.table))
 
 
-def next_turn(maker: Maker, request: Request, tokens: TokenIds, params: SamplingParams,
-              protect: Spans, hold: bool) -> Request:  # fmt: skip
+def next_turn(
+    maker: Maker,
+    request: Request,
+    tokens: TokenIds,
+    params: SamplingParams,
+    protect: Spans,
+    hold: bool,
+) -> Request:
     """What goes on with a held request, checked; it has no cache yet."""
     old, shared = _held(request), maker.shared
     check_tokens(tokens, shared.runner.vocab_size)

@@ -65,11 +65,19 @@ class LLM:
     Raises ``ValueError`` for anything that cannot be used, before memory is taken.
     """
 
-    def __init__(self, model: str | os.PathLike[str] | nn.Module,
-                 policy: str | Policy = "pyramid", *, keep: float | None = None,
-                 kv_memory: int | str = "1GiB", dtype: Any = "auto", device: Any = "auto",
-                 tokenizer: Any = "auto", backend: str = "auto", **options: Any
-                 ) -> None:  # fmt: skip
+    def __init__(
+        self,
+        model: str | os.PathLike[str] | nn.Module,
+        policy: str | Policy = "pyramid",
+        *,
+        keep: float | None = None,
+        kv_memory: int | str = "1GiB",
+        dtype: Any = "auto",
+        device: Any = "auto",
+        tokenizer: Any = "auto",
+        backend: str = "auto",
+        **options: Any,
+    ) -> None:
         config = EngineConfig.from_options(ARGUMENTS, kv_memory=kv_memory, **options)
         chosen = make_policy(policy, keep)
         if not isinstance(model, nn.Module):
@@ -84,9 +92,13 @@ class LLM:
         self.name, self.dtype, self.device = loaded.name, loaded.dtype, loaded.device
         self._generation_config = getattr(loaded.model, "generation_config", None)
         self.engine = Engine(
-            loaded.model, chosen, config, loaded.tokenizer, backend,
+            loaded.model,
+            chosen,
+            config,
+            loaded.tokenizer,
+            backend,
             own=not isinstance(model, nn.Module),
-        )  # fmt: skip
+        )
 
     @property
     def policy(self) -> Policy:
@@ -104,11 +116,15 @@ class LLM:
         """What ``generate`` and ``stream`` use where none are given: the model's own defaults."""
         return SamplingParams(**self.sampling_defaults)
 
-    def generate(self, prompts: Prompt | Sequence[Prompt],
-                 sampling: SamplingParams | list[SamplingParams] | None = None, *,
-                 protect: Spans | list[Spans] = (),
-                 prefix: Prefix | Sequence[Prefix] | None = None,
-                 policy: str | Policy | None = None) -> list[RequestOutput]:  # fmt: skip
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling: SamplingParams | list[SamplingParams] | None = None,
+        *,
+        protect: Spans | list[Spans] = (),
+        prefix: Prefix | Sequence[Prefix] | None = None,
+        policy: str | Policy | None = None,
+    ) -> list[RequestOutput]:
         """Answer every prompt; the list is in prompt order.
 
         ``prompts``: a text, a list of texts, token ids, or lists of token ids.  ``sampling``
@@ -129,9 +145,8 @@ class LLM:
         if chosen is not None and (done := next(filter(None, begun), None)):
             raise ValueError(f"policy={chosen.name!r} beside {done!r}: give the policy to prefill")
         encoded = [
-            self.encode(prompt, special=on is None)
-            for prompt, on in zip(batch, begun, strict=True)
-        ]  # fmt: skip
+            self.encode(prompt, special=on is None) for prompt, on in zip(batch, begun, strict=True)
+        ]
         requests = [
             self._make(ids, params, keep, on, chosen)
             for ids, params, keep, on in zip(encoded, many, spans, begun, strict=True)
@@ -142,8 +157,14 @@ class LLM:
             raise Interrupted([self.engine.output(each) for each in requests]) from None
         return [self.engine.output(request) for request in requests]
 
-    def prefill(self, prompt: Prompt, policy: str | Policy | None = None, *,
-                keep: float | None = None, protect: Spans = ()) -> Prefix:  # fmt: skip
+    def prefill(
+        self,
+        prompt: Prompt,
+        policy: str | Policy | None = None,
+        *,
+        keep: float | None = None,
+        protect: Spans = (),
+    ) -> Prefix:
         """Take a text in and compress its cache now, for ``generate(…, prefix=…)`` to go on from.
 
         ``policy`` and ``keep``: as in ``LLM``; None is this LLM's own.  The policy sees the text
@@ -154,9 +175,12 @@ class LLM:
             raise ValueError(f"keep={keep} without a policy: name the policy that it is for")
         chosen = self._bound(policy, keep)
         request = self.engine.make(
-            self.encode(prompt), SamplingParams(max_tokens=1, ignore_eos=True), policy=chosen,
-            protect=protect, hold=True,
-        )  # fmt: skip
+            self.encode(prompt),
+            SamplingParams(max_tokens=1, ignore_eos=True),
+            policy=chosen,
+            protect=protect,
+            hold=True,
+        )
         self.engine.run([request])
         if request.error is not None:
             self.engine.release(request)
@@ -168,16 +192,27 @@ class LLM:
         """A policy as it is on this model; ``ValueError`` as ``make_policy``."""
         return None if policy is None else make_policy(policy, keep)
 
-    def _make(self, tokens: TokenIds, params: SamplingParams, protect: Spans,
-              prefix: Prefix | None, policy: Policy | None = None) -> Request:  # fmt: skip
+    def _make(
+        self,
+        tokens: TokenIds,
+        params: SamplingParams,
+        protect: Spans,
+        prefix: Prefix | None,
+        policy: Policy | None = None,
+    ) -> Request:
         if prefix is None:
             return self.engine.make(tokens, params, policy=policy, protect=protect)
         held = prefix.held_by(self.engine)
         return self.engine.branch(held, tokens, params, protect=protect)
 
-    def stream(self, prompt: Prompt, sampling: SamplingParams | None = None, *,
-               protect: Spans = (), prefix: Prefix | None = None
-               ) -> Iterator[RequestOutput]:  # fmt: skip
+    def stream(
+        self,
+        prompt: Prompt,
+        sampling: SamplingParams | None = None,
+        *,
+        protect: Spans = (),
+        prefix: Prefix | None = None,
+    ) -> Iterator[RequestOutput]:
         """Yield the answer as it grows: each item is the whole answer so far.
 
         The request is checked at once and queued when the first item is asked for.  Closing the
@@ -197,9 +232,15 @@ class LLM:
                     request.detokenizer.update(request.output)
                 yield self.engine.output(request)
 
-    def score(self, prompts: Sequence[Prompt], continuations: Sequence[Prompt], *,
-              protect: Spans | list[Spans] = (), logits: bool = False,
-              policy: str | Policy | None = None) -> list[Score]:  # fmt: skip
+    def score(
+        self,
+        prompts: Sequence[Prompt],
+        continuations: Sequence[Prompt],
+        *,
+        protect: Spans | list[Spans] = (),
+        logits: bool = False,
+        policy: str | Policy | None = None,
+    ) -> list[Score]:
         """How likely each continuation is after its prompt, with compression in force.
 
         A prompt's cache is compressed as always; the continuation then goes in on top of it, every
@@ -214,10 +255,15 @@ class LLM:
             for each in _one_each(_as_batch(continuations), len(batch), "continuations")
         ]
         requests = [
-            self.engine.make(self.encode(prompt), SamplingParams(max_tokens=1), policy=chosen,
-                             protect=keep, scoring=Scoring(wanted, logits))
+            self.engine.make(
+                self.encode(prompt),
+                SamplingParams(max_tokens=1),
+                policy=chosen,
+                protect=keep,
+                scoring=Scoring(wanted, logits),
+            )
             for prompt, wanted, keep in zip(batch, tokens, spans, strict=True)
-        ]  # fmt: skip
+        ]
         self.engine.run(requests)
         return [self._scored(request) for request in requests]
 
@@ -225,10 +271,14 @@ class LLM:
         scoring = request.scoring
         assert scoring is not None
         return Score(
-            request.prompt, scoring.tokens, scoring.logprobs, scoring.greedy,
-            self.engine.metrics(request), self.engine.usage(request),
+            request.prompt,
+            scoring.tokens,
+            scoring.logprobs,
+            scoring.greedy,
+            self.engine.metrics(request),
+            self.engine.usage(request),
             torch.cat(scoring.logits) if scoring.keep_logits else None,
-        )  # fmt: skip
+        )
 
     def trace(self, prompt: Prompt, max_tokens: int = 0, *, protect: Spans = ()) -> Trace:
         """Which tokens survive to which layer, for pictures and tests (greedy, ignores EOS)."""

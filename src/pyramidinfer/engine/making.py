@@ -41,9 +41,17 @@ class Maker:
         self.grammars = Grammars(shared.tokenizer, shared.runner.vocab_size, end_ids)
         self._ids = itertools.count()
 
-    def make(self, prompt: TokenIds, params: SamplingParams, policy: Policy, protect: Spans,
-             hold: bool, on: Table | None, scoring: Scoring | None, samples: int
-             ) -> Request:  # fmt: skip
+    def make(
+        self,
+        prompt: TokenIds,
+        params: SamplingParams,
+        policy: Policy,
+        protect: Spans,
+        hold: bool,
+        on: Table | None,
+        scoring: Scoring | None,
+        samples: int,
+    ) -> Request:
         """See :meth:`Engine.make`; ``policy`` is checked already."""
         shared, runner = self.shared, self.shared.runner
         check_params(params, runner.vocab_size, shared.tokenizer is not None)
@@ -57,7 +65,7 @@ class Maker:
         spans = check_spans(protect, len(prompt))
         cost, likely = costs_of(
             shared, policy, len(prompt), max_new, spans, on, scoring, samples=samples
-        )  # fmt: skip
+        )
         if params.min_tokens > max_new:
             raise ContextLengthError(
                 f"min_tokens={params.min_tokens}: after a prompt of {len(prompt)} tokens this "
@@ -75,14 +83,27 @@ class Maker:
             text = None
             if shared.tokenizer:
                 text = Detokenizer(
-                    shared.tokenizer, tuple(params.stop), prompt, params.min_tokens,
+                    shared.tokenizer,
+                    tuple(params.stop),
+                    prompt,
+                    params.min_tokens,
                     params.skip_special_tokens,
-                )  # fmt: skip
+                )
             return Request(
-                next(self._ids), list(prompt), params, max_new, policy, cost, likely, spans, hold,
-                text, frozenset(stops), scoring=scoring,
+                next(self._ids),
+                list(prompt),
+                params,
+                max_new,
+                policy,
+                cost,
+                likely,
+                spans,
+                hold,
+                text,
+                frozenset(stops),
+                scoring=scoring,
                 constraint=constraint.copy() if constraint else None,
-            )  # fmt: skip
+            )
 
         request = one(params)
         request.prompt_top = params.prompt_logprobs
@@ -92,8 +113,14 @@ class Maker:
             request.samples[-1].leads = False
         return request
 
-    def _room(self, prompt: TokenIds, params: SamplingParams, policy: Policy, on: Table | None,
-              scoring: Scoring | None) -> int:  # fmt: skip
+    def _room(
+        self,
+        prompt: TokenIds,
+        params: SamplingParams,
+        policy: Policy,
+        on: Table | None,
+        scoring: Scoring | None,
+    ) -> int:
         """Tokens that may be generated, or are scored; ``ValueError`` where the model has too few
         positions."""
         runner, longest = self.shared.runner, self.shared.runner.max_positions
@@ -118,9 +145,16 @@ class Maker:
         return max_new
 
 
-def costs_of(shared: Shared, policy: Policy, length: int, max_new: int, spans: Spans,
-             on: Table | None = None, scoring: Scoring | None = None, samples: int = 1
-             ) -> tuple[Cost, Cost]:  # fmt: skip
+def costs_of(
+    shared: Shared,
+    policy: Policy,
+    length: int,
+    max_new: int,
+    spans: Spans,
+    on: Table | None = None,
+    scoring: Scoring | None = None,
+    samples: int = 1,
+) -> tuple[Cost, Cost]:
     """The most that a prompt of ``length`` tokens can need (the first ones held by ``on``), and
     what has to be reserved for it before it begins."""
     seen, held = (on.seen_len, on.kept) if on else (0, None)
@@ -132,7 +166,7 @@ def costs_of(shared: Shared, policy: Policy, length: int, max_new: int, spans: S
     if expected < max_new and not scoring:
         likely = shared.ledger.cost(
             policy, length - seen, max_new, layers, covered, held, expected, seen
-        )  # fmt: skip
+        )
     if samples > 1:
         most, likely = for_samples(most, samples), for_samples(likely, samples)
     return most, likely

@@ -59,9 +59,17 @@ class Ledger:
         self.pages = np.zeros_like(layout.page_counts)
         self.bytes = 0
 
-    def cost(self, policy: Policy, new: int, max_new: int, layers: Layers, protected: int,
-             held: np.ndarray | None = None, expected: int | None = None, seen: int | None = 0
-             ) -> Cost:  # fmt: skip
+    def cost(
+        self,
+        policy: Policy,
+        new: int,
+        max_new: int,
+        layers: Layers,
+        protected: int,
+        held: np.ndarray | None = None,
+        expected: int | None = None,
+        seen: int | None = 0,
+    ) -> Cost:
         """The most that ``new`` prompt tokens and ``max_new`` generated ones can need.
 
         ``held``: entries per layer and head already in the cache (extend);  ``expected``: count so
@@ -119,8 +127,13 @@ class Ledger:
             pages = np.minimum(pages, total // self.layout.page_size + entries.shape[1])
         return pages
 
-    def decode_cost(self, entries: np.ndarray, overhead: int, total: np.ndarray | None = None,
-                in_all: int | None = None) -> Cost:  # fmt: skip
+    def decode_cost(
+        self,
+        entries: np.ndarray,
+        overhead: int,
+        total: np.ndarray | None = None,
+        in_all: int | None = None,
+    ) -> Cost:
         """What so many entries per layer and head take, no more than ``total`` a layer and
         ``in_all`` together, and ``beside`` bytes outside pages."""
         layout, pages = self.layout, self._pages(entries, total)
@@ -131,8 +144,16 @@ class Ledger:
         size = layout.bytes_of(groups) + overhead
         return Cost(groups, size, None, entries, overhead)
 
-    def scoring_cost(self, policy: Policy, new: int, scored: int, layers: Layers, protected: int,
-                     held: np.ndarray | None = None, seen: int = 0) -> Cost:  # fmt: skip
+    def scoring_cost(
+        self,
+        policy: Policy,
+        new: int,
+        scored: int,
+        layers: Layers,
+        protected: int,
+        held: np.ndarray | None = None,
+        seen: int = 0,
+    ) -> Cost:
         """The most that a context and a continuation scored on top of its cache can need."""
         context = self.cost(policy, new, 0, layers, protected, held, seen=seen)
         forecast = policy.forecast(new, 0, layers).by_head(self.runner.kv_heads)
@@ -141,8 +162,16 @@ class Ledger:
         pages = np.maximum(context.pages, extended.pages)
         return Cost(pages, max(context.bytes, extended.bytes), extended.after_prefill)
 
-    def _overhead(self, policy: Policy, new: int, max_new: int, layers: Layers, reach: np.ndarray,
-                base: np.ndarray, reread: int) -> tuple[int, int]:  # fmt: skip
+    def _overhead(
+        self,
+        policy: Policy,
+        new: int,
+        max_new: int,
+        layers: Layers,
+        reach: np.ndarray,
+        base: np.ndarray,
+        reread: int,
+    ) -> tuple[int, int]:
         """Bytes outside pages: (ring and state, hidden states and window queries of a prompt)."""
         runner, item = self.runner, int(self.runner.dtype.itemsize)
         high = int(accumulate_dtype(runner.dtype).itemsize)

@@ -18,8 +18,17 @@ from pyramidinfer.models import ModelRunner
 from pyramidinfer.policies.kvzip import AGAIN
 from pyramidinfer.types import TokenIds
 
-__all__ = ["AGAIN", "COUNT", "LENGTH", "Passages", "english_passages", "passages_for",
-           "random_passages", "room_for", "text_passages"]  # fmt: skip
+__all__ = [
+    "AGAIN",
+    "COUNT",
+    "LENGTH",
+    "Passages",
+    "english_passages",
+    "passages_for",
+    "random_passages",
+    "room_for",
+    "text_passages",
+]
 
 #: Passages in both halves together, and tokens of each.
 COUNT, LENGTH = 4, 750
@@ -84,10 +93,12 @@ def english_passages(runner: ModelRunner, tokenizer: Any) -> Passages:
         )
     length, each = room_for(runner, len(plain_ids(tokenizer, AGAIN))), COUNT // 2
     first, second = (
-        tuple(_beginning(tokenizer, text[index * len(text) // each :], length)
-              for index in range(each))
+        tuple(
+            _beginning(tokenizer, text[index * len(text) // each :], length)
+            for index in range(each)
+        )
         for text in texts
-    )  # fmt: skip
+    )
     return _made(tokenizer, f"{ENGLISH}; {LIBRARY}", (first, second))
 
 
@@ -127,8 +138,9 @@ def check_tokenizer(tokenizer: Any) -> None:
         )
 
 
-def _made(tokenizer: Any, name: str,
-          halves: tuple[tuple[TokenIds, ...], tuple[TokenIds, ...]]) -> Passages:  # fmt: skip
+def _made(
+    tokenizer: Any, name: str, halves: tuple[tuple[TokenIds, ...], tuple[TokenIds, ...]]
+) -> Passages:
     unknown = getattr(tokenizer, "unk_token_id", None)
     every = [token for half in halves for passage in half for token in passage]
     if unknown is not None and every.count(unknown) > UNKNOWN * len(every):

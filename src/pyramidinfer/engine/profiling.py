@@ -50,9 +50,21 @@ from pyramidinfer.types import (
     View,
 )
 
-__all__ = ["KEPT", "Found", "ensure_profile", "find_profile", "head_shares", "look_up",
-           "profile_model", "profiles_folder", "progress_bar", "rank_correlation",
-           "shipped_folder", "store_profile", "watch"]  # fmt: skip
+__all__ = [
+    "KEPT",
+    "Found",
+    "ensure_profile",
+    "find_profile",
+    "head_shares",
+    "look_up",
+    "profile_model",
+    "profiles_folder",
+    "progress_bar",
+    "rank_correlation",
+    "shipped_folder",
+    "store_profile",
+    "watch",
+]
 
 #: The share of all heads' entries that matters.
 KEPT = 0.2
@@ -125,8 +137,9 @@ class _Watching(Policy):
         return state
 
 
-def profile_model(shared: Shared, passages: Passages | None = None,
-                  progress: bool | None = None) -> Profile:  # fmt: skip
+def profile_model(
+    shared: Shared, passages: Passages | None = None, progress: bool | None = None
+) -> Profile:
     """Measure the heads of an engine's model, in memory of its own.
 
     passages : None for real English, or random tokens where there is no tokenizer
@@ -155,15 +168,25 @@ def profile_model(shared: Shared, passages: Passages | None = None,
     shares = [[head_shares(each.scores) for each in half] for half in halves]
     first, second = (_flat(_mean(half)) for half in shares)
     return Profile(
-        _rows(_mean(shares[0] + shares[1]), heads), governed, passages.name,
-        tuple(len(each) for each in passages.all), round(rank_correlation(first, second), 4), KEPT,
-        _version(), fingerprint(runner),
+        _rows(_mean(shares[0] + shares[1]), heads),
+        governed,
+        passages.name,
+        tuple(len(each) for each in passages.all),
+        round(rank_correlation(first, second), 4),
+        KEPT,
+        _version(),
+        fingerprint(runner),
         queries=_centres([each.queries for half in halves for each in half]),
-    )  # fmt: skip
+    )
 
 
-def watch(runner: ModelRunner, pool: Pool, passage: TokenIds, repeated: TokenIds,
-          tell: Tell = lambda _: None) -> Watched:  # fmt: skip
+def watch(
+    runner: ModelRunner,
+    pool: Pool,
+    passage: TokenIds,
+    repeated: TokenIds,
+    tell: Tell = lambda _: None,
+) -> Watched:
     """The most that any query of ``repeated``, which follows the passage, gave each of its entries,
     and the passage's own queries.  ``tell`` hears of layer-tokens done."""
     length = len(passage)
@@ -260,9 +283,12 @@ def progress_bar(title: str, work: int, wanted: bool | None = None) -> Iterator[
 
     shown = sys.stderr.isatty() if wanted is None else wanted
     bar = Progress(
-        TextColumn(title), BarColumn(), TimeRemainingColumn(),
-        console=Console(stderr=True), disable=not shown,
-    )  # fmt: skip
+        TextColumn(title),
+        BarColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        disable=not shown,
+    )
     with bar:
         task = bar.add_task("", total=work)
         yield lambda done: bar.advance(task, done)
@@ -327,8 +353,9 @@ def ensure_profile(shared: Shared, progress: bool | None = None) -> Profile:
         warnings.warn(
             f"the head profile cannot be stored in {profiles_folder()} ({error.strerror}) and will "
             f"be measured again; set PYRAMIDINFER_CACHE to a folder that can be written",
-            RuntimeWarning, stacklevel=2,
-        )  # fmt: skip
+            RuntimeWarning,
+            stacklevel=2,
+        )
     return profile
 
 

@@ -11,8 +11,14 @@ from pyramidinfer.types import TokenIds
 __all__ = ["is_long", "readings"]
 
 
-def readings(runner: ModelRunner, policy: Policy, new: Sequence[int], length: int, max_new: int,
-             head: int = 0) -> list[TokenIds]:  # fmt: skip
+def readings(
+    runner: ModelRunner,
+    policy: Policy,
+    new: Sequence[int],
+    length: int,
+    max_new: int,
+    head: int = 0,
+) -> list[TokenIds]:
     """What is read behind a text of ``length`` tokens that ends with ``new``; see
     ``Policy.readings``."""
     far = is_long(runner, policy, len(new), length, max_new)

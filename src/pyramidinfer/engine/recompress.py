@@ -123,8 +123,9 @@ class Recompression:
     layer-tokens computed so far.  ``ValueError`` where the cache is left alone, saying why.
     """
 
-    def __init__(self, shared: Shared, conversations: Conversations, reader: KVzip,
-                 held: Request) -> None:  # fmt: skip
+    def __init__(
+        self, shared: Shared, conversations: Conversations, reader: KVzip, held: Request
+    ) -> None:
         assert held.sequence is not None
         self.shared, self.conversations, self.reader = shared, conversations, reader
         self.held, self.work = held, 0
@@ -198,8 +199,9 @@ class Recompression:
         self.conversations.exchange(self.held, table)
 
 
-def recompress(shared: Shared, conversations: Conversations, reader: KVzip, request: Request
-               ) -> bool:  # fmt: skip
+def recompress(
+    shared: Shared, conversations: Conversations, reader: KVzip, request: Request
+) -> bool:
     """See :meth:`Engine.recompress`."""
     if request.sequence is None or request.finish_reason is None:
         raise ValueError(f"request {request.id} holds no cache; add it with hold=True")

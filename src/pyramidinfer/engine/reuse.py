@@ -143,11 +143,12 @@ class Conversations:
         for digest in _digests(request.owner, request.prompt, lengths):
             found += self._by_digest.get(digest, [])
         return [
-            held for held in reversed(found)
+            held
+            for held in reversed(found)
             if held.owner == request.owner
             and held.policy == request.policy
             and held.protect == request.protect
-        ]  # fmt: skip
+        ]
 
     def _reuse(self, request: Request, held: Request) -> bool:
         """Give a held cache to a request, if what is added to it then fits."""
@@ -165,9 +166,14 @@ class Conversations:
         ):
             return False
         most, likely = costs_of(
-            shared, request.policy, length, request.max_new, request.protect, table,
+            shared,
+            request.policy,
+            length,
+            request.max_new,
+            request.protect,
+            table,
             samples=1 + len(request.samples),
-        )  # fmt: skip
+        )
         if not shared.ledger.ever_fits(most):
             return False
         others = self.cost

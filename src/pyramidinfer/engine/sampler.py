@@ -142,7 +142,11 @@ def _logprobs(logits: Tensor, tokens: TokenIds, top: int) -> list[Logprob]:
     return [
         Logprob(token, value, dict(zip(ids, high, strict=True)), rank)
         for token, value, ids, high, rank in zip(
-            tokens, chosen[:, 0].tolist(), best.indices.tolist(), best.values.tolist(),
-            ranks.tolist(), strict=True,
+            tokens,
+            chosen[:, 0].tolist(),
+            best.indices.tolist(),
+            best.values.tolist(),
+            ranks.tolist(),
+            strict=True,
         )
-    ]  # fmt: skip
+    ]

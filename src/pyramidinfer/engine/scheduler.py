@@ -352,7 +352,7 @@ class Scheduler:
         left = request.max_new - len(request.output)
         most, likely = costs_of(
             shared, policy, len(request.text), left, request.protect, samples=request.width
-        )  # fmt: skip
+        )
         if not self.ledger.ever_fits(most):  # a longer text than the prompt it began with
             return None
         kv = self._usage(request)

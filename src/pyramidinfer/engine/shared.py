@@ -91,11 +91,14 @@ class Shared:
         if request.prompt_top is not None and not request.output:
             request.prompt_logprobs, reader = [], partial(read_prompt, request)
         request.prefill = Prefill(
-            sequence, torch.tensor(new, device=device), table.seen_len, reach, reader is not None,
-            reader, readings=self.readings(
-                request.policy, request.text, table.seen_len, request.max_new
-            ),
-        )  # fmt: skip
+            sequence,
+            torch.tensor(new, device=device),
+            table.seen_len,
+            reach,
+            reader is not None,
+            reader,
+            readings=self.readings(request.policy, request.text, table.seen_len, request.max_new),
+        )
 
     def start_again(self, request: Request) -> None:
         """Begin a prompt anew that was interrupted; nothing was in its cache before."""

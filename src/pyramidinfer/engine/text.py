@@ -26,8 +26,14 @@ class Detokenizer:
     the next token.  Stop strings count from behind ``min_tokens`` tokens on.
     """
 
-    def __init__(self, tokenizer: Any, stop: tuple[str, ...], prompt: TokenIds,
-                 min_tokens: int = 0, skip_special_tokens: bool = True) -> None:  # fmt: skip
+    def __init__(
+        self,
+        tokenizer: Any,
+        stop: tuple[str, ...],
+        prompt: TokenIds,
+        min_tokens: int = 0,
+        skip_special_tokens: bool = True,
+    ) -> None:
         self.tokenizer, self.stop = tokenizer, stop
         self.min_tokens, self.skip_special_tokens = min_tokens, skip_special_tokens
         self.text = ""

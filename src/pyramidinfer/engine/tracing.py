@@ -15,8 +15,9 @@ from pyramidinfer.types import SamplingParams, TokenIds, Trace
 __all__ = ["trace"]
 
 
-def trace(engine: Engine, prompt: TokenIds, max_tokens: int, protect: Items[tuple[int, int]]
-          ) -> Trace:  # fmt: skip
+def trace(
+    engine: Engine, prompt: TokenIds, max_tokens: int, protect: Items[tuple[int, int]]
+) -> Trace:
     """See :meth:`pyramidinfer.LLM.trace`.  Every generated token is fed, the last one too."""
     if type(max_tokens) is not int or max_tokens < 0:
         raise ValueError(f"max_tokens={max_tokens!r} must be a whole number of at least 0")
@@ -64,6 +65,12 @@ def _run(engine: Engine, request: Request, max_tokens: int) -> Trace:
         logits = stepped.logits[0]
         lengths.append(table.kept.tolist())
     return Trace(
-        list(request.prompt), after_prefill, positions(), lengths, tokens, prefill_logits, logits,
+        list(request.prompt),
+        after_prefill,
+        positions(),
+        lengths,
+        tokens,
+        prefill_logits,
+        logits,
         prefill.computed,
-    )  # fmt: skip
+    )

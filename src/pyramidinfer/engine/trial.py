@@ -46,8 +46,11 @@ def _read(grammar: str, ended: threading.Event) -> None:
 def _main() -> int:
     import resource
 
-    for bound, most in ((resource.RLIMIT_CPU, SECONDS), (resource.RLIMIT_AS, MEMORY),
-                        (resource.RLIMIT_CORE, 0)):  # fmt: skip
+    for bound, most in (
+        (resource.RLIMIT_CPU, SECONDS),
+        (resource.RLIMIT_AS, MEMORY),
+        (resource.RLIMIT_CORE, 0),
+    ):
         with suppress(OSError, ValueError):  # not every system has every one
             resource.setrlimit(bound, (most, most))
     threading.stack_size(STACK)

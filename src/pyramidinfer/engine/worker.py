@@ -133,8 +133,15 @@ class AsyncEngine:
     asks for anything, recompress caches of finished conversations (``engine/recompress.py``).
     """
 
-    def __init__(self, engine: Engine, observer: Observer, *, max_waiting: int,
-                 queue_timeout: float, compress_idle: bool = False) -> None:  # fmt: skip
+    def __init__(
+        self,
+        engine: Engine,
+        observer: Observer,
+        *,
+        max_waiting: int,
+        queue_timeout: float,
+        compress_idle: bool = False,
+    ) -> None:
         self.engine, self.observer = engine, observer
         self.recompressor = engine.recompressor() if compress_idle else None
         self.max_waiting, self.queue_timeout = max_waiting, queue_timeout
@@ -185,8 +192,14 @@ class AsyncEngine:
         """Have the engine's thread do something between two steps."""
         self._commands.put(command)
 
-    def submit(self, leaders: list[Request], *, timeout: float, watch: bool = False,
-               arrived: float | None = None) -> Stream:  # fmt: skip
+    def submit(
+        self,
+        leaders: list[Request],
+        *,
+        timeout: float,
+        watch: bool = False,
+        arrived: float | None = None,
+    ) -> Stream:
         """Queue requests that ``Engine.make`` built; called in an event loop.
 
         ``watch``: every update tells of the cache;  ``arrived``: when they were asked for
@@ -340,9 +353,11 @@ class AsyncEngine:
 
     def _step(self) -> None:
         running = [
-            each for stream in self._live for each in stream.followed
+            each
+            for stream in self._live
+            for each in stream.followed
             if each.request.finish_reason is None
-        ]  # fmt: skip
+        ]
         try:
             self.engine.step()
         except Exception as error:

@@ -54,14 +54,30 @@ __all__ = ["PyramidInferLM"]
 logger = logging.getLogger("lm_eval.models.pyramidinfer")
 
 ARGUMENTS = (
-    "pretrained", "policy", "keep", "dtype", "device", "kv_memory", "max_length", "max_gen_toks",
-    "rolling_context", "tokenizer", "add_bos_token", "prefix_token_id", "chat_template_args",
-)  # fmt: skip
+    "pretrained",
+    "policy",
+    "keep",
+    "dtype",
+    "device",
+    "kv_memory",
+    "max_length",
+    "max_gen_toks",
+    "rolling_context",
+    "tokenizer",
+    "add_bos_token",
+    "prefix_token_id",
+    "chat_template_args",
+)
 #: Generation options that mean the same here; ``num_beams`` can only be 1.
 GENERATION = (
-    "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
     "seed",
-)  # fmt: skip
+)
 Window = tuple[TokenIds, TokenIds]
 
 
@@ -84,14 +100,26 @@ class PyramidInferLM(TemplateLM):  # type: ignore[misc, unused-ignore]
     Raises ``ValueError`` for anything unknown, with the nearest name.
     """
 
-    def __init__(self, pretrained: str | nn.Module, policy: str = "pyramid",
-                 keep: float | None = None, *, dtype: Any = "auto", device: Any = "auto",
-                 kv_memory: int | str = "1GiB", max_length: int | None = None,
-                 max_gen_toks: int = 256, rolling_context: float | None = None,
-                 tokenizer: Any = "auto", add_bos_token: bool | None = None,
-                 prefix_token_id: int | None = None,
-                 chat_template_args: dict[str, Any] | None = None, batch_size: Any = None,
-                 max_batch_size: Any = None, **options: Any) -> None:  # fmt: skip
+    def __init__(
+        self,
+        pretrained: str | nn.Module,
+        policy: str = "pyramid",
+        keep: float | None = None,
+        *,
+        dtype: Any = "auto",
+        device: Any = "auto",
+        kv_memory: int | str = "1GiB",
+        max_length: int | None = None,
+        max_gen_toks: int = 256,
+        rolling_context: float | None = None,
+        tokenizer: Any = "auto",
+        add_bos_token: bool | None = None,
+        prefix_token_id: int | None = None,
+        chat_template_args: dict[str, Any] | None = None,
+        batch_size: Any = None,
+        max_batch_size: Any = None,
+        **options: Any,
+    ) -> None:
         super().__init__()
         engine_options, policy_options = _sort_options(policy, options)
         chosen = make_policy(policy, keep, **policy_options)
@@ -100,8 +128,15 @@ class PyramidInferLM(TemplateLM):  # type: ignore[misc, unused-ignore]
             rolling_context = 0.0 if policy == "full" else 0.5
         if not isinstance(rolling_context, int | float) or not 0 <= rolling_context < 1:
             raise ValueError(f"rolling_context={rolling_context!r} must be at least 0 and below 1")
-        self.llm = LLM(pretrained, chosen, kv_memory=kv_memory, dtype=dtype, device=device,
-                       tokenizer=tokenizer, **engine_options)  # fmt: skip
+        self.llm = LLM(
+            pretrained,
+            chosen,
+            kv_memory=kv_memory,
+            dtype=dtype,
+            device=device,
+            tokenizer=tokenizer,
+            **engine_options,
+        )
         if self.llm.tokenizer is None:
             raise ValueError(f"{self.llm.name!r} has no tokenizer; name one with tokenizer=")
         self.tokenizer = self.llm.tokenizer
@@ -117,15 +152,15 @@ class PyramidInferLM(TemplateLM):  # type: ignore[misc, unused-ignore]
         self.tallies: dict[str, Tally] = {}
 
     @classmethod
-    def create_from_arg_string(cls, arg_string: str,
-                               additional_config: dict[str, Any] | None = None
-                               ) -> PyramidInferLM:  # fmt: skip
+    def create_from_arg_string(
+        cls, arg_string: str, additional_config: dict[str, Any] | None = None
+    ) -> PyramidInferLM:
         return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
 
     @classmethod
-    def create_from_arg_obj(cls, arg_dict: dict[str, Any],
-                            additional_config: dict[str, Any] | None = None
-                            ) -> PyramidInferLM:  # fmt: skip
+    def create_from_arg_obj(
+        cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None
+    ) -> PyramidInferLM:
         """Model arguments win over ``--device`` and ``--batch_size``, which are always there."""
         others = {name: value for name, value in (additional_config or {}).items() if value}
         if others.get("device") == "cuda:0" and not torch.cuda.is_available():
@@ -157,9 +192,12 @@ class PyramidInferLM(TemplateLM):  # type: ignore[misc, unused-ignore]
         if wanted and self.tokenizer.encode("a")[:1] != [self.tokenizer.bos_token_id]:
             raise ValueError(
                 "add_bos_token=True has no effect: "
-                + ("the tokenizer has no BOS; leave it out" if self.tokenizer.bos_token_id is None
-                   else "the tokenizer that was given adds no BOS; set its add_bos_token first")
-            )  # fmt: skip
+                + (
+                    "the tokenizer has no BOS; leave it out"
+                    if self.tokenizer.bos_token_id is None
+                    else "the tokenizer that was given adds no BOS; set its add_bos_token first"
+                )
+            )
 
     def _find_prefix(self, chosen: int | None) -> int:
         for token in (chosen, self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
@@ -183,8 +221,7 @@ class PyramidInferLM(TemplateLM):  # type: ignore[misc, unused-ignore]
     def tokenizer_name(self) -> str:
         return str(self.tokenizer.name_or_path).replace("/", "__")
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None,
-                   **_: Any) -> TokenIds:  # fmt: skip
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> TokenIds:
         """Token ids; a text that begins with the prefix token's gets no second one."""
         if add_special_tokens is None:
             has_one = has_bos_prefix(string, self._prefix_text)
@@ -197,15 +234,19 @@ class PyramidInferLM(TemplateLM):  # type: ignore[misc, unused-ignore]
         text: str = self.tokenizer.decode(tokens, skip_special_tokens=skip_special_tokens)
         return text
 
-    def apply_chat_template(self, chat_history: list[dict[str, str]],
-                            add_generation_prompt: bool = True) -> str:  # fmt: skip
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
         """The conversation as a prompt, without the system role where a template refuses it."""
 
         def render(messages: list[dict[str, str]]) -> str:
             text: str = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt,
-                continue_final_message=not add_generation_prompt, **self.chat_template_args,
-            )  # fmt: skip
+                messages,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=not add_generation_prompt,
+                **self.chat_template_args,
+            )
             return text
 
         try:
@@ -216,17 +257,19 @@ class PyramidInferLM(TemplateLM):  # type: ignore[misc, unused-ignore]
 
     # --- likelihoods --------------------------------------------------------------------------
 
-    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False
-                              ) -> list[float]:  # fmt: skip
+    def loglikelihood_rolling(
+        self, requests: Sequence[Any], disable_tqdm: bool = False
+    ) -> list[float]:
         """Log-likelihood of whole texts, window by window; every token is scored once."""
         texts = [each.args[0] for each in requests]
         windows = [list(self.windows(self.tok_encode(text))) for text in texts]
         answers = iter(
             self._loglikelihood_tokens(
                 [(None, *window) for each in windows for window in each],
-                disable_tqdm, "loglikelihood_rolling",
+                disable_tqdm,
+                "loglikelihood_rolling",
             )
-        )  # fmt: skip
+        )
         totals = [sum((next(answers)[0] for _ in each), 0.0) for each in windows]
         for text, total in zip(texts, totals, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", (text,), total)
@@ -261,9 +304,12 @@ class PyramidInferLM(TemplateLM):  # type: ignore[misc, unused-ignore]
         """
         return self.max_length + 1
 
-    def _loglikelihood_tokens(self, requests: Sequence[tuple[Any, TokenIds, TokenIds]],
-                              disable_tqdm: bool = False, kind: str = "loglikelihood"
-                              ) -> list[tuple[float, bool]]:  # fmt: skip
+    def _loglikelihood_tokens(
+        self,
+        requests: Sequence[tuple[Any, TokenIds, TokenIds]],
+        disable_tqdm: bool = False,
+        kind: str = "loglikelihood",
+    ) -> list[tuple[float, bool]]:
         """Score continuations after their compressed contexts (truncated from the left)."""
         engine, tally = self.llm.engine, self.tallies.setdefault(kind, Tally())
         made: list[Request] = []
@@ -277,8 +323,11 @@ class PyramidInferLM(TemplateLM):  # type: ignore[misc, unused-ignore]
             if len(context) + len(continuation) > self._room:
                 logger.warning(
                     "context (%d tokens) and continuation (%d) exceed max_length=%d: truncated "
-                    "from the left", len(context), len(continuation), self.max_length,
-                )  # fmt: skip
+                    "from the left",
+                    len(context),
+                    len(continuation),
+                    self.max_length,
+                )
             context = context[-(self._room - len(continuation)) :]
             scoring = Scoring(continuation, keep_logits=False)
             made.append(engine.make(context, SamplingParams(), scoring=scoring))
@@ -294,8 +343,7 @@ class PyramidInferLM(TemplateLM):  # type: ignore[misc, unused-ignore]
 
     # --- generation ---------------------------------------------------------------------------
 
-    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False
-                       ) -> list[str]:  # fmt: skip
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Continue contexts (truncated from the left) up to a stop string."""
         made, stops = [], []
         for context, options in (each.args for each in requests):
@@ -340,7 +388,7 @@ class PyramidInferLM(TemplateLM):  # type: ignore[misc, unused-ignore]
         ids = [token for token, text in self._special.items() if any(s in text for s in stop)]
         params = SamplingParams(
             max_tokens=max_tokens, temperature=temperature, stop=stop, stop_token_ids=ids, **rest
-        )  # fmt: skip
+        )
         return params, stop
 
     def _find_special(self) -> dict[int, str]:
@@ -355,8 +403,9 @@ class PyramidInferLM(TemplateLM):  # type: ignore[misc, unused-ignore]
 
     # --- running ------------------------------------------------------------------------------
 
-    def _run(self, requests: list[Request], kind: str, quiet: bool
-             ) -> Iterator[tuple[int, Request]]:  # fmt: skip
+    def _run(
+        self, requests: list[Request], kind: str, quiet: bool
+    ) -> Iterator[tuple[int, Request]]:
         """Run requests together; yields each, with its index, as soon as it has ended."""
         engine, tally = self.llm.engine, self.tallies.setdefault(kind, Tally())
         places = {request.id: index for index, request in enumerate(requests)}

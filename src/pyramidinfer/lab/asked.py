@@ -40,10 +40,16 @@ def shipped_questions(tokenizer: Any, seed: int, count: int, length: int) -> lis
     for each in make_questions(seed, count, length):
         asked = each.prompt.split(" ? ")[0].split(" . ")[-1] + " ?"
         wanted = each.answer
-        found.append(Question(
-            tokenizer(each.prompt)["input_ids"], asked, wanted, each.needle, ANSWER,
-            _Same(wanted),
-        ))  # fmt: skip
+        found.append(
+            Question(
+                tokenizer(each.prompt)["input_ids"],
+                asked,
+                wanted,
+                each.needle,
+                ANSWER,
+                _Same(wanted),
+            )
+        )
     return found
 
 

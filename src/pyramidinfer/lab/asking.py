@@ -63,8 +63,13 @@ class Asker:
             return policy
         return parse_policy(spec, min(1.0, lowest + 0.005))
 
-    def ask(self, protocol: str, prompts: Sequence[Asked], params: Sequence[SamplingParams],
-            policy: Policy) -> list[Answer]:  # fmt: skip
+    def ask(
+        self,
+        protocol: str,
+        prompts: Sequence[Asked],
+        params: Sequence[SamplingParams],
+        policy: Policy,
+    ) -> list[Answer]:
         """Answers to the prompts, in order, by one of ``PROTOCOLS``."""
         if protocol == "inside":
             return self._inside(prompts, params, policy)
@@ -77,13 +82,15 @@ class Asker:
             ]
         raise ValueError(f"protocol {protocol!r} is none of {', '.join(PROTOCOLS)}")
 
-    def _inside(self, prompts: Sequence[Asked], params: Sequence[SamplingParams],
-                policy: Policy) -> list[Answer]:  # fmt: skip
+    def _inside(
+        self, prompts: Sequence[Asked], params: Sequence[SamplingParams], policy: Policy
+    ) -> list[Answer]:
         outputs = self.llm.generate([each.whole for each in prompts], list(params), policy=policy)
         return [Answer(o.text, o.token_ids, o.kv, o.metrics.computed_share) for o in outputs]
 
-    def _after(self, prompts: Sequence[Asked], params: Sequence[SamplingParams],
-               policy: Policy) -> list[Answer]:  # fmt: skip
+    def _after(
+        self, prompts: Sequence[Asked], params: Sequence[SamplingParams], policy: Policy
+    ) -> list[Answer]:
         with ExitStack() as held:
             caches = [
                 held.enter_context(self.llm.prefill(prompt.context, policy)) for prompt in prompts

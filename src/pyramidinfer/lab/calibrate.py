@@ -92,8 +92,13 @@ def plans(own: int) -> int:
     return 1 + len(SHARES) * own.bit_length()
 
 
-def calibrate(llm: LLM, profile: Profile, task: Task, progress: bool | None = None,
-              tell: Callable[[str], None] = lambda _: None) -> Profile:  # fmt: skip
+def calibrate(
+    llm: LLM,
+    profile: Profile,
+    task: Task,
+    progress: bool | None = None,
+    tell: Callable[[str], None] = lambda _: None,
+) -> Profile:
     """The profile with what was found; ``tell`` hears how long it will take."""
     base = Pyramid(keep=task.keep, profile=replace(profile, calibrated=None), min_context=1)
     layers = llm.engine.runner.layers_for(task.context + CONTINUATION)
@@ -131,10 +136,20 @@ def calibrate(llm: LLM, profile: Profile, task: Task, progress: bool | None = No
                 else:
                     low = middle + 1
     found, start, share = best
-    return replace(profile, calibrated=Calibrated(
-        start, share, task.keep, round(found.score / whole.score, 4), round(found.computed, 4),
-        round(found.kl, 5), task.context, task.questions, task.passages,
-    ))  # fmt: skip
+    return replace(
+        profile,
+        calibrated=Calibrated(
+            start,
+            share,
+            task.keep,
+            round(found.score / whole.score, 4),
+            round(found.computed, 4),
+            round(found.kl, 5),
+            task.context,
+            task.questions,
+            task.passages,
+        ),
+    )
 
 
 # --- what is measured -----------------------------------------------------------------------------
@@ -188,11 +203,12 @@ def _generated(corpus: Corpus, rng: random.Random, length: int) -> Sample:
     encode = corpus.tokenizer.convert_tokens_to_ids
     questions = (
         Question(
-            encode([*documents.question_words(fact), "<end>", "<assistant>"]), ANSWER,
+            encode([*documents.question_words(fact), "<end>", "<assistant>"]),
+            ANSWER,
             partial(eq, " ".join(documents.answer_words(fact))),
         )
         for fact in rng.sample(document.facts, FACTS)
-    )  # fmt: skip
+    )
     return Sample(encode(["<bos>", "<user>", *document.words]), tuple(questions))
 
 
@@ -207,8 +223,9 @@ class _Runs:
         self.texts = [each.context for each in passages], [each.continuation for each in passages]
         self.full = self._scored(Full())
 
-    def measure(self, policy: Pyramid, advance: Callable[[int], None],
-                whole: Measured | None = None) -> Measured | None:  # fmt: skip
+    def measure(
+        self, policy: Pyramid, advance: Callable[[int], None], whole: Measured | None = None
+    ) -> Measured | None:
         """What a plan does; None once it cannot be free beside ``whole`` whatever is still left."""
         kls = [
             divergence(full, mine)

@@ -103,9 +103,14 @@ class Pairs:
             return Check(name, f"{np.mean(self.full):.2f}", "–", None)
         shares = [min(1.0, m / t) for m, t in zip(self.mine, self.full, strict=True) if t > 0]
         return Check(
-            name, f"{np.mean(self.full):.2f}{note}", f"{np.mean(self.mine):.2f}",
-            float(np.mean(shares)), *jeffreys(shares), len(shares), *self._means(),
-        )  # fmt: skip
+            name,
+            f"{np.mean(self.full):.2f}{note}",
+            f"{np.mean(self.mine):.2f}",
+            float(np.mean(shares)),
+            *jeffreys(shares),
+            len(shares),
+            *self._means(),
+        )
 
     def of_losses(self, name: str, full: str = "", mine: str = "") -> Check:
         """The full cache's perplexity over the policy's, at most 1."""
@@ -114,10 +119,15 @@ class Pairs:
             min(1.0, math.exp(each)) for each in (float(np.mean(gained)), *interval(gained))
         )
         return Check(
-            name, f"perplexity {math.exp(np.mean(self.full)):.2f}{full}",
-            f"{math.exp(np.mean(self.mine)):.2f}{mine}", share, low, high, len(gained),
+            name,
+            f"perplexity {math.exp(np.mean(self.full)):.2f}{full}",
+            f"{math.exp(np.mean(self.mine)):.2f}{mine}",
+            share,
+            low,
+            high,
+            len(gained),
             *self._means(),
-        )  # fmt: skip
+        )
 
     def _means(self) -> tuple[float | None, float | None]:
         return (
@@ -160,7 +170,7 @@ class Text:
         machine, policy = self.bench.machine, self.bench.policy
         passages = self.bench.subject.corpus().passages(
             seed, count, self.bench.length, CONTINUATION
-        )  # fmt: skip
+        )
         full, mine = (measure_text(machine, each, passages) for each in (Full(), policy))
         self.pairs.full += [loss(each) for each in full]
         self.pairs.mine += [loss(each) for each in mine]
@@ -196,7 +206,10 @@ class LongAnswers:
 
     def checks(self) -> list[Check]:
         full, mine = (float(np.mean(each)) for each in self.repeated)
-        return [self.pairs.of_losses(
-            self.telling, f", {full:.0%} repeated",
-            f", {mine:.0%}; first {np.mean(self.same):.0f} tokens the same",
-        )]  # fmt: skip
+        return [
+            self.pairs.of_losses(
+                self.telling,
+                f", {full:.0%} repeated",
+                f", {mine:.0%}; first {np.mean(self.same):.0f} tokens the same",
+            )
+        ]

@@ -80,9 +80,25 @@ FUNCTION_WORDS = (
 def vocabulary() -> list[str]:
     """Every token of the generated language, special tokens first, each once."""
     lists = (
-        SPECIALS, FUNCTION_WORDS, PLACES, THINGS, PEOPLE, ADJECTIVES, QUALITIES, OBJECTS, SITES,
-        MOVES, ACTS, MANNERS, TIMES, WEATHER, WEATHER_ACTS, FIRST_NAMES, LAST_NAMES, NUMBERS,
-    )  # fmt: skip
+        SPECIALS,
+        FUNCTION_WORDS,
+        PLACES,
+        THINGS,
+        PEOPLE,
+        ADJECTIVES,
+        QUALITIES,
+        OBJECTS,
+        SITES,
+        MOVES,
+        ACTS,
+        MANNERS,
+        TIMES,
+        WEATHER,
+        WEATHER_ACTS,
+        FIRST_NAMES,
+        LAST_NAMES,
+        NUMBERS,
+    )
     return list(dict.fromkeys(word for words in lists for word in words))
 
 
@@ -98,8 +114,18 @@ class Fact:
 
     def words(self) -> list[str]:
         """The fact as it stands in a document (ten words)."""
-        return ["The", self.thing, "of", self.first, self.last, "is", "in", self.place,
-                self.number, "."]  # fmt: skip
+        return [
+            "The",
+            self.thing,
+            "of",
+            self.first,
+            self.last,
+            "is",
+            "in",
+            self.place,
+            self.number,
+            ".",
+        ]
 
 
 @dataclass(frozen=True, slots=True)

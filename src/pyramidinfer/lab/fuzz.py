@@ -26,13 +26,31 @@ __all__ = ["LIMITS", "fuzz", "main"]
 
 #: Low limits, so that ten thousand answers take minutes.
 LIMITS: dict[str, Any] = {
-    "max_tokens_limit": 4, "default_max_tokens": 2, "max_prompt_tokens": 200, "max_n": 3,
-    "max_body_bytes": 64 * 1024, "request_timeout": 20.0,
-}  # fmt: skip
+    "max_tokens_limit": 4,
+    "default_max_tokens": 2,
+    "max_prompt_tokens": 200,
+    "max_n": 3,
+    "max_body_bytes": 64 * 1024,
+    "request_timeout": 20.0,
+}
 WORDS = [
-    "--port", "0", "--kv-memory", "16MiB", "--max-tokens-limit", "4", "--default-max-tokens", "2",
-    "--max-prompt-tokens", "200", "--max-n", "3", "--max-body", "64KiB", "--request-timeout", "20",
-]  # fmt: skip
+    "--port",
+    "0",
+    "--kv-memory",
+    "16MiB",
+    "--max-tokens-limit",
+    "4",
+    "--default-max-tokens",
+    "2",
+    "--max-prompt-tokens",
+    "200",
+    "--max-n",
+    "3",
+    "--max-body",
+    "64KiB",
+    "--request-timeout",
+    "20",
+]
 SHOWN = 20  # failures that a result tells in full
 BARE = 5  # cases of an operation that takes nothing
 RAW = 0.2  # share of cases that are known names with any values, or changed bytes
@@ -43,20 +61,39 @@ BODIES: dict[str, list[dict[str, Any]]] = {
         {"prompt": "The storm", "max_tokens": 3, "temperature": 0.5, "top_p": 0.9, "n": 2},
         {"prompt": [[5, 6], [7]], "echo": True, "logprobs": 2, "compression": {"policy": "full"}},
         {"prompt": "x", "stream": True, "stream_options": {"include_kv": True}, "stop": ["a"]},
-        {"prompt": "x", "logit_bias": {"5": 3}, "seed": 1, "min_p": 0.1, "top_k": 3,
-         "repetition_penalty": 1.5, "presence_penalty": 1, "frequency_penalty": -1,
-         "stop_token_ids": [7], "ignore_eos": True, "return_token_ids": True},
+        {
+            "prompt": "x",
+            "logit_bias": {"5": 3},
+            "seed": 1,
+            "min_p": 0.1,
+            "top_k": 3,
+            "repetition_penalty": 1.5,
+            "presence_penalty": 1,
+            "frequency_penalty": -1,
+            "stop_token_ids": [7],
+            "ignore_eos": True,
+            "return_token_ids": True,
+        },
     ],
     "/v1/chat/completions": [
         {"messages": [{"role": "user", "content": "x"}], "max_completion_tokens": 2, "n": 2},
-        {"messages": [{"role": "system", "content": [{"type": "text", "text": "x"}]}],
-         "logprobs": True, "top_logprobs": 3, "compression": {"keep": 0.5, "reuse": False}},
-        {"messages": [{"role": "user", "content": "x"}], "response_format": {
-            "type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object"}}}},
+        {
+            "messages": [{"role": "system", "content": [{"type": "text", "text": "x"}]}],
+            "logprobs": True,
+            "top_logprobs": 3,
+            "compression": {"keep": 0.5, "reuse": False},
+        },
+        {
+            "messages": [{"role": "user", "content": "x"}],
+            "response_format": {
+                "type": "json_schema",
+                "json_schema": {"name": "x", "schema": {"type": "object"}},
+            },
+        },
     ],
     "/tokenize": [{"prompt": "x"}, {"messages": [{"role": "user", "content": "x"}]}],
     "/detokenize": [{"tokens": [5, 6]}],
-}  # fmt: skip
+}
 
 
 @dataclass
@@ -141,9 +178,12 @@ def fuzz(url: str, cases: int, seed: int = 0) -> dict[str, Any]:
         for name, counts in sorted(tally.statuses.items())
     }
     return {
-        "cases": tally.cases, "failures": tally.failed, "seconds": time.perf_counter() - begun,
-        "by_operation": by_operation, "examples": tally.failures,
-    }  # fmt: skip
+        "cases": tally.cases,
+        "failures": tally.failed,
+        "seconds": time.perf_counter() - begun,
+        "by_operation": by_operation,
+        "examples": tally.failures,
+    }
 
 
 def _send(tally: _Tally, case: Any) -> None:
@@ -151,7 +191,7 @@ def _send(tally: _Tally, case: Any) -> None:
         case.operation.label,
         lambda: case.call(base_url=tally.url, session=tally.session, timeout=60),
         lambda: str(case.as_curl_command(base_url=tally.url)),
-    )  # fmt: skip
+    )
 
 
 def _tame(case: Any) -> None:
@@ -159,8 +199,15 @@ def _tame(case: Any) -> None:
     body = case.body
     if not isinstance(body, dict) or not {"prompt", "messages"} & set(body):
         return
-    for name, most in (("max_tokens", 4), ("max_completion_tokens", 4), ("n", 3), ("logprobs", 5),
-                       ("top_logprobs", 5), ("min_tokens", 2), ("prompt_logprobs", 5)):  # fmt: skip
+    for name, most in (
+        ("max_tokens", 4),
+        ("max_completion_tokens", 4),
+        ("n", 3),
+        ("logprobs", 5),
+        ("top_logprobs", 5),
+        ("min_tokens", 2),
+        ("prompt_logprobs", 5),
+    ):
         if type(body.get(name)) is int:
             body[name] = min(body[name], most)
     for name in ("model", "max_completion_tokens" if "max_tokens" in body else "", "best_of"):
@@ -260,9 +307,12 @@ def _each(strategy: Any, act: Callable[[Any], None], count: int, seed: int) -> N
 
     @hypothesis.seed(seed)
     @hypothesis.settings(
-        max_examples=count, database=None, deadline=None, phases=[hypothesis.Phase.generate],
+        max_examples=count,
+        database=None,
+        deadline=None,
+        phases=[hypothesis.Phase.generate],
         suppress_health_check=list(hypothesis.HealthCheck),
-    )  # fmt: skip
+    )
     @hypothesis.given(strategy)
     def one(drawn: Any) -> None:
         act(drawn)
@@ -272,8 +322,9 @@ def _each(strategy: Any, act: Callable[[Any], None], count: int, seed: int) -> N
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m pyramidinfer.lab.fuzz",
-                                     description=(__doc__ or "").splitlines()[0])  # fmt: skip
+    parser = argparse.ArgumentParser(
+        prog="python -m pyramidinfer.lab.fuzz", description=(__doc__ or "").splitlines()[0]
+    )
     parser.add_argument("--cases", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=0, help="of the server; 0: its choice")

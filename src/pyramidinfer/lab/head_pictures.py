@@ -78,7 +78,8 @@ def _map(figure: Figure, axis: Any, profile: Profile) -> None:
     axis.set_xlabel("KV head")
     axis.set_ylabel("layer")
     grey = "" if all(profile.governed) else "; grey: bounded by a window"
-    axis.set_title(f"entries needed, agreement {profile.agreement:.2f}{grey}", loc="left",
-                   fontsize=9)  # fmt: skip
+    axis.set_title(
+        f"entries needed, agreement {profile.agreement:.2f}{grey}", loc="left", fontsize=9
+    )
     bar = figure.colorbar(image, ax=axis, pad=0.02, fraction=0.08)
     bar.set_label(f"share of a head's entries among the best {profile.kept:.0%} of all")

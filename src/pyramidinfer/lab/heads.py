@@ -58,9 +58,13 @@ def run_heads(plan: HeadsPlan, out: Path, workers: int = 1) -> tuple[list[Row], 
     rows = [_row(profile, layer, plan.pruned_to, rest) for layer in range(profile.layers)]
     mine = [row for row in rows if row["governed"] and row["kl"] is not None]
     publish(
-        out, rows, agreement=profile.agreement, text=profile.text, kept=profile.kept,
+        out,
+        rows,
+        agreement=profile.agreement,
+        text=profile.text,
+        kept=profile.kept,
         follows_icr=rank_correlation([r["mean"] for r in mine], [r["kl"] for r in mine]),
-    )  # fmt: skip
+    )
     return rows, draw_heads(profile, rows, out.with_suffix(".png"))
 
 
@@ -131,7 +135,13 @@ def _row(profile: Profile, layer: int, pruned_to: float, found: list[Row]) -> Ro
 
     shares = profile.share[layer]
     return {
-        "layer": layer, "governed": profile.governed[layer], "shares": list(shares),
-        "mean": sum(shares) / len(shares), "pruned_to": pruned_to, "kl": mean(lambda r: r["kl"]),
-        "lost": mean(lambda r: r["nll"] - r["full_nll"]), "samples": len(rows), "tokens": tokens,
-    }  # fmt: skip
+        "layer": layer,
+        "governed": profile.governed[layer],
+        "shares": list(shares),
+        "mean": sum(shares) / len(shares),
+        "pruned_to": pruned_to,
+        "kl": mean(lambda r: r["kl"]),
+        "lost": mean(lambda r: r["nll"] - r["full_nll"]),
+        "samples": len(rows),
+        "tokens": tokens,
+    }

@@ -38,8 +38,16 @@ from pyramidinfer.policies import Policy
 from pyramidinfer.policies.base import best_entries
 from pyramidinfer.types import Keep, Needs, Observation, Reduce, SamplingParams, State, View
 
-__all__ = ["SHARES", "IcrPlan", "WindowScores", "bootstrap", "measure_passage", "publish",
-           "run_icr", "top_entries"]  # fmt: skip
+__all__ = [
+    "SHARES",
+    "IcrPlan",
+    "WindowScores",
+    "bootstrap",
+    "measure_passage",
+    "publish",
+    "run_icr",
+    "top_entries",
+]
 
 SHARES = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0)
 RECENT_RATIO, NEWEST_WEIGHT = 0.2, 1.2
@@ -98,8 +106,9 @@ def _work(plan: IcrPlan, cell: dict[str, Any]) -> list[Row]:
     return measure_passage(llm, passage, plan.layers, plan.shares)
 
 
-def measure_passage(llm: LLM, passage: Passage, layers: tuple[int, ...], shares: tuple[float, ...]
-                    ) -> list[Row]:  # fmt: skip
+def measure_passage(
+    llm: LLM, passage: Passage, layers: tuple[int, ...], shares: tuple[float, ...]
+) -> list[Row]:
     """One row per layer and share; ``llm`` has the policy ``WindowScores``.
 
     nll, full_nll : minus log-likelihood of the continuation, pruned and not, in nats;
@@ -128,11 +137,17 @@ def measure_passage(llm: LLM, passage: Passage, layers: tuple[int, ...], shares:
                 scored = _continue(engine, held, passage, (layer, kept))
                 pruned = _logprobs(scored)
                 divergence = (reference.exp() * (reference - pruned)).sum()
-                rows.append({
-                    "layer": layer, "share": share, "kept_share": kept.shape[1] / len(scores),
-                    "tokens": len(scored.tokens), "nll": -math.fsum(scored.logprobs),
-                    "full_nll": -math.fsum(whole.logprobs), "kl": max(0.0, float(divergence)),
-                })  # fmt: skip
+                rows.append(
+                    {
+                        "layer": layer,
+                        "share": share,
+                        "kept_share": kept.shape[1] / len(scores),
+                        "tokens": len(scored.tokens),
+                        "nll": -math.fsum(scored.logprobs),
+                        "full_nll": -math.fsum(whole.logprobs),
+                        "kl": max(0.0, float(divergence)),
+                    }
+                )
     finally:
         engine.release(held)
     return rows
@@ -173,8 +188,9 @@ def _name(layer: int) -> str:
     return f"scores.{layer}"
 
 
-def _continue(engine: Engine, held: Request, passage: Passage, kept: tuple[int, Tensor] | None
-              ) -> Scoring:  # fmt: skip
+def _continue(
+    engine: Engine, held: Request, passage: Passage, kept: tuple[int, Tensor] | None
+) -> Scoring:
     """Score the continuation on a copy of a held cache, of which one layer is pruned first."""
     assert held.sequence is not None
     table = engine.pool.fork(held.sequence.table)
@@ -241,15 +257,19 @@ def _summary(layer: int, share: float, rows: list[Row]) -> Row:
     tokens, change = column("tokens"), column("nll") - column("full_nll")
     low, high = bootstrap(change, tokens)
     return {
-        "layer": layer, "share": share, "kept_share": float(column("kept_share").mean()),
+        "layer": layer,
+        "share": share,
+        "kept_share": float(column("kept_share").mean()),
         "perplexity": math.exp(column("nll").sum() / tokens.sum()),
         "full_perplexity": math.exp(column("full_nll").sum() / tokens.sum()),
         "ratio": math.exp(change.sum() / tokens.sum()),
         "log_ratio": float(change.sum() / tokens.sum()),
-        "log_ratio_low": low, "log_ratio_high": high,
+        "log_ratio_low": low,
+        "log_ratio_high": high,
         "kl": float(column("kl").sum() / tokens.sum()),
-        "samples": len(rows), "tokens": int(tokens.sum()),
-    }  # fmt: skip
+        "samples": len(rows),
+        "tokens": int(tokens.sum()),
+    }
 
 
 def bootstrap(values: np.ndarray, weights: np.ndarray) -> tuple[float | None, float | None]:
@@ -264,9 +284,14 @@ def bootstrap(values: np.ndarray, weights: np.ndarray) -> tuple[float | None, fl
         return np.asarray(values.sum(axis) / weights.sum(axis))
 
     found = stats.bootstrap(
-        (values, weights), ratio, paired=True, vectorized=True, method="percentile",
-        n_resamples=RESAMPLES, rng=0,
-    )  # fmt: skip
+        (values, weights),
+        ratio,
+        paired=True,
+        vectorized=True,
+        method="percentile",
+        n_resamples=RESAMPLES,
+        rng=0,
+    )
     return float(found.confidence_interval.low), float(found.confidence_interval.high)
 
 

@@ -27,16 +27,36 @@ PEOPLE = [
         "Winslow",
     )
 ]
-PLACES = ["boat house", "bakery", "clock tower", "observatory", "mill", "lighthouse", "chapel",
-          "greenhouse", "railway station", "town library", "old brewery", "ferry pier"]  # fmt: skip
+PLACES = [
+    "boat house",
+    "bakery",
+    "clock tower",
+    "observatory",
+    "mill",
+    "lighthouse",
+    "chapel",
+    "greenhouse",
+    "railway station",
+    "town library",
+    "old brewery",
+    "ferry pier",
+]
 TOWNS = """
 Aberdale Brackenford Cullingham Dorvale Eskmouth Farrowby Glenmoor Hexbridge Ilminster Kettleby
 Lowick Marrowdale Netherby Oxcombe
 """.split()
 COLOURS = ["crimson", "turquoise", "violet", "ivory", "amber", "magenta", "scarlet", "indigo"]
 MONTHS = ["January", "February", "April", "June", "July", "September", "November", "December"]
-EVENTS = ["harvest fair", "chess evening", "book sale", "rowing race", "flower show", "choir visit",
-          "lantern walk", "cheese market"]  # fmt: skip
+EVENTS = [
+    "harvest fair",
+    "chess evening",
+    "book sale",
+    "rowing race",
+    "flower show",
+    "choir visit",
+    "lantern walk",
+    "cheese market",
+]
 
 
 @dataclass(frozen=True, slots=True)

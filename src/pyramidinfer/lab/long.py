@@ -25,8 +25,16 @@ from pyramidinfer.lab.ways import Ways, paired
 from pyramidinfer.policies import Full, Policy
 from pyramidinfer.types import SamplingParams, TokenIds
 
-__all__ = ["LongPlan", "LongRun", "first_difference", "long_prompts", "losses_under_full",
-           "measure_long", "repetition", "run_long"]  # fmt: skip
+__all__ = [
+    "LongPlan",
+    "LongRun",
+    "first_difference",
+    "long_prompts",
+    "losses_under_full",
+    "measure_long",
+    "repetition",
+    "run_long",
+]
 
 GRAM = 4  # tokens in a row that count as repeated
 ASK = "\n\nExplain what the text above says, point by point and in detail."
@@ -48,8 +56,9 @@ class LongPlan(Ways):
     tokens: int = 512
 
 
-def long_prompts(machine: Asker, subject: Subject, seed: int, count: int, context: int
-                 ) -> list[TokenIds]:  # fmt: skip
+def long_prompts(
+    machine: Asker, subject: Subject, seed: int, count: int, context: int
+) -> list[TokenIds]:
     """Prompts of ``context`` tokens: real text, to be explained where the model chats."""
     corpus, chat = subject.corpus(), machine.chat
     if corpus.ids is None:  # the shipped model's language
@@ -60,16 +69,18 @@ def long_prompts(machine: Asker, subject: Subject, seed: int, count: int, contex
     return [around.context + corpus.stretch(rng, size) + around.rest for _ in range(count)]
 
 
-def measure_long(machine: Asker, policy: Policy, prompts: Sequence[TokenIds], tokens: int
-                 ) -> list[LongRun]:  # fmt: skip
+def measure_long(
+    machine: Asker, policy: Policy, prompts: Sequence[TokenIds], tokens: int
+) -> list[LongRun]:
     """Generate greedily, all prompts at once."""
     params = SamplingParams(max_tokens=tokens, ignore_eos=True)
     outputs = machine.llm.generate(list(prompts), params, policy=policy)
     return [LongRun(out.token_ids, out.kv.bytes / out.kv.full_bytes) for out in outputs]
 
 
-def losses_under_full(machine: Asker, prompts: Sequence[TokenIds], runs: Sequence[LongRun]
-                      ) -> list[float]:  # fmt: skip
+def losses_under_full(
+    machine: Asker, prompts: Sequence[TokenIds], runs: Sequence[LongRun]
+) -> list[float]:
     """Minus log-likelihood of each generated text under the full cache, nats a token."""
     passages = [Passage(p, run.token_ids) for p, run in zip(prompts, runs, strict=True)]
     return [loss(each) for each in measure_text(machine, Full(), passages)]
@@ -116,12 +127,18 @@ def measure(plan: LongPlan, cell: dict[str, Any]) -> list[Row]:
         losses = losses_under_full(machine, prompts, mine)
     same = [first_difference(a.token_ids, b.token_ids) for a, b in zip(mine, full, strict=True)]
     figures = paired("log_likelihood", [-each for each in losses], [-each for each in full_losses])
-    return [{
-        **cell, **figures, "perplexity": math.exp(np.mean(losses)),
-        "first_difference": same, "same_tokens": float(np.mean(same)),
-        "repetition": float(np.mean([repetition(each.token_ids) for each in mine])),
-        "kv_share": float(np.mean([each.kv_share for each in mine])), "samples": len(mine),
-    }]  # fmt: skip
+    return [
+        {
+            **cell,
+            **figures,
+            "perplexity": math.exp(np.mean(losses)),
+            "first_difference": same,
+            "same_tokens": float(np.mean(same)),
+            "repetition": float(np.mean([repetition(each.token_ids) for each in mine])),
+            "kv_share": float(np.mean([each.kv_share for each in mine])),
+            "samples": len(mine),
+        }
+    ]
 
 
 @lru_cache(maxsize=2)

@@ -90,10 +90,18 @@ def answers(kind: type[Policy]) -> Answers:
     with suppress(ValueError):  # takes no such budget
         policy = make_policy(policy, ASKED_KEEP)
     layers, heads = Layers((True,) * DEPTH, HEADS), range(HEADS)
-    policy = policy.with_profile(Profile(
-        tuple(tuple(0.1 * (1 + (3 * at + head) % 7) for head in heads) for at in range(DEPTH)),
-        layers.governed, "made up", (1,), 1.0, 0.2, "none", Fingerprint("any", (), ()),
-    ))  # fmt: skip
+    policy = policy.with_profile(
+        Profile(
+            tuple(tuple(0.1 * (1 + (3 * at + head) % 7) for head in heads) for at in range(DEPTH)),
+            layers.governed,
+            "made up",
+            (1,),
+            1.0,
+            0.2,
+            "none",
+            Fingerprint("any", (), ()),
+        )
+    )
     state = policy.start(layers)
     needs = [
         policy.needs(
@@ -152,10 +160,19 @@ def _overview(policies: dict[str, type[Policy]]) -> str:
     for name, kind in policies.items():
         said = answers(kind)
         rows.append([f"[{name}](#{name})", to_markdown(_module_doc(kind)[0]), *said])
-    return "\n".join(table(
-        ["method", "in one line", "goes deeper", "stays after the prompt",
-         "evicted while generating", "scored by attention of"], rows
-    ))  # fmt: skip
+    return "\n".join(
+        table(
+            [
+                "method",
+                "in one line",
+                "goes deeper",
+                "stays after the prompt",
+                "evicted while generating",
+                "scored by attention of",
+            ],
+            rows,
+        )
+    )
 
 
 # --- docstrings -----------------------------------------------------------------------------------
@@ -326,25 +343,39 @@ def _measured(name: str, quality: dict[str, Any]) -> list[str]:
     has_options = any(":" in row["policy"] for row in mine)
     rows = []
     for row in mine:
-        rows.append([
-            *([f"`{row['policy'].partition(':')[2]}`"] if has_options else []),
-            f"{row['keep']:g}", f"{row['context']:,}", percent(row["kv_share"]),
-            percent(row["prefill_share"]), estimate(row["recall"], row["recall_ci"]),
-            f"{row['kl']:.2g}",
-            "–" if row["agreement"] is None else percent(row["agreement"]),
-            "yes" if row["reachable"] else "no",
-        ])  # fmt: skip
+        rows.append(
+            [
+                *([f"`{row['policy'].partition(':')[2]}`"] if has_options else []),
+                f"{row['keep']:g}",
+                f"{row['context']:,}",
+                percent(row["kv_share"]),
+                percent(row["prefill_share"]),
+                estimate(row["recall"], row["recall_ci"]),
+                f"{row['kl']:.2g}",
+                "–" if row["agreement"] is None else percent(row["agreement"]),
+                "yes" if row["reachable"] else "no",
+            ]
+        )
     meta = quality["meta"]
     head = ["options"] if has_options else []
     return [
         f"Measured on {subject_words(meta['configuration']['subject'])}. {origin(meta)}",
         *table(
-            [*head, "keep", "context", "KV", "prefill", "recall", "KL, nats a token",
-             "same tokens", "reaches keep"],
+            [
+                *head,
+                "keep",
+                "context",
+                "KV",
+                "prefill",
+                "recall",
+                "KL, nats a token",
+                "same tokens",
+                "reaches keep",
+            ],
             rows,
         ),
         "",
-    ]  # fmt: skip
+    ]
 
 
 def main() -> None:

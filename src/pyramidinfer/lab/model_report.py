@@ -51,9 +51,13 @@ def recall(model: str, policy: Policy, length: int, count: int) -> dict[str, Any
 def one_drop(layer: int, depth: int, share: float) -> PyramidInfer:
     """All tokens up to ``layer``; after it ``share`` of them, and no further drop."""
     return PyramidInfer(
-        start_layer=layer, interval=depth, decay_curve="constant", prefill_decay=share * 0.8,
-        recent_ratio=share * 0.2, min_context=1,
-    )  # fmt: skip
+        start_layer=layer,
+        interval=depth,
+        decay_curve="constant",
+        prefill_decay=share * 0.8,
+        recent_ratio=share * 0.2,
+        min_context=1,
+    )
 
 
 def filler_perplexity(model: str, count: int = 20, length: int = 1000) -> dict[str, float]:
@@ -95,9 +99,11 @@ def report(model: str, out: Path, images: Path, count: int) -> None:
         [(row["first_pruned_layer"], row["recall"]) for row in curve],
         images / "first_pruned_layer.png",
         title="Keeping 10 % of the tokens from one layer on (1,000-token documents)",
-        xlabel="first pruned layer", ylabel="exact recall",
-        level=result["full_1000"]["recall"], level_name="full cache",
-    )  # fmt: skip
+        xlabel="first pruned layer",
+        ylabel="exact recall",
+        level=result["full_1000"]["recall"],
+        level_name="full cache",
+    )
     draw_training([row for row in log if "stage" in row], images / "training.png")
     print(json.dumps({key: value for key, value in result.items() if key != "curve"}, indent=1))
     for row in curve:

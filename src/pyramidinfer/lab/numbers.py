@@ -42,8 +42,9 @@ def render(results: dict[str, dict[str, Any]]) -> str:
         *numbers_real.lead(results),
     ]
     real: dict[str, Callable[[dict[str, Any]], str]] = {
-        **numbers_real.SECTIONS, "demo_real": partial(_demo, name="demo_real"),
-    }  # fmt: skip
+        **numbers_real.SECTIONS,
+        "demo_real": partial(_demo, name="demo_real"),
+    }
     parts += [section(results[name]) for name, section in real.items() if name in results]
     parts += [
         "# The shipped model\n\n"
@@ -92,8 +93,17 @@ def _demo(entry: dict[str, Any], name: str = "demo") -> str:
     """The demo on the shipped model, or (``demo_real``) on a real one."""
     setting = entry["configuration"]
     model = setting.get("model", SHIPPED)
-    command = ["demo", "--documents", str(setting["documents"]), "--length", str(setting["length"]),
-               "--kv-memory", setting["kv_memory"], "--keep", f"{setting['keep']:g}"]  # fmt: skip
+    command = [
+        "demo",
+        "--documents",
+        str(setting["documents"]),
+        "--length",
+        str(setting["length"]),
+        "--kv-memory",
+        setting["kv_memory"],
+        "--keep",
+        f"{setting['keep']:g}",
+    ]
     command += [] if model == SHIPPED else ["--model", model]
     lines = [
         f"## The demo{'' if model == SHIPPED else f' on {model}'}\n",
@@ -122,20 +132,30 @@ def _demo(entry: dict[str, Any], name: str = "demo") -> str:
 def _map(entry: dict[str, Any]) -> str:
     meta = entry["meta"]
     plan = meta["configuration"]
-    command = ["study", "map", "--policy", plan["policy"], *_policy_options(plan),
-               "--context", str(len(plan["prompt_token_ids"])),
-               "--max-tokens", str(plan["max_tokens"])]  # fmt: skip
-    return "\n".join([
-        "## One prompt, layer by layer\n",
-        origin(meta),
-        f"On {subject_words(plan['subject'])}; one prompt of {len(plan['prompt_token_ids']):,} "
-        f"tokens under `{plan['options']}`.\n",
-        command_block(command, plan["subject"], 0, *json_option("map")),
-        "How to read it: along x the prompt, downwards the layers; dark is kept by all KV heads, "
-        "pale by some, grey was computed and dropped.\n",
-        "![which token survives to which layer](images/map.png)\n",
-        "The same as [a page to look around in](images/map.html).\n",
-    ])  # fmt: skip
+    command = [
+        "study",
+        "map",
+        "--policy",
+        plan["policy"],
+        *_policy_options(plan),
+        "--context",
+        str(len(plan["prompt_token_ids"])),
+        "--max-tokens",
+        str(plan["max_tokens"]),
+    ]
+    return "\n".join(
+        [
+            "## One prompt, layer by layer\n",
+            origin(meta),
+            f"On {subject_words(plan['subject'])}; one prompt of {len(plan['prompt_token_ids']):,} "
+            f"tokens under `{plan['options']}`.\n",
+            command_block(command, plan["subject"], 0, *json_option("map")),
+            "How to read it: along x the prompt, downwards the layers; dark is kept by all KV "
+            "heads, pale by some, grey was computed and dropped.\n",
+            "![which token survives to which layer](images/map.png)\n",
+            "The same as [a page to look around in](images/map.html).\n",
+        ]
+    )
 
 
 def _policy_options(plan: dict[str, Any]) -> list[str]:
@@ -154,10 +174,15 @@ def _policy_options(plan: dict[str, Any]) -> list[str]:
 
 
 SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
-    "demo_model": _model, "demo": _demo, "quality": quality,
- "icr": icr, "rac": rac, "map": _map,
-    **numbers_bench.SECTIONS, **numbers_serving.SECTIONS,
-}  # fmt: skip
+    "demo_model": _model,
+    "demo": _demo,
+    "quality": quality,
+    "icr": icr,
+    "rac": rac,
+    "map": _map,
+    **numbers_bench.SECTIONS,
+    **numbers_serving.SECTIONS,
+}
 
 
 def main() -> None:

@@ -30,12 +30,22 @@ def _common(configuration: Result, **more: Any) -> dict[str, Any]:
     """Options of a command that differ from the usual ones."""
     c, usual = configuration, Setting()
     found: dict[str, Any] = {
-        "model": c["model"], "shape": c["shape"] if c["shape"] != DEFAULT_SHAPE else None,
-    }  # fmt: skip
+        "model": c["model"],
+        "shape": c["shape"] if c["shape"] != DEFAULT_SHAPE else None,
+    }
     if list(c["policies"]) != list(usual.policies):
         found["policies"] = " ".join(c["policies"])
-    for name in ("keep", "dtype", "device", "backend", "kv_memory", "threads", "repeats", "warmup",
-                 "seed"):  # fmt: skip
+    for name in (
+        "keep",
+        "dtype",
+        "device",
+        "backend",
+        "kv_memory",
+        "threads",
+        "repeats",
+        "warmup",
+        "seed",
+    ):
         if c[name] != getattr(usual, name):
             found[name] = c[name]
     return {**found, **more}
@@ -72,7 +82,8 @@ def throughput(entry: Result, name: str = "throughput", title: str = "Throughput
     roof = result["roof"]
     options = _common(c, batch=c["batch"], prompt_len=c["prompt_len"], output_len=c["output_len"])
     lines = [
-        f"## {title}\n", origin(entry),
+        f"## {title}\n",
+        origin(entry),
         f"On {_subject(c)}; {c['batch']} requests of {c['prompt_len']} prompt tokens, "
         f"{c['output_len']} generated each, all at once; policies take turns, {c['repeats']} "
         f"passes each after {c['warmup']} to warm up.\n",
@@ -84,81 +95,126 @@ def throughput(entry: Result, name: str = "throughput", title: str = "Throughput
         "tokens really computed), `of reading` decoding's share of the former (weights and cache "
         "once a step). `selection` is what choosing tokens costs (scores, ranking, gathering, "
         "compaction), as shares of prefill and of decoding.\n",
-    ]  # fmt: skip
-    head = ["policy", "output tokens/s", "prompt + output", f"times `{c['policies'][0]}`",
-            "prefill, s", "step, ms", "of matrices", "of reading", "selection", "computed",
-            "KV after prefill", "KV at the end", "peak memory"]  # fmt: skip
-    lines += table(head, [
+    ]
+    head = [
+        "policy",
+        "output tokens/s",
+        "prompt + output",
+        f"times `{c['policies'][0]}`",
+        "prefill, s",
+        "step, ms",
+        "of matrices",
+        "of reading",
+        "selection",
+        "computed",
+        "KV after prefill",
+        "KV at the end",
+        "peak memory",
+    ]
+    lines += table(
+        head,
         [
-            f"`{row['policy']}`", _spread(row["output_tokens_per_second"], ".1f"),
-            f"{row['all_tokens_per_second']['median']:.0f}",
-            _spread(row["against_first"]["throughput"], ".2f"),
-            _spread(row["prefill_seconds"], ".2f"), _spread(row["step_seconds"], ".1f", 1e3),
-            _share(row["roofline"]["share_of_matrix_rate"]),
-            _share(row["roofline"]["share_of_read_bandwidth"]),
-            _selection(row["selection"]),
-            percent(row["computed_share"]),
-            f"{row['kv_share_prefill']:.1%}", f"{row['kv_share_end']:.1%}",
-            f"{row['peak_bytes'] / 2**20:.0f} MiB",
-        ]
-        for row in result["rows"]
-    ])  # fmt: skip
+            [
+                f"`{row['policy']}`",
+                _spread(row["output_tokens_per_second"], ".1f"),
+                f"{row['all_tokens_per_second']['median']:.0f}",
+                _spread(row["against_first"]["throughput"], ".2f"),
+                _spread(row["prefill_seconds"], ".2f"),
+                _spread(row["step_seconds"], ".1f", 1e3),
+                _share(row["roofline"]["share_of_matrix_rate"]),
+                _share(row["roofline"]["share_of_read_bandwidth"]),
+                _selection(row["selection"]),
+                percent(row["computed_share"]),
+                f"{row['kv_share_prefill']:.1%}",
+                f"{row['kv_share_end']:.1%}",
+                f"{row['peak_bytes'] / 2**20:.0f} MiB",
+            ]
+            for row in result["rows"]
+        ],
+    )
     return "\n".join([*lines, f"\n![{title.lower()}](images/bench_{name}.png)\n"])
 
 
 def latency(entry: Result) -> str:
     c, rows = entry["configuration"], entry["result"]["rows"]
-    options = _common(c, batch=joined(c["batches"]), prompt_len=joined(c["prompt_lens"]),
-                      output_len=c["output_len"])  # fmt: skip
+    options = _common(
+        c,
+        batch=joined(c["batches"]),
+        prompt_len=joined(c["prompt_lens"]),
+        output_len=c["output_len"],
+    )
     lines = [
-        "## Latency\n", origin(entry),
+        "## Latency\n",
+        origin(entry),
         f"On {_subject(c)}; {c['output_len']} tokens generated; policies take turns, "
         f"{c['repeats']} passes each after {c['warmup']} to warm up.\n",
         _block("latency", options),
         "How to read it: milliseconds to the first token and between tokens, half of them (p50) "
         "and 99 % of them (p99) at most so long.\n",
-    ]  # fmt: skip
+    ]
     head = ["batch", "prompt", "policy", "first token p50", "p99", "between p50", "p99"]
-    lines += table(head, [
+    lines += table(
+        head,
         [
-            str(row["batch"]), f"{row['prompt_len']:,}", f"`{row['policy']}`",
-            *(f"{1e3 * row[key][at]:.1f}" for key in ("first_token_seconds", "inter_token_seconds")
-              for at in ("p50", "p99")),
-        ]
-        for row in rows
-    ])  # fmt: skip
+            [
+                str(row["batch"]),
+                f"{row['prompt_len']:,}",
+                f"`{row['policy']}`",
+                *(
+                    f"{1e3 * row[key][at]:.1f}"
+                    for key in ("first_token_seconds", "inter_token_seconds")
+                    for at in ("p50", "p99")
+                ),
+            ]
+            for row in rows
+        ],
+    )
     return "\n".join([*lines, "\n![latency](images/bench_latency.png)\n"])
 
 
 def memory(entry: Result) -> str:
     c, rows = entry["configuration"], entry["result"]["rows"]
-    options = _common({**c, "repeats": Setting().repeats, "warmup": Setting().warmup},
-                      prompt_len=c["prompt_len"], output_len=c["output_len"],
-                      requests=c["most"])  # fmt: skip
+    options = _common(
+        {**c, "repeats": Setting().repeats, "warmup": Setting().warmup},
+        prompt_len=c["prompt_len"],
+        output_len=c["output_len"],
+        requests=c["most"],
+    )
     lines = [
-        "## Requests in one memory\n", origin(entry),
+        "## Requests in one memory\n",
+        origin(entry),
         f"On {_subject(c)}; requests of {c['prompt_len']} prompt tokens and {c['output_len']} "
         f"generated ones share a `kv_memory` of {c['kv_memory']}; at most {c['most']} are run.\n",
         _block("memory", options),
         "How to read it: `with whole prompts` fit while all their prompts go in at once; more are "
         "in flight when some of them have been compressed.\n",
-    ]  # fmt: skip
-    head = ["policy", "with whole prompts", "in flight", f"times `{c['policies'][0]}`",
-            "MiB a request", "a full one", "output tokens/s"]  # fmt: skip
+    ]
+    head = [
+        "policy",
+        "with whole prompts",
+        "in flight",
+        f"times `{c['policies'][0]}`",
+        "MiB a request",
+        "a full one",
+        "output tokens/s",
+    ]
     found = []
     for row in rows:
         if not row["fits"]:
             found.append([f"`{row['policy']}`", "0", "0", *["–"] * 4])
             continue
         times = row["in_flight_against_first"]
-        found.append([
-            f"`{row['policy']}`", str(row["fits"]),
-            f"{row['in_flight']}{' or more' if row['is_capped'] else ''}",
-            "–" if times is None else f"{times:.2f}",
-            f"{row['kv_bytes_per_request'] / 2**20:.1f}",
-            f"{row['full_bytes_per_request'] / 2**20:.1f}",
-            f"{row['output_tokens_per_second']:.1f}",
-        ])  # fmt: skip
+        found.append(
+            [
+                f"`{row['policy']}`",
+                str(row["fits"]),
+                f"{row['in_flight']}{' or more' if row['is_capped'] else ''}",
+                "–" if times is None else f"{times:.2f}",
+                f"{row['kv_bytes_per_request'] / 2**20:.1f}",
+                f"{row['full_bytes_per_request'] / 2**20:.1f}",
+                f"{row['output_tokens_per_second']:.1f}",
+            ]
+        )
     lines += table(head, found)
     return "\n".join([*lines, "\n![requests in one memory](images/bench_memory.png)\n"])
 
@@ -167,11 +223,18 @@ def kernels(entry: Result) -> str:
     c, result = entry["configuration"], entry["result"]
     roof = result["roof"]
     options: dict[str, Any] = {"batch": joined(c["batches"]), "prompt_len": joined(c["contexts"])}
-    usual = {"dtype": "bfloat16", "device": "auto", "backend": "auto", "threads": 0, "repeats": 5,
-             "warmup": 1}  # fmt: skip
+    usual = {
+        "dtype": "bfloat16",
+        "device": "auto",
+        "backend": "auto",
+        "threads": 0,
+        "repeats": 5,
+        "warmup": 1,
+    }
     options |= {name: c[name] for name, value in usual.items() if c[name] != value}
     lines = [
-        "## Kernels\n", origin(entry),
+        "## Kernels\n",
+        origin(entry),
         f"Attention backend `{result['backend']}`, {c['dtype']}, heads of 64.\n",
         _block("kernels", options),
         "How to read it: `share` is the time of what a kernel is compared with over its own, both "
@@ -179,18 +242,35 @@ def kernels(entry: Result) -> str:
         f"attention. Roof in the same run: reading {roof['read'] / 1e9:.1f} GB/s, copying "
         f"{roof['copy'] / 1e9:.1f} GB/s, matrix products {roof['matrix'] / 1e9:,.0f} GFLOP/s. "
         "Heads: queries/KV.\n",
-    ]  # fmt: skip
-    head = ["kernel", "heads", "batch", "context", "ms", "against", "its ms", "share",
-            "of matrices"]  # fmt: skip
-    lines += table(head, [
+    ]
+    head = [
+        "kernel",
+        "heads",
+        "batch",
+        "context",
+        "ms",
+        "against",
+        "its ms",
+        "share",
+        "of matrices",
+    ]
+    lines += table(
+        head,
         [
-            row["kernel"], f"{row['heads']}/{row['kv_heads']}", str(row["batch"]),
-            f"{row['context']:,}", _spread(row["seconds"], ".3f", 1e3), row["against"],
-            f"{1e3 * row['against_seconds']['median']:.3f}", percent(row["share"]),
-            _share(row["share_of_matrix_rate"]),
-        ]
-        for row in result["rows"]
-    ])  # fmt: skip
+            [
+                row["kernel"],
+                f"{row['heads']}/{row['kv_heads']}",
+                str(row["batch"]),
+                f"{row['context']:,}",
+                _spread(row["seconds"], ".3f", 1e3),
+                row["against"],
+                f"{1e3 * row['against_seconds']['median']:.3f}",
+                percent(row["share"]),
+                _share(row["share_of_matrix_rate"]),
+            ]
+            for row in result["rows"]
+        ],
+    )
     return "\n".join([*lines, "\n![kernels](images/bench_kernels.png)\n"])
 
 
@@ -202,12 +282,14 @@ def peers(entry: Result) -> str:
     )
     versions = {
         " with ".join(f"{name} {n}" for name, n in row["versions"].items() if name != "torch")
-        for row in result["rows"] if row["status"] == "ok" and not row["is_ours"]
-    }  # fmt: skip
+        for row in result["rows"]
+        if row["status"] == "ok" and not row["is_ours"]
+    }
     shown = "; ".join(sorted(versions, key=str.lower))
     notes = {row["engine"]: row["note"] for row in result["rows"] if row["note"]}
     lines = [
-        "## Other engines\n", origin(entry),
+        "## Other engines\n",
+        origin(entry),
         f"On random weights in the shape of `{c['shape']}`, {c['threads']} threads, greedy, end of "
         f"sequence ignored, the same prompts; one engine after the other in the run of "
         f"{result['run']}, each in a process of its own. {loads}. Dtype bfloat16 unless the name "
@@ -219,7 +301,7 @@ def peers(entry: Result) -> str:
         "`memory` is the process's peak. `same tokens` is the share equal to transformers' in "
         "bfloat16 (with random weights a rounding is enough to part them).\n",
         *table(HEAD, peers_rows(result)),
-    ]  # fmt: skip
+    ]
     lines += [f"\n{reason}" for reason in peers_reasons(result)]
     if notes:
         lines.append("\n" + "; ".join(f"{name}: {note}" for name, note in notes.items()) + ".")
@@ -230,6 +312,8 @@ SECTIONS: dict[str, Callable[[Result], str]] = {
     "bench_throughput": throughput,
     "bench_long": partial(throughput, name="long", title="Long prompts"),
     "bench_single": partial(throughput, name="single", title="One request alone"),
-    "bench_latency": latency, "bench_memory": memory,
-    "bench_kernels": kernels, "peers": peers,
-}  # fmt: skip
+    "bench_latency": latency,
+    "bench_memory": memory,
+    "bench_kernels": kernels,
+    "peers": peers,
+}

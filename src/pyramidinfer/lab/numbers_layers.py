@@ -26,9 +26,20 @@ def icr(entry: dict[str, Any], name: str = "icr", title: str = "What each layer 
     plan = meta["configuration"]
     shares = sorted({row["share"] for row in rows})
     cells = {(row["layer"], row["share"]): row["ratio"] for row in rows}
-    command = ["study", "icr", "--context", str(plan["context"]), "--continuation",
-               str(plan["continuation"]), "--shares", joined(plan["shares"]), "--layers",
-               joined(plan["layers"]), "--samples", str(plan["samples"])]  # fmt: skip
+    command = [
+        "study",
+        "icr",
+        "--context",
+        str(plan["context"]),
+        "--continuation",
+        str(plan["continuation"]),
+        "--shares",
+        joined(plan["shares"]),
+        "--layers",
+        joined(plan["layers"]),
+        "--samples",
+        str(plan["samples"]),
+    ]
     lines = [
         f"## {title}\n",
         origin(meta),
@@ -60,8 +71,18 @@ def rac(entry: dict[str, Any], name: str = "rac", title: str = "Do recent tokens
     plan = meta["configuration"]
     columns = list(dict.fromkeys((row["top"], row["mode"]) for row in rows))
     chance = {row["top"]: row["chance"] for row in rows}
-    command = ["study", "rac", "--context", str(plan["context"]), "--top", joined(plan["tops"]),
-               "--bins", str(plan["bins"]), "--samples", str(plan["samples"])]  # fmt: skip
+    command = [
+        "study",
+        "rac",
+        "--context",
+        str(plan["context"]),
+        "--top",
+        joined(plan["tops"]),
+        "--bins",
+        str(plan["bins"]),
+        "--samples",
+        str(plan["samples"]),
+    ]
 
     def cell(layer: int | None, top: float, mode: str) -> str:
         mine = [row for row in rows if (row["top"], row["mode"]) == (top, mode)]

@@ -50,10 +50,12 @@ def _ruler(title: str, name: str, words: str, entry: Result) -> str:
         command += ["--protocols", plan["protocols"][0]]
     command += ["--samples", str(plan["samples"])]
     lines = [
-        f"## {title}\n", origin(meta),
+        f"## {title}\n",
+        origin(meta),
         f"On {subject_words(plan['subject'])}; {_samples(entry['rows'])} a task. {words}\n",
-        command_block(command, plan["subject"], plan["seed"], *json_option(name)), HOW + "\n",
-    ]  # fmt: skip
+        command_block(command, plan["subject"], plan["seed"], *json_option(name)),
+        HOW + "\n",
+    ]
     cells: dict[tuple[int, str, float], dict[str, Row]] = {}
     for row in means:
         cell = cells.setdefault((row["length"], row["policy"], row["keep"]), {})
@@ -66,18 +68,28 @@ def _ruler(title: str, name: str, words: str, entry: Result) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _mean_row(key: tuple[int, str, float], found: dict[str, Row], protocols: list[str]
-              ) -> list[str]:  # fmt: skip
+def _mean_row(
+    key: tuple[int, str, float], found: dict[str, Row], protocols: list[str]
+) -> list[str]:
     length, policy, keep = key
     first = next(iter(found.values()))
-    cells = [f"{length:,}", label(policy), f"{keep:g}", percent(first["kv_share"]),
-             percent(first["prefill_share"])]  # fmt: skip
+    cells = [
+        f"{length:,}",
+        label(policy),
+        f"{keep:g}",
+        percent(first["kv_share"]),
+        percent(first["prefill_share"]),
+    ]
     for protocol in protocols:
         row = found.get(protocol)
-        cells += ["–", "–"] if row is None else [
-            estimate(row["score"], row["score_ci"]),
-            "" if policy == "full" else estimate(row["lost"], row["lost_ci"]),
-        ]  # fmt: skip
+        cells += (
+            ["–", "–"]
+            if row is None
+            else [
+                estimate(row["score"], row["score_ci"]),
+                "" if policy == "full" else estimate(row["lost"], row["lost_ci"]),
+            ]
+        )
     return cells
 
 
@@ -119,18 +131,24 @@ def _study(study: str, title: str, name: str, entry: Result, more: str = "") -> 
     command += ["--compress-idle"] if plan.get("compress_idle") else []
     command += ["--samples", str(plan["samples"])]
     lines = [
-        f"## {title}\n", origin(meta),
+        f"## {title}\n",
+        origin(meta),
         f"On {subject_words(plan['subject'])}. {WORDS[study]}{more and ' '}{more}\n",
         command_block(command, plan["subject"], plan["seed"], *json_option(name)),
-    ]  # fmt: skip
+    ]
     lines += table(
         ["policy", "keep", "KV", *columns, "samples"],
         (
-            [label(row["policy"]), f"{row['keep']:g}", percent(row["kv_share"]),
-             *(show(row) for show in columns.values()), str(row["samples"])]
+            [
+                label(row["policy"]),
+                f"{row['keep']:g}",
+                percent(row["kv_share"]),
+                *(show(row) for show in columns.values()),
+                str(row["samples"]),
+            ]
             for row in rows
         ),
-    )  # fmt: skip
+    )
     return "\n".join(lines) + f"\n\n![{title}](images/{name}.png)\n"
 
 
@@ -148,19 +166,23 @@ WORDS = {
 }
 COLUMNS: dict[str, dict[str, Callable[[Row], str]]] = {
     "turns": {
-        "answered": _with_ci("score"), "lost": _with_ci("lost"),
+        "answered": _with_ci("score"),
+        "lost": _with_ci("lost"),
         "turn 2, 3, 4": lambda row: ", ".join(f"{each:.2f}" for each in row["by_turn"]),
     },
     "text": {
-        "tokens": lambda row: f"{row['context']:,}", "perplexity": _with_ci("perplexity"),
-        "over full": _with_ci("ratio"), "KL": _with_ci("kl"),
+        "tokens": lambda row: f"{row['context']:,}",
+        "perplexity": _with_ci("perplexity"),
+        "over full": _with_ci("ratio"),
+        "KL": _with_ci("kl"),
     },
     "long": {
-        "perplexity": lambda row: f"{row['perplexity']:.2f}", "lost": _with_ci("lost"),
+        "perplexity": lambda row: f"{row['perplexity']:.2f}",
+        "lost": _with_ci("lost"),
         "same first": lambda row: f"{row['same_tokens']:.0f}",
         "repeated": lambda row: f"{row['repetition']:.2f}",
     },
-}  # fmt: skip
+}
 
 
 def kept(entry: Result) -> str:
@@ -169,7 +191,8 @@ def kept(entry: Result) -> str:
     versions = result["versions"]
     reasons = {row["policy"]: row["why"] for row in result["rows"] if row["why"]}
     lines = [
-        "## The same entries as kvpress?\n", origin(entry),
+        "## The same entries as kvpress?\n",
+        origin(entry),
         f"Methods that [kvpress](https://github.com/NVIDIA/kvpress) {versions['kvpress']} (with "
         f"transformers {versions['transformers']}) has, too, on one text: `{c['model']}` in "
         f"float32, {c['length']:,} tokens of {c['source']}, keep={c['keep']:g}, the same options. "
@@ -185,7 +208,7 @@ def kept(entry: Result) -> str:
         *table(HEAD, [[f"`{cells[0]}`", *cells[1:]] for cells in kept_rows(result)]),
         "\nWhat differs by definition:\n",
         *(f"- `{policy}`: {why}." for policy, why in reasons.items()),
-    ]  # fmt: skip
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -204,38 +227,53 @@ def lead(results: dict[str, Result]) -> list[str]:
     ):
         first = next(iter(found.values()))
         scores = [found[each]["score"] if each in found else None for each in PROTOCOLS]
-        rows.append([
-            label(name), percent(first["kv_share"]), percent(first["prefill_share"]),
-            *("–" if score is None else f"{score:.2f}" for score in scores),
-        ])  # fmt: skip
+        rows.append(
+            [
+                label(name),
+                percent(first["kv_share"]),
+                percent(first["prefill_share"]),
+                *("–" if score is None else f"{score:.2f}" for score in scores),
+            ]
+        )
     return [
         f"**On a real model**: SmolLM2-135M, RULER at {full['length']:,} tokens, the "
         f"{len(full['tasks'])} tasks that the full cache can do.\n",
-        *table(["policy", "KV", "computed", *PROTOCOLS], rows), "",
-    ]  # fmt: skip
+        *table(["policy", "KV", "computed", *PROTOCOLS], rows),
+        "",
+    ]
 
 
 SECTIONS: dict[str, Callable[[Result], str]] = {
     "ruler": partial(
-        _pictured, "RULER on a real model", "ruler",
+        _pictured,
+        "RULER on a real model",
+        "ruler",
         "All policies get the same samples; each as published but for `keep`.",
     ),
     "heads_ruler": partial(
-        _pictured, "Budgets by head, heads dealt once, and window scores alone", "heads_ruler",
+        _pictured,
+        "Budgets by head, heads dealt once, and window scores alone",
+        "heads_ruler",
         "Tasks that the full cache can do; `pyramid`, `duo` with `spare=.1` (the default at the "
         "commit of its rows), and `snapkv`.",
     ),
     "heads_needle": partial(
-        _ruler, "One needle, asked for later, heads dealt once", "heads_needle",
+        _ruler,
+        "One needle, asked for later, heads dealt once",
+        "heads_needle",
         "`duo` with `spare=.1`, the default at that commit, at falling budgets: which head keeps "
         "everything was found once, on plain text.",
     ),
     "heads_spare": partial(
-        _ruler, "Heads dealt by need alone", "heads_spare",
+        _ruler,
+        "Heads dealt by need alone",
+        "heads_spare",
         "Three of these tasks with `spare=0`, the default now, the question after.",
     ),
     "later_ruler": partial(
-        _pictured, "The question that comes later", "later_ruler",
+        _pictured,
+        "The question that comes later",
+        "later_ruler",
         "Methods that look at keys, at queries to come, or at the text when it is read again, "
         "beside budgets by head (`pyramid`) and chunks by the window's scores; the question after. "
         "Computed above 100 %: `kvzip` reads a text twice.",
@@ -243,27 +281,42 @@ SECTIONS: dict[str, Callable[[Result], str]] = {
     "kept_kvpress": kept,
     "heads_turns": partial(_study, "turns", "A chat, heads dealt once", "heads_turns"),
     "heads_turns_idle": partial(
-        _study, "turns", "A chat, recompressed between turns", "heads_turns_idle",
+        _study,
+        "turns",
+        "A chat, recompressed between turns",
+        "heads_turns_idle",
         more="Between two turns the cache is chosen anew, as many entries in every head, by what "
         "the model needs to repeat the text (`serve --compress-idle`); the same chats as above.",
     ),
     "decode_long": partial(_study, "long", "Long answers, cut while they grow", "decode_long"),
     "ruler_long": partial(
-        _pictured, "RULER, longer", "ruler_long", "The full cache, the paper's rule, the default.",
+        _pictured,
+        "RULER, longer",
+        "ruler_long",
+        "The full cache, the paper's rule, the default.",
     ),
     "trial_1000": partial(
-        _ruler, "One needle, 1,000 tokens", "trial_1000",
+        _ruler,
+        "One needle, 1,000 tokens",
+        "trial_1000",
         "What loses the answer: points instead of spans (`kernel`), and an early start.",
     ),
     "trial_2000": partial(
-        _ruler, "One needle, 2,000 tokens", "trial_2000",
+        _ruler,
+        "One needle, 2,000 tokens",
+        "trial_2000",
         "Published settings, and wide spans with a late start; `pyramid` is the rule before.",
     ),
     "trial_four": partial(
-        _ruler, "Four needles, one asked for", "trial_four", "The same settings, RULER's multikey.",
+        _ruler,
+        "Four needles, one asked for",
+        "trial_four",
+        "The same settings, RULER's multikey.",
     ),
     "trial_after": partial(
-        _ruler, "One needle, asked for after compression", "trial_after",
+        _ruler,
+        "One needle, asked for after compression",
+        "trial_after",
         "What wide spans and a late start are worth where the question comes later.",
     ),
     **{
@@ -276,9 +329,7 @@ SECTIONS: dict[str, Callable[[Result], str]] = {
         for model, name in MODELS.items()
     },
     **{
-        f"rac_{model}": partial(
-            rac, name=f"rac_{model}", title=f"Do recent tokens agree? {name}"
-        )
+        f"rac_{model}": partial(rac, name=f"rac_{model}", title=f"Do recent tokens agree? {name}")
         for model, name in MODELS.items()
     },
-}  # fmt: skip
+}

@@ -51,7 +51,8 @@ def load(entry: Result) -> str:
     c, result = entry["configuration"], entry["result"]
     memory = "" if c["url"] else f", each with {c['kv_memory']} of KV memory"
     lines = [
-        "## A server under load\n", origin(entry),
+        "## A server under load\n",
+        origin(entry),
         f"On {_model(result)} over HTTP; {c['requests']} requests of {c['prompt_len']:,} prompt "
         f"tokens and {c['output_len']} generated ones at each rate; one server for each policy"
         f"{memory}, keep {c['keep']:g}. Policies take turns at each rate, with the same prompts "
@@ -63,20 +64,41 @@ def load(entry: Result) -> str:
         "(mean of a request). `times` compares output tokens/s with the first policy's; as long as "
         "a server keeps up, the arrivals decide them. `at once` is the most requests that ran at "
         "the same time. Client and server share the machine.\n",
-    ]  # fmt: skip
-    head = ["requests/s", "policy", "done", "429", "failed", "TTFT, ms", "ITL, ms",
-            "output tokens/s", "times", "done/s", "good/s", "at once"]  # fmt: skip
-    lines += table(head, [
+    ]
+    head = [
+        "requests/s",
+        "policy",
+        "done",
+        "429",
+        "failed",
+        "TTFT, ms",
+        "ITL, ms",
+        "output tokens/s",
+        "times",
+        "done/s",
+        "good/s",
+        "at once",
+    ]
+    lines += table(
+        head,
         [
-            rate(row), f"`{row['policy']}`", str(row["completed"]), str(row["refused"]),
-            str(row["failed"]), _latency(row["first_token_seconds"]),
-            _latency(row["inter_token_seconds"]), f"{row['output_tokens_per_second']:.0f}",
-            _times(row["throughput_against_first"]), f"{row['requests_per_second']:.2f}",
-            f"{row['goodput']:.2f}",
-            "–" if row["peak_running"] is None else f"{row['peak_running']:.0f}",
-        ]
-        for row in result["rows"]
-    ])  # fmt: skip
+            [
+                rate(row),
+                f"`{row['policy']}`",
+                str(row["completed"]),
+                str(row["refused"]),
+                str(row["failed"]),
+                _latency(row["first_token_seconds"]),
+                _latency(row["inter_token_seconds"]),
+                f"{row['output_tokens_per_second']:.0f}",
+                _times(row["throughput_against_first"]),
+                f"{row['requests_per_second']:.2f}",
+                f"{row['goodput']:.2f}",
+                "–" if row["peak_running"] is None else f"{row['peak_running']:.0f}",
+            ]
+            for row in result["rows"]
+        ],
+    )
     most = [
         f"`{row['policy']}` {row['peak_running']:.0f}"
         + (f" ({row['against_first']:.2f} times)" if row["against_first"] else "")
@@ -96,7 +118,8 @@ def _times(values: dict[str, float] | None) -> str:
 def conversations(entry: Result, name: str = "turns", title: str = "Conversations") -> str:
     c, result = entry["configuration"], entry["result"]
     lines = [
-        f"## {title}\n", origin(entry),
+        f"## {title}\n",
+        origin(entry),
         f"On {_model(result)} over HTTP, one at a time; {c['conversations']} conversations of "
         f"{c['turns']} turns: {c['prompt_len']:,} tokens first, {c['turn_len']} new ones a turn, "
         f"{c['output_len']} generated; keep {c['keep']:g}, {c['kv_memory']} of KV memory.\n",
@@ -105,28 +128,46 @@ def conversations(entry: Result, name: str = "turns", title: str = "Conversation
         "prompt (`reuse: false`), `reuse` takes up the cache that the turn before left. Both are "
         "asked turn by turn on the same server; `times faster` is within a conversation, in "
         "brackets the range. `kept` is entries a layer at the turn's end.\n",
-    ]  # fmt: skip
-    head = ["policy", "turn", "prompt", "reused", "tokens cached", "anew, ms", "reuse, ms",
-            "times faster", "kept anew", "kept with reuse"]  # fmt: skip
-    lines += table(head, [
+    ]
+    head = [
+        "policy",
+        "turn",
+        "prompt",
+        "reused",
+        "tokens cached",
+        "anew, ms",
+        "reuse, ms",
+        "times faster",
+        "kept anew",
+        "kept with reuse",
+    ]
+    lines += table(
+        head,
         [
-            f"`{row['policy']}`", str(row["turn"]), f"{row['prompt_tokens']:,}",
-            f"{row['reused']} of {row['conversations']}",
-            f"{row['cached_tokens']['reuse']['median']:,.0f}",
-            *(f"{1e3 * row['first_token_seconds'][mode]['median']:.1f}"
-              for mode in ("anew", "reuse")),
-            _times(row["times_faster"]),
-            *(f"{row['kv_tokens_kept'][mode]['median']:,.0f}" for mode in ("anew", "reuse")),
-        ]
-        for row in result["rows"]
-    ])  # fmt: skip
+            [
+                f"`{row['policy']}`",
+                str(row["turn"]),
+                f"{row['prompt_tokens']:,}",
+                f"{row['reused']} of {row['conversations']}",
+                f"{row['cached_tokens']['reuse']['median']:,.0f}",
+                *(
+                    f"{1e3 * row['first_token_seconds'][mode]['median']:.1f}"
+                    for mode in ("anew", "reuse")
+                ),
+                _times(row["times_faster"]),
+                *(f"{row['kv_tokens_kept'][mode]['median']:,.0f}" for mode in ("anew", "reuse")),
+            ]
+            for row in result["rows"]
+        ],
+    )
     return "\n".join([*lines, f"\n![{title.lower()}](images/bench_{name}.png)\n"])
 
 
 def guidellm(entry: Result) -> str:
     c, result = entry["configuration"], entry["result"]
     lines = [
-        "## The same server under guidellm\n", origin(entry),
+        "## The same server under guidellm\n",
+        origin(entry),
         f"{result['version'].replace('==', ' ')}, a load generator by others, on the shipped "
         f"model: {c['prompt_len']:,} prompt tokens, {c['output_len']} generated, Poisson arrivals "
         f"for {c['seconds']:g} seconds at each rate; {c['kv_memory']} of KV memory, keep "
@@ -135,20 +176,39 @@ def guidellm(entry: Result) -> str:
         "How to read it: the figures are guidellm's own, and of requests that were answered in "
         "time; `cut off` are those still running when the time was over. Latencies are p50 / p99, "
         "of requests.\n",
-    ]  # fmt: skip
-    head = ["requests/s", "policy", "done", "errors", "cut off", "TTFT, ms", "ITL, ms",
-            "output tokens/s", "done/s", "at once, mean"]  # fmt: skip
-    lines += table(head, [
+    ]
+    head = [
+        "requests/s",
+        "policy",
+        "done",
+        "errors",
+        "cut off",
+        "TTFT, ms",
+        "ITL, ms",
+        "output tokens/s",
+        "done/s",
+        "at once, mean",
+    ]
+    lines += table(
+        head,
         [
-            f"{row['rate']:g}", f"`{row['policy']}`", str(row["completed"]), str(row["errors"]),
-            str(row["cut_off"]),
-            *(f"{row[key]['p50']:,.{digits}f} / {row[key]['p99']:,.{digits}f}"
-              for key, digits in (("first_token_ms", 0), ("inter_token_ms", 1))),
-            f"{row['output_tokens_per_second']:.0f}", f"{row['requests_per_second']:.2f}",
-            f"{row['concurrency']:.1f}",
-        ]
-        for row in sorted(result["rows"], key=lambda row: row["rate"])
-    ])  # fmt: skip
+            [
+                f"{row['rate']:g}",
+                f"`{row['policy']}`",
+                str(row["completed"]),
+                str(row["errors"]),
+                str(row["cut_off"]),
+                *(
+                    f"{row[key]['p50']:,.{digits}f} / {row[key]['p99']:,.{digits}f}"
+                    for key, digits in (("first_token_ms", 0), ("inter_token_ms", 1))
+                ),
+                f"{row['output_tokens_per_second']:.0f}",
+                f"{row['requests_per_second']:.2f}",
+                f"{row['concurrency']:.1f}",
+            ]
+            for row in sorted(result["rows"], key=lambda row: row["rate"])
+        ],
+    )
     words = sorted({word for row in result["rows"] for word in row["error_words"]})
     lines += [f"\nErrors: {'; '.join(words)}."] if words else []
     return "\n".join(lines) + "\n"
@@ -157,15 +217,18 @@ def guidellm(entry: Result) -> str:
 def soak(entry: Result) -> str:
     c, result = entry["configuration"], entry["result"]
     outcomes, after, memory = result["outcomes"], result["after"], result["memory"]
-    statuses = ", ".join(f"{n:,} with {status}" for status, n in sorted(result["statuses"].items())
-                         if status != "0")  # fmt: skip
+    statuses = ", ".join(
+        f"{n:,} with {status}" for status, n in sorted(result["statuses"].items()) if status != "0"
+    )
     lines = [
-        "## Soak\n", origin(entry),
+        "## Soak\n",
+        origin(entry),
         f"{c['clients']} clients at once for {c['seconds']:g} seconds on {c['kv_memory']} of KV "
         f"memory and a queue of {c['max_waiting']}; mixed policies, budgets, lengths and options; "
         "a third of them hang up at a random moment.\n",
         _block(["python", "-m", "pyramidinfer.lab.soak"], c, SoakPlan, "soak"),
-        "| measure | figure |", "|---|---|",
+        "| measure | figure |",
+        "|---|---|",
         f"| requests | {result['requests']:,}: {outcomes.get('completed', 0):,} answered, "
         f"{outcomes.get('left', 0):,} left, {outcomes.get('refused', 0):,} refused (429), "
         f"{outcomes.get('failed', 0):,} failed |",
@@ -178,7 +241,7 @@ def soak(entry: Result) -> str:
         f"conversations that may go on: {after['pyramidinfer:pool_pages_reusable']:.0f} |",
         f"| the pool's own checks | {after['pyramidinfer:pool_checks_total']:.0f}, failed: "
         f"{after['pyramidinfer:pool_check_failures_total']:.0f} |",
-    ]  # fmt: skip
+    ]
     if memory is not None:
         lines.append(
             f"| resident memory | {memory['warm_bytes'] / 2**20:.0f} MiB after warm-up, "
@@ -196,19 +259,23 @@ def fuzz(entry: Result) -> str:
     for name in ("cases", "seed"):
         words += [f"--{name}", str(c[name])] if c.get(name) else []
     lines = [
-        "## Requests that nobody would send\n", origin(entry),
+        "## Requests that nobody would send\n",
+        origin(entry),
         f"{result['cases']:,} requests in {result['seconds']:.0f} seconds, made from the server's "
         "own OpenAPI document (schemathesis), from known names with any values, and from bodies "
         f"with bytes changed. **{result['failures']:,} failures**: no answer, a status of 500 or "
         "more, or an error that has not OpenAI's shape.\n",
         f"```bash\n{shlex.join([*words, *json_option('fuzz')])}\n```\n",
-    ]  # fmt: skip
+    ]
     by_operation = result.get("by_operation", {})
     if by_operation:
-        lines += table(["operation", "requests", "statuses"], [
-            [f"`{name}`", f"{each['cases']:,}", _statuses(each["statuses"])]
-            for name, each in by_operation.items()
-        ])  # fmt: skip
+        lines += table(
+            ["operation", "requests", "statuses"],
+            [
+                [f"`{name}`", f"{each['cases']:,}", _statuses(each["statuses"])]
+                for name, each in by_operation.items()
+            ],
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -217,7 +284,10 @@ def _statuses(counts: dict[str, int]) -> str:
 
 
 SECTIONS: dict[str, Callable[[Result], str]] = {
-    "bench_serve": load, "bench_turns": conversations,
+    "bench_serve": load,
+    "bench_turns": conversations,
     "bench_turns_long": partial(conversations, name="turns_long", title="Long conversations"),
-    "guidellm": guidellm, "soak": soak, "fuzz": fuzz,
-}  # fmt: skip
+    "guidellm": guidellm,
+    "soak": soak,
+    "fuzz": fuzz,
+}

@@ -16,10 +16,20 @@ from pyramidinfer.lab.study import Row
 from pyramidinfer.policies import POLICIES
 
 __all__ = [
-    "command_block", "estimate", "joined", "json_option", "label",
-    "load_results", "origin", "paired_difference", "paired_ratio", "percent", "quality",
-    "subject_words", "table",
-]  # fmt: skip
+    "command_block",
+    "estimate",
+    "joined",
+    "json_option",
+    "label",
+    "load_results",
+    "origin",
+    "paired_difference",
+    "paired_ratio",
+    "percent",
+    "quality",
+    "subject_words",
+    "table",
+]
 
 Result = dict[str, Any]
 
@@ -94,8 +104,13 @@ def joined(values: Iterable[Any]) -> str:
 def command_block(words: Sequence[str], subject: dict[str, Any], seed: int, *target: str) -> str:
     """What measures it again, as a block; settings that every command has come from ``subject``."""
     more = []
-    for option, usual in (("model", SHIPPED), ("text", None), ("dtype", "float32"),
-                          ("device", "auto"), ("kv_memory", "512MiB")):  # fmt: skip
+    for option, usual in (
+        ("model", SHIPPED),
+        ("text", None),
+        ("dtype", "float32"),
+        ("device", "auto"),
+        ("kv_memory", "512MiB"),
+    ):
         if subject[option] != usual:
             more += [f"--{option.replace('_', '-')}", str(subject[option])]
     more += ["--seed", str(seed)] if seed else []
@@ -121,8 +136,14 @@ def _grid_head(title: str, name: str, entry: Result, words: str) -> list[str]:
     command = ["study", "quality"]
     if list(grid["policies"]) != list(POLICIES):
         command += ["--policies", " ".join(grid["policies"])]
-    command += ["--keeps", joined(grid["keeps"]), "--contexts", joined(grid["contexts"]),
-                "--samples", str(grid["samples"])]  # fmt: skip
+    command += [
+        "--keeps",
+        joined(grid["keeps"]),
+        "--contexts",
+        joined(grid["contexts"]),
+        "--samples",
+        str(grid["samples"]),
+    ]
     if "passages" in grid:
         command += ["--passages", f"{grid['passages']:g}"]
     return [
@@ -160,11 +181,13 @@ def quality(entry: Result) -> str:
     rows = entry["rows"]
     cells, contexts = _by_cell(rows), _contexts(rows)
     lines = _grid_head(
-        "Quality against bytes", "quality", entry,
+        "Quality against bytes",
+        "quality",
+        entry,
         "How to read it: `KV` is the share of the full cache's bytes after the context, `prefill` "
         "the share of layer-tokens computed; compare recall between rows of equal `KV`, not of "
         "equal `keep`. In brackets: 95 % (Wilson).",
-    )  # fmt: skip
+    )
     head = ["policy", "keep"]
     for context in contexts:
         head += [f"recall at {context:,}", "KV", "prefill"]
@@ -209,9 +232,18 @@ def _better_than_pyramid(rows: list[Row]) -> list[str]:
                 continue
             if min(sign * x for x in theirs) > max(sign * x for x in ours):
                 name = "divergence" if measure == "kl" else measure
-                found.append([f"{context:,}", f"{keep:g}", label(spec), name,
-                              estimate(row[measure], theirs, form), _kv(row),
-                              estimate(mine[measure], ours, form), _kv(mine)])  # fmt: skip
+                found.append(
+                    [
+                        f"{context:,}",
+                        f"{keep:g}",
+                        label(spec),
+                        name,
+                        estimate(row[measure], theirs, form),
+                        _kv(row),
+                        estimate(mine[measure], ours, form),
+                        _kv(mine),
+                    ]
+                )
     if not any(row["policy"] == "pyramid" for row in rows):
         return []
     words = "Where another policy's 95 % interval lies wholly on the better side of pyramid's"
@@ -233,16 +265,23 @@ def paired_difference(mine: Sequence[int], other: Sequence[int]) -> tuple[float,
     return _resampled(mine, other, lambda a, b: a.mean(-1) - b.mean(-1))
 
 
-def _resampled(mine: Sequence[int], other: Sequence[int],
-               figure: Callable[[np.ndarray, np.ndarray], np.ndarray]
-               ) -> tuple[float, float, float]:  # fmt: skip
+def _resampled(
+    mine: Sequence[int],
+    other: Sequence[int],
+    figure: Callable[[np.ndarray, np.ndarray], np.ndarray],
+) -> tuple[float, float, float]:
     if len(mine) != len(other):
         raise ValueError(f"{len(mine)} and {len(other)} answers are not pairs")
     first, second = np.array(mine, dtype=np.float64), np.array(other, dtype=np.float64)
     with np.errstate(invalid="ignore", divide="ignore"):
         drawn = stats.bootstrap(
-            (first, second), lambda a, b, axis: figure(a, b), paired=True, vectorized=True,
-            n_resamples=RESAMPLES, method="percentile", rng=0,
-        ).bootstrap_distribution  # fmt: skip
+            (first, second),
+            lambda a, b, axis: figure(a, b),
+            paired=True,
+            vectorized=True,
+            n_resamples=RESAMPLES,
+            method="percentile",
+            rng=0,
+        ).bootstrap_distribution
     low, high = np.percentile(drawn[np.isfinite(drawn)], (2.5, 97.5))
     return float(figure(first, second)), float(low), float(high)

@@ -46,8 +46,9 @@ def draw_icr(rows: list[Row], path: Path) -> Path:
     left.set_title(
         f"One layer pruned, the others whole ({counted(rows)}); dashed: full cache, "
         f"{rows[0]['full_perplexity']:.4g}",
-        loc="left", fontsize=11,
-    )  # fmt: skip
+        loc="left",
+        fontsize=11,
+    )
     left.spines[["top", "right"]].set_visible(False)
     _depth_bar(figure, left, layers, colours, norm)
     _divergence_map(figure, right, cells, layers, shares)
@@ -57,8 +58,14 @@ def draw_icr(rows: list[Row], path: Path) -> Path:
 
 def _redundancy_curve(axis: Any, rows: list[Row], colour: Any) -> None:
     shares = [row["share"] for row in rows]
-    axis.plot(shares, [row["perplexity"] for row in rows], marker="o", markersize=3,
-              linewidth=1.4, color=colour)  # fmt: skip
+    axis.plot(
+        shares,
+        [row["perplexity"] for row in rows],
+        marker="o",
+        markersize=3,
+        linewidth=1.4,
+        color=colour,
+    )
     if rows[0]["log_ratio_low"] is None:
         return
     full = rows[0]["full_perplexity"]
@@ -68,8 +75,9 @@ def _redundancy_curve(axis: Any, rows: list[Row], colour: Any) -> None:
     axis.fill_between(shares, low, high, color=colour, alpha=0.12, linewidth=0)
 
 
-def _name_worst(axis: Any, cells: dict[tuple[int, float], Row], layers: list[int],
-                shares: list[float]) -> None:  # fmt: skip
+def _name_worst(
+    axis: Any, cells: dict[tuple[int, float], Row], layers: list[int], shares: list[float]
+) -> None:
     """Write their number beside the curves that suffer most at the smallest share."""
     placed: list[float] = []
     for layer in sorted(layers, key=lambda layer: -cells[layer, shares[0]]["log_ratio"])[:4]:
@@ -103,14 +111,22 @@ def _depth_bar(figure: Figure, axis: Any, layers: list[int], colours: Any, norm:
     bar.set_label("layer")
 
 
-def _divergence_map(figure: Figure, axis: Any, cells: dict[tuple[int, float], Row],
-                    layers: list[int], shares: list[float]) -> None:  # fmt: skip
+def _divergence_map(
+    figure: Figure,
+    axis: Any,
+    cells: dict[tuple[int, float], Row],
+    layers: list[int],
+    shares: list[float],
+) -> None:
     values = np.array([[cells[layer, share]["kl"] for share in shares] for layer in layers])
     low = 1e-4
     image = axis.imshow(
-        np.maximum(values, low), aspect="auto", origin="upper", cmap="magma_r",
+        np.maximum(values, low),
+        aspect="auto",
+        origin="upper",
+        cmap="magma_r",
         norm=LogNorm(low, max(float(values.max()), 10 * low)),
-    )  # fmt: skip
+    )
     axis.set_xticks(range(len(shares)), [f"{share * 100:g}" for share in shares])
     every = -(-len(layers) // 16)
     axis.set_yticks(range(0, len(layers), every), [str(layer) for layer in layers[::every]])
@@ -125,8 +141,15 @@ def _divergence_map(figure: Figure, axis: Any, cells: dict[tuple[int, float], Ro
         value = values[row, column]
         shown = "" if value < low else f"{value:.2g}" if value >= 1e-3 else f"{value:.0e}"
         dark = image.norm(max(value, low)) > 0.55
-        axis.text(column, row, shown.replace("e-0", "e-"), ha="center", va="center", fontsize=7.5,
-                  color="white" if dark else "0.25")  # fmt: skip
+        axis.text(
+            column,
+            row,
+            shown.replace("e-0", "e-"),
+            ha="center",
+            va="center",
+            fontsize=7.5,
+            color="white" if dark else "0.25",
+        )
 
 
 def draw_rac(rows: list[Row], path: Path) -> Path:
@@ -157,8 +180,14 @@ def _consistency_map(axis: Any, rows: list[Row], layers: list[int], norm: Any) -
     for row in rows:
         values[layers.index(row["layer"]), edges.index(row["distance_low"])] = row["overlap"]
     end = max(row["distance_high"] for row in rows) * 100
-    image = axis.imshow(values, aspect="auto", origin="upper", cmap="viridis", norm=norm,
-                        extent=(0, end, len(layers) - 0.5, -0.5))  # fmt: skip
+    image = axis.imshow(
+        values,
+        aspect="auto",
+        origin="upper",
+        cmap="viridis",
+        norm=norm,
+        extent=(0, end, len(layers) - 0.5, -0.5),
+    )
     every = -(-len(layers) // 16)
     axis.set_yticks(range(0, len(layers), every), [str(layer) for layer in layers[::every]])
     what = {"single": "Single token", "ensemble": "Ensemble of a 20 % window"}[rows[0]["mode"]]
@@ -185,8 +214,9 @@ def legend(figure: Figure, axis: Any) -> None:
         return
     column = 0.72 + 0.088 * max(map(len, texts))  # inches, at this size of type
     columns = max(1, min(len(texts), int((figure.get_figwidth() - 0.4) / column)))
-    figure.legend(handles, texts, loc="outside lower center", ncols=columns, frameon=False,
-                  fontsize=9)  # fmt: skip
+    figure.legend(
+        handles, texts, loc="outside lower center", ncols=columns, frameon=False, fontsize=9
+    )
 
 
 def save(figure: Figure, path: Path) -> Path:

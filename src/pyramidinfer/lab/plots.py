@@ -18,8 +18,9 @@ __all__ = ["draw_curve", "draw_pyramid", "draw_training"]
 KEPT, NEEDLE, GONE = (0.20, 0.38, 0.62), (0.86, 0.25, 0.16), (0.93, 0.94, 0.96)
 
 
-def draw_pyramid(traces: list[tuple[str, Trace]], words: list[str], needle: tuple[int, int],
-                 path: Path) -> Path:  # fmt: skip
+def draw_pyramid(
+    traces: list[tuple[str, Trace]], words: list[str], needle: tuple[int, int], path: Path
+) -> Path:
     """Prompt along x, layers along y: which token is kept in which layer, by how many heads.
 
     ``words``: the prompt's tokens as they read;  ``needle``: the span of tokens to mark.  Below
@@ -42,24 +43,27 @@ def draw_pyramid(traces: list[tuple[str, Trace]], words: list[str], needle: tupl
     return path
 
 
-def _draw_grid(axis: Any, kept: np.ndarray, computed: float, needle: tuple[int, int], title: str
-               ) -> None:  # fmt: skip
+def _draw_grid(
+    axis: Any, kept: np.ndarray, computed: float, needle: tuple[int, int], title: str
+) -> None:
     """``kept`` ``[layers, tokens]``: share of the KV heads that keep the token."""
     depth, length = kept.shape
     inside = np.zeros(length, dtype=bool)
     inside[needle[0] : needle[1]] = True
     colour = np.where(inside[:, None], np.array(NEEDLE), np.array(KEPT))
     image = np.array(GONE) + kept[..., None] * (colour - np.array(GONE))
-    axis.imshow(image, aspect="auto", interpolation="nearest", origin="upper",
-                extent=(0, length, depth, 0))  # fmt: skip
+    axis.imshow(
+        image, aspect="auto", interpolation="nearest", origin="upper", extent=(0, length, depth, 0)
+    )
     frame = (needle[0] - 0.5, 0), needle[1] - needle[0] + 1, depth
     axis.add_patch(Rectangle(*frame, fill=False, edgecolor=NEEDLE, linewidth=1.2))
     whole = int((kept[:, inside] > 0).all(1).sum())
     axis.set_title(
         f"{title}: {computed:.0%} of layer-tokens computed, {kept.mean():.0%} kept; "
         f"{whole} of {depth} layers keep the whole needle",
-        loc="left", fontsize=11,
-    )  # fmt: skip
+        loc="left",
+        fontsize=11,
+    )
     axis.set_ylabel("layer")
     shown = range(0, depth, -(-depth // 16))
     axis.set_yticks(np.array(shown) + 0.5, [str(layer) for layer in shown], fontsize=8)
@@ -69,8 +73,9 @@ def _draw_grid(axis: Any, kept: np.ndarray, computed: float, needle: tuple[int, 
     )
 
 
-def _draw_excerpt(axis: Any, survived: np.ndarray, words: list[str], needle: tuple[int, int]
-                  ) -> None:  # fmt: skip
+def _draw_excerpt(
+    axis: Any, survived: np.ndarray, words: list[str], needle: tuple[int, int]
+) -> None:
     """Words around the needle; the number over each is how many layers keep it."""
     first = max(0, needle[0] - 6)
     last = min(len(words), first + 22)
@@ -85,9 +90,18 @@ def _draw_excerpt(axis: Any, survived: np.ndarray, words: list[str], needle: tup
         share = layers / survived.shape[0]
         colour = NEEDLE if marked else (0.1, 0.1, 0.1)
         middle = at + size * unit / 2
-        axis.text(middle, 0.52, words[index], ha="center", va="center", fontsize=10.5,
-                  family="monospace", color=colour, alpha=0.35 + 0.65 * share,
-                  fontweight="bold" if marked else "normal")  # fmt: skip
+        axis.text(
+            middle,
+            0.52,
+            words[index],
+            ha="center",
+            va="center",
+            fontsize=10.5,
+            family="monospace",
+            color=colour,
+            alpha=0.35 + 0.65 * share,
+            fontweight="bold" if marked else "normal",
+        )
         axis.text(middle, 0.86, str(layers), ha="center", va="center", fontsize=8, color="0.4")
         at += size * unit
     axis.text(
@@ -95,8 +109,16 @@ def _draw_excerpt(axis: Any, survived: np.ndarray, words: list[str], needle: tup
     )
 
 
-def draw_curve(points: list[tuple[float, float]], path: Path, *, title: str, xlabel: str,
-               ylabel: str, level: float | None = None, level_name: str = "") -> Path:  # fmt: skip
+def draw_curve(
+    points: list[tuple[float, float]],
+    path: Path,
+    *,
+    title: str,
+    xlabel: str,
+    ylabel: str,
+    level: float | None = None,
+    level_name: str = "",
+) -> Path:
     """One measured curve, with a level to compare it with."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axis = figure.subplots()
@@ -126,8 +148,12 @@ def draw_training(rows: list[dict[str, Any]], path: Path) -> Path:
     axis.set_ylim(0, 1.15)
     twin = axis.twinx()
     growing = [row for row in rows if row["stage"] not in ("mixed", "finish")]
-    twin.plot([row["tokens"] / 1e6 for row in growing], [row["length"] for row in growing],
-              color=NEEDLE, linewidth=1)  # fmt: skip
+    twin.plot(
+        [row["tokens"] / 1e6 for row in growing],
+        [row["length"] for row in growing],
+        color=NEEDLE,
+        linewidth=1,
+    )
     twin.set_yscale("log", base=2)
     twin.set_ylabel("sequence length (then mixed)", color=NEEDLE)
     starts = [rows[0]] + [

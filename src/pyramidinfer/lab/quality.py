@@ -104,9 +104,7 @@ def split_specs(text: str) -> tuple[str, ...]:
 
 def run_quality(grid: Grid, out: Path, workers: int = 1) -> list[Path]:
     """Measure the grid, write ``out`` and pictures beside it; returns the pictures."""
-    rows = run_cells(
-        "quality", settings(grid), grid.cells(), partial(measure, grid), out, workers
-    )  # fmt: skip
+    rows = run_cells("quality", settings(grid), grid.cells(), partial(measure, grid), out, workers)
     curves = draw_quality(rows, out.with_suffix(".png"))
     needles = draw_needles(rows, out.with_name(out.stem + "_needles.png"))
     return [curves, needles]
@@ -132,25 +130,31 @@ def measure(grid: Grid, cell: dict[str, Any]) -> list[Row]:
     end = outputs[: grid.long_samples] or outputs
     low, high = interval(loss)
     depths = [n.depth for n in needles]
-    return [{
-        "policy": cell["policy"], "keep": keep, "context": context,
-        "kv_share": share,
-        "kv_share_end": sum(o.kv.bytes for o in end) / sum(o.kv.full_bytes for o in end),
-        "prefill_share": sum(s.metrics.computed_share for s in scores) / len(scores),
-        "recall": sum(right) / len(right),
-        "recall_ci": _proportion(sum(right), len(right)),
-        "recall_by_depth": {
-            f"{depth:.2f}": _mean_at(depth, depths, right) for depth in sorted(set(depths))
-        },
-        "right": right,
-        "perplexity": math.exp(sum(loss) / len(loss)),
-        "perplexity_ci": [math.exp(low), math.exp(high)],
-        "kl": sum(apart) / len(apart), "kl_ci": interval(apart),
-        "agreement": sum(same) / len(same) if same else None,
-        "agreement_ci": interval(same) if same else None,
-        "samples": len(right), "passages": len(scores),
-        "reachable": share <= keep * (1 + SLACK) + 16 / context,
-    }]  # fmt: skip
+    return [
+        {
+            "policy": cell["policy"],
+            "keep": keep,
+            "context": context,
+            "kv_share": share,
+            "kv_share_end": sum(o.kv.bytes for o in end) / sum(o.kv.full_bytes for o in end),
+            "prefill_share": sum(s.metrics.computed_share for s in scores) / len(scores),
+            "recall": sum(right) / len(right),
+            "recall_ci": _proportion(sum(right), len(right)),
+            "recall_by_depth": {
+                f"{depth:.2f}": _mean_at(depth, depths, right) for depth in sorted(set(depths))
+            },
+            "right": right,
+            "perplexity": math.exp(sum(loss) / len(loss)),
+            "perplexity_ci": [math.exp(low), math.exp(high)],
+            "kl": sum(apart) / len(apart),
+            "kl_ci": interval(apart),
+            "agreement": sum(same) / len(same) if same else None,
+            "agreement_ci": interval(same) if same else None,
+            "samples": len(right),
+            "passages": len(scores),
+            "reachable": share <= keep * (1 + SLACK) + 16 / context,
+        }
+    ]
 
 
 def nearest_policy(spec: str, keep: float, subject: Subject) -> Policy:
@@ -198,10 +202,8 @@ def _answer(llm: LLM, grid: Grid, context: int, only: int | None = None) -> list
 def _score(llm: LLM, grid: Grid, context: int) -> list[Score]:
     passages = grid.subject.corpus().passages(
         grid.seed, grid.passages_at(context), context, grid.continuation
-    )  # fmt: skip
-    return llm.score(
-        [p.context for p in passages], [p.continuation for p in passages], logits=True
-    )  # fmt: skip
+    )
+    return llm.score([p.context for p in passages], [p.continuation for p in passages], logits=True)
 
 
 def divergence(full: Score, other: Score) -> float:
@@ -217,7 +219,7 @@ def interval(values: list[float]) -> list[float]:
         return [values[0], values[0]]
     found = stats.bootstrap(
         (np.array(values),), np.mean, n_resamples=2000, method="percentile", rng=0
-    )  # fmt: skip
+    )
     return [float(found.confidence_interval.low), float(found.confidence_interval.high)]
 
 

@@ -30,10 +30,12 @@ def style(names: list[str]) -> dict[str, dict[str, Any]]:
     for index, name in enumerate(names):
         own = name == "pyramid"
         styles[name] = {
-            "color": colours(index % 10), "marker": MARKERS[index % len(MARKERS)],
-            "linewidth": 2.4 if own else 1.2, "markersize": 5.5 if own else 4,
+            "color": colours(index % 10),
+            "marker": MARKERS[index % len(MARKERS)],
+            "linewidth": 2.4 if own else 1.2,
+            "markersize": 5.5 if own else 4,
             "zorder": 3 if own else 2,
-        }  # fmt: skip
+        }
     return styles
 
 
@@ -78,8 +80,9 @@ def draw_quality(rows: list[Row], path: Path) -> Path:
     return save(figure, path)
 
 
-def _draw_line(axis: Any, rows: list[Row], measure: str, look: dict[str, Any], name: str,
-               log: bool) -> None:  # fmt: skip
+def _draw_line(
+    axis: Any, rows: list[Row], measure: str, look: dict[str, Any], name: str, log: bool
+) -> None:
     points = sorted((r for r in rows if r[measure] is not None), key=lambda r: r["kv_share"])
     if not points:
         return
@@ -114,8 +117,11 @@ def draw_needles(rows: list[Row], path: Path) -> Path:
     for line, keep in enumerate(shown):
         for axis, name in zip(axes[line], names, strict=True):
             wanted = 1.0 if name == "full" else keep
-            mine = {r["context"]: r["recall_by_depth"] for r in rows
-                    if r["policy"] == name and r["keep"] == wanted}  # fmt: skip
+            mine = {
+                r["context"]: r["recall_by_depth"]
+                for r in rows
+                if r["policy"] == name and r["keep"] == wanted
+            }
             if not mine:
                 axis.set_axis_off()
                 continue

@@ -77,8 +77,11 @@ def run_rac(plan: RacPlan, out: Path, workers: int = 1) -> Path:
     plan = replace(plan, tops=tuple(dict.fromkeys(plan.tops)))
     cells = [{"passage": index} for index in range(plan.samples)]
     configuration = {
-        **settings(plan), "recent": RECENT, "window": WINDOW, "newest_weight": NEWEST_WEIGHT,
-    }  # fmt: skip
+        **settings(plan),
+        "recent": RECENT,
+        "window": WINDOW,
+        "newest_weight": NEWEST_WEIGHT,
+    }
     found = run_cells("rac", configuration, cells, partial(_work, plan), out, workers)
     rows = _summarise(found, plan.bins)
     publish(out, rows)
@@ -120,10 +123,15 @@ def measure_text(llm: LLM, tokens: TokenIds, tops: tuple[float, ...], bins: int)
             for mode, each in zip(MODES, ranked, strict=True):
                 overlaps = _overlaps(each, count)[:-1]
                 means = [float(overlaps[places == index].mean()) for index in range(bins)]
-                rows.append({
-                    "layer": seen.layer, "top": top, "mode": mode, "overlaps": means,
-                    "chance": count / context,
-                })  # fmt: skip
+                rows.append(
+                    {
+                        "layer": seen.layer,
+                        "top": top,
+                        "mode": mode,
+                        "overlaps": means,
+                        "chance": count / context,
+                    }
+                )
 
     with watch(llm, length - (recent + window - 1), length, take):
         llm.trace(tokens)
@@ -191,8 +199,15 @@ class NewestRows:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
 
-    def prefill(self, queries: Tensor, keys: Tensor, values: Tensor, q_pos: Tensor, k_pos: Tensor,
-                scale: Scale) -> Tensor:  # fmt: skip
+    def prefill(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        q_pos: Tensor,
+        k_pos: Tensor,
+        scale: Scale,
+    ) -> Tensor:
         if int(q_pos[0]) >= self.end:
             return self.inner.prefill(queries, keys, values, q_pos, k_pos, scale)
         if self.layer < 0 or int(q_pos[0]) <= self.last:  # layer-major: positions start again
@@ -202,8 +217,9 @@ class NewestRows:
         self.take(Newest(self.layer, q_pos, k_pos[0], weights))
         return self.inner.prefill(queries, keys, values, q_pos, k_pos, scale)
 
-    def _weights(self, queries: Tensor, keys: Tensor, q_pos: Tensor, k_pos: Tensor, scale: Scale
-                 ) -> Tensor:  # fmt: skip
+    def _weights(
+        self, queries: Tensor, keys: Tensor, q_pos: Tensor, k_pos: Tensor, scale: Scale
+    ) -> Tensor:
         high = accumulate_dtype(queries.dtype)
         watched = (q_pos >= self.first).nonzero()[:, 0].tolist()
         found = torch.empty(len(watched), keys.shape[1], dtype=high, device=keys.device)
@@ -255,11 +271,18 @@ def _summarise(found: list[Row], bins: int) -> list[Row]:
         overlaps = np.array([text["overlaps"] for text in texts])
         for index in range(bins):
             low, high = bootstrap(overlaps[:, index], np.ones(len(texts)))
-            rows.append({
-                "layer": layer, "top": top, "mode": mode,
-                "distance_low": RECENT * index / bins,
-                "distance_high": RECENT * (index + 1) / bins,
-                "overlap": float(overlaps[:, index].mean()), "low": low, "high": high,
-                "chance": texts[0]["chance"], "samples": len(texts),
-            })  # fmt: skip
+            rows.append(
+                {
+                    "layer": layer,
+                    "top": top,
+                    "mode": mode,
+                    "distance_low": RECENT * index / bins,
+                    "distance_high": RECENT * (index + 1) / bins,
+                    "overlap": float(overlaps[:, index].mean()),
+                    "low": low,
+                    "high": high,
+                    "chance": texts[0]["chance"],
+                    "samples": len(texts),
+                }
+            )
     return rows

@@ -54,9 +54,10 @@ def draw_long(rows: Sequence[Row], path: Path) -> Path:
     left, right = figure.subplots(1, 2)
     _over_bytes(left, rows, "perplexity", None)
     left.set_title(
-        f"Perplexity of the answers under the full cache, {counted(rows)}", loc="left",
+        f"Perplexity of the answers under the full cache, {counted(rows)}",
+        loc="left",
         fontsize=10.5,
-    )  # fmt: skip
+    )
     _over_bytes(right, rows, "repetition", None)
     right.set_title("Share of 4-grams said before", loc="left", fontsize=10.5)
     right.set_ylim(-0.03, 1.03)

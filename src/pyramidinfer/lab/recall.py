@@ -29,8 +29,9 @@ class Question:
     needle: tuple[int, int]
 
 
-def make_question(rng: random.Random, length: int, facts: int | None = None,
-                  depth: float | None = None) -> Question:  # fmt: skip
+def make_question(
+    rng: random.Random, length: int, facts: int | None = None, depth: float | None = None
+) -> Question:
     """A prompt of ``length`` tokens in the chat format, asking for one of its facts.
 
     ``facts`` defaults to one in 64 tokens; ``depth``: ask for the fact nearest to this share of

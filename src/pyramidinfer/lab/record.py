@@ -51,14 +51,18 @@ def machine() -> dict[str, Any]:
     }
 
 
-def write_result(path: Path, configuration: dict[str, Any], result: dict[str, Any], **more: Any
-                 ) -> Path:  # fmt: skip
+def write_result(
+    path: Path, configuration: dict[str, Any], result: dict[str, Any], **more: Any
+) -> Path:
     """One JSON file: commit, machine, ``more``, configuration, result."""
     path.parent.mkdir(parents=True, exist_ok=True)
     entry = {
-        "commit": commit(), "machine": machine(), **more, "configuration": configuration,
+        "commit": commit(),
+        "machine": machine(),
+        **more,
+        "configuration": configuration,
         "result": result,
-    }  # fmt: skip
+    }
     path.write_text(json.dumps(entry, indent=1) + "\n")
     return path
 

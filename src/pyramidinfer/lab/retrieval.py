@@ -88,8 +88,9 @@ class Retrieval:
             found.append(_Question(asked, needle.answer_tokens, needle.is_right))
         return {"needles": found}
 
-    def _answer(self, protocol: str, questions: Sequence[_Question], policy: Policy
-                ) -> tuple[list[float], float, float]:  # fmt: skip
+    def _answer(
+        self, protocol: str, questions: Sequence[_Question], policy: Policy
+    ) -> tuple[list[float], float, float]:
         """Scores, and the shares of bytes held and of layer-tokens computed."""
         params = [SamplingParams(max_tokens=each.max_tokens) for each in questions]
         prompts = [each.prompt for each in questions]

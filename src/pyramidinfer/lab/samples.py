@@ -23,8 +23,17 @@ from pyramidinfer.models.loading import load_model, quiet_transformers, shipped_
 from pyramidinfer.policies import Policy
 from pyramidinfer.types import TokenIds
 
-__all__ = ["GENERATED", "SHIPPED", "Corpus", "Needle", "Passage", "Subject", "forget", "read_text",
-           "settings"]  # fmt: skip
+__all__ = [
+    "GENERATED",
+    "SHIPPED",
+    "Corpus",
+    "Needle",
+    "Passage",
+    "Subject",
+    "forget",
+    "read_text",
+    "settings",
+]
 
 #: Stands for the model in the package, wherever that is installed.
 SHIPPED = "shipped"
@@ -69,8 +78,14 @@ class Subject:
     def llm(self, policy: Policy, **options: Any) -> LLM:
         """An engine over the model, which is loaded once a process."""
         loaded = _load(self.model, self.dtype, self.device)
-        return LLM(loaded.model, policy, kv_memory=self.kv_memory, tokenizer=loaded.tokenizer,
-                   backend=self.backend, **options)  # fmt: skip
+        return LLM(
+            loaded.model,
+            policy,
+            kv_memory=self.kv_memory,
+            tokenizer=loaded.tokenizer,
+            backend=self.backend,
+            **options,
+        )
 
     def corpus(self) -> Corpus:
         tokenizer = _load(self.model, self.dtype, self.device).tokenizer

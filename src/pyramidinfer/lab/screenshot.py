@@ -18,9 +18,14 @@ NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"
 
 #: For a browser in a container, and one that talks to nobody but the page's server.
 FLAGS = [
-    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync",
-]  # fmt: skip
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 
 #: Run before the page's own script: the same example document every time.
 SEEDED = """(() => { let seed = 7; Math.random = () => {
@@ -54,9 +59,10 @@ def take(url: str, out: Path, *, width: int = 1280, height: int = 800) -> None:
         browser = play.chromium.launch(executable_path=find_chromium(), args=FLAGS)
         try:
             page = browser.new_page(
-                viewport={"width": width, "height": height}, color_scheme="light",
+                viewport={"width": width, "height": height},
+                color_scheme="light",
                 reduced_motion="reduce",
-            )  # fmt: skip
+            )
             page.add_init_script(SEEDED)
             page.goto(url)
             page.click("#example")

@@ -17,31 +17,55 @@ __all__ = ["SHAPES", "empty_shape", "make_model", "save_model", "shape_config"]
 #: random weights have no trained length.
 SHAPES: dict[str, dict[str, Any]] = {
     "llama2-7b": {
-        "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
-        "num_key_value_heads": 32, "intermediate_size": 11008, "vocab_size": 32000,
+        "hidden_size": 4096,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "intermediate_size": 11008,
+        "vocab_size": 32000,
     },
     "llama2-13b": {
-        "hidden_size": 5120, "num_hidden_layers": 40, "num_attention_heads": 40,
-        "num_key_value_heads": 40, "intermediate_size": 13824, "vocab_size": 32000,
+        "hidden_size": 5120,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 40,
+        "num_key_value_heads": 40,
+        "intermediate_size": 13824,
+        "vocab_size": 32000,
     },
     "llama3-8b": {
-        "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
-        "num_key_value_heads": 8, "intermediate_size": 14336, "vocab_size": 128256,
+        "hidden_size": 4096,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "intermediate_size": 14336,
+        "vocab_size": 128256,
         "rope_theta": 500_000.0,
     },
     "bench-200m": {
-        "hidden_size": 1024, "num_hidden_layers": 16, "num_attention_heads": 16,
-        "num_key_value_heads": 16, "intermediate_size": 2816, "vocab_size": 512,
+        "hidden_size": 1024,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "intermediate_size": 2816,
+        "vocab_size": 512,
     },
     "toy-mha": {
-        "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
-        "num_key_value_heads": 4, "intermediate_size": 96, "vocab_size": 512,
+        "hidden_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "intermediate_size": 96,
+        "vocab_size": 512,
     },
     "toy-gqa": {
-        "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "intermediate_size": 96, "vocab_size": 512,
+        "hidden_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 96,
+        "vocab_size": 512,
     },
-}  # fmt: skip
+}
 POSITIONS = 32768
 STD = 0.02
 #: Weights are read from one table of normal values, each tensor beginning elsewhere; its length is
@@ -53,8 +77,13 @@ def shape_config(shape: str, **changes: Any) -> Any:
     """The Llama config of a shape; ``ValueError`` with the nearest name for an unknown one."""
     if shape not in SHAPES:
         raise ValueError(f"--shape {shape!r} is unknown; {nearest(shape, SHAPES)}")
-    usual = {"max_position_embeddings": POSITIONS, "tie_word_embeddings": False,
-             "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
+    usual = {
+        "max_position_embeddings": POSITIONS,
+        "tie_word_embeddings": False,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
     return AutoConfig.for_model("llama", **{**usual, **SHAPES[shape], **changes})
 
 
@@ -66,9 +95,13 @@ def empty_shape(shape: str, dtype: str | torch.dtype = "bfloat16", **changes: An
         )
 
 
-def make_model(shape: str, dtype: str | torch.dtype = "bfloat16",
-               device: str | torch.device = "cpu", seed: int = 0, **changes: Any
-               ) -> Any:  # fmt: skip
+def make_model(
+    shape: str,
+    dtype: str | torch.dtype = "bfloat16",
+    device: str | torch.device = "cpu",
+    seed: int = 0,
+    **changes: Any,
+) -> Any:
     """A transformers model with seeded random weights, made in its dtype on its device.
 
     ``changes``: fields of the config.  The same weights on every device.
@@ -120,7 +153,10 @@ def save_model(model: Any, folder: Path) -> Path:
     made = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(
-        tokenizer_object=made, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>",
+        tokenizer_object=made,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
         unk_token="<unk>",
-    ).save_pretrained(folder)  # fmt: skip
+    ).save_pretrained(folder)
     return folder

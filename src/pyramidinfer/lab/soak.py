@@ -39,11 +39,21 @@ LAST_REQUESTS = 4  # in hand when the server is told to stop
 IN_USE, REUSABLE = "pyramidinfer:pool_pages_in_use", "pyramidinfer:pool_pages_reusable"
 CHECKS, FAULTS = "pyramidinfer:pool_checks_total", "pyramidinfer:pool_check_failures_total"
 WATCHED = (
-    IN_USE, REUSABLE, CHECKS, FAULTS, PEAK, "pyramidinfer:reuse_bytes",
-    "pyramidinfer:reuse_hits_total", "vllm:num_preemptions_total", "pyramidinfer:resumed_total",
-    "pyramidinfer:tightened_total", "pyramidinfer:kv_entries_evicted_total",
-    "vllm:generation_tokens_total", "vllm:prompt_tokens_total", "vllm:kv_cache_usage_perc",
-)  # fmt: skip
+    IN_USE,
+    REUSABLE,
+    CHECKS,
+    FAULTS,
+    PEAK,
+    "pyramidinfer:reuse_bytes",
+    "pyramidinfer:reuse_hits_total",
+    "vllm:num_preemptions_total",
+    "pyramidinfer:resumed_total",
+    "pyramidinfer:tightened_total",
+    "pyramidinfer:kv_entries_evicted_total",
+    "vllm:generation_tokens_total",
+    "vllm:prompt_tokens_total",
+    "vllm:kv_cache_usage_perc",
+)
 
 
 @dataclass
@@ -72,8 +82,9 @@ class _Seen:
             ] += 1
 
 
-def run_soak(plan: SoakPlan, out: Path | None = None, program: Sequence[str] = PROGRAM
-             ) -> dict[str, Any]:  # fmt: skip
+def run_soak(
+    plan: SoakPlan, out: Path | None = None, program: Sequence[str] = PROGRAM
+) -> dict[str, Any]:
     """Load a server, write ``out``, and return the result; ``breaches`` is what was wrong."""
     plan.check()
     server = Served(plan.words, plan.threads, program)
@@ -93,12 +104,18 @@ def run_soak(plan: SoakPlan, out: Path | None = None, program: Sequence[str] = P
     if plan.judge_memory and (memory is None or memory["growth"] > GROWTH):
         breaches.append(_memory_words(memory))
     result = {
-        "breaches": breaches, "seconds": seconds, "requests": sum(seen.outcomes.values()),
-        "outcomes": dict(seen.outcomes), "statuses": {str(s): n for s, n in seen.statuses.items()},
-        "finish_reasons": dict(seen.finishes), "streamed_tokens": seen.tokens,
-        "after": idle, "memory": memory, "exit_code": code,
+        "breaches": breaches,
+        "seconds": seconds,
+        "requests": sum(seen.outcomes.values()),
+        "outcomes": dict(seen.outcomes),
+        "statuses": {str(s): n for s, n in seen.statuses.items()},
+        "finish_reasons": dict(seen.finishes),
+        "streamed_tokens": seen.tokens,
+        "after": idle,
+        "memory": memory,
+        "exit_code": code,
         "resident_mib": [round(each / 2**20, 1) for each in seen.resident],
-    }  # fmt: skip
+    }
     if out is not None:
         write_result(out, asdict(plan), result)
     return result
@@ -158,14 +175,20 @@ def memory_growth(moments: Sequence[float], resident: Sequence[int]) -> dict[str
 
     def median(low: float, high: float) -> float:
         inside = [
-            size for at, size in zip(moments, resident, strict=True)
+            size
+            for at, size in zip(moments, resident, strict=True)
             if low * length <= at <= high * length
-        ]  # fmt: skip
+        ]
         return float(np.median(inside))
 
     first, last = median(WARM_SHARE, WARM_SHARE + WINDOW), median(1 - WINDOW, 1)
-    return {"warm_bytes": first, "end_bytes": last, "growth": last / first - 1,
-            "peak_bytes": max(resident), "allowed": GROWTH}  # fmt: skip
+    return {
+        "warm_bytes": first,
+        "end_bytes": last,
+        "growth": last / first - 1,
+        "peak_bytes": max(resident),
+        "allowed": GROWTH,
+    }
 
 
 def _memory_words(memory: dict[str, Any] | None) -> str:
@@ -194,8 +217,10 @@ def _after(server: Served) -> tuple[Metrics, list[str]]:
         return now, [f"/metrics lacks {name}" for name in missing]
     wrong = []
     if now[IN_USE] != now[REUSABLE]:
-        wrong.append(f"{now[IN_USE]:.0f} pages are in use when idle, {now[REUSABLE]:.0f} of them "
-                     f"by conversations that may go on: the others leaked")  # fmt: skip
+        wrong.append(
+            f"{now[IN_USE]:.0f} pages are in use when idle, {now[REUSABLE]:.0f} of them "
+            f"by conversations that may go on: the others leaked"
+        )
     if now[FAULTS]:
         wrong.append(f"the pool's own check failed {now[FAULTS]:.0f} times")
     if not now[CHECKS]:
@@ -225,8 +250,9 @@ async def _end(plan: SoakPlan, server: Served) -> tuple[int | None, list[str]]:
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     usual = SoakPlan()
-    parser = argparse.ArgumentParser(prog="python -m pyramidinfer.lab.soak",
-                                     description=(__doc__ or "").splitlines()[0])  # fmt: skip
+    parser = argparse.ArgumentParser(
+        prog="python -m pyramidinfer.lab.soak", description=(__doc__ or "").splitlines()[0]
+    )
     add = parser.add_argument
     add("--clients", type=int, default=usual.clients)
     add("--seconds", type=float, default=usual.seconds)
@@ -240,9 +266,17 @@ def main(arguments: list[str] | None = None) -> None:
     add("--json", type=Path, default=Path("out/soak.json"))
     given = parser.parse_args(arguments)
     try:
-        plan = SoakPlan(given.clients, given.seconds, given.model, given.kv_memory,
-                        given.max_waiting, given.reuse_share, given.serve_options, given.threads,
-                        given.seed)  # fmt: skip
+        plan = SoakPlan(
+            given.clients,
+            given.seconds,
+            given.model,
+            given.kv_memory,
+            given.max_waiting,
+            given.reuse_share,
+            given.serve_options,
+            given.threads,
+            given.seed,
+        )
         result = run_soak(plan, given.json)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -257,9 +291,11 @@ def _report(result: dict[str, Any]) -> None:
     print(f"{result['requests']} requests in {result['seconds']:.0f} seconds: {counts}")
     memory = result["memory"]
     if memory is not None:
-        print(f"resident memory: {memory['warm_bytes'] / 2**20:.0f} MiB after warm-up, "
-              f"{memory['end_bytes'] / 2**20:.0f} at the end "
-              f"({memory['growth']:+.1%})")  # fmt: skip
+        print(
+            f"resident memory: {memory['warm_bytes'] / 2**20:.0f} MiB after warm-up, "
+            f"{memory['end_bytes'] / 2**20:.0f} at the end "
+            f"({memory['growth']:+.1%})"
+        )
     for breach in result["breaches"]:
         print(f"wrong: {breach}")
     print("soak: failed" if result["breaches"] else "soak: passed")

@@ -61,9 +61,13 @@ class Visitor:
         else:
             body["prompt"] = self._text()
         return Wish(
-            CHAT if chat else COMPLETIONS, body, self._leave(), body.get("n", 1),
-            pause=draw.expovariate(4.0), patience=draw.uniform(1.0, 5.0),
-        )  # fmt: skip
+            CHAT if chat else COMPLETIONS,
+            body,
+            self._leave(),
+            body.get("n", 1),
+            pause=draw.expovariate(4.0),
+            patience=draw.uniform(1.0, 5.0),
+        )
 
     def heard(self, wish: Wish, record: Record) -> None:
         """An answer; conversations go on now and then, so that there is a cache to take up."""

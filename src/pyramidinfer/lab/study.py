@@ -120,13 +120,18 @@ def run_cells(
     return store.finish(cells)
 
 
-def _work_on(store: Store, study: str, cells: list[Cell], work: Callable[[Cell], list[Row]],
-             workers: int) -> None:  # fmt: skip
+def _work_on(
+    store: Store, study: str, cells: list[Cell], work: Callable[[Cell], list[Row]], workers: int
+) -> None:
     left = [cell for cell in cells if not store.has(cell)]
     bar = Progress(
-        TextColumn(study), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-        TextColumn("{task.fields[now]}"), console=Console(stderr=True),
-    )  # fmt: skip
+        TextColumn(study),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[now]}"),
+        console=Console(stderr=True),
+    )
     done = len(cells) - len(left)
     try:
         with bar, _results(left, work, workers) as results:
@@ -142,8 +147,9 @@ def _work_on(store: Store, study: str, cells: list[Cell], work: Callable[[Cell],
 
 
 @contextmanager
-def _results(cells: list[Cell], work: Callable[[Cell], list[Row]], workers: int
-             ) -> Iterator[Iterator[tuple[Cell, list[Row]]]]:  # fmt: skip
+def _results(
+    cells: list[Cell], work: Callable[[Cell], list[Row]], workers: int
+) -> Iterator[Iterator[tuple[Cell, list[Row]]]]:
     if workers == 1:
         yield ((cell, work(cell)) for cell in cells)
         return

@@ -36,8 +36,16 @@ from pyramidinfer.lab.study import Row, run_cells
 from pyramidinfer.policies import Policy
 from pyramidinfer.types import TokenIds
 
-__all__ = ["MapPlan", "Survival", "draw_map", "measure_survival", "page", "run_map", "survival",
-           "visible"]  # fmt: skip
+__all__ = [
+    "MapPlan",
+    "Survival",
+    "draw_map",
+    "measure_survival",
+    "page",
+    "run_map",
+    "survival",
+    "visible",
+]
 
 WINDOW = 32
 GONE, PASSED, KEPT = (0.93, 0.94, 0.96), (0.77, 0.80, 0.85), (0.17, 0.36, 0.63)
@@ -101,10 +109,14 @@ def run_map(plan: MapPlan, out: Path) -> tuple[Path, Path]:
     prompt, needle = _prompt(plan, llm)
     name = plan.policy.name
     configuration = {
-        "subject": asdict(plan.subject), "policy": name, "options": repr(plan.policy),
-        "max_tokens": plan.max_tokens, "score_window": WINDOW, "needle": needle,
+        "subject": asdict(plan.subject),
+        "policy": name,
+        "options": repr(plan.policy),
+        "max_tokens": plan.max_tokens,
+        "score_window": WINDOW,
+        "needle": needle,
         "prompt_token_ids": prompt,
-    }  # fmt: skip
+    }
     work = partial(_work, llm, prompt, plan.max_tokens)
     generated, *rows = run_cells("map", configuration, [{"policy": name}], work, out)
     publish(out, rows, **generated)
@@ -142,24 +154,27 @@ def measure_survival(llm: LLM, prompt: TokenIds, max_tokens: int) -> tuple[Token
     for layer in range(depth):
         scores = (mass[layer] / max(1, queries[layer])).tolist()
         kept, end = trace.prefill_positions[layer], trace.kept_positions[layer]
-        rows.append({
-            "layer": layer,
-            "computed_share": float(reached[layer].double().mean()),
-            "kept_share": sum(map(len, kept)) / (len(kept) * length),
-            "kept_at_end_share": sum(map(len, end)) / (len(end) * (length + max_tokens)),
-            "reached": _spans(reached[layer].nonzero()[:, 0].tolist()),
-            "kept": [_spans(head) for head in map(torch.Tensor.tolist, kept)],
-            "kept_at_end": [_spans(head) for head in map(torch.Tensor.tolist, end)],
-            "scores": [
-                float(f"{score:.4g}") if there else None
-                for score, there in zip(scores, reached[layer].tolist(), strict=True)
-            ],
-        })  # fmt: skip
+        rows.append(
+            {
+                "layer": layer,
+                "computed_share": float(reached[layer].double().mean()),
+                "kept_share": sum(map(len, kept)) / (len(kept) * length),
+                "kept_at_end_share": sum(map(len, end)) / (len(end) * (length + max_tokens)),
+                "reached": _spans(reached[layer].nonzero()[:, 0].tolist()),
+                "kept": [_spans(head) for head in map(torch.Tensor.tolist, kept)],
+                "kept_at_end": [_spans(head) for head in map(torch.Tensor.tolist, end)],
+                "scores": [
+                    float(f"{score:.4g}") if there else None
+                    for score, there in zip(scores, reached[layer].tolist(), strict=True)
+                ],
+            }
+        )
     return trace.token_ids, rows
 
 
-def survival(rows: list[Row], title: str, tokens: list[str], prompt_len: int,
-             needle: list[int] | None) -> Survival:  # fmt: skip
+def survival(
+    rows: list[Row], title: str, tokens: list[str], prompt_len: int, needle: list[int] | None
+) -> Survival:
     """The rows as arrays."""
     whole = len(tokens)
     heads = max(len(row["kept"]) for row in rows)
@@ -178,9 +193,17 @@ def survival(rows: list[Row], title: str, tokens: list[str], prompt_len: int,
             reached[row["layer"], start:stop] = True
     scores = np.array([row["scores"] for row in rows], dtype=np.float32)  # None becomes NaN
     return Survival(
-        title, [visible(token) for token in tokens], prompt_len, [len(row["kept"]) for row in rows],
-        reached, fill("kept"), fill("kept_at_end"), scores, WINDOW, needle,
-    )  # fmt: skip
+        title,
+        [visible(token) for token in tokens],
+        prompt_len,
+        [len(row["kept"]) for row in rows],
+        reached,
+        fill("kept"),
+        fill("kept_at_end"),
+        scores,
+        WINDOW,
+        needle,
+    )
 
 
 def _prompt(plan: MapPlan, llm: LLM) -> tuple[TokenIds, list[int] | None]:
@@ -208,9 +231,10 @@ def visible(text: str) -> str:
         return marks[text]
     return "".join(
         marks.get(each, f"<U+{ord(each):04X}>")
-        if unicodedata.category(each)[0] in "CZ" and each != " " else each
+        if unicodedata.category(each)[0] in "CZ" and each != " "
+        else each
         for each in text
-    )  # fmt: skip
+    )
 
 
 def _changed(policy: Policy) -> Iterable[tuple[str, Any]]:
@@ -241,8 +265,13 @@ def draw_map(found: Survival, path: Path) -> Path:
     shares = found.shares[..., None]
     image = np.where(shares > 0, (1 - shares) * np.array(PASSED) + shares * np.array(KEPT), image)
     image = image.repeat(24, axis=0)  # blends neighbours along the text only
-    left.imshow(image, aspect="auto", interpolation="antialiased", origin="upper",
-                extent=(0, length, depth - 0.5, -0.5))  # fmt: skip
+    left.imshow(
+        image,
+        aspect="auto",
+        interpolation="antialiased",
+        origin="upper",
+        extent=(0, length, depth - 0.5, -0.5),
+    )
     key = [
         Patch(color=KEPT, label="kept (paler: by some KV heads)"),
         Patch(color=PASSED, label="computed, not kept"),
@@ -250,8 +279,15 @@ def draw_map(found: Survival, path: Path) -> Path:
     ]
     if found.needle is not None:
         start, stop = found.needle
-        frame = Rectangle((start - 0.5, -0.5), stop - start + 1, depth, fill=False,
-                          edgecolor=NEEDLE, linewidth=1.2, label="the fact asked for")  # fmt: skip
+        frame = Rectangle(
+            (start - 0.5, -0.5),
+            stop - start + 1,
+            depth,
+            fill=False,
+            edgecolor=NEEDLE,
+            linewidth=1.2,
+            label="the fact asked for",
+        )
         key.append(left.add_patch(frame))
     every = -(-depth // 20)
     left.set_yticks(range(0, depth, every), [str(layer) for layer in range(0, depth, every)])
@@ -282,11 +318,16 @@ def page(found: Survival) -> str:
         return pack(np.packbits(held.transpose(0, 2, 1), axis=2, bitorder="little"))
 
     data = {
-        "tokens": found.tokens, "prompt": found.prompt_len, "heads": found.heads,
-        "window": found.window, "needle": found.needle, "reached": pack(found.reached),
-        "kept": heads(found.kept), "end": heads(found.end),
+        "tokens": found.tokens,
+        "prompt": found.prompt_len,
+        "heads": found.heads,
+        "window": found.window,
+        "needle": found.needle,
+        "reached": pack(found.reached),
+        "kept": heads(found.kept),
+        "end": heads(found.end),
         "scores": pack(found.scores.astype("<f4")),
-    }  # fmt: skip
+    }
     text = json.dumps(data)  # ASCII only
     for sign in "<>&":
         text = text.replace(sign, f"\\u{ord(sign):04x}")

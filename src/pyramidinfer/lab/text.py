@@ -69,15 +69,20 @@ def measure(plan: TextPlan, cell: dict[str, Any]) -> list[Row]:
     losses = [loss(each) for each in mine]
     more = [loss(ours) - loss(theirs) for ours, theirs in zip(mine, full, strict=True)]
     apart = [divergence(theirs, ours) for ours, theirs in zip(mine, full, strict=True)]
-    return [{
-        **cell, "perplexity": math.exp(np.mean(losses)),
-        "perplexity_ci": [math.exp(each) for each in interval(losses)],
-        "ratio": math.exp(np.mean(more)), "ratio_ci": [math.exp(each) for each in interval(more)],
-        "kl": float(np.mean(apart)), "kl_ci": interval(apart),
-        "kv_share": sum(s.kv.bytes for s in mine) / sum(s.kv.full_bytes for s in mine),
-        "prefill_share": float(np.mean([s.metrics.computed_share for s in mine])),
-        "samples": len(mine),
-    }]  # fmt: skip
+    return [
+        {
+            **cell,
+            "perplexity": math.exp(np.mean(losses)),
+            "perplexity_ci": [math.exp(each) for each in interval(losses)],
+            "ratio": math.exp(np.mean(more)),
+            "ratio_ci": [math.exp(each) for each in interval(more)],
+            "kl": float(np.mean(apart)),
+            "kl_ci": interval(apart),
+            "kv_share": sum(s.kv.bytes for s in mine) / sum(s.kv.full_bytes for s in mine),
+            "prefill_share": float(np.mean([s.metrics.computed_share for s in mine])),
+            "samples": len(mine),
+        }
+    ]
 
 
 @lru_cache(maxsize=4)

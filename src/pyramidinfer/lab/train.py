@@ -104,9 +104,11 @@ class Sampler:
         words, weights, keys = ["<bos>"], [0.0], [False]
         again = [*facts, *rng.choices(facts, k=length // 2)]
         for index, fact in enumerate(again):
-            sentence = fact.words() if gap == 4 else [
-                fact.last, *["is", "in", fact.place][3 - gap :], fact.number
-            ]  # fmt: skip
+            sentence = (
+                fact.words()
+                if gap == 4
+                else [fact.last, *["is", "in", fact.place][3 - gap :], fact.number]
+            )
             recalled = [
                 index >= len(facts) and word in (fact.place, fact.number) for word in sentence
             ]
@@ -182,8 +184,12 @@ class Losses(NamedTuple):
     recall: list[float]  # share of recalled tokens that are right, per exit, the last layer last
 
 
-def losses(model: LlamaForCausalLM, recipe: Recipe, batch: tuple[Tensor, Tensor, Tensor],
-           generator: torch.Generator) -> Losses:  # fmt: skip
+def losses(
+    model: LlamaForCausalLM,
+    recipe: Recipe,
+    batch: tuple[Tensor, Tensor, Tensor],
+    generator: torch.Generator,
+) -> Losses:
     """The weighted loss of the last layer plus ``exit_weight`` times that of each exit.
 
     Filler predictions are a random sample: the head costs as much as several layers otherwise.
@@ -253,9 +259,11 @@ class Trainer:
         self.generator = torch.Generator().manual_seed(seed)
         self.first_step = self.step
         self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=self.recipe.learning_rate, betas=(0.9, 0.98),
+            self.model.parameters(),
+            lr=self.recipe.learning_rate,
+            betas=(0.9, 0.98),
             weight_decay=0.01,
-        )  # fmt: skip
+        )
 
     def run(self, stage: Stage, report_every: int = 20) -> None:
         """Train until recall passes the stage's bar or its tokens are spent."""
@@ -284,11 +292,16 @@ class Trainer:
 
     def report(self, kind: str, length: int, result: Losses, recall: float) -> None:
         row = {
-            "step": self.step, "tokens": self.seen, "stage": kind, "length": length,
-            "loss": round(float(result.total.detach()), 4), "filler": round(result.filler, 4),
-            "recall": round(recall, 4), "exits": [round(x, 3) for x in result.recall],
+            "step": self.step,
+            "tokens": self.seen,
+            "stage": kind,
+            "length": length,
+            "loss": round(float(result.total.detach()), 4),
+            "filler": round(result.filler, 4),
+            "recall": round(recall, 4),
+            "exits": [round(x, 3) for x in result.recall],
             "seconds": round(time.monotonic() - self.begun, 1),
-        }  # fmt: skip
+        }
         self.log.write(json.dumps(row) + "\n")
         self.log.flush()
         print(row, flush=True)

@@ -26,8 +26,16 @@ from pyramidinfer.lab.ways import Ways, paired
 from pyramidinfer.policies import Policy
 from pyramidinfer.types import SamplingParams, TokenIds
 
-__all__ = ["MORE", "Talk", "TurnScores", "TurnsPlan", "in_groups", "make_talks", "measure_turns",
-           "run_turns"]  # fmt: skip
+__all__ = [
+    "MORE",
+    "Talk",
+    "TurnScores",
+    "TurnsPlan",
+    "in_groups",
+    "make_talks",
+    "measure_turns",
+    "run_turns",
+]
 
 #: Facts told, and turns in which one of them is asked for, its answer's first words given.
 FACTS, TURNS = 6, 3
@@ -77,8 +85,9 @@ def make_talks(machine: Asker, seed: int, count: int, length: int) -> list[Talk]
         facts = invent(random.Random(f"facts {seed} {index}"), FACTS)
         notes = fit(
             partial(_notes, facts, f"talk {seed} {index}"),
-            lambda text: len(chat.begin(text)), length,
-        )  # fmt: skip
+            lambda text: len(chat.begin(text)),
+            length,
+        )
         asked = random.Random(f"asked {seed} {index}").sample(facts, TURNS)
         found.append(Talk(notes, tuple(asked)))
     return found
@@ -97,8 +106,9 @@ def _ask(machine: Asker, said: TokenIds, fact: Fact) -> TokenIds:
     return chat.encode(f"\n\nQuestion: {fact.question}\nAnswer: {fact.opening}")
 
 
-def measure_turns(machine: Asker, policy: Policy, talks: Sequence[Talk],
-                  compress_idle: bool = False) -> list[TurnScores]:  # fmt: skip
+def measure_turns(
+    machine: Asker, policy: Policy, talks: Sequence[Talk], compress_idle: bool = False
+) -> list[TurnScores]:
     """Hold the chats, all at once, each turn on the cache of the last (recompressed if wanted)."""
     engine, chat = machine.llm.engine, machine.chat
     first = SamplingParams(max_tokens=SHORT if chat.has_template else 1)
@@ -134,17 +144,19 @@ def measure_turns(machine: Asker, policy: Policy, talks: Sequence[Talk],
     ]
 
 
-def in_groups(machine: Asker, policy: Policy, talks: Sequence[Talk],
-              compress_idle: bool = False) -> list[TurnScores]:  # fmt: skip
+def in_groups(
+    machine: Asker, policy: Policy, talks: Sequence[Talk], compress_idle: bool = False
+) -> list[TurnScores]:
     """``measure_turns``, as many chats at once as fit into the cache's memory."""
     engine = machine.llm.engine
     longest = max(len(machine.chat.begin(talk.notes)) for talk in talks) + MORE
     whole = full_bytes(engine.pool.layout, engine.runner, longest)
     size = max(1, engine.pool.budget // (2 * whole))  # what is held stays while turns go on
     return [
-        scores for at in range(0, len(talks), size)
+        scores
+        for at in range(0, len(talks), size)
         for scores in measure_turns(machine, policy, talks[at : at + size], compress_idle)
-    ]  # fmt: skip
+    ]
 
 
 def run_turns(plan: TurnsPlan, out: Path, workers: int = 1) -> tuple[list[Row], Path]:
@@ -163,14 +175,18 @@ def measure(plan: TurnsPlan, cell: dict[str, Any]) -> list[Row]:
     else:
         policy = machine.policy(cell["policy"], cell["keep"])
         mine = in_groups(machine, policy, _talks(plan), plan.compress_idle)
-    return [{
-        **cell, **paired("score", [each.score for each in mine], [each.score for each in full]),
-        "by_turn": np.mean([each.scores for each in mine], axis=0).tolist(),
-        "kv_by_turn": np.mean([each.kv_shares for each in mine], axis=0).tolist(),
-        "kv_share": float(np.mean([each.kv_shares[-1] for each in mine])),
-        "recompressed": sum(each.recompressed for each in mine),
-        "scores": [each.score for each in mine], "samples": len(mine),
-    }]  # fmt: skip
+    return [
+        {
+            **cell,
+            **paired("score", [each.score for each in mine], [each.score for each in full]),
+            "by_turn": np.mean([each.scores for each in mine], axis=0).tolist(),
+            "kv_by_turn": np.mean([each.kv_shares for each in mine], axis=0).tolist(),
+            "kv_share": float(np.mean([each.kv_shares[-1] for each in mine])),
+            "recompressed": sum(each.recompressed for each in mine),
+            "scores": [each.score for each in mine],
+            "samples": len(mine),
+        }
+    ]
 
 
 @lru_cache(maxsize=2)

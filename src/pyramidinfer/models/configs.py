@@ -20,26 +20,59 @@ __all__ = ["read_config"]
 #: Keys that choose an implementation.  transformers' own (how the model that saved the config
 #: happened to attend) are passed over: attention is this engine's.  Another one is hub code.
 IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
-OWN = {"eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4",
-       "flex_attention", "grouped_mm", "batched_mm", "pyramidinfer"}  # fmt: skip
+OWN = {
+    "eager",
+    "sdpa",
+    "flash_attention_2",
+    "flash_attention_3",
+    "flash_attention_4",
+    "flex_attention",
+    "grouped_mm",
+    "batched_mm",
+    "pyramidinfer",
+}
 #: Names remote code, which is never run: the families' own code is used.
 REMOTE = "auto_map"
 #: Keys that choose code or files, or nest another model.
-REFUSED = ("fusion_config", "kernel_config", "use_kernels", "custom_generate", "custom_pipelines",
-           "transformers_weights", "configuration_files", "per_layer_config", "text_config",
-           "text_encoder", "decoder", "generator")  # fmt: skip
+REFUSED = (
+    "fusion_config",
+    "kernel_config",
+    "use_kernels",
+    "custom_generate",
+    "custom_pipelines",
+    "transformers_weights",
+    "configuration_files",
+    "per_layer_config",
+    "text_config",
+    "text_encoder",
+    "decoder",
+    "generator",
+)
 #: Of models that classify: no effect here.
 LABELS = ("num_labels", "id2label", "label2id")
 #: Sizes: whole numbers of at least 1, and the most that is believed.
 SIZES = {
-    "num_hidden_layers": 1024, "hidden_size": 2**20, "intermediate_size": 2**24, "ffn_dim": 2**24,
-    "word_embed_proj_dim": 2**20, "num_attention_heads": 2**16, "num_key_value_heads": 2**16,
-    "head_dim": 2**16, "vocab_size": 2**26, "max_position_embeddings": 2**28,
-    "sliding_window": 2**31, "original_max_position_embeddings": 2**28,
-}  # fmt: skip
+    "num_hidden_layers": 1024,
+    "hidden_size": 2**20,
+    "intermediate_size": 2**24,
+    "ffn_dim": 2**24,
+    "word_embed_proj_dim": 2**20,
+    "num_attention_heads": 2**16,
+    "num_key_value_heads": 2**16,
+    "head_dim": 2**16,
+    "vocab_size": 2**26,
+    "max_position_embeddings": 2**28,
+    "sliding_window": 2**31,
+    "original_max_position_embeddings": 2**28,
+}
 #: Sizes that may be null.
-OPTIONAL = {"num_key_value_heads", "head_dim", "sliding_window", "word_embed_proj_dim",
-            "original_max_position_embeddings"}  # fmt: skip
+OPTIONAL = {
+    "num_key_value_heads",
+    "head_dim",
+    "sliding_window",
+    "word_embed_proj_dim",
+    "original_max_position_embeddings",
+}
 ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function")
 
 
@@ -60,9 +93,10 @@ def read_config(folder: Path) -> Any:
     _check_dtype(raw, file)
     _check_quantization(raw, file)
     plain = {
-        key: value for key, value in raw.items()
+        key: value
+        for key, value in raw.items()
         if key != REMOTE and key not in LABELS and not _chooses_implementation(key)
-    }  # fmt: skip
+    }
     plain["_name_or_path"] = str(folder)
     try:
         config = AutoConfig.for_model(kind, **plain)

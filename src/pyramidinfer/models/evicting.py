@@ -17,17 +17,29 @@ from pyramidinfer.types import Needs, Observation, Queries, View
 __all__ = ["evict", "observe"]
 
 
-def evict(pool: Pool, sequence: Sequence, backend: Backend, scales: list[Scale | None],
-          streaming: Streaming) -> None:  # fmt: skip
+def evict(
+    pool: Pool,
+    sequence: Sequence,
+    backend: Backend,
+    scales: list[Scale | None],
+    streaming: Streaming,
+) -> None:
     """Every layer whose eviction is due; rules said beforehand are carried out together."""
     table, policy = sequence.table, sequence.policy
     first = int(table.kept[sequence.layers.first].max())
     rules: list[tuple[int, Needs]] = []
     for layer in range(sequence.layers.count):
         view = View(
-            "decode", layer, sequence.layers, sequence.prompt_len, 1, table.lens(layer), first,
-            table.seen_len, table.state,
-        )  # fmt: skip
+            "decode",
+            layer,
+            sequence.layers,
+            sequence.prompt_len,
+            1,
+            table.lens(layer),
+            first,
+            table.seen_len,
+            table.state,
+        )
         needs = policy.needs(view)
         if not needs.evict:
             continue
@@ -49,9 +61,16 @@ def evict(pool: Pool, sequence: Sequence, backend: Backend, scales: list[Scale |
     )
 
 
-def observe(pool: Pool, sequence: Sequence, view: View, needs: Needs, streaming: Streaming,
-            scores: Tensor | None = None, columns: Tensor | None = None,
-            queries: Queries | None = None) -> Observation:  # fmt: skip
+def observe(
+    pool: Pool,
+    sequence: Sequence,
+    view: View,
+    needs: Needs,
+    streaming: Streaming,
+    scores: Tensor | None = None,
+    columns: Tensor | None = None,
+    queries: Queries | None = None,
+) -> Observation:
     """A layer's entries as its policy sees them."""
     table, layer = sequence.table, view.layer
     positions = pool.positions(table, layer)
@@ -64,9 +83,18 @@ def observe(pool: Pool, sequence: Sequence, view: View, needs: Needs, streaming:
         like = torch.empty(0, spec.key_dim, dtype=_widest(spec.dtype), device=pool.device)
         rotation = streaming.mean_rotation(like, needs.ahead, layer, sequence, view.seen_len)
     return Observation(
-        view, positions, sequence.is_protected(positions), scores, columns, running, keys, values,
-        queries, rotation, pool.kernels,
-    )  # fmt: skip
+        view,
+        positions,
+        sequence.is_protected(positions),
+        scores,
+        columns,
+        running,
+        keys,
+        values,
+        queries,
+        rotation,
+        pool.kernels,
+    )
 
 
 def _widest(dtype: torch.dtype) -> torch.dtype:
@@ -74,8 +102,9 @@ def _widest(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _wide(pool: Pool, table: Table, layer: int,
-          read: Callable[[Table, int, slice], Tensor]) -> Tensor:  # fmt: skip
+def _wide(
+    pool: Pool, table: Table, layer: int, read: Callable[[Table, int, slice], Tensor]
+) -> Tensor:
     """Keys or values ``[kv_heads, longest, dim]`` in float32 or wider, 0 behind a shorter head."""
     parts = [(heads, read(table, layer, heads)) for heads in pool.runs(table, layer)]
     first, longest = parts[0][1], int(table.longest[layer])
@@ -85,8 +114,9 @@ def _wide(pool: Pool, table: Table, layer: int,
     return out
 
 
-def _ring_scores(pool: Pool, table: Table, layer: int, needs: Needs, backend: Backend,
-                 scale: Scale) -> Tensor:  # fmt: skip
+def _ring_scores(
+    pool: Pool, table: Table, layer: int, needs: Needs, backend: Backend, scale: Scale
+) -> Tensor:
     """Weights that the ring's newest queries gave, ``[1 or K, longest]``; 0 where not wanted."""
     assert table.ring is not None
     queries, lse, positions = table.ring.newest(layer, needs.window)

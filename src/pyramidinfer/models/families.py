@@ -122,14 +122,22 @@ FAMILIES: dict[str, Family] = {
     "olmo2": Family("OLMo2"),
     "granite": Family("Granite", embed=_embed_granite, logits=_logits_granite),
     "gpt_neox": Family(
-        "GPT-NeoX", body="gpt_neox", attention="attention", embed=_embed_neox, finish=_finish_neox,
+        "GPT-NeoX",
+        body="gpt_neox",
+        attention="attention",
+        embed=_embed_neox,
+        finish=_finish_neox,
         grouped=False,
     ),
     "opt": Family(
-        "OPT", body="model.decoder", embed=_embed_opt, finish=_finish_opt, grouped=False,
+        "OPT",
+        body="model.decoder",
+        embed=_embed_opt,
+        finish=_finish_opt,
+        grouped=False,
         rotary=False,
     ),
-}  # fmt: skip
+}
 
 
 def find_family(config: Any) -> Family:

@@ -43,9 +43,10 @@ def fingerprint(runner: ModelRunner) -> Fingerprint:
 def _key(runner: ModelRunner) -> str:
     """The model's kind and a hash of its sizes; fit for a file's name."""
     sizes = [
-        runner.hidden_size, runner.vocab_size,
+        runner.hidden_size,
+        runner.vocab_size,
         [[s.heads, s.kv_heads, s.key_dim, s.value_dim, s.window] for s in runner.shapes],
-    ]  # fmt: skip
+    ]
     digest = hashlib.sha256(json.dumps(sizes).encode()).hexdigest()
     return f"{runner.config.model_type}-{digest[:12]}"
 

@@ -16,8 +16,18 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 from safetensors import safe_open
 
-__all__ = ["ADAPTER", "ADAPTER_WEIGHTS", "FLOATS", "check_pointer", "model_folder", "one_line",
-           "read_headers", "read_json", "stored_dtype", "weight_files"]  # fmt: skip
+__all__ = [
+    "ADAPTER",
+    "ADAPTER_WEIGHTS",
+    "FLOATS",
+    "check_pointer",
+    "model_folder",
+    "one_line",
+    "read_headers",
+    "read_json",
+    "stored_dtype",
+    "weight_files",
+]
 
 #: What makes a folder one of a PEFT adapter.
 ADAPTER = "adapter_config.json"
@@ -26,13 +36,22 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 #: Files beside the weights that something here reads.
 SMALL = ("*.json", "*.model", "*.txt", "*.jinja")
 #: Those that transformers passes over, or fails on without a name, where they are broken.
-READ_WHOLE = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json",
-              "added_tokens.json")  # fmt: skip
+READ_WHOLE = (
+    "generation_config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
 POINTER = b"version https://git-lfs.github.com/spec/"
 #: safetensors' names of the dtypes that hold plain numbers.
-FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
-          "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn,
-          "F8_E5M2": torch.float8_e5m2}  # fmt: skip
+FLOATS = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
 
 
 def one_line(error: BaseException) -> str:

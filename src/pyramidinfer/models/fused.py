@@ -46,9 +46,15 @@ class FusedLayer:
         self.down = _pack(ops, [mlp.down_proj], PLAIN)
         if not getattr(attention, "use_rope", True):
             rotated = 0
-        self.heads = Heads(shape.heads, shape.kv_heads, shape.key_dim, rotated,
-                           _weight(attention, "q_norm"), _weight(attention, "k_norm"),
-                           self.epsilon)  # fmt: skip
+        self.heads = Heads(
+            shape.heads,
+            shape.kv_heads,
+            shape.key_dim,
+            rotated,
+            _weight(attention, "q_norm"),
+            _weight(attention, "k_norm"),
+            self.epsilon,
+        )
         scaling = getattr(attention, "scaling", None)
         scale = shape.key_dim**-0.5 if scaling is None else float(scaling)
         self.scale = Scale(scale, None, shape.window)
@@ -102,14 +108,32 @@ class Fused:
             probs = [lse.new_empty(rows, heads.kv_heads, n) for n in plan.longest]
             addresses = (ctypes.c_void_p * depth)(*map(pointer, probs))
         longest = torch.tensor(plan.longest)
-        held = (*ropes, decoding.pages, decoding.offsets, plan.tables, plan.lengths,
-                plan.positions, longest, queries, lse)  # fmt: skip
+        held = (
+            *ropes,
+            decoding.pages,
+            decoding.offsets,
+            plan.tables,
+            plan.lengths,
+            plan.positions,
+            longest,
+            queries,
+            lse,
+        )
         call = StepCall(
-            self._layer_data(pool), depth, x.shape[1], first.gate_up.columns, heads.heads,
-            heads.kv_heads, heads.size, pool.page_size, rows, plan.tables.shape[3],
-            ropes[0].shape[1], *map(pointer, held),
+            self._layer_data(pool),
+            depth,
+            x.shape[1],
+            first.gate_up.columns,
+            heads.heads,
+            heads.kv_heads,
+            heads.size,
+            pool.page_size,
+            rows,
+            plan.tables.shape[3],
+            ropes[0].shape[1],
+            *map(pointer, held),
             None if addresses is None else ctypes.addressof(addresses),
-        )  # fmt: skip
+        )
         ops.kernels.run_step(ops.kind, ctypes.byref(call), pointer(x))
         if queries is not None:
             decoding.observe_all(queries, lse)
@@ -124,19 +148,39 @@ class Fused:
             for index, layer in enumerate(self.layers):
                 group, heads = pool.group(index), layer.heads
                 data[index] = LayerData(
-                    pointer(layer.norm1), pointer(layer.norm2), layer.qkv.data,
-                    layer.out.data, layer.gate_up.data, layer.down.data, pointer(group.keys),
-                    pointer(group.values), pointer(group.positions), pointer(group.scores),
-                    pointer(heads.query_norm), pointer(heads.key_norm), layer.scale.scale,
-                    heads.epsilon, layer.scale.window or 0, 0 if heads.rotated else -1,
-                )  # fmt: skip
+                    pointer(layer.norm1),
+                    pointer(layer.norm2),
+                    layer.qkv.data,
+                    layer.out.data,
+                    layer.gate_up.data,
+                    layer.down.data,
+                    pointer(group.keys),
+                    pointer(group.values),
+                    pointer(group.positions),
+                    pointer(group.scores),
+                    pointer(heads.query_norm),
+                    pointer(heads.key_norm),
+                    layer.scale.scale,
+                    heads.epsilon,
+                    layer.scale.window or 0,
+                    0 if heads.rotated else -1,
+                )
             self._layers_of[pool] = data
         return self._layers_of[pool]
 
 
-def fuse(body: Any, head: Any, config: Any, shapes: list[AttentionShape], rotary: Rotary,
-         backend: Backend, dtype: torch.dtype, device: torch.device, *, own: bool
-         ) -> Fused | None:  # fmt: skip
+def fuse(
+    body: Any,
+    head: Any,
+    config: Any,
+    shapes: list[AttentionShape],
+    rotary: Rotary,
+    backend: Backend,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    own: bool,
+) -> Fused | None:
     """The model's layers packed, or None where they are not plain or nothing would be gained.
 
     ``own`` : the model is ours alone, so weights that were packed are let go of.  Otherwise it
@@ -178,9 +222,12 @@ def _is_plain(layer: Any) -> bool:
     if not all(map(_is_untouched, layer.modules())) or not _is_uniform(layer):
         return False
     attention, mlp = layer.self_attn, layer.mlp
-    linears = [*_parts(attention, "q_proj", "k_proj", "v_proj", "qkv_proj"),
-               *_parts(mlp, "gate_proj", "up_proj", "gate_up_proj"),
-               getattr(attention, "o_proj", None), getattr(mlp, "down_proj", None)]  # fmt: skip
+    linears = [
+        *_parts(attention, "q_proj", "k_proj", "v_proj", "qkv_proj"),
+        *_parts(mlp, "gate_proj", "up_proj", "gate_up_proj"),
+        getattr(attention, "o_proj", None),
+        getattr(mlp, "down_proj", None),
+    ]
     norms = [getattr(layer, name, None) for name in ("input_layernorm", "post_attention_layernorm")]
     return all(type(each) is nn.Linear for each in linears) and all(
         hasattr(norm, "variance_epsilon") for norm in norms

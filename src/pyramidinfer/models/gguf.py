@@ -40,10 +40,22 @@ ORIGIN = "converted_from.json"
 #: Raise when a conversion would come out otherwise: cached ones are made anew.
 VERSION = 2
 #: GGUF's names of architectures → transformers'; those it reads, and those it does not.
-READS = {"llama": "llama", "mistral": "mistral", "qwen2": "qwen2", "qwen3": "qwen3",
-         "phi3": "phi3", "gemma2": "gemma2", "gemma3": "gemma3_text"}  # fmt: skip
-OTHERS = {"gptneox": "gpt_neox", "smollm3": "smollm3", "olmo2": "olmo2", "granite": "granite",
-          "opt": "opt"}  # fmt: skip
+READS = {
+    "llama": "llama",
+    "mistral": "mistral",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "phi3": "phi3",
+    "gemma2": "gemma2",
+    "gemma3": "gemma3_text",
+}
+OTHERS = {
+    "gptneox": "gpt_neox",
+    "smollm3": "smollm3",
+    "olmo2": "olmo2",
+    "granite": "granite",
+    "opt": "opt",
+}
 PROBE = "The archive is in room 472.\n\n1. It's  here:\t«naïve» 日本 <|im_end|><end_of_turn>\n  2"
 
 
@@ -87,14 +99,17 @@ def convert(file: Path, folder: Path, replace: bool = False) -> Path:
         config.eos_token_id = mend_ends(header, tokenizer, config.eos_token_id)
         print(f"converting {file.name} to {folder}", file=sys.stderr)
         with _no_bar():
-            loaded = _read(file, AutoModelForCausalLM, "weights", config=config,
-                           dtype=torch.float32)  # fmt: skip
+            loaded = _read(
+                file, AutoModelForCausalLM, "weights", config=config, dtype=torch.float32
+            )
         _save_model(loaded, config, work)
         _save_tokenizer(tokenizer, work)
         origin = {
-            "file": file.name, "sha256": digest(file), "version": VERSION,
+            "file": file.name,
+            "sha256": digest(file),
+            "version": VERSION,
             "licence": header.metadata.get("general.license"),
-        }  # fmt: skip
+        }
         (work / ORIGIN).write_text(json.dumps(origin, indent=1) + "\n")
         _put(work, folder, replace)
     finally:

@@ -21,8 +21,19 @@ from pyramidinfer.models.folder import check_pointer
 __all__ = ["Header", "Tensor", "read_header"]
 
 #: Value type → struct's letter; 8 is a string, 9 an array.
-LETTERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q",
-           12: "d"}  # fmt: skip
+LETTERS = {
+    0: "B",
+    1: "b",
+    2: "H",
+    3: "h",
+    4: "I",
+    5: "i",
+    6: "f",
+    7: "?",
+    10: "Q",
+    11: "q",
+    12: "d",
+}
 STRING, ARRAY = 8, 9
 VERSIONS = (2, 3)
 FLOAT32 = 0
@@ -135,9 +146,10 @@ class _Reader:
         step = metadata.get("general.alignment", 32)
         first = -(-self.at // step) * step
         return Header(
-            file, {key: value for key, value in metadata.items() if value is not None},
+            file,
+            {key: value for key, value in metadata.items() if value is not None},
             {name: Tensor(shape, kind, first + at) for name, shape, kind, at in found},
-        )  # fmt: skip
+        )
 
     def number(self, letter: str) -> Any:
         (value,) = struct.unpack_from("<" + letter, self.data, self.at)

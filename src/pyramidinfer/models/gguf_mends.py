@@ -17,17 +17,34 @@ __all__ = ["mend_config", "mend_ends", "mend_tokenizer"]
 
 #: Keys that transformers reads into the config, or that nothing hangs on.
 READ = {
-    "context_length", "block_count", "feed_forward_length", "embedding_length", "vocab_size",
-    "rope.freq_base", "attention.head_count", "attention.head_count_kv",
-    "attention.layer_norm_rms_epsilon", "tensor_data_layout", "attention.layer_norm_epsilon",
-}  # fmt: skip
+    "context_length",
+    "block_count",
+    "feed_forward_length",
+    "embedding_length",
+    "vocab_size",
+    "rope.freq_base",
+    "attention.head_count",
+    "attention.head_count_kv",
+    "attention.layer_norm_rms_epsilon",
+    "tensor_data_layout",
+    "attention.layer_norm_epsilon",
+}
 #: Keys that are taken in here.
 MENDED = {
-    "attention.key_length", "attention.value_length", "rope.dimension_count",
-    "attention.sliding_window", "attention.sliding_window_pattern", "attn_logit_softcapping",
-    "final_logit_softcapping", "rope.freq_base_swa", "rope.scaling.type", "rope.scaling.factor",
-    "rope.scaling.original_context_length", "rope.scale_linear", "rope.scaling.finetuned",
-}  # fmt: skip
+    "attention.key_length",
+    "attention.value_length",
+    "rope.dimension_count",
+    "attention.sliding_window",
+    "attention.sliding_window_pattern",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "rope.freq_base_swa",
+    "rope.scaling.type",
+    "rope.scaling.factor",
+    "rope.scaling.original_context_length",
+    "rope.scale_linear",
+    "rope.scaling.finetuned",
+}
 GEMMA = ("gemma2", "gemma3")
 #: Depth of the models whose queries are scaled by hidden / heads and not by the head's size.
 LARGEST = {"gemma2": 46, "gemma3": 62}
@@ -80,10 +97,12 @@ def mend_tokenizer(header: Header, tokenizer: Any) -> None:
     if header.metadata.get("tokenizer.ggml.model") != "gpt2":
         return
     if pre in DIGITS:
-        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-        ])  # fmt: skip
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Digits(individual_digits=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+            ]
+        )
     elif pre not in PLAIN and pre not in GGUF_PRE_TOKENIZER_SPLITS:
         raise _refused(header, f"its way of splitting text, {pre!r}, is not known here")
 
@@ -146,9 +165,10 @@ def _mend_rotation(header: Header, config: Any) -> None:
         raise _refused(header, "its rotary positions are stretched by factors of their own")
     if kind == "yarn" and factor != 1:
         rope.update(
-            rope_type="yarn", factor=factor,
+            rope_type="yarn",
+            factor=factor,
             original_max_position_embeddings=header.get("rope.scaling.original_context_length"),
-        )  # fmt: skip
+        )
     elif kind == "linear" and factor != 1:
         rope.update(rope_type="linear", factor=factor)
     elif kind not in ("none", "linear", "yarn"):
@@ -171,6 +191,9 @@ def _mend_llama3(header: Header, rope: dict[str, Any], config: Any) -> None:
     ):
         raise _refused(header, "its rotary positions are stretched by factors of their own")
     rope.update(
-        rope_type="llama3", factor=factor, low_freq_factor=low, high_freq_factor=high,
+        rope_type="llama3",
+        factor=factor,
+        low_freq_factor=low,
+        high_freq_factor=high,
         original_max_position_embeddings=original,
-    )  # fmt: skip
+    )

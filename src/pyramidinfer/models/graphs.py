@@ -64,13 +64,15 @@ class Frame:
     are parts of it;  tokens ``[R]``, cos and sin ``[R, rotated]`` are the device's own.
     """
 
-    def __init__(self, size: Size, layers: int, kv_heads: int, rotated: int, device: torch.device
-                 ) -> None:  # fmt: skip
+    def __init__(
+        self, size: Size, layers: int, kv_heads: int, rotated: int, device: torch.device
+    ) -> None:
         shapes = {
             "tables": (layers, size.rows, kv_heads, size.pages),
             "lengths": (layers, size.rows, kv_heads),
-            "positions": (size.rows,), "places": (size.rows,),
-        }  # fmt: skip
+            "positions": (size.rows,),
+            "places": (size.rows,),
+        }
         numbers = [-(-int(np.prod(shape)) // 32) * 32 for shape in shapes.values()]
         on_gpu = device.type == "cuda"
         host = torch.zeros(sum(numbers), dtype=torch.int32, pin_memory=on_gpu)
@@ -150,10 +152,11 @@ class DecodeGraphs:
         pool.append_each(tables)
         count = len(tables)
         size = Size(
-            round_rows(count), round_pages(max(int(table.held.max()) for table in tables)),
+            round_rows(count),
+            round_pages(max(int(table.held.max()) for table in tables)),
             any(table.ring is not None for table in tables),
             any(each.policy.uses_scores for each in batch.decode),
-        )  # fmt: skip
+        )
         if size not in self.steps:
             frame = Frame(size, pool.layers, pool.kv_heads, self._rotated, pool.device)
             self.steps[size] = Step(frame)
@@ -172,8 +175,9 @@ class DecodeGraphs:
         logits, decoding = self._run(step, lambda: self._layers(pool, frame, size))
         return logits[:count], decoding
 
-    def _run(self, step: Step, work: Callable[[], tuple[Tensor, Decoding]]
-             ) -> tuple[Tensor, Decoding]:  # fmt: skip
+    def _run(
+        self, step: Step, work: Callable[[], tuple[Tensor, Decoding]]
+    ) -> tuple[Tensor, Decoding]:
         step.used += 1
         if self.captures and step.graph is None and step.used > WARM_UP:
             self._capture(step, work)
@@ -194,12 +198,14 @@ class DecodeGraphs:
         if self._memory is None:
             self._memory = torch.cuda.graph_pool_handle()
         try:
-            with torch.cuda.graph(graph, pool=self._memory, stream=self._side,
-                                  capture_error_mode="thread_local"):  # fmt: skip
+            with torch.cuda.graph(
+                graph, pool=self._memory, stream=self._side, capture_error_mode="thread_local"
+            ):
                 out = work()
         except RuntimeError as error:
             self.captures = False
-            warnings.warn(f"decoding runs without CUDA graphs: {error}", RuntimeWarning,
-                          stacklevel=2)  # fmt: skip
+            warnings.warn(
+                f"decoding runs without CUDA graphs: {error}", RuntimeWarning, stacklevel=2
+            )
             return
         step.graph, step.out = graph, out

@@ -33,8 +33,17 @@ from pyramidinfer.models.tensors import check_report, check_tensors
 #: Files that make a tokenizer, one of them.
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
 
-__all__ = ["LoadedModel", "empty_model", "end_ids", "find_tokenizer", "free_memory", "load_config",
-           "load_model", "quiet_transformers", "shipped_model"]  # fmt: skip
+__all__ = [
+    "LoadedModel",
+    "empty_model",
+    "end_ids",
+    "find_tokenizer",
+    "free_memory",
+    "load_config",
+    "load_model",
+    "quiet_transformers",
+    "shipped_model",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +57,12 @@ class LoadedModel:
     dtype: torch.dtype
 
 
-def load_model(model: str | os.PathLike[str] | nn.Module, tokenizer: Any = "auto",
-               dtype: str | torch.dtype = "auto", device: str | torch.device = "auto"
-               ) -> LoadedModel:  # fmt: skip
+def load_model(
+    model: str | os.PathLike[str] | nn.Module,
+    tokenizer: Any = "auto",
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "auto",
+) -> LoadedModel:
     """Load a folder, hub id, fetched model or GGUF file, or take a transformers model as it is.
 
     ``tokenizer``: ``"auto"`` (the model's own, None where it has none), a tokenizer, what names
@@ -76,15 +88,22 @@ def _load_weights(name: str, folder: Path, dtype: str | torch.dtype) -> tuple[An
     kind = parse_dtype(dtype, config.dtype)
     _check_generation_config(folder)
     loaded, report = _from_hub(
-        AutoModelForCausalLM, folder, repr(name), config=config, dtype=kind,
-        use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True,
-    )  # fmt: skip
+        AutoModelForCausalLM,
+        folder,
+        repr(name),
+        config=config,
+        dtype=kind,
+        use_safetensors=True,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+    )
     check_report(name, report)
     return loaded, kind
 
 
-def _load_adapted(name: str, folder: Path, tokenizer: Any, dtype: str | torch.dtype,
-                  place: torch.device) -> LoadedModel:  # fmt: skip
+def _load_adapted(
+    name: str, folder: Path, tokenizer: Any, dtype: str | torch.dtype, place: torch.device
+) -> LoadedModel:
     """An adapter's base model with the adapter merged in; its tokenizer, else the base's."""
     base = check_path(find_model(base_of(folder, name)))
     below = model_folder(base, weights=True)
@@ -122,8 +141,11 @@ def load_config(name: str) -> Any:
     return config
 
 
-def empty_model(name: str | os.PathLike[str], dtype: str | torch.dtype = "auto",
-                device: str | torch.device = "auto") -> tuple[Any, torch.device]:  # fmt: skip
+def empty_model(
+    name: str | os.PathLike[str],
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "auto",
+) -> tuple[Any, torch.device]:
     """The model without weights (on the meta device), and where it would be loaded."""
     place, config = parse_device(device), load_config(str(name))
     kind = parse_dtype(dtype, config.dtype)
@@ -165,8 +187,9 @@ def _groups(root: Path, own: Path) -> list[Path]:
     return [group for group in (inner, *inner.parents) if group.is_relative_to(root)]
 
 
-def _take_object(model: nn.Module, tokenizer: Any, dtype: str | torch.dtype,
-                 device: str | torch.device) -> LoadedModel:  # fmt: skip
+def _take_object(
+    model: nn.Module, tokenizer: Any, dtype: str | torch.dtype, device: str | torch.device
+) -> LoadedModel:
     model = unwrap(model)
     config = getattr(model, "config", None)
     find_family(config)

@@ -20,9 +20,16 @@ PLAIN, ADD, GATED = 0, 1, 2
 class Heads:
     """A projected row ``[H + 2K, D]``: heads, sizes, and the norms of queries and keys, if any."""
 
-    def __init__(self, heads: int, kv_heads: int, size: int, rotated: int,
-                 query_norm: Tensor | None, key_norm: Tensor | None, epsilon: float
-                 ) -> None:  # fmt: skip
+    def __init__(
+        self,
+        heads: int,
+        kv_heads: int,
+        size: int,
+        rotated: int,
+        query_norm: Tensor | None,
+        key_norm: Tensor | None,
+        epsilon: float,
+    ) -> None:
         self.heads, self.kv_heads, self.size, self.rotated = heads, kv_heads, size, rotated
         self.query_norm, self.key_norm, self.epsilon = query_norm, key_norm, epsilon
 
@@ -75,8 +82,10 @@ class KernelOps:
         parts = [_with_bias(each, bias) for each, bias in zip(weights, biases, strict=True)]
         if how == GATED:  # half a panel of gate columns, then the up columns that go with them
             half = panel // 2
-            parts = [F.pad(each, (0, 0, 0, -len(each) % half)).view(-1, half, depth + 1)
-                     for each in parts]  # fmt: skip
+            parts = [
+                F.pad(each, (0, 0, 0, -len(each) % half)).view(-1, half, depth + 1)
+                for each in parts
+            ]
             joined = torch.stack(parts, dim=1).flatten(0, 2)
         else:
             joined = torch.cat(parts)
@@ -88,26 +97,42 @@ class KernelOps:
         self.kernels.pack_linear(self.kind, pointer(rows), len(rows), depth, pointer(panels))
         return Packed(panels, bias, columns, depth, how)
 
-    def linear(self, x: Tensor, weights: Packed, how: int, residual: Tensor | None = None
-               ) -> Tensor:  # fmt: skip
+    def linear(
+        self, x: Tensor, weights: Packed, how: int, residual: Tensor | None = None
+    ) -> Tensor:
         x = x.contiguous()
         out = x.new_empty(len(x), weights.columns)
-        self.kernels.run_linear(self.kind, pointer(x), len(x), ctypes.byref(weights.data), how,
-                                pointer(residual), pointer(out))  # fmt: skip
+        self.kernels.run_linear(
+            self.kind,
+            pointer(x),
+            len(x),
+            ctypes.byref(weights.data),
+            how,
+            pointer(residual),
+            pointer(out),
+        )
         return out
 
     def norm(self, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         out = torch.empty_like(x)
-        self.kernels.run_norm(self.kind, pointer(x), len(x), x.shape[1], pointer(weight), epsilon,
-                              pointer(out))  # fmt: skip
+        self.kernels.run_norm(
+            self.kind, pointer(x), len(x), x.shape[1], pointer(weight), epsilon, pointer(out)
+        )
         return out
 
     def rotate(self, qkv: Tensor, heads: Heads, cos: Tensor, sin: Tensor) -> None:
-        data = HeadsData(heads.heads, heads.kv_heads, heads.size, heads.rotated,
-                         pointer(heads.query_norm), pointer(heads.key_norm),
-                         heads.epsilon)  # fmt: skip
-        self.kernels.run_rotate(self.kind, pointer(qkv), len(qkv), ctypes.byref(data),
-                                pointer(cos), pointer(sin))  # fmt: skip
+        data = HeadsData(
+            heads.heads,
+            heads.kv_heads,
+            heads.size,
+            heads.rotated,
+            pointer(heads.query_norm),
+            pointer(heads.key_norm),
+            heads.epsilon,
+        )
+        self.kernels.run_rotate(
+            self.kind, pointer(qkv), len(qkv), ctypes.byref(data), pointer(cos), pointer(sin)
+        )
 
 
 class TorchOps:
@@ -116,12 +141,15 @@ class TorchOps:
     def pack(self, weights: list[Tensor], biases: list[Tensor | None], how: int) -> Any:
         bias = None
         if any(each is not None for each in biases):
-            bias = torch.cat([_zeros_like_rows(w) if b is None else b
-                              for w, b in zip(weights, biases, strict=True)])  # fmt: skip
+            bias = torch.cat(
+                [
+                    _zeros_like_rows(w) if b is None else b
+                    for w, b in zip(weights, biases, strict=True)
+                ]
+            )
         return torch.cat(weights), bias
 
-    def linear(self, x: Tensor, weights: Any, how: int, residual: Tensor | None = None
-               ) -> Tensor:  # fmt: skip
+    def linear(self, x: Tensor, weights: Any, how: int, residual: Tensor | None = None) -> Tensor:
         out = F.linear(x, *weights)
         if how == GATED:
             gate, up = out.chunk(2, dim=-1)

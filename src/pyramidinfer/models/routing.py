@@ -25,8 +25,14 @@ from pyramidinfer.models.streaming import Streaming
 from pyramidinfer.types import Needs, Reduce
 
 __all__ = [
-    "Decoding", "LayerCall", "Segment", "evaluating", "route", "runs_of", "scores_by_chunk",
-]  # fmt: skip
+    "Decoding",
+    "LayerCall",
+    "Segment",
+    "evaluating",
+    "route",
+    "runs_of",
+    "scores_by_chunk",
+]
 
 NAME = "pyramidinfer"
 
@@ -53,8 +59,9 @@ class Decoding:
     rings ask;  probs : per layer ``[R, kv_heads, longest]``, when running scores ask.
     """
 
-    def __init__(self, plan: DecodePlan, pages: Tensor, offsets: Tensor, rings: bool,
-                 scores: bool) -> None:  # fmt: skip
+    def __init__(
+        self, plan: DecodePlan, pages: Tensor, offsets: Tensor, rings: bool, scores: bool
+    ) -> None:
         self.plan, self.pages, self.offsets = plan, pages, offsets
         self.rings, self.scores = rings, scores
         self.queries: list[Tensor] = []
@@ -81,9 +88,17 @@ class Decoding:
 class LayerCall:
     """One pass of the flat row through one layer: decode rows first, then segments."""
 
-    def __init__(self, pool: Pool, backend: Backend, layer: int, window: int | None,
-                 decoding: Decoding | None, segments: list[Segment], streaming: Streaming,
-                 last_only: bool = False) -> None:  # fmt: skip
+    def __init__(
+        self,
+        pool: Pool,
+        backend: Backend,
+        layer: int,
+        window: int | None,
+        decoding: Decoding | None,
+        segments: list[Segment],
+        streaming: Streaming,
+        last_only: bool = False,
+    ) -> None:
         self.streaming = streaming
         self.pool, self.backend, self.layer, self.window = pool, backend, layer, window
         self.decoding, self.segments, self.last_only = decoding, segments, last_only
@@ -114,8 +129,9 @@ class LayerCall:
             rows += segment.rows_out(True)
         return torch.tensor(rows, dtype=torch.int64, device=device)
 
-    def _decode(self, decoding: Decoding, queries: Tensor, keys: Tensor, values: Tensor,
-                scale: Scale) -> Tensor:  # fmt: skip
+    def _decode(
+        self, decoding: Decoding, queries: Tensor, keys: Tensor, values: Tensor, scale: Scale
+    ) -> Tensor:
         rows, layer, pool = decoding.count, self.layer, self.pool
         slots = Slots(decoding.pages[layer], decoding.offsets[layer])
         pool.write(layer, slots, keys[:rows], values[:rows], decoding.plan.positions)
@@ -131,8 +147,9 @@ class LayerCall:
             decoding.probs.append(attended.probs)
         return attended.out
 
-    def _prefill(self, prefill: Prefill, queries: Tensor, keys: Tensor, values: Tensor,
-                 scale: Scale) -> Tensor:  # fmt: skip
+    def _prefill(
+        self, prefill: Prefill, queries: Tensor, keys: Tensor, values: Tensor, scale: Scale
+    ) -> Tensor:
         table, layer, count = prefill.sequence.table, self.layer, queries.shape[0]
         held = bool(table.kept[layer].any())
         new = prefill.positions[prefill.done : prefill.done + count]
@@ -170,8 +187,15 @@ class LayerCall:
         linear = needs.reduce.heads.endswith("mean") and needs.reduce.rows in ("mean", "sum")
         return linear and bool(needs.window) and not (needs.remember or needs.column_sums)
 
-    def _attend_summing(self, summing: ScoredPrefill, prefill: Prefill, queries: Tensor,
-                        runs: list[Run], q_pos: Tensor, scale: Scale) -> Tensor:  # fmt: skip
+    def _attend_summing(
+        self,
+        summing: ScoredPrefill,
+        prefill: Prefill,
+        queries: Tensor,
+        runs: list[Run],
+        q_pos: Tensor,
+        scale: Scale,
+    ) -> Tensor:
         """``prefill``, adding to the prefill's scores what this chunk's window queries give."""
         needs, count = prefill.needs, len(queries)
         window = min(needs.window, prefill.length)
@@ -185,9 +209,7 @@ class LayerCall:
         ramp = ramp[end - (count - first) : end]
         if needs.reduce.rows == "mean":
             ramp = ramp / needs.window
-        out, scored = ragged.attend_scored(
-            summing, runs, queries, q_pos, scale, needs.reduce, ramp
-        )  # fmt: skip
+        out, scored = ragged.attend_scored(summing, runs, queries, q_pos, scale, needs.reduce, ramp)
         scores = scored.scores
         if prefill.scores is not None:
             scores[:, : prefill.scores.shape[1]] += prefill.scores
@@ -198,8 +220,9 @@ class LayerCall:
                 ring.begin(prefill.positions[-1:])
         return out
 
-    def _observe(self, prefill: Prefill, queries: Tensor, q_pos: Tensor, runs: list[Run],
-                 scale: Scale) -> None:  # fmt: skip
+    def _observe(
+        self, prefill: Prefill, queries: Tensor, q_pos: Tensor, runs: list[Run], scale: Scale
+    ) -> None:
         """Collect what the policy needs of this layer, and the ring's first row, at its end."""
         needs, count = prefill.needs, queries.shape[0]
         ring = prefill.sequence.table.ring if prefill.again is None else None
@@ -228,9 +251,14 @@ class LayerCall:
             if is_last:
                 assert prefill.queries is not None
                 scored = ragged.window_scores(
-                    self.backend, runs, prefill.queries, prefill.positions[-window:], scale,
-                    needs.reduce, rows=needs.window,
-                )  # fmt: skip
+                    self.backend,
+                    runs,
+                    prefill.queries,
+                    prefill.positions[-window:],
+                    scale,
+                    needs.reduce,
+                    rows=needs.window,
+                )
                 prefill.scores, newest = scored.scores, scored.lse
         if is_last and ring is not None:
             if newest is None:
@@ -259,12 +287,13 @@ def runs_of(pool: Pool, table: Table, layer: int, values: bool = True) -> list[R
     positions = pool.positions(table, layer)
     return [
         Run(
-            heads, pool.keys(table, layer, heads),
+            heads,
+            pool.keys(table, layer, heads),
             pool.values(table, layer, heads) if values else None,
             positions[heads, : int(table.kept[layer, heads.start])],
         )
         for heads in pool.runs(table, layer)
-    ]  # fmt: skip
+    ]
 
 
 def route(layer: nn.Module, attention: str) -> nn.Module:
@@ -308,10 +337,19 @@ def evaluating(modules: list[nn.Module]) -> Iterator[None]:
             module.training = True
 
 
-def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
-            attention_mask: Tensor | None, dropout: float = 0.0, scaling: float | None = None,
-            sliding_window: int | None = None, softcap: float | None = None,
-            layer_call: LayerCall | None = None, **others: Any) -> tuple[Tensor, None]:  # fmt: skip
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    layer_call: LayerCall | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
     """transformers' attention function: ``[1, heads, T, dim]`` in, ``[1, T, heads, dim]`` out."""
     if layer_call is None:
         raise ValueError(f"attention implementation {NAME!r} works inside its own engine only")
@@ -329,7 +367,9 @@ def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     out = layer_call(
-        query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1),
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
         Scale(scale, softcap, layer_call.window),
-    )  # fmt: skip
+    )
     return out[None], None

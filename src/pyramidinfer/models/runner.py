@@ -47,8 +47,9 @@ class ModelRunner:
     then weights that are packed are let go of.
     """
 
-    def __init__(self, model: Any, backend: Backend, prefill_chunk: int = 1024, *,
-                 own: bool = False) -> None:  # fmt: skip
+    def __init__(
+        self, model: Any, backend: Backend, prefill_chunk: int = 1024, *, own: bool = False
+    ) -> None:
         self.config: Any = model.config
         self.family = find_family(self.config)
         self.backend, self.prefill_chunk = backend, prefill_chunk
@@ -75,17 +76,28 @@ class ModelRunner:
         self.max_positions = count_positions(self.family, self.config)
         self.fused: Fused | None = None
         if self.family.plain:
-            self.fused = fuse(self.body, self.head, self.config, self.shapes, self.rotary, backend,
-                              self.dtype, self.device, own=own)  # fmt: skip
+            self.fused = fuse(
+                self.body,
+                self.head,
+                self.config,
+                self.shapes,
+                self.rotary,
+                backend,
+                self.dtype,
+                self.device,
+                own=own,
+            )
         self._graphs: WeakKeyDictionary[Pool, DecodeGraphs] = WeakKeyDictionary()
         self.end_ids = end_ids(model)
         self.every_output = False  # the last layer's too, though the head reads last tokens alone
         self.scales: list[Scale | None] = [None] * depth  # known once a layer has run
         attentions: list[Any] = [getattr(layer, self.family.attention) for layer in originals]
         self.streaming = Streaming(
-            self.rotary, self.kinds, [getattr(each, "use_rope", True) for each in attentions],
+            self.rotary,
+            self.kinds,
+            [getattr(each, "use_rope", True) for each in attentions],
             self.max_positions,
-        )  # fmt: skip
+        )
 
     @property
     def depth(self) -> int:
@@ -154,9 +166,15 @@ class ModelRunner:
             return Stepped(nothing, decoding)
         return Stepped(self._logits(torch.cat(rows)), decoding)
 
-    def _all_layers(self, pool: Pool, works: list[Work], last: dict[int, Tensor],
-                    hidden: Tensor | None = None, tables: dict[str | None, Ropes] | None = None,
-                    decoding: Decoding | None = None) -> Tensor | None:  # fmt: skip
+    def _all_layers(
+        self,
+        pool: Pool,
+        works: list[Work],
+        last: dict[int, Tensor],
+        hidden: Tensor | None = None,
+        tables: dict[str | None, Ropes] | None = None,
+        decoding: Decoding | None = None,
+    ) -> Tensor | None:
         """All layers once, for decode rows ``hidden`` and for works from where each stands.
 
         Gives what becomes of the rows; ``last`` takes outputs of the works that come to their end.
@@ -207,9 +225,16 @@ class ModelRunner:
             start += count
         return segments, parts
 
-    def _run_layer(self, pool: Pool, layer: int, riding: Tensor | None, rope: Any,
-                   decoding: Decoding | None, segments: list[Segment], parts: list[Tensor]
-                   ) -> Tensor:  # fmt: skip
+    def _run_layer(
+        self,
+        pool: Pool,
+        layer: int,
+        riding: Tensor | None,
+        rope: Any,
+        decoding: Decoding | None,
+        segments: list[Segment],
+        parts: list[Tensor],
+    ) -> Tensor:
         """The flat row through one decoder layer, ``[1, rows, hidden]``."""
         row = [riding[0]] if riding is not None else []
         flat = torch.cat([*row, *parts]) if len(row) + len(parts) > 1 else [*row, *parts][0]
@@ -221,9 +246,15 @@ class ModelRunner:
         active = decoding if riding is not None else None
         window = self.shapes[layer].window
         call = LayerCall(
-            pool, self.backend, layer, window, active, segments, self.streaming,
+            pool,
+            self.backend,
+            layer,
+            window,
+            active,
+            segments,
+            self.streaming,
             self._last_only(layer),
-        )  # fmt: skip
+        )
         if self.fused is not None:
             fused = self.fused.layers[layer]
             self.scales[layer] = fused.scale
@@ -236,14 +267,18 @@ class ModelRunner:
 
     def _rope(self, like: Tensor, rope: Any, segments: list[Segment], kind: str | None) -> Any:
         """cos and sin of the decode rows (``rope``) followed by those of the segments."""
-        positions = torch.cat([
-            prefill.positions[prefill.done : prefill.done + count] - prefill.sequence.offset
-            for prefill, _, count in segments
-        ])  # fmt: skip
-        regimes = torch.cat([
-            torch.full((count,), self.rotary.regime(prefill.sequence.is_long, prefill.end))
-            for prefill, _, count in segments
-        ]).to(self.device)  # fmt: skip
+        positions = torch.cat(
+            [
+                prefill.positions[prefill.done : prefill.done + count] - prefill.sequence.offset
+                for prefill, _, count in segments
+            ]
+        )
+        regimes = torch.cat(
+            [
+                torch.full((count,), self.rotary.regime(prefill.sequence.is_long, prefill.end))
+                for prefill, _, count in segments
+            ]
+        ).to(self.device)
         cos, sin = self._angles(like, positions, regimes)[kind]
         if rope is None:
             return cos, sin
@@ -328,10 +363,13 @@ class ModelRunner:
         going = None
         if needs.propagate and layer < self.depth - 1:
             seen = Observation(
-                view, prefill.positions[None], sequence.is_protected(prefill.positions)[None],
+                view,
+                prefill.positions[None],
+                sequence.is_protected(prefill.positions)[None],
                 _newest(prefill.scores, prefill.length, table.lens(layer)),
-                _newest(prefill.columns, prefill.length, table.lens(layer)), kernels=pool.kernels,
-            )  # fmt: skip
+                _newest(prefill.columns, prefill.length, table.lens(layer)),
+                kernels=pool.kernels,
+            )
             keep, table.state = policy.propagate(seen, table.state)
             going = None if keep.indices is None else keep.indices[0]
             assert going is None or int(going[-1]) == prefill.length - 1, "the last token must stay"
@@ -339,10 +377,17 @@ class ModelRunner:
         if needs.retain:
             keep, table.state = policy.retain(
                 observe(
-                    pool, sequence, view, needs, self.streaming, prefill.scores, prefill.columns,
+                    pool,
+                    sequence,
+                    view,
+                    needs,
+                    self.streaming,
+                    prefill.scores,
+                    prefill.columns,
                     self._queries(prefill),
-                ), table.state,
-            )  # fmt: skip
+                ),
+                table.state,
+            )
             pool.keep(table, layer, keep)
         self._trim(pool, sequence, layer, prefill.end, slack=0)
         table.state = policy.prefilled(prefill.view())

@@ -28,8 +28,9 @@ class Streaming:
     """Turns keys of one model.  ``kinds``: rotary kind per layer; ``rotates``: whether it has
     rotary positions at all."""
 
-    def __init__(self, rotary: Rotary, kinds: list[str | None], rotates: list[bool],
-                 max_positions: int) -> None:  # fmt: skip
+    def __init__(
+        self, rotary: Rotary, kinds: list[str | None], rotates: list[bool], max_positions: int
+    ) -> None:
         self.rotary, self.kinds, self.max_positions = rotary, kinds, max_positions
         self.layers = [layer for layer, turns in enumerate(rotates) if turns]
 
@@ -114,8 +115,9 @@ class Streaming:
         cos, _ = self.rotary.tables(like, start, start)[self.kinds[layer]]
         return cos.shape[-1] // 2
 
-    def unrotated(self, queries: Tensor, positions: Tensor, layer: int, sequence: Sequence,
-                 length: int) -> Tensor:  # fmt: skip
+    def unrotated(
+        self, queries: Tensor, positions: Tensor, layer: int, sequence: Sequence, length: int
+    ) -> Tensor:
         """Queries ``[heads, n, key_dim]`` of these rotary positions, in a text of this length, as
         they were before rotation, in float32 or wider."""
         wide = queries.float() if queries.dtype != torch.float64 else queries
@@ -123,8 +125,9 @@ class Streaming:
             return wide
         return _rotated(wide, *self._angles(wide, -positions, layer, sequence, length))
 
-    def mean_rotation(self, like: Tensor, ahead: Items[int], layer: int, sequence: Sequence,
-                  length: int) -> Tensor:  # fmt: skip
+    def mean_rotation(
+        self, like: Tensor, ahead: Items[int], layer: int, sequence: Sequence, length: int
+    ) -> Tensor:
         """``[key_dim, key_dim]``: a vector times this is the mean of it rotated to the places
         ``ahead`` of a text of this length, 1 for the next token's; the identity where nothing is
         rotated.
@@ -143,8 +146,9 @@ class Streaming:
         angles = places[:, None] * torch.atan2(sin, cos).double()
         return _rotated(unit, angles.cos().mean(0), angles.sin().mean(0)).to(like.dtype)
 
-    def _angles(self, like: Tensor, by: Tensor, layer: int, sequence: Sequence, length: int = 0
-                ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    def _angles(
+        self, like: Tensor, by: Tensor, layer: int, sequence: Sequence, length: int = 0
+    ) -> tuple[Tensor, Tensor]:
         """Cosines and sines ``[n, rotated]`` of ``by`` ``[n]`` positions, of length 1 together."""
         steps = torch.cat([by, by.new_zeros(1)]).to(like.device)  # the last one tells the scaling
         regimes = torch.full_like(steps, self.rotary.regime(sequence.is_long, length))

@@ -59,8 +59,10 @@ def check_report(name: str, report: dict[str, Any]) -> None:
         )
     extra, more = _first(report.get("unexpected_keys") or ())
     if extra:
-        hint = next((hint for end, hint in HINTS.items() if extra.endswith(end)),
-                    "the config and the weights are of two models")  # fmt: skip
+        hint = next(
+            (hint for end, hint in HINTS.items() if extra.endswith(end)),
+            "the config and the weights are of two models",
+        )
         raise ValueError(
             f"model {name!r} has the tensor {extra}{more}, for which its config has no place: "
             f"{hint}"

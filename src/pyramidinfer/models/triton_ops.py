@@ -27,8 +27,7 @@ BLOCK = 1024
 class TritonOps(TorchOps):
     """``TorchOps`` in few launches; float64 stays with torch."""
 
-    def linear(self, x: Tensor, weights: Any, how: int, residual: Tensor | None = None
-               ) -> Tensor:  # fmt: skip
+    def linear(self, x: Tensor, weights: Any, how: int, residual: Tensor | None = None) -> Tensor:
         if how != GATED or x.dtype == torch.float64:
             return super().linear(x, weights, how, residual)
         both = F.linear(x, *weights)
@@ -48,9 +47,15 @@ class TritonOps(TorchOps):
             size = x.shape[1]
             with _device(x):
                 _norm[(len(x),)](
-                    x, weight, out, x.stride(0), epsilon, size=size,
-                    pad=triton.next_power_of_2(size), num_warps=8 if size > 2048 else 4,
-                )  # fmt: skip
+                    x,
+                    weight,
+                    out,
+                    x.stride(0),
+                    epsilon,
+                    size=size,
+                    pad=triton.next_power_of_2(size),
+                    num_warps=8 if size > 2048 else 4,
+                )
         return out
 
     def rotate(self, qkv: Tensor, heads: Heads, cos: Tensor, sin: Tensor) -> None:
@@ -64,14 +69,22 @@ class TritonOps(TorchOps):
         rest = heads.size - heads.rotated
         with _device(qkv):
             _rotate[len(qkv), heads.heads + heads.kv_heads](
-                qkv, cos.contiguous(), sin.contiguous(),
-                heads.query_norm if normed else qkv, heads.key_norm if normed else qkv,
-                heads.epsilon, heads=heads.heads, width=heads.heads + 2 * heads.kv_heads,
-                size=heads.size, size_pad=triton.next_power_of_2(heads.size),
+                qkv,
+                cos.contiguous(),
+                sin.contiguous(),
+                heads.query_norm if normed else qkv,
+                heads.key_norm if normed else qkv,
+                heads.epsilon,
+                heads=heads.heads,
+                width=heads.heads + 2 * heads.kv_heads,
+                size=heads.size,
+                size_pad=triton.next_power_of_2(heads.size),
                 rotated=heads.rotated,
                 half_pad=triton.next_power_of_2(max(1, heads.rotated // 2)),
-                rest_pad=triton.next_power_of_2(max(1, rest)), normed=normed, num_warps=1,
-            )  # fmt: skip
+                rest_pad=triton.next_power_of_2(max(1, rest)),
+                normed=normed,
+                num_warps=1,
+            )
         return None
 
 
@@ -112,10 +125,22 @@ def _part(qkv, scale, at, first, by, there, normed: tl.constexpr):
 
 
 @triton.jit
-def _rotate(qkv, cos, sin, query_norm, key_norm, epsilon, heads: tl.constexpr,
-            width: tl.constexpr, size: tl.constexpr, size_pad: tl.constexpr,
-            rotated: tl.constexpr, half_pad: tl.constexpr, rest_pad: tl.constexpr,
-            normed: tl.constexpr):  # fmt: skip
+def _rotate(
+    qkv,
+    cos,
+    sin,
+    query_norm,
+    key_norm,
+    epsilon,
+    heads: tl.constexpr,
+    width: tl.constexpr,
+    size: tl.constexpr,
+    size_pad: tl.constexpr,
+    rotated: tl.constexpr,
+    half_pad: tl.constexpr,
+    rest_pad: tl.constexpr,
+    normed: tl.constexpr,
+):
     """One head's norm and rotation, in place.  Grid ``[n, heads + kv_heads]``."""
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     qkv += (row * width + head) * size

@@ -159,8 +159,11 @@ def _build(compiler: str, options: list[str], source: Path, target: Path) -> Non
             built = Path(place) / target.name
             done = subprocess.run(
                 [compiler, *options, str(source), "-o", str(built)],
-                capture_output=True, text=True, timeout=TIMEOUT, check=False,
-            )  # fmt: skip
+                capture_output=True,
+                text=True,
+                timeout=TIMEOUT,
+                check=False,
+            )
             if done.returncode:
                 raise NoCompilerError(
                     f"{compiler} could not build the CPU kernels: {done.stderr.strip()[:400]}"

@@ -13,11 +13,23 @@ from torch import Tensor
 from pyramidinfer.native.build import NoCompilerError, compile_kernels
 
 __all__ = [
-    "DTYPES", "DecodeCall", "DenseCall", "Eviction", "HeadsData", "Keeping", "Kernels", "LayerData",
+    "DTYPES",
+    "DecodeCall",
+    "DenseCall",
+    "Eviction",
+    "HeadsData",
+    "Keeping",
+    "Kernels",
+    "LayerData",
     "LinearData",
-    "StepCall", "StorageData", "WatchCall", "WriteCall", "kernels", "pointer",
+    "StepCall",
+    "StorageData",
+    "WatchCall",
+    "WriteCall",
+    "kernels",
+    "pointer",
     "why_not",
-]  # fmt: skip
+]
 
 #: The numbers by which the kernels know dtypes.
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -31,55 +43,82 @@ def _struct(name: str, pointers: str, integers: str, floats: str = "") -> type[S
 
 
 DecodeCall = _struct(
-    "DecodeCall", "queries keys values positions table lengths at out lse probs",
-    "requests heads kv_heads key_dim value_dim page width longest window", "scale softcap",
-)  # fmt: skip
+    "DecodeCall",
+    "queries keys values positions table lengths at out lse probs",
+    "requests heads kv_heads key_dim value_dim page width longest window",
+    "scale softcap",
+)
 DenseCall = _struct(
-    "DenseCall", "queries keys values q_pos k_pos",
+    "DenseCall",
+    "queries keys values q_pos k_pos",
     "query_row key_head key_row value_head value_row k_row queries_n entries heads kv_heads "
-    "key_dim value_dim window", "scale softcap",
-)  # fmt: skip
+    "key_dim value_dim window",
+    "scale softcap",
+)
 StorageData = _struct("StorageData", "data", "entry")
 Keeping = _struct("Keeping", "tensors pages indices", "count page kept length")
 Eviction = _struct(
-    "Eviction", "keys values positions scores pages lengths counts protect queries lse rows "
-    "query_at",
+    "Eviction",
+    "keys values positions scores pages lengths counts protect queries lse rows query_at",
     "width kernel pools_max sinks recent text kv_heads key_dim value_dim page window heads "
-    "takes_max", "scale softcap share",
-)  # fmt: skip
+    "takes_max",
+    "scale softcap share",
+)
 WriteCall = _struct(
-    "WriteCall", "keys values at pages offsets to_keys to_values to_positions to_scores",
+    "WriteCall",
+    "keys values at pages offsets to_keys to_values to_positions to_scores",
     "key_row value_row key_head value_head count kv_heads key_dim value_dim page",
-)  # fmt: skip
+)
 LinearData = _struct("LinearData", "packed bias", "columns depth")
 
 
 class WatchCall(Structure):
     """``Watch`` in prefill.h."""
 
-    _fields_ = (("first", c_int64), ("ramp", c_void_p), ("sums", c_void_p), ("lse", c_void_p),
-                ("parts", c_int))  # fmt: skip
+    _fields_ = (
+        ("first", c_int64),
+        ("ramp", c_void_p),
+        ("sums", c_void_p),
+        ("lse", c_void_p),
+        ("parts", c_int),
+    )
 
 
 class HeadsData(Structure):
     """``Heads`` in step.h."""
 
     _fields_ = (
-        ("heads", c_int64), ("kv_heads", c_int64), ("size", c_int64), ("rotated", c_int64),
-        ("query_norm", c_void_p), ("key_norm", c_void_p), ("epsilon", c_float),
-    )  # fmt: skip
+        ("heads", c_int64),
+        ("kv_heads", c_int64),
+        ("size", c_int64),
+        ("rotated", c_int64),
+        ("query_norm", c_void_p),
+        ("key_norm", c_void_p),
+        ("epsilon", c_float),
+    )
 
 
 class LayerData(Structure):
     """One layer of a decode step: ``Layer`` in step.h."""
 
     _fields_ = (
-        ("norm1", c_void_p), ("norm2", c_void_p),
-        ("qkv", LinearData), ("out", LinearData), ("gate_up", LinearData), ("down", LinearData),
-        ("keys", c_void_p), ("values", c_void_p), ("positions", c_void_p), ("scores", c_void_p),
-        ("query_norm", c_void_p), ("key_norm", c_void_p),
-        ("scale", c_float), ("epsilon", c_float), ("window", c_int64), ("angles", c_int64),
-    )  # fmt: skip
+        ("norm1", c_void_p),
+        ("norm2", c_void_p),
+        ("qkv", LinearData),
+        ("out", LinearData),
+        ("gate_up", LinearData),
+        ("down", LinearData),
+        ("keys", c_void_p),
+        ("values", c_void_p),
+        ("positions", c_void_p),
+        ("scores", c_void_p),
+        ("query_norm", c_void_p),
+        ("key_norm", c_void_p),
+        ("scale", c_float),
+        ("epsilon", c_float),
+        ("window", c_int64),
+        ("angles", c_int64),
+    )
 
 
 class StepCall(Structure):
@@ -87,18 +126,31 @@ class StepCall(Structure):
 
     _fields_ = (
         ("layers", POINTER(LayerData)),
-        *((name, c_int64) for name in
-          "depth hidden inner heads kv_heads size page rows width rotated".split()),
-        *((name, c_void_p) for name in
-          "cos sin pages offsets tables lengths at longest queries lse probs".split()),
-    )  # fmt: skip
+        *(
+            (name, c_int64)
+            for name in "depth hidden inner heads kv_heads size page rows width rotated".split()
+        ),
+        *(
+            (name, c_void_p)
+            for name in "cos sin pages offsets tables lengths at longest queries lse probs".split()
+        ),
+    )
 
 
 #: In the order in which ``struct_bytes`` knows them.
 STRUCTS: tuple[type[Structure], ...] = (
-    DecodeCall, DenseCall, StorageData, Keeping, Eviction, WriteCall, LinearData, WatchCall,
-    HeadsData, LayerData, StepCall,
-)  # fmt: skip
+    DecodeCall,
+    DenseCall,
+    StorageData,
+    Keeping,
+    Eviction,
+    WriteCall,
+    LinearData,
+    WatchCall,
+    HeadsData,
+    LayerData,
+    StepCall,
+)
 
 SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "isa": (c_char_p, []),
@@ -107,25 +159,46 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "struct_bytes": (c_int64, [c_int]),
     "decode_attention": (None, [c_int, c_void_p, c_int64]),
     "prefill_attention": (None, [c_int, POINTER(DenseCall), c_void_p, POINTER(WatchCall)]),
-    "score_window": (None, [c_int, POINTER(DenseCall), c_int, c_int, c_int, c_float, c_void_p,
-                            c_int, c_void_p, c_void_p]),
+    "score_window": (
+        None,
+        [
+            c_int,
+            POINTER(DenseCall),
+            c_int,
+            c_int,
+            c_int,
+            c_float,
+            c_void_p,
+            c_int,
+            c_void_p,
+            c_void_p,
+        ],
+    ),
     "keep": (c_int64, [c_void_p, c_int64]),
-    "gather_pages": (None, [POINTER(StorageData), c_void_p, c_int64, c_int, c_int, c_int64,
-                            c_void_p]),
+    "gather_pages": (
+        None,
+        [POINTER(StorageData), c_void_p, c_int64, c_int, c_int, c_int64, c_void_p],
+    ),
     "evict_entries": (None, [c_int, c_void_p, c_int64]),
-    "best_entries": (c_int64, [c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_void_p,
-                               c_void_p]),
-    "pool_neighbours": (None, [c_void_p, c_void_p, c_int64, c_int64, c_int64, c_int, c_int,
-                               c_void_p]),
+    "best_entries": (
+        c_int64,
+        [c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p],
+    ),
+    "pool_neighbours": (
+        None,
+        [c_void_p, c_void_p, c_int64, c_int64, c_int64, c_int, c_int, c_void_p],
+    ),
     "read_words": (c_int64, [c_void_p, c_int64]),
     "pack_linear": (None, [c_int, c_void_p, c_int64, c_int64, c_void_p]),
-    "run_linear": (None, [c_int, c_void_p, c_int64, POINTER(LinearData), c_int, c_void_p,
-                          c_void_p]),
+    "run_linear": (
+        None,
+        [c_int, c_void_p, c_int64, POINTER(LinearData), c_int, c_void_p, c_void_p],
+    ),
     "run_norm": (None, [c_int, c_void_p, c_int64, c_int64, c_void_p, c_float, c_void_p]),
     "run_rotate": (None, [c_int, c_void_p, c_int64, POINTER(HeadsData), c_void_p, c_void_p]),
     "write_entries": (None, [c_int, POINTER(WriteCall)]),
     "run_step": (None, [c_int, POINTER(StepCall), c_void_p]),
-}  # fmt: skip
+}
 
 
 class Kernels:

@@ -177,8 +177,9 @@ class Policy:
         return 0
 
 
-def keep_best(seen: Observation, scores: Tensor, count: int | tuple[int, ...] | Tensor,
-              forced: Tensor) -> Keep:  # fmt: skip
+def keep_best(
+    seen: Observation, scores: Tensor, count: int | tuple[int, ...] | Tensor, forced: Tensor
+) -> Keep:
     """Of every KV head the entries with the highest scores; forced ones win.
 
     ``scores``: ``[1 or kv_heads, n]`` (one row for all heads that hold the same tokens);
@@ -194,8 +195,13 @@ def keep_best(seen: Observation, scores: Tensor, count: int | tuple[int, ...] | 
     return Keep(indices, None if same else found)
 
 
-def best_entries(scores: Tensor, count: int, forced: Tensor, positions: Tensor | None = None,
-                 kernels: Kernels | None = None) -> Tensor:  # fmt: skip
+def best_entries(
+    scores: Tensor,
+    count: int,
+    forced: Tensor,
+    positions: Tensor | None = None,
+    kernels: Kernels | None = None,
+) -> Tensor:
     """Indices ``[heads, max(count, forced)]`` of the highest scores, ascending.
 
     ``scores`` and ``forced`` (entries that win regardless) are ``[heads, n]``; equal scores go to
@@ -207,8 +213,14 @@ def best_entries(scores: Tensor, count: int, forced: Tensor, positions: Tensor |
     return _best(scores, torch.full((heads,), count), forced, positions, lengths, kernels)[0]
 
 
-def _best(scores: Tensor, counts: Tensor, forced: Tensor, positions: Tensor | None,
-          lengths: Tensor, kernels: Kernels | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
+def _best(
+    scores: Tensor,
+    counts: Tensor,
+    forced: Tensor,
+    positions: Tensor | None,
+    lengths: Tensor,
+    kernels: Kernels | None = None,
+) -> tuple[Tensor, Tensor]:
     """Indices ``[heads, k]``, and how many of each head count (``[heads]``, on the host)."""
     if kernels is not None and scores.is_cpu and scores.dtype == torch.float32:
         return _best_native(kernels, scores, counts, forced, positions, lengths)
@@ -229,21 +241,34 @@ def _best(scores: Tensor, counts: Tensor, forced: Tensor, positions: Tensor | No
     return torch.where(beyond, 0, best), counts
 
 
-def _best_native(kernels: Kernels, scores: Tensor, counts: Tensor, forced: Tensor,
-                 positions: Tensor | None, lengths: Tensor) -> tuple[Tensor, Tensor]:  # fmt: skip
+def _best_native(
+    kernels: Kernels,
+    scores: Tensor,
+    counts: Tensor,
+    forced: Tensor,
+    positions: Tensor | None,
+    lengths: Tensor,
+) -> tuple[Tensor, Tensor]:
     heads, size = max(scores.shape[0], forced.shape[0]), scores.shape[1]
     scores, forced = (each.expand(heads, size).contiguous() for each in (scores, forced))
     places = None if positions is None else positions.expand(heads, size).long().contiguous()
     out, counts = torch.empty(heads * size, dtype=torch.int64), counts.long().clone()
     found = kernels.best_entries(
-        pointer(scores), pointer(forced), pointer(places), pointer(lengths), heads, size,
-        pointer(counts), pointer(out),
-    )  # fmt: skip
+        pointer(scores),
+        pointer(forced),
+        pointer(places),
+        pointer(lengths),
+        heads,
+        size,
+        pointer(counts),
+        pointer(out),
+    )
     return out[: heads * found].view(heads, found), counts
 
 
-def pool_neighbours(scores: Tensor, positions: Tensor, kernel: int, how: str,
-                    kernels: Kernels | None = None) -> Tensor:  # fmt: skip
+def pool_neighbours(
+    scores: Tensor, positions: Tensor, kernel: int, how: str, kernels: Kernels | None = None
+) -> Tensor:
     """Each score replaced by the ``"mean"`` or ``"max"`` of it and its neighbours in the text.
 
     scores ``[heads, n]``, positions ``[heads, n]`` or ``[1, n]`` in any order; ``kernel`` is odd.
@@ -255,8 +280,9 @@ def pool_neighbours(scores: Tensor, positions: Tensor, kernel: int, how: str,
     if kernels is not None and scores.is_cpu and scores.dtype == torch.float32:
         scores, places = scores.contiguous(), positions.long().contiguous()
         out, row = torch.empty_like(scores), places.shape[1] if places.shape[0] > 1 else 0
-        kernels.pool_neighbours(pointer(scores), pointer(places), row, *scores.shape, kernel,
-                                how == "max", pointer(out))  # fmt: skip
+        kernels.pool_neighbours(
+            pointer(scores), pointer(places), row, *scores.shape, kernel, how == "max", pointer(out)
+        )
         return out
     order = positions.expand(scores.shape[0], -1).argsort(1)
     sorted_scores = scores.gather(1, order)[:, None]

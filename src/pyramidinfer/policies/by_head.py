@@ -130,8 +130,9 @@ class ByHead(Profiled, ABC):
         limits[view.layer] = torch.tensor(self.limits_at(view))
         return {"text": torch.tensor(view.seen_len), "limits": limits}
 
-    def idle_steps(self, kept: list[list[int]], prompt_len: int, layers: Layers, state: State
-                   ) -> int:  # fmt: skip
+    def idle_steps(
+        self, kept: list[list[int]], prompt_len: int, layers: Layers, state: State
+    ) -> int:
         room = [
             self.most(limit) - held
             for lens, limits, governed in zip(

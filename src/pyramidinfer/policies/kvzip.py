@@ -187,8 +187,10 @@ class KVzip(Policy):
             return even
         assert self.keep is not None
         cut, whole = sum(layers.governed), layers.count - sum(layers.governed)
-        stays = max(round(self.keep * layers.kv_heads * cut * prompt_len),
-                    min(self.sinks, prompt_len) * layers.kv_heads * cut)  # fmt: skip
+        stays = max(
+            round(self.keep * layers.kv_heads * cut * prompt_len),
+            min(self.sinks, prompt_len) * layers.kv_heads * cut,
+        )
         stays += layers.kv_heads * (whole * prompt_len + layers.count * max_new)
         return even._replace(sum=stays)
 

@@ -16,9 +16,18 @@ from typing import Any
 
 from pyramidinfer.config import is_number
 
-__all__ = ["FORMAT", "VERSION", "Calibrated", "Centres", "Fingerprint", "Masks",
-           "Profile", "check_target", "load_heads",
-           "what_goes"]  # fmt: skip
+__all__ = [
+    "FORMAT",
+    "VERSION",
+    "Calibrated",
+    "Centres",
+    "Fingerprint",
+    "Masks",
+    "Profile",
+    "check_target",
+    "load_heads",
+    "what_goes",
+]
 
 FORMAT = "pyramidinfer head profile"
 #: Raise when a file means something else than before: older ones are then refused.
@@ -300,13 +309,19 @@ def _from(found: Any) -> Profile:
     if not isinstance(mark, dict):
         raise ValueError(f"fingerprint={mark!r:.60} is none")
     return Profile(
-        _rows(found["share"], "share"), _row(found["governed"], "governed"), found["text"],
-        _row(found["lengths"], "lengths"), found["agreement"], found["kept"], found["commit"],
+        _rows(found["share"], "share"),
+        _row(found["governed"], "governed"),
+        found["text"],
+        _row(found["lengths"], "lengths"),
+        found["agreement"],
+        found["kept"],
+        found["commit"],
         Fingerprint(
             mark["key"], _rows(mark["vectors"], "vectors"), _rows(mark["tables"], "tables")
         ),
-        _calibrated(found.get("calibrated")), _centres(found.get("queries")),
-    )  # fmt: skip
+        _calibrated(found.get("calibrated")),
+        _centres(found.get("queries")),
+    )
 
 
 def _centres(found: Any) -> Centres | None:
@@ -429,13 +444,24 @@ def _lines(body: dict[str, Any]) -> str:
 
     parts = {name: json.dumps(value) for name, value in body.items()}
     parts["share"] = rows(body["share"], "  ")
-    parts["fingerprint"] = "{\n" + ",\n".join([
-        f'  "key": {json.dumps(mark["key"])}', f'  "vectors": {rows(mark["vectors"], "   ")}',
-        f'  "tables": {rows(mark["tables"], "   ")}',
-    ]) + "\n }"  # fmt: skip
+    parts["fingerprint"] = (
+        "{\n"
+        + ",\n".join(
+            [
+                f'  "key": {json.dumps(mark["key"])}',
+                f'  "vectors": {rows(mark["vectors"], "   ")}',
+                f'  "tables": {rows(mark["tables"], "   ")}',
+            ]
+        )
+        + "\n }"
+    )
     if (queries := body["queries"]) is not None:
         tight = (",", ":")
-        parts["queries"] = "{\n" + ",\n".join(
-            f'  "{name}": {rows(queries[name], "   ", tight)}' for name in ("mean", "sizes")
-        ) + "\n }"  # fmt: skip
+        parts["queries"] = (
+            "{\n"
+            + ",\n".join(
+                f'  "{name}": {rows(queries[name], "   ", tight)}' for name in ("mean", "sizes")
+            )
+            + "\n }"
+        )
     return "{\n" + ",\n".join(f' "{name}": {text}' for name, text in parts.items()) + "\n}\n"

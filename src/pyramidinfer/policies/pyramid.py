@@ -233,8 +233,9 @@ class Pyramid(ByHead):
         return pool_neighbours(scores, seen.positions, self.kernel, "max", seen.kernels)
 
 
-def _fill(weights: Sequence[float], floor: float, caps: Sequence[float], wanted: float
-          ) -> list[float]:  # fmt: skip
+def _fill(
+    weights: Sequence[float], floor: float, caps: Sequence[float], wanted: float
+) -> list[float]:
     """Sizes in proportion to weights, from the floor up to each one's cap, that sum to ``wanted``.
 
     Those of weight 0 share evenly what is left over once all others are full.

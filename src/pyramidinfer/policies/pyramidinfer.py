@@ -96,8 +96,12 @@ class PyramidInfer(Policy):
         if not (is_number(self.distance_weight) and 0 < self.distance_weight < float("inf")):
             raise ValueError(f"distance_weight={self.distance_weight!r} must be above 0")
         for name, least in (
-            ("interval", 1), ("min_context", 0), ("sinks", 0), ("gen_chunk", 1), ("start_layer", 0)
-        ):  # fmt: skip
+            ("interval", 1),
+            ("min_context", 0),
+            ("sinks", 0),
+            ("gen_chunk", 1),
+            ("start_layer", 0),
+        ):
             check_whole(name, getattr(self, name), least)
 
     def check(self, layers: Layers) -> None:
@@ -209,8 +213,9 @@ class PyramidInfer(Policy):
         """R while decoding: one for all layers, growing with the first layer's entries."""
         return int(view.first_kept_len * float(view.state["ratio"]))
 
-    def _kept_context(self, layer: int, length: int, prompt_len: int, schedule: Schedule,
-                      layers: Layers) -> int | None:  # fmt: skip
+    def _kept_context(
+        self, layer: int, length: int, prompt_len: int, schedule: Schedule, layers: Layers
+    ) -> int | None:
         """Context tokens kept after ``layer`` when ``length`` entered it; None to keep all."""
         if not _drops_after(self, layer, layers):
             return None
@@ -267,8 +272,9 @@ def _schedule(policy: PyramidInfer, prompt_len: int, layers: Layers) -> Schedule
 
 
 @lru_cache(maxsize=4096)
-def _generation_peak(policy: PyramidInfer, prompt_len: int, max_new: int, layers: Layers
-                     ) -> tuple[int, ...]:  # fmt: skip
+def _generation_peak(
+    policy: PyramidInfer, prompt_len: int, max_new: int, layers: Layers
+) -> tuple[int, ...]:
     """The most generated entries each layer ever holds, by running the lengths forward.
 
     For very long generations the bound is simply their length.

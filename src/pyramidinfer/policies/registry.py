@@ -31,10 +31,25 @@ __all__ = ["POLICIES", "make_policy", "parse_options", "parse_policy"]
 POLICIES: dict[str, type[Policy]] = {
     policy.name: policy
     for policy in (
-        Full, Pyramid, PyramidInfer, Duo, StreamingLLM, H2O, Scissorhands, SnapKV, PyramidKV, TOVA,
-        FastKV, ChunkKV, KeyDiff, ExpectedAttention, KVzip, RKV, TriAttention,
+        Full,
+        Pyramid,
+        PyramidInfer,
+        Duo,
+        StreamingLLM,
+        H2O,
+        Scissorhands,
+        SnapKV,
+        PyramidKV,
+        TOVA,
+        FastKV,
+        ChunkKV,
+        KeyDiff,
+        ExpectedAttention,
+        KVzip,
+        RKV,
+        TriAttention,
     )
-}  # fmt: skip
+}
 
 
 def make_policy(policy: str | Policy, keep: float | None = None, **options: Any) -> Policy:

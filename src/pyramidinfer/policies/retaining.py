@@ -157,8 +157,9 @@ class Buffered(Retaining):
         lower, state = found
         return lower, {**state, "full": state["budgets"].clone()}
 
-    def cut(self, seen: Observation, scores: Tensor, forced: Tensor, state: State
-            ) -> tuple[Keep, State]:  # fmt: skip
+    def cut(
+        self, seen: Observation, scores: Tensor, forced: Tensor, state: State
+    ) -> tuple[Keep, State]:
         """The best entries of every head (``keep_best``), and the state once they are left."""
         keep = keep_best(seen, scores, self.limit(seen.view), forced)
         return keep, self._filling(seen.view, state)

@@ -39,17 +39,31 @@ log = logging.getLogger(__name__)
 
 #: What any endpoint may answer besides 200, for the OpenAPI document.
 ERRORS: dict[int | str, dict[str, Any]] = {
-    code: {"description": text, "content": {"application/json": {"schema": {
-        "type": "object", "required": ["error"], "properties": {"error": {"type": "object"}},
-    }}}}
+    code: {
+        "description": text,
+        "content": {
+            "application/json": {
+                "schema": {
+                    "type": "object",
+                    "required": ["error"],
+                    "properties": {"error": {"type": "object"}},
+                }
+            }
+        },
+    }
     for code, text in {
-        400: "Invalid request", 401: "No valid API key", 404: "No such model",
-        408: "The body took too long", 413: "The request is too large",
+        400: "Invalid request",
+        401: "No valid API key",
+        404: "No such model",
+        408: "The body took too long",
+        413: "The request is too large",
         415: "The body is encoded in a way that is not understood",
-        429: "No room: try again after Retry-After seconds", 500: "The request failed",
-        503: "The server is stopping", 504: "The request took too long",
+        429: "No room: try again after Retry-After seconds",
+        500: "The request failed",
+        503: "The server is stopping",
+        504: "The request took too long",
     }.items()
-}  # fmt: skip
+}
 
 
 def build_app(llm: LLM, settings: ServerSettings) -> FastAPI:
@@ -64,19 +78,24 @@ def build_app(llm: LLM, settings: ServerSettings) -> FastAPI:
 
     app = FastAPI(
         redirect_slashes=False,  # a redirect would go wherever Host says
-        title="PyramidInfer", version=pyramidinfer.__version__, lifespan=lifespan,
-        docs_url=None, redoc_url=None,
+        title="PyramidInfer",
+        version=pyramidinfer.__version__,
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
         description="OpenAI's API in front of an engine that keeps fewer tokens, layer by layer.",
-    )  # fmt: skip
+    )
     app.state.service = service
     app.state.large_bodies = asyncio.Semaphore(1)
     app.router.route_class = StrictRoute
     app.add_middleware(Gate, settings=settings, rejected=lambda status: _count(service, status))
     if settings.cors_origins:
         app.add_middleware(
-            CORSMiddleware, allow_origins=list(settings.cors_origins),
-            allow_methods=["GET", "POST"], allow_headers=["*"],  # OpenAI's client sends a dozen
-        )  # fmt: skip
+            CORSMiddleware,
+            allow_origins=list(settings.cors_origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],  # OpenAI's client sends a dozen
+        )
     _add_errors(app, service)
     _add_generation(app, service)
     _add_tokens(app, service)
@@ -162,9 +181,10 @@ def _add_generation(app: FastAPI, service: Service) -> None:
     @app.post("/v1/embeddings", include_in_schema=False)
     async def embeddings() -> Response:
         raise ApiError(
-            404, "this server has no embeddings: it generates text (/v1/chat/completions)",
+            404,
+            "this server has no embeddings: it generates text (/v1/chat/completions)",
             code="not_supported",
-        )  # fmt: skip
+        )
 
     created = int(time.time())
     served = service.jobs.served
@@ -174,15 +194,24 @@ def _add_generation(app: FastAPI, service: Service) -> None:
     def about() -> dict[str, Any]:
         engine, jobs = service.llm.engine, service.jobs
         return {
-            "id": service.name, "object": "model", "created": created,
-            "owned_by": "pyramidinfer", "max_model_len": engine.runner.max_positions,
-            "layers": engine.runner.depth, "heads": jobs.heads,
+            "id": service.name,
+            "object": "model",
+            "created": created,
+            "owned_by": "pyramidinfer",
+            "max_model_len": engine.runner.max_positions,
+            "layers": engine.runner.depth,
+            "heads": jobs.heads,
             "compression": {
-                "policy": jobs.own.name, "keep": jobs.own_keep, "rule": jobs.own.rule,
-                "policies": jobs.policies, "rules": rules, "min_context": least,
-                "min_keep": service.settings.min_keep, "max_keep": service.settings.max_keep,
+                "policy": jobs.own.name,
+                "keep": jobs.own_keep,
+                "rule": jobs.own.rule,
+                "policies": jobs.policies,
+                "rules": rules,
+                "min_context": least,
+                "min_keep": service.settings.min_keep,
+                "max_keep": service.settings.max_keep,
             },
-        }  # fmt: skip
+        }
 
     @app.get("/v1/models", responses={401: ERRORS[401]})
     async def models() -> dict[str, Any]:

@@ -33,14 +33,19 @@ POLICY = (
     "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 HEADERS = {
-    "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer",
-    "X-Frame-Options": "DENY", "Cross-Origin-Resource-Policy": "same-origin",
-}  # fmt: skip
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "X-Frame-Options": "DENY",
+    "Cross-Origin-Resource-Policy": "same-origin",
+}
 
 NO_KEY = error_response(
-    401, "give a valid API key: Authorization: Bearer KEY", None, "invalid_api_key",
+    401,
+    "give a valid API key: Authorization: Bearer KEY",
+    None,
+    "invalid_api_key",
     {"WWW-Authenticate": "Bearer", "Connection": "close"},
-)  # fmt: skip
+)
 
 
 class Gate:
@@ -50,8 +55,9 @@ class Gate:
     ``rejected``: told the status of every answer that the gate gives itself.
     """
 
-    def __init__(self, app: ASGIApp, settings: ServerSettings, rejected: Callable[[int], None]
-                 ) -> None:  # fmt: skip
+    def __init__(
+        self, app: ASGIApp, settings: ServerSettings, rejected: Callable[[int], None]
+    ) -> None:
         self.app, self.settings, self.rejected = app, settings, rejected
         self.keys = [key.encode() for key in settings.api_keys]
         self.hosts: set[str] | None = None  # any
@@ -83,9 +89,10 @@ class Gate:
             if self.hosts is not None and name not in self.hosts:
                 self.rejected(403)
                 await error_response(
-                    403, f"Host {name!r:.100} is none of this server's names "
-                    f"(--allowed-host adds one)", code="host_not_allowed",
-                )(scope, receive, told)  # fmt: skip
+                    403,
+                    f"Host {name!r:.100} is none of this server's names (--allowed-host adds one)",
+                    code="host_not_allowed",
+                )(scope, receive, told)
             elif wrong := _wrong_framing(headers):
                 self.rejected(wrong.status_code)
                 await wrong(scope, receive, told)
@@ -98,9 +105,12 @@ class Gate:
             if self.settings.access_log:  # the path as it was sent: decoded it may hold anything
                 path = scope.get("raw_path", b"").decode("latin-1")
                 log.info(
-                    "%s %s %s %.3f s", scope["method"], path, scope.get("status", 499),
+                    "%s %s %s %.3f s",
+                    scope["method"],
+                    path,
+                    scope.get("status", 499),
                     time.monotonic() - begun,
-                )  # fmt: skip
+                )
 
     def _owner(self, headers: Headers) -> str | None:
         """Whose request this is; None where a key is needed and not given.
@@ -156,15 +166,17 @@ def _wrong_framing(headers: Headers) -> Response | None:
     """The answer to a body that would be read in another way than it was meant."""
     if "content-length" in headers and "transfer-encoding" in headers:
         return error_response(
-            400, "Content-Length and Transfer-Encoding were both given; give one of them",
+            400,
+            "Content-Length and Transfer-Encoding were both given; give one of them",
             headers={"Connection": "close"},
-        )  # fmt: skip
+        )
     encoding = headers.get("content-encoding", "identity")
     if encoding.strip().lower() not in ("identity", ""):
         return error_response(
-            415, f"Content-Encoding {encoding!r:.60} is not understood; send the body as it is",
+            415,
+            f"Content-Encoding {encoding!r:.60} is not understood; send the body as it is",
             headers={"Accept-Encoding": "identity", "Connection": "close"},
-        )  # fmt: skip
+        )
     return None
 
 

@@ -139,8 +139,14 @@ class Jobs:
 
     # --- parts --------------------------------------------------------------------------------
 
-    def _request(self, body: Generation, prompt: TokenIds, wanted: int | None, top: int | None,
-                 owner: str | None) -> Request:  # fmt: skip
+    def _request(
+        self,
+        body: Generation,
+        prompt: TokenIds,
+        wanted: int | None,
+        top: int | None,
+        owner: str | None,
+    ) -> Request:
         settings = self.settings
         self._limit("n", body.n or 1, settings.max_n, "choices")
         self._limit("logprobs", top or 0, settings.max_logprobs, "likeliest tokens")
@@ -162,8 +168,9 @@ class Jobs:
             each.owner = owner if reuse else None
         return request
 
-    def _params(self, body: Generation, max_tokens: int, top: int | None, prompt_top: int | None
-                ) -> SamplingParams:  # fmt: skip
+    def _params(
+        self, body: Generation, max_tokens: int, top: int | None, prompt_top: int | None
+    ) -> SamplingParams:
         stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
         stop = [text for text in stop if text]
         self._limit("stop", len(stop), self.settings.max_stop, "stop strings")
@@ -176,21 +183,29 @@ class Jobs:
         except ValueError:
             raise ApiError(400, "logit_bias: keys must be token ids", param="logit_bias") from None
         asked: dict[str, Any] = {
-            "temperature": body.temperature, "top_p": body.top_p, "min_p": body.min_p,
+            "temperature": body.temperature,
+            "top_p": body.top_p,
+            "min_p": body.min_p,
             "top_k": None if body.top_k is None else max(0, body.top_k),
             "repetition_penalty": body.repetition_penalty,
-        }  # fmt: skip
+        }
         said = {name: value for name, value in asked.items() if value is not None}
         chosen = {"temperature": 1.0, **self.defaults, **said, "max_tokens": max_tokens}
         return SamplingParams(
             **chosen,
             presence_penalty=body.presence_penalty or 0.0,
             frequency_penalty=body.frequency_penalty or 0.0,
-            seed=body.seed, stop=tuple(stop), stop_token_ids=tuple(ids),
-            ignore_eos=body.ignore_eos, logprobs=top, logit_bias=bias,
-            min_tokens=body.min_tokens, skip_special_tokens=body.skip_special_tokens,
-            prompt_logprobs=prompt_top, structured_outputs=self._form(body),
-        )  # fmt: skip
+            seed=body.seed,
+            stop=tuple(stop),
+            stop_token_ids=tuple(ids),
+            ignore_eos=body.ignore_eos,
+            logprobs=top,
+            logit_bias=bias,
+            min_tokens=body.min_tokens,
+            skip_special_tokens=body.skip_special_tokens,
+            prompt_logprobs=prompt_top,
+            structured_outputs=self._form(body),
+        )
 
     def _form(self, body: Generation) -> StructuredOutputsParams | None:
         """The form that the answer must have."""
@@ -205,8 +220,9 @@ class Jobs:
             return form
         return None
 
-    def _max_tokens(self, prompt: TokenIds, wanted: int | None, policy: Policy, param: str,
-                    least: int) -> int:  # fmt: skip
+    def _max_tokens(
+        self, prompt: TokenIds, wanted: int | None, policy: Policy, param: str, least: int
+    ) -> int:
         """How many to generate: what was asked for, if there is room, or the default."""
         settings, size = self.settings, len(prompt)
         room = self.engine.runner.max_positions - size
@@ -214,9 +230,10 @@ class Jobs:
         if wanted is None:
             if room < 1 and not endless:
                 raise self._too_long(
-                    param, f"your {param} resulted in {size} tokens. Please reduce the length of "
+                    param,
+                    f"your {param} resulted in {size} tokens. Please reduce the length of "
                     f"the {param}.",
-                )  # fmt: skip
+                )
             usual = settings.default_max_tokens or self.defaults.get("max_tokens", MAX_TOKENS)
             usual = min(usual, settings.max_tokens_limit or usual)
             if least <= usual:
@@ -227,18 +244,21 @@ class Jobs:
             self._limit(name, wanted, settings.max_tokens_limit, "generated tokens")
         if wanted > room and not endless:
             raise self._too_long(
-                param, f"you requested {size + wanted} tokens ({size} in the {param}, {wanted} in "
+                param,
+                f"you requested {size + wanted} tokens ({size} in the {param}, {wanted} in "
                 f"the completion). Please reduce the length of the {param} or completion.",
-            )  # fmt: skip
+            )
         return wanted
 
     def _too_long(self, param: str, what: str) -> ApiError:
         """As OpenAI and vLLM say it: there are clients that read the message."""
         longest = self.engine.runner.max_positions
         return ApiError(
-            400, f"This model's maximum context length is {longest} tokens. However, {what}",
-            param=param, code="context_length_exceeded",
-        )  # fmt: skip
+            400,
+            f"This model's maximum context length is {longest} tokens. However, {what}",
+            param=param,
+            code="context_length_exceeded",
+        )
 
     def _checked(self, prompt: TokenIds, param: str) -> TokenIds:
         if not prompt:
@@ -256,9 +276,10 @@ class Jobs:
         parts = sum(len(each.content) if isinstance(each.content, list) else 1 for each in messages)
         if not self.own.streams and parts > most:
             raise self._too_long(
-                "messages", f"your messages have {parts} parts, a token each at least. Please "
+                "messages",
+                f"your messages have {parts} parts, a token each at least. Please "
                 f"reduce the length of the messages.",
-            )  # fmt: skip
+            )
         self._check_length("".join(each.text for each in messages), "messages")
 
     def _check_length(self, text: str, param: str) -> None:
@@ -267,17 +288,19 @@ class Jobs:
         each = self.prompts.longest_token or LONGEST_TOKEN
         if not self.own.streams and len(text) > most * each:
             raise self._too_long(
-                param, f"your {param} has {len(text)} characters, more than {most} tokens can "
+                param,
+                f"your {param} has {len(text)} characters, more than {most} tokens can "
                 f"hold. Please reduce the length of the {param}.",
-            )  # fmt: skip
+            )
 
-    def _limit(self, param: str, value: int, most: int, what: str, code: str | None = None
-               ) -> None:  # fmt: skip
+    def _limit(self, param: str, value: int, most: int, what: str, code: str | None = None) -> None:
         if value > most:
             raise ApiError(
-                400, f"{param}: {value} {what} asked for; this server allows {most} at most",
-                param=param, code=code,
-            )  # fmt: skip
+                400,
+                f"{param}: {value} {what} asked for; this server allows {most} at most",
+                param=param,
+                code=code,
+            )
 
     def _prompt_top(self, body: Generation, size: int, policy: Policy) -> int | None:
         """How many of the likeliest are wanted of a prompt of ``size`` tokens, which only a policy
@@ -298,9 +321,11 @@ class Jobs:
         needed = size * runner.vocab_size * runner.dtype.itemsize
         if needed > self.settings.prompt_logprob_bytes:
             raise ApiError(
-                400, f"{what} of {size} prompt tokens needs {needed} bytes of logits; this server "
-                f"allows {self.settings.prompt_logprob_bytes}: shorten the prompt", param=param,
-            )  # fmt: skip
+                400,
+                f"{what} of {size} prompt tokens needs {needed} bytes of logits; this server "
+                f"allows {self.settings.prompt_logprob_bytes}: shorten the prompt",
+                param=param,
+            )
         return top
 
     # --- compression --------------------------------------------------------------------------

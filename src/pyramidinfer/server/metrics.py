@@ -21,16 +21,74 @@ __all__ = ["Metrics"]
 
 # Buckets as vLLM has them, in seconds.
 FIRST_TOKEN = (
-    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40,
-    80, 160, 640,
-)  # fmt: skip
+    0.001,
+    0.005,
+    0.01,
+    0.02,
+    0.04,
+    0.06,
+    0.08,
+    0.1,
+    0.25,
+    0.5,
+    0.75,
+    1,
+    2.5,
+    5,
+    7.5,
+    10,
+    20,
+    40,
+    80,
+    160,
+    640,
+)
 BETWEEN = (
-    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5,
-    10, 20, 40, 80,
-)  # fmt: skip
+    0.001,
+    0.0025,
+    0.005,
+    0.01,
+    0.025,
+    0.05,
+    0.075,
+    0.1,
+    0.15,
+    0.2,
+    0.3,
+    0.4,
+    0.5,
+    0.75,
+    1,
+    2.5,
+    5,
+    10,
+    20,
+    40,
+    80,
+)
 WHOLE = (
-    0.05, 0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960,
-)  # fmt: skip
+    0.05,
+    0.1,
+    0.3,
+    0.5,
+    0.8,
+    1,
+    1.5,
+    2,
+    2.5,
+    5,
+    10,
+    15,
+    20,
+    30,
+    40,
+    50,
+    60,
+    120,
+    240,
+    480,
+    960,
+)
 TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
 SHARES = tuple(round(0.05 * step, 2) for step in range(1, 21))
 
@@ -75,9 +133,7 @@ class Metrics:
             SHARES,
         )
         self._prompt = self._counter("vllm:prompt_tokens", "Prompt tokens taken in").labels(model)
-        self._generated = self._counter(
-            "vllm:generation_tokens", "Tokens generated"
-        ).labels(model)  # fmt: skip
+        self._generated = self._counter("vllm:generation_tokens", "Tokens generated").labels(model)
         self._success = self._counter(
             "vllm:request_success", "Requests that came to an end", "finished_reason"
         )
@@ -188,21 +244,36 @@ class _Gauges:
         values: list[tuple[str, str, float]] = [
             ("vllm:num_requests_running", "Requests in flight", engine.scheduler.in_flight),
             ("vllm:num_requests_waiting", "Requests that have not begun", worker.waiting),
-            ("vllm:kv_cache_usage_perc", "Share of the pages that running requests hold, 0 to 1",
-             max(0, in_use - of_held) / pages),
-            ("vllm:num_requests_swapped", "Requests put off for want of memory",
-             len(engine.scheduler.preempted)),
-            ("pyramidinfer:swapped_bytes", "Bytes of caches in host memory",
-             engine.scheduler.host_bytes),
+            (
+                "vllm:kv_cache_usage_perc",
+                "Share of the pages that running requests hold, 0 to 1",
+                max(0, in_use - of_held) / pages,
+            ),
+            (
+                "vllm:num_requests_swapped",
+                "Requests put off for want of memory",
+                len(engine.scheduler.preempted),
+            ),
+            (
+                "pyramidinfer:swapped_bytes",
+                "Bytes of caches in host memory",
+                engine.scheduler.host_bytes,
+            ),
             ("pyramidinfer:pool_pages", "Pages there are", pages),
             ("pyramidinfer:pool_pages_in_use", "Pages somebody owns", in_use),
             ("pyramidinfer:pool_pages_reusable", "Pages of finished conversations", of_held),
             ("pyramidinfer:reuse_bytes", "Bytes that finished conversations hold", reusable.bytes),
-            ("pyramidinfer:kv_bytes_reserved", "Bytes of kv_memory that are reserved",
-             engine.ledger.bytes),
-            ("pyramidinfer:peak_requests_running", "The most requests that were ever in flight",
-             engine.peak_in_flight),
-        ]  # fmt: skip
+            (
+                "pyramidinfer:kv_bytes_reserved",
+                "Bytes of kv_memory that are reserved",
+                engine.ledger.bytes,
+            ),
+            (
+                "pyramidinfer:peak_requests_running",
+                "The most requests that were ever in flight",
+                engine.peak_in_flight,
+            ),
+        ]
         for name, text, value in values:
             yield _one(GaugeMetricFamily(name, text, labels=["model_name"]), model, value)
         done, idle = engine.scheduler.counts, worker.recompressor

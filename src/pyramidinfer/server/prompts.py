@@ -27,8 +27,9 @@ class Prompts:
     ``options``: of every chat, for the template; ``ValueError`` for one that it never reads.
     """
 
-    def __init__(self, tokenizer: Any, vocab_size: int,
-                 options: Mapping[str, Any] | None = None) -> None:  # fmt: skip
+    def __init__(
+        self, tokenizer: Any, vocab_size: int, options: Mapping[str, Any] | None = None
+    ) -> None:
         self.tokenizer, self.vocab_size = tokenizer, vocab_size
         self.template, self.options = ChatTemplate(tokenizer), dict(options or {})
         self.template.check_options(self.options)
@@ -41,8 +42,12 @@ class Prompts:
         ids: TokenIds = self.tokenizer(text, add_special_tokens=special)["input_ids"]
         return ids
 
-    def chat(self, messages: Sequence[Message], generate: bool = True,
-             options: Mapping[str, Any] | None = None) -> TokenIds:  # fmt: skip
+    def chat(
+        self,
+        messages: Sequence[Message],
+        generate: bool = True,
+        options: Mapping[str, Any] | None = None,
+    ) -> TokenIds:
         """Token ids of a conversation; ``ValueError`` where the template does not take it.
 
         ``options``: of a request, for the template; those it leaves out are ``self.options``.
@@ -63,9 +68,13 @@ class Prompts:
         return text
 
     def offsets(
-        self, tokens: TokenIds, said: TokenIds, prompt: TokenIds, reader: Detokenizer | None = None,
+        self,
+        tokens: TokenIds,
+        said: TokenIds,
+        prompt: TokenIds,
+        reader: Detokenizer | None = None,
         skip_special_tokens: bool = True,
-    ) -> tuple[list[int], Detokenizer | None]:  # fmt: skip
+    ) -> tuple[list[int], Detokenizer | None]:
         """Where in the text the tokens after those ``said`` begin, and what has read them.
 
         ``prompt``: what stands before the text, which counts from 0.

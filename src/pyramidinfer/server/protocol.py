@@ -14,9 +14,17 @@ from pydantic import (
 )
 
 __all__ = [
-    "ChatRequest", "CompletionRequest", "Compression", "Detokenize", "Generation", "Message",
-    "ResponseFormat", "StreamOptions", "StructuredOutputs", "TokenizeRequest",
-]  # fmt: skip
+    "ChatRequest",
+    "CompletionRequest",
+    "Compression",
+    "Detokenize",
+    "Generation",
+    "Message",
+    "ResponseFormat",
+    "StreamOptions",
+    "StructuredOutputs",
+    "TokenizeRequest",
+]
 
 # Lists end at their first error: a body may hold a million of them.
 TokenId = Annotated[int, Field(ge=0)]

@@ -53,8 +53,10 @@ class Reply:
             entry["finish_reason"] = choice.finish_reason
             if self.job.is_chat:
                 entry["message"] = {
-                    "role": "assistant", "content": entry.pop("text"), "refusal": None,
-                }  # fmt: skip
+                    "role": "assistant",
+                    "content": entry.pop("text"),
+                    "refusal": None,
+                }
             choices.append(entry)
         answer: dict[str, Any] = {"choices": choices, "usage": self.usage()}
         if self.job.body.prompt_logprobs is not None and self.job.is_chat:
@@ -91,7 +93,7 @@ class Reply:
         """The choices of the chunks that one update becomes."""
         entry = self._choice(
             update.choice, update.text, update.token_ids, update.logprobs, is_first
-        )  # fmt: skip
+        )
         entry["finish_reason"] = None
         entries = [entry]
         if self.job.is_chat:
@@ -100,10 +102,14 @@ class Reply:
                 entry["delta"] = {"role": "assistant", **entry["delta"]}
         if update.finish_reason:
             if self.job.is_chat:
-                entries.append({
-                    "index": update.choice, "delta": {}, "logprobs": None,
-                    "finish_reason": update.finish_reason,
-                })  # fmt: skip
+                entries.append(
+                    {
+                        "index": update.choice,
+                        "delta": {},
+                        "logprobs": None,
+                        "finish_reason": update.finish_reason,
+                    }
+                )
             else:
                 entry["finish_reason"] = update.finish_reason
         return entries
@@ -113,9 +119,11 @@ class Reply:
     def _check(self, update: Update) -> None:
         if update.finish_reason is not None:
             error = of_reason(
-                update.finish_reason, update.error, self.stream.engine.retry_after(),
+                update.finish_reason,
+                update.error,
+                self.stream.engine.retry_after(),
                 next(iter(self.job.body.forms), None),
-            )  # fmt: skip
+            )
             if error is not None:
                 raise error
 
@@ -128,12 +136,16 @@ class Reply:
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {
-            "id": self.job.id, "object": kind, "created": self.job.created, "model": self.model,
+            "id": self.job.id,
+            "object": kind,
+            "created": self.job.created,
+            "model": self.model,
             "system_fingerprint": None,
-        }  # fmt: skip
+        }
 
-    def _choice(self, index: int, text: str, tokens: TokenIds, logprobs: list[Logprob],
-                begins: bool) -> dict[str, Any]:  # fmt: skip
+    def _choice(
+        self, index: int, text: str, tokens: TokenIds, logprobs: list[Logprob], begins: bool
+    ) -> dict[str, Any]:
         """A choice, or the part of one, that these tokens are; the prompt too where echoed."""
         request = self.stream.followed[index].request
         leader = self._leader(index)
@@ -148,16 +160,21 @@ class Reply:
         if self.job.body.prompt_logprobs is not None and not self.job.is_chat:
             entry["prompt_logprobs"] = self._of_prompt(leader)
         if self.wants_logprobs and self.job.is_chat:
-            entry["logprobs"] = {"content": [self._spelled(each) for each in logprobs],
-                                 "refusal": None}  # fmt: skip
+            entry["logprobs"] = {
+                "content": [self._spelled(each) for each in logprobs],
+                "refusal": None,
+            }
         elif self.wants_logprobs:
             most = self.job.body.logprobs or 0
             before = [_top(each, most) for each in leader.prompt_logprobs] if echoed else []
             start = [leader.prompt[0]] if echoed else []
             entry["logprobs"] = self._legacy(
-                self.choices[index], start, [*before, *logprobs], request,
+                self.choices[index],
+                start,
+                [*before, *logprobs],
+                request,
                 self.job.echoed[self.job.leaders.index(leader)] if echoed else None,
-            )  # fmt: skip
+            )
         return entry
 
     def _of_prompt(self, leader: Request) -> list[dict[str, Any] | None]:
@@ -191,8 +208,14 @@ class Reply:
         top = [one(token, value) for token, value in logprob.top.items()]
         return {**one(logprob.token_id, logprob.logprob), "top_logprobs": top}
 
-    def _legacy(self, choice: Choice, start: TokenIds, logprobs: list[Logprob], request: Request,
-                echoed: str | None) -> dict[str, Any]:  # fmt: skip
+    def _legacy(
+        self,
+        choice: Choice,
+        start: TokenIds,
+        logprobs: list[Logprob],
+        request: Request,
+        echoed: str | None,
+    ) -> dict[str, Any]:
         """Tokens as completions tell of them; ``start``: tokens without a log-probability."""
 
         def spell(token: int) -> str:
@@ -217,8 +240,9 @@ class Reply:
         return {
             "tokens": [spell(token) for token in ids],
             "token_logprobs": [None for _ in start] + [each.logprob for each in logprobs],
-            "top_logprobs": top, "text_offset": [*offsets, *(choice.base + at for at in more)],
-        }  # fmt: skip
+            "top_logprobs": top,
+            "text_offset": [*offsets, *(choice.base + at for at in more)],
+        }
 
     def usage(self) -> dict[str, Any]:
         """OpenAI's counts, and what was kept and skipped (tokens: means over layers)."""
@@ -235,14 +259,18 @@ class Reply:
         reread = sum(sum(each.computed[depth:]) for each in leaders) / depth
         extra: dict[str, Any] = {"prefill_tokens_reread": round(reread)} if reread else {}
         return {
-            "prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new,
+            "prompt_tokens": prompt,
+            "completion_tokens": new,
+            "total_tokens": prompt + new,
             "prompt_tokens_details": {"cached_tokens": sum(each.reused for each in leaders)},
-            "kv_tokens_kept": round(kept), "kv_tokens_full": round(full),
+            "kv_tokens_kept": round(kept),
+            "kv_tokens_full": round(full),
             "prefill_tokens_skipped": round(skipped),
             "kv_bytes": sum(kv.bytes for kv in caches),
-            "kv_bytes_full": sum(kv.full_bytes for kv in caches), **_lowered(caches),
+            "kv_bytes_full": sum(kv.full_bytes for kv in caches),
+            **_lowered(caches),
             **extra,
-        }  # fmt: skip
+        }
 
 
 def _top(logprob: Logprob, most: int) -> Logprob:
@@ -257,8 +285,13 @@ def _lowered(caches: list[KVUsage]) -> dict[str, float]:
 
 
 def _kv(kv: KVUsage) -> dict[str, Any]:
-    return {"seen": kv.seen_len, "kept": [list(heads) for heads in kv.kept_len],
-            "full": list(kv.full_len), "bytes": kv.bytes, "full_bytes": kv.full_bytes}  # fmt: skip
+    return {
+        "seen": kv.seen_len,
+        "kept": [list(heads) for heads in kv.kept_len],
+        "full": list(kv.full_len),
+        "bytes": kv.bytes,
+        "full_bytes": kv.full_bytes,
+    }
 
 
 def failure(error: Exception) -> dict[str, Any]:

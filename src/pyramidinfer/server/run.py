@@ -82,8 +82,10 @@ class Connections:
             return
         log.warning(
             "more than %d connections: %d were closed without an answer or turned away "
-            "(--max-connections, and ulimit -n, allow more)", self.most, self._refused,
-        )  # fmt: skip
+            "(--max-connections, and ulimit -n, allow more)",
+            self.most,
+            self._refused,
+        )
         self._told, self._refused = now, 0
 
 
@@ -177,8 +179,11 @@ class _Server(uvicorn.Server):
             service: Service = self.config.app.state.service  # type: ignore[union-attr]
             host, port = self.servers[0].sockets[0].getsockname()[:2]
             shown = f"[{host}]" if ":" in host else host
-            print(f"pyramidinfer serves {service.name} at http://{shown}:{port}",
-                  file=sys.stderr, flush=True)  # fmt: skip
+            print(
+                f"pyramidinfer serves {service.name} at http://{shown}:{port}",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 def bind(settings: ServerSettings) -> socket.socket:
@@ -210,9 +215,14 @@ def serve(llm: LLM, settings: ServerSettings, line: socket.socket) -> None:
     app = build_app(llm, settings)
     Patient.limit = Connections(check_connections(settings))
     config = uvicorn.Config(
-        app, http=Patient, ws="none", log_level="warning", server_header=False,
-        timeout_keep_alive=30, backlog=BACKLOG,
-    )  # fmt: skip
+        app,
+        http=Patient,
+        ws="none",
+        log_level="warning",
+        server_header=False,
+        timeout_keep_alive=30,
+        backlog=BACKLOG,
+    )
     service: Service = app.state.service
     asyncio.run(_serve(_Server(config), service, line))
     if service.worker.died:

@@ -46,16 +46,25 @@ class Service:
         )
         self.jobs = Jobs(llm, settings, self.prompts)
         engine = llm.engine
-        self.metrics = Metrics(self.name, {
-            "version": pyramidinfer.__version__, "policy": self.jobs.own.name,
-            "keep": str(self.jobs.own_keep), "rule": self.jobs.own.rule,
-            "kv_memory_bytes": str(engine.pool.budget), "admission": engine.config.admission,
-            "backend": engine.runner.backend.name,
-        })  # fmt: skip
+        self.metrics = Metrics(
+            self.name,
+            {
+                "version": pyramidinfer.__version__,
+                "policy": self.jobs.own.name,
+                "keep": str(self.jobs.own_keep),
+                "rule": self.jobs.own.rule,
+                "kv_memory_bytes": str(engine.pool.budget),
+                "admission": engine.config.admission,
+                "backend": engine.runner.backend.name,
+            },
+        )
         self.worker = AsyncEngine(
-            llm.engine, self.metrics, max_waiting=settings.max_waiting,
-            queue_timeout=settings.queue_timeout, compress_idle=settings.compress_idle,
-        )  # fmt: skip
+            llm.engine,
+            self.metrics,
+            max_waiting=settings.max_waiting,
+            queue_timeout=settings.queue_timeout,
+            compress_idle=settings.compress_idle,
+        )
         self.metrics.worker = self.worker
         self.draining = False
         self.preparing = 0  # requests whose texts become tokens
@@ -63,8 +72,9 @@ class Service:
 
     # --- for whoever asks ---------------------------------------------------------------------
 
-    async def begin(self, body: ChatRequest | CompletionRequest, owner: str | None
-                    ) -> tuple[Job, Reply]:  # fmt: skip
+    async def begin(
+        self, body: ChatRequest | CompletionRequest, owner: str | None
+    ) -> tuple[Job, Reply]:
         """Check a body and queue what it asks for.  ``ApiError`` where that cannot be."""
         if self.draining or not self.worker.is_alive:
             raise ApiError(503, "the server is stopping", code="stopping", retry_after=10)
@@ -118,9 +128,11 @@ class Service:
         options = body.stream_options
         try:
             stream = self.worker.submit(
-                job.leaders, timeout=self.settings.request_timeout, arrived=arrived,
+                job.leaders,
+                timeout=self.settings.request_timeout,
+                arrived=arrived,
                 watch=bool(options and options.include_kv),
-            )  # fmt: skip
+            )
         except Busy as busy:
             raise self._busy(busy) from None
         except RuntimeError as error:
@@ -140,8 +152,9 @@ class Service:
         """Nothing is being prepared, waiting or running."""
         return not self.preparing and self.worker.is_idle
 
-    async def answer(self, body: ChatRequest | CompletionRequest, owner: str | None
-                     ) -> dict[str, Any]:  # fmt: skip
+    async def answer(
+        self, body: ChatRequest | CompletionRequest, owner: str | None
+    ) -> dict[str, Any]:
         """The whole answer.  ``ApiError`` where there is none."""
         _, reply = await self.begin(body, owner)
         try:
@@ -154,9 +167,11 @@ class Service:
     def check_model(self, name: str | None) -> None:
         if name is not None and name != self.name:
             raise ApiError(
-                404, f"The model {name!r} does not exist; this server has {self.name!r}.",
-                param="model", code="model_not_found",
-            )  # fmt: skip
+                404,
+                f"The model {name!r} does not exist; this server has {self.name!r}.",
+                param="model",
+                code="model_not_found",
+            )
 
     # --- over HTTP ----------------------------------------------------------------------------
 
@@ -171,8 +186,9 @@ class Service:
             self.metrics.disconnected.inc()
             return Response(status_code=499)
 
-    async def _stream(self, request: Request, body: ChatRequest | CompletionRequest,
-                      owner: str | None) -> Response:  # fmt: skip
+    async def _stream(
+        self, request: Request, body: ChatRequest | CompletionRequest, owner: str | None
+    ) -> Response:
         """A stream of events.  It begins once there is something to tell, so that what fails
         before is answered with its proper status."""
         _, reply = await self.begin(body, owner)
@@ -186,8 +202,9 @@ class Service:
             raise
         return EventStream(self, reply, self._events(reply, head, chunks))
 
-    async def _events(self, reply: Reply, head: dict[str, Any],
-                      chunks: AsyncIterator[dict[str, Any]]) -> AsyncIterator[bytes]:  # fmt: skip
+    async def _events(
+        self, reply: Reply, head: dict[str, Any], chunks: AsyncIterator[dict[str, Any]]
+    ) -> AsyncIterator[bytes]:
         yield _event(head)
         try:
             async for chunk in chunks:

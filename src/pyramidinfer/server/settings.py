@@ -102,20 +102,31 @@ class ServerSettings:
 
     def __post_init__(self) -> None:
         for name in (
-            "max_waiting", "max_n", "max_stop", "max_body_bytes",
-            "max_schema_bytes", "prompt_logprob_bytes",
-        ):  # fmt: skip
+            "max_waiting",
+            "max_n",
+            "max_stop",
+            "max_body_bytes",
+            "max_schema_bytes",
+            "prompt_logprob_bytes",
+        ):
             check_whole(name, getattr(self, name), 1)
         check_whole("max_logprobs", self.max_logprobs, 0)
         check_choice("generation_config", self.generation_config, ("auto", "none"))
         for name in (
-            "default_max_tokens", "max_tokens_limit", "max_prompt_tokens", "max_connections",
-        ):  # fmt: skip
+            "default_max_tokens",
+            "max_tokens_limit",
+            "max_prompt_tokens",
+            "max_connections",
+        ):
             if getattr(self, name) is not None:
                 check_whole(name, getattr(self, name), 1)
         for name in (
-            "queue_timeout", "request_timeout", "drain_timeout", "body_timeout", "stall_timeout",
-        ):  # fmt: skip
+            "queue_timeout",
+            "request_timeout",
+            "drain_timeout",
+            "body_timeout",
+            "stall_timeout",
+        ):
             value = getattr(self, name)
             if not is_number(value) or value <= 0:
                 raise ValueError(f"{name}={value!r} must be above 0 seconds")

@@ -19,9 +19,17 @@ __all__ = ["time_keep"]
 LAYERS = 8
 
 
-def time_keep(kv_heads: int, dim: int, page: int, context: int, device: torch.device,
-              dtype: torch.dtype, repeats: int, warmup: int, kernels: Any = None
-              ) -> tuple[list[float], list[float], int]:  # fmt: skip
+def time_keep(
+    kv_heads: int,
+    dim: int,
+    page: int,
+    context: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    repeats: int,
+    warmup: int,
+    kernels: Any = None,
+) -> tuple[list[float], list[float], int]:
     """Seconds a layer of ``keep``, of a copy of as many bytes, and the bytes moved (read and
     written, both counted).  ``kernels``: the attention backend's, if it has some."""
     spec = GroupSpec(tuple(range(LAYERS)), kv_heads, dim, dim, dtype)
@@ -35,7 +43,7 @@ def time_keep(kv_heads: int, dim: int, page: int, context: int, device: torch.de
     stay, whole = torch.full((kv_heads,), kept), torch.full((kv_heads,), context)
     moved = entry * sum(
         len(plan_moves(each, stay.to(device), whole.to(device)).head) for each in indices
-    )  # fmt: skip
+    )
     source = torch.ones(max(1, moved), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     keep: list[float] = []
@@ -44,8 +52,10 @@ def time_keep(kv_heads: int, dim: int, page: int, context: int, device: torch.de
         for layer in range(LAYERS):
             pool.append(table, layer, context - int(table.longest[layer]))
         synchronize(device)
-        moves = [Stays(table.pages[layer], indices[layer], stay.numpy(), table.kept[layer])
-                 for layer in range(LAYERS)]  # fmt: skip
+        moves = [
+            Stays(table.pages[layer], indices[layer], stay.numpy(), table.kept[layer])
+            for layer in range(LAYERS)
+        ]
         start = time.perf_counter()
         if kernels is not None:  # all layers at once, as an eviction does it
             native_keep(kernels, pool.groups[0], moves)

@@ -66,8 +66,9 @@ class Engine:
 
 
 def _ours(name: str, policy: str, **options: Any) -> Engine:
-    return Engine(name, None, "drive_pyramidinfer.py",
-                  {"policy": policy, "kv_memory": BY_WORKLOAD, **options})  # fmt: skip
+    return Engine(
+        name, None, "drive_pyramidinfer.py", {"policy": policy, "kv_memory": BY_WORKLOAD, **options}
+    )
 
 
 def _press(name: str, press: str) -> Engine:
@@ -81,18 +82,24 @@ ENGINES: tuple[Engine, ...] = (
     _ours("ours, full", "full"),
     Engine("transformers", "transformers", "drive_transformers.py"),
     Engine("transformers, fp32", "transformers", "drive_transformers.py", dtype="float32"),
-    Engine("transformers, continuous", "transformers", "drive_transformers.py",
-           {"mode": "continuous"}),
+    Engine(
+        "transformers, continuous", "transformers", "drive_transformers.py", {"mode": "continuous"}
+    ),
     Engine("OpenVINO", "openvino", "drive_openvino.py"),
     Engine("OpenVINO, eviction", "openvino", "drive_openvino.py", {"entries": BY_WORKLOAD}),
-    Engine("OpenVINO, 8-bit KV", "openvino", "drive_openvino.py", {"cache": "u8"},
-           note="its default cache"),
+    Engine(
+        "OpenVINO, 8-bit KV",
+        "openvino",
+        "drive_openvino.py",
+        {"cache": "u8"},
+        note="its default cache",
+    ),
     Engine("llama.cpp", "llamacpp", "drive_llamacpp.py", dtype="float16"),
     Engine("vLLM (CPU)", "vllm", "drive_vllm.py", note="a rebuild by a third party"),
     _press(f"kvpress, SnapKV {KEEP:g}", "SnapKVPress"),
     _press(f"kvpress, PyramidKV {KEEP:g}", "PyramidKVPress"),
     _press(f"kvpress, StreamingLLM {KEEP:g}", "StreamingLLMPress"),
-)  # fmt: skip
+)
 
 
 def chosen_engines(names: Iterable[str], engines: Iterable[Engine] = ENGINES) -> list[Engine]:
@@ -105,9 +112,10 @@ def chosen_engines(names: Iterable[str], engines: Iterable[Engine] = ENGINES) ->
                 f"--only {name!r} is no engine; {nearest(name, [each.name for each in engines])}"
             )
     return [
-        each for each in engines
+        each
+        for each in engines
         if not wanted or any(each.name.lower().startswith(name) for name in wanted)
-    ]  # fmt: skip
+    ]
 
 
 def parse_workloads(text: str) -> dict[str, Workload]:

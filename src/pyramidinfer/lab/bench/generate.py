@@ -25,14 +25,20 @@ CACHES: dict[str, tuple[str | None, bool]] = {
 def _settings(engine: str, new: int) -> Any:
     cache, compiles = CACHES[engine]
     return GenerationConfig(
-        max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0, use_cache=True,
-        cache_implementation=cache, disable_compile=not compiles,
-    )  # fmt: skip
+        max_new_tokens=new,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+        use_cache=True,
+        cache_implementation=cache,
+        disable_compile=not compiles,
+    )
 
 
 @torch.inference_mode()
-def time_generate(model: Any, engine: str, prompts: list[TokenIds], new: int, repeats: int
-                  ) -> dict[str, Any]:  # fmt: skip
+def time_generate(
+    model: Any, engine: str, prompts: list[TokenIds], new: int, repeats: int
+) -> dict[str, Any]:
     """Seconds of the whole and of one token alone (the prefill), greedy, after a warm-up.
 
     A compiled model is warmed up by a whole pass, since every size is compiled anew.
@@ -58,10 +64,12 @@ def time_generate(model: Any, engine: str, prompts: list[TokenIds], new: int, re
     step = (sum(seconds) / repeats - prefill["median"]) / max(1, new - 1)
     made = len(prompts) * new
     return {
-        "seconds": spread(seconds), "prefill_seconds": prefill,
-        "step_seconds": spread([step]), "output_tokens": made,
+        "seconds": spread(seconds),
+        "prefill_seconds": prefill,
+        "step_seconds": spread([step]),
+        "output_tokens": made,
         "output_tokens_per_second": spread([made / each for each in seconds]),
-    }  # fmt: skip
+    }
 
 
 def bytes_per_request(config: Any, itemsize: int, prompt_len: int, new: int) -> int:

@@ -60,10 +60,16 @@ class Weights:
         if self.subject is None or self.subject.setting.shape != shape:
             self.drop()
             plan = self.plan
-            self.subject = Rig(Setting(
-                shape=shape, keep=plan.keep, dtype=plan.dtype, device=plan.device,
-                backend=plan.backend, seed=plan.seed,
-            ))  # fmt: skip
+            self.subject = Rig(
+                Setting(
+                    shape=shape,
+                    keep=plan.keep,
+                    dtype=plan.dtype,
+                    device=plan.device,
+                    backend=plan.backend,
+                    seed=plan.seed,
+                )
+            )
         return self.subject
 
     def as_model(self, shape: str) -> Any:
@@ -97,9 +103,13 @@ class Bench:
         self.began = now()
         self.roof: Roof | None = None
         self.result: dict[str, Any] = {
-            "gpu": _gpu(self.device), "is_toy": self.device.type != "cuda", "roof": None,
-            "rows": [], "attention": [], "not_run": [],
-        }  # fmt: skip
+            "gpu": _gpu(self.device),
+            "is_toy": self.device.type != "cuda",
+            "roof": None,
+            "rows": [],
+            "attention": [],
+            "not_run": [],
+        }
 
     def run(self) -> dict[str, Any]:
         """Measure all that there is time for."""
@@ -111,9 +121,14 @@ class Bench:
                 self.result["attention"].append({**head, **row})
         for run in self.plan.runs:
             cell = run.cell
-            head = {"cell": cell.name, "engine": run.engine, "shape": cell.shape,
-                    "batch": cell.batch, "prompt_len": cell.prompt_len,
-                    "output_len": cell.output_len}  # fmt: skip
+            head = {
+                "cell": cell.name,
+                "engine": run.engine,
+                "shape": cell.shape,
+                "batch": cell.batch,
+                "prompt_len": cell.prompt_len,
+                "output_len": cell.output_len,
+            }
             row = self._try(f"{cell.name}: {run.engine}", run.guess, partial(self._measure, run))
             if row is not None:
                 self.result["rows"].append({**head, **row})
@@ -125,8 +140,9 @@ class Bench:
     def elapsed(self) -> float:
         return self.now() - self.began
 
-    def _try(self, name: str, guess: float, work: Callable[[], dict[str, Any]]
-             ) -> dict[str, Any] | None:  # fmt: skip
+    def _try(
+        self, name: str, guess: float, work: Callable[[], dict[str, Any]]
+    ) -> dict[str, Any] | None:
         """What ``work`` found, or why it failed; None where there is no time left for it."""
         if self.elapsed + guess > self.plan.budget_seconds:
             self.result["not_run"].append(name)
@@ -199,15 +215,22 @@ class Bench:
         if self.roof is not None:
             step = found["step_seconds"]
             found["roofline"] = roofline(
-                subject.runner, passes[-1], found["prefill_seconds"]["median"],
-                step and step["median"], self.roof,
-            )  # fmt: skip
+                subject.runner,
+                passes[-1],
+                found["prefill_seconds"]["median"],
+                step and step["median"],
+                self.roof,
+            )
         graphs = runner.graphs(engine.pool) if runner.steps_on_buffers else None
         return {
-            "batch": batch, "options": repr(engine.policy), "kv_memory": engine.pool.budget,
-            **found, "peak_bytes": memory.bytes, "backend": runner.backend.name,
+            "batch": batch,
+            "options": repr(engine.policy),
+            "kv_memory": engine.pool.budget,
+            **found,
+            "peak_bytes": memory.bytes,
+            "backend": runner.backend.name,
             "graphs": 0 if graphs is None else graphs.captured,
-        }  # fmt: skip
+        }
 
     def _left(self, subject: Rig) -> int:
         """Bytes for everything but the weights."""
@@ -242,10 +265,12 @@ class Bench:
         rate = work.size / least["median"]
         copy = None if self.roof is None else self.roof.copy
         return {
-            "backend": backend.name, "seconds": least, "bytes": work.size,
+            "backend": backend.name,
+            "seconds": least,
+            "bytes": work.size,
             "bytes_per_second": rate,
             "share_of_copy_bandwidth": None if copy is None else rate / copy,
-        }  # fmt: skip
+        }
 
 
 def _captured(kernel: Callable[[int], object]) -> Callable[[int], object]:
@@ -274,8 +299,12 @@ def _gpu(device: torch.device) -> dict[str, Any] | None:
     if device.type != "cuda":
         return None
     found = torch.cuda.get_device_properties(device)
-    return {"name": found.name, "memory": found.total_memory, "cuda": torch.version.cuda,
-            "capability": [found.major, found.minor]}  # fmt: skip
+    return {
+        "name": found.name,
+        "memory": found.total_memory,
+        "cuda": torch.version.cuda,
+        "capability": [found.major, found.minor],
+    }
 
 
 # --- the page ---------------------------------------------------------------------------------
@@ -285,30 +314,50 @@ def tables(result: dict[str, Any]) -> list[Table]:
     """What the terminal shows: rows, and the bars."""
     where = "TOY RUN, no GPU" if result["is_toy"] else result["gpu"]["name"]
     rows = Table(title=f"{where}; {result['seconds']:.0f} s")
-    for name in ("cell", "engine", "batch", "prompt + new", "output tokens/s", "prefill, s",
-                 "step, ms", "KV at the end", "graphs"):  # fmt: skip
+    for name in (
+        "cell",
+        "engine",
+        "batch",
+        "prompt + new",
+        "output tokens/s",
+        "prefill, s",
+        "step, ms",
+        "KV at the end",
+        "graphs",
+    ):
         rows.add_column(name, justify="left" if name in ("cell", "engine") else "right")
     for row in result["rows"]:
-        head = [row["cell"], row["engine"], str(row["batch"] or "largest"),
-                f"{row['prompt_len']} + {row['output_len']}"]  # fmt: skip
+        head = [
+            row["cell"],
+            row["engine"],
+            str(row["batch"] or "largest"),
+            f"{row['prompt_len']} + {row['output_len']}",
+        ]
         if "error" in row:
             rows.add_row(*head, row["error"], "", "", "", "")
             continue
         rows.add_row(
-            *head, ranged(row["output_tokens_per_second"], ".1f"),
-            ranged(row["prefill_seconds"], ".2f"), ranged(row["step_seconds"], ".2f", 1e3),
-            percent(row.get("kv_share_end")), str(row.get("graphs", "–")),
-        )  # fmt: skip
+            *head,
+            ranged(row["output_tokens_per_second"], ".1f"),
+            ranged(row["prefill_seconds"], ".2f"),
+            ranged(row["step_seconds"], ".2f", 1e3),
+            percent(row.get("kv_share_end")),
+            str(row.get("graphs", "–")),
+        )
     judged = Table(title="bars")
     for name in ("what", "ours", "against", "ratio", "bar", "paper", "met"):
         judged.add_column(name, justify="left" if name in ("what", "ours", "against") else "right")
     for bar in result["bars"]:
         ratio = "not measured" if bar["ratio"] is None else f"{bar['ratio']:.2f}"
         judged.add_row(
-            bar["cell"], str(bar["ours"]), str(bar["against"] or ", ".join(bar["of"])), ratio,
-            f"{bar['bar']:g}", "–" if bar["paper"] is None else f"{bar['paper']:g}",
+            bar["cell"],
+            str(bar["ours"]),
+            str(bar["against"] or ", ".join(bar["of"])),
+            ratio,
+            f"{bar['bar']:g}",
+            "–" if bar["paper"] is None else f"{bar['paper']:g}",
             {True: "yes", False: "NO", None: "–"}[bar["met"]],
-        )  # fmt: skip
+        )
     return [rows, judged]
 
 
@@ -329,8 +378,9 @@ def run_bench(plan: GPUPlan, out: Path) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> None:
     """``python -m pyramidinfer.lab.bench.gpu``."""
-    parser = argparse.ArgumentParser(prog="python -m pyramidinfer.lab.bench.gpu",
-                                     description=(__doc__ or "").splitlines()[0])  # fmt: skip
+    parser = argparse.ArgumentParser(
+        prog="python -m pyramidinfer.lab.bench.gpu", description=(__doc__ or "").splitlines()[0]
+    )
     add = parser.add_argument
     add("--json", type=Path, default=None, help="default benchmarks/results/bench_gpu.json")
     add("--budget-seconds", type=float, default=GPUPlan.budget_seconds)

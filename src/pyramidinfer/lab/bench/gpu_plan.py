@@ -75,15 +75,21 @@ class GPUPlan:
     seed: int = 0
 
 
-def _runs(large: str, small: str, cells: dict[str, tuple[int | None, int, int]], guessed: bool
-          ) -> tuple[Run, ...]:  # fmt: skip
+def _runs(
+    large: str, small: str, cells: dict[str, tuple[int | None, int, int]], guessed: bool
+) -> tuple[Run, ...]:
     """Runs of the same weights follow one another; what takes longest for least comes last."""
     guesses = {  # cell → (transformers, ours)
-        "paper": (30, 20), "largest": (45, 60), "long": (35, 40), "longer": (30, 40),
+        "paper": (30, 20),
+        "largest": (45, 60),
+        "long": (35, 40),
+        "longer": (30, 40),
         "single": (20, 10),
-    }  # fmt: skip
-    made = {name: Cell(name, large if name in ("paper", "largest") else small, *sizes)
-            for name, sizes in cells.items()}  # fmt: skip
+    }
+    made = {
+        name: Cell(name, large if name in ("paper", "largest") else small, *sizes)
+        for name, sizes in cells.items()
+    }
 
     def run(name: str, engine: str, seconds: float | None = None) -> Run:
         guess = guesses[name][engine in POLICIES] if seconds is None else seconds
@@ -105,24 +111,37 @@ def _runs(large: str, small: str, cells: dict[str, tuple[int | None, int, int]],
 def real_plan(**changes: Any) -> GPUPlan:
     """The paper's models and workload, and longer ones."""
     cells: dict[str, tuple[int | None, int, int]] = {
-        "paper": (32, 512, 256), "largest": (None, 512, 256), "long": (64, 2048, 256),
-        "longer": (16, 8192, 256), "single": (1, 512, 256),
-    }  # fmt: skip
-    attention = (Attention(40, 40, 128, 32, 768), Attention(32, 8, 128, 64, 2304),
-                 Attention(32, 8, 128, 16, 8448))  # fmt: skip
+        "paper": (32, 512, 256),
+        "largest": (None, 512, 256),
+        "long": (64, 2048, 256),
+        "longer": (16, 8192, 256),
+        "single": (1, 512, 256),
+    }
+    attention = (
+        Attention(40, 40, 128, 32, 768),
+        Attention(32, 8, 128, 64, 2304),
+        Attention(32, 8, 128, 16, 8448),
+    )
     return GPUPlan(_runs("llama2-13b", "llama3-8b", cells, True), attention, **changes)
 
 
 def toy_plan(**changes: Any) -> GPUPlan:
     """The same script in seconds on a CPU; what it measures means nothing."""
     cells: dict[str, tuple[int | None, int, int]] = {
-        "paper": (2, 32, 4), "largest": (None, 32, 4), "long": (2, 64, 4), "longer": (1, 96, 4),
+        "paper": (2, 32, 4),
+        "largest": (None, 32, 4),
+        "long": (2, 64, 4),
+        "longer": (1, 96, 4),
         "single": (1, 32, 4),
-    }  # fmt: skip
+    }
     usual: dict[str, Any] = {
-        "device": "cpu", "repeats": 1, "memory": 2**21, "reserve": 2**19, "most": 4,
+        "device": "cpu",
+        "repeats": 1,
+        "memory": 2**21,
+        "reserve": 2**19,
+        "most": 4,
         "storage": 2**18,
-    }  # fmt: skip
+    }
     runs = _runs("toy-mha", "toy-gqa", cells, False)
     attention = (Attention(4, 4, 16, 2, 40), Attention(4, 2, 16, 2, 72))
     return GPUPlan(runs, attention, **{**usual, **changes})
@@ -133,21 +152,30 @@ def bars(result: dict[str, Any]) -> list[dict[str, Any]]:
     is met also where a toy was)."""
     speeds = {
         (row["cell"], row["engine"]): row["output_tokens_per_second"]["median"]
-        for row in result["rows"] if "output_tokens_per_second" in row
-    }  # fmt: skip
+        for row in result["rows"]
+        if "output_tokens_per_second" in row
+    }
     found: list[dict[str, Any]] = []
 
-    def compare(cell: str, ours: str, others: tuple[str, ...], bar: float,
-                paper: float | None = None) -> None:  # fmt: skip
+    def compare(
+        cell: str, ours: str, others: tuple[str, ...], bar: float, paper: float | None = None
+    ) -> None:
         there = [other for other in others if (cell, other) in speeds]
         fastest = max(there, key=lambda other: speeds[cell, other], default=None)
         mine, ratio = speeds.get((cell, ours)), None
         if mine is not None and fastest is not None:
             ratio = mine / speeds[cell, fastest]
-        found.append({
-            "cell": cell, "ours": ours, "against": fastest, "of": list(others), "ratio": ratio,
-            "bar": bar, "paper": paper,
-        })  # fmt: skip
+        found.append(
+            {
+                "cell": cell,
+                "ours": ours,
+                "against": fastest,
+                "of": list(others),
+                "ratio": ratio,
+                "bar": bar,
+                "paper": paper,
+            }
+        )
 
     for policy in POLICIES[1:]:
         compare("paper", policy, (DYNAMIC, STATIC), 4.0, 2.24)
@@ -159,11 +187,18 @@ def bars(result: dict[str, Any]) -> list[dict[str, Any]]:
             compare("paper", policy, (COMPILED,), 1.0)
     for row in result["attention"]:
         share = row.get("share_of_copy_bandwidth")
-        found.append({
-            "cell": f"decode attention {row['heads']}/{row['kv_heads']}, {row['batch']} x "
-            f"{row['context']}", "ours": row.get("backend"), "against": "copy", "of": ["copy"],
-            "ratio": share, "bar": ATTENTION_BAR, "paper": None,
-        })  # fmt: skip
+        found.append(
+            {
+                "cell": f"decode attention {row['heads']}/{row['kv_heads']}, {row['batch']} x "
+                f"{row['context']}",
+                "ours": row.get("backend"),
+                "against": "copy",
+                "of": ["copy"],
+                "ratio": share,
+                "bar": ATTENTION_BAR,
+                "paper": None,
+            }
+        )
     for each in found:
         ratio = each["ratio"]
         each["met"] = None if ratio is None or result["is_toy"] else ratio >= each["bar"]

@@ -37,8 +37,17 @@ from pyramidinfer.policies.kvzip import KVzip
 from pyramidinfer.policies.registry import parse_policy
 from pyramidinfer.types import Keep, Observation, State, TokenIds
 
-__all__ = ["CASES", "HEAD", "Case", "KeptPlan", "agreement", "kept_rows", "main", "ranks",
-           "run_kept"]  # fmt: skip
+__all__ = [
+    "CASES",
+    "HEAD",
+    "Case",
+    "KeptPlan",
+    "agreement",
+    "kept_rows",
+    "main",
+    "ranks",
+    "run_kept",
+]
 
 Row = dict[str, Any]
 #: What a budget is shared by, and so what holds as many entries in both by construction.
@@ -79,15 +88,15 @@ def _named(press: tuple[str, dict[str, Any]]) -> str:
 def _spec(press: tuple[str, dict[str, Any]]) -> Row:
     """The same for the driver."""
     name, options = press
-    plain = {key: _spec(each) if isinstance(each, tuple) else each
-             for key, each in options.items()}  # fmt: skip
+    plain = {key: _spec(each) if isinstance(each, tuple) else each for key, each in options.items()}
     return {"press": name, "options": plain}
 
 
 SNAPKV = ("SnapKVPress", {"window_size": 32, "kernel_size": 7})
 EXPECTED = (
-    "ExpectedAttentionPress", {"n_future_positions": 512, "n_sink": 4, "epsilon": 0.02},
-)  # fmt: skip
+    "ExpectedAttentionPress",
+    {"n_future_positions": 512, "n_sink": 4, "epsilon": 0.02},
+)
 ADAPTIVE = (
     "kvpress gives each head the best entries of its safeguard and deals the rest by rank; here, "
     "as in Ada-KV's algorithm 1, a head has safeguard × the even budget + (1 - safeguard) × the "
@@ -99,24 +108,56 @@ CASES: tuple[Case, ...] = (
     Case("keydiff", ("KeyDiffPress", {})),
     Case("tova", ("TOVAPress", {}), why="kvpress always keeps the last token"),
     Case("snapkv", SNAPKV, last=32),
-    Case("snapkv:adaptive=True", ("AdaKVPress", {"press": SNAPKV, "alpha_safeguard": 0.2}),
-         "layer", last=32, why=ADAPTIVE),
-    Case("pyramidkv", ("PyramidKVPress", {"window_size": 8, "kernel_size": 7, "beta": 20}),
-         last=8, why="budgets: here the window comes on top of those that fall, in kvpress it is "
-         "part of them"),
-    Case("chunkkv:window=30", ("ChunkKVPress", {
-        "press": ("SnapKVPress", {"window_size": 30, "kernel_size": 1}), "chunk_length": 10,
-    }), why="kvpress counts the window by chunks; the same where both end together, as here"),
+    Case(
+        "snapkv:adaptive=True",
+        ("AdaKVPress", {"press": SNAPKV, "alpha_safeguard": 0.2}),
+        "layer",
+        last=32,
+        why=ADAPTIVE,
+    ),
+    Case(
+        "pyramidkv",
+        ("PyramidKVPress", {"window_size": 8, "kernel_size": 7, "beta": 20}),
+        last=8,
+        why="budgets: here the window comes on top of those that fall, in kvpress it is "
+        "part of them",
+    ),
+    Case(
+        "chunkkv:window=30",
+        (
+            "ChunkKVPress",
+            {
+                "press": ("SnapKVPress", {"window_size": 30, "kernel_size": 1}),
+                "chunk_length": 10,
+            },
+        ),
+        why="kvpress counts the window by chunks; the same where both end together, as here",
+    ),
     Case("expected_attention:adaptive=False", EXPECTED, first=4),
-    Case("expected_attention", ("AdaKVPress", {"press": EXPECTED, "alpha_safeguard": 0.2}),
-         "layer", first=4, why=ADAPTIVE),
-    Case("kvzip", ("KVzipPress", {"n_sink": 4, "chunk_size": 2048}), "model", first=4,
-         why="nothing while the text is one chunk and what stands between it and its repetition is "
-         "the same, as here"),
-    Case("kvzip:chunk_length=300", ("KVzipPress", {"n_sink": 4, "chunk_size": 300}), "model",
-         first=4, why="kvpress takes a softmax over a chunk's own entries, an entry's score from "
-         "its own chunk only, and puts a line end in front of every repetition"),
-)  # fmt: skip
+    Case(
+        "expected_attention",
+        ("AdaKVPress", {"press": EXPECTED, "alpha_safeguard": 0.2}),
+        "layer",
+        first=4,
+        why=ADAPTIVE,
+    ),
+    Case(
+        "kvzip",
+        ("KVzipPress", {"n_sink": 4, "chunk_size": 2048}),
+        "model",
+        first=4,
+        why="nothing while the text is one chunk and what stands between it and its repetition is "
+        "the same, as here",
+    ),
+    Case(
+        "kvzip:chunk_length=300",
+        ("KVzipPress", {"n_sink": 4, "chunk_size": 300}),
+        "model",
+        first=4,
+        why="kvpress takes a softmax over a chunk's own entries, an entry's score from "
+        "its own chunk only, and puts a line end in front of every repetition",
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -152,9 +193,15 @@ class Found(NamedTuple):
 # --- measuring ------------------------------------------------------------------------------------
 
 
-def run_kept(plan: KeptPlan, cases: Iterable[Case], out: Path, work: Path, *,
-             environments: Path = Path(".peers"), drivers: Path = Path("benchmarks/peers")
-             ) -> Row:  # fmt: skip
+def run_kept(
+    plan: KeptPlan,
+    cases: Iterable[Case],
+    out: Path,
+    work: Path,
+    *,
+    environments: Path = Path(".peers"),
+    drivers: Path = Path("benchmarks/peers"),
+) -> Row:
     """Ask both, compare, write ``out`` and return the result.
 
     ``ValueError`` where kvpress is not there or fails, with its reason.
@@ -165,10 +212,12 @@ def run_kept(plan: KeptPlan, cases: Iterable[Case], out: Path, work: Path, *,
     folder = _plain_folder(plan.model, work)
     ids = plan.subject.corpus().passages(plan.seed, 1, plan.length, 1)[0].context
     job = {
-        "model": str(folder), "ids": ids, "threads": plan.threads,
+        "model": str(folder),
+        "ids": ids,
+        "threads": plan.threads,
         "ratio": round(1 - plan.keep, 12),
         "cases": {case.policy: _spec(case.press) for case in cases},
-    }  # fmt: skip
+    }
     answer = ask_driver(KVPRESS, job, plan.threads, environments, drivers, work)
     if "said" not in answer:
         raise ValueError(f"kvpress: {answer['status']}: {answer['reason']}")
@@ -206,8 +255,9 @@ def _plain_folder(model: str, work: Path) -> Path:
     return plain.resolve()
 
 
-def _ours(plan: KeptPlan, case: Case, ids: TokenIds, question: TokenIds | None
-          ) -> tuple[Found, Tensor]:  # fmt: skip
+def _ours(
+    plan: KeptPlan, case: Case, ids: TokenIds, question: TokenIds | None
+) -> tuple[Found, Tensor]:
     """What our engine keeps, and its logits behind the text."""
     policy, scores = parse_policy(case.policy, plan.keep), {}
     if isinstance(policy, KVzip) and question:
@@ -273,11 +323,15 @@ def _row(case: Case, ours: Found, theirs: Found) -> Row:
         free = slice(case.first, shape[2] - case.last)
         correlation = ranks(ours.scores[..., free], theirs.scores[..., free], case.level)
     return {
-        "policy": case.policy, "press": case.theirs, "options": _spec(case.press),
-        "level": case.level, "why": case.why,
+        "policy": case.policy,
+        "press": case.theirs,
+        "options": _spec(case.press),
+        "level": case.level,
+        "why": case.why,
         "kept": [float(each.kept.sum(-1).mean()) for each in (ours, theirs)],
-        **agreement(ours.kept, theirs.kept, case.level), "ranks": correlation,
-    }  # fmt: skip
+        **agreement(ours.kept, theirs.kept, case.level),
+        "ranks": correlation,
+    }
 
 
 def _grouped(array: np.ndarray, level: Level) -> np.ndarray:
@@ -311,8 +365,17 @@ def _spread(values: np.ndarray) -> Row:
 
 # --- telling --------------------------------------------------------------------------------------
 
-HEAD = ("ours", "kvpress", "budget of a", "kept by ours", "theirs", "same entries", "least",
-        "ranks", "least")  # fmt: skip
+HEAD = (
+    "ours",
+    "kvpress",
+    "budget of a",
+    "kept by ours",
+    "theirs",
+    "same entries",
+    "least",
+    "ranks",
+    "least",
+)
 
 
 def kept_rows(result: Row) -> list[list[str]]:
@@ -323,11 +386,21 @@ def kept_rows(result: Row) -> list[list[str]]:
         same = f"{row['same']['mean']:.1%}"
         if row["at_most"] < 1 - 1e-3:
             same += f" of {row['at_most']:.1%}"
-        found.append([
-            row["policy"], row["press"], row["level"], *(f"{count:.1f}" for count in row["kept"]),
-            same, f"{row['same']['least']:.1%}",
-            *(["–"] * 2 if ranked is None else [f"{ranked[key]:.4f}" for key in ("mean", "least")]),
-        ])  # fmt: skip
+        found.append(
+            [
+                row["policy"],
+                row["press"],
+                row["level"],
+                *(f"{count:.1f}" for count in row["kept"]),
+                same,
+                f"{row['same']['least']:.1%}",
+                *(
+                    ["–"] * 2
+                    if ranked is None
+                    else [f"{ranked[key]:.4f}" for key in ("mean", "least")]
+                ),
+            ]
+        )
     return found
 
 
@@ -348,16 +421,16 @@ def _chosen(names: str) -> list[Case]:
             known = [case.policy for case in CASES]
             raise ValueError(f"--only {name!r} is no case; {nearest(name, known)}")
     return [
-        case for case in CASES
-        if not wanted or any(case.policy.startswith(name) for name in wanted)
-    ]  # fmt: skip
+        case for case in CASES if not wanted or any(case.policy.startswith(name) for name in wanted)
+    ]
 
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     usual = KeptPlan()
-    parser = argparse.ArgumentParser(prog="python -m pyramidinfer.lab.bench.kept",
-                                     description=(__doc__ or "").splitlines()[0])  # fmt: skip
+    parser = argparse.ArgumentParser(
+        prog="python -m pyramidinfer.lab.bench.kept", description=(__doc__ or "").splitlines()[0]
+    )
     add = parser.add_argument
     add("--only", default="", help="our policies, separated by semicolons; a beginning is enough")
     add("--model", default=usual.model, help="a folder or a fetched model, of the Llama kind")
@@ -370,8 +443,9 @@ def main(arguments: list[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     try:
         plan = KeptPlan(given.model, given.length, given.keep, threads=given.threads)
-        result = run_kept(plan, _chosen(given.only), given.json, given.work,
-                          environments=given.environments)  # fmt: skip
+        result = run_kept(
+            plan, _chosen(given.only), given.json, given.work, environments=given.environments
+        )
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

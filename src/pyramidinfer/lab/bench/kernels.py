@@ -107,17 +107,26 @@ def _measure(work: Work, plan: KernelPlan, device: torch.device, roof: Roof) -> 
     )
     rate = None if work.flops is None else work.flops / mine["median"]
     return {
-        **work.head, "seconds": mine, "against": work.against, "against_seconds": other,
-        "share": other["median"] / mine["median"], "bytes": work.size,
+        **work.head,
+        "seconds": mine,
+        "against": work.against,
+        "against_seconds": other,
+        "share": other["median"] / mine["median"],
+        "bytes": work.size,
         "bytes_per_second": work.size / mine["median"],
         "share_of_read_bandwidth": work.size / mine["median"] / roof.read,
         "flops": work.flops,
         "share_of_matrix_rate": None if rate is None else rate / roof.matrix,
-    }  # fmt: skip
+    }
 
 
-def _works(plan: KernelPlan, backend: Backend, heads: tuple[int, int], device: torch.device,
-           dtype: torch.dtype) -> Iterator[Work]:  # fmt: skip
+def _works(
+    plan: KernelPlan,
+    backend: Backend,
+    heads: tuple[int, int],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Iterator[Work]:
     _, kv_heads = heads
     entry = 2 * kv_heads * DIM * dtype.itemsize
     page = plan.page_size
@@ -133,8 +142,9 @@ def _works(plan: KernelPlan, backend: Backend, heads: tuple[int, int], device: t
         yield from _prompt_works(backend, heads, context, device, dtype)
 
 
-def decode_work(backend: Backend, heads: tuple[int, int], storage: Pages, batch: int, context: int
-                ) -> Work:  # fmt: skip
+def decode_work(
+    backend: Backend, heads: tuple[int, int], storage: Pages, batch: int, context: int
+) -> Work:
     """One token of each request over its pages, layer after layer, as a decode step does it."""
     lens = [context] * heads[1]
     layers = _layers_in(storage, batch, lens)
@@ -144,13 +154,18 @@ def decode_work(backend: Backend, heads: tuple[int, int], storage: Pages, batch:
         return plain_read(storage.keys[:used]), plain_read(storage.values[:used])
 
     return Work(
-        _head("decode", heads, batch, context), "read",
-        lambda _: run(), lambda _: read(), _bytes(storage, batch, lens), layers=layers,
-    )  # fmt: skip
+        _head("decode", heads, batch, context),
+        "read",
+        lambda _: run(),
+        lambda _: read(),
+        _bytes(storage, batch, lens),
+        layers=layers,
+    )
 
 
-def unequal_work(backend: Backend, heads: tuple[int, int], storage: Pages, batch: int, context: int
-                 ) -> Work:  # fmt: skip
+def unequal_work(
+    backend: Backend, heads: tuple[int, int], storage: Pages, batch: int, context: int
+) -> Work:
     """The same where heads hold a fifth of the context in the mean: some all of it and the others
     the newest, against heads that hold a fifth each."""
     kv_heads, few = heads[1], min(SHORT, context // 10)
@@ -163,9 +178,13 @@ def unequal_work(backend: Backend, heads: tuple[int, int], storage: Pages, batch
     run, _ = _decode(backend, heads, storage, batch, lens, layers)
     other, _ = _decode(backend, heads, storage, batch, even, layers)
     return Work(
-        _head("decode, unequal heads", heads, batch, context), "equal heads",
-        lambda _: run(), lambda _: other(), _bytes(storage, batch, lens), layers=layers,
-    )  # fmt: skip
+        _head("decode, unequal heads", heads, batch, context),
+        "equal heads",
+        lambda _: run(),
+        lambda _: other(),
+        _bytes(storage, batch, lens),
+        layers=layers,
+    )
 
 
 def _bytes(storage: Pages, batch: int, lens: list[int]) -> int:
@@ -179,8 +198,14 @@ def _layers_in(storage: Pages, batch: int, lens: list[int]) -> int:
     return max(1, min(LAYERS, len(storage.keys) // (batch * pages)))
 
 
-def _decode(backend: Backend, heads: tuple[int, int], storage: Pages, batch: int, lens: list[int],
-            layers: int) -> tuple[Callable[[], object], int]:  # fmt: skip
+def _decode(
+    backend: Backend,
+    heads: tuple[int, int],
+    storage: Pages,
+    batch: int,
+    lens: list[int],
+    layers: int,
+) -> tuple[Callable[[], object], int]:
     """Decode attention of all layers, of requests whose KV heads have these lengths, and the pages
     that they hold."""
     _, page, size = storage.keys.shape
@@ -197,8 +222,9 @@ def _decode(backend: Backend, heads: tuple[int, int], storage: Pages, batch: int
     return _all_layers(backend, plan, layers, queries, storage, Scale(size**-0.5)), used
 
 
-def _all_layers(backend: Backend, plan: DecodePlan, layers: int, queries: Tensor, storage: Pages,
-                scale: Scale) -> Callable[[], object]:  # fmt: skip
+def _all_layers(
+    backend: Backend, plan: DecodePlan, layers: int, queries: Tensor, storage: Pages, scale: Scale
+) -> Callable[[], object]:
     """All layers' decode attention; in C++ with one call, as the engine's decode step has it."""
     if not isinstance(backend, CPUBackend) or queries.dtype not in DTYPES:
         return lambda: [
@@ -211,8 +237,9 @@ def _all_layers(backend: Backend, plan: DecodePlan, layers: int, queries: Tensor
     return lambda: (held, backend.kernels.decode_attention(kind, address, layers))
 
 
-def _prompt_works(backend: Backend, heads: tuple[int, int], context: int, device: torch.device,
-                  dtype: torch.dtype) -> Iterator[Work]:  # fmt: skip
+def _prompt_works(
+    backend: Backend, heads: tuple[int, int], context: int, device: torch.device, dtype: torch.dtype
+) -> Iterator[Work]:
     """Window scores, column sums and prefill attention of one prompt."""
     queries = torch.randn(context, heads[0], DIM, device=device).to(dtype)
     keys, values = (torch.randn(heads[1], context, DIM, device=device).to(dtype) for _ in range(2))
@@ -221,36 +248,53 @@ def _prompt_works(backend: Backend, heads: tuple[int, int], context: int, device
     window = min(WINDOW, context)
     reduce = Reduce(heads="kv_mean")
     yield Work(
-        _head("window scores", heads, 1, context), "read",
+        _head("window scores", heads, 1, context),
+        "read",
         lambda _: backend.window_scores(
             queries[-window:], keys, place[-window:], k_pos, scale, reduce, rows=window
         ),
-        lambda _: plain_read(keys), keys.nbytes,
+        lambda _: plain_read(keys),
+        keys.nbytes,
         2.0 * window * heads[0] * DIM * context,
-    )  # fmt: skip
+    )
     pairs = heads[0] * context * (context + 1) / 2
 
     def fused(_: int) -> Tensor:
         return F.scaled_dot_product_attention(
-            queries.transpose(0, 1)[None], keys[None], values[None], is_causal=True,
+            queries.transpose(0, 1)[None],
+            keys[None],
+            values[None],
+            is_causal=True,
             enable_gqa=heads[0] != heads[1],
-        )  # fmt: skip
+        )
 
     size = queries.nbytes + keys.nbytes
     yield Work(
-        _head("column sums", heads, 1, context), "fused attention",
-        lambda _: backend.column_sums(queries, keys, place, k_pos, scale), fused, size,
+        _head("column sums", heads, 1, context),
+        "fused attention",
+        lambda _: backend.column_sums(queries, keys, place, k_pos, scale),
+        fused,
+        size,
         2.0 * DIM * pairs,
-    )  # fmt: skip
+    )
     yield Work(
-        _head("prefill", heads, 1, context), "fused attention",
-        lambda _: backend.prefill(queries, keys, values, place, k_pos, scale), fused,
-        size + values.nbytes + queries.nbytes, 4.0 * DIM * pairs,
-    )  # fmt: skip
+        _head("prefill", heads, 1, context),
+        "fused attention",
+        lambda _: backend.prefill(queries, keys, values, place, k_pos, scale),
+        fused,
+        size + values.nbytes + queries.nbytes,
+        4.0 * DIM * pairs,
+    )
 
 
-def _keep_row(plan: KernelPlan, backend: Backend, heads: tuple[int, int], context: int,
-              device: torch.device, dtype: torch.dtype) -> dict[str, Any]:  # fmt: skip
+def _keep_row(
+    plan: KernelPlan,
+    backend: Backend,
+    heads: tuple[int, int],
+    context: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> dict[str, Any]:
     keep, copy, size = time_keep(
         heads[1],
         DIM,
@@ -264,13 +308,24 @@ def _keep_row(plan: KernelPlan, backend: Backend, heads: tuple[int, int], contex
     )
     mine, other = spread(keep), spread(copy)
     return {
-        **_head("keep half", heads, 1, context), "seconds": mine, "against": "copy",
-        "against_seconds": other, "share": other["median"] / mine["median"], "bytes": size,
-        "bytes_per_second": size / mine["median"], "share_of_read_bandwidth": None,
-        "flops": None, "share_of_matrix_rate": None,
-    }  # fmt: skip
+        **_head("keep half", heads, 1, context),
+        "seconds": mine,
+        "against": "copy",
+        "against_seconds": other,
+        "share": other["median"] / mine["median"],
+        "bytes": size,
+        "bytes_per_second": size / mine["median"],
+        "share_of_read_bandwidth": None,
+        "flops": None,
+        "share_of_matrix_rate": None,
+    }
 
 
 def _head(kernel: str, heads: tuple[int, int], batch: int, context: int) -> dict[str, Any]:
-    return {"kernel": kernel, "heads": heads[0], "kv_heads": heads[1], "batch": batch,
-            "context": context}  # fmt: skip
+    return {
+        "kernel": kernel,
+        "heads": heads[0],
+        "kv_heads": heads[1],
+        "batch": batch,
+        "context": context,
+    }

@@ -27,8 +27,12 @@ class LatencyPlan:
 
     @property
     def configuration(self) -> dict[str, Any]:
-        return {**self.setting.configuration(), "batches": list(self.batches),
-                "prompt_lens": list(self.prompt_lens), "output_len": self.output_len}  # fmt: skip
+        return {
+            **self.setting.configuration(),
+            "batches": list(self.batches),
+            "prompt_lens": list(self.prompt_lens),
+            "output_len": self.output_len,
+        }
 
 
 def run_latency(plan: LatencyPlan, out: Path) -> dict[str, Any]:
@@ -60,8 +64,12 @@ def run_latency(plan: LatencyPlan, out: Path) -> dict[str, Any]:
                         passes[spec].append(run)
                     done(f"{spec} {batch}x{length}")
             for spec, engine in engines.items():
-                head = {"policy": spec, "options": repr(engine.policy), "batch": batch,
-                        "prompt_len": length}  # fmt: skip
+                head = {
+                    "policy": spec,
+                    "options": repr(engine.policy),
+                    "batch": batch,
+                    "prompt_len": length,
+                }
                 rows.append({**head, **_figures(passes[spec])})
     result = {"rows": rows}
     write_result(out, plan.configuration, result)

@@ -95,14 +95,18 @@ def client(url: str, api_key: str | None = None, timeout: float = 300.0) -> http
     """A client without a limit on connections of its own."""
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     return httpx.AsyncClient(
-        base_url=url, headers=headers, verify=url.startswith("https"), trust_env=False,
+        base_url=url,
+        headers=headers,
+        verify=url.startswith("https"),
+        trust_env=False,
         timeout=httpx.Timeout(timeout, connect=30.0),
         limits=httpx.Limits(max_connections=None, max_keepalive_connections=64),
-    )  # fmt: skip
+    )
 
 
-async def offer(http: httpx.AsyncClient, path: str, bodies: Sequence[Body], due: Sequence[float]
-                ) -> list[Record]:  # fmt: skip
+async def offer(
+    http: httpx.AsyncClient, path: str, bodies: Sequence[Body], due: Sequence[float]
+) -> list[Record]:
     """Send every body when it is due; a record of each, in the same order."""
     start = time.perf_counter() + LEAD
 
@@ -113,8 +117,15 @@ async def offer(http: httpx.AsyncClient, path: str, bodies: Sequence[Body], due:
     return list(await asyncio.gather(*(map(one, bodies, due))))
 
 
-async def ask(http: httpx.AsyncClient, path: str, body: Body, *, start: float = 0.0,
-              due: float | None = None, leave: Leave | None = None) -> Record:  # fmt: skip
+async def ask(
+    http: httpx.AsyncClient,
+    path: str,
+    body: Body,
+    *,
+    start: float = 0.0,
+    due: float | None = None,
+    leave: Leave | None = None,
+) -> Record:
     """One request, streamed.  ``start``: the clock's zero (of ``time.perf_counter``)."""
     leave = leave or Leave()
     sent = time.perf_counter() - start
@@ -130,8 +141,9 @@ async def ask(http: httpx.AsyncClient, path: str, body: Body, *, start: float = 
     return record
 
 
-async def _stream(http: httpx.AsyncClient, path: str, body: Body, record: Record, start: float,
-                  chunks: int | None) -> None:  # fmt: skip
+async def _stream(
+    http: httpx.AsyncClient, path: str, body: Body, record: Record, start: float, chunks: int | None
+) -> None:
     usual = {"stream": True, "stream_options": {"include_usage": True}}
     async with http.stream("POST", path, json={**usual, **body}) as response:
         record.status = response.status_code

@@ -62,8 +62,9 @@ def _kernels() -> Any:
 
 
 @torch.inference_mode()
-def measure_roof(dtype: torch.dtype, device: torch.device, repeats: int = 5, size: int | None = None
-                 ) -> Roof:  # fmt: skip
+def measure_roof(
+    dtype: torch.dtype, device: torch.device, repeats: int = 5, size: int | None = None
+) -> Roof:
     """The best of some repeats of each, one after the other."""
     size = BYTES if size is None else size
     source = torch.ones(size // 4, device=device)
@@ -77,9 +78,11 @@ def measure_roof(dtype: torch.dtype, device: torch.device, repeats: int = 5, siz
             "copy": lambda _: target.copy_(source),
             "matrix": lambda _: F.linear(left, right),
         },
-        device, repeats,
-    )  # fmt: skip
+        device,
+        repeats,
+    )
     least = {name: min(values) for name, values in seconds.items()}
     work = 2.0 * left.shape[0] * right.shape[0] * WIDTH
-    return Roof(source.nbytes / least["read"], 2 * source.nbytes / least["copy"],
-                work / least["matrix"])  # fmt: skip
+    return Roof(
+        source.nbytes / least["read"], 2 * source.nbytes / least["copy"], work / least["matrix"]
+    )

@@ -34,8 +34,12 @@ class MemoryPlan:
 
     @property
     def configuration(self) -> dict[str, Any]:
-        return {**self.shared.configuration(), "prompt_len": self.prompt_len,
-                "output_len": self.output_len, "most": self.most}  # fmt: skip
+        return {
+            **self.shared.configuration(),
+            "prompt_len": self.prompt_len,
+            "output_len": self.output_len,
+            "most": self.most,
+        }
 
 
 def run_memory(plan: MemoryPlan, out: Path) -> dict[str, Any]:
@@ -70,7 +74,10 @@ def _measure(plan: MemoryPlan, subject: Rig, spec: str) -> dict[str, Any]:
     count = min(plan.most, 2 * fits + 1)
     run = run_pass(engine, subject.prompts(count, plan.prompt_len), plan.output_len)
     return {
-        **head, "fits": fits, "requests": count, "in_flight": run.peak_in_flight,
+        **head,
+        "fits": fits,
+        "requests": count,
+        "in_flight": run.peak_in_flight,
         "is_capped": run.peak_in_flight >= plan.most,
         "peak_kv_bytes": engine.peak_bytes,
         "kv_bytes_per_request": run.end_bytes[0] / count,
@@ -80,7 +87,7 @@ def _measure(plan: MemoryPlan, subject: Rig, spec: str) -> dict[str, Any]:
         "seconds": run.seconds,
         "output_tokens_per_second": run.output_tokens / run.seconds,
         "peak_bytes": memory.bytes,
-    }  # fmt: skip
+    }
 
 
 def _fits(engine: Engine, plan: MemoryPlan) -> int:

@@ -67,9 +67,16 @@ class Comparison:
         return {} if self.layers is None else {"num_hidden_layers": self.layers}
 
 
-def run_peers(plan: Comparison, engines: Iterable[Engine], out: Path, work: Path, *,
-              environments: Path = Path(".peers"), drivers: Path = Path("benchmarks/peers"),
-              keep: bool = False) -> dict[str, Any]:  # fmt: skip
+def run_peers(
+    plan: Comparison,
+    engines: Iterable[Engine],
+    out: Path,
+    work: Path,
+    *,
+    environments: Path = Path(".peers"),
+    drivers: Path = Path("benchmarks/peers"),
+    keep: bool = False,
+) -> dict[str, Any]:
     """Measure, write ``out`` after every engine, and return the result."""
     for name, value in (("threads", plan.threads), ("repeats", plan.repeats)):
         if value < 1:
@@ -83,17 +90,28 @@ def run_peers(plan: Comparison, engines: Iterable[Engine], out: Path, work: Path
         for engine in engines:
             print(f"{name}: {engine.name} …", file=sys.stderr, flush=True)
             job = {
-                "model": str(folder), "work": str(folder / "converted"), "prompts": prompts,
-                "max_new": workload.new, "threads": plan.threads, "dtype": engine.dtype,
-                "repeats": plan.repeats, "enough_seconds": plan.enough_seconds,
+                "model": str(folder),
+                "work": str(folder / "converted"),
+                "prompts": prompts,
+                "max_new": workload.new,
+                "threads": plan.threads,
+                "dtype": engine.dtype,
+                "repeats": plan.repeats,
+                "enough_seconds": plan.enough_seconds,
                 "options": engine.options_for(name, workload),
-            }  # fmt: skip
+            }
             row = {
-                "engine": engine.name, "workload": name, "run": run, "is_ours": engine.is_ours,
-                "dtype": engine.dtype, "note": engine.note, "options": job["options"],
-                "commit": commit(), "began": datetime.now(UTC).strftime("%H:%M:%SZ"),
+                "engine": engine.name,
+                "workload": name,
+                "run": run,
+                "is_ours": engine.is_ours,
+                "dtype": engine.dtype,
+                "note": engine.note,
+                "options": job["options"],
+                "commit": commit(),
+                "began": datetime.now(UTC).strftime("%H:%M:%SZ"),
                 "load_before": psutil.getloadavg()[0],
-            }  # fmt: skip
+            }
             row |= _run_engine(engine, job, plan.threads, environments, drivers, work)
             rows.append(row)
             _report(row)
@@ -102,8 +120,9 @@ def run_peers(plan: Comparison, engines: Iterable[Engine], out: Path, work: Path
     return result
 
 
-def _run_engine(engine: Engine, job: dict[str, Any], threads: int, environments: Path,
-                drivers: Path, work: Path) -> Row:  # fmt: skip
+def _run_engine(
+    engine: Engine, job: dict[str, Any], threads: int, environments: Path, drivers: Path, work: Path
+) -> Row:
     """What one engine's process measured, or why there is nothing."""
     Path(job["work"]).mkdir(parents=True, exist_ok=True)
     row = ask_driver(engine, job, threads, environments, drivers, work)
@@ -115,8 +134,9 @@ def _run_engine(engine: Engine, job: dict[str, Any], threads: int, environments:
         return {"status": "failed", "reason": f"its driver's answer is no result: {error!r}"}
 
 
-def ask_driver(engine: Engine, job: dict[str, Any], threads: int, environments: Path,
-               drivers: Path, work: Path) -> Row:  # fmt: skip
+def ask_driver(
+    engine: Engine, job: dict[str, Any], threads: int, environments: Path, drivers: Path, work: Path
+) -> Row:
     """``status`` and what an engine's driver ``said`` about a job, or the ``reason`` why there is
     nothing."""
     python = engine.python(environments)
@@ -126,13 +146,21 @@ def ask_driver(engine: Engine, job: dict[str, Any], threads: int, environments: 
     path = work / "job.json"
     path.write_text(json.dumps(job))
     count = str(threads)
-    setting = {"OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count, "OMP_WAIT_POLICY": "passive",
-               "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}  # fmt: skip
+    setting = {
+        "OMP_NUM_THREADS": count,
+        "MKL_NUM_THREADS": count,
+        "OMP_WAIT_POLICY": "passive",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
     try:
         done = subprocess.run(
-            [str(python), str(drivers / engine.driver), str(path)], capture_output=True, text=True,
-            timeout=LIMIT, env={**os.environ, **setting},
-        )  # fmt: skip
+            [str(python), str(drivers / engine.driver), str(path)],
+            capture_output=True,
+            text=True,
+            timeout=LIMIT,
+            env={**os.environ, **setting},
+        )
     except subprocess.TimeoutExpired:
         return {"status": "failed", "reason": f"took more than {LIMIT} seconds"}
     except OSError as error:
@@ -164,23 +192,29 @@ def _figures(said: Row, job: dict[str, Any]) -> Row:
     total, first = float(np.median(totals)), float(np.median(firsts))
     prompt = sum(len(each) for each in job["prompts"])
     return {
-        "seconds": spread(totals), "prefill_seconds": spread(firsts), "repeats": len(totals),
+        "seconds": spread(totals),
+        "prefill_seconds": spread(firsts),
+        "repeats": len(totals),
         "step_seconds": (total - first) / (new - 1),
         "output_tokens_per_second": new * count / total,
         "all_tokens_per_second": (prompt + new * count) / total,
         "prefill_in_own_run": said["prefill_in_own_run"],
-        "load_seconds": said["load_seconds"], "peak_rss_bytes": said["peak_rss_bytes"],
-        "versions": said["versions"], "notes": said["notes"], "tokens": said["tokens"],
-    }  # fmt: skip
+        "load_seconds": said["load_seconds"],
+        "peak_rss_bytes": said["peak_rss_bytes"],
+        "versions": said["versions"],
+        "notes": said["notes"],
+        "tokens": said["tokens"],
+    }
 
 
 def _result(rows: list[Row], old: list[Row], run: str) -> dict[str, Any]:
     """All rows without their tokens; each with its agreement with transformers in this run."""
     measured = {(row["engine"], row["workload"]) for row in rows}
     judges = {
-        row["workload"]: row["tokens"] for row in rows
+        row["workload"]: row["tokens"]
+        for row in rows
         if row["engine"] == "transformers" and row["status"] == "ok"
-    }  # fmt: skip
+    }
     found = []
     for row in rows:
         shown = {key: value for key, value in row.items() if key != "tokens"}
@@ -243,8 +277,9 @@ def _report(row: Row) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m pyramidinfer.lab.bench.peers",
-                                     description=(__doc__ or "").splitlines()[0])  # fmt: skip
+    parser = argparse.ArgumentParser(
+        prog="python -m pyramidinfer.lab.bench.peers", description=(__doc__ or "").splitlines()[0]
+    )
     add = parser.add_argument
     add("--only", default="", help="engines, separated by semicolons; a beginning is enough")
     add("--workloads", default="A,B", help="A, B, or NAME=REQUESTSxPROMPT+NEW")
@@ -269,13 +304,23 @@ def main(arguments: list[str] | None = None) -> None:
         return
     try:
         plan = Comparison(
-            parse_workloads(given.workloads), given.shape, given.threads, given.repeats,
-            given.enough_seconds, layers=given.layers,
-        )  # fmt: skip
+            parse_workloads(given.workloads),
+            given.shape,
+            given.threads,
+            given.repeats,
+            given.enough_seconds,
+            layers=given.layers,
+        )
         engines = chosen_engines(given.only.split(";"))
         start = time.monotonic()
-        result = run_peers(plan, engines, given.json, given.work, keep=given.keep_rows,
-                           environments=given.environments)  # fmt: skip
+        result = run_peers(
+            plan,
+            engines,
+            given.json,
+            given.work,
+            keep=given.keep_rows,
+            environments=given.environments,
+        )
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -13,9 +13,17 @@ Result = dict[str, Any]
 RIVALS = ("transformers", "OpenVINO")
 #: KV: bytes after prefill over those of a full cache; same tokens: as transformers' in bf16.
 HEAD = (
-    "on", "engine", "output tokens/s", "prompt + output", "prefill, s", "step, ms",
-    *(f"times {name}" for name in RIVALS), "KV", "memory", "same tokens",
-)  # fmt: skip
+    "on",
+    "engine",
+    "output tokens/s",
+    "prompt + output",
+    "prefill, s",
+    "step, ms",
+    *(f"times {name}" for name in RIVALS),
+    "KV",
+    "memory",
+    "same tokens",
+)
 
 
 def peers_rows(result: Result) -> list[list[str]]:
@@ -23,8 +31,9 @@ def peers_rows(result: Result) -> list[list[str]]:
     rows = result["rows"]
     speeds = {
         (row["engine"], row["workload"], row["run"]): row["output_tokens_per_second"]
-        for row in rows if row["status"] == "ok"
-    }  # fmt: skip
+        for row in rows
+        if row["status"] == "ok"
+    }
     found = []
     for row in sorted(rows, key=lambda row: row["workload"]):
         name = row["engine"] if row["run"] == result["run"] else f"{row['engine']} ({row['run']})"
@@ -36,14 +45,20 @@ def peers_rows(result: Result) -> list[list[str]]:
         against = [speeds.get((rival, row["workload"], row["run"])) for rival in RIVALS]
         kept = row["notes"].get("kv_share_prefill")
         same = row.get("agreement")
-        found.append([
-            row["workload"], name, f"{speed:.1f}", f"{row['all_tokens_per_second']:.0f}",
-            f"{row['prefill_seconds']['median']:.2f}", f"{1e3 * row['step_seconds']:.1f}",
-            *("–" if other is None else f"{speed / other:.2f}" for other in against),
-            "–" if kept is None else f"{kept:.1%}",
-            f"{row['peak_rss_bytes'] / 2**30:.1f} GiB",
-            "–" if same is None else f"{same:.0%}",
-        ])  # fmt: skip
+        found.append(
+            [
+                row["workload"],
+                name,
+                f"{speed:.1f}",
+                f"{row['all_tokens_per_second']:.0f}",
+                f"{row['prefill_seconds']['median']:.2f}",
+                f"{1e3 * row['step_seconds']:.1f}",
+                *("–" if other is None else f"{speed / other:.2f}" for other in against),
+                "–" if kept is None else f"{kept:.1%}",
+                f"{row['peak_rss_bytes'] / 2**30:.1f} GiB",
+                "–" if same is None else f"{same:.0%}",
+            ]
+        )
     return found
 
 

@@ -66,8 +66,10 @@ def draw_latency(configuration: Result, result: Result, path: Path) -> Path:
     policies = list(dict.fromkeys(row["policy"] for row in rows))
     figure = Figure(figsize=(11, 3.6 * len(batches)), layout="constrained")
     axes = figure.subplots(len(batches), 2, squeeze=False)
-    names = (("first_token_seconds", "time to first token"),
-             ("inter_token_seconds", "time between tokens"))  # fmt: skip
+    names = (
+        ("first_token_seconds", "time to first token"),
+        ("inter_token_seconds", "time between tokens"),
+    )
     for line, batch in zip(axes, batches, strict=True):
         for axis, (key, title) in zip(line, names, strict=True):
             for policy in policies:
@@ -77,9 +79,11 @@ def draw_latency(configuration: Result, result: Result, path: Path) -> Path:
                     lengths, [1e3 * row[key]["p50"] for row in mine], marker="o", label=policy
                 )
                 axis.plot(
-                    lengths, [1e3 * row[key]["p99"] for row in mine], linestyle=":",
+                    lengths,
+                    [1e3 * row[key]["p99"] for row in mine],
+                    linestyle=":",
                     color=drawn[0].get_color(),
-                )  # fmt: skip
+                )
             _context_axis(axis, sorted({row["prompt_len"] for row in rows}))
             axis.set_title(f"{title}, ms (dotted: p99), batch {batch}", loc="left", fontsize=10)
             axis.set_xlabel("prompt tokens")
@@ -114,9 +118,11 @@ def draw_kernels(configuration: Result, result: Result, path: Path) -> Path:
             line = [r for r in mine if (r["kv_heads"], r["batch"]) == (heads, batch)]
             of_batch = f", batch {batch}" if kernel.startswith("decode") else ""
             axis.plot(
-                [row["context"] for row in line], [row["share"] for row in line], marker="o",
+                [row["context"] for row in line],
+                [row["share"] for row in line],
+                marker="o",
                 label=f"{heads} KV heads{of_batch}",
-            )  # fmt: skip
+            )
         axis.axhline(1.0, color="0.6", linewidth=0.8, linestyle="--")
         _context_axis(axis, sorted({row["context"] for row in mine}))
         axis.set_title(f"{kernel}: share of a {against}", loc="left", fontsize=9)
@@ -151,7 +157,8 @@ def draw_peers(configuration: Result, result: Result, path: Path) -> Path:
         w = configuration["workloads"][name]
         axis.set_title(
             f"{name}: {w['requests']} x {w['prompt_len']} + {w['new']} tokens, output tokens/s",
-            loc="left", fontsize=10,
-        )  # fmt: skip
+            loc="left",
+            fontsize=10,
+        )
         axis.spines[["top", "right"]].set_visible(False)
     return save(figure, path)

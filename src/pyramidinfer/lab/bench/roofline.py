@@ -50,8 +50,9 @@ def decode_bytes(runner: ModelRunner, entries: list[float]) -> float:
     return float(weight_bytes(runner) + cache)
 
 
-def roofline(runner: ModelRunner, run: Pass, prefill: float, step: float | None, roof: Roof
-             ) -> dict[str, Any]:  # fmt: skip
+def roofline(
+    runner: ModelRunner, run: Pass, prefill: float, step: float | None, roof: Roof
+) -> dict[str, Any]:
     """Shares of what the machine can do: matrix rate in prefill, read bandwidth in decoding.
 
     ``prefill``, ``step``: measured seconds.  Decoding rides along while prompts go in; that work

@@ -41,8 +41,9 @@ class Clock:
 
         return timed
 
-    def beyond(self, work: Callable[..., Any], plain: Callable[..., Any], shared: int
-               ) -> Callable[..., Any]:  # fmt: skip
+    def beyond(
+        self, work: Callable[..., Any], plain: Callable[..., Any], shared: int
+    ) -> Callable[..., Any]:
         """Count what ``work`` takes longer than ``plain`` on its first ``shared`` arguments."""
 
         def timed(*given: Any) -> Any:
@@ -76,8 +77,7 @@ class TimedBackend:
         return getattr(self.inner, name)
 
 
-def measure_selection(engine: Engine, prompts: list[TokenIds], output_len: int
-                      ) -> dict[str, float]:  # fmt: skip
+def measure_selection(engine: Engine, prompts: list[TokenIds], output_len: int) -> dict[str, float]:
     """Seconds of selection in a pass, as shares of its prefill and of its decoding."""
     prefill, decode = Clock(engine.runner.device), Clock(engine.runner.device)
     with _clocks(engine, prefill, decode):
@@ -85,10 +85,11 @@ def measure_selection(engine: Engine, prompts: list[TokenIds], output_len: int
     before = run.prefill_seconds - prefill.extra
     after = run.seconds - run.prefill_seconds
     return {
-        "prefill_seconds": prefill.seconds, "prefill_share": prefill.seconds / before,
+        "prefill_seconds": prefill.seconds,
+        "prefill_share": prefill.seconds / before,
         "decode_seconds": decode.seconds,
         "decode_share": decode.seconds / after if after > 0 else 0.0,
-    }  # fmt: skip
+    }
 
 
 @contextmanager

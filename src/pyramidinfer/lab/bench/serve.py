@@ -35,17 +35,24 @@ from pyramidinfer.lab.documents import document
 from pyramidinfer.lab.record import write_result
 
 __all__ = [
-    "check_length", "check_tokens", "chosen_ids", "figures", "meets", "percentiles", "run_serve",
+    "check_length",
+    "check_tokens",
+    "chosen_ids",
+    "figures",
+    "meets",
+    "percentiles",
+    "run_serve",
     "servers_for",
-]  # fmt: skip
+]
 
 WATCH_SECONDS = 0.25
 FAREWELL_SECONDS = 120.0  # for what a server still has in hand after a pass
 Prompts = list[list[int]]
 
 
-def run_serve(plan: ServePlan, out: Path, api_key: str | None = None,
-              program: Sequence[str] = PROGRAM) -> dict[str, Any]:  # fmt: skip
+def run_serve(
+    plan: ServePlan, out: Path, api_key: str | None = None, program: Sequence[str] = PROGRAM
+) -> dict[str, Any]:
     """Measure, write ``out``, and return its result."""
     plan.check()
     passes: dict[tuple[str, float], list[_Pass]] = {}
@@ -76,8 +83,9 @@ def run_serve(plan: ServePlan, out: Path, api_key: str | None = None,
 
 
 @contextlib.contextmanager
-def servers_for(setting: ServerSetting, api_key: str | None = None,
-                program: Sequence[str] = PROGRAM) -> Iterator[dict[str, Remote]]:  # fmt: skip
+def servers_for(
+    setting: ServerSetting, api_key: str | None = None, program: Sequence[str] = PROGRAM
+) -> Iterator[dict[str, Remote]]:
     """A server for every policy: one each that is started here, or the same one that runs."""
     if setting.url is not None:
         remote = Remote(setting.url, api_key)
@@ -137,13 +145,16 @@ class _Pass:
         return max(each.ended for each in self.records)
 
 
-def _run_pass(plan: ServePlan, server: Remote, spec: str, prompts: Prompts, due: list[float]
-              ) -> _Pass:  # fmt: skip
+def _run_pass(
+    plan: ServePlan, server: Remote, spec: str, prompts: Prompts, due: list[float]
+) -> _Pass:
     setting = plan.setting
     body: Body = {
-        "max_tokens": plan.output_len, "temperature": 0.0, "ignore_eos": True,
+        "max_tokens": plan.output_len,
+        "temperature": 0.0,
+        "ignore_eos": True,
         "return_token_ids": True,
-    }  # fmt: skip
+    }
     if compression := setting.compression(spec):
         body["compression"] = compression
     bodies = [{**body, "prompt": prompt} for prompt in prompts]
@@ -157,8 +168,9 @@ def _run_pass(plan: ServePlan, server: Remote, spec: str, prompts: Prompts, due:
     return _Pass(records, seen)
 
 
-async def _under_watch(server: Remote, bodies: list[Body], due: list[float], timeout: float
-                       ) -> tuple[list[Record], float | None]:  # fmt: skip
+async def _under_watch(
+    server: Remote, bodies: list[Body], due: list[float], timeout: float
+) -> tuple[list[Record], float | None]:
     """Records, and the most requests seen running at once."""
     seen: list[float] = []
 
@@ -204,31 +216,33 @@ def meets(record: Record, slo_ttft: float, slo_itl: float) -> bool:
     return first - record.due <= slo_ttft and between <= slo_itl
 
 
-def figures(records: Sequence[Record], seconds: float, slo_ttft: float, slo_itl: float
-            ) -> dict[str, Any]:  # fmt: skip
+def figures(
+    records: Sequence[Record], seconds: float, slo_ttft: float, slo_itl: float
+) -> dict[str, Any]:
     """What records of a pass, or of several that took ``seconds`` together, come to."""
     whole = [each for each in records if each.outcome == "completed"]
     counts = Counter(each.outcome for each in records)
     good = sum(meets(each, slo_ttft, slo_itl) for each in records)
     reasons = Counter(each.why for each in records if each.outcome == "failed")
     return {
-        "requests": len(records), "seconds": seconds,
+        "requests": len(records),
+        "seconds": seconds,
         **{name: counts[name] for name in ("completed", "refused", "failed")},
         "failures": dict(reasons.most_common(5)),
         "first_token_seconds": percentiles([r.arrivals[0] - r.due for r in whole if r.arrivals]),
-        "inter_token_seconds": percentiles(
-            [b - a for r in whole for a, b in pairwise(r.arrivals)]
-        ),
+        "inter_token_seconds": percentiles([b - a for r in whole for a, b in pairwise(r.arrivals)]),
         "request_seconds": percentiles([each.ended - each.due for each in whole]),
         "output_tokens_per_second": sum(each.output_tokens for each in whole) / seconds,
         "requests_per_second": len(whole) / seconds,
-        "good": good, "goodput": good / seconds,
+        "good": good,
+        "goodput": good / seconds,
         "client_late_seconds": percentiles([each.sent - each.due for each in records]),
-    }  # fmt: skip
+    }
 
 
-def _rows(plan: ServePlan, passes: dict[tuple[str, float], list[_Pass]], specs: list[str]
-          ) -> list[dict[str, Any]]:  # fmt: skip
+def _rows(
+    plan: ServePlan, passes: dict[tuple[str, float], list[_Pass]], specs: list[str]
+) -> list[dict[str, Any]]:
     rows = []
     for rate in plan.rates:
         first = [_speed(run) for run in passes[specs[0], rate]]
@@ -238,12 +252,15 @@ def _rows(plan: ServePlan, passes: dict[tuple[str, float], list[_Pass]], specs: 
             records = [record for run in runs for record in run.records]
             seconds = sum(run.seconds for run in runs)
             speeds = [_speed(run) for run in runs]
-            rows.append({
-                "policy": spec, "rate": rate_name(rate),
-                **figures(records, seconds, plan.slo_ttft, plan.slo_itl),
-                "peak_running": max(peaks, default=None),
-                "throughput_against_first": ratios(speeds, first) if all(first) else None,
-            })  # fmt: skip
+            rows.append(
+                {
+                    "policy": spec,
+                    "rate": rate_name(rate),
+                    **figures(records, seconds, plan.slo_ttft, plan.slo_itl),
+                    "peak_running": max(peaks, default=None),
+                    "throughput_against_first": ratios(speeds, first) if all(first) else None,
+                }
+            )
     return rows
 
 
@@ -263,4 +280,4 @@ def _concurrency(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [
         {"policy": spec, "peak_running": peak, "against_first": peak / first if first else None}
         for spec, peak in most.items()
-    ]  # fmt: skip
+    ]

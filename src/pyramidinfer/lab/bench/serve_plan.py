@@ -113,8 +113,9 @@ class ServePlan:
         self.setting.check()
         check_counts(requests=self.requests, prompt_len=self.prompt_len, repeats=self.repeats)
         if self.output_len < 2:
-            raise ValueError(f"--output-len {self.output_len} must be at least 2: time between "
-                             f"tokens")  # fmt: skip
+            raise ValueError(
+                f"--output-len {self.output_len} must be at least 2: time between tokens"
+            )
         if self.warmup < 0:
             raise ValueError(f"--warmup {self.warmup} must be at least 0")
         for name, value in (("slo-ttft", self.slo_ttft), ("slo-itl", self.slo_itl)):
@@ -150,8 +151,13 @@ class TurnsPlan:
 
     def check(self) -> None:
         self.setting.check()
-        check_counts(turns=self.turns, prompt_len=self.prompt_len, turn_len=self.turn_len,
-                     output_len=self.output_len, conversations=self.conversations)  # fmt: skip
+        check_counts(
+            turns=self.turns,
+            prompt_len=self.prompt_len,
+            turn_len=self.turn_len,
+            output_len=self.output_len,
+            conversations=self.conversations,
+        )
         if self.warmup < 0:
             raise ValueError(f"--warmup {self.warmup} must be at least 0")
 
@@ -192,7 +198,14 @@ class SoakPlan:
     def words(self) -> list[str]:
         """What stands after ``pyramidinfer serve``."""
         return [
-            *([self.model] if self.model else []), "--port", "0", "--kv-memory", self.kv_memory,
-            "--max-waiting", str(self.max_waiting), "--reuse-share", str(self.reuse_share),
+            *([self.model] if self.model else []),
+            "--port",
+            "0",
+            "--kv-memory",
+            self.kv_memory,
+            "--max-waiting",
+            str(self.max_waiting),
+            "--reuse-share",
+            str(self.reuse_share),
             *split_options(self.options),
-        ]  # fmt: skip
+        ]

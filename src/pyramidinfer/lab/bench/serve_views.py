@@ -43,25 +43,43 @@ def serve_table(configuration: Result, result: Result) -> Table:
         for row in result["concurrency"]
     )
     said = [f"most requests running at once: {most}"] if most else []
-    said += [f"failed: {count} times {reason}" for row in result["rows"]
-             for reason, count in row["failures"].items()]  # fmt: skip
+    said += [
+        f"failed: {count} times {reason}"
+        for row in result["rows"]
+        for reason, count in row["failures"].items()
+    ]
     table = Table(
         title=f"{c['requests']} requests a pass of {c['prompt_len']} + {c['output_len']} tokens"
         f"{kept}\nTTFT in s, ITL in ms; good: within {c['slo_ttft']:g} s, then "
         f"{1e3 * c['slo_itl']:g} ms a token",
-        caption="\n".join(said) or None, show_edge=False, pad_edge=False,
-    )  # fmt: skip
-    for name in ("policy", "rate", "done\n429\nfail", "TTFT\np50", "p99", "ITL\np50", "p99",
-                 "tok/s", "good\n/s", "at\nonce"):  # fmt: skip
+        caption="\n".join(said) or None,
+        show_edge=False,
+        pad_edge=False,
+    )
+    for name in (
+        "policy",
+        "rate",
+        "done\n429\nfail",
+        "TTFT\np50",
+        "p99",
+        "ITL\np50",
+        "p99",
+        "tok/s",
+        "good\n/s",
+        "at\nonce",
+    ):
         table.add_column(name, justify="left" if name == "policy" else "right", no_wrap=True)
     for row in result["rows"]:
         table.add_row(
-            row["policy"], rate(row), f"{row['completed']}/{row['refused']}/{row['failed']}",
+            row["policy"],
+            rate(row),
+            f"{row['completed']}/{row['refused']}/{row['failed']}",
             *seconds(row["first_token_seconds"], "p50", "p99"),
             *milliseconds(row["inter_token_seconds"], "p50", "p99"),
-            f"{row['output_tokens_per_second']:.0f}", f"{row['goodput']:.2f}",
+            f"{row['output_tokens_per_second']:.0f}",
+            f"{row['goodput']:.2f}",
             running(row["peak_running"]),
-        )  # fmt: skip
+        )
     return table
 
 
@@ -76,12 +94,14 @@ def turns_table(configuration: Result, result: Result) -> Table:
     for row in result["rows"]:
         first = row["first_token_seconds"]
         table.add_row(
-            row["policy"], str(row["turn"]), str(row["prompt_tokens"]),
+            row["policy"],
+            str(row["turn"]),
+            str(row["prompt_tokens"]),
             f"{row['reused']} of {row['conversations']}",
             f"{row['cached_tokens']['reuse']['median']:.0f}",
             *(f"{1e3 * first[mode]['median']:.0f}" for mode in ("anew", "reuse")),
             ranged(row["times_faster"], ".2f"),
-        )  # fmt: skip
+        )
     return table
 
 
@@ -113,12 +133,17 @@ def draw_serve(configuration: Result, result: Result, path: Path) -> Path:
         axis.set_xticks(range(len(rates)), rates)
     label = "requests/s offered"
     _finish(first, "seconds to first token (dotted: p99; dashed: limit)", label)
-    _finish(good, f"good requests/s (within {c['slo_ttft']:g} s and {1e3 * c['slo_itl']:g} ms a "
-            "token)", label)  # fmt: skip
+    _finish(
+        good,
+        f"good requests/s (within {c['slo_ttft']:g} s and {1e3 * c['slo_itl']:g} ms a token)",
+        label,
+    )
     _finish(most, "most requests running at once", label)
     first.legend(frameon=False)
-    figure.suptitle(f"{c['requests']} requests of {c['prompt_len']} + {c['output_len']} tokens"
-                    + ("" if c["url"] else f", {c['kv_memory']} of KV memory"))  # fmt: skip
+    figure.suptitle(
+        f"{c['requests']} requests of {c['prompt_len']} + {c['output_len']} tokens"
+        + ("" if c["url"] else f", {c['kv_memory']} of KV memory")
+    )
     return save(figure, path)
 
 
@@ -137,8 +162,14 @@ def draw_turns(configuration: Result, result: Result, path: Path) -> Path:
         colour = None
         for mode, style, words in (("reuse", "-", "with reuse"), ("anew", "--", "anew")):
             times = [row["first_token_seconds"][mode] for row in mine]
-            drawn = left.plot(turns, [1e3 * each["median"] for each in times], style, marker="o",
-                              color=colour, label=f"{policy}, {words}")  # fmt: skip
+            drawn = left.plot(
+                turns,
+                [1e3 * each["median"] for each in times],
+                style,
+                marker="o",
+                color=colour,
+                label=f"{policy}, {words}",
+            )
             colour = drawn[0].get_color()
         faster = [row["times_faster"] for row in mine]
         right.plot(turns, [each["median"] for each in faster], marker="o", color=colour)
@@ -151,6 +182,8 @@ def draw_turns(configuration: Result, result: Result, path: Path) -> Path:
     _finish(right, "times faster with reuse (band: range)", "turn")
     left.set_ylim(0, 1.35 * left.get_ylim()[1])  # room for the legend
     left.legend(frameon=False, fontsize=8, loc="upper center", ncols=2, handlelength=3)
-    figure.suptitle(f"{c['prompt_len']} tokens, then {c['turn_len']} new ones a turn; "
-                    f"{c['output_len']} generated")  # fmt: skip
+    figure.suptitle(
+        f"{c['prompt_len']} tokens, then {c['turn_len']} new ones a turn; "
+        f"{c['output_len']} generated"
+    )
     return save(figure, path)

@@ -53,8 +53,12 @@ class Remote:
 
     @property
     def _options(self) -> dict[str, Any]:
-        return {"headers": self.headers, "timeout": 30.0, "trust_env": False,
-                "verify": self.url.startswith("https")}  # fmt: skip
+        return {
+            "headers": self.headers,
+            "timeout": 30.0,
+            "trust_env": False,
+            "verify": self.url.startswith("https"),
+        }
 
     def metrics(self) -> Metrics:
         """Empty where the server has none."""
@@ -95,17 +99,23 @@ class Served(Remote):
     words : what stands after ``serve``;  threads : 0 leaves the choice to the server.
     """
 
-    def __init__(self, words: Sequence[str], threads: int = 0,
-                 program: Sequence[str] = PROGRAM) -> None:  # fmt: skip
+    def __init__(
+        self, words: Sequence[str], threads: int = 0, program: Sequence[str] = PROGRAM
+    ) -> None:
         super().__init__("")
         self.words = list(words)
         setting = {name: value for name, value in os.environ.items() if name != KEYS}
         setting |= {"OMP_NUM_THREADS": str(threads)} if threads else {}
         self.process = subprocess.Popen(
-            [*program, *self.words], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True,
+            [*program, *self.words],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            start_new_session=True,
             env=setting,
-        )  # fmt: skip
+        )
         self.said: deque[str] = deque(maxlen=200)
         self.listener = threading.Thread(target=self._listen, daemon=True)
         self.listener.start()
@@ -158,8 +168,9 @@ class Served(Remote):
 
 
 @contextlib.contextmanager
-def serving(commands: dict[str, list[str]], threads: int = 0,
-            program: Sequence[str] = PROGRAM) -> Iterator[dict[str, Served]]:  # fmt: skip
+def serving(
+    commands: dict[str, list[str]], threads: int = 0, program: Sequence[str] = PROGRAM
+) -> Iterator[dict[str, Served]]:
     """Servers by name, started at the same time and ready; stopped at the end."""
     servers: dict[str, Served] = {}
     try:

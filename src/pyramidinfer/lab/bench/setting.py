@@ -157,8 +157,16 @@ class Rig:
                 f"{longest} positions"
             )
 
-    def engine(self, spec: str, count: int, prompt_len: int, output_len: int, *,
-               alone: bool = False, **options: Any) -> Engine:  # fmt: skip
+    def engine(
+        self,
+        spec: str,
+        count: int,
+        prompt_len: int,
+        output_len: int,
+        *,
+        alone: bool = False,
+        **options: Any,
+    ) -> Engine:
         """An engine with one policy; ``kv_memory`` as the setting says.
 
         ``alone``: it has weights of its own and nothing else holds them, as where a user loads a
@@ -266,13 +274,16 @@ def run_pass(engine: Engine, prompts: list[TokenIds], output_len: int) -> Pass:
     _check(requests, output_len)
     ends = [engine.usage(request) for request in requests]
     return Pass(
-        seconds, arrivals, steps, [request.computed for request in requests],
+        seconds,
+        arrivals,
+        steps,
+        [request.computed for request in requests],
         (sum(b for b, _, _ in after.values()), sum(f for _, f, _ in after.values())),
         (sum(each.bytes for each in ends), sum(each.full_bytes for each in ends)),
         np.sum([kept for _, _, kept in after.values()], axis=0).tolist(),
         np.sum([each.layer_means for each in ends], axis=0).tolist(),
         engine.peak_in_flight,
-    )  # fmt: skip
+    )
 
 
 def _check(requests: list[Request], output_len: int) -> None:
@@ -289,9 +300,13 @@ def progress(title: str, total: int) -> Iterator[Any]:
     """A progress bar on stderr; call what it yields after each piece of work, with a word on the
     next."""
     bar = Progress(
-        TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-        TextColumn("{task.fields[now]}"), console=Console(stderr=True),
-    )  # fmt: skip
+        TextColumn(title),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[now]}"),
+        console=Console(stderr=True),
+    )
     with bar:
         task = bar.add_task(title, total=total, now="")
         yield lambda now="": bar.update(task, advance=1, now=now)

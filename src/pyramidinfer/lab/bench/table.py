@@ -45,21 +45,27 @@ def throughput_table(configuration: Result, result: Result) -> Table:
         f"{c['repeats']}; roof: read {roof['read'] / 1e9:.1f} GB/s, "
         f"matrices {roof['matrix'] / 1e9:,.0f} GFLOP/s"
     )
-    return _by_policy(title, result["rows"], {
-        "output tokens/s": lambda r: ranged(r["output_tokens_per_second"], ".1f"),
-        "prompt + output tokens/s": lambda r: ranged(r["all_tokens_per_second"], ".0f"),
-        "times the first": lambda r: ranged(r["against_first"]["throughput"], ".2f"),
-        "prefill, s": lambda r: ranged(r["prefill_seconds"], ".2f"),
-        "decode step, ms": lambda r: ranged(r["step_seconds"], ".1f", 1e3),
-        "prefill, of matrix rate": lambda r: percent(r["roofline"]["share_of_matrix_rate"]),
-        "decode, of read bandwidth": lambda r: percent(r["roofline"]["share_of_read_bandwidth"]),
-        "selection, of prefill": lambda r: f"{r['selection']['prefill_share']:.1%}",
-        "selection, of decoding": lambda r: f"{r['selection']['decode_share']:.1%}",
-        "tokens computed": lambda r: percent(r["computed_share"]),
-        "KV after prefill": lambda r: percent(r["kv_share_prefill"]),
-        "KV at the end": lambda r: percent(r["kv_share_end"]),
-        "peak memory": lambda r: mebibytes(r["peak_bytes"]),
-    })  # fmt: skip
+    return _by_policy(
+        title,
+        result["rows"],
+        {
+            "output tokens/s": lambda r: ranged(r["output_tokens_per_second"], ".1f"),
+            "prompt + output tokens/s": lambda r: ranged(r["all_tokens_per_second"], ".0f"),
+            "times the first": lambda r: ranged(r["against_first"]["throughput"], ".2f"),
+            "prefill, s": lambda r: ranged(r["prefill_seconds"], ".2f"),
+            "decode step, ms": lambda r: ranged(r["step_seconds"], ".1f", 1e3),
+            "prefill, of matrix rate": lambda r: percent(r["roofline"]["share_of_matrix_rate"]),
+            "decode, of read bandwidth": lambda r: percent(
+                r["roofline"]["share_of_read_bandwidth"]
+            ),
+            "selection, of prefill": lambda r: f"{r['selection']['prefill_share']:.1%}",
+            "selection, of decoding": lambda r: f"{r['selection']['decode_share']:.1%}",
+            "tokens computed": lambda r: percent(r["computed_share"]),
+            "KV after prefill": lambda r: percent(r["kv_share_prefill"]),
+            "KV at the end": lambda r: percent(r["kv_share_end"]),
+            "peak memory": lambda r: mebibytes(r["peak_bytes"]),
+        },
+    )
 
 
 def latency_table(configuration: Result, result: Result) -> Table:
@@ -69,9 +75,11 @@ def latency_table(configuration: Result, result: Result) -> Table:
     for row in result["rows"]:
         first, between = row["first_token_seconds"], row["inter_token_seconds"]
         table.add_row(
-            row["policy"], str(row["batch"]), str(row["prompt_len"]),
+            row["policy"],
+            str(row["batch"]),
+            str(row["prompt_len"]),
             *(f"{1e3 * each[at]:.1f}" for each in (first, between) for at in ("p50", "p99")),
-        )  # fmt: skip
+        )
     return table
 
 
@@ -83,31 +91,52 @@ def memory_table(configuration: Result, result: Result) -> Table:
         more = " or more" if row.get("is_capped") else ""
         return f"{row['in_flight']}{more}"
 
-    return _by_policy(title, result["rows"], {
-        "fit with whole prompts": lambda r: str(r["fits"]),
-        "in flight at once": flight,
-        "KV a request, at the end": lambda r: mebibytes(r.get("kv_bytes_per_request")),
-        "a full one": lambda r: mebibytes(r.get("full_bytes_per_request")),
-        "share": lambda r: percent(r.get("kv_share_end")),
-        "most held by all": lambda r: mebibytes(r.get("peak_kv_bytes")),
-        "output tokens/s": lambda r: f"{r['output_tokens_per_second']:.1f}" if r["fits"] else "–",
-    })  # fmt: skip
+    return _by_policy(
+        title,
+        result["rows"],
+        {
+            "fit with whole prompts": lambda r: str(r["fits"]),
+            "in flight at once": flight,
+            "KV a request, at the end": lambda r: mebibytes(r.get("kv_bytes_per_request")),
+            "a full one": lambda r: mebibytes(r.get("full_bytes_per_request")),
+            "share": lambda r: percent(r.get("kv_share_end")),
+            "most held by all": lambda r: mebibytes(r.get("peak_kv_bytes")),
+            "output tokens/s": lambda r: (
+                f"{r['output_tokens_per_second']:.1f}" if r["fits"] else "–"
+            ),
+        },
+    )
 
 
 def kernels_table(configuration: Result, result: Result) -> Table:
     roof = result["roof"]
-    table = Table(title=(
-        f"attention backend {result['backend']}, {configuration['dtype']}; roof: read "
-        f"{roof['read'] / 1e9:.1f} GB/s, copy {roof['copy'] / 1e9:.1f} GB/s, matrices "
-        f"{roof['matrix'] / 1e9:,.0f} GFLOP/s"
-    ))  # fmt: skip
-    for name in ("kernel", "batch", "context", "heads", "time, ms", "against", "its time, ms",
-                 "share"):  # fmt: skip
+    table = Table(
+        title=(
+            f"attention backend {result['backend']}, {configuration['dtype']}; roof: read "
+            f"{roof['read'] / 1e9:.1f} GB/s, copy {roof['copy'] / 1e9:.1f} GB/s, matrices "
+            f"{roof['matrix'] / 1e9:,.0f} GFLOP/s"
+        )
+    )
+    for name in (
+        "kernel",
+        "batch",
+        "context",
+        "heads",
+        "time, ms",
+        "against",
+        "its time, ms",
+        "share",
+    ):
         table.add_column(name, justify="left" if name in ("kernel", "against") else "right")
     for row in result["rows"]:
         table.add_row(
-            row["kernel"], str(row["batch"]), str(row["context"]),
-            f"{row['heads']}/{row['kv_heads']}", ranged(row["seconds"], ".3f", 1e3),
-            row["against"], f"{1e3 * row['against_seconds']['median']:.3f}", percent(row["share"]),
-        )  # fmt: skip
+            row["kernel"],
+            str(row["batch"]),
+            str(row["context"]),
+            f"{row['heads']}/{row['kv_heads']}",
+            ranged(row["seconds"], ".3f", 1e3),
+            row["against"],
+            f"{1e3 * row['against_seconds']['median']:.3f}",
+            percent(row["share"]),
+        )
     return table

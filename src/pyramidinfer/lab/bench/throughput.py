@@ -31,8 +31,12 @@ class ThroughputPlan:
 
     @property
     def configuration(self) -> dict[str, Any]:
-        return {**self.setting.configuration(), "batch": self.batch,
-                "prompt_len": self.prompt_len, "output_len": self.output_len}  # fmt: skip
+        return {
+            **self.setting.configuration(),
+            "batch": self.batch,
+            "prompt_len": self.prompt_len,
+            "output_len": self.output_len,
+        }
 
     def engine(self, subject: Rig, spec: str, *, alone: bool = False) -> Engine:
         sizes = self.batch, self.prompt_len, self.output_len
@@ -77,9 +81,12 @@ def run_throughput(plan: ThroughputPlan, out: Path) -> dict[str, Any]:
         row["peak_bytes"] = peaks[spec]
         row["selection"] = selection[spec]
         row["roofline"] = roofline(
-            subject.runner, passes[spec][-1], row["prefill_seconds"]["median"],
-            step and step["median"], roof,
-        )  # fmt: skip
+            subject.runner,
+            passes[spec][-1],
+            row["prefill_seconds"]["median"],
+            step and step["median"],
+            roof,
+        )
         row["against_first"] = _against(passes[spec], base)
         rows.append(row)
     result = {"roof": roof.figures(), "parameters": subject.parameters, "rows": rows}

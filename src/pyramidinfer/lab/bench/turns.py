@@ -30,8 +30,9 @@ MODES = {"reuse": True, "anew": False}
 Said = dict[str, list[Record]]  # by mode, turn by turn
 
 
-def run_turns(plan: TurnsPlan, out: Path, api_key: str | None = None,
-              program: Sequence[str] = PROGRAM) -> dict[str, Any]:  # fmt: skip
+def run_turns(
+    plan: TurnsPlan, out: Path, api_key: str | None = None, program: Sequence[str] = PROGRAM
+) -> dict[str, Any]:
     """Measure, write ``out``, and return its result."""
     plan.check()
     said: dict[str, list[Said]] = {}
@@ -54,8 +55,9 @@ def run_turns(plan: TurnsPlan, out: Path, api_key: str | None = None,
     return result
 
 
-async def _converse(plan: TurnsPlan, server: Remote, spec: str, ids: list[int], number: int
-                    ) -> Said:  # fmt: skip
+async def _converse(
+    plan: TurnsPlan, server: Remote, spec: str, ids: list[int], number: int
+) -> Said:
     """One conversation, both ways; which goes first changes from turn to turn."""
     draw = np.random.default_rng([plan.setting.seed, number])
     history: dict[str, list[int]] = {mode: [] for mode in MODES}
@@ -72,14 +74,23 @@ async def _converse(plan: TurnsPlan, server: Remote, spec: str, ids: list[int], 
     return said
 
 
-async def _turn(plan: TurnsPlan, http: httpx.AsyncClient, spec: str, mode: str, prompt: list[int]
-                ) -> Record:  # fmt: skip
+async def _turn(
+    plan: TurnsPlan, http: httpx.AsyncClient, spec: str, mode: str, prompt: list[int]
+) -> Record:
     """One answer; ``ValueError`` where it is not what was asked for."""
     compression = {**plan.setting.compression(spec), "reuse": MODES[mode]}
-    record = await ask(http, "/v1/completions", {
-        "prompt": prompt, "max_tokens": plan.output_len, "temperature": 0.0, "ignore_eos": True,
-        "return_token_ids": True, "compression": compression,
-    })  # fmt: skip
+    record = await ask(
+        http,
+        "/v1/completions",
+        {
+            "prompt": prompt,
+            "max_tokens": plan.output_len,
+            "temperature": 0.0,
+            "ignore_eos": True,
+            "return_token_ids": True,
+            "compression": compression,
+        },
+    )
     check_tokens(record, plan.output_len)
     if record.outcome != "completed":
         raise ValueError(f"a turn of {len(prompt)} tokens {record.outcome}: {record.why}")
@@ -98,17 +109,24 @@ def _rows(plan: TurnsPlan, spec: str, said: list[Said]) -> list[dict[str, Any]]:
         records = {mode: [each[mode][turn] for each in said] for mode in MODES}
         firsts = {mode: [r.arrivals[0] - r.sent for r in each] for mode, each in records.items()}
         cached = [_cached(record) for record in records["reuse"]]
-        rows.append({
-            "policy": spec, "turn": turn + 1,
-            "prompt_tokens": plan.prompt_len + turn * (plan.turn_len + plan.output_len),
-            "first_token_seconds": {mode: spread(each) for mode, each in firsts.items()},
-            "times_faster": ratios(firsts["anew"], firsts["reuse"]),
-            "cached_tokens": {mode: spread([_cached(r) for r in each])
-                              for mode, each in records.items()},
-            "reused": sum(each > 0 for each in cached), "conversations": len(said),
-            "kv_tokens_kept": {mode: spread([r.usage.get("kv_tokens_kept", 0) for r in each])
-                               for mode, each in records.items()},
-        })  # fmt: skip
+        rows.append(
+            {
+                "policy": spec,
+                "turn": turn + 1,
+                "prompt_tokens": plan.prompt_len + turn * (plan.turn_len + plan.output_len),
+                "first_token_seconds": {mode: spread(each) for mode, each in firsts.items()},
+                "times_faster": ratios(firsts["anew"], firsts["reuse"]),
+                "cached_tokens": {
+                    mode: spread([_cached(r) for r in each]) for mode, each in records.items()
+                },
+                "reused": sum(each > 0 for each in cached),
+                "conversations": len(said),
+                "kv_tokens_kept": {
+                    mode: spread([r.usage.get("kv_tokens_kept", 0) for r in each])
+                    for mode, each in records.items()
+                },
+            }
+        )
     return rows
 
 

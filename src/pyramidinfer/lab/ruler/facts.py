@@ -31,15 +31,45 @@ engineer gardener geologist lawyer librarian mechanic nurse painter pilot printe
 translator
 """.split()
 GOODS = [
-    "bicycles", "boats", "books", "candles", "clocks", "coats", "door locks", "farm machines",
-    "garden tools", "glassware", "hats", "kites", "lamps", "maps", "musical instruments", "ovens",
-    "paper", "pumps", "rope", "shoes", "soap", "telescopes", "toys", "water filters",
-]  # fmt: skip
+    "bicycles",
+    "boats",
+    "books",
+    "candles",
+    "clocks",
+    "coats",
+    "door locks",
+    "farm machines",
+    "garden tools",
+    "glassware",
+    "hats",
+    "kites",
+    "lamps",
+    "maps",
+    "musical instruments",
+    "ovens",
+    "paper",
+    "pumps",
+    "rope",
+    "shoes",
+    "soap",
+    "telescopes",
+    "toys",
+    "water filters",
+]
 HOBBIES = [
-    "plays chess", "paints landscapes", "keeps bees", "sings in a choir", "repairs old radios",
-    "goes rowing", "collects stamps", "grows tomatoes", "writes short stories", "bakes bread",
-    "runs marathons", "watches birds",
-]  # fmt: skip
+    "plays chess",
+    "paints landscapes",
+    "keeps bees",
+    "sings in a choir",
+    "repairs old radios",
+    "goes rowing",
+    "collects stamps",
+    "grows tomatoes",
+    "writes short stories",
+    "bakes bread",
+    "runs marathons",
+    "watches birds",
+]
 PERSON = [
     "{person} was born in the town of {birth} in {year}. After school {first} trained as {a_job} "
     "and has worked for {company} ever since. In the evenings {first} {hobby}.",
@@ -91,9 +121,12 @@ class World:
         }
         job = pick(JOBS)
         more = {
-            "first": first, "a_job": f"{'an' if job[0] in 'aeiou' else 'a'} {job}",
-            "hobby": pick(HOBBIES), "goods": pick(GOODS), "staff": self.rng.randrange(30, 900),
-        }  # fmt: skip
+            "first": first,
+            "a_job": f"{'an' if job[0] in 'aeiou' else 'a'} {job}",
+            "hobby": pick(HOBBIES),
+            "goods": pick(GOODS),
+            "staff": self.rng.randrange(30, 900),
+        }
         years = self.rng.sample(range(1900, 1995), 2)  # one year in both would join the documents
         person, company = (
             pick(each).format(**names, **more, year=year)

@@ -28,8 +28,18 @@ from pyramidinfer.lab.ways import Ways
 from pyramidinfer.policies import Policy
 from pyramidinfer.types import SamplingParams
 
-__all__ = ["NOISE", "SCREEN", "RulerPlan", "Scored", "answer_samples", "haystack", "means",
-           "passed", "run_ruler", "task_samples"]  # fmt: skip
+__all__ = [
+    "NOISE",
+    "SCREEN",
+    "RulerPlan",
+    "Scored",
+    "answer_samples",
+    "haystack",
+    "means",
+    "passed",
+    "run_ruler",
+    "task_samples",
+]
 
 #: A task on which the full cache scores less is left out.
 SCREEN = 0.3
@@ -68,8 +78,9 @@ class RulerPlan(Ways):
         """The full cache's cells."""
         return [
             {"length": length, "policy": "full", "keep": 1.0, "task": task}
-            for length in self.lengths for task in self.tasks
-        ]  # fmt: skip
+            for length in self.lengths
+            for task in self.tasks
+        ]
 
     def after_screening(self, screened: list[Row]) -> list[dict[str, Any]]:
         """The others' cells, of tasks that the full cache can do."""
@@ -78,9 +89,10 @@ class RulerPlan(Ways):
             {"length": length, **way, "task": task, "protocol": protocol}
             for length in self.lengths
             for way in self.others()
-            for task in self.tasks if (length, task) in able
+            for task in self.tasks
+            if (length, task) in able
             for protocol in self.protocols
-        ]  # fmt: skip
+        ]
 
 
 def run_ruler(plan: RulerPlan, out: Path, workers: int = 1) -> tuple[list[Row], list[Path]]:
@@ -90,9 +102,14 @@ def run_ruler(plan: RulerPlan, out: Path, workers: int = 1) -> tuple[list[Row], 
     configuration = asdict(plan)
     configuration["subject"]["source"] = haystack(plan.subject).name
     rows = run_cells(
-        "ruler", configuration, plan.screening(), partial(measure, plan), out, workers,
+        "ruler",
+        configuration,
+        plan.screening(),
+        partial(measure, plan),
+        out,
+        workers,
         plan.after_screening,
-    )  # fmt: skip
+    )
     found = means(rows)
     publish(out, rows, means=found)
     pictures = [draw_scores(found, out.with_suffix(".png"))] if found else []
@@ -107,12 +124,19 @@ def measure(plan: RulerPlan, cell: dict[str, Any]) -> list[Row]:
     policy = machine.policy(cell["policy"], cell["keep"])
     protocols = plan.protocols if cell["policy"] == "full" else (cell["protocol"],)
     scored = answer_samples(machine, samples, protocols[0], policy)
-    return [{
-        **cell, "protocol": protocol,
-        "score": float(np.mean(scored.scores)), "score_ci": interval(scored.scores),
-        "scores": scored.scores, "kv_share": scored.kv_share,
-        "prefill_share": scored.prefill_share, "samples": len(samples),
-    } for protocol in protocols]  # fmt: skip
+    return [
+        {
+            **cell,
+            "protocol": protocol,
+            "score": float(np.mean(scored.scores)),
+            "score_ci": interval(scored.scores),
+            "scores": scored.scores,
+            "kv_share": scored.kv_share,
+            "prefill_share": scored.prefill_share,
+            "samples": len(samples),
+        }
+        for protocol in protocols
+    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,8 +149,9 @@ class Scored:
     prefill_share: float
 
 
-def answer_samples(machine: Asker, samples: Sequence[Sample], protocol: str, policy: Policy
-                   ) -> Scored:  # fmt: skip
+def answer_samples(
+    machine: Asker, samples: Sequence[Sample], protocol: str, policy: Policy
+) -> Scored:
     """Ask samples under a policy and score what is said."""
     prompts = [ask(machine, sample) for sample in samples]
     params = [SamplingParams(max_tokens=sample.max_tokens) for sample in samples]
@@ -136,22 +161,27 @@ def answer_samples(machine: Asker, samples: Sequence[Sample], protocol: str, pol
         [each.text for each in answers],
         sum(each.kv.bytes for each in answers) / sum(each.kv.full_bytes for each in answers),
         sum(each.computed_share for each in answers) / len(answers),
-    )  # fmt: skip
+    )
 
 
 def ask(machine: Asker, sample: Sample) -> Asked:
     return machine.chat.ask(sample.context, sample.question, sample.answer)
 
 
-def task_samples(machine: Asker, subject: Subject, task: str, count: int, length: int, seed: int
-                 ) -> list[Sample]:  # fmt: skip
+def task_samples(
+    machine: Asker, subject: Subject, task: str, count: int, length: int, seed: int
+) -> list[Sample]:
     """Samples of one task whose whole prompts have at most ``length`` tokens, answer included."""
     chat = machine.chat
     template = len(chat.ask("a", " b", " c").whole) - len(chat.encode("a b c"))
     return make_samples(
-        task, count, length - template, seed, lambda text: len(chat.encode(text)),
+        task,
+        count,
+        length - template,
+        seed,
+        lambda text: len(chat.encode(text)),
         haystack(subject),
-    )  # fmt: skip
+    )
 
 
 def haystack(subject: Subject) -> Haystack:
@@ -174,8 +204,9 @@ def passed(rows: Sequence[Row]) -> set[tuple[int, str]]:
     """``(length, task)`` of those that the full cache can do."""
     return {
         (row["length"], row["task"])
-        for row in rows if row["policy"] == "full" and row["score"] >= SCREEN
-    }  # fmt: skip
+        for row in rows
+        if row["policy"] == "full" and row["score"] >= SCREEN
+    }
 
 
 def means(rows: Sequence[Row]) -> list[Row]:
@@ -199,18 +230,29 @@ def means(rows: Sequence[Row]) -> list[Row]:
             np.array(whole[length, protocol, row["task"]]["scores"]) - scores
             for row, scores in zip(mine, own, strict=True)
         ]
-        found.append({
-            "length": length, "protocol": protocol, "policy": policy, "keep": keep,
-            "score": _mean(own), "score_ci": _bounds(own),
-            "lost": _mean(lost), "lost_ci": _bounds(lost),
-            "kv_share": float(np.mean([row["kv_share"] for row in mine])),
-            "prefill_share": float(np.mean([row["prefill_share"] for row in mine])),
-            "tasks": [row["task"] for row in mine], "samples": min(row["samples"] for row in mine),
-            "left_out": sorted({
-                r["task"] for r in rows
-                if r["length"] == length and (length, r["task"]) not in able
-            }),
-        })  # fmt: skip
+        found.append(
+            {
+                "length": length,
+                "protocol": protocol,
+                "policy": policy,
+                "keep": keep,
+                "score": _mean(own),
+                "score_ci": _bounds(own),
+                "lost": _mean(lost),
+                "lost_ci": _bounds(lost),
+                "kv_share": float(np.mean([row["kv_share"] for row in mine])),
+                "prefill_share": float(np.mean([row["prefill_share"] for row in mine])),
+                "tasks": [row["task"] for row in mine],
+                "samples": min(row["samples"] for row in mine),
+                "left_out": sorted(
+                    {
+                        r["task"]
+                        for r in rows
+                        if r["length"] == length and (length, r["task"]) not in able
+                    }
+                ),
+            }
+        )
     return found
 
 

@@ -37,14 +37,17 @@ def draw_scores(means: Sequence[Row], path: Path) -> Path:
             _line(axis, mine, looks[name], called[name])
         for row in here:
             if row["policy"] == "full":
-                axis.axhline(row["score"], color="0.35", linestyle="--", linewidth=1,
-                             label="full cache")  # fmt: skip
+                axis.axhline(
+                    row["score"], color="0.35", linestyle="--", linewidth=1, label="full cache"
+                )
         count = len(here[0]["tasks"]) if here else 0
         n = counted(here)
         axis.set_title(
             f"{TITLES[protocols[column]]}\n{lengths[line]:,} tokens, {count} tasks"
-            f"{f', {n} a task' if n else ''}", loc="left", fontsize=10.5,
-        )  # fmt: skip
+            f"{f', {n} a task' if n else ''}",
+            loc="left",
+            fontsize=10.5,
+        )
         axis.set_xlabel("KV bytes, share of the full cache", fontsize=9)
         axis.set_ylabel("RULER score", fontsize=9)
         axis.set_xlim(0, max(0.1, widest * 1.06))
@@ -82,16 +85,24 @@ def draw_tasks(rows: Sequence[Row], screen: float, path: Path) -> Path:
     figure = Figure(figsize=(width, height * len(panels)), layout="constrained")
     axes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
     for axis, (length, protocol) in zip(axes, panels, strict=True):
-        found = {(r["policy"], r["keep"], r["task"]): r["score"] for r in rows
-                 if (r["length"], r["protocol"]) == (length, protocol)}  # fmt: skip
+        found = {
+            (r["policy"], r["keep"], r["task"]): r["score"]
+            for r in rows
+            if (r["length"], r["protocol"]) == (length, protocol)
+        }
         here = [line for line in lines if any((*line, task) in found for task in tasks)]
         table = np.array([[found.get((*line, task), np.nan) for task in tasks] for line in here])
         image = axis.imshow(table, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
         for (y, x), value in np.ndenumerate(table):
             if not np.isnan(value):
                 axis.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=7)
-        axis.set_xticks(range(len(tasks)), [task.replace("niah_", "") for task in tasks],
-                        rotation=35, ha="right", fontsize=8)  # fmt: skip
+        axis.set_xticks(
+            range(len(tasks)),
+            [task.replace("niah_", "") for task in tasks],
+            rotation=35,
+            ha="right",
+            fontsize=8,
+        )
         axis.set_yticks(range(len(here)), [names[line] for line in here], fontsize=8)
         n = counted(r for r in rows if (r["length"], r["protocol"]) == (length, protocol))
         title = f"{TITLES[protocol]}, {length:,} tokens, {n} a task"
@@ -100,7 +111,7 @@ def draw_tasks(rows: Sequence[Row], screen: float, path: Path) -> Path:
     figure.supxlabel(
         f"RULER score; not asked where the full cache has less than {screen:g}",
         fontsize=8.5,
-    )  # fmt: skip
+    )
     return save(figure, path)
 
 

@@ -27,10 +27,13 @@ def means_table(means: Sequence[Row]) -> Table:
     for (length, policy, keep), found in cells.items():
         any_row = next(iter(found.values()))
         table.add_row(
-            f"{length:,}", policy, f"{keep:g}", f"{any_row['kv_share']:.2f}",
+            f"{length:,}",
+            policy,
+            f"{keep:g}",
+            f"{any_row['kv_share']:.2f}",
             f"{any_row['prefill_share']:.2f}",
             *(_score(found.get(protocol)) for protocol in PROTOCOLS),
-        )  # fmt: skip
+        )
     if not means:
         table.caption = "the full cache can do none of the tasks on this model: nothing to compare"
     left_out = sorted({task for row in means for task in row["left_out"]})

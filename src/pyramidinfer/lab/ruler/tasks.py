@@ -23,8 +23,12 @@ __all__ = ["TASKS", "Haystack", "Sample", "check_task", "make_samples"]
 Maker = Callable[[str, random.Random, int, Haystack], Recipe]
 MAKERS: dict[str, Maker] = {
     **dict.fromkeys(FORMS, niah),
-    "vt": vt, "cwe": cwe, "fwe": fwe, "qa_facts_1": qa, "qa_facts_2": qa,
-}  # fmt: skip
+    "vt": vt,
+    "cwe": cwe,
+    "fwe": fwe,
+    "qa_facts_1": qa,
+    "qa_facts_2": qa,
+}
 TASKS: tuple[str, ...] = tuple(MAKERS)
 
 
@@ -38,9 +42,13 @@ def check_task(name: str) -> None:
 
 
 def make_samples(
-    task: str, count: int, length: int, seed: int, count_tokens: Callable[[str], int],
+    task: str,
+    count: int,
+    length: int,
+    seed: int,
+    count_tokens: Callable[[str], int],
     text: Haystack,
-) -> list[Sample]:  # fmt: skip
+) -> list[Sample]:
     """Samples of a task, each as long as goes into ``length`` tokens, those of the answer included.
 
     The i-th is the same for the same task, length, seed and text, however many are made.
