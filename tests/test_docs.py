@@ -271,3 +271,9 @@ def test_readme_repeats_the_committed_demo() -> None:
         assert f"{run['right']:.0f} of {run['questions']:.0f}" in README
         assert f"{run['output_tokens_per_second']:.0f}" in README
         assert f"{run['first_token_seconds']:.2f} s" in README
+
+
+def test_the_files_that_answer_questions_are_there() -> None:
+    named = re.findall(r"`([\w/]+\.py)`", (ROOT / "docs" / "where.md").read_text())
+    assert len(named) > 20
+    assert [each for each in named if not (ROOT / "src" / "pyramidinfer" / each).exists()] == []
