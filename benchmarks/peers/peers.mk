@@ -22,7 +22,7 @@ bench-peers: peers $(VENV)/.installed
 	$(BIN)/python -m pyramidinfer.lab.bench.peers --workloads $(WORKLOADS) --only "$(ONLY)" \
 		--threads $(THREADS)
 
-# Which entries our methods keep, beside kvpress's own, on one text (a minute).
+# Which entries our methods keep, beside kvpress's own, on one text (two minutes).
 bench-kept: .peers/kvpress/.tried $(VENV)/.installed
 	$(BIN)/pyramidinfer fetch smollm2
 	$(BIN)/python -m pyramidinfer.lab.bench.kept

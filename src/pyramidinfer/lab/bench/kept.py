@@ -33,7 +33,6 @@ from pyramidinfer.models.catalog import find_model
 from pyramidinfer.models.loading import shipped_model
 from pyramidinfer.policies import Policy
 from pyramidinfer.policies.base import check_keep
-from pyramidinfer.policies.kvzip import KVzip
 from pyramidinfer.policies.registry import parse_policy
 from pyramidinfer.types import Keep, Observation, State, TokenIds
 
@@ -155,7 +154,7 @@ CASES: tuple[Case, ...] = (
         "model",
         first=4,
         why="kvpress takes a softmax over a chunk's own entries, an entry's score from "
-        "its own chunk only, and puts a line end in front of every repetition",
+        "its own chunk only, and puts a line end in front of every further one",
     ),
 )
 
@@ -258,10 +257,12 @@ def _plain_folder(model: str, work: Path) -> Path:
 def _ours(
     plan: KeptPlan, case: Case, ids: TokenIds, question: TokenIds | None
 ) -> tuple[Found, Tensor]:
-    """What our engine keeps, and its logits behind the text."""
+    """What our engine keeps, and its logits behind the text.  ``question``: token ids between the
+    text and its repetition, of a method that reads it again."""
     policy, scores = parse_policy(case.policy, plan.keep), {}
-    if isinstance(policy, KVzip) and question:
-        policy = replace(policy, question=tuple(question))
+    if question is not None:
+        asked: Row = {"question": tuple(question)}
+        policy = replace(policy, **asked)
 
     def take(layer: int, found: Tensor) -> None:
         scores[layer] = found.float().cpu().numpy()
@@ -294,8 +295,8 @@ def _watched(policy: Policy, take: Callable[[int, Tensor], None]) -> Policy:
         kept: tuple[Keep, State] = kind.retain(self, seen, state)
         return kept
 
-    asked = {"retain": retain} if isinstance(policy, KVzip) else {"keep_adaptive": keep_adaptive}
-    watched: Policy = type(kind.__name__, (kind,), asked)(
+    told = {"retain": retain} if policy.reads_again else {"keep_adaptive": keep_adaptive}
+    watched: Policy = type(kind.__name__, (kind,), told)(
         **{each.name: getattr(policy, each.name) for each in fields(policy)}
     )
     return watched
