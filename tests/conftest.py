@@ -37,12 +37,13 @@ def own_profiles(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def checked_pools(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Every pool made in a test is checked when the test is over."""
+    """What is freed in a test's pools turns into NaN, so that reading it shows, and every pool is
+    checked when the test is over."""
     pools: list[Pool] = []
     build = Pool.__init__
 
     def init(self: Pool, *values: Any, **options: Any) -> None:
-        build(self, *values, **options)
+        build(self, *values, **{**options, "poison": True})
         pools.append(self)
 
     monkeypatch.setattr(Pool, "__init__", init)

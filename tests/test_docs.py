@@ -155,7 +155,6 @@ def tiny(policy: Policy) -> LLM:
         policy=policy,
         kv_memory="4MiB",
         page_size=4,
-        poison=True,
     )
 
 

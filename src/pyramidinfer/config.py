@@ -141,7 +141,6 @@ class EngineConfig:
     step_tokens : work of one step in tokens through the whole model; a step's budget is this
         times the number of layers, in layer-tokens.
     prefill_chunk : tokens of a prompt that go through a layer at once.
-    poison : fill freed entries with NaN, so that reading one shows (for tests).
     slot_scores : room for a running score beside each entry, so that a request may have a policy
         that keeps one (H2O) where the engine's own does not.
     reuse_share : share of kv_memory that caches of finished conversations may hold while nobody
@@ -167,7 +166,6 @@ class EngineConfig:
     max_requests: int = 64
     step_tokens: int = 2048
     prefill_chunk: int = 1024
-    poison: bool = False
     slot_scores: bool = False
     reuse_share: float = 0.5
     admission: str = "reserve"

@@ -22,7 +22,7 @@ LAYERS, PAGE, KV_HEADS = 3, 4, 2
 
 
 def new_pool(budget: int = 20_000, scores: bool = False) -> Pool:
-    return Pool(Layout(SPECS, budget, PAGE, scores=scores), poison=True)
+    return Pool(Layout(SPECS, budget, PAGE, scores=scores))
 
 
 def entry(pool: Pool, layer: int, tags: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

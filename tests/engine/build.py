@@ -37,7 +37,7 @@ def policy_named(name: str) -> Policy:
 def build(
     name: str, family: str = "llama", dtype: torch.dtype = torch.float64, **options: Any
 ) -> LLM:
-    options = {"kv_memory": "4MiB", "page_size": 4, "poison": True, **options}
+    options = {"kv_memory": "4MiB", "page_size": 4, **options}
     return LLM(tiny_model(family, dtype), policy=policy_named(name), **options)
 
 

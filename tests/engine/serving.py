@@ -28,7 +28,7 @@ def start(
 ) -> Engine:
     """An engine with small pages, freed entries poisoned."""
     policy = policy_named(name) if isinstance(name, str) else name
-    options = {"kv_memory": "4MiB", "page_size": 4, "poison": True, **options}
+    options = {"kv_memory": "4MiB", "page_size": 4, **options}
     return LLM(model(family, dtype), policy=policy, **options).engine
 
 

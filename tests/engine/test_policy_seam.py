@@ -97,7 +97,6 @@ def test_running_scores_and_per_head_eviction_against_brute_force() -> None:
             policy=HeavyHitters(),
             kv_memory="4MiB",
             page_size=4,
-            poison=True,
             prefill_chunk=chunk,
         )
         trace = llm.trace(prompt, max_tokens=30)

@@ -49,7 +49,7 @@ PASSAGES = Passages(
 
 def engine_of(family: str, dtype: torch.dtype = torch.float64, **sizes: Any) -> LLM:
     model = tiny_model(family, dtype, **sizes)
-    return LLM(model, "full", kv_memory="4MiB", page_size=4, poison=True)
+    return LLM(model, "full", kv_memory="4MiB", page_size=4)
 
 
 def weights(family: str, passage: list[int], repeated: list[int], **sizes: Any) -> list[Any]:

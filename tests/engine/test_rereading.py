@@ -156,7 +156,7 @@ def finish_held(engine: Engine, request: Request) -> None:
 
 
 def test_a_prefix_and_its_questions() -> None:
-    llm = LLM(model("llama"), policy=POLICY, kv_memory="4MiB", page_size=4, poison=True)
+    llm = LLM(model("llama"), policy=POLICY, kv_memory="4MiB", page_size=4)
     with llm.prefill(random_prompt(1, 120)) as prefix:
         assert prefix.metrics.computed_share > 2
         assert prefix.kv.kept_share == pytest.approx(0.3, abs=0.001)

@@ -33,7 +33,7 @@ def policy_named(name: str) -> Policy:
 
 
 def engine(name: str, family: str = "llama", **options: Any) -> LLM:
-    options = {"kv_memory": "4MiB", "page_size": 4, "poison": True, **options}
+    options = {"kv_memory": "4MiB", "page_size": 4, **options}
     return LLM(model(family), policy=policy_named(name), **options)
 
 
@@ -197,7 +197,7 @@ def test_nothing_of_a_continuation_is_dropped(name: str) -> None:
     frozen: Policy = type("Frozen", (kind,), {"evicts": False})(**vars(policy))
     prompt = random_prompt(8, 120)
     params = SamplingParams(max_tokens=25, ignore_eos=True, logprobs=0)
-    options: dict[str, Any] = {"kv_memory": "4MiB", "page_size": 4, "poison": True}
+    options: dict[str, Any] = {"kv_memory": "4MiB", "page_size": 4}
     (out,) = LLM(model("llama"), policy=frozen, **options).generate([prompt], params)
     assert out.logprobs is not None and out.kv.bytes < out.kv.full_bytes
     for chunk in (1, 11, 1024):

@@ -70,7 +70,7 @@ def test_it_is_what_the_engine_scores_on_such_a_cache(family: str) -> None:
     passage = Passage(random_prompt(1, 60), random_prompt(2, 7))
     governed = LLM(model, policy="full", kv_memory="4MiB").engine.runner.layers_for(67).governed
     layers = tuple(layer for layer, yes in enumerate(governed) if yes)
-    llm = LLM(model, policy=WindowScores(), kv_memory="4MiB", page_size=4, poison=True)
+    llm = LLM(model, policy=WindowScores(), kv_memory="4MiB", page_size=4)
     rows = measure_passage(llm, passage, layers, (0.1, 0.5))
     llm.engine.check()
     assert len(rows) == 2 * len(layers)

@@ -28,7 +28,6 @@ def test_greedy_tokens_equal_generate(family: str, chunk: int) -> None:
         policy="full",
         kv_memory="8MiB",
         page_size=4,
-        poison=True,
         prefill_chunk=chunk,
         step_tokens=max(8, chunk),
     )

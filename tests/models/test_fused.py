@@ -78,7 +78,7 @@ def varied(family: str, dtype: torch.dtype = torch.float32, **changes: Any) -> A
 
 
 def build(model: Any, policy: str = "full", **options: Any) -> LLM:
-    options = {"kv_memory": "8MiB", "page_size": 4, "poison": True, "backend": "cpu", **options}
+    options = {"kv_memory": "8MiB", "page_size": 4, "backend": "cpu", **options}
     return LLM(model, policy=policy_named(policy), **options)
 
 

@@ -323,7 +323,7 @@ def test_engines_share_an_adapter(backend: str) -> None:
     dtype = torch.float64 if backend == "triton" else torch.float32
     device = torch.device("cpu")
     runner = ModelRunner(tiny_model("llama", dtype), select_backend(backend, device), own=True)
-    config = EngineConfig(kv_memory="4MiB", page_size=4, poison=True)
+    config = EngineConfig(kv_memory="4MiB", page_size=4)
     engines = [Engine(runner, policy_named(name), config) for name in ("full", "h2o")]
     assert engines[0].runner is engines[1].runner
     prompt, params = random_prompt(1, 20), SamplingParams(max_tokens=8)

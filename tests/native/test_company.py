@@ -34,7 +34,7 @@ def model(family: str, dtype: torch.dtype) -> Any:
 
 
 def engine(family: str, dtype: torch.dtype, name: str, **options: Any) -> Engine:
-    options = {"kv_memory": "8MiB", "page_size": 4, "poison": True, **options}
+    options = {"kv_memory": "8MiB", "page_size": 4, **options}
     return Engine(model(family, dtype), policy_named(name), EngineConfig(**options), backend="cpu")
 
 

@@ -24,7 +24,7 @@ def pool_pair(dtype: torch.dtype, heads: int = 2, scores: bool = True) -> list[P
     """The same pool twice, on the kernels and in torch; what is free is NaN."""
     spec = [GroupSpec((0, 1), heads, key_dim=6, value_dim=10, dtype=dtype)]
     return [
-        Pool(Layout(spec, 60_000, PAGE, scores=scores), poison=True, kernels=kernels)
+        Pool(Layout(spec, 60_000, PAGE, scores=scores), kernels=kernels)
         for kernels in (backend("native").kernels, None)
     ]
 
@@ -144,7 +144,6 @@ class OnKernels(test_pool.PoolMachine):
         super().__init__()
         self.pool = Pool(
             Layout(test_pool.SPECS, 20_000, test_pool.PAGE),
-            poison=True,
             kernels=backend("native").kernels,
         )
 

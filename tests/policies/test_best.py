@@ -30,7 +30,7 @@ HEADS: dict[str, Any] = {"keep": 0.4, "sinks": 2, "recent": 8, "min_context": 8,
 
 
 def traced(family: str, dtype: torch.dtype, policy: Policy, protect: Any) -> Trace:
-    config = EngineConfig(kv_memory="4MiB", page_size=4, poison=True)
+    config = EngineConfig(kv_memory="4MiB", page_size=4)
     engine = Engine(tiny_model(family, dtype), policy, config)
     return trace(engine, random_prompt(5, 150), 40, protect)
 

@@ -59,7 +59,7 @@ def test_layers_that_were_not_measured_keep_everything() -> None:
     half = replace(PROFILE, share=share, governed=(False, True, True, True))
     policy = Duo(keep=0.3, **{**SMALL, "profile": half})
     assert policy.limits(500, LAYERS)[0] == (ALL, ALL)
-    llm = LLM(model("llama"), policy=policy, kv_memory="4MiB", page_size=4, poison=True)
+    llm = LLM(model("llama"), policy=policy, kv_memory="4MiB", page_size=4)
     kept = llm.trace(random_prompt(1, 100)).prefill_positions
     assert [len(head) for head in kept[0]] == [100, 100]
     assert min(len(head) for layer in kept[1:] for head in layer) == 10
@@ -67,7 +67,7 @@ def test_layers_that_were_not_measured_keep_everything() -> None:
 
 def test_forecast_is_what_every_head_holds() -> None:
     policy = Duo(keep=0.4, **SMALL, stride=4)
-    llm = LLM(model("llama"), policy=policy, kv_memory="4MiB", page_size=4, poison=True)
+    llm = LLM(model("llama"), policy=policy, kv_memory="4MiB", page_size=4)
     forecast = policy.forecast(200, 50, LAYERS)
     trace = llm.trace(random_prompt(1, 200), max_tokens=50)
     assert trace.computed_by_layer == forecast.reach
@@ -116,7 +116,7 @@ def test_unequal_heads_stay_within_what_is_promised(policy: Any, admission: str)
 def test_a_question_that_comes_later_finds_long_heads() -> None:
     """Prefix, fork, and truncation leave heads of their own lengths."""
     policy = Duo(keep=0.4, **SMALL)
-    llm = LLM(model("llama"), "full", kv_memory="4MiB", page_size=4, poison=True)
+    llm = LLM(model("llama"), "full", kv_memory="4MiB", page_size=4)
     params = SamplingParams(max_tokens=5, ignore_eos=True)
     with llm.prefill(random_prompt(1, 120), policy) as held:
         before = held.kv.kept_len

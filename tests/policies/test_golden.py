@@ -47,7 +47,6 @@ def test_official_code_is_reproduced(case: str, chunk: int) -> None:
         policy=official(golden["parameters"]),
         dtype="float64",
         kv_memory="16MiB",
-        poison=True,
         prefill_chunk=chunk,
     )
     trace = llm.trace(golden["prompt"], max_tokens=len(golden["tokens"]))

@@ -24,7 +24,7 @@ EVEN: dict[str, dict[str, Any]] = {"pyramid": {"safeguard": 1.0, "propagate_rati
 
 def engine(name: str, family: str, keep: float | None = 0.5, **options: Any) -> Engine:
     options = {**SMALL.get(name, {}), **options}
-    config = EngineConfig(kv_memory="8MiB", page_size=4, poison=True)
+    config = EngineConfig(kv_memory="8MiB", page_size=4)
     return Engine(tiny_model(family), make_policy(name, keep, **options), config)
 
 

@@ -191,7 +191,6 @@ def engine(method: str, keep: float | None, chunk: int, **options: Any) -> LLM:
         policy=make_policy(method, keep, **options),
         kv_memory="4MiB",
         page_size=4,
-        poison=True,
         prefill_chunk=chunk,
     )
 

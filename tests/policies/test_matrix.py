@@ -42,7 +42,7 @@ def model(dtype: str) -> Any:
 
 
 def engine(policy: Any, backend: str, dtype: str) -> Engine:
-    config = EngineConfig(kv_memory="4MiB", page_size=4, prefill_chunk=32, poison=True)
+    config = EngineConfig(kv_memory="4MiB", page_size=4, prefill_chunk=32)
     return Engine(model(dtype), policy, config, backend=backend)
 
 

@@ -58,7 +58,7 @@ def model(family: str) -> Any:
 
 def engine(family: str = "llama", keep: float = 0.4, **options: Any) -> LLM:
     policy = Pyramid(**{**SMALL, "keep": keep, **options})
-    return LLM(model(family), policy=policy, kv_memory="8MiB", page_size=4, poison=True)
+    return LLM(model(family), policy=policy, kv_memory="8MiB", page_size=4)
 
 
 def limits(length: int = 1000, layers: Layers = LAYERS, **options: Any) -> list[tuple[int, ...]]:
@@ -178,7 +178,7 @@ def test_entries_are_dropped_stride_by_stride(keep: float) -> None:
 def test_the_smallest_heads_make_room_as_others_do(options: dict[str, Any]) -> None:
     """What always stays does not take up the whole budget."""
     policy = Pyramid(**{"keep": 0.01, "profile": PROFILE, "min_context": 8, **options})
-    llm = LLM(model("llama"), policy=policy, kv_memory="8MiB", page_size=4, poison=True)
+    llm = LLM(model("llama"), policy=policy, kv_memory="8MiB", page_size=4)
     trace = llm.trace(random_prompt(5, 200), 60)
     limit = policy.limits(200, LAYERS)[3][0]
     room = min(policy.stride, max(1, limit // 4))
@@ -358,7 +358,7 @@ def test_all_kept_is_the_full_cache(family: str) -> None:
     whole = build("full", family, dtype=torch.float32).generate(prompts, params)
     profile = PROFILE if family == "mistral" else "auto"
     policy = Pyramid(keep=1.0, min_context=8, profile=profile)
-    llm = LLM(tiny_model(family), policy=policy, kv_memory="4MiB", page_size=4, poison=True)
+    llm = LLM(tiny_model(family), policy=policy, kv_memory="4MiB", page_size=4)
     for mine, theirs in zip(llm.generate(prompts, params), whole, strict=True):
         assert mine.token_ids == theirs.token_ids
         assert mine.logprobs == theirs.logprobs

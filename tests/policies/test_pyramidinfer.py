@@ -66,7 +66,7 @@ def test_linear_is_not_constant() -> None:
 
 def test_interval_drops_every_other_layer_and_generates() -> None:
     policy = PyramidInfer(interval=2, decay_curve="constant", prefill_decay=0.8, min_context=8)
-    llm = LLM(tiny_model("llama"), policy=policy, kv_memory="4MiB", poison=True)
+    llm = LLM(tiny_model("llama"), policy=policy, kv_memory="4MiB")
     trace = llm.trace(random_prompt(1, 100), max_tokens=60)
     lengths = lengths_of(trace.prefill_positions)
     assert lengths[0] == 100 > lengths[1] == lengths[2] > lengths[3]
@@ -120,7 +120,7 @@ def test_brute_force_selection_with_protected_spans() -> None:
     worst = sorted(range(context), key=lambda column: scores[column])[:3]
     count = int(context * 0.5)
     best = sorted(sorted(range(context), key=lambda column: -scores[column])[:count])
-    llm = LLM(model, policy=policy, kv_memory="4MiB", poison=True)
+    llm = LLM(model, policy=policy, kv_memory="4MiB")
     got = llm.trace(prompt).prefill_positions[1][0].tolist()
     assert got == best + list(range(context, 60))
     spans = [(column, column + 1) for column in worst]
@@ -131,7 +131,7 @@ def test_brute_force_selection_with_protected_spans() -> None:
 @pytest.mark.parametrize("name", sorted(POLICIES))
 def test_protected_spans_survive_every_policy(name: str) -> None:
     keep = None if name == "full" else 0.5
-    llm = LLM(tiny_model("llama"), policy=make_policy(name, keep), kv_memory="4MiB", poison=True)
+    llm = LLM(tiny_model("llama"), policy=make_policy(name, keep), kv_memory="4MiB")
     prompt = random_prompt(5, 200)
     trace = llm.trace(prompt, max_tokens=40, protect=[(30, 47), (199, 200)])
     for positions in trace.kept_positions:
@@ -144,7 +144,7 @@ def test_protected_spans_survive_every_policy(name: str) -> None:
 @pytest.mark.parametrize("new", [1, 70])
 def test_forecast_bounds_what_happens(name: str, length: int, new: int) -> None:
     policy = make_policy(name, None if name == "full" else 0.5)
-    llm = LLM(tiny_model("llama"), policy=policy, kv_memory="8MiB", poison=True)
+    llm = LLM(tiny_model("llama"), policy=policy, kv_memory="8MiB")
     forecast = llm.policy.forecast(length, new, llm.engine.runner.layers_for(length + new))
     trace = llm.trace(random_prompt(2, length), max_tokens=new)
     for layer in range(4):

@@ -35,7 +35,6 @@ def streaming(on: Any = None, **options: Any) -> LLM:
         policy=StreamingLLM(**options),
         kv_memory="4MiB",
         page_size=4,
-        poison=True,
     )
 
 
@@ -168,7 +167,7 @@ def test_few_positions_are_as_good_as_many(family: str) -> None:
 def test_turned_keys_are_keys_rotated_further(family: str, is_long: bool) -> None:
     """A prompt of one token over and over has one key per layer, seen at every position."""
     on = tiny_model(family, torch.float64)
-    llm = LLM(on, policy=Full(), kv_memory="4MiB", page_size=4, poison=True)
+    llm = LLM(on, policy=Full(), kv_memory="4MiB", page_size=4)
     prompt = [5] * 60
     request = finish(llm, llm.engine.add(prompt, params(20 if is_long else 1), hold=True))
     sequence, runner, pool = request.sequence, llm.engine.runner, llm.engine.pool

@@ -214,7 +214,7 @@ def tiny_llm(**options: Any) -> LLM:
         "pyramid",
         keep=0.5,
         tokenizer=tokenizer,
-        **{"kv_memory": "8MiB", "page_size": 4, "poison": True, **options},
+        **{"kv_memory": "8MiB", "page_size": 4, **options},
     )
 
 

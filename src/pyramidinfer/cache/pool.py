@@ -48,7 +48,10 @@ class Exported(NamedTuple):
 
 
 class Pool:
-    """The storage of a ``Layout``, and who owns which of its pages."""
+    """The storage of a ``Layout``, and who owns which of its pages.
+
+    poison : what is freed becomes NaN, so that reading it shows (for tests).
+    """
 
     def __init__(
         self,

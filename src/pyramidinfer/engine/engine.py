@@ -77,7 +77,7 @@ class Engine:
             scores=policy.uses_scores or config.slot_scores,
         )
         kernels = self.runner.backend.kernels
-        self.pool = Pool(layout, device, poison=config.poison, kernels=kernels)
+        self.pool = Pool(layout, device, kernels=kernels)
         self.ledger = Ledger(layout, self.runner)
         self.shared = Shared(self.runner, self.pool, self.ledger, config, tokenizer)
         self.conversations = Conversations(self.shared, int(config.budget * config.reuse_share))
