@@ -47,5 +47,6 @@ def test_all_names_exist(name: str) -> None:
 
 def test_extras() -> None:
     project = tomllib.loads((ROOT.parents[1] / "pyproject.toml").read_text())["project"]
-    assert set(project["optional-dependencies"]) == {"server", "lab", "peft", "gpu", "dev", "all"}
+    extras = {"server", "lab", "lm_eval", "peft", "gpu", "dev", "all"}
+    assert set(project["optional-dependencies"]) == extras
     assert project["version"] == pyramidinfer.__version__ == metadata("pyramidinfer")["Version"]

@@ -193,7 +193,7 @@ def test_abort_frees_pages_at_once() -> None:
     engine.check()
 
 
-@pytest.mark.parametrize("where", ["layer", "head", "settle"])
+@pytest.mark.parametrize("where", ["layer", "head", "commit"])
 @pytest.mark.parametrize("name", sorted(POLICIES))
 def test_a_step_that_fails_leaves_the_others_unharmed(
     name: str, where: str, monkeypatch: pytest.MonkeyPatch
@@ -203,7 +203,7 @@ def test_a_step_that_fails_leaves_the_others_unharmed(
     params = SamplingParams(max_tokens=16, ignore_eos=True, temperature=0.8, seed=3)
     requests = [llm.engine.add(random_prompt(i, n), params) for i, n in enumerate((9, 70, 33))]
     runner = llm.engine.runner
-    name_of = {"layer": "_run_layer", "head": "_logits", "settle": "settle"}[where]
+    name_of = {"layer": "_run_layer", "head": "_logits", "commit": "commit"}[where]
     real, calls = getattr(runner, name_of), [0]
 
     def failing(*values: Any) -> Any:

@@ -96,7 +96,7 @@ def test_one_that_cannot_be_settled_ends_with_what_it_has(
             raise ArithmeticError("no eviction")
         real(pool, sequence, decoding, row)
 
-    monkeypatch.setattr(engine.runner, "settle", settle)
+    monkeypatch.setattr(engine.runner, "commit", settle)
     assert run(engine) == [requests[1]]
     assert requests[1].error == "ArithmeticError: no eviction"
     for number, request in zip((1, 2, 3), requests, strict=True):

@@ -34,7 +34,7 @@ def test_what_may_begin_a_stop_string_is_held_back(text: str, stops: list[str]) 
     reader = Detokenizer(Letters(), tuple(stops), [])
     reader.update([ord(letter) for letter in text])
     if not reader.stopped:
-        assert reader.after_prefill == text[: len(text) - held_plainly(text, tuple(stops))]
+        assert reader.stable == text[: len(text) - held_plainly(text, tuple(stops))]
 
 
 @pytest.mark.parametrize("token", [0, 1], ids=["special", "half a character"])

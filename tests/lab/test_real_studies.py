@@ -118,7 +118,7 @@ def test_chats_that_do_not_fit_together_go_one_after_the_other(
     where: Subject, machine: Asker
 ) -> None:
     talks, policy = make_talks(machine, 2, 5, 300), StreamingLLM(keep=0.3)
-    whole = full_bytes(machine.llm.engine.pool, machine.llm.engine.runner, 300 + MORE)
+    whole = full_bytes(machine.llm.engine.pool.layout, machine.llm.engine.runner, 300 + MORE)
     small = Asker(replace(where, kv_memory=str(int(2.2 * whole))))  # of five, two never fit
     assert in_groups(small, policy, talks) == measure_turns(machine, policy, talks)
     assert in_groups(small, Full(), talks) == measure_turns(machine, Full(), talks)

@@ -30,7 +30,7 @@ def seen_by(keys: Tensor, turn: Tensor, lens: tuple[int, ...]) -> Observation:
         keys[head, length:] = 0
     state = make_policy("triattention").start(LAYERS)
     view = View("prefill", 1, LAYERS, size, size, lens, size, size, state)
-    return Observation(view, positions, torch.zeros_like(positions) > 0, keys=keys, turn=turn)
+    return Observation(view, positions, torch.zeros_like(positions) > 0, keys=keys, rotation=turn)
 
 
 def z_scores(values: Tensor) -> Tensor:

@@ -223,7 +223,7 @@ class LLM:
         return self._follow(self._make(tokens, params, protect, prefix))
 
     def _follow(self, request: Request) -> Iterator[RequestOutput]:
-        given = 0
+        given, is_told = 0, False
         for _ in self.engine.steps([request]):
             ended = request.finish_reason is not None
             if ended or len(request.output) > given:
@@ -231,6 +231,9 @@ class LLM:
                 if request.detokenizer and not ended and not request.detokenizer.stopped:
                     request.detokenizer.update(request.output)
                 yield self.engine.output(request)
+                is_told = ended
+        if not is_told:  # it ended in the steps of another stream
+            yield self.engine.output(request)
 
     def score(
         self,

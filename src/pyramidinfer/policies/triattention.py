@@ -114,4 +114,4 @@ def _lengths(vectors: Tensor, pairs: int) -> Tensor:
 
 def _grouped(queries: Tensor, keys: Tensor) -> Tensor:
     """Dot products ``[kv_heads, group, n]`` of ``[heads, dim]`` with ``[kv_heads, n, dim]``."""
-    return queries.view(len(keys), -1, queries.shape[1]) @ keys.mT
+    return queries.view(len(keys), len(queries) // len(keys), queries.shape[1]) @ keys.mT
