@@ -89,14 +89,14 @@ def test_one_that_cannot_be_settled_ends_with_what_it_has(
     requests = [queue(engine, random_prompt(number, 20), 14) for number in (1, 2, 3)]
     while len(requests[0].output) < 4:
         step(engine)
-    bad, real = requests[1].sequence, engine.runner.settle
+    bad, real = requests[1].sequence, engine.runner.commit
 
-    def settle(pool: Any, sequence: Any, decoding: Any, row: int) -> None:
+    def commit(pool: Any, sequence: Any, decoding: Any, row: int) -> None:
         if sequence is bad:
             raise ArithmeticError("no eviction")
         real(pool, sequence, decoding, row)
 
-    monkeypatch.setattr(engine.runner, "commit", settle)
+    monkeypatch.setattr(engine.runner, "commit", commit)
     assert run(engine) == [requests[1]]
     assert requests[1].error == "ArithmeticError: no eviction"
     for number, request in zip((1, 2, 3), requests, strict=True):
