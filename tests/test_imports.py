@@ -60,7 +60,8 @@ def test_imports_point_one_way(path: Path) -> None:
 
 
 def modules(path: Path) -> set[Path]:
-    """Files of the package that a file imports, lazily and under TYPE_CHECKING too."""
+    """Files of the package that a file imports, lazily and under TYPE_CHECKING too; a package's
+    ``__init__``, which only hands on what its files define, is left out."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):

@@ -27,7 +27,7 @@ def chat(*lines: str, options: tuple[str, ...] = ()) -> tuple[list[str], list[st
 
 def taken_up(told: list[str]) -> list[int]:
     """Tokens that each turn found in the cache."""
-    found = [re.search(r"(\d+) tokens, (\d+) of them taken up; kept", each) for each in told]
+    found = [re.search(r"(\d+) tokens, (\d+) of them reused; kept", each) for each in told]
     return [int(each[2]) for each in found if each]
 
 

@@ -246,7 +246,7 @@ def test_more_begin_than_under_reservation() -> None:
     assert peaks["overcommit"] > peaks["reserve"]
 
 
-def test_what_is_promised_is_what_is_expected() -> None:
+def test_what_is_reserved_is_what_is_expected() -> None:
     """The prompt in full, half the tokens; under reservation there is no difference."""
     engine = start("full", admission="overcommit", expected_output=0.5)
     params = SamplingParams(max_tokens=40)

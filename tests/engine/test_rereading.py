@@ -40,7 +40,7 @@ def answer(prompt: list[int], **options: Any) -> list[int]:
 
 
 @pytest.mark.parametrize("chunk", [7, 1024])
-def test_promises_are_exact(chunk: int) -> None:
+def test_reservations_are_exact(chunk: int) -> None:
     """While the text goes in: all of it in every layer, a reading of one, and its hidden states;
     from then on what is held, and what is generated on top."""
     engine = start(POLICY, prefill_chunk=chunk)

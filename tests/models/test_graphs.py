@@ -167,15 +167,16 @@ def test_what_buffers_held_before_does_not_matter() -> None:
     for name, part in step.frame.host.items():
         part[:] = 3 if name == "tables" else 2
     batch = engine._batch(engine.scheduler.plan())
+    parts = engine.runner._frame_angles, engine.runner._run_frame
     assert len(batch.decode) == 3
     before = [(table.kept.copy(), table) for table in (each.table for each in batch.decode)]
     with torch.inference_mode():
-        logits, decoding = used.step(pool, batch)
+        logits, decoding = used.step(pool, batch, *parts)
         logits, (queries, lse) = logits.clone(), decoding.observed
         for kept, table in before:
             pool.retract(table, kept)
         del engine.runner._graphs[pool]
-        fresh, other = engine.runner.graphs(pool).step(pool, batch)
+        fresh, other = engine.runner.graphs(pool).step(pool, batch, *parts)
     assert len(used.steps) == 1 and logits.isfinite().all()
     assert torch.equal(logits, fresh)
     assert torch.equal(queries[:, :3], other.observed[0][:, :3])
@@ -251,7 +252,6 @@ def test_nothing_in_a_step_looks_at_the_device(name: str, monkeypatch: pytest.Mo
             return run(*values)
 
     monkeypatch.setattr(engine.runner, "_run_frame", watched)
-    engine.runner._graphs.clear()
     engine.step()
     assert seen
     for looks in (lambda: int(torch.ones(1).sum()), lambda: torch.tensor([1])):
@@ -319,7 +319,7 @@ def test_norm_rounds_before_the_weight(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("backend", ["triton", "auto"])
-def test_engines_share_an_adapter(backend: str) -> None:
+def test_engines_share_a_model_runner(backend: str) -> None:
     dtype = torch.float64 if backend == "triton" else torch.float32
     device = torch.device("cpu")
     runner = ModelRunner(tiny_model("llama", dtype), select_backend(backend, device), own=True)

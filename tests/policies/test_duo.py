@@ -87,7 +87,7 @@ def test_forecast_is_what_every_head_holds() -> None:
     ids=["duo", "adaptive"],
 )
 @pytest.mark.parametrize("admission", ["reserve", "overcommit"])
-def test_unequal_heads_stay_within_what_is_promised(policy: Any, admission: str) -> None:
+def test_unequal_heads_stay_within_what_is_reserved(policy: Any, admission: str) -> None:
     """Requests side by side with a full one, and swapped: every step is checked, and tokens are
     those of each alone."""
     engine = start(policy, admission=admission)

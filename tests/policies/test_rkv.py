@@ -75,7 +75,7 @@ def test_what_a_buffer_promises(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["rkv", "triattention"])
-def test_what_is_promised_is_reached_and_never_passed(name: str) -> None:
+def test_what_is_reserved_is_reached_and_never_passed(name: str) -> None:
     policy = buffered(name, buffer=11)
     llm = LLM(tiny_model("llama"), policy=policy, kv_memory="4MiB", page_size=1)
     request = llm.engine.make(random_prompt(1, 60), SamplingParams(max_tokens=40, ignore_eos=True))

@@ -128,26 +128,26 @@ class _Chat:
         request = engine.make(tokens, self.params, policy=self.policy)
         request.owner = "chat"
         begun = time.monotonic()
-        try:
-            text = self._follow(request)
-        except KeyboardInterrupt:
-            text = request.detokenizer.stable if request.detokenizer else ""
-            engine.abort(request)
-            print()
+        text = self._follow(request)
         self.turns = [*turns, Message(role="assistant", content=text.strip())]
         self._tell(request, time.monotonic() - begun)
 
     def _follow(self, request: Request) -> str:
         engine, text = self.llm.engine, request.detokenizer
         assert text is not None  # a chat template has a tokenizer
-        written = 0
-        for _ in engine.steps([request]):
-            if request.finish_reason is None and not text.stopped:
-                text.update(request.output)
-            shown = text.stable if request.finish_reason is None else text.text
-            print(shown[written:], end="", flush=True)
-            written = max(written, len(shown))
-        print()
+        written, shown = 0, ""
+        try:
+            for _ in engine.steps([request]):
+                if request.finish_reason is None and not text.stopped:
+                    text.update(request.output)
+                shown = text.stable if request.finish_reason is None else text.text
+                print(shown[written:], end="", flush=True)
+                written = max(written, len(shown))
+        except KeyboardInterrupt:
+            engine.abort(request)  # also where it came between two steps
+            return shown
+        finally:
+            print()
         if request.finish_reason == "error":
             raise ValueError(f"the answer failed: {request.error}")
         return text.text
@@ -159,7 +159,7 @@ class _Chat:
         first = metrics.first_token_seconds or 0.0
         rate = (len(request.output) - 1) / max(1e-9, seconds - first)
         self.note(
-            f"{kv.seen_len} tokens, {request.reused} of them taken up; kept {kv.kept_share:.0%}, "
+            f"{kv.seen_len} tokens, {request.reused} of them reused; kept {kv.kept_share:.0%}, "
             f"KV {human_bytes(kv.bytes)} of {human_bytes(kv.full_bytes)}; first token "
             f"{first:.2f} s, {rate:.0f} tokens/s"
         )

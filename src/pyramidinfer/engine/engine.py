@@ -200,7 +200,7 @@ class Engine:
     def truncate(self, request: Request, seen_len: int) -> None:
         """Forget a held request's tokens from position ``seen_len`` on (a rejected draft).
 
-        ``ValueError`` where layers with a sliding window have already let go of entries that
+        ``ValueError`` where layers with a sliding window have already dropped entries that
         would be seen again.
         """
         holding.truncate(self.shared, request, seen_len)
@@ -258,17 +258,19 @@ class Engine:
         """Queue requests (those that are not yet) and step until all of them have ended; after
         every step, whoever ended in it.
 
-        Where anything is raised, or nobody asks on, they are aborted.
+        Samples are waited for like the requests that lead them.  Where anything is raised, or
+        nobody asks on, all are aborted.
         """
+        everyone = [each for request in requests for each in (request, *request.samples)]
         try:
             for request in requests:
                 if request.status == "made":
                     self.submit(request)
-            while any(request.status != "finished" for request in requests):
+            while any(each.status != "finished" for each in everyone):
                 yield self.step()
         finally:
-            for request in requests:
-                self.abort(request)  # nothing, for one that has ended
+            for each in everyone:
+                self.abort(each)  # nothing, for one that has ended
 
     def step(self) -> list[Request]:
         """Advance everything by one step; returns the requests that ended.

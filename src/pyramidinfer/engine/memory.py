@@ -52,7 +52,8 @@ class Reserved(Protocol):
 
 
 class Ledger:
-    """Reservations made against the pool; ``reserved`` never exceeds what there is."""
+    """Reservations made against the pool; together they never exceed what there is (but see
+    ``is_over``)."""
 
     def __init__(self, layout: Layout, runner: ModelRunner) -> None:
         self.layout, self.runner = layout, runner
@@ -101,7 +102,9 @@ class Ledger:
         final, before = self._pages(whole if reread else kept, total), self._pages(base)
         arriving = layout.pages_for(base + reach[:, None]).sum(1)
         worst = np.zeros_like(layout.page_counts)
-        for layer in range(layers.count):  # layers before it are settled, this one is in progress
+        for layer in range(
+            layers.count
+        ):  # layers before it are cut already, this one is in progress
             pages = np.where(np.arange(layers.count) <= layer, final, before)
             pages[layer] = max(final[layer], arriving[layer])
             worst = np.maximum(worst, layout.by_group(pages))
@@ -135,7 +138,7 @@ class Ledger:
         in_all: int | None = None,
     ) -> Cost:
         """What so many entries per layer and head take, no more than ``total`` a layer and
-        ``in_all`` together, and ``beside`` bytes outside pages."""
+        ``in_all`` together, and ``overhead`` bytes outside pages."""
         layout, pages = self.layout, self._pages(entries, total)
         groups = layout.by_group(pages)
         if in_all is not None:
@@ -277,7 +280,7 @@ def full_lens(
 ) -> tuple[int, ...]:
     """Entries per layer that a full cache of ``seen_len`` tokens holds in every KV head.
 
-    Sliding layers stop at their window, and let go of what is older some entries at a time:
+    Sliding layers stop at their window, and drop what is older some entries at a time:
     ``held`` is how many they hold just now, which a full cache would hold as well.
     """
     held = held or (0,) * runner.depth

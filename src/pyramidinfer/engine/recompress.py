@@ -119,8 +119,8 @@ def _look(pool: Pool, held: Sequence, layers: Layers, protected: Tensor) -> _Fou
 class Recompression:
     """A held cache being chosen anew, beside the one that is held until that is over.
 
-    It takes memory that is free and no other, and is ``reserved`` that like a request.  ``work``:
-    layer-tokens computed so far.  ``ValueError`` where the cache is left alone, saying why.
+    It takes memory that is free and no other, which is ``reserved`` for it as for a request.
+    ``work``: layer-tokens computed so far.  ``ValueError`` where the cache is left alone, saying why.
     """
 
     def __init__(
@@ -143,9 +143,9 @@ class Recompression:
         if not shared.ledger.fits(cost):
             raise ValueError(f"it takes {cost.bytes} bytes for a while, more than are free")
         again = shared.readings(policy, text, 0, 1)
+        tokens, reach = torch.tensor(text, device=runner.device), [length] * layers.count
         table = shared.pool.new_table(length)
         sequence = Sequence(table, policy, layers, protected, held.sequence.is_long)
-        tokens, reach = torch.tensor(text, device=runner.device), [length] * layers.count
         self.prefill = Prefill(sequence, tokens, 0, reach, readings=again)
         shared.ledger.reserve(self, cost)
 
@@ -195,8 +195,8 @@ class Recompression:
         old = held.table
         table.state, table.ring, table.peak_bytes = old.state, old.ring, old.peak_bytes
         self.shared.pool.note_overhead(table)
-        self.shared.ledger.reserve(self, None)
         self.conversations.exchange(self.held, table)
+        self.shared.ledger.reserve(self, None)
 
 
 def recompress(
@@ -210,8 +210,13 @@ def recompress(
     except ValueError as error:
         log.debug("the cache of request %d is left alone: %s", request.id, error)
         return False
-    while not recompression.step():
-        pass
+    try:
+        while not recompression.step():
+            pass
+    except BaseException:  # between two steps; a step that fails has given back what it took
+        if recompression.reserved is not None:
+            recompression.drop()
+        raise
     return True
 
 

@@ -88,7 +88,7 @@ class Request:
     prompt is in.
     ``onto``: a held request; a copy of its cache is taken when this one is queued.
     ``owner``: whose conversation this is; when it ends its cache is kept for a request of the
-    same owner that goes on with it (None: no reuse).  ``reused``: tokens taken up that way, and
+    same owner that goes on with it (None: no reuse).  ``reused``: tokens of its cache, and
     ``reused_entries`` over all layers.
     ``constraint``: what its next token may be, where its answer has a given form.
     ``prompt_top``: log-probabilities of the prompt with so many likeliest tokens are wanted.

@@ -1,8 +1,8 @@
 """Finished conversations: their caches stay, as long as nobody needs the memory.
 
 A request whose tokens begin with those of a finished one, of the same owner and under the same
-policy with the same options and budgets, takes its cache up and prefills the rest only.  A cache
-holds every token of its text but the last generated one.  What is taken up belongs to the new
+policy with the same options and budgets, reuses its cache and prefills the rest only.  A cache
+holds every token of its text but the last generated one.  What is reused belongs to the new
 request; what is least recently finished goes first when memory is short.
 """
 

@@ -55,7 +55,7 @@ class Plan(NamedTuple):
 
 @dataclass
 class Counts:
-    """How often what was done: caches moved to host memory, caches let go of to be computed anew,
+    """How often what was done: caches moved to host memory, caches freed to be computed anew,
     prompts in progress that began again, requests that came back, ``keep`` lowered."""
 
     swapped: int = 0
@@ -127,8 +127,8 @@ class Scheduler:
             if not self._reserve(request):
                 blocked = True
                 continue
-            self.remove(request)
             self.moving = request
+            self.remove(request)
             if request.status == "preempted":
                 self._resume(request)
             else:
@@ -181,13 +181,14 @@ class Scheduler:
         """Bring a preempted request back into the pool."""
         shared, gone, sequence = self.shared, request.preempted, _sequence(request)
         assert gone is not None
-        request.preempted = None
         if gone.cache is None:
             sequence.table = self.pool.new_table(len(request.text))
+            request.preempted = None
             sequence.table.state = request.policy.start(sequence.layers)
             shared.start(request)
         else:
             sequence.table = self.pool.import_(gone.cache)
+            request.preempted = None
             if request.prefill is not None:
                 request.prefill.move(shared.runner.device)
                 sequence.table.transient_bytes = request.prefill.transient_bytes

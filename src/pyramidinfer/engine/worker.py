@@ -2,7 +2,7 @@
 
 One thread owns the engine and steps it for as long as there is work.  ``submit`` hands requests
 over and returns a ``Stream``; after every step each stream is told what its requests got.  A
-request that is let go of is aborted before the next step begins.
+request that nobody waits for is aborted before the next step begins.
 """
 
 from __future__ import annotations
@@ -380,7 +380,7 @@ class AsyncEngine:
     def _blame(self, error: Exception) -> None:
         """After a step that failed: requests that could not be taken back end with an error.
 
-        One that had just taken up a conversation's cache, and has told nothing yet, begins again
+        One that had just reused a conversation's cache, and has told nothing yet, begins again
         without it instead.
         """
         for stream in self._live:

@@ -216,7 +216,7 @@ class Prefill:
 
 @dataclass(slots=True, eq=False)
 class Work:
-    """What one step may do for an prefill: at most ``budget`` layer-tokens."""
+    """What one step may do for a prefill: at most ``budget`` layer-tokens."""
 
     prefill: Prefill
     budget: int

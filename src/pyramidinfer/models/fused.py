@@ -183,7 +183,7 @@ def fuse(
 ) -> Fused | None:
     """The model's layers packed, or None where they are not plain or nothing would be gained.
 
-    ``own`` : the model is ours alone, so weights that were packed are let go of.  Otherwise it
+    ``own`` : the model is ours alone, so weights that were packed are freed.  Otherwise it
     stays as it is, and packed weights take their memory a second time.
     """
     layers = list(body.layers)[: len(shapes)]

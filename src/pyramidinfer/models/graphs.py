@@ -127,14 +127,11 @@ Run = Callable[[Pool, Frame, Size], tuple[Tensor, Decoding]]
 
 
 class DecodeGraphs:
-    """Decode steps over one pool.  What ``step`` returns is good until the next step.
+    """Decode steps over one pool, ``rotated`` numbers of a head turned by angles.  What ``step``
+    returns is good until the next step."""
 
-    ``run``: the layers over a frame's buffers; it waits for nothing and does not depend on what
-    they hold.  ``angles``: of the rows in use, where any of the ``rotated`` columns are.
-    """
-
-    def __init__(self, device: torch.device, rotated: int, angles: Angles, run: Run) -> None:
-        self._rotated, self._angles, self._layers = rotated, angles, run
+    def __init__(self, device: torch.device, rotated: int) -> None:
+        self._rotated = rotated
         self.steps: OrderedDict[Size, Step] = OrderedDict()
         self.captures = device.type == "cuda"
         cuda: Any = torch.cuda
@@ -146,8 +143,12 @@ class DecodeGraphs:
         """Sizes that are replayed."""
         return sum(step.graph is not None for step in self.steps.values())
 
-    def step(self, pool: Pool, batch: Batch) -> tuple[Tensor, Decoding]:
-        """The newest token of each sequence through all layers: logits ``[R, vocab]``."""
+    def step(self, pool: Pool, batch: Batch, angles: Angles, run: Run) -> tuple[Tensor, Decoding]:
+        """The newest token of each sequence through all layers: logits ``[R, vocab]``.
+
+        ``run``: the layers over a frame's buffers; it waits for nothing and does not depend on
+        what they hold.  ``angles``: of the rows in use.
+        """
         tables = [each.table for each in batch.decode]
         pool.append_each(tables)
         count = len(tables)
@@ -169,10 +170,10 @@ class DecodeGraphs:
         frame.fill(tables, [each.offset for each in batch.decode], scratch)
         frame.tokens[:count].copy_(batch.tokens)
         if self._rotated:
-            cos, sin = self._angles(frame.places[:count].long(), batch.decode)
+            cos, sin = angles(frame.places[:count].long(), batch.decode)
             frame.cos[:count].copy_(cos)
             frame.sin[:count].copy_(sin)
-        logits, decoding = self._run(step, lambda: self._layers(pool, frame, size))
+        logits, decoding = self._run(step, lambda: run(pool, frame, size))
         return logits[:count], decoding
 
     def _run(

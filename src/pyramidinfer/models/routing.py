@@ -38,7 +38,7 @@ NAME = "pyramidinfer"
 
 
 class Segment(NamedTuple):
-    """``size`` tokens of an prefill in the flat row, from row ``start``."""
+    """``size`` tokens of a prefill in the flat row, from row ``start``."""
 
     prefill: Prefill
     start: int

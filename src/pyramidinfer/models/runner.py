@@ -44,7 +44,7 @@ class ModelRunner:
 
     ``ValueError`` for an unsupported family or layer feature.  The model object stays usable and
     in its mode (it runs without dropout even in training mode), unless it is given away (``own``):
-    then weights that are packed are let go of.
+    then weights that are packed are freed.
     """
 
     def __init__(
@@ -116,9 +116,7 @@ class ModelRunner:
     def graphs(self, pool: Pool) -> DecodeGraphs:
         """Decode steps over this pool, kept for as long as it."""
         if pool not in self._graphs:
-            self._graphs[pool] = DecodeGraphs(
-                self.device, self.rotary.rotated, self._frame_angles, self._run_frame
-            )
+            self._graphs[pool] = DecodeGraphs(self.device, self.rotary.rotated)
         return self._graphs[pool]
 
     def group_specs(self) -> list[GroupSpec]:
@@ -144,7 +142,9 @@ class ModelRunner:
 
     def _forward(self, pool: Pool, batch: Batch) -> Stepped:
         if batch.decode and not batch.works and self.steps_on_buffers:
-            return Stepped(*self.graphs(pool).step(pool, batch))
+            return Stepped(
+                *self.graphs(pool).step(pool, batch, self._frame_angles, self._run_frame)
+            )
         decoding = self._start_decode(pool, batch)
         hidden, tables = None, None
         if decoding:

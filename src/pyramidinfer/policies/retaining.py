@@ -70,7 +70,8 @@ class Retaining(Policy):
         return {**view.state, "text": torch.tensor(view.seen_len), "budgets": budgets}
 
     def limit(self, view: View) -> int:
-        """The budget of the view's layer now: while decoding, the one its text settled."""
+        """The budget of the view's layer now: while decoding, the one fixed when its text was
+        taken in."""
         if view.phase == "decode":
             return int(view.state["budgets"][view.layer])
         return self.budget(view.layer, view.seen_len, view.layers)

@@ -163,7 +163,7 @@ class Jobs:
         except ValueError as error:
             raise ApiError(400, str(error)) from None
         reuse = body.compression is None or body.compression.reuse
-        reuse = reuse and request.prompt_top is None  # a cache that is taken up gives no logits
+        reuse = reuse and request.prompt_top is None  # a cache that is reused gives no logits
         for each in (request, *request.samples):
             each.owner = owner if reuse else None
         return request
