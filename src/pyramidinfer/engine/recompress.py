@@ -120,7 +120,8 @@ class Recompression:
     """A held cache being chosen anew, beside the one that is held until that is over.
 
     It takes memory that is free and no other, which is ``reserved`` for it as for a request.
-    ``work``: layer-tokens computed so far.  ``ValueError`` where the cache is left alone, saying why.
+    ``work``: layer-tokens computed so far.  ``ValueError`` where the cache is left alone, saying
+    why.
     """
 
     def __init__(
