@@ -89,7 +89,7 @@ def subject_words(subject: dict[str, Any]) -> str:
 
 
 def label(spec: str) -> str:
-    """A policy's spec as a cell, files by their names."""
+    """A policy's spec as a cell, files by their names (an old result may have options of old)."""
     name, _, tail = spec.partition(":")
     options = [item.partition("=") for item in tail.split(",")] if tail else []
     short = [f"{key}={Path(value).name if '/' in value else value}" for key, _, value in options]

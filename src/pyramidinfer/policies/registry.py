@@ -26,7 +26,7 @@ from pyramidinfer.policies.streaming_llm import StreamingLLM
 from pyramidinfer.policies.tova import TOVA
 from pyramidinfer.policies.triattention import TriAttention
 
-__all__ = ["POLICIES", "make_policy", "parse_options", "parse_policy"]
+__all__ = ["POLICIES", "make_policy", "parse_options", "parse_policy", "parse_spec"]
 
 POLICIES: dict[str, type[Policy]] = {
     policy.name: policy
@@ -88,11 +88,16 @@ def parse_policy(spec: str, keep: float | None = None) -> Policy:
     Values are Python literals, anything else is text.  ``ValueError`` as ``make_policy``, and for
     an option without ``=``.
     """
-    name, _, tail = spec.partition(":")
-    options = parse_options(name, tail.split(",") if tail else [])
+    name, options = parse_spec(spec)
     if keep is not None and "keep" in options:
         raise ValueError(f"{spec!r}: keep is given beside it ({keep:g}); leave it out here")
     return make_policy(name, options.pop("keep", keep), **options)
+
+
+def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
+    """``NAME`` or ``NAME:option=value,…`` → the name and the options."""
+    name, _, tail = spec.partition(":")
+    return name, parse_options(name, tail.split(",") if tail else [])
 
 
 def parse_options(name: str, items: list[str]) -> dict[str, Any]:

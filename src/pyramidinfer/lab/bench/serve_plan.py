@@ -8,7 +8,7 @@ from typing import Any
 
 from pyramidinfer.config import parse_bytes
 from pyramidinfer.lab.bench.setting import check_counts
-from pyramidinfer.policies.registry import make_policy, parse_options
+from pyramidinfer.policies.registry import make_policy, parse_spec
 
 __all__ = ["AS_IT_IS", "ServePlan", "ServerSetting", "SoakPlan", "TurnsPlan", "rate_name"]
 
@@ -66,8 +66,7 @@ class ServerSetting:
 
     def policy(self, spec: str) -> tuple[str, float | None, dict[str, Any]]:
         """Name, keep and other options."""
-        name, _, tail = spec.partition(":")
-        options = parse_options(name, tail.split(",") if tail else [])
+        name, options = parse_spec(spec)
         keep = options.pop("keep", None if name == "full" else self.keep)
         return name, keep, options
 

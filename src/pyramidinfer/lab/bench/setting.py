@@ -24,7 +24,7 @@ from pyramidinfer.lab.shapes import empty_shape, make_model
 from pyramidinfer.models import ModelRunner
 from pyramidinfer.models.loading import empty_model, load_model
 from pyramidinfer.policies import Policy
-from pyramidinfer.policies.registry import make_policy, parse_options
+from pyramidinfer.policies.registry import make_policy, parse_spec
 from pyramidinfer.types import SamplingParams, TokenIds
 
 __all__ = ["DEFAULT_SHAPE", "Pass", "Rig", "Setting", "check_counts", "progress", "run_pass"]
@@ -76,8 +76,7 @@ class Setting:
 
     def policy(self, spec: str) -> Policy:
         """``NAME`` or ``NAME:option=value,…`` → a policy, ``keep`` filled in."""
-        name, _, tail = spec.partition(":")
-        options = parse_options(name, tail.split(",") if tail else [])
+        name, options = parse_spec(spec)
         keep = options.pop("keep", None if name == "full" else self.keep)
         return make_policy(name, keep, **options)
 
