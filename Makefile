@@ -60,6 +60,9 @@ bench: $(VENV)/.installed
 	$(BENCH) throughput $(BENCH_OPTIONS) --batch 4 --prompt-len 4096 --repeats 2 \
 		--policies full,pyramidinfer --json $(RESULTS)/bench_long.json
 	$(BENCH) throughput $(BENCH_OPTIONS) --batch 1 --output-len 256 --json $(RESULTS)/bench_single.json
+	$(BIN)/pyramidinfer fetch smollm2
+	$(BENCH) throughput --model smollm2 --batch 8 --prompt-len 1000 --output-len 48 --dtype bfloat16 --repeats 2 \
+		--policies "full pyramid:keep=.5 snapkv:keep=.2 duo:keep=.2" --json $(RESULTS)/bench_real.json
 	$(BENCH) latency $(BENCH_OPTIONS) --json $(RESULTS)/bench_latency.json
 	$(BENCH) memory $(BENCH_OPTIONS) --json $(RESULTS)/bench_memory.json
 	mv $(RESULTS)/bench_*.png docs/images/

@@ -36,9 +36,9 @@ def render(results: dict[str, dict[str, Any]]) -> str:
         "`make numbers-real` measures real models again, `make numbers` the shipped one, `make "
         "bench` speed; the command in a section its result alone.\n",
         "`pyramid` was redone: it gives every KV head a budget of its own by the head profile. In "
-        "the trials on needles and in everything about speed and serving, which are older, "
-        "`pyramid` is the rule it had before: one budget for all heads of a layer, filled with "
-        "single tokens, and a start found per prompt.\n",
+        "the trials on needles and in everything about speed and serving, which are older (but "
+        "for SmolLM2, eight requests at once), `pyramid` is the rule it had before: one budget for "
+        "all heads of a layer, filled with single tokens, and a start found per prompt.\n",
         *numbers_real.lead(results),
     ]
     real: dict[str, Callable[[dict[str, Any]], str]] = {

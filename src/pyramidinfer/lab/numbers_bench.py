@@ -312,6 +312,7 @@ SECTIONS: dict[str, Callable[[Result], str]] = {
     "bench_throughput": throughput,
     "bench_long": partial(throughput, name="long", title="Long prompts"),
     "bench_single": partial(throughput, name="single", title="One request alone"),
+    "bench_real": partial(throughput, name="real", title="SmolLM2, eight requests at once"),
     "bench_latency": latency,
     "bench_memory": memory,
     "bench_kernels": kernels,
