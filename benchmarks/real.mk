@@ -61,21 +61,17 @@ numbers-heads: $(VENV)/.installed
 	rm -f $(RESULTS)/heads_needle*.png $(RESULTS)/heads_spare*.png
 	mv $(RESULTS)/heads_*.png docs/images/
 
-# Methods of every kind in both protocols, in chats, and on a model with sliding windows.
+# A text read again, in both protocols; chats under other methods.
 NEEDLES := niah_single_2,niah_single_3,niah_multikey_1,niah_multivalue
-KINDS := full pyramid:keep=.3 duo:keep=.3 kvzip:keep=.3 kvzip:keep=.2 kvzip:keep=.1 expected_attention:keep=.3 \
-	keydiff:keep=.3 chunkkv:keep=.3 rkv:keep=.3 triattention:keep=.3 snapkv:keep=.3
 TALKS := full kvzip:keep=.5 kvzip:keep=.3 $(foreach p,expected_attention keydiff chunkkv rkv triattention snapkv,$(p):keep=.5)
-SLIDING := full pyramid:keep=.5 pyramid:keep=.3 duo:keep=.3 snapkv:keep=.3 pyramidinfer:keep=.45
 
 .PHONY: numbers-methods
-numbers-methods: models
+numbers-methods: $(VENV)/.installed
+	$(BIN)/pyramidinfer fetch smollm2
 	$(REAL_STUDY) ruler --model smollm2 --tasks $(NEEDLES) --lengths 2000 $(REAL_RUN) \
-		--json $(RESULTS)/methods_ruler.json --policies "$(KINDS)"
+		--json $(RESULTS)/methods_ruler.json --policies "full kvzip:keep=.3 kvzip:keep=.1"
 	$(REAL_STUDY) turns --model smollm2 --policies "$(TALKS)" $(REAL_RUN) --json $(RESULTS)/methods_turns.json
-	$(REAL_STUDY) ruler --model gemma3-270m --lengths 2000 $(REAL_RUN) --json $(RESULTS)/gemma_ruler.json \
-		--policies "$(SLIDING)"
-	mv $(RESULTS)/methods_*.png $(RESULTS)/gemma_*.png docs/images/
+	mv $(RESULTS)/methods_*.png docs/images/
 
 # Methods that go on cutting while an answer grows.
 DECODE := full rkv:keep=.5 triattention:keep=.5 pyramid:keep=.5 h2o:keep=.5
@@ -98,6 +94,8 @@ numbers-real: models
 		--samples $(HALF) $(LIKE) --json $(RESULTS)/ruler_long.json
 	$(MAKE) numbers-trials SAMPLES=$(SAMPLES_REAL)
 	$(MAKE) numbers-heads SAMPLES=$(SAMPLES_REAL)
+	$(MAKE) numbers-methods SAMPLES=$(SAMPLES_REAL)
+	$(MAKE) numbers-decode SAMPLES=$(SAMPLES_REAL)
 	$(MAKE) numbers-decode SAMPLES=$(HALF)
 	for model in $(BOTH); do \
 		$(REAL_STUDY) turns --model $$model $(SHORT) $(REAL_RUN) --json $(RESULTS)/turns_$$model.json && \

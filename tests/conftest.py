@@ -43,7 +43,7 @@ def checked_pools(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     build = Pool.__init__
 
     def init(self: Pool, *values: Any, **options: Any) -> None:
-        build(self, *values, **{**options, "poison": True})
+        build(self, *values, **{"poison": True, **options})
         pools.append(self)
 
     monkeypatch.setattr(Pool, "__init__", init)

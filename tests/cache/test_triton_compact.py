@@ -35,7 +35,7 @@ def test_moves_are_the_pools(
     length: int, kept: tuple[int, ...], scores: bool, dtype: torch.dtype
 ) -> None:
     """The same tensors, bit by bit, as ``keep`` of a pool on the CPU leaves."""
-    pool = Pool(Layout([GroupSpec((0,), 3, 12, 7, dtype)], 1 << 16, 4, scores=scores))
+    pool = Pool(Layout([GroupSpec((0,), 3, 12, 7, dtype)], 1 << 16, 4, scores=scores), poison=False)
     group = pool.group(0)
     group.free.reverse()  # pages from the far end
     table = pool.new_table(length)
