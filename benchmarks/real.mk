@@ -36,6 +36,8 @@ numbers-trials: $(VENV)/.installed
 		pyramid:keep=.45,$(LATE),kernel=31 snapkv:keep=.6"
 	rm -f $(RESULTS)/trial_*.png
 
+comma := ,
+
 # Heads with lengths of their own: `duo` on the tasks that the full cache can do, and on one needle.
 CAN_DO := niah_single_1,niah_single_2,niah_single_3,niah_multikey_1,niah_multivalue,niah_multiquery,fwe
 DUO := full $(foreach k,.3 .2 .5 .12,pyramid:keep=$(k)) duo:keep=.2,spare=.1 duo:keep=.3,spare=.1 duo:keep=.5,spare=.1 snapkv:keep=.3
@@ -50,8 +52,8 @@ numbers-heads: $(VENV)/.installed
 	$(REAL_STUDY) ruler --model smollm2 --tasks niah_single_2 --protocols after --lengths 1000 $(REAL_RUN) \
 		--json $(RESULTS)/heads_needle.json --policies "full \
 		$(foreach k,.5 .3 .2 .12,duo:keep=$(k),spare=.1)"
-	$(REAL_STUDY) ruler --model smollm2 --tasks niah_single_3,niah_multivalue,niah_multiquery --protocols after \
-		--lengths 2000 $(REAL_RUN) --json $(RESULTS)/heads_spare.json --policies "full duo:keep=.5,spare=0 duo:keep=.3,spare=0"
+	$(REAL_STUDY) ruler --model smollm2 --tasks $(CAN_DO) --protocols after --lengths 2000 $(REAL_RUN) \
+		--json $(RESULTS)/heads_spare.json --policies "full $(foreach k,.5 .3 .2,duo:keep=$(k)$(comma)spare=0)"
 	$(REAL_STUDY) ruler --model smollm2 --tasks $(CAN_DO) --protocols after --lengths 1000 $(REAL_RUN) \
 		--json $(RESULTS)/later_ruler.json --policies "$(LATER)"
 	mv $(RESULTS)/later_ruler*.png docs/images/

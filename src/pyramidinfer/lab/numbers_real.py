@@ -268,7 +268,7 @@ SECTIONS: dict[str, Callable[[Result], str]] = {
         _ruler,
         "Heads dealt by need alone",
         "heads_spare",
-        "Three of these tasks with `spare=0`, the default now, the question after.",
+        "The same tasks with `spare=0`, the default now, the question after.",
     ),
     "later_ruler": partial(
         _pictured,
