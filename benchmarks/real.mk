@@ -63,7 +63,7 @@ numbers-heads: $(VENV)/.installed
 	rm -f $(RESULTS)/heads_needle*.png $(RESULTS)/heads_spare*.png
 	mv $(RESULTS)/heads_*.png docs/images/
 
-# A text read again, in both protocols; chats under other methods.
+# A text read again, in both protocols; chats under other methods; a model with sliding windows.
 NEEDLES := niah_single_2,niah_single_3,niah_multikey_1,niah_multivalue
 TALKS := full kvzip:keep=.5 kvzip:keep=.3 $(foreach p,expected_attention keydiff chunkkv rkv triattention snapkv,$(p):keep=.5)
 
@@ -73,7 +73,10 @@ numbers-methods: $(VENV)/.installed
 	$(REAL_STUDY) ruler --model smollm2 --tasks $(NEEDLES) --lengths 2000 $(REAL_RUN) \
 		--json $(RESULTS)/methods_ruler.json --policies "full kvzip:keep=.3 kvzip:keep=.1"
 	$(REAL_STUDY) turns --model smollm2 --policies "$(TALKS)" $(REAL_RUN) --json $(RESULTS)/methods_turns.json
-	mv $(RESULTS)/methods_*.png docs/images/
+	$(BIN)/pyramidinfer fetch gemma3-270m
+	$(REAL_STUDY) ruler --model gemma3-270m --tasks niah_single_1,niah_single_2,niah_multivalue --lengths 2000 \
+		$(REAL_RUN) --json $(RESULTS)/gemma_ruler.json --policies "full pyramid:keep=.5 duo:keep=.5"
+	mv $(RESULTS)/methods_*.png $(RESULTS)/gemma_*.png docs/images/
 
 # Methods that go on cutting while an answer grows.
 DECODE := full rkv:keep=.5 triattention:keep=.5 pyramid:keep=.5 h2o:keep=.5

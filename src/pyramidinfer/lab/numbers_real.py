@@ -287,6 +287,14 @@ SECTIONS: dict[str, Callable[[Result], str]] = {
         "twice, before it knows what is asked; so the question inside is read again as well.",
     ),
     "methods_turns": partial(_study, "turns", "A chat, other methods", "methods_turns"),
+    "gemma_ruler": partial(
+        _pictured,
+        "Gemma 3 270M",
+        "gemma_ruler",
+        "A base model of 18 layers, of which 15 see a window of 512 tokens: their entries are "
+        "bounded already, so half of what is governed is three quarters of all bytes. The needle "
+        "tasks that it can do at all.",
+    ),
     "heads_turns": partial(_study, "turns", "A chat, heads dealt once", "heads_turns"),
     "heads_turns_idle": partial(
         _study,
