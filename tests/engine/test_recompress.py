@@ -145,7 +145,7 @@ def test_counts_bytes_and_state_stay(name: str) -> None:
     engine.check()
 
 
-def test_it_is_promised_what_it_takes() -> None:
+def test_what_it_takes_is_reserved() -> None:
     engine = start("snapkv", prefill_chunk=16)
     held = talk(engine, random_prompt(1, LONG))
     work, most = Recompression(engine.shared, engine.conversations, engine._reader(), held), 0
@@ -332,3 +332,36 @@ def test_a_fault_leaves_the_held_cache(broken: str, monkeypatch: pytest.MonkeyPa
 def test_an_engine_that_holds_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="compress_idle needs .* reuse_share above 0"):
         start("snapkv", reuse_share=0.0).recompressor()
+
+
+@pytest.mark.parametrize("where", ["between two steps", "once it is exchanged"])
+def test_stopped_by_hand_it_leaves_nothing(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C where no step is under way: one cache is held, the old one or the new one."""
+    engine = start("snapkv")
+    params = SamplingParams(max_tokens=6, ignore_eos=True)
+    held = engine.add(random_prompt(1, LONG), params, hold=True)
+    finish(engine)
+    before, step, reserve = positions(engine, held), Recompression.step, engine.ledger.reserve
+
+    def stopped(self: Recompression) -> bool:
+        step(self)
+        raise KeyboardInterrupt
+
+    def stops_once(holder: Any, cost: Any) -> None:
+        if isinstance(holder, Recompression) and cost is None:
+            monkeypatch.undo()
+            raise KeyboardInterrupt
+        reserve(holder, cost)
+
+    if where == "between two steps":
+        monkeypatch.setattr(Recompression, "step", stopped)
+    else:
+        monkeypatch.setattr(engine.ledger, "reserve", stops_once)
+    with pytest.raises(KeyboardInterrupt):
+        engine.recompress(held)
+    monkeypatch.undo()
+    assert (positions(engine, held) == before) == (where == "between two steps")
+    assert len(engine.pool.tables) == 1
+    engine.pool.check()
+    engine.release(held)
+    engine.check()

@@ -177,3 +177,17 @@ def test_a_running_score_is_not_shared() -> None:
         assert torch.equal(engine.pool.scores(mine, layer), before[layer] + 1)
     engine.pool.check()
     finish(engine)
+
+
+def test_a_run_waits_for_every_answer() -> None:
+    """Also where the request that led them has ended."""
+    engine = start("full")
+    params = SamplingParams(max_tokens=9, ignore_eos=True, **HOT)
+    request = engine.make(random_prompt(1, 20), params, samples=3)
+    for _ in engine.steps([request]):
+        if all(each.output for each in request.samples):
+            engine.abort(request)
+    assert request.finish_reason == "abort"
+    assert [each.finish_reason for each in request.samples] == ["length", "length"]
+    assert engine.scheduler.idle
+    engine.check()

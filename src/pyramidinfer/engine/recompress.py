@@ -186,8 +186,10 @@ class Recompression:
         return True
 
     def drop(self) -> None:
-        """Give back what was taken; the held cache is as it was."""
-        self.shared.pool.release(self.prefill.sequence.table)
+        """Give back what was taken; the held cache is as it was, or the new one by now."""
+        held, table = self.held.sequence, self.prefill.sequence.table
+        if held is None or held.table is not table:
+            self.shared.pool.release(table)
         self.shared.ledger.reserve(self, None)
 
     def _exchange(self) -> None:

@@ -5,8 +5,8 @@ budget, oldest first; a long prompt spreads over many steps and never holds the 
 
 By default a request begins when the most it can need fits beside what is reserved for others.
 With ``admission="overcommit"`` it begins when what it is *expected* to need fits: its prompt in
-full, and a share of the tokens it may generate.  Before every step each decoding request is then
-reserved at least what the step may claim: one entry more in every layer, and no page shared.  One
+full, and a share of the tokens it may generate.  Before every step at least what it may claim is
+then reserved for each decoding request: one entry more in every layer, and no page shared.  One
 that outlives what was expected is expected to go on for the same share of what is left to it.
 Where reservations exceed what there is, in this order, until they fit:
 
@@ -148,7 +148,7 @@ class Scheduler:
             )
 
     def _reserve(self, request: Request) -> bool:
-        """Reserve a request what it needs to begin, or to come back; False where that does not
+        """Reserve for a request what it needs to begin, or to come back; False where that does not
         fit now."""
         wanted, mine = request.likely, request.reserved
         if request.status == "preempted":
