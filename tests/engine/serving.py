@@ -57,8 +57,8 @@ def step(engine: Engine) -> list[Request]:
     ledger, pool = engine.ledger, engine.pool
     assert not ledger.is_over
     for request in (*engine.scheduler.prefilling, *engine.scheduler.running):
-        assert request.sequence is not None and request.reserved is not None
-        held = ledger.held(request.sequence.table)
+        assert request.reserved is not None
+        held = ledger.held(request.table)
         assert (held.pages <= request.reserved.pages).all()
         assert held.bytes <= request.reserved.bytes
     assert pool.budget_used <= ledger.bytes <= pool.budget

@@ -105,8 +105,8 @@ def test_first_come_first_served_without_starvation() -> None:
     while not llm.engine.scheduler.idle:
         llm.engine.step()
     assert all(request.finish_reason == "length" for request in [*small, big, *late])
-    assert big.started is not None
-    assert all(each.started and each.started >= big.started for each in late)
+    assert big.times.started is not None
+    assert all(each.times.started and each.times.started >= big.times.started for each in late)
     llm.engine.check()
 
 
@@ -179,10 +179,10 @@ def test_abort_frees_pages_at_once() -> None:
     assert list(states.waiting) == [waiting, turn]
     for request in (waiting, prefilling, running, turn):
         before = engine.pool.budget_used
-        owned = request.sequence is not None
+        owned = request.cache is not None
         engine.abort(request)
         assert request.finish_reason == "abort"
-        assert request.sequence is None
+        assert request.cache is None
         assert (engine.pool.budget_used < before) == owned
         engine.pool.check()
     while not states.idle:

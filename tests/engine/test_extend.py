@@ -45,12 +45,11 @@ def test_extend_on_a_compressed_cache_keeps_its_entries() -> None:
     turn = llm.engine.add(random_prompt(1, 120), params, hold=True)
     while turn.finish_reason is None:
         llm.engine.step()
-    table = turn.sequence.table  # type: ignore[union-attr]
+    table = turn.table
     before = [set(llm.engine.pool.positions(table, layer)[0].tolist()) for layer in range(4)]
     again = llm.engine.extend(turn, random_prompt(2, 100), params)
     while len(again.output) < 1:
         llm.engine.step()
-    assert again.sequence is not None
     after = [llm.engine.pool.positions(table, layer)[0] for layer in range(4)]
     for layer in range(4):
         assert before[layer] <= set(after[layer].tolist())
@@ -120,8 +119,7 @@ def test_truncate_brings_policy_state_and_ring_along() -> None:
     turn = llm.engine.add(random_prompt(1, 80), params, hold=True)
     while turn.finish_reason is None:
         llm.engine.step()
-    assert turn.sequence is not None
-    table = turn.sequence.table
+    table = turn.table
     llm.engine.truncate(turn, 60)
     assert (table.state["marker"].numpy() <= table.longest).all()
     assert table.ring is not None

@@ -73,7 +73,7 @@ def test_a_prompt_that_breaks_its_pass_ends_alone(
     late = queue(engine, random_prompt(4, 50), 14)
     assert run(engine) == [bad]
     assert (bad.finish_reason, bad.error) == ("error", "RuntimeError: a bad token")
-    assert bad.output == [] and bad.sequence is None
+    assert bad.output == [] and bad.cache is None
     for number, request in zip((1, 2), others, strict=True):
         assert request.output == plain(number, 20, name=name)
     assert late.output == plain(4, 50, name=name)
@@ -89,7 +89,7 @@ def test_one_that_cannot_be_settled_ends_with_what_it_has(
     requests = [queue(engine, random_prompt(number, 20), 14) for number in (1, 2, 3)]
     while len(requests[0].output) < 4:
         step(engine)
-    bad, real = requests[1].sequence, engine.runner.commit
+    bad, real = requests[1], engine.runner.commit
 
     def commit(pool: Any, sequence: Any, decoding: Any, row: int) -> None:
         if sequence is bad:
@@ -283,8 +283,7 @@ def test_a_begin_that_fails_leaves_the_others_in_the_queue(
 def test_log_probabilities_of_a_prompt_are_the_models_own(family: str, chunk: int) -> None:
     engine = start("full", family, prefill_chunk=chunk, step_tokens=16)
     prompt = random_prompt(1, 45)
-    request = engine.make(prompt, SamplingParams(max_tokens=3, ignore_eos=True))
-    request.prompt_top = 2
+    request = engine.make(prompt, SamplingParams(max_tokens=3, ignore_eos=True, prompt_logprobs=2))
     other = queue(engine, random_prompt(2, 30), 8)
     engine.submit(request)
     finish(engine)

@@ -124,7 +124,7 @@ def test_protected_spans_of_a_prefix_stay() -> None:
     policy = SnapKV(keep=0.2)
     cache = llm.prefill(random_prompt(1, 200), policy, protect=[(50, 60)])
     llm.generate([random_prompt(2, 40)], PARAMS, prefix=cache, protect=[(205, 210)])
-    table = cache.held_by(llm.engine).sequence.table
+    table = cache.held_by(llm.engine).table
     for layer in range(len(table.kept)):
         for head in llm.engine.pool.positions(table, layer):
             assert {*range(50, 60)} <= set(head.tolist())

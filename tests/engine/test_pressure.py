@@ -310,17 +310,17 @@ def test_who_is_away_comes_before_who_never_began_and_is_no_request_in_flight() 
     scheduler = engine.scheduler
     while not scheduler.preempted:
         step(engine)
-        assert third.started is None
+        assert third.times.started is None
     assert scheduler.preempted == [second]
     assert scheduler.in_flight == 1
     assert second.output, "it was decoding"
     while scheduler.preempted:
-        assert third.started is None, "nobody overtakes who is away"
+        assert third.times.started is None, "nobody overtakes who is away"
         assert not scheduler.idle
         step(engine)
     finish(engine)
-    assert first.ended and second.ended and third.started
-    assert third.started > first.ended
+    assert first.times.ended and second.times.ended and third.times.started
+    assert third.times.started > first.times.ended
 
 
 def test_abort_while_away_frees_everything() -> None:
@@ -332,7 +332,7 @@ def test_abort_while_away_frees_everything() -> None:
         said = engine.output(second)
         engine.abort(second)
         assert second.finish_reason == "abort"
-        assert second.preempted is None and second.sequence is None and second.reserved is None
+        assert second.preempted is None and second.cache is None and second.reserved is None
         assert second.kv == said.kv
         assert engine.scheduler.host_bytes == 0
         finish(engine)

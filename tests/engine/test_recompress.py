@@ -25,8 +25,7 @@ LONG = 150
 
 def positions(engine: Engine, request: Request) -> list[list[list[int]]]:
     """Per layer and KV head, positions in a held cache, ascending."""
-    assert request.sequence is not None
-    table = request.sequence.table
+    table = request.table
     return [
         [head[head >= 0].sort().values.tolist() for head in engine.pool.positions(table, layer)]
         for layer in range(engine.runner.depth)
@@ -123,12 +122,12 @@ def test_counts_bytes_and_state_stay(name: str) -> None:
     """Only which entries there are changes, and the conversation goes on with them."""
     engine = start(name, reuse_share=1.0)
     held = talk(engine, random_prompt(1, LONG))
-    assert held.sequence is not None and held.reserved is not None
-    table, before = held.sequence.table, positions(engine, held)
+    assert held.reserved is not None
+    table, before = held.table, positions(engine, held)
     kept, state, reserved = table.kept.copy(), dict(table.state), held.reserved
     used, conversations = engine.pool.budget_used, engine.conversations
     assert engine.recompress(held) == (name not in ALONE)
-    after = held.sequence.table
+    after = held.table
     assert (after is table) == (positions(engine, held) == before) == (name in ALONE)
     assert (after.kept == kept).all() and after.seen_len == LONG + 5
     assert after.state.keys() == state.keys()
@@ -174,12 +173,11 @@ def test_who_shares_pages_keeps_them() -> None:
 def test_windows_stay_windows() -> None:
     engine = start("snapkv", "gemma3_text")
     held = talk(engine, random_prompt(1, LONG), 10)
-    assert held.sequence is not None
     governed = np.array(engine.runner.layers_for(LONG + 10).governed)
     assert governed.any() and not governed.all()
-    before, kept = positions(engine, held), held.sequence.table.kept.copy()
+    before, kept = positions(engine, held), held.table.kept.copy()
     assert engine.recompress(held)
-    after = held.sequence.table.kept
+    after = held.table.kept
     assert (after[governed] == kept[governed]).all() and (after <= kept).all()
     for layer, heads in enumerate(positions(engine, held)):
         if not governed[layer]:
@@ -194,10 +192,9 @@ def test_windows_stay_windows() -> None:
 
 
 def left_alone(engine: Engine, held: Request) -> None:
-    assert held.sequence is not None
-    table, dropped = held.sequence.table, engine.conversations.dropped
+    table, dropped = held.table, engine.conversations.dropped
     assert not engine.recompress(held)
-    assert held.sequence.table is table and engine.conversations.dropped == dropped
+    assert held.table is table and engine.conversations.dropped == dropped
     assert engine.ledger.bytes == engine.conversations.cost.bytes
     engine.pool.check()
 
@@ -230,9 +227,9 @@ def test_a_regime_of_rotary_positions_stays() -> None:
     """Phi-3's text that was short has other positions than the same text read again."""
     engine = start("snapkv", "phi3")
     held = talk(engine, random_prompt(1, LONG))
-    assert held.sequence is not None and held.sequence.is_long
+    assert held.is_long
     assert engine.recompress(held)
-    held.sequence.is_long = False
+    held.is_long = False
     left_alone(engine, held)
 
 
@@ -261,14 +258,14 @@ def test_each_is_tried_once_the_newest_first() -> None:
         talk(engine, random_prompt(number, LONG), policy=start(name).policy)
         for number, name in enumerate(policies)
     ]
-    tables = [each.sequence.table for each in turns if each.sequence]
+    tables = [each.table for each in turns if each.cache]
     recompressor = engine.recompressor()
     while not recompressor.done:
         assert recompressor.step()
-    now = [each.sequence.table for each in turns if each.sequence]
+    now = [each.table for each in turns if each.cache]
     assert [a is b for a, b in zip(tables, now, strict=True)] == [True, True, True, False]
     run(recompressor)
-    now = [each.sequence.table for each in turns if each.sequence]
+    now = [each.table for each in turns if each.cache]
     assert [a is b for a, b in zip(tables, now, strict=True)] == [False, True, True, False]
     assert recompressor.done == 2 and recompressor.tokens == 2 * 2 * (LONG + 5)
     assert not recompressor.step() and recompressor.done == 2

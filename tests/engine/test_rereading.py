@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -48,7 +49,7 @@ def test_reservations_are_exact(chunk: int) -> None:
     engine.pool.peak_bytes = 0
     while not request.output:
         step(engine)
-    table, pool = request.sequence.table, engine.pool  # type: ignore[union-attr]
+    table, pool = request.table, engine.pool
     most = request.cost.bytes - 90 * 32 * 8  # outputs of every token, had they been asked for
     assert most >= table.peak_bytes > 0.97 * most
     held = pool.pages_for(table.kept + 10).sum(1)
@@ -93,7 +94,7 @@ def test_ctrl_c_in_a_reading_begins_again(monkeypatch: pytest.MonkeyPatch) -> No
             with pytest.raises(KeyboardInterrupt):
                 finish(engine)
         assert request.prefill is not None and request.prefill.again is None
-        assert request.sequence is not None and not request.sequence.table.state
+        assert not request.table.state
         finish(engine)
         assert request.output == expected and other.output == answer_of(other)
         assert len(request.computed) == 4 * 4
@@ -139,7 +140,7 @@ def test_a_short_question_on_top_stays_whole_and_a_long_one_is_cut() -> None:
     for length, share in ((12, 1.0), (60, 0.25)):
         turn = engine.branch(held, random_prompt(length, length), ALL)
         engine.submit(turn)
-        before = held.sequence.table.kept.copy()  # type: ignore[union-attr]
+        before = held.table.kept.copy()
         finish_held(engine, turn)
         assert turn.kv is not None
         fresh, added = length + 1, np.array(turn.kv.kept_len) - before - 9
@@ -171,8 +172,7 @@ def test_the_prompts_logprobs_are_those_of_the_full_cache() -> None:
     found = []
     for policy in ("full", POLICY):
         engine = start(policy, prefill_chunk=16)
-        request = engine.make(random_prompt(1, 50), ALL)
-        request.prompt_top = 2
+        request = engine.make(random_prompt(1, 50), replace(ALL, prompt_logprobs=2))
         engine.submit(request)
         finish(engine)
         assert request.kv is not None and request.kv.peak_bytes <= request.cost.bytes

@@ -198,9 +198,8 @@ def test_a_turn_that_does_not_fit_on_its_cache_begins_from_scratch() -> None:
     turn = talk(engine, random_prompt(1, 30), 6)
     text = after(turn, 2, 3)
     params = SamplingParams(max_tokens=60, ignore_eos=True)
-    assert turn.sequence is not None
     with pytest.raises(ValueError, match="raise kv_memory"):
-        engine.make(text, params, on=turn.sequence.table)
+        engine.make(text, params, on=turn.table)
     again = talk(engine, text, 60)
     assert again.reused == 0
     assert again.output == talk(start("streaming_llm"), text, 60).output
@@ -213,7 +212,7 @@ def test_every_sample_is_held(name: str) -> None:
     finish(engine)
     everyone = [request, *request.samples]
     assert set(engine.conversations.held) == set(everyone)
-    one = engine.pool.bytes(request.sequence.table)  # type: ignore[union-attr]
+    one = engine.pool.bytes(request.table)
     if name == "full":
         assert engine.pool.budget_used < 2 * one, "on shared pages"
     for number, each in enumerate(everyone):
@@ -279,8 +278,8 @@ def test_log_probabilities_of_a_prompt_are_never_from_a_part_of_it() -> None:
     """They need every token's logits, so such a request takes nothing up."""
     engine = start("full")
     turn = talk(engine, random_prompt(1, 20))
-    request = engine.make(after(turn, 2), SamplingParams(max_tokens=2))
-    request.owner, request.prompt_top = "ann", 2
+    request = engine.make(after(turn, 2), SamplingParams(max_tokens=2, prompt_logprobs=2))
+    request.owner = "ann"
     engine.submit(request)
     finish(engine)
     assert request.reused == 0
@@ -346,8 +345,7 @@ def test_what_is_held_is_counted_as_it_comes_and_goes() -> None:
         taken += request.reused > 0
         owned = set()
         for each in held.held:
-            assert each.sequence is not None
-            table = each.sequence.table
+            table = each.table
             for layer in range(engine.runner.depth):
                 owned |= set(engine.pool.owned(table, layer).tolist())
         reserved = [each.reserved for each in held.held if each.reserved]

@@ -29,7 +29,7 @@ def test_each_answer_is_that_of_a_request_of_its_own(name: str, family: str) -> 
     assert other.output == alone(name, family, 9, 20, 15)
     for each in request.samples:
         assert each.computed == request.computed
-        assert each.kv is not None and each.first_token is not None
+        assert each.kv is not None and each.times.first_token is not None
     assert not engine.pool.tables
 
 
@@ -52,8 +52,8 @@ def test_pages_are_shared_until_somebody_writes() -> None:
     request = queue(engine, random_prompt(1, 42), 12, samples=4, **HOT)
     while not request.output:
         step(engine)
-    one = engine.pool.bytes(request.sequence.table)  # type: ignore[union-attr]
-    tables = [each.sequence.table for each in (request, *request.samples) if each.sequence]
+    one = engine.pool.bytes(request.table)
+    tables = [each.table for each in (request, *request.samples) if each.cache]
     assert len(tables) == 4
     assert engine.pool.budget_used == one, "right after the split they hold the prompt's pages"
     step(engine)
@@ -142,7 +142,7 @@ def test_a_prompt_stands_for_all_its_samples_in_flight() -> None:
     small, late = (queue(engine, random_prompt(seed, 4), 3) for seed in (2, 3))
     step(engine)
     assert engine.scheduler.in_flight == 4
-    assert late.started is None
+    assert late.times.started is None
     while not request.output:
         step(engine)
         assert engine.scheduler.in_flight <= 4
@@ -168,7 +168,7 @@ def test_a_running_score_is_not_shared() -> None:
     request = queue(engine, random_prompt(3, 41), 9, samples=2)
     while not request.output:
         step(engine)
-    mine, other = (each.sequence.table for each in (request, *request.samples) if each.sequence)
+    mine, other = (each.table for each in (request, *request.samples) if each.cache)
     before = [engine.pool.scores(other, layer) for layer in range(4)]
     assert all(bool((scores > 0).any()) for scores in before)
     for layer in range(4):

@@ -255,7 +255,7 @@ def test_memory_stays_below_what_was_promised(
     def watch(table: Any) -> None:
         note(table)
         for request in requests:
-            if request.sequence is not None and request.sequence.table is table:
+            if request.cache is not None and request.table is table:
                 held = pool.bytes(table) + table.extra_bytes
                 pages = np.bincount(pool.group_of, table.held.sum(1), len(pool.groups))
                 assert request.reserved is not None

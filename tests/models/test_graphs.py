@@ -132,7 +132,7 @@ def test_spare_rows_write_to_a_page_that_nobody_owns() -> None:
     step.frame.host["lengths"][:], step.frame.host["tables"][:] = 9, 3  # a page in use
     assert group.counts[3] == 1
     assert group.scratch == len(group.counts) == len(group.keys) - 1
-    tables = [each.sequence.table for each in engine.scheduler.running if each.sequence]
+    tables = [each.table for each in engine.scheduler.running if each.cache]
     before = [tensor.clone() for tensor in group.tensors()]
     kept = [table.kept.copy() for table in tables]
     engine.runner.forward(pool, engine._batch(engine.scheduler.plan()))

@@ -93,8 +93,7 @@ def test_shared_pages_are_copied_first(policy: Policy) -> None:
     request = engine.add(random_prompt(5, 150), SamplingParams(max_tokens=40, ignore_eos=True))
     while len(request.output) < 2:
         engine.step()
-    assert request.sequence is not None
-    pool, table = engine.pool, request.sequence.table
+    pool, table = engine.pool, request.table
     assert (table.ring is None) == isinstance(policy, Duo)
     twin = pool.fork(table)
 

@@ -130,8 +130,7 @@ def test_a_question_that_comes_later_finds_long_heads() -> None:
     llm.engine.submit(request)
     finish(llm.engine)
     llm.engine.truncate(request, 60)
-    assert request.sequence is not None
-    kept = request.sequence.table.kept
+    kept = request.table.kept
     assert kept.max() == 60 and kept.min() == 2, "a streaming head has its first tokens left"
     llm.engine.release(request)
 

@@ -86,12 +86,11 @@ def test_further_turns_and_forgotten_tokens(name: str, asked: Any) -> None:
         for turn in range(3):
             while request.finish_reason is None:
                 made.step()
-                assert request.sequence is not None
-                found.append(request.sequence.table.kept.tolist())
+                found.append(request.table.kept.tolist())
             found.append(list(request.output))
-            if turn == 1 and request.sequence is not None:
+            if turn == 1 and request.cache is not None:
                 try:
-                    made.truncate(request, request.sequence.table.seen_len - 7)
+                    made.truncate(request, request.table.seen_len - 7)
                 except ValueError as error:  # heads keep different tokens
                     found.append(str(error))
             request = made.extend(request, random_prompt(turn, 30), params, hold=True)

@@ -386,8 +386,7 @@ def test_further_turns_equal_the_judge(
             if step < new - 1:  # the last token is fed with the next turn
                 logits = judge.decode(token)
         last = request.output[-1:]
-        assert request.sequence is not None
-        table, pool = request.sequence.table, llm.engine.pool
+        table, pool = request.table, llm.engine.pool
         found = [
             [head[head >= 0].sort().values for head in pool.positions(table, layer)]
             for layer in range(judge.depth)

@@ -261,14 +261,13 @@ def test_further_turns_are_dealt_the_whole_text(way: str) -> None:
             turn = llm.engine.add(prompt, params, hold=True)
         else:
             turn = llm.engine.extend(turn, prompt, params, hold=True)
-            assert turn.sequence is not None
-            turn.sequence.table.peak_bytes = 0  # what earlier turns held is not this one's
+            turn.table.peak_bytes = 0  # what earlier turns held is not this one's
         while turn.finish_reason is None:
             llm.engine.step()
             llm.engine.pool.check()
-        assert turn.kv is not None and turn.sequence is not None
+        assert turn.kv is not None
         bound = torch.tensor(limits(len(turn.prompt), **WAYS[way]))
-        assert turn.sequence.table.state["limits"].equal(bound)
+        assert turn.table.state["limits"].equal(bound)
         assert (torch.tensor(turn.kv.kept_len) <= bound).all()
         assert turn.kv.peak_bytes <= turn.cost.bytes
         new = length + (seed > 0)  # the last answer's last token goes in with the next turn

@@ -83,8 +83,8 @@ def test_what_is_reserved_is_reached_and_never_passed(name: str) -> None:
     most = 0
     while request.finish_reason is None:
         llm.engine.step()
-        if request.sequence is not None:
-            most = max(most, int(request.sequence.table.kept.max()))
+        if request.cache is not None:
+            most = max(most, int(request.table.kept.max()))
     assert most == 30 + 11 - 1  # the one more that is written is gone by the end of the step
     assert policy.forecast(60, 40, llm.engine.runner.layers_for(100)).kept == [41] * 4
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Items
-from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -67,7 +66,7 @@ def same(found: Tensor, expected: Tensor, atol: float = 1e-6) -> None:
 
 
 def positions(llm: LLM, request: Any) -> list[list[list[int]]]:
-    pool, table = llm.engine.pool, request.sequence.table
+    pool, table = llm.engine.pool, request.table
     return [pool.positions(table, layer).sort(1).values.tolist() for layer in range(pool.layers)]
 
 
@@ -152,7 +151,7 @@ def test_few_positions_are_as_good_as_many(family: str) -> None:
         llm = streaming(tiny_model(family, torch.float64, max_position_embeddings=most, **changes))
         request = finish(llm, llm.engine.add(random_prompt(1, 45), params(30), hold=True))
         found.append(logprobs(request.logprobs))
-        offsets.append(request.sequence.offset)
+        offsets.append(request.offset)
         llm.engine.release(request)
         llm.engine.check()
     assert offsets[0] > offsets[1] == 0
@@ -170,13 +169,13 @@ def test_turned_keys_are_keys_rotated_further(family: str, is_long: bool) -> Non
     llm = LLM(on, policy=Full(), kv_memory="4MiB", page_size=4)
     prompt = [5] * 60
     request = finish(llm, llm.engine.add(prompt, params(20 if is_long else 1), hold=True))
-    sequence, runner, pool = request.sequence, llm.engine.runner, llm.engine.pool
-    assert sequence.is_long == (is_long and family == "phi3")
+    runner, pool = llm.engine.runner, llm.engine.pool
+    assert request.is_long == (is_long and family == "phi3")
     assert runner.streaming.layers, "some layer has rotary positions"
     for layer in range(pool.layers):
-        order = pool.positions(sequence.table, layer)[0].argsort()
-        order = order[pool.positions(sequence.table, layer)[0][order] < len(prompt)]
-        keys = pool.keys(sequence.table, layer)[:, order]
+        order = pool.positions(request.table, layer)[0].argsort()
+        order = order[pool.positions(request.table, layer)[0][order] < len(prompt)]
+        keys = pool.keys(request.table, layer)[:, order]
         if not len(order):
             continue
         if layer not in runner.streaming.layers:
@@ -187,10 +186,10 @@ def test_turned_keys_are_keys_rotated_further(family: str, is_long: bool) -> Non
         for by in (1, 5, len(order) - 1):
             if by < len(order):
                 steps = torch.full((len(order) - by,), by)
-                on_and_on = runner.streaming.rotate(keys[:, :-by], steps, layer, sequence)
+                on_and_on = runner.streaming.rotate(keys[:, :-by], steps, layer, request)
                 same(on_and_on, keys[:, by:], atol=1e-4)
                 same(
-                    runner.streaming.rotate(keys[:, by:], -steps, layer, sequence),
+                    runner.streaming.rotate(keys[:, by:], -steps, layer, request),
                     keys[:, :-by],
                     atol=1e-4,
                 )
@@ -201,13 +200,13 @@ def test_layers_without_rotary_positions_are_left_alone() -> None:
     """SmolLM3: sinks are rotated in rotary layers; the other layers' keys stay bit for bit."""
     llm = streaming(tiny_model("smollm3", max_position_embeddings=POSITIONS))
     request = finish(llm, llm.engine.add(random_prompt(1, 30), params(3), hold=True))
-    pool, sequence = llm.engine.pool, request.sequence
+    pool = llm.engine.pool
     sinks = torch.arange(4)
-    before = [pool.keys_at(sequence.table, layer, sinks) for layer in range(4)]
-    feed(llm, sequence, random_prompt(2, 80))
-    assert sequence.offset > 0
+    before = [pool.keys_at(request.table, layer, sinks) for layer in range(4)]
+    feed(llm, request, random_prompt(2, 80))
+    assert request.offset > 0
     for layer, rotates in enumerate(llm.engine.runner.config.no_rope_layers):
-        after = pool.keys_at(sequence.table, layer, sinks)
+        after = pool.keys_at(request.table, layer, sinks)
         assert torch.equal(before[layer], after) != bool(rotates)
     llm.engine.release(request)
     llm.engine.check()
@@ -223,13 +222,14 @@ def test_a_copy_goes_on_like_the_original(new: int) -> None:
     pool = llm.engine.pool
     request = finish(llm, llm.engine.add(random_prompt(1, 30), params(new), hold=True))
     tokens = random_prompt(2, 50)
-    exported = pool.export(request.sequence.table)
-    fork = replace(request.sequence, table=pool.fork(request.sequence.table))
-    expected = feed(llm, request.sequence, tokens)
+    exported = pool.export(request.table)
+    fork, back = Sequence(policy=request.policy), Sequence(policy=request.policy)
+    fork.take(pool.fork(request.table), request)
+    expected = feed(llm, request, tokens)
     llm.engine.release(request)
     same(feed(llm, fork, tokens), expected, atol=1e-12)
     pool.release(fork.table)
-    back = replace(fork, table=pool.import_(exported))
+    back.take(pool.import_(exported), fork)
     same(feed(llm, back, tokens), expected, atol=1e-12)
     pool.release(back.table)
     llm.engine.check()

@@ -91,13 +91,12 @@ def test_vectors_are_turned_to_places_far_ahead(family: str) -> None:
     request = llm.engine.add(random_prompt(1, 20), params, hold=True)
     while request.finish_reason is None:
         llm.engine.step()
-    sequence = request.sequence
-    assert sequence is not None and not sequence.is_long
+    assert not request.is_long
     size = runner.shapes[0].key_dim
     like, vector = torch.empty(0, size).double(), torch.randn(size).double()
     ahead = (1, 7, 4000)
     for layer in range(runner.depth):
-        turn = runner.streaming.mean_rotation(like, ahead, layer, sequence, 20)
+        turn = runner.streaming.mean_rotation(like, ahead, layer, request, 20)
         rotated = 2 * runner.streaming.pairs(like, layer)
         expected = {"gpt_neox": 4, "opt": 0}.get(family, size)
         if family == "smollm3" and layer % 2:  # every other layer has no positions

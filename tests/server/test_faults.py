@@ -45,7 +45,7 @@ def steps(live: Live, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 
     def aborting(stream: Stream) -> None:
         abort(stream)
-        assert all(each.sequence is None for each in stream.requests)
+        assert all(each.cache is None for each in stream.requests)
         waited.append(made[0] - closed[id(stream)])
 
     monkeypatch.setattr(live.engine, "step", counted)
@@ -169,11 +169,7 @@ def in_forward(live: Live, monkeypatch: pytest.MonkeyPatch, after: int, late: bo
             each.table for each in [*batch.decode, *(w.prefill.sequence for w in batch.works)]
         ]
         for request in [*engine.scheduler.running, *engine.scheduler.prefilling]:
-            if (
-                marked(request)
-                and len(request.output) == after
-                and (request.sequence.table in tables)
-            ):
+            if marked(request) and len(request.output) == after and (request.table in tables):
                 raise ArithmeticError("a kernel fell over")
         return done or forward(pool, batch)
 

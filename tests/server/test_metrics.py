@@ -171,3 +171,13 @@ def test_a_request_that_waited_too_long_counts_its_samples(llm: LLM) -> None:
         values = read(live)
         assert values["vllm:request_success_total finished_reason=queue_timeout"] == 3
         assert values["pyramidinfer:requests_rejected_total status=429"] == 1
+
+
+def test_gauges_are_what_the_engines_thread_told(fresh: Live) -> None:
+    """Nothing is read off an engine that another thread is changing."""
+    worker = fresh.service.worker
+    worker.stats = worker.stats._replace(running=7, waiting=5, reuse_hits=11, pages_in_use=3)
+    found = read(fresh)
+    assert found["vllm:num_requests_running"] == 7 and found["vllm:num_requests_waiting"] == 5
+    assert found["pyramidinfer:reuse_hits_total"] == 11
+    assert found["pyramidinfer:pool_pages_in_use"] == 3

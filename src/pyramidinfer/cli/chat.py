@@ -125,8 +125,7 @@ class _Chat:
         engine = self.llm.engine
         turns = [*self.turns, Message(role="user", content=line)]
         tokens = self.prompts.chat(turns)
-        request = engine.make(tokens, self.params, policy=self.policy)
-        request.owner = "chat"
+        request = engine.make(tokens, self.params, policy=self.policy, owner="chat")
         begun = time.monotonic()
         text = self._follow(request)
         self.turns = [*turns, Message(role="assistant", content=text.strip())]

@@ -15,12 +15,12 @@ __all__ = ["metrics", "output", "usage"]
 
 def usage(pool: Pool, runner: ModelRunner, request: Request) -> KVUsage:
     """What the request's cache is now (or was, once it has ended)."""
-    if request.kv is not None or request.sequence is None:
+    if request.kv is not None or (request.cache is None and request.preempted is None):
         none = (0,) * runner.depth
         return request.kv or KVUsage(0, ((0,) * runner.kv_heads,) * runner.depth, none, 0, 0, 0)
     if request.preempted is not None:
         return request.preempted.kv
-    table = request.sequence.table
+    table = request.table
     now = pool.bytes(table)
     peak = max(table.peak_bytes, now + table.extra_bytes)
     kept = tuple(table.lens(layer) for layer in range(runner.depth))
@@ -33,14 +33,14 @@ def metrics(runner: ModelRunner, request: Request) -> RequestMetrics:
     """What the request took so far."""
 
     def since(moment: float | None) -> float | None:
-        return None if moment is None else moment - request.arrived
+        return None if moment is None else moment - request.times.arrived
 
     new = request.computed and request.computed[0]
     computed = sum(request.computed) / runner.depth
     return RequestMetrics(
-        since(request.started),
-        since(request.first_token),
-        (request.ended or time.monotonic()) - request.arrived,
+        since(request.times.started),
+        since(request.times.first_token),
+        (request.times.ended or time.monotonic()) - request.times.arrived,
         computed,
         computed / new if new else 0.0,
     )

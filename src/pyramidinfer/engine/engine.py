@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from collections.abc import Sequence as Items
-from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -27,6 +26,7 @@ from pyramidinfer.engine.reuse import Conversations
 from pyramidinfer.engine.sampler import prepare, sample
 from pyramidinfer.engine.scheduler import Plan, Scheduler
 from pyramidinfer.engine.shared import Shared
+from pyramidinfer.engine.stats import Stats, read_stats
 from pyramidinfer.engine.text import encoder_of
 from pyramidinfer.engine.undo import Undo
 from pyramidinfer.models import ModelRunner, Prefill
@@ -108,18 +108,21 @@ class Engine:
         on: Table | None = None,
         scoring: Scoring | None = None,
         samples: int = 1,
+        owner: str | None = None,
     ) -> Request:
         """Check a request and build it, without queueing it.
 
         ``policy``: what to keep (the engine's own where none is given);  ``protect``: spans
         ``(start, stop)`` of prompt positions that no policy may drop;  ``on``: a cache that
         already holds the beginning of the prompt;  ``scoring``: a continuation to score instead
-        of generating;  ``samples``: answers wanted, the further ones in ``request.samples``.
+        of generating;  ``samples``: answers wanted, the further ones in ``request.samples``;
+        ``owner``: whose conversation this is, so that a later request of the same owner can reuse
+        its cache (None: nobody's, and it reuses none).
         """
         chosen = self.policy if policy is None else self.bind(policy)
         if chosen is not self.policy:
             self.check_policy(chosen)
-        return self.maker.make(prompt, params, chosen, protect, hold, on, scoring, samples)
+        return self.maker.make(prompt, params, chosen, protect, hold, on, scoring, samples, owner)
 
     def bind(self, policy: Policy, measure: bool = True) -> Policy:
         """The policy with what it asks for of this model: its head profile where it has none, its
@@ -180,7 +183,8 @@ class Engine:
         text.  The old request object is used up.
         """
         turn = holding.next_turn(self.maker, request, tokens, params, protect, hold)
-        turn.sequence, request.sequence, request.hold = request.sequence, None, False
+        turn.take(request.table, request)
+        request.cache, request.hold = None, False
         turn.reserved, request.reserved = request.reserved, None
         self.submit(turn)
         return turn
@@ -227,7 +231,7 @@ class Engine:
 
     def release(self, request: Request) -> None:
         """Give a held request's cache back."""
-        if request.finish_reason is not None and request.sequence is not None:
+        if request.finish_reason is not None and request.cache is not None:
             self.shared.release(request)
             request.hold = False
 
@@ -240,8 +244,7 @@ class Engine:
 
     def fail(self, request: Request, reason: str = "error", error: str | None = None) -> None:
         """End a request at once for a reason of no use to its conversation."""
-        waiting = [each for each in request.samples if each.sequence is None]
-        for each in (request, *waiting):
+        for each in (request, *request.waiting_samples):
             if each.finish_reason is None:
                 self.scheduler.remove(each)
                 each.hold, each.owner, each.error = False, None, error
@@ -336,6 +339,10 @@ class Engine:
         """The most that all requests together ever held, pages and everything beside them."""
         return self.pool.peak_bytes
 
+    def stats(self) -> Stats:
+        """What it holds and has done, for other threads to read."""
+        return read_stats(self.scheduler, self.conversations, self.peak_in_flight)
+
     def check(self) -> None:
         """``pool.check()``, and that nothing is reserved when nothing runs."""
         self.pool.check()
@@ -343,10 +350,9 @@ class Engine:
             assert self.ledger.bytes == 0 and not self.ledger.pages.any(), "a reservation is left"
 
     def _batch(self, plan: Plan) -> Batch:
-        running = [each.sequence for each in plan.decode if each.sequence is not None]
         tokens = [each.output[-1] for each in plan.decode]
         return Batch(
-            running,
+            list(plan.decode),
             torch.tensor(tokens, dtype=torch.int64, device=self.runner.device),
             [work for _, work in plan.prefill],
         )
@@ -359,11 +365,10 @@ class Engine:
         ended = []
         following = 0
         for index, request in enumerate(plan.decode + begun):
-            assert request.sequence is not None
             row, following = following, following + request.rows
             if index < len(plan.decode):
                 assert stepped.decoding is not None
-                self.runner.commit(self.pool, request.sequence, stepped.decoding, row)
+                self.runner.commit(self.pool, request, stepped.decoding, row)
             if request.scoring is not None:
                 request.scoring.add(stepped.logits[row:following], likeliest[row:following])
                 committed.add(request)
@@ -402,22 +407,17 @@ class Engine:
 
     def _split(self, request: Request) -> list[Request]:
         """Begin the further samples of a prompt that is in, on its pages."""
-        sequence = request.sequence
-        assert sequence is not None
-        begun = []
-        for each in request.samples:
-            if each.finish_reason is not None or each.sequence is not None:
-                continue  # aborted meanwhile, or begun before the prompt was computed anew
-            each.sequence = replace(sequence, table=self.pool.fork(sequence.table))
-            each.started, each.reused = request.started, request.reused
+        begun = request.waiting_samples
+        for each in begun:
+            each.take(self.pool.fork(request.table), request)
+            each.reused = request.reused
             each.computed = request.prefill.computed if request.prefill else []
-            each.first_token = time.monotonic()
-            begun.append(each)
+            each.times.started, each.times.first_token = request.times.started, time.monotonic()
         return begun
 
     def _prefilled(self, request: Request, prefill: Prefill, samples: list[Request]) -> None:
         """A prompt is in: what only it needed is given back, and its samples run from now on."""
-        request.first_token = request.first_token or time.monotonic()
+        request.times.first_token = request.times.first_token or time.monotonic()
         request.computed = request.computed or prefill.computed
         request.prefill = None
         if prefill.is_reread:
@@ -428,15 +428,16 @@ class Engine:
 
     def _score_on(self, request: Request, scoring: Scoring) -> bool:
         """Once the context is in, score the continuation on top of it; True when that is done."""
-        assert request.sequence is not None and request.prefill is not None
-        table = request.sequence.table
+        assert request.prefill is not None
+        table = request.table
         if request.kv is None:  # the context is in, nothing else yet
-            request.first_token, request.computed = time.monotonic(), request.prefill.computed
+            request.times.first_token = time.monotonic()
+            request.computed = request.prefill.computed
             request.kv = self.usage(request)
             rest = torch.tensor(scoring.tokens[:-1], dtype=torch.int64, device=self.runner.device)
             if len(rest):
                 reach = [len(rest)] * self.runner.depth
-                request.prefill = Prefill(request.sequence, rest, table.seen_len, reach, True)
+                request.prefill = Prefill(request, rest, table.seen_len, reach, True)
                 return False
         request.prefill = None
         self.scheduler.remove(request)
@@ -459,7 +460,7 @@ class Engine:
 
     def _end(self, request: Request, reason: str) -> None:
         """Count what the request used, then give its pages back (or hold them)."""
-        request.finish_reason, request.ended = reason, time.monotonic()
+        request.finish_reason, request.times.ended = reason, time.monotonic()
         request.status = "finished"
         request.kv = self.usage(request)
         if request.detokenizer and not request.detokenizer.stopped:
@@ -470,8 +471,8 @@ class Engine:
         if request.prefill is not None:
             request.computed, request.prefill = request.computed or request.prefill.computed, None
         keeps = request.owner is not None and reason != "error" and request.lowered_to is None
-        if (request.hold or keeps) and request.sequence is not None:
-            self.ledger.reserve(request, self.ledger.held(request.sequence.table))
+        if (request.hold or keeps) and request.cache is not None:
+            self.ledger.reserve(request, self.ledger.held(request.cache))
             if keeps:
                 self.conversations.keep(request)
             return

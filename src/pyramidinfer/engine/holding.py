@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from pyramidinfer.cache import Pool
 from pyramidinfer.engine.checks import check_count, check_stream, check_tokens
 from pyramidinfer.engine.making import Maker, Spans
 from pyramidinfer.engine.readings import is_long
 from pyramidinfer.engine.request import Request
 from pyramidinfer.engine.shared import Shared
-from pyramidinfer.models.batch import Sequence
 from pyramidinfer.types import SamplingParams, TokenIds
 
 __all__ = ["copy_held", "next_turn", "truncate"]
@@ -21,9 +18,9 @@ def copy_held(pool: Pool, turn: Request) -> None:
     held, turn.onto = turn.onto, None
     if held is None:
         return
-    if held.sequence is None:
+    if held.cache is None:
         raise ValueError(f"request {held.id} holds its cache no longer; nothing can go on from it")
-    turn.sequence = replace(held.sequence, table=pool.fork(held.sequence.table))
+    turn.take(pool.fork(held.cache), held)
 
 
 def next_turn(
@@ -35,16 +32,17 @@ def next_turn(
     hold: bool,
 ) -> Request:
     """What goes on with a held request, checked; it has no cache yet."""
-    old, shared = _held(request), maker.shared
+    _check_held(request)
+    old, shared = request.table, maker.shared
     check_tokens(tokens, shared.runner.vocab_size)
     text = request.prompt + request.output + list(tokens)
     spans = [*request.protect, *protect]
-    turn = maker.make(text, params, request.policy, spans, hold, old.table, None, 1)
+    turn = maker.make(text, params, request.policy, spans, hold, old, None, 1)
     if shared.is_endless(request.policy, len(text)):  # its rotary positions begin again
-        limit = shared.runner.streaming.limit(old.is_long)
-        check_stream(len(tokens) + 1, int(old.table.kept.max()), limit)
-    elif not old.is_long and is_long(
-        shared.runner, request.policy, len(text) - old.table.seen_len, len(text), turn.max_new
+        limit = shared.runner.streaming.limit(request.is_long)
+        check_stream(len(tokens) + 1, int(old.kept.max()), limit)
+    elif not request.is_long and is_long(
+        shared.runner, request.policy, len(text) - old.seen_len, len(text), turn.max_new
     ):
         raise ValueError(
             "the text outgrows the rotary range its cache was made for; start a new request"
@@ -53,19 +51,19 @@ def next_turn(
     return turn
 
 
-def _held(request: Request) -> Sequence:
-    """What a held request holds; ``ValueError`` where it holds nothing."""
-    if not request.hold or request.sequence is None or request.finish_reason is None:
+def _check_held(request: Request) -> None:
+    """``ValueError`` where a request holds no cache."""
+    if not request.hold or request.cache is None or request.finish_reason is None:
         raise ValueError(f"request {request.id} holds no cache; add it with hold=True")
-    return request.sequence
 
 
 def truncate(shared: Shared, request: Request, seen_len: int) -> None:
     """See :meth:`Engine.truncate`."""
-    sequence, runner, pool = _held(request), shared.runner, shared.pool
-    table, seen_len = sequence.table, check_count("seen_len", seen_len)
+    _check_held(request)
+    table, runner, pool = request.table, shared.runner, shared.pool
+    seen_len = check_count("seen_len", seen_len)
     for layer, shape in enumerate(runner.shapes):
-        if shape.window is None or sequence.layers.governed[layer] or seen_len < 1:
+        if shape.window is None or request.layers.governed[layer] or seen_len < 1:
             continue
         oldest = int(pool.positions(table, layer).min())
         if oldest > max(0, seen_len - shape.window + 1):
@@ -77,7 +75,7 @@ def truncate(shared: Shared, request: Request, seen_len: int) -> None:
     table.state = request.policy.truncated(table.state, table.kept.tolist())
     if request.policy.streams:
         runner.streaming.forget(table)
-        runner.streaming.close_gaps(pool, sequence)
+        runner.streaming.close_gaps(pool, request)
     request.prompt, request.output = (request.prompt + request.output)[:seen_len], []
     request.protect = tuple(
         (start, min(stop, seen_len)) for start, stop in request.protect if start < seen_len

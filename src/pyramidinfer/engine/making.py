@@ -51,6 +51,7 @@ class Maker:
         on: Table | None,
         scoring: Scoring | None,
         samples: int,
+        owner: str | None = None,
     ) -> Request:
         """See :meth:`Engine.make`; ``policy`` is checked already."""
         shared, runner = self.shared, self.shared.runner
@@ -90,23 +91,23 @@ class Maker:
                     params.skip_special_tokens,
                 )
             return Request(
-                next(self._ids),
-                list(prompt),
-                params,
-                max_new,
-                policy,
-                cost,
-                likely,
-                spans,
-                hold,
-                text,
-                frozenset(stops),
+                id=next(self._ids),
+                prompt=list(prompt),
+                params=params,
+                max_new=max_new,
+                policy=policy,
+                cost=cost,
+                likely=likely,
+                protect=spans,
+                hold=hold,
+                detokenizer=text,
+                stop_ids=frozenset(stops),
                 scoring=scoring,
+                owner=owner,
                 constraint=constraint.copy() if constraint else None,
             )
 
         request = one(params)
-        request.prompt_top = params.prompt_logprobs
         for index in range(1, samples):
             seed = None if params.seed is None else (params.seed + index) % 2**63
             request.samples.append(one(replace(params, seed=seed)))
@@ -175,8 +176,7 @@ def costs_of(
 def cost_from_held(shared: Shared, request: Request, samples: list[Request]) -> None:
     """A request whose text was cut by one threshold for all layers: what each of them keeps was not
     known before, so what it needs from here on is told by what it holds."""
-    assert request.sequence is not None
-    kept = request.sequence.table.kept
+    kept = request.table.kept
 
     def from_here(cost: Cost, generated: int) -> Cost:
         most = cost.after_prefill

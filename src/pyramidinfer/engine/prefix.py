@@ -47,7 +47,7 @@ class Prefix:
 
     def held_by(self, engine: Engine) -> Request:
         """The request that holds the cache; ``ValueError`` if it is released or another model's."""
-        if self._request.sequence is None:
+        if self._request.cache is None:
             raise ValueError(
                 f"{self!r} was released, so nothing can go on from it; call prefill again"
             )

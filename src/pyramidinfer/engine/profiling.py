@@ -196,7 +196,9 @@ def watch(
     nothing = torch.zeros(0, dtype=torch.int64, device=runner.device)
     table = pool.new_table(length)
     protected = torch.zeros(length, dtype=torch.bool, device=runner.device)
-    sequence = Sequence(table, watching, layers, protected, far)
+    sequence = Sequence(
+        policy=watching, cache=table, layers=layers, protected=protected, is_long=far
+    )
     tokens, again = (torch.tensor(each, device=runner.device) for each in (passage, repeated))
     prefill = Prefill(sequence, tokens, 0, [length] * runner.depth, readings=[again])
     try:

@@ -127,11 +127,10 @@ class Recompression:
     def __init__(
         self, shared: Shared, conversations: Conversations, reader: KVzip, held: Request
     ) -> None:
-        assert held.sequence is not None
         self.shared, self.conversations, self.reader = shared, conversations, reader
         self.held, self.work = held, 0
         self.reserved: Cost | None = None
-        runner, length = shared.runner, held.sequence.table.seen_len
+        runner, length = shared.runner, held.table.seen_len
         text = held.text[:length]
         protected = torch.zeros(length, dtype=torch.bool, device=runner.device)
         for start, stop in held.protect:
@@ -139,21 +138,23 @@ class Recompression:
         layers = runner.layers_for(length + 1)
         policy = self._policy(layers, protected)
         cost = shared.ledger.cost(policy, length, 1, layers, int(protected.sum()))
-        if is_long(runner, policy, length, length, 1) != held.sequence.is_long:
+        if is_long(runner, policy, length, length, 1) != held.is_long:
             raise ValueError("read again, it would have other rotary positions")
         if not shared.ledger.fits(cost):
             raise ValueError(f"it takes {cost.bytes} bytes for a while, more than are free")
         again = shared.readings(policy, text, 0, 1)
         tokens, reach = torch.tensor(text, device=runner.device), [length] * layers.count
         table = shared.pool.new_table(length)
-        sequence = Sequence(table, policy, layers, protected, held.sequence.is_long)
+        sequence = Sequence(
+            policy=policy, cache=table, layers=layers, protected=protected, is_long=held.is_long
+        )
         self.prefill = Prefill(sequence, tokens, 0, reach, readings=again)
         shared.ledger.reserve(self, cost)
 
     def _policy(self, layers: Layers, protected: Tensor) -> _Recut:
         """What chooses the entries; ``ValueError`` where there is nothing to choose."""
-        old, held, reader = self.held.policy, self.held.sequence, self.reader
-        assert held is not None
+        held, reader = self.held, self.reader
+        old = held.policy
         if old.reads_again or old.uses_scores or old.streams:
             raise ValueError(f"entries of policy {old.name!r} cannot be exchanged")
         if held.table.seen_len < reader.min_text:
@@ -187,15 +188,13 @@ class Recompression:
 
     def drop(self) -> None:
         """Give back what was taken; the held cache is as it was, or the new one by now."""
-        held, table = self.held.sequence, self.prefill.sequence.table
-        if held is None or held.table is not table:
+        table = self.prefill.sequence.table
+        if self.held.cache is not table:
             self.shared.pool.release(table)
         self.shared.ledger.reserve(self, None)
 
     def _exchange(self) -> None:
-        held, table = self.held.sequence, self.prefill.sequence.table
-        assert held is not None
-        old = held.table
+        old, table = self.held.table, self.prefill.sequence.table
         table.state, table.ring, table.peak_bytes = old.state, old.ring, old.peak_bytes
         self.shared.pool.note_overhead(table)
         self.conversations.exchange(self.held, table)
@@ -206,7 +205,7 @@ def recompress(
     shared: Shared, conversations: Conversations, reader: KVzip, request: Request
 ) -> bool:
     """See :meth:`Engine.recompress`."""
-    if request.sequence is None or request.finish_reason is None:
+    if request.cache is None or request.finish_reason is None:
         raise ValueError(f"request {request.id} holds no cache; add it with hold=True")
     try:
         recompression = Recompression(shared, conversations, reader, request)

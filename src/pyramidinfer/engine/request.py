@@ -13,10 +13,9 @@ from pyramidinfer.cache.pool import Exported
 from pyramidinfer.engine.memory import Cost
 from pyramidinfer.engine.text import Detokenizer
 from pyramidinfer.models.batch import Prefill, Sequence
-from pyramidinfer.policies import Policy
 from pyramidinfer.types import KVUsage, Logprob, SamplingParams, TokenIds, accumulate_dtype
 
-__all__ = ["Constraint", "Preempted", "Request", "Scoring", "Status"]
+__all__ = ["Constraint", "Preempted", "Request", "Scoring", "Status", "Times"]
 
 #: Where a request stands: not queued yet, in one of the scheduler's queues, or at its end.
 Status = Literal["made", "waiting", "prefilling", "running", "preempted", "finished"]
@@ -73,11 +72,23 @@ class Preempted(NamedTuple):
     wanted: Cost
 
 
-@dataclass(slots=True, eq=False)
-class Request:
-    """Mutable state of one request; only the engine changes it.
+@dataclass(slots=True, eq=False, kw_only=True)
+class Times:
+    """When a request arrived, began, got its first token and ended (``time.monotonic``, None: not
+    yet)."""
 
-    ``status``: where it stands.
+    arrived: float = field(default_factory=time.monotonic)
+    started: float | None = None
+    first_token: float | None = None
+    ended: float | None = None
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Request(Sequence):
+    """A request: what was asked, its cache, where it stands and what it produced.  Only the engine
+    changes it.
+
+    ``status``: where it stands;  ``cache``: while it has pages in the pool.
     ``cost``: the most it may need;  ``likely``: what must be reserved for it to begin (the same,
     unless memory is overcommitted);  ``reserved``: what the ledger counts for it now.
     ``prompt``: every token taken in so far (extended turns and fed answers included);
@@ -91,7 +102,6 @@ class Request:
     same owner that goes on with it (None: no reuse).  ``reused``: tokens of its cache, and
     ``reused_entries`` over all layers.
     ``constraint``: what its next token may be, where its answer has a given form.
-    ``prompt_top``: log-probabilities of the prompt with so many likeliest tokens are wanted.
     ``stop_ids``: tokens that end it besides the model's own: ids, and stop strings that are one.
     ``error``: what went wrong, where ``finish_reason`` is ``"error"``.
     ``preempted``: where its cache is meanwhile, since it holds nothing in the pool;
@@ -102,16 +112,14 @@ class Request:
     prompt: TokenIds
     params: SamplingParams
     max_new: int
-    policy: Policy
     cost: Cost
     likely: Cost
     protect: tuple[tuple[int, int], ...] = ()
     hold: bool = False
-    status: Status = field(default="made", kw_only=True)
+    status: Status = "made"
     detokenizer: Detokenizer | None = None
     stop_ids: frozenset[int] = frozenset()
     reserved: Cost | None = None
-    sequence: Sequence | None = None
     prefill: Prefill | None = None
     scoring: Scoring | None = None
     output: TokenIds = field(default_factory=list)
@@ -119,10 +127,7 @@ class Request:
     finish_reason: str | None = None
     processors: Any = None
     generator: torch.Generator | None = None
-    arrived: float = field(default_factory=time.monotonic)
-    started: float | None = None
-    first_token: float | None = None
-    ended: float | None = None
+    times: Times = field(default_factory=Times)
     computed: list[int] = field(default_factory=list)
     kv: KVUsage | None = None
     samples: list[Request] = field(default_factory=list)
@@ -132,7 +137,6 @@ class Request:
     reused: int = 0
     reused_entries: float = 0.0
     leads: bool = True  # False for one of another's samples
-    prompt_top: int | None = None
     prompt_logprobs: list[Logprob] = field(default_factory=list)
     error: str | None = None
     preempted: Preempted | None = None
@@ -146,7 +150,18 @@ class Request:
     @property
     def width(self) -> int:
         """Requests in flight that this one stands for: itself, and samples that wait for it."""
-        return 1 + sum(each.sequence is None for each in self.samples if not each.finish_reason)
+        return 1 + len(self.waiting_samples)
+
+    @property
+    def waiting_samples(self) -> list[Request]:
+        """Samples that begin once this one's prompt is in."""
+        return [each for each in self.samples if each.status == "made"]
+
+    @property
+    def prompt_top(self) -> int | None:
+        """How many of the likeliest tokens are wanted of each place in the prompt; None: nothing
+        is."""
+        return self.params.prompt_logprobs if self.leads else None
 
     @property
     def rows(self) -> int:

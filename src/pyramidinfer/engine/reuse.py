@@ -78,8 +78,8 @@ class Conversations:
 
     def _count(self, held: Request, sign: int) -> None:
         """Count what a cache holds in or out."""
-        assert held.sequence is not None and held.reserved is not None
-        table, pool = held.sequence.table, self.shared.pool
+        assert held.reserved is not None
+        table, pool = held.table, self.shared.pool
         self._pages = self._pages + sign * held.reserved.pages
         self._bytes += sign * held.reserved.bytes
         for layer, group in enumerate(pool.group_of.tolist()):
@@ -91,12 +91,11 @@ class Conversations:
     def exchange(self, request: Request, table: Table) -> None:
         """Have a held request, of the caller's or of these, hold ``table`` in the place of its own,
         which is given back."""
-        assert request.sequence is not None
         is_counted = request in self._digests
         if is_counted:
             self._count(request, -1)
-        self.shared.pool.release(request.sequence.table)
-        request.sequence.table = table
+        self.shared.pool.release(request.table)
+        request.cache = table
         self.shared.ledger.reserve(request, self.shared.ledger.held(table))
         if is_counted:
             self._count(request, 1)
@@ -104,7 +103,7 @@ class Conversations:
     def reuse(self, request: Request) -> bool:
         """Give a waiting request the held cache that its text goes on with, the longest first, if
         what is added then fits."""
-        if request.owner is None or request.sequence is not None or request.prompt_top is not None:
+        if request.owner is None or request.cache is not None or request.prompt_top is not None:
             return False
         return any(self._reuse(request, held) for held in self._beginnings(request))
 
@@ -152,16 +151,14 @@ class Conversations:
 
     def _reuse(self, request: Request, held: Request) -> bool:
         """Give a held cache to a request, if what is added to it then fits."""
-        shared, sequence = self.shared, held.sequence
-        assert sequence is not None
-        table, length = sequence.table, len(request.prompt)
+        shared, table, length = self.shared, held.table, len(request.prompt)
         if shared.is_endless(request.policy, length):
-            limit = shared.runner.streaming.limit(sequence.is_long)
+            limit = shared.runner.streaming.limit(held.is_long)
             try:
                 check_stream(length - table.seen_len + 1, int(table.kept.max()), limit)
             except ValueError:
                 return False
-        elif sequence.is_long != is_long(
+        elif held.is_long != is_long(
             shared.runner, request.policy, length - table.seen_len, length, request.max_new
         ):
             return False
@@ -185,7 +182,8 @@ class Conversations:
         request.reused, request.reused_entries = table.seen_len, table.layer_tokens
         for each in (request, *request.samples):
             each.cost, each.likely = most, likely
-        request.sequence, held.sequence = sequence, None
+        request.take(table, held)
+        held.cache = None
         request.reserved, held.reserved = held.reserved, None
         self.hits, self.reused_tokens = self.hits + 1, self.reused_tokens + table.seen_len
         return True
@@ -200,8 +198,7 @@ class Conversations:
 
 def _length(held: Request) -> int:
     """Tokens that a held cache has seen."""
-    assert held.sequence is not None
-    return held.sequence.table.seen_len
+    return held.table.seen_len
 
 
 def _digests(owner: str, text: TokenIds, lengths: list[int]) -> Iterator[bytes]:

@@ -37,7 +37,7 @@ from pyramidinfer.engine.memory import Cost
 from pyramidinfer.engine.request import Preempted, Request
 from pyramidinfer.engine.reuse import Conversations
 from pyramidinfer.engine.shared import Shared
-from pyramidinfer.models.batch import Sequence, Work
+from pyramidinfer.models.batch import Work
 from pyramidinfer.types import KVUsage
 
 __all__ = ["Counts", "Plan", "Scheduler"]
@@ -122,7 +122,7 @@ class Scheduler:
         for request in [*self.preempted, *self.waiting]:
             if self.in_flight + request.width > self.config.max_requests:
                 break
-            if blocked and (request.sequence is None or request.status == "preempted"):
+            if blocked and request.cache is None:
                 continue
             if not self._reserve(request):
                 blocked = True
@@ -179,20 +179,17 @@ class Scheduler:
 
     def _resume(self, request: Request) -> None:
         """Bring a preempted request back into the pool."""
-        shared, gone, sequence = self.shared, request.preempted, _sequence(request)
+        shared, gone = self.shared, request.preempted
         assert gone is not None
+        request.preempted = None
         if gone.cache is None:
-            sequence.table = self.pool.new_table(len(request.text))
-            request.preempted = None
-            sequence.table.state = request.policy.start(sequence.layers)
             shared.start(request)
         else:
-            sequence.table = self.pool.import_(gone.cache)
-            request.preempted = None
+            request.cache = self.pool.import_(gone.cache)
             if request.prefill is not None:
                 request.prefill.move(shared.runner.device)
-                sequence.table.transient_bytes = request.prefill.transient_bytes
-            self.pool.note_peak(sequence.table)
+                request.cache.transient_bytes = request.prefill.transient_bytes
+            self.pool.note_peak(request.cache)
         self.counts.resumed += 1
 
     # --- a step -------------------------------------------------------------------------------
@@ -243,7 +240,7 @@ class Scheduler:
         """Those that the next step may take beyond their reservation."""
         if not self.running:
             return []
-        kept = np.stack([_sequence(each).table.kept for each in self.running])  # [R, layers, heads]
+        kept = np.stack([each.table.kept for each in self.running])  # [R, layers, heads]
         need = (kept // self.pool.page_size + 1).sum(2) @ self._member
         reserved = np.stack([each.reserved.pages for each in self.running if each.reserved])
         return [self.running[row] for row in np.nonzero((need > reserved).any(1))[0]]
@@ -259,7 +256,7 @@ class Scheduler:
 
     def _after(self, request: Request, steps: int) -> Cost:
         """What a decoding request may need for so many tokens more."""
-        kept, most = _sequence(request).table.kept, _decode_cost(request)
+        kept, most = request.table.kept, _decode_cost(request)
         assert most.entries is not None
         entries = np.maximum(kept + 1, np.minimum(kept + steps, most.entries))
         return self.ledger.decode_cost(entries, most.overhead)
@@ -296,20 +293,20 @@ class Scheduler:
 
     def _lower(self, request: Request, floor: float) -> bool:
         """Lower a request's ``keep`` until some layer is held to less, and evict at once."""
-        runner, sequence, keep = self.shared.runner, _sequence(request), _keep(request)
+        runner, table, keep = self.shared.runner, request.table, _keep(request)
         found = None
         while keep > floor and found is None:
             keep = max(floor, round(STEP * keep, 4))
-            found = request.policy.tightened(keep, sequence.table.state, sequence.layers)
+            found = request.policy.tightened(keep, table.state, request.layers)
         if found is None:
             return False
-        sequence.policy, sequence.table.state = found
-        request.policy, request.lowered_to, sequence.idle = found[0], keep, 0
-        runner.evict_now(self.pool, sequence)
+        request.policy, table.state = found
+        request.lowered_to, request.idle = keep, 0
+        runner.evict_now(self.pool, request)
         most = _decode_cost(request)
         assert most.entries is not None
-        forecast = found[0].forecast(len(request.prompt), request.max_new, sequence.layers)
-        kept = forecast.by_head(runner.kv_heads) + int(sequence.protected.sum())
+        forecast = request.policy.forecast(len(request.prompt), request.max_new, request.layers)
+        kept = forecast.by_head(runner.kv_heads) + int(request.protected.sum())
         entries = np.minimum(most.entries, kept)
         request.cost = request.cost._replace(
             after_prefill=self.ledger.decode_cost(entries, most.overhead)
@@ -321,14 +318,13 @@ class Scheduler:
     def _preempt(self) -> None:
         """Take the youngest request out of the pool."""
         request = max((*self.prefilling, *self.running), key=_age)
-        sequence = _sequence(request)
         self.moving = request
         gone = self._recompute(request) or self._moved(request)
         self.remove(request)
         self.preempted.append(request)
         self.preempted.sort(key=_age)
-        request.preempted, request.status = gone, "preempted"
-        self.pool.release(sequence.table)
+        self.pool.release(request.table)
+        request.cache, request.preempted, request.status = None, gone, "preempted"
         self.ledger.reserve(request, None)
         self.moving = None
 
@@ -337,7 +333,7 @@ class Scheduler:
         kv, wanted = self._usage(request), request.likely
         if request.prefill is None:
             wanted = self._expected(request)
-        gone = Preempted(self.pool.export(_sequence(request).table), kv, wanted)
+        gone = Preempted(self.pool.export(request.table), kv, wanted)
         if request.prefill is not None:
             request.prefill.move("cpu")
         self.counts.swapped += 1
@@ -357,7 +353,7 @@ class Scheduler:
         if not self.ledger.ever_fits(most):  # a longer text than the prompt it began with
             return None
         kv = self._usage(request)
-        for each in (request, *(each for each in request.samples if each.sequence is None)):
+        for each in (request, *request.waiting_samples):
             each.cost, each.likely = most, likely
         if request.output:
             self.counts.recomputed += 1
@@ -378,11 +374,6 @@ def _grant(works: list[Work], budget: int) -> int:
         work.budget += more
         budget -= more
     return budget
-
-
-def _sequence(request: Request) -> Sequence:
-    assert request.sequence is not None
-    return request.sequence
 
 
 def _decode_cost(request: Request) -> Cost:

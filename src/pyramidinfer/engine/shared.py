@@ -19,7 +19,6 @@ from pyramidinfer.engine.request import Request
 from pyramidinfer.engine.sampler import read_prompt
 from pyramidinfer.engine.text import head_of
 from pyramidinfer.models import ModelRunner, Prefill
-from pyramidinfer.models.batch import Sequence
 from pyramidinfer.policies import Policy
 from pyramidinfer.types import TokenIds
 
@@ -47,9 +46,9 @@ class Shared:
 
     def release(self, request: Request) -> None:
         """Give back whatever a request has in the pool, and its reservation."""
-        if request.sequence is not None and request.sequence.table in self.pool.tables:
-            self.pool.release(request.sequence.table)
-        request.sequence = request.preempted = None
+        if request.cache in self.pool.tables:
+            self.pool.release(request.table)
+        request.cache = request.preempted = None
         self.ledger.reserve(request, None)
 
     def is_endless(self, policy: Policy, length: int) -> bool:
@@ -64,34 +63,35 @@ class Shared:
 
     def start(self, request: Request) -> None:
         """Give an admitted request its table, and put its prompt at the first layer."""
-        if request.started is None:
-            request.started = time.monotonic()
-        runner, device = self.runner, self.runner.device
-        layers = runner.layers_for(len(request.prompt) + request.max_new)
-        sequence = request.sequence or self._new_sequence(request)
-        request.sequence, sequence.layers = sequence, layers
+        if request.times.started is None:
+            request.times.started = time.monotonic()
+        runner, device, length = self.runner, self.runner.device, len(request.prompt)
+        layers = request.layers = runner.layers_for(length + request.max_new)
+        if request.cache is None:
+            request.cache = self.pool.new_table(len(request.text))
+            request.cache.state = request.policy.start(layers)
+            request.is_long = is_long(runner, request.policy, length, length, request.max_new)
         scored = len(request.scoring.tokens) if request.scoring else 0
-        size = len(request.prompt) + scored
-        sequence.protected = torch.arange(size, device=device) >= len(request.prompt)
+        request.protected = torch.arange(length + scored, device=device) >= length
         for start, stop in request.protect:
-            sequence.protected[start:stop] = True
-        table, shape = sequence.table, runner.shapes[0]
+            request.protected[start:stop] = True
+        table, shape = request.table, runner.shapes[0]
         new = request.text[table.seen_len :]
         if request.policy.streams:
-            runner.streaming.make_room(self.pool, sequence, len(new))
+            runner.streaming.make_room(self.pool, request, len(new))
         rows = request.policy.ring(len(new) + int(table.longest[layers.first]), request.max_new)
         if rows and not request.scoring:
             table.ring = Ring.empty(
                 runner.depth, rows, shape.heads, shape.key_dim, runner.dtype, device
             )
         forecast = request.policy.forecast(len(new), request.max_new, layers)
-        extra = int(sequence.protected.sum()) - scored
+        extra = int(request.protected.sum()) - scored
         reach = [min(len(new), count + extra) for count in forecast.reach]
         reader = None
         if request.prompt_top is not None and not request.output:
             request.prompt_logprobs, reader = [], partial(read_prompt, request)
         request.prefill = Prefill(
-            sequence,
+            request,
             torch.tensor(new, device=device),
             table.seen_len,
             reach,
@@ -102,21 +102,12 @@ class Shared:
 
     def start_again(self, request: Request) -> None:
         """Begin a prompt anew that was interrupted; nothing was in its cache before."""
-        assert request.sequence is not None
-        table = request.sequence.table
+        table = request.table
         self.pool.retract(table, np.zeros_like(table.kept))
         table.seen_len, table.transient_bytes = 0, 0
         self.pool.note_overhead(table)
-        table.state = request.policy.start(request.sequence.layers)
+        table.state = request.policy.start(request.layers)
         self.start(request)
-
-    def _new_sequence(self, request: Request) -> Sequence:
-        length = len(request.prompt)
-        layers = self.runner.layers_for(length + request.max_new)
-        table = self.pool.new_table(length)
-        table.state = request.policy.start(layers)
-        far = is_long(self.runner, request.policy, length, length, request.max_new)
-        return Sequence(table, request.policy, layers, torch.zeros(0, dtype=torch.bool), far)
 
     def readings(self, policy: Policy, text: TokenIds, seen: int, max_new: int) -> list[Tensor]:
         """What is read behind a text of which all but the first ``seen`` tokens are about to be

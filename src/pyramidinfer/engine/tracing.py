@@ -35,19 +35,19 @@ def trace(
         return _run(engine, request, max_tokens)
     finally:
         engine.ledger.reserve(request, None)
-        if request.sequence is not None:
-            engine.pool.release(request.sequence.table)
+        if request.cache is not None:
+            engine.pool.release(request.cache)
 
 
 def _run(engine: Engine, request: Request, max_tokens: int) -> Trace:
     pool, runner = engine.pool, engine.runner
     engine.shared.start(request)
-    sequence, prefill = request.sequence, request.prefill
-    assert sequence is not None and prefill is not None
+    prefill = request.prefill
+    assert prefill is not None
     nothing = torch.empty(0, dtype=torch.int64, device=runner.device)
     work = Work(prefill, prefill.work_left)
     logits = runner.forward(pool, Batch([], nothing, [work])).logits[0]
-    prefill_logits, table = logits, sequence.table
+    prefill_logits, table = logits, request.table
 
     def positions() -> list[list[Tensor]]:
         return [
@@ -59,9 +59,9 @@ def _run(engine: Engine, request: Request, max_tokens: int) -> Trace:
     for _ in range(max_tokens):
         tokens.append(int(logits.argmax()))
         fed = torch.tensor([tokens[-1]], device=runner.device)
-        stepped = runner.forward(pool, Batch([sequence], fed, []))
+        stepped = runner.forward(pool, Batch([request], fed, []))
         assert stepped.decoding is not None
-        runner.commit(pool, sequence, stepped.decoding, 0)
+        runner.commit(pool, request, stepped.decoding, 0)
         logits = stepped.logits[0]
         lengths.append(table.kept.tolist())
     return Trace(

@@ -23,31 +23,29 @@ class Undo:
         self.shared, self.plan = shared, plan
         self.ran = False
         self.committed: set[Request] = set()
-        tables = [each.sequence.table for each in plan.decode if each.sequence is not None]
+        tables = [each.table for each in plan.decode]
         self.before = [(table.kept.copy(), table.seen_len) for table in tables]
-        self.samples = [
-            each for request, _ in plan.prefill for each in request.samples if each.sequence is None
-        ]
+        self.samples = [each for request, _ in plan.prefill for each in request.waiting_samples]
 
     def roll_back(self) -> Iterator[Request]:
         """Bring every request of the plan that was not committed into a state to go on from; those
         for which there is none are to be aborted."""
         pool = self.shared.pool
         for request, (kept, seen_len) in zip(self.plan.decode, self.before, strict=True):
-            if request in self.committed or request.sequence is None:
+            if request in self.committed or request.cache is None:
                 continue
-            table = request.sequence.table
+            table = request.cache
             if table.seen_len == seen_len:
                 pool.retract(table, kept)
             else:  # entries are evicted already, and its token is lost
                 yield request
         for sample in self.samples:  # one that has pages and no token cannot go on
-            if sample.sequence is not None and sample not in self.committed:
+            if sample.cache is not None and sample not in self.committed:
                 yield sample
         for request, work in self.plan.prefill:
             if request in self.committed or (self.ran and not work.prefill.finished):
                 continue
-            if work.prefill.first or request.sequence is None:
+            if work.prefill.first or request.cache is None:
                 yield request
             else:
                 self.shared.start_again(request)

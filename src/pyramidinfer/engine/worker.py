@@ -149,6 +149,7 @@ class AsyncEngine:
         self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._live: list[Stream] = []
         self._arriving = 0
+        self.stats = engine.stats()  # the engine as it was when this thread last looked
         self._stopping = False
         self.died = False  # ended by something raised, not by ``stop``
         self._last_end = time.monotonic()
@@ -186,7 +187,7 @@ class AsyncEngine:
     @property
     def waiting(self) -> int:
         """Requests that have not begun."""
-        return self._arriving + len(self.engine.scheduler.waiting)
+        return self._arriving + self.stats.waiting
 
     def tell(self, command: Callable[[], None]) -> None:
         """Have the engine's thread do something between two steps."""
@@ -228,17 +229,19 @@ class AsyncEngine:
 
     def _begin(self, stream: Stream, leaders: list[Request]) -> None:
         self._live.append(stream)
-        with self._lock:
-            self._arriving -= len(leaders)
-        if self.died:
-            return
         try:
-            for leader in leaders:
-                self.engine.submit(leader)
+            if not self.died:
+                for leader in leaders:
+                    self.engine.submit(leader)
         except Exception as error:
             log.exception("a request could not be queued")
             for each in stream.requests:
                 self.engine.fail(each, error=f"{type(error).__name__}: {error}")
+        finally:
+            with self._lock:
+                self._arriving -= len(leaders)
+                if not self.died:
+                    self.stats = self.engine.stats()
 
     def abort(self, stream: Stream) -> None:
         """End a stream's requests at once (the engine's thread only; see ``Stream.close``)."""
@@ -390,7 +393,7 @@ class AsyncEngine:
                 told = stream.again or old.output or old.samples or not old.leads
                 if old.reused and not told:
                     each.request = self.engine.make(old.prompt, old.params, policy=old.policy)
-                    each.request.arrived = old.arrived
+                    each.request.times.arrived = old.times.arrived
                     stream.again = True
                     self.engine.submit(each.request)
                     continue
@@ -403,12 +406,14 @@ class AsyncEngine:
             if now - stream.arrived > stream.timeout:
                 self._end(stream, "timeout")
             elif now - stream.arrived > self.queue_timeout and all(
-                request.started is None for request in stream.requests
+                request.times.started is None for request in stream.requests
             ):
                 self._end(stream, "queue_timeout")
 
     def _publish(self) -> None:
-        """Tell every stream what its requests got since it was told last."""
+        """Tell every stream what its requests got since it was told last, and whoever asks how the
+        engine is."""
+        self.stats = self.engine.stats()
         told: dict[asyncio.AbstractEventLoop, list[tuple[Stream, Update]]] = {}
         for stream in self._live:
             for index, each in enumerate(stream.followed):

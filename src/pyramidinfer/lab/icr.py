@@ -119,11 +119,10 @@ def measure_passage(
     params = SamplingParams(max_tokens=1, ignore_eos=True)
     held = engine.make(passage.context[:-1], params, hold=True)
     engine.run([held])
-    assert held.sequence is not None
-    state, rows = held.sequence.table.state, []
+    state, rows = held.table.state, []
     try:
         longest = len(passage.context) + len(passage.continuation)
-        if engine.runner.rotary.is_long(longest - 1) and not held.sequence.is_long:
+        if engine.runner.rotary.is_long(longest - 1) and not held.is_long:
             raise ValueError(
                 f"the model's rotary positions change between {len(passage.context)} and {longest} "
                 f"tokens; choose a --context on one side"
@@ -192,8 +191,7 @@ def _continue(
     engine: Engine, held: Request, passage: Passage, kept: tuple[int, Tensor] | None
 ) -> Scoring:
     """Score the continuation on a copy of a held cache, of which one layer is pruned first."""
-    assert held.sequence is not None
-    table = engine.pool.fork(held.sequence.table)
+    table = engine.pool.fork(held.table)
     scoring = Scoring(passage.continuation, keep_logits=True)
     try:
         if kept is not None:
@@ -204,7 +202,7 @@ def _continue(
     except BaseException:
         engine.pool.release(table)
         raise
-    request.sequence = replace(held.sequence, table=table)
+    request.take(table, held)
     engine.run([request])
     return scoring
 

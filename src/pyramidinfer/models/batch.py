@@ -19,22 +19,42 @@ __all__ = ["OFFSET", "Batch", "Prefill", "Sequence", "Work"]
 OFFSET = "streaming.offset"
 
 
-@dataclass(slots=True, eq=False)
-class Sequence:
-    """A request's cache and what decides about it.
+NO_LAYERS = Layers(())
 
-    ``protected``: bool ``[text]``, tokens no policy may drop (generated ones never are);
-    ``is_long``: rotary regime, fixed at admission; ``prompt_len``: length of the text last taken
-    in;  ``idle``: steps for which the policy need not be asked whether to evict.
+
+def _nothing_protected() -> Tensor:
+    return torch.zeros(0, dtype=torch.bool)
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Sequence:
+    """A cache and what decides about it: what the layer loop knows of a request.
+
+    ``cache``: None while it has none in the pool;  ``protected``: bool ``[text]``, tokens no policy
+    may drop (generated ones never are);  ``is_long``: rotary regime, fixed at admission;
+    ``prompt_len``: length of the text last taken in;  ``idle``: steps for which the policy need not
+    be asked whether to evict.
     """
 
-    table: Table
     policy: Policy
-    layers: Layers
-    protected: Tensor
+    cache: Table | None = None
+    layers: Layers = NO_LAYERS
+    protected: Tensor = field(default_factory=_nothing_protected)
     is_long: bool = False
     prompt_len: int = 0
     idle: int = 0
+
+    @property
+    def table(self) -> Table:
+        """Its cache, where it must have one."""
+        assert self.cache is not None, "it has no cache in the pool"
+        return self.cache
+
+    def take(self, cache: Table, of: Sequence) -> None:
+        """Go on with a cache that was made for another one, under the other one's policy."""
+        self.cache, self.policy, self.layers = cache, of.policy, of.layers
+        self.protected, self.is_long = of.protected, of.is_long
+        self.prompt_len, self.idle = of.prompt_len, of.idle
 
     @property
     def offset(self) -> int:

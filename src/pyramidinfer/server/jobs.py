@@ -154,19 +154,17 @@ class Jobs:
         param = "messages" if isinstance(body, ChatRequest) else "prompt"
         most = self._max_tokens(prompt, wanted, policy, param, body.min_tokens)
         params = self._params(body, most, top, self._prompt_top(body, len(prompt), policy))
+        reuse = body.compression is None or body.compression.reuse
+        reuse = reuse and params.prompt_logprobs is None  # a cache that is reused gives no logits
+        owner = owner if reuse else None
         try:
-            request = self.engine.make(prompt, params, policy=policy, samples=body.n or 1)
+            return self.engine.make(prompt, params, policy=policy, samples=body.n or 1, owner=owner)
         except ContextLengthError as error:
             raise self._too_long(param, f"{error}.") from None
         except GrammarError as error:
             raise ApiError(400, str(error), param=next(iter(body.forms))) from None
         except ValueError as error:
             raise ApiError(400, str(error)) from None
-        reuse = body.compression is None or body.compression.reuse
-        reuse = reuse and request.prompt_top is None  # a cache that is reused gives no logits
-        for each in (request, *request.samples):
-            each.owner = owner if reuse else None
-        return request
 
     def _params(
         self, body: Generation, max_tokens: int, top: int | None, prompt_top: int | None

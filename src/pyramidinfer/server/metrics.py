@@ -177,18 +177,19 @@ class Metrics:
         self._generated.inc()
         if since is not None:
             self._between.observe(since)
-        elif request.first_token is not None:
-            self._first.observe(request.first_token - request.arrived)
+        elif request.times.first_token is not None:
+            self._first.observe(request.times.first_token - request.times.arrived)
 
     def ended(self, request: Request, reason: str) -> None:
         """See ``engine.worker.Observer``."""
         self._success.labels(self.model, reason).inc()
         self._output_sizes.observe(len(request.output))
-        if request.ended is not None:
-            self._whole.observe(request.ended - request.arrived)
-        if request.started is None or request.kv is None or not request.kv.seen_len:
+        times = request.times
+        if times.ended is not None:
+            self._whole.observe(times.ended - times.arrived)
+        if times.started is None or request.kv is None or not request.kv.seen_len:
             return
-        self._queue.observe(request.started - request.arrived)
+        self._queue.observe(times.started - times.arrived)
         self._prompt_sizes.observe(len(request.prompt))
         self._kept.observe(request.kv.kept_share)
         self._layers.add(request.kv.layer_means, request.kv.full_len)
@@ -222,8 +223,36 @@ class _Shares:
         self.full = [a + b for a, b in zip(self.full or nothing, full, strict=True)]
 
 
+#: Gauges and counters by the field of ``engine.stats.Stats`` that they show.
+GAUGES = {
+    "vllm:num_requests_running": ("Requests in flight", "running"),
+    "vllm:num_requests_swapped": ("Requests put off for want of memory", "preempted"),
+    "pyramidinfer:swapped_bytes": ("Bytes of caches in host memory", "swapped_bytes"),
+    "pyramidinfer:pool_pages": ("Pages there are", "pages"),
+    "pyramidinfer:pool_pages_in_use": ("Pages somebody owns", "pages_in_use"),
+    "pyramidinfer:pool_pages_reusable": ("Pages of finished conversations", "pages_reusable"),
+    "pyramidinfer:reuse_bytes": ("Bytes that finished conversations hold", "reuse_bytes"),
+    "pyramidinfer:kv_bytes_reserved": ("Bytes of kv_memory that are reserved", "reserved_bytes"),
+    "pyramidinfer:peak_requests_running": (
+        "The most requests that were ever in flight",
+        "peak_running",
+    ),
+}
+COUNTERS = {
+    "pyramidinfer:swapped": ("Caches moved to host memory", "swapped"),
+    "pyramidinfer:recomputed": ("Caches freed and computed anew", "recomputed"),
+    "pyramidinfer:restarted": ("Prompts in progress that began again", "restarted"),
+    "pyramidinfer:resumed": ("Requests that came back", "resumed"),
+    "pyramidinfer:tightened": ("Times a running request's keep was lowered", "tightened"),
+    "pyramidinfer:reuse_hits": ("Requests that reused a conversation's cache", "reuse_hits"),
+    "pyramidinfer:reuse_misses": ("Requests that found none", "reuse_misses"),
+    "pyramidinfer:reuse_tokens": ("Tokens not computed again", "reuse_tokens"),
+    "pyramidinfer:reuse_dropped": ("Held caches that went for room", "reuse_dropped"),
+}
+
+
 class _Gauges:
-    """What is read off the engine at the moment of asking."""
+    """What the engine's thread last told of the engine, at the moment of asking."""
 
     def __init__(self, metrics: Metrics) -> None:
         self.metrics = metrics
@@ -235,76 +264,38 @@ class _Gauges:
         worker, model = self.metrics.worker, self.metrics.model
         if worker is None:
             return
-        engine = worker.engine
-        pool, held = engine.pool, engine.conversations
-        pages = sum(len(group.counts) for group in pool.groups)
-        free = sum(len(group.free) for group in pool.groups)
-        reusable = held.cost
-        in_use, of_held = pages - free, held.page_count
-        values: list[tuple[str, str, float]] = [
-            ("vllm:num_requests_running", "Requests in flight", engine.scheduler.in_flight),
+        stats, idle = worker.stats, worker.recompressor
+        in_use = max(0, stats.pages_in_use - stats.pages_reusable)
+        gauges = [(name, text, getattr(stats, field)) for name, (text, field) in GAUGES.items()] + [
             ("vllm:num_requests_waiting", "Requests that have not begun", worker.waiting),
             (
                 "vllm:kv_cache_usage_perc",
                 "Share of the pages that running requests hold, 0 to 1",
-                max(0, in_use - of_held) / pages,
-            ),
-            (
-                "vllm:num_requests_swapped",
-                "Requests put off for want of memory",
-                len(engine.scheduler.preempted),
-            ),
-            (
-                "pyramidinfer:swapped_bytes",
-                "Bytes of caches in host memory",
-                engine.scheduler.host_bytes,
-            ),
-            ("pyramidinfer:pool_pages", "Pages there are", pages),
-            ("pyramidinfer:pool_pages_in_use", "Pages somebody owns", in_use),
-            ("pyramidinfer:pool_pages_reusable", "Pages of finished conversations", of_held),
-            ("pyramidinfer:reuse_bytes", "Bytes that finished conversations hold", reusable.bytes),
-            (
-                "pyramidinfer:kv_bytes_reserved",
-                "Bytes of kv_memory that are reserved",
-                engine.ledger.bytes,
-            ),
-            (
-                "pyramidinfer:peak_requests_running",
-                "The most requests that were ever in flight",
-                engine.peak_in_flight,
+                in_use / stats.pages,
             ),
         ]
-        for name, text, value in values:
-            yield _one(GaugeMetricFamily(name, text, labels=["model_name"]), model, value)
-        done, idle = engine.scheduler.counts, worker.recompressor
-        counts = {
-            "vllm:num_preemptions": (
+        counters = [
+            (name, text, getattr(stats, field)) for name, (text, field) in COUNTERS.items()
+        ] + [
+            (
+                "vllm:num_preemptions",
                 "Requests that were put off for want of memory",
-                done.swapped + done.recomputed + done.restarted,
+                stats.swapped + stats.recomputed + stats.restarted,
             ),
-            "pyramidinfer:swapped": ("Caches moved to host memory", done.swapped),
-            "pyramidinfer:recomputed": ("Caches freed and computed anew", done.recomputed),
-            "pyramidinfer:restarted": ("Prompts in progress that began again", done.restarted),
-            "pyramidinfer:resumed": ("Requests that came back", done.resumed),
-            "pyramidinfer:tightened": (
-                "Times a running request's keep was lowered",
-                done.tightened,
-            ),
-            "pyramidinfer:reuse_hits": ("Requests that reused a conversation's cache", held.hits),
-            "pyramidinfer:reuse_misses": ("Requests that found none", held.misses),
-            "pyramidinfer:reuse_tokens": ("Tokens not computed again", held.reused_tokens),
-            "pyramidinfer:reuse_dropped": ("Held caches that went for room", held.dropped),
-            "pyramidinfer:recompressed": (
+            (
+                "pyramidinfer:recompressed",
                 "Held caches that were recompressed while idle",
                 idle.done if idle else 0,
             ),
-            "pyramidinfer:recompressed_tokens": (
+            (
+                "pyramidinfer:recompressed_tokens",
                 "Tokens computed to recompress held caches, mean over layers",
                 idle.tokens if idle else 0,
             ),
-        }
-        for name, (text, value) in counts.items():
-            yield _one(CounterMetricFamily(name, text, labels=["model_name"]), model, value)
+        ]
+        for family, values in ((GaugeMetricFamily, gauges), (CounterMetricFamily, counters)):
+            for name, text, value in values:
+                yield _one(family(name, text, labels=["model_name"]), model, value)
         shares = GaugeMetricFamily(
             "pyramidinfer:kv_kept_share",
             "Share of a full cache's entries that a layer kept, over all ended requests",

@@ -52,15 +52,15 @@ class Weights:
 
     def __init__(self, plan: GPUPlan) -> None:
         self.plan = plan
-        self.subject: Rig | None = None
+        self.rig: Rig | None = None
         self.model: Any = None
 
     def of(self, shape: str) -> Rig:
         """The shape's sizes and prompts; other weights are let go of."""
-        if self.subject is None or self.subject.setting.shape != shape:
+        if self.rig is None or self.rig.setting.shape != shape:
             self.drop()
             plan = self.plan
-            self.subject = Rig(
+            self.rig = Rig(
                 Setting(
                     shape=shape,
                     keep=plan.keep,
@@ -70,25 +70,25 @@ class Weights:
                     seed=plan.seed,
                 )
             )
-        return self.subject
+        return self.rig
 
     def as_model(self, shape: str) -> Any:
-        subject = self.of(shape)
+        rig = self.of(shape)
         if self.model is None:
-            vars(subject).pop("shared", None)
-            forget(subject.device)
-            self.model = subject.load()
+            vars(rig).pop("shared", None)
+            forget(rig.device)
+            self.model = rig.load()
         return self.model
 
     def as_packed(self, shape: str) -> ModelRunner:
-        subject = self.of(shape)
+        rig = self.of(shape)
         if self.model is not None:
             model, self.model = self.model, None
-            vars(subject)["shared"] = subject.pack(model)
-        return subject.shared
+            vars(rig)["shared"] = rig.pack(model)
+        return rig.shared
 
     def drop(self) -> None:
-        self.subject = self.model = None
+        self.rig = self.model = None
         forget(parse_device(self.plan.device))
 
 
@@ -184,38 +184,38 @@ class Bench:
 
     def _theirs(self, run: Run, batch: int | None, share: float) -> dict[str, Any]:
         cell = run.cell
-        model, subject = self.weights.as_model(cell.shape), self.weights.of(cell.shape)
+        model, rig = self.weights.as_model(cell.shape), self.weights.of(cell.shape)
         if batch is None:
             one = bytes_per_request(
                 model.config, self.dtype.itemsize, cell.prompt_len, cell.output_len
             )
-            batch = max(1, min(self.plan.most, int(share * self._left(subject)) // one))
+            batch = max(1, min(self.plan.most, int(share * self._left(rig)) // one))
         memory = PeakMemory(self.device)
-        prompts = subject.prompts(batch, cell.prompt_len)
+        prompts = rig.prompts(batch, cell.prompt_len)
         found = time_generate(model, run.engine, prompts, cell.output_len, 1)
         return {"batch": batch, **found, "peak_bytes": memory.bytes}
 
     def _ours(self, run: Run, batch: int | None, share: float) -> dict[str, Any]:
         cell = run.cell
-        runner, subject = self.weights.as_packed(cell.shape), self.weights.of(cell.shape)
+        runner, rig = self.weights.as_packed(cell.shape), self.weights.of(cell.shape)
         memory = PeakMemory(self.device)
         sizes = cell.prompt_len, cell.output_len
         if batch is None:
-            kv_memory = str(int(share * (self._left(subject) - self.plan.reserve)))
-            subject.setting = replace(subject.setting, kv_memory=kv_memory)
-            engine = subject.engine(run.engine, self.plan.most, *sizes)
+            kv_memory = str(int(share * (self._left(rig) - self.plan.reserve)))
+            rig.setting = replace(rig.setting, kv_memory=kv_memory)
+            engine = rig.engine(run.engine, self.plan.most, *sizes)
             batch = min(self.plan.most, _decoding_fits(engine, *sizes))
         else:
-            subject.setting = replace(subject.setting, kv_memory="auto")
-            engine = subject.engine(run.engine, batch, *sizes)
-        prompts = subject.prompts(batch, cell.prompt_len)
+            rig.setting = replace(rig.setting, kv_memory="auto")
+            engine = rig.engine(run.engine, batch, *sizes)
+        prompts = rig.prompts(batch, cell.prompt_len)
         run_pass(engine, prompts, cell.output_len)  # captures what will be replayed
         passes = [run_pass(engine, prompts, cell.output_len) for _ in range(self.plan.repeats)]
         found = figures(passes)
         if self.roof is not None:
             step = found["step_seconds"]
             found["roofline"] = roofline(
-                subject.runner,
+                rig.runner,
                 passes[-1],
                 found["prefill_seconds"]["median"],
                 step and step["median"],
@@ -232,12 +232,12 @@ class Bench:
             "graphs": 0 if graphs is None else graphs.captured,
         }
 
-    def _left(self, subject: Rig) -> int:
+    def _left(self, rig: Rig) -> int:
         """Bytes for everything but the weights."""
         total = self.plan.memory
         if total is None:
             total = int(MEMORY_SHARE * torch.cuda.get_device_properties(self.device).total_memory)
-        return int(total - subject.parameters * self.dtype.itemsize)
+        return int(total - rig.parameters * self.dtype.itemsize)
 
     # --- the machine, and attention alone -----------------------------------------------------
 

@@ -43,17 +43,17 @@ def run_latency(plan: LatencyPlan, out: Path) -> dict[str, Any]:
         check_counts(prompt_len=length)
     if plan.output_len < 2:
         raise ValueError(f"--output-len {plan.output_len} must be at least 2: time between tokens")
-    subject = Rig(plan.setting)
-    subject.check_length(max(plan.prompt_lens), plan.output_len)
+    rig = Rig(plan.setting)
+    rig.check_length(max(plan.prompt_lens), plan.output_len)
     setting = plan.setting
     cells = [(batch, length) for batch in plan.batches for length in plan.prompt_lens]
     rounds = setting.warmup + setting.repeats
     rows = []
     with progress("latency", len(cells) * len(setting.policies) * rounds) as done:
         for batch, length in cells:
-            prompts = subject.prompts(batch, length)
+            prompts = rig.prompts(batch, length)
             engines = {
-                spec: subject.engine(spec, batch, length, plan.output_len)
+                spec: rig.engine(spec, batch, length, plan.output_len)
                 for spec in setting.policies
             }
             passes: dict[str, list[Pass]] = {spec: [] for spec in engines}

@@ -45,12 +45,12 @@ class MemoryPlan:
 def run_memory(plan: MemoryPlan, out: Path) -> dict[str, Any]:
     """Measure, write ``out``, and return its result."""
     check_counts(prompt_len=plan.prompt_len, output_len=plan.output_len, requests=plan.most)
-    subject = Rig(plan.shared)
-    subject.check_length(plan.prompt_len, plan.output_len)
+    rig = Rig(plan.shared)
+    rig.check_length(plan.prompt_len, plan.output_len)
     rows = []
     with progress("memory", len(plan.shared.policies)) as done:
         for spec in plan.shared.policies:
-            rows.append(_measure(plan, subject, spec))
+            rows.append(_measure(plan, rig, spec))
             done(spec)
     first = rows[0]["in_flight"]
     for row in rows:
@@ -60,9 +60,9 @@ def run_memory(plan: MemoryPlan, out: Path) -> dict[str, Any]:
     return result
 
 
-def _measure(plan: MemoryPlan, subject: Rig, spec: str) -> dict[str, Any]:
-    memory = PeakMemory(subject.device)
-    engine = subject.engine(
+def _measure(plan: MemoryPlan, rig: Rig, spec: str) -> dict[str, Any]:
+    memory = PeakMemory(rig.device)
+    engine = rig.engine(
         spec, plan.most, plan.prompt_len, plan.output_len, alone=True, max_requests=plan.most
     )
     budget = engine.pool.budget
@@ -72,7 +72,7 @@ def _measure(plan: MemoryPlan, subject: Rig, spec: str) -> dict[str, Any]:
     except ValueError as error:  # not even one
         return {**head, "fits": 0, "in_flight": 0, "reason": str(error)}
     count = min(plan.most, 2 * fits + 1)
-    run = run_pass(engine, subject.prompts(count, plan.prompt_len), plan.output_len)
+    run = run_pass(engine, rig.prompts(count, plan.prompt_len), plan.output_len)
     return {
         **head,
         "fits": fits,

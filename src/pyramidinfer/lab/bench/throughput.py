@@ -38,30 +38,30 @@ class ThroughputPlan:
             "output_len": self.output_len,
         }
 
-    def engine(self, subject: Rig, spec: str, *, alone: bool = False) -> Engine:
+    def engine(self, rig: Rig, spec: str, *, alone: bool = False) -> Engine:
         sizes = self.batch, self.prompt_len, self.output_len
-        return subject.engine(spec, *sizes, alone=alone)
+        return rig.engine(spec, *sizes, alone=alone)
 
 
 def run_throughput(plan: ThroughputPlan, out: Path) -> dict[str, Any]:
     """Measure, write ``out``, and return its result."""
     check_counts(batch=plan.batch, prompt_len=plan.prompt_len, output_len=plan.output_len)
-    subject = Rig(plan.setting)
-    subject.check_length(plan.prompt_len, plan.output_len)
-    prompts = subject.prompts(plan.batch, plan.prompt_len)
+    rig = Rig(plan.setting)
+    rig.check_length(plan.prompt_len, plan.output_len)
+    prompts = rig.prompts(plan.batch, plan.prompt_len)
     specs, setting = plan.setting.policies, plan.setting
-    before = measure_roof(subject.dtype, subject.device)
+    before = measure_roof(rig.dtype, rig.device)
     peaks: dict[str, int] = {}
     passes: dict[str, list[Pass]] = {spec: [] for spec in specs}
     total = len(specs) * (2 + setting.warmup + setting.repeats)
     with progress("throughput", total) as done:
         for spec in specs:  # alone in memory, for the peak
-            memory = PeakMemory(subject.device)
-            run_pass(plan.engine(subject, spec, alone=True), prompts, plan.output_len)
+            memory = PeakMemory(rig.device)
+            run_pass(plan.engine(rig, spec, alone=True), prompts, plan.output_len)
             peaks[spec] = memory.bytes
-            forget(subject.device)
+            forget(rig.device)
             done(spec)
-        engines = {spec: plan.engine(subject, spec) for spec in specs}
+        engines = {spec: plan.engine(rig, spec) for spec in specs}
         for repeat in range(setting.warmup + setting.repeats):
             for spec in specs:
                 run = run_pass(engines[spec], prompts, plan.output_len)
@@ -72,7 +72,7 @@ def run_throughput(plan: ThroughputPlan, out: Path) -> dict[str, Any]:
         for spec in specs:  # with clocks, after the passes that count
             selection[spec] = measure_selection(engines[spec], prompts, plan.output_len)
             done(spec)
-    roof = before.best(measure_roof(subject.dtype, subject.device))
+    roof = before.best(measure_roof(rig.dtype, rig.device))
     base = passes[specs[0]]
     rows = []
     for spec in specs:
@@ -81,7 +81,7 @@ def run_throughput(plan: ThroughputPlan, out: Path) -> dict[str, Any]:
         row["peak_bytes"] = peaks[spec]
         row["selection"] = selection[spec]
         row["roofline"] = roofline(
-            subject.runner,
+            rig.runner,
             passes[spec][-1],
             row["prefill_seconds"]["median"],
             step and step["median"],
@@ -89,7 +89,7 @@ def run_throughput(plan: ThroughputPlan, out: Path) -> dict[str, Any]:
         )
         row["against_first"] = _against(passes[spec], base)
         rows.append(row)
-    result = {"roof": roof.figures(), "parameters": subject.parameters, "rows": rows}
+    result = {"roof": roof.figures(), "parameters": rig.parameters, "rows": rows}
     write_result(out, plan.configuration, result)
     return result
 
