@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyramidinfer.attention import Scale, available_backends, select_backend
+from pyramidinfer.attention import DecodePlan, Scale, available_backends, select_backend
 from pyramidinfer.attention.base import Pages
 from pyramidinfer.types import Reduce
 
@@ -127,7 +127,7 @@ def test_decode_over_ragged_pages(name: str, scale: Scale, dtype: torch.dtype) -
         expected.append(brute_out(weights, values)[0])
         shares.append(torch.tensor(weights, dtype=torch.float64)[:, 0].sum(0))
     backend = select_backend(name)
-    plan = backend.plan(tables[None], torch.tensor([lengths]), [11], q_pos)
+    plan = DecodePlan(tables[None], torch.tensor([lengths]), [11], q_pos)
     got = backend.run(plan, 0, queries, pages, scale, probs=True)
     torch.testing.assert_close(
         got.out.double(), torch.cat(expected).view(3, HEADS, VALUE), atol=TOLERANCE[dtype], rtol=0

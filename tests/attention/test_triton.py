@@ -130,7 +130,7 @@ def step(
                 positions[slot] = position
     queries = random(seed + 1, len(lengths), layout.heads, layout.key_dim, dtype=dtype)
     pages = Pages(keys.to(DEVICE, dtype), values.to(DEVICE, dtype), positions.to(DEVICE))
-    plan = TritonBackend().plan(
+    plan = DecodePlan(
         table[None].to(DEVICE),
         lens[None].to(DEVICE),
         [max(lengths)],
@@ -209,7 +209,7 @@ def test_a_plan_reads_what_its_tensors_hold_now() -> None:
         for seed, lengths in enumerate(([30, 9], [6, 29]))
     )
     given = [old.plan.tables, old.plan.lengths, old.plan.positions]
-    at = old._replace(plan=TritonBackend().plan(*given[:2], [30], given[2]))
+    at = old._replace(plan=DecodePlan(*given[:2], [30], given[2]))
     before = decode(at, SCALES["window"], 2).out
     written = [*given, at.queries, *at.pages]
     for mine, theirs in zip(

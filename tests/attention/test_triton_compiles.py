@@ -34,7 +34,7 @@ def compile_only(self, *args, grid, warmup, **options):
 JITFunction.run = compile_only
 torch.cuda.is_available = lambda: True
 
-from pyramidinfer.attention.base import Pages, Scale
+from pyramidinfer.attention.base import DecodePlan, Pages, Scale
 from pyramidinfer.attention.triton_backend import TritonBackend
 from pyramidinfer.cache.triton_compact import move_entries
 from pyramidinfer.models.ops import GATED, Heads
@@ -46,7 +46,7 @@ half = torch.zeros(9, 2, 16, 128, dtype=torch.bfloat16)
 paged = half.flatten(0, 1)
 pages = Pages(paged, paged, torch.zeros(18, 16, dtype=torch.int32))
 tables, lengths = torch.ones(1, 2, 2, 40, dtype=torch.int32), torch.ones(1, 2, 2, dtype=torch.int64)
-plan = backend.plan(tables, lengths, [1], one[0])
+plan = DecodePlan(tables, lengths, [1], one[0])
 backend.run(plan, 0, half[:2, 0, :6], pages, scale, probs=True)
 queries, keys, pos = half.flatten(0, 2)[:96].view(16, 6, 128), half[0], torch.arange(16)
 seen = (queries, keys, pos, pos.expand(2, -1), scale)

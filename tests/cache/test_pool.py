@@ -104,7 +104,7 @@ class PoolMachine(RuleBasedStateMachine):
         worst = [len(tables) * 2 * KV_HEADS * len(group.spec.layers) for group in self.pool.groups]
         if any(n > len(g.free) for n, g in zip(worst, self.pool.groups, strict=True)):
             return
-        pages, offsets = self.pool.append_each(tables)
+        pages, offsets = map(torch.from_numpy, self.pool.append_each(tables))
         for layer in range(LAYERS):
             self.tag += 1
             tags = torch.arange(self.tag, self.tag + len(tables))

@@ -102,7 +102,7 @@ def test_logits_are_the_models_own(variant: str, length: int) -> None:
     family, changes = VARIANTS[variant]
     model = varied(family, **changes)
     llm = build(model, prefill_chunk=40)
-    assert llm.engine.runner.fused is not None
+    assert llm.engine.runner.decoder.is_fused
     tokens = random_prompt(length, length + 20)
     (scored,) = llm.score([tokens[:length]], [tokens[length:]], logits=True)
     assert scored.logits is not None
@@ -121,7 +121,7 @@ def test_bf16_is_no_further_off_than_the_models_own(variant: str, length: int) -
     family, changes = VARIANTS[variant]
     model = varied(family, torch.bfloat16, **changes)
     llm = build(model, prefill_chunk=40)
-    assert llm.engine.runner.fused is not None
+    assert llm.engine.runner.decoder.is_fused
     tokens = random_prompt(length, length + 30)
     (scored,) = llm.score([tokens[:length]], [tokens[length:]], logits=True)
     traces = [llm.trace(random_prompt(seed, length), max_tokens=8) for seed in range(8)]
@@ -169,7 +169,7 @@ def test_of_a_model_that_is_ours_packed_weights_are_let_go(variant: str, tmp_pat
     model = varied(family, **changes)
     model.save_pretrained(tmp_path)
     llm = LLM(str(tmp_path), "full", kv_memory="4MiB", tokenizer=None, backend="cpu")
-    assert llm.engine.runner.fused is not None
+    assert llm.engine.runner.decoder.is_fused
     layers = llm.engine.runner.body.layers
     linears = [each for each in layers.modules() if isinstance(each, nn.Linear)]
     assert linears and all(each.weight.numel() == 0 and each.bias is None for each in linears)
@@ -254,7 +254,7 @@ def test_a_layer_that_was_changed_runs_as_changed(change: Any) -> None:
     expected = own_logits(model, prompt)[-1]
     assert not torch.allclose(expected, untouched, atol=1e-2)
     llm = build(model)
-    assert llm.engine.runner.fused is None
+    assert not llm.engine.runner.decoder.is_fused
     traced = llm.trace(prompt, max_tokens=6)
     assert_close(traced.prefill_logits, expected, torch.float32)
     assert_close(
@@ -268,7 +268,7 @@ def test_what_the_kernels_do_not_do_runs_in_torch(why: str) -> None:
     changes: dict[str, Any] = {"gelu": {"hidden_act": "gelu"}, "odd": {"intermediate_size": 49}}
     model = varied("gemma2" if why == "gemma2" else "llama", dtype, **changes.get(why, {}))
     llm = build(model, backend="reference" if why == "reference" else "cpu")
-    assert llm.engine.runner.fused is None
+    assert not llm.engine.runner.decoder.is_fused
     prompt = random_prompt(8, 40)
     traced = llm.trace(prompt, max_tokens=6)
     limit = torch.float16 if why == "float16" else torch.float32
@@ -278,7 +278,7 @@ def test_what_the_kernels_do_not_do_runs_in_torch(why: str) -> None:
 def test_without_weights_nothing_is_packed() -> None:
     with torch.device("meta"):
         model = tiny_model("llama")
-    assert ModelRunner(model, select_backend("cpu")).fused is None
+    assert not ModelRunner(model, select_backend("cpu")).decoder.is_fused
 
 
 # --- the last layer ------------------------------------------------------------------------------

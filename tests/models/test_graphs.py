@@ -14,11 +14,14 @@ pytest.importorskip("triton")
 
 from pyramidinfer import LLM, SamplingParams
 from pyramidinfer.attention import select_backend, triton_kernels
+from pyramidinfer.cache import GroupSpec, Layout, Pool
 from pyramidinfer.config import EngineConfig
 from pyramidinfer.engine.engine import Engine
 from pyramidinfer.models import ModelRunner, graphs
-from pyramidinfer.models.graphs import DecodeGraphs, Frame, Size, Step, round_pages, round_rows
+from pyramidinfer.models.decode import Decoding, Size
+from pyramidinfer.models.graphs import DecodeGraphs, Step, round_pages, round_rows
 from pyramidinfer.models.ops import TorchOps
+from pyramidinfer.types import AttentionShape
 from tests.engine.build import build, policy_named
 from tests.tiny import random_prompt, tiny_model
 
@@ -129,7 +132,8 @@ def test_spare_rows_write_to_a_page_that_nobody_owns() -> None:
     pool = engine.pool
     (group,) = pool.groups
     (step,) = engine.runner.graphs(pool).steps.values()
-    step.frame.host["lengths"][:], step.frame.host["tables"][:] = 9, 3  # a page in use
+    host = step.decoding.host
+    host["lengths"][:], host["tables"][:], host["pages"][:] = 9, 3, 3  # a page in use
     assert group.counts[3] == 1
     assert group.scratch == len(group.counts) == len(group.keys) - 1
     tables = [each.table for each in engine.scheduler.running if each.cache]
@@ -161,26 +165,26 @@ def test_what_buffers_held_before_does_not_matter() -> None:
     used, pool = engine.runner.graphs(engine.pool), engine.pool
     (step,) = used.steps.values()
     with torch.inference_mode():
-        step.frame.cos.fill_(float("nan"))
-        step.frame.sin.fill_(float("nan"))
-        step.frame.tokens.fill_(7)
-    for name, part in step.frame.host.items():
-        part[:] = 3 if name == "tables" else 2
+        for each in step.decoding.ropes[None]:
+            each.fill_(float("nan"))
+        step.decoding.tokens.fill_(7)
+    for name, part in step.decoding.host.items():
+        part[:] = 3 if name in ("tables", "pages") else 2
     batch = engine._batch(engine.scheduler.plan())
-    parts = engine.runner._frame_angles, engine.runner._run_frame
     assert len(batch.decode) == 3
     before = [(table.kept.copy(), table) for table in (each.table for each in batch.decode)]
-    with torch.inference_mode():
-        logits, decoding = used.step(pool, batch, *parts)
-        logits, (queries, lse) = logits.clone(), decoding.observed
-        for kept, table in before:
-            pool.retract(table, kept)
-        del engine.runner._graphs[pool]
-        fresh, other = engine.runner.graphs(pool).step(pool, batch, *parts)
+    logits, decoding = engine.runner.forward(pool, batch)
+    assert decoding is step.decoding and decoding.queries is not None
+    for kept, table in before:
+        pool.retract(table, kept)
+    del engine.runner._graphs[pool]
+    fresh, other = engine.runner.forward(pool, batch)
+    assert other is not None and other is not decoding and other.queries is not None
     assert len(used.steps) == 1 and logits.isfinite().all()
     assert torch.equal(logits, fresh)
-    assert torch.equal(queries[:, :3], other.observed[0][:, :3])
-    assert torch.equal(lse[:, :3], other.observed[1][:, :3])
+    assert torch.equal(decoding.queries[:, :3], other.queries[:, :3])
+    assert decoding.lse is not None and other.lse is not None
+    assert torch.equal(decoding.lse[:, :3], other.lse[:, :3])
 
 
 class Replayed:
@@ -189,20 +193,18 @@ class Replayed:
 
     replays = 0
 
-    def __init__(self, step: Step, work: Callable[[], Any]) -> None:
-        self.step, self.work = step, work
+    def __init__(self, step: Step, work: Callable[[], Tensor]) -> None:
+        self.step, self.work, self.probs = step, work, dict(step.decoding.probs)
 
     def replay(self) -> None:
         Replayed.replays += 1
-        logits, decoding = self.work()
+        logits = self.work()
         assert self.step.out is not None
-        self.step.out[0].copy_(logits)
-        held = self.step.out[1]
-        if held.rings:
-            for old, new in zip(held.observed, decoding.observed, strict=True):
-                old.copy_(new)
-        for old, new in zip(held.probs, decoding.probs, strict=True):
-            old.copy_(new)
+        self.step.out.copy_(logits)
+        found = self.step.decoding.probs
+        for layer, old in self.probs.items():
+            old.copy_(found[layer])
+        self.step.decoding.probs = dict(self.probs)
 
 
 @pytest.mark.parametrize("name", ["pyramidinfer", "h2o"])
@@ -211,7 +213,7 @@ def test_a_captured_step_is_replayed(
 ) -> None:
     captured: list[Size] = []
 
-    def capture(self: DecodeGraphs, step: Step, work: Callable[[], Any]) -> None:
+    def capture(self: DecodeGraphs, step: Step, work: Callable[[], Tensor]) -> None:
         captured.append(next(size for size, each in self.steps.items() if each is step))
         step.out, step.graph = work(), Replayed(step, work)  # type: ignore[assignment]
 
@@ -243,7 +245,7 @@ class NoLook(TorchDispatchMode):
 @pytest.mark.parametrize("name", ["pyramidinfer", "h2o"])
 def test_nothing_in_a_step_looks_at_the_device(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = decoding_engine(name, LENGTHS)
-    run = engine.runner._run_frame
+    run = engine.runner._decode
     seen = []
 
     def watched(*values: Any) -> Any:
@@ -251,7 +253,7 @@ def test_nothing_in_a_step_looks_at_the_device(name: str, monkeypatch: pytest.Mo
             seen.append(1)
             return run(*values)
 
-    monkeypatch.setattr(engine.runner, "_run_frame", watched)
+    monkeypatch.setattr(engine.runner, "_decode", watched)
     engine.step()
     assert seen
     for looks in (lambda: int(torch.ones(1).sum()), lambda: torch.tensor([1])):
@@ -289,13 +291,17 @@ def test_sizes_not_used_for_long_go(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [size.rows for size in sizes(llm)] == [2, 1]
 
 
-def test_parts_of_a_frame_begin_where_kernels_like_it() -> None:
+def test_parts_of_a_buffer_begin_where_kernels_like_it() -> None:
     """Triton compiles anew for pointers that are not multiples of 16 bytes."""
-    frame = Frame(Size(3, 16, False, False), 5, 2, 8, torch.device("cpu"))
-    for part in (frame.tables, frame.lengths, frame.positions, frame.places):
+    spec = GroupSpec((0, 1, 2, 3, 4), 2, 8, 8, torch.float32)
+    pool, shape = Pool(Layout([spec], 1 << 20)), AttentionShape(4, 2, 8, 8, None)
+    made = Decoding(Size(3, 16, False, False), pool, shape, torch.empty(0), fixed=True)
+    plan = made.plan
+    for part in (plan.tables, plan.lengths, plan.positions, made.pages, made.offsets, made.places):
         assert part.data_ptr() % 16 == 0 and part.is_contiguous()
-    frame.host["lengths"][:] = 9
-    assert not frame.lengths.any(), "the host's side is a copy"
+    plan.lengths.zero_()
+    made.host["lengths"][:] = 9
+    assert not plan.lengths.any(), "the host's side is a copy"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)

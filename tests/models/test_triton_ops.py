@@ -13,6 +13,7 @@ pytest.importorskip("triton")
 
 from pyramidinfer import SamplingParams
 from pyramidinfer.attention import triton_kernels
+from pyramidinfer.models.fused import FusedDecoder
 from pyramidinfer.models.ops import GATED, Heads, TorchOps
 from tests.engine.build import build
 from tests.tiny import random_prompt
@@ -99,9 +100,9 @@ def test_a_model_on_them(monkeypatch: pytest.MonkeyPatch) -> None:
             real = getattr(ops, name)
             monkeypatch.setattr(ops, name, noting(calls, name, real))
         llm = build("full", "qwen3", torch.float32, backend="triton")
-        fused = llm.engine.runner.fused
-        assert fused is not None
-        for each in (fused, *fused.layers):
+        decoder = llm.engine.runner.decoder
+        assert isinstance(decoder, FusedDecoder)
+        for each in (decoder, *decoder.layers):
             each.ops = ops()
         found.append([each.token_ids for each in llm.generate(prompts, params)])
         assert {"norm", "rotate", "linear"} == set(calls)

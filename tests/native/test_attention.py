@@ -123,14 +123,7 @@ def test_decode(isa: str, dtype: torch.dtype, scale: Scale, layout: Layout) -> N
     """Ragged requests and heads, one of a single token, one longer than a span of work."""
     plan, queries, pages = paged(layout, [1, 333, 37, 256], dtype)
     cpu = backend(isa)
-    got = cpu.run(
-        cpu.plan(plan.tables, plan.lengths, plan.longest, plan.positions),
-        0,
-        queries,
-        pages,
-        scale,
-        probs=True,
-    )
+    got = cpu.run(plan, 0, queries, pages, scale, probs=True)
     keys, values = wide(pages.keys, pages.values)
     exact = REFERENCE.run(
         plan, 0, queries.float(), Pages(keys, values, pages.positions), scale, probs=True
@@ -139,9 +132,7 @@ def test_decode(isa: str, dtype: torch.dtype, scale: Scale, layout: Layout) -> N
     close(got.out, exact.out, ROUNDING[dtype] * float(values.nan_to_num().abs().max()), "out ")
     close(got.lse, exact.lse, EXACT, "lse ")
     close(got.probs, exact.probs, EXACT, "probs ")
-    bare = cpu.run(
-        cpu.plan(plan.tables, plan.lengths, plan.longest, plan.positions), 0, queries, pages, scale
-    )
+    bare = cpu.run(plan, 0, queries, pages, scale)
     assert bare.probs is None and bare.out.equal(got.out)
 
 
@@ -298,7 +289,7 @@ def test_decode_does_not_depend_on_company_or_threads(
 
     def run(rows: list[int]) -> Any:
         lengths = plan.lengths[:, rows]
-        mine = cpu.plan(plan.tables[:, rows], lengths, [int(lengths.max())], plan.positions[rows])
+        mine = DecodePlan(plan.tables[:, rows], lengths, [int(lengths.max())], plan.positions[rows])
         return cpu.run(mine, 0, queries[rows], pages, scale, probs=True)
 
     together = run([0, 1, 2, 3])

@@ -42,7 +42,7 @@ def logits_of(
     engine: Engine, prompts: list[list[int]], joining: int = 0
 ) -> tuple[list[list[int]], list[Tensor]]:
     """Tokens and logits ``[NEW, vocab]`` of each; ``joining`` steps lie between two prompts."""
-    assert engine.runner.fused is not None
+    assert engine.runner.decoder.is_fused
     params = SamplingParams(max_tokens=NEW, ignore_eos=True)
     rows: dict[Request, list[Tensor]] = {}
     commit = engine._commit

@@ -1,4 +1,4 @@
-"""The seam every attention backend fits: ``plan`` once a step, ``run`` once a layer.
+"""The seam every attention backend fits.
 
 Notation: n new tokens, m cached entries, H query heads, K KV heads (H is a multiple of K),
 D key size, V value size, R decoding requests, L layers.
@@ -41,11 +41,11 @@ class Pages(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class DecodePlan:
-    """What stays the same over one step's layers.
+    """What stays the same over one decode step's layers; tensors are contiguous.
 
-    tables : ``[L, R, K, P]`` int32 page numbers;  lengths : ``[L, R, K]`` entries of each head, the
-    new one included;  longest : ``[L]`` the largest length of each layer;  positions : ``[R]`` of
-    the new tokens.
+    tables : ``[L, R, K, P]`` int32 page numbers;  lengths : ``[L, R, K]`` int64, entries of each
+    head, the new one included;  longest : ``[L]`` no less than the largest length of each layer;
+    positions : ``[R]`` int64, of the new tokens.
     """
 
     tables: Tensor
@@ -104,12 +104,6 @@ class Backend(Protocol):
     @property
     def prefill_scored(self) -> ScoredPrefill | None:
         """``prefill`` that sums weights on the way, where it has that."""
-        ...
-
-    def plan(
-        self, tables: Tensor, lengths: Tensor, longest: list[int], positions: Tensor
-    ) -> DecodePlan:
-        """Prepare one step's decode rows."""
         ...
 
     def run(

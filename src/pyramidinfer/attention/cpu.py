@@ -43,13 +43,6 @@ class CPUBackend(ReferenceBackend):
     def __init__(self, isa: str = "native") -> None:
         self.kernels = kernels(isa)
 
-    def plan(
-        self, tables: Tensor, lengths: Tensor, longest: list[int], positions: Tensor
-    ) -> DecodePlan:
-        return DecodePlan(
-            tables.to(torch.int32).contiguous(), lengths.contiguous(), longest, positions
-        )
-
     def run(
         self,
         plan: DecodePlan,

@@ -29,11 +29,6 @@ class ReferenceBackend:
     kernels: Any = None  # none in C++
     prefill_scored: Any = None
 
-    def plan(
-        self, tables: Tensor, lengths: Tensor, longest: list[int], positions: Tensor
-    ) -> DecodePlan:
-        return DecodePlan(tables, lengths, longest, positions)
-
     def run(
         self,
         plan: DecodePlan,

@@ -1,8 +1,10 @@
 """Attention in Triton: split-KV decoding over pages, window scores, column sums, prefill.
 
 ``run`` neither waits for the device nor looks at what is on it: grids follow from shapes (the
-width of the page tables) and a fixed number of splits, so a CUDA graph may capture it.  A plan
-keeps the very tensors it was given; a captured graph replays with what they hold by then.
+width of the page tables) and a fixed number of splits, so a CUDA graph may capture it.  A replay
+reads what the plan's tensors hold by then: page lists padded with any page to the same width, and
+length 0 for rows that are not in use (they give 0, their log-sum-exp is -inf); ``longest`` is no
+less than any length to come.
 
 Weights are worked out in float32; float64 models go to the reference.
 """
@@ -49,17 +51,6 @@ class TritonBackend:
             )
         self.splits = splits
         self.reference = ReferenceBackend()
-
-    def plan(
-        self, tables: Tensor, lengths: Tensor, longest: list[int], positions: Tensor
-    ) -> DecodePlan:
-        """A step's decode rows; the tensors are read when ``run`` runs, not copied.
-
-        To replay a captured ``run``, write new contents into them: page lists padded with any
-        page to the same width, length 0 for rows that are not in use (they give 0, their
-        log-sum-exp is -inf), and ``longest`` no less than any length to come.
-        """
-        return DecodePlan(tables, lengths, longest, positions)
 
     def run(
         self,

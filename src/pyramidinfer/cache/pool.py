@@ -112,9 +112,9 @@ class Pool:
         table.kept[layer] += count
         return Slots(self._upload(pages.T), self._upload((entry % self.page_size).T))
 
-    def append_each(self, tables: list[Table]) -> tuple[Tensor, Tensor]:
+    def append_each(self, tables: list[Table]) -> tuple[np.ndarray, np.ndarray]:
         """Claim one new entry in every head of each table: pages and offsets
-        ``[layers, n, kv_heads]``."""
+        ``[layers, n, kv_heads]``, both int64."""
         for table in tables:
             self._claim_next(table)
         kept = np.stack([table.kept for table in tables], axis=1)  # [layers, n, heads]
@@ -135,7 +135,7 @@ class Pool:
                 pages[layer, row, head] = tables[row].pages[layer, head, index[layer, row, head]]
         for table in tables:
             table.kept += 1
-        return self._upload(pages), self._upload(kept % self.page_size)
+        return pages.astype(np.int64), kept % self.page_size
 
     def _claim_next(self, table: Table) -> None:
         """Own a page for the next entry of every head whose pages are full."""
@@ -295,20 +295,6 @@ class Pool:
         if scores is None:
             raise AssertionError("this pool keeps no scores")
         return self._padded(table, layer, scores, torch.zeros((), device=self.device))
-
-    def block_tables(self, tables: list[Table]) -> np.ndarray:
-        """Page lists of several requests, ``[layers, n, kv_heads, most pages]`` int32, padded
-        with page 0."""
-        width = max(1, max(int(table.held.max()) for table in tables))
-        stacked = np.zeros((self.layers, len(tables), self.kv_heads, width), dtype=np.int32)
-        for row, table in enumerate(tables):
-            held = int(table.held.max())
-            np.copyto(
-                stacked[:, row, :, :held],
-                table.pages[:, :, :held],
-                where=np.arange(held) < table.held[..., None],
-            )
-        return stacked
 
     def bytes(self, table: Table) -> int:
         """Bytes of the pages a table owns."""

@@ -8,8 +8,7 @@ rounding are those of transformers' own layer.  Everything else runs through Hug
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -17,18 +16,14 @@ from torch import Tensor, nn
 
 from pyramidinfer.attention import Backend, Scale
 from pyramidinfer.cache import Pool
+from pyramidinfer.models.decode import Decoding, Ropes
 from pyramidinfer.models.ops import ADD, GATED, PLAIN, Heads, KernelOps, Ops, TorchOps
-from pyramidinfer.models.rotary import Rotary
+from pyramidinfer.models.rotary import Rotary, Tables
+from pyramidinfer.models.routing import LayerCall
 from pyramidinfer.native.library import LayerData, StepCall, pointer
 from pyramidinfer.types import AttentionShape
 
-if TYPE_CHECKING:
-    from pyramidinfer.models.routing import Decoding, LayerCall
-
-__all__ = ["Fused", "Ropes", "fuse"]
-
-#: Angles of some rows, as float32: (cos, sin), each ``[rows, rotated]``.
-Ropes = tuple[Tensor, Tensor]
+__all__ = ["FusedDecoder", "fuse"]
 
 
 class FusedLayer:
@@ -59,12 +54,13 @@ class FusedLayer:
         scale = shape.key_dim**-0.5 if scaling is None else float(scaling)
         self.scale = Scale(scale, None, shape.window)
 
-    def __call__(self, flat: Tensor, ropes: Ropes, call: LayerCall) -> Tensor:
-        """The flat row ``[rows, hidden]`` through the layer; fewer rows where ``call`` says so."""
+    def __call__(self, flat: Tensor, rope: Tables, call: LayerCall) -> Tensor:
+        """The flat row ``[rows, hidden]`` through the layer; fewer rows where ``call`` says so.
+        rope : float32 cos and sin, each ``[rows, rotated]``."""
         ops, heads = self.ops, self.heads
         normed = ops.norm(flat, self.norm1, self.epsilon)
         qkv = ops.linear(normed, self.qkv, PLAIN).view(len(flat), -1, heads.size)
-        ops.rotate(qkv, heads, *ropes)
+        ops.rotate(qkv, heads, *rope)
         queries, rest = qkv[:, : heads.heads], qkv[:, heads.heads :]
         keys, values = rest.chunk(2, dim=1)
         attended = call(queries, keys, values, self.scale)
@@ -76,47 +72,57 @@ class FusedLayer:
         return ops.linear(inner, self.down, ADD, middle)
 
 
-class Fused:
-    """All layers of a model and its head, packed."""
+class FusedDecoder:
+    """See :class:`pyramidinfer.models.routing.Decoder`: all layers of a model and its head, packed.
 
-    def __init__(self, layers: list[FusedLayer], norm: Any, head: nn.Linear, ops: Ops) -> None:
+    like : a tensor of the model's dtype, where it is.
+    """
+
+    is_fused = True
+
+    def __init__(
+        self,
+        layers: list[FusedLayer],
+        norm: Any,
+        head: nn.Linear,
+        ops: Ops,
+        rotary: Rotary,
+        like: Tensor,
+    ) -> None:
         self.layers, self.norm, self.ops = layers, norm, ops
+        self.rotary, self.like = rotary, like
         self.head = _pack(ops, [head], PLAIN)
-        self.table: Callable[[Pool], Any] | None = None
         self._layers_of: WeakKeyDictionary[Pool, Any] = WeakKeyDictionary()
 
-    @property
-    def steps_whole(self) -> bool:
-        """Whether ``step`` runs (one call for all layers)."""
-        return isinstance(self.ops, KernelOps)
+    def ropes(self, positions: Tensor, regimes: list[int]) -> Ropes:
+        return {None: self.rotary.angles(self.like, positions, regimes)}
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """``[n, hidden]`` → ``[n, vocab]``."""
         normed = self.ops.norm(hidden, self.norm.weight.data, self.norm.variance_epsilon)
         return self.ops.linear(normed, self.head, PLAIN)
 
-    def step(self, pool: Pool, decoding: Decoding, hidden: Tensor, ropes: Ropes) -> Tensor:
-        """The decode rows ``[R, hidden]`` through all layers in one call of the kernels."""
-        ops, plan, first = self.ops, decoding.plan, self.layers[0]
-        assert isinstance(ops, KernelOps)
+    def step(self, pool: Pool, decoding: Decoding, hidden: Tensor) -> Tensor | None:
+        ops, plan, first, rope = self.ops, decoding.plan, self.layers[0], decoding.ropes[None]
+        if not isinstance(ops, KernelOps):
+            return None
         heads, depth, rows = first.heads, len(self.layers), len(hidden)
-        x = hidden.clone()
-        queries = x.new_empty(depth, rows, heads.heads, heads.size) if decoding.rings else None
-        lse = torch.empty(depth, rows, heads.heads)
-        probs, addresses = None, None
-        if decoding.scores:
-            probs = [lse.new_empty(rows, heads.kv_heads, n) for n in plan.longest]
+        x, lse, addresses = hidden.clone(), decoding.lse, None
+        if lse is None:
+            lse = torch.empty(depth, rows, heads.heads)
+        if decoding.size.scores:
+            probs = [lse.new_empty(rows, heads.kv_heads, longest) for longest in plan.longest]
             addresses = (ctypes.c_void_p * depth)(*map(pointer, probs))
+            decoding.probs = dict(enumerate(probs))
         longest = torch.tensor(plan.longest)
         held = (
-            *ropes,
+            *rope,
             decoding.pages,
             decoding.offsets,
             plan.tables,
             plan.lengths,
             plan.positions,
             longest,
-            queries,
+            decoding.queries,
             lse,
         )
         call = StepCall(
@@ -130,15 +136,11 @@ class Fused:
             pool.page_size,
             rows,
             plan.tables.shape[3],
-            ropes[0].shape[1],
+            rope[0].shape[1],
             *map(pointer, held),
             None if addresses is None else ctypes.addressof(addresses),
         )
         ops.kernels.run_step(ops.kind, ctypes.byref(call), pointer(x))
-        if queries is not None:
-            decoding.observe_all(queries, lse)
-        if probs is not None:
-            decoding.probs = probs
         return x
 
     def _layer_data(self, pool: Pool) -> Any:
@@ -176,17 +178,16 @@ def fuse(
     shapes: list[AttentionShape],
     rotary: Rotary,
     backend: Backend,
-    dtype: torch.dtype,
-    device: torch.device,
+    like: Tensor,
     *,
     own: bool,
-) -> Fused | None:
+) -> FusedDecoder | None:
     """The model's layers packed, or None where they are not plain or nothing would be gained.
 
     ``own`` : the model is ours alone, so weights that were packed are freed.  Otherwise it
     stays as it is, and packed weights take their memory a second time.
     """
-    layers = list(body.layers)[: len(shapes)]
+    layers, device, dtype = list(body.layers)[: len(shapes)], like.device, like.dtype
     if not (all(map(_is_plain, layers)) and type(head) is nn.Linear):
         return None
     if not (_is_untouched(head) and _is_untouched(body.norm)):
@@ -212,7 +213,7 @@ def fuse(
         packed.append(FusedLayer(layer, shape, rotary.rotated, ops))
         if own:
             _free([each for each in layer.modules() if type(each) is nn.Linear])
-    fused = Fused(packed, body.norm, head, ops)
+    fused = FusedDecoder(packed, body.norm, head, ops, rotary, like)
     if own and head.weight is not body.embed_tokens.weight:
         _free([head])
     return fused

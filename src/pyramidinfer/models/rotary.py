@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from pyramidinfer.models.families import Family
 
-__all__ = ["Rotary", "count_positions"]
+__all__ = ["Rotary", "Tables", "count_positions"]
 
 Tables = tuple[Tensor, Tensor]
 
@@ -59,9 +59,12 @@ class Rotary:
             return self.long_from + 1 if is_long else 0
         return length if self.grows_from is not None and length > self.grows_from else 0
 
-    def tables(self, like: Tensor, positions: Tensor, regimes: Tensor) -> dict[str | None, Tables]:
-        """(cos, sin) ``[1, n, dim]`` per layer type for positions ``[n]`` in regimes ``[n]``;
-        dtype of ``like``."""
+    def tables(
+        self, like: Tensor, positions: Tensor, regimes: list[int]
+    ) -> dict[str | None, Tables]:
+        """(cos, sin) ``[n, dim]`` per layer type for positions ``[n]``, each in its regime.
+
+        like : a tensor of the dtype wanted."""
         if self.module is None:
             return {}
         return {kind: self._one(like, positions, regimes, kind) for kind in self.kinds}
@@ -71,7 +74,7 @@ class Rotary:
         """Numbers of a head that have an angle."""
         return 0 if self.module is None else 2 * int(self.module.inv_freq.shape[0])
 
-    def angles(self, like: Tensor, positions: Tensor, regimes: Tensor) -> Tables:
+    def angles(self, like: Tensor, positions: Tensor, regimes: list[int]) -> Tables:
         """float32 (cos, sin) ``[n, rotated]``, rounded as the dtype of ``like`` has them.
 
         For families with one kind of table.  Fixed angles are worked out once for all positions
@@ -79,7 +82,7 @@ class Rotary:
         """
         if not self.is_fixed:
             cos, sin = self._one(like, positions, regimes, None)
-            return cos[0].float().contiguous(), sin[0].float().contiguous()
+            return cos.float().contiguous(), sin.float().contiguous()
         most = int(positions.max()) + 1 if like.is_cpu else self._longest  # no look at a GPU
         if self._known is None or most > len(self._known[0]):
             every = torch.arange(2 * most if like.is_cpu else most, device=positions.device)
@@ -87,23 +90,23 @@ class Rotary:
             self._known = cos[0].float().contiguous(), sin[0].float().contiguous()
         return self._known[0][positions], self._known[1][positions]
 
-    def _one(self, like: Tensor, positions: Tensor, regimes: Tensor, kind: str | None) -> Tables:
+    def _one(self, like: Tensor, positions: Tensor, regimes: list[int], kind: str | None) -> Tables:
         arguments = () if kind is None else (kind,)
         if self.is_fixed:
             cos, sin = self.module(like, positions[None], *arguments)
-            return cos, sin
+            return cos[0], sin[0]
         found: Tables | None = None
-        for length in set(regimes.tolist()):
-            rows = regimes == length
+        lengths = torch.tensor(regimes, device=positions.device)
+        for length in set(regimes):
+            rows = lengths == length
             here = torch.where(rows, positions, 0)
             if self.grows_from is not None:  # forget the longest text seen so far
                 self.module(like, torch.zeros_like(here[None, :1]), *arguments)
             if length:  # transformers chooses by the largest position
                 here = torch.cat([here, here.new_tensor([length - 1])])
-            cos, sin = self.module(like, here[None], *arguments)
-            cos, sin = cos[:, : len(rows)], sin[:, : len(rows)]
+            cos, sin = (each[0, : len(rows)] for each in self.module(like, here[None], *arguments))
             if found is not None:
-                choose = rows[None, :, None]
+                choose = rows[:, None]
                 cos, sin = torch.where(choose, cos, found[0]), torch.where(choose, sin, found[1])
             found = cos, sin
         assert found is not None, "no rows"

@@ -7,26 +7,31 @@ in its config.  Ours gets a :class:`LayerCall` as a keyword, so nothing global i
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Items
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from pyramidinfer.attention import Backend, DecodePlan, Scale, ragged
+from pyramidinfer.attention import Backend, Scale, ragged
 from pyramidinfer.attention.base import Pages, ScoredPrefill
 from pyramidinfer.attention.ragged import Run
 from pyramidinfer.cache import Pool, Table
 from pyramidinfer.cache.pool import Slots
 from pyramidinfer.models.batch import Moments, Prefill
+from pyramidinfer.models.decode import Decoding, Ropes
+from pyramidinfer.models.families import find_family
+from pyramidinfer.models.rotary import Rotary, Tables
 from pyramidinfer.models.streaming import Streaming
 from pyramidinfer.types import Needs, Reduce
 
 __all__ = [
-    "Decoding",
+    "Decoder",
     "LayerCall",
+    "ModuleDecoder",
     "Segment",
     "evaluating",
     "route",
@@ -50,39 +55,6 @@ class Segment(NamedTuple):
         if not last_only or self.prefill.gives_all:
             return list(every)
         return [every[-1]] if self.size == self.prefill.left else []
-
-
-class Decoding:
-    """The decode rows of one step: where each writes and reads, and what was observed.
-
-    slots pages, offsets : ``[layers, R, kv_heads]``;  queries, lse : filled layer by layer when
-    rings ask;  probs : per layer ``[R, kv_heads, longest]``, when running scores ask.
-    """
-
-    def __init__(
-        self, plan: DecodePlan, pages: Tensor, offsets: Tensor, rings: bool, scores: bool
-    ) -> None:
-        self.plan, self.pages, self.offsets = plan, pages, offsets
-        self.rings, self.scores = rings, scores
-        self.queries: list[Tensor] = []
-        self.lse: list[Tensor] = []
-        self._observed: tuple[Tensor, Tensor] | None = None
-        self.probs: list[Tensor] = []
-
-    @property
-    def observed(self) -> tuple[Tensor, Tensor]:
-        """Queries ``[layers, R, H, D]`` and their log-sum-exps ``[layers, R, H]``."""
-        if self._observed is None:
-            self._observed = torch.stack(self.queries), torch.stack(self.lse)
-        return self._observed
-
-    def observe_all(self, queries: Tensor, lse: Tensor) -> None:
-        """All layers' queries and log-sum-exps at once."""
-        self._observed = queries, lse
-
-    @property
-    def count(self) -> int:
-        return self.plan.positions.shape[0]
 
 
 class LayerCall:
@@ -114,7 +86,7 @@ class LayerCall:
         """
         self.scale = scale
         outs = []
-        if self.last_only:
+        if self.last_only and self.segments:
             self.going = self._last_rows(queries.device)
         if self.decoding:
             outs.append(self._decode(self.decoding, queries, keys, values, scale))
@@ -124,7 +96,7 @@ class LayerCall:
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 
     def _last_rows(self, device: torch.device) -> Tensor:
-        rows = list(range(self.decoding.count)) if self.decoding else []
+        rows = list(range(self.decoding.size.rows)) if self.decoding else []
         for segment in self.segments:
             rows += segment.rows_out(True)
         return torch.tensor(rows, dtype=torch.int64, device=device)
@@ -132,19 +104,15 @@ class LayerCall:
     def _decode(
         self, decoding: Decoding, queries: Tensor, keys: Tensor, values: Tensor, scale: Scale
     ) -> Tensor:
-        rows, layer, pool = decoding.count, self.layer, self.pool
+        layer, pool, plan, rows = self.layer, self.pool, decoding.plan, slice(decoding.size.rows)
         slots = Slots(decoding.pages[layer], decoding.offsets[layer])
-        pool.write(layer, slots, keys[:rows], values[:rows], decoding.plan.positions)
+        pool.write(layer, slots, keys[rows], values[rows], plan.positions)
         group = pool.group(layer)
         pages = Pages(group.keys, group.values, group.positions)
         attended = self.backend.run(
-            decoding.plan, layer, queries[:rows], pages, scale, probs=decoding.scores
+            plan, layer, queries[rows], pages, scale, probs=decoding.size.scores
         )
-        if decoding.rings and attended.lse is not None:
-            decoding.queries.append(queries[:rows])
-            decoding.lse.append(attended.lse)
-        if attended.probs is not None:
-            decoding.probs.append(attended.probs)
+        decoding.note(layer, queries[rows], attended)
         return attended.out
 
     def _prefill(
@@ -272,6 +240,78 @@ class LayerCall:
             ring.lse[self.layer, :rows] = newest[-rows:]
             if self.layer == prefill.sequence.layers.first:
                 ring.begin(prefill.positions[-rows:])
+
+
+class Decoder(Protocol):
+    """A model's decoder layers and its head, however they run.
+
+    layers : each takes the flat row ``[rows, hidden]``, the rows' cos and sin (None where there are
+    no rotary positions) and the ``LayerCall`` to attend through, and gives the flat row's outputs.
+    ``is_fused``: a layer gives only the rows that its call asks for, and looks at nothing on the
+    device, so that a step may be captured in a CUDA graph.
+    """
+
+    is_fused: bool
+
+    @property
+    def layers(self) -> Items[Callable[[Tensor, Any, LayerCall], Tensor]]: ...
+
+    def ropes(self, positions: Tensor, regimes: list[int]) -> Ropes:
+        """cos and sin of rows at rotary positions ``[n]``, each in its regime."""
+        ...
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """``[n, hidden]`` → ``[n, vocab]``."""
+        ...
+
+    def step(self, pool: Pool, decoding: Decoding, hidden: Tensor) -> Tensor | None:
+        """The decode rows ``[R, hidden]`` through all layers in one call; None where layers run
+        one by one only."""
+        ...
+
+
+class ModuleLayer:
+    """A Hugging Face decoder layer, attending through the call it is given."""
+
+    def __init__(self, layer: nn.Module, attention: str) -> None:
+        self.module = route(layer, attention)
+
+    def __call__(self, flat: Tensor, rope: Tables | None, call: LayerCall) -> Tensor:
+        extra = {} if rope is None else {"position_embeddings": (rope[0][None], rope[1][None])}
+        out: Tensor = self.module(flat[None], attention_mask=None, layer_call=call, **extra)
+        if call.scale is None:
+            raise ValueError(f"layer {call.layer} did not call the attention function it was given")
+        return out[0]
+
+
+class ModuleDecoder:
+    """A ``Decoder`` of the model's own modules.  like : a tensor of its dtype, where it is."""
+
+    is_fused = False
+
+    def __init__(
+        self,
+        layers: list[nn.Module],
+        body: Any,
+        head: Any,
+        config: Any,
+        rotary: Rotary,
+        like: Tensor,
+    ) -> None:
+        self.family = find_family(config)
+        self.layers = [ModuleLayer(layer, self.family.attention) for layer in layers]
+        self.body, self.head, self.config = body, head, config
+        self.rotary, self.like = rotary, like
+
+    def ropes(self, positions: Tensor, regimes: list[int]) -> Ropes:
+        return self.rotary.tables(self.like, positions, regimes)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        normed = self.family.finish(self.body, self.config, hidden)
+        return self.family.logits(self.config, self.head(normed))
+
+    def step(self, pool: Pool, decoding: Decoding, hidden: Tensor) -> Tensor | None:
+        return None
 
 
 def scores_by_chunk(needs: Needs, length: int) -> bool:

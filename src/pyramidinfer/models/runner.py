@@ -6,10 +6,9 @@ into one flat row ``[1, rows, hidden]`` per layer.  Policies, cache and attentio
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 from weakref import WeakKeyDictionary
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -17,26 +16,20 @@ from pyramidinfer.attention import Backend, Scale
 from pyramidinfer.cache import GroupSpec, Pool
 from pyramidinfer.models import rereading
 from pyramidinfer.models.batch import Batch, Prefill, Sequence, Work
+from pyramidinfer.models.decode import Decoding, Size, Stepped
 from pyramidinfer.models.evicting import evict, observe
 from pyramidinfer.models.families import find_family
-from pyramidinfer.models.fused import Fused, Ropes, fuse
-from pyramidinfer.models.graphs import DecodeGraphs, Frame, Size
+from pyramidinfer.models.fused import FusedDecoder, fuse
+from pyramidinfer.models.graphs import DecodeGraphs
 from pyramidinfer.models.loading import end_ids
-from pyramidinfer.models.rotary import Rotary, count_positions
-from pyramidinfer.models.routing import Decoding, LayerCall, Segment, evaluating, route
+from pyramidinfer.models.rotary import Rotary, Tables, count_positions
+from pyramidinfer.models.routing import Decoder, LayerCall, ModuleDecoder, Segment, evaluating
 from pyramidinfer.models.streaming import Streaming
 from pyramidinfer.types import AttentionShape, Keep, Layers, Observation, Queries
 
 __all__ = ["ModelRunner", "Stepped"]
 
 READ = 64  # logits of a prompt that are held at a time
-
-
-class Stepped(NamedTuple):
-    """Logits ``[decode + finished works, vocab]`` in the batch's order, and the decode rows."""
-
-    logits: Tensor
-    decoding: Decoding | None
 
 
 class ModelRunner:
@@ -65,7 +58,6 @@ class ModelRunner:
         depth = self.config.num_hidden_layers
         self._given: list[nn.Module] = [] if own else list(model.modules())
         originals = list(self.body.layers)[:depth]
-        self.layers = [route(layer, self.family.attention) for layer in originals]
         self.shapes = [self._shape(layer) for layer in originals]
         self.rotary = Rotary(self.family, self.body, self.config)
         self.kinds = list(self.config.layer_types) if self.family.rotary_by_type else [None] * depth
@@ -74,19 +66,10 @@ class ModelRunner:
         self.hidden_size: int = self.config.hidden_size
         self.vocab_size: int = self.config.vocab_size
         self.max_positions = count_positions(self.family, self.config)
-        self.fused: Fused | None = None
-        if self.family.plain:
-            self.fused = fuse(
-                self.body,
-                self.head,
-                self.config,
-                self.shapes,
-                self.rotary,
-                backend,
-                self.dtype,
-                self.device,
-                own=own,
-            )
+        self._like = torch.empty(0, dtype=self.dtype, device=self.device)
+        self.decoder: Decoder = self._fuse(own) or ModuleDecoder(
+            originals, self.body, self.head, self.config, self.rotary, self._like
+        )
         self._graphs: WeakKeyDictionary[Pool, DecodeGraphs] = WeakKeyDictionary()
         self.end_ids = end_ids(model)
         self.every_output = False  # the last layer's too, though the head reads last tokens alone
@@ -101,7 +84,7 @@ class ModelRunner:
 
     @property
     def depth(self) -> int:
-        return len(self.layers)
+        return len(self.shapes)
 
     @property
     def kv_heads(self) -> int:
@@ -111,12 +94,12 @@ class ModelRunner:
     @property
     def steps_on_buffers(self) -> bool:
         """Whether steps that only decode run on fixed buffers (CUDA graphs, on a GPU)."""
-        return self.fused is not None and self.backend.name == "triton"
+        return self.decoder.is_fused and self.backend.name == "triton"
 
     def graphs(self, pool: Pool) -> DecodeGraphs:
         """Decode steps over this pool, kept for as long as it."""
         if pool not in self._graphs:
-            self._graphs[pool] = DecodeGraphs(self.device, self.rotary.rotated)
+            self._graphs[pool] = DecodeGraphs(pool)
         return self._graphs[pool]
 
     def group_specs(self) -> list[GroupSpec]:
@@ -141,62 +124,60 @@ class ModelRunner:
             return self._forward(pool, batch)
 
     def _forward(self, pool: Pool, batch: Batch) -> Stepped:
-        if batch.decode and not batch.works and self.steps_on_buffers:
-            return Stepped(
-                *self.graphs(pool).step(pool, batch, self._frame_angles, self._run_frame)
-            )
-        decoding = self._start_decode(pool, batch)
-        hidden, tables = None, None
-        if decoding:
-            positions = decoding.plan.positions
-            hidden = self.family.embed(self.body, self.config, batch.tokens[None], positions[None])
-            offsets = torch.tensor([each.offset for each in batch.decode]).to(self.device)
-            tables = self._angles(hidden, positions - offsets, self.regimes(batch.decode))
-            if not batch.works and self.fused is not None and self.fused.steps_whole:
-                out = self.fused.step(pool, decoding, hidden[0], tables[None])
-                return Stepped(self._logits(out), decoding)
+        decoding = self._claim(pool, batch) if batch.decode else None
+        if decoding is not None and decoding.fixed:
+            logits = self.graphs(pool).run(decoding, lambda: self._decode(pool, decoding))
+            return Stepped(logits[: len(batch.decode)], decoding)
         last: dict[int, Tensor] = {}
-        through = self._all_layers(pool, batch.works, last, hidden, tables, decoding)
+        through = self._pass(pool, decoding, batch.works, last)
         while any(work.budget > 0 and work.prefill.again is not None for work in batch.works):
-            self._all_layers(pool, batch.works, last)  # texts that begin to be read again
-        rows = [] if through is None else [through[0]]
+            self._pass(pool, None, batch.works, last)  # texts that begin to be read again
+        rows = [through] if len(through) else []
         rows += [last[index] for index in sorted(last)]
         if not rows:
-            nothing = torch.empty(0, self.vocab_size, dtype=self.dtype, device=self.device)
-            return Stepped(nothing, decoding)
+            return Stepped(through.new_empty(0, self.vocab_size), decoding)
         return Stepped(self._logits(torch.cat(rows)), decoding)
 
-    def _all_layers(
-        self,
-        pool: Pool,
-        works: list[Work],
-        last: dict[int, Tensor],
-        hidden: Tensor | None = None,
-        tables: dict[str | None, Ropes] | None = None,
-        decoding: Decoding | None = None,
-    ) -> Tensor | None:
-        """All layers once, for decode rows ``hidden`` and for works from where each stands.
+    def _decode(self, pool: Pool, decoding: Decoding) -> Tensor:
+        """Logits ``[R, vocab]`` of a step that only decodes.  Nothing in here waits for the device
+        or depends on what its buffers hold."""
+        return self._logits(self._pass(pool, decoding, [], {}))
 
-        Gives what becomes of the rows; ``last`` takes outputs of the works that come to their end.
+    def _pass(
+        self, pool: Pool, decoding: Decoding | None, works: list[Work], last: dict[int, Tensor]
+    ) -> Tensor:
+        """All layers once, for tokens that sequences feed and for works from where each stands.
+
+        Gives outputs ``[R, hidden]`` of the tokens; ``last`` takes those of the works that come to
+        their end.
         """
+        hidden = self._like.new_empty(0, self.hidden_size)
+        if decoding is not None:
+            hidden = self._embed(decoding.tokens, decoding.plan.positions)
+            if not works and (out := self.decoder.step(pool, decoding, hidden)) is not None:
+                return out
         for layer in range(self.depth):
-            riding = hidden
+            riding = decoding
             while True:
-                start = 0 if riding is None else riding.shape[1]
+                start = 0 if riding is None else len(hidden)
                 segments, parts = self._take(works, layer, start)
                 if riding is None and not segments:
                     break
-                rope = tables.get(self.kinds[layer]) if tables and riding is not None else None
-                out = self._run_layer(pool, layer, riding, rope, decoding, segments, parts)
+                rows = parts if riding is None else [hidden, *parts]
+                out = self._run_layer(pool, layer, rows, riding, segments)
                 if riding is not None:
-                    hidden, riding = out[:, :start], None
-                self._store(segments, out[0], start)
+                    hidden, riding = out[:start], None
+                self._store(segments, out, start)
             for index, work in enumerate(works):
                 if work.prefill.layer == layer and work.prefill.left == 0:
                     tail = self._finish_layer(pool, work.prefill)
                     if tail is not None:
                         last[index] = tail
         return hidden
+
+    def _embed(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """Tokens ``[n]`` → ``[n, hidden]``."""
+        return self.family.embed(self.body, self.config, ids[None], positions[None])[0]
 
     # --- one layer ----------------------------------------------------------------------------
 
@@ -215,8 +196,7 @@ class ModelRunner:
                 prefill.computed.append(prefill.length)
             rows = slice(prefill.done, prefill.done + count)
             if prefill.hidden is None:
-                ids, positions = prefill.entering[rows], prefill.positions[rows]
-                part = self.family.embed(self.body, self.config, ids[None], positions[None])[0]
+                part = self._embed(prefill.entering[rows], prefill.positions[rows])
             else:
                 part = prefill.hidden[rows]
             work.budget -= count
@@ -229,75 +209,49 @@ class ModelRunner:
         self,
         pool: Pool,
         layer: int,
-        riding: Tensor | None,
-        rope: Any,
+        rows: list[Tensor],
         decoding: Decoding | None,
         segments: list[Segment],
-        parts: list[Tensor],
     ) -> Tensor:
-        """The flat row through one decoder layer, ``[1, rows, hidden]``."""
-        row = [riding[0]] if riding is not None else []
-        flat = torch.cat([*row, *parts]) if len(row) + len(parts) > 1 else [*row, *parts][0]
-        extra: dict[str, Any] = {}
-        if self.rotary.module is not None:
-            if segments:
-                rope = self._rope(flat, rope, segments, self.kinds[layer])
-            extra["position_embeddings"] = rope
-        active = decoding if riding is not None else None
-        window = self.shapes[layer].window
+        """Decode rows, then those of segments, through one decoder layer: ``[rows, hidden]``."""
+        flat = rows[0] if len(rows) == 1 else torch.cat(rows)
         call = LayerCall(
             pool,
             self.backend,
             layer,
-            window,
-            active,
+            self.shapes[layer].window,
+            decoding,
             segments,
             self.streaming,
             self._last_only(layer),
         )
-        if self.fused is not None:
-            fused = self.fused.layers[layer]
-            self.scales[layer] = fused.scale
-            return fused(flat, rope, call)[None]
-        out: Tensor = self.layers[layer](flat[None], attention_mask=None, layer_call=call, **extra)
-        if call.scale is None:
-            raise ValueError(f"layer {layer} did not call the attention function it was given")
+        rope = self._rope(self.kinds[layer], decoding, segments)
+        out = self.decoder.layers[layer](flat, rope, call)
         self.scales[layer] = call.scale
         return out
 
-    def _rope(self, like: Tensor, rope: Any, segments: list[Segment], kind: str | None) -> Any:
-        """cos and sin of the decode rows (``rope``) followed by those of the segments."""
-        positions = torch.cat(
-            [
-                prefill.positions[prefill.done : prefill.done + count] - prefill.sequence.offset
-                for prefill, _, count in segments
-            ]
-        )
-        regimes = torch.cat(
-            [
-                torch.full((count,), self.rotary.regime(prefill.sequence.is_long, prefill.end))
-                for prefill, _, count in segments
-            ]
-        ).to(self.device)
-        cos, sin = self._angles(like, positions, regimes)[kind]
-        if rope is None:
-            return cos, sin
-        return torch.cat([rope[0], cos], dim=-2), torch.cat([rope[1], sin], dim=-2)
-
-    def regimes(self, decode: list[Sequence]) -> Tensor:
-        """Rotary regimes ``[R]`` of the tokens that decoding sequences feed."""
-        regimes = [self.rotary.regime(each.is_long, each.table.seen_len + 1) for each in decode]
-        return torch.tensor(regimes).to(self.device)
-
-    def _angles(self, like: Tensor, positions: Tensor, regimes: Tensor) -> dict[str | None, Ropes]:
-        """cos and sin per layer type, as the layers take them (``[n, dim]`` where fused)."""
-        if self.fused is not None:
-            return {None: self.rotary.angles(like, positions, regimes)}
-        return self.rotary.tables(like, positions, regimes)
+    def _rope(
+        self, kind: str | None, decoding: Decoding | None, segments: list[Segment]
+    ) -> Tables | None:
+        """cos and sin of decode rows, then of those of segments; None without rotary positions."""
+        parts = [] if decoding is None else [decoding.ropes]
+        if segments:
+            places, regimes = [], []
+            for prefill, _, count in segments:
+                rows = slice(prefill.done, prefill.done + count)
+                places.append(prefill.positions[rows] - prefill.sequence.offset)
+                regime = self.rotary.regime(prefill.sequence.is_long, prefill.end)
+                regimes += [regime] * count
+            parts.append(self.decoder.ropes(torch.cat(places), regimes))
+        ropes = [part[kind] for part in parts if kind in part]
+        if len(ropes) < 2:
+            return ropes[0] if ropes else None
+        cos, sin = (torch.cat(each) for each in zip(*ropes, strict=True))
+        return cos, sin
 
     def _last_only(self, layer: int) -> bool:
         """Whether a layer gives outputs of last tokens only."""
-        return self.fused is not None and layer == self.depth - 1 and not self.every_output
+        return self.decoder.is_fused and layer == self.depth - 1 and not self.every_output
 
     def _store(self, segments: list[Segment], out: Tensor, at: int) -> None:
         """Put a pass's outputs (from row ``at`` on) where the next layer or the head reads them."""
@@ -406,50 +360,23 @@ class ModelRunner:
 
     # --- decoding -----------------------------------------------------------------------------
 
-    def _start_decode(self, pool: Pool, batch: Batch) -> Decoding | None:
-        if not batch.decode:
-            return None
-        tables = [each.table for each in batch.decode]
-        pages, offsets = pool.append_each(tables)
-        lengths = np.stack([table.kept for table in tables], axis=1)  # [layers, R, kv_heads]
-        positions = torch.tensor([table.seen_len for table in tables], device=self.device)
-        plan = self.backend.plan(
-            torch.from_numpy(pool.block_tables(tables)).to(self.device),
-            torch.from_numpy(lengths).to(self.device),
-            lengths.max((1, 2)).tolist(),
-            positions,
-        )
-        rings = any(table.ring is not None for table in tables)
-        scores = any(each.policy.uses_scores for each in batch.decode)
-        return Decoding(plan, pages, offsets, rings, scores)
-
-    def _frame_angles(self, places: Tensor, sequences: list[Sequence]) -> tuple[Tensor, Tensor]:
-        """cos and sin of sequences that feed tokens at these rotary positions."""
-        like = torch.empty(0, dtype=self.dtype, device=self.device)
-        regimes = like if self.rotary.is_fixed else self.regimes(sequences)
-        return self.rotary.angles(like, places, regimes)
-
-    def _run_frame(self, pool: Pool, frame: Frame, size: Size) -> tuple[Tensor, Decoding]:
-        """A decode step on a frame's buffers.  Nothing in here waits for the device or depends on
-        what the buffers hold."""
-        fused = self.fused
-        assert fused is not None
-        hidden = self.family.embed(
-            self.body, self.config, frame.tokens[None], frame.positions[None]
-        )[0]
-        newest = (frame.lengths - 1).clamp(min=0).long()  # spare rows: the scratch page's first
-        pages = frame.tables.gather(3, (newest // pool.page_size)[..., None])[..., 0].long()
-        longest = [size.pages * pool.page_size] * self.depth
-        plan = self.backend.plan(frame.tables, frame.lengths, longest, frame.positions)
-        decoding = Decoding(plan, pages, newest % pool.page_size, size.rings, size.scores)
-        for index, layer in enumerate(fused.layers):
-            window = layer.shape.window
-            call = LayerCall(pool, self.backend, index, window, decoding, [], self.streaming)
-            hidden = layer(hidden, (frame.cos, frame.sin), call)
-        if size.rings:
-            decoding.observe_all(torch.stack(decoding.queries), torch.stack(decoding.lse))
-            decoding.queries, decoding.lse = [], []
-        return fused.logits(hidden), decoding
+    def _claim(self, pool: Pool, batch: Batch) -> Decoding:
+        """Claim an entry for the token that each decoding sequence feeds, and write down what the
+        step reads."""
+        sequences, shape, like = batch.decode, self.shapes[0], self._like
+        claimed = pool.append_each([each.table for each in sequences])
+        size = Size.of(sequences)
+        if self.steps_on_buffers and not batch.works:
+            decoding = self.graphs(pool).step(
+                size, lambda size: Decoding(size, pool, shape, like, fixed=True)
+            )
+        else:
+            decoding = Decoding(size, pool, shape, like)
+        decoding.fill(sequences, *claimed)
+        regimes = [self.rotary.regime(each.is_long, each.table.seen_len + 1) for each in sequences]
+        places = decoding.places[: len(sequences)]
+        decoding.feed(batch.tokens, self.decoder.ropes(places, regimes))
+        return decoding
 
     @torch.inference_mode()
     def commit(self, pool: Pool, sequence: Sequence, decoding: Decoding, row: int) -> None:
@@ -457,10 +384,10 @@ class ModelRunner:
         evict."""
         table = sequence.table
         if table.ring is not None:
-            queries, lse = decoding.observed
-            table.ring.push(queries[:, row], lse[:, row], table.seen_len)
+            assert decoding.queries is not None and decoding.lse is not None
+            table.ring.push(decoding.queries[:, row], decoding.lse[:, row], table.seen_len)
         if sequence.policy.uses_scores:
-            for layer, probs in enumerate(decoding.probs):
+            for layer, probs in decoding.probs.items():
                 pool.add_scores(table, layer, probs[row, :, : int(table.longest[layer])])
         table.seen_len += 1
         pool.note_peak(table)
@@ -503,10 +430,20 @@ class ModelRunner:
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """``[n, hidden]`` → ``[n, vocab]``."""
-        if self.fused is not None:
-            return self.fused.logits(hidden)
-        return self.family.logits(
-            self.config, self.head(self.family.finish(self.body, self.config, hidden))
+        return self.decoder.logits(hidden)
+
+    def _fuse(self, own: bool) -> FusedDecoder | None:
+        if not self.family.plain:
+            return None
+        return fuse(
+            self.body,
+            self.head,
+            self.config,
+            self.shapes,
+            self.rotary,
+            self.backend,
+            self._like,
+            own=own,
         )
 
     def _shape(self, layer: nn.Module) -> AttentionShape:

@@ -112,7 +112,7 @@ class Streaming:
         if not self.turns(layer):
             return 0
         start = torch.zeros(1, dtype=torch.int64, device=like.device)
-        cos, _ = self.rotary.tables(like, start, start)[self.kinds[layer]]
+        cos, _ = self.rotary.tables(like, start, [0])[self.kinds[layer]]
         return cos.shape[-1] // 2
 
     def unrotated(
@@ -151,10 +151,10 @@ class Streaming:
     ) -> tuple[Tensor, Tensor]:
         """Cosines and sines ``[n, rotated]`` of ``by`` ``[n]`` positions, of length 1 together."""
         steps = torch.cat([by, by.new_zeros(1)]).to(like.device)  # the last one tells the scaling
-        regimes = torch.full_like(steps, self.rotary.regime(sequence.is_long, length))
+        regimes = [self.rotary.regime(sequence.is_long, length)] * len(steps)
         cos, sin = self.rotary.tables(like, steps, regimes)[self.kinds[layer]]
-        scale = cos[0, -1, 0]
-        return cos[0, :-1] / scale, sin[0, :-1] / scale
+        scale = cos[-1, 0]
+        return cos[:-1] / scale, sin[:-1] / scale
 
     def _governed(self, sequence: Sequence) -> list[int]:
         return [layer for layer in self.layers if sequence.layers.governed[layer]]

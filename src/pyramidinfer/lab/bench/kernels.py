@@ -217,7 +217,7 @@ def _decode(
     tables[owned.expand_as(tables)] = torch.arange(used, dtype=torch.int32)
     lengths = torch.tensor(lens).expand(layers, batch, -1).contiguous()
     newest = torch.full((batch,), longest - 1, dtype=torch.int64, device=device)
-    plan = backend.plan(tables.to(device), lengths.to(device), [longest] * layers, newest)
+    plan = DecodePlan(tables.to(device), lengths.to(device), [longest] * layers, newest)
     queries = torch.randn(batch, heads[0], size, device=device).to(storage.keys.dtype)
     return _all_layers(backend, plan, layers, queries, storage, Scale(size**-0.5)), used
 

@@ -1,0 +1,164 @@
+"""One decode step: what its layers read, and what they leave.
+
+However a step runs (all layers in one call, layer by layer, or replayed as a CUDA graph), it reads
+and fills in the same :class:`Decoding`.
+"""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyramidinfer.attention import DecodePlan
+from pyramidinfer.attention.base import Attended
+from pyramidinfer.cache import Pool
+from pyramidinfer.models.batch import Sequence
+from pyramidinfer.types import AttentionShape, accumulate_dtype
+
+__all__ = ["Decoding", "Ropes", "Size", "Stepped"]
+
+#: cos and sin of some rows, each ``[rows, rotated]``, by kind of layer.
+Ropes = dict[str | None, tuple[Tensor, Tensor]]
+
+#: Parts of a buffer begin at multiples of so many bytes.
+ALIGNED = 128
+
+
+class Size(NamedTuple):
+    """``rows`` requests of at most ``pages`` pages a head; whether rings and scores are asked
+    for."""
+
+    rows: int
+    pages: int
+    rings: bool
+    scores: bool
+
+    @classmethod
+    def of(cls, sequences: list[Sequence]) -> Size:
+        """Just enough for these sequences."""
+        tables = [each.table for each in sequences]
+        return cls(
+            len(tables),
+            max(int(table.held.max()) for table in tables),
+            any(table.ring is not None for table in tables),
+            any(each.policy.uses_scores for each in sequences),
+        )
+
+
+class Decoding:
+    """``R`` sequences that feed a token each, in one step.
+
+    What the layers read: plan (page tables, lengths with the new entry, positions);  pages, offsets
+    ``[L, R, K]`` where the new entries go;  places ``[R]`` of the tokens among rotary positions.
+    They are parts of one buffer, written on the host and uploaded at once.  tokens ``[R]`` and
+    ropes, cos and sin of the places, are on the device already.
+
+    What they leave: queries ``[L, R, H, D]`` with their log-sum-exps lse ``[L, R, H]``, where rings
+    ask for them;  probs, by layer ``[R, K, longest]``, where running scores do.
+
+    ``fixed``: made once, for a CUDA graph that reads whatever the buffers hold.  Rows and pages are
+    rounded up then; rows that no sequence needs have length 0 and write into a page that no table
+    owns (``Group.scratch``).
+    """
+
+    pages: Tensor
+    offsets: Tensor
+    places: Tensor
+
+    def __init__(
+        self, size: Size, pool: Pool, shape: AttentionShape, like: Tensor, *, fixed: bool = False
+    ) -> None:
+        """shape : of every layer;  like : a tensor of the model's dtype, where it is."""
+        self.size, self.fixed, on_gpu = size, fixed, pool.device.type == "cuda"
+        rows = (pool.layers, size.rows, pool.kv_heads)
+        parts: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+            "tables": (torch.int32, (*rows, size.pages)),
+            **dict.fromkeys(("lengths", "pages", "offsets"), (torch.int64, rows)),
+            **dict.fromkeys(("positions", "places"), (torch.int64, (size.rows,))),
+        }
+        spans, end = {}, 0
+        for name, (dtype, sizes) in parts.items():
+            spans[name] = slice(end, end + prod(sizes) * dtype.itemsize)
+            end = -(-spans[name].stop // ALIGNED) * ALIGNED
+        self._host = torch.zeros(end, dtype=torch.uint8, pin_memory=on_gpu and fixed)
+        self._device = self._host
+        if on_gpu or fixed:
+            self._device = torch.empty(end, dtype=torch.uint8, device=pool.device)
+        self.host: dict[str, np.ndarray] = {}
+        read: dict[str, Tensor] = {}
+        for name, (dtype, sizes) in parts.items():
+            self.host[name] = self._host[spans[name]].view(dtype).view(sizes).numpy()
+            read[name] = self._device[spans[name]].view(dtype).view(sizes)
+        self.pages, self.offsets, self.places = (read[n] for n in ("pages", "offsets", "places"))
+        longest = [size.pages * pool.page_size] * pool.layers
+        self.plan = DecodePlan(read["tables"], read["lengths"], longest, read["positions"])
+        self.tokens = torch.zeros(size.rows, dtype=torch.int64, device=pool.device)
+        self.ropes: Ropes = {}
+        self._scratch = np.array([pool.group(layer).scratch for layer in range(pool.layers)])
+        cuda: Any = torch.cuda
+        self._sent = cuda.Event() if on_gpu and fixed else None
+        self.probs: dict[int, Tensor] = {}
+        self.queries: Tensor | None = None
+        self.lse: Tensor | None = None
+        if size.rings:
+            high = accumulate_dtype(like.dtype)
+            self.queries = like.new_empty(pool.layers, size.rows, shape.heads, shape.key_dim)
+            self.lse = like.new_empty(self.queries.shape[:3], dtype=high)
+
+    def fill(self, sequences: list[Sequence], pages: np.ndarray, offsets: np.ndarray) -> None:
+        """Write down what the sequences hold, and upload it.  pages, offsets : of the entries just
+        claimed (``Pool.append_each``)."""
+        if self._sent is not None:
+            self._sent.synchronize()  # the last upload has read the host's side
+        host, count = self.host, len(sequences)
+        for row, each in enumerate(sequences):
+            held = int(each.table.held.max())
+            host["tables"][:, row, :, :held] = each.table.pages[..., :held]
+            host["lengths"][:, row] = each.table.kept
+            host["positions"][row] = each.table.seen_len
+            host["places"][row] = each.table.seen_len - each.offset
+        host["pages"][:, :count], host["offsets"][:, :count] = pages, offsets
+        if self.fixed:
+            spare = self._scratch[:, None, None]
+            host["tables"][:, count:, :, 0] = host["pages"][:, count:] = spare
+            host["lengths"][:, count:] = host["offsets"][:, count:] = 0
+            host["positions"][count:] = host["places"][count:] = 0
+        else:
+            self.plan.longest[:] = host["lengths"].max((1, 2)).tolist()
+        if self._device is not self._host:
+            self._device.copy_(self._host, non_blocking=True)
+        if self._sent is not None:
+            self._sent.record()
+
+    def feed(self, tokens: Tensor, ropes: Ropes) -> None:
+        """What is on the device already, of the rows in use; copied where buffers are fixed."""
+        if not self.fixed:
+            self.tokens, self.ropes = tokens, ropes
+            return
+        count = len(tokens)
+        self.tokens[:count].copy_(tokens)
+        for kind, pair in ropes.items():
+            if kind not in self.ropes:
+                cos, sin = (each.new_zeros(self.size.rows, each.shape[1]) for each in pair)
+                self.ropes[kind] = cos, sin
+            for mine, given in zip(self.ropes[kind], pair, strict=True):
+                mine[:count].copy_(given)
+
+    def note(self, layer: int, queries: Tensor, attended: Attended) -> None:
+        """Take down what a layer's attention gave, of queries ``[R, H, D]``."""
+        if self.queries is not None and self.lse is not None:
+            assert attended.lse is not None
+            self.queries[layer], self.lse[layer] = queries, attended.lse
+        if attended.probs is not None:
+            self.probs[layer] = attended.probs
+
+
+class Stepped(NamedTuple):
+    """Logits ``[decode + finished works, vocab]`` in the batch's order, and the decode rows."""
+
+    logits: Tensor
+    decoding: Decoding | None
