@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyramidinfer.cache import GroupSpec, Layout, Pool
-from pyramidinfer.cache.compact import plan_moves
+from pyramidinfer.cache.mover import plan_moves
 from pyramidinfer.types import Keep
 
 pytest.importorskip("triton")

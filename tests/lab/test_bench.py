@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from pyramidinfer import LLM
+from pyramidinfer.cache.mover import Mover
 from pyramidinfer.cli.app import main
 from pyramidinfer.lab import shapes
 from pyramidinfer.lab.bench import compaction, kernels, machine, setting
@@ -337,7 +338,7 @@ def test_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_compaction_counts_the_bytes_that_move() -> None:
     keep, copy, size = compaction.time_keep(
-        2, 8, 16, 100, torch.device("cpu"), torch.float32, repeats=2, warmup=1
+        2, 8, 16, 100, torch.device("cpu"), torch.float32, repeats=2, warmup=1, mover=Mover()
     )
     assert len(keep) == len(copy) == 2
     entry = 2 * 8 * 4 + 4

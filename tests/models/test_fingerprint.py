@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from pyramidinfer import LLM
-from pyramidinfer.attention import select_backend
 from pyramidinfer.models import ModelRunner
 from pyramidinfer.models.fingerprint import fingerprint
 from pyramidinfer.policies.profile import Fingerprint
@@ -20,7 +19,7 @@ FAMILIES = sorted(SPECIFIC)
 
 
 def mark_of(model: Any, **options: Any) -> Fingerprint:
-    return fingerprint(ModelRunner(model, select_backend("auto", torch.device("cpu")), **options))
+    return fingerprint(ModelRunner(model, "auto", **options))
 
 
 def trained(family: str, seed: int = 1, dtype: torch.dtype = torch.float32, **sizes: Any) -> Any:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from pyramidinfer import LLM, SamplingParams
-from pyramidinfer.attention import select_backend
 from pyramidinfer.models import ModelRunner
 from pyramidinfer.models import fused as fusing
 from pyramidinfer.models.families import FAMILIES
@@ -278,7 +277,7 @@ def test_what_the_kernels_do_not_do_runs_in_torch(why: str) -> None:
 def test_without_weights_nothing_is_packed() -> None:
     with torch.device("meta"):
         model = tiny_model("llama")
-    assert not ModelRunner(model, select_backend("cpu")).decoder.is_fused
+    assert not ModelRunner(model, "cpu").decoder.is_fused
 
 
 # --- the last layer ------------------------------------------------------------------------------

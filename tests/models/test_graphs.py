@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 pytest.importorskip("triton")
 
 from pyramidinfer import LLM, SamplingParams
-from pyramidinfer.attention import select_backend, triton_kernels
+from pyramidinfer.attention import triton_kernels
 from pyramidinfer.cache import GroupSpec, Layout, Pool
 from pyramidinfer.config import EngineConfig
 from pyramidinfer.engine.engine import Engine
@@ -327,8 +327,7 @@ def test_norm_rounds_before_the_weight(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("backend", ["triton", "auto"])
 def test_engines_share_a_model_runner(backend: str) -> None:
     dtype = torch.float64 if backend == "triton" else torch.float32
-    device = torch.device("cpu")
-    runner = ModelRunner(tiny_model("llama", dtype), select_backend(backend, device), own=True)
+    runner = ModelRunner(tiny_model("llama", dtype), backend, own=True)
     config = EngineConfig(kv_memory="4MiB", page_size=4)
     engines = [Engine(runner, policy_named(name), config) for name in ("full", "h2o")]
     assert engines[0].runner is engines[1].runner

@@ -11,6 +11,8 @@ from hypothesis import settings
 from torch import Tensor
 
 from pyramidinfer.cache import GroupSpec, Layout, Pool, Table
+from pyramidinfer.cache.mover import Mover
+from pyramidinfer.cache.native import KernelMover
 from pyramidinfer.native import Kernels, kernels
 from pyramidinfer.policies import base
 from pyramidinfer.types import Keep
@@ -24,8 +26,8 @@ def pool_pair(dtype: torch.dtype, heads: int = 2, scores: bool = True) -> list[P
     """The same pool twice, on the kernels and in torch; what is free is NaN."""
     spec = [GroupSpec((0, 1), heads, key_dim=6, value_dim=10, dtype=dtype)]
     return [
-        Pool(Layout(spec, 60_000, PAGE, scores=scores), kernels=kernels)
-        for kernels in (backend("native").kernels, None)
+        Pool(Layout(spec, 60_000, PAGE, scores=scores), mover=mover)
+        for mover in (KernelMover(backend("native").kernels), Mover())
     ]
 
 
@@ -144,7 +146,7 @@ class OnKernels(test_pool.PoolMachine):
         super().__init__()
         self.pool = Pool(
             Layout(test_pool.SPECS, 20_000, test_pool.PAGE),
-            kernels=backend("native").kernels,
+            mover=KernelMover(backend("native").kernels),
         )
 
 

@@ -11,7 +11,6 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-from pyramidinfer.native import Kernels
 from pyramidinfer.types import Reduce
 
 __all__ = ["Attended", "Backend", "DecodePlan", "Pages", "Scale", "Scored"]
@@ -95,11 +94,6 @@ class Backend(Protocol):
     """Attention over pages (decode) and over one request's entries (prefill, extend)."""
 
     name: str
-
-    @property
-    def kernels(self) -> Kernels | None:
-        """The C++ kernels it runs on, for the cache and the layers to use too."""
-        ...
 
     @property
     def prefill_scored(self) -> ScoredPrefill | None:

@@ -16,7 +16,6 @@ from pyramidinfer.native.library import (
     DTYPES,
     DecodeCall,
     DenseCall,
-    Kernels,
     WatchCall,
     kernels,
     pointer,
@@ -38,7 +37,6 @@ class CPUBackend(ReferenceBackend):
     """
 
     name = "cpu"
-    kernels: Kernels
 
     def __init__(self, isa: str = "native") -> None:
         self.kernels = kernels(isa)

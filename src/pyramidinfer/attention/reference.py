@@ -26,7 +26,6 @@ class ReferenceBackend:
     """See :class:`pyramidinfer.attention.base.Backend` for shapes."""
 
     name = "reference"
-    kernels: Any = None  # none in C++
     prefill_scored: Any = None
 
     def run(

@@ -38,7 +38,6 @@ class TritonBackend:
     """
 
     name = "triton"
-    kernels: Any = None  # none in C++
     prefill_scored: Any = None
 
     def __init__(self, splits: int = 16) -> None:

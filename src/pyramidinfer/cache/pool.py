@@ -21,10 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyramidinfer.cache.compact import move_entries, plan_moves
 from pyramidinfer.cache.group import Group
 from pyramidinfer.cache.layout import Layout
-from pyramidinfer.cache.native import Slots, Stays, native_gather, native_keep, native_write
+from pyramidinfer.cache.mover import Mover, Slots, Stays, upload
 from pyramidinfer.cache.table import Ring, Table
 from pyramidinfer.native.library import DTYPES, Kernels
 from pyramidinfer.types import Keep, Needs, State
@@ -50,7 +49,8 @@ class Exported(NamedTuple):
 class Pool:
     """The storage of a ``Layout``, and who owns which of its pages.
 
-    poison : what is freed becomes NaN, so that reading it shows (for tests).
+    mover : writes, moves and reads entries;  poison : what is freed becomes NaN, so that reading it
+    shows (for tests).
     """
 
     def __init__(
@@ -58,11 +58,10 @@ class Pool:
         layout: Layout,
         device: torch.device | str = "cpu",
         *,
+        mover: Mover | None = None,
         poison: bool = False,
-        kernels: Kernels | None = None,
     ) -> None:
-        self.layout, self.device = layout, torch.device(device)
-        self.kernels = kernels  # C++ for what can be had faster than in torch
+        self.layout, self.device, self.mover = layout, torch.device(device), mover or Mover()
         self.page_size, self.budget = layout.page_size, layout.budget
         self.layers, self.kv_heads = layout.layers, layout.kv_heads
         self.group_of, self.pages_for = layout.group_of, layout.pages_for
@@ -153,15 +152,7 @@ class Pool:
         self, layer: int, slots: Slots, keys: Tensor, values: Tensor, positions: Tensor
     ) -> None:
         """Store ``keys`` ``[n, kv_heads, key_dim]``, ``values`` and ``positions`` ``[n]``."""
-        group = self.group(layer)
-        if self.kernels is not None and keys.dtype in DTYPES:
-            native_write(self.kernels, group, slots, keys, values, positions)
-            return
-        group.keys[slots] = keys
-        group.values[slots] = values
-        group.positions[slots] = positions.to(torch.int32)[:, None]
-        if group.scores is not None:
-            group.scores[slots] = 0.0
+        self.mover.write(self.group(layer), slots, keys, values, positions)
 
     def add_scores(self, table: Table, layer: int, amounts: Tensor) -> None:
         """Add ``amounts`` ``[kv_heads, longest]`` to the entries' running scores."""
@@ -184,22 +175,13 @@ class Pool:
             kept = keep.counts.cpu().numpy()
         if (kept < lengths).any():
             self.own_front(table, layer, kept)
-            if self.kernels is not None:
-                native_keep(
-                    self.kernels, group, [Stays(table.pages[layer], keep.indices, kept, lengths)]
-                )
-            else:
-                self._move(table, layer, keep.indices, kept)
+            self.mover.keep(group, [Stays(table.pages[layer], keep.indices, kept, lengths)])
         self.shrink(table, layer, kept)
 
-    def _move(self, table: Table, layer: int, indices: Tensor, kept: np.ndarray) -> None:
-        """Fill the holes among every head's first ``kept`` entries from its tail."""
-        group = self.group(layer)
-        indices = indices.expand(self.kv_heads, -1).to(self.device)
-        moves = plan_moves(indices, self._upload(kept), self._upload(table.kept[layer]))
-        if len(moves.head):
-            rows = self._upload(table.pages[layer])
-            move_entries(group.tensors(), rows, *moves, self.page_size)
+    @property
+    def kernels(self) -> Kernels | None:
+        """C++ kernels that select entries and carry out whole evictions, if there are any."""
+        return self.mover.kernels
 
     def evicts_best(self, needs: Needs, dtype: torch.dtype) -> bool:
         """Whether ``evict_best`` can carry this eviction out."""
@@ -381,11 +363,7 @@ class Pool:
         lengths = table.kept[layer, heads]
         kept = int(lengths[0])
         assert (lengths == kept).all(), "heads are not equally long: take them in runs"
-        pages = table.pages[layer, heads]
-        if self.kernels is not None:
-            return native_gather(self.kernels, storage, pages, kept)
-        rows = self._upload(pages[:, : self.pages_for(kept)])
-        return storage[rows].flatten(1, 2)[:, :kept]
+        return self.mover.gather(storage, table.pages[layer, heads], kept)
 
     def _padded(self, table: Table, layer: int, storage: Tensor, beyond: Tensor) -> Tensor:
         """``[kv_heads, longest]`` of one tensor of a group, ``beyond`` behind shorter heads."""
@@ -464,7 +442,7 @@ class Pool:
                     group.values[page, kept % self.page_size :] = float("nan")
 
     def _upload(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64)).to(self.device)
+        return upload(array, self.device)
 
 
 def _copy_ring(ring: Ring | None, device: torch.device) -> Ring | None:

@@ -1,6 +1,6 @@
 """Compaction on a GPU: entries of all of a group's tensors move in one launch.
 
-Importing this module needs Triton; the pool does so where its tensors are on a GPU.
+Importing this module needs Triton.
 """
 
 # mypy: disable-error-code="import-not-found,import-untyped,misc,no-untyped-def"
@@ -11,7 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["INTERPRETED", "move_entries"]
+from pyramidinfer.cache.mover import Mover
+
+__all__ = ["INTERPRETED", "TritonMover", "move_entries"]
 
 #: Moves of one program.
 BLOCK = 8
@@ -57,6 +59,12 @@ def move_entries(
             block=BLOCK,
             scored=len(tensors) == 4,
         )
+
+
+class TritonMover(Mover):
+    """``Mover`` with compaction in one launch."""
+
+    move = staticmethod(move_entries)
 
 
 @triton.jit(do_not_specialize=["moves", "width"])

@@ -14,7 +14,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from pyramidinfer.attention import select_backend
 from pyramidinfer.cli.common import human_bytes
 from pyramidinfer.config import EngineConfig, parse_bytes
 from pyramidinfer.engine import Engine
@@ -141,8 +140,7 @@ def run_demo(
 def _engines(ask: Ask, loaded: LoadedModel) -> dict[str, Engine]:
     """One engine a way, by its title, all on the same weights; the full cache's is the first."""
     config = EngineConfig.from_options((), kv_memory=ask.kv_memory)
-    backend = select_backend("auto", next(loaded.model.parameters()).device)
-    runner = ModelRunner(loaded.model, backend, config.prefill_chunk, own=True)
+    runner = ModelRunner(loaded.model, "auto", config.prefill_chunk, own=True)
     return {
         title: Engine(runner, policy, config, loaded.tokenizer)
         for title, policy in _ways(ask.keep, ask.model is None)

@@ -10,7 +10,6 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from pyramidinfer.attention import select_backend
 from pyramidinfer.cache import Layout
 from pyramidinfer.cli.common import human_bytes
 from pyramidinfer.config import EngineConfig
@@ -145,7 +144,7 @@ class _After(NamedTuple):
 
 
 def _runner_without_weights(model: str, dtype: str) -> ModelRunner:
-    return ModelRunner(empty_model(model, dtype)[0], select_backend("reference"))  # builds nothing
+    return ModelRunner(empty_model(model, dtype)[0], "reference")  # builds nothing
 
 
 def _profile(model: str, dtype: str) -> Profile:

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyramidinfer.attention import select_backend
 from pyramidinfer.cache import Layout, Pool, Table
 from pyramidinfer.config import EngineConfig
 from pyramidinfer.engine import answers, holding
@@ -66,8 +65,7 @@ class Engine:
         if isinstance(model, ModelRunner):
             self.runner = model
         else:
-            chosen = select_backend(backend, next(model.parameters()).device)
-            self.runner = ModelRunner(model, chosen, config.prefill_chunk, own=own)
+            self.runner = ModelRunner(model, backend, config.prefill_chunk, own=own)
         device = self.runner.device
         check_plan(self.runner, policy, config, device)
         layout = Layout(
@@ -76,8 +74,7 @@ class Engine:
             config.page_size,
             scores=policy.uses_scores or config.slot_scores,
         )
-        kernels = self.runner.backend.kernels
-        self.pool = Pool(layout, device, kernels=kernels)
+        self.pool = Pool(layout, device, mover=self.runner.chosen.mover)
         self.ledger = Ledger(layout, self.runner)
         self.shared = Shared(self.runner, self.pool, self.ledger, config, tokenizer)
         self.conversations = Conversations(self.shared, int(config.budget * config.reuse_share))

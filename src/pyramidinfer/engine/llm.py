@@ -84,9 +84,8 @@ class LLM:
             model = find_model(os.fspath(model))
             empty, place = empty_model(model, dtype, device)
             weights = sum(each.nbytes for each in empty.parameters())
-            check_plan(
-                ModelRunner(empty, select_backend(backend, place)), chosen, config, place, weights
-            )
+            select_backend(backend, place)  # refuses at once
+            check_plan(ModelRunner(empty, "reference"), chosen, config, place, weights)
         loaded = load_model(model, tokenizer, dtype, device)
         self.tokenizer = loaded.tokenizer
         self.name, self.dtype, self.device = loaded.name, loaded.dtype, loaded.device

@@ -274,7 +274,7 @@ def _pool_for(shared: Shared, longest: int) -> Pool:
     specs, page = shared.pool.layout.specs, shared.config.page_size
     smallest = Layout.smallest(specs, page)
     layout = Layout(specs, smallest.budget * (int(smallest.pages_for(longest)) + 1), page)
-    return Pool(layout, shared.runner.device, kernels=shared.pool.kernels)
+    return Pool(layout, shared.runner.device, mover=shared.pool.mover)
 
 
 @contextmanager

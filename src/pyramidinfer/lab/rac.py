@@ -238,13 +238,13 @@ def watch(llm: LLM, first: int, end: int, take: Take) -> Iterator[None]:
     """Within it, ``take`` is told about every chunk of the one prompt, of ``end`` tokens, that goes
     in."""
     runner = llm.engine.runner
-    inner = runner.backend
-    watching = NewestRows(inner, first, end, take)
-    runner.backend, runner.every_output = cast(Backend, watching), True
+    chosen = runner.chosen
+    watching = cast(Backend, NewestRows(chosen.attention, first, end, take))
+    runner.chosen, runner.every_output = replace(chosen, attention=watching), True
     try:
         yield
     finally:
-        runner.backend, runner.every_output = inner, False
+        runner.chosen, runner.every_output = chosen, False
 
 
 @lru_cache(maxsize=1)

@@ -65,10 +65,6 @@ class Decoding:
     owns (``Group.scratch``).
     """
 
-    pages: Tensor
-    offsets: Tensor
-    places: Tensor
-
     def __init__(
         self, size: Size, pool: Pool, shape: AttentionShape, like: Tensor, *, fixed: bool = False
     ) -> None:
@@ -88,11 +84,12 @@ class Decoding:
         self._device = self._host
         if on_gpu or fixed:
             self._device = torch.empty(end, dtype=torch.uint8, device=pool.device)
-        self.host: dict[str, np.ndarray] = {}
-        read: dict[str, Tensor] = {}
-        for name, (dtype, sizes) in parts.items():
-            self.host[name] = self._host[spans[name]].view(dtype).view(sizes).numpy()
-            read[name] = self._device[spans[name]].view(dtype).view(sizes)
+
+        def part(buffer: Tensor, name: str) -> Tensor:
+            return buffer[spans[name]].view(parts[name][0]).view(parts[name][1])
+
+        self.host = {name: part(self._host, name).numpy() for name in parts}
+        read = {name: part(self._device, name) for name in parts}
         self.pages, self.offsets, self.places = (read[n] for n in ("pages", "offsets", "places"))
         longest = [size.pages * pool.page_size] * pool.layers
         self.plan = DecodePlan(read["tables"], read["lengths"], longest, read["positions"])

@@ -14,12 +14,12 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from pyramidinfer.attention import Backend, Scale
+from pyramidinfer.attention import Scale
 from pyramidinfer.cache import Pool
 from pyramidinfer.models.decode import Decoding, Ropes
-from pyramidinfer.models.ops import ADD, GATED, PLAIN, Heads, KernelOps, Ops, TorchOps
-from pyramidinfer.models.rotary import Rotary, Tables
-from pyramidinfer.models.routing import LayerCall
+from pyramidinfer.models.ops import ADD, GATED, PLAIN, Heads, KernelOps, Ops
+from pyramidinfer.models.rotary import Tables
+from pyramidinfer.models.routing import Decoder, LayerCall
 from pyramidinfer.native.library import LayerData, StepCall, pointer
 from pyramidinfer.types import AttentionShape
 
@@ -72,26 +72,16 @@ class FusedLayer:
         return ops.linear(inner, self.down, ADD, middle)
 
 
-class FusedDecoder:
-    """See :class:`pyramidinfer.models.routing.Decoder`: all layers of a model and its head, packed.
-
-    like : a tensor of the model's dtype, where it is.
-    """
+class FusedDecoder(Decoder):
+    """All layers of a model and its head, packed for ``ops``."""
 
     is_fused = True
+    layers: list[FusedLayer]
 
-    def __init__(
-        self,
-        layers: list[FusedLayer],
-        norm: Any,
-        head: nn.Linear,
-        ops: Ops,
-        rotary: Rotary,
-        like: Tensor,
-    ) -> None:
-        self.layers, self.norm, self.ops = layers, norm, ops
-        self.rotary, self.like = rotary, like
-        self.head = _pack(ops, [head], PLAIN)
+    def __init__(self, plain: Decoder, layers: list[FusedLayer], ops: Ops) -> None:
+        super().__init__(plain.body, plain.head, plain.config, plain.rotary, plain.like)
+        self.layers, self.norm, self.ops = layers, plain.body.norm, ops
+        self.packed_head = _pack(ops, [plain.head], PLAIN)
         self._layers_of: WeakKeyDictionary[Pool, Any] = WeakKeyDictionary()
 
     def ropes(self, positions: Tensor, regimes: list[int]) -> Ropes:
@@ -99,7 +89,7 @@ class FusedDecoder:
 
     def logits(self, hidden: Tensor) -> Tensor:
         normed = self.ops.norm(hidden, self.norm.weight.data, self.norm.variance_epsilon)
-        return self.ops.linear(normed, self.head, PLAIN)
+        return self.ops.linear(normed, self.packed_head, PLAIN)
 
     def step(self, pool: Pool, decoding: Decoding, hidden: Tensor) -> Tensor | None:
         ops, plan, first, rope = self.ops, decoding.plan, self.layers[0], decoding.ropes[None]
@@ -171,49 +161,30 @@ class FusedDecoder:
         return self._layers_of[pool]
 
 
-def fuse(
-    body: Any,
-    head: Any,
-    config: Any,
-    shapes: list[AttentionShape],
-    rotary: Rotary,
-    backend: Backend,
-    like: Tensor,
-    *,
-    own: bool,
-) -> FusedDecoder | None:
-    """The model's layers packed, or None where they are not plain or nothing would be gained.
+def fuse(plain: Decoder, shapes: list[AttentionShape], ops: Ops | None, *, own: bool) -> Decoder:
+    """The model's layers packed for ``ops``, or as they are where they are not plain or nothing
+    would be gained.
 
     ``own`` : the model is ours alone, so weights that were packed are freed.  Otherwise it
     stays as it is, and packed weights take their memory a second time.
     """
-    layers, device, dtype = list(body.layers)[: len(shapes)], like.device, like.dtype
+    body, head, config = plain.body, plain.head, plain.config
+    layers = list(body.layers)[: len(shapes)] if plain.family.plain else []
+    if ops is None or not layers or plain.like.is_meta:
+        return plain
     if not (all(map(_is_plain, layers)) and type(head) is nn.Linear):
-        return None
+        return plain
     if not (_is_untouched(head) and _is_untouched(body.norm)):
-        return None
-    if device.type == "meta" or getattr(config, "hidden_act", None) != "silu":
-        return None
-    ops: Ops
-    if device.type == "cuda" and backend.name == "triton":
-        from pyramidinfer.models.triton_ops import TritonOps
-
-        ops = TritonOps()
-    elif device.type == "cuda" or backend.name == "triton":
-        ops = TorchOps()
-    elif backend.kernels is not None and backend.kernels.multiplies(dtype):
-        ops = KernelOps(backend.kernels, dtype)
-        sizes = (config.hidden_size, config.intermediate_size, shapes[0].heads * shapes[0].key_dim)
-        if any(size % 2 for size in sizes):
-            return None
-    else:
-        return None
+        return plain
+    sizes = (config.hidden_size, config.intermediate_size, shapes[0].heads * shapes[0].key_dim)
+    if getattr(config, "hidden_act", None) != "silu" or any(size % ops.multiple for size in sizes):
+        return plain
     packed = []
     for layer, shape in zip(layers, shapes, strict=True):
-        packed.append(FusedLayer(layer, shape, rotary.rotated, ops))
+        packed.append(FusedLayer(layer, shape, plain.rotary.rotated, ops))
         if own:
             _free([each for each in layer.modules() if type(each) is nn.Linear])
-    fused = FusedDecoder(packed, body.norm, head, ops, rotary, like)
+    fused = FusedDecoder(plain, packed, ops)
     if own and head.weight is not body.embed_tokens.weight:
         _free([head])
     return fused

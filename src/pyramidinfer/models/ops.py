@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -17,29 +17,22 @@ __all__ = ["ADD", "GATED", "PLAIN", "Heads", "KernelOps", "Ops", "TorchOps"]
 PLAIN, ADD, GATED = 0, 1, 2
 
 
-class Heads:
+class Heads(NamedTuple):
     """A projected row ``[H + 2K, D]``: heads, sizes, and the norms of queries and keys, if any."""
 
-    def __init__(
-        self,
-        heads: int,
-        kv_heads: int,
-        size: int,
-        rotated: int,
-        query_norm: Tensor | None,
-        key_norm: Tensor | None,
-        epsilon: float,
-    ) -> None:
-        self.heads, self.kv_heads, self.size, self.rotated = heads, kv_heads, size, rotated
-        self.query_norm, self.key_norm, self.epsilon = query_norm, key_norm, epsilon
-
-    @property
-    def width(self) -> int:
-        return (self.heads + 2 * self.kv_heads) * self.size
+    heads: int
+    kv_heads: int
+    size: int
+    rotated: int
+    query_norm: Tensor | None
+    key_norm: Tensor | None
+    epsilon: float
 
 
 class Ops(Protocol):
-    """The same arithmetic on whatever runs it."""
+    """The same arithmetic on whatever runs it, for sizes that are multiples of ``multiple``."""
+
+    multiple: int
 
     def pack(self, weights: list[Tensor], biases: list[Tensor | None], how: int) -> Any:
         """Linears of the same input side by side; for ``GATED`` gate and up."""
@@ -72,6 +65,8 @@ class Packed:
 
 class KernelOps:
     """On the C++ kernels; outputs of ``linear`` and ``norm`` are fresh tensors."""
+
+    multiple = 2
 
     def __init__(self, kernels: Kernels, dtype: torch.dtype) -> None:
         self.kernels, self.dtype, self.kind = kernels, dtype, DTYPES[dtype]
@@ -137,6 +132,8 @@ class KernelOps:
 
 class TorchOps:
     """In torch, for GPUs: few launches, and nothing that a CUDA graph could not capture."""
+
+    multiple = 1
 
     def pack(self, weights: list[Tensor], biases: list[Tensor | None], how: int) -> Any:
         bias = None

@@ -10,7 +10,8 @@ import copy
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Items
 from contextlib import contextmanager
-from typing import Any, NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from pyramidinfer.attention import Backend, Scale, ragged
 from pyramidinfer.attention.base import Pages, ScoredPrefill
 from pyramidinfer.attention.ragged import Run
 from pyramidinfer.cache import Pool, Table
-from pyramidinfer.cache.pool import Slots
+from pyramidinfer.cache.mover import Slots
 from pyramidinfer.models.batch import Moments, Prefill
 from pyramidinfer.models.decode import Decoding, Ropes
 from pyramidinfer.models.families import find_family
@@ -31,7 +32,6 @@ from pyramidinfer.types import Needs, Reduce
 __all__ = [
     "Decoder",
     "LayerCall",
-    "ModuleDecoder",
     "Segment",
     "evaluating",
     "route",
@@ -57,33 +57,28 @@ class Segment(NamedTuple):
         return [every[-1]] if self.size == self.prefill.left else []
 
 
+@dataclass(eq=False)
 class LayerCall:
-    """One pass of the flat row through one layer: decode rows first, then segments."""
+    """One pass of the flat row through one layer: decode rows first, then segments.
 
-    def __init__(
-        self,
-        pool: Pool,
-        backend: Backend,
-        layer: int,
-        window: int | None,
-        decoding: Decoding | None,
-        segments: list[Segment],
-        streaming: Streaming,
-        last_only: bool = False,
-    ) -> None:
-        self.streaming = streaming
-        self.pool, self.backend, self.layer, self.window = pool, backend, layer, window
-        self.decoding, self.segments, self.last_only = decoding, segments, last_only
-        self.scale: Scale | None = None
-        #: rows of the flat row that outputs are given for, or None for all
-        self.going: Tensor | None = None
+    last_only : of a segment, only its text's last token has an output (the last layer of a prompt,
+    where nothing reads the others);  scale, going : known once it was called, how products become
+    logits, and the rows of the flat row that have outputs (None: all).
+    """
+
+    pool: Pool
+    backend: Backend
+    layer: int
+    window: int | None
+    decoding: Decoding | None
+    segments: list[Segment]
+    streaming: Streaming
+    last_only: bool = False
+    scale: Scale | None = None
+    going: Tensor | None = None
 
     def __call__(self, queries: Tensor, keys: Tensor, values: Tensor, scale: Scale) -> Tensor:
-        """queries ``[T, H, D]``, keys ``[T, K, D]``, values ``[T, K, V]`` → ``[T, H, V]``.
-
-        ``last_only``: of a segment, only its text's last token has an output (the last layer of
-        a prompt, where nothing reads the others); ``going`` tells the rows.
-        """
+        """queries ``[T, H, D]``, keys ``[T, K, D]``, values ``[T, K, V]`` → ``[T, H, V]``."""
         self.scale = scale
         outs = []
         if self.last_only and self.segments:
@@ -242,34 +237,6 @@ class LayerCall:
                 ring.begin(prefill.positions[-rows:])
 
 
-class Decoder(Protocol):
-    """A model's decoder layers and its head, however they run.
-
-    layers : each takes the flat row ``[rows, hidden]``, the rows' cos and sin (None where there are
-    no rotary positions) and the ``LayerCall`` to attend through, and gives the flat row's outputs.
-    ``is_fused``: a layer gives only the rows that its call asks for, and looks at nothing on the
-    device, so that a step may be captured in a CUDA graph.
-    """
-
-    is_fused: bool
-
-    @property
-    def layers(self) -> Items[Callable[[Tensor, Any, LayerCall], Tensor]]: ...
-
-    def ropes(self, positions: Tensor, regimes: list[int]) -> Ropes:
-        """cos and sin of rows at rotary positions ``[n]``, each in its regime."""
-        ...
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """``[n, hidden]`` → ``[n, vocab]``."""
-        ...
-
-    def step(self, pool: Pool, decoding: Decoding, hidden: Tensor) -> Tensor | None:
-        """The decode rows ``[R, hidden]`` through all layers in one call; None where layers run
-        one by one only."""
-        ...
-
-
 class ModuleLayer:
     """A Hugging Face decoder layer, attending through the call it is given."""
 
@@ -284,33 +251,37 @@ class ModuleLayer:
         return out[0]
 
 
-class ModuleDecoder:
-    """A ``Decoder`` of the model's own modules.  like : a tensor of its dtype, where it is."""
+class Decoder:
+    """A model's decoder layers and its head: its own modules, or (``FusedDecoder``) packed weights.
+
+    layers : each takes the flat row ``[rows, hidden]``, the rows' cos and sin (None where there are
+    no rotary positions) and the ``LayerCall`` to attend through, and gives the flat row's outputs.
+    ``is_fused``: a layer gives only the rows that its call asks for, and looks at nothing on the
+    device, so that a step may be captured in a CUDA graph.
+    """
 
     is_fused = False
+    layers: Items[Callable[[Tensor, Any, LayerCall], Tensor]]
 
-    def __init__(
-        self,
-        layers: list[nn.Module],
-        body: Any,
-        head: Any,
-        config: Any,
-        rotary: Rotary,
-        like: Tensor,
-    ) -> None:
-        self.family = find_family(config)
-        self.layers = [ModuleLayer(layer, self.family.attention) for layer in layers]
-        self.body, self.head, self.config = body, head, config
+    def __init__(self, body: Any, head: Any, config: Any, rotary: Rotary, like: Tensor) -> None:
+        """like : a tensor of the model's dtype, where it is."""
+        self.family, self.body, self.head, self.config = find_family(config), body, head, config
         self.rotary, self.like = rotary, like
+        layers = list(body.layers)[: config.num_hidden_layers]
+        self.layers = [ModuleLayer(each, self.family.attention) for each in layers]
 
     def ropes(self, positions: Tensor, regimes: list[int]) -> Ropes:
+        """cos and sin of rows at rotary positions ``[n]``, each in its regime."""
         return self.rotary.tables(self.like, positions, regimes)
 
     def logits(self, hidden: Tensor) -> Tensor:
+        """``[n, hidden]`` → ``[n, vocab]``."""
         normed = self.family.finish(self.body, self.config, hidden)
         return self.family.logits(self.config, self.head(normed))
 
     def step(self, pool: Pool, decoding: Decoding, hidden: Tensor) -> Tensor | None:
+        """The decode rows ``[R, hidden]`` through all layers in one call; None where layers run
+        one by one only."""
         return None
 
 

@@ -1,7 +1,7 @@
 """The layer loop: Hugging Face decoder layers, with tokens dropped between them.
 
 One step packs the newest token of every running request and the chunks of prompts in progress
-into one flat row ``[1, rows, hidden]`` per layer.  Policies, cache and attention meet here.
+into one flat row ``[rows, hidden]`` per layer.  Policies, cache and attention meet here.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from pyramidinfer.cache import GroupSpec, Pool
 from pyramidinfer.models import rereading
 from pyramidinfer.models.batch import Batch, Prefill, Sequence, Work
 from pyramidinfer.models.decode import Decoding, Size, Stepped
+from pyramidinfer.models.device import choose_device
 from pyramidinfer.models.evicting import evict, observe
 from pyramidinfer.models.families import find_family
-from pyramidinfer.models.fused import FusedDecoder, fuse
+from pyramidinfer.models.fused import fuse
 from pyramidinfer.models.graphs import DecodeGraphs
 from pyramidinfer.models.loading import end_ids
 from pyramidinfer.models.rotary import Rotary, Tables, count_positions
-from pyramidinfer.models.routing import Decoder, LayerCall, ModuleDecoder, Segment, evaluating
+from pyramidinfer.models.routing import Decoder, LayerCall, Segment, evaluating
 from pyramidinfer.models.streaming import Streaming
 from pyramidinfer.types import AttentionShape, Keep, Layers, Observation, Queries
 
@@ -35,17 +36,21 @@ READ = 64  # logits of a prompt that are held at a time
 class ModelRunner:
     """A transformers causal language model, driven layer by layer.
 
+    backend : by whose name what works where the model is gets chosen (``Device``).
     ``ValueError`` for an unsupported family or layer feature.  The model object stays usable and
     in its mode (it runs without dropout even in training mode), unless it is given away (``own``):
     then weights that are packed are freed.
     """
 
     def __init__(
-        self, model: Any, backend: Backend, prefill_chunk: int = 1024, *, own: bool = False
+        self, model: Any, backend: str = "auto", prefill_chunk: int = 1024, *, own: bool = False
     ) -> None:
         self.config: Any = model.config
         self.family = find_family(self.config)
-        self.backend, self.prefill_chunk = backend, prefill_chunk
+        first = next(model.parameters())
+        self.device, self.dtype = first.device, first.dtype
+        self.chosen = choose_device(backend, self.device, self.dtype)
+        self.prefill_chunk = prefill_chunk
         try:
             self.body: Any = model.get_submodule(self.family.body)
             self.head: Any = model.get_output_embeddings()
@@ -61,15 +66,12 @@ class ModelRunner:
         self.shapes = [self._shape(layer) for layer in originals]
         self.rotary = Rotary(self.family, self.body, self.config)
         self.kinds = list(self.config.layer_types) if self.family.rotary_by_type else [None] * depth
-        first = next(model.parameters())
-        self.device, self.dtype = first.device, first.dtype
         self.hidden_size: int = self.config.hidden_size
         self.vocab_size: int = self.config.vocab_size
         self.max_positions = count_positions(self.family, self.config)
         self._like = torch.empty(0, dtype=self.dtype, device=self.device)
-        self.decoder: Decoder = self._fuse(own) or ModuleDecoder(
-            originals, self.body, self.head, self.config, self.rotary, self._like
-        )
+        plain = Decoder(self.body, self.head, self.config, self.rotary, self._like)
+        self.decoder = fuse(plain, self.shapes, self.chosen.ops, own=own)
         self._graphs: WeakKeyDictionary[Pool, DecodeGraphs] = WeakKeyDictionary()
         self.end_ids = end_ids(model)
         self.every_output = False  # the last layer's too, though the head reads last tokens alone
@@ -94,7 +96,11 @@ class ModelRunner:
     @property
     def steps_on_buffers(self) -> bool:
         """Whether steps that only decode run on fixed buffers (CUDA graphs, on a GPU)."""
-        return self.decoder.is_fused and self.backend.name == "triton"
+        return self.decoder.is_fused and self.chosen.replays
+
+    @property
+    def backend(self) -> Backend:
+        return self.chosen.attention
 
     def graphs(self, pool: Pool) -> DecodeGraphs:
         """Decode steps over this pool, kept for as long as it."""
@@ -431,20 +437,6 @@ class ModelRunner:
     def _logits(self, hidden: Tensor) -> Tensor:
         """``[n, hidden]`` → ``[n, vocab]``."""
         return self.decoder.logits(hidden)
-
-    def _fuse(self, own: bool) -> FusedDecoder | None:
-        if not self.family.plain:
-            return None
-        return fuse(
-            self.body,
-            self.head,
-            self.config,
-            self.shapes,
-            self.rotary,
-            self.backend,
-            self._like,
-            own=own,
-        )
 
     def _shape(self, layer: nn.Module) -> AttentionShape:
         attention: Any = getattr(layer, self.family.attention)

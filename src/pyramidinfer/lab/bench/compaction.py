@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import time
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyramidinfer.cache import GroupSpec, Layout, Pool
-from pyramidinfer.cache.compact import plan_moves
-from pyramidinfer.cache.native import Stays, native_keep
+from pyramidinfer.cache.mover import Mover, Stays, plan_moves
 from pyramidinfer.lab.bench.timing import synchronize
-from pyramidinfer.types import Keep
 
 __all__ = ["time_keep"]
 
@@ -28,13 +25,13 @@ def time_keep(
     dtype: torch.dtype,
     repeats: int,
     warmup: int,
-    kernels: Any = None,
+    mover: Mover,
 ) -> tuple[list[float], list[float], int]:
     """Seconds a layer of ``keep``, of a copy of as many bytes, and the bytes moved (read and
-    written, both counted).  ``kernels``: the attention backend's, if it has some."""
+    written, both counted)."""
     spec = GroupSpec(tuple(range(LAYERS)), kv_heads, dim, dim, dtype)
     pages = LAYERS * kv_heads * (-(-context // page) + 1)
-    pool = Pool(Layout([spec], pages * spec.page_bytes(page, False), page), device, kernels=kernels)
+    pool = Pool(Layout([spec], pages * spec.page_bytes(page, False), page), device, mover=mover)
     table = pool.new_table(context)
     generator = torch.Generator().manual_seed(0)
     kept = context // 2
@@ -57,11 +54,7 @@ def time_keep(
             for layer in range(LAYERS)
         ]
         start = time.perf_counter()
-        if kernels is not None:  # all layers at once, as an eviction does it
-            native_keep(kernels, pool.groups[0], moves)
-        else:
-            for layer in range(LAYERS):
-                pool.keep(table, layer, Keep(indices[layer]))
+        mover.keep(pool.groups[0], moves)  # all layers at once
         synchronize(device)
         middle = time.perf_counter()
         target.copy_(source)

@@ -17,15 +17,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pyramidinfer.attention import Backend, Scale, select_backend
+from pyramidinfer.attention import Backend, Scale
 from pyramidinfer.attention.base import DecodePlan, Pages
 from pyramidinfer.attention.cpu import CPUBackend
+from pyramidinfer.cache.mover import Mover
 from pyramidinfer.config import parse_device, parse_dtype
 from pyramidinfer.lab.bench.compaction import time_keep
 from pyramidinfer.lab.bench.machine import Roof, measure_roof, plain_read
 from pyramidinfer.lab.bench.setting import check_counts, progress
 from pyramidinfer.lab.bench.timing import side_by_side, spread
 from pyramidinfer.lab.record import write_result
+from pyramidinfer.models.device import choose_device
 from pyramidinfer.native.library import DTYPES
 from pyramidinfer.types import Reduce
 
@@ -82,7 +84,8 @@ def run_kernels(plan: KernelPlan, out: Path) -> dict[str, Any]:
     if plan.threads:
         torch.set_num_threads(plan.threads)
     device, dtype = parse_device(plan.device), parse_dtype(plan.dtype, None)
-    backend = select_backend(plan.backend, device)
+    chosen = choose_device(plan.backend, device, dtype)
+    backend = chosen.attention
     roof = measure_roof(dtype, device, size=2 * plan.storage)
     rows: list[dict[str, Any]] = []
     total = len(HEADS) * len(plan.contexts) * (2 * len(plan.batches) + 4)
@@ -92,7 +95,7 @@ def run_kernels(plan: KernelPlan, out: Path) -> dict[str, Any]:
                 rows.append(_measure(work, plan, device, roof))
                 done(" ".join(str(value) for value in work.head.values()))
             for context in plan.contexts:
-                rows.append(_keep_row(plan, backend, heads, context, device, dtype))
+                rows.append(_keep_row(plan, chosen.mover, heads, context, device, dtype))
                 done(f"keep {context}")
     result = {"backend": backend.name, "roof": roof.figures(), "rows": rows}
     write_result(out, asdict(plan), result)
@@ -289,7 +292,7 @@ def _prompt_works(
 
 def _keep_row(
     plan: KernelPlan,
-    backend: Backend,
+    mover: Mover,
     heads: tuple[int, int],
     context: int,
     device: torch.device,
@@ -304,7 +307,7 @@ def _keep_row(
         dtype,
         plan.repeats,
         plan.warmup,
-        backend.kernels,
+        mover,
     )
     mine, other = spread(keep), spread(copy)
     return {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any
@@ -11,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pyramidinfer.attention import select_backend
 from pyramidinfer.lab.bench.timing import side_by_side
+from pyramidinfer.native import kernels, why_not
 
 __all__ = ["Roof", "measure_roof", "plain_read"]
 
@@ -56,9 +55,7 @@ def plain_read(tensor: Tensor) -> object:
 @lru_cache(maxsize=1)
 def _kernels() -> Any:
     """The C++ kernels, None where they cannot be built."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return select_backend("auto", "cpu").kernels
+    return None if why_not() else kernels()
 
 
 @torch.inference_mode()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ import torch
 from pyramidinfer.engine.engine import Engine
 from pyramidinfer.lab.bench.setting import run_pass
 from pyramidinfer.lab.bench.timing import synchronize
+from pyramidinfer.models.device import Device
 from pyramidinfer.types import TokenIds
 
 __all__ = ["measure_selection"]
@@ -95,25 +97,25 @@ def measure_selection(engine: Engine, prompts: list[TokenIds], output_len: int) 
 @contextmanager
 def _clocks(engine: Engine, prefill: Clock, decode: Clock) -> Iterator[None]:
     runner: Any = engine.runner
-    backend = runner.backend
-    runner.backend = TimedBackend(backend, prefill)
+    chosen = runner.chosen
+    runner.chosen = replace(chosen, attention=TimedBackend(chosen.attention, prefill))
     runner._finish_layer = prefill.around(runner._finish_layer)
-    runner._evict = decode.around(_untimed(runner, backend, runner._evict))
+    runner._evict = decode.around(_untimed(runner, chosen, runner._evict))
     try:
         yield
     finally:
-        runner.backend = backend
+        runner.chosen = chosen
         del runner._finish_layer, runner._evict
 
 
-def _untimed(runner: Any, backend: Any, work: Callable[..., Any]) -> Callable[..., Any]:
+def _untimed(runner: Any, chosen: Device, work: Callable[..., Any]) -> Callable[..., Any]:
     """``work`` with the plain backend: what it asks of it is on its own clock already."""
 
     def run(*given: Any) -> Any:
-        timed, runner.backend = runner.backend, backend
+        timed, runner.chosen = runner.chosen, chosen
         try:
             return work(*given)
         finally:
-            runner.backend = timed
+            runner.chosen = timed
 
     return run

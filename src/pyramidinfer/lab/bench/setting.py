@@ -14,7 +14,6 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from pyramidinfer.attention import select_backend
 from pyramidinfer.cache import Layout
 from pyramidinfer.config import EngineConfig, parse_bytes, parse_device
 from pyramidinfer.engine.engine import Engine
@@ -108,7 +107,7 @@ class Rig:
             torch.set_num_threads(setting.threads)
         self.device = parse_device(setting.device)
         empty = self._empty()
-        self.runner = ModelRunner(empty, select_backend("reference"))
+        self.runner = ModelRunner(empty, "reference")
         self.dtype: torch.dtype = self.runner.dtype
         self.parameters = sum(each.numel() for each in empty.parameters())
 
@@ -138,8 +137,7 @@ class Rig:
 
     def pack(self, model: Any) -> ModelRunner:
         """A model's weights as engines run on them; the model itself is used up."""
-        backend = select_backend(self.setting.backend, self.device)
-        return ModelRunner(model, backend, EngineConfig().prefill_chunk, own=True)
+        return ModelRunner(model, self.setting.backend, EngineConfig().prefill_chunk, own=True)
 
     def prompts(self, count: int, length: int) -> list[TokenIds]:
         """Random tokens, the same for the same seed."""

@@ -1,0 +1,116 @@
+"""Writing, compacting and gathering a group's entries, in plain torch.
+
+The same in kernels: ``native.py`` (C++) and ``triton_compact.py``.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyramidinfer.cache.group import Group
+from pyramidinfer.native import Kernels
+
+__all__ = ["Mover", "Moves", "Slots", "Stays", "plan_moves", "upload"]
+
+
+class Slots(NamedTuple):
+    """Where new entries go: ``pages`` and ``offsets``, each ``[n, kv_heads]`` (one group)."""
+
+    pages: Tensor
+    offsets: Tensor
+
+
+class Stays(NamedTuple):
+    """A layer's pages ``[kv_heads, P]``, indices ``[1 or kv_heads, k]``, how many of them count and
+    how many entries there are, both ``[kv_heads]``."""
+
+    pages: np.ndarray
+    indices: Tensor
+    kept: np.ndarray
+    lengths: np.ndarray
+
+
+class Moves(NamedTuple):
+    """``source`` → ``target`` entry of ``head``, each ``[moves]``."""
+
+    head: Tensor
+    source: Tensor
+    target: Tensor
+
+
+class Mover:
+    """What happens to entries in a pool's storage.
+
+    kernels : C++ kernels that also select entries and carry out whole evictions, if there are any.
+    """
+
+    kernels: Kernels | None = None
+
+    def write(
+        self, group: Group, slots: Slots, keys: Tensor, values: Tensor, positions: Tensor
+    ) -> None:
+        """Store keys ``[n, kv_heads, key_dim]``, values and positions ``[n]`` in slots."""
+        group.keys[slots] = keys
+        group.values[slots] = values
+        group.positions[slots] = positions.to(torch.int32)[:, None]
+        if group.scores is not None:
+            group.scores[slots] = 0.0
+
+    def keep(self, group: Group, layers: list[Stays]) -> None:
+        """Of every layer move the entries that stay to the front of each head."""
+        device, page = group.keys.device, group.keys.shape[1]
+        for pages, indices, kept, lengths in layers:
+            indices = indices.expand(len(pages), -1).to(device)
+            moves = plan_moves(indices, upload(kept, device), upload(lengths, device))
+            if len(moves.head):
+                self.move(group.tensors(), upload(pages, device), *moves, page)
+
+    def move(
+        self,
+        tensors: list[Tensor],
+        rows: Tensor,
+        head: Tensor,
+        source: Tensor,
+        target: Tensor,
+        page_size: int,
+    ) -> None:
+        """Copy entry ``source`` over entry ``target`` of ``head`` in every tensor of a group, for
+        ``Moves``.  rows : ``[heads, P]`` pages of the layer's entries."""
+        source_at = (rows[head, source // page_size], source % page_size)
+        target_at = (rows[head, target // page_size], target % page_size)
+        for tensor in tensors:
+            tensor[target_at] = tensor[source_at]
+
+    def gather(self, storage: Tensor, pages: np.ndarray, kept: int) -> Tensor:
+        """``[heads, kept, ...]`` of one tensor of a group, slot by slot; pages ``[heads, P]``."""
+        held = -(-kept // storage.shape[1])
+        return storage[upload(pages[:, :held], storage.device)].flatten(1, 2)[:, :kept]
+
+
+def plan_moves(indices: Tensor, kept: Tensor, lengths: Tensor) -> Moves:
+    """Moves that leave of every head its entries ``indices`` ``[heads, k]``, the first ``kept``
+    ``[heads]`` of them, in its first slots; heads have ``lengths`` ``[heads]`` entries.
+
+    Only entries at or beyond a head's ``kept`` move; those already in front stay where they are.
+    """
+    heads, most = indices.shape
+    counts = torch.arange(most, device=indices.device) < kept[:, None]
+    entry = torch.arange(int(lengths.max()), device=indices.device)
+    stays = torch.zeros(heads, len(entry) + 1, dtype=torch.bool, device=indices.device)
+    stays.scatter_(1, torch.where(counts, indices, len(entry)), True)  # the last column: nothing
+    stays = stays[:, :-1] & (entry < lengths[:, None])
+    if bool((stays.sum(1) != kept).any()):
+        raise AssertionError("a policy returned an entry twice, or one that is not there")
+    in_front = entry < kept[:, None]
+    head, target = (~stays & in_front).nonzero(as_tuple=True)
+    _, source = (stays & ~in_front).nonzero(as_tuple=True)  # as many per head as there are holes
+    return Moves(head, source, target)
+
+
+def upload(array: np.ndarray, device: torch.device) -> Tensor:
+    """An array of integers as a tensor of int64."""
+    return torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64)).to(device)
