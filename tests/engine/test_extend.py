@@ -9,6 +9,7 @@ import torch
 
 from pyramidinfer import SamplingParams
 from tests.engine.build import alone, build
+from tests.engine.serving import NAMES, finish, start, step
 from tests.tiny import random_prompt
 
 
@@ -166,3 +167,56 @@ def test_phi3_turns_may_go_back_below_the_switch() -> None:
         llm.engine.extend(short, random_prompt(2, 60), SamplingParams(max_tokens=4))
     llm.engine.release(short)
     llm.engine.check()
+
+
+# --- what a further turn reserves -----------------------------------------------------------------
+
+TURN = SamplingParams(max_tokens=12, ignore_eos=True)
+#: Policies that cut what they held once more when a further text joins it; of the others it stays.
+CUT = sorted({*NAMES} - {"full", "kvzip", "pyramidinfer"})
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("name", NAMES)
+def test_further_turns_stay_within_what_is_reserved(name: str, family: str) -> None:
+    """Step by step, whatever was held: more generated than said, spans protected, long and short
+    turns."""
+    engine = start(name, family, dtype=torch.float32)
+    turn = engine.add(random_prompt(1, 60), TURN, hold=True, protect=[(3, 9)])
+    for seed, length in ((2, 90), (3, 1), (4, 14), (5, 40)):
+        while turn.finish_reason is None:
+            step(engine)
+        text = len(turn.prompt) + len(turn.output)
+        protect = [(text, text + length // 2)] if seed == 4 else []
+        turn = engine.extend(turn, random_prompt(seed, length), TURN, hold=True, protect=protect)
+    while turn.finish_reason is None:
+        step(engine)
+    engine.release(turn)
+    engine.check()
+
+
+@pytest.mark.parametrize("name", CUT)
+def test_a_further_turn_reserves_what_its_text_would_alone(name: str) -> None:
+    """Not what it holds and all that is new."""
+    engine = start(name, dtype=torch.float32)
+    turn = engine.add(random_prompt(1, 100), TURN, hold=True)
+    while turn.finish_reason is None:
+        step(engine)
+    turn = engine.extend(turn, random_prompt(2, 100), TURN, hold=True)
+    alone = engine.make(turn.prompt, TURN)
+    assert turn.cost.after_prefill is not None and alone.cost.after_prefill is not None
+    assert turn.cost.after_prefill.bytes <= alone.cost.after_prefill.bytes
+    assert turn.cost.bytes < alone.cost.bytes, "part of it is cut already"
+    finish(engine)
+
+
+def test_as_many_further_turns_run_at_once_as_their_caches_leave_room_for() -> None:
+    """Eight chats that hold half of 100 tokens each; with 100 more each will hold half of 200."""
+    engine = start("snapkv", dtype=torch.float32, kv_memory="800KiB")
+    held = [engine.add(random_prompt(seed, 100), TURN, hold=True) for seed in range(8)]
+    finish(engine)
+    for each in held:
+        engine.extend(each, random_prompt(9, 100), SamplingParams(max_tokens=60, ignore_eos=True))
+    engine.peak_in_flight = 0
+    finish(engine)
+    assert engine.peak_in_flight == 8

@@ -18,6 +18,7 @@ from pyramidinfer.engine.readings import readings
 from pyramidinfer.models import ModelRunner
 from pyramidinfer.models.routing import scores_by_chunk
 from pyramidinfer.policies import Policy
+from pyramidinfer.policies.base import Forecast
 from pyramidinfer.types import Layers, Phase, View, accumulate_dtype
 
 __all__ = ["Cost", "Ledger", "bytes_of", "for_samples", "full_bytes", "full_lens"]
@@ -87,18 +88,20 @@ class Ledger:
             reread = max(map(len, again), default=0)
         forecast = policy.forecast(new, generated, layers)
         reach = np.minimum(np.array(forecast.reach) + protected, new)
-        kept = np.minimum(forecast.by_head(runner.kv_heads) + protected, new + generated)
-        if held is not None:  # generation may keep more on top of a longer text
-            kept = base + reach[:, None] + generated
+        kept, total = base + reach[:, None] + generated, None
+        bound: Forecast | None = forecast
+        if held is not None:
+            bound = policy.forecast_extended(seen + new, generated, layers) if seen else None
+        if bound is not None:
+            kept = np.minimum(kept, bound.by_head(runner.kv_heads) + protected)
+            if bound.total is not None:
+                total = np.array(bound.total) + protected * runner.kv_heads
         whole = base + reach[:, None]  # while the prompt is read again
         for layer, sizes in enumerate(runner.shapes):
             if sizes.window is not None and not layers.governed[layer]:
                 most = sizes.window + layout.page_size
                 kept[layer] = np.minimum(kept[layer], most)
                 whole[layer] = np.minimum(whole[layer], most)
-        total = None
-        if forecast.total is not None and held is None:
-            total = np.array(forecast.total) + protected * runner.kv_heads
         final, before = self._pages(whole if reread else kept, total), self._pages(base)
         arriving = layout.pages_for(base + reach[:, None]).sum(1)
         worst = np.zeros_like(layout.page_counts)

@@ -133,6 +133,12 @@ class Policy:
         """Upper bounds for a request; admission rests on them."""
         return Forecast([prompt_len] * layers.count, [prompt_len + max_new] * layers.count)
 
+    def forecast_extended(self, text_len: int, max_new: int, layers: Layers) -> Forecast | None:
+        """Upper bounds of what is kept once a further text has joined a cache, ``text_len`` tokens
+        in all, however much was held before (its ``reach`` tells nothing); None: nothing of what
+        was held is dropped then."""
+        return None
+
     def tightened(self, keep: float, state: State, layers: Layers) -> tuple[Policy, State] | None:
         """The policy at a lower ``keep``, and the state of a request that decodes under it from
         now on; None where some layer would not be held to less."""

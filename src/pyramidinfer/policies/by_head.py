@@ -156,9 +156,16 @@ class ByHead(Profiled, ABC):
         reach = [prompt_len]
         for layer in range(layers.count - 1):
             reach.append(min(reach[-1], self.going(layer, prompt_len, layers)))
+        return self._bounds(reach, self.limits(prompt_len, layers), max_new)
+
+    def forecast_extended(self, text_len: int, max_new: int, layers: Layers) -> Forecast:
+        """Heads are held to their limits again, whatever part of the text was there before."""
+        return self._bounds([text_len] * layers.count, self.limits(text_len, layers), max_new)
+
+    def _bounds(self, reach: list[int], limits: Limits, max_new: int) -> Forecast:
         heads = [
-            [min(min(entering, limit) + max_new, self.most(limit) + 1) for limit in limits]
-            for entering, limits in zip(reach, self.limits(prompt_len, layers), strict=True)
+            [min(min(entering, limit) + max_new, self.most(limit) + 1) for limit in row]
+            for entering, row in zip(reach, limits, strict=True)
         ]
         return Forecast(reach, [max(lens) for lens in heads], heads)
 

@@ -111,16 +111,20 @@ class Retaining(Policy):
         return (lower, {**state, "budgets": budgets}) if bool(falls.any()) else None
 
     def forecast(self, prompt_len: int, max_new: int, layers: Layers) -> Forecast:
+        return self.forecast_extended(prompt_len, max_new, layers)
+
+    def forecast_extended(self, text_len: int, max_new: int, layers: Layers) -> Forecast:
+        """A text is cut to the same budgets whatever part of it was there before."""
         kept = []
         for layer in range(layers.count):
-            budget = self.budget(layer, prompt_len, layers)
-            most = prompt_len + max_new
+            budget = self.budget(layer, text_len, layers)
+            most = text_len + max_new
             if layers.governed[layer]:
-                most = min(prompt_len, budget) + max_new
+                most = min(text_len, budget) + max_new
                 if self.evicts:  # the newest entry is written before another one goes
                     most = min(most, budget + self.slack + 1)
             kept.append(most)
-        return Forecast([prompt_len] * layers.count, kept)
+        return Forecast([text_len] * layers.count, kept)
 
 
 @dataclass(frozen=True)
@@ -219,11 +223,11 @@ class Adaptive(Retaining):
         held = sum(view.head_lens) / len(view.head_lens) if self.adaptive else view.kept_len
         return view.layers.governed[view.layer] and held > self.limit(view)
 
-    def forecast(self, prompt_len: int, max_new: int, layers: Layers) -> Forecast:
-        even = super().forecast(prompt_len, max_new, layers)
+    def forecast_extended(self, text_len: int, max_new: int, layers: Layers) -> Forecast:
+        even = super().forecast_extended(text_len, max_new, layers)
         if not self.adaptive:
             return even
-        most = [min(prompt_len, layers.kv_heads * (kept - max_new)) + max_new for kept in even.kept]
+        most = [min(text_len, layers.kv_heads * (kept - max_new)) + max_new for kept in even.kept]
         total = [layers.kv_heads * (kept + 1) for kept in even.kept]  # each is rounded
         return Forecast(even.reach, most, total=total)
 
