@@ -15,7 +15,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "kvzip": {"min_text": 8, "question": (5, 6, 7), "chunk_length": 40},
     "pyramidinfer": {"min_context": 4, "gen_chunk": 4},
     "rkv": {"window": 4, "buffer": 4},
-    "triattention": {"buffer": 4},
+    "triattention": {"buffer": 4, "pin_prompt": False},
     "duo": {"sinks": 2, "recent": 8, "min_context": 8, "stride": 4},
     "pyramid": {
         "recent": 4,

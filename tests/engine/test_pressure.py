@@ -41,7 +41,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "pyramid": {"min_context": 8, "recent": 4, "window": 4},
     "rkv": {"window": 4, "buffer": 6},
     "scissorhands": {"window": 8, "recent": 4},
-    "triattention": {"buffer": 6},
+    "triattention": {"buffer": 6, "pin_prompt": False},
 }
 
 

@@ -106,6 +106,7 @@ class Judge:
             [{} for _ in range(self.kv_heads)] for _ in range(self.depth)
         ]
         self.seen = self.text = 0  # tokens processed; tokens when text was last taken in
+        self.pinned: dict[int, int] = {}  # entries of a layer when text was last taken in
         self.new = 0  # tokens of the text last taken in
         self.memory: dict[tuple[int, int], Any] = {}  # of H2O, Scissorhands and Pyramid
         self.looked: list[dict[int, float]] = []  # Pyramid's scores of the layer at hand
@@ -483,10 +484,16 @@ class Judge:
         capacity: int = 2048,
         buffer: int = 128,
         offset_max: int = 65536,
+        pin_prompt: bool = True,
     ) -> Kept | None:
         """What queries at the model's centres will look at from places to come
-        (https://arxiv.org/abs/2604.04921)."""
-        budget = self._budget(capacity)
+        (https://arxiv.org/abs/2604.04921); what was read stays beside the budget, or competes."""
+        budget, first = self._budget(capacity), 0
+        if pin_prompt:
+            if not seen.is_decode:
+                self.pinned[seen.layer] = len(seen.held[0])
+                return None
+            budget, first = budget + self.pinned[seen.layer], self.text
         if not self._is_due(seen, budget, buffer):
             return None
         offsets, best = [1], []
@@ -494,9 +501,10 @@ class Judge:
             offsets.append(offsets[-1] * 2)
         for kv_head, positions in enumerate(seen.held):
             entries = self.cache[seen.layer][kv_head]
-            keys = _pairs(torch.stack([entries[each].key for each in positions]))  # not rotated
-            places = torch.tensor(positions)
-            found: dict[int, float] = dict.fromkeys(positions, float("-inf"))
+            rivals = [each for each in positions if each >= first]
+            keys = _pairs(torch.stack([entries[each].key for each in rivals]))  # not rotated
+            places = torch.tensor(rivals)
+            found: dict[int, float] = dict.fromkeys(rivals, float("-inf"))
             for head in range(kv_head * self.group, (kv_head + 1) * self.group):
                 numbers = profile.queries.mean[seen.layer][head]
                 centre = _pairs(torch.tensor(numbers, dtype=torch.float64))
@@ -507,10 +515,11 @@ class Judge:
                     rotated = torch.cos(away + centre.angle() - keys.angle())
                     score += (centre.abs() * keys.abs() * rotated).sum(1) / len(offsets)
                 score = (score - score.mean()) / score.std(correction=0)
-                for position, value in zip(positions, score.tolist(), strict=True):
+                for position, value in zip(rivals, score.tolist(), strict=True):
                     found[position] = max(found[position], value)
             best.append(found)
-        return self._best(seen.held, best, budget, [set()] * self.kv_heads)
+        stay = [{each for each in positions if each < first} for positions in seen.held]
+        return self._best(seen.held, best, budget, stay)
 
     def _is_due(self, seen: Seen, budget: int, buffer: int) -> bool:
         """Whether a method that cuts every ``buffer`` generated tokens does so now."""

@@ -70,8 +70,9 @@ def centres(seed: int, layers: int = 4, heads: int = 4, dim: int = 8) -> Centres
     )
 
 
-KNOWS = {"profile": replace(NEEDED, queries=centres(1))}
-OTHERS = {"profile": replace(NEEDED, queries=centres(2))}
+KNOWS = {"profile": replace(NEEDED, queries=centres(1)), "pin_prompt": False}
+OTHERS = {**KNOWS, "profile": replace(NEEDED, queries=centres(2))}
+PINNED = {**KNOWS, "pin_prompt": True}
 TOLD = {"capacity": 30, "buffer": 4}
 GUIDED = {**KNOWS, **TOLD}
 CASES: list[tuple[str, float | None, tuple[int, ...], dict[str, Any]]] = [
@@ -276,6 +277,8 @@ def test_method_equals_its_judge(
         ("triattention", GUIDED, {**GUIDED, "buffer": 5}),
         ("triattention", GUIDED, {**GUIDED, "offset_max": 32768}),
         ("triattention", GUIDED, {**GUIDED, **OTHERS}),
+        ("triattention", GUIDED, {**GUIDED, **PINNED}),
+        ("triattention", {**GUIDED, **PINNED, "capacity": 9}, {**PINNED, **TOLD, "capacity": 8}),
         ("kvzip", ZIPPED, {**ZIPPED, "question": (5, 6, 8)}),
         ("kvzip", ZIPPED, {**ZIPPED, "question_from": (8,)}),
         ("kvzip", ZIPPED, {**ZIPPED, "chunk_length": 31}),
@@ -333,6 +336,29 @@ def test_long_answers_are_cut_every_128_tokens(method: str, options: dict[str, A
 
 
 @pytest.mark.parametrize(
+    ("keep", "options"),
+    [(0.1, {"buffer": 4}), (None, {"buffer": 1, "capacity": 6}), (None, {"capacity": 5})],
+)
+def test_a_pinned_prompt_stays_beside_the_budget(
+    keep: float | None, options: dict[str, Any]
+) -> None:
+    """Whole, protected or not; of the answer the judge's entries are left, and as many as said."""
+    prompt, options = random_prompt(3, 60), {**PINNED, **options}
+    llm = engine("triattention", keep, 13, **options)
+    trace = llm.trace(prompt, max_tokens=150, protect=[(3, 5)])
+    judge = Judge(model(), "triattention", keep, (3, 4), **options)
+    check(trace, judged(judge, prompt, trace.token_ids))
+    budget, buffer = options.get("capacity", 6), options.get("buffer", 128)
+    for heads in (head for layer in trace.kept_positions for head in layer):
+        assert {*range(60)} < set(heads.tolist())
+    most = [max(max(layer) for layer in step) for step in trace.kept_len_by_step]
+    assert max(most) == 60 + budget + buffer - 1
+    forecast = llm.policy.forecast(60, 150, llm.engine.runner.layers_for(210))
+    assert forecast.kept == [60 + budget + buffer] * 4, "the newest is written before others go"
+    llm.engine.check()
+
+
+@pytest.mark.parametrize(
     ("method", "keep", "options"),
     [
         ("streaming_llm", 0.4, {}),
@@ -351,6 +377,8 @@ def test_long_answers_are_cut_every_128_tokens(method: str, options: dict[str, A
         ("rkv", 0.4, {"buffer": 5}),
         ("rkv", 0.4, {"buffer": 3, "window": 28}),
         ("triattention", 0.4, {**KNOWS, "buffer": 5}),
+        ("triattention", 0.1, {**PINNED, "buffer": 5}),
+        ("triattention", None, {**PINNED, "buffer": 1, "capacity": 3}),
         ("kvzip", 0.4, ZIPPED),
         ("kvzip", 0.3, {**ZIPPED, "min_text": 28, "chunk_length": 2048}),
         ("fastkv", None, {"retain_ratio": 0.3, "propagate_ratio": 0.5}),

@@ -33,6 +33,7 @@ OPTIONS = {
     "duo": SMALL["duo"],
     "kvzip": SMALL["kvzip"],
     "pyramid": {"min_context": 8, "recent": 4, "window": 8},
+    "triattention": {"pin_prompt": False},
 }
 
 

@@ -42,7 +42,7 @@ def test_numbers_that_are_not_rotated_are_attended_to_by_their_mean() -> None:
     keys, turn = torch.randn(2, 7, 8).double(), torch.linalg.qr(torch.randn(8, 8).double())[0]
     found = centres(3, dim=8)
     found = Centres(found.mean, tuple(tuple(row[:2] for row in layer) for layer in found.sizes))
-    policy = TriAttention(profile=replace(NEEDED, queries=found))
+    policy = TriAttention(profile=replace(NEEDED, queries=found), pin_prompt=False)
     seen = seen_by(keys, turn, (7, 5))
     scores = policy._scores(seen)
     for kv_head, length in enumerate((7, 5)):
@@ -66,7 +66,7 @@ def test_without_rotary_positions_the_score_is_a_dot_product() -> None:
     """OPT's profile has no pairs, its vectors are left alone, and it is served."""
     llm = LLM(
         tiny_model("opt", torch.float64),
-        policy=TriAttention(keep=0.5, buffer=4),
+        policy=TriAttention(keep=0.5, buffer=4, pin_prompt=False),
         kv_memory="4MiB",
         page_size=4,
     )
@@ -76,7 +76,7 @@ def test_without_rotary_positions_the_score_is_a_dot_product() -> None:
     assert all(len(head) == 30 for layer in trace.prefill_positions for head in layer)
     mean, keys = profile.queries.mean, torch.randn(4, 20, 8).double()
     seen = seen_by(keys, torch.eye(8).double(), (20,) * 4)
-    policy = TriAttention(profile=profile)
+    policy = TriAttention(profile=profile, pin_prompt=False)
     for head, row in enumerate(policy._scores(seen)):
         wanted = z_scores(keys[head] @ torch.tensor(mean[1][head]).double())
         torch.testing.assert_close(row, wanted)
@@ -124,7 +124,7 @@ def test_offsets_are_powers_of_two() -> None:
     assert TriAttention().offsets == tuple(2**power for power in range(17))
     assert TriAttention(offset_max=1).offsets == (1,)
     assert TriAttention(offset_max=100).offsets == (1, 2, 4, 8, 16, 32, 64)
-    needs = TriAttention(keep=0.5).needs(
+    needs = TriAttention(keep=0.5, pin_prompt=False).needs(
         View("prefill", 0, LAYERS, 10, 10, (10, 10), 10, 10, TriAttention().start(LAYERS))
     )
     assert needs.keys and needs.ahead == TriAttention().offsets and needs.queries_from is None

@@ -103,12 +103,12 @@ def answers(kind: type[Policy]) -> Answers:
         )
     )
     state = policy.start(layers)
-    needs = [
-        policy.needs(
-            View("prefill", i, layers, LENGTH, LENGTH, (LENGTH,) * HEADS, LENGTH, LENGTH, state)
-        )
-        for i in range(DEPTH)
-    ]
+    needs = []
+    for layer in range(DEPTH):
+        held = (LENGTH,) * HEADS
+        view = View("prefill", layer, layers, LENGTH, LENGTH, held, LENGTH, LENGTH, state)
+        needs.append(policy.needs(view))
+        state = policy.prefilled(view)
     dropping = sum(each.propagate for each in needs)
     propagate = {0: "all", 1: "fewer, from one layer on"}.get(dropping, "fewer, any layer may drop")
     forecast = policy.forecast(LENGTH, 0, layers)
@@ -139,6 +139,10 @@ def answers(kind: type[Policy]) -> Answers:
     evict = "nothing"
     if policy.evicts:
         evict = "what is over the budget" if grown < LENGTH // 20 else "a part of what is generated"
+    if not again and policy.evicts:  # much later, in the last layer
+        long, held = 9 * LENGTH, (9 * LENGTH,) * HEADS
+        view = View("decode", DEPTH - 1, layers, LENGTH, 1, held, long, long, state)
+        needs.append(policy.needs(view))
     looks = "the text's own queries when it is read again" if again else _looks_at(needs)
     return Answers(propagate, retain, evict, looks)
 

@@ -111,10 +111,13 @@ class Retaining(Policy):
         return (lower, {**state, "budgets": budgets}) if bool(falls.any()) else None
 
     def forecast(self, prompt_len: int, max_new: int, layers: Layers) -> Forecast:
-        return self.forecast_extended(prompt_len, max_new, layers)
+        return self._bounds(prompt_len, max_new, layers)
 
-    def forecast_extended(self, text_len: int, max_new: int, layers: Layers) -> Forecast:
+    def forecast_extended(self, text_len: int, max_new: int, layers: Layers) -> Forecast | None:
         """A text is cut to the same budgets whatever part of it was there before."""
+        return self._bounds(text_len, max_new, layers)
+
+    def _bounds(self, text_len: int, max_new: int, layers: Layers) -> Forecast:
         kept = []
         for layer in range(layers.count):
             budget = self.budget(layer, text_len, layers)
@@ -223,8 +226,8 @@ class Adaptive(Retaining):
         held = sum(view.head_lens) / len(view.head_lens) if self.adaptive else view.kept_len
         return view.layers.governed[view.layer] and held > self.limit(view)
 
-    def forecast_extended(self, text_len: int, max_new: int, layers: Layers) -> Forecast:
-        even = super().forecast_extended(text_len, max_new, layers)
+    def _bounds(self, text_len: int, max_new: int, layers: Layers) -> Forecast:
+        even = super()._bounds(text_len, max_new, layers)
         if not self.adaptive:
             return even
         most = [min(text_len, layers.kv_heads * (kept - max_new)) + max_new for kept in even.kept]
