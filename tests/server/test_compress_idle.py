@@ -5,12 +5,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from pyramidinfer import LLM
 from pyramidinfer.engine.recompress import Recompressor
+from pyramidinfer.models.loading import shipped_model
 from pyramidinfer.server.app import build_app
 from pyramidinfer.server.settings import ServerSettings
 from tests.server.live import STORY, Live, beside, serving, until
@@ -135,3 +137,14 @@ def test_a_fault_ends_nothing(idle: Live, monkeypatch: pytest.MonkeyPatch) -> No
 def test_it_needs_conversations_that_are_held(llm: LLM) -> None:
     with pytest.raises(ValueError, match="compress_idle needs .* reuse_share above 0"):
         build_app(beside(llm, reuse_share=0.0), ServerSettings(compress_idle=True))
+
+
+def test_it_needs_a_policy_that_compresses(llm: LLM) -> None:
+    """The server's own, or one that a request may ask for."""
+    full = LLM(shipped_model(), "full", kv_memory="4MiB", dtype="float32")
+    only = ServerSettings(compress_idle=True, policies=("full",))
+    with pytest.raises(ValueError, match="compress_idle has no effect .* full only.*--policies"):
+        build_app(full, only)
+    for policies in (("full", "snapkv"), None):
+        build_app(full, replace(only, policies=policies))
+    build_app(beside(llm), only)

@@ -45,6 +45,12 @@ class Service:
             llm.tokenizer, llm.engine.runner.vocab_size, settings.chat_template_kwargs
         )
         self.jobs = Jobs(llm, settings, self.prompts)
+        if settings.compress_idle and all(each.keeps_all for each in self.jobs.served.values()):
+            raise ValueError(
+                f"compress_idle has no effect where requests may ask for "
+                f"{', '.join(self.jobs.policies)} only: such caches keep everything. Leave it out, "
+                f"or allow a policy that compresses (serve --policies)"
+            )
         engine = llm.engine
         self.metrics = Metrics(
             self.name,
