@@ -13,7 +13,7 @@ WHOLE := start_layer=29
 LATE := start_layer=14,propagate_ratio=.2
 NEEDLE := --model smollm2 --tasks niah_single_2 --protocols inside
 
-.PHONY: numbers-real numbers-trials numbers-heads numbers-decode
+.PHONY: numbers-real numbers-trials numbers-heads numbers-decode numbers-selection
 
 # Trials on one needle: what loses the answer, and what brings it back.
 numbers-trials: $(VENV)/.installed
@@ -65,7 +65,9 @@ numbers-heads: $(VENV)/.installed
 
 # A text read again, in both protocols; chats under other methods; a model with sliding windows.
 NEEDLES := niah_single_2,niah_single_3,niah_multikey_1,niah_multivalue
-TALKS := full kvzip:keep=.5 kvzip:keep=.3 $(foreach p,expected_attention keydiff chunkkv rkv triattention snapkv,$(p):keep=.5)
+CUT := ,pin_prompt=False
+TALKS := full kvzip:keep=.5 kvzip:keep=.3 $(foreach p,expected_attention keydiff chunkkv rkv snapkv,$(p):keep=.5) \
+	triattention:keep=.5$(CUT)
 
 .PHONY: numbers-methods
 numbers-methods: $(VENV)/.installed
@@ -79,12 +81,17 @@ numbers-methods: $(VENV)/.installed
 	mv $(RESULTS)/methods_*.png $(RESULTS)/gemma_*.png docs/images/
 
 # Methods that go on cutting while an answer grows.
-DECODE := full rkv:keep=.5 triattention:keep=.5 pyramid:keep=.5 h2o:keep=.5
+DECODE := full rkv:keep=.5 triattention:keep=.5$(CUT) pyramid:keep=.5 h2o:keep=.5
 
 numbers-decode: $(VENV)/.installed
 	$(BIN)/pyramidinfer fetch smollm2
 	$(REAL_STUDY) long --model smollm2 --policies "$(DECODE)" $(REAL_RUN) --json $(RESULTS)/decode_long.json
 	mv $(RESULTS)/decode_long.png docs/images/
+
+# What choosing by keys or chunks costs, as a share of prefill.
+numbers-selection: $(VENV)/.installed
+	$(BIN)/pyramidinfer fetch smollm2
+	$(BIN)/python -m pyramidinfer.lab.bench.selection_shares --json $(RESULTS)/selection_shares.json
 
 # Everything about real models, then the pages.
 BOTH := smollm2 gemma3-270m
