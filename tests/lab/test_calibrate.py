@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import random
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +18,8 @@ from pyramidinfer.cli.app import main
 from pyramidinfer.engine import passages, profiling
 from pyramidinfer.engine.profiling import find_profile
 from pyramidinfer.lab import calibrate as lab
-from pyramidinfer.lab.calibrate import FACTS, Measured, Task, calibrate, make_samples, plans
+from pyramidinfer.lab.calibrate import INSIDE, Measured, Task, calibrate, make_samples, plans
+from pyramidinfer.lab.long_facts import KINDS, SHORT, invent_long
 from pyramidinfer.lab.samples import Corpus, Subject
 from pyramidinfer.models.loading import shipped_model
 from pyramidinfer.policies import Full, Pyramid
@@ -65,24 +68,51 @@ def test_the_text_ends_where_its_questions_begin(name: str) -> None:
     assert len(found) == 3 and len({tuple(each.context) for each in found}) == 3
     for each in found:
         wholes = [len(each.context) + len(question.rest) for question in each.questions]
-        assert len(wholes) == FACTS and max(wholes) <= TASK.context <= max(wholes) + 2
+        assert len(wholes) == len(KINDS) and max(wholes) <= TASK.context <= max(wholes) + 2
         for question in each.questions:
             assert not holds(each.context, question.rest[:6])
 
 
-def test_facts_of_five_kinds_are_told_and_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_facts_of_all_kinds_are_told_and_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     invented: list[Any] = []
-    invent = lab.invent
-    monkeypatch.setattr(lab, "invent", lambda *a: invented.append(invent(*a)) or invented[-1])
+    monkeypatch.setattr(
+        lab, "invent_long", lambda rng: invented.append(invent_long(rng)) or invented[-1]
+    )
     (sample,) = make_samples(templated(), replace(TASK, samples=1))
     (facts,) = invented
-    assert len({fact.kind for fact in facts}) == FACTS
+    assert tuple(fact.kind for fact in facts) == KINDS
     chat = templated().chat
     for fact, question in zip(facts, sample.questions, strict=True):
         assert holds(sample.context, chat.encode(fact.statement))
         assert holds(question.rest, chat.encode(fact.question))
         assert question.rest[-2:] == chat.encode(fact.opening)[-2:], "the answer's first words"
-        assert question.is_right(f"{fact.value}.") and not question.is_right("no idea")
+        assert question.kind == fact.kind
+        said = f"{', '.join(reversed(fact.values))}."
+        assert question.is_right(said) and not question.is_right("no idea")
+        assert question.params.max_tokens > len(chat.encode(said))
+
+
+def test_every_answer_but_one_is_long() -> None:
+    """No place or person in two facts, and no part of a value is an answer."""
+    for seed in range(50):
+        facts = invent_long(random.Random(seed))
+        for fact in facts:
+            assert all(
+                each.statement.count(value) == (each is fact)
+                for each in facts
+                for value in fact.values
+            )
+            assert fact.statement.startswith(fact.opening) and fact.statement.endswith(".")
+            whole = ", ".join(fact.values)
+            assert (len(whole) >= 12) or fact.kind == SHORT
+            assert fact.is_in(whole.upper()) and not fact.is_in(whole[:-1])
+            assert not fact.is_in("x" + whole)
+
+
+def test_kinds_are_asked_in_the_prompt_in_turn() -> None:
+    samples = make_samples(templated(), replace(TASK, samples=6))
+    asked = [each.kind for at, sample in enumerate(samples) for each in sample.inside(at)]
+    assert len(asked) == 6 * INSIDE and {asked.count(kind) for kind in KINDS} == {INSIDE}
 
 
 def test_generated_documents_answer_word_for_word() -> None:
@@ -111,10 +141,10 @@ def test_quick_is_a_third() -> None:
     task = Task(Subject())
 
     def tokens(each: Task) -> int:
-        return (2 * each.samples + each.passages) * each.context
+        return ((1 + INSIDE) * each.samples + each.passages) * each.context
 
     assert 0.25 < tokens(task.quick()) / tokens(task) < 0.4
-    assert task.questions == task.samples * 6 and task.quick().keep == task.keep
+    assert task.questions == task.samples * 8 and task.quick().keep == task.keep
     for keep in (0.0, 1.0, -1.0, float("nan")):
         with pytest.raises(ValueError, match=f"--keep {keep} must lie between 0 and 1"):
             Task(Subject(), keep)
@@ -124,34 +154,43 @@ def test_quick_is_a_third() -> None:
 
 
 def test_what_is_free() -> None:
-    whole = Measured(0.8, 0.1, 1.0)
-    assert whole.is_free(whole)
-    assert Measured(0.97 * 0.8, 1.25 * 0.1 + 0.005, 0.5).is_free(whole)
-    assert not Measured(0.96 * 0.8, 0.1, 0.5).is_free(whole)
-    assert not Measured(0.9, 0.131, 0.5).is_free(whole)
-    assert Measured(0.8, 0.004, 0.5).is_free(Measured(0.8, 0.0, 1.0))
+    """No kind loses an answer, in neither protocol, however many others win; nor is text worse."""
+
+    def found(kl: float, **wrong: int) -> Measured:
+        return Measured(Counter({(kind, "later"): n for kind, n in wrong.items()}), 0.5, kl, 0.5)
+
+    whole = found(0.1, key=2, names=1)
+    assert whole.is_free(whole) and found(0.1).is_free(whole)
+    assert found(1.25 * 0.1 + 0.005, key=2).is_free(whole)
+    assert not found(0.1, key=3).is_free(whole) and not found(0.1, short=1).is_free(whole)
+    inside = Measured(Counter({("key", "inside"): 1}), 0.9, 0.1, 0.5)
+    assert not inside.is_free(whole)
+    assert not found(0.131).is_free(whole) and found(0.004).is_free(found(0.0))
 
 
 class Synthetic:
     """Stands in for the model: from which start on each share is free."""
 
-    def __init__(self, patch: pytest.MonkeyPatch, free: dict[float, int], whole: float = 0.75):
-        self.free, self.whole = free, whole
+    def __init__(self, patch: pytest.MonkeyPatch, free: dict[float, int], knows: str = "key"):
+        self.free = free
+        self.asked = Counter({(kind, "later"): 4 for kind in (SHORT, "key", "names")})
+        self.wrong = Counter({each: 4 for each in self.asked if each[0] != knows})
         self.plans: list[tuple[int | None, float | None]] = []
         patch.setattr(lab, "_Runs", lambda llm, task: self)
 
     def measure(
         self, policy: Pyramid, advance: Callable[[float], None], whole: Measured | None = None
     ) -> Measured:
-        advance(lab.PARTS)
+        advance(TASK.parts)
         start, share = policy.start_layer, policy.propagate_ratio
         self.plans.append((start, share))
         assert getattr(policy.profile, "calibrated", None) is None
         assert (policy.keep, policy.min_context) == (0.3, 1), "shares are of the text as it is"
         if start is None or share is None:
-            return Measured(self.whole, 0.01, 0.9)
-        score = self.whole if start >= self.free.get(share, DEPTH) else 0.5 * self.whole
-        return Measured(score, 0.01, (start + share * (DEPTH - start)) / DEPTH)
+            return Measured(self.wrong, 0.75, 0.01, 0.9)
+        wrong = Counter(self.wrong)
+        wrong["key", "later"] += start < self.free.get(share, DEPTH)
+        return Measured(wrong, 0.75, 0.01, (start + share * (DEPTH - start)) / DEPTH)
 
 
 @pytest.mark.parametrize("early", range(OWN + 1))
@@ -164,7 +203,7 @@ def test_the_earliest_start_is_found(
     wanted = (early, 0.2) if early < OWN else (OWN, 1.0)
     assert (found.start_layer, found.propagate_ratio) == wanted
     assert len(run.plans) == len(set(run.plans)) <= plans(OWN), "nothing is measured twice"
-    assert (found.keep, found.context, found.questions, found.passages) == (0.3, 300, 12, 1)
+    assert (found.keep, found.context, found.questions, found.passages) == (0.3, 300, 16, 1)
 
 
 def test_what_computes_least_wins(
@@ -221,7 +260,7 @@ class Bar:
         self.done += steps
 
     def __exit__(self, *how: Any) -> None:
-        assert self.done == self.work == lab.PARTS * plans(OWN)
+        assert self.done == self.work == TASK.parts * plans(OWN)
 
 
 @pytest.mark.parametrize("free", [{}, {0.2: 0, 0.4: 0}, {0.2: 5, 0.4: 7}])
@@ -241,9 +280,10 @@ def test_the_bar_reaches_its_end_and_the_time_is_told_first(
 def test_a_model_that_answers_nothing_is_refused(
     llm: LLM, profile: Profile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    Synthetic(monkeypatch, {}, whole=0.0)
-    with pytest.raises(ValueError, match="answers none of the questions.*higher --keep"):
-        calibrate(llm, profile, TASK, progress=False)
+    for knows in ("nothing", SHORT):
+        Synthetic(monkeypatch, {}, knows)
+        with pytest.raises(ValueError, match="none of the questions with long .*higher --keep"):
+            calibrate(llm, profile, TASK, progress=False)
 
 
 # --- the shipped model ----------------------------------------------------------------------------
@@ -311,22 +351,40 @@ def test_the_policy_runs_by_it(made: Made) -> None:
 def test_what_cannot_be_free_is_not_measured_to_its_end(
     llm: LLM, profile: Profile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    runs, whole, parts = lab._Runs(llm, TASK), Measured(0.8, 0.01, 1.0), []
+    """Text first, then questions that come later, text by text, then those in the prompt."""
+    runs, parts = lab._Runs(llm, TASK), []
+    whole = Measured(Counter({("fact", "later"): 2, ("fact", "inside"): 1}), 0.8, 0.01, 1.0)
     policy = Pyramid(keep=0.3, profile=profile, min_context=1)
-    for kl, inside, asked in ((0.1, 1.0, ""), (0.01, 0.5, "i"), (0.01, 0.9, "il")):
+    for kl, later, inside, asked in (
+        (0.1, 0, 0, ""), (0.01, 3, 0, "l"), (0.01, 2, 0, "ll"), (0.01, 1, 2, "lli"),
+        (0.01, 1, 1, "llii"), (0.01, 0, 0, "llii")
+    ):  # fmt: skip
         monkeypatch.setattr(lab, "divergence", lambda *a, kl=kl: kl)
-        monkeypatch.setattr(runs, "_inside", lambda p, s=inside: parts.append("i") or (s, 0.5))
-        monkeypatch.setattr(runs, "_later", lambda p: parts.append("l") or 0.7)
+        monkeypatch.setattr(
+            runs,
+            "_later",
+            lambda *a, n=later: parts.append("l") or Counter({("fact", "later"): n}),
+        )
+        monkeypatch.setattr(
+            runs,
+            "_inside",
+            lambda p, shares, at, n=inside: (
+                parts.append("i")
+                or shares.append(0.5)
+                or Counter({("fact", "inside"): n * (1 - at)})
+            ),
+        )
         for against in (whole, None):
             steps: list[float] = []
             parts.clear()
             found = runs.measure(policy, steps.append, against)
-            assert sum(steps) == lab.PARTS
-            assert parts == list("il" if against is None else asked)
-            if against is None or asked == "il":
-                assert found == Measured(pytest.approx((inside + 0.7) / 2), kl, 0.5)
-            else:
-                assert found is None
+            assert sum(steps) == TASK.parts
+            assert parts == list("llii" if against is None else asked)
+            lost = against is not None and (asked != "llii")
+            assert (found is None) == lost
+            if found is not None:
+                assert found.wrong.total() == 2 * later + inside and found.computed == 0.5
+                assert found.score == 1 - found.wrong.total() / TASK.questions and found.kl == kl
 
 
 # --- the command ----------------------------------------------------------------------------------

@@ -5,14 +5,17 @@ only after the last layer with much need.  How much earlier a model bears it is 
 questions inside the prompt, with questions that come later, and as divergence from what the model
 says of running text.  Of each propagated share the earliest layer that costs nothing is found by
 bisection over the layers without a sliding window; what computes least is written into the profile.
-The tasks are none of RULER's, and the samples are none that a study reports on.
+Most answers are long (``lab/long_facts.py``), and no kind of question may lose one: short answers
+survive where long ones are lost.  The tasks are none of RULER's, and the samples are none that a
+study reports on.
 """
 
 from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from operator import eq
@@ -22,8 +25,8 @@ import numpy as np
 from pyramidinfer.engine import LLM
 from pyramidinfer.engine.profiling import progress_bar
 from pyramidinfer.lab import documents
-from pyramidinfer.lab.asked import SENTENCE
-from pyramidinfer.lab.invented import invent
+from pyramidinfer.lab.chat import Chat
+from pyramidinfer.lab.long_facts import KINDS, SHORT, LongFact, invent_long
 from pyramidinfer.lab.quality import divergence
 from pyramidinfer.lab.recall import ANSWER, AROUND
 from pyramidinfer.lab.samples import Corpus, Subject
@@ -31,18 +34,21 @@ from pyramidinfer.policies import Full, Pyramid
 from pyramidinfer.policies.profile import Calibrated, Profile
 from pyramidinfer.types import SamplingParams, Score, TokenIds
 
-__all__ = ["FACTS", "Measured", "Question", "Sample", "Task", "calibrate", "make_samples", "plans"]
+__all__ = ["INSIDE", "Measured", "Question", "Sample", "Task", "calibrate", "make_samples", "plans"]
 
 #: Shares of the text that may go deeper.
 SHARES = (0.2, 0.4)
-#: A plan is free if it keeps so much of the score, and the divergence rises no further than this.
-SCORE, RISE, NOISE = 0.97, 1.25, 0.005
-#: Facts in every text: one is asked for in the prompt, all of them later.
-FACTS = 5
-#: Steps of the bar for every plan: text, questions inside, questions later.
-PARTS = 3
+#: A plan is free if the divergence rises no further than this, and no kind loses an answer.
+RISE, NOISE = 1.25, 0.005
+#: Questions of every text that are asked in the prompt as well, kinds in turn.
+INSIDE = 2
+#: Tokens that an answer may have beyond its values', and between one value and the next.
+AROUND_VALUE = 8
 #: Tokens scored after a passage.
 CONTINUATION = 64
+
+#: How many answers were wrong, by the kind of question and the protocol.
+Wrong = Counter[tuple[str, str]]
 
 
 @dataclass(frozen=True)
@@ -56,7 +62,7 @@ class Task:
     subject: Subject
     keep: float = 0.3
     context: int = 1000
-    samples: int = 6
+    samples: int = 4
     passages: int = 3
     seed: int = 0
 
@@ -66,24 +72,35 @@ class Task:
 
     def quick(self) -> Task:
         """A third of the work."""
-        return replace(self, context=700, samples=3, passages=2)
+        return replace(self, context=600, samples=2, passages=2)
 
     @property
     def questions(self) -> int:
-        return self.samples * (1 + FACTS)
+        return self.samples * (len(KINDS) + INSIDE)
+
+    @property
+    def parts(self) -> int:
+        """Steps of the bar for every plan: running text, and each text in both protocols."""
+        return 1 + 2 * self.samples
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What a plan was found to do: the mean score of both protocols, nats a token, layer-tokens."""
+    """What a plan was found to do.
 
+    wrong : answers, by the kind of question and the protocol;  score : share of right answers;
+    kl : divergence, nats a token;  computed : share of layer-tokens.
+    """
+
+    wrong: Wrong
     score: float
     kl: float
     computed: float
 
     def is_free(self, whole: Measured) -> bool:
-        """Whether it is no worse than with nothing dropped between layers before."""
-        return self.score >= SCORE * whole.score and self.kl <= RISE * whole.kl + NOISE
+        """Whether it is no worse than with nothing dropped between layers before: of no kind of
+        question in any protocol more answers are wrong."""
+        return self.wrong <= whole.wrong and self.kl <= RISE * whole.kl + NOISE
 
 
 def plans(own: int) -> int:
@@ -106,24 +123,24 @@ def calibrate(
     starts = [layer for layer in range(begin) if layers.governed[layer]]  # others drop nothing
     own = len(starts)
     most, runs = plans(own), _Runs(llm, task)
-    with progress_bar("which layers need all tokens", PARTS * most, progress) as advance:
+    with progress_bar("which layers need all tokens", task.parts * most, progress) as advance:
         begun = time.monotonic()
         whole = runs.measure(base, advance)
         assert whole is not None
         minutes = most * (time.monotonic() - begun) / 60
         tell(f"{most} settings at most, about {minutes:.1f} minutes")
-        if whole.score == 0:
+        if not any(kind != SHORT for kind, _ in runs.asked - whole.wrong):
             raise ValueError(
                 f"with all tokens computed and keep={task.keep} the model answers none of the "
-                f"questions, so nothing can be calibrated on them: give a higher --keep, or a text "
-                f"that it knows (--text)"
+                f"questions with long answers, so nothing can be calibrated on them: give a higher "
+                f"--keep, or a text that it knows (--text)"
             )
         best = (whole, min(begin, layers.count - 1), 1.0)
         for share in SHARES:
             low, high = 0, own  # the earliest free start is in low..high; high stands for none
             for _ in range(own.bit_length()):
                 if low == high:
-                    advance(PARTS)
+                    advance(task.parts)
                     continue
                 middle = (low + high) // 2
                 plan = replace(base, start_layer=starts[middle], propagate_ratio=share)
@@ -159,6 +176,7 @@ def calibrate(
 class Question:
     """What follows the text, how the answer is generated, and whether it is right."""
 
+    kind: str
     rest: TokenIds
     params: SamplingParams
     is_right: Callable[[str], bool]
@@ -171,6 +189,11 @@ class Sample:
     context: TokenIds
     questions: tuple[Question, ...]
 
+    def inside(self, at: int) -> list[Question]:
+        """Those that are asked in the prompt where this is sample ``at``."""
+        count = len(self.questions)
+        return [self.questions[(INSIDE * at + i) % count] for i in range(INSIDE)]
+
 
 def make_samples(corpus: Corpus, task: Task) -> list[Sample]:
     """Texts that are with their longest question ``task.context`` tokens long, or a few less."""
@@ -182,32 +205,40 @@ def make_samples(corpus: Corpus, task: Task) -> list[Sample]:
 
 
 def _told(corpus: Corpus, rng: random.Random, length: int) -> Sample:
-    """Invented facts of five kinds, one in every fifth of a stretch of the text."""
-    chat, facts = corpus.chat, invent(rng, FACTS)
+    """Invented facts of all kinds, their statements evenly spread over a stretch of the text."""
+    chat, facts = corpus.chat, invent_long(rng)
     around = [chat.ask("", f"\n\n{fact.question}", f" {fact.opening}") for fact in facts]
-    told = [chat.encode(f" {fact.statement}") for fact in rng.sample(facts, FACTS)]
+    told = [chat.encode(f" {fact.statement}") for fact in rng.sample(facts, len(facts))]
     room = length - max(len(each.whole) for each in around) - sum(map(len, told))
     text = corpus.stretch(rng, room)
-    for index in reversed(range(FACTS)):
-        at = int(room / FACTS * (index + rng.random()))
+    for index in reversed(range(len(told))):
+        at = int(room / len(told) * (index + rng.random()))
         text = text[:at] + told[index] + text[at:]
     questions = (
-        Question(each.rest, SENTENCE, fact.is_in) for each, fact in zip(around, facts, strict=True)
+        Question(fact.kind, each.rest, _saying(chat, fact), fact.is_in)
+        for each, fact in zip(around, facts, strict=True)
     )
     return Sample(around[0].context + text, tuple(questions))
 
 
+def _saying(chat: Chat, fact: LongFact) -> SamplingParams:
+    """Greedy, as long as the answer is."""
+    sizes = [len(chat.encode(f" {value}")) + AROUND_VALUE for value in fact.values]
+    return SamplingParams(max_tokens=sum(sizes))
+
+
 def _generated(corpus: Corpus, rng: random.Random, length: int) -> Sample:
-    """A document in the shipped model's language."""
-    document = documents.document(rng, length - AROUND, max(FACTS, length // 64))
+    """A document in the shipped model's language, whose facts are all of one kind."""
+    document = documents.document(rng, length - AROUND, max(len(KINDS), length // 64))
     encode = corpus.tokenizer.convert_tokens_to_ids
     questions = (
         Question(
+            "fact",
             encode([*documents.question_words(fact), "<end>", "<assistant>"]),
             ANSWER,
             partial(eq, " ".join(documents.answer_words(fact))),
         )
-        for fact in rng.sample(document.facts, FACTS)
+        for fact in rng.sample(document.facts, len(KINDS))
     )
     return Sample(encode(["<bos>", "<user>", *document.words]), tuple(questions))
 
@@ -217,9 +248,15 @@ class _Runs:
 
     def __init__(self, llm: LLM, task: Task) -> None:
         corpus = task.subject.corpus()
-        self.llm, self.samples = llm, make_samples(corpus, task)
+        self.llm, self.task, self.samples = llm, task, make_samples(corpus, task)
         own = random.Random(f"calibrate {task.seed}").getrandbits(32)  # no study's passages
         passages = corpus.passages(own, task.passages, task.context, CONTINUATION)
+        self.asked = Counter(
+            (each.kind, protocol)
+            for at, sample in enumerate(self.samples)
+            for protocol, asked in (("later", sample.questions), ("inside", sample.inside(at)))
+            for each in asked
+        )
         self.texts = [each.context for each in passages], [each.continuation for each in passages]
         self.full = self._scored(Full())
 
@@ -231,39 +268,44 @@ class _Runs:
             divergence(full, mine)
             for full, mine in zip(self.full, self._scored(policy), strict=True)
         ]
-        kl = float(np.mean(kls))
+        kl, wrong = float(np.mean(kls)), Wrong()
+        shares: list[float] = []
+        rounds = [partial(self._later, policy, each) for each in self.samples]
+        rounds += [partial(self._inside, policy, shares, at) for at in range(len(self.samples))]
+        for done, ask in enumerate(rounds):
+            advance(1)
+            if whole is not None and not Measured(wrong, 0, kl, 1).is_free(whole):
+                advance(self.task.parts - 1 - done)
+                return None
+            wrong += ask()
         advance(1)
-        if whole is not None and not Measured(1, kl, 1).is_free(whole):
-            advance(PARTS - 1)
-            return None
-        inside, computed = self._inside(policy)
-        advance(1)
-        if whole is not None and not Measured((inside + 1) / 2, kl, 1).is_free(whole):
-            advance(PARTS - 2)
-            return None
-        later = self._later(policy)
-        advance(1)
-        return Measured((inside + later) / 2, kl, computed)
+        score = 1 - wrong.total() / self.task.questions
+        return Measured(wrong, score, kl, float(np.mean(shares)))
 
-    def _inside(self, policy: Pyramid) -> tuple[float, float]:
-        """Of every text another fact is asked for, kinds in turn."""
-        asked = [each.questions[at % FACTS] for at, each in enumerate(self.samples)]
-        prompts = [each.context + q.rest for each, q in zip(self.samples, asked, strict=True)]
-        found = self.llm.generate(prompts, [q.params for q in asked], policy=policy)
-        right = [q.is_right(out.text.strip()) for q, out in zip(asked, found, strict=True)]
-        return float(np.mean(right)), float(np.mean([o.metrics.computed_share for o in found]))
+    def _later(self, policy: Pyramid, sample: Sample) -> Wrong:
+        """Kinds that are answered wrong where all questions go on from what is left of a text."""
+        asked = sample.questions
+        with self.llm.prefill(sample.context, policy) as cache:
+            rests = [each.rest for each in asked]
+            found = self.llm.generate(rests, [each.params for each in asked], prefix=cache)
+        return _wrong("later", asked, [each.text for each in found])
 
-    def _later(self, policy: Pyramid) -> float:
-        """Every text is taken in once, and all questions go on from what is left of it."""
-        right: list[bool] = []
-        for each in self.samples:
-            params = [q.params for q in each.questions]
-            with self.llm.prefill(each.context, policy) as cache:
-                found = self.llm.generate([q.rest for q in each.questions], params, prefix=cache)
-            right += [
-                q.is_right(out.text.strip()) for q, out in zip(each.questions, found, strict=True)
-            ]
-        return float(np.mean(right))
+    def _inside(self, policy: Pyramid, shares: list[float], at: int) -> Wrong:
+        """The same where a question is in the prompt; ``shares`` gets what was computed."""
+        sample = self.samples[at]
+        asked = sample.inside(at)
+        prompts = [sample.context + each.rest for each in asked]
+        found = self.llm.generate(prompts, [each.params for each in asked], policy=policy)
+        shares += [each.metrics.computed_share for each in found]
+        return _wrong("inside", asked, [each.text for each in found])
 
     def _scored(self, policy: Pyramid | Full) -> list[Score]:
         return self.llm.score(*self.texts, policy=policy, logits=True)
+
+
+def _wrong(protocol: str, asked: Sequence[Question], said: list[str]) -> Wrong:
+    return Counter(
+        (each.kind, protocol)
+        for each, text in zip(asked, said, strict=True)
+        if not each.is_right(text.strip())
+    )

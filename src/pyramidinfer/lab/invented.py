@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from pyramidinfer.engine.english import paragraphs
 
-__all__ = ["Fact", "fit", "hide_facts", "invent", "stretch"]
+__all__ = ["Fact", "fit", "hide_facts", "invent", "says", "stretch"]
 
 T = TypeVar("T")
 PEOPLE = [
@@ -74,7 +74,12 @@ class Fact:
 
     def is_in(self, said: str) -> bool:
         """Whether the value was said, in whatever case, as words of its own."""
-        return re.search(rf"(?<!\w){re.escape(self.value)}(?!\w)", said, re.IGNORECASE) is not None
+        return says(said, self.value)
+
+
+def says(said: str, value: str) -> bool:
+    """Whether a text has a value in it, in whatever case, as words of its own."""
+    return re.search(rf"(?<!\w){re.escape(value)}(?!\w)", said, re.IGNORECASE) is not None
 
 
 def invent(rng: random.Random, count: int) -> list[Fact]:
