@@ -193,16 +193,25 @@ def test_what_is_held_blocks_nobody() -> None:
 
 
 def test_a_turn_that_does_not_fit_on_its_cache_begins_from_scratch() -> None:
-    """Taking a compressed cache up may cost more than the text anew: entries only come on top."""
-    engine = start("streaming_llm", kv_memory="60KiB", reuse_share=1.0)
+    """Taking a cache up may cost more than the text anew, where what is held is left alone: nothing
+    tells then how much of a long answer is evicted beside it."""
+    engine = start("pyramidinfer", kv_memory="256KiB", reuse_share=1.0)
     turn = talk(engine, random_prompt(1, 30), 6)
     text = after(turn, 2, 3)
-    params = SamplingParams(max_tokens=60, ignore_eos=True)
+    params = SamplingParams(max_tokens=200, ignore_eos=True)
     with pytest.raises(ValueError, match="raise kv_memory"):
         engine.make(text, params, on=turn.table)
-    again = talk(engine, text, 60)
+    again = talk(engine, text, 200)
     assert again.reused == 0
-    assert again.output == talk(start("streaming_llm"), text, 60).output
+    assert again.output == talk(start("pyramidinfer"), text, 200).output
+
+
+def test_a_turn_goes_on_with_its_cache_where_the_text_anew_would_fit() -> None:
+    """Where what is held is cut again, taking it up never costs more."""
+    engine = start("streaming_llm", kv_memory="60KiB", reuse_share=1.0)
+    text = after(talk(engine, random_prompt(1, 30), 6), 2, 3)
+    again = talk(engine, text, 60)
+    assert again.reused == 35 and len(again.output) == 60
 
 
 @pytest.mark.parametrize("name", ["full", "pyramid"])

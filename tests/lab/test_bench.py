@@ -18,6 +18,7 @@ from pyramidinfer.lab import shapes
 from pyramidinfer.lab.bench import compaction, kernels, machine, setting
 from pyramidinfer.lab.bench.machine import measure_roof
 from pyramidinfer.lab.bench.roofline import decode_bytes, prefill_flops
+from pyramidinfer.lab.bench.selection_shares import measure_shares
 from pyramidinfer.lab.bench.setting import Rig, Setting, run_pass
 from pyramidinfer.lab.bench.timing import PeakMemory, ratios, side_by_side, spread
 from pyramidinfer.lab.shapes import SHAPES, make_model, save_model, shape_config
@@ -162,6 +163,18 @@ def test_a_pass_tells_what_happened() -> None:
     assert full.kept_prefill == [300] * 3 and full.kept_end == [3 * 105] * 3
     cut = run_pass(subject.engine("snapkv", 3, 100, 6), prompts, 6)
     assert cut.prefill_bytes[0] < cut.prefill_bytes[1] == full.prefill_bytes[1]
+
+
+def test_shares_of_prefill_are_told_by_length_and_policy(tmp_path: Path) -> None:
+    out, plan = tmp_path / "shares.json", Setting(dtype="float32", policies=("keydiff", "chunkkv"))
+    rows = measure_shares(plan, (60, 90), out, "a model")
+    asked = [(row["prompt_len"], row["policy"]) for row in rows]
+    assert asked == [(60, "keydiff"), (60, "chunkkv"), (90, "keydiff"), (90, "chunkkv")]
+    assert all(0 < row["prefill_share"] < 1 for row in rows)
+    told = json.loads(out.read_text())
+    assert told["result"]["rows"] == rows
+    assert told["configuration"]["lengths"] == [60, 90]
+    assert told["configuration"]["model"] == "a model"
 
 
 def test_auto_memory_holds_all_requests_and_hardly_more() -> None:

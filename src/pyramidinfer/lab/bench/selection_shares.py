@@ -40,7 +40,7 @@ def measure_shares(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Shares of prefill that choosing takes.")
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--keep", type=float, default=0.5)
     parser.add_argument("--json", type=Path, required=True)
