@@ -53,8 +53,7 @@ def run_latency(plan: LatencyPlan, out: Path) -> dict[str, Any]:
         for batch, length in cells:
             prompts = rig.prompts(batch, length)
             engines = {
-                spec: rig.engine(spec, batch, length, plan.output_len)
-                for spec in setting.policies
+                spec: rig.engine(spec, batch, length, plan.output_len) for spec in setting.policies
             }
             passes: dict[str, list[Pass]] = {spec: [] for spec in engines}
             for repeat in range(rounds):
