@@ -89,19 +89,29 @@ class Reduce:
 
 @dataclass(frozen=True, slots=True)
 class Best:
-    """A rule of eviction said beforehand: keep the best entries by their window scores.
+    """The rule by which most methods choose: the best entries under a budget.
 
     Of every KV head the ``count`` entries (one number, or one a head) with the highest scores stay,
-    each score replaced by the ``pool`` of it and its ``kernel`` - 1 nearest neighbours in the text;
-    the first ``sinks`` positions, the newest ``recent`` and what is protected stay regardless.
-    Without a window the best entries are the newest.
+    of equal ones the earlier.  What is protected, the first ``sinks`` positions and the newest
+    ``recent`` stay regardless, and ``room`` others beside them, even where they fill the budget.
+
+    ``by``: what scores an entry: the attention of the ``window`` that was asked for, the
+    ``running`` score kept beside it, how ``new`` it is, or the method's ``own`` (``Policy.score``).
+    ``kernel``, ``pool``: each score is replaced by the ``pool`` of it and its ``kernel`` - 1
+    nearest neighbours in the text.
+    ``safeguard``: None: every head keeps ``count``.  Else the heads of a layer compete for as many
+    entries altogether (Ada-KV, 2407.11550, algorithm 1), and none falls below this share of what
+    it would have had.
     """
 
     count: int | tuple[int, ...]
-    kernel: int
-    pool: Literal["max", "mean"]
-    sinks: int
-    recent: int
+    by: Literal["window", "running", "new", "own"] = "window"
+    kernel: int = 1
+    pool: Literal["max", "mean"] = "max"
+    sinks: int = 0
+    recent: int = 0
+    room: int = 0
+    safeguard: float | None = None
 
 
 class Queries(NamedTuple):
@@ -125,32 +135,27 @@ class Needs:
     ``remember``: the window's queries go into the ring that decoding looks back on (only the
     newest one otherwise); the same in every governed layer.
     ``column_sums``: attention each entry got from *all* new queries, per KV head.
-    ``slot_scores``: the running score kept beside each entry.
-    ``keys``, ``values``: the entries' own, for ``retain`` and ``evict``.
+    ``keys``, ``values``: the entries' own, for ``retain``.
     ``queries_from``: what the text's queries are like, from this token on, for ``retain``.
     ``ahead``: places behind the text, 1 for the next token's, that vectors are to be rotated to on
-    average (``Observation.rotation``), for ``retain`` and ``evict``.
-    ``propagate``, ``retain``, ``evict``: which questions to ask; the others are answered "all".
-    ``among``: ranks by age ``(first, last)`` of the entries whose scores ``evict`` will look at,
-    the same tokens in every head; the others' may be 0.
-    ``best``: what ``evict`` will answer, where that is such a rule and scores, if any, are one row
-    per KV head; whoever can may carry it out without asking.
+    average (``Observation.rotation``), for ``retain``.
+    ``propagate``, ``retain``: the answer to these questions, where it is a rule; True: ask the
+    policy; None: all stay.
+    ``among``: ranks by age ``(first, last)`` of the entries whose scores ``retain`` will look at
+    while decoding, the same tokens in every head; the others' may be 0.
     """
 
     window: int = 0
     reduce: Reduce = Reduce()
     remember: bool = False
     column_sums: bool = False
-    slot_scores: bool = False
     keys: bool = False
     values: bool = False
     queries_from: int | None = None
     ahead: Sequence[int] = ()
-    propagate: bool = False
-    retain: bool = False
-    evict: bool = False
+    propagate: Best | Literal[True] | None = None
+    retain: Best | Literal[True] | None = None
     among: tuple[int, int] | None = None
-    best: Best | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +189,7 @@ class View:
 class Observation:
     """A layer as the policy sees it: the view and the tensors it asked for.
 
+    rule : what the policy said beforehand (``Needs``).
     positions : ``[kv_heads, n]`` original positions; for ``propagate`` ``[1, new_len]``.
     scores : ``[1 or kv_heads, n]`` window scores, entry by entry, or None.
     column_sums, slot_scores : ``[kv_heads, n]`` or None.
@@ -210,6 +216,7 @@ class Observation:
     values: Tensor | None = None
     queries: Queries | None = None
     rotation: Tensor | None = None
+    rule: Best | Literal[True] | None = None
     kernels: Kernels | None = None
 
 

@@ -11,7 +11,7 @@ import torch
 from pyramidinfer import LLM, SamplingParams
 from pyramidinfer.native import library
 from pyramidinfer.policies import POLICIES, Forecast, Policy
-from pyramidinfer.policies.base import best_entries
+from pyramidinfer.policies.rule import best_entries
 from pyramidinfer.types import Keep, Layers, Needs, Observation, State, View
 from tests.engine.build import build
 from tests.tiny import of_layers, random_prompt, tiny_model
@@ -28,16 +28,12 @@ class HeavyHitters(Policy):
 
     def needs(self, view: View) -> Needs:
         over = view.kept_len > self.budget
-        if view.phase == "decode":
-            return Needs(slot_scores=True, evict=over)
-        return Needs(column_sums=True, slot_scores=True, retain=over)
+        return Needs(column_sums=view.phase != "decode", retain=True if over else None)
 
     def retain(self, seen: Observation, state: State) -> tuple[Keep, State]:
         newest = seen.positions.argsort(1).argsort(1) >= seen.view.kept_len - self.budget // 2
         assert seen.slot_scores is not None
         return Keep(best_entries(seen.slot_scores, self.budget, newest | seen.protected)), state
-
-    evict = retain
 
     def forecast(self, prompt_len: int, max_new: int, layers: Layers) -> Forecast:
         kept = min(prompt_len + max_new, self.budget + 1)

@@ -68,7 +68,8 @@ def crowded(
 def held_to(policy: Any, length: int, layers: Layers) -> list[tuple[int, ...]]:
     """Entries that each head of each layer may hold while decoding."""
     if isinstance(policy, ByHead):
-        return [tuple(map(policy.most, row)) for row in policy.limits(length, layers)]
+        limits = policy.limits(length, layers)
+        return [tuple(limit + policy.slack for limit in row) for row in limits]
     budgets = [policy.budget(i, length, layers) + policy.slack for i in range(layers.count)]
     return [(budget,) * layers.kv_heads for budget in budgets]
 
@@ -556,9 +557,9 @@ def test_budgets_only_fall(name: str) -> None:
     if name not in ELASTIC:
         assert policy.tightened(0.1, state, layers) is None
         return
-    kind, held = "budgets", torch.tensor([50, 20, 50, 50])
+    kind, held = "limits", torch.tensor([[50] * 2, [20] * 2, [50] * 2, [50] * 2])
     if isinstance(policy, ByHead):
-        kind, held = "limits", torch.tensor([[50, ALL], [50, 20], [50, 50], [ALL, ALL]])
+        held = torch.tensor([[50, ALL], [50, 20], [50, 50], [ALL, ALL]])
     state = {**state, "text": torch.tensor(100), kind: held.clone()}
     assert policy.tightened(0.5, state, layers) is None
     assert policy.tightened(0.9, state, layers) is None

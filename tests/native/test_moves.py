@@ -14,7 +14,7 @@ from pyramidinfer.cache import GroupSpec, Layout, Pool, Table
 from pyramidinfer.cache.mover import Mover
 from pyramidinfer.cache.native import KernelMover
 from pyramidinfer.native import Kernels, kernels
-from pyramidinfer.policies import base
+from pyramidinfer.policies import rule
 from pyramidinfer.types import Keep
 from tests.cache import test_pool
 from tests.native.isas import DTYPES, backend, random
@@ -182,7 +182,7 @@ def test_best_entries(heads: int, n: int, kind: str, in_order: bool) -> None:
         forced &= random(n + 2, heads, n).abs() < share * 3
         for count in {1, n // 2 + 1, n}:  # half: where positive and negative zeros meet
             native, plain = both(
-                lambda k, c=count, f=forced: base.best_entries(scores, c, f, positions, k)
+                lambda k, c=count, f=forced: rule.best_entries(scores, c, f, positions, k)
             )
             assert native.dtype == plain.dtype and native.equal(plain), (count, share)
 
@@ -191,25 +191,27 @@ def test_best_entries_takes_one_row_for_all() -> None:
     """Scores, positions or forced entries of one row, spread over heads."""
     scores, positions = random(1, 1, 30), shuffled(1, 30, 2)
     forced = random(3, 3, 30) > 1.2
-    native, plain = both(lambda k: base.best_entries(scores.expand(3, -1), 9, forced, positions, k))
+    native, plain = both(lambda k: rule.best_entries(scores.expand(3, -1), 9, forced, positions, k))
     assert native.equal(plain)
     one = forced[:1]
     native, plain = both(
-        lambda k: base.best_entries(random(4, 3, 30), 9, one.expand(3, -1), positions, k)
+        lambda k: rule.best_entries(random(4, 3, 30), 9, one.expand(3, -1), positions, k)
     )
     assert native.equal(plain)
 
 
-def test_a_head_that_loses_nothing_makes_no_room_in_others() -> None:
-    """Forced entries count where something goes: 12 of them in the second of these heads."""
+@pytest.mark.parametrize("room", [0, 3])
+def test_a_head_that_loses_nothing_makes_no_room_in_others(room: int) -> None:
+    """Forced entries count where something goes: 12 of them in the second of these heads, and
+    ``room`` others beside them."""
     scores, lengths = random(1, 4, 30), torch.tensor([30, 20, 14, 30])
     forced = torch.zeros(4, 30, dtype=torch.bool)
     forced[0, :25], forced[1, 3:15], forced[2, :14] = True, True, True
     counts = torch.tensor([30, 5, 99, 13])
     (native, found), (plain, expected) = both(
-        lambda k: base._best(scores, counts, forced, shuffled(4, 30, 2), lengths, k)
+        lambda k: rule._best(scores, counts, forced, shuffled(4, 30, 2), lengths, k, room)
     )
-    assert found.tolist() == expected.tolist() == [30, 12, 14, 13]
+    assert found.tolist() == expected.tolist() == [30, 12 + room, 14, max(13, 12 + room)]
     assert native.equal(plain)
 
 
@@ -220,7 +222,7 @@ def test_scores_that_are_no_numbers_come_first() -> None:
     scores[0, 11], scores[1, 40] = torch.inf, -torch.inf
     forced = torch.zeros(2, 50, dtype=torch.bool)
     for count in (1, 2, 3, 49):
-        native, plain = both(lambda k, c=count: base.best_entries(scores, c, forced, kernels=k))
+        native, plain = both(lambda k, c=count: rule.best_entries(scores, c, forced, kernels=k))
         assert native.equal(plain)
         assert 7 in native[0] and 3 in native[1]
 
@@ -234,11 +236,11 @@ def test_pool_neighbours(how: str, kernel: int, shape: str) -> None:
         places = places[:1]
     if shape == "sorted":
         places = places.sort(1).values
-    native, plain = both(lambda k: base.pool_neighbours(scores, places, kernel, how, k))
+    native, plain = both(lambda k: rule.pool_neighbours(scores, places, kernel, how, k))
     torch.testing.assert_close(native, plain, rtol=1e-6, atol=1e-6)
     assert how == "mean" or native.equal(plain)
     scores[1, 60] = torch.nan
-    native, plain = both(lambda k: base.pool_neighbours(scores, places, kernel, how, k))
+    native, plain = both(lambda k: rule.pool_neighbours(scores, places, kernel, how, k))
     assert native.isnan().equal(plain.isnan())
     torch.testing.assert_close(native, plain, rtol=1e-6, atol=1e-6, equal_nan=True)
     assert int(native.isnan().sum()) > 1
@@ -250,6 +252,6 @@ def test_a_few_scores_are_pooled() -> None:
         scores, places = random(n, 2, n), shuffled(1, n, n)
         for how in ("max", "mean"):
             native, plain = both(
-                lambda k, h=how, s=scores, p=places: base.pool_neighbours(s, p, 7, h, k)
+                lambda k, h=how, s=scores, p=places: rule.pool_neighbours(s, p, 7, h, k)
             )
             torch.testing.assert_close(native, plain)

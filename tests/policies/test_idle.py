@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 
 from pyramidinfer import SamplingParams
+from pyramidinfer.cache import Pool
 from pyramidinfer.config import EngineConfig
 from pyramidinfer.engine import Engine
 from pyramidinfer.engine.tracing import trace
 from pyramidinfer.models import ModelRunner
+from pyramidinfer.models.batch import Sequence
 from pyramidinfer.policies import POLICIES, make_policy
 from pyramidinfer.types import Trace
 from tests.engine.build import SMALL
@@ -37,18 +39,18 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Count how often evictions are looked into; ``asked.always()`` makes it every step."""
 
     class Asked:
-        count = 0
+        count, in_every_step = 0, False
 
         def always(self) -> None:
-            for kind in POLICIES.values():
-                monkeypatch.setattr(kind, "idle_steps", lambda *given: 0)
-            self.count = 0
+            self.count, self.in_every_step = 0, True
 
     found, evict = Asked(), ModelRunner._evict
 
-    def counted(*given: Any) -> None:
+    def counted(runner: ModelRunner, pool: Pool, sequence: Sequence) -> None:
         found.count += 1
-        evict(*given)
+        evict(runner, pool, sequence)
+        if found.in_every_step:
+            sequence.idle = 0
 
     monkeypatch.setattr(ModelRunner, "_evict", counted)
     return found

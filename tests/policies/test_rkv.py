@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -9,7 +10,7 @@ from torch import Tensor
 from pyramidinfer import LLM, SamplingParams
 from pyramidinfer.policies import RKV, Policy, make_policy, rkv
 from pyramidinfer.policies.rkv import redundancy
-from pyramidinfer.types import Layers, View
+from pyramidinfer.types import Best, Layers, View
 from tests.policies.test_judges import KNOWS
 from tests.tiny import random_prompt, tiny_model
 
@@ -96,15 +97,34 @@ def test_a_lowered_budget_is_met_at_once() -> None:
     for layer in range(2):
         view = View("prefill", layer, layers, 100, 100, (80, 80), 100, 100, state)
         state = policy.prefilled(view)
-    kept = [[90, 90], [90, 90]]
-    assert policy.idle_steps(kept, 100, layers, state) == 80 + 127 - 90
+    kept = np.full((2, 2), 90)
+    assert (policy.ceiling(kept, state, layers) + policy.slack == 80 + 127).all()
     found = policy.tightened(0.6, state, layers)
     assert found is not None
     lower, state = found
-    assert lower.idle_steps(kept, 100, layers, state) == 0
+    assert (lower.ceiling(kept, state, layers) == 60).all()
     view = View("decode", 0, layers, 100, 1, (90, 90), 90, 110, state)
-    assert lower.needs(view).evict
-    assert not lower.needs(View("decode", 0, layers, 100, 1, (60, 60), 90, 110, state)).evict
+    rule = lower.needs(view).retain
+    assert isinstance(rule, Best) and rule.count == 60
+    assert lower.needs(View("decode", 0, layers, 100, 1, (60, 60), 90, 110, state)).retain is None
+
+
+@pytest.mark.parametrize("buffer", [1, 100])
+def test_between_two_steps_layers_are_cut_back_at_once(buffer: int) -> None:
+    policy = RKV(keep=0.8, window=4, buffer=buffer)
+    llm = LLM(tiny_model("llama"), policy=policy, kv_memory="4MiB", page_size=4)
+    params = SamplingParams(max_tokens=40, ignore_eos=True)
+    request = llm.engine.add(random_prompt(1, 60), params)
+    while len(request.output) < 20:
+        llm.engine.step()
+    table = request.table
+    assert (table.kept > 48).all() == (buffer > 1)
+    found = policy.tightened(0.6, table.state, request.layers)
+    assert found is not None
+    request.policy, table.state = found
+    llm.engine.runner.evict_now(llm.engine.pool, request)
+    assert (table.kept == 36).all()
+    llm.engine.abort(request)
 
 
 def test_a_short_further_turn_scores_with_its_own_queries_first() -> None:

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from pyramidinfer import LLM, SamplingParams
 from pyramidinfer.policies import TriAttention, make_policy
+from pyramidinfer.policies.base import asks_for_profile
 from pyramidinfer.policies.profile import Centres, Profile
-from pyramidinfer.types import Layers, Observation, View
+from pyramidinfer.types import Best, Layers, Observation, View
 from tests.policies.test_judges import KNOWS, NEEDED, centres
 from tests.tiny import random_prompt, tiny_model
 
@@ -30,7 +31,8 @@ def seen_by(keys: Tensor, turn: Tensor, lens: tuple[int, ...]) -> Observation:
         keys[head, length:] = 0
     state = make_policy("triattention").start(LAYERS)
     view = View("prefill", 1, LAYERS, size, size, lens, size, size, state)
-    return Observation(view, positions, torch.zeros_like(positions) > 0, keys=keys, rotation=turn)
+    free = torch.zeros_like(positions) > 0
+    return Observation(view, positions, free, keys=keys, rotation=turn, rule=Best(4, "own"))
 
 
 def z_scores(values: Tensor) -> Tensor:
@@ -44,7 +46,7 @@ def test_numbers_that_are_not_rotated_are_attended_to_by_their_mean() -> None:
     found = Centres(found.mean, tuple(tuple(row[:2] for row in layer) for layer in found.sizes))
     policy = TriAttention(profile=replace(NEEDED, queries=found), pin_prompt=False)
     seen = seen_by(keys, turn, (7, 5))
-    scores = policy._scores(seen)
+    scores = policy.score(seen)
     for kv_head, length in enumerate((7, 5)):
         wanted = []
         for head in (2 * kv_head, 2 * kv_head + 1):
@@ -77,7 +79,7 @@ def test_without_rotary_positions_the_score_is_a_dot_product() -> None:
     mean, keys = profile.queries.mean, torch.randn(4, 20, 8).double()
     seen = seen_by(keys, torch.eye(8).double(), (20,) * 4)
     policy = TriAttention(profile=profile, pin_prompt=False)
-    for head, row in enumerate(policy._scores(seen)):
+    for head, row in enumerate(policy.score(seen)):
         wanted = z_scores(keys[head] @ torch.tensor(mean[1][head]).double())
         torch.testing.assert_close(row, wanted)
 
@@ -152,4 +154,5 @@ def test_the_rule_says_what_was_measured() -> None:
     assert TriAttention().rule == ""
     policy = TriAttention(**KNOWS)
     assert policy.rule == "where the model's queries lie, as measured on a text"
-    assert isinstance(policy.profile, Profile) and not policy.wants_profile
+    assert isinstance(policy.profile, Profile) and not asks_for_profile(policy)
+    assert asks_for_profile(TriAttention())

@@ -1,4 +1,4 @@
-"""Evictions by a rule said beforehand (``Needs.best``), in the C++ kernels."""
+"""Evictions by a rule (``Best``), in the C++ kernels."""
 
 from __future__ import annotations
 
@@ -11,15 +11,19 @@ from torch import Tensor
 from pyramidinfer.cache.pool import Pool
 from pyramidinfer.cache.table import Ring, Table
 from pyramidinfer.native.library import DTYPES, Eviction, pointer
-from pyramidinfer.types import Needs
+from pyramidinfer.types import Best, Needs
 
 __all__ = ["evict_best"]
 
 
 def evict_best(
-    pool: Pool, table: Table, rules: list[tuple[int, Needs]], scales: list[Any], protected: Tensor
+    pool: Pool,
+    table: Table,
+    rules: list[tuple[int, Best, Needs]],
+    scales: list[Any],
+    protected: Tensor,
 ) -> None:
-    """Carry out evictions of some layers of a request by their rules (``Needs.best``), at once.
+    """Carry out evictions of some layers of a request by their rules (``Needs.retain``), at once.
 
     ``scales``: how each layer's products become logits, where there is a window;  ``protected``:
     bool ``[text]``.
@@ -28,35 +32,40 @@ def evict_best(
     assert kernels is not None
     calls = (Eviction * len(rules))()
     pages, kept, counts = table.pages, table.kept, table.kept.copy()
-    for layer, needs in rules:
-        assert needs.best is not None
-        counts[layer] = needs.best.count
+    for layer, rule, _ in rules:
+        counts[layer] = rule.count
     pool.own_fronts(table, np.where(counts < kept, kept, 0))
+    tensors = [
+        [pointer(each) for each in (group.keys, group.values, group.positions, group.scores)]
+        for group in pool.groups
+    ]
+    lists = [(each.ctypes.data, each.strides[0]) for each in (pages, kept, counts)]
+    shields = pointer(protected)
     held: dict[int, tuple[Tensor, Tensor]] = {}  # by window, what the calls point to
-    for index, ((layer, needs), scale) in enumerate(zip(rules, scales, strict=True)):
-        group, best = pool.group(layer), needs.best
-        assert best is not None
-        spec = group.spec
+    for index, ((layer, rule, needs), scale) in enumerate(zip(rules, scales, strict=True)):
+        spec = pool.group(layer).spec
         calls[index] = Eviction(
-            *map(pointer, (group.keys, group.values, group.positions, group.scores)),
-            *(each[layer].ctypes.data for each in (pages, kept, counts)),
-            pointer(protected),
+            *tensors[pool.group_of[layer]],
+            *(start + layer * step for start, step in lists),
+            shields,
             None,
             None,
             None,
             None,
             pages.shape[2],
-            best.kernel,
-            best.pool == "max",
-            best.sinks,
-            table.seen_len - 1 - best.recent,
+            rule.kernel,
+            rule.pool == "max",
+            rule.sinks,
+            table.seen_len - 1 - rule.recent,
+            rule.room,
+            rule.by == "running",
             len(protected),
             spec.kv_heads,
             spec.key_dim,
             spec.value_dim,
             pool.page_size,
         )
-        if needs.window:
+        if rule.by == "window":
             _look_back(calls[index], table.ring, layer, needs, scale, held)
     kernels.evict_entries(DTYPES[pool.groups[0].spec.dtype], ctypes.addressof(calls), len(rules))
     pool.retract(table, counts)

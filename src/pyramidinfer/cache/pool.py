@@ -26,7 +26,7 @@ from pyramidinfer.cache.layout import Layout
 from pyramidinfer.cache.mover import Mover, Slots, Stays, upload
 from pyramidinfer.cache.table import Ring, Table
 from pyramidinfer.native.library import DTYPES, Kernels
-from pyramidinfer.types import Keep, Needs, State
+from pyramidinfer.types import Best, Keep, Needs, State
 
 __all__ = ["Exported", "Pool", "Slots"]
 
@@ -185,9 +185,14 @@ class Pool:
 
     def evicts_best(self, needs: Needs, dtype: torch.dtype) -> bool:
         """Whether ``evict_best`` can carry this eviction out."""
-        flat = (needs.reduce.heads, needs.reduce.rows) in (("kv_max", "max"), ("kv_mean", "mean"))
-        plain = not needs.window or (flat and needs.reduce.newest_weight == 1)
-        return self.kernels is not None and dtype in DTYPES and plain
+        rule, reduce = needs.retain, needs.reduce
+        if self.kernels is None or dtype not in DTYPES or not isinstance(rule, Best):
+            return False
+        flat = (reduce.heads, reduce.rows) in (("kv_max", "max"), ("kv_mean", "mean"))
+        known = rule.by in ("new", "running") or (
+            rule.by == "window" and flat and reduce.newest_weight == 1
+        )
+        return known and rule.safeguard is None
 
     def rewrite_keys(self, table: Table, layer: int, places: Tensor, keys: Tensor) -> None:
         """Replace the keys ``[kv_heads, n, key_dim]`` of entries at ``places`` ``[n]``."""

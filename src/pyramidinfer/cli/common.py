@@ -236,7 +236,9 @@ def policy_from(name: str, keep: float | None, options: list[str]) -> Policy:
 
 def profiling(policy: Policy, no_profile: bool) -> bool:
     """Whether a head profile may be measured; ``ValueError`` where nobody asks for one."""
-    if no_profile and not policy.wants_profile:
+    from pyramidinfer.policies.base import asks_for_profile
+
+    if no_profile and not asks_for_profile(policy):
         raise ValueError(
             f"--no-profile has no effect: policy {policy.name!r} asks for no head profile of the "
             f"model; leave it out"

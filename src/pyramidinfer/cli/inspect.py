@@ -13,13 +13,14 @@ from rich.table import Table
 from pyramidinfer.cache import Layout
 from pyramidinfer.cli.common import human_bytes
 from pyramidinfer.config import EngineConfig
-from pyramidinfer.engine import LLM
+from pyramidinfer.engine import LLM, Engine
 from pyramidinfer.engine.memory import Ledger
 from pyramidinfer.engine.profiling import ensure_profile, find_profile
 from pyramidinfer.engine.readings import readings
 from pyramidinfer.engine.text import encoder_of
 from pyramidinfer.models import ModelRunner
 from pyramidinfer.models.catalog import find_model
+from pyramidinfer.models.fingerprint import fingerprint
 from pyramidinfer.models.folder import model_folder
 from pyramidinfer.models.loading import (
     empty_model,
@@ -28,6 +29,7 @@ from pyramidinfer.models.loading import (
     shipped_model,
 )
 from pyramidinfer.policies import Full, Policy
+from pyramidinfer.policies.base import Facts
 from pyramidinfer.policies.profile import Profile
 from pyramidinfer.types import Layers
 
@@ -43,16 +45,16 @@ def run_inspect(
             raise ValueError(f"{name} {value} must be at least 1")
     quiet_transformers()
     runner = _runner_without_weights(model or shipped_model(), dtype)
-    if chosen.wants_profile:  # which is known by the weights
-        chosen = chosen.with_profile(_profile(model or shipped_model(), dtype))
-    elif isinstance(getattr(chosen, "profile", None), Profile):
-        # and so is whether a given one is of this model
-        chosen.check(runner.layers_for(1))
-        LLM(model or shipped_model(), Full(), dtype=dtype, backend="reference").engine.bind(chosen)
-    if chosen.wants_tokenizer:
-        folder = model_folder(find_model(model or shipped_model()))
-        tokenizer = find_tokenizer(folder, "auto")
-        chosen = chosen.with_tokenizer(encoder_of(tokenizer))
+    if isinstance(getattr(chosen, "profile", None), Profile):
+        chosen.check(runner.layers_for(1))  # before weights are read
+    path = model or shipped_model()
+    chosen = chosen.bind(
+        Facts(
+            lambda: _profile(path, dtype),
+            lambda given: given.check_model(fingerprint(_reference(path, dtype).runner)),
+            lambda: encoder_of(find_tokenizer(model_folder(find_model(path)), "auto")),
+        )
+    )
     longest = prompt_len + max_tokens
     if longest > runner.max_positions:
         raise ValueError(
@@ -149,8 +151,12 @@ def _runner_without_weights(model: str, dtype: str) -> ModelRunner:
 
 def _profile(model: str, dtype: str) -> Profile:
     """The model's profile; kernels are built only where it has to be measured."""
-    found = find_profile(LLM(model, Full(), dtype=dtype, backend="reference").engine.shared)
+    found = find_profile(_reference(model, dtype).shared)
     return found or ensure_profile(LLM(model, Full(), dtype=dtype).engine.shared)
+
+
+def _reference(model: str, dtype: str) -> Engine:
+    return LLM(model, Full(), dtype=dtype, backend="reference").engine
 
 
 def _of_heads(kept: list[int], together: int) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from collections.abc import Sequence as Items
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ from pyramidinfer.models.fingerprint import fingerprint
 from pyramidinfer.models.runner import Stepped
 from pyramidinfer.native.forks import watch_forks
 from pyramidinfer.policies import KVzip, Policy
+from pyramidinfer.policies.base import Facts
 from pyramidinfer.policies.profile import Fingerprint, Profile
 from pyramidinfer.types import KVUsage, RequestMetrics, RequestOutput, SamplingParams, TokenIds
 
@@ -130,17 +131,17 @@ class Engine:
         to be had, which the policy's ``check`` then tells of.  ``ValueError`` where a profile is
         given that is of other weights.
         """
-        if policy.wants_tokenizer:
-            policy = policy.with_tokenizer(encoder_of(self.tokenizer))
-        if not policy.wants_profile:
-            given = getattr(policy, "profile", None)
-            if isinstance(given, Profile):
-                given.check_model(self._fingerprint)
-            return policy
-        if self._profile is None:
-            find = ensure_profile if measure and self.config.profile else find_profile
-            self._profile = find(self.shared)
-        return policy.with_profile(self._profile)
+        find = ensure_profile if measure and self.config.profile else find_profile
+
+        def profile() -> Profile | None:
+            if self._profile is None:
+                self._profile = find(self.shared)
+            return self._profile
+
+        def check(given: Profile) -> None:
+            given.check_model(self._fingerprint)
+
+        return policy.bind(Facts(profile, check, partial(encoder_of, self.tokenizer)))
 
     @cached_property
     def _fingerprint(self) -> Fingerprint:

@@ -72,7 +72,6 @@ def truncate(shared: Shared, request: Request, seen_len: int) -> None:
                 f"from position {oldest} on"
             )
     pool.truncate(table, seen_len)
-    table.state = request.policy.truncated(table.state, table.kept.tolist())
     if request.policy.streams:
         runner.streaming.forget(table)
         runner.streaming.close_gaps(pool, request)

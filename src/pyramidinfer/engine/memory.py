@@ -116,7 +116,9 @@ class Ledger:
                 pages[layer] = layout.pages_for(whole[layer] + reread).sum()
                 worst = np.maximum(worst, layout.by_group(pages))
         lasting, transient = self._overhead(policy, new, max_new, layers, reach, base, reread)
-        lasting += self._rotated(policy, protected)
+        transient += forecast.working_bytes
+        if policy.streams:
+            lasting += self._rotated(forecast.anchors + protected)
         size = layout.bytes_of(worst) + lasting + transient
         in_all = None
         if forecast.sum is not None:
@@ -210,14 +212,12 @@ class Ledger:
             waiting = new * runner.hidden_size * item
             again = going("reread", np.full(layers.count, reread), base + reach[:, None])
             transient = max(transient, waiting + again)
-        transient += policy.working_bytes(new, layers)
         return ring + sum(value.nbytes for value in state.values()), transient
 
-    def _rotated(self, policy: Policy, protected: int) -> int:
-        """Bytes of the copies a streaming request keeps of keys that are rotated."""
-        if not policy.streams:
-            return 0
-        runner, count = self.runner, policy.anchors + protected
+    def _rotated(self, count: int) -> int:
+        """Bytes of the copies a streaming request keeps of keys that are rotated, of so many
+        tokens."""
+        runner = self.runner
         sizes = (runner.shapes[layer] for layer in runner.streaming.layers)
         keys = sum(shape.kv_heads * shape.key_dim for shape in sizes)
         return count * (keys * int(runner.dtype.itemsize) + 16) + 8

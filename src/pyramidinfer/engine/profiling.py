@@ -123,18 +123,15 @@ class _Watching(Policy):
             return Needs(queries_from=SINKS, retain=True)
         if view.phase != "reread" or not self.governed[view.layer]:
             return Needs()
-        return Needs(window=view.new_len, reduce=Reduce("kv_max", "max"))
+        return Needs(window=view.new_len, reduce=Reduce("kv_max", "max"), retain=True)
 
     def retain(self, seen: Observation, state: State) -> tuple[Keep, State]:
         if seen.queries is not None:
             mean, _, sizes = seen.queries
             self.queries[seen.view.layer] = Means(mean.double().cpu(), sizes.double().cpu())
-        return Keep(), state
-
-    def reread(self, seen: Observation, state: State) -> State:
         if seen.scores is not None:
             self.found[seen.view.layer] = seen.scores.cpu()
-        return state
+        return Keep(), state
 
 
 def profile_model(

@@ -31,8 +31,7 @@ from pyramidinfer.engine.reuse import Conversations
 from pyramidinfer.engine.shared import Shared
 from pyramidinfer.models.batch import Batch, Prefill, Sequence, Work
 from pyramidinfer.policies import Forecast, KVzip, Policy
-from pyramidinfer.policies.base import keep_best
-from pyramidinfer.types import Keep, Layers, Needs, Observation, State, TokenIds, View
+from pyramidinfer.types import Best, Keep, Layers, Needs, Observation, State, TokenIds, View
 
 __all__ = ["Recompression", "Recompressor", "recompress"]
 
@@ -59,31 +58,32 @@ class _Recut(Policy):
         return self.reader.readings(text, room, head)
 
     def needs(self, view: View) -> Needs:
-        return self.reader.needs(view)
+        needs = self.reader.needs(view)
+        if view.new_len or needs.retain is None:
+            return needs
+        heads = 1 if self.shared[view.layer] else len(view.head_lens)
+        counts = self.counts[view.layer][:heads]
+        rule = Best(counts, "own", sinks=self.sinks, recent=self.recent)
+        return Needs(retain=rule)
 
-    def reread(self, seen: Observation, state: State) -> State:
-        return self.reader.reread(seen, state)
+    def score(self, seen: Observation) -> Tensor:
+        found = seen.view.state[f"scores.{seen.view.layer}"].to(seen.positions.device)
+        scores = found.gather(1, seen.positions)  # every head holds the whole text
+        return scores.amax(0, keepdim=True) if self.shared[seen.view.layer] else scores
 
     def retain(self, seen: Observation, state: State) -> tuple[Keep, State]:
-        layer, state = seen.view.layer, dict(state)
-        found = state.pop(f"scores.{layer}").to(seen.positions.device)
-        scores = found.gather(1, seen.positions)  # every head holds the whole text
-        if self.shared[layer]:
-            scores = scores.amax(0, keepdim=True)
-        forced = (seen.positions < self.sinks) | seen.protected
-        forced |= seen.positions >= seen.view.seen_len - self.recent
-        heads = len(scores)
-        return keep_best(seen, scores, self.counts[layer][:heads], forced[:heads]), state
+        if seen.view.new_len:
+            return self.reader.retain(seen, state)
+        return super().retain(seen, state)
 
     def forecast(self, prompt_len: int, max_new: int, layers: Layers) -> Forecast:
         heads = [
             [(count if governed else prompt_len) + max_new for count in counts]
             for counts, governed in zip(self.counts, layers.governed, strict=True)
         ]
-        return Forecast([prompt_len] * layers.count, list(map(max, heads)), heads)
-
-    def working_bytes(self, prompt_len: int, layers: Layers) -> int:
-        return self.reader.working_bytes(prompt_len, layers)
+        working = self.reader.forecast(prompt_len, max_new, layers).working_bytes
+        reach, most = [prompt_len] * layers.count, list(map(max, heads))
+        return Forecast(reach, most, heads, working_bytes=working)
 
 
 class _Found(NamedTuple):

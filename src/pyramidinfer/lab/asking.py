@@ -18,10 +18,11 @@ from pyramidinfer.engine.memory import full_bytes
 from pyramidinfer.lab.chat import Asked, Chat
 from pyramidinfer.lab.samples import Subject
 from pyramidinfer.policies import Full, Policy
+from pyramidinfer.policies.base import KeepError
 from pyramidinfer.policies.registry import parse_policy
 from pyramidinfer.types import KVUsage, Layers, SamplingParams, TokenIds
 
-__all__ = ["PROTOCOLS", "Answer", "Asker", "asker", "own_keep"]
+__all__ = ["PROTOCOLS", "Answer", "Asker", "asker", "own_keep", "reachable"]
 
 PROTOCOLS = ("inside", "after")
 
@@ -38,6 +39,17 @@ class Answer:
     token_ids: TokenIds
     kv: KVUsage
     computed_share: float
+
+
+def reachable(spec: str, keep: float | None, layers: Layers) -> Policy:
+    """The policy of a spec at ``keep``, or at the lowest share it can reach on this depth."""
+    policy = parse_policy(spec, keep)
+    try:
+        policy.check(layers)
+    except KeepError as error:
+        if keep is not None:
+            return parse_policy(spec, min(1.0, error.lowest + 0.005))
+    return policy
 
 
 class Asker:
@@ -57,11 +69,7 @@ class Asker:
         if spec.split(":")[0] == "full":
             return Full()
         keep = keep if own_keep(spec) is None else None
-        policy = parse_policy(spec, keep)
-        lowest = policy.lowest_keep(self._layers)
-        if keep is None or keep > lowest:
-            return policy
-        return parse_policy(spec, min(1.0, lowest + 0.005))
+        return reachable(spec, keep, self._layers)
 
     def ask(
         self,

@@ -35,7 +35,7 @@ from pyramidinfer.lab.pictures import draw_icr
 from pyramidinfer.lab.samples import Passage, Subject, settings
 from pyramidinfer.lab.study import Row, run_cells
 from pyramidinfer.policies import Policy
-from pyramidinfer.policies.base import best_entries
+from pyramidinfer.policies.rule import best_entries
 from pyramidinfer.types import Keep, Needs, Observation, Reduce, SamplingParams, State, View
 
 __all__ = [

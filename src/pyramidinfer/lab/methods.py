@@ -23,6 +23,7 @@ from pyramidinfer.lab.numbers_studies import (
     table,
 )
 from pyramidinfer.policies import POLICIES, Policy, make_policy
+from pyramidinfer.policies.base import Facts
 from pyramidinfer.policies.profile import Fingerprint, Profile
 from pyramidinfer.types import Layers, View
 
@@ -90,18 +91,17 @@ def answers(kind: type[Policy]) -> Answers:
     with suppress(ValueError):  # takes no such budget
         policy = make_policy(policy, ASKED_KEEP)
     layers, heads = Layers((True,) * DEPTH, HEADS), range(HEADS)
-    policy = policy.with_profile(
-        Profile(
-            tuple(tuple(0.1 * (1 + (3 * at + head) % 7) for head in heads) for at in range(DEPTH)),
-            layers.governed,
-            "made up",
-            (1,),
-            1.0,
-            0.2,
-            "none",
-            Fingerprint("any", (), ()),
-        )
+    made_up = Profile(
+        tuple(tuple(0.1 * (1 + (3 * at + head) % 7) for head in heads) for at in range(DEPTH)),
+        layers.governed,
+        "made up",
+        (1,),
+        1.0,
+        0.2,
+        "none",
+        Fingerprint("any", (), ()),
     )
+    policy = policy.bind(Facts(lambda: made_up, lambda given: None, lambda: None))
     state = policy.start(layers)
     needs = []
     for layer in range(DEPTH):
@@ -109,7 +109,7 @@ def answers(kind: type[Policy]) -> Answers:
         view = View("prefill", layer, layers, LENGTH, LENGTH, held, LENGTH, LENGTH, state)
         needs.append(policy.needs(view))
         state = policy.prefilled(view)
-    dropping = sum(each.propagate for each in needs)
+    dropping = sum(each.propagate is not None for each in needs)
     propagate = {0: "all", 1: "fewer, from one layer on"}.get(dropping, "fewer, any layer may drop")
     forecast = policy.forecast(LENGTH, 0, layers)
     kept, again = forecast.kept, policy.readings(range(LENGTH), 2 * LENGTH)
@@ -118,17 +118,14 @@ def answers(kind: type[Policy]) -> Answers:
         retain = f"all in some KV heads, {rest} in others, by the model's profile"
     elif again:
         retain = "one budget for all layers and heads together"
-    elif any(each.retain for each in needs):
+    elif any(each.retain is not None for each in needs):
         budget = "one budget for all layers"
         if len(set(kept)) > 1:
             falls = kept == sorted(kept, reverse=True)
             rises = kept == sorted(kept)
             budget = f"a budget {'falling' if falls else 'rising' if rises else 'varying'} "
             budget += "with depth"
-        own = any(
-            n.reduce.heads.startswith("kv_") or n.column_sums or n.slot_scores or n.keys
-            for n in needs
-        )
+        own = any(n.reduce.heads.startswith("kv_") or n.column_sums or n.keys for n in needs)
         retain = f"{budget}, {'each KV head its own' if own else 'all heads the same'}"
         if forecast.total is not None:
             retain += ", in numbers of their own"
@@ -149,7 +146,7 @@ def answers(kind: type[Policy]) -> Answers:
 
 def _looks_at(needs: list[Any]) -> str:
     window = max(each.window for each in needs)
-    if any(each.column_sums or each.slot_scores for each in needs):
+    if any(each.column_sums for each in needs):
         return "all queries so far"
     if any(each.ahead for each in needs):
         told = any(each.queries_from is not None for each in needs)

@@ -22,6 +22,7 @@ from scipy import stats
 
 from pyramidinfer.config import is_number
 from pyramidinfer.engine import LLM
+from pyramidinfer.lab.asking import reachable
 from pyramidinfer.lab.quality_plots import draw_needles, draw_quality
 from pyramidinfer.lab.samples import Needle, Subject, settings
 from pyramidinfer.lab.study import Row, run_cells
@@ -161,10 +162,7 @@ def nearest_policy(spec: str, keep: float, subject: Subject) -> Policy:
     """The policy at ``keep``, or at the lowest share it can reach on this model."""
     if spec == "full":
         return Full()
-    layers = Layers((True,) * subject.depth)
-    policy = parse_policy(spec, keep)
-    lowest = policy.lowest_keep(layers)
-    return policy if keep > lowest else parse_policy(spec, min(1.0, lowest + 0.005))
+    return reachable(spec, keep, Layers((True,) * subject.depth))
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,9 +13,11 @@ from pyramidinfer.cache import Pool, Table, evict_best
 from pyramidinfer.models.batch import Sequence
 from pyramidinfer.models.routing import runs_of
 from pyramidinfer.models.streaming import Streaming
-from pyramidinfer.types import Needs, Observation, Queries, View
+from pyramidinfer.types import Best, Needs, Observation, Queries, View
 
-__all__ = ["evict", "observe"]
+__all__ = ["evict", "retain"]
+
+FOREVER = 1 << 40  # tokens
 
 
 def evict(
@@ -23,12 +26,17 @@ def evict(
     backend: Backend,
     scales: list[Scale | None],
     streaming: Streaming,
+    at_once: bool = False,
 ) -> None:
-    """Every layer whose eviction is due; rules said beforehand are carried out together."""
+    """Every layer whose eviction is due; rules that the kernels know are carried out together.
+
+    ``at_once``: no head may gather entries beyond what it is held to.
+    """
     table, policy = sequence.table, sequence.policy
     first = int(table.kept[sequence.layers.first].max())
-    rules: list[tuple[int, Needs]] = []
-    for layer in range(sequence.layers.count):
+    rules: list[tuple[int, Best, Needs]] = []
+    due = _room(sequence) < (policy.slack if at_once else 0)
+    for layer in due.nonzero()[0].tolist():
         view = View(
             "decode",
             layer,
@@ -41,27 +49,30 @@ def evict(
             table.state,
         )
         needs = policy.needs(view)
-        if not needs.evict:
+        if needs.retain is None:
             continue
-        if needs.best is not None and pool.evicts_best(needs, pool.group(layer).spec.dtype):
-            rules.append((layer, needs))
+        if needs.retain is not True and pool.evicts_best(needs, pool.group(layer).spec.dtype):
+            rules.append((layer, needs.retain, needs))
             continue
         scores = None
         if needs.window:
             scale = scales[layer]
             assert scale is not None
             scores = _ring_scores(pool, table, layer, needs, backend, scale)
-        seen = observe(pool, sequence, view, needs, streaming, scores)
-        keep, table.state = policy.evict(seen, table.state)
-        pool.keep(table, layer, keep)
+        retain(pool, sequence, view, needs, streaming, scores)
     if rules:
-        evict_best(pool, table, rules, [scales[layer] for layer, _ in rules], sequence.protected)
-    sequence.idle = policy.idle_steps(
-        table.kept.tolist(), sequence.prompt_len, sequence.layers, table.state
-    )
+        evict_best(pool, table, rules, [scales[layer] for layer, *_ in rules], sequence.protected)
+    sequence.idle = max(0, int(_room(sequence).min()))
 
 
-def observe(
+def _room(sequence: Sequence) -> np.ndarray:
+    """Entries that may still come, ``[layers]``, until a layer's eviction is due (below 0)."""
+    kept, layers, policy = sequence.table.kept, sequence.layers, sequence.policy
+    room = policy.ceiling(kept, sequence.table.state, layers) + policy.slack - kept
+    return np.where(layers.governed, room.min(1), FOREVER)
+
+
+def retain(
     pool: Pool,
     sequence: Sequence,
     view: View,
@@ -70,8 +81,8 @@ def observe(
     scores: Tensor | None = None,
     columns: Tensor | None = None,
     queries: Queries | None = None,
-) -> Observation:
-    """A layer's entries as its policy sees them."""
+) -> None:
+    """Show the policy a layer's entries, ask it what stays, and keep that."""
     table, layer = sequence.table, view.layer
     positions = pool.positions(table, layer)
     running = pool.scores(table, layer) if sequence.policy.uses_scores else None
@@ -82,7 +93,7 @@ def observe(
         spec = pool.group(layer).spec
         like = torch.empty(0, spec.key_dim, dtype=_widest(spec.dtype), device=pool.device)
         rotation = streaming.mean_rotation(like, needs.ahead, layer, sequence, view.seen_len)
-    return Observation(
+    seen = Observation(
         view,
         positions,
         sequence.is_protected(positions),
@@ -93,8 +104,11 @@ def observe(
         values,
         queries,
         rotation,
+        needs.retain,
         pool.kernels,
     )
+    keep, table.state = sequence.policy.retain(seen, table.state)
+    pool.keep(table, layer, keep)
 
 
 def _widest(dtype: torch.dtype) -> torch.dtype:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyramidinfer.cache import Pool
 from pyramidinfer.models.batch import Prefill
-from pyramidinfer.models.evicting import observe
+from pyramidinfer.models.evicting import retain
 from pyramidinfer.models.streaming import Streaming
 
 __all__ = ["cut", "end_layer"]
@@ -25,8 +25,8 @@ def end_layer(pool: Pool, prefill: Prefill, streaming: Streaming) -> None:
     pool.shrink(table, layer, before)
     lengths = torch.from_numpy(before).to(pool.device)
     scores, columns = (_fronts(each, lengths) for each in (prefill.scores, prefill.columns))
-    seen = observe(pool, sequence, prefill.view(), needs, streaming, scores, columns)
-    table.state = sequence.policy.reread(seen, table.state)
+    if needs.retain is not None:
+        retain(pool, sequence, prefill.view(), needs, streaming, scores, columns)
 
 
 def cut(pool: Pool, prefill: Prefill, streaming: Streaming) -> None:
@@ -37,10 +37,8 @@ def cut(pool: Pool, prefill: Prefill, streaming: Streaming) -> None:
     for layer in range(sequence.layers.count):
         view = prefill.view(layer)
         needs = policy.needs(view)
-        if needs.retain:
-            seen = observe(pool, sequence, view, needs, streaming)
-            keep, table.state = policy.retain(seen, table.state)
-            pool.keep(table, layer, keep)
+        if needs.retain is not None:
+            retain(pool, sequence, view, needs, streaming)
         table.state = policy.prefilled(prefill.view(layer))
 
 

@@ -18,7 +18,7 @@ from pyramidinfer.models import rereading
 from pyramidinfer.models.batch import Batch, Prefill, Sequence, Work
 from pyramidinfer.models.decode import Decoding, Size, Stepped
 from pyramidinfer.models.device import choose_device
-from pyramidinfer.models.evicting import evict, observe
+from pyramidinfer.models.evicting import evict, retain
 from pyramidinfer.models.families import find_family
 from pyramidinfer.models.fused import fuse
 from pyramidinfer.models.graphs import DecodeGraphs
@@ -318,37 +318,26 @@ class ModelRunner:
         """What stays of a layer that the whole text is through; rows that go deeper (None: all)."""
         sequence, needs, layer = prefill.sequence, prefill.needs, prefill.layer
         table, policy, view = sequence.table, sequence.policy, prefill.view()
-        if needs.slot_scores and prefill.columns is not None:
+        if policy.uses_scores and prefill.columns is not None:
             pool.add_scores(table, layer, prefill.columns)
         going = None
-        if needs.propagate and layer < self.depth - 1:
+        if needs.propagate is not None and layer < self.depth - 1:
             seen = Observation(
                 view,
                 prefill.positions[None],
                 sequence.is_protected(prefill.positions)[None],
                 _newest(prefill.scores, prefill.length, table.lens(layer)),
                 _newest(prefill.columns, prefill.length, table.lens(layer)),
+                rule=needs.propagate,
                 kernels=pool.kernels,
             )
             keep, table.state = policy.propagate(seen, table.state)
             going = None if keep.indices is None else keep.indices[0]
             assert going is None or int(going[-1]) == prefill.length - 1, "the last token must stay"
             assert going is None or not prefill.all_rows or len(going) == prefill.length, "scored"
-        if needs.retain:
-            keep, table.state = policy.retain(
-                observe(
-                    pool,
-                    sequence,
-                    view,
-                    needs,
-                    self.streaming,
-                    prefill.scores,
-                    prefill.columns,
-                    self._queries(prefill),
-                ),
-                table.state,
-            )
-            pool.keep(table, layer, keep)
+        if needs.retain is not None:
+            found = prefill.scores, prefill.columns, self._queries(prefill)
+            retain(pool, sequence, view, needs, self.streaming, *found)
         self._trim(pool, sequence, layer, prefill.end, slack=0)
         table.state = policy.prefilled(prefill.view())
         sequence.idle = 0
@@ -409,8 +398,8 @@ class ModelRunner:
             self.streaming.close_gaps(pool, sequence)
             self.streaming.make_room(pool, sequence, 1)
 
-    def _evict(self, pool: Pool, sequence: Sequence) -> None:
-        evict(pool, sequence, self.backend, self.scales, self.streaming)
+    def _evict(self, pool: Pool, sequence: Sequence, at_once: bool = False) -> None:
+        evict(pool, sequence, self.backend, self.scales, self.streaming, at_once)
 
     @torch.inference_mode()
     def evict_now(self, pool: Pool, sequence: Sequence) -> None:
@@ -418,7 +407,7 @@ class ModelRunner:
         held = -1
         while held != int(sequence.table.kept.sum()):
             held = int(sequence.table.kept.sum())
-            self._evict(pool, sequence)
+            self._evict(pool, sequence, True)
         if sequence.policy.streams:
             self.streaming.close_gaps(pool, sequence)
 

@@ -1,6 +1,6 @@
-// An eviction whose rule is said beforehand, many layers at once: score the entries by the ring's
-// queries and pool over neighbours (or go by position), keep the best of every KV head, fill the
-// holes.
+// Evictions by a rule (Best in types.py), many layers at once: score the entries by the ring's
+// queries (or by their running scores, or by position), pool over neighbours, keep the best of every
+// KV head, fill the holes.
 #pragma once
 #include "cache.h"
 #include "decode.h"
@@ -10,7 +10,8 @@
 // One layer of one request.  pages [K, ..], `width` apart; lengths [K]; counts [K] in: how many
 // entries of each head are to stay; out: how many it has.  protect [text] bytes: places that must
 // stay.  rows [window] of the ring, oldest first; queries [capacity, H, D], lse [capacity, H];
-// query_at [window] positions.  window 0: the newest are the best, and there is no ring.
+// query_at [window] positions.  window 0: there is no ring; entries go by their running scores, or
+// the newest are the best.
 struct Eviction {
     void *keys, *values, *positions, *scores;  // the group's; scores null where there are none
     const int32_t* pages;
@@ -20,7 +21,8 @@ struct Eviction {
     const void* queries;
     const float* lse;
     const int64_t *rows, *query_at;
-    int64_t width, kernel, pools_max, sinks, recent, text, kv_heads, key_dim, value_dim, page;
+    int64_t width, kernel, pools_max, sinks, recent, room, running, text;
+    int64_t kv_heads, key_dim, value_dim, page;
     int64_t window, heads, takes_max;
     float scale, softcap, share;  // share: what each weight counts in a mean
 
@@ -33,47 +35,62 @@ struct Eviction {
     }
 };
 
+constexpr int BLOCK_ENTRIES = 24;  // a multiple of a tile's rows
+
+// What score_entries works in: queries as panels, their log-sum-exps, products, keys of a block.
+inline int64_t units_to_score(const Eviction& e, int64_t units) {
+    const int64_t panels = ceil_div(e.window * e.group(), COLUMNS);
+    return panels * (units + 1) * COLUMNS + BLOCK_ENTRIES * (COLUMNS + units) + 1;
+}
+
 // scores [n]: the largest (or the mean) weight that any of the window's queries of the head's group
-// gave each entry; `room` holds the queries, one panel of keys and its products.
+// gave each entry.  Entries are the rows of the product, so that keys are taken as they lie.
 template <class T>
 inline void score_entries(const Eviction& e, int64_t head, const int64_t* places, float* scores,
                           uint32_t* room) {
     using U = typename UnitOf<T>::type;
-    const int units = int(ceil_div(e.key_dim, U::DEPTH)), rows = int(e.window * e.group());
-    uint32_t *left = room, *panel = left + size_t(rows) * units + 1;
-    float* block = (float*)(panel + size_t(units) * COLUMNS);
-    for (int r = 0; r < rows; ++r) {
-        const int64_t at = e.rows[r / e.group()] * e.heads + head * e.group() + r % e.group();
-        pack_left(left + size_t(r) * units, (const T*)e.queries + at * e.key_dim, int(e.key_dim));
-    }
-    const int64_t length = e.lengths[head];
-    for (int64_t column = 0; column < length; column += COLUMNS) {
-        const int n = int(std::min<int64_t>(COLUMNS, length - column));
-        pack_keys<T>(panel, column, length, int(e.key_dim), [&](int64_t entry) {
-            return (const T*)e.keys + e.slot(head, entry) * e.key_dim;
-        });
-        panel_product<U>(block, COLUMNS, false, left, units, rows, panel, units);
-        const int64_t newest = *std::max_element(places + column, places + column + n);
-        Vec total[WIDE];
-        for (Vec& each : total) each = set1(0.f);
-        for (int r = 0; r < rows; ++r) {
-            const int64_t row = e.rows[r / e.group()], at = e.query_at[r / e.group()];
-            const Vec norm = set1(e.lse[row * e.heads + head * e.group() + r % e.group()] * LOG2E);
-            float* products = block + r * COLUMNS;
-            for (int w = 0; w < WIDE; ++w) {
-                const Vec x = logits(load(products + w * LANES), e.scale, e.softcap);
-                store(products + w * LANES, exp2(x * set1(LOG2E) - norm));
-            }
-            if (newest > at)
-                for (int c = 0; c < n; ++c)
-                    if (places[column + c] > at) products[c] = 0.f;
-            for (int w = 0; w < WIDE; ++w) {
-                const Vec x = load(products + w * LANES);
-                total[w] = e.takes_max ? max(total[w], x) : total[w] + x;
+    const int units = int(ceil_div(e.key_dim, U::DEPTH)), depth = int(e.key_dim);
+    const int64_t group = e.group(), rows = e.window * group, length = e.lengths[head];
+    const int64_t panels = ceil_div(rows, COLUMNS), oldest = e.query_at[0];
+    const size_t panel = size_t(units) * COLUMNS;
+    float *norms = (float*)(room + panels * panel), *block = norms + panels * COLUMNS;
+    auto* keys = (uint32_t*)(block + BLOCK_ENTRIES * COLUMNS);
+    const auto at = [&](int64_t r) { return e.rows[r / group] * e.heads + head * group + r % group; };
+    for (int64_t p = 0; p < panels; ++p)
+        pack_keys<T>(room + p * panel, p * COLUMNS, rows, depth,
+                     [&](int64_t r) { return (const T*)e.queries + at(r) * e.key_dim; });
+    for (int64_t r = 0; r < panels * COLUMNS; ++r)
+        norms[r] = r < rows ? e.lse[at(r)] * LOG2E : -NEVER;
+    for (int64_t first = 0; first < length; first += BLOCK_ENTRIES) {
+        const int n = int(std::min<int64_t>(BLOCK_ENTRIES, length - first));
+        Vec total[BLOCK_ENTRIES];  // where the largest counts, its logarithm
+        for (int i = 0; i < n; ++i) {
+            total[i] = set1(e.takes_max ? NEVER : 0.f);
+            pack_left(keys + size_t(i) * units,
+                      (const T*)e.keys + e.slot(head, first + i) * e.key_dim, depth);
+        }
+        for (int64_t p = 0; p < panels; ++p) {
+            panel_product<U>(block, COLUMNS, false, keys, units, n, room + p * panel, units);
+            for (int i = 0; i < n; ++i) {
+                const int64_t place = places[first + i];
+                float own[COLUMNS], *norm = norms + p * COLUMNS;
+                if (place > oldest) {  // not every query could see it
+                    for (int64_t c = 0, r = p * COLUMNS; c < COLUMNS; ++c, ++r)
+                        own[c] = r < rows && place > e.query_at[r / group] ? -NEVER : norm[c];
+                    norm = own;
+                }
+                for (int w = 0; w < COLUMNS; w += LANES) {
+                    const Vec raw = logits(load(block + i * COLUMNS + w), e.scale, e.softcap);
+                    const Vec x = raw * set1(LOG2E) - load(norm + w);
+                    total[i] = e.takes_max ? max(total[i], x) : total[i] + exp2(x);
+                }
             }
         }
-        for (int w = 0; w < WIDE; ++w) store(block + w * LANES, e.takes_max ? total[w] : total[w] * set1(e.share));
-        std::memcpy(scores + column, block, n * sizeof(float));
+        float found[LANES * ((BLOCK_ENTRIES + LANES - 1) / LANES)] = {};
+        for (int i = 0; i < n; ++i) found[i] = e.takes_max ? top(total[i]) : sum(total[i]) * e.share;
+        if (e.takes_max)
+            for (int i = 0; i < n; i += LANES) store(found + i, exp2(load(found + i)));
+        std::memcpy(scores + first, found, n * sizeof(float));
     }
 }
 
@@ -98,22 +115,26 @@ inline void evict(const Eviction& e) {
     auto* scores = score_room.get<float>(2 * heads * n);
     auto* forced = kept_room.get<uint8_t>(heads * n * (1 + sizeof(int64_t)) + 64);
     auto* indices = (int64_t*)(forced + round_up(heads * n, 64));
-    auto* work = room.get<uint32_t>(e.window ? e.window * e.group() * (units + COLUMNS) + units * COLUMNS + 64 : 0);
-    const bool pools = e.window && e.kernel > 1;
+    auto* work = room.get<uint32_t>(e.window ? units_to_score(e, units) : 0);
+    const bool pools = e.kernel > 1;
     for (int64_t h = 0; h < heads; ++h) {
         const int64_t length = lengths[h], at = h * n;
         for (int64_t i = 0; i < length; ++i) {
             places[at + i] = ((const int32_t*)e.positions)[e.slot(live[h], i)];
             forced[at + i] = e.stays(places[at + i]);
         }
-        if (!e.window)
-            for (int64_t i = 0; i < length; ++i) scores[at + i] = float(places[at + i]);
+        if (e.running)
+            for (int64_t i = 0; i < length; ++i)
+                scores[at + i] = ((const float*)e.scores)[e.slot(live[h], i)];
+        else if (!e.window)
+            for (int64_t i = 0; i < length; ++i) scores[at + i] = float(places[at + i] - e.recent);
         else score_entries<T>(e, live[h], places + at, scores + at, work);
         if (pools)
             pool_scores(scores + at, places + at, 0, 1, length, int(e.kernel), bool(e.pools_max),
                         scores + heads * n + at);
     }
-    const int64_t row = best_of(pools ? scores + heads * n : scores, forced, places, lengths, heads, n, counts, indices);
+    const int64_t row = best_of(pools ? scores + heads * n : scores, forced, places, lengths, heads, n,
+                                counts, e.room, indices);
     const Storage tensors[] = {{(char*)e.keys, int64_t(e.key_dim * sizeof(T))},
                                {(char*)e.values, int64_t(e.value_dim * sizeof(T))},
                                {(char*)e.positions, 4}, {(char*)e.scores, 4}};

@@ -151,8 +151,8 @@ void evict_entries(int dtype, const Eviction* many, int64_t count) {
 
 int64_t best_entries(const float* scores, const uint8_t* forced, const int64_t* places,
                      const int64_t* lengths, int64_t heads, int64_t n, int64_t* counts,
-                     int64_t* out) {
-    return best_of(scores, forced, places, lengths, heads, n, counts, out);
+                     int64_t room, int64_t* out) {
+    return best_of(scores, forced, places, lengths, heads, n, counts, room, out);
 }
 
 void pool_neighbours(const float* scores, const int64_t* places, int64_t row, int64_t heads,

@@ -60,8 +60,8 @@ Keeping = _struct("Keeping", "tensors pages indices", "count page kept length")
 Eviction = _struct(
     "Eviction",
     "keys values positions scores pages lengths counts protect queries lse rows query_at",
-    "width kernel pools_max sinks recent text kv_heads key_dim value_dim page window heads "
-    "takes_max",
+    "width kernel pools_max sinks recent room running text kv_heads key_dim value_dim page "
+    "window heads takes_max",
     "scale softcap share",
 )
 WriteCall = _struct(
@@ -182,7 +182,7 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "evict_entries": (None, [c_int, c_void_p, c_int64]),
     "best_entries": (
         c_int64,
-        [c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p],
+        [c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_int64, c_void_p],
     ),
     "pool_neighbours": (
         None,

@@ -12,18 +12,37 @@ from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from pyramidinfer.config import is_number
-from pyramidinfer.native.library import Kernels, pointer
 from pyramidinfer.policies.profile import Profile
+from pyramidinfer.policies.rule import choose
 from pyramidinfer.types import Keep, Layers, Needs, Observation, State, TokenIds, View
 
-__all__ = ["Forecast", "Policy", "best_entries", "check_keep", "keep_best", "pool_neighbours"]
+__all__ = ["Facts", "Forecast", "KeepError", "Policy", "asks_for_profile", "check_keep"]
 
 NOTHING = Needs()
+
+
+class KeepError(ValueError):
+    """``keep`` cannot be reached on a model of this depth; ``lowest``: it must be above this."""
+
+    def __init__(self, message: str, lowest: float) -> None:
+        super().__init__(message)
+        self.lowest = lowest
+
+
+class Facts(NamedTuple):
+    """What a policy can be told of a model (``Policy.bind``), worked out when it is asked for.
+
+    ``profile``: the model's head profile, None where there is none to be had;  ``check``: raises
+    ``ValueError`` for a profile of other weights;  ``encoder``: what makes a text into token ids,
+    None without a tokenizer.
+    """
+
+    profile: Callable[[], Profile | None]
+    check: Callable[[Profile], None]
+    encoder: Callable[[], Callable[[str], TokenIds] | None]
 
 
 class Forecast(NamedTuple):
@@ -33,7 +52,9 @@ class Forecast(NamedTuple):
     the end of its prefill to the end of generation.  ``heads``: the same of every head, ``[layers,
     kv_heads]``, where they differ.  ``total``: entries that a layer's heads hold together, where
     that is less than their bounds add up to.  ``sum``: the same of all layers, for a policy whose
-    text is read again (``readings``) and cut when that is over.
+    text is read again (``readings``) and cut when that is over.  ``working_bytes``: state beyond
+    ``start``'s that is held while the prompt goes in.  ``anchors``: entries that stay in front of
+    what is dropped, for a policy that streams.
     """
 
     reach: list[int]
@@ -41,6 +62,8 @@ class Forecast(NamedTuple):
     heads: list[list[int]] | None = None
     total: list[int] | None = None
     sum: int | None = None
+    working_bytes: int = 0
+    anchors: int = 0
 
     def by_head(self, kv_heads: int) -> np.ndarray:
         """What every head holds at most, ``[layers, kv_heads]``."""
@@ -55,43 +78,48 @@ class Policy:
 
     name: ClassVar[str] = ""
     uses_scores: ClassVar[bool] = False  # asks the pool for a running score per entry
+    computes_less: ClassVar[bool] = False  # may drop prompt tokens between layers
     evicts: ClassVar[bool] = False  # is to be asked while decoding
-    keeps_all: ClassVar[bool] = False  # a text computed anew gives the same cache
     streams: ClassVar[bool] = False  # rotary positions are places in the cache, so no text ends
 
+    # --- what it is on a model ----------------------------------------------------------------
+
+    def bind(self, facts: Facts) -> Policy:
+        """The policy with what it wants to know of the model; ``ValueError`` where what it was
+        given is of another one."""
+        return self
+
     def check(self, layers: Layers) -> None:
-        """Raise ``ValueError`` where the options cannot be met on a model of this depth."""
+        """Raise ``ValueError`` where the options cannot be met on a model of this depth
+        (``KeepError`` where a higher ``keep`` could be)."""
 
-    def with_profile(self, profile: Profile | None) -> Policy:
-        """The policy with the model's head profile, where it ``wants_profile``; None: there is
-        none to be had."""
-        return self
+    @property
+    def rule(self) -> str:
+        """What its choices rest on beside the options, in a few words; ``""`` for nothing."""
+        return ""
 
-    def with_tokenizer(self, encode: Callable[[str], TokenIds] | None) -> Policy:
-        """The policy with its sentences as tokens, where it ``wants_tokenizer``; None: the model
-        came without one."""
-        return self
-
-    def lowest_keep(self, layers: Layers) -> float:
-        """The share that ``keep`` must be above on a model of this depth, for long prompts."""
-        return 0.0
-
-    def start(self, layers: Layers) -> State:
-        """The state of a request that has not begun."""
-        return {}
+    # --- what stays ---------------------------------------------------------------------------
 
     def needs(self, view: View) -> Needs:
-        """What to observe, and which questions to ask now.  Called often: ints only."""
+        """What to observe, and the answers that are rules.  Called often: ints only."""
         return NOTHING
+
+    def score(self, seen: Observation) -> Tensor:
+        """Scores of a rule ``by="own"``, ``[1 or kv_heads, n]`` (one row: all heads keep the same
+        entries)."""
+        raise NotImplementedError(f"{type(self).__name__} has no score of its own")
 
     def propagate(self, seen: Observation, state: State) -> tuple[Keep, State]:
         """Which of the layer's new tokens enter the next layer: indices ``[1, k]``, ascending."""
-        return Keep(), state
+        return choose(seen, self.score, goes_deeper=True), state
 
     def retain(self, seen: Observation, state: State) -> tuple[Keep, State]:
-        """Which entries stay in the layer's cache after prefill or extend; where the text was read
-        again, once all of that is over: layer by layer, with a view whose ``new_len`` is 0."""
-        return Keep(), state
+        """Which entries stay in the layer's cache after prefill or extend, and while decoding.
+
+        Where the text is read again (phase ``reread``) it is asked after each reading, to take
+        down what that looked at: all stays then.  Once all was read ``view.new_len`` is 0.
+        """
+        return choose(seen, self.score), state
 
     def readings(self, text: Sequence[int], room: int, head: int = 0) -> list[TokenIds]:
         """What is read behind a text once it is in, while every layer still holds all of it: one
@@ -103,35 +131,29 @@ class Policy:
         """
         return []
 
-    def reread(self, seen: Observation, state: State) -> State:
-        """The state once a reading is through a layer; ``seen`` holds what its queries gave the
-        entries that were there before."""
-        return state
+    # --- what it remembers of a request -------------------------------------------------------
 
-    def evict(self, seen: Observation, state: State) -> tuple[Keep, State]:
-        """Which entries stay while decoding."""
-        return Keep(), state
-
-    def idle_steps(
-        self, kept: list[list[int]], prompt_len: int, layers: Layers, state: State
-    ) -> int:
-        """Tokens that can be generated from here on before any layer's ``evict`` can be due.
-
-        ``kept``: entries now, ``[layers][kv_heads]``.  0: ask again after the next token.
-        """
-        return 0
+    def start(self, layers: Layers) -> State:
+        """The state of a request that has not begun."""
+        return {}
 
     def prefilled(self, view: View) -> State:
         """The state once a layer's prefill or extend is over (``view.kept_len`` is final)."""
         return view.state
 
-    def truncated(self, state: State, kept: list[list[int]]) -> State:
-        """The state once the newest tokens were forgotten; ``kept``: as in ``idle_steps``."""
-        return state
+    @property
+    def slack(self) -> int:
+        """Entries that a head may gather beyond its ``ceiling`` before it is cut."""
+        return 0
 
-    def forecast(self, prompt_len: int, max_new: int, layers: Layers) -> Forecast:
-        """Upper bounds for a request; admission rests on them."""
-        return Forecast([prompt_len] * layers.count, [prompt_len + max_new] * layers.count)
+    def ceiling(self, kept: np.ndarray, state: State, layers: Layers) -> np.ndarray:
+        """Entries that heads are held to while decoding, ``[layers, 1 or kv_heads]``.
+
+        ``kept``: entries now, ``[layers, kv_heads]``.  ``needs`` is asked of a layer only once one
+        of its heads has more than this and the ``slack``; one that has as many now must not be
+        due before it has more.  0: it is asked after every token.
+        """
+        return np.zeros((layers.count, 1), dtype=np.int64)
 
     def forecast_extended(self, text_len: int, max_new: int, layers: Layers) -> Forecast | None:
         """Upper bounds of what is kept once a further text has joined a cache, ``text_len`` tokens
@@ -144,24 +166,15 @@ class Policy:
         now on; None where some layer would not be held to less."""
         return None
 
-    def working_bytes(self, prompt_len: int, layers: Layers) -> int:
-        """State beyond ``start``'s that is held while a prompt goes through the layers."""
+    # --- what it promises ---------------------------------------------------------------------
+
+    def forecast(self, prompt_len: int, max_new: int, layers: Layers) -> Forecast:
+        """Upper bounds for a request; admission rests on them."""
+        return Forecast([prompt_len] * layers.count, [prompt_len + max_new] * layers.count)
+
+    def ring(self, prompt_len: int, max_new: int) -> int:
+        """Queries per layer that are looked back on while decoding (0: none)."""
         return 0
-
-    @property
-    def wants_profile(self) -> bool:
-        """Whether the model's head profile is to be handed in (``with_profile``)."""
-        return False
-
-    @property
-    def wants_tokenizer(self) -> bool:
-        """Whether sentences are to be made into tokens (``with_tokenizer``)."""
-        return False
-
-    @property
-    def rule(self) -> str:
-        """What its choices rest on beside the options, in a few words; ``""`` for nothing."""
-        return ""
 
     @property
     def reads_again(self) -> bool:
@@ -169,134 +182,20 @@ class Policy:
         return type(self).readings is not Policy.readings
 
     @property
-    def computes_less(self) -> bool:
-        """Whether prompt tokens may be dropped between layers."""
-        return type(self).propagate is not Policy.propagate
-
-    @property
-    def anchors(self) -> int:
-        """For a policy that streams: entries that stay in front of what is dropped."""
-        return 0
-
-    def ring(self, prompt_len: int, max_new: int) -> int:
-        """Queries per layer that ``evict`` looks back on while decoding (0: none)."""
-        return 0
+    def keeps_all(self) -> bool:
+        """Whether a text computed anew gives the same cache."""
+        return type(self).needs is Policy.needs
 
 
-def keep_best(
-    seen: Observation, scores: Tensor, count: int | tuple[int, ...] | Tensor, forced: Tensor
-) -> Keep:
-    """Of every KV head the entries with the highest scores; forced ones win.
+def asks_for_profile(policy: Policy) -> bool:
+    """Whether the policy wants the model's head profile."""
+    asked = []
 
-    ``scores``: ``[1 or kv_heads, n]`` (one row for all heads that hold the same tokens);
-    ``count``: of every head, or one a head;  ``forced``: bool ``[1 or kv_heads, n]``.  Each
-    head gets room for as many as the one with most forced entries has, heads that lose nothing
-    left aside; a shorter one keeps what it has.
-    """
-    heads = max(len(scores), len(forced))
-    counts = torch.as_tensor(count).expand(heads)
-    lengths = torch.tensor(seen.view.head_lens[:heads])
-    indices, found = _best(scores, counts, forced, seen.positions[:heads], lengths, seen.kernels)
-    same = bool((found == indices.shape[1]).all())
-    return Keep(indices, None if same else found)
+    def profile() -> None:
+        asked.append(policy)
 
-
-def best_entries(
-    scores: Tensor,
-    count: int,
-    forced: Tensor,
-    positions: Tensor | None = None,
-    kernels: Kernels | None = None,
-) -> Tensor:
-    """Indices ``[heads, max(count, forced)]`` of the highest scores, ascending.
-
-    ``scores`` and ``forced`` (entries that win regardless) are ``[heads, n]``; equal scores go to
-    the earlier entry: by ``positions`` in the text, for a cache that is not in order.
-    ``kernels``: as in an observation.
-    """
-    heads, size = max(scores.shape[0], forced.shape[0]), scores.shape[1]
-    lengths = torch.full((heads,), size)
-    return _best(scores, torch.full((heads,), count), forced, positions, lengths, kernels)[0]
-
-
-def _best(
-    scores: Tensor,
-    counts: Tensor,
-    forced: Tensor,
-    positions: Tensor | None,
-    lengths: Tensor,
-    kernels: Kernels | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Indices ``[heads, k]``, and how many of each head count (``[heads]``, on the host)."""
-    if kernels is not None and scores.is_cpu and scores.dtype == torch.float32:
-        return _best_native(kernels, scores, counts, forced, positions, lengths)
-    heads, size = max(scores.shape[0], forced.shape[0]), scores.shape[1]
-    there = torch.arange(size) < lengths[:, None]
-    forced = forced.expand(heads, size) & there.to(forced.device)
-    must = torch.where(counts < lengths, forced.sum(-1).cpu(), 0)
-    counts = torch.minimum(counts.clamp(min=int(must.max())), lengths)
-    ranked = torch.where(forced, torch.inf, scores)
-    ranked = torch.where(there.to(ranked.device), ranked, -torch.inf)
-    places = -torch.arange(size, device=ranked.device)[None] if positions is None else -positions
-    places = torch.where(there.to(ranked.device), places, -(2**62))  # what is not there comes last
-    by_age = places.expand_as(ranked).argsort(dim=-1, descending=True, stable=True)
-    best = ranked.gather(1, by_age).argsort(dim=-1, descending=True, stable=True)
-    best = by_age.gather(1, best)[:, : int(counts.max())]
-    beyond = (torch.arange(best.shape[1]) >= counts[:, None]).to(best.device)
-    best = torch.where(beyond, size, best).sort(-1).values
-    return torch.where(beyond, 0, best), counts
-
-
-def _best_native(
-    kernels: Kernels,
-    scores: Tensor,
-    counts: Tensor,
-    forced: Tensor,
-    positions: Tensor | None,
-    lengths: Tensor,
-) -> tuple[Tensor, Tensor]:
-    heads, size = max(scores.shape[0], forced.shape[0]), scores.shape[1]
-    scores, forced = (each.expand(heads, size).contiguous() for each in (scores, forced))
-    places = None if positions is None else positions.expand(heads, size).long().contiguous()
-    out, counts = torch.empty(heads * size, dtype=torch.int64), counts.long().clone()
-    found = kernels.best_entries(
-        pointer(scores),
-        pointer(forced),
-        pointer(places),
-        pointer(lengths),
-        heads,
-        size,
-        pointer(counts),
-        pointer(out),
-    )
-    return out[: heads * found].view(heads, found), counts
-
-
-def pool_neighbours(
-    scores: Tensor, positions: Tensor, kernel: int, how: str, kernels: Kernels | None = None
-) -> Tensor:
-    """Each score replaced by the ``"mean"`` or ``"max"`` of it and its neighbours in the text.
-
-    scores ``[heads, n]``, positions ``[heads, n]`` or ``[1, n]`` in any order; ``kernel`` is odd.
-    Neighbours are the nearest entries present; beyond either end a mean counts zeros.
-    ``kernels``: as in an observation.
-    """
-    if kernel == 1 or scores.shape[1] < 2:
-        return scores
-    if kernels is not None and scores.is_cpu and scores.dtype == torch.float32:
-        scores, places = scores.contiguous(), positions.long().contiguous()
-        out, row = torch.empty_like(scores), places.shape[1] if places.shape[0] > 1 else 0
-        kernels.pool_neighbours(
-            pointer(scores), pointer(places), row, *scores.shape, kernel, how == "max", pointer(out)
-        )
-        return out
-    order = positions.expand(scores.shape[0], -1).argsort(1)
-    sorted_scores = scores.gather(1, order)[:, None]
-    if how == "max":
-        pooled = F.max_pool1d(sorted_scores, kernel, 1, kernel // 2)
-    else:
-        pooled = F.avg_pool1d(sorted_scores, kernel, 1, kernel // 2)
-    return torch.empty_like(scores).scatter_(1, order, pooled[:, 0])
+    policy.bind(Facts(profile, lambda given: None, lambda: None))
+    return bool(asked)
 
 
 def check_keep(keep: object) -> None:

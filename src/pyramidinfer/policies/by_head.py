@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import ClassVar
 
-import torch
-from torch import Tensor
-
 from pyramidinfer.config import check_whole
-from pyramidinfer.policies.base import Forecast, Policy, check_keep
+from pyramidinfer.policies.base import Forecast, check_keep
 from pyramidinfer.policies.profile import Masks, Profile
 from pyramidinfer.policies.profiled import Profiled
-from pyramidinfer.types import Layers, Observation, State, View
+from pyramidinfer.policies.retaining import Limited
+from pyramidinfer.types import Layers, View
 
 __all__ = ["ALL", "ByHead", "Limits"]
 
@@ -26,7 +25,7 @@ Limits = tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
-class ByHead(Profiled, ABC):
+class ByHead(Limited, Profiled, ABC):
     """A limit for every KV head, dealt by the model's head profile.
 
     keep : mean over the measured heads of a head's entries, as a share of the text; heads that
@@ -66,12 +65,8 @@ class ByHead(Profiled, ABC):
         """Tokens of a text of this length that go deeper than ``layer``, at most."""
         return text_len
 
-    def most(self, limit: int) -> int:
-        """Entries that a head of this limit holds at most while decoding."""
-        return limit
-
     def least(self, limit: int) -> int:
-        """Entries that an eviction leaves it with."""
+        """Entries that an eviction leaves a head of this limit with."""
         return limit
 
     @property
@@ -84,19 +79,8 @@ class ByHead(Profiled, ABC):
         """``deal`` for this text, or for one of ``min_context`` tokens."""
         return _dealt(self, max(text_len, self.min_context), layers)
 
-    def limits_at(self, view: View) -> tuple[int, ...]:
-        """Entries that each of the view's heads is held to now."""
-        if view.phase == "decode":
-            return tuple(view.state["limits"][view.layer].tolist())
-        return self.limits(view.seen_len, view.layers)[view.layer]
-
-    def over(self, view: View) -> bool:
-        """Whether any of the view's heads holds more than it may."""
-        limits, is_decode = self.limits_at(view), view.phase == "decode"
-        return view.layers.governed[view.layer] and any(
-            held > (self.most(limit) if is_decode else limit)
-            for held, limit in zip(view.head_lens, limits, strict=True)
-        )
+    def limits_of(self, layer: int, text_len: int, layers: Layers) -> Sequence[int]:
+        return self.limits(text_len, layers)[layer]
 
     def counts(self, view: View) -> tuple[int, ...]:
         """Entries that stay in each of the view's heads."""
@@ -104,13 +88,8 @@ class ByHead(Profiled, ABC):
         if view.phase != "decode":
             return tuple(min(pair) for pair in pairs)
         return tuple(
-            self.least(limit) if held > self.most(limit) else held for held, limit in pairs
+            self.least(limit) if held > limit + self.slack else held for held, limit in pairs
         )
-
-    def forced(self, seen: Observation) -> Tensor:
-        """Entries that stay whatever their scores."""
-        recent = seen.positions > seen.view.seen_len - 1 - self.recent
-        return recent | (seen.positions < self.sinks) | seen.protected
 
     @property
     def rule(self) -> str:
@@ -118,39 +97,6 @@ class ByHead(Profiled, ABC):
             how = f"two texts agree by {self.profile.agreement:.2f}"
             return f"what each head needs, as measured on {self.profile.text} ({how})"
         return "what each head needs, by given masks" if self.profile != "auto" else ""
-
-    # --- what is remembered and reserved ------------------------------------------------------
-
-    def start(self, layers: Layers) -> State:
-        limits = torch.zeros(layers.count, layers.kv_heads, dtype=torch.int64)
-        return {"text": torch.zeros((), dtype=torch.int64), "limits": limits}
-
-    def prefilled(self, view: View) -> State:
-        limits = view.state["limits"].clone()
-        limits[view.layer] = torch.tensor(self.limits_at(view))
-        return {"text": torch.tensor(view.seen_len), "limits": limits}
-
-    def idle_steps(
-        self, kept: list[list[int]], prompt_len: int, layers: Layers, state: State
-    ) -> int:
-        room = [
-            self.most(limit) - held
-            for lens, limits, governed in zip(
-                kept, state["limits"].tolist(), layers.governed, strict=True
-            )
-            for held, limit in zip(lens, limits, strict=True)
-            if governed
-        ]
-        return max(0, min(room, default=ALL))
-
-    def tightened(self, keep: float, state: State, layers: Layers) -> tuple[Policy, State] | None:
-        assert self.keep is not None
-        if keep >= self.keep:
-            return None
-        lower, old = replace(self, keep=keep), state["limits"]
-        limits = torch.minimum(old, torch.tensor(lower.limits(int(state["text"]), layers)))
-        falls = (limits < old) & torch.tensor(layers.governed)[:, None]
-        return (lower, {**state, "limits": limits}) if bool(falls.any()) else None
 
     def forecast(self, prompt_len: int, max_new: int, layers: Layers) -> Forecast:
         reach = [prompt_len]
@@ -164,7 +110,7 @@ class ByHead(Profiled, ABC):
 
     def _bounds(self, reach: list[int], limits: Limits, max_new: int) -> Forecast:
         heads = [
-            [min(min(entering, limit) + max_new, self.most(limit) + 1) for limit in row]
+            [min(min(entering, limit) + max_new, limit + self.slack + 1) for limit in row]
             for entering, row in zip(reach, limits, strict=True)
         ]
         return Forecast(reach, [max(lens) for lens in heads], heads)

@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from pyramidinfer.config import check_share, check_whole, named_options
-from pyramidinfer.policies.base import keep_best
 from pyramidinfer.policies.retaining import Retaining
-from pyramidinfer.types import Keep, Needs, Observation, Reduce, State, View
+from pyramidinfer.types import Best, Needs, Observation, Reduce, View
 
 __all__ = ["ChunkKV"]
 
@@ -58,17 +58,16 @@ class ChunkKV(Retaining):
     def needs(self, view: View) -> Needs:
         if view.phase == "decode" or not self.over(view):
             return Needs()
-        return Needs(window=self.window, reduce=Reduce("mean", "sum"), retain=True)
+        whole = (self.limit(view) - self.window) // self.chunk_length * self.chunk_length
+        rule = Best(self.window + whole, "own", recent=self.window)
+        return Needs(self.window, Reduce("mean", "sum"), retain=rule)
 
-    def retain(self, seen: Observation, state: State) -> tuple[Keep, State]:
+    def score(self, seen: Observation) -> Tensor:
+        """``[1, n]``, the same tokens in every head: the mean over each entry's chunk."""
         assert seen.scores is not None
-        positions = seen.positions[:1]  # the same tokens in every head
-        recent = positions > seen.view.seen_len - 1 - self.window
-        chunks = positions[0] // self.chunk_length
-        context = (~recent[0]).to(seen.scores.dtype)
+        positions = seen.positions[0]
+        chunks = positions // self.chunk_length
+        context = (positions <= seen.view.seen_len - 1 - self.window).to(seen.scores.dtype)
         sums = seen.scores.new_zeros(2, int(chunks.max()) + 1)
         sums.index_add_(1, chunks, torch.stack([seen.scores[0] * context, context]))
-        scores = (sums[0] / sums[1].clamp(min=1))[chunks]
-        whole = (self.limit(seen.view) - self.window) // self.chunk_length * self.chunk_length
-        forced = recent | seen.protected[:1]
-        return keep_best(seen, scores[None], self.window + whole, forced), state
+        return (sums[0] / sums[1].clamp(min=1))[chunks][None]

@@ -17,12 +17,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import ClassVar
 
-import torch
-
 from pyramidinfer.config import check_share, named_options
-from pyramidinfer.policies.base import keep_best
 from pyramidinfer.policies.by_head import ALL, ByHead, Limits
-from pyramidinfer.types import Best, Keep, Layers, Needs, Observation, State, View
+from pyramidinfer.types import Best, Layers, Needs, View
 
 __all__ = ["Duo"]
 
@@ -43,6 +40,7 @@ class Duo(ByHead):
     """
 
     name: ClassVar[str] = "duo"
+    computes_less: ClassVar[bool] = True
 
     spare: float = 0.0
 
@@ -90,32 +88,19 @@ class Duo(ByHead):
     def going(self, layer: int, text_len: int, layers: Layers) -> int:
         return text_len if layer < self.last(layers) else min(text_len, self.window)
 
-    def most(self, limit: int) -> int:
-        return limit if limit == ALL else limit + self.stride - 1
+    @property
+    def slack(self) -> int:
+        return self.stride - 1
 
     def needs(self, view: View) -> Needs:
-        over = self.over(view)
+        rule = Best(self.counts(view), "new", sinks=self.sinks)
         if view.phase == "decode":
-            return Needs(evict=True, best=self._rule(view)) if over else Needs()
+            return Needs(retain=rule)
         is_last = view.layer >= self.last(view.layers) and view.new_len > self.recent
-        return Needs(retain=over, propagate=is_last)
-
-    def propagate(self, seen: Observation, state: State) -> tuple[Keep, State]:
-        going = self.forced(seen) | (seen.positions >= seen.view.seen_len - self.recent)
-        return Keep(going[:1].nonzero(as_tuple=True)[1][None]), state
-
-    def retain(self, seen: Observation, state: State) -> tuple[Keep, State]:
-        scores = seen.positions.float()
-        return keep_best(seen, scores, self.counts(seen.view), self.forced(seen)), state
-
-    evict = retain
-
-    def _rule(self, view: View) -> Best:
-        """What an eviction keeps."""
-        return Best(self.counts(view), 1, "max", self.sinks, 0)
-
-    def forced(self, seen: Observation) -> torch.Tensor:
-        return (seen.positions < self.sinks) | seen.protected
+        return Needs(
+            propagate=Best(0, "new", sinks=self.sinks, recent=self.recent) if is_last else None,
+            retain=rule if self.over(view) else None,
+        )
 
 
 @lru_cache(maxsize=64)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pyramidinfer.config import check_share, check_whole, is_number, named_options
 from pyramidinfer.policies.retaining import Adaptive
-from pyramidinfer.types import Keep, Needs, Observation, State, View
+from pyramidinfer.types import Best, Needs, Observation, View
 
 __all__ = ["ExpectedAttention"]
 
@@ -64,14 +64,10 @@ class ExpectedAttention(Adaptive):
         if view.phase == "decode" or not self.over(view):
             return Needs()
         places = range(1, self.ahead + 1)
-        return Needs(keys=True, values=True, queries_from=self.sinks, ahead=places, retain=True)
+        rule = Best(self.limit(view), "own", sinks=self.sinks, safeguard=self.competing)
+        return Needs(keys=True, values=True, queries_from=self.sinks, ahead=places, retain=rule)
 
-    def retain(self, seen: Observation, state: State) -> tuple[Keep, State]:
-        sinks = (seen.positions >= 0) & (seen.positions < self.sinks)
-        return self.keep_adaptive(seen, self._scores(seen, sinks), sinks), state
-
-    def _scores(self, seen: Observation, sinks: Tensor) -> Tensor:
-        """``[kv_heads, n]``."""
+    def score(self, seen: Observation) -> Tensor:
         assert seen.keys is not None and seen.values is not None
         assert seen.queries is not None and seen.rotation is not None
         heads, dim, rotation = len(seen.keys), seen.keys.shape[-1], seen.rotation
@@ -79,7 +75,7 @@ class ExpectedAttention(Adaptive):
         covariance = (rotation.T @ seen.queries.covariance @ rotation).view(heads, -1, dim, dim)
         keys = seen.keys[:, None]  # of every query head of the group
         logits = (keys @ mean[..., None])[..., 0] + ((keys @ covariance) * keys).sum(-1) / 2
-        counts = (seen.positions >= 0) & ~sinks
+        counts = seen.positions >= self.sinks
         expected = torch.where(counts[:, None], logits, -torch.inf).softmax(-1).mean(1)
         sizes: Tensor = seen.values.norm(dim=-1)
         return (expected + self.epsilon) * sizes

@@ -10,15 +10,15 @@ deep layers can fill their budget.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
-import torch
+from torch import Tensor
 
 from pyramidinfer.config import check_share, check_whole, named_options
-from pyramidinfer.policies.base import Forecast, best_entries, pool_neighbours
-from pyramidinfer.policies.snapkv import WindowRetaining
-from pyramidinfer.types import Keep, Layers, Needs, Observation, Reduce, State, View
+from pyramidinfer.policies.base import Forecast
+from pyramidinfer.policies.snapkv import SCORES, WindowRetaining
+from pyramidinfer.types import Best, Layers, Needs, Observation, View
 
 __all__ = ["FastKV"]
 
@@ -36,6 +36,7 @@ class FastKV(WindowRetaining):
     """
 
     name: ClassVar[str] = "fastkv"
+    computes_less: ClassVar[bool] = True
 
     window: int = 8
     layer: int | None = None
@@ -61,21 +62,16 @@ class FastKV(WindowRetaining):
     def needs(self, view: View) -> Needs:
         if view.phase == "decode" or not view.layers.governed[view.layer]:
             return Needs()
-        going = view.layer == self._at(view.layers) and self._count(view.new_len) < view.new_len
-        over = self.over(view)
-        if not (going or over):
-            return Needs()
-        reduce = Reduce("kv_mean", "sum")
-        return Needs(window=self.window, reduce=reduce, propagate=going, retain=over)
+        needs, count = super().needs(view), self._count(view.new_len)
+        if view.layer != self._at(view.layers) or count >= view.new_len:
+            return needs
+        rule = Best(count, "own", self.kernel, self.pooling, recent=self.window)
+        return replace(needs, window=self.window, reduce=SCORES, propagate=rule)
 
-    def propagate(self, seen: Observation, state: State) -> tuple[Keep, State]:
-        assert seen.scores is not None
-        length = seen.view.new_len
-        recent = torch.arange(length, device=seen.scores.device)[None] >= length - self.window
-        scores = torch.where(recent, 0.0, seen.scores.mean(0, keepdim=True))
-        pooled = pool_neighbours(scores, seen.positions, self.kernel, self.pooling, seen.kernels)
-        forced, count = recent | seen.protected, self._count(length)
-        return Keep(best_entries(pooled, count, forced, kernels=seen.kernels)), state
+    def score(self, seen: Observation) -> Tensor:
+        """What goes deeper counts by the mean of all heads."""
+        found = super().score(seen)
+        return found.mean(0, keepdim=True) if len(seen.positions) == 1 else found
 
     def forecast(self, prompt_len: int, max_new: int, layers: Layers) -> Forecast:
         going = max(0, min(prompt_len, self._count(prompt_len)))

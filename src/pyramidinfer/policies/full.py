@@ -20,7 +20,6 @@ class Full(Policy):
     """
 
     name: ClassVar[str] = "full"
-    keeps_all: ClassVar[bool] = True
 
     keep: float | None = None
 

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from pyramidinfer.config import check_share, named_options
-from pyramidinfer.policies.base import keep_best
-from pyramidinfer.policies.retaining import Retaining, newest
-from pyramidinfer.types import Keep, Needs, Observation, State, View
+from pyramidinfer.policies.retaining import Retaining
+from pyramidinfer.types import Best, Needs, View
 
 __all__ = ["H2O"]
 
@@ -48,17 +47,9 @@ class H2O(Retaining):
         return 2
 
     def needs(self, view: View) -> Needs:
-        if view.phase == "decode":
-            return Needs(slot_scores=True, evict=self.over(view))
-        return Needs(column_sums=True, slot_scores=True, retain=self.over(view))
-
-    def retain(self, seen: Observation, state: State) -> tuple[Keep, State]:
-        budget = self.limit(seen.view)
-        count = budget - budget // 2
+        budget = self.limit(view)
+        recent = budget - budget // 2
         if self.keep is None:
-            count = int(self.text_len(seen.view) * self.recent_ratio)
-        forced = newest(seen.positions, count) | seen.protected
-        assert seen.slot_scores is not None
-        return keep_best(seen, seen.slot_scores, budget, forced), state
-
-    evict = retain
+            recent = int(self.text_len(view) * self.recent_ratio)
+        rule = Best(budget, "running", recent=recent) if self.over(view) else None
+        return Needs(column_sums=view.phase != "decode", retain=rule)

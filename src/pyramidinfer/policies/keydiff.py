@@ -12,12 +12,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from torch import Tensor
 from torch.nn import functional as F
 
 from pyramidinfer.config import check_whole, named_options
-from pyramidinfer.policies.base import keep_best
 from pyramidinfer.policies.retaining import Retaining
-from pyramidinfer.types import Keep, Needs, Observation, State, View
+from pyramidinfer.types import Best, Needs, Observation, View
 
 __all__ = ["KeyDiff"]
 
@@ -49,13 +49,10 @@ class KeyDiff(Retaining):
     def needs(self, view: View) -> Needs:
         if not self.over(view):
             return Needs()
-        return Needs(keys=True, retain=True, evict=True)
+        return Needs(keys=True, retain=Best(self.limit(view), "own"))
 
-    def retain(self, seen: Observation, state: State) -> tuple[Keep, State]:
+    def score(self, seen: Observation) -> Tensor:
         assert seen.keys is not None
         keys = F.normalize(seen.keys, dim=-1)  # what is behind a shorter head stays 0
         anchor = F.normalize(keys.sum(1, keepdim=True), dim=-1)
-        alike = (keys * anchor).sum(-1)
-        return keep_best(seen, -alike, self.limit(seen.view), seen.protected), state
-
-    evict = retain
+        return -(keys * anchor).sum(-1)

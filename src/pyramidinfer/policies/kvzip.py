@@ -18,7 +18,7 @@ official code reads again in chunks of 2000 and keeps the whole system prompt; a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from pyramidinfer.config import check_whole, named_options
-from pyramidinfer.policies.base import Forecast, Policy, check_keep
+from pyramidinfer.policies.base import Facts, Forecast, Policy, check_keep
 from pyramidinfer.types import Keep, Layers, Needs, Observation, Reduce, State, TokenIds, View
 
 __all__ = ["AGAIN", "KVzip"]
@@ -82,11 +82,10 @@ class KVzip(Policy):
                 raise ValueError(f"{name}={value!r} must be token ids, 'auto' or None")
             object.__setattr__(self, name, tuple(ids))
 
-    @property
-    def wants_tokenizer(self) -> bool:
-        return "auto" in (self.question, self.question_from)
-
-    def with_tokenizer(self, encode: Callable[[str], TokenIds] | None) -> KVzip:
+    def bind(self, facts: Facts) -> KVzip:
+        if "auto" not in (self.question, self.question_from):
+            return self
+        encode = facts.encoder()
         texts = {"question": AGAIN, "question_from": FROM}
         found: dict[str, Any] = {
             name: None if encode is None else tuple(encode(text))
@@ -130,9 +129,9 @@ class KVzip(Policy):
             return Needs()
         return Needs(window=view.new_len, reduce=Reduce("kv_max", "max"), retain=True)
 
-    def reread(self, seen: Observation, state: State) -> State:
-        if seen.scores is None:  # a layer that is left alone
-            return state
+    def _looked_at(self, seen: Observation, state: State) -> State:
+        """The state with what a reading gave the entries of a layer."""
+        assert seen.scores is not None
         length, places = seen.view.prompt_len, _places(seen)
         found = seen.scores.new_zeros(len(seen.scores), length + 1)
         found.scatter_(1, torch.where(places < 0, length, places), seen.scores)
@@ -142,6 +141,8 @@ class KVzip(Policy):
     # --- cutting ------------------------------------------------------------------------------
 
     def retain(self, seen: Observation, state: State) -> tuple[Keep, State]:
+        if seen.view.new_len:
+            return Keep(), self._looked_at(seen, state)
         if f"scores.{seen.view.layer}" in state:  # the first one asked about
             state = self._chosen(seen, state)
         state, places = dict(state), _places(seen)
@@ -192,13 +193,8 @@ class KVzip(Policy):
             min(self.sinks, prompt_len) * layers.kv_heads * cut,
         )
         stays += layers.kv_heads * (whole * prompt_len + layers.count * max_new)
-        return even._replace(sum=stays)
-
-    def working_bytes(self, prompt_len: int, layers: Layers) -> int:
-        """A score and a mark for each entry."""
-        if not self.is_cut(prompt_len):
-            return 0
-        return 5 * prompt_len * layers.kv_heads * sum(layers.governed)
+        working = 5 * prompt_len * layers.kv_heads * cut  # a score and a mark for each entry
+        return even._replace(sum=stays, working_bytes=working)
 
 
 def _places(seen: Observation) -> Tensor:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Self
 
-from pyramidinfer.policies.base import Policy
+from pyramidinfer.policies.base import Facts, Policy
 from pyramidinfer.policies.profile import Masks, Profile, load_heads
 from pyramidinfer.types import Layers
 
@@ -26,15 +26,15 @@ class Profiled(Policy):
         if isinstance(self.profile, str | Path) and self.profile != "auto":
             object.__setattr__(self, "profile", load_heads(self.profile))
 
-    @property
-    def wants_profile(self) -> bool:
-        return self.profile == "auto"
-
-    def with_profile(self, profile: Profile | None) -> Self:
-        return replace(self, profile=profile) if self.wants_profile else self  # type: ignore[call-arg]
+    def bind(self, facts: Facts) -> Self:
+        if self.profile == "auto":
+            return replace(self, profile=facts.profile())  # type: ignore[call-arg]
+        if isinstance(self.profile, Profile):
+            facts.check(self.profile)
+        return self
 
     def check(self, layers: Layers) -> None:
-        if self.wants_profile:  # to be checked once it is there
+        if self.profile == "auto":  # to be checked once it is there
             return
         if not isinstance(self.profile, Profile | Masks):
             raise ValueError(

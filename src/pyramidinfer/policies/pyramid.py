@@ -19,17 +19,14 @@ dropping between layers is PyramidInfer's (2405.12532).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from torch import Tensor
-
 from pyramidinfer.config import check_share, check_whole, is_number, named_options
-from pyramidinfer.policies.base import best_entries, keep_best, pool_neighbours
 from pyramidinfer.policies.by_head import ALL, ByHead, Limits
 from pyramidinfer.policies.profile import Calibrated, what_goes
 from pyramidinfer.policies.snapkv import check_kernel
-from pyramidinfer.types import Best, Keep, Layers, Needs, Observation, Reduce, State, View
+from pyramidinfer.types import Best, Layers, Needs, Reduce, View
 
 __all__ = ["Pyramid"]
 
@@ -60,6 +57,7 @@ class Pyramid(ByHead):
     """
 
     name: ClassVar[str] = "pyramid"
+    computes_less: ClassVar[bool] = True
 
     recent: int = 32
     safeguard: float = 0.2
@@ -197,40 +195,18 @@ class Pyramid(ByHead):
         keeps_all = self.keep == 1 and self.propagate_ratio is None
         if keeps_all or not view.layers.governed[view.layer]:
             return Needs()
-        over = self.over(view)
+        rule = Best(self.counts(view), "window", self.kernel, "max", self.sinks, self.recent)
         if view.phase == "decode":
-            return (
-                Needs(self.window, SCORES, evict=True, best=self._rule(view)) if over else Needs()
-            )
-        drops = view.layer < view.layers.count - 1 and (
-            self.going(view.layer, view.prompt_len, view.layers) < view.new_len
-        )
-        return Needs(self.window, SCORES, remember=True, retain=over, propagate=drops)
-
-    def propagate(self, seen: Observation, state: State) -> tuple[Keep, State]:
-        assert seen.scores is not None
-        view = seen.view
-        count = self.going(view.layer, view.prompt_len, view.layers)
-        scores = self._pooled(seen.scores.amax(0, keepdim=True), seen)
-        forced = self.forced(seen) | (seen.positions >= view.seen_len - self.window)
-        return Keep(best_entries(scores, count, forced, kernels=seen.kernels)), state
-
-    def retain(self, seen: Observation, state: State) -> tuple[Keep, State]:
-        assert seen.scores is not None
-        scores = self._pooled(seen.scores, seen)
-        return keep_best(seen, scores, self.counts(seen.view), self.forced(seen)), state
-
-    evict = retain
-
-    def _rule(self, view: View) -> Best:
-        """What an eviction keeps."""
-        return Best(self.counts(view), self.kernel, "max", self.sinks, self.recent)
+            return Needs(self.window, SCORES, retain=rule)
+        deeper, is_last = None, view.layer == view.layers.count - 1
+        going = view.new_len if is_last else self.going(view.layer, view.prompt_len, view.layers)
+        if going < view.new_len:
+            deeper = replace(rule, count=going, recent=max(self.recent, self.window))
+        stays = rule if self.over(view) else None
+        return Needs(self.window, SCORES, remember=True, propagate=deeper, retain=stays)
 
     def ring(self, prompt_len: int, max_new: int) -> int:
         return self.window
-
-    def _pooled(self, scores: Tensor, seen: Observation) -> Tensor:
-        return pool_neighbours(scores, seen.positions, self.kernel, "max", seen.kernels)
 
 
 def _fill(

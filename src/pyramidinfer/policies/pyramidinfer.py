@@ -23,8 +23,9 @@ import numpy as np
 import torch
 
 from pyramidinfer.config import check_choice, check_share, check_whole, is_number, named_options
-from pyramidinfer.policies.base import NOTHING, Forecast, Policy, best_entries, check_keep
+from pyramidinfer.policies.base import NOTHING, Forecast, KeepError, Policy, check_keep
 from pyramidinfer.policies.budgets import CURVES, curve_ratio
+from pyramidinfer.policies.rule import best_entries
 from pyramidinfer.types import Keep, Layers, Needs, Observation, Reduce, State, View
 
 __all__ = ["PyramidInfer"]
@@ -67,6 +68,7 @@ class PyramidInfer(Policy):
     """
 
     name: ClassVar[str] = "pyramidinfer"
+    computes_less: ClassVar[bool] = True
     evicts: ClassVar[bool] = True
 
     recent_ratio: float = 0.2
@@ -110,17 +112,15 @@ class PyramidInfer(Policy):
                 f"start_layer={self.start_layer}: the model has {layers.count} layers, so the last "
                 f"one that can start is {layers.count - 1}"
             )
-        lowest = self.lowest_keep(layers)
+        untouched = _untouched(self, layers)
+        lowest = untouched / layers.count
         if self.keep is not None and self.keep <= lowest and self.keep < 1:
-            raise ValueError(
-                f"keep={self.keep} cannot be reached: {_untouched(self, layers)} of {layers.count} "
-                f"layers see every token, so the lowest, for long prompts, is just above "
-                f"{lowest:.3f}; ask for more, or lower start_layer={self.start_layer} or "
-                f"interval={self.interval}"
+            raise KeepError(
+                f"keep={self.keep} cannot be reached: {untouched} of {layers.count} layers see "
+                f"every token, so the lowest, for long prompts, is just above {lowest:.3f}; ask "
+                f"for more, or lower start_layer={self.start_layer} or interval={self.interval}",
+                lowest,
             )
-
-    def lowest_keep(self, layers: Layers) -> float:
-        return _untouched(self, layers) / layers.count
 
     def start(self, layers: Layers) -> State:
         return {
@@ -134,12 +134,9 @@ class PyramidInfer(Policy):
         reduce = Reduce("mean", "mean", self.distance_weight)
         if view.phase == "decode":
             recent = self._recent(view)
-            marker = int(view.state["marker"][view.layer])
-            if view.kept_len - recent - marker < self.gen_chunk:
-                return NOTHING
             last = view.kept_len - recent - 1
             among = (last - self.gen_chunk, last)
-            return Needs(window=recent + 1, reduce=reduce, evict=True, among=among)
+            return Needs(window=recent + 1, reduce=reduce, retain=True, among=among)
         schedule = _schedule(self, view.prompt_len, view.layers)
         kept = self._kept_context(view.layer, view.new_len, view.prompt_len, schedule, view.layers)
         if kept is None:
@@ -158,7 +155,7 @@ class PyramidInfer(Policy):
         window = torch.arange(context, view.new_len, device=best.device)[None]
         return Keep(torch.cat([best, window], dim=1)), state
 
-    def evict(self, seen: Observation, state: State) -> tuple[Keep, State]:
+    def retain(self, seen: Observation, state: State) -> tuple[Keep, State]:
         view, chunk = seen.view, self.gen_chunk
         order = seen.positions[0].argsort()  # all heads keep the same tokens
         last = view.kept_len - self._recent(view) - 1
@@ -177,28 +174,20 @@ class PyramidInfer(Policy):
         marker[view.layer] = len(kept) - self._recent(view)
         return Keep(kept[None]), {**state, "marker": marker}
 
-    def idle_steps(
-        self, kept: list[list[int]], prompt_len: int, layers: Layers, state: State
-    ) -> int:
-        lens = list(map(max, kept))
-        recent = int(lens[layers.first] * float(state["ratio"]))  # grows: what is due comes later
-        markers = state["marker"].tolist()
-        left = [
-            self.gen_chunk - (count - recent - marker)
-            for count, marker, governed in zip(lens, markers, layers.governed, strict=True)
-            if governed
-        ]
-        return max(0, min(left, default=1) - 1)
+    @property
+    def slack(self) -> int:
+        return self.gen_chunk - 1
+
+    def ceiling(self, kept: np.ndarray, state: State, layers: Layers) -> np.ndarray:
+        recent = int(int(kept[layers.first].max()) * float(state["ratio"]))  # grows, never falls
+        found: np.ndarray = state["marker"].numpy()[:, None] + recent
+        return found
 
     def prefilled(self, view: View) -> State:
         marker = view.state["marker"].clone()
         marker[view.layer] = view.kept_len
         ratio = _schedule(self, view.prompt_len, view.layers).ratio
         return {"marker": marker, "ratio": torch.tensor(ratio, dtype=torch.float64)}
-
-    def truncated(self, state: State, kept: list[list[int]]) -> State:
-        lens = torch.tensor(list(map(max, kept)))
-        return {**state, "marker": torch.minimum(state["marker"], lens)}
 
     def forecast(self, prompt_len: int, max_new: int, layers: Layers) -> Forecast:
         reach = list(_schedule(self, prompt_len, layers).reach)

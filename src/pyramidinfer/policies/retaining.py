@@ -2,21 +2,69 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+import numpy as np
 import torch
-from torch import Tensor
 
 from pyramidinfer.config import check_share, check_whole
-from pyramidinfer.policies.base import Forecast, Policy, check_keep, keep_best
-from pyramidinfer.types import Keep, Layers, Observation, State, View
+from pyramidinfer.policies.base import Forecast, Policy, check_keep
+from pyramidinfer.types import Layers, State, View
 
-__all__ = ["Adaptive", "Buffered", "Retaining", "newest"]
+__all__ = ["Adaptive", "Buffered", "Limited", "Retaining"]
 
 
 @dataclass(frozen=True)
-class Retaining(Policy):
+class Limited(Policy):
+    """A limit of entries for every KV head, worked out when a text is taken in and fixed from then
+    on; a policy that evicts holds it while decoding."""
+
+    keep: float | None
+
+    def limits_of(self, layer: int, text_len: int, layers: Layers) -> Sequence[int]:
+        """What each of a layer's heads is held to in a text of this length."""
+        raise NotImplementedError
+
+    def limits_at(self, view: View) -> Sequence[int]:
+        """What each of the view's heads is held to now."""
+        if view.phase == "decode":
+            found: list[int] = view.state["limits"][view.layer].tolist()
+            return found
+        return self.limits_of(view.layer, view.seen_len, view.layers)
+
+    def over(self, view: View) -> bool:
+        """Whether the layer is the policy's business and any head holds more than it is held to."""
+        pairs = zip(view.head_lens, self.limits_at(view), strict=True)
+        return view.layers.governed[view.layer] and any(held > limit for held, limit in pairs)
+
+    def start(self, layers: Layers) -> State:
+        limits = torch.zeros(layers.count, layers.kv_heads, dtype=torch.int64)
+        return {"text": torch.zeros((), dtype=torch.int64), "limits": limits}
+
+    def prefilled(self, view: View) -> State:
+        limits = view.state["limits"].clone()
+        limits[view.layer] = torch.tensor(self.limits_at(view))
+        return {**view.state, "text": torch.tensor(view.seen_len), "limits": limits}
+
+    def ceiling(self, kept: np.ndarray, state: State, layers: Layers) -> np.ndarray:
+        found: np.ndarray = state["limits"].numpy()
+        return found
+
+    def tightened(self, keep: float, state: State, layers: Layers) -> tuple[Policy, State] | None:
+        """Limits as a text of the same length has them at ``keep``, none of them raised."""
+        if not self.evicts or self.keep is None or keep >= self.keep:
+            return None
+        lower, text, old = replace(self, keep=keep), int(state["text"]), state["limits"]
+        wanted = [lower.limits_of(layer, text, layers) for layer in range(layers.count)]
+        limits = torch.minimum(old, torch.tensor(wanted))
+        falls = (limits < old) & torch.tensor(layers.governed)[:, None]
+        return (lower, {**state, "limits": limits}) if bool(falls.any()) else None
+
+
+@dataclass(frozen=True)
+class Retaining(Limited):
     """A budget of entries per layer, worked out when a text is taken in.
 
     keep : the mean over layers of a layer's entries, as a share of the text (the prompt; after
@@ -41,15 +89,6 @@ class Retaining(Policy):
         """The fewest entries a layer can be held to."""
         return 1
 
-    @property
-    def slack(self) -> int:
-        """Entries that a layer may gather beyond its budget while decoding."""
-        return 0
-
-    def full(self, state: State) -> Tensor:
-        """Entries ``[layers]`` that may be in a layer while decoding; one more and it is cut."""
-        return state["budgets"]
-
     def budget(self, layer: int, text_len: int, layers: Layers) -> int:
         """Entries that ``layer`` is held to for a text of this length."""
         return max(self.floor(), self.mean_budget(text_len))
@@ -60,55 +99,17 @@ class Retaining(Policy):
             return self.entries(text_len)
         return round(self.keep * text_len)
 
-    def start(self, layers: Layers) -> State:
-        budgets = torch.zeros(layers.count, dtype=torch.int64)
-        return {"text": torch.zeros((), dtype=torch.int64), "budgets": budgets}
-
-    def prefilled(self, view: View) -> State:
-        budgets = view.state["budgets"].clone()
-        budgets[view.layer] = self.limit(view)
-        return {**view.state, "text": torch.tensor(view.seen_len), "budgets": budgets}
+    def limits_of(self, layer: int, text_len: int, layers: Layers) -> Sequence[int]:
+        return (self.budget(layer, text_len, layers),) * layers.kv_heads
 
     def limit(self, view: View) -> int:
         """The budget of the view's layer now: while decoding, the one fixed when its text was
         taken in."""
-        if view.phase == "decode":
-            return int(view.state["budgets"][view.layer])
-        return self.budget(view.layer, view.seen_len, view.layers)
-
-    def idle_steps(
-        self, kept: list[list[int]], prompt_len: int, layers: Layers, state: State
-    ) -> int:
-        room = [
-            most - max(count)
-            for most, count, governed in zip(
-                self.full(state).tolist(), kept, layers.governed, strict=True
-            )
-            if governed
-        ]
-        return max(0, min(room, default=0))
+        return self.limits_at(view)[0]
 
     def text_len(self, view: View) -> int:
         """Length of the text that budgets are shares of."""
         return int(view.state["text"]) if view.phase == "decode" else view.seen_len
-
-    def over(self, view: View) -> bool:
-        """Whether the layer is the policy's business and holds more than it may."""
-        if view.phase == "decode":
-            most = int(self.full(view.state)[view.layer])
-        else:
-            most = self.limit(view)
-        return view.layers.governed[view.layer] and view.kept_len > most
-
-    def tightened(self, keep: float, state: State, layers: Layers) -> tuple[Policy, State] | None:
-        """Budgets as a text of the same length has them at ``keep``, none of them raised."""
-        if not self.evicts or self.keep is None or keep >= self.keep:
-            return None
-        lower, text, old = replace(self, keep=keep), int(state["text"]), state["budgets"]
-        wanted = [lower.budget(layer, text, layers) for layer in range(layers.count)]
-        budgets = torch.minimum(old, torch.tensor(wanted))
-        falls = (budgets < old) & torch.tensor(layers.governed)
-        return (lower, {**state, "budgets": budgets}) if bool(falls.any()) else None
 
     def forecast(self, prompt_len: int, max_new: int, layers: Layers) -> Forecast:
         return self._bounds(prompt_len, max_new, layers)
@@ -150,34 +151,6 @@ class Buffered(Retaining):
     def slack(self) -> int:
         return self.buffer - 1
 
-    def full(self, state: State) -> Tensor:
-        return state["full"]
-
-    def start(self, layers: Layers) -> State:
-        return {**super().start(layers), "full": torch.zeros(layers.count, dtype=torch.int64)}
-
-    def prefilled(self, view: View) -> State:
-        return self._filling(view, super().prefilled(view))
-
-    def tightened(self, keep: float, state: State, layers: Layers) -> tuple[Policy, State] | None:
-        if (found := super().tightened(keep, state, layers)) is None:
-            return None
-        lower, state = found
-        return lower, {**state, "full": state["budgets"].clone()}
-
-    def cut(
-        self, seen: Observation, scores: Tensor, forced: Tensor, state: State
-    ) -> tuple[Keep, State]:
-        """The best entries of every head (``keep_best``), and the state once they are left."""
-        keep = keep_best(seen, scores, self.limit(seen.view), forced)
-        return keep, self._filling(seen.view, state)
-
-    def _filling(self, view: View, state: State) -> State:
-        """The state with the view's layer at its budget, its buffer empty."""
-        full = state["full"].clone()
-        full[view.layer] = self.limit(view) + self.slack
-        return {**state, "full": full}
-
 
 @dataclass(frozen=True)
 class Adaptive(Retaining):
@@ -202,25 +175,10 @@ class Adaptive(Retaining):
                 f"safeguard={self.safeguard} has no effect unless adaptive=True; leave it out"
             )
 
-    def keep_adaptive(self, seen: Observation, scores: Tensor, always: Tensor) -> Keep:
-        """Of every head what ``always`` stays (bool like ``scores``), and its best entries."""
-        limit: int | Tensor = self.limit(seen.view)
-        if self.adaptive:
-            limit = self._own_limits(scores, always, seen)
-        return keep_best(seen, scores, limit, always | seen.protected)
-
-    def _own_limits(self, scores: Tensor, always: Tensor, seen: Observation) -> Tensor:
-        """Entries of each head, ``[kv_heads]``: what always stays, and its part of the layer's
-        best, never less than the safeguard."""
-        heads, fixed = len(scores), int(always[0].sum())
-        even = self.limit(seen.view) - fixed
-        lengths = torch.tensor(seen.view.head_lens, device=scores.device)
-        there = torch.arange(scores.shape[1], device=scores.device) < lengths[:, None]
-        context = torch.where(there & ~always, scores, -torch.inf)
-        best = context.flatten().topk(min(heads * even, int(there.sum()))).indices
-        won = torch.bincount(best // scores.shape[1], minlength=heads).cpu()
-        own = (1 - self.safeguard) * won + self.safeguard * even
-        return fixed + own.round().long()
+    @property
+    def competing(self) -> float | None:
+        """``Best.safeguard``."""
+        return self.safeguard if self.adaptive else None
 
     def over(self, view: View) -> bool:
         held = sum(view.head_lens) / len(view.head_lens) if self.adaptive else view.kept_len
@@ -233,12 +191,3 @@ class Adaptive(Retaining):
         most = [min(text_len, layers.kv_heads * (kept - max_new)) + max_new for kept in even.kept]
         total = [layers.kv_heads * (kept + 1) for kept in even.kept]  # each is rounded
         return Forecast(even.reach, most, total=total)
-
-
-def newest(positions: Tensor, count: int) -> Tensor:
-    """Which entries are among the ``count`` newest present; bool like ``positions``."""
-    if count <= 0:
-        return torch.zeros_like(positions, dtype=torch.bool)
-    if count >= positions.shape[1]:
-        return torch.ones_like(positions, dtype=torch.bool)
-    return positions >= positions.topk(count, dim=1).values[:, -1:]

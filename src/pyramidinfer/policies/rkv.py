@@ -25,10 +25,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pyramidinfer.config import check_share, check_whole, named_options
-from pyramidinfer.policies.base import pool_neighbours
 from pyramidinfer.policies.retaining import Buffered
+from pyramidinfer.policies.rule import pool_neighbours
 from pyramidinfer.policies.snapkv import check_kernel
-from pyramidinfer.types import Keep, Needs, Observation, Reduce, State, View
+from pyramidinfer.types import Best, Needs, Observation, Reduce, View
 
 __all__ = ["RKV", "redundancy"]
 
@@ -72,14 +72,14 @@ class RKV(Buffered):
         return self.window + 1
 
     def needs(self, view: View) -> Needs:
-        over, reduce = self.over(view), Reduce("kv_max", "sum")
-        if view.phase == "decode":
-            return Needs(self.window, reduce, keys=True, evict=True) if over else Needs()
         if not view.layers.governed[view.layer]:
             return Needs()
-        return Needs(self.window, reduce, remember=True, keys=over, retain=over)
+        over, is_decode = self.over(view), view.phase == "decode"
+        rule = Best(self.limit(view), "own", recent=self.window) if over else None
+        reduce = Reduce("kv_max", "sum")
+        return Needs(self.window, reduce, remember=not is_decode, keys=over, retain=rule)
 
-    def retain(self, seen: Observation, state: State) -> tuple[Keep, State]:
+    def score(self, seen: Observation) -> Tensor:
         assert seen.scores is not None and seen.keys is not None
         view = seen.view
         queries = min(self.window, view.prompt_len + view.seen_len - self.text_len(view))
@@ -87,10 +87,7 @@ class RKV(Buffered):
         context = torch.where(recent, 0.0, seen.scores / queries)  # not pooled into the context
         importance = pool_neighbours(context, seen.positions, self.kernel, "max", seen.kernels)
         redundant = redundancy(seen.keys, seen.positions, self.threshold)
-        scores = self.mix * importance - (1 - self.mix) * redundant
-        return self.cut(seen, scores, recent | seen.protected, state)
-
-    evict = retain
+        return self.mix * importance - (1 - self.mix) * redundant
 
     def ring(self, prompt_len: int, max_new: int) -> int:
         return self.window

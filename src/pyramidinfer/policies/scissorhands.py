@@ -16,11 +16,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from torch import Tensor
+
 from pyramidinfer.config import check_share, check_whole, named_options
-from pyramidinfer.policies.base import keep_best
 from pyramidinfer.policies.budgets import linear_budget
-from pyramidinfer.policies.retaining import Retaining, newest
-from pyramidinfer.types import Keep, Layers, Needs, Observation, Reduce, State, View
+from pyramidinfer.policies.retaining import Retaining
+from pyramidinfer.types import Best, Layers, Needs, Observation, Reduce, View
 
 __all__ = ["Scissorhands"]
 
@@ -67,23 +68,16 @@ class Scissorhands(Retaining):
         return max(self.floor(), linear_budget(layer, layers.count, *ends, most=text_len))
 
     def needs(self, view: View) -> Needs:
-        reduce = Reduce("kv_mean", "below")
-        over = self.over(view)
-        if view.phase == "decode":
-            return Needs(window=self.window, reduce=reduce, evict=True) if over else Needs()
-        return Needs(window=self.window, reduce=reduce, remember=True, retain=over)
+        count, is_decode = self.limit(view), view.phase == "decode"
+        if is_decode:
+            count = view.kept_len - max(1, int(self.drop * count))
+        rule = Best(max(count, self.floor()), "own", recent=self.recent)
+        stays = rule if self.over(view) else None
+        return Needs(self.window, Reduce("kv_mean", "below"), remember=not is_decode, retain=stays)
 
-    def retain(self, seen: Observation, state: State) -> tuple[Keep, State]:
-        return self._fewest_low(seen, self.limit(seen.view)), state
-
-    def evict(self, seen: Observation, state: State) -> tuple[Keep, State]:
-        gone = max(1, int(self.drop * self.limit(seen.view)))
-        return self._fewest_low(seen, seen.view.kept_len - gone), state
+    def score(self, seen: Observation) -> Tensor:
+        assert seen.scores is not None
+        return -seen.scores
 
     def ring(self, prompt_len: int, max_new: int) -> int:
         return min(self.window, prompt_len + max_new)
-
-    def _fewest_low(self, seen: Observation, count: int) -> Keep:
-        assert seen.scores is not None
-        forced = newest(seen.positions, self.recent) | seen.protected
-        return keep_best(seen, -seen.scores, max(count, self.floor()), forced)

@@ -11,16 +11,18 @@ the window scores with its own queries only.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
+from torch import Tensor
 
 from pyramidinfer.config import check_choice, check_whole, named_options
-from pyramidinfer.policies.base import pool_neighbours
 from pyramidinfer.policies.retaining import Adaptive
-from pyramidinfer.types import Keep, Needs, Observation, Reduce, State, View
+from pyramidinfer.types import Best, Needs, Observation, Reduce, View
 
 __all__ = ["SnapKV", "WindowRetaining", "check_kernel"]
+
+SCORES = Reduce("kv_mean", "sum")
 
 
 def check_kernel(kernel: object) -> None:
@@ -40,7 +42,7 @@ class WindowRetaining(Adaptive):
 
     window: int = 32
     kernel: int = 7
-    pooling: str = "mean"
+    pooling: Literal["mean", "max"] = "mean"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -54,14 +56,21 @@ class WindowRetaining(Adaptive):
     def needs(self, view: View) -> Needs:
         if view.phase == "decode" or not self.over(view):
             return Needs()
-        return Needs(window=self.window, reduce=Reduce("kv_mean", "sum"), retain=True)
+        rule = Best(
+            self.limit(view),
+            "own",
+            self.kernel,
+            self.pooling,
+            recent=self.window,
+            safeguard=self.competing,
+        )
+        return Needs(self.window, SCORES, retain=rule)
 
-    def retain(self, seen: Observation, state: State) -> tuple[Keep, State]:
+    def score(self, seen: Observation) -> Tensor:
+        """The window's own entries are not smoothed into the context."""
         assert seen.scores is not None
         recent = seen.positions > seen.view.seen_len - 1 - self.window
-        context = torch.where(recent, 0.0, seen.scores)  # not smoothed into the context
-        pooled = pool_neighbours(context, seen.positions, self.kernel, self.pooling, seen.kernels)
-        return self.keep_adaptive(seen, pooled, recent), state
+        return torch.where(recent, 0.0, seen.scores)
 
 
 @named_options

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from pyramidinfer.config import check_whole, named_options
-from pyramidinfer.policies.base import keep_best
+from pyramidinfer.policies.base import Forecast
 from pyramidinfer.policies.retaining import Retaining
-from pyramidinfer.types import Keep, Needs, Observation, State, View
+from pyramidinfer.types import Best, Layers, Needs, View
 
 __all__ = ["StreamingLLM"]
 
@@ -51,20 +51,12 @@ class StreamingLLM(Retaining):
     def floor(self) -> int:
         return self.sinks + 1
 
-    @property
-    def anchors(self) -> int:
-        return self.sinks
-
     def needs(self, view: View) -> Needs:
-        over = self.over(view)
-        return Needs(retain=over, evict=over)
-
-    def retain(self, seen: Observation, state: State) -> tuple[Keep, State]:
-        positions = seen.positions[:1]  # all heads keep the same tokens
-        forced = (positions < self.sinks) | seen.protected[:1]
-        limit = self.limit(seen.view)
+        if not self.over(view):
+            return Needs()
+        limit = self.limit(view)
         room = max(1, (limit - self.sinks) // 2)  # protected spans leave so much to the window
-        count = max(limit, int(forced.sum()) + room)
-        return keep_best(seen, positions.double(), count, forced), state
+        return Needs(retain=Best(limit, "new", sinks=self.sinks, room=room))
 
-    evict = retain
+    def forecast(self, prompt_len: int, max_new: int, layers: Layers) -> Forecast:
+        return super().forecast(prompt_len, max_new, layers)._replace(anchors=self.sinks)

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from pyramidinfer.config import check_whole, named_options
-from pyramidinfer.policies.base import keep_best
 from pyramidinfer.policies.retaining import Retaining
-from pyramidinfer.types import Keep, Needs, Observation, Reduce, State, View
+from pyramidinfer.types import Best, Needs, Reduce, View
 
 __all__ = ["TOVA"]
 
@@ -44,15 +43,9 @@ class TOVA(Retaining):
     def needs(self, view: View) -> Needs:
         if not self.over(view):
             return Needs()
-        return Needs(window=1, retain=True, evict=True, reduce=Reduce("mean", "sum"))
-
-    def retain(self, seen: Observation, state: State) -> tuple[Keep, State]:
-        assert seen.scores is not None
-        forced, limit = seen.protected[:1], self.limit(seen.view)
-        count = max(limit, int(forced.sum()) + limit // 2)  # protected spans leave room for others
-        return keep_best(seen, seen.scores, count, forced), state
-
-    evict = retain
+        limit = self.limit(view)
+        rule = Best(limit, room=limit // 2)  # protected spans leave room for others
+        return Needs(1, Reduce("mean", "sum"), retain=rule)
 
     def ring(self, prompt_len: int, max_new: int) -> int:
         return 1

@@ -20,6 +20,7 @@ rotated, all of them where a model has no rotary positions (OPT) or each key its
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -31,7 +32,7 @@ from pyramidinfer.policies.base import Forecast, Policy
 from pyramidinfer.policies.profile import Centres, Profile
 from pyramidinfer.policies.profiled import Profiled
 from pyramidinfer.policies.retaining import Buffered
-from pyramidinfer.types import Keep, Layers, Needs, Observation, State, View
+from pyramidinfer.types import Best, Layers, Needs, Observation, State, View
 
 __all__ = ["TriAttention"]
 
@@ -68,7 +69,7 @@ class TriAttention(Buffered, Profiled):
 
     def check(self, layers: Layers) -> None:
         super().check(layers)
-        if not self.wants_profile and not isinstance(self._centres, Centres):
+        if self.profile != "auto" and not isinstance(self._centres, Centres):
             raise ValueError(
                 f"policy {self.name!r} needs to know where the model's queries lie, and its "
                 f"profile was made without: make it again (pyramidinfer profile MODEL --force)"
@@ -93,10 +94,11 @@ class TriAttention(Buffered, Profiled):
         """Positions before this one stay whatever their scores."""
         return self.text_len(view) if self.pin_prompt else 0
 
-    def limit(self, view: View) -> int:
-        if self.pin_prompt and view.phase != "decode":
-            return view.kept_len + super().limit(view)
-        return super().limit(view)
+    def limits_at(self, view: View) -> Sequence[int]:
+        limits = super().limits_at(view)
+        if not self.pin_prompt or view.phase == "decode":
+            return limits
+        return [view.kept_len + limit for limit in limits]
 
     def forecast(self, prompt_len: int, max_new: int, layers: Layers) -> Forecast:
         if not self.pin_prompt:
@@ -117,10 +119,10 @@ class TriAttention(Buffered, Profiled):
             return super().tightened(keep, state, layers)
         lower, text = replace(self, keep=keep), int(state["text"])
         fall = self.budget(0, text, layers) - lower.budget(0, text, layers)
-        budgets = state["budgets"] - fall * torch.tensor(layers.governed)
         if not fall or not any(layers.governed):
             return None
-        return lower, {**state, "budgets": budgets, "full": budgets.clone()}
+        limits = state["limits"] - fall * torch.tensor(layers.governed)[:, None]
+        return lower, {**state, "limits": limits}
 
     # --- what is looked at ----------------------------------------------------------------------
 
@@ -132,16 +134,10 @@ class TriAttention(Buffered, Profiled):
     def needs(self, view: View) -> Needs:
         if not self.over(view):
             return Needs()
-        return Needs(keys=True, ahead=self.offsets, retain=True, evict=True)
+        rule = Best(self.limit(view), "own", sinks=self._pinned(view))
+        return Needs(keys=True, ahead=self.offsets, retain=rule)
 
-    def retain(self, seen: Observation, state: State) -> tuple[Keep, State]:
-        pinned = seen.positions < self._pinned(seen.view)
-        forced = seen.protected | (pinned & (seen.positions >= 0))
-        return self.cut(seen, self._scores(seen), forced, state)
-
-    evict = retain
-
-    def _scores(self, seen: Observation) -> Tensor:
+    def score(self, seen: Observation) -> Tensor:
         """``[kv_heads, n]``."""
         keys, centres, layer = seen.keys, self._centres, seen.view.layer
         assert keys is not None and seen.rotation is not None and centres is not None

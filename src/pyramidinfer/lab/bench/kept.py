@@ -34,7 +34,8 @@ from pyramidinfer.models.loading import shipped_model
 from pyramidinfer.policies import Policy
 from pyramidinfer.policies.base import check_keep
 from pyramidinfer.policies.registry import parse_policy
-from pyramidinfer.types import Keep, Observation, State, TokenIds
+from pyramidinfer.policies.rule import pool_neighbours
+from pyramidinfer.types import Best, Keep, Observation, State, TokenIds
 
 __all__ = [
     "CASES",
@@ -283,10 +284,14 @@ def _watched(policy: Policy, take: Callable[[int, Tensor], None]) -> Policy:
     text's entries, where it has some for every head."""
     kind: Any = type(policy)
 
-    def keep_adaptive(self: Any, seen: Observation, scores: Tensor, always: Tensor) -> Keep:
-        take(seen.view.layer, scores.gather(1, seen.positions.argsort(1)))
-        kept: Keep = kind.keep_adaptive(self, seen, scores, always)
-        return kept
+    def score(self: Any, seen: Observation) -> Tensor:
+        found: Tensor = kind.score(self, seen)
+        rule = seen.rule
+        assert isinstance(rule, Best)
+        pooled = pool_neighbours(found, seen.positions, rule.kernel, rule.pool)
+        if len(found) > 1:
+            take(seen.view.layer, pooled.gather(1, seen.positions.argsort(1)))
+        return found
 
     def retain(self: Any, seen: Observation, state: State) -> tuple[Keep, State]:
         for name, scores in state.items():
@@ -295,7 +300,7 @@ def _watched(policy: Policy, take: Callable[[int, Tensor], None]) -> Policy:
         kept: tuple[Keep, State] = kind.retain(self, seen, state)
         return kept
 
-    told = {"retain": retain} if policy.reads_again else {"keep_adaptive": keep_adaptive}
+    told = {"retain": retain} if policy.reads_again else {"score": score}
     watched: Policy = type(kind.__name__, (kind,), told)(
         **{each.name: getattr(policy, each.name) for each in fields(policy)}
     )

@@ -23,6 +23,7 @@ from pyramidinfer.lab.shapes import empty_shape, make_model
 from pyramidinfer.models import ModelRunner
 from pyramidinfer.models.loading import empty_model, load_model
 from pyramidinfer.policies import Policy
+from pyramidinfer.policies.base import asks_for_profile
 from pyramidinfer.policies.registry import make_policy, parse_spec
 from pyramidinfer.types import SamplingParams, TokenIds
 
@@ -186,7 +187,7 @@ class Rig:
     def _bound(self, spec: str) -> Policy:
         if spec not in self._policies:
             chosen = self.setting.policy(spec)
-            if chosen.wants_profile:
+            if asks_for_profile(chosen):
                 least = Layout.least_bytes(self.runner.group_specs(), EngineConfig().page_size)
                 chosen = Engine(self.shared, chosen, EngineConfig(kv_memory=least)).policy
             self._policies[spec] = chosen
