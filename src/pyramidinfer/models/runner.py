@@ -6,6 +6,8 @@ into one flat row ``[rows, hidden]`` per layer.  Policies, cache and attention m
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -30,6 +32,11 @@ from pyramidinfer.types import AttentionShape, Keep, Layers, Observation, Querie
 
 __all__ = ["ModelRunner", "Stepped"]
 
+
+def _no_span(name: str) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
 READ = 64  # logits of a prompt that are held at a time
 
 
@@ -40,6 +47,8 @@ class ModelRunner:
     ``ValueError`` for an unsupported family or layer feature.  The model object stays usable and
     in its mode (it runs without dropout even in training mode), unless it is given away (``own``):
     then weights that are packed are freed.
+    ``span``: for profilers; entered by name around what choosing entries takes, ``"retain"`` at a
+    layer's end in prefill and ``"evict"`` while decoding.
     """
 
     def __init__(
@@ -74,6 +83,7 @@ class ModelRunner:
         self.decoder = fuse(plain, self.shapes, self.chosen.ops, own=own)
         self._graphs: WeakKeyDictionary[Pool, DecodeGraphs] = WeakKeyDictionary()
         self.end_ids = end_ids(model)
+        self.span: Callable[[str], AbstractContextManager[None]] = _no_span
         self.every_output = False  # the last layer's too, though the head reads last tokens alone
         self.scales: list[Scale | None] = [None] * depth  # known once a layer has run
         attentions: list[Any] = [getattr(layer, self.family.attention) for layer in originals]
@@ -176,7 +186,8 @@ class ModelRunner:
                 self._store(segments, out, start)
             for index, work in enumerate(works):
                 if work.prefill.layer == layer and work.prefill.left == 0:
-                    tail = self._finish_layer(pool, work.prefill)
+                    with self.span("retain"):
+                        tail = self._finish_layer(pool, work.prefill)
                     if tail is not None:
                         last[index] = tail
         return hidden
@@ -393,7 +404,8 @@ class ModelRunner:
             if sequence.idle:
                 sequence.idle -= 1
             else:
-                self._evict(pool, sequence)
+                with self.span("evict"):
+                    self._evict(pool, sequence)
         if sequence.policy.streams:
             self.streaming.close_gaps(pool, sequence)
             self.streaming.make_room(pool, sequence, 1)

@@ -1,7 +1,7 @@
 """What choosing tokens costs: window scores, ranking, gathering and compaction, on a clock.
 
 The paper says of its own method that it gains nothing at small batch, because this costs what it
-saves.  Here a pass is run with clocks around everything that a full cache does without.
+saves.  Here a pass is run with a clock around everything that a full cache does without.
 """
 
 from __future__ import annotations
@@ -17,105 +17,84 @@ import torch
 from pyramidinfer.engine.engine import Engine
 from pyramidinfer.lab.bench.setting import run_pass
 from pyramidinfer.lab.bench.timing import synchronize
-from pyramidinfer.models.device import Device
 from pyramidinfer.types import TokenIds
 
 __all__ = ["measure_selection"]
 
 
 class Clock:
-    """Seconds spent in the outermost of the functions it was put around."""
+    """Seconds spent in the outermost of the spans that were entered, by name.
+
+    ``extra``: spent for the sake of the measurement.
+    """
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.seconds, self.extra, self._deep = device, 0.0, 0.0, False
+        self.device, self.extra, self._inside = device, 0.0, False
+        self.seconds: dict[str, float] = dict.fromkeys(("scores", "retain", "evict"), 0.0)
 
-    def around(self, work: Callable[..., Any]) -> Callable[..., Any]:
-        def timed(*given: Any, **options: Any) -> Any:
-            if self._deep:
-                return work(*given, **options)
-            self._deep = True
-            try:
-                done, seconds = self._run(work, *given, **options)
-                self.seconds += seconds
-                return done
-            finally:
-                self._deep = False
+    @contextmanager
+    def span(self, name: str) -> Iterator[None]:
+        if self._inside:
+            yield
+            return
+        self._inside, start = True, self.now()
+        try:
+            yield
+        finally:
+            self.seconds[name] += self.now() - start
+            self._inside = False
 
-        return timed
-
-    def beyond(
-        self, work: Callable[..., Any], plain: Callable[..., Any], shared: int
-    ) -> Callable[..., Any]:
-        """Count what ``work`` takes longer than ``plain`` on its first ``shared`` arguments."""
-
-        def timed(*given: Any) -> Any:
-            _, without = self._run(plain, *given[:shared])
-            done, seconds = self._run(work, *given)
-            self.seconds += seconds - without
-            self.extra += without
-            return done
-
-        return timed
-
-    def _run(self, work: Callable[..., Any], *given: Any, **options: Any) -> tuple[Any, float]:
+    def now(self) -> float:
         synchronize(self.device)
-        start = time.perf_counter()
-        done = work(*given, **options)
-        synchronize(self.device)
-        return done, time.perf_counter() - start
+        return time.perf_counter()
 
 
 class TimedBackend:
     """A backend whose scores are on a clock; everything else is the ``inner`` backend's."""
 
     def __init__(self, inner: Any, clock: Clock) -> None:
-        self.inner = inner
-        self.window_scores = clock.around(inner.window_scores)
-        self.column_sums = clock.around(inner.column_sums)
-        scored = inner.prefill_scored
-        self.prefill_scored = scored and clock.beyond(scored, inner.prefill, shared=6)
+        self.inner, self.clock = inner, clock
+        self.window_scores = self._timed(inner.window_scores)
+        self.column_sums = self._timed(inner.column_sums)
+        self.prefill_scored = inner.prefill_scored and self._scored
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
 
+    def _timed(self, work: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*given: Any, **options: Any) -> Any:
+            with self.clock.span("scores"):
+                return work(*given, **options)
+
+        return timed
+
+    def _scored(self, *given: Any) -> Any:
+        """``prefill_scored``, of which only what it takes longer than ``prefill`` counts."""
+        clock, start = self.clock, self.clock.now()
+        self.inner.prefill(*given[:6])
+        middle = clock.now()
+        done = self.inner.prefill_scored(*given)
+        clock.seconds["scores"] += clock.now() - middle - (middle - start)
+        clock.extra += middle - start
+        return done
+
 
 def measure_selection(engine: Engine, prompts: list[TokenIds], output_len: int) -> dict[str, float]:
     """Seconds of selection in a pass, as shares of its prefill and of its decoding."""
-    prefill, decode = Clock(engine.runner.device), Clock(engine.runner.device)
-    with _clocks(engine, prefill, decode):
+    runner, clock = engine.runner, Clock(engine.runner.device)
+    chosen, span = runner.chosen, runner.span
+    timed: Any = TimedBackend(chosen.attention, clock)
+    runner.chosen, runner.span = replace(chosen, attention=timed), clock.span
+    try:
         run = run_pass(engine, prompts, output_len)
-    before = run.prefill_seconds - prefill.extra
+    finally:
+        runner.chosen, runner.span = chosen, span
+    prefill, decode = clock.seconds["scores"] + clock.seconds["retain"], clock.seconds["evict"]
+    before = run.prefill_seconds - clock.extra
     after = run.seconds - run.prefill_seconds
     return {
-        "prefill_seconds": prefill.seconds,
-        "prefill_share": prefill.seconds / before,
-        "decode_seconds": decode.seconds,
-        "decode_share": decode.seconds / after if after > 0 else 0.0,
+        "prefill_seconds": prefill,
+        "prefill_share": prefill / before,
+        "decode_seconds": decode,
+        "decode_share": decode / after if after > 0 else 0.0,
     }
-
-
-@contextmanager
-def _clocks(engine: Engine, prefill: Clock, decode: Clock) -> Iterator[None]:
-    runner: Any = engine.runner
-    chosen = runner.chosen
-    runner.chosen = replace(chosen, attention=TimedBackend(chosen.attention, prefill))
-    runner._finish_layer = prefill.around(runner._finish_layer)
-    runner._evict = decode.around(_untimed(runner, chosen, runner._evict))
-    try:
-        yield
-    finally:
-        runner.chosen = chosen
-        del runner._finish_layer, runner._evict
-
-
-def _untimed(runner: Any, chosen: Device, work: Callable[..., Any]) -> Callable[..., Any]:
-    """``work`` with the plain backend: what it asks of it is on its own clock already."""
-
-    def run(*given: Any) -> Any:
-        timed, runner.chosen = runner.chosen, chosen
-        try:
-            return work(*given)
-        finally:
-            runner.chosen = timed
-
-    return run
