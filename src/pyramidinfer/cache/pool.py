@@ -14,7 +14,7 @@ the number of tables that own it; a page owned twice is copied before it is writ
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -47,7 +47,10 @@ class Exported(NamedTuple):
 
 
 class Pool:
-    """The storage of a ``Layout``, and who owns which of its pages.
+    """The storage of a ``Layout`` on one rank, and who owns which of its pages.
+
+    kv_heads : those this rank holds, of the layers ``own_layers``.  Lengths (``Table.kept``) are of
+    all heads, whoever holds them; what is read and written here is this rank's.
 
     mover : writes, moves and reads entries;  poison : what is freed becomes NaN, so that reading it
     shows (for tests).
@@ -63,11 +66,14 @@ class Pool:
     ) -> None:
         self.layout, self.device, self.mover = layout, torch.device(device), mover or Mover()
         self.page_size, self.budget = layout.page_size, layout.budget
-        self.layers, self.kv_heads = layout.layers, layout.kv_heads
+        layers, heads = layout.own
+        self.layers, self.kv_heads = layout.layers, len(heads)
+        self.own_layers, self.own_heads = layers, slice(heads.start, heads.stop)
         self.group_of, self.pages_for = layout.group_of, layout.pages_for
+        counts = layout.page_counts.reshape(len(layout.places), -1)[layout.rank]
         self.groups = [
             Group(spec, int(pages), self.page_size, self.device, layout.scores, poison)
-            for spec, pages in zip(layout.specs, layout.page_counts, strict=True)
+            for spec, pages in zip(layout.specs, counts, strict=True)
         ]
         self.tables: set[Table] = set()
         self.peak_bytes = 0  # the most all tables ever held together, as last noted
@@ -77,14 +83,16 @@ class Pool:
 
     def new_table(self, entries: int = 0) -> Table:
         """An empty table with room for ``entries`` a head before its page lists grow."""
-        table = Table.empty(self.layers, self.kv_heads, int(self.pages_for(max(entries, 1))))
+        capacity = int(self.pages_for(max(entries, 1)))
+        table = Table.empty(self.layers, self.layout.kv_heads, self.kv_heads, capacity)
         self.tables.add(table)
         return table
 
     def release(self, table: Table) -> None:
         """Give back everything a table owns; the table is dead afterwards."""
-        for layer in range(self.layers):
+        for layer in self.own_layers:
             self.shrink(table, layer, 0)
+        table.kept[:] = 0
         table.ring, table.state = None, {}
         self._overhead -= table.noted_bytes
         table.noted_bytes = 0
@@ -95,7 +103,7 @@ class Pool:
         twin = Table(table.pages.copy(), table.held.copy(), table.kept.copy(), table.seen_len)
         twin.state = {name: value.clone() for name, value in table.state.items()}
         twin.ring, twin.peak_bytes = _copy_ring(table.ring, self.device), table.peak_bytes
-        for layer in range(self.layers):
+        for layer in self.own_layers:
             self.group(layer).counts[self.owned(table, layer)] += 1
         self.tables.add(twin)
         return twin
@@ -104,7 +112,7 @@ class Pool:
 
     def append(self, table: Table, layer: int, count: int) -> Slots:
         """Claim ``count`` new entries in each head of a layer (the caller writes them next)."""
-        first = table.kept[layer].copy()
+        first = self.lens(table)[layer].copy()
         self._reserve(table, layer, first, first + count)
         entry = first[:, None] + np.arange(count)
         pages = np.take_along_axis(table.pages[layer], entry // self.page_size, 1)
@@ -116,7 +124,7 @@ class Pool:
         ``[layers, n, kv_heads]``, both int64."""
         for table in tables:
             self._claim_next(table)
-        kept = np.stack([table.kept for table in tables], axis=1)  # [layers, n, heads]
+        kept = np.stack(list(map(self.lens, tables)), axis=1)  # [layers, n, heads]
         index = kept // self.page_size
         pages = np.stack(
             [
@@ -138,7 +146,7 @@ class Pool:
 
     def _claim_next(self, table: Table) -> None:
         """Own a page for the next entry of every head whose pages are full."""
-        full = table.kept == table.held * self.page_size
+        full = self.lens(table) == table.held * self.page_size
         if not full.any():
             return
         if int(table.held[full].max()) == table.pages.shape[2]:
@@ -156,7 +164,7 @@ class Pool:
 
     def add_scores(self, table: Table, layer: int, amounts: Tensor) -> None:
         """Add ``amounts`` ``[kv_heads, longest]`` to the entries' running scores."""
-        group, kept = self.group(layer), table.kept[layer]
+        group, kept = self.group(layer), self.lens(table)[layer]
         if group.scores is None:
             raise AssertionError("this pool keeps no scores")
         self.own_front(table, layer, kept)
@@ -166,16 +174,22 @@ class Pool:
         group.scores[slots] += amounts[self._upload(head), self._upload(entry)].float()
 
     def keep(self, table: Table, layer: int, keep: Keep) -> None:
-        """Drop every entry of a layer but those of ``keep``; free empty pages."""
-        if keep.indices is None:
+        """Drop every entry of a layer but those of ``keep``; free empty pages.
+
+        Counts are of all heads, indices of all, of this rank's, or the same for all.
+        """
+        indices = keep.indices
+        if indices is None:
             return
-        group, lengths = self.group(layer), table.kept[layer]
-        kept = np.full(self.kv_heads, keep.indices.shape[1])
+        kept = np.full(self.layout.kv_heads, indices.shape[1])
         if keep.counts is not None:
             kept = keep.counts.cpu().numpy()
-        if (kept < lengths).any():
-            self.own_front(table, layer, kept)
-            self.mover.keep(group, [Stays(table.pages[layer], keep.indices, kept, lengths)])
+        group, lengths, mine = self.group(layer), self.lens(table)[layer], kept[self.own_heads]
+        if len(indices) == len(kept):
+            indices = indices[self.own_heads]
+        if (mine < lengths).any():
+            self.own_front(table, layer, mine)
+            self.mover.keep(group, [Stays(table.pages[layer], indices, mine, lengths)])
         self.shrink(table, layer, kept)
 
     @property
@@ -186,7 +200,8 @@ class Pool:
     def evicts_best(self, needs: Needs, dtype: torch.dtype) -> bool:
         """Whether ``evict_best`` can carry this eviction out."""
         rule, reduce = needs.retain, needs.reduce
-        if self.kernels is None or dtype not in DTYPES or not isinstance(rule, Best):
+        alone = len(self.layout.places) == 1  # else nobody here knows what other ranks' heads keep
+        if self.kernels is None or dtype not in DTYPES or not isinstance(rule, Best) or not alone:
             return False
         flat = (reduce.heads, reduce.rows) in (("kv_max", "max"), ("kv_mean", "mean"))
         known = rule.by in ("new", "running") or (
@@ -207,15 +222,20 @@ class Pool:
         """A copy of the keys of entries at ``places``, ``[kv_heads, n, key_dim]``."""
         return self.keys(table, layer)[:, self._entries_at(table, layer, places)]
 
-    def truncate(self, table: Table, seen_len: int) -> None:
-        """Forget every token from position ``seen_len`` on (a rejected draft, a changed turn)."""
+    def truncate(
+        self, table: Table, seen_len: int, join: Callable[[Tensor], Tensor] = lambda own: own
+    ) -> None:
+        """Forget every token from position ``seen_len`` on (a rejected draft, a changed turn).
+
+        join : makes numbers of this rank's heads into those of all ranks' heads.
+        """
         if not 0 <= seen_len <= table.seen_len:
             raise ValueError(f"seen_len={seen_len} is outside 0..{table.seen_len}")
-        for layer in range(self.layers):
+        for layer in self.own_layers:
             positions = self.positions(table, layer)
             stays = (positions >= 0) & (positions < seen_len)
             order = (~stays).to(torch.int8).argsort(dim=1, stable=True)
-            self.keep(table, layer, Keep(order, stays.sum(1)))
+            self.keep(table, layer, Keep(order, join(stays.sum(1))))
         table.seen_len = seen_len
         if table.ring is not None:
             table.ring.truncate(seen_len)
@@ -223,14 +243,15 @@ class Pool:
     def retract(self, table: Table, kept: np.ndarray) -> None:
         """``shrink`` of all layers to ``kept`` ``[layers, kv_heads]`` at once: undo appends, or end
         an eviction."""
-        wanted, slots = self.pages_for(kept), np.arange(table.pages.shape[2])
+        wanted = self.pages_for(kept[:, self.own_heads])
+        slots = np.arange(table.pages.shape[2])
         if (wanted < table.held).any():
             gone = (slots >= wanted[..., None]) & (slots < table.held[..., None])
             for number, group in enumerate(self.groups):
                 mine = self.group_of == number
                 group.drop(table.pages[mine][gone[mine]])
-        table.held[:], table.kept[:] = wanted, kept
-        for layer in range(self.layers):
+        table.held[:], table.kept[:] = np.minimum(wanted, table.held), kept
+        for layer in self.own_layers:
             if self.group(layer).poison:
                 self._poison(table, layer)
 
@@ -251,9 +272,13 @@ class Pool:
     def group(self, layer: int) -> Group:
         return self.groups[int(self.group_of[layer])]
 
+    def lens(self, table: Table) -> np.ndarray:
+        """Entries of every head that this rank holds, ``[layers, own]``."""
+        return table.kept[:, self.own_heads]
+
     def runs(self, table: Table, layer: int) -> Iterator[slice]:
         """A layer's heads in runs of neighbours that are equally long."""
-        kept, first = table.kept[layer], 0
+        kept, first = self.lens(table)[layer], 0
         for head in range(1, self.kv_heads + 1):
             if head == self.kv_heads or kept[head] != kept[first]:
                 yield slice(first, head)
@@ -272,7 +297,7 @@ class Pool:
 
         Behind a shorter head's entries: negative numbers, no two the same.
         """
-        longest = int(table.kept[layer].max())
+        longest = int(self.lens(table)[layer].max())
         beyond = -1 - torch.arange(longest, dtype=torch.int32, device=self.device)
         return self._padded(table, layer, self.group(layer).positions, beyond).long()
 
@@ -284,8 +309,8 @@ class Pool:
         return self._padded(table, layer, scores, torch.zeros((), device=self.device))
 
     def bytes(self, table: Table) -> int:
-        """Bytes of the pages a table owns."""
-        return int((table.held.sum(1) * self.layout.layer_page_bytes).sum())
+        """Bytes of the pages a table owns, those of all ranks together."""
+        return int((self.pages_for(table.kept).sum(1) * self.layout.layer_page_bytes).sum())
 
     @property
     def budget_used(self) -> int:
@@ -298,7 +323,7 @@ class Pool:
     def export(self, table: Table) -> Exported:
         """Copy a request's cache to host memory; the table still owns its pages."""
         entries = []
-        for layer in range(self.layers):
+        for layer in self.own_layers:
             pages, offsets = self._slots(table, layer)
             entries.append([each[pages, offsets].cpu() for each in self.group(layer).tensors()])
         state = {name: value.clone() for name, value in table.state.items()}
@@ -309,16 +334,17 @@ class Pool:
         """Bring an exported request back as a new table."""
         table = self.new_table(int(exported.kept.max()))
         try:
-            for layer, entries in enumerate(exported.entries):
-                kept = exported.kept[layer]
+            for layer, entries in zip(self.own_layers, exported.entries, strict=True):
+                kept = exported.kept[layer, self.own_heads]
                 self._reserve(table, layer, np.zeros_like(kept), kept)
-                table.kept[layer] = kept
+                table.kept[layer] = exported.kept[layer]
                 slots = self._slots(table, layer)
                 for storage, given in zip(self.group(layer).tensors(), entries, strict=True):
                     storage[slots] = given.to(self.device)
         except BaseException:
             self.release(table)
             raise
+        table.kept[:] = exported.kept
         table.seen_len, table.state = exported.seen_len, dict(exported.state)
         table.ring = _copy_ring(exported.ring, self.device)
         table.peak_bytes = exported.peak_bytes
@@ -326,7 +352,7 @@ class Pool:
 
     def _slots(self, table: Table, layer: int) -> tuple[Tensor, Tensor]:
         """Page and offset of every entry of a layer, its heads one after the other."""
-        kept = table.kept[layer]
+        kept = self.lens(table)[layer]
         head, entry = np.nonzero(np.arange(int(kept.max())) < kept[:, None])
         pages = table.pages[layer, head, entry // self.page_size]
         return self._upload(pages), self._upload(entry % self.page_size)
@@ -336,7 +362,9 @@ class Pool:
     def check(self) -> None:
         """Every page is free or owned, exactly as often as it is counted; none is lost."""
         for table in self.tables:
-            assert (table.held == self.pages_for(table.kept)).all(), "lengths"
+            layers = list(self.own_layers)
+            wanted = self.pages_for(self.lens(table))
+            assert (table.held[layers] == wanted[layers]).all(), "lengths"
         for number, group in enumerate(self.groups):
             owners = np.zeros_like(group.counts)
             for table in self.tables:
@@ -365,7 +393,7 @@ class Pool:
 
     def _flat(self, table: Table, layer: int, storage: Tensor, heads: slice) -> Tensor:
         """``[heads, kept, ...]`` of one tensor of a group, of heads that are equally long."""
-        lengths = table.kept[layer, heads]
+        lengths = self.lens(table)[layer, heads]
         kept = int(lengths[0])
         assert (lengths == kept).all(), "heads are not equally long: take them in runs"
         return self.mover.gather(storage, table.pages[layer, heads], kept)
@@ -375,7 +403,7 @@ class Pool:
         runs = list(self.runs(table, layer))
         if len(runs) == 1:
             return self._flat(table, layer, storage, runs[0])
-        out = beyond.expand(self.kv_heads, int(table.kept[layer].max())).clone()
+        out = beyond.expand(self.kv_heads, int(self.lens(table)[layer].max())).clone()
         for heads in runs:
             found = self._flat(table, layer, storage, heads)
             out[heads, : found.shape[1]] = found
@@ -427,7 +455,8 @@ class Pool:
 
     def shrink(self, table: Table, layer: int, kept: np.ndarray | int) -> None:
         """Free the pages beyond the first ``kept`` entries of every head of a layer."""
-        group, wanted = self.group(layer), self.pages_for(np.broadcast_to(kept, self.kv_heads))
+        kept = np.broadcast_to(kept, self.layout.kv_heads)
+        group, wanted = self.group(layer), self.pages_for(kept[self.own_heads])
         held, slots = table.held[layer], np.arange(table.pages.shape[2])
         if (wanted < held).any():
             gone = (slots >= wanted[:, None]) & (slots < held[:, None])
@@ -439,7 +468,7 @@ class Pool:
     def _poison(self, table: Table, layer: int) -> None:
         """Make what lies behind the last entry of every head unusable."""
         group = self.group(layer)
-        for head, kept in enumerate(table.kept[layer].tolist()):
+        for head, kept in enumerate(self.lens(table)[layer].tolist()):
             if kept % self.page_size:
                 page = int(table.pages[layer, head, kept // self.page_size])
                 if group.counts[page] == 1:

@@ -92,8 +92,9 @@ class Ring:
 class Table:
     """Pages and lengths of one request.
 
-    pages : ``[layers, kv_heads, capacity]`` int32, the first ``held[layer, head]`` of a row are
-    owned.  held, kept : ``[layers, kv_heads]`` int64, pages and entries in use.
+    pages : ``[layers, own, capacity]`` int32, of the KV heads this rank holds (all of them on one
+    rank); the first ``held[layer, head]`` of a row are owned.  held : ``[layers, own]`` int64,
+    pages in use.  kept : ``[layers, kv_heads]`` int64, entries of every head, on whatever rank.
     transient_bytes : hidden states and window queries of a prompt in progress, outside the pool.
     """
 
@@ -108,10 +109,10 @@ class Table:
     noted_bytes: int = 0  # of what is outside pages, when the pool last took it down
 
     @classmethod
-    def empty(cls, layers: int, kv_heads: int, capacity: int) -> Table:
+    def empty(cls, layers: int, kv_heads: int, own: int, capacity: int) -> Table:
         return cls(
-            np.zeros((layers, kv_heads, capacity), dtype=np.int32),
-            np.zeros((layers, kv_heads), dtype=np.int64),
+            np.zeros((layers, own, capacity), dtype=np.int32),
+            np.zeros((layers, own), dtype=np.int64),
             np.zeros((layers, kv_heads), dtype=np.int64),
         )
 

@@ -22,6 +22,7 @@ from pyramidinfer.cli.common import (
     Options,
     PolicyName,
     TemplateKwargs,
+    TensorParallel,
     json_object,
     names_model,
     plain_errors,
@@ -91,11 +92,13 @@ def demo(
         float | None, typer.Option(help="Share of the cache that is kept. Default: 0.3 or 0.25.")
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the picture.")] = Path("out"),
+    tensor_parallel_size: TensorParallel = 1,
 ) -> None:
     """Answer questions about long documents in one memory budget, four ways, and draw it."""
     from pyramidinfer.cli.demo import run_demo
 
-    run_demo(model, fetch, documents, length, kv_memory, keep, out)
+    ranks = {"tensor_parallel_size": tensor_parallel_size}
+    run_demo(model, fetch, documents, length, kv_memory, keep, out, ranks)
 
 
 @app.command()
@@ -134,6 +137,7 @@ def generate(
         str, typer.Option(help=f"How to attend: auto, {', '.join(BACKENDS)}.")
     ] = "auto",
     no_profile: NoProfile = False,
+    tensor_parallel_size: TensorParallel = 1,
     as_json: AsJson = False,
 ) -> None:
     """Answer one prompt with any supported local or hub model."""
@@ -163,8 +167,9 @@ def generate(
         dtype,
         device,
         backend,
-        profiling(chosen, no_profile),
         as_json,
+        profile=profiling(chosen, no_profile),
+        tensor_parallel_size=tensor_parallel_size,
     )
 
 

@@ -199,6 +199,27 @@ def memory(
 
 @bench.command()
 @plain_errors()
+def scale(
+    model: Model = None,
+    ranks: Annotated[str, typer.Option(help="Ranks to run on; a list, 1 first.")] = "1,2,4",
+    prompt_len: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 512,
+    output_len: Annotated[int, typer.Option(help="Tokens generated.")] = 16,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, …")] = "float32",
+    kv_memory: Annotated[str, typer.Option(help="Of each rank.")] = "64MiB",
+    json: Json = Path("out/scale.json"),
+) -> None:
+    """A model over several processes: memory and traffic of each, beside the formula."""
+    from pyramidinfer.lab.bench.scale import ScalePlan, run_scale
+    from pyramidinfer.lab.bench.scale_page import scale_table
+
+    sizes = numbers(ranks, int, "--ranks")
+    plan = ScalePlan(model, sizes, prompt_len, output_len, kv_memory, dtype)
+    result = run_scale(plan, _target(json))
+    _show(scale_table(result), json)
+
+
+@bench.command()
+@plain_errors()
 def kernels(
     batch: Annotated[str, typer.Option(help="Requests in a decoding step; a list.")] = "1,4,16",
     prompt_len: Annotated[

@@ -29,6 +29,7 @@ __all__ = [
     "Options",
     "PolicyName",
     "TemplateKwargs",
+    "TensorParallel",
     "check_asked",
     "defaults_of",
     "human_bytes",
@@ -91,6 +92,14 @@ NoProfile = Annotated[
         "--no-profile",
         help="For pyramid, duo and triattention: do not measure what the model's heads are like; "
         "only a profile that is known already is used.",
+    ),
+]
+TensorParallel = Annotated[
+    int,
+    typer.Option(
+        "--tensor-parallel-size",
+        help="Processes, each on a device of its own, that split every layer; --kv-memory is each "
+        "one's.",
     ),
 ]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16 or float64.")]
@@ -185,6 +194,11 @@ def plain_errors() -> Iterator[None]:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
+    except RuntimeError as error:
+        if not getattr(error, "is_told", False):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(1) from None
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         extra = next((extra for extra, packages in EXTRAS.items() if package in packages), None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ from rich.table import Table
 
 from pyramidinfer.cli.common import human_bytes
 from pyramidinfer.config import EngineConfig, parse_bytes
-from pyramidinfer.engine import Engine
+from pyramidinfer.engine import LLM, Engine
 from pyramidinfer.engine.english import ENGLISH
 from pyramidinfer.engine.tracing import trace
 from pyramidinfer.lab.asked import Question, real_questions, shipped_questions
@@ -27,7 +27,7 @@ from pyramidinfer.models import LoadedModel, ModelRunner, load_model
 from pyramidinfer.models.catalog import fetch, find_entry, find_model
 from pyramidinfer.models.loading import quiet_transformers, shipped_model
 from pyramidinfer.policies import Duo, Full, Policy, Pyramid, PyramidInfer
-from pyramidinfer.types import RequestOutput
+from pyramidinfer.types import RequestOutput, Trace
 
 __all__ = ["run_demo"]
 
@@ -99,10 +99,12 @@ def run_demo(
     kv_memory: str | None,
     keep: float | None,
     out: Path,
+    ranks: Mapping[str, Any],
 ) -> None:
     """Answer, print the table, draw ``out/pyramid.png``.
 
-    model : None is the shipped one;  wanted : a model to fetch and run on, if it can be had.
+    model : None is the shipped one;  wanted : a model to fetch and run on, if it can be had;
+    ranks : options of ``EngineConfig`` that split the model.
     """
     if wanted is not None:
         if model is not None:
@@ -121,15 +123,18 @@ def run_demo(
     console = Console()
     loaded = load_model(find_model(model) if model else shipped_model(), dtype="float32")
     questions = ask.questions(loaded.tokenizer, SEED, ask.documents, ask.length)
-    engines = _engines(ask, loaded)
     console.print(
         f"[bold]{ask.name}[/bold]: {ask.documents} documents of {ask.length} tokens ({ask.text}), "
         f"one question each, all inside [bold]{human_bytes(parse_bytes(ask.kv_memory))}[/bold] of "
         f"KV memory\n[dim]for example: … {questions[0].asked}[/dim]"
     )
-    runs = _run(console, engines, questions)
+    (shown,) = ask.questions(loaded.tokenizer, SEED + 1, 1, min(ask.length, 600))
+    traces: list[tuple[str, Trace]] = []
+    engines = _engines(ask, loaded, ranks)
+    runs = _run(console, ask, engines, questions, shown, traces)
     _show_answers(console, questions, runs)
-    picture = _draw(ask, loaded.tokenizer, engines, out / "pyramid.png")
+    words = [loaded.tokenizer.decode([token]).strip() for token in shown.prompt]
+    picture = draw_pyramid(traces[1:], words, shown.needle, out / "pyramid.png")
     figures = {run.title: _figures(run) for run in runs}
     configuration = {**asdict(ask), "model": ask.name, "text": ask.text, "seed": SEED}
     write_result(out / "demo.json", configuration, figures, model=ask.name)
@@ -137,18 +142,40 @@ def run_demo(
     console.print(f"which token is kept in which layer: [bold]{picture}[/bold]", soft_wrap=True)
 
 
-def _engines(ask: Ask, loaded: LoadedModel) -> dict[str, Engine]:
-    """One engine a way, by its title, all on the same weights; the full cache's is the first."""
-    config = EngineConfig.from_options((), kv_memory=ask.kv_memory)
-    runner = ModelRunner(loaded.model, "auto", config.prefill_chunk, own=True)
-    return {
-        title: Engine(runner, policy, config, loaded.tokenizer)
-        for title, policy in _ways(ask.keep, ask.model is None)
-    }
+def _engines(
+    ask: Ask, loaded: LoadedModel, ranks: Mapping[str, Any]
+) -> Iterator[tuple[str, Engine]]:
+    """One engine a way and its title, the full cache's first.
+
+    On one rank all have the same weights; over several a way's ranks end before the next one's
+    begin.
+    """
+    config = EngineConfig.from_options((), kv_memory=ask.kv_memory, **ranks)
+    ways = _ways(ask.keep, ask.model is None)
+    if config.ranks == 1:
+        runner = ModelRunner(loaded.model, "auto", config.prefill_chunk, own=True)
+        for title, policy in ways:
+            yield title, Engine(runner, policy, config, loaded.tokenizer)
+        return
+    for title, policy in ways:
+        model = ask.model or shipped_model()
+        llm = LLM(model, policy, kv_memory=ask.kv_memory, dtype="float32", **ranks)
+        try:
+            yield title, llm.engine
+        finally:
+            llm.close()
 
 
-def _run(console: Console, engines: dict[str, Engine], questions: Sequence[Question]) -> list[Run]:
-    """The questions one way after the other; the table of what is done, interrupted or not."""
+def _run(
+    console: Console,
+    ask: Ask,
+    engines: Iterator[tuple[str, Engine]],
+    questions: Sequence[Question],
+    shown: Question,
+    traces: list[tuple[str, Trace]],
+) -> list[Run]:
+    """The questions one way after the other, and what each keeps of the prompt that is ``shown``;
+    the table of what is done, interrupted or not."""
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -159,25 +186,14 @@ def _run(console: Console, engines: dict[str, Engine], questions: Sequence[Quest
     runs: list[Run] = []
     try:
         with bar:
-            for title, engine in engines.items():
+            for title, engine in engines:
                 task = bar.add_task(title, total=len(questions))
                 _answer(title, engine, questions, partial(bar.advance, task), runs)
+                traces.append((title, trace(engine, shown.prompt, 0, ())))
     finally:
         if runs:
-            console.print(_table(runs, next(iter(engines.values())).pool.budget))
+            console.print(_table(runs, parse_bytes(ask.kv_memory)))
     return runs
-
-
-def _draw(ask: Ask, tokenizer: Any, engines: dict[str, Engine], path: Path) -> Path:
-    """What every way but the full cache keeps of one shorter prompt."""
-    (shown,) = ask.questions(tokenizer, SEED + 1, 1, min(ask.length, 600))
-    _, *others = engines.items()
-    return draw_pyramid(
-        [(title, trace(engine, shown.prompt, 0, ())) for title, engine in others],
-        [tokenizer.decode([token]).strip() for token in shown.prompt],
-        shown.needle,
-        path,
-    )
 
 
 def _fetched(wanted: str) -> str | None:

@@ -34,13 +34,13 @@ def run_generate(
     dtype: str,
     device: str,
     backend: str,
-    profile: bool,
     as_json: bool,
+    **options: Any,
 ) -> None:
     """Stream an answer to the terminal, or print it as one JSON object.
 
     ``asked``: fields of ``SamplingParams``; what is not among them is as the model's
-    generation config says.
+    generation config says;  ``options``: of ``EngineConfig``.
     """
     check_asked(asked, generation_config)
     text = _read_prompt(prompt, prompt_file)
@@ -52,7 +52,7 @@ def run_generate(
         dtype=dtype,
         device=device,
         backend=backend,
-        profile=profile,
+        **options,
     )
     ids = _chat_ids(llm, text, template_kwargs) if chat else llm.encode(text)
     params = SamplingParams(**{**defaults_of(llm, generation_config), **asked})

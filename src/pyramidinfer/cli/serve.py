@@ -109,3 +109,5 @@ def run_serve(choice: ModelChoice, settings: ServerSettings, floor: float | None
         except EngineDied as error:
             print(f"error: {error}", file=sys.stderr)
             raise typer.Exit(1) from None
+        finally:
+            llm.close()

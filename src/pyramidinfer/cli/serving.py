@@ -18,6 +18,7 @@ from pyramidinfer.cli.common import (
     Options,
     PolicyName,
     TemplateKwargs,
+    TensorParallel,
     json_object,
     names_model,
     plain_errors,
@@ -72,6 +73,13 @@ def serve(
     backend: Backend = "auto",
     no_profile: NoProfile = False,
     threads: Threads = 0,
+    tensor_parallel_size: TensorParallel = 1,
+    rank_timeout: Annotated[
+        float | None,
+        typer.Option(
+            help="Seconds after which a rank that does not answer ends the server; default: 60.",
+        ),
+    ] = None,
     host: Annotated[
         str, typer.Option(help="Address to listen on.", rich_help_panel=SERVER)
     ] = "127.0.0.1",
@@ -302,6 +310,8 @@ def serve(
         preempt=preempt,
         elastic=elastic,
         swap_memory=swap_memory,
+        tensor_parallel_size=tensor_parallel_size,
+        rank_timeout=rank_timeout,
     )
     names = None if policies is None else tuple(each.strip() for each in policies.split(","))
     settings = ServerSettings(
@@ -365,6 +375,7 @@ def chat(
     backend: Backend = "auto",
     no_profile: NoProfile = False,
     threads: Threads = 0,
+    tensor_parallel_size: TensorParallel = 1,
     system: Annotated[str | None, typer.Option(help="A system prompt.")] = None,
     max_tokens: Annotated[
         int | None, typer.Option(help="Tokens of an answer at most; default: the model's, or 256.")
@@ -398,6 +409,7 @@ def chat(
         no_profile,
         kv_memory=kv_memory,
         reuse_share=1.0,
+        tensor_parallel_size=tensor_parallel_size,
     )
     run_chat(
         choice,
@@ -421,6 +433,7 @@ def batch(
     backend: Backend = "auto",
     no_profile: NoProfile = False,
     threads: Threads = 0,
+    tensor_parallel_size: TensorParallel = 1,
     max_requests: MaxRequests = 64,
     served_model_name: Annotated[
         str,
@@ -448,5 +461,6 @@ def batch(
         kv_memory=kv_memory,
         max_requests=max_requests,
         reuse_share=0.0,
+        tensor_parallel_size=tensor_parallel_size,
     )
     run_batch(choice, source, target, served_model_name, generation_config)

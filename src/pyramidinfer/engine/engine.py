@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Items
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property, partial
 from typing import Any
 
@@ -31,6 +32,7 @@ from pyramidinfer.engine.undo import Undo
 from pyramidinfer.models import ModelRunner, Prefill
 from pyramidinfer.models.batch import Batch
 from pyramidinfer.models.fingerprint import fingerprint
+from pyramidinfer.models.ranks import ALONE, Ranks
 from pyramidinfer.models.runner import Stepped
 from pyramidinfer.native.forks import watch_forks
 from pyramidinfer.policies import KVzip, Policy
@@ -60,13 +62,14 @@ class Engine:
         backend: str = "auto",
         *,
         own: bool = False,
+        ranks: Ranks = ALONE,
     ) -> None:
         watch_forks()
         self.config, self.policy = config, policy
         if isinstance(model, ModelRunner):
             self.runner = model
         else:
-            self.runner = ModelRunner(model, backend, config.prefill_chunk, own=own)
+            self.runner = ModelRunner(model, backend, config.prefill_chunk, own=own, ranks=ranks)
         device = self.runner.device
         check_plan(self.runner, policy, config, device)
         layout = Layout(
@@ -74,6 +77,8 @@ class Engine:
             config.budget,
             config.page_size,
             scores=policy.uses_scores or config.slot_scores,
+            places=self.runner.places,
+            rank=self.runner.ranks.index,
         )
         self.pool = Pool(layout, device, mover=self.runner.chosen.mover)
         self.ledger = Ledger(layout, self.runner)
@@ -131,17 +136,19 @@ class Engine:
         to be had, which the policy's ``check`` then tells of.  ``ValueError`` where a profile is
         given that is of other weights.
         """
-        find = ensure_profile if measure and self.config.profile else find_profile
 
         def profile() -> Profile | None:
             if self._profile is None:
-                self._profile = find(self.shared)
+                self._profile = self._known_profile(measure and self.config.profile)
             return self._profile
 
         def check(given: Profile) -> None:
             given.check_model(self._fingerprint)
 
         return policy.bind(Facts(profile, check, partial(encoder_of, self.tokenizer)))
+
+    def _known_profile(self, measure: bool) -> Profile | None:
+        return (ensure_profile if measure else find_profile)(self.shared)
 
     @cached_property
     def _fingerprint(self) -> Fingerprint:
@@ -181,11 +188,15 @@ class Engine:
         text.  The old request object is used up.
         """
         turn = holding.next_turn(self.maker, request, tokens, params, protect, hold)
+        self._go_on(request, turn)
+        return turn
+
+    def _go_on(self, request: Request, turn: Request) -> None:
+        """Queue a turn with the cache that a request holds."""
         turn.take(request.table, request)
         request.cache, request.hold = None, False
         turn.reserved, request.reserved = request.reserved, None
         self.submit(turn)
-        return turn
 
     def branch(
         self, request: Request, tokens: TokenIds, params: SamplingParams, *, protect: Spans = ()
@@ -357,38 +368,59 @@ class Engine:
 
     def _commit(self, plan: Plan, stepped: Stepped, committed: set[Request]) -> list[Request]:
         """Sample a token for every request that got logits; end those that are done."""
-        begun = [request for request, work in plan.prefill if work.prefill.finished]
         highest, best = stepped.logits.max(-1)  # NaN is higher than any number
         likeliest, broken = best.tolist(), (~highest.isfinite()).tolist()
         ended = []
         following = 0
-        for index, request in enumerate(plan.decode + begun):
+        for index, request in enumerate(plan.decode + plan.begun):
             row, following = following, following + request.rows
             if index < len(plan.decode):
-                assert stepped.decoding is not None
-                self.runner.commit(self.pool, request, stepped.decoding, row)
-            if request.scoring is not None:
-                request.scoring.add(stepped.logits[row:following], likeliest[row:following])
-                committed.add(request)
-                if self._score_on(request, request.scoring):
-                    ended.append(request)
-                continue
-            last = following - 1
-            samples = self._split(request) if request.prefill is not None else []
-            for each in (request, *samples):
-                reason: str | None = "error" if broken[last] else None
-                if reason is None:
-                    reason = self._sample(each, stepped.logits[last], likeliest[last])
-                else:
-                    each.error = "the model's logits are not finite numbers (NaN or infinity)"
-                committed.add(each)
-                if each.prefill is not None:
-                    self._prefilled(each, each.prefill, samples)
-                if reason:
-                    self.scheduler.remove(each)
-                    self._end(each, reason)
-                    ended.append(each)
+                self._advance(request, stepped, row)
+            rows = slice(row, following)
+            ended += self._settle(
+                request, stepped.logits[rows], likeliest[rows], broken[rows], committed
+            )
         return ended
+
+    def _advance(self, request: Request, stepped: Stepped, row: int) -> None:
+        """Count a decoding request's token in, and evict what is due."""
+        assert stepped.decoding is not None
+        self.runner.commit(self.pool, request, stepped.decoding, row)
+
+    def _settle(
+        self,
+        request: Request,
+        logits: Tensor,
+        likeliest: TokenIds,
+        broken: list[bool],
+        committed: set[Request],
+    ) -> list[Request]:
+        """What a request's logits ``[rows, vocab]`` mean for it and for samples that waited for
+        it; those that ended with that."""
+        if request.scoring is not None:
+            request.scoring.add(logits, likeliest)
+            committed.add(request)
+            return [request] if self._score_on(request, request.scoring) else []
+        samples, ended = self._split(request) if request.prefill is not None else [], []
+        for each in (request, *samples):
+            reason = self._choose(each, logits[-1:], likeliest[-1:], broken[-1:])
+            committed.add(each)
+            if each.prefill is not None:
+                self._prefilled(each, each.prefill, samples)
+            if reason:
+                self.scheduler.remove(each)
+                self._end(each, reason)
+                ended.append(each)
+        return ended
+
+    def _choose(
+        self, request: Request, logits: Tensor, likeliest: TokenIds, broken: list[bool]
+    ) -> str | None:
+        """A request's next token from its logits ``[1, vocab]``; why it ends with that, or None."""
+        if broken[0]:
+            request.error = "the model's logits are not finite numbers (NaN or infinity)"
+            return "error"
+        return self._sample(request, logits[0], likeliest[0])
 
     def _sample(self, request: Request, logits: Tensor, likeliest: int) -> str | None:
         """Choose a request's next token; why it ends with that, or None."""
@@ -481,6 +513,22 @@ class Engine:
         ends = self.end_ids.union(request.stop_ids).difference(request.params.stop_token_ids)
         ended = reason == "stop" and request.output[-1] in ends
         return request.output[:-1] if ended else request.output
+
+    # --- ranks --------------------------------------------------------------------------------
+
+    def together(self, name: str, *values: Any) -> AbstractContextManager[None]:
+        """What is done in this is done by all ranks of the model (``engine/ranks.py``)."""
+        return nullcontext()
+
+    def check_alive(self) -> None:
+        """``RanksError`` where some rank of the model is lost."""
+
+    def when_broken(self, tell: Callable[[str], None]) -> None:
+        """Have a function called, in any thread, with the reason once nothing can be done any
+        longer."""
+
+    def close(self) -> None:
+        """End the model's other ranks; nothing can be done with it afterwards."""
 
     # --- answers ------------------------------------------------------------------------------
 

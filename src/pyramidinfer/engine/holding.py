@@ -71,7 +71,7 @@ def truncate(shared: Shared, request: Request, seen_len: int) -> None:
                 f"cannot go back to {seen_len} tokens: layer {layer} keeps its window only, "
                 f"from position {oldest} on"
             )
-    pool.truncate(table, seen_len)
+    pool.truncate(table, seen_len, lambda own: runner.ranks.join(own, runner.kv_heads))
     if request.policy.streams:
         runner.streaming.forget(table)
         runner.streaming.close_gaps(pool, request)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 import os
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -16,11 +17,13 @@ from pyramidinfer.engine.checks import check_plan
 from pyramidinfer.engine.defaults import sampling_defaults
 from pyramidinfer.engine.engine import Engine
 from pyramidinfer.engine.prefix import Prefix
+from pyramidinfer.engine.ranks import check_sent, split_llm
 from pyramidinfer.engine.request import Request, Scoring
 from pyramidinfer.engine.tracing import trace
 from pyramidinfer.models import ModelRunner
 from pyramidinfer.models.catalog import find_model
 from pyramidinfer.models.loading import empty_model, load_model
+from pyramidinfer.models.ranks import check_heads
 from pyramidinfer.policies import Policy, make_policy
 from pyramidinfer.types import RequestOutput, SamplingParams, Score, TokenIds, Trace
 
@@ -61,6 +64,9 @@ class LLM:
     backend : how to attend: ``"auto"`` (the fastest the device has), ``"cpu"`` (C++), ``"triton"``
         or ``"reference"`` (plain torch).
     options : fields of ``EngineConfig`` (``page_size``, ``max_requests``, ``step_tokens``, …).
+        With ``tensor_parallel_size`` above 1 a process is started for each further rank (under
+        ``torchrun`` they are there already, and those above 0 end with this call); ``close`` or the
+        end of this object ends them.
 
     Raises ``ValueError`` for anything that cannot be used, before memory is taken.
     """
@@ -80,24 +86,39 @@ class LLM:
     ) -> None:
         config = EngineConfig.from_options(ARGUMENTS, kv_memory=kv_memory, **options)
         chosen = make_policy(policy, keep)
+        if config.ranks > 1:
+            check_sent(model, chosen)
         if not isinstance(model, nn.Module):
             model = find_model(os.fspath(model))
             empty, place = empty_model(model, dtype, device)
             weights = sum(each.nbytes for each in empty.parameters())
             select_backend(backend, place)  # refuses at once
-            check_plan(ModelRunner(empty, "reference"), chosen, config, place, weights)
-        loaded = load_model(model, tokenizer, dtype, device)
+            runner = ModelRunner(empty, "reference")
+            check_heads(config.tensor_parallel_size, runner.shapes[0])
+            check_plan(runner, chosen, config, place, weights // config.ranks)
+        if config.ranks > 1:
+            sent = {"kv_memory": kv_memory, "backend": backend, **options}
+            loaded, self.engine = split_llm(
+                str(model), chosen, config, tokenizer, dtype, device, sent
+            )
+        else:
+            loaded = load_model(model, tokenizer, dtype, device)
+            self.engine = Engine(
+                loaded.model,
+                chosen,
+                config,
+                loaded.tokenizer,
+                backend,
+                own=not isinstance(model, nn.Module),
+            )
+        weakref.finalize(self, self.engine.close)
         self.tokenizer = loaded.tokenizer
         self.name, self.dtype, self.device = loaded.name, loaded.dtype, loaded.device
         self._generation_config = getattr(loaded.model, "generation_config", None)
-        self.engine = Engine(
-            loaded.model,
-            chosen,
-            config,
-            loaded.tokenizer,
-            backend,
-            own=not isinstance(model, nn.Module),
-        )
+
+    def close(self) -> None:
+        """End the model's other ranks; nothing can be done with it afterwards."""
+        self.engine.close()
 
     @property
     def policy(self) -> Policy:

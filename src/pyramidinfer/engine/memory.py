@@ -103,17 +103,18 @@ class Ledger:
                 kept[layer] = np.minimum(kept[layer], most)
                 whole[layer] = np.minimum(whole[layer], most)
         final, before = self._pages(whole if reread else kept, total), self._pages(base)
-        arriving = layout.pages_for(base + reach[:, None]).sum(1)
+        arriving = np.maximum(final, self._pages(base + reach[:, None]))
+        rereading = self._pages(whole + reread)
         worst = np.zeros_like(layout.page_counts)
         for layer in range(
             layers.count
         ):  # layers before it are cut already, this one is in progress
             pages = np.where(np.arange(layers.count) <= layer, final, before)
-            pages[layer] = max(final[layer], arriving[layer])
+            pages[:, layer] = arriving[:, layer]
             worst = np.maximum(worst, layout.by_group(pages))
             if reread:
                 pages = final.copy()
-                pages[layer] = layout.pages_for(whole[layer] + reread).sum()
+                pages[:, layer] = rereading[:, layer]
                 worst = np.maximum(worst, layout.by_group(pages))
         lasting, transient = self._overhead(policy, new, max_new, layers, reach, base, reread)
         transient += forecast.working_bytes
@@ -128,11 +129,12 @@ class Ledger:
         return Cost(worst, max(size, settled.bytes), settled)
 
     def _pages(self, entries: np.ndarray, total: np.ndarray | None = None) -> np.ndarray:
-        """Pages a layer of so many entries a head ``[layers, kv_heads]``, which are no more than
-        ``total`` a layer."""
-        pages: np.ndarray = self.layout.pages_for(entries).sum(1)
+        """Pages by rank and layer, ``[ranks, layers]``, of so many entries a head ``[layers,
+        kv_heads]``, which are no more than ``total`` a layer."""
+        layout = self.layout
+        pages = layout.by_layer(layout.pages_for(entries))
         if total is not None:  # every head may have one page that is not full
-            pages = np.minimum(pages, total // self.layout.page_size + entries.shape[1])
+            pages = np.minimum(pages, total // layout.page_size + layout.heads_by_layer)
         return pages
 
     def decode_cost(
@@ -147,7 +149,7 @@ class Ledger:
         layout, pages = self.layout, self._pages(entries, total)
         groups = layout.by_group(pages)
         if in_all is not None:
-            heads = layout.by_group(np.ones_like(pages)) * entries.shape[1]
+            heads = layout.by_group(layout.heads_by_layer)
             groups = np.minimum(groups, in_all // layout.page_size + heads)
         size = layout.bytes_of(groups) + overhead
         return Cost(groups, size, None, entries, overhead)
@@ -183,14 +185,15 @@ class Ledger:
         """Bytes outside pages: (ring and state, hidden states and window queries of a prompt)."""
         runner, item = self.runner, int(self.runner.dtype.itemsize)
         high = int(accumulate_dtype(runner.dtype).itemsize)
-        heads = max(shape.heads for shape in runner.shapes)
-        key_dim = max(shape.key_dim for shape in runner.shapes)
+        shapes = list(map(runner.ranks.own, runner.shapes))
+        heads = max(shape.heads for shape in shapes)
+        key_dim = max(shape.key_dim for shape in shapes)
         most = base.max(1)
         total = new + int(most[layers.first])
         rows = policy.ring(total, max_new)
         ring = rows * (layers.count * heads * (key_dim * item + high) + 8)
         state = policy.start(layers)
-        kv_heads = int(max(shape.kv_heads for shape in runner.shapes))
+        kv_heads = int(max(shape.kv_heads for shape in shapes))
 
         def going(phase: Phase, reach: np.ndarray, base: np.ndarray) -> int:
             window = columns = moments = 0
@@ -218,7 +221,7 @@ class Ledger:
         """Bytes of the copies a streaming request keeps of keys that are rotated, of so many
         tokens."""
         runner = self.runner
-        sizes = (runner.shapes[layer] for layer in runner.streaming.layers)
+        sizes = (runner.ranks.own(runner.shapes[layer]) for layer in runner.streaming.layers)
         keys = sum(shape.kv_heads * shape.key_dim for shape in sizes)
         return count * (keys * int(runner.dtype.itemsize) + 16) + 8
 
@@ -241,8 +244,9 @@ class Ledger:
 
     def how_many(self, cost: Cost) -> int:
         """Requests of this cost that could be let in if nothing else were."""
-        pages = self.layout.page_counts // np.maximum(cost.pages, 1)
-        return min(int(pages.min()), self.layout.budget // max(cost.bytes, 1))
+        wanted = cost.pages > 0
+        pages: list[int] = (self.layout.page_counts[wanted] // cost.pages[wanted]).tolist()
+        return min([*pages, self.layout.budget // max(cost.bytes, 1)])
 
     def check_fits(self, cost: Cost, prompt: int, max_new: int, samples: int = 1) -> None:
         """``ContextLengthError`` for a request that could never be let in."""
@@ -258,7 +262,7 @@ class Ledger:
 
     def held(self, table: Table) -> Cost:
         """What a finished request needs whose cache is kept."""
-        used = self.layout.by_group(table.held.sum(1))
+        used = self.layout.by_group(self._pages(table.kept))
         return Cost(used, self.layout.bytes_of(used) + table.extra_bytes)
 
     def reserve(self, holder: Reserved, cost: Cost | None) -> None:

@@ -270,8 +270,10 @@ def _pool_for(shared: Shared, longest: int) -> Pool:
     """Room for a passage and what is read behind it, together ``longest`` tokens."""
     specs, page = shared.pool.layout.specs, shared.config.page_size
     smallest = Layout.smallest(specs, page)
-    layout = Layout(specs, smallest.budget * (int(smallest.pages_for(longest)) + 1), page)
-    return Pool(layout, shared.runner.device, mover=shared.pool.mover)
+    runner, old = shared.runner, shared.pool.layout
+    budget = smallest.budget * (int(smallest.pages_for(longest)) + 1)
+    layout = Layout(specs, budget, page, places=old.places, rank=old.rank)
+    return Pool(layout, runner.device, mover=shared.pool.mover)
 
 
 @contextmanager

@@ -23,7 +23,6 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from pyramidinfer.cache import Pool
 from pyramidinfer.engine.memory import Cost
 from pyramidinfer.engine.readings import is_long
 from pyramidinfer.engine.request import Request
@@ -96,24 +95,24 @@ class _Found(NamedTuple):
     is_free: bool
 
 
-def _look(pool: Pool, held: Sequence, layers: Layers, protected: Tensor) -> _Found:
+def _look(shared: Shared, held: Sequence, layers: Layers, protected: Tensor) -> _Found:
     """See ``_Found``; of the layers that are ``governed``."""
-    length, cut, shared = held.table.seen_len, [], []
+    length, cut, same = held.table.seen_len, [], []
     for layer, governed in enumerate(layers.governed):
-        places = pool.positions(held.table, layer)
+        places = shared.runner.positions(shared.pool, held.table, layer)
         there = torch.zeros(len(places), length + 1, dtype=torch.bool, device=places.device)
         there.scatter_(1, torch.where(places < 0, length, places), True)
         there = there[:, :length]
-        shared.append(bool((there == there[:1]).all()))
+        same.append(bool((there == there[:1]).all()))
         if governed:
             cut.append(there[~there.all(1)])
     rows = torch.cat(cut) if cut else torch.zeros(0, length, dtype=torch.bool)
     if not len(rows):
-        return _Found(tuple(shared), 0, 0, False)
+        return _Found(tuple(same), 0, 0, False)
     sinks, recent = (int(each.int().cumprod(1).sum(1).min()) for each in (rows, rows.flip(1)))
     fixed = protected.to(rows.device).clone()
     fixed[:sinks] = fixed[length - recent :] = True
-    return _Found(tuple(shared), sinks, recent, bool((rows.sum(1) > fixed.sum()).any()))
+    return _Found(tuple(same), sinks, recent, bool((rows.sum(1) > fixed.sum()).any()))
 
 
 class Recompression:
@@ -159,7 +158,7 @@ class Recompression:
             raise ValueError(f"entries of policy {old.name!r} cannot be exchanged")
         if held.table.seen_len < reader.min_text:
             raise ValueError(f"its text has fewer than {reader.min_text} tokens")
-        found = _look(self.shared.pool, held, layers, protected)
+        found = _look(self.shared, held, layers, protected)
         if not found.is_free:
             raise ValueError("no head could keep other entries than it does")
         counts = tuple(held.table.lens(layer) for layer in range(layers.count))

@@ -82,8 +82,8 @@ class Conversations:
         table, pool = held.table, self.shared.pool
         self._pages = self._pages + sign * held.reserved.pages
         self._bytes += sign * held.reserved.bytes
-        for layer, group in enumerate(pool.group_of.tolist()):
-            owners, pages = self._owners[group], pool.owned(table, layer)
+        for layer in pool.own_layers:
+            owners, pages = self._owners[pool.group_of[layer]], pool.owned(table, layer)
             before = int(np.count_nonzero(owners[pages]))
             owners[pages] += sign
             self.page_count += int(np.count_nonzero(owners[pages])) - before

@@ -52,6 +52,11 @@ class Plan(NamedTuple):
     decode: list[Request]
     prefill: list[tuple[Request, Work]]
 
+    @property
+    def begun(self) -> list[Request]:
+        """Once it was run: requests whose prompt came to its end."""
+        return [request for request, work in self.prefill if work.prefill.finished]
+
 
 @dataclass
 class Counts:
@@ -82,8 +87,6 @@ class Scheduler:
         self.preempted: list[Request] = []
         self.moving: Request | None = None
         self.counts = Counts()
-        groups = np.arange(len(self.pool.groups))
-        self._member = (self.pool.group_of[:, None] == groups).astype(np.int64)  # [L, groups]
         self._trimmed: list[Request] = []  # expected to need more than is reserved
 
     @property
@@ -240,8 +243,9 @@ class Scheduler:
         """Those that the next step may take beyond their reservation."""
         if not self.running:
             return []
-        kept = np.stack([each.table.kept for each in self.running])  # [R, layers, heads]
-        need = (kept // self.pool.page_size + 1).sum(2) @ self._member
+        layout, kept = self.pool.layout, [each.table.kept for each in self.running]
+        pages = [layout.by_layer(each // layout.page_size + 1) for each in kept]
+        need = np.stack(list(map(layout.by_group, pages)))
         reserved = np.stack([each.reserved.pages for each in self.running if each.reserved])
         return [self.running[row] for row in np.nonzero((need > reserved).any(1))[0]]
 

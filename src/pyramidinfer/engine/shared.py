@@ -75,7 +75,7 @@ class Shared:
         request.protected = torch.arange(length + scored, device=device) >= length
         for start, stop in request.protect:
             request.protected[start:stop] = True
-        table, shape = request.table, runner.shapes[0]
+        table, shape = request.table, runner.ranks.own(runner.shapes[0])
         new = request.text[table.seen_len :]
         if request.policy.streams:
             runner.streaming.make_room(self.pool, request, len(new))

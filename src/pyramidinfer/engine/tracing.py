@@ -21,6 +21,13 @@ def trace(
     """See :meth:`pyramidinfer.LLM.trace`.  Every generated token is fed, the last one too."""
     if type(max_tokens) is not int or max_tokens < 0:
         raise ValueError(f"max_tokens={max_tokens!r} must be a whole number of at least 0")
+    with engine.together("trace", prompt, max_tokens, protect):
+        return _traced(engine, prompt, max_tokens, protect)
+
+
+def _traced(
+    engine: Engine, prompt: TokenIds, max_tokens: int, protect: Items[tuple[int, int]]
+) -> Trace:
     params = SamplingParams(max_tokens=max_tokens + 1, ignore_eos=True)
     request = engine.make(prompt, params, protect=protect)
     if request.max_new < max_tokens:
@@ -51,7 +58,7 @@ def _run(engine: Engine, request: Request, max_tokens: int) -> Trace:
 
     def positions() -> list[list[Tensor]]:
         return [
-            [head[head >= 0].sort().values for head in pool.positions(table, layer)]
+            [head[head >= 0].sort().values for head in runner.positions(pool, table, layer)]
             for layer in range(runner.depth)
         ]
 

@@ -21,6 +21,7 @@ from typing import NamedTuple, Protocol
 import torch
 
 from pyramidinfer.engine.engine import Engine
+from pyramidinfer.engine.launch import RanksError
 from pyramidinfer.engine.request import Request
 from pyramidinfer.native.forks import set_threads
 from pyramidinfer.types import KVUsage, Logprob, TokenIds
@@ -152,6 +153,8 @@ class AsyncEngine:
         self.stats = engine.stats()  # the engine as it was when this thread last looked
         self._stopping = False
         self.died = False  # ended by something raised, not by ``stop``
+        self.why = "the engine's thread has ended with an error, which the log has"
+        engine.when_broken(lambda _: self.tell(self.engine.check_alive))
         self._last_end = time.monotonic()
         self._threads = torch.get_num_threads()
         self._beat = time.monotonic()
@@ -276,6 +279,10 @@ class AsyncEngine:
         set_threads(self._threads)  # OpenMP counts for every thread that calls it
         try:
             self._loop()
+        except RanksError as error:
+            self.why = str(error)
+            log.error("%s", error)
+            self._die()
         except BaseException:  # a panic in a library of Rust is no Exception
             log.exception("the engine's thread has ended")
             self._die()
@@ -295,7 +302,7 @@ class AsyncEngine:
         for stream in self._live:
             for index, each in enumerate(stream.followed):
                 if not each.ended:
-                    error = each.request.error or "the engine has stopped"
+                    error = each.request.error or f"the engine has stopped: {self.why}"
                     update = Update(index, "", [], [], "error", error, None)
                     told.setdefault(stream.loop, []).append((stream, update))
         self._live = []
@@ -363,6 +370,8 @@ class AsyncEngine:
         ]
         try:
             self.engine.step()
+        except RanksError:  # nothing can be done any longer
+            raise
         except Exception as error:
             log.exception("a step failed; its requests are tried one by one")
             try:

@@ -1,6 +1,6 @@
 """``docs/numbers.md`` from the committed results: ``python -m pyramidinfer.lab.numbers``.
 
-``docs/methods.md`` is written, too.
+``docs/methods.md`` and the tables of ``docs/scaling.md`` are written, too.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pyramidinfer.lab import methods, numbers_bench, numbers_real, numbers_serving
+from pyramidinfer.lab.bench import scale_page
 from pyramidinfer.lab.numbers_layers import icr, rac
 from pyramidinfer.lab.numbers_studies import (
     command_block,
@@ -189,7 +190,9 @@ def main() -> None:
     results = load_results()
     PAGE.write_text(render(results), encoding="utf-8")
     methods.PAGE.write_text(methods.render(results), encoding="utf-8")
-    print(f"wrote {PAGE} and {methods.PAGE}")
+    page = scale_page.PAGE.read_text(encoding="utf-8")
+    scale_page.PAGE.write_text(scale_page.render_scale(page, results["scale"]), encoding="utf-8")
+    print(f"wrote {PAGE}, {methods.PAGE} and {scale_page.PAGE}")
 
 
 if __name__ == "__main__":

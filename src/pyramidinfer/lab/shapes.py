@@ -41,6 +41,15 @@ SHAPES: dict[str, dict[str, Any]] = {
         "vocab_size": 128256,
         "rope_theta": 500_000.0,
     },
+    "llama3-70b": {
+        "hidden_size": 8192,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "intermediate_size": 28672,
+        "vocab_size": 128256,
+        "rope_theta": 500_000.0,
+    },
     "bench-200m": {
         "hidden_size": 1024,
         "num_hidden_layers": 16,

@@ -70,6 +70,7 @@ class Decoding:
     ) -> None:
         """shape : of every layer;  like : a tensor of the model's dtype, where it is."""
         self.size, self.fixed, on_gpu = size, fixed, pool.device.type == "cuda"
+        self._heads = pool.own_heads
         rows = (pool.layers, size.rows, pool.kv_heads)
         parts: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
             "tables": (torch.int32, (*rows, size.pages)),
@@ -115,7 +116,7 @@ class Decoding:
         for row, each in enumerate(sequences):
             held = int(each.table.held.max())
             host["tables"][:, row, :, :held] = each.table.pages[..., :held]
-            host["lengths"][:, row] = each.table.kept
+            host["lengths"][:, row] = each.table.kept[:, self._heads]
             host["positions"][row] = each.table.seen_len
             host["places"][row] = each.table.seen_len - each.offset
         host["pages"][:, :count], host["offsets"][:, :count] = pages, offsets

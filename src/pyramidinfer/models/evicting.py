@@ -10,12 +10,13 @@ from torch import Tensor
 
 from pyramidinfer.attention import Backend, Scale, ragged
 from pyramidinfer.cache import Pool, Table, evict_best
-from pyramidinfer.models.batch import Sequence
+from pyramidinfer.models.batch import Prefill, Sequence
+from pyramidinfer.models.ranks import Ranks
 from pyramidinfer.models.routing import runs_of
 from pyramidinfer.models.streaming import Streaming
 from pyramidinfer.types import Best, Needs, Observation, Queries, View
 
-__all__ = ["evict", "retain"]
+__all__ = ["evict", "joined_positions", "joined_scores", "retain"]
 
 FOREVER = 1 << 40  # tokens
 
@@ -26,6 +27,7 @@ def evict(
     backend: Backend,
     scales: list[Scale | None],
     streaming: Streaming,
+    ranks: Ranks,
     at_once: bool = False,
 ) -> None:
     """Every layer whose eviction is due; rules that the kernels know are carried out together.
@@ -58,8 +60,10 @@ def evict(
         if needs.window:
             scale = scales[layer]
             assert scale is not None
-            scores = _ring_scores(pool, table, layer, needs, backend, scale)
-        retain(pool, sequence, view, needs, streaming, scores)
+            ranks.check(needs)
+            scores = _ring_scores(pool, table, layer, needs, backend, scale, ranks)
+            scores = _joined(scores, view.kept_len, len(view.head_lens), needs, ranks)
+        retain(pool, sequence, view, needs, streaming, ranks, scores)
     if rules:
         evict_best(pool, table, rules, [scales[layer] for layer, *_ in rules], sequence.protected)
     sequence.idle = max(0, int(_room(sequence).min()))
@@ -78,16 +82,22 @@ def retain(
     view: View,
     needs: Needs,
     streaming: Streaming,
+    ranks: Ranks,
     scores: Tensor | None = None,
     columns: Tensor | None = None,
     queries: Queries | None = None,
 ) -> None:
-    """Show the policy a layer's entries, ask it what stays, and keep that."""
+    """Show the policy a layer's entries, those of all ranks' heads, ask it what stays, and keep it.
+    What is given is of all heads already."""
     table, layer = sequence.table, view.layer
-    positions = pool.positions(table, layer)
-    running = pool.scores(table, layer) if sequence.policy.uses_scores else None
-    keys = _wide(pool, table, layer, pool.keys) if needs.keys else None
-    values = _wide(pool, table, layer, pool.values) if needs.values else None
+
+    def joined(own: Tensor) -> Tensor:
+        return ranks.join(_widened(own, view.kept_len), len(view.head_lens))
+
+    positions = joined_positions(pool, table, layer, ranks)
+    running = joined(pool.scores(table, layer)) if sequence.policy.uses_scores else None
+    keys = joined(_wide(pool, table, layer, pool.keys)) if needs.keys else None
+    values = joined(_wide(pool, table, layer, pool.values)) if needs.values else None
     rotation = None
     if needs.ahead:
         spec = pool.group(layer).spec
@@ -111,6 +121,47 @@ def retain(
     pool.keep(table, layer, keep)
 
 
+def joined_positions(pool: Pool, table: Table, layer: int, ranks: Ranks) -> Tensor:
+    """``Pool.positions`` of all ranks' heads, ``[kv_heads, longest]``."""
+    own = pool.positions(table, layer)
+    if ranks.size == 1:
+        return own
+    longest = int(table.longest[layer])
+    wide = -1 - torch.arange(longest, dtype=torch.int32, device=own.device)
+    wide = wide.expand(len(own), -1).clone()
+    wide[:, : own.shape[1]] = own
+    return ranks.join(wide, table.kept.shape[1]).long()
+
+
+def joined_scores(
+    pool: Pool, table: Table, layer: int, needs: Needs, ranks: Ranks, prefill: Prefill
+) -> tuple[Tensor | None, Tensor | None]:
+    """A prefill's scores and column sums of the layer it is at, of all ranks' heads."""
+    longest, kv_heads = int(table.longest[layer]), table.kept.shape[1]
+    scores, columns = prefill.scores, prefill.columns
+    if scores is not None:
+        scores = _joined(scores, longest, kv_heads, needs, ranks)
+    if columns is not None and (needs.retain or needs.propagate):
+        columns = ranks.join(_widened(columns, longest), kv_heads)
+    return scores, columns
+
+
+def _joined(own: Tensor, longest: int, kv_heads: int, needs: Needs, ranks: Ranks) -> Tensor:
+    """Window scores of this rank's heads → of all of them, ``[1 or kv_heads, longest]``."""
+    if needs.reduce.heads.startswith("kv"):
+        return ranks.join(_widened(own, longest), kv_heads)
+    return ranks.over_heads(own, needs.reduce.heads)
+
+
+def _widened(rows: Tensor, longest: int) -> Tensor:
+    """Rows ``[heads, n, ...]`` with 0 behind, ``[heads, longest, ...]``."""
+    if rows.shape[1] == longest:
+        return rows
+    out = rows.new_zeros(len(rows), longest, *rows.shape[2:])
+    out[:, : rows.shape[1]] = rows
+    return out
+
+
 def _widest(dtype: torch.dtype) -> torch.dtype:
     """float32 or wider."""
     return torch.promote_types(dtype, torch.float32)
@@ -121,7 +172,7 @@ def _wide(
 ) -> Tensor:
     """Keys or values ``[kv_heads, longest, dim]`` in float32 or wider, 0 behind a shorter head."""
     parts = [(heads, read(table, layer, heads)) for heads in pool.runs(table, layer)]
-    first, longest = parts[0][1], int(table.longest[layer])
+    first, longest = parts[0][1], int(pool.lens(table)[layer].max())
     out = first.new_zeros(pool.kv_heads, longest, first.shape[-1], dtype=_widest(first.dtype))
     for heads, part in parts:
         out[heads, : part.shape[1]] = part
@@ -129,11 +180,18 @@ def _wide(
 
 
 def _ring_scores(
-    pool: Pool, table: Table, layer: int, needs: Needs, backend: Backend, scale: Scale
+    pool: Pool,
+    table: Table,
+    layer: int,
+    needs: Needs,
+    backend: Backend,
+    scale: Scale,
+    ranks: Ranks,
 ) -> Tensor:
     """Weights that the ring's newest queries gave, ``[1 or K, longest]``; 0 where not wanted."""
     assert table.ring is not None
     queries, lse, positions = table.ring.newest(layer, needs.window)
+    queries, lse = (ranks.all_readers(each, table.kept.shape[1]) for each in (queries, lse))
     runs, wanted = runs_of(pool, table, layer, values=False), None
     if needs.among is not None:
         assert len(runs) == 1, "entries by rank of age are the same tokens in every head"
@@ -145,5 +203,5 @@ def _ring_scores(
     ).scores
     if wanted is None:
         return scores
-    kept = int(table.longest[layer])
+    kept = int(pool.lens(table)[layer].max())
     return scores.new_zeros(len(scores), kept).index_copy_(1, wanted, scores)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -91,7 +91,8 @@ class Family:
     ``body``: path to the module that holds the layers; ``attention``: the attention module's
     name in a layer; ``grouped``: it can have fewer KV heads than query heads;
     ``rotary_by_type``: rotary tables differ by layer type (Gemma 3);  ``plain``: layers are what
-    Llama's are (``models/fused.py``).
+    Llama's are (``models/fused.py``);  ``split``: how linears are split over ranks, where
+    transformers has no plan or another one (``models/sharding.py``).
     """
 
     title: str
@@ -105,7 +106,28 @@ class Family:
     rotary: bool = True
     rotary_by_type: bool = False
     plain: bool = False
+    split: dict[str, str] = field(default_factory=dict)
 
+
+#: All heads would be gathered on every rank by transformers' own plans.
+SPLIT_PHI3 = {
+    "layers.*.self_attn.qkv_proj": "packed",
+    "layers.*.self_attn.o_proj": "rowwise",
+    "layers.*.mlp.gate_up_proj": "packed",
+    "layers.*.mlp.down_proj": "rowwise",
+}
+SPLIT_OLMO2 = {
+    **{f"layers.*.self_attn.{name}_proj": "colwise" for name in "qkv"},
+    **{f"layers.*.self_attn.{name}_norm": "norm" for name in "qk"},
+    "layers.*.self_attn.o_proj": "rowwise",
+}
+#: transformers has none.
+SPLIT_OPT = {
+    **{f"layers.*.self_attn.{name}_proj": "colwise" for name in "qkv"},
+    "layers.*.self_attn.out_proj": "rowwise",
+    "layers.*.fc1": "colwise",
+    "layers.*.fc2": "rowwise",
+}
 
 #: transformers' ``model_type`` → how to drive it.
 FAMILIES: dict[str, Family] = {
@@ -113,13 +135,13 @@ FAMILIES: dict[str, Family] = {
     "mistral": Family("Mistral", window=_window_of_config, plain=True),
     "qwen2": Family("Qwen2", window=_window_of_layer, plain=True),
     "qwen3": Family("Qwen3", window=_window_of_layer, plain=True),
-    "phi3": Family("Phi-3", window=_window_of_config, plain=True),
+    "phi3": Family("Phi-3", window=_window_of_config, plain=True, split=SPLIT_PHI3),
     "gemma2": Family("Gemma 2", window=_window_of_layer, logits=_logits_softcap),
     "gemma3_text": Family(
         "Gemma 3 (text)", window=_window_of_layer, logits=_logits_softcap, rotary_by_type=True
     ),
     "smollm3": Family("SmolLM3", window=_window_of_layer, plain=True),
-    "olmo2": Family("OLMo2"),
+    "olmo2": Family("OLMo2", split=SPLIT_OLMO2),
     "granite": Family("Granite", embed=_embed_granite, logits=_logits_granite),
     "gpt_neox": Family(
         "GPT-NeoX",
@@ -136,6 +158,7 @@ FAMILIES: dict[str, Family] = {
         finish=_finish_opt,
         grouped=False,
         rotary=False,
+        split=SPLIT_OPT,
     ),
 }
 

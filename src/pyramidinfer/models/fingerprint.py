@@ -26,9 +26,15 @@ VECTOR_WAYS, TABLE_WAYS = 2, 8
 
 
 def fingerprint(runner: ModelRunner) -> Fingerprint:
-    """The fingerprint of a model, the same before and after its weights were packed."""
+    """The fingerprint of a model, the same before and after its weights were packed or split."""
+    vectors, tables = runner.ranks.fingerprint or measure(runner.body)
+    return Fingerprint(_key(runner), tuple(vectors), tuple(tables))
+
+
+def measure(body: nn.Module) -> tuple[list[tuple[float, ...]], list[tuple[float, ...]]]:
+    """What a whole model's vectors and tables are like."""
     vectors, tables = [], []
-    for _, module in sorted(runner.body.named_modules()):
+    for _, module in sorted(body.named_modules()):
         if isinstance(module, nn.Linear):
             continue
         for _, tensor in sorted(module.named_parameters(recurse=False)):
@@ -37,7 +43,7 @@ def fingerprint(runner: ModelRunner) -> Fingerprint:
             elif tensor.ndim == 2:
                 step = max(1, len(tensor) // ROWS)
                 tables.append(_measured(tensor[::step][:ROWS], TABLE_WAYS))
-    return Fingerprint(_key(runner), tuple(vectors), tuple(tables))
+    return vectors, tables
 
 
 def _key(runner: ModelRunner) -> str:

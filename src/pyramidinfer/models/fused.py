@@ -18,20 +18,27 @@ from pyramidinfer.attention import Scale
 from pyramidinfer.cache import Pool
 from pyramidinfer.models.decode import Decoding, Ropes
 from pyramidinfer.models.ops import ADD, GATED, PLAIN, Heads, KernelOps, Ops
+from pyramidinfer.models.ranks import Ranks
 from pyramidinfer.models.rotary import Tables
 from pyramidinfer.models.routing import Decoder, LayerCall
+from pyramidinfer.models.sharding import RowSplit
 from pyramidinfer.native.library import LayerData, StepCall, pointer
 from pyramidinfer.types import AttentionShape
 
 __all__ = ["FusedDecoder", "fuse"]
 
+#: What is packed; the second is a linear that is split over ranks.
+LINEARS = (nn.Linear, RowSplit)
+
 
 class FusedLayer:
-    """One plain layer's weights, packed for ``ops``."""
+    """One plain layer's weights, packed for ``ops``: this rank's part of them."""
 
-    def __init__(self, layer: Any, shape: AttentionShape, rotated: int, ops: Ops) -> None:
+    def __init__(
+        self, layer: Any, shape: AttentionShape, rotated: int, ops: Ops, ranks: Ranks
+    ) -> None:
         attention, mlp = layer.self_attn, layer.mlp
-        self.shape, self.ops = shape, ops
+        self.shape, self.ops, self.ranks = shape, ops, ranks
         self.epsilon = float(layer.input_layernorm.variance_epsilon)
         self.norm1: Tensor = layer.input_layernorm.weight.data
         self.norm2: Tensor = layer.post_attention_layernorm.weight.data
@@ -66,10 +73,16 @@ class FusedLayer:
         attended = call(queries, keys, values, self.scale)
         if call.going is not None:
             flat = flat[call.going]
-        middle = ops.linear(attended.flatten(1), self.out, ADD, flat)
+        middle = self._summed(attended.flatten(1), self.out, flat)
         normed = ops.norm(middle, self.norm2, self.epsilon)
         inner = ops.linear(normed, self.gate_up, GATED)
-        return ops.linear(inner, self.down, ADD, middle)
+        return self._summed(inner, self.down, middle)
+
+    def _summed(self, inner: Tensor, weights: Any, residual: Tensor) -> Tensor:
+        """The residual plus the sum of what the ranks make of their part ``inner``."""
+        if self.ranks.index:  # the first rank adds it
+            return self.ranks.sum(self.ops.linear(inner, weights, PLAIN))
+        return self.ranks.sum(self.ops.linear(inner, weights, ADD, residual))
 
 
 class FusedDecoder(Decoder):
@@ -93,7 +106,7 @@ class FusedDecoder(Decoder):
 
     def step(self, pool: Pool, decoding: Decoding, hidden: Tensor) -> Tensor | None:
         ops, plan, first, rope = self.ops, decoding.plan, self.layers[0], decoding.ropes[None]
-        if not isinstance(ops, KernelOps):
+        if not isinstance(ops, KernelOps) or first.ranks.size > 1:
             return None
         heads, depth, rows = first.heads, len(self.layers), len(hidden)
         x, lse, addresses = hidden.clone(), decoding.lse, None
@@ -161,9 +174,11 @@ class FusedDecoder(Decoder):
         return self._layers_of[pool]
 
 
-def fuse(plain: Decoder, shapes: list[AttentionShape], ops: Ops | None, *, own: bool) -> Decoder:
+def fuse(
+    plain: Decoder, shapes: list[AttentionShape], ops: Ops | None, ranks: Ranks, *, own: bool
+) -> Decoder:
     """The model's layers packed for ``ops``, or as they are where they are not plain or nothing
-    would be gained.
+    would be gained.  ``shapes``: as they are on this rank.
 
     ``own`` : the model is ours alone, so weights that were packed are freed.  Otherwise it
     stays as it is, and packed weights take their memory a second time.
@@ -176,14 +191,16 @@ def fuse(plain: Decoder, shapes: list[AttentionShape], ops: Ops | None, *, own: 
         return plain
     if not (_is_untouched(head) and _is_untouched(body.norm)):
         return plain
-    sizes = (config.hidden_size, config.intermediate_size, shapes[0].heads * shapes[0].key_dim)
+    inner = ranks.part(config.intermediate_size)
+    heads = shapes[0].heads * shapes[0].key_dim
+    sizes = (config.hidden_size, inner.stop - inner.start, heads)
     if getattr(config, "hidden_act", None) != "silu" or any(size % ops.multiple for size in sizes):
         return plain
     packed = []
     for layer, shape in zip(layers, shapes, strict=True):
-        packed.append(FusedLayer(layer, shape, plain.rotary.rotated, ops))
+        packed.append(FusedLayer(layer, shape, plain.rotary.rotated, ops, ranks))
         if own:
-            _free([each for each in layer.modules() if type(each) is nn.Linear])
+            _free([each for each in layer.modules() if type(each) in LINEARS])
     fused = FusedDecoder(plain, packed, ops)
     if own and head.weight is not body.embed_tokens.weight:
         _free([head])
@@ -201,7 +218,7 @@ def _is_plain(layer: Any) -> bool:
         getattr(mlp, "down_proj", None),
     ]
     norms = [getattr(layer, name, None) for name in ("input_layernorm", "post_attention_layernorm")]
-    return all(type(each) is nn.Linear for each in linears) and all(
+    return all(type(each) in LINEARS for each in linears) and all(
         hasattr(norm, "variance_epsilon") for norm in norms
     )
 
@@ -218,7 +235,8 @@ def _is_untouched(module: nn.Module) -> bool:
     """Whether a module does what its class in torch or transformers does, and nothing besides."""
     home = type(module).__module__.partition(".")[0]
     hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
-    return home in ("torch", "transformers") and not hooked
+    known = home in ("torch", "transformers") or type(module) is RowSplit
+    return known and not hooked
 
 
 def _parts(module: Any, *names: str) -> list[Any]:

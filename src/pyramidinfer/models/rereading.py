@@ -11,25 +11,27 @@ from torch import Tensor
 
 from pyramidinfer.cache import Pool
 from pyramidinfer.models.batch import Prefill
-from pyramidinfer.models.evicting import retain
+from pyramidinfer.models.evicting import joined_scores, retain
+from pyramidinfer.models.ranks import Ranks
 from pyramidinfer.models.streaming import Streaming
 
 __all__ = ["cut", "end_layer"]
 
 
-def end_layer(pool: Pool, prefill: Prefill, streaming: Streaming) -> None:
+def end_layer(pool: Pool, prefill: Prefill, streaming: Streaming, ranks: Ranks) -> None:
     """Tell the policy what a reading gave the entries of a layer, and forget the reading's own."""
     sequence, needs, layer = prefill.sequence, prefill.needs, prefill.layer
     table = sequence.table
     before = table.kept[layer] - prefill.length
+    found = joined_scores(pool, table, layer, needs, ranks, prefill)
     pool.shrink(table, layer, before)
     lengths = torch.from_numpy(before).to(pool.device)
-    scores, columns = (_fronts(each, lengths) for each in (prefill.scores, prefill.columns))
+    scores, columns = (_fronts(each, lengths) for each in found)
     if needs.retain is not None:
-        retain(pool, sequence, prefill.view(), needs, streaming, scores, columns)
+        retain(pool, sequence, prefill.view(), needs, streaming, ranks, scores, columns)
 
 
-def cut(pool: Pool, prefill: Prefill, streaming: Streaming) -> None:
+def cut(pool: Pool, prefill: Prefill, streaming: Streaming, ranks: Ranks) -> None:
     """Once all was read, ask the policy layer by layer what stays."""
     sequence = prefill.sequence
     table, policy = sequence.table, sequence.policy
@@ -38,7 +40,7 @@ def cut(pool: Pool, prefill: Prefill, streaming: Streaming) -> None:
         view = prefill.view(layer)
         needs = policy.needs(view)
         if needs.retain is not None:
-            retain(pool, sequence, view, needs, streaming)
+            retain(pool, sequence, view, needs, streaming, ranks)
         table.state = policy.prefilled(prefill.view(layer))
 
 

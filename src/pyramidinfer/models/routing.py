@@ -18,13 +18,14 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from pyramidinfer.attention import Backend, Scale, ragged
-from pyramidinfer.attention.base import Pages, ScoredPrefill
+from pyramidinfer.attention.base import Pages, Scored, ScoredPrefill
 from pyramidinfer.attention.ragged import Run
 from pyramidinfer.cache import Pool, Table
 from pyramidinfer.cache.mover import Slots
 from pyramidinfer.models.batch import Moments, Prefill
 from pyramidinfer.models.decode import Decoding, Ropes
 from pyramidinfer.models.families import find_family
+from pyramidinfer.models.ranks import Ranks
 from pyramidinfer.models.rotary import Rotary, Tables
 from pyramidinfer.models.streaming import Streaming
 from pyramidinfer.types import Needs, Reduce
@@ -73,6 +74,7 @@ class LayerCall:
     decoding: Decoding | None
     segments: list[Segment]
     streaming: Streaming
+    ranks: Ranks
     last_only: bool = False
     scale: Scale | None = None
     going: Tensor | None = None
@@ -114,7 +116,7 @@ class LayerCall:
         self, prefill: Prefill, queries: Tensor, keys: Tensor, values: Tensor, scale: Scale
     ) -> Tensor:
         table, layer, count = prefill.sequence.table, self.layer, queries.shape[0]
-        held = bool(table.kept[layer].any())
+        held = bool(self.pool.lens(table)[layer].any())
         new = prefill.positions[prefill.done : prefill.done + count]
         self.pool.write(layer, self.pool.append(table, layer, count), keys, values, new)
         every, positions = slice(0, keys.shape[1]), new.expand(keys.shape[1], -1)
@@ -148,7 +150,9 @@ class LayerCall:
         """Whether the window's weights are only summed, so that attention can do it on the way."""
         needs = prefill.needs
         linear = needs.reduce.heads.endswith("mean") and needs.reduce.rows in ("mean", "sum")
-        return linear and bool(needs.window) and not (needs.remember or needs.column_sums)
+        whole = self.ranks.copies(self.pool.layout.kv_heads) == 1  # else others read them, too
+        asked = bool(needs.window) and not (needs.remember or needs.column_sums)
+        return linear and whole and asked
 
     def _attend_summing(
         self,
@@ -191,15 +195,14 @@ class LayerCall:
         ring = prefill.sequence.table.ring if prefill.again is None else None
         is_last = prefill.done + count == prefill.length
         if needs.column_sums:
-            found = ragged.column_sums(self.backend, runs, queries, q_pos, scale)
+            readers = self.ranks.all_readers(queries, self.pool.layout.kv_heads)
+            found = ragged.column_sums(self.backend, runs, readers, q_pos, scale)
             if prefill.columns is not None:
                 found[:, : prefill.columns.shape[1]] += prefill.columns
             prefill.columns = found
         window, newest = min(needs.window, prefill.length), None
         if window and scores_by_chunk(needs, prefill.length):
-            found = ragged.window_scores(
-                self.backend, runs, queries, q_pos, scale, needs.reduce, rows=count
-            ).scores
+            found = self._scored(runs, queries, q_pos, scale, needs.reduce, count).scores
             if prefill.scores is not None:
                 known = found[:, : prefill.scores.shape[1]]
                 torch.maximum(known, prefill.scores, out=known)
@@ -213,21 +216,15 @@ class LayerCall:
                 prefill.queries[at : at + count - begin] = queries[begin:]
             if is_last:
                 assert prefill.queries is not None
-                scored = ragged.window_scores(
-                    self.backend,
-                    runs,
-                    prefill.queries,
-                    prefill.positions[-window:],
-                    scale,
-                    needs.reduce,
-                    rows=needs.window,
+                newest_at = prefill.positions[-window:]
+                scored = self._scored(
+                    runs, prefill.queries, newest_at, scale, needs.reduce, needs.window
                 )
                 prefill.scores, newest = scored.scores, scored.lse
         if is_last and ring is not None:
             if newest is None:
-                newest = ragged.window_scores(
-                    self.backend, runs, queries[-1:], q_pos[-1:], scale, Reduce("kv_mean"), rows=1
-                ).lse
+                reduce = Reduce("kv_mean")
+                newest = self._scored(runs, queries[-1:], q_pos[-1:], scale, reduce, 1).lse
             rows = min(window, ring.capacity) if needs.remember else 1
             last = queries if rows == 1 else prefill.queries
             assert last is not None
@@ -235,6 +232,22 @@ class LayerCall:
             ring.lse[self.layer, :rows] = newest[-rows:]
             if self.layer == prefill.sequence.layers.first:
                 ring.begin(prefill.positions[-rows:])
+
+    def _scored(
+        self,
+        runs: list[Run],
+        queries: Tensor,
+        q_pos: Tensor,
+        scale: Scale,
+        reduce: Reduce,
+        rows: int,
+    ) -> Scored:
+        """``Backend.window_scores``: by all queries that read this rank's KV heads, the
+        log-sum-exps of its own."""
+        kv_heads = self.pool.layout.kv_heads
+        readers = self.ranks.all_readers(queries, kv_heads)
+        found = ragged.window_scores(self.backend, runs, readers, q_pos, scale, reduce, rows=rows)
+        return found._replace(lse=self.ranks.own_readers(found.lse, kv_heads))
 
 
 class ModuleLayer:
@@ -301,7 +314,7 @@ def runs_of(pool: Pool, table: Table, layer: int, values: bool = True) -> list[R
             heads,
             pool.keys(table, layer, heads),
             pool.values(table, layer, heads) if values else None,
-            positions[heads, : int(table.kept[layer, heads.start])],
+            positions[heads, : int(pool.lens(table)[layer, heads.start])],
         )
         for heads in pool.runs(table, layer)
     ]

@@ -15,16 +15,17 @@ import torch
 from torch import Tensor, nn
 
 from pyramidinfer.attention import Backend, Scale
-from pyramidinfer.cache import GroupSpec, Pool
+from pyramidinfer.cache import GroupSpec, Place, Pool, Table
 from pyramidinfer.models import rereading
 from pyramidinfer.models.batch import Batch, Prefill, Sequence, Work
 from pyramidinfer.models.decode import Decoding, Size, Stepped
 from pyramidinfer.models.device import choose_device
-from pyramidinfer.models.evicting import evict, retain
+from pyramidinfer.models.evicting import evict, joined_positions, joined_scores, retain
 from pyramidinfer.models.families import find_family
 from pyramidinfer.models.fused import fuse
 from pyramidinfer.models.graphs import DecodeGraphs
 from pyramidinfer.models.loading import end_ids
+from pyramidinfer.models.ranks import ALONE, Ranks
 from pyramidinfer.models.rotary import Rotary, Tables, count_positions
 from pyramidinfer.models.routing import Decoder, LayerCall, Segment, evaluating
 from pyramidinfer.models.streaming import Streaming
@@ -46,20 +47,27 @@ class ModelRunner:
     backend : by whose name what works where the model is gets chosen (``Device``).
     ``ValueError`` for an unsupported family or layer feature.  The model object stays usable and
     in its mode (it runs without dropout even in training mode), unless it is given away (``own``):
-    then weights that are packed are freed.
+    then weights that are packed are freed.  ``ranks``: who shares the layers with this one, where
+    the model is one rank's part (``models/sharding.py``); ``shapes`` are of all ranks together.
     ``span``: for profilers; entered by name around what choosing entries takes, ``"retain"`` at a
     layer's end in prefill and ``"evict"`` while decoding.
     """
 
     def __init__(
-        self, model: Any, backend: str = "auto", prefill_chunk: int = 1024, *, own: bool = False
+        self,
+        model: Any,
+        backend: str = "auto",
+        prefill_chunk: int = 1024,
+        *,
+        own: bool = False,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.config: Any = model.config
         self.family = find_family(self.config)
         first = next(model.parameters())
         self.device, self.dtype = first.device, first.dtype
         self.chosen = choose_device(backend, self.device, self.dtype)
-        self.prefill_chunk = prefill_chunk
+        self.prefill_chunk, self.ranks = prefill_chunk, ranks
         try:
             self.body: Any = model.get_submodule(self.family.body)
             self.head: Any = model.get_output_embeddings()
@@ -73,6 +81,7 @@ class ModelRunner:
         self._given: list[nn.Module] = [] if own else list(model.modules())
         originals = list(self.body.layers)[:depth]
         self.shapes = [self._shape(layer) for layer in originals]
+        ranks.share(self.kv_heads)
         self.rotary = Rotary(self.family, self.body, self.config)
         self.kinds = list(self.config.layer_types) if self.family.rotary_by_type else [None] * depth
         self.hidden_size: int = self.config.hidden_size
@@ -80,7 +89,8 @@ class ModelRunner:
         self.max_positions = count_positions(self.family, self.config)
         self._like = torch.empty(0, dtype=self.dtype, device=self.device)
         plain = Decoder(self.body, self.head, self.config, self.rotary, self._like)
-        self.decoder = fuse(plain, self.shapes, self.chosen.ops, own=own)
+        own_shapes = list(map(ranks.own, self.shapes))
+        self.decoder = fuse(plain, own_shapes, self.chosen.ops, ranks, own=own)
         self._graphs: WeakKeyDictionary[Pool, DecodeGraphs] = WeakKeyDictionary()
         self.end_ids = end_ids(model)
         self.span: Callable[[str], AbstractContextManager[None]] = _no_span
@@ -106,11 +116,21 @@ class ModelRunner:
     @property
     def steps_on_buffers(self) -> bool:
         """Whether steps that only decode run on fixed buffers (CUDA graphs, on a GPU)."""
-        return self.decoder.is_fused and self.chosen.replays
+        return self.decoder.is_fused and self.chosen.replays and self.ranks.size == 1
 
     @property
     def backend(self) -> Backend:
         return self.chosen.attention
+
+    @property
+    def places(self) -> list[Place]:
+        """What every rank holds of the cache."""
+        return self.ranks.places(self.depth, self.kv_heads)
+
+    def positions(self, pool: Pool, table: Table, layer: int) -> Tensor:
+        """Original positions of a layer's entries in all heads, ``[kv_heads, longest]``, negative
+        behind a shorter head's."""
+        return joined_positions(pool, table, layer, self.ranks)
 
     def graphs(self, pool: Pool) -> DecodeGraphs:
         """Decode steps over this pool, kept for as long as it."""
@@ -210,6 +230,7 @@ class ModelRunner:
                 continue
             if prefill.done == 0:
                 prefill.needs = prefill.sequence.policy.needs(prefill.view())
+                self.ranks.check(prefill.needs)
                 prefill.computed.append(prefill.length)
             rows = slice(prefill.done, prefill.done + count)
             if prefill.hidden is None:
@@ -240,6 +261,7 @@ class ModelRunner:
             decoding,
             segments,
             self.streaming,
+            self.ranks,
             self._last_only(layer),
         )
         rope = self._rope(self.kinds[layer], decoding, segments)
@@ -298,7 +320,7 @@ class ModelRunner:
         if prefill.again is None:
             going = self._keep_layer(pool, prefill)
         else:
-            rereading.end_layer(pool, prefill, self.streaming)
+            rereading.end_layer(pool, prefill, self.streaming, self.ranks)
         hidden, prefill.out = prefill.out, None
         prefill.hidden = hidden if going is None else hidden[going]
         prefill.queries = prefill.scores = prefill.columns = prefill.moments = None
@@ -313,7 +335,7 @@ class ModelRunner:
         if not prefill.finished:
             return None
         if prefill.is_reread:
-            rereading.cut(pool, prefill, self.streaming)
+            rereading.cut(pool, prefill, self.streaming, self.ranks)
         answer, prefill.answer = prefill.answer, None
         table.transient_bytes, table.seen_len = 0, prefill.end
         pool.note_overhead(table)
@@ -331,14 +353,15 @@ class ModelRunner:
         table, policy, view = sequence.table, sequence.policy, prefill.view()
         if policy.uses_scores and prefill.columns is not None:
             pool.add_scores(table, layer, prefill.columns)
+        scores, columns = joined_scores(pool, table, layer, needs, self.ranks, prefill)
         going = None
         if needs.propagate is not None and layer < self.depth - 1:
             seen = Observation(
                 view,
                 prefill.positions[None],
                 sequence.is_protected(prefill.positions)[None],
-                _newest(prefill.scores, prefill.length, table.lens(layer)),
-                _newest(prefill.columns, prefill.length, table.lens(layer)),
+                _newest(scores, prefill.length, table.lens(layer)),
+                _newest(columns, prefill.length, table.lens(layer)),
                 rule=needs.propagate,
                 kernels=pool.kernels,
             )
@@ -347,8 +370,10 @@ class ModelRunner:
             assert going is None or int(going[-1]) == prefill.length - 1, "the last token must stay"
             assert going is None or not prefill.all_rows or len(going) == prefill.length, "scored"
         if needs.retain is not None:
-            found = prefill.scores, prefill.columns, self._queries(prefill)
-            retain(pool, sequence, view, needs, self.streaming, *found)
+            queries = self._queries(prefill)
+            retain(
+                pool, sequence, view, needs, self.streaming, self.ranks, scores, columns, queries
+            )
         self._trim(pool, sequence, layer, prefill.end, slack=0)
         table.state = policy.prefilled(prefill.view())
         sequence.idle = 0
@@ -362,14 +387,15 @@ class ModelRunner:
             return None
         scale = self.scales[prefill.layer]
         assert scale is not None
-        return prefill.moments.queries(scale.scale)
+        own = prefill.moments.queries(scale.scale)
+        return Queries(*map(self.ranks.join_queries, own))
 
     # --- decoding -----------------------------------------------------------------------------
 
     def _claim(self, pool: Pool, batch: Batch) -> Decoding:
         """Claim an entry for the token that each decoding sequence feeds, and write down what the
         step reads."""
-        sequences, shape, like = batch.decode, self.shapes[0], self._like
+        sequences, shape, like = batch.decode, self.ranks.own(self.shapes[0]), self._like
         claimed = pool.append_each([each.table for each in sequences])
         size = Size.of(sequences)
         if self.steps_on_buffers and not batch.works:
@@ -394,7 +420,8 @@ class ModelRunner:
             table.ring.push(decoding.queries[:, row], decoding.lse[:, row], table.seen_len)
         if sequence.policy.uses_scores:
             for layer, probs in decoding.probs.items():
-                pool.add_scores(table, layer, probs[row, :, : int(table.longest[layer])])
+                found = self.ranks.sum_readers(probs[row], self.kv_heads)
+                pool.add_scores(table, layer, found)
         table.seen_len += 1
         pool.note_peak(table)
         for layer, governed in enumerate(sequence.layers.governed):
@@ -411,7 +438,7 @@ class ModelRunner:
             self.streaming.make_room(pool, sequence, 1)
 
     def _evict(self, pool: Pool, sequence: Sequence, at_once: bool = False) -> None:
-        evict(pool, sequence, self.backend, self.scales, self.streaming, at_once)
+        evict(pool, sequence, self.backend, self.scales, self.streaming, self.ranks, at_once)
 
     @torch.inference_mode()
     def evict_now(self, pool: Pool, sequence: Sequence) -> None:
@@ -437,7 +464,7 @@ class ModelRunner:
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """``[n, hidden]`` → ``[n, vocab]``."""
-        return self.decoder.logits(hidden)
+        return self.ranks.columns(self.decoder.logits(hidden), self.vocab_size)
 
     def _shape(self, layer: nn.Module) -> AttentionShape:
         attention: Any = getattr(layer, self.family.attention)

@@ -226,7 +226,7 @@ def serve(llm: LLM, settings: ServerSettings, line: socket.socket) -> None:
     service: Service = app.state.service
     asyncio.run(_serve(_Server(config), service, line))
     if service.worker.died:
-        raise EngineDied("the engine's thread has ended with an error, which the log has")
+        raise EngineDied(service.worker.why)
 
 
 async def _serve(server: _Server, service: Service, line: socket.socket) -> None:

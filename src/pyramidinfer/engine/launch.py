@@ -1,0 +1,445 @@
+"""The processes of a model that is split over ranks: how they begin, talk, fail and end.
+
+Rank 0 is the caller's own process.  It starts one process for each other rank, or finds them
+started by ``torchrun``; all of them make the same ``LLM``.  Rank 0 then tells the others what to do
+(``Link.tell``), in one order, and they do the same as it does (``engine/ranks.py``).
+
+A process that ends, hangs or has loaded something else breaks the link: rank 0 ends all others and
+raises ``RanksError`` with one line; the others end with one line on standard error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import Any, NamedTuple, NoReturn
+
+import psutil
+import torch
+
+__all__ = ["Link", "RanksError", "follow", "open_link"]
+
+#: Bytes of a command that travel with its length.
+SHORT = 4096
+#: Seconds that the others may take longer to load the model than the first.
+LOADING = 1800.0
+#: Links that this process has had; the same on all ranks.
+_links = itertools.count()
+#: The store that torchrun's processes meet in, kept for the next model.
+_stores: dict[tuple[str, int], Any] = {}
+
+
+class RanksError(RuntimeError):
+    """The ranks of a model do not work together any longer; the message says which one and why."""
+
+    is_told = True  # to a user as it is: a line, no trace
+
+
+class World(NamedTuple):
+    """torch.distributed's parts that a link uses: rank, size, the store, a group for commands."""
+
+    rank: int
+    size: int
+    store: Any
+    control: Any
+
+
+class Link:
+    """Between the ranks of one model, as one of them has it.
+
+    ``broken``: why nothing can be done any longer, or None.
+    """
+
+    def __init__(self, world: World, timeout: float, processes: list[subprocess.Popen[bytes]]):
+        self.rank, self.size, self.timeout = world.rank, world.size, timeout
+        self.broken: str | None = None
+        self.threads: int | None = None  # what this process had before it was one of several
+        self.world, self._processes = world, processes
+        self._lock, self._closed = threading.RLock(), threading.Event()
+        self._listeners: list[Callable[[str], None]] = []
+        if processes:
+            threading.Thread(target=self._watch, name="ranks", daemon=True).start()
+
+    # --- commands -------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """From now on commands are sent; the others are told regularly that the first is there."""
+        if self.rank == 0:
+            threading.Thread(target=self._pulse, name="pulse", daemon=True).start()
+
+    def tell(self, command: Any) -> None:
+        """Send a command from rank 0 to all others."""
+        with self._lock:
+            self.check()
+            self._send(pickle.dumps(command))
+
+    def hear(self) -> Any:
+        """The next command; waits for as long as rank 0 is there."""
+        while True:
+            command = pickle.loads(self._receive())
+            if command is not None:
+                return command
+
+    def check(self) -> None:
+        """``RanksError`` where the link is broken or closed."""
+        if self.broken is None and self._closed.is_set():
+            self.broken = "the ranks of this model have been ended; make a new LLM"
+        if self.broken is not None:
+            raise RanksError(self.broken)
+
+    @contextlib.contextmanager
+    def guarded(self) -> Iterator[None]:
+        """Work that all ranks do together: what is raised in it breaks the link.
+
+        Ctrl-C waits for its end, since the others would not hear of it.
+        """
+        with self._lock, uninterrupted():
+            self.check()
+            try:
+                yield
+            except (RanksError, ValueError):  # the others raise the same ValueError
+                raise
+            except BaseException as error:
+                raise self.fail(self._blame(error)) from error
+
+    def _send(self, data: bytes) -> None:
+        import torch.distributed as dist
+
+        head = torch.zeros(8 + SHORT, dtype=torch.uint8)
+        head[:8] = torch.tensor(list(len(data).to_bytes(8, "little")), dtype=torch.uint8)
+        whole = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        head[8 : 8 + min(SHORT, len(data))] = whole[:SHORT]
+        try:
+            dist.broadcast(head, group_src=0, group=self.world.control)
+            if len(data) > SHORT:
+                dist.broadcast(whole, group_src=0, group=self.world.control)
+        except RuntimeError as error:
+            raise self.fail(self._blame(error)) from error
+
+    def _receive(self) -> bytes:
+        import torch.distributed as dist
+
+        head = torch.zeros(8 + SHORT, dtype=torch.uint8)
+        dist.broadcast(head, group_src=0, group=self.world.control)
+        size = int.from_bytes(bytes(head[:8].tolist()), "little")
+        if size <= SHORT:
+            return bytes(head[8 : 8 + size].numpy())
+        whole = torch.empty(size, dtype=torch.uint8)
+        dist.broadcast(whole, group_src=0, group=self.world.control)
+        return bytes(whole.numpy())
+
+    def _pulse(self) -> None:
+        """Let the others know, while there is nothing to do, that rank 0 is there, and see that
+        they are."""
+        while not self._closed.wait(self.timeout / 4):
+            with self._lock, contextlib.suppress(RanksError):
+                if self.broken is None and not self._closed.is_set():
+                    self._send(pickle.dumps(None))
+
+    # --- loading --------------------------------------------------------------------------------
+
+    def agree(self, what: dict[str, str], error: str | None = None) -> None:
+        """Wait until every rank has loaded its part; ``ValueError`` where one could not, or has
+        loaded something else than rank 0.
+
+        what : what must be the same on all ranks, by name;  error : why this rank has no part.
+        """
+        store, size = self.world.store, self.size
+        store.set(f"loaded/{self.rank}", json.dumps([what, error]))
+        if self.rank:
+            self.wait_for("agreed")
+            if found := json.loads(store.get("agreed")):
+                raise ValueError(found)
+            return
+        problem = error
+        for rank in range(1, size):
+            if problem is None:
+                self.wait_for(f"loaded/{rank}")
+                theirs, problem = json.loads(store.get(f"loaded/{rank}"))
+                if problem is not None:
+                    problem = f"rank {rank}: {problem}"
+                elif other := next((name for name in what if theirs.get(name) != what[name]), None):
+                    problem = f"rank {rank} has other {other} than rank 0; give all ranks the same"
+        store.set("agreed", json.dumps(problem))
+        if problem is not None:
+            raise ValueError(problem)
+
+    def wait_for(self, key: str) -> None:
+        ends = time.monotonic() + LOADING
+        while not self.world.store.check([key]):
+            self.check()
+            if time.monotonic() > ends:
+                raise self.fail(f"{key} of the ranks did not come within {LOADING:.0f} s")
+            time.sleep(0.02)
+
+    # --- failing and ending ---------------------------------------------------------------------
+
+    def when_broken(self, listener: Callable[[str], None]) -> None:
+        """Have a function called, in some thread, with the reason why the link broke."""
+        self._listeners.append(listener)
+        if self.broken is not None:
+            listener(self.broken)
+
+    def fail(self, why: str) -> RanksError:
+        """Break the link and end all other ranks; what to raise."""
+        if self.broken is None:
+            self.broken = why
+            self._end_processes()
+            for listener in self._listeners:
+                listener(why)
+        return RanksError(self.broken)
+
+    def _blame(self, error: BaseException) -> str:
+        """One line that says which rank does not work together with the others."""
+        ends = time.monotonic() + 1.0
+        while self._processes and time.monotonic() < ends:  # a process that dies closes first
+            if dead := self._dead():
+                return dead
+            time.sleep(0.05)
+        text = str(error).strip().splitlines() or [type(error).__name__]
+        if "timed out" in text[0].lower() or "timeout" in text[0].lower():
+            states = ", ".join(
+                f"rank {rank} (process {each.pid}) is {_state(each.pid)}"
+                for rank, each in enumerate(self._processes, start=1)
+            )
+            return (
+                f"not all ranks answered within {self.timeout:g} s: {states or 'no word of them'}"
+            )
+        return f"the ranks have stopped working together: {type(error).__name__}: {text[0]}"
+
+    def _dead(self) -> str | None:
+        for rank, each in enumerate(self._processes, start=1):
+            if (code := each.poll()) is not None:
+                how = f"exit code {code}"
+                if code < 0:
+                    how = f"signal {signal.Signals(-code).name}"
+                return f"rank {rank} (process {each.pid}) has ended: {how}"
+        return None
+
+    def _watch(self) -> None:
+        """Notice a process that ends, also while there is nothing to do."""
+        while not self._closed.wait(0.2):
+            if self.broken is None and (dead := self._dead()):
+                self.fail(dead)
+
+    def _end_processes(self) -> None:
+        for each in self._processes:
+            if each.poll() is None:
+                each.kill()
+        for each in self._processes:
+            each.wait()
+            if each.stdin is not None:
+                with contextlib.suppress(OSError):
+                    each.stdin.close()
+
+    def close(self) -> None:
+        """End all ranks; nothing can be done with the model afterwards."""
+        if self._closed.is_set():
+            return
+        if self.rank == 0 and self.broken is None:
+            with contextlib.suppress(RanksError), self._lock:
+                self._send(pickle.dumps("close"))
+        self._closed.set()
+        ends = time.monotonic() + 5.0
+        for each in self._processes:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                each.wait(max(0.0, ends - time.monotonic()))
+        self._end_processes()
+        _leave()
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
+
+
+def _state(pid: int) -> str:
+    try:
+        return str(psutil.Process(pid).status())
+    except psutil.Error:
+        return "gone"
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Ctrl-C waits for the end of this."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before, pressed = signal.getsignal(signal.SIGINT), []
+    if before is None:  # not set from Python
+        yield
+        return
+    signal.signal(signal.SIGINT, lambda *caught: pressed.append(caught))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pressed and callable(before):
+        before(*pressed[0])
+
+
+# --- beginning ------------------------------------------------------------------------------------
+
+
+def open_link(
+    size: int, device: torch.device, timeout: float, options: dict[str, Any]
+) -> tuple[Link, Any]:
+    """This process's link to the other ranks, which are started unless ``torchrun`` has done so,
+    and their process group.
+
+    options : arguments of ``LLM`` for the others.  ``ValueError`` where there are fewer or more
+    processes than ``size``.
+    """
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        raise ValueError(
+            "this process has a process group of torch.distributed already (another LLM over "
+            "several ranks?): close that first"
+        )
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        rank, found = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        if found != size:
+            raise ValueError(
+                f"torchrun started {found} processes, and tensor_parallel_size={size}: start as "
+                f"many as that"
+            )
+        return _joined(rank, size, device, timeout, [])
+    for name, places in psutil.net_if_addrs().items():  # nobody else need reach them
+        if any(each.address == "127.0.0.1" for each in places):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+    store = _store("127.0.0.1", 0, size, True)
+    processes = [_start(rank, size, store.port, device, options) for rank in range(1, size)]
+    threads = torch.get_num_threads()
+    if device.type == "cpu":
+        torch.set_num_threads(threads_of(size))
+    try:
+        link, group = _joined(0, size, device, timeout, processes, store)
+    except BaseException:
+        for each in processes:
+            each.kill()
+        torch.set_num_threads(threads)
+        raise
+    link.threads = threads
+    return link, group
+
+
+def _store(host: str, port: int, size: int, is_master: bool) -> Any:
+    import torch.distributed as dist
+
+    limit = timedelta(seconds=LOADING)
+    return dist.TCPStore(  # type: ignore[attr-defined]
+        host, port, size, is_master, limit, wait_for_workers=False
+    )
+
+
+def _start(
+    rank: int, size: int, port: int, device: torch.device, options: dict[str, Any]
+) -> subprocess.Popen[bytes]:
+    """A process that makes the same ``LLM`` as rank ``rank``; it ends when its input is closed."""
+    environment = {
+        **os.environ,
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    if device.type == "cpu":
+        environment["OMP_NUM_THREADS"] = str(threads_of(size))
+    code = (
+        "from pyramidinfer import LLM; from pyramidinfer.engine.launch import follow; follow(LLM)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, env=environment)
+    assert process.stdin is not None
+    pickle.dump((sys.path, options), process.stdin)
+    process.stdin.flush()
+    return process
+
+
+def threads_of(size: int) -> int:
+    """Threads that each of so many ranks on one machine computes with."""
+    return max(1, torch.get_num_threads() // size)
+
+
+def _joined(
+    rank: int,
+    size: int,
+    device: torch.device,
+    timeout: float,
+    processes: list[subprocess.Popen[bytes]],
+    store: Any = None,
+) -> tuple[Link, Any]:
+    import torch.distributed as dist
+
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank)))
+    limit = timedelta(seconds=timeout)
+    try:
+        here = _given_store(rank, size) if store is None else store
+        link = Link(World(rank, size, here, None), timeout, processes)
+        here.set(f"here/{rank}", "")
+        for other in range(size):
+            link.wait_for(f"here/{other}")
+        backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+        dist.init_process_group(backend, store=here, rank=rank, world_size=size, timeout=limit)
+        link.world = link.world._replace(control=dist.new_group(backend="gloo", timeout=limit))
+    except (RuntimeError, KeyError) as error:
+        if isinstance(error, RanksError):
+            raise
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise RanksError(f"rank {rank} cannot reach the other ranks: {line}") from error
+    return link, dist.group.WORLD
+
+
+def _given_store(rank: int, size: int) -> Any:
+    """The store that torchrun tells its processes of, with keys of this link's own."""
+    place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    if place not in _stores:
+        agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        _stores[place] = _store(*place, size, rank == 0 and not agent)
+    import torch.distributed as dist
+
+    key = f"link/{next(_links)}"
+    return dist.PrefixStore(key, _stores[place])  # type: ignore[attr-defined]
+
+
+def _leave() -> None:
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        with contextlib.suppress(RuntimeError):
+            dist.destroy_process_group()
+
+
+def follow(make: Callable[..., object]) -> NoReturn:
+    """What a process does that rank 0 started: make the ``LLM`` it is given, and obey."""
+    for name in (signal.SIGINT, signal.SIGTERM):  # rank 0 says when to end
+        signal.signal(name, signal.SIG_IGN)
+    source = sys.stdin.buffer
+    sys.path[:], options = pickle.load(source)
+    threading.Thread(target=_end_with, args=(source,), daemon=True).start()
+    rank = os.environ["RANK"]
+    try:
+        make(**options)
+        raise RuntimeError("a rank that was started is not led")
+    except SystemExit as end:
+        os._exit(int(end.code or 0))
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [""]
+        print(f"rank {rank}: {type(error).__name__}: {lines[0]}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+
+def _end_with(source: Any) -> None:
+    """End as soon as rank 0 is no more."""
+    source.read()
+    os._exit(1)

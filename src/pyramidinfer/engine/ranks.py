@@ -1,0 +1,417 @@
+"""Engines of a model that is split over ranks: one leads, the others do the same after it.
+
+Every rank has the whole of a request's bookkeeping (tokens, lengths, reservations, queues) and its
+part of the weights and of the cache.  Whatever changes an engine is told to the others first, in
+one order, and done by all.  Rank 0 alone makes requests, chooses tokens and knows the time; in each
+step the others are told what it chose.  So nothing on another rank depends on its own clock, free
+memory or random numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from pyramidinfer.config import EngineConfig, parse_device
+from pyramidinfer.engine.engine import Engine
+from pyramidinfer.engine.holding import next_turn
+from pyramidinfer.engine.launch import Link, RanksError, open_link
+from pyramidinfer.engine.making import Spans
+from pyramidinfer.engine.memory import Cost
+from pyramidinfer.engine.profiling import find_profile, profile_model, store_profile
+from pyramidinfer.engine.recompress import Recompressor
+from pyramidinfer.engine.request import Request, Scoring
+from pyramidinfer.engine.scheduler import Plan
+from pyramidinfer.engine.tracing import trace
+from pyramidinfer.models import ModelRunner
+from pyramidinfer.models.families import find_family
+from pyramidinfer.models.fingerprint import measure
+from pyramidinfer.models.loading import LoadedModel, empty_model, load_model
+from pyramidinfer.models.ranks import Ranks
+from pyramidinfer.models.runner import Stepped
+from pyramidinfer.models.sharding import split_model, weights_mark
+from pyramidinfer.policies import Policy
+from pyramidinfer.policies.profile import Profile
+from pyramidinfer.types import SamplingParams, TokenIds
+
+__all__ = ["Follower", "Leader", "check_sent", "split_llm"]
+
+#: Seconds after which a rank that does not answer ends all of them.
+TIMEOUT = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """A request as the other ranks need to know it."""
+
+    id: int
+    prompt: TokenIds
+    params: SamplingParams
+    max_new: int
+    policy: int  # its number among the policies that were told
+    cost: Cost
+    likely: Cost
+    protect: tuple[tuple[int, int], ...]
+    hold: bool
+    scored: TokenIds | None
+    owner: str | None
+    lowered_to: float | None
+    onto: int | None
+    samples: tuple[Told, ...]
+
+
+class Chosen(NamedTuple):
+    """What a request got in a step: its token (None where it failed), and why it ended."""
+
+    token: int | None
+    reason: str | None
+    error: str | None
+
+
+class Leader(Engine):
+    """The engine of rank 0."""
+
+    def __init__(self, link: Link, *values: Any, **options: Any) -> None:
+        self.link, self._busy, self._is_built = link, False, False
+        self._policies: dict[Policy, int] = {}
+        self._chosen: list[tuple[Request, int | None]] = []
+        super().__init__(*values, **options)
+        self._is_built = True
+        link.begin()
+
+    @contextmanager
+    def together(self, name: str, *values: Any) -> Iterator[None]:
+        """Do something that the others do, too, with these arguments."""
+        if self._busy:  # part of what they do already
+            yield
+            return
+        with self.link.guarded():
+            self._busy = True
+            try:
+                self.link.tell((name, values))
+                yield
+            finally:
+                self._busy = False
+
+    def _known_profile(self, measure: bool) -> Profile | None:
+        if self.link.broken is not None or self._is_built:  # the others are not asked again
+            return find_profile(self.shared)
+        found = find_profile(self.shared)
+        self.link.tell(found)
+        if found is None and measure:
+            found = profile_model(self.shared)
+            if self.tokenizer is not None:
+                store_profile(found)
+        return found
+
+    # --- requests -----------------------------------------------------------------------------
+
+    def submit(self, request: Request) -> None:
+        with self.together("submit", self._told(request)):
+            super().submit(request)
+
+    def extend(
+        self,
+        request: Request,
+        tokens: TokenIds,
+        params: SamplingParams,
+        *,
+        protect: Spans = (),
+        hold: bool = False,
+    ) -> Request:
+        turn = next_turn(self.maker, request, tokens, params, protect, hold)
+        with self.together("go_on", request.id, self._told(turn)):
+            self._go_on(request, turn)
+        return turn
+
+    def truncate(self, request: Request, seen_len: int) -> None:
+        with self.together("truncate", request.id, seen_len):
+            super().truncate(request, seen_len)
+
+    def recompress(self, request: Request) -> bool:
+        with self.together("recompress", request.id):
+            return super().recompress(request)
+
+    def recompressor(self) -> Recompressor:
+        raise ValueError(
+            "compress_idle (serve --compress-idle) works on one rank only: leave it out, or "
+            "tensor_parallel_size"
+        )
+
+    def release(self, request: Request) -> None:
+        with self.together("release", request.id):
+            super().release(request)
+
+    def fail(self, request: Request, reason: str = "error", error: str | None = None) -> None:
+        if request.finish_reason is not None or request.status == "made":
+            return super().fail(request, reason, error)
+        if self.link.broken is not None:
+            return super().fail(request, reason, error or self.link.broken)
+        with self.together("fail", request.id, reason):
+            return super().fail(request, reason, error)
+
+    def _told(self, request: Request) -> Told:
+        """The request for the others, its policy told before it where that is a new one."""
+        number = self._policies.get(request.policy)
+        if number is None:
+            number = self._policies[request.policy] = len(self._policies)
+            with self.together("learn", request.policy):
+                pass
+        scored = None if request.scoring is None else request.scoring.tokens
+        onto = None if request.onto is None else request.onto.id
+        return Told(
+            request.id,
+            request.prompt,
+            request.params,
+            request.max_new,
+            number,
+            request.cost,
+            request.likely,
+            request.protect,
+            request.hold,
+            scored,
+            request.owner,
+            request.lowered_to,
+            onto,
+            tuple(map(self._told, request.samples)),
+        )
+
+    # --- stepping -----------------------------------------------------------------------------
+
+    def step(self) -> list[Request]:
+        with self.together("step", _mark(self)):
+            return super().step()
+
+    def step_singly(self) -> list[Request]:
+        """Nothing that failed on some ranks can be taken back on all of them."""
+        self.link.check()
+        raise RanksError("a step failed")
+
+    def _commit(self, plan: Plan, stepped: Stepped, committed: set[Request]) -> list[Request]:
+        self._chosen = []
+        try:
+            ended = super()._commit(plan, stepped, committed)
+        except Exception as error:  # the others wait for what was chosen
+            raise self.link.fail(f"a step failed: {type(error).__name__}: {error}") from error
+        self.link.tell(
+            [Chosen(token, each.finish_reason, each.error) for each, token in self._chosen]
+        )
+        return ended
+
+    def _choose(
+        self, request: Request, logits: Tensor, likeliest: TokenIds, broken: list[bool]
+    ) -> str | None:
+        before = len(request.output)
+        reason = super()._choose(request, logits, likeliest, broken)
+        token = request.output[-1] if len(request.output) > before else None
+        self._chosen.append((request, token))
+        return reason
+
+    def check_alive(self) -> None:
+        self.link.check()
+
+    def when_broken(self, tell: Callable[[str], None]) -> None:
+        self.link.when_broken(tell)
+
+    def close(self) -> None:
+        self.link.close()
+
+
+class Follower(Engine):
+    """The engine of another rank: does what it is told until it is told to end."""
+
+    def __init__(self, link: Link, *values: Any, **options: Any) -> None:
+        self.link = link
+        self._told_of: dict[int, Request] = {}
+        self._learned: list[Policy] = []
+        self._chosen: list[Chosen] = []
+        super().__init__(*values, **options)
+
+    def _known_profile(self, measure: bool) -> Profile | None:
+        found: Profile | None = self.link.hear()
+        return profile_model(self.shared, progress=False) if found is None and measure else found
+
+    def follow(self) -> NoReturn:
+        """Obey; ends the process when rank 0 ends the model."""
+        while (command := self.link.hear()) != "close":
+            name, values = command
+            with suppress(ValueError):  # rank 0 has raised the same
+                getattr(self, f"_obey_{name}")(*values)
+            self._told_of = {
+                number: each
+                for number, each in self._told_of.items()
+                if each.status != "finished" or each.cache is not None
+            }
+        self.link.close()
+        raise SystemExit(0)
+
+    # --- commands -----------------------------------------------------------------------------
+
+    def _obey_learn(self, policy: Policy) -> None:
+        self._learned.append(policy)
+
+    def _obey_submit(self, told: Told) -> None:
+        self.submit(self._request(told))
+
+    def _obey_go_on(self, old: int, told: Told) -> None:
+        self._go_on(self._told_of[old], self._request(told))
+
+    def _obey_truncate(self, number: int, seen_len: int) -> None:
+        self.truncate(self._told_of[number], seen_len)
+
+    def _obey_recompress(self, number: int) -> None:
+        self.recompress(self._told_of[number])
+
+    def _obey_release(self, number: int) -> None:
+        if number in self._told_of:
+            self.release(self._told_of[number])
+
+    def _obey_fail(self, number: int, reason: str) -> None:
+        self.fail(self._told_of[number], reason)
+
+    def _obey_step(self, mark: tuple[int, ...]) -> None:
+        if mark != _mark(self):
+            raise RanksError(f"this rank is out of step: {_mark(self)}, not {mark}")
+        self.step()
+
+    def _obey_trace(self, prompt: TokenIds, max_tokens: int, protect: Spans) -> None:
+        trace(self, prompt, max_tokens, protect)
+
+    def _request(self, told: Told) -> Request:
+        request = Request(
+            policy=self._learned[told.policy],
+            id=told.id,
+            prompt=told.prompt,
+            params=told.params,
+            max_new=told.max_new,
+            cost=told.cost,
+            likely=told.likely,
+            protect=told.protect,
+            hold=told.hold,
+            scoring=None if told.scored is None else Scoring(told.scored, False),
+            samples=list(map(self._request, told.samples)),
+            owner=told.owner,
+            lowered_to=told.lowered_to,
+            onto=None if told.onto is None else self._told_of[told.onto],
+        )
+        for each in request.samples:
+            each.leads = False
+        self._told_of[request.id] = request
+        return request
+
+    def _commit(self, plan: Plan, stepped: Stepped, committed: set[Request]) -> list[Request]:
+        """All that is done together comes first; then what rank 0 chose is taken over."""
+        for row, request in enumerate(plan.decode):
+            self._advance(request, stepped, row)
+        self._chosen = self.link.hear()[::-1]
+        ended = []
+        for request in plan.decode + plan.begun:
+            ended += self._settle(request, stepped.logits[:0], [], [], committed)
+        return ended
+
+    def _choose(
+        self, request: Request, logits: Tensor, likeliest: TokenIds, broken: list[bool]
+    ) -> str | None:
+        token, reason, request.error = self._chosen.pop()
+        if token is not None:
+            request.output.append(token)
+        return reason
+
+
+# --- beginning ------------------------------------------------------------------------------------
+
+
+def check_sent(model: Any, policy: Policy) -> None:
+    """``ValueError`` for what other processes could not be given."""
+    if isinstance(model, nn.Module):
+        raise ValueError(
+            "a loaded model cannot be sent to other ranks: give its folder or name, or leave "
+            "tensor_parallel_size out"
+        )
+    if type(policy).__module__ == "__main__":
+        raise ValueError(
+            f"policy {policy.name!r} is defined in the program itself, where other ranks cannot "
+            f"find it: put its class in a module that can be imported"
+        )
+
+
+def split_llm(
+    model: str,
+    policy: Policy,
+    config: EngineConfig,
+    tokenizer: Any,
+    dtype: Any,
+    device: Any,
+    sent: dict[str, Any],
+) -> tuple[LoadedModel, Engine]:
+    """A model split over ranks: this rank's part, and the engine that leads.  On other ranks this
+    obeys until rank 0 ends the model, and ends the process.
+
+    sent : further arguments of ``LLM``.  ``ValueError``, ``RanksError`` where the ranks do not come
+    together.
+    """
+    place = parse_device(device)
+    same = {"model": model, "policy": policy, "dtype": dtype, "device": device}
+    options = {**same, "tokenizer": tokenizer, **sent}
+    link, group = open_link(config.ranks, place, config.rank_timeout or TIMEOUT, options)
+    ranks = Ranks(link.rank, config.tensor_parallel_size, group)
+    try:
+        loaded = _load_part(model, tokenizer, dtype, place, ranks, link, f"{policy} {config}")
+        kind = Follower if link.rank else Leader
+        engine = kind(
+            link,
+            loaded.model,
+            policy,
+            config,
+            loaded.tokenizer,
+            sent["backend"],
+            own=True,
+            ranks=ranks,
+        )
+    except BaseException:
+        link.close()
+        raise
+    if isinstance(engine, Follower):
+        engine.follow()
+    return loaded, engine
+
+
+def _load_part(
+    model: str,
+    tokenizer: Any,
+    dtype: Any,
+    place: torch.device,
+    ranks: Ranks,
+    link: Link,
+    options: str,
+) -> LoadedModel:
+    """Load a model and cut it to this rank's part, once all ranks have loaded the same."""
+    try:
+        loaded = load_model(model, tokenizer, dtype, "cpu")
+        whole: Any = loaded.model
+        versions = f"{torch.__version__} {transformers.__version__}"
+        what = {"weights": weights_mark(whole), "options": options, "versions": versions}
+        family = find_family(whole.config)
+        ranks.fingerprint = measure(whole.get_submodule(family.body))
+        probe = ModelRunner(empty_model(model, dtype, "cpu")[0], "reference")
+        split_model(whole, probe.shapes[0], ranks)
+        ranks.weight_bytes = sum(each.nbytes for each in whole.parameters())
+    except Exception as error:
+        link.agree({}, f"{error}")
+        raise
+    link.agree(what)
+    return replace(loaded, model=whole.to(place), device=place)
+
+
+def _mark(engine: Engine) -> tuple[int, ...]:
+    """What must be the same on all ranks before a step."""
+    scheduler = engine.scheduler
+    lengths = sum(len(each.output) for each in scheduler.running)
+    queues = (scheduler.waiting, scheduler.prefilling, scheduler.running, scheduler.preempted)
+    return (engine.ledger.bytes, lengths, *map(len, queues))

@@ -1,0 +1,98 @@
+"""The tables of ``docs/scaling.md`` and the terminal's, from what ``bench scale`` measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from pyramidinfer.lab.bench.table import mebibytes
+from pyramidinfer.lab.numbers_studies import origin
+
+__all__ = ["PAGE", "render_scale", "scale_table"]
+
+PAGE = Path("docs/scaling.md")
+BEGIN, END = "<!-- from benchmarks/results/scale.json -->", "<!-- end -->"
+KINDS = ("layers", "policy", "logits")
+
+Row = dict[str, Any]
+
+
+def render_scale(page: str, entry: dict[str, Any]) -> str:
+    """The page with its tables as the result has them, between the two marks."""
+    plan, result = entry["configuration"], entry["result"]
+    paper = result["paper"][0]
+    lines = [
+        BEGIN,
+        "## Measured\n",
+        origin(entry),
+        f"`pyramidinfer bench scale` on `{Path(plan['model']).name}` in {plan['dtype']}: one "
+        f"request of {plan['prompt']:,} prompt tokens and {plan['new']} generated ones.\n",
+        *_markdown(_measured(result["rows"])),
+        "",
+        "## On paper\n",
+        f"`{paper['shape']}` in bfloat16, one request of {paper['prompt']:,} prompt tokens and "
+        f"{paper['new']} generated ones.\n",
+        *_markdown(_on_paper(result["paper"])),
+        END,
+    ]
+    before, _, rest = page.partition(BEGIN)
+    return before + "\n".join(lines) + rest.partition(END)[2]
+
+
+def scale_table(result: dict[str, Any]) -> Table:
+    """What the terminal shows after ``bench scale``."""
+    table = Table(title="bytes on rank 0: counted / by formula")
+    head, *rows = _measured(result["rows"])
+    for index, name in enumerate(head):
+        table.add_column(name, justify="left" if index == 0 else "right")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _measured(rows: list[Row]) -> list[list[str]]:
+    found = [["policy", "ranks", "same tokens", *KINDS, "cache", "weights", "process"]]
+    for row in rows:
+        sent, said = row["sent"], row["sent_by_formula"]
+        found.append(
+            [
+                row["policy"],
+                str(row["ranks"]),
+                "yes" if row["same_tokens"] else "no",
+                *(_pair(sent.get(name, 0), said.get(name, 0)) for name in KINDS),
+                _pair(row["cache_bytes"], row["cache_by_formula"]),
+                _pair(row["weights_bytes"], row["weights_by_formula"]),
+                mebibytes(max(row["process_bytes"])),
+            ]
+        )
+    return found
+
+
+def _pair(counted: int, said: int) -> str:
+    return f"{counted / 1e3:,.0f} / {said / 1e3:,.0f} kB"
+
+
+def _on_paper(rows: list[Row]) -> list[list[str]]:
+    found = [["ranks", "policy", "weights", "cache", "wire, prompt", "wire, token", "waits, token"]]
+    for row in rows:
+        waits = row["collectives_token"]
+        found.append(
+            [
+                str(row["ranks"]),
+                row["policy"],
+                f"{row['weights'] / 2**30:.1f} GiB",
+                mebibytes(row["cache"]),
+                mebibytes(row["wire_prompt"]),
+                f"{row['wire_token'] / 2**10:,.0f} KiB",
+                f"{waits} ({waits * 0.01:.1f} ms)",
+            ]
+        )
+    return found
+
+
+def _markdown(rows: list[list[str]]) -> list[str]:
+    head, *lines = rows
+    every = [head, ["---", *["---:"] * (len(head) - 1)], *lines]
+    return [f"| {' | '.join(row)} |" for row in every]

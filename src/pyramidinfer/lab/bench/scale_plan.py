@@ -1,0 +1,166 @@
+"""What a model over several ranks holds and sends, by formula: for sizes nobody has at hand.
+
+Nothing is run.  Weights follow from the plan by which linears are split; pages and traffic from the
+lengths that a policy keeps, walked through layer by layer, token by token.  ``bench scale`` holds
+this against runs (``docs/scaling.md``).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from pyramidinfer.cache import Layout
+from pyramidinfer.models import ModelRunner
+from pyramidinfer.models.ranks import Ranks
+from pyramidinfer.models.sharding import split_model
+from pyramidinfer.policies import Policy
+from pyramidinfer.types import Layers, Needs, Phase, State, View, accumulate_dtype
+
+__all__ = ["Work", "cache_bytes", "simulate", "weight_bytes", "wire_bytes"]
+
+PAGE = 16
+
+
+class Work(NamedTuple):
+    """One request: so many prompt tokens and generated ones."""
+
+    prompt: int
+    new: int
+
+
+def weight_bytes(empty: Any, runner: ModelRunner, ranks: int) -> int:
+    """Weights of the first rank; ``empty``, the model without weights, is cut to them."""
+    if ranks > 1:
+        split_model(empty, runner.shapes[0], Ranks(0, ranks))
+    different = {id(each): each for each in empty.parameters()}  # what is tied counts once
+    return sum(each.nbytes for each in different.values())
+
+
+def cache_bytes(runner: ModelRunner, lens: list[list[int]], ranks: int) -> int:
+    """Pages of so many entries, ``[layers][kv_heads]``, on the rank that has most."""
+    specs = runner.group_specs()
+    places = Ranks(0, ranks).places(runner.depth, runner.kv_heads)
+    layout = Layout(specs, Layout.least_bytes(specs, PAGE), PAGE, places=places)
+    pages = layout.pages_for(torch.tensor(lens).numpy())
+    return layout.bytes_of(layout.by_group(layout.by_layer(pages)))
+
+
+def simulate(
+    runner: ModelRunner, policy: Policy, work: Work, ranks: int
+) -> tuple[Counter[str], list[list[int]]]:
+    """Bytes that a rank hands to collectives for one request, by what for (``Ranks.sent``), and the
+    entries it ends with.
+
+    ``ValueError`` for a policy that chooses while decoding by no rule (``types.Best``), since what
+    it keeps is not known.
+    """
+    layers = runner.layers_for(work.prompt + work.new)
+    forecast = policy.forecast(work.prompt, 0, layers)
+    hidden, steps = runner.hidden_size * runner.dtype.itemsize, work.new - 1  # the last is not fed
+    last = 1 if runner.family.plain else forecast.reach[-1]  # outputs that the last layer gives
+    rows = sum(forecast.reach[:-1]) + last + steps * layers.count
+    sent = Counter(
+        layers=2 * rows * hidden,
+        embedding=(work.prompt + steps) * hidden,
+        logits=work.new * -(-runner.vocab_size // ranks) * runner.dtype.itemsize,
+    )
+    policies, lens = _observed(runner, policy, work, layers, Ranks(0, ranks))
+    sent["policy"] = policies
+    return sent, lens
+
+
+def _observed(
+    runner: ModelRunner, policy: Policy, work: Work, layers: Layers, ranks: Ranks
+) -> tuple[int, list[list[int]]]:
+    """Bytes joined so that the policy sees all heads, and the entries at the end."""
+    state, total = policy.start(layers), 0
+    lens: list[list[int]] = []
+    forecast = policy.forecast(work.prompt, 0, layers)
+    kept = forecast.by_head(layers.kv_heads).tolist()
+    ring = bool(policy.ring(work.prompt, work.new))
+    for layer, reach in enumerate(forecast.reach):
+        before, first = [reach] * layers.kv_heads, lens[layers.first] if lens else [reach]
+        view = _view("prefill", layer, layers, work, reach, before, first, 0, state)
+        needs = policy.needs(view)
+        total += _joined(runner, needs, reach, ranks, min(needs.window, reach) or int(ring))
+        lens.append(kept[layer])
+        state = policy.prefilled(
+            _view("prefill", layer, layers, work, 0, lens[-1], lens[layers.first], 0, state)
+        )
+    for step in range(1, work.new):
+        lens = [[count + 1 for count in heads] for heads in lens]
+        first, kept_now = list(lens[layers.first]), np.array(lens)
+        room = policy.ceiling(kept_now, state, layers) + policy.slack - kept_now
+        for layer in np.nonzero((room.min(1) < 0) & np.array(layers.governed))[0].tolist():
+            heads = lens[layer]
+            needs = policy.needs(_view("decode", layer, layers, work, 1, heads, first, step, state))
+            if needs.retain is None:
+                continue
+            rule = needs.retain
+            if rule is True or rule.safeguard is not None:
+                raise ValueError(f"what {policy.name!r} keeps while decoding is not known")
+            total += _joined(runner, needs, max(heads), ranks, needs.window, ring=True)
+            each = [rule.count] * len(heads) if isinstance(rule.count, int) else list(rule.count)
+            lens[layer] = list(map(min, heads, each))
+    return total, lens
+
+
+def _view(
+    phase: Phase,
+    layer: int,
+    layers: Layers,
+    work: Work,
+    new: int,
+    heads: list[int],
+    first: list[int],
+    step: int,
+    state: State,
+) -> View:
+    seen, most = work.prompt + step, max(first)
+    return View(phase, layer, layers, work.prompt, new, tuple(heads), most, seen, state)
+
+
+def _joined(
+    runner: ModelRunner,
+    needs: Needs,
+    entries: int,
+    ranks: Ranks,
+    window: int,
+    *,
+    ring: bool = False,
+) -> int:
+    """Bytes that one look at a layer with so many entries a head takes.
+
+    window : queries that are scored;  ring : with the log-sum-exps they had when they attended.
+    """
+    if ranks.size == 1:
+        return 0
+    shape, wide = runner.shapes[0], accumulate_dtype(runner.dtype).itemsize
+    own = len(ranks.own_heads(runner.kv_heads))
+    size = 0
+    if needs.window:
+        size += (own if needs.reduce.heads.startswith("kv") else 1) * entries * wide
+    if ranks.copies(runner.kv_heads) > 1:  # queries of all ranks that hold the KV head
+        one = shape.key_dim * runner.dtype.itemsize + (wide if ring else 0)
+        size += window * shape.heads // ranks.size * one
+    if needs.retain is not None:
+        size += own * entries * 4  # positions
+        size += (
+            own
+            * entries
+            * wide
+            * (needs.keys * shape.key_dim + needs.values * shape.value_dim + needs.column_sums)
+        )
+    return size
+
+
+def wire_bytes(sent: Counter[str], ranks: int) -> float:
+    """What a rank puts on its link for what it hands to collectives: a ring sends what is summed
+    2 (n - 1) / n times, and what is joined to each other rank."""
+    summed = sent["layers"] + sent["embedding"]
+    joined = sent["logits"] + sent["policy"]
+    return summed * 2 * (ranks - 1) / ranks + joined * (ranks - 1)
