@@ -240,3 +240,8 @@ class EngineConfig:
             if name not in known:
                 raise ValueError(f"unknown option {name!r}; {nearest(name, {*known, *others})}")
         return cls(**options)
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The precision attention weights are worked out in: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

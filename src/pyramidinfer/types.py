@@ -1,4 +1,4 @@
-"""The nouns everything else passes around.  No behaviour lives here."""
+"""The nouns everything else passes around; what they tell follows from their fields."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-import torch
 from torch import Tensor
 
 from pyramidinfer.native.library import Kernels
@@ -362,8 +361,3 @@ class Trace:
     prefill_logits: Tensor
     final_logits: Tensor
     computed_by_layer: list[int] = field(default_factory=list)
-
-
-def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The precision attention weights are worked out in: float64 for float64, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pyramidinfer.attention.base import Attended, DecodePlan, Pages, Scale, Scored
-from pyramidinfer.types import Reduce, accumulate_dtype
+from pyramidinfer.config import accumulate_dtype
+from pyramidinfer.types import Reduce
 
 __all__ = ["ReferenceBackend"]
 

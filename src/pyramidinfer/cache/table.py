@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyramidinfer.types import State, accumulate_dtype
+from pyramidinfer.config import accumulate_dtype
+from pyramidinfer.types import State
 
 __all__ = ["Ring", "Table"]
 

@@ -13,13 +13,14 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from pyramidinfer.cache import Layout, Table
+from pyramidinfer.config import accumulate_dtype
 from pyramidinfer.engine.checks import ContextLengthError
 from pyramidinfer.engine.readings import readings
 from pyramidinfer.models import ModelRunner
 from pyramidinfer.models.routing import scores_by_chunk
 from pyramidinfer.policies import Policy
 from pyramidinfer.policies.base import Forecast
-from pyramidinfer.types import Layers, Phase, View, accumulate_dtype
+from pyramidinfer.types import Layers, Phase, View
 
 __all__ = ["Cost", "Ledger", "bytes_of", "for_samples", "full_bytes", "full_lens"]
 

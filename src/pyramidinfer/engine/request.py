@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from pyramidinfer.cache.pool import Exported
+from pyramidinfer.config import accumulate_dtype
 from pyramidinfer.engine.memory import Cost
 from pyramidinfer.engine.text import Detokenizer
 from pyramidinfer.models.batch import Prefill, Sequence
-from pyramidinfer.types import KVUsage, Logprob, SamplingParams, TokenIds, accumulate_dtype
+from pyramidinfer.types import KVUsage, Logprob, SamplingParams, TokenIds
 
 __all__ = ["Constraint", "Preempted", "Request", "Scoring", "Status", "Times"]
 

@@ -14,8 +14,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from pyramidinfer.config import accumulate_dtype
 from pyramidinfer.engine.request import Constraint, Request
-from pyramidinfer.types import Logprob, TokenIds, accumulate_dtype
+from pyramidinfer.types import Logprob, TokenIds
 
 __all__ = ["prepare", "read_prompt", "sample"]
 

@@ -30,13 +30,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pyramidinfer.attention import Backend, Scale
+from pyramidinfer.config import accumulate_dtype
 from pyramidinfer.engine import LLM
 from pyramidinfer.lab.icr import bootstrap, publish
 from pyramidinfer.lab.pictures import draw_rac
 from pyramidinfer.lab.samples import Subject, settings
 from pyramidinfer.lab.study import Row, run_cells
 from pyramidinfer.policies import Full
-from pyramidinfer.types import Reduce, TokenIds, accumulate_dtype
+from pyramidinfer.types import Reduce, TokenIds
 
 __all__ = ["MODES", "Newest", "NewestRows", "RacPlan", "measure_text", "run_rac", "watch"]
 

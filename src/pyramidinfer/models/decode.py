@@ -16,8 +16,9 @@ from torch import Tensor
 from pyramidinfer.attention import DecodePlan
 from pyramidinfer.attention.base import Attended
 from pyramidinfer.cache import Pool
+from pyramidinfer.config import accumulate_dtype
 from pyramidinfer.models.batch import Sequence
-from pyramidinfer.types import AttentionShape, accumulate_dtype
+from pyramidinfer.types import AttentionShape
 
 __all__ = ["Decoding", "Ropes", "Size", "Stepped"]
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pyramidinfer.attention import Backend, Scale, ragged
 from pyramidinfer.cache import Pool, Table, evict_best
+from pyramidinfer.config import accumulate_dtype
 from pyramidinfer.models.batch import Prefill, Sequence
 from pyramidinfer.models.ranks import Ranks
 from pyramidinfer.models.routing import runs_of
@@ -101,7 +102,7 @@ def retain(
     rotation = None
     if needs.ahead:
         spec = pool.group(layer).spec
-        like = torch.empty(0, spec.key_dim, dtype=_widest(spec.dtype), device=pool.device)
+        like = torch.empty(0, spec.key_dim, dtype=accumulate_dtype(spec.dtype), device=pool.device)
         rotation = streaming.mean_rotation(like, needs.ahead, layer, sequence, view.seen_len)
     seen = Observation(
         view,
@@ -162,18 +163,15 @@ def _widened(rows: Tensor, longest: int) -> Tensor:
     return out
 
 
-def _widest(dtype: torch.dtype) -> torch.dtype:
-    """float32 or wider."""
-    return torch.promote_types(dtype, torch.float32)
-
-
 def _wide(
     pool: Pool, table: Table, layer: int, read: Callable[[Table, int, slice], Tensor]
 ) -> Tensor:
     """Keys or values ``[kv_heads, longest, dim]`` in float32 or wider, 0 behind a shorter head."""
     parts = [(heads, read(table, layer, heads)) for heads in pool.runs(table, layer)]
     first, longest = parts[0][1], int(pool.lens(table)[layer].max())
-    out = first.new_zeros(pool.kv_heads, longest, first.shape[-1], dtype=_widest(first.dtype))
+    out = first.new_zeros(
+        pool.kv_heads, longest, first.shape[-1], dtype=accumulate_dtype(first.dtype)
+    )
     for heads, part in parts:
         out[heads, : part.shape[1]] = part
     return out

@@ -14,11 +14,12 @@ import numpy as np
 import torch
 
 from pyramidinfer.cache import Layout
+from pyramidinfer.config import accumulate_dtype
 from pyramidinfer.models import ModelRunner
 from pyramidinfer.models.ranks import Ranks
 from pyramidinfer.models.sharding import split_model
 from pyramidinfer.policies import Policy
-from pyramidinfer.types import Layers, Needs, Phase, State, View, accumulate_dtype
+from pyramidinfer.types import Layers, Needs, Phase, State, View
 
 __all__ = ["Work", "cache_bytes", "simulate", "weight_bytes", "wire_bytes"]
 
