@@ -220,3 +220,23 @@ def test_as_many_further_turns_run_at_once_as_their_caches_leave_room_for() -> N
     engine.peak_in_flight = 0
     finish(engine)
     assert engine.peak_in_flight == 8
+
+
+@pytest.mark.parametrize("name", ["pyramid", "duo", "tova"])
+def test_a_further_turn_whose_keep_is_lowered_stays_within_its_new_bound(name: str) -> None:
+    """It may hold more than a text of its length that came at once."""
+    engine = start(name, dtype=torch.float32, admission="overcommit", elastic=0.2)
+    turn = engine.add(random_prompt(1, 60), TURN, hold=True)
+    while turn.finish_reason is None:
+        step(engine)
+    longer = SamplingParams(max_tokens=60, ignore_eos=True)
+    turn = engine.extend(turn, random_prompt(2, 90), longer, hold=True)
+    while len(turn.output) < 5:
+        step(engine)
+    assert engine.scheduler._tighten() and turn.lowered_to is not None
+    while turn.finish_reason is None:
+        bound = turn.cost.after_prefill
+        assert bound is not None and (turn.table.kept <= bound.entries).all()
+        step(engine)
+    engine.release(turn)
+    engine.check()

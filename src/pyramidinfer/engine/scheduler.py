@@ -309,9 +309,12 @@ class Scheduler:
         runner.evict_now(self.pool, request)
         most = _decode_cost(request)
         assert most.entries is not None
-        forecast = request.policy.forecast(len(request.prompt), request.max_new, request.layers)
-        kept = forecast.by_head(runner.kv_heads) + int(request.protected.sum())
-        entries = np.minimum(most.entries, kept)
+        came_at_once = request.prompt_len >= len(request.prompt)
+        find = request.policy.forecast if came_at_once else request.policy.forecast_extended
+        bound, entries = find(len(request.prompt), request.max_new, request.layers), most.entries
+        if bound is not None:
+            kept = bound.by_head(runner.kv_heads) + int(request.protected.sum())
+            entries = np.minimum(entries, kept)
         request.cost = request.cost._replace(
             after_prefill=self.ledger.decode_cost(entries, most.overhead)
         )
