@@ -306,10 +306,18 @@ SECTIONS: dict[str, Callable[[Result], str]] = {
     ),
     "decode_long": partial(_study, "long", "Long answers, cut while they grow", "decode_long"),
     "ruler_long": partial(
-        _pictured,
-        "RULER, longer",
+        _ruler,
+        "One needle at 4,000 tokens",
         "ruler_long",
-        "The full cache, the paper's rule, the default.",
+        "The default and `duo`. Two samples: an answer more or less is half of a score.",
+    ),
+    "keys_ruler": partial(
+        _ruler,
+        "Methods that score by keys, values or a second reading, in both protocols",
+        "keys_ruler",
+        "Needle tasks that the full cache can do, two samples each; `rkv` cuts the prompt by its "
+        "rule, as it does a text that is generated. Computed above 100 %: `kvzip` reads a text "
+        "twice.",
     ),
     "trial_1000": partial(
         _ruler,
