@@ -46,7 +46,7 @@ def test_weights_and_cache_of_more_ranks_than_anybody_has() -> None:
         empty = empty_shape("llama3-70b")
         runner = ModelRunner(empty, "reference")
         lens = [[1000] * 8] * runner.depth
-        return weight_bytes(empty, runner, ranks), cache_bytes(runner, lens, ranks)
+        return weight_bytes(empty, runner, ranks), max(cache_bytes(runner, lens, ranks))
 
     whole, parts = of(1), {ranks: of(ranks) for ranks in (8, 64)}
     assert 140e9 < whole[0] < 142e9

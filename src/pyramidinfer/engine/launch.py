@@ -33,7 +33,7 @@ __all__ = ["Link", "RanksError", "follow", "open_link"]
 SHORT = 4096
 #: Seconds that the others may take longer to load the model than the first.
 LOADING = 1800.0
-#: Links that this process has had; the same on all ranks.
+#: Links that a process that was started has had: the number of the next one, the same on all ranks.
 _links = itertools.count()
 #: The store that torchrun's processes meet in, kept for the next model.
 _stores: dict[tuple[str, int], Any] = {}
@@ -384,7 +384,10 @@ def _joined(
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank)))
     limit = timedelta(seconds=timeout)
     try:
-        here = _given_store(rank, size) if store is None else store
+        number = 0 if store is not None else next(_links)
+        if store is None:
+            store = _given_store(rank, size)
+        here = dist.PrefixStore(f"link/{number}", store)  # type: ignore[attr-defined]
         link = Link(World(rank, size, here, None), timeout, processes)
         here.set(f"here/{rank}", "")
         for other in range(size):
@@ -401,15 +404,12 @@ def _joined(
 
 
 def _given_store(rank: int, size: int) -> Any:
-    """The store that torchrun tells its processes of, with keys of this link's own."""
+    """The store that a process is told of by whoever started it."""
     place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     if place not in _stores:
         agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         _stores[place] = _store(*place, size, rank == 0 and not agent)
-    import torch.distributed as dist
-
-    key = f"link/{next(_links)}"
-    return dist.PrefixStore(key, _stores[place])  # type: ignore[attr-defined]
+    return _stores[place]
 
 
 def _leave() -> None:

@@ -41,13 +41,14 @@ def weight_bytes(empty: Any, runner: ModelRunner, ranks: int) -> int:
     return sum(each.nbytes for each in different.values())
 
 
-def cache_bytes(runner: ModelRunner, lens: list[list[int]], ranks: int) -> int:
-    """Pages of so many entries, ``[layers][kv_heads]``, on the rank that has most."""
+def cache_bytes(runner: ModelRunner, lens: list[list[int]], ranks: int) -> list[int]:
+    """Bytes of pages of so many entries, ``[layers][kv_heads]``, on each rank."""
     specs = runner.group_specs()
     places = Ranks(0, ranks).places(runner.depth, runner.kv_heads)
     layout = Layout(specs, Layout.least_bytes(specs, PAGE), PAGE, places=places)
     pages = layout.pages_for(torch.tensor(lens).numpy())
-    return layout.bytes_of(layout.by_group(layout.by_layer(pages)))
+    sizes = layout.layer_page_bytes
+    return [int(rank @ sizes) for rank in layout.by_layer(pages)]
 
 
 def simulate(
