@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM
 from pyramidinfer import LLM, SamplingParams
 from pyramidinfer.engine.english import paragraphs
 from pyramidinfer.models.catalog import find_model
-from pyramidinfer.models.loading import end_ids
 from pyramidinfer.types import TokenIds
 from tests_real.conftest import real_prompts
 
@@ -70,7 +69,7 @@ def test_full_is_transformers(name: str, theirs: Theirs, chunk: int) -> None:
     for number, output in enumerate(outputs):
         expected, logits = theirs.tokens[number], theirs.logits[number]
         if output.finish_reason == "stop":
-            assert output.token_ids[-1] in end_ids(llm.engine.runner.model)
+            assert output.token_ids[-1] in llm.engine.end_ids
         if output.token_ids == expected:
             continue
         at = next(
