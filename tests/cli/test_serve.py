@@ -271,7 +271,7 @@ def test_open_to_others_without_a_key_warns(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    loaded = SimpleNamespace(sampling_defaults={})
+    loaded = SimpleNamespace(sampling_defaults={}, close=lambda: None)
     monkeypatch.setattr(serve_module, "load", lambda choice: loaded)
     monkeypatch.setattr(serve_module, "serve", lambda *values: None)
     monkeypatch.setattr(serve_module, "bind", lambda settings: socket.socket())

@@ -72,6 +72,7 @@ def truncate(shared: Shared, request: Request, seen_len: int) -> None:
                 f"from position {oldest} on"
             )
     pool.truncate(table, seen_len, lambda own: runner.ranks.join(own, runner.kv_heads))
+    table.state = request.policy.truncated(table.state, table.kept)
     if request.policy.streams:
         runner.streaming.forget(table)
         runner.streaming.close_gaps(pool, request)

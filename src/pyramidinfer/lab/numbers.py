@@ -190,9 +190,13 @@ def main() -> None:
     results = load_results()
     PAGE.write_text(render(results), encoding="utf-8")
     methods.PAGE.write_text(methods.render(results), encoding="utf-8")
-    page = scale_page.PAGE.read_text(encoding="utf-8")
-    scale_page.PAGE.write_text(scale_page.render_scale(page, results["scale"]), encoding="utf-8")
-    print(f"wrote {PAGE}, {methods.PAGE} and {scale_page.PAGE}")
+    pages = [PAGE, methods.PAGE]
+    if "scale" in results:
+        scaling = scale_page.PAGE.read_text(encoding="utf-8")
+        scaling = scale_page.render_scale(scaling, results["scale"])
+        scale_page.PAGE.write_text(scaling, encoding="utf-8")
+        pages.append(scale_page.PAGE)
+    print("wrote", ", ".join(map(str, pages)))
 
 
 if __name__ == "__main__":

@@ -141,6 +141,11 @@ class Policy:
         """The state once a layer's prefill or extend is over (``view.kept_len`` is final)."""
         return view.state
 
+    def truncated(self, state: State, kept: np.ndarray) -> State:
+        """The state once the newest tokens were forgotten; ``kept``: entries now, ``[layers,
+        kv_heads]``."""
+        return state
+
     @property
     def slack(self) -> int:
         """Entries that a head may gather beyond its ``ceiling`` before it is cut."""

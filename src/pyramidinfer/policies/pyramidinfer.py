@@ -189,6 +189,10 @@ class PyramidInfer(Policy):
         ratio = _schedule(self, view.prompt_len, view.layers).ratio
         return {"marker": marker, "ratio": torch.tensor(ratio, dtype=torch.float64)}
 
+    def truncated(self, state: State, kept: np.ndarray) -> State:
+        longest = torch.from_numpy(kept.max(1)).to(torch.int64)
+        return {**state, "marker": torch.minimum(state["marker"], longest)}
+
     def forecast(self, prompt_len: int, max_new: int, layers: Layers) -> Forecast:
         reach = list(_schedule(self, prompt_len, layers).reach)
         grown = _generation_peak(self, prompt_len, max_new, layers)
