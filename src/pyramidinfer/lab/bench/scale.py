@@ -21,6 +21,7 @@ from pyramidinfer.lab.bench.scale_plan import (
 )
 from pyramidinfer.lab.bench.setting import progress
 from pyramidinfer.lab.record import write_result
+from pyramidinfer.lab.samples import SHIPPED
 from pyramidinfer.lab.shapes import empty_shape
 from pyramidinfer.models import ModelRunner
 from pyramidinfer.models.catalog import find_model
@@ -88,7 +89,7 @@ def run_scale(plan: ScalePlan, out: Path) -> dict[str, Any]:
             finally:
                 llm.close()
     result = {"rows": rows, "paper": _on_paper()}
-    write_result(out, {**asdict(plan), "model": plan.name}, result)
+    write_result(out, {**asdict(plan), "model": plan.model or SHIPPED}, result)
     return result
 
 
