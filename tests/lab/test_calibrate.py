@@ -355,10 +355,15 @@ def test_what_cannot_be_free_is_not_measured_to_its_end(
     runs, parts = lab._Runs(llm, TASK), []
     whole = Measured(Counter({("fact", "later"): 2, ("fact", "inside"): 1}), 0.8, 0.01, 1.0)
     policy = Pyramid(keep=0.3, profile=profile, min_context=1)
-    for kl, later, inside, asked in (
-        (0.1, 0, 0, ""), (0.01, 3, 0, "l"), (0.01, 2, 0, "ll"), (0.01, 1, 2, "lli"),
-        (0.01, 1, 1, "llii"), (0.01, 0, 0, "llii")
-    ):  # fmt: skip
+    cases = [
+        (0.1, 0, 0, ""),
+        (0.01, 3, 0, "l"),
+        (0.01, 2, 0, "ll"),
+        (0.01, 1, 2, "lli"),
+        (0.01, 1, 1, "llii"),
+        (0.01, 0, 0, "llii"),
+    ]
+    for kl, later, inside, asked in cases:
         monkeypatch.setattr(lab, "divergence", lambda *a, kl=kl: kl)
         monkeypatch.setattr(
             runs,

@@ -23,7 +23,9 @@ class Detokenizer:
     A token may complete a character begun by the ones before it, or bring a space between itself
     and them, so a little context is decoded again each time (at first the end of the prompt, unless
     a special token parts it from the answer); text that ends in an incomplete character waits for
-    the next token.  Stop strings count from behind ``min_tokens`` tokens on.
+    the next token.  Stop strings count from behind ``min_tokens`` tokens on.  (tokenizers'
+    ``DecodeStream`` holds back an unfinished character for good: it cannot be told that the answer
+    is over.)
     """
 
     def __init__(

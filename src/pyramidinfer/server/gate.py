@@ -84,7 +84,7 @@ class Gate:
                 answer.setdefault("Cache-Control", "no-store")
             await send(message)
 
-        try:
+        try:  # Starlette's TrustedHostMiddleware would answer in plain text, not as OpenAI does
             name = re.sub(r":\d*$", "", headers.get("host", "localhost")).lower()
             if self.hosts is not None and name not in self.hosts:
                 self.rejected(403)
