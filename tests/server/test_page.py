@@ -95,11 +95,12 @@ def fact_asked_for(text: str) -> str:
 
 def test_a_conversation_streams(server: Server, open_tab: Callable[..., Tab]) -> None:
     tab = open_tab()
-    server.paced.pause = 0.05
+    server.paced.pause = 2.0  # time to look, on a busy machine too
     tab.page.evaluate(RECORD)
     tab.ask()
     tab.wait("streaming")
     assert tab.page.is_visible("#stop") and not tab.page.is_visible("#send")
+    server.paced.pause = 0.05
     tab.wait()
     document = tab.text(".user p")
     assert 250 < len(document.split()) < 400
