@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from pyramidinfer.config import EngineConfig, parse_device
 from pyramidinfer.engine.engine import Engine
-from pyramidinfer.engine.holding import next_turn
 from pyramidinfer.engine.launch import Link, RanksError, open_link
 from pyramidinfer.engine.making import Spans
 from pyramidinfer.engine.memory import Cost
@@ -116,19 +115,9 @@ class Leader(Engine):
         with self.together("submit", self._told(request)):
             super().submit(request)
 
-    def extend(
-        self,
-        request: Request,
-        tokens: TokenIds,
-        params: SamplingParams,
-        *,
-        protect: Spans = (),
-        hold: bool = False,
-    ) -> Request:
-        turn = next_turn(self.maker, request, tokens, params, protect, hold)
+    def _go_on(self, request: Request, turn: Request) -> None:
         with self.together("go_on", request.id, self._told(turn)):
-            self._go_on(request, turn)
-        return turn
+            super()._go_on(request, turn)
 
     def truncate(self, request: Request, seen_len: int) -> None:
         with self.together("truncate", request.id, seen_len):
