@@ -161,6 +161,10 @@ class EngineConfig:
         before any is moved; None is off.
     tensor_parallel_size : ranks (processes, each on a device of its own) that split every layer's
         heads, MLP and vocabulary; ``kv_memory`` is each one's.
+    pipeline_parallel_size : stages that the layers are dealt to, each of ``tensor_parallel_size``
+        ranks.
+    pipeline_layers : layers of each stage, ``"16,14"``; None deals them by the work that the policy
+        forecasts.
     rank_timeout : seconds after which a rank that does not answer ends all of them; None is 60.
     """
 
@@ -178,6 +182,8 @@ class EngineConfig:
     elastic: float | None = None
     profile: bool = True
     tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+    pipeline_layers: str | None = None
     rank_timeout: float | None = None
 
     def __post_init__(self) -> None:
@@ -185,7 +191,7 @@ class EngineConfig:
         if self.swap_memory is not None:
             object.__setattr__(self, "swap_memory", parse_bytes(self.swap_memory, "swap_memory"))
         sizes = ("page_size", "max_requests", "step_tokens", "prefill_chunk")
-        for name in (*sizes, "tensor_parallel_size"):
+        for name in (*sizes, "tensor_parallel_size", "pipeline_parallel_size"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
@@ -195,8 +201,9 @@ class EngineConfig:
             if self.ranks == 1:
                 raise ValueError(
                     f"rank_timeout={self.rank_timeout} has no effect on one rank; leave it out, or "
-                    f"give tensor_parallel_size"
+                    f"give tensor_parallel_size or pipeline_parallel_size"
                 )
+        self._check_layers()
         if not isinstance(self.profile, bool):
             raise ValueError(f"profile={self.profile!r} must be True or False")
         for share in ("reuse_share", "expected_output"):
@@ -212,10 +219,24 @@ class EngineConfig:
                     f"runs short"
                 )
 
+    def _check_layers(self) -> None:
+        given, stages = self.pipeline_layers, self.pipeline_parallel_size
+        if given is None:
+            return
+        if not (isinstance(given, str) and re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", given)):
+            raise ValueError(
+                f"pipeline_layers={given!r} must be the layers of each stage, such as '16,14'"
+            )
+        if stages == 1 or len(given.split(",")) != stages:
+            raise ValueError(
+                f"pipeline_layers={given!r} is for {len(given.split(','))} stages, and "
+                f"pipeline_parallel_size={stages}"
+            )
+
     @property
     def ranks(self) -> int:
         """Processes that the model is split over."""
-        return self.tensor_parallel_size
+        return self.tensor_parallel_size * self.pipeline_parallel_size
 
     @property
     def budget(self) -> int:

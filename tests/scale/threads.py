@@ -18,9 +18,12 @@ from torch import Tensor
 from pyramidinfer.config import EngineConfig
 from pyramidinfer.engine.ranks import Follower, Leader
 from pyramidinfer.models import ModelRunner
+from pyramidinfer.models.families import find_family
 from pyramidinfer.models.fingerprint import measure
+from pyramidinfer.models.pipeline import StageRunner
 from pyramidinfer.models.ranks import Ranks
 from pyramidinfer.models.sharding import split_model
+from pyramidinfer.models.stages import Stages, keep_stage, ranges_of
 from pyramidinfer.policies import Policy
 
 __all__ = ["split_engine"]
@@ -65,6 +68,25 @@ class ThreadRanks(Ranks):
         return torch.stack(self._gather(partial, group, what)).sum(0)
 
 
+class QueueWire:
+    """Messages between the stages of one column of ranks; pickled and copied as they are between
+    processes."""
+
+    def __init__(self, stage: int, boxes: dict[Any, Queue[Any]], column: int) -> None:
+        self.stage, self.boxes, self.column = stage, boxes, column
+
+    def _box(self, giver: int, taker: int, lane: int) -> Queue[Any]:
+        return self.boxes.setdefault((self.column, giver, taker, lane), Queue())
+
+    def send(self, stage: int, lane: int, what: Any, tensors: list[Tensor]) -> None:
+        copies = [each.clone() for each in tensors]
+        self._box(self.stage, stage, lane).put((pickle.dumps(what), copies))
+
+    def receive(self, stage: int, lane: int) -> tuple[Any, list[Tensor]]:
+        what, tensors = self._box(stage, self.stage, lane).get(timeout=WAIT)
+        return pickle.loads(what), tensors
+
+
 class QueueLink:
     """A ``Link`` between threads; commands are pickled as they are between processes."""
 
@@ -98,26 +120,41 @@ class QueueLink:
 
 @contextmanager
 def split_engine(
-    model: Any, policy: Policy, config: EngineConfig, size: int, backend: str = "auto"
+    model: Any,
+    policy: Policy,
+    config: EngineConfig,
+    tensor: int,
+    backend: str = "auto",
+    layers: list[int] | None = None,
 ) -> Iterator[Leader]:
-    """The leading engine of a model that threads share."""
-    meeting, others = Meeting(size), {}
+    """The leading engine of a model that threads share: stages of so many layers (None: one stage),
+    each of ``tensor`` ranks."""
+    runner = ModelRunner(model, "reference")
+    stages, shape = ranges_of(layers or [runner.depth]), runner.shapes[0]
+    meetings = [Meeting(tensor) for _ in stages]
+    others: list[dict[Any, Meeting]] = [{} for _ in stages]
+    boxes: dict[Any, Queue[Any]] = {}
+    size = tensor * len(stages)
     queues: list[Queue[bytes]] = [Queue() for _ in range(size)]
-    shape = ModelRunner(model, "reference").shapes[0]
     whole = copy.deepcopy(model)
     raised: list[BaseException] = []
 
     def make(rank: int) -> Leader | Follower:
-        ranks = ThreadRanks(rank, size, meeting, others=others)
+        stage, index = divmod(rank, tensor)
+        ranks = ThreadRanks(index, tensor, meetings[stage], others=others[stage])
         part = copy.deepcopy(whole)
-        ranks.fingerprint = measure(
-            part.get_submodule("model" if hasattr(part, "model") else "gpt_neox")
-        )
-        split_model(part, shape, ranks)
-        kind = Follower if rank else Leader
-        return kind(
-            QueueLink(rank, queues), part, policy, config, None, backend, own=True, ranks=ranks
-        )
+        ranks.fingerprint = measure(part.get_submodule(find_family(part.config).body))
+        if tensor > 1:
+            split_model(part, shape, ranks)
+        mine = Stages(stages, stage, QueueWire(stage, boxes, index))
+        keep_stage(part, mine)
+        kind = StageRunner if len(stages) > 1 else ModelRunner
+        driven = kind(part, backend, config.prefill_chunk, own=True, ranks=ranks, stages=mine)
+        return (Follower if rank else Leader)(QueueLink(rank, queues), driven, policy, config)
+
+    def stop() -> None:
+        for meeting in [*meetings, *(each for some in others for each in some.values())]:
+            meeting.barrier.abort()
 
     def follow(rank: int) -> None:
         try:
@@ -127,9 +164,7 @@ def split_engine(
             engine.check()
         except BaseException as error:
             raised.append(error)
-            meeting.barrier.abort()
-            for each in others.values():
-                each.barrier.abort()
+            stop()
 
     threads = [threading.Thread(target=follow, args=(rank,)) for rank in range(1, size)]
     for each in threads:
@@ -139,7 +174,7 @@ def split_engine(
         yield leader
         leader.close()
     except BaseException:
-        meeting.barrier.abort()
+        stop()
         for queue in queues[1:]:
             queue.put(pickle.dumps("close"))
         if raised:

@@ -70,6 +70,7 @@ class Pool:
         self.layers, self.kv_heads = layout.layers, len(heads)
         self.own_layers, self.own_heads = layers, slice(heads.start, heads.stop)
         self.group_of, self.pages_for = layout.group_of, layout.pages_for
+        self._is_own = np.isin(np.arange(self.layers), layers)
         counts = layout.page_counts.reshape(len(layout.places), -1)[layout.rank]
         self.groups = [
             Group(spec, int(pages), self.page_size, self.device, layout.scores, poison)
@@ -121,10 +122,11 @@ class Pool:
 
     def append_each(self, tables: list[Table]) -> tuple[np.ndarray, np.ndarray]:
         """Claim one new entry in every head of each table: pages and offsets
-        ``[layers, n, kv_heads]``, both int64."""
+        ``[layers, n, kv_heads]``, both int64 (0 in layers of other ranks)."""
         for table in tables:
             self._claim_next(table)
         kept = np.stack(list(map(self.lens, tables)), axis=1)  # [layers, n, heads]
+        kept[~self._is_own] = 0
         index = kept // self.page_size
         pages = np.stack(
             [
@@ -134,7 +136,7 @@ class Pool:
             axis=1,
         )
         for number, group in enumerate(self.groups):
-            mine = np.nonzero(self.group_of == number)[0]
+            mine = np.nonzero((self.group_of == number) & self._is_own)[0]
             shared = group.counts[pages[mine]] > 1
             for at, row, head in zip(*np.nonzero(shared), strict=True):
                 layer = mine[at]
@@ -146,7 +148,7 @@ class Pool:
 
     def _claim_next(self, table: Table) -> None:
         """Own a page for the next entry of every head whose pages are full."""
-        full = self.lens(table) == table.held * self.page_size
+        full = (self.lens(table) == table.held * self.page_size) & self._is_own[:, None]
         if not full.any():
             return
         if int(table.held[full].max()) == table.pages.shape[2]:
@@ -200,7 +202,7 @@ class Pool:
     def evicts_best(self, needs: Needs, dtype: torch.dtype) -> bool:
         """Whether ``evict_best`` can carry this eviction out."""
         rule, reduce = needs.retain, needs.reduce
-        alone = len(self.layout.places) == 1  # else nobody here knows what other ranks' heads keep
+        alone = self.kv_heads == self.layout.kv_heads  # else who knows what other heads keep?
         if self.kernels is None or dtype not in DTYPES or not isinstance(rule, Best) or not alone:
             return False
         flat = (reduce.heads, reduce.rows) in (("kv_max", "max"), ("kv_mean", "mean"))
@@ -244,6 +246,7 @@ class Pool:
         """``shrink`` of all layers to ``kept`` ``[layers, kv_heads]`` at once: undo appends, or end
         an eviction."""
         wanted = self.pages_for(kept[:, self.own_heads])
+        wanted[~self._is_own] = 0
         slots = np.arange(table.pages.shape[2])
         if (wanted < table.held).any():
             gone = (slots >= wanted[..., None]) & (slots < table.held[..., None])
@@ -436,7 +439,7 @@ class Pool:
         """``own_front`` of all layers, ``entries`` ``[layers, kv_heads]``."""
         width = int(self.pages_for(entries).max())
         for number, group in enumerate(self.groups):
-            mine = np.nonzero(self.group_of == number)[0]
+            mine = np.nonzero((self.group_of == number) & self._is_own)[0]
             shared = (group.counts[table.pages[mine, :, :width]] > 1).any((1, 2))
             for layer in mine[shared].tolist():
                 self.own_front(table, layer, entries[layer])

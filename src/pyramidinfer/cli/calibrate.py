@@ -23,7 +23,7 @@ def run_calibrate(task: Task, output: Path | None, as_json: bool) -> None:
     if output is not None:
         check_target(output, "the profile")
     llm = task.subject.llm(Full())
-    check_place(look_up(llm.engine.shared), output)
+    check_place(look_up(llm.engine.runner), output)
     profile, begun = ensure_profile(llm.engine.shared), time.monotonic()
     made = calibrate(llm, profile, task, tell=lambda text: print(text, file=sys.stderr, flush=True))
     seconds = time.monotonic() - begun

@@ -60,7 +60,7 @@ def profile(
             check_target(path, what)
     where = replace(subject(model, text, dtype, device), kv_memory="128MiB")
     llm = where.llm(Full())
-    found, anew = look_up(llm.engine.shared), force or text is not None
+    found, anew = look_up(llm.engine.runner), force or text is not None
     if anew:
         check_place(found, output)
     seconds = None

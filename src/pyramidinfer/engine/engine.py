@@ -78,7 +78,7 @@ class Engine:
             config.page_size,
             scores=policy.uses_scores or config.slot_scores,
             places=self.runner.places,
-            rank=self.runner.ranks.index,
+            rank=self.runner.rank,
         )
         self.pool = Pool(layout, device, mover=self.runner.chosen.mover)
         self.ledger = Ledger(layout, self.runner)
@@ -372,11 +372,13 @@ class Engine:
         likeliest, broken = best.tolist(), (~highest.isfinite()).tolist()
         ended = []
         following = 0
-        for index, request in enumerate(plan.decode + plan.begun):
-            row, following = following, following + request.rows
+        for index, (request, count) in enumerate(plan.given):
+            rows = slice(following, following + count)
+            following += count
+            if request.status == "finished":  # ended from outside while the step ran
+                continue
             if index < len(plan.decode):
-                self._advance(request, stepped, row)
-            rows = slice(row, following)
+                self._advance(request, stepped, index)
             ended += self._settle(
                 request, stepped.logits[rows], likeliest[rows], broken[rows], committed
             )
@@ -449,6 +451,8 @@ class Engine:
         """A prompt is in: what only it needed is given back, and its samples run from now on."""
         request.times.first_token = request.times.first_token or time.monotonic()
         request.computed = request.computed or prefill.computed
+        if prefill.reader is not None:
+            request.prompt_logprobs = prefill.read
         request.prefill = None
         if prefill.is_reread:
             cost_from_held(self.shared, request, samples)

@@ -62,16 +62,11 @@ def truncate(shared: Shared, request: Request, seen_len: int) -> None:
     _check_held(request)
     table, runner, pool = request.table, shared.runner, shared.pool
     seen_len = check_count("seen_len", seen_len)
-    for layer, shape in enumerate(runner.shapes):
-        if shape.window is None or request.layers.governed[layer] or seen_len < 1:
-            continue
-        oldest = int(pool.positions(table, layer).min())
-        if oldest > max(0, seen_len - shape.window + 1):
-            raise ValueError(
-                f"cannot go back to {seen_len} tokens: layer {layer} keeps its window only, "
-                f"from position {oldest} on"
-            )
+    problems = runner.stages.gather(_why_not(shared, request, seen_len))
+    if problem := next(filter(None, problems), None):
+        raise ValueError(problem)
     pool.truncate(table, seen_len, lambda own: runner.ranks.join(own, runner.kv_heads))
+    runner.stages.sync_lengths(table.kept)
     table.state = request.policy.truncated(table.state, table.kept)
     if request.policy.streams:
         runner.streaming.forget(table)
@@ -81,3 +76,20 @@ def truncate(shared: Shared, request: Request, seen_len: int) -> None:
         (start, min(stop, seen_len)) for start, stop in request.protect if start < seen_len
     )
     shared.ledger.reserve(request, shared.ledger.held(table))
+
+
+def _why_not(shared: Shared, request: Request, seen_len: int) -> str | None:
+    """Why a request cannot go back to so many tokens: layers here that have dropped some that would
+    be seen again."""
+    table, pool = request.table, shared.pool
+    for layer in pool.own_layers:
+        window = shared.runner.shapes[layer].window
+        if window is None or request.layers.governed[layer] or seen_len < 1:
+            continue
+        oldest = int(pool.positions(table, layer).min())
+        if oldest > max(0, seen_len - window + 1):
+            return (
+                f"cannot go back to {seen_len} tokens: layer {layer} keeps its window only, from "
+                f"position {oldest} on"
+            )
+    return None

@@ -20,14 +20,18 @@ import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any, NamedTuple, NoReturn
 
 import psutil
 import torch
+from torch import Tensor
 
-__all__ = ["Link", "RanksError", "follow", "open_link"]
+from pyramidinfer.models.stages import FLIGHTS, TALK
+
+__all__ = ["Groups", "Link", "Mail", "RanksError", "follow", "open_groups", "open_link"]
 
 #: Bytes of a command that travel with its length.
 SHORT = 4096
@@ -65,6 +69,8 @@ class Link:
         self.broken: str | None = None
         self.threads: int | None = None  # what this process had before it was one of several
         self.world, self._processes = world, processes
+        self.ahead = 0  # commands that may be on their way while this rank goes on
+        self._going: deque[tuple[Any, Tensor]] = deque()
         self._lock, self._closed = threading.RLock(), threading.Event()
         self._listeners: list[Callable[[str], None]] = []
         if processes:
@@ -115,28 +121,25 @@ class Link:
     def _send(self, data: bytes) -> None:
         import torch.distributed as dist
 
-        head = torch.zeros(8 + SHORT, dtype=torch.uint8)
-        head[:8] = torch.tensor(list(len(data).to_bytes(8, "little")), dtype=torch.uint8)
-        whole = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        head[8 : 8 + min(SHORT, len(data))] = whole[:SHORT]
         try:
-            dist.broadcast(head, group_src=0, group=self.world.control)
-            if len(data) > SHORT:
-                dist.broadcast(whole, group_src=0, group=self.world.control)
+            for part in _framed(data):
+                work = dist.broadcast(part, group_src=0, group=self.world.control, async_op=True)
+                self._going.append((work, part))
+            self._wait(self.ahead)
         except RuntimeError as error:
+            if isinstance(error, RanksError):
+                raise
             raise self.fail(self._blame(error)) from error
+
+    def _wait(self, left: int) -> None:
+        """Wait until no more than so many parts of commands are on their way."""
+        while len(self._going) > left:
+            self._going.popleft()[0].wait()
 
     def _receive(self) -> bytes:
         import torch.distributed as dist
 
-        head = torch.zeros(8 + SHORT, dtype=torch.uint8)
-        dist.broadcast(head, group_src=0, group=self.world.control)
-        size = int.from_bytes(bytes(head[:8].tolist()), "little")
-        if size <= SHORT:
-            return bytes(head[8 : 8 + size].numpy())
-        whole = torch.empty(size, dtype=torch.uint8)
-        dist.broadcast(whole, group_src=0, group=self.world.control)
-        return bytes(whole.numpy())
+        return _unframed(lambda part: dist.broadcast(part, group_src=0, group=self.world.control))
 
     def _pulse(self) -> None:
         """Let the others know, while there is nothing to do, that rank 0 is there, and see that
@@ -147,6 +150,14 @@ class Link:
                     self._send(pickle.dumps(None))
 
     # --- loading --------------------------------------------------------------------------------
+
+    def decide(self, name: str, make: Callable[[], Any]) -> Any:
+        """What rank 0 makes of something, as JSON has it; the same on all ranks."""
+        store, key = self.world.store, f"decided/{name}"
+        if self.rank == 0:
+            store.set(key, json.dumps(make()))
+        self.wait_for(key)
+        return json.loads(store.get(key))
 
     def agree(self, what: dict[str, str], error: str | None = None) -> None:
         """Wait until every rank has loaded its part; ``ValueError`` where one could not, or has
@@ -247,8 +258,9 @@ class Link:
         if self._closed.is_set():
             return
         if self.rank == 0 and self.broken is None:
-            with contextlib.suppress(RanksError), self._lock:
+            with contextlib.suppress(RuntimeError), self._lock:
                 self._send(pickle.dumps("close"))
+                self._wait(0)
         self._closed.set()
         ends = time.monotonic() + 5.0
         for each in self._processes:
@@ -258,6 +270,66 @@ class Link:
         _leave()
         if self.threads is not None:
             torch.set_num_threads(self.threads)
+
+
+class Mail:
+    """Messages between the ranks of a model's stages (``models/stages.py``).
+
+    ranks : by stage, whom this one talks to;  ahead : messages of a lane that may be on their way.
+    """
+
+    def __init__(self, ranks: list[int], device: torch.device) -> None:
+        self.ranks, self.device = ranks, device
+        self.ahead = 2 * len(ranks) ** 2
+        self._going: dict[int, deque[list[tuple[Any, Tensor]]]] = {
+            lane: deque() for lane in (FLIGHTS, TALK)
+        }
+
+    def send(self, stage: int, lane: int, what: Any, tensors: list[Tensor]) -> None:
+        import torch.distributed as dist
+
+        shapes = [(tuple(each.shape), each.dtype, each.device.type) for each in tensors]
+        parts = [*_framed(pickle.dumps((what, shapes))), *(each.contiguous() for each in tensors)]
+        going = self._going[lane]
+        going.append([(dist.isend(part, self.ranks[stage], tag=lane), part) for part in parts])
+        while len(going) > self.ahead:
+            for work, _ in going.popleft():
+                work.wait()
+
+    def receive(self, stage: int, lane: int) -> tuple[Any, list[Tensor]]:
+        import torch.distributed as dist
+
+        def take(part: Tensor) -> None:
+            dist.recv(part, self.ranks[stage], tag=lane)
+
+        what, shapes = pickle.loads(_unframed(take))
+        tensors = []
+        for shape, dtype, kind in shapes:
+            place = self.device if kind == self.device.type else torch.device(kind)
+            tensors.append(torch.empty(shape, dtype=dtype, device=place))
+            take(tensors[-1])
+        return what, tensors
+
+
+def _framed(data: bytes) -> list[Tensor]:
+    """Bytes as one tensor of a size that is known, or two."""
+    head = torch.zeros(8 + SHORT, dtype=torch.uint8)
+    head[:8] = torch.tensor(list(len(data).to_bytes(8, "little")), dtype=torch.uint8)
+    whole = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    head[8 : 8 + min(SHORT, len(data))] = whole[:SHORT]
+    return [head, whole] if len(data) > SHORT else [head]
+
+
+def _unframed(take: Callable[[Tensor], Any]) -> bytes:
+    """The bytes of ``_framed``; ``take`` fills in a tensor."""
+    head = torch.zeros(8 + SHORT, dtype=torch.uint8)
+    take(head)
+    size = int.from_bytes(bytes(head[:8].tolist()), "little")
+    if size <= SHORT:
+        return bytes(head[8 : 8 + size].numpy())
+    whole = torch.empty(size, dtype=torch.uint8)
+    take(whole)
+    return bytes(whole.numpy())
 
 
 def _state(pid: int) -> str:
@@ -289,11 +361,33 @@ def uninterrupted() -> Iterator[None]:
 # --- beginning ------------------------------------------------------------------------------------
 
 
-def open_link(
-    size: int, device: torch.device, timeout: float, options: dict[str, Any]
-) -> tuple[Link, Any]:
-    """This process's link to the other ranks, which are started unless ``torchrun`` has done so,
-    and their process group.
+class Groups(NamedTuple):
+    """Whom a rank works with: the process group of those that split its layers with it (None: it
+    has them alone), and the mail to other stages."""
+
+    heads: Any
+    mail: Mail | None
+
+
+def open_groups(link: Link, tensor: int, device: torch.device) -> Groups:
+    """The groups of a rank where ``tensor`` ranks in a row are a stage."""
+    import torch.distributed as dist
+
+    stage, index = divmod(link.rank, tensor)
+    stages = link.size // tensor
+    heads, mail = None, None
+    if tensor > 1:
+        mine = list(range(stage * tensor, (stage + 1) * tensor))
+        limit = timedelta(seconds=link.timeout)
+        heads = dist.new_group(mine, timeout=limit, use_local_synchronization=True)
+    if stages > 1:
+        mail = Mail([index + each * tensor for each in range(stages)], device)
+        link.ahead = 4 * stages
+    return Groups(heads, mail)
+
+
+def open_link(size: int, device: torch.device, timeout: float, options: dict[str, Any]) -> Link:
+    """This process's link to the other ranks, which are started unless ``torchrun`` has done so.
 
     options : arguments of ``LLM`` for the others.  ``ValueError`` where there are fewer or more
     processes than ``size``.
@@ -309,8 +403,8 @@ def open_link(
         rank, found = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         if found != size:
             raise ValueError(
-                f"torchrun started {found} processes, and tensor_parallel_size={size}: start as "
-                f"many as that"
+                f"torchrun started {found} processes, and tensor_parallel_size times "
+                f"pipeline_parallel_size is {size}: start as many as that"
             )
         return _joined(rank, size, device, timeout, [])
     for name, places in psutil.net_if_addrs().items():  # nobody else need reach them
@@ -322,14 +416,14 @@ def open_link(
     if device.type == "cpu":
         torch.set_num_threads(threads_of(size))
     try:
-        link, group = _joined(0, size, device, timeout, processes, store)
+        link = _joined(0, size, device, timeout, processes, store)
     except BaseException:
         for each in processes:
             each.kill()
         torch.set_num_threads(threads)
         raise
     link.threads = threads
-    return link, group
+    return link
 
 
 def _store(host: str, port: int, size: int, is_master: bool) -> Any:
@@ -377,7 +471,7 @@ def _joined(
     timeout: float,
     processes: list[subprocess.Popen[bytes]],
     store: Any = None,
-) -> tuple[Link, Any]:
+) -> Link:
     import torch.distributed as dist
 
     if device.type == "cuda":
@@ -400,7 +494,7 @@ def _joined(
             raise
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise RanksError(f"rank {rank} cannot reach the other ranks: {line}") from error
-    return link, dist.group.WORLD
+    return link
 
 
 def _given_store(rank: int, size: int) -> Any:

@@ -24,6 +24,7 @@ from pyramidinfer.models import ModelRunner
 from pyramidinfer.models.catalog import find_model
 from pyramidinfer.models.loading import empty_model, load_model
 from pyramidinfer.models.ranks import check_heads
+from pyramidinfer.models.stages import check_stages
 from pyramidinfer.policies import Policy, make_policy
 from pyramidinfer.types import RequestOutput, SamplingParams, Score, TokenIds, Trace
 
@@ -64,9 +65,9 @@ class LLM:
     backend : how to attend: ``"auto"`` (the fastest the device has), ``"cpu"`` (C++), ``"triton"``
         or ``"reference"`` (plain torch).
     options : fields of ``EngineConfig`` (``page_size``, ``max_requests``, ``step_tokens``, …).
-        With ``tensor_parallel_size`` above 1 a process is started for each further rank (under
-        ``torchrun`` they are there already, and those above 0 end with this call); ``close`` or the
-        end of this object ends them.
+        With ``tensor_parallel_size`` or ``pipeline_parallel_size`` above 1 a process is started for
+        each further rank (under ``torchrun`` they are there already, and those above 0 end with
+        this call); ``close`` or the end of this object ends them.
 
     Raises ``ValueError`` for anything that cannot be used, before memory is taken.
     """
@@ -95,6 +96,7 @@ class LLM:
             select_backend(backend, place)  # refuses at once
             runner = ModelRunner(empty, "reference")
             check_heads(config.tensor_parallel_size, runner.shapes[0])
+            check_stages(config.pipeline_parallel_size, runner.depth)
             check_plan(runner, chosen, config, place, weights // config.ranks)
         if config.ranks > 1:
             sent = {"kv_memory": kv_memory, "backend": backend, **options}

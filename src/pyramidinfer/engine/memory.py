@@ -264,7 +264,8 @@ class Ledger:
     def held(self, table: Table) -> Cost:
         """What a finished request needs whose cache is kept."""
         used = self.layout.by_group(self._pages(table.kept))
-        return Cost(used, self.layout.bytes_of(used) + table.extra_bytes)
+        beside = table.extra_bytes + self.runner.streaming.copied_elsewhere(table)
+        return Cost(used, self.layout.bytes_of(used) + beside)
 
     def reserve(self, holder: Reserved, cost: Cost | None) -> None:
         """Count ``cost`` for a request in place of what was reserved for it before."""

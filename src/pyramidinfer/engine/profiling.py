@@ -209,7 +209,11 @@ def watch(
         raise ValueError(
             "the model cannot be profiled: its logits are not finite numbers (NaN or infinity)"
         )
-    return Watched(watching.found, watching.queries)
+    found = Watched({}, {})
+    for scores, queries in runner.stages.gather((watching.found, watching.queries)):
+        found.scores.update(scores)
+        found.queries.update(queries)
+    return found
 
 
 def head_shares(scores: dict[int, Tensor], kept: float = KEPT) -> dict[int, list[float]]:
@@ -322,18 +326,18 @@ def profiles_folder() -> Path:
     return cache_folder() / "profiles"
 
 
-def look_up(shared: Shared) -> Found | None:
+def look_up(runner: ModelRunner) -> Found | None:
     """The profile of a model and its file: the package's, else one in the user's cache folder.
 
     Files there that are damaged are told of (``RuntimeWarning``) and passed over.
     """
-    mark = fingerprint(shared.runner)
+    mark = fingerprint(runner)
     return _look_in(shipped_folder(), mark) or _look_in(profiles_folder(), mark)
 
 
 def find_profile(shared: Shared) -> Profile | None:
     """The profile of a model where there is one (see ``look_up``)."""
-    found = look_up(shared)
+    found = look_up(shared.runner)
     return None if found is None else found.profile
 
 

@@ -9,6 +9,7 @@ memory or random numbers.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -19,8 +20,9 @@ import transformers
 from torch import Tensor, nn
 
 from pyramidinfer.config import EngineConfig, parse_device
+from pyramidinfer.engine.dealing import deal_layers
 from pyramidinfer.engine.engine import Engine
-from pyramidinfer.engine.launch import Link, RanksError, open_link
+from pyramidinfer.engine.launch import Groups, Link, RanksError, open_groups, open_link
 from pyramidinfer.engine.making import Spans
 from pyramidinfer.engine.memory import Cost
 from pyramidinfer.engine.profiling import find_profile, profile_model, store_profile
@@ -32,9 +34,11 @@ from pyramidinfer.models import ModelRunner
 from pyramidinfer.models.families import find_family
 from pyramidinfer.models.fingerprint import measure
 from pyramidinfer.models.loading import LoadedModel, empty_model, load_model
+from pyramidinfer.models.pipeline import Flight, StageRunner
 from pyramidinfer.models.ranks import Ranks
 from pyramidinfer.models.runner import Stepped
 from pyramidinfer.models.sharding import split_model, weights_mark
+from pyramidinfer.models.stages import Stages, keep_stage, ranges_of
 from pyramidinfer.policies import Policy
 from pyramidinfer.policies.profile import Profile
 from pyramidinfer.types import SamplingParams, TokenIds
@@ -73,14 +77,46 @@ class Chosen(NamedTuple):
     error: str | None
 
 
-class Leader(Engine):
+class Split(Engine):
+    """The engine of one rank of several.
+
+    Where layers are dealt to stages, a step begins a batch of some requests and ends the oldest one
+    that is on its way: as many are as there are stages, of different requests, so that each stage
+    has one to work on.  With ``admission="overcommit"`` no two are on their way at once, since what
+    is done when memory runs short concerns all requests.
+    """
+
+    def __init__(self, link: Link, *values: Any, **options: Any) -> None:
+        self.link = link
+        self._flights: deque[tuple[Plan, Flight]] = deque()
+        super().__init__(*values, **options)
+
+    def _run(self, plan: Plan) -> list[Request]:
+        runner = self.runner
+        if not isinstance(runner, StageRunner):
+            return super()._run(plan)
+        self.peak_in_flight = max(self.peak_in_flight, self.scheduler.in_flight)
+        if plan.decode or plan.prefill:
+            flight = runner.begin(self.pool, self._batch(plan))
+            self._flights.append((plan, flight))
+            self.scheduler.flying.update(plan.requests)
+            if len(self._flights) < runner.stages.size and not self.scheduler.overcommits:
+                return []
+        if not self._flights:
+            return []
+        plan, flight = self._flights.popleft()
+        self.scheduler.flying.difference_update(plan.requests)
+        return self._commit(plan, runner.end(self.pool, flight), set())
+
+
+class Leader(Split):
     """The engine of rank 0."""
 
     def __init__(self, link: Link, *values: Any, **options: Any) -> None:
-        self.link, self._busy, self._is_built = link, False, False
+        self._busy, self._is_built = False, False
         self._policies: dict[Policy, int] = {}
         self._chosen: list[tuple[Request, int | None]] = []
-        super().__init__(*values, **options)
+        super().__init__(link, *values, **options)
         self._is_built = True
         link.begin()
 
@@ -130,7 +166,7 @@ class Leader(Engine):
     def recompressor(self) -> Recompressor:
         raise ValueError(
             "compress_idle (serve --compress-idle) works on one rank only: leave it out, or "
-            "tensor_parallel_size"
+            "tensor_parallel_size and pipeline_parallel_size"
         )
 
     def release(self, request: Request) -> None:
@@ -212,15 +248,14 @@ class Leader(Engine):
         self.link.close()
 
 
-class Follower(Engine):
+class Follower(Split):
     """The engine of another rank: does what it is told until it is told to end."""
 
     def __init__(self, link: Link, *values: Any, **options: Any) -> None:
-        self.link = link
         self._told_of: dict[int, Request] = {}
         self._learned: list[Policy] = []
         self._chosen: list[Chosen] = []
-        super().__init__(*values, **options)
+        super().__init__(link, *values, **options)
 
     def _known_profile(self, measure: bool) -> Profile | None:
         found: Profile | None = self.link.hear()
@@ -296,11 +331,13 @@ class Follower(Engine):
 
     def _commit(self, plan: Plan, stepped: Stepped, committed: set[Request]) -> list[Request]:
         """All that is done together comes first; then what rank 0 chose is taken over."""
+        given = [request for request, _ in plan.given if request.status != "finished"]
         for row, request in enumerate(plan.decode):
-            self._advance(request, stepped, row)
+            if request.status != "finished":
+                self._advance(request, stepped, row)
         self._chosen = self.link.hear()[::-1]
         ended = []
-        for request in plan.decode + plan.begun:
+        for request in given:
             ended += self._settle(request, stepped.logits[:0], [], [], committed)
         return ended
 
@@ -321,7 +358,7 @@ def check_sent(model: Any, policy: Policy) -> None:
     if isinstance(model, nn.Module):
         raise ValueError(
             "a loaded model cannot be sent to other ranks: give its folder or name, or leave "
-            "tensor_parallel_size out"
+            "tensor_parallel_size and pipeline_parallel_size out"
         )
     if type(policy).__module__ == "__main__":
         raise ValueError(
@@ -348,21 +385,14 @@ def split_llm(
     place = parse_device(device)
     same = {"model": model, "policy": policy, "dtype": dtype, "device": device}
     options = {**same, "tokenizer": tokenizer, **sent}
-    link, group = open_link(config.ranks, place, config.rank_timeout or TIMEOUT, options)
-    ranks = Ranks(link.rank, config.tensor_parallel_size, group)
+    link = open_link(config.ranks, place, config.rank_timeout or TIMEOUT, options)
     try:
-        loaded = _load_part(model, tokenizer, dtype, place, ranks, link, f"{policy} {config}")
-        kind = Follower if link.rank else Leader
-        engine = kind(
-            link,
-            loaded.model,
-            policy,
-            config,
-            loaded.tokenizer,
-            sent["backend"],
-            own=True,
-            ranks=ranks,
+        groups = open_groups(link, config.tensor_parallel_size, place)
+        loaded, runner = _load_part(
+            model, policy, config, tokenizer, dtype, place, link, groups, sent["backend"]
         )
+        kind = Follower if link.rank else Leader
+        engine = kind(link, runner, policy, config, loaded.tokenizer)
     except BaseException:
         link.close()
         raise
@@ -373,29 +403,46 @@ def split_llm(
 
 def _load_part(
     model: str,
+    policy: Policy,
+    config: EngineConfig,
     tokenizer: Any,
     dtype: Any,
     place: torch.device,
-    ranks: Ranks,
     link: Link,
-    options: str,
-) -> LoadedModel:
+    groups: Groups,
+    backend: str,
+) -> tuple[LoadedModel, ModelRunner]:
     """Load a model and cut it to this rank's part, once all ranks have loaded the same."""
+    stage, index = divmod(link.rank, config.tensor_parallel_size)
+    ranks = Ranks(index, config.tensor_parallel_size, groups.heads)
     try:
         loaded = load_model(model, tokenizer, dtype, "cpu")
         whole: Any = loaded.model
         versions = f"{torch.__version__} {transformers.__version__}"
+        options = f"{policy} {config}"
         what = {"weights": weights_mark(whole), "options": options, "versions": versions}
-        family = find_family(whole.config)
-        ranks.fingerprint = measure(whole.get_submodule(family.body))
-        probe = ModelRunner(empty_model(model, dtype, "cpu")[0], "reference")
-        split_model(whole, probe.shapes[0], ranks)
-        ranks.weight_bytes = sum(each.nbytes for each in whole.parameters())
+        ranks.fingerprint = measure(whole.get_submodule(find_family(whole.config).body))
     except Exception as error:
         link.agree({}, f"{error}")
         raise
     link.agree(what)
-    return replace(loaded, model=whole.to(place), device=place)
+    empty = empty_model(model, dtype, "cpu")[0]
+    probe = ModelRunner(empty, "reference", ranks=Ranks(fingerprint=ranks.fingerprint))
+
+    def counts() -> list[int]:
+        stages, given = config.pipeline_parallel_size, config.pipeline_layers
+        return list(map(len, deal_layers(empty, probe, policy, stages, given)))
+
+    layers = ranges_of(link.decide("layers", counts))
+    stages = Stages(layers, stage, groups.mail)
+    if ranks.size > 1:
+        split_model(whole, probe.shapes[0], ranks)
+    keep_stage(whole, stages)
+    ranks.weight_bytes = sum(each.nbytes for each in whole.parameters())
+    loaded = replace(loaded, model=whole.to(place), device=place)
+    kind = StageRunner if stages.size > 1 else ModelRunner
+    runner = kind(loaded.model, backend, config.prefill_chunk, own=True, ranks=ranks, stages=stages)
+    return loaded, runner
 
 
 def _mark(engine: Engine) -> tuple[int, ...]:

@@ -163,9 +163,3 @@ class Request(Sequence):
         """How many of the likeliest tokens are wanted of each place in the prompt; None: nothing
         is."""
         return self.params.prompt_logprobs if self.leads else None
-
-    @property
-    def rows(self) -> int:
-        """Logits that this request gets when a pass through the model is over."""
-        prefill = self.prefill
-        return len(prefill.tokens) if prefill and prefill.all_rows and not prefill.reader else 1

@@ -114,13 +114,11 @@ def sample(logits: Tensor, request: Request, likeliest: int) -> tuple[int, Logpr
     return token, _logprobs(logits[None], [token], request.params.logprobs)[0]
 
 
-def read_prompt(request: Request, logits: Tensor) -> None:
-    """Take the logits ``[n, vocab]`` of a prompt's next n tokens: what they say of those that
-    follow in the prompt."""
-    done = len(request.prompt_logprobs)
-    tokens = request.prompt[done + 1 : done + 1 + len(logits)]
-    if tokens:
-        request.prompt_logprobs += _logprobs(logits[: len(tokens)], tokens, request.prompt_top or 0)
+def read_prompt(prompt: TokenIds, top: int, start: int, logits: Tensor) -> list[Logprob]:
+    """What the logits ``[n, vocab]`` of a prompt's tokens from ``start`` on say of those that
+    follow in the prompt, and of the ``top`` likeliest."""
+    tokens = prompt[start + 1 : start + 1 + len(logits)]
+    return _logprobs(logits[: len(tokens)], tokens, top) if tokens else []
 
 
 def _choose(scores: Tensor, request: Request) -> int:

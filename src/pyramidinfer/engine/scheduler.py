@@ -53,9 +53,17 @@ class Plan(NamedTuple):
     prefill: list[tuple[Request, Work]]
 
     @property
-    def begun(self) -> list[Request]:
-        """Once it was run: requests whose prompt came to its end."""
-        return [request for request, work in self.prefill if work.prefill.finished]
+    def requests(self) -> list[Request]:
+        """All of them."""
+        return [*self.decode, *(request for request, _ in self.prefill)]
+
+    @property
+    def given(self) -> list[tuple[Request, int]]:
+        """Once it was run: requests that have logits, those that decode first and then those whose
+        prompt came to its end, and how many each."""
+        ended = [(each, work.prefill) for each, work in self.prefill if work.prefill.finished]
+        decoded = [(each, 1) for each in self.decode]
+        return decoded + [(each, prefill.rows) for each, prefill in ended]
 
 
 @dataclass
@@ -75,7 +83,9 @@ class Scheduler:
     preempted, the oldest first.
 
     ``moving``: the request that is being begun, preempted or brought back; where something is
-    raised meanwhile it cannot go on, and whoever catches that has to end it.
+    raised meanwhile it cannot go on, and whoever catches that has to end it.  ``flying``: requests
+    of steps that are still on their way through the stages of a pipeline; the next one is of
+    others.
     """
 
     def __init__(self, shared: Shared, conversations: Conversations) -> None:
@@ -87,6 +97,7 @@ class Scheduler:
         self.preempted: list[Request] = []
         self.moving: Request | None = None
         self.counts = Counts()
+        self.flying: set[Request] = set()
         self._trimmed: list[Request] = []  # expected to need more than is reserved
 
     @property
@@ -204,13 +215,20 @@ class Scheduler:
         chunk; the rest goes to those with the least left to do, so that a short prompt behind a
         long one is not held up.
         """
-        budget = (self.config.step_tokens - len(self.running)) * self.shared.runner.depth
+        running, prefilling = self._turn(self.running), self._turn(self.prefilling)
+        budget = (self.config.step_tokens - len(running)) * self.shared.runner.depth
         budget = max(budget, self.config.prefill_chunk)
-        works = [Work(each.prefill, 0) for each in self.prefilling if each.prefill is not None]
+        works = [Work(each.prefill, 0) for each in prefilling if each.prefill is not None]
         left = _grant(works, budget - budget // 4)
         _grant(sorted(works, key=lambda work: work.prefill.work_left), left + budget // 4)
-        chosen = zip(self.prefilling, works, strict=True)
-        return Plan(list(self.running), [(each, work) for each, work in chosen if work.budget])
+        chosen = zip(prefilling, works, strict=True)
+        return Plan(running, [(each, work) for each, work in chosen if work.budget])
+
+    def _turn(self, queue: list[Request]) -> list[Request]:
+        """Those of a queue whose turn it is: all of them, or, where a pipeline has several steps on
+        their way, its share of those that are in none."""
+        stages = 1 if self.overcommits else self.shared.runner.stages.size
+        return [each for each in queue if each not in self.flying][: -(-len(queue) // stages)]
 
     def to_running(self, request: Request) -> None:
         """A request's prompt is in: from now on it decodes."""

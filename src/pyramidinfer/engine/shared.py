@@ -43,6 +43,21 @@ class Shared:
                 f"policy {policy.name!r} keeps a running score beside each entry, and this pool "
                 f"was made without: start the engine with slot_scores=True (serve --slot-scores)"
             )
+        if policy.streams and not self._rotates_everywhere():
+            raise ValueError(
+                f"policy {policy.name!r} needs a layer with rotary positions and without a sliding "
+                f"window in every stage, and one of these has none: "
+                f"pipeline_layers={self.runner.stages.words}; give others, or fewer stages"
+            )
+
+    def _rotates_everywhere(self) -> bool:
+        """Whether each stage has a layer whose keys a streaming request turns."""
+        runner, streaming = self.runner, self.runner.streaming
+        if runner.stages.size == 1 or not streaming.is_possible:
+            return True
+        unbounded = [layer for layer in streaming.layers if runner.shapes[layer].window is None]
+        wanted = set(unbounded or streaming.layers)
+        return all(wanted.intersection(layers) for layers in runner.stages.layers)
 
     def release(self, request: Request) -> None:
         """Give back whatever a request has in the pool, and its reservation."""
@@ -89,7 +104,7 @@ class Shared:
         reach = [min(len(new), count + extra) for count in forecast.reach]
         reader = None
         if request.prompt_top is not None and not request.output:
-            request.prompt_logprobs, reader = [], partial(read_prompt, request)
+            reader = partial(read_prompt, request.prompt, request.prompt_top)
         request.prefill = Prefill(
             request,
             torch.tensor(new, device=device),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -108,7 +108,8 @@ class Prefill:
     positions : ``[n]`` of the tokens that entered the current ``layer``;
     hidden : ``[n, hidden]`` its input (None at layer 0: embedded chunk by chunk);
     reader : is given the logits of every new token, ``[part, vocab]`` in order, once they are in
-    (then the last one's alone are the pass's);
+    (then the last one's alone are the pass's), with the number of the part's first token; what it
+    gives is added to ``read``;
     out : ``[n, hidden]`` its output so far;  ``done`` of the n tokens have been through it.
     readings : what is still to be read behind the text once it is in (``Policy.readings``), and
     ``again`` what is being read;  ``answer`` waits meanwhile: outputs that the head will read.
@@ -119,7 +120,7 @@ class Prefill:
     first: int
     reach: list[int]
     all_rows: bool = False  # logits of every new token are wanted, not the last one's alone
-    reader: Callable[[Tensor], None] | None = None
+    reader: Callable[[int, Tensor], list[Any]] | None = None
     layer: int = 0
     done: int = 0
     positions: Tensor = field(init=False)
@@ -132,6 +133,7 @@ class Prefill:
     moments: Moments | None = None  # of the layer's queries
     computed: list[int] = field(default_factory=list)  # tokens that entered each layer, each time
     readings: list[Tensor] = field(default_factory=list)
+    read: list[Any] = field(default_factory=list)
     again: Tensor | None = None
     is_reread: bool = False  # the text is in and was begun to be read again
     answer: Tensor | None = None
@@ -176,6 +178,11 @@ class Prefill:
     def left(self) -> int:
         """Tokens still to go through the current layer."""
         return self.length - self.done
+
+    @property
+    def rows(self) -> int:
+        """Logits that the pass gives of it at its end."""
+        return len(self.tokens) if self.all_rows and not self.reader else 1
 
     @property
     def finished(self) -> bool:

@@ -61,6 +61,8 @@ class Decoding:
     What they leave: queries ``[L, R, H, D]`` with their log-sum-exps lse ``[L, R, H]``, where rings
     ask for them;  probs, by layer ``[R, K, longest]``, where running scores do.
 
+    ``counted``: its tokens are counted in, and evictions done (``ModelRunner.commit``).
+
     ``fixed``: made once, for a CUDA graph that reads whatever the buffers hold.  Rows and pages are
     rounded up then; rows that no sequence needs have length 0 and write into a page that no table
     owns (``Group.scratch``).
@@ -71,6 +73,7 @@ class Decoding:
     ) -> None:
         """shape : of every layer;  like : a tensor of the model's dtype, where it is."""
         self.size, self.fixed, on_gpu = size, fixed, pool.device.type == "cuda"
+        self.counted = False
         self._heads = pool.own_heads
         rows = (pool.layers, size.rows, pool.kv_heads)
         parts: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {

@@ -38,7 +38,7 @@ def evict(
     table, policy = sequence.table, sequence.policy
     first = int(table.kept[sequence.layers.first].max())
     rules: list[tuple[int, Best, Needs]] = []
-    due = _room(sequence) < (policy.slack if at_once else 0)
+    due = _room(sequence, pool.own_layers) < (policy.slack if at_once else 0)
     for layer in due.nonzero()[0].tolist():
         view = View(
             "decode",
@@ -67,14 +67,17 @@ def evict(
         retain(pool, sequence, view, needs, streaming, ranks, scores)
     if rules:
         evict_best(pool, table, rules, [scales[layer] for layer, *_ in rules], sequence.protected)
-    sequence.idle = max(0, int(_room(sequence).min()))
+    sequence.idle = max(0, int(_room(sequence, pool.own_layers).min()))
 
 
-def _room(sequence: Sequence) -> np.ndarray:
-    """Entries that may still come, ``[layers]``, until a layer's eviction is due (below 0)."""
+def _room(sequence: Sequence, own: range) -> np.ndarray:
+    """Entries that may still come, ``[layers]``, until an eviction of a layer in ``own`` is due
+    (below 0)."""
     kept, layers, policy = sequence.table.kept, sequence.layers, sequence.policy
     room = policy.ceiling(kept, sequence.table.state, layers) + policy.slack - kept
-    return np.where(layers.governed, room.min(1), FOREVER)
+    asked = np.array(layers.governed)
+    asked[: own.start] = asked[own.stop :] = False
+    return np.where(asked, room.min(1), FOREVER)
 
 
 def retain(

@@ -92,7 +92,8 @@ class Family:
     name in a layer; ``grouped``: it can have fewer KV heads than query heads;
     ``rotary_by_type``: rotary tables differ by layer type (Gemma 3);  ``plain``: layers are what
     Llama's are (``models/fused.py``);  ``split``: how linears are split over ranks, where
-    transformers has no plan or another one (``models/sharding.py``).
+    transformers has no plan or another one (``models/sharding.py``);  ``stages``: parts of the body
+    in the order in which they run, where transformers has no plan of that (``models/stages.py``).
     """
 
     title: str
@@ -107,6 +108,7 @@ class Family:
     rotary_by_type: bool = False
     plain: bool = False
     split: dict[str, str] = field(default_factory=dict)
+    stages: tuple[str, ...] = ()
 
 
 #: All heads would be gathered on every rank by transformers' own plans.
@@ -159,6 +161,14 @@ FAMILIES: dict[str, Family] = {
         grouped=False,
         rotary=False,
         split=SPLIT_OPT,
+        stages=(
+            "embed_tokens",
+            "embed_positions",
+            "project_in",
+            "layers",
+            "final_layer_norm",
+            "project_out",
+        ),
     ),
 }
 

@@ -89,12 +89,13 @@ class FusedDecoder(Decoder):
     """All layers of a model and its head, packed for ``ops``."""
 
     is_fused = True
-    layers: list[FusedLayer]
+    layers: dict[int, FusedLayer]
 
-    def __init__(self, plain: Decoder, layers: list[FusedLayer], ops: Ops) -> None:
-        super().__init__(plain.body, plain.head, plain.config, plain.rotary, plain.like)
+    def __init__(self, plain: Decoder, layers: dict[int, FusedLayer], ops: Ops) -> None:
+        super().__init__(plain.body, plain.head, plain.config, plain.rotary, plain.like, plain.own)
         self.layers, self.norm, self.ops = layers, plain.body.norm, ops
-        self.packed_head = _pack(ops, [plain.head], PLAIN)
+        has_head = plain.config.num_hidden_layers == plain.own.stop
+        self.packed_head = _pack(ops, [plain.head], PLAIN) if has_head else None
         self._layers_of: WeakKeyDictionary[Pool, Any] = WeakKeyDictionary()
 
     def ropes(self, positions: Tensor, regimes: list[int]) -> Ropes:
@@ -105,7 +106,8 @@ class FusedDecoder(Decoder):
         return self.ops.linear(normed, self.packed_head, PLAIN)
 
     def step(self, pool: Pool, decoding: Decoding, hidden: Tensor) -> Tensor | None:
-        ops, plan, first, rope = self.ops, decoding.plan, self.layers[0], decoding.ropes[None]
+        ops, plan, own, rope = self.ops, decoding.plan, self.own, decoding.ropes[None]
+        first, here = self.layers[own.start], slice(own.start, own.stop)
         if not isinstance(ops, KernelOps) or first.ranks.size > 1:
             return None
         heads, depth, rows = first.heads, len(self.layers), len(hidden)
@@ -113,20 +115,20 @@ class FusedDecoder(Decoder):
         if lse is None:
             lse = torch.empty(depth, rows, heads.heads)
         if decoding.size.scores:
-            probs = [lse.new_empty(rows, heads.kv_heads, longest) for longest in plan.longest]
+            probs = [lse.new_empty(rows, heads.kv_heads, longest) for longest in plan.longest[here]]
             addresses = (ctypes.c_void_p * depth)(*map(pointer, probs))
-            decoding.probs = dict(enumerate(probs))
-        longest = torch.tensor(plan.longest)
+            decoding.probs = dict(zip(own, probs, strict=True))
+        longest = torch.tensor(plan.longest[here])
         held = (
             *rope,
-            decoding.pages,
-            decoding.offsets,
-            plan.tables,
-            plan.lengths,
+            decoding.pages[here],
+            decoding.offsets[here],
+            plan.tables[here],
+            plan.lengths[here],
             plan.positions,
             longest,
-            decoding.queries,
-            lse,
+            None if decoding.queries is None else decoding.queries[here],
+            lse if decoding.lse is None else lse[here],
         )
         call = StepCall(
             self._layer_data(pool),
@@ -150,8 +152,8 @@ class FusedDecoder(Decoder):
         """The layers as the C side sees them; made once a pool."""
         if pool not in self._layers_of:
             data = (LayerData * len(self.layers))()
-            for index, layer in enumerate(self.layers):
-                group, heads = pool.group(index), layer.heads
+            for index, (number, layer) in enumerate(self.layers.items()):
+                group, heads = pool.group(number), layer.heads
                 data[index] = LayerData(
                     pointer(layer.norm1),
                     pointer(layer.norm2),
@@ -178,16 +180,16 @@ def fuse(
     plain: Decoder, shapes: list[AttentionShape], ops: Ops | None, ranks: Ranks, *, own: bool
 ) -> Decoder:
     """The model's layers packed for ``ops``, or as they are where they are not plain or nothing
-    would be gained.  ``shapes``: as they are on this rank.
+    would be gained.  ``shapes``: of all layers, as they are on this rank.
 
     ``own`` : the model is ours alone, so weights that were packed are freed.  Otherwise it
     stays as it is, and packed weights take their memory a second time.
     """
     body, head, config = plain.body, plain.head, plain.config
-    layers = list(body.layers)[: len(shapes)] if plain.family.plain else []
+    layers = {i: body.layers[i] for i in plain.own} if plain.family.plain else {}
     if ops is None or not layers or plain.like.is_meta:
         return plain
-    if not (all(map(_is_plain, layers)) and type(head) is nn.Linear):
+    if not (all(map(_is_plain, layers.values())) and type(head) is nn.Linear):
         return plain
     if not (_is_untouched(head) and _is_untouched(body.norm)):
         return plain
@@ -196,9 +198,9 @@ def fuse(
     sizes = (config.hidden_size, inner.stop - inner.start, heads)
     if getattr(config, "hidden_act", None) != "silu" or any(size % ops.multiple for size in sizes):
         return plain
-    packed = []
-    for layer, shape in zip(layers, shapes, strict=True):
-        packed.append(FusedLayer(layer, shape, plain.rotary.rotated, ops, ranks))
+    packed = {}
+    for number, layer in layers.items():
+        packed[number] = FusedLayer(layer, shapes[number], plain.rotary.rotated, ops, ranks)
         if own:
             _free([each for each in layer.modules() if type(each) in LINEARS])
     fused = FusedDecoder(plain, packed, ops)

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pyramidinfer.cache import Place
 from pyramidinfer.types import AttentionShape, Needs
 
 __all__ = ["ALONE", "Ranks", "check_heads"]
@@ -63,10 +62,9 @@ class Ranks:
             shape.heads // self.size, kv_heads, shape.key_dim, shape.value_dim, shape.window
         )
 
-    def places(self, depth: int, kv_heads: int) -> list[Place]:
-        """What every rank holds of the cache."""
-        ranks = [Ranks(index, self.size) for index in range(self.size)]
-        return [Place(range(depth), each.own_heads(kv_heads)) for each in ranks]
+    def heads_by_rank(self, kv_heads: int) -> list[range]:
+        """The KV heads that every rank has."""
+        return [Ranks(index, self.size).own_heads(kv_heads) for index in range(self.size)]
 
     # --- adding up ------------------------------------------------------------------------------
 
@@ -142,7 +140,7 @@ class Ranks:
     # --- KV heads that several ranks hold ---------------------------------------------------------
 
     def share(self, kv_heads: int) -> None:
-        """Make the groups of ranks that hold the same KV head; all ranks call this together."""
+        """Make the groups of ranks that hold the same KV head; they call this together."""
         copies = self.copies(kv_heads)
         if copies == 1 or kv_heads in self._sharing:
             return
@@ -150,9 +148,9 @@ class Ranks:
 
         mine = dist.get_process_group_ranks(self.group)
         for first in range(0, self.size, copies):
-            group = dist.new_group(mine[first : first + copies])
             if first <= self.index < first + copies:
-                self._sharing[kv_heads] = group
+                some = mine[first : first + copies]
+                self._sharing[kv_heads] = dist.new_group(some, use_local_synchronization=True)
 
     def all_readers(self, own: Tensor, kv_heads: int) -> Tensor:
         """``[n, own query heads, ...]`` → of all query heads that read this rank's KV heads."""

@@ -31,12 +31,12 @@ def end_layer(pool: Pool, prefill: Prefill, streaming: Streaming, ranks: Ranks) 
         retain(pool, sequence, prefill.view(), needs, streaming, ranks, scores, columns)
 
 
-def cut(pool: Pool, prefill: Prefill, streaming: Streaming, ranks: Ranks) -> None:
+def cut(pool: Pool, prefill: Prefill, streaming: Streaming, ranks: Ranks, layers: range) -> None:
     """Once all was read, ask the policy layer by layer what stays."""
     sequence = prefill.sequence
     table, policy = sequence.table, sequence.policy
     pool.note_peak(table)
-    for layer in range(sequence.layers.count):
+    for layer in layers:
         view = prefill.view(layer)
         needs = policy.needs(view)
         if needs.retain is not None:

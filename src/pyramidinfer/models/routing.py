@@ -7,8 +7,7 @@ in its config.  Ours gets a :class:`LayerCall` as a keyword, so nothing global i
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from collections.abc import Sequence as Items
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -267,21 +266,23 @@ class ModuleLayer:
 class Decoder:
     """A model's decoder layers and its head: its own modules, or (``FusedDecoder``) packed weights.
 
-    layers : each takes the flat row ``[rows, hidden]``, the rows' cos and sin (None where there are
-    no rotary positions) and the ``LayerCall`` to attend through, and gives the flat row's outputs.
+    layers : by number, those in ``own``; each takes the flat row ``[rows, hidden]``, the rows' cos
+    and sin (None where there are no rotary positions) and the ``LayerCall`` to attend through, and
+    gives the flat row's outputs.
     ``is_fused``: a layer gives only the rows that its call asks for, and looks at nothing on the
     device, so that a step may be captured in a CUDA graph.
     """
 
     is_fused = False
-    layers: Items[Callable[[Tensor, Any, LayerCall], Tensor]]
+    layers: Mapping[int, Callable[[Tensor, Any, LayerCall], Tensor]]
 
-    def __init__(self, body: Any, head: Any, config: Any, rotary: Rotary, like: Tensor) -> None:
+    def __init__(
+        self, body: Any, head: Any, config: Any, rotary: Rotary, like: Tensor, own: range
+    ) -> None:
         """like : a tensor of the model's dtype, where it is."""
         self.family, self.body, self.head, self.config = find_family(config), body, head, config
-        self.rotary, self.like = rotary, like
-        layers = list(body.layers)[: config.num_hidden_layers]
-        self.layers = [ModuleLayer(each, self.family.attention) for each in layers]
+        self.rotary, self.like, self.own = rotary, like, own
+        self.layers = {i: ModuleLayer(body.layers[i], self.family.attention) for i in own}
 
     def ropes(self, positions: Tensor, regimes: list[int]) -> Ropes:
         """cos and sin of rows at rotary positions ``[n]``, each in its regime."""
@@ -293,8 +294,8 @@ class Decoder:
         return self.family.logits(self.config, self.head(normed))
 
     def step(self, pool: Pool, decoding: Decoding, hidden: Tensor) -> Tensor | None:
-        """The decode rows ``[R, hidden]`` through all layers in one call; None where layers run
-        one by one only."""
+        """The decode rows ``[R, hidden]`` through the layers in one call; None where they run one
+        by one only."""
         return None
 
 

@@ -28,6 +28,7 @@ from pyramidinfer.models.loading import end_ids
 from pyramidinfer.models.ranks import ALONE, Ranks
 from pyramidinfer.models.rotary import Rotary, Tables, count_positions
 from pyramidinfer.models.routing import Decoder, LayerCall, Segment, evaluating
+from pyramidinfer.models.stages import Stages
 from pyramidinfer.models.streaming import Streaming
 from pyramidinfer.types import AttentionShape, Keep, Layers, Observation, Queries
 
@@ -49,6 +50,7 @@ class ModelRunner:
     in its mode (it runs without dropout even in training mode), unless it is given away (``own``):
     then weights that are packed are freed.  ``ranks``: who shares the layers with this one, where
     the model is one rank's part (``models/sharding.py``); ``shapes`` are of all ranks together.
+    ``stages``: who has which layers, where they are dealt out (``models/pipeline.py``).
     ``span``: for profilers; entered by name around what choosing entries takes, ``"retain"`` at a
     layer's end in prefill and ``"evict"`` while decoding.
     """
@@ -61,6 +63,7 @@ class ModelRunner:
         *,
         own: bool = False,
         ranks: Ranks = ALONE,
+        stages: Stages | None = None,
     ) -> None:
         self.config: Any = model.config
         self.family = find_family(self.config)
@@ -81,6 +84,7 @@ class ModelRunner:
         self._given: list[nn.Module] = [] if own else list(model.modules())
         originals = list(self.body.layers)[:depth]
         self.shapes = [self._shape(layer) for layer in originals]
+        self.stages = stages or Stages([range(depth)])
         ranks.share(self.kv_heads)
         self.rotary = Rotary(self.family, self.body, self.config)
         self.kinds = list(self.config.layer_types) if self.family.rotary_by_type else [None] * depth
@@ -88,7 +92,7 @@ class ModelRunner:
         self.vocab_size: int = self.config.vocab_size
         self.max_positions = count_positions(self.family, self.config)
         self._like = torch.empty(0, dtype=self.dtype, device=self.device)
-        plain = Decoder(self.body, self.head, self.config, self.rotary, self._like)
+        plain = Decoder(self.body, self.head, self.config, self.rotary, self._like, self.stages.own)
         own_shapes = list(map(ranks.own, self.shapes))
         self.decoder = fuse(plain, own_shapes, self.chosen.ops, ranks, own=own)
         self._graphs: WeakKeyDictionary[Pool, DecodeGraphs] = WeakKeyDictionary()
@@ -102,6 +106,7 @@ class ModelRunner:
             self.kinds,
             [getattr(each, "use_rope", True) for each in attentions],
             self.max_positions,
+            self.stages.own,
         )
 
     @property
@@ -116,7 +121,8 @@ class ModelRunner:
     @property
     def steps_on_buffers(self) -> bool:
         """Whether steps that only decode run on fixed buffers (CUDA graphs, on a GPU)."""
-        return self.decoder.is_fused and self.chosen.replays and self.ranks.size == 1
+        alone = self.ranks.size == self.stages.size == 1
+        return self.decoder.is_fused and self.chosen.replays and alone
 
     @property
     def backend(self) -> Backend:
@@ -124,8 +130,17 @@ class ModelRunner:
 
     @property
     def places(self) -> list[Place]:
-        """What every rank holds of the cache."""
-        return self.ranks.places(self.depth, self.kv_heads)
+        """What every rank holds of the cache: those of the first stage, then of the next one."""
+        return [
+            Place(layers, heads)
+            for layers in self.stages.layers
+            for heads in self.ranks.heads_by_rank(self.kv_heads)
+        ]
+
+    @property
+    def rank(self) -> int:
+        """This rank's number in ``places``."""
+        return self.stages.index * self.ranks.size + self.ranks.index
 
     def positions(self, pool: Pool, table: Table, layer: int) -> Tensor:
         """Original positions of a layer's entries in all heads, ``[kv_heads, longest]``, negative
@@ -180,19 +195,27 @@ class ModelRunner:
         return self._logits(self._pass(pool, decoding, [], {}))
 
     def _pass(
-        self, pool: Pool, decoding: Decoding | None, works: list[Work], last: dict[int, Tensor]
+        self,
+        pool: Pool,
+        decoding: Decoding | None,
+        works: list[Work],
+        last: dict[int, Tensor],
+        entering: Tensor | None = None,
     ) -> Tensor:
-        """All layers once, for tokens that sequences feed and for works from where each stands.
+        """This stage's layers once, for tokens that sequences feed and for works from where each
+        stands.
 
-        Gives outputs ``[R, hidden]`` of the tokens; ``last`` takes those of the works that come to
-        their end.
+        entering : ``[R, hidden]`` of the tokens, where they come from another stage.  Gives their
+        outputs ``[R, hidden]``; ``last`` takes those of the works that come to their end.
         """
         hidden = self._like.new_empty(0, self.hidden_size)
         if decoding is not None:
-            hidden = self._embed(decoding.tokens, decoding.plan.positions)
+            if entering is None:
+                entering = self._embed(decoding.tokens, decoding.plan.positions)
+            hidden = entering
             if not works and (out := self.decoder.step(pool, decoding, hidden)) is not None:
                 return out
-        for layer in range(self.depth):
+        for layer in self.stages.own:
             riding = decoding
             while True:
                 start = 0 if riding is None else len(hidden)
@@ -313,7 +336,7 @@ class ModelRunner:
 
     def _finish_layer(self, pool: Pool, prefill: Prefill) -> Tensor | None:
         """Ask the policy what stays and what goes deeper; what the head reads at the end."""
-        sequence, table, going = prefill.sequence, prefill.sequence.table, None
+        table, going = prefill.sequence.table, None
         assert prefill.out is not None
         table.transient_bytes = prefill.transient_bytes
         pool.note_peak(table)
@@ -334,18 +357,23 @@ class ModelRunner:
         pool.note_overhead(table)
         if not prefill.finished:
             return None
-        if prefill.is_reread:
-            rereading.cut(pool, prefill, self.streaming, self.ranks)
         answer, prefill.answer = prefill.answer, None
+        self._end_text(pool, prefill)
+        if prefill.reader is None or answer is None:
+            return answer
+        for start in range(0, len(answer), READ):
+            prefill.read += prefill.reader(start, self._logits(answer[start : start + READ]))
+        return answer[-1:]
+
+    def _end_text(self, pool: Pool, prefill: Prefill) -> None:
+        """A text is through all layers: cut what was read again, and settle what is kept."""
+        sequence, table = prefill.sequence, prefill.sequence.table
+        if prefill.is_reread:
+            rereading.cut(pool, prefill, self.streaming, self.ranks, self.stages.own)
         table.transient_bytes, table.seen_len = 0, prefill.end
         pool.note_overhead(table)
         if sequence.policy.streams:
             self.streaming.close_gaps(pool, sequence)
-        if prefill.reader is None or answer is None:
-            return answer
-        for start in range(0, len(answer), READ):
-            prefill.reader(self._logits(answer[start : start + READ]))
-        return answer[-1:]
 
     def _keep_layer(self, pool: Pool, prefill: Prefill) -> Tensor | None:
         """What stays of a layer that the whole text is through; rows that go deeper (None: all)."""
@@ -414,6 +442,16 @@ class ModelRunner:
     def commit(self, pool: Pool, sequence: Sequence, decoding: Decoding, row: int) -> None:
         """Count a decoded token (``row`` of its step), remember its queries, let the policy
         evict."""
+        self._count(pool, sequence, decoding, row)
+        if sequence.policy.streams:
+            self._move_places(pool, sequence)
+
+    def _move_places(self, pool: Pool, sequence: Sequence) -> None:
+        """Have the places of a streaming request close up, and room for the next token."""
+        self.streaming.close_gaps(pool, sequence)
+        self.streaming.make_room(pool, sequence, 1)
+
+    def _count(self, pool: Pool, sequence: Sequence, decoding: Decoding, row: int) -> None:
         table = sequence.table
         if table.ring is not None:
             assert decoding.queries is not None and decoding.lse is not None
@@ -424,8 +462,8 @@ class ModelRunner:
                 pool.add_scores(table, layer, found)
         table.seen_len += 1
         pool.note_peak(table)
-        for layer, governed in enumerate(sequence.layers.governed):
-            if not governed:
+        for layer in self.stages.own:
+            if not sequence.layers.governed[layer]:
                 self._trim(pool, sequence, layer, table.seen_len, slack=pool.page_size)
         if sequence.policy.evicts:
             if sequence.idle:
@@ -433,9 +471,6 @@ class ModelRunner:
             else:
                 with self.span("evict"):
                     self._evict(pool, sequence)
-        if sequence.policy.streams:
-            self.streaming.close_gaps(pool, sequence)
-            self.streaming.make_room(pool, sequence, 1)
 
     def _evict(self, pool: Pool, sequence: Sequence, at_once: bool = False) -> None:
         evict(pool, sequence, self.backend, self.scales, self.streaming, self.ranks, at_once)
@@ -447,6 +482,7 @@ class ModelRunner:
         while held != int(sequence.table.kept.sum()):
             held = int(sequence.table.kept.sum())
             self._evict(pool, sequence, True)
+        self.stages.sync_lengths(sequence.table.kept)
         if sequence.policy.streams:
             self.streaming.close_gaps(pool, sequence)
 

@@ -22,16 +22,23 @@ __all__ = ["Streaming"]
 
 #: State: places in the text of the rotated entries, and the rotary positions of their copies.
 PLACES, ROTARY = "streaming.places", "streaming.rotary"
+#: State: copies of a layer's keys, by the layer's number behind this.
+KEYS = "streaming.keys."
 
 
 class Streaming:
     """Turns keys of one model.  ``kinds``: rotary kind per layer; ``rotates``: whether it has
-    rotary positions at all."""
+    rotary positions at all;  ``own``: layers whose keys are here."""
 
     def __init__(
-        self, rotary: Rotary, kinds: list[str | None], rotates: list[bool], max_positions: int
+        self,
+        rotary: Rotary,
+        kinds: list[str | None],
+        rotates: list[bool],
+        max_positions: int,
+        own: range,
     ) -> None:
-        self.rotary, self.kinds, self.max_positions = rotary, kinds, max_positions
+        self.rotary, self.kinds, self.max_positions, self.own = rotary, kinds, max_positions, own
         self.layers = [layer for layer, turns in enumerate(rotates) if turns]
 
     @property
@@ -44,9 +51,10 @@ class Streaming:
         """Turn the entries that are older than a dropped one to their place in the cache."""
         table, first = sequence.table, sequence.layers.first
         kept = int(table.longest[first])
-        if not self.is_possible or not kept or not any(sequence.layers.governed):
+        here = [layer for layer in self.own if sequence.layers.governed[layer]]
+        if not self.is_possible or not kept or not here:
             return
-        places = pool.positions(table, first)[0].sort().values.cpu()
+        places = pool.positions(table, here[0])[0].sort().values.cpu()  # the same in all of them
         base = table.seen_len - sequence.offset - kept  # rotary position of the cache's start
         rank = torch.arange(kept)
         before = places - sequence.offset != rank + base  # older than some gap
@@ -70,7 +78,7 @@ class Streaming:
         if back <= 0:
             return
         rotated = table.state.get(PLACES, torch.zeros(0, dtype=torch.int64))
-        for layer in self.layers:
+        for layer in self._here():
             places = pool.positions(table, layer)[0].cpu()
             governed = sequence.layers.governed[layer]
             others = places[~torch.isin(places, rotated)] if governed else places
@@ -156,8 +164,18 @@ class Streaming:
         scale = cos[-1, 0]
         return cos[:-1] / scale, sin[:-1] / scale
 
+    def copied_elsewhere(self, table: Table) -> int:
+        """Bytes of copies of rotated keys that other ranks have of their layers, at most."""
+        here = [each.nbytes for name, each in table.state.items() if name.startswith(KEYS)]
+        if not here or len(self._here()) == len(self.layers):
+            return 0
+        return here[0] * len(self.layers) - sum(here)
+
+    def _here(self) -> list[int]:
+        return [layer for layer in self.layers if layer in self.own]
+
     def _governed(self, sequence: Sequence) -> list[int]:
-        return [layer for layer in self.layers if sequence.layers.governed[layer]]
+        return [layer for layer in self._here() if sequence.layers.governed[layer]]
 
     def _copy_new(self, pool: Pool, sequence: Sequence, places: Tensor) -> None:
         """Keep copies of the keys that are rotated for the first time."""
@@ -186,4 +204,4 @@ def _rotated(vectors: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _keys(layer: int) -> str:
-    return f"streaming.keys.{layer}"
+    return f"{KEYS}{layer}"
