@@ -9,11 +9,11 @@ import pytest
 import torch
 from tests.engine.build import policy_named
 from tests.policies.test_golden import CASES, GOLDEN, official
-from tests.scale.build import CONFIG, answers
+from tests.scale.build import CONFIG, STAGES, TWO, answers
 from tests.scale.spawn import run_cases
 from tests.scale.threads import split_engine
 from tests.scale.worker import Case
-from tests.tiny import of_layers, tiny_model
+from tests.tiny import of_layers, tiny_config, tiny_model
 
 from pyramidinfer.engine import Engine
 from pyramidinfer.engine.tracing import trace
@@ -23,28 +23,50 @@ from pyramidinfer.policies import POLICIES
 
 #: Every layer of the tiny model slides, so there is no head profile to be had.
 UNPROFILED = {"mistral": {"duo", "pyramid", "triattention"}}
+#: By number of stages, families of which a stage has no layer with keys that a policy could turn.
+UNTURNED = {4: {"gemma2", "gemma3_text", "qwen2", "smollm3"}, 2: {"qwen2"}}
 
 
-@pytest.mark.parametrize("size", [2, 4])
+#: Ranks that split layers, and stages.
+SPLITS = [(2, 1), (4, 1), (1, 2), (1, 4), (2, 2)]
+
+
+def layers_of(family: str, stages: int) -> list[int] | None:
+    """Layers of each stage, unevenly where that can be."""
+    depth = tiny_config(family).num_hidden_layers
+    if stages == 1:
+        return None
+    if stages == 2:
+        return STAGES.get(family, TWO)
+    return [1] * (stages - 1) + [depth - stages + 1]
+
+
+@pytest.mark.parametrize("tensor, stages", SPLITS)
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_every_policy_on_every_family(family: str, size: int) -> None:
+def test_every_policy_on_every_family(family: str, tensor: int, stages: int) -> None:
     policies = sorted(set(POLICIES) - UNPROFILED.get(family, set()))
+    layers = layers_of(family, stages)
+    if family in UNTURNED.get(stages, set()):
+        policies.remove("streaming_llm")
     default = policy_named("full" if family in UNPROFILED else "pyramid")
     model = tiny_model(family, torch.float64)
     expected = answers(Engine(model, default, CONFIG), policies)
-    with split_engine(model, default, CONFIG, size) as engine:
+    with split_engine(model, default, CONFIG, tensor, layers=layers) as engine:
         found = answers(engine, policies)
         engine.check()
     for name in policies:
         assert found[name] == expected[name], name
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("tensor, stages", SPLITS)
 @pytest.mark.parametrize("case", CASES)
-def test_golden_cases(case: str, size: int) -> None:
+def test_golden_cases(case: str, tensor: int, stages: int) -> None:
     golden = json.loads((GOLDEN / case / "golden.json").read_text())
     loaded = load_model(GOLDEN / case, dtype="float64", device="cpu")
-    with split_engine(loaded.model, official(golden["parameters"]), CONFIG, size) as engine:
+    depth = loaded.model.config.num_hidden_layers
+    layers = None if stages == 1 else [1] * (stages - 1) + [depth - stages + 1]
+    policy = official(golden["parameters"])
+    with split_engine(loaded.model, policy, CONFIG, tensor, layers=layers) as engine:
         found = trace(engine, golden["prompt"], len(golden["tokens"]), ())
     for mine, theirs in (
         (found.prefill_positions, golden["prefill_positions"]),
@@ -61,7 +83,10 @@ def test_golden_cases(case: str, size: int) -> None:
 
 def test_processes_give_the_same_as_one(tmp_path: Path) -> None:
     """The collectives of torch.distributed, also in bfloat16 (where only lengths must agree)."""
+    few = ["full", "h2o", "kvzip", "pyramid", "streaming_llm"]
     cases = [Case("llama", 4), Case("gemma2", 2, ["full", "pyramid", "h2o"])]
+    cases += [Case("llama", 1, stages=4), Case("llama", 2, few, stages=2)]
+    cases += [Case("gemma2", 1, few, stages=2), Case("opt", 1, ["full", "snapkv"], stages=2)]
     for each in run_cases(cases, tmp_path, timeout=1500):
         assert not each["differences"], each["case"]
-        assert each["sent"]["layers"] > 0
+        assert each["sent"]["layers" if each["case"].tensor > 1 else "rows"] > 0

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,35 +12,53 @@ import torch
 from pyramidinfer import SamplingParams
 from pyramidinfer.config import EngineConfig
 from pyramidinfer.engine import Engine
+from pyramidinfer.engine.dealing import deal_layers, layer_work
+from pyramidinfer.engine.request import Scoring
 from pyramidinfer.engine.tracing import trace
-from pyramidinfer.models.families import FAMILIES
+from pyramidinfer.models import ModelRunner
+from pyramidinfer.models.families import FAMILIES, find_family
 from pyramidinfer.models.loading import load_model
 from pyramidinfer.models.ranks import Ranks, check_heads
 from pyramidinfer.models.sharding import plan_of
-from pyramidinfer.policies import POLICIES
+from pyramidinfer.models.stages import Stages, check_stages, keep_stage, ranges_of, share_layers
+from pyramidinfer.policies import POLICIES, make_policy
 from pyramidinfer.types import AttentionShape, Needs, Reduce
 from tests.engine.build import policy_named
-from tests.scale.build import CONFIG, answers
+from tests.scale.build import CONFIG, FOUR, TWO, answers
 from tests.scale.threads import split_engine
 from tests.tiny import random_prompt, tiny_config, tiny_model
 
 GOLDEN = Path(__file__).parents[1] / "golden"
+#: Policies that rest on a head profile.
+PROFILED = {"duo", "pyramid", "triattention"}
 #: Policies that look at KV heads in different ways; with four ranks two share a KV head.
 SHARING = ["h2o", "kvzip", "pyramid", "rkv", "scissorhands", "tova"]
 
 
-def equal(family: str, size: int, policies: list[str], dtype: torch.dtype = torch.float64) -> None:
+def equal(
+    family: str,
+    size: int,
+    policies: list[str],
+    dtype: torch.dtype = torch.float64,
+    layers: list[int] | None = None,
+) -> None:
     model = tiny_model(family, dtype)
     expected = answers(Engine(model, policy_named("full"), CONFIG), policies)
-    with split_engine(model, policy_named("full"), CONFIG, size) as engine:
+    with split_engine(model, policy_named("full"), CONFIG, size, layers=layers) as engine:
         found = answers(engine, policies)
         engine.check()
         for name in policies:
             assert found[name] == expected[name], name
 
 
-def test_every_policy_on_two_ranks() -> None:
-    equal("llama", 2, sorted(set(POLICIES) - {"duo", "pyramid", "triattention"}))
+@pytest.mark.parametrize("tensor, layers", [(2, None), (1, TWO)])
+def test_every_policy_on_two_ranks(tensor: int, layers: list[int] | None) -> None:
+    equal("llama", tensor, sorted(set(POLICIES) - PROFILED), layers=layers)
+
+
+@pytest.mark.parametrize("tensor, layers", [(1, FOUR), (2, TWO)])
+def test_four_ranks_that_are_stages(tensor: int, layers: list[int]) -> None:
+    equal("llama", tensor, ["h2o", "kvzip", "pyramidinfer", "streaming_llm"], layers=layers)
 
 
 def test_ranks_that_share_a_kv_head() -> None:
@@ -50,28 +70,36 @@ def test_every_family_on_two_ranks(family: str) -> None:
     equal(family, 2, ["full", "snapkv"])
 
 
-def test_packed_layers() -> None:
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_every_family_in_two_stages(family: str) -> None:
+    depth = tiny_config(family).num_hidden_layers
+    equal(family, 1, ["full", "pyramidinfer"], layers=[1, depth - 1])
+
+
+@pytest.mark.parametrize("tensor, layers", [(2, None), (1, TWO)])
+def test_packed_layers(tensor: int, layers: list[int] | None) -> None:
     """In float32 the C++ kernels multiply and choose; tokens are those of one rank."""
-    equal("llama", 2, ["full", "snapkv", "pyramidinfer"], torch.float32)
+    equal("llama", tensor, ["full", "snapkv", "pyramidinfer", "h2o"], torch.float32, layers)
 
 
-@pytest.mark.parametrize("size", [2, 4])
-def test_profiles_are_measured_together(size: int) -> None:
+@pytest.mark.parametrize("size, layers", [(2, None), (4, None), (1, TWO), (2, TWO)])
+def test_profiles_are_measured_together(size: int, layers: list[int] | None) -> None:
     """A head profile is that of one rank, and so are tokens of policies that rest on it."""
     model = tiny_model("llama", torch.float64)
     one = Engine(model, policy_named("pyramid"), CONFIG)
     expected = answers(one, ["pyramid", "duo"])
-    with split_engine(model, policy_named("pyramid"), CONFIG, size) as engine:
+    with split_engine(model, policy_named("pyramid"), CONFIG, size, layers=layers) as engine:
         assert engine.policy == one.policy
         assert answers(engine, ["pyramid", "duo"]) == expected
 
 
-def test_a_golden_case() -> None:
+@pytest.mark.parametrize("tensor, layers", [(2, None), (1, [5, 7])])
+def test_a_golden_case(tensor: int, layers: list[int] | None) -> None:
     """Every kept position of the official code, traced on two ranks."""
     loaded = load_model(GOLDEN / "gqa12", dtype="float64", device="cpu")
     prompt, policy = random_prompt(1, 90), policy_named("pyramidinfer")
     expected = trace(Engine(loaded.model, policy, CONFIG), prompt, 12, ())
-    with split_engine(loaded.model, policy, CONFIG, 2) as engine:
+    with split_engine(loaded.model, policy, CONFIG, tensor, layers=layers) as engine:
         found = trace(engine, prompt, 12, ())
     assert found.token_ids == expected.token_ids
     assert found.kept_len_by_step == expected.kept_len_by_step
@@ -80,7 +108,9 @@ def test_a_golden_case() -> None:
     torch.testing.assert_close(found.final_logits, expected.final_logits, atol=1e-9, rtol=0)
 
 
-def test_what_else_is_done_together() -> None:
+@pytest.mark.parametrize("tensor, layers", [(2, None), (1, TWO)])
+@pytest.mark.parametrize("policy", ["snapkv", "streaming_llm"])
+def test_what_else_is_done_together(tensor: int, layers: list[int] | None, policy: str) -> None:
     """Held caches, further turns, branches, samples, scores, aborts, pressure and reuse leave all
     ranks in the same state (each step compares) and every page accounted for."""
     model = tiny_model("llama", torch.float64)
@@ -111,13 +141,102 @@ def test_what_else_is_done_together() -> None:
         done = [held, turn, branch, many, *many.samples, *others]
         return [each.output for each in done] + [[engine.scheduler.counts.swapped]]
 
-    expected = run(Engine(model, policy_named("snapkv"), config))
-    assert expected[-1][0] > 0, "memory must run short"
-    with split_engine(model, policy_named("snapkv"), config, 2) as engine:
+    expected = run(Engine(model, policy_named(policy), config))
+    if policy == "snapkv":
+        assert expected[-1][0] > 0, "memory must run short"
+    with split_engine(model, policy_named(policy), config, tensor, layers=layers) as engine:
         assert run(engine) == expected
 
 
+def test_several_steps_are_on_their_way_at_once() -> None:
+    """Stages work on different requests; ends, aborts, scores, samples, reuse and prompts' logits
+    of requests that are on their way are those of one rank."""
+    model = tiny_model("llama", torch.float64)
+    config = EngineConfig(kv_memory="4MiB", page_size=4, prefill_chunk=16, step_tokens=64)
+
+    def run(engine: Engine) -> list[object]:
+        def ask(seed: int, new: int, **params: Any) -> SamplingParams:
+            return SamplingParams(max_tokens=new, ignore_eos=True, temperature=0.0, **params)
+
+        full = policy_named("full")
+        asked = [engine.make(random_prompt(s, 9 * s), ask(s, 3 * s)) for s in range(1, 8)]
+        asked.append(engine.make(random_prompt(8, 30), ask(8, 9), samples=3))
+        asked.append(engine.make(random_prompt(9, 30), ask(9, 4, prompt_logprobs=2), policy=full))
+        scored = Scoring(random_prompt(10, 12), False)
+        asked.append(engine.make(random_prompt(10, 30), ask(10, 1), policy=full, scoring=scored))
+        begun = random_prompt(11, 30)
+        asked.append(engine.make(begun, ask(11, 5), owner="a"))
+        lost = engine.make(random_prompt(12, 50), ask(12, 30))
+        for each in (*asked, lost):
+            engine.submit(each)
+        most = 0
+        for step in range(200):
+            engine.step()
+            most = max(most, len(getattr(engine, "_flights", ())))
+            if step == 12:
+                engine.abort(lost)
+        assert engine.scheduler.idle
+        text = [*begun, *asked[-1].output, 5, 6, 7]
+        further = engine.make(text, ask(13, 6), owner="a")
+        engine.run([further])
+        assert further.reused > 0
+        engine.check()
+        assert most == engine.runner.stages.size - 1
+        everyone = [*asked, *asked[7].samples, further]
+        logprobs = [[round(each.logprob, 9) for each in r.prompt_logprobs] for r in everyone]
+        return [*(each.output for each in everyone), logprobs, scored.greedy, len(lost.output) > 0]
+
+    expected = run(Engine(model, policy_named("pyramidinfer"), config))
+    for tensor, layers in ((1, TWO), (1, [1, 2, 1]), (2, TWO)):
+        with split_engine(model, policy_named("pyramidinfer"), config, tensor, layers=layers) as on:
+            assert run(on) == expected, (tensor, layers)
+
+
 # --- what cannot be ----------------------------------------------------------------------------
+
+
+def test_a_stage_that_cannot_turn_keys_refuses_policies_that_stream() -> None:
+    model = tiny_model("gemma2", torch.float64)
+    refused = pytest.raises(ValueError, match="one of these has none: pipeline_layers=1,3; give")
+    with split_engine(model, policy_named("full"), CONFIG, 1, layers=[1, 3]) as engine, refused:
+        engine.make([5, 6], SamplingParams(), policy=policy_named("streaming_llm"))
+
+
+def test_layers_are_dealt_so_that_the_costliest_stage_costs_least() -> None:
+    assert share_layers([1.0] * 6, 2) == ranges_of([3, 3])
+    assert share_layers([1.0] * 6, 2, last=2.0) == ranges_of([4, 2])
+    assert share_layers([4.0, 1.0, 1.0, 1.0, 1.0], 2) == ranges_of([1, 4])
+    assert share_layers([1.0, 1.0], 2, last=9.0) == ranges_of([1, 1])
+    with pytest.raises(ValueError, match="pipeline_parallel_size=5: this model has 4 layers"):
+        check_stages(5, 4)
+
+
+def test_layers_go_by_what_the_policy_forecasts() -> None:
+    """A policy that drops tokens between layers has its early layers cost more."""
+    empty = tiny_model("llama", num_hidden_layers=12)
+    runner = ModelRunner(empty, "reference")
+    full, dropping = make_policy("full"), make_policy("pyramidinfer", 0.3, min_context=4)
+    work, head = layer_work(empty, runner, full)
+    assert len(set(work)) == 1 and head > 0
+    even, uneven = (len(deal_layers(empty, runner, p, 2, None)[0]) for p in (full, dropping))
+    assert uneven < even
+    assert deal_layers(empty, runner, full, 3, "2,3,7") == ranges_of([2, 3, 7])
+    with pytest.raises(ValueError, match="'2,3,6' are 11 layers; this model has 12"):
+        deal_layers(empty, runner, full, 3, "2,3,6")
+
+
+def test_a_stage_has_its_own_weights_alone() -> None:
+    for family in sorted(FAMILIES):
+        whole = tiny_model(family)
+        parts = [copy.deepcopy(whole) for _ in range(2)]
+        stages = ranges_of([1, len(whole.get_submodule(find_family(whole.config).body).layers) - 1])
+        for index, part in enumerate(parts):
+            keep_stage(part, Stages(stages, index))
+        sizes = [{n: p.numel() for n, p in part.named_parameters()} for part in parts]
+        for name, weight in whole.named_parameters():
+            held = [size[name] for size in sizes if size.get(name)]
+            shared = whole.get_output_embeddings().weight is weight and len(held) == 2
+            assert held == [weight.numel()] or shared, (family, name)
 
 
 def test_heads_that_do_not_divide_are_refused_with_sizes_that_work() -> None:

@@ -34,6 +34,7 @@ class Case:
 
     family: str
     tensor: int = 1
+    stages: int = field(default=1, kw_only=True)
     policies: list[str] = field(default_factory=lambda: sorted(POLICIES))
     dtype: str = "float64"
     backend: str = "auto"
@@ -42,7 +43,7 @@ class Case:
 
     @property
     def ranks(self) -> int:
-        return self.tensor
+        return self.tensor * self.stages
 
 
 def build(case: Case, folder: Path, **options: Any) -> LLM:
@@ -93,12 +94,14 @@ def run(case: Case, rank: int, place: str) -> None:
         (Path(place) / "there").touch()
     while not (Path(place) / "there").exists():
         time.sleep(0.1)
-    llm = build(case, folder, tensor_parallel_size=case.tensor)
+    sizes = {"tensor_parallel_size": case.tensor, "pipeline_parallel_size": case.stages}
+    llm = build(case, folder, **sizes)
     found = {
         name: differences(one[name], given) for name, given in answers(llm, case.policies).items()
     }
     llm.engine.check()
-    sent = dict(llm.engine.runner.ranks.sent)
+    runner = llm.engine.runner
+    sent = dict(runner.ranks.sent + runner.stages.sent)
     llm.close()
     print(
         json.dumps({"differences": {k: v for k, v in found.items() if v}, "sent": sent}), flush=True

@@ -20,6 +20,7 @@ from pyramidinfer.cli.common import (
     Model,
     NoProfile,
     Options,
+    PipelineParallel,
     PolicyName,
     TemplateKwargs,
     TensorParallel,
@@ -93,11 +94,15 @@ def demo(
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the picture.")] = Path("out"),
     tensor_parallel_size: TensorParallel = 1,
+    pipeline_parallel_size: PipelineParallel = 1,
 ) -> None:
     """Answer questions about long documents in one memory budget, four ways, and draw it."""
     from pyramidinfer.cli.demo import run_demo
 
-    ranks = {"tensor_parallel_size": tensor_parallel_size}
+    ranks = {
+        "tensor_parallel_size": tensor_parallel_size,
+        "pipeline_parallel_size": pipeline_parallel_size,
+    }
     run_demo(model, fetch, documents, length, kv_memory, keep, out, ranks)
 
 
@@ -138,6 +143,7 @@ def generate(
     ] = "auto",
     no_profile: NoProfile = False,
     tensor_parallel_size: TensorParallel = 1,
+    pipeline_parallel_size: PipelineParallel = 1,
     as_json: AsJson = False,
 ) -> None:
     """Answer one prompt with any supported local or hub model."""
@@ -170,6 +176,7 @@ def generate(
         as_json,
         profile=profiling(chosen, no_profile),
         tensor_parallel_size=tensor_parallel_size,
+        pipeline_parallel_size=pipeline_parallel_size,
     )
 
 

@@ -201,7 +201,13 @@ def memory(
 @plain_errors()
 def scale(
     model: Model = None,
-    ranks: Annotated[str, typer.Option(help="Ranks to run on; a list, 1 first.")] = "1,2,4",
+    sizes: Annotated[
+        str,
+        typer.Option(
+            help="What to run on, a list of ranks that split layers x stages that have some; 1x1 "
+            "first."
+        ),
+    ] = "1x1,2x1,4x1,1x2,1x4,2x2",
     prompt_len: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 512,
     output_len: Annotated[int, typer.Option(help="Tokens generated.")] = 16,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, …")] = "float32",
@@ -209,11 +215,10 @@ def scale(
     json: Json = Path("out/scale.json"),
 ) -> None:
     """A model over several processes: memory and traffic of each, beside the formula."""
-    from pyramidinfer.lab.bench.scale import ScalePlan, run_scale
+    from pyramidinfer.lab.bench.scale import ScalePlan, pairs_of, run_scale
     from pyramidinfer.lab.bench.scale_page import scale_table
 
-    sizes = numbers(ranks, int, "--ranks")
-    plan = ScalePlan(model, sizes, prompt_len, output_len, kv_memory, dtype)
+    plan = ScalePlan(model, pairs_of(sizes), prompt_len, output_len, kv_memory, dtype)
     result = run_scale(plan, _target(json))
     _show(scale_table(result), json)
 

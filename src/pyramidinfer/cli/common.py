@@ -27,6 +27,7 @@ __all__ = [
     "Model",
     "NoProfile",
     "Options",
+    "PipelineParallel",
     "PolicyName",
     "TemplateKwargs",
     "TensorParallel",
@@ -100,6 +101,13 @@ TensorParallel = Annotated[
         "--tensor-parallel-size",
         help="Processes, each on a device of its own, that split every layer; --kv-memory is each "
         "one's.",
+    ),
+]
+PipelineParallel = Annotated[
+    int,
+    typer.Option(
+        "--pipeline-parallel-size",
+        help="Stages that the layers are dealt to, each of --tensor-parallel-size processes.",
     ),
 ]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16 or float64.")]

@@ -16,6 +16,7 @@ from pyramidinfer.cli.common import (
     Model,
     NoProfile,
     Options,
+    PipelineParallel,
     PolicyName,
     TemplateKwargs,
     TensorParallel,
@@ -74,6 +75,14 @@ def serve(
     no_profile: NoProfile = False,
     threads: Threads = 0,
     tensor_parallel_size: TensorParallel = 1,
+    pipeline_parallel_size: PipelineParallel = 1,
+    pipeline_layers: Annotated[
+        str | None,
+        typer.Option(
+            help="Layers of each stage, such as 16,14; default: by the work that the policy "
+            "forecasts.",
+        ),
+    ] = None,
     rank_timeout: Annotated[
         float | None,
         typer.Option(
@@ -311,6 +320,8 @@ def serve(
         elastic=elastic,
         swap_memory=swap_memory,
         tensor_parallel_size=tensor_parallel_size,
+        pipeline_parallel_size=pipeline_parallel_size,
+        pipeline_layers=pipeline_layers,
         rank_timeout=rank_timeout,
     )
     names = None if policies is None else tuple(each.strip() for each in policies.split(","))
@@ -376,6 +387,7 @@ def chat(
     no_profile: NoProfile = False,
     threads: Threads = 0,
     tensor_parallel_size: TensorParallel = 1,
+    pipeline_parallel_size: PipelineParallel = 1,
     system: Annotated[str | None, typer.Option(help="A system prompt.")] = None,
     max_tokens: Annotated[
         int | None, typer.Option(help="Tokens of an answer at most; default: the model's, or 256.")
@@ -410,6 +422,7 @@ def chat(
         kv_memory=kv_memory,
         reuse_share=1.0,
         tensor_parallel_size=tensor_parallel_size,
+        pipeline_parallel_size=pipeline_parallel_size,
     )
     run_chat(
         choice,
@@ -434,6 +447,7 @@ def batch(
     no_profile: NoProfile = False,
     threads: Threads = 0,
     tensor_parallel_size: TensorParallel = 1,
+    pipeline_parallel_size: PipelineParallel = 1,
     max_requests: MaxRequests = 64,
     served_model_name: Annotated[
         str,
@@ -462,5 +476,6 @@ def batch(
         max_requests=max_requests,
         reuse_share=0.0,
         tensor_parallel_size=tensor_parallel_size,
+        pipeline_parallel_size=pipeline_parallel_size,
     )
     run_batch(choice, source, target, served_model_name, generation_config)

@@ -77,6 +77,14 @@ class Chosen(NamedTuple):
     error: str | None
 
 
+class Holding(NamedTuple):
+    """Bytes that a rank holds, of weights and of pages in use, and has sent, by what for."""
+
+    weights: int
+    cache: int
+    sent: dict[str, int]
+
+
 class Split(Engine):
     """The engine of one rank of several.
 
@@ -107,6 +115,13 @@ class Split(Engine):
         plan, flight = self._flights.popleft()
         self.scheduler.flying.difference_update(plan.requests)
         return self._commit(plan, runner.end(self.pool, flight), set())
+
+    def _holding(self) -> list[Holding]:
+        """What every stage's first rank holds and has sent; all ranks call this."""
+        runner = self.runner
+        sent = runner.ranks.sent + runner.stages.sent
+        mine = Holding(runner.ranks.weight_bytes, self.pool.budget_used, dict(sent))
+        return runner.stages.gather(mine)
 
 
 class Leader(Split):
@@ -180,6 +195,11 @@ class Leader(Split):
             return super().fail(request, reason, error or self.link.broken)
         with self.together("fail", request.id, reason):
             return super().fail(request, reason, error)
+
+    def holding(self) -> list[Holding]:
+        """What the first rank of every stage holds, and has sent so far."""
+        with self.together("holding"):
+            return self._holding()
 
     def _told(self, request: Request) -> Told:
         """The request for the others, its policy told before it where that is a new one."""
@@ -298,6 +318,9 @@ class Follower(Split):
 
     def _obey_fail(self, number: int, reason: str) -> None:
         self.fail(self._told_of[number], reason)
+
+    def _obey_holding(self) -> None:
+        self._holding()
 
     def _obey_step(self, mark: tuple[int, ...]) -> None:
         if mark != _mark(self):

@@ -74,7 +74,7 @@ class StageRunner(ModelRunner):
         logits = self._logits(torch.cat(ended)) if sum(map(len, ended)) else self._no_logits
         for stage in range(stages.size - 1):
             wanted = len(logits) and (stage == 0 or lane == TALK)
-            stages.send(stage, note, [("logits", logits)] if wanted else [], lane)
+            stages.send(stage, note, [("results", logits)] if wanted else [], lane)
         return Flight(batch, decoding, lane, (note, logits))
 
     @torch.inference_mode()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -12,7 +13,10 @@ import psutil
 
 from pyramidinfer.config import check_whole
 from pyramidinfer.engine import LLM
+from pyramidinfer.engine.dealing import deal_layers
+from pyramidinfer.engine.ranks import Leader
 from pyramidinfer.lab.bench.scale_plan import (
+    Split,
     Work,
     cache_bytes,
     simulate,
@@ -29,7 +33,7 @@ from pyramidinfer.models.loading import empty_model, shipped_model
 from pyramidinfer.policies import Policy, make_policy
 from pyramidinfer.types import SamplingParams
 
-__all__ = ["ScalePlan", "run_scale"]
+__all__ = ["ScalePlan", "pairs_of", "run_scale"]
 
 #: Policies by the words of a table; others that choose while decoding cannot be simulated.
 POLICIES: dict[str, tuple[str, float | None]] = {
@@ -37,28 +41,37 @@ POLICIES: dict[str, tuple[str, float | None]] = {
     "snapkv, keep 0.3": ("snapkv", 0.3),
     "pyramid, keep 0.3": ("pyramid", 0.3),
 }
-#: What nobody has at hand: a known shape, ranks, a prompt, an answer.
-PAPER = ("llama3-70b", (1, 8, 64), Work(8192, 128))
+#: What nobody has at hand: a known shape, ranks and stages, a prompt, an answer.
+PAPER = ("llama3-70b", ((1, 1), (8, 1), (1, 8), (64, 1), (8, 8)), Work(8192, 128))
+
+
+def pairs_of(text: str) -> tuple[tuple[int, int], ...]:
+    """``"1x1,2x4"`` → one rank, then two in each of four stages; ``ValueError`` otherwise."""
+    found = [re.fullmatch(r"\s*([1-9]\d*)x([1-9]\d*)\s*", each) for each in text.split(",")]
+    if None in found:
+        raise ValueError(f"--sizes {text!r} must be a list such as 1x1,2x1,1x2: ranks x stages")
+    return tuple((int(each[1]), int(each[2])) for each in found if each is not None)
 
 
 @dataclass(frozen=True)
 class ScalePlan:
     """One request on so many ranks, each a process.
 
-    model : folder, hub id or fetched model; None is the shipped one;  ranks : sizes to run, the
-    first of them 1.
+    model : folder, hub id or fetched model; None is the shipped one;  sizes : to run, each so many
+    ranks that split layers times so many stages; the first of them (1, 1).
     """
 
     model: str | None = None
-    ranks: tuple[int, ...] = (1, 2, 4)
+    sizes: tuple[tuple[int, int], ...] = ((1, 1), (2, 1), (4, 1), (1, 2), (1, 4), (2, 2))
     prompt: int = 512
     new: int = 16
     kv_memory: str = "64MiB"
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        if not self.ranks or self.ranks[0] != 1:
-            raise ValueError(f"--ranks {self.ranks}: the first must be 1, which others are held to")
+        if not self.sizes or self.sizes[0] != (1, 1):
+            words = ",".join(f"{tensor}x{stages}" for tensor, stages in self.sizes)
+            raise ValueError(f"--sizes {words}: the first must be 1x1, which others are held to")
         check_whole("--prompt-len", self.prompt, 1)
         check_whole("--output-len", self.new, 2)
 
@@ -75,17 +88,17 @@ def run_scale(plan: ScalePlan, out: Path) -> dict[str, Any]:
     """Run, simulate, write ``out``, and return its result."""
     rows: list[dict[str, Any]] = []
     expected: dict[str, list[int]] = {}
-    with progress("ranks", len(plan.ranks) * len(POLICIES)) as done:
-        for ranks in plan.ranks:
-            options: dict[str, Any] = {} if ranks == 1 else {"tensor_parallel_size": ranks}
-            llm = LLM(plan.name, "pyramid", kv_memory=plan.kv_memory, dtype=plan.dtype, **options)
+    with progress("ranks", len(plan.sizes) * len(POLICIES)) as done:
+        for tensor, stages in plan.sizes:
+            llm = _open(plan, tensor, stages)
             try:
                 for words, (name, keep) in POLICIES.items():
-                    row = _measure(plan, llm, make_policy(name, keep), ranks)
+                    row = _measure(plan, llm, make_policy(name, keep), tensor)
                     tokens = row.pop("tokens")
                     same = expected.setdefault(words, tokens) == tokens
-                    rows.append({"policy": words, "ranks": ranks, "same_tokens": same, **row})
-                    done(f"{ranks} ranks, {words}")
+                    size = {"tensor": tensor, "stages": stages}
+                    rows.append({"policy": words, **size, "same_tokens": same, **row})
+                    done(f"{tensor} x {stages}, {words}")
             finally:
                 llm.close()
     result = {"rows": rows, "paper": _on_paper()}
@@ -93,10 +106,23 @@ def run_scale(plan: ScalePlan, out: Path) -> dict[str, Any]:
     return result
 
 
-def _measure(plan: ScalePlan, llm: LLM, policy: Policy, ranks: int) -> dict[str, Any]:
-    """One request: what it sent, what it held at its end, and what the formula says of that."""
+def _open(plan: ScalePlan, tensor: int, stages: int) -> LLM:
+    options: dict[str, Any] = {}
+    if tensor > 1:
+        options["tensor_parallel_size"] = tensor
+    if stages > 1:
+        options["pipeline_parallel_size"] = stages
+    return LLM(plan.name, "pyramid", kv_memory=plan.kv_memory, dtype=plan.dtype, **options)
+
+
+def _measure(plan: ScalePlan, llm: LLM, policy: Policy, tensor: int) -> dict[str, Any]:
+    """One request: what every stage's first rank sent, what it held at its end, and what the
+    formula says of that."""
     engine = llm.engine
-    before = Counter(engine.runner.ranks.sent)
+    split = Split(tensor, engine.runner.stages.layers)
+    before = []
+    if isinstance(engine, Leader):
+        before = [Counter(each.sent) for each in engine.holding()]
     size = engine.runner.vocab_size
     prompt = [3 + 7 * place % (size - 3) for place in range(plan.prompt)]
     request = engine.make(
@@ -108,53 +134,75 @@ def _measure(plan: ScalePlan, llm: LLM, policy: Policy, ranks: int) -> dict[str,
     begun = time.monotonic()
     engine.run([request])
     seconds = time.monotonic() - begun
-    held = engine.pool.budget_used
-    sent = Counter(engine.runner.ranks.sent) - before
     family = psutil.Process()
     processes = [family, *family.children()]
-    tokens = request.output
+    stages = range(len(split.layers))
+    empties = [empty_model(plan.name, plan.dtype)[0] for _ in stages]
+    runner = ModelRunner(empty_model(plan.name, plan.dtype)[0], "reference")
+    weights = [weight_bytes(empties[stage], runner, split, stage) for stage in stages]
+    wanted, lens = simulate(runner, request.policy, plan.work, split)
+    if isinstance(engine, Leader):
+        held = engine.holding()
+        sent = [Counter(each.sent) - old for each, old in zip(held, before, strict=True)]
+        cache, loaded = [each.cache for each in held], [each.weights for each in held]
+    else:
+        sent, cache, loaded = [Counter()], [engine.pool.budget_used], weights
     engine.release(request)
-    empty, _ = empty_model(plan.name, plan.dtype)
-    runner = ModelRunner(empty, "reference")
-    wanted, lens = simulate(runner, request.policy, plan.work, ranks)
     return {
-        "tokens": tokens,
+        "tokens": request.output,
+        "layers": [len(each) for each in split.layers],
         "seconds": seconds,
-        "sent": dict(sent),
-        "sent_by_formula": {name: count for name, count in wanted.items() if ranks > 1},
-        "cache_bytes": held,
-        "weights_bytes": engine.runner.ranks.weight_bytes or weight_bytes(empty, runner, 1),
-        "cache_by_formula": cache_bytes(runner, lens, ranks)[0],
-        "weights_by_formula": weight_bytes(empty, runner, ranks),
-        "process_bytes": [each.memory_full_info().uss for each in processes[:ranks]],
+        "sent": [_bytes(each) for each in sent],
+        "sent_by_formula": [_bytes(each) for each in wanted],
+        "cache_bytes": cache,
+        "weights_bytes": loaded,
+        "cache_by_formula": cache_bytes(runner, lens, split)[:: split.tensor],
+        "weights_by_formula": weights,
+        "process_bytes": [each.memory_full_info().uss for each in processes[: split.ranks]],
     }
 
 
+def _bytes(sent: Counter[str]) -> dict[str, int]:
+    return {name: count for name, count in sent.items() if count}
+
+
 def _on_paper() -> list[dict[str, Any]]:
-    """What nobody ran: a larger model on more ranks."""
+    """What nobody ran: a larger model on more ranks.  Of all ranks, the one that has most."""
     shape, sizes, work = PAPER
     rows = []
-    for ranks in sizes:
+    for tensor, stages in sizes:
         for words in ("full", "snapkv, keep 0.3"):
-            empty = empty_shape(shape, "bfloat16")
-            runner = ModelRunner(empty, "reference")
-            sent, lens = simulate(runner, make_policy(*POLICIES[words]), work, ranks)
-            token = Counter(sent)
-            token.subtract(
-                simulate(runner, make_policy(*POLICIES[words]), work._replace(new=1), ranks)[0]
-            )
+            policy = make_policy(*POLICIES[words])
+            empties = [empty_shape(shape, "bfloat16") for _ in range(stages)]
+            runner = ModelRunner(empty_shape(shape, "bfloat16"), "reference")
+            split = Split(tensor, deal_layers(empties[0], runner, policy, stages, None))
+            sent, lens = simulate(runner, policy, work, split)
+            begun = simulate(runner, policy, work._replace(new=1), split)[0]
+            weights = [weight_bytes(each, runner, split, i) for i, each in enumerate(empties)]
+            prompt = max(wire_bytes(each, tensor) for each in begun)
+            both = zip(sent, begun, strict=True)
+            token = max(wire_bytes(all_ - first, tensor) for all_, first in both)
             rows.append(
                 {
                     "shape": shape,
-                    "ranks": ranks,
+                    "tensor": tensor,
+                    "stages": stages,
+                    "layers": [len(each) for each in split.layers],
                     "policy": words,
                     "prompt": work.prompt,
                     "new": work.new,
-                    "weights": weight_bytes(empty, runner, ranks),
-                    "cache": max(cache_bytes(runner, lens, ranks)),
-                    "wire_prompt": wire_bytes(sent - token, ranks) if ranks > 1 else 0.0,
-                    "wire_token": wire_bytes(token, ranks) / (work.new - 1) if ranks > 1 else 0.0,
-                    "collectives_token": (2 * runner.depth + 2) if ranks > 1 else 0,
+                    "weights": max(weights),
+                    "cache": max(cache_bytes(runner, lens, split)),
+                    "wire_prompt": prompt,
+                    "wire_token": token / (work.new - 1),
+                    "waits_token": _waits(runner.depth, tensor, stages),
                 }
             )
     return rows
+
+
+def _waits(depth: int, tensor: int, stages: int) -> int:
+    """Messages that one token takes one after the other: sums in every layer, of the embedding and
+    of the logits; from stage to stage, and back."""
+    within = 2 * depth + 2 if tensor > 1 else 0
+    return within + (stages if stages > 1 else 0)

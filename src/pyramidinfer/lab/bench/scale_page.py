@@ -14,7 +14,7 @@ __all__ = ["PAGE", "render_scale", "scale_table"]
 
 PAGE = Path("docs/scaling.md")
 BEGIN, END = "<!-- from benchmarks/results/scale.json -->", "<!-- end -->"
-KINDS = ("layers", "policy", "logits")
+KINDS = ("layers", "policy", "logits", "rows", "prompts", "results")
 
 Row = dict[str, Any]
 
@@ -28,7 +28,8 @@ def render_scale(page: str, entry: dict[str, Any]) -> str:
         "## Measured\n",
         origin(entry),
         f"`pyramidinfer bench scale` on `{Path(plan['model']).name}` in {plan['dtype']}: one "
-        f"request of {plan['prompt']:,} prompt tokens and {plan['new']} generated ones.\n",
+        f"request of {plan['prompt']:,} prompt tokens and {plan['new']} generated ones. Ranks are "
+        "those that split layers × stages; kB, counted / by formula, are of the stage with most.\n",
         *_markdown(_measured(result["rows"])),
         "",
         "## On paper\n",
@@ -43,7 +44,7 @@ def render_scale(page: str, entry: dict[str, Any]) -> str:
 
 def scale_table(result: dict[str, Any]) -> Table:
     """What the terminal shows after ``bench scale``."""
-    table = Table(title="bytes on rank 0: counted / by formula")
+    table = Table(title="kB of the first rank that has most: counted / by formula")
     head, *rows = _measured(result["rows"])
     for index, name in enumerate(head):
         table.add_column(name, justify="left" if index == 0 else "right")
@@ -53,15 +54,19 @@ def scale_table(result: dict[str, Any]) -> Table:
 
 
 def _measured(rows: list[Row]) -> list[list[str]]:
-    found = [["policy", "ranks", "same tokens", *KINDS, "cache", "weights", "process"]]
+    found = [["policy", "ranks", "layers", "same tokens", *KINDS, "cache", "weights", "process"]]
     for row in rows:
         sent, said = row["sent"], row["sent_by_formula"]
         found.append(
             [
                 row["policy"],
-                str(row["ranks"]),
+                _size(row),
+                ", ".join(map(str, row["layers"])),
                 "yes" if row["same_tokens"] else "no",
-                *(_pair(sent.get(name, 0), said.get(name, 0)) for name in KINDS),
+                *(
+                    _pair(*([e.get(name, 0) for e in each] for each in (sent, said)))
+                    for name in KINDS
+                ),
                 _pair(row["cache_bytes"], row["cache_by_formula"]),
                 _pair(row["weights_bytes"], row["weights_by_formula"]),
                 mebibytes(max(row["process_bytes"])),
@@ -70,17 +75,24 @@ def _measured(rows: list[Row]) -> list[list[str]]:
     return found
 
 
-def _pair(counted: int, said: int) -> str:
-    return f"{counted / 1e3:,.0f} / {said / 1e3:,.0f} kB"
+def _size(row: Row) -> str:
+    return f"{row['tensor']} × {row['stages']}"
+
+
+def _pair(counted: list[int], said: list[int]) -> str:
+    """Of the stage that has most."""
+    if not max(said) and not max(counted):
+        return "–"
+    return f"{max(counted) / 1e3:,.0f} / {max(said) / 1e3:,.0f}"
 
 
 def _on_paper(rows: list[Row]) -> list[list[str]]:
     found = [["ranks", "policy", "weights", "cache", "wire, prompt", "wire, token", "waits, token"]]
     for row in rows:
-        waits = row["collectives_token"]
+        waits = row["waits_token"]
         found.append(
             [
-                str(row["ranks"]),
+                _size(row),
                 row["policy"],
                 f"{row['weights'] / 2**30:.1f} GiB",
                 mebibytes(row["cache"]),

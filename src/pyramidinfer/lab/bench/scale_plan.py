@@ -1,8 +1,8 @@
 """What a model over several ranks holds and sends, by formula: for sizes nobody has at hand.
 
-Nothing is run.  Weights follow from the plan by which linears are split; pages and traffic from the
-lengths that a policy keeps, walked through layer by layer, token by token.  ``bench scale`` holds
-this against runs (``docs/scaling.md``).
+Nothing is run.  Weights follow from the plan by which linears are split and layers are dealt; pages
+and traffic from the lengths that a policy keeps, walked through layer by layer, token by token.
+``bench scale`` holds this against runs (``docs/scaling.md``).
 """
 
 from __future__ import annotations
@@ -13,17 +13,19 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from pyramidinfer.cache import Layout
+from pyramidinfer.cache import Layout, Place
 from pyramidinfer.config import accumulate_dtype
 from pyramidinfer.models import ModelRunner
 from pyramidinfer.models.ranks import Ranks
 from pyramidinfer.models.sharding import split_model
+from pyramidinfer.models.stages import Stages, keep_stage
 from pyramidinfer.policies import Policy
 from pyramidinfer.types import Layers, Needs, Phase, State, View
 
-__all__ = ["Work", "cache_bytes", "simulate", "weight_bytes", "wire_bytes"]
+__all__ = ["Split", "Work", "cache_bytes", "simulate", "weight_bytes", "wire_bytes"]
 
 PAGE = 16
+POSITION = 8  # bytes
 
 
 class Work(NamedTuple):
@@ -33,18 +35,32 @@ class Work(NamedTuple):
     new: int
 
 
-def weight_bytes(empty: Any, runner: ModelRunner, ranks: int) -> int:
-    """Weights of the first rank; ``empty``, the model without weights, is cut to them."""
-    if ranks > 1:
-        split_model(empty, runner.shapes[0], Ranks(0, ranks))
+class Split(NamedTuple):
+    """So many ranks split every layer, and stages have these layers."""
+
+    tensor: int
+    layers: list[range]
+
+    @property
+    def ranks(self) -> int:
+        return self.tensor * len(self.layers)
+
+
+def weight_bytes(empty: Any, runner: ModelRunner, split: Split, stage: int = 0) -> int:
+    """Weights of a stage's first rank; ``empty``, the model without weights, is cut to them."""
+    if split.tensor > 1:
+        split_model(empty, runner.shapes[0], Ranks(0, split.tensor))
+    keep_stage(empty, Stages(split.layers, stage))
     different = {id(each): each for each in empty.parameters()}  # what is tied counts once
     return sum(each.nbytes for each in different.values())
 
 
-def cache_bytes(runner: ModelRunner, lens: list[list[int]], ranks: int) -> list[int]:
-    """Bytes of pages of so many entries, ``[layers][kv_heads]``, on each rank."""
+def cache_bytes(runner: ModelRunner, lens: list[list[int]], split: Split) -> list[int]:
+    """Bytes of pages of so many entries, ``[layers][kv_heads]``, on each rank: those of the first
+    stage, then of the next one."""
     specs = runner.group_specs()
-    places = Ranks(0, ranks).places(runner.depth, runner.kv_heads)
+    heads = Ranks(0, split.tensor).heads_by_rank(runner.kv_heads)
+    places = [Place(layers, each) for layers in split.layers for each in heads]
     layout = Layout(specs, Layout.least_bytes(specs, PAGE), PAGE, places=places)
     pages = layout.pages_for(torch.tensor(lens).numpy())
     sizes = layout.layer_page_bytes
@@ -52,34 +68,47 @@ def cache_bytes(runner: ModelRunner, lens: list[list[int]], ranks: int) -> list[
 
 
 def simulate(
-    runner: ModelRunner, policy: Policy, work: Work, ranks: int
-) -> tuple[Counter[str], list[list[int]]]:
-    """Bytes that a rank hands to collectives for one request, by what for (``Ranks.sent``), and the
-    entries it ends with.
+    runner: ModelRunner, policy: Policy, work: Work, split: Split
+) -> tuple[list[Counter[str]], list[list[int]]]:
+    """Bytes that every stage's first rank hands to collectives (``Ranks.sent``) and sends to other
+    stages (``Stages.sent``) for one request, by what for, and the entries it ends with.
 
     ``ValueError`` for a policy that chooses while decoding by no rule (``types.Best``), since what
     it keeps is not known.
     """
     layers = runner.layers_for(work.prompt + work.new)
     forecast = policy.forecast(work.prompt, 0, layers)
-    hidden, steps = runner.hidden_size * runner.dtype.itemsize, work.new - 1  # the last is not fed
-    last = 1 if runner.family.plain else forecast.reach[-1]  # outputs that the last layer gives
-    rows = sum(forecast.reach[:-1]) + last + steps * layers.count
-    sent = Counter(
-        layers=2 * rows * hidden,
-        embedding=(work.prompt + steps) * hidden,
-        logits=work.new * -(-runner.vocab_size // ranks) * runner.dtype.itemsize,
-    )
-    policies, lens = _observed(runner, policy, work, layers, Ranks(0, ranks))
-    sent["policy"] = policies
-    return sent, lens
+    size, steps = runner.dtype.itemsize, work.new - 1  # the last token is not fed
+    hidden = runner.hidden_size * size
+    outputs = list(forecast.reach)
+    if runner.family.plain:  # the last layer gives outputs of last tokens alone
+        outputs[-1] = 1
+    policies, lens = _observed(runner, policy, work, layers, Ranks(0, split.tensor))
+    found = []
+    for stage, own in enumerate(split.layers):
+        sent: Counter[str] = Counter()
+        here, is_last = slice(own.start, own.stop), stage == len(split.layers) - 1
+        if split.tensor > 1:
+            sent["layers"] = 2 * (sum(outputs[here]) + steps * len(own)) * hidden
+            sent["policy"] = sum(policies[here])
+            if stage == 0:
+                sent["embedding"] = (work.prompt + steps) * hidden
+            if is_last:
+                sent["logits"] = work.new * -(-runner.vocab_size // split.tensor) * size
+        if not is_last:
+            sent["rows"] = steps * hidden
+            sent["prompts"] = forecast.reach[own.stop] * (hidden + POSITION)
+        elif stage:
+            sent["results"] = work.new * runner.vocab_size * size
+        found.append(sent)
+    return found, lens
 
 
 def _observed(
     runner: ModelRunner, policy: Policy, work: Work, layers: Layers, ranks: Ranks
-) -> tuple[int, list[list[int]]]:
-    """Bytes joined so that the policy sees all heads, and the entries at the end."""
-    state, total = policy.start(layers), 0
+) -> tuple[list[int], list[list[int]]]:
+    """Bytes joined in each layer so that the policy sees all heads, and the entries at the end."""
+    state, total = policy.start(layers), [0] * layers.count
     lens: list[list[int]] = []
     forecast = policy.forecast(work.prompt, 0, layers)
     kept = forecast.by_head(layers.kv_heads).tolist()
@@ -88,7 +117,7 @@ def _observed(
         before, first = [reach] * layers.kv_heads, lens[layers.first] if lens else [reach]
         view = _view("prefill", layer, layers, work, reach, before, first, 0, state)
         needs = policy.needs(view)
-        total += _joined(runner, needs, reach, ranks, min(needs.window, reach) or int(ring))
+        total[layer] += _joined(runner, needs, reach, ranks, min(needs.window, reach) or int(ring))
         lens.append(kept[layer])
         state = policy.prefilled(
             _view("prefill", layer, layers, work, 0, lens[-1], lens[layers.first], 0, state)
@@ -105,7 +134,7 @@ def _observed(
             rule = needs.retain
             if rule is True or rule.safeguard is not None:
                 raise ValueError(f"what {policy.name!r} keeps while decoding is not known")
-            total += _joined(runner, needs, max(heads), ranks, needs.window, ring=True)
+            total[layer] += _joined(runner, needs, max(heads), ranks, needs.window, ring=True)
             each = [rule.count] * len(heads) if isinstance(rule.count, int) else list(rule.count)
             lens[layer] = list(map(min, heads, each))
     return total, lens
@@ -160,9 +189,11 @@ def _joined(
     return size
 
 
-def wire_bytes(sent: Counter[str], ranks: int) -> float:
-    """What a rank puts on its link for what it hands to collectives: a ring sends what is summed
-    2 (n - 1) / n times, and what is joined to each other rank."""
+def wire_bytes(sent: Counter[str], tensor: int) -> float:
+    """What a rank puts on its link: of what it hands to collectives, a ring of ``tensor`` ranks
+    sends what is summed 2 (n - 1) / n times, and what is joined to each other rank; the next stage
+    gets its message once."""
     summed = sent["layers"] + sent["embedding"]
     joined = sent["logits"] + sent["policy"]
-    return summed * 2 * (ranks - 1) / ranks + joined * (ranks - 1)
+    passed = sent["rows"] + sent["prompts"] + sent["results"]
+    return summed * 2 * (tensor - 1) / tensor + joined * (tensor - 1) + passed
