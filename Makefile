@@ -75,6 +75,8 @@ bench: $(VENV)/.installed
 # Several ranks on this machine beside the formula, for docs/scaling.md.
 bench-scale: $(VENV)/.installed
 	$(BENCH) scale --json $(RESULTS)/scale.json
+	$(BIN)/pyramidinfer fetch smollm2
+	$(BENCH) stages --json $(RESULTS)/stages.json
 	$(MAKE) pages
 
 # 10,000 made-up requests at the server.

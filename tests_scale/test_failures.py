@@ -78,10 +78,9 @@ def free_port() -> int:
         return int(line.getsockname()[1])
 
 
-def test_a_rank_that_hangs_ends_all_in_time(folder: Path) -> None:
-    llm = LLM(
-        folder, policy_named("full"), kv_memory="4MiB", tensor_parallel_size=2, rank_timeout=8
-    )
+@pytest.mark.parametrize("option", ["tensor_parallel_size", "pipeline_parallel_size"])
+def test_a_rank_that_hangs_ends_all_in_time(folder: Path, option: str) -> None:
+    llm = LLM(folder, policy_named("full"), kv_memory="4MiB", rank_timeout=8, **{option: 2})
     (other,) = psutil.Process().children()
     other.send_signal(signal.SIGSTOP)
     begun = time.monotonic()
@@ -93,12 +92,12 @@ def test_a_rank_that_hangs_ends_all_in_time(folder: Path) -> None:
 
 def test_one_model_after_the_other(folder: Path) -> None:
     prompt, found = random_prompt(1, 20), []
-    for ranks in (1, 2, 4, 2):
-        options: dict[str, Any] = {} if ranks == 1 else {"tensor_parallel_size": ranks}
-        llm = LLM(folder, policy_named("snapkv"), kv_memory="4MiB", **options)
+    for tensor, stages in ((1, 1), (2, 1), (4, 1), (1, 2), (2, 2)):
+        sizes = {"tensor_parallel_size": tensor, "pipeline_parallel_size": stages}
+        llm = LLM(folder, policy_named("snapkv"), kv_memory="4MiB", **sizes)
         found.append(llm.generate([prompt], GREEDY)[0].token_ids)
         llm.close()
-    assert found == [found[0]] * 4
+    assert found == [found[0]] * 5
     assert not psutil.Process().children()
 
 
@@ -138,13 +137,13 @@ def test_a_port_that_is_taken_is_told(folder: Path) -> None:
     assert "Traceback" not in first.stderr
 
 
-@pytest.fixture
-def server() -> Iterator[tuple[subprocess.Popen[str], str]]:
+@pytest.fixture(params=["--tensor-parallel-size", "--pipeline-parallel-size"])
+def server(request: pytest.FixtureRequest) -> Iterator[tuple[subprocess.Popen[str], str]]:
     port = free_port()
     process = subprocess.Popen(
         [
             *(sys.executable, "-m", "pyramidinfer", "serve", "--port", str(port)),
-            *("--kv-memory", "16MiB", "--tensor-parallel-size", "2"),
+            *("--kv-memory", "16MiB", request.param, "2"),
         ],
         stderr=subprocess.PIPE,
         text=True,

@@ -38,10 +38,11 @@ def children() -> list[psutil.Process]:
     ]
 
 
-def test_tokens_of_two_processes_and_the_end_of_one(folder: Path) -> None:
+@pytest.mark.parametrize("option", ["tensor_parallel_size", "pipeline_parallel_size"])
+def test_tokens_of_two_processes_and_the_end_of_one(folder: Path, option: str) -> None:
     prompts = [random_prompt(1, 40), random_prompt(2, 9)]
     expected = [each.token_ids for each in build(folder).generate(prompts, GREEDY)]
-    llm = build(folder, tensor_parallel_size=2)
+    llm = build(folder, **{option: 2})
     assert [each.token_ids for each in llm.generate(prompts, GREEDY)] == expected
     request = llm.engine.add(prompts[0], GREEDY)
     llm.engine.step()
@@ -69,6 +70,13 @@ def test_what_other_processes_could_not_have_is_refused_before_any_begins(
         LLM(tiny_model("llama"), tensor_parallel_size=2)
     with pytest.raises(ValueError, match="4 query heads over 2 KV heads .* work: 1, 2, 4"):
         build(folder, tensor_parallel_size=3)
+    with pytest.raises(ValueError, match="pipeline_parallel_size=9: this model has 4 layers"):
+        build(folder, pipeline_parallel_size=9)
+    for given, why in (("3,1", "is for 2 stages, and pipeline_parallel_size=1"), ("a", "such as")):
+        with pytest.raises(ValueError, match=f"pipeline_layers='{given}' .*{why}"):
+            build(folder, pipeline_layers=given)
+    with pytest.raises(ValueError, match="'3,2' are 5 layers; this model has 4"):
+        build(folder, pipeline_layers="3,2", pipeline_parallel_size=2)
     with pytest.raises(ValueError, match="rank_timeout=5 has no effect on one rank"):
         build(folder, rank_timeout=5)
     with pytest.raises(ValueError, match="tensor_parallel_size=0 must be a whole number"):

@@ -225,6 +225,30 @@ def scale(
 
 @bench.command()
 @plain_errors()
+def stages(
+    model: Annotated[str, typer.Option(help="Folder, hub id or fetched model.")] = "smollm2",
+    policies: Annotated[str, typer.Option(help="A list.")] = "full pyramidinfer:keep=.45",
+    requests: Annotated[int, typer.Option(help="Requests at once.")] = 8,
+    prompt_len: Annotated[int, typer.Option(help="Tokens of each prompt.")] = 1000,
+    output_len: Annotated[int, typer.Option(help="Tokens generated of each.")] = 32,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, …")] = "float32",
+    kv_memory: Annotated[str, typer.Option(help="Of each rank.")] = "1GiB",
+    repeats: Annotated[int, typer.Option(help="Runs of each way, in turns.")] = 3,
+    json: Json = Path("out/stages.json"),
+) -> None:
+    """Layers dealt to two stages evenly, beside by what the policy forecasts."""
+    from pyramidinfer.lab.bench.scale_page import stages_table
+    from pyramidinfer.lab.bench.stages import StagesPlan, run_stages
+    from pyramidinfer.lab.quality import split_specs
+
+    specs = split_specs(policies)
+    plan = StagesPlan(model, specs, requests, prompt_len, output_len, kv_memory, dtype, repeats)
+    result = run_stages(plan, _target(json))
+    _show(stages_table(result), json)
+
+
+@bench.command()
+@plain_errors()
 def kernels(
     batch: Annotated[str, typer.Option(help="Requests in a decoding step; a list.")] = "1,4,16",
     prompt_len: Annotated[

@@ -96,7 +96,7 @@ class LLM:
             select_backend(backend, place)  # refuses at once
             runner = ModelRunner(empty, "reference")
             check_heads(config.tensor_parallel_size, runner.shapes[0])
-            check_stages(config.pipeline_parallel_size, runner.depth)
+            check_stages(config.pipeline_parallel_size, runner.depth, config.pipeline_layers)
             check_plan(runner, chosen, config, place, weights // config.ranks)
         if config.ranks > 1:
             sent = {"kv_memory": kv_memory, "backend": backend, **options}

@@ -416,7 +416,8 @@ def split_llm(
         )
         kind = Follower if link.rank else Leader
         engine = kind(link, runner, policy, config, loaded.tokenizer)
-    except BaseException:
+    except BaseException as error:
+        link.broken = link.broken or str(error)  # nobody need be told: each has an error, or waits
         link.close()
         raise
     if isinstance(engine, Follower):

@@ -193,7 +193,7 @@ def main() -> None:
     pages = [PAGE, methods.PAGE]
     if "scale" in results:
         scaling = scale_page.PAGE.read_text(encoding="utf-8")
-        scaling = scale_page.render_scale(scaling, results["scale"])
+        scaling = scale_page.render_scale(scaling, results["scale"], results.get("stages"))
         scale_page.PAGE.write_text(scaling, encoding="utf-8")
         pages.append(scale_page.PAGE)
     print("wrote", ", ".join(map(str, pages)))

@@ -128,12 +128,14 @@ class Stages:
 # --- a model's layers -----------------------------------------------------------------------------
 
 
-def check_stages(stages: int, depth: int) -> None:
-    """``ValueError`` where there are not as many layers as stages."""
+def check_stages(stages: int, depth: int, given: str | None = None) -> None:
+    """``ValueError`` where there are not as many layers as stages, or as many as ``given`` says."""
     if stages > depth:
         raise ValueError(
             f"pipeline_parallel_size={stages}: this model has {depth} layers; at most {depth} work"
         )
+    if given is not None and (count := sum(map(int, given.split(",")))) != depth:
+        raise ValueError(f"pipeline_layers={given!r} are {count} layers; this model has {depth}")
 
 
 def ranges_of(counts: list[int]) -> list[range]:

@@ -10,17 +10,18 @@ from rich.table import Table
 from pyramidinfer.lab.bench.table import mebibytes
 from pyramidinfer.lab.numbers_studies import origin
 
-__all__ = ["PAGE", "render_scale", "scale_table"]
+__all__ = ["PAGE", "render_scale", "scale_table", "stages_table"]
 
 PAGE = Path("docs/scaling.md")
-BEGIN, END = "<!-- from benchmarks/results/scale.json -->", "<!-- end -->"
+BEGIN, END = "<!-- from benchmarks/results/scale.json and stages.json -->", "<!-- end -->"
 KINDS = ("layers", "policy", "logits", "rows", "prompts", "results")
 
 Row = dict[str, Any]
 
 
-def render_scale(page: str, entry: dict[str, Any]) -> str:
-    """The page with its tables as the result has them, between the two marks."""
+def render_scale(page: str, entry: dict[str, Any], dealt: dict[str, Any] | None = None) -> str:
+    """The page with its tables as the results have them, between the two marks.  dealt : of
+    ``bench stages``."""
     plan, result = entry["configuration"], entry["result"]
     paper = result["paper"][0]
     lines = [
@@ -32,6 +33,7 @@ def render_scale(page: str, entry: dict[str, Any]) -> str:
         "those that split layers × stages; kB, counted / by formula, are of the stage with most.\n",
         *_markdown(_measured(result["rows"])),
         "",
+        *([] if dealt is None else _stages_section(dealt)),
         "## On paper\n",
         f"`{paper['shape']}` in bfloat16, one request of {paper['prompt']:,} prompt tokens and "
         f"{paper['new']} generated ones.\n",
@@ -42,10 +44,57 @@ def render_scale(page: str, entry: dict[str, Any]) -> str:
     return before + "\n".join(lines) + rest.partition(END)[2]
 
 
+def _stages_section(entry: dict[str, Any]) -> list[str]:
+    plan = entry["configuration"]
+    return [
+        "## Even stages and stages by forecast\n",
+        origin(entry),
+        f"`pyramidinfer bench stages` on `{Path(plan['model']).name}` in {plan['dtype']}, two "
+        f"stages: {plan['requests']} requests at once of {plan['prompt']:,} prompt tokens and "
+        f"{plan['new']} generated ones, {plan['repeats']} runs each, taking turns. *Busiest*: the "
+        "share of all work that the busier stage has, by forecast and in CPU seconds; a half is "
+        "best.\n",
+        *_markdown(_dealt(entry["result"]["rows"])),
+        "",
+    ]
+
+
+def _dealt(rows: list[Row]) -> list[list[str]]:
+    found = [
+        ["policy", "stages", "layers", "busiest, forecast", "busiest, CPU", "seconds", "even / it"]
+    ]
+    for row in rows:
+        times = row["times_even"]
+        for way in ("even", "forecast"):
+            each, low_high = row[way], f"{times['min']:.2f} to {times['max']:.2f}"
+            found.append(
+                [
+                    row["policy"],
+                    way,
+                    ", ".join(map(str, each["layers"])),
+                    f"{each['busiest_by_forecast']:.0%}",
+                    f"{each['busiest']['median']:.0%}",
+                    f"{each['seconds']['median']:.1f}",
+                    "1" if way == "even" else f"{times['median']:.2f} ({low_high})",
+                ]
+            )
+    return found
+
+
+def stages_table(result: dict[str, Any]) -> Table:
+    """What the terminal shows after ``bench stages``."""
+    return _terminal("two stages", _dealt(result["rows"]))
+
+
 def scale_table(result: dict[str, Any]) -> Table:
     """What the terminal shows after ``bench scale``."""
-    table = Table(title="kB of the first rank that has most: counted / by formula")
-    head, *rows = _measured(result["rows"])
+    title = "kB of the stage with most: counted / by formula"
+    return _terminal(title, _measured(result["rows"]))
+
+
+def _terminal(title: str, lines: list[list[str]]) -> Table:
+    table = Table(title=title)
+    head, *rows = lines
     for index, name in enumerate(head):
         table.add_column(name, justify="left" if index == 0 else "right")
     for row in rows:
