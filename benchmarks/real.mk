@@ -68,6 +68,8 @@ NEEDLES := niah_single_2,niah_single_3,niah_multikey_1,niah_multivalue
 CUT := ,pin_prompt=False
 TALKS := full kvzip:keep=.5 kvzip:keep=.3 $(foreach p,expected_attention keydiff chunkkv rkv snapkv,$(p):keep=.5) \
 	triattention:keep=.5$(CUT)
+KEYS := full kvzip:keep=.2 expected_attention:keep=.3 expected_attention:keep=.1 \
+	$(foreach p,keydiff chunkkv rkv,$(p):keep=.3)
 
 .PHONY: numbers-methods
 numbers-methods: $(VENV)/.installed
@@ -75,6 +77,11 @@ numbers-methods: $(VENV)/.installed
 	$(REAL_STUDY) ruler --model smollm2 --tasks $(NEEDLES) --lengths 2000 $(REAL_RUN) \
 		--json $(RESULTS)/methods_ruler.json --policies "full kvzip:keep=.3 kvzip:keep=.1"
 	$(REAL_STUDY) turns --model smollm2 --policies "$(TALKS)" $(REAL_RUN) --json $(RESULTS)/methods_turns.json
+	$(REAL_STUDY) turns --model smollm2 --policies "full triattention:keep=.5" $(REAL_RUN) \
+		--json $(RESULTS)/pinned_turns.json
+	$(REAL_STUDY) ruler --model smollm2 --tasks niah_single_2,niah_single_3,niah_multikey_1 --lengths 2000 \
+		$(REAL_RUN) --json $(RESULTS)/keys_ruler.json --policies "$(KEYS)"
+	rm -f $(RESULTS)/keys_*.png $(RESULTS)/pinned_*.png
 	$(BIN)/pyramidinfer fetch gemma3-270m
 	$(REAL_STUDY) ruler --model gemma3-270m --tasks niah_single_1,niah_single_2,niah_multivalue --lengths 2000 \
 		$(REAL_RUN) --json $(RESULTS)/gemma_ruler.json --policies "full pyramid:keep=.5 duo:keep=.5"

@@ -287,6 +287,14 @@ SECTIONS: dict[str, Callable[[Result], str]] = {
         "twice, before it knows what is asked; so the question inside is read again as well.",
     ),
     "methods_turns": partial(_study, "turns", "A chat, other methods", "methods_turns"),
+    "pinned_turns": partial(
+        _study,
+        "turns",
+        "A chat whose prompts are pinned",
+        "pinned_turns",
+        more="`triattention` as published: what is read stays whole, and only what is generated is "
+        "cut, every 128 tokens; so nothing is cut in a chat of short answers.",
+    ),
     "gemma_ruler": partial(
         _pictured,
         "Gemma 3 270M",

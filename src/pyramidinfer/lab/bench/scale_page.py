@@ -88,8 +88,25 @@ def stages_table(result: dict[str, Any]) -> Table:
 
 def scale_table(result: dict[str, Any]) -> Table:
     """What the terminal shows after ``bench scale``."""
-    title = "kB of the stage with most: counted / by formula"
-    return _terminal(title, _measured(result["rows"]))
+    lines = [["policy", "ranks", "same tokens", "sent", "cache", "weights", "as by formula"]]
+    for row in result["rows"]:
+        pairs = [
+            (row["sent"], row["sent_by_formula"]),
+            *((row[f"{name}_bytes"], row[f"{name}_by_formula"]) for name in ("cache", "weights")),
+        ]
+        most = [max(sum(each.values()) for each in row["sent"])]
+        most += [max(row["cache_bytes"]), max(row["weights_bytes"])]
+        held = all(counted == said for counted, said in pairs)
+        lines.append(
+            [
+                row["policy"],
+                _size(row),
+                _yes(row["same_tokens"]),
+                *(f"{each / 1e3:,.0f} kB" for each in most),
+                _yes(held),
+            ]
+        )
+    return _terminal("the rank with most", lines)
 
 
 def _terminal(title: str, lines: list[list[str]]) -> Table:
@@ -111,7 +128,7 @@ def _measured(rows: list[Row]) -> list[list[str]]:
                 row["policy"],
                 _size(row),
                 ", ".join(map(str, row["layers"])),
-                "yes" if row["same_tokens"] else "no",
+                _yes(row["same_tokens"]),
                 *(
                     _pair(*([e.get(name, 0) for e in each] for each in (sent, said)))
                     for name in KINDS
@@ -122,6 +139,10 @@ def _measured(rows: list[Row]) -> list[list[str]]:
             ]
         )
     return found
+
+
+def _yes(held: bool) -> str:
+    return "yes" if held else "no"
 
 
 def _size(row: Row) -> str:
