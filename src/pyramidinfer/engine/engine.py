@@ -240,7 +240,7 @@ class Engine:
 
     def release(self, request: Request) -> None:
         """Give a held request's cache back."""
-        if request.finish_reason is not None and request.cache is not None:
+        if request.ended and request.cache is not None:
             self.shared.release(request)
             request.hold = False
 
@@ -254,7 +254,7 @@ class Engine:
     def fail(self, request: Request, reason: str = "error", error: str | None = None) -> None:
         """End a request at once for a reason of no use to its conversation."""
         for each in (request, *request.waiting_samples):
-            if each.finish_reason is None:
+            if not each.ended:
                 self.scheduler.remove(each)
                 each.hold, each.owner, each.error = False, None, error
                 self._end(each, reason)
@@ -278,7 +278,7 @@ class Engine:
             for request in requests:
                 if request.status == "made":
                     self.submit(request)
-            while any(each.status != "finished" for each in everyone):
+            while not all(each.ended for each in everyone):
                 yield self.step()
         finally:
             for each in everyone:
@@ -304,16 +304,22 @@ class Engine:
         singles += [Plan([], [pair]) for pair in plan.prefill]
         for single in singles:
             request = single.decode[0] if single.decode else single.prefill[0][0]
-            if request.finish_reason is not None:
+            if request.ended:
                 continue
             try:
                 ended += self._run(single)
             except Exception as error:
-                self.fail(request, error=f"{type(error).__name__}: {error}")
-                if request.error is None:  # it could not be taken back and is aborted
-                    request.finish_reason, request.error = "error", f"{error}"
+                self.blame(request, error)
                 ended.append(request)
         return ended
+
+    def blame(self, request: Request, error: Exception) -> None:
+        """End a request with an error, or give that as the reason of one that was aborted because
+        its step could not be taken back."""
+        why = f"{type(error).__name__}: {error}"
+        self.fail(request, error=why)
+        if request.finish_reason == "abort":
+            request.finish_reason, request.error = "error", why
 
     def _schedule(self, begin: bool = True) -> Plan:
         """What the next step does, once memory is there for it; with ``begin``, requests that fit
@@ -375,7 +381,7 @@ class Engine:
         for index, (request, count) in enumerate(plan.given):
             rows = slice(following, following + count)
             following += count
-            if request.status == "finished":  # ended from outside while the step ran
+            if request.ended:  # from outside while the step ran
                 continue
             if index < len(plan.decode):
                 self._advance(request, stepped, index)

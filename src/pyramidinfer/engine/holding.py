@@ -53,7 +53,7 @@ def next_turn(
 
 def _check_held(request: Request) -> None:
     """``ValueError`` where a request holds no cache."""
-    if not request.hold or request.cache is None or request.finish_reason is None:
+    if not request.hold or request.cache is None or not request.ended:
         raise ValueError(f"request {request.id} holds no cache; add it with hold=True")
 
 

@@ -247,7 +247,7 @@ class LLM:
     def _follow(self, request: Request) -> Iterator[RequestOutput]:
         given, is_told = 0, False
         for _ in self.engine.steps([request]):
-            ended = request.finish_reason is not None
+            ended = request.ended
             if ended or len(request.output) > given:
                 given = len(request.output)
                 if request.detokenizer and not ended and not request.detokenizer.stopped:

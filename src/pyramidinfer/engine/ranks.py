@@ -189,7 +189,7 @@ class Leader(Split):
             super().release(request)
 
     def fail(self, request: Request, reason: str = "error", error: str | None = None) -> None:
-        if request.finish_reason is not None or request.status == "made":
+        if request.status in ("made", "finished"):
             return super().fail(request, reason, error)
         if self.link.broken is not None:
             return super().fail(request, reason, error or self.link.broken)
@@ -290,7 +290,7 @@ class Follower(Split):
             self._told_of = {
                 number: each
                 for number, each in self._told_of.items()
-                if each.status != "finished" or each.cache is not None
+                if not each.ended or each.cache is not None
             }
         self.link.close()
         raise SystemExit(0)
@@ -354,9 +354,9 @@ class Follower(Split):
 
     def _commit(self, plan: Plan, stepped: Stepped, committed: set[Request]) -> list[Request]:
         """All that is done together comes first; then what rank 0 chose is taken over."""
-        given = [request for request, _ in plan.given if request.status != "finished"]
+        given = [request for request, _ in plan.given if not request.ended]
         for row, request in enumerate(plan.decode):
-            if request.status != "finished":
+            if not request.ended:
                 self._advance(request, stepped, row)
         self._chosen = self.link.hear()[::-1]
         ended = []

@@ -204,7 +204,7 @@ def recompress(
     shared: Shared, conversations: Conversations, reader: KVzip, request: Request
 ) -> bool:
     """See :meth:`Engine.recompress`."""
-    if request.cache is None or request.finish_reason is None:
+    if request.cache is None or not request.ended:
         raise ValueError(f"request {request.id} holds no cache; add it with hold=True")
     try:
         recompression = Recompression(shared, conversations, reader, request)

@@ -144,6 +144,11 @@ class Request(Sequence):
     lowered_to: float | None = None
 
     @property
+    def ended(self) -> bool:
+        """Whether it is at its end, held or not."""
+        return self.status == "finished"
+
+    @property
     def text(self) -> TokenIds:
         """Every token so far."""
         return self.prompt + self.output

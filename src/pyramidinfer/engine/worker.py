@@ -255,7 +255,7 @@ class AsyncEngine:
             self._live.remove(stream)
 
     def _end(self, stream: Stream, reason: str) -> None:
-        for request in [each for each in stream.requests if each.finish_reason is None]:
+        for request in [each for each in stream.requests if not each.ended]:
             self.engine.fail(request, reason)  # samples that wait for it end with it
             self.observer.ended(request, reason)
 
@@ -363,10 +363,7 @@ class AsyncEngine:
 
     def _step(self) -> None:
         running = [
-            each
-            for stream in self._live
-            for each in stream.followed
-            if each.request.finish_reason is None
+            each for stream in self._live for each in stream.followed if not each.request.ended
         ]
         try:
             self.engine.step()
@@ -381,7 +378,7 @@ class AsyncEngine:
                 log.exception("so did trying them one by one: all are ended")
                 for each in running:
                     self.engine.fail(each.request, error=f"{type(worse).__name__}: {worse}")
-        for request in [each.request for each in running if each.request.finish_reason]:
+        for request in [each.request for each in running if each.request.ended]:
             self.observer.ended(request, request.finish_reason or "")
             now = time.monotonic()
             if self.engine.scheduler.waiting:  # else the gap is nobody's wait
@@ -406,8 +403,7 @@ class AsyncEngine:
                     stream.again = True
                     self.engine.submit(each.request)
                     continue
-                old.finish_reason = "error"
-                old.error = f"{type(error).__name__}: {error}"
+                self.engine.blame(old, error)
 
     def _expire(self) -> None:
         now = time.monotonic()
@@ -435,7 +431,7 @@ class AsyncEngine:
     def _news(self, stream: Stream, index: int, each: Followed) -> Update | None:
         request = each.request
         tokens = request.output[each.given :]
-        ended = request.finish_reason is not None
+        ended = request.ended
         if each.ended or not (tokens or ended):
             return None
         if tokens:

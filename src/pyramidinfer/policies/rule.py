@@ -100,7 +100,7 @@ def _best(
     room: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Indices ``[heads, k]``, and how many of each head count (``[heads]``, on the host)."""
-    if kernels is not None and scores.is_cpu and scores.dtype == torch.float32:
+    if kernels is not None and scores.dtype == torch.float32:
         return _best_native(kernels, scores, counts, forced, positions, lengths, room)
     heads, size = max(scores.shape[0], forced.shape[0]), scores.shape[1]
     there = torch.arange(size) < lengths[:, None]
@@ -157,7 +157,7 @@ def pool_neighbours(
     """
     if kernel == 1 or scores.shape[1] < 2:
         return scores
-    if kernels is not None and scores.is_cpu and scores.dtype == torch.float32:
+    if kernels is not None and scores.dtype == torch.float32:
         scores, places = scores.contiguous(), positions.long().contiguous()
         out, row = torch.empty_like(scores), places.shape[1] if places.shape[0] > 1 else 0
         kernels.pool_neighbours(
