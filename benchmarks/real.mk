@@ -81,7 +81,8 @@ numbers-methods: $(VENV)/.installed
 		--json $(RESULTS)/pinned_turns.json
 	$(REAL_STUDY) ruler --model smollm2 --tasks niah_single_2,niah_single_3,niah_multikey_1 --lengths 2000 \
 		$(REAL_RUN) --json $(RESULTS)/keys_ruler.json --policies "$(KEYS)"
-	rm -f $(RESULTS)/keys_*.png $(RESULTS)/pinned_*.png
+	rm -f $(RESULTS)/keys_*.png
+	mv $(RESULTS)/pinned_turns.png docs/images/
 	$(BIN)/pyramidinfer fetch gemma3-270m
 	$(REAL_STUDY) ruler --model gemma3-270m --tasks niah_single_1,niah_single_2,niah_multivalue --lengths 2000 \
 		$(REAL_RUN) --json $(RESULTS)/gemma_ruler.json --policies "full pyramid:keep=.5 duo:keep=.5"
