@@ -158,7 +158,7 @@ def test_several_steps_are_on_their_way_at_once() -> None:
         def ask(seed: int, new: int, **params: Any) -> SamplingParams:
             return SamplingParams(max_tokens=new, ignore_eos=True, temperature=0.0, **params)
 
-        full = policy_named("full")
+        full, snapkv = policy_named("full"), policy_named("snapkv")
         asked = [engine.make(random_prompt(s, 9 * s), ask(s, 3 * s)) for s in range(1, 8)]
         asked.append(engine.make(random_prompt(8, 30), ask(8, 9), samples=3))
         asked.append(engine.make(random_prompt(9, 30), ask(9, 4, prompt_logprobs=2), policy=full))
@@ -180,9 +180,14 @@ def test_several_steps_are_on_their_way_at_once() -> None:
         further = engine.make(text, ask(13, 6), owner="a")
         engine.run([further])
         assert further.reused > 0
+        held = engine.make(random_prompt(14, 150), ask(14, 4), policy=snapkv, hold=True)
+        engine.run([held])
+        assert engine.recompress(held)
+        turn = engine.extend(held, random_prompt(15, 9), ask(15, 6))
+        engine.run([turn])
         engine.check()
         assert most == engine.runner.stages.size - 1
-        everyone = [*asked, *asked[7].samples, further]
+        everyone = [*asked, *asked[7].samples, further, turn]
         logprobs = [[round(each.logprob, 9) for each in r.prompt_logprobs] for r in everyone]
         return [*(each.output for each in everyone), logprobs, scored.greedy, len(lost.output) > 0]
 
