@@ -29,12 +29,10 @@ import psutil
 import torch
 from torch import Tensor
 
-from pyramidinfer.models.stages import FLIGHTS, TALK
+from pyramidinfer.engine.mail import Mail, framed, unframed
 
-__all__ = ["Groups", "Link", "Mail", "RanksError", "follow", "open_groups", "open_link"]
+__all__ = ["Groups", "Link", "RanksError", "follow", "open_groups", "open_link"]
 
-#: Bytes of a command that travel with its length.
-SHORT = 4096
 #: Seconds that the others may take longer to load the model than the first.
 LOADING = 1800.0
 #: Links that a process that was started has had: the number of the next one, the same on all ranks.
@@ -122,7 +120,7 @@ class Link:
         import torch.distributed as dist
 
         try:
-            for part in _framed(data):
+            for part in framed(data):
                 work = dist.broadcast(part, group_src=0, group=self.world.control, async_op=True)
                 self._going.append((work, part))
             self._wait(self.ahead)
@@ -139,7 +137,7 @@ class Link:
     def _receive(self) -> bytes:
         import torch.distributed as dist
 
-        return _unframed(lambda part: dist.broadcast(part, group_src=0, group=self.world.control))
+        return unframed(lambda part: dist.broadcast(part, group_src=0, group=self.world.control))
 
     def _pulse(self) -> None:
         """Let the others know, while there is nothing to do, that rank 0 is there, and see that
@@ -270,66 +268,6 @@ class Link:
         _leave()
         if self.threads is not None:
             torch.set_num_threads(self.threads)
-
-
-class Mail:
-    """Messages between the ranks of a model's stages (``models/stages.py``).
-
-    ranks : by stage, whom this one talks to;  ahead : messages of a lane that may be on their way.
-    """
-
-    def __init__(self, ranks: list[int], device: torch.device) -> None:
-        self.ranks, self.device = ranks, device
-        self.ahead = 2 * len(ranks) ** 2
-        self._going: dict[int, deque[list[tuple[Any, Tensor]]]] = {
-            lane: deque() for lane in (FLIGHTS, TALK)
-        }
-
-    def send(self, stage: int, lane: int, what: Any, tensors: list[Tensor]) -> None:
-        import torch.distributed as dist
-
-        shapes = [(tuple(each.shape), each.dtype, each.device.type) for each in tensors]
-        parts = [*_framed(pickle.dumps((what, shapes))), *(each.contiguous() for each in tensors)]
-        going = self._going[lane]
-        going.append([(dist.isend(part, self.ranks[stage], tag=lane), part) for part in parts])
-        while len(going) > self.ahead:
-            for work, _ in going.popleft():
-                work.wait()
-
-    def receive(self, stage: int, lane: int) -> tuple[Any, list[Tensor]]:
-        import torch.distributed as dist
-
-        def take(part: Tensor) -> None:
-            dist.recv(part, self.ranks[stage], tag=lane)
-
-        what, shapes = pickle.loads(_unframed(take))
-        tensors = []
-        for shape, dtype, kind in shapes:
-            place = self.device if kind == self.device.type else torch.device(kind)
-            tensors.append(torch.empty(shape, dtype=dtype, device=place))
-            take(tensors[-1])
-        return what, tensors
-
-
-def _framed(data: bytes) -> list[Tensor]:
-    """Bytes as one tensor of a size that is known, or two."""
-    head = torch.zeros(8 + SHORT, dtype=torch.uint8)
-    head[:8] = torch.tensor(list(len(data).to_bytes(8, "little")), dtype=torch.uint8)
-    whole = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    head[8 : 8 + min(SHORT, len(data))] = whole[:SHORT]
-    return [head, whole] if len(data) > SHORT else [head]
-
-
-def _unframed(take: Callable[[Tensor], Any]) -> bytes:
-    """The bytes of ``_framed``; ``take`` fills in a tensor."""
-    head = torch.zeros(8 + SHORT, dtype=torch.uint8)
-    take(head)
-    size = int.from_bytes(bytes(head[:8].tolist()), "little")
-    if size <= SHORT:
-        return bytes(head[8 : 8 + size].numpy())
-    whole = torch.empty(size, dtype=torch.uint8)
-    take(whole)
-    return bytes(whole.numpy())
 
 
 def _state(pid: int) -> str:
