@@ -27,7 +27,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def build(folder: Path, **options: object) -> LLM:
-    return LLM(folder, policy_named("snapkv"), kv_memory="4MiB", page_size=4, **options)
+    """Its policy has the model's heads measured first, by all ranks together."""
+    return LLM(folder, policy_named("pyramid"), kv_memory="4MiB", page_size=4, **options)
 
 
 def children() -> list[psutil.Process]:

@@ -104,7 +104,9 @@ class QueueLink:
             queue.put(pickle.dumps(command))
 
     def hear(self) -> Any:
-        return pickle.loads(self.queues[self.rank].get(timeout=WAIT))
+        command = pickle.loads(self.queues[self.rank].get(timeout=WAIT))
+        assert command is not None, "a process would pass it over"
+        return command
 
     def fail(self, why: str) -> Exception:
         return RuntimeError(why)

@@ -82,7 +82,7 @@ class Link:
             threading.Thread(target=self._pulse, name="pulse", daemon=True).start()
 
     def tell(self, command: Any) -> None:
-        """Send a command from rank 0 to all others."""
+        """Send a command from rank 0 to all others; None says nothing but that it is there."""
         with self._lock:
             self.check()
             self._send(pickle.dumps(command))

@@ -153,7 +153,7 @@ class Leader(Split):
         if self.link.broken is not None or self._is_built:  # the others are not asked again
             return find_profile(self.shared)
         found = find_profile(self.shared)
-        self.link.tell(found)
+        self.link.tell(("profile", found))
         if found is None and measure:
             found = profile_model(self.shared)
             if self.tokenizer is not None:
@@ -278,7 +278,7 @@ class Follower(Split):
         super().__init__(link, *values, **options)
 
     def _known_profile(self, measure: bool) -> Profile | None:
-        found: Profile | None = self.link.hear()
+        found: Profile | None = self.link.hear()[1]
         return profile_model(self.shared, progress=False) if found is None and measure else found
 
     def follow(self) -> NoReturn:
