@@ -92,7 +92,7 @@ class StageRunner(ModelRunner):
                 self._move_places(pool, sequence)
         for work in batch.works:
             if work.prefill.finished and work.prefill.sequence.cache is not None:
-                self._settle_text(pool, work.prefill)
+                self._finish_text(pool, work.prefill)
         return Stepped(logits, flight.decoding)
 
     @property
@@ -102,7 +102,7 @@ class StageRunner(ModelRunner):
     def _end_text(self, pool: Pool, prefill: Prefill) -> None:
         """Not before all stages know that it is through (``end``)."""
 
-    def _settle_text(self, pool: Pool, prefill: Prefill) -> None:
+    def _finish_text(self, pool: Pool, prefill: Prefill) -> None:
         """``ModelRunner._end_text``, stage by stage where the policy is asked once more."""
         stages, table = self.stages, prefill.sequence.table
 

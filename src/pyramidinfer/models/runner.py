@@ -366,7 +366,7 @@ class ModelRunner:
         return answer[-1:]
 
     def _end_text(self, pool: Pool, prefill: Prefill) -> None:
-        """A text is through all layers: cut what was read again, and settle what is kept."""
+        """A text is through all layers: cut what was read again, close gaps."""
         sequence, table = prefill.sequence, prefill.sequence.table
         if prefill.is_reread:
             rereading.cut(pool, prefill, self.streaming, self.ranks, self.stages.own)
