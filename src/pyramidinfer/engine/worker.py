@@ -237,7 +237,8 @@ class AsyncEngine:
                 for leader in leaders:
                     self.engine.submit(leader)
         except Exception as error:
-            log.exception("a request could not be queued")
+            is_bug = not isinstance(error, RanksError)
+            log.error("a request could not be queued: %s", error, exc_info=is_bug)
             for each in stream.requests:
                 self.engine.fail(each, error=f"{type(error).__name__}: {error}")
         finally:
