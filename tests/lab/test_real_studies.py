@@ -15,6 +15,7 @@ import pytest
 from pyramidinfer.cli.app import main
 from pyramidinfer.engine.english import english
 from pyramidinfer.engine.memory import full_bytes
+from pyramidinfer.engine.profiling import profile_model
 from pyramidinfer.lab.asking import Asker
 from pyramidinfer.lab.invented import hide_facts, invent
 from pyramidinfer.lab.long import LongPlan, first_difference, repetition, run_long
@@ -22,7 +23,7 @@ from pyramidinfer.lab.samples import Subject
 from pyramidinfer.lab.text import TextPlan, measure_text, run_text
 from pyramidinfer.lab.turns import MORE, TurnsPlan, in_groups, make_talks, measure_turns, run_turns
 from pyramidinfer.lab.ways import Ways, paired
-from pyramidinfer.policies import Full, SnapKV, StreamingLLM
+from pyramidinfer.policies import Full, Pyramid, SnapKV, StreamingLLM
 from tests.lab import english_model
 
 WAYS = (("full", "streaming_llm"), (0.2,))
@@ -68,6 +69,15 @@ def test_facts_are_all_different_and_stand_once_in_the_text() -> None:
     assert not date.is_in(f"on 1{date.value}") and not date.is_in(f"{date.value}s")
     with pytest.raises(ValueError, match="99 facts"):
         invent(random.Random(1), 99)
+
+
+def test_a_profile_may_be_given_by_its_file(machine: Asker, tmp_path: Path) -> None:
+    profile = profile_model(machine.llm.engine.shared, progress=False)
+    path = tmp_path / "profile.json"
+    profile.save(path)
+    for keep in (None, 0.5):
+        policy = machine.policy(f"pyramid:profile={path},min_context=8", keep)
+        assert isinstance(policy, Pyramid) and policy.profile == profile
 
 
 def test_a_chat_takes_its_cache_up_and_gives_it_back(machine: Asker) -> None:

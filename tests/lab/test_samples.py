@@ -20,6 +20,7 @@ from pyramidinfer.lab.recall import AROUND
 from pyramidinfer.lab.samples import Corpus, Needle, Subject
 from pyramidinfer.lab.tokenizer import build_tokenizer
 from pyramidinfer.policies import Full
+from pyramidinfer.types import Layers
 from tests.tiny import tiny_model
 
 PIECES = {piece for piece, _ in Whitespace().pre_tokenize_str(english())}
@@ -214,7 +215,7 @@ def test_a_subject_can_be_sent_to_another_process(folder: Path, tmp_path: Path) 
     subject = Subject(str(folder), str(tmp_path / "text.txt"), kv_memory="2MiB")
     twin = pickle.loads(pickle.dumps(subject))
     assert twin == subject and hash(twin) == hash(subject)
-    assert subject.depth == 4
+    assert subject.layers == Layers((True,) * 4, 2)
     (passage,) = subject.corpus().passages(4, 1, 60, 5)
     assert [passage] == twin.corpus().passages(4, 1, 60, 5) == OWN.passages(4, 1, 60, 5)
     llm = subject.llm(Full())

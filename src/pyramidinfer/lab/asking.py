@@ -58,7 +58,8 @@ class Asker:
     def __init__(self, subject: Subject) -> None:
         self.llm: LLM = subject.llm(Full(), slot_scores=True)
         self.chat = Chat(self.llm.tokenizer)
-        self._layers = Layers((True,) * self.llm.engine.runner.depth)
+        runner = self.llm.engine.runner
+        self._layers = Layers((True,) * runner.depth, runner.kv_heads)
 
     def policy(self, spec: str, keep: float | None) -> Policy:
         """The policy of a spec (``NAME`` or ``NAME:option=value,…``) bound to the model.

@@ -28,7 +28,7 @@ from pyramidinfer.lab.samples import Needle, Subject, settings
 from pyramidinfer.lab.study import Row, run_cells
 from pyramidinfer.policies import POLICIES, Full, Policy
 from pyramidinfer.policies.registry import parse_policy
-from pyramidinfer.types import Layers, SamplingParams, Score, TokenIds
+from pyramidinfer.types import SamplingParams, Score, TokenIds
 
 __all__ = ["DEPTHS", "Grid", "divergence", "interval", "run_quality", "split_specs"]
 
@@ -162,7 +162,7 @@ def nearest_policy(spec: str, keep: float, subject: Subject) -> Policy:
     """The policy at ``keep``, or at the lowest share it can reach on this model."""
     if spec == "full":
         return Full()
-    return reachable(spec, keep, Layers((True,) * subject.depth))
+    return reachable(spec, keep, subject.layers)
 
 
 @dataclass(frozen=True)

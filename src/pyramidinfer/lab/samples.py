@@ -19,9 +19,10 @@ from pyramidinfer.engine.english import ENGLISH, english
 from pyramidinfer.lab import documents
 from pyramidinfer.lab.chat import Chat
 from pyramidinfer.lab.recall import make_question
+from pyramidinfer.models import ModelRunner
 from pyramidinfer.models.loading import load_model, quiet_transformers, shipped_model
 from pyramidinfer.policies import Policy
-from pyramidinfer.types import TokenIds
+from pyramidinfer.types import Layers, TokenIds
 
 __all__ = [
     "GENERATED",
@@ -99,9 +100,11 @@ class Subject:
         return ENGLISH if self.corpus().ids is not None else GENERATED
 
     @property
-    def depth(self) -> int:
-        """The model's layers."""
-        return int(_load(self.model, self.dtype, self.device).model.config.num_hidden_layers)
+    def layers(self) -> Layers:
+        """The model's, none of them bounded by a window."""
+        loaded = _load(self.model, self.dtype, self.device)
+        runner = ModelRunner(loaded.model, "reference")
+        return Layers((True,) * runner.depth, runner.kv_heads)
 
 
 class Corpus:
