@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,8 @@ from pyramidinfer.models.loading import load_model
 from pyramidinfer.models.ranks import Ranks, check_heads
 from pyramidinfer.models.sharding import plan_of
 from pyramidinfer.models.stages import Stages, check_stages, keep_stage, ranges_of, share_layers
-from pyramidinfer.policies import POLICIES, make_policy
-from pyramidinfer.types import AttentionShape, Needs, Reduce
+from pyramidinfer.policies import POLICIES, Full, SnapKV, make_policy
+from pyramidinfer.types import AttentionShape, Needs, Reduce, View
 from tests.engine.build import policy_named
 from tests.scale.build import CONFIG, FOUR, TWO, answers
 from tests.scale.threads import split_engine
@@ -146,6 +147,78 @@ def test_what_else_is_done_together(tensor: int, layers: list[int] | None, polic
         assert expected[-1][0] > 0, "memory must run short"
     with split_engine(model, policy_named(policy), config, tensor, layers=layers) as engine:
         assert run(engine) == expected
+
+
+@pytest.mark.parametrize("tensor, layers", [(2, None), (1, TWO)])
+def test_what_a_caller_does_wrong_is_said_and_harms_nobody(
+    tensor: int, layers: list[int] | None
+) -> None:
+    """Rank 0 says so; the other ranks go on."""
+    model, params = tiny_model("llama", torch.float64), SamplingParams(max_tokens=4)
+    prompt = random_prompt(1, 20)
+
+    class Mine(Full):
+        name = "mine"
+
+    with split_engine(model, policy_named("snapkv"), CONFIG, tensor, layers=layers) as engine:
+        ended = engine.add(prompt, params)
+        engine.run([ended])
+        for wrong in (lambda: engine.truncate(ended, 3), lambda: engine.recompress(ended)):
+            with pytest.raises(ValueError, match=f"request {ended.id} holds no cache"):
+                wrong()
+        held = engine.add(prompt, params, hold=True)
+        engine.run([held])
+        branch = engine.branch(held, [5, 6], params)
+        engine.release(held)
+        with pytest.raises(ValueError, match=f"request {held.id} holds its cache no longer"):
+            engine.submit(branch)
+        Mine.__module__ = "__main__"
+        with pytest.raises(ValueError, match="policy 'mine' is defined in the program itself"):
+            engine.make(prompt, params, policy=Mine())
+        Mine.__module__ = __name__
+        with pytest.raises(ValueError, match="policy 'mine' cannot be sent to other ranks"):
+            engine.make(prompt, params, policy=Mine())
+        many = engine.make(prompt, params, samples=3)
+        engine.submit(many)
+        engine.abort(many.samples[0])
+        engine.run([many])
+        assert many.samples[0].finish_reason == "abort" and len(many.samples[1].output) == 4
+        engine.check()
+
+
+@dataclass(frozen=True)
+class TopOfSums(SnapKV):
+    """By a score that ranks with a part of the heads each cannot work out."""
+
+    name = "top_of_sums"
+
+    def needs(self, view: View) -> Needs:
+        return replace(super().needs(view), reduce=Reduce("max", "sum"))
+
+
+def test_scores_that_ranks_cannot_have_are_refused_before_they_run() -> None:
+    model, policy = tiny_model("llama", torch.float64), TopOfSums(keep=0.5, window=4)
+    with split_engine(model, policy_named("full"), CONFIG, 2, layers=TWO) as engine:
+        with pytest.raises(ValueError, match="tensor_parallel_size=2 ask for 'kv_mean'"):
+            engine.make([5, 6, 7], SamplingParams(), policy=policy)
+        assert len(answers(engine, ["snapkv"])["snapkv"]) == 3
+
+
+def test_long_answers_are_cut_alike_in_stages() -> None:
+    """A layer's budget may hang on the first layer's length, which another stage has."""
+    model, found = tiny_model("llama", torch.float64), []
+    policy = make_policy("pyramidinfer", 0.4, min_context=4, gen_chunk=16)
+    params = SamplingParams(max_tokens=90, ignore_eos=True, temperature=0.0)
+
+    def run(engine: Engine) -> list[object]:
+        asked = [engine.make(random_prompt(s, 30 + 9 * s), params) for s in range(3)]
+        engine.run(asked)
+        return [(each.output, each.kv and each.kv.kept_len) for each in asked]
+
+    expected = run(Engine(model, policy, CONFIG))
+    with split_engine(model, policy, CONFIG, 1, layers=[1, 2, 1]) as engine:
+        found = run(engine)
+    assert found == expected
 
 
 def test_several_steps_are_on_their_way_at_once() -> None:

@@ -82,6 +82,8 @@ class QueueWire:
         copies = [each.clone() for each in tensors]
         self._box(self.stage, stage, lane).put((pickle.dumps(what), copies))
 
+    def wait(self, lane: int, left: int) -> None: ...
+
     def receive(self, stage: int, lane: int) -> tuple[Any, list[Tensor]]:
         what, tensors = self._box(stage, self.stage, lane).get(timeout=WAIT)
         return pickle.loads(what), tensors
@@ -90,7 +92,7 @@ class QueueWire:
 class QueueLink:
     """A ``Link`` between threads; commands are pickled as they are between processes."""
 
-    broken = None
+    broken, is_over = None, False
 
     def __init__(self, rank: int, queues: list[Queue[bytes]]) -> None:
         self.rank, self.queues = rank, queues

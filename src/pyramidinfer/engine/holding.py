@@ -10,17 +10,22 @@ from pyramidinfer.engine.request import Request
 from pyramidinfer.engine.shared import Shared
 from pyramidinfer.types import SamplingParams, TokenIds
 
-__all__ = ["copy_held", "next_turn", "truncate"]
+__all__ = ["check_held", "check_holds", "copy_held", "next_turn", "truncate"]
 
 
 def copy_held(pool: Pool, turn: Request) -> None:
     """Give a request that is about to be queued its copy of the cache that it goes on with."""
+    check_held(turn)
     held, turn.onto = turn.onto, None
-    if held is None:
-        return
-    if held.cache is None:
+    if held is not None:
+        turn.take(pool.fork(held.table), held)
+
+
+def check_held(turn: Request) -> None:
+    """``ValueError`` where the cache that it goes on with is gone."""
+    held = turn.onto
+    if held is not None and held.cache is None:
         raise ValueError(f"request {held.id} holds its cache no longer; nothing can go on from it")
-    turn.take(pool.fork(held.cache), held)
 
 
 def next_turn(
@@ -32,7 +37,7 @@ def next_turn(
     hold: bool,
 ) -> Request:
     """What goes on with a held request, checked; it has no cache yet."""
-    _check_held(request)
+    check_holds(request)
     old, shared = request.table, maker.shared
     check_tokens(tokens, shared.runner.vocab_size)
     text = request.prompt + request.output + list(tokens)
@@ -51,7 +56,7 @@ def next_turn(
     return turn
 
 
-def _check_held(request: Request) -> None:
+def check_holds(request: Request) -> None:
     """``ValueError`` where a request holds no cache."""
     if not request.hold or request.cache is None or not request.ended:
         raise ValueError(f"request {request.id} holds no cache; add it with hold=True")
@@ -59,7 +64,7 @@ def _check_held(request: Request) -> None:
 
 def truncate(shared: Shared, request: Request, seen_len: int) -> None:
     """See :meth:`Engine.truncate`."""
-    _check_held(request)
+    check_holds(request)
     table, runner, pool = request.table, shared.runner, shared.pool
     seen_len = check_count("seen_len", seen_len)
     problems = runner.stages.gather(_why_not(shared, request, seen_len))

@@ -94,6 +94,11 @@ class Link:
             if command is not None:
                 return command
 
+    @property
+    def is_over(self) -> bool:
+        """Whether the link is broken or closed."""
+        return self.broken is not None or self._closed.is_set()
+
     def check(self) -> None:
         """``RanksError`` where the link is broken or closed."""
         if self.broken is None and self._closed.is_set():
@@ -116,14 +121,14 @@ class Link:
             except BaseException as error:
                 raise self.fail(self._blame(error)) from error
 
-    def _send(self, data: bytes) -> None:
+    def _send(self, data: bytes, ahead: int | None = None) -> None:
         import torch.distributed as dist
 
         try:
             for part in framed(data):
                 work = dist.broadcast(part, group_src=0, group=self.world.control, async_op=True)
                 self._going.append((work, part))
-            self._wait(self.ahead)
+            self._wait(self.ahead if ahead is None else ahead)
         except RuntimeError as error:
             if isinstance(error, RanksError):
                 raise
@@ -145,7 +150,7 @@ class Link:
         while not self._closed.wait(self.timeout / 4):
             with self._lock, contextlib.suppress(RanksError):
                 if self.broken is None and not self._closed.is_set():
-                    self._send(pickle.dumps(None))
+                    self._send(pickle.dumps(None), ahead=0)
 
     # --- loading --------------------------------------------------------------------------------
 
@@ -257,8 +262,7 @@ class Link:
             return
         if self.rank == 0 and self.broken is None:
             with contextlib.suppress(RuntimeError), self._lock:
-                self._send(pickle.dumps("close"))
-                self._wait(0)
+                self._send(pickle.dumps("close"), ahead=0)
         self._closed.set()
         ends = time.monotonic() + 5.0
         for each in self._processes:

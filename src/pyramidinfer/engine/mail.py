@@ -36,9 +36,14 @@ class Mail:
 
         shapes = [(tuple(each.shape), each.dtype, each.device.type) for each in tensors]
         parts = [*framed(pickle.dumps((what, shapes))), *(each.contiguous() for each in tensors)]
+        sent = [(dist.isend(part, self.ranks[stage], tag=lane), part) for part in parts]
+        self._going[lane].append(sent)
+        self.wait(lane, self.ahead)
+
+    def wait(self, lane: int, left: int) -> None:
+        """Wait until no more than so many messages are on their way, and let the others go."""
         going = self._going[lane]
-        going.append([(dist.isend(part, self.ranks[stage], tag=lane), part) for part in parts])
-        while len(going) > self.ahead:
+        while len(going) > left:
             for work, _ in going.popleft():
                 work.wait()
 

@@ -9,10 +9,12 @@ memory or random numbers.
 
 from __future__ import annotations
 
+import pickle
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -22,6 +24,7 @@ from torch import Tensor, nn
 from pyramidinfer.config import EngineConfig, parse_device
 from pyramidinfer.engine.dealing import deal_layers
 from pyramidinfer.engine.engine import Engine
+from pyramidinfer.engine.holding import check_held, check_holds
 from pyramidinfer.engine.launch import Groups, Link, RanksError, open_groups, open_link
 from pyramidinfer.engine.making import Spans
 from pyramidinfer.engine.memory import Cost
@@ -104,6 +107,16 @@ class Split(Engine):
         if not isinstance(runner, StageRunner):
             return super()._run(plan)
         self.peak_in_flight = max(self.peak_in_flight, self.scheduler.in_flight)
+        try:
+            return self._fly(runner, plan)
+        except RanksError:
+            raise
+        except Exception as error:  # the other stages wait for this one
+            line = f"a step failed: {type(error).__name__}: {error}"
+            raise self.link.fail(line) from error
+
+    def _fly(self, runner: StageRunner, plan: Plan) -> list[Request]:
+        """Begin a step, where there is anything to do, and end the oldest one if it is time."""
         if plan.decode or plan.prefill:
             flight = runner.begin(self.pool, self._batch(plan))
             self._flights.append((plan, flight))
@@ -114,7 +127,9 @@ class Split(Engine):
             return []
         plan, flight = self._flights.popleft()
         self.scheduler.flying.difference_update(plan.requests)
-        return self._commit(plan, runner.end(self.pool, flight), set())
+        ended = self._commit(plan, runner.end(self.pool, flight), set())
+        runner.stages.let_go(len(self._flights))
+        return ended
 
     def _holding(self) -> list[Holding]:
         """What every stage's first rank holds and has sent; all ranks call this."""
@@ -130,6 +145,7 @@ class Leader(Split):
     def __init__(self, link: Link, *values: Any, **options: Any) -> None:
         self._busy, self._is_built = False, False
         self._policies: dict[Policy, int] = {}
+        self._known: set[int] = set()  # requests that the others know
         self._chosen: list[tuple[Request, int | None]] = []
         super().__init__(link, *values, **options)
         self._is_built = True
@@ -162,7 +178,12 @@ class Leader(Split):
 
     # --- requests -----------------------------------------------------------------------------
 
+    def check_policy(self, policy: Policy) -> None:
+        super().check_policy(policy)
+        check_policy_sent(policy)
+
     def submit(self, request: Request) -> None:
+        check_held(request)
         with self.together("submit", self._told(request)):
             super().submit(request)
 
@@ -171,10 +192,13 @@ class Leader(Split):
             super()._go_on(request, turn)
 
     def truncate(self, request: Request, seen_len: int) -> None:
+        check_holds(request)
         with self.together("truncate", request.id, seen_len):
             super().truncate(request, seen_len)
 
     def recompress(self, request: Request) -> bool:
+        if request.cache is None or not request.ended:
+            return super().recompress(request)  # says that there is none
         with self.together("recompress", request.id):
             return super().recompress(request)
 
@@ -185,16 +209,21 @@ class Leader(Split):
         )
 
     def release(self, request: Request) -> None:
-        with self.together("release", request.id):
-            super().release(request)
+        if request.ended and request.cache is not None:
+            with self.together("release", request.id):
+                super().release(request)
 
     def fail(self, request: Request, reason: str = "error", error: str | None = None) -> None:
-        if request.status in ("made", "finished"):
+        if request.ended or request.id not in self._known:
             return super().fail(request, reason, error)
-        if self.link.broken is not None:
+        if self.link.is_over:
             return super().fail(request, reason, error or self.link.broken)
         with self.together("fail", request.id, reason):
             return super().fail(request, reason, error)
+
+    def _end(self, request: Request, reason: str) -> None:
+        super()._end(request, reason)
+        self._known.discard(request.id)
 
     def holding(self) -> list[Holding]:
         """What the first rank of every stage holds, and has sent so far."""
@@ -208,6 +237,7 @@ class Leader(Split):
             number = self._policies[request.policy] = len(self._policies)
             with self.together("learn", request.policy):
                 pass
+        self._known.add(request.id)
         scored = None if request.scoring is None else request.scoring.tokens
         onto = None if request.onto is None else request.onto.id
         return Told(
@@ -283,15 +313,19 @@ class Follower(Split):
 
     def follow(self) -> NoReturn:
         """Obey; ends the process when rank 0 ends the model."""
-        while (command := self.link.hear()) != "close":
-            name, values = command
-            with suppress(ValueError):  # rank 0 has raised the same
-                getattr(self, f"_obey_{name}")(*values)
-            self._told_of = {
-                number: each
-                for number, each in self._told_of.items()
-                if not each.ended or each.cache is not None
-            }
+        try:
+            while (command := self.link.hear()) != "close":
+                name, values = command
+                with suppress(ValueError):  # rank 0 has raised the same
+                    getattr(self, f"_obey_{name}")(*values)
+                self._told_of = {
+                    number: each
+                    for number, each in self._told_of.items()
+                    if not each.ended or each.cache is not None
+                }
+        except RuntimeError as error:  # of torch.distributed, where another rank is lost
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            raise RanksError(lines[0]) from error
         self.link.close()
         raise SystemExit(0)
 
@@ -317,7 +351,8 @@ class Follower(Split):
             self.release(self._told_of[number])
 
     def _obey_fail(self, number: int, reason: str) -> None:
-        self.fail(self._told_of[number], reason)
+        if number in self._told_of:
+            self.fail(self._told_of[number], reason)
 
     def _obey_holding(self) -> None:
         self._holding()
@@ -383,11 +418,23 @@ def check_sent(model: Any, policy: Policy) -> None:
             "a loaded model cannot be sent to other ranks: give its folder or name, or leave "
             "tensor_parallel_size and pipeline_parallel_size out"
         )
+    check_policy_sent(policy)
+
+
+def check_policy_sent(policy: Policy) -> None:
+    """``ValueError`` for a policy that other processes could not be given."""
     if type(policy).__module__ == "__main__":
         raise ValueError(
             f"policy {policy.name!r} is defined in the program itself, where other ranks cannot "
             f"find it: put its class in a module that can be imported"
         )
+    try:
+        hash(policy)
+        pickle.dumps(policy)
+    except Exception as error:
+        raise ValueError(
+            f"policy {policy.name!r} cannot be sent to other ranks: {type(error).__name__}: {error}"
+        ) from error
 
 
 def split_llm(
@@ -438,7 +485,8 @@ def _load_part(
 ) -> tuple[LoadedModel, ModelRunner]:
     """Load a model and cut it to this rank's part, once all ranks have loaded the same."""
     stage, index = divmod(link.rank, config.tensor_parallel_size)
-    ranks = Ranks(index, config.tensor_parallel_size, groups.heads)
+    limit = timedelta(seconds=link.timeout)
+    ranks = Ranks(index, config.tensor_parallel_size, groups.heads, timeout=limit)
     try:
         loaded = load_model(model, tokenizer, dtype, "cpu")
         whole: Any = loaded.model

@@ -20,9 +20,12 @@ from pyramidinfer.engine.sampler import read_prompt
 from pyramidinfer.engine.text import head_of
 from pyramidinfer.models import ModelRunner, Prefill
 from pyramidinfer.policies import Policy
-from pyramidinfer.types import TokenIds
+from pyramidinfer.types import TokenIds, View
 
 __all__ = ["Shared"]
+
+#: Tokens of a text for which a policy is asked what it needs, before any text is there.
+TEXT = 1000
 
 
 @dataclass(eq=False)
@@ -49,6 +52,17 @@ class Shared:
                 f"window in every stage, and one of these has none: "
                 f"pipeline_layers={self.runner.stages.words}; give others, or fewer stages"
             )
+
+        self._check_scores(policy)
+
+    def _check_scores(self, policy: Policy) -> None:
+        """``ValueError`` for scores that ranks which split layers cannot have."""
+        runner = self.runner
+        layers, length = runner.layers_for(TEXT), TEXT
+        state, lens = policy.start(layers), (length,) * runner.kv_heads
+        for layer in range(layers.count if runner.ranks.size > 1 else 0):
+            view = View("prefill", layer, layers, length, length, lens, length, length, state)
+            runner.ranks.check(policy.needs(view))
 
     def _rotates_everywhere(self) -> bool:
         """Whether each stage has a layer whose keys a streaming request turns."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -27,7 +28,8 @@ class Ranks:
 
     index : which one;  group : torch.distributed's process group of them (None for one rank);
     sent : bytes that this rank handed to collectives, by what for;  fingerprint : what a head
-    profile knows the whole model by;  weight_bytes : of this rank's part.
+    profile knows the whole model by;  weight_bytes : of this rank's part;  timeout : of the groups
+    that are made of them (None: torch's own).
     """
 
     index: int = 0
@@ -36,6 +38,7 @@ class Ranks:
     sent: Counter[str] = field(default_factory=Counter)
     fingerprint: Any = None
     weight_bytes: int = 0
+    timeout: timedelta | None = None
     _sharing: dict[int, Any] = field(default_factory=dict)  # by KV heads, who shares one
 
     # --- whose is what --------------------------------------------------------------------------
@@ -150,7 +153,9 @@ class Ranks:
         for first in range(0, self.size, copies):
             if first <= self.index < first + copies:
                 some = mine[first : first + copies]
-                self._sharing[kv_heads] = dist.new_group(some, use_local_synchronization=True)
+                self._sharing[kv_heads] = dist.new_group(
+                    some, timeout=self.timeout, use_local_synchronization=True
+                )
 
     def all_readers(self, own: Tensor, kv_heads: int) -> Tensor:
         """``[n, own query heads, ...]`` → of all query heads that read this rank's KV heads."""

@@ -22,6 +22,9 @@ from pyramidinfer.models.families import find_family
 from pyramidinfer.models.ranks import Ranks
 from pyramidinfer.types import AttentionShape
 
+#: Words of a weight that are summed up together (``weights_mark``).
+PART = 64
+
 __all__ = ["RowSplit", "plan_of", "split_model", "weights_mark"]
 
 #: What transformers' plans say of modules that every rank keeps whole.
@@ -93,12 +96,16 @@ def plan_of(config: Any) -> dict[str, str]:
 
 
 def weights_mark(model: nn.Module) -> str:
-    """What tells whether two ranks loaded the same weights: every bit of them counts."""
+    """What tells whether two ranks loaded the same weights: sums of every tensor's bits, and of its
+    parts by their place."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.named_parameters()):
         bits = tensor.detach().contiguous().view(torch.uint8).flatten()
         words = bits[: len(bits) // 4 * 4].view(torch.int32)
-        total = int(words.sum(dtype=torch.int64)), int(bits[len(words) * 4 :].sum())
+        parts = words[: len(words) // PART * PART].view(-1, PART).sum(1, dtype=torch.int64)
+        places = torch.arange(1, len(parts) + 1)
+        rest = int(words[len(parts) * PART :].sum(dtype=torch.int64))
+        total = int((parts * places).sum()), rest, int(bits[len(words) * 4 :].sum())
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {total}\n".encode())
     return digest.hexdigest()
 

@@ -46,6 +46,9 @@ class Wire(Protocol):
     def receive(self, stage: int, lane: int) -> tuple[Any, list[Tensor]]:
         """The next message of a stage."""
 
+    def wait(self, lane: int, left: int) -> None:
+        """Wait until no more than so many messages are on their way, and let the others go."""
+
 
 #: Batches that are on their way, one behind the other, and what all stages wait for together.
 FLIGHTS, TALK = 0, 1
@@ -105,6 +108,16 @@ class Stages:
         for stage in range(self.size):
             if stage != self.index:
                 self.send(stage, what, tensors, lane)
+
+    def let_go(self, flights: int) -> None:
+        """Keep no messages of steps that are over, where so many are on their way."""
+        assert self.wire is not None
+        left = flights
+        if self.is_last and flights:  # others may not have heard yet of those that are over here
+            left = (self.size - 1) * (flights + self.size)
+        self.wire.wait(FLIGHTS, left)
+        if not flights:
+            self.wire.wait(TALK, 0)
 
     def gather(self, mine: Any) -> list[Any]:
         """What every stage has of something, in order, the same on all of them; all call this."""
@@ -297,6 +310,7 @@ class Note:
         for row, first, kept in self.kept:
             if (table := decode[row].cache) is not None:
                 table.kept[first : first + len(kept)] = kept
+                decode[row].idle = 0  # what is due may hang on lengths of other stages' layers
         for row, state in self.states.items():
             if (table := decode[row].cache) is not None:
                 table.state = {**table.state, **state}
