@@ -109,11 +109,8 @@ class Split(Engine):
         self.peak_in_flight = max(self.peak_in_flight, self.scheduler.in_flight)
         try:
             return self._fly(runner, plan)
-        except RanksError:
-            raise
-        except Exception as error:  # the other stages wait for this one
-            line = f"a step failed: {type(error).__name__}: {error}"
-            raise self.link.fail(line) from error
+        except ValueError as error:  # of one stage alone: the others wait for it
+            raise self.link.fail(f"a step failed: {error}") from error
 
     def _fly(self, runner: StageRunner, plan: Plan) -> list[Request]:
         """Begin a step, where there is anything to do, and end the oldest one if it is time."""
