@@ -14,7 +14,8 @@ from pyramidinfer import SamplingParams
 from pyramidinfer.config import EngineConfig
 from pyramidinfer.engine import Engine
 from pyramidinfer.engine.dealing import deal_layers, layer_work
-from pyramidinfer.engine.request import Scoring
+from pyramidinfer.engine.request import Request, Scoring
+from pyramidinfer.engine.scheduler import Counts
 from pyramidinfer.engine.tracing import trace
 from pyramidinfer.models import ModelRunner
 from pyramidinfer.models.families import FAMILIES, find_family
@@ -22,9 +23,9 @@ from pyramidinfer.models.loading import load_model
 from pyramidinfer.models.ranks import Ranks, check_heads
 from pyramidinfer.models.sharding import plan_of
 from pyramidinfer.models.stages import Stages, check_stages, keep_stage, ranges_of, share_layers
-from pyramidinfer.policies import POLICIES, Full, SnapKV, make_policy
+from pyramidinfer.policies import POLICIES, Full, Policy, SnapKV, make_policy
 from pyramidinfer.types import AttentionShape, Needs, Reduce, View
-from tests.engine.build import policy_named
+from tests.engine.build import alone, policy_named
 from tests.scale.build import CONFIG, FOUR, TWO, answers
 from tests.scale.threads import split_engine
 from tests.tiny import random_prompt, tiny_config, tiny_model
@@ -147,6 +148,49 @@ def test_what_else_is_done_together(tensor: int, layers: list[int] | None, polic
         assert expected[-1][0] > 0, "memory must run short"
     with split_engine(model, policy_named(policy), config, tensor, layers=layers) as engine:
         assert run(engine) == expected
+
+
+def short_of_memory(
+    kibibytes: int, options: dict[str, Any], sizes: list[tuple[Policy, int, int]]
+) -> tuple[list[Request], Counts]:
+    """Requests of a policy, a prompt and an answer each, on two stages with too little memory."""
+    config = EngineConfig(
+        kv_memory=f"{kibibytes}KiB",
+        page_size=4,
+        slot_scores=True,
+        admission="overcommit",
+        expected_output=0.1,
+        **options,
+    )
+    model = tiny_model("llama", torch.float64)
+    with split_engine(model, policy_named("full"), config, 1, layers=[2, 2]) as engine:
+        asked = []
+        for seed, (policy, length, new) in enumerate(sizes):
+            params = SamplingParams(max_tokens=new, ignore_eos=True, temperature=0.0)
+            asked.append(engine.make(random_prompt(seed, length), params, policy=policy))
+        engine.run(asked)
+        engine.check()
+        return asked, engine.scheduler.counts
+
+
+def test_caches_computed_anew_in_stages() -> None:
+    asked, counts = short_of_memory(
+        96, {"preempt": "recompute"}, [(policy_named("full"), 20, 60)] * 5
+    )
+    assert counts.recomputed > 0
+    for each in asked:
+        assert each.output == alone("full", "llama", each.prompt[:20], each.params)
+
+
+def test_budgets_lowered_in_stages() -> None:
+    full, cut = policy_named("full"), make_policy("h2o", 0.7)
+    asked, counts = short_of_memory(56, {"elastic": 0.2}, [(full, 6, 80), *[(cut, 24, 75)] * 2])
+    assert counts.tightened > 0 and counts.swapped == 0
+    assert asked[0].output == alone("full", "llama", asked[0].prompt[:6], asked[0].params)
+    for each in asked[1:]:
+        assert each.lowered_to is not None and 0.2 <= each.lowered_to < 0.7
+        assert each.kv is not None and len(each.output) == 75
+        assert max(map(max, each.kv.kept_len)) < 0.7 * 24 + 75
 
 
 @pytest.mark.parametrize("tensor, layers", [(2, None), (1, TWO)])
