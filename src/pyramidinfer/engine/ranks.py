@@ -28,6 +28,7 @@ from pyramidinfer.engine.memory import Cost
 from pyramidinfer.engine.profiling import find_profile, profile_model, store_profile
 from pyramidinfer.engine.recompress import Recompressor
 from pyramidinfer.engine.request import Request, Scoring
+from pyramidinfer.engine.reuse import Held
 from pyramidinfer.engine.scheduler import Plan
 from pyramidinfer.engine.tracing import trace
 from pyramidinfer.models import ModelRunner
@@ -188,6 +189,13 @@ class Leader(Split):
         with self.together("release", request.id):
             super().release(request)
 
+    def pin_cache(self, owner: str, id: str, ttl: float) -> Held:
+        raise ValueError("caches can be pinned on one rank only: others do not look at the time")
+
+    def delete_cache(self, owner: str, id: str) -> None:
+        with self.together("delete_cache", owner, id):
+            super().delete_cache(owner, id)
+
     def fail(self, request: Request, reason: str = "error", error: str | None = None) -> None:
         if request.finish_reason is not None or request.status == "made":
             return super().fail(request, reason, error)
@@ -285,7 +293,7 @@ class Follower(Split):
         """Obey; ends the process when rank 0 ends the model."""
         while (command := self.link.hear()) != "close":
             name, values = command
-            with suppress(ValueError):  # rank 0 has raised the same
+            with suppress(ValueError, KeyError):  # rank 0 has raised the same
                 getattr(self, f"_obey_{name}")(*values)
             self._told_of = {
                 number: each
@@ -315,6 +323,9 @@ class Follower(Split):
     def _obey_release(self, number: int) -> None:
         if number in self._told_of:
             self.release(self._told_of[number])
+
+    def _obey_delete_cache(self, owner: str, id: str) -> None:
+        self.delete_cache(owner, id)
 
     def _obey_fail(self, number: int, reason: str) -> None:
         self.fail(self._told_of[number], reason)

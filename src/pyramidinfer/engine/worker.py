@@ -272,7 +272,7 @@ class AsyncEngine:
 
     def _stop(self) -> None:
         self._abort_all()
-        self.engine.conversations.clear()
+        self.engine.conversations.close()
         self._stopping = True
 
     def _work(self) -> None:
