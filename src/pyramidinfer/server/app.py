@@ -253,7 +253,8 @@ def _add_tokens(app: FastAPI, service: Service) -> None:
 
 def _add_caches(app: FastAPI, service: Service) -> None:
     """Caches of finished conversations; everybody sees those of the own API key only."""
-    engine, lists = service.llm.engine, {401: ERRORS[401], 503: ERRORS[503]}
+    engine = service.llm.engine
+    lists: dict[int | str, dict[str, Any]] = {401: ERRORS[401], 503: ERRORS[503]}
 
     async def found(id: str, look: Callable[[], T]) -> T:
         try:

@@ -260,7 +260,7 @@ COUNTERS = {
     ),
 }
 #: Those that have a value for each place where a cache can be.
-BY_PLACE: dict[str, tuple[type[Metric], str, str]] = {
+BY_PLACE: dict[str, tuple[Any, str, str]] = {
     "pyramidinfer:caches": (GaugeMetricFamily, "Caches of finished conversations", "caches"),
     "pyramidinfer:cache_bytes": (GaugeMetricFamily, "Bytes that they take", "cache_bytes"),
     "pyramidinfer:cache_hits": (
@@ -317,10 +317,10 @@ class _Gauges:
             for name, text, value in values:
                 yield _one(family(name, text, labels=["model_name"]), model, value)
         for name, (kind, text, field) in BY_PLACE.items():
-            family: Any = kind(name, text, labels=["model_name", "place"])
+            places = kind(name, text, labels=["model_name", "place"])
             for place, value in getattr(stats, field).items():
-                family.add_metric([model, place], value)
-            yield family
+                places.add_metric([model, place], value)
+            yield places
         shares = GaugeMetricFamily(
             "pyramidinfer:kv_kept_share",
             "Share of a full cache's entries that a layer kept, over all ended requests",

@@ -89,7 +89,7 @@ def _count(plan: OffloadPlan, spec: str) -> dict[str, int]:
             done("conversations")
             if conversations.dropped:
                 break
-        found = Counter(each.where for each in engine.caches(OWNER))
+        found: Counter[str] = Counter(each.where for each in engine.caches(OWNER))
         return {place: found[place] for place in WAYS[:3]}
 
 
