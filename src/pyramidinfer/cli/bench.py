@@ -258,7 +258,7 @@ def offload(
     disk: Annotated[str, typer.Option(help="Bytes of files below that.")] = "64MiB",
     prompt: Annotated[int, typer.Option(help="Tokens of a first turn that is timed.")] = 600,
     turn: Annotated[int, typer.Option(help="New tokens of the second one.")] = 30,
-    repeats: Annotated[int, typer.Option(help="Second turns from each place, in turns.")] = 5,
+    repeats: Annotated[int, typer.Option(help="Second turns from each place, in turns.")] = 3,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, …")] = "auto",
     threads: Threads = 0,
     json: Json = Path("out/offload.json"),

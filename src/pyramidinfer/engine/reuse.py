@@ -12,6 +12,7 @@ copied back; one on disk is read into host memory first, while others go on.
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections import Counter
@@ -40,6 +41,8 @@ log = logging.getLogger(__name__)
 
 #: What a request found: a cache that it has now, none, or one that is on its way.
 Found = Literal["taken", "none", "coming"]
+#: What a model's config says that is no matter of its caches.
+ELSEWHERE = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"}
 #: Seconds that a thread with nothing else to do waits for a disk before it looks around.
 PATIENCE = 0.005
 
@@ -512,9 +515,10 @@ def open_conversations(shared: Shared, weights: str) -> Conversations:
     config, disk, names = shared.config, None, Names()
     if config.disk_kv_cache is not None:
         runner = shared.runner
+        sizes = {k: v for k, v in runner.config.to_dict().items() if k not in ELSEWHERE}
         what = [
             weights or str(fingerprint(runner)),
-            runner.config.to_json_string(),
+            json.dumps(sizes, sort_keys=True, default=str),
             str(runner.dtype),
             str(shared.pool.layout.scores),
         ]

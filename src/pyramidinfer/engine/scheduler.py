@@ -11,10 +11,11 @@ that outlives what was expected is expected to go on for the same share of what 
 Where reservations exceed what there is, in this order, until they fit:
 
 1. expectations give way, the youngest request's first, down to what the next step needs;
-2. caches of finished conversations go, the least recently finished first;
+2. caches of finished conversations go, the least recently finished first, to host memory while
+   there is room;
 3. (elastic) the compressed request with the highest ``keep`` gets a lower one, down to a floor;
-4. the youngest request is preempted: its cache moves to host memory, or is dropped and computed
-   anew where the policy keeps everything and that was asked for.
+4. the youngest request is preempted: its cache moves to host memory, where conversations give way
+   to it, or is dropped and computed anew where the policy keeps everything and that was asked for.
 
 A preempted request comes back before any that never began, as soon as what it is expected to need
 from there on fits.  The oldest is preempted only when it is alone (caches that a caller holds then

@@ -52,7 +52,7 @@ class OffloadPlan:
     disk: str = "64MiB"
     prompt: int = 600
     turn: int = 30
-    repeats: int = 5
+    repeats: int = 3
     dtype: str = "auto"
     threads: int = 0
 
