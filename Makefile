@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 TORCH := torch==2.13.0
 
-.PHONY: demo test test-real test-scale check model models numbers pages bench bench-gpu bench-scale fuzz install install-dev clean
+.PHONY: demo test test-real test-scale check model models numbers pages bench bench-gpu bench-scale bench-offload fuzz install install-dev clean
 
 demo: $(VENV)/.installed
 	$(BIN)/pyramidinfer demo --fetch smollm2
@@ -77,6 +77,12 @@ bench-scale: $(VENV)/.installed
 	$(BENCH) scale --json $(RESULTS)/scale.json
 	$(BIN)/pyramidinfer fetch smollm2
 	$(BENCH) stages --json $(RESULTS)/stages.json
+	$(MAKE) pages
+
+# Conversations in the pool, in host memory and on disk, for docs/serving.md.
+bench-offload: $(VENV)/.installed
+	$(BIN)/pyramidinfer fetch smollm2
+	$(BENCH) offload --json $(RESULTS)/offload.json
 	$(MAKE) pages
 
 # 10,000 made-up requests at the server.

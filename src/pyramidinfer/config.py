@@ -7,6 +7,7 @@ import functools
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -152,9 +153,12 @@ class EngineConfig:
     preempt : with overcommit, what becomes of the youngest request when memory runs short:
         ``"swap"`` moves its cache to host memory and back, ``"recompute"`` computes it anew where
         its policy keeps everything (others are swapped all the same).
-    swap_memory : with overcommit, host memory that caches may be moved to (None: as much as
-        kv_memory).  What all requests that have begun may need at most stays within kv_memory and
-        this together.
+    host_kv_memory : host memory that caches may be moved to: those of finished conversations when
+        the pool has no room for them, and with overcommit those of preempted requests, to which
+        conversations give way.  What all requests that have begun may need at most stays within
+        kv_memory and this together.  None: with overcommit as much as kv_memory, else none.
+    disk_kv_cache, disk_kv_memory : a folder, and how many bytes of files in it, for caches of
+        conversations that host memory has no room for, and that outlive the process.
     profile : measure what each KV head needs where a policy asks for that and nobody has yet
         (seconds, once a model; see docs/heads.md); with False, what is known is all there is.
     elastic : with overcommit, lower the ``keep`` of compressed requests, never below this share,
@@ -178,7 +182,9 @@ class EngineConfig:
     admission: str = "reserve"
     expected_output: float = 0.5
     preempt: str = "swap"
-    swap_memory: int | str | None = None
+    host_kv_memory: int | str | None = None
+    disk_kv_cache: str | Path | None = None
+    disk_kv_memory: int | str | None = None
     elastic: float | None = None
     profile: bool = True
     tensor_parallel_size: int = 1
@@ -188,8 +194,9 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kv_memory", parse_bytes(self.kv_memory))
-        if self.swap_memory is not None:
-            object.__setattr__(self, "swap_memory", parse_bytes(self.swap_memory, "swap_memory"))
+        for name in ("host_kv_memory", "disk_kv_memory"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, parse_bytes(getattr(self, name), name))
         sizes = ("page_size", "max_requests", "step_tokens", "prefill_chunk")
         for name in (*sizes, "tensor_parallel_size", "pipeline_parallel_size"):
             value = getattr(self, name)
@@ -210,6 +217,7 @@ class EngineConfig:
             check_share(share, getattr(self, share))
         check_choice("admission", self.admission, ("reserve", "overcommit"))
         check_choice("preempt", self.preempt, ("swap", "recompute"))
+        self._check_offload()
         if self.elastic is not None:
             if not (is_number(self.elastic) and 0 < self.elastic <= 1):
                 raise ValueError(f"elastic={self.elastic!r} must be above 0 and at most 1")
@@ -217,6 +225,32 @@ class EngineConfig:
                 raise ValueError(
                     f"elastic={self.elastic} needs admission='overcommit': with 'reserve' nothing "
                     f"runs short"
+                )
+
+    def _check_offload(self) -> None:
+        folder, size = self.disk_kv_cache, self.disk_kv_memory
+        if (folder is None) != (size is None):
+            raise ValueError(
+                f"disk_kv_cache={folder!r} and disk_kv_memory={size!r} go together: a folder, and "
+                f"how much may be in it"
+            )
+        if folder is not None and not (isinstance(folder, str | Path) and str(folder)):
+            raise ValueError(f"disk_kv_cache={folder!r} must be a folder")
+        if folder is not None and not self.host_budget:
+            raise ValueError(
+                f"disk_kv_cache={str(folder)!r} needs host_kv_memory: caches come and go through it"
+            )
+        if folder is not None and self.ranks > 1:
+            raise ValueError(
+                f"disk_kv_cache={str(folder)!r} works on one rank only: leave it out, or "
+                f"tensor_parallel_size and pipeline_parallel_size"
+            )
+        for name in ("host_kv_memory", "disk_kv_cache"):
+            unused = name == "disk_kv_cache" or self.admission == "reserve"
+            if getattr(self, name) is not None and not self.reuse_share and unused:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!s} has no effect with reuse_share=0: no "
+                    f"conversation is held then"
                 )
 
     def _check_layers(self) -> None:
@@ -244,11 +278,11 @@ class EngineConfig:
         return parse_bytes(self.kv_memory)
 
     @property
-    def swap_budget(self) -> int:
-        """``swap_memory`` in bytes; 0 where nothing is ever swapped."""
-        if self.admission == "reserve":
-            return 0
-        return self.budget if self.swap_memory is None else parse_bytes(self.swap_memory)
+    def host_budget(self) -> int:
+        """``host_kv_memory`` in bytes."""
+        if self.host_kv_memory is not None:
+            return parse_bytes(self.host_kv_memory)
+        return self.budget if self.admission == "overcommit" else 0
 
     @classmethod
     def from_options(cls, others: Iterable[str] = (), **options: Any) -> EngineConfig:

@@ -10,7 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from pyramidinfer.cache import GroupSpec, Layout, Pool, PoolExhausted, Ring, Table
+from pyramidinfer.cache import Copier, GroupSpec, Layout, Pool, PoolExhausted, Ring, Table
 from pyramidinfer.cache.pool import Slots
 from pyramidinfer.types import Keep
 
@@ -154,10 +154,10 @@ class PoolMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def swap(self, data: st.DataObject) -> None:
         model = self.pick(data)
-        exported = self.pool.export(model.table)
+        exported = Copier(self.pool).export(model.table)
         self.pool.release(model.table)
         try:
-            model.table = self.pool.import_(exported)
+            model.table = Copier(self.pool).import_(exported)
         except PoolExhausted:  # its pages may have been shared, so more are needed now
             self.live.remove(model)
 
@@ -270,7 +270,7 @@ def test_scores_and_ring_travel_with_the_request() -> None:
         )
     pool.keep(table, 0, Keep(torch.tensor([[5, 1, 4], [2, 5, 0]]), torch.tensor([3, 2])))
     assert pool.scores(table, 0).sort(1).values.tolist() == [[1, 4, 5], [0, 2, 5]]
-    back = pool.import_(pool.export(table))
+    back = Copier(pool).import_(Copier(pool).export(table))
     assert pool.scores(back, 0).tolist() == pool.scores(table, 0).tolist()
     assert back.state["marker"].tolist() == [1, 2, 3]
     assert back.ring is not None

@@ -313,8 +313,8 @@ def test_a_folder_without_a_tokenizer_loads() -> None:
 
 
 def test_host_memory_for_swapped_caches_is_looked_at_first() -> None:
-    options = {"admission": "overcommit", "swap_memory": "1000TiB"}
-    with pytest.raises(ValueError, match=r"swap_memory=\d+ bytes .* lower it"):
+    options = {"admission": "overcommit", "host_kv_memory": "1000TiB"}
+    with pytest.raises(ValueError, match=r"host_kv_memory=\d+ bytes .* lower it"):
         LLM(tiny_model("llama"), kv_memory="1MiB", **options)
-    with pytest.raises(ValueError, match="swap_memory='many' is not a size"):
-        LLM(tiny_model("llama"), kv_memory="1MiB", swap_memory="many")
+    with pytest.raises(ValueError, match="host_kv_memory='many' is not a size"):
+        LLM(tiny_model("llama"), kv_memory="1MiB", host_kv_memory="many")

@@ -363,4 +363,4 @@ def test_what_is_held_is_counted_as_it_comes_and_goes() -> None:
         assert (held.cost.pages == sum(each.pages for each in reserved)).all()
     assert taken >= 4 and held.dropped > 0
     held.clear()
-    assert held.page_count == held.cost.bytes == 0 and not held._lengths and not held._by_digest
+    assert held.page_count == held.cost.bytes == 0 and not list(held.index)

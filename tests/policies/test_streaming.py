@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pyramidinfer import LLM, SamplingParams
+from pyramidinfer.cache import Copier
 from pyramidinfer.models.batch import Batch, Sequence
 from pyramidinfer.models.families import FAMILIES
 from pyramidinfer.policies import Full, StreamingLLM
@@ -222,14 +223,14 @@ def test_a_copy_goes_on_like_the_original(new: int) -> None:
     pool = llm.engine.pool
     request = finish(llm, llm.engine.add(random_prompt(1, 30), params(new), hold=True))
     tokens = random_prompt(2, 50)
-    exported = pool.export(request.table)
+    exported = Copier(pool).export(request.table)
     fork, back = Sequence(policy=request.policy), Sequence(policy=request.policy)
     fork.take(pool.fork(request.table), request)
     expected = feed(llm, request, tokens)
     llm.engine.release(request)
     same(feed(llm, fork, tokens), expected, atol=1e-12)
     pool.release(fork.table)
-    back.take(pool.import_(exported), fork)
+    back.take(Copier(pool).import_(exported), fork)
     same(feed(llm, back, tokens), expected, atol=1e-12)
     pool.release(back.table)
     llm.engine.check()

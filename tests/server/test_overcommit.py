@@ -30,7 +30,7 @@ def test_everybody_is_answered_as_alone(llm: LLM, how: str) -> None:
     with serving(beside(llm)) as roomy:
         wanted = [ask(roomy, index).json()["choices"] for index in range(8)]
     with (
-        serving(beside(llm, **SHORT, preempt=how, swap_memory="32MiB")) as live,
+        serving(beside(llm, **SHORT, preempt=how, host_kv_memory="32MiB")) as live,
         ThreadPoolExecutor(8) as pool,
     ):
         answers = list(pool.map(lambda index: ask(live, index), range(8)))
@@ -44,7 +44,7 @@ def test_everybody_is_answered_as_alone(llm: LLM, how: str) -> None:
 
 
 def test_who_leaves_or_is_late_while_put_off_leaves_nothing(llm: LLM) -> None:
-    with serving(beside(llm, **SHORT, swap_memory="32MiB"), request_timeout=0.7) as live:
+    with serving(beside(llm, **SHORT, host_kv_memory="32MiB"), request_timeout=0.7) as live:
         long = {"max_tokens": 1000, "stream": True}
         with ThreadPoolExecutor(8) as pool:
             answers = list(pool.map(lambda index: ask(live, index, **long), range(8)))
@@ -56,7 +56,7 @@ def test_who_leaves_or_is_late_while_put_off_leaves_nothing(llm: LLM) -> None:
 def test_no_more_begin_than_host_memory_can_take(llm: LLM) -> None:
     """At their worst all that have begun fit into both memories, whatever was expected."""
     with (
-        serving(beside(llm, **SHORT, swap_memory="2MiB")) as live,
+        serving(beside(llm, **SHORT, host_kv_memory="2MiB")) as live,
         ThreadPoolExecutor(8) as pool,
     ):
         most, step = [0], live.engine.step

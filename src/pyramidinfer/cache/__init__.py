@@ -1,9 +1,22 @@
 """Where keys and values live: one paged pool, a table per request."""
 
 from pyramidinfer.cache.evict import evict_best
+from pyramidinfer.cache.export import Copier, Exported
 from pyramidinfer.cache.group import GroupSpec, PoolExhausted
 from pyramidinfer.cache.layout import Layout, Place
 from pyramidinfer.cache.pool import Pool
-from pyramidinfer.cache.table import Ring, Table
+from pyramidinfer.cache.table import Copying, Ring, Table
 
-__all__ = ["GroupSpec", "Layout", "Place", "Pool", "PoolExhausted", "Ring", "Table", "evict_best"]
+__all__ = [
+    "Copier",
+    "Copying",
+    "Exported",
+    "GroupSpec",
+    "Layout",
+    "Place",
+    "Pool",
+    "PoolExhausted",
+    "Ring",
+    "Table",
+    "evict_best",
+]

@@ -15,7 +15,6 @@ the number of tables that own it; a page owned twice is copied before it is writ
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,24 +25,9 @@ from pyramidinfer.cache.layout import Layout
 from pyramidinfer.cache.mover import Mover, Slots, Stays, upload
 from pyramidinfer.cache.table import Ring, Table
 from pyramidinfer.native.library import DTYPES, Kernels
-from pyramidinfer.types import Best, Keep, Needs, State
+from pyramidinfer.types import Best, Keep, Needs
 
-__all__ = ["Exported", "Pool", "Slots"]
-
-
-class Exported(NamedTuple):
-    """A request's cache in host memory.
-
-    kept : entries, ``[layers, kv_heads]``;  entries : a layer's keys, values, positions and, where
-    there are any, scores, its heads one after the other: ``[entries of all heads, ...]``.
-    """
-
-    kept: np.ndarray
-    entries: list[list[Tensor]]
-    seen_len: int
-    state: State
-    ring: Ring | None
-    peak_bytes: int
+__all__ = ["Pool", "Slots", "copy_ring"]
 
 
 class Pool:
@@ -91,6 +75,8 @@ class Pool:
 
     def release(self, table: Table) -> None:
         """Give back everything a table owns; the table is dead afterwards."""
+        if table.arriving is not None:
+            table.arriving.synchronize()
         for layer in self.own_layers:
             self.shrink(table, layer, 0)
         table.kept[:] = 0
@@ -103,7 +89,7 @@ class Pool:
         """A second table on the same pages; whoever writes first to a shared page copies it."""
         twin = Table(table.pages.copy(), table.held.copy(), table.kept.copy(), table.seen_len)
         twin.state = {name: value.clone() for name, value in table.state.items()}
-        twin.ring, twin.peak_bytes = _copy_ring(table.ring, self.device), table.peak_bytes
+        twin.ring, twin.peak_bytes = copy_ring(table.ring, self.device), table.peak_bytes
         for layer in self.own_layers:
             self.group(layer).counts[self.owned(table, layer)] += 1
         self.tables.add(twin)
@@ -114,7 +100,7 @@ class Pool:
     def append(self, table: Table, layer: int, count: int) -> Slots:
         """Claim ``count`` new entries in each head of a layer (the caller writes them next)."""
         first = self.lens(table)[layer].copy()
-        self._reserve(table, layer, first, first + count)
+        self.claim(table, layer, first, first + count)
         entry = first[:, None] + np.arange(count)
         pages = np.take_along_axis(table.pages[layer], entry // self.page_size, 1)
         table.kept[layer] += count
@@ -321,39 +307,7 @@ class Pool:
         sizes = zip(self.groups, self.layout.page_bytes, strict=True)
         return sum((len(group.counts) - len(group.free)) * size for group, size in sizes)
 
-    # --- moving a request out and in ----------------------------------------------------------
-
-    def export(self, table: Table) -> Exported:
-        """Copy a request's cache to host memory; the table still owns its pages."""
-        entries = []
-        for layer in self.own_layers:
-            pages, offsets = self._slots(table, layer)
-            entries.append([each[pages, offsets].cpu() for each in self.group(layer).tensors()])
-        state = {name: value.clone() for name, value in table.state.items()}
-        ring = _copy_ring(table.ring, torch.device("cpu"))
-        return Exported(table.kept.copy(), entries, table.seen_len, state, ring, table.peak_bytes)
-
-    def import_(self, exported: Exported) -> Table:
-        """Bring an exported request back as a new table."""
-        table = self.new_table(int(exported.kept.max()))
-        try:
-            for layer, entries in zip(self.own_layers, exported.entries, strict=True):
-                kept = exported.kept[layer, self.own_heads]
-                self._reserve(table, layer, np.zeros_like(kept), kept)
-                table.kept[layer] = exported.kept[layer]
-                slots = self._slots(table, layer)
-                for storage, given in zip(self.group(layer).tensors(), entries, strict=True):
-                    storage[slots] = given.to(self.device)
-        except BaseException:
-            self.release(table)
-            raise
-        table.kept[:] = exported.kept
-        table.seen_len, table.state = exported.seen_len, dict(exported.state)
-        table.ring = _copy_ring(exported.ring, self.device)
-        table.peak_bytes = exported.peak_bytes
-        return table
-
-    def _slots(self, table: Table, layer: int) -> tuple[Tensor, Tensor]:
+    def slots_of(self, table: Table, layer: int) -> tuple[Tensor, Tensor]:
         """Page and offset of every entry of a layer, its heads one after the other."""
         kept = self.lens(table)[layer]
         head, entry = np.nonzero(np.arange(int(kept.max())) < kept[:, None])
@@ -412,7 +366,7 @@ class Pool:
             out[heads, : found.shape[1]] = found
         return out
 
-    def _reserve(self, table: Table, layer: int, first: np.ndarray, end: np.ndarray) -> None:
+    def claim(self, table: Table, layer: int, first: np.ndarray, end: np.ndarray) -> None:
         """Own the pages of every head's entries ``first..end``, none of them shared."""
         held, wanted = table.held[layer], self.pages_for(end)
         if wanted.max() > table.pages.shape[2]:
@@ -482,7 +436,8 @@ class Pool:
         return upload(array, self.device)
 
 
-def _copy_ring(ring: Ring | None, device: torch.device) -> Ring | None:
+def copy_ring(ring: Ring | None, device: torch.device) -> Ring | None:
+    """A ring of its own on a device."""
     if ring is None:
         return None
     return Ring(

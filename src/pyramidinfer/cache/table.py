@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -15,7 +16,17 @@ from torch import Tensor
 from pyramidinfer.config import accumulate_dtype
 from pyramidinfer.types import State
 
-__all__ = ["Ring", "Table"]
+__all__ = ["Copying", "Ring", "Table"]
+
+
+class Copying(Protocol):
+    """A copy between a device and host memory that was begun (``torch.cuda.Event`` is one)."""
+
+    def query(self) -> bool:
+        """Whether it is over."""
+
+    def synchronize(self) -> None:
+        """Wait until it is."""
 
 
 @dataclass(slots=True)
@@ -97,6 +108,7 @@ class Table:
     rank); the first ``held[layer, head]`` of a row are owned.  held : ``[layers, own]`` int64,
     pages in use.  kept : ``[layers, kv_heads]`` int64, entries of every head, on whatever rank.
     transient_bytes : hidden states and window queries of a prompt in progress, outside the pool.
+    arriving : the copy that brings its entries back from host memory, until it was seen to be over.
     """
 
     pages: np.ndarray
@@ -108,6 +120,20 @@ class Table:
     transient_bytes: int = 0
     peak_bytes: int = 0
     noted_bytes: int = 0  # of what is outside pages, when the pool last took it down
+    arriving: Copying | None = None
+
+    @property
+    def is_here(self) -> bool:
+        """Whether all entries have come back from host memory."""
+        if self.arriving is not None and self.arriving.query():
+            self.arriving = None
+        return self.arriving is None
+
+    def wait(self) -> None:
+        """Until all entries have come back from host memory."""
+        if self.arriving is not None:
+            self.arriving.synchronize()
+            self.arriving = None
 
     @classmethod
     def empty(cls, layers: int, kv_heads: int, own: int, capacity: int) -> Table:

@@ -249,6 +249,44 @@ def stages(
 
 @bench.command()
 @plain_errors()
+def offload(
+    model: Annotated[str, typer.Option(help="Folder, hub id or fetched model.")] = "smollm2",
+    policies: Annotated[str, typer.Option(help="A list.")] = "full pyramid:keep=.3",
+    tokens: Annotated[int, typer.Option(help="Of a conversation that is counted.")] = 300,
+    kv_memory: Annotated[str, typer.Option(help="Half of it for conversations.")] = "48MiB",
+    host: Annotated[str, typer.Option(help="Host memory below it.")] = "32MiB",
+    disk: Annotated[str, typer.Option(help="Bytes of files below that.")] = "64MiB",
+    prompt: Annotated[int, typer.Option(help="Tokens of a first turn that is timed.")] = 600,
+    turn: Annotated[int, typer.Option(help="New tokens of the second one.")] = 30,
+    repeats: Annotated[int, typer.Option(help="Second turns from each place, in turns.")] = 3,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, …")] = "auto",
+    threads: Threads = 0,
+    json: Json = Path("out/offload.json"),
+) -> None:
+    """Conversations that pool, host memory and disk hold; the second turn's first token."""
+    from pyramidinfer.lab.bench.offload import OffloadPlan, run_offload
+    from pyramidinfer.lab.bench.offload_page import offload_table
+    from pyramidinfer.lab.quality import split_specs
+
+    plan = OffloadPlan(
+        model,
+        split_specs(policies),
+        tokens,
+        kv_memory,
+        host,
+        disk,
+        prompt,
+        turn,
+        repeats,
+        dtype,
+        threads,
+    )
+    result = run_offload(plan, _target(json))
+    _show(offload_table(result), json)
+
+
+@bench.command()
+@plain_errors()
 def kernels(
     batch: Annotated[str, typer.Option(help="Requests in a decoding step; a list.")] = "1,4,16",
     prompt_len: Annotated[

@@ -175,12 +175,24 @@ def serve(
             rich_help_panel=ENGINE,
         ),
     ] = None,
-    swap_memory: Annotated[
+    host_kv_memory: Annotated[
         str | None,
         typer.Option(
-            help="overcommit: host memory for caches moved out; default: as much as kv_memory.",
+            help="Host memory for caches that kv_memory has no room for; default: none, with "
+            "overcommit as much as kv_memory.",
             rich_help_panel=ENGINE,
         ),
+    ] = None,
+    disk_kv_cache: Annotated[
+        Path | None,
+        typer.Option(
+            help="A folder for conversations that host memory has no room for, which a restart "
+            "finds again.",
+            rich_help_panel=ENGINE,
+        ),
+    ] = None,
+    disk_kv_memory: Annotated[
+        str | None, typer.Option(help="Bytes of files in that folder.", rich_help_panel=ENGINE)
     ] = None,
     max_waiting: Annotated[
         int, typer.Option(help="Requests that may wait; one more gets 429.", rich_help_panel=LIMITS)
@@ -318,7 +330,9 @@ def serve(
         expected_output=expected_output,
         preempt=preempt,
         elastic=elastic,
-        swap_memory=swap_memory,
+        host_kv_memory=host_kv_memory,
+        disk_kv_cache=disk_kv_cache,
+        disk_kv_memory=disk_kv_memory,
         tensor_parallel_size=tensor_parallel_size,
         pipeline_parallel_size=pipeline_parallel_size,
         pipeline_layers=pipeline_layers,

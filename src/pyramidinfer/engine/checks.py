@@ -62,11 +62,11 @@ def check_plan(
             f"weights; lower kv_memory"
         )
     here = free_memory(torch.device("cpu")) - (budget + weights if device.type == "cpu" else 0)
-    if config.swap_budget > here:
+    if config.host_budget > here:
         raise ValueError(
-            f"swap_memory={config.swap_budget} bytes ({config.swap_budget / 2**30:.2f} GiB) is "
+            f"host_kv_memory={config.host_budget} bytes ({config.host_budget / 2**30:.2f} GiB) is "
             f"more than the {max(0, here) / 2**30:.2f} GiB of host memory that are free beside the "
-            f"rest; lower it, or admit by reservation"
+            f"rest; lower it"
         )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyramidinfer.cache import Layout, Pool, Table
+from pyramidinfer.cache import Copier, Layout, Pool, Table
 from pyramidinfer.config import EngineConfig
 from pyramidinfer.engine import answers, holding
 from pyramidinfer.engine.chat_template import find_end_ids
@@ -22,7 +22,7 @@ from pyramidinfer.engine.memory import Ledger
 from pyramidinfer.engine.profiling import ensure_profile, find_profile
 from pyramidinfer.engine.recompress import Recompressor, recompress
 from pyramidinfer.engine.request import Request, Scoring
-from pyramidinfer.engine.reuse import Conversations
+from pyramidinfer.engine.reuse import Held, open_conversations
 from pyramidinfer.engine.sampler import prepare, sample
 from pyramidinfer.engine.scheduler import Plan, Scheduler
 from pyramidinfer.engine.shared import Shared
@@ -34,6 +34,7 @@ from pyramidinfer.models.batch import Batch
 from pyramidinfer.models.fingerprint import fingerprint
 from pyramidinfer.models.ranks import ALONE, Ranks
 from pyramidinfer.models.runner import Stepped
+from pyramidinfer.models.sharding import weights_mark
 from pyramidinfer.native.forks import watch_forks
 from pyramidinfer.policies import KVzip, Policy
 from pyramidinfer.policies.base import Facts
@@ -66,6 +67,7 @@ class Engine:
     ) -> None:
         watch_forks()
         self.config, self.policy = config, policy
+        mark = weights_mark(model) if config.disk_kv_cache and isinstance(model, nn.Module) else ""
         if isinstance(model, ModelRunner):
             self.runner = model
         else:
@@ -82,8 +84,9 @@ class Engine:
         )
         self.pool = Pool(layout, device, mover=self.runner.chosen.mover)
         self.ledger = Ledger(layout, self.runner)
-        self.shared = Shared(self.runner, self.pool, self.ledger, config, tokenizer)
-        self.conversations = Conversations(self.shared, int(config.budget * config.reuse_share))
+        copier = Copier(self.pool)
+        self.shared = Shared(self.runner, self.pool, self.ledger, config, tokenizer, copier)
+        self.conversations = open_conversations(self.shared, mark)
         self.scheduler = Scheduler(self.shared, self.conversations)
         ends = self.runner.end_ids | find_end_ids(tokenizer)
         self.end_ids = frozenset(end for end in ends if end < self.runner.vocab_size)
@@ -238,6 +241,18 @@ class Engine:
         assert isinstance(reader, KVzip)
         return reader
 
+    def caches(self, owner: str) -> list[Held]:
+        """Caches of an owner's finished conversations, the most recently used first."""
+        return self.conversations.listed(owner)
+
+    def pin_cache(self, owner: str, id: str, ttl: float) -> Held:
+        """See :meth:`Conversations.pin`."""
+        return self.conversations.pin(owner, id, ttl)
+
+    def delete_cache(self, owner: str, id: str) -> None:
+        """See :meth:`Conversations.delete`."""
+        self.conversations.delete(owner, id)
+
     def release(self, request: Request) -> None:
         """Give a held request's cache back."""
         if request.ended and request.cache is not None:
@@ -338,6 +353,8 @@ class Engine:
 
     def _run(self, plan: Plan) -> list[Request]:
         """One pass through the model; returns the requests that ended."""
+        if not plan.requests:  # everybody waits for something
+            return []
         self.peak_in_flight = max(self.peak_in_flight, self.scheduler.in_flight)
         undo = Undo(self.shared, plan)
         try:

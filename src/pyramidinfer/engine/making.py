@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from pyramidinfer.cache import Table
+from pyramidinfer.cache import Exported, Table
 from pyramidinfer.config import EngineConfig
 from pyramidinfer.engine.checks import (
     ContextLengthError,
@@ -152,7 +152,7 @@ def costs_of(
     length: int,
     max_new: int,
     spans: Spans,
-    on: Table | None = None,
+    on: Table | Exported | None = None,
     scoring: Scoring | None = None,
     samples: int = 1,
 ) -> tuple[Cost, Cost]:

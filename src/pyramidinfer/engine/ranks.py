@@ -31,6 +31,7 @@ from pyramidinfer.engine.memory import Cost
 from pyramidinfer.engine.profiling import find_profile, profile_model, store_profile
 from pyramidinfer.engine.recompress import Recompressor
 from pyramidinfer.engine.request import Request, Scoring
+from pyramidinfer.engine.reuse import Held
 from pyramidinfer.engine.scheduler import Plan
 from pyramidinfer.engine.tracing import trace
 from pyramidinfer.models import ModelRunner
@@ -210,6 +211,13 @@ class Leader(Split):
             with self.together("release", request.id):
                 super().release(request)
 
+    def pin_cache(self, owner: str, id: str, ttl: float) -> Held:
+        raise ValueError("caches can be pinned on one rank only: others do not look at the time")
+
+    def delete_cache(self, owner: str, id: str) -> None:
+        with self.together("delete_cache", owner, id):
+            super().delete_cache(owner, id)
+
     def fail(self, request: Request, reason: str = "error", error: str | None = None) -> None:
         if request.ended or request.id not in self._known:
             return super().fail(request, reason, error)
@@ -346,6 +354,10 @@ class Follower(Split):
     def _obey_release(self, number: int) -> None:
         if number in self._told_of:
             self.release(self._told_of[number])
+
+    def _obey_delete_cache(self, owner: str, id: str) -> None:
+        with suppress(KeyError):  # rank 0 has raised the same
+            self.delete_cache(owner, id)
 
     def _obey_fail(self, number: int, reason: str) -> None:
         if number in self._told_of:

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple, Protocol, Self
 import torch
 from torch import Tensor
 
-from pyramidinfer.cache.pool import Exported
+from pyramidinfer.cache import Exported
 from pyramidinfer.config import accumulate_dtype
 from pyramidinfer.engine.memory import Cost
 from pyramidinfer.engine.text import Detokenizer
@@ -66,11 +66,12 @@ class Scoring:
 
 class Preempted(NamedTuple):
     """A preempted request: its cache in host memory (None: to be computed anew), what it was in
-    the pool, and what must fit before it comes back."""
+    the pool, what must fit before it comes back, and the bytes of host memory it takes."""
 
     cache: Exported | None
     kv: KVUsage
     wanted: Cost
+    size: int = 0
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -107,6 +108,7 @@ class Request(Sequence):
     ``error``: what went wrong, where ``finish_reason`` is ``"error"``.
     ``preempted``: where its cache is meanwhile, since it holds nothing in the pool;
     ``lowered_to``: what its policy's ``keep`` was lowered to for want of memory.
+    ``pinned``: when what it leaves behind may be dropped (``time.time``; 0: any time).
     """
 
     id: int
@@ -142,6 +144,7 @@ class Request(Sequence):
     error: str | None = None
     preempted: Preempted | None = None
     lowered_to: float | None = None
+    pinned: float = 0.0
 
     @property
     def ended(self) -> bool:

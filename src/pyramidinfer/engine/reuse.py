@@ -3,81 +3,131 @@
 A request whose tokens begin with those of a finished one, of the same owner and under the same
 policy with the same options and budgets, reuses its cache and prefills the rest only.  A cache
 holds every token of its text but the last generated one.  What is reused belongs to the new
-request; what is least recently finished goes first when memory is short.
+request.
+
+Caches are held in the pool.  When memory is short there the least recently finished goes first: to
+host memory, from there to disk, or where there is neither it is gone.  One that is wanted again is
+copied back; one on disk is read into host memory first, while others go on.
 """
 
 from __future__ import annotations
 
+import json
+import logging
+import time
 from collections import Counter
-from collections.abc import Iterator
 from hashlib import blake2b
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 from pyramidinfer.cache import Table
+from pyramidinfer.config import parse_bytes
 from pyramidinfer.engine.checks import check_stream
+from pyramidinfer.engine.conversation import Conversation, Index, Names, Place
+from pyramidinfer.engine.disk import DiskStore
 from pyramidinfer.engine.making import costs_of
 from pyramidinfer.engine.memory import Cost
+from pyramidinfer.engine.offload import HostStore
 from pyramidinfer.engine.readings import is_long
 from pyramidinfer.engine.request import Request
 from pyramidinfer.engine.shared import Shared
-from pyramidinfer.types import TokenIds
+from pyramidinfer.models.batch import Sequence
+from pyramidinfer.models.fingerprint import fingerprint
 
-__all__ = ["Conversations"]
+__all__ = ["Conversations", "Found", "Held", "open_conversations"]
+
+log = logging.getLogger(__name__)
+
+#: What a request found: a cache that it has now, none, or one that is on its way.
+Found = Literal["taken", "none", "coming"]
+#: What a model's config says that is no matter of its caches.
+ELSEWHERE = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"}
+#: Seconds that a thread with nothing else to do waits for a disk before it looks around.
+PATIENCE = 0.005
+
+
+class Held(NamedTuple):
+    """A held cache as its owner is told of it; times are seconds since 1970."""
+
+    id: str
+    tokens: int
+    bytes: int
+    where: Place
+    policy: str
+    keep: float | None
+    last_used: float
+    pinned_until: float | None
 
 
 class Conversations:
     """Caches of finished requests, least recently finished first.
 
-    ``limit``: bytes they may hold together.  ``hits``, ``misses`` and ``reused_tokens`` count what
-    was asked for, ``dropped`` the caches that went for want of room.
+    ``limit``: bytes they may hold together in the pool;  ``host``, ``disk``: where they go from
+    there.  ``hits`` (``hits_from`` a place), ``misses`` and ``reused_tokens`` count what was asked
+    for, ``dropped`` the caches that went for want of room, ``spills`` those that went from the pool
+    to host memory and ``loads`` those that came back.
     """
 
-    def __init__(self, shared: Shared, limit: int) -> None:
-        self.shared, self.limit = shared, limit
-        self.hits = self.misses = self.reused_tokens = self.dropped = 0
-        self._digests: dict[Request, bytes] = {}  # in the order in which they ended
-        self._by_digest: dict[bytes, list[Request]] = {}
-        self._lengths: Counter[int] = Counter()
+    def __init__(
+        self, shared: Shared, limit: int, host: HostStore, disk: DiskStore | None, names: Names
+    ) -> None:
+        self.shared, self.limit, self.names = shared, limit, names
+        self.host, self.disk = host, disk
+        host.lost = self._lose
+        self.misses = self.reused_tokens = self.dropped = self.spills = self.loads = 0
+        self.hits_from: Counter[str] = Counter()
+        self.index = Index()
+        self._held: dict[Request, Conversation] = {}  # in the order in which they ended
+        self._leaving: list[Conversation] = []
         self._pages, self._bytes = np.zeros_like(shared.ledger.pages), 0
         self._owners = [np.zeros(len(group.counts), dtype=np.int32) for group in shared.pool.groups]
         self.page_count = 0  # pages that held caches own, those they share counted once
+        if disk is not None:
+            disk.lost = self._file_lost
+            for one in disk.found:
+                self.index.add(one)
+
+    @property
+    def hits(self) -> int:
+        """Requests that took a cache up."""
+        return self.hits_from.total()
+
+    @property
+    def count(self) -> int:
+        """Caches in the pool."""
+        return len(self._held)
 
     @property
     def held(self) -> list[Request]:
-        """Requests whose caches are held, the one that goes first in front."""
-        return list(self._digests)
+        """Requests whose caches are held in the pool, the one that goes first in front."""
+        return list(self._held)
 
     @property
     def cost(self) -> Cost:
-        """What all of them hold together."""
+        """What all of them hold together in the pool."""
         return Cost(self._pages.copy(), self._bytes)
+
+    # --- holding ------------------------------------------------------------------------------
 
     def keep(self, request: Request) -> None:
         """Hold a request's cache, and let old ones go that are too much then."""
-        assert request.owner is not None
-        length = _length(request)
-        *_, digest = _digests(request.owner, request.text, [length])
-        self._digests[request] = digest
-        self._by_digest.setdefault(digest, []).append(request)
-        self._lengths[length] += 1
+        assert request.reserved is not None
+        one = self.names.of(request, request.reserved.bytes)
+        for other in [each for each in self.index.at(one.digest) if each.id == one.id]:
+            if other.request is None:  # the same once more, and older
+                self._discard(other)
+        if one.is_pinned and self.pinned_bytes() + one.size > self.pin_limit:
+            log.warning("cache %s is pinned no longer: it has outgrown what can be", one.id)
+            one.pinned = 0.0
+        self._held[request] = one
+        self.index.add(one)
         self._count(request, 1)
         while self._bytes > self.limit:
             self._drop()
 
-    def _forget(self, held: Request) -> None:
-        """Hold a request's cache no longer; it has it still."""
-        self._count(held, -1)
-        digest, length = self._digests.pop(held), _length(held)
-        self._by_digest[digest].remove(held)
-        if not self._by_digest[digest]:
-            del self._by_digest[digest]
-        self._lengths[length] -= 1
-        if not self._lengths[length]:
-            del self._lengths[length]
-
     def _count(self, held: Request, sign: int) -> None:
-        """Count what a cache holds in or out."""
+        """Count what a cache in the pool holds in or out."""
         assert held.reserved is not None
         table, pool = held.table, self.shared.pool
         self._pages = self._pages + sign * held.reserved.pages
@@ -91,121 +141,391 @@ class Conversations:
     def exchange(self, request: Request, table: Table) -> None:
         """Have a held request, of the caller's or of these, hold ``table`` in the place of its own,
         which is given back."""
-        is_counted = request in self._digests
-        if is_counted:
+        one = self._held.get(request)
+        if one is not None:
             self._count(request, -1)
         self.shared.pool.release(request.table)
         request.cache = table
         self.shared.ledger.reserve(request, self.shared.ledger.held(table))
-        if is_counted:
+        if one is not None:
             self._count(request, 1)
+            assert request.reserved is not None
+            one.size = request.reserved.bytes
 
-    def reuse(self, request: Request) -> bool:
+    # --- taking up ----------------------------------------------------------------------------
+
+    def reuse(self, request: Request, patient: bool = False) -> Found:
         """Give a waiting request the held cache that its text goes on with, the longest first, if
-        what is added then fits."""
+        what is added then fits.
+
+        patient : there is other work, so copies need not be waited for.
+        """
+        for one in self._beginnings(request):
+            found = self._take_up(request, one, patient)
+            if found != "none":
+                return found
+        return "none"
+
+    def read_ahead(self, request: Request) -> None:
+        """Begin to read what a request will take up, where that is on disk."""
+        if self.disk is not None:
+            best = next(iter(self._beginnings(request)), None)
+            if best is not None and best.place == "disk":
+                self._read(request, best)
+
+    def _beginnings(self, request: Request) -> list[Conversation]:
+        """Texts that the request goes on with, the longest first."""
         if request.owner is None or request.cache is not None or request.prompt_top is not None:
-            return False
-        return any(self._reuse(request, held) for held in self._beginnings(request))
+            return []
+        owner, lengths = self.names.owner(request.owner), self.index.lengths(len(request.prompt))
+        mark, found = self.names.mark(request.policy), []
+        for digest in self.names.digests(owner, request.prompt, lengths):
+            found += self.index.at(digest)
+        return [one for one in reversed(found) if one.owner == owner and one.fits(request, mark)]
 
-    def make_room_for(self, wanted: Cost, mine: Cost | None) -> bool:
-        """Let as many caches go as must, so that ``wanted`` can be reserved in place of ``mine``;
-        False, and none goes, where that cannot be."""
-        ledger = self.shared.ledger
-        if ledger.fits(wanted, instead_of=mine):
-            return True
-        cost = self.cost
-        if mine is not None:
-            cost = Cost(cost.pages + mine.pages, cost.bytes + mine.bytes)
-        if not ledger.fits(wanted, instead_of=cost):
-            return False
-        while not ledger.fits(wanted, instead_of=mine):
-            self._drop()
-        return True
+    def _take_up(self, request: Request, one: Conversation, patient: bool) -> Found:
+        """Give a cache to a request, if what is added to it then fits."""
+        shared, ledger = self.shared, self.shared.ledger
+        if one.place == "disk":
+            return self._read(request, one)
+        if one.tokens is not None and request.prompt[: one.length] != one.tokens:
+            return "none"
+        costs = self._costs(request, one)
+        if costs is None or not ledger.ever_fits(costs[0]):
+            return "none"
+        most, likely = costs
+        if not ledger.fits(likely, instead_of=_plus(self.cost, self._on_leave())):
+            return "none"
+        here = one.request if one.exported is None else None
+        if here is not None:
+            self._forget(here)
+        one.coming = True
+        try:
+            if not self._free(likely, here.reserved if here else None, patient):
+                if here is not None:
+                    self._count(here, 1)
+                    self._held[here] = one
+                return "coming"
+        finally:
+            one.coming = False
+        self.hits_from["disk" if one.from_disk else one.place] += 1
+        self.reused_tokens += one.length
+        request.pinned = one.pinned
+        if here is not None:
+            table, old = here.table, Sequence(policy=here.policy, is_long=here.is_long)
+            here.cache = None
+            request.reserved, here.reserved = here.reserved, None
+        else:
+            assert one.exported is not None
+            self._end_leave(one)
+            table = shared.copier.import_(one.exported)
+            old = Sequence(policy=request.policy, is_long=one.is_long)
+            shared.pool.note_peak(table)
+            self.loads += 1
+        one.request = None
+        self._discard(one)
+        request.reused, request.reused_entries = table.seen_len, table.layer_tokens
+        for each in (request, *request.samples):
+            each.cost, each.likely = most, likely
+        request.take(table, old)
+        return "taken"
 
-    def make_room(self) -> bool:
-        """Let the oldest go; False where none is held."""
-        if self._digests:
-            self._drop()
-            return True
-        return False
-
-    def clear(self) -> None:
-        """Let all of them go."""
-        while self.make_room():
-            pass
-
-    def _beginnings(self, request: Request) -> list[Request]:
-        """Held texts that the request goes on with, the longest first."""
-        assert request.owner is not None
-        lengths = sorted(length for length in self._lengths if length < len(request.prompt))
-        found = []
-        for digest in _digests(request.owner, request.prompt, lengths):
-            found += self._by_digest.get(digest, [])
-        return [
-            held
-            for held in reversed(found)
-            if held.owner == request.owner
-            and held.policy == request.policy
-            and held.protect == request.protect
-        ]
-
-    def _reuse(self, request: Request, held: Request) -> bool:
-        """Give a held cache to a request, if what is added to it then fits."""
-        shared, table, length = self.shared, held.table, len(request.prompt)
+    def _costs(self, request: Request, one: Conversation) -> tuple[Cost, Cost] | None:
+        """What a request needs that goes on with a cache; None where it cannot."""
+        shared, length = self.shared, len(request.prompt)
+        cache = one.exported if one.request is None or one.leaving else one.request.table
+        assert cache is not None
         if shared.is_endless(request.policy, length):
-            limit = shared.runner.streaming.limit(held.is_long)
+            limit = shared.runner.streaming.limit(one.is_long)
             try:
-                check_stream(length - table.seen_len + 1, int(table.kept.max()), limit)
+                check_stream(length - cache.seen_len + 1, int(cache.kept.max()), limit)
             except ValueError:
-                return False
-        elif held.is_long != is_long(
-            shared.runner, request.policy, length - table.seen_len, length, request.max_new
+                return None
+        elif one.is_long != is_long(
+            shared.runner, request.policy, length - cache.seen_len, length, request.max_new
         ):
-            return False
-        most, likely = costs_of(
+            return None
+        return costs_of(
             shared,
             request.policy,
             length,
             request.max_new,
             request.protect,
-            table,
+            cache,
             samples=1 + len(request.samples),
         )
-        if not shared.ledger.ever_fits(most):
+
+    def _read(self, request: Request, one: Conversation) -> Found:
+        """Have a cache read from disk for a request; once only, should it go again meanwhile."""
+        assert self.disk is not None
+        if one.reading:
+            return "coming"
+        if request.id in one.tried:
+            return "none"
+        if not self.host.make_room(one.size):
+            return "none"
+        one.tried.add(request.id)
+        self.host.bytes += one.size
+        self.disk.read(one)
+        return "coming"
+
+    # --- making room --------------------------------------------------------------------------
+
+    def make_room_for(self, wanted: Cost, mine: Cost | None, patient: bool = False) -> bool:
+        """Let as many caches go as must, so that ``wanted`` can be reserved in place of ``mine``;
+        False, and none goes, where that cannot be.
+
+        patient : False, too, while their copies are on the way.
+        """
+        given_back = _plus(self.cost, self._on_leave())
+        if mine is not None:
+            given_back = _plus(given_back, mine)
+        if not self.shared.ledger.fits(wanted, instead_of=given_back):
             return False
-        others = self.cost
-        if not shared.ledger.fits(likely, instead_of=others):
-            return False
-        self._forget(held)
-        while not shared.ledger.fits(likely, instead_of=held.reserved):
+        return self._free(wanted, mine, patient)
+
+    def _free(self, wanted: Cost, mine: Cost | None, patient: bool) -> bool:
+        """``make_room_for`` where it is known that it can be."""
+        ledger = self.shared.ledger
+        nothing = Cost(np.zeros_like(ledger.pages), 0)
+        self._settle()
+        while not ledger.fits(wanted, instead_of=_plus(mine or nothing, self._on_leave())):
             self._drop()
-        request.reused, request.reused_entries = table.seen_len, table.layer_tokens
-        for each in (request, *request.samples):
-            each.cost, each.likely = most, likely
-        request.take(table, held)
-        held.cache = None
-        request.reserved, held.reserved = held.reserved, None
-        self.hits, self.reused_tokens = self.hits + 1, self.reused_tokens + table.seen_len
+        if not ledger.fits(wanted, instead_of=mine):
+            if patient:
+                return False
+            self._settle(wait=True)
         return True
 
+    def make_room(self) -> bool:
+        """Let the oldest go; False where none is held."""
+        if not self._held and not self._leaving:
+            return False
+        if self._held:
+            self._drop()
+        self._settle(wait=True)
+        return True
+
+    def _forget(self, held: Request) -> Conversation:
+        """Count a request's cache no longer as held in the pool; it has it still."""
+        self._count(held, -1)
+        return self._held.pop(held)
+
     def _drop(self) -> None:
-        """Let the oldest go."""
-        held = next(iter(self._digests))
-        self._forget(held)
+        """Let the oldest in the pool go, to host memory if it can."""
+        held = next(iter(self._held))
+        one = self._forget(held)
+        if self._spill(one, held):
+            return
         self.shared.release(held)
+        one.request = None
+        self._lose(one)
+
+    def _spill(self, one: Conversation, held: Request) -> bool:
+        """Copy a cache to host memory and give its pages back once that is over; False where there
+        is no room for it."""
+        size = self.shared.copier.host_bytes(one.size)
+        if not self.limit or not self.host.make_room(size):
+            return False
+        one.size, one.tokens = size, held.text[: one.length]
+        one.exported = self.shared.copier.export(held.table)
+        one.leaving = True
+        self._leaving.append(one)
+        self.host.put(one)
+        self.spills += 1
+        self._settle()
+        return True
+
+    def _on_leave(self) -> Cost:
+        """What caches hold in the pool whose copies are on the way."""
+        found = Cost(np.zeros_like(self.shared.ledger.pages), 0)
+        for one in self._leaving:
+            assert one.request is not None and one.request.reserved is not None
+            found = _plus(found, one.request.reserved)
+        return found
+
+    def _settle(self, wait: bool = False) -> None:
+        """Give the pages back of those that are in host memory by now."""
+        for one in list(self._leaving):
+            assert one.exported is not None
+            if wait or one.exported.is_here:
+                self._end_leave(one)
+
+    def _end_leave(self, one: Conversation) -> None:
+        if one.leaving:
+            assert one.request is not None and one.exported is not None
+            one.exported.wait()
+            self.shared.release(one.request)
+            self._leaving.remove(one)
+            one.request, one.leaving = None, False
+
+    def _lose(self, one: Conversation) -> None:
+        """A cache is gone for want of room."""
+        if one.is_pinned:
+            log.warning("cache %s was pinned; preempted requests needed its room", one.id)
+        self.index.remove(one)
         self.dropped += 1
 
+    def _file_lost(self, one: Conversation) -> None:
+        if one.place == "disk":
+            self._lose(one)
 
-def _length(held: Request) -> int:
-    """Tokens that a held cache has seen."""
-    return held.table.seen_len
+    def _discard(self, one: Conversation) -> None:
+        """Let a cache go everywhere."""
+        self.index.remove(one)
+        if one.request in self._held:
+            self.shared.release(self._forgotten(one))
+        self._end_leave(one)
+        if one.exported is not None:
+            self.host.remove(one)
+        if self.disk is not None:
+            self.disk.forget(one)
+
+    def _forgotten(self, one: Conversation) -> Request:
+        assert one.request is not None
+        self._forget(one.request)
+        return one.request
+
+    # --- the disk's thread --------------------------------------------------------------------
+
+    def poll(self) -> None:
+        """See what was written and read."""
+        if self.disk is None:
+            return
+        for done in self.disk.poll():
+            one = done.one
+            if not done.was_read:
+                continue
+            self.host.bytes -= one.size  # it was counted ahead
+            if one not in self.index.at(one.digest):  # deleted meanwhile
+                continue
+            if done.exported is None:
+                self.index.remove(one)
+                continue
+            one.exported, one.tokens, one.from_disk = done.exported, done.tokens, True
+            self.host.put(one)
+
+    def wait(self) -> None:
+        """A moment, for what is being read; for whoever has nothing else to do."""
+        if self.disk is not None:
+            self.disk.wait(PATIENCE)
+
+    def clear(self) -> None:
+        """Let all go that are not on disk."""
+        self.poll()
+        for one in list(self.index):
+            if one.place == "host" and one.has_file:
+                self._end_leave(one)
+                self.host.remove(one)
+            elif one.place != "disk":
+                self._discard(one)
+
+    def close(self) -> None:
+        """Write what is not on disk yet, as far as there is room, the most recently used first; let
+        all go."""
+        if self.disk is not None:
+            self._settle(wait=True)
+            for one in reversed(self.host.held):
+                if not (one.has_file or one.writing):
+                    self.disk.write(one)
+            for held in reversed(self.held):
+                one = self._held[held]
+                one.tokens = held.text[: one.length]
+                one.exported = self.shared.copier.export(held.table)
+                self.disk.write(one)
+                self.disk.drain()
+                one.exported = None
+            self.disk.drain()
+            self.disk.settle()
+            self.disk.close()
+            self.disk = self.host.disk = None
+        for one in list(self.index):
+            if one.place == "disk":
+                self.index.remove(one)
+            else:
+                self._discard(one)
+
+    # --- what an owner may do -----------------------------------------------------------------
+
+    @property
+    def pin_limit(self) -> int:
+        """Bytes that pinned caches may take together."""
+        return self.host.limit // 2
+
+    def pinned_bytes(self) -> int:
+        """Bytes of caches that must not be dropped."""
+        return sum(one.size for one in self.index if one.is_pinned)
+
+    def listed(self, owner: str) -> list[Held]:
+        """An owner's caches, the most recently used first."""
+        self.poll()
+        mine = [one for one in self.index if one.owner == self.names.owner(owner)]
+        return [_told(one) for one in sorted(mine, key=lambda one: -one.used)]
+
+    def pin(self, owner: str, id: str, ttl: float) -> Held:
+        """Have a cache, or what goes on with it, not dropped for so many seconds.
+
+        ``KeyError`` where the owner has none of this id;  ``ValueError`` where pinned caches would
+        take more than they may.
+        """
+        found = self._owned(owner, id)
+        if not self.host.limit:
+            raise ValueError(
+                "nothing can be pinned without host memory that it can move to: start with "
+                "host_kv_memory (serve --host-kv-memory)"
+            )
+        taken = self.pinned_bytes() - sum(one.size for one in found if one.is_pinned)
+        size = sum(one.size for one in found)
+        if taken + size > self.pin_limit:
+            raise ValueError(
+                f"a cache of {size} bytes cannot be pinned beside {taken} that are: together they "
+                f"may take {self.pin_limit}, half of host_kv_memory; wait, or delete a pinned one"
+            )
+        for one in found:
+            one.pinned = time.time() + ttl
+        return _told(found[-1])
+
+    def delete(self, owner: str, id: str) -> None:
+        """Let a cache go everywhere; ``KeyError`` where the owner has none of this id."""
+        for one in self._owned(owner, id):
+            self._discard(one)
+
+    def _owned(self, owner: str, id: str) -> list[Conversation]:
+        self.poll()
+        mine = self.names.owner(owner)
+        found = [one for one in self.index if one.id == id and one.owner == mine]
+        if not found:
+            raise KeyError(id)
+        return found
 
 
-def _digests(owner: str, text: TokenIds, lengths: list[int]) -> Iterator[bytes]:
-    """What the first so many tokens of an owner's text are known by; lengths ascend."""
-    data, at = np.array(text, dtype=np.int64), 0
-    hasher = blake2b(owner.encode(), digest_size=32)
-    for length in lengths:
-        hasher.update(data[at:length].tobytes())
-        at = length
-        yield hasher.digest()
+def _told(one: Conversation) -> Held:
+    name, keep = one.words
+    pinned = one.pinned if one.is_pinned else None
+    return Held(one.id, one.length, one.size, one.place, name, keep, one.used, pinned)
+
+
+def _plus(one: Cost, other: Cost) -> Cost:
+    return Cost(one.pages + other.pages, one.bytes + other.bytes)
+
+
+def open_conversations(shared: Shared, weights: str) -> Conversations:
+    """What an engine's config asks for.  weights : what tells its model's weights, for files;
+    ``ValueError`` for a folder that cannot be used."""
+    config, disk, names = shared.config, None, Names()
+    if config.disk_kv_cache is not None:
+        runner = shared.runner
+        sizes = {k: v for k, v in runner.config.to_dict().items() if k not in ELSEWHERE}
+        what = [
+            weights or str(fingerprint(runner)),
+            json.dumps(sizes, sort_keys=True, default=str),
+            str(runner.dtype),
+            str(shared.pool.layout.scores),
+        ]
+        model = blake2b("\n".join(what).encode(), digest_size=16).hexdigest()
+        size = parse_bytes(config.disk_kv_memory or 0, "disk_kv_memory")
+        pinned = shared.pool.device.type == "cuda"
+        disk = DiskStore(config.disk_kv_cache, size, model, pinned)
+        names = Names(disk.secret, model)
+    host = HostStore(config.host_budget, disk)
+    return Conversations(shared, int(config.budget * config.reuse_share), host, disk, names)

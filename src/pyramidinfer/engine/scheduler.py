@@ -11,10 +11,11 @@ that outlives what was expected is expected to go on for the same share of what 
 Where reservations exceed what there is, in this order, until they fit:
 
 1. expectations give way, the youngest request's first, down to what the next step needs;
-2. caches of finished conversations go, the least recently finished first;
+2. caches of finished conversations go, the least recently finished first, to host memory while
+   there is room;
 3. (elastic) the compressed request with the highest ``keep`` gets a lower one, down to a floor;
-4. the youngest request is preempted: its cache moves to host memory, or is dropped and computed
-   anew where the policy keeps everything and that was asked for.
+4. the youngest request is preempted: its cache moves to host memory, where conversations give way
+   to it, or is dropped and computed anew where the policy keeps everything and that was asked for.
 
 A preempted request comes back before any that never began, as soon as what it is expected to need
 from there on fits.  The oldest is preempted only when it is alone (caches that a caller holds then
@@ -35,7 +36,7 @@ from pyramidinfer.engine import answers
 from pyramidinfer.engine.making import costs_of, expected_of
 from pyramidinfer.engine.memory import Cost
 from pyramidinfer.engine.request import Preempted, Request
-from pyramidinfer.engine.reuse import Conversations
+from pyramidinfer.engine.reuse import Conversations, Found
 from pyramidinfer.engine.shared import Shared
 from pyramidinfer.models.batch import Work
 from pyramidinfer.types import KVUsage
@@ -99,6 +100,7 @@ class Scheduler:
         self.counts = Counts()
         self.flying: set[Request] = set()
         self._trimmed: list[Request] = []  # expected to need more than is reserved
+        conversations.host.others = lambda: self.host_bytes
 
     @property
     def in_flight(self) -> int:
@@ -114,14 +116,14 @@ class Scheduler:
 
     @property
     def host_bytes(self) -> int:
-        """Bytes of caches that are in host memory."""
-        gone = [each.preempted for each in list(self.preempted)]
-        return sum(each.kv.bytes for each in gone if each is not None and each.cache is not None)
+        """Bytes of host memory that preempted requests take."""
+        return sum(each.preempted.size for each in list(self.preempted) if each.preempted)
 
     def queue(self, request: Request) -> None:
         """Let a request wait, behind all others."""
         request.status = "waiting"
         self.waiting.append(request)
+        self.conversations.read_ahead(request)
 
     # --- beginning ----------------------------------------------------------------------------
 
@@ -130,16 +132,20 @@ class Scheduler:
 
         Those that were preempted come before all that never began.  The oldest waits for room and
         nobody overtakes it, except who already holds a cache (an extended request): its pages are
-        part of what the oldest waits for.  ``ValueError`` where nothing runs and nothing can begin.
+        part of what the oldest waits for, and except while its cache comes from elsewhere.
+        ``ValueError`` where nothing runs and nothing can begin.
         """
-        blocked = False
+        self.conversations.poll()
+        blocked = coming = False
         for request in [*self.preempted, *self.waiting]:
             if self.in_flight + request.width > self.config.max_requests:
                 break
             if blocked and request.cache is None:
                 continue
-            if not self._reserve(request):
-                blocked = True
+            found = self._reserve(request)
+            if found != "taken":
+                coming |= found == "coming"
+                blocked |= found == "none"
                 continue
             self.moving = request
             self.remove(request)
@@ -154,31 +160,40 @@ class Scheduler:
                 self.prefilling.append(request)
             self.moving = None
         left = [*self.preempted, *self.waiting]
-        if left and not self.in_flight:
+        if left and not self.in_flight and coming:
+            self.conversations.wait()
+        elif left and not self.in_flight:
             wanted = left[0].preempted.wanted if left[0].preempted else left[0].likely
             raise ValueError(
                 f"{self.ledger.bytes} bytes of kv_memory are held by finished requests, and the "
                 f"next one needs {wanted.bytes} of {self.pool.budget}: release some of them"
             )
 
-    def _reserve(self, request: Request) -> bool:
-        """Reserve for a request what it needs to begin, or to come back; False where that does not
+    def _reserve(self, request: Request) -> Found:
+        """Reserve for a request what it needs to begin, or to come back; "none" where that does not
         fit now."""
-        wanted, mine = request.likely, request.reserved
+        wanted, mine, patient = request.likely, request.reserved, self._is_patient
         if request.status == "preempted":
             assert request.preempted is not None
             wanted = request.preempted.wanted
         elif not self._fits_at_worst(request):
-            return False
-        elif self.conversations.reuse(request):
-            self.ledger.reserve(request, request.likely)
-            return True
-        if not self.conversations.make_room_for(wanted, mine):
-            return False
+            return "none"
+        elif (found := self.conversations.reuse(request, patient)) != "none":
+            if found == "taken":
+                self.ledger.reserve(request, request.likely)
+            return found
+        if not self.conversations.make_room_for(wanted, mine, patient):
+            return "none"
         if request.owner is not None and request.status == "waiting":
             self.conversations.misses += 1
         self.ledger.reserve(request, wanted)
-        return True
+        return "taken"
+
+    @property
+    def _is_patient(self) -> bool:
+        """Whether there is work while a copy is on its way; never on several ranks, which must not
+        look at the time."""
+        return self.in_flight > 0 and self.config.ranks == 1
 
     def _fits_at_worst(self, request: Request) -> bool:
         """Whether a further request can be had at its worst, host memory included."""
@@ -188,7 +203,7 @@ class Scheduler:
             (each.cost if each.prefill is not None else _decode_cost(each)).bytes
             for each in (*self.prefilling, *self.running, *self.preempted)
         )
-        most = self.pool.budget + self.config.swap_budget
+        most = self.pool.budget + self.config.host_budget - self.conversations.pinned_bytes()
         return not worst or worst + request.cost.bytes <= most
 
     def _resume(self, request: Request) -> None:
@@ -199,7 +214,7 @@ class Scheduler:
         if gone.cache is None:
             shared.start(request)
         else:
-            request.cache = self.pool.import_(gone.cache)
+            request.cache = shared.copier.import_(gone.cache)
             if request.prefill is not None:
                 request.prefill.move(shared.runner.device)
                 request.cache.transient_bytes = request.prefill.transient_bytes
@@ -215,6 +230,7 @@ class Scheduler:
         chunk; the rest goes to those with the least left to do, so that a short prompt behind a
         long one is not held up.
         """
+        self._wait_for_caches()
         running, prefilling = self._turn(self.running), self._turn(self.prefilling)
         budget = (self.config.step_tokens - len(running)) * self.shared.runner.depth
         budget = max(budget, self.config.prefill_chunk)
@@ -225,10 +241,18 @@ class Scheduler:
         return Plan(running, [(each, work) for each, work in chosen if work.budget])
 
     def _turn(self, queue: list[Request]) -> list[Request]:
-        """Those of a queue whose turn it is: all of them, or, where a pipeline has several steps on
-        their way, its share of those that are in none."""
+        """Those of a queue whose turn it is: all whose caches are here, or, where a pipeline has
+        several steps on their way, its share of those that are in none."""
         stages = 1 if self.overcommits else self.shared.runner.stages.size
-        return [each for each in queue if each not in self.flying][: -(-len(queue) // stages)]
+        here = [each for each in queue if each not in self.flying and each.table.is_here]
+        return here[: -(-len(queue) // stages)]
+
+    def _wait_for_caches(self) -> None:
+        """Until what comes from host memory is here, where nobody else could run meanwhile."""
+        requests = [*self.running, *self.prefilling]
+        if self.config.ranks > 1 or not any(each.table.is_here for each in requests):
+            for each in requests:
+                each.table.wait()
 
     def to_running(self, request: Request) -> None:
         """A request's prompt is in: from now on it decodes."""
@@ -324,6 +348,7 @@ class Scheduler:
             return False
         request.policy, table.state = found
         request.lowered_to, request.idle = keep, 0
+        table.wait()
         runner.evict_now(self.pool, request)
         most = _decode_cost(request)
         assert most.entries is not None
@@ -355,12 +380,17 @@ class Scheduler:
 
     def _moved(self, request: Request) -> Preempted:
         """Copy a request's cache to host memory."""
-        kv, wanted = self._usage(request), request.likely
+        kv, wanted, reserved = self._usage(request), request.likely, request.reserved
+        assert reserved is not None
         if request.prefill is None:
-            wanted = self._expected(request)
-        gone = Preempted(self.pool.export(request.table), kv, wanted)
+            wanted, reserved = self._expected(request), self.ledger.held(request.table)
+        size = self.shared.copier.host_bytes(reserved.bytes)
+        self.conversations.host.make_room(size, must=True)
+        exported = self.shared.copier.export(request.table)
         if request.prefill is not None:
             request.prefill.move("cpu")
+        exported.wait()  # its pages are needed at once
+        gone = Preempted(exported, kv, wanted, size)
         self.counts.swapped += 1
         return gone
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyramidinfer.cache import Pool, Ring
+from pyramidinfer.cache import Copier, Pool, Ring
 from pyramidinfer.config import EngineConfig
 from pyramidinfer.engine.memory import Ledger
 from pyramidinfer.engine.readings import is_long, readings
@@ -37,6 +37,7 @@ class Shared:
     ledger: Ledger
     config: EngineConfig
     tokenizer: Any
+    copier: Copier
 
     def check_policy(self, policy: Policy) -> None:
         """``ValueError`` where a request cannot have this policy on this model, in this pool."""
@@ -107,6 +108,7 @@ class Shared:
         table, shape = request.table, runner.ranks.own(runner.shapes[0])
         new = request.text[table.seen_len :]
         if request.policy.streams:
+            table.wait()
             runner.streaming.make_room(self.pool, request, len(new))
         rows = request.policy.ring(len(new) + int(table.longest[layers.first]), request.max_new)
         if rows and not request.scoring:

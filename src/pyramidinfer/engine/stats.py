@@ -16,8 +16,10 @@ class Stats(NamedTuple):
     ``running``: requests in flight, ``peak_running`` the most there ever were;  ``pages``: in the
     pool, ``pages_in_use`` those that somebody owns, ``pages_reusable`` those of finished
     conversations, which hold ``reuse_bytes``;  ``reserved_bytes``: of ``kv_memory``;
-    ``swapped_bytes``: caches in host memory.  The rest counts events since the start, as
-    ``scheduler.Counts`` and ``Conversations`` do.
+    ``swapped_bytes``: of host memory, by preempted requests.  ``caches``, ``cache_bytes`` and
+    ``hits_from``: conversations by place.  The rest counts events since the start, as
+    ``scheduler.Counts`` and ``Conversations`` do; ``file_errors``: files that could not be read or
+    written.
     """
 
     running: int
@@ -39,11 +41,17 @@ class Stats(NamedTuple):
     reuse_misses: int
     reuse_tokens: int
     reuse_dropped: int
+    caches: dict[str, int]
+    cache_bytes: dict[str, int]
+    hits_from: dict[str, int]
+    spills: int
+    loads: int
+    file_errors: int
 
 
 def read_stats(scheduler: Scheduler, held: Conversations, peak_running: int) -> Stats:
     """The numbers now; for the engine's own thread."""
-    pool, done = scheduler.pool, scheduler.counts
+    pool, done, disk = scheduler.pool, scheduler.counts, held.disk
     pages = sum(len(group.counts) for group in pool.groups)
     return Stats(
         running=scheduler.in_flight,
@@ -65,4 +73,18 @@ def read_stats(scheduler: Scheduler, held: Conversations, peak_running: int) -> 
         reuse_misses=held.misses,
         reuse_tokens=held.reused_tokens,
         reuse_dropped=held.dropped,
+        caches={
+            "device": held.count,
+            "host": len(held.host),
+            "disk": len(disk) if disk is not None else 0,
+        },
+        cache_bytes={
+            "device": held.cost.bytes,
+            "host": held.host.bytes,
+            "disk": disk.bytes if disk is not None else 0,
+        },
+        hits_from={place: held.hits_from[place] for place in ("device", "host", "disk")},
+        spills=held.spills,
+        loads=held.loads,
+        file_errors=disk.errors if disk is not None else 0,
     )

@@ -13,10 +13,11 @@ import math
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 
@@ -29,6 +30,7 @@ from pyramidinfer.types import KVUsage, Logprob, TokenIds
 __all__ = ["AsyncEngine", "Busy", "Observer", "Stream", "Update"]
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 #: Seconds without anything to do until the pool is checked.
 QUIET = 0.05
@@ -196,6 +198,26 @@ class AsyncEngine:
         """Have the engine's thread do something between two steps."""
         self._commands.put(command)
 
+    def ask(self, look: Callable[[], T]) -> Future[T]:
+        """What ``look`` finds, or raises, in the engine's thread between two steps.
+        ``RuntimeError`` where that has ended, at once or in the future."""
+        found: Future[T] = Future()
+
+        def answer() -> None:
+            if self.died:
+                found.set_exception(RuntimeError(self.why))
+                return
+            try:
+                found.set_result(look())
+            except Exception as error:
+                found.set_exception(error)
+
+        with self._lock:
+            if not self.is_alive:
+                raise RuntimeError("the engine's thread has ended")
+            self.tell(answer)
+        return found
+
     def submit(
         self,
         leaders: list[Request],
@@ -273,7 +295,7 @@ class AsyncEngine:
 
     def _stop(self) -> None:
         self._abort_all()
-        self.engine.conversations.clear()
+        self.engine.conversations.close()
         self._stopping = True
 
     def _work(self) -> None:

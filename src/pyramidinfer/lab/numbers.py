@@ -1,6 +1,6 @@
 """``docs/numbers.md`` from the committed results: ``python -m pyramidinfer.lab.numbers``.
 
-``docs/methods.md`` and the tables of ``docs/scaling.md`` are written, too.
+``docs/methods.md`` and the tables of ``docs/scaling.md`` and ``docs/serving.md`` are written, too.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pyramidinfer.lab import methods, numbers_bench, numbers_real, numbers_serving
-from pyramidinfer.lab.bench import scale_page
+from pyramidinfer.lab.bench import offload_page, scale_page
 from pyramidinfer.lab.numbers_layers import icr, rac
 from pyramidinfer.lab.numbers_studies import (
     command_block,
@@ -196,6 +196,11 @@ def main() -> None:
         scaling = scale_page.render_scale(scaling, results["scale"], results.get("stages"))
         scale_page.PAGE.write_text(scaling, encoding="utf-8")
         pages.append(scale_page.PAGE)
+    if "offload" in results:
+        serving = offload_page.PAGE.read_text(encoding="utf-8")
+        serving = offload_page.render_offload(serving, results["offload"])
+        offload_page.PAGE.write_text(serving, encoding="utf-8")
+        pages.append(offload_page.PAGE)
     print("wrote", ", ".join(map(str, pages)))
 
 

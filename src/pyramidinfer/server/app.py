@@ -6,10 +6,10 @@ import asyncio
 import inspect
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from importlib.resources import files
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -20,6 +20,7 @@ from starlette.exceptions import HTTPException
 
 import pyramidinfer
 from pyramidinfer.engine import LLM
+from pyramidinfer.engine.reuse import Held
 from pyramidinfer.policies import Policy
 from pyramidinfer.server.errors import ApiError, error_response
 from pyramidinfer.server.gate import NONCE, Gate
@@ -27,6 +28,7 @@ from pyramidinfer.server.protocol import (
     ChatRequest,
     CompletionRequest,
     Detokenize,
+    Pin,
     TokenizeRequest,
 )
 from pyramidinfer.server.service import Service
@@ -36,6 +38,7 @@ from pyramidinfer.server.strict import StrictRoute
 __all__ = ["build_app"]
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 #: What any endpoint may answer besides 200, for the OpenAPI document.
 ERRORS: dict[int | str, dict[str, Any]] = {
@@ -54,7 +57,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     for code, text in {
         400: "Invalid request",
         401: "No valid API key",
-        404: "No such model",
+        404: "No such model or cache",
         408: "The body took too long",
         413: "The request is too large",
         415: "The body is encoded in a way that is not understood",
@@ -93,12 +96,13 @@ def build_app(llm: LLM, settings: ServerSettings) -> FastAPI:
         app.add_middleware(
             CORSMiddleware,
             allow_origins=list(settings.cors_origins),
-            allow_methods=["GET", "POST"],
+            allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],  # OpenAI's client sends a dozen
         )
     _add_errors(app, service)
     _add_generation(app, service)
     _add_tokens(app, service)
+    _add_caches(app, service)
     _add_operation(app, service)
     if settings.page:
         _add_page(app)
@@ -245,6 +249,44 @@ def _add_tokens(app: FastAPI, service: Service) -> None:
         """The text of token ids, special ones included."""
         service.check_model(body.model)
         return {"prompt": await service.prepare(service.jobs.text, body)}
+
+
+def _add_caches(app: FastAPI, service: Service) -> None:
+    """Caches of finished conversations; everybody sees those of the own API key only."""
+    engine = service.llm.engine
+    lists: dict[int | str, dict[str, Any]] = {401: ERRORS[401], 503: ERRORS[503]}
+
+    async def found(id: str, look: Callable[[], T]) -> T:
+        try:
+            return await service.inside(look)
+        except KeyError:
+            raise ApiError(404, f"there is no cache {id!r:.60}", param="id") from None
+        except ValueError as error:
+            raise ApiError(400, str(error)) from None
+
+    @app.get("/v1/caches", responses=lists)
+    async def caches(request: Request) -> dict[str, Any]:
+        """Caches that are held, the most recently used first."""
+        owner = request.scope["owner"]
+        held = await service.inside(lambda: engine.caches(owner))
+        return {"object": "list", "data": [_shown(each) for each in held]}
+
+    @app.post("/v1/caches/{id}/pin", responses=ERRORS)
+    async def pin(request: Request, id: str, body: Pin) -> dict[str, Any]:
+        """Have a cache, and what goes on with it, not dropped for some time."""
+        owner = request.scope["owner"]
+        return _shown(await found(id, lambda: engine.pin_cache(owner, id, body.ttl)))
+
+    @app.delete("/v1/caches/{id}", responses={**lists, 404: ERRORS[404]})
+    async def delete(request: Request, id: str) -> dict[str, Any]:
+        """Let a cache go everywhere."""
+        owner = request.scope["owner"]
+        await found(id, lambda: engine.delete_cache(owner, id))
+        return {"id": id, "object": "cache", "deleted": True}
+
+
+def _shown(held: Held) -> dict[str, Any]:
+    return {"object": "cache", **held._asdict()}
 
 
 def _add_operation(app: FastAPI, service: Service) -> None:

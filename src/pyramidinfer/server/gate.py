@@ -9,6 +9,7 @@ import re
 import secrets
 import time
 from collections.abc import Callable
+from hashlib import blake2b
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
@@ -51,7 +52,8 @@ NO_KEY = error_response(
 class Gate:
     """ASGI middleware around the whole application.
 
-    Puts ``scope["owner"]`` in: a text of its own for every key, for what must not be shared.
+    Puts ``scope["owner"]`` in: a text of its own for every key, the same after a restart, for what
+    must not be shared.
     ``rejected``: told the status of every answer that the gate gives itself.
     """
 
@@ -60,6 +62,7 @@ class Gate:
     ) -> None:
         self.app, self.settings, self.rejected = app, settings, rejected
         self.keys = [key.encode() for key in settings.api_keys]
+        self.owners = [blake2b(key, digest_size=16).hexdigest() for key in self.keys]
         self.hosts: set[str] | None = None  # any
         if settings.is_loopback and not self.keys:
             self.hosts = {"localhost", "127.0.0.1", "[::1]", settings.host, *settings.allowed_hosts}
@@ -124,7 +127,7 @@ class Gate:
         for index, key in enumerate(self.keys):
             same = hmac.compare_digest(given.strip().encode("utf-8", "replace"), key)
             if same and scheme.lower() == "bearer":
-                owner = f"key {index}"
+                owner = self.owners[index]
         return owner
 
     def _bounded(self, receive: Receive, headers: Headers) -> Receive:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from prometheus_client import (
     CollectorRegistry,
@@ -227,7 +228,10 @@ class _Shares:
 GAUGES = {
     "vllm:num_requests_running": ("Requests in flight", "running"),
     "vllm:num_requests_swapped": ("Requests put off for want of memory", "preempted"),
-    "pyramidinfer:swapped_bytes": ("Bytes of caches in host memory", "swapped_bytes"),
+    "pyramidinfer:swapped_bytes": (
+        "Bytes of host memory that preempted requests take",
+        "swapped_bytes",
+    ),
     "pyramidinfer:pool_pages": ("Pages there are", "pages"),
     "pyramidinfer:pool_pages_in_use": ("Pages somebody owns", "pages_in_use"),
     "pyramidinfer:pool_pages_reusable": ("Pages of finished conversations", "pages_reusable"),
@@ -248,6 +252,22 @@ COUNTERS = {
     "pyramidinfer:reuse_misses": ("Requests that found none", "reuse_misses"),
     "pyramidinfer:reuse_tokens": ("Tokens not computed again", "reuse_tokens"),
     "pyramidinfer:reuse_dropped": ("Held caches that went for room", "reuse_dropped"),
+    "pyramidinfer:cache_spills": ("Held caches moved from the pool to host memory", "spills"),
+    "pyramidinfer:cache_loads": ("Held caches brought back into the pool", "loads"),
+    "pyramidinfer:cache_file_errors": (
+        "Files of caches that could not be read or written",
+        "file_errors",
+    ),
+}
+#: Those that have a value for each place where a cache can be.
+BY_PLACE: dict[str, tuple[Any, str, str]] = {
+    "pyramidinfer:caches": (GaugeMetricFamily, "Caches of finished conversations", "caches"),
+    "pyramidinfer:cache_bytes": (GaugeMetricFamily, "Bytes that they take", "cache_bytes"),
+    "pyramidinfer:cache_hits": (
+        CounterMetricFamily,
+        "Requests that reused a conversation's cache, by where it was",
+        "hits_from",
+    ),
 }
 
 
@@ -296,6 +316,11 @@ class _Gauges:
         for family, values in ((GaugeMetricFamily, gauges), (CounterMetricFamily, counters)):
             for name, text, value in values:
                 yield _one(family(name, text, labels=["model_name"]), model, value)
+        for name, (kind, text, field) in BY_PLACE.items():
+            places = kind(name, text, labels=["model_name", "place"])
+            for place, value in getattr(stats, field).items():
+                places.add_metric([model, place], value)
+            yield places
         shares = GaugeMetricFamily(
             "pyramidinfer:kv_kept_share",
             "Share of a full cache's entries that a layer kept, over all ended requests",

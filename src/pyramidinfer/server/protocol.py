@@ -20,6 +20,7 @@ __all__ = [
     "Detokenize",
     "Generation",
     "Message",
+    "Pin",
     "ResponseFormat",
     "StreamOptions",
     "StructuredOutputs",
@@ -34,6 +35,8 @@ TokenLists = Annotated[list[TokenList], Field(min_length=1, fail_fast=True)]
 
 MANY = 16  # unknown names that are told of, at most
 MANY_BIASES = 1024
+#: For how long a cache can be pinned: a week.
+MOST_SECONDS = 7 * 24 * 3600
 
 
 def _kind(prompt: Any) -> str:
@@ -83,6 +86,12 @@ class Compression(Strict):
     policy: str | None = None
     keep: Annotated[float, Field(gt=0, le=1)] | None = None
     reuse: bool = True
+
+
+class Pin(Strict):
+    """``POST /v1/caches/{id}/pin``: for how many seconds a cache must not be dropped."""
+
+    ttl: Annotated[float, Field(gt=0, le=MOST_SECONDS)]
 
 
 class StreamOptions(Strict):

@@ -158,6 +158,14 @@ class Service:
         """Nothing is being prepared, waiting or running."""
         return not self.preparing and self.worker.is_idle
 
+    async def inside(self, look: Callable[[], T]) -> T:
+        """What ``look`` finds in the engine's thread, between two steps; ``ApiError`` where that
+        has ended."""
+        try:
+            return await asyncio.wrap_future(self.worker.ask(look))
+        except RuntimeError as error:
+            raise ApiError(503, str(error), code="engine_dead") from None
+
     async def answer(
         self, body: ChatRequest | CompletionRequest, owner: str | None
     ) -> dict[str, Any]:

@@ -1,0 +1,192 @@
+"""What is known of a finished conversation, wherever its cache is, and how one is found again.
+
+Texts are compared by digests of their beginnings, owners by keyed digests, so that neither an API
+key nor what stands for one is ever written down.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, is_dataclass
+from functools import lru_cache
+from hashlib import blake2b
+from typing import Any, Literal
+
+import numpy as np
+
+from pyramidinfer.cache import Exported
+from pyramidinfer.engine.request import Request
+from pyramidinfer.policies import Policy
+from pyramidinfer.types import TokenIds
+
+__all__ = ["Conversation", "Index", "Names", "Place"]
+
+#: Where a cache can be.
+Place = Literal["device", "host", "disk"]
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Conversation:
+    """A finished text and its cache.
+
+    ``id``: what its owner knows it by, and its file's name;  ``digest``: of owner and text, of
+    ``length`` tokens;  ``policy``: None while all that is known of it is its ``mark`` (a file of an
+    earlier run);  ``words``: its name and ``keep``;  ``size``: bytes it counts for, wherever it is.
+
+    It is in the pool (``request`` has the cache), in host memory (``exported``) or on disk alone;
+    one in host memory may have a file, too (``has_file``).  ``leaving``: its pages are being copied
+    to host memory, ``coming``: back;  ``writing`` and ``reading``: its file is.  ``from_disk``: it
+    was read from there;  ``tried``: ids of requests that it was read for.
+    """
+
+    id: str
+    owner: str
+    digest: bytes
+    length: int
+    mark: str
+    words: tuple[str, float | None]
+    policy: Policy | None
+    protect: tuple[tuple[int, int], ...]
+    is_long: bool
+    size: int
+    used: float
+    pinned: float = 0.0
+    tokens: TokenIds | None = None
+    request: Request | None = None
+    exported: Exported | None = None
+    has_file: bool = False
+    file_bytes: int = 0
+    leaving: bool = False
+    writing: bool = False
+    reading: bool = False
+    coming: bool = False
+    from_disk: bool = False
+    tried: set[int] = field(default_factory=set)
+
+    @property
+    def place(self) -> Place:
+        """Where its cache is."""
+        if self.exported is not None:
+            return "host"
+        return "device" if self.request is not None else "disk"
+
+    @property
+    def is_pinned(self) -> bool:
+        """Whether it must not be dropped."""
+        return self.pinned > 0 and time.time() < self.pinned
+
+    def fits(self, request: Request, mark: str) -> bool:
+        """Whether a request of the same owner that begins with its text may take it up."""
+        same = self.mark == mark if self.policy is None else self.policy == request.policy
+        return same and self.protect == request.protect
+
+
+class Names:
+    """Digests of owners, texts and policies.
+
+    secret : keys the owners' (empty: the same in every process);  model : whose caches these are.
+    """
+
+    def __init__(self, secret: bytes = b"", model: str = "") -> None:
+        self.secret, self.model = secret, model
+        self.mark = lru_cache(256)(_policy_mark)
+
+    def owner(self, owner: str) -> str:
+        """What an owner is known by."""
+        return blake2b(owner.encode(), key=self.secret, digest_size=16).hexdigest()
+
+    def digests(self, owner: str, text: TokenIds, lengths: list[int]) -> Iterator[bytes]:
+        """What the first so many tokens of an owner's text are known by; lengths ascend.
+
+        owner : as ``owner`` gives it.
+        """
+        data, at = np.array(text, dtype=np.int64), 0
+        hasher = blake2b(owner.encode(), digest_size=32)
+        for length in lengths:
+            hasher.update(data[at:length].tobytes())
+            at = length
+            yield hasher.digest()
+
+    def of(self, request: Request, size: int) -> Conversation:
+        """A finished request that has its cache; ``size``: bytes of that."""
+        assert request.owner is not None
+        owner, length = self.owner(request.owner), request.table.seen_len
+        *_, digest = self.digests(owner, request.text, [length])
+        policy, mark = request.policy, self.mark(request.policy)
+        whole = json.dumps([self.model, mark or repr(policy), request.protect, digest.hex()])
+        return Conversation(
+            id=blake2b(whole.encode(), digest_size=16).hexdigest(),
+            owner=owner,
+            digest=digest,
+            length=length,
+            mark=mark,
+            words=(policy.name, getattr(policy, "keep", None)),
+            policy=policy,
+            protect=request.protect,
+            is_long=request.is_long,
+            size=size,
+            used=time.time(),
+            pinned=request.pinned,
+            request=request,
+        )
+
+
+def _policy_mark(policy: Policy) -> str:
+    """A digest of a policy with all its options; empty where an option cannot be written down, so
+    that its caches cannot be told from others in a later run."""
+    try:
+        words = json.dumps(_plain(policy), sort_keys=True)
+    except TypeError:
+        return ""
+    return blake2b(words.encode(), digest_size=16).hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    """What JSON can say of an option, dataclasses with their type; ``TypeError`` otherwise."""
+    if is_dataclass(value) and not isinstance(value, type):
+        kind = type(value)
+        inside = {each.name: _plain(getattr(value, each.name)) for each in fields(value)}
+        return [f"{kind.__module__}.{kind.__qualname__}", inside]
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    if isinstance(value, dict):
+        return [[_plain(key), _plain(each)] for key, each in value.items()]
+    if value is None or isinstance(value, str | int | float):
+        return value
+    raise TypeError(f"{value!r:.60} cannot be written down")
+
+
+class Index:
+    """Conversations by what their texts are known by."""
+
+    def __init__(self) -> None:
+        self._by_digest: dict[bytes, list[Conversation]] = {}
+        self._lengths: Counter[int] = Counter()
+
+    def add(self, one: Conversation) -> None:
+        self._by_digest.setdefault(one.digest, []).append(one)
+        self._lengths[one.length] += 1
+
+    def remove(self, one: Conversation) -> None:
+        found = self._by_digest[one.digest]
+        found.remove(one)
+        if not found:
+            del self._by_digest[one.digest]
+        self._lengths[one.length] -= 1
+        if not self._lengths[one.length]:
+            del self._lengths[one.length]
+
+    def __iter__(self) -> Iterator[Conversation]:
+        for found in self._by_digest.values():
+            yield from found
+
+    def lengths(self, below: int) -> list[int]:
+        """Lengths of texts shorter than this, ascending."""
+        return sorted(length for length in self._lengths if length < below)
+
+    def at(self, digest: bytes) -> list[Conversation]:
+        """Those with this digest, the newest last."""
+        return self._by_digest.get(digest, [])

@@ -1,0 +1,186 @@
+"""``bench offload``: conversations that the pool, host memory and a disk hold, and how soon the
+second turn of one answers from each."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pyramidinfer.config import check_whole, parse_bytes
+from pyramidinfer.engine import LLM
+from pyramidinfer.engine.engine import Engine
+from pyramidinfer.engine.request import Request
+from pyramidinfer.lab.bench.setting import FIRST_WORD, progress
+from pyramidinfer.lab.bench.timing import spread
+from pyramidinfer.lab.record import write_result
+from pyramidinfer.models.catalog import find_model
+from pyramidinfer.policies.registry import make_policy, parse_spec
+from pyramidinfer.types import SamplingParams, TokenIds
+
+__all__ = ["WAYS", "OffloadPlan", "run_offload"]
+
+#: Where the second turn finds the first one's cache; ``anew``: nowhere.
+WAYS = ("device", "host", "disk", "anew")
+OWNER = "bench"
+#: Conversations after which one that adds none to those that are held ends the count.
+MOST = 1000
+
+
+@dataclass(frozen=True)
+class OffloadPlan:
+    """Conversations of ``tokens`` tokens, until no more are held; then ``repeats`` second turns of
+    ``turn`` more tokens from each place, on a first one of ``prompt``.
+
+    model : folder, hub id or fetched model;  kv_memory, host, disk : budgets of the count; of
+    kv_memory half is for conversations.
+    """
+
+    model: str = "smollm2"
+    policies: tuple[str, ...] = ("full", "pyramid:keep=.3")
+    tokens: int = 300
+    kv_memory: str = "48MiB"
+    host: str = "32MiB"
+    disk: str = "64MiB"
+    prompt: int = 600
+    turn: int = 30
+    repeats: int = 3
+    dtype: str = "auto"
+    threads: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "prompt", "turn", "repeats"):
+            check_whole(f"--{name}", getattr(self, name), 1)
+        check_whole("--threads", self.threads, 0)
+        for name in ("kv_memory", "host", "disk"):
+            parse_bytes(getattr(self, name), f"--{name}")
+
+
+def run_offload(plan: OffloadPlan, out: Path) -> dict[str, Any]:
+    """Measure, write ``out``, and return its result."""
+    if plan.threads:
+        torch.set_num_threads(plan.threads)
+    rows = [
+        {"policy": spec, "held": _count(plan, spec), **_times(plan, spec)} for spec in plan.policies
+    ]
+    result = {"rows": rows}
+    write_result(out, asdict(plan), result)
+    return result
+
+
+def _count(plan: OffloadPlan, spec: str) -> dict[str, int]:
+    """How many conversations are held, by place, once each further one pushes one out."""
+    budgets = {"kv_memory": plan.kv_memory, "host_kv_memory": plan.host}
+    with _engine(plan, spec, plan.disk, **budgets) as engine, progress(spec, MOST) as done:
+        conversations = engine.conversations
+        assert conversations.disk is not None
+        for number in range(MOST):
+            _answer(engine, _text(engine, number, plan.tokens))
+            conversations.disk.drain()
+            conversations.poll()
+            done("conversations")
+            if conversations.dropped:
+                break
+        found: Counter[str] = Counter(each.where for each in engine.caches(OWNER))
+        return {place: found[place] for place in WAYS[:3]}
+
+
+def _times(plan: OffloadPlan, spec: str) -> dict[str, Any]:
+    """Seconds from the second turn's arrival to its first token by place, and what a cache takes
+    there; the same tokens must come from everywhere but computed anew."""
+    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+    bytes_: dict[str, int] = {}
+    room = {"kv_memory": "512MiB", "host_kv_memory": "256MiB"}
+    same = True
+    with (
+        _engine(plan, spec, "1GiB", **room) as engine,
+        progress(spec, plan.repeats * len(WAYS)) as done,
+    ):
+        _answer(engine, _text(engine, MOST, plan.prompt))  # warms up
+        for repeat in range(plan.repeats):
+            first: TokenIds = []
+            for way in WAYS[repeat % 4 :] + WAYS[: repeat % 4]:
+                engine.conversations.clear()
+                turn = _answer(engine, _text(engine, repeat, plan.prompt))
+                _move(engine, way)
+                for held in engine.caches(OWNER):
+                    bytes_[held.where] = held.bytes
+                again = _answer(engine, turn.text + _text(engine, MOST + repeat, plan.turn))
+                assert again.times.first_token is not None
+                assert (again.reused > 0) == (way != "anew"), way
+                seconds[way].append(again.times.first_token - again.times.arrived)
+                if way != "anew":
+                    first = first or again.output
+                    same &= first == again.output
+                done(way)
+    return {
+        "first_token_seconds": {way: spread(each) for way, each in seconds.items()},
+        "bytes": bytes_,
+        "same_tokens": same,
+    }
+
+
+@contextmanager
+def _engine(plan: OffloadPlan, spec: str, disk: str, **options: Any) -> Iterator[Engine]:
+    name, own = parse_spec(spec)
+    with tempfile.TemporaryDirectory(prefix="pyramidinfer-kv-") as folder:
+        llm = LLM(
+            find_model(plan.model),
+            make_policy(name, **own),
+            dtype=plan.dtype,
+            disk_kv_cache=folder,
+            disk_kv_memory=disk,
+            **options,
+        )
+        try:
+            yield llm.engine
+        finally:
+            llm.engine.conversations.close()
+            llm.close()
+
+
+def _text(engine: Engine, number: int, length: int) -> TokenIds:
+    """Tokens that no other number has."""
+    size = engine.runner.vocab_size - FIRST_WORD
+    draw = torch.Generator().manual_seed(number)
+    return (FIRST_WORD + torch.randint(0, size, (length,), generator=draw)).tolist()
+
+
+def _answer(engine: Engine, text: TokenIds) -> Request:
+    """A turn that generates four tokens."""
+    params = SamplingParams(max_tokens=4, ignore_eos=True, temperature=0.0)
+    request = engine.make(text, params, owner=OWNER)
+    engine.run([request])
+    return request
+
+
+def _move(engine: Engine, way: str) -> None:
+    """Bring what is held to where it is to be found; what is on disk is no longer in memory."""
+    conversations = engine.conversations
+    if way == "anew":
+        conversations.clear()
+    if way in ("host", "disk"):
+        while conversations.make_room():
+            pass
+    if way == "disk":
+        disk = conversations.disk
+        assert disk is not None
+        for one in conversations.host.held:
+            disk.write(one)
+        disk.drain()
+        conversations.poll()
+        conversations.host.make_room(conversations.host.limit)
+        for path in disk.folder.glob("*.safetensors"):
+            file = os.open(path, os.O_RDONLY)
+            os.fsync(file)
+            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(file)
+    time.sleep(0.01)

@@ -1,0 +1,67 @@
+"""The table of ``docs/serving.md`` and the terminal's, from what ``bench offload`` measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from pyramidinfer.lab.bench.offload import WAYS
+from pyramidinfer.lab.bench.table import mebibytes
+from pyramidinfer.lab.numbers_studies import origin
+
+__all__ = ["PAGE", "offload_table", "render_offload"]
+
+PAGE = Path("docs/serving.md")
+BEGIN, END = "<!-- from benchmarks/results/offload.json -->", "<!-- end -->"
+
+
+def render_offload(page: str, entry: dict[str, Any]) -> str:
+    """The page with its table as the result has it, between the two marks."""
+    plan = entry["configuration"]
+    head, *rows = _rows(entry["result"])
+    lines = [
+        BEGIN,
+        origin(entry),
+        f"`pyramidinfer bench offload --repeats {plan['repeats']} --threads {plan['threads']}` on "
+        f"`{Path(plan['model']).name}`. *Held*: conversations of "
+        f"{plan['tokens']:,} tokens in half of {plan['kv_memory']} of `kv_memory`, {plan['host']} "
+        f"of host memory and {plan['disk']} of disk. *First token*: of a second turn of "
+        f"{plan['turn']} tokens on a first one of {plan['prompt']:,}, from where its cache is; "
+        f"medians of {plan['repeats']}, taking turns, with the range; files not in the system's "
+        f"memory.\n",
+        f"| {' | '.join(head)} |",
+        f"|{'---|' * len(head)}",
+        *(f"| {' | '.join(row)} |" for row in rows),
+        END,
+    ]
+    before, _, rest = page.partition(BEGIN)
+    return before + "\n".join(lines) + rest.partition(END)[2]
+
+
+def offload_table(result: dict[str, Any]) -> Table:
+    """What the terminal shows after ``bench offload``."""
+    table, (head, *rows) = Table(title="conversations"), _rows(result)
+    for name in head:
+        table.add_column(name)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _rows(result: dict[str, Any]) -> list[list[str]]:
+    found = [["policy", "where", "held", "bytes of one", "first token"]]
+    for row in result["rows"]:
+        for way in WAYS:
+            seconds = row["first_token_seconds"][way]
+            found.append(
+                [
+                    row["policy"],
+                    "computed anew" if way == "anew" else way,
+                    str(row["held"].get(way, "–")),
+                    mebibytes(row["bytes"][way]) if way in row["bytes"] else "–",
+                    f"{seconds['median']:.2f} s ({seconds['min']:.2f} to {seconds['max']:.2f})",
+                ]
+            )
+    return found
