@@ -15,7 +15,8 @@ import logging
 from collections.abc import AsyncIterator
 from typing import Any
 
-from fastapi import FastAPI, Request, Response
+from starlette.requests import Request
+from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from pyramidinfer.integrations.replicas import ReplicaOptions, conversation_of, ranks_of
@@ -38,7 +39,6 @@ log = logging.getLogger(__name__)
 
 #: Of a request's scope, what can be sent to another process and what an application reads.
 SENT = ("type", "http_version", "method", "scheme", "path", "raw_path", "query_string", "headers")
-METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"]
 #: Seconds beyond a request's own in which a replica must have said that it timed out.
 SPARE = 30.0
 
@@ -112,9 +112,6 @@ class Replica:
             self.llm.close()
 
 
-front = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
-
-
 class Ingress:
     """Hands every request to a replica.  replicas : Serve's handle of the deployment."""
 
@@ -122,8 +119,7 @@ class Ingress:
         self.replicas = replicas.options(stream=True)
         self.settings = options.settings()
 
-    @front.api_route("/{path:path}", methods=METHODS)
-    async def forward(self, request: Request) -> Response:
+    async def __call__(self, request: Request) -> Response:
         """Answer as a replica does; 503 where none takes the request, or the one that did is
         lost."""
         try:
@@ -230,7 +226,7 @@ def app(given: dict[str, Any]) -> Any:
         max_queued_requests=settings.max_waiting,
         graceful_shutdown_timeout_s=settings.drain_timeout,
     )
-    ingress = serve.deployment(serve.ingress(front)(Ingress)).options(
+    ingress = serve.deployment(Ingress).options(
         name="ingress",
         num_replicas=options.ingresses,
         ray_actor_options={"num_cpus": 0},
