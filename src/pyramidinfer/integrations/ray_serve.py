@@ -131,9 +131,7 @@ class Ingress:
             messages = handle.answer.remote(scope, body)
             return await self._begun(messages)
         except ApiError as error:
-            return Response(
-                json.dumps(error.body), error.status, error.headers, "application/json"
-            )
+            return Response(json.dumps(error.body), error.status, error.headers, "application/json")
 
     async def _begun(self, messages: Any) -> Response:
         """The answer, once there is something of it: what fails before that has a status."""
