@@ -18,6 +18,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+try:
+    import ray
+    import ray.data
+except ImportError as error:
+    raise ImportError(f"Ray Data is missing ({error}): pip install 'pyramidinfer[ray]'") from error
+
 from pyramidinfer.integrations.replicas import ReplicaOptions
 from pyramidinfer.server.batch import (
     answer_line,
@@ -30,12 +36,6 @@ from pyramidinfer.server.batch import (
     take_up,
 )
 from pyramidinfer.server.service import Service
-
-try:
-    import ray
-    import ray.data
-except ImportError as error:
-    raise ImportError(f"Ray Data is missing ({error}): pip install 'pyramidinfer[ray]'") from error
 
 __all__ = ["Answers", "answer_file"]
 

@@ -15,15 +15,6 @@ import logging
 from collections.abc import AsyncIterator
 from typing import Any
 
-from starlette.requests import Request
-from starlette.responses import Response
-from starlette.types import Message, Receive, Scope, Send
-
-from pyramidinfer.integrations.replicas import ReplicaOptions, conversation_of, ranks_of
-from pyramidinfer.server.app import build_app
-from pyramidinfer.server.errors import ApiError
-from pyramidinfer.server.service import Service
-
 try:
     from ray import serve
     from ray.exceptions import RayError
@@ -32,6 +23,15 @@ try:
     from ray.serve.request_router import RequestRouter
 except ImportError as error:
     raise ImportError(f"Ray Serve is missing ({error}): pip install 'pyramidinfer[ray]'") from error
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Message, Receive, Scope, Send
+
+from pyramidinfer.integrations.replicas import ReplicaOptions, conversation_of, ranks_of
+from pyramidinfer.server.app import build_app
+from pyramidinfer.server.errors import ApiError
+from pyramidinfer.server.service import Service
 
 __all__ = ["ConversationRouter", "Ingress", "Replica", "app"]
 

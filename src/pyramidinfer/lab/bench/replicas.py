@@ -102,7 +102,8 @@ class Tally:
 
 
 def run_replicas(plan: ReplicasPlan, out: Path) -> dict[str, Any]:
-    """Serve, ask, kill, write ``out``, and return its result; ``ModuleNotFoundError`` without Ray."""
+    """Serve, ask, kill, write ``out``, and return its result.  ``ModuleNotFoundError`` without
+    Ray."""
     rows = []
     with cluster(plan) as serve, progress("replicas", len(WAYS)) as done:
         sizes = _sizes()
