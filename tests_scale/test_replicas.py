@@ -25,7 +25,7 @@ from pyramidinfer.lab.bench.replicas import ReplicasPlan, _processes, cluster
 pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own
 ROOT = Path(__file__).parents[1]
 STORY = "The old baker walked to the market . "
-LONG = {"max_tokens": 2500, "ignore_eos": True, "temperature": 0}
+LONG = {"max_tokens": 1000, "ignore_eos": True, "temperature": 0}
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +114,7 @@ def test_a_lost_replica_costs_its_requests_a_503(url: str) -> None:
     with ThreadPoolExecutor(16) as threads:
         answers = [threads.submit(whole, each) for each in sessions]
         streams = [threads.submit(streamed, each) for each in sessions]
-        time.sleep(2)
+        time.sleep(1)
         assert not any(each.done() for each in (*answers, *streams))
         _processes("engine")[0].send_signal(signal.SIGKILL)
         fresh = ask(url, session="fresh", prompt=STORY, max_tokens=3)
