@@ -56,7 +56,9 @@ def both_run(url: str) -> None:
     """Wait until two engines answer."""
     for _ in range(240):
         if len(_processes("engine")) == 2:
-            seen = {ask(url, session=f"w{i}", prompt="x").headers.get("x-replica") for i in range(9)}
+            seen = {
+                ask(url, session=f"w{i}", prompt="x").headers.get("x-replica") for i in range(9)
+            }
             if len(seen - {None}) == 2:
                 return
         time.sleep(0.5)
@@ -216,6 +218,26 @@ def test_a_batch_goes_on_after_a_kill_with_the_rows_of_batch(tmp_path: Path) -> 
     again = [sys.executable, "-m", "pyramidinfer", "batch", str(source), str(target)]
     run = subprocess.run(again, capture_output=True, text=True)
     assert run.returncode == 0 and "200 of 200 answers are there already" in run.stderr
+
+
+def test_the_pages_pipeline_runs(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "scaling.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    body = {"prompt": STORY, "max_tokens": 3}
+    asked = [{"custom_id": name, "url": "/v1/completions", "body": body} for name in "abc"]
+    (tmp_path / "requests.jsonl").write_text("".join(json.dumps(each) + "\n" for each in asked))
+    start = BATCH.partition("from pyramidinfer")[0].replace("num_cpus=2", "num_cpus=4")
+    run = subprocess.run(
+        [sys.executable, "-c", start + code], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert run.returncode == 0, run.stderr
+    files = (tmp_path / "answers").glob("*.json")
+    rows = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    assert sorted(row["custom_id"] for row in rows) == ["a", "b", "c"]
+    for row in rows:
+        answer = json.loads(row["text"])
+        assert answer["custom_id"] == row["custom_id"]
+        assert answer["response"]["status_code"] == 200
 
 
 @pytest.mark.parametrize(
