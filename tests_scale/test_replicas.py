@@ -278,7 +278,8 @@ def test_the_readmes_lines_start_two_replicas() -> None:
             seen: set[str] = set()
             for number in range(600):
                 try:
-                    found = ask("http://127.0.0.1:8000", session=str(number), prompt=STORY)
+                    url = "http://127.0.0.1:8000"
+                    found = ask(url, session=str(number), prompt=STORY, max_tokens=1)
                     seen |= {found.headers["x-replica"]} if found.status_code == 200 else set()
                 except httpx.HTTPError:
                     time.sleep(0.5)
