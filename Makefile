@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 TORCH := torch==2.13.0
 
-.PHONY: demo test test-real test-scale check model models numbers pages bench bench-gpu bench-scale bench-offload fuzz install install-dev clean
+.PHONY: demo test test-real test-scale check model models numbers pages bench bench-gpu bench-scale bench-offload bench-replicas fuzz install install-dev clean
 
 demo: $(VENV)/.installed
 	$(BIN)/pyramidinfer demo --fetch smollm2
@@ -16,8 +16,9 @@ test: $(VENV)/.installed-dev
 test-real: models $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup tests_real
 
-# The same with several ranks: every policy and family, processes that are lost (docs/scaling.md).
-test-scale: $(VENV)/.installed-dev
+# The same with several ranks and several replicas under Ray: every policy and family, processes
+# that are lost (docs/scaling.md).
+test-scale: $(VENV)/.installed-ray
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests_scale
 
 check: $(VENV)/.installed-dev
@@ -85,6 +86,11 @@ bench-offload: $(VENV)/.installed
 	$(BENCH) offload --json $(RESULTS)/offload.json
 	$(MAKE) pages
 
+# Two replicas under Ray on this machine, one of which is killed, for docs/scaling.md.
+bench-replicas: $(VENV)/.installed-ray
+	$(BENCH) replicas --at-once 16 --json $(RESULTS)/replicas.json
+	$(MAKE) pages
+
 # 10,000 made-up requests at the server.
 fuzz: $(VENV)/.installed-dev
 	$(BIN)/python -m pyramidinfer.lab.fuzz --cases 10000 --json $(RESULTS)/fuzz.json
@@ -118,6 +124,10 @@ $(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+$(VENV)/.installed-ray: $(VENV)/.installed-dev
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[ray]'
 	@touch $@
 
 clean:

@@ -211,6 +211,18 @@ def test_labels_and_ports_agree(
     assert manifest["Service"]["spec"]["ports"][0]["targetPort"] == port["name"]
 
 
+def test_two_replicas_stand_behind_one_service(manifest: dict[str, Any]) -> None:
+    """A client comes back to the pod that has its conversation, and one pod always stays."""
+    labels = manifest["Service"]["spec"]["selector"]
+    assert manifest["Deployment"]["spec"]["replicas"] == 2
+    assert manifest["Service"]["spec"]["sessionAffinity"] == "ClientIP"
+    budget = manifest["PodDisruptionBudget"]["spec"]
+    assert budget["selector"]["matchLabels"] == labels
+    assert 0 < budget["minAvailable"] < manifest["Deployment"]["spec"]["replicas"]
+    rolling = manifest["Deployment"]["spec"]["strategy"]["rollingUpdate"]
+    assert rolling["maxUnavailable"] == 0
+
+
 def test_probes_ask_paths_that_need_no_key(pod: dict[str, Any], routes: set[str]) -> None:
     (container,) = pod["containers"]
     (port,) = container["ports"]

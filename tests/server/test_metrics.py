@@ -14,6 +14,7 @@ TYPES = {
     "vllm:num_requests_running": "gauge",
     "vllm:num_requests_waiting": "gauge",
     "vllm:kv_cache_usage_perc": "gauge",
+    "vllm:cache_config_info": "gauge",
     "vllm:time_to_first_token_seconds": "histogram",
     "vllm:inter_token_latency_seconds": "histogram",
     "vllm:e2e_request_latency_seconds": "histogram",
@@ -61,7 +62,9 @@ def read(live: Live) -> dict[str, float]:
         ours = family.name.startswith(("vllm:", "pyramidinfer:"))
         for sample in family.samples if ours else []:
             assert sample.labels["model_name"] == live.service.name
-            others = {k: v for k, v in sample.labels.items() if k != "model_name"}
+            if family.name.startswith("vllm:"):
+                assert sample.labels["engine"] == "0"
+            others = {k: v for k, v in sample.labels.items() if k not in ("model_name", "engine")}
             name = " ".join([sample.name, *(f"{k}={v}" for k, v in others.items())])
             assert name not in values
             values[name] = sample.value
@@ -181,3 +184,28 @@ def test_gauges_are_what_the_engines_thread_told(fresh: Live) -> None:
     assert found["vllm:num_requests_running"] == 7 and found["vllm:num_requests_waiting"] == 5
     assert found["pyramidinfer:reuse_hits_total"] == 11
     assert found["pyramidinfer:pool_pages_in_use"] == 3
+
+
+def test_routers_find_what_they_read(fresh: Live) -> None:
+    """The gauges that llm-d and the Gateway API's inference extension score servers by, with
+    vLLM's labels, and how large the cache is in blocks."""
+    text = fresh.http.get("/metrics").text
+    samples = {
+        sample.name: sample
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+    for name in ("num_requests_waiting", "num_requests_running", "kv_cache_usage_perc"):
+        found = samples[f"vllm:{name}"]
+        assert found.labels == {"model_name": fresh.service.name, "engine": "0"}
+        assert found.value == 0
+    info = samples["vllm:cache_config_info"]
+    assert info.value == 1
+    engine = fresh.service.llm.engine
+    size, blocks = int(info.labels["block_size"]), int(info.labels["num_gpu_blocks"])
+    assert size == engine.config.page_size
+    assert int(info.labels["kv_cache_size_tokens"]) == size * blocks
+    assert int(info.labels["kv_cache_memory_bytes"]) == 32 * 2**20
+    assert info.labels["enable_prefix_caching"] == "True"
+    whole = engine.pool.layout.least_bytes(engine.pool.layout.specs, size)
+    assert blocks * whole <= 32 * 2**20 < (blocks + 1) * whole

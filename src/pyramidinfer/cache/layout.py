@@ -75,6 +75,13 @@ class Layout:
             spec.page_bytes(page_size, scores) * len(spec.layers) * spec.kv_heads for spec in specs
         )
 
+    @property
+    def whole_blocks(self) -> int:
+        """Blocks of ``page_size`` tokens there is room for where every head of every layer keeps
+        all of them."""
+        heads = self.by_group(self.heads_by_layer)
+        return int((self.page_counts // np.maximum(heads, 1))[heads > 0].min())
+
     def pages_for(self, entries: Any) -> Any:
         """Pages of so many entries (a number or an array)."""
         return -(-entries // self.page_size)

@@ -8,54 +8,31 @@ from a pipe, which is read once, into a temporary file.
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import json
 import os
-import shutil
-import sys
-import tempfile
-import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
-from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from pyramidinfer.cli.common import check_asked, defaults_of
 from pyramidinfer.cli.serve import ModelChoice, load
-from pyramidinfer.server.errors import ApiError, error_body
-from pyramidinfer.server.protocol import ChatRequest, CompletionRequest
+from pyramidinfer.server.batch import (
+    Line,
+    Requests,
+    answer_line,
+    batch_settings,
+    check_requests,
+    check_target,
+    open_requests,
+    read_requests,
+    take_up,
+)
 from pyramidinfer.server.service import Service
-from pyramidinfer.server.settings import ServerSettings
-from pyramidinfer.server.strict import parse_json
 
 __all__ = ["run_batch"]
-
-BODIES: dict[str, type[ChatRequest] | type[CompletionRequest]] = {
-    "/v1/chat/completions": ChatRequest,
-    "/v1/completions": CompletionRequest,
-}
-FOREVER = 1e9  # seconds: a batch has time
-BEGINNING = b'{"id": "batch_req_'  # of an answer's line
-
-
-class Line(NamedTuple):
-    """One request of the file."""
-
-    number: int
-    custom_id: str
-    url: str
-    body: Any
-
-
-class Requests(NamedTuple):
-    """A file of requests that can be read again, and what the user calls it."""
-
-    name: str
-    file: BinaryIO
 
 
 def run_batch(
@@ -67,25 +44,11 @@ def run_batch(
 ) -> None:
     """Answer what the target does not hold yet."""
     check_asked({}, generation_config)
-    if target.exists() and source.exists() and source.samefile(target):
-        raise ValueError(f"{str(target)!r} is the file of requests; name another one for answers")
-    if target.exists() and not target.is_file() and not target.is_dir():
-        raise ValueError(f"{str(target)!r} is no file: answers that are there already are read")
-    with _opened(source) as requests:
-        wanted = _check(requests)
+    check_target(source, target)
+    with open_requests(source) as requests:
+        wanted = check_requests(requests)
         with target.open("a+b") as out:
             _answer_rest(choice, requests, wanted, out, target, model_name, generation_config)
-
-
-@contextmanager
-def _opened(source: Path) -> Iterator[Requests]:
-    """The requests; those from a pipe are copied, since they are checked before they are run."""
-    with source.open("rb") as given, tempfile.TemporaryFile() as copy:
-        if source.is_file():
-            yield Requests(str(source), given)
-            return
-        shutil.copyfileobj(given, copy)
-        yield Requests(str(source), copy)
 
 
 def _answer_rest(
@@ -98,17 +61,7 @@ def _answer_rest(
     generation_config: str,
 ) -> None:
     """Go on where the target ends; ``OSError`` where a request is left without an answer."""
-    try:
-        fcntl.flock(out, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise ValueError(f"{str(target)!r} is being written by another process") from None
-    done, whole = _recover(out, target)
-    if strangers := done - wanted:
-        raise ValueError(
-            f"{str(target)!r} holds an answer to {min(strangers)!r}, which is not in "
-            f"{requests.name!r}: it belongs to another batch; name another file"
-        )
-    out.truncate(whole)
+    done = take_up(out, target, requests, wanted)
     console = Console(stderr=True)
     if done:
         console.print(f"{len(done)} of {len(wanted)} answers are there already")
@@ -117,15 +70,7 @@ def _answer_rest(
     llm = load(choice)
     defaults_of(llm, generation_config)
     most = llm.engine.config.max_requests
-    settings = ServerSettings(
-        model_name=model_name,
-        max_waiting=sys.maxsize,
-        queue_timeout=FOREVER,
-        request_timeout=FOREVER,
-        max_n=most,
-        max_logprobs=100,
-        generation_config=generation_config,
-    )
+    settings = batch_settings(most, model_name=model_name, generation_config=generation_config)
     service = Service(llm, settings)
     bar = Progress(
         TextColumn("{task.description}"),
@@ -148,7 +93,7 @@ def _answer_rest(
             left.discard(answer["custom_id"])
             bar.advance(task)
 
-        lines = (line for line in _lines(requests) if line.custom_id not in done)
+        lines = (line for line in read_requests(requests) if line.custom_id not in done)
         asyncio.run(_answer_all(service, lines, write, most))
     if left:
         raise OSError(
@@ -165,7 +110,7 @@ async def _answer_all(service: Service, lines: Iterator[Line], write: Any, width
     running: set[asyncio.Task[dict[str, Any]]] = set()
     try:
         for line in lines:
-            running.add(asyncio.create_task(_answer(service, line)))
+            running.add(asyncio.create_task(answer_line(service, line)))
             if len(running) >= width:
                 running = await _write_ended(running, write)
         while running:
@@ -183,94 +128,3 @@ async def _write_ended(
     for task in ended:
         write(task.result())
     return left
-
-
-async def _answer(service: Service, line: Line) -> dict[str, Any]:
-    """An answer's line; what cannot be served is answered with its error."""
-    status, body = 200, {}
-    try:
-        if line.url not in BODIES:
-            raise ApiError(400, f"url {line.url!r} is none of {', '.join(BODIES)}", param="url")
-        asked = BODIES[line.url].model_validate_json(json.dumps(line.body))
-        if asked.stream:
-            raise ApiError(400, "a batch does not stream; leave stream out", param="stream")
-        body = await service.answer(asked, None)
-    except ApiError as error:
-        if not service.worker.is_alive:
-            raise OSError("the engine has stopped; the same command goes on where it was") from None
-        status, body = error.status, error.body
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        status, body = 400, error_body(400, f"{place}: {first['msg']}", place)
-    except Exception as error:  # one request's fault must not keep the others from an answer
-        status, body = 500, error_body(500, f"{type(error).__name__}: {error}")
-    return {
-        "id": f"batch_req_{uuid.uuid4().hex}",
-        "custom_id": line.custom_id,
-        "response": {"status_code": status, "request_id": body.get("id", ""), "body": body},
-        "error": None,
-    }
-
-
-def _lines(requests: Requests) -> Iterator[Line]:
-    """The requests; ``ValueError`` with the number of a line that is none."""
-    requests.file.seek(0)
-    for number, line in enumerate(requests.file, start=1):
-        try:
-            text = line.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(
-                f"{requests.name}, line {number}: not UTF-8 text ({error.reason})"
-            ) from None
-        if text.strip():
-            yield _parse(requests.name, number, text)
-
-
-def _parse(source: str, number: int, text: str) -> Line:
-    where = f"{source}, line {number}"
-    try:
-        entry = parse_json(text)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
-    if not isinstance(entry, dict):
-        raise ValueError(f"{where}: not an object with custom_id, method, url and body")
-    for name, kind in (("custom_id", str), ("url", str), ("body", dict)):
-        if not isinstance(entry.get(name), kind):
-            raise ValueError(f"{where}: {name} is missing or not a {kind.__name__}")
-    if entry.get("method", "POST") != "POST":
-        raise ValueError(f"{where}: method {entry['method']!r} must be POST")
-    return Line(number, entry["custom_id"], entry["url"], entry["body"])
-
-
-def _check(requests: Requests) -> set[str]:
-    """The ids of a file of requests, every line of which is one."""
-    first: dict[str, int] = {}
-    for line in _lines(requests):
-        if line.custom_id in first:
-            raise ValueError(
-                f"{requests.name}, line {line.number}: custom_id {line.custom_id!r} is that of "
-                f"line {first[line.custom_id]}; every request needs its own"
-            )
-        first[line.custom_id] = line.number
-    if not first:
-        raise ValueError(f"{requests.name!r} holds no request")
-    return set(first)
-
-
-def _recover(out: BinaryIO, target: Path) -> tuple[set[str], int]:
-    """Ids that are answered, and where the last line that was finished ends."""
-    done: set[str] = set()
-    out.seek(0)
-    whole = 0
-    for number, line in enumerate(out, start=1):
-        try:
-            if not line.endswith(b"\n") and line[: len(BEGINNING)] == BEGINNING[: len(line)]:
-                break  # it was being written when the command was killed
-            done.add(json.loads(line)["custom_id"])
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(
-                f"{target}, line {number} is no answer of a batch; name another file"
-            ) from None
-        whole += len(line)
-    return done, whole

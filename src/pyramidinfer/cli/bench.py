@@ -225,6 +225,28 @@ def scale(
 
 @bench.command()
 @plain_errors()
+def replicas(
+    model: Model = None,
+    chats: Annotated[int, typer.Option(help="Conversations.")] = 40,
+    turns: Annotated[int, typer.Option(help="Turns of each.")] = 5,
+    at_once: Annotated[int, typer.Option(help="Conversations at a time.")] = 8,
+    words: Annotated[int, typer.Option(help="Words of a first turn.")] = 600,
+    output_len: Annotated[int, typer.Option(help="Tokens of an answer.")] = 16,
+    kv_memory: Annotated[str, typer.Option(help="Of each replica.")] = "256MiB",
+    port: Annotated[int, typer.Option(help="Port that Ray Serve listens on.")] = 8017,
+    json: Json = Path("out/replicas.json"),
+) -> None:
+    """Two replicas under Ray Serve: chats that find their cache again, and one that is killed."""
+    from pyramidinfer.lab.bench.replicas import ReplicasPlan, run_replicas
+    from pyramidinfer.lab.bench.replicas_page import replicas_table
+
+    plan = ReplicasPlan(model, chats, turns, at_once, words, output_len, kv_memory, port)
+    result = run_replicas(plan, _target(json))
+    _show(replicas_table(result), json)
+
+
+@bench.command()
+@plain_errors()
 def stages(
     model: Annotated[str, typer.Option(help="Folder, hub id or fetched model.")] = "smollm2",
     policies: Annotated[str, typer.Option(help="A list.")] = "full pyramidinfer:keep=.45",

@@ -69,6 +69,7 @@ DEFAULT_POLICY = "pyramid"
 EXTRAS = {
     "server": ("fastapi", "httpx", "llguidance", "prometheus_client", "pydantic", "uvicorn"),
     "lab": ("matplotlib", "scipy"),
+    "ray": ("ray",),
 }
 
 Model = Annotated[

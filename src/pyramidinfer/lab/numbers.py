@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pyramidinfer.lab import methods, numbers_bench, numbers_real, numbers_serving
-from pyramidinfer.lab.bench import offload_page, scale_page
+from pyramidinfer.lab.bench import offload_page, replicas_page, scale_page
 from pyramidinfer.lab.numbers_layers import icr, rac
 from pyramidinfer.lab.numbers_studies import (
     command_block,
@@ -194,6 +194,8 @@ def main() -> None:
     if "scale" in results:
         scaling = scale_page.PAGE.read_text(encoding="utf-8")
         scaling = scale_page.render_scale(scaling, results["scale"], results.get("stages"))
+        if "replicas" in results:
+            scaling = replicas_page.render_replicas(scaling, results["replicas"])
         scale_page.PAGE.write_text(scaling, encoding="utf-8")
         pages.append(scale_page.PAGE)
     if "offload" in results:

@@ -15,6 +15,7 @@ from prometheus_client import (
 )
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
+from pyramidinfer.engine.engine import Engine
 from pyramidinfer.engine.request import Request
 from pyramidinfer.engine.worker import AsyncEngine
 
@@ -93,6 +94,14 @@ WHOLE = (
 TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
 SHARES = tuple(round(0.05 * step, 2) for step in range(1, 21))
 
+#: vLLM numbers its data-parallel engines and labels its metrics by them; a server here is one.
+ENGINE = "0"
+
+
+def labels_of(name: str, *more: str) -> tuple[str, ...]:
+    """The labels of a metric; those with vLLM's names have vLLM's."""
+    return ("model_name", *(("engine",) if name.startswith("vllm:") else ()), *more)
+
 
 class Metrics:
     """Counts what requests get (the engine's thread tells) and reads gauges when asked."""
@@ -133,8 +142,12 @@ class Metrics:
             "Share of a full cache's entries that a request kept",
             SHARES,
         )
-        self._prompt = self._counter("vllm:prompt_tokens", "Prompt tokens taken in").labels(model)
-        self._generated = self._counter("vllm:generation_tokens", "Tokens generated").labels(model)
+        self._prompt = self._counter("vllm:prompt_tokens", "Prompt tokens taken in").labels(
+            model, ENGINE
+        )
+        self._generated = self._counter("vllm:generation_tokens", "Tokens generated").labels(
+            model, ENGINE
+        )
         self._success = self._counter(
             "vllm:request_success", "Requests that came to an end", "finished_reason"
         )
@@ -160,11 +173,12 @@ class Metrics:
         self.registry.register(_Gauges(self))
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
-        return Counter(name, text, ("model_name", *labels), registry=self.registry)
+        return Counter(name, text, labels_of(name, *labels), registry=self.registry)
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-        made = Histogram(name, text, ("model_name",), buckets=buckets, registry=self.registry)
-        child: Histogram = made.labels(self.model)
+        names = labels_of(name)
+        made = Histogram(name, text, names, buckets=buckets, registry=self.registry)
+        child: Histogram = made.labels(*(self.model, ENGINE)[: len(names)])
         return child
 
     def render(self) -> bytes:
@@ -183,7 +197,7 @@ class Metrics:
 
     def ended(self, request: Request, reason: str) -> None:
         """See ``engine.worker.Observer``."""
-        self._success.labels(self.model, reason).inc()
+        self._success.labels(self.model, ENGINE, reason).inc()
         self._output_sizes.observe(len(request.output))
         times = request.times
         if times.ended is not None:
@@ -315,12 +329,13 @@ class _Gauges:
         ]
         for family, values in ((GaugeMetricFamily, gauges), (CounterMetricFamily, counters)):
             for name, text, value in values:
-                yield _one(family(name, text, labels=["model_name"]), model, value)
+                yield _one(family(name, text, labels=labels_of(name)), model, value)
         for name, (kind, text, field) in BY_PLACE.items():
             places = kind(name, text, labels=["model_name", "place"])
             for place, value in getattr(stats, field).items():
                 places.add_metric([model, place], value)
             yield places
+        yield _cache_config(worker.engine, model)
         shares = GaugeMetricFamily(
             "pyramidinfer:kv_kept_share",
             "Share of a full cache's entries that a layer kept, over all ended requests",
@@ -333,5 +348,26 @@ class _Gauges:
 
 
 def _one(family: Metric, model: str, value: float) -> Metric:
-    family.add_metric([model], value)  # type: ignore[attr-defined]
+    values = [model, ENGINE] if family.name.startswith("vllm:") else [model]
+    family.add_metric(values, value)  # type: ignore[attr-defined]
+    return family
+
+
+def _cache_config(engine: Engine, model: str) -> Metric:
+    """How large the cache is: 1, with those of vLLM's labels that are true here.
+
+    ``num_gpu_blocks`` counts blocks of ``block_size`` tokens, on whatever device, as if all of
+    their entries were kept.
+    """
+    layout, config = engine.pool.layout, engine.config
+    about = {
+        "block_size": layout.page_size,
+        "num_gpu_blocks": layout.whole_blocks,
+        "kv_cache_size_tokens": layout.whole_blocks * layout.page_size,
+        "kv_cache_memory_bytes": layout.budget,
+        "enable_prefix_caching": config.reuse_share > 0,
+    }
+    name = "vllm:cache_config_info"
+    family = GaugeMetricFamily(name, "Sizes of the cache", labels=labels_of(name, *about))
+    family.add_metric([model, ENGINE, *map(str, about.values())], 1)
     return family

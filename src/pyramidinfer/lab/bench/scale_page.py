@@ -10,7 +10,7 @@ from rich.table import Table
 from pyramidinfer.lab.bench.table import mebibytes
 from pyramidinfer.lab.numbers_studies import origin
 
-__all__ = ["PAGE", "render_scale", "scale_table", "stages_table"]
+__all__ = ["PAGE", "as_markdown", "as_terminal", "render_scale", "scale_table", "stages_table"]
 
 PAGE = Path("docs/scaling.md")
 BEGIN, END = "<!-- from benchmarks/results/scale.json and stages.json -->", "<!-- end -->"
@@ -31,13 +31,13 @@ def render_scale(page: str, entry: dict[str, Any], dealt: dict[str, Any] | None 
         f"`pyramidinfer bench scale` on `{Path(plan['model']).name}` in {plan['dtype']}: one "
         f"request of {plan['prompt']:,} prompt tokens and {plan['new']} generated ones. Ranks are "
         "those that split layers × stages; kB, counted / by formula, are of the stage with most.\n",
-        *_markdown(_measured(result["rows"])),
+        *as_markdown(_measured(result["rows"])),
         "",
         *([] if dealt is None else _stages_section(dealt)),
         "## On paper\n",
         f"`{paper['shape']}` in bfloat16, one request of {paper['prompt']:,} prompt tokens and "
         f"{paper['new']} generated ones.\n",
-        *_markdown(_on_paper(result["paper"])),
+        *as_markdown(_on_paper(result["paper"])),
         END,
     ]
     before, _, rest = page.partition(BEGIN)
@@ -54,7 +54,7 @@ def _stages_section(entry: dict[str, Any]) -> list[str]:
         f"{plan['new']} generated ones, {plan['repeats']} runs each, taking turns. *Busiest*: the "
         "share of all work that the busier stage has, by forecast and in CPU seconds; a half is "
         "best.\n",
-        *_markdown(_dealt(entry["result"]["rows"])),
+        *as_markdown(_dealt(entry["result"]["rows"])),
         "",
     ]
 
@@ -83,7 +83,7 @@ def _dealt(rows: list[Row]) -> list[list[str]]:
 
 def stages_table(result: dict[str, Any]) -> Table:
     """What the terminal shows after ``bench stages``."""
-    return _terminal("two stages", _dealt(result["rows"]))
+    return as_terminal("two stages", _dealt(result["rows"]))
 
 
 def scale_table(result: dict[str, Any]) -> Table:
@@ -106,10 +106,11 @@ def scale_table(result: dict[str, Any]) -> Table:
                 _yes(held),
             ]
         )
-    return _terminal("the rank with most", lines)
+    return as_terminal("the rank with most", lines)
 
 
-def _terminal(title: str, lines: list[list[str]]) -> Table:
+def as_terminal(title: str, lines: list[list[str]]) -> Table:
+    """A table whose first line is its head."""
     table = Table(title=title)
     head, *rows = lines
     for index, name in enumerate(head):
@@ -174,7 +175,8 @@ def _on_paper(rows: list[Row]) -> list[list[str]]:
     return found
 
 
-def _markdown(rows: list[list[str]]) -> list[str]:
+def as_markdown(rows: list[list[str]]) -> list[str]:
+    """Lines of a table whose first row is its head."""
     head, *lines = rows
     every = [head, ["---", *["---:"] * (len(head) - 1)], *lines]
     return [f"| {' | '.join(row)} |" for row in every]

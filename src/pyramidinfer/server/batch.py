@@ -1,0 +1,200 @@
+"""OpenAI's batch format: lines that ask, lines that answer, and how far a file of answers got."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import shutil
+import sys
+import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from pydantic import ValidationError
+
+from pyramidinfer.server.errors import ApiError, error_body
+from pyramidinfer.server.protocol import ChatRequest, CompletionRequest
+from pyramidinfer.server.service import Service
+from pyramidinfer.server.settings import ServerSettings
+from pyramidinfer.server.strict import parse_json
+
+__all__ = [
+    "Line",
+    "Requests",
+    "answer_line",
+    "batch_settings",
+    "check_requests",
+    "check_target",
+    "open_requests",
+    "parse_line",
+    "read_requests",
+    "take_up",
+]
+
+BODIES: dict[str, type[ChatRequest] | type[CompletionRequest]] = {
+    "/v1/chat/completions": ChatRequest,
+    "/v1/completions": CompletionRequest,
+}
+FOREVER = 1e9  # seconds: a batch has time
+BEGINNING = b'{"id": "batch_req_'  # of an answer's line
+
+
+class Line(NamedTuple):
+    """One request of the file."""
+
+    number: int
+    custom_id: str
+    url: str
+    body: Any
+
+
+class Requests(NamedTuple):
+    """A file of requests that can be read again, and what the user calls it."""
+
+    name: str
+    file: BinaryIO
+
+
+def batch_settings(width: int, **more: Any) -> ServerSettings:
+    """Settings of a service that answers a batch, so many choices of a request at most."""
+    return ServerSettings(
+        max_waiting=sys.maxsize,
+        queue_timeout=FOREVER,
+        request_timeout=FOREVER,
+        max_n=width,
+        max_logprobs=100,
+        **more,
+    )
+
+
+def check_target(source: Path, target: Path) -> None:
+    """``ValueError`` for a target that cannot hold the answers of ``source``."""
+    if target.exists() and source.exists() and source.samefile(target):
+        raise ValueError(f"{str(target)!r} is the file of requests; name another one for answers")
+    if target.exists() and not target.is_file() and not target.is_dir():
+        raise ValueError(f"{str(target)!r} is no file: answers that are there already are read")
+
+
+@contextmanager
+def open_requests(source: Path) -> Iterator[Requests]:
+    """The requests; those from a pipe are copied, since they are checked before they are run."""
+    with source.open("rb") as given, tempfile.TemporaryFile() as copy:
+        if source.is_file():
+            yield Requests(str(source), given)
+            return
+        shutil.copyfileobj(given, copy)
+        yield Requests(str(source), copy)
+
+
+def take_up(out: BinaryIO, target: Path, requests: Requests, wanted: set[str]) -> set[str]:
+    """Ids that ``out`` answers already; it is locked, and a line that was not finished is cut off.
+
+    ``ValueError`` where another process writes it, or where it is no file of answers to ``wanted``.
+    """
+    try:
+        fcntl.flock(out, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise ValueError(f"{str(target)!r} is being written by another process") from None
+    done, whole = _recover(out, target)
+    if strangers := done - wanted:
+        raise ValueError(
+            f"{str(target)!r} holds an answer to {min(strangers)!r}, which is not in "
+            f"{requests.name!r}: it belongs to another batch; name another file"
+        )
+    out.truncate(whole)
+    return done
+
+
+async def answer_line(service: Service, line: Line) -> dict[str, Any]:
+    """An answer's line; what cannot be served is answered with its error."""
+    status, body = 200, {}
+    try:
+        if line.url not in BODIES:
+            raise ApiError(400, f"url {line.url!r} is none of {', '.join(BODIES)}", param="url")
+        asked = BODIES[line.url].model_validate_json(json.dumps(line.body))
+        if asked.stream:
+            raise ApiError(400, "a batch does not stream; leave stream out", param="stream")
+        body = await service.answer(asked, None)
+    except ApiError as error:
+        if not service.worker.is_alive:
+            raise OSError("the engine has stopped; the same command goes on where it was") from None
+        status, body = error.status, error.body
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        status, body = 400, error_body(400, f"{place}: {first['msg']}", place)
+    except Exception as error:  # one request's fault must not keep the others from an answer
+        status, body = 500, error_body(500, f"{type(error).__name__}: {error}")
+    return {
+        "id": f"batch_req_{uuid.uuid4().hex}",
+        "custom_id": line.custom_id,
+        "response": {"status_code": status, "request_id": body.get("id", ""), "body": body},
+        "error": None,
+    }
+
+
+def read_requests(requests: Requests) -> Iterator[Line]:
+    """The requests; ``ValueError`` with the number of a line that is none."""
+    requests.file.seek(0)
+    for number, line in enumerate(requests.file, start=1):
+        try:
+            text = line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"{requests.name}, line {number}: not UTF-8 text ({error.reason})"
+            ) from None
+        if text.strip():
+            yield parse_line(requests.name, number, text)
+
+
+def parse_line(source: str, number: int, text: str) -> Line:
+    """A line of a file; ``ValueError`` where it is no request."""
+    where = f"{source}, line {number}"
+    try:
+        entry = parse_json(text)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    if not isinstance(entry, dict):
+        raise ValueError(f"{where}: not an object with custom_id, method, url and body")
+    for name, kind in (("custom_id", str), ("url", str), ("body", dict)):
+        if not isinstance(entry.get(name), kind):
+            raise ValueError(f"{where}: {name} is missing or not a {kind.__name__}")
+    if entry.get("method", "POST") != "POST":
+        raise ValueError(f"{where}: method {entry['method']!r} must be POST")
+    return Line(number, entry["custom_id"], entry["url"], entry["body"])
+
+
+def check_requests(requests: Requests) -> set[str]:
+    """The ids of a file of requests, every line of which is one."""
+    first: dict[str, int] = {}
+    for line in read_requests(requests):
+        if line.custom_id in first:
+            raise ValueError(
+                f"{requests.name}, line {line.number}: custom_id {line.custom_id!r} is that of "
+                f"line {first[line.custom_id]}; every request needs its own"
+            )
+        first[line.custom_id] = line.number
+    if not first:
+        raise ValueError(f"{requests.name!r} holds no request")
+    return set(first)
+
+
+def _recover(out: BinaryIO, target: Path) -> tuple[set[str], int]:
+    """Ids that are answered, and where the last line that was finished ends."""
+    done: set[str] = set()
+    out.seek(0)
+    whole = 0
+    for number, line in enumerate(out, start=1):
+        try:
+            if not line.endswith(b"\n") and line[: len(BEGINNING)] == BEGINNING[: len(line)]:
+                break  # it was being written when the command was killed
+            done.add(json.loads(line)["custom_id"])
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(
+                f"{target}, line {number} is no answer of a batch; name another file"
+            ) from None
+        whole += len(line)
+    return done, whole
