@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import tomllib
 from importlib.metadata import metadata
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,8 @@ MODULES = sorted(
     for path in ROOT.rglob("*.py")
     if path.name not in ("__init__.py", "__main__.py")
 )
+#: Modules that cannot be imported without the extra ``ray``, and say so in a line.
+WITH_RAY = {f"pyramidinfer.integrations.{name}" for name in ("ray_data", "ray_serve")}
 
 
 def test_public_names() -> None:
@@ -39,6 +42,10 @@ def test_public_names() -> None:
 
 @pytest.mark.parametrize("name", MODULES)
 def test_all_names_exist(name: str) -> None:
+    if name in WITH_RAY and find_spec("ray") is None:
+        with pytest.raises(ImportError, match=r"pip install 'pyramidinfer\[ray\]'"):
+            importlib.import_module(name)
+        return
     module = importlib.import_module(name)
     assert module.__doc__, f"{name} says nothing about itself"
     for each in getattr(module, "__all__", []):
@@ -47,6 +54,6 @@ def test_all_names_exist(name: str) -> None:
 
 def test_extras() -> None:
     project = tomllib.loads((ROOT.parents[1] / "pyproject.toml").read_text())["project"]
-    extras = {"server", "lab", "lm_eval", "peft", "gpu", "dev", "all"}
+    extras = {"server", "lab", "lm_eval", "peft", "ray", "gpu", "dev", "all"}
     assert set(project["optional-dependencies"]) == extras
     assert project["version"] == pyramidinfer.__version__ == metadata("pyramidinfer")["Version"]

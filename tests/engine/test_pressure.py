@@ -596,7 +596,9 @@ def test_relief_that_fails_leaks_nothing(where: str, monkeypatch: pytest.MonkeyP
     """Who was to be moved is aborted; the others go on as if nothing had been."""
     other = (make_policy("streaming_llm", 0.9), 24, 75)
     engine, (oldest, *others) = squeezed("llama", [(None, 6, 80), other, other], elastic=0.7)
-    target = engine.runner if where == "evict_now" else engine.pool
+    copier = engine.shared.copier
+    places = {"evict_now": engine.runner, "export": copier, "import_": copier}
+    target: Any = places.get(where, engine.pool)
     real, calls = getattr(target, where), [0]
 
     def failing(*values: Any) -> Any:

@@ -341,13 +341,13 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[P
 
 def test_the_packages_profile_goes_before_the_users(folders: tuple[Path, Path]) -> None:
     llm = engine_of("llama")
-    assert find_profile(llm.engine.shared) is None and look_up(llm.engine.shared) is None
+    assert find_profile(llm.engine.shared) is None and look_up(llm.engine.runner) is None
     made = profile_model(llm.engine.shared, PASSAGES, progress=False)
     path = store_profile(made)
     assert path.parent == folders[1] and find_profile(llm.engine.shared) == made
     other = replace(made, text="shipped")
     other.save(folders[0] / f"{made.fingerprint.key}-x.json")
-    found = look_up(llm.engine.shared)
+    found = look_up(llm.engine.runner)
     assert found is not None and found.profile == other and found.path.parent == folders[0]
     assert find_profile(engine_of("llama", torch.bfloat16).engine.shared) == other
     assert find_profile(engine_of("llama", vocab_size=121).engine.shared) is None
@@ -395,7 +395,7 @@ def test_another_models_file_stays(folders: tuple[Path, Path]) -> None:
         other.engine.runner.body.norm.weight *= 1.1
     paths = [store_profile(profile_model(each.engine.shared, PASSAGES)) for each in (llm, other)]
     assert sorted(folders[1].iterdir()) == sorted(paths) and paths[0] != paths[1]
-    assert [look_up(each.engine.shared).path for each in (llm, other)] == paths  # type: ignore[union-attr]
+    assert [look_up(each.engine.runner).path for each in (llm, other)] == paths  # type: ignore[union-attr]
 
 
 def test_a_folder_that_cannot_be_written(
@@ -425,5 +425,5 @@ def test_the_package_holds_profiles() -> None:
         assert path.name.startswith(profile.fingerprint.key)
         assert profile.agreement > 0.9 and profile.commit and profile.queries is not None
     for dtype in ("float32", "bfloat16"):
-        found = look_up(LLM(shipped_model(), "full", kv_memory="4MiB", dtype=dtype).engine.shared)
+        found = look_up(LLM(shipped_model(), "full", kv_memory="4MiB", dtype=dtype).engine.runner)
         assert found is not None and found.path.name.endswith("-shipped.json")

@@ -102,7 +102,7 @@ def test_a_model_on_them(monkeypatch: pytest.MonkeyPatch) -> None:
         llm = build("full", "qwen3", torch.float32, backend="triton")
         decoder = llm.engine.runner.decoder
         assert isinstance(decoder, FusedDecoder)
-        for each in (decoder, *decoder.layers):
+        for each in (decoder, *decoder.layers.values()):
             each.ops = ops()
         found.append([each.token_ids for each in llm.generate(prompts, params)])
         assert {"norm", "rotate", "linear"} == set(calls)
