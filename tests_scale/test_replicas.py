@@ -174,7 +174,7 @@ def test_a_batch_goes_on_after_a_kill_with_the_rows_of_batch(tmp_path: Path) -> 
     command ``batch`` finds nothing left to do in its file."""
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     bodies = [{"prompt": STORY, "max_tokens": 200, "ignore_eos": True, "temperature": 0}] * 60
-    bodies[7] = {"prompt": STORY, "bogus": 1}
+    bodies[59] = {"prompt": STORY, "bogus": 1}
     lines = [
         {"custom_id": f"r{i}", "method": "POST", "url": "/v1/completions", "body": body}
         for i, body in enumerate(bodies)
@@ -212,7 +212,7 @@ def test_a_batch_goes_on_after_a_kill_with_the_rows_of_batch(tmp_path: Path) -> 
     assert len(answers) == 60
     by = {each["custom_id"]: each["response"] for each in answers}
     assert set(by) == {line["custom_id"] for line in lines}
-    assert by["r7"]["status_code"] == 400
+    assert by["r59"]["status_code"] == 400
     texts = {r["body"]["choices"][0]["text"] for r in by.values() if r["status_code"] == 200}
     assert len(texts) == 1
     again = [sys.executable, "-m", "pyramidinfer", "batch", str(source), str(target)]
