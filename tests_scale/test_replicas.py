@@ -173,8 +173,8 @@ def test_a_batch_goes_on_after_a_kill_with_the_rows_of_batch(tmp_path: Path) -> 
     """The run is killed, begun again, loses an engine, and ends with one line a request; the
     command ``batch`` finds nothing left to do in its file."""
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    bodies = [{"prompt": STORY, "max_tokens": 200, "ignore_eos": True, "temperature": 0}] * 60
-    bodies[59] = {"prompt": STORY, "bogus": 1}
+    bodies = [{"prompt": STORY, "max_tokens": 200, "ignore_eos": True, "temperature": 0}] * 200
+    bodies[199] = {"prompt": STORY, "bogus": 1}
     lines = [
         {"custom_id": f"r{i}", "method": "POST", "url": "/v1/completions", "body": body}
         for i, body in enumerate(bodies)
@@ -198,7 +198,7 @@ def test_a_batch_goes_on_after_a_kill_with_the_rows_of_batch(tmp_path: Path) -> 
         if each.is_running():
             each.kill()
     done = written()
-    assert 0 < done < 60
+    assert 0 < done < 200
     second = begin(str(source), str(target), *WORDS)
     until_more(second, done)
     workers = psutil.Process(second.pid).children(recursive=True)
@@ -206,18 +206,18 @@ def test_a_batch_goes_on_after_a_kill_with_the_rows_of_batch(tmp_path: Path) -> 
     engines[0].kill()
     _, told = second.communicate(timeout=400)
     assert second.returncode == 0, told
-    assert f"{done} of 60 answers are there already" in told
+    assert f"{done} of 200 answers are there already" in told
     assert "1 requests could not be answered" in told
     answers = [json.loads(line) for line in target.read_text().splitlines()]
-    assert len(answers) == 60
+    assert len(answers) == 200
     by = {each["custom_id"]: each["response"] for each in answers}
     assert set(by) == {line["custom_id"] for line in lines}
-    assert by["r59"]["status_code"] == 400
+    assert by["r199"]["status_code"] == 400
     texts = {r["body"]["choices"][0]["text"] for r in by.values() if r["status_code"] == 200}
     assert len(texts) == 1
     again = [sys.executable, "-m", "pyramidinfer", "batch", str(source), str(target)]
     run = subprocess.run(again, capture_output=True, text=True)
-    assert run.returncode == 0 and "60 of 60 answers are there already" in run.stderr
+    assert run.returncode == 0 and "60 of 200 answers are there already" in run.stderr
 
 
 def test_the_pages_pipeline_runs(tmp_path: Path) -> None:
