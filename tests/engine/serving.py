@@ -91,3 +91,23 @@ def _alone(
 def alone(name: str, family: str, number: int, length: int, new: int, **params: Any) -> list[int]:
     """The tokens of ``random_prompt(number, length)`` with an engine to itself (float64)."""
     return list(_alone(name, family, number, length, new, tuple(sorted(params.items()))))
+
+
+def talk(
+    engine: Engine,
+    prompt: list[int],
+    new: int = 6,
+    owner: str | None = "ann",
+    policy: Policy | None = None,
+    samples: int = 1,
+) -> Request:
+    """A turn, to its end."""
+    request = queue(engine, prompt, new, policy, samples, owner)
+    finish(engine)
+    assert request.finish_reason == "length"
+    return request
+
+
+def after(turn: Request, number: int, length: int = 9) -> list[int]:
+    """The text so far and more of it."""
+    return turn.text + random_prompt(number, length)

@@ -13,35 +13,13 @@ import torch
 from pyramidinfer import SamplingParams
 from pyramidinfer.cache import Copier, Copying, Exported, Table
 from pyramidinfer.engine import Engine
-from pyramidinfer.engine.request import Request
-from pyramidinfer.policies import Policy
-from tests.engine.serving import alone, finish, queue, start, step
+from tests.engine.serving import after, alone, finish, queue, start, step, talk
 from tests.tiny import random_prompt
 
 #: Without state, with running scores, with rings, with keys that are turned, read again, by head.
 SEVERAL = ("full", "h2o", "pyramidinfer", "scissorhands", "streaming_llm", "kvzip", "pyramid")
 #: What holds a few tiny conversations in each place.
 ROOM = {"host_kv_memory": "4MiB", "reuse_share": 1.0}
-
-
-def talk(
-    engine: Engine,
-    prompt: list[int],
-    new: int = 6,
-    owner: str | None = "ann",
-    policy: Policy | None = None,
-    samples: int = 1,
-) -> Request:
-    """A turn, to its end."""
-    request = queue(engine, prompt, new, policy, samples, owner)
-    finish(engine)
-    assert request.finish_reason == "length"
-    return request
-
-
-def after(turn: Request, number: int, length: int = 9) -> list[int]:
-    """The text so far and more of it."""
-    return turn.text + random_prompt(number, length)
 
 
 def on_disk(folder: Path, **options: Any) -> dict[str, Any]:

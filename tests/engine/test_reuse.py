@@ -13,28 +13,8 @@ from pyramidinfer.engine import Engine
 from pyramidinfer.engine.request import Request
 from pyramidinfer.policies import Policy, make_policy
 from tests.engine.build import build, policy_named
-from tests.engine.serving import NAMES, finish, queue, start
+from tests.engine.serving import NAMES, after, finish, queue, start, talk
 from tests.tiny import of_layers, random_prompt
-
-
-def talk(
-    engine: Engine,
-    prompt: list[int],
-    new: int = 6,
-    owner: str | None = "ann",
-    policy: Policy | None = None,
-    samples: int = 1,
-) -> Request:
-    """A turn, to its end."""
-    request = queue(engine, prompt, new, policy, samples, owner)
-    finish(engine)
-    assert request.finish_reason == "length"
-    return request
-
-
-def after(turn: Request, number: int, length: int = 9) -> list[int]:
-    """The text so far and more of it."""
-    return turn.text + random_prompt(number, length)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "opt", "phi3"])
