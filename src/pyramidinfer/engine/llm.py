@@ -17,8 +17,8 @@ from pyramidinfer.engine.checks import check_plan
 from pyramidinfer.engine.defaults import sampling_defaults
 from pyramidinfer.engine.engine import Engine
 from pyramidinfer.engine.prefix import Prefix
-from pyramidinfer.engine.ranks import check_sent, split_llm
 from pyramidinfer.engine.request import Request, Scoring
+from pyramidinfer.engine.split import check_sent, split_llm
 from pyramidinfer.engine.tracing import trace
 from pyramidinfer.models import ModelRunner
 from pyramidinfer.models.catalog import find_model
