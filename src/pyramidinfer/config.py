@@ -31,6 +31,8 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+#: How keys and values may be stored; see codec.py.
+KV_DTYPES = ("auto", "int8", "int4", "fp8")
 UNITS = {"": 1, "B": 1}
 for _power, _letter in enumerate("KMGT", start=1):
     UNITS |= {f"{_letter}iB": 1024**_power, f"{_letter}B": 1000**_power, _letter: 1024**_power}
@@ -138,6 +140,8 @@ class EngineConfig:
 
     kv_memory : bytes for keys, values, query rings and prefill transients of all requests.
     page_size : entries a page holds, per KV head.
+    kv_dtype : how keys and values are stored: ``auto`` in the model's dtype, ``int8``, ``int4`` or
+        ``fp8`` (e4m3) in so many bits, with a scale for every 64 channels (docs/kv_dtype.md).
     max_requests : requests in flight at once.
     step_tokens : work of one step in tokens through the whole model; a step's budget is this
         times the number of layers, in layer-tokens.
@@ -174,6 +178,7 @@ class EngineConfig:
 
     kv_memory: int | str = "1GiB"
     page_size: int = 16
+    kv_dtype: str = "auto"
     max_requests: int = 64
     step_tokens: int = 2048
     prefill_chunk: int = 1024
@@ -215,6 +220,7 @@ class EngineConfig:
             raise ValueError(f"profile={self.profile!r} must be True or False")
         for share in ("reuse_share", "expected_output"):
             check_share(share, getattr(self, share))
+        check_choice("kv_dtype", self.kv_dtype, KV_DTYPES)
         check_choice("admission", self.admission, ("reserve", "overcommit"))
         check_choice("preempt", self.preempt, ("swap", "recompute"))
         self._check_offload()

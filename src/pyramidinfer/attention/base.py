@@ -11,6 +11,7 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
+from pyramidinfer.codec import Codec
 from pyramidinfer.types import Reduce
 
 __all__ = ["Attended", "Backend", "DecodePlan", "Pages", "Scale", "Scored"]
@@ -30,12 +31,16 @@ class Scale(NamedTuple):
 class Pages(NamedTuple):
     """A group's storage: keys ``[pages, page, D]``, values ``[…, V]``, positions ``[…]``.
 
-    A page holds entries of one KV head.
+    A page holds entries of one KV head.  With a codec keys and values are its codes, and their
+    scales are ``[pages, page, groups]``.
     """
 
     keys: Tensor
     values: Tensor
     positions: Tensor
+    key_scales: Tensor | None = None
+    value_scales: Tensor | None = None
+    codec: Codec | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,7 +51,7 @@ class CPUBackend(ReferenceBackend):
         *,
         probs: bool = False,
     ) -> Attended:
-        if queries.dtype not in DTYPES:
+        if queries.dtype not in DTYPES or pages.codec is not None:
             return super().run(plan, layer, queries, pages, scale, probs=probs)
         queries = queries.contiguous()
         attended, call = self.call(plan, layer, queries, pages, scale, probs)

@@ -52,8 +52,13 @@ class ReferenceBackend:
         if scale.window is not None:
             oldest = plan.positions - scale.window
             seen = seen & (gather(pages.positions) > oldest[:, None, None])
-        keys = gather(pages.keys).to(high)
-        values = gather(pages.values).to(high).masked_fill_(~seen[..., None], 0.0)
+        def numbers(storage: Tensor, scales: Tensor | None) -> Tensor:
+            if pages.codec is None or scales is None:
+                return gather(storage).to(high)
+            return pages.codec.decode(gather(storage), gather(scales), high)
+
+        keys = numbers(pages.keys, pages.key_scales)
+        values = numbers(pages.values, pages.value_scales).masked_fill_(~seen[..., None], 0.0)
         grouped = queries.to(high).view(requests, kv_heads, heads // kv_heads, -1)
         logits = _logits(grouped, keys, scale).masked_fill_(~seen[:, :, None], float("-inf"))
         lse = torch.logsumexp(logits, dim=-1)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from pyramidinfer.codec import Codec
 
 __all__ = ["Group", "GroupSpec", "PoolExhausted"]
 
@@ -17,19 +20,37 @@ class PoolExhausted(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class GroupSpec:
-    """Layers that share pages because their entries have the same size."""
+    """Layers that share pages because their entries have the same size.
+
+    dtype : of keys and values wherever they are computed with;  codec : how they are stored, None
+    for as they are.
+    """
 
     layers: tuple[int, ...]
     kv_heads: int
     key_dim: int
     value_dim: int
     dtype: torch.dtype
+    codec: Codec | None = None
 
     def page_bytes(self, page_size: int, scores: bool) -> int:
-        """Bytes of a page, which is one head's: keys, values, int32 positions and, if asked,
-        float32 scores."""
-        entry = (self.key_dim + self.value_dim) * self.dtype.itemsize + 4 + (4 if scores else 0)
-        return page_size * entry
+        """Bytes of a page, which is one head's: keys, values with their scales, int32 positions
+        and, if asked, float32 scores."""
+        sizes = (self.key_dim, self.value_dim)
+        numbers = sum(sizes) * self.dtype.itemsize
+        if self.codec is not None:
+            numbers = sum(map(self.codec.entry_bytes, sizes))
+        return page_size * (numbers + 4 + (4 if scores else 0))
+
+    @property
+    def plain(self) -> GroupSpec:
+        """The same with entries as they are."""
+        return replace(self, codec=None)
+
+    @property
+    def uncoded(self) -> GroupSpec:
+        """What a codec's bytes are held against: entries of 16 bits; without one, as they are."""
+        return self if self.codec is None else replace(self.plain, dtype=torch.bfloat16)
 
 
 class Group:
@@ -49,18 +70,36 @@ class Group:
     ) -> None:
         self.spec, self.poison, self.scratch = spec, poison, pages
         shape = (pages + 1, page_size)
-        fill = float("nan") if poison else 0.0
-        make = torch.full if poison else lambda size, _, **kw: torch.zeros(size, **kw)
-        self.keys = make((*shape, spec.key_dim), fill, dtype=spec.dtype, device=device)
-        self.values = make((*shape, spec.value_dim), fill, dtype=spec.dtype, device=device)
+        self.keys, self.key_scales = self._storage(shape, spec.key_dim, device)
+        self.values, self.value_scales = self._storage(shape, spec.value_dim, device)
         self.positions = torch.zeros(shape, dtype=torch.int32, device=device)
         self.scores = torch.zeros(shape, device=device) if scores else None
         self.counts = np.zeros(pages, dtype=np.int32)
         self.free = list(range(pages - 1, -1, -1))
 
+    def _storage(
+        self, shape: tuple[int, int], size: int, device: torch.device
+    ) -> tuple[Tensor, Tensor | None]:
+        """Keys or values ``[pages, page, size]``; with a codec their codes, and scales."""
+        codec, fill = self.spec.codec, float("nan") if self.poison else 0.0
+        make = torch.full if self.poison else lambda size, _, **kw: torch.zeros(size, **kw)
+        if codec is None:
+            return make((*shape, size), fill, dtype=self.spec.dtype, device=device), None
+        codes = torch.zeros((*shape, codec.code_bytes(size)), dtype=torch.uint8, device=device)
+        scales = (*shape, size // codec.group(size))
+        return codes, make(scales, fill, dtype=torch.float16, device=device)
+
     def tensors(self) -> list[Tensor]:
-        extra = [] if self.scores is None else [self.scores]
-        return [self.keys, self.values, self.positions, *extra]
+        """All that an entry has: keys, values, positions; where there are any, scores; with a codec
+        the scales of keys and of values."""
+        extra = (self.scores, self.key_scales, self.value_scales)
+        return [self.keys, self.values, self.positions, *(x for x in extra if x is not None)]
+
+    def spoil(self, *at: Any) -> None:
+        """Make the entries at an index unusable."""
+        storages = [(self.keys, self.key_scales), (self.values, self.value_scales)]
+        for numbers, scales in storages:
+            (numbers if scales is None else scales)[at] = float("nan")
 
     def take(self, count: int) -> list[int]:
         if count > len(self.free):
@@ -77,5 +116,4 @@ class Group:
         freed = pages[self.counts[pages] == 0].tolist()
         self.free.extend(freed)
         if self.poison and freed:
-            self.keys[freed] = float("nan")
-            self.values[freed] = float("nan")
+            self.spoil(freed)

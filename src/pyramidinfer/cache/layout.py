@@ -28,9 +28,10 @@ class Layout:
     rank holds everything), of which ``own`` is that of ``rank``.  ``AssertionError`` where the
     budget holds less than a page a head (``least_bytes``).
 
-    group_of, layer_page_bytes : ``[layers]``;  page_bytes : of every group;  page_counts : of
-    every group of the first rank, then of the next one: the same on all ranks, so that they admit
-    the same requests.
+    group_of, layer_page_bytes : ``[layers]``;  page_bytes : of every group;  uncoded_page_bytes :
+    ``[layers]``, of pages whose entries have 16 bits a number (without a codec: as they are);
+    page_counts : of every group of the first rank, then of the next one: the same on all ranks, so
+    that they admit the same requests.
     """
 
     def __init__(
@@ -62,6 +63,8 @@ class Layout:
                 counts.append(max(count, int(budget * (size * count / least)) // size))
         self.page_counts = np.array(counts)
         self.layer_page_bytes = np.array([self.page_bytes[group] for group in self.group_of])
+        uncoded = np.array([spec.uncoded.page_bytes(page_size, scores) for spec in specs])
+        self.uncoded_page_bytes = uncoded[self.group_of]
 
     @classmethod
     def smallest(cls, specs: list[GroupSpec], page_size: int, scores: bool = False) -> Layout:

@@ -5,7 +5,7 @@ The same in kernels: ``native.py`` (C++) and ``triton_compact.py``.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from pyramidinfer.cache.group import Group
 from pyramidinfer.native import Kernels
 
-__all__ = ["Mover", "Moves", "Slots", "Stays", "plan_moves", "upload"]
+__all__ = ["Mover", "Moves", "Slots", "Stays", "plan_moves", "put", "upload"]
 
 
 class Slots(NamedTuple):
@@ -54,8 +54,8 @@ class Mover:
         self, group: Group, slots: Slots, keys: Tensor, values: Tensor, positions: Tensor
     ) -> None:
         """Store keys ``[n, kv_heads, key_dim]``, values and positions ``[n]`` in slots."""
-        group.keys[slots] = keys
-        group.values[slots] = values
+        put(group, group.keys, group.key_scales, slots, keys)
+        put(group, group.values, group.value_scales, slots, values)
         group.positions[slots] = positions.to(torch.int32)[:, None]
         if group.scores is not None:
             group.scores[slots] = 0.0
@@ -89,6 +89,23 @@ class Mover:
         """``[heads, kept, ...]`` of one tensor of a group, slot by slot; pages ``[heads, P]``."""
         held = -(-kept // storage.shape[1])
         return storage[upload(pages[:, :held], storage.device)].flatten(1, 2)[:, :kept]
+
+    def decode(
+        self, group: Group, storage: Tensor, scales: Tensor, pages: np.ndarray, kept: int
+    ) -> Tensor:
+        """``gather`` of keys or values that a codec has stored."""
+        codes, steps = (self.gather(each, pages, kept) for each in (storage, scales))
+        assert group.spec.codec is not None
+        return group.spec.codec.decode(codes, steps, group.spec.dtype)
+
+
+def put(group: Group, storage: Tensor, scales: Tensor | None, at: Any, numbers: Tensor) -> None:
+    """Store a group's keys or values in the slots of an index."""
+    if scales is None:
+        storage[at] = numbers
+    else:
+        assert group.spec.codec is not None
+        storage[at], scales[at] = group.spec.codec.encode(numbers)
 
 
 def plan_moves(indices: Tensor, kept: Tensor, lengths: Tensor) -> Moves:

@@ -33,7 +33,7 @@ class KernelMover(Mover):
     def write(
         self, group: Group, slots: Slots, keys: Tensor, values: Tensor, positions: Tensor
     ) -> None:
-        if keys.dtype not in DTYPES:
+        if keys.dtype not in DTYPES or group.spec.codec is not None:
             return super().write(group, slots, keys, values, positions)
         keys, values = (x if x.stride(2) == 1 else x.contiguous() for x in (keys, values))
         held = (keys, values, *(each.long().contiguous() for each in (positions, *slots)))

@@ -8,6 +8,10 @@ one group (layers whose entries have the same size)::
     positions [pages, page_size]   original position of the entry in each slot
     scores    [pages, page_size]   running score, where a policy asked for one
 
+With a codec (``codec.py``) keys and values are codes, and their scales stand beside them::
+
+    key_scales, value_scales [pages, page_size, groups]
+
 Attention only reads these tensors; this module alone writes, moves and frees.  A page's count is
 the number of tables that own it; a page owned twice is copied before it is written.
 """
@@ -22,7 +26,7 @@ from torch import Tensor
 
 from pyramidinfer.cache.group import Group
 from pyramidinfer.cache.layout import Layout
-from pyramidinfer.cache.mover import Mover, Slots, Stays, upload
+from pyramidinfer.cache.mover import Mover, Slots, Stays, put, upload
 from pyramidinfer.cache.table import Ring, Table
 from pyramidinfer.native.library import DTYPES, Kernels
 from pyramidinfer.types import Best, Keep, Needs
@@ -195,7 +199,7 @@ class Pool:
         known = rule.by in ("new", "running") or (
             rule.by == "window" and flat and reduce.newest_weight == 1
         )
-        return known and rule.safeguard is None
+        return known and rule.safeguard is None and self.groups[0].spec.codec is None
 
     def rewrite_keys(self, table: Table, layer: int, places: Tensor, keys: Tensor) -> None:
         """Replace the keys ``[kv_heads, n, key_dim]`` of entries at ``places`` ``[n]``."""
@@ -204,7 +208,8 @@ class Pool:
         for head in range(self.kv_heads):
             self._own(table, layer, head, touched)
         pages = self._upload(table.pages[layer][:, entry // self.page_size])
-        group.keys[pages, self._upload(entry % self.page_size)] = keys
+        at = pages, self._upload(entry % self.page_size)
+        put(group, group.keys, group.key_scales, at, keys)
 
     def keys_at(self, table: Table, layer: int, places: Tensor) -> Tensor:
         """A copy of the keys of entries at ``places``, ``[kv_heads, n, key_dim]``."""
@@ -275,11 +280,13 @@ class Pool:
 
     def keys(self, table: Table, layer: int, heads: slice = slice(None)) -> Tensor:
         """A copy of the keys of heads that are equally long, ``[heads, kept, key_dim]``."""
-        return self._flat(table, layer, self.group(layer).keys, heads)
+        group = self.group(layer)
+        return self._flat(table, layer, group.keys, heads, group.key_scales)
 
     def values(self, table: Table, layer: int, heads: slice = slice(None)) -> Tensor:
         """A copy of the values of heads that are equally long, ``[heads, kept, value_dim]``."""
-        return self._flat(table, layer, self.group(layer).values, heads)
+        group = self.group(layer)
+        return self._flat(table, layer, group.values, heads, group.value_scales)
 
     def positions(self, table: Table, layer: int) -> Tensor:
         """Original positions of a layer's entries, ``[kv_heads, longest]``, slot by slot.
@@ -348,12 +355,22 @@ class Pool:
         assert bool((held[at.clamp(max=len(held) - 1)] == places.to(self.device)).all()), "not held"
         return order[at]
 
-    def _flat(self, table: Table, layer: int, storage: Tensor, heads: slice) -> Tensor:
+    def _flat(
+        self,
+        table: Table,
+        layer: int,
+        storage: Tensor,
+        heads: slice,
+        scales: Tensor | None = None,
+    ) -> Tensor:
         """``[heads, kept, ...]`` of one tensor of a group, of heads that are equally long."""
         lengths = self.lens(table)[layer, heads]
         kept = int(lengths[0])
         assert (lengths == kept).all(), "heads are not equally long: take them in runs"
-        return self.mover.gather(storage, table.pages[layer, heads], kept)
+        pages = table.pages[layer, heads]
+        if scales is not None:
+            return self.mover.decode(self.group(layer), storage, scales, pages, kept)
+        return self.mover.gather(storage, pages, kept)
 
     def _padded(self, table: Table, layer: int, storage: Tensor, beyond: Tensor) -> Tensor:
         """``[kv_heads, longest]`` of one tensor of a group, ``beyond`` behind shorter heads."""
@@ -429,8 +446,7 @@ class Pool:
             if kept % self.page_size:
                 page = int(table.pages[layer, head, kept // self.page_size])
                 if group.counts[page] == 1:
-                    group.keys[page, kept % self.page_size :] = float("nan")
-                    group.values[page, kept % self.page_size :] = float("nan")
+                    group.spoil(page, slice(kept % self.page_size, None))
 
     def _upload(self, array: np.ndarray) -> Tensor:
         return upload(array, self.device)

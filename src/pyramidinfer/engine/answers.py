@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from pyramidinfer.cache import Pool
-from pyramidinfer.engine.memory import bytes_of, full_lens
+from pyramidinfer.engine.memory import uncoded_bytes, full_lens
 from pyramidinfer.engine.request import Request
 from pyramidinfer.models import ModelRunner
 from pyramidinfer.types import KVUsage, RequestMetrics, RequestOutput
@@ -25,7 +25,7 @@ def usage(pool: Pool, runner: ModelRunner, request: Request) -> KVUsage:
     peak = max(table.peak_bytes, now + table.extra_bytes)
     kept = tuple(table.lens(layer) for layer in range(runner.depth))
     full = full_lens(runner, table.seen_len, [max(heads) for heads in kept])
-    whole = bytes_of(pool.layout, runner, full)
+    whole = uncoded_bytes(pool.layout, runner, full)
     return KVUsage(table.seen_len, kept, full, now, peak, whole, request.lowered_to)
 
 

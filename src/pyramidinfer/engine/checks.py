@@ -44,7 +44,7 @@ def check_plan(
     policy.check(runner.layers_for(1))
     budget, free = config.budget, free_memory(device)
     scores = policy.uses_scores or config.slot_scores
-    least = Layout.least_bytes(runner.group_specs(), config.page_size, scores)
+    least = Layout.least_bytes(runner.group_specs(config.kv_dtype), config.page_size, scores)
     if budget < least:
         raise ValueError(
             f"kv_memory={budget} bytes is below one page per layer: this model needs at least "

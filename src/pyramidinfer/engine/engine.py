@@ -75,7 +75,7 @@ class Engine:
         device = self.runner.device
         check_plan(self.runner, policy, config, device)
         layout = Layout(
-            self.runner.group_specs(),
+            self.runner.group_specs(config.kv_dtype),
             config.budget,
             config.page_size,
             scores=policy.uses_scores or config.slot_scores,

@@ -22,7 +22,7 @@ from pyramidinfer.policies import Policy
 from pyramidinfer.policies.base import Forecast
 from pyramidinfer.types import Layers, Phase, View
 
-__all__ = ["Cost", "Ledger", "bytes_of", "for_samples", "full_bytes", "full_lens"]
+__all__ = ["Cost", "Ledger", "for_samples", "full_bytes", "full_lens", "uncoded_bytes"]
 
 
 class Cost(NamedTuple):
@@ -279,9 +279,9 @@ class Ledger:
 
 
 def full_bytes(layout: Layout, runner: ModelRunner, seen_len: int) -> int:
-    """Bytes a full cache of ``seen_len`` tokens takes in pages; sliding layers stop at their
-    window."""
-    return bytes_of(layout, runner, full_lens(runner, seen_len))
+    """Bytes a full cache of ``seen_len`` tokens takes in pages, 16 bits a number where the pool has
+    fewer; sliding layers stop at their window."""
+    return uncoded_bytes(layout, runner, full_lens(runner, seen_len))
 
 
 def full_lens(
@@ -299,9 +299,10 @@ def full_lens(
     )
 
 
-def bytes_of(layout: Layout, runner: ModelRunner, lens: Items[int]) -> int:
-    """Bytes of pages of a cache with so many entries per layer in every KV head."""
+def uncoded_bytes(layout: Layout, runner: ModelRunner, lens: Items[int]) -> int:
+    """Bytes of pages of a cache with so many entries per layer in every KV head, 16 bits a number
+    where the pool has fewer."""
     return sum(
         int(layout.pages_for(entries)) * shape.kv_heads * int(size)
-        for entries, shape, size in zip(lens, runner.shapes, layout.layer_page_bytes, strict=True)
+        for entries, shape, size in zip(lens, runner.shapes, layout.uncoded_page_bytes, strict=True)
     )

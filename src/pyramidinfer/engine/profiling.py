@@ -272,7 +272,7 @@ def _rows(shares: dict[int, list[float]], heads: list[int]) -> tuple[tuple[float
 
 def _pool_for(shared: Shared, longest: int) -> Pool:
     """Room for a passage and what is read behind it, together ``longest`` tokens."""
-    specs, page = shared.pool.layout.specs, shared.config.page_size
+    specs, page = [spec.plain for spec in shared.pool.layout.specs], shared.config.page_size
     smallest = Layout.smallest(specs, page)
     runner, old = shared.runner, shared.pool.layout
     budget = smallest.budget * (int(smallest.pages_for(longest)) + 1)

@@ -520,6 +520,7 @@ def open_conversations(shared: Shared, weights: str) -> Conversations:
             weights or str(fingerprint(runner)),
             json.dumps(sizes, sort_keys=True, default=str),
             str(runner.dtype),
+            config.kv_dtype,
             str(shared.pool.layout.scores),
         ]
         model = blake2b("\n".join(what).encode(), digest_size=16).hexdigest()

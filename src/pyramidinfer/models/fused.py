@@ -108,6 +108,8 @@ class FusedDecoder(Decoder):
     def step(self, pool: Pool, decoding: Decoding, hidden: Tensor) -> Tensor | None:
         ops, plan, own, rope = self.ops, decoding.plan, self.own, decoding.ropes[None]
         first, here = self.layers[own.start], slice(own.start, own.stop)
+        if pool.group(own.start).spec.codec is not None:
+            return None
         if not isinstance(ops, KernelOps) or first.ranks.size > 1:
             return None
         heads, depth, rows = first.heads, len(self.layers), len(hidden)

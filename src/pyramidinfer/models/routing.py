@@ -104,7 +104,14 @@ class LayerCall:
         slots = Slots(decoding.pages[layer], decoding.offsets[layer])
         pool.write(layer, slots, keys[rows], values[rows], plan.positions)
         group = pool.group(layer)
-        pages = Pages(group.keys, group.values, group.positions)
+        pages = Pages(
+            group.keys,
+            group.values,
+            group.positions,
+            group.key_scales,
+            group.value_scales,
+            group.spec.codec,
+        )
         attended = self.backend.run(
             plan, layer, queries[rows], pages, scale, probs=decoding.size.scores
         )
@@ -115,7 +122,9 @@ class LayerCall:
         self, prefill: Prefill, queries: Tensor, keys: Tensor, values: Tensor, scale: Scale
     ) -> Tensor:
         table, layer, count = prefill.sequence.table, self.layer, queries.shape[0]
+        # What a codec has stored is attended to as it will be later, whatever the chunks.
         held = bool(self.pool.lens(table)[layer].any())
+        held = held or self.pool.group(layer).spec.codec is not None
         new = prefill.positions[prefill.done : prefill.done + count]
         self.pool.write(layer, self.pool.append(table, layer, count), keys, values, new)
         every, positions = slice(0, keys.shape[1]), new.expand(keys.shape[1], -1)

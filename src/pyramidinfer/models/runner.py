@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from pyramidinfer.attention import Backend, Scale
 from pyramidinfer.cache import GroupSpec, Place, Pool, Table
+from pyramidinfer.codec import find_codec
 from pyramidinfer.models import rereading
 from pyramidinfer.models.batch import Batch, Prefill, Sequence, Work
 from pyramidinfer.models.decode import Decoding, Size, Stepped
@@ -153,13 +154,18 @@ class ModelRunner:
             self._graphs[pool] = DecodeGraphs(pool)
         return self._graphs[pool]
 
-    def group_specs(self) -> list[GroupSpec]:
-        """Layers grouped by the size of their entries."""
+    def group_specs(self, kv_dtype: str = "auto") -> list[GroupSpec]:
+        """Layers grouped by the size of their entries, stored in ``kv_dtype``.  ``ValueError``
+        where this model's heads cannot be."""
+        codec = find_codec(kv_dtype)
         groups: dict[tuple[int, int, int], list[int]] = {}
         for layer, shape in enumerate(self.shapes):
             key = (shape.kv_heads, shape.key_dim, shape.value_dim)
             groups.setdefault(key, []).append(layer)
-        return [GroupSpec(tuple(layers), *key, self.dtype) for key, layers in groups.items()]
+        if codec is not None:
+            for _, *sizes in groups:
+                any(map(codec.group, sizes))  # refuses what it cannot cut
+        return [GroupSpec(tuple(layers), *key, self.dtype, codec) for key, layers in groups.items()]
 
     def layers_for(self, longest: int) -> Layers:
         """The depth as a request of at most ``longest`` tokens has it: a window it cannot
