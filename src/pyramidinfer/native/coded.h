@@ -1,7 +1,8 @@
 // Tiles of entries that decoding multiplies: as they lie, or stored by a codec.  A tile offers, for G
 // query heads of its KV head from head g on:
 //   products<G>(out, g): [G][LANES] products of the queries with the tile's keys;
-//   weigh<G>(acc, weights, g): acc [G][padded V] += weights [G][LANES] · values.
+//   peak(x): e^x or a little more, for x <= 0, if weigh wants to know the largest weights;
+//   weigh<G>(acc, weights, peaks): acc [G][padded V] += weights [G][LANES] · values.
 #pragma once
 #include <type_traits>
 
@@ -32,8 +33,9 @@ struct PlainTile {
             ::products<N, G>(out, queries + g * shape.padded_key, nullptr, keys, n, shape.key_dim,
                              shape.padded_key);
     }
+    static float peak(float) { return 0.f; }
     template <int G>
-    void weigh(float* acc, const float* weights, int) const {
+    void weigh(float* acc, const float* weights, const float*) const {
         ::weigh<N, G>(acc, weights, values, n, shape.value_dim, shape.padded_value);
     }
 };
@@ -45,21 +47,21 @@ inline bool takes_integers(int codec, const Shape& s) {
     return (codec == INT8 || codec == INT4) && s.key_dim % 64 == 0 && s.value_dim % 64 == 0;
 }
 
-// Numbers of 16 bits in two bytes each, high · 256 + low, both signed: products with codes, which
-// have no sign, are exact.
+// What codes of 8 bits are multiplied with has 16, in two signed bytes, high · 256 + low.  With codes
+// of 4 bits one byte is enough: it loses a tenth of what they do.
 constexpr float SIXTEEN_BITS = 127 * 256.f;
 
-// A query [blocks of 64] as such numbers; by: what one of them counts, negative sums for the middle.
+// A block of 64 numbers of a query as integers; by: what one of them counts.
 struct IntegerQuery {
     int8_t high[64], low[64];
     int32_t sum;
     float by;
 
-    void set(const float* x) {
+    void set(const float* x, float most) {  // most: the largest integer
         float top = 0.f, all = 0.f;
         for (int i = 0; i < 64; ++i) top = std::max(top, std::fabs(x[i])), all += x[i] * 0.f;
-        by = top / SIXTEEN_BITS + all;
-        const float scale = top > 0.f ? SIXTEEN_BITS / top : 0.f;
+        by = top / most + all;
+        const float scale = top > 0.f ? most / top : 0.f;
         sum = 0;
         for (int i = 0; i < 64; ++i) {
             const int32_t number = int32_t(std::nearbyintf(x[i] * scale));
@@ -93,6 +95,9 @@ template <int CODEC>
 struct IntegerTile {
     static constexpr int BYTES = CODEC == INT4 ? 32 : 64;  // of a block of 64 numbers
     static constexpr int TWICE_MIDDLE = CODEC == INT4 ? 15 : 255;
+    static constexpr bool IS_WIDE = CODEC == INT8;  // two bytes for what is multiplied with codes
+    static constexpr float QUERY_MOST = IS_WIDE ? SIXTEEN_BITS : 127.f;
+    static constexpr float WEIGHT_MOST = IS_WIDE ? SIXTEEN_BITS : 255.f;
     Shape shape;
     const IntegerQuery* queries;  // [group][blocks]
     const uint8_t *keys, *values;
@@ -129,15 +134,18 @@ struct IntegerTile {
                     _mm512_store_si512(wide + e * 64, block(at(keys, e, b, blocks)));
             for (int h = 0; h < G; ++h) {
                 const IntegerQuery& query = queries[(g + h) * blocks + b];
-                const __m512i high = _mm512_loadu_si512(query.high);
                 const __m512i low = _mm512_loadu_si512(query.low);
+                __m512i high = low;
+                if (IS_WIDE) high = _mm512_loadu_si512(query.high);
                 __m512i row[16];
 #pragma GCC unroll 16
                 for (int e = 0; e < 16; ++e) {
                     const __m512i key = is_shared ? _mm512_load_si512(wide + e * 64)
                                                   : block(at(keys, e, b, blocks));
-                    const __m512i upper = _mm512_dpbusd_epi32(_mm512_setzero_si512(), key, high);
-                    row[e] = _mm512_dpbusd_epi32(_mm512_slli_epi32(upper, 8), key, low);
+                    row[e] = _mm512_setzero_si512();
+                    if (IS_WIDE)
+                        row[e] = _mm512_slli_epi32(_mm512_dpbusd_epi32(row[e], key, high), 8);
+                    row[e] = _mm512_dpbusd_epi32(row[e], key, low);
                 }
                 const __m512i twice = _mm512_slli_epi32(sum_each(row), 1);
                 const __m512i middle = _mm512_set1_epi32(TWICE_MIDDLE * query.sum);
@@ -151,28 +159,35 @@ struct IntegerTile {
     const uint8_t* at(const uint8_t* codes, int e, int b, int blocks) const {
         return codes + (size_t(e < n ? e : 0) * blocks + b) * BYTES;
     }
+    // Between the powers of two along a straight line, which is above the curve.
+    static float peak(float x) {
+        const float power = std::max(x * LOG2E, -126.f);
+        return of_bits(uint32_t((power + 127.f) * 0x1p23f)) * 1.00001f;
+    }
     // Sums are kept in the order that four interleaved rows have: see integers_in_order.
     template <int G>
-    void weigh(float* acc, const float* weights, int) const {
+    void weigh(float* acc, const float* weights, const float* peaks) const {
         const int blocks = shape.value_dim / 64;
         for (int b = 0; b < blocks; ++b) {
             const __m512 steps = scales(value_scales, b, blocks);
+            const float largest = _mm512_reduce_max_ps(steps);
             alignas(64) int8_t high[G][16], low[G][16];
             float by[G];
             int32_t sum[G];
             for (int h = 0; h < G; ++h) {
                 const __m512 weight = _mm512_mul_ps(_mm512_loadu_ps(weights + h * LANES), steps);
-                const float top = _mm512_reduce_max_ps(weight);
-                const __m512 scale = _mm512_set1_ps(top > 0.f ? SIXTEEN_BITS / top : 0.f);
+                const float top = peaks[h] * largest;
+                const __m512 scale = _mm512_set1_ps(top > 0.f ? WEIGHT_MOST / top : 0.f);
                 const __m512i number = _mm512_cvtps_epi32(_mm512_mul_ps(weight, scale));
-                const __m512i upper =
-                    _mm512_srai_epi32(_mm512_add_epi32(number, _mm512_set1_epi32(128)), 8);
-                _mm_store_si128((__m128i*)high[h], _mm512_cvtepi32_epi8(upper));
-                const __m512i rest = _mm512_sub_epi32(number, _mm512_slli_epi32(upper, 8));
-                _mm_store_si128((__m128i*)low[h], _mm512_cvtepi32_epi8(rest));
+                _mm_store_si128((__m128i*)low[h], _mm512_cvtepi32_epi8(number));
+                if (IS_WIDE) {  // what the low byte, which is signed, leaves
+                    const __m512i rest = _mm512_add_epi32(number, _mm512_set1_epi32(128));
+                    _mm_store_si128((__m128i*)high[h],
+                                    _mm512_cvtepi32_epi8(_mm512_srai_epi32(rest, 8)));
+                }
                 sum[h] = TWICE_MIDDLE * _mm512_reduce_add_epi32(number);
                 const bool is_nan = _mm512_cmp_ps_mask(weight, weight, _CMP_UNORD_Q);
-                by[h] = is_nan ? NAN : top * (0.5f / SIXTEEN_BITS);
+                by[h] = is_nan ? NAN : top * (0.5f / WEIGHT_MOST);
             }
             __m512i upper[G][4], lower[G][4];
             for (int h = 0; h < G; ++h)
@@ -188,10 +203,15 @@ struct IntegerTile {
                                          _mm512_unpacklo_epi16(d, f), _mm512_unpackhi_epi16(d, f)};
                 for (int h = 0; h < G; ++h) {
                     int32_t bytes;
-                    std::memcpy(&bytes, high[h] + e, 4);
-                    const __m512i large = _mm512_set1_epi32(bytes);
                     std::memcpy(&bytes, low[h] + e, 4);
                     const __m512i small = _mm512_set1_epi32(bytes);
+                    if (!IS_WIDE) {  // weights have no sign here, and codes have none to lose
+                        for (int i = 0; i < 4; ++i)
+                            lower[h][i] = _mm512_dpbusd_epi32(lower[h][i], small, four[i]);
+                        continue;
+                    }
+                    std::memcpy(&bytes, high[h] + e, 4);
+                    const __m512i large = _mm512_set1_epi32(bytes);
                     for (int i = 0; i < 4; ++i) {
                         upper[h][i] = _mm512_dpbusd_epi32(upper[h][i], four[i], large);
                         lower[h][i] = _mm512_dpbusd_epi32(lower[h][i], four[i], small);
@@ -200,8 +220,8 @@ struct IntegerTile {
             }
             for (int h = 0; h < G; ++h)
                 for (int i = 0; i < 4; ++i) {
-                    const __m512i whole =
-                        _mm512_add_epi32(_mm512_slli_epi32(upper[h][i], 8), lower[h][i]);
+                    __m512i whole = lower[h][i];
+                    if (IS_WIDE) whole = _mm512_add_epi32(whole, _mm512_slli_epi32(upper[h][i], 8));
                     const __m512i less =
                         _mm512_sub_epi32(_mm512_slli_epi32(whole, 1), _mm512_set1_epi32(sum[h]));
                     float* to = acc + h * shape.padded_value + b * 64 + i * 16;

@@ -35,9 +35,9 @@ inline Vec logits(Vec x, float scale, float softcap) {
     return set1(softcap) * (set1(1.f) - set1(2.f) / (set1(1.f) + exp2(y)));
 }
 
-// What one span of entries gives a group's heads: [G][padded V] values, then [G] tops, [G] sums.
+// What one span of entries gives a group's heads: [G][padded V] values, [G] tops, [G][LANES] sums.
 struct Partial {
-    float *values, *top, *sum;
+    float *values, *top, *sums;
 };
 
 // Whose entries are attended to: a request and one of its KV heads.
@@ -45,26 +45,27 @@ struct Reader {
     int request, kv_head;
 };
 
-// n <= LANES entries from entry t on, at `slot` of the storage, for G heads of the group from g on.
+// n <= LANES entries from entry t on, at `slot` of the storage, for G heads of the group from g0 on.
 template <int G, class T, class Tile>
 inline void attend_tile(const Decode<T>& a, const Tile& tile, Reader by, int g0, int64_t t, size_t slot,
                         int n, Partial to, float* kept_logits) {
-    float weights[G * LANES];
+    float weights[G * LANES], peaks[G];
     const size_t first = size_t(by.request) * a.heads + by.kv_head * a.group() + g0;
     const int padded_value = tile.shape.padded_value;
     const int64_t oldest = a.window ? a.at[by.request] - a.window : -1;
     tile.template products<G>(weights, g0);
     for (int g = 0; g < G; ++g) {
-        float* row = weights + g * LANES;
+        float *row = weights + g * LANES, *sums = to.sums + g * LANES;
         store(row, logits(load(row), a.scale, a.softcap));
         for (int e = n; e < LANES; ++e) row[e] = NEVER;
         if (a.window)
             for (int e = 0; e < n; ++e)
                 if (a.positions[slot + e] <= oldest) row[e] = NEVER;
         if (kept_logits) std::memcpy(kept_logits + (first + g) * a.longest + t, row, n * sizeof(float));
-        const float best = top(load(row)), any = sum(load(row));
-        if (best == NEVER && any == any) {  // nothing is seen here (and nothing is NaN)
+        const float best = top(load(row));
+        if (best == NEVER && !std::isnan(sum(load(row)))) {  // nothing is seen here
             store(row, set1(0.f));
+            peaks[g] = 0.f;
             continue;
         }
         if (!(best <= to.top[g])) {  // a new top (or NaN): what is there shrinks
@@ -72,14 +73,15 @@ inline void attend_tile(const Decode<T>& a, const Tile& tile, Reader by, int g0,
             float* held = to.values + g * padded_value;
             for (int d = 0; d < padded_value; d += LANES)
                 store(held + d, load(held + d) * set1(less));
-            to.sum[g] *= less;
+            store(sums, load(sums) * set1(less));
             to.top[g] = best;
         }
         const Vec weight = exp2((load(row) - set1(to.top[g])) * set1(LOG2E));
-        to.sum[g] += sum(weight);
+        store(sums, load(sums) + weight);
         store(row, weight);
+        peaks[g] = Tile::peak(best - to.top[g]);
     }
-    tile.template weigh<G>(to.values, weights, g0);
+    tile.template weigh<G>(to.values, weights, peaks);
 }
 
 // A tile for all heads of a KV head, four at a time.
@@ -88,7 +90,7 @@ inline void attend_group(const Decode<T>& a, const Tile& tile, Reader by, int64_
                          Partial to, float* kept_logits) {
     const int group = a.group();
     for (int g = 0; g < group; g += 4) {
-        const Partial part{to.values + g * tile.shape.padded_value, to.top + g, to.sum + g};
+        const Partial part{to.values + g * tile.shape.padded_value, to.top + g, to.sums + g * LANES};
 #define HEADS(G) attend_tile<G>(a, tile, by, g, t, slot, n, part, kept_logits)
         switch (std::min(4, group - g)) {
             case 1: HEADS(1); break;
@@ -146,10 +148,11 @@ inline void attend_coded(const Decode<T>& a, Shape shape, Reader by, int64_t beg
 #ifdef INTEGER_TILES
     if (takes_integers(a.codec, shape)) {
         auto* integers = packed.get<IntegerQuery>(shape.group * key_groups);
-        for (int g = 0; g < shape.group; ++g)
-            for (int b = 0; b < key_groups; ++b)
-                integers[g * key_groups + b].set(queries + g * shape.padded_key + b * 64);
         const auto attend = [&](auto tile) {
+            for (int g = 0; g < shape.group; ++g)
+                for (int b = 0; b < key_groups; ++b)
+                    integers[g * key_groups + b].set(queries + g * shape.padded_key + b * 64,
+                                                     tile.QUERY_MOST);
             attend_span(a, by, begin, end, mine, kept_logits, [&](size_t slot, int n) {
                 tile.keys = keys + slot * key_row, tile.values = values + slot * value_row;
                 tile.key_scales = a.key_scales + slot * key_groups;
@@ -202,25 +205,24 @@ inline void decode(const Decode<T>& a, Cut cut, float* room, float* kept_logits)
         const int64_t end = std::min(a.lengths[head], begin + cut.size);
         if (begin >= end) continue;
         const Reader by{r, kv_head};
-        float* queries = widened.get<float>(size_t(group) * padded_key);
+        float* queries = widened.get<float>(size_t(group) * (padded_key + LANES));
         const T* raw = a.queries + size_t(r * a.heads + kv_head * group) * a.key_dim;
         if (a.codec != AS_IS || !takes_pairs<T>(a.key_dim))
             widen(queries, raw, group, a.key_dim, padded_key);
         float* values = room + size_t(task) * each;
         float* top = values + size_t(group) * padded_value;
-        const Partial mine{values, top, top + group};
-        std::fill(mine.values, mine.top, 0.f);
-        std::fill(mine.top, mine.sum, NEVER);
-        std::fill(mine.sum, mine.sum + group, 0.f);
-        if (a.codec != AS_IS) {
-            attend_coded(a, shape, by, begin, end, mine, queries, kept_logits);
-            continue;
-        }
+        const Partial mine{values, top, queries + size_t(group) * padded_key};
+        std::fill(values, top, 0.f);
+        std::fill(top, top + group, NEVER);
+        std::fill(mine.sums, mine.sums + group * LANES, 0.f);
         const auto *keys = (const T*)a.keys, *values_at = (const T*)a.values;
-        attend_span(a, by, begin, end, mine, kept_logits, [&](size_t slot, int n) {
-            return PlainTile<T, T>{shape, queries, raw, keys + slot * a.key_dim,
-                                   values_at + slot * a.value_dim, n};
-        });
+        if (a.codec != AS_IS) attend_coded(a, shape, by, begin, end, mine, queries, kept_logits);
+        else
+            attend_span(a, by, begin, end, mine, kept_logits, [&](size_t slot, int n) {
+                return PlainTile<T, T>{shape, queries, raw, keys + slot * a.key_dim,
+                                       values_at + slot * a.value_dim, n};
+            });
+        for (int g = 0; g < group; ++g) top[group + g] = sum(load(mine.sums + g * LANES));
     }
 #pragma omp for schedule(static)
     for (int task = 0; task < a.requests * a.heads; ++task) {
