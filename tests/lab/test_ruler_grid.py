@@ -122,6 +122,55 @@ def test_the_study_runs_and_goes_on_where_it_was(
     assert all(path.stat().st_size > 5000 for path in pictures)
 
 
+def test_every_policy_is_measured_with_each_kv_dtype(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shares are of the full cache's bytes in 16 bits, so bits and policies share an axis."""
+    monkeypatch.setattr(grid, "SCREEN", 0.0)
+    out, kv_dtypes = tmp_path / "r.json", ("auto", "int8", "int4")
+    where = plan(
+        samples=1,
+        tasks=TASKS[:1],
+        policies=("full", "snapkv:keep=.5"),
+        protocols=("after",),
+        kv_dtypes=kv_dtypes,
+    )
+    found, pictures = run_ruler(where, out)
+    share = {(row["policy"], row["kv_dtype"]): row["kv_share"] for row in found}
+    assert list(share) == [
+        (policy, each) for each in kv_dtypes for policy in ("full", "snapkv:keep=.5")
+    ]
+    assert share["full", "auto"] == 1
+    for policy in ("full", "snapkv:keep=.5"):
+        whole = share[policy, "auto"]
+        assert 0.5 < share[policy, "int8"] / whole < 0.7
+        assert 0.25 < share[policy, "int4"] / whole < 0.45
+    assert all(path.stat().st_size > 5000 for path in pictures)
+    written = json.loads(out.read_text())
+    assert written["meta"]["configuration"]["kv_dtypes"] == list(kv_dtypes)
+    assert {row["kv_dtype"] for row in written["rows"]} == set(kv_dtypes)
+
+
+def test_the_reference_is_the_full_cache_in_the_models_dtype() -> None:
+    """Whatever is asked for; and results of before, which do not say how caches were stored."""
+    rows = [
+        row("full", "a", [1.0, 1.0], 1.0),
+        row("full", "b", [0.0, 0.0], 1.0, kv_dtype="auto"),
+        row("full", "a", [1.0, 0.0], 1.0, kv_dtype="int4"),
+        row("full", "b", [1.0, 1.0], 1.0, kv_dtype="int4"),
+    ]
+    assert grid.passed(rows) == {(500, "a")}
+    reference, coded = means(rows)
+    assert (reference["kv_dtype"], reference["lost"]) == ("auto", 0)
+    assert (coded["kv_dtype"], coded["score"], coded["lost"]) == ("int4", 0.5, 0.5)
+    only = plan(policies=("full", "snapkv"), keeps=(0.5,), kv_dtypes=("int4",))
+    assert [(c["policy"], c["kv_dtype"]) for c in only.cells()] == [
+        ("full", "auto"),
+        ("full", "int4"),
+        ("snapkv", "int4"),
+    ]
+
+
 def test_both_protocols_are_the_same_with_the_full_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the study rests on when it measures the full cache once; and not with another."""
     machine = asker(SUBJECT)
@@ -166,6 +215,8 @@ def test_the_haystack_is_what_was_asked_for(tmp_path: Path) -> None:
         ({"lengths": (0,)}, "--lengths: 0"),
         ({"samples": 0}, "--samples 0"),
         ({"policies": ("snapkw",)}, "snapkv"),
+        ({"kv_dtypes": ("auto", "int5")}, "--kv-dtypes='int5' is unknown; did you mean 'int"),
+        ({"kv_dtypes": ()}, "--kv-dtypes is empty"),
     ],
 )
 def test_bad_input_is_named(changes: dict[str, Any], words: str, tmp_path: Path) -> None:
@@ -185,6 +236,8 @@ def test_the_command_prints_a_table(
     words = [
         "--policies",
         "full,snapkv",
+        "--kv-dtypes",
+        "auto,int4",
         "--keeps",
         ".5",
         "--lengths",
@@ -203,7 +256,7 @@ def test_the_command_prints_a_table(
         main()
     assert not stopped.value.code
     shown = capsys.readouterr().out
-    assert "inside" in shown and "snapkv" in shown and str(out.name) in shown.replace("\n", "")
+    assert "inside" in shown and "snapkv int4" in shown and str(out.name) in shown.replace("\n", "")
 
 
 def test_where_the_full_cache_can_do_nothing_there_is_nothing_to_compare(

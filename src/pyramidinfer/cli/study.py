@@ -46,8 +46,19 @@ Specs = Annotated[
     str | None,
     typer.Option(help="NAME,NAME or 'NAME NAME:option=value,…'. Default: every policy."),
 ]
+KvDtypes = Annotated[
+    str,
+    typer.Option(
+        help="How keys and values are stored: auto, int8, int4, fp8; each policy with each."
+    ),
+]
 KEEPS = "1,.75,.6,.45,.3,.2,.1"
 N = TypeVar("N", int, float)
+
+
+def words(text: str) -> tuple[str, ...]:
+    """``"a,b"`` → names."""
+    return tuple(text.replace(",", " ").split())
 
 
 def numbers(text: str, kind: type[N], option: str) -> tuple[N, ...]:

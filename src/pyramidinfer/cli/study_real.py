@@ -17,6 +17,7 @@ from pyramidinfer.cli.study import (
     Device,
     Dtype,
     Json,
+    KvDtypes,
     KvMemory,
     Seed,
     Specs,
@@ -24,6 +25,7 @@ from pyramidinfer.cli.study import (
     Workers,
     numbers,
     subject,
+    words,
 )
 
 if TYPE_CHECKING:
@@ -54,6 +56,7 @@ def ruler(
     protocols: Annotated[
         str, typer.Option(help="inside: with the question in view; after: before it came.")
     ] = "inside,after",
+    kv_dtypes: KvDtypes = "auto",
     samples: Annotated[
         int, typer.Option(help="Samples of each task at the shortest length; longer: fewer.")
     ] = 20,
@@ -73,8 +76,9 @@ def ruler(
     plan = RulerPlan(
         *_ways(policies, keeps, where, samples, seed),
         numbers(lengths, int, "--lengths"),
-        TASKS if tasks is None else tuple(tasks.replace(",", " ").split()),
-        tuple(protocols.replace(",", " ").split()),
+        TASKS if tasks is None else words(tasks),
+        words(protocols),
+        kv_dtypes=words(kv_dtypes),
     )
     means, pictures = run_ruler(plan, json, workers)
     _show(means_table(means), [json, *pictures])

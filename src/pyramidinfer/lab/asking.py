@@ -131,7 +131,8 @@ def own_keep(spec: str) -> float | None:
         ) from None
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=2)
 def asker(subject: Subject) -> Asker:
-    """The process's engine over a model, made once."""
+    """The process's engine over a model, made once: the full cache's, and one whose keys and values
+    are stored in other bits."""
     return Asker(subject)

@@ -10,11 +10,19 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from pyramidinfer.lab.pictures import counted, legend, save
+from pyramidinfer.lab.rows import AUTO
 from pyramidinfer.lab.study import Row
 
 __all__ = ["draw_needles", "draw_quality", "labels", "style"]
 
 MARKERS = "osD^vPX<>*h"
+#: How the lines of each kv dtype are drawn.
+LOOKS: dict[str, dict[str, Any]] = {
+    AUTO: {"linestyle": "-"},
+    "int8": {"linestyle": "--", "markerfacecolor": "white"},
+    "fp8": {"linestyle": "-.", "markerfacecolor": "white"},
+    "int4": {"linestyle": ":", "fillstyle": "left"},
+}
 #: measure → (title, logarithmic)
 PANELS = {
     "recall": ("exact recall", False),
@@ -24,14 +32,18 @@ PANELS = {
 
 
 def style(names: list[str]) -> dict[str, dict[str, Any]]:
-    """Colour and marker of each policy, the project's own drawn strongest."""
+    """Colour and marker of each policy, the project's own drawn strongest; the line of each kv
+    dtype (``names`` are those of ``rows.series``)."""
     colours = matplotlib.colormaps["tab10"]
+    specs = list(dict.fromkeys(name.partition(" ")[0] for name in names))
     styles = {}
-    for index, name in enumerate(names):
-        own = name == "pyramid"
+    for name in names:
+        spec, _, stored = name.partition(" ")
+        index, own = specs.index(spec), spec == "pyramid"
         styles[name] = {
             "color": colours(index % 10),
             "marker": MARKERS[index % len(MARKERS)],
+            **LOOKS[stored or AUTO],
             "linewidth": 2.4 if own else 1.2,
             "markersize": 5.5 if own else 4,
             "zorder": 3 if own else 2,
@@ -40,13 +52,16 @@ def style(names: list[str]) -> dict[str, dict[str, Any]]:
 
 
 def labels(names: list[str]) -> dict[str, str]:
-    """What each policy is called: its name and those options that not all with options share."""
-    options = {name: name.partition(":")[2].split(",") for name in names if ":" in name}
+    """What each series is called: its policy, its kv dtype unless ``auto``, and those options that
+    not all with options share."""
+    specs = {name: name.partition(" ") for name in names}
+    options = {n: spec.partition(":")[2].split(",") for n, (spec, *_) in specs.items() if ":" in n}
     shared = set.intersection(*map(set, options.values())) if len(options) > 1 else set()
     found = {}
     for name in names:
         own = [each for each in options.get(name, []) if each not in shared]
-        found[name] = ", ".join([name.partition(":")[0], *own])
+        spec, blank, stored = specs[name]
+        found[name] = ", ".join([spec.partition(":")[0] + blank + stored, *own])
     return found
 
 

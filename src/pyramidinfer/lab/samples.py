@@ -75,6 +75,7 @@ class Subject:
     device: str = "auto"
     kv_memory: str = "512MiB"
     backend: str = "auto"
+    kv_dtype: str = "auto"
 
     def llm(self, policy: Policy, **options: Any) -> LLM:
         """An engine over the model, which is loaded once a process."""
@@ -85,6 +86,7 @@ class Subject:
             kv_memory=self.kv_memory,
             tokenizer=loaded.tokenizer,
             backend=self.backend,
+            kv_dtype=self.kv_dtype,
             **options,
         )
 

@@ -20,6 +20,7 @@ from pyramidinfer.lab.asking import PROTOCOLS, Asker, asker
 from pyramidinfer.lab.chat import Asked
 from pyramidinfer.lab.icr import publish
 from pyramidinfer.lab.quality import interval
+from pyramidinfer.lab.rows import AUTO, is_reference, kv_dtype
 from pyramidinfer.lab.ruler.pictures import draw_scores, draw_tasks
 from pyramidinfer.lab.ruler.tasks import TASKS, Haystack, Sample, check_task, make_samples
 from pyramidinfer.lab.samples import Subject
@@ -77,7 +78,7 @@ class RulerPlan(Ways):
     def screening(self) -> list[dict[str, Any]]:
         """The full cache's cells."""
         return [
-            {"length": length, "policy": "full", "keep": 1.0, "task": task}
+            {"length": length, "policy": "full", "keep": 1.0, "kv_dtype": AUTO, "task": task}
             for length in self.lengths
             for task in self.tasks
         ]
@@ -118,11 +119,11 @@ def run_ruler(plan: RulerPlan, out: Path, workers: int = 1) -> tuple[list[Row], 
 
 
 def measure(plan: RulerPlan, cell: dict[str, Any]) -> list[Row]:
-    """One cell's rows: two for the full cache, for which both protocols are the same."""
-    machine = asker(plan.subject)
+    """One cell's rows: two for the reference, for which both protocols are the same."""
+    machine = asker(plan.stored(cell))
     samples = _samples(plan, cell["task"], cell["length"])
     policy = machine.policy(cell["policy"], cell["keep"])
-    protocols = plan.protocols if cell["policy"] == "full" else (cell["protocol"],)
+    protocols = plan.protocols if is_reference(cell) else (cell["protocol"],)
     scored = answer_samples(machine, samples, protocols[0], policy)
     return [
         {
@@ -203,28 +204,27 @@ def _samples(plan: RulerPlan, task: str, length: int) -> tuple[Sample, ...]:
 def passed(rows: Sequence[Row]) -> set[tuple[int, str]]:
     """``(length, task)`` of those that the full cache can do."""
     return {
-        (row["length"], row["task"])
-        for row in rows
-        if row["policy"] == "full" and row["score"] >= SCREEN
+        (row["length"], row["task"]) for row in rows if is_reference(row) and row["score"] >= SCREEN
     }
 
 
 def means(rows: Sequence[Row]) -> list[Row]:
-    """Means over the tasks that the full cache can do, of every policy, keep, length and protocol.
+    """Means over the tasks that the full cache can do, of every policy, keep, kv dtype, length
+    and protocol.
 
     score, score_ci : tasks count alike; 95 %, resampling the samples of each task.
     lost, lost_ci : the full cache's mean less this one's, on the same samples (paired).
     left_out : tasks that were screened away.
     """
     able = passed(rows)
-    whole = {(r["length"], r["protocol"], r["task"]): r for r in rows if r["policy"] == "full"}
+    whole = {(r["length"], r["protocol"], r["task"]): r for r in rows if is_reference(r)}
     cells: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         if (row["length"], row["task"]) in able:
-            key = (row["length"], row["protocol"], row["policy"], row["keep"])
+            key = (row["length"], row["protocol"], row["policy"], row["keep"], kv_dtype(row))
             cells.setdefault(key, []).append(row)
     found = []
-    for (length, protocol, policy, keep), mine in cells.items():
+    for (length, protocol, policy, keep, stored), mine in cells.items():
         own = [np.array(row["scores"]) for row in mine]
         lost = [
             np.array(whole[length, protocol, row["task"]]["scores"]) - scores
@@ -236,6 +236,7 @@ def means(rows: Sequence[Row]) -> list[Row]:
                 "protocol": protocol,
                 "policy": policy,
                 "keep": keep,
+                "kv_dtype": stored,
                 "score": _mean(own),
                 "score_ci": _bounds(own),
                 "lost": _mean(lost),

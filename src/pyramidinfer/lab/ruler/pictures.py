@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from pyramidinfer.lab.pictures import counted, legend, save
 from pyramidinfer.lab.quality_plots import labels, style
+from pyramidinfer.lab.rows import is_reference, series
 from pyramidinfer.lab.study import Row
 
 __all__ = ["draw_scores", "draw_tasks"]
@@ -20,15 +21,16 @@ TITLES = {"inside": "question inside the compressed prompt", "after": "question 
 
 
 def draw_scores(means: Sequence[Row], path: Path) -> Path:
-    """Mean score over KV bytes, one line a policy; a row a length, a column a protocol."""
+    """Mean score over KV bytes, a line a policy and kv dtype, a row a length, a column a
+    protocol."""
     lengths = sorted({row["length"] for row in means})
     protocols = [each for each in TITLES if any(row["protocol"] == each for row in means)]
-    names = [name for name in dict.fromkeys(_method(row) for row in means) if name != "full"]
+    names = list(dict.fromkeys(_method(row) for row in means if not is_reference(row)))
     looks, called = style(names), labels(names)
     size = (6.4 * len(protocols), 4.4 * len(lengths) + 0.9)
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(len(lengths), len(protocols), squeeze=False)
-    widest = max((row["kv_share"] for row in means if row["policy"] != "full"), default=1.0)
+    widest = max((row["kv_share"] for row in means if not is_reference(row)), default=1.0)
     for (line, column), axis in np.ndenumerate(axes):
         cell = (lengths[line], protocols[column])
         here = [row for row in means if (row["length"], row["protocol"]) == cell]
@@ -36,7 +38,7 @@ def draw_scores(means: Sequence[Row], path: Path) -> Path:
             mine = sorted((r for r in here if _method(r) == name), key=lambda r: r["kv_share"])
             _line(axis, mine, looks[name], called[name])
         for row in here:
-            if row["policy"] == "full":
+            if is_reference(row):
                 axis.axhline(
                     row["score"], color="0.35", linestyle="--", linewidth=1, label="full cache"
                 )
@@ -59,8 +61,8 @@ def draw_scores(means: Sequence[Row], path: Path) -> Path:
 
 
 def _method(row: Row) -> str:
-    """A policy's spec without a ``keep`` of its own."""
-    return re.sub(r"(:)keep=[^,]*,|[:,]keep=[^,]*", r"\1", str(row["policy"]))
+    """A series' name without a ``keep`` of the policy's own."""
+    return re.sub(r"(:)keep=[^, ]*,|[:,]keep=[^, ]*", r"\1", series(row))
 
 
 def _line(axis: Any, rows: list[Row], look: dict[str, Any], name: str) -> None:
@@ -77,8 +79,8 @@ def draw_tasks(rows: Sequence[Row], screen: float, path: Path) -> Path:
     length.  Tasks that the full cache fails have its score only."""
     panels = list(dict.fromkeys((row["length"], row["protocol"]) for row in rows))
     tasks = list(dict.fromkeys(row["task"] for row in rows))
-    lines = list(dict.fromkeys((row["policy"], row["keep"]) for row in rows))
-    called = labels([policy for policy, _ in lines])
+    lines = list(dict.fromkeys((series(row), row["keep"]) for row in rows))
+    called = labels([name for name, _ in lines])
     names = {line: _line_name(called[line[0]], line[1]) for line in lines}
     height = 0.26 * len(lines) + 1.9
     width = max(0.72 * len(tasks), 4) + 0.085 * max(map(len, names.values())) + 1.6
@@ -86,7 +88,7 @@ def draw_tasks(rows: Sequence[Row], screen: float, path: Path) -> Path:
     axes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
     for axis, (length, protocol) in zip(axes, panels, strict=True):
         found = {
-            (r["policy"], r["keep"], r["task"]): r["score"]
+            (series(r), r["keep"], r["task"]): r["score"]
             for r in rows
             if (r["length"], r["protocol"]) == (length, protocol)
         }
@@ -117,4 +119,4 @@ def draw_tasks(rows: Sequence[Row], screen: float, path: Path) -> Path:
 
 def _line_name(name: str, keep: float) -> str:
     parts = [part for part in name.split(", ") if not part.startswith("keep=")]
-    return name if name == "full" else ", ".join([*parts, f"{keep:g}"])
+    return name if name.split(" ")[0] == "full" else ", ".join([*parts, f"{keep:g}"])

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from rich.table import Table
 
 from pyramidinfer.lab.asking import PROTOCOLS
+from pyramidinfer.lab.rows import series
 from pyramidinfer.lab.study import Row
 
 __all__ = ["means_table"]
@@ -22,7 +23,7 @@ def means_table(means: Sequence[Row]) -> Table:
             table.add_column(column, justify="right", no_wrap=column in PROTOCOLS)
     cells: dict[tuple[int, str, float], dict[str, Row]] = {}
     for row in means:
-        cell = cells.setdefault((row["length"], row["policy"], row["keep"]), {})
+        cell = cells.setdefault((row["length"], series(row), row["keep"]), {})
         cell[row["protocol"]] = row
     for (length, policy, keep), found in cells.items():
         any_row = next(iter(found.values()))
