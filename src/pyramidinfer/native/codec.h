@@ -68,6 +68,26 @@ inline float of_fp8(uint8_t code) {  // as an fp16 with a larger exponent
     return 256.f * to_float(fp16{uint16_t((code & 0x80) << 8 | (code & 0x7f) << 7)});
 }
 
+#if defined(__AVX512F__) && defined(__AVX512BW__)
+inline Vec load_fp8(const uint8_t* codes) {
+    const __m256i code = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)codes));
+    const __m256i sign = _mm256_slli_epi16(_mm256_and_si256(code, _mm256_set1_epi16(0x80)), 8);
+    const __m256i size = _mm256_slli_epi16(_mm256_and_si256(code, _mm256_set1_epi16(0x7f)), 7);
+    return Vec{_mm512_cvtph_ps(_mm256_or_si256(sign, size))} * set1(256.f);
+}
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+inline Vec load_fp8(const uint8_t* codes) {
+    const __m128i code = _mm_cvtepu8_epi16(_mm_loadl_epi64((const __m128i*)codes));
+    const __m128i sign = _mm_slli_epi16(_mm_and_si128(code, _mm_set1_epi16(0x80)), 8);
+    const __m128i size = _mm_slli_epi16(_mm_and_si128(code, _mm_set1_epi16(0x7f)), 7);
+    return Vec{_mm256_cvtph_ps(_mm_or_si128(sign, size))} * set1(256.f);
+}
+#else
+inline Vec load_fp8(const uint8_t* codes) {
+    return each([=](int i) { return of_fp8(codes[i]); });
+}
+#endif
+
 // One key or value [size] as it is put down.
 template <class T>
 inline void encode(int codec, const T* x, int64_t size, uint8_t* codes, fp16* scales) {
@@ -111,13 +131,20 @@ inline void widen_codes(int codec, const uint8_t* codes, int group, float* out) 
 }
 
 // One key or value [size] as it is stored: rotated.
-inline void decode_rotated(int codec, const uint8_t* codes, const fp16* scales, int64_t size,
-                           float* out) {
+template <class N>
+inline void decode_rotated(int codec, const uint8_t* codes, const fp16* scales, int64_t size, N* out) {
     const int group = group_size(size);
     for (int64_t at = 0; at < size; at += group, ++scales) {
-        widen_codes(codec, codes + code_bytes(codec, at), group, out + at);
+        if (codec == FP8 && group % LANES == 0) {
+            const Vec step = set1(to_float(*scales));
+            for (int i = 0; i < group; i += LANES)
+                store(out + at + i, load_fp8(codes + at + i) * step);
+            continue;
+        }
+        float wide[WIDEST_GROUP];
+        widen_codes(codec, codes + code_bytes(codec, at), group, wide);
         const float step = to_float(*scales);
-        for (int i = 0; i < group; ++i) out[at + i] *= step;
+        for (int i = 0; i < group; ++i) from_float(wide[i] * step, out[at + i]);
     }
 }
 

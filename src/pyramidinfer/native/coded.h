@@ -4,8 +4,6 @@
 //   peak(x): e^x or a little more, for x <= 0, if weigh wants to know the largest weights;
 //   weigh<G>(acc, weights, peaks): acc [G][padded V] += weights [G][LANES] · values.
 #pragma once
-#include <type_traits>
-
 #include "codec.h"
 #include "products.h"
 #include "scratch.h"
@@ -16,22 +14,17 @@ struct Shape {
 };
 
 // Numbers of type N as they lie; queries widened [group][padded D], and as they are.
-template <class T, class N>
+template <class N>
 struct PlainTile {
     Shape shape;
     const float* queries;
-    const T* raw;
-    const N *keys, *values;
+    const N *raw, *keys, *values;
     int n;
 
     template <int G>
     void products(float* out, int g) const {
-        if constexpr (std::is_same_v<T, N>)
-            any_products<N, G>(out, queries + g * shape.padded_key, raw + g * shape.key_dim, keys, n,
-                               shape.key_dim, shape.padded_key);
-        else
-            ::products<N, G>(out, queries + g * shape.padded_key, nullptr, keys, n, shape.key_dim,
-                             shape.padded_key);
+        any_products<N, G>(out, queries + g * shape.padded_key, raw + g * shape.key_dim, keys, n,
+                           shape.key_dim, shape.padded_key);
     }
     static float peak(float) { return 0.f; }
     template <int G>

@@ -2,6 +2,8 @@
 #pragma once
 #include <omp.h>
 
+#include <type_traits>
+
 #include "coded.h"
 #include "matmul.h"
 #include "scratch.h"
@@ -166,8 +168,15 @@ inline void attend_coded(const Decode<T>& a, Shape shape, Reader by, int64_t beg
         return;
     }
 #endif
-    float* wide_keys = tiles.get<float>(size_t(LANES) * (a.key_dim + a.value_dim));
-    float* wide_values = wide_keys + LANES * a.key_dim;
+    // Others as numbers: of T where those are multiplied in pairs and lose nothing that eight bits
+    // have, else as floats.
+    using N = std::conditional_t<UnitOf<T>::type::DEPTH == 2, T, float>;
+    const size_t entry = size_t(a.key_dim) + a.value_dim;
+    N* wide_keys = tiles.get<N>(LANES * entry + shape.group * a.key_dim);
+    N *wide_values = wide_keys + LANES * a.key_dim, *rotated = wide_keys + LANES * entry;
+    for (int g = 0; g < shape.group; ++g)
+        for (int d = 0; d < a.key_dim; ++d)
+            from_float(queries[g * shape.padded_key + d], rotated[g * a.key_dim + d]);
     attend_span(a, by, begin, end, mine, kept_logits, [&](size_t slot, int n) {
         for (int e = 0; e < n; ++e) {
             const size_t at = slot + e;
@@ -176,7 +185,7 @@ inline void attend_coded(const Decode<T>& a, Shape shape, Reader by, int64_t beg
             decode_rotated(a.codec, values + at * value_row, a.value_scales + at * value_groups,
                            a.value_dim, wide_values + e * a.value_dim);
         }
-        return PlainTile<T, float>{shape, queries, nullptr, wide_keys, wide_values, n};
+        return PlainTile<N>{shape, queries, rotated, wide_keys, wide_values, n};
     });
 }
 
@@ -219,7 +228,7 @@ inline void decode(const Decode<T>& a, Cut cut, float* room, float* kept_logits)
         if (a.codec != AS_IS) attend_coded(a, shape, by, begin, end, mine, queries, kept_logits);
         else
             attend_span(a, by, begin, end, mine, kept_logits, [&](size_t slot, int n) {
-                return PlainTile<T, T>{shape, queries, raw, keys + slot * a.key_dim,
+                return PlainTile<T>{shape, queries, raw, keys + slot * a.key_dim,
                                        values_at + slot * a.value_dim, n};
             });
         for (int g = 0; g < group; ++g) top[group + g] = sum(load(mine.sums + g * LANES));
@@ -239,7 +248,7 @@ inline void decode(const Decode<T>& a, Cut cut, float* room, float* kept_logits)
         }
         if (a.lse) a.lse[task] = best + std::log(total);
         T* out = a.out + size_t(task) * a.value_dim;
-        const bool mixed = a.codec == AS_IS && is_interleaved<T>(a.value_dim);
+        const bool mixed = !takes_integers(a.codec, shape) && is_interleaved<T>(a.value_dim);
         float* plain = a.codec == AS_IS ? nullptr : unmixed.get<float>(padded_value);
         for (int d = 0; d < a.value_dim; d += LANES) {
             Vec acc = set1(0.f);
