@@ -179,6 +179,33 @@ def test_text(where: Subject, tmp_path: Path) -> None:
     assert picture.stat().st_size > 5000
 
 
+@pytest.mark.parametrize("study", ["turns", "text", "long"])
+def test_kv_dtypes(where: Subject, tmp_path: Path, study: str) -> None:
+    """Each policy with each, against the one reference; the result says so."""
+    stored: Any = ("int8", "auto")
+    ways, out = (*WAYS, where, 2, 0), tmp_path / f"{study}.json"
+    rows: list[Any]
+    if study == "turns":
+        rows, picture = run_turns(TurnsPlan(*ways, 300, kv_dtypes=stored), out)
+    elif study == "text":
+        rows, picture = run_text(TextPlan(*ways, (100,), kv_dtypes=stored), out)
+    else:
+        rows, picture = run_long(LongPlan(*ways, 150, 16, kv_dtypes=stored), out)
+    assert [(row["policy"], row["kv_dtype"]) for row in rows] == [
+        ("full", "auto"),
+        ("full", "int8"),
+        ("streaming_llm", "int8"),
+        ("streaming_llm", "auto"),
+    ]
+    reference, full, coded, plain = rows
+    assert full["kv_share"] < 0.75 * reference["kv_share"]
+    assert coded["kv_share"] < 0.75 * plain["kv_share"]
+    assert reference["kl" if study == "text" else "lost"] == 0
+    written = json.loads(out.read_text())
+    assert written["meta"]["configuration"]["kv_dtypes"] == list(stored)
+    assert picture.stat().st_size > 5000
+
+
 def test_scores_of_text_are_those_of_the_engine(where: Subject, machine: Asker) -> None:
     passages = where.corpus().passages(5, 2, 120, 16)
     mine = measure_text(machine, Full(), passages)
@@ -259,6 +286,8 @@ def test_ways(where: Subject) -> None:
         (["long", "--tokens", "1"], "--tokens 1"),
         (["long", "--tokens", "3500"], "--context 1000 and --tokens 3500 exceed the model's 4096"),
         (["long", "--policies", "snapkw"], "snapkv"),
+        (["long", "--kv-dtypes", "auto,imt4"], "'imt4' is unknown; did you mean 'int4'?"),
+        (["text", "--kv-dtypes", ","], "--kv-dtypes is empty"),
     ],
 )
 def test_bad_input_is_one_line(

@@ -209,6 +209,7 @@ def quality(
     passages: Annotated[
         float, typer.Option(help="Passages for each question: a share, at least 5 a cell.")
     ] = 0.5,
+    kv_dtypes: KvDtypes = "auto",
     seed: Seed = 0,
     json: Json = Path("out/quality.json"),
     workers: Workers = 1,
@@ -230,6 +231,7 @@ def quality(
         passages,
         min(8, samples),
         seed=seed,
+        kv_dtypes=words(kv_dtypes),
     )
     for path in [json, *run_quality(grid, json, workers)]:
         print(path)

@@ -96,6 +96,7 @@ def turns(
             help="Recompress caches between turns, as serve --compress-idle does.",
         ),
     ] = False,
+    kv_dtypes: KvDtypes = "auto",
     samples: Annotated[int, typer.Option(help="Chats.")] = 20,
     seed: Seed = 0,
     json: Json = Path("out/turns.json"),
@@ -109,7 +110,12 @@ def turns(
     from pyramidinfer.lab.ways import rows_table
 
     where = replace(subject(model, None, dtype, device), kv_memory=kv_memory)
-    plan = TurnsPlan(*_ways(policies, keeps, where, samples, seed), length, compress_idle)
+    plan = TurnsPlan(
+        *_ways(policies, keeps, where, samples, seed),
+        length,
+        compress_idle,
+        kv_dtypes=words(kv_dtypes),
+    )
     rows, picture = run_turns(plan, json, workers)
     columns = {"answered": _estimate("score"), "lost": _estimate("lost"), "turn 2, 3, 4": _by_turn}
     _show(rows_table("facts of turn 1, asked in turns 2 to 4", rows, columns), [json, picture])
@@ -123,6 +129,7 @@ def text(
     contexts: Annotated[
         str, typer.Option(help="Context lengths in tokens.")
     ] = "500,1000,2000,4000",
+    kv_dtypes: KvDtypes = "auto",
     samples: Annotated[
         int, typer.Option(help="Passages at the shortest context; longer ones get fewer.")
     ] = 20,
@@ -139,7 +146,7 @@ def text(
 
     where = replace(subject(model, text, dtype, device), kv_memory=kv_memory)
     ways = _ways(policies, keeps, where, samples, seed)
-    plan = TextPlan(*ways, numbers(contexts, int, "--contexts"))
+    plan = TextPlan(*ways, numbers(contexts, int, "--contexts"), kv_dtypes=words(kv_dtypes))
     rows, picture = run_text(plan, json, workers)
     columns = {
         "tokens": lambda r: f"{r['context']:,}",
@@ -157,6 +164,7 @@ def long(
     keeps: Keeps = KEEPS,
     context: Context = 1000,
     tokens: Annotated[int, typer.Option(help="Tokens to generate; end tokens do not end.")] = 512,
+    kv_dtypes: KvDtypes = "auto",
     samples: Annotated[int, typer.Option(help="Prompts.")] = 8,
     seed: Seed = 0,
     json: Json = Path("out/long.json"),
@@ -170,7 +178,9 @@ def long(
     from pyramidinfer.lab.ways import rows_table
 
     where = replace(subject(model, text, dtype, device), kv_memory=kv_memory)
-    plan = LongPlan(*_ways(policies, keeps, where, samples, seed), context, tokens)
+    plan = LongPlan(
+        *_ways(policies, keeps, where, samples, seed), context, tokens, kv_dtypes=words(kv_dtypes)
+    )
     rows, picture = run_long(plan, json, workers)
     columns = {
         "perplexity": lambda r: f"{r['perplexity']:.2f}",

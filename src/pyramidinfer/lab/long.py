@@ -18,6 +18,7 @@ import numpy as np
 
 from pyramidinfer.lab.asking import Asker, asker
 from pyramidinfer.lab.real_plots import draw_long
+from pyramidinfer.lab.rows import is_reference
 from pyramidinfer.lab.samples import Passage, Subject, settings
 from pyramidinfer.lab.study import Row, run_cells
 from pyramidinfer.lab.text import loss, measure_text
@@ -117,14 +118,14 @@ def run_long(plan: LongPlan, out: Path, workers: int = 1) -> tuple[list[Row], Pa
 
 def measure(plan: LongPlan, cell: dict[str, Any]) -> list[Row]:
     """One cell's row; ``lost`` is of the log-likelihood, nats a token."""
-    machine = asker(plan.subject)
     prompts, full, full_losses = _full(plan)
-    if cell["policy"] == "full":
+    if is_reference(cell):
         mine, losses = full, full_losses
     else:
+        machine = asker(plan.stored(cell))
         policy = machine.policy(cell["policy"], cell["keep"])
         mine = measure_long(machine, policy, prompts, plan.tokens)
-        losses = losses_under_full(machine, prompts, mine)
+        losses = losses_under_full(asker(plan.subject), prompts, mine)
     same = [first_difference(a.token_ids, b.token_ids) for a, b in zip(mine, full, strict=True)]
     figures = paired("log_likelihood", [-each for each in losses], [-each for each in full_losses])
     return [

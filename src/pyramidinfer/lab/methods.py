@@ -22,6 +22,7 @@ from pyramidinfer.lab.numbers_studies import (
     subject_words,
     table,
 )
+from pyramidinfer.lab.rows import AUTO, kv_dtype
 from pyramidinfer.policies import POLICIES, Policy, make_policy
 from pyramidinfer.policies.base import Facts
 from pyramidinfer.policies.profile import Fingerprint, Profile
@@ -341,12 +342,14 @@ def _measured(name: str, quality: dict[str, Any]) -> list[str]:
     mine = [row for row in quality["rows"] if row["policy"].partition(":")[0] == name]
     if not mine:
         return []
+    stored = any(kv_dtype(row) != AUTO for row in mine)
     has_options = any(":" in row["policy"] for row in mine)
     rows = []
     for row in mine:
         rows.append(
             [
                 *([f"`{row['policy'].partition(':')[2]}`"] if has_options else []),
+                *([kv_dtype(row)] if stored else []),
                 f"{row['keep']:g}",
                 f"{row['context']:,}",
                 percent(row["kv_share"]),
@@ -358,7 +361,7 @@ def _measured(name: str, quality: dict[str, Any]) -> list[str]:
             ]
         )
     meta = quality["meta"]
-    head = ["options"] if has_options else []
+    head = [*(["options"] if has_options else []), *(["kv dtype"] if stored else [])]
     return [
         f"Measured on {subject_words(meta['configuration']['subject'])}. {origin(meta)}",
         *table(

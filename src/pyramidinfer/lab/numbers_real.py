@@ -14,12 +14,15 @@ from pyramidinfer.lab.numbers_studies import (
     estimate,
     joined,
     json_option,
+    kv_dtype_option,
     label,
+    named,
     origin,
     percent,
     subject_words,
     table,
 )
+from pyramidinfer.lab.rows import is_reference, kv_dtype, series
 from pyramidinfer.lab.ruler.tasks import TASKS
 from pyramidinfer.lab.study import Row
 
@@ -39,8 +42,20 @@ HOW = (
 
 def _ruler(title: str, name: str, words: str, entry: Result) -> str:
     """One grid of ``study ruler``."""
+    plan, means = entry["meta"]["configuration"], entry["meta"]["means"]
+    protocols = plan["protocols"]
+    head = ["tokens", "policy", "keep", "KV", "computed"]
+    head += [word for each in protocols for word in (each, "lost")]
+    lines = _ruler_head(title, name, words, entry)
+    lines += table(head, (_mean_row(found, protocols) for found in _by_way(means)))
+    lines += ["", *_left_out(entry["rows"], means)]
+    return "\n".join(lines) + "\n"
+
+
+def _ruler_head(title: str, name: str, words: str, entry: Result) -> list[str]:
+    """What stands above a grid's table."""
     meta = entry["meta"]
-    plan, means = meta["configuration"], meta["means"]
+    plan = meta["configuration"]
     command = ["study", "ruler", "--policies", " ".join(plan["policies"])]
     command += ["--keeps", joined(plan["keeps"])] if _uses_keeps(plan["policies"]) else []
     command += ["--lengths", joined(plan["lengths"])]
@@ -48,35 +63,32 @@ def _ruler(title: str, name: str, words: str, entry: Result) -> str:
         command += ["--tasks", ",".join(plan["tasks"])]
     if len(plan["protocols"]) == 1:
         command += ["--protocols", plan["protocols"][0]]
+    command += kv_dtype_option(plan)
     command += ["--samples", str(plan["samples"])]
-    lines = [
+    return [
         f"## {title}\n",
         origin(meta),
         f"On {subject_words(plan['subject'])}; {_samples(entry['rows'])} a task. {words}\n",
         command_block(command, plan["subject"], plan["seed"], *json_option(name)),
         HOW + "\n",
     ]
+
+
+def _by_way(means: list[Row]) -> list[dict[str, Row]]:
+    """Rows by protocol, of every length, policy, kv dtype and keep."""
     cells: dict[tuple[int, str, float], dict[str, Row]] = {}
     for row in means:
-        cell = cells.setdefault((row["length"], row["policy"], row["keep"]), {})
+        cell = cells.setdefault((row["length"], series(row), row["keep"]), {})
         cell[row["protocol"]] = row
-    protocols = plan["protocols"]
-    head = ["tokens", "policy", "keep", "KV", "computed"]
-    head += [word for each in protocols for word in (each, "lost")]
-    lines += table(head, (_mean_row(key, found, protocols) for key, found in cells.items()))
-    lines += ["", *_left_out(entry["rows"], means)]
-    return "\n".join(lines) + "\n"
+    return list(cells.values())
 
 
-def _mean_row(
-    key: tuple[int, str, float], found: dict[str, Row], protocols: list[str]
-) -> list[str]:
-    length, policy, keep = key
+def _mean_row(found: dict[str, Row], protocols: list[str]) -> list[str]:
     first = next(iter(found.values()))
     cells = [
-        f"{length:,}",
-        label(policy),
-        f"{keep:g}",
+        f"{first['length']:,}",
+        named(first),
+        f"{first['keep']:g}",
         percent(first["kv_share"]),
         percent(first["prefill_share"]),
     ]
@@ -87,7 +99,7 @@ def _mean_row(
             if row is None
             else [
                 estimate(row["score"], row["score_ci"]),
-                "" if policy == "full" else estimate(row["lost"], row["lost_ci"]),
+                "" if is_reference(row) else estimate(row["lost"], row["lost_ci"]),
             ]
         )
     return cells
@@ -97,7 +109,7 @@ def _left_out(rows: list[Row], means: list[Row]) -> list[str]:
     left = sorted({task for row in means for task in row["left_out"]})
     if not left:
         return []
-    scores = {row["task"]: row["score"] for row in rows if row["policy"] == "full"}
+    scores = {row["task"]: row["score"] for row in rows if is_reference(row)}
     told = ", ".join(f"`{task}` ({scores[task]:.2f})" for task in left)
     return [f"The full cache itself scores below .3 on {told}; left out of the means.\n"]
 
@@ -119,6 +131,44 @@ def _pictured(title: str, name: str, words: str, entry: Result) -> str:
     )
 
 
+def _kv_dtypes(title: str, name: str, words: str, entry: Result) -> str:
+    """A grid of ``study ruler`` in which caches are stored in several kv dtypes: what is left of
+    the full cache's score, by bytes."""
+    plan, means = entry["meta"]["configuration"], entry["meta"]["means"]
+    ways = _by_way(means)
+    order = list(dict.fromkeys((f["length"], f["policy"], f["keep"]) for f in map(_any, ways)))
+    ways.sort(
+        key=lambda way: order.index(tuple(_any(way)[k] for k in ("length", "policy", "keep")))
+    )
+    head = ["tokens", "policy", "keep", "kv dtype", "KV"]
+    head += [word for each in plan["protocols"] for word in (each, "of full")]
+    lines = _ruler_head(title, name, words, entry)
+    lines += table(head, (_kv_dtype_row(way, plan["protocols"]) for way in ways))
+    lines += ["", *_left_out(entry["rows"], means)]
+    return "\n".join(lines) + f"\n![score over bytes](images/{name}.png)\n"
+
+
+def _any(way: dict[str, Row]) -> Row:
+    return next(iter(way.values()))
+
+
+def _kv_dtype_row(way: dict[str, Row], protocols: list[str]) -> list[str]:
+    first = _any(way)
+    cells = [f"{first['length']:,}", label(first["policy"]), f"{first['keep']:g}"]
+    cells += [kv_dtype(first), f"{first['kv_share']:.1%}"]
+    for protocol in protocols:
+        row = way.get(protocol)
+        if row is None:
+            cells += ["–", "–"]
+            continue
+        full = row["score"] + row["lost"]
+        most, least = ((full - lost) / full for lost in row["lost_ci"])
+        left = percent(row["score"] / full)
+        bounds = "" if is_reference(row) else f" [{percent(least)}, {percent(most)}]"
+        cells += [estimate(row["score"], row["score_ci"]), left + bounds]
+    return cells
+
+
 def _study(study: str, title: str, name: str, entry: Result, more: str = "") -> str:
     """One result of ``study turns``, ``text`` or ``long``; ``more`` is said of this one alone."""
     meta, rows = entry["meta"], entry["rows"]
@@ -129,7 +179,7 @@ def _study(study: str, title: str, name: str, entry: Result, more: str = "") -> 
         command += [f"--{option}", str(plan[option])] if option in plan else []
     command += ["--contexts", joined(plan["contexts"])] if "contexts" in plan else []
     command += ["--compress-idle"] if plan.get("compress_idle") else []
-    command += ["--samples", str(plan["samples"])]
+    command += [*kv_dtype_option(plan), "--samples", str(plan["samples"])]
     lines = [
         f"## {title}\n",
         origin(meta),
@@ -140,7 +190,7 @@ def _study(study: str, title: str, name: str, entry: Result, more: str = "") -> 
         ["policy", "keep", "KV", *columns, "samples"],
         (
             [
-                label(row["policy"]),
+                named(row),
                 f"{row['keep']:g}",
                 percent(row["kv_share"]),
                 *(show(row) for show in columns.values()),
@@ -256,6 +306,15 @@ SECTIONS: dict[str, Callable[[Result], str]] = {
         "heads_ruler",
         "Tasks that the full cache can do; `pyramid`, `duo` with `spare=.1` (the default at the "
         "commit of its rows), and `snapkv`.",
+    ),
+    "kv_dtype_ruler": partial(
+        _kv_dtypes,
+        "Fewer entries, fewer bits",
+        "kv_dtype_ruler",
+        "Every policy with keys and values as the model has them and in fewer bits; KV: share of "
+        "the full cache's bytes with 16 bits a number, scales included. *Of full*: the score as a "
+        "share of what the full cache in the model's own dtype has on the same samples; in "
+        "brackets its 95 % interval, by that of what is lost.",
     ),
     "heads_needle": partial(
         _ruler,

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from pyramidinfer.lab.rows import AUTO, kv_dtype, series
 from pyramidinfer.lab.samples import GENERATED, SHIPPED
 from pyramidinfer.lab.study import Row
 from pyramidinfer.policies import POLICIES
@@ -19,8 +20,10 @@ __all__ = [
     "estimate",
     "joined",
     "json_option",
+    "kv_dtype_option",
     "label",
     "load_results",
+    "named",
     "origin",
     "paired_difference",
     "paired_ratio",
@@ -96,6 +99,17 @@ def label(spec: str) -> str:
     return f"`{name}`" + (f" {', '.join(short)}" if short else "")
 
 
+def named(row: Row) -> str:
+    """A row's policy as a cell, and how its cache was stored unless that is ``auto``."""
+    return label(row["policy"]) + ("" if kv_dtype(row) == AUTO else f", {kv_dtype(row)}")
+
+
+def kv_dtype_option(plan: dict[str, Any]) -> list[str]:
+    """The option as a plan has it; none for the default, and for results older than it."""
+    given = plan.get("kv_dtypes", [AUTO])
+    return [] if list(given) == [AUTO] else ["--kv-dtypes", joined(given)]
+
+
 def joined(values: Iterable[Any]) -> str:
     return ",".join(f"{value:g}" if isinstance(value, float) else str(value) for value in values)
 
@@ -145,6 +159,7 @@ def _grid_head(title: str, name: str, entry: Result, words: str) -> list[str]:
     ]
     if "passages" in grid:
         command += ["--passages", f"{grid['passages']:g}"]
+    command += kv_dtype_option(grid)
     return [
         f"## {title}\n",
         origin(meta),
@@ -164,12 +179,12 @@ def _footnote(rows: list[Row]) -> list[str]:
 
 
 def _by_cell(rows: list[Row]) -> dict[tuple[str, float, int], Row]:
-    return {(row["policy"], row["keep"], row["context"]): row for row in rows}
+    return {(series(row), row["keep"], row["context"]): row for row in rows}
 
 
 def _lines(rows: list[Row]) -> list[tuple[str, float]]:
-    """Policies and keeps, in order, once each."""
-    return list(dict.fromkeys((row["policy"], row["keep"]) for row in rows))
+    """Policies as stored and keeps, in order, once each."""
+    return list(dict.fromkeys((series(row), row["keep"]) for row in rows))
 
 
 def _contexts(rows: list[Row]) -> list[int]:
@@ -190,11 +205,12 @@ def quality(entry: Result) -> str:
     head = ["policy", "keep"]
     for context in contexts:
         head += [f"recall at {context:,}", "KV", "prefill"]
+    names = {series(row): named(row) for row in rows}
     found = []
-    for spec, keep in _lines(rows):
-        line = [label(spec), f"{keep:g}"]
+    for name, keep in _lines(rows):
+        line = [names[name], f"{keep:g}"]
         for context in contexts:
-            row = cells.get((spec, keep, context))
+            row = cells.get((name, keep, context))
             if row is None:
                 line += ["–"] * 3
                 continue
@@ -221,9 +237,9 @@ def _better_than_pyramid(rows: list[Row]) -> list[str]:
     """Where another policy's 95 % interval lies wholly on the better side of pyramid's."""
     cells = _by_cell(rows)
     found = []
-    for (spec, keep, context), row in cells.items():
-        mine = cells.get(("pyramid", keep, context))
-        if mine is None or spec in ("full", "pyramid"):
+    for (_, keep, context), row in cells.items():
+        mine = cells.get((series({**row, "policy": "pyramid"}), keep, context))
+        if mine is None or row["policy"] in ("full", "pyramid"):
             continue
         for measure, form, sign in MEASURES:
             ours, theirs = mine[f"{measure}_ci"], row[f"{measure}_ci"]
@@ -235,7 +251,7 @@ def _better_than_pyramid(rows: list[Row]) -> list[str]:
                     [
                         f"{context:,}",
                         f"{keep:g}",
-                        label(spec),
+                        named(row),
                         name,
                         estimate(row[measure], theirs, form),
                         _kv(row),

@@ -11,7 +11,7 @@ All policies see the same samples, so their differences are paired.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,11 @@ import numpy as np
 import torch
 from scipy import stats
 
-from pyramidinfer.config import is_number
+from pyramidinfer.config import KV_DTYPES, check_choice, is_number
 from pyramidinfer.engine import LLM
 from pyramidinfer.lab.asking import reachable
 from pyramidinfer.lab.quality_plots import draw_needles, draw_quality
+from pyramidinfer.lab.rows import AUTO
 from pyramidinfer.lab.samples import Needle, Subject, settings
 from pyramidinfer.lab.study import Row, run_cells
 from pyramidinfer.policies import POLICIES, Full, Policy
@@ -43,7 +44,7 @@ SLACK = 0.04
 @dataclass(frozen=True)
 class Grid:
     """What is measured: each policy (``NAME`` or ``NAME:option=value,…``) at each keep and
-    context length.
+    context length, with keys and values in each of ``kv_dtypes``.
 
     samples : questions at the shortest context; longer ones get fewer, in proportion, so that
         all lengths cost alike (at least ``LEAST``, or as many as at the shortest).
@@ -60,6 +61,7 @@ class Grid:
     long_samples: int = 8
     continuation: int = 64
     seed: int = 0
+    kv_dtypes: tuple[str, ...] = (AUTO,)
 
     def questions_at(self, context: int) -> int:
         """How many questions a context length gets."""
@@ -75,6 +77,10 @@ class Grid:
         """One dict a cell; the full cache stands at keep 1 only."""
         if not self.policies:
             raise ValueError("--policies is empty: name at least one")
+        if not self.kv_dtypes:
+            raise ValueError("--kv-dtypes is empty: name at least one")
+        for kv_dtype in self.kv_dtypes:
+            check_choice("--kv-dtypes", kv_dtype, KV_DTYPES)
         for spec in self.policies:
             parse_policy(spec, None if spec == "full" else 1.0)
         for context in self.contexts:
@@ -88,8 +94,9 @@ class Grid:
             if not 0 < keep <= 1:
                 raise ValueError(f"keep {keep} must be above 0 and at most 1")
         return [
-            {"policy": spec, "keep": keep, "context": context}
+            {"policy": spec, "keep": keep, "kv_dtype": kv_dtype, "context": context}
             for context in self.contexts
+            for kv_dtype in self.kv_dtypes
             for spec in self.policies
             for keep in ((1.0,) if spec == "full" else self.keeps)
         ]
@@ -115,7 +122,7 @@ def measure(grid: Grid, cell: dict[str, Any]) -> list[Row]:
     """One cell's row."""
     context, keep = cell["context"], cell["keep"]
     policy = nearest_policy(cell["policy"], keep, grid.subject)
-    llm = grid.subject.llm(policy)
+    llm = replace(grid.subject, kv_dtype=cell["kv_dtype"]).llm(policy)
     reference = _reference(grid, context)
     needles = _needles(grid, context)
     outputs = _answer(llm, grid, context)
@@ -128,14 +135,13 @@ def measure(grid: Grid, cell: dict[str, Any]) -> list[Row]:
     loss = [-sum(each.logprobs) / len(each.logprobs) for each in scores]
     apart = [divergence(full, s) for full, s in zip(reference.scores, scores, strict=True)]
     share = sum(s.kv.bytes for s in scores) / sum(s.kv.full_bytes for s in scores)
+    kept = sum(s.kv.kept_share for s in scores) / len(scores)
     end = outputs[: grid.long_samples] or outputs
     low, high = interval(loss)
     depths = [n.depth for n in needles]
     return [
         {
-            "policy": cell["policy"],
-            "keep": keep,
-            "context": context,
+            **cell,
             "kv_share": share,
             "kv_share_end": sum(o.kv.bytes for o in end) / sum(o.kv.full_bytes for o in end),
             "prefill_share": sum(s.metrics.computed_share for s in scores) / len(scores),
@@ -153,7 +159,7 @@ def measure(grid: Grid, cell: dict[str, Any]) -> list[Row]:
             "agreement_ci": interval(same) if same else None,
             "samples": len(right),
             "passages": len(scores),
-            "reachable": share <= keep * (1 + SLACK) + 16 / context,
+            "reachable": kept <= keep * (1 + SLACK) + 16 / context,
         }
     ]
 

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from pyramidinfer.lab.pictures import counted, legend, save
-from pyramidinfer.lab.rows import AUTO
+from pyramidinfer.lab.rows import AUTO, is_reference, series
 from pyramidinfer.lab.study import Row
 
 __all__ = ["draw_needles", "draw_quality", "labels", "style"]
@@ -36,12 +36,13 @@ def style(names: list[str]) -> dict[str, dict[str, Any]]:
     dtype (``names`` are those of ``rows.series``)."""
     colours = matplotlib.colormaps["tab10"]
     specs = list(dict.fromkeys(name.partition(" ")[0] for name in names))
+    specs = [*(spec for spec in specs if spec != "full"), "full"]
     styles = {}
     for name in names:
         spec, _, stored = name.partition(" ")
         index, own = specs.index(spec), spec == "pyramid"
         styles[name] = {
-            "color": colours(index % 10),
+            "color": "0.35" if spec == "full" else colours(index % 10),
             "marker": MARKERS[index % len(MARKERS)],
             **LOOKS[stored or AUTO],
             "linewidth": 2.4 if own else 1.2,
@@ -68,15 +69,16 @@ def labels(names: list[str]) -> dict[str, str]:
 def draw_quality(rows: list[Row], path: Path) -> Path:
     """One row of panels a context length; share of the full cache's bytes along x."""
     contexts = sorted({row["context"] for row in rows})
-    names = [name for name in dict.fromkeys(row["policy"] for row in rows) if name != "full"]
+    others = [row for row in rows if not is_reference(row)]
+    names = list(dict.fromkeys(map(series, others)))
     styles, called = style(names), labels(names)
-    widest = max([row["kv_share"] for row in rows if row["policy"] != "full"], default=1.0)
+    widest = max([row["kv_share"] for row in others], default=1.0)
     figure = Figure(figsize=(14, 4.4 * len(contexts) + 0.7), layout="constrained")
     axes = figure.subplots(len(contexts), len(PANELS), squeeze=False)
     for line, context in enumerate(contexts):
         for axis, (measure, (title, log)) in zip(axes[line], PANELS.items(), strict=True):
             for name in names:
-                mine = [r for r in rows if r["policy"] == name and r["context"] == context]
+                mine = [r for r in others if series(r) == name and r["context"] == context]
                 _draw_line(axis, mine, measure, styles[name], called[name], log)
             _draw_level(axis, rows, context, measure)
             mine = [r for r in rows if r["context"] == context]
@@ -112,7 +114,7 @@ def _draw_line(
 
 
 def _draw_level(axis: Any, rows: list[Row], context: int, measure: str) -> None:
-    full = [r for r in rows if r["policy"] == "full" and r["context"] == context]
+    full = [r for r in rows if is_reference(r) and r["context"] == context]
     if full and measure == "recall":
         axis.axhline(
             full[0][measure], color="0.35", linestyle="--", linewidth=1, label="full cache"
@@ -121,7 +123,7 @@ def _draw_level(axis: Any, rows: list[Row], context: int, measure: str) -> None:
 
 def draw_needles(rows: list[Row], path: Path) -> Path:
     """Recall by the needle's depth (down) and the context's length (across), a panel a cell."""
-    names = list(dict.fromkeys(row["policy"] for row in rows))
+    names = list(dict.fromkeys(map(series, rows)))
     called = labels(names)
     keeps = sorted({row["keep"] for row in rows if row["keep"] < 1}, reverse=True)
     shown = [keep for keep in keeps if keep in (0.45, 0.2)] or keeps[:2] or [1.0]
@@ -131,11 +133,12 @@ def draw_needles(rows: list[Row], path: Path) -> Path:
     image = None
     for line, keep in enumerate(shown):
         for axis, name in zip(axes[line], names, strict=True):
-            wanted = 1.0 if name == "full" else keep
+            is_full = name.partition(" ")[0] == "full"
+            wanted = 1.0 if is_full else keep
             mine = {
                 r["context"]: r["recall_by_depth"]
                 for r in rows
-                if r["policy"] == name and r["keep"] == wanted
+                if series(r) == name and r["keep"] == wanted
             }
             if not mine:
                 axis.set_axis_off()
@@ -147,7 +150,7 @@ def draw_needles(rows: list[Row], path: Path) -> Path:
                 axis.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=7.5)
             axis.set_xticks(range(len(contexts)), [f"{c:,}" for c in contexts], fontsize=8)
             axis.set_yticks(range(len(depths)), [f"{float(d):.0%}" for d in depths], fontsize=8)
-            title = name if name == "full" else f"{called[name]}\nkeep {wanted:g}"
+            title = name if is_full else f"{called[name]}\nkeep {wanted:g}"
             axis.set_title(title, fontsize=8.5)
         axes[line, 0].set_ylabel("needle's depth", fontsize=9)
     per_cell = "; ".join(

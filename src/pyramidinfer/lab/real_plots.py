@@ -11,6 +11,7 @@ from matplotlib.ticker import MaxNLocator, NullLocator, StrMethodFormatter
 
 from pyramidinfer.lab.pictures import counted, legend, save
 from pyramidinfer.lab.quality_plots import labels, style
+from pyramidinfer.lab.rows import is_reference, series
 from pyramidinfer.lab.study import Row
 
 __all__ = ["draw_long", "draw_text", "draw_turns"]
@@ -66,19 +67,20 @@ def draw_long(rows: Sequence[Row], path: Path) -> Path:
 
 
 def _over_bytes(axis: Any, rows: Sequence[Row], name: str, bounds: str | None) -> None:
-    names = [each for each in dict.fromkeys(row["policy"] for row in rows) if each != "full"]
+    others = [row for row in rows if not is_reference(row)]
+    names = list(dict.fromkeys(map(series, others)))
     looks, called = style(names), labels(names)
     for each in names:
-        mine = sorted((r for r in rows if r["policy"] == each), key=lambda row: row["kv_share"])
+        mine = sorted((r for r in others if series(r) == each), key=lambda row: row["kv_share"])
         x = [row["kv_share"] for row in mine]
         axis.plot(x, [row[name] for row in mine], label=called[each], **looks[each])
         if bounds is not None:  # bars: they can be seen where there is one keep only
             low, high = ([row[bounds][side] for row in mine] for side in (0, 1))
             axis.vlines(x, low, high, color=looks[each]["color"], alpha=0.5, linewidth=1)
     for row in rows:
-        if row["policy"] == "full":
+        if is_reference(row):
             axis.axhline(row[name], color="0.35", linestyle="--", linewidth=1, label="full cache")
-    axis.set_xlim(0, 1.08 * max([r["kv_share"] for r in rows if r["policy"] in names], default=1.0))
+    axis.set_xlim(0, 1.08 * max([r["kv_share"] for r in others], default=1.0))
     axis.set_xlabel("KV bytes, share of the full cache", fontsize=9)
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)

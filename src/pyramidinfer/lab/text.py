@@ -14,6 +14,7 @@ import numpy as np
 from pyramidinfer.lab.asking import Asker, asker
 from pyramidinfer.lab.quality import divergence, interval
 from pyramidinfer.lab.real_plots import draw_text
+from pyramidinfer.lab.rows import is_reference
 from pyramidinfer.lab.samples import Passage, settings
 from pyramidinfer.lab.study import Row, run_cells
 from pyramidinfer.lab.ways import Ways
@@ -58,11 +59,12 @@ def run_text(plan: TextPlan, out: Path, workers: int = 1) -> tuple[list[Row], Pa
 
 def measure(plan: TextPlan, cell: dict[str, Any]) -> list[Row]:
     """One cell's row."""
-    machine, context = asker(plan.subject), cell["context"]
+    context = cell["context"]
     full = _full(plan, context)
-    if cell["policy"] == "full":
+    if is_reference(cell):
         mine = full
     else:
+        machine = asker(plan.stored(cell))
         mine = measure_text(
             machine, machine.policy(cell["policy"], cell["keep"]), _passages(plan, context)
         )

@@ -20,6 +20,7 @@ from pyramidinfer.engine.request import Request
 from pyramidinfer.lab.asking import Asker, asker
 from pyramidinfer.lab.invented import Fact, fit, hide_facts, invent
 from pyramidinfer.lab.real_plots import draw_turns
+from pyramidinfer.lab.rows import is_reference
 from pyramidinfer.lab.samples import settings
 from pyramidinfer.lab.study import Row, run_cells
 from pyramidinfer.lab.ways import Ways, paired
@@ -168,11 +169,11 @@ def run_turns(plan: TurnsPlan, out: Path, workers: int = 1) -> tuple[list[Row], 
 
 def measure(plan: TurnsPlan, cell: dict[str, Any]) -> list[Row]:
     """One cell's row."""
-    machine = asker(plan.subject)
     full = _full(plan)
-    if cell["policy"] == "full":
+    if is_reference(cell):
         mine = full
     else:
+        machine = asker(plan.stored(cell))
         policy = machine.policy(cell["policy"], cell["keep"])
         mine = in_groups(machine, policy, _talks(plan), plan.compress_idle)
     return [
