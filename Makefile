@@ -61,6 +61,7 @@ BENCH_OPTIONS ?=
 
 bench: $(VENV)/.installed
 	$(BENCH) kernels --json $(RESULTS)/bench_kernels.json
+	$(BENCH) kv-dtypes --json $(RESULTS)/kv_dtype_kernels.json
 	$(BENCH) throughput $(BENCH_OPTIONS) --json $(RESULTS)/bench_throughput.json
 	$(BENCH) throughput $(BENCH_OPTIONS) --batch 4 --prompt-len 4096 --repeats 2 \
 		--policies full,pyramidinfer --json $(RESULTS)/bench_long.json

@@ -82,7 +82,6 @@ class KernelMover(Mover):
         )
         return out
 
-
     def decode(
         self, group: Group, storage: Tensor, scales: Tensor, pages: np.ndarray, kept: int
     ) -> Tensor:

@@ -110,6 +110,33 @@ def throughput(
     _show(throughput_table(plan.configuration, result), json, picture)
 
 
+@bench.command("kv-dtypes")
+@plain_errors()
+def kv_dtypes(
+    kv_dtypes: Annotated[
+        str, typer.Option(help="What to hold against 16 bits: int8, int4, fp8; a list.")
+    ] = "int8,int4,fp8",
+    batch: Annotated[str, typer.Option(help="Requests that decode together; a list.")] = "1,16",
+    prompt_len: Annotated[str, typer.Option(help="Entries of each head; a list.")] = (
+        "512,2048,8192"
+    ),
+    dtype: Dtype = "bfloat16",
+    device: Device = "auto",
+    backend: Backend = "auto",
+    repeats: Repeats = 7,
+    warmup: Warmup = 1,
+    json: Json = Path("out/kv_dtype_kernels.json"),
+) -> None:
+    """Decode attention over a cache of 8 and 4 bits, beside 16 bits and a plain read."""
+    from pyramidinfer.lab.bench.kv_dtypes import KvDtypesPlan, run_kv_dtypes
+    from pyramidinfer.lab.bench.table import kv_dtypes_table
+
+    names = tuple(each.strip() for each in kv_dtypes.split(","))
+    batches, lengths = numbers(batch, int, "--batch"), numbers(prompt_len, int, "--prompt-len")
+    plan = KvDtypesPlan(names, backend, dtype, device, batches, lengths, repeats, warmup)
+    _show(kv_dtypes_table(run_kv_dtypes(plan, _target(json))), json)
+
+
 @bench.command()
 @plain_errors()
 def latency(

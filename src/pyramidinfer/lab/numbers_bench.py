@@ -274,6 +274,40 @@ def kernels(entry: Result) -> str:
     return "\n".join([*lines, "\n![kernels](images/bench_kernels.png)\n"])
 
 
+def kv_dtype_kernels(entry: Result) -> str:
+    c, result = entry["configuration"], entry["result"]
+    names = c["kv_dtypes"]
+    lines = [
+        "## A cache of few bits: decode attention\n",
+        origin(entry),
+        "```bash\npyramidinfer bench kv-dtypes --json benchmarks/results/kv_dtype_kernels.json\n"
+        "```\n",
+        f"Attention backend `{result['backend']}`, queries in {c['dtype']}. How to read it: `of a "
+        "plain read` is the time of reading the 16-bit entries once over that of the 16-bit "
+        "kernel; the columns behind it say how many times as fast the same step is over entries "
+        "of few bits, median and range of "
+        f"{c['repeats']} repeats in turns. Heads: queries/KV.\n",
+        *table(
+            ["heads of", "heads", "size", "batch", "context", "16 bits, ms", "of a plain read"]
+            + names,
+            [
+                [
+                    row["model"],
+                    f"{row['heads']}/{row['kv_heads']}",
+                    str(row["size"]),
+                    str(row["batch"]),
+                    f"{row['context']:,}",
+                    _spread(row["seconds"]["auto"], ".3f", 1e3),
+                    percent(row["share_of_read"]["median"]),
+                    *(_spread(row["speedup"][name], ".2f") for name in names),
+                ]
+                for row in result["rows"]
+            ],
+        ),
+    ]
+    return "\n".join(lines) + "\n"
+
+
 def peers(entry: Result) -> str:
     c, result = entry["configuration"], entry["result"]
     loads = "; ".join(
@@ -316,5 +350,6 @@ SECTIONS: dict[str, Callable[[Result], str]] = {
     "bench_latency": latency,
     "bench_memory": memory,
     "bench_kernels": kernels,
+    "kv_dtype_kernels": kv_dtype_kernels,
     "peers": peers,
 }

@@ -31,7 +31,7 @@ from pyramidinfer.models.device import choose_device
 from pyramidinfer.native.library import DTYPES
 from pyramidinfer.types import Reduce
 
-__all__ = ["KernelPlan", "decode_work", "run_kernels"]
+__all__ = ["KernelPlan", "all_heads_alike", "decode_work", "run_kernels"]
 
 HEADS = ((16, 16), (16, 4))  # query heads, KV heads
 DIM = 64
@@ -190,6 +190,18 @@ def unequal_work(
     )
 
 
+def all_heads_alike(
+    backend: Backend, heads: tuple[int, int], storage: Pages, batch: int, context: int, like: Tensor
+) -> Callable[[], object]:
+    """One token of each request over its pages, in every layer that the storage has room for.
+
+    like : of the queries' size and dtype.
+    """
+    lens = [context] * heads[1]
+    layers = _layers_in(storage, batch, lens)
+    return _decode(backend, heads, storage, batch, lens, layers, like)[0]
+
+
 def _bytes(storage: Pages, batch: int, lens: list[int]) -> int:
     """Keys and values of one layer."""
     return 2 * batch * sum(lens) * storage.keys.shape[2] * storage.keys.dtype.itemsize
@@ -208,10 +220,12 @@ def _decode(
     batch: int,
     lens: list[int],
     layers: int,
+    like: Tensor | None = None,
 ) -> tuple[Callable[[], object], int]:
     """Decode attention of all layers, of requests whose KV heads have these lengths, and the pages
-    that they hold."""
-    _, page, size = storage.keys.shape
+    that they hold.  like : of the queries' size and dtype, the keys unless given."""
+    like = storage.keys if like is None else like
+    page, size = storage.keys.shape[1], like.shape[-1]
     device, longest = storage.keys.device, max(lens)
     held = torch.tensor([-(-length // page) for length in lens])
     used = layers * batch * int(held.sum())
@@ -221,7 +235,7 @@ def _decode(
     lengths = torch.tensor(lens).expand(layers, batch, -1).contiguous()
     newest = torch.full((batch,), longest - 1, dtype=torch.int64, device=device)
     plan = DecodePlan(tables.to(device), lengths.to(device), [longest] * layers, newest)
-    queries = torch.randn(batch, heads[0], size, device=device).to(storage.keys.dtype)
+    queries = torch.randn(batch, heads[0], size, device=device).to(like.dtype)
     return _all_layers(backend, plan, layers, queries, storage, Scale(size**-0.5)), used
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.table import Table
 
-__all__ = ["kernels_table", "latency_table", "memory_table", "throughput_table"]
+__all__ = ["kernels_table", "kv_dtypes_table", "latency_table", "memory_table", "throughput_table"]
 
 Result = dict[str, Any]
 
@@ -138,5 +138,24 @@ def kernels_table(configuration: Result, result: Result) -> Table:
             row["against"],
             f"{1e3 * row['against_seconds']['median']:.3f}",
             percent(row["share"]),
+        )
+    return table
+
+
+def kv_dtypes_table(result: Result) -> Table:
+    """How many times as fast as 16 bits, with the range over the repeats."""
+    names = list(result["rows"][0]["speedup"])
+    table = Table(title=f"decode attention, backend {result['backend']}; times as fast as 16 bits")
+    for name in ("heads", "size", "batch", "context", "16 bits, ms", "of a plain read", *names):
+        table.add_column(name, justify="right")
+    for row in result["rows"]:
+        table.add_row(
+            f"{row['heads']}/{row['kv_heads']}",
+            str(row["size"]),
+            str(row["batch"]),
+            f"{row['context']:,}",
+            ranged(row["seconds"]["auto"], ".3f", 1e3),
+            percent(row["share_of_read"]["median"]),
+            *(ranged(row["speedup"][name], ".2f") for name in names),
         )
     return table
