@@ -48,7 +48,7 @@ class Codec:
     @property
     def middle(self) -> float:
         """The code of zero, half of the largest."""
-        return (2**self.bits - 1) / 2
+        return ((1 << self.bits) - 1) / 2
 
     def group(self, size: int) -> int:
         """Channels that share a scale.  ``ValueError`` for a head that cannot be cut."""
@@ -70,7 +70,8 @@ class Codec:
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """``[..., size]`` → codes uint8 ``[..., code_bytes]``, scales float16 ``[..., groups]``."""
         size = x.shape[-1]
-        y = rotate(x.to(accumulate_dtype(x.dtype)).unflatten(-1, (-1, self.group(size))))
+        y = x.to(accumulate_dtype(x.dtype)).reshape(*x.shape[:-1], -1, self.group(size))
+        y = rotate(y)
         top = FP8_TOP if self.is_float else self.middle
         scales = (y.abs().amax(-1) / top).to(torch.float16)
         steps = scales.to(y.dtype)
@@ -90,7 +91,7 @@ class Codec:
 
     def rotated(self, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
         """The numbers as they are stored, ``[..., groups, group]``."""
-        codes = codes.unflatten(-1, (scales.shape[-1], -1))
+        codes = codes.reshape(*scales.shape, -1)
         if self.is_float:
             numbers = codes.view(torch.float8_e4m3fn).to(dtype)
         else:
@@ -115,8 +116,8 @@ def rotate(x: Tensor) -> Tensor:
     """``[..., n]`` times the Hadamard matrix of ``n`` (a power of two) over √n; its own inverse."""
     size, half = x.shape[-1], 1
     while half < size:
-        pairs = x.unflatten(-1, (-1, 2, half))
+        pairs = x.reshape(*x.shape[:-1], -1, 2, half)
         a, b = pairs[..., 0, :], pairs[..., 1, :]
         x = torch.stack([a + b, a - b], dim=-2).flatten(-3)
         half *= 2
-    return x * size**-0.5
+    return x * (1 / math.sqrt(size))

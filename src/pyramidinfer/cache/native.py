@@ -37,8 +37,8 @@ class KernelMover(Mover):
             return super().write(group, slots, keys, values, positions)
         keys, values = (x if x.stride(2) == 1 else x.contiguous() for x in (keys, values))
         held = (keys, values, *(each.long().contiguous() for each in (positions, *slots)))
-        storage = (group.keys, group.values, group.positions, group.scores)
-        storage += (group.key_scales, group.value_scales)
+        beside = (group.positions, group.scores, group.key_scales, group.value_scales)
+        storage = (group.keys, group.values, *beside)
         count, kv_heads, key_dim = keys.shape
         call = WriteCall(
             *map(pointer, held),

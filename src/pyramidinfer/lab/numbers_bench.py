@@ -288,8 +288,7 @@ def kv_dtype_kernels(entry: Result) -> str:
         "of few bits, median and range of "
         f"{c['repeats']} repeats in turns. Heads: queries/KV.\n",
         *table(
-            ["heads of", "heads", "size", "batch", "context", "16 bits, ms", "of a plain read"]
-            + names,
+            ["of", "heads", "size", "batch", "context", "16 bits, ms", "of a plain read", *names],
             [
                 [
                     row["model"],

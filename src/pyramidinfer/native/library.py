@@ -132,7 +132,9 @@ class StepCall(Structure):
         ("layers", POINTER(LayerData)),
         *(
             (name, c_int64)
-            for name in "depth hidden inner heads kv_heads size page rows width rotated codec".split()
+            for name in (
+                "depth hidden inner heads kv_heads size page rows width rotated codec".split()
+            )
         ),
         *(
             (name, c_void_p)

@@ -129,7 +129,7 @@ def _coded(plain: Pages, name: str) -> Pages:
     assert codec is not None
 
     def encode(numbers: Tensor) -> tuple[Tensor, Tensor]:
-        parts = [codec.encode(part) for part in numbers.split(4096)]
+        parts = [codec.encode(part) for part in torch.split(numbers, 4096)]
         codes, scales = (torch.cat(each) for each in zip(*parts, strict=True))
         return codes, scales
 
