@@ -223,10 +223,11 @@ inline Vec exp2(Vec a) {
     float x[LANES], n[LANES];
     store(x, a);
     for (int i = 0; i < LANES; ++i) {
-        const float whole = std::nearbyintf(std::max(x[i], -126.f));
+        const float whole = std::nearbyintf(std::max(-126.f, x[i] == x[i] ? x[i] : 0.f));
         n[i] = x[i] < -126.f ? 0.f : of_bits(uint32_t(std::min(whole, 127.f) + 127.f) << 23);
         x[i] -= whole;
         if (n[i] == 0.f) x[i] = 0.f;
+        if (x[i] != x[i]) n[i] = x[i];  // no number stays none
     }
     const Vec r = load(x);
     Vec p = set1(1.5403530e-4f);
