@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyramidinfer.attention.base import Attended, DecodePlan, Pages, Scale
 from pyramidinfer.attention.reference import ReferenceBackend
+from pyramidinfer.codec import CODECS, Codec
 from pyramidinfer.types import Reduce
 
 pytest.importorskip("triton")
@@ -63,7 +64,24 @@ CASES = {
     for dtype in DTYPES
     if dtype == torch.float32 or kind == "both"
 }
+#: What a codec stores: heads of one group of channels, of two, of many, of small ones.
+NARROW = Layout(4, 2, 16, 12, 4)
+CODED_LAYOUTS = {
+    **{name: LAYOUTS[name] for name in ("mha", "four", "three")},
+    "wide": Layout(4, 2, 128, 64, 8),
+    "narrow": NARROW,
+}
+#: Every layout in every dtype, every scale once.
+CODED = {
+    f"{name}-{kind}-{dtype}": (layout, SCALES[kind], dtype)
+    for name, layout in CODED_LAYOUTS.items()
+    for kind in SCALES
+    for dtype in DTYPES
+    if kind == "both" or (dtype == torch.float32 and name == "narrow")
+}
 cases = pytest.mark.parametrize("layout,scale,dtype", CASES.values(), ids=CASES)
+coded_cases = pytest.mark.parametrize("layout,scale,dtype", CODED.values(), ids=CODED)
+codecs = pytest.mark.parametrize("codec", CODECS.values(), ids=CODECS)
 layouts = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 scales = pytest.mark.parametrize("scale", SCALES.values(), ids=SCALES)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -139,6 +157,15 @@ def step(
     return Step(plan, queries, pages)
 
 
+def coded(at: Step, codec: Codec) -> Step:
+    """The same stored by a codec; all but the entries has NaN for scales."""
+    keys, key_scales = codec.encode(at.pages.keys)
+    values, value_scales = codec.encode(at.pages.values)
+    assert key_scales.isnan().any() and value_scales.isnan().any()
+    pages = Pages(keys, values, at.pages.positions, key_scales, value_scales, codec)
+    return at._replace(pages=pages)
+
+
 def decode(at: Step, scale: Scale, splits: int, probs: bool = True) -> Attended:
     return TritonBackend(splits).run(at.plan, 0, at.queries, at.pages, scale, probs=probs)
 
@@ -155,6 +182,50 @@ def test_decode(layout: Layout, scale: Scale, dtype: torch.dtype) -> None:
     close(got.out, expected.out, dtype)
     close(got.lse, expected.lse)
     close(got.probs, expected.probs)
+
+
+@codecs
+@coded_cases
+def test_decode_of_codes(layout: Layout, scale: Scale, dtype: torch.dtype, codec: Codec) -> None:
+    at = coded(step(layout, [1, 70, layout.page_size, 33], dtype), codec)
+    got, expected = decode(at, scale, 2), judge(at, scale)
+    high = torch.float32 if triton_kernels.INTERPRETED else dtype  # tf32 keeps 11 bits
+    close(got.out, expected.out, dtype)
+    close(got.lse, expected.lse, high)
+    close(got.probs, expected.probs, high)
+
+
+@codecs
+@pytest.mark.parametrize("splits", [1, 3, 100])
+def test_splits_of_codes_and_rows_not_in_use(splits: int, codec: Codec) -> None:
+    at = coded(step(NARROW, [128, 0, 65], torch.float32, spare=40), codec)
+    got = decode(at, SCALES["plain"], splits, probs=False)
+    used = torch.tensor([0, 2], device=DEVICE)
+    plan = DecodePlan(at.plan.tables[:, used], at.plan.lengths[:, used], [128], at.plan.positions)
+    expected = judge(Step(plan, at.queries[used], at.pages), SCALES["plain"])
+    assert got.lse is not None and got.probs is None
+    close(got.out[used], expected.out)
+    close(got.lse[used], expected.lse)
+    assert not got.out[1].any() and bool((got.lse[1] == -math.inf).all())
+
+
+@codecs
+def test_every_code_is_read(codec: Codec) -> None:
+    """One entry, whose value is the output: all codes of 8 bits, all pairs of 4."""
+    every = torch.arange(256, dtype=torch.uint8, device=DEVICE)
+    if codec.is_float:
+        every = every[(every & 127) < 127]  # the rest is NaN, which nothing is encoded to
+        every = F.pad(every, (0, 2))
+    size = 64
+    values = every.view(-1, 1, codec.code_bytes(size))
+    pages, ones = len(values), torch.ones(len(values), 1, 1, dtype=torch.float16, device=DEVICE)
+    positions = torch.zeros(pages, 1, dtype=torch.int32, device=DEVICE)
+    tables = torch.arange(pages, dtype=torch.int32, device=DEVICE).view(1, pages, 1, 1)
+    lengths = torch.ones(1, pages, 1, dtype=torch.int64, device=DEVICE)
+    plan = DecodePlan(tables, lengths, [1], torch.ones_like(lengths[0, :, 0]))
+    stored = Pages(torch.zeros_like(values), values, positions, ones, ones, codec)
+    at = Step(plan, random(1, pages, 1, size), stored)
+    close(decode(at, SCALES["plain"], 1).out, codec.decode(values, ones, torch.float32))
 
 
 @pytest.mark.parametrize("splits", [1, 3, 100])
@@ -193,8 +264,10 @@ class Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_run_waits_for_nothing() -> None:
+@pytest.mark.parametrize("codec", [None, CODECS["int4"]], ids=["auto", "int4"])
+def test_run_waits_for_nothing(codec: Codec | None) -> None:
     at = step(LAYOUTS["four"], [5, 40], torch.float32)
+    at = at if codec is None else coded(at, codec)
     with pytest.raises(AssertionError, match="_local_scalar_dense"), Waits():
         int(at.plan.lengths.max())
     with Waits():
@@ -211,10 +284,10 @@ def test_a_plan_reads_what_its_tensors_hold_now() -> None:
     given = [old.plan.tables, old.plan.lengths, old.plan.positions]
     at = old._replace(plan=DecodePlan(*given[:2], [30], given[2]))
     before = decode(at, SCALES["window"], 2).out
-    written = [*given, at.queries, *at.pages]
+    written = [*given, at.queries, *at.pages[:3]]
     for mine, theirs in zip(
         written,
-        [new.plan.tables, new.plan.lengths, new.plan.positions, new.queries, *new.pages],
+        [new.plan.tables, new.plan.lengths, new.plan.positions, new.queries, *new.pages[:3]],
         strict=True,
     ):
         mine[: len(theirs)] = theirs
@@ -226,14 +299,18 @@ def test_a_plan_reads_what_its_tensors_hold_now() -> None:
 
 
 @pytest.mark.skipif(DEVICE != "cuda", reason="graphs are CUDA's")
-def test_a_graph_replays() -> None:
+@pytest.mark.parametrize("codec", [None, *CODECS.values()], ids=["auto", *CODECS])
+def test_a_graph_replays(codec: Codec | None) -> None:
     at, other = (step(LAYOUTS["four"], [30, 30], torch.float16, seed) for seed in (3, 4))
+    if codec is not None:
+        at, other = coded(at, codec), coded(other, codec)
     decode(at, SCALES["both"], 4)  # compiled outside of the capture
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         got = decode(at, SCALES["both"], 4)
     for mine, new in zip(at.pages, other.pages, strict=True):
-        mine.copy_(new)
+        if isinstance(mine, Tensor):
+            mine.copy_(new)
     at.plan.tables.copy_(other.plan.tables)
     at.plan.lengths.copy_(other.plan.lengths - 7)
     at.plan.positions.copy_(other.plan.positions)

@@ -36,7 +36,10 @@ torch.cuda.is_available = lambda: True
 
 from pyramidinfer.attention.base import DecodePlan, Pages, Scale
 from pyramidinfer.attention.triton_backend import TritonBackend
-from pyramidinfer.cache.triton_compact import move_entries
+from pyramidinfer.cache import GroupSpec, Layout, Pool
+from pyramidinfer.cache.mover import Slots
+from pyramidinfer.cache.triton_compact import TritonMover, move_entries
+from pyramidinfer.codec import CODECS
 from pyramidinfer.models.ops import GATED, Heads
 from pyramidinfer.models.triton_ops import TritonOps
 from pyramidinfer.types import Reduce
@@ -54,7 +57,19 @@ backend.prefill(queries, keys, keys, *seen[2:])
 for reduce in (Reduce("kv_max", "max"), Reduce("mean", "sum"), Reduce("kv_mean", "below")):
     backend.window_scores(*seen, reduce, rows=16)
 backend.column_sums(*seen)
-move_entries([*pages, torch.zeros(18, 16)], one, *[one[0]] * 3, 16)
+move_entries([*pages[:3], torch.zeros(18, 16)], one, *[one[0]] * 3, 16)
+for name, dim, dtype in (
+    ("int8", 128, torch.bfloat16), ("fp8", 64, torch.float16), ("int4", 80, torch.float32)
+):
+    codec = CODECS[name]
+    spec = GroupSpec((0,), 2, dim, dim, dtype, codec)
+    pool = Pool(Layout([spec], 1 << 16, 16, scores=True), poison=False)
+    group, mover, number = pool.group(0), TritonMover(), torch.zeros(2, 6, dim, dtype=dtype)
+    mover.write(group, Slots(*[one.expand(2, 2)] * 2), *[number[:, :2]] * 2, one[0])
+    mover.decode(group, group.keys, group.key_scales, one.numpy(), 9)
+    move_entries(group.tensors(), one, *[one[0]] * 3, 16)
+    keys, values, positions, _, *scales = group.tensors()
+    backend.run(plan, 0, number, Pages(keys, values, positions, *scales, codec), scale, probs=True)
 ops, row, angles = TritonOps(), half.view(-1, 1152), torch.zeros(8, 128)
 ops.norm(row, row[0], 1e-5)
 ops.linear(row, (row[:16], None), GATED)
@@ -70,4 +85,4 @@ def test_kernels_compile_for_a_gpu() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     kernels, shared = done.stdout.split()
-    assert int(kernels) == 10 and 0 < int(shared) <= 99 * 1024
+    assert int(kernels) == 12 and 0 < int(shared) <= 99 * 1024

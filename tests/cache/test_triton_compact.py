@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pyramidinfer.cache import GroupSpec, Layout, Pool
 from pyramidinfer.cache.mover import plan_moves
+from pyramidinfer.codec import find_codec
 from pyramidinfer.types import Keep
 
 pytest.importorskip("triton")
@@ -26,21 +27,24 @@ def random(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
+@pytest.mark.parametrize("kv_dtype", ["auto", "int4", "fp8"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("scores", [False, True])
 @pytest.mark.parametrize(
     "length,kept", [(23, (9, 9, 9)), (23, (22, 3, 9)), (5, (1, 0, 5)), (8, (8, 8, 8))]
 )
 def test_moves_are_the_pools(
-    length: int, kept: tuple[int, ...], scores: bool, dtype: torch.dtype
+    length: int, kept: tuple[int, ...], scores: bool, dtype: torch.dtype, kv_dtype: str
 ) -> None:
     """The same tensors, bit by bit, as ``keep`` of a pool on the CPU leaves."""
-    pool = Pool(Layout([GroupSpec((0,), 3, 12, 7, dtype)], 1 << 16, 4, scores=scores), poison=False)
+    wide = 7 if kv_dtype == "auto" else 80
+    spec = GroupSpec((0,), 3, 12, wide, dtype, find_codec(kv_dtype))
+    pool = Pool(Layout([spec], 1 << 16, 4, scores=scores), poison=False)
     group = pool.group(0)
     group.free.reverse()  # pages from the far end
     table = pool.new_table(length)
     slots = pool.append(table, 0, length)
-    keys, values = random(5, length, 3, 12, dtype=dtype), random(6, length, 3, 7, dtype=dtype)
+    keys, values = random(5, length, 3, 12, dtype=dtype), random(6, length, 3, wide, dtype=dtype)
     pool.write(0, slots, keys, values, torch.arange(length))
     if scores:
         pool.add_scores(table, 0, random(7, 3, length))

@@ -64,8 +64,8 @@ class TritonBackend:
         if queries.dtype == torch.float64:
             return self.reference.run(plan, layer, queries, pages, scale, probs=probs)
         queries = queries.contiguous()
-        sizes = _sizes(queries, plan.tables.shape[2], pages.values.shape[-1])
-        assert all(each.is_contiguous() for each in pages), "a pool's storage is contiguous"
+        sizes = _sizes(queries, plan.tables.shape[2], _value_dim(pages))
+        held = _Held.of(pages, sizes)
         requests, page_size = len(queries), pages.keys.shape[1]
         block = sizes.fit(max(sizes.key_pad, sizes.value_pad))
         width = plan.tables.shape[-1] * page_size  # entries that fit in a row of the table
@@ -80,9 +80,7 @@ class TritonBackend:
         with _device(queries):
             kernels.decode_split[requests, sizes.kv_heads, splits](
                 queries,
-                pages.keys,
-                pages.values,
-                pages.positions,
+                *held.tensors,
                 tables,
                 lengths,
                 plan.positions,
@@ -96,6 +94,9 @@ class TritonBackend:
                 group_pad=_pad(sizes.group, 16),
                 **sizes.keys,
                 **sizes.values,
+                key_group=held.key_group,
+                value_group=held.value_group,
+                codec=held.codec,
                 page_size=page_size,
                 block=block,
                 splits=splits,
@@ -105,7 +106,16 @@ class TritonBackend:
             out = queries.new_empty(requests, sizes.heads, sizes.value_dim)
             lse = _floats(queries, requests, sizes.heads)
             kernels.combine_splits[(requests * sizes.heads,)](
-                outs, norms, out, lse, **sizes.values, splits=splits, split_pad=_pad(splits, 1)
+                outs,
+                norms,
+                out,
+                lse,
+                **sizes.values,
+                value_group=held.value_group,
+                codec=held.codec,
+                splits=splits,
+                split_pad=_pad(splits, 16 if held.codec else 1),
+                precision=_precision(torch.float32),
             )
         if not probs:
             return Attended(out, lse)
@@ -313,6 +323,36 @@ class _Rows(NamedTuple):
         return self.keys.shape[1]
 
 
+class _Held(NamedTuple):
+    """Pages as ``decode_split`` takes them."""
+
+    tensors: tuple[Tensor, ...]  # keys, values, their scales, positions
+    codec: int = 0  # without one scales are not looked at: any tensor will do
+    key_group: int = 1
+    value_group: int = 1
+
+    @staticmethod
+    def of(pages: Pages, sizes: _Sizes) -> _Held:
+        keys, values, positions, key_scales, value_scales, codec = pages
+        if codec is None or key_scales is None or value_scales is None:
+            found = _Held((keys, values, keys, values, positions))
+        else:
+            found = _Held(
+                (keys, values, key_scales, value_scales, positions),
+                codec.kernel,
+                codec.group(sizes.key_dim),
+                codec.group(sizes.value_dim),
+            )
+        assert all(each.is_contiguous() for each in found.tensors), "a pool's storage is contiguous"
+        return found
+
+
+def _value_dim(pages: Pages) -> int:
+    """Numbers in a value."""
+    stored = pages.values.shape[-1]
+    return stored if pages.codec is None else stored * 8 // pages.codec.bits
+
+
 class _Sizes(NamedTuple):
     """A layer's sizes, and those that a kernel pads to a power of two."""
 
@@ -375,11 +415,14 @@ def _numbers(scale: Scale) -> tuple[float, float, int]:
 
 def _kind(queries: Tensor, scale: Scale) -> dict[str, Any]:
     """What is compiled in.  tf32 keeps all of a 16-bit number; three of them a float32 one."""
-    precision = "tf32x3" if queries.dtype == torch.float32 else "tf32"
-    if torch.version.hip:
-        precision = "ieee"
     capped, windowed = scale.softcap is not None, scale.window is not None
-    return {"capped": capped, "windowed": windowed, "precision": precision}
+    return {"capped": capped, "windowed": windowed, "precision": _precision(queries.dtype)}
+
+
+def _precision(dtype: torch.dtype) -> str:
+    if torch.version.hip:
+        return "ieee"
+    return "tf32x3" if dtype == torch.float32 else "tf32"
 
 
 def _floats(like: Tensor, *shape: int) -> Tensor:

@@ -5,6 +5,10 @@ query heads of one KV head) share every key that is loaded.  Whatever is loaded 
 float32 at once: the interpreter multiplies bfloat16 as raw bits, and ``tf32`` products of numbers
 that had 16 bits are exact.  Entries that must not be seen are never loaded: a freed one may hold
 NaN.  ``*_pad`` is a size rounded up to a power of two.
+
+What a codec stores is attended to as it lies there, rotated: queries are rotated once a program,
+and outputs are turned back when splits are combined.  Codes times their scales have more digits
+than tf32 (24 at most, of which it keeps 11), far fewer than a codec has lost already.
 """
 
 # mypy: disable-error-code="import-not-found,import-untyped,misc,no-untyped-def"
@@ -12,6 +16,8 @@ NaN.  ``*_pad`` is a size rounded up to a power of two.
 
 import triton
 import triton.language as tl
+
+from pyramidinfer.triton_codec import load_rotated, rotate
 
 __all__ = [
     "INTERPRETED",
@@ -83,6 +89,8 @@ def decode_split(
     queries,
     keys,
     values,
+    key_scales,
+    value_scales,
     positions,
     tables,
     lengths,
@@ -102,6 +110,9 @@ def decode_split(
     key_pad: tl.constexpr,
     value_dim: tl.constexpr,
     value_pad: tl.constexpr,
+    key_group: tl.constexpr,
+    value_group: tl.constexpr,
+    codec: tl.constexpr,
     page_size: tl.constexpr,
     block: tl.constexpr,
     splits: tl.constexpr,
@@ -114,6 +125,7 @@ def decode_split(
 
     The splits of a head are even parts of *its* length, whole blocks long; those past its end
     see nothing.  outs ``[R, H, splits, V]``, norms ``[R, H, splits]``, logits ``[R, H, width]``.
+    codec : its number, 0 for none (nothing has scales or groups then); outs are rotated with one.
     """
     request, kv, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     head = request.to(tl.int64) * tl.num_programs(1) + kv
@@ -125,6 +137,8 @@ def decode_split(
     ours = member < group
     row = request.to(tl.int64) * heads + kv * group + member
     query = _load(queries, row * key_dim, ours, key_dim, key_pad)
+    if codec:
+        query = rotate(query, key_group, codec, False, precision)
     top = tl.full([group_pad], float("-inf"), tl.float32)
     total = tl.zeros([group_pad], tl.float32)
     out = tl.zeros([group_pad, value_pad], tl.float32)
@@ -137,7 +151,10 @@ def decode_split(
         if windowed:
             k_pos = tl.load(positions + slot, mask=seen, other=0)
             seen = seen & (k_pos > tl.load(q_pos + request) - window)
-        key = _load(keys, slot * key_dim, seen, key_dim, key_pad)
+        if codec:
+            key = load_rotated(keys, key_scales, slot, seen, key_dim, key_pad, key_group, codec)
+        else:
+            key = _load(keys, slot * key_dim, seen, key_dim, key_pad)
         logit = _logits(query, key, scale, softcap, capped, precision)
         logit = tl.where(seen[None, :], logit, float("-inf"))
         if stores_logits:
@@ -147,7 +164,12 @@ def decode_split(
         top, base = _lift(top, logit)
         weight = tl.exp(logit - base[:, None])
         shrink = tl.exp(before - base)
-        value = _load(values, slot * value_dim, seen, value_dim, value_pad)
+        if codec:
+            value = load_rotated(
+                values, value_scales, slot, seen, value_dim, value_pad, value_group, codec
+            )
+        else:
+            value = _load(values, slot * value_dim, seen, value_dim, value_pad)
         total = total * shrink + tl.sum(weight, 1)
         out = out * shrink[:, None] + tl.dot(weight, value, input_precision=precision)
     place = row * splits + split
@@ -168,10 +190,16 @@ def combine_splits(
     lse,
     value_dim: tl.constexpr,
     value_pad: tl.constexpr,
+    value_group: tl.constexpr,
+    codec: tl.constexpr,
     splits: tl.constexpr,
     split_pad: tl.constexpr,
+    precision: tl.constexpr,
 ):
-    """Splits weighted by their share of the whole softmax.  Grid ``[R · H]``."""
+    """Splits weighted by their share of the whole softmax.  Grid ``[R · H]``.
+
+    What a codec has rotated is turned back (``split_pad`` is 16 at least then).
+    """
     row = tl.program_id(0).to(tl.int64)
     split = tl.arange(0, split_pad)
     there = split < splits
@@ -181,7 +209,10 @@ def combine_splits(
     weight = tl.exp(norm - base)
     total = tl.sum(weight, 0)
     part = _load(outs, (row * splits + split) * value_dim, there, value_dim, value_pad)
-    mixed = tl.sum(part * weight[:, None], 0) * _share(total)
+    part = part * weight[:, None]
+    if codec:
+        part = rotate(part, value_group, codec, True, precision)
+    mixed = tl.sum(part, 0) * _share(total)
     column = tl.arange(0, value_pad)
     tl.store(out + row * value_dim + column, mixed, mask=column < value_dim)
     tl.store(lse + row, _norm(base, total))

@@ -1,17 +1,22 @@
 """Compaction on a GPU: entries of all of a group's tensors move in one launch.
 
+What a codec stores is written and read in one launch each, too (``triton_entries.py``).
+
 Importing this module needs Triton.
 """
 
 # mypy: disable-error-code="import-not-found,import-untyped,misc,no-untyped-def"
 # mypy: disable-error-code="untyped-decorator,no-untyped-call"
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from pyramidinfer.cache.mover import Mover
+from pyramidinfer.cache.group import Group
+from pyramidinfer.cache.mover import Mover, Slots, upload
+from pyramidinfer.cache.triton_entries import read_entries, write_entries
 
 __all__ = ["INTERPRETED", "TritonMover", "move_entries"]
 
@@ -30,11 +35,14 @@ def move_entries(
     """Copy entry ``source`` over entry ``target`` of ``head``, in place, for every move.
 
     tensors : keys ``[pages, page, D]``, values ``[…, V]``, positions ``[pages, page]`` and, where
-    there are any, scores (``Group.tensors()``);  rows : ``[K, P]`` pages of the layer's entries;
-    head, source, target : ``[moves]``.  No entry may be a source and a target.
+    there are any, scores, and scales of keys and of values ``[pages, page, groups]``
+    (``Group.tensors()``);  rows : ``[K, P]`` pages of the layer's entries;  head, source, target :
+    ``[moves]``.  No entry may be a source and a target.
     """
     keys, values, positions = tensors[:3]
-    scores = tensors[3] if len(tensors) == 4 else positions
+    scored, coded = len(tensors) in (4, 6), len(tensors) >= 5
+    scores = tensors[3] if scored else positions
+    key_scales, value_scales = tensors[-2:] if coded else (keys, values)
     moves = target.shape[0]
     if not moves:
         return
@@ -46,6 +54,8 @@ def move_entries(
             values,
             positions,
             scores,
+            key_scales,
+            value_scales,
             rows,
             head,
             source,
@@ -56,15 +66,34 @@ def move_entries(
             key_dim=keys.shape[-1],
             value_dim=values.shape[-1],
             pad=triton.next_power_of_2(widest),
+            key_groups=key_scales.shape[-1],
+            value_groups=value_scales.shape[-1],
             block=BLOCK,
-            scored=len(tensors) == 4,
+            scored=scored,
+            coded=coded,
         )
 
 
 class TritonMover(Mover):
-    """``Mover`` with compaction in one launch."""
+    """``Mover`` with compaction in one launch, and with a codec writing and reading, too; float64
+    is encoded and decoded in torch."""
 
     move = staticmethod(move_entries)
+
+    def write(
+        self, group: Group, slots: Slots, keys: Tensor, values: Tensor, positions: Tensor
+    ) -> None:
+        if group.spec.codec is None or keys.dtype == torch.float64:
+            return super().write(group, slots, keys, values, positions)
+        write_entries(group, slots, keys, values, positions)
+
+    def decode(
+        self, group: Group, storage: Tensor, scales: Tensor, pages: np.ndarray, kept: int
+    ) -> Tensor:
+        codec, dtype = group.spec.codec, group.spec.dtype
+        if codec is None or dtype == torch.float64:
+            return super().decode(group, storage, scales, pages, kept)
+        return read_entries(codec, storage, scales, upload(pages, storage.device), kept, dtype)
 
 
 @triton.jit(do_not_specialize=["moves", "width"])
@@ -73,6 +102,8 @@ def _move(
     values,
     positions,
     scores,
+    key_scales,
+    value_scales,
     rows,
     head,
     source,
@@ -83,8 +114,11 @@ def _move(
     key_dim: tl.constexpr,
     value_dim: tl.constexpr,
     pad: tl.constexpr,
+    key_groups: tl.constexpr,
+    value_groups: tl.constexpr,
     block: tl.constexpr,
     scored: tl.constexpr,
+    coded: tl.constexpr,
 ):
     move = tl.program_id(0) * block + tl.arange(0, block)
     live = move < moves
@@ -101,6 +135,9 @@ def _move(
     tl.store(positions + here, tl.load(positions + there, mask=live, other=0), mask=live)
     if scored:
         tl.store(scores + here, tl.load(scores + there, mask=live, other=0.0), mask=live)
+    if coded:
+        _copy(key_scales, there, here, live, key_groups, pad)
+        _copy(value_scales, there, here, live, value_groups, pad)
 
 
 @triton.jit
