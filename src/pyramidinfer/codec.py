@@ -100,7 +100,9 @@ class Codec:
         return numbers * scales.to(dtype)[..., None]
 
 
-CODECS = {each.name: each for each in (Codec("int8", 8, 1), Codec("int4", 4, 2), Codec("fp8", 8, 3))}
+CODECS = {
+    each.name: each for each in (Codec("int8", 8, 1), Codec("int4", 4, 2), Codec("fp8", 8, 3))
+}
 
 
 def find_codec(kv_dtype: str) -> Codec | None:

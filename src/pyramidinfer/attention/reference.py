@@ -52,6 +52,7 @@ class ReferenceBackend:
         if scale.window is not None:
             oldest = plan.positions - scale.window
             seen = seen & (gather(pages.positions) > oldest[:, None, None])
+
         def numbers(storage: Tensor, scales: Tensor | None) -> Tensor:
             if pages.codec is None or scales is None:
                 return gather(storage).to(high)

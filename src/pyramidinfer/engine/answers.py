@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from pyramidinfer.cache import Pool
-from pyramidinfer.engine.memory import uncoded_bytes, full_lens
+from pyramidinfer.engine.memory import full_lens, uncoded_bytes
 from pyramidinfer.engine.request import Request
 from pyramidinfer.models import ModelRunner
 from pyramidinfer.types import KVUsage, RequestMetrics, RequestOutput
