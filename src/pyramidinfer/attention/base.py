@@ -42,6 +42,12 @@ class Pages(NamedTuple):
     value_scales: Tensor | None = None
     codec: Codec | None = None
 
+    @property
+    def value_dim(self) -> int:
+        """Numbers of a value."""
+        held = self.values.shape[-1]
+        return held if self.codec is None else held * 8 // self.codec.bits
+
 
 @dataclass(frozen=True, slots=True)
 class DecodePlan:

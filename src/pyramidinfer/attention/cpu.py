@@ -51,7 +51,7 @@ class CPUBackend(ReferenceBackend):
         *,
         probs: bool = False,
     ) -> Attended:
-        if queries.dtype not in DTYPES or pages.codec is not None:
+        if queries.dtype not in DTYPES:
             return super().run(plan, layer, queries, pages, scale, probs=probs)
         queries = queries.contiguous()
         attended, call = self.call(plan, layer, queries, pages, scale, probs)
@@ -70,14 +70,14 @@ class CPUBackend(ReferenceBackend):
     ) -> tuple[Attended, ctypes.Structure]:
         """What ``run`` will fill, and the kernels' call for it (contiguous ``queries``)."""
         requests, heads, key_dim = queries.shape
-        page, value_dim = pages.values.shape[1:]
+        page, value_dim = pages.values.shape[1], pages.value_dim
         kv_heads, longest = plan.tables.shape[2], plan.longest[layer]
         out = queries.new_empty(requests, heads, value_dim)
         lse = queries.new_empty(requests, heads, dtype=torch.float32)
         weights = lse.new_empty(requests, kv_heads, longest) if probs else None
         table, lengths = plan.tables[layer], plan.lengths[layer]
         call = DecodeCall(
-            *map(pointer, (queries, *pages, table, lengths, plan.positions, out, lse, weights)),
+            *map(pointer, (queries, *pages[:5], table, lengths, plan.positions, out, lse, weights)),
             requests,
             heads,
             kv_heads,
@@ -85,6 +85,7 @@ class CPUBackend(ReferenceBackend):
             value_dim,
             page,
             table.shape[2],
+            0 if pages.codec is None else pages.codec.kernel,
             longest,
             scale.window or 0,
             scale.scale,

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from pyramidinfer.cache.native import kernel_number
 from pyramidinfer.cache.pool import Pool
 from pyramidinfer.cache.table import Ring, Table
 from pyramidinfer.native.library import DTYPES, Eviction, pointer
@@ -36,8 +37,8 @@ def evict_best(
         counts[layer] = rule.count
     pool.own_fronts(table, np.where(counts < kept, kept, 0))
     tensors = [
-        [pointer(each) for each in (group.keys, group.values, group.positions, group.scores)]
-        for group in pool.groups
+        list(map(pointer, (x.keys, x.values, x.positions, x.scores, x.key_scales, x.value_scales)))
+        for x in pool.groups
     ]
     lists = [(each.ctypes.data, each.strides[0]) for each in (pages, kept, counts)]
     shields = pointer(protected)
@@ -64,6 +65,7 @@ def evict_best(
             spec.key_dim,
             spec.value_dim,
             pool.page_size,
+            kernel_number(pool.group(layer)),
         )
         if rule.by == "window":
             _look_back(calls[index], table.ring, layer, needs, scale, held)

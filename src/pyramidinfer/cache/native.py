@@ -19,7 +19,7 @@ from pyramidinfer.native.library import (
     pointer,
 )
 
-__all__ = ["KernelMover"]
+__all__ = ["KernelMover", "kernel_number"]
 
 
 class KernelMover(Mover):
@@ -33,11 +33,12 @@ class KernelMover(Mover):
     def write(
         self, group: Group, slots: Slots, keys: Tensor, values: Tensor, positions: Tensor
     ) -> None:
-        if keys.dtype not in DTYPES or group.spec.codec is not None:
+        if keys.dtype not in DTYPES:
             return super().write(group, slots, keys, values, positions)
         keys, values = (x if x.stride(2) == 1 else x.contiguous() for x in (keys, values))
         held = (keys, values, *(each.long().contiguous() for each in (positions, *slots)))
         storage = (group.keys, group.values, group.positions, group.scores)
+        storage += (group.key_scales, group.value_scales)
         count, kv_heads, key_dim = keys.shape
         call = WriteCall(
             *map(pointer, held),
@@ -51,6 +52,7 @@ class KernelMover(Mover):
             key_dim,
             values.shape[2],
             group.keys.shape[1],
+            kernel_number(group),
         )
         self.kernels.write_entries(DTYPES[keys.dtype], ctypes.byref(call))
         return None
@@ -79,6 +81,35 @@ class KernelMover(Mover):
             ctypes.byref(data), pages.ctypes.data, row, len(pages), page, kept, pointer(out)
         )
         return out
+
+
+    def decode(
+        self, group: Group, storage: Tensor, scales: Tensor, pages: np.ndarray, kept: int
+    ) -> Tensor:
+        if group.spec.dtype not in DTYPES:
+            return super().decode(group, storage, scales, pages, kept)
+        assert group.spec.codec is not None
+        size = storage.shape[2] * 8 // group.spec.codec.bits
+        out = torch.empty(len(pages), kept, size, dtype=group.spec.dtype)
+        self.kernels.gather_decoded(
+            DTYPES[group.spec.dtype],
+            kernel_number(group),
+            pointer(storage),
+            pointer(scales),
+            size,
+            pages.ctypes.data,
+            pages.strides[0] // pages.itemsize,
+            len(pages),
+            storage.shape[1],
+            kept,
+            pointer(out),
+        )
+        return out
+
+
+def kernel_number(group: Group) -> int:
+    """The number by which the kernels know how a group's entries are stored."""
+    return 0 if group.spec.codec is None else group.spec.codec.kernel
 
 
 def _storage(tensor: Tensor) -> ctypes.Structure:

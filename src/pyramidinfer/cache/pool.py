@@ -199,7 +199,7 @@ class Pool:
         known = rule.by in ("new", "running") or (
             rule.by == "window" and flat and reduce.newest_weight == 1
         )
-        return known and rule.safeguard is None and self.groups[0].spec.codec is None
+        return known and rule.safeguard is None
 
     def rewrite_keys(self, table: Table, layer: int, places: Tensor, keys: Tensor) -> None:
         """Replace the keys ``[kv_heads, n, key_dim]`` of entries at ``places`` ``[n]``."""

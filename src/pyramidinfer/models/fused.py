@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from pyramidinfer.attention import Scale
 from pyramidinfer.cache import Pool
+from pyramidinfer.cache.native import kernel_number
 from pyramidinfer.models.decode import Decoding, Ropes
 from pyramidinfer.models.ops import ADD, GATED, PLAIN, Heads, KernelOps, Ops
 from pyramidinfer.models.ranks import Ranks
@@ -108,8 +109,6 @@ class FusedDecoder(Decoder):
     def step(self, pool: Pool, decoding: Decoding, hidden: Tensor) -> Tensor | None:
         ops, plan, own, rope = self.ops, decoding.plan, self.own, decoding.ropes[None]
         first, here = self.layers[own.start], slice(own.start, own.stop)
-        if pool.group(own.start).spec.codec is not None:
-            return None
         if not isinstance(ops, KernelOps) or first.ranks.size > 1:
             return None
         heads, depth, rows = first.heads, len(self.layers), len(hidden)
@@ -144,6 +143,7 @@ class FusedDecoder(Decoder):
             rows,
             plan.tables.shape[3],
             rope[0].shape[1],
+            kernel_number(pool.group(own.start)),
             *map(pointer, held),
             None if addresses is None else ctypes.addressof(addresses),
         )
@@ -167,6 +167,8 @@ class FusedDecoder(Decoder):
                     pointer(group.values),
                     pointer(group.positions),
                     pointer(group.scores),
+                    pointer(group.key_scales),
+                    pointer(group.value_scales),
                     pointer(heads.query_norm),
                     pointer(heads.key_norm),
                     layer.scale.scale,

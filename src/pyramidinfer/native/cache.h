@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "codec.h"
 #include "scratch.h"
 #include "simd.h"
 
@@ -26,6 +27,9 @@ inline void copy_entry(char* to, const char* from, int64_t bytes) {
     if (bytes == 128) std::memcpy(to, from, 128);  // the usual sizes, without a call
     else if (bytes == 256) std::memcpy(to, from, 256);
     else if (bytes == 4) std::memcpy(to, from, 4);
+    else if (bytes == 64) std::memcpy(to, from, 64);
+    else if (bytes == 32) std::memcpy(to, from, 32);
+    else if (bytes == 2) std::memcpy(to, from, 2);
     else std::memcpy(to, from, bytes);
 }
 
@@ -91,6 +95,24 @@ inline void gather(const Storage& tensor, const int32_t* pages, int64_t row, int
         }
 }
 
+// The same of keys or values that a codec has stored, decoded: out [heads, kept, size].
+template <class T>
+inline void gather_coded(int codec, const uint8_t* codes, const fp16* scales, int64_t size,
+                         const int32_t* pages, int64_t row, int heads, int page, int64_t kept, T* out) {
+    const int64_t whole = ceil_div(kept, page), bytes = code_bytes(codec, size);
+    const int64_t groups = size / group_size(size);
+#pragma omp parallel for schedule(static) collapse(2) if (heads * kept * size > 16384)
+    for (int head = 0; head < heads; ++head)
+        for (int64_t i = 0; i < whole; ++i) {
+            static thread_local Scratch room;
+            const int64_t n = std::min<int64_t>(page, kept - i * page);
+            const size_t slot = size_t(pages[head * row + i]) * page;
+            for (int64_t e = 0; e < n; ++e)
+                decode_entry(codec, codes + (slot + e) * bytes, scales + (slot + e) * groups, size,
+                             room.get<float>(size), out + (head * kept + i * page + e) * size);
+        }
+}
+
 // New keys and values [n, K, ...], rows and heads so many numbers apart, with their positions, and
 // the page and offset each goes to, [n, K].
 template <class T>
@@ -102,10 +124,18 @@ struct Rows {
 };
 template <class T>
 struct Place {
-    T *keys, *values;
+    void *keys, *values;  // of T, or codes
     int32_t* positions;
     float* scores;  // null where the pool keeps none
-    int64_t kv_heads, key_dim, value_dim, page;
+    fp16 *key_scales, *value_scales;
+    int64_t kv_heads, key_dim, value_dim, page, codec;
+
+    static void put(int codec, const T* from, int64_t size, size_t slot, void* to, fp16* scales) {
+        if (codec == AS_IS) std::memcpy((T*)to + slot * size, from, size * sizeof(T));
+        else
+            encode(codec, from, size, (uint8_t*)to + slot * code_bytes(codec, size),
+                   scales + slot * (size / group_size(size)));
+    }
 };
 
 // To be called by all threads of a parallel region; they go on with their own rows at once.
@@ -116,11 +146,10 @@ inline void write_rows(const Rows<T>& rows, const Place<T>& to) {
         for (int64_t head = 0; head < to.kv_heads; ++head) {
             const int64_t at = row * to.kv_heads + head;
             const size_t slot = size_t(rows.pages[at]) * to.page + rows.offsets[at];
-            std::memcpy(to.keys + slot * to.key_dim,
-                        rows.keys + row * rows.key_row + head * rows.key_head, to.key_dim * sizeof(T));
-            std::memcpy(to.values + slot * to.value_dim,
-                        rows.values + row * rows.value_row + head * rows.value_head,
-                        to.value_dim * sizeof(T));
+            to.put(int(to.codec), rows.keys + row * rows.key_row + head * rows.key_head, to.key_dim,
+                   slot, to.keys, to.key_scales);
+            to.put(int(to.codec), rows.values + row * rows.value_row + head * rows.value_head,
+                   to.value_dim, slot, to.values, to.value_scales);
             to.positions[slot] = int32_t(rows.at[row]);
             if (to.scores) to.scores[slot] = 0.f;
         }

@@ -2,6 +2,7 @@
 #pragma once
 #include <omp.h>
 
+#include "coded.h"
 #include "matmul.h"
 #include "scratch.h"
 #include "simd.h"
@@ -11,12 +12,15 @@
 // null.
 template <class T>
 struct Decode {
-    const T *queries, *keys, *values;
-    const int32_t *positions, *table;
+    const T* queries;
+    const void *keys, *values;  // of T, or codes
+    const int32_t* positions;
+    const fp16 *key_scales, *value_scales;
+    const int32_t* table;
     const int64_t *lengths, *at;
     T* out;
     float *lse, *probs;
-    int requests, heads, kv_heads, key_dim, value_dim, page, width;
+    int requests, heads, kv_heads, key_dim, value_dim, page, width, codec;
     int64_t longest, window;  // window: positions a query sees back, 0 for all
     float scale, softcap;     // softcap 0: none
 
@@ -31,175 +35,25 @@ inline Vec logits(Vec x, float scale, float softcap) {
     return set1(softcap) * (set1(1.f) - set1(2.f) / (set1(1.f) + exp2(y)));
 }
 
-// Queries of one group, in float: [G][padded D].
-template <class T>
-inline void widen(float* out, const T* from, int rows, int size, int padded) {
-    for (int r = 0; r < rows; ++r)
-        for (int d = 0; d < padded; d += LANES)
-            store(out + r * padded + d, d < size ? load_at(from + r * size, d, size) : set1(0.f));
-}
-
-// products[g][0..n) of a group's queries with n <= LANES keys, rows `size` apart.
-template <class T, int G>
-inline void products(float* out, const float* queries, const T*, const T* keys, int n, int size,
-                     int padded) {
-    Vec row[G][LANES];
-    for (int e = 0; e < LANES; ++e) {
-        Vec acc[G];
-        for (int g = 0; g < G; ++g) acc[g] = set1(0.f);
-        if (e < n)
-            for (int d = 0; d < size; d += LANES) {
-                const Vec key = load_at(keys + size_t(e) * size, d, size);
-                for (int g = 0; g < G; ++g) acc[g] = fma(key, load(queries + g * padded + d), acc[g]);
-            }
-        for (int g = 0; g < G; ++g) row[g][e] = acc[g];
-    }
-    for (int g = 0; g < G; ++g) store(out + g * LANES, sum_each(row[g]));
-}
-
-// Whether products are made of the queries as they are, without widening.
-template <class T>
-inline bool takes_pairs(int size) {
-    return UnitOf<T>::type::DEPTH == 2 && (size == 64 || size == 96 || size == 128);
-}
-
-#ifdef PAIRS
-// The same on pairs of bf16, without widening; size is a multiple of 32.
-template <int G, int STEPS>
-inline void products_of_pairs(float* out, const bf16* raw, const bf16* keys, int n) {
-    constexpr int size = STEPS * 32;
-    for (int g = 0; g < G; ++g) {  // keys come from the nearest cache after the first head
-        __m512i query[STEPS];
-        for (int s = 0; s < STEPS; ++s) query[s] = _mm512_loadu_si512(raw + g * size + s * 32);
-        Vec row[LANES];
-#pragma GCC unroll 16
-        for (int e = 0; e < LANES; ++e) {
-            const bf16* key = keys + size_t(e < n ? e : 0) * size;
-            row[e] = set1(0.f);
-#pragma GCC unroll 4
-            for (int s = 0; s < STEPS; ++s)
-                row[e].v = add_pairs(row[e].v, _mm512_loadu_si512(key + s * 32), query[s]);
-        }
-        store(out + g * LANES, sum_each(row));
-    }
-}
-
-template <class T, int G>
-inline void any_products(float* out, const float* queries, const T* raw, const T* keys, int n,
-                         int size, int padded) {
-    if constexpr (UnitOf<T>::type::DEPTH == 2) {
-        switch (size) {
-            case 64: return products_of_pairs<G, 2>(out, raw, keys, n);
-            case 96: return products_of_pairs<G, 3>(out, raw, keys, n);
-            case 128: return products_of_pairs<G, 4>(out, raw, keys, n);
-        }
-    }
-    products<T, G>(out, queries, raw, keys, n, size, padded);
-}
-#else
-#define any_products products
-#endif
-
-#ifdef PAIRS
-// Sums of values are kept in the order in which two rows of pairs interleave: of every 32 numbers
-// the quarters 0, 2, 4, 6 of four come first.
-template <class T>
-inline bool is_interleaved(int value_dim) {
-    return UnitOf<T>::type::DEPTH == 2 && value_dim % 32 == 0;
-}
-inline Vec in_order(const float* block, int half) {  // numbers 16 * half.. of a block of 32
-    const __m512i index = half ? _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28,
-                                                   29, 30, 31)
-                               : _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21,
-                                                   22, 23);
-    return {_mm512_permutex2var_ps(load(block).v, index, load(block + 16).v)};
-}
-
-// acc[g] += weights[g][0..n) · values two entries at a time, weights rounded to bf16.
-template <int G>
-inline void weigh_pairs(float* acc, const float* weights, const bf16* values, int n, int size,
-                        int padded) {
-    alignas(64) uint32_t pair[G][LANES / 2];
-    for (int g = 0; g < G; ++g) store((bf16*)pair[g], load(weights + g * LANES));
-    for (int d = 0; d < size; d += 32) {
-        Vec low[G], high[G];
-        for (int g = 0; g < G; ++g) {
-            low[g] = load(acc + g * padded + d);
-            high[g] = load(acc + g * padded + d + 16);
-        }
-        for (int e = 0; e < n; e += 2) {
-            const __m512i one = _mm512_loadu_si512(values + size_t(e) * size + d);
-            const __m512i two = e + 1 < n ? _mm512_loadu_si512(values + size_t(e + 1) * size + d)
-                                          : _mm512_setzero_si512();
-            const __m512i first = _mm512_unpacklo_epi16(one, two);
-            const __m512i second = _mm512_unpackhi_epi16(one, two);
-            for (int g = 0; g < G; ++g) {
-                const __m512i weight = _mm512_set1_epi32(int(pair[g][e / 2]));
-                low[g].v = add_pairs(low[g].v, first, weight);
-                high[g].v = add_pairs(high[g].v, second, weight);
-            }
-        }
-        for (int g = 0; g < G; ++g) {
-            store(acc + g * padded + d, low[g]);
-            store(acc + g * padded + d + 16, high[g]);
-        }
-    }
-}
-#else
-template <class T>
-inline bool is_interleaved(int) {
-    return false;
-}
-inline Vec in_order(const float* block, int) { return load(block); }
-#endif
-
-// acc[g][value_dim] += weights[g][0..n) · values, for G heads.
-template <class T, int G>
-inline void weigh(float* acc, const float* weights, const T* values, int n, int size, int padded) {
-#ifdef PAIRS
-    if constexpr (UnitOf<T>::type::DEPTH == 2)
-        if (is_interleaved<T>(size)) return weigh_pairs<G>(acc, weights, values, n, size, padded);
-#endif
-    int d = 0;
-    for (; d + 4 * LANES <= size; d += 4 * LANES) {
-        Vec sum[G][4];
-        for (int g = 0; g < G; ++g)
-            for (int i = 0; i < 4; ++i) sum[g][i] = load(acc + g * padded + d + i * LANES);
-        for (int e = 0; e < n; ++e) {
-            Vec value[4];
-            for (int i = 0; i < 4; ++i) value[i] = load(values + size_t(e) * size + d + i * LANES);
-            for (int g = 0; g < G; ++g) {
-                const Vec weight = set1(weights[g * LANES + e]);
-                for (int i = 0; i < 4; ++i) sum[g][i] = fma(value[i], weight, sum[g][i]);
-            }
-        }
-        for (int g = 0; g < G; ++g)
-            for (int i = 0; i < 4; ++i) store(acc + g * padded + d + i * LANES, sum[g][i]);
-    }
-    for (; d < size; d += LANES)
-        for (int e = 0; e < n; ++e) {
-            const Vec value = load_at(values + size_t(e) * size, d, size);
-            for (int g = 0; g < G; ++g) {
-                float* to = acc + g * padded + d;
-                store(to, fma(value, set1(weights[g * LANES + e]), load(to)));
-            }
-        }
-}
-
 // What one span of entries gives a group's heads: [G][padded V] values, then [G] tops, [G] sums.
 struct Partial {
     float *values, *top, *sum;
 };
 
-// n <= LANES entries from entry t on, at `slot` of the storage, for G heads from head `first` on.
-template <class T, int G>
-inline void attend_tile(const Decode<T>& a, int r, int first, int64_t t, size_t slot, int n,
-                        const float* queries, int padded_key, int padded_value, Partial to,
-                        float* kept_logits) {
+// Whose entries are attended to: a request and one of its KV heads.
+struct Reader {
+    int request, kv_head;
+};
+
+// n <= LANES entries from entry t on, at `slot` of the storage, for G heads of the group from g on.
+template <int G, class T, class Tile>
+inline void attend_tile(const Decode<T>& a, const Tile& tile, Reader by, int g0, int64_t t, size_t slot,
+                        int n, Partial to, float* kept_logits) {
     float weights[G * LANES];
-    const T* raw = a.queries + (size_t(r) * a.heads + first) * a.key_dim;
-    const int64_t oldest = a.window ? a.at[r] - a.window : -1;
-    any_products<T, G>(weights, queries, raw, a.keys + slot * a.key_dim, n, a.key_dim, padded_key);
+    const size_t first = size_t(by.request) * a.heads + by.kv_head * a.group() + g0;
+    const int padded_value = tile.shape.padded_value;
+    const int64_t oldest = a.window ? a.at[by.request] - a.window : -1;
+    tile.template products<G>(weights, g0);
     for (int g = 0; g < G; ++g) {
         float* row = weights + g * LANES;
         store(row, logits(load(row), a.scale, a.softcap));
@@ -207,9 +61,7 @@ inline void attend_tile(const Decode<T>& a, int r, int first, int64_t t, size_t 
         if (a.window)
             for (int e = 0; e < n; ++e)
                 if (a.positions[slot + e] <= oldest) row[e] = NEVER;
-        if (kept_logits)
-            std::memcpy(kept_logits + (size_t(r) * a.heads + first + g) * a.longest + t, row,
-                        n * sizeof(float));
+        if (kept_logits) std::memcpy(kept_logits + (first + g) * a.longest + t, row, n * sizeof(float));
         const float best = top(load(row)), any = sum(load(row));
         if (best == NEVER && any == any) {  // nothing is seen here (and nothing is NaN)
             store(row, set1(0.f));
@@ -227,21 +79,17 @@ inline void attend_tile(const Decode<T>& a, int r, int first, int64_t t, size_t 
         to.sum[g] += sum(weight);
         store(row, weight);
     }
-    weigh<T, G>(to.values, weights, a.values + slot * a.value_dim, n, a.value_dim, padded_value);
+    tile.template weigh<G>(to.values, weights, g0);
 }
 
-// A tile for all heads of a KV head (whose widened queries are given), four at a time.
-template <class T>
-inline void attend_group(const Decode<T>& a, int r, int kv_head, int64_t t, size_t slot, int n,
-                         const float* queries, int padded_key, int padded_value, Partial to,
-                         float* kept_logits) {
+// A tile for all heads of a KV head, four at a time.
+template <class T, class Tile>
+inline void attend_group(const Decode<T>& a, const Tile& tile, Reader by, int64_t t, size_t slot, int n,
+                         Partial to, float* kept_logits) {
     const int group = a.group();
     for (int g = 0; g < group; g += 4) {
-        const Partial part{to.values + g * padded_value, to.top + g, to.sum + g};
-        const float* wide = queries + g * padded_key;
-#define HEADS(G)                                                                              \
-    attend_tile<T, G>(a, r, kv_head * group + g, t, slot, n, wide, padded_key, padded_value, part, \
-                      kept_logits)
+        const Partial part{to.values + g * tile.shape.padded_value, to.top + g, to.sum + g};
+#define HEADS(G) attend_tile<G>(a, tile, by, g, t, slot, n, part, kept_logits)
         switch (std::min(4, group - g)) {
             case 1: HEADS(1); break;
             case 2: HEADS(2); break;
@@ -252,10 +100,81 @@ inline void attend_group(const Decode<T>& a, int r, int kv_head, int64_t t, size
     }
 }
 
-// Have memory bring `count` numbers close; pages lie anywhere, so no hardware can foresee them.
+// Have memory bring `bytes` close; pages lie anywhere, so no hardware can foresee them.
+inline void fetch(const void* from, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char*)from + i, 0, 2);
+}
+
+// The entries begin..end of a KV head; tile_at(slot, n) gives the tile of n entries there.
+template <class T, class At>
+inline void attend_span(const Decode<T>& a, Reader by, int64_t begin, int64_t end, Partial mine,
+                        float* kept_logits, At tile_at) {
+    const int32_t* table = a.table + (size_t(by.request) * a.kv_heads + by.kv_head) * a.width;
+    const auto bytes = [&](int64_t size) {
+        return a.page * (a.codec == AS_IS ? int64_t(size * sizeof(T)) : code_bytes(a.codec, size));
+    };
+    const int64_t key_bytes = bytes(a.key_dim), value_bytes = bytes(a.value_dim);
+    const auto steps = [&](int64_t size) { return a.page * (size / group_size(size)); };
+    for (int64_t t = begin; t < end; t += a.page) {
+        const size_t page = table[t / a.page];
+        const size_t next = t + a.page < end ? table[t / a.page + 1] : page;
+        fetch((const char*)a.keys + next * key_bytes, key_bytes);
+        fetch((const char*)a.values + next * value_bytes, value_bytes);
+        if (a.codec != AS_IS) {
+            fetch(a.key_scales + next * steps(a.key_dim), steps(a.key_dim) * sizeof(fp16));
+            fetch(a.value_scales + next * steps(a.value_dim), steps(a.value_dim) * sizeof(fp16));
+        }
+        for (int off = 0; off < a.page && t + off < end; off += LANES) {
+            const int n = int(std::min<int64_t>({LANES, a.page - off, end - t - off}));
+            const size_t slot = page * a.page + off;
+            attend_group(a, tile_at(slot, n), by, t + off, slot, n, mine, kept_logits);
+        }
+    }
+}
+
+// A span of entries that a codec has stored: queries are rotated as the keys are, and so the sums of
+// values stay.
 template <class T>
-inline void fetch(const T* from, int count) {
-    for (int i = 0; i < count; i += int(64 / sizeof(T))) __builtin_prefetch(from + i, 0, 2);
+inline void attend_coded(const Decode<T>& a, Shape shape, Reader by, int64_t begin, int64_t end,
+                         Partial mine, float* queries, float* kept_logits) {
+    static thread_local Scratch packed, tiles;
+    for (int g = 0; g < shape.group; ++g) rotate_groups(queries + g * shape.padded_key, a.key_dim);
+    const auto *keys = (const uint8_t*)a.keys, *values = (const uint8_t*)a.values;
+    const int64_t key_row = code_bytes(a.codec, a.key_dim), value_row = code_bytes(a.codec, a.value_dim);
+    const int64_t key_groups = a.key_dim / group_size(a.key_dim);
+    const int64_t value_groups = a.value_dim / group_size(a.value_dim);
+#ifdef INTEGER_TILES
+    if (takes_integers(a.codec, shape)) {
+        auto* integers = packed.get<IntegerQuery>(shape.group * key_groups);
+        for (int g = 0; g < shape.group; ++g)
+            for (int b = 0; b < key_groups; ++b)
+                integers[g * key_groups + b].set(queries + g * shape.padded_key + b * 64);
+        const auto attend = [&](auto tile) {
+            attend_span(a, by, begin, end, mine, kept_logits, [&](size_t slot, int n) {
+                tile.keys = keys + slot * key_row, tile.values = values + slot * value_row;
+                tile.key_scales = a.key_scales + slot * key_groups;
+                tile.value_scales = a.value_scales + slot * value_groups;
+                tile.n = n;
+                return tile;
+            });
+        };
+        if (a.codec == INT8) attend(IntegerTile<INT8>{shape, integers});
+        else attend(IntegerTile<INT4>{shape, integers});
+        return;
+    }
+#endif
+    float* wide_keys = tiles.get<float>(size_t(LANES) * (a.key_dim + a.value_dim));
+    float* wide_values = wide_keys + LANES * a.key_dim;
+    attend_span(a, by, begin, end, mine, kept_logits, [&](size_t slot, int n) {
+        for (int e = 0; e < n; ++e) {
+            const size_t at = slot + e;
+            decode_rotated(a.codec, keys + at * key_row, a.key_scales + at * key_groups, a.key_dim,
+                           wide_keys + e * a.key_dim);
+            decode_rotated(a.codec, values + at * value_row, a.value_scales + at * value_groups,
+                           a.value_dim, wide_values + e * a.value_dim);
+        }
+        return PlainTile<T, float>{shape, queries, nullptr, wide_keys, wide_values, n};
+    });
 }
 
 // How the work is cut: every KV head's entries into spans, so that a long head is shared by all
@@ -271,6 +190,7 @@ template <class T>
 inline void decode(const Decode<T>& a, Cut cut, float* room, float* kept_logits) {
     const int group = a.group(), spans = cut.spans;
     const int padded_key = int(round_up(a.key_dim, LANES)), padded_value = int(round_up(a.value_dim, LANES));
+    const Shape shape{group, a.key_dim, a.value_dim, padded_key, padded_value};
     const size_t each = size_t(group) * (padded_value + 2);
     const int tasks = a.requests * a.kv_heads * spans;
 #pragma omp for schedule(dynamic, 1)
@@ -281,31 +201,30 @@ inline void decode(const Decode<T>& a, Cut cut, float* room, float* kept_logits)
         const int64_t begin = int64_t(span) * cut.size;
         const int64_t end = std::min(a.lengths[head], begin + cut.size);
         if (begin >= end) continue;
+        const Reader by{r, kv_head};
         float* queries = widened.get<float>(size_t(group) * padded_key);
-        if (!takes_pairs<T>(a.key_dim))
-            widen(queries, a.queries + size_t(r * a.heads + kv_head * group) * a.key_dim, group,
-                  a.key_dim, padded_key);
+        const T* raw = a.queries + size_t(r * a.heads + kv_head * group) * a.key_dim;
+        if (a.codec != AS_IS || !takes_pairs<T>(a.key_dim))
+            widen(queries, raw, group, a.key_dim, padded_key);
         float* values = room + size_t(task) * each;
         float* top = values + size_t(group) * padded_value;
         const Partial mine{values, top, top + group};
         std::fill(mine.values, mine.top, 0.f);
         std::fill(mine.top, mine.sum, NEVER);
         std::fill(mine.sum, mine.sum + group, 0.f);
-        const int32_t* table = a.table + size_t(head) * a.width;
-        for (int64_t t = begin; t < end; t += a.page) {
-            const size_t page = table[t / a.page];
-            const size_t next = t + a.page < end ? table[t / a.page + 1] : page;
-            fetch(a.keys + next * a.page * a.key_dim, a.page * a.key_dim);
-            fetch(a.values + next * a.page * a.value_dim, a.page * a.value_dim);
-            for (int off = 0; off < a.page && t + off < end; off += LANES) {
-                const int n = int(std::min<int64_t>({LANES, a.page - off, end - t - off}));
-                attend_group(a, r, kv_head, t + off, page * a.page + off, n, queries, padded_key,
-                             padded_value, mine, kept_logits);
-            }
+        if (a.codec != AS_IS) {
+            attend_coded(a, shape, by, begin, end, mine, queries, kept_logits);
+            continue;
         }
+        const auto *keys = (const T*)a.keys, *values_at = (const T*)a.values;
+        attend_span(a, by, begin, end, mine, kept_logits, [&](size_t slot, int n) {
+            return PlainTile<T, T>{shape, queries, raw, keys + slot * a.key_dim,
+                                   values_at + slot * a.value_dim, n};
+        });
     }
 #pragma omp for schedule(static)
     for (int task = 0; task < a.requests * a.heads; ++task) {
+        static thread_local Scratch unmixed;
         const int head = task % a.heads, r = task / a.heads, kv_head = head / group, g = head % group;
         const float* first = room + size_t(r * a.kv_heads + kv_head) * spans * each;
         const size_t top_at = size_t(group) * padded_value + g, sum_at = top_at + group;
@@ -318,7 +237,8 @@ inline void decode(const Decode<T>& a, Cut cut, float* room, float* kept_logits)
         }
         if (a.lse) a.lse[task] = best + std::log(total);
         T* out = a.out + size_t(task) * a.value_dim;
-        const bool mixed = is_interleaved<T>(a.value_dim);
+        const bool mixed = a.codec == AS_IS && is_interleaved<T>(a.value_dim);
+        float* plain = a.codec == AS_IS ? nullptr : unmixed.get<float>(padded_value);
         for (int d = 0; d < a.value_dim; d += LANES) {
             Vec acc = set1(0.f);
             for (int s = 0; s < used; ++s) {
@@ -328,8 +248,13 @@ inline void decode(const Decode<T>& a, Cut cut, float* room, float* kept_logits)
                 const float* from = first + s * each + size_t(g) * padded_value;
                 acc = fma(mixed ? in_order(from + d / 32 * 32, d / 16 % 2) : load(from + d), share, acc);
             }
-            store_at(out, acc, d, a.value_dim);
+            if (plain) store(plain + d, acc);
+            else store_at(out, acc, d, a.value_dim);
         }
+        if (!plain) continue;
+        if (takes_integers(a.codec, shape)) integers_in_order(plain, a.value_dim);
+        rotate_groups(plain, a.value_dim);
+        for (int d = 0; d < a.value_dim; d += LANES) store_at(out, load(plain + d), d, a.value_dim);
     }
     if (!a.probs) return;
 #pragma omp for schedule(static)

@@ -14,6 +14,7 @@
 // the newest are the best.
 struct Eviction {
     void *keys, *values, *positions, *scores;  // the group's; scores null where there are none
+    fp16 *key_scales, *value_scales;           // null where entries lie as they are
     const int32_t* pages;
     const int64_t* lengths;
     int64_t* counts;
@@ -22,13 +23,22 @@ struct Eviction {
     const float* lse;
     const int64_t *rows, *query_at;
     int64_t width, kernel, pools_max, sinks, recent, room, running, text;
-    int64_t kv_heads, key_dim, value_dim, page;
+    int64_t kv_heads, key_dim, value_dim, page, codec;
     int64_t window, heads, takes_max;
     float scale, softcap, share;  // share: what each weight counts in a mean
 
     int64_t group() const { return heads / kv_heads; }
     size_t slot(int64_t head, int64_t entry) const {
         return size_t(pages[head * width + entry / page]) * page + entry % page;
+    }
+    // The key in a slot; room [key_dim] floats and as many of T, for one that a codec has stored.
+    template <class T>
+    const T* key(size_t slot, float* room) const {
+        if (codec == AS_IS) return (const T*)keys + slot * key_dim;
+        T* out = (T*)(room + key_dim);
+        decode_entry(int(codec), (const uint8_t*)keys + slot * code_bytes(int(codec), key_dim),
+                     key_scales + slot * (key_dim / group_size(key_dim)), key_dim, room, out);
+        return out;
     }
     bool stays(int64_t place) const {  // sinks, the newest, what is protected
         return place < sinks || place > recent || (place < text && protect[place]);
@@ -37,10 +47,11 @@ struct Eviction {
 
 constexpr int BLOCK_ENTRIES = 24;  // a multiple of a tile's rows
 
-// What score_entries works in: queries as panels, their log-sum-exps, products, keys of a block.
+// What score_entries works in: queries as panels, their log-sum-exps, products, keys of a block, a
+// decoded key.
 inline int64_t units_to_score(const Eviction& e, int64_t units) {
     const int64_t panels = ceil_div(e.window * e.group(), COLUMNS);
-    return panels * (units + 1) * COLUMNS + BLOCK_ENTRIES * (COLUMNS + units) + 1;
+    return panels * (units + 1) * COLUMNS + BLOCK_ENTRIES * (COLUMNS + units) + 1 + 2 * e.key_dim;
 }
 
 // scores [n]: the largest (or the mean) weight that any of the window's queries of the head's group
@@ -55,6 +66,7 @@ inline void score_entries(const Eviction& e, int64_t head, const int64_t* places
     const size_t panel = size_t(units) * COLUMNS;
     float *norms = (float*)(room + panels * panel), *block = norms + panels * COLUMNS;
     auto* keys = (uint32_t*)(block + BLOCK_ENTRIES * COLUMNS);
+    auto* decoded = (float*)(keys + BLOCK_ENTRIES * units + 1);
     const auto at = [&](int64_t r) { return e.rows[r / group] * e.heads + head * group + r % group; };
     for (int64_t p = 0; p < panels; ++p)
         pack_keys<T>(room + p * panel, p * COLUMNS, rows, depth,
@@ -67,7 +79,7 @@ inline void score_entries(const Eviction& e, int64_t head, const int64_t* places
         for (int i = 0; i < n; ++i) {
             total[i] = set1(e.takes_max ? NEVER : 0.f);
             pack_left(keys + size_t(i) * units,
-                      (const T*)e.keys + e.slot(head, first + i) * e.key_dim, depth);
+                      e.template key<T>(e.slot(head, first + i), decoded), depth);
         }
         for (int64_t p = 0; p < panels; ++p) {
             panel_product<U>(block, COLUMNS, false, keys, units, n, room + p * panel, units);
@@ -135,11 +147,21 @@ inline void evict(const Eviction& e) {
     }
     const int64_t row = best_of(pools ? scores + heads * n : scores, forced, places, lengths, heads, n,
                                 counts, e.room, indices);
-    const Storage tensors[] = {{(char*)e.keys, int64_t(e.key_dim * sizeof(T))},
-                               {(char*)e.values, int64_t(e.value_dim * sizeof(T))},
-                               {(char*)e.positions, 4}, {(char*)e.scores, 4}};
+    const int codec = int(e.codec);
+    const auto bytes = [&](int64_t size) {
+        return codec == AS_IS ? int64_t(size * sizeof(T)) : code_bytes(codec, size);
+    };
+    const auto steps = [](int64_t size) { return int64_t(size / group_size(size) * sizeof(fp16)); };
+    Storage tensors[6] = {{(char*)e.keys, bytes(e.key_dim)}, {(char*)e.values, bytes(e.value_dim)},
+                          {(char*)e.positions, 4}};
+    int64_t count = 3;
+    if (e.scores) tensors[count++] = {(char*)e.scores, 4};
+    if (codec != AS_IS) {
+        tensors[count++] = {(char*)e.key_scales, steps(e.key_dim)};
+        tensors[count++] = {(char*)e.value_scales, steps(e.value_dim)};
+    }
     for (int64_t h = 0; h < heads; ++h) {
-        keep_head({tensors, e.pages + live[h] * e.width, indices + h * row, e.scores ? 4 : 3, e.page,
+        keep_head({tensors, e.pages + live[h] * e.width, indices + h * row, count, e.page,
                    counts[h], lengths[h]});
         e.counts[live[h]] = counts[h];
     }

@@ -27,9 +27,9 @@ static void by_linear(int dtype, F f) {
 }
 
 struct DecodeCall {
-    const void *queries, *keys, *values, *positions, *table, *lengths, *at;
+    const void *queries, *keys, *values, *positions, *key_scales, *value_scales, *table, *lengths, *at;
     void *out, *lse, *probs;
-    int64_t requests, heads, kv_heads, key_dim, value_dim, page, width, longest, window;
+    int64_t requests, heads, kv_heads, key_dim, value_dim, page, width, codec, longest, window;
     float scale, softcap;
 };
 
@@ -70,12 +70,13 @@ void decode_attention(int dtype, const DecodeCall* calls, int64_t count) {
         using T = decltype(kind);
         const auto layer = [&](int64_t i) {
             const DecodeCall& c = calls[i];
-            return Decode<T>{(const T*)c.queries, (const T*)c.keys, (const T*)c.values,
-                             (const int32_t*)c.positions, (const int32_t*)c.table,
+            return Decode<T>{(const T*)c.queries, c.keys, c.values, (const int32_t*)c.positions,
+                             (const fp16*)c.key_scales, (const fp16*)c.value_scales,
+                             (const int32_t*)c.table,
                              (const int64_t*)c.lengths, (const int64_t*)c.at, (T*)c.out,
                              (float*)c.lse, (float*)c.probs, int(c.requests), int(c.heads),
                              int(c.kv_heads), int(c.key_dim), int(c.value_dim), int(c.page),
-                             int(c.width), c.longest, c.window, c.scale, c.softcap};
+                             int(c.width), int(c.codec), c.longest, c.window, c.scale, c.softcap};
         };
         size_t partials = 0, products = 0;
         for (int64_t i = 0; i < count; ++i) {
@@ -117,10 +118,18 @@ void gather_pages(const Storage* tensor, const int32_t* pages, int64_t row, int 
     gather(*tensor, pages, row, heads, page, kept, (char*)out);
 }
 
+// Of keys or values that a codec has stored: codes, their scales.
+void gather_decoded(int dtype, int codec, const uint8_t* codes, const fp16* scales, int64_t size,
+                    const int32_t* pages, int64_t row, int heads, int page, int64_t kept, void* out) {
+    by_dtype(dtype, [&](auto kind) {
+        gather_coded(codec, codes, scales, size, pages, row, heads, page, kept, (decltype(kind)*)out);
+    });
+}
+
 struct WriteCall {
     const void *keys, *values, *at, *pages, *offsets;
-    void *to_keys, *to_values, *to_positions, *to_scores;
-    int64_t key_row, value_row, key_head, value_head, count, kv_heads, key_dim, value_dim, page;
+    void *to_keys, *to_values, *to_positions, *to_scores, *to_key_scales, *to_value_scales;
+    int64_t key_row, value_row, key_head, value_head, count, kv_heads, key_dim, value_dim, page, codec;
 };
 
 // Bytes of what library.py describes a second time, in the order of its STRUCTS.
@@ -138,8 +147,10 @@ void write_entries(int dtype, const WriteCall* c) {
         const Rows<T> rows{(const T*)c->keys, (const T*)c->values, c->key_row, c->value_row,
                            c->key_head, c->value_head, (const int64_t*)c->at,
                            (const int64_t*)c->pages, (const int64_t*)c->offsets, c->count};
-        const Place<T> place{(T*)c->to_keys, (T*)c->to_values, (int32_t*)c->to_positions,
-                             (float*)c->to_scores, c->kv_heads, c->key_dim, c->value_dim, c->page};
+        const Place<T> place{c->to_keys, c->to_values, (int32_t*)c->to_positions,
+                             (float*)c->to_scores, (fp16*)c->to_key_scales,
+                             (fp16*)c->to_value_scales, c->kv_heads, c->key_dim, c->value_dim,
+                             c->page, c->codec};
 #pragma omp parallel
         write_rows(rows, place);
     });

@@ -44,8 +44,8 @@ def _struct(name: str, pointers: str, integers: str, floats: str = "") -> type[S
 
 DecodeCall = _struct(
     "DecodeCall",
-    "queries keys values positions table lengths at out lse probs",
-    "requests heads kv_heads key_dim value_dim page width longest window",
+    "queries keys values positions key_scales value_scales table lengths at out lse probs",
+    "requests heads kv_heads key_dim value_dim page width codec longest window",
     "scale softcap",
 )
 DenseCall = _struct(
@@ -59,15 +59,17 @@ StorageData = _struct("StorageData", "data", "entry")
 Keeping = _struct("Keeping", "tensors pages indices", "count page kept length")
 Eviction = _struct(
     "Eviction",
-    "keys values positions scores pages lengths counts protect queries lse rows query_at",
-    "width kernel pools_max sinks recent room running text kv_heads key_dim value_dim page "
+    "keys values positions scores key_scales value_scales pages lengths counts protect queries lse "
+    "rows query_at",
+    "width kernel pools_max sinks recent room running text kv_heads key_dim value_dim page codec "
     "window heads takes_max",
     "scale softcap share",
 )
 WriteCall = _struct(
     "WriteCall",
-    "keys values at pages offsets to_keys to_values to_positions to_scores",
-    "key_row value_row key_head value_head count kv_heads key_dim value_dim page",
+    "keys values at pages offsets to_keys to_values to_positions to_scores to_key_scales "
+    "to_value_scales",
+    "key_row value_row key_head value_head count kv_heads key_dim value_dim page codec",
 )
 LinearData = _struct("LinearData", "packed bias", "columns depth")
 
@@ -112,6 +114,8 @@ class LayerData(Structure):
         ("values", c_void_p),
         ("positions", c_void_p),
         ("scores", c_void_p),
+        ("key_scales", c_void_p),
+        ("value_scales", c_void_p),
         ("query_norm", c_void_p),
         ("key_norm", c_void_p),
         ("scale", c_float),
@@ -128,7 +132,7 @@ class StepCall(Structure):
         ("layers", POINTER(LayerData)),
         *(
             (name, c_int64)
-            for name in "depth hidden inner heads kv_heads size page rows width rotated".split()
+            for name in "depth hidden inner heads kv_heads size page rows width rotated codec".split()
         ),
         *(
             (name, c_void_p)
@@ -178,6 +182,22 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "gather_pages": (
         None,
         [POINTER(StorageData), c_void_p, c_int64, c_int, c_int, c_int64, c_void_p],
+    ),
+    "gather_decoded": (
+        None,
+        [
+            c_int,
+            c_int,
+            c_void_p,
+            c_void_p,
+            c_int64,
+            c_void_p,
+            c_int64,
+            c_int,
+            c_int,
+            c_int64,
+            c_void_p,
+        ],
     ),
     "evict_entries": (None, [c_int, c_void_p, c_int64]),
     "best_entries": (

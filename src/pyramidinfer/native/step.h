@@ -73,6 +73,7 @@ struct Layer {
     void *keys, *values;
     int32_t* positions;
     float* scores;
+    fp16 *key_scales, *value_scales;  // null where entries lie as they are
     const void *query_norm, *key_norm;
     float scale, epsilon;
     int64_t window, angles;  // angles: which of the step's tables turns its keys, -1 for none
@@ -80,7 +81,7 @@ struct Layer {
 
 struct Step {
     const Layer* layers;
-    int64_t depth, hidden, inner, heads, kv_heads, size, page, rows, width, rotated;
+    int64_t depth, hidden, inner, heads, kv_heads, size, page, rows, width, rotated, codec;
     const float *cos, *sin;                  // [tables, rows, rotated]
     const int64_t *pages, *offsets;          // [depth, rows, kv_heads] where the new entries go
     const int32_t* tables;                   // [depth, rows, kv_heads, width]
@@ -102,7 +103,7 @@ inline void decode_step(const Step& s, T* x) {
     Decode<T> d{};
     d.heads = int(s.heads), d.kv_heads = int(s.kv_heads), d.key_dim = d.value_dim = int(s.size);
     d.page = int(s.page), d.width = int(s.width), d.requests = int(s.rows), d.at = s.at;
-    d.out = attended;
+    d.out = attended, d.codec = int(s.codec);
     size_t room = 0, logits = 0;
     for (int64_t i = 0; i < s.depth; ++i) {
         d.longest = s.longest[i];
@@ -124,12 +125,14 @@ inline void decode_step(const Step& s, T* x) {
         const T* keys = qkv + mixed;
         const Rows<T> new_rows{keys, keys + s.kv_heads * s.size, wide, wide, s.size, s.size, s.at,
                                s.pages + i * streams, s.offsets + i * streams, s.rows};
-        write_rows(new_rows, Place<T>{(T*)layer.keys, (T*)layer.values, layer.positions, layer.scores,
-                                      s.kv_heads, s.size, s.size, s.page});
+        write_rows(new_rows, Place<T>{layer.keys, layer.values, layer.positions, layer.scores,
+                                      layer.key_scales, layer.value_scales, s.kv_heads, s.size,
+                                      s.size, s.page, s.codec});
 #pragma omp for schedule(static)
         for (int64_t row = 0; row < s.rows; ++row)
             std::memcpy(mine + row * mixed, qkv + row * wide, mixed * sizeof(T));
-        d.queries = mine, d.keys = (T*)layer.keys, d.values = (T*)layer.values;
+        d.queries = mine, d.keys = layer.keys, d.values = layer.values;
+        d.key_scales = layer.key_scales, d.value_scales = layer.value_scales;
         d.positions = layer.positions, d.table = s.tables + i * streams * s.width;
         d.lengths = s.lengths + i * streams, d.longest = s.longest[i];
         d.window = layer.window, d.scale = layer.scale;
