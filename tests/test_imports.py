@@ -13,7 +13,7 @@ import pyramidinfer
 
 ROOT = Path(pyramidinfer.__file__).parent
 ORDER = [
-    {"types", "sampling", "config", "native"},
+    {"types", "sampling", "config", "codec", "native"},
     {"policies", "attention", "cache"},
     {"models"},
     {"engine"},
