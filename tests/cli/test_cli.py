@@ -181,6 +181,23 @@ def test_chat_applies_the_template() -> None:
     assert text == "<bos> <user> Where is the map ? <end> <assistant>"
 
 
+def test_inspect_tells_the_bytes_of_a_kv_dtype() -> None:
+    """Those of the full cache are of 16 bits a number."""
+    found = {}
+    for kv_dtype in ("auto", "int8", "int4"):
+        words = ("--policy", "full", "--prompt-len", "1000", "--dtype", "bfloat16", "--json")
+        done = run("inspect", "--kv-dtype", kv_dtype, *words)
+        assert done.returncode == 0, done.stderr
+        found[kv_dtype] = json.loads(done.stdout)
+        assert found[kv_dtype]["kv_dtype"] == kv_dtype
+    full = [row["full_bytes"] for row in found["auto"]["layers"]]
+    assert found["auto"]["bytes"] == sum(full)
+    for each in found.values():
+        assert [row["full_bytes"] for row in each["layers"]] == full
+        assert each["bytes"] == sum(row["bytes"] for row in each["layers"])
+    assert found["auto"]["bytes"] > found["int8"]["bytes"] > found["int4"]["bytes"]
+
+
 def test_inspect_is_the_policys_forecast() -> None:
     done = run(
         "inspect",
@@ -426,6 +443,10 @@ def test_demo_prints_a_table_and_draws(tmp_path: Path) -> None:
             "profile 'no/such.json' cannot be read",
         ),
         (["demo", "--kv-memory", "1MiB", "--documents", "1"], "raise kv_memory"),
+        (["generate", "--prompt", "x", "--kv-dtype", "int5"], "kv_dtype='int5' is unknown"),
+        (["inspect", "--kv-dtype", "int5"], "kv_dtype='int5' is unknown; did you mean 'int8'"),
+        (["demo", "--kv-dtype", "int5"], "kv_dtype='int5' is unknown"),
+        (["serve", "--verify", "--kv-dtype", "int8"], "--verify with --kv-dtype int8"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(

@@ -54,6 +54,21 @@ def equal(
 
 
 @pytest.mark.parametrize("tensor, layers", [(2, None), (1, TWO)])
+def test_keys_and_values_of_8_bits_on_two_ranks(tensor: int, layers: list[int] | None) -> None:
+    """Scales belong to a head, so it does not matter which rank has it."""
+    model, config, names = (
+        tiny_model("llama", torch.float64),
+        replace(CONFIG, kv_dtype="int8"),
+        ["full", "h2o"],
+    )
+    expected = answers(Engine(model, policy_named("full"), config), names)
+    with split_engine(model, policy_named("full"), config, tensor, layers=layers) as engine:
+        assert engine.pool.groups[0].spec.codec is not None
+        assert answers(engine, names) == expected
+        engine.check()
+
+
+@pytest.mark.parametrize("tensor, layers", [(2, None), (1, TWO)])
 def test_every_policy_on_two_ranks(tensor: int, layers: list[int] | None) -> None:
     equal("llama", tensor, sorted(set(POLICIES) - PROFILED), layers=layers)
 

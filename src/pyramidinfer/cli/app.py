@@ -17,6 +17,7 @@ from pyramidinfer.cli.common import (
     Dtype,
     FromModel,
     Keep,
+    KvDtype,
     Model,
     NoProfile,
     Options,
@@ -92,6 +93,7 @@ def demo(
     keep: Annotated[
         float | None, typer.Option(help="Share of the cache that is kept. Default: 0.3 or 0.25.")
     ] = None,
+    kv_dtype: KvDtype = "auto",
     out: Annotated[Path, typer.Option(help="Folder for the picture.")] = Path("out"),
     tensor_parallel_size: TensorParallel = 1,
     pipeline_parallel_size: PipelineParallel = 1,
@@ -99,11 +101,12 @@ def demo(
     """Answer questions about long documents in one memory budget, four ways, and draw it."""
     from pyramidinfer.cli.demo import run_demo
 
-    ranks = {
+    options = {
+        "kv_dtype": kv_dtype,
         "tensor_parallel_size": tensor_parallel_size,
         "pipeline_parallel_size": pipeline_parallel_size,
     }
-    run_demo(model, fetch, documents, length, kv_memory, keep, out, ranks)
+    run_demo(model, fetch, documents, length, kv_memory, keep, out, options)
 
 
 @app.command()
@@ -137,6 +140,7 @@ def generate(
     stop: Annotated[list[str] | None, typer.Option(help="Stop text; may be repeated.")] = None,
     kv_memory: Annotated[str, typer.Option(help="Memory for the cache.")] = "1GiB",
     dtype: Dtype = "auto",
+    kv_dtype: KvDtype = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     backend: Annotated[
         str, typer.Option(help=f"How to attend: auto, {', '.join(BACKENDS)}.")
@@ -174,6 +178,7 @@ def generate(
         device,
         backend,
         as_json,
+        kv_dtype=kv_dtype,
         profile=profiling(chosen, no_profile),
         tensor_parallel_size=tensor_parallel_size,
         pipeline_parallel_size=pipeline_parallel_size,
@@ -191,13 +196,14 @@ def inspect(
     prompt_len: Annotated[int, typer.Option(help="Tokens in the prompt.")] = 2048,
     max_tokens: MaxTokens = 256,
     dtype: Dtype = "auto",
+    kv_dtype: KvDtype = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Show what a policy would compute and keep in each layer, and the bytes; generates nothing."""
     from pyramidinfer.cli.inspect import run_inspect
 
     chosen = policy_from(policy, keep, option or [])
-    run_inspect(model, chosen, prompt_len, max_tokens, dtype, as_json)
+    run_inspect(model, chosen, prompt_len, max_tokens, dtype, kv_dtype, as_json)
 
 
 @app.command()

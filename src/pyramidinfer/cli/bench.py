@@ -31,6 +31,12 @@ Policies = Annotated[
 ]
 Keep = Annotated[float, typer.Option(help="Budget of every policy that has one, a share.")]
 Dtype = Annotated[str, typer.Option(help="auto (bfloat16 for a shape), float32, bfloat16, …")]
+KvDtype = Annotated[
+    str,
+    typer.Option(
+        help="How the cache stores keys and values: auto (in --dtype), int8, fp8 or int4."
+    ),
+]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Backend = Annotated[str, typer.Option(help="Attention backend; auto is the engine's choice.")]
 Threads = Annotated[int, typer.Option(help="Threads of torch; 0 leaves its choice.")]
@@ -76,6 +82,7 @@ def throughput(
     prompt_len: Annotated[int, typer.Option(help="Tokens of each prompt.")] = 512,
     output_len: Annotated[int, typer.Option(help="Tokens each request generates.")] = 64,
     dtype: Dtype = "auto",
+    kv_dtype: KvDtype = "auto",
     device: Device = "auto",
     backend: Backend = "auto",
     repeats: Repeats = 3,
@@ -96,6 +103,7 @@ def throughput(
         shape=shape,
         keep=keep,
         dtype=dtype,
+        kv_dtype=kv_dtype,
         device=device,
         backend=backend,
         repeats=repeats,
@@ -148,6 +156,7 @@ def latency(
     prompt_len: Annotated[str, typer.Option(help="Tokens of a prompt; a list.")] = "128,512,2048",
     output_len: Annotated[int, typer.Option(help="Tokens each request generates.")] = 32,
     dtype: Dtype = "auto",
+    kv_dtype: KvDtype = "auto",
     device: Device = "auto",
     backend: Backend = "auto",
     repeats: Repeats = 3,
@@ -168,6 +177,7 @@ def latency(
         shape=shape,
         keep=keep,
         dtype=dtype,
+        kv_dtype=kv_dtype,
         device=device,
         backend=backend,
         repeats=repeats,
@@ -194,6 +204,7 @@ def memory(
     output_len: Annotated[int, typer.Option(help="Tokens each request generates.")] = 32,
     requests: Annotated[int, typer.Option(help="Requests to run at most.")] = 64,
     dtype: Dtype = "auto",
+    kv_dtype: KvDtype = "auto",
     device: Device = "auto",
     backend: Backend = "auto",
     threads: Threads = 0,
@@ -212,6 +223,7 @@ def memory(
         shape=shape,
         keep=keep,
         dtype=dtype,
+        kv_dtype=kv_dtype,
         device=device,
         backend=backend,
         threads=threads,

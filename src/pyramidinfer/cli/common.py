@@ -24,6 +24,7 @@ __all__ = [
     "Dtype",
     "FromModel",
     "Keep",
+    "KvDtype",
     "Model",
     "NoProfile",
     "Options",
@@ -112,6 +113,13 @@ PipelineParallel = Annotated[
     ),
 ]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16 or float64.")]
+KvDtype = Annotated[
+    str,
+    typer.Option(
+        help="How the cache stores keys and values: auto (in --dtype); int8 or fp8 (about half the "
+        "bytes of 16 bits); int4 (about a quarter, and less exact).",
+    ),
+]
 FromModel = Annotated[
     str,
     typer.Option(

@@ -99,12 +99,12 @@ def run_demo(
     kv_memory: str | None,
     keep: float | None,
     out: Path,
-    ranks: Mapping[str, Any],
+    options: Mapping[str, Any],
 ) -> None:
     """Answer, print the table, draw ``out/pyramid.png``.
 
     model : None is the shipped one;  wanted : a model to fetch and run on, if it can be had;
-    ranks : options of ``EngineConfig`` that split the model.
+    options : of ``EngineConfig``, beside ``kv_memory``.
     """
     if wanted is not None:
         if model is not None:
@@ -118,39 +118,41 @@ def run_demo(
         kv_memory or usual.kv_memory,
         usual.keep if keep is None else keep,
     )
+    config = EngineConfig.from_options((), kv_memory=ask.kv_memory, **options)
     out.mkdir(parents=True, exist_ok=True)
     quiet_transformers()
     console = Console()
     loaded = load_model(find_model(model) if model else shipped_model(), dtype="float32")
     questions = ask.questions(loaded.tokenizer, SEED, ask.documents, ask.length)
+    stored = "" if config.kv_dtype == "auto" else f", in {config.kv_dtype}"
     console.print(
         f"[bold]{ask.name}[/bold]: {ask.documents} documents of {ask.length} tokens ({ask.text}), "
-        f"one question each, all inside [bold]{human_bytes(parse_bytes(ask.kv_memory))}[/bold] of "
-        f"KV memory\n[dim]for example: … {questions[0].asked}[/dim]"
+        f"one question each, all inside [bold]{human_bytes(config.budget)}[/bold] of "
+        f"KV memory{stored}\n[dim]for example: … {questions[0].asked}[/dim]"
     )
     (shown,) = ask.questions(loaded.tokenizer, SEED + 1, 1, min(ask.length, 600))
     traces: list[tuple[str, Trace]] = []
-    engines = _engines(ask, loaded, ranks)
+    engines = _engines(ask, loaded, config, options)
     runs = _run(console, ask, engines, questions, shown, traces)
     _show_answers(console, questions, runs)
     words = [loaded.tokenizer.decode([token]).strip() for token in shown.prompt]
     picture = draw_pyramid(traces[1:], words, shown.needle, out / "pyramid.png")
     figures = {run.title: _figures(run) for run in runs}
     configuration = {**asdict(ask), "model": ask.name, "text": ask.text, "seed": SEED}
+    configuration["kv_dtype"] = config.kv_dtype
     write_result(out / "demo.json", configuration, figures, model=ask.name)
     console.print(_verdict(runs))
     console.print(f"which token is kept in which layer: [bold]{picture}[/bold]", soft_wrap=True)
 
 
 def _engines(
-    ask: Ask, loaded: LoadedModel, ranks: Mapping[str, Any]
+    ask: Ask, loaded: LoadedModel, config: EngineConfig, options: Mapping[str, Any]
 ) -> Iterator[tuple[str, Engine]]:
     """One engine a way and its title, the full cache's first.
 
     On one rank all have the same weights; over several a way's ranks end before the next one's
     begin.
     """
-    config = EngineConfig.from_options((), kv_memory=ask.kv_memory, **ranks)
     ways = _ways(ask.keep, ask.model is None)
     if config.ranks == 1:
         runner = ModelRunner(loaded.model, "auto", config.prefill_chunk, own=True)
@@ -159,7 +161,7 @@ def _engines(
         return
     for title, policy in ways:
         model = ask.model or shipped_model()
-        llm = LLM(model, policy, kv_memory=ask.kv_memory, dtype="float32", **ranks)
+        llm = LLM(model, policy, kv_memory=ask.kv_memory, dtype="float32", **options)
         try:
             yield title, llm.engine
         finally:

@@ -37,14 +37,24 @@ __all__ = ["run_inspect"]
 
 
 def run_inspect(
-    model: str | None, chosen: Policy, prompt_len: int, max_tokens: int, dtype: str, as_json: bool
+    model: str | None,
+    chosen: Policy,
+    prompt_len: int,
+    max_tokens: int,
+    dtype: str,
+    kv_dtype: str,
+    as_json: bool,
 ) -> None:
-    """Print the forecast per layer: tokens computed, entries kept, bytes."""
+    """Print the forecast per layer: tokens computed, entries kept, bytes.
+
+    Those of the full cache are of 16 bits a number where ``kv_dtype`` has fewer.
+    """
     for name, value in (("--prompt-len", prompt_len), ("--max-tokens", max_tokens)):
         if value < 1:
             raise ValueError(f"{name} {value} must be at least 1")
     quiet_transformers()
     runner = _runner_without_weights(model or shipped_model(), dtype)
+    specs = runner.group_specs(kv_dtype)  # refuses at once
     if isinstance(getattr(chosen, "profile", None), Profile):
         chosen.check(runner.layers_for(1))  # before weights are read
     path = model or shipped_model()
@@ -65,8 +75,9 @@ def run_inspect(
     chosen.check(layers)
     forecast = chosen.forecast(prompt_len, max_tokens, layers)
     page = EngineConfig().page_size
-    layout = Layout.smallest(runner.group_specs(), page, chosen.uses_scores)
+    layout = Layout.smallest(specs, page, chosen.uses_scores)
     per_page = [int(size) for size in layout.layer_page_bytes]
+    uncoded = [int(size) for size in layout.uncoded_page_bytes]
     cost = Ledger(layout, runner).cost(chosen, prompt_len, max_tokens, layers, 0)
     again = sum(map(len, readings(runner, chosen, range(prompt_len), prompt_len, max_tokens)))
     assert cost.after_prefill is not None
@@ -91,7 +102,7 @@ def run_inspect(
                 "kept": kept.tolist(),
                 "kept_together": together,
                 "bytes": pages * per_page[layer],
-                "full_bytes": layout.pages_for(full) * runner.kv_heads * per_page[layer],
+                "full_bytes": layout.pages_for(full) * runner.kv_heads * uncoded[layer],
             }
         )
     if as_json:
@@ -102,6 +113,7 @@ def run_inspect(
                     **head,
                     "prompt_len": prompt_len,
                     "max_tokens": max_tokens,
+                    "kv_dtype": kv_dtype,
                     "layers": rows,
                     "tokens_read_again": again,
                     "bytes": in_pages,
@@ -112,7 +124,8 @@ def run_inspect(
         )
         return
     after = _After.of(chosen, prompt_len, layers, runner.kv_heads, caps)
-    _print(rows, chosen, prompt_len, max_tokens, again, in_pages, overhead, cost.bytes, after)
+    asked = (prompt_len, max_tokens, kv_dtype)
+    _print(rows, chosen, *asked, again, in_pages, overhead, cost.bytes, after)
 
 
 class _After(NamedTuple):
@@ -188,6 +201,7 @@ def _print(
     policy: Policy,
     prompt_len: int,
     max_tokens: int,
+    kv_dtype: str,
     again: int,
     total: int,
     overhead: int,
@@ -200,7 +214,9 @@ def _print(
         for each in fields(policy)
         if getattr(policy, each.name) != each.default
     )
-    console.print(f"{policy.name}({set_here}): {prompt_len} prompt + {max_tokens} generated tokens")
+    stored, bits = ("", "") if kv_dtype == "auto" else (f", stored in {kv_dtype}", " in 16 bits")
+    told = f"{prompt_len} prompt + {max_tokens} generated tokens{stored}"
+    console.print(f"{policy.name}({set_here}): {told}")
     if policy.rule:
         print(policy.rule)
     table = Table()
@@ -238,7 +254,7 @@ def _print(
     if keep is not None and after.budget > keep + 0.005 + 1 / prompt_len:
         print(_why_more(policy, keep, prompt_len, after.budget))
     print(
-        f"full cache: {human_bytes(full)}; beside the pages, query rings and state: "
+        f"full cache{bits}: {human_bytes(full)}; beside the pages, query rings and state: "
         f"{human_bytes(overhead)}; reserved at admission, prompt in progress included: "
         f"{human_bytes(admission)}"
     )

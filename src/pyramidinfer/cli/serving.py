@@ -13,6 +13,7 @@ from pyramidinfer.cli.common import (
     Dtype,
     FromModel,
     Keep,
+    KvDtype,
     Model,
     NoProfile,
     Options,
@@ -70,6 +71,7 @@ def serve(
     option: Options = None,
     kv_memory: KvMemory = "1GiB",
     dtype: Dtype = "auto",
+    kv_dtype: KvDtype = "auto",
     device: Device = "auto",
     backend: Backend = "auto",
     no_profile: NoProfile = False,
@@ -321,6 +323,7 @@ def serve(
         threads,
         no_profile,
         kv_memory=kv_memory,
+        kv_dtype=kv_dtype,
         max_requests=max_requests,
         step_tokens=step_tokens,
         page_size=page_size,
@@ -377,6 +380,11 @@ def serve(
             f"--compress-idle with --reuse-share {reuse_share:g}: no conversation is held then; "
             f"give a share above 0"
         )
+    if verify and kv_dtype != "auto":
+        raise ValueError(
+            f"--verify with --kv-dtype {kv_dtype}: what is measured has --kv-dtype auto; leave one "
+            f"of them out"
+        )
     if verify_floor is not None and not verify:
         raise ValueError(f"--verify-floor {verify_floor:g} has no effect without --verify")
     if not verify:
@@ -396,6 +404,7 @@ def chat(
     option: Options = None,
     kv_memory: KvMemory = "1GiB",
     dtype: Dtype = "auto",
+    kv_dtype: KvDtype = "auto",
     device: Device = "auto",
     backend: Backend = "auto",
     no_profile: NoProfile = False,
@@ -434,6 +443,7 @@ def chat(
         threads,
         no_profile,
         kv_memory=kv_memory,
+        kv_dtype=kv_dtype,
         reuse_share=1.0,
         tensor_parallel_size=tensor_parallel_size,
         pipeline_parallel_size=pipeline_parallel_size,
@@ -456,6 +466,7 @@ def batch(
     option: Options = None,
     kv_memory: KvMemory = "1GiB",
     dtype: Dtype = "auto",
+    kv_dtype: KvDtype = "auto",
     device: Device = "auto",
     backend: Backend = "auto",
     no_profile: NoProfile = False,
@@ -487,6 +498,7 @@ def batch(
         threads,
         no_profile,
         kv_memory=kv_memory,
+        kv_dtype=kv_dtype,
         max_requests=max_requests,
         reuse_share=0.0,
         tensor_parallel_size=tensor_parallel_size,

@@ -64,7 +64,12 @@ class LLM:
     tokenizer : ``"auto"``, a tokenizer, what names a model that has one, or None (token ids only).
     backend : how to attend: ``"auto"`` (the fastest the device has), ``"cpu"`` (C++), ``"triton"``
         or ``"reference"`` (plain torch).
-    options : fields of ``EngineConfig`` (``page_size``, ``max_requests``, ``step_tokens``, …).
+    kv_dtype : (one of the options) how keys and values are stored: ``"auto"`` in ``dtype``,
+        ``"int8"`` or ``"fp8"`` in 8 bits, ``"int4"`` in 4, with 16 bits of scale for every 64
+        channels, so that ``kv_memory`` holds two or three and a half times what it does in
+        16 bits.  An output's ``kv.full_bytes`` are those of 16 bits then.  Head sizes must be
+        multiples of 4.
+    options : further fields of ``EngineConfig`` (``page_size``, ``max_requests``, …).
         With ``tensor_parallel_size`` or ``pipeline_parallel_size`` above 1 a process is started for
         each further rank (under ``torchrun`` they are there already, and those above 0 end with
         this call); ``close`` or the end of this object ends them.

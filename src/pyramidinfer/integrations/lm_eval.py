@@ -95,7 +95,7 @@ class PyramidInferLM(TemplateLM):  # type: ignore[misc, unused-ignore]
     add_bos_token, prefix_token_id, chat_template_args : as for lm-eval's ``hf``; where a tokenizer
         that is given, or has no BOS, begins a text with none, ``add_bos_token=True`` is refused.
     batch_size, max_batch_size : ignored, all requests of a call run together.
-    options : options of the policy and of ``EngineConfig`` (``page_size``, ``max_requests``, …).
+    options : options of the policy and of ``EngineConfig`` (``page_size``, ``kv_dtype``, …).
 
     Raises ``ValueError`` for anything unknown, with the nearest name.
     """

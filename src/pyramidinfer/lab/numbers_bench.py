@@ -38,6 +38,7 @@ def _common(configuration: Result, **more: Any) -> dict[str, Any]:
     for name in (
         "keep",
         "dtype",
+        "kv_dtype",
         "device",
         "backend",
         "kv_memory",
@@ -46,7 +47,8 @@ def _common(configuration: Result, **more: Any) -> dict[str, Any]:
         "warmup",
         "seed",
     ):
-        if c[name] != getattr(usual, name):
+        default = getattr(usual, name)
+        if c.get(name, default) != default:
             found[name] = c[name]
     return {**found, **more}
 
@@ -59,7 +61,8 @@ def _subject(configuration: Result) -> str:
         else f"random weights in the shape of `{c['shape']}`"
     )
     dtype = "bfloat16" if c["dtype"] == "auto" and c["shape"] else c["dtype"]
-    return f"{name} ({dtype})"
+    stored = c.get("kv_dtype", "auto")
+    return f"{name} ({dtype}{'' if stored == 'auto' else f', cache in {stored}'})"
 
 
 def _spread(values: dict[str, float] | None, form: str, scale: float = 1.0) -> str:

@@ -164,7 +164,8 @@ class ModelRunner:
             groups.setdefault(key, []).append(layer)
         if codec is not None:
             for _, *sizes in groups:
-                any(map(codec.group, sizes))  # refuses what it cannot cut
+                for size in sizes:
+                    codec.group(size)  # refuses what it cannot cut
         return [GroupSpec(tuple(layers), *key, self.dtype, codec) for key, layers in groups.items()]
 
     def layers_for(self, longest: int) -> Layers:

@@ -208,6 +208,7 @@ def _add_generation(app: FastAPI, service: Service) -> None:
             "compression": {
                 "policy": jobs.own.name,
                 "keep": jobs.own_keep,
+                "kv_dtype": engine.config.kv_dtype,
                 "rule": jobs.own.rule,
                 "policies": jobs.policies,
                 "rules": rules,

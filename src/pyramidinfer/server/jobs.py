@@ -330,6 +330,14 @@ class Jobs:
 
     def policy(self, asked: Compression | None) -> Policy:
         """The policy of a request, within the operator's limits."""
+        stored = self.engine.config.kv_dtype
+        if asked is not None and asked.kv_dtype not in (None, stored):
+            raise ApiError(
+                400,
+                f"compression: kv_dtype={asked.kv_dtype!r}, and all caches of this server are "
+                f"stored in kv_dtype={stored!r}: ask for that, or leave it out",
+                param="compression",
+            )
         if asked is None or (asked.policy is None and asked.keep is None):
             return self.own
         try:

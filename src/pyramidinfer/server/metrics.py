@@ -362,6 +362,7 @@ def _cache_config(engine: Engine, model: str) -> Metric:
     layout, config = engine.pool.layout, engine.config
     about = {
         "block_size": layout.page_size,
+        "cache_dtype": config.kv_dtype,
         "num_gpu_blocks": layout.whole_blocks,
         "kv_cache_size_tokens": layout.whole_blocks * layout.page_size,
         "kv_cache_memory_bytes": layout.budget,

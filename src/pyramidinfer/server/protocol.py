@@ -80,12 +80,14 @@ class Compression(Strict):
     """What to keep for this request, within the operator's limits.
 
     ``policy``: a method's name (the server's own by default);  ``keep``: the common budget;
-    ``reuse``: take up and leave a conversation's cache.
+    ``reuse``: take up and leave a conversation's cache;  ``kv_dtype``: how keys and values are
+    stored, which must be the server's.
     """
 
     policy: str | None = None
     keep: Annotated[float, Field(gt=0, le=1)] | None = None
     reuse: bool = True
+    kv_dtype: str | None = None
 
 
 class Pin(Strict):

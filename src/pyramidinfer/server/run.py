@@ -179,8 +179,10 @@ class _Server(uvicorn.Server):
             service: Service = self.config.app.state.service  # type: ignore[union-attr]
             host, port = self.servers[0].sockets[0].getsockname()[:2]
             shown = f"[{host}]" if ":" in host else host
+            kv_dtype = service.llm.engine.config.kv_dtype
+            stored = "" if kv_dtype == "auto" else f" (keys and values in {kv_dtype})"
             print(
-                f"pyramidinfer serves {service.name} at http://{shown}:{port}",
+                f"pyramidinfer serves {service.name} at http://{shown}:{port}{stored}",
                 file=sys.stderr,
                 flush=True,
             )

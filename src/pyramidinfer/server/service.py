@@ -60,6 +60,7 @@ class Service:
                 "keep": str(self.jobs.own_keep),
                 "rule": self.jobs.own.rule,
                 "kv_memory_bytes": str(engine.pool.budget),
+                "kv_dtype": engine.config.kv_dtype,
                 "admission": engine.config.admission,
                 "backend": engine.runner.backend.name,
             },

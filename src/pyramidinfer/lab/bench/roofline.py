@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from pyramidinfer.codec import find_codec
 from pyramidinfer.lab.bench.machine import Roof
 from pyramidinfer.lab.bench.setting import Pass
 from pyramidinfer.models import ModelRunner
@@ -37,21 +38,30 @@ def weight_bytes(runner: ModelRunner) -> int:
     return int(sum(each.nbytes for module in modules for each in module.parameters()))
 
 
-def decode_bytes(runner: ModelRunner, entries: list[float]) -> float:
+def decode_bytes(runner: ModelRunner, entries: list[float], kv_dtype: str = "auto") -> float:
     """Bytes one decoding step has to read: weights once, keys and values of every entry.
 
-    ``entries[layer]``: cached entries of all requests.
+    ``entries[layer]``: cached entries of all requests, stored in ``kv_dtype``.
     """
-    item = runner.dtype.itemsize
+    codec, item = find_codec(kv_dtype), runner.dtype.itemsize
+
+    def stored(size: int) -> int:
+        return size * item if codec is None else codec.entry_bytes(size)
+
     cache = sum(
-        count * shape.kv_heads * (shape.key_dim + shape.value_dim) * item
+        count * shape.kv_heads * (stored(shape.key_dim) + stored(shape.value_dim))
         for shape, count in zip(runner.shapes, entries, strict=True)
     )
     return float(weight_bytes(runner) + cache)
 
 
 def roofline(
-    runner: ModelRunner, run: Pass, prefill: float, step: float | None, roof: Roof
+    runner: ModelRunner,
+    run: Pass,
+    prefill: float,
+    step: float | None,
+    roof: Roof,
+    kv_dtype: str = "auto",
 ) -> dict[str, Any]:
     """Shares of what the machine can do: matrix rate in prefill, read bandwidth in decoding.
 
@@ -60,7 +70,7 @@ def roofline(
     """
     flops = sum(prefill_flops(runner, computed) for computed in run.computed)
     entries = [(a + b) / 2 for a, b in zip(run.kept_prefill, run.kept_end, strict=True)]
-    size = decode_bytes(runner, entries)
+    size = decode_bytes(runner, entries, kv_dtype)
     return {
         "prefill_flops": flops,
         "share_of_matrix_rate": flops / prefill / roof.matrix,

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from pyramidinfer.cache import Layout
+from pyramidinfer.codec import find_codec
 from pyramidinfer.config import EngineConfig, parse_bytes, parse_device
 from pyramidinfer.engine.engine import Engine
 from pyramidinfer.engine.memory import Ledger
@@ -40,6 +41,7 @@ class Setting:
     model : folder, hub id, fetched model or GGUF file; ``shape``: random weights of a known shape
         instead.
     keep : for every policy that has it and does not name its own.
+    kv_dtype : how the caches are stored, a field of ``EngineConfig``.
     kv_memory : ``"auto"`` is what all requests of a pass need at once, per policy.
     threads : 0 leaves torch's choice.
     """
@@ -49,6 +51,7 @@ class Setting:
     policies: tuple[str, ...] = ("full", "pyramidinfer", "pyramid")
     keep: float = 0.45
     dtype: str = "auto"
+    kv_dtype: str = "auto"
     device: str = "auto"
     backend: str = "auto"
     kv_memory: str = "auto"
@@ -73,6 +76,7 @@ class Setting:
         for spec in self.policies:
             self.policy(spec)
         parse_device(self.device)
+        find_codec(self.kv_dtype)
 
     def policy(self, spec: str) -> Policy:
         """``NAME`` or ``NAME:option=value,…`` → a policy, ``keep`` filled in."""
@@ -109,6 +113,7 @@ class Rig:
         self.device = parse_device(setting.device)
         empty = self._empty()
         self.runner = ModelRunner(empty, "reference")
+        self.runner.group_specs(setting.kv_dtype)  # refuses what its heads cannot be stored in
         self.dtype: torch.dtype = self.runner.dtype
         self.parameters = sum(each.numel() for each in empty.parameters())
 
@@ -175,7 +180,7 @@ class Rig:
         if memory == "auto":
             memory = self.needed_bytes(spec, count, prompt_len, output_len)
         options = {"max_requests": max(count, EngineConfig().max_requests), **options}
-        config = EngineConfig(kv_memory=memory, **options)
+        config = EngineConfig(kv_memory=memory, kv_dtype=self.setting.kv_dtype, **options)
         model = self.load() if alone else self.shared
         return Engine(model, policy, config, None, self.setting.backend, own=alone)
 
@@ -199,7 +204,7 @@ class Rig:
         chosen = self._bound(spec)
         layers = runner.layers_for(prompt_len + output_len)
         chosen.check(layers)
-        specs = runner.group_specs()
+        specs = runner.group_specs(self.setting.kv_dtype)
         layout = Layout.smallest(specs, page, chosen.uses_scores)
         cost = Ledger(layout, runner).cost(chosen, prompt_len, output_len, layers, 0)
         by_group = max(

@@ -38,11 +38,17 @@ def _by_policy(title: str, rows: list[Result], lines: dict[str, Any]) -> Table:
     return table
 
 
+def _stored(configuration: Result) -> str:
+    """Said where the cache is not in the model's dtype."""
+    kv_dtype = configuration["kv_dtype"]
+    return "" if kv_dtype == "auto" else f", cache in {kv_dtype}"
+
+
 def throughput_table(configuration: Result, result: Result) -> Table:
     c, roof = configuration, result["roof"]
     title = (
-        f"{c['batch']} requests of {c['prompt_len']} + {c['output_len']} tokens; median (range) of "
-        f"{c['repeats']}; roof: read {roof['read'] / 1e9:.1f} GB/s, "
+        f"{c['batch']} requests of {c['prompt_len']} + {c['output_len']} tokens{_stored(c)}; "
+        f"median (range) of {c['repeats']}; roof: read {roof['read'] / 1e9:.1f} GB/s, "
         f"matrices {roof['matrix'] / 1e9:,.0f} GFLOP/s"
     )
     return _by_policy(
@@ -69,7 +75,8 @@ def throughput_table(configuration: Result, result: Result) -> Table:
 
 
 def latency_table(configuration: Result, result: Result) -> Table:
-    table = Table(title=f"latency, ms; {configuration['output_len']} tokens generated")
+    c = configuration
+    table = Table(title=f"latency, ms; {c['output_len']} tokens generated{_stored(c)}")
     for name in ("policy", "batch", "prompt", "first token p50", "p99", "between p50", "p99"):
         table.add_column(name, justify="left" if name == "policy" else "right")
     for row in result["rows"]:
@@ -85,7 +92,9 @@ def latency_table(configuration: Result, result: Result) -> Table:
 
 def memory_table(configuration: Result, result: Result) -> Table:
     c = configuration
-    title = f"requests of {c['prompt_len']} + {c['output_len']} tokens in {c['kv_memory']}"
+    title = (
+        f"requests of {c['prompt_len']} + {c['output_len']} tokens in {c['kv_memory']}{_stored(c)}"
+    )
 
     def flight(row: Result) -> str:
         more = " or more" if row.get("is_capped") else ""

@@ -86,6 +86,7 @@ def run_throughput(plan: ThroughputPlan, out: Path) -> dict[str, Any]:
             row["prefill_seconds"]["median"],
             step and step["median"],
             roof,
+            setting.kv_dtype,
         )
         row["against_first"] = _against(passes[spec], base)
         rows.append(row)
