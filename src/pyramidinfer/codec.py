@@ -70,7 +70,8 @@ class Codec:
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """``[..., size]`` → codes uint8 ``[..., code_bytes]``, scales float16 ``[..., groups]``."""
         size = x.shape[-1]
-        y = x.to(accumulate_dtype(x.dtype)).reshape(*x.shape[:-1], -1, self.group(size))
+        group = self.group(size)
+        y = x.to(accumulate_dtype(x.dtype)).reshape(*x.shape[:-1], size // group, group)
         y = rotate(y)
         top = FP8_TOP if self.is_float else self.middle
         scales = (y.abs().amax(-1) / top).to(torch.float16)
@@ -91,7 +92,8 @@ class Codec:
 
     def rotated(self, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
         """The numbers as they are stored, ``[..., groups, group]``."""
-        codes = codes.reshape(*scales.shape, -1)
+        groups = scales.shape[-1]
+        codes = codes.reshape(*scales.shape, codes.shape[-1] // groups)
         if self.is_float:
             numbers = codes.view(torch.float8_e4m3fn).to(dtype)
         else:
@@ -116,7 +118,7 @@ def rotate(x: Tensor) -> Tensor:
     """``[..., n]`` times the Hadamard matrix of ``n`` (a power of two) over √n; its own inverse."""
     size, half = x.shape[-1], 1
     while half < size:
-        pairs = x.reshape(*x.shape[:-1], -1, 2, half)
+        pairs = x.reshape(*x.shape[:-1], size // half // 2, 2, half)
         a, b = pairs[..., 0, :], pairs[..., 1, :]
         x = torch.stack([a + b, a - b], dim=-2).flatten(-3)
         half *= 2
