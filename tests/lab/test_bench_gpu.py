@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 
+from pyramidinfer.codec import CODECS
+from pyramidinfer.config import KV_DTYPES
 from pyramidinfer.lab.bench import gpu, gpu_plan
 from pyramidinfer.lab.bench.generate import CACHES, bytes_per_request, time_generate
 from pyramidinfer.lab.bench.gpu import Bench, run_bench
@@ -52,7 +54,13 @@ def test_the_whole_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert all(row["bytes"] and row["share_of_copy_bandwidth"] > 0 for row in result["attention"])
     for row in result["attention"]:
         assert row["bytes_per_second"] == pytest.approx(row["bytes"] / row["seconds"]["median"])
-    assert len(result["attention"]) == 2 and set(result["roof"]) == {"read", "copy", "matrix"}
+    assert [row["kv_dtype"] for row in result["attention"]] == 2 * list(KV_DTYPES)
+    sizes = {row["kv_dtype"]: row["bytes"] for row in result["attention"][: len(KV_DTYPES)]}
+    assert sizes["auto"] == 2 * 40 * 4 * 2 * 16 * 2, "requests, entries, heads, K and V, numbers"
+    for name in KV_DTYPES[1:]:
+        assert sizes[name] == 2 * 40 * 4 * 2 * CODECS[name].entry_bytes(16)
+        assert f", {name}" in shown
+    assert set(result["roof"]) == {"read", "copy", "matrix"}
     assert all(bar["ratio"] and bar["met"] is None for bar in result["bars"]), "a toy meets nothing"
     largest = {row["engine"]: row for row in result["rows"] if row["cell"] == "largest"}
     assert all(row["is_largest"] for row in largest.values())
@@ -117,7 +125,7 @@ def test_ratios_and_bars() -> None:
         row("long", "pyramid", 15.0),
         row("long", "pyramidinfer", 16.0),
     ]
-    attention = {"heads": 4, "kv_heads": 2, "batch": 1, "context": 8}
+    attention = {"heads": 4, "kv_heads": 2, "batch": 1, "context": 8, "kv_dtype": "int4"}
     result = {
         "rows": rows,
         "is_toy": False,
@@ -132,8 +140,8 @@ def test_ratios_and_bars() -> None:
     assert found["long", "pyramid", "full"]["met"] is False
     assert found["long", "pyramidinfer", "full"]["met"] is True
     assert found["largest", "pyramid", None]["met"] is None
-    assert found["decode attention 4/2, 1 x 8", "triton", "copy"]["met"] is True
-    assert found["decode attention 4/2, 1 x 8", None, "copy"]["met"] is None
+    assert found["decode attention 4/2, 1 x 8, int4", "triton", "copy"]["met"] is True
+    assert found["decode attention 4/2, 1 x 8, int4", None, "copy"]["met"] is None
 
 
 def test_the_real_plan_is_the_papers() -> None:

@@ -27,6 +27,7 @@ from pyramidinfer.engine.engine import Engine
 from pyramidinfer.lab.bench.generate import bytes_per_request, time_generate
 from pyramidinfer.lab.bench.gpu_plan import Attention, GPUPlan, Run, bars, real_plan, toy_plan
 from pyramidinfer.lab.bench.kernels import decode_work
+from pyramidinfer.lab.bench.kv_dtypes import coded
 from pyramidinfer.lab.bench.machine import Roof, measure_roof
 from pyramidinfer.lab.bench.roofline import roofline
 from pyramidinfer.lab.bench.setting import Rig, Setting, run_pass
@@ -258,7 +259,9 @@ class Bench:
         positions = torch.zeros(shape[:2], dtype=torch.int32, device=self.device)
         heads = each.heads, each.kv_heads
         storage = Pages(keys, values, positions)
-        work = decode_work(backend, heads, storage, each.batch, each.context)
+        if each.kv_dtype != "auto":
+            storage = coded(storage, each.kv_dtype)
+        work = decode_work(backend, heads, storage, each.batch, each.context, keys)
         call = _captured(work.kernel) if self.device.type == "cuda" else work.kernel
         seconds = side_by_side({"kernel": call}, self.device, 5)["kernel"]
         least = spread([value / work.layers for value in seconds])

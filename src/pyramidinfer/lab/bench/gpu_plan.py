@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from pyramidinfer.config import KV_DTYPES
 from pyramidinfer.lab.bench.generate import CACHES
 
 __all__ = ["ATTENTION_BAR", "Cell", "GPUPlan", "Run", "bars", "real_plan", "toy_plan"]
@@ -41,13 +42,14 @@ class Run(NamedTuple):
 
 
 class Attention(NamedTuple):
-    """Decode attention on its own, in a shape's heads."""
+    """Decode attention on its own, in a shape's heads, over entries stored in ``kv_dtype``."""
 
     heads: int
     kv_heads: int
     size: int
     batch: int
     context: int
+    kv_dtype: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,11 @@ def _runs(
     )
 
 
+def _with_kv_dtypes(*shapes: Attention) -> tuple[Attention, ...]:
+    """Each shape with every kv dtype, the model's own first."""
+    return tuple(each._replace(kv_dtype=name) for each in shapes for name in KV_DTYPES)
+
+
 def real_plan(**changes: Any) -> GPUPlan:
     """The paper's models and workload, and longer ones."""
     cells: dict[str, tuple[int | None, int, int]] = {
@@ -117,7 +124,7 @@ def real_plan(**changes: Any) -> GPUPlan:
         "longer": (16, 8192, 256),
         "single": (1, 512, 256),
     }
-    attention = (
+    attention = _with_kv_dtypes(
         Attention(40, 40, 128, 32, 768),
         Attention(32, 8, 128, 64, 2304),
         Attention(32, 8, 128, 16, 8448),
@@ -143,7 +150,7 @@ def toy_plan(**changes: Any) -> GPUPlan:
         "storage": 2**18,
     }
     runs = _runs("toy-mha", "toy-gqa", cells, False)
-    attention = (Attention(4, 4, 16, 2, 40), Attention(4, 2, 16, 2, 72))
+    attention = _with_kv_dtypes(Attention(4, 4, 16, 2, 40), Attention(4, 2, 16, 2, 72))
     return GPUPlan(runs, attention, **{**usual, **changes})
 
 
@@ -190,7 +197,7 @@ def bars(result: dict[str, Any]) -> list[dict[str, Any]]:
         found.append(
             {
                 "cell": f"decode attention {row['heads']}/{row['kv_heads']}, {row['batch']} x "
-                f"{row['context']}",
+                f"{row['context']}, {row['kv_dtype']}",
                 "ours": row.get("backend"),
                 "against": "copy",
                 "of": ["copy"],

@@ -146,12 +146,20 @@ def _works(
 
 
 def decode_work(
-    backend: Backend, heads: tuple[int, int], storage: Pages, batch: int, context: int
+    backend: Backend,
+    heads: tuple[int, int],
+    storage: Pages,
+    batch: int,
+    context: int,
+    like: Tensor | None = None,
 ) -> Work:
-    """One token of each request over its pages, layer after layer, as a decode step does it."""
+    """One token of each request over its pages, layer after layer, as a decode step does it.
+
+    like : of the queries' size and dtype, the keys unless given; coded entries need it.
+    """
     lens = [context] * heads[1]
     layers = _layers_in(storage, batch, lens)
-    run, used = _decode(backend, heads, storage, batch, lens, layers)
+    run, used = _decode(backend, heads, storage, batch, lens, layers, like)
 
     def read() -> object:
         return plain_read(storage.keys[:used]), plain_read(storage.values[:used])
@@ -203,8 +211,10 @@ def all_heads_alike(
 
 
 def _bytes(storage: Pages, batch: int, lens: list[int]) -> int:
-    """Keys and values of one layer."""
-    return 2 * batch * sum(lens) * storage.keys.shape[2] * storage.keys.dtype.itemsize
+    """Keys and values of one layer, scales of coded ones included."""
+    parts = storage.keys, storage.values, storage.key_scales, storage.value_scales
+    entry = sum(each.shape[2] * each.dtype.itemsize for each in parts if each is not None)
+    return batch * sum(lens) * entry
 
 
 def _layers_in(storage: Pages, batch: int, lens: list[int]) -> int:

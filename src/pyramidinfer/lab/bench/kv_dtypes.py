@@ -19,7 +19,7 @@ from pyramidinfer.lab.bench.timing import ratios, side_by_side, spread
 from pyramidinfer.lab.record import write_result
 from pyramidinfer.models.device import choose_device
 
-__all__ = ["SHAPES", "KvDtypesPlan", "run_kv_dtypes"]
+__all__ = ["SHAPES", "KvDtypesPlan", "coded", "run_kv_dtypes"]
 
 
 class Shape(NamedTuple):
@@ -104,7 +104,7 @@ def _row(
     positions = torch.zeros(pages, page, dtype=torch.int32, device=device)
     storages = {"auto": Pages(keys, values, positions)}
     for name in plan.kv_dtypes:
-        storages[name] = _coded(storages["auto"], name)
+        storages[name] = coded(storages["auto"], name)
     works: dict[str, Any] = {}
     for name, storage in storages.items():
         run = all_heads_alike(backend, heads, storage, batch, context, keys)
@@ -123,8 +123,8 @@ def _row(
     }
 
 
-def _coded(plain: Pages, name: str) -> Pages:
-    """The same entries, stored by a codec."""
+def coded(plain: Pages, name: str) -> Pages:
+    """The same entries, stored by the codec ``name`` (not ``auto``, which has none)."""
     codec = find_codec(name)
     assert codec is not None
 
