@@ -13,7 +13,7 @@ WHOLE := start_layer=29
 LATE := start_layer=14,propagate_ratio=.2
 NEEDLE := --model smollm2 --tasks niah_single_2 --protocols inside
 
-.PHONY: numbers-real numbers-trials numbers-heads numbers-decode numbers-selection
+.PHONY: numbers-real numbers-trials numbers-heads numbers-decode numbers-selection numbers-kv-dtype
 
 # Trials on one needle: what loses the answer, and what brings it back.
 numbers-trials: $(VENV)/.installed
@@ -37,6 +37,17 @@ numbers-trials: $(VENV)/.installed
 	rm -f $(RESULTS)/trial_*.png
 
 comma := ,
+
+# Policies and bits on one axis: bytes.  The committed result was made with SAMPLES=4.
+numbers-kv-dtype: $(VENV)/.installed
+	$(BIN)/pyramidinfer fetch smollm2
+	$(REAL_STUDY) ruler --model smollm2 --dtype bfloat16 $(REAL_RUN) --kv-dtypes auto,int8,int4 \
+		--tasks niah_single_2,niah_single_3,niah_multikey_1 --policies "full pyramid:keep=.5 \
+		pyramid:keep=.42 pyramid:keep=.22 pyramid:keep=.11 duo:keep=.5" \
+		--json $(RESULTS)/kv_dtype_ruler.json
+	mv $(RESULTS)/kv_dtype_ruler.png docs/images/
+	rm -f $(RESULTS)/kv_dtype_ruler_tasks.png
+	$(MAKE) pages
 
 # Heads with lengths of their own: `duo` on the tasks that the full cache can do, and on one needle.
 CAN_DO := niah_single_1,niah_single_2,niah_single_3,niah_multikey_1,niah_multivalue,niah_multiquery,fwe
