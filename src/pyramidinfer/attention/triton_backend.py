@@ -64,7 +64,7 @@ class TritonBackend:
         if queries.dtype == torch.float64:
             return self.reference.run(plan, layer, queries, pages, scale, probs=probs)
         queries = queries.contiguous()
-        sizes = _sizes(queries, plan.tables.shape[2], _value_dim(pages))
+        sizes = _sizes(queries, plan.tables.shape[2], pages.value_dim)
         held = _Held.of(pages, sizes)
         requests, page_size = len(queries), pages.keys.shape[1]
         block = sizes.fit(max(sizes.key_pad, sizes.value_pad))
@@ -345,12 +345,6 @@ class _Held(NamedTuple):
             )
         assert all(each.is_contiguous() for each in found.tensors), "a pool's storage is contiguous"
         return found
-
-
-def _value_dim(pages: Pages) -> int:
-    """Numbers in a value."""
-    stored = pages.values.shape[-1]
-    return stored if pages.codec is None else stored * 8 // pages.codec.bits
 
 
 class _Sizes(NamedTuple):
