@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pyramidinfer.attention.base import DecodePlan, Pages, Scale
 from pyramidinfer.attention.reference import ReferenceBackend
+from pyramidinfer.codec import CODECS, Codec
 from pyramidinfer.types import Reduce
 from tests.native.isas import DTYPES, EXACT, ISAS, ROUNDING, backend, close, random
 
@@ -134,6 +135,41 @@ def test_decode(isa: str, dtype: torch.dtype, scale: Scale, layout: Layout) -> N
     close(got.probs, exact.probs, EXACT, "probs ")
     bare = cpu.run(plan, 0, queries, pages, scale)
     assert bare.probs is None and bare.out.equal(got.out)
+
+
+@isas
+@dtypes
+@pytest.mark.parametrize(
+    "codec", [None, *CODECS.values()], ids=lambda codec: getattr(codec, "name", "plain")
+)
+def test_rows_that_share_pages(isa: str, codec: Codec | None, dtype: torch.dtype) -> None:
+    """Tokens of one request fed together, more than are read together, then two requests that part
+    in the middle of what they share: the bits of each are those it has alone."""
+    size, cpu = 16, backend(isa)
+    entries = [*range(290, 310), 3, 290, 300, 310]
+    kv_heads, heads, pages = 2, 6, -(-310 // size)
+    count = (len(entries) + 1) * kv_heads * pages
+    keys, values = (random(each, count, size, 64, dtype=dtype) for each in (1, 2))
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(3)).int()
+    table = order[: kv_heads * pages].view(1, kv_heads, pages).repeat(len(entries), 1, 1)
+    other = order[kv_heads * pages :].view(-1, kv_heads, pages)
+    table[21:, 0, 17:], table[22, 1, 3:] = other[0, 0, 17:], other[1, 1, 3:]
+    at = torch.tensor(entries)
+    lens = at[:, None].repeat(1, kv_heads)
+    held = Pages(keys, values, torch.zeros(count, size, dtype=torch.int32))
+    if codec is not None:
+        (codes, scales), (value_codes, value_scales) = codec.encode(keys), codec.encode(values)
+        held = Pages(codes, value_codes, held.positions, scales, value_scales, codec)
+    queries = random(4, len(entries), heads, 64, dtype=dtype)
+    scale = Scale(0.2)
+    plan = DecodePlan(table[None], lens[None], [310], at)
+    together = cpu.run(plan, 0, queries, held, scale, probs=True)
+    for row in range(len(entries)):
+        own = slice(row, row + 1)
+        alone = DecodePlan(table[None, own], lens[None, own], [310], at[own])
+        expected = cpu.run(alone, 0, queries[own], held, scale, probs=True)
+        for mine, theirs in zip(together, expected, strict=True):
+            assert mine is not None and theirs is not None and mine[own].equal(theirs)
 
 
 # --- prefill and scores --------------------------------------------------------------------------

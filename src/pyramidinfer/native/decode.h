@@ -2,6 +2,8 @@
 #pragma once
 #include <omp.h>
 
+#include <algorithm>
+#include <cstring>
 #include <type_traits>
 
 #include "coded.h"
@@ -109,17 +111,30 @@ inline void fetch(const void* from, int64_t bytes) {
     for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char*)from + i, 0, 2);
 }
 
-// The entries begin..end of a KV head; tile_at(slot, n) gives the tile of n entries there.
-template <class T, class At>
-inline void attend_span(const Decode<T>& a, Reader by, int64_t begin, int64_t end, Partial mine,
-                        float* kept_logits, At tile_at) {
-    const int32_t* table = a.table + (size_t(by.request) * a.kv_heads + by.kv_head) * a.width;
+// Rows that read the same pages in a span of a KV head: tokens of one request that are fed together,
+// or requests that share a prefix.  Each page is read once for all of them.
+constexpr int MOST_ROWS = 16;
+struct Bundle {
+    int first, rows, kv_head;
+    int64_t begin, ends[MOST_ROWS];  // row i attends to begin..ends[i]
+    Partial mine[MOST_ROWS];
+
+    Reader reader(int i) const { return {first + i, kv_head}; }
+};
+
+// All entries of a bundle.  enter(slot, n) makes the tile of the n entries there ready, tile_at(i, slot,
+// n) gives it to row i with the first n of them.
+template <class T, class Enter, class At>
+inline void attend_span(const Decode<T>& a, const Bundle& b, float* kept_logits, Enter enter, At tile_at) {
+    const int64_t end = *std::max_element(b.ends, b.ends + b.rows);
+    const int last = b.first + b.rows - 1;  // its pages are all others' too
+    const int32_t* table = a.table + (size_t(last) * a.kv_heads + b.kv_head) * a.width;
     const auto bytes = [&](int64_t size) {
         return a.page * (a.codec == AS_IS ? int64_t(size * sizeof(T)) : code_bytes(a.codec, size));
     };
     const int64_t key_bytes = bytes(a.key_dim), value_bytes = bytes(a.value_dim);
     const auto steps = [&](int64_t size) { return a.page * (size / group_size(size)); };
-    for (int64_t t = begin; t < end; t += a.page) {
+    for (int64_t t = b.begin; t < end; t += a.page) {
         const size_t page = table[t / a.page];
         const size_t next = t + a.page < end ? table[t / a.page + 1] : page;
         fetch((const char*)a.keys + next * key_bytes, key_bytes);
@@ -129,36 +144,46 @@ inline void attend_span(const Decode<T>& a, Reader by, int64_t begin, int64_t en
             fetch(a.value_scales + next * steps(a.value_dim), steps(a.value_dim) * sizeof(fp16));
         }
         for (int off = 0; off < a.page && t + off < end; off += LANES) {
-            const int n = int(std::min<int64_t>({LANES, a.page - off, end - t - off}));
+            const int64_t left = std::min<int64_t>(LANES, a.page - off);
             const size_t slot = page * a.page + off;
-            attend_group(a, tile_at(slot, n), by, t + off, slot, n, mine, kept_logits);
+            enter(slot, int(std::min(left, end - t - off)));
+            for (int i = 0; i < b.rows; ++i) {
+                const int n = int(std::min(left, b.ends[i] - t - off));
+                if (n > 0)
+                    attend_group(a, tile_at(i, slot, n), b.reader(i), t + off, slot, n, b.mine[i],
+                                 kept_logits);
+            }
         }
     }
 }
 
-// A span of entries that a codec has stored: queries are rotated as the keys are, and so the sums of
-// values stay.
+// A span of entries that a codec has stored: queries [rows][group][padded D] are rotated as the keys
+// are, and so the sums of values stay.
 template <class T>
-inline void attend_coded(const Decode<T>& a, Shape shape, Reader by, int64_t begin, int64_t end,
-                         Partial mine, float* queries, float* kept_logits) {
+inline void attend_coded(const Decode<T>& a, Shape shape, const Bundle& bundle, float* queries,
+                         float* kept_logits) {
     static thread_local Scratch packed, tiles;
-    for (int g = 0; g < shape.group; ++g) rotate_groups(queries + g * shape.padded_key, a.key_dim);
+    const int heads = bundle.rows * shape.group;  // of all rows
+    for (int h = 0; h < heads; ++h) rotate_groups(queries + h * shape.padded_key, a.key_dim);
     const auto *keys = (const uint8_t*)a.keys, *values = (const uint8_t*)a.values;
     const int64_t key_row = code_bytes(a.codec, a.key_dim), value_row = code_bytes(a.codec, a.value_dim);
     const int64_t key_groups = a.key_dim / group_size(a.key_dim);
     const int64_t value_groups = a.value_dim / group_size(a.value_dim);
 #ifdef INTEGER_TILES
     if (takes_integers(a.codec, shape)) {
-        auto* integers = packed.get<IntegerQuery>(shape.group * key_groups);
+        auto* integers = packed.get<IntegerQuery>(heads * key_groups);
         const auto attend = [&](auto tile) {
-            for (int g = 0; g < shape.group; ++g)
+            for (int h = 0; h < heads; ++h)
                 for (int b = 0; b < key_groups; ++b)
-                    integers[g * key_groups + b].set(queries + g * shape.padded_key + b * 64,
+                    integers[h * key_groups + b].set(queries + h * shape.padded_key + b * 64,
                                                      tile.QUERY_MOST);
-            attend_span(a, by, begin, end, mine, kept_logits, [&](size_t slot, int n) {
+            const auto enter = [&](size_t slot, int) {
                 tile.keys = keys + slot * key_row, tile.values = values + slot * value_row;
                 tile.key_scales = a.key_scales + slot * key_groups;
                 tile.value_scales = a.value_scales + slot * value_groups;
+            };
+            attend_span(a, bundle, kept_logits, enter, [&](int i, size_t, int n) {
+                tile.queries = integers + i * shape.group * key_groups;
                 tile.n = n;
                 return tile;
             });
@@ -172,12 +197,12 @@ inline void attend_coded(const Decode<T>& a, Shape shape, Reader by, int64_t beg
     // have, else as floats.
     using N = std::conditional_t<UnitOf<T>::type::DEPTH == 2, T, float>;
     const size_t entry = size_t(a.key_dim) + a.value_dim;
-    N* wide_keys = tiles.get<N>(LANES * entry + shape.group * a.key_dim);
+    N* wide_keys = tiles.get<N>(LANES * entry + heads * a.key_dim);
     N *wide_values = wide_keys + LANES * a.key_dim, *rotated = wide_keys + LANES * entry;
-    for (int g = 0; g < shape.group; ++g)
+    for (int h = 0; h < heads; ++h)
         for (int d = 0; d < a.key_dim; ++d)
-            from_float(queries[g * shape.padded_key + d], rotated[g * a.key_dim + d]);
-    attend_span(a, by, begin, end, mine, kept_logits, [&](size_t slot, int n) {
+            from_float(queries[h * shape.padded_key + d], rotated[h * a.key_dim + d]);
+    const auto enter = [&](size_t slot, int n) {
         for (int e = 0; e < n; ++e) {
             const size_t at = slot + e;
             decode_rotated(a.codec, keys + at * key_row, a.key_scales + at * key_groups, a.key_dim,
@@ -185,7 +210,10 @@ inline void attend_coded(const Decode<T>& a, Shape shape, Reader by, int64_t beg
             decode_rotated(a.codec, values + at * value_row, a.value_scales + at * value_groups,
                            a.value_dim, wide_values + e * a.value_dim);
         }
-        return PlainTile<N>{shape, queries, rotated, wide_keys, wide_values, n};
+    };
+    attend_span(a, bundle, kept_logits, enter, [&](int i, size_t, int n) {
+        return PlainTile<N>{shape, queries + i * shape.group * shape.padded_key,
+                            rotated + i * shape.group * a.key_dim, wide_keys, wide_values, n};
     });
 }
 
@@ -196,6 +224,29 @@ struct Cut {
     int spans, size;  // size: entries of a span
 };
 constexpr int SPAN = 256;
+
+// How many rows from `row` on read the same pages as it between entries begin and end of a KV head,
+// 0 where the row before it does and counts it in.  Rows with nothing there are nobody's.
+template <class T>
+inline int rows_together(const Decode<T>& a, int row, int kv_head, int64_t begin, int64_t end) {
+    const auto at = [&](int r) { return size_t(r) * a.kv_heads + kv_head; };
+    const auto used = [&](int r) { return std::min(a.lengths[at(r)], end); };
+    const auto pages = [&](int r) { return ceil_div(used(r), a.page) - begin / a.page; };
+    const auto continues = [&](int r) {  // all pages of the row before it are its own too
+        const int64_t count = pages(r - 1);
+        if (count <= 0 || pages(r) < count) return false;
+        const int32_t* mine = a.table + at(r) * a.width + begin / a.page;
+        const int32_t* before = a.table + at(r - 1) * a.width + begin / a.page;
+        return std::memcmp(mine, before, count * sizeof(int32_t)) == 0;
+    };
+    if (used(row) <= begin) return 0;
+    int start = row;
+    while (start > 0 && continues(start)) --start;
+    if ((row - start) % MOST_ROWS) return 0;
+    int rows = 1;
+    while (rows < MOST_ROWS && row + rows < a.requests && continues(row + rows)) ++rows;
+    return rows;
+}
 
 // To be called by all threads of a parallel region; `room` comes from decode_room.
 template <class T>
@@ -208,30 +259,39 @@ inline void decode(const Decode<T>& a, Cut cut, float* room, float* kept_logits)
 #pragma omp for schedule(dynamic, 1)
     for (int task = 0; task < tasks; ++task) {
         static thread_local Scratch widened;
-        const int span = task % spans, head = task / spans, r = head / a.kv_heads;
-        const int kv_head = head % a.kv_heads;
-        const int64_t begin = int64_t(span) * cut.size;
-        const int64_t end = std::min(a.lengths[head], begin + cut.size);
-        if (begin >= end) continue;
-        const Reader by{r, kv_head};
-        float* queries = widened.get<float>(size_t(group) * (padded_key + LANES));
-        const T* raw = a.queries + size_t(r * a.heads + kv_head * group) * a.key_dim;
-        if (a.codec != AS_IS || !takes_pairs<T>(a.key_dim))
-            widen(queries, raw, group, a.key_dim, padded_key);
-        float* values = room + size_t(task) * each;
-        float* top = values + size_t(group) * padded_value;
-        const Partial mine{values, top, queries + size_t(group) * padded_key};
-        std::fill(values, top, 0.f);
-        std::fill(top, top + group, NEVER);
-        std::fill(mine.sums, mine.sums + group * LANES, 0.f);
+        const int span = task % spans, head = task / spans;
+        Bundle bundle{head / a.kv_heads, 0, head % a.kv_heads, int64_t(span) * cut.size, {}, {}};
+        bundle.rows = rows_together(a, bundle.first, bundle.kv_head, bundle.begin, bundle.begin + cut.size);
+        if (!bundle.rows) continue;
+        float* queries = widened.get<float>(size_t(bundle.rows) * group * (padded_key + LANES));
+        float* sums = queries + size_t(bundle.rows) * group * padded_key;
+        const auto raw = [&](int i) {
+            return a.queries + size_t((bundle.first + i) * a.heads + bundle.kv_head * group) * a.key_dim;
+        };
+        for (int i = 0; i < bundle.rows; ++i) {
+            const size_t own = size_t(bundle.first + i) * a.kv_heads + bundle.kv_head;
+            bundle.ends[i] = std::min(a.lengths[own], bundle.begin + cut.size);
+            if (a.codec != AS_IS || !takes_pairs<T>(a.key_dim))
+                widen(queries + i * group * padded_key, raw(i), group, a.key_dim, padded_key);
+            float* values = room + (own * spans + span) * each;
+            float* top = values + size_t(group) * padded_value;
+            bundle.mine[i] = {values, top, sums + size_t(i) * group * LANES};
+            std::fill(values, top, 0.f);
+            std::fill(top, top + group, NEVER);
+            std::fill(bundle.mine[i].sums, bundle.mine[i].sums + group * LANES, 0.f);
+        }
         const auto *keys = (const T*)a.keys, *values_at = (const T*)a.values;
-        if (a.codec != AS_IS) attend_coded(a, shape, by, begin, end, mine, queries, kept_logits);
+        if (a.codec != AS_IS) attend_coded(a, shape, bundle, queries, kept_logits);
         else
-            attend_span(a, by, begin, end, mine, kept_logits, [&](size_t slot, int n) {
-                return PlainTile<T>{shape, queries, raw, keys + slot * a.key_dim,
-                                       values_at + slot * a.value_dim, n};
+            attend_span(a, bundle, kept_logits, [](size_t, int) {}, [&](int i, size_t slot, int n) {
+                return PlainTile<T>{shape, queries + i * group * padded_key, raw(i),
+                                    keys + slot * a.key_dim, values_at + slot * a.value_dim, n};
             });
-        for (int g = 0; g < group; ++g) top[group + g] = sum(load(mine.sums + g * LANES));
+        for (int i = 0; i < bundle.rows; ++i)
+            for (int g = 0; g < group; ++g) {
+                const Partial& mine = bundle.mine[i];
+                mine.top[group + g] = sum(load(mine.sums + g * LANES));
+            }
     }
 #pragma omp for schedule(static)
     for (int task = 0; task < a.requests * a.heads; ++task) {
