@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 
 __all__ = [
+    "MOST_DRAFTS",
     "EngineConfig",
     "check_choice",
     "check_share",
@@ -33,6 +34,8 @@ DTYPES = {
 }
 #: How keys and values may be stored; see codec.py.
 KV_DTYPES = ("auto", "int8", "int4", "fp8")
+#: Guessed tokens of a request that a step verifies, at most.
+MOST_DRAFTS = 8
 UNITS = {"": 1, "B": 1}
 for _power, _letter in enumerate("KMGT", start=1):
     UNITS |= {f"{_letter}iB": 1024**_power, f"{_letter}B": 1000**_power, _letter: 1024**_power}
@@ -163,6 +166,8 @@ class EngineConfig:
         kv_memory and this together.  None: with overcommit as much as kv_memory, else none.
     disk_kv_cache, disk_kv_memory : a folder, and how many bytes of files in it, for caches of
         conversations that host memory has no room for, and that outlive the process.
+    draft_tokens : for lossless requests, tokens that are guessed in every step; None: as many as
+        pay by what was measured so far.  It changes no answer.
     profile : measure what each KV head needs where a policy asks for that and nobody has yet
         (seconds, once a model; see docs/heads.md); with False, what is known is all there is.
     elastic : with overcommit, lower the ``keep`` of compressed requests, never below this share,
@@ -191,6 +196,7 @@ class EngineConfig:
     disk_kv_cache: str | Path | None = None
     disk_kv_memory: int | str | None = None
     elastic: float | None = None
+    draft_tokens: int | None = None
     profile: bool = True
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
@@ -220,6 +226,12 @@ class EngineConfig:
             raise ValueError(f"profile={self.profile!r} must be True or False")
         for share in ("reuse_share", "expected_output"):
             check_share(share, getattr(self, share))
+        if self.draft_tokens is not None:
+            check_whole("draft_tokens", self.draft_tokens, 0)
+            if self.draft_tokens > MOST_DRAFTS:
+                raise ValueError(
+                    f"draft_tokens={self.draft_tokens}: a step verifies at most {MOST_DRAFTS}"
+                )
         check_choice("kv_dtype", self.kv_dtype, KV_DTYPES)
         check_choice("admission", self.admission, ("reserve", "overcommit"))
         check_choice("preempt", self.preempt, ("swap", "recompute"))

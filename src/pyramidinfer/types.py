@@ -223,10 +223,12 @@ class Keep(NamedTuple):
     """Entries that stay: indices ``[heads, k]`` (heads is 1 or kv_heads), or None for all.
 
     ``counts``: how many of a head's indices count, the first ones, ``[kv_heads]``; None: all k.
+    ``for_drafts``: nothing is dropped; these are the entries that drafts read.
     """
 
     indices: Tensor | None = None
     counts: Tensor | None = None
+    for_drafts: bool = False
 
 
 # --- what a layer is -----------------------------------------------------------------------------

@@ -18,7 +18,7 @@ the number of tables that own it; a page owned twice is copied before it is writ
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -110,9 +110,27 @@ class Pool:
         table.kept[layer] += count
         return Slots(self._upload(pages.T), self._upload((entry % self.page_size).T))
 
-    def append_each(self, tables: list[Table]) -> tuple[np.ndarray, np.ndarray]:
-        """Claim one new entry in every head of each table: pages and offsets
-        ``[layers, n, kv_heads]``, both int64 (0 in layers of other ranks)."""
+    def append_each(
+        self, tables: list[Table], counts: Sequence[int] = ()
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Claim new entries in every head of each table, so many as ``counts`` says (one where
+        nothing is said): pages and offsets ``[layers, n, kv_heads]``, both int64 (0 in layers of
+        other ranks), those of a table one after the other."""
+        if max(counts, default=1) == 1:
+            return self._append_one(tables)
+        order, parts = [], []
+        for number in range(max(counts)):
+            rows = [row for row, count in enumerate(counts) if count > number]
+            parts.append(self._append_one([tables[row] for row in rows]))
+            order += [(row, number) for row in rows]
+        sort = sorted(range(len(order)), key=order.__getitem__)
+        pages, offsets = (
+            np.concatenate(part, axis=1)[:, sort] for part in zip(*parts, strict=True)
+        )
+        return pages, offsets
+
+    def _append_one(self, tables: list[Table]) -> tuple[np.ndarray, np.ndarray]:
+        """Claim one new entry in every head of each table."""
         for table in tables:
             self._claim_next(table)
         kept = np.stack(list(map(self.lens, tables)), axis=1)  # [layers, n, heads]
@@ -248,6 +266,11 @@ class Pool:
         for layer in self.own_layers:
             if self.group(layer).poison:
                 self._poison(table, layer)
+
+    def forget(self, table: Table, kept: np.ndarray, seen_len: int) -> None:
+        """Take back tokens that were appended and counted in, and nothing else was done since."""
+        table.seen_len = seen_len
+        self.retract(table, kept)
 
     def note_peak(self, table: Table) -> None:
         """Take down what a table, and all of them together, hold at this moment."""

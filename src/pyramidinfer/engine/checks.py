@@ -16,6 +16,7 @@ from pyramidinfer.types import SamplingParams, TokenIds
 
 __all__ = [
     "ContextLengthError",
+    "check_ahead",
     "check_count",
     "check_params",
     "check_plan",
@@ -42,6 +43,7 @@ def check_plan(
     ``weights``: bytes still to be loaded beside the pool.
     """
     policy.check(runner.layers_for(1))
+    check_ahead(policy, config)
     budget, free = config.budget, free_memory(device)
     scores = policy.uses_scores or config.slot_scores
     least = Layout.least_bytes(runner.group_specs(config.kv_dtype), config.page_size, scores)
@@ -67,6 +69,15 @@ def check_plan(
             f"host_kv_memory={config.host_budget} bytes ({config.host_budget / 2**30:.2f} GiB) is "
             f"more than the {max(0, here) / 2**30:.2f} GiB of host memory that are free beside the "
             f"rest; lower it"
+        )
+
+
+def check_ahead(policy: Policy, config: EngineConfig) -> None:
+    """``ValueError`` for tokens guessed ahead where a model is split over ranks."""
+    if policy.drafts_ahead and config.ranks > 1:
+        raise ValueError(
+            f"lossless works on one rank, and this is {config.ranks}: leave tensor_parallel_size "
+            f"and pipeline_parallel_size out, or ask for policy='full'"
         )
 
 

@@ -17,6 +17,7 @@ from pyramidinfer.config import EngineConfig
 from pyramidinfer.engine import answers, holding
 from pyramidinfer.engine.chat_template import find_end_ids
 from pyramidinfer.engine.checks import check_plan
+from pyramidinfer.engine.drafting import Drafter, Drafts
 from pyramidinfer.engine.making import Maker, Spans, cost_from_held
 from pyramidinfer.engine.memory import Ledger
 from pyramidinfer.engine.profiling import ensure_profile, find_profile
@@ -88,6 +89,7 @@ class Engine:
         self.shared = Shared(self.runner, self.pool, self.ledger, config, tokenizer, copier)
         self.conversations = open_conversations(self.shared, mark)
         self.scheduler = Scheduler(self.shared, self.conversations)
+        self.drafter = Drafter(self.shared, config.draft_tokens)
         ends = self.runner.end_ids | find_end_ids(tokenizer)
         self.end_ids = frozenset(end for end in ends if end < self.runner.vocab_size)
         self.maker = Maker(self.shared, self.end_ids)
@@ -358,9 +360,14 @@ class Engine:
         self.peak_in_flight = max(self.peak_in_flight, self.scheduler.in_flight)
         undo = Undo(self.shared, plan)
         try:
+            plan = plan._replace(drafts=self.drafter.propose(plan.decode))
+            start = time.perf_counter()
             stepped = self.runner.forward(self.pool, self._batch(plan))
             undo.ran = True
-            return self._commit(plan, stepped, undo.committed)
+            ended = self._commit(plan, stepped, undo.committed)
+            if plan.decode and not plan.prefill:
+                self.drafter.ran(plan.drafts, len(plan.decode), time.perf_counter() - start)
+            return ended
         except BaseException:
             for lost in undo.roll_back():
                 self.abort(lost)
@@ -382,11 +389,14 @@ class Engine:
             assert self.ledger.bytes == 0 and not self.ledger.pages.any(), "a reservation is left"
 
     def _batch(self, plan: Plan) -> Batch:
-        tokens = [each.output[-1] for each in plan.decode]
+        tokens = []
+        for each in plan.decode:
+            tokens += [each.output[-1], *(plan.drafts[each].tokens if each in plan.drafts else ())]
         return Batch(
             list(plan.decode),
             torch.tensor(tokens, dtype=torch.int64, device=self.runner.device),
             [work for _, work in plan.prefill],
+            plan.fed,
         )
 
     def _commit(self, plan: Plan, stepped: Stepped, committed: set[Request]) -> list[Request]:
@@ -400,12 +410,49 @@ class Engine:
             following += count
             if request.ended:  # from outside while the step ran
                 continue
+            if request in plan.drafts:
+                ended += self._verify(
+                    request, plan.drafts[request], stepped, rows, likeliest, broken, committed
+                )
+                continue
             if index < len(plan.decode):
-                self._advance(request, stepped, index)
+                self._advance(request, stepped, rows.start)
             ended += self._settle(
                 request, stepped.logits[rows], likeliest[rows], broken[rows], committed
             )
         return ended
+
+    def _verify(
+        self,
+        request: Request,
+        drafts: Drafts,
+        stepped: Stepped,
+        rows: slice,
+        likeliest: TokenIds,
+        broken: list[bool],
+        committed: set[Request],
+    ) -> list[Request]:
+        """Choose tokens from a request's ``rows`` for as long as they are what was guessed; those
+        that ended with that."""
+        assert stepped.decoding is not None
+        fed, chosen, reason = range(rows.start, rows.stop), 0, None
+        try:
+            for row in fed:
+                at = slice(row, row + 1)
+                reason = self._choose(request, stepped.logits[at], likeliest[at], broken[at])
+                chosen += 1
+                committed.add(request)
+                if reason or chosen == len(fed) or request.output[-1] != drafts.tokens[chosen - 1]:
+                    break
+        finally:
+            if chosen:
+                self.runner.accept(self.pool, request, stepped.decoding, fed, chosen)
+        self.drafter.learn(request, drafts, chosen - 1)
+        if not reason:
+            return []
+        self.scheduler.remove(request)
+        self._end(request, reason)
+        return [request]
 
     def _advance(self, request: Request, stepped: Stepped, row: int) -> None:
         """Count a decoding request's token in, and evict what is due."""

@@ -25,12 +25,15 @@ from pyramidinfer.models.catalog import find_model
 from pyramidinfer.models.loading import empty_model, load_model
 from pyramidinfer.models.ranks import check_heads
 from pyramidinfer.models.stages import check_stages
-from pyramidinfer.policies import Policy, make_policy
+from pyramidinfer.policies import Policy, choose_policy, make_policy
 from pyramidinfer.types import RequestOutput, SamplingParams, Score, TokenIds, Trace
 
 __all__ = ["LLM", "Interrupted"]
 
-ARGUMENTS = ("model", "policy", "keep", "kv_memory", "dtype", "device", "tokenizer", "backend")
+ARGUMENTS = (
+    *("model", "policy", "keep", "kv_memory", "dtype", "device", "tokenizer", "backend"),
+    "lossless",
+)
 Prompt = str | TokenIds
 Spans = Sequence[tuple[int, int]]
 
@@ -64,6 +67,9 @@ class LLM:
     tokenizer : ``"auto"``, a tokenizer, what names a model that has one, or None (token ids only).
     backend : how to attend: ``"auto"`` (the fastest the device has), ``"cpu"`` (C++), ``"triton"``
         or ``"reference"`` (plain torch).
+    lossless : keep the full cache and say exactly what ``policy="full"`` says, but guess tokens
+        over the entries that ``policy`` would keep and verify several at once, where that is
+        faster (docs/lossless.md).  ``keep`` is what guesses read, a tenth by default.
     kv_dtype : (one of the options) how keys and values are stored: ``"auto"`` in ``dtype``,
         ``"int8"`` or ``"fp8"`` in 8 bits, ``"int4"`` in 4, with 16 bits of scale for every 64
         channels, so that ``kv_memory`` holds two or three and a half times what it does in
@@ -88,10 +94,11 @@ class LLM:
         device: Any = "auto",
         tokenizer: Any = "auto",
         backend: str = "auto",
+        lossless: bool = False,
         **options: Any,
     ) -> None:
         config = EngineConfig.from_options(ARGUMENTS, kv_memory=kv_memory, **options)
-        chosen = make_policy(policy, keep)
+        chosen = choose_policy(policy, keep, lossless)
         if config.ranks > 1:
             check_sent(model, chosen)
         if not isinstance(model, nn.Module):

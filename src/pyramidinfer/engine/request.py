@@ -16,7 +16,7 @@ from pyramidinfer.engine.text import Detokenizer
 from pyramidinfer.models.batch import Prefill, Sequence
 from pyramidinfer.types import KVUsage, Logprob, SamplingParams, TokenIds
 
-__all__ = ["Constraint", "Preempted", "Request", "Scoring", "Status", "Times"]
+__all__ = ["Constraint", "Drafting", "Preempted", "Request", "Scoring", "Status", "Times"]
 
 #: Where a request stands: not queued yet, in one of the scheduler's queues, or at its end.
 Status = Literal["made", "waiting", "prefilling", "running", "preempted", "finished"]
@@ -74,6 +74,23 @@ class Preempted(NamedTuple):
     size: int = 0
 
 
+@dataclass(slots=True, eq=False)
+class Drafting:
+    """How a request's drafts did so far.
+
+    ``drafted`` tokens were verified, of which ``accepted`` were right, in ``verifications`` passes;
+    ``rates``: of what is accepted lately, by who drafts.  ``places``: where a text's runs of a few
+    tokens were last seen, the first ``indexed`` tokens of it, for drafts that are looked up.
+    """
+
+    drafted: int = 0
+    accepted: int = 0
+    verifications: int = 0
+    rates: dict[str, float] = field(default_factory=dict)
+    places: dict[tuple[int, ...], int] = field(default_factory=dict)
+    indexed: int = 0
+
+
 @dataclass(slots=True, eq=False, kw_only=True)
 class Times:
     """When a request arrived, began, got its first token and ended (``time.monotonic``, None: not
@@ -109,6 +126,7 @@ class Request(Sequence):
     ``preempted``: where its cache is meanwhile, since it holds nothing in the pool;
     ``lowered_to``: what its policy's ``keep`` was lowered to for want of memory.
     ``pinned``: when what it leaves behind may be dropped (``time.time``; 0: any time).
+    ``drafting``: how its drafts did, where its policy is lossless.
     """
 
     id: int
@@ -145,6 +163,7 @@ class Request(Sequence):
     preempted: Preempted | None = None
     lowered_to: float | None = None
     pinned: float = 0.0
+    drafting: Drafting | None = None
 
     @property
     def ended(self) -> bool:

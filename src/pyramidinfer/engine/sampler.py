@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 from transformers import (
@@ -15,20 +18,21 @@ from transformers import (
 )
 
 from pyramidinfer.config import accumulate_dtype
-from pyramidinfer.engine.request import Constraint, Request
+from pyramidinfer.engine.request import Request
 from pyramidinfer.types import Logprob, TokenIds
 
-__all__ = ["prepare", "read_prompt", "sample"]
+__all__ = ["choose", "guessing", "prepare", "read_prompt", "sample"]
 
 
 class Constrained(LogitsProcessor):
     """Shuts out what the request's constraint does not allow."""
 
-    def __init__(self, constraint: Constraint) -> None:
-        self.constraint = constraint
+    def __init__(self, request: Request) -> None:
+        self.request = request
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        allowed = self.constraint.allowed(scores.shape[1]).to(scores.device)
+        assert self.request.constraint is not None
+        allowed = self.request.constraint.allowed(scores.shape[1]).to(scores.device)
         return scores.masked_fill(~allowed, -torch.inf)
 
 
@@ -81,7 +85,7 @@ def prepare(request: Request, device: torch.device, end_ids: frozenset[int]) -> 
     if params.presence_penalty or params.frequency_penalty:
         chain.append(CountPenalty(request))
     if request.constraint is not None:
-        chain.append(Constrained(request.constraint))
+        chain.append(Constrained(request))
     ends = end_ids.union(request.stop_ids)
     if params.min_tokens and ends:
         chain.append(MinTokens(request, ends, device))
@@ -104,14 +108,39 @@ def prepare(request: Request, device: torch.device, end_ids: frozenset[int]) -> 
 
 def sample(logits: Tensor, request: Request, likeliest: int) -> tuple[int, Logprob | None]:
     """A request's next token from ``logits`` ``[vocab]`` (``likeliest``: their argmax)."""
+    token = choose(logits, request, likeliest)
+    if request.params.logprobs is None:
+        return token, None
+    return token, _logprobs(logits[None], [token], request.params.logprobs)[0]
+
+
+def choose(logits: Tensor, request: Request, likeliest: int) -> int:
+    """The same without log-probabilities."""
     token = likeliest
     if request.processors or not request.params.is_greedy:
         token = _choose(logits[None].float(), request)
     if request.constraint is not None:
         request.constraint.accept(token)
-    if request.params.logprobs is None:
-        return token, None
-    return token, _logprobs(logits[None], [token], request.params.logprobs)[0]
+    return token
+
+
+@contextmanager
+def guessing(requests: list[Request]) -> Iterator[None]:
+    """What requests choose in this is forgotten at its end: their text, the state of their random
+    numbers and of what their answers must follow are as before.
+
+    A guess rests on the random numbers that the real choice of the same token will rest on.
+    """
+    before = [(each, len(each.output), each.generator, each.constraint) for each in requests]
+    try:
+        for each, _, generator, constraint in before:
+            each.generator = None if generator is None else generator.clone_state()
+            each.constraint = None if constraint is None else constraint.copy()
+        yield
+    finally:
+        for each, length, generator, constraint in before:
+            del each.output[length:]
+            each.generator, each.constraint = generator, constraint
 
 
 def read_prompt(prompt: TokenIds, top: int, start: int, logits: Tensor) -> list[Logprob]:

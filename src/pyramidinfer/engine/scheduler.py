@@ -33,6 +33,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pyramidinfer.engine import answers
+from pyramidinfer.engine.drafting import Drafts
 from pyramidinfer.engine.making import costs_of, expected_of
 from pyramidinfer.engine.memory import Cost
 from pyramidinfer.engine.request import Preempted, Request
@@ -48,10 +49,14 @@ STEP = 0.8
 
 
 class Plan(NamedTuple):
-    """One step: requests that decode, and requests whose prompt goes on with how much work."""
+    """One step: requests that decode, and requests whose prompt goes on with how much work.
+
+    ``drafts``: what was guessed of those that decode, to be verified.
+    """
 
     decode: list[Request]
     prefill: list[tuple[Request, Work]]
+    drafts: dict[Request, Drafts] = {}  # noqa: RUF012
 
     @property
     def requests(self) -> list[Request]:
@@ -59,11 +64,18 @@ class Plan(NamedTuple):
         return [*self.decode, *(request for request, _ in self.prefill)]
 
     @property
+    def fed(self) -> list[int]:
+        """Tokens that each of those that decode feeds."""
+        return [
+            1 + len(self.drafts[each].tokens) if each in self.drafts else 1 for each in self.decode
+        ]
+
+    @property
     def given(self) -> list[tuple[Request, int]]:
         """Once it was run: requests that have logits, those that decode first and then those whose
         prompt came to its end, and how many each."""
         ended = [(each, work.prefill) for each, work in self.prefill if work.prefill.finished]
-        decoded = [(each, 1) for each in self.decode]
+        decoded = list(zip(self.decode, self.fed, strict=True))
         return decoded + [(each, prefill.rows) for each, prefill in ended]
 
 

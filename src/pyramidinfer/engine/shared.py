@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pyramidinfer.cache import Copier, Pool, Ring
 from pyramidinfer.config import EngineConfig
+from pyramidinfer.engine.checks import check_ahead
 from pyramidinfer.engine.memory import Ledger
 from pyramidinfer.engine.readings import is_long, readings
 from pyramidinfer.engine.request import Request
@@ -42,6 +43,7 @@ class Shared:
     def check_policy(self, policy: Policy) -> None:
         """``ValueError`` where a request cannot have this policy on this model, in this pool."""
         policy.check(self.runner.layers_for(1))
+        check_ahead(policy, self.config)
         if policy.uses_scores and self.pool.groups[0].scores is None:
             raise ValueError(
                 f"policy {policy.name!r} keeps a running score beside each entry, and this pool "
@@ -97,6 +99,7 @@ class Shared:
             request.times.started = time.monotonic()
         runner, device, length = self.runner, self.runner.device, len(request.prompt)
         layers = request.layers = runner.layers_for(length + request.max_new)
+        request.draft_view = None
         if request.cache is None:
             request.cache = self.pool.new_table(len(request.text))
             request.cache.state = request.policy.start(layers)

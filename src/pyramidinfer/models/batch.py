@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pyramidinfer.cache import Table
+from pyramidinfer.models.draft_view import DraftView
 from pyramidinfer.policies import Policy
 from pyramidinfer.types import Layers, Needs, Phase, Queries, View
 
@@ -33,7 +34,7 @@ class Sequence:
     ``cache``: None while it has none in the pool;  ``protected``: bool ``[text]``, tokens no policy
     may drop (generated ones never are);  ``is_long``: rotary regime, fixed at admission;
     ``prompt_len``: length of the text last taken in;  ``idle``: steps for which the policy need not
-    be asked whether to evict.
+    be asked whether to evict;  ``draft_view``: what its drafts read, where its policy has any.
     """
 
     policy: Policy
@@ -43,6 +44,7 @@ class Sequence:
     is_long: bool = False
     prompt_len: int = 0
     idle: int = 0
+    draft_view: DraftView | None = None
 
     @property
     def table(self) -> Table:
@@ -55,6 +57,7 @@ class Sequence:
         self.cache, self.policy, self.layers = cache, of.policy, of.layers
         self.protected, self.is_long = of.protected, of.is_long
         self.prompt_len, self.idle = of.prompt_len, of.idle
+        self.draft_view = of.draft_view and of.draft_view.copy()
 
     @property
     def offset(self) -> int:
@@ -251,8 +254,10 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One step: running sequences with the token each feeds (``[R]``), and prefill work."""
+    """One step: running sequences with the tokens they feed (``[R]``, of each so many as ``fed``
+    says, one where that is empty), and prefill work."""
 
     decode: list[Sequence]
     tokens: Tensor
     works: list[Work]
+    fed: list[int] = field(default_factory=list)

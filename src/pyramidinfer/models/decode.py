@@ -30,8 +30,8 @@ ALIGNED = 128
 
 
 class Size(NamedTuple):
-    """``rows`` requests of at most ``pages`` pages a head; whether rings and scores are asked
-    for."""
+    """``rows`` tokens of requests with at most ``pages`` pages a head; whether rings and scores
+    are asked for."""
 
     rows: int
     pages: int
@@ -39,11 +39,11 @@ class Size(NamedTuple):
     scores: bool
 
     @classmethod
-    def of(cls, sequences: list[Sequence]) -> Size:
-        """Just enough for these sequences."""
+    def of(cls, sequences: list[Sequence], rows: int) -> Size:
+        """Just enough for so many tokens of these sequences."""
         tables = [each.table for each in sequences]
         return cls(
-            len(tables),
+            rows,
             max(int(table.held.max()) for table in tables),
             any(table.ring is not None for table in tables),
             any(each.policy.uses_scores for each in sequences),
@@ -51,7 +51,8 @@ class Size(NamedTuple):
 
 
 class Decoding:
-    """``R`` sequences that feed a token each, in one step.
+    """``R`` tokens that sequences feed in one step, one each or several after one another (drafts
+    that are verified).
 
     What the layers read: plan (page tables, lengths with the new entry, positions);  pages, offsets
     ``[L, R, K]`` where the new entries go;  places ``[R]`` of the tokens among rotary positions.
@@ -74,7 +75,7 @@ class Decoding:
         """shape : of every layer;  like : a tensor of the model's dtype, where it is."""
         self.size, self.fixed, on_gpu = size, fixed, pool.device.type == "cuda"
         self.counted = False
-        self._heads = pool.own_heads
+        self._heads, self._page_size = pool.own_heads, pool.page_size
         rows = (pool.layers, size.rows, pool.kv_heads)
         parts: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
             "tables": (torch.int32, (*rows, size.pages)),
@@ -111,18 +112,35 @@ class Decoding:
             self.queries = like.new_empty(pool.layers, size.rows, shape.heads, shape.key_dim)
             self.lse = like.new_empty(self.queries.shape[:3], dtype=high)
 
-    def fill(self, sequences: list[Sequence], pages: np.ndarray, offsets: np.ndarray) -> None:
-        """Write down what the sequences hold, and upload it.  pages, offsets : of the entries just
-        claimed (``Pool.append_each``)."""
+    def fill(
+        self,
+        sequences: list[Sequence],
+        pages: np.ndarray,
+        offsets: np.ndarray,
+        fed: list[int],
+        drafts: bool = False,
+    ) -> None:
+        """Write down what the sequences hold, and upload it.
+
+        pages, offsets : of the entries just claimed (``Pool.append_each``), of which each sequence
+        has ``fed``.  A token sees the entries before it and its own.  ``drafts``: of what is held
+        they read what their draft views say.
+        """
         if self._sent is not None:
             self._sent.synchronize()  # the last upload has read the host's side
-        host, count = self.host, len(sequences)
-        for row, each in enumerate(sequences):
-            held = int(each.table.held.max())
-            host["tables"][:, row, :, :held] = each.table.pages[..., :held]
-            host["lengths"][:, row] = each.table.kept[:, self._heads]
-            host["positions"][row] = each.table.seen_len
-            host["places"][row] = each.table.seen_len - each.offset
+        host, count, row = self.host, sum(fed), 0
+        for each, tokens in zip(sequences, fed, strict=True):
+            table = each.table
+            held, lengths = int(table.held.max()), table.kept[:, self._heads]
+            read = table.pages[..., :held]
+            if drafts and each.draft_view is not None:
+                read, lengths = each.draft_view.read(table, self._page_size)
+            for number in range(tokens):
+                host["tables"][:, row, :, : read.shape[2]] = read
+                host["lengths"][:, row] = lengths - (tokens - 1 - number)
+                host["positions"][row] = table.seen_len + number
+                host["places"][row] = table.seen_len + number - each.offset
+                row += 1
         host["pages"][:, :count], host["offsets"][:, :count] = pages, offsets
         if self.fixed:
             spare = self._scratch[:, None, None]

@@ -12,6 +12,7 @@ from pyramidinfer.attention import Backend, Scale, ragged
 from pyramidinfer.cache import Pool, Table, evict_best
 from pyramidinfer.config import accumulate_dtype
 from pyramidinfer.models.batch import Prefill, Sequence
+from pyramidinfer.models.draft_view import DraftView
 from pyramidinfer.models.ranks import Ranks
 from pyramidinfer.models.routing import runs_of
 from pyramidinfer.models.streaming import Streaming
@@ -122,6 +123,10 @@ def retain(
         pool.kernels,
     )
     keep, table.state = sequence.policy.retain(seen, table.state)
+    if keep.for_drafts:
+        view_of = sequence.draft_view = sequence.draft_view or DraftView(*table.kept.shape)
+        view_of.note(layer, keep, table.kept[layer], pool.page_size, view.seen_len)
+        return
     pool.keep(table, layer, keep)
 
 

@@ -428,22 +428,51 @@ class ModelRunner:
     # --- decoding -----------------------------------------------------------------------------
 
     def _claim(self, pool: Pool, batch: Batch) -> Decoding:
-        """Claim an entry for the token that each decoding sequence feeds, and write down what the
+        """Claim an entry for every token that decoding sequences feed, and write down what the
         step reads."""
         sequences, shape, like = batch.decode, self.ranks.own(self.shapes[0]), self._like
-        claimed = pool.append_each([each.table for each in sequences])
-        size = Size.of(sequences)
+        fed = batch.fed or [1] * len(sequences)
+        claimed = pool.append_each([each.table for each in sequences], fed)
+        size = Size.of(sequences, sum(fed))
         if self.steps_on_buffers and not batch.works:
             decoding = self.graphs(pool).step(
                 size, lambda size: Decoding(size, pool, shape, like, fixed=True)
             )
         else:
             decoding = Decoding(size, pool, shape, like)
-        decoding.fill(sequences, *claimed)
-        regimes = [self.rotary.regime(each.is_long, each.table.seen_len + 1) for each in sequences]
-        places = decoding.places[: len(sequences)]
-        decoding.feed(batch.tokens, self.decoder.ropes(places, regimes))
+        decoding.fill(sequences, *claimed, fed)
+        self._feed(decoding, sequences, batch.tokens, fed)
         return decoding
+
+    def _feed(
+        self, decoding: Decoding, sequences: list[Sequence], tokens: Tensor, fed: list[int]
+    ) -> None:
+        """Hand a step its tokens and the angles of their places."""
+        regimes = [
+            self.rotary.regime(each.is_long, each.table.seen_len + number + 1)
+            for each, count in zip(sequences, fed, strict=True)
+            for number in range(count)
+        ]
+        places = decoding.places[: len(tokens)]
+        decoding.feed(tokens, self.decoder.ropes(places, regimes))
+
+    @torch.inference_mode()
+    def draft(self, pool: Pool, sequences: list[Sequence], tokens: Tensor) -> Tensor:
+        """Feed each sequence a token ``[R]`` over what its drafts read: logits ``[R, vocab]``.
+
+        The tokens are counted in, so that drafts can follow one another; ``Pool.forget`` forgets
+        them all.
+        """
+        with evaluating(self._given):
+            ones = [1] * len(sequences)
+            claimed = pool.append_each([each.table for each in sequences], ones)
+            size = Size.of(sequences, len(sequences))._replace(rings=False, scores=False)
+            decoding = Decoding(size, pool, self.shapes[0], self._like)
+            decoding.fill(sequences, *claimed, ones, drafts=True)
+            self._feed(decoding, sequences, tokens, ones)
+            for each in sequences:
+                each.table.seen_len += 1
+            return self._decode(pool, decoding)
 
     @torch.inference_mode()
     def commit(self, pool: Pool, sequence: Sequence, decoding: Decoding, row: int) -> None:
@@ -452,6 +481,14 @@ class ModelRunner:
         self._count(pool, sequence, decoding, row)
         if sequence.policy.streams:
             self._move_places(pool, sequence)
+
+    def accept(
+        self, pool: Pool, sequence: Sequence, decoding: Decoding, rows: range, count: int
+    ) -> None:
+        """Commit the first ``count`` tokens that were fed in ``rows``, and forget the others."""
+        pool.retract(sequence.table, sequence.table.kept - (len(rows) - count))
+        for row in rows[:count]:
+            self.commit(pool, sequence, decoding, row)
 
     def _move_places(self, pool: Pool, sequence: Sequence) -> None:
         """Have the places of a streaming request close up, and room for the next token."""

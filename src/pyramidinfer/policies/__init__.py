@@ -9,6 +9,7 @@ from pyramidinfer.policies.full import Full
 from pyramidinfer.policies.h2o import H2O
 from pyramidinfer.policies.keydiff import KeyDiff
 from pyramidinfer.policies.kvzip import KVzip
+from pyramidinfer.policies.lossless import Lossless, choose_policy
 from pyramidinfer.policies.profile import Profile
 from pyramidinfer.policies.pyramid import Pyramid
 from pyramidinfer.policies.pyramidinfer import PyramidInfer
@@ -34,6 +35,7 @@ __all__ = [
     "Full",
     "KVzip",
     "KeyDiff",
+    "Lossless",
     "Policy",
     "Profile",
     "Pyramid",
@@ -43,5 +45,6 @@ __all__ = [
     "SnapKV",
     "StreamingLLM",
     "TriAttention",
+    "choose_policy",
     "make_policy",
 ]

@@ -81,6 +81,9 @@ class Policy:
     computes_less: ClassVar[bool] = False  # may drop prompt tokens between layers
     evicts: ClassVar[bool] = False  # is to be asked while decoding
     streams: ClassVar[bool] = False  # rotary positions are places in the cache, so no text ends
+    drafts_ahead: ClassVar[int] = (
+        0  # entries of guessed tokens that may be there before they are verified
+    )
 
     # --- what it is on a model ----------------------------------------------------------------
 

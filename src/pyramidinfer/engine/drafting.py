@@ -1,0 +1,247 @@
+"""Drafts for requests that keep everything: guessed tokens that the next step verifies.
+
+A step of such a request (policy ``lossless``) feeds its newest token and what was guessed to
+follow, each as a row of its own over the whole cache, as if they were fed one after another.  So
+every row's logits are those that decoding gives, and a token is chosen from them as always: the
+answer is the full cache's, whatever was guessed.  A guess that equals the choice was right, and the
+next row counts too.  Random numbers are the same for a guess and for the choice it foresees (Gumbel
+coupling; drafter-invariant speculation, Daliri et al. 2408.07978), so sampled answers are the full
+cache's for the same seed, too.
+
+There are two drafters: the model itself over what its policy says is worth reading (``view``), and
+the text so far, where it goes on from a run of tokens that is at its end now (``lookup``: prompt
+lookup decoding).
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import defaultdict, deque
+from typing import NamedTuple
+
+import torch
+
+from pyramidinfer.config import MOST_DRAFTS
+from pyramidinfer.engine.request import Drafting, Request
+from pyramidinfer.engine.sampler import choose, guessing
+from pyramidinfer.engine.shared import Shared
+from pyramidinfer.models.draft_view import DraftView
+from pyramidinfer.policies import Lossless
+from pyramidinfer.types import TokenIds
+
+__all__ = ["Drafter", "Drafts"]
+
+#: Lengths of the runs that are looked up, the longest first.
+RUNS = (4, 3)
+#: Tokens after which what drafts read is chosen anew.
+RENEW = 64
+#: Steps after which what drafts cost and bring is measured again where they do not pay.
+PROBE = 64
+#: Measurements of a kind that count.
+RECENT = 7
+#: How much the newest draft counts in the rate of those accepted.
+WEIGHT = 0.1
+#: What is expected to be accepted before anything is known, and how likely a guess must be accepted
+#: before it is known what it costs.
+HOPE, UNKNOWN = 0.8, 0.3
+
+
+class Drafts(NamedTuple):
+    """What was guessed of a request, and by whom."""
+
+    tokens: TokenIds
+    by: str
+
+
+class Drafter:
+    """Says how many tokens are guessed in the next step, guesses them, and learns how that went.
+
+    steps : guesses in every step, instead of as many as pay by what was measured (0: none).
+    Which and how many guesses are made changes no answer, so timings may decide it.
+    """
+
+    def __init__(self, shared: Shared, steps: int | None = None) -> None:
+        self.shared, self.steps = shared, steps
+        self.drafted = self.accepted = self.verifications = 0
+        self._plain: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=RECENT))
+        self._extra: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=RECENT))
+        self._draft: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=RECENT))
+        self._until_probe = 0
+
+    # --- guessing -----------------------------------------------------------------------------
+
+    def propose(self, requests: list[Request]) -> dict[Request, Drafts]:
+        """Guesses for those of the requests about to decode that may have any."""
+        able = {each: self._room(each) for each in requests if isinstance(each.policy, Lossless)}
+        able = {each: room for each, room in able.items() if room > 0}
+        if not able or not self._is_known(len(requests)):
+            return {}
+        for each in able:
+            each.drafting = each.drafting or Drafting()
+        count, rows = self._steps(list(able), len(requests)), len(requests)
+        drafts, wanted = {}, {}
+        for each, room in able.items():
+            seen, looked = self._rate(each, "view"), self._rate(each, "lookup")
+            if not count or looked >= seen:
+                tokens = self._look_up(each, min(room, self._worth(looked, each, rows)))
+                if tokens:
+                    drafts[each] = Drafts(tokens, "lookup")
+                    continue
+            wanted[each] = min(room, count, self._worth(seen, each, rows))
+        guessed = self._guess({each: most for each, most in wanted.items() if most})
+        drafts |= {each: Drafts(tokens, "view") for each, tokens in guessed.items() if tokens}
+        return drafts
+
+    @staticmethod
+    def _rate(request: Request, by: str) -> float:
+        """How likely a guess is right, given that those before it in the same step were."""
+        assert request.drafting is not None
+        return request.drafting.rates.get(by, HOPE)
+
+    def _is_known(self, rows: int) -> bool:
+        """Whether guesses can be weighed: what a step of so many requests takes without any."""
+        if self.steps is not None:
+            return self.steps > 0
+        return self._known(self._plain, rows) is not None
+
+    def _room(self, request: Request) -> int:
+        """Tokens that may be guessed: not beyond the answer's end, nor what is reserved for it."""
+        room = min(MOST_DRAFTS, request.max_new - len(request.output) - 1)
+        if self.shared.config.admission == "overcommit":  # no page but what one token may need
+            page = self.shared.pool.page_size
+            room = min(room, page - 1 - int(request.table.kept.max()) % page)
+        return room
+
+    def _guess(self, rooms: dict[Request, int]) -> dict[Request, TokenIds]:
+        """Let the model guess so many tokens of each over what its drafts read."""
+        shared, pool = self.shared, self.shared.pool
+        for each in rooms:
+            view, table = each.draft_view, each.table
+            if view is None or table.seen_len - view.seen_len >= RENEW:
+                each.draft_view = view or DraftView(*table.kept.shape)
+                each.draft_view.seen_len = table.seen_len
+                shared.runner.evict_now(pool, each)
+        guessed: dict[Request, TokenIds] = {each: [] for each in rooms}
+        before = [(each.table, each.table.kept.copy(), each.table.seen_len) for each in rooms]
+        going = list(rooms)
+        try:
+            with guessing(going):
+                while going:
+                    tokens = torch.tensor([each.output[-1] for each in going])
+                    start = time.perf_counter()
+                    logits = shared.runner.draft(pool, list(going), tokens.to(shared.runner.device))
+                    likeliest = logits.argmax(-1).tolist()
+                    self._draft[len(going)].append(time.perf_counter() - start)
+                    for each, row, best in zip(list(going), logits, likeliest, strict=True):
+                        if self._take(each, row, best):
+                            guessed[each].append(each.output[-1])
+                        if len(guessed[each]) == rooms[each] or not self._goes_on(each):
+                            going.remove(each)
+        finally:
+            for table, kept, seen_len in before:
+                pool.forget(table, kept, seen_len)
+        return guessed
+
+    def _take(self, request: Request, logits: torch.Tensor, likeliest: int) -> bool:
+        """Guess a token from logits ``[vocab]``; False where none can follow."""
+        try:
+            request.output.append(choose(logits, request, likeliest))
+        except Exception:
+            if request.constraint is None:
+                raise
+            request.constraint = None  # the real choice will tell what is wrong
+            return False
+        return True
+
+    def _goes_on(self, request: Request) -> bool:
+        """Whether anything can follow what is guessed."""
+        is_done = request.constraint is not None and request.constraint.done
+        return not is_done and request.output[-1] not in request.stop_ids
+
+    def _look_up(self, request: Request, room: int) -> TokenIds:
+        """What followed the last time that the text's newest tokens stood in it."""
+        drafting, text = request.drafting, request.text
+        assert drafting is not None
+        for end in range(max(1, drafting.indexed), len(text)):
+            for run in RUNS:
+                if end >= run:
+                    drafting.places[tuple(text[end - run : end])] = end
+        drafting.indexed = len(text)
+        for run in RUNS:
+            if (at := drafting.places.get(tuple(text[-run:]))) is not None:
+                return text[at : at + room]
+        return []
+
+    # --- how many -----------------------------------------------------------------------------
+
+    def _worth(self, rate: float, request: Request, rows: int) -> int:
+        """Guesses, accepted at this rate, that are worth verifying where they cost nothing but
+        that."""
+        if self.steps is not None:
+            return self.steps
+        plain, extra = self._known(self._plain, rows), self._known(self._extra, rows)
+        least = UNKNOWN if plain is None or extra is None else 1.1 * extra / plain
+        count, chance = 0, rate
+        while count < MOST_DRAFTS and chance > least:
+            count, chance = count + 1, chance * rate
+        return count or int(len(request.output) % PROBE == 0)  # try again now and then
+
+    @staticmethod
+    def _known(measured: dict[int, deque[float]], key: int) -> float | None:
+        """The median of what was measured, once there is enough of it."""
+        return statistics.median(measured[key]) if len(measured[key]) > 1 else None
+
+    def _steps(self, requests: list[Request], rows: int) -> int:
+        """How many tokens the model guesses in this step: as many as give most tokens a second."""
+        if self.steps is not None:
+            return self.steps
+        plain, extra = self._known(self._plain, rows), self._known(self._extra, rows)
+        draft = self._known(self._draft, len(requests))
+        assert plain is not None
+        if extra is None or draft is None:
+            return 2
+        self._until_probe -= 1
+        if self._until_probe < 0:
+            self._until_probe = PROBE
+            return 0 if self._best(requests, plain, extra, draft) else 1
+        return self._best(requests, plain, extra, draft)
+
+    def _best(self, requests: list[Request], plain: float, extra: float, draft: float) -> int:
+        """plain : seconds of a step without guesses;  extra : of verifying one more of each;
+        draft : of guessing one of each."""
+        rates = [self._rate(each, "view") for each in requests]
+
+        def speed(count: int) -> float:
+            tokens = sum(sum(rate**n for n in range(count + 1)) for rate in rates)
+            return tokens / (plain + count * (extra + draft))
+
+        best = max(range(MOST_DRAFTS + 1), key=speed)
+        return best if speed(best) > 1.03 * speed(0) else 0
+
+    # --- learning -----------------------------------------------------------------------------
+
+    def ran(self, drafts: dict[Request, Drafts], decoding: int, seconds: float) -> None:
+        """A step of ``decoding`` requests and nothing else, which verified ``drafts``, took so
+        long."""
+        guessed = sum(len(each.tokens) for each in drafts.values())
+        if not guessed:
+            self._plain[decoding].append(seconds)
+        elif len(self._plain[decoding]) > 1:
+            plain = statistics.median(self._plain[decoding])
+            more = max(0.0, seconds - plain) / guessed * decoding
+            self._extra[decoding].append(more)
+
+    def learn(self, request: Request, drafts: Drafts, accepted: int) -> None:
+        """So many of a request's guesses, the first ones, were right."""
+        drafting = request.drafting
+        assert drafting is not None
+        verified = min(len(drafts.tokens), accepted + 1)
+        rate = drafting.rates.get(drafts.by, HOPE)
+        for number in range(verified):
+            rate += WEIGHT * ((number < accepted) - rate)
+        drafting.rates[drafts.by] = rate
+        for each in (drafting, self):
+            each.drafted += len(drafts.tokens)
+            each.accepted += accepted
+            each.verifications += 1

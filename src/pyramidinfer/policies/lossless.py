@@ -1,0 +1,106 @@
+"""Keep everything, and let another policy choose what drafts read (speculative decoding by the same
+model).
+
+The answer is the full cache's: a draft token is a guess, and the model itself decides over all
+entries.  What another policy would keep is only where guesses come from, so it changes how often
+they are right, never what is said.  A short cache as the draft of a long one is TriForce's
+(2404.11912) and MagicDec's (2408.11049).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import numpy as np
+
+from pyramidinfer.config import MOST_DRAFTS
+from pyramidinfer.policies.base import Facts, Policy
+from pyramidinfer.policies.full import Full
+from pyramidinfer.policies.registry import make_policy
+from pyramidinfer.types import Keep, Layers, Needs, Observation, State, View
+
+__all__ = ["Lossless", "choose_policy"]
+
+#: What drafts read by default, as a share of the text.
+DRAFT_KEEP = 0.1
+
+
+@dataclass(frozen=True)
+class Lossless(Policy):
+    """The full cache, of which drafts read what ``drafts`` would keep.
+
+    ``ValueError`` for a policy that does not choose among entries which are all there: one with a
+    running score of what attended, or one that has the text read again.
+    """
+
+    name: ClassVar[str] = "lossless"
+    drafts_ahead: ClassVar[int] = MOST_DRAFTS
+
+    drafts: Policy
+
+    def __post_init__(self) -> None:
+        drafts = self.drafts
+        if drafts.uses_scores or drafts.reads_again:
+            why = "reads the text again" if drafts.reads_again else "keeps a running score"
+            raise ValueError(
+                f"lossless: policy {drafts.name!r} {why} and cannot choose what drafts read; "
+                f"choose another one ('pyramid', 'snapkv', 'streaming_llm', …)"
+            )
+
+    def bind(self, facts: Facts) -> Policy:
+        return replace(self, drafts=self.drafts.bind(facts))
+
+    def check(self, layers: Layers) -> None:
+        self.drafts.check(layers)
+
+    @property
+    def rule(self) -> str:
+        own = self.drafts.rule
+        return f"nothing is dropped; drafts read what {self.drafts.name!r} keeps" + (
+            own and f" ({own})"
+        )
+
+    @property
+    def keeps_all(self) -> bool:
+        return True
+
+    # --- what drafts read ---------------------------------------------------------------------
+
+    def needs(self, view: View) -> Needs:
+        asked = self.drafts.needs(view)
+        return replace(asked, propagate=None, retain=None if asked.retain is None else True)
+
+    def retain(self, seen: Observation, state: State) -> tuple[Keep, State]:
+        seen = replace(seen, rule=self.drafts.needs(seen.view).retain)
+        keep, state = self.drafts.retain(seen, state)
+        return keep._replace(for_drafts=True), state
+
+    def start(self, layers: Layers) -> State:
+        return self.drafts.start(layers)
+
+    def prefilled(self, view: View) -> State:
+        return self.drafts.prefilled(view)
+
+    def truncated(self, state: State, kept: np.ndarray) -> State:
+        return self.drafts.truncated(state, kept)
+
+    def ring(self, prompt_len: int, max_new: int) -> int:
+        return self.drafts.ring(prompt_len, max_new)
+
+
+def choose_policy(
+    policy: str | Policy, keep: float | None = None, lossless: bool = False
+) -> Policy:
+    """``make_policy``; with ``lossless`` the full cache, with drafts by that policy.
+
+    Drafts are the default policy's where it is ``full``, and read a tenth where neither ``keep``
+    nor a policy object says how much.
+    """
+    if not lossless:
+        return make_policy(policy, keep)
+    if policy == "full" or isinstance(policy, Full):
+        policy = "pyramid"
+    if policy == "pyramid" and keep is None:
+        keep = DRAFT_KEEP
+    return Lossless(make_policy(policy, keep))
