@@ -203,7 +203,7 @@ def byte_tokenizer() -> Any:
     )
 
 
-def tiny_llm(**options: Any) -> LLM:
+def tiny_llm(policy: str = "pyramid", keep: float | None = 0.5, **options: Any) -> LLM:
     """A random model that can write JSON, if it is made to."""
     tokenizer = byte_tokenizer()
     model = tiny_model(
@@ -211,8 +211,8 @@ def tiny_llm(**options: Any) -> LLM:
     )
     return LLM(
         model,
-        "pyramid",
-        keep=0.5,
+        policy,
+        keep=keep,
         tokenizer=tokenizer,
         **{"kv_memory": "8MiB", "page_size": 4, **options},
     )

@@ -42,9 +42,12 @@ PROBE = 64
 RECENT = 7
 #: How much the newest draft counts in the rate of those accepted.
 WEIGHT = 0.1
-#: What is expected to be accepted before anything is known, and how likely a guess must be accepted
-#: before it is known what it costs.
-HOPE, UNKNOWN = 0.8, 0.3
+#: How likely a guess is taken to be right before anything is known, by who guesses.
+HOPE = {"view": 0.8, "lookup": 1.0}
+#: What a guess is taken to cost before that was measured, in steps without any, and how likely it
+#: must be right until then.
+COST = {"view": 0.5, "lookup": 0.1}
+UNKNOWN = 0.3
 
 
 class Drafts(NamedTuple):
@@ -82,13 +85,14 @@ class Drafter:
         count, rows = self._steps(list(able), len(requests)), len(requests)
         drafts, wanted = {}, {}
         for each, room in able.items():
-            seen, looked = self._rate(each, "view"), self._rate(each, "lookup")
-            if not count or looked >= seen:
-                tokens = self._look_up(each, min(room, self._worth(looked, each, rows)))
+            most = {by: min(room, self._worth(each, by, rows)) for by in HOPE}
+            most["view"] = min(most["view"], count)
+            if self._gain(each, "lookup", most, rows) >= self._gain(each, "view", most, rows):
+                tokens = self._look_up(each, most["lookup"])
                 if tokens:
                     drafts[each] = Drafts(tokens, "lookup")
                     continue
-            wanted[each] = min(room, count, self._worth(seen, each, rows))
+            wanted[each] = most["view"]
         guessed = self._guess({each: most for each, most in wanted.items() if most})
         drafts |= {each: Drafts(tokens, "view") for each, tokens in guessed.items() if tokens}
         return drafts
@@ -97,7 +101,17 @@ class Drafter:
     def _rate(request: Request, by: str) -> float:
         """How likely a guess is right, given that those before it in the same step were."""
         assert request.drafting is not None
-        return request.drafting.rates.get(by, HOPE)
+        return request.drafting.rates.get(by, HOPE[by])
+
+    def _gain(self, request: Request, by: str, counts: dict[str, int], rows: int) -> float:
+        """Tokens that so many guesses give on average, for each one's worth of time."""
+        rate, count = self._rate(request, by), counts[by]
+        plain, extra = self._known(self._plain, rows), self._known(self._extra, rows)
+        draft = self._known(self._draft, rows) if by == "view" else 0.0
+        cost = COST[by]
+        if plain is not None and extra is not None and draft is not None:
+            cost = (extra + draft) / plain
+        return _expected(rate, count) / (1 + count * cost)
 
     def _is_known(self, rows: int) -> bool:
         """Whether guesses can be weighed: what a step of so many requests takes without any."""
@@ -175,14 +189,14 @@ class Drafter:
 
     # --- how many -----------------------------------------------------------------------------
 
-    def _worth(self, rate: float, request: Request, rows: int) -> int:
-        """Guesses, accepted at this rate, that are worth verifying where they cost nothing but
-        that."""
+    def _worth(self, request: Request, by: str, rows: int) -> int:
+        """Guesses of a request that are worth verifying where they cost nothing but that."""
         if self.steps is not None:
             return self.steps
         plain, extra = self._known(self._plain, rows), self._known(self._extra, rows)
         least = UNKNOWN if plain is None or extra is None else 1.1 * extra / plain
-        count, chance = 0, rate
+        rate = chance = self._rate(request, by)
+        count = 0
         while count < MOST_DRAFTS and chance > least:
             count, chance = count + 1, chance * rate
         return count or int(len(request.output) % PROBE == 0)  # try again now and then
@@ -213,7 +227,7 @@ class Drafter:
         rates = [self._rate(each, "view") for each in requests]
 
         def speed(count: int) -> float:
-            tokens = sum(sum(rate**n for n in range(count + 1)) for rate in rates)
+            tokens = sum(_expected(rate, count) for rate in rates)
             return tokens / (plain + count * (extra + draft))
 
         best = max(range(MOST_DRAFTS + 1), key=speed)
@@ -237,7 +251,7 @@ class Drafter:
         drafting = request.drafting
         assert drafting is not None
         verified = min(len(drafts.tokens), accepted + 1)
-        rate = drafting.rates.get(drafts.by, HOPE)
+        rate = self._rate(request, drafts.by)
         for number in range(verified):
             rate += WEIGHT * ((number < accepted) - rate)
         drafting.rates[drafts.by] = rate
@@ -245,3 +259,8 @@ class Drafter:
             each.drafted += len(drafts.tokens)
             each.accepted += accepted
             each.verifications += 1
+
+
+def _expected(rate: float, count: int) -> float:
+    """Tokens that a step with so many guesses gives on average."""
+    return sum(rate**number for number in range(count + 1))
