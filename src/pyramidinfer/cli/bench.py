@@ -147,6 +147,63 @@ def kv_dtypes(
 
 @bench.command()
 @plain_errors()
+def lossless(
+    model: Annotated[
+        str | None, typer.Option(help="A model with its weights, on real text (default: smollm2).")
+    ] = None,
+    shape: Shape = None,
+    drafts: Annotated[
+        str, typer.Option(help="Policies that choose what drafts read; as --policies elsewhere.")
+    ] = "pyramid:keep=.1",
+    draft_tokens: Annotated[
+        str, typer.Option(help="Tokens guessed in a step: 0 to 8, or auto; a list.")
+    ] = "1,2,4,auto",
+    accept: Annotated[
+        float | None,
+        typer.Option(help="With --shape: the rate at which guesses are made right."),
+    ] = None,
+    batch: Annotated[str, typer.Option(help="Requests that decode together; a list.")] = "1,4",
+    prompt_len: Annotated[str, typer.Option(help="Tokens in each cache; a list.")] = (
+        "1024,2048,4096,6500"
+    ),
+    output_len: Annotated[int, typer.Option(help="Tokens each request generates.")] = 64,
+    dtype: Dtype = "bfloat16",
+    kv_dtype: KvDtype = "auto",
+    device: Device = "auto",
+    repeats: Repeats = 3,
+    seed: Seed = 0,
+    json: Json = Path("out/lossless.json"),
+) -> None:
+    """The full cache with drafts beside the full cache without, by context, batch and guesses."""
+    from pyramidinfer.lab.bench.lossless import LosslessPlan, run_lossless
+    from pyramidinfer.lab.bench.plots import draw_lossless
+    from pyramidinfer.lab.bench.table import lossless_table
+    from pyramidinfer.lab.quality import split_specs
+    from pyramidinfer.models.loading import quiet_transformers
+
+    quiet_transformers()
+    plan = LosslessPlan(
+        model="smollm2" if model is None and shape is None else model,
+        shape=shape,
+        drafts=split_specs(drafts),
+        draft_tokens=tuple(each.strip() for each in draft_tokens.split(",")),
+        batches=numbers(batch, int, "--batch"),
+        contexts=numbers(prompt_len, int, "--prompt-len"),
+        accept=accept,
+        output_len=output_len,
+        repeats=repeats,
+        dtype=dtype,
+        kv_dtype=kv_dtype,
+        device=device,
+        seed=seed,
+    )
+    result = run_lossless(plan, _target(json))
+    picture = draw_lossless(result, json.with_suffix(".png"))
+    _show(lossless_table(result), json, picture)
+
+
+@bench.command()
+@plain_errors()
 def latency(
     model: Model = None,
     shape: Shape = None,

@@ -10,7 +10,14 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-__all__ = ["draw_kernels", "draw_latency", "draw_memory", "draw_peers", "draw_throughput"]
+__all__ = [
+    "draw_kernels",
+    "draw_latency",
+    "draw_lossless",
+    "draw_memory",
+    "draw_peers",
+    "draw_throughput",
+]
 
 OURS, THEIRS, MISSING = (0.20, 0.38, 0.62), (0.62, 0.66, 0.72), (0.86, 0.25, 0.16)
 Result = dict[str, Any]
@@ -57,6 +64,31 @@ def _context_axis(axis: Any, lengths: list[int]) -> None:
     axis.set_xticks(lengths, [str(length) for length in lengths], fontsize=8)
     axis.minorticks_off()
     axis.set_ylim(bottom=0)
+
+
+def draw_lossless(result: Result, path: Path) -> Path:
+    """Times as fast as the full cache, over bytes of the caches over bytes of the weights."""
+    rows = result["rows"]
+    steps = list(dict.fromkeys(row["draft_tokens"] for row in rows))
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axis = figure.subplots()
+    for number, name in enumerate(steps):
+        mine = sorted(
+            (row for row in rows if row["draft_tokens"] == name),
+            key=lambda row: row["cache_over_weights"],
+        )
+        at = [row["cache_over_weights"] for row in mine]
+        found, color = [row["speedup"]["median"] for row in mine], f"C{number}"
+        label = "as many guesses as pay" if name == "auto" else f"{name} guesses"
+        axis.plot(at, found, "o-", color=color, label=label)
+        axis.plot(at, [row["expected"] for row in mine], ":", color=color, alpha=0.5)
+    axis.axhline(1, color="grey", linewidth=0.8)
+    axis.set_xscale("log", base=2)
+    axis.set_xlabel("bytes of the caches over bytes of the weights (dotted: were memory all)")
+    axis.set_title("decoding, times as fast as the full cache without drafts", loc="left")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False)
+    return save(figure, path)
 
 
 def draw_latency(configuration: Result, result: Result, path: Path) -> Path:

@@ -6,7 +6,14 @@ from typing import Any
 
 from rich.table import Table
 
-__all__ = ["kernels_table", "kv_dtypes_table", "latency_table", "memory_table", "throughput_table"]
+__all__ = [
+    "kernels_table",
+    "kv_dtypes_table",
+    "latency_table",
+    "lossless_table",
+    "memory_table",
+    "throughput_table",
+]
 
 Result = dict[str, Any]
 
@@ -147,6 +154,27 @@ def kernels_table(configuration: Result, result: Result) -> Table:
             row["against"],
             f"{1e3 * row['against_seconds']['median']:.3f}",
             percent(row["share"]),
+        )
+    return table
+
+
+def lossless_table(result: Result) -> Table:
+    """How many times as fast as the full cache without drafts, with the range over the repeats."""
+    table = Table(title=f"lossless, backend {result['backend']}; times as fast as full")
+    names = ("context", "batch", "drafts", "read", "guesses", "right", "K/W")
+    for name in (*names, "times full", "expected"):
+        table.add_column(name, justify="right")
+    for row in result["rows"]:
+        table.add_row(
+            f"{row['context']:,}",
+            str(row["batch"]),
+            row["drafts"],
+            percent(row["read_share"]),
+            row["draft_tokens"],
+            percent(row["rate"]),
+            f"{row['cache_over_weights']:.1f}",
+            ranged(row["speedup"], ".2f"),
+            f"{row['expected']:.2f}",
         )
     return table
 

@@ -1,0 +1,384 @@
+"""``bench lossless``: the full cache with drafts beside the full cache without, side by side.
+
+On a model with its weights prompts are real text, and what is guessed is right as often as it is.
+Random weights guess nothing: there a cache of random numbers is put in place, drafts run and cost
+what they cost, and each guess is then made right or wrong at a given rate (*simulated*).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from pyramidinfer.cache import Layout
+from pyramidinfer.cache.mover import Slots
+from pyramidinfer.config import MOST_DRAFTS, EngineConfig
+from pyramidinfer.engine.drafting import Drafter
+from pyramidinfer.engine.engine import Engine
+from pyramidinfer.engine.english import ENGLISH, english
+from pyramidinfer.engine.memory import full_bytes
+from pyramidinfer.engine.request import Request
+from pyramidinfer.engine.shared import Shared
+from pyramidinfer.lab.bench.setting import check_counts, progress
+from pyramidinfer.lab.bench.timing import ratios, spread
+from pyramidinfer.lab.record import write_result
+from pyramidinfer.lab.shapes import make_model
+from pyramidinfer.models import ModelRunner
+from pyramidinfer.models.loading import load_model
+from pyramidinfer.policies import Full, Lossless, Policy
+from pyramidinfer.policies.registry import parse_policy
+from pyramidinfer.types import SamplingParams, TokenIds
+
+__all__ = ["LosslessPlan", "expected_speed", "run_lossless"]
+
+AUTO = "auto"
+#: Tokens of all caches of a row together, at most.
+MOST_TOKENS = 128 * 1024
+#: Tokens by which a measured request goes on from a held one.
+FED = 4
+
+
+@dataclass(frozen=True)
+class LosslessPlan:
+    """Plain values.
+
+    model : with its weights, on real text; or ``shape``, random weights, with guesses right at the
+    rate ``accept``.  drafts : policies whose entries drafts read.  draft_tokens : guesses a step,
+    or ``auto``.
+    """
+
+    model: str | None = "smollm2"
+    shape: str | None = None
+    drafts: tuple[str, ...] = ("pyramid:keep=.1",)
+    draft_tokens: tuple[str, ...] = ("1", "2", "4", AUTO)
+    batches: tuple[int, ...] = (1, 4)
+    contexts: tuple[int, ...] = (1024, 2048, 4096, 6500)
+    accept: float | None = None
+    output_len: int = 64
+    repeats: int = 3
+    dtype: str = "bfloat16"
+    kv_dtype: str = AUTO
+    device: str = AUTO
+    seed: int = 0
+
+    def check(self) -> None:
+        """``ValueError`` for what cannot be run."""
+        check_counts(output_len=self.output_len, repeats=self.repeats)
+        if (self.model is None) == (self.shape is None):
+            raise ValueError("give --model or --shape, one of them")
+        if (self.shape is None) != (self.accept is None):
+            raise ValueError(
+                f"--accept {self.accept}: give it with --shape, since random weights guess "
+                f"nothing, and leave it out with --model, where it is measured"
+            )
+        if self.accept is not None and not 0 <= self.accept <= 1:
+            raise ValueError(f"--accept {self.accept} must lie between 0 and 1")
+        for steps in self.draft_tokens:
+            if steps != AUTO and not (steps.isdecimal() and int(steps) <= MOST_DRAFTS):
+                raise ValueError(f"--draft-tokens {steps}: write auto or 0 to {MOST_DRAFTS}")
+        for spec in self.drafts:
+            Lossless(parse_policy(spec))
+        for batch in self.batches:
+            check_counts(batch=batch)
+        for context in self.contexts:
+            check_counts(prompt_len=context)
+        if not self.cells:
+            raise ValueError(f"every batch and context has more than {MOST_TOKENS} tokens in all")
+
+    @property
+    def cells(self) -> list[tuple[int, list[int]]]:
+        """Each context with the batches that are run at it."""
+        found = [
+            (context, [batch for batch in self.batches if batch * context <= MOST_TOKENS])
+            for context in self.contexts
+        ]
+        return [(context, batches) for context, batches in found if batches]
+
+
+class Timed(NamedTuple):
+    """What some requests took to decode, and what they said."""
+
+    seconds: float
+    outputs: list[TokenIds]
+    requests: list[Request]
+
+
+def expected_speed(rate: float, count: int, read: float, cache: float) -> float:
+    """How many times as fast ``count`` guesses a step make decoding that is bound by reading
+    memory: tokens a step over what its drafts and its verification read.
+
+    rate : of guesses that are right;  read : share of the cache that drafts read;  cache : bytes of
+    the caches over bytes of the weights.
+    """
+    tokens = sum(rate**number for number in range(count + 1))
+    return tokens / (count * (1 + read * cache) / (1 + cache) + 1)
+
+
+def run_lossless(plan: LosslessPlan, out: Path) -> dict[str, Any]:
+    """Measure, write ``out``, and return its result: a row for each context, batch, drafting policy
+    and number of guesses."""
+    plan.check()
+    runner, text, weights = _load(plan)
+    longest = max(context for context, _ in plan.cells) + FED + plan.output_len
+    if longest > runner.max_positions:
+        raise ValueError(f"{longest} tokens exceed the model's {runner.max_positions} positions")
+    rows: list[dict[str, Any]] = []
+    with progress("lossless", len(plan.cells) * len(plan.drafts)) as done:
+        for context, batches in plan.cells:
+            for spec in plan.drafts:
+                rows += _cell(plan, runner, text, weights, context, batches, spec)
+                done(f"{context} {spec}")
+    text_name = "random numbers in the cache" if plan.accept is not None else ENGLISH
+    result = {"backend": runner.backend.name, "weight_bytes": weights, "text": text_name}
+    result["rows"] = rows
+    write_result(out, asdict(plan), result)
+    return result
+
+
+def _load(plan: LosslessPlan) -> tuple[ModelRunner, TokenIds, int]:
+    """The model packed, a long text for it, and bytes of its weights."""
+    if plan.shape is not None:
+        model = make_model(plan.shape, plan.dtype, plan.device, plan.seed)
+        draw = np.random.default_rng(plan.seed)
+        text = draw.integers(3, model.config.vocab_size, MOST_TOKENS).tolist()
+    else:
+        loaded = load_model(str(plan.model), AUTO, plan.dtype, plan.device)
+        model, text = loaded.model, loaded.tokenizer(english())["input_ids"]
+    weights = sum(each.nbytes for each in {id(p): p for p in model.parameters()}.values())
+    if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
+        weights -= model.get_input_embeddings().weight.nbytes  # of which a step reads a few rows
+    return ModelRunner(model, AUTO, EngineConfig().prefill_chunk, own=True), text, weights
+
+
+def _cell(
+    plan: LosslessPlan,
+    runner: ModelRunner,
+    text: TokenIds,
+    weights: int,
+    context: int,
+    batches: list[int],
+    spec: str,
+) -> list[dict[str, Any]]:
+    """Rows of one context and drafting policy: every batch and number of guesses."""
+    most = max(batches)
+    starts = np.linspace(0, max(0, len(text) - context - FED), most).astype(int).tolist()
+    prompts = [text[start : start + context + FED] for start in starts]
+    full, mine = (_engine(plan, runner, each, context, most) for each in (Full(), _draft(spec)))
+    held = [_hold(plan, each, prompts, context) for each in (full, mine)]
+    rows = []
+    for batch in batches:
+        truth = _timed(plan, full, held[0][:batch], prompts)
+        works: dict[str, Callable[[], Timed]] = {
+            "full": partial(_timed, plan, full, held[0][:batch], prompts)
+        }
+        drafters = {steps: _drafter(plan, mine.shared, steps, truth) for steps in plan.draft_tokens}
+        found: dict[str, list[Timed]] = {name: [] for name in ("full", *drafters)}
+        for steps, drafter in drafters.items():
+
+            def work(drafter: Drafter = drafter, n: int = batch) -> Timed:
+                mine.drafter = drafter
+                return _timed(plan, mine, held[1][:n], prompts)
+
+            works[steps] = work
+            work()  # what pays is learnt, and memory is warm
+        for _ in range(plan.repeats):
+            for name, run in works.items():
+                found[name].append(run())
+        for steps in plan.draft_tokens:
+            row = {"context": context, "batch": batch, "drafts": spec, "draft_tokens": steps}
+            rows.append(row | _row(plan, runner, weights, context, batch, found, steps, truth))
+    for engine, requests in zip((full, mine), held, strict=True):
+        for request in requests:
+            engine.release(request)
+    return rows
+
+
+def _row(
+    plan: LosslessPlan,
+    runner: ModelRunner,
+    weights: int,
+    context: int,
+    batch: int,
+    found: dict[str, list[Timed]],
+    steps: str,
+    truth: Timed,
+) -> dict[str, Any]:
+    runs, base = found[steps], found["full"]
+    assert all(run.outputs == truth.outputs for run in (*runs, *base)), "the answers differ"
+    seconds = {name: [run.seconds for run in found[name]] for name in ("full", steps)}
+    told = [each.drafting for run in runs for each in run.requests if each.drafting]
+    drafted, accepted, verified = (
+        sum(getattr(each, name) for each in told)
+        for name in ("drafted", "accepted", "verifications")
+    )
+    tokens = batch * (plan.output_len - 1)
+    page = EngineConfig().page_size
+    views = [each for run in runs for each in run.requests if each.draft_view]
+    read = float(np.mean([_share(each, page) for each in views])) if views else 1.0
+    entry = full_bytes(_layout(runner), runner, context)
+    mean = drafted / verified if verified else 0.0
+    rate = _rate_of(accepted / verified, mean) if verified and mean else 0.0
+    cache = batch * entry / weights
+    return {
+        "tokens_per_second": spread([tokens / each for each in seconds[steps]]),
+        "full_tokens_per_second": spread([tokens / each for each in seconds["full"]]),
+        "speedup": ratios(seconds["full"], seconds[steps]),
+        "cache_over_weights": cache,
+        "read_share": read,
+        "drafted": drafted,
+        "accepted": accepted,
+        "verifications": verified,
+        "rate": rate,
+        "expected": expected_speed(rate, round(mean), read, cache) if mean else 1.0,
+        "simulated": plan.accept is not None,
+    }
+
+
+def _rate_of(accepted: float, count: float) -> float:
+    """How likely a guess is right where so many of ``count`` in a row were, on average."""
+    low, high = 0.0, 1.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        whole = int(count)
+        tokens = sum(middle**number for number in range(1, whole + 1))
+        tokens += (count - whole) * middle ** (whole + 1)
+        low, high = (middle, high) if tokens < accepted else (low, middle)
+    return low
+
+
+# --- engines and what they hold ------------------------------------------------------------------
+
+
+def _draft(spec: str) -> Policy:
+    return Lossless(parse_policy(spec))
+
+
+def _layout(runner: ModelRunner) -> Layout:
+    return Layout.smallest(runner.group_specs(), EngineConfig().page_size)
+
+
+def _engine(
+    plan: LosslessPlan, runner: ModelRunner, policy: Policy, context: int, count: int
+) -> Engine:
+    """With room for held requests and for those that go on with copies of their caches."""
+    layout = _layout(runner)
+    size = full_bytes(layout, runner, context + FED + plan.output_len + 64)
+    transient = 4 * context * runner.hidden_size * runner.dtype.itemsize
+    config = EngineConfig(
+        kv_memory=int(2.2 * count * size) + transient + layout.budget + 2**26,
+        kv_dtype=plan.kv_dtype,
+        max_requests=2 * count + 1,
+        reuse_share=0.0,
+    )
+    return Engine(runner, policy, config)
+
+
+def _hold(
+    plan: LosslessPlan, engine: Engine, prompts: list[TokenIds], context: int
+) -> list[Request]:
+    """A request for each prompt, all of whose tokens but the last few are in its cache."""
+    params = SamplingParams(max_tokens=1, ignore_eos=True)
+    there = context if plan.accept is None else min(64, context)
+    held = [engine.add(prompt[:there], params, hold=True) for prompt in prompts]
+    while not all(each.ended for each in held):
+        engine.step()
+    for number, request in enumerate(held):
+        request.output.clear()
+        if plan.accept is not None:
+            _fill(engine, request, prompts[number][:context], plan.seed + number)
+    return held
+
+
+def _fill(engine: Engine, request: Request, text: TokenIds, seed: int) -> None:
+    """Put random entries into a held cache, as if the whole text had been taken in."""
+    pool, table = engine.pool, request.table
+    generator = torch.Generator(pool.device).manual_seed(seed)
+    heads, context = pool.kv_heads, len(text)
+    for layer in pool.own_layers:
+        first = pool.lens(table)[layer].copy()
+        pool.claim(table, layer, first, np.full(heads, context))
+        group, places = pool.group(layer), np.arange(int(first[0]), context)
+        pages = torch.from_numpy(table.pages[layer][:, places // pool.page_size].T.copy()).long()
+        offsets = torch.from_numpy(places % pool.page_size)[:, None].expand(-1, heads)
+        sizes = ((len(places), heads, each) for each in (group.spec.key_dim, group.spec.value_dim))
+        keys, values = (
+            torch.randn(*size, generator=generator, device=pool.device).to(group.spec.dtype)
+            for size in sizes
+        )
+        slots = Slots(pages.to(pool.device), offsets.to(pool.device))
+        pool.write(layer, slots, keys, values, torch.from_numpy(places).to(pool.device))
+        table.kept[layer] = context
+    table.seen_len, request.prompt = context, list(text)
+    engine.ledger.reserve(request, engine.ledger.held(table))
+
+
+def _timed(
+    plan: LosslessPlan, engine: Engine, held: list[Request], prompts: list[TokenIds]
+) -> Timed:
+    """Go on from held requests, each with a copy of its cache, and time what is decoded once all
+    have their first token."""
+    params = SamplingParams(max_tokens=plan.output_len, ignore_eos=True)
+    turns = [
+        engine.branch(each, prompt[len(each.prompt) :], params)
+        for each, prompt in zip(held, prompts, strict=False)
+    ]
+    start = 0.0
+    for _ in engine.steps(turns):
+        if not start and all(each.output for each in turns):
+            assert all(len(each.output) == 1 for each in turns)
+            start = time.perf_counter()
+    return Timed(time.perf_counter() - start, [each.output for each in turns], turns)
+
+
+def _share(request: Request, page: int) -> float:
+    """What drafts read of a cache of the text's length."""
+    view = request.draft_view
+    assert view is not None
+    skipped = int(((view.later - view.counts) * page).sum())
+    return 1 - skipped / (view.later.size * (len(request.text) - 1))
+
+
+# --- guesses that are right at a given rate ------------------------------------------------------
+
+
+def _drafter(plan: LosslessPlan, shared: Shared, steps: str, truth: Timed) -> Drafter:
+    count = None if steps == AUTO else int(steps)
+    if plan.accept is None:
+        return Drafter(shared, count)
+    return Simulated(shared, count, plan.accept, plan.seed, truth)
+
+
+class Simulated(Drafter):
+    """Guesses with the model, and then makes each guess right at a given rate.
+
+    truth : the answers of the full cache; requests are told apart by their prompts.
+    """
+
+    def __init__(
+        self, shared: Shared, steps: int | None, accept: float, seed: int, truth: Timed
+    ) -> None:
+        super().__init__(shared, steps)
+        self._accept, self._draw = accept, np.random.default_rng(seed)
+        pairs = zip(truth.requests, truth.outputs, strict=True)
+        self._truth = {tuple(each.prompt): output for each, output in pairs}
+
+    def _look_up(self, request: Request, room: int) -> TokenIds:
+        return []
+
+    def _guess(self, rooms: dict[Request, int]) -> dict[Request, TokenIds]:
+        made = super()._guess(rooms)
+        for request, tokens in made.items():
+            right = self._truth[tuple(request.prompt)][len(request.output) :]
+            drawn = self._draw.random(len(tokens)) < self._accept
+            made[request] = [
+                token if is_right else (token + 1) % self.shared.runner.vocab_size
+                for token, is_right in zip(right, drawn, strict=False)
+            ]
+        return made
