@@ -27,7 +27,6 @@ from pyramidinfer.engine.request import Drafting, Request
 from pyramidinfer.engine.sampler import choose, guessing
 from pyramidinfer.engine.shared import Shared
 from pyramidinfer.models.draft_view import DraftView
-from pyramidinfer.policies import Lossless
 from pyramidinfer.types import TokenIds
 
 __all__ = ["Drafter", "Drafts"]
@@ -76,7 +75,7 @@ class Drafter:
 
     def propose(self, requests: list[Request]) -> dict[Request, Drafts]:
         """Guesses for those of the requests about to decode that may have any."""
-        able = {each: self._room(each) for each in requests if isinstance(each.policy, Lossless)}
+        able = {each: self._room(each) for each in requests if each.policy.drafts_ahead}
         able = {each: room for each, room in able.items() if room > 0}
         if not able or not self._is_known(len(requests)):
             return {}

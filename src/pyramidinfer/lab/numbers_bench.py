@@ -310,6 +310,65 @@ def kv_dtype_kernels(entry: Result) -> str:
     return "\n".join(lines) + "\n"
 
 
+def lossless(entry: Result) -> str:
+    c, result = entry["configuration"], entry["result"]
+    name = "lossless" if c["accept"] is None else "lossless_simulated"
+    words = ["pyramidinfer", "bench", "lossless"]
+    words += ["--model", c["model"]] if c["model"] else ["--shape", c["shape"]]
+    words += [] if c["accept"] is None else ["--accept", str(c["accept"])]
+    words += ["--drafts", " ".join(c["drafts"]), "--draft-tokens", ",".join(c["draft_tokens"])]
+    words += ["--batch", ",".join(map(str, c["batches"]))]
+    words += ["--prompt-len", ",".join(map(str, c["contexts"]))]
+    words += ["--output-len", str(c["output_len"]), "--repeats", str(c["repeats"])]
+    on = f"`{c['model']}`" if c["model"] else f"random weights in the shape of `{c['shape']}`"
+    how = f"on {result['text']}"
+    if c["accept"] is not None:
+        how = f"*simulated*: {result['text']}, and each guess made right at a rate of {c['accept']}"
+    lines = [
+        f"## Lossless drafts, {'real text' if c['accept'] is None else 'simulated'}\n",
+        origin(entry),
+        f"```bash\n{shlex.join([*words, *json_option(name)])}\n```\n",
+        f"On {on} ({c['dtype']}), {how}. How to read it: `times full` is how many times as fast "
+        f"the same tokens came as under `full`, median and range of {c['repeats']} repeats in "
+        "turns; `right` is the rate at which a guess is right, `read` the share of the cache that "
+        "drafts read, `K/W` bytes of all caches over bytes of the weights, `expected` the "
+        "formula's speed-up at that rate, were reading memory all that a step takes.\n",
+        *table(LOSSLESS, lossless_rows(result)),
+    ]
+    return "\n".join(lines) + f"\n![lossless](images/{name}.png)\n"
+
+
+LOSSLESS = [
+    "context",
+    "batch",
+    "drafts",
+    "read",
+    "guesses",
+    "right",
+    "K/W",
+    "times full",
+    "expected",
+]
+
+
+def lossless_rows(result: Result) -> list[list[str]]:
+    """Rows of ``bench lossless`` as ``LOSSLESS`` names them."""
+    return [
+        [
+            f"{row['context']:,}",
+            str(row["batch"]),
+            f"`{row['drafts']}`",
+            percent(row["read_share"]),
+            row["draft_tokens"],
+            percent(row["rate"]) if row["drafted"] else "–",
+            f"{row['cache_over_weights']:.1f}",
+            _spread(row["speedup"], ".2f"),
+            f"{row['expected']:.2f}",
+        ]
+        for row in result["rows"]
+    ]
+
+
 def peers(entry: Result) -> str:
     c, result = entry["configuration"], entry["result"]
     loads = "; ".join(
@@ -353,5 +412,7 @@ SECTIONS: dict[str, Callable[[Result], str]] = {
     "bench_memory": memory,
     "bench_kernels": kernels,
     "kv_dtype_kernels": kv_dtype_kernels,
+    "lossless": lossless,
+    "lossless_simulated": lossless,
     "peers": peers,
 }
