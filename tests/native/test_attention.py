@@ -142,14 +142,15 @@ def test_decode(isa: str, dtype: torch.dtype, scale: Scale, layout: Layout) -> N
 @pytest.mark.parametrize(
     "codec", [None, *CODECS.values()], ids=lambda codec: getattr(codec, "name", "plain")
 )
-def test_rows_that_share_pages(isa: str, codec: Codec | None, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("dim", [64, 96, 128])
+def test_rows_that_share_pages(isa: str, codec: Codec | None, dtype: torch.dtype, dim: int) -> None:
     """Tokens of one request fed together, more than are read together, then two requests that part
     in the middle of what they share: the bits of each are those it has alone."""
     size, cpu = 16, backend(isa)
     entries = [*range(290, 310), 3, 290, 300, 310]
     kv_heads, heads, pages = 2, 6, -(-310 // size)
     count = (len(entries) + 1) * kv_heads * pages
-    keys, values = (random(each, count, size, 64, dtype=dtype) for each in (1, 2))
+    keys, values = (random(each, count, size, dim, dtype=dtype) for each in (1, 2))
     order = torch.randperm(count, generator=torch.Generator().manual_seed(3)).int()
     table = order[: kv_heads * pages].view(1, kv_heads, pages).repeat(len(entries), 1, 1)
     other = order[kv_heads * pages :].view(-1, kv_heads, pages)
@@ -160,7 +161,7 @@ def test_rows_that_share_pages(isa: str, codec: Codec | None, dtype: torch.dtype
     if codec is not None:
         (codes, scales), (value_codes, value_scales) = codec.encode(keys), codec.encode(values)
         held = Pages(codes, value_codes, held.positions, scales, value_scales, codec)
-    queries = random(4, len(entries), heads, 64, dtype=dtype)
+    queries = random(4, len(entries), heads, dim, dtype=dtype)
     scale = Scale(0.2)
     plan = DecodePlan(table[None], lens[None], [310], at)
     together = cpu.run(plan, 0, queries, held, scale, probs=True)

@@ -49,41 +49,56 @@ struct Reader {
     int request, kv_head;
 };
 
-// n <= LANES entries from entry t on, at `slot` of the storage, for G heads of the group from g0 on.
+// Products `row` of n <= LANES entries from entry t on, at `slot` of the storage, with one head's
+// query become weights; what was summed of the head before shrinks where there is a new top.  How far
+// below the top the largest weight is, NEVER where nothing is seen.
+template <class T>
+inline float soften(const Decode<T>& a, Reader by, int head, int64_t t, size_t slot, int n, float* row,
+                    Partial to, int padded_value, float* kept_logits) {
+    const int64_t oldest = a.window ? a.at[by.request] - a.window : -1;
+    store(row, logits(load(row), a.scale, a.softcap));
+    for (int e = n; e < LANES; ++e) row[e] = NEVER;
+    if (a.window)
+        for (int e = 0; e < n; ++e)
+            if (a.positions[slot + e] <= oldest) row[e] = NEVER;
+    if (kept_logits) {
+        const size_t at = size_t(by.request) * a.heads + by.kv_head * a.group() + head;
+        std::memcpy(kept_logits + at * a.longest + t, row, n * sizeof(float));
+    }
+    const float best = top(load(row));
+    if (best == NEVER && !std::isnan(sum(load(row)))) {
+        store(row, set1(0.f));
+        return NEVER;
+    }
+    if (!(best <= *to.top)) {  // a new top (or NaN)
+        const float less = *to.top == NEVER ? 0.f : std::exp(*to.top - best);
+        for (int d = 0; d < padded_value; d += LANES)
+            store(to.values + d, load(to.values + d) * set1(less));
+        store(to.sums, load(to.sums) * set1(less));
+        *to.top = best;
+    }
+    const Vec weight = exp2((load(row) - set1(*to.top)) * set1(LOG2E));
+    store(to.sums, load(to.sums) + weight);
+    store(row, weight);
+    return best - *to.top;
+}
+
+// The part of one head.
+inline Partial of_head(Partial all, int head, int padded_value) {
+    return {all.values + head * padded_value, all.top + head, all.sums + head * LANES};
+}
+
+// A tile of n <= LANES entries for G heads of the group from g0 on.
 template <int G, class T, class Tile>
 inline void attend_tile(const Decode<T>& a, const Tile& tile, Reader by, int g0, int64_t t, size_t slot,
                         int n, Partial to, float* kept_logits) {
     float weights[G * LANES], peaks[G];
-    const size_t first = size_t(by.request) * a.heads + by.kv_head * a.group() + g0;
     const int padded_value = tile.shape.padded_value;
-    const int64_t oldest = a.window ? a.at[by.request] - a.window : -1;
     tile.template products<G>(weights, g0);
     for (int g = 0; g < G; ++g) {
-        float *row = weights + g * LANES, *sums = to.sums + g * LANES;
-        store(row, logits(load(row), a.scale, a.softcap));
-        for (int e = n; e < LANES; ++e) row[e] = NEVER;
-        if (a.window)
-            for (int e = 0; e < n; ++e)
-                if (a.positions[slot + e] <= oldest) row[e] = NEVER;
-        if (kept_logits) std::memcpy(kept_logits + (first + g) * a.longest + t, row, n * sizeof(float));
-        const float best = top(load(row));
-        if (best == NEVER && !std::isnan(sum(load(row)))) {  // nothing is seen here
-            store(row, set1(0.f));
-            peaks[g] = 0.f;
-            continue;
-        }
-        if (!(best <= to.top[g])) {  // a new top (or NaN): what is there shrinks
-            const float less = to.top[g] == NEVER ? 0.f : std::exp(to.top[g] - best);
-            float* held = to.values + g * padded_value;
-            for (int d = 0; d < padded_value; d += LANES)
-                store(held + d, load(held + d) * set1(less));
-            store(sums, load(sums) * set1(less));
-            to.top[g] = best;
-        }
-        const Vec weight = exp2((load(row) - set1(to.top[g])) * set1(LOG2E));
-        store(sums, load(sums) + weight);
-        store(row, weight);
-        peaks[g] = Tile::peak(best - to.top[g]);
+        const float below = soften(a, by, g0 + g, t, slot, n, weights + g * LANES,
+                                   of_head(to, g, padded_value), padded_value, kept_logits);
+        peaks[g] = below == NEVER ? 0.f : Tile::peak(below);
     }
     tile.template weigh<G>(to.values, weights, peaks);
 }
@@ -122,10 +137,9 @@ struct Bundle {
     Reader reader(int i) const { return {first + i, kv_head}; }
 };
 
-// All entries of a bundle.  enter(slot, n) makes the tile of the n entries there ready, tile_at(i, slot,
-// n) gives it to row i with the first n of them.
-template <class T, class Enter, class At>
-inline void attend_span(const Decode<T>& a, const Bundle& b, float* kept_logits, Enter enter, At tile_at) {
+// The tiles of a bundle: visit(t, slot, n) for each n <= LANES entries from entry t on.
+template <class T, class Visit>
+inline void for_each_tile(const Decode<T>& a, const Bundle& b, Visit visit) {
     const int64_t end = *std::max_element(b.ends, b.ends + b.rows);
     const int last = b.first + b.rows - 1;  // its pages are all others' too
     const int32_t* table = a.table + (size_t(last) * a.kv_heads + b.kv_head) * a.width;
@@ -143,18 +157,96 @@ inline void attend_span(const Decode<T>& a, const Bundle& b, float* kept_logits,
             fetch(a.key_scales + next * steps(a.key_dim), steps(a.key_dim) * sizeof(fp16));
             fetch(a.value_scales + next * steps(a.value_dim), steps(a.value_dim) * sizeof(fp16));
         }
-        for (int off = 0; off < a.page && t + off < end; off += LANES) {
-            const int64_t left = std::min<int64_t>(LANES, a.page - off);
-            const size_t slot = page * a.page + off;
-            enter(slot, int(std::min(left, end - t - off)));
-            for (int i = 0; i < b.rows; ++i) {
-                const int n = int(std::min(left, b.ends[i] - t - off));
-                if (n > 0)
-                    attend_group(a, tile_at(i, slot, n), b.reader(i), t + off, slot, n, b.mine[i],
-                                 kept_logits);
-            }
-        }
+        for (int off = 0; off < a.page && t + off < end; off += LANES)
+            visit(t + off, page * a.page + off, int(std::min<int64_t>({LANES, a.page - off, end - t - off})));
     }
+}
+
+// All entries of a bundle.  enter(slot, n) makes the tile of the n entries there ready, tile_at(i, slot,
+// n) gives it to row i with the first n of them.
+template <class T, class Enter, class At>
+inline void attend_span(const Decode<T>& a, const Bundle& b, float* kept_logits, Enter enter, At tile_at) {
+    for_each_tile(a, b, [&](int64_t t, size_t slot, int most) {
+        enter(slot, most);
+        for (int i = 0; i < b.rows; ++i) {
+            const int n = int(std::min<int64_t>(most, b.ends[i] - t));
+            if (n > 0) attend_group(a, tile_at(i, slot, n), b.reader(i), t, slot, n, b.mine[i], kept_logits);
+        }
+    });
+}
+
+#ifdef PAIRS
+// Calls f(std::integral_constant<int, count>) for up to four of something.
+template <class F>
+inline void with_count(int count, F f) {
+    switch (count) {
+        case 1: return f(std::integral_constant<int, 1>());
+        case 2: return f(std::integral_constant<int, 2>());
+        case 3: return f(std::integral_constant<int, 3>());
+        default: return f(std::integral_constant<int, 4>());
+    }
+}
+
+// attend_span for several rows of pairs: their heads share the work of putting keys in columns, and
+// get the sums they have alone.
+template <int STEPS>
+inline void attend_pairs(const Decode<bf16>& a, Shape shape, const Bundle& b, float* kept_logits) {
+    static thread_local Scratch columns_room;
+    constexpr int size = STEPS * 32, AT_ONCE = 4;
+    const int heads = b.rows * shape.group;
+    float* weights = columns_room.get<float>(16 * size / 2 + heads * LANES);
+    auto* columns = (uint32_t*)(weights + heads * LANES);
+    const bf16 *keys = (const bf16*)a.keys, *values = (const bf16*)a.values;
+    const bf16* raw[AT_ONCE];
+    float *rows[AT_ONCE], *to[AT_ONCE];
+    for_each_tile(a, b, [&](int64_t t, size_t slot, int most) {
+        pairs_in_columns<STEPS>(columns, keys + slot * size, most);
+        for (int h = 0; h < heads; h += AT_ONCE) {
+            const int count = std::min(AT_ONCE, heads - h);
+            for (int g = 0; g < count; ++g) {
+                const int head = b.kv_head * shape.group + (h + g) % shape.group;
+                raw[g] = a.queries + size_t((b.first + (h + g) / shape.group) * a.heads + head) * size;
+                rows[g] = weights + (h + g) * LANES;
+            }
+            with_count(count, [&](auto c) { products_of_columns<c.value, STEPS>(rows, raw, columns); });
+        }
+        const auto seen = [&](int i) { return int(std::min<int64_t>(most, b.ends[i] - t)); };
+        for (int h = 0; h < heads; ++h) {
+            const int i = h / shape.group, g = h % shape.group, n = seen(i);
+            if (n > 0)
+                soften(a, b.reader(i), g, t, slot, n, weights + h * LANES,
+                       of_head(b.mine[i], g, shape.padded_value), shape.padded_value, kept_logits);
+        }
+        for (int h = 0; h < heads;) {
+            const int n = seen(h / shape.group);
+            int count = 0;
+            while (count < AT_ONCE && h + count < heads && seen((h + count) / shape.group) == n) ++count;
+            for (int g = 0; g < count; ++g) {
+                const int head = h + g;
+                rows[g] = weights + head * LANES;
+                to[g] = b.mine[head / shape.group].values + head % shape.group * shape.padded_value;
+            }
+            if (n > 0)
+                with_count(count, [&](auto c) {
+                    weigh_pairs<c.value>(to, rows, values + slot * a.value_dim, n, a.value_dim);
+                });
+            h += count;
+        }
+    });
+}
+
+// Whether rows of pairs are attended to together; if so it is done.
+inline bool attend_rows(const Decode<bf16>& a, Shape shape, const Bundle& b, float* kept_logits) {
+    if (b.rows < 2 || !takes_pairs<bf16>(a.key_dim) || !is_interleaved<bf16>(a.value_dim)) return false;
+    if (a.key_dim == 64) attend_pairs<2>(a, shape, b, kept_logits);
+    else if (a.key_dim == 96) attend_pairs<3>(a, shape, b, kept_logits);
+    else attend_pairs<4>(a, shape, b, kept_logits);
+    return true;
+}
+#endif
+template <class T>
+inline bool attend_rows(const Decode<T>&, Shape, const Bundle&, float*) {
+    return false;
 }
 
 // A span of entries that a codec has stored: queries [rows][group][padded D] are rotated as the keys
@@ -282,7 +374,7 @@ inline void decode(const Decode<T>& a, Cut cut, float* room, float* kept_logits)
         }
         const auto *keys = (const T*)a.keys, *values_at = (const T*)a.values;
         if (a.codec != AS_IS) attend_coded(a, shape, bundle, queries, kept_logits);
-        else
+        else if (!attend_rows(a, shape, bundle, kept_logits))
             attend_span(a, bundle, kept_logits, [](size_t, int) {}, [&](int i, size_t slot, int n) {
                 return PlainTile<T>{shape, queries + i * group * padded_key, raw(i),
                                     keys + slot * a.key_dim, values_at + slot * a.value_dim, n};

@@ -56,6 +56,71 @@ inline void products_of_pairs(float* out, const bf16* raw, const bf16* keys, int
     }
 }
 
+// Rows x[0..16) of 16 numbers of 32 bits, turned: x[i] becomes column i.
+inline void transpose(__m512i* x) {
+    __m512i y[16];
+    for (int i = 0; i < 16; i += 2) {
+        y[i] = _mm512_unpacklo_epi32(x[i], x[i + 1]);
+        y[i + 1] = _mm512_unpackhi_epi32(x[i], x[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4)
+        for (int j = 0; j < 2; ++j) {
+            x[i + 2 * j] = _mm512_unpacklo_epi64(y[i + j], y[i + 2 + j]);
+            x[i + 2 * j + 1] = _mm512_unpackhi_epi64(y[i + j], y[i + 2 + j]);
+        }
+    for (int i = 0; i < 4; ++i) {  // quarters of four rows that are four apart
+        const __m512i a = _mm512_shuffle_i32x4(x[i], x[4 + i], 0x88);
+        const __m512i b = _mm512_shuffle_i32x4(x[i], x[4 + i], 0xdd);
+        const __m512i c = _mm512_shuffle_i32x4(x[8 + i], x[12 + i], 0x88);
+        const __m512i d = _mm512_shuffle_i32x4(x[8 + i], x[12 + i], 0xdd);
+        y[i] = _mm512_shuffle_i32x4(a, c, 0x88), y[8 + i] = _mm512_shuffle_i32x4(a, c, 0xdd);
+        y[4 + i] = _mm512_shuffle_i32x4(b, d, 0x88), y[12 + i] = _mm512_shuffle_i32x4(b, d, 0xdd);
+    }
+    for (int i = 0; i < 16; ++i) x[i] = y[i];
+}
+
+// n <= 16 keys of 32 * STEPS numbers with their pairs one below the other: out [16 * STEPS][16].
+template <int STEPS>
+inline void pairs_in_columns(uint32_t* out, const bf16* keys, int n) {
+    for (int s = 0; s < STEPS; ++s) {
+        __m512i x[16];
+        for (int e = 0; e < 16; ++e)
+            x[e] = _mm512_loadu_si512(keys + size_t(e < n ? e : 0) * STEPS * 32 + s * 32);
+        transpose(x);
+        for (int p = 0; p < 16; ++p) _mm512_storeu_si512(out + (s * 16 + p) * 16, x[p]);
+    }
+}
+
+// products_of_pairs with such keys, for G queries that lie anywhere: the same sums in the same order,
+// without summing across a register.
+template <int G, int STEPS>
+inline void products_of_columns(float* const* out, const bf16* const* raw, const uint32_t* keys) {
+    Vec total[G], before[G];
+#pragma GCC unroll 4
+    for (int part = 0; part < 4; ++part) {
+        Vec acc[G][4];
+        for (int i = 0; i < 4; ++i) {
+            for (int g = 0; g < G; ++g) acc[g][i] = set1(0.f);
+            for (int s = 0; s < STEPS; ++s) {
+                const int pair = s * 16 + part * 4 + i;
+                const __m512i key = _mm512_loadu_si512(keys + pair * 16);
+                for (int g = 0; g < G; ++g) {
+                    int32_t number;
+                    std::memcpy(&number, raw[g] + 2 * pair, sizeof(number));
+                    acc[g][i].v = add_pairs(acc[g][i].v, key, _mm512_set1_epi32(number));
+                }
+            }
+        }
+        for (int g = 0; g < G; ++g) {
+            const Vec sum = (acc[g][0] + acc[g][2]) + (acc[g][1] + acc[g][3]);
+            if (part % 2 == 0) before[g] = sum;
+            else if (part == 1) total[g] = before[g] + sum;
+            else total[g] = total[g] + (before[g] + sum);
+        }
+    }
+    for (int g = 0; g < G; ++g) store(out[g], total[g]);
+}
+
 #endif
 
 template <class T, int G>
@@ -90,15 +155,15 @@ inline Vec in_order(const float* block, int half) {  // numbers 16 * half.. of a
 
 // acc[g] += weights[g][0..n) · values two entries at a time, weights rounded to bf16.
 template <int G>
-inline void weigh_pairs(float* acc, const float* weights, const bf16* values, int n, int size,
-                        int padded) {
+inline void weigh_pairs(float* const* acc, const float* const* weights, const bf16* values, int n,
+                        int size) {
     alignas(64) uint32_t pair[G][LANES / 2];
-    for (int g = 0; g < G; ++g) store((bf16*)pair[g], load(weights + g * LANES));
+    for (int g = 0; g < G; ++g) store((bf16*)pair[g], load(weights[g]));
     for (int d = 0; d < size; d += 32) {
         Vec low[G], high[G];
         for (int g = 0; g < G; ++g) {
-            low[g] = load(acc + g * padded + d);
-            high[g] = load(acc + g * padded + d + 16);
+            low[g] = load(acc[g] + d);
+            high[g] = load(acc[g] + d + 16);
         }
         for (int e = 0; e < n; e += 2) {
             const __m512i one = _mm512_loadu_si512(values + size_t(e) * size + d);
@@ -113,8 +178,8 @@ inline void weigh_pairs(float* acc, const float* weights, const bf16* values, in
             }
         }
         for (int g = 0; g < G; ++g) {
-            store(acc + g * padded + d, low[g]);
-            store(acc + g * padded + d + 16, high[g]);
+            store(acc[g] + d, low[g]);
+            store(acc[g] + d + 16, high[g]);
         }
     }
 }
@@ -131,7 +196,12 @@ template <class T, int G>
 inline void weigh(float* acc, const float* weights, const T* values, int n, int size, int padded) {
 #ifdef PAIRS
     if constexpr (UnitOf<T>::type::DEPTH == 2)
-        if (is_interleaved<T>(size)) return weigh_pairs<G>(acc, weights, values, n, size, padded);
+        if (is_interleaved<T>(size)) {
+            float* to[G];
+            const float* by[G];
+            for (int g = 0; g < G; ++g) to[g] = acc + g * padded, by[g] = weights + g * LANES;
+            return weigh_pairs<G>(to, by, values, n, size);
+        }
 #endif
     int d = 0;
     for (; d + 4 * LANES <= size; d += 4 * LANES) {
