@@ -155,6 +155,33 @@ inline void write_rows(const Rows<T>& rows, const Place<T>& to) {
         }
 }
 
+// What a decode step adds to the running scores of one of its rows.  layers [count][4]: a layer's
+// number, the addresses of its group's scores and of its weights [rows, K, longest], and `longest`;
+// pages [depth, K, width]; lengths [depth, heads], whose first K are these.
+struct Adding {
+    const int64_t* layers;
+    const int32_t* pages;
+    const int64_t* lengths;
+    int64_t count, row, kv_heads, width, heads, page;
+};
+
+inline void add_weights(const Adding& a) {
+#pragma omp parallel for schedule(static) collapse(2)
+    for (int64_t i = 0; i < a.count; ++i)
+        for (int64_t head = 0; head < a.kv_heads; ++head) {
+            const int64_t *at = a.layers + 4 * i, longest = at[3];
+            auto* scores = (float*)at[1];
+            const float* weights = (const float*)at[2] + (a.row * a.kv_heads + head) * longest;
+            const int32_t* pages = a.pages + (at[0] * a.kv_heads + head) * a.width;
+            const int64_t length = a.lengths[at[0] * a.heads + head];
+            for (int64_t t = 0; t < length; t += a.page) {
+                const int64_t n = std::min(a.page, length - t);
+                float* to = scores + size_t(pages[t / a.page]) * a.page;
+                for (int64_t e = 0; e < n; ++e) to[e] += weights[t + e];
+            }
+        }
+}
+
 // The sum of a tensor's words, read once by all cores: what memory can deliver.
 inline int64_t read_all(const int64_t* words, int64_t count) {
     int64_t total = 0;
