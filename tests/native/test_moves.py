@@ -10,7 +10,7 @@ import torch
 from hypothesis import settings
 from torch import Tensor
 
-from pyramidinfer.cache import GroupSpec, Layout, Pool, Table
+from pyramidinfer.cache import GroupSpec, Layout, Pool, Table, Weights
 from pyramidinfer.cache.mover import Mover
 from pyramidinfer.cache.native import KernelMover
 from pyramidinfer.native import Kernels, kernels
@@ -125,6 +125,33 @@ def test_keep_leaves_a_forks_twin_alone() -> None:
         pool.check()
     assert_same(pools, tables, 0)
     assert_same(pools, twins, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_steps_weights_go_to_the_running_scores_of_one_request(dtype: torch.dtype) -> None:
+    """Heads and layers of unequal lengths, a fork's pages left alone, as ``add_scores`` has it."""
+    pools, found = pool_pair(torch.float32), []
+    for pool in pools:
+        table = pool.new_table()
+        for layer, count in enumerate([3 * PAGE, 2 * PAGE + 1]):
+            fill(pool, table, layer, count, seed=layer)
+        pool.keep(
+            table, 1, Keep(torch.tensor([[0, 1, 2, 3, 6], [5, 1, 0, 0, 0]]), torch.tensor([5, 2]))
+        )
+        twin, weights = pool.fork(table), Weights(pool)
+        weights.by_layer = {layer: random(layer, 3, 2, 20, dtype=dtype) for layer in (0, 1)}
+        for row in (2, 0):
+            weights.add(table, row)
+        pool.check()
+        assert not any(bool(pool.scores(twin, layer).any()) for layer in (0, 1))
+        found.append([pool.scores(table, layer) for layer in (0, 1)])
+        for layer, kept in ((0, [12, 12]), (1, [5, 2])):
+            rows = weights.by_layer[layer].float()
+            for head, count in enumerate(kept):
+                expected = rows[2, head, :count] + rows[0, head, :count]
+                assert found[-1][layer][head, :count].equal(expected)
+    for native, plain in zip(*found, strict=True):
+        assert native.equal(plain)
 
 
 @pytest.mark.parametrize("indices", [[3, 3], [0, 9], [-1, 2], [5, 0, 5]])

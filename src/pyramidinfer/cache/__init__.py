@@ -5,6 +5,7 @@ from pyramidinfer.cache.export import Copier, Exported
 from pyramidinfer.cache.group import GroupSpec, PoolExhausted
 from pyramidinfer.cache.layout import Layout, Place
 from pyramidinfer.cache.pool import Pool
+from pyramidinfer.cache.running import Weights
 from pyramidinfer.cache.table import Copying, Ring, Table
 
 __all__ = [
@@ -18,5 +19,6 @@ __all__ = [
     "PoolExhausted",
     "Ring",
     "Table",
+    "Weights",
     "evict_best",
 ]

@@ -131,18 +131,15 @@ class Pool:
 
     def _append_one(self, tables: list[Table]) -> tuple[np.ndarray, np.ndarray]:
         """Claim one new entry in every head of each table."""
-        for table in tables:
-            self._claim_next(table)
         kept = np.stack(list(map(self.lens, tables)), axis=1)  # [layers, n, heads]
         kept[~self._is_own] = 0
+        held = np.stack([table.held for table in tables], axis=1)
+        full = (kept == held * self.page_size) & self._is_own[:, None, None]
+        for row in full.any((0, 2)).nonzero()[0].tolist():
+            self._claim_next(tables[row], full[:, row])
         index = kept // self.page_size
-        pages = np.stack(
-            [
-                np.take_along_axis(t.pages, index[:, row, :, None], 2)[..., 0]
-                for row, t in enumerate(tables)
-            ],
-            axis=1,
-        )
+        every = np.ogrid[: self.layers, : self.kv_heads]
+        pages = np.stack([t.pages[*every, index[:, row]] for row, t in enumerate(tables)], axis=1)
         for number, group in enumerate(self.groups):
             mine = np.nonzero((self.group_of == number) & self._is_own)[0]
             shared = group.counts[pages[mine]] > 1
@@ -154,11 +151,8 @@ class Pool:
             table.kept += 1
         return pages.astype(np.int64), kept % self.page_size
 
-    def _claim_next(self, table: Table) -> None:
-        """Own a page for the next entry of every head whose pages are full."""
-        full = (self.lens(table) == table.held * self.page_size) & self._is_own[:, None]
-        if not full.any():
-            return
+    def _claim_next(self, table: Table, full: np.ndarray) -> None:
+        """Own a page for the next entry of heads whose pages are ``full``, ``[layers, own]``."""
         if int(table.held[full].max()) == table.pages.shape[2]:
             table.grow(table.pages.shape[2] + 1)
         for number, group in enumerate(self.groups):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pyramidinfer.attention import DecodePlan
 from pyramidinfer.attention.base import Attended
-from pyramidinfer.cache import Pool
+from pyramidinfer.cache import Pool, Weights
 from pyramidinfer.config import accumulate_dtype
 from pyramidinfer.models.batch import Sequence
 from pyramidinfer.types import AttentionShape
@@ -60,7 +60,7 @@ class Decoding:
     ropes, cos and sin of the places, are on the device already.
 
     What they leave: queries ``[L, R, H, D]`` with their log-sum-exps lse ``[L, R, H]``, where rings
-    ask for them;  probs, by layer ``[R, K, longest]``, where running scores do.
+    ask for them;  weights, where running scores do.
 
     ``counted``: its tokens are counted in, and evictions done (``ModelRunner.commit``).
 
@@ -104,7 +104,7 @@ class Decoding:
         self._scratch = np.array([pool.group(layer).scratch for layer in range(pool.layers)])
         cuda: Any = torch.cuda
         self._sent = cuda.Event() if on_gpu and fixed else None
-        self.probs: dict[int, Tensor] = {}
+        self.weights = Weights(pool)
         self.queries: Tensor | None = None
         self.lse: Tensor | None = None
         if size.rings:
@@ -174,7 +174,7 @@ class Decoding:
             assert attended.lse is not None
             self.queries[layer], self.lse[layer] = queries, attended.lse
         if attended.probs is not None:
-            self.probs[layer] = attended.probs
+            self.weights.by_layer[layer] = attended.probs
 
 
 class Stepped(NamedTuple):

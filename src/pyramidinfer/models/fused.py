@@ -118,7 +118,7 @@ class FusedDecoder(Decoder):
         if decoding.size.scores:
             probs = [lse.new_empty(rows, heads.kv_heads, longest) for longest in plan.longest[here]]
             addresses = (ctypes.c_void_p * depth)(*map(pointer, probs))
-            decoding.probs = dict(zip(own, probs, strict=True))
+            decoding.weights.by_layer.update(zip(own, probs, strict=True))
         longest = torch.tensor(plan.longest[here])
         held = (
             *rope,

@@ -115,6 +115,9 @@ class LayerCall:
         attended = self.backend.run(
             plan, layer, queries[rows], pages, scale, probs=decoding.size.scores
         )
+        if attended.probs is not None:
+            found = self.ranks.sum_readers(attended.probs, pool.layout.kv_heads)
+            attended = attended._replace(probs=found)
         decoding.note(layer, queries[rows], attended)
         return attended.out
 

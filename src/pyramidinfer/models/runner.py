@@ -501,9 +501,7 @@ class ModelRunner:
             assert decoding.queries is not None and decoding.lse is not None
             table.ring.push(decoding.queries[:, row], decoding.lse[:, row], table.seen_len)
         if sequence.policy.uses_scores:
-            for layer, probs in decoding.probs.items():
-                found = self.ranks.sum_readers(probs[row], self.kv_heads)
-                pool.add_scores(table, layer, found)
+            decoding.weights.add(table, row)
         table.seen_len += 1
         pool.note_peak(table)
         for layer in self.stages.own:

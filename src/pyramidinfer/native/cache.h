@@ -23,6 +23,14 @@ struct Keeping {
     int64_t count, page, kept, length;
 };
 
+#ifdef __AVX512F__
+// Whole lines past the caches, so that what is written over is not read first; `to` begins a line.
+inline void stream_lines(char* to, const char* from, int64_t bytes) {
+    for (int64_t b = 0; b < bytes; b += 64)
+        _mm512_stream_si512((__m512i*)(to + b), _mm512_loadu_si512(from + b));
+}
+#endif
+
 inline void copy_entry(char* to, const char* from, int64_t bytes) {
     if (bytes == 128) std::memcpy(to, from, 128);  // the usual sizes, without a call
     else if (bytes == 256) std::memcpy(to, from, 256);
@@ -56,6 +64,18 @@ inline int64_t keep_head(const Keeping& k) {
     for (int64_t i = 0; i < k.count; ++i) {
         char* data = k.tensors[i].data;
         const int64_t bytes = k.tensors[i].entry;
+#ifdef __AVX512F__
+        if (bytes % 64 == 0 && size_t(data) % 64 == 0) {
+            for (int64_t m = 0; m < moved; ++m) {
+                if (m + 8 < moved)
+                    for (int64_t b = 0; b < bytes; b += 64)
+                        __builtin_prefetch(data + moves[2 * m + 16] * bytes + b, 0, 3);
+                stream_lines(data + moves[2 * m + 1] * bytes, data + moves[2 * m] * bytes, bytes);
+            }
+            _mm_sfence();
+            continue;
+        }
+#endif
         for (int64_t m = 0; m < moved; ++m) {
             if (m + 8 < moved)
                 for (int64_t b = 0; b < bytes; b += 64) {
@@ -152,6 +172,33 @@ inline void write_rows(const Rows<T>& rows, const Place<T>& to) {
                    to.value_dim, slot, to.values, to.value_scales);
             to.positions[slot] = int32_t(rows.at[row]);
             if (to.scores) to.scores[slot] = 0.f;
+        }
+}
+
+// What a decode step adds to the running scores of one of its rows.  layers [count][4]: a layer's
+// number, the addresses of its group's scores and of its weights [rows, K, longest], and `longest`;
+// pages [depth, K, width]; lengths [depth, heads], whose first K are these.
+struct Adding {
+    const int64_t* layers;
+    const int32_t* pages;
+    const int64_t* lengths;
+    int64_t count, row, kv_heads, width, heads, page;
+};
+
+inline void add_weights(const Adding& a) {
+#pragma omp parallel for schedule(static) collapse(2)
+    for (int64_t i = 0; i < a.count; ++i)
+        for (int64_t head = 0; head < a.kv_heads; ++head) {
+            const int64_t *at = a.layers + 4 * i, longest = at[3];
+            auto* scores = (float*)at[1];
+            const float* weights = (const float*)at[2] + (a.row * a.kv_heads + head) * longest;
+            const int32_t* pages = a.pages + (at[0] * a.kv_heads + head) * a.width;
+            const int64_t length = a.lengths[at[0] * a.heads + head];
+            for (int64_t t = 0; t < length; t += a.page) {
+                const int64_t n = std::min(a.page, length - t);
+                float* to = scores + size_t(pages[t / a.page]) * a.page;
+                for (int64_t e = 0; e < n; ++e) to[e] += weights[t + e];
+            }
         }
 }
 

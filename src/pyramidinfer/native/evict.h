@@ -31,6 +31,14 @@ struct Eviction {
     size_t slot(int64_t head, int64_t entry) const {
         return size_t(pages[head * width + entry / page]) * page + entry % page;
     }
+    // f(first, slot, n) of every page of a head: n entries from `first` on, at `slot` and behind.
+    template <class F>
+    void by_page(int64_t head, F f) const {
+        const int64_t length = lengths[head];
+        const int32_t* mine = pages + head * width;
+        for (int64_t first = 0; first < length; first += page, ++mine)
+            f(first, size_t(*mine) * page, std::min(page, length - first));
+    }
     // The key in a slot; room [key_dim] floats and as many of T, for one that a codec has stored.
     template <class T>
     const T* key(size_t slot, float* room) const {
@@ -40,18 +48,52 @@ struct Eviction {
                      key_scales + slot * (key_dim / group_size(key_dim)), key_dim, room, out);
         return out;
     }
-    bool stays(int64_t place) const {  // sinks, the newest, what is protected
-        return place < sinks || place > recent || (place < text && protect[place]);
-    }
 };
 
-constexpr int BLOCK_ENTRIES = 24;  // a multiple of a tile's rows
+constexpr int BLOCK_ENTRIES = 16;
 
-// What score_entries works in: queries as panels, their log-sum-exps, products, keys of a block, a
-// decoded key.
+// What score_entries works in: queries as panels, their log-sum-exps, keys of a block, a decoded key.
 inline int64_t units_to_score(const Eviction& e, int64_t units) {
     const int64_t panels = ceil_div(e.window * e.group(), COLUMNS);
-    return panels * (units + 1) * COLUMNS + BLOCK_ENTRIES * (COLUMNS + units) + 1 + 2 * e.key_dim;
+    return panels * (units + 1) * COLUMNS + BLOCK_ENTRIES * units + 1 + 2 * e.key_dim;
+}
+
+// R entries a [R][units] under W * LANES queries, the first of a panel b: totals [R] go on with what
+// norms [R] (of each entry, the queries' log-sum-exps) make of the products.
+template <class U, int R, int W>
+inline void rate_tile(const Eviction& e, const uint32_t* a, const uint32_t* b, int units,
+                      const float* const* norms, Vec* totals) {
+    Vec acc[R][W];
+    for (int r = 0; r < R; ++r)
+        for (int w = 0; w < W; ++w) acc[r][w] = set1(0.f);
+    const char* none = nullptr;
+    tile<U>(acc, a, units, b, units, none, 0);
+    for (int r = 0; r < R; ++r)
+        for (int w = 0; w < W; ++w) {
+            const Vec x = logits(acc[r][w], e.scale, e.softcap) * set1(LOG2E) - load(norms[r] + w * LANES);
+            totals[r] = e.takes_max ? max(totals[r], x) : totals[r] + exp2(x);
+        }
+}
+
+// The same of n entries: as many at a time as leave room for their products in registers.
+template <class U, int W>
+inline void rate(const Eviction& e, const uint32_t* a, int n, const uint32_t* b, int units,
+                 const float* const* norms, Vec* totals) {
+    constexpr int MOST = LANES == 16 && W < 4 ? 8 : ROWS;
+    int i = 0;
+    for (; i + MOST <= n; i += MOST) rate_tile<U, MOST, W>(e, a + i * units, b, units, norms + i, totals + i);
+    for (; i + 2 <= n; i += 2) rate_tile<U, 2, W>(e, a + i * units, b, units, norms + i, totals + i);
+    if (i < n) rate_tile<U, 1, W>(e, a + i * units, b, units, norms + i, totals + i);
+}
+
+// The same for the first `columns` queries of a panel.
+template <class U, int W = WIDE>
+inline void rate_panel(const Eviction& e, const uint32_t* a, int n, const uint32_t* b, int64_t columns,
+                       int units, const float* const* norms, Vec* totals) {
+    if constexpr (W > 1)
+        if (columns <= (W - 1) * LANES)
+            return rate_panel<U, W - 1>(e, a, n, b, columns, units, norms, totals);
+    rate<U, W>(e, a, n, b, units, norms, totals);
 }
 
 // scores [n]: the largest (or the mean) weight that any of the window's queries of the head's group
@@ -61,11 +103,11 @@ inline void score_entries(const Eviction& e, int64_t head, const int64_t* places
                           uint32_t* room) {
     using U = typename UnitOf<T>::type;
     const int units = int(ceil_div(e.key_dim, U::DEPTH)), depth = int(e.key_dim);
-    const int64_t group = e.group(), rows = e.window * group, length = e.lengths[head];
+    const int64_t group = e.group(), rows = e.window * group;
     const int64_t panels = ceil_div(rows, COLUMNS), oldest = e.query_at[0];
     const size_t panel = size_t(units) * COLUMNS;
-    float *norms = (float*)(room + panels * panel), *block = norms + panels * COLUMNS;
-    auto* keys = (uint32_t*)(block + BLOCK_ENTRIES * COLUMNS);
+    float* norms = (float*)(room + panels * panel);
+    auto* keys = (uint32_t*)(norms + panels * COLUMNS);
     auto* decoded = (float*)(keys + BLOCK_ENTRIES * units + 1);
     const auto at = [&](int64_t r) { return e.rows[r / group] * e.heads + head * group + r % group; };
     for (int64_t p = 0; p < panels; ++p)
@@ -73,37 +115,44 @@ inline void score_entries(const Eviction& e, int64_t head, const int64_t* places
                      [&](int64_t r) { return (const T*)e.queries + at(r) * e.key_dim; });
     for (int64_t r = 0; r < panels * COLUMNS; ++r)
         norms[r] = r < rows ? e.lse[at(r)] * LOG2E : -NEVER;
-    for (int64_t first = 0; first < length; first += BLOCK_ENTRIES) {
-        const int n = int(std::min<int64_t>(BLOCK_ENTRIES, length - first));
-        Vec total[BLOCK_ENTRIES];  // where the largest counts, its logarithm
-        for (int i = 0; i < n; ++i) {
-            total[i] = set1(e.takes_max ? NEVER : 0.f);
-            pack_left(keys + size_t(i) * units,
-                      e.template key<T>(e.slot(head, first + i), decoded), depth);
+    // Whether keys are units as they lie.
+    const bool plain = e.codec == AS_IS && sizeof(T) == sizeof(typename U::Number) && depth % U::DEPTH == 0;
+    const auto score_block = [&](int64_t first, size_t slot, int n) {
+        const auto* entries = (const uint32_t*)((const T*)e.keys + slot * depth);
+        if (!plain) {
+            for (int i = 0; i < n; ++i)
+                pack_left(keys + size_t(i) * units, e.template key<T>(slot + i, decoded), depth);
+            entries = keys;
         }
+        Vec totals[BLOCK_ENTRIES];  // where the largest counts, its logarithm
+        for (int i = 0; i < n; ++i) totals[i] = set1(e.takes_max ? NEVER : 0.f);
         for (int64_t p = 0; p < panels; ++p) {
-            panel_product<U>(block, COLUMNS, false, keys, units, n, room + p * panel, units);
+            const float* norm_of[BLOCK_ENTRIES];
+            float own[BLOCK_ENTRIES][COLUMNS];
             for (int i = 0; i < n; ++i) {
                 const int64_t place = places[first + i];
-                float own[COLUMNS], *norm = norms + p * COLUMNS;
-                if (place > oldest) {  // not every query could see it
-                    for (int64_t c = 0, r = p * COLUMNS; c < COLUMNS; ++c, ++r)
-                        own[c] = r < rows && place > e.query_at[r / group] ? -NEVER : norm[c];
-                    norm = own;
-                }
-                for (int w = 0; w < COLUMNS; w += LANES) {
-                    const Vec raw = logits(load(block + i * COLUMNS + w), e.scale, e.softcap);
-                    const Vec x = raw * set1(LOG2E) - load(norm + w);
-                    total[i] = e.takes_max ? max(total[i], x) : total[i] + exp2(x);
-                }
+                norm_of[i] = norms + p * COLUMNS;
+                if (place <= oldest) continue;
+                for (int64_t c = 0, r = p * COLUMNS; c < COLUMNS; ++c, ++r)  // not every query could see it
+                    own[i][c] = r < rows && place > e.query_at[r / group] ? -NEVER : norm_of[i][c];
+                norm_of[i] = own[i];
             }
+            rate_panel<U>(e, entries, n, room + p * panel, rows - p * COLUMNS, units, norm_of, totals);
         }
         float found[LANES * ((BLOCK_ENTRIES + LANES - 1) / LANES)] = {};
-        for (int i = 0; i < n; ++i) found[i] = e.takes_max ? top(total[i]) : sum(total[i]) * e.share;
+        for (int i = 0; i < n; ++i) found[i] = e.takes_max ? top(totals[i]) : sum(totals[i]) * e.share;
         if (e.takes_max)
             for (int i = 0; i < n; i += LANES) store(found + i, exp2(load(found + i)));
         std::memcpy(scores + first, found, n * sizeof(float));
-    }
+    };
+    const int64_t bytes = e.page * (e.codec == AS_IS ? int64_t(depth * sizeof(T))
+                                                     : code_bytes(int(e.codec), depth));
+    e.by_page(head, [&](int64_t first, size_t slot, int64_t some) {
+        if (first + some < e.lengths[head])
+            fetch((const char*)e.keys + e.slot(head, first + some) / e.page * bytes, bytes);
+        for (int64_t i = 0; i < some; i += BLOCK_ENTRIES)
+            score_block(first + i, slot + i, int(std::min<int64_t>(BLOCK_ENTRIES, some - i)));
+    });
 }
 
 // Heads that lose nothing are not looked at.
@@ -131,13 +180,19 @@ inline void evict(const Eviction& e) {
     const bool pools = e.kernel > 1;
     for (int64_t h = 0; h < heads; ++h) {
         const int64_t length = lengths[h], at = h * n;
-        for (int64_t i = 0; i < length; ++i) {
-            places[at + i] = ((const int32_t*)e.positions)[e.slot(live[h], i)];
-            forced[at + i] = e.stays(places[at + i]);
-        }
+        e.by_page(live[h], [&](int64_t first, size_t slot, int64_t some) {
+            const auto* from = (const int32_t*)e.positions + slot;
+            std::copy(from, from + some, places + at + first);
+        });
+        for (int64_t i = at; i < at + length; ++i)
+            forced[i] = (places[i] < e.sinks) | (places[i] > e.recent);
+        if (e.text)
+            for (int64_t i = at; i < at + length; ++i)
+                if (places[i] < e.text) forced[i] |= e.protect[places[i]];
         if (e.running)
-            for (int64_t i = 0; i < length; ++i)
-                scores[at + i] = ((const float*)e.scores)[e.slot(live[h], i)];
+            e.by_page(live[h], [&](int64_t first, size_t slot, int64_t some) {
+                std::memcpy(scores + at + first, (const float*)e.scores + slot, some * sizeof(float));
+            });
         else if (!e.window)
             for (int64_t i = 0; i < length; ++i) scores[at + i] = float(places[at + i] - e.recent);
         else score_entries<T>(e, live[h], places + at, scores + at, work);

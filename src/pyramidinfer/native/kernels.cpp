@@ -135,8 +135,9 @@ struct WriteCall {
 // Bytes of what library.py describes a second time, in the order of its STRUCTS.
 int64_t struct_bytes(int which) {
     static const size_t bytes[] = {
-        sizeof(DecodeCall), sizeof(DenseCall), sizeof(Storage), sizeof(Keeping), sizeof(Eviction),
-        sizeof(WriteCall), sizeof(Linear), sizeof(Watch), sizeof(Heads), sizeof(Layer), sizeof(Step),
+        sizeof(DecodeCall), sizeof(DenseCall), sizeof(Storage), sizeof(Keeping), sizeof(Adding),
+        sizeof(Eviction), sizeof(WriteCall), sizeof(Linear), sizeof(Watch), sizeof(Heads),
+        sizeof(Layer), sizeof(Step),
     };
     return which < int(sizeof bytes / sizeof *bytes) ? int64_t(bytes[which]) : -1;
 }
@@ -155,6 +156,8 @@ void write_entries(int dtype, const WriteCall* c) {
         write_rows(rows, place);
     });
 }
+
+void add_scores(const Adding* c) { add_weights(*c); }
 
 void evict_entries(int dtype, const Eviction* many, int64_t count) {
     by_dtype(dtype, [&](auto kind) { evict_all<decltype(kind)>(many, count); });

@@ -14,6 +14,7 @@ from pyramidinfer.native.build import NoCompilerError, compile_kernels
 
 __all__ = [
     "DTYPES",
+    "Adding",
     "DecodeCall",
     "DenseCall",
     "Eviction",
@@ -57,6 +58,7 @@ DenseCall = _struct(
 )
 StorageData = _struct("StorageData", "data", "entry")
 Keeping = _struct("Keeping", "tensors pages indices", "count page kept length")
+Adding = _struct("Adding", "layers pages lengths", "count row kv_heads width heads page")
 Eviction = _struct(
     "Eviction",
     "keys values positions scores key_scales value_scales pages lengths counts protect queries lse "
@@ -149,6 +151,7 @@ STRUCTS: tuple[type[Structure], ...] = (
     DenseCall,
     StorageData,
     Keeping,
+    Adding,
     Eviction,
     WriteCall,
     LinearData,
@@ -201,6 +204,7 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
             c_void_p,
         ],
     ),
+    "add_scores": (None, [POINTER(Adding)]),
     "evict_entries": (None, [c_int, c_void_p, c_int64]),
     "best_entries": (
         c_int64,

@@ -41,28 +41,28 @@ struct UnitOf<bf16> {
 };
 #endif
 
-// acc[rows][WIDE] += a[rows][units] · b[units][COLUMNS]; `next` is fetched meanwhile, `lines` of
-// 64 bytes every four units.
-template <class U, int R>
-inline void tile(Vec (&acc)[R][WIDE], const uint32_t* a, size_t lda, const uint32_t* b, int units,
+// acc[rows][W] += a[rows][units] · the first W * LANES of b[units][COLUMNS]; `next` is fetched
+// meanwhile, `lines` of 64 bytes every four units.
+template <class U, int R, int W>
+inline void tile(Vec (&acc)[R][W], const uint32_t* a, size_t lda, const uint32_t* b, int units,
                  const char*& next, int lines) {
     int u = 0;
     for (; u + 4 <= units; u += 4) {
         for (int i = 0; i < lines; ++i, next += 64) __builtin_prefetch(next, 0, 2);
 #pragma GCC unroll 4
         for (int j = 0; j < 4; ++j, b += COLUMNS) {
-#pragma GCC unroll 6
+#pragma GCC unroll 8
             for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-                for (int w = 0; w < WIDE; ++w)
+                for (int w = 0; w < W; ++w)
                     U::mul(acc[r][w], b + w * LANES, a[r * lda + u + j]);
         }
     }
     for (; u < units; ++u, b += COLUMNS)
-#pragma GCC unroll 6
+#pragma GCC unroll 8
         for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-            for (int w = 0; w < WIDE; ++w) U::mul(acc[r][w], b + w * LANES, a[r * lda + u]);
+            for (int w = 0; w < W; ++w) U::mul(acc[r][w], b + w * LANES, a[r * lda + u]);
 }
 
 // c[rows][COLUMNS] (= or +=) a · b for one panel, rows 1..ROWS.

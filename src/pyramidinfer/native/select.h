@@ -15,11 +15,27 @@ inline uint32_t ordered(float x) {
     return u & 0x80000000u ? ~u : u | 0x80000000u;
 }
 
-struct Ranked {
-    uint64_t key;  // score, then the earlier place
-    int32_t entry;
-    bool operator<(const Ranked& other) const { return key > other.key; }  // the best come first
-};
+// The `count`-th largest of keys [n], no two of which are the same; `work` [n].
+inline uint64_t least_kept(const uint64_t* keys, int64_t n, int64_t count, uint64_t* work) {
+    constexpr int64_t FEW = 32;
+    const int64_t less = n - count;  // so many go
+    if (less > FEW) {
+        std::copy(keys, keys + n, work);
+        std::nth_element(work, work + less, work + n);
+        return work[less];
+    }
+    // The smallest keys and the next one, ascending: few of all others come before the last of them.
+    const int64_t held = less + 1;
+    std::copy(keys, keys + held, work);
+    std::sort(work, work + held);
+    for (int64_t i = held; i < n; ++i) {
+        if (keys[i] >= work[less]) continue;
+        int64_t at = less;
+        for (; at > 0 && work[at - 1] > keys[i]; --at) work[at] = work[at - 1];
+        work[at] = keys[i];
+    }
+    return work[less];
+}
 
 // Entries with the highest scores [heads, n] of each head's first lengths [heads], ascending.
 // counts [heads] in: how many are wanted; out: how many there are.  Forced ones [heads, n] win, and
@@ -47,15 +63,18 @@ inline int64_t best_of(const float* scores, const uint8_t* forced, const int64_t
             for (int64_t i = 0; i < count; ++i) mine[i] = i;
             continue;
         }
-        auto* ranked = work.get<Ranked>(length);
+        if (!count) continue;
+        auto* keys = work.get<uint64_t>(2 * length);  // score, then the earlier place
         for (int64_t i = 0; i < length; ++i) {
             const uint32_t score = forced[h * n + i] ? 0xffffffffu : ordered(scores[h * n + i]);
             const int64_t place = places ? places[h * n + i] : i;
-            ranked[i] = {uint64_t(score) << 32 | uint32_t(~uint32_t(place)), int32_t(i)};
+            keys[i] = uint64_t(score) << 32 | uint32_t(~uint32_t(place));
         }
-        std::nth_element(ranked, ranked + count, ranked + length);
-        for (int64_t i = 0; i < count; ++i) mine[i] = ranked[i].entry;
-        std::sort(mine, mine + count);
+        const uint64_t least = least_kept(keys, length, count, keys + length);
+        for (int64_t i = 0, found = 0; found < count; ++i) {
+            mine[found] = i;
+            found += keys[i] >= least;
+        }
     }
     return row;
 }

@@ -30,7 +30,7 @@ class Limited(Policy):
     def limits_at(self, view: View) -> Sequence[int]:
         """What each of the view's heads is held to now."""
         if view.phase == "decode":
-            found: list[int] = view.state["limits"][view.layer].tolist()
+            found: list[int] = view.state["limits"].numpy()[view.layer].tolist()
             return found
         return self.limits_of(view.layer, view.seen_len, view.layers)
 
