@@ -18,7 +18,7 @@ from pyramidinfer.cli import verify as cli_verify
 from pyramidinfer.cli.app import main
 from pyramidinfer.lab import checks as checking
 from pyramidinfer.lab import verify as verifying
-from pyramidinfer.lab.asking import Asker
+from pyramidinfer.lab.asking import Asker, asker
 from pyramidinfer.lab.checks import Bench, Turns
 from pyramidinfer.lab.retrieval import Retrieval
 from pyramidinfer.lab.samples import Subject
@@ -96,6 +96,45 @@ def test_as_many_samples_as_the_time_has_room_for(
 
 
 @pytest.mark.usefixtures("short")
+def test_a_cache_in_few_bits_is_held_against_the_full_one_in_the_models_dtype(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is said of the full cache is the same beside another kv dtype; what is measured of the
+    policy has its bytes, and its losses where they can be told: in likelihoods."""
+    found = {}
+    for kv_dtype in ("auto", "int4"):
+        out = tmp_path / f"{kv_dtype}.json"
+        command = ["verify", "--policy", "streaming_llm", "--keep", ".5", *QUICK, "--floor", ".01"]
+        assert run(monkeypatch, *command, "--json", str(out), "--kv-dtype", kv_dtype) == 0
+        told = ", int4 against" if kv_dtype == "int4" else " against"
+        assert f"streaming_llm, keep 0.5{told}" in " ".join(capsys.readouterr().out.split())
+        written = json.loads(out.read_text())
+        assert written["configuration"]["subject"]["kv_dtype"] == kv_dtype
+        assert written["configuration"]["subject"]["kv_memory"] == "32MiB"
+        found[kv_dtype] = {each["name"]: each for each in written["result"]["checks"]}
+    counted = [name for name, each in found["auto"].items() if each["share"] is not None]
+    assert len(counted) == 4
+    for name in counted:
+        plain, coded = found["auto"][name], found["int4"][name]
+        assert coded["full"].split(",")[0] == plain["full"].split(",")[0]
+        assert 0.25 < coded["kv_share"] / plain["kv_share"] < 0.45
+    lost = [found[each]["text"]["mine"] for each in ("auto", "int4")]
+    assert lost[0] != lost[1]
+
+
+def test_full_and_coded_answers_come_from_machines_of_their_own() -> None:
+    """... over one model, and from one machine where nothing is coded."""
+    plain = Subject(kv_memory="8MiB")
+    coded = Subject(kv_memory="8MiB", kv_dtype="int8")
+    machine = asker(plain)
+    assert Bench(machine, plain, Full(), 300).own is machine
+    own = Bench(machine, coded, Full(), 300).own
+    assert own.llm.engine.config.kv_dtype == "int8"
+    assert machine.llm.engine.config.kv_dtype == "auto"
+    asker.cache_clear()
+
+
+@pytest.mark.usefixtures("short")
 def test_a_ruinous_setting_is_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -143,6 +182,7 @@ def test_the_verdict_goes_by_the_interval() -> None:
         (["--length", "100"], "--length 100 is too short"),
         (["--length", "4090"], "4096 positions"),
         (["--seconds", "0"], "--seconds 0.0"),
+        (["--kv-dtype", "imt8"], "--kv-dtype='imt8' is unknown; did you mean 'int8'"),
         (["--policy", "pyramidinfer", "--keep", "0.01"], "keep=0.01"),
     ],
 )
@@ -216,14 +256,15 @@ def serve_verified(monkeypatch: pytest.MonkeyPatch, *words: str) -> tuple[list[A
     return asked, served
 
 
-@pytest.mark.parametrize("backend", ["auto", "reference"])
-def test_a_server_that_holds_is_served(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Verified with the server's own model, policy, memory and backend, at the floor given."""
-    asked, served = serve_verified(
-        monkeypatch, "--keep", ".3", "--backend", backend, "--verify", "--verify-floor", ".9"
-    )
+@pytest.mark.parametrize(("backend", "kv_dtype"), [("auto", "auto"), ("reference", "int4")])
+def test_a_server_that_holds_is_served(
+    backend: str, kv_dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Verified with the server's own model, policy, memory, backend and bits, at the floor."""
+    words = ["--backend", backend, "--kv-dtype", kv_dtype, "--verify", "--verify-floor", ".9"]
+    asked, served = serve_verified(monkeypatch, "--keep", ".3", *words)
     ((where, policy, floor, plan),) = asked
-    assert where == Subject(kv_memory="16MiB", dtype="float32", backend=backend)
+    assert where == Subject(kv_memory="16MiB", dtype="float32", backend=backend, kv_dtype=kv_dtype)
     assert (policy.name, policy.keep, floor, plan) == ("pyramid", 0.3, 0.9, Plan())
     assert len(served) == 1
     used = [llm.engine.runner.backend.name for llm in (served[0][0], where.llm(policy))]
@@ -269,7 +310,7 @@ def test_a_task_that_the_full_cache_cannot_do_is_named_and_left_out(
         found, "_questions", lambda seed, count: {task: (task, seed) for task in full}
     )
 
-    def answer(protocol: str, asked: tuple[str, int], policy: Policy) -> Any:
+    def answer(machine: Asker, protocol: str, asked: tuple[str, int], policy: Policy) -> Any:
         task, seed = asked
         own = isinstance(policy, StreamingLLM)
         assert not own or task != "never"  # costs time and tells nothing

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -82,9 +83,41 @@ class Seen:
     is_decode: bool
 
 
+@cache
+def hadamard(size: int) -> Tensor:
+    """The matrix of ones and minus ones whose rows are at right angles, its own inverse."""
+    rows = [[(-1.0) ** (i & j).bit_count() for j in range(size)] for i in range(size)]
+    return torch.tensor(rows, dtype=torch.float64) / size**0.5
+
+
+def in_few_bits(vector: Tensor, kv_dtype: str) -> Tensor:
+    """What is read of ``[head_dim]`` numbers that were stored in few bits: groups of channels times
+    a Hadamard matrix, over a scale each (docs/kv_dtype.md)."""
+    if kv_dtype == "auto":
+        return vector
+    size = next(size for size in (64, 32, 16, 8, 4) if len(vector) % size == 0)
+    matrix = hadamard(size)
+    top = {"int8": 127.5, "int4": 7.5, "fp8": 448.0}[kv_dtype]
+    read = []
+    for group in vector.split(size):
+        turned = matrix @ group
+        scale = (turned.abs().max() / top).half().double()
+        if not scale:  # padding: its keys and values are 0
+            read.append(torch.zeros_like(group))
+            continue
+        if kv_dtype == "fp8":  # three bits behind the first, from 2^-6 on
+            parts = (turned / scale).clamp(-top, top)
+            steps = 2.0 ** (parts.abs().log2().floor().clamp(min=-6) - 3)
+            parts = (parts / steps).round() * steps
+        else:
+            parts = (turned / scale + top).round().clamp(0, 2 * top) - top
+        read.append(matrix @ (parts * scale))
+    return torch.cat(read)
+
+
 class Judge:
     """One request on an ``exact_llama`` under one method.  ``options`` are the method's own;
-    ``protect`` positions always stay."""
+    ``protect`` positions always stay; ``kv_dtype``: how rotated keys, and values, are stored."""
 
     def __init__(
         self,
@@ -92,9 +125,11 @@ class Judge:
         method: str,
         keep: float | None = None,
         protect: Iterable[int] = (),
+        kv_dtype: str = "auto",
         **options: Any,
     ) -> None:
         self.method, self.keep, self.protect, self.options = method, keep, set(protect), options
+        self.kv_dtype = kv_dtype
         self.weights = {name: weight.detach() for name, weight in model.state_dict().items()}
         config = model.config
         self.depth, self.heads = config.num_hidden_layers, config.num_attention_heads
@@ -175,10 +210,16 @@ class Judge:
         for kv_head in range(self.kv_heads):
             entries = self.cache[layer][kv_head]
             for row, position in enumerate(rows):
-                entries[position] = Entry(keys[row, kv_head], values[row, kv_head])
+                key = self._turn(keys[row : row + 1, kv_head], [position])
+                key = self._turn(in_few_bits(key[0], self.kv_dtype)[None], [-position])
+                value = in_few_bits(values[row, kv_head], self.kv_dtype)
+                entries[position] = Entry(key[0], value)
             held = sorted(entries)
             places = self._places(held)
             rotated = self._turn(torch.stack([entries[each].key for each in held]), places)
+            for at, (position, place) in enumerate(zip(held, places, strict=True)):
+                if place != position:  # moved, and stored there
+                    rotated[at] = in_few_bits(rotated[at], self.kv_dtype)
             stacked = torch.stack([entries[each].value for each in held])
             weights = torch.zeros(self.group, len(rows), len(held), dtype=torch.float64)
             own = [held.index(position) for position in rows]
@@ -198,8 +239,10 @@ class Judge:
         return hidden, Seen(layer, rows, held_by_head, weights_by_head, is_decode)
 
     def _places(self, held: list[int]) -> list[int]:
-        """Rotary positions of the entries: their own, or places in the cache (StreamingLLM)."""
-        return list(range(len(held))) if self.method == "streaming_llm" else held
+        """Rotary positions of the entries: their own, or places in the cache (StreamingLLM), whose
+        newest entry is where it is in the text."""
+        first = self.seen - len(held)
+        return list(range(first, self.seen)) if self.method == "streaming_llm" else held
 
     def _turn(self, vectors: Tensor, places: list[int]) -> Tensor:
         """``[n, head_dim]`` rotated to ``n`` places."""
@@ -464,7 +507,7 @@ class Judge:
             looked = self._smoothed(older, given, kernel, "max")
             entries = self.cache[seen.layer][head]
             keys = self._turn(torch.stack([entries[each].key for each in positions]), positions)
-            keys = keys / keys.norm(dim=1, keepdim=True)
+            keys = keys / keys.norm(dim=1, keepdim=True).clamp(min=1e-12)  # padding's is 0
             total = [0.0] * len(positions)
             for at, row in enumerate((keys @ keys.T).tolist()):
                 row[at] = 0.0

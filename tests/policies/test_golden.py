@@ -8,8 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from pyramidinfer import LLM, PyramidInfer
+from pyramidinfer.codec import Codec
+from pyramidinfer.types import Trace
 from tests.tiny import of_layers
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -66,6 +69,57 @@ def test_official_code_is_reproduced(case: str, chunk: int) -> None:
         expected = torch.tensor(golden[name], dtype=torch.float64)
         torch.testing.assert_close(logits, expected, atol=2e-4, rtol=0)
     llm.engine.check()
+
+
+#: Of the entries that reach a layer, and of those held in the end, what share int8 has in common
+#: with the official code at least, over all layers.
+REACH, HELD = 0.94, 0.9
+
+
+def shared(mine: list[list[Tensor]], theirs: list[list[int]]) -> float:
+    """Of the official code's entries, the share that one head of ours has."""
+    both = [len({*heads[0].tolist()} & {*each}) for heads, each in zip(mine, theirs, strict=True)]
+    return sum(both) / sum(map(len, theirs))
+
+
+def in_eight_bits(case: str, backend: str) -> tuple[Trace, dict[str, Any]]:
+    golden = json.loads((GOLDEN / case / "golden.json").read_text())
+    llm = LLM(
+        str(GOLDEN / case),
+        policy=official(golden["parameters"]),
+        dtype="float64" if backend == "reference" else "float32",
+        kv_memory="16MiB",
+        backend=backend,
+        kv_dtype="int8",
+    )
+    trace = llm.trace(golden["prompt"], max_tokens=len(golden["tokens"]))
+    llm.engine.check()
+    return trace, golden
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("case", CASES)
+def test_official_code_is_followed_in_eight_bits(case: str, backend: str) -> None:
+    """As many entries at every step, and nearly the same ones.  (Random models are chaotic: what
+    is a little different in one layer makes other tokens.)"""
+    trace, golden = in_eight_bits(case, backend)
+    assert list(map(of_layers, trace.kept_len_by_step)) == golden["kept_len_by_step"]
+    assert shared(trace.prefill_positions, golden["prefill_positions"]) >= REACH
+    assert shared(trace.kept_positions, golden["final_positions"]) >= HELD
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_scales_of_another_entry_are_noticed(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """These bounds can fail: every entry gets the scales of the one before it."""
+    encode = Codec.encode
+
+    def shifted(self: Codec, x: Tensor) -> tuple[Tensor, Tensor]:
+        codes, scales = encode(self, x)
+        return codes, scales.roll(1, 0)
+
+    monkeypatch.setattr(Codec, "encode", shifted)
+    trace, golden = in_eight_bits(case, "reference")
+    assert shared(trace.prefill_positions, golden["prefill_positions"]) < REACH
 
 
 def test_forecast_is_exact_on_golden_cases() -> None:

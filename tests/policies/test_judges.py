@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
+from itertools import cycle
 from typing import Any, NamedTuple
 
 import pytest
@@ -18,10 +19,12 @@ from pyramidinfer import LLM, SamplingParams
 from pyramidinfer.policies import make_policy
 from pyramidinfer.policies.profile import Calibrated, Centres, Fingerprint, Profile
 from pyramidinfer.types import Trace
+from tests.policies import judge as judging
 from tests.policies.judge import Judge, exact_llama
 from tests.tiny import VOCAB, random_prompt
 
 NEW = 20
+BITS = ("int8", "int4", "fp8")
 SPANS = (3, 4, 20)
 PER_HEAD = {
     "h2o",
@@ -186,13 +189,16 @@ def model() -> Any:
     return exact_llama()
 
 
-def engine(method: str, keep: float | None, chunk: int, **options: Any) -> LLM:
+def engine(
+    method: str, keep: float | None, chunk: int, kv_dtype: str = "auto", **options: Any
+) -> LLM:
     return LLM(
         model(),
         policy=make_policy(method, keep, **options),
         kv_memory="4MiB",
         page_size=4,
         prefill_chunk=chunk,
+        kv_dtype=kv_dtype,
     )
 
 
@@ -245,6 +251,26 @@ def test_method_equals_its_judge(
         assert all(set(protect) <= set(head) for layer in verdict.kept for head in layer)
         differ = any(layer[0] != layer[1] for layer in verdict.kept)
         assert differ == (method in PER_HEAD), "heads differ where the method chooses per head"
+
+
+@pytest.mark.parametrize(
+    ("kv_dtype", "method", "keep", "protect", "options"),
+    [(kv_dtype, *case) for kv_dtype, case in zip(cycle(BITS), CASES, strict=False)],
+)
+def test_method_equals_its_judge_in_few_bits(
+    kv_dtype: str,
+    method: str,
+    keep: float | None,
+    protect: tuple[int, ...],
+    options: dict[str, Any],
+) -> None:
+    """Rules see keys, values and attention as they are stored: not an entry more or less."""
+    prompt, spans = random_prompt(0, 80), [(each, each + 1) for each in protect]
+    llm = engine(method, keep, 13, kv_dtype, **options)
+    trace = llm.trace(prompt, max_tokens=NEW, protect=spans)
+    judge = Judge(model(), method, keep, protect, kv_dtype, **options)
+    check(trace, judged(judge, prompt, trace.token_ids))
+    llm.engine.check()
 
 
 @pytest.mark.parametrize(
@@ -308,6 +334,26 @@ def test_a_slightly_different_rule_is_noticed(
     for token in trace.token_ids:
         judge.decode(token)
     assert as_lists(trace.kept_positions) != judge.positions()
+
+
+@pytest.mark.parametrize("kv_dtype", BITS)
+@pytest.mark.parametrize(("method", "options"), [("snapkv", {}), ("streaming_llm", {"window": 16})])
+def test_numbers_stored_otherwise_are_noticed(
+    method: str, options: dict[str, Any], kv_dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Codes of numbers that were not turned first give other logits."""
+    trace = engine(method, None, 13, kv_dtype, **options).trace(random_prompt(0, 80), NEW)
+
+    def off() -> float:
+        judge = Judge(model(), method, kv_dtype=kv_dtype, **options)
+        logits = judge.read(trace.prompt_token_ids)
+        for token in trace.token_ids:
+            logits = judge.decode(token)
+        return float((trace.final_logits - logits).abs().max())
+
+    assert off() < 1e-9
+    monkeypatch.setattr(judging, "hadamard", lambda size: torch.eye(size, dtype=torch.float64))
+    assert off() > 1e-4
 
 
 def test_wrong_rotary_positions_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -269,6 +269,7 @@ def verify(
     json: Annotated[Path | None, typer.Option("--json", help="Where the result goes.")] = None,
     kv_memory: Annotated[str, typer.Option(help="Memory for the cache.")] = "1GiB",
     dtype: Dtype = "float32",
+    kv_dtype: KvDtype = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
     """Tell what share of the full cache's quality a setting keeps here; exit 1 below the floor."""
@@ -277,7 +278,8 @@ def verify(
 
     floor = FLOOR if floor is None else floor
     chosen = policy_from(policy, keep, option or [])
-    where = replace(subject(model, text, dtype, device), kv_memory=kv_memory)
+    where = subject(model, text, dtype, device)
+    where = replace(where, kv_memory=kv_memory, kv_dtype=kv_dtype)
     if not run_verify(where, chosen, floor, Plan(length, seconds, seed), json):
         raise typer.Exit(1)
 

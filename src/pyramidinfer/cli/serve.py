@@ -69,6 +69,7 @@ def _check_quality(choice: ModelChoice, floor: float) -> None:
         choice.device,
         str(choice.options["kv_memory"]),
         choice.backend,
+        choice.options.get("kv_dtype", "auto"),
     )
     _set_threads(choice)
     if not run_verify(where, choice.policy, floor, Plan(), console=Console(stderr=True)):

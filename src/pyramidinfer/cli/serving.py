@@ -380,11 +380,6 @@ def serve(
             f"--compress-idle with --reuse-share {reuse_share:g}: no conversation is held then; "
             f"give a share above 0"
         )
-    if verify and kv_dtype != "auto":
-        raise ValueError(
-            f"--verify with --kv-dtype {kv_dtype}: what is measured has --kv-dtype auto; leave one "
-            f"of them out"
-        )
     if verify_floor is not None and not verify:
         raise ValueError(f"--verify-floor {verify_floor:g} has no effect without --verify")
     if not verify:

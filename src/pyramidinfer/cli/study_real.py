@@ -1,4 +1,4 @@
-"""``pyramidinfer study ruler | turns | text | long | heads``: what to measure on a real model."""
+"""``pyramidinfer study ruler | turns | text | long | heads | codecs``: what a real model loses."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ KEEPS = ".45,.3,.15"
 
 def add_real(study: typer.Typer) -> None:
     """Register the commands."""
-    for command in (ruler, turns, text, long, heads):
+    for command in (ruler, turns, text, long, heads, codecs):
         study.command(command.__name__)(plain_errors()(names_model(command)))
 
 
@@ -212,6 +212,24 @@ def heads(
     plan = HeadsPlan(where, context, continuation, samples, seed, share)
     rows, picture = run_heads(plan, json, workers)
     _show(heads_table(rows), [json, picture])
+
+
+def codecs(
+    model: Model = None,
+    text: Text = None,
+    context: Annotated[int, typer.Option(help="Tokens of a passage, all measured.")] = 1000,
+    samples: Annotated[int, typer.Option(help="Passages.")] = 4,
+    seed: Seed = 0,
+    json: Json = Path("out/codecs.json"),
+    workers: Workers = 1,
+    dtype: Dtype = "float32",
+    device: Device = "auto",
+) -> None:
+    """Keys and values in few bits: what rotation, scales and minima are worth. No picture."""
+    from pyramidinfer.lab.codecs import CodecsPlan, codecs_table, run_codecs
+
+    plan = CodecsPlan(subject(model, text, dtype, device), context, samples, seed)
+    _show(codecs_table(run_codecs(plan, json, workers)), [json])
 
 
 def _ways(

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from pyramidinfer.config import KV_DTYPES, check_choice, parse_bytes
 from pyramidinfer.lab.asking import asker
 from pyramidinfer.lab.record import write_result
+from pyramidinfer.lab.rows import AUTO
 from pyramidinfer.lab.samples import Subject, forget
 from pyramidinfer.lab.verify import ROUND, Check, Plan, check_floor, judge, verify
 from pyramidinfer.models.loading import quiet_transformers
@@ -29,21 +31,26 @@ def run_verify(
     out: Path | None = None,
     console: Console | None = None,
 ) -> bool:
-    """Run the checks and print them; False where one is surely below the floor."""
+    """Run the checks and print them; False where one is surely below the floor.
+
+    A ``kv_dtype`` has an engine of its own beside the full cache's; each gets half of the memory.
+    """
     console = console or Console()
     check_floor("--floor", floor)
     plan.check()
+    check_choice("--kv-dtype", where.kv_dtype, KV_DTYPES)
     quiet_transformers()
     begun = time.monotonic()
     try:
-        machine = asker(where)
+        ours = where if where.kv_dtype == AUTO else replace(where, kv_memory=_half(where))
+        machine = asker(replace(ours, kv_dtype=AUTO))
         with console.status("loading") as status:
-            checks = verify(machine, where, policy, plan, status.update)
+            checks = verify(machine, ours, policy, plan, status.update)
     finally:
         asker.cache_clear()
         forget()
     took = time.monotonic() - begun
-    console.print(_table(where.model, policy, checks))
+    console.print(_table(where, policy, checks))
     below, unsure = judge(checks, floor)
     console.print(_verdict(checks, below, unsure, floor, _duration(checks, plan, took)))
     if out is not None:
@@ -64,10 +71,15 @@ def _configuration(where: Subject, policy: Policy, floor: float, plan: Plan) -> 
     return {"subject": asdict(where), "policy": repr(policy), "floor": floor, **asdict(plan)}
 
 
-def _table(model: str, policy: Policy, checks: Sequence[Check]) -> Table:
+def _half(where: Subject) -> str:
+    return str(parse_bytes(where.kv_memory, "--kv-memory") // 2)
+
+
+def _table(where: Subject, policy: Policy, checks: Sequence[Check]) -> Table:
     keep = getattr(policy, "keep", None)
     told = policy.name if keep is None else f"{policy.name}, keep {keep:g}"
-    table = Table(title=f"{model}: {told} against the full cache")
+    told += "" if where.kv_dtype == AUTO else f", {where.kv_dtype}"
+    table = Table(title=f"{where.model}: {told} against the full cache")
     table.add_column("check", overflow="fold")
     table.add_column("full cache", overflow="fold")
     table.add_column("this", overflow="fold")

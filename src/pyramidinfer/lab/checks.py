@@ -15,7 +15,7 @@ from typing import Protocol
 import numpy as np
 from scipy import stats
 
-from pyramidinfer.lab.asking import Asker
+from pyramidinfer.lab.asking import Asker, asker
 from pyramidinfer.lab.long import (
     first_difference,
     long_prompts,
@@ -24,6 +24,7 @@ from pyramidinfer.lab.long import (
     repetition,
 )
 from pyramidinfer.lab.quality import interval
+from pyramidinfer.lab.rows import AUTO
 from pyramidinfer.lab.ruler.grid import SCREEN
 from pyramidinfer.lab.samples import Subject
 from pyramidinfer.lab.text import CONTINUATION, loss, measure_text
@@ -56,12 +57,20 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """What all checks measure: a model under a policy, at a length of prompts."""
+    """What all checks measure: a model under a policy, at a length of prompts.
+
+    machine : where the full cache runs, in the model's own dtype.
+    """
 
     machine: Asker
     subject: Subject
     policy: Policy
     length: int
+
+    @property
+    def own(self) -> Asker:
+        """Where the policy runs, with keys and values stored as the subject says."""
+        return self.machine if self.subject.kv_dtype == AUTO else asker(self.subject)
 
 
 class Kind(Protocol):
@@ -145,11 +154,13 @@ class Turns:
         self.bench, self.pairs = bench, Pairs()
 
     def more(self, seed: int, count: int) -> None:
-        machine, policy = self.bench.machine, self.bench.policy
+        machine, own, policy = self.bench.machine, self.bench.own, self.bench.policy
         if self.pairs.full and np.mean(self.pairs.full) < SCREEN:
             return
         talks = make_talks(machine, seed, count + 1, self.bench.length)
-        full, mine = (in_groups(machine, each, talks) for each in (Full(), policy))
+        full, mine = (
+            in_groups(each, way, talks) for each, way in ((machine, Full()), (own, policy))
+        )
         self.pairs.full += [score for run in full for score in run.scores]
         self.pairs.mine += [score for run in mine for score in run.scores]
         self.pairs.kv += [run.kv_shares[-1] for run in mine]
@@ -167,11 +178,13 @@ class Text:
         self.bench, self.pairs = bench, Pairs()
 
     def more(self, seed: int, count: int) -> None:
-        machine, policy = self.bench.machine, self.bench.policy
+        machine, own, policy = self.bench.machine, self.bench.own, self.bench.policy
         passages = self.bench.subject.corpus().passages(
             seed, count, self.bench.length, CONTINUATION
         )
-        full, mine = (measure_text(machine, each, passages) for each in (Full(), policy))
+        full, mine = (
+            measure_text(each, way, passages) for each, way in ((machine, Full()), (own, policy))
+        )
         self.pairs.full += [loss(each) for each in full]
         self.pairs.mine += [loss(each) for each in mine]
         self.pairs.kv += [each.kv.bytes / each.kv.full_bytes for each in mine]
@@ -192,9 +205,12 @@ class LongAnswers:
         self.repeated: tuple[list[float], list[float]] = [], []
 
     def more(self, seed: int, count: int) -> None:
-        machine, policy = self.bench.machine, self.bench.policy
+        machine, own, policy = self.bench.machine, self.bench.own, self.bench.policy
         prompts = long_prompts(machine, self.bench.subject, seed, count, self.bench.length)
-        full, mine = (measure_long(machine, each, prompts, LONG) for each in (Full(), policy))
+        full, mine = (
+            measure_long(each, way, prompts, LONG)
+            for each, way in ((machine, Full()), (own, policy))
+        )
         self.pairs.full += losses_under_full(machine, prompts, full)
         self.pairs.mine += losses_under_full(machine, prompts, mine)
         self.pairs.kv += [run.kv_share for run in mine]

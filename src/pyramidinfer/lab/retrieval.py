@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pyramidinfer.lab.asking import PROTOCOLS
+from pyramidinfer.lab.asking import PROTOCOLS, Asker
 from pyramidinfer.lab.chat import Asked
 from pyramidinfer.lab.checks import Bench, Check, Pairs
 from pyramidinfer.lab.ruler.grid import SCREEN, ask, task_samples
@@ -39,12 +39,14 @@ class Retrieval:
 
     def more(self, seed: int, count: int) -> None:
         for task, questions in self._questions(seed, count).items():
-            full, _, _ = self._answer("inside", questions, Full())
+            full, _, _ = self._answer(self.bench.machine, "inside", questions, Full())
             self.full.setdefault(task, []).extend(full)
             if not self._can(task):
                 continue  # until it turns out that the full cache can do it
             for protocol in PROTOCOLS:
-                scores, kept, computed = self._answer(protocol, questions, self.bench.policy)
+                scores, kept, computed = self._answer(
+                    self.bench.own, protocol, questions, self.bench.policy
+                )
                 pairs = self.pairs.setdefault((protocol, task), Pairs())
                 pairs.full += full
                 pairs.mine += scores
@@ -89,12 +91,12 @@ class Retrieval:
         return {"needles": found}
 
     def _answer(
-        self, protocol: str, questions: Sequence[_Question], policy: Policy
+        self, machine: Asker, protocol: str, questions: Sequence[_Question], policy: Policy
     ) -> tuple[list[float], float, float]:
         """Scores, and the shares of bytes held and of layer-tokens computed."""
         params = [SamplingParams(max_tokens=each.max_tokens) for each in questions]
         prompts = [each.prompt for each in questions]
-        answers = self.bench.machine.ask(protocol, prompts, params, policy)
+        answers = machine.ask(protocol, prompts, params, policy)
         return (
             [float(q.score(a.text)) for q, a in zip(questions, answers, strict=True)],
             sum(a.kv.bytes for a in answers) / sum(a.kv.full_bytes for a in answers),

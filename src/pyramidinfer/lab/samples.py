@@ -20,7 +20,12 @@ from pyramidinfer.lab import documents
 from pyramidinfer.lab.chat import Chat
 from pyramidinfer.lab.recall import make_question
 from pyramidinfer.models import ModelRunner
-from pyramidinfer.models.loading import load_model, quiet_transformers, shipped_model
+from pyramidinfer.models.loading import (
+    LoadedModel,
+    load_model,
+    quiet_transformers,
+    shipped_model,
+)
 from pyramidinfer.policies import Policy
 from pyramidinfer.types import Layers, TokenIds
 
@@ -77,9 +82,13 @@ class Subject:
     backend: str = "auto"
     kv_dtype: str = "auto"
 
+    def loaded(self) -> LoadedModel:
+        """The transformers model and its tokenizer, once a process."""
+        return _load(self.model, self.dtype, self.device)
+
     def llm(self, policy: Policy, **options: Any) -> LLM:
         """An engine over the model, which is loaded once a process."""
-        loaded = _load(self.model, self.dtype, self.device)
+        loaded = self.loaded()
         return LLM(
             loaded.model,
             policy,
@@ -91,8 +100,7 @@ class Subject:
         )
 
     def corpus(self) -> Corpus:
-        tokenizer = _load(self.model, self.dtype, self.device).tokenizer
-        return Corpus(tokenizer, None if self.text is None else read_text(self.text))
+        return Corpus(self.loaded().tokenizer, None if self.text is None else read_text(self.text))
 
     @property
     def source(self) -> str:
@@ -104,7 +112,7 @@ class Subject:
     @property
     def layers(self) -> Layers:
         """The model's, none of them bounded by a window."""
-        loaded = _load(self.model, self.dtype, self.device)
+        loaded = self.loaded()
         runner = ModelRunner(loaded.model, "reference")
         return Layers((True,) * runner.depth, runner.kv_heads)
 
@@ -212,7 +220,7 @@ def forget() -> None:
 
 
 @lru_cache(maxsize=1)
-def _load(model: str, dtype: str, device: str) -> Any:
+def _load(model: str, dtype: str, device: str) -> LoadedModel:
     quiet_transformers()
     return load_model(shipped_model() if model == SHIPPED else model, "auto", dtype, device)
 

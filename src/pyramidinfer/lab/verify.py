@@ -59,6 +59,9 @@ def verify(
 ) -> list[Check]:
     """All checks; ``tell`` hears what is being done.
 
+    machine : the full cache's, in the model's own dtype; the policy runs there, too, unless the
+    subject names a ``kv_dtype``.
+
     The first round of samples is timed, and as many more are taken as the time has room for.
     """
     plan.check()

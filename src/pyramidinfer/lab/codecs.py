@@ -1,0 +1,290 @@
+"""``study codecs``: what keys and values in few bits cost, by how they are stored.
+
+What ``pyramidinfer.codec`` does and what it might do instead, each on the same passages:
+transformers' own model reads a passage while every key and value goes through the codes first, its
+own token's, too.  Measured is how far the distribution of every next token is from that of the
+model with its keys and values as they are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor
+from transformers.cache_utils import DynamicCache
+
+from pyramidinfer.codec import CODECS, FP8_TOP, WIDEST, Codec, rotate
+from pyramidinfer.lab.icr import publish
+from pyramidinfer.lab.quality import interval
+from pyramidinfer.lab.samples import Subject, settings
+from pyramidinfer.lab.study import Row, run_cells
+
+__all__ = ["VARIANTS", "CodecsPlan", "Stored", "Variant", "codecs_table", "run_codecs"]
+
+#: First tokens of a text, which are like no others, are left out of means.
+SINKS = 8
+#: Tokens whose distributions are compared at once.
+ROWS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """How one number is stored.
+
+    group : channels that share a scale;  rotated : each ``WIDEST`` channels by a Hadamard matrix;
+    minimum : codes count from a group's least number, which is stored beside the scale, instead of
+    from zero in their middle;  centred : less the channel's mean over another text.
+    """
+
+    kv_dtype: str
+    group: int = WIDEST
+    rotated: bool = True
+    minimum: bool = False
+    centred: bool = False
+
+    @property
+    def codec(self) -> Codec:
+        return CODECS[self.kv_dtype]
+
+    def bytes(self, size: int) -> float:
+        """Of a key or value of ``size`` numbers, with scales and minima (float16)."""
+        groups = size // math.gcd(size, self.group)
+        return size * self.codec.bits / 8 + 2 * groups * (1 + self.minimum)
+
+    def read(self, x: Tensor, mean: Tensor) -> Tensor:
+        """What is read of ``[..., size]`` when it was stored; ``mean`` is that of its channels."""
+        if self.centred:
+            return replace(self, centred=False).read(x - mean, mean) + mean
+        size = x.shape[-1]
+        wide, group = (*x.shape[:-1], -1, math.gcd(size, WIDEST)), math.gcd(size, self.group)
+        y = x.float().reshape(wide)
+        y = rotate(y) if self.rotated else y
+        y = self._coded(y.reshape(*x.shape[:-1], -1, group)).reshape(wide)
+        return (rotate(y) if self.rotated else y).reshape(x.shape).to(x.dtype)
+
+    def _coded(self, y: Tensor) -> Tensor:
+        """Groups ``[..., group]`` as codes and back."""
+        middle = self.codec.middle
+        if self.minimum:
+            least = y.amin(-1, keepdim=True).half().float()
+            scale = _scale((y.amax(-1, keepdim=True) - least) / (2 * middle))
+            return _divided(y - least, scale).round().clamp(0, 2 * middle) * scale + least
+        top = FP8_TOP if self.codec.is_float else middle
+        scale = _scale(y.abs().amax(-1, keepdim=True) / top)
+        if self.codec.is_float:
+            return _divided(y, scale).clamp(-top, top).to(torch.float8_e4m3fn).float() * scale
+        return ((_divided(y, scale) + top).round().clamp(0, 2 * top) - top) * scale
+
+
+def _scale(wanted: Tensor) -> Tensor:
+    """As float16 has it."""
+    return wanted.half().float()
+
+
+def _divided(y: Tensor, scale: Tensor) -> Tensor:
+    """Zero where the scale is."""
+    return torch.where(scale > 0, y / scale, 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """How keys and values are stored; None: as they are, in 16 bits."""
+
+    name: str
+    keys: Stored | None
+    values: Stored | None
+
+    def bytes(self, size: int) -> float:
+        """Of a key and a value of ``size`` numbers."""
+        parts = (self.keys, self.values)
+        return sum(2 * size if each is None else each.bytes(size) for each in parts)
+
+
+def _both(name: str, stored: Stored) -> Variant:
+    return Variant(name, stored, stored)
+
+
+INT4 = Stored("int4")
+PLAIN = replace(INT4, rotated=False)
+VARIANTS = (
+    *(
+        _both(f"{name}, {'rotated' if rotated else 'not rotated'}", Stored(name, rotated=rotated))
+        for name in CODECS
+        for rotated in (False, True)
+    ),
+    Variant("int4, only keys rotated", INT4, PLAIN),
+    Variant("int4, rotated, keys alone", INT4, None),
+    Variant("int4, rotated, values alone", None, INT4),
+    Variant("int4, rotated, keys less their mean", replace(INT4, centred=True), INT4),
+    _both("int4, rotated, a minimum beside each scale", replace(INT4, minimum=True)),
+    _both("int4, rotated, a scale per 32", replace(INT4, group=32)),
+    _both("int4, not rotated, a minimum beside each scale", replace(PLAIN, minimum=True)),
+    _both("int4, not rotated, a scale per 32", replace(PLAIN, group=32)),
+)
+
+
+@dataclass(frozen=True)
+class CodecsPlan:
+    """What is measured: passages of ``context`` tokens, all of them."""
+
+    subject: Subject
+    context: int = 1000
+    samples: int = 4
+    seed: int = 0
+
+    def check(self) -> None:
+        """``ValueError`` for what cannot be measured, naming the option."""
+        if self.context < 60:
+            raise ValueError(f"--context {self.context} is too short; give at least 60 tokens")
+        if self.samples < 1:
+            raise ValueError(f"--samples {self.samples} must be at least 1")
+
+
+def run_codecs(plan: CodecsPlan, out: Path, workers: int = 1) -> list[Row]:
+    """Measure every variant on every passage and write ``out``; returns a row a variant."""
+    plan.check()
+    cells = [
+        {"passage": passage, "variant": each.name}
+        for passage in range(plan.samples)
+        for each in VARIANTS
+    ]
+    found = run_cells("codecs", settings(plan), cells, partial(measure, plan), out, workers)
+    rows = [_summary([row for row in found if row["variant"] == each.name]) for each in VARIANTS]
+    publish(out, rows)
+    return rows
+
+
+def codecs_table(rows: list[Row]) -> Table:
+    """What the terminal shows."""
+    table = Table(title="keys and values in few bits")
+    table.add_column("stored", overflow="fold")
+    for name in ("bytes of an entry", "KL [95 %]", "same next token"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        low, high = row["kl_ci"]
+        kl = f"{row['kl']:.4f} [{low:.4f}, {high:.4f}]"
+        table.add_row(row["variant"], f"{row['bytes']:g}", kl, f"{row['agreement']:.1%}")
+    return table
+
+
+def measure(plan: CodecsPlan, cell: dict[str, Any]) -> list[Row]:
+    """One passage's row of one variant.
+
+    kl : mean over its tokens of the divergence of the next one's distribution from the model's
+    own, in nats;  agreement : how many next tokens are the same;  bytes : of an entry of a head.
+    """
+    (variant,) = (each for each in VARIANTS if each.name == cell["variant"])
+    whole = _whole(plan, cell["passage"])
+    cache = Coded(variant, _means(plan))
+    mine = _logits(plan.subject, _passages(plan)[cell["passage"]], cache)
+    apart = agreed = 0.0
+    for p, q in _pairs(whole, mine):
+        apart += float((p.exp() * (p - q)).sum())
+        agreed += float((p.argmax(-1) == q.argmax(-1)).sum())
+    return [
+        {
+            **cell,
+            "kl": max(0.0, apart / len(whole)),
+            "agreement": agreed / len(whole),
+            "tokens": len(whole),
+            "bytes": cache.bytes,
+        }
+    ]
+
+
+class Coded(DynamicCache):
+    """A cache in which keys and values are what is read of them when they were stored.
+
+    means : per layer the means of the channels of keys and of values, ``[kv_heads, 1, size]``.
+    """
+
+    def __init__(self, variant: Variant, means: list[tuple[Tensor, Tensor]]) -> None:
+        super().__init__()
+        self.variant, self.means, self.bytes = variant, means, 0.0
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *more: Any, **options: Any
+    ) -> Any:
+        self.bytes = self.variant.bytes(key_states.shape[-1])
+        key_states, value_states = (
+            x if how is None else how.read(x, mean)
+            for how, x, mean in zip(
+                (self.variant.keys, self.variant.values),
+                (key_states, value_states),
+                self.means[layer_idx],
+                strict=True,
+            )
+        )
+        return super().update(key_states, value_states, layer_idx, *more, **options)
+
+
+class Averaging(DynamicCache):
+    """A cache that remembers the means of its channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.means: list[tuple[Tensor, Tensor]] = []
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *more: Any, **options: Any
+    ) -> Any:
+        assert layer_idx == len(self.means)
+        key, value = (x[0, :, SINKS:].mean(1, keepdim=True) for x in (key_states, value_states))
+        self.means.append((key, value))
+        return super().update(key_states, value_states, layer_idx, *more, **options)
+
+
+@lru_cache(maxsize=1)
+def _passages(plan: CodecsPlan) -> list[list[int]]:
+    """Those that are measured, and one more for means."""
+    drawn = plan.subject.corpus().passages(plan.seed, plan.samples + 1, plan.context, 1)
+    return [each.context for each in drawn]
+
+
+@lru_cache(maxsize=1)
+def _means(plan: CodecsPlan) -> list[tuple[Tensor, Tensor]]:
+    cache = Averaging()
+    _logits(plan.subject, _passages(plan)[-1], cache)
+    return cache.means
+
+
+@lru_cache(maxsize=1)  # cells of one passage come one after the other
+def _whole(plan: CodecsPlan, passage: int) -> Tensor:
+    return _logits(plan.subject, _passages(plan)[passage], DynamicCache())
+
+
+@torch.inference_mode()
+def _logits(subject: Subject, ids: list[int], cache: DynamicCache) -> Tensor:
+    """``[tokens, vocab]`` of a text that is read with this cache."""
+    model = subject.loaded().model
+    device = next(model.parameters()).device
+    logits: Tensor = model(torch.tensor([ids], device=device), past_key_values=cache).logits[0]
+    return logits
+
+
+def _pairs(whole: Tensor, mine: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Log-probabilities of both, some tokens at a time."""
+    for at in range(0, len(whole), ROWS):
+        p, q = (each[at : at + ROWS].float().log_softmax(-1) for each in (whole, mine))
+        yield p, q
+
+
+def _summary(rows: list[Row]) -> Row:
+    """Over all passages, which count alike."""
+    kl = [row["kl"] for row in rows]
+    return {
+        "variant": rows[0]["variant"],
+        "bytes": rows[0]["bytes"],
+        "kl": math.fsum(kl) / len(kl),
+        "kl_ci": interval(kl),
+        "agreement": math.fsum(row["agreement"] for row in rows) / len(rows),
+        "tokens": sum(row["tokens"] for row in rows),
+        "samples": len(rows),
+    }
