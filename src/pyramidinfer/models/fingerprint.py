@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pyramidinfer.models.runner import ModelRunner
 from pyramidinfer.policies.profile import Fingerprint
 
-__all__ = ["fingerprint"]
+if TYPE_CHECKING:
+    from pyramidinfer.models.runner import ModelRunner
+
+__all__ = ["fingerprint", "measure"]
 
 #: Rows of an embedding that are looked at, evenly spread.
 ROWS = 256
