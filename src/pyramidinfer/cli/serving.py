@@ -21,6 +21,7 @@ from pyramidinfer.cli.common import (
     PolicyName,
     TemplateKwargs,
     TensorParallel,
+    Weights,
     json_object,
     names_model,
     plain_errors,
@@ -72,6 +73,7 @@ def serve(
     kv_memory: KvMemory = "1GiB",
     dtype: Dtype = "auto",
     kv_dtype: KvDtype = "auto",
+    weights: Weights = "auto",
     device: Device = "auto",
     backend: Backend = "auto",
     no_profile: NoProfile = False,
@@ -324,6 +326,7 @@ def serve(
         no_profile,
         kv_memory=kv_memory,
         kv_dtype=kv_dtype,
+        weights=weights,
         max_requests=max_requests,
         step_tokens=step_tokens,
         page_size=page_size,
@@ -385,6 +388,11 @@ def serve(
             f"--verify with --kv-dtype {kv_dtype}: what is measured has --kv-dtype auto; leave one "
             f"of them out"
         )
+    if verify and weights != "auto":
+        raise ValueError(
+            f"--verify with --weights {weights}: what is measured has --weights auto; leave one of "
+            f"them out"
+        )
     if verify_floor is not None and not verify:
         raise ValueError(f"--verify-floor {verify_floor:g} has no effect without --verify")
     if not verify:
@@ -405,6 +413,7 @@ def chat(
     kv_memory: KvMemory = "1GiB",
     dtype: Dtype = "auto",
     kv_dtype: KvDtype = "auto",
+    weights: Weights = "auto",
     device: Device = "auto",
     backend: Backend = "auto",
     no_profile: NoProfile = False,
@@ -444,6 +453,7 @@ def chat(
         no_profile,
         kv_memory=kv_memory,
         kv_dtype=kv_dtype,
+        weights=weights,
         reuse_share=1.0,
         tensor_parallel_size=tensor_parallel_size,
         pipeline_parallel_size=pipeline_parallel_size,
@@ -467,6 +477,7 @@ def batch(
     kv_memory: KvMemory = "1GiB",
     dtype: Dtype = "auto",
     kv_dtype: KvDtype = "auto",
+    weights: Weights = "auto",
     device: Device = "auto",
     backend: Backend = "auto",
     no_profile: NoProfile = False,
@@ -499,6 +510,7 @@ def batch(
         no_profile,
         kv_memory=kv_memory,
         kv_dtype=kv_dtype,
+        weights=weights,
         max_requests=max_requests,
         reuse_share=0.0,
         tensor_parallel_size=tensor_parallel_size,

@@ -15,12 +15,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["GROUP", "TABLE", "Coded", "code", "decode", "round_weights", "stored_bytes"]
+__all__ = [
+    "GROUP",
+    "TABLE",
+    "Coded",
+    "code",
+    "coded_bytes",
+    "decode",
+    "round_weights",
+    "stored_bytes",
+]
 
 #: Inputs of an output that share a scale.
 GROUP = 32
-#: How heads and embeddings are stored, whatever the layers': with 4 bits they lose more than all
-#: layers together (docs/weights.md).
+#: How heads and embeddings are stored, whatever the layers': 4 bits lose too much there
+#: (docs/weights.md).
 TABLE = "int8"
 #: Shares of a group's range that 4 bits may cover: numbers outside are cut off.
 RANGES = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.75)
@@ -84,11 +93,14 @@ def stored_bytes(model: Any, weights: str) -> int:
     without what fills the kernels' last panel of a linear."""
     coded = {} if weights == "auto" else {id(p): name for p, name in _coded(model, weights)}
     return sum(
-        len(each) * -(-each.shape[1] // GROUP) * GROUP_BYTES[coded[id(each)]]
-        if id(each) in coded
-        else each.nbytes
+        coded_bytes(each, coded[id(each)]) if id(each) in coded else each.nbytes
         for each in model.parameters()
     )
+
+
+def coded_bytes(weights: Tensor, name: str) -> int:
+    """Bytes of ``[n, depth]`` as codes (no values needed)."""
+    return len(weights) * -(-weights.shape[1] // GROUP) * GROUP_BYTES[name]
 
 
 @torch.no_grad()
