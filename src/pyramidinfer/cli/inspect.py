@@ -134,9 +134,9 @@ def run_inspect(
         return
     after = _After.of(chosen, prompt_len, layers, runner.kv_heads, caps)
     asked = (prompt_len, max_tokens, kv_dtype)
-    _print(rows, chosen, *asked, again, in_pages, overhead, cost.bytes, after)
     told = "" if weights == "auto" else f", stored in {weights}"
-    print(f"weights{told}: {human_bytes(weight_bytes)}")
+    size = f"weights{told}: {human_bytes(weight_bytes)}"
+    _print(rows, chosen, *asked, again, in_pages, overhead, cost.bytes, after, size)
 
 
 class _After(NamedTuple):
@@ -214,6 +214,7 @@ def _print(
     overhead: int,
     admission: int,
     after: _After,
+    weights: str,
 ) -> None:
     console = Console()
     set_here = ", ".join(
@@ -260,6 +261,7 @@ def _print(
     keep = getattr(policy, "keep", None)
     if keep is not None and after.budget > keep + 0.005 + 1 / prompt_len:
         print(_why_more(policy, keep, prompt_len, after.budget))
+    print(weights)
     print(
         f"full cache{bits}: {human_bytes(full)}; beside the pages, query rings and state: "
         f"{human_bytes(overhead)}; reserved at admission, prompt in progress included: "
