@@ -26,7 +26,8 @@ VECTOR_WAYS, TABLE_WAYS = 2, 8
 
 
 def fingerprint(runner: Any) -> Fingerprint:
-    """The fingerprint of a ``ModelRunner``'s model, the same before and after its weights were packed or split."""
+    """The fingerprint of a ``ModelRunner``'s model, the same before and after its weights were
+    packed or split."""
     vectors, tables = runner.ranks.fingerprint or measure(runner.body)
     return Fingerprint(_key(runner), tuple(vectors), tuple(tables))
 
