@@ -62,6 +62,8 @@ BENCH_OPTIONS ?=
 bench: $(VENV)/.installed
 	$(BENCH) kernels --json $(RESULTS)/bench_kernels.json
 	$(BENCH) kv-dtypes --json $(RESULTS)/kv_dtype_kernels.json
+	$(BIN)/pyramidinfer fetch smollm2
+	$(BENCH) weights --samples 8 --batch 1 --repeats 3 --json $(RESULTS)/weights_smollm2.json
 	$(BENCH) throughput $(BENCH_OPTIONS) --json $(RESULTS)/bench_throughput.json
 	$(BENCH) throughput $(BENCH_OPTIONS) --batch 4 --prompt-len 4096 --repeats 2 \
 		--policies full,pyramidinfer --json $(RESULTS)/bench_long.json

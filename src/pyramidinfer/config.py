@@ -36,6 +36,8 @@ DTYPES = {
 KV_DTYPES = ("auto", "int8", "int4", "fp8")
 #: Guessed tokens of a request that a step verifies, at most.
 MOST_DRAFTS = 8
+#: How a linear's weights may be stored; see models/weights.py.
+WEIGHTS = ("auto", "int8", "int4")
 UNITS = {"": 1, "B": 1}
 for _power, _letter in enumerate("KMGT", start=1):
     UNITS |= {f"{_letter}iB": 1024**_power, f"{_letter}B": 1000**_power, _letter: 1024**_power}
@@ -145,6 +147,8 @@ class EngineConfig:
     page_size : entries a page holds, per KV head.
     kv_dtype : how keys and values are stored: ``auto`` in the model's dtype, ``int8``, ``int4`` or
         ``fp8`` (e4m3) in so many bits, with a scale for every 64 channels (docs/kv_dtype.md).
+    weights : how the weights of linears are stored: ``auto`` in the model's dtype, ``int8`` or
+        ``int4`` in so many bits, made while the model is loaded (docs/weights.md).
     max_requests : requests in flight at once.
     step_tokens : work of one step in tokens through the whole model; a step's budget is this
         times the number of layers, in layer-tokens.
@@ -184,6 +188,7 @@ class EngineConfig:
     kv_memory: int | str = "1GiB"
     page_size: int = 16
     kv_dtype: str = "auto"
+    weights: str = "auto"
     max_requests: int = 64
     step_tokens: int = 2048
     prefill_chunk: int = 1024
@@ -233,6 +238,12 @@ class EngineConfig:
                     f"draft_tokens={self.draft_tokens}: a step verifies at most {MOST_DRAFTS}"
                 )
         check_choice("kv_dtype", self.kv_dtype, KV_DTYPES)
+        check_choice("weights", self.weights, WEIGHTS)
+        if self.weights != "auto" and self.ranks > 1:
+            raise ValueError(
+                f"weights={self.weights!r} works on one rank only: leave it out, or "
+                f"tensor_parallel_size and pipeline_parallel_size"
+            )
         check_choice("admission", self.admission, ("reserve", "overcommit"))
         check_choice("preempt", self.preempt, ("swap", "recompute"))
         self._check_offload()

@@ -25,6 +25,7 @@ from pyramidinfer.cli.common import (
     PolicyName,
     TemplateKwargs,
     TensorParallel,
+    Weights,
     json_object,
     names_model,
     plain_errors,
@@ -94,6 +95,7 @@ def demo(
         float | None, typer.Option(help="Share of the cache that is kept. Default: 0.3 or 0.25.")
     ] = None,
     kv_dtype: KvDtype = "auto",
+    weights: Weights = "auto",
     out: Annotated[Path, typer.Option(help="Folder for the picture.")] = Path("out"),
     tensor_parallel_size: TensorParallel = 1,
     pipeline_parallel_size: PipelineParallel = 1,
@@ -103,6 +105,7 @@ def demo(
 
     options = {
         "kv_dtype": kv_dtype,
+        "weights": weights,
         "tensor_parallel_size": tensor_parallel_size,
         "pipeline_parallel_size": pipeline_parallel_size,
     }
@@ -141,6 +144,7 @@ def generate(
     kv_memory: Annotated[str, typer.Option(help="Memory for the cache.")] = "1GiB",
     dtype: Dtype = "auto",
     kv_dtype: KvDtype = "auto",
+    weights: Weights = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     backend: Annotated[
         str, typer.Option(help=f"How to attend: auto, {', '.join(BACKENDS)}.")
@@ -179,6 +183,7 @@ def generate(
         backend,
         as_json,
         kv_dtype=kv_dtype,
+        weights=weights,
         profile=profiling(chosen, no_profile),
         tensor_parallel_size=tensor_parallel_size,
         pipeline_parallel_size=pipeline_parallel_size,
@@ -197,13 +202,14 @@ def inspect(
     max_tokens: MaxTokens = 256,
     dtype: Dtype = "auto",
     kv_dtype: KvDtype = "auto",
+    weights: Weights = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Show what a policy would compute and keep in each layer, and the bytes; generates nothing."""
     from pyramidinfer.cli.inspect import run_inspect
 
     chosen = policy_from(policy, keep, option or [])
-    run_inspect(model, chosen, prompt_len, max_tokens, dtype, kv_dtype, as_json)
+    run_inspect(model, chosen, prompt_len, max_tokens, dtype, kv_dtype, weights, as_json)
 
 
 @app.command()

@@ -31,6 +31,10 @@ Policies = Annotated[
 ]
 Keep = Annotated[float, typer.Option(help="Budget of every policy that has one, a share.")]
 Dtype = Annotated[str, typer.Option(help="auto (bfloat16 for a shape), float32, bfloat16, …")]
+Weights = Annotated[
+    str,
+    typer.Option(help="How the weights of linears are stored: auto (in --dtype), int8 or int4."),
+]
 KvDtype = Annotated[
     str,
     typer.Option(
@@ -83,6 +87,7 @@ def throughput(
     output_len: Annotated[int, typer.Option(help="Tokens each request generates.")] = 64,
     dtype: Dtype = "auto",
     kv_dtype: KvDtype = "auto",
+    weights: Weights = "auto",
     device: Device = "auto",
     backend: Backend = "auto",
     repeats: Repeats = 3,
@@ -104,6 +109,7 @@ def throughput(
         keep=keep,
         dtype=dtype,
         kv_dtype=kv_dtype,
+        weights=weights,
         device=device,
         backend=backend,
         repeats=repeats,
@@ -116,6 +122,49 @@ def throughput(
     result = run_throughput(plan, _target(json))
     picture = draw_throughput(plan.configuration, result, json.with_suffix(".png"))
     _show(throughput_table(plan.configuration, result), json, picture)
+
+
+@bench.command("weights")
+@plain_errors()
+def weights_command(
+    model: Annotated[str, typer.Option(help="Folder, hub id or fetched model.")] = "smollm2",
+    text: Annotated[
+        Path | None, typer.Option(help="A text file to score, instead of English books.")
+    ] = None,
+    weights: Annotated[
+        str, typer.Option(help="What to hold against the model's dtype: int8, int4; a list.")
+    ] = "int8,int4",
+    samples: Annotated[int, typer.Option(help="Passages of text that are scored.")] = 20,
+    batch: Annotated[
+        str, typer.Option(help="Requests that decode together; a list, empty for no timings.")
+    ] = "1,4,16",
+    prompt_len: Annotated[int, typer.Option(help="Tokens of each prompt.")] = 512,
+    output_len: Annotated[int, typer.Option(help="Tokens each request generates.")] = 64,
+    dtype: Dtype = "bfloat16",
+    backend: Backend = "auto",
+    kv_memory: Annotated[str, typer.Option(help="Bytes or text, for the caches.")] = "512MiB",
+    repeats: Repeats = 5,
+    warmup: Warmup = 1,
+    seed: Seed = 0,
+    json: Json = Path("out/weights.json"),
+) -> None:
+    """Weights of 8 and 4 bits: perplexity on real text, bytes, prefill and decode step."""
+    from pyramidinfer.lab.bench.table import weights_table
+    from pyramidinfer.lab.bench.weights import WeightsPlan, run_weights
+    from pyramidinfer.lab.samples import Subject
+
+    plan = WeightsPlan(
+        Subject(model, None if text is None else str(text), dtype, "cpu", kv_memory, backend),
+        tuple(each.strip() for each in weights.split(",")),
+        samples,
+        batches=tuple(numbers(batch, int, "--batch")) if batch else (),
+        prompt_len=prompt_len,
+        output_len=output_len,
+        repeats=repeats,
+        warmup=warmup,
+        seed=seed,
+    )
+    _show(weights_table(run_weights(plan, _target(json))), json)
 
 
 @bench.command("kv-dtypes")
@@ -214,6 +263,7 @@ def latency(
     output_len: Annotated[int, typer.Option(help="Tokens each request generates.")] = 32,
     dtype: Dtype = "auto",
     kv_dtype: KvDtype = "auto",
+    weights: Weights = "auto",
     device: Device = "auto",
     backend: Backend = "auto",
     repeats: Repeats = 3,
@@ -235,6 +285,7 @@ def latency(
         keep=keep,
         dtype=dtype,
         kv_dtype=kv_dtype,
+        weights=weights,
         device=device,
         backend=backend,
         repeats=repeats,
@@ -262,6 +313,7 @@ def memory(
     requests: Annotated[int, typer.Option(help="Requests to run at most.")] = 64,
     dtype: Dtype = "auto",
     kv_dtype: KvDtype = "auto",
+    weights: Weights = "auto",
     device: Device = "auto",
     backend: Backend = "auto",
     threads: Threads = 0,
@@ -281,6 +333,7 @@ def memory(
         keep=keep,
         dtype=dtype,
         kv_dtype=kv_dtype,
+        weights=weights,
         device=device,
         backend=backend,
         threads=threads,

@@ -32,6 +32,7 @@ __all__ = [
     "PolicyName",
     "TemplateKwargs",
     "TensorParallel",
+    "Weights",
     "check_asked",
     "defaults_of",
     "human_bytes",
@@ -118,6 +119,13 @@ KvDtype = Annotated[
     typer.Option(
         help="How the cache stores keys and values: auto (in --dtype); int8 or fp8 (about half the "
         "bytes of 16 bits); int4 (about a quarter, and less exact).",
+    ),
+]
+Weights = Annotated[
+    str,
+    typer.Option(
+        help="How the weights of linears are stored: auto (in --dtype), int8 or int4 (about half "
+        "or a third of the bytes of 16 bits); C++ kernels only.",
     ),
 ]
 FromModel = Annotated[

@@ -125,6 +125,8 @@ def run_demo(
     loaded = load_model(find_model(model) if model else shipped_model(), dtype="float32")
     questions = ask.questions(loaded.tokenizer, SEED, ask.documents, ask.length)
     stored = "" if config.kv_dtype == "auto" else f", in {config.kv_dtype}"
+    if config.weights != "auto":
+        stored += f" (weights in {config.weights})"
     console.print(
         f"[bold]{ask.name}[/bold]: {ask.documents} documents of {ask.length} tokens ({ask.text}), "
         f"one question each, all inside [bold]{human_bytes(config.budget)}[/bold] of "
@@ -140,6 +142,7 @@ def run_demo(
     figures = {run.title: _figures(run) for run in runs}
     configuration = {**asdict(ask), "model": ask.name, "text": ask.text, "seed": SEED}
     configuration["kv_dtype"] = config.kv_dtype
+    configuration["weights"] = config.weights
     write_result(out / "demo.json", configuration, figures, model=ask.name)
     console.print(_verdict(runs))
     console.print(f"which token is kept in which layer: [bold]{picture}[/bold]", soft_wrap=True)

@@ -20,6 +20,7 @@ from pyramidinfer.engine.readings import readings
 from pyramidinfer.engine.text import encoder_of
 from pyramidinfer.models import ModelRunner
 from pyramidinfer.models.catalog import find_model
+from pyramidinfer.models.device import choose_device
 from pyramidinfer.models.fingerprint import fingerprint
 from pyramidinfer.models.folder import model_folder
 from pyramidinfer.models.loading import (
@@ -28,6 +29,7 @@ from pyramidinfer.models.loading import (
     quiet_transformers,
     shipped_model,
 )
+from pyramidinfer.models.weights import stored_bytes
 from pyramidinfer.policies import Full, Policy
 from pyramidinfer.policies.base import Facts
 from pyramidinfer.policies.profile import Profile
@@ -43,6 +45,7 @@ def run_inspect(
     max_tokens: int,
     dtype: str,
     kv_dtype: str,
+    weights: str,
     as_json: bool,
 ) -> None:
     """Print the forecast per layer: tokens computed, entries kept, bytes.
@@ -53,7 +56,11 @@ def run_inspect(
         if value < 1:
             raise ValueError(f"{name} {value} must be at least 1")
     quiet_transformers()
-    runner = _runner_without_weights(model or shipped_model(), dtype)
+    empty, place = empty_model(model or shipped_model(), dtype)
+    runner = ModelRunner(empty, "reference")  # builds nothing
+    if weights != "auto":
+        runner.check_weights(weights, choose_device("auto", place, runner.dtype, weights))
+    weight_bytes = stored_bytes(empty, weights)
     specs = runner.group_specs(kv_dtype)  # refuses at once
     if isinstance(getattr(chosen, "profile", None), Profile):
         chosen.check(runner.layers_for(1))  # before weights are read
@@ -114,6 +121,8 @@ def run_inspect(
                     "prompt_len": prompt_len,
                     "max_tokens": max_tokens,
                     "kv_dtype": kv_dtype,
+                    "weights": weights,
+                    "weight_bytes": weight_bytes,
                     "layers": rows,
                     "tokens_read_again": again,
                     "bytes": in_pages,
@@ -125,7 +134,9 @@ def run_inspect(
         return
     after = _After.of(chosen, prompt_len, layers, runner.kv_heads, caps)
     asked = (prompt_len, max_tokens, kv_dtype)
-    _print(rows, chosen, *asked, again, in_pages, overhead, cost.bytes, after)
+    told = "" if weights == "auto" else f", stored in {weights}"
+    size = f"weights{told}: {human_bytes(weight_bytes)}"
+    _print(rows, chosen, *asked, again, in_pages, overhead, cost.bytes, after, size)
 
 
 class _After(NamedTuple):
@@ -156,10 +167,6 @@ class _After(NamedTuple):
         share = np.minimum(held, full).sum() / full.sum()
         budget = min(governed, held.mean() / prompt_len)
         return cls(share, governed, budget, layers.governed.count(False))
-
-
-def _runner_without_weights(model: str, dtype: str) -> ModelRunner:
-    return ModelRunner(empty_model(model, dtype)[0], "reference")  # builds nothing
 
 
 def _profile(model: str, dtype: str) -> Profile:
@@ -207,6 +214,7 @@ def _print(
     overhead: int,
     admission: int,
     after: _After,
+    weights: str,
 ) -> None:
     console = Console()
     set_here = ", ".join(
@@ -253,6 +261,7 @@ def _print(
     keep = getattr(policy, "keep", None)
     if keep is not None and after.budget > keep + 0.005 + 1 / prompt_len:
         print(_why_more(policy, keep, prompt_len, after.budget))
+    print(weights)
     print(
         f"full cache{bits}: {human_bytes(full)}; beside the pages, query rings and state: "
         f"{human_bytes(overhead)}; reserved at admission, prompt in progress included: "

@@ -21,6 +21,7 @@ from pyramidinfer.cli.common import (
     PolicyName,
     TemplateKwargs,
     TensorParallel,
+    Weights,
     json_object,
     names_model,
     plain_errors,
@@ -72,6 +73,7 @@ def serve(
     kv_memory: KvMemory = "1GiB",
     dtype: Dtype = "auto",
     kv_dtype: KvDtype = "auto",
+    weights: Weights = "auto",
     device: Device = "auto",
     backend: Backend = "auto",
     no_profile: NoProfile = False,
@@ -324,6 +326,7 @@ def serve(
         no_profile,
         kv_memory=kv_memory,
         kv_dtype=kv_dtype,
+        weights=weights,
         max_requests=max_requests,
         step_tokens=step_tokens,
         page_size=page_size,
@@ -380,6 +383,11 @@ def serve(
             f"--compress-idle with --reuse-share {reuse_share:g}: no conversation is held then; "
             f"give a share above 0"
         )
+    if verify and weights != "auto":
+        raise ValueError(
+            f"--verify with --weights {weights}: what is measured has --weights auto; leave one of "
+            f"them out"
+        )
     if verify_floor is not None and not verify:
         raise ValueError(f"--verify-floor {verify_floor:g} has no effect without --verify")
     if not verify:
@@ -400,6 +408,7 @@ def chat(
     kv_memory: KvMemory = "1GiB",
     dtype: Dtype = "auto",
     kv_dtype: KvDtype = "auto",
+    weights: Weights = "auto",
     device: Device = "auto",
     backend: Backend = "auto",
     no_profile: NoProfile = False,
@@ -439,6 +448,7 @@ def chat(
         no_profile,
         kv_memory=kv_memory,
         kv_dtype=kv_dtype,
+        weights=weights,
         reuse_share=1.0,
         tensor_parallel_size=tensor_parallel_size,
         pipeline_parallel_size=pipeline_parallel_size,
@@ -462,6 +472,7 @@ def batch(
     kv_memory: KvMemory = "1GiB",
     dtype: Dtype = "auto",
     kv_dtype: KvDtype = "auto",
+    weights: Weights = "auto",
     device: Device = "auto",
     backend: Backend = "auto",
     no_profile: NoProfile = False,
@@ -494,6 +505,7 @@ def batch(
         no_profile,
         kv_memory=kv_memory,
         kv_dtype=kv_dtype,
+        weights=weights,
         max_requests=max_requests,
         reuse_share=0.0,
         tensor_parallel_size=tensor_parallel_size,

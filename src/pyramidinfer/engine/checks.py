@@ -37,10 +37,12 @@ def check_plan(
     config: EngineConfig,
     device: torch.device,
     weights: int = 0,
+    loading: int = 0,
 ) -> None:
     """Whether this model (weights not needed) can run so: depth, budget, free memory.
 
-    ``weights``: bytes still to be loaded beside the pool.
+    ``weights``: bytes still to be loaded beside the pool;  ``loading``: what they take before that,
+    as they are in the files.
     """
     policy.check(runner.layers_for(1))
     check_ahead(policy, config)
@@ -52,9 +54,9 @@ def check_plan(
             f"kv_memory={budget} bytes is below one page per layer: this model needs at least "
             f"{least} bytes ({runner.depth} layers, {config.page_size} entries a page)"
         )
-    if weights > free:
+    if (most := max(weights, loading)) > free:
         raise ValueError(
-            f"the model needs {weights / 2**30:.2f} GiB for its weights in {runner.dtype}; "
+            f"the model needs {most / 2**30:.2f} GiB for its weights in {runner.dtype}; "
             f"{free / 2**30:.2f} GiB of memory are free on {device}"
         )
     if budget + weights > free:

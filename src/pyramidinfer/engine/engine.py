@@ -70,9 +70,21 @@ class Engine:
         self.config, self.policy = config, policy
         mark = weights_mark(model) if config.disk_kv_cache and isinstance(model, nn.Module) else ""
         if isinstance(model, ModelRunner):
+            if model.weights != config.weights:
+                raise ValueError(
+                    f"weights={config.weights!r}, but the runner given stores its weights as "
+                    f"{model.weights!r}; give the config that, too"
+                )
             self.runner = model
         else:
-            self.runner = ModelRunner(model, backend, config.prefill_chunk, own=own, ranks=ranks)
+            self.runner = ModelRunner(
+                model,
+                backend,
+                config.prefill_chunk,
+                own=own,
+                ranks=ranks,
+                weights=config.weights,
+            )
         device = self.runner.device
         check_plan(self.runner, policy, config, device)
         layout = Layout(

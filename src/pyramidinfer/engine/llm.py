@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from pyramidinfer.attention import select_backend
 from pyramidinfer.config import EngineConfig
 from pyramidinfer.engine.checks import check_plan
 from pyramidinfer.engine.defaults import sampling_defaults
@@ -22,9 +21,11 @@ from pyramidinfer.engine.split import check_sent, split_llm
 from pyramidinfer.engine.tracing import trace
 from pyramidinfer.models import ModelRunner
 from pyramidinfer.models.catalog import find_model
+from pyramidinfer.models.device import choose_device
 from pyramidinfer.models.loading import empty_model, load_model
 from pyramidinfer.models.ranks import check_heads
 from pyramidinfer.models.stages import check_stages
+from pyramidinfer.models.weights import stored_bytes
 from pyramidinfer.policies import Policy, choose_policy, make_policy
 from pyramidinfer.types import RequestOutput, SamplingParams, Score, TokenIds, Trace
 
@@ -75,6 +76,9 @@ class LLM:
         channels, so that ``kv_memory`` holds two or three and a half times what it does in
         16 bits.  An output's ``kv.full_bytes`` are those of 16 bits then.  Head sizes must be
         multiples of 4.
+    weights : (one of the options) how the weights of linears are stored on the CPU kernels:
+        ``"auto"`` in ``dtype``, ``"int8"`` or ``"int4"`` in so many bits, made while the model is
+        loaded.  ``ValueError`` for a model or backend that has no such linears.
     options : further fields of ``EngineConfig`` (``page_size``, ``max_requests``, …).
         With ``tensor_parallel_size`` or ``pipeline_parallel_size`` above 1 a process is started for
         each further rank (under ``torchrun`` they are there already, and those above 0 end with
@@ -104,12 +108,15 @@ class LLM:
         if not isinstance(model, nn.Module):
             model = find_model(os.fspath(model))
             empty, place = empty_model(model, dtype, device)
-            weights = sum(each.nbytes for each in empty.parameters())
-            select_backend(backend, place)  # refuses at once
             runner = ModelRunner(empty, "reference")
+            on = choose_device(backend, place, runner.dtype, config.weights)
+            runner.check_weights(config.weights, on)
+            loading = sum(each.nbytes for each in empty.parameters()) // config.ranks
+            packed = config.weights != "auto" and on.coding == "packed"
+            weights = stored_bytes(empty, config.weights) if packed else loading
             check_heads(config.tensor_parallel_size, runner.shapes[0])
             check_stages(config.pipeline_parallel_size, runner.depth, config.pipeline_layers)
-            check_plan(runner, chosen, config, place, weights // config.ranks)
+            check_plan(runner, chosen, config, place, weights, loading)
         if config.ranks > 1:
             sent = {"kv_memory": kv_memory, "backend": backend, **options}
             loaded, self.engine = split_llm(

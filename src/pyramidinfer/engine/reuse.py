@@ -521,6 +521,7 @@ def open_conversations(shared: Shared, weights: str) -> Conversations:
             json.dumps(sizes, sort_keys=True, default=str),
             str(runner.dtype),
             config.kv_dtype,
+            config.weights,
             str(shared.pool.layout.scores),
         ]
         model = blake2b("\n".join(what).encode(), digest_size=16).hexdigest()

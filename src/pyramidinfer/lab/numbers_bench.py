@@ -39,6 +39,7 @@ def _common(configuration: Result, **more: Any) -> dict[str, Any]:
         "keep",
         "dtype",
         "kv_dtype",
+        "weights",
         "device",
         "backend",
         "kv_memory",
@@ -61,8 +62,10 @@ def _subject(configuration: Result) -> str:
         else f"random weights in the shape of `{c['shape']}`"
     )
     dtype = "bfloat16" if c["dtype"] == "auto" and c["shape"] else c["dtype"]
-    stored = c.get("kv_dtype", "auto")
-    return f"{name} ({dtype}{'' if stored == 'auto' else f', cache in {stored}'})"
+    stored, weights = c.get("kv_dtype", "auto"), c.get("weights", "auto")
+    words = [dtype, *([f"cache in {stored}"] if stored != "auto" else [])]
+    words += [f"weights in {weights}"] if weights != "auto" else []
+    return f"{name} ({', '.join(words)})"
 
 
 def _spread(values: dict[str, float] | None, form: str, scale: float = 1.0) -> str:

@@ -22,23 +22,27 @@ class Device:
     attention : over pages and prompts;  ops : arithmetic of plain layers, None where nothing is
     gained over the model's own modules;  mover : writes and moves entries of the cache, and has the
     kernels that select them;  replays : whether decode steps run on fixed buffers, which a GPU
-    replays.
+    replays;  coding : what becomes of weights that are asked for in few bits: ``"packed"`` as
+    codes, ``"rounded"`` to what codes stand for, or None where there is neither.
     """
 
     attention: Backend
     ops: Ops | None
     mover: Mover
     replays: bool = False
+    coding: str | None = None
 
 
-def choose_device(backend: str, place: torch.device, dtype: torch.dtype) -> Device:
+def choose_device(
+    backend: str, place: torch.device, dtype: torch.dtype, weights: str = "auto"
+) -> Device:
     """By a backend's name (``select_backend``, whose errors these are), for a model of this dtype
-    at ``place``."""
+    at ``place``, its linears' ``weights`` stored so."""
     attention, on_gpu = select_backend(backend, place), place.type == "cuda"
     if isinstance(attention, CPUBackend):
         made = attention.kernels
-        ops = KernelOps(made, dtype) if made.multiplies(dtype) else None
-        return Device(attention, ops, KernelMover(made))
+        ops = KernelOps(made, dtype, weights) if made.multiplies(dtype, weights) else None
+        return Device(attention, ops, KernelMover(made), coding="packed")
     if attention.name == "triton" and on_gpu:
         from pyramidinfer.cache.triton_compact import TritonMover
         from pyramidinfer.models.triton_ops import TritonOps
@@ -46,4 +50,4 @@ def choose_device(backend: str, place: torch.device, dtype: torch.dtype) -> Devi
         return Device(attention, TritonOps(), TritonMover(), replays=True)
     if attention.name == "triton":  # interpreted
         return Device(attention, TorchOps(), Mover(), replays=True)
-    return Device(attention, TorchOps() if on_gpu else None, Mover())
+    return Device(attention, TorchOps() if on_gpu else None, Mover(), coding="rounded")

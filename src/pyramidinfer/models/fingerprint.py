@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pyramidinfer.models.runner import ModelRunner
 from pyramidinfer.policies.profile import Fingerprint
 
-__all__ = ["fingerprint"]
+__all__ = ["fingerprint", "measure"]
 
 #: Rows of an embedding that are looked at, evenly spread.
 ROWS = 256
@@ -25,8 +25,9 @@ ROWS = 256
 VECTOR_WAYS, TABLE_WAYS = 2, 8
 
 
-def fingerprint(runner: ModelRunner) -> Fingerprint:
-    """The fingerprint of a model, the same before and after its weights were packed or split."""
+def fingerprint(runner: Any) -> Fingerprint:
+    """The fingerprint of a ``ModelRunner``'s model, the same before and after its weights were
+    packed or split."""
     vectors, tables = runner.ranks.fingerprint or measure(runner.body)
     return Fingerprint(_key(runner), tuple(vectors), tuple(tables))
 
@@ -46,7 +47,7 @@ def measure(body: nn.Module) -> tuple[list[tuple[float, ...]], list[tuple[float,
     return vectors, tables
 
 
-def _key(runner: ModelRunner) -> str:
+def _key(runner: Any) -> str:
     """The model's kind and a hash of its sizes; fit for a file's name."""
     sizes = [
         runner.hidden_size,

@@ -26,7 +26,7 @@ from pyramidinfer.models.sharding import RowSplit
 from pyramidinfer.native.library import LayerData, StepCall, pointer
 from pyramidinfer.types import AttentionShape
 
-__all__ = ["FusedDecoder", "fuse"]
+__all__ = ["FusedDecoder", "fuse", "why_not"]
 
 #: What is packed; the second is a linear that is split over ranks.
 LINEARS = (nn.Linear, RowSplit)
@@ -62,6 +62,10 @@ class FusedLayer:
         scale = shape.key_dim**-0.5 if scaling is None else float(scaling)
         self.scale = Scale(scale, None, shape.window)
 
+    @property
+    def packed(self) -> list[Any]:
+        return [self.qkv, self.out, self.gate_up, self.down]
+
     def __call__(self, flat: Tensor, rope: Tables, call: LayerCall) -> Tensor:
         """The flat row ``[rows, hidden]`` through the layer; fewer rows where ``call`` says so.
         rope : float32 cos and sin, each ``[rows, rotated]``."""
@@ -96,8 +100,31 @@ class FusedDecoder(Decoder):
         super().__init__(plain.body, plain.head, plain.config, plain.rotary, plain.like, plain.own)
         self.layers, self.norm, self.ops = layers, plain.body.norm, ops
         has_head = plain.config.num_hidden_layers == plain.own.stop
-        self.packed_head = _pack(ops, [plain.head], PLAIN) if has_head else None
+        head, table = plain.head, plain.body.embed_tokens
+        self.packed_head = _pack_table(ops, head.weight, head.bias) if has_head else None
+        #: The embedding, where its rows are codes.
+        self.packed_table: Any = None
+        if is_coded(ops):
+            tied = table.weight is head.weight and head.bias is None
+            self.packed_table = self.packed_head if tied else _pack_table(ops, table.weight)
         self._layers_of: WeakKeyDictionary[Pool, Any] = WeakKeyDictionary()
+
+    @property
+    def weight_bytes(self) -> int:
+        packed = [each for layer in self.layers.values() for each in layer.packed]
+        packed += [self.packed_head, self.packed_table]
+        sizes = list(map(packed_bytes, {id(each): each for each in packed}.values()))
+        skipped = LINEARS if self.packed_table is None else (*LINEARS, nn.Embedding)
+        for module in self.body.modules():
+            if not isinstance(module, skipped):
+                sizes += [each.nbytes for each in module.parameters(recurse=False)]
+        return sum(sizes)
+
+    def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
+        if self.packed_table is None:
+            return super().embed(ids, positions)
+        assert isinstance(self.ops, KernelOps)
+        return self.ops.rows(self.packed_table, ids)
 
     def ropes(self, positions: Tensor, regimes: list[int]) -> Ropes:
         return {None: self.rotary.angles(self.like, positions, regimes)}
@@ -189,28 +216,54 @@ def fuse(
     ``own`` : the model is ours alone, so weights that were packed are freed.  Otherwise it
     stays as it is, and packed weights take their memory a second time.
     """
-    body, head, config = plain.body, plain.head, plain.config
-    layers = {i: body.layers[i] for i in plain.own} if plain.family.plain else {}
-    if ops is None or not layers or plain.like.is_meta:
+    if ops is None or plain.like.is_meta or why_not(plain, shapes, ops, ranks) is not None:
         return plain
-    if not (all(map(_is_plain, layers.values())) and type(head) is nn.Linear):
-        return plain
-    if not (_is_untouched(head) and _is_untouched(body.norm)):
-        return plain
-    inner = ranks.part(config.intermediate_size)
-    heads = shapes[0].heads * shapes[0].key_dim
-    sizes = (config.hidden_size, inner.stop - inner.start, heads)
-    if getattr(config, "hidden_act", None) != "silu" or any(size % ops.multiple for size in sizes):
-        return plain
+    body, head = plain.body, plain.head
     packed = {}
-    for number, layer in layers.items():
+    for number in plain.own:
+        layer = body.layers[number]
         packed[number] = FusedLayer(layer, shapes[number], plain.rotary.rotated, ops, ranks)
         if own:
             _free([each for each in layer.modules() if type(each) in LINEARS])
     fused = FusedDecoder(plain, packed, ops)
-    if own and head.weight is not body.embed_tokens.weight:
+    if own and (head.weight is not body.embed_tokens.weight or fused.packed_table is not None):
         _free([head])
+    if own and fused.packed_table is not None:
+        body.embed_tokens.weight = _nothing_of(body.embed_tokens.weight)
     return fused
+
+
+def why_not(plain: Decoder, shapes: list[AttentionShape], ops: Ops, ranks: Ranks) -> str | None:
+    """Why a model's layers cannot be packed for ``ops`` (weights need not be there), or None."""
+    body, head, config, family = plain.body, plain.head, plain.config, plain.family
+    if not family.plain:
+        return f"layers of {family.title} are not of Llama's kind"
+    layers = [body.layers[i] for i in plain.own]
+    if not layers:
+        return "there is no layer"
+    if not all(map(_is_plain, layers)):
+        return "its layers have linears of other kinds, weights of several dtypes, or were changed"
+    if type(head) is not nn.Linear or not (_is_untouched(head) and _is_untouched(body.norm)):
+        return "its head or last norm was changed"
+    inner = ranks.part(config.intermediate_size)
+    heads = shapes[0].heads * shapes[0].key_dim
+    sizes = (config.hidden_size, inner.stop - inner.start, heads)
+    if any(size % ops.multiple for size in sizes):
+        return f"sizes {sizes} are no multiples of {ops.multiple}"
+    if (act := getattr(config, "hidden_act", None)) != "silu":
+        return f"its MLP is gated by {act!r}, not 'silu'"
+    return None
+
+
+def is_coded(ops: Ops | None) -> bool:
+    """Whether weights are packed as codes."""
+    return isinstance(ops, KernelOps) and ops.weights != "auto"
+
+
+def packed_bytes(packed: Any) -> int:
+    """Bytes of what ``Ops.pack`` gave, or of None."""
+    parts = packed if isinstance(packed, tuple) else [packed]
+    return sum(each.nbytes for each in parts if each is not None)
 
 
 def _is_plain(layer: Any) -> bool:
@@ -266,7 +319,15 @@ def _pack(ops: Ops, linears: list[Any], how: int) -> Any:
     return ops.pack(weights, biases, how)
 
 
+def _pack_table(ops: Ops, weight: Tensor, bias: Tensor | None = None) -> Any:
+    return ops.pack_table([weight.data], [None if bias is None else bias.data])
+
+
 def _free(linears: list[nn.Linear]) -> None:
     for each in linears:
-        each.weight = nn.Parameter(each.weight.new_empty(0), requires_grad=False)
+        each.weight = _nothing_of(each.weight)
         each.register_parameter("bias", None)
+
+
+def _nothing_of(weight: Tensor) -> nn.Parameter:
+    return nn.Parameter(weight.new_empty(0), requires_grad=False)

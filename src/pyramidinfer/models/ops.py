@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pyramidinfer.native.library import DTYPES, HeadsData, Kernels, LinearData, pointer
+from pyramidinfer.models.weights import TABLE, Coded, code
+from pyramidinfer.native.library import DTYPES, FORMATS, HeadsData, Kernels, LinearData, pointer
 
 __all__ = ["ADD", "GATED", "PLAIN", "Heads", "KernelOps", "Ops", "TorchOps"]
 
@@ -38,6 +39,10 @@ class Ops(Protocol):
         """Linears of the same input side by side; for ``GATED`` gate and up."""
         ...
 
+    def pack_table(self, weights: list[Tensor], biases: list[Tensor | None]) -> Any:
+        """A head (or an embedding) ``[vocabulary, n]``, as ``pack``."""
+        ...
+
     def linear(self, x: Tensor, weights: Any, how: int, residual: Tensor | None = None) -> Tensor:
         """``x [n, in]`` → ``[n, out]``; ``GATED``: silu(gate) · up; ``ADD``: plus the residual."""
         ...
@@ -54,24 +59,46 @@ class Ops(Protocol):
 class Packed:
     """Weights in panels for the kernels, with what the C side needs to know of them."""
 
-    def __init__(self, panels: Tensor, bias: Tensor | None, columns: int, depth: int, how: int):
-        self.panels, self.bias, self.columns = (
-            panels,
-            bias,
-            columns // 2 if how == GATED else columns,
-        )
-        self.data = LinearData(pointer(panels), pointer(bias), columns, depth)
+    def __init__(
+        self,
+        panels: Tensor,
+        bias: Tensor | None,
+        columns: int,
+        depth: int,
+        how: int,
+        weights: str = "auto",
+    ) -> None:
+        self.panels, self.bias, self.depth = panels, bias, depth
+        self.columns = columns // 2 if how == GATED else columns
+        self.data = LinearData(pointer(panels), pointer(bias), columns, depth, FORMATS[weights])
+
+    @property
+    def nbytes(self) -> int:
+        return self.panels.nbytes + (0 if self.bias is None else self.bias.nbytes)
 
 
 class KernelOps:
-    """On the C++ kernels; outputs of ``linear`` and ``norm`` are fresh tensors."""
+    """On the C++ kernels; outputs of ``linear`` and ``norm`` are fresh tensors.
 
-    multiple = 2
+    weights : how those of linears are stored, ``"auto"`` in the dtype (``models/weights.py``).
+    """
 
-    def __init__(self, kernels: Kernels, dtype: torch.dtype) -> None:
+    def __init__(self, kernels: Kernels, dtype: torch.dtype, weights: str = "auto") -> None:
         self.kernels, self.dtype, self.kind = kernels, dtype, DTYPES[dtype]
+        self.weights = weights
+        self.multiple = 2 if weights == "auto" else 1
 
     def pack(self, weights: list[Tensor], biases: list[Tensor | None], how: int) -> Packed:
+        if self.weights != "auto":
+            return self._pack_coded([code(each, self.weights) for each in weights], biases, how)
+        return self._pack_numbers(weights, biases, how)
+
+    def pack_table(self, weights: list[Tensor], biases: list[Tensor | None]) -> Packed:
+        if self.weights != "auto":
+            return self._pack_coded([code(each, TABLE) for each in weights], biases, PLAIN)
+        return self._pack_numbers(weights, biases, PLAIN)
+
+    def _pack_numbers(self, weights: list[Tensor], biases: list[Tensor | None], how: int) -> Packed:
         panel = int(self.kernels.panel_columns())
         columns, depth = sum(len(each) for each in weights), weights[0].shape[1]
         parts = [_with_bias(each, bias) for each, bias in zip(weights, biases, strict=True)]
@@ -91,6 +118,48 @@ class KernelOps:
         panels = torch.empty(units * depth, dtype=self.dtype)
         self.kernels.pack_linear(self.kind, pointer(rows), len(rows), depth, pointer(panels))
         return Packed(panels, bias, columns, depth, how)
+
+    def _pack_coded(self, parts: list[Coded], biases: list[Tensor | None], how: int) -> Packed:
+        panel, depth, name = int(self.kernels.panel_columns()), parts[0].depth, parts[0].name
+        sizes = [len(each.codes) for each in parts]
+        columns = sum(sizes)
+        bias = None
+        if any(each is not None for each in biases):
+            bias = torch.cat(
+                [
+                    torch.zeros(size) if each is None else each.float()
+                    for size, each in zip(sizes, biases, strict=True)
+                ]
+            )
+        whole = Coded.joined(parts)
+        if how == GATED:  # half a panel of gate columns, then the up columns that go with them
+            half, size = panel // 2, sizes[0]
+            at = torch.arange(-(-size // half) * half).clamp(max=size - 1).view(-1, half)
+            order = torch.cat([at, at + size], dim=1).flatten()
+            whole, bias = whole.rows(order), None if bias is None else bias[order]
+        if bias is not None:
+            bias = F.pad(bias, (0, -len(bias) % panel))
+        count, form = len(whole.codes), FORMATS[name]
+        panels = torch.empty(self.kernels.packed_bytes(form, count, depth), dtype=torch.uint8)
+        self.kernels.pack_coded(
+            form,
+            pointer(whole.codes),
+            pointer(whole.scales),
+            pointer(whole.least),
+            count,
+            depth,
+            pointer(panels),
+        )
+        return Packed(panels, bias, columns, depth, how, name)
+
+    def rows(self, table: Packed, ids: Tensor) -> Tensor:
+        """Rows ``ids`` ``[n]`` of an embedding that is packed as a linear with codes, ``[n,
+        depth]``."""
+        out = torch.empty(len(ids), table.depth, dtype=self.dtype)
+        self.kernels.read_rows(
+            self.kind, ctypes.byref(table.data), pointer(ids.contiguous()), len(ids), pointer(out)
+        )
+        return out
 
     def linear(
         self, x: Tensor, weights: Packed, how: int, residual: Tensor | None = None
@@ -145,6 +214,9 @@ class TorchOps:
                 ]
             )
         return torch.cat(weights), bias
+
+    def pack_table(self, weights: list[Tensor], biases: list[Tensor | None]) -> Any:
+        return self.pack(weights, biases, PLAIN)
 
     def linear(self, x: Tensor, weights: Any, how: int, residual: Tensor | None = None) -> Tensor:
         out = F.linear(x, *weights)

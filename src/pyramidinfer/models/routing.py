@@ -300,6 +300,16 @@ class Decoder:
         """cos and sin of rows at rotary positions ``[n]``, each in its regime."""
         return self.rotary.tables(self.like, positions, regimes)
 
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weights that this stands on, those that are tied once."""
+        found = [*self.body.parameters(), *self.head.parameters()]
+        return sum(each.nbytes for each in {id(each): each for each in found}.values())
+
+    def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """Tokens ``[n]`` → ``[n, hidden]``."""
+        return self.family.embed(self.body, self.config, ids[None], positions[None])[0]
+
     def logits(self, hidden: Tensor) -> Tensor:
         """``[n, hidden]`` → ``[n, vocab]``."""
         normed = self.family.finish(self.body, self.config, hidden)

@@ -6,8 +6,10 @@ into one flat row ``[rows, hidden]`` per layer.  Policies, cache and attention m
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -20,10 +22,11 @@ from pyramidinfer.codec import find_codec
 from pyramidinfer.models import rereading
 from pyramidinfer.models.batch import Batch, Prefill, Sequence, Work
 from pyramidinfer.models.decode import Decoding, Size, Stepped
-from pyramidinfer.models.device import choose_device
+from pyramidinfer.models.device import Device, choose_device
 from pyramidinfer.models.evicting import evict, joined_positions, joined_scores, retain
 from pyramidinfer.models.families import find_family
-from pyramidinfer.models.fused import fuse
+from pyramidinfer.models.fingerprint import measure
+from pyramidinfer.models.fused import fuse, why_not
 from pyramidinfer.models.graphs import DecodeGraphs
 from pyramidinfer.models.loading import end_ids
 from pyramidinfer.models.ranks import ALONE, Ranks
@@ -31,6 +34,7 @@ from pyramidinfer.models.rotary import Rotary, Tables, count_positions
 from pyramidinfer.models.routing import Decoder, LayerCall, Segment, evaluating
 from pyramidinfer.models.stages import Stages
 from pyramidinfer.models.streaming import Streaming
+from pyramidinfer.models.weights import round_weights
 from pyramidinfer.types import AttentionShape, Keep, Layers, Observation, Queries
 
 __all__ = ["ModelRunner", "Stepped"]
@@ -51,6 +55,7 @@ class ModelRunner:
     in its mode (it runs without dropout even in training mode), unless it is given away (``own``):
     then weights that are packed are freed.  ``ranks``: who shares the layers with this one, where
     the model is one rank's part (``models/sharding.py``); ``shapes`` are of all ranks together.
+    ``weights``: how those of linears are stored (``EngineConfig.weights``).
     ``stages``: who has which layers, where they are dealt out (``models/pipeline.py``).
     ``span``: for profilers; entered by name around what choosing entries takes, ``"retain"`` at a
     layer's end in prefill and ``"evict"`` while decoding.
@@ -65,13 +70,17 @@ class ModelRunner:
         own: bool = False,
         ranks: Ranks = ALONE,
         stages: Stages | None = None,
+        weights: str = "auto",
     ) -> None:
         self.config: Any = model.config
         self.family = find_family(self.config)
         first = next(model.parameters())
         self.device, self.dtype = first.device, first.dtype
-        self.chosen = choose_device(backend, self.device, self.dtype)
-        self.prefill_chunk, self.ranks = prefill_chunk, ranks
+        self.chosen = choose_device(backend, self.device, self.dtype, weights)
+        if weights != "auto" and self.chosen.coding == "rounded" and not first.is_meta:
+            model = model if own else copy.deepcopy(model)
+            round_weights(model, weights)
+        self.prefill_chunk, self.ranks, self.weights = prefill_chunk, ranks, weights
         try:
             self.body: Any = model.get_submodule(self.family.body)
             self.head: Any = model.get_output_embeddings()
@@ -94,6 +103,10 @@ class ModelRunner:
         self.max_positions = count_positions(self.family, self.config)
         self._like = torch.empty(0, dtype=self.dtype, device=self.device)
         plain = Decoder(self.body, self.head, self.config, self.rotary, self._like, self.stages.own)
+        self.decoder = plain
+        self.check_weights(weights, self.chosen)
+        if weights != "auto" and ranks.fingerprint is None:  # of embeddings that are let go of
+            self.ranks = ranks = replace(ranks, fingerprint=measure(self.body))
         own_shapes = list(map(ranks.own, self.shapes))
         self.decoder = fuse(plain, own_shapes, self.chosen.ops, ranks, own=own)
         self._graphs: WeakKeyDictionary[Pool, DecodeGraphs] = WeakKeyDictionary()
@@ -109,6 +122,31 @@ class ModelRunner:
             self.max_positions,
             self.stages.own,
         )
+
+    def check_weights(self, weights: str, chosen: Device) -> None:
+        """``ValueError`` where this model's weights (not needed) cannot be stored so, on what is
+        chosen for it."""
+        if weights == "auto" or chosen.coding == "rounded":
+            return
+        if chosen.coding is None:
+            why = f"backend {chosen.attention.name!r} multiplies weights in the model's dtype only"
+        elif chosen.ops is None:
+            why = f"linears of {self.dtype} do not run on the CPU kernels: try dtype='bfloat16'"
+        else:
+            shapes = list(map(self.ranks.own, self.shapes))
+            found = why_not(self.decoder, shapes, chosen.ops, self.ranks)
+            if found is None:
+                return
+            why = f"this model cannot be packed for the CPU kernels ({found})"
+        raise ValueError(
+            f"weights={weights!r}: {why}. Leave weights out, or see what they cost with "
+            f"backend='reference', which rounds them and saves no memory"
+        )
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weights, as they are stored."""
+        return self.decoder.weight_bytes
 
     @property
     def depth(self) -> int:
@@ -244,7 +282,7 @@ class ModelRunner:
 
     def _embed(self, ids: Tensor, positions: Tensor) -> Tensor:
         """Tokens ``[n]`` → ``[n, hidden]``."""
-        return self.family.embed(self.body, self.config, ids[None], positions[None])[0]
+        return self.decoder.embed(ids, positions)
 
     # --- one layer ----------------------------------------------------------------------------
 

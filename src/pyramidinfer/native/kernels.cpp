@@ -7,6 +7,7 @@
 #include "scores.h"
 #include "select.h"
 #include "step.h"
+#include "weights.h"
 
 // f(T{}) for dtype 0 float32, 1 bfloat16, 2 float16.
 template <class F>
@@ -19,10 +20,7 @@ static void by_dtype(int dtype, F f) {
 // The same for what linears are there for: see can_multiply.
 template <class F>
 static void by_linear(int dtype, F f) {
-#ifdef PAIRS
     if (dtype == 1) return f(bf16{});
-#endif
-    (void)dtype;
     f(float{});
 }
 
@@ -52,8 +50,9 @@ extern "C" {
 
 const char* isa() { return ISA_NAME; }
 
-// Whether linears of this dtype run here (others are torch's business).
-int can_multiply(int dtype) {
+// Whether linears of this dtype run here on weights of a format (others are torch's business).
+int can_multiply(int dtype, int format) {
+    if (format != NUMBERS) return dtype == 0 || dtype == 1;
 #ifdef PAIRS
     return dtype == 0 || dtype == 1;
 #else
@@ -62,6 +61,8 @@ int can_multiply(int dtype) {
 }
 
 int64_t panel_columns() { return COLUMNS; }
+
+int64_t group_inputs() { return GROUP; }
 
 // Several layers of the same shape, one after the other.
 void decode_attention(int dtype, const DecodeCall* calls, int64_t count) {
@@ -193,11 +194,28 @@ void pack_linear(int dtype, const void* weights, int64_t columns, int64_t depth,
 
 void run_linear(int dtype, const void* a, int64_t rows, const Linear* w, int how,
                 const void* residual, void* out) {
+    static thread_local Scratch room;
+    char* codes = room.get<char>(linear_room(rows, *w));
     by_linear(dtype, [&](auto kind) {
         using T = decltype(kind);
 #pragma omp parallel
-        linear<T>((const T*)a, rows, *w, Epilogue(how), (const T*)residual, (T*)out);
+        linear<T>((const T*)a, rows, *w, Epilogue(how), (const T*)residual, (T*)out, codes);
     });
+}
+
+int64_t packed_bytes(int format, int64_t columns, int64_t depth) {
+    return ceil_div(columns, COLUMNS) * int64_t(panel_bytes(format, depth));
+}
+
+// codes [columns, groups * GROUP], scales and least values [columns, groups] → panels.
+void pack_coded(int format, const uint8_t* codes, const fp16* scales, const fp16* least,
+                int64_t columns, int64_t depth, void* out) {
+    pack_codes(format, codes, scales, least, columns, depth, (uint8_t*)out);
+}
+
+// Rows of an embedding that is packed as a linear with codes: out [count, depth].
+void read_rows(int dtype, const Linear* w, const int64_t* rows, int64_t count, void* out) {
+    by_linear(dtype, [&](auto kind) { read_columns(*w, rows, count, (decltype(kind)*)out); });
 }
 
 void run_norm(int dtype, const void* x, int64_t rows, int64_t size, const void* weight,

@@ -14,6 +14,7 @@ from pyramidinfer.native.build import NoCompilerError, compile_kernels
 
 __all__ = [
     "DTYPES",
+    "FORMATS",
     "Adding",
     "DecodeCall",
     "DenseCall",
@@ -34,6 +35,10 @@ __all__ = [
 
 #: The numbers by which the kernels know dtypes.
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+#: The numbers by which they know how a linear's weights are stored: in its dtype, or as codes.
+FORMATS = {"auto": 0, "int8": 1, "int4": 2}
 
 
 def _struct(name: str, pointers: str, integers: str, floats: str = "") -> type[Structure]:
@@ -73,7 +78,7 @@ WriteCall = _struct(
     "to_value_scales",
     "key_row value_row key_head value_head count kv_heads key_dim value_dim page codec",
 )
-LinearData = _struct("LinearData", "packed bias", "columns depth")
+LinearData = _struct("LinearData", "packed bias", "columns depth format")
 
 
 class WatchCall(Structure):
@@ -163,8 +168,9 @@ STRUCTS: tuple[type[Structure], ...] = (
 
 SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "isa": (c_char_p, []),
-    "can_multiply": (c_int, [c_int]),
+    "can_multiply": (c_int, [c_int, c_int]),
     "panel_columns": (c_int64, []),
+    "group_inputs": (c_int64, []),
     "struct_bytes": (c_int64, [c_int]),
     "decode_attention": (None, [c_int, c_void_p, c_int64]),
     "prefill_attention": (None, [c_int, POINTER(DenseCall), c_void_p, POINTER(WatchCall)]),
@@ -220,6 +226,9 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
         None,
         [c_int, c_void_p, c_int64, POINTER(LinearData), c_int, c_void_p, c_void_p],
     ),
+    "packed_bytes": (c_int64, [c_int, c_int64, c_int64]),
+    "pack_coded": (None, [c_int, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_void_p]),
+    "read_rows": (None, [c_int, POINTER(LinearData), c_void_p, c_int64, c_void_p]),
     "run_norm": (None, [c_int, c_void_p, c_int64, c_int64, c_void_p, c_float, c_void_p]),
     "run_rotate": (None, [c_int, c_void_p, c_int64, POINTER(HeadsData), c_void_p, c_void_p]),
     "write_entries": (None, [c_int, POINTER(WriteCall)]),
@@ -253,9 +262,9 @@ class Kernels:
         """The instruction set in use."""
         return str(self.isa().decode())
 
-    def multiplies(self, dtype: torch.dtype) -> bool:
-        """Whether linears of this dtype run here."""
-        return dtype in DTYPES and bool(self.can_multiply(DTYPES[dtype]))
+    def multiplies(self, dtype: torch.dtype, weights: str = "auto") -> bool:
+        """Whether linears of this dtype run here, on weights so stored."""
+        return dtype in DTYPES and bool(self.can_multiply(DTYPES[dtype], FORMATS[weights]))
 
 
 @lru_cache(maxsize=8)

@@ -6,6 +6,8 @@
 #pragma once
 #include <omp.h>
 
+#include <type_traits>
+
 #include "simd.h"
 
 constexpr int COLUMNS = WIDE * LANES;
@@ -214,12 +216,15 @@ inline void pack_left(uint32_t* out, const T* from, int depth) {
 
 enum Epilogue { PLAIN = 0, ADD = 1, GATED = 2 };
 
+// How weights are stored: as numbers of the layer's dtype, or as codes (weights.h).
+enum Format { NUMBERS = 0, EIGHT_BITS = 1, FOUR_BITS = 2 };
+
 // A linear's weights [columns][depth] packed for `linear`, with an optional bias [columns].
 // GATED: every panel holds COLUMNS/2 gate columns, then the up columns that belong to them.
 struct Linear {
     const uint32_t* packed;
     const float* bias;
-    int64_t columns, depth;
+    int64_t columns, depth, format;
 };
 
 inline Vec silu(Vec x) { return x / (set1(1.f) + exp2(x * set1(-LOG2E))); }
@@ -274,18 +279,18 @@ inline void linear_tile(const T* a, const Linear& w, Epilogue how, const T* resi
     finish<T, R>(acc, w, how, residual, out, row, panel);
 }
 
-// out [rows, columns (or half of them, GATED)] = a [rows, depth] · weights.  `depth` is a multiple
-// of a unit's.  To be called by all threads of a parallel region (or by one alone).
-template <class T>
-inline void linear(const T* a, int64_t rows, const Linear& w, Epilogue how, const T* residual,
-                   T* out) {
-    using U = typename UnitOf<T>::type;
+template <int N>
+using Count = std::integral_constant<int, N>;
+
+// f(R, row, panel, next, lines) for every tile of R (a constant of 1..ROWS) rows and every panel,
+// dealt to the threads of a parallel region.  The next panel comes in while one is used: a share of
+// it with every tile of rows, `lines` of 64 bytes from `next` on for every `step` bytes of a panel.
+template <class F>
+inline void over_tiles(int64_t rows, const Linear& w, size_t panel_size, size_t step, F f) {
     const int64_t panels = ceil_div(w.columns, COLUMNS), block = 32 * ROWS;
-    const int64_t units = w.depth / U::DEPTH, blocks = ceil_div(rows, block);
-    const size_t panel_size = size_t(units) * COLUMNS * 4;
-    const int tiles = int(std::max<int64_t>(1, ceil_div(std::min(rows, block), ROWS)));
-    // The next panel comes in while this one is used: a share of it with every tile of rows.
-    const int lines = int(ceil_div(4 * COLUMNS * 4 / 64, tiles));
+    const int64_t blocks = ceil_div(rows, block);
+    const int64_t tiles = std::max<int64_t>(1, ceil_div(std::min(rows, block), ROWS));
+    const int lines = int(ceil_div(int64_t(step) / 64, tiles));
 #pragma omp for schedule(static)
     for (int64_t task = 0; task < panels * blocks; ++task) {
         const int64_t panel = task / blocks, first = task % blocks * block;
@@ -293,21 +298,27 @@ inline void linear(const T* a, int64_t rows, const Linear& w, Epilogue how, cons
         const bool is_last = first + block >= rows && panel + 1 < panels;
         const char* next = (const char*)w.packed + (panel + 1) * panel_size;
         const char* stop = next + panel_size;
+        const auto more = [&] { return is_last && next < stop ? lines : 0; };
         int64_t row = first;
-        for (; row + ROWS <= end; row += ROWS)
-            linear_tile<T, ROWS>(a, w, how, residual, out, row, panel, next,
-                                 is_last && next < stop ? lines : 0);
-        const int more = is_last && next < stop ? lines : 0;
+        for (; row + ROWS <= end; row += ROWS) f(Count<ROWS>{}, row, panel, next, more());
         switch (end - row) {
-            case 1: linear_tile<T, 1>(a, w, how, residual, out, row, panel, next, more); break;
-            case 2: linear_tile<T, 2>(a, w, how, residual, out, row, panel, next, more); break;
-            case 3: linear_tile<T, 3>(a, w, how, residual, out, row, panel, next, more); break;
-            case 4:
-                linear_tile<T, ROWS == 6 ? 4 : 1>(a, w, how, residual, out, row, panel, next, more);
-                break;
-            case 5:
-                linear_tile<T, ROWS == 6 ? 5 : 1>(a, w, how, residual, out, row, panel, next, more);
-                break;
+            case 1: f(Count<1>{}, row, panel, next, more()); break;
+            case 2: f(Count<2>{}, row, panel, next, more()); break;
+            case 3: f(Count<3>{}, row, panel, next, more()); break;
+            case 4: f(Count<ROWS == 6 ? 4 : 1>{}, row, panel, next, more()); break;
+            case 5: f(Count<ROWS == 6 ? 5 : 1>{}, row, panel, next, more()); break;
         }
     }
+}
+
+// out [rows, columns (or half of them, GATED)] = a [rows, depth] · weights.  `depth` is a multiple
+// of a unit's.  To be called by all threads of a parallel region (or by one alone).
+template <class T>
+inline void number_linear(const T* a, int64_t rows, const Linear& w, Epilogue how,
+                          const T* residual, T* out) {
+    const size_t panel_size = size_t(w.depth / UnitOf<T>::type::DEPTH) * COLUMNS * 4;
+    over_tiles(rows, w, panel_size, 4 * COLUMNS * 4,
+               [&](auto count, int64_t row, int64_t panel, const char*& next, int lines) {
+                   linear_tile<T, count.value>(a, w, how, residual, out, row, panel, next, lines);
+               });
 }

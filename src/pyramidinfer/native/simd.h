@@ -111,6 +111,42 @@ inline __m512 add_pairs(__m512 acc, __m512i a, __m512i b) {
 }
 inline float sum(Vec a) { return _mm512_reduce_add_ps(a.v); }
 inline float top(Vec a) { return _mm512_reduce_max_ps(a.v); }
+// Whole numbers, and bytes: four to a lane.
+struct Ints {
+    __m512i v;
+};
+using Bytes = __m512i;
+inline Ints ints(int32_t x) { return {_mm512_set1_epi32(x)}; }
+inline Vec to_float(Ints a) { return {_mm512_cvtepi32_ps(a.v)}; }
+inline Bytes load_bytes(const uint8_t* p) { return _mm512_loadu_si512(p); }
+inline Bytes low_halves(Bytes x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
+inline Bytes high_halves(Bytes x) { return low_halves(_mm512_srli_epi16(x, 4)); }
+inline void store_signed(int8_t* p, Vec x) {
+    _mm_storeu_si128((__m128i*)p, _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(x.v)));
+}
+#ifdef __AVX512VNNI__
+using Unsigned = Bytes;
+using Signed = Bytes;
+inline Unsigned as_unsigned(Bytes x) { return x; }
+inline Signed as_signed(int32_t four) { return _mm512_set1_epi32(four); }
+inline Ints dot(Ints acc, Unsigned a, Signed b) { return {_mm512_dpbusd_epi32(acc.v, a, b)}; }
+#else
+struct Unsigned {
+    __m512i even, odd;
+};
+using Signed = Unsigned;
+inline Unsigned as_unsigned(Bytes x) {
+    return {_mm512_and_si512(x, _mm512_set1_epi16(255)), _mm512_srli_epi16(x, 8)};
+}
+inline Signed as_signed(int32_t four) {
+    const __m512i x = _mm512_set1_epi32(four);
+    return {_mm512_srai_epi16(_mm512_slli_epi16(x, 8), 8), _mm512_srai_epi16(x, 8)};
+}
+inline Ints dot(Ints acc, Unsigned a, Signed b) {
+    const __m512i even = _mm512_madd_epi16(a.even, b.even), odd = _mm512_madd_epi16(a.odd, b.odd);
+    return {_mm512_add_epi32(acc.v, _mm512_add_epi32(even, odd))};
+}
+#endif
 // 2^x; 0 below the smallest normal number.
 inline Vec exp2(Vec x) {
     const __m512 n = _mm512_roundscale_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -177,6 +213,37 @@ inline Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
 inline Vec operator/(Vec a, Vec b) { return {_mm256_div_ps(a.v, b.v)}; }
 inline Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
 inline Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
+// Whole numbers, and bytes: four to a lane.
+struct Ints {
+    __m256i v;
+};
+using Bytes = __m256i;
+struct Unsigned {
+    __m256i even, odd;
+};
+using Signed = Unsigned;
+inline Ints ints(int32_t x) { return {_mm256_set1_epi32(x)}; }
+inline Vec to_float(Ints a) { return {_mm256_cvtepi32_ps(a.v)}; }
+inline Bytes load_bytes(const uint8_t* p) { return _mm256_loadu_si256((const __m256i*)p); }
+inline Bytes low_halves(Bytes x) { return _mm256_and_si256(x, _mm256_set1_epi8(15)); }
+inline Bytes high_halves(Bytes x) { return low_halves(_mm256_srli_epi16(x, 4)); }
+inline void store_signed(int8_t* p, Vec x) {
+    const __m256i whole = _mm256_cvtps_epi32(x.v);
+    const __m128i pairs = _mm_packs_epi32(_mm256_castsi256_si128(whole),
+                                          _mm256_extracti128_si256(whole, 1));
+    _mm_storel_epi64((__m128i*)p, _mm_packs_epi16(pairs, pairs));
+}
+inline Unsigned as_unsigned(Bytes x) {
+    return {_mm256_and_si256(x, _mm256_set1_epi16(255)), _mm256_srli_epi16(x, 8)};
+}
+inline Signed as_signed(int32_t four) {
+    const __m256i x = _mm256_set1_epi32(four);
+    return {_mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8), _mm256_srai_epi16(x, 8)};
+}
+inline Ints dot(Ints acc, Unsigned a, Signed b) {
+    const __m256i even = _mm256_madd_epi16(a.even, b.even), odd = _mm256_madd_epi16(a.odd, b.odd);
+    return {_mm256_add_epi32(acc.v, _mm256_add_epi32(even, odd))};
+}
 #else
 #define ISA_NAME "portable"
 constexpr int LANES = 8;
@@ -205,6 +272,50 @@ inline Vec fma(Vec a, Vec b, Vec c) {
     return each([&](int i) { return a.v[i] * b.v[i] + c.v[i]; });
 }
 inline Vec max(Vec a, Vec b) { return each([&](int i) { return std::max(a.v[i], b.v[i]); }); }
+// Whole numbers, and bytes: four to a lane.
+struct Ints {
+    int32_t v[LANES];
+};
+struct Bytes {
+    uint8_t v[4 * LANES];
+};
+using Unsigned = Bytes;
+struct Signed {
+    int8_t v[4];
+};
+inline Ints ints(int32_t x) {
+    Ints out;
+    for (int32_t& each : out.v) each = x;
+    return out;
+}
+inline Vec to_float(Ints a) { return each([&](int i) { return float(a.v[i]); }); }
+inline Bytes load_bytes(const uint8_t* p) {
+    Bytes out;
+    std::memcpy(out.v, p, sizeof out.v);
+    return out;
+}
+inline Bytes low_halves(Bytes x) {
+    for (uint8_t& each : x.v) each &= 15;
+    return x;
+}
+inline Bytes high_halves(Bytes x) {
+    for (uint8_t& each : x.v) each >>= 4;
+    return x;
+}
+inline void store_signed(int8_t* p, Vec x) {
+    for (int i = 0; i < LANES; ++i) p[i] = int8_t(std::nearbyintf(x.v[i]));
+}
+inline Unsigned as_unsigned(Bytes x) { return x; }
+inline Signed as_signed(int32_t four) {
+    Signed out;
+    std::memcpy(out.v, &four, 4);
+    return out;
+}
+inline Ints dot(Ints acc, Unsigned a, Signed b) {
+    for (int i = 0; i < LANES; ++i)
+        for (int j = 0; j < 4; ++j) acc.v[i] += int32_t(a.v[4 * i + j]) * b.v[j];
+    return acc;
+}
 #endif
 
 #if !defined(__AVX512F__) || !defined(__AVX512BW__)

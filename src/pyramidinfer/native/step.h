@@ -2,7 +2,7 @@
 #pragma once
 #include "cache.h"
 #include "decode.h"
-#include "matmul.h"
+#include "weights.h"
 
 // out [rows, size] = x / rms(x), rounded, times weight.
 template <class T>
@@ -94,7 +94,7 @@ struct Step {
 // x [rows, hidden] through all layers, in place.
 template <class T>
 inline void decode_step(const Step& s, T* x) {
-    static thread_local Scratch kept, spans_room, logits_room;
+    static thread_local Scratch kept, spans_room, logits_room, codes_room;
     const int64_t wide = (s.heads + 2 * s.kv_heads) * s.size, mixed = s.heads * s.size;
     const int64_t streams = s.rows * s.kv_heads;
     T* normed = kept.get<T>(size_t(s.rows) * (s.hidden + wide + 2 * mixed + s.inner + 4 * LANES));
@@ -104,20 +104,24 @@ inline void decode_step(const Step& s, T* x) {
     d.heads = int(s.heads), d.kv_heads = int(s.kv_heads), d.key_dim = d.value_dim = int(s.size);
     d.page = int(s.page), d.width = int(s.width), d.requests = int(s.rows), d.at = s.at;
     d.out = attended, d.codec = int(s.codec);
-    size_t room = 0, logits = 0;
+    size_t room = 0, logits = 0, codes = 0;
     for (int64_t i = 0; i < s.depth; ++i) {
+        const Layer& layer = s.layers[i];
+        for (const Linear* each : {&layer.qkv, &layer.out, &layer.gate_up, &layer.down})
+            codes = std::max(codes, linear_room(s.rows, *each));
         d.longest = s.longest[i];
         room = std::max(room, decode_room(d, decode_cut(d)));
         if (s.probs) logits = std::max(logits, size_t(s.rows * s.heads * d.longest));
     }
     float *partial = spans_room.get<float>(room), *kept_logits = nullptr;
     if (s.probs) kept_logits = logits_room.get<float>(logits);
+    char* coded = codes_room.get<char>(codes);
 #pragma omp parallel firstprivate(d)
     for (int64_t i = 0; i < s.depth; ++i) {
         const Layer& layer = s.layers[i];
         T* mine = s.queries ? (T*)s.queries + i * s.rows * mixed : queries;
         rms_norm(x, s.rows, s.hidden, (const T*)layer.norm1, layer.epsilon, normed);
-        linear<T>(normed, s.rows, layer.qkv, PLAIN, nullptr, qkv);
+        linear<T>(normed, s.rows, layer.qkv, PLAIN, nullptr, qkv, coded);
         const int64_t table = std::max<int64_t>(0, layer.angles) * s.rows * s.rotated;
         const Heads h{s.heads, s.kv_heads, s.size, layer.angles < 0 ? 0 : s.rotated, layer.query_norm,
                       layer.key_norm, layer.epsilon};
@@ -138,9 +142,9 @@ inline void decode_step(const Step& s, T* x) {
         d.window = layer.window, d.scale = layer.scale;
         d.lse = s.lse + i * s.rows * s.heads, d.probs = s.probs ? s.probs[i] : nullptr;
         decode(d, decode_cut(d), partial, kept_logits);
-        linear<T>(attended, s.rows, layer.out, ADD, x, x);
+        linear<T>(attended, s.rows, layer.out, ADD, x, x, coded);
         rms_norm(x, s.rows, s.hidden, (const T*)layer.norm2, layer.epsilon, normed);
-        linear<T>(normed, s.rows, layer.gate_up, GATED, nullptr, inner);
-        linear<T>(inner, s.rows, layer.down, ADD, x, x);
+        linear<T>(normed, s.rows, layer.gate_up, GATED, nullptr, inner, coded);
+        linear<T>(inner, s.rows, layer.down, ADD, x, x, coded);
     }
 }

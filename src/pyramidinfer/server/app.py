@@ -203,6 +203,8 @@ def _add_generation(app: FastAPI, service: Service) -> None:
             "created": created,
             "owned_by": "pyramidinfer",
             "max_model_len": engine.runner.max_positions,
+            "weights": engine.config.weights,
+            "weight_bytes": engine.runner.weight_bytes,
             "layers": engine.runner.depth,
             "heads": jobs.heads,
             "compression": {

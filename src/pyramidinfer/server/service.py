@@ -61,6 +61,7 @@ class Service:
                 "rule": self.jobs.own.rule,
                 "kv_memory_bytes": str(engine.pool.budget),
                 "kv_dtype": engine.config.kv_dtype,
+                "weights": engine.config.weights,
                 "admission": engine.config.admission,
                 "backend": engine.runner.backend.name,
             },

@@ -8,6 +8,7 @@ from pyramidinfer.codec import find_codec
 from pyramidinfer.lab.bench.machine import Roof
 from pyramidinfer.lab.bench.setting import Pass
 from pyramidinfer.models import ModelRunner
+from pyramidinfer.models.weights import TABLE, coded_bytes
 
 __all__ = ["decode_bytes", "prefill_flops", "roofline"]
 
@@ -32,13 +33,19 @@ def prefill_flops(runner: ModelRunner, computed: list[int]) -> float:
     return total
 
 
-def weight_bytes(runner: ModelRunner) -> int:
+def weight_bytes(runner: ModelRunner, weights: str = "auto") -> int:
     """Bytes of the weights that a step reads, whatever its batch: all but the embedding table."""
-    modules = [*_layers(runner), runner.head]
-    return int(sum(each.nbytes for module in modules for each in module.parameters()))
+    return sum(
+        coded_bytes(each, name) if each.ndim == 2 and weights != "auto" else each.nbytes
+        for modules, name in ((_layers(runner), weights), ([runner.head], TABLE))
+        for module in modules
+        for each in module.parameters()
+    )
 
 
-def decode_bytes(runner: ModelRunner, entries: list[float], kv_dtype: str = "auto") -> float:
+def decode_bytes(
+    runner: ModelRunner, entries: list[float], kv_dtype: str = "auto", weights: str = "auto"
+) -> float:
     """Bytes one decoding step has to read: weights once, keys and values of every entry.
 
     ``entries[layer]``: cached entries of all requests, stored in ``kv_dtype``.
@@ -52,7 +59,7 @@ def decode_bytes(runner: ModelRunner, entries: list[float], kv_dtype: str = "aut
         count * shape.kv_heads * (stored(shape.key_dim) + stored(shape.value_dim))
         for shape, count in zip(runner.shapes, entries, strict=True)
     )
-    return float(weight_bytes(runner) + cache)
+    return float(weight_bytes(runner, weights) + cache)
 
 
 def roofline(
@@ -62,6 +69,7 @@ def roofline(
     step: float | None,
     roof: Roof,
     kv_dtype: str = "auto",
+    weights: str = "auto",
 ) -> dict[str, Any]:
     """Shares of what the machine can do: matrix rate in prefill, read bandwidth in decoding.
 
@@ -70,7 +78,7 @@ def roofline(
     """
     flops = sum(prefill_flops(runner, computed) for computed in run.computed)
     entries = [(a + b) / 2 for a, b in zip(run.kept_prefill, run.kept_end, strict=True)]
-    size = decode_bytes(runner, entries, kv_dtype)
+    size = decode_bytes(runner, entries, kv_dtype, weights)
     return {
         "prefill_flops": flops,
         "share_of_matrix_rate": flops / prefill / roof.matrix,

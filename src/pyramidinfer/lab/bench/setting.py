@@ -16,12 +16,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from pyramidinfer.cache import Layout
 from pyramidinfer.codec import find_codec
-from pyramidinfer.config import EngineConfig, parse_bytes, parse_device
+from pyramidinfer.config import WEIGHTS, EngineConfig, check_choice, parse_bytes, parse_device
 from pyramidinfer.engine.engine import Engine
 from pyramidinfer.engine.memory import Ledger
 from pyramidinfer.engine.request import Request
 from pyramidinfer.lab.shapes import empty_shape, make_model
 from pyramidinfer.models import ModelRunner
+from pyramidinfer.models.device import choose_device
 from pyramidinfer.models.loading import empty_model, load_model
 from pyramidinfer.policies import Policy
 from pyramidinfer.policies.base import asks_for_profile
@@ -41,7 +42,8 @@ class Setting:
     model : folder, hub id, fetched model or GGUF file; ``shape``: random weights of a known shape
         instead.
     keep : for every policy that has it and does not name its own.
-    kv_dtype : how the caches are stored, a field of ``EngineConfig``.
+    kv_dtype : how the caches are stored;  weights : how those of linears are; fields of
+        ``EngineConfig``.
     kv_memory : ``"auto"`` is what all requests of a pass need at once, per policy.
     threads : 0 leaves torch's choice.
     """
@@ -52,6 +54,7 @@ class Setting:
     keep: float = 0.45
     dtype: str = "auto"
     kv_dtype: str = "auto"
+    weights: str = "auto"
     device: str = "auto"
     backend: str = "auto"
     kv_memory: str = "auto"
@@ -77,6 +80,7 @@ class Setting:
             self.policy(spec)
         parse_device(self.device)
         find_codec(self.kv_dtype)
+        check_choice("weights", self.weights, WEIGHTS)
 
     def policy(self, spec: str) -> Policy:
         """``NAME`` or ``NAME:option=value,…`` → a policy, ``keep`` filled in."""
@@ -115,6 +119,10 @@ class Rig:
         self.runner = ModelRunner(empty, "reference")
         self.runner.group_specs(setting.kv_dtype)  # refuses what its heads cannot be stored in
         self.dtype: torch.dtype = self.runner.dtype
+        self.runner.check_weights(
+            setting.weights,
+            choose_device(setting.backend, self.device, self.runner.dtype, setting.weights),
+        )
         self.parameters = sum(each.numel() for each in empty.parameters())
 
     @property
@@ -143,7 +151,13 @@ class Rig:
 
     def pack(self, model: Any) -> ModelRunner:
         """A model's weights as engines run on them; the model itself is used up."""
-        return ModelRunner(model, self.setting.backend, EngineConfig().prefill_chunk, own=True)
+        return ModelRunner(
+            model,
+            self.setting.backend,
+            EngineConfig().prefill_chunk,
+            own=True,
+            weights=self.setting.weights,
+        )
 
     def prompts(self, count: int, length: int) -> list[TokenIds]:
         """Random tokens, the same for the same seed."""
@@ -180,7 +194,12 @@ class Rig:
         if memory == "auto":
             memory = self.needed_bytes(spec, count, prompt_len, output_len)
         options = {"max_requests": max(count, EngineConfig().max_requests), **options}
-        config = EngineConfig(kv_memory=memory, kv_dtype=self.setting.kv_dtype, **options)
+        config = EngineConfig(
+            kv_memory=memory,
+            kv_dtype=self.setting.kv_dtype,
+            weights=self.setting.weights,
+            **options,
+        )
         model = self.load() if alone else self.shared
         return Engine(model, policy, config, None, self.setting.backend, own=alone)
 
@@ -194,7 +213,8 @@ class Rig:
             chosen = self.setting.policy(spec)
             if asks_for_profile(chosen):
                 least = Layout.least_bytes(self.runner.group_specs(), EngineConfig().page_size)
-                chosen = Engine(self.shared, chosen, EngineConfig(kv_memory=least)).policy
+                config = EngineConfig(kv_memory=least, weights=self.setting.weights)
+                chosen = Engine(self.shared, chosen, config).policy
             self._policies[spec] = chosen
         return self._policies[spec]
 

@@ -13,6 +13,7 @@ __all__ = [
     "lossless_table",
     "memory_table",
     "throughput_table",
+    "weights_table",
 ]
 
 Result = dict[str, Any]
@@ -46,9 +47,10 @@ def _by_policy(title: str, rows: list[Result], lines: dict[str, Any]) -> Table:
 
 
 def _stored(configuration: Result) -> str:
-    """Said where the cache is not in the model's dtype."""
-    kv_dtype = configuration["kv_dtype"]
-    return "" if kv_dtype == "auto" else f", cache in {kv_dtype}"
+    """Said where the cache or the weights are not in the model's dtype."""
+    kv_dtype, weights = configuration["kv_dtype"], configuration["weights"]
+    cache = "" if kv_dtype == "auto" else f", cache in {kv_dtype}"
+    return cache if weights == "auto" else f"{cache}, weights in {weights}"
 
 
 def throughput_table(configuration: Result, result: Result) -> Table:
@@ -194,5 +196,28 @@ def kv_dtypes_table(result: Result) -> Table:
             ranged(row["seconds"]["auto"], ".3f", 1e3),
             percent(row["share_of_read"]["median"]),
             *(ranged(row["speedup"][name], ".2f") for name in names),
+        )
+    return table
+
+
+def weights_table(result: Result) -> Table:
+    """Bytes and perplexity, then the median of step and prefill for every batch."""
+    table = Table(title=f"weights of few bits, backend {result['backend']}")
+    batches = [each["batch"] for each in result["rows"][0]["speed"]]
+    heads = [f"{what} at {batch}, ms" for batch in batches for what in ("step", "prefill")]
+    for name in ("weights", "MB", "perplexity", "KL", *heads):
+        table.add_column(name, justify="right")
+    for row in result["rows"]:
+        times = [
+            f"{1e3 * each[f'{what}_seconds']['median']:.2f}"
+            for each in row["speed"]
+            for what in ("step", "prefill")
+        ]
+        table.add_row(
+            row["weights"],
+            f"{row['bytes'] / 1e6:.1f}",
+            f"{row['perplexity']:.3f}",
+            f"{row['kl']:.4f}",
+            *times,
         )
     return table

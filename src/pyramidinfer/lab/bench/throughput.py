@@ -87,6 +87,7 @@ def run_throughput(plan: ThroughputPlan, out: Path) -> dict[str, Any]:
             step and step["median"],
             roof,
             setting.kv_dtype,
+            setting.weights,
         )
         row["against_first"] = _against(passes[spec], base)
         rows.append(row)

@@ -1,0 +1,151 @@
+"""``bench weights``: a model with weights of 8 and 4 bits beside its own dtype: perplexity on real
+text, bytes, and how long a prompt and a decode step take."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pyramidinfer.config import WEIGHTS, check_choice
+from pyramidinfer.engine import LLM
+from pyramidinfer.lab.bench.machine import measure_roof
+from pyramidinfer.lab.bench.setting import FIRST_WORD, Pass, check_counts, progress, run_pass
+from pyramidinfer.lab.bench.timing import ratios, spread
+from pyramidinfer.lab.quality import divergence, interval
+from pyramidinfer.lab.record import write_result
+from pyramidinfer.lab.samples import Subject
+from pyramidinfer.lab.text import loss
+from pyramidinfer.models.loading import empty_model
+from pyramidinfer.models.weights import stored_bytes
+from pyramidinfer.policies import Full
+
+__all__ = ["WeightsPlan", "run_weights"]
+
+BASE = "auto"
+
+
+@dataclass(frozen=True)
+class WeightsPlan:
+    """Plain values.  Text: ``samples`` passages, ``continuation`` tokens of each scored after
+    ``context`` others.  Speed: ``batches`` of requests of ``prompt_len`` + ``output_len`` tokens,
+    ``()`` where it is not asked for."""
+
+    subject: Subject
+    weights: tuple[str, ...] = ("int8", "int4")
+    samples: int = 20
+    context: int = 256
+    continuation: int = 256
+    batches: tuple[int, ...] = (1, 4, 16)
+    prompt_len: int = 512
+    output_len: int = 64
+    repeats: int = 5
+    warmup: int = 1
+    seed: int = 0
+
+    def check(self) -> None:
+        check_counts(
+            samples=self.samples,
+            context=self.context,
+            continuation=self.continuation,
+            prompt_len=self.prompt_len,
+            output_len=self.output_len,
+            repeats=self.repeats,
+            warmup=self.warmup,
+        )
+        for batch in self.batches:
+            check_counts(batch=batch)
+        for name in self.weights:
+            check_choice("--weights", name, WEIGHTS[1:])
+
+
+def run_weights(plan: WeightsPlan, out: Path) -> dict[str, Any]:
+    """Measure, write ``out``, and return its result: a row for each way of storing weights."""
+    plan.check()
+    names = [BASE, *plan.weights]
+    llms = {name: plan.subject.llm(Full(), weights=name) for name in names}
+    steps = plan.samples + len(plan.batches) * len(names) * (plan.warmup + plan.repeats)
+    with progress("weights", steps) as done:
+        said = _quality(plan, llms, done)
+        speed = {batch: _speed(plan, llms, batch, done) for batch in plan.batches}
+    empty = empty_model(plan.subject.model, plan.subject.dtype)[0]
+    rows = []
+    for name in names:
+        row: dict[str, Any] = {
+            "weights": name,
+            "bytes": stored_bytes(empty, name),
+            "held_bytes": llms[name].engine.runner.weight_bytes,
+            **said[name],
+            "speed": [],
+        }
+        for batch, passes in speed.items():
+            first, mine = passes[BASE], passes[name]
+            firsts, others = (
+                [float(np.median(each.step_seconds())) for each in runs] for runs in (first, mine)
+            )
+            prefills = [[each.prefill_seconds for each in runs] for runs in (first, mine)]
+            row["speed"].append(
+                {
+                    "batch": batch,
+                    "step_seconds": spread(others),
+                    "prefill_seconds": spread(prefills[1]),
+                    "step_speedup": ratios(firsts, others),
+                    "prefill_speedup": ratios(*prefills),
+                }
+            )
+        rows.append(row)
+    base = llms[BASE]
+    result = {
+        "backend": base.engine.runner.backend.name,
+        "roof": measure_roof(base.dtype, base.device).figures() if plan.batches else None,
+        "rows": rows,
+    }
+    write_result(out, asdict(plan), result)
+    return result
+
+
+def _quality(plan: WeightsPlan, llms: dict[str, LLM], done: Any) -> dict[str, dict[str, Any]]:
+    """Perplexity, its ratio to that of the model's own dtype, and the divergence from it."""
+    passages = plan.subject.corpus().passages(
+        plan.seed, plan.samples, plan.context, plan.continuation
+    )
+    losses: dict[str, list[float]] = {name: [] for name in llms}
+    apart: dict[str, list[float]] = {name: [] for name in llms}
+    for passage in passages:  # one at a time: logits of a large vocabulary are large
+        scores = {
+            name: llm.score([passage.context], [passage.continuation], logits=True)[0]
+            for name, llm in llms.items()
+        }
+        for name, score in scores.items():
+            losses[name].append(loss(score))
+            apart[name].append(divergence(scores[BASE], score))
+        done("text")
+    found = {}
+    for name in llms:
+        more = [mine - its for mine, its in zip(losses[name], losses[BASE], strict=True)]
+        found[name] = {
+            "perplexity": math.exp(np.mean(losses[name])),
+            "ratio": math.exp(np.mean(more)),
+            "ratio_ci": [math.exp(each) for each in interval(more)],
+            "kl": float(np.mean(apart[name])),
+            "kl_ci": interval(apart[name]),
+        }
+    return found
+
+
+def _speed(plan: WeightsPlan, llms: dict[str, LLM], batch: int, done: Any) -> dict[str, list[Pass]]:
+    """Passes of one batch, in turns."""
+    draw = np.random.default_rng(plan.seed)
+    passes: dict[str, list[Pass]] = {name: [] for name in llms}
+    highest = next(iter(llms.values())).engine.runner.vocab_size
+    prompts = [draw.integers(FIRST_WORD, highest, plan.prompt_len).tolist() for _ in range(batch)]
+    for repeat in range(plan.warmup + plan.repeats):
+        for name, llm in llms.items():
+            run = run_pass(llm.engine, prompts, plan.output_len)
+            if repeat >= plan.warmup:
+                passes[name].append(run)
+            done(f"{name} {batch}")
+    return passes

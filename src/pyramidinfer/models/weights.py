@@ -1,0 +1,167 @@
+"""Weights in few bits: how a linear's or an embedding's numbers become codes, and back.
+
+Every :data:`GROUP` inputs of an output share a scale of 16 bits.  ``int8``: a code of -127..127
+times the scale.  ``int4``: a code of 0..15 times the scale, plus the group's least value, another
+16 bits; both are those of a few candidates, all numbers of the group or a little less of its range,
+that bring back its numbers with the least square error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+__all__ = [
+    "GROUP",
+    "TABLE",
+    "Coded",
+    "code",
+    "coded_bytes",
+    "decode",
+    "round_weights",
+    "stored_bytes",
+]
+
+#: Inputs of an output that share a scale.
+GROUP = 32
+#: How heads and embeddings are stored, whatever the layers': 4 bits lose too much there
+#: (docs/weights.md).
+TABLE = "int8"
+#: Shares of a group's range that 4 bits may cover: numbers outside are cut off.
+RANGES = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.75)
+#: Numbers that are coded at a time: what the nearest caches hold.
+CHUNK = 1 << 16
+#: Bytes that a group takes: its codes, and what its numbers share.
+GROUP_BYTES = {"int8": GROUP + 2, "int4": GROUP // 2 + 4}
+#: Added to codes of 8 bits, so that bytes have no sign.
+MIDDLE = 128
+
+
+class Coded(NamedTuple):
+    """Weights ``[n, depth]`` in codes ``[n, groups * GROUP]`` (bytes), with scales, and least
+    values where codes have 4 bits, ``[n, groups]`` each, of 16 bits."""
+
+    name: str
+    codes: Tensor
+    scales: Tensor
+    least: Tensor | None
+    depth: int
+
+    @classmethod
+    def joined(cls, parts: list[Coded]) -> Coded:
+        """Outputs of several linears of the same input side by side."""
+        first = parts[0]
+        codes, scales = (
+            torch.cat([getattr(each, name) for each in parts]) for name in ("codes", "scales")
+        )
+        least = None
+        if first.least is not None:
+            least = torch.cat([each.least for each in parts if each.least is not None])
+        return cls(first.name, codes, scales, least, first.depth)
+
+    def rows(self, order: Tensor) -> Coded:
+        """These outputs, in this order."""
+        least = None if self.least is None else self.least[order]
+        return self._replace(codes=self.codes[order], scales=self.scales[order], least=least)
+
+
+def code(weights: Tensor, name: str) -> Coded:
+    """``[n, depth]`` of any dtype as codes; a last group is filled up with zeros."""
+    depth = weights.shape[1]
+    parts = [
+        (_eight if name == "int8" else _four)(_groups(part))
+        for part in torch.split(weights, max(1, CHUNK // depth))
+    ]
+    codes, scales, *least = (torch.cat(each) for each in zip(*parts, strict=True))
+    return Coded(name, codes.flatten(1), scales, least[0] if least else None, depth)
+
+
+def decode(coded: Coded) -> Tensor:
+    """What the codes stand for, ``[n, depth]`` in float32."""
+    codes = coded.codes.view(*coded.scales.shape, GROUP).float()
+    steps = coded.scales.float()[..., None]
+    least = -MIDDLE * steps if coded.least is None else coded.least.float()[..., None]
+    return (codes * steps + least).flatten(1)[:, : coded.depth]
+
+
+def stored_bytes(model: Any, weights: str) -> int:
+    """Bytes of a model's parameters where linears' ``weights`` are so stored (no values needed);
+    without what fills the kernels' last panel of a linear."""
+    coded = {} if weights == "auto" else {id(p): name for p, name in _coded(model, weights)}
+    return sum(
+        coded_bytes(each, coded[id(each)]) if id(each) in coded else each.nbytes
+        for each in model.parameters()
+    )
+
+
+def coded_bytes(weights: Tensor, name: str) -> int:
+    """Bytes of ``[n, depth]`` as codes (no values needed)."""
+    return len(weights) * -(-weights.shape[1] // GROUP) * GROUP_BYTES[name]
+
+
+@torch.no_grad()
+def round_weights(model: Any, weights: str) -> None:
+    """Give all linears, the head and the embedding what their codes stand for, in place: the
+    numbers change, the memory they take does not."""
+    for parameter, name in list(_coded(model, weights)):
+        for part in torch.split(parameter.data, max(1, CHUNK // parameter.shape[1])):
+            part.copy_(decode(code(part, name)))
+
+
+def _coded(model: Any, weights: str) -> Iterator[tuple[nn.Parameter, str]]:
+    """The parameters that are stored as codes, and as which: one that is tied comes once."""
+    tables = {id(each.weight) for each in _tables(model)}
+    seen: set[int] = set()
+    for module in [*_tables(model), *(m for m in model.modules() if isinstance(m, nn.Linear))]:
+        parameter = module.weight
+        if id(parameter) not in seen:
+            seen.add(id(parameter))
+            yield parameter, TABLE if id(parameter) in tables else weights
+
+
+def _tables(model: Any) -> list[Any]:
+    return [model.get_input_embeddings(), model.get_output_embeddings()]
+
+
+def _groups(part: Tensor) -> Tensor:
+    """``[n, depth]`` → ``[n, groups, GROUP]`` in float32."""
+    padded = F.pad(part.float(), (0, -part.shape[1] % GROUP))
+    return padded.view(len(part), -1, GROUP)
+
+
+def _eight(groups: Tensor) -> tuple[Tensor, Tensor]:
+    scales = (groups.abs().amax(-1) / 127).half()
+    codes = (groups * _inverse(scales)[..., None]).round_().clamp_(-127, 127)
+    return (codes + MIDDLE).to(torch.uint8), scales
+
+
+def _four(groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    low, high = groups.aminmax(dim=-1)
+    middle, half = (low + high) / 2, (high - low) / 2
+    best: list[Tensor] = []
+    for share in RANGES:
+        least, scales = (middle - half * share).half(), (half * (2 * share / 15)).half()
+        codes = (groups - least[..., None].float()).mul_(_inverse(scales)[..., None])
+        codes.round_().clamp_(0, 15)
+        off = codes * scales[..., None].float() + (least[..., None].float() - groups)
+        found = [off.square_().sum(-1), codes, scales, least]
+        if not best:
+            best = found
+            continue
+        better = found[0] < best[0]
+        best = [
+            torch.where(better if new.ndim == 2 else better[..., None], new, old)
+            for new, old in zip(found, best, strict=True)
+        ]
+    _, codes, scales, least = best
+    return codes.to(torch.uint8), scales, least
+
+
+def _inverse(scales: Tensor) -> Tensor:
+    """1 over the scales as they are stored; 0 for 0."""
+    wide = scales.float()
+    return torch.where(wide > 0, 1 / wide, 0)
