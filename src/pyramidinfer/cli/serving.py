@@ -10,10 +10,12 @@ import typer
 from pyramidinfer.cli.common import (
     BACKENDS,
     DEFAULT_POLICY,
+    DraftTokens,
     Dtype,
     FromModel,
     Keep,
     KvDtype,
+    Lossless,
     Model,
     NoProfile,
     Options,
@@ -21,6 +23,7 @@ from pyramidinfer.cli.common import (
     PolicyName,
     TemplateKwargs,
     TensorParallel,
+    check_drafts,
     json_object,
     names_model,
     plain_errors,
@@ -44,6 +47,7 @@ def _choice(
     policy: str,
     keep: float | None,
     option: list[str] | None,
+    lossless: bool,
     dtype: str,
     device: str,
     backend: str,
@@ -53,7 +57,7 @@ def _choice(
 ) -> Any:
     from pyramidinfer.cli.serve import ModelChoice
 
-    chosen = policy_from(policy, keep, option or [])
+    chosen = policy_from(policy, keep, option or [], lossless)
     options["profile"] = profiling(chosen, no_profile)
     return ModelChoice(model, chosen, dtype, device, backend, threads, options)
 
@@ -69,6 +73,8 @@ def serve(
     policy: PolicyName = DEFAULT_POLICY,
     keep: Keep = None,
     option: Options = None,
+    lossless: Lossless = False,
+    draft_tokens: DraftTokens = None,
     kv_memory: KvMemory = "1GiB",
     dtype: Dtype = "auto",
     kv_dtype: KvDtype = "auto",
@@ -317,6 +323,7 @@ def serve(
         policy,
         keep,
         option,
+        lossless,
         dtype,
         device,
         backend,
@@ -324,6 +331,7 @@ def serve(
         no_profile,
         kv_memory=kv_memory,
         kv_dtype=kv_dtype,
+        draft_tokens=draft_tokens,
         max_requests=max_requests,
         step_tokens=step_tokens,
         page_size=page_size,
@@ -385,6 +393,11 @@ def serve(
             f"--verify with --kv-dtype {kv_dtype}: what is measured has --kv-dtype auto; leave one "
             f"of them out"
         )
+    if verify and lossless:
+        raise ValueError(
+            "--verify with --lossless: answers are the full cache's, so there is nothing to "
+            "measure; leave one of them out"
+        )
     if verify_floor is not None and not verify:
         raise ValueError(f"--verify-floor {verify_floor:g} has no effect without --verify")
     if not verify:
@@ -402,6 +415,8 @@ def chat(
     policy: PolicyName = DEFAULT_POLICY,
     keep: Keep = None,
     option: Options = None,
+    lossless: Lossless = False,
+    draft_tokens: DraftTokens = None,
     kv_memory: KvMemory = "1GiB",
     dtype: Dtype = "auto",
     kv_dtype: KvDtype = "auto",
@@ -432,11 +447,13 @@ def chat(
     asked = said(
         max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed, stop=stop or None
     )
+    check_drafts(draft_tokens, lossless)
     choice = _choice(
         model,
         policy,
         keep,
         option,
+        lossless,
         dtype,
         device,
         backend,
@@ -444,6 +461,7 @@ def chat(
         no_profile,
         kv_memory=kv_memory,
         kv_dtype=kv_dtype,
+        draft_tokens=draft_tokens,
         reuse_share=1.0,
         tensor_parallel_size=tensor_parallel_size,
         pipeline_parallel_size=pipeline_parallel_size,
@@ -464,6 +482,8 @@ def batch(
     policy: PolicyName = DEFAULT_POLICY,
     keep: Keep = None,
     option: Options = None,
+    lossless: Lossless = False,
+    draft_tokens: DraftTokens = None,
     kv_memory: KvMemory = "1GiB",
     dtype: Dtype = "auto",
     kv_dtype: KvDtype = "auto",
@@ -492,6 +512,7 @@ def batch(
         policy,
         keep,
         option,
+        lossless,
         dtype,
         device,
         backend,
@@ -499,6 +520,7 @@ def batch(
         no_profile,
         kv_memory=kv_memory,
         kv_dtype=kv_dtype,
+        draft_tokens=draft_tokens,
         max_requests=max_requests,
         reuse_share=0.0,
         tensor_parallel_size=tensor_parallel_size,
