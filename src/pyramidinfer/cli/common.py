@@ -311,9 +311,9 @@ def profiling(policy: Policy, no_profile: bool) -> bool:
 def drafts_told(drafts: DraftUsage) -> str:
     """What a lossless answer's guesses did, in a few words."""
     if not drafts.verifications:
-        return "lossless, nothing guessed"
+        return "lossless, nothing drafted"
     return (
-        f"lossless, {drafts.accepted} of {drafts.drafted} guesses right, "
+        f"lossless, {drafts.accepted} of {drafts.drafted} drafts accepted, "
         f"{drafts.tokens_per_verification:.1f} tokens a verification"
     )
 
