@@ -237,6 +237,12 @@ class EngineConfig:
                 raise ValueError(
                     f"draft_tokens={self.draft_tokens}: a step verifies at most {MOST_DRAFTS}"
                 )
+            if self.ranks > 1:
+                raise ValueError(
+                    f"draft_tokens={self.draft_tokens} has no effect on {self.ranks} ranks: "
+                    f"lossless works on one; leave it out, or tensor_parallel_size and "
+                    f"pipeline_parallel_size"
+                )
         check_choice("kv_dtype", self.kv_dtype, KV_DTYPES)
         check_choice("weights", self.weights, WEIGHTS)
         if self.weights != "auto" and self.ranks > 1:

@@ -14,6 +14,7 @@ from pyramidinfer.sampling import SamplingParams, StructuredOutputsParams
 __all__ = [
     "AttentionShape",
     "Best",
+    "DraftUsage",
     "KVUsage",
     "Keep",
     "Layers",
@@ -261,12 +262,34 @@ class Logprob(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
+class DraftUsage:
+    """What a lossless request's guesses did: ``drafted`` tokens were guessed and verified, of which
+    ``accepted`` were right, in ``verifications`` steps."""
+
+    drafted: int
+    accepted: int
+    verifications: int
+
+    @property
+    def acceptance(self) -> float:
+        """Share of the guesses that were right; 0 where there were none."""
+        return self.accepted / self.drafted if self.drafted else 0.0
+
+    @property
+    def tokens_per_verification(self) -> float:
+        """Tokens that a step with guesses gave, its own included; 0 where there was none."""
+        done = self.verifications
+        return (self.accepted + done) / done if done else 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class RequestMetrics:
     """Times in seconds since arrival; ``None`` where the event did not happen.
 
     ``prefill_tokens_computed``: tokens that went through a layer in prefill, summed over layers
     and divided by the number of layers; ``computed_share`` is that over the prompt's length, above
     1 where a policy had the prompt read a second time.
+    ``drafts``: what guesses did, None where the request was not lossless.
     """
 
     queue_seconds: float | None
@@ -274,6 +297,7 @@ class RequestMetrics:
     total_seconds: float
     prefill_tokens_computed: float
     computed_share: float
+    drafts: DraftUsage | None = None
 
 
 @dataclass(frozen=True, slots=True)

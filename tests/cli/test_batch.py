@@ -56,6 +56,22 @@ def test_lines_of_many_prompts_wait_for_each_other(tmp_path: Path) -> None:
     assert len(answers(target)) == 16
 
 
+def test_lossless_lines(tmp_path: Path) -> None:
+    asked = {"prompt": "The old baker walked . " * 20, "max_tokens": 8, "temperature": 0}
+    lines = [
+        line("full", **asked, compression={"policy": "full", "lossless": False}),
+        line("lossless", **asked),
+    ]
+    source, target = write(tmp_path / "in.jsonl", lines), tmp_path / "out.jsonl"
+    options = ("--lossless", "--draft-tokens", "2", "--dtype", "float32")
+    code, _, err = run("batch", str(source), str(target), *SMALL, *options)
+    assert code == 0, err
+    found = {name: each["response"]["body"] for name, each in answers(target).items()}
+    assert found["lossless"]["choices"] == found["full"]["choices"]
+    assert found["lossless"]["usage"]["verifications"] > 0
+    assert "verifications" not in found["full"]["usage"]
+
+
 def test_a_mixed_file(tmp_path: Path) -> None:
     user = [{"role": "user", "content": "Where is the map ?"}]
     source = write(

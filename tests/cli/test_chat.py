@@ -101,6 +101,26 @@ def test_under_full_reuse_changes_nothing() -> None:
     assert said[1].strip() == wanted.text.strip() and taken_up(told)[1] > 0
 
 
+def test_lossless() -> None:
+    asked = (STORY, "Where is the map ?", STORY)
+    plain = chat(*asked, options=("--policy", "full", "--dtype", "float32"))[0]
+    said, told = chat(
+        asked[0],
+        "/keep 0.2",
+        asked[1],
+        "/policy snapkv",
+        asked[2],
+        "/policy kvzip",
+        options=("--lossless", "--draft-tokens", "2", "--dtype", "float32"),
+    )
+    assert said == plain
+    text = "\n".join(told)
+    assert "policy pyramid, keep 0.2, lossless" in text
+    assert "policy snapkv, keep 0.2, lossless" in text
+    assert "error: lossless: policy 'kvzip' reads the text again" in text
+    assert text.count("kept 100%") == text.count("; lossless, ") == 3
+
+
 def test_a_wrong_command_is_told_and_the_chat_goes_on() -> None:
     said, told = chat(
         "/nonsense",

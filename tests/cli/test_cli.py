@@ -151,6 +151,22 @@ def test_generate_streams_text_and_a_summary() -> None:
     assert "computed 100% and kept 100%" in " ".join(done.stderr.split())
 
 
+def test_generate_lossless_says_what_full_says() -> None:
+    prompt = make_questions(4, 1, 400)[0].prompt
+    asked = ("generate", "--prompt-file", "-", "--max-tokens", "11", "--dtype", "float32")
+    plain = run(*asked, "--policy", "full", "--json", text=prompt)
+    lossless = (*asked, "--lossless", "--draft-tokens", "2", "--keep", "0.2")
+    done = run(*lossless, "--json", text=prompt)
+    assert done.returncode == 0, done.stderr
+    wanted, given = json.loads(plain.stdout), json.loads(done.stdout)
+    assert given["token_ids"] == wanted["token_ids"] and wanted["metrics"]["drafts"] is None
+    drafts = given["metrics"]["drafts"]
+    assert 0 <= drafts["accepted"] <= drafts["drafted"] and drafts["verifications"] > 0
+    told = " ".join(run(*lossless, text=prompt).stderr.split())
+    assert f"lossless, {drafts['accepted']} of {drafts['drafted']} drafts accepted, " in told
+    assert "kept 100%" in told and "tokens a verification" in told
+
+
 def test_generate_tells_where_positions_end() -> None:
     positions = LLM(shipped_model(), policy="full").engine.runner.max_positions
     words = " ".join(["map"] * (positions - 4))
@@ -447,6 +463,26 @@ def test_demo_prints_a_table_and_draws(tmp_path: Path) -> None:
         (["inspect", "--kv-dtype", "int5"], "kv_dtype='int5' is unknown; did you mean 'int8'"),
         (["demo", "--kv-dtype", "int5"], "kv_dtype='int5' is unknown"),
         (["serve", "--verify", "--kv-dtype", "int8"], "--verify with --kv-dtype int8"),
+        (["serve", "--verify", "--lossless"], "--verify with --lossless"),
+        (["generate", "--prompt", "x", "--draft-tokens", "2"], "no effect without --lossless"),
+        (["chat", "--draft-tokens", "2"], "--draft-tokens 2 has no effect without --lossless"),
+        (
+            ["generate", "--prompt", "x", "--lossless", "--draft-tokens", "9"],
+            "draft_tokens=9: a step verifies at most 8",
+        ),
+        (
+            ["generate", "--prompt", "x", "--lossless", "--policy", "kvzip"],
+            "policy 'kvzip' reads the text again and cannot choose what drafts read",
+        ),
+        (
+            ["serve", "--lossless", "--tensor-parallel-size", "2"],
+            "lossless works on one rank, and this is 2: leave tensor_parallel_size",
+        ),
+        (
+            ["serve", "--draft-tokens", "2", "--pipeline-parallel-size", "2"],
+            "draft_tokens=2 has no effect on 2 ranks",
+        ),
+        (["serve", "--draft-tokens", "2", "--max-keep", "0.5"], "draft_tokens=2 has no effect"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(

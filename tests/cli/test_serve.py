@@ -191,6 +191,25 @@ def test_defaults_are_the_settings_own(taken: list[tuple[ModelChoice, ServerSett
     assert {"admission", "elastic", "preempt", "expected_output"} <= set(options)
 
 
+def test_lossless_chooses_what_drafts_read(
+    taken: list[tuple[ModelChoice, ServerSettings]],
+) -> None:
+    for words in (
+        (),
+        ("--keep", "0.2", "--draft-tokens", "3"),
+        ("--policy", "snapkv", "-o", "window=8", "-o", "keep=0.3"),
+        ("-o", "min_context=64"),
+        ("--policy", "full"),
+    ):
+        assert invoke("--lossless", *words).exit_code == 0
+    drafts: list[Any] = [getattr(choice.policy, "drafts", None) for choice, _ in taken]
+    found = [(each.name, each.keep) for each in drafts]
+    tenth = ("pyramid", 0.1)
+    assert found == [tenth, ("pyramid", 0.2), ("snapkv", 0.3), tenth, tenth]
+    assert drafts[2].window == 8 and drafts[3].min_context == 64
+    assert [choice.options["draft_tokens"] for choice, _ in taken] == [None, 3, None, None, None]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

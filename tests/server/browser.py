@@ -42,9 +42,13 @@ class Server:
 
 
 @contextmanager
-def serving(**options: Any) -> Iterator[Server]:
-    """The real server with the shipped model, in a thread, on a free port."""
-    llm = LLM(shipped_model(), Pyramid(keep=0.45, min_context=64), kv_memory="64MiB")
+def serving(engine: dict[str, Any] | None = None, **options: Any) -> Iterator[Server]:
+    """The real server with the shipped model, in a thread, on a free port.
+
+    engine : further arguments of ``LLM``.
+    """
+    policy = Pyramid(keep=0.45, min_context=64)
+    llm = LLM(shipped_model(), policy, kv_memory="64MiB", **(engine or {}))
     paced = Paced(build_app(llm, ServerSettings(**options)))
     with socket.socket() as line:
         line.bind(("127.0.0.1", 0))

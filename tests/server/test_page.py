@@ -181,6 +181,23 @@ def test_why_nothing_is_cut_and_which_rule_is_in_use(open_tab: Callable[..., Tab
     assert tab.text("#rule") == "full: the full cache."
 
 
+def test_a_lossless_server(server: Server, open_tab: Callable[..., Tab]) -> None:
+    tab = open_tab()
+    tab.ask()
+    tab.wait()
+    assert not tab.page.is_visible("#accepted")  # this one is not
+    with serving({"lossless": True, "draft_tokens": 2}) as other:
+        tab = open_tab(url=other.url)
+        rule = "Lossless: nothing is dropped, and pyramid chooses what is read to guess ahead. "
+        assert tab.text("#rule").startswith(f"{rule}pyramid goes by ")
+        tab.ask()
+        tab.wait()
+        assert tab.kept == [tab.seen] * 12 and not tab.page.is_visible("#why")
+        assert re.fullmatch(r"\d+ \(\d+ %\)", tab.text("#accepted"))
+        assert 1 <= float(tab.text("#verified")) <= 3
+        assert "% of drafts accepted" in tab.text(".note").replace("\u00a0", " ").replace(" %", "%")
+
+
 def test_full_keeps_everything(open_tab: Callable[..., Tab]) -> None:
     """The same question again under another policy stands below the first answer."""
     tab = open_tab()

@@ -14,10 +14,12 @@ from pyramidinfer.cli.bench import bench
 from pyramidinfer.cli.common import (
     BACKENDS,
     DEFAULT_POLICY,
+    DraftTokens,
     Dtype,
     FromModel,
     Keep,
     KvDtype,
+    Lossless,
     Model,
     NoProfile,
     Options,
@@ -26,6 +28,7 @@ from pyramidinfer.cli.common import (
     TemplateKwargs,
     TensorParallel,
     Weights,
+    check_drafts,
     json_object,
     names_model,
     plain_errors,
@@ -120,6 +123,8 @@ def generate(
     policy: PolicyName = DEFAULT_POLICY,
     keep: Keep = None,
     option: Options = None,
+    lossless: Lossless = False,
+    draft_tokens: DraftTokens = None,
     prompt: Annotated[str | None, typer.Option(help="The prompt.")] = None,
     prompt_file: Annotated[
         Path | None, typer.Option(help="File holding the prompt; - is standard input.")
@@ -167,7 +172,8 @@ def generate(
         seed=seed,
         stop=stop or None,
     )
-    chosen = policy_from(policy, keep, option or [])
+    check_drafts(draft_tokens, lossless)
+    chosen = policy_from(policy, keep, option or [], lossless)
     run_generate(
         model,
         chosen,
@@ -184,6 +190,7 @@ def generate(
         as_json,
         kv_dtype=kv_dtype,
         weights=weights,
+        draft_tokens=draft_tokens,
         profile=profiling(chosen, no_profile),
         tensor_parallel_size=tensor_parallel_size,
         pipeline_parallel_size=pipeline_parallel_size,

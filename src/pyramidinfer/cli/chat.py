@@ -10,12 +10,12 @@ from typing import Any
 
 from rich.console import Console
 
-from pyramidinfer.cli.common import check_asked, defaults_of, human_bytes
+from pyramidinfer.cli.common import check_asked, defaults_of, drafts_told, human_bytes
 from pyramidinfer.cli.serve import ModelChoice, load
 from pyramidinfer.engine import LLM
 from pyramidinfer.engine.chat_template import ChatTemplate
 from pyramidinfer.engine.request import Request
-from pyramidinfer.policies import Policy, make_policy
+from pyramidinfer.policies import Lossless, Policy, choose_policy
 from pyramidinfer.server.prompts import Prompts
 from pyramidinfer.server.protocol import Message
 from pyramidinfer.types import SamplingParams
@@ -81,7 +81,8 @@ class _Chat:
         self.llm, self.params, self.policy = llm, params, llm.policy
         self.prompts = Prompts(llm.tokenizer, llm.engine.runner.vocab_size, template_kwargs)
         self.console = Console(stderr=True, highlight=False)
-        self.keep: float | None = getattr(llm.policy, "keep", None)  # the last one there was
+        self.lossless = isinstance(llm.policy, Lossless)
+        self.keep: float | None = getattr(self._chosen, "keep", None)  # the last one there was
         self.turns: list[Message] = []
         self.reset(system)
 
@@ -105,20 +106,26 @@ class _Chat:
             self.reset(rest or None)
             self.note("a new conversation")
         elif word == "/keep":
-            self._use(make_policy(self.policy, _share(rest)))
+            self._use(choose_policy(self._chosen, _share(rest), self.lossless))
         elif word == "/policy":
-            chosen = make_policy(rest, None if rest == "full" else self.keep)
-            self._use(chosen)
+            keep = None if rest == "full" and not self.lossless else self.keep
+            self._use(choose_policy(rest, keep, self.lossless))
         else:
             raise ValueError(f"unknown command {word!r}; /help lists them")
+
+    @property
+    def _chosen(self) -> Policy:
+        """The policy that chooses what stays, or what guesses read."""
+        return self.policy.drafts if isinstance(self.policy, Lossless) else self.policy
 
     def _use(self, policy: Policy) -> None:
         engine = self.llm.engine
         engine.check_policy(policy)
         self.policy = policy
-        keep = getattr(policy, "keep", None)
+        keep = getattr(self._chosen, "keep", None)
         self.keep = self.keep if keep is None else keep
-        self.note(f"policy {policy.name}" + ("" if keep is None else f", keep {keep:g}"))
+        budget = "" if keep is None else f", keep {keep:g}"
+        self.note(f"policy {self._chosen.name}{budget}" + ", lossless" * self.lossless)
 
     def say(self, line: str) -> None:
         """One turn; Ctrl-C stops the answer, and what there is of it stays."""
@@ -157,9 +164,10 @@ class _Chat:
             return
         first = metrics.first_token_seconds or 0.0
         rate = (len(request.output) - 1) / max(1e-9, seconds - first)
+        guessed = f"; {drafts_told(metrics.drafts)}" if metrics.drafts else ""
         self.note(
             f"{kv.seen_len} tokens, {request.reused} of them reused; kept {kv.kept_share:.0%}, "
-            f"KV {human_bytes(kv.bytes)} of {human_bytes(kv.full_bytes)}; first token "
+            f"KV {human_bytes(kv.bytes)} of {human_bytes(kv.full_bytes)}{guessed}; first token "
             f"{first:.2f} s, {rate:.0f} tokens/s"
         )
 

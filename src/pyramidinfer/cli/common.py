@@ -16,15 +16,18 @@ import typer
 if TYPE_CHECKING:  # torch takes seconds, and --help needs none of it
     from pyramidinfer.engine import LLM
     from pyramidinfer.policies import Policy
+    from pyramidinfer.types import DraftUsage
 
 __all__ = [
     "BACKENDS",
     "DEFAULT_POLICY",
     "POLICY_NAMES",
+    "DraftTokens",
     "Dtype",
     "FromModel",
     "Keep",
     "KvDtype",
+    "Lossless",
     "Model",
     "NoProfile",
     "Options",
@@ -34,7 +37,9 @@ __all__ = [
     "TensorParallel",
     "Weights",
     "check_asked",
+    "check_drafts",
     "defaults_of",
+    "drafts_told",
     "human_bytes",
     "json_object",
     "names_model",
@@ -89,6 +94,21 @@ Keep = Annotated[
 Options = Annotated[
     list[str] | None,
     typer.Option("--option", "-o", help="A policy option, NAME=VALUE; may be repeated."),
+]
+Lossless = Annotated[
+    bool,
+    typer.Option(
+        "--lossless",
+        help="Keep everything and say what policy full says: --policy and --keep (a tenth by "
+        "default) choose what is read to guess tokens ahead.",
+    ),
+]
+DraftTokens = Annotated[
+    int | None,
+    typer.Option(
+        help="Lossless requests: tokens guessed in every step; default: as many as pay by what "
+        "is measured."
+    ),
 ]
 NoProfile = Annotated[
     bool,
@@ -263,14 +283,25 @@ def _plain_warnings() -> Iterator[None]:
         yield
 
 
-def policy_from(name: str, keep: float | None, options: list[str]) -> Policy:
-    """A policy from ``--policy``, ``--keep`` and ``--option NAME=VALUE``."""
-    from pyramidinfer.policies.registry import make_policy, parse_options
+def policy_from(
+    name: str, keep: float | None, options: list[str], lossless: bool = False
+) -> Policy:
+    """A policy from ``--policy``, ``--keep``, ``--option NAME=VALUE`` and ``--lossless``."""
+    from pyramidinfer.policies.lossless import choose_policy
+    from pyramidinfer.policies.registry import parse_options
 
     values = parse_options(name, options)
     if keep is not None and "keep" in values:
         raise ValueError(f"keep is given twice: --keep {keep} and --option keep={values['keep']}")
-    return make_policy(name, values.pop("keep", keep), **values)
+    return choose_policy(name, values.pop("keep", keep), lossless, **values)
+
+
+def check_drafts(draft_tokens: int | None, lossless: bool) -> None:
+    """``ValueError`` for ``--draft-tokens`` where no request can be lossless."""
+    if draft_tokens is not None and not lossless:
+        raise ValueError(
+            f"--draft-tokens {draft_tokens} has no effect without --lossless; give both or neither"
+        )
 
 
 def profiling(policy: Policy, no_profile: bool) -> bool:
@@ -283,6 +314,16 @@ def profiling(policy: Policy, no_profile: bool) -> bool:
             f"model; leave it out"
         )
     return not no_profile
+
+
+def drafts_told(drafts: DraftUsage) -> str:
+    """What a lossless answer's guesses did, in a few words."""
+    if not drafts.verifications:
+        return "lossless, nothing drafted"
+    return (
+        f"lossless, {drafts.accepted} of {drafts.drafted} drafts accepted, "
+        f"{drafts.tokens_per_verification:.1f} tokens a verification"
+    )
 
 
 def human_bytes(count: float) -> str:

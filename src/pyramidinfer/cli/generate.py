@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
-from pyramidinfer.cli.common import check_asked, defaults_of, human_bytes
+from pyramidinfer.cli.common import check_asked, defaults_of, drafts_told, human_bytes
 from pyramidinfer.engine import LLM
 from pyramidinfer.engine.chat_template import ChatTemplate
 from pyramidinfer.models.loading import quiet_transformers, shipped_model
@@ -79,12 +79,13 @@ def run_generate(
         return
     print(flush=True)
     kv, metrics = output.kv, output.metrics
+    guessed = f"; {drafts_told(metrics.drafts)}" if metrics.drafts else ""
     Console(stderr=True).print(
         f"[dim]{len(output.prompt_token_ids)} prompt + {len(output.token_ids)} generated tokens, "
         f"{output.finish_reason}; computed {metrics.computed_share:.0%} and kept "
         f"{kv.kept_share:.0%} of layer-tokens; KV {human_bytes(kv.bytes)} of "
-        f"{human_bytes(kv.full_bytes)}; first token {metrics.first_token_seconds or 0:.2f} s, "
-        f"total {metrics.total_seconds:.2f} s[/dim]"
+        f"{human_bytes(kv.full_bytes)}{guessed}; first token "
+        f"{metrics.first_token_seconds or 0:.2f} s, total {metrics.total_seconds:.2f} s[/dim]"
     )
 
 

@@ -10,10 +10,12 @@ import typer
 from pyramidinfer.cli.common import (
     BACKENDS,
     DEFAULT_POLICY,
+    DraftTokens,
     Dtype,
     FromModel,
     Keep,
     KvDtype,
+    Lossless,
     Model,
     NoProfile,
     Options,
@@ -22,6 +24,7 @@ from pyramidinfer.cli.common import (
     TemplateKwargs,
     TensorParallel,
     Weights,
+    check_drafts,
     json_object,
     names_model,
     plain_errors,
@@ -45,6 +48,7 @@ def _choice(
     policy: str,
     keep: float | None,
     option: list[str] | None,
+    lossless: bool,
     dtype: str,
     device: str,
     backend: str,
@@ -54,7 +58,7 @@ def _choice(
 ) -> Any:
     from pyramidinfer.cli.serve import ModelChoice
 
-    chosen = policy_from(policy, keep, option or [])
+    chosen = policy_from(policy, keep, option or [], lossless)
     options["profile"] = profiling(chosen, no_profile)
     return ModelChoice(model, chosen, dtype, device, backend, threads, options)
 
@@ -70,6 +74,8 @@ def serve(
     policy: PolicyName = DEFAULT_POLICY,
     keep: Keep = None,
     option: Options = None,
+    lossless: Lossless = False,
+    draft_tokens: DraftTokens = None,
     kv_memory: KvMemory = "1GiB",
     dtype: Dtype = "auto",
     kv_dtype: KvDtype = "auto",
@@ -319,6 +325,7 @@ def serve(
         policy,
         keep,
         option,
+        lossless,
         dtype,
         device,
         backend,
@@ -327,6 +334,7 @@ def serve(
         kv_memory=kv_memory,
         kv_dtype=kv_dtype,
         weights=weights,
+        draft_tokens=draft_tokens,
         max_requests=max_requests,
         step_tokens=step_tokens,
         page_size=page_size,
@@ -388,6 +396,11 @@ def serve(
             f"--verify with --weights {weights}: what is measured has --weights auto; leave one of "
             f"them out"
         )
+    if verify and lossless:
+        raise ValueError(
+            "--verify with --lossless: answers are the full cache's, so there is nothing to "
+            "measure; leave one of them out"
+        )
     if verify_floor is not None and not verify:
         raise ValueError(f"--verify-floor {verify_floor:g} has no effect without --verify")
     if not verify:
@@ -405,6 +418,8 @@ def chat(
     policy: PolicyName = DEFAULT_POLICY,
     keep: Keep = None,
     option: Options = None,
+    lossless: Lossless = False,
+    draft_tokens: DraftTokens = None,
     kv_memory: KvMemory = "1GiB",
     dtype: Dtype = "auto",
     kv_dtype: KvDtype = "auto",
@@ -436,11 +451,13 @@ def chat(
     asked = said(
         max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed, stop=stop or None
     )
+    check_drafts(draft_tokens, lossless)
     choice = _choice(
         model,
         policy,
         keep,
         option,
+        lossless,
         dtype,
         device,
         backend,
@@ -449,6 +466,7 @@ def chat(
         kv_memory=kv_memory,
         kv_dtype=kv_dtype,
         weights=weights,
+        draft_tokens=draft_tokens,
         reuse_share=1.0,
         tensor_parallel_size=tensor_parallel_size,
         pipeline_parallel_size=pipeline_parallel_size,
@@ -469,6 +487,8 @@ def batch(
     policy: PolicyName = DEFAULT_POLICY,
     keep: Keep = None,
     option: Options = None,
+    lossless: Lossless = False,
+    draft_tokens: DraftTokens = None,
     kv_memory: KvMemory = "1GiB",
     dtype: Dtype = "auto",
     kv_dtype: KvDtype = "auto",
@@ -498,6 +518,7 @@ def batch(
         policy,
         keep,
         option,
+        lossless,
         dtype,
         device,
         backend,
@@ -506,6 +527,7 @@ def batch(
         kv_memory=kv_memory,
         kv_dtype=kv_dtype,
         weights=weights,
+        draft_tokens=draft_tokens,
         max_requests=max_requests,
         reuse_share=0.0,
         tensor_parallel_size=tensor_parallel_size,

@@ -6,11 +6,12 @@ import time
 
 from pyramidinfer.cache import Pool
 from pyramidinfer.engine.memory import full_lens, uncoded_bytes
-from pyramidinfer.engine.request import Request
+from pyramidinfer.engine.request import Drafting, Request
 from pyramidinfer.models import ModelRunner
-from pyramidinfer.types import KVUsage, RequestMetrics, RequestOutput
+from pyramidinfer.policies import Lossless
+from pyramidinfer.types import DraftUsage, KVUsage, RequestMetrics, RequestOutput
 
-__all__ = ["metrics", "output", "usage"]
+__all__ = ["drafts", "metrics", "output", "usage"]
 
 
 def usage(pool: Pool, runner: ModelRunner, request: Request) -> KVUsage:
@@ -29,6 +30,14 @@ def usage(pool: Pool, runner: ModelRunner, request: Request) -> KVUsage:
     return KVUsage(table.seen_len, kept, full, now, peak, whole, request.lowered_to)
 
 
+def drafts(request: Request) -> DraftUsage | None:
+    """What guesses did for the request so far; None where it is not lossless."""
+    if not isinstance(request.policy, Lossless):
+        return None
+    done = request.drafting or Drafting()
+    return DraftUsage(done.drafted, done.accepted, done.verifications)
+
+
 def metrics(runner: ModelRunner, request: Request) -> RequestMetrics:
     """What the request took so far."""
 
@@ -43,6 +52,7 @@ def metrics(runner: ModelRunner, request: Request) -> RequestMetrics:
         (request.times.ended or time.monotonic()) - request.times.arrived,
         computed,
         computed / new if new else 0.0,
+        drafts(request),
     )
 
 

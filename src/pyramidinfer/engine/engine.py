@@ -392,7 +392,7 @@ class Engine:
 
     def stats(self) -> Stats:
         """What it holds and has done, for other threads to read."""
-        return read_stats(self.scheduler, self.conversations, self.peak_in_flight)
+        return read_stats(self.scheduler, self.conversations, self.drafter, self.peak_in_flight)
 
     def check(self) -> None:
         """``pool.check()``, and that nothing is reserved when nothing runs."""

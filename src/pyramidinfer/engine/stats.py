@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from pyramidinfer.engine.drafting import Drafter
 from pyramidinfer.engine.reuse import Conversations
 from pyramidinfer.engine.scheduler import Scheduler
 
@@ -19,7 +20,7 @@ class Stats(NamedTuple):
     ``swapped_bytes``: of host memory, by preempted requests.  ``caches``, ``cache_bytes`` and
     ``hits_from``: conversations by place.  The rest counts events since the start, as
     ``scheduler.Counts`` and ``Conversations`` do; ``file_errors``: files that could not be read or
-    written.
+    written;  ``drafted``, ``accepted``, ``verifications``: as in ``DraftUsage``, of all requests.
     """
 
     running: int
@@ -47,9 +48,14 @@ class Stats(NamedTuple):
     spills: int
     loads: int
     file_errors: int
+    drafted: int
+    accepted: int
+    verifications: int
 
 
-def read_stats(scheduler: Scheduler, held: Conversations, peak_running: int) -> Stats:
+def read_stats(
+    scheduler: Scheduler, held: Conversations, drafter: Drafter, peak_running: int
+) -> Stats:
     """The numbers now; for the engine's own thread."""
     pool, done, disk = scheduler.pool, scheduler.counts, held.disk
     pages = sum(len(group.counts) for group in pool.groups)
@@ -87,4 +93,7 @@ def read_stats(scheduler: Scheduler, held: Conversations, peak_running: int) -> 
         spills=held.spills,
         loads=held.loads,
         file_errors=disk.errors if disk is not None else 0,
+        drafted=drafter.drafted,
+        accepted=drafter.accepted,
+        verifications=drafter.verifications,
     )

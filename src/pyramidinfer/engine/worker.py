@@ -63,8 +63,9 @@ class Update(NamedTuple):
 class Observer(Protocol):
     """Whoever counts; called in the engine's thread."""
 
-    def token(self, request: Request, since: float | None) -> None:
-        """A request got a token, ``since`` seconds after its last one (None: its first)."""
+    def tokens(self, request: Request, count: int, since: float | None) -> None:
+        """A request got so many tokens at once, ``since`` seconds after its last one (None: its
+        first are among them)."""
 
     def ended(self, request: Request, reason: str) -> None:
         """A request ended."""
@@ -459,7 +460,8 @@ class AsyncEngine:
             return None
         if tokens:
             now = time.monotonic()
-            self.observer.token(request, None if each.last is None else now - each.last)
+            since = None if each.last is None else now - each.last
+            self.observer.tokens(request, len(tokens), since)
             each.last = now
         logprobs = request.logprobs[each.given :]
         text, detokenizer = "", request.detokenizer

@@ -10,7 +10,7 @@ they are right, never what is said.  A short cache as the draft of a long one is
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from pyramidinfer.policies.full import Full
 from pyramidinfer.policies.registry import make_policy
 from pyramidinfer.types import Keep, Layers, Needs, Observation, State, View
 
-__all__ = ["Lossless", "choose_policy"]
+__all__ = ["DRAFT_KEEP", "Lossless", "choose_policy"]
 
 #: What drafts read by default, as a share of the text.
 DRAFT_KEEP = 0.1
@@ -45,7 +45,8 @@ class Lossless(Policy):
             why = "reads the text again" if drafts.reads_again else "keeps a running score"
             raise ValueError(
                 f"lossless: policy {drafts.name!r} {why} and cannot choose what drafts read; "
-                f"choose another one ('pyramid', 'snapkv', 'streaming_llm', …)"
+                f"choose another one ('pyramid', 'snapkv', 'streaming_llm', …), or switch "
+                f"lossless off"
             )
 
     def bind(self, facts: Facts) -> Policy:
@@ -90,7 +91,7 @@ class Lossless(Policy):
 
 
 def choose_policy(
-    policy: str | Policy, keep: float | None = None, lossless: bool = False
+    policy: str | Policy, keep: float | None = None, lossless: bool = False, **options: Any
 ) -> Policy:
     """``make_policy``; with ``lossless`` the full cache, with drafts by that policy.
 
@@ -98,9 +99,9 @@ def choose_policy(
     nor a policy object says how much.
     """
     if not lossless:
-        return make_policy(policy, keep)
+        return make_policy(policy, keep, **options)
     if policy == "full" or isinstance(policy, Full):
         policy = "pyramid"
     if policy == "pyramid" and keep is None:
         keep = DRAFT_KEEP
-    return Lossless(make_policy(policy, keep))
+    return Lossless(make_policy(policy, keep, **options))

@@ -208,8 +208,9 @@ def _add_generation(app: FastAPI, service: Service) -> None:
             "layers": engine.runner.depth,
             "heads": jobs.heads,
             "compression": {
-                "policy": jobs.own.name,
+                "policy": jobs.base.name,
                 "keep": jobs.own_keep,
+                "lossless": jobs.lossless,
                 "kv_dtype": engine.config.kv_dtype,
                 "rule": jobs.own.rule,
                 "policies": jobs.policies,

@@ -14,7 +14,8 @@ from pyramidinfer.engine import LLM
 from pyramidinfer.engine.checks import ContextLengthError, check_prompt_logprobs
 from pyramidinfer.engine.grammar import GrammarError
 from pyramidinfer.engine.request import Request
-from pyramidinfer.policies import POLICIES, Policy, Profile, make_policy
+from pyramidinfer.policies import POLICIES, Lossless, Policy, Profile, choose_policy, make_policy
+from pyramidinfer.policies.lossless import DRAFT_KEEP
 from pyramidinfer.server.errors import ApiError
 from pyramidinfer.server.prompts import Prompts
 from pyramidinfer.server.protocol import (
@@ -68,6 +69,9 @@ class Jobs:
     def __init__(self, llm: LLM, settings: ServerSettings, prompts: Prompts) -> None:
         self.llm, self.settings, self.prompts = llm, settings, prompts
         self.engine, self.own = llm.engine, llm.policy
+        self.lossless = isinstance(self.own, Lossless)
+        #: What the operator has decide what stays, or what is read to guess tokens ahead.
+        self.base = self.own.drafts if isinstance(self.own, Lossless) else self.own
         self.defaults = llm.sampling_defaults if settings.generation_config == "auto" else {}
         self.refused: dict[str, str] = {}  # policies that cannot be served, and why
         self.served = self._policies()
@@ -77,7 +81,12 @@ class Jobs:
     @property
     def own_keep(self) -> float | None:
         """The keep of the server's own policy (None where it has none)."""
-        return getattr(self.own, "keep", None)
+        return getattr(self.base, "keep", None)
+
+    @property
+    def may_keep_all(self) -> bool:
+        """Whether a request may keep everything, as lossless ones do."""
+        return self.own.keeps_all or "full" in self.policies
 
     def chat(self, body: ChatRequest, owner: str | None) -> Job:
         self._check_messages(body.messages)
@@ -338,15 +347,25 @@ class Jobs:
                 f"stored in kv_dtype={stored!r}: ask for that, or leave it out",
                 param="compression",
             )
-        if asked is None or (asked.policy is None and asked.keep is None):
+        if asked is None:
+            return self.own
+        lossless = self.lossless if asked.lossless is None else asked.lossless
+        if asked.policy is None and asked.keep is None and lossless == self.lossless:
             return self.own
         try:
-            return self._made(asked.policy, asked.keep)
+            return self._made(asked.policy, asked.keep, lossless)
         except ValueError as error:
             raise ApiError(400, f"compression: {error}", param="compression") from None
 
-    def _make_policy(self, name: str | None, keep: float | None) -> Policy:
-        settings, own = self.settings, self.own
+    def _make_policy(self, name: str | None, keep: float | None, lossless: bool) -> Policy:
+        settings, own = self.settings, self.base
+        if lossless:
+            name = None if name == "full" else name  # that has nothing to choose what is read
+            if not self.may_keep_all:
+                raise ValueError(
+                    f"lossless keeps everything, as policy 'full' does, which is not served here; "
+                    f"there are {', '.join(self.policies)}: leave lossless out"
+                )
         if name == "full" and own.name != name and settings.max_keep < 1:
             raise ValueError(
                 f"policy 'full' keeps everything; this server allows {settings.max_keep}"
@@ -361,16 +380,18 @@ class Jobs:
         low, high = settings.min_keep, settings.max_keep
         if keep is not None and not low <= keep <= high:
             raise ValueError(f"keep={keep} is outside what this server allows: {low} to {high}")
+        share = DRAFT_KEEP if lossless and not self.lossless else self.own_keep
+        share = share if keep is None else keep
         if name is None or name == own.name:
-            chosen = own if keep is None else make_policy(own, keep)
+            chosen = choose_policy(own, share, lossless)
         elif name == "full":
             make_policy(name, keep)  # a keep below 1 is refused
             chosen = make_policy(name)
         else:
-            share = keep if keep is not None else self.own_keep
-            share = share if share is not None else min(high, 1.0)
-            chosen = make_policy(name, share)
-            chosen = self.llm.engine.bind(chosen, measure=False)  # the model is being served
+            if share is None:
+                share = DRAFT_KEEP if lossless else min(high, 1.0)
+            chosen = choose_policy(name, share, lossless)
+        chosen = self.engine.bind(chosen, measure=False)  # the model is being served
         self.engine.check_policy(chosen)
         return chosen
 
@@ -387,7 +408,7 @@ class Jobs:
     def _policies(self) -> dict[str, Policy]:
         """What a request may ask for, with default options, the server's own first."""
         asked = self.settings.policies
-        found = {self.own.name: self.own}
+        found = {self.base.name: self.base}
         for name in [*POLICIES] if asked is None else asked:
             check_choice("policies", name, POLICIES)
             try:

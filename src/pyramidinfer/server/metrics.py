@@ -187,11 +187,12 @@ class Metrics:
 
     # --- told by the engine's thread ----------------------------------------------------------
 
-    def token(self, request: Request, since: float | None) -> None:
+    def tokens(self, request: Request, count: int, since: float | None) -> None:
         """See ``engine.worker.Observer``."""
-        self._generated.inc()
+        self._generated.inc(count)
         if since is not None:
-            self._between.observe(since)
+            for _ in range(count):
+                self._between.observe(since / count)
         elif request.times.first_token is not None:
             self._first.observe(request.times.first_token - request.times.arrived)
 
@@ -257,6 +258,9 @@ GAUGES = {
     ),
 }
 COUNTERS = {
+    "vllm:spec_decode_num_drafts": ("Steps of requests that verified guesses", "verifications"),
+    "vllm:spec_decode_num_draft_tokens": ("Tokens guessed and verified", "drafted"),
+    "vllm:spec_decode_num_accepted_tokens": ("Guessed tokens that were right", "accepted"),
     "pyramidinfer:swapped": ("Caches moved to host memory", "swapped"),
     "pyramidinfer:recomputed": ("Caches freed and computed anew", "recomputed"),
     "pyramidinfer:restarted": ("Prompts in progress that began again", "restarted"),

@@ -81,13 +81,15 @@ class Compression(Strict):
 
     ``policy``: a method's name (the server's own by default);  ``keep``: the common budget;
     ``reuse``: take up and leave a conversation's cache;  ``kv_dtype``: how keys and values are
-    stored, which must be the server's.
+    stored, which must be the server's;  ``lossless``: keep everything, and let the policy choose
+    what is read to guess tokens ahead (as the server does by default).
     """
 
     policy: str | None = None
     keep: Annotated[float, Field(gt=0, le=1)] | None = None
     reuse: bool = True
     kv_dtype: str | None = None
+    lossless: bool | None = None
 
 
 class Pin(Strict):

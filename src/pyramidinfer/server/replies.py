@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from pyramidinfer.engine.answers import drafts
 from pyramidinfer.engine.request import Request
 from pyramidinfer.engine.text import Detokenizer
 from pyramidinfer.engine.worker import Stream, Update
@@ -269,6 +270,7 @@ class Reply:
             "kv_bytes": sum(kv.bytes for kv in caches),
             "kv_bytes_full": sum(kv.full_bytes for kv in caches),
             **_lowered(caches),
+            **_drafted(requests),
             **extra,
         }
 
@@ -282,6 +284,18 @@ def _lowered(caches: list[KVUsage]) -> dict[str, float]:
     """What ``--elastic`` lowered the ``keep`` of these to, where it did."""
     lowered = [kv.keep_lowered_to for kv in caches if kv.keep_lowered_to is not None]
     return {"kv_keep_lowered_to": min(lowered)} if lowered else {}
+
+
+def _drafted(requests: list[Request]) -> dict[str, int]:
+    """What guesses did for those of these that are lossless."""
+    told = [each for each in map(drafts, requests) if each is not None]
+    if not told:
+        return {}
+    return {
+        "drafted_tokens": sum(each.drafted for each in told),
+        "accepted_tokens": sum(each.accepted for each in told),
+        "verifications": sum(each.verifications for each in told),
+    }
 
 
 def _kv(kv: KVUsage) -> dict[str, Any]:

@@ -52,12 +52,19 @@ class Service:
                 f"or allow a policy that compresses (serve --policies)"
             )
         engine = llm.engine
+        if engine.config.draft_tokens is not None and not self.jobs.may_keep_all:
+            raise ValueError(
+                f"draft_tokens={engine.config.draft_tokens} has no effect where requests may ask "
+                f"for {', '.join(self.jobs.policies)} only: a lossless one keeps everything. Leave "
+                f"it out, or allow 'full' (serve --policies, --max-keep)"
+            )
         self.metrics = Metrics(
             self.name,
             {
                 "version": pyramidinfer.__version__,
-                "policy": self.jobs.own.name,
+                "policy": self.jobs.base.name,
                 "keep": str(self.jobs.own_keep),
+                "lossless": str(self.jobs.lossless).lower(),
                 "rule": self.jobs.own.rule,
                 "kv_memory_bytes": str(engine.pool.budget),
                 "kv_dtype": engine.config.kv_dtype,
