@@ -108,7 +108,7 @@ def sample(logits: Tensor, request: Request, likeliest: int) -> tuple[int, Logpr
     if request.processors or not request.params.is_greedy:
         token = _choose(logits[None].float(), request)
     if request.constraint is not None:
-        request.constraint.accept(token)
+        token = request.constraint.accept(token)
     if request.params.logprobs is None:
         return token, None
     return token, _logprobs(logits[None], [token], request.params.logprobs)[0]
