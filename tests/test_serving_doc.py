@@ -132,7 +132,7 @@ def test_the_statuses_are_what_it_says(live: Live) -> None:
     tool = {"type": "function", "function": {"name": "look", "parameters": {}}}
     image = [{"type": "image_url", "image_url": {"url": "x"}}]
     for refused in (
-        {"tools": [tool]},
+        {"tools": [tool], "tool_choice": "required"},
         {"response_format": {"type": "json_object"}},
         {"unheard_of": 1},
         {"messages": [{"role": "user", "content": image}]},

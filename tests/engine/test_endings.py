@@ -55,8 +55,9 @@ class At:
     def allowed(self, vocab_size: int) -> torch.Tensor:
         return (torch.arange(vocab_size) == self.token) == (self.left == 0)
 
-    def accept(self, token: int) -> None:
+    def accept(self, token: int) -> int:
         self.left -= 1
+        return token
 
     def copy(self) -> At:
         return At(self.token, self.left)

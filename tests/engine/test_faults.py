@@ -123,9 +123,10 @@ class Grammar:
         mask[self.tokens[len(self.taken)]] = True
         return mask
 
-    def accept(self, token: int) -> None:
+    def accept(self, token: int) -> int:
         self._break("accept")
         self.taken.append(token)
+        return token
 
     def copy(self) -> Grammar:
         return Grammar(self.tokens, self.breaks_at, self.where)

@@ -163,7 +163,7 @@ def test_a_body_that_is_far_too_large_is_not_read(tight: Live) -> None:
     [
         (COMPLETIONS, {"prompt": "x", "bogus": 1}, "unknown parameter 'bogus'", "bogus"),
         (CHAT, {"messages": USER, "function_call": "x"}, "'function_call'", "function_call"),
-        (CHAT, {"messages": USER, "tools": [{}]}, "tools", "tools"),
+        (CHAT, {"messages": USER, "tools": [{}]}, "'tools.0.type'", "tools"),
         (
             CHAT,
             {"messages": [{"role": "user", "content": "x", "x": 1}]},

@@ -12,8 +12,9 @@ from pyramidinfer.types import TokenIds
 
 __all__ = ["ChatTemplate", "Turn", "find_end_ids"]
 
-#: A message: its role and texts, ``{"role": "user", "content": "…", "name": "…"}``.
-Turn = dict[str, str]
+#: A message: its role and texts, ``{"role": "user", "content": "…", "name": "…"}``, and of an
+#: assistant ``tool_calls``, a list as OpenAI has it with ``arguments`` as objects.
+Turn = dict[str, Any]
 
 #: Stands for the text of a field when it is asked whether the field has a place in the template:
 #: plain letters and digits, which filters leave alone.
@@ -51,18 +52,24 @@ class ChatTemplate:
         messages: Sequence[Turn],
         generate: bool = True,
         options: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
     ) -> TokenIds:
         """Token ids of a conversation, up to where the model answers if it is to ``generate``.
 
-        ``options``: further names for the template (``enable_thinking``, say).  ``ValueError``
-        where there is no template, it refuses the messages, or it would ignore one of them, one
-        of their fields or an option.
+        ``options``: further names for the template (``enable_thinking``, say);  ``tools``: as
+        OpenAI has them, for a template that handles them.  ``ValueError`` where there is no
+        template, it refuses the messages, or it would ignore one of them, one of their fields or
+        an option.
         """
         if not self.exists:
             raise ValueError("this model has no chat template")
         self.check_options(options or {})
-        rendering = Rendering(self, messages, generate, options or {})
+        rendering = Rendering(self, messages, generate, options or {}, tools)
         return rendering.ids()
+
+    def text(self, messages: Sequence[Turn], tools: Sequence[Mapping[str, Any]] = ()) -> str:
+        """The text of a conversation that is over; ``ValueError`` as ``ids``."""
+        return Rendering(self, messages, False, {}, tools).text()
 
     def check_options(self, options: Mapping[str, Any]) -> None:
         """``ValueError`` for an option that the template never reads."""
@@ -98,7 +105,7 @@ class ChatTemplate:
         """The token right behind an assistant's words, where the template puts one there."""
         talk = [{"role": role, "content": MARK.format(role)} for role in ("user", "assistant")]
         try:
-            text = Rendering(self, talk, False, {}).text()
+            text = self.text(talk)
         except Exception:  # a template raises what it likes
             return None
         _, said, rest = text.rpartition(MARK.format("assistant"))
@@ -116,9 +123,10 @@ class Rendering:
         messages: Sequence[Turn],
         generate: bool,
         options: Mapping[str, Any],
+        tools: Sequence[Mapping[str, Any]],
     ) -> None:
         self.template, self.given = template, messages
-        self.generate, self.options = generate, options
+        self.generate, self.options, self.tools = generate, options, tools
         renames = not re.search(r"""["']developer["']""", template.source)
         self.turns = [
             {**each, "role": "system"} if renames and each["role"] == "developer" else {**each}
@@ -148,6 +156,7 @@ class Rendering:
                 add_generation_prompt=self.generate,
                 tokenize=tokenize,
                 return_dict=False,
+                tools=list(self.tools) or None,
                 **self.options,
             )
         except Exception as error:  # a template raises what it likes
@@ -161,13 +170,16 @@ class Rendering:
         """Choose the form of contents; ``ValueError`` for a text that has no place.
 
         Each text is replaced by a mark of its own and looked for in what comes out, so this takes
-        as long for a long text as for a short one.
+        as long for a long text as for a short one.  Tool calls are left as they are; what a tool's
+        answer says of its call tells which call it answers, and needs no place.
         """
+        calls = any("tool_calls" in turn for turn in self.turns)
         fields = [
             Field(index, key)
             for index, turn in enumerate(self.turns)
             for key, text in turn.items()
-            if key != "role" and text.strip()
+            if key not in ("role", "tool_calls") and text.strip()
+            if key == "content" or turn["role"] != "tool" or not calls
         ]
         marked = [dict(turn) for turn in self.turns]
         for number, (index, key) in enumerate(fields):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pyramidinfer.engine.trial import survives
-from pyramidinfer.types import StructuredOutputsParams
+from pyramidinfer.types import StructuredOutputsParams, TokenIds
 
 if TYPE_CHECKING:
     import llguidance
@@ -26,6 +26,8 @@ WHITE_SPACE = r" |\r?\n[ \t]{0,20}"
 FIRST_TOKENS = 4  # that are tried before a grammar is taken
 #: What has a meaning in a regular expression.
 SIGNS = re.compile(r"[\\.+*?()|\[\]{}^$#&\-~]")
+#: Tokens by their ids, as Lark's notation has them.
+TOKEN_IDS = re.compile(r"<\[[\d,\-^*]+\]>")
 #: A rule as GBNF writes it; what has none is Lark's.
 GBNF_RULE = re.compile(r"^\s*[\w-]+\s*::=", re.MULTILINE)
 
@@ -40,8 +42,11 @@ class GrammarConstraint:
     ``what``: how errors call the grammar.
     """
 
-    def __init__(self, matcher: llguidance.LLMatcher, what: str) -> None:
-        self.matcher, self.what = matcher, what
+    def __init__(
+        self, matcher: llguidance.LLMatcher, tables: llguidance.LLTokenizer, what: str
+    ) -> None:
+        self.matcher, self.tables, self.what = matcher, tables, what
+        self.pending: TokenIds = []  # the rest of a text that was cut anew
 
     @property
     def done(self) -> bool:
@@ -49,14 +54,48 @@ class GrammarConstraint:
 
     def allowed(self, vocab_size: int) -> Tensor:
         """Tokens that may come next, bool ``[vocab_size]``; ``GrammarError`` where there is
-        none."""
+        none.
+
+        Where one text only may come, it is cut into tokens as the tokenizer would cut it: that is
+        what the model has learned, and what the next turn's prompt will have there.
+        """
+        forced = (self.pending or self.matcher.compute_ff_tokens())[:1]
+        if forced and forced[0] < vocab_size:
+            only = torch.zeros(vocab_size, dtype=torch.bool)
+            only[forced[0]] = True
+            return only
         packed = np.frombuffer(self.matcher.compute_bitmask(), dtype=np.uint8)
         bits = np.unpackbits(packed, bitorder="little")[:vocab_size].astype(bool)
         if self.matcher.is_error() or not bits.any():
             raise self.error("allows no token here")
         return torch.from_numpy(bits)
 
-    def accept(self, token: int) -> None:
+    def accept(self, token: int) -> int:
+        """Take in a token.  Where only one text can follow it, both are cut as the tokenizer would
+        cut them: ``"`` and ``}}`` for ``"}`` where another brace has to come."""
+        if self.pending:
+            self.pending.pop(0)
+            self._consume(token)
+            return token
+        self._consume(token)
+        heads = self._cut(token, self.matcher.compute_ff_bytes())
+        if heads and heads[0] != token and self.matcher.rollback(1):
+            if self.matcher.validate_tokens(heads) == len(heads):
+                token, *self.pending = heads
+            self._consume(token)
+        return token
+
+    def _cut(self, token: int, follows: bytes) -> TokenIds:
+        """The tokenizer's tokens of a token's text and what follows, as far as the former goes."""
+        begun = self.tables.decode_bytes([token])
+        heads: TokenIds = []
+        for each in self.tables.tokenize_bytes(begun + follows) if follows else ():
+            if len(self.tables.decode_bytes(heads)) >= len(begun):
+                break
+            heads.append(each)
+        return heads if self.tables.decode_bytes(heads).startswith(begun) else []
+
+    def _consume(self, token: int) -> None:
         if not self.matcher.consume_token(token):
             raise self.error(f"does not take token {token}")
 
@@ -65,7 +104,9 @@ class GrammarConstraint:
         return _error(self.what, self.matcher.get_error() or why)
 
     def copy(self) -> GrammarConstraint:
-        return GrammarConstraint(self.matcher.deep_copy(), self.what)
+        made = GrammarConstraint(self.matcher.deep_copy(), self.tables, self.what)
+        made.pending = [*self.pending]
+        return made
 
 
 class Grammars:
@@ -109,7 +150,7 @@ class Grammars:
         matcher = LLMatcher(tables, grammar, log_level=0)
         if matcher.is_error():
             raise _error(what, matcher.get_error())
-        made = GrammarConstraint(matcher, what)
+        made = GrammarConstraint(matcher, tables, what)
         # that the vocabulary can begin it, and that what may follow is not too much to work out
         for token in made.copy().allowed(self.vocab_size).nonzero()[:FIRST_TOKENS, 0].tolist():
             made.copy().accept(token)
@@ -144,12 +185,17 @@ def _try(what: str, grammar: str) -> None:
     """``GrammarError`` for one that would end this process, or keep it busy for ever."""
     import llguidance
 
+    grammar = TOKEN_IDS.sub("<[1]>", grammar)  # the trial has another vocabulary
     try:
         if survives(grammar, str(Path(llguidance.__file__).parents[1])):
             return
     except OSError as error:
         raise _error(what, f"no process to try it in could be started ({error})") from None
-    raise _error(what, "it is nested too deeply, or too much work; make it simpler")
+    raise _error(
+        what,
+        "it is nested too deeply, or too much work; make it simpler, and name special tokens by "
+        "their ids: <[2]>",
+    )
 
 
 def _error(what: str, reason: object) -> GrammarError:

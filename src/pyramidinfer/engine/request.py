@@ -32,8 +32,8 @@ class Constraint(Protocol):
     def allowed(self, vocab_size: int) -> Tensor:
         """Which tokens may come next: bool ``[vocab_size]``, at least one of them."""
 
-    def accept(self, token: int) -> None:
-        """Take in the token that was chosen."""
+    def accept(self, token: int) -> int:
+        """Take in the token that was chosen, or a longer one that leads to the same text."""
 
     def copy(self) -> Self:
         """Another one in the same state."""

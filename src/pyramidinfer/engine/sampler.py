@@ -120,7 +120,7 @@ def choose(logits: Tensor, request: Request, likeliest: int) -> int:
     if request.processors or not request.params.is_greedy:
         token = _choose(logits[None].float(), request)
     if request.constraint is not None:
-        request.constraint.accept(token)
+        token = request.constraint.accept(token)
     return token
 
 

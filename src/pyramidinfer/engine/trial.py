@@ -24,6 +24,7 @@ PATIENCE = 120.0  # seconds, on a machine that is busy with other things
 def survives(grammar: str, library: str) -> bool:
     """Whether reading a grammar comes to an end, well or with an error, within these bounds.
 
+    One that names a special token, which is not known there, was not read whole: False.
     ``library``: the folder that llguidance is in.  ``OSError`` where no process can be started.
     """
     command = [sys.executable, "-I", "-S", __file__, library]
@@ -38,6 +39,8 @@ def _read(grammar: str, ended: threading.Event) -> None:
     from llguidance import LLMatcher, LLTokenizer
 
     matcher = LLMatcher(LLTokenizer("byte"), grammar, log_level=0)
+    if "unknown special token" in matcher.get_error():
+        return
     if not matcher.is_error():
         matcher.compute_bitmask()
     ended.set()

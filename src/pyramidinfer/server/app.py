@@ -162,8 +162,8 @@ def _told(error: RequestValidationError) -> tuple[str, str | None]:
         return f"missing parameter {'.'.join(place)!r}", param
     if param == "prompt" and len(place) > 1:  # which of its kinds was meant is a guess
         message, place = "must be a text, texts, token ids, or lists of token ids", ["prompt"]
-    if param in ("tools", "tool_choice"):
-        return f"{param}: tools are not supported; leave it out", param
+    if param == "tools" and found["type"] == "literal_error" and place[-1] == "type":
+        message = "only functions are understood: type must be 'function'"
     if param == "messages" and "content" in place:
         message = "must be a text or text parts; images, audio and files are not understood"
         place = place[: place.index("content") + 1]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 from pyramidinfer.config import check_choice
@@ -26,11 +27,15 @@ from pyramidinfer.server.protocol import (
     Generation,
     Message,
     TokenizeRequest,
+    Tool,
+    ToolNamed,
 )
 from pyramidinfer.server.settings import ServerSettings
+from pyramidinfer.server.tool_calls import ToolReader, check_calls
+from pyramidinfer.server.tool_formats import grammar_of
 from pyramidinfer.types import SamplingParams, StructuredOutputsParams, TokenIds
 
-__all__ = ["Job", "Jobs"]
+__all__ = ["Job", "Jobs", "param_of"]
 
 MAX_STOP_LENGTH = 1000
 #: Characters that a token is taken to stand for at most, where the tokenizer sets no bound.
@@ -44,13 +49,15 @@ class Job:
     """One HTTP request as the engine will see it.
 
     ``leaders``: a request per prompt (further choices are its samples);  ``echoed``: what stands
-    before each prompt's answers;  ``drop``: nothing was to be generated.
+    before each prompt's answers;  ``drop``: nothing was to be generated;  ``reader``: what finds
+    the tool calls of an answer, where it may hold any.
     """
 
     body: ChatRequest | CompletionRequest
     leaders: list[Request]
     echoed: list[str] = field(default_factory=list)
     drop: bool = False
+    reader: Callable[[], ToolReader] | None = None
     created: int = field(default_factory=lambda: int(time.time()))
     id: str = ""
 
@@ -61,6 +68,13 @@ class Job:
     @property
     def is_chat(self) -> bool:
         return isinstance(self.body, ChatRequest)
+
+
+def param_of(body: Generation) -> str | None:
+    """The field that says what form the answer has."""
+    if isinstance(body, ChatRequest) and body.calls_tools:
+        return "tools"
+    return next(iter(body.forms), None)
 
 
 class Jobs:
@@ -89,11 +103,21 @@ class Jobs:
         return self.own.keeps_all or "full" in self.policies
 
     def chat(self, body: ChatRequest, owner: str | None) -> Job:
-        self._check_messages(body.messages)
+        self._check_messages(body.messages, body.tools)
         prompt = self._checked(self._rendered(body), "messages")
         wanted = body.max_completion_tokens or body.max_tokens
         top = (body.top_logprobs or 0) if body.logprobs else None
-        return Job(body, [self._request(body, prompt, wanted, top, owner)])
+        reader = None
+        if body.calls_tools:
+            told = self.prompts.tool_prompt
+            names = body.choosable or [each.function.name for each in body.tools or ()]
+            reader = partial(ToolReader, told.format, names, self._several(body))
+        return Job(body, [self._request(body, prompt, wanted, top, owner)], reader=reader)
+
+    def _several(self, body: ChatRequest) -> bool:
+        """Whether the answer may hold more than one call."""
+        one = isinstance(body.tool_choice, ToolNamed) or body.parallel_tool_calls is False
+        return not one and self.prompts.tool_prompt.several
 
     def completion(self, body: CompletionRequest, owner: str | None) -> Job:
         given: list[Any] = body.prompt if isinstance(body.prompt, list) else [body.prompt]
@@ -119,7 +143,7 @@ class Jobs:
     def tokens(self, body: TokenizeRequest) -> TokenIds:
         """Token ids of what a body holds; no longer a text than a request may have."""
         if body.messages is not None:
-            self._check_messages(body.messages)
+            self._check_messages(body.messages, body.tools, body.add_generation_prompt)
             return self._rendered(body, body.add_generation_prompt)
         text = body.prompt or ""
         self._check_length(text, "prompt")
@@ -142,7 +166,7 @@ class Jobs:
         except ValueError as error:
             raise ApiError(400, str(error), param="chat_template_kwargs") from None
         try:
-            return self.prompts.chat(body.messages or [], generate, options)
+            return self.prompts.chat(body.messages or [], generate, options, body.tools or ())
         except ValueError as error:
             raise ApiError(400, str(error), param="messages") from None
 
@@ -171,7 +195,7 @@ class Jobs:
         except ContextLengthError as error:
             raise self._too_long(param, f"{error}.") from None
         except GrammarError as error:
-            raise ApiError(400, str(error), param=next(iter(body.forms))) from None
+            raise ApiError(400, str(error), param=param_of(body)) from None
         except ValueError as error:
             raise ApiError(400, str(error)) from None
 
@@ -209,13 +233,45 @@ class Jobs:
             logprobs=top,
             logit_bias=bias,
             min_tokens=body.min_tokens,
-            skip_special_tokens=body.skip_special_tokens,
+            skip_special_tokens=body.skip_special_tokens and not self._reads_marks(body),
             prompt_logprobs=prompt_top,
             structured_outputs=self._form(body),
         )
 
+    def _reads_marks(self, body: Generation) -> bool:
+        """Whether special tokens have to be in the text, so that calls are found."""
+        if not isinstance(body, ChatRequest) or not body.calls_tools:
+            return False
+        return self.prompts.special_marks
+
+    def _calls(self, body: ChatRequest) -> StructuredOutputsParams | None:
+        """The form of an answer that holds calls, where they have to be valid: a call is wanted,
+        or functions are ``strict``, or what is not a call has a form, too."""
+        tools = [each.function for each in body.tools or ()]
+        callable = [each for each in tools if each.name in (body.choosable or [each.name])]
+        form = next(iter(body.forms.values()), None)
+        strict = any(each.strict for each in callable)
+        if not body.must_call and not strict and form is None and body.choosable is None:
+            return None
+        schema = None if form is None else form.get("json") or {"type": "object"}
+        functions = [(each.name, each.parameters) for each in callable]
+        size = sum(len(json.dumps(each)) for each in (functions, schema))
+        self._limit("tools", size, self.settings.max_schema_bytes, "bytes")
+        return StructuredOutputsParams(
+            grammar=grammar_of(
+                self.prompts.tool_prompt.format,
+                functions,
+                several=self._several(body),
+                must=body.must_call,
+                schema=schema,
+                added=self.prompts.added,
+            )
+        )
+
     def _form(self, body: Generation) -> StructuredOutputsParams | None:
         """The form that the answer must have."""
+        if isinstance(body, ChatRequest) and body.calls_tools:
+            return self._calls(body)
         for param, options in body.forms.items():
             try:
                 form = StructuredOutputsParams(**options)
@@ -277,8 +333,15 @@ class Jobs:
             )
         return prompt
 
-    def _check_messages(self, messages: Sequence[Message]) -> None:
-        """``_check_length`` of a chat; each of its messages and parts is a token at least."""
+    def _check_messages(
+        self, messages: Sequence[Message], tools: Sequence[Tool] | None, whole: bool = True
+    ) -> None:
+        """``_check_length`` of a chat; each of its messages and parts is a token at least.  Results
+        belong to calls, and all calls have theirs if it is ``whole``."""
+        try:
+            check_calls(messages, whole)
+        except ValueError as error:
+            raise ApiError(400, str(error), param="messages") from None
         most = self.settings.max_prompt_tokens or self.engine.runner.max_positions
         parts = sum(len(each.content) if isinstance(each.content, list) else 1 for each in messages)
         if not self.own.streams and parts > most:
@@ -287,7 +350,10 @@ class Jobs:
                 f"your messages have {parts} parts, a token each at least. Please "
                 f"reduce the length of the messages.",
             )
-        self._check_length("".join(each.text for each in messages), "messages")
+        texts = [each.text for each in messages]
+        texts += [call.function.arguments for each in messages for call in each.tool_calls or ()]
+        self._check_length("".join(texts), "messages")
+        self._check_length("".join(each.model_dump_json() for each in tools or ()), "tools")
 
     def _check_length(self, text: str, param: str) -> None:
         """Refuse a text that has too many tokens however it is cut, before it is."""

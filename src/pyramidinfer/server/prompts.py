@@ -11,8 +11,9 @@ from typing import Any
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from pyramidinfer.engine.chat_template import ChatTemplate
-from pyramidinfer.engine.text import Detokenizer
-from pyramidinfer.server.protocol import Message
+from pyramidinfer.engine.text import Detokenizer, added_tokens
+from pyramidinfer.server.protocol import Message, Tool
+from pyramidinfer.server.tool_formats import ToolPrompt
 from pyramidinfer.types import TokenIds
 
 __all__ = ["Prompts"]
@@ -33,6 +34,7 @@ class Prompts:
         self.tokenizer, self.vocab_size = tokenizer, vocab_size
         self.template, self.options = ChatTemplate(tokenizer), dict(options or {})
         self.template.check_options(self.options)
+        self.tool_prompt = ToolPrompt(self.template)
         self._spelled: dict[int, bytes] = {}
 
     def encode(self, text: str, special: bool = True) -> TokenIds:
@@ -47,6 +49,7 @@ class Prompts:
         messages: Sequence[Message],
         generate: bool = True,
         options: Mapping[str, Any] | None = None,
+        tools: Sequence[Tool] = (),
     ) -> TokenIds:
         """Token ids of a conversation; ``ValueError`` where the template does not take it.
 
@@ -55,7 +58,26 @@ class Prompts:
         if not self.template.exists:
             raise ValueError("this model has no chat template; use /v1/completions")
         turns = [each.turn for each in messages]
-        return self.template.ids(turns, generate, {**self.options, **(options or {})})
+        listed: Sequence[Mapping[str, Any]] = [
+            each.model_dump(exclude_none=True, exclude={"function": {"strict"}}) for each in tools
+        ]
+        if listed or any("tool_calls" in turn for turn in turns):
+            turns, listed = self.tool_prompt.turns(turns, listed)
+        return self.template.ids(turns, generate, {**self.options, **(options or {})}, listed)
+
+    @cached_property
+    def added(self) -> dict[str, int]:
+        """Texts that are one token wherever they stand."""
+        return added_tokens(self.tokenizer)
+
+    @cached_property
+    def special_marks(self) -> bool:
+        """Whether what stands around a tool call is left out of texts with the special tokens."""
+        special = getattr(self.tokenizer, "all_special_tokens", ())
+        format = self.tool_prompt.format
+        return any(each in f"{format.begin}{format.between}{format.end}" for each in special) or (
+            not format.mark
+        )
 
     def decode(self, tokens: TokenIds, special: bool = True) -> str:
         """The text of tokens, with special ones unless told not."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -18,6 +19,7 @@ __all__ = [
     "CompletionRequest",
     "Compression",
     "Detokenize",
+    "Function",
     "Generation",
     "Message",
     "Pin",
@@ -25,6 +27,9 @@ __all__ = [
     "StreamOptions",
     "StructuredOutputs",
     "TokenizeRequest",
+    "Tool",
+    "ToolCall",
+    "ToolNamed",
 ]
 
 # Lists end at their first error: a body may hold a million of them.
@@ -35,6 +40,7 @@ TokenLists = Annotated[list[TokenList], Field(min_length=1, fail_fast=True)]
 
 MANY = 16  # unknown names that are told of, at most
 MANY_BIASES = 1024
+MANY_TOOLS = 128
 #: For how long a cache can be pinned: a week.
 MOST_SECONDS = 7 * 24 * 3600
 
@@ -239,6 +245,89 @@ class TextPart(Strict):
     text: str
 
 
+FunctionName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+
+
+class Function(Strict):
+    """A function that the model may call; ``parameters``: a JSON schema of its arguments."""
+
+    name: FunctionName
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(Strict):
+    """OpenAI's ``tools``: functions only."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class FunctionNamed(Strict):
+    name: FunctionName
+
+
+class ToolNamed(Strict):
+    """``tool_choice``: this function."""
+
+    type: Literal["function"]
+    function: FunctionNamed
+
+
+class AllowedTools(Strict):
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[ToolNamed], Field(min_length=1, max_length=MANY_TOOLS)]
+
+
+class ToolsAllowed(Strict):
+    """``tool_choice``: some of the functions."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedTools
+
+
+def _choice_kind(choice: Any) -> str:
+    if not isinstance(choice, dict):
+        return "word"
+    return "some" if choice.get("type") == "allowed_tools" else "one"
+
+
+ToolChoice = Annotated[
+    Annotated[Literal["none", "auto", "required"], Tag("word")]
+    | Annotated[ToolNamed, Tag("one")]
+    | Annotated[ToolsAllowed, Tag("some")],
+    Discriminator(_choice_kind),
+]
+Tools = Annotated[list[Tool], Field(max_length=MANY_TOOLS, fail_fast=True)]
+
+
+class FunctionCalled(Strict):
+    """``arguments``: a JSON object, as a text."""
+
+    name: str
+    arguments: str
+
+    @model_validator(mode="after")
+    def has_arguments(self) -> FunctionCalled:
+        try:
+            is_object = isinstance(json.loads(self.arguments), dict)
+        except (ValueError, RecursionError):
+            is_object = False
+        if not is_object:
+            given = f"{self.arguments!r:.60}"
+            raise ValueError(f"arguments must be a JSON object as a text, not {given}")
+        return self
+
+
+class ToolCall(Strict):
+    """A call that the model made."""
+
+    id: Annotated[str, Field(min_length=1)]
+    type: Literal["function"]
+    function: FunctionCalled
+
+
 class Message(Strict):
     """One turn of a conversation."""
 
@@ -247,9 +336,12 @@ class Message(Strict):
     name: str | None = None
     refusal: str | None = None
     tool_call_id: str | None = None
+    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = None
 
     @model_validator(mode="after")
     def says_or_is_said(self) -> Message:
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError(f"tool_calls are an assistant's; a message of the role {self.role}")
         if self.role != "assistant" and not self.content and self.content != "":
             raise ValueError(f"a message of the role {self.role} needs content: a text, or parts")
         return self
@@ -261,9 +353,11 @@ class Message(Strict):
         return self.content or ""
 
     @property
-    def turn(self) -> dict[str, str]:
+    def turn(self) -> dict[str, Any]:
         """What the chat template gets: the role, the text, and further fields that are given."""
         further = self.model_dump(include={"name", "refusal", "tool_call_id"}, exclude_none=True)
+        if self.tool_calls:
+            further["tool_calls"] = [call.model_dump() for call in self.tool_calls]
         return {"role": self.role, "content": self.text, **further}
 
 
@@ -280,6 +374,9 @@ class ChatRequest(Generation):
     top_logprobs: Annotated[int, Field(ge=0)] | None = None
     response_format: ResponseFormat | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    tools: Tools | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
     # taken for the sake of clients that send them; they change nothing
     metadata: dict[str, Any] | None = None
     store: bool | None = None
@@ -287,9 +384,6 @@ class ChatRequest(Generation):
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     modalities: Annotated[list[Literal["text"]], Field(fail_fast=True)] | None = None
-    tools: Annotated[list[Any], Field(max_length=0)] | None = None
-    tool_choice: Literal["none", "auto"] | None = None
-    parallel_tool_calls: bool | None = None
 
     @model_validator(mode="after")
     def consistent(self) -> ChatRequest:
@@ -303,6 +397,52 @@ class ChatRequest(Generation):
             raise ValueError(f"min_tokens={self.min_tokens} is above max_tokens={most}")
         return self
 
+    @model_validator(mode="after")
+    def calls(self) -> ChatRequest:
+        check_tools(self.tools or [])
+        names = {each.function.name for each in self.tools or ()}
+        for name in self.choosable or ():
+            if name not in names:
+                known = f"tools has {', '.join(sorted(names))}" if names else "there are no tools"
+                raise ValueError(f"tool_choice: {name!r} is no function here; {known:.300}")
+        if self.must_call and not names:
+            raise ValueError("tool_choice='required' needs tools")
+        if self.calls_tools and (forms := self.forms):
+            name, form = next(iter(forms.items()))
+            if self.must_call:
+                raise ValueError(
+                    f"{name}: with this tool_choice the answer is a call, so it would have no "
+                    f"effect; leave it out"
+                )
+            if not form.keys() <= {"json", "json_object"} or isinstance(form.get("json"), str):
+                raise ValueError(
+                    f"{name}: beside tools an answer's form can be a JSON schema (an object, in "
+                    f"response_format) and no other; or send tool_choice='none'"
+                )
+        return self
+
+    @property
+    def choosable(self) -> list[str] | None:
+        """Names of the functions that may be called, where ``tool_choice`` names them."""
+        choice = self.tool_choice
+        if isinstance(choice, ToolNamed):
+            return [choice.function.name]
+        if isinstance(choice, ToolsAllowed):
+            return [each.function.name for each in choice.allowed_tools.tools]
+        return None
+
+    @property
+    def must_call(self) -> bool:
+        choice = self.tool_choice
+        if isinstance(choice, ToolsAllowed):
+            return choice.allowed_tools.mode == "required"
+        return choice == "required" or isinstance(choice, ToolNamed)
+
+    @property
+    def calls_tools(self) -> bool:
+        """Whether the answer may hold calls."""
+        return bool(self.tools) and self.tool_choice != "none"
+
     @property
     def forms(self) -> dict[str, dict[str, Any]]:
         found, wanted = super().forms, self.response_format
@@ -313,12 +453,21 @@ class ChatRequest(Generation):
         return found
 
 
+def check_tools(tools: list[Tool]) -> None:
+    """``ValueError`` for two functions of one name."""
+    names = [each.function.name for each in tools]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"tools: there are two functions {name!r}")
+
+
 class TokenizeRequest(Strict):
     """``POST /tokenize``: a text, or messages as the chat template puts them."""
 
     model: str | None = None
     prompt: str | None = None
     messages: Messages | None = None
+    tools: Tools | None = None
     add_special_tokens: bool = True
     add_generation_prompt: bool = True
     chat_template_kwargs: dict[str, Any] | None = None
@@ -328,7 +477,8 @@ class TokenizeRequest(Strict):
         if (self.prompt is None) == (self.messages is None):
             raise ValueError("give prompt or messages, one of them")
         given = self.model_fields_set
-        for name in given & {"add_generation_prompt", "chat_template_kwargs"}:
+        check_tools(self.tools or [])
+        for name in given & {"add_generation_prompt", "chat_template_kwargs", "tools"}:
             if self.messages is None:
                 raise ValueError(f"{name} is for messages; leave it out beside prompt")
         if self.prompt is None and "add_special_tokens" in given and self.add_special_tokens:

@@ -11,8 +11,10 @@ from pyramidinfer.engine.request import Request
 from pyramidinfer.engine.text import Detokenizer
 from pyramidinfer.engine.worker import Stream, Update
 from pyramidinfer.server.errors import ApiError, of_reason
-from pyramidinfer.server.jobs import Job
+from pyramidinfer.server.jobs import Job, param_of
 from pyramidinfer.server.prompts import Prompts
+from pyramidinfer.server.protocol import ChatRequest, ToolNamed
+from pyramidinfer.server.tool_calls import Piece, ToolReader
 from pyramidinfer.types import KVUsage, Logprob, TokenIds
 
 __all__ = ["Reply", "failure"]
@@ -26,6 +28,7 @@ class Choice:
     token_ids: TokenIds = field(default_factory=list)
     logprobs: list[Logprob] = field(default_factory=list)
     finish_reason: str | None = None
+    calls: ToolReader | None = None
     # where the text of its tokens begins (completions' text_offset)
     base: int = 0
     said: TokenIds = field(default_factory=list)
@@ -37,7 +40,7 @@ class Reply:
 
     def __init__(self, job: Job, stream: Stream, model: str, prompts: Prompts) -> None:
         self.job, self.stream, self.model, self.prompts = job, stream, model, prompts
-        self.choices = [Choice() for _ in stream.followed]
+        self.choices = [Choice(calls=job.reader() if job.reader else None) for _ in stream.followed]
         wanted = job.body.logprobs  # chat: yes or no; completions: how many besides
         self.wants_logprobs = bool(wanted) if job.is_chat else wanted is not None
 
@@ -51,19 +54,39 @@ class Reply:
         choices = []
         for index, choice in enumerate(self.choices):
             entry = self._choice(index, choice.text, choice.token_ids, choice.logprobs, True)
-            entry["finish_reason"] = choice.finish_reason
             if self.job.is_chat:
-                entry["message"] = {
-                    "role": "assistant",
-                    "content": entry.pop("text"),
-                    "refusal": None,
-                }
+                entry["message"] = self._message(choice, entry.pop("text"))
+            entry["finish_reason"] = self._reason(choice)
             choices.append(entry)
         answer: dict[str, Any] = {"choices": choices, "usage": self.usage()}
         if self.job.body.prompt_logprobs is not None and self.job.is_chat:
             answer["prompt_logprobs"] = self._of_prompt(self._leader(0))
         kind = "chat.completion" if self.job.is_chat else "text_completion"
         return {**self._head(kind), **answer}
+
+    def _message(self, choice: Choice, text: str) -> dict[str, Any]:
+        """An assistant's message; its calls in a list beside the text."""
+        calls: list[dict[str, Any]] = []
+        if choice.calls is not None:
+            pieces = choice.calls.feed(text, last=True)
+            text = "".join(piece.text for piece in pieces)
+            for piece in pieces:
+                if piece.name:
+                    calls.append({key: it for key, it in piece.delta.items() if key != "index"})
+                elif piece.call is not None:
+                    calls[piece.call]["function"]["arguments"] += piece.arguments
+        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+        if calls:
+            message |= {"content": text or None, "tool_calls": calls}
+        return message
+
+    def _reason(self, choice: Choice) -> str | None:
+        """Why it ended; as OpenAI has it, one that had to call a named function just stopped."""
+        named = isinstance(self.job.body, ChatRequest) and isinstance(
+            self.job.body.tool_choice, ToolNamed
+        )
+        called = choice.calls is not None and choice.calls.calls and not named
+        return "tool_calls" if called and choice.finish_reason == "stop" else choice.finish_reason
 
     # --- in chunks ----------------------------------------------------------------------------
 
@@ -97,8 +120,12 @@ class Reply:
         )
         entry["finish_reason"] = None
         entries = [entry]
+        choice = self.choices[update.choice]
         if self.job.is_chat:
-            entry["delta"] = {"content": entry.pop("text")}
+            text = entry.pop("text")
+            entry["delta"] = {"content": text}
+            if choice.calls is not None:
+                entry["delta"] = _delta(choice.calls.feed(text, bool(update.finish_reason)))
             if is_first:
                 entry["delta"] = {"role": "assistant", **entry["delta"]}
         if update.finish_reason:
@@ -108,7 +135,7 @@ class Reply:
                         "index": update.choice,
                         "delta": {},
                         "logprobs": None,
-                        "finish_reason": update.finish_reason,
+                        "finish_reason": self._reason(choice),
                     }
                 )
             else:
@@ -123,7 +150,7 @@ class Reply:
                 update.finish_reason,
                 update.error,
                 self.stream.engine.retry_after(),
-                next(iter(self.job.body.forms), None),
+                param_of(self.job.body),
             )
             if error is not None:
                 raise error
@@ -273,6 +300,21 @@ class Reply:
             **_drafted(requests),
             **extra,
         }
+
+
+def _delta(pieces: list[Piece]) -> dict[str, Any]:
+    """What a chunk tells of text and calls."""
+    text = "".join(piece.text for piece in pieces)
+    delta: dict[str, Any] = {"content": text} if text else {}
+    calls: list[dict[str, Any]] = []
+    for piece in pieces:
+        if piece.call is None:
+            continue
+        if calls and calls[-1]["index"] == piece.call:
+            calls[-1]["function"]["arguments"] += piece.arguments
+        else:
+            calls.append(piece.delta)
+    return {**delta, "tool_calls": calls} if calls else delta
 
 
 def _top(logprob: Logprob, most: int) -> Logprob:

@@ -1,0 +1,288 @@
+"""Calls in what a model writes, found while it comes; which calls and results belong together."""
+
+from __future__ import annotations
+
+import json
+import re
+import uuid
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from pyramidinfer.server.protocol import Message
+from pyramidinfer.server.tool_formats import ToolFormat
+
+__all__ = ["Piece", "ToolReader", "check_calls"]
+
+#: The beginning of a call as models write it, up to its arguments.
+HEAD = re.compile(
+    r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*+")\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)'
+)
+#: What models of Llama 3's format may put in front of a call.
+PYTHON_TAG = "<|python_tag|>"
+
+
+class Piece(NamedTuple):
+    """More of an answer: text, or of a call (0 is the first) its name, once, and arguments."""
+
+    text: str = ""
+    call: int | None = None
+    id: str = ""
+    name: str = ""
+    arguments: str = ""
+
+    @property
+    def delta(self) -> dict[str, Any]:
+        """What OpenAI's chunks tell of a call."""
+        if not self.name:
+            return {"index": self.call, "function": {"arguments": self.arguments}}
+        function = {"name": self.name, "arguments": self.arguments}
+        return {"index": self.call, "id": self.id, "type": "function", "function": function}
+
+
+class Braces:
+    """How far a JSON object goes in a text that is still coming."""
+
+    def __init__(self, depth: int = 0) -> None:
+        self.depth, self.in_text, self.escaped = depth, False, False
+
+    def read(self, text: str) -> int | None:
+        """Where the object ends in this text, exclusive; None where it goes on."""
+        for at, letter in enumerate(text):
+            if self.escaped:
+                self.escaped = False
+            elif self.in_text:
+                self.in_text, self.escaped = letter != '"', letter == "\\"
+            elif letter == '"':
+                self.in_text = True
+            elif letter in "{[":
+                self.depth += 1
+            elif letter in "}]":
+                self.depth -= 1
+                if self.depth <= 0:
+                    return at + 1
+        return None
+
+
+class ToolReader:
+    """Parts one answer into text and calls.
+
+    ``names``: of the functions there are; only such a call is one where no mark tells that it is
+    (elsewhere whoever asked is to learn that the model called something else).  ``several``: after
+    a first call there may be others; else they are dropped.  What has the mark of a call and is
+    none is text.  White space between text and calls belongs to neither.
+    """
+
+    def __init__(self, format: ToolFormat, names: Sequence[str], several: bool) -> None:
+        self.format, self.names, self.several = format, frozenset(names), several
+        self.calls = 0
+        self._rest = ""
+        self._step = self._text if format.mark else self._beginning
+        self._braces = Braces()
+        self._said = False  # text since the last call
+        self._mark = ""  # as it was written, for a call that turns out to be none
+
+    def feed(self, text: str, last: bool = False) -> list[Piece]:
+        """What more of the text tells; ``last``: there is no more of it."""
+        self._rest += text
+        pieces: list[Piece] = []
+        while True:
+            before = (self._step, len(self._rest))
+            piece = self._step(last)
+            if piece is not None:
+                pieces.append(piece)
+            if before == (self._step, len(self._rest)):
+                return pieces
+
+    # --- steps: each takes what it can from the rest, and says what comes next ----------------
+
+    def _beginning(self, last: bool) -> Piece | None:
+        """An answer that is a call if it begins as one."""
+        text = self._rest.lstrip()
+        if not text or (PYTHON_TAG.startswith(text) and not last):
+            return self._out(self._rest) if last else None
+        begun = text.removeprefix(PYTHON_TAG)
+        if begun.lstrip()[:1] == "{" or (not begun.strip() and not last):
+            cut = len(self._rest) - len(begun)
+            self._mark, self._rest = self._rest[:cut], begun
+            self._step = self._call
+        else:
+            self._step = self._text
+        return None
+
+    def _text(self, last: bool) -> Piece | None:
+        mark = self.format.mark
+        at = self._rest.find(mark) if mark else -1
+        if at >= 0:
+            said, rest = self._rest[:at], self._rest[at + len(mark) :]
+            space = len(said) - len(said.rstrip())
+            self._mark, self._rest = said[len(said) - space :] + mark, rest
+            self._step = self._call
+            return self._out(said[: len(said) - space], take=False)
+        if last:
+            held = 0
+        else:
+            most = min(len(mark) - 1, len(self._rest))
+            held = next((n for n in range(most, 0, -1) if mark.startswith(self._rest[-n:])), 0)
+            free = self._rest[: len(self._rest) - held]
+            held += len(free) - len(free.rstrip())
+        return self._out(self._rest[: len(self._rest) - held])
+
+    def _call(self, last: bool) -> Piece | None:
+        """The beginning of a call; the list's bracket, too, where the format has one."""
+        opening = self.format.begin[len(self.format.mark) :].strip()
+        text = self._rest.lstrip()
+        if self._mark and opening and text.startswith(opening):
+            self._mark += self._rest[: len(self._rest) - len(text)] + opening
+            self._rest = text = text[len(opening) :].lstrip()
+        if found := HEAD.match(self._rest):
+            name = self._name(found[1])
+            if name is None:
+                return self._no_call()
+            self._rest = self._rest[found.end() :]
+            self._braces, self._step = Braces(), self._arguments
+            return self._begin(name)
+        if text[:1] not in ("{", "") or (last and not self._whole()):
+            return self._no_call()
+        whole = self._whole()
+        if whole is None:
+            return None
+        call = _read(self._rest[:whole])
+        name = self._name(json.dumps(call[0])) if call else None
+        if call is None or name is None:
+            return self._no_call()
+        self._rest = self._rest[whole:]
+        self._step = self._after
+        return self._begin(name, call[1])
+
+    def _arguments(self, last: bool) -> Piece | None:
+        end = self._braces.read(self._rest)
+        if end is None:
+            text, self._rest = self._rest, ""
+        else:
+            text, self._rest = self._rest[:end], self._rest[end:]
+            self._braces, self._step = Braces(depth=1), self._ending
+        return self._more(text) if text else None
+
+    def _ending(self, last: bool) -> Piece | None:
+        """From the end of the arguments to that of the call."""
+        end = self._braces.read(self._rest)
+        self._rest = "" if end is None else self._rest[end:]
+        if end is not None:
+            self._step = self._after
+        return None
+
+    def _after(self, last: bool) -> Piece | None:
+        """Behind a call: another one, or the end of them."""
+        if not self.several:
+            self._step = self._nothing
+            return None
+        mark, between = self.format.mark, self.format.between.strip()
+        closing = self.format.end.strip()
+        text = self._rest.lstrip()
+        self._mark, self._said = "", False
+        if mark and mark in between:  # each call is closed on its own
+            if text.startswith(closing):
+                self._rest, self._step = text[len(closing) :], self._text
+            elif text and (last or not closing.startswith(text)):
+                self._step = self._text
+        elif text.startswith(between):
+            self._rest, self._step = text[len(between) :], self._call
+        elif closing and text.startswith(closing):
+            self._rest, self._step = text[len(closing) :], self._text
+        elif text:
+            self._step = self._text
+        return None
+
+    def _nothing(self, last: bool) -> None:
+        self._rest = ""
+
+    # --- parts --------------------------------------------------------------------------------
+
+    def _out(self, text: str, take: bool = True) -> Piece | None:
+        if take:
+            self._rest = self._rest[len(text) :]
+        if self.calls and not self._said:
+            text = text.lstrip()
+        self._said = self._said or bool(text)
+        return Piece(text) if text else None
+
+    def _no_call(self) -> Piece | None:
+        """What looked like a call is text."""
+        text, self._mark = self._mark, ""
+        self._step = self._text
+        if not self.format.mark:
+            text, self._rest = text + self._rest, ""
+        return self._out(text, take=False)
+
+    def _name(self, shown: str) -> str | None:
+        """A call's name, from JSON; None where it is none."""
+        try:
+            name = json.loads(shown, strict=False)
+        except ValueError:
+            return None
+        known = bool(self.format.mark) or name in self.names
+        return name if isinstance(name, str) and name and known else None
+
+    def _whole(self) -> int | None:
+        """Where the object that begins here ends."""
+        return Braces().read(self._rest) if self._rest.strip() else None
+
+    def _begin(self, name: str, arguments: str = "") -> Piece:
+        id = uuid.uuid4().hex
+        id = f"call_{id[:24]}" if self.format.id_length is None else id[: self.format.id_length]
+        self.calls += 1
+        return Piece("", self.calls - 1, id, name, arguments)
+
+    def _more(self, arguments: str) -> Piece:
+        return Piece("", self.calls - 1, arguments=arguments)
+
+
+def _read(text: str) -> tuple[Any, str] | None:
+    """The name and the arguments (JSON) of a call whose parts stand in any order."""
+    try:
+        call = json.loads(text, strict=False)
+        name = call["name"]
+        arguments = call.get("arguments", call.get("parameters")) or {}
+        if isinstance(arguments, str):
+            arguments = json.loads(arguments)
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    if not isinstance(arguments, dict):
+        return None
+    return name, json.dumps(arguments, ensure_ascii=False)
+
+
+def check_calls(messages: Sequence[Message], whole: bool = True) -> None:
+    """``ValueError`` for a result without its call, and a call without its result; at the end of
+    the messages, too, if they are ``whole``."""
+    open_calls: dict[str, str] = {}
+    asked = -1
+    for index, message in enumerate(messages):
+        place = f"messages[{index}]"
+        if message.role == "tool":
+            name = open_calls.pop(message.tool_call_id or "", None)
+            if name is None:
+                left = ", ".join(map(repr, open_calls)) or "none is open"
+                raise ValueError(
+                    f"{place}: tool_call_id={message.tool_call_id!r:.60} is not that of a call in "
+                    f"the assistant's message before it that waits for its result ({left:.200})"
+                )
+            if message.name not in (None, name):
+                raise ValueError(f"{place}.name: {message.name!r:.60}, but its call is of {name!r}")
+            continue
+        _all_answered(open_calls, asked)
+        for call in message.tool_calls or ():
+            if call.id in open_calls:
+                raise ValueError(f"{place}.tool_calls: id {call.id!r:.60} is there twice")
+            open_calls[call.id] = call.function.name
+        asked = index
+    if whole:
+        _all_answered(open_calls, asked)
+
+
+def _all_answered(open_calls: dict[str, str], asked: int) -> None:
+    if open_calls:
+        raise ValueError(
+            f"messages[{asked}].tool_calls: no message of role 'tool' follows with the result of "
+            f"{', '.join(map(repr, open_calls)):.200}"
+        )
