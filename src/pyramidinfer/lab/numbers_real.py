@@ -316,6 +316,18 @@ SECTIONS: dict[str, Callable[[Result], str]] = {
         "share of what the full cache in the model's own dtype has on the same samples; in "
         "brackets its 95 % interval, by that of what is lost.",
     ),
+    "kv_dtype_tasks": partial(
+        _kv_dtypes,
+        "Fewer entries, fewer bits: other tasks",
+        "kv_dtype_tasks",
+        "As above on tasks and samples that nothing was chosen by.",
+    ),
+    "kv_dtype_gemma": partial(
+        _kv_dtypes,
+        "Fewer entries, fewer bits: Gemma 3 270M",
+        "kv_dtype_gemma",
+        "As above on a model whose sliding layers bound what eviction can save.",
+    ),
     "heads_needle": partial(
         _ruler,
         "One needle, asked for later, heads dealt once",
