@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from pyramidinfer.config import EngineConfig
 from pyramidinfer.engine import Engine
 from pyramidinfer.engine.checks import check_ahead
 from pyramidinfer.engine.drafting import Drafter
+from pyramidinfer.engine.gauge import Gauge
 from pyramidinfer.engine.request import Request
 from pyramidinfer.models.draft_view import DraftView
 from pyramidinfer.policies import Lossless, choose_policy, make_policy
@@ -367,6 +369,35 @@ def test_what_the_text_says_already_is_looked_up(monkeypatch: pytest.MonkeyPatch
     assert mine.drafting.accepted > 5
 
 
+def took(
+    gauge: Gauge, cost: float, rows: int, counts: Any, guessing: float, seconds: float, tokens: int
+) -> None:
+    """As if a step took a second, and making and verifying a guess ``cost`` each."""
+    made = max(counts["view"], default=0)
+    Gauge.ran(gauge, rows, counts, cost * made, 1.0 + cost * made, tokens)
+
+
+def test_who_does_not_pay_rests() -> None:
+    """Twice as long each time, until it pays; what verifying costs is told in steps."""
+    gauge = Gauge()
+    assert not gauge.is_known(2) and gauge.cost("view", 2) == 0.5
+    for _ in range(3):
+        gauge.ran(2, {"view": [], "lookup": []}, 0.0, 0.1, 2)
+    assert gauge.is_known(2) and not gauge.is_known(3)
+    lengths = []
+    for tokens in (2, 2, 8, 2):  # of steps that took three times as long
+        for _ in range(12):
+            assert not gauge.rests("view")
+            gauge.ran(2, {"view": [2, 2], "lookup": []}, 0.1, 0.2, tokens)
+        lengths.append(0)
+        while gauge.rests("view"):
+            lengths[-1] += 1
+    assert lengths == [63, 127, 0, 63]
+    assert not gauge.rests("lookup")
+    assert gauge.verifying(2) == pytest.approx(0.5)
+    assert gauge.cost("view", 2) == pytest.approx(1.0)
+
+
 def test_nothing_is_guessed_where_it_does_not_pay(monkeypatch: pytest.MonkeyPatch) -> None:
     """By what was measured: drafts that cost as much as steps are given up, and tried again
     rarely; cheap ones that are right are made."""
@@ -376,14 +407,9 @@ def test_nothing_is_guessed_where_it_does_not_pay(monkeypatch: pytest.MonkeyPatc
     for cost in (1.0, 0.01):
         mine = queue(engine, random_prompt(7, 40), 150)
         before = drafter.drafted
-        while not engine.scheduler.idle:
-            for kind, seconds in (
-                (drafter._plain, 1.0),
-                (drafter._extra, cost),
-                (drafter._draft, cost),
-            ):
-                kind[1].extend([seconds] * 7)
-            step(engine)
+        drafter.gauge = gauge = Gauge()
+        monkeypatch.setattr(gauge, "ran", partial(took, gauge, cost))
+        finish(engine)
         counts[cost] = drafter.drafted - before
         assert mine.output == alone("full", "llama", 7, 40, 150)
     assert counts[1.0] < 10 < 100 < counts[0.01]

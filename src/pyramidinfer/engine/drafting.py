@@ -15,14 +15,12 @@ lookup decoding).
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections import defaultdict, deque
 from typing import NamedTuple
 
 import torch
 
 from pyramidinfer.config import MOST_DRAFTS
+from pyramidinfer.engine.gauge import By, Gauge
 from pyramidinfer.engine.request import Drafting, Request
 from pyramidinfer.engine.sampler import choose, guessing
 from pyramidinfer.engine.shared import Shared
@@ -35,25 +33,22 @@ __all__ = ["Drafter", "Drafts"]
 RUNS = (4, 3)
 #: Tokens after which what drafts read is chosen anew.
 RENEW = 64
-#: Steps after which what drafts cost and bring is measured again where they do not pay.
+#: Steps after which what drafts cost and bring is measured again, and what a step takes without.
 PROBE = 64
-#: Measurements of a kind that count.
-RECENT = 7
+#: Guesses of a request while it is not known what they cost.
+FIRST = 2
 #: How much the newest draft counts in the rate of those accepted.
 WEIGHT = 0.1
 #: How likely a guess is taken to be right before anything is known, by who guesses.
-HOPE = {"view": 0.8, "lookup": 1.0}
-#: What a guess is taken to cost before that was measured, in steps without any, and how likely it
-#: must be right until then.
-COST = {"view": 0.5, "lookup": 0.1}
-UNKNOWN = 0.3
+HOPE: dict[By, float] = {"view": 0.8, "lookup": 1.0}
+BY: tuple[By, ...] = ("view", "lookup")
 
 
 class Drafts(NamedTuple):
     """What was guessed of a request, and by whom."""
 
     tokens: TokenIds
-    by: str
+    by: By
 
 
 class Drafter:
@@ -64,30 +59,29 @@ class Drafter:
     """
 
     def __init__(self, shared: Shared, steps: int | None = None) -> None:
-        self.shared, self.steps = shared, steps
+        self.shared, self.steps, self.gauge = shared, steps, Gauge()
         self.drafted = self.accepted = self.verifications = 0
-        self._plain: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=RECENT))
-        self._extra: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=RECENT))
-        self._draft: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=RECENT))
-        self._until_probe = 0
+        self._until_probe = PROBE
 
     # --- guessing -----------------------------------------------------------------------------
 
     def propose(self, requests: list[Request]) -> dict[Request, Drafts]:
         """Guesses for those of the requests about to decode that may have any."""
+        rows = len(requests)
         able = {each: self._room(each) for each in requests if each.policy.drafts_ahead}
         able = {each: room for each, room in able.items() if room > 0}
-        if not able or not self._is_known(len(requests)):
+        if not able or self.steps == 0 or not (self.steps or self.gauge.is_known(rows)):
             return {}
         for each in able:
             each.drafting = each.drafting or Drafting()
-        count, rows = self._steps(list(able), len(requests)), len(requests)
+        rests = {by: self.steps is None and self.gauge.rests(by) for by in BY}
+        count = 0 if rests["view"] else self._steps(list(able), rows)
         drafts, wanted = {}, {}
         for each, room in able.items():
-            most = {by: min(room, self._worth(each, by, rows)) for by in HOPE}
+            most = {by: 0 if rests[by] else min(room, self._worth(each, by, rows)) for by in BY}
             most["view"] = min(most["view"], count)
             if self._gain(each, "lookup", most, rows) >= self._gain(each, "view", most, rows):
-                tokens = self._look_up(each, most["lookup"])
+                tokens = self._look_up(each, most["lookup"]) if most["lookup"] else []
                 if tokens:
                     drafts[each] = Drafts(tokens, "lookup")
                     continue
@@ -97,26 +91,15 @@ class Drafter:
         return drafts
 
     @staticmethod
-    def _rate(request: Request, by: str) -> float:
+    def _rate(request: Request, by: By) -> float:
         """How likely a guess is right, given that those before it in the same step were."""
         assert request.drafting is not None
         return request.drafting.rates.get(by, HOPE[by])
 
-    def _gain(self, request: Request, by: str, counts: dict[str, int], rows: int) -> float:
-        """Tokens that so many guesses give on average, for each one's worth of time."""
+    def _gain(self, request: Request, by: By, counts: dict[By, int], rows: int) -> float:
+        """Tokens that so many guesses give on average, for each step's worth of time."""
         rate, count = self._rate(request, by), counts[by]
-        plain, extra = self._known(self._plain, rows), self._known(self._extra, rows)
-        draft = self._known(self._draft, rows) if by == "view" else 0.0
-        cost = COST[by]
-        if plain is not None and extra is not None and draft is not None:
-            cost = (extra + draft) / plain
-        return _expected(rate, count) / (1 + count * cost)
-
-    def _is_known(self, rows: int) -> bool:
-        """Whether guesses can be weighed: what a step of so many requests takes without any."""
-        if self.steps is not None:
-            return self.steps > 0
-        return self._known(self._plain, rows) is not None
+        return _expected(rate, count) / (1 + count * self.gauge.cost(by, rows))
 
     def _room(self, request: Request) -> int:
         """Tokens that may be guessed: not beyond the answer's end, nor what is reserved for it."""
@@ -142,10 +125,8 @@ class Drafter:
             with guessing(going):
                 while going:
                     tokens = torch.tensor([each.output[-1] for each in going])
-                    start = time.perf_counter()
                     logits = shared.runner.draft(pool, list(going), tokens.to(shared.runner.device))
                     likeliest = logits.argmax(-1).tolist()
-                    self._draft[len(going)].append(time.perf_counter() - start)
                     for each, row, best in zip(list(going), logits, likeliest, strict=True):
                         if self._take(each, row, best):
                             guessed[each].append(each.output[-1])
@@ -188,62 +169,53 @@ class Drafter:
 
     # --- how many -----------------------------------------------------------------------------
 
-    def _worth(self, request: Request, by: str, rows: int) -> int:
+    def _worth(self, request: Request, by: By, rows: int) -> int:
         """Guesses of a request that are worth verifying where they cost nothing but that."""
         if self.steps is not None:
             return self.steps
-        plain, extra = self._known(self._plain, rows), self._known(self._extra, rows)
-        least = UNKNOWN if plain is None or extra is None else 1.1 * extra / plain
+        if (least := self.gauge.verifying(rows)) is None:
+            return FIRST
         rate = chance = self._rate(request, by)
         count = 0
-        while count < MOST_DRAFTS and chance > least:
+        while count < MOST_DRAFTS and chance > 1.1 * least:
             count, chance = count + 1, chance * rate
         return count or int(len(request.output) % PROBE == 0)  # try again now and then
-
-    @staticmethod
-    def _known(measured: dict[int, deque[float]], key: int) -> float | None:
-        """The median of what was measured, once there is enough of it."""
-        return statistics.median(measured[key]) if len(measured[key]) > 1 else None
 
     def _steps(self, requests: list[Request], rows: int) -> int:
         """How many tokens the model guesses in this step: as many as give most tokens a second."""
         if self.steps is not None:
             return self.steps
-        plain, extra = self._known(self._plain, rows), self._known(self._extra, rows)
-        draft = self._known(self._draft, len(requests))
-        assert plain is not None
-        if extra is None or draft is None:
-            return 2
-        self._until_probe -= 1
-        if self._until_probe < 0:
-            self._until_probe = PROBE
-            return 0 if self._best(requests, plain, extra, draft) else 1
-        return self._best(requests, plain, extra, draft)
-
-    def _best(self, requests: list[Request], plain: float, extra: float, draft: float) -> int:
-        """plain : seconds of a step without guesses;  extra : of verifying one more of each;
-        draft : of guessing one of each."""
-        rates = [self._rate(each, "view") for each in requests]
+        if not self.gauge.is_measured("view", rows):
+            return FIRST
+        cost, rates = self.gauge.cost("view", rows), [self._rate(each, "view") for each in requests]
 
         def speed(count: int) -> float:
-            tokens = sum(_expected(rate, count) for rate in rates)
-            return tokens / (plain + count * (extra + draft))
+            return sum(_expected(rate, count) for rate in rates) / (1 + count * cost)
 
         best = max(range(MOST_DRAFTS + 1), key=speed)
-        return best if speed(best) > 1.03 * speed(0) else 0
+        best = best if speed(best) > 1.03 * speed(0) else 0
+        self._until_probe -= 1
+        if self._until_probe < 0:  # measure the other thing again
+            self._until_probe = PROBE
+            return 0 if best else 1
+        return best
 
     # --- learning -----------------------------------------------------------------------------
 
-    def ran(self, drafts: dict[Request, Drafts], decoding: int, seconds: float) -> None:
+    def ran(
+        self,
+        drafts: dict[Request, Drafts],
+        decoding: int,
+        guessing: float,
+        seconds: float,
+        tokens: int,
+    ) -> None:
         """A step of ``decoding`` requests and nothing else, which verified ``drafts``, took so
-        long."""
-        guessed = sum(len(each.tokens) for each in drafts.values())
-        if not guessed:
-            self._plain[decoding].append(seconds)
-        elif len(self._plain[decoding]) > 1:
-            plain = statistics.median(self._plain[decoding])
-            more = max(0.0, seconds - plain) / guessed * decoding
-            self._extra[decoding].append(more)
+        long, and ``guessing`` before it; it gave so many tokens."""
+        counts: dict[By, list[int]] = {
+            by: [len(each.tokens) for each in drafts.values() if each.by == by] for by in BY
+        }
+        self.gauge.ran(decoding, counts, guessing, seconds, tokens)
 
     def learn(self, request: Request, drafts: Drafts, accepted: int) -> None:
         """So many of a request's guesses, the first ones, were right."""

@@ -372,13 +372,20 @@ class Engine:
         self.peak_in_flight = max(self.peak_in_flight, self.scheduler.in_flight)
         undo = Undo(self.shared, plan)
         try:
+            begun = time.perf_counter()
             plan = plan._replace(drafts=self.drafter.propose(plan.decode))
-            start = time.perf_counter()
+            guessed, before = time.perf_counter(), self.drafter.accepted
             stepped = self.runner.forward(self.pool, self._batch(plan))
             undo.ran = True
             ended = self._commit(plan, stepped, undo.committed)
             if plan.decode and not plan.prefill:
-                self.drafter.ran(plan.drafts, len(plan.decode), time.perf_counter() - start)
+                self.drafter.ran(
+                    plan.drafts,
+                    len(plan.decode),
+                    guessed - begun,
+                    time.perf_counter() - guessed,
+                    len(plan.decode) + self.drafter.accepted - before,
+                )
             return ended
         except BaseException:
             for lost in undo.roll_back():

@@ -1,0 +1,96 @@
+"""What steps and guesses took lately, and whether guessing paid."""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict, deque
+from typing import Literal
+
+__all__ = ["By", "Gauge"]
+
+#: Who guesses: the model over what its drafts read, or the text so far.
+By = Literal["view", "lookup"]
+
+#: Measurements of a kind that count, and how many must be there.
+RECENT, ENOUGH = 7, 2
+#: What a guess is taken to cost before that was measured, in steps without any.
+COST: dict[By, float] = {"view": 0.5, "lookup": 0.1}
+#: Steps after which it is seen whether guessing paid; for how many steps it is left alone at first
+#: where it did not, and at most.
+WATCHED, REST, LONGEST_REST = 12, 64, 1024
+
+
+class Gauge:
+    """Seconds by kind of work and by the number of requests that decode, as medians.
+
+    Costs are told in steps without guesses.  Where guesses did not pay over some steps, whoever
+    made them rests, twice as long each time.
+    """
+
+    def __init__(self) -> None:
+        self._seconds: dict[tuple[str, int], deque[float]] = defaultdict(
+            lambda: deque(maxlen=RECENT)
+        )
+        self._paid: dict[By, list[tuple[float, float]]] = {"view": [], "lookup": []}
+        self._rest: dict[By, int] = {"view": 0, "lookup": 0}
+        self._next_rest: dict[By, int] = {"view": REST, "lookup": REST}
+
+    def _median(self, kind: str, rows: int) -> float | None:
+        measured = self._seconds[kind, rows]
+        return statistics.median(measured) if len(measured) >= ENOUGH else None
+
+    def is_known(self, rows: int) -> bool:
+        """Whether it was measured what a step of so many requests takes without guesses."""
+        return self._median("plain", rows) is not None
+
+    def is_measured(self, by: By, rows: int) -> bool:
+        """Whether ``cost`` was."""
+        kinds = ("verify",) if by == "lookup" else ("verify", "view")
+        return all(self._median(kind, rows) is not None for kind in kinds)
+
+    def verifying(self, rows: int) -> float | None:
+        """What verifying one more guess of each request costs; None where that is not known."""
+        plain, more = self._median("plain", rows), self._median("verify", rows)
+        return None if plain is None or more is None else more / plain
+
+    def cost(self, by: By, rows: int) -> float:
+        """What one more guess of each request costs, made and verified."""
+        plain, more = self._median("plain", rows), self.verifying(rows)
+        making = self._median(by, rows) if by == "view" else 0.0
+        if plain is None or more is None or making is None:
+            return COST[by]
+        return more + making / plain
+
+    def rests(self, by: By) -> bool:
+        """Whether guesses of this kind are left alone in this step; asked once a step."""
+        self._rest[by] = max(0, self._rest[by] - 1)
+        return self._rest[by] > 0
+
+    def ran(
+        self, rows: int, counts: dict[By, list[int]], guessing: float, seconds: float, tokens: int
+    ) -> None:
+        """A step took ``seconds``, and ``guessing`` before it; it gave so many tokens.
+
+        counts : by who made them, guesses of each request that had any.
+        """
+        guessed = sum(map(sum, counts.values()))
+        if not guessed:
+            self._seconds["plain", rows].append(seconds)
+            return
+        if (plain := self._median("plain", rows)) is None:
+            return
+        self._seconds["verify", rows].append(max(0.0, seconds - plain) * rows / guessed)
+        by: By = "view" if counts["view"] else "lookup"
+        if by == "view":
+            self._seconds["view", rows].append(guessing / max(counts["view"]))
+        paid = self._paid[by]
+        paid.append((tokens / rows, (guessing + seconds) / plain))
+        if len(paid) < WATCHED:
+            return
+        gained, spent = map(sum, zip(*paid, strict=True))
+        paid.clear()
+        if gained >= spent:
+            self._next_rest[by] = REST
+            return
+        self._rest[by] = self._next_rest[by]
+        self._next_rest[by] = min(LONGEST_REST, 2 * self._next_rest[by])
