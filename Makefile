@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 TORCH := torch==2.13.0
 
-.PHONY: demo test test-real test-scale check model models numbers pages bench bench-gpu bench-scale bench-offload bench-replicas fuzz install install-dev clean
+.PHONY: demo test test-real test-scale check model models numbers pages bench bench-gpu bench-lossless bench-scale bench-offload bench-replicas fuzz install install-dev clean
 
 demo: $(VENV)/.installed
 	$(BIN)/pyramidinfer demo --fetch smollm2
@@ -74,6 +74,15 @@ bench: $(VENV)/.installed
 	$(BENCH) latency $(BENCH_OPTIONS) --json $(RESULTS)/bench_latency.json
 	$(BENCH) memory $(BENCH_OPTIONS) --json $(RESULTS)/bench_memory.json
 	mv $(RESULTS)/bench_*.png docs/images/
+	$(MAKE) pages
+
+# The full cache with drafts beside the full cache without, for docs/lossless.md.
+bench-lossless: $(VENV)/.installed
+	$(BIN)/pyramidinfer fetch smollm2
+	$(BENCH) lossless --json $(RESULTS)/lossless.json
+	$(BENCH) lossless --shape smollm2-135m --accept .87 --drafts "streaming_llm:keep=.05" --draft-tokens 2,4,auto \
+		--batch 1,2 --prompt-len 8192,32000 --output-len 32 --json $(RESULTS)/lossless_simulated.json
+	mv $(RESULTS)/lossless*.png docs/images/
 	$(MAKE) pages
 
 # Several ranks on this machine beside the formula, for docs/scaling.md.

@@ -79,15 +79,16 @@ def draw_lossless(result: Result, path: Path) -> Path:
         )
         at = [row["cache_over_weights"] for row in mine]
         found, color = [row["speedup"]["median"] for row in mine], f"C{number}"
-        label = "as many guesses as pay" if name == "auto" else f"{name} guesses"
+        label = "as many as pay" if name == "auto" else name
         axis.plot(at, found, "o-", color=color, label=label)
-        axis.plot(at, [row["expected"] for row in mine], ":", color=color, alpha=0.5)
+        if name != "auto":
+            axis.plot(at, [row["expected"] for row in mine], ":", color=color, alpha=0.5)
     axis.axhline(1, color="grey", linewidth=0.8)
     axis.set_xscale("log", base=2)
     axis.set_xlabel("bytes of the caches over bytes of the weights (dotted: were memory all)")
     axis.set_title("decoding, times as fast as the full cache without drafts", loc="left")
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False)
+    axis.legend(frameon=False, title="guesses in a step")
     return save(figure, path)
 
 
