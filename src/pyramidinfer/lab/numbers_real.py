@@ -148,6 +148,37 @@ def _kv_dtypes(title: str, name: str, words: str, entry: Result) -> str:
     return "\n".join(lines) + f"\n![score over bytes](images/{name}.png)\n"
 
 
+def _codecs(entry: Result) -> str:
+    """``study codecs``: what few bits cost by how they are stored."""
+    meta = entry["meta"]
+    plan = meta["configuration"]
+    words = ["study", "codecs", "--context", str(plan["context"])]
+    words += ["--samples", str(plan["samples"]), *json_option("kv_dtype_codecs")]
+    lines = [
+        "## Few bits, stored in other ways\n",
+        origin(meta),
+        f"{subject_words(plan['subject'])}, {plan['samples']} passages of {plan['context']:,} "
+        "tokens of real English. `KL`: mean divergence of the next token's distribution from the "
+        "full cache's as it is, in nats, with its 95 % interval over passages; `same`: how often "
+        "the likeliest token is the same; `bytes`: of an entry of one head, key and value. What "
+        "`kv_dtype` does is called rotated, without more.\n",
+        command_block(words, plan["subject"], plan["seed"]),
+    ]
+    lines += table(
+        ["stored", "bytes", "KL", "same"],
+        [
+            [
+                row["variant"],
+                f"{row['bytes']:g}",
+                estimate(row["kl"], row["kl_ci"], ".4f"),
+                f"{row['agreement']:.1%}",
+            ]
+            for row in entry["rows"]
+        ],
+    )
+    return "\n".join(lines) + "\n"
+
+
 def _any(way: dict[str, Row]) -> Row:
     return next(iter(way.values()))
 
@@ -316,6 +347,7 @@ SECTIONS: dict[str, Callable[[Result], str]] = {
         "share of what the full cache in the model's own dtype has on the same samples; in "
         "brackets its 95 % interval, by that of what is lost.",
     ),
+    "kv_dtype_codecs": _codecs,
     "kv_dtype_tasks": partial(
         _kv_dtypes,
         "Fewer entries, fewer bits: other tasks",
