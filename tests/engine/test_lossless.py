@@ -14,7 +14,7 @@ from pyramidinfer.config import EngineConfig
 from pyramidinfer.engine import Engine
 from pyramidinfer.engine.checks import check_ahead
 from pyramidinfer.engine.drafting import Drafter
-from pyramidinfer.engine.gauge import Gauge
+from pyramidinfer.engine.gauge import Gauge, Load
 from pyramidinfer.engine.request import Request
 from pyramidinfer.models.draft_view import DraftView
 from pyramidinfer.policies import Lossless, choose_policy, make_policy
@@ -102,6 +102,51 @@ def test_to_the_last_bit(dtype: torch.dtype, kv_dtype: str) -> None:
     assert outputs(found) == outputs(expected)
     assert [each.logprobs for each in found] == [each.logprobs for each in expected]
     assert engine.drafter.accepted
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2"])
+def test_to_the_last_bit_beside_a_window(family: str) -> None:
+    """Nothing is verified beyond the point at which entries leave the window."""
+    answers = []
+    for policy in ("full", Lossless(make_policy("streaming_llm", 0.3))):
+        options = {"dtype": torch.float32, "page_size": 16, "draft_tokens": 8}
+        found = run(start(policy, family, **options), logprobs=1)
+        answers.append([(each.output, each.logprobs) for each in found])
+    assert answers[0] == answers[1]
+
+
+class Raises:
+    """A form that cannot tell what may follow a token."""
+
+    done = False
+
+    def __init__(self, left: int) -> None:
+        self.left = left
+
+    def allowed(self, vocab_size: int) -> torch.Tensor:
+        return torch.ones(vocab_size, dtype=torch.bool)
+
+    def accept(self, token: int) -> int:
+        self.left -= 1
+        if self.left < 0:
+            raise ValueError("no such token")
+        return token
+
+    def copy(self) -> Raises:
+        return Raises(self.left)
+
+
+def test_a_form_that_raises_ends_its_own_request() -> None:
+    """Where plain decoding would, and not where it was only guessed."""
+    engine = begin(steps=6)
+    mine, other = (queue(engine, random_prompt(i, 40), 30) for i in range(2))
+    mine.constraint = Raises(9)
+    engine.scheduler.remove(mine)
+    engine.submit(mine)
+    finish(engine)
+    assert (mine.finish_reason, len(mine.output)) == ("error", 9)
+    assert mine.output == alone("full", "llama", 0, 40, 30)[:9]
+    assert other.output == alone("full", "llama", 1, 40, 30)
 
 
 @pytest.mark.parametrize("steps", [0, 1, 8, None])
@@ -232,7 +277,7 @@ def test_stop_strings_end_inside_a_draft() -> None:
 
 
 @pytest.mark.parametrize("preempt", ["swap", "recompute"])
-@pytest.mark.parametrize("family", ["llama", "phi3"])
+@pytest.mark.parametrize("family", ["llama", "phi3", "qwen2"])
 def test_preempted(family: str, preempt: str) -> None:
     """What drafts read outlives a move to host memory, and pages never run short."""
     roomy = begin(family=family)
@@ -370,32 +415,32 @@ def test_what_the_text_says_already_is_looked_up(monkeypatch: pytest.MonkeyPatch
 
 
 def took(
-    gauge: Gauge, cost: float, rows: int, counts: Any, guessing: float, seconds: float, tokens: int
+    gauge: Gauge, cost: float, load: Load, counts: Any, guessing: float, seconds: float, tokens: int
 ) -> None:
     """As if a step took a second, and making and verifying a guess ``cost`` each."""
     made = max(counts["view"], default=0)
-    Gauge.ran(gauge, rows, counts, cost * made, 1.0 + cost * made, tokens)
+    Gauge.ran(gauge, load, counts, cost * made, 1.0 + cost * made, tokens)
 
 
 def test_who_does_not_pay_rests() -> None:
     """Twice as long each time, until it pays; what verifying costs is told in steps."""
-    gauge = Gauge()
-    assert not gauge.is_known(2) and gauge.cost("view", 2) == 0.5
+    gauge, two = Gauge(), Load(2, 20)
+    assert not gauge.is_known(two) and gauge.cost("view", two) == 0.5
     for _ in range(3):
-        gauge.ran(2, {"view": [], "lookup": []}, 0.0, 0.1, 2)
-    assert gauge.is_known(2) and not gauge.is_known(3)
+        gauge.ran(two, {"view": [], "lookup": []}, 0.0, 0.1, 2)
+    assert gauge.is_known(two) and not gauge.is_known(Load(2, 21))
     lengths = []
     for tokens in (2, 2, 8, 2):  # of steps that took three times as long
         for _ in range(12):
             assert not gauge.rests("view")
-            gauge.ran(2, {"view": [2, 2], "lookup": []}, 0.1, 0.2, tokens)
+            gauge.ran(two, {"view": [2, 2], "lookup": []}, 0.1, 0.2, tokens)
         lengths.append(0)
         while gauge.rests("view"):
             lengths[-1] += 1
     assert lengths == [63, 127, 0, 63]
     assert not gauge.rests("lookup")
-    assert gauge.verifying(2) == pytest.approx(0.5)
-    assert gauge.cost("view", 2) == pytest.approx(1.0)
+    assert gauge.verifying(two) == pytest.approx(0.5)
+    assert gauge.cost("view", two) == pytest.approx(1.0)
 
 
 def test_nothing_is_guessed_where_it_does_not_pay(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -412,7 +457,7 @@ def test_nothing_is_guessed_where_it_does_not_pay(monkeypatch: pytest.MonkeyPatc
         finish(engine)
         counts[cost] = drafter.drafted - before
         assert mine.output == alone("full", "llama", 7, 40, 150)
-    assert counts[1.0] < 10 < 100 < counts[0.01]
+    assert counts[1.0] < 30 < 100 < counts[0.01]
 
 
 def test_what_drafts_read() -> None:
@@ -460,5 +505,6 @@ def test_what_drafts_read_by_default() -> None:
     assert choose_policy("full", lossless=True) == choose_policy("pyramid", lossless=True)
     assert choose_policy("pyramid", lossless=True) == Lossless(make_policy("pyramid", 0.1))
     assert choose_policy("pyramid", 0.3, lossless=True) == Lossless(make_policy("pyramid", 0.3))
+    assert choose_policy("snapkv", lossless=True) == Lossless(make_policy("snapkv", 0.1))
     assert choose_policy("snapkv", 0.2, lossless=True).rule.startswith("nothing is dropped")
     assert choose_policy("snapkv", 0.2) == make_policy("snapkv", 0.2)

@@ -218,7 +218,7 @@ def test_policy_and_keep_choose_what_is_read(lossless: Live, pyramid: Live) -> N
     assert found(lossless, keep=0.3) == (True, "pyramid", 0.3)
     assert found(lossless, policy="snapkv") == (True, "snapkv", 0.1)
     assert found(lossless, policy="full", keep=0.2) == (True, "pyramid", 0.2)
-    assert found(lossless, lossless=False) == (False, "pyramid", 0.1)
+    assert found(lossless, lossless=False) == (False, "pyramid", 0.5)
     assert found(lossless, lossless=False, policy="full") == (False, "full", None)
     assert found(lossless, lossless=False, policy="h2o", keep=0.3) == (False, "h2o", 0.3)
     assert found(pyramid, lossless=False) == (False, "pyramid", 0.45)

@@ -15,12 +15,13 @@ lookup decoding).
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 
 from pyramidinfer.config import MOST_DRAFTS
-from pyramidinfer.engine.gauge import By, Gauge
+from pyramidinfer.engine.gauge import By, Gauge, Load
 from pyramidinfer.engine.request import Drafting, Request
 from pyramidinfer.engine.sampler import choose, guessing
 from pyramidinfer.engine.shared import Shared
@@ -61,34 +62,49 @@ class Drafter:
     def __init__(self, shared: Shared, steps: int | None = None) -> None:
         self.shared, self.steps, self.gauge = shared, steps, Gauge()
         self.drafted = self.accepted = self.verifications = 0
-        self._until_probe = PROBE
+        self._until_plain = self._until_try = PROBE
+        self._load: Load | None = None
 
     # --- guessing -----------------------------------------------------------------------------
 
     def propose(self, requests: list[Request]) -> dict[Request, Drafts]:
         """Guesses for those of the requests about to decode that may have any."""
-        rows = len(requests)
+        self._load = None
         able = {each: self._room(each) for each in requests if each.policy.drafts_ahead}
+        if not able or self.steps == 0:
+            return {}
+        entries = sum(int(each.table.longest.sum()) for each in requests)
+        load = self._load = Load(len(requests), round(2 * math.log2(entries)))
         able = {each: room for each, room in able.items() if room > 0}
-        if not able or self.steps == 0 or not (self.steps or self.gauge.is_known(rows)):
+        if not able or self._stays_plain(load):
             return {}
         for each in able:
             each.drafting = each.drafting or Drafting()
         rests = {by: self.steps is None and self.gauge.rests(by) for by in BY}
-        count = 0 if rests["view"] else self._steps(list(able), rows)
+        count = 0 if rests["view"] else self._steps(list(able), load)
         drafts, wanted = {}, {}
         for each, room in able.items():
-            most = {by: 0 if rests[by] else min(room, self._worth(each, by, rows)) for by in BY}
+            most = {by: 0 if rests[by] else min(room, self._worth(each, by, load)) for by in BY}
             most["view"] = min(most["view"], count)
-            if self._gain(each, "lookup", most, rows) >= self._gain(each, "view", most, rows):
+            if self._gain(each, "lookup", most, load) >= self._gain(each, "view", most, load):
                 tokens = self._look_up(each, most["lookup"]) if most["lookup"] else []
                 if tokens:
                     drafts[each] = Drafts(tokens, "lookup")
                     continue
             wanted[each] = most["view"]
-        guessed = self._guess({each: most for each, most in wanted.items() if most})
+        guessed = self._guess({each: count for each, count in wanted.items() if count})
         drafts |= {each: Drafts(tokens, "view") for each, tokens in guessed.items() if tokens}
         return drafts
+
+    def _stays_plain(self, load: Load) -> bool:
+        """Whether this step guesses nothing, so that it is measured what it takes then."""
+        if self.steps is not None:
+            return False
+        self._until_plain -= 1
+        if self._until_plain < 0 or not self.gauge.is_known(load):
+            self._until_plain = PROBE
+            return True
+        return False
 
     @staticmethod
     def _rate(request: Request, by: By) -> float:
@@ -96,17 +112,24 @@ class Drafter:
         assert request.drafting is not None
         return request.drafting.rates.get(by, HOPE[by])
 
-    def _gain(self, request: Request, by: By, counts: dict[By, int], rows: int) -> float:
+    def _gain(self, request: Request, by: By, counts: dict[By, int], load: Load) -> float:
         """Tokens that so many guesses give on average, for each step's worth of time."""
         rate, count = self._rate(request, by), counts[by]
-        return _expected(rate, count) / (1 + count * self.gauge.cost(by, rows))
+        return _expected(rate, count) / (1 + count * self.gauge.cost(by, load))
 
     def _room(self, request: Request) -> int:
-        """Tokens that may be guessed: not beyond the answer's end, nor what is reserved for it."""
+        """Tokens that may be guessed: not beyond the answer's end, nor what is reserved for it, nor
+        the point at which a sliding layer drops what it cannot see any longer (as it does without
+        guesses)."""
+        page, kept = self.shared.pool.page_size, request.table.kept
         room = min(MOST_DRAFTS, request.max_new - len(request.output) - 1)
         if self.shared.config.admission == "overcommit":  # no page but what one token may need
-            page = self.shared.pool.page_size
-            room = min(room, page - 1 - int(request.table.kept.max()) % page)
+            room = min(room, page - 1 - int((kept % page).max()))
+        for shape, governed, held in zip(
+            self.shared.runner.shapes, request.layers.governed, kept.max(1).tolist(), strict=True
+        ):
+            if shape.window is not None and not governed:
+                room = min(room, shape.window + page - 2 - held)
         return room
 
     def _guess(self, rooms: dict[Request, int]) -> dict[Request, TokenIds]:
@@ -128,9 +151,11 @@ class Drafter:
                     logits = shared.runner.draft(pool, list(going), tokens.to(shared.runner.device))
                     likeliest = logits.argmax(-1).tolist()
                     for each, row, best in zip(list(going), logits, likeliest, strict=True):
-                        if self._take(each, row, best):
+                        took = self._take(each, row, best)
+                        if took:
                             guessed[each].append(each.output[-1])
-                        if len(guessed[each]) == rooms[each] or not self._goes_on(each):
+                        is_full = len(guessed[each]) == rooms[each]
+                        if not took or is_full or not self._goes_on(each):
                             going.remove(each)
         finally:
             for table, kept, seen_len in before:
@@ -169,11 +194,11 @@ class Drafter:
 
     # --- how many -----------------------------------------------------------------------------
 
-    def _worth(self, request: Request, by: By, rows: int) -> int:
+    def _worth(self, request: Request, by: By, load: Load) -> int:
         """Guesses of a request that are worth verifying where they cost nothing but that."""
         if self.steps is not None:
             return self.steps
-        if (least := self.gauge.verifying(rows)) is None:
+        if (least := self.gauge.verifying(load)) is None:
             return FIRST
         rate = chance = self._rate(request, by)
         count = 0
@@ -181,41 +206,43 @@ class Drafter:
             count, chance = count + 1, chance * rate
         return count or int(len(request.output) % PROBE == 0)  # try again now and then
 
-    def _steps(self, requests: list[Request], rows: int) -> int:
+    def _steps(self, requests: list[Request], load: Load) -> int:
         """How many tokens the model guesses in this step: as many as give most tokens a second."""
         if self.steps is not None:
             return self.steps
-        if not self.gauge.is_measured("view", rows):
+        if not self.gauge.is_measured("view", load):
             return FIRST
-        cost, rates = self.gauge.cost("view", rows), [self._rate(each, "view") for each in requests]
+        cost, rates = self.gauge.cost("view", load), [self._rate(each, "view") for each in requests]
 
         def speed(count: int) -> float:
             return sum(_expected(rate, count) for rate in rates) / (1 + count * cost)
 
         best = max(range(MOST_DRAFTS + 1), key=speed)
-        best = best if speed(best) > 1.03 * speed(0) else 0
-        self._until_probe -= 1
-        if self._until_probe < 0:  # measure the other thing again
-            self._until_probe = PROBE
-            return 0 if best else 1
-        return best
+        if speed(best) > 1.03 * speed(0):
+            return best
+        self._until_try -= 1
+        if self._until_try < 0:  # see again what it costs
+            self._until_try = PROBE
+            return 1
+        return 0
 
     # --- learning -----------------------------------------------------------------------------
 
     def ran(
         self,
         drafts: dict[Request, Drafts],
-        decoding: int,
         guessing: float,
         seconds: float,
         tokens: int,
     ) -> None:
-        """A step of ``decoding`` requests and nothing else, which verified ``drafts``, took so
-        long, and ``guessing`` before it; it gave so many tokens."""
+        """A step of the requests last proposed for and nothing else, which verified ``drafts``,
+        took so long, and ``guessing`` before it; it gave so many tokens."""
+        if self._load is None:  # nobody could have had any
+            return
         counts: dict[By, list[int]] = {
             by: [len(each.tokens) for each in drafts.values() if each.by == by] for by in BY
         }
-        self.gauge.ran(decoding, counts, guessing, seconds, tokens)
+        self.gauge.ran(self._load, counts, guessing, seconds, tokens)
 
     def learn(self, request: Request, drafts: Drafts, accepted: int) -> None:
         """So many of a request's guesses, the first ones, were right."""

@@ -381,7 +381,6 @@ class Engine:
             if plan.decode and not plan.prefill:
                 self.drafter.ran(
                     plan.drafts,
-                    len(plan.decode),
                     guessed - begun,
                     time.perf_counter() - guessed,
                     len(plan.decode) + self.drafter.accepted - before,

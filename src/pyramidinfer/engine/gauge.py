@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict, deque
-from typing import Literal
+from typing import Literal, NamedTuple
 
-__all__ = ["By", "Gauge"]
+__all__ = ["By", "Gauge", "Load"]
 
 #: Who guesses: the model over what its drafts read, or the text so far.
 By = Literal["view", "lookup"]
@@ -20,43 +20,51 @@ COST: dict[By, float] = {"view": 0.5, "lookup": 0.1}
 WATCHED, REST, LONGEST_REST = 12, 64, 1024
 
 
+class Load(NamedTuple):
+    """Requests that decode in a step, and how much they hold (twice the logarithm, so that steps of
+    about the same size are held against each other)."""
+
+    rows: int
+    size: int
+
+
 class Gauge:
-    """Seconds by kind of work and by the number of requests that decode, as medians.
+    """Seconds by kind of work and by what a step has to do, as medians.
 
     Costs are told in steps without guesses.  Where guesses did not pay over some steps, whoever
     made them rests, twice as long each time.
     """
 
     def __init__(self) -> None:
-        self._seconds: dict[tuple[str, int], deque[float]] = defaultdict(
+        self._seconds: dict[tuple[str, Load], deque[float]] = defaultdict(
             lambda: deque(maxlen=RECENT)
         )
         self._paid: dict[By, list[tuple[float, float]]] = {"view": [], "lookup": []}
         self._rest: dict[By, int] = {"view": 0, "lookup": 0}
         self._next_rest: dict[By, int] = {"view": REST, "lookup": REST}
 
-    def _median(self, kind: str, rows: int) -> float | None:
-        measured = self._seconds[kind, rows]
+    def _median(self, kind: str, load: Load) -> float | None:
+        measured = self._seconds[kind, load]
         return statistics.median(measured) if len(measured) >= ENOUGH else None
 
-    def is_known(self, rows: int) -> bool:
-        """Whether it was measured what a step of so many requests takes without guesses."""
-        return self._median("plain", rows) is not None
+    def is_known(self, load: Load) -> bool:
+        """Whether it was measured what such a step takes without guesses."""
+        return self._median("plain", load) is not None
 
-    def is_measured(self, by: By, rows: int) -> bool:
+    def is_measured(self, by: By, load: Load) -> bool:
         """Whether ``cost`` was."""
         kinds = ("verify",) if by == "lookup" else ("verify", "view")
-        return all(self._median(kind, rows) is not None for kind in kinds)
+        return all(self._median(kind, load) is not None for kind in kinds)
 
-    def verifying(self, rows: int) -> float | None:
+    def verifying(self, load: Load) -> float | None:
         """What verifying one more guess of each request costs; None where that is not known."""
-        plain, more = self._median("plain", rows), self._median("verify", rows)
+        plain, more = self._median("plain", load), self._median("verify", load)
         return None if plain is None or more is None else more / plain
 
-    def cost(self, by: By, rows: int) -> float:
+    def cost(self, by: By, load: Load) -> float:
         """What one more guess of each request costs, made and verified."""
-        plain, more = self._median("plain", rows), self.verifying(rows)
-        making = self._median(by, rows) if by == "view" else 0.0
+        plain, more = self._median("plain", load), self.verifying(load)
+        making = self._median(by, load) if by == "view" else 0.0
         if plain is None or more is None or making is None:
             return COST[by]
         return more + making / plain
@@ -67,7 +75,7 @@ class Gauge:
         return self._rest[by] > 0
 
     def ran(
-        self, rows: int, counts: dict[By, list[int]], guessing: float, seconds: float, tokens: int
+        self, load: Load, counts: dict[By, list[int]], guessing: float, seconds: float, tokens: int
     ) -> None:
         """A step took ``seconds``, and ``guessing`` before it; it gave so many tokens.
 
@@ -75,16 +83,16 @@ class Gauge:
         """
         guessed = sum(map(sum, counts.values()))
         if not guessed:
-            self._seconds["plain", rows].append(seconds)
+            self._seconds["plain", load].append(seconds)
             return
-        if (plain := self._median("plain", rows)) is None:
+        if (plain := self._median("plain", load)) is None:
             return
-        self._seconds["verify", rows].append(max(0.0, seconds - plain) * rows / guessed)
+        self._seconds["verify", load].append(max(0.0, seconds - plain) * load.rows / guessed)
         by: By = "view" if counts["view"] else "lookup"
         if by == "view":
-            self._seconds["view", rows].append(guessing / max(counts["view"]))
+            self._seconds["view", load].append(guessing / max(counts["view"]))
         paid = self._paid[by]
-        paid.append((tokens / rows, (guessing + seconds) / plain))
+        paid.append((tokens / load.rows, (guessing + seconds) / plain))
         if len(paid) < WATCHED:
             return
         gained, spent = map(sum, zip(*paid, strict=True))

@@ -100,7 +100,7 @@ class Ledger:
         whole = base + reach[:, None]  # while the prompt is read again
         for layer, sizes in enumerate(runner.shapes):
             if sizes.window is not None and not layers.governed[layer]:
-                most = sizes.window + layout.page_size + policy.drafts_ahead
+                most = sizes.window + layout.page_size
                 kept[layer] = np.minimum(kept[layer], most)
                 whole[layer] = np.minimum(whole[layer], most)
         final, before = self._pages(whole if reread else kept, total), self._pages(base)

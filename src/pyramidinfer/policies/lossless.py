@@ -95,13 +95,13 @@ def choose_policy(
 ) -> Policy:
     """``make_policy``; with ``lossless`` the full cache, with drafts by that policy.
 
-    Drafts are the default policy's where it is ``full``, and read a tenth where neither ``keep``
-    nor a policy object says how much.
+    Drafts are the default policy's where it is ``full``.  Those of a policy that is named read a
+    tenth where neither ``keep`` nor an option says how much.
     """
     if not lossless:
         return make_policy(policy, keep, **options)
     if policy == "full" or isinstance(policy, Full):
         policy = "pyramid"
-    if policy == "pyramid" and keep is None:
+    if isinstance(policy, str) and keep is None and not options:
         keep = DRAFT_KEEP
     return Lossless(make_policy(policy, keep, **options))

@@ -447,6 +447,8 @@ class Jobs:
         if keep is not None and not low <= keep <= high:
             raise ValueError(f"keep={keep} is outside what this server allows: {low} to {high}")
         share = DRAFT_KEEP if lossless and not self.lossless else self.own_keep
+        if self.lossless and not lossless:  # the server's own is what drafts read
+            share = min(high, getattr(make_policy(own.name), "keep", None) or high)
         share = share if keep is None else keep
         if name is None or name == own.name:
             chosen = choose_policy(own, share, lossless)
