@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -57,15 +56,15 @@ def test_a_prompt_that_breaks_its_pass_ends_alone(
     """Tokens that the embedding raises at, in the second chunk of a prompt, while others decode
     and take their prompts in."""
     engine = start(name, prefill_chunk=16, step_tokens=40)
-    family = engine.runner.family
-    real = family.embed
+    decoder = engine.runner.decoder
+    real = decoder.embed
 
-    def embed(body: Any, config: Any, ids: Tensor, positions: Tensor) -> Tensor:
-        if "110, 110" in str(ids[0].tolist()):
+    def embed(ids: Tensor, positions: Tensor) -> Tensor:
+        if "110, 110" in str(ids.tolist()):
             raise RuntimeError("a bad token")
-        return real(body, config, ids, positions)
+        return real(ids, positions)
 
-    monkeypatch.setattr(engine.runner, "family", replace(family, embed=embed))
+    monkeypatch.setattr(decoder, "embed", embed)
     others = [queue(engine, random_prompt(number, 20), 14) for number in (1, 2)]
     while not others[0].output:
         step(engine)

@@ -13,7 +13,7 @@ from pyramidinfer.native import library
 from pyramidinfer.policies import POLICIES, Forecast, Policy
 from pyramidinfer.policies.rule import best_entries
 from pyramidinfer.types import Keep, Layers, Needs, Observation, State, View
-from tests.engine.build import build
+from tests.engine.build import bound_policy, build
 from tests.tiny import of_layers, random_prompt, tiny_model
 
 
@@ -112,6 +112,7 @@ def test_the_reference_asks_for_no_kernels(name: str, monkeypatch: pytest.Monkey
     def never(*_: object) -> None:
         raise AssertionError("the kernels were asked for")
 
+    bound_policy(name, "llama", torch.float32)  # heads are measured with what is fastest
     library.kernels.cache_clear()
     monkeypatch.setattr(library, "compile_kernels", never)
     llm = build(name, dtype=torch.float32, backend="reference", slot_scores=True)

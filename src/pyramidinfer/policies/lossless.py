@@ -95,13 +95,14 @@ def choose_policy(
 ) -> Policy:
     """``make_policy``; with ``lossless`` the full cache, with drafts by that policy.
 
-    Drafts are the default policy's where it is ``full``.  Those of a policy that is named read a
-    tenth where neither ``keep`` nor an option says how much.
+    Drafts are the default policy's where it is ``full``.  Where ``keep`` is not given they read a
+    tenth, unless another policy's options may say how much.
     """
     if not lossless:
         return make_policy(policy, keep, **options)
     if policy == "full" or isinstance(policy, Full):
         policy = "pyramid"
-    if isinstance(policy, str) and keep is None and not options:
+    named = policy == "pyramid" or (isinstance(policy, str) and not options)
+    if named and keep is None and "keep" not in options:
         keep = DRAFT_KEEP
     return Lossless(make_policy(policy, keep, **options))
