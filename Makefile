@@ -82,6 +82,8 @@ bench-lossless: $(VENV)/.installed
 	$(BENCH) lossless --json $(RESULTS)/lossless.json
 	$(BENCH) lossless --shape smollm2-135m --accept .87 --drafts "streaming_llm:keep=.05" --draft-tokens 2,4,auto \
 		--batch 1,2 --prompt-len 8192,32000 --output-len 32 --json $(RESULTS)/lossless_simulated.json
+	$(BENCH) lossless --shape bench-200m --accept .87 --drafts "streaming_llm:keep=.05" --draft-tokens 2,4,auto \
+		--batch 1,2 --prompt-len 8192,16000 --output-len 32 --repeats 2 --json $(RESULTS)/lossless_full_heads.json
 	mv $(RESULTS)/lossless*.png docs/images/
 	$(MAKE) pages
 

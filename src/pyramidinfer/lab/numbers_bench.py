@@ -316,6 +316,9 @@ def kv_dtype_kernels(entry: Result) -> str:
 def lossless(entry: Result) -> str:
     c, result = entry["configuration"], entry["result"]
     name = "lossless" if c["accept"] is None else "lossless_simulated"
+    if c["shape"] == DEFAULT_SHAPE:
+        name = "lossless_full_heads"
+    title = {"lossless": "real text", "lossless_simulated": "simulated"}.get(name, "full heads")
     words = ["pyramidinfer", "bench", "lossless"]
     words += ["--model", c["model"]] if c["model"] else ["--shape", c["shape"]]
     words += [] if c["accept"] is None else ["--accept", str(c["accept"])]
@@ -328,7 +331,7 @@ def lossless(entry: Result) -> str:
     if c["accept"] is not None:
         how = f"*simulated*: {result['text']}, and each guess made right at a rate of {c['accept']}"
     lines = [
-        f"## Lossless drafts, {'real text' if c['accept'] is None else 'simulated'}\n",
+        f"## Lossless drafts, {title}\n",
         origin(entry),
         f"```bash\n{shlex.join([*words, *json_option(name)])}\n```\n",
         f"On {on} ({c['dtype']}), {how}. How to read it: `times full` is how many times as fast "
@@ -417,5 +420,6 @@ SECTIONS: dict[str, Callable[[Result], str]] = {
     "kv_dtype_kernels": kv_dtype_kernels,
     "lossless": lossless,
     "lossless_simulated": lossless,
+    "lossless_full_heads": lossless,
     "peers": peers,
 }
