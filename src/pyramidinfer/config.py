@@ -237,6 +237,12 @@ class EngineConfig:
                 raise ValueError(
                     f"draft_tokens={self.draft_tokens}: a step verifies at most {MOST_DRAFTS}"
                 )
+            if self.draft_tokens and self.admission == "overcommit" and self.page_size == 1:
+                raise ValueError(
+                    f"draft_tokens={self.draft_tokens} has no effect with admission='overcommit' "
+                    f"and page_size=1: guesses take no page that one token would not need; leave "
+                    f"one of them out"
+                )
             if self.ranks > 1:
                 raise ValueError(
                     f"draft_tokens={self.draft_tokens} has no effect on {self.ranks} ranks: "

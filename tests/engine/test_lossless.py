@@ -481,7 +481,8 @@ def test_what_drafts_read() -> None:
         pages[0, 0, : table.held[0, 0]].tolist() == table.pages[0, 0, : table.held[0, 0]].tolist()
     )
     skipped = sum(int(lens[head]) - int(lengths[1, head]) for head in range(2))
-    assert view.share(table, 4) == pytest.approx(1 - skipped / table.kept.sum())
+    entries = int(table.kept[0, 0])
+    assert view.share(entries, 4) == pytest.approx(1 - skipped / (4 * 2 * entries))
 
 
 # --- what is refused -----------------------------------------------------------------------------
@@ -497,6 +498,10 @@ def test_options_that_cannot_be() -> None:
     for value, words in ((-1, "at least 0"), (9, "at most 8"), (True, "whole number")):
         with pytest.raises(ValueError, match=f"draft_tokens={value}.*{words}"):
             start("full", draft_tokens=value)
+    with pytest.raises(
+        ValueError, match="draft_tokens=2 has no effect with admission='overcommit'"
+    ):
+        start("full", draft_tokens=2, admission="overcommit", page_size=1)
     with pytest.raises(ValueError, match="lossless works on one rank, and this is 2"):
         check_ahead(choose_policy("snapkv", lossless=True), EngineConfig(tensor_parallel_size=2))
 

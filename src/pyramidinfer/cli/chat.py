@@ -15,7 +15,7 @@ from pyramidinfer.cli.serve import ModelChoice, load
 from pyramidinfer.engine import LLM
 from pyramidinfer.engine.chat_template import ChatTemplate
 from pyramidinfer.engine.request import Request
-from pyramidinfer.policies import Lossless, Policy, choose_policy
+from pyramidinfer.policies import Policy, choose_policy
 from pyramidinfer.server.prompts import Prompts
 from pyramidinfer.server.protocol import Message
 from pyramidinfer.types import SamplingParams
@@ -81,7 +81,7 @@ class _Chat:
         self.llm, self.params, self.policy = llm, params, llm.policy
         self.prompts = Prompts(llm.tokenizer, llm.engine.runner.vocab_size, template_kwargs)
         self.console = Console(stderr=True, highlight=False)
-        self.lossless = isinstance(llm.policy, Lossless)
+        self.lossless = llm.policy.guesses
         self.keep: float | None = getattr(self._chosen, "keep", None)  # the last one there was
         self.turns: list[Message] = []
         self.reset(system)
@@ -116,7 +116,7 @@ class _Chat:
     @property
     def _chosen(self) -> Policy:
         """The policy that chooses what stays, or what guesses read."""
-        return self.policy.drafts if isinstance(self.policy, Lossless) else self.policy
+        return self.policy.chooser
 
     def _use(self, policy: Policy) -> None:
         engine = self.llm.engine

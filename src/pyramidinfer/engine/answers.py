@@ -8,7 +8,6 @@ from pyramidinfer.cache import Pool
 from pyramidinfer.engine.memory import full_lens, uncoded_bytes
 from pyramidinfer.engine.request import Drafting, Request
 from pyramidinfer.models import ModelRunner
-from pyramidinfer.policies import Lossless
 from pyramidinfer.types import DraftUsage, KVUsage, RequestMetrics, RequestOutput
 
 __all__ = ["drafts", "metrics", "output", "usage"]
@@ -32,7 +31,7 @@ def usage(pool: Pool, runner: ModelRunner, request: Request) -> KVUsage:
 
 def drafts(request: Request) -> DraftUsage | None:
     """What guesses did for the request so far; None where it is not lossless."""
-    if not isinstance(request.policy, Lossless):
+    if not request.policy.guesses:
         return None
     done = request.drafting or Drafting()
     return DraftUsage(done.drafted, done.accepted, done.verifications)

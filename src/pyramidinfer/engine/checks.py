@@ -76,7 +76,7 @@ def check_plan(
 
 def check_ahead(policy: Policy, config: EngineConfig) -> None:
     """``ValueError`` for tokens guessed ahead where a model is split over ranks."""
-    if policy.drafts_ahead and config.ranks > 1:
+    if policy.guesses and config.ranks > 1:
         raise ValueError(
             f"lossless works on one rank, and this is {config.ranks}: leave tensor_parallel_size "
             f"and pipeline_parallel_size out, or ask for policy='full'"

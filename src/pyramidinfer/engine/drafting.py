@@ -70,7 +70,7 @@ class Drafter:
     def propose(self, requests: list[Request]) -> dict[Request, Drafts]:
         """Guesses for those of the requests about to decode that may have any."""
         self._load = None
-        able = {each: self._room(each) for each in requests if each.policy.drafts_ahead}
+        able = {each: self._room(each) for each in requests if each.policy.guesses}
         if not able or self.steps == 0:
             return {}
         entries = sum(int(each.table.longest.sum()) for each in requests)
@@ -210,7 +210,7 @@ class Drafter:
         """How many tokens the model guesses in this step: as many as give most tokens a second."""
         if self.steps is not None:
             return self.steps
-        if not self.gauge.is_measured("view", load):
+        if not self.gauge.is_measured(load):
             return FIRST
         cost, rates = self.gauge.cost("view", load), [self._rate(each, "view") for each in requests]
 

@@ -51,10 +51,9 @@ class Gauge:
         """Whether it was measured what such a step takes without guesses."""
         return self._median("plain", load) is not None
 
-    def is_measured(self, by: By, load: Load) -> bool:
-        """Whether ``cost`` was."""
-        kinds = ("verify",) if by == "lookup" else ("verify", "view")
-        return all(self._median(kind, load) is not None for kind in kinds)
+    def is_measured(self, load: Load) -> bool:
+        """Whether it was measured what the model's guesses cost, made and verified."""
+        return all(self._median(kind, load) is not None for kind in ("verify", "view"))
 
     def verifying(self, load: Load) -> float | None:
         """What verifying one more guess of each request costs; None where that is not known."""

@@ -71,7 +71,7 @@ class DraftView:
         pages = np.take_along_axis(table.pages, index, 2)
         return pages, table.kept - (self.later - self.counts) * page_size
 
-    def share(self, table: Table, page_size: int) -> float:
-        """Entries that drafts read, as a share of all that there are."""
+    def share(self, entries: int, page_size: int) -> float:
+        """What drafts read of a cache with so many entries in every head, as a share of it."""
         skipped = int(((self.later - self.counts) * page_size).sum())
-        return 1 - skipped / max(1, int(table.kept.sum()))
+        return 1 - skipped / (self.counts.size * entries)

@@ -81,9 +81,7 @@ class Policy:
     computes_less: ClassVar[bool] = False  # may drop prompt tokens between layers
     evicts: ClassVar[bool] = False  # is to be asked while decoding
     streams: ClassVar[bool] = False  # rotary positions are places in the cache, so no text ends
-    drafts_ahead: ClassVar[int] = (
-        0  # entries of guessed tokens that may be there before they are verified
-    )
+    guesses: ClassVar[bool] = False  # tokens are guessed ahead and verified (Lossless)
 
     # --- what it is on a model ----------------------------------------------------------------
 
@@ -95,6 +93,11 @@ class Policy:
     def check(self, layers: Layers) -> None:
         """Raise ``ValueError`` where the options cannot be met on a model of this depth
         (``KeepError`` where a higher ``keep`` could be)."""
+
+    @property
+    def chooser(self) -> Policy:
+        """Who chooses among entries: itself; of a lossless policy, who says what drafts read."""
+        return self
 
     @property
     def rule(self) -> str:

@@ -14,7 +14,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from pyramidinfer.config import MOST_DRAFTS
 from pyramidinfer.policies.base import Facts, Policy
 from pyramidinfer.policies.full import Full
 from pyramidinfer.policies.registry import make_policy
@@ -35,7 +34,7 @@ class Lossless(Policy):
     """
 
     name: ClassVar[str] = "lossless"
-    drafts_ahead: ClassVar[int] = MOST_DRAFTS
+    guesses: ClassVar[bool] = True
 
     drafts: Policy
 
@@ -54,6 +53,10 @@ class Lossless(Policy):
 
     def check(self, layers: Layers) -> None:
         self.drafts.check(layers)
+
+    @property
+    def chooser(self) -> Policy:
+        return self.drafts
 
     @property
     def rule(self) -> str:

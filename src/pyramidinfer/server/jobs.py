@@ -15,7 +15,7 @@ from pyramidinfer.engine import LLM
 from pyramidinfer.engine.checks import ContextLengthError, check_prompt_logprobs
 from pyramidinfer.engine.grammar import GrammarError
 from pyramidinfer.engine.request import Request
-from pyramidinfer.policies import POLICIES, Lossless, Policy, Profile, choose_policy, make_policy
+from pyramidinfer.policies import POLICIES, Policy, Profile, choose_policy, make_policy
 from pyramidinfer.policies.lossless import DRAFT_KEEP
 from pyramidinfer.server.errors import ApiError
 from pyramidinfer.server.prompts import Prompts
@@ -83,9 +83,9 @@ class Jobs:
     def __init__(self, llm: LLM, settings: ServerSettings, prompts: Prompts) -> None:
         self.llm, self.settings, self.prompts = llm, settings, prompts
         self.engine, self.own = llm.engine, llm.policy
-        self.lossless = isinstance(self.own, Lossless)
+        self.lossless = self.own.guesses
         #: What the operator has decide what stays, or what is read to guess tokens ahead.
-        self.base = self.own.drafts if isinstance(self.own, Lossless) else self.own
+        self.base = self.own.chooser
         self.defaults = llm.sampling_defaults if settings.generation_config == "auto" else {}
         self.refused: dict[str, str] = {}  # policies that cannot be served, and why
         self.served = self._policies()

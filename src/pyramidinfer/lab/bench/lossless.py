@@ -220,8 +220,13 @@ def _row(
     )
     tokens = batch * (plan.output_len - 1)
     page = EngineConfig().page_size
-    views = [each for run in runs for each in run.requests if each.draft_view]
-    read = float(np.mean([_share(each, page) for each in views])) if views else 1.0
+    shares = [
+        each.draft_view.share(len(each.text) - 1, page)
+        for run in runs
+        for each in run.requests
+        if each.draft_view is not None
+    ]
+    read = float(np.mean(shares)) if shares else 1.0
     entry = full_bytes(_layout(runner), runner, context)
     mean = drafted / verified if verified else 0.0
     rate = _rate_of(accepted / verified, mean) if verified and mean else 0.0
@@ -335,14 +340,6 @@ def _timed(
             assert all(len(each.output) == 1 for each in turns)
             start = time.perf_counter()
     return Timed(time.perf_counter() - start, [each.output for each in turns], turns)
-
-
-def _share(request: Request, page: int) -> float:
-    """What drafts read of a cache of the text's length."""
-    view = request.draft_view
-    assert view is not None
-    skipped = int(((view.later - view.counts) * page).sum())
-    return 1 - skipped / (view.later.size * (len(request.text) - 1))
 
 
 # --- guesses that are right at a given rate ------------------------------------------------------
