@@ -15,8 +15,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from pyramidinfer.policies.base import Facts, Policy
-from pyramidinfer.policies.full import Full
-from pyramidinfer.policies.registry import make_policy
+from pyramidinfer.policies.registry import POLICIES, make_policy
 from pyramidinfer.types import Keep, Layers, Needs, Observation, State, View
 
 __all__ = ["DRAFT_KEEP", "Lossless", "choose_policy"]
@@ -103,9 +102,9 @@ def choose_policy(
     """
     if not lossless:
         return make_policy(policy, keep, **options)
-    if policy == "full" or isinstance(policy, Full):
+    if getattr(policy, "name", policy) == "full":
         policy = "pyramid"
-    named = policy == "pyramid" or (isinstance(policy, str) and not options)
+    named = policy == "pyramid" or (policy in list(POLICIES) and not options)
     if named and keep is None and "keep" not in options:
         keep = DRAFT_KEEP
     return Lossless(make_policy(policy, keep, **options))
