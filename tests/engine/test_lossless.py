@@ -412,6 +412,7 @@ def test_what_the_text_says_already_is_looked_up(monkeypatch: pytest.MonkeyPatch
     assert mine.output == alone("full", "llama", 1, 12, 150, repetition_penalty=0.7)
     assert mine.drafting is not None and list(mine.drafting.rates) == ["lookup"]
     assert mine.drafting.accepted > 5
+    assert not mine.drafting.places
 
 
 def took(

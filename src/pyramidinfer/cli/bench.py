@@ -129,7 +129,8 @@ def throughput(
 def weights_command(
     model: Annotated[str, typer.Option(help="Folder, hub id or fetched model.")] = "smollm2",
     text: Annotated[
-        Path | None, typer.Option(help="A text file to score, instead of English books.")
+        Path | None,
+        typer.Option(help="A text file to score, instead of the English prose of Python's manual."),
     ] = None,
     weights: Annotated[
         str, typer.Option(help="What to hold against the model's dtype: int8, int4; a list.")

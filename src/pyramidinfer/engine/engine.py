@@ -584,6 +584,8 @@ class Engine:
         """Count what the request used, then give its pages back (or hold them)."""
         request.finish_reason, request.times.ended = reason, time.monotonic()
         request.status = "finished"
+        if request.drafting is not None:
+            request.drafting.places.clear()  # nothing is looked up any longer
         request.kv = self.usage(request)
         if request.detokenizer and not request.detokenizer.stopped:
             request.detokenizer.update(self._said(request, reason), last=True)

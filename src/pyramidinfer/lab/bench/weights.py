@@ -19,7 +19,6 @@ from pyramidinfer.lab.quality import divergence, interval
 from pyramidinfer.lab.record import write_result
 from pyramidinfer.lab.samples import Subject
 from pyramidinfer.lab.text import loss
-from pyramidinfer.models.loading import empty_model
 from pyramidinfer.models.weights import stored_bytes
 from pyramidinfer.policies import Full
 
@@ -71,12 +70,12 @@ def run_weights(plan: WeightsPlan, out: Path) -> dict[str, Any]:
     with progress("weights", steps) as done:
         said = _quality(plan, llms, done)
         speed = {batch: _speed(plan, llms, batch, done) for batch in plan.batches}
-    empty = empty_model(plan.subject.model, plan.subject.dtype)[0]
+    model = plan.subject.loaded().model
     rows = []
     for name in names:
         row: dict[str, Any] = {
             "weights": name,
-            "bytes": stored_bytes(empty, name),
+            "bytes": stored_bytes(model, name),
             "held_bytes": llms[name].engine.runner.weight_bytes,
             **said[name],
             "speed": [],
