@@ -194,17 +194,17 @@ class Replayed:
     replays = 0
 
     def __init__(self, step: Step, work: Callable[[], Tensor]) -> None:
-        self.step, self.work, self.probs = step, work, dict(step.decoding.probs)
+        self.step, self.work, self.probs = step, work, dict(step.decoding.weights.by_layer)
 
     def replay(self) -> None:
         Replayed.replays += 1
         logits = self.work()
         assert self.step.out is not None
         self.step.out.copy_(logits)
-        found = self.step.decoding.probs
+        found = self.step.decoding.weights.by_layer
         for layer, old in self.probs.items():
             old.copy_(found[layer])
-        self.step.decoding.probs = dict(self.probs)
+        self.step.decoding.weights.by_layer = dict(self.probs)
 
 
 @pytest.mark.parametrize("name", ["pyramidinfer", "h2o"])
