@@ -8,7 +8,7 @@ from pyramidinfer import LLM, SamplingParams
 from pyramidinfer.models.loading import LoadedModel, load_model
 from tests_real.conftest import real_prompts
 
-PROMPTS, SHORTEST, LONGEST, NEW = 16, 100, 1400, 24
+PROMPTS, SHORTEST, LONGEST, NEW = 12, 100, 900, 24
 
 
 @pytest.fixture(scope="module")
