@@ -81,7 +81,7 @@ def test_a_calibration_is_not_dropped_without_a_word(
     (tmp_path / "mine.txt").write_text("some words of my own, again and again. " * 2000)
     code, out, err = profile(model, "--text", "mine.txt", "-o", "mine.json")
     assert code == 0 and "not calibrated" in out
-    assert "the calibration (after layer 1 at most 40% of the text goes deeper) is left out" in err
+    assert "the calibration (after layer 1, at most 40% of the text goes deeper) is left out" in err
     assert Profile.load("mine.json").calibrated is None
     assert Profile.load(path).calibrated == found
 

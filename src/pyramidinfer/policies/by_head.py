@@ -96,7 +96,7 @@ class ByHead(Limited, Profiled, ABC):
     def rule(self) -> str:
         if isinstance(self.profile, Profile):
             how = f"two texts agree with correlation {self.profile.agreement:.2f}"
-            return f"each head's need, measured on {self.profile.text} ({how})"
+            return f"what each head needs, as measured on {self.profile.text} ({how})"
         return "what each head needs, by given masks" if self.profile != "auto" else ""
 
     def forecast(self, prompt_len: int, max_new: int, layers: Layers) -> Forecast:
