@@ -1,4 +1,4 @@
-"""The nouns everything else passes around; what they tell follows from their fields."""
+"""The data types that all packages share."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ __all__ = [
 
 TokenIds = list[int]
 
-#: What a policy is asked in.
+#: The phases in which a policy is called.
 Phase = Literal["prefill", "extend", "reread", "decode"]
 
-#: A policy's memory of one request: small named tensors, on the host.
+#: What a policy remembers about one request: small named tensors on the host.
 State = dict[str, Tensor]
 
 
@@ -49,11 +49,11 @@ State = dict[str, Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Layers:
-    """The model's depth as a policy needs to know it.
+    """The layers of the model, as a policy sees them.
 
-    ``governed[layer]``: every token of the request can be attended to there.  Only these layers
-    are a policy's business; a layer whose sliding window is shorter than the request is bounded
-    by that window and by nothing else.  ``kv_heads``: of every layer.
+    ``governed[layer]``: True if every token of the request can be attended to in this layer.  A
+    policy only decides about governed layers; a layer whose sliding window is shorter than the
+    request is limited by that window alone.  ``kv_heads``: KV heads per layer.
     """
 
     governed: tuple[bool, ...]
@@ -65,21 +65,21 @@ class Layers:
 
     @property
     def first(self) -> int:
-        """The first governed layer, or 0 where there is none."""
+        """The first governed layer, or 0 if there is none."""
         return self.governed.index(True) if any(self.governed) else 0
 
 
 @dataclass(frozen=True, slots=True)
 class Reduce:
-    """How the attention of a window of queries becomes one score per entry.
+    """How the attention of a window of queries is reduced to one score per entry.
 
     ``heads``: ``mean`` or ``max`` over all query heads (one row of scores), ``kv_mean`` or
     ``kv_max`` over the query heads of each KV head (one row per KV head).
     ``rows``: ``mean``, ``sum`` or ``max`` over the window's queries.  ``newest_weight``: queries
-    are first weighted linearly from 1 (oldest) to this (newest).
+    are first weighted linearly from 1 (oldest) to this value (newest).
 
-    ``rows="below"`` counts, among the queries that could see the entry, those that gave it less
-    than an even share: a weight below 1 / (the query's position + 1), rounding apart.
+    ``rows="below"`` counts the queries that could attend to the entry and gave it less than an
+    equal share: a weight below 1 / (the query's position + 1), up to rounding.
     """
 
     heads: Literal["mean", "max", "kv_mean", "kv_max"] = "mean"
@@ -89,19 +89,18 @@ class Reduce:
 
 @dataclass(frozen=True, slots=True)
 class Best:
-    """The rule by which most methods choose: the best entries under a budget.
+    """The rule that most methods use: the best entries under a budget.
 
-    Of every KV head the ``count`` entries (one number, or one a head) with the highest scores stay,
-    of equal ones the earlier.  What is protected, the first ``sinks`` positions and the newest
-    ``recent`` stay regardless, and ``room`` others beside them, even where they fill the budget.
+    In every KV head the ``count`` entries (one number, or one per head) with the highest scores
+    stay; of equal scores the earlier entry.  Protected entries, the first ``sinks`` positions and
+    the newest ``recent`` always stay, plus ``room`` other entries even if these fill the budget.
 
-    ``by``: what scores an entry: the attention of the ``window`` that was asked for, the
-    ``running`` score kept beside it, how ``new`` it is, or the method's ``own`` (``Policy.score``).
-    ``kernel``, ``pool``: each score is replaced by the ``pool`` of it and its ``kernel`` - 1
-    nearest neighbours in the text.
-    ``safeguard``: None: every head keeps ``count``.  Else the heads of a layer compete for as many
-    entries altogether (Ada-KV, 2407.11550, algorithm 1), and none falls below this share of what
-    it would have had.
+    ``by``: what scores an entry: the attention of the observed ``window``, the ``running`` score
+    in the pool, how ``new`` it is, or the method's ``own`` score (``Policy.score``).
+    ``kernel``, ``pool``: each score is replaced by the ``pool`` (mean or max) over it and its
+    ``kernel`` - 1 nearest neighbours in the text.
+    ``safeguard``: None: every head keeps ``count``.  Otherwise the heads of a layer compete for the
+    same total (Ada-KV, 2407.11550, algorithm 1), and none keeps less than this share of ``count``.
     """
 
     count: int | tuple[int, ...]
@@ -115,11 +114,11 @@ class Best:
 
 
 class Queries(NamedTuple):
-    """What a layer's queries are like before rotation, times the scale of their softmax.
+    """Statistics of a layer's queries before rotation, times the softmax scale.
 
     mean : ``[heads, key_dim]``;  covariance : ``[heads, key_dim, key_dim]``;  sizes : ``[heads,
-    pairs]``, the mean length of each pair of numbers that are rotated together (number ``f`` and
-    number ``f + pairs`` of a head; none where the layer has no rotary positions).
+    pairs]``, the mean norm of each pair of channels that rotate together (``f`` and ``f + pairs``
+    of a head; empty if the layer has no rotary positions).
     """
 
     mean: Tensor
@@ -129,20 +128,19 @@ class Queries(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """What must be observed in a layer before the policy is asked.
+    """What must be observed in a layer before the policy decides.
 
-    ``window``: how many of the newest queries are scored (0: none) and ``reduce`` how.
-    ``remember``: the window's queries go into the ring that decoding looks back on (only the
-    newest one otherwise); the same in every governed layer.
-    ``column_sums``: attention each entry got from *all* new queries, per KV head.
-    ``keys``, ``values``: the entries' own, for ``retain``.
-    ``queries_from``: what the text's queries are like, from this token on, for ``retain``.
-    ``ahead``: places behind the text, 1 for the next token's, that vectors are to be rotated to on
-    average (``Observation.rotation``), for ``retain``.
-    ``propagate``, ``retain``: the answer to these questions, where it is a rule; True: ask the
-    policy; None: all stay.
-    ``among``: ranks by age ``(first, last)`` of the entries whose scores ``retain`` will look at
-    while decoding, the same tokens in every head; the others' may be 0.
+    ``window``: how many of the newest queries are scored (0: none); ``reduce``: how.
+    ``remember``: the window's queries go into the ring of past queries that decoding scores with
+    (otherwise only the newest query does); the same in every governed layer.
+    ``column_sums``: the attention that each entry received from *all* new queries, per KV head.
+    ``keys``, ``values``: those of the entries, for ``retain``.
+    ``queries_from``: statistics of the text's queries from this token on, for ``retain``.
+    ``ahead``: positions after the text (1 is the next token) that vectors are rotated to, averaged
+    (``Observation.rotation``), for ``retain``.
+    ``propagate``, ``retain``: the answer, if it is a rule; True: call the policy; None: keep all.
+    ``among``: ranks by age ``(first, last)`` of the entries whose scores ``retain`` uses while
+    decoding, the same tokens in every head; the scores of others may be 0.
     """
 
     window: int = 0
@@ -160,14 +158,14 @@ class Needs:
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """The lengths a policy decides on, before any tensor is looked at.
+    """The lengths on which a policy bases its decision, without any tensor.
 
-    ``new_len`` tokens enter the layer in this phase; ``head_lens`` entries are in each of its KV
-    heads' caches, the new ones included, ``kept_len`` in the longest; ``first_kept_len`` are in
-    the longest head of the first governed layer.  ``prompt_len`` is the length of the text being
-    taken in: the prompt, or in ``extend`` the tokens added to it.  ``seen_len`` tokens make up the
-    whole text.  In ``reread`` a text that is in goes through the layers again, behind itself:
-    ``new_len`` tokens of that enter the layer, and 0 once all of it was read.
+    ``new_len``: tokens that enter the layer in this phase.  ``head_lens``: entries in the cache of
+    each KV head, the new ones included; ``kept_len``: in the longest head; ``first_kept_len``: in
+    the longest head of the first governed layer.  ``prompt_len``: length of the text that is being
+    prefilled: the prompt, or in ``extend`` the added tokens.  ``seen_len``: tokens of the whole
+    text.  In ``reread`` the text passes the layers a second time, after itself: ``new_len`` of
+    these tokens enter the layer, and 0 after the last of them.
     """
 
     phase: Phase
@@ -187,23 +185,23 @@ class View:
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """A layer as the policy sees it: the view and the tensors it asked for.
+    """A layer as the policy sees it: the lengths and the tensors that it asked for.
 
-    rule : what the policy said beforehand (``Needs``).
+    rule : the rule from ``Needs``, if there is one.
     positions : ``[kv_heads, n]`` original positions; for ``propagate`` ``[1, new_len]``.
-    scores : ``[1 or kv_heads, n]`` window scores, entry by entry, or None.
+    scores : ``[1 or kv_heads, n]`` window scores per entry, or None.
     column_sums, slot_scores : ``[kv_heads, n]`` or None.
-    keys, values : ``[kv_heads, n, key_dim]`` as they are in the cache (rotated), and ``[kv_heads,
-        n, value_dim]``, float32 or wider; or None.
-    queries : what the text's queries are like, as ``queries_from`` asked for; or None.
-    rotation : ``[key_dim, key_dim]``, a vector before rotation times this is the mean of it rotated
-        to the places ``ahead``; or None.  Where positions are not rotary it leaves vectors alone.
+    keys, values : ``[kv_heads, n, key_dim]`` as stored in the cache (rotated), and ``[kv_heads, n,
+        value_dim]``, float32 or wider; or None.
+    queries : statistics of the text's queries, if ``queries_from`` asked for them; or None.
+    rotation : ``[key_dim, key_dim]``, maps a vector before rotation to the mean of its rotations to
+        the positions ``ahead``; or None.  The identity if positions are not rotary.
     protected : ``[kv_heads or 1, n]`` bool, entries that must stay.
-    kernels : what selects faster than torch does, where the backend has it.
+    kernels : selection kernels that are faster than torch, if the backend has them.
 
-    ``n`` is the length of the longest head (``view.kept_len``).  A head that is shorter has its
-    ``view.head_lens`` entries in front; behind them positions are negative, no two the same,
-    scores, keys and values 0 and nothing is protected.
+    ``n`` is the length of the longest head (``view.kept_len``).  A shorter head has its
+    ``view.head_lens`` entries first, then padding: distinct negative positions, scores, keys and
+    values of 0, and nothing protected.
     """
 
     view: View
@@ -223,7 +221,7 @@ class Observation:
 class Keep(NamedTuple):
     """Entries that stay: indices ``[heads, k]`` (heads is 1 or kv_heads), or None for all.
 
-    ``counts``: how many of a head's indices count, the first ones, ``[kv_heads]``; None: all k.
+    ``counts``: number of valid indices per head (the first ones), ``[kv_heads]``; None: all k.
     ``for_drafts``: nothing is dropped; these are the entries that drafts read.
     """
 
@@ -237,7 +235,7 @@ class Keep(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class AttentionShape:
-    """One attention layer's sizes. ``window``: positions it can look back, None for all."""
+    """Sizes of one attention layer.  ``window``: sliding window in tokens, None for no window."""
 
     heads: int
     kv_heads: int
@@ -250,9 +248,9 @@ class AttentionShape:
 
 
 class Logprob(NamedTuple):
-    """One position's log-probabilities: the chosen token's, and the likeliest tokens'.
+    """Log-probabilities at one position: of the chosen token and of the most likely tokens.
 
-    ``rank``: the chosen token's place among all by likelihood, from 1 on.
+    ``rank``: rank of the chosen token by probability, starting at 1.
     """
 
     token_id: int
@@ -263,8 +261,8 @@ class Logprob(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class DraftUsage:
-    """What a lossless request's guesses did: ``drafted`` tokens were guessed and verified, of which
-    ``accepted`` were right, in ``verifications`` steps."""
+    """Draft statistics of a lossless request: ``drafted`` tokens were verified in
+    ``verifications`` steps, and ``accepted`` of them were accepted."""
 
     drafted: int
     accepted: int
@@ -272,24 +270,24 @@ class DraftUsage:
 
     @property
     def acceptance(self) -> float:
-        """Share of the guesses that were right; 0 where there were none."""
+        """Share of drafts that were accepted; 0 if there were none."""
         return self.accepted / self.drafted if self.drafted else 0.0
 
     @property
     def tokens_per_verification(self) -> float:
-        """Tokens that a step with guesses gave, its own included; 0 where there was none."""
+        """Mean tokens per verification, its own included; 0 if there was none."""
         done = self.verifications
         return (self.accepted + done) / done if done else 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class RequestMetrics:
-    """Times in seconds since arrival; ``None`` where the event did not happen.
+    """Times in seconds since arrival; ``None`` if the event did not happen.
 
-    ``prefill_tokens_computed``: tokens that went through a layer in prefill, summed over layers
-    and divided by the number of layers; ``computed_share`` is that over the prompt's length, above
-    1 where a policy had the prompt read a second time.
-    ``drafts``: what guesses did, None where the request was not lossless.
+    ``prefill_tokens_computed``: tokens that were computed in prefill, summed over layers and
+    divided by the number of layers; ``computed_share`` is that divided by the prompt's length, and
+    above 1 if the policy read the prompt a second time.
+    ``drafts``: draft statistics; None if the request was not lossless.
     """
 
     queue_seconds: float | None
@@ -302,13 +300,13 @@ class RequestMetrics:
 
 @dataclass(frozen=True, slots=True)
 class KVUsage:
-    """What a request's cache was, just before it was released.
+    """The KV cache of a request, just before it was released.
 
-    ``kept_len``: entries, ``[layers][kv_heads]``.  ``full_len``: entries a full cache would hold in
-    every head of a layer, ``[layers]``: ``seen_len``, less in sliding layers.  ``bytes``: its
-    pages.  ``peak_bytes``: the most it held at any time, query rings and prefill transients
-    included.  ``full_bytes``: pages a full cache would take.  ``keep_lowered_to``: what
-    ``keep`` was lowered to while it ran, for want of memory.
+    ``kept_len``: entries, ``[layers][kv_heads]``.  ``full_len``: entries that a full cache would
+    hold in every head of a layer, ``[layers]``: ``seen_len``, or less in sliding layers.
+    ``bytes``: bytes of its pages.  ``peak_bytes``: the most it held at any time, query rings and
+    prefill buffers included.  ``full_bytes``: bytes of the pages of a full cache.
+    ``keep_lowered_to``: the ``keep`` that it was lowered to under memory pressure, or None.
     """
 
     seen_len: int
@@ -321,22 +319,22 @@ class KVUsage:
 
     @property
     def kept_share(self) -> float:
-        """Share of a full cache's entries that are in the cache; never above 1."""
+        """Entries in the cache as a share of a full cache's; never above 1."""
         return sum(self.layer_means) / sum(self.full_len) if self.seen_len else 0
 
     @property
     def layer_means(self) -> tuple[float, ...]:
-        """Entries of each layer, the mean over its heads."""
+        """Entries per layer, as a mean over its heads."""
         return tuple(sum(heads) / len(heads) for heads in self.kept_len)
 
 
 @dataclass(frozen=True, slots=True)
 class RequestOutput:
-    """A request's answer.
+    """The output of a request.
 
-    ``finish_reason``: ``"stop"`` (end-of-sequence, stop id or stop string), ``"length"``, or
-    ``"abort"``, ``"error"`` (logits that are no finite numbers, say); None while streaming.
-    ``prompt_logprobs``: of each prompt token, None for the first one.
+    ``finish_reason``: ``"stop"`` (end of sequence, stop token or stop string), ``"length"``,
+    ``"abort"`` or ``"error"`` (for example logits that are not finite); None while streaming.
+    ``prompt_logprobs``: one per prompt token, None for the first one.
     """
 
     request_id: int
@@ -352,11 +350,11 @@ class RequestOutput:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """How likely a given continuation is after a context whose cache was compressed.
+    """Log-probabilities of a given continuation after a context with a compressed cache.
 
-    ``logprobs``: of each token of the continuation; ``greedy``: whether it is the likeliest there.
-    ``metrics`` and ``kv`` are those of the context, before the continuation went in.
-    ``logits``: ``[continuation, vocab]`` float32 on the host, where asked for.
+    ``logprobs``: one per token of the continuation; ``greedy``: whether it is the most likely one.
+    ``metrics`` and ``kv`` belong to the context, before the continuation was added.
+    ``logits``: ``[continuation, vocab]`` float32 on the host, if requested.
     """
 
     prompt_token_ids: TokenIds
@@ -370,13 +368,13 @@ class Score:
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """Which tokens survived where, for pictures and tests.
+    """Which tokens were kept where, for pictures and tests.
 
     ``prefill_positions[layer][head]`` and ``kept_positions[layer][head]``: sorted original
     positions ``[kept]`` after prefill and at the end.  ``kept_len_by_step[s][layer][head]``:
-    entries once token ``s`` is cached.  ``prefill_logits``, ``final_logits``: ``[vocab]``, after
+    entries after token ``s`` was cached.  ``prefill_logits``, ``final_logits``: ``[vocab]``, after
     the prompt and after the last token.  ``computed_by_layer``: prompt tokens that entered each
-    layer; where the prompt was read again, the same of every further reading behind them.
+    layer, followed by the same for every further pass over the prompt.
     """
 
     prompt_token_ids: TokenIds

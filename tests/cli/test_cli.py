@@ -352,7 +352,7 @@ def test_inspect_refuses_a_profile_of_other_weights(
         with pytest.raises(SystemExit) as stopped:
             main()
         assert (stopped.value.code or 0) == code
-    assert "the profile is of other weights" in capsys.readouterr().err
+    assert "the profile belongs to other weights" in capsys.readouterr().err
 
 
 def test_inspect_counts_what_is_read_again(

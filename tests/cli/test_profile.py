@@ -81,7 +81,7 @@ def test_a_calibration_is_not_dropped_without_a_word(
     (tmp_path / "mine.txt").write_text("some words of my own, again and again. " * 2000)
     code, out, err = profile(model, "--text", "mine.txt", "-o", "mine.json")
     assert code == 0 and "not calibrated" in out
-    assert "the calibration (after layer 1 at most 40% of the text goes deeper) is left out" in err
+    assert "the calibration (after layer 1, at most 40% of the text goes deeper) is left out" in err
     assert Profile.load("mine.json").calibrated is None
     assert Profile.load(path).calibrated == found
 
@@ -149,7 +149,7 @@ def test_where_to_write_is_known_before_anything_is_measured(
     Path("file").touch()
     monkeypatch.setattr(heads, "measure_profile", lambda *a: pytest.fail("it was measured"))
     code, _, err = profile(model, *words)
-    assert code == 2 and re.search("is (a|no) folder; name a file for the (profile|picture)", err)
+    assert code == 2 and re.search("is (a|not a) folder; name a file for the (profile|picture)", err)
 
 
 def test_a_model_without_a_tokenizer(profile: Any, tmp_path: Path) -> None:

@@ -377,7 +377,7 @@ def test_what_is_not_there_is_measured_once(
     assert path.name.startswith(first.fingerprint.key)
 
     path.write_text(path.read_text()[:200])  # as a full disk leaves it
-    with pytest.warns(RuntimeWarning, match=rf"passed over: '{path}' is no head profile"):
+    with pytest.warns(RuntimeWarning, match=rf"passed over: '{path}' is not a head profile"):
         assert find_profile(speaks.engine.shared) is None
     with pytest.warns(RuntimeWarning, match="passed over"):
         assert ensure_profile(speaks.engine.shared) == first

@@ -448,11 +448,11 @@ def test_a_models_own_profile_is_calibrated_and_used_from_then_on(
     assert "not calibrated" in run("profile", folder).out
     code, out, err = run("calibrate", folder, "--kv-memory", "16MiB")
     assert code == 0, err
-    assert "after layer 1 at most 20% of the text goes deeper" in out
+    assert "after layer 1, at most 20% of the text goes deeper" in out
     (path,) = Path("cache").iterdir()
     found = find_profile(LLM(folder, "full", kv_memory="4MiB").engine.shared)
     assert found == Profile.load(path) and found.calibrated is not None
-    calibrated = "calibrated: after layer 1 at most 20% of the text goes deeper"
+    calibrated = "calibrated: after layer 1, at most 20% of the text goes deeper"
     assert calibrated in run("profile", folder).out
     shown = run("inspect", "--model", folder, "--keep", ".3", "--prompt-len", "1500")
     assert calibrated in shown.out, shown.err

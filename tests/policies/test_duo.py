@@ -136,9 +136,9 @@ def test_a_question_that_comes_later_finds_long_heads() -> None:
 
 
 def test_a_model_it_does_not_fit_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="profile is of 4 layers with 2 KV heads, this model has"):
+    with pytest.raises(ValueError, match="profile has 4 layers with 2 KV heads, this model has"):
         LLM(tiny_model("opt"), policy=Duo(profile=PROFILE), kv_memory="4MiB")
-    with pytest.raises(ValueError, match="needs to know what each head is for"):
+    with pytest.raises(ValueError, match="needs a head profile"):
         LLM(tiny_model("llama"), policy=Duo(profile=None), kv_memory="4MiB")
     with pytest.raises(ValueError, match="cannot be read"):
         Duo(profile=str(tmp_path / "none.json"))
@@ -148,10 +148,10 @@ def test_nothing_is_measured_where_that_is_not_wanted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYRAMIDINFER_CACHE", str(tmp_path))
-    with pytest.raises(ValueError, match="needs to know what each head is for"):
+    with pytest.raises(ValueError, match="needs a head profile"):
         LLM(tiny_model("llama"), policy="duo", kv_memory="4MiB", profile=False)
     assert LLM(tiny_model("llama"), policy="duo", kv_memory="4MiB").policy != Duo()
-    with pytest.raises(ValueError, match="needs to know"):  # of random tokens: it was not stored
+    with pytest.raises(ValueError, match="needs a head profile"):  # of random tokens: it was not stored
         LLM(tiny_model("llama"), policy="duo", kv_memory="4MiB", profile=False)
 
 
@@ -166,7 +166,7 @@ def test_masks_of_duo_attention(tmp_path: Path) -> None:
     LLM(tiny_model("llama"), policy=policy, kv_memory="4MiB")
     for text in ("0.1\tx\n", "0.1 0.2\n0.3\n", "\n", "0.1\tnan\n"):
         path.write_text(text)
-        with pytest.raises(ValueError, match="no masks of DuoAttention's"):
+        with pytest.raises(ValueError, match="does not hold DuoAttention masks"):
             Duo(profile=str(path))
 
 

@@ -114,7 +114,7 @@ def test_defaults_are_accepted(name: str) -> None:
         (Scissorhands, {"window": 0}, "window=0 must be a whole number of at least 1"),
         (Scissorhands, {"recent": 0}, "recent=0 must be a whole number of at least 1"),
         (Scissorhands, {"rise": 1.2}, "rise=1.2 must lie between 0 and 1"),
-        (SnapKV, {"kernel": 4}, "kernel=4 must be odd"),
+        (SnapKV, {"kernel": 4}, "kernel=4 must be an odd number"),
         (SnapKV, {"kernel": 0}, "kernel=0 must be a whole number of at least 1"),
         (SnapKV, {"pooling": "avg"}, "pooling='avg' is unknown; .*max, mean"),
         (SnapKV, {"pooling": "maxx"}, "pooling='maxx' is unknown; did you mean 'max'"),

@@ -77,7 +77,7 @@ class _Odd(tuple):  # type: ignore[type-arg]
         ({"format": "other"}, "its format is 'other'"),
         ({"version": 2}, "its version is 2, not 1"),
         ({"share": None}, "share=None is no list"),
-        ({"share": []}, "must have a layer"),
+        ({"share": []}, "must have at least one layer"),
         ({"share": [[0.1], []]}, "every layer a head"),
         ({"share": [[0.25, 0.5], [0.0, 0.0]]}, "governed has 3 layers, share has 2"),
         ({"share": [[0.25, float("nan")], [0.0, 0.0], [0.5, 0.1]]}, "layer 0, head 1 is nan"),
@@ -88,8 +88,8 @@ class _Odd(tuple):  # type: ignore[type-arg]
         ({"share": [[0.25, 0.5], [0.0], [0.5, 0.1]]}, "layers of 1 and of 2 heads"),
         ({"share": [[0.25, 0.5], [0.0, 0.0], [0.5]]}, "layers of 1 and of 2 heads"),
         ({"share": [[0.0, 0.0]] * 3}, "every head's share is 0"),
-        ({"governed": [1, 0, 1]}, "must be true or false"),
-        ({"governed": [False] * 3, "share": [[0, 0]] * 3}, "true somewhere"),
+        ({"governed": [1, 0, 1]}, "must hold true or false"),
+        ({"governed": [False] * 3, "share": [[0, 0]] * 3}, "at least one true"),
         ({"agreement": float("nan")}, "agreement=nan"),
         ({"agreement": 1.2}, "agreement=1.2"),
         ({"kept": 0}, "kept=0 must"),
@@ -120,7 +120,7 @@ def test_damaged_files_are_told(change: dict[str, Any], message: str, tmp_path: 
 def test_files_that_are_none(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "heads.json"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match="heads.json' is no .*head profile.*make it again"):
+    with pytest.raises(ValueError, match="heads.json' is not a .*profile.*make it again"):
         Profile.load(path)
     with pytest.raises(ValueError, match="cannot be read: No such file"):
         Profile.load(tmp_path / "none.json")
@@ -150,7 +150,7 @@ def test_centres_are_in_the_same_file_one_line_a_layer(tmp_path: Path) -> None:
     ("name", "layer", "rows", "message"),
     [
         ("mean", 0, [], "queries.mean of layer 0 has 0 heads"),
-        ("mean", 1, [[1.0, 2.0, 3.0]] * 3, "queries.mean of layer 1 has 3 heads, which 2 KV heads"),
+        ("mean", 1, [[1.0, 2.0, 3.0]] * 3, "queries.mean of layer 1 has 3 heads, not a multiple of 2 KV heads"),
         ("sizes", 2, [[1.0]] * 4, "queries.sizes of layer 2 has 4 heads"),
         ("sizes", 0, [[1.0], []], "queries.sizes of layer 0 has heads of unequal sizes"),
         ("mean", 2, [[1.0, 2.0, float("nan")]] * 2, "queries.mean of layer 2 has nan, no number"),
@@ -192,17 +192,17 @@ def test_a_calibration_is_in_the_same_file(tmp_path: Path) -> None:
         {k: v for k, v in body.items() if k != "calibrated"},
     ):
         assert Profile.from_dict(gone) == PROFILE
-    assert FOUND.going == "after layer 0 at most 25% of the text goes deeper"
+    assert FOUND.going == "after layer 0, at most 25% of the text goes deeper"
     assert replace(FOUND, propagate_ratio=1.0).going == (
-        "after layer 0 as much as the fullest deeper head holds goes deeper"
+        "after layer 0, as much as the fullest deeper head can hold goes deeper"
     )
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"start_layer": 3}, "start_layer=3 is no layer of 3"),
-        ({"start_layer": -1}, "start_layer=-1 is no layer of 3"),
+        ({"start_layer": 3}, "start_layer=3 is not one of 3 layers"),
+        ({"start_layer": -1}, "start_layer=-1 is not one of 3 layers"),
         ({"start_layer": True}, "start_layer=True"),
         ({"start_layer": 1.0}, "start_layer=1.0"),
         ({"propagate_ratio": 0}, "propagate_ratio=0 must be above 0 and at most 1"),
@@ -259,10 +259,10 @@ def test_pyramid_starts_where_it_was_calibrated() -> None:
     same = Pyramid(keep=0.3, profile=BARE, start_layer=1, propagate_ratio=0.25)
     assert mine.begin(LAYERS) == 1 and going(mine) == going(same) == [2000, 500, 500]
     assert mine.limits(2000, LAYERS) == same.limits(2000, LAYERS)
-    assert mine.rule.endswith("; calibrated: after layer 1 at most 25% of the text goes deeper")
+    assert mine.rule.endswith("; calibrated: after layer 1, at most 25% of the text goes deeper")
     bare = Pyramid(keep=0.3, profile=BARE)
     assert bare.begin(LAYERS) == 3 and going(bare) == [2000] * 3
-    assert bare.rule.endswith("(two texts agree by 0.90); nothing is dropped between layers")
+    assert bare.rule.endswith("(two texts agree with correlation 0.90); nothing is dropped between layers")
     mine.check(LAYERS)
 
 
@@ -272,7 +272,7 @@ def test_options_go_before_what_was_calibrated() -> None:
     assert going(later) == going(alone), "a start of one's own goes without the calibrated ratio"
     assert later.limits(2000, LAYERS) == alone.limits(2000, LAYERS)
     assert later.rule.endswith(
-        "; after layer 2 as much as the fullest deeper head holds goes deeper"
+        "; after layer 2, as much as the fullest deeper head can hold goes deeper"
     )
     wider = Pyramid(keep=0.3, profile=EVEN, propagate_ratio=0.5)
     assert wider.begin(LAYERS) == 1 and max(going(wider)[1:]) > 500
@@ -280,7 +280,7 @@ def test_options_go_before_what_was_calibrated() -> None:
     whole = Pyramid(keep=1, profile=EVEN)
     assert going(whole) == [2000] * 3 and whole.rule.endswith("; everything is kept")
     full = Pyramid(keep=0.75, profile=EVEN)
-    assert full.rule.endswith("; calibrated: after layer 1 at most 50% of the text goes deeper")
+    assert full.rule.endswith("; calibrated: after layer 1, at most 50% of the text goes deeper")
     masks = Pyramid(keep=0.3, profile=Masks(((0.5, 0.25),) * 4))
     assert masks.begin(LAYERS) == 3
     assert masks.rule == "what each head needs, by given masks; nothing is dropped between layers"

@@ -344,7 +344,7 @@ def test_a_start_is_a_layer_that_scores() -> None:
     assert first.begin(layers) == 1 and first.going(1, 2000, layers) == 2000
     assert first.rule.endswith("; nothing is dropped between layers"), "a window needs its tokens"
     early = replace(first, keep=0.3, propagate_ratio=0.25)
-    assert early.rule.endswith("; after layer 1 at most 25% of the text goes deeper")
+    assert early.rule.endswith("; after layer 1, at most 25% of the text goes deeper")
     ends = Layers((True, False, False, False), 2)
     assert Pyramid(profile=profile, start_layer=2).begin(ends) == 4
 
@@ -396,7 +396,7 @@ def test_side_by_side_is_as_alone(family: str) -> None:
         ({"sharpness": -1}, "sharpness=-1 must lie between 0 and 8"),
         ({"sharpness": 8.5}, "sharpness=8.5 must lie between 0 and 8"),
         ({"window": 0}, "window=0 must be a whole number of at least 1"),
-        ({"kernel": 2}, "kernel=2 must be odd"),
+        ({"kernel": 2}, "kernel=2 must be an odd number"),
         ({"sinks": -1}, "sinks=-1 must be a whole number of at least 0"),
         ({"recent": 0}, "recent=0 must be a whole number of at least 1"),
         ({"min_context": 0}, "min_context=0"),
@@ -420,11 +420,11 @@ def test_a_model_without_a_profile_says_what_to_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYRAMIDINFER_CACHE", str(tmp_path))
-    way_out = "needs to know what each head is for.*pyramidinfer profile MODEL.*profile=FILE"
+    way_out = "needs a head profile.*pyramidinfer profile MODEL.*profile=FILE"
     for options in ({"policy": "pyramid", "profile": False}, {"policy": Pyramid(profile=None)}):
         with pytest.raises(ValueError, match=f"policy 'pyramid' {way_out}"):
             LLM(tiny_model("llama"), kv_memory="4MiB", **options)
-    with pytest.raises(ValueError, match="profile is of 4 layers with 2 KV heads, this model has"):
+    with pytest.raises(ValueError, match="profile has 4 layers with 2 KV heads, this model has"):
         LLM(tiny_model("opt"), policy=Pyramid(profile=PROFILE), kv_memory="4MiB")
 
 
@@ -435,7 +435,7 @@ def test_a_given_profile_must_be_of_these_weights(method: str, tmp_path: Path) -
     found, path = fingerprint(own.engine.runner), tmp_path / "heads.json"
     (size, *ways), *rest = found.vectors
     trained_on = replace(found, vectors=((1.1 * size, *ways), *rest))
-    message = "the profile is of other weights.*pyramidinfer profile MODEL.*or leave profile=FILE"
+    message = "the profile belongs to other weights.*pyramidinfer profile MODEL.*or leave profile=FILE"
     for mark in (trained_on, replace(found, key="other-1"), found):
         replace(PROFILE, fingerprint=mark).save(path)
         for profile in (str(path), Profile.load(path)):

@@ -133,7 +133,7 @@ def test_offsets_are_powers_of_two() -> None:
 
 
 def test_a_profile_without_centres_is_refused_with_the_way_out(tmp_path: Path) -> None:
-    way_out = "where the model's queries lie.*make it again .pyramidinfer profile MODEL --force"
+    way_out = "centres of the model's queries.*make it again .pyramidinfer profile MODEL --force"
     old = NEEDED.save(tmp_path / "old.json")
     body = json.loads(old.read_text())
     del body["queries"]  # as such files were
@@ -141,18 +141,18 @@ def test_a_profile_without_centres_is_refused_with_the_way_out(tmp_path: Path) -
     for profile in (NEEDED, str(old)):
         with pytest.raises(ValueError, match=way_out):
             LLM(tiny_model("llama"), policy=TriAttention(profile=profile), kv_memory="1MiB")
-    with pytest.raises(ValueError, match="the model has no profile"):
+    with pytest.raises(ValueError, match="this model has none"):
         LLM(tiny_model("llama"), policy=TriAttention(profile=None), kv_memory="1MiB")
     other = replace(
         KNOWS["profile"], share=NEEDED.share[:3], governed=(True,) * 3, queries=centres(1, layers=3)
     )
-    with pytest.raises(ValueError, match="of 3 layers with 2 KV heads, this model has 4 with 2"):
+    with pytest.raises(ValueError, match="has 3 layers with 2 KV heads, this model has 4 with 2"):
         LLM(tiny_model("llama"), policy=TriAttention(profile=other), kv_memory="1MiB")
 
 
 def test_the_rule_says_what_was_measured() -> None:
     assert TriAttention().rule == ""
     policy = TriAttention(**KNOWS)
-    assert policy.rule == "where the model's queries lie, as measured on a text"
+    assert policy.rule == "centres of the model's queries, as measured on a text"
     assert isinstance(policy.profile, Profile) and not asks_for_profile(policy)
     assert asks_for_profile(TriAttention())

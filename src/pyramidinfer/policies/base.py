@@ -1,8 +1,9 @@
-"""The questions every method answers.
+"""The interface of a policy: the questions that every method answers.
 
 A policy is a frozen dataclass whose fields are its options.  Its methods are pure: what it must
-remember of a request is handed in and out as ``state`` (small host tensors).  It sees lengths and
-tensors, never a module, a cache or a model's config.  Everything not overridden means "all".
+remember about a request is passed in and returned as ``state`` (small host tensors).  It sees
+lengths and tensors, never a module, a cache or a model's config.  Every method that is not
+overridden keeps everything.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ NOTHING = Needs()
 
 
 class KeepError(ValueError):
-    """``keep`` cannot be reached on a model of this depth; ``lowest``: it must be above this."""
+    """A model of this depth cannot meet ``keep``; ``lowest``: it must be above this value."""
 
     def __init__(self, message: str, lowest: float) -> None:
         super().__init__(message)
@@ -33,11 +34,11 @@ class KeepError(ValueError):
 
 
 class Facts(NamedTuple):
-    """What a policy can be told of a model (``Policy.bind``), worked out when it is asked for.
+    """What a policy can learn about a model (``Policy.bind``), each computed on demand.
 
-    ``profile``: the model's head profile, None where there is none to be had;  ``check``: raises
-    ``ValueError`` for a profile of other weights;  ``encoder``: what makes a text into token ids,
-    None without a tokenizer.
+    ``profile``: returns the model's head profile, None if there is none;  ``check``: raises
+    ``ValueError`` for a profile of other weights;  ``encoder``: returns a function from text to
+    token ids, None without a tokenizer.
     """
 
     profile: Callable[[], Profile | None]
@@ -48,13 +49,13 @@ class Facts(NamedTuple):
 class Forecast(NamedTuple):
     """Upper bounds per layer.
 
-    ``reach``: prompt tokens that enter the layer; ``kept``: entries its longest KV head holds from
-    the end of its prefill to the end of generation.  ``heads``: the same of every head, ``[layers,
-    kv_heads]``, where they differ.  ``total``: entries that a layer's heads hold together, where
-    that is less than their bounds add up to.  ``sum``: the same of all layers, for a policy whose
-    text is read again (``readings``) and cut when that is over.  ``working_bytes``: state beyond
-    ``start``'s that is held while the prompt goes in.  ``anchors``: entries that stay in front of
-    what is dropped, for a policy that streams.
+    ``reach``: prompt tokens that enter the layer.  ``kept``: entries that its longest KV head holds
+    between the end of prefill and the end of generation.  ``heads``: the same for every head,
+    ``[layers, kv_heads]``, where heads differ.  ``total``: entries that all heads of a layer hold
+    together, where that is less than the sum of their bounds.  ``sum``: the same over all layers,
+    for a policy that reads the text a second time (``readings``) and cuts it afterwards.
+    ``working_bytes``: state during prefill, in addition to ``start``'s.  ``anchors``: entries that
+    stay before the dropped ones, for a policy that streams.
     """
 
     reach: list[int]
@@ -66,7 +67,7 @@ class Forecast(NamedTuple):
     anchors: int = 0
 
     def by_head(self, kv_heads: int) -> np.ndarray:
-        """What every head holds at most, ``[layers, kv_heads]``."""
+        """The most entries that each head holds, ``[layers, kv_heads]``."""
         if self.heads is not None:
             return np.array(self.heads)
         return np.repeat(np.array(self.kept)[:, None], kv_heads, 1)
@@ -74,132 +75,132 @@ class Forecast(NamedTuple):
 
 @dataclass(frozen=True)
 class Policy:
-    """Keep everything: the defaults of every question."""
+    """The base class of all policies; it keeps everything."""
 
     name: ClassVar[str] = ""
-    uses_scores: ClassVar[bool] = False  # asks the pool for a running score per entry
+    uses_scores: ClassVar[bool] = False  # needs a running score per entry in the pool
     computes_less: ClassVar[bool] = False  # may drop prompt tokens between layers
-    evicts: ClassVar[bool] = False  # is to be asked while decoding
-    streams: ClassVar[bool] = False  # rotary positions are places in the cache, so no text ends
-    guesses: ClassVar[bool] = False  # tokens are guessed ahead and verified (Lossless)
+    evicts: ClassVar[bool] = False  # is asked while decoding
+    streams: ClassVar[bool] = False  # positions are places in the cache: no last position
+    guesses: ClassVar[bool] = False  # drafts tokens and verifies them (Lossless)
 
     # --- what it is on a model ----------------------------------------------------------------
 
     def bind(self, facts: Facts) -> Policy:
-        """The policy with what it wants to know of the model; ``ValueError`` where what it was
-        given is of another one."""
+        """The policy with what it needs to know about the model; raises ``ValueError`` if an
+        option belongs to another model."""
         return self
 
     def check(self, layers: Layers) -> None:
-        """Raise ``ValueError`` where the options cannot be met on a model of this depth
-        (``KeepError`` where a higher ``keep`` could be)."""
+        """Raise ``ValueError`` if the options are impossible on a model of this depth
+        (``KeepError`` if a higher ``keep`` would be possible)."""
 
     @property
     def chooser(self) -> Policy:
-        """Who chooses among entries: itself; of a lossless policy, who says what drafts read."""
+        """The policy that chooses entries: this one, or the one that chooses a lossless view."""
         return self
 
     @property
     def rule(self) -> str:
-        """What its choices rest on beside the options, in a few words; ``""`` for nothing."""
+        """What decides beside the options (a profile, a calibration), in a few words, or ``""``."""
         return ""
 
     # --- what stays ---------------------------------------------------------------------------
 
     def needs(self, view: View) -> Needs:
-        """What to observe, and the answers that are rules.  Called often: ints only."""
+        """What to observe, and answers in the form of rules.  Called often: uses ints only."""
         return NOTHING
 
     def score(self, seen: Observation) -> Tensor:
-        """Scores of a rule ``by="own"``, ``[1 or kv_heads, n]`` (one row: all heads keep the same
-        entries)."""
+        """Scores for a rule ``by="own"``, ``[1 or kv_heads, n]`` (one row if all heads keep the
+        same entries)."""
         raise NotImplementedError(f"{type(self).__name__} has no score of its own")
 
     def propagate(self, seen: Observation, state: State) -> tuple[Keep, State]:
-        """Which of the layer's new tokens enter the next layer: indices ``[1, k]``, ascending."""
+        """The new tokens that go to the next layer: indices ``[1, k]``, ascending."""
         return choose(seen, self.score, goes_deeper=True), state
 
     def retain(self, seen: Observation, state: State) -> tuple[Keep, State]:
-        """Which entries stay in the layer's cache after prefill or extend, and while decoding.
+        """The entries that stay in the layer's cache: after prefill or extend, and while decoding.
 
-        Where the text is read again (phase ``reread``) it is asked after each reading, to take
-        down what that looked at: all stays then.  Once all was read ``view.new_len`` is 0.
+        If the text is read a second time (phase ``reread``), this is called after each reading to
+        note its attention, and everything stays.  After the last reading ``view.new_len`` is 0.
         """
         return choose(seen, self.score), state
 
     def readings(self, text: Sequence[int], room: int, head: int = 0) -> list[TokenIds]:
-        """What is read behind a text once it is in, while every layer still holds all of it: one
-        after the other, each from the text's end on, and forgotten again.
+        """Token sequences to read after the text, while every layer still holds all of it.  Each
+        one starts at the end of the text, and its entries are removed again.
 
-        ``text``: the new tokens (at admission only their number counts);  ``room``: positions that
-        there are behind it;  ``head``: tokens in front that the tokenizer puts before every text.
-        ``ValueError`` where there are too few positions.
+        ``text``: the new tokens (at admission only their number counts);  ``room``: positions left
+        after it;  ``head``: tokens that the tokenizer puts before every text.  Raises
+        ``ValueError`` if there are too few positions.
         """
         return []
 
     # --- what it remembers of a request -------------------------------------------------------
 
     def start(self, layers: Layers) -> State:
-        """The state of a request that has not begun."""
+        """The state of a request that has not started."""
         return {}
 
     def prefilled(self, view: View) -> State:
-        """The state once a layer's prefill or extend is over (``view.kept_len`` is final)."""
+        """The state after a layer's prefill or extend (``view.kept_len`` is final)."""
         return view.state
 
     def truncated(self, state: State, kept: np.ndarray) -> State:
-        """The state once the newest tokens were forgotten; ``kept``: entries now, ``[layers,
+        """The state after the newest tokens were removed; ``kept``: entries now, ``[layers,
         kv_heads]``."""
         return state
 
     @property
     def slack(self) -> int:
-        """Entries that a head may gather beyond its ``ceiling`` before it is cut."""
+        """Entries that a head may hold above its ``ceiling`` before it is cut."""
         return 0
 
     def ceiling(self, kept: np.ndarray, state: State, layers: Layers) -> np.ndarray:
-        """Entries that heads are held to while decoding, ``[layers, 1 or kv_heads]``.
+        """Entries that heads are limited to while decoding, ``[layers, 1 or kv_heads]``.
 
-        ``kept``: entries now, ``[layers, kv_heads]``.  ``needs`` is asked of a layer only once one
-        of its heads has more than this and the ``slack``; one that has as many now must not be
-        due before it has more.  0: it is asked after every token.
+        ``kept``: entries now, ``[layers, kv_heads]``.  ``needs`` is called for a layer only when
+        one of its heads has more entries than this plus the ``slack``.  A head with exactly this
+        many entries must not be due before it has more.  0: ``needs`` is called after every token.
         """
         return np.zeros((layers.count, 1), dtype=np.int64)
 
     def forecast_extended(self, text_len: int, max_new: int, layers: Layers) -> Forecast | None:
-        """Upper bounds of what is kept once a further text has joined a cache, ``text_len`` tokens
-        in all, however much was held before (its ``reach`` tells nothing); None: nothing of what
-        was held is dropped then."""
+        """Upper bounds after a further text was added to a cache, for ``text_len`` tokens in total
+        and any previous cache (``reach`` is not used); None if nothing of the previous cache is
+        dropped."""
         return None
 
     def tightened(self, keep: float, state: State, layers: Layers) -> tuple[Policy, State] | None:
         """The policy at a lower ``keep``, and the state of a request that decodes under it from
-        now on; None where some layer would not be held to less."""
+        now on; None if some layer's limit would not fall."""
         return None
 
     # --- what it promises ---------------------------------------------------------------------
 
     def forecast(self, prompt_len: int, max_new: int, layers: Layers) -> Forecast:
-        """Upper bounds for a request; admission rests on them."""
+        """Upper bounds for a request; admission relies on them."""
         return Forecast([prompt_len] * layers.count, [prompt_len + max_new] * layers.count)
 
     def ring(self, prompt_len: int, max_new: int) -> int:
-        """Queries per layer that are looked back on while decoding (0: none)."""
+        """Past queries per layer that are kept for scoring while decoding (0: none)."""
         return 0
 
     @property
     def reads_again(self) -> bool:
-        """Whether a text may be read again once it is in."""
+        """Whether a text may be read a second time after prefill."""
         return type(self).readings is not Policy.readings
 
     @property
     def keeps_all(self) -> bool:
-        """Whether a text computed anew gives the same cache."""
+        """Whether recomputing a text gives the same cache."""
         return type(self).needs is Policy.needs
 
 
 def asks_for_profile(policy: Policy) -> bool:
-    """Whether the policy wants the model's head profile."""
+    """Whether the policy needs the model's head profile."""
     asked = []
 
     def profile() -> None:
@@ -210,6 +211,6 @@ def asks_for_profile(policy: Policy) -> bool:
 
 
 def check_keep(keep: object) -> None:
-    """``ValueError`` unless ``keep`` is None or a share in (0, 1]."""
+    """Raise ``ValueError`` unless ``keep`` is None or a share in (0, 1]."""
     if keep is not None and not (is_number(keep) and 0 < keep <= 1):  # type: ignore[operator]
         raise ValueError(f"keep={keep!r} must be above 0 and at most 1")

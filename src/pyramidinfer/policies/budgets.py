@@ -1,4 +1,4 @@
-"""How a share falls with depth."""
+"""Curves of shares and budgets over depth."""
 
 from __future__ import annotations
 
@@ -8,29 +8,29 @@ from functools import lru_cache
 
 __all__ = ["CURVES", "SHAPES", "curve_ratio", "fill_budgets", "linear_budget"]
 
-#: ``curve(layer, layers, end)`` → the share of the context kept after ``layer``.
+#: ``curve(layer, layers, end)``: the share of the context that is kept after ``layer``.
 CURVES: dict[str, Callable[[int, int, float], float]] = {
-    # PyramidInfer, released code: falls from 1 towards ``end`` along half a cosine.
+    # The released PyramidInfer code: half a cosine from 1 down to ``end``.
     "cosine": lambda layer, layers, end: (
         (1 - end) * (math.cos(math.pi * layer / layers) + 1) / 2 + end
     ),
-    # Falls evenly from 1 to ``end``.  (The released code's "linear" silently means "constant".)
+    # A line from 1 to ``end``.  (In the released code "linear" silently means "constant".)
     "linear": lambda layer, layers, end: 1 - (1 - end) * layer / layers,
-    # The same share after every layer: geometric over depth, since each acts on what is left.
+    # The same share after every layer, so what is left falls geometrically with depth.
     "constant": lambda layer, layers, end: end,
 }
 
 
 def curve_ratio(curve: str, layer: int, layers: int, end: float) -> float:
-    """Share kept after ``layer`` of ``layers`` by a named curve ending at ``end``."""
+    """Share kept after ``layer`` of ``layers`` by a named curve that ends at ``end``."""
     return CURVES[curve](layer, layers, end)
 
 
 def linear_budget(layer: int, layers: int, first: float, last: float, *, most: int) -> int:
-    """A layer's share of budgets that run evenly from ``first`` to ``last`` entries.
+    """A layer's budget on a line from ``first`` to ``last`` entries.
 
-    Where an end is above ``most`` (there are no more entries than that) it is cut to it and the
-    other end takes what is left over, so that the mean stays.
+    If an end is above ``most`` (the number of entries there are), it is cut to that and the other
+    end gets the surplus, so that the mean does not change.
     """
     total = min(first + last, 2.0 * most)
     first, last = max(total - most, min(first, most)), max(total - most, min(last, most))
@@ -38,7 +38,7 @@ def linear_budget(layer: int, layers: int, first: float, last: float, *, most: i
     return round(first + layer * step)
 
 
-#: ``shape(layer, layers)`` → a layer's budget relative to the others'.
+#: ``shape(layer, layers)``: a layer's budget relative to the others.
 SHAPES: dict[str, Callable[[int, int], float]] = {
     "level": lambda layer, layers: 1.0,
     "linear": lambda layer, layers: float(layers - layer),
@@ -49,9 +49,9 @@ SHAPES: dict[str, Callable[[int, int], float]] = {
 
 @lru_cache(maxsize=256)
 def fill_budgets(shape: str, keep: float, reach: tuple[float, ...]) -> tuple[float, ...]:
-    """Shares per layer of a named shape, ``keep`` in the mean, none above its ``reach``.
+    """Shares per layer by a named shape, with the mean ``keep`` and none above its ``reach``.
 
-    What a layer cannot hold goes to the others; where all are full the mean stays below ``keep``.
+    The surplus of a full layer goes to the others; if all are full, the mean stays below ``keep``.
     """
     weights = [SHAPES[shape](layer, len(reach)) for layer in range(len(reach))]
 

@@ -1,4 +1,4 @@
-"""What methods share that hold every KV head to a number of entries of its own, by the profile."""
+"""The base class of methods that give every KV head its own limit, by the head profile."""
 
 from __future__ import annotations
 
@@ -17,25 +17,26 @@ from pyramidinfer.types import Layers, View
 
 __all__ = ["ALL", "ByHead", "Limits"]
 
-#: A head's limit where it keeps everything, what is generated too.
+#: The limit of a head that keeps everything, generated tokens included.
 ALL = 1 << 30
 
-#: Entries that every head is held to, ``[layers][kv_heads]``.
+#: The limit of every head in entries, ``[layers][kv_heads]``.
 Limits = tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
 class ByHead(Limited, Profiled, ABC):
-    """A limit for every KV head, dealt by the model's head profile.
+    """A limit for every KV head, set by the model's head profile.
 
-    keep : mean over the measured heads of a head's entries, as a share of the text; heads that
-        keep everything keep what is generated as well.  Layers that the profile leaves out, because
-        a sliding window bounds them in longer texts, keep all they may.
-    profile : what each head needs: a ``Profile``, or the path of one or of DuoAttention's
-        ``full_attention_heads.tsv``; ``"auto"`` is the model's own, measured at its first load.
-    sinks, recent : first and newest tokens that stay in every head.
-    min_context : a shorter text is given what a text of so many tokens would be.
-    stride : generated tokens between two evictions of a head, at most.
+    keep : share of the text's entries that stay, as a mean over the measured heads.  Heads that
+        keep everything also keep generated tokens.  Layers that the profile did not measure (a
+        sliding window bounds them) keep everything inside their window.
+    profile : the need of each head: a ``Profile``, or the path of one or of DuoAttention's
+        ``full_attention_heads.tsv``; ``"auto"`` is the model's own, measured when it is first
+        loaded.
+    sinks, recent : number of first and newest tokens that stay in every head.
+    min_context : a text shorter than this gets the limits of a text of this length.
+    stride : most generated tokens between two evictions of a head.
     """
 
     evicts: ClassVar[bool] = True
@@ -59,24 +60,24 @@ class ByHead(Limited, Profiled, ABC):
 
     @abstractmethod
     def deal(self, text_len: int, layers: Layers) -> Limits:
-        """What every head is held to in a text of this length."""
+        """The limit of every head for a text of this length."""
 
     def going(self, layer: int, text_len: int, layers: Layers) -> int:
-        """Tokens of a text of this length that go deeper than ``layer``, at most."""
+        """Most tokens of a text of this length that go deeper than ``layer``."""
         return text_len
 
     def least(self, limit: int) -> int:
-        """Entries that an eviction leaves a head of this limit with."""
+        """Entries that an eviction leaves in a head with this limit."""
         return limit
 
     @property
     def heads(self) -> Profile | Masks:
-        """The profile, once it is there."""
+        """The profile, when it is available."""
         assert isinstance(self.profile, Profile | Masks)
         return self.profile
 
     def limits(self, text_len: int, layers: Layers) -> Limits:
-        """``deal`` for this text, or for one of ``min_context`` tokens."""
+        """``deal`` for this text, or for ``min_context`` tokens if it is shorter."""
         return _dealt(self, max(text_len, self.min_context), layers)
 
     def limits_of(self, layer: int, text_len: int, layers: Layers) -> Sequence[int]:
@@ -94,7 +95,7 @@ class ByHead(Limited, Profiled, ABC):
     @property
     def rule(self) -> str:
         if isinstance(self.profile, Profile):
-            how = f"two texts agree by {self.profile.agreement:.2f}"
+            how = f"two texts agree with correlation {self.profile.agreement:.2f}"
             return f"what each head needs, as measured on {self.profile.text} ({how})"
         return "what each head needs, by given masks" if self.profile != "auto" else ""
 
@@ -105,7 +106,7 @@ class ByHead(Limited, Profiled, ABC):
         return self._bounds(reach, self.limits(prompt_len, layers), max_new)
 
     def forecast_extended(self, text_len: int, max_new: int, layers: Layers) -> Forecast:
-        """Heads are held to their limits again, whatever part of the text was there before."""
+        """The limits apply again, whatever part of the text was cached before."""
         return self._bounds([text_len] * layers.count, self.limits(text_len, layers), max_new)
 
     def _bounds(self, reach: list[int], limits: Limits, max_new: int) -> Forecast:

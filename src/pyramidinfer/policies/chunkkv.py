@@ -1,14 +1,14 @@
-"""ChunkKV: what the prompt's last queries look at, chunk by chunk (Liu et al., 2502.00299).
+"""ChunkKV: what the prompt's last queries attend to, chunk by chunk (Liu et al., 2502.00299).
 
-A text is cut into chunks of neighbouring tokens.  A chunk's score is the attention that the
-window's queries of all heads gave its entries; after prefill the best chunks stay whole, beside the
-window, the same in every head.  Nothing is evicted later.
+The text is split into chunks of consecutive tokens.  A chunk's score is the attention that the
+window's queries of all heads gave to its entries.  After prefill the best chunks stay whole, plus
+the window; all heads keep the same tokens.  Nothing is evicted during generation.
 
-Deviations: a chunk scores by the mean of its entries, so that one that is not whole (the text's
-last, or of a cache that was cut before) is not at a disadvantage.  Where such a chunk or a
-protected span is among the best, the last chunk that stays may be cut short.  Chosen chunks are not
-reused by the next layers: scores are made while the window's queries attend, so choosing again
-costs next to nothing.
+Deviations: a chunk's score is the mean over its entries, so that an incomplete chunk (the last one,
+or one from a cache that was cut before) is not at a disadvantage.  If an incomplete chunk or a
+protected span is among the best, the last chunk that stays may be cut short.  Layers do not reuse
+the chunks of the layer before: the scores come from attention that is computed anyway, so choosing
+in every layer costs almost nothing.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ class ChunkKV(Retaining):
     """The same budget in every layer, in whole chunks.
 
     retain_ratio : share of the text kept (published: 0.1; not used with ``keep``).
-    chunk_length : tokens of a chunk.
-    window : newest queries that score, and newest entries that stay.
-    keep : instead of ``retain_ratio``: see ``Retaining``; generated entries come on top.
+    chunk_length : tokens per chunk.
+    window : number of newest queries that score; the newest ``window`` entries always stay.
+    keep : replaces ``retain_ratio``: see ``Retaining``; generated entries are kept in addition.
     """
 
     name: ClassVar[str] = "chunkkv"
@@ -63,7 +63,7 @@ class ChunkKV(Retaining):
         return Needs(self.window, Reduce("mean", "sum"), retain=rule)
 
     def score(self, seen: Observation) -> Tensor:
-        """``[1, n]``, the same tokens in every head: the mean over each entry's chunk."""
+        """Scores ``[1, n]`` for all heads: the mean over each entry's chunk."""
         assert seen.scores is not None
         positions = seen.positions[0]
         chunks = positions // self.chunk_length

@@ -1,14 +1,14 @@
 """Duo: some heads keep everything, the others the newest tokens (DuoAttention, 2410.10819).
 
 *Retrieval heads* keep every entry; *streaming heads* keep the first tokens and the newest ones.
-Which head is which is a fact about the model, found once (``Profile``), so nothing is scored while
-serving, and the cache is as good for a question that comes later as for one in the prompt.  Every
-token attends to the whole prompt in every head while the prompt goes in; after the last layer with
-a retrieval head only the tokens that streaming heads keep go deeper.
+Which head is which depends on the model alone and is measured once (``Profile``).  So nothing is
+scored while serving, and the cache serves a later question as well as one inside the prompt.
+During prefill every token attends to the whole prompt in every head.  After the last layer with a
+retrieval head, only the tokens that streaming heads keep go deeper.
 
-Deviations: heads are ordered by how much of a text each was seen to need (the ``Profile``), not by
-masks optimised on passkeys, though DuoAttention's own mask files load as well; streaming heads
-prefill with full attention; tokens that no deeper head keeps are not computed there.
+Deviations: heads are ranked by how much of a text they need (the ``Profile``), not by masks
+optimised on passkeys; DuoAttention's own mask files can be loaded as well.  Streaming heads use
+full attention during prefill.  Tokens that no deeper head keeps are not computed there.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pyramidinfer.types import Best, Layers, Needs, View
 
 __all__ = ["Duo"]
 
-LONG = 1 << 30  # a text in which as many heads are retrieval heads as can be
+LONG = 1 << 30  # the text length at which most heads are retrieval heads
 
 
 @named_options
@@ -31,12 +31,11 @@ LONG = 1 << 30  # a text in which as many heads are retrieval heads as can be
 class Duo(ByHead):
     """Retrieval heads keep everything, streaming heads ``sinks`` and the ``recent`` tokens.
 
-    keep : mean over the measured heads of a head's entries, as a share of the text, which tells
-        how many retrieval heads there are; one more head keeps as much as is left over.
-    sinks, recent : first and newest tokens that streaming heads keep.
-    spare : the deepest layers whose heads together hold no more than this share of all that
-        matters get retrieval heads last, so that few tokens need be computed there; 0 goes by need
-        alone.
+    keep : share of the text's entries that stay, as a mean over the measured heads.  It decides
+        how many retrieval heads there are; one more head keeps what is left of the budget.
+    sinks, recent : number of first and newest tokens that streaming heads keep.
+    spare : the deepest layers that together have at most this share of the total need become
+        retrieval layers last, so that few tokens are computed there; 0 ranks by need alone.
     """
 
     name: ClassVar[str] = "duo"
@@ -56,7 +55,7 @@ class Duo(ByHead):
         return self.sinks + self.recent
 
     def deal(self, text_len: int, layers: Layers) -> Limits:
-        """Retrieval heads are the most needed ones, as many as ``keep`` pays for."""
+        """The heads with the most need become retrieval heads, as many as ``keep`` allows."""
         needs, window = self.heads, self.window
         assert self.keep is not None
         share = needs.share
@@ -66,7 +65,7 @@ class Duo(ByHead):
         while deep > 0 and (held := held + sum(share[deep - 1])) <= self.spare * needed:
             deep -= 1
         ranked.sort(key=lambda place: place[0] >= deep)  # stable: the deepest come last
-        limits = [[ALL] * layers.kv_heads for _ in layers.governed]  # also where nothing is known
+        limits = [[ALL] * layers.kv_heads for _ in layers.governed]  # also without a profile
         for layer, head in ranked:
             limits[layer][head] = window
         room = max(text_len - window, 0)
@@ -81,8 +80,8 @@ class Duo(ByHead):
         return tuple(map(tuple, limits))
 
     def last(self, layers: Layers) -> int:
-        """The last layer where any head may keep more than the newest tokens; few tokens go
-        deeper.  A layer with a sliding window needs all that it can see."""
+        """The last layer in which any head may keep more than the newest tokens; few tokens go
+        deeper.  A layer with a sliding window needs every token that its window covers."""
         return _last(self, layers)
 
     def going(self, layer: int, text_len: int, layers: Layers) -> int:

@@ -1,14 +1,14 @@
-"""Expected Attention: what queries to come will look at (Devoto et al., 2510.00636).
+"""Expected Attention: what future queries will attend to (Devoto et al., 2510.00636).
 
-Queries of a text are about normally distributed before they are rotated.  Their mean μ and
-covariance Σ, rotated to the next ``ahead`` positions on average, give the attention that an entry
-with key k and value v can expect: exp(kᵀμ + kᵀΣk / 2), μ and Σ scaled as the softmax is, over the
-sum of all entries'.  An entry scores by that plus ``epsilon``, times the length of v; the best stay
-after prefill.  No window of queries is looked at, so it does not matter whether the question is
-known.  Nothing is evicted later.
+Before rotation, the queries of a text are roughly normally distributed.  Their mean μ and
+covariance Σ, rotated to the next ``ahead`` positions and averaged, give the attention that an entry
+with key k and value v can expect: exp(kᵀμ + kᵀΣk / 2), normalised over all entries; μ and Σ include
+the softmax scale.  An entry's score is this expected attention plus ``epsilon``, times the norm of
+v; the best entries stay after prefill.  No window of queries is used, so it makes no difference
+whether the question is known yet.  Nothing is evicted during generation.
 
-Deviations: moments are of the queries as they attend, norms of queries included; a further text
-tells by its own queries.  A soft cap on logits is passed over.
+Deviations: the statistics are those of the queries that attend, after any query norm; a further
+text is scored by its own queries.  A soft cap on logits is ignored.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ class ExpectedAttention(Adaptive):
     """The same budget in every layer, shared among its heads.
 
     retain_ratio : share of the text kept (not used with ``keep``).
-    ahead : positions behind the text that queries are expected at.
-    sinks : first tokens, which stay and whose queries do not count.
-    epsilon : added to the attention expected.
-    keep : instead of ``retain_ratio``: see ``Retaining``; generated entries come on top.
+    ahead : number of positions after the text at which queries are expected.
+    sinks : number of first tokens, which always stay and whose queries are not counted.
+    epsilon : added to the expected attention.
+    keep : replaces ``retain_ratio``: see ``Retaining``; generated entries are kept in addition.
     """
 
     name: ClassVar[str] = "expected_attention"

@@ -1,11 +1,11 @@
-"""FastKV: one propagation layer, and retention of its own (Jo et al., 2502.01068).
+"""FastKV: one layer that drops tokens, and cache budgets apart from it (Jo et al., 2502.01068).
 
 After one middle layer only the tokens that the window attends to most go deeper, which saves
-prefill compute; every layer's cache is cut to its own budget by SnapKV's scores, which saves
-memory.  The two are independent.
+prefill compute.  Every layer's cache is cut to its budget by SnapKV's scores, which saves memory.
+Both shares are set independently.
 
-Deviation: with ``keep`` above ``propagate_ratio`` the propagated share rises to ``keep``, so that
-deep layers can fill their budget.
+Deviation: where ``keep`` is above ``propagate_ratio``, the propagated share rises to ``keep``, so
+that deep layers can fill their budget.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ __all__ = ["FastKV"]
 @named_options
 @dataclass(frozen=True)
 class FastKV(WindowRetaining):
-    """Propagate once, retain everywhere.
+    """Drop tokens after one layer, cut the cache of every layer.
 
-    layer : the propagation layer; None is just before the middle (15 of 32).  Where it has a
-        sliding window that the text outgrows, the nearest layer before it that has none.
-    propagate_ratio : share of the new tokens that goes on after it; at least ``keep``.
+    layer : the layer after which tokens are dropped.  None: just before the middle (15 of 32).  If
+        it has a sliding window shorter than the text, the nearest earlier layer without one.
+    propagate_ratio : share of the new tokens that goes deeper; at least ``keep``.
     retain_ratio : share of the text that each layer's cache keeps (not used with ``keep``).
-    keep : instead of ``retain_ratio``: see ``Retaining``; generated entries come on top.
+    keep : replaces ``retain_ratio``: see ``Retaining``; generated entries are kept in addition.
     """
 
     name: ClassVar[str] = "fastkv"
@@ -69,7 +69,7 @@ class FastKV(WindowRetaining):
         return replace(needs, window=self.window, reduce=SCORES, propagate=rule)
 
     def score(self, seen: Observation) -> Tensor:
-        """What goes deeper counts by the mean of all heads."""
+        """Tokens that go deeper are chosen by the mean score of all heads."""
         found = super().score(seen)
         return found.mean(0, keepdim=True) if len(seen.positions) == 1 else found
 
@@ -81,7 +81,7 @@ class FastKV(WindowRetaining):
         return whole._replace(reach=reach, kept=kept)
 
     def _at(self, layers: Layers) -> int:
-        """The propagation layer: the one asked for, or the governed one nearest below it."""
+        """The layer that drops tokens: the requested one, or the nearest earlier governed layer."""
         wanted = max(0, layers.count // 2 - 1) if self.layer is None else self.layer
         eligible = [layer for layer in range(wanted + 1) if layers.governed[layer]]
         return eligible[-1] if eligible else layers.count

@@ -1,4 +1,4 @@
-"""Keep everything: the baseline every other policy is measured against."""
+"""Keep everything: the baseline that every other policy is compared with."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["Full"]
 class Full(Policy):
     """The full cache.
 
-    keep : can only be 1: nothing is dropped.
+    keep : only 1 is allowed, because nothing is dropped.
     """
 
     name: ClassVar[str] = "full"

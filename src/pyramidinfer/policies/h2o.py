@@ -1,9 +1,10 @@
 """H2O: heavy hitters and recent tokens (Zhang et al., 2306.14048).
 
-Every entry carries the running sum of the attention it was given, per KV head; half the budget is
-the newest entries, half the heaviest of the rest, and the lightest goes at each step.
+Every entry has a running sum of the attention that it received, per KV head.  Half of the budget
+holds the newest entries, the other half the entries with the largest sums (heavy hitters).  At each
+step the entry with the smallest sum is evicted.
 
-Deviation: query heads that share a KV head are added up, since they share its entries.
+Deviation: the attention of query heads that share a KV head is summed, since they share entries.
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ __all__ = ["H2O"]
 @named_options
 @dataclass(frozen=True)
 class H2O(Retaining):
-    """Recent half, heaviest half, per KV head.
+    """The newest entries and the heavy hitters, per KV head.
 
-    heavy_ratio, recent_ratio : shares of the text kept as the heaviest and as the newest entries
+    heavy_ratio, recent_ratio : heavy hitters and newest entries, as shares of the text
         (published: 0.1 and 0.1; not used with ``keep``).
-    keep : instead of both: see ``Retaining``; half of it recent.  Held while generating.
+    keep : replaces both ratios, half for each: see ``Retaining``.  The budget also holds during
+        generation.
     """
 
     name: ClassVar[str] = "h2o"

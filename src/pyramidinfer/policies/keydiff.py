@@ -1,10 +1,10 @@
 """KeyDiff: the keys that are least like the others (Park et al., 2504.15364).
 
-An entry's score is the cosine between its key and the mean of all keys of its head, each of length
-1; the entries with the lowest stay, per KV head: after prefill and at every step.  No query is
-looked at, so it does not matter whether the question is known.
+An entry's score is the cosine similarity between its key and the mean of all normalised keys of
+its head.  Per KV head the entries with the lowest scores stay: after prefill and at every step.
+Queries are not used, so it makes no difference whether the question is known yet.
 
-Deviation: a prompt is taken in whole and cut once, not block by block.
+Deviation: the prompt is prefilled whole and cut once, not block by block.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class KeyDiff(Retaining):
     """The most distinct keys of every KV head.
 
     capacity : entries per layer (the paper shows 2048 to 8192; not used with ``keep``).
-    keep : instead of ``capacity``: see ``Retaining``; held while generating.
+    keep : replaces ``capacity``: see ``Retaining``; the budget also holds during generation.
     """
 
     name: ClassVar[str] = "keydiff"
@@ -44,7 +44,7 @@ class KeyDiff(Retaining):
         return self.capacity
 
     def floor(self) -> int:
-        return 2  # both of two keys are as far from their mean
+        return 2  # two keys are equally far from their mean
 
     def needs(self, view: View) -> Needs:
         if not self.over(view):
@@ -53,6 +53,6 @@ class KeyDiff(Retaining):
 
     def score(self, seen: Observation) -> Tensor:
         assert seen.keys is not None
-        keys = F.normalize(seen.keys, dim=-1)  # what is behind a shorter head stays 0
+        keys = F.normalize(seen.keys, dim=-1)  # padding behind a shorter head stays 0
         anchor = F.normalize(keys.sum(1, keepdim=True), dim=-1)
         return -(keys * anchor).sum(-1)

@@ -1,19 +1,19 @@
-"""KVzip: what a model looks back on when it repeats the text (Kim et al., 2505.23416).
+"""KVzip: what a model attends to when it repeats the text (Kim et al., 2505.23416).
 
-Once a text is in, and every layer still holds all of it, its tokens are read a second time behind
-the question to repeat it.  An entry counts as much as the largest attention weight that any of
-those queries gave it.  One threshold over all layers and heads then tells what stays, so heads
-and layers keep as many entries as they need.  No question of the user's is looked at, so it does
-not matter whether it is known.  It costs a second prefill and more, since all of its queries look
-over the whole text and are scored; that pays where a text is asked about many times.  Texts that
-are added later (``extend``) are read again and cut on their own; what is generated stays.
+After prefill, while every layer still holds the whole text, the text's tokens are fed a second
+time, after a request to repeat them.  An entry's score is the largest attention weight that any of
+these queries gave it.  One threshold over all layers and heads decides what stays, so each head and
+layer keeps as many entries as it needs.  The user's question is not used, so it makes no difference
+whether it is known yet.  This costs more than a second prefill, because all queries of the second
+pass attend to the whole text and are scored; it pays where many questions are asked about one text.
+Texts that are added later (``extend``) are scored and cut on their own; generated tokens stay.
 
-Deviations: weights are those of the attention that the model computes, over all of the text and
-what was read again, where the official code takes a softmax over a chunk's own entries; so an
-entry's score is the largest over all chunks.  Two line ends stand for the chat template between
-question and repetition, and nothing between the last tokens of a chunk and the next one.  The
-official code reads again in chunks of 2000 and keeps the whole system prompt; as in kvpress it is
-2048 here, and the first ``sinks`` tokens.
+Deviations: weights are those of the model's own attention, over the whole text and the tokens of
+the second pass; the official code takes a softmax over one chunk's entries.  An entry's score is
+therefore the largest over all chunks.  Two newlines replace the chat template between the request
+and the repetition, and nothing separates the last tokens of a chunk from the next chunk.  The
+official code uses chunks of 2000 tokens and keeps the whole system prompt; as in kvpress, chunks
+have 2048 tokens here and the first ``sinks`` tokens stay.
 """
 
 from __future__ import annotations
@@ -31,31 +31,30 @@ from pyramidinfer.types import Keep, Layers, Needs, Observation, Reduce, State, 
 
 __all__ = ["AGAIN", "KVzip"]
 
-#: What a model is asked between a text and its repetition, and in front of a chunk of it.
+#: The request to repeat the text: before the first chunk, and before each later chunk.
 AGAIN = "\n\nRepeat the previous context exactly.\n\n"
 FROM = "\n\nRepeat the part of the previous context exactly, starting with"
-#: Tokens of the chunk before that follow ``FROM``.
+#: Tokens of the preceding chunk that follow ``FROM``.
 TAIL = 8
-#: A chunk is no shorter than this, unless asked for.
+#: Chunks are at least this long, unless ``chunk_length`` asks for less.
 FEWEST = 64
 
 
 @named_options
 @dataclass(frozen=True)
 class KVzip(Policy):
-    """The entries that repeating the text needs most, in all layers and heads together.
+    """The entries that are needed most to repeat the text, over all layers and heads together.
 
-    keep : entries that stay of a text that is taken in, as a share of all its entries in the
-        governed layers; what is generated comes on top.
-    sinks : first tokens of the whole text that always stay.
-    min_text : a shorter text that is taken in (a question on top of a document) stays whole and is
-        read once.
-    question : token ids between a text and its repetition, or None; ``"auto"`` is KVzip's sentence
-        in the model's tokens (none where it came without a tokenizer).
-    question_from : the same in front of a chunk that is not the first, where the last tokens of the
-        chunk before follow it.
-    chunk_length : most tokens that are read again at once; fewer where the model has no positions
-        left for so many behind the text.
+    keep : share of a text's entries that stay, over all governed layers; generated tokens are kept
+        in addition.
+    sinks : number of first tokens of the whole text that always stay.
+    min_text : a text shorter than this (a question after a document) stays whole and is read once.
+    question : token ids between the text and its repetition, or None for none; ``"auto"`` is
+        KVzip's sentence in the model's tokens (none if the model has no tokenizer).
+    question_from : the same before every later chunk; the last tokens of the preceding chunk
+        follow it.
+    chunk_length : most tokens per chunk of the second pass; fewer where the model has too few
+        positions left after the text.
     """
 
     name: ClassVar[str] = "kvzip"
@@ -97,7 +96,7 @@ class KVzip(Policy):
     # --- reading again ------------------------------------------------------------------------
 
     def is_cut(self, length: int) -> bool:
-        """Whether a text of this length is read again and cut."""
+        """Whether a text of this length is read a second time and cut."""
         assert self.keep is not None
         return self.keep < 1 and length >= self.min_text
 
@@ -106,7 +105,7 @@ class KVzip(Policy):
             return []
         text = text[head:]
         first, later = (
-            [] if isinstance(each, str | None) else list(each)  # unknown without a model
+            [] if isinstance(each, str | None) else list(each)  # unknown until there is a model
             for each in (self.question, self.question_from)
         )
         if len(text) <= self.chunk_length and len(first) + len(text) <= room:
@@ -115,9 +114,9 @@ class KVzip(Policy):
         size, least = min(self.chunk_length, room - asked), min(self.chunk_length, FEWEST)
         if size < least:
             raise ValueError(
-                f"policy {self.name!r} reads a text of {len(text)} tokens again behind itself, "
-                f"which takes {asked + least} positions at least, and this model has {room} left "
-                f"there: shorten the text, or take a policy that reads it once"
+                f"policy {self.name!r} reads a text of {len(text)} tokens a second time after it, "
+                f"which needs at least {asked + least} positions, and this model has {room} left "
+                f"there: shorten the text, or choose a policy that reads it once"
             )
         return [
             [*(later if at else first), *text[max(0, at - TAIL) : at], *text[at : at + size]]
@@ -130,7 +129,7 @@ class KVzip(Policy):
         return Needs(window=view.new_len, reduce=Reduce("kv_max", "max"), retain=True)
 
     def _looked_at(self, seen: Observation, state: State) -> State:
-        """The state with what a reading gave the entries of a layer."""
+        """The state with the scores that one pass gave to the entries of a layer."""
         assert seen.scores is not None
         length, places = seen.view.prompt_len, _places(seen)
         found = seen.scores.new_zeros(len(seen.scores), length + 1)
@@ -143,7 +142,7 @@ class KVzip(Policy):
     def retain(self, seen: Observation, state: State) -> tuple[Keep, State]:
         if seen.view.new_len:
             return Keep(), self._looked_at(seen, state)
-        if f"scores.{seen.view.layer}" in state:  # the first one asked about
+        if f"scores.{seen.view.layer}" in state:  # the first layer that is asked about
             state = self._chosen(seen, state)
         state, places = dict(state), _places(seen)
         chosen = state.pop(f"stays.{seen.view.layer}").to(places.device)
@@ -156,8 +155,8 @@ class KVzip(Policy):
         return Keep(order[:, : int(counts.max())], counts.cpu()), state
 
     def _chosen(self, seen: Observation, state: State) -> State:
-        """Which of the text's entries stay, ``stays.LAYER`` ``[kv_heads, text]``, in the place of
-        all scores.  Of equal scores the first one wins: by layer, head and place."""
+        """Replace all scores by which of the text's entries stay: ``stays.LAYER``
+        ``[kv_heads, text]``.  Of equal scores the first wins: by layer, head and position."""
         names = sorted((each for each in state if each.startswith("scores.")), key=_layer_of)
         scores = torch.stack([state[name] for name in names])
         forced = self._forced(seen).expand_as(scores)
@@ -173,7 +172,7 @@ class KVzip(Policy):
         return rest
 
     def _forced(self, seen: Observation) -> Tensor:
-        """The text's tokens that stay regardless, ``[text]``."""
+        """Which of the text's tokens stay whatever their score, ``[text]``."""
         places, length = _places(seen)[0].cpu(), seen.view.prompt_len
         forced = torch.arange(seen.view.seen_len - length, seen.view.seen_len) < self.sinks
         mine = seen.protected[0].cpu() & (places >= 0)
@@ -193,12 +192,12 @@ class KVzip(Policy):
             min(self.sinks, prompt_len) * layers.kv_heads * cut,
         )
         stays += layers.kv_heads * (whole * prompt_len + layers.count * max_new)
-        working = 5 * prompt_len * layers.kv_heads * cut  # a score and a mark for each entry
+        working = 5 * prompt_len * layers.kv_heads * cut  # a score and a flag per entry
         return even._replace(sum=stays, working_bytes=working)
 
 
 def _places(seen: Observation) -> Tensor:
-    """Places in the text that was taken in last; older entries' are negative."""
+    """Positions within the text that was added last; negative for older entries."""
     return seen.positions - (seen.view.seen_len - seen.view.prompt_len)
 
 

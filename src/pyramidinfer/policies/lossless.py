@@ -1,10 +1,9 @@
-"""Keep everything, and let another policy choose what drafts read (speculative decoding by the same
-model).
+"""Keep everything; another policy chooses what drafts read (self-speculative decoding).
 
-The answer is the full cache's: a draft token is a guess, and the model itself decides over all
-entries.  What another policy would keep is only where guesses come from, so it changes how often
-they are right, never what is said.  A short cache as the draft of a long one is TriForce's
-(2404.11912) and MagicDec's (2408.11049).
+The output is that of the full cache: draft tokens are guesses, and the model verifies them over all
+entries.  The other policy only chooses which entries the drafts read.  It changes how many guesses
+are accepted, never the output.  Drafting with a short view of a long cache comes from TriForce
+(2404.11912) and MagicDec (2408.11049).
 """
 
 from __future__ import annotations
@@ -20,16 +19,16 @@ from pyramidinfer.types import Keep, Layers, Needs, Observation, State, View
 
 __all__ = ["DRAFT_KEEP", "Lossless", "choose_policy"]
 
-#: What drafts read by default, as a share of the text.
+#: The share of the text that drafts read by default.
 DRAFT_KEEP = 0.1
 
 
 @dataclass(frozen=True)
 class Lossless(Policy):
-    """The full cache, of which drafts read what ``drafts`` would keep.
+    """The full cache; drafts read the entries that ``drafts`` would keep.
 
-    ``ValueError`` for a policy that does not choose among entries which are all there: one with a
-    running score of what attended, or one that has the text read again.
+    Raises ``ValueError`` for a policy that cannot choose entries of a full cache: one with running
+    scores, or one that reads the text a second time.
     """
 
     name: ClassVar[str] = "lossless"
@@ -95,10 +94,10 @@ class Lossless(Policy):
 def choose_policy(
     policy: str | Policy, keep: float | None = None, lossless: bool = False, **options: Any
 ) -> Policy:
-    """``make_policy``; with ``lossless`` the full cache, with drafts by that policy.
+    """As ``make_policy``; with ``lossless``, the full cache with drafts by that policy.
 
-    Drafts are the default policy's where it is ``full``.  Where ``keep`` is not given they read a
-    tenth, unless another policy's options may say how much.
+    With ``full`` the default policy chooses what drafts read.  Without ``keep`` drafts read a
+    tenth of the text, unless the policy has options that set its budget.
     """
     if not lossless:
         return make_policy(policy, keep, **options)

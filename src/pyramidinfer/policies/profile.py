@@ -1,4 +1,4 @@
-"""A head profile: how much of a text each KV head of one model needs, and whose model that is.
+"""A head profile: how much of a text each KV head of one model needs, with its fingerprint.
 
 ``engine/profiling.py`` measures it; ``pyramidinfer profile`` writes it as JSON.
 """
@@ -30,27 +30,27 @@ __all__ = [
 ]
 
 FORMAT = "pyramidinfer head profile"
-#: Raise when a file means something else than before: older ones are then refused.
+#: Raise this when the meaning of the file changes: older files are then refused.
 VERSION = 1
-#: How far the same weights may lie apart after a conversion: 16 bits for vectors (no format of
-#: quantized weights touches them), four bits a weight for tables.
+#: Tolerances between conversions of the same weights: 16 bits for vectors (quantized formats do
+#: not change them), four bits per weight for tables.
 VECTORS, TABLES = (0.003, 0.01), (0.03, 0.2)
-NOTHING_TOLD = "every head's share is 0, which tells none from another; one must be above 0"
+NOTHING_TOLD = "every head's share is 0, so heads cannot be ranked; one must be above 0"
 AGAIN = "make it again: pyramidinfer profile MODEL --output FILE"
 
 Numbers = tuple[tuple[float, ...], ...]
-#: Numbers of every query head of every layer.
+#: Values per query head of every layer.
 ByLayer = tuple[Numbers, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Fingerprint:
-    """What tells one model's weights from another's (``models/fingerprint.py`` works it out).
+    """Identifies a model's weights (computed by ``models/fingerprint.py``).
 
-    key : the model's kind and a hash of its sizes.  Then for every tensor that was looked at its
-    root mean square and how far it points in some fixed directions (1 is what chance gives):
-    vectors : of norms and biases;  tables : of embeddings.  Without either it tells no weights
-    from others: a profile made by hand, for any model of its layers and heads.
+    key : the model's type and a hash of its sizes.  For each examined tensor follow its root mean
+    square and its projections on some fixed directions (1 is what chance gives):
+    vectors : of norms and biases;  tables : of embeddings.  Without both, the fingerprint matches
+    any model with these layers and heads (a profile made by hand).
     """
 
     key: str
@@ -58,7 +58,7 @@ class Fingerprint:
     tables: Numbers
 
     def matches(self, other: Fingerprint) -> bool:
-        """Whether both are of the same weights, in whatever precision each was stored."""
+        """Whether both belong to the same weights, whatever the precision of each."""
         return (
             self.key == other.key
             and _are_near(self.vectors, other.vectors, *VECTORS)
@@ -67,8 +67,8 @@ class Fingerprint:
 
 
 def _are_near(mine: Numbers, others: Numbers, size: float, turn: float) -> bool:
-    """Whether tensors differ by no more than the share ``size`` in length, and ``turn`` (root mean
-    square over the directions) in where they point."""
+    """Whether tensors differ by at most the share ``size`` in norm and by ``turn`` (root mean
+    square over the directions) in direction."""
     if [len(row) for row in mine] != [len(row) for row in others]:
         return False
     for (length, *ways), (other, *other_ways) in zip(mine, others, strict=True):
@@ -81,14 +81,14 @@ def _are_near(mine: Numbers, others: Numbers, size: float, turn: float) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Calibrated:
-    """After which layer tokens may be dropped, as ``pyramidinfer calibrate`` found it.
+    """After which layer tokens may be dropped, as measured by ``pyramidinfer calibrate``.
 
-    start_layer, propagate_ratio : after this layer such a share of the text goes deeper (1: as much
-        as the fullest deeper head holds).
-    keep : of the policy meanwhile;  score : share of the right answers that it gives where nothing
-        is dropped between layers before;  computed : share of layer-tokens;  kl : divergence of
-        text from the full cache's, nats a token.
-    context, questions, passages : tokens of a prompt, and how many were measured.
+    start_layer, propagate_ratio : after this layer, this share of the text goes deeper (1: as much
+        as the fullest deeper head can hold).
+    keep : the policy's budget during calibration;  score : right answers, relative to the same
+        policy with nothing dropped between layers;  computed : share of layer-tokens computed;
+        kl : divergence from the full cache on running text, nats per token.
+    context, questions, passages : tokens per prompt, and the number of questions and passages.
     """
 
     start_layer: int
@@ -112,19 +112,19 @@ def what_goes(start_layer: int, propagate_ratio: float) -> str:
     share = (
         f"at most {propagate_ratio:.0%} of the text"
         if propagate_ratio < 1
-        else "as much as the fullest deeper head holds"
+        else "as much as the fullest deeper head can hold"
     )
-    return f"after layer {start_layer} {share} goes deeper"
+    return f"after layer {start_layer}, {share} goes deeper"
 
 
 @dataclass(frozen=True)
 class Centres:
-    """What every layer's queries are like before rotation, times the scale of their softmax
-    (TriAttention, arXiv 2604.04921, calls the means their centres).
+    """Statistics of every layer's queries before rotation, times the softmax scale
+    (TriAttention, arXiv 2604.04921, calls the means centres).
 
-    mean : ``[layers][heads][key_dim]``;  sizes : ``[layers][heads][pairs]`` the mean length of each
-    pair of numbers that rotate together, number ``f`` and number ``f + pairs`` of a head (none in a
-    layer without rotary positions).
+    mean : ``[layers][heads][key_dim]``;  sizes : ``[layers][heads][pairs]``, the mean norm of each
+    pair of channels that rotate together, ``f`` and ``f + pairs`` of a head (empty in a layer
+    without rotary positions).
     """
 
     mean: ByLayer
@@ -133,19 +133,19 @@ class Centres:
 
 @dataclass(frozen=True, repr=False)
 class Profile:
-    """What every KV head needs, as it was measured.
+    """The measured need of every KV head.
 
-    share : ``[layers][kv_heads]`` the share of a head's entries that are among the best ``kept``
+    share : ``[layers][kv_heads]``, the share of a head's entries that are among the best ``kept``
         of all governed heads' entries together; 0 in layers that are not governed.
     governed : ``[layers]``, False where a sliding window bounds the layer and nothing was measured.
-    text, lengths : the texts measured on, and the tokens of each passage.
-    agreement : Spearman's rank correlation of the heads' shares in one half of the passages with
-        those in the other half, which are of another text.
+    text, lengths : the texts that were used, and the tokens of each passage.
+    agreement : Spearman's rank correlation between the heads' shares in one half of the passages
+        and in the other half, which comes from another text.
     kept : see ``share``.
-    commit : of the code it was made with, or that code's version.
-    calibrated : what ``pyramidinfer calibrate`` added, or None.
-    queries : where the queries of the texts lie, in all layers; None in profiles made before that
-        was measured.  Of no account to the hash: profiles that differ in nothing else are rare.
+    commit : commit or version of the code that made it.
+    calibrated : the result of ``pyramidinfer calibrate``, or None.
+    queries : statistics of the queries in all layers; None in older profiles.  Not part of the
+        hash, because profiles that differ in nothing else are rare.
     """
 
     share: tuple[tuple[float, ...], ...]
@@ -175,28 +175,29 @@ class Profile:
         return len(self.share)
 
     def check_model(self, mark: Fingerprint) -> None:
-        """``ValueError`` unless it is of the model with this fingerprint, or of any."""
+        """Raise ``ValueError`` unless it belongs to the model with this fingerprint, or to any."""
         mine = self.fingerprint
         if (mine.vectors or mine.tables) and not mine.matches(mark):
             others = (
                 f"{mine.key}, not {mark.key}" if mine.key != mark.key else f"another {mark.key}"
             )
             raise ValueError(
-                f"the profile is of other weights ({others}): make this model's own (pyramidinfer "
-                f"profile MODEL --output FILE), or leave profile=FILE out to have it found"
+                f"the profile belongs to other weights ({others}): make one of this model "
+                f"(pyramidinfer profile MODEL --output FILE), or leave profile=FILE out to use the "
+                f"model's own"
             )
 
     def ranked(self) -> list[tuple[int, int]]:
-        """(layer, head) of every governed head, most needed first; of equals the earlier one."""
+        """(layer, head) of every governed head, most needed first; ties go to the earlier head."""
         return [place for place in _ranked(self.share) if self.governed[place[0]]]
 
     def as_dict(self) -> dict[str, Any]:
-        """What a file of it holds."""
+        """The content of its file."""
         return {"format": FORMAT, "version": VERSION, **asdict(self)}
 
     @classmethod
     def from_dict(cls, found: Any) -> Profile:
-        """The way back; ``ValueError`` with what is wrong."""
+        """The inverse; raises ``ValueError`` that says what is wrong."""
         try:
             return _from(found)
         except KeyError as error:
@@ -205,7 +206,7 @@ class Profile:
             raise ValueError(str(error)) from None
 
     def save(self, path: str | Path) -> Path:
-        """Write it as JSON, making the folder; the file is there whole or not at all."""
+        """Write it as JSON and create the folder; the file is written whole or not at all."""
         path = Path(path)
         if path.is_dir():
             raise ValueError(f"{str(path)!r} is a folder; name a file for the profile")
@@ -223,7 +224,7 @@ class Profile:
 
     @classmethod
     def load(cls, path: str | Path) -> Profile:
-        """Read a profile; ``ValueError`` with the file, what is wrong and the way out."""
+        """Read a profile; raises ``ValueError`` with the file, the cause and the remedy."""
         try:
             found = json.loads(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
@@ -231,29 +232,29 @@ class Profile:
                 f"profile {str(path)!r} cannot be read: {error.strerror}; {AGAIN}"
             ) from None
         except ValueError as error:  # no JSON, or no UTF-8
-            raise ValueError(f"{str(path)!r} is no head profile ({error}); {AGAIN}") from None
+            raise ValueError(f"{str(path)!r} is not a head profile ({error}); {AGAIN}") from None
         try:
             return cls.from_dict(found)
         except ValueError as error:
-            raise ValueError(f"{str(path)!r} is no usable head profile: {error}; {AGAIN}") from None
+            raise ValueError(f"{str(path)!r} is not a valid profile: {error}; {AGAIN}") from None
 
 
 @dataclass(frozen=True)
 class Masks:
-    """DuoAttention's own answer to what each head is for (arXiv 2410.10819, section 2.2).
+    """DuoAttention's optimised masks (arXiv 2410.10819, section 2.2).
 
-    share : ``[layers][kv_heads]`` how much of full attention the optimised mask gives each head.
+    share : ``[layers][kv_heads]``, the weight of full attention in each head's mask.
     """
 
     share: tuple[tuple[float, ...], ...]
 
     def __post_init__(self) -> None:
         if not self.share or len({len(row) for row in self.share}) != 1 or not self.share[0]:
-            raise ValueError("it must be a table of layers by KV heads, all rows equally long")
+            raise ValueError("it must be a table of layers by KV heads, with rows of equal length")
         for layer, row in enumerate(self.share):
             for head, value in enumerate(row):
                 if not (is_number(value) and math.isfinite(value)):
-                    raise ValueError(f"layer {layer}, head {head} is {value!r:.60}, no number")
+                    raise ValueError(f"layer {layer}, head {head} is {value!r:.60}, not a number")
         if all(value <= 0 for row in self.share for value in row):
             raise ValueError(NOTHING_TOLD)
 
@@ -263,8 +264,8 @@ class Masks:
 
     @classmethod
     def load(cls, path: str | Path) -> Masks:
-        """Read ``full_attention_heads.tsv``: a line a layer, a number a KV head, below 0 as 0 and
-        above 1 as 1; ``ValueError`` with the file and what is wrong."""
+        """Read ``full_attention_heads.tsv``: one line per layer, one number per KV head, clipped
+        to 0..1.  Raises ``ValueError`` with the file and the cause."""
         try:
             lines = Path(path).read_text(encoding="utf-8").split("\n")
             rows = [[float(each) for each in line.split()] for line in lines if line.strip()]
@@ -273,24 +274,24 @@ class Masks:
         except OSError as error:
             raise ValueError(f"masks {str(path)!r} cannot be read: {error.strerror}") from None
         except ValueError as error:
-            raise ValueError(f"{str(path)!r} are no masks of DuoAttention's: {error}") from None
+            raise ValueError(f"{str(path)!r} does not hold DuoAttention masks: {error}") from None
 
 
 def check_target(path: str | Path, what: str) -> Path:
-    """The path of a file to be written; ``ValueError`` where it cannot be, before any work."""
+    """The path of a file to write; raises ``ValueError`` if it cannot be written."""
     path = Path(path)
     if path.is_dir():
         raise ValueError(f"{str(path)!r} is a folder; name a file for {what}")
     folder = next(each for each in path.absolute().parents if each.exists())
     if not folder.is_dir():
-        raise ValueError(f"{str(path)!r}: {str(folder)!r} is no folder; name a file for {what}")
+        raise ValueError(f"{str(path)!r}: {str(folder)!r} is not a folder; name a file for {what}")
     if not os.access(folder, os.W_OK):
         raise ValueError(f"{str(path)!r}: {str(folder)!r} cannot be written; name another file")
     return path
 
 
 def load_heads(path: str | Path) -> Profile | Masks:
-    """A profile, or DuoAttention's masks where the file is a ``.tsv``."""
+    """Read a profile, or DuoAttention's masks if the file is a ``.tsv``."""
     return Masks.load(path) if Path(path).suffix == ".tsv" else Profile.load(path)
 
 
@@ -355,20 +356,20 @@ def _rows(value: Any, name: str) -> tuple[tuple[Any, ...], ...]:
 
 
 def _wrong(profile: Profile) -> str | None:
-    """What is wrong with it, in words."""
+    """What is wrong with the profile, in words."""
     if not profile.share or not all(profile.share):
-        return f"share={profile.share!r:.60} must have a layer, and every layer a head"
+        return f"share={profile.share!r:.60} must have at least one layer, and every layer a head"
     if len({len(row) for row in profile.share}) != 1:
         sizes = sorted({len(row) for row in profile.share})
-        return f"share has layers of {sizes[0]} and of {sizes[-1]} heads, all must have as many"
+        return f"share has layers of {sizes[0]} and of {sizes[-1]} heads; all must be equal"
     if len(profile.governed) != len(profile.share):
         return f"governed has {len(profile.governed)} layers, share has {len(profile.share)}"
     if not all(isinstance(each, bool) for each in profile.governed) or not any(profile.governed):
-        return f"governed={profile.governed!r:.60} must be true or false, and true somewhere"
+        return f"governed={profile.governed!r:.60} must hold true or false, with at least one true"
     for layer, row in enumerate(profile.share):
         for head, value in enumerate(row):
             if not (is_number(value) and 0 <= value <= 1):
-                return f"share of layer {layer}, head {head} is {value!r:.60}, not within 0 and 1"
+                return f"share of layer {layer}, head {head} is {value!r:.60}, not between 0 and 1"
             if value and not profile.governed[layer]:
                 return f"layer {layer} is not governed, but head {head} has the share {value!r:.60}"
     if not any(map(any, profile.share)):
@@ -376,9 +377,9 @@ def _wrong(profile: Profile) -> str | None:
     if not (is_number(profile.kept) and 0 < profile.kept < 1):
         return f"kept={profile.kept!r:.60} must lie between 0 and 1"
     if not (is_number(profile.agreement) and -1 <= profile.agreement <= 1):
-        return f"agreement={profile.agreement!r:.60} must lie within -1 and 1"
+        return f"agreement={profile.agreement!r:.60} must lie between -1 and 1"
     if not profile.lengths or not all(type(n) is int and n > 0 for n in profile.lengths):
-        return f"lengths={profile.lengths!r:.60} must be tokens of each passage"
+        return f"lengths={profile.lengths!r:.60} must be the tokens of each passage"
     if profile.calibrated is not None and (wrong := _wrong_start(profile.calibrated, profile)):
         return wrong
     if profile.queries is not None and (wrong := _wrong_centres(profile.queries, profile)):
@@ -393,7 +394,7 @@ def _wrong(profile: Profile) -> str | None:
 def _wrong_start(found: Calibrated, profile: Profile) -> str | None:
     layers = len(profile.share)
     if type(found.start_layer) is not int or not 0 <= found.start_layer < layers:
-        return f"calibrated: start_layer={found.start_layer!r:.60} is no layer of {layers}"
+        return f"calibrated: start_layer={found.start_layer!r:.60} is not one of {layers} layers"
     for name in ("propagate_ratio", "keep", "computed"):
         if not (is_number(value := getattr(found, name)) and 0 < value <= 1):
             return f"calibrated: {name}={value!r:.60} must be above 0 and at most 1"
@@ -415,7 +416,7 @@ def _wrong_centres(found: Centres, profile: Profile) -> str | None:
         for layer, rows in enumerate(table):
             where = f"queries.{name} of layer {layer}"
             if not rows or len(rows) % kv_heads or len(rows) != len(found.mean[0]):
-                return f"{where} has {len(rows)} heads, which {kv_heads} KV heads cannot share"
+                return f"{where} has {len(rows)} heads, not a multiple of {kv_heads} KV heads"
             if len({len(row) for row in rows}) != 1:
                 return f"{where} has heads of unequal sizes"
             for value in (value for row in rows for value in row):
@@ -435,7 +436,7 @@ def _wrong_numbers(name: str, rows: Sequence[Sequence[float]]) -> str | None:
 
 
 def _lines(body: dict[str, Any]) -> str:
-    """JSON with a line for every layer or tensor, not for every number."""
+    """JSON with one line per layer or tensor, not per number."""
     mark = body["fingerprint"]
 
     def rows(many: Any, blanks: str, signs: tuple[str, str] = (", ", ": ")) -> str:

@@ -1,4 +1,4 @@
-"""What policies share that want to know what was measured of the model: its head profile."""
+"""The base class of policies that use the model's head profile."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ __all__ = ["Profiled"]
 
 class Profiled(Policy):
     """A policy with an option ``profile``: a ``Profile``, the path of one, or ``"auto"`` for the
-    model's own, which the engine hands in."""
+    model's own, which the engine provides."""
 
     profile: Profile | Masks | str | None
 
     def load_profile(self) -> None:
-        """Read the profile where a path is given; ``ValueError`` where it is none."""
+        """Read the profile if a path is given; raises ``ValueError`` if it is not a profile."""
         if not isinstance(self.profile, Profile | Masks | str | Path | None):
             raise ValueError(f"profile={self.profile!r} must be a path, 'auto' or None")
         if isinstance(self.profile, str | Path) and self.profile != "auto":
@@ -34,16 +34,16 @@ class Profiled(Policy):
         return self
 
     def check(self, layers: Layers) -> None:
-        if self.profile == "auto":  # to be checked once it is there
+        if self.profile == "auto":  # checked when it is available
             return
         if not isinstance(self.profile, Profile | Masks):
             raise ValueError(
-                f"policy {self.name!r} needs to know what each head is for, and the model has no "
-                f"profile: make one (pyramidinfer profile MODEL) or give profile=FILE"
+                f"policy {self.name!r} needs a head profile, and this model has none: "
+                f"make one (pyramidinfer profile MODEL) or give profile=FILE"
             )
         share, shape = self.profile.share, (layers.count, layers.kv_heads)
         if (len(share), len(share[0])) != shape:
             raise ValueError(
-                f"the profile is of {len(share)} layers with {len(share[0])} KV heads, this model "
+                f"the profile has {len(share)} layers with {len(share[0])} KV heads, this model "
                 f"has {shape[0]} with {shape[1]}: make its own (pyramidinfer profile MODEL)"
             )

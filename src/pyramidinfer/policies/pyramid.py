@@ -1,19 +1,21 @@
-"""Pyramid: what each head is for, joined with what the prompt's end looks at (this project's own).
+"""Pyramid: per-head budgets from a profile, filled by the prompt's last queries (our own method).
 
-Two facts are known of an entry when a prompt is in.  What its KV head is *for*, before any prompt:
-the ``Profile``, measured once a model, says which heads look far back at all.  And how much the
-prompt's last queries *looked* at it.  Neither does alone: looks miss what is asked for later, and a
-fixed split of heads spends on all of a text what a question needs a few spans of.  So every head
-gets a budget in proportion to its need, and fills it with the spans that were looked at most; heads
-whose budget reaches the text keep everything, what is generated too.
+Two measurements decide which cache entries stay.  The head ``Profile``, measured once per model,
+says which KV heads attend far back.  The attention of the prompt's last queries says which tokens
+matter for this prompt.  Each is not enough alone: window attention misses what a later question
+will ask for, and a fixed split of heads stores the whole text where a few spans would do.  So each
+KV head gets a budget in proportion to its need in the profile, and fills it with the spans that
+the last queries attended to most.  A head whose budget covers the whole text keeps everything,
+generated tokens included.
 
-A token's score is the largest weight that any of the last ``window`` queries of the KV head's group
-gave it or one of its neighbours: a wide pool (``kernel``), since an answer is a span of tokens and
-the words that are looked at stand beside it.  After the layer that the profile says is the last
-with much need, only as many tokens go deeper as the fullest deeper head holds: the best of all
-heads' scores, so a head there may miss some that it would have kept.  Pooled window scores are
-SnapKV's (2404.14469), unequal heads are Ada-KV's (2407.11550) and DuoAttention's (2410.10819),
-dropping between layers is PyramidInfer's (2405.12532).
+A token's score is the largest attention weight that any of the last ``window`` queries of the KV
+head's group gave to it or to one of its neighbours.  The pooling is wide (``kernel``) because an
+answer is a span of tokens, and queries often attend to the words beside it.  After the last layer
+with much need (by the profile), only as many tokens go deeper as the fullest deeper head can hold.
+They are chosen by the scores of all heads together, so a single deeper head may miss a token that
+it would have kept.  Pooled window scores come from SnapKV (2404.14469), unequal head budgets from
+Ada-KV (2407.11550) and DuoAttention (2410.10819), dropping tokens between layers from PyramidInfer
+(2405.12532).
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from pyramidinfer.types import Best, Layers, Needs, Reduce, View
 
 __all__ = ["Pyramid"]
 
-#: The deepest layers that together hold no more than this share of all need get few tokens.
+#: The deepest layers that together have at most this share of the total need get few tokens.
 SPARE = 0.1
 SCORES = Reduce("kv_max", "max")
 
@@ -38,22 +40,23 @@ SCORES = Reduce("kv_max", "max")
 @named_options
 @dataclass(frozen=True)
 class Pyramid(ByHead):
-    """A budget for every KV head in proportion to its need, filled with what was looked at.
+    """A budget for every KV head in proportion to its need, filled by window attention.
 
-    keep : mean over the measured heads of a head's entries, as a share of the text; once all heads
-        with any need are full, the others share evenly what is left.  Layers that the profile
-        leaves out keep all they may; heads that keep everything keep what is generated as well.  At
-        1 every head keeps all that reaches it, and all does unless ``propagate_ratio`` is given.
-    safeguard : share of the mean budget that no head falls below.
-    sharpness : budgets above that go by each head's need to this power; higher gives more to fewer.
-    start_layer : the first layer after which tokens may be dropped; None is the calibrated one,
-        else the last layer with much need.  Where it has a sliding window that the text outgrows,
-        the next layer that has none.
-    propagate_ratio : share of the text that goes deeper, at most; it rises as far as ``keep``
-        needs with all heads before full.  None is the calibrated one, unless ``start_layer`` is
-        given; else as much as the fullest deeper head holds.
-    window : newest queries that score.
-    kernel : neighbours over which scores are max-pooled (odd; 1 is off).
+    keep : share of the text's entries that stay, as a mean over the measured heads.  When all heads
+        with any need are full, the others share the rest evenly.  Layers that the profile did not
+        measure keep everything; heads that keep everything also keep all generated tokens.  At 1
+        every head keeps everything, and no token is dropped unless ``propagate_ratio`` is given.
+    safeguard : no head's budget falls below this share of the mean budget.
+    sharpness : budgets above the safeguard are in proportion to each head's need to this power; a
+        higher value gives more to fewer heads.
+    start_layer : the first layer after which tokens may be dropped.  None: the calibrated layer, or
+        without a calibration the last layer with much need.  If that layer has a sliding window
+        shorter than the text, the next layer without one is used.
+    propagate_ratio : largest share of the text that goes deeper.  It rises where ``keep`` could
+        not be met otherwise.  None: the calibrated share, unless ``start_layer`` is given; without
+        either, as much as the fullest deeper head can hold.
+    window : newest queries whose attention is scored.
+    kernel : neighbours over which scores are max-pooled (odd; 1 turns pooling off).
     """
 
     name: ClassVar[str] = "pyramid"
@@ -91,14 +94,14 @@ class Pyramid(ByHead):
 
     @property
     def window_size(self) -> int:
-        """The fewest entries a head is held to: what always stays, and room for an eviction to free
-        ``stride`` entries, or a quarter."""
+        """The smallest budget of a head: the entries that always stay, plus room for an eviction
+        to free ``stride`` entries, or a quarter."""
         always = self.sinks + self.recent
         return always + max(1, min(self.stride, always // 3))
 
     @property
     def least_going(self) -> int:
-        """The fewest tokens that go deeper: the queries that score are the same in every layer."""
+        """The fewest tokens that may go deeper: the scoring queries must exist in every layer."""
         return max(self.window_size, self.sinks + self.window + 1)
 
     def deal(self, text_len: int, layers: Layers) -> Limits:
@@ -114,7 +117,7 @@ class Pyramid(ByHead):
         floor = max(self.window_size, self.safeguard * keep * text_len)
         sizes = _fill(weights, floor, caps, keep * text_len * len(places))
         for (layer, head), size in zip(places, sizes, strict=True):
-            entries = int(size + 1e-6)  # sums of floats may fall short of a whole number
+            entries = int(size + 1e-6)  # a sum of floats may be slightly below a whole number
             limits[layer][head] = ALL if entries >= text_len else entries
         return tuple(map(tuple, limits))
 
@@ -125,8 +128,8 @@ class Pyramid(ByHead):
         return getattr(self.profile, "calibrated", None)
 
     def begin(self, layers: Layers) -> int:
-        """The first layer after which tokens may be dropped, by the scores of that layer: the first
-        without a sliding window from the wanted one on; past the last layer where there is none."""
+        """The layer after which tokens are dropped, by its scores: the first one without a sliding
+        window, from the wanted layer on; ``layers.count`` where there is none."""
         wanted = self._wanted(layers)
         return next((i for i in range(wanted, layers.count) if layers.governed[i]), layers.count)
 
@@ -143,8 +146,8 @@ class Pyramid(ByHead):
         return layer
 
     def _ratio(self, layers: Layers) -> float | None:
-        """The share of a text that goes deeper, where that is said: it rises as far as ``keep``
-        needs with all heads before full."""
+        """The share of a text that goes deeper, if an option or a calibration sets it; it rises
+        where ``keep`` could not be met otherwise."""
         ratio = self.propagate_ratio
         if ratio is None and self._calibrated is not None:
             ratio = self._calibrated.propagate_ratio
@@ -157,7 +160,7 @@ class Pyramid(ByHead):
         return max(ratio, missing / deep) if deep else ratio
 
     def _cap(self, layer: int, text_len: int, layers: Layers) -> int:
-        """Tokens of a text that can reach a layer, where that is said."""
+        """Tokens of a text that can reach a layer, if an option or a calibration limits them."""
         ratio = self._ratio(layers)
         if ratio is None or layer <= self.begin(layers):
             return text_len
@@ -212,9 +215,9 @@ class Pyramid(ByHead):
 def _fill(
     weights: Sequence[float], floor: float, caps: Sequence[float], wanted: float
 ) -> list[float]:
-    """Sizes in proportion to weights, from the floor up to each one's cap, that sum to ``wanted``.
+    """Sizes in proportion to weights, between the floor and each one's cap, that sum to ``wanted``.
 
-    Those of weight 0 share evenly what is left over once all others are full.
+    Entries of weight 0 share the rest evenly once all others are full.
     """
     lows: list[float] = [min(cap, floor) for cap in caps]
     most = [cap if weight else low for weight, low, cap in zip(weights, lows, caps, strict=True)]

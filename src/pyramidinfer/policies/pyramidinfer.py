@@ -1,16 +1,18 @@
 """PyramidInfer: fewer tokens in deeper layers (Yang et al., ACL Findings 2024, arXiv 2405.12532).
 
-Semantics are those of the official *legacy* code, which is what the published numbers came from:
+This follows the official *legacy* code, which produced the published numbers:
 
-* prefill: after a layer, the newest R+1 queries (R = prompt length x ``recent_ratio``) score the
-  context by head-averaged attention, averaged over rows weighted linearly from 1 to
-  ``distance_weight``; the best share stays, sinks always, and only survivors go deeper;
-* generation: prompt entries stay; every ``gen_chunk`` generated entries beyond the recent window
-  are thinned to ``gen_chunk * gen_keep`` times a share falling with depth.
+* Prefill: after a layer, the newest R+1 queries (R = prompt length x ``recent_ratio``) score the
+  context by their attention, averaged over heads and over queries; query weights rise linearly
+  from 1 to ``distance_weight``.  The best share of the context and the sinks stay, and only these
+  tokens go to the next layer.
+* Generation: prompt entries stay.  Every ``gen_chunk`` generated entries that leave the recent
+  window are cut to ``gen_chunk * gen_keep`` times a share that falls with depth.
 
-Deviations: ``decay_curve="linear"`` is linear (the code silently falls back to constant);
-``interval`` above 1 works while generating (the code crashes there); ``start_layer`` and ``keep``
-are ours; layers with a sliding window shorter than the request are left to their window.
+Deviations: ``decay_curve="linear"`` is linear (the official code silently uses a constant curve);
+``interval`` above 1 works during generation (the official code crashes); ``start_layer`` and
+``keep`` are our additions; layers with a sliding window shorter than the request are only limited
+by that window.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ __all__ = ["PyramidInfer"]
 
 
 class Schedule(NamedTuple):
-    """How one prompt length is thinned: tokens entering each layer, and what was solved for."""
+    """The plan for one prompt length: tokens that enter each layer, and the solved decay."""
 
     reach: tuple[int, ...]
     ratio: float  # the recent window's share
@@ -48,23 +50,23 @@ class PyramidInfer(Policy):
 
     Parameters
     ----------
-    recent_ratio : share of the prompt that is the recent window; while generating, share of the
+    recent_ratio : the recent window as a share of the prompt; during generation, as a share of the
         first layer's entries.
-    prefill_decay : share of the context kept after the last layer (curve's end).
+    prefill_decay : share of the context that is kept after the last layer (the end of the curve).
     decay_curve : ``"cosine"``, ``"linear"`` or ``"constant"``.
-    interval : layers between two drops.
-    min_context : a layer's context is not cut to this many tokens or fewer.
-    sinks : first tokens that always stay.
-    distance_weight : weight of the newest query's attention; the oldest has 1.
-    gen_decay, gen_keep, gen_chunk : while generating, every ``gen_chunk`` entries that fall out of
-        the recent window are thinned to the share ``gen_keep``, times a cosine over depth that
-        ends at ``gen_decay``.
+    interval : layers from one drop to the next.
+    min_context : the context of a layer is never cut to this many tokens or fewer.
+    sinks : number of first tokens that always stay.
+    distance_weight : weight of the newest query's attention; the oldest query has weight 1.
+    gen_decay, gen_keep, gen_chunk : during generation, every ``gen_chunk`` entries that leave the
+        recent window are cut to the share ``gen_keep``, times a cosine over depth that ends at
+        ``gen_decay``.
     start_layer : the first layer after which tokens may be dropped.
-    keep : instead of a decay: the mean over layers of the share of the prompt that reaches a
-        layer.  Uses the constant curve, solves for its decay for each prompt length, and lowers
-        ``recent_ratio`` where no decay reaches ``keep`` beside it.  ``min_context`` still holds,
-        so very short prompts keep more.  Since a layer's cache holds what reached it, this is also
-        the cache's share after prefill.
+    keep : replaces ``prefill_decay``: the share of the prompt that reaches a layer, as a mean over
+        layers.  It uses the constant curve, solves for the decay at each prompt length, and lowers
+        ``recent_ratio`` where no decay would meet ``keep``.  ``min_context`` still applies, so very
+        short prompts keep more.  A layer's cache holds what reached the layer, so this is also the
+        share of the cache after prefill.
     """
 
     name: ClassVar[str] = "pyramidinfer"
@@ -199,11 +201,11 @@ class PyramidInfer(Policy):
         return Forecast(reach, [n + extra for n, extra in zip(reach, grown, strict=True)])
 
     def ring(self, prompt_len: int, max_new: int) -> int:
-        # Rows before the last prompt query weigh nothing on generated entries.
+        # Queries before the last prompt token cannot attend to generated entries.
         return min(int((prompt_len + max_new) * self.recent_ratio), max_new) + 1
 
     def _recent(self, view: View) -> int:
-        """R while decoding: one for all layers, growing with the first layer's entries."""
+        """R while decoding: the same in all layers, growing with the first layer's entries."""
         return int(view.first_kept_len * float(view.state["ratio"]))
 
     def _kept_context(
@@ -225,14 +227,14 @@ def _drops_after(policy: PyramidInfer, layer: int, layers: Layers) -> bool:
 
 
 def _untouched(policy: PyramidInfer, layers: Layers) -> int:
-    """Layers that every token reaches: those up to the first drop."""
+    """Number of layers that every token reaches, up to the first drop."""
     drops = (layer for layer in range(layers.count) if _drops_after(policy, layer, layers))
     return next(drops, layers.count - 1) + 1
 
 
 @lru_cache(maxsize=4096)
 def _schedule(policy: PyramidInfer, prompt_len: int, layers: Layers) -> Schedule:
-    """Tokens that enter each layer.  They depend on lengths only, so they are exact."""
+    """Tokens that enter each layer; exact, because they depend on lengths only."""
 
     def run(ratio: float, curve: str, decay: float) -> Schedule:
         recent = int(prompt_len * ratio)
@@ -268,9 +270,9 @@ def _schedule(policy: PyramidInfer, prompt_len: int, layers: Layers) -> Schedule
 def _generation_peak(
     policy: PyramidInfer, prompt_len: int, max_new: int, layers: Layers
 ) -> tuple[int, ...]:
-    """The most generated entries each layer ever holds, by running the lengths forward.
+    """The most generated entries that each layer ever holds, found by simulating the lengths.
 
-    For very long generations the bound is simply their length.
+    For very long generations the bound is the number of generated tokens.
     """
     if max_new > 20_000:
         return (max_new,) * layers.count

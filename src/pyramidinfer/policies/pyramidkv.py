@@ -1,10 +1,10 @@
 """PyramidKV: SnapKV's scores under budgets that fall with depth (Cai et al., 2406.02069).
 
-Budgets fall arithmetically from the first layer to the last, which gets 1/``beta`` of the mean
-(both without the window), so that their mean is the budget asked for.
+Budgets fall linearly from the first layer to the last, which gets 1/``beta`` of the mean (both
+without the window).  Their mean is the requested budget.
 
-Deviations: query heads that share a KV head are averaged, as in SnapKV here; where the first
-layers' budgets exceed the text, the rest goes to the others.
+Deviations: query heads that share a KV head are averaged, as in our SnapKV; where the budgets of
+the first layers exceed the text, the surplus goes to the other layers.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ __all__ = ["PyramidKV"]
 class PyramidKV(WindowRetaining):
     """Pooled window attention per KV head, more in early layers.
 
-    capacity : entries per layer, mean over layers (not used with ``keep``).
-    beta : the mean budget over the last layer's, without the window; 1 is flat.
-    keep : instead of ``capacity``: see ``Retaining``; generated entries come on top.
+    capacity : entries per layer, as a mean over layers (not used with ``keep``).
+    beta : the mean budget divided by the last layer's, without the window; 1 is flat.
+    keep : replaces ``capacity``: see ``Retaining``; generated entries are kept in addition.
     """
 
     name: ClassVar[str] = "pyramidkv"

@@ -1,4 +1,4 @@
-"""Policies by name; choices everywhere else iterate this table."""
+"""Policies by name; every list of policies elsewhere comes from this table."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ POLICIES: dict[str, type[Policy]] = {
 
 
 def make_policy(policy: str | Policy, keep: float | None = None, **options: Any) -> Policy:
-    """A policy from its name and options, or the given one with ``keep`` set.
+    """Make a policy from its name and options, or return the given one with ``keep`` set.
 
     Raises ``ValueError`` for an unknown name or option (with the nearest one) and for ``keep``
     outside (0, 1].
@@ -76,32 +76,32 @@ def make_policy(policy: str | Policy, keep: float | None = None, **options: Any)
     if not isinstance(policy, Policy):
         raise ValueError(f"policy={policy!r} is neither a name nor a policy object")
     if options:
-        raise ValueError(f"options {sorted(options)} go into the policy object, not beside it")
+        raise ValueError(f"options {sorted(options)} belong in the policy object; set them there")
     if keep is not None and "keep" not in {each.name for each in fields(policy)}:
         raise ValueError(f"policy {type(policy).__name__} has no option 'keep'")
     return policy if keep is None else replace(policy, keep=keep)  # type: ignore[call-arg]
 
 
 def parse_policy(spec: str, keep: float | None = None) -> Policy:
-    """``"snapkv"`` or ``"snapkv:window=8,kernel=5"`` → a policy.
+    """Parse ``"snapkv"`` or ``"snapkv:window=8,kernel=5"`` into a policy.
 
-    Values are Python literals, anything else is text.  ``ValueError`` as ``make_policy``, and for
-    an option without ``=``.
+    Values are Python literals; anything else is text.  Raises ``ValueError`` as ``make_policy``
+    does, and for an option without ``=``.
     """
     name, options = parse_spec(spec)
     if keep is not None and "keep" in options:
-        raise ValueError(f"{spec!r}: keep is given beside it ({keep:g}); leave it out here")
+        raise ValueError(f"{spec!r}: keep={keep:g} is already given; leave it out here")
     return make_policy(name, options.pop("keep", keep), **options)
 
 
 def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
-    """``NAME`` or ``NAME:option=value,…`` → the name and the options."""
+    """Split ``NAME`` or ``NAME:option=value,…`` into the name and the options."""
     name, _, tail = spec.partition(":")
     return name, parse_options(name, tail.split(",") if tail else [])
 
 
 def parse_options(name: str, items: list[str]) -> dict[str, Any]:
-    """Options of a policy from texts ``NAME=VALUE``."""
+    """Parse a policy's options from texts ``NAME=VALUE``."""
     values: dict[str, Any] = {}
     known = [each.name for each in fields(POLICIES[name])] if name in POLICIES else []
     for item in items:

@@ -1,4 +1,4 @@
-"""What methods share that hold every layer's cache to a budget of entries."""
+"""Base classes of methods that limit every layer's cache to a budget of entries."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ __all__ = ["Adaptive", "Buffered", "Limited", "Retaining"]
 
 @dataclass(frozen=True)
 class Limited(Policy):
-    """A limit of entries for every KV head, worked out when a text is taken in and fixed from then
-    on; a policy that evicts holds it while decoding."""
+    """A limit of entries for every KV head, computed when a text is prefilled and fixed from then
+    on; a policy that evicts keeps to it while decoding."""
 
     keep: float | None
 
     def limits_of(self, layer: int, text_len: int, layers: Layers) -> Sequence[int]:
-        """What each of a layer's heads is held to in a text of this length."""
+        """The limit of each of a layer's heads for a text of this length."""
         raise NotImplementedError
 
     def limits_at(self, view: View) -> Sequence[int]:
-        """What each of the view's heads is held to now."""
+        """The current limit of each of the view's heads."""
         if view.phase == "decode":
             found: list[int] = view.state["limits"].numpy()[view.layer].tolist()
             return found
         return self.limits_of(view.layer, view.seen_len, view.layers)
 
     def over(self, view: View) -> bool:
-        """Whether the layer is the policy's business and any head holds more than it is held to."""
+        """Whether the layer is governed and any head is over its limit."""
         pairs = zip(view.head_lens, self.limits_at(view), strict=True)
         return view.layers.governed[view.layer] and any(held > limit for held, limit in pairs)
 
@@ -53,7 +53,7 @@ class Limited(Policy):
         return found
 
     def tightened(self, keep: float, state: State, layers: Layers) -> tuple[Policy, State] | None:
-        """Limits as a text of the same length has them at ``keep``, none of them raised."""
+        """The limits of a text of the same length at ``keep``; none is raised."""
         if not self.evicts or self.keep is None or keep >= self.keep:
             return None
         lower, text, old = replace(self, keep=keep), int(state["text"]), state["limits"]
@@ -65,15 +65,15 @@ class Limited(Policy):
 
 @dataclass(frozen=True)
 class Retaining(Limited):
-    """A budget of entries per layer, worked out when a text is taken in.
+    """A budget of entries per layer, computed when a text is prefilled.
 
-    keep : the mean over layers of a layer's entries, as a share of the text (the prompt; after
-        ``extend`` the whole text).  Fixed after prefill.  A policy that evicts holds it from then
-        on; otherwise generated entries come on top.  None: the method's published budget, which
-        its other options set.
+    keep : entries per layer as a share of the text (the prompt; after ``extend`` the whole text),
+        as a mean over layers.  Fixed after prefill.  A policy that evicts keeps to it from then
+        on; with any other policy generated entries are kept in addition.  None: the method's
+        published budget, set by its other options.
 
-    A budget never falls below what the method always keeps (its window, and one entry more), so
-    short texts keep a larger share than asked for.
+    A budget is never smaller than what the method always keeps (its window, plus one entry), so
+    short texts keep a larger share than requested.
     """
 
     keep: float | None = None
@@ -82,15 +82,15 @@ class Retaining(Limited):
         check_keep(self.keep)
 
     def entries(self, text_len: int) -> int:
-        """The mean budget per layer without ``keep``: everything, unless a method says less."""
+        """The mean budget per layer without ``keep``: everything, unless a method overrides it."""
         return text_len
 
     def floor(self) -> int:
-        """The fewest entries a layer can be held to."""
+        """The smallest possible budget of a layer."""
         return 1
 
     def budget(self, layer: int, text_len: int, layers: Layers) -> int:
-        """Entries that ``layer`` is held to for a text of this length."""
+        """The budget of ``layer`` for a text of this length."""
         return max(self.floor(), self.mean_budget(text_len))
 
     def mean_budget(self, text_len: int) -> int:
@@ -103,19 +103,18 @@ class Retaining(Limited):
         return (self.budget(layer, text_len, layers),) * layers.kv_heads
 
     def limit(self, view: View) -> int:
-        """The budget of the view's layer now: while decoding, the one fixed when its text was
-        taken in."""
+        """The current budget of the view's layer: while decoding, the one fixed at prefill."""
         return self.limits_at(view)[0]
 
     def text_len(self, view: View) -> int:
-        """Length of the text that budgets are shares of."""
+        """Length of the text that ``keep`` refers to."""
         return int(view.state["text"]) if view.phase == "decode" else view.seen_len
 
     def forecast(self, prompt_len: int, max_new: int, layers: Layers) -> Forecast:
         return self._bounds(prompt_len, max_new, layers)
 
     def forecast_extended(self, text_len: int, max_new: int, layers: Layers) -> Forecast | None:
-        """A text is cut to the same budgets whatever part of it was there before."""
+        """A text gets the same budgets, whatever part of it was cached before."""
         return self._bounds(text_len, max_new, layers)
 
     def _bounds(self, text_len: int, max_new: int, layers: Layers) -> Forecast:
@@ -125,7 +124,7 @@ class Retaining(Limited):
             most = text_len + max_new
             if layers.governed[layer]:
                 most = min(text_len, budget) + max_new
-                if self.evicts:  # the newest entry is written before another one goes
+                if self.evicts:  # the newest entry is written before another is evicted
                     most = min(most, budget + self.slack + 1)
             kept.append(most)
         return Forecast([text_len] * layers.count, kept)
@@ -133,10 +132,10 @@ class Retaining(Limited):
 
 @dataclass(frozen=True)
 class Buffered(Retaining):
-    """A budget that generated tokens outgrow for a while, until a layer is cut back to it at once.
+    """A budget that a layer may exceed by a buffer of generated tokens, and is then cut back to.
 
-    buffer : generated tokens between two cuts: with so many entries beyond its budget a layer is
-        cut.  The first cut after a budget was lowered is made at once.
+    buffer : generated tokens between two cuts: a layer with this many entries above its budget is
+        cut.  The first cut after a budget was lowered happens immediately.
     """
 
     evicts: ClassVar[bool] = True
@@ -154,12 +153,12 @@ class Buffered(Retaining):
 
 @dataclass(frozen=True)
 class Adaptive(Retaining):
-    """A budget of entries that a layer's heads may share unevenly, fixed after prefill.
+    """A budget of entries per layer that its heads may share unevenly, fixed after prefill.
 
-    adaptive : a layer's entries go to the best scores of all its heads together, so that each KV
-        head has a number of its own (Ada-KV, Feng et al., 2407.11550, algorithm 1); else all heads
-        keep as many.
-    safeguard : share of the even budget that no head falls below with ``adaptive``.
+    adaptive : the best scores of all heads of a layer compete for its budget, so that each KV head
+        keeps its own number of entries (Ada-KV, Feng et al., 2407.11550, algorithm 1).  False: all
+        heads keep the same number.
+    safeguard : with ``adaptive``, no head keeps less than this share of the even budget.
     """
 
     adaptive: bool = False
@@ -189,5 +188,5 @@ class Adaptive(Retaining):
         if not self.adaptive:
             return even
         most = [min(text_len, layers.kv_heads * (kept - max_new)) + max_new for kept in even.kept]
-        total = [layers.kv_heads * (kept + 1) for kept in even.kept]  # each is rounded
+        total = [layers.kv_heads * (kept + 1) for kept in even.kept]  # because each is rounded
         return Forecast(even.reach, most, total=total)

@@ -1,18 +1,19 @@
-"""R-KV: what is looked at and not said again and again (Cai et al., 2505.24133).
+"""R-KV: entries that are important and not redundant (Cai et al., 2505.24133).
 
 Long answers repeat themselves.  Every ``buffer`` generated tokens a layer is cut back to its
-budget: the newest ``window`` entries stay, and of the others those with the best ``mix`` x
-importance - (1 - ``mix``) x redundancy, per KV head.  Importance is the attention that the window's
-queries give, the largest of the query heads that share the KV head, their mean, max-pooled over
-neighbours.  Redundancy is how like an entry's key is to all others of its head: the mean of their
-cosines, over which a softmax is taken.  In every key's row the newest of the others that are alike
-(above ``threshold``) counts 0, so that of what is said many times the last is punished least.
+budget.  The newest ``window`` entries stay; of the others, those with the highest ``mix`` x
+importance - (1 - ``mix``) x redundancy stay, per KV head.  Importance is the attention of the
+window's queries: the largest over the query heads that share the KV head, averaged over queries and
+max-pooled over neighbours.  Redundancy is how similar an entry's key is to the other keys of its
+head: the mean cosine similarity, followed by a softmax.  For every key, the newest of the other
+similar keys (above ``threshold``) counts 0, so that of repeated content the last copy is penalised
+least.
 
-Deviations: weights are those of the model's attention and the largest of the group is taken
-afterwards (the official code takes the largest logit, then a softmax over what is outside the
-window); a key without any alike leaves its row as it is (there the first entry counts 0 in it); a
-prompt over the budget is cut as well; a further text (``extend``) shorter than the window scores
-with its own queries only.
+Deviations: weights are those of the model's attention, and the largest of the group is taken after
+the softmax (the official code takes the largest logit, then a softmax over the entries outside the
+window).  A key without similar keys changes nothing (in the official code the first entry then
+counts 0).  A prompt over the budget is cut as well.  A further text (``extend``) that is shorter
+than the window is scored by its own queries only.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from pyramidinfer.types import Best, Needs, Observation, Reduce, View
 
 __all__ = ["RKV", "redundancy"]
 
-#: Cosines that are held at a time (float32: 1 MiB).
+#: Cosine similarities held in memory at a time (float32: 1 MiB).
 BLOCK = 1 << 18
 
 
@@ -41,12 +42,13 @@ BLOCK = 1 << 18
 class RKV(Buffered):
     """Important and not redundant entries, per KV head.
 
-    window : newest queries that score, and newest entries that stay.
-    kernel : neighbours over which importance is max-pooled (odd; 1 is off).
-    mix : weight of importance; redundancy has the rest.
-    threshold : cosine above which two keys are alike.
+    window : number of newest queries that score; the newest ``window`` entries always stay.
+    kernel : neighbours over which importance is max-pooled (odd; 1 turns pooling off).
+    mix : weight of importance; redundancy has weight 1 - ``mix``.
+    threshold : cosine similarity above which two keys are similar.
     capacity : entries per layer after a cut (the paper shows 128 to 1536; not used with ``keep``).
-    keep : instead of ``capacity``: see ``Retaining``; held while generating, up to the buffer.
+    keep : replaces ``capacity``: see ``Retaining``; the budget also holds during generation, plus
+        the buffer.
     """
 
     name: ClassVar[str] = "rkv"
@@ -84,7 +86,7 @@ class RKV(Buffered):
         view = seen.view
         queries = min(self.window, view.prompt_len + view.seen_len - self.text_len(view))
         recent = seen.positions > view.seen_len - 1 - self.window
-        context = torch.where(recent, 0.0, seen.scores / queries)  # not pooled into the context
+        context = torch.where(recent, 0.0, seen.scores / queries)  # left out of the pooling
         importance = pool_neighbours(context, seen.positions, self.kernel, "max", seen.kernels)
         redundant = redundancy(seen.keys, seen.positions, self.threshold)
         return self.mix * importance - (1 - self.mix) * redundant
@@ -94,10 +96,10 @@ class RKV(Buffered):
 
 
 def redundancy(keys: Tensor, positions: Tensor, threshold: float) -> Tensor:
-    """``[kv_heads, n]``: softmax over a head's entries of how like their keys are to all others.
+    """Redundancy ``[kv_heads, n]``: softmax over a head's entries of their mean similarity.
 
-    keys ``[kv_heads, n, key_dim]``, positions ``[kv_heads, n]`` (negative behind the entries of a
-    shorter head).  No more than ``BLOCK`` cosines are held at a time, or one row of them.
+    keys ``[kv_heads, n, key_dim]``, positions ``[kv_heads, n]`` (negative for the padding of a
+    shorter head).  At most ``BLOCK`` similarities are in memory at a time, or one row.
     """
     keys, there = F.normalize(keys, dim=-1), positions >= 0
     alike = torch.zeros_like(keys[..., 0])

@@ -1,6 +1,6 @@
-"""Rules (``types.Best``) carried out in torch, or with the kernels where the backend has any.
+"""Rules (``types.Best``) in torch, or with kernels where the backend has them.
 
-The judge of what ``native/evict.h`` does for all layers of a decoding request at once.
+The reference for ``native/evict.h``, which does the same for all layers of a request at once.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ __all__ = ["best_entries", "choose", "pool_neighbours"]
 def choose(
     seen: Observation, own: Callable[[Observation], Tensor], goes_deeper: bool = False
 ) -> Keep:
-    """What ``seen.rule`` keeps of a layer's entries; ``own`` gives scores of the policy's own.
+    """The entries of a layer that ``seen.rule`` keeps; ``own`` computes the policy's own scores.
 
-    ``goes_deeper``: what enters the next layer instead, by the largest score of all heads.
+    ``goes_deeper``: the tokens that enter the next layer instead, by the largest score of any head.
     """
     rule, seen_len = seen.rule, seen.view.seen_len
-    assert isinstance(rule, Best), "the policy says True and answers nothing"
+    assert isinstance(rule, Best), "the policy asks to be called and does not override the method"
     found = {"window": seen.scores, "running": seen.slot_scores}.get(rule.by)
     if rule.by == "own":
         found = own(seen)
     elif rule.by == "new":
         found = (seen.positions - seen_len).float()
-    assert found is not None, f"a rule by {rule.by!r} needs these scores observed"
+    assert found is not None, f"a rule by {rule.by!r} needs these scores to be observed"
     if goes_deeper:
         found = found.amax(0, keepdim=True)
     found = pool_neighbours(found, seen.positions, rule.kernel, rule.pool, seen.kernels)
@@ -59,8 +59,8 @@ def _own_counts(
     count: int,
     safeguard: float,
 ) -> Tensor:
-    """Entries of each head, ``[kv_heads]``: what always stays, and its part of the layer's best,
-    never less than the safeguard's share of what is left."""
+    """Entries per head, ``[kv_heads]``: those that always stay, plus the head's part of the
+    layer's best, but at least the safeguard's share of the rest."""
     heads, fixed = len(scores), int(always[0].sum())
     even = count - fixed
     lengths = torch.tensor(lens, device=scores.device)
@@ -81,8 +81,8 @@ def best_entries(
 ) -> Tensor:
     """Indices ``[heads, max(count, forced)]`` of the highest scores, ascending.
 
-    ``scores`` and ``forced`` (entries that win regardless) are ``[heads, n]``; equal scores go to
-    the earlier entry: by ``positions`` in the text, for a cache that is not in order.
+    ``scores`` and ``forced`` (entries that always stay) are ``[heads, n]``.  Of equal scores the
+    earlier entry wins: by ``positions`` in the text, if the cache is not in order.
     ``kernels``: as in an observation.
     """
     heads, size = max(scores.shape[0], forced.shape[0]), scores.shape[1]
@@ -99,7 +99,7 @@ def _best(
     kernels: Kernels | None = None,
     room: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Indices ``[heads, k]``, and how many of each head count (``[heads]``, on the host)."""
+    """Indices ``[heads, k]``, and the number of valid ones per head (``[heads]``, on the host)."""
     if kernels is not None and scores.dtype == torch.float32:
         return _best_native(kernels, scores, counts, forced, positions, lengths, room)
     heads, size = max(scores.shape[0], forced.shape[0]), scores.shape[1]
@@ -110,7 +110,7 @@ def _best(
     ranked = torch.where(forced, torch.inf, scores)
     ranked = torch.where(there.to(ranked.device), ranked, -torch.inf)
     places = -torch.arange(size, device=ranked.device)[None] if positions is None else -positions
-    places = torch.where(there.to(ranked.device), places, -(2**62))  # what is not there comes last
+    places = torch.where(there.to(ranked.device), places, -(2**62))  # missing entries come last
     by_age = places.expand_as(ranked).argsort(dim=-1, descending=True, stable=True)
     best = ranked.gather(1, by_age).argsort(dim=-1, descending=True, stable=True)
     best = by_age.gather(1, best)[:, : int(counts.max())]
@@ -152,7 +152,7 @@ def pool_neighbours(
     """Each score replaced by the ``"mean"`` or ``"max"`` of it and its neighbours in the text.
 
     scores ``[heads, n]``, positions ``[heads, n]`` or ``[1, n]`` in any order; ``kernel`` is odd.
-    Neighbours are the nearest entries present; beyond either end a mean counts zeros.
+    Neighbours are the nearest entries in the cache; beyond both ends a mean counts zeros.
     ``kernels``: as in an observation.
     """
     if kernel == 1 or scores.shape[1] < 2:

@@ -1,14 +1,14 @@
 """Scissorhands: the persistence of importance (Liu et al., 2305.17118).
 
-Once a layer is over its budget B, the last ``window`` queries are looked back on: for each entry
-the steps are counted in which it got less than an even share of the attention (below 1/t), and
-the ``drop`` x B entries with the most such steps go; the newest ``recent`` never do.  Later layers
-get more, the opposite of a pyramid.
+When a layer is over its budget B, the attention of the last ``window`` queries is examined.  For
+each entry, the steps are counted in which it received less than an equal share (below 1/t).  The
+``drop`` x B entries with the most such steps are evicted, but never the newest ``recent``.  Deeper
+layers get larger budgets, the opposite of a pyramid.
 
-Deviations: steps before an entry existed are not counted against it, nor, once a further text was
-taken in (``extend``), steps before that text; query heads that share a KV
-head count by their mean; after prefill exactly the budget stays, so that methods compare at equal
-bytes; the paper gives no formula for the rise with depth, here it is linear.
+Deviations: steps before an entry existed do not count against it; after a further text (``extend``)
+neither do the steps before that text.  Query heads that share a KV head are averaged.  After
+prefill exactly the budget stays, so that methods compare at equal bytes.  The paper gives no
+formula for the rise with depth; here it is linear.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ __all__ = ["Scissorhands"]
 @named_options
 @dataclass(frozen=True)
 class Scissorhands(Retaining):
-    """Entries with the fewest low-attention steps, per KV head.
+    """The entries with the fewest low-attention steps, per KV head.
 
-    budget_ratio : B as a share of the text, mean over layers (not used with ``keep``; the paper
-        reports a fifth of the cache as its strongest compression, 5x, and that is the default).
-    window : history of queries that is counted over (w).
-    recent : newest entries that always stay (r).
-    drop : share of the budget that goes at a time while generating (m / B).
-    rise : the last layer's budget over the mean, less one; the first layer has as much less.
-    keep : instead of ``budget_ratio``: see ``Retaining``; never exceeded while generating.
+    budget_ratio : B as a share of the text, as a mean over layers (not used with ``keep``; the
+        paper's strongest compression, a fifth of the cache, is the default).
+    window : number of past queries that are examined (w).
+    recent : number of newest entries that always stay (r).
+    drop : share of the budget that one eviction frees during generation (m / B).
+    rise : the last layer's budget is this share above the mean, the first layer's below it.
+    keep : replaces ``budget_ratio``: see ``Retaining``; never exceeded during generation.
     """
 
     name: ClassVar[str] = "scissorhands"

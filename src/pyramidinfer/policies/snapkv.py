@@ -1,11 +1,12 @@
-"""SnapKV: what the prompt's last queries look at (Li et al., 2404.14469).
+"""SnapKV: what the prompt's last queries attend to (Li et al., 2404.14469).
 
-After prefill each KV head keeps the window and the entries that the window's queries gave most
-attention to, smoothed over neighbours so that clusters stay whole.  Nothing is evicted later.
+After prefill each KV head keeps the window (the newest tokens) and the entries that the window's
+queries attend to most.  Scores are pooled over neighbours so that clusters stay whole.  Nothing is
+evicted during generation.
 
 Deviation: query heads that share a KV head are averaged, since they share its entries (the
-official code selects per query head, on repeated keys).  A further text (``extend``) shorter than
-the window scores with its own queries only.
+official code selects per query head, on repeated keys).  A further text (``extend``) that is
+shorter than the window is scored by its own queries only.
 """
 
 from __future__ import annotations
@@ -26,18 +27,19 @@ SCORES = Reduce("kv_mean", "sum")
 
 
 def check_kernel(kernel: object) -> None:
-    """``ValueError`` unless a pooling kernel: odd and above 0."""
+    """Raise ``ValueError`` unless ``kernel`` is odd and above 0."""
     check_whole("kernel", kernel, 1)
     if kernel % 2 == 0:  # type: ignore[operator]
-        raise ValueError(f"kernel={kernel!r} must be odd, so that it has a middle")
+        raise ValueError(f"kernel={kernel!r} must be an odd number above 0")
 
 
 @dataclass(frozen=True)
 class WindowRetaining(Adaptive):
-    """Retention by pooled window attention per KV head: SnapKV and those built on it.
+    """Retention by pooled window attention per KV head: SnapKV and the methods built on it.
 
-    window : newest queries that score, and newest entries that stay.
-    kernel, pooling : neighbours smoothed over (odd; 1 is off), and ``"mean"`` or ``"max"``.
+    window : number of newest queries that score; the newest ``window`` entries always stay.
+    kernel, pooling : neighbours that scores are pooled over (odd; 1 turns pooling off), and how:
+        ``"mean"`` or ``"max"``.
     """
 
     window: int = 32
@@ -67,7 +69,7 @@ class WindowRetaining(Adaptive):
         return Needs(self.window, SCORES, retain=rule)
 
     def score(self, seen: Observation) -> Tensor:
-        """The window's own entries are not smoothed into the context."""
+        """The window's own entries are left out of the pooling."""
         assert seen.scores is not None
         recent = seen.positions > seen.view.seen_len - 1 - self.window
         return torch.where(recent, 0.0, seen.scores)
@@ -79,7 +81,7 @@ class SnapKV(WindowRetaining):
     """The same budget in every layer.
 
     capacity : entries per layer (the paper's main setting; not used with ``keep``).
-    keep : instead of ``capacity``: see ``Retaining``; generated entries come on top.
+    keep : replaces ``capacity``: see ``Retaining``; generated entries are kept in addition.
     """
 
     name: ClassVar[str] = "snapkv"

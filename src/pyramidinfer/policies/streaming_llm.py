@@ -1,13 +1,13 @@
 """StreamingLLM: attention sinks and a rolling window (Xiao et al., 2309.17453).
 
-The first tokens and the newest ones stay, whatever they hold.  Positions are places inside the
-cache: the engine turns the keys of what lies before a gap so that the cache looks contiguous, and
-a request may generate past the model's positions (``streams``).
+The first tokens (attention sinks) and the newest tokens stay, whatever their content.  A token's
+position is its place in the cache: the engine rotates the keys before a gap again, so that the
+cache looks contiguous, and a request may generate past the model's last position (``streams``).
 
-Deviations: the prompt attends in full before it is cut, as in the official streaming demo; rotated
-keys are made from copies of the originals, so nothing accumulates.  Layers without rotary
-positions are left alone.  Learned positions (OPT) cannot be rotated: there the tokens keep their
-places in the text and a request ends at the model's last position.
+Deviations: the prompt is prefilled with full attention before it is cut, as in the official
+streaming demo.  Rotated keys are always made from the original keys, so rounding errors do not
+accumulate.  Layers without rotary positions are not rotated.  Learned positions (OPT) cannot be
+rotated: tokens keep their positions in the text, and a request ends at the model's last position.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ __all__ = ["StreamingLLM"]
 @named_options
 @dataclass(frozen=True)
 class StreamingLLM(Retaining):
-    """Sinks and a window.
+    """Attention sinks and a window of the newest tokens.
 
-    sinks : first tokens that stay.
-    window : newest tokens that stay; with ``keep`` the budget less the sinks.
-    keep : see ``Retaining``; held while generating.
+    sinks : number of first tokens that stay.
+    window : number of newest tokens that stay; with ``keep``, the budget minus the sinks.
+    keep : see ``Retaining``; the budget also holds during generation.
     """
 
     name: ClassVar[str] = "streaming_llm"
@@ -55,7 +55,7 @@ class StreamingLLM(Retaining):
         if not self.over(view):
             return Needs()
         limit = self.limit(view)
-        room = max(1, (limit - self.sinks) // 2)  # protected spans leave so much to the window
+        room = max(1, (limit - self.sinks) // 2)  # what protected spans leave for the window
         return Needs(retain=Best(limit, "new", sinks=self.sinks, room=room))
 
     def forecast(self, prompt_len: int, max_new: int, layers: Layers) -> Forecast:

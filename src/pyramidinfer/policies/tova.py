@@ -1,9 +1,9 @@
 """TOVA: token omission via attention (Oren et al., 2401.06104).
 
-Whenever a layer is over its budget, the entries that the newest query looks at least, averaged
-over heads, go: after prefill and at every step.  All heads keep the same tokens.
+Whenever a layer is over its budget, the entries that the newest query attends to least (averaged
+over heads) are evicted: after prefill and at every step.  All heads keep the same tokens.
 
-Deviation: where protected spans fill the budget, half as much again is left for other tokens.
+Deviation: where protected spans fill the budget, other tokens get half of the budget in addition.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ __all__ = ["TOVA"]
 @named_options
 @dataclass(frozen=True)
 class TOVA(Retaining):
-    """What the newest query looks at.
+    """The entries that the newest query attends to most.
 
     capacity : entries per layer (the paper's "multi-state size"; it shows 64 to 2048;
         not used with ``keep``).
-    keep : instead of ``capacity``: see ``Retaining``; held while generating.
+    keep : replaces ``capacity``: see ``Retaining``; the budget also holds during generation.
     """
 
     name: ClassVar[str] = "tova"

@@ -1,21 +1,23 @@
-"""TriAttention: the queries to come are known beforehand (Mao et al., 2604.04921).
+"""TriAttention: future queries are predictable from the model (Mao et al., 2604.04921).
 
-Before they are rotated a head's queries gather around a centre that belongs to the model, whatever
-the text.  So the attention that a key will get follows from its place and the model alone: the dot
-product of the key with the centre rotated to places to come, on average over the offsets 1, 2, 4, …
-``offset_max`` behind the text.  To it comes what queries have beside their centre: over all rotated
-pairs of numbers, the mean length of the queries' pair, less the length of its centre, times the
-length of the key's.  Scores of a query head become z-scores over the entries that compete; an entry
-has the largest of the heads that share its KV head, and every ``buffer`` generated tokens the best
-of every KV head stay.  The prompt is pinned: all of it stays, and what is generated competes for a
-budget beside it.  No query is looked at while serving.
+Before rotation, a head's queries lie close to a centre that depends on the model, not on the text.
+So the attention that a key will receive can be predicted from its position and the model alone: the
+dot product of the key with the centre rotated to future positions, averaged over the offsets 1, 2,
+4, … ``offset_max`` after the text.  A second term covers the spread of the queries around the
+centre: over all rotated pairs of channels, the mean norm of the queries' pair minus the norm of its
+centre, times the norm of the key's pair.  The scores of a query head become z-scores over the
+competing entries, and an entry takes the largest over the query heads that share its KV head.
+Every ``buffer`` generated tokens, the best entries of every KV head stay.  The prompt is pinned:
+all of it stays, and generated tokens compete for a budget of their own.  Queries are not used while
+serving.
 
-Deviations: the official code takes a pinned prompt off its budget when it cuts, so that nothing of
-an answer stays beside a longer prompt; a further text (``extend``) is pinned too, with what is left
-of the answer before it; with ``pin_prompt=False`` a prompt over its budget is cut at its end, not
-at the first cut after it.  An offset of 1 is the next token's place; numbers of a head that are not
-rotated, all of them where a model has no rotary positions (OPT) or each key its own frequencies
-(dynamic scaling), are attended to by their mean alone; no newest entries are set aside.
+Deviations: the official code subtracts a pinned prompt from the budget, so that no answer tokens
+stay after a longer prompt; here the budget is for the answer alone.  A further text (``extend``) is
+pinned as well, with what is left of the answer before it.  With ``pin_prompt=False`` a prompt over
+its budget is cut at the end of prefill, not at the next eviction.  An offset of 1 is the position
+of the next token.  Channels that are not rotated (all of them in a model without rotary positions
+such as OPT, or with dynamic frequencies) are scored by their mean alone.  No newest entries are
+reserved.
 """
 
 from __future__ import annotations
@@ -40,16 +42,16 @@ __all__ = ["TriAttention"]
 @named_options
 @dataclass(frozen=True)
 class TriAttention(Buffered, Profiled):
-    """What the model's mean queries will look at, per KV head.
+    """The entries that the model's mean queries will attend to, per KV head.
 
-    pin_prompt : the prompt stays whole, and budgets are of generated entries only; else prompt and
-        generated entries have one budget.
+    pin_prompt : True: the whole prompt stays, and the budget is for generated entries only.  False:
+        prompt and generated entries share one budget.
     capacity : entries per layer after a cut (the official code's setting; not used with ``keep``).
-    offset_max : the farthest place behind the text that is looked ahead to, in tokens.
-    profile : where the model's queries lie: a ``Profile``, or the path of one; ``"auto"`` is the
-        model's own, measured at its first load.
-    keep : instead of ``capacity``: see ``Retaining``; held while generating, up to the buffer.
-        Beside a pinned prompt so large a share of its length stays of the answer.
+    offset_max : the largest offset after the text at which queries are predicted, in tokens.
+    profile : the centres of the model's queries: a ``Profile``, or the path of one; ``"auto"`` is
+        the model's own, measured when it is first loaded.
+    keep : replaces ``capacity``: see ``Retaining``; the budget also holds during generation, plus
+        the buffer.  With a pinned prompt, the answer may keep this share of the prompt's length.
     """
 
     name: ClassVar[str] = "triattention"
@@ -71,8 +73,8 @@ class TriAttention(Buffered, Profiled):
         super().check(layers)
         if self.profile != "auto" and not isinstance(self._centres, Centres):
             raise ValueError(
-                f"policy {self.name!r} needs to know where the model's queries lie, and its "
-                f"profile was made without: make it again (pyramidinfer profile MODEL --force)"
+                f"policy {self.name!r} needs the centres of the model's queries, and this "
+                f"profile has none: make it again (pyramidinfer profile MODEL --force)"
             )
 
     @property
@@ -83,7 +85,7 @@ class TriAttention(Buffered, Profiled):
     def rule(self) -> str:
         if not isinstance(self.profile, Profile):
             return ""
-        return f"where the model's queries lie, as measured on {self.profile.text}"
+        return f"centres of the model's queries, as measured on {self.profile.text}"
 
     def entries(self, text_len: int) -> int:
         return self.capacity
@@ -91,7 +93,7 @@ class TriAttention(Buffered, Profiled):
     # --- a pinned prompt ------------------------------------------------------------------------
 
     def _pinned(self, view: View) -> int:
-        """Positions before this one stay whatever their scores."""
+        """Positions before this one are pinned: they always stay."""
         return self.text_len(view) if self.pin_prompt else 0
 
     def limits_at(self, view: View) -> Sequence[int]:
@@ -128,7 +130,7 @@ class TriAttention(Buffered, Profiled):
 
     @property
     def offsets(self) -> tuple[int, ...]:
-        """Places behind the text that are looked ahead to."""
+        """The offsets after the text at which queries are predicted."""
         return tuple(1 << power for power in range(self.offset_max.bit_length()))
 
     def needs(self, view: View) -> Needs:
@@ -154,7 +156,7 @@ class TriAttention(Buffered, Profiled):
 
 
 def _lengths(vectors: Tensor, pairs: int) -> Tensor:
-    """``[..., pairs]``: lengths of the pairs of numbers that rotate together."""
+    """``[..., pairs]``: norms of the pairs of channels that rotate together."""
     return vectors[..., :pairs].hypot(vectors[..., pairs : 2 * pairs])
 
 
