@@ -11,32 +11,10 @@ import typer
 
 import pyramidinfer
 from pyramidinfer.cli.bench import bench
-from pyramidinfer.cli.common import (
-    BACKENDS,
-    DEFAULT_POLICY,
-    DraftTokens,
-    Dtype,
-    FromModel,
-    Keep,
-    KvDtype,
-    Lossless,
-    Model,
-    NoProfile,
-    Options,
-    PipelineParallel,
-    PolicyName,
-    TemplateKwargs,
-    TensorParallel,
-    Weights,
-    check_drafts,
-    json_object,
-    names_model,
-    plain_errors,
-    policy_from,
-    profiling,
-    said,
-)
+from pyramidinfer.cli.common import DEFAULT_POLICY, plain_errors, policy_from
+from pyramidinfer.cli.looking import add_looking
 from pyramidinfer.cli.models import add_models
+from pyramidinfer.cli.old import Dtype, Keep, KvDtype, Model, Options, PolicyName, names_model
 from pyramidinfer.cli.profile import add_profile
 from pyramidinfer.cli.serving import add_serving
 from pyramidinfer.cli.study import study, subject
@@ -72,151 +50,7 @@ def options(
     """Language model inference in which fewer tokens are computed and fewer are kept."""
 
 
-MaxTokens = Annotated[int, typer.Option(help="Tokens to generate at most.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-
-
-@app.command()
-@plain_errors()
-@names_model
-def demo(
-    model: Model = None,
-    fetch: Annotated[
-        str | None,
-        typer.Option(help="Fetch this model and run on it; where that fails, on the shipped one."),
-    ] = None,
-    documents: Annotated[
-        int | None, typer.Option(help="Documents to answer a question about. Default: 24 or 15.")
-    ] = None,
-    length: Annotated[
-        int | None, typer.Option(help="Tokens in each. Default: 2000, or 1500 for a real model.")
-    ] = None,
-    kv_memory: Annotated[
-        str | None, typer.Option(help="Memory for all caches. Default: 64MiB or 256MiB.")
-    ] = None,
-    keep: Annotated[
-        float | None, typer.Option(help="Share of the cache that is kept. Default: 0.3 or 0.25.")
-    ] = None,
-    kv_dtype: KvDtype = "auto",
-    weights: Weights = "auto",
-    out: Annotated[Path, typer.Option(help="Folder for the picture.")] = Path("out"),
-    tensor_parallel_size: TensorParallel = 1,
-    pipeline_parallel_size: PipelineParallel = 1,
-) -> None:
-    """Answer questions about long documents in one memory budget, four ways, and draw it."""
-    from pyramidinfer.cli.demo import run_demo
-
-    options = {
-        "kv_dtype": kv_dtype,
-        "weights": weights,
-        "tensor_parallel_size": tensor_parallel_size,
-        "pipeline_parallel_size": pipeline_parallel_size,
-    }
-    run_demo(model, fetch, documents, length, kv_memory, keep, out, options)
-
-
-@app.command()
-@plain_errors()
-@names_model
-def generate(
-    model: Model = None,
-    policy: PolicyName = DEFAULT_POLICY,
-    keep: Keep = None,
-    option: Options = None,
-    lossless: Lossless = False,
-    draft_tokens: DraftTokens = None,
-    prompt: Annotated[str | None, typer.Option(help="The prompt.")] = None,
-    prompt_file: Annotated[
-        Path | None, typer.Option(help="File holding the prompt; - is standard input.")
-    ] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="Apply the model's chat template.")] = False,
-    max_tokens: Annotated[
-        int | None, typer.Option(help="Tokens to generate at most; default: the model's, or 64.")
-    ] = None,
-    temperature: Annotated[
-        float | None, typer.Option(help="0 is greedy; default: the model's, or 0.")
-    ] = None,
-    top_p: Annotated[
-        float | None, typer.Option(help="1 is off; default: the model's, or off.")
-    ] = None,
-    top_k: Annotated[
-        int | None, typer.Option(help="0 is off; default: the model's, or off.")
-    ] = None,
-    generation_config: FromModel = "auto",
-    chat_template_kwargs: TemplateKwargs = None,
-    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
-    stop: Annotated[list[str] | None, typer.Option(help="Stop text; may be repeated.")] = None,
-    kv_memory: Annotated[str, typer.Option(help="Memory for the cache.")] = "1GiB",
-    dtype: Dtype = "auto",
-    kv_dtype: KvDtype = "auto",
-    weights: Weights = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    backend: Annotated[
-        str, typer.Option(help=f"How to attend: auto, {', '.join(BACKENDS)}.")
-    ] = "auto",
-    no_profile: NoProfile = False,
-    tensor_parallel_size: TensorParallel = 1,
-    pipeline_parallel_size: PipelineParallel = 1,
-    as_json: AsJson = False,
-) -> None:
-    """Answer one prompt with any supported local or hub model."""
-    from pyramidinfer.cli.generate import run_generate
-
-    if chat_template_kwargs is not None and not chat:
-        raise ValueError("--chat-template-kwargs has no effect without --chat")
-    asked = said(
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        seed=seed,
-        stop=stop or None,
-    )
-    check_drafts(draft_tokens, lossless)
-    chosen = policy_from(policy, keep, option or [], lossless)
-    run_generate(
-        model,
-        chosen,
-        prompt,
-        prompt_file,
-        chat,
-        asked,
-        generation_config,
-        json_object("--chat-template-kwargs", chat_template_kwargs),
-        kv_memory,
-        dtype,
-        device,
-        backend,
-        as_json,
-        kv_dtype=kv_dtype,
-        weights=weights,
-        draft_tokens=draft_tokens,
-        profile=profiling(chosen, no_profile),
-        tensor_parallel_size=tensor_parallel_size,
-        pipeline_parallel_size=pipeline_parallel_size,
-    )
-
-
-@app.command()
-@plain_errors()
-@names_model
-def inspect(
-    model: Model = None,
-    policy: PolicyName = DEFAULT_POLICY,
-    keep: Keep = None,
-    option: Options = None,
-    prompt_len: Annotated[int, typer.Option(help="Tokens in the prompt.")] = 2048,
-    max_tokens: MaxTokens = 256,
-    dtype: Dtype = "auto",
-    kv_dtype: KvDtype = "auto",
-    weights: Weights = "auto",
-    as_json: AsJson = False,
-) -> None:
-    """Show what a policy would compute and keep in each layer, and the bytes; generates nothing."""
-    from pyramidinfer.cli.inspect import run_inspect
-
-    chosen = policy_from(policy, keep, option or [])
-    run_inspect(model, chosen, prompt_len, max_tokens, dtype, kv_dtype, weights, as_json)
 
 
 @app.command()
@@ -245,15 +79,7 @@ def calibrate(
     run_calibrate(task.quick() if quick else task, output, as_json)
 
 
-@app.command()
-@plain_errors()
-def doctor(as_json: AsJson = False) -> None:
-    """Tell what this machine has, which kernels and attention backend are in use, and why."""
-    from pyramidinfer.cli.doctor import run_doctor
-
-    run_doctor(as_json)
-
-
+add_looking(app)
 add_serving(app)
 add_models(app)
 add_profile(app)

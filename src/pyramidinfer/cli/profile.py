@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pyramidinfer.cli.common import Dtype, Model, names_model, plain_errors
+from pyramidinfer.cli.common import plain_errors
+from pyramidinfer.cli.old import Dtype, Model, names_model
 from pyramidinfer.cli.study import subject
 
 if TYPE_CHECKING:

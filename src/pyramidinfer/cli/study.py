@@ -9,16 +9,8 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
-from pyramidinfer.cli.common import (
-    DEFAULT_POLICY,
-    Keep,
-    Model,
-    Options,
-    PolicyName,
-    names_model,
-    plain_errors,
-    policy_from,
-)
+from pyramidinfer.cli.common import DEFAULT_POLICY, plain_errors, policy_from
+from pyramidinfer.cli.old import Keep, Model, Options, PolicyName, names_model
 
 if TYPE_CHECKING:
     from pyramidinfer.lab.samples import Subject

@@ -11,7 +11,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from pyramidinfer.cli.common import Model, names_model, plain_errors
+from pyramidinfer.cli.common import plain_errors
+from pyramidinfer.cli.old import Model, names_model
 from pyramidinfer.cli.study import (
     Context,
     Device,
