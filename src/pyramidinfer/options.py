@@ -32,6 +32,7 @@ __all__ = [
     "one_of",
     "option_fields",
     "parse_bytes",
+    "parse_size",
     "parse_words",
     "positive",
     "show_bytes",
@@ -227,6 +228,11 @@ def parse_bytes(value: int | str, name: str = "kv_memory") -> int:
     if value > 2**60:
         raise ValueError(f"{name}={value!s:.20} … is more than any machine has")
     return value
+
+
+def parse_size(name: str, text: str) -> int:
+    """``parse_bytes`` for an option's ``parse``."""
+    return parse_bytes(text, name)
 
 
 def show_bytes(size: int) -> str:

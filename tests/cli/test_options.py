@@ -139,7 +139,7 @@ def test_a_variables_value_is_checked(
 ) -> None:
     monkeypatch.setenv("PYRAMIDINFER_PORT", "tcp://10.0.0.1:80")  # of a service named so
     assert serve(monkeypatch) == 2
-    assert "tcp://10.0.0.1:80" in capsys.readouterr().err
+    assert "(env var: 'PYRAMIDINFER_PORT')" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

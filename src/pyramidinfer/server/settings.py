@@ -17,7 +17,7 @@ from pyramidinfer.options import (
     check_whole,
     json_object,
     one_of,
-    parse_bytes,
+    parse_size,
     positive,
     show_bytes,
 )
@@ -210,7 +210,7 @@ class ServerSettings:
             panel=LIMITS,
             flags=("--max-body",),
             check=at_least(1),
-            parse=lambda option, text: parse_bytes(text, option),
+            parse=parse_size,
             show=show_bytes,
         ),
     ] = 4 * 2**20
@@ -221,7 +221,7 @@ class ServerSettings:
             panel=LIMITS,
             flags=("--max-schema",),
             check=at_least(1),
-            parse=lambda option, text: parse_bytes(text, option),
+            parse=parse_size,
             show=show_bytes,
         ),
     ] = 64 * 1024
