@@ -12,13 +12,14 @@ import difflib
 import functools
 import json
 import re
-from collections.abc import Callable, Iterable
-from dataclasses import MISSING, dataclass, fields
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 __all__ = [
     "Field",
     "Option",
+    "Pick",
     "at_least",
     "check_choice",
     "check_options",
@@ -34,6 +35,7 @@ __all__ = [
     "parse_bytes",
     "parse_size",
     "parse_words",
+    "pick",
     "positive",
     "show_bytes",
 ]
@@ -92,6 +94,26 @@ class Field:
         return self.option.flags or (f"--{self.name.replace('_', '-')}",)
 
 
+@dataclass(frozen=True, slots=True)
+class Pick:
+    """Which fields of a dataclass are options of a command: ``names``, all if empty, but none
+    ``without``.  ``values``: defaults of those that are, and values of those that are not, in place
+    of the dataclass's own."""
+
+    names: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
+    values: Mapping[str, Any] = field(default_factory=dict)
+
+    def takes(self, name: str) -> bool:
+        """Whether a field is an option."""
+        return name not in self.without and (not self.names or name in self.names)
+
+
+def pick(*names: str, without: tuple[str, ...] = (), **values: Any) -> Pick:
+    """``Annotated[Kind, pick("a", b=1)]``: a field of ``Kind`` as an option, another fixed."""
+    return Pick(names, without, values)
+
+
 @functools.cache
 def option_fields(kind: type) -> dict[str, Field]:
     """The fields of a dataclass that are options, in order, by name."""
@@ -115,12 +137,19 @@ def check_options(values: Any, *, as_flags: bool = False) -> None:
     as_flags : name it as the command line does, ``--page-size``.
     """
     kind: Any = type(values)
-    for name, field in option_fields(kind).items():
-        value, check = getattr(values, name), field.option.check
+    for name, found in option_fields(kind).items():
+        value, check = getattr(values, name), found.option.check
         if check is None or value is None:
             continue
+        flag = found.flags[0]
         for each in value if isinstance(value, tuple) else (value,):
-            check(field.flags[0] if as_flags else name, each)
+            if not as_flags:
+                check(name, each)
+                continue
+            try:
+                check(flag, each)
+            except ValueError as error:  # as it was typed
+                raise ValueError(str(error).replace(f"{flag}=", f"{flag} ", 1)) from None
 
 
 # --- checks and texts -----------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from __future__ import annotations
 import inspect
 import types
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
@@ -22,27 +22,13 @@ import typer
 
 from pyramidinfer.cli.common import plain_errors
 from pyramidinfer.cli.environment import check_variables, register, variable
-from pyramidinfer.options import Field, option_fields, parse_words
+from pyramidinfer.options import Field, Pick, option_fields, parse_words
 
-__all__ = ["Pick", "command", "options_of", "pick"]
+__all__ = ["command", "options_of"]
 
 KEYWORD = inspect.Parameter.KEYWORD_ONLY
 #: Types that typer reads by itself; of a union the first of them counts.
 PLAIN = (bool, Path, float, str, int)
-
-
-@dataclass(frozen=True, slots=True)
-class Pick:
-    """Which fields of a dataclass are options; no names: all.  ``values``: defaults of those that
-    are, and values of those that are not, in place of the dataclass's own."""
-
-    names: tuple[str, ...] = ()
-    values: Mapping[str, Any] = field(default_factory=dict)
-
-
-def pick(*names: str, **values: Any) -> Pick:
-    """Some fields of a dataclass as options, and other values for some."""
-    return Pick(names, values)
 
 
 def command(
@@ -120,7 +106,7 @@ def _options(kind: Any, chosen: Pick) -> Iterator[tuple[Field, Any]]:
         inner, inner_pick = _dataclass_of(hint)
         if inner is not None:
             yield from _options(inner, inner_pick)
-        elif name in known and (not chosen.names or name in chosen.names):
+        elif name in known and chosen.takes(name):
             yield known[name], chosen.values.get(name, known[name].default)
 
 
@@ -132,7 +118,8 @@ def _build(kind: Any, chosen: Pick, context: typer.Context, given: Mapping[str, 
         if inner is not None:
             values[name] = _build(inner, inner_pick, context, given)
         elif name in known and _name(known[name]) in given:
-            values[name] = _value(known[name], context, given)
+            usual = chosen.values.get(name, known[name].default)
+            values[name] = _value(known[name], usual, context, given)
     return kind(**values)
 
 
@@ -141,7 +128,7 @@ def _name(field: Field) -> str:
     return field.flags[0].removeprefix("--").replace("-", "_")
 
 
-def _value(field: Field, context: typer.Context, given: Mapping[str, Any]) -> Any:
+def _value(field: Field, usual: Any, context: typer.Context, given: Mapping[str, Any]) -> Any:
     """What the dataclass takes, of what typer read."""
     name, option = _name(field), field.option
     value = given[name]
@@ -154,7 +141,7 @@ def _value(field: Field, context: typer.Context, given: Mapping[str, Any]) -> An
     if option.parse is not None and isinstance(value, str):
         return option.parse(field.flags[0], value)
     if value is None:
-        return field.default
+        return usual
     kind = _tuple_of(field.kind)
     return value if kind is None else _elements(field.flags[0], value, kind)
 
@@ -201,6 +188,7 @@ def _parameters(field: Field, default: Any, variables: bool) -> Iterator[inspect
     if option.unset and default in (None, ""):
         told["show_default"] = option.unset
     if option.positional:
+        told |= {} if default is None else {"show_default": default}
         default = None
         yield _parameter(name, str | None, None, typer.Argument(**told))
         name, told = f"{name}_option", {"help": f"{name.upper()}, given by name."}
@@ -227,8 +215,8 @@ def _plain(field: Field, default: Any) -> tuple[Any, Any]:
     if option.parse is not None or _tuple_of(field.kind) is not None:
         if default is None or default == {}:
             return str, None
-        words = default if isinstance(default, tuple) else None
-        return str, option.show(default) if words is None else ",".join(map(_word, words))
+        listed = option.parse is None
+        return str, ",".join(map(_word, default)) if listed else option.show(default)
     members = _members(field.kind)
     return next(each for each in PLAIN if each in members), default
 

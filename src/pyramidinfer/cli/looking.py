@@ -9,9 +9,9 @@ from typing import Annotated
 import typer
 
 from pyramidinfer.cli.choices import ModelOptions
-from pyramidinfer.cli.fields import command, pick
+from pyramidinfer.cli.fields import command
 from pyramidinfer.config import EngineConfig
-from pyramidinfer.options import Option, at_least, check_options
+from pyramidinfer.options import Option, at_least, check_options, pick
 
 __all__ = ["DemoOptions", "InspectOptions", "add_looking"]
 

@@ -11,9 +11,9 @@ import typer
 from pyramidinfer.cli.choices import ModelOptions, SamplingOptions
 from pyramidinfer.cli.common import check_drafts
 from pyramidinfer.cli.config_file import read_config
-from pyramidinfer.cli.fields import command, pick
+from pyramidinfer.cli.fields import command
 from pyramidinfer.config import EngineConfig
-from pyramidinfer.options import Option, option_fields
+from pyramidinfer.options import Option, option_fields, pick
 from pyramidinfer.server.settings import KEYS_VARIABLE, SAFETY, ServerSettings, read_keys
 
 __all__ = ["add_serving"]

@@ -210,7 +210,8 @@ def quality(
     device: Device = "auto",
 ) -> None:
     """Every policy at every budget: recall, perplexity, divergence, agreement, bytes."""
-    from pyramidinfer.lab.quality import Grid, run_quality, split_specs
+    from pyramidinfer.lab.fields import split_specs
+    from pyramidinfer.lab.quality import Grid, run_quality
     from pyramidinfer.policies import POLICIES
 
     specs = split_specs(policies) if policies else tuple(POLICIES)

@@ -237,7 +237,7 @@ def _ways(
     policies: str | None, keeps: str, where: Subject, samples: int, seed: int
 ) -> tuple[tuple[str, ...], tuple[float, ...], Subject, int, int]:
     """The first fields of every plan (``lab.ways.Ways``)."""
-    from pyramidinfer.lab.quality import split_specs
+    from pyramidinfer.lab.fields import split_specs
     from pyramidinfer.policies import POLICIES
 
     specs = split_specs(policies) if policies else tuple(POLICIES)

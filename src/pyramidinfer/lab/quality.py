@@ -31,7 +31,7 @@ from pyramidinfer.policies import POLICIES, Full, Policy
 from pyramidinfer.policies.registry import parse_policy
 from pyramidinfer.types import SamplingParams, Score, TokenIds
 
-__all__ = ["DEPTHS", "Grid", "divergence", "interval", "run_quality", "split_specs"]
+__all__ = ["DEPTHS", "Grid", "divergence", "interval", "run_quality"]
 
 KEEPS = (1.0, 0.75, 0.6, 0.45, 0.3, 0.2, 0.1)
 LEAST = 5
@@ -100,14 +100,6 @@ class Grid:
             for spec in self.policies
             for keep in ((1.0,) if spec == "full" else self.keeps)
         ]
-
-
-def split_specs(text: str) -> tuple[str, ...]:
-    """``"full,snapkv"`` or ``"full snapkv:window=8,kernel=5"`` → policy specs."""
-    words = text.split()
-    return tuple(
-        spec for word in words for spec in ([word] if ":" in word else word.split(",")) if spec
-    )
 
 
 def run_quality(grid: Grid, out: Path, workers: int = 1) -> list[Path]:
