@@ -149,7 +149,8 @@ def check_options(values: Any, *, as_flags: bool = False) -> None:
             try:
                 check(flag, each)
             except ValueError as error:  # as it was typed
-                raise ValueError(str(error).replace(f"{flag}=", f"{flag} ", 1)) from None
+                told = str(error).replace(f"{flag}=", f"{flag} ", 1)
+                raise ValueError(told.replace("a whole number of at", "at")) from None
 
 
 # --- checks and texts -----------------------------------------------------------------------------

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from pyramidinfer.lab.record import write_result
 from pyramidinfer.lab.study import Row, Store, run_cells
 
 CELLS: list[dict[str, Any]] = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pyramidinfer.cli.common import BACKENDS, DEFAULT_POLICY, POLICY_NAMES, policy_from
@@ -12,7 +13,20 @@ from pyramidinfer.server.settings import GenerationConfig
 if TYPE_CHECKING:  # torch takes seconds, and --help needs none of it
     from pyramidinfer.policies import Policy
 
-__all__ = ["ModelOptions", "SamplingOptions"]
+__all__ = [
+    "AsJson",
+    "DemoOptions",
+    "DoctorOptions",
+    "InspectOptions",
+    "ModelOptions",
+    "ProfileOptions",
+    "PromptOptions",
+    "SamplingOptions",
+    "VerifyOptions",
+]
+
+
+AsJson = Annotated[bool, Option("Print one JSON object.", flags=("--json",))]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,3 +160,86 @@ class SamplingOptions:
         given = {name: getattr(self, name) for name in names}
         given["stop"] = list(self.stop) or None
         return {name: value for name, value in given.items() if value is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptOptions:
+    """What ``generate`` is asked, and how it answers."""
+
+    prompt: Annotated[str | None, Option("The prompt.")] = None
+    prompt_file: Annotated[
+        Path | None, Option("File that holds the prompt; - is standard input.")
+    ] = None
+    chat: Annotated[bool, Option("Apply the model's chat template.")] = False
+    as_json: AsJson = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoOptions:
+    """What the demo asks, and in which memory; None is what suits the model."""
+
+    fetch: Annotated[
+        str | None,
+        Option("Download this model and run on it; where that fails, on the shipped one."),
+    ] = None
+    documents: Annotated[
+        int | None, Option("Documents, each with one question.", unset="24, or 15 for --fetch")
+    ] = None
+    length: Annotated[
+        int | None, Option("Tokens of each document.", unset="2000, or 1500 for --fetch")
+    ] = None
+    kv_memory: Annotated[
+        str | None, Option("Memory for all caches.", unset="64MiB, or 256MiB for --fetch")
+    ] = None
+    keep: Annotated[
+        float | None, Option("Share of the cache that is kept.", unset="0.3, or 0.25 for --fetch")
+    ] = None
+    out: Annotated[Path, Option("Folder for the picture and the figures.")] = Path("out")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectOptions:
+    """The request that is forecast."""
+
+    prompt_len: Annotated[int, Option("Tokens of the prompt.", check=at_least(1))] = 2048
+    max_tokens: Annotated[int, Option("Tokens to generate, at most.", check=at_least(1))] = 256
+    as_json: AsJson = False
+
+    def __post_init__(self) -> None:
+        check_options(self, as_flags=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorOptions:
+    """How the report is printed."""
+
+    as_json: AsJson = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProfileOptions:
+    """Where a profile goes, and how it is told."""
+
+    output: Annotated[
+        Path | None,
+        Option(
+            "File for the profile.", unset="in the user's cache folder", flags=("--output", "-o")
+        ),
+    ] = None
+    picture: Annotated[
+        Path | None, Option("File for a picture of layers and heads, PNG.", unset="none")
+    ] = None
+    force: Annotated[bool, Option("Measure again what is stored.")] = False
+    quick: Annotated[bool, Option("Do a third of the work.")] = False
+    as_json: AsJson = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyOptions:
+    """When a setting holds, and where that is written."""
+
+    floor: Annotated[
+        float | None,
+        Option("Share of the full cache's quality that must be kept.", unset="0.8"),
+    ] = None
+    json: Annotated[Path | None, Option("File for the result.", unset="none")] = None

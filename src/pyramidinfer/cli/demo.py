@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from pyramidinfer.cli.choices import DemoOptions
 from pyramidinfer.cli.common import human_bytes
-from pyramidinfer.cli.looking import DemoOptions
 from pyramidinfer.config import EngineConfig, parse_bytes
 from pyramidinfer.engine import LLM, Engine
 from pyramidinfer.engine.english import ENGLISH

@@ -64,7 +64,7 @@ def _in_words(field: Field, default: Any) -> str:
 
 def _from_fields(function: Callable[..., None], variables: bool) -> Callable[..., None]:
     """What typer sees in place of the function: one parameter an option."""
-    parameters = [inspect.Parameter("context", KEYWORD, annotation=typer.Context)]
+    parameters = [inspect.Parameter("typer_context", KEYWORD, annotation=typer.Context)]
     builders, own = {}, []
     for parameter in inspect.signature(function, eval_str=True).parameters.values():
         kind, chosen = _dataclass_of(parameter.annotation)
@@ -78,10 +78,10 @@ def _from_fields(function: Callable[..., None], variables: bool) -> Callable[...
     names = [each.name for each in parameters]
     assert len(set(names)) == len(names), f"{function.__name__} has an option twice: {names}"
 
-    def run(*, context: typer.Context, **given: Any) -> None:
+    def run(*, typer_context: typer.Context, **given: Any) -> None:
         if variables:
             check_variables()
-        made = {name: _build(*each, context, given) for name, each in builders.items()}
+        made = {name: _build(*each, typer_context, given) for name, each in builders.items()}
         function(**made, **{name: given[name] for name in own})
 
     run.__name__, run.__doc__ = function.__name__, function.__doc__

@@ -11,10 +11,9 @@ from typing import Any
 
 from rich.console import Console
 
-from pyramidinfer.cli.choices import SamplingOptions
+from pyramidinfer.cli.choices import PromptOptions, SamplingOptions
 from pyramidinfer.cli.common import check_asked, defaults_of, drafts_told, human_bytes
 from pyramidinfer.cli.serve import ModelChoice, load
-from pyramidinfer.cli.serving import PromptOptions
 from pyramidinfer.engine import LLM
 from pyramidinfer.engine.chat_template import ChatTemplate
 from pyramidinfer.types import RequestOutput, SamplingParams, TokenIds

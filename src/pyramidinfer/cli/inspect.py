@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from pyramidinfer.cache import Layout
+from pyramidinfer.cli.choices import InspectOptions
 from pyramidinfer.cli.common import human_bytes
-from pyramidinfer.cli.looking import InspectOptions
 from pyramidinfer.config import EngineConfig
 from pyramidinfer.engine import LLM, Engine
 from pyramidinfer.engine.memory import Ledger

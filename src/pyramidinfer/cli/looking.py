@@ -1,68 +1,31 @@
-"""``pyramidinfer demo``, ``inspect`` and ``doctor``: their options."""
+"""``pyramidinfer demo | inspect | profile | calibrate | verify | doctor``: their options."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from pyramidinfer.cli.choices import ModelOptions
+from pyramidinfer.cli.choices import (
+    DemoOptions,
+    DoctorOptions,
+    InspectOptions,
+    ModelOptions,
+    ProfileOptions,
+    VerifyOptions,
+)
 from pyramidinfer.cli.fields import command
 from pyramidinfer.config import EngineConfig
-from pyramidinfer.options import Option, at_least, check_options, pick
+from pyramidinfer.lab.plans import Task, VerifyPlan
+from pyramidinfer.lab.samples import Subject
+from pyramidinfer.options import pick
 
-__all__ = ["DemoOptions", "InspectOptions", "add_looking"]
-
-AsJson = Annotated[bool, Option("Print one JSON object.", flags=("--json",))]
-
-
-@dataclass(frozen=True, kw_only=True)
-class DemoOptions:
-    """What the demo asks, and in which memory; None is what suits the model."""
-
-    fetch: Annotated[
-        str | None,
-        Option("Download this model and run on it; where that fails, on the shipped one."),
-    ] = None
-    documents: Annotated[
-        int | None, Option("Documents, each with one question.", unset="24, or 15 for --fetch")
-    ] = None
-    length: Annotated[
-        int | None, Option("Tokens of each document.", unset="2000, or 1500 for --fetch")
-    ] = None
-    kv_memory: Annotated[
-        str | None, Option("Memory for all caches.", unset="64MiB, or 256MiB for --fetch")
-    ] = None
-    keep: Annotated[
-        float | None, Option("Share of the cache that is kept.", unset="0.3, or 0.25 for --fetch")
-    ] = None
-    out: Annotated[Path, Option("Folder for the picture and the figures.")] = Path("out")
-
-
-@dataclass(frozen=True, kw_only=True)
-class InspectOptions:
-    """The request that is forecast."""
-
-    prompt_len: Annotated[int, Option("Tokens of the prompt.", check=at_least(1))] = 2048
-    max_tokens: Annotated[int, Option("Tokens to generate, at most.", check=at_least(1))] = 256
-    as_json: AsJson = False
-
-    def __post_init__(self) -> None:
-        check_options(self, as_flags=True)
-
-
-@dataclass(frozen=True, kw_only=True)
-class DoctorOptions:
-    """How the report is printed."""
-
-    as_json: AsJson = False
+__all__ = ["add_looking"]
 
 
 def add_looking(app: typer.Typer) -> None:
     """Register the commands."""
-    for each in (demo, inspect, doctor):
+    for each in (demo, inspect, profile, calibrate, verify, doctor):
         command(app)(each)
 
 
@@ -89,6 +52,45 @@ def inspect(
     from pyramidinfer.cli.inspect import run_inspect
 
     run_inspect(model.model, model.chosen, model.dtype, engine, asked)
+
+
+def profile(
+    where: Annotated[Subject, pick("model", "text", "dtype", "device", kv_memory="128MiB")],
+    options: Annotated[ProfileOptions, pick(without=("quick",))],
+) -> None:
+    """Measure how much of a text each KV head of a model needs, once, and store it."""
+    from pyramidinfer.cli.profile import run_profile
+
+    run_profile(where, options)
+
+
+def calibrate(
+    task: Task, options: Annotated[ProfileOptions, pick("output", "quick", "as_json")]
+) -> None:
+    """Find after which layer of a model tokens may be dropped, and write it into its profile."""
+    from pyramidinfer.cli.calibrate import run_calibrate
+    from pyramidinfer.models.loading import quiet_transformers
+
+    quiet_transformers()
+    run_calibrate(task.quick() if options.quick else task, options.output, options.as_json)
+
+
+def verify(
+    where: Annotated[
+        Subject,
+        pick("model", "text", "kv_memory", "dtype", "kv_dtype", "device", kv_memory="1GiB"),
+    ],
+    model: Annotated[ModelOptions, pick("policy", "keep", "option")],
+    plan: VerifyPlan,
+    options: VerifyOptions,
+) -> None:
+    """Tell what share of the full cache's quality a setting keeps here; exit 1 below the floor."""
+    from pyramidinfer.cli.verify import run_verify
+    from pyramidinfer.lab.verify import FLOOR
+
+    floor = FLOOR if options.floor is None else options.floor
+    if not run_verify(where, model.chosen, floor, plan, options.json):
+        raise typer.Exit(1)
 
 
 def doctor(options: DoctorOptions) -> None:

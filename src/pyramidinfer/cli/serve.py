@@ -56,8 +56,8 @@ def load(choice: ModelChoice) -> LLM:
 def _check_quality(choice: ModelChoice, floor: float) -> None:
     """End with exit code 1 where the policy is surely below the floor on this model."""
     from pyramidinfer.cli.verify import run_verify
+    from pyramidinfer.lab.plans import VerifyPlan
     from pyramidinfer.lab.samples import SHIPPED, Subject
-    from pyramidinfer.lab.verify import Plan
 
     model, engine = choice.model, choice.engine
     where = Subject(
@@ -70,7 +70,7 @@ def _check_quality(choice: ModelChoice, floor: float) -> None:
         engine.kv_dtype,
     )
     model.set_threads()
-    if not run_verify(where, choice.policy, floor, Plan(), console=Console(stderr=True)):
+    if not run_verify(where, choice.policy, floor, VerifyPlan(), console=Console(stderr=True)):
         print(
             f"error: policy {choice.policy.name!r} keeps less than {floor:g} of the full cache's "
             f"quality on this model, so nothing is served: choose another --policy or a higher "

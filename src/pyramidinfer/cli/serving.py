@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from pyramidinfer.cli.choices import ModelOptions, SamplingOptions
+from pyramidinfer.cli.choices import ModelOptions, PromptOptions, SamplingOptions
 from pyramidinfer.cli.common import check_drafts
 from pyramidinfer.cli.config_file import read_config
 from pyramidinfer.cli.fields import command
@@ -93,18 +93,6 @@ class ChatOptions:
     """What a conversation begins with."""
 
     system: Annotated[str | None, Option("System prompt.")] = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class PromptOptions:
-    """What ``generate`` is asked, and how it answers."""
-
-    prompt: Annotated[str | None, Option("The prompt.")] = None
-    prompt_file: Annotated[
-        Path | None, Option("File that holds the prompt; - is standard input.")
-    ] = None
-    chat: Annotated[bool, Option("Apply the model's chat template.")] = False
-    as_json: Annotated[bool, Option("Print one JSON object.", flags=("--json",))] = False
 
 
 def add_serving(app: typer.Typer) -> None:
