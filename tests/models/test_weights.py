@@ -283,8 +283,8 @@ def test_options_that_do_not_go_together() -> None:
 
 @names
 def test_inspect_tells_bytes(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    from pyramidinfer.cli.inspect import run_inspect
     from pyramidinfer.cli.choices import InspectOptions
+    from pyramidinfer.cli.inspect import run_inspect
 
     asked = InspectOptions(prompt_len=100, max_tokens=10, as_json=True)
     run_inspect(None, policy_named("full"), "float32", EngineConfig(weights=name), asked)
