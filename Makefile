@@ -116,9 +116,10 @@ GPU_OPTIONS ?=
 bench-gpu: $(VENV)/.installed
 	$(BIN)/python -m pyramidinfer.lab.bench.gpu $(TOY) $(GPU_OPTIONS)
 
-# docs/numbers.md and docs/methods.md from the results as they are.
+# docs/numbers.md and docs/methods.md from the results as they are; the options in docs/serving.md.
 pages: $(VENV)/.installed
 	$(BIN)/python -m pyramidinfer.lab.numbers
+	$(BIN)/python -m pyramidinfer.cli.options_page
 
 install: $(VENV)/.installed
 install-dev: $(VENV)/.installed-dev

@@ -13,7 +13,7 @@ import pyramidinfer
 
 ROOT = Path(pyramidinfer.__file__).parent
 ORDER = [
-    {"types", "sampling", "config", "native", "codec", "triton_codec"},
+    {"types", "sampling", "options", "config", "native", "codec", "triton_codec"},
     {"policies", "attention", "cache"},
     {"models"},
     {"engine"},

@@ -9,6 +9,7 @@ import pytest
 
 from pyramidinfer import LLM, SamplingParams
 from pyramidinfer.cli import chat as chat_module
+from pyramidinfer.cli.choices import SamplingOptions
 from pyramidinfer.models.loading import shipped_model
 from tests.commands import run
 from tests.server.live import tiny_llm
@@ -196,4 +197,4 @@ def test_a_model_without_a_template(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chat_module, "load", lambda choice: llm)
     choice: Any = None
     with pytest.raises(ValueError, match="has no chat template; use `pyramidinfer generate`"):
-        chat_module.run_chat(choice, None, {}, "auto", {})
+        chat_module.run_chat(choice, None, SamplingOptions())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import logging
 import os
@@ -25,6 +24,7 @@ from typer.testing import CliRunner
 
 from pyramidinfer.cli import serve as serve_module
 from pyramidinfer.cli import serving
+from pyramidinfer.cli.choices import ModelOptions
 from pyramidinfer.cli.serve import ModelChoice
 from pyramidinfer.config import EngineConfig
 from pyramidinfer.server.settings import KEYS_VARIABLE, ServerSettings
@@ -42,7 +42,7 @@ def settings_of(words: list[str]) -> ServerSettings:
     """What ``serve`` makes of its options."""
     found: list[ServerSettings] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(serve_module, "run_serve", lambda _, settings: found.append(settings))
+        patch.setattr(serve_module, "run_serve", lambda _, settings, floor: found.append(settings))
         patch.delenv(KEYS_VARIABLE, raising=False)
         assert invoke(*words).exit_code == 0
     return found[0]
@@ -52,7 +52,7 @@ def settings_of(words: list[str]) -> ServerSettings:
 def taken(monkeypatch: pytest.MonkeyPatch) -> list[tuple[ModelChoice, ServerSettings]]:
     """What ``serve`` would have run with."""
     found: list[tuple[ModelChoice, ServerSettings]] = []
-    monkeypatch.setattr(serve_module, "run_serve", lambda *values: found.append(values))
+    monkeypatch.setattr(serve_module, "run_serve", lambda *values: found.append(values[:2]))
     monkeypatch.delenv(KEYS_VARIABLE, raising=False)
     return found
 
@@ -167,11 +167,11 @@ def test_options_become_settings(
         generation_config="none",
         chat_template_kwargs={"enable_thinking": False},
     )
-    assert choice.model == "MODEL" and choice.threads == 1 and choice.dtype == "float32"
+    model = choice.model
+    assert (model.model, model.threads, model.dtype) == ("MODEL", 1, "float32")
     policy: Any = choice.policy
     assert (policy.name, policy.keep, policy.window) == ("snapkv", 0.3, 8)
-    config = EngineConfig(**choice.options)
-    assert config == EngineConfig(
+    assert choice.engine == EngineConfig(
         kv_memory="8MiB",
         max_requests=5,
         step_tokens=99,
@@ -185,10 +185,8 @@ def test_defaults_are_the_settings_own(taken: list[tuple[ModelChoice, ServerSett
     assert invoke().exit_code == 0
     ((choice, settings),) = taken
     assert settings == ServerSettings()
-    assert EngineConfig(**choice.options) == EngineConfig()
-    assert choice.policy.name == "pyramid" and choice.model is None
-    options = inspect.signature(serving.serve).parameters
-    assert {"admission", "elastic", "preempt", "expected_output"} <= set(options)
+    assert choice.engine == EngineConfig()
+    assert choice.policy.name == "pyramid" and choice.model == ModelOptions()
 
 
 def test_lossless_chooses_what_drafts_read(
@@ -207,7 +205,7 @@ def test_lossless_chooses_what_drafts_read(
     tenth = ("pyramid", 0.1)
     assert found == [tenth, ("pyramid", 0.2), ("snapkv", 0.3), tenth, tenth]
     assert drafts[2].window == 8 and drafts[3].min_context == 64
-    assert [choice.options["draft_tokens"] for choice, _ in taken] == [None, 3, None, None, None]
+    assert [choice.engine.draft_tokens for choice, _ in taken] == [None, 3, None, None, None]
 
 
 @pytest.mark.parametrize(

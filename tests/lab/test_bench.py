@@ -15,7 +15,7 @@ from pyramidinfer import LLM
 from pyramidinfer.cache.mover import Mover
 from pyramidinfer.cli.app import main
 from pyramidinfer.lab import shapes
-from pyramidinfer.lab.bench import compaction, kernels, machine, setting
+from pyramidinfer.lab.bench import compaction, kernels, machine, plans
 from pyramidinfer.lab.bench.machine import measure_roof
 from pyramidinfer.lab.bench.roofline import decode_bytes, prefill_flops
 from pyramidinfer.lab.bench.selection_shares import measure_shares
@@ -39,7 +39,7 @@ POLICIES = "full,pyramidinfer,snapkv"
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """A shape, a machine and samples that take no time."""
     monkeypatch.setitem(SHAPES, "small", SMALL)
-    monkeypatch.setattr(setting, "DEFAULT_SHAPE", "small")
+    monkeypatch.setattr(plans, "DEFAULT_SHAPE", "small")
     monkeypatch.setattr(machine, "BYTES", 2**20)
     monkeypatch.setattr("pyramidinfer.lab.bench.timing.SAMPLE_SECONDS", 1e-4)
 

@@ -14,13 +14,13 @@ import torch
 from pyramidinfer import LLM, SamplingParams
 from pyramidinfer.cli.app import main
 from pyramidinfer.lab import quality
+from pyramidinfer.lab.fields import split_specs
 from pyramidinfer.lab.quality import (
     Grid,
     divergence,
     interval,
     nearest_policy,
     run_quality,
-    split_specs,
 )
 from pyramidinfer.lab.samples import Subject
 from pyramidinfer.models.loading import shipped_model

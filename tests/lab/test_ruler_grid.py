@@ -16,7 +16,14 @@ from pyramidinfer.lab import asking
 from pyramidinfer.lab.asking import asker
 from pyramidinfer.lab.chat import Asked, Chat
 from pyramidinfer.lab.ruler import grid
-from pyramidinfer.lab.ruler.grid import RulerPlan, haystack, means, run_ruler, task_samples
+from pyramidinfer.lab.ruler.grid import (
+    RulerPlan,
+    after_screening,
+    haystack,
+    means,
+    run_ruler,
+    task_samples,
+)
 from pyramidinfer.lab.samples import Subject
 from pyramidinfer.policies import SnapKV
 from pyramidinfer.types import SamplingParams
@@ -56,7 +63,7 @@ def row(policy: str, task: str, scores: list[float], keep: float = 0.5, **more: 
 
 def test_a_task_that_the_full_cache_cannot_do_is_not_asked_of_the_others() -> None:
     rows = [row("full", "niah_single_1", [1.0, 0.0], 1.0), row("full", "vt", [0.2, 0.2], 1.0)]
-    cells = plan(tasks=("niah_single_1", "vt")).after_screening(rows)
+    cells = after_screening(plan(tasks=("niah_single_1", "vt")), rows)
     assert {cell["task"] for cell in cells} == {"niah_single_1"}
     assert {(cell["keep"], cell["protocol"]) for cell in cells} == {
         (keep, protocol) for keep in (0.5, 0.2) for protocol in ("inside", "after")
@@ -65,7 +72,7 @@ def test_a_task_that_the_full_cache_cannot_do_is_not_asked_of_the_others() -> No
 
 def test_a_spec_with_a_keep_of_its_own_is_measured_there_only() -> None:
     rows = [row("full", "niah_single_1", [1.0], 1.0)]
-    cells = plan(policies=("full", "snapkv:keep=.3,kernel=5", "tova")).after_screening(rows)
+    cells = after_screening(plan(policies=("full", "snapkv:keep=.3,kernel=5", "tova")), rows)
     keeps = {
         spec: {c["keep"] for c in cells if c["policy"] == spec}
         for spec in ("snapkv:keep=.3,kernel=5", "tova")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pyramidinfer import SamplingParams
-from pyramidinfer.lab.bench.scale import ScalePlan, pairs_of
+from pyramidinfer.lab.bench.plans import ScalePlan, pairs_of
 from pyramidinfer.lab.bench.scale_page import PAGE, render_scale
 from pyramidinfer.lab.bench.scale_plan import (
     Split,
@@ -82,11 +82,11 @@ def test_what_is_put_on_a_link() -> None:
 
 
 def test_sizes_are_held_to_one_rank() -> None:
-    assert pairs_of("1x1, 2x4") == ((1, 1), (2, 4))
+    assert pairs_of("--sizes", "1x1, 2x4") == ((1, 1), (2, 4))
     with pytest.raises(ValueError, match="--sizes 2x1: the first must be 1x1"):
         ScalePlan(sizes=((2, 1),))
     with pytest.raises(ValueError, match="'2,4' must be a list such as 1x1,2x1"):
-        pairs_of("2,4")
+        pairs_of("--sizes", "2,4")
 
 
 def test_the_page_shows_the_committed_result() -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from pyramidinfer.lab.record import write_result
 from pyramidinfer.lab.study import Row, Store, run_cells
 
 CELLS: list[dict[str, Any]] = [
@@ -157,3 +160,31 @@ def test_workers_give_the_same_rows(tmp_path: Path) -> None:
 def test_no_workers_are_refused(tmp_path: Path, workers: int) -> None:
     with pytest.raises(ValueError, match=f"--workers {workers} must be at least 1"):
         run_cells("squares", SETTINGS, CELLS, square, tmp_path / "study.json", workers)
+
+
+@pytest.mark.parametrize(
+    ("words", "shown"),
+    [
+        (
+            ["/bin/pyramidinfer", "study", "icr", "--text", "a b"],
+            "pyramidinfer study icr --text 'a b'",
+        ),
+        (["x/__main__.py", "bench", "memory"], "pyramidinfer bench memory"),
+        (
+            ["pyramidinfer", "bench", "serve", "--api-key", "k"],
+            "pyramidinfer bench serve --api-key …",
+        ),
+        (["pyramidinfer", "bench", "serve", "--api-key=k"], "pyramidinfer bench serve --api-key=…"),
+    ],
+)
+def test_a_result_records_its_command(
+    words: list[str], shown: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", words)
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
+    run_cells("s", {}, [{"n": 1}], lambda cell: [cell], tmp_path / "s.json")
+    assert shlex.split(json.loads((tmp_path / "s.json").read_text())["meta"]["command"]) == (
+        shlex.split(shown)
+    )
+    written = write_result(tmp_path / "r.json", {}, {})
+    assert json.loads(written.read_text())["command"]

@@ -59,7 +59,7 @@ def opened(spans: list[list[int]]) -> list[int]:
 def test_every_kept_entry_is_there(name: str, tmp_path: Path) -> None:
     policy = make_policy(name) if name == "full" else make_policy(name, 0.6)
     out = tmp_path / "map.json"
-    picture, html = run_map(MapPlan(SHIPPED, policy, context=150, max_tokens=6), out)
+    picture, html = run_map(MapPlan(SHIPPED, context=150, max_tokens=6), policy, out)
     assert picture.read_bytes().startswith(b"\x89PNG")
     entry = json.loads(out.read_text())
     meta, rows = entry["meta"], entry["rows"]

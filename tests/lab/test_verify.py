@@ -23,11 +23,11 @@ from pyramidinfer.lab.checks import Bench, Turns
 from pyramidinfer.lab.retrieval import Retrieval
 from pyramidinfer.lab.samples import Subject
 from pyramidinfer.lab.turns import make_talks, measure_turns
-from pyramidinfer.lab.verify import ROUND, Check, Plan, jeffreys, judge, verify
+from pyramidinfer.lab.verify import ROUND, Check, VerifyPlan, jeffreys, judge, verify
 from pyramidinfer.policies import Full, Policy, StreamingLLM
 from tests.lab import english_model
 
-PLAN = Plan(300, 0.1)
+PLAN = VerifyPlan(300, 0.1)
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
@@ -91,7 +91,7 @@ def test_as_many_samples_as_the_time_has_room_for(
     machine: Any = SimpleNamespace(
         llm=SimpleNamespace(engine=SimpleNamespace(runner=SimpleNamespace(max_positions=4096)))
     )
-    found = verify(machine, Subject(), Full(), Plan(300, seconds))
+    found = verify(machine, Subject(), Full(), VerifyPlan(300, seconds))
     assert [each.samples for each in found] == [rounds * ROUND] * 4
 
 
@@ -153,7 +153,7 @@ def test_a_ruinous_setting_is_found(
 
 def test_a_model_that_can_do_nothing_is_not_blamed_on_the_policy(tmp_path: Path) -> None:
     where = Subject(english_model.save(tmp_path / "model"), kv_memory="32MiB")
-    checks = verify(Asker(where), where, StreamingLLM(keep=0.3), Plan(700, 0.1))
+    checks = verify(Asker(where), where, StreamingLLM(keep=0.3), VerifyPlan(700, 0.1))
     assert [each.share for each in checks[:3]] == [None] * 3  # a random model answers nothing
     assert checks[3].share is not None and checks[4].share is not None
     below, _ = judge([each for each in checks if each.share is None], 0.8)
@@ -265,7 +265,7 @@ def test_a_server_that_holds_is_served(
     asked, served = serve_verified(monkeypatch, "--keep", ".3", *words)
     ((where, policy, floor, plan),) = asked
     assert where == Subject(kv_memory="16MiB", dtype="float32", backend=backend, kv_dtype=kv_dtype)
-    assert (policy.name, policy.keep, floor, plan) == ("pyramid", 0.3, 0.9, Plan())
+    assert (policy.name, policy.keep, floor, plan) == ("pyramid", 0.3, 0.9, VerifyPlan())
     assert len(served) == 1
     used = [llm.engine.runner.backend.name for llm in (served[0][0], where.llm(policy))]
     assert used[0] == used[1] and (backend == "auto" or used[0] == backend)

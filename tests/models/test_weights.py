@@ -283,10 +283,12 @@ def test_options_that_do_not_go_together() -> None:
 
 @names
 def test_inspect_tells_bytes(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from pyramidinfer.cli.choices import InspectOptions
     from pyramidinfer.cli.inspect import run_inspect
 
-    run_inspect(None, policy_named("full"), 100, 10, "float32", "auto", name, True)
+    asked = InspectOptions(prompt_len=100, max_tokens=10, as_json=True)
+    run_inspect(None, policy_named("full"), "float32", EngineConfig(weights=name), asked)
     told = json.loads(capsys.readouterr().out)
     assert told["weights"] == name
-    run_inspect(None, policy_named("full"), 100, 10, "float32", "auto", "auto", True)
+    run_inspect(None, policy_named("full"), "float32", EngineConfig(), asked)
     assert told["weight_bytes"] < 0.35 * json.loads(capsys.readouterr().out)["weight_bytes"]

@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
+from pyramidinfer.cli.choices import SamplingOptions
 from pyramidinfer.cli.common import check_asked, defaults_of, drafts_told, human_bytes
 from pyramidinfer.cli.serve import ModelChoice, load
 from pyramidinfer.engine import LLM
@@ -33,21 +34,16 @@ HELP = """/reset        begin a new conversation
 def run_chat(
     choice: ModelChoice,
     system: str | None,
-    asked: Mapping[str, Any],
-    generation_config: str,
-    template_kwargs: Mapping[str, Any],
+    sampling: SamplingOptions,
 ) -> None:
-    """Read a line, answer it, until the input ends.
-
-    ``asked``: fields of ``SamplingParams``; what is not among them is as the model's
-    generation config says.
-    """
-    check_asked(asked, generation_config)
+    """Read a line, answer it, until the input ends."""
+    asked, source = sampling.asked, sampling.generation_config
+    check_asked(asked, source)
     llm = load(choice)
     if not ChatTemplate(llm.tokenizer).exists:
         raise ValueError(f"model {llm.name!r} has no chat template; use `pyramidinfer generate`")
-    chosen = {"max_tokens": MAX_TOKENS, **defaults_of(llm, generation_config), **asked}
-    chat = _Chat(llm, SamplingParams(**chosen), system, template_kwargs)
+    chosen = {"max_tokens": MAX_TOKENS, **defaults_of(llm, source), **asked}
+    chat = _Chat(llm, SamplingParams(**chosen), system, sampling.chat_template_kwargs or {})
     chat.note(f"{Path(llm.name).name}: /help tells what else can be typed")
     while True:
         try:

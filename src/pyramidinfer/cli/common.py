@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
-import json
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated, Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import typer
 
@@ -22,31 +19,14 @@ __all__ = [
     "BACKENDS",
     "DEFAULT_POLICY",
     "POLICY_NAMES",
-    "DraftTokens",
-    "Dtype",
-    "FromModel",
-    "Keep",
-    "KvDtype",
-    "Lossless",
-    "Model",
-    "NoProfile",
-    "Options",
-    "PipelineParallel",
-    "PolicyName",
-    "TemplateKwargs",
-    "TensorParallel",
-    "Weights",
     "check_asked",
     "check_drafts",
+    "check_profiling",
     "defaults_of",
     "drafts_told",
     "human_bytes",
-    "json_object",
-    "names_model",
     "plain_errors",
     "policy_from",
-    "profiling",
-    "said",
 ]
 
 #: What ``--help`` tells of the registry and of the backends, which are not imported for it.
@@ -74,108 +54,18 @@ DEFAULT_POLICY = "pyramid"
 
 #: What each extra brings.
 EXTRAS = {
-    "server": ("fastapi", "httpx", "llguidance", "prometheus_client", "pydantic", "uvicorn"),
+    "server": (
+        "fastapi",
+        "httpx",
+        "llguidance",
+        "prometheus_client",
+        "pydantic",
+        "uvicorn",
+        "yaml",
+    ),
     "lab": ("matplotlib", "scipy"),
     "ray": ("ray",),
 }
-
-Model = Annotated[
-    str | None,
-    typer.Argument(help="Folder, hub id, fetched model or GGUF file. Default: the shipped model."),
-]
-PolicyName = Annotated[str, typer.Option(help=f"One of: {', '.join(POLICY_NAMES)}.")]
-Keep = Annotated[
-    float | None,
-    typer.Option(
-        help="Common budget of all policies: a share in (0, 1]. Default: 0.5 for pyramid and duo, "
-        "the published settings for the others."
-    ),
-]
-Options = Annotated[
-    list[str] | None,
-    typer.Option("--option", "-o", help="A policy option, NAME=VALUE; may be repeated."),
-]
-Lossless = Annotated[
-    bool,
-    typer.Option(
-        "--lossless",
-        help="Keep everything and say what policy full says: --policy and --keep (a tenth by "
-        "default) choose what is read to guess tokens ahead.",
-    ),
-]
-DraftTokens = Annotated[
-    int | None,
-    typer.Option(
-        help="Lossless requests: tokens guessed in every step; default: as many as pay by what "
-        "is measured."
-    ),
-]
-NoProfile = Annotated[
-    bool,
-    typer.Option(
-        "--no-profile",
-        help="For pyramid, duo and triattention: do not measure what the model's heads are like; "
-        "only a profile that is known already is used.",
-    ),
-]
-TensorParallel = Annotated[
-    int,
-    typer.Option(
-        "--tensor-parallel-size",
-        help="Processes, each on a device of its own, that split every layer; --kv-memory is each "
-        "one's.",
-    ),
-]
-PipelineParallel = Annotated[
-    int,
-    typer.Option(
-        "--pipeline-parallel-size",
-        help="Stages that the layers are dealt to, each of --tensor-parallel-size processes.",
-    ),
-]
-Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16 or float64.")]
-KvDtype = Annotated[
-    str,
-    typer.Option(
-        help="How the cache stores keys and values: auto (in --dtype); int8 or fp8 (about half the "
-        "bytes of 16 bits); int4 (about a quarter, and less exact).",
-    ),
-]
-Weights = Annotated[
-    str,
-    typer.Option(
-        help="How the weights of linears are stored: auto (in --dtype), int8 or int4 (about half "
-        "or a third of the bytes of 16 bits); C++ kernels only.",
-    ),
-]
-FromModel = Annotated[
-    str,
-    typer.Option(
-        "--generation-config",
-        help="auto: what is not said about sampling is as the model's generation_config.json "
-        "says; none: it is not.",
-    ),
-]
-TemplateKwargs = Annotated[
-    str | None,
-    typer.Option(help='For the chat template, a JSON object such as {"enable_thinking": false}.'),
-]
-
-
-def json_object(option: str, text: str | None) -> dict[str, Any]:
-    """The JSON object that an option gives; ``ValueError`` where it gives another thing."""
-    try:
-        found = json.loads("{}" if text is None else text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{option} {text!r:.60} is not valid JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{option} {text!r:.60} is not a JSON object")
-    return found
-
-
-def said(**options: Any) -> dict[str, Any]:
-    """The options that were given."""
-    return {name: value for name, value in options.items() if value is not None}
 
 
 def check_asked(asked: Mapping[str, Any], generation_config: str) -> None:
@@ -198,33 +88,6 @@ def defaults_of(llm: LLM, generation_config: str) -> dict[str, Any]:
             file=sys.stderr,
         )
     return found
-
-
-def names_model(command: Callable[..., None]) -> Callable[..., None]:
-    """A command whose model (its parameter ``model``, a ``Model``) may also be given as --model."""
-    option = inspect.Parameter(
-        "model_option",
-        inspect.Parameter.KEYWORD_ONLY,
-        default=None,
-        annotation=Annotated[str | None, typer.Option("--model", help="MODEL, by name.")],
-    )
-
-    @functools.wraps(command)
-    def run(*, model: str | None, model_option: str | None, **others: Any) -> None:
-        if None not in (model, model_option) and model != model_option:
-            raise ValueError(
-                f"two models are given, {model!r} and --model {model_option!r}; leave one out"
-            )
-        command(model=model if model_option is None else model_option, **others)
-
-    signature = inspect.signature(command, eval_str=True)
-    kinds = [
-        each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in signature.parameters.values()
-    ]
-    kinds.insert(1 + list(signature.parameters).index("model"), option)
-    run.__signature__ = signature.replace(parameters=kinds)  # type: ignore[attr-defined]
-    run.__annotations__ = {each.name: each.annotation for each in kinds}
-    return run
 
 
 @contextmanager
@@ -304,16 +167,15 @@ def check_drafts(draft_tokens: int | None, lossless: bool) -> None:
         )
 
 
-def profiling(policy: Policy, no_profile: bool) -> bool:
-    """Whether a head profile may be measured; ``ValueError`` where nobody asks for one."""
+def check_profiling(policy: Policy, profile: bool) -> None:
+    """``ValueError`` for ``--no-profile`` where the policy asks for no head profile."""
     from pyramidinfer.policies.base import asks_for_profile
 
-    if no_profile and not asks_for_profile(policy):
+    if not profile and not asks_for_profile(policy):
         raise ValueError(
             f"--no-profile has no effect: policy {policy.name!r} asks for no head profile of the "
             f"model; leave it out"
         )
-    return not no_profile
 
 
 def drafts_told(drafts: DraftUsage) -> str:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from pyramidinfer.cli.choices import DemoOptions
 from pyramidinfer.cli.common import human_bytes
 from pyramidinfer.config import EngineConfig, parse_bytes
 from pyramidinfer.engine import LLM, Engine
@@ -91,34 +91,24 @@ class Ask:
         return make(tokenizer, seed, count, length)
 
 
-def run_demo(
-    model: str | None,
-    wanted: str | None,
-    documents: int | None,
-    length: int | None,
-    kv_memory: str | None,
-    keep: float | None,
-    out: Path,
-    options: Mapping[str, Any],
-) -> None:
+def run_demo(model: str | None, asked: DemoOptions, engine: EngineConfig) -> None:
     """Answer, print the table, draw ``out/pyramid.png``.
 
-    model : None is the shipped one;  wanted : a model to fetch and run on, if it can be had;
-    options : of ``EngineConfig``, beside ``kv_memory``.
+    model : None is the shipped one;  engine : with the ``kv_memory`` of ``asked``.
     """
-    if wanted is not None:
+    if asked.fetch is not None:
         if model is not None:
-            raise ValueError(f"give --model {model} or --fetch {wanted}, not both")
-        model = _fetched(wanted)
-    usual = TOY if model is None else REAL
+            raise ValueError(f"give --model {model} or --fetch {asked.fetch}, not both")
+        model = _fetched(asked.fetch)
+    usual, out = TOY if model is None else REAL, asked.out
     ask = Ask(
         model,
-        usual.documents if documents is None else documents,
-        usual.length if length is None else length,
-        kv_memory or usual.kv_memory,
-        usual.keep if keep is None else keep,
+        usual.documents if asked.documents is None else asked.documents,
+        usual.length if asked.length is None else asked.length,
+        asked.kv_memory or usual.kv_memory,
+        usual.keep if asked.keep is None else asked.keep,
     )
-    config = EngineConfig.from_options((), kv_memory=ask.kv_memory, **options)
+    config = replace(engine, kv_memory=ask.kv_memory)
     out.mkdir(parents=True, exist_ok=True)
     quiet_transformers()
     console = Console()
@@ -134,7 +124,7 @@ def run_demo(
     )
     (shown,) = ask.questions(loaded.tokenizer, SEED + 1, 1, min(ask.length, 600))
     traces: list[tuple[str, Trace]] = []
-    engines = _engines(ask, loaded, config, options)
+    engines = _engines(ask, loaded, config)
     runs = _run(console, ask, engines, questions, shown, traces)
     _show_answers(console, questions, runs)
     words = [loaded.tokenizer.decode([token]).strip() for token in shown.prompt]
@@ -148,9 +138,7 @@ def run_demo(
     console.print(f"which token is kept in which layer: [bold]{picture}[/bold]", soft_wrap=True)
 
 
-def _engines(
-    ask: Ask, loaded: LoadedModel, config: EngineConfig, options: Mapping[str, Any]
-) -> Iterator[tuple[str, Engine]]:
+def _engines(ask: Ask, loaded: LoadedModel, config: EngineConfig) -> Iterator[tuple[str, Engine]]:
     """One engine a way and its title, the full cache's first.
 
     On one rank all have the same weights; over several a way's ranks end before the next one's
@@ -164,7 +152,7 @@ def _engines(
         return
     for title, policy in ways:
         model = ask.model or shipped_model()
-        llm = LLM(model, policy, kv_memory=ask.kv_memory, dtype="float32", **options)
+        llm = LLM(model, policy, dtype="float32", **asdict(config))
         try:
             yield title, llm.engine
         finally:

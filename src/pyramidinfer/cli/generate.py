@@ -11,51 +11,26 @@ from typing import Any
 
 from rich.console import Console
 
+from pyramidinfer.cli.choices import PromptOptions, SamplingOptions
 from pyramidinfer.cli.common import check_asked, defaults_of, drafts_told, human_bytes
+from pyramidinfer.cli.serve import ModelChoice, load
 from pyramidinfer.engine import LLM
 from pyramidinfer.engine.chat_template import ChatTemplate
-from pyramidinfer.models.loading import quiet_transformers, shipped_model
-from pyramidinfer.policies import Policy
 from pyramidinfer.types import RequestOutput, SamplingParams, TokenIds
 
 __all__ = ["run_generate"]
 
 
-def run_generate(
-    model: str | None,
-    policy: Policy,
-    prompt: str | None,
-    prompt_file: Path | None,
-    chat: bool,
-    asked: Mapping[str, Any],
-    generation_config: str,
-    template_kwargs: Mapping[str, Any],
-    kv_memory: str,
-    dtype: str,
-    device: str,
-    backend: str,
-    as_json: bool,
-    **options: Any,
-) -> None:
-    """Stream an answer to the terminal, or print it as one JSON object.
-
-    ``asked``: fields of ``SamplingParams``; what is not among them is as the model's
-    generation config says;  ``options``: of ``EngineConfig``.
-    """
-    check_asked(asked, generation_config)
-    text = _read_prompt(prompt, prompt_file)
-    quiet_transformers()
-    llm = LLM(
-        model or shipped_model(),
-        policy,
-        kv_memory=kv_memory,
-        dtype=dtype,
-        device=device,
-        backend=backend,
-        **options,
-    )
-    ids = _chat_ids(llm, text, template_kwargs) if chat else llm.encode(text)
-    params = SamplingParams(**{**defaults_of(llm, generation_config), **asked})
+def run_generate(choice: ModelChoice, sampling: SamplingOptions, what: PromptOptions) -> None:
+    """Stream an answer to the terminal, or print it as one JSON object."""
+    asked, as_json = sampling.asked, what.as_json
+    check_asked(asked, sampling.generation_config)
+    text = _read_prompt(what.prompt, what.prompt_file)
+    llm = load(choice)
+    ids = llm.encode(text)
+    if what.chat:
+        ids = _chat_ids(llm, text, sampling.chat_template_kwargs or {})
+    params = SamplingParams(**{**defaults_of(llm, sampling.generation_config), **asked})
     output = None
     try:
         written = 0

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pyramidinfer.cache import Layout
+from pyramidinfer.cli.choices import InspectOptions
 from pyramidinfer.cli.common import human_bytes
 from pyramidinfer.config import EngineConfig
 from pyramidinfer.engine import LLM, Engine
@@ -41,20 +42,16 @@ __all__ = ["run_inspect"]
 def run_inspect(
     model: str | None,
     chosen: Policy,
-    prompt_len: int,
-    max_tokens: int,
     dtype: str,
-    kv_dtype: str,
-    weights: str,
-    as_json: bool,
+    engine: EngineConfig,
+    asked: InspectOptions,
 ) -> None:
     """Print the forecast per layer: tokens computed, entries kept, bytes.
 
     Those of the full cache are of 16 bits a number where ``kv_dtype`` has fewer.
     """
-    for name, value in (("--prompt-len", prompt_len), ("--max-tokens", max_tokens)):
-        if value < 1:
-            raise ValueError(f"{name} {value} must be at least 1")
+    prompt_len, max_tokens = asked.prompt_len, asked.max_tokens
+    kv_dtype, weights = engine.kv_dtype, engine.weights
     quiet_transformers()
     empty, place = empty_model(model or shipped_model(), dtype)
     runner = ModelRunner(empty, "reference")  # builds nothing
@@ -81,7 +78,7 @@ def run_inspect(
     layers = runner.layers_for(longest)
     chosen.check(layers)
     forecast = chosen.forecast(prompt_len, max_tokens, layers)
-    page = EngineConfig().page_size
+    page = engine.page_size
     layout = Layout.smallest(specs, page, chosen.uses_scores)
     per_page = [int(size) for size in layout.layer_page_bytes]
     uncoded = [int(size) for size in layout.uncoded_page_bytes]
@@ -112,7 +109,7 @@ def run_inspect(
                 "full_bytes": layout.pages_for(full) * runner.kv_heads * uncoded[layer],
             }
         )
-    if as_json:
+    if asked.as_json:
         head = {"model": model or shipped_model(), "policy": repr(chosen), "rule": chosen.rule}
         print(
             json.dumps(
@@ -133,10 +130,21 @@ def run_inspect(
         )
         return
     after = _After.of(chosen, prompt_len, layers, runner.kv_heads, caps)
-    asked = (prompt_len, max_tokens, kv_dtype)
     told = "" if weights == "auto" else f", stored in {weights}"
     size = f"weights{told}: {human_bytes(weight_bytes)}"
-    _print(rows, chosen, *asked, again, in_pages, overhead, cost.bytes, after, size)
+    _print(
+        rows,
+        chosen,
+        prompt_len,
+        max_tokens,
+        kv_dtype,
+        again,
+        in_pages,
+        overhead,
+        cost.bytes,
+        after,
+        size,
+    )
 
 
 class _After(NamedTuple):

@@ -7,21 +7,19 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pyramidinfer.cli.common import Dtype, Model, names_model, plain_errors
-from pyramidinfer.cli.study import subject
-
 if TYPE_CHECKING:
+    from pyramidinfer.cli.choices import ProfileOptions
     from pyramidinfer.engine.profiling import Found
+    from pyramidinfer.lab.samples import Subject
     from pyramidinfer.policies.profile import Profile
 
-__all__ = ["add_profile", "check_place", "heat_map"]
+__all__ = ["check_place", "heat_map", "run_profile"]
 
 #: Heads of a layer that are shown with their numbers; more are shades.
 NUMBERS = 16
@@ -30,37 +28,20 @@ SAME_SHARE = 0.01
 SHADES = " ░▒▓█"
 
 
-def add_profile(app: typer.Typer) -> None:
-    """Register the command."""
-    app.command()(plain_errors()(names_model(profile)))
-
-
-def profile(
-    model: Model = None,
-    text: Annotated[
-        Path | None, typer.Option(help="UTF-8 text of your own to measure on. Default: English.")
-    ] = None,
-    output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", help="The profile. Default: in the user's cache folder."),
-    ] = None,
-    picture: Annotated[Path | None, typer.Option(help="A PNG of layers and heads.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Measure it anew.")] = False,
-    dtype: Dtype = "float32",
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-) -> None:
-    """Measure how much of a text each KV head of a model needs, once, and store it."""
+def run_profile(where: Subject, options: ProfileOptions) -> None:
+    """Measure, store and show it; what is stored already is shown."""
     from pyramidinfer.engine.profiling import look_up
+    from pyramidinfer.models.loading import quiet_transformers
     from pyramidinfer.policies import Full
     from pyramidinfer.policies.profile import check_target
 
+    output, picture = options.output, options.picture
     for path, what in ((output, "the profile"), (picture, "the picture")):
         if path is not None:
             check_target(path, what)
-    where = replace(subject(model, text, dtype, device), kv_memory="128MiB")
+    quiet_transformers()
     llm = where.llm(Full())
-    found, anew = look_up(llm.engine.runner), force or text is not None
+    found, anew = look_up(llm.engine.runner), options.force or where.text is not None
     if anew:
         check_place(found, output)
     seconds = None
@@ -81,7 +62,7 @@ def profile(
         from pyramidinfer.lab.head_pictures import draw_profile
 
         draw_profile(made, picture)
-    if as_json:
+    if options.as_json:
         print(
             json.dumps(
                 {

@@ -5,15 +5,15 @@ from __future__ import annotations
 import logging
 import signal
 import sys
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict
+from typing import NamedTuple
 
-import torch
 import typer
 from rich.console import Console
 
-from pyramidinfer.cli.common import defaults_of
-from pyramidinfer.config import check_whole
+from pyramidinfer.cli.choices import ModelOptions
+from pyramidinfer.cli.common import check_profiling, defaults_of
+from pyramidinfer.config import EngineConfig
 from pyramidinfer.engine import LLM
 from pyramidinfer.models.loading import quiet_transformers, shipped_model
 from pyramidinfer.policies import Policy
@@ -23,56 +23,54 @@ from pyramidinfer.server.settings import ServerSettings
 __all__ = ["ModelChoice", "load", "run_serve"]
 
 
-@dataclass(frozen=True, slots=True)
-class ModelChoice:
-    """Which model, how it runs, and options of ``EngineConfig``."""
+class ModelChoice(NamedTuple):
+    """A model, the policy it runs with, and how the engine runs."""
 
-    model: str | None
+    model: ModelOptions
     policy: Policy
-    dtype: str
-    device: str
-    backend: str
-    threads: int
-    options: dict[str, Any]
+    engine: EngineConfig
+
+    @classmethod
+    def of(cls, model: ModelOptions, engine: EngineConfig) -> ModelChoice:
+        """With the policy that the options name; ``ValueError`` where it cannot be."""
+        policy = model.chosen
+        check_profiling(policy, engine.profile)
+        return cls(model, policy, engine)
 
 
 def load(choice: ModelChoice) -> LLM:
     """The model, ready; the shipped one where none is named."""
     quiet_transformers()
-    _set_threads(choice)
+    where = choice.model
+    where.set_threads()
     return LLM(
-        choice.model or shipped_model(),
+        where.model or shipped_model(),
         choice.policy,
-        dtype=choice.dtype,
-        device=choice.device,
-        backend=choice.backend,
-        **choice.options,
+        dtype=where.dtype,
+        device=where.device,
+        backend=where.backend,
+        **asdict(choice.engine),
     )
-
-
-def _set_threads(choice: ModelChoice) -> None:
-    check_whole("threads", choice.threads, 0)
-    if choice.threads:
-        torch.set_num_threads(choice.threads)
 
 
 def _check_quality(choice: ModelChoice, floor: float) -> None:
     """End with exit code 1 where the policy is surely below the floor on this model."""
     from pyramidinfer.cli.verify import run_verify
+    from pyramidinfer.lab.plans import VerifyPlan
     from pyramidinfer.lab.samples import SHIPPED, Subject
-    from pyramidinfer.lab.verify import Plan
 
+    model, engine = choice.model, choice.engine
     where = Subject(
-        choice.model or SHIPPED,
+        model.model or SHIPPED,
         None,
-        choice.dtype,
-        choice.device,
-        str(choice.options["kv_memory"]),
-        choice.backend,
-        choice.options.get("kv_dtype", "auto"),
+        model.dtype,
+        model.device,
+        str(engine.kv_memory),
+        model.backend,
+        engine.kv_dtype,
     )
-    _set_threads(choice)
-    if not run_verify(where, choice.policy, floor, Plan(), console=Console(stderr=True)):
+    model.set_threads()
+    if not run_verify(where, choice.policy, floor, VerifyPlan(), console=Console(stderr=True)):
         print(
             f"error: policy {choice.policy.name!r} keeps less than {floor:g} of the full cache's "
             f"quality on this model, so nothing is served: choose another --policy or a higher "

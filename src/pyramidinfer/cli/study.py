@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import Annotated, Any
 
 import typer
+from rich.console import Console
+from rich.table import Table
 
-from pyramidinfer.cli.common import (
-    DEFAULT_POLICY,
-    Keep,
-    Model,
-    Options,
-    PolicyName,
-    names_model,
-    plain_errors,
-    policy_from,
+from pyramidinfer.cli.choices import ModelOptions, PromptOptions
+from pyramidinfer.cli.fields import command
+from pyramidinfer.lab.plans import (
+    CodecsPlan,
+    Grid,
+    HeadsPlan,
+    IcrPlan,
+    LongPlan,
+    MapPlan,
+    RacPlan,
+    RulerPlan,
+    TextPlan,
+    TurnsPlan,
 )
-
-if TYPE_CHECKING:
-    from pyramidinfer.lab.samples import Subject
+from pyramidinfer.options import pick
 
 __all__ = ["study"]
 
@@ -29,209 +34,153 @@ study = typer.Typer(
     help="Measure a model under compression: JSON, pictures, resumable.", no_args_is_help=True
 )
 
-Text = Annotated[
-    Path | None,
-    typer.Option(help="UTF-8 text. Default: real English; the shipped model's own language."),
-]
-Json = Annotated[Path, typer.Option("--json", help="Where the result goes; pictures beside it.")]
-Samples = Annotated[int, typer.Option(help="Passages a figure rests on.")]
-Context = Annotated[int, typer.Option(help="Tokens of context.")]
-Seed = Annotated[int, typer.Option(help="Which passages are drawn.")]
+Json = Annotated[Path, typer.Option("--json", help="File for the result; pictures go beside it.")]
 Workers = Annotated[int, typer.Option(help="Processes of one thread each; 1 runs in this one.")]
-Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16 or float64.")]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 
 
-Specs = Annotated[
-    str | None,
-    typer.Option(help="NAME,NAME or 'NAME NAME:option=value,…'. Default: every policy."),
-]
-KvDtypes = Annotated[
-    str,
-    typer.Option(
-        help="How keys and values are stored: auto, int8, int4, fp8; each policy with each."
-    ),
-]
-KEEPS = "1,.75,.6,.45,.3,.2,.1"
-N = TypeVar("N", int, float)
-
-
-def words(text: str) -> tuple[str, ...]:
-    """``"a,b"`` → names."""
-    return tuple(text.replace(",", " ").split())
-
-
-def numbers(text: str, kind: type[N], option: str) -> tuple[N, ...]:
-    """``"1,.5"`` → numbers; ``ValueError`` naming the option otherwise."""
-    try:
-        found = tuple(kind(part) for part in text.replace(",", " ").split())
-    except ValueError:
-        raise ValueError(f"{option} {text!r}: write numbers, separated by commas") from None
-    if not found:
-        raise ValueError(f"{option} is empty: give at least one number")
-    return found
-
-
-def subject(model: str | None, text: Path | None, dtype: str, device: str) -> Subject:
-    """What is studied, with the shipped model as the default."""
-    from pyramidinfer.lab.samples import SHIPPED, Subject
-    from pyramidinfer.models.loading import quiet_transformers
-
-    quiet_transformers()
-    path = None if text is None else str(text)
-    return Subject(model or SHIPPED, path, dtype, device)
-
-
-KvMemory = Annotated[str, typer.Option(help="Memory for the cache.")]
-
-
-@study.command()
-@plain_errors()
-@names_model
-def icr(
-    model: Model = None,
-    text: Text = None,
-    context: Context = 1000,
-    continuation: Annotated[int, typer.Option(help="Tokens scored after it, at most.")] = 64,
-    shares: Annotated[
-        str, typer.Option(help="Shares of the pruned layer's entries that stay, in (0, 1].")
-    ] = ".02,.05,.1,.2,.35,.5,.75,1",
-    layers: Annotated[
-        str | None, typer.Option(help="Layers to prune, one at a time. Default: all.")
-    ] = None,
-    samples: Samples = 24,
-    seed: Seed = 0,
-    json: Json = Path("out/icr.json"),
-    workers: Workers = 1,
-    kv_memory: KvMemory = "512MiB",
-    dtype: Dtype = "float32",
-    device: Device = "auto",
-) -> None:
+@command(study)
+def icr(plan: IcrPlan, json: Json = Path("out/icr.json"), workers: Workers = 1) -> None:
     """Prune one layer at a time to a share, all others whole: what does each layer need?"""
-    from pyramidinfer.lab.icr import IcrPlan, run_icr
+    from pyramidinfer.lab.icr import run_icr
 
-    plan = IcrPlan(
-        replace(subject(model, text, dtype, device), kv_memory=kv_memory),
-        context,
-        continuation,
-        samples,
-        seed,
-        numbers(shares, float, "--shares"),
-        None if layers is None else numbers(layers, int, "--layers"),
-    )
+    _quiet()
     print(f"{json}\n{run_icr(plan, json, workers)}")
 
 
-@study.command()
-@plain_errors()
-@names_model
-def rac(
-    model: Model = None,
-    text: Text = None,
-    context: Context = 1000,
-    top: Annotated[str, typer.Option(help="Shares of the context that a token picks.")] = ".8,.2",
-    bins: Annotated[int, typer.Option(help="Parts of the distances below 30 %.")] = 10,
-    samples: Samples = 16,
-    seed: Seed = 0,
-    json: Json = Path("out/rac.json"),
-    workers: Workers = 1,
-    kv_memory: KvMemory = "512MiB",
-    dtype: Dtype = "float32",
-    device: Device = "auto",
-) -> None:
+@command(study)
+def rac(plan: RacPlan, json: Json = Path("out/rac.json"), workers: Workers = 1) -> None:
     """Do recent tokens, alone or together, agree on which context matters?"""
-    from pyramidinfer.lab.rac import RacPlan, run_rac
+    from pyramidinfer.lab.rac import run_rac
 
-    plan = RacPlan(
-        replace(subject(model, text, dtype, device), kv_memory=kv_memory),
-        context,
-        samples,
-        seed,
-        numbers(top, float, "--top"),
-        bins,
-    )
+    _quiet()
     print(f"{json}\n{run_rac(plan, json, workers)}")
 
 
-@study.command("map")
-@plain_errors()
-@names_model
+@command(study, "map")
 def survival(
-    model: Model = None,
-    policy: PolicyName = DEFAULT_POLICY,
-    keep: Keep = None,
-    option: Options = None,
-    prompt: Annotated[
-        str | None, typer.Option(help="The prompt. Default: a generated question.")
-    ] = None,
-    prompt_file: Annotated[
-        Path | None, typer.Option(help="File holding the prompt; - is standard input.")
-    ] = None,
-    context: Annotated[int, typer.Option(help="Tokens of the generated question.")] = 1000,
-    max_tokens: Annotated[int, typer.Option(help="Tokens to generate after the prompt.")] = 11,
-    seed: Seed = 0,
+    model: Annotated[ModelOptions, pick("policy", "keep", "option")],
+    asked: Annotated[PromptOptions, pick("prompt", "prompt_file")],
+    plan: MapPlan,
     json: Json = Path("out/map.json"),
-    kv_memory: KvMemory = "512MiB",
-    dtype: Dtype = "float32",
-    device: Device = "auto",
 ) -> None:
     """Which token of one prompt survives to which layer: figures, a picture and a page."""
-    from pyramidinfer.lab.survival import MapPlan, run_map
+    from pyramidinfer.lab.survival import run_map
 
-    if prompt is not None and prompt_file is not None:
+    if asked.prompt is not None and asked.prompt_file is not None:
         raise ValueError("give --prompt or --prompt-file, not both")
-    if prompt_file is not None:
-        prompt = sys.stdin.read() if str(prompt_file) == "-" else prompt_file.read_text("utf-8")
-    plan = MapPlan(
-        replace(subject(model, None, dtype, device), kv_memory=kv_memory),
-        policy_from(policy, keep, option or []),
-        prompt,
-        context,
-        max_tokens,
-        seed,
-    )
-    for path in [json, *run_map(plan, json)]:
+    prompt = asked.prompt
+    if asked.prompt_file is not None:
+        piped = str(asked.prompt_file) == "-"
+        prompt = sys.stdin.read() if piped else asked.prompt_file.read_text("utf-8")
+    _quiet()
+    for path in [json, *run_map(replace(plan, prompt=prompt), model.chosen, json)]:
         print(path)
 
 
-@study.command()
-@plain_errors()
-@names_model
-def quality(
-    model: Model = None,
-    text: Text = None,
-    policies: Specs = None,
-    keeps: Annotated[str, typer.Option(help="Budgets, shares in (0, 1].")] = KEEPS,
-    contexts: Annotated[str, typer.Option(help="Context lengths in tokens.")] = "1000,3000",
-    samples: Annotated[
-        int, typer.Option(help="Questions at the shortest context; longer ones get fewer.")
-    ] = 40,
-    passages: Annotated[
-        float, typer.Option(help="Passages for each question: a share, at least 5 a cell.")
-    ] = 0.5,
-    kv_dtypes: KvDtypes = "auto",
-    seed: Seed = 0,
-    json: Json = Path("out/quality.json"),
-    workers: Workers = 1,
-    kv_memory: KvMemory = "512MiB",
-    dtype: Dtype = "float32",
-    device: Device = "auto",
-) -> None:
+@command(study)
+def quality(plan: Grid, json: Json = Path("out/quality.json"), workers: Workers = 1) -> None:
     """Every policy at every budget: recall, perplexity, divergence, agreement, bytes."""
-    from pyramidinfer.lab.quality import Grid, run_quality, split_specs
-    from pyramidinfer.policies import POLICIES
+    from pyramidinfer.lab.quality import run_quality
 
-    specs = split_specs(policies) if policies else tuple(POLICIES)
-    grid = Grid(
-        replace(subject(model, text, dtype, device), kv_memory=kv_memory),
-        specs,
-        numbers(keeps, float, "--keeps"),
-        numbers(contexts, int, "--contexts"),
-        samples,
-        passages,
-        min(8, samples),
-        seed=seed,
-        kv_dtypes=words(kv_dtypes),
-    )
-    for path in [json, *run_quality(grid, json, workers)]:
+    _quiet()
+    plan = replace(plan, long_samples=min(plan.long_samples, plan.samples))
+    for path in [json, *run_quality(plan, json, workers)]:
         print(path)
+
+
+@command(study)
+def ruler(plan: RulerPlan, json: Json = Path("out/ruler.json"), workers: Workers = 1) -> None:
+    """RULER's thirteen tasks, the question inside the compressed prompt and after it. With --text
+    noise, needles lie in noise."""
+    from pyramidinfer.lab.ruler.grid import run_ruler
+    from pyramidinfer.lab.ruler.tables import means_table
+
+    _quiet()
+    means, pictures = run_ruler(plan, json, workers)
+    _show(means_table(means), [json, *pictures])
+
+
+@command(study)
+def turns(plan: TurnsPlan, json: Json = Path("out/turns.json"), workers: Workers = 1) -> None:
+    """Facts told in a chat's first turn, asked for in turns 2 to 4 on the cache taken up."""
+    from pyramidinfer.lab.turns import run_turns
+    from pyramidinfer.lab.ways import rows_table
+
+    _quiet()
+    rows, picture = run_turns(plan, json, workers)
+    columns = {"answered": _estimate("score"), "lost": _estimate("lost"), "turn 2, 3, 4": _by_turn}
+    _show(rows_table("facts of turn 1, asked in turns 2 to 4", rows, columns), [json, picture])
+
+
+@command(study)
+def text(plan: TextPlan, json: Json = Path("out/text.json"), workers: Workers = 1) -> None:
+    """Perplexity and divergence on real text by context length."""
+    from pyramidinfer.lab.text import run_text
+    from pyramidinfer.lab.ways import rows_table
+
+    _quiet()
+    rows, picture = run_text(plan, json, workers)
+    columns = {
+        "tokens": lambda r: f"{r['context']:,}",
+        "perplexity": _estimate("perplexity"),
+        "over full": _estimate("ratio"),
+        "KL": _estimate("kl"),
+    }
+    _show(rows_table("real text on a compressed cache", rows, columns), [json, picture])
+
+
+@command(study)
+def long(plan: LongPlan, json: Json = Path("out/long.json"), workers: Workers = 1) -> None:
+    """Long answers: first difference from the full cache's, likelihood, repetition."""
+    from pyramidinfer.lab.long import run_long
+    from pyramidinfer.lab.ways import rows_table
+
+    _quiet()
+    rows, picture = run_long(plan, json, workers)
+    columns = {
+        "perplexity": lambda r: f"{r['perplexity']:.2f}",
+        "nats a token lost": _estimate("lost"),
+        "same tokens first": lambda r: f"{r['same_tokens']:.0f}",
+        "repeated": lambda r: f"{r['repetition']:.2f}",
+    }
+    _show(rows_table(f"{plan.tokens} tokens generated", rows, columns), [json, picture])
+
+
+@command(study)
+def heads(plan: HeadsPlan, json: Json = Path("out/heads.json"), workers: Workers = 1) -> None:
+    """What each KV head needs of a text, beside what pruning each layer alone loses."""
+    from pyramidinfer.lab.heads import heads_table, run_heads
+
+    _quiet()
+    rows, picture = run_heads(plan, json, workers)
+    _show(heads_table(rows), [json, picture])
+
+
+@command(study)
+def codecs(plan: CodecsPlan, json: Json = Path("out/codecs.json"), workers: Workers = 1) -> None:
+    """Keys and values in few bits: what rotation, scales and minima are worth. No picture."""
+    from pyramidinfer.lab.codecs import codecs_table, run_codecs
+
+    _quiet()
+    _show(codecs_table(run_codecs(plan, json, workers)), [json])
+
+
+def _quiet() -> None:
+    from pyramidinfer.models.loading import quiet_transformers
+
+    quiet_transformers()
+
+
+def _show(table: Table, paths: Iterable[Path]) -> None:
+    Console().print(table)
+    for path in paths:
+        print(path)
+
+
+def _by_turn(row: dict[str, Any]) -> str:
+    return ", ".join(f"{each:.2f}" for each in row["by_turn"])
+
+
+def _estimate(name: str) -> Callable[[dict[str, Any]], str]:
+    """A column of a row's figure with its interval."""
+    return lambda row: "{:.2f} [{:.2f}, {:.2f}]".format(row[name], *row[f"{name}_ci"])

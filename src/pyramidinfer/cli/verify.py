@@ -13,10 +13,11 @@ from rich.table import Table
 
 from pyramidinfer.config import KV_DTYPES, check_choice, parse_bytes
 from pyramidinfer.lab.asking import asker
+from pyramidinfer.lab.plans import VerifyPlan
 from pyramidinfer.lab.record import write_result
 from pyramidinfer.lab.rows import AUTO
 from pyramidinfer.lab.samples import Subject, forget
-from pyramidinfer.lab.verify import ROUND, Check, Plan, check_floor, judge, verify
+from pyramidinfer.lab.verify import ROUND, Check, check_floor, judge, verify
 from pyramidinfer.models.loading import quiet_transformers
 from pyramidinfer.policies import Policy
 
@@ -27,7 +28,7 @@ def run_verify(
     where: Subject,
     policy: Policy,
     floor: float,
-    plan: Plan,
+    plan: VerifyPlan,
     out: Path | None = None,
     console: Console | None = None,
 ) -> bool:
@@ -67,7 +68,9 @@ def run_verify(
     return not below
 
 
-def _configuration(where: Subject, policy: Policy, floor: float, plan: Plan) -> dict[str, Any]:
+def _configuration(
+    where: Subject, policy: Policy, floor: float, plan: VerifyPlan
+) -> dict[str, Any]:
     return {"subject": asdict(where), "policy": repr(policy), "floor": floor, **asdict(plan)}
 
 
@@ -101,7 +104,7 @@ def _table(where: Subject, policy: Policy, checks: Sequence[Check]) -> Table:
     return table
 
 
-def _duration(checks: Sequence[Check], plan: Plan, took: float) -> str:
+def _duration(checks: Sequence[Check], plan: VerifyPlan, took: float) -> str:
     """How long it took, and why it was longer than wanted."""
     fewest = min((each.samples for each in checks if each.share is not None), default=ROUND)
     if took <= plan.seconds or fewest > ROUND:

@@ -7,7 +7,6 @@ as in every further turn of a chat (kvpress measures so).
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from functools import lru_cache
 from pyramidinfer.engine import LLM
 from pyramidinfer.engine.memory import full_bytes
 from pyramidinfer.lab.chat import Asked, Chat
+from pyramidinfer.lab.plans import PROTOCOLS, own_keep
 from pyramidinfer.lab.samples import Subject
 from pyramidinfer.policies import Full, Policy
 from pyramidinfer.policies.base import KeepError
@@ -23,8 +23,6 @@ from pyramidinfer.policies.registry import parse_policy
 from pyramidinfer.types import KVUsage, Layers, SamplingParams, TokenIds
 
 __all__ = ["PROTOCOLS", "Answer", "Asker", "asker", "own_keep", "reachable"]
-
-PROTOCOLS = ("inside", "after")
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,19 +114,6 @@ class Asker:
         engine = self.llm.engine
         whole = full_bytes(engine.pool.layout, engine.runner, longest)
         return max(1, min(8, engine.pool.budget // (3 * whole)))
-
-
-def own_keep(spec: str) -> float | None:
-    """The ``keep`` that a policy's spec names itself; ``ValueError`` where that is no number."""
-    found = re.search(r"[:,]keep=([^,]*)", spec)
-    if found is None:
-        return None
-    try:
-        return float(found[1])
-    except ValueError:
-        raise ValueError(
-            f"{spec!r}: keep={found[1]} is no number; give a share in (0, 1]"
-        ) from None
 
 
 @lru_cache(maxsize=2)

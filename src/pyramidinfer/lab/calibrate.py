@@ -27,9 +27,10 @@ from pyramidinfer.engine.profiling import progress_bar
 from pyramidinfer.lab import documents
 from pyramidinfer.lab.chat import Chat
 from pyramidinfer.lab.long_facts import KINDS, SHORT, LongFact, invent_long
+from pyramidinfer.lab.plans import Task
 from pyramidinfer.lab.quality import divergence
 from pyramidinfer.lab.recall import ANSWER, AROUND
-from pyramidinfer.lab.samples import Corpus, Subject
+from pyramidinfer.lab.samples import Corpus
 from pyramidinfer.policies import Full, Pyramid
 from pyramidinfer.policies.profile import Calibrated, Profile
 from pyramidinfer.types import SamplingParams, Score, TokenIds
@@ -49,39 +50,6 @@ CONTINUATION = 64
 
 #: How many answers were wrong, by the kind of question and the protocol.
 Wrong = Counter[tuple[str, str]]
-
-
-@dataclass(frozen=True)
-class Task:
-    """What to measure on.
-
-    keep : of the policy meanwhile;  context : tokens of a prompt;  samples : texts with facts in
-    them;  passages : of running text.
-    """
-
-    subject: Subject
-    keep: float = 0.3
-    context: int = 1000
-    samples: int = 4
-    passages: int = 3
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not 0 < self.keep < 1:
-            raise ValueError(f"--keep {self.keep} must lie between 0 and 1, so that some go")
-
-    def quick(self) -> Task:
-        """A third of the work."""
-        return replace(self, context=600, samples=2, passages=2)
-
-    @property
-    def questions(self) -> int:
-        return self.samples * (len(KINDS) + INSIDE)
-
-    @property
-    def parts(self) -> int:
-        """Steps of the bar for every plan: running text, and each text in both protocols."""
-        return 1 + 2 * self.samples
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +131,7 @@ def calibrate(
             round(found.computed, 4),
             round(found.kl, 5),
             task.context,
-            task.questions,
+            task.samples * (len(KINDS) + INSIDE),
             task.passages,
         ),
     )
@@ -279,7 +247,7 @@ class _Runs:
                 return None
             wrong += ask()
         advance(1)
-        score = 1 - wrong.total() / self.task.questions
+        score = 1 - wrong.total() / (self.task.samples * (len(KINDS) + INSIDE))
         return Measured(wrong, score, kl, float(np.mean(shares)))
 
     def _later(self, policy: Pyramid, sample: Sample) -> Wrong:

@@ -22,6 +22,7 @@ from transformers.cache_utils import DynamicCache
 
 from pyramidinfer.codec import CODECS, FP8_TOP, WIDEST, Codec, rotate
 from pyramidinfer.lab.icr import publish
+from pyramidinfer.lab.plans import CodecsPlan
 from pyramidinfer.lab.quality import interval
 from pyramidinfer.lab.samples import Subject, settings
 from pyramidinfer.lab.study import Row, run_cells
@@ -128,23 +129,6 @@ VARIANTS = (
     _both("int4, not rotated, a minimum beside each scale", replace(PLAIN, minimum=True)),
     _both("int4, not rotated, a scale per 32", replace(PLAIN, group=32)),
 )
-
-
-@dataclass(frozen=True)
-class CodecsPlan:
-    """What is measured: passages of ``context`` tokens, all of them."""
-
-    subject: Subject
-    context: int = 1000
-    samples: int = 4
-    seed: int = 0
-
-    def check(self) -> None:
-        """``ValueError`` for what cannot be measured, naming the option."""
-        if self.context < 60:
-            raise ValueError(f"--context {self.context} is too short; give at least 60 tokens")
-        if self.samples < 1:
-            raise ValueError(f"--samples {self.samples} must be at least 1")
 
 
 def run_codecs(plan: CodecsPlan, out: Path, workers: int = 1) -> list[Row]:

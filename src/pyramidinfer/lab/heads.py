@@ -8,7 +8,7 @@ follows.  Where a layer's heads need much, pruning it should cost much.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,8 @@ from pyramidinfer.engine import LLM
 from pyramidinfer.engine.passages import COUNT, Passages, room_for, text_passages
 from pyramidinfer.engine.profiling import profile_model, rank_correlation
 from pyramidinfer.lab.head_pictures import draw_heads
-from pyramidinfer.lab.icr import IcrPlan, WindowScores, measure_passage, publish
+from pyramidinfer.lab.icr import WindowScores, measure_passage, publish
+from pyramidinfer.lab.plans import HeadsPlan
 from pyramidinfer.lab.record import commit
 from pyramidinfer.lab.samples import GENERATED, Corpus, Passage, Subject, read_text, settings
 from pyramidinfer.lab.study import Row, run_cells
@@ -27,26 +28,6 @@ from pyramidinfer.policies.profile import Profile
 from pyramidinfer.types import TokenIds
 
 __all__ = ["HeadsPlan", "heads_table", "measure_profile", "passages_of", "run_heads"]
-
-
-@dataclass(frozen=True)
-class HeadsPlan:
-    """What is measured: a profile, and the loss when one layer is cut to the share ``pruned_to``.
-
-    context, continuation, samples, seed : of the passages that layers are pruned on.
-    """
-
-    subject: Subject
-    context: int = 1000
-    continuation: int = 64
-    samples: int = 4
-    seed: int = 0
-    pruned_to: float = 0.2
-
-    def __post_init__(self) -> None:
-        if not 0 < self.pruned_to < 1:
-            raise ValueError(f"--share {self.pruned_to} must lie between 0 and 1")
-        IcrPlan(self.subject, self.context, self.continuation, self.samples)  # has its own checks
 
 
 def run_heads(plan: HeadsPlan, out: Path, workers: int = 1) -> tuple[list[Row], Path]:

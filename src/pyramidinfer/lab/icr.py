@@ -32,6 +32,7 @@ from pyramidinfer.engine import LLM
 from pyramidinfer.engine.engine import Engine
 from pyramidinfer.engine.request import Request, Scoring
 from pyramidinfer.lab.pictures import draw_icr
+from pyramidinfer.lab.plans import IcrPlan
 from pyramidinfer.lab.samples import Passage, Subject, settings
 from pyramidinfer.lab.study import Row, run_cells
 from pyramidinfer.policies import Policy
@@ -39,7 +40,6 @@ from pyramidinfer.policies.rule import best_entries
 from pyramidinfer.types import Keep, Needs, Observation, Reduce, SamplingParams, State, View
 
 __all__ = [
-    "SHARES",
     "IcrPlan",
     "WindowScores",
     "bootstrap",
@@ -49,39 +49,8 @@ __all__ = [
     "top_entries",
 ]
 
-SHARES = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0)
 RECENT_RATIO, NEWEST_WEIGHT = 0.2, 1.2
 RESAMPLES = 2000
-
-
-@dataclass(frozen=True)
-class IcrPlan:
-    """What is measured.
-
-    context, continuation : tokens of each passage; samples : passages;
-    shares : of the context's entries kept in the pruned layer;
-    layers : those pruned, one at a time; None for all.
-    """
-
-    subject: Subject
-    context: int = 1000
-    continuation: int = 64
-    samples: int = 24
-    seed: int = 0
-    shares: tuple[float, ...] = SHARES
-    layers: tuple[int, ...] | None = None
-
-    def __post_init__(self) -> None:
-        if self.samples < 1:
-            raise ValueError(f"--samples {self.samples} must be at least 1")
-        if self.context < 20 or self.continuation < 1:
-            raise ValueError(
-                f"--context {self.context} must be at least 20 and --continuation "
-                f"{self.continuation} at least 1"
-            )
-        for share in self.shares:
-            if not 0 < share <= 1:
-                raise ValueError(f"--shares: {share} must be above 0 and at most 1")
 
 
 def run_icr(plan: IcrPlan, out: Path, workers: int = 1) -> Path:

@@ -17,12 +17,13 @@ from typing import Any
 import numpy as np
 
 from pyramidinfer.lab.asking import Asker, asker
+from pyramidinfer.lab.plans import LongPlan
 from pyramidinfer.lab.real_plots import draw_long
 from pyramidinfer.lab.rows import is_reference
 from pyramidinfer.lab.samples import Passage, Subject, settings
 from pyramidinfer.lab.study import Row, run_cells
 from pyramidinfer.lab.text import loss, measure_text
-from pyramidinfer.lab.ways import Ways, paired
+from pyramidinfer.lab.ways import paired
 from pyramidinfer.policies import Full, Policy
 from pyramidinfer.types import SamplingParams, TokenIds
 
@@ -47,14 +48,6 @@ class LongRun:
 
     token_ids: TokenIds
     kv_share: float
-
-
-@dataclass(frozen=True)
-class LongPlan(Ways):
-    """``tokens`` generated from prompts of ``context`` tokens of real text."""
-
-    context: int = 1000
-    tokens: int = 512
 
 
 def long_prompts(

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -16,14 +15,12 @@ from pyramidinfer.lab.bench import offload_page, replicas_page, scale_page
 from pyramidinfer.lab.numbers_layers import icr, rac
 from pyramidinfer.lab.numbers_studies import (
     command_block,
-    json_option,
     load_results,
     origin,
     quality,
     subject_words,
 )
 from pyramidinfer.lab.samples import SHIPPED
-from pyramidinfer.policies import POLICIES
 
 __all__ = ["main", "render"]
 
@@ -60,8 +57,7 @@ def _model(entry: dict[str, Any]) -> str:
     result = entry["result"]
     lines = ["## The shipped model\n", origin(entry)]
     lines += [
-        "```bash\npython -m pyramidinfer.lab.model_report --count "
-        f"{entry['configuration']['count']}\n```\n",
+        command_block(entry),
         "How to read it: recall is the share of questions answered word for word.\n",
     ]
     lines += ["| measure | figure |", "|---|---|"]
@@ -94,24 +90,12 @@ def _demo(entry: dict[str, Any], name: str = "demo") -> str:
     """The demo on the shipped model, or (``demo_real``) on a real one."""
     setting = entry["configuration"]
     model = setting.get("model", SHIPPED)
-    command = [
-        "demo",
-        "--documents",
-        str(setting["documents"]),
-        "--length",
-        str(setting["length"]),
-        "--kv-memory",
-        setting["kv_memory"],
-        "--keep",
-        f"{setting['keep']:g}",
-    ]
-    command += [] if model == SHIPPED else ["--model", model]
     lines = [
         f"## The demo{'' if model == SHIPPED else f' on {model}'}\n",
         origin(entry),
         f"{setting['documents']} documents of {setting['length']:,} tokens, "
         f"{setting['kv_memory']} of KV memory, keep={setting['keep']}.\n",
-        f"```bash\npyramidinfer {' '.join(command)}\n```\n",
+        command_block(entry),
         "How to read it: `computed` and `kept` are shares of layer-tokens, `in flight` the most "
         "requests that ran at once; compare times within a run only.\n",
         "| | right | computed | kept | in flight | first token | output tok/s | all tok/s |",
@@ -133,45 +117,19 @@ def _demo(entry: dict[str, Any], name: str = "demo") -> str:
 def _map(entry: dict[str, Any]) -> str:
     meta = entry["meta"]
     plan = meta["configuration"]
-    command = [
-        "study",
-        "map",
-        "--policy",
-        plan["policy"],
-        *_policy_options(plan),
-        "--context",
-        str(len(plan["prompt_token_ids"])),
-        "--max-tokens",
-        str(plan["max_tokens"]),
-    ]
     return "\n".join(
         [
             "## One prompt, layer by layer\n",
             origin(meta),
             f"On {subject_words(plan['subject'])}; one prompt of {len(plan['prompt_token_ids']):,} "
             f"tokens under `{plan['options']}`.\n",
-            command_block(command, plan["subject"], 0, *json_option("map")),
+            command_block(meta),
             "How to read it: along x the prompt, downwards the layers; dark is kept by all KV "
             "heads, pale by some, grey was computed and dropped.\n",
             "![which token survives to which layer](images/map.png)\n",
             "The same as [a page to look around in](images/map.html).\n",
         ]
     )
-
-
-def _policy_options(plan: dict[str, Any]) -> list[str]:
-    """Command-line options of the policy that a map was made with, where they are plain values."""
-    try:
-        call = ast.parse(plan["options"], mode="eval").body
-        assert isinstance(call, ast.Call)
-        given = {each.arg: ast.literal_eval(each.value) for each in call.keywords}
-    except (SyntaxError, ValueError, AssertionError):
-        return []
-    usual = POLICIES[plan["policy"]]()
-    changed = {n: value for n, value in given.items() if value != getattr(usual, str(n), None)}
-    keep = changed.pop("keep", None)
-    words = [] if keep is None else ["--keep", f"{keep:g}"]
-    return words + [word for name, value in changed.items() for word in ("-o", f"{name}={value}")]
 
 
 SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {

@@ -2,56 +2,17 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from pyramidinfer.lab.bench.peers_table import HEAD, peers_reasons, peers_rows
-from pyramidinfer.lab.bench.setting import DEFAULT_SHAPE, Setting
-from pyramidinfer.lab.numbers_studies import joined, json_option, origin, percent, table
+from pyramidinfer.lab.bench.setting import DEFAULT_SHAPE
+from pyramidinfer.lab.numbers_studies import command_block, origin, percent, table
 
 __all__ = ["SECTIONS"]
 
 Result = dict[str, Any]
-
-
-def _block(name: str, options: dict[str, Any], result: str | None = None) -> str:
-    """The command that measures it again (into ``bench_<result>.json``); options with None are
-    left out."""
-    words = ["pyramidinfer", "bench", name]
-    for option, value in options.items():
-        if value is not None:
-            words += [f"--{option.replace('_', '-')}", str(value)]
-    return f"```bash\n{shlex.join([*words, *json_option(f'bench_{result or name}')])}\n```\n"
-
-
-def _common(configuration: Result, **more: Any) -> dict[str, Any]:
-    """Options of a command that differ from the usual ones."""
-    c, usual = configuration, Setting()
-    found: dict[str, Any] = {
-        "model": c["model"],
-        "shape": c["shape"] if c["shape"] != DEFAULT_SHAPE else None,
-    }
-    if list(c["policies"]) != list(usual.policies):
-        found["policies"] = " ".join(c["policies"])
-    for name in (
-        "keep",
-        "dtype",
-        "kv_dtype",
-        "weights",
-        "device",
-        "backend",
-        "kv_memory",
-        "threads",
-        "repeats",
-        "warmup",
-        "seed",
-    ):
-        default = getattr(usual, name)
-        if c.get(name, default) != default:
-            found[name] = c[name]
-    return {**found, **more}
 
 
 def _subject(configuration: Result) -> str:
@@ -86,14 +47,13 @@ def _share(value: float | None) -> str:
 def throughput(entry: Result, name: str = "throughput", title: str = "Throughput") -> str:
     c, result = entry["configuration"], entry["result"]
     roof = result["roof"]
-    options = _common(c, batch=c["batch"], prompt_len=c["prompt_len"], output_len=c["output_len"])
     lines = [
         f"## {title}\n",
         origin(entry),
         f"On {_subject(c)}; {c['batch']} requests of {c['prompt_len']} prompt tokens, "
         f"{c['output_len']} generated each, all at once; policies take turns, {c['repeats']} "
         f"passes each after {c['warmup']} to warm up.\n",
-        _block("throughput", options, name),
+        command_block(entry),
         "How to read it: medians, in brackets the range. `times` is the ratio of neighbouring "
         "passes. Prefill lasts until the last request has its first token. The roof was measured "
         f"in the same run: reading {roof['read'] / 1e9:.1f} GB/s, matrix products "
@@ -143,18 +103,12 @@ def throughput(entry: Result, name: str = "throughput", title: str = "Throughput
 
 def latency(entry: Result) -> str:
     c, rows = entry["configuration"], entry["result"]["rows"]
-    options = _common(
-        c,
-        batch=joined(c["batches"]),
-        prompt_len=joined(c["prompt_lens"]),
-        output_len=c["output_len"],
-    )
     lines = [
         "## Latency\n",
         origin(entry),
         f"On {_subject(c)}; {c['output_len']} tokens generated; policies take turns, "
         f"{c['repeats']} passes each after {c['warmup']} to warm up.\n",
-        _block("latency", options),
+        command_block(entry),
         "How to read it: milliseconds to the first token and between tokens, half of them (p50) "
         "and 99 % of them (p99) at most so long.\n",
     ]
@@ -180,18 +134,12 @@ def latency(entry: Result) -> str:
 
 def memory(entry: Result) -> str:
     c, rows = entry["configuration"], entry["result"]["rows"]
-    options = _common(
-        {**c, "repeats": Setting().repeats, "warmup": Setting().warmup},
-        prompt_len=c["prompt_len"],
-        output_len=c["output_len"],
-        requests=c["most"],
-    )
     lines = [
         "## Requests in one memory\n",
         origin(entry),
         f"On {_subject(c)}; requests of {c['prompt_len']} prompt tokens and {c['output_len']} "
         f"generated ones share a `kv_memory` of {c['kv_memory']}; at most {c['most']} are run.\n",
-        _block("memory", options),
+        command_block(entry),
         "How to read it: `with whole prompts` fit while all their prompts go in at once; more are "
         "in flight when some of them have been compressed.\n",
     ]
@@ -228,21 +176,11 @@ def memory(entry: Result) -> str:
 def kernels(entry: Result) -> str:
     c, result = entry["configuration"], entry["result"]
     roof = result["roof"]
-    options: dict[str, Any] = {"batch": joined(c["batches"]), "prompt_len": joined(c["contexts"])}
-    usual = {
-        "dtype": "bfloat16",
-        "device": "auto",
-        "backend": "auto",
-        "threads": 0,
-        "repeats": 5,
-        "warmup": 1,
-    }
-    options |= {name: c[name] for name, value in usual.items() if c[name] != value}
     lines = [
         "## Kernels\n",
         origin(entry),
         f"Attention backend `{result['backend']}`, {c['dtype']}, heads of 64.\n",
-        _block("kernels", options),
+        command_block(entry),
         "How to read it: `share` is the time of what a kernel is compared with over its own, both "
         "measured in turns: a plain read of the same bytes, a copy of as many bytes, torch's fused "
         f"attention. Roof in the same run: reading {roof['read'] / 1e9:.1f} GB/s, copying "
@@ -286,8 +224,7 @@ def kv_dtype_kernels(entry: Result) -> str:
     lines = [
         "## A cache of few bits: decode attention\n",
         origin(entry),
-        "```bash\npyramidinfer bench kv-dtypes --json benchmarks/results/kv_dtype_kernels.json\n"
-        "```\n",
+        command_block(entry),
         f"Attention backend `{result['backend']}`, queries in {c['dtype']}. How to read it: `of a "
         "plain read` is the time of reading the 16-bit entries once over that of the 16-bit "
         "kernel; the columns behind it say how many times as fast the same step is over entries "
@@ -319,13 +256,6 @@ def lossless(entry: Result) -> str:
     if c["shape"] == DEFAULT_SHAPE:
         name = "lossless_full_heads"
     title = {"lossless": "real text", "lossless_simulated": "simulated"}.get(name, "full heads")
-    words = ["pyramidinfer", "bench", "lossless"]
-    words += ["--model", c["model"]] if c["model"] else ["--shape", c["shape"]]
-    words += [] if c["accept"] is None else ["--accept", str(c["accept"])]
-    words += ["--drafts", " ".join(c["drafts"]), "--draft-tokens", ",".join(c["draft_tokens"])]
-    words += ["--batch", ",".join(map(str, c["batches"]))]
-    words += ["--prompt-len", ",".join(map(str, c["contexts"]))]
-    words += ["--output-len", str(c["output_len"]), "--repeats", str(c["repeats"])]
     on = f"`{c['model']}`" if c["model"] else f"random weights in the shape of `{c['shape']}`"
     how = f"on {result['text']}"
     if c["accept"] is not None:
@@ -333,7 +263,7 @@ def lossless(entry: Result) -> str:
     lines = [
         f"## Lossless drafts, {title}\n",
         origin(entry),
-        f"```bash\n{shlex.join([*words, *json_option(name)])}\n```\n",
+        command_block(entry),
         f"On {on} ({c['dtype']}), {how}. How to read it: `times full` is how many times as fast "
         f"the same tokens came as under `full`, median and range of {c['repeats']} repeats in "
         "turns; `right` is the rate at which a guess is right, `read` the share of the cache that "

@@ -8,8 +8,6 @@ import numpy as np
 
 from pyramidinfer.lab.numbers_studies import (
     command_block,
-    joined,
-    json_option,
     origin,
     percent,
     subject_words,
@@ -26,26 +24,12 @@ def icr(entry: dict[str, Any], name: str = "icr", title: str = "What each layer 
     plan = meta["configuration"]
     shares = sorted({row["share"] for row in rows})
     cells = {(row["layer"], row["share"]): row["ratio"] for row in rows}
-    command = [
-        "study",
-        "icr",
-        "--context",
-        str(plan["context"]),
-        "--continuation",
-        str(plan["continuation"]),
-        "--shares",
-        joined(plan["shares"]),
-        "--layers",
-        joined(plan["layers"]),
-        "--samples",
-        str(plan["samples"]),
-    ]
     lines = [
         f"## {title}\n",
         origin(meta),
         f"On {subject_words(plan['subject'])}; {plan['samples']} passages of {plan['context']:,} "
         f"tokens, {rows[0]['tokens']} scored tokens.\n",
-        command_block(command, plan["subject"], plan["seed"], *json_option(name)),
+        command_block(meta),
         "How to read it: perplexity of the continuation with ONE layer's cache cut to a share, "
         f"over that of the full cache ({rows[0]['full_perplexity']:.4g}); 1 means that the layer "
         "does not miss what was cut. Intervals are in the picture. The paper saw, on LLaMA-2-13B "
@@ -71,18 +55,6 @@ def rac(entry: dict[str, Any], name: str = "rac", title: str = "Do recent tokens
     plan = meta["configuration"]
     columns = list(dict.fromkeys((row["top"], row["mode"]) for row in rows))
     chance = {row["top"]: row["chance"] for row in rows}
-    command = [
-        "study",
-        "rac",
-        "--context",
-        str(plan["context"]),
-        "--top",
-        joined(plan["tops"]),
-        "--bins",
-        str(plan["bins"]),
-        "--samples",
-        str(plan["samples"]),
-    ]
 
     def cell(layer: int | None, top: float, mode: str) -> str:
         mine = [row for row in rows if (row["top"], row["mode"]) == (top, mode)]
@@ -96,7 +68,7 @@ def rac(entry: dict[str, Any], name: str = "rac", title: str = "Do recent tokens
         origin(meta),
         f"On {subject_words(plan['subject'])}; {plan['samples']} texts of {plan['context']:,} "
         f"tokens.\n",
-        command_block(command, plan["subject"], plan["seed"], *json_option(name)),
+        command_block(meta),
         "How to read it: the share of the context picks of the last token that recent tokens' "
         "picks hold, too: mean over all distances, then at the furthest. Random picks share "
         f"{' and '.join(f'{chance[top]:.2f} (top {top:.0%})' for top in chance)}; what is above "

@@ -12,9 +12,6 @@ from pyramidinfer.lab.numbers_layers import icr, rac
 from pyramidinfer.lab.numbers_studies import (
     command_block,
     estimate,
-    joined,
-    json_option,
-    kv_dtype_option,
     label,
     named,
     origin,
@@ -23,7 +20,6 @@ from pyramidinfer.lab.numbers_studies import (
     table,
 )
 from pyramidinfer.lab.rows import is_reference, kv_dtype, series
-from pyramidinfer.lab.ruler.tasks import TASKS
 from pyramidinfer.lab.study import Row
 
 __all__ = ["SECTIONS", "lead"]
@@ -56,20 +52,11 @@ def _ruler_head(title: str, name: str, words: str, entry: Result) -> list[str]:
     """What stands above a grid's table."""
     meta = entry["meta"]
     plan = meta["configuration"]
-    command = ["study", "ruler", "--policies", " ".join(plan["policies"])]
-    command += ["--keeps", joined(plan["keeps"])] if _uses_keeps(plan["policies"]) else []
-    command += ["--lengths", joined(plan["lengths"])]
-    if tuple(plan["tasks"]) != TASKS:
-        command += ["--tasks", ",".join(plan["tasks"])]
-    if len(plan["protocols"]) == 1:
-        command += ["--protocols", plan["protocols"][0]]
-    command += kv_dtype_option(plan)
-    command += ["--samples", str(plan["samples"])]
     return [
         f"## {title}\n",
         origin(meta),
         f"On {subject_words(plan['subject'])}; {_samples(entry['rows'])} a task. {words}\n",
-        command_block(command, plan["subject"], plan["seed"], *json_option(name)),
+        command_block(meta),
         HOW + "\n",
     ]
 
@@ -152,8 +139,6 @@ def _codecs(entry: Result) -> str:
     """``study codecs``: what few bits cost by how they are stored."""
     meta = entry["meta"]
     plan = meta["configuration"]
-    words = ["study", "codecs", "--context", str(plan["context"])]
-    words += ["--samples", str(plan["samples"]), *json_option("kv_dtype_codecs")]
     lines = [
         "## Few bits, stored in other ways\n",
         origin(meta),
@@ -162,7 +147,7 @@ def _codecs(entry: Result) -> str:
         "full cache's as it is, in nats, with its 95 % interval over passages; `same`: how often "
         "the likeliest token is the same; `bytes`: of an entry of one head, key and value. What "
         "`kv_dtype` does is called rotated, without more.\n",
-        command_block(words, plan["subject"], plan["seed"]),
+        command_block(meta),
     ]
     lines += table(
         ["stored", "bytes", "KL", "same"],
@@ -204,18 +189,11 @@ def _study(study: str, title: str, name: str, entry: Result, more: str = "") -> 
     """One result of ``study turns``, ``text`` or ``long``; ``more`` is said of this one alone."""
     meta, rows = entry["meta"], entry["rows"]
     plan, columns = meta["configuration"], COLUMNS[study]
-    command = ["study", study, "--policies", " ".join(plan["policies"])]
-    command += ["--keeps", joined(plan["keeps"])]
-    for option in ("length", "context", "tokens"):
-        command += [f"--{option}", str(plan[option])] if option in plan else []
-    command += ["--contexts", joined(plan["contexts"])] if "contexts" in plan else []
-    command += ["--compress-idle"] if plan.get("compress_idle") else []
-    command += [*kv_dtype_option(plan), "--samples", str(plan["samples"])]
     lines = [
         f"## {title}\n",
         origin(meta),
         f"On {subject_words(plan['subject'])}. {WORDS[study]}{more and ' '}{more}\n",
-        command_block(command, plan["subject"], plan["seed"], *json_option(name)),
+        command_block(meta),
     ]
     lines += table(
         ["policy", "keep", "KV", *columns, "samples"],

@@ -2,40 +2,16 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable
-from dataclasses import fields
 from functools import partial
 from typing import Any
 
-from pyramidinfer.lab.bench.serve_plan import ServePlan, ServerSetting, SoakPlan, TurnsPlan
 from pyramidinfer.lab.bench.serve_views import milliseconds, rate
-from pyramidinfer.lab.numbers_studies import json_option, origin, table
+from pyramidinfer.lab.numbers_studies import command_block, origin, table
 
 __all__ = ["SECTIONS"]
 
 Result = dict[str, Any]
-
-
-def _block(words: list[str], configuration: Result, plan: Any, result: str) -> str:
-    """The command that measures it again, with the options that differ from the usual ones."""
-    usual: dict[str, Any] = {
-        each.name: each.default for kind in (ServerSetting, plan) for each in fields(kind)
-    }
-    for name, value in configuration.items():
-        given = tuple(value) if isinstance(value, list) else value
-        if name == "rates":
-            given = tuple(map(float, value))
-        if given is None or given == usual[name]:
-            continue
-        if isinstance(given, tuple):
-            given = (" " if name == "policies" else ",").join(
-                f"{each:g}" if isinstance(each, float) else str(each) for each in given
-            )
-        option = "serve-options" if name == "options" else name.replace("_", "-")
-        shown = f"{given:g}" if isinstance(given, float) else str(given)
-        words = [*words, f"--{option}", shown]
-    return f"```bash\n{shlex.join([*words, *json_option(result)])}\n```\n"
 
 
 def _model(result: Result) -> str:
@@ -57,7 +33,7 @@ def load(entry: Result) -> str:
         f"tokens and {c['output_len']} generated ones at each rate; one server for each policy"
         f"{memory}, keep {c['keep']:g}. Policies take turns at each rate, with the same prompts "
         f"and the same (Poisson) arrivals; `inf` sends all at once.\n",
-        _block(["pyramidinfer", "bench", "serve"], c, ServePlan, "bench_serve"),
+        command_block(entry),
         "How to read it: latencies are p50 / p99 and count from when a request was due. TTFT is "
         "the time to the first token, ITL that between tokens. `good` requests had their first "
         f"token within {c['slo_ttft']:g} s and further ones within {1e3 * c['slo_itl']:g} ms each "
@@ -123,7 +99,7 @@ def conversations(entry: Result, name: str = "turns", title: str = "Conversation
         f"On {_model(result)} over HTTP, one at a time; {c['conversations']} conversations of "
         f"{c['turns']} turns: {c['prompt_len']:,} tokens first, {c['turn_len']} new ones a turn, "
         f"{c['output_len']} generated; keep {c['keep']:g}, {c['kv_memory']} of KV memory.\n",
-        _block(["pyramidinfer", "bench", "turns"], c, TurnsPlan, f"bench_{name}"),
+        command_block(entry),
         "How to read it: milliseconds to the first token, medians; `anew` computes the whole "
         "prompt (`reuse: false`), `reuse` takes up the cache that the turn before left. Both are "
         "asked turn by turn on the same server; `times faster` is within a conversation, in "
@@ -226,7 +202,7 @@ def soak(entry: Result) -> str:
         f"{c['clients']} clients at once for {c['seconds']:g} seconds on {c['kv_memory']} of KV "
         f"memory and a queue of {c['max_waiting']}; mixed policies, budgets, lengths and options; "
         "a third of them hang up at a random moment.\n",
-        _block(["python", "-m", "pyramidinfer.lab.soak"], c, SoakPlan, "soak"),
+        command_block(entry),
         "| measure | figure |",
         "|---|---|",
         f"| requests | {result['requests']:,}: {outcomes.get('completed', 0):,} answered, "
@@ -254,10 +230,7 @@ def soak(entry: Result) -> str:
 
 
 def fuzz(entry: Result) -> str:
-    c, result = entry["configuration"], entry["result"]
-    words = ["python", "-m", "pyramidinfer.lab.fuzz"]
-    for name in ("cases", "seed"):
-        words += [f"--{name}", str(c[name])] if c.get(name) else []
+    result = entry["result"]
     lines = [
         "## Requests that nobody would send\n",
         origin(entry),
@@ -265,7 +238,7 @@ def fuzz(entry: Result) -> str:
         "own OpenAPI document (schemathesis), from known names with any values, and from bodies "
         f"with bytes changed. **{result['failures']:,} failures**: no answer, a status of 500 or "
         "more, or an error that has not OpenAI's shape.\n",
-        f"```bash\n{shlex.join([*words, *json_option('fuzz')])}\n```\n",
+        command_block(entry),
     ]
     by_operation = result.get("by_operation", {})
     if by_operation:

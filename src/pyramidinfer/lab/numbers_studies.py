@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,14 +12,11 @@ import numpy as np
 from pyramidinfer.lab.rows import AUTO, kv_dtype, series
 from pyramidinfer.lab.samples import GENERATED, SHIPPED
 from pyramidinfer.lab.study import Row
-from pyramidinfer.policies import POLICIES
 
 __all__ = [
     "command_block",
     "estimate",
     "joined",
-    "json_option",
-    "kv_dtype_option",
     "label",
     "load_results",
     "named",
@@ -104,34 +100,13 @@ def named(row: Row) -> str:
     return label(row["policy"]) + ("" if kv_dtype(row) == AUTO else f", {kv_dtype(row)}")
 
 
-def kv_dtype_option(plan: dict[str, Any]) -> list[str]:
-    """The option as a plan has it; none for the default, and for results older than it."""
-    given = plan.get("kv_dtypes", [AUTO])
-    return [] if list(given) == [AUTO] else ["--kv-dtypes", joined(given)]
-
-
 def joined(values: Iterable[Any]) -> str:
     return ",".join(f"{value:g}" if isinstance(value, float) else str(value) for value in values)
 
 
-def command_block(words: Sequence[str], subject: dict[str, Any], seed: int, *target: str) -> str:
-    """What measures it again, as a block; settings that every command has come from ``subject``."""
-    more = []
-    for option, usual in (
-        ("model", SHIPPED),
-        ("text", None),
-        ("dtype", "float32"),
-        ("device", "auto"),
-        ("kv_memory", "512MiB"),
-    ):
-        if subject[option] != usual:
-            more += [f"--{option.replace('_', '-')}", str(subject[option])]
-    more += ["--seed", str(seed)] if seed else []
-    return f"```bash\n{shlex.join(['pyramidinfer', *words, *more, *target])}\n```\n"
-
-
-def json_option(name: str) -> tuple[str, str]:
-    return "--json", str(RESULTS / f"{name}.json")
+def command_block(entry: dict[str, Any]) -> str:
+    """The command that a result recorded, as a block.  entry : what ``origin`` takes."""
+    return f"```bash\n{entry['command']}\n```\n"
 
 
 # --- quality --------------------------------------------------------------------------------------
@@ -146,25 +121,11 @@ def _grid_head(title: str, name: str, entry: Result, words: str) -> list[str]:
         f"{row.get('passages', row['samples'])} passages"
         for context, row in counts.items()
     )
-    command = ["study", "quality"]
-    if list(grid["policies"]) != list(POLICIES):
-        command += ["--policies", " ".join(grid["policies"])]
-    command += [
-        "--keeps",
-        joined(grid["keeps"]),
-        "--contexts",
-        joined(grid["contexts"]),
-        "--samples",
-        str(grid["samples"]),
-    ]
-    if "passages" in grid:
-        command += ["--passages", f"{grid['passages']:g}"]
-    command += kv_dtype_option(grid)
     return [
         f"## {title}\n",
         origin(meta),
         f"On {subject_words(grid['subject'])}; {samples}. All policies get the same ones.\n",
-        command_block(command, grid["subject"], grid["seed"], *json_option(name)),
+        command_block(meta),
         f"{words}\n",
     ]
 

@@ -20,94 +20,21 @@ import numpy as np
 import torch
 from scipy import stats
 
-from pyramidinfer.config import KV_DTYPES, check_choice, is_number
 from pyramidinfer.engine import LLM
 from pyramidinfer.lab.asking import reachable
+from pyramidinfer.lab.plans import Grid
 from pyramidinfer.lab.quality_plots import draw_needles, draw_quality
-from pyramidinfer.lab.rows import AUTO
 from pyramidinfer.lab.samples import Needle, Subject, settings
 from pyramidinfer.lab.study import Row, run_cells
-from pyramidinfer.policies import POLICIES, Full, Policy
-from pyramidinfer.policies.registry import parse_policy
+from pyramidinfer.policies import Full, Policy
 from pyramidinfer.types import SamplingParams, Score, TokenIds
 
-__all__ = ["DEPTHS", "Grid", "divergence", "interval", "run_quality", "split_specs"]
+__all__ = ["DEPTHS", "Grid", "divergence", "interval", "run_quality"]
 
-KEEPS = (1.0, 0.75, 0.6, 0.45, 0.3, 0.2, 0.1)
-LEAST = 5
 DEPTHS = 5  # needles lie at so many depths
 AGREED = 64  # tokens generated for the agreement with the full cache
 #: A share may miss ``keep`` by this much of it (pages, windows) and still count as reached.
 SLACK = 0.04
-
-
-@dataclass(frozen=True)
-class Grid:
-    """What is measured: each policy (``NAME`` or ``NAME:option=value,…``) at each keep and
-    context length, with keys and values in each of ``kv_dtypes``.
-
-    samples : questions at the shortest context; longer ones get fewer, in proportion, so that
-        all lengths cost alike (at least ``LEAST``, or as many as at the shortest).
-    passages : passages for every question (a share), at least ``LEAST``.
-    long_samples : questions that generate ``AGREED`` tokens.
-    """
-
-    subject: Subject
-    policies: tuple[str, ...] = tuple(POLICIES)
-    keeps: tuple[float, ...] = KEEPS
-    contexts: tuple[int, ...] = (1000, 3000)
-    samples: int = 40
-    passages: float = 0.5
-    long_samples: int = 8
-    continuation: int = 64
-    seed: int = 0
-    kv_dtypes: tuple[str, ...] = (AUTO,)
-
-    def questions_at(self, context: int) -> int:
-        """How many questions a context length gets."""
-        fair = round(self.samples * min(self.contexts) / context)
-        return max(fair, min(LEAST, self.samples))
-
-    def passages_at(self, context: int) -> int:
-        """How many passages a context length gets."""
-        questions = self.questions_at(context)
-        return max(round(self.passages * questions), min(LEAST, questions))
-
-    def cells(self) -> list[dict[str, Any]]:
-        """One dict a cell; the full cache stands at keep 1 only."""
-        if not self.policies:
-            raise ValueError("--policies is empty: name at least one")
-        if not self.kv_dtypes:
-            raise ValueError("--kv-dtypes is empty: name at least one")
-        for kv_dtype in self.kv_dtypes:
-            check_choice("--kv-dtypes", kv_dtype, KV_DTYPES)
-        for spec in self.policies:
-            parse_policy(spec, None if spec == "full" else 1.0)
-        for context in self.contexts:
-            if context < 60:
-                raise ValueError(f"--contexts: {context} is too short; give at least 60 tokens")
-        if self.samples < 1:
-            raise ValueError(f"--samples {self.samples} must be at least 1")
-        if not (is_number(self.passages) and self.passages >= 0):
-            raise ValueError(f"--passages {self.passages} must be at least 0")
-        for keep in self.keeps:
-            if not 0 < keep <= 1:
-                raise ValueError(f"keep {keep} must be above 0 and at most 1")
-        return [
-            {"policy": spec, "keep": keep, "kv_dtype": kv_dtype, "context": context}
-            for context in self.contexts
-            for kv_dtype in self.kv_dtypes
-            for spec in self.policies
-            for keep in ((1.0,) if spec == "full" else self.keeps)
-        ]
-
-
-def split_specs(text: str) -> tuple[str, ...]:
-    """``"full,snapkv"`` or ``"full snapkv:window=8,kernel=5"`` → policy specs."""
-    words = text.split()
-    return tuple(
-        spec for word in words for spec in ([word] if ":" in word else word.split(",")) if spec
-    )
 
 
 def run_quality(grid: Grid, out: Path, workers: int = 1) -> list[Path]:

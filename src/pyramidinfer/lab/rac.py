@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -34,6 +34,7 @@ from pyramidinfer.config import accumulate_dtype
 from pyramidinfer.engine import LLM
 from pyramidinfer.lab.icr import bootstrap, publish
 from pyramidinfer.lab.pictures import draw_rac
+from pyramidinfer.lab.plans import RacPlan
 from pyramidinfer.lab.samples import Subject, settings
 from pyramidinfer.lab.study import Row, run_cells
 from pyramidinfer.policies import Full
@@ -43,34 +44,6 @@ __all__ = ["MODES", "Newest", "NewestRows", "RacPlan", "measure_text", "run_rac"
 
 RECENT, WINDOW, NEWEST_WEIGHT = 0.3, 0.2, 1.2
 MODES = ("single", "ensemble")
-
-
-@dataclass(frozen=True)
-class RacPlan:
-    """What is measured.
-
-    context : tokens of each text; samples : texts; tops : shares of the context that a token
-    picks; bins : equal parts of the distances below 30 %.
-    """
-
-    subject: Subject
-    context: int = 1000
-    samples: int = 16
-    seed: int = 0
-    tops: tuple[float, ...] = (0.8, 0.2)
-    bins: int = 10
-
-    def __post_init__(self) -> None:
-        if self.samples < 1 or self.bins < 1:
-            raise ValueError(f"--samples {self.samples} and --bins {self.bins} must be at least 1")
-        if self.context < 4 * self.bins:
-            raise ValueError(
-                f"--context {self.context} is too short for {self.bins} bins of distance: give at "
-                f"least {4 * self.bins}"
-            )
-        for top in self.tops:
-            if not 0 < top <= 1:
-                raise ValueError(f"--top: {top} must be above 0 and at most 1")
 
 
 def run_rac(plan: RacPlan, out: Path, workers: int = 1) -> Path:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import platform
+import shlex
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,11 @@ import transformers
 
 from pyramidinfer.lab import documents
 
-__all__ = ["commit", "machine", "write_result"]
+__all__ = ["command", "commit", "machine", "write_result"]
+
+
+#: The option whose value no result may show.
+SECRET = "--api-key"
 
 
 def commit() -> str:
@@ -38,6 +44,23 @@ def commit() -> str:
     return f"{found}-dirty" if changed else found
 
 
+def command() -> str:
+    """The command line that runs, as it was given; API keys are left out."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    module = "" if spec is None else spec.name.removesuffix(".__main__")
+    program, words = [Path(sys.argv[0]).name], sys.argv[1:]
+    if program == ["__main__.py"]:
+        program = ["pyramidinfer"]
+    elif module.startswith("pyramidinfer."):
+        program = ["python", "-m", module]
+    for at, word in enumerate(words):
+        if word == SECRET and at + 1 < len(words):
+            words[at + 1] = "…"
+        elif word.startswith(f"{SECRET}="):
+            words[at] = f"{SECRET}=…"
+    return shlex.join([*program, *words])
+
+
 def machine() -> dict[str, Any]:
     """What it ran on."""
     return {
@@ -54,9 +77,10 @@ def machine() -> dict[str, Any]:
 def write_result(
     path: Path, configuration: dict[str, Any], result: dict[str, Any], **more: Any
 ) -> Path:
-    """One JSON file: commit, machine, ``more``, configuration, result."""
+    """One JSON file: command, commit, machine, ``more``, configuration, result."""
     path.parent.mkdir(parents=True, exist_ok=True)
     entry = {
+        "command": command(),
         "commit": commit(),
         "machine": machine(),
         **more,

@@ -12,22 +12,17 @@ import re
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from pyramidinfer.engine import LLM
-from pyramidinfer.engine.english import ENGLISH, english
 from pyramidinfer.lab import documents
-from pyramidinfer.lab.chat import Chat
-from pyramidinfer.lab.recall import make_question
-from pyramidinfer.models import ModelRunner
-from pyramidinfer.models.loading import (
-    LoadedModel,
-    load_model,
-    quiet_transformers,
-    shipped_model,
-)
-from pyramidinfer.policies import Policy
-from pyramidinfer.types import Layers, TokenIds
+from pyramidinfer.lab.fields import Backend, CacheMemory, Device, Dtype, KvDtype, Text
+from pyramidinfer.options import Option
+
+if TYPE_CHECKING:  # torch takes seconds, and --help needs none of it
+    from pyramidinfer.engine import LLM
+    from pyramidinfer.models.loading import LoadedModel
+    from pyramidinfer.policies import Policy
+    from pyramidinfer.types import Layers, TokenIds
 
 __all__ = [
     "GENERATED",
@@ -74,13 +69,19 @@ class Needle:
 class Subject:
     """What is studied: a model, a text and where it runs.  Plain values, so it can be pickled."""
 
-    model: str = SHIPPED
-    text: str | None = None
-    dtype: str = "float32"
-    device: str = "auto"
-    kv_memory: str = "512MiB"
-    backend: str = "auto"
-    kv_dtype: str = "auto"
+    model: Annotated[
+        str,
+        Option(
+            "Model folder, Hugging Face hub id, name of a fetched model, or GGUF file.",
+            positional=True,
+        ),
+    ] = SHIPPED
+    text: Text = None
+    dtype: Dtype = "float32"
+    device: Device = "auto"
+    kv_memory: CacheMemory = "512MiB"
+    backend: Backend = "auto"
+    kv_dtype: KvDtype = "auto"
 
     def loaded(self) -> LoadedModel:
         """The transformers model and its tokenizer, once a process."""
@@ -88,6 +89,8 @@ class Subject:
 
     def llm(self, policy: Policy, **options: Any) -> LLM:
         """An engine over the model, which is loaded once a process."""
+        from pyramidinfer.engine import LLM
+
         loaded = self.loaded()
         return LLM(
             loaded.model,
@@ -105,6 +108,8 @@ class Subject:
     @property
     def source(self) -> str:
         """Which text samples are drawn from, as a result names it."""
+        from pyramidinfer.engine.english import ENGLISH
+
         if self.text is not None:
             return Path(self.text).name
         return ENGLISH if self.corpus().ids is not None else GENERATED
@@ -112,6 +117,9 @@ class Subject:
     @property
     def layers(self) -> Layers:
         """The model's, none of them bounded by a window."""
+        from pyramidinfer.models import ModelRunner
+        from pyramidinfer.types import Layers
+
         loaded = self.loaded()
         runner = ModelRunner(loaded.model, "reference")
         return Layers((True,) * runner.depth, runner.kv_heads)
@@ -124,6 +132,9 @@ class Corpus:
     """
 
     def __init__(self, tokenizer: Any, text: str | None) -> None:
+        from pyramidinfer.engine.english import english
+        from pyramidinfer.lab.chat import Chat
+
         if tokenizer is None:
             raise ValueError("a study needs the model's tokenizer; none was found beside it")
         self.tokenizer, self.chat = tokenizer, Chat(tokenizer)
@@ -155,6 +166,8 @@ class Corpus:
     # --- the shipped model's format -----------------------------------------------------------
 
     def _asked(self, rng: random.Random, length: int, depth: float) -> Needle:
+        from pyramidinfer.lab.recall import make_question
+
         question = make_question(rng, length, depth=depth)
         ids = self.tokenizer(question.prompt)["input_ids"]
         return Needle(ids, question.answer, documents.ANSWER_TOKENS, depth)
@@ -221,6 +234,8 @@ def forget() -> None:
 
 @lru_cache(maxsize=1)
 def _load(model: str, dtype: str, device: str) -> LoadedModel:
+    from pyramidinfer.models.loading import load_model, quiet_transformers, shipped_model
+
     quiet_transformers()
     return load_model(shipped_model() if model == SHIPPED else model, "auto", dtype, device)
 

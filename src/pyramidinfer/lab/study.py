@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from pyramidinfer.lab.record import commit, machine
+from pyramidinfer.lab.record import command, commit, machine
 
 __all__ = ["Row", "Store", "run_cells"]
 
@@ -87,7 +87,7 @@ class Store:
     def finish(self, cells: list[Cell]) -> list[Row]:
         """Write the result, in the order of the cells, and return its rows."""
         rows = self.rows_of(cells)
-        meta = {"commit": commit(), "machine": machine(), **self.head}
+        meta = {"command": command(), "commit": commit(), "machine": machine(), **self.head}
         body = ",\n".join(json.dumps(row) for row in rows)
         self.path.write_text(f'{{"meta": {json.dumps(meta, indent=1)},\n"rows": [\n{body}\n]}}\n')
         self.partial.unlink(missing_ok=True)

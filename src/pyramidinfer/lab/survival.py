@@ -29,9 +29,9 @@ from matplotlib.patches import Patch, Rectangle
 from pyramidinfer.engine import LLM
 from pyramidinfer.lab.icr import publish
 from pyramidinfer.lab.pictures import save
+from pyramidinfer.lab.plans import MapPlan
 from pyramidinfer.lab.rac import Newest, watch
 from pyramidinfer.lab.recall import make_question
-from pyramidinfer.lab.samples import Subject
 from pyramidinfer.lab.study import Row, run_cells
 from pyramidinfer.policies import Policy
 from pyramidinfer.types import TokenIds
@@ -87,31 +87,15 @@ class Survival:
         return f"{self.title}: {computed:.0%} of layer-tokens computed, {kept:.0%} kept"
 
 
-@dataclass(frozen=True)
-class MapPlan:
-    """One prompt through one policy.
-
-    prompt : a text, or None for a generated question of ``context`` tokens;
-    max_tokens : generated and fed after the prompt, greedily.
-    """
-
-    subject: Subject
-    policy: Policy
-    prompt: str | None = None
-    context: int = 1000
-    max_tokens: int = 11
-    seed: int = 0
-
-
-def run_map(plan: MapPlan, out: Path) -> tuple[Path, Path]:
+def run_map(plan: MapPlan, policy: Policy, out: Path) -> tuple[Path, Path]:
     """Measure, write ``out`` and draw; returns the paths of the picture and the page."""
-    llm = plan.subject.llm(plan.policy)
+    llm = plan.subject.llm(policy)
     prompt, needle = _prompt(plan, llm)
-    name = plan.policy.name
+    name = policy.name
     configuration = {
         "subject": asdict(plan.subject),
         "policy": name,
-        "options": repr(plan.policy),
+        "options": repr(policy),
         "max_tokens": plan.max_tokens,
         "score_window": WINDOW,
         "needle": needle,
@@ -120,7 +104,7 @@ def run_map(plan: MapPlan, out: Path) -> tuple[Path, Path]:
     work = partial(_work, llm, prompt, plan.max_tokens)
     generated, *rows = run_cells("map", configuration, [{"policy": name}], work, out)
     publish(out, rows, **generated)
-    title = " ".join([name, *(f"{key}={value}" for key, value in _changed(plan.policy))])
+    title = " ".join([name, *(f"{key}={value}" for key, value in _changed(policy))])
     tokens = texts(llm.tokenizer, prompt + generated["generated_token_ids"])
     found = survival(rows, title, tokens, len(prompt), needle)
     out.with_suffix(".html").write_text(page(found), encoding="utf-8")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -12,28 +11,18 @@ from typing import Any
 import numpy as np
 
 from pyramidinfer.lab.asking import Asker, asker
+from pyramidinfer.lab.plans import TextPlan
 from pyramidinfer.lab.quality import divergence, interval
 from pyramidinfer.lab.real_plots import draw_text
 from pyramidinfer.lab.rows import is_reference
 from pyramidinfer.lab.samples import Passage, settings
 from pyramidinfer.lab.study import Row, run_cells
-from pyramidinfer.lab.ways import Ways
 from pyramidinfer.policies import Policy
 from pyramidinfer.types import Score
 
 __all__ = ["TextPlan", "loss", "measure_text", "run_text"]
 
 CONTINUATION = 64  # tokens scored after each context
-
-
-@dataclass(frozen=True)
-class TextPlan(Ways):
-    """Passages of real text at each context length; longer ones get fewer, in proportion."""
-
-    contexts: tuple[int, ...] = (500, 1000, 2000, 4000)
-
-    def passages(self, context: int) -> int:
-        return max(2, round(self.samples * min(self.contexts) / context))
 
 
 def measure_text(machine: Asker, policy: Policy, passages: Sequence[Passage]) -> list[Score]:

@@ -19,11 +19,12 @@ from pyramidinfer.engine.memory import full_bytes
 from pyramidinfer.engine.request import Request
 from pyramidinfer.lab.asking import Asker, asker
 from pyramidinfer.lab.invented import Fact, fit, hide_facts, invent
+from pyramidinfer.lab.plans import TurnsPlan
 from pyramidinfer.lab.real_plots import draw_turns
 from pyramidinfer.lab.rows import is_reference
 from pyramidinfer.lab.samples import settings
 from pyramidinfer.lab.study import Row, run_cells
-from pyramidinfer.lab.ways import Ways, paired
+from pyramidinfer.lab.ways import paired
 from pyramidinfer.policies import Policy
 from pyramidinfer.types import SamplingParams, TokenIds
 
@@ -65,15 +66,6 @@ class TurnScores:
     @property
     def score(self) -> float:
         return float(np.mean(self.scores))
-
-
-@dataclass(frozen=True)
-class TurnsPlan(Ways):
-    """Chats whose first turn has about ``length`` tokens; with ``compress_idle`` their caches are
-    recompressed between turns, as ``serve --compress-idle`` does."""
-
-    length: int = 1000
-    compress_idle: bool = False
 
 
 def make_talks(machine: Asker, seed: int, count: int, length: int) -> list[Talk]:

@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from pyramidinfer.lab.asking import Asker
 from pyramidinfer.lab.checks import LONG, Bench, Check, Kind, LongAnswers, Text, Turns, jeffreys
+from pyramidinfer.lab.plans import VerifyPlan
 from pyramidinfer.lab.retrieval import Retrieval
 from pyramidinfer.lab.samples import Subject
 from pyramidinfer.policies import Policy
 
-__all__ = ["FLOOR", "ROUND", "Check", "Plan", "check_floor", "jeffreys", "judge", "verify"]
+__all__ = ["FLOOR", "ROUND", "Check", "VerifyPlan", "check_floor", "jeffreys", "judge", "verify"]
 
 FLOOR = 0.8
 #: Samples of a check, or of a task, that a round takes; so many are the least.
@@ -26,22 +26,6 @@ ROUND = 3
 ROUNDS = 8  # at most
 #: Far apart, so that the rounds of neighbouring seeds share no samples.
 STRIDE = 10_000
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """``length``: tokens of a prompt; ``seconds``: about how long all may take (at least ``ROUND``
-    samples a check are taken)."""
-
-    length: int = 1000
-    seconds: float = 100.0
-    seed: int = 0
-
-    def check(self) -> None:
-        if self.length < 300:
-            raise ValueError(f"--length {self.length} is too short; give at least 300 tokens")
-        if not self.seconds > 0:
-            raise ValueError(f"--seconds {self.seconds} must be above 0")
 
 
 def check_floor(name: str, floor: float) -> None:
@@ -54,7 +38,7 @@ def verify(
     machine: Asker,
     subject: Subject,
     policy: Policy,
-    plan: Plan,
+    plan: VerifyPlan,
     tell: Callable[[str], None] = lambda _: None,
 ) -> list[Check]:
     """All checks; ``tell`` hears what is being done.

@@ -7,90 +7,271 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pyramidinfer.config import check_choice, check_share, check_whole, is_number
+from pyramidinfer.options import (
+    Option,
+    at_least,
+    check_options,
+    check_share,
+    check_whole,
+    json_object,
+    one_of,
+    parse_size,
+    positive,
+    show_bytes,
+)
 
 __all__ = ["KEYS_VARIABLE", "ServerSettings", "read_keys"]
 
 #: Environment variable that holds API keys, separated by commas or white space.
 KEYS_VARIABLE = "PYRAMIDINFER_API_KEYS"
+#: Headings of ``--help``.
+SERVER, MEMORY, LIMITS, SAFETY = "Server", "Memory and scheduling", "Limits", "Safety"
+
+#: Shared with the commands that have no server.
+GenerationConfig = Annotated[
+    str,
+    Option(
+        "Where sampling parameters come from that nobody gives: auto, from the model's "
+        "generation_config.json; none, not from there.",
+        check=one_of(("auto", "none")),
+        see="#sampling-defaults",
+    ),
+]
+ModelName = Annotated[
+    str,
+    Option(
+        "Model name that requests give, and that /v1/models lists.",
+        unset="the folder's name",
+        flags=("--served-model-name", "--model-name"),
+    ),
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerSettings:
-    """Frozen; ``ValueError`` for a value that cannot be.
+    """What the operator decides; frozen.  ``ValueError`` for a value that cannot be.
 
-    model_name : the name clients ask for; empty is the folder's.
     api_keys : who may ask; none means everybody.
-    max_waiting : requests that may wait to begin; one more is answered 429.
-    queue_timeout : seconds until a request that has not begun is answered 429.
-    request_timeout : seconds until a request is ended.
-    drain_timeout : seconds that running requests get after SIGTERM.
     body_timeout : seconds a client may take to send its request.
-    max_connections : open at once; None is what the limit of file descriptors leaves.
-    keep_alive_on_engine_death : answer 503 when the engine's thread has died, instead of ending, so
-        that a supervisor starts the server anew.
-    stall_timeout : seconds without the end of a step, with work to do, after which ``/health``
-        says that the engine hangs.
-    default_max_tokens : for requests that say nothing; None is what the model's generation config
-        says, else 256.
-    generation_config : ``"auto"`` fills what a request leaves out from the model's
-        ``generation_config.json``, ``"none"`` does not.
-    max_tokens_limit, max_prompt_tokens : the most a request may ask for; None is what the model
-        has positions for.
-    max_n : choices of one request (prompts times ``n``).
-    max_stop : stop strings, and stop token ids, of one request.
-    max_schema_bytes : of a ``response_format`` or ``structured_outputs``.
     prompt_logprob_bytes : of the logits that are worked out for ``prompt_logprobs``, or ``echo``
         with ``logprobs``, in one step.
-    chat_template_kwargs : names and values for the chat template, for requests that do not give
-        those names.
-    compress_idle : while nobody asks for anything, recompress caches of finished conversations, for
-        questions to come.
-    policies : names a request may ask for besides the server's own; None is every one that the
-        pool can hold.
-    min_keep, max_keep : bounds of a request's ``compression.keep``.
-    log_prompts : write prompts and answers to the log.
-    access_log : write a line for every request: method, path, status, seconds.
-    allowed_hosts : names by which a server on loopback without keys may be called, besides
-        localhost: another site's name for this machine must not let its pages in.
-    cors_origins : origins of other sites that may ask from a browser.
-    page : serve the page at ``/``.
     """
 
-    host: str = "127.0.0.1"
-    port: int = 8000
-    model_name: str = ""
-    api_keys: tuple[str, ...] = ()
-    max_waiting: int = 128
-    queue_timeout: float = 30.0
-    request_timeout: float = 600.0
-    drain_timeout: float = 60.0
+    host: Annotated[
+        str,
+        Option(
+            "Address to listen on: 0.0.0.0 (inside a container, say) for all of the machine's, "
+            "which needs API keys.",
+            panel=SERVER,
+        ),
+    ] = "127.0.0.1"
+    port: Annotated[
+        int, Option("Port to listen on; 0 picks a free one and prints it.", panel=SERVER)
+    ] = 8000
+    model_name: ModelName = ""
+    generation_config: GenerationConfig = "auto"
+    chat_template_kwargs: Annotated[
+        Mapping[str, Any],
+        Option(
+            "Keyword arguments of the chat template for all requests, a JSON object such as "
+            '{"enable_thinking": false}. Those of a request go before these.',
+            unset="none",
+            panel=SERVER,
+            flags=("--default-chat-template-kwargs",),
+            parse=json_object,
+        ),
+    ] = field(default_factory=dict)
+    page: Annotated[bool, Option("Serve the web page at /.", panel=SERVER)] = True
+    drain_timeout: Annotated[
+        float,
+        Option(
+            "Seconds that running requests get after SIGTERM. Give the supervisor a longer one.",
+            panel=SERVER,
+            check=positive,
+            see="#overload-and-the-end",
+        ),
+    ] = 60.0
+    keep_alive_on_engine_death: Annotated[
+        bool,
+        Option(
+            "When the engine's thread has died, keep answering 503. Without it the process ends "
+            "with exit code 1, so that a supervisor restarts it.",
+            panel=SERVER,
+        ),
+    ] = False
+    access_log: Annotated[
+        bool,
+        Option(
+            "Log a line for every request: method, path, status, seconds; never bodies.",
+            panel=SERVER,
+        ),
+    ] = False
+    compress_idle: Annotated[
+        bool,
+        Option(
+            "While no request runs, compress the caches of finished conversations again, so that "
+            "they keep what any next question may need. For chats.",
+            panel=MEMORY,
+            see="#conversations",
+        ),
+    ] = False
+    max_waiting: Annotated[
+        int,
+        Option(
+            "Requests that may wait in the queue; one more is answered 429.",
+            panel=LIMITS,
+            check=at_least(1),
+        ),
+    ] = 128
+    queue_timeout: Annotated[
+        float,
+        Option(
+            "Seconds a request may wait in the queue before it is answered 429.",
+            panel=LIMITS,
+            check=positive,
+        ),
+    ] = 30.0
+    request_timeout: Annotated[
+        float,
+        Option(
+            "Seconds a request may take in all before it is ended with 504.",
+            panel=LIMITS,
+            check=positive,
+        ),
+    ] = 600.0
     body_timeout: float = 30.0
-    max_connections: int | None = None
-    keep_alive_on_engine_death: bool = False
-    stall_timeout: float = 600.0
-    default_max_tokens: int | None = None
-    generation_config: str = "auto"
-    max_tokens_limit: int | None = None
-    max_prompt_tokens: int | None = None
-    max_n: int = 8
-    max_stop: int = 8
+    stall_timeout: Annotated[
+        float,
+        Option(
+            "Seconds in which no step ends, with work to do, after which /health answers 503: "
+            "longer than any step takes.",
+            panel=LIMITS,
+            check=positive,
+        ),
+    ] = 600.0
+    max_connections: Annotated[
+        int | None,
+        Option(
+            "Open connections, at most.",
+            unset="what the limit of open files, `ulimit -n`, leaves",
+            panel=LIMITS,
+            check=at_least(1),
+        ),
+    ] = None
+    default_max_tokens: Annotated[
+        int | None,
+        Option(
+            "max_tokens of requests that give none. With --admission reserve, memory for as many "
+            "is reserved.",
+            unset="the model's max_new_tokens, or 256",
+            panel=LIMITS,
+            check=at_least(1),
+        ),
+    ] = None
+    max_tokens_limit: Annotated[
+        int | None,
+        Option(
+            "Largest max_tokens a request may ask for.",
+            unset="what the model's context length leaves",
+            panel=LIMITS,
+            check=at_least(1),
+        ),
+    ] = None
+    max_prompt_tokens: Annotated[
+        int | None,
+        Option(
+            "Longest prompt a request may have, in tokens.",
+            unset="the model's context length",
+            panel=LIMITS,
+            check=at_least(1),
+        ),
+    ] = None
+    max_n: Annotated[
+        int,
+        Option(
+            "Choices one request may ask for: prompts times n.", panel=LIMITS, check=at_least(1)
+        ),
+    ] = 8
+    max_stop: Annotated[
+        int,
+        Option(
+            "Stop strings, and stop token ids, one request may have.",
+            panel=LIMITS,
+            check=at_least(1),
+        ),
+    ] = 8
     max_logprobs: int = 20
-    max_body_bytes: int = 4 * 2**20
-    max_schema_bytes: int = 64 * 1024
+    max_body_bytes: Annotated[
+        int,
+        Option(
+            "Largest request body. Set the proxy's limit to match.",
+            panel=LIMITS,
+            flags=("--max-body",),
+            check=at_least(1),
+            parse=parse_size,
+            show=show_bytes,
+        ),
+    ] = 4 * 2**20
+    max_schema_bytes: Annotated[
+        int,
+        Option(
+            "Largest JSON schema or grammar of a request; large ones take long to compile.",
+            panel=LIMITS,
+            flags=("--max-schema",),
+            check=at_least(1),
+            parse=parse_size,
+            show=show_bytes,
+        ),
+    ] = 64 * 1024
     prompt_logprob_bytes: int = 512 * 2**20
-    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    compress_idle: bool = False
-    policies: tuple[str, ...] | None = None
-    min_keep: float = 0.02
-    max_keep: float = 1.0
-    log_prompts: bool = False
-    access_log: bool = False
-    allowed_hosts: tuple[str, ...] = ()
-    cors_origins: tuple[str, ...] = ()
-    page: bool = True
+    policies: Annotated[
+        tuple[str, ...] | None,
+        Option(
+            "Policies a request may ask for besides the server's own, NAME,NAME.",
+            unset="all that the memory is laid out for",
+            panel=LIMITS,
+        ),
+    ] = None
+    min_keep: Annotated[
+        float,
+        Option("Smallest keep a request may ask for.", panel=LIMITS, check=check_share),
+    ] = 0.02
+    max_keep: Annotated[
+        float,
+        Option(
+            "Largest keep a request may ask for. Below 1, requests for policy full are refused "
+            "too.",
+            panel=LIMITS,
+            check=check_share,
+        ),
+    ] = 1.0
+    log_prompts: Annotated[
+        bool, Option("Write prompts and answers to the log, to debug.", panel=SAFETY)
+    ] = False
+    allowed_hosts: Annotated[
+        tuple[str, ...],
+        Option(
+            "A further host name that a server on 127.0.0.1 without API keys answers to, behind a "
+            "proxy, say. May be repeated.",
+            panel=SAFETY,
+            flags=("--allowed-host",),
+            repeat=True,
+            see="#secure",
+        ),
+    ] = ()
+    cors_origins: Annotated[
+        tuple[str, ...],
+        Option(
+            "An origin, https://HOST, whose pages may call the API from a browser. May be "
+            "repeated.",
+            panel=SAFETY,
+            flags=("--cors-origin",),
+            repeat=True,
+        ),
+    ] = ()
+    api_keys: tuple[str, ...] = ()
 
     @property
     def is_loopback(self) -> bool:
@@ -101,39 +282,12 @@ class ServerSettings:
             return self.host == "localhost"
 
     def __post_init__(self) -> None:
-        for name in (
-            "max_waiting",
-            "max_n",
-            "max_stop",
-            "max_body_bytes",
-            "max_schema_bytes",
-            "prompt_logprob_bytes",
-        ):
-            check_whole(name, getattr(self, name), 1)
+        check_options(self)
+        check_whole("prompt_logprob_bytes", self.prompt_logprob_bytes, 1)
         check_whole("max_logprobs", self.max_logprobs, 0)
-        check_choice("generation_config", self.generation_config, ("auto", "none"))
-        for name in (
-            "default_max_tokens",
-            "max_tokens_limit",
-            "max_prompt_tokens",
-            "max_connections",
-        ):
-            if getattr(self, name) is not None:
-                check_whole(name, getattr(self, name), 1)
-        for name in (
-            "queue_timeout",
-            "request_timeout",
-            "drain_timeout",
-            "body_timeout",
-            "stall_timeout",
-        ):
-            value = getattr(self, name)
-            if not is_number(value) or value <= 0:
-                raise ValueError(f"{name}={value!r} must be above 0 seconds")
+        positive("body_timeout", self.body_timeout)
         if type(self.port) is not int or not 0 <= self.port <= 65535:
             raise ValueError(f"port={self.port!r} must lie between 0 and 65535 (0 picks one)")
-        check_share("min_keep", self.min_keep)
-        check_share("max_keep", self.max_keep)
         if not 0 < self.min_keep <= self.max_keep:
             raise ValueError(
                 f"min_keep={self.min_keep} must be above 0 and at most max_keep={self.max_keep}"

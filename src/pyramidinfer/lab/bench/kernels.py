@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +24,8 @@ from pyramidinfer.cache.mover import Mover
 from pyramidinfer.config import parse_device, parse_dtype
 from pyramidinfer.lab.bench.compaction import time_keep
 from pyramidinfer.lab.bench.machine import Roof, measure_roof, plain_read
-from pyramidinfer.lab.bench.setting import check_counts, progress
+from pyramidinfer.lab.bench.plans import KernelPlan
+from pyramidinfer.lab.bench.setting import progress
 from pyramidinfer.lab.bench.timing import side_by_side, spread
 from pyramidinfer.lab.record import write_result
 from pyramidinfer.models.device import choose_device
@@ -38,32 +39,6 @@ DIM = 64
 WINDOW = 32  # queries that a policy scores
 UNEQUAL, SHORT = 0.2, 64  # what heads hold in the mean of a context, and the short ones at most
 LAYERS = 1024  # at most so many layers' entries are read in turns, so that caches do not hold them
-
-
-@dataclass(frozen=True)
-class KernelPlan:
-    """Plain values; ``storage``: bytes of entries to go round in, at least."""
-
-    backend: str = "auto"
-    dtype: str = "bfloat16"
-    device: str = "auto"
-    batches: tuple[int, ...] = (1, 4, 16)
-    contexts: tuple[int, ...] = (512, 1024, 2048, 4096, 8192)
-    threads: int = 0
-    repeats: int = 5
-    warmup: int = 1
-    storage: int = 256 * 2**20
-    page_size: int = 16
-
-    def check(self) -> None:
-        check_counts(repeats=self.repeats, warmup=self.warmup, page_size=self.page_size)
-        for batch in self.batches:
-            check_counts(batch=batch)
-        for context in self.contexts:
-            if context < 2 * self.page_size:
-                raise ValueError(f"--prompt-len {context} must be at least {2 * self.page_size}")
-        if self.threads < 0:
-            raise ValueError(f"--threads {self.threads} must be at least 0 (0: torch's choice)")
 
 
 class Work(NamedTuple):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,10 +11,11 @@ from torch import Tensor
 
 from pyramidinfer.attention.base import Pages
 from pyramidinfer.codec import find_codec
-from pyramidinfer.config import KV_DTYPES, parse_device, parse_dtype
+from pyramidinfer.config import parse_device, parse_dtype
 from pyramidinfer.lab.bench.kernels import all_heads_alike
 from pyramidinfer.lab.bench.machine import plain_read
-from pyramidinfer.lab.bench.setting import check_counts, progress
+from pyramidinfer.lab.bench.plans import KvDtypesPlan
+from pyramidinfer.lab.bench.setting import progress
 from pyramidinfer.lab.bench.timing import ratios, side_by_side, spread
 from pyramidinfer.lab.record import write_result
 from pyramidinfer.models.device import choose_device
@@ -37,35 +38,6 @@ SHAPES = (
     Shape(9, 3, 64, "SmolLM2-135M"),
     Shape(32, 8, 128, "Llama-3-8B"),
 )
-
-
-@dataclass(frozen=True)
-class KvDtypesPlan:
-    """Plain values; ``storage``: bytes of 16-bit entries to go round in, at least."""
-
-    kv_dtypes: tuple[str, ...] = ("int8", "int4", "fp8")
-    backend: str = "auto"
-    dtype: str = "bfloat16"
-    device: str = "auto"
-    batches: tuple[int, ...] = (1, 16)
-    contexts: tuple[int, ...] = (512, 2048, 8192)
-    repeats: int = 7
-    warmup: int = 1
-    storage: int = 256 * 2**20
-    page_size: int = 16
-
-    def check(self) -> None:
-        check_counts(repeats=self.repeats, warmup=self.warmup, page_size=self.page_size)
-        for batch in self.batches:
-            check_counts(batch=batch)
-        for context in self.contexts:
-            check_counts(prompt_len=context)
-        for name in self.kv_dtypes:
-            if find_codec(name) is None:
-                raise ValueError(
-                    f"--kv-dtypes {name}: every row has the model's own dtype beside it; name some "
-                    f"of {', '.join(KV_DTYPES[1:])}"
-                )
 
 
 def run_kv_dtypes(plan: KvDtypesPlan, out: Path) -> dict[str, Any]:

@@ -2,47 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pyramidinfer.lab.bench.setting import Pass, Rig, Setting, check_counts, progress, run_pass
+from pyramidinfer.lab.bench.plans import LatencyPlan
+from pyramidinfer.lab.bench.setting import Pass, Rig, progress, run_pass
 from pyramidinfer.lab.bench.timing import spread
 from pyramidinfer.lab.record import write_result
 
 __all__ = ["LatencyPlan", "run_latency"]
 
 
-@dataclass(frozen=True)
-class LatencyPlan:
-    """Every batch size at every prompt length; requests of a batch arrive together."""
-
-    setting: Setting
-    batches: tuple[int, ...] = (1,)
-    prompt_lens: tuple[int, ...] = (128, 512, 2048)
-    output_len: int = 32
-
-    @property
-    def configuration(self) -> dict[str, Any]:
-        return {
-            **self.setting.configuration(),
-            "batches": list(self.batches),
-            "prompt_lens": list(self.prompt_lens),
-            "output_len": self.output_len,
-        }
-
-
 def run_latency(plan: LatencyPlan, out: Path) -> dict[str, Any]:
     """Measure, write ``out``, and return its result."""
-    for batch in plan.batches:
-        check_counts(batch=batch)
-    for length in plan.prompt_lens:
-        check_counts(prompt_len=length)
-    if plan.output_len < 2:
-        raise ValueError(f"--output-len {plan.output_len} must be at least 2: time between tokens")
+    plan.check()
     rig = Rig(plan.setting)
     rig.check_length(max(plan.prompt_lens), plan.output_len)
     setting = plan.setting

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,14 +19,15 @@ import torch
 
 from pyramidinfer.cache import Layout
 from pyramidinfer.cache.mover import Slots
-from pyramidinfer.config import MOST_DRAFTS, EngineConfig
+from pyramidinfer.config import EngineConfig
 from pyramidinfer.engine.drafting import Drafter
 from pyramidinfer.engine.engine import Engine
 from pyramidinfer.engine.english import ENGLISH, english
 from pyramidinfer.engine.memory import full_bytes
 from pyramidinfer.engine.request import Request
 from pyramidinfer.engine.shared import Shared
-from pyramidinfer.lab.bench.setting import check_counts, progress
+from pyramidinfer.lab.bench.plans import AUTO, MOST_TOKENS, LosslessPlan
+from pyramidinfer.lab.bench.setting import progress
 from pyramidinfer.lab.bench.timing import ratios, spread
 from pyramidinfer.lab.record import write_result
 from pyramidinfer.lab.shapes import make_model
@@ -38,68 +39,8 @@ from pyramidinfer.types import SamplingParams, TokenIds
 
 __all__ = ["LosslessPlan", "expected_speed", "run_lossless"]
 
-AUTO = "auto"
-#: Tokens of all caches of a row together, at most.
-MOST_TOKENS = 128 * 1024
 #: Tokens by which a measured request goes on from a held one.
 FED = 4
-
-
-@dataclass(frozen=True)
-class LosslessPlan:
-    """Plain values.
-
-    model : with its weights, on real text; or ``shape``, random weights, with guesses right at the
-    rate ``accept``.  drafts : policies whose entries drafts read.  draft_tokens : guesses a step,
-    or ``auto``.
-    """
-
-    model: str | None = "smollm2"
-    shape: str | None = None
-    drafts: tuple[str, ...] = ("pyramid:keep=.1",)
-    draft_tokens: tuple[str, ...] = ("1", "2", "4", AUTO)
-    batches: tuple[int, ...] = (1, 4)
-    contexts: tuple[int, ...] = (1024, 2048, 4096, 6500)
-    accept: float | None = None
-    output_len: int = 64
-    repeats: int = 3
-    dtype: str = "bfloat16"
-    kv_dtype: str = AUTO
-    device: str = AUTO
-    seed: int = 0
-
-    def check(self) -> None:
-        """``ValueError`` for what cannot be run."""
-        check_counts(output_len=self.output_len, repeats=self.repeats)
-        if (self.model is None) == (self.shape is None):
-            raise ValueError("give --model or --shape, one of them")
-        if (self.shape is None) != (self.accept is None):
-            raise ValueError(
-                f"--accept {self.accept}: give it with --shape, since random weights guess "
-                f"nothing, and leave it out with --model, where it is measured"
-            )
-        if self.accept is not None and not 0 <= self.accept <= 1:
-            raise ValueError(f"--accept {self.accept} must lie between 0 and 1")
-        for steps in self.draft_tokens:
-            if steps != AUTO and not (steps.isdecimal() and int(steps) <= MOST_DRAFTS):
-                raise ValueError(f"--draft-tokens {steps}: write auto or 0 to {MOST_DRAFTS}")
-        for spec in self.drafts:
-            Lossless(parse_policy(spec))
-        for batch in self.batches:
-            check_counts(batch=batch)
-        for context in self.contexts:
-            check_counts(prompt_len=context)
-        if not self.cells:
-            raise ValueError(f"every batch and context has more than {MOST_TOKENS} tokens in all")
-
-    @property
-    def cells(self) -> list[tuple[int, list[int]]]:
-        """Each context with the batches that are run at it."""
-        found = [
-            (context, [batch for batch in self.batches if batch * context <= MOST_TOKENS])
-            for context in self.contexts
-        ]
-        return [(context, batches) for context, batches in found if batches]
 
 
 class Timed(NamedTuple):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pyramidinfer.engine.engine import Engine
-from pyramidinfer.lab.bench.setting import Rig, Setting, check_counts, progress, run_pass
+from pyramidinfer.lab.bench.plans import MemoryPlan
+from pyramidinfer.lab.bench.setting import Rig, progress, run_pass
 from pyramidinfer.lab.bench.timing import PeakMemory
 from pyramidinfer.lab.record import write_result
 from pyramidinfer.types import SamplingParams
@@ -15,36 +15,11 @@ from pyramidinfer.types import SamplingParams
 __all__ = ["MemoryPlan", "run_memory"]
 
 #: Where nothing is said, what is shared out.
-DEFAULT_MEMORY = "256MiB"
-
-
-@dataclass(frozen=True)
-class MemoryPlan:
-    """As many equal requests as fit, twice over, so that some wait; at most ``most`` are run."""
-
-    setting: Setting
-    prompt_len: int = 512
-    output_len: int = 32
-    most: int = 64
-
-    @property
-    def shared(self) -> Setting:
-        memory = self.setting.kv_memory
-        return replace(self.setting, kv_memory=DEFAULT_MEMORY) if memory == "auto" else self.setting
-
-    @property
-    def configuration(self) -> dict[str, Any]:
-        return {
-            **self.shared.configuration(),
-            "prompt_len": self.prompt_len,
-            "output_len": self.output_len,
-            "most": self.most,
-        }
 
 
 def run_memory(plan: MemoryPlan, out: Path) -> dict[str, Any]:
     """Measure, write ``out``, and return its result."""
-    check_counts(prompt_len=plan.prompt_len, output_len=plan.output_len, requests=plan.most)
+    plan.check()
     rig = Rig(plan.shared)
     rig.check_length(plan.prompt_len, plan.output_len)
     rows = []

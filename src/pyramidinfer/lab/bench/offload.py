@@ -9,16 +9,16 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pyramidinfer.config import check_whole, parse_bytes
 from pyramidinfer.engine import LLM
 from pyramidinfer.engine.engine import Engine
 from pyramidinfer.engine.request import Request
+from pyramidinfer.lab.bench.plans import OffloadPlan
 from pyramidinfer.lab.bench.setting import FIRST_WORD, progress
 from pyramidinfer.lab.bench.timing import spread
 from pyramidinfer.lab.record import write_result
@@ -33,35 +33,6 @@ WAYS = ("device", "host", "disk", "anew")
 OWNER = "bench"
 #: Conversations after which one that adds none to those that are held ends the count.
 MOST = 1000
-
-
-@dataclass(frozen=True)
-class OffloadPlan:
-    """Conversations of ``tokens`` tokens, until no more are held; then ``repeats`` second turns of
-    ``turn`` more tokens from each place, on a first one of ``prompt``.
-
-    model : folder, hub id or fetched model;  kv_memory, host, disk : budgets of the count; of
-    kv_memory half is for conversations.
-    """
-
-    model: str = "smollm2"
-    policies: tuple[str, ...] = ("full", "pyramid:keep=.3")
-    tokens: int = 300
-    kv_memory: str = "48MiB"
-    host: str = "32MiB"
-    disk: str = "64MiB"
-    prompt: int = 600
-    turn: int = 30
-    repeats: int = 3
-    dtype: str = "auto"
-    threads: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("tokens", "prompt", "turn", "repeats"):
-            check_whole(f"--{name}", getattr(self, name), 1)
-        check_whole("--threads", self.threads, 0)
-        for name in ("kv_memory", "host", "disk"):
-            parse_bytes(getattr(self, name), f"--{name}")
 
 
 def run_offload(plan: OffloadPlan, out: Path) -> dict[str, Any]:

@@ -24,7 +24,7 @@ def render_offload(page: str, entry: dict[str, Any]) -> str:
     lines = [
         BEGIN,
         origin(entry),
-        f"`pyramidinfer bench offload --repeats {plan['repeats']} --threads {plan['threads']}` on "
+        f"`{entry['command']}` on "
         f"`{Path(plan['model']).name}`. *Held*: conversations of "
         f"{plan['tokens']:,} tokens in half of {plan['kv_memory']} of `kv_memory`, {plan['host']} "
         f"of host memory and {plan['disk']} of disk. *First token*: of a second turn of "

@@ -19,9 +19,9 @@ from typing import Any
 
 import psutil
 
-from pyramidinfer.config import check_whole
 from pyramidinfer.integrations.replicas import SESSION_HEADER
 from pyramidinfer.lab.bench.load import httpx
+from pyramidinfer.lab.bench.plans import ReplicasPlan
 from pyramidinfer.lab.bench.setting import progress
 from pyramidinfer.lab.record import write_result
 from pyramidinfer.lab.samples import SHIPPED
@@ -41,38 +41,6 @@ ROLES = {
     "proxy": "ProxyActor",
 }
 WAYS = ("by conversation", "anywhere", "one killed")
-
-
-@dataclass(frozen=True)
-class ReplicasPlan:
-    """Chats of so many turns each, so many at a time, at two replicas.
-
-    model : folder, hub id or fetched model; None is the shipped one;  words : of a first turn;
-    new : tokens of an answer.
-    """
-
-    model: str | None = None
-    chats: int = 40
-    turns: int = 5
-    at_once: int = 8
-    words: int = 600
-    new: int = 16
-    kv_memory: str = "256MiB"
-    port: int = 8017
-
-    def __post_init__(self) -> None:
-        for name, least in (("chats", 2), ("turns", 2), ("at_once", 1), ("words", 20), ("new", 1)):
-            check_whole(name, getattr(self, name), least)
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
-
-    def opening(self, chat: int) -> str:
-        """A first message that no other chat begins with."""
-        fact = f"The harp of Ada Holt is in room {100 + chat} . "
-        filler = "The storm touched the bridge . "
-        return fact + filler * (self.words // 6) + "Where is the harp of Ada Holt ?"
 
 
 @dataclass

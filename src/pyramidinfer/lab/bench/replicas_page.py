@@ -25,7 +25,7 @@ def render_replicas(page: str, entry: dict[str, Any]) -> str:
     lines = [
         BEGIN,
         origin(entry),
-        f"`pyramidinfer bench replicas` on the model `{plan['model']}`, Ray {plan['ray']} with two "
+        f"`{entry['command']}` on the model `{plan['model']}`, Ray {plan['ray']} with two "
         f"CPUs: {plan['chats']} chats of {plan['turns']} turns, {plan['at_once']} at a time, a "
         f"first turn of {plan['words']} words; a turn that gets a 503 is sent again. One replica "
         f"was killed (SIGKILL) after {killed['killed_after']} of "

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from pyramidinfer.config import check_whole
 from pyramidinfer.engine import LLM
 from pyramidinfer.engine.dealing import deal_layers
 from pyramidinfer.engine.ranks import Leader
+from pyramidinfer.lab.bench.plans import ScalePlan
 from pyramidinfer.lab.bench.scale_plan import (
     Split,
     Work,
@@ -28,12 +27,11 @@ from pyramidinfer.lab.record import write_result
 from pyramidinfer.lab.samples import SHIPPED
 from pyramidinfer.lab.shapes import empty_shape
 from pyramidinfer.models import ModelRunner
-from pyramidinfer.models.catalog import find_model
-from pyramidinfer.models.loading import empty_model, shipped_model
+from pyramidinfer.models.loading import empty_model
 from pyramidinfer.policies import Policy, make_policy
 from pyramidinfer.types import SamplingParams
 
-__all__ = ["ScalePlan", "pairs_of", "run_scale"]
+__all__ = ["ScalePlan", "run_scale"]
 
 #: Policies by the words of a table; others that choose while decoding cannot be simulated.
 POLICIES: dict[str, tuple[str, float | None]] = {
@@ -43,45 +41,6 @@ POLICIES: dict[str, tuple[str, float | None]] = {
 }
 #: What nobody has at hand: a known shape, ranks and stages, a prompt, an answer.
 PAPER = ("llama3-70b", ((1, 1), (8, 1), (1, 8), (64, 1), (8, 8)), Work(8192, 128))
-
-
-def pairs_of(text: str) -> tuple[tuple[int, int], ...]:
-    """``"1x1,2x4"`` → one rank, then two in each of four stages; ``ValueError`` otherwise."""
-    found = [re.fullmatch(r"\s*([1-9]\d*)x([1-9]\d*)\s*", each) for each in text.split(",")]
-    if None in found:
-        raise ValueError(f"--sizes {text!r} must be a list such as 1x1,2x1,1x2: ranks x stages")
-    return tuple((int(each[1]), int(each[2])) for each in found if each is not None)
-
-
-@dataclass(frozen=True)
-class ScalePlan:
-    """One request on so many ranks, each a process.
-
-    model : folder, hub id or fetched model; None is the shipped one;  sizes : to run, each so many
-    ranks that split layers times so many stages; the first of them (1, 1).
-    """
-
-    model: str | None = None
-    sizes: tuple[tuple[int, int], ...] = ((1, 1), (2, 1), (4, 1), (1, 2), (1, 4), (2, 2))
-    prompt: int = 512
-    new: int = 16
-    kv_memory: str = "64MiB"
-    dtype: str = "float32"
-
-    def __post_init__(self) -> None:
-        if not self.sizes or self.sizes[0] != (1, 1):
-            words = ",".join(f"{tensor}x{stages}" for tensor, stages in self.sizes)
-            raise ValueError(f"--sizes {words}: the first must be 1x1, which others are held to")
-        check_whole("--prompt-len", self.prompt, 1)
-        check_whole("--output-len", self.new, 2)
-
-    @property
-    def work(self) -> Work:
-        return Work(self.prompt, self.new)
-
-    @property
-    def name(self) -> str:
-        return find_model(self.model) if self.model else shipped_model()
 
 
 def run_scale(plan: ScalePlan, out: Path) -> dict[str, Any]:
@@ -140,7 +99,7 @@ def _measure(plan: ScalePlan, llm: LLM, policy: Policy, tensor: int) -> dict[str
     empties = [empty_model(plan.name, plan.dtype)[0] for _ in stages]
     runner = ModelRunner(empty_model(plan.name, plan.dtype)[0], "reference")
     weights = [weight_bytes(empties[stage], runner, split, stage) for stage in stages]
-    wanted, lens = simulate(runner, request.policy, plan.work, split)
+    wanted, lens = simulate(runner, request.policy, Work(plan.prompt, plan.new), split)
     if isinstance(engine, Leader):
         held = engine.holding()
         sent = [Counter(each.sent) - old for each, old in zip(held, before, strict=True)]

@@ -28,7 +28,7 @@ def render_scale(page: str, entry: dict[str, Any], dealt: dict[str, Any] | None 
         BEGIN,
         "## Measured\n",
         origin(entry),
-        f"`pyramidinfer bench scale` on `{Path(plan['model']).name}` in {plan['dtype']}: one "
+        f"`{entry['command']}` on `{Path(plan['model']).name}` in {plan['dtype']}: one "
         f"request of {plan['prompt']:,} prompt tokens and {plan['new']} generated ones. Ranks are "
         "those that split layers × stages; kB, counted / by formula, are of the stage with most.\n",
         *as_markdown(_measured(result["rows"])),
@@ -49,7 +49,7 @@ def _stages_section(entry: dict[str, Any]) -> list[str]:
     return [
         "## Even stages and stages by forecast\n",
         origin(entry),
-        f"`pyramidinfer bench stages` on `{Path(plan['model']).name}` in {plan['dtype']}, two "
+        f"`{entry['command']}` on `{Path(plan['model']).name}` in {plan['dtype']}, two "
         f"stages: {plan['requests']} requests at once of {plan['prompt']:,} prompt tokens and "
         f"{plan['new']} generated ones, {plan['repeats']} runs each, taking turns. *Busiest*: the "
         "share of all work that the busier stage has, by forecast and in CPU seconds; a half is "

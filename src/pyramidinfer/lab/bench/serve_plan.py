@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import shlex
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Annotated, Any
 
-from pyramidinfer.config import parse_bytes
-from pyramidinfer.lab.bench.setting import check_counts
-from pyramidinfer.policies.registry import make_policy, parse_spec
+from pyramidinfer.lab.fields import (
+    Keep,
+    OutputLen,
+    OwnModel,
+    Plan,
+    PromptLen,
+    Seed,
+    Threads,
+    parse_specs,
+    size_text,
+)
+from pyramidinfer.options import Option, at_least, check_share, positive
 
 __all__ = ["AS_IT_IS", "ServePlan", "ServerSetting", "SoakPlan", "TurnsPlan", "rate_name"]
 
@@ -24,41 +33,61 @@ def split_options(text: str) -> list[str]:
 
 
 @dataclass(frozen=True)
-class ServerSetting:
-    """Which servers are asked.  Plain values.
+class ServerSetting(Plan):
+    """Which servers are asked: one that runs, or one that is started for every policy."""
 
-    url : of one that runs; else one is started for every policy.
-    policies : ``NAME`` or ``NAME:option=value,…``; with ``url`` each request asks for its own, and
-    none leaves the choice to the server.
-    options : further words for ``pyramidinfer serve``.
-    token_ids : ``LOW-HIGH``, what prompts are drawn from; None takes ids that the server's own
-    tokenizer makes of a text.
-    """
+    model: OwnModel = None
+    url: Annotated[
+        str | None,
+        Option("A server that runs already.", unset="a server is started for every policy"),
+    ] = None
+    policies: Annotated[
+        tuple[str, ...],
+        Option(
+            "Policies to compare: NAME,NAME or 'NAME NAME:keep=.3'. The first is what others are "
+            "compared with. With --url each request asks for its policy.",
+            unset="full,pyramid; with --url the server's own",
+            parse=parse_specs,
+        ),
+    ] = None  # type: ignore[assignment]  # never None once it is made
+    keep: Keep = 0.45
+    kv_memory: Annotated[str, Option("Memory for the caches of each server.", check=size_text)] = (
+        "64MiB"
+    )
+    options: Annotated[
+        str, Option("Further options of `pyramidinfer serve`.", flags=("--serve-options",))
+    ] = ""
+    threads: Annotated[
+        int, Option("CPU threads of each server; 0 leaves it to torch.", check=at_least(0))
+    ] = 0
+    token_ids: Annotated[
+        str | None,
+        Option(
+            "Token ids that prompts are drawn from, LOW-HIGH.",
+            unset="those that /tokenize makes of a text",
+        ),
+    ] = None
+    timeout: Annotated[
+        float,
+        Option("Seconds without a token after which a request has failed.", check=positive),
+    ] = 300.0
+    seed: Seed = 0
 
-    model: str | None = None
-    url: str | None = None
-    policies: tuple[str, ...] = ("full", "pyramid")
-    keep: float = 0.45
-    kv_memory: str = "64MiB"
-    options: str = ""
-    threads: int = 0
-    token_ids: str | None = None
-    timeout: float = 300.0
-    seed: int = 0
+    def __post_init__(self) -> None:
+        usual = () if self.url else ("full", "pyramid")
+        given: tuple[str, ...] | None = self.policies
+        object.__setattr__(self, "policies", usual if given is None else given)
 
     def check(self) -> None:
-        """``ValueError`` for what cannot be run."""
+        super().check()
+        from pyramidinfer.policies.registry import make_policy
+
         if self.url is None and not self.policies:
             raise ValueError("--policies is empty: name at least one")
         if len(set(self.policies)) != len(self.policies):
             raise ValueError(f"--policies names one twice: {', '.join(self.policies)}")
         if self.url is not None and not self.url.startswith(("http://", "https://")):
             raise ValueError(f"--url {self.url!r}: write http://HOST:PORT")
-        if self.threads < 0:
-            raise ValueError(f"--threads {self.threads} must be at least 0 (0: the server's own)")
-        if not self.timeout > 0:
-            raise ValueError(f"--timeout {self.timeout:g} must be above 0 seconds")
-        parse_bytes(self.kv_memory)
         split_options(self.options)
         for spec in self.policies:
             name, keep, options = self.policy(spec)
@@ -66,6 +95,8 @@ class ServerSetting:
 
     def policy(self, spec: str) -> tuple[str, float | None, dict[str, Any]]:
         """Name, keep and other options."""
+        from pyramidinfer.policies.registry import parse_spec
+
         name, options = parse_spec(spec)
         keep = options.pop("keep", None if name == "full" else self.keep)
         return name, keep, options
@@ -91,7 +122,7 @@ class ServerSetting:
 
 
 @dataclass(frozen=True)
-class ServePlan:
+class ServePlan(Plan):
     """Rates are requests a second; ``inf`` sends all at once.
 
     slo_ttft, slo_itl : seconds to the first token, and between tokens (mean of a request), within
@@ -99,27 +130,28 @@ class ServePlan:
     """
 
     setting: ServerSetting
-    rates: tuple[float, ...] = (1, 2, 4, 8, float("inf"))
-    requests: int = 32
-    prompt_len: int = 1000
-    output_len: int = 64
-    slo_ttft: float = 1.0
-    slo_itl: float = 0.1
-    repeats: int = 1
-    warmup: int = 2
+    rates: Annotated[
+        tuple[float, ...], Option("Requests a second, a list; inf sends all at once.")
+    ] = (1, 2, 4, 8, float("inf"))
+    requests: Annotated[int, Option("Requests of each pass.", check=at_least(1))] = 32
+    prompt_len: PromptLen = 1000
+    output_len: Annotated[
+        int, Option("Tokens that each request generates, 2 or more.", check=at_least(2))
+    ] = 64
+    slo_ttft: Annotated[
+        float, Option("Seconds in which a good request has its first token.", check=positive)
+    ] = 1.0
+    slo_itl: Annotated[
+        float,
+        Option("Seconds between tokens of a good request, mean.", check=positive),
+    ] = 0.1
+    repeats: Annotated[
+        int, Option("Passes at each rate; policies take turns.", check=at_least(1))
+    ] = 1
+    warmup: Annotated[int, Option("Requests to each server before them.", check=at_least(0))] = 2
 
     def check(self) -> None:
-        self.setting.check()
-        check_counts(requests=self.requests, prompt_len=self.prompt_len, repeats=self.repeats)
-        if self.output_len < 2:
-            raise ValueError(
-                f"--output-len {self.output_len} must be at least 2: time between tokens"
-            )
-        if self.warmup < 0:
-            raise ValueError(f"--warmup {self.warmup} must be at least 0")
-        for name, value in (("slo-ttft", self.slo_ttft), ("slo-itl", self.slo_itl)):
-            if not value > 0:
-                raise ValueError(f"--{name} {value:g} must be above 0 seconds")
+        super().check()
         for rate in self.rates:
             if not rate > 0:
                 raise ValueError(f"--rates: {rate:g} must be above 0 (requests a second, or inf)")
@@ -136,29 +168,17 @@ def rate_name(rate: float) -> float | str:
 
 
 @dataclass(frozen=True)
-class TurnsPlan:
+class TurnsPlan(Plan):
     """``turn_len``: new tokens in each prompt after the first.  ``warmup``: conversations that do
     not count."""
 
     setting: ServerSetting
-    turns: int = 5
-    prompt_len: int = 1000
-    turn_len: int = 50
-    output_len: int = 32
-    conversations: int = 5
-    warmup: int = 1
-
-    def check(self) -> None:
-        self.setting.check()
-        check_counts(
-            turns=self.turns,
-            prompt_len=self.prompt_len,
-            turn_len=self.turn_len,
-            output_len=self.output_len,
-            conversations=self.conversations,
-        )
-        if self.warmup < 0:
-            raise ValueError(f"--warmup {self.warmup} must be at least 0")
+    turns: Annotated[int, Option("Turns of each conversation.", check=at_least(1))] = 5
+    prompt_len: Annotated[int, Option("Tokens of each first prompt.", check=at_least(1))] = 1000
+    turn_len: Annotated[int, Option("New tokens of each later prompt.", check=at_least(1))] = 50
+    output_len: OutputLen = 32
+    conversations: Annotated[int, Option("Measured conversations.", check=at_least(1))] = 5
+    warmup: Annotated[int, Option("Conversations before them.", check=at_least(0))] = 1
 
     @property
     def longest(self) -> int:
@@ -172,26 +192,26 @@ class TurnsPlan:
 
 
 @dataclass(frozen=True)
-class SoakPlan:
+class SoakPlan(Plan):
     """Plain values.  ``judge_memory``: a short run has no steady state to judge."""
 
-    clients: int = 200
-    seconds: float = 300.0
-    model: str | None = None
-    kv_memory: str = "24MiB"
-    max_waiting: int = 64
-    reuse_share: float = 0.5
-    options: str = ""
-    threads: int = 0
-    seed: int = 0
+    clients: Annotated[int, Option("Clients at once.", check=at_least(1))] = 200
+    seconds: Annotated[float, Option("How long it takes, seconds.", check=positive)] = 300.0
+    model: OwnModel = None
+    kv_memory: Annotated[str, Option("Memory for caches: little, so that requests wait.")] = "24MiB"
+    max_waiting: Annotated[
+        int, Option("Requests that may wait in the queue.", check=at_least(1))
+    ] = 64
+    reuse_share: Annotated[
+        float,
+        Option("Share of the memory for held conversations; 0: none.", check=check_share),
+    ] = 0.5
+    options: Annotated[
+        str, Option("Further options of `pyramidinfer serve`.", flags=("--serve-options",))
+    ] = ""
+    threads: Threads = 0
+    seed: Seed = 0
     judge_memory: bool = True
-
-    def check(self) -> None:
-        check_counts(clients=self.clients, max_waiting=self.max_waiting)
-        if not self.seconds > 0:
-            raise ValueError(f"--seconds {self.seconds:g} must be above 0")
-        if not 0 <= self.reuse_share <= 1:
-            raise ValueError(f"--reuse-share {self.reuse_share:g} must lie between 0 and 1")
 
     @property
     def words(self) -> list[str]:

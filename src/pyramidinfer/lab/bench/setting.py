@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -15,92 +14,22 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from pyramidinfer.cache import Layout
-from pyramidinfer.codec import find_codec
-from pyramidinfer.config import WEIGHTS, EngineConfig, check_choice, parse_bytes, parse_device
+from pyramidinfer.config import EngineConfig, parse_device
 from pyramidinfer.engine.engine import Engine
 from pyramidinfer.engine.memory import Ledger
 from pyramidinfer.engine.request import Request
+from pyramidinfer.lab.bench.plans import DEFAULT_SHAPE, Setting
 from pyramidinfer.lab.shapes import empty_shape, make_model
 from pyramidinfer.models import ModelRunner
 from pyramidinfer.models.device import choose_device
 from pyramidinfer.models.loading import empty_model, load_model
 from pyramidinfer.policies import Policy
 from pyramidinfer.policies.base import asks_for_profile
-from pyramidinfer.policies.registry import make_policy, parse_spec
 from pyramidinfer.types import SamplingParams, TokenIds
 
-__all__ = ["DEFAULT_SHAPE", "Pass", "Rig", "Setting", "check_counts", "progress", "run_pass"]
+__all__ = ["DEFAULT_SHAPE", "Pass", "Rig", "Setting", "progress", "run_pass"]
 
-DEFAULT_SHAPE = "bench-200m"
 FIRST_WORD = 3  # ids below it are special
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What a bench runs on.  Plain values.
-
-    model : folder, hub id, fetched model or GGUF file; ``shape``: random weights of a known shape
-        instead.
-    keep : for every policy that has it and does not name its own.
-    kv_dtype : how the caches are stored;  weights : how those of linears are; fields of
-        ``EngineConfig``.
-    kv_memory : ``"auto"`` is what all requests of a pass need at once, per policy.
-    threads : 0 leaves torch's choice.
-    """
-
-    model: str | None = None
-    shape: str | None = None
-    policies: tuple[str, ...] = ("full", "pyramidinfer", "pyramid")
-    keep: float = 0.45
-    dtype: str = "auto"
-    kv_dtype: str = "auto"
-    weights: str = "auto"
-    device: str = "auto"
-    backend: str = "auto"
-    kv_memory: str = "auto"
-    threads: int = 0
-    repeats: int = 3
-    warmup: int = 1
-    seed: int = 0
-
-    def check(self) -> None:
-        """``ValueError`` for what cannot be run."""
-        if self.model is not None and self.shape is not None:
-            raise ValueError("give --model or --shape, not both")
-        if not self.policies:
-            raise ValueError("--policies is empty: name at least one")
-        if len(set(self.policies)) != len(self.policies):
-            raise ValueError(f"--policies names one twice: {', '.join(self.policies)}")
-        if self.kv_memory != "auto":
-            parse_bytes(self.kv_memory)
-        check_counts(repeats=self.repeats, warmup=self.warmup)
-        if self.threads < 0:
-            raise ValueError(f"--threads {self.threads} must be at least 0 (0: torch's choice)")
-        for spec in self.policies:
-            self.policy(spec)
-        parse_device(self.device)
-        find_codec(self.kv_dtype)
-        check_choice("weights", self.weights, WEIGHTS)
-
-    def policy(self, spec: str) -> Policy:
-        """``NAME`` or ``NAME:option=value,…`` → a policy, ``keep`` filled in."""
-        name, options = parse_spec(spec)
-        keep = options.pop("keep", None if name == "full" else self.keep)
-        return make_policy(name, keep, **options)
-
-    def configuration(self) -> dict[str, Any]:
-        return {**asdict(self), "shape": self.shape_name}
-
-    @property
-    def shape_name(self) -> str | None:
-        return DEFAULT_SHAPE if self.model is None and self.shape is None else self.shape
-
-
-def check_counts(**counts: int) -> None:
-    """``ValueError`` naming the option unless each count is at least 1."""
-    for name, value in counts.items():
-        if value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {value} must be at least 1")
 
 
 class Rig:

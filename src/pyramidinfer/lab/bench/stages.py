@@ -5,51 +5,25 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from pyramidinfer.config import check_whole
 from pyramidinfer.engine import LLM
 from pyramidinfer.engine.dealing import layer_work
+from pyramidinfer.lab.bench.plans import StagesPlan
 from pyramidinfer.lab.bench.setting import FIRST_WORD, progress
 from pyramidinfer.lab.bench.timing import ratios, spread
 from pyramidinfer.lab.record import write_result
 from pyramidinfer.models import ModelRunner
-from pyramidinfer.models.catalog import find_model
 from pyramidinfer.models.loading import empty_model
 from pyramidinfer.policies import Policy
 from pyramidinfer.policies.registry import make_policy, parse_spec
 from pyramidinfer.types import SamplingParams
 
 __all__ = ["StagesPlan", "run_stages"]
-
-
-@dataclass(frozen=True)
-class StagesPlan:
-    """Requests that all come at once, on two stages.
-
-    model : folder, hub id or fetched model;  repeats : runs of each way, which take turns.
-    """
-
-    model: str
-    policies: tuple[str, ...] = ("full", "pyramidinfer:keep=.45")
-    requests: int = 8
-    prompt: int = 1000
-    new: int = 32
-    kv_memory: str = "1GiB"
-    dtype: str = "float32"
-    repeats: int = 3
-
-    def __post_init__(self) -> None:
-        for name in ("requests", "prompt", "new", "repeats"):
-            check_whole(name, getattr(self, name), 1)
-
-    @property
-    def name(self) -> str:
-        return find_model(self.model)
 
 
 def run_stages(plan: StagesPlan, out: Path) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,41 +10,19 @@ import torch
 
 from pyramidinfer.engine.engine import Engine
 from pyramidinfer.lab.bench.machine import measure_roof
+from pyramidinfer.lab.bench.plans import ThroughputPlan
 from pyramidinfer.lab.bench.roofline import roofline
 from pyramidinfer.lab.bench.selection import measure_selection
-from pyramidinfer.lab.bench.setting import Pass, Rig, Setting, check_counts, progress, run_pass
+from pyramidinfer.lab.bench.setting import Pass, Rig, progress, run_pass
 from pyramidinfer.lab.bench.timing import PeakMemory, ratios, spread
 from pyramidinfer.lab.record import write_result
 
 __all__ = ["ThroughputPlan", "figures", "forget", "run_throughput"]
 
 
-@dataclass(frozen=True)
-class ThroughputPlan:
-    """``batch`` requests of ``prompt_len`` random tokens, each generating ``output_len``."""
-
-    setting: Setting
-    batch: int = 16
-    prompt_len: int = 512
-    output_len: int = 64
-
-    @property
-    def configuration(self) -> dict[str, Any]:
-        return {
-            **self.setting.configuration(),
-            "batch": self.batch,
-            "prompt_len": self.prompt_len,
-            "output_len": self.output_len,
-        }
-
-    def engine(self, rig: Rig, spec: str, *, alone: bool = False) -> Engine:
-        sizes = self.batch, self.prompt_len, self.output_len
-        return rig.engine(spec, *sizes, alone=alone)
-
-
 def run_throughput(plan: ThroughputPlan, out: Path) -> dict[str, Any]:
     """Measure, write ``out``, and return its result."""
-    check_counts(batch=plan.batch, prompt_len=plan.prompt_len, output_len=plan.output_len)
+    plan.check()
     rig = Rig(plan.setting)
     rig.check_length(plan.prompt_len, plan.output_len)
     prompts = rig.prompts(plan.batch, plan.prompt_len)
@@ -57,11 +34,11 @@ def run_throughput(plan: ThroughputPlan, out: Path) -> dict[str, Any]:
     with progress("throughput", total) as done:
         for spec in specs:  # alone in memory, for the peak
             memory = PeakMemory(rig.device)
-            run_pass(plan.engine(rig, spec, alone=True), prompts, plan.output_len)
+            run_pass(_engine(plan, rig, spec, alone=True), prompts, plan.output_len)
             peaks[spec] = memory.bytes
             forget(rig.device)
             done(spec)
-        engines = {spec: plan.engine(rig, spec) for spec in specs}
+        engines = {spec: _engine(plan, rig, spec) for spec in specs}
         for repeat in range(setting.warmup + setting.repeats):
             for spec in specs:
                 run = run_pass(engines[spec], prompts, plan.output_len)
@@ -137,3 +114,7 @@ def forget(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+def _engine(plan: ThroughputPlan, rig: Rig, spec: str, *, alone: bool = False) -> Engine:
+    return rig.engine(spec, plan.batch, plan.prompt_len, plan.output_len, alone=alone)

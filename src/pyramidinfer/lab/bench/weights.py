@@ -4,20 +4,19 @@ text, bytes, and how long a prompt and a decode step take."""
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pyramidinfer.config import WEIGHTS, check_choice
 from pyramidinfer.engine import LLM
 from pyramidinfer.lab.bench.machine import measure_roof
-from pyramidinfer.lab.bench.setting import FIRST_WORD, Pass, check_counts, progress, run_pass
+from pyramidinfer.lab.bench.plans import WeightsPlan
+from pyramidinfer.lab.bench.setting import FIRST_WORD, Pass, progress, run_pass
 from pyramidinfer.lab.bench.timing import ratios, spread
 from pyramidinfer.lab.quality import divergence, interval
 from pyramidinfer.lab.record import write_result
-from pyramidinfer.lab.samples import Subject
 from pyramidinfer.lab.text import loss
 from pyramidinfer.models.weights import stored_bytes
 from pyramidinfer.policies import Full
@@ -25,40 +24,6 @@ from pyramidinfer.policies import Full
 __all__ = ["WeightsPlan", "run_weights"]
 
 BASE = "auto"
-
-
-@dataclass(frozen=True)
-class WeightsPlan:
-    """Plain values.  Text: ``samples`` passages, ``continuation`` tokens of each scored after
-    ``context`` others.  Speed: ``batches`` of requests of ``prompt_len`` + ``output_len`` tokens,
-    ``()`` where it is not asked for."""
-
-    subject: Subject
-    weights: tuple[str, ...] = ("int8", "int4")
-    samples: int = 20
-    context: int = 256
-    continuation: int = 256
-    batches: tuple[int, ...] = (1, 4, 16)
-    prompt_len: int = 512
-    output_len: int = 64
-    repeats: int = 5
-    warmup: int = 1
-    seed: int = 0
-
-    def check(self) -> None:
-        check_counts(
-            samples=self.samples,
-            context=self.context,
-            continuation=self.continuation,
-            prompt_len=self.prompt_len,
-            output_len=self.output_len,
-            repeats=self.repeats,
-            warmup=self.warmup,
-        )
-        for batch in self.batches:
-            check_counts(batch=batch)
-        for name in self.weights:
-            check_choice("--weights", name, WEIGHTS[1:])
 
 
 def run_weights(plan: WeightsPlan, out: Path) -> dict[str, Any]:

@@ -16,16 +16,16 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from pyramidinfer.lab.asking import PROTOCOLS, Asker, asker
+from pyramidinfer.lab.asking import Asker, asker
 from pyramidinfer.lab.chat import Asked
 from pyramidinfer.lab.icr import publish
+from pyramidinfer.lab.plans import RulerPlan
 from pyramidinfer.lab.quality import interval
-from pyramidinfer.lab.rows import AUTO, is_reference, kv_dtype
+from pyramidinfer.lab.rows import is_reference, kv_dtype
 from pyramidinfer.lab.ruler.pictures import draw_scores, draw_tasks
-from pyramidinfer.lab.ruler.tasks import TASKS, Haystack, Sample, check_task, make_samples
+from pyramidinfer.lab.ruler.tasks import Haystack, Sample, make_samples
 from pyramidinfer.lab.samples import Subject
 from pyramidinfer.lab.study import Row, run_cells
-from pyramidinfer.lab.ways import Ways
 from pyramidinfer.policies import Policy
 from pyramidinfer.types import SamplingParams
 
@@ -49,51 +49,17 @@ NOISE = "noise"
 RESAMPLES = 2000
 
 
-@dataclass(frozen=True)
-class RulerPlan(Ways):
-    """What is measured, at each length (tokens, template and answer included), on each task and in
-    each protocol.
-
-    samples : of each task at the shortest length; longer ones get fewer, in proportion.
-    """
-
-    lengths: tuple[int, ...] = (2000,)
-    tasks: tuple[str, ...] = TASKS
-    protocols: tuple[str, ...] = PROTOCOLS
-
-    def check(self) -> None:
-        super().check()
-        for name in ("lengths", "tasks", "protocols"):
-            if not getattr(self, name):
-                raise ValueError(f"--{name} is empty: name at least one")
-        for task in self.tasks:
-            check_task(task)
-        for protocol in self.protocols:
-            if protocol not in PROTOCOLS:
-                raise ValueError(f"--protocols: {protocol!r} is none of {', '.join(PROTOCOLS)}")
-        for length in self.lengths:
-            if length < 1:
-                raise ValueError(f"--lengths: {length} must be at least 1")
-
-    def screening(self) -> list[dict[str, Any]]:
-        """The full cache's cells."""
-        return [
-            {"length": length, "policy": "full", "keep": 1.0, "kv_dtype": AUTO, "task": task}
-            for length in self.lengths
-            for task in self.tasks
-        ]
-
-    def after_screening(self, screened: list[Row]) -> list[dict[str, Any]]:
-        """The others' cells, of tasks that the full cache can do."""
-        able = passed(screened)
-        return [
-            {"length": length, **way, "task": task, "protocol": protocol}
-            for length in self.lengths
-            for way in self.others()
-            for task in self.tasks
-            if (length, task) in able
-            for protocol in self.protocols
-        ]
+def after_screening(plan: RulerPlan, screened: list[Row]) -> list[dict[str, Any]]:
+    """The others' cells, of tasks that the full cache can do."""
+    able = passed(screened)
+    return [
+        {"length": length, **way, "task": task, "protocol": protocol}
+        for length in plan.lengths
+        for way in plan.others()
+        for task in plan.tasks
+        if (length, task) in able
+        for protocol in plan.protocols
+    ]
 
 
 def run_ruler(plan: RulerPlan, out: Path, workers: int = 1) -> tuple[list[Row], list[Path]]:
@@ -109,7 +75,7 @@ def run_ruler(plan: RulerPlan, out: Path, workers: int = 1) -> tuple[list[Row], 
         partial(measure, plan),
         out,
         workers,
-        plan.after_screening,
+        partial(after_screening, plan),
     )
     found = means(rows)
     publish(out, rows, means=found)

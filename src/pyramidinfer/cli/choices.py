@@ -1,0 +1,245 @@
+"""Options that several commands have: the model and its policy, how to sample."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pyramidinfer.cli.common import BACKENDS, DEFAULT_POLICY, POLICY_NAMES, policy_from
+from pyramidinfer.options import Option, at_least, check_options, json_object
+from pyramidinfer.server.settings import GenerationConfig
+
+if TYPE_CHECKING:  # torch takes seconds, and --help needs none of it
+    from pyramidinfer.policies import Policy
+
+__all__ = [
+    "AsJson",
+    "DemoOptions",
+    "DoctorOptions",
+    "InspectOptions",
+    "ModelOptions",
+    "ProfileOptions",
+    "PromptOptions",
+    "SamplingOptions",
+    "VerifyOptions",
+]
+
+
+AsJson = Annotated[bool, Option("Print one JSON object.", flags=("--json",))]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """Which model, with which policy, and what it runs on."""
+
+    model: Annotated[
+        str | None,
+        Option(
+            "Model folder, Hugging Face hub id, name of a fetched model, or GGUF file.",
+            unset="the shipped model",
+            positional=True,
+            see="models.md",
+        ),
+    ] = None
+    policy: Annotated[
+        str,
+        Option(
+            f"Compression method; full compresses nothing. One of: {', '.join(POLICY_NAMES)}.",
+            see="choosing.md",
+        ),
+    ] = DEFAULT_POLICY
+    keep: Annotated[
+        float | None,
+        Option(
+            "Share of the prompt's KV cache that is kept, in (0, 1], mean over layers. Lower: more "
+            "requests at once, less recall.",
+            unset="0.5 for pyramid and duo, the published settings for the others",
+        ),
+    ] = None
+    option: Annotated[
+        tuple[str, ...],
+        Option(
+            "An option of the policy, NAME=VALUE. May be repeated.",
+            flags=("--option", "-o"),
+            repeat=True,
+            see="methods.md",
+        ),
+    ] = ()
+    lossless: Annotated[
+        bool,
+        Option(
+            "Give exactly the answers of policy full. The whole cache is kept; the entries that "
+            "--policy and --keep (0.1 for pyramid) choose are read to guess tokens ahead.",
+            see="lossless.md",
+        ),
+    ] = False
+    dtype: Annotated[
+        str,
+        Option(
+            "Data type of weights and computation: auto (the checkpoint's), float32, bfloat16, "
+            "float16 or float64."
+        ),
+    ] = "auto"
+    device: Annotated[
+        str, Option("auto (a GPU if there is one), cpu or cuda; cuda fails without a GPU.")
+    ] = "auto"
+    backend: Annotated[
+        str,
+        Option(
+            f"Attention kernels: auto (the fastest there are), {', '.join(BACKENDS)}. cpu (C++) "
+            f"fails without a compiler; reference is plain torch, and slow."
+        ),
+    ] = "auto"
+    threads: Annotated[
+        int,
+        Option(
+            "CPU threads; 0 leaves it to torch. Set it to a container's CPU limit; OMP_NUM_THREADS "
+            "does the same.",
+            check=at_least(0),
+        ),
+    ] = 0
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+    def set_threads(self) -> None:
+        """Have torch use so many."""
+        import torch
+
+        if self.threads:
+            torch.set_num_threads(self.threads)
+
+    @property
+    def chosen(self) -> Policy:
+        """The policy object; ``ValueError`` for options that it does not have."""
+        return policy_from(self.policy, self.keep, list(self.option), self.lossless)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingOptions:
+    """How to choose tokens; None is what the model's generation config says, else greedy."""
+
+    max_tokens: Annotated[
+        int | None,
+        Option("Tokens to generate, at most.", unset="the model's, else 256 in chat or 64"),
+    ] = None
+    temperature: Annotated[
+        float | None, Option("Sampling temperature; 0 is greedy.", unset="the model's, or 0")
+    ] = None
+    top_p: Annotated[
+        float | None,
+        Option(
+            "Sample from the likeliest tokens of this total probability; 1 is off.",
+            unset="the model's, or off",
+        ),
+    ] = None
+    top_k: Annotated[
+        int | None,
+        Option("Sample from so many likeliest tokens; 0 is off.", unset="the model's, or off"),
+    ] = None
+    seed: Annotated[int | None, Option("Makes sampling repeatable.")] = None
+    stop: Annotated[
+        tuple[str, ...], Option("A text that ends the answer. May be repeated.", repeat=True)
+    ] = ()
+    generation_config: GenerationConfig = "auto"
+    chat_template_kwargs: Annotated[
+        dict[str, Any] | None,
+        Option(
+            'Keyword arguments of the chat template, a JSON object such as {"enable_thinking": '
+            "false}.",
+            unset="none",
+            parse=json_object,
+        ),
+    ] = None
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """Fields of ``SamplingParams`` that were given."""
+        names = ("max_tokens", "temperature", "top_p", "top_k", "seed")
+        given = {name: getattr(self, name) for name in names}
+        given["stop"] = list(self.stop) or None
+        return {name: value for name, value in given.items() if value is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptOptions:
+    """What ``generate`` is asked, and how it answers."""
+
+    prompt: Annotated[str | None, Option("The prompt.")] = None
+    prompt_file: Annotated[
+        Path | None, Option("File that holds the prompt; - is standard input.")
+    ] = None
+    chat: Annotated[bool, Option("Apply the model's chat template.")] = False
+    as_json: AsJson = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoOptions:
+    """What the demo asks, and in which memory; None is what suits the model."""
+
+    fetch: Annotated[
+        str | None,
+        Option("Download this model and run on it; where that fails, on the shipped one."),
+    ] = None
+    documents: Annotated[
+        int | None, Option("Documents, each with one question.", unset="24, or 15 for --fetch")
+    ] = None
+    length: Annotated[
+        int | None, Option("Tokens of each document.", unset="2000, or 1500 for --fetch")
+    ] = None
+    kv_memory: Annotated[
+        str | None, Option("Memory for all caches.", unset="64MiB, or 256MiB for --fetch")
+    ] = None
+    keep: Annotated[
+        float | None, Option("Share of the cache that is kept.", unset="0.3, or 0.25 for --fetch")
+    ] = None
+    out: Annotated[Path, Option("Folder for the picture and the figures.")] = Path("out")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectOptions:
+    """The request that is forecast."""
+
+    prompt_len: Annotated[int, Option("Tokens of the prompt.", check=at_least(1))] = 2048
+    max_tokens: Annotated[int, Option("Tokens to generate, at most.", check=at_least(1))] = 256
+    as_json: AsJson = False
+
+    def __post_init__(self) -> None:
+        check_options(self, as_flags=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorOptions:
+    """How the report is printed."""
+
+    as_json: AsJson = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProfileOptions:
+    """Where a profile goes, and how it is told."""
+
+    output: Annotated[
+        Path | None,
+        Option(
+            "File for the profile.", unset="in the user's cache folder", flags=("--output", "-o")
+        ),
+    ] = None
+    picture: Annotated[
+        Path | None, Option("File for a picture of layers and heads, PNG.", unset="none")
+    ] = None
+    force: Annotated[bool, Option("Measure again what is stored.")] = False
+    quick: Annotated[bool, Option("Do a third of the work.")] = False
+    as_json: AsJson = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyOptions:
+    """When a setting holds, and where that is written."""
+
+    floor: Annotated[
+        float | None,
+        Option("Share of the full cache's quality that must be kept.", unset="0.8"),
+    ] = None
+    json: Annotated[Path | None, Option("File for the result.", unset="none")] = None

@@ -1,0 +1,478 @@
+"""What each bench measures: its options.  Plain values; nothing here imports torch."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pyramidinfer.config import KV_DTYPES, MOST_DRAFTS, WEIGHTS, check_share
+from pyramidinfer.lab.fields import (
+    Backend,
+    Batch,
+    Batches,
+    Device,
+    Dtype,
+    Keep,
+    KvDtype,
+    KvMemory,
+    Model,
+    NamedModel,
+    OutputLen,
+    OutputTokens,
+    OwnModel,
+    Plan,
+    Policies,
+    PromptLen,
+    PromptLens,
+    PromptTokens,
+    RankMemory,
+    Repeats,
+    Seed,
+    Shape,
+    Threads,
+    Warmup,
+    Weights,
+    parse_specs,
+    size_text,
+)
+from pyramidinfer.lab.samples import Subject
+from pyramidinfer.options import Option, at_least, one_of, parse_words, pick
+
+if TYPE_CHECKING:
+    from pyramidinfer.policies import Policy
+
+__all__ = [
+    "DEFAULT_SHAPE",
+    "KernelPlan",
+    "KvDtypesPlan",
+    "LatencyPlan",
+    "LosslessPlan",
+    "MemoryPlan",
+    "OffloadPlan",
+    "ReplicasPlan",
+    "ScalePlan",
+    "Setting",
+    "StagesPlan",
+    "ThroughputPlan",
+    "WeightsPlan",
+]
+
+DEFAULT_SHAPE = "bench-200m"
+AUTO = "auto"
+#: Tokens of all caches of a row of ``LosslessPlan`` together, at most.
+MOST_TOKENS = 128 * 1024
+#: What ``MemoryPlan`` shares where nothing is said.
+DEFAULT_MEMORY = "256MiB"
+
+
+@dataclass(frozen=True)
+class Setting(Plan):
+    """What a bench of the engine runs on.
+
+    ``kv_memory`` auto is what all requests of a pass need at once, per policy.
+    """
+
+    model: Model = None
+    shape: Shape = None
+    policies: Policies = ("full", "pyramidinfer", "pyramid")
+    keep: Keep = 0.45
+    dtype: Dtype = AUTO
+    kv_dtype: KvDtype = AUTO
+    weights: Weights = AUTO
+    device: Device = AUTO
+    backend: Backend = AUTO
+    kv_memory: KvMemory = AUTO
+    threads: Threads = 0
+    repeats: Repeats = 3
+    warmup: Warmup = 1
+    seed: Seed = 0
+
+    def check(self) -> None:
+        super().check()
+        from pyramidinfer.config import parse_device
+
+        if self.model is not None and self.shape is not None:
+            raise ValueError("give --model or --shape, not both")
+        check_specs(self.policies)
+        for spec in self.policies:
+            self.policy(spec)
+        parse_device(self.device)
+
+    def policy(self, spec: str) -> Policy:
+        """``NAME`` or ``NAME:option=value,…`` → a policy, ``keep`` filled in."""
+        from pyramidinfer.policies.registry import make_policy, parse_spec
+
+        name, options = parse_spec(spec)
+        keep = options.pop("keep", None if name == "full" else self.keep)
+        return make_policy(name, keep, **options)
+
+    def configuration(self) -> dict[str, Any]:
+        return {**asdict(self), "shape": self.shape_name}
+
+    @property
+    def shape_name(self) -> str | None:
+        return DEFAULT_SHAPE if self.model is None and self.shape is None else self.shape
+
+
+def check_specs(policies: tuple[str, ...]) -> None:
+    """``ValueError`` where there are none, or one stands there twice."""
+    if not policies:
+        raise ValueError("--policies is empty: name at least one")
+    if len(set(policies)) != len(policies):
+        raise ValueError(f"--policies names one twice: {', '.join(policies)}")
+
+
+class _Timed(Plan):
+    """A plan with a ``setting``."""
+
+    setting: Setting
+
+    @property
+    def configuration(self) -> dict[str, Any]:
+        """The setting's options and the plan's own, for a result."""
+        own = {name: value for name, value in asdict(self).items() if name != "setting"}  # type: ignore[call-overload]
+        own = {name: list(each) if isinstance(each, tuple) else each for name, each in own.items()}
+        return {**self.setting.configuration(), **own}
+
+
+@dataclass(frozen=True)
+class ThroughputPlan(_Timed):
+    """``batch`` requests of ``prompt_len`` random tokens, each generating ``output_len``."""
+
+    setting: Setting
+    batch: Batch = 16
+    prompt_len: PromptLen = 512
+    output_len: OutputLen = 64
+
+
+@dataclass(frozen=True)
+class LatencyPlan(_Timed):
+    """Every batch size at every prompt length; requests of a batch arrive together."""
+
+    setting: Setting
+    batches: Batches = (1,)
+    prompt_lens: PromptLens = (128, 512, 2048)
+    output_len: Annotated[
+        int, Option("Tokens that each request generates, 2 or more.", check=at_least(2))
+    ] = 32
+
+
+@dataclass(frozen=True)
+class MemoryPlan(_Timed):
+    """As many equal requests as fit, twice over, so that some wait; at most ``most`` are run."""
+
+    setting: Annotated[Setting, pick(without=("repeats", "warmup"), kv_memory=DEFAULT_MEMORY)]
+    prompt_len: PromptLen = 512
+    output_len: OutputLen = 32
+    most: Annotated[
+        int, Option("Requests to run, at most.", flags=("--requests",), check=at_least(1))
+    ] = 64
+
+    @property
+    def shared(self) -> Setting:
+        memory = self.setting.kv_memory
+        return replace(self.setting, kv_memory=DEFAULT_MEMORY) if memory == AUTO else self.setting
+
+    @property
+    def configuration(self) -> dict[str, Any]:
+        return {**super().configuration, "kv_memory": self.shared.kv_memory}
+
+
+@dataclass(frozen=True)
+class KernelPlan(Plan):
+    """Attention and compaction alone; ``storage``: bytes of entries to go round in, at least."""
+
+    backend: Backend = AUTO
+    dtype: Dtype = "bfloat16"
+    device: Device = AUTO
+    batches: Batches = (1, 4, 16)
+    contexts: PromptLens = (512, 1024, 2048, 4096, 8192)
+    threads: Threads = 0
+    repeats: Repeats = 5
+    warmup: Warmup = 1
+    storage: int = 256 * 2**20
+    page_size: Annotated[int, Option("Tokens in a page of the cache.", check=at_least(1))] = 16
+
+    def check(self) -> None:
+        super().check()
+        for context in self.contexts:
+            if context < 2 * self.page_size:
+                raise ValueError(f"--prompt-len {context} must be at least {2 * self.page_size}")
+
+
+@dataclass(frozen=True)
+class KvDtypesPlan(Plan):
+    """Decode attention by how entries are stored; ``storage``: bytes of 16-bit entries to go round
+    in, at least."""
+
+    kv_dtypes: Annotated[
+        tuple[str, ...], Option("How the cache is stored, beside 16 bits: int8, int4, fp8.")
+    ] = ("int8", "int4", "fp8")
+    backend: Backend = AUTO
+    dtype: Dtype = "bfloat16"
+    device: Device = AUTO
+    batches: Batches = (1, 16)
+    contexts: PromptLens = (512, 2048, 8192)
+    repeats: Repeats = 7
+    warmup: Warmup = 1
+    storage: int = 256 * 2**20
+    page_size: int = 16
+
+    def check(self) -> None:
+        super().check()
+        from pyramidinfer.codec import find_codec
+
+        for name in self.kv_dtypes:
+            if find_codec(name) is None:
+                raise ValueError(
+                    f"--kv-dtypes {name}: every row has the model's own dtype beside it; name some "
+                    f"of {', '.join(KV_DTYPES[1:])}"
+                )
+
+
+@dataclass(frozen=True)
+class LosslessPlan(Plan):
+    """The full cache with drafts beside the full cache without: a model with its weights, on real
+    text, or random weights in a ``shape``, with guesses right at the rate ``accept``."""
+
+    model: Annotated[
+        str | None,
+        Option("A model with its weights, on real text.", unset="smollm2 where no shape is given"),
+    ] = None
+    shape: Shape = None
+    drafts: Annotated[
+        tuple[str, ...],
+        Option(
+            "Policies whose entries are read to guess tokens: NAME or NAME:option=value,….",
+            parse=parse_specs,
+            show=" ".join,
+        ),
+    ] = ("pyramid:keep=.1",)
+    draft_tokens: Annotated[
+        tuple[str, ...], Option(f"Tokens guessed in a step: 0 to {MOST_DRAFTS}, or auto.")
+    ] = ("1", "2", "4", AUTO)
+    batches: Batches = (1, 4)
+    contexts: PromptLens = (1024, 2048, 4096, 6500)
+    accept: Annotated[
+        float | None,
+        Option("With --shape: the share of guesses that are made right.", check=check_share),
+    ] = None
+    output_len: OutputLen = 64
+    repeats: Repeats = 3
+    dtype: Dtype = "bfloat16"
+    kv_dtype: KvDtype = AUTO
+    device: Device = AUTO
+    seed: Seed = 0
+
+    def __post_init__(self) -> None:
+        if self.model is None and self.shape is None:
+            object.__setattr__(self, "model", "smollm2")
+
+    def check(self) -> None:
+        super().check()
+        from pyramidinfer.policies import Lossless
+        from pyramidinfer.policies.registry import parse_policy
+
+        if self.model is not None and self.shape is not None:
+            raise ValueError("give --model or --shape, one of them")
+        if (self.shape is None) != (self.accept is None):
+            raise ValueError(
+                f"--accept {self.accept}: give it with --shape, since random weights guess "
+                f"nothing, and leave it out with --model, where it is measured"
+            )
+        for steps in self.draft_tokens:
+            if steps != AUTO and not (steps.isdecimal() and int(steps) <= MOST_DRAFTS):
+                raise ValueError(f"--draft-tokens {steps}: write auto or 0 to {MOST_DRAFTS}")
+        for spec in self.drafts:
+            Lossless(parse_policy(spec))
+        if not self.cells:
+            raise ValueError(f"every batch and context has more than {MOST_TOKENS} tokens in all")
+
+    @property
+    def cells(self) -> list[tuple[int, list[int]]]:
+        """Each context with the batches that are run at it."""
+        found = [
+            (context, [batch for batch in self.batches if batch * context <= MOST_TOKENS])
+            for context in self.contexts
+        ]
+        return [(context, batches) for context, batches in found if batches]
+
+
+def counts_or_none(option: str, text: str) -> tuple[int, ...]:
+    """``"1,4"`` → whole numbers; nothing is none of them."""
+    try:
+        return tuple(map(int, parse_words(text)))
+    except ValueError:
+        raise ValueError(f"{option} {text!r}: write numbers, separated by commas") from None
+
+
+def show_counts(counts: tuple[int, ...]) -> str:
+    """What ``counts_or_none`` takes back."""
+    return ",".join(map(str, counts))
+
+
+def pairs_of(option: str, text: str) -> tuple[tuple[int, int], ...]:
+    """``"1x1,2x4"`` → one rank, then two in each of four stages; ``ValueError`` otherwise."""
+    found = [re.fullmatch(r"\s*([1-9]\d*)x([1-9]\d*)\s*", each) for each in text.split(",")]
+    if None in found:
+        raise ValueError(f"{option} {text!r} must be a list such as 1x1,2x1,1x2: ranks x stages")
+    return tuple((int(each[1]), int(each[2])) for each in found if each is not None)
+
+
+def show_pairs(pairs: tuple[tuple[int, int], ...]) -> str:
+    """What ``pairs_of`` takes back."""
+    return ",".join(f"{tensor}x{stages}" for tensor, stages in pairs)
+
+
+@dataclass(frozen=True)
+class WeightsPlan(Plan):
+    """Text: ``samples`` passages, ``continuation`` tokens of each scored after ``context`` others.
+    Speed: ``batches`` of requests of ``prompt_len`` + ``output_len`` tokens, ``()`` where it is not
+    asked for."""
+
+    subject: Annotated[
+        Subject,
+        pick(
+            *("model", "text", "dtype", "backend", "kv_memory"),
+            model="smollm2",
+            dtype="bfloat16",
+            device="cpu",
+        ),
+    ]
+    weights: Annotated[
+        tuple[str, ...],
+        Option("What to compare with the model's dtype: int8, int4.", check=one_of(WEIGHTS[1:])),
+    ] = ("int8", "int4")
+    samples: Annotated[int, Option("Passages of text that are scored.", check=at_least(1))] = 20
+    context: int = 256
+    continuation: int = 256
+    batches: Annotated[
+        tuple[int, ...],
+        Option(
+            "Requests that decode together, a list; empty measures no times.",
+            flags=("--batch",),
+            check=at_least(1),
+            parse=counts_or_none,
+            show=show_counts,
+        ),
+    ] = (1, 4, 16)
+    prompt_len: PromptLen = 512
+    output_len: OutputLen = 64
+    repeats: Repeats = 5
+    warmup: Warmup = 1
+    seed: Seed = 0
+
+
+@dataclass(frozen=True)
+class ScalePlan(Plan):
+    """One request on so many ranks, each a process."""
+
+    model: OwnModel = None
+    sizes: Annotated[
+        tuple[tuple[int, int], ...],
+        Option(
+            "Tensor-parallel ranks x pipeline stages to measure, a list. 1x1 comes first.",
+            parse=pairs_of,
+            show=show_pairs,
+        ),
+    ] = ((1, 1), (2, 1), (4, 1), (1, 2), (1, 4), (2, 2))
+    prompt: PromptTokens = 512
+    new: Annotated[
+        int,
+        Option("Tokens to generate, 2 or more.", flags=("--output-len",), check=at_least(2)),
+    ] = 16
+    kv_memory: RankMemory = "64MiB"
+    dtype: Dtype = "float32"
+
+    def __post_init__(self) -> None:
+        if not self.sizes or self.sizes[0] != (1, 1):
+            words = show_pairs(self.sizes)
+            raise ValueError(f"--sizes {words}: the first must be 1x1, which others are held to")
+        self.check()
+
+    @property
+    def name(self) -> str:
+        from pyramidinfer.models.catalog import find_model
+        from pyramidinfer.models.loading import shipped_model
+
+        return find_model(self.model) if self.model else shipped_model()
+
+
+@dataclass(frozen=True)
+class StagesPlan(Plan):
+    """Requests that all come at once, on two stages; runs of each way take turns."""
+
+    model: NamedModel = "smollm2"
+    policies: Policies = ("full", "pyramidinfer:keep=.45")
+    requests: Annotated[int, Option("Requests at once.", check=at_least(1))] = 8
+    prompt: PromptTokens = 1000
+    new: OutputTokens = 32
+    kv_memory: RankMemory = "1GiB"
+    dtype: Dtype = "float32"
+    repeats: Repeats = 3
+
+    def __post_init__(self) -> None:
+        self.check()
+
+    @property
+    def name(self) -> str:
+        from pyramidinfer.models.catalog import find_model
+
+        return find_model(self.model)
+
+
+@dataclass(frozen=True)
+class OffloadPlan(Plan):
+    """Conversations of ``tokens`` tokens, until no more are held; then ``repeats`` second turns of
+    ``turn`` more tokens from each place, on a first one of ``prompt``."""
+
+    model: NamedModel = "smollm2"
+    policies: Policies = ("full", "pyramid:keep=.3")
+    tokens: Annotated[
+        int, Option("Tokens of each conversation that is counted.", check=at_least(1))
+    ] = 300
+    kv_memory: Annotated[
+        str, Option("GPU or CPU memory of the engine; half is for conversations.", check=size_text)
+    ] = "48MiB"
+    host: Annotated[str, Option("Host memory for caches.", check=size_text)] = "32MiB"
+    disk: Annotated[str, Option("Bytes of files of caches.", check=size_text)] = "64MiB"
+    prompt: Annotated[
+        int, Option("Tokens of the first turn, where turns are timed.", check=at_least(1))
+    ] = 600
+    turn: Annotated[int, Option("New tokens of the second turn.", check=at_least(1))] = 30
+    repeats: Annotated[
+        int, Option("Second turns from each place, which take turns.", check=at_least(1))
+    ] = 3
+    dtype: Dtype = AUTO
+    threads: Threads = 0
+
+    def __post_init__(self) -> None:
+        self.check()
+
+
+@dataclass(frozen=True)
+class ReplicasPlan(Plan):
+    """Chats of so many turns each, so many at a time, at two replicas under Ray Serve."""
+
+    model: OwnModel = None
+    chats: Annotated[int, Option("Conversations.", check=at_least(2))] = 40
+    turns: Annotated[int, Option("Turns of each conversation.", check=at_least(2))] = 5
+    at_once: Annotated[int, Option("Conversations at a time.", check=at_least(1))] = 8
+    words: Annotated[int, Option("Words of each first turn.", check=at_least(20))] = 600
+    new: OutputTokens = 16
+    kv_memory: Annotated[str, Option("Memory for the caches of each replica.")] = "256MiB"
+    port: Annotated[int, Option("Port that Ray Serve listens on.")] = 8017
+
+    def __post_init__(self) -> None:
+        self.check()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def opening(self, chat: int) -> str:
+        """A first message that no other chat begins with."""
+        fact = f"The harp of Ada Holt is in room {100 + chat} . "
+        filler = "The storm touched the bridge . "
+        return fact + filler * (self.words // 6) + "Where is the harp of Ada Holt ?"
