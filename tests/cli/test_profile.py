@@ -149,7 +149,8 @@ def test_where_to_write_is_known_before_anything_is_measured(
     Path("file").touch()
     monkeypatch.setattr(heads, "measure_profile", lambda *a: pytest.fail("it was measured"))
     code, _, err = profile(model, *words)
-    assert code == 2 and re.search("is (a|not a) folder; name a file for the (profile|picture)", err)
+    assert code == 2
+    assert re.search("is (a|not a) folder; name a file for the (profile|picture)", err)
 
 
 def test_a_model_without_a_tokenizer(profile: Any, tmp_path: Path) -> None:

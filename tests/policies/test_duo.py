@@ -151,7 +151,8 @@ def test_nothing_is_measured_where_that_is_not_wanted(
     with pytest.raises(ValueError, match="needs a head profile"):
         LLM(tiny_model("llama"), policy="duo", kv_memory="4MiB", profile=False)
     assert LLM(tiny_model("llama"), policy="duo", kv_memory="4MiB").policy != Duo()
-    with pytest.raises(ValueError, match="needs a head profile"):  # of random tokens: it was not stored
+    # that of random tokens was not stored
+    with pytest.raises(ValueError, match="needs a head profile"):
         LLM(tiny_model("llama"), policy="duo", kv_memory="4MiB", profile=False)
 
 

@@ -150,7 +150,7 @@ def test_centres_are_in_the_same_file_one_line_a_layer(tmp_path: Path) -> None:
     ("name", "layer", "rows", "message"),
     [
         ("mean", 0, [], "queries.mean of layer 0 has 0 heads"),
-        ("mean", 1, [[1.0, 2.0, 3.0]] * 3, "queries.mean of layer 1 has 3 heads, not a multiple of 2 KV heads"),
+        ("mean", 1, [[1.0, 2.0, 3.0]] * 3, "layer 1 has 3 heads, not a multiple of 2 KV heads"),
         ("sizes", 2, [[1.0]] * 4, "queries.sizes of layer 2 has 4 heads"),
         ("sizes", 0, [[1.0], []], "queries.sizes of layer 0 has heads of unequal sizes"),
         ("mean", 2, [[1.0, 2.0, float("nan")]] * 2, "queries.mean of layer 2 has nan, no number"),
@@ -262,7 +262,9 @@ def test_pyramid_starts_where_it_was_calibrated() -> None:
     assert mine.rule.endswith("; calibrated: after layer 1, at most 25% of the text goes deeper")
     bare = Pyramid(keep=0.3, profile=BARE)
     assert bare.begin(LAYERS) == 3 and going(bare) == [2000] * 3
-    assert bare.rule.endswith("(two texts agree with correlation 0.90); nothing is dropped between layers")
+    assert bare.rule.endswith(
+        "(two texts agree with correlation 0.90); nothing is dropped between layers"
+    )
     mine.check(LAYERS)
 
 

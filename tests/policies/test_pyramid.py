@@ -435,7 +435,9 @@ def test_a_given_profile_must_be_of_these_weights(method: str, tmp_path: Path) -
     found, path = fingerprint(own.engine.runner), tmp_path / "heads.json"
     (size, *ways), *rest = found.vectors
     trained_on = replace(found, vectors=((1.1 * size, *ways), *rest))
-    message = "the profile belongs to other weights.*pyramidinfer profile MODEL.*or leave profile=FILE"
+    message = (
+        "the profile belongs to other weights.*pyramidinfer profile MODEL.*or leave profile=FILE"
+    )
     for mark in (trained_on, replace(found, key="other-1"), found):
         replace(PROFILE, fingerprint=mark).save(path)
         for profile in (str(path), Profile.load(path)):

@@ -12,7 +12,7 @@ from tests.tiny import random_prompt
 
 CONFIG = EngineConfig(kv_memory="8MiB", page_size=4, prefill_chunk=32, slot_scores=True)
 
-#: Layers of two stages of a tiny model, where each must have at least one layer whose keys can be turned.
+#: Layers of two stages of a tiny model; each needs a layer whose keys can be rotated.
 STAGES = {"gemma2": [2, 2], "gemma3_text": [3, 3], "smollm3": [2, 2]}
 TWO, FOUR = [1, 3], [1, 1, 1, 1]
 
