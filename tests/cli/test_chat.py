@@ -215,7 +215,7 @@ def test_in_a_terminal(tmp_path: Path) -> None:
         talk.type(f"{STORY.strip()}\r")
         at = talk.says(r"market \.\n\S+ \S", at)  # the line, then words of an answer
         talk.type("\x03")
-        at = talk.says(r"stopped; \d+ tokens, 0 of them reused.*\s[^>]*> ", at)
+        at = talk.says(r"stopped\n\d+ tokens, 0 of them reused.*\s[^>]*> ", at)
         talk.type("\x1b[A\x01\x0bWhere is it ?\r")
         talk.says(r"Where is it \?\n[^>]*tokens/s\n> ", at)
         talk.type("\x04")

@@ -165,24 +165,24 @@ class _Chat:
                 written = max(written, len(shown))
         except KeyboardInterrupt:
             engine.abort(request)  # also where it came between two steps
-            return shown
         finally:
             wrapped.end()
+        if request.finish_reason == "abort":
+            self.note("stopped")
+            return shown
         if request.finish_reason == "error":
             raise ValueError(f"the answer failed: {request.error}")
         return text.text
 
     def _tell(self, request: Request, seconds: float) -> None:
-        stopped = "stopped; " * (request.finish_reason == "abort")
         kv, metrics = request.kv, self.llm.engine.metrics(request)
         if kv is None or not kv.seen_len:
-            self.note(stopped.removesuffix("; ")) if stopped else None
             return
         first = metrics.first_token_seconds or 0.0
         rate = (len(request.output) - 1) / max(1e-9, seconds - first)
         guessed = f"; {drafts_told(metrics.drafts)}" if metrics.drafts else ""
         self.note(
-            f"{stopped}{kv.seen_len} tokens, {request.reused} of them reused; kept {kv.kept_share:.0%}, "
+            f"{kv.seen_len} tokens, {request.reused} of them reused; kept {kv.kept_share:.0%}, "
             f"KV {human_bytes(kv.bytes)} of {human_bytes(kv.full_bytes)}{guessed}; first token "
             f"{first:.2f} s, {rate:.0f} tokens/s"
         )
