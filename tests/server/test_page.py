@@ -509,7 +509,7 @@ def test_colours(scheme: str, open_tab: Callable[..., Tab]) -> None:
         (".acts button", page),
         ("#kv", panel),
         (".layer .count", panel),
-        (".axis", panel),
+        ("#ticks", panel),
         ("#hint", panel),
         (".user p", colour(".user", "backgroundColor")),
         (".user button", colour(".user", "backgroundColor")),
