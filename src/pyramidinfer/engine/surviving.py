@@ -18,9 +18,9 @@ __all__ = ["Survival", "survival"]
 class Survival(NamedTuple):
     """What a held cache has of its text.
 
-    id : the cache's;  tokens : those of the text it is of;  width : tokens of a column, the last one
-    may have fewer;  layers : ``[layers][columns]``, percent of a column's entries that the heads of
-    the layer hold, from 0 (none) to 100 (all of them in every head).
+    id : the cache's;  tokens : those of the text it is of;  width : tokens of a column, of which
+    the last may have fewer;  layers : ``[layers][columns]``, percent of a column's entries that the
+    heads of the layer hold, from 0 (none) to 100 (all of them in every head).
     """
 
     id: str
