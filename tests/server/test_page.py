@@ -310,7 +310,7 @@ def test_api_key(open_tab: Callable[..., Tab]) -> None:
         tab.page.wait_for_selector("#hint:text('API key')")
         tab.page.fill("#key", "sesame")
         tab.page.press("#key", "Enter")
-        tab.page.wait_for_selector(".note:text('tokens')")
+        tab.page.wait_for_selector(".note:has-text('tokens')")
         assert tab.page.locator(".trouble").count() == 0
         assert "12 layers" in tab.text("#model")
         kept = tab.page.evaluate("[Object.values(sessionStorage), Object.values(localStorage)]")
@@ -399,7 +399,7 @@ def test_phone(size: tuple[int, int], open_tab: Callable[..., Tab]) -> None:
     tab.page.tap("#example")
     assert fits()
     tab.page.tap("#send")
-    tab.page.wait_for_selector(".note:text('tokens')")
+    tab.page.wait_for_selector(".note:has-text('tokens')")
     assert fits()
     assert not tab.page.is_visible("#plot")
     assert re.match(r"KV \d+ %", tab.text("#brief"))
