@@ -6,11 +6,15 @@ Importing takes seconds, so it is done once, in a process that forks: what runs 
 
 from __future__ import annotations
 
+import fcntl
 import multiprocessing
 import os
 import re
+import select
 import signal
+import struct
 import sys
+import termios
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -55,7 +59,7 @@ class Command:
     def err(self) -> str:
         return self.files[2].read_text()
 
-    def wait(self, seconds: float = 120.0) -> int:
+    def wait(self, seconds: float = 60.0) -> int:
         """Its exit code (negative: the signal that ended it)."""
         self.process.join(seconds)
         assert self.process.exitcode is not None, f"it still runs: {self.err}"
@@ -100,9 +104,75 @@ def run_done(*arguments: str, text: str = "", **environment: str) -> CompletedPr
     return CompletedProcess(arguments, *run(*arguments, text=text, **environment))
 
 
+class Terminal:
+    """A command in a terminal of its own, ``columns`` wide; ``screen``: all that it wrote so far,
+    with its escape sequences left out."""
+
+    def __init__(
+        self, arguments: tuple[str, ...], columns: int, environment: Mapping[str, str]
+    ) -> None:
+        self.line, self.end = os.openpty()
+        fcntl.ioctl(self.end, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
+        files = [os.ttyname(self.end)] * 3
+        values = {"COLUMNS": str(columns), "TERM": "xterm", **environment}
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOADED)
+        self.process: Any = context.Process(target=_run, args=(arguments, files, values))
+        self.process.start()
+        self.written = b""
+
+    @property
+    def screen(self) -> str:
+        while select.select([self.line], [], [], 0)[0]:
+            try:
+                self.written += os.read(self.line, 65536)
+            except OSError:  # it has ended
+                break
+        text = self.written.decode(errors="replace").replace("\r\n", "\n")
+        return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
+
+    def says(self, pattern: str, begin: int = 0, seconds: float = 60.0) -> int:
+        """Wait for it, after ``begin``; where it ends."""
+        stop = time.monotonic() + seconds
+        while (found := re.compile(pattern).search(self.screen, begin)) is None:
+            assert self.process.is_alive(), f"it ended: {self.screen}"
+            assert time.monotonic() < stop, f"it said: {self.screen}"
+            time.sleep(0.01)
+        return found.end()
+
+    def type(self, text: str) -> None:
+        os.write(self.line, text.encode())
+
+    def wait(self, seconds: float = 60.0) -> int:
+        """Its exit code."""
+        stop = time.monotonic() + seconds
+        while self.process.is_alive() and time.monotonic() < stop:
+            self.process.join(0.02)
+            assert self.screen is not None  # what nobody reads would stop it
+        assert self.process.exitcode is not None, f"it still runs: {self.screen}"
+        return int(self.process.exitcode)
+
+
+@contextmanager
+def terminal(*arguments: str, columns: int = 60, **environment: str) -> Iterator[Terminal]:
+    """Begin a command in a terminal; at the end it is killed if it still runs."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before the process that forks begins
+    begun = Terminal(arguments, columns, environment)
+    try:
+        yield begun
+    finally:
+        if begun.process.is_alive():
+            begun.process.kill()
+        begun.process.join()
+        begun.process.close()
+        os.close(begun.line)
+        os.close(begun.end)
+
+
 def _run(arguments: tuple[str, ...], files: list[str], environment: dict[str, str]) -> None:
     os.setsid()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background ignores it
+    # of a terminal the first one makes it this process's own
     for number, (file, mode) in enumerate(
         zip(files, (os.O_RDONLY, os.O_WRONLY, os.O_WRONLY), strict=True)
     ):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import os
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,8 +13,9 @@ import pytest
 from pyramidinfer import LLM, SamplingParams
 from pyramidinfer.cli import chat as chat_module
 from pyramidinfer.cli.choices import SamplingOptions
+from pyramidinfer.cli.terminal import Wrapped
 from pyramidinfer.models.loading import shipped_model
-from tests.commands import run
+from tests.commands import run, terminal
 from tests.server.live import tiny_llm
 
 SMALL = ("--kv-memory", "32MiB", "--max-tokens", "12")
@@ -35,7 +39,7 @@ def taken_up(told: list[str]) -> list[int]:
 def test_a_conversation() -> None:
     said, told = chat(STORY, "Where is the map ?", "And now ?")
     assert len(said) == 3 and all(said[:2])  # it has nothing to say to the last one
-    assert "/help tells what else can be typed" in told[0]
+    assert "/help tells what else can be typed, Ctrl-D leaves" in told[0]
     cached = taken_up(told)
     assert len(cached) == 3 and 0 == cached[0] < cached[1] < cached[2]
     llm = LLM(shipped_model())
@@ -198,3 +202,85 @@ def test_a_model_without_a_template(monkeypatch: pytest.MonkeyPatch) -> None:
     choice: Any = None
     with pytest.raises(ValueError, match="has no chat template; use `pyramidinfer generate`"):
         chat_module.run_chat(choice, None, SamplingOptions())
+
+
+def test_in_a_terminal(tmp_path: Path) -> None:
+    """Ctrl-C stops an answer, the arrow keys bring lines back, other days' too, Ctrl-D leaves."""
+    kept = tmp_path / "deep" / "history"
+    options = ("chat", "--kv-memory", "32MiB", "--max-tokens", "3000")
+    told = {"PYRAMIDINFER_CHAT_HISTORY": str(kept)}
+    with terminal(*options, "--temperature", "2", "--seed", "1", **told) as talk:
+        at = talk.says("Ctrl-D leaves\n.*> ")
+        talk.type("\x03")
+        at = talk.says("Ctrl-D leaves\n> ", at)
+        talk.type(f"{STORY.strip()}\r")
+        at = talk.says(r"market \.\n\S+ \S", at)  # the line, then words of an answer
+        talk.type("\x03")
+        at = talk.says(r"stopped\n\d+ tokens, 0 of them reused.*\s[^>]*> ", at)
+        talk.type("\x1b[A\x01\x0bWhere is it ?\r")
+        talk.says(r"Where is it \?\n[^>]*tokens/s\n> ", at)
+        talk.type("\x04")
+        assert talk.wait() == 0
+        assert "Traceback" not in talk.screen
+    assert kept.read_text().splitlines() == [STORY.strip(), "Where is it ?"]
+    assert kept.stat().st_mode & 0o077 == 0
+    with terminal(*options, **told) as talk:
+        at = talk.says("Ctrl-D leaves\n.*> ")
+        talk.type("\x1b[A\r")
+        talk.says(r"Where is it \?\n[^>]*tokens/s\n> ", at)
+        talk.type("/exit\r")
+        assert talk.wait() == 0
+
+
+def test_a_history_that_nobody_wants_or_that_cannot_be(tmp_path: Path) -> None:
+    for value, said in (("", ""), (str(tmp_path), f"no history: {tmp_path}: Is a directory; ")):
+        with terminal("chat", *SMALL, PYRAMIDINFER_CHAT_HISTORY=value) as talk:
+            talk.says("> ")
+            talk.type("/help\r")
+            talk.says("Ctrl-C stops an answer")
+            talk.type("\x04")
+            assert talk.wait() == 0
+            assert said in talk.screen.replace("\n", " ") and "Traceback" not in talk.screen
+    assert list(tmp_path.iterdir()) == []
+
+
+class Tty(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def wrapped(text: str, monkeypatch: pytest.MonkeyPatch, step: int) -> str:
+    monkeypatch.setattr(
+        "pyramidinfer.cli.terminal.get_terminal_size", lambda: os.terminal_size((20, 9))
+    )
+    out = Tty()
+    writer = Wrapped(out)
+    for at in range(0, len(text), step):
+        writer.write(text[at : at + step])
+    writer.end()
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("step", [1, 3, 1000])
+def test_words_are_wrapped(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twenty columns, in parts of any length."""
+    for text, wanted in (
+        ("the old baker walked to the market", "the old baker walked\nto the market"),
+        ("  two  spaces\n\nstay", "  two  spaces\n\nstay"),
+        ("a" * 45 + " b", "a" * 45 + " b"),
+        ("so " + "a" * 18, "so\n" + "a" * 18),
+        ("```\n" + "x = 1; " * 5 + "\n```\n" + "word " * 5, None),
+        ("古" * 11, "古" * 10 + "\n古"),
+        ("\x1b]0;title\x07red\x1b[31m \r\x9b2J", "]0;titlered[31m 2J"),
+        ("", ""),
+    ):
+        if wanted is None:  # code stays as it is, what follows it does not
+            wanted = text.replace("word " * 5, "word word word word\nword")
+        assert wrapped(text, monkeypatch, step) == wanted + "\n"
+
+
+def test_what_is_no_terminal_gets_the_text_as_it_is() -> None:
+    out = io.StringIO()
+    writer = Wrapped(out)
+    writer.write("word " * 50 + "\x1b[31m")
+    assert out.getvalue() == "word " * 50 + "\x1b[31m"

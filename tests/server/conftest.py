@@ -12,6 +12,9 @@ from pyramidinfer import LLM
 from pyramidinfer.models.loading import shipped_model
 from pyramidinfer.policies import Pyramid
 from tests.server.live import Live, serving, tiny_llm
+from tests.server.tabs import chromium, open_tab, server
+
+__all__ = ["chromium", "open_tab", "server"]  # fixtures of the page's tests
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ from rich.console import Console
 from pyramidinfer.cli.choices import SamplingOptions
 from pyramidinfer.cli.common import check_asked, defaults_of, drafts_told, human_bytes
 from pyramidinfer.cli.serve import ModelChoice, load
+from pyramidinfer.cli.terminal import Wrapped, history
 from pyramidinfer.engine import LLM
 from pyramidinfer.engine.chat_template import ChatTemplate
 from pyramidinfer.engine.request import Request
@@ -28,7 +29,7 @@ HELP = """/reset        begin a new conversation
 /system TEXT  begin one with this system prompt
 /keep SHARE   change the budget of the policy
 /policy NAME  change the policy
-/exit         leave (also Ctrl-D); Ctrl-C stops an answer"""
+/exit         leave (also Ctrl-D); Ctrl-C stops an answer, arrow keys recall what was typed"""
 
 
 def run_chat(
@@ -44,24 +45,37 @@ def run_chat(
         raise ValueError(f"model {llm.name!r} has no chat template; use `pyramidinfer generate`")
     chosen = {"max_tokens": MAX_TOKENS, **defaults_of(llm, source), **asked}
     chat = _Chat(llm, SamplingParams(**chosen), system, sampling.chat_template_kwargs or {})
-    chat.note(f"{Path(llm.name).name}: /help tells what else can be typed")
-    while True:
-        try:
-            line = input("> " if sys.stdin.isatty() else "").strip()
-        except EOFError:
-            return
-        except KeyboardInterrupt:  # nothing was running
+    chat.note(f"{Path(llm.name).name}: /help tells what else can be typed, Ctrl-D leaves")
+    with history():
+        while _turn(chat):
+            pass
+
+
+def _turn(chat: _Chat) -> bool:
+    """Read a line and do what it says; False where it was the last one."""
+    is_terminal = sys.stdin.isatty()
+    try:
+        line = input("> " if is_terminal else "").strip()
+    except EOFError:
+        if is_terminal:
             print()
-            continue
-        if line in ("/exit", "/quit"):
-            return
-        try:
-            if line.startswith("/"):
-                chat.command(line)
-            elif line:
-                chat.say(line)
-        except ValueError as error:
-            print(f"error: {error}", file=sys.stderr)
+        return False
+    except KeyboardInterrupt:  # nothing was running
+        print()
+        chat.note("Ctrl-D leaves")
+        return True
+    if line in ("/exit", "/quit"):
+        return False
+    try:
+        if line.startswith("/"):
+            chat.command(line)
+        elif line:
+            chat.say(line)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+    except KeyboardInterrupt:  # before the answer began
+        chat.note("stopped")
+    return True
 
 
 class _Chat:
@@ -137,19 +151,21 @@ class _Chat:
     def _follow(self, request: Request) -> str:
         engine, text = self.llm.engine, request.detokenizer
         assert text is not None  # a chat template has a tokenizer
-        written, shown = 0, ""
+        written, shown, wrapped = 0, "", Wrapped(sys.stdout)
         try:
             for _ in engine.steps([request]):
                 if request.finish_reason is None and not text.stopped:
                     text.update(request.output)
                 shown = text.stable if request.finish_reason is None else text.text
-                print(shown[written:], end="", flush=True)
+                wrapped.write(shown[written:])
                 written = max(written, len(shown))
         except KeyboardInterrupt:
             engine.abort(request)  # also where it came between two steps
-            return shown
         finally:
-            print()
+            wrapped.end()
+        if request.finish_reason == "abort":
+            self.note("stopped")
+            return shown
         if request.finish_reason == "error":
             raise ValueError(f"the answer failed: {request.error}")
         return text.text

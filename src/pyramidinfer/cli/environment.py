@@ -10,8 +10,8 @@ from pyramidinfer.server.settings import KEYS_VARIABLE
 __all__ = ["PREFIX", "check_variables", "register", "variable"]
 
 PREFIX = "PYRAMIDINFER_"
-#: Read elsewhere: keys, and the cache folder.
-OTHERS = {KEYS_VARIABLE, f"{PREFIX}CACHE"}
+#: Read elsewhere: keys, the cache folder, the chat's history.
+OTHERS = {KEYS_VARIABLE, f"{PREFIX}CACHE", f"{PREFIX}CHAT_HISTORY"}
 _known: set[str] = set()
 
 

@@ -8,13 +8,12 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from importlib.resources import files
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
@@ -23,7 +22,8 @@ from pyramidinfer.engine import LLM
 from pyramidinfer.engine.reuse import Held
 from pyramidinfer.policies import Policy
 from pyramidinfer.server.errors import ApiError, error_response
-from pyramidinfer.server.gate import NONCE, Gate
+from pyramidinfer.server.gate import Gate
+from pyramidinfer.server.page import add_page
 from pyramidinfer.server.protocol import (
     ChatRequest,
     CompletionRequest,
@@ -34,6 +34,7 @@ from pyramidinfer.server.protocol import (
 from pyramidinfer.server.service import Service
 from pyramidinfer.server.settings import ServerSettings
 from pyramidinfer.server.strict import StrictRoute
+from pyramidinfer.server.survival import add_survival
 
 __all__ = ["build_app"]
 
@@ -103,9 +104,10 @@ def build_app(llm: LLM, settings: ServerSettings) -> FastAPI:
     _add_generation(app, service)
     _add_tokens(app, service)
     _add_caches(app, service)
+    add_survival(app, service, ERRORS)
     _add_operation(app, service)
     if settings.page:
-        _add_page(app)
+        add_page(app)
     return app
 
 
@@ -320,11 +322,3 @@ def _add_operation(app: FastAPI, service: Service) -> None:
     async def metrics() -> Response:
         """What there is to chart, for Prometheus."""
         return Response(service.metrics.render(), media_type=CONTENT_TYPE_LATEST)
-
-
-def _add_page(app: FastAPI) -> None:
-    @app.get("/", response_class=HTMLResponse)
-    async def page(request: Request) -> HTMLResponse:
-        """The page: chat, and the live pyramid beside it."""
-        text = (files("pyramidinfer") / "assets" / "page.html").read_text(encoding="utf-8")
-        return HTMLResponse(text.replace("__NONCE__", request.scope[NONCE]))
