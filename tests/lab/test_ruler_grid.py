@@ -216,13 +216,13 @@ def test_the_haystack_is_what_was_asked_for(tmp_path: Path) -> None:
     ("changes", "words"),
     [
         ({"tasks": ("niah_singel_1",)}, "niah_single_1"),
-        ({"protocols": ("before",)}, "inside, after"),
+        ({"protocols": ("before",)}, "choices: after, inside"),
         ({"keeps": (1.5,)}, "--keeps: 1.5"),
         ({"lengths": ()}, "--lengths is empty"),
-        ({"lengths": (0,)}, "--lengths: 0"),
+        ({"lengths": (0,)}, "--lengths 0"),
         ({"samples": 0}, "--samples 0"),
         ({"policies": ("snapkw",)}, "snapkv"),
-        ({"kv_dtypes": ("auto", "int5")}, "--kv-dtypes='int5' is unknown; did you mean 'int"),
+        ({"kv_dtypes": ("auto", "int5")}, "--kv-dtypes 'int5' is unknown; did you mean 'int"),
         ({"kv_dtypes": ()}, "--kv-dtypes is empty"),
     ],
 )

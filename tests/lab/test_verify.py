@@ -264,7 +264,8 @@ def test_a_server_that_holds_is_served(
     words = ["--backend", backend, "--kv-dtype", kv_dtype, "--verify", "--verify-floor", ".9"]
     asked, served = serve_verified(monkeypatch, "--keep", ".3", *words)
     ((where, policy, floor, plan),) = asked
-    assert where == Subject(kv_memory="16MiB", dtype="float32", backend=backend, kv_dtype=kv_dtype)
+    memory = str(16 * 2**20)
+    assert where == Subject(kv_memory=memory, dtype="float32", backend=backend, kv_dtype=kv_dtype)
     assert (policy.name, policy.keep, floor, plan) == ("pyramid", 0.3, 0.9, VerifyPlan())
     assert len(served) == 1
     used = [llm.engine.runner.backend.name for llm in (served[0][0], where.llm(policy))]

@@ -27,9 +27,8 @@ def run_generate(choice: ModelChoice, sampling: SamplingOptions, what: PromptOpt
     check_asked(asked, sampling.generation_config)
     text = _read_prompt(what.prompt, what.prompt_file)
     llm = load(choice)
-    ids = llm.encode(text)
-    if what.chat:
-        ids = _chat_ids(llm, text, sampling.chat_template_kwargs or {})
+    named = sampling.chat_template_kwargs or {}
+    ids = _chat_ids(llm, text, named) if what.chat else llm.encode(text)
     params = SamplingParams(**{**defaults_of(llm, sampling.generation_config), **asked})
     output = None
     try:
