@@ -17,7 +17,8 @@ from pyramidinfer.cli.app import main
 from pyramidinfer.config import parse_bytes
 from pyramidinfer.models.loading import shipped_model
 from pyramidinfer.server import jobs
-from pyramidinfer.server.protocol import ChatRequest, CompletionRequest, Compression
+from pyramidinfer.server.protocol import ChatRequest, CompletionRequest
+from pyramidinfer.server.protocol_base import Compression
 from pyramidinfer.server.run import HEAD_TIMEOUT
 from tests.serve_lines import code_lines, options_of, parsed
 from tests.server.live import Live, serving

@@ -28,9 +28,9 @@ from pyramidinfer.server.protocol import (
     ChatRequest,
     CompletionRequest,
     Detokenize,
-    Pin,
     TokenizeRequest,
 )
+from pyramidinfer.server.protocol_base import Pin
 from pyramidinfer.server.service import Service
 from pyramidinfer.server.settings import ServerSettings
 from pyramidinfer.server.strict import StrictRoute

@@ -22,14 +22,13 @@ from pyramidinfer.server.prompts import Prompts
 from pyramidinfer.server.protocol import (
     ChatRequest,
     CompletionRequest,
-    Compression,
     Detokenize,
-    Generation,
     Message,
     TokenizeRequest,
     Tool,
     ToolNamed,
 )
+from pyramidinfer.server.protocol_base import Compression, Generation
 from pyramidinfer.server.settings import ServerSettings
 from pyramidinfer.server.tool_calls import ToolReader, check_calls
 from pyramidinfer.server.tool_formats import grammar_of
