@@ -143,6 +143,7 @@ class Message(Strict):
     content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
     name: str | None = None
     refusal: str | None = None
+    reasoning_content: str | None = None
     tool_call_id: str | None = None
     tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = None
 
@@ -150,6 +151,8 @@ class Message(Strict):
     def says_or_is_said(self) -> Message:
         if self.tool_calls and self.role != "assistant":
             raise ValueError(f"tool_calls are an assistant's; a message of the role {self.role}")
+        if self.reasoning_content is not None and self.role != "assistant":
+            raise ValueError(f"reasoning_content is an assistant's; a message of role {self.role}")
         if self.role != "assistant" and not self.content and self.content != "":
             raise ValueError(f"a message of the role {self.role} needs content: a text, or parts")
         return self
@@ -163,12 +166,14 @@ class Message(Strict):
     @property
     def turn(self) -> dict[str, Any]:
         """What the chat template gets: the role, the text, and further fields that are given."""
-        further = self.model_dump(include={"name", "refusal", "tool_call_id"}, exclude_none=True)
+        texts = {"name", "refusal", "tool_call_id", "reasoning_content"}
+        further = self.model_dump(include=texts, exclude_none=True)
         if self.tool_calls:
             further["tool_calls"] = [call.model_dump() for call in self.tool_calls]
         return {"role": self.role, "content": self.text, **further}
 
 
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
 Messages = Annotated[list[Message], Field(min_length=1, fail_fast=True)]
 
 
@@ -182,6 +187,7 @@ class ChatRequest(Generation):
     top_logprobs: Annotated[int, Field(ge=0)] | None = None
     response_format: ResponseFormat | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    reasoning_effort: Effort | None = None
     tools: Tools | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
