@@ -21,6 +21,7 @@ __all__ = [
 
 LOGPROBS = "message.output_text.logprobs"
 Status = Literal["in_progress", "completed", "incomplete"]
+Include = Literal["message.output_text.logprobs"]
 Id = Annotated[str, Field(min_length=1, max_length=200)]
 
 

@@ -93,7 +93,11 @@ class Output:
         self.items.append({**item, "status": "in_progress"})
         self._is_open = True
         place = len(self.items) - 1
-        yield {"type": "response.output_item.added", "output_index": place, "item": {**item}}
+        yield {
+            "type": "response.output_item.added",
+            "output_index": place,
+            "item": {**self.items[-1]},
+        }
 
     def _close(self, status: str) -> Iterator[Event]:
         if not self._is_open:
@@ -109,7 +113,7 @@ class Output:
         place = len(self.items) - 1
         yield {"type": "response.output_item.done", "output_index": place, "item": item}
 
-    def _told(self, name: str, **more: Any) -> Event:
+    def _told(self, name: str, /, **more: Any) -> Event:
         place = len(self.items) - 1
         return {
             "type": f"response.{name}",
