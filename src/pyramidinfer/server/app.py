@@ -352,8 +352,16 @@ def _add_operation(app: FastAPI, service: Service) -> None:
 
 
 def _add_page(app: FastAPI) -> None:
+    def shown(name: str, request: Request) -> HTMLResponse:
+        text = (files("pyramidinfer") / "assets" / name).read_text(encoding="utf-8")
+        return HTMLResponse(text.replace("__NONCE__", request.scope[NONCE]))
+
     @app.get("/", response_class=HTMLResponse)
     async def page(request: Request) -> HTMLResponse:
         """The page: chat, and the live pyramid beside it."""
-        text = (files("pyramidinfer") / "assets" / "page.html").read_text(encoding="utf-8")
-        return HTMLResponse(text.replace("__NONCE__", request.scope[NONCE]))
+        return shown("page.html", request)
+
+    @app.get("/docs", response_class=HTMLResponse)
+    async def docs(request: Request) -> HTMLResponse:
+        """What ``/openapi.json`` says, to read."""
+        return shown("docs.html", request)
