@@ -105,7 +105,7 @@ class Visitor:
         """A response, often the next one of a conversation that the server keeps."""
         draw = self.draw
         text = " ".join(filler_sentence(draw)) if self.last else self._text()
-        body = {"input": text, "max_output_tokens": draw.choice((1, 4, 16, 48, 96))}
+        body: dict[str, Any] = {"input": text, "max_output_tokens": draw.choice((1, 4, 16, 48, 96))}
         body |= {"temperature": draw.choice((0.0, 1.0)), "store": draw.random() < 0.8}
         if draw.random() < 0.3:
             body |= {"include": ["message.output_text.logprobs"], "top_logprobs": 2}
