@@ -118,8 +118,8 @@ def conversation_of(headers: Mapping[str, str], body: bytes) -> str:
     """What all requests of a conversation have in common; empty where that cannot be told.
 
     headers : names in lower case.  That is the session header, else the body's
-    ``prompt_cache_key``, else a chat's messages (or a response's ``input``) up to the first one of a
-    user.  Caches are never shared between API keys, so neither are conversations.
+    ``prompt_cache_key``, else a chat's messages (or a response's ``input``) up to the first one of
+    a user.  Caches are never shared between API keys, so neither are conversations.
     """
     asked: Any = None
     beginning: Any = headers.get(SESSION_HEADER)
