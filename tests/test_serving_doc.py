@@ -18,7 +18,10 @@ from pyramidinfer.cli.app import main
 from pyramidinfer.config import parse_bytes
 from pyramidinfer.models.loading import shipped_model
 from pyramidinfer.server import jobs
-from pyramidinfer.server.protocol import ChatRequest, CompletionRequest, Compression
+from pyramidinfer.server.protocol import ChatRequest, CompletionRequest
+from pyramidinfer.server.protocol_base import Compression
+from pyramidinfer.server.protocol_responses import ResponseRequest
+from pyramidinfer.server.response_store import MOST_BYTES, MOST_RESPONSES
 from pyramidinfer.server.run import HEAD_TIMEOUT
 from tests.serve_lines import code_lines, options_of, parsed
 from tests.server.live import Live, serving
@@ -113,6 +116,10 @@ def test_every_field_of_a_request_is_listed() -> None:
     }
     fields = ChatRequest.model_fields.keys() | CompletionRequest.model_fields.keys()
     assert listed == set(fields)
+    of_responses = {
+        name for row in rows(section("Responses")) for name in re.findall(r"`(\w+)`", row[0])
+    }
+    assert of_responses == set(ResponseRequest.model_fields)
     shown = {row[0].strip("`") for row in rows(section("Compression, request by request"))}
     assert shown >= Compression.model_fields.keys()
 
@@ -181,6 +188,14 @@ def test_its_python_runs_and_prints_what_it_shows(live: Live) -> None:
             assert mine == its
 
 
+def test_its_responses_go_on(live: Live) -> None:
+    code = block("## Responses", "python")
+    printed = io.StringIO()
+    with live.openai() as client, contextlib.redirect_stdout(printed):
+        exec(code, {"client": client})
+    assert int(printed.getvalue().split()[-1]) > 0  # of the first turn's cache
+
+
 def test_its_curl_is_answered_as_shown(live: Live) -> None:
     (body,) = re.findall(r"-d '(\{.*?\})'", block("stops it.", "bash"), flags=re.DOTALL)
     answer = live.http.post(
@@ -240,6 +255,7 @@ def test_the_proxies_limits_are_the_servers() -> None:
 
 def test_numbers_in_the_text_are_the_codes(live: Live) -> None:
     settings = live.service.settings
+    assert f"the {MOST_RESPONSES} used last" in PAGE and f"in {MOST_BYTES // 2**20} MiB;" in PAGE
     assert f"texts of {jobs.MAX_STOP_LENGTH} characters" in PAGE
     assert f"up to {settings.max_logprobs} of the likeliest" in PAGE
     assert settings.body_timeout == HEAD_TIMEOUT == 30 and "within 30 s each" in PAGE

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import pytest
 from tests.server.live import serving
 
 from pyramidinfer import LLM
@@ -22,9 +23,44 @@ TOOL = {
 }
 
 
-def test_an_agent_adds() -> None:
-    name = "smollm2"  # the other one has no chat template
-    with serving(LLM(name, kv_memory="256MiB")) as live, live.openai() as client:
+NAME = "smollm2"  # the other one has no chat template
+
+
+@pytest.fixture(scope="module")
+def live():
+    with serving(LLM(NAME, kv_memory="256MiB")) as live:
+        yield live
+
+
+def test_an_agent_adds_over_responses(live) -> None:
+    """The last answer's id and the call's result are all that the next turn sends."""
+    tool = {"type": "function", **TOOL["function"], "strict": True}
+    ask = {"model": NAME, "tools": [tool], "max_output_tokens": 80, "temperature": 0}
+    text = "What is 12 plus 30? Use the tool."
+    with live.openai() as client:
+        with client.responses.stream(input=text, tool_choice="required", **ask) as stream:
+            first = stream.get_final_response()
+        calls = first.output
+        assert calls and all((call.type, call.name) == ("function_call", "add") for call in calls)
+        numbers = [json.loads(call.arguments) for call in calls]
+        results = [
+            {
+                "type": "function_call_output",
+                "call_id": call.call_id,
+                "output": str(a["a"] + a["b"]),
+            }
+            for call, a in zip(calls, numbers, strict=True)
+        ]
+        answer = client.responses.create(
+            input=results, previous_response_id=first.id, tool_choice="none", **ask
+        )
+    assert answer.output_text and answer.output[0].type == "message"
+    assert answer.usage.input_tokens_details.cached_tokens == first.usage.total_tokens - 1
+
+
+def test_an_agent_adds(live) -> None:
+    name = NAME
+    with live.openai() as client:
         messages = [{"role": "user", "content": "What is 12 plus 30? Use the tool."}]
         asked = {"model": name, "tools": [TOOL], "max_tokens": 80, "temperature": 0}
         told = client.chat.completions.create(messages=messages, tool_choice="required", **asked)

@@ -19,6 +19,9 @@ class StructuredOutputsParams:
     ``json``: a JSON schema, as a dict or a text;  ``regex``: a regular expression for the whole
     answer;  ``choice``: texts, one of which is the answer;  ``grammar``: in Lark's notation, or in
     GBNF (``root ::= …``);  ``json_object``: any JSON object.
+
+    ``think``: two tags, between which anything may come before that; the first is empty where the
+    prompt ends with it, and the second then has to come.
     """
 
     json: dict[str, Any] | str | None = None
@@ -26,12 +29,16 @@ class StructuredOutputsParams:
     choice: tuple[str, ...] | list[str] | None = None
     grammar: str | None = None
     json_object: bool | None = None
+    think: tuple[str, str] | None = None
 
     def __post_init__(self) -> None:
-        given = [name for name in self.__slots__ if getattr(self, name) not in (None, False)]
+        forms = [name for name in self.__slots__ if name != "think"]
+        given = [name for name in forms if getattr(self, name) not in (None, False)]
+        if self.think is not None and (len(self.think) != 2 or not self.think[1]):
+            raise ValueError(f"structured_outputs: think={self.think!r:.60} must be two tags")
         if len(given) != 1:
             raise ValueError(
-                f"structured_outputs: give one of {', '.join(self.__slots__)} (given: "
+                f"structured_outputs: give one of {', '.join(forms)} (given: "
                 f"{', '.join(given) or 'none'})"
             )
         choice = [] if self.choice is None else self.choice

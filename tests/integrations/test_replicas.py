@@ -37,6 +37,11 @@ def test_turns_of_a_conversation_have_one_key() -> None:
     assert len({first, key(messages=[FIRST]), key(messages=[SYSTEM, other])}) == 3
 
 
+def test_a_responses_input_is_its_first_turn() -> None:
+    text = str(FIRST["content"])
+    assert key(input=text) == key(input=[FIRST, *LATER]) == key(messages=[FIRST])
+
+
 def test_what_the_client_says_comes_first() -> None:
     named = {SESSION_HEADER: "mine"}
     assert key(named, messages=[FIRST]) == key(named, prompt="anything")

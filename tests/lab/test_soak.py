@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pyramidinfer.lab import soak
-from pyramidinfer.lab.bench.load import Leave, Record
+from pyramidinfer.lab.bench.load import RESPONSES, Leave, Record
 from pyramidinfer.lab.soak_requests import Visitor
 from tests.lab.test_bench_serve import answered
 
@@ -87,11 +87,14 @@ def test_clients_wish_for_all_kinds_of_things() -> None:
     for _ in range(20):
         for visitor in visitors:
             wishes.append(visitor.wish())
-            visitor.heard(wishes[-1], answered(text="in room 472 ."))
+            visitor.heard(wishes[-1], answered(text="in room 472 .", id="resp_1"))
     bodies = [wish.body for wish in wishes]
-    for option in ("stop", "n", "logprobs", "seed", "ignore_eos", "compression"):
+    for option in ("stop", "n", "logprobs", "seed", "ignore_eos", "compression", "tools"):
         assert 0 < sum(option in body for body in bodies) < len(bodies), option
     assert {"full", "pyramid"} == {b["compression"]["policy"] for b in bodies if "compression" in b}
+    assert {wish.path for wish in wishes} == {"/v1/completions", "/v1/chat/completions", RESPONSES}
+    further = [body for body in bodies if "previous_response_id" in body]
+    assert further and any("tools" in body for body in further)
     leaving = [wish for wish in wishes if wish.leave != Leave()]
     assert 0.25 < len(leaving) / len(wishes) < 0.42
     assert any(wish.leave.seconds for wish in leaving) and any(w.leave.chunks for w in leaving)

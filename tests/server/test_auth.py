@@ -33,6 +33,9 @@ CLOSED = [
     ("GET", "/v1/models/demo-model"),
     ("GET", "/metrics"),
     ("POST", "/v1/completions"),
+    ("POST", "/v1/responses"),
+    ("GET", "/v1/responses/resp_1"),
+    ("DELETE", "/v1/responses/resp_1"),
     ("POST", "/v1/chat/completions"),
     ("POST", "/tokenize"),
     ("POST", "/detokenize"),
@@ -75,7 +78,7 @@ def test_a_key_is_needed(locked: Live, method: str, path: str) -> None:
 
 
 def test_open_paths_need_none(locked: Live) -> None:
-    for path in ("/", "/health", "/ready", "/version"):
+    for path in ("/", "/docs", "/health", "/ready", "/version"):
         assert locked.http.get(path).status_code == 200
     assert locked.complete(max_tokens=1).status_code == 401
     locked.http.headers.update(bearer(KEYS[1]))
@@ -156,10 +159,11 @@ def test_security_headers(locked: Live) -> None:
         assert "server" not in headers
 
 
-def test_the_pages_nonce(locked: Live) -> None:
+@pytest.mark.parametrize("page", ["/", "/docs"])
+def test_the_pages_nonce(locked: Live, page: str) -> None:
     nonces = set()
     for _ in range(2):
-        answer = locked.http.get("/")
+        answer = locked.http.get(page)
         policy = answer.headers["Content-Security-Policy"]
         (style,) = re.findall(r"style-src 'nonce-([\w-]{20,})'", policy)
         (script,) = re.findall(r"script-src 'nonce-([\w-]{20,})'", policy)
@@ -175,7 +179,7 @@ def test_the_pages_nonce(locked: Live) -> None:
 
 def test_no_page(llm: LLM) -> None:
     with serving(beside(llm), page=False) as live:
-        assert live.http.get("/").status_code == 404
+        assert live.http.get("/").status_code == live.http.get("/docs").status_code == 404
         assert live.http.get("/health").status_code == 200
 
 

@@ -15,7 +15,7 @@ from pyramidinfer.config import EngineConfig
 from pyramidinfer.engine.engine import Engine
 from pyramidinfer.models.loading import shipped_model
 from pyramidinfer.policies import Lossless, Policy, Pyramid, choose_policy, make_policy
-from pyramidinfer.server.protocol import Compression
+from pyramidinfer.server.protocol_base import Compression
 from pyramidinfer.server.service import Service
 from pyramidinfer.server.settings import ServerSettings
 from tests.server.live import STORY, Live, serving, tiny_llm

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from pyramidinfer.server.protocol import MANY, ChatRequest, CompletionRequest, Detokenize
+from pyramidinfer.server.protocol import ChatRequest, CompletionRequest, Detokenize
+from pyramidinfer.server.protocol_base import MANY
 
 MILLION = 10**6
 TURN = {"role": "user", "content": "a"}

@@ -10,11 +10,14 @@ from typing import Any, NamedTuple
 from pyramidinfer.engine.text import added_tokens
 from pyramidinfer.types import TokenIds
 
-__all__ = ["ChatTemplate", "Turn", "find_end_ids"]
+__all__ = ["REASONING", "ChatTemplate", "Turn", "find_end_ids"]
 
 #: A message: its role and texts, ``{"role": "user", "content": "…", "name": "…"}``, and of an
 #: assistant ``tool_calls``, a list as OpenAI has it with ``arguments`` as objects.
 Turn = dict[str, Any]
+#: The field of an assistant's message with what it thought before.  A template that reads it
+#: leaves it out of earlier turns as it likes.
+REASONING = "reasoning_content"
 
 #: Stands for the text of a field when it is asked whether the field has a place in the template:
 #: plain letters and digits, which filters leave alone.
@@ -179,6 +182,7 @@ class Rendering:
             for index, turn in enumerate(self.turns)
             for key, text in turn.items()
             if key not in ("role", "tool_calls") and text.strip()
+            if key != REASONING or REASONING not in self.template.source
             if key == "content" or turn["role"] != "tool" or not calls
         ]
         marked = [dict(turn) for turn in self.turns]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyramidinfer.engine.text import added_tokens
 from pyramidinfer.engine.trial import survives
 from pyramidinfer.types import StructuredOutputsParams, TokenIds
 
@@ -147,6 +150,8 @@ class Grammars:
             raise _error("JSON schema", error) from None
         if wanted.choice is None and not wanted.json_object:  # those are ours
             _try(what, grammar)
+        if wanted.think is not None:
+            grammar = _behind_thoughts(grammar, wanted.think, added_tokens(self.tokenizer))
         matcher = LLMatcher(tables, grammar, log_level=0)
         if matcher.is_error():
             raise _error(what, matcher.get_error())
@@ -179,6 +184,28 @@ def _read(wanted: StructuredOutputsParams) -> tuple[str, str]:
         except Exception as error:  # the library raises bare ones, too
             raise _error("grammar", error) from None
     return "grammar", LLMatcher.grammar_from_lark(text)
+
+
+def _behind_thoughts(grammar: str, think: tuple[str, str], added: Mapping[str, int]) -> str:
+    """A grammar of answers that may think first, between tags; the opening one is empty where it
+    has come already."""
+    begin, end = think
+
+    def put(tag: str) -> str:
+        return f"<[{added[tag]}]>" if tag in added else json.dumps(tag)
+
+    lazy = "" if end in added else "[lazy]"
+    thoughts = f"({put(begin)} thoughts)?" if begin else "thoughts"
+    rules = [
+        f"start: {thoughts} SPACE? @answer",
+        f"thoughts{lazy}: TEXT {put(end)}",
+        r"TEXT: /(.|\n)*/",
+        r"SPACE: /[ \n]{1,4}/",
+    ]
+    lark = not grammar.startswith("{")  # the library's own JSON, of anything else
+    answer = {"lark_grammar": grammar} if lark else json.loads(grammar)["grammars"][0]
+    whole = [{"lark_grammar": "\n".join(rules)}, {**answer, "name": "answer"}]
+    return json.dumps({"grammars": whole})
 
 
 def _try(what: str, grammar: str) -> None:

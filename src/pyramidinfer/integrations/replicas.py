@@ -118,8 +118,8 @@ def conversation_of(headers: Mapping[str, str], body: bytes) -> str:
     """What all requests of a conversation have in common; empty where that cannot be told.
 
     headers : names in lower case.  That is the session header, else the body's
-    ``prompt_cache_key``, else a chat's messages up to the first one of a user.  Caches are never
-    shared between API keys, so neither are conversations.
+    ``prompt_cache_key``, else a chat's messages (or a response's ``input``) up to the first one of
+    a user.  Caches are never shared between API keys, so neither are conversations.
     """
     asked: Any = None
     beginning: Any = headers.get(SESSION_HEADER)
@@ -130,7 +130,9 @@ def conversation_of(headers: Mapping[str, str], body: bytes) -> str:
             return ""
         if not isinstance(asked, dict):
             return ""
-        beginning = asked.get("prompt_cache_key") or _first_turn(asked.get("messages"))
+        beginning = asked.get("prompt_cache_key") or _first_turn(
+            asked.get("messages") or asked.get("input")
+        )
     if not beginning:
         return ""
     text = json.dumps([headers.get("authorization", ""), beginning])
@@ -138,6 +140,8 @@ def conversation_of(headers: Mapping[str, str], body: bytes) -> str:
 
 
 def _first_turn(messages: Any) -> list[Any] | None:
+    if isinstance(messages, str):
+        messages = [{"role": "user", "content": messages}]
     if not isinstance(messages, list):
         return None
     for place, each in enumerate(messages, start=1):

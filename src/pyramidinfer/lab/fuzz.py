@@ -90,6 +90,53 @@ BODIES: dict[str, list[dict[str, Any]]] = {
                 "json_schema": {"name": "x", "schema": {"type": "object"}},
             },
         },
+        {
+            "messages": [
+                {"role": "user", "content": "x"},
+                {
+                    "role": "assistant",
+                    "content": "y",
+                    "reasoning_content": "z",
+                    "tool_calls": [
+                        {
+                            "id": "a",
+                            "type": "function",
+                            "function": {"name": "f", "arguments": "{}"},
+                        }
+                    ],
+                },
+                {"role": "tool", "tool_call_id": "a", "content": "x"},
+            ],
+            "tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}],
+            "tool_choice": "auto",
+            "parallel_tool_calls": False,
+            "reasoning_effort": "low",
+            "stream": True,
+        },
+    ],
+    "/v1/responses": [
+        {"input": "x", "instructions": "y", "max_output_tokens": 2, "stream": True},
+        {
+            "input": [
+                {"role": "user", "content": [{"type": "input_text", "text": "x"}]},
+                {"type": "reasoning", "content": [{"type": "reasoning_text", "text": "x"}]},
+                {"type": "function_call", "call_id": "a", "name": "f", "arguments": "{}"},
+                {"type": "function_call_output", "call_id": "a", "output": "x"},
+            ],
+            "tools": [{"type": "function", "name": "f", "parameters": {}, "strict": True}],
+            "tool_choice": {"type": "function", "name": "f"},
+            "previous_response_id": "resp_1",
+            "store": False,
+            "reasoning": {"effort": "low"},
+        },
+        {
+            "input": "x",
+            "text": {"format": {"type": "json_schema", "name": "x", "schema": {}}},
+            "include": ["message.output_text.logprobs"],
+            "top_logprobs": 2,
+            "metadata": {"a": "b"},
+            "compression": {"keep": 0.5},
+        },
     ],
     "/tokenize": [{"prompt": "x"}, {"messages": [{"role": "user", "content": "x"}]}],
     "/detokenize": [{"tokens": [5, 6]}],
@@ -132,7 +179,8 @@ def _wrong(answer: Any) -> str:
     if answer.status_code >= 500:
         return f"status {answer.status_code}: {text[:300]}"
     if answer.status_code < 400:
-        return f"an error in a stream: {text[-300:]}" if 'data: {"error"' in text else ""
+        failed = 'data: {"error"' in text or "event: response.failed" in text
+        return f"an error in a stream: {text[-300:]}" if failed else ""
     try:
         shape = set(json.loads(text)["error"])
     except (ValueError, LookupError, TypeError):
@@ -197,11 +245,12 @@ def _send(tally: _Tally, case: Any) -> None:
 def _tame(case: Any) -> None:
     """Bring a body that follows the schema within the server's limits, so that it generates."""
     body = case.body
-    if not isinstance(body, dict) or not {"prompt", "messages"} & set(body):
+    if not isinstance(body, dict) or not {"prompt", "messages", "input"} & set(body):
         return
     for name, most in (
         ("max_tokens", 4),
         ("max_completion_tokens", 4),
+        ("max_output_tokens", 4),
         ("n", 3),
         ("logprobs", 5),
         ("top_logprobs", 5),
@@ -212,11 +261,18 @@ def _tame(case: Any) -> None:
             body[name] = min(body[name], most)
     for name in ("model", "max_completion_tokens" if "max_tokens" in body else "", "best_of"):
         body.pop(name, None)
+    for name in ("previous_response_id", "reasoning_effort", "reasoning", "chat_template_kwargs"):
+        body.pop(name, None)  # what there is not here
     for name in [name for name in body if name.startswith(("guided_", "structured_"))]:
         del body[name]  # the shipped model's tokenizer follows none
+    body.pop("response_format", None)
+    if isinstance(body.get("tools"), list):
+        _tame_tools(body)
+    if isinstance(body.get("messages"), list):
+        body["messages"] = [_tame_message(each) for each in body["messages"][:4]]
     if body.get("stream"):
         body.pop("prompt_logprobs", None)
-    if "top_logprobs" in body:
+    if "top_logprobs" in body and "input" not in body:
         body["logprobs"] = True
     if isinstance(body.get("logit_bias"), dict):
         biases = enumerate(body["logit_bias"].values())
@@ -230,7 +286,26 @@ def _tame(case: Any) -> None:
     for name in ("stop_token_ids", "prompt"):
         if isinstance(body.get(name), list):
             body[name] = _within(body[name])[:8]
-    body.pop("tools", None)
+
+
+def _tame_message(message: dict[str, Any]) -> dict[str, Any]:
+    """One that says something and needs no other: no call, no result."""
+    role = "user" if message["role"] == "tool" else message["role"]
+    content = message.get("content") or "x"
+    parts = content[:4] if isinstance(content, list) else content
+    return {"role": role, "content": parts}
+
+
+def _tame_tools(body: dict[str, Any]) -> None:
+    """Few functions of different names, none of which has to be called: the shipped model's
+    tokenizer cannot write what would be enforced."""
+    functions = [each.get("function", each) for each in body["tools"] if isinstance(each, dict)]
+    for number, function in enumerate(functions):
+        function.pop("strict", None)
+        function |= {"name": f"f{number}"}
+    body["tools"] = body["tools"][:3]
+    if body.get("tool_choice") not in ("auto", "none"):
+        body.pop("tool_choice", None)
 
 
 def _within(tokens: list[Any]) -> list[Any]:

@@ -6,13 +6,19 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
-from pyramidinfer.lab.bench.load import Leave, Record
+from pyramidinfer.lab.bench.load import RESPONSES, Leave, Record
 from pyramidinfer.lab.documents import document, filler_sentence
 
 __all__ = ["Visitor", "Wish"]
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 LONGEST = 1500  # words of a prompt
+#: A function that may be called; of ``/v1/responses`` without the object around it.
+FUNCTION = {
+    "name": "find_room",
+    "description": "Finds the room of an archive",
+    "parameters": {"type": "object", "properties": {"archive": {"type": "string"}}},
+}
 
 
 @dataclass(frozen=True)
@@ -40,28 +46,31 @@ class Visitor:
         self.longest = min(LONGEST, (model.get("max_model_len") or 4096) // 2)
         self.draw = random.Random(f"{seed} {number}")
         self.talk: list[dict[str, str]] = []
-        self.terms: dict[str, Any] = {}  # the compression of the conversation so far
+        #: Of the conversation so far: its compression, and its tools.
+        self.terms: dict[str, Any] = {}
+        self.last: dict[str, Any] = {}  # what goes on from a response that the server keeps
 
     def wish(self) -> Wish:
         """What it asks for next."""
         draw = self.draw
-        body = self._body()
-        chat = draw.random() < 0.5
-        if chat:
+        kind = draw.choices((COMPLETIONS, CHAT, RESPONSES), (0.4, 0.35, 0.25))[0]
+        body = self._response() if kind == RESPONSES else self._body()
+        if kind == CHAT:
             going_on = bool(self.talk) and self.talk[-1]["role"] == "assistant"
             text = " ".join(filler_sentence(draw)) if going_on else self._text()
             self.talk = [*(self.talk if going_on else ()), {"role": "user", "content": text}]
             body["messages"] = self.talk
             if not going_on:
-                self.terms = body.get("compression", {})
+                tools = {"tools": [{"type": "function", "function": FUNCTION}]}
+                self.terms = self._terms(tools)
             body.pop("compression", None)  # on other terms the cache is of no use
-            body |= {"compression": self.terms} if self.terms else {}
+            body |= self.terms
             if "logprobs" in body:
                 body |= {"logprobs": True, "top_logprobs": body["logprobs"]}
-        else:
+        elif kind == COMPLETIONS:
             body["prompt"] = self._text()
         return Wish(
-            CHAT if chat else COMPLETIONS,
+            kind,
             body,
             self._leave(),
             body.get("n", 1),
@@ -71,6 +80,11 @@ class Visitor:
 
     def heard(self, wish: Wish, record: Record) -> None:
         """An answer; conversations go on now and then, so that there is a cache to take up."""
+        if wish.path == RESPONSES:
+            kept = record.outcome == "completed" and wish.body["store"]
+            goes_on = kept and self.draw.random() < 0.7
+            terms = {name: it for name, it in wish.body.items() if name in ("compression", "tools")}
+            self.last = {"previous_response_id": record.id, **terms} if goes_on else {}
         if wish.path != CHAT:
             return
         if record.outcome == "refused":  # and asked again, in other words
@@ -86,6 +100,23 @@ class Visitor:
         """A request that takes a while, and whose client stays."""
         body = {"max_tokens": 512, "temperature": 0.0, "ignore_eos": True}
         return Wish(COMPLETIONS, {**body, "prompt": self._text()}, Leave(), 1, 0.0, 0.0)
+
+    def _response(self) -> dict[str, Any]:
+        """A response, often the next one of a conversation that the server keeps."""
+        draw = self.draw
+        text = " ".join(filler_sentence(draw)) if self.last else self._text()
+        body: dict[str, Any] = {"input": text, "max_output_tokens": draw.choice((1, 4, 16, 48, 96))}
+        body |= {"temperature": draw.choice((0.0, 1.0)), "store": draw.random() < 0.8}
+        if draw.random() < 0.3:
+            body |= {"include": ["message.output_text.logprobs"], "top_logprobs": 2}
+        return body | (self.last or self._terms({"tools": [{"type": "function", **FUNCTION}]}))
+
+    def _terms(self, tools: dict[str, Any]) -> dict[str, Any]:
+        """What holds for a whole conversation."""
+        draw = self.draw
+        found = {"compression": self._compression()} if self.policies else {}
+        found = found if draw.random() < 0.7 else {}
+        return found | tools if draw.random() < 0.3 else found
 
     def _body(self) -> dict[str, Any]:
         draw = self.draw

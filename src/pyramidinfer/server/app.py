@@ -28,9 +28,11 @@ from pyramidinfer.server.protocol import (
     ChatRequest,
     CompletionRequest,
     Detokenize,
-    Pin,
     TokenizeRequest,
 )
+from pyramidinfer.server.protocol_base import Pin
+from pyramidinfer.server.protocol_responses import ResponseRequest
+from pyramidinfer.server.responses import Responses
 from pyramidinfer.server.service import Service
 from pyramidinfer.server.settings import ServerSettings
 from pyramidinfer.server.strict import StrictRoute
@@ -152,10 +154,14 @@ def _told(error: RequestValidationError) -> tuple[str, str | None]:
     """The first thing that is wrong with a body, and which parameter it is."""
     found = error.errors()[0]
     place = [str(part) for part in found["loc"] if part != "body"]
+    place = [part for part in place if not part.startswith("(")]  # which of several kinds it is
     param = place[0] if place else None
     message = str(found["msg"]).removeprefix("Value error, ")
     if found["type"] == "model_attributes_type" and not place:
         return "the body is not a JSON object; send one with Content-Type: application/json", None
+    if found["type"] == "union_tag_invalid":
+        kinds = str(found["ctx"]["expected_tags"]).replace("(", "").replace(")", "")
+        return f"{'.'.join(place)}: type must be one of {kinds}", param
     if found["type"] == "extra_forbidden":
         return f"unknown parameter {'.'.join(place)!r}", param
     if found["type"] == "missing" and not place:
@@ -183,6 +189,29 @@ def _add_generation(app: FastAPI, service: Service) -> None:
     async def chat(request: Request, body: ChatRequest) -> Response:
         """The next turn of a conversation.  ``stream`` answers with server-sent events."""
         return await service.respond(request, body)
+
+    answers = Responses(service)
+    app.state.responses = answers
+
+    @app.post("/v1/responses", responses=ERRORS)
+    async def responses(request: Request, body: ResponseRequest) -> Response:
+        """The next turn of a conversation that is given, or kept here.  ``stream`` answers with
+        server-sent events."""
+        return await answers.create(request, body)
+
+    kept: dict[int | str, dict[str, Any]] = {code: ERRORS[code] for code in (400, 401, 404)}
+
+    @app.get("/v1/responses/{id}", responses=kept)
+    async def response(request: Request, id: str) -> dict[str, Any]:
+        """An answer that was kept."""
+        for name in request.query_params:
+            raise ApiError(400, f"unknown parameter {name!r:.60}", param=name[:60])
+        return answers.get(request.scope["owner"], id)
+
+    @app.delete("/v1/responses/{id}", responses=kept)
+    async def delete_response(request: Request, id: str) -> dict[str, Any]:
+        """Forget an answer."""
+        return answers.delete(request.scope["owner"], id)
 
     @app.post("/v1/embeddings", include_in_schema=False)
     async def embeddings() -> Response:

@@ -23,8 +23,10 @@ __all__ = ["NONCE", "Gate"]
 
 log = logging.getLogger(__name__)
 
-#: Paths that need no key: probes, and the page (which asks for one).
-OPEN = {"/", "/health", "/ready", "/version"}
+#: Pages, which ask for a key where one is needed.
+PAGES = {"/", "/docs"}
+#: Paths that need no key: pages and probes.
+OPEN = {*PAGES, "/health", "/ready", "/version"}
 #: A body that is too large is read and let go up to so many times the limit.
 READ_ALL_THE_SAME = 4
 #: Where the page's nonce stands in the scope.
@@ -82,7 +84,7 @@ class Gate:
                 answer = MutableHeaders(scope=message)
                 for name, value in HEADERS.items():
                     answer.setdefault(name, value)
-                if scope["path"] == "/":
+                if scope["path"] in PAGES:
                     answer["Content-Security-Policy"] = POLICY.format(scope[NONCE])
                 answer.setdefault("Cache-Control", "no-store")
             await send(message)

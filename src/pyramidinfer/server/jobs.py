@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 from pyramidinfer.config import check_choice
@@ -18,24 +17,22 @@ from pyramidinfer.engine.request import Request
 from pyramidinfer.policies import POLICIES, Policy, Profile, choose_policy, make_policy
 from pyramidinfer.policies.lossless import DRAFT_KEEP
 from pyramidinfer.server.errors import ApiError
+from pyramidinfer.server.forms import Forms, limit, param_of, plain_reader
 from pyramidinfer.server.prompts import Prompts
 from pyramidinfer.server.protocol import (
     ChatRequest,
     CompletionRequest,
-    Compression,
     Detokenize,
-    Generation,
     Message,
     TokenizeRequest,
     Tool,
-    ToolNamed,
 )
+from pyramidinfer.server.protocol_base import Compression, Generation
 from pyramidinfer.server.settings import ServerSettings
-from pyramidinfer.server.tool_calls import ToolReader, check_calls
-from pyramidinfer.server.tool_formats import grammar_of
+from pyramidinfer.server.tool_calls import AnswerReader, check_calls
 from pyramidinfer.types import SamplingParams, StructuredOutputsParams, TokenIds
 
-__all__ = ["Job", "Jobs", "param_of"]
+__all__ = ["Job", "Jobs"]
 
 MAX_STOP_LENGTH = 1000
 #: Characters that a token is taken to stand for at most, where the tokenizer sets no bound.
@@ -49,15 +46,15 @@ class Job:
     """One HTTP request as the engine will see it.
 
     ``leaders``: a request per prompt (further choices are its samples);  ``echoed``: what stands
-    before each prompt's answers;  ``drop``: nothing was to be generated;  ``reader``: what finds
-    the tool calls of an answer, where it may hold any.
+    before each prompt's answers;  ``drop``: nothing was to be generated;  ``reader``: makes what
+    parts a chat's answer into thoughts, text and calls.
     """
 
     body: ChatRequest | CompletionRequest
     leaders: list[Request]
     echoed: list[str] = field(default_factory=list)
     drop: bool = False
-    reader: Callable[[], ToolReader] | None = None
+    reader: Callable[[], AnswerReader] = plain_reader
     created: int = field(default_factory=lambda: int(time.time()))
     id: str = ""
 
@@ -70,19 +67,13 @@ class Job:
         return isinstance(self.body, ChatRequest)
 
 
-def param_of(body: Generation) -> str | None:
-    """The field that says what form the answer has."""
-    if isinstance(body, ChatRequest) and body.calls_tools:
-        return "tools"
-    return next(iter(body.forms), None)
-
-
 class Jobs:
     """Builds jobs; ``ApiError`` or ``ValueError`` for what cannot be served."""
 
     def __init__(self, llm: LLM, settings: ServerSettings, prompts: Prompts) -> None:
         self.llm, self.settings, self.prompts = llm, settings, prompts
         self.engine, self.own = llm.engine, llm.policy
+        self.forms = Forms(prompts, settings)
         self.lossless = self.own.guesses
         #: What the operator has decide what stays, or what is read to guess tokens ahead.
         self.base = self.own.chooser
@@ -107,22 +98,13 @@ class Jobs:
         prompt = self._checked(self._rendered(body), "messages")
         wanted = body.max_completion_tokens or body.max_tokens
         top = (body.top_logprobs or 0) if body.logprobs else None
-        reader = None
-        if body.calls_tools:
-            told = self.prompts.tool_prompt
-            names = body.choosable or [each.function.name for each in body.tools or ()]
-            reader = partial(ToolReader, told.format, names, self._several(body))
-        return Job(body, [self._request(body, prompt, wanted, top, owner)], reader=reader)
-
-    def _several(self, body: ChatRequest) -> bool:
-        """Whether the answer may hold more than one call."""
-        one = isinstance(body.tool_choice, ToolNamed) or body.parallel_tool_calls is False
-        return not one and self.prompts.tool_prompt.several
+        leader = self._request(body, prompt, wanted, top, owner)
+        return Job(body, [leader], reader=self.forms.reader(body, prompt))
 
     def completion(self, body: CompletionRequest, owner: str | None) -> Job:
         given: list[Any] = body.prompt if isinstance(body.prompt, list) else [body.prompt]
         prompts = [given] if isinstance(given[0], int) else given
-        self._limit("n", len(prompts) * (body.n or 1), self.settings.max_n, "choices (prompts x n)")
+        limit("n", len(prompts) * (body.n or 1), self.settings.max_n, "choices (prompts x n)")
         drop = body.max_tokens == 0
         leaders, echoed = [], []
         for prompt in prompts:
@@ -153,7 +135,7 @@ class Jobs:
         """The text of a body's tokens; no more of them than a request may have."""
         most = self.settings.max_prompt_tokens or self.engine.runner.max_positions
         if not self.own.streams:
-            self._limit("tokens", len(body.tokens), most, "tokens")
+            limit("tokens", len(body.tokens), most, "tokens")
         try:
             return self.prompts.decode(body.tokens)
         except ValueError as error:
@@ -165,6 +147,7 @@ class Jobs:
             self.prompts.template.check_options(options)
         except ValueError as error:
             raise ApiError(400, str(error), param="chat_template_kwargs") from None
+        options = {**options, **self.forms.effort(body, options)}
         try:
             return self.prompts.chat(body.messages or [], generate, options, body.tools or ())
         except ValueError as error:
@@ -181,12 +164,13 @@ class Jobs:
         owner: str | None,
     ) -> Request:
         settings = self.settings
-        self._limit("n", body.n or 1, settings.max_n, "choices")
-        self._limit("logprobs", top or 0, settings.max_logprobs, "likeliest tokens")
+        limit("n", body.n or 1, settings.max_n, "choices")
+        limit("logprobs", top or 0, settings.max_logprobs, "likeliest tokens")
         policy = self.policy(body.compression)
         param = "messages" if isinstance(body, ChatRequest) else "prompt"
         most = self._max_tokens(prompt, wanted, policy, param, body.min_tokens)
-        params = self._params(body, most, top, self._prompt_top(body, len(prompt), policy))
+        form = self.forms.form(body, prompt)
+        params = self._params(body, most, top, self._prompt_top(body, len(prompt), policy), form)
         reuse = body.compression is None or body.compression.reuse
         reuse = reuse and params.prompt_logprobs is None  # a cache that is reused gives no logits
         owner = owner if reuse else None
@@ -200,15 +184,20 @@ class Jobs:
             raise ApiError(400, str(error)) from None
 
     def _params(
-        self, body: Generation, max_tokens: int, top: int | None, prompt_top: int | None
+        self,
+        body: Generation,
+        max_tokens: int,
+        top: int | None,
+        prompt_top: int | None,
+        form: StructuredOutputsParams | None,
     ) -> SamplingParams:
         stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
         stop = [text for text in stop if text]
-        self._limit("stop", len(stop), self.settings.max_stop, "stop strings")
+        limit("stop", len(stop), self.settings.max_stop, "stop strings")
         longest = max(map(len, stop), default=0)
-        self._limit("stop", longest, MAX_STOP_LENGTH, "characters in a stop string")
+        limit("stop", longest, MAX_STOP_LENGTH, "characters in a stop string")
         ids = body.stop_token_ids or []
-        self._limit("stop_token_ids", len(ids), self.settings.max_stop, "stop token ids")
+        limit("stop_token_ids", len(ids), self.settings.max_stop, "stop token ids")
         try:
             bias = {int(token): amount for token, amount in (body.logit_bias or {}).items()}
         except ValueError:
@@ -233,55 +222,10 @@ class Jobs:
             logprobs=top,
             logit_bias=bias,
             min_tokens=body.min_tokens,
-            skip_special_tokens=body.skip_special_tokens and not self._reads_marks(body),
+            skip_special_tokens=body.skip_special_tokens and not self.forms.reads_marks(body),
             prompt_logprobs=prompt_top,
-            structured_outputs=self._form(body),
+            structured_outputs=form,
         )
-
-    def _reads_marks(self, body: Generation) -> bool:
-        """Whether special tokens have to be in the text, so that calls are found."""
-        if not isinstance(body, ChatRequest) or not body.calls_tools:
-            return False
-        return self.prompts.special_marks
-
-    def _calls(self, body: ChatRequest) -> StructuredOutputsParams | None:
-        """The form of an answer that holds calls, where they have to be valid: a call is wanted,
-        or functions are ``strict``, or what is not a call has a form, too."""
-        tools = [each.function for each in body.tools or ()]
-        callable = [each for each in tools if each.name in (body.choosable or [each.name])]
-        form = next(iter(body.forms.values()), None)
-        strict = any(each.strict for each in callable)
-        if not body.must_call and not strict and form is None and body.choosable is None:
-            return None
-        schema = None if form is None else form.get("json") or {"type": "object"}
-        functions = [(each.name, each.parameters) for each in callable]
-        size = sum(len(json.dumps(each)) for each in (functions, schema))
-        self._limit("tools", size, self.settings.max_schema_bytes, "bytes")
-        return StructuredOutputsParams(
-            grammar=grammar_of(
-                self.prompts.tool_prompt.format,
-                functions,
-                several=self._several(body),
-                must=body.must_call,
-                schema=schema,
-                added=self.prompts.added,
-            )
-        )
-
-    def _form(self, body: Generation) -> StructuredOutputsParams | None:
-        """The form that the answer must have."""
-        if isinstance(body, ChatRequest) and body.calls_tools:
-            return self._calls(body)
-        for param, options in body.forms.items():
-            try:
-                form = StructuredOutputsParams(**options)
-            except ValueError as error:
-                raise ApiError(400, str(error), param=param) from None
-            texts = (form.json, form.regex, form.grammar, *(form.choice or ()))
-            size = sum(len(text.encode()) for text in texts if text is not None)
-            self._limit(param, size, self.settings.max_schema_bytes, "bytes")
-            return form
-        return None
 
     def _max_tokens(
         self, prompt: TokenIds, wanted: int | None, policy: Policy, param: str, least: int
@@ -304,7 +248,7 @@ class Jobs:
             wanted = least
         if settings.max_tokens_limit is not None:
             name = "max_tokens" if wanted > least else "min_tokens"
-            self._limit(name, wanted, settings.max_tokens_limit, "generated tokens")
+            limit(name, wanted, settings.max_tokens_limit, "generated tokens")
         if wanted > room and not endless:
             raise self._too_long(
                 param,
@@ -328,9 +272,7 @@ class Jobs:
             raise ApiError(400, f"the {param} is empty; give at least one token", param=param)
         longest = self.settings.max_prompt_tokens
         if longest is not None:
-            self._limit(
-                param, len(prompt), longest, "prompt tokens", code="context_length_exceeded"
-            )
+            limit(param, len(prompt), longest, "prompt tokens", code="context_length_exceeded")
         return prompt
 
     def _check_messages(
@@ -352,6 +294,7 @@ class Jobs:
             )
         texts = [each.text for each in messages]
         texts += [call.function.arguments for each in messages for call in each.tool_calls or ()]
+        texts += [each.reasoning_content or "" for each in messages]
         self._check_length("".join(texts), "messages")
         self._check_length("".join(each.model_dump_json() for each in tools or ()), "tools")
 
@@ -366,15 +309,6 @@ class Jobs:
                 f"hold. Please reduce the length of the {param}.",
             )
 
-    def _limit(self, param: str, value: int, most: int, what: str, code: str | None = None) -> None:
-        if value > most:
-            raise ApiError(
-                400,
-                f"{param}: {value} {what} asked for; this server allows {most} at most",
-                param=param,
-                code=code,
-            )
-
     def _prompt_top(self, body: Generation, size: int, policy: Policy) -> int | None:
         """How many of the likeliest are wanted of a prompt of ``size`` tokens, which only a policy
         by which each of them reaches the last layer can tell."""
@@ -385,7 +319,7 @@ class Jobs:
             top = max(body.logprobs, top or 0)
         if top is None:
             return None
-        self._limit(param, top, self.settings.max_logprobs, "likeliest tokens")
+        limit(param, top, self.settings.max_logprobs, "likeliest tokens")
         try:
             check_prompt_logprobs(policy, what=what)
         except ValueError as error:

@@ -1,4 +1,4 @@
-"""The page: its parts put together into one document, which loads nothing."""
+"""The page at ``/`` and the API page at ``/docs``: documents that load nothing."""
 
 from __future__ import annotations
 
@@ -27,12 +27,18 @@ SCRIPTS = (
 
 
 def add_page(app: FastAPI) -> None:
-    """The page at ``/``."""
+    """The page at ``/``, and the API page at ``/docs``."""
 
     @app.get("/", response_class=HTMLResponse)
     async def page(request: Request) -> HTMLResponse:
         """The page: chat, and the live pyramid beside it."""
         return HTMLResponse(_document().replace("__NONCE__", request.scope[NONCE]))
+
+    @app.get("/docs", response_class=HTMLResponse)
+    async def docs(request: Request) -> HTMLResponse:
+        """What ``/openapi.json`` says, to read."""
+        text = (files("pyramidinfer") / "assets" / "docs.html").read_text(encoding="utf-8")
+        return HTMLResponse(text.replace("__NONCE__", request.scope[NONCE]))
 
 
 @cache

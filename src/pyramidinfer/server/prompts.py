@@ -13,6 +13,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from pyramidinfer.engine.chat_template import ChatTemplate
 from pyramidinfer.engine.text import Detokenizer, added_tokens
 from pyramidinfer.server.protocol import Message, Tool
+from pyramidinfer.server.thinking import Thinking
 from pyramidinfer.server.tool_formats import ToolPrompt
 from pyramidinfer.types import TokenIds
 
@@ -35,6 +36,7 @@ class Prompts:
         self.template, self.options = ChatTemplate(tokenizer), dict(options or {})
         self.template.check_options(self.options)
         self.tool_prompt = ToolPrompt(self.template)
+        self.thinking = Thinking(tokenizer, self.template)
         self._spelled: dict[int, bytes] = {}
 
     def encode(self, text: str, special: bool = True) -> TokenIds:
@@ -57,7 +59,7 @@ class Prompts:
         """
         if not self.template.exists:
             raise ValueError("this model has no chat template; use /v1/completions")
-        turns = [each.turn for each in messages]
+        turns = self.thinking.turns([each.turn for each in messages])
         listed: Sequence[Mapping[str, Any]] = [
             each.model_dump(exclude_none=True, exclude={"function": {"strict"}}) for each in tools
         ]

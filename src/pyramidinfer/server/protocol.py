@@ -1,219 +1,27 @@
-"""Bodies of requests: OpenAI's fields, vLLM's extras and ours, checked strictly."""
+"""Bodies of requests: OpenAI's fields, vLLM's extras and ours; the parts of a chat."""
 
 from __future__ import annotations
 
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Discriminator,
-    Field,
-    Tag,
-    model_validator,
-)
+from pydantic import Discriminator, Field, Tag, model_validator
+
+from pyramidinfer.server.protocol_base import Generation, Prompt, ResponseFormat, Strict, TokenId
 
 __all__ = [
     "ChatRequest",
     "CompletionRequest",
-    "Compression",
     "Detokenize",
     "Function",
-    "Generation",
     "Message",
-    "Pin",
-    "ResponseFormat",
-    "StreamOptions",
-    "StructuredOutputs",
     "TokenizeRequest",
     "Tool",
     "ToolCall",
     "ToolNamed",
 ]
 
-# Lists end at their first error: a body may hold a million of them.
-TokenId = Annotated[int, Field(ge=0)]
-TokenList = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
-Texts = Annotated[list[str], Field(min_length=1, fail_fast=True)]
-TokenLists = Annotated[list[TokenList], Field(min_length=1, fail_fast=True)]
-
-MANY = 16  # unknown names that are told of, at most
-MANY_BIASES = 1024
 MANY_TOOLS = 128
-#: For how long a cache can be pinned: a week.
-MOST_SECONDS = 7 * 24 * 3600
-
-
-def _kind(prompt: Any) -> str:
-    """What a prompt is meant to be, by its first item."""
-    first = prompt[0] if isinstance(prompt, list) and prompt else None
-    if isinstance(prompt, str):
-        return "text"
-    return "texts" if isinstance(first, str) else "lists" if isinstance(first, list) else "tokens"
-
-
-Prompt = Annotated[
-    Annotated[str, Tag("text")]
-    | Annotated[Texts, Tag("texts")]
-    | Annotated[TokenList, Tag("tokens")]
-    | Annotated[TokenLists, Tag("lists")],
-    Discriminator(_kind),
-]
-
-
-class Strict(BaseModel):
-    """Unknown names and other types are errors; so are NaN and infinity.
-
-    A name that says nothing (null; an unknown one with an empty list) is passed over: clients send
-    those for what is not set.
-    """
-
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def says_something(cls, given: Any) -> Any:
-        if not isinstance(given, dict):
-            return given
-        known = {field.alias or name for name, field in cls.model_fields.items()}
-        given = {name: value for name, value in given.items() if value is not None}
-        strange = [k for k, v in given.items() if k not in known and v != []][:MANY]
-        return {k: v for k, v in given.items() if k in known or k in strange}
-
-
-class Compression(Strict):
-    """What to keep for this request, within the operator's limits.
-
-    ``policy``: a method's name (the server's own by default);  ``keep``: the common budget;
-    ``reuse``: take up and leave a conversation's cache;  ``kv_dtype``: how keys and values are
-    stored, which must be the server's;  ``lossless``: keep everything, and let the policy choose
-    what is read to guess tokens ahead (as the server does by default).
-    """
-
-    policy: str | None = None
-    keep: Annotated[float, Field(gt=0, le=1)] | None = None
-    reuse: bool = True
-    kv_dtype: str | None = None
-    lossless: bool | None = None
-
-
-class Pin(Strict):
-    """``POST /v1/caches/{id}/pin``: for how many seconds a cache must not be dropped."""
-
-    ttl: Annotated[float, Field(gt=0, le=MOST_SECONDS)]
-
-
-class StreamOptions(Strict):
-    """``include_usage``: a last chunk tells the usage, and with ``continuous_usage_stats`` every
-    chunk does;  ``include_kv``: every chunk tells how many tokens each layer keeps."""
-
-    include_usage: bool = False
-    include_kv: bool = False
-    include_obfuscation: bool = False
-    continuous_usage_stats: bool = False
-
-
-class JsonSchema(Strict):
-    """OpenAI's ``json_schema``; the schema itself is what it is."""
-
-    name: str
-    description: str | None = None
-    schema_: dict[str, Any] = Field(alias="schema")
-    strict: bool | None = None
-
-
-class ResponseFormat(Strict):
-    """``text``, ``json_object`` (any object) or ``json_schema``."""
-
-    type: Literal["text", "json_object", "json_schema"]
-    json_schema: JsonSchema | None = None
-
-    @model_validator(mode="after")
-    def has_schema(self) -> ResponseFormat:
-        if (self.type == "json_schema") != (self.json_schema is not None):
-            raise ValueError("json_schema belongs to type 'json_schema', and to no other")
-        return self
-
-
-class StructuredOutputs(Strict):
-    """vLLM's: a JSON schema, a regular expression, texts to choose from, a grammar (Lark's notation
-    or GBNF), or any JSON object; one of them."""
-
-    json_: dict[str, Any] | str | None = Field(None, alias="json")
-    regex: str | None = None
-    choice: Texts | None = None
-    grammar: str | None = None
-    json_object: bool | None = None
-
-
-class Generation(Strict):
-    """What both endpoints take."""
-
-    model: str | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    n: Annotated[int, Field(ge=1, le=128)] | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    stop: str | Annotated[list[str], Field(fail_fast=True)] | None = None
-    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    user: str | None = None
-    # what vLLM takes besides
-    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(ge=0.01, le=1000)] | None = None
-    stop_token_ids: Annotated[list[TokenId], Field(fail_fast=True)] | None = None
-    ignore_eos: bool = False
-    return_token_ids: bool = False
-    min_tokens: Annotated[int, Field(ge=0, lt=2**31)] = 0
-    skip_special_tokens: bool = True
-    prompt_logprobs: Annotated[int, Field(ge=0)] | None = None
-    structured_outputs: StructuredOutputs | None = None
-    # what structured_outputs was before
-    guided_json: dict[str, Any] | str | None = None
-    guided_regex: str | None = None
-    guided_choice: Texts | None = None
-    guided_grammar: str | None = None
-    # ours
-    compression: Compression | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def bounded(cls, given: Any) -> Any:
-        biases = given.get("logit_bias") if isinstance(given, dict) else None
-        if isinstance(biases, dict) and len(biases) > MANY_BIASES:
-            raise ValueError(f"logit_bias: {len(biases)} tokens; {MANY_BIASES} are taken at most")
-        return given
-
-    @model_validator(mode="after")
-    def streams(self) -> Generation:
-        if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options needs stream=true")
-        if self.prompt_logprobs is not None and self.stream:
-            raise ValueError("prompt_logprobs are not available with stream=true")
-        return self
-
-    @model_validator(mode="after")
-    def has_one_form(self) -> Generation:
-        if len(forms := self.forms) > 1:
-            raise ValueError(f"{' and '.join(forms)}: an answer has one form; give one of them")
-        return self
-
-    @property
-    def forms(self) -> dict[str, dict[str, Any]]:
-        """Fields that say what form the answer has, and what as ``StructuredOutputsParams``."""
-        found = {
-            f"guided_{kind}": {kind: getattr(self, f"guided_{kind}")}
-            for kind in ("json", "regex", "choice", "grammar")
-            if getattr(self, f"guided_{kind}") is not None
-        }
-        if self.structured_outputs is not None:
-            found["structured_outputs"] = self.structured_outputs.model_dump(by_alias=True)
-        return found
 
 
 class CompletionRequest(Generation):
@@ -335,6 +143,7 @@ class Message(Strict):
     content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
     name: str | None = None
     refusal: str | None = None
+    reasoning_content: str | None = None
     tool_call_id: str | None = None
     tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = None
 
@@ -342,6 +151,8 @@ class Message(Strict):
     def says_or_is_said(self) -> Message:
         if self.tool_calls and self.role != "assistant":
             raise ValueError(f"tool_calls are an assistant's; a message of the role {self.role}")
+        if self.reasoning_content is not None and self.role != "assistant":
+            raise ValueError(f"reasoning_content is an assistant's; a message of role {self.role}")
         if self.role != "assistant" and not self.content and self.content != "":
             raise ValueError(f"a message of the role {self.role} needs content: a text, or parts")
         return self
@@ -355,12 +166,14 @@ class Message(Strict):
     @property
     def turn(self) -> dict[str, Any]:
         """What the chat template gets: the role, the text, and further fields that are given."""
-        further = self.model_dump(include={"name", "refusal", "tool_call_id"}, exclude_none=True)
+        texts = {"name", "refusal", "tool_call_id", "reasoning_content"}
+        further = self.model_dump(include=texts, exclude_none=True)
         if self.tool_calls:
             further["tool_calls"] = [call.model_dump() for call in self.tool_calls]
         return {"role": self.role, "content": self.text, **further}
 
 
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
 Messages = Annotated[list[Message], Field(min_length=1, fail_fast=True)]
 
 
@@ -374,6 +187,7 @@ class ChatRequest(Generation):
     top_logprobs: Annotated[int, Field(ge=0)] | None = None
     response_format: ResponseFormat | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    reasoning_effort: Effort | None = None
     tools: Tools | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None

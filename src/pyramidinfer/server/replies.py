@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from pyramidinfer.engine.answers import drafts
 from pyramidinfer.engine.request import Request
 from pyramidinfer.engine.text import Detokenizer
 from pyramidinfer.engine.worker import Stream, Update
 from pyramidinfer.server.errors import ApiError, of_reason
-from pyramidinfer.server.jobs import Job, param_of
+from pyramidinfer.server.forms import param_of
+from pyramidinfer.server.jobs import Job
 from pyramidinfer.server.prompts import Prompts
 from pyramidinfer.server.protocol import ChatRequest, ToolNamed
-from pyramidinfer.server.tool_calls import Piece, ToolReader
+from pyramidinfer.server.tool_calls import AnswerReader, Piece
 from pyramidinfer.types import KVUsage, Logprob, TokenIds
 
-__all__ = ["Reply", "failure"]
+__all__ = ["Reply", "Shape", "event", "failure"]
 
 
 @dataclass(slots=True)
@@ -28,11 +30,21 @@ class Choice:
     token_ids: TokenIds = field(default_factory=list)
     logprobs: list[Logprob] = field(default_factory=list)
     finish_reason: str | None = None
-    calls: ToolReader | None = None
+    parts: AnswerReader = field(default_factory=lambda: AnswerReader(None, None))
     # where the text of its tokens begins (completions' text_offset)
     base: int = 0
     said: TokenIds = field(default_factory=list)
     reader: Detokenizer | None = None
+
+
+class Shape(Protocol):
+    """How an answer is told over HTTP, whole or in events."""
+
+    async def whole(self) -> dict[str, Any]: ...
+
+    def chunks(self, first: Update | None) -> AsyncIterator[bytes]: ...
+
+    def failed(self, error: Exception) -> bytes: ...
 
 
 class Reply:
@@ -40,7 +52,7 @@ class Reply:
 
     def __init__(self, job: Job, stream: Stream, model: str, prompts: Prompts) -> None:
         self.job, self.stream, self.model, self.prompts = job, stream, model, prompts
-        self.choices = [Choice(calls=job.reader() if job.reader else None) for _ in stream.followed]
+        self.choices = [Choice(parts=job.reader()) for _ in stream.followed]
         wanted = job.body.logprobs  # chat: yes or no; completions: how many besides
         self.wants_logprobs = bool(wanted) if job.is_chat else wanted is not None
 
@@ -49,8 +61,7 @@ class Reply:
     async def whole(self) -> dict[str, Any]:
         """The whole answer once it is there."""
         async for update in self.stream:
-            self._check(update)
-            self._take(update)
+            self.take(update)
         choices = []
         for index, choice in enumerate(self.choices):
             entry = self._choice(index, choice.text, choice.token_ids, choice.logprobs, True)
@@ -65,17 +76,18 @@ class Reply:
         return {**self._head(kind), **answer}
 
     def _message(self, choice: Choice, text: str) -> dict[str, Any]:
-        """An assistant's message; its calls in a list beside the text."""
+        """An assistant's message; its thoughts, and its calls in a list, beside the text."""
         calls: list[dict[str, Any]] = []
-        if choice.calls is not None:
-            pieces = choice.calls.feed(text, last=True)
-            text = "".join(piece.text for piece in pieces)
-            for piece in pieces:
-                if piece.name:
-                    calls.append({key: it for key, it in piece.delta.items() if key != "index"})
-                elif piece.call is not None:
-                    calls[piece.call]["function"]["arguments"] += piece.arguments
+        pieces = choice.parts.feed(text, last=True)
+        text = "".join(piece.text for piece in pieces)
+        for piece in pieces:
+            if piece.name:
+                calls.append({key: it for key, it in piece.delta.items() if key != "index"})
+            elif piece.call is not None:
+                calls[piece.call]["function"]["arguments"] += piece.arguments
         message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+        if thought := "".join(piece.thought for piece in pieces):
+            message["reasoning_content"] = thought
         if calls:
             message |= {"content": text or None, "tool_calls": calls}
         return message
@@ -85,20 +97,28 @@ class Reply:
         named = isinstance(self.job.body, ChatRequest) and isinstance(
             self.job.body.tool_choice, ToolNamed
         )
-        called = choice.calls is not None and choice.calls.calls and not named
+        called = choice.parts.has_called and not named
         return "tool_calls" if called and choice.finish_reason == "stop" else choice.finish_reason
 
     # --- in chunks ----------------------------------------------------------------------------
 
-    async def chunks(self, first: Update | None) -> AsyncIterator[dict[str, Any]]:
-        """Chunks as they come; ``first``: an update that was looked at before."""
+    async def chunks(self, first: Update | None) -> AsyncIterator[bytes]:
+        """Events as they come; ``first``: an update that was looked at before."""
+        async for chunk in self._chunks(first):
+            yield event(chunk)
+        yield b"data: [DONE]\n\n"
+
+    def failed(self, error: Exception) -> bytes:
+        """The event that tells of an error in mid-stream."""
+        return event(failure(error))
+
+    async def _chunks(self, first: Update | None) -> AsyncIterator[dict[str, Any]]:
         kind = "chat.completion.chunk" if self.job.is_chat else "text_completion"
         options = self.job.body.stream_options
         begun: set[int] = set()
         update = first
         while update is not None:
-            self._check(update)
-            self._take(update)
+            self.take(update)
             for entry in self._deltas(update, update.choice not in begun):
                 chunk = {**self._head(kind), "choices": [entry]}
                 if options and options.include_usage:
@@ -123,9 +143,8 @@ class Reply:
         choice = self.choices[update.choice]
         if self.job.is_chat:
             text = entry.pop("text")
-            entry["delta"] = {"content": text}
-            if choice.calls is not None:
-                entry["delta"] = _delta(choice.calls.feed(text, bool(update.finish_reason)))
+            delta = _delta(choice.parts.feed(text, bool(update.finish_reason)))
+            entry["delta"] = delta or ({} if choice.parts.calls else {"content": ""})
             if is_first:
                 entry["delta"] = {"role": "assistant", **entry["delta"]}
         if update.finish_reason:
@@ -144,7 +163,8 @@ class Reply:
 
     # --- parts --------------------------------------------------------------------------------
 
-    def _check(self, update: Update) -> None:
+    def take(self, update: Update) -> None:
+        """Add what an update brings to its choice; ``ApiError`` where it tells of a failure."""
         if update.finish_reason is not None:
             error = of_reason(
                 update.finish_reason,
@@ -154,8 +174,6 @@ class Reply:
             )
             if error is not None:
                 raise error
-
-    def _take(self, update: Update) -> None:
         choice = self.choices[update.choice]
         choice.text += update.text
         choice.token_ids += update.token_ids
@@ -189,7 +207,7 @@ class Reply:
             entry["prompt_logprobs"] = self._of_prompt(leader)
         if self.wants_logprobs and self.job.is_chat:
             entry["logprobs"] = {
-                "content": [self._spelled(each) for each in logprobs],
+                "content": [self.spelled(each) for each in logprobs],
                 "refusal": None,
             }
         elif self.wants_logprobs:
@@ -225,7 +243,7 @@ class Reply:
         width = len(self.stream.followed) // len(self.job.leaders)
         return self.job.leaders[index // width]
 
-    def _spelled(self, logprob: Logprob) -> dict[str, Any]:
+    def spelled(self, logprob: Logprob) -> dict[str, Any]:
         """A token as chat completions tell of it."""
 
         def one(token: int, value: float) -> dict[str, Any]:
@@ -296,16 +314,30 @@ class Reply:
             "prefill_tokens_skipped": round(skipped),
             "kv_bytes": sum(kv.bytes for kv in caches),
             "kv_bytes_full": sum(kv.full_bytes for kv in caches),
+            **self._thoughts(),
             **_lowered(caches),
             **_drafted(requests),
             **extra,
         }
 
+    def _thoughts(self) -> dict[str, Any]:
+        """The tokens that were thoughts, of a model that has any."""
+        readers = [(each.parts.thoughts, each.token_ids) for each in self.choices]
+        counts = [
+            self.prompts.thinking.count(reader, tokens)
+            for reader, tokens in readers
+            if reader is not None
+        ]
+        return {"completion_tokens_details": {"reasoning_tokens": sum(counts)}} if counts else {}
+
 
 def _delta(pieces: list[Piece]) -> dict[str, Any]:
-    """What a chunk tells of text and calls."""
+    """What a chunk tells of thoughts, text and calls."""
     text = "".join(piece.text for piece in pieces)
-    delta: dict[str, Any] = {"content": text} if text else {}
+    thought = "".join(piece.thought for piece in pieces)
+    delta: dict[str, Any] = {"reasoning_content": thought} if thought else {}
+    if text:
+        delta["content"] = text
     calls: list[dict[str, Any]] = []
     for piece in pieces:
         if piece.call is None:
@@ -348,6 +380,12 @@ def _kv(kv: KVUsage) -> dict[str, Any]:
         "bytes": kv.bytes,
         "full_bytes": kv.full_bytes,
     }
+
+
+def event(entry: dict[str, Any], name: str = "") -> bytes:
+    """A server-sent event, escaped to ASCII: some clients split lines at U+2028 and its like."""
+    head = f"event: {name}\n" if name else ""
+    return f"{head}data: {json.dumps(entry, separators=(',', ':'))}\n\n".encode()
 
 
 def failure(error: Exception) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
@@ -23,13 +22,14 @@ from pyramidinfer.server.jobs import Job, Jobs
 from pyramidinfer.server.metrics import Metrics
 from pyramidinfer.server.prompts import Prompts
 from pyramidinfer.server.protocol import ChatRequest, CompletionRequest
-from pyramidinfer.server.replies import Reply, failure
+from pyramidinfer.server.replies import Reply, Shape
 from pyramidinfer.server.settings import ServerSettings
 
 __all__ = ["Service"]
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+Shaped = Callable[[Reply], Shape]
 
 #: Seconds beyond the request's own that a client has to read its answer.
 READING = 60.0
@@ -176,12 +176,15 @@ class Service:
             raise ApiError(503, str(error), code="engine_dead") from None
 
     async def answer(
-        self, body: ChatRequest | CompletionRequest, owner: str | None
+        self,
+        body: ChatRequest | CompletionRequest,
+        owner: str | None,
+        shaped: Shaped | None = None,
     ) -> dict[str, Any]:
-        """The whole answer.  ``ApiError`` where there is none."""
+        """The whole answer, in another shape if need be.  ``ApiError`` where there is none."""
         _, reply = await self.begin(body, owner)
         try:
-            found = await reply.whole()
+            found = await (shaped(reply) if shaped else reply).whole()
         finally:
             reply.stream.close()
         self._log_answer(reply)
@@ -198,48 +201,56 @@ class Service:
 
     # --- over HTTP ----------------------------------------------------------------------------
 
-    async def respond(self, request: Request, body: ChatRequest | CompletionRequest) -> Response:
+    async def respond(
+        self,
+        request: Request,
+        body: ChatRequest | CompletionRequest,
+        shaped: Shaped | None = None,
+    ) -> Response:
         """Answer over HTTP; a client that goes away takes its request along."""
         owner: str | None = request.scope["owner"]
         try:
             if not body.stream:
-                return JSONResponse(await _unless_gone(request, self.answer(body, owner)))
-            return await self._stream(request, body, owner)
+                return JSONResponse(await _unless_gone(request, self.answer(body, owner, shaped)))
+            return await self._stream(request, body, owner, shaped)
         except _Gone:
             self.metrics.disconnected.inc()
             return Response(status_code=499)
 
     async def _stream(
-        self, request: Request, body: ChatRequest | CompletionRequest, owner: str | None
+        self,
+        request: Request,
+        body: ChatRequest | CompletionRequest,
+        owner: str | None,
+        shaped: Shaped | None,
     ) -> Response:
         """A stream of events.  It begins once there is something to tell, so that what fails
         before is answered with its proper status."""
         _, reply = await self.begin(body, owner)
-        chunks = reply.chunks(None)
+        shape: Shape = shaped(reply) if shaped else reply
         try:
             first = await _unless_gone(request, reply.stream.next())
-            chunks = reply.chunks(first)
+            chunks = shape.chunks(first)
             head = await anext(chunks)
         except BaseException:
             reply.stream.close()
             raise
-        return EventStream(self, reply, self._events(reply, head, chunks))
+        return EventStream(self, reply, self._events(reply, shape, head, chunks))
 
     async def _events(
-        self, reply: Reply, head: dict[str, Any], chunks: AsyncIterator[dict[str, Any]]
+        self, reply: Reply, shape: Shape, head: bytes, chunks: AsyncIterator[bytes]
     ) -> AsyncIterator[bytes]:
-        yield _event(head)
+        yield head
         try:
             async for chunk in chunks:
-                yield _event(chunk)
+                yield chunk
         except Exception as error:
             if not isinstance(error, ApiError):
                 log.exception("a stream failed")
             reply.stream.close()  # before the client, which has not gone away, is done reading
-            yield _event(failure(error))
+            yield shape.failed(error)
             return
         self._log_answer(reply)
-        yield b"data: [DONE]\n\n"
 
     def _log_answer(self, reply: Reply) -> None:
         if self.settings.log_prompts:
@@ -287,8 +298,3 @@ async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
             each.cancel()
             with suppress(BaseException):
                 await each
-
-
-def _event(entry: dict[str, Any]) -> bytes:
-    """Escaped to ASCII: some clients split lines at U+2028 and its like, too."""
-    return f"data: {json.dumps(entry, separators=(',', ':'))}\n\n".encode()

@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from pyramidinfer.server.protocol import Message
+from pyramidinfer.server.thinking import ThinkReader, partly
 from pyramidinfer.server.tool_formats import ToolFormat
 
-__all__ = ["Piece", "ToolReader", "check_calls"]
+__all__ = ["AnswerReader", "Piece", "ToolReader", "check_calls"]
 
 #: The beginning of a call as models write it, up to its arguments.
 HEAD = re.compile(
@@ -22,13 +23,15 @@ PYTHON_TAG = "<|python_tag|>"
 
 
 class Piece(NamedTuple):
-    """More of an answer: text, or of a call (0 is the first) its name, once, and arguments."""
+    """More of an answer: text, or of a call (0 is the first) its name, once, and arguments, or of
+    its thoughts."""
 
     text: str = ""
     call: int | None = None
     id: str = ""
     name: str = ""
     arguments: str = ""
+    thought: str = ""
 
     @property
     def delta(self) -> dict[str, Any]:
@@ -121,8 +124,7 @@ class ToolReader:
         if last:
             held = 0
         else:
-            most = min(len(mark) - 1, len(self._rest))
-            held = next((n for n in range(most, 0, -1) if mark.startswith(self._rest[-n:])), 0)
+            held = partly(self._rest, mark)
             free = self._rest[: len(self._rest) - held]
             held += len(free) - len(free.rstrip())
         return self._out(self._rest[: len(self._rest) - held])
@@ -235,6 +237,27 @@ class ToolReader:
 
     def _more(self, arguments: str) -> Piece:
         return Piece("", self.calls - 1, arguments=arguments)
+
+
+class AnswerReader:
+    """Parts one answer into thoughts, text and calls; what nobody looks for is text."""
+
+    def __init__(self, thoughts: ThinkReader | None, calls: ToolReader | None) -> None:
+        self.thoughts, self.calls = thoughts, calls
+
+    def feed(self, text: str, last: bool = False) -> list[Piece]:
+        """What more of the text tells; ``last``: there is no more of it."""
+        thought = ""
+        if self.thoughts is not None:
+            thought, text = self.thoughts.feed(text, last)
+        pieces = [Piece(thought=thought)] if thought else []
+        if self.calls is not None:
+            return [*pieces, *self.calls.feed(text, last)]
+        return [*pieces, Piece(text)] if text else pieces
+
+    @property
+    def has_called(self) -> bool:
+        return self.calls is not None and self.calls.calls > 0
 
 
 def _read(text: str) -> tuple[Any, str] | None:

@@ -21,9 +21,10 @@ try:
 except ImportError as _missing:  # not everybody who runs models loads servers
     raise ValueError("this needs httpx: pip install httpx") from _missing
 
-__all__ = ["Leave", "Record", "arrival_times", "ask", "client", "httpx", "offer"]
+__all__ = ["RESPONSES", "Leave", "Record", "arrival_times", "ask", "client", "httpx", "offer"]
 
 Body = dict[str, Any]
+RESPONSES = "/v1/responses"
 LEAD = 0.05  # seconds from now until the first request is due
 
 
@@ -41,7 +42,8 @@ class Record:
 
     due : when it was to be sent;  sent : when it was;  arrivals : of each token;
     status : of HTTP, 0 where there was no answer;  left : the client hung up;
-    done : the stream ended with ``[DONE]``;  finish : reason of each choice that finished.
+    done : the stream came to its proper end;  finish : reason of each choice that finished, of a
+    response its status;  id : of the answer.
     """
 
     due: float = 0.0
@@ -57,6 +59,7 @@ class Record:
     usage: dict[str, Any] = field(default_factory=dict)
     retry_after: str | None = None
     error: str = ""
+    id: str = ""
 
     @property
     def outcome(self) -> str:
@@ -144,7 +147,9 @@ async def ask(
 async def _stream(
     http: httpx.AsyncClient, path: str, body: Body, record: Record, start: float, chunks: int | None
 ) -> None:
-    usual = {"stream": True, "stream_options": {"include_usage": True}}
+    usual: Body = {"stream": True}
+    if path != RESPONSES:  # whose last event tells the usage in any case
+        usual["stream_options"] = {"include_usage": True}
     async with http.stream("POST", path, json={**usual, **body}) as response:
         record.status = response.status_code
         if response.status_code != 200:
@@ -180,6 +185,10 @@ async def _events(response: httpx.Response) -> AsyncIterator[bytes]:
 
 def _take(chunk: dict[str, Any], record: Record, now: float) -> None:
     """One chunk of a stream into its record."""
+    if chunk.get("type", "").startswith("response."):
+        _take_event(chunk, record, now)
+        return
+    record.id = chunk.get("id") or record.id
     if chunk.get("error"):
         record.error = str(chunk["error"].get("message") or chunk["error"])
         return
@@ -192,6 +201,20 @@ def _take(chunk: dict[str, Any], record: Record, now: float) -> None:
         record.text += text
         if choice.get("finish_reason"):
             record.finish[choice.get("index", 0)] = choice["finish_reason"]
+
+
+def _take_event(event: dict[str, Any], record: Record, now: float) -> None:
+    """One event of ``/v1/responses`` into its record."""
+    kind, answer = event["type"].removeprefix("response."), event.get("response") or {}
+    record.id = answer.get("id") or record.id
+    if kind.endswith(".delta"):
+        record.arrivals.append(now)
+        record.text += event["delta"] if kind == "output_text.delta" else ""
+    elif kind == "failed":
+        record.error = str(answer["error"]["message"])
+    elif kind in ("completed", "incomplete"):
+        record.done, record.finish[0] = True, kind
+        record.usage = {**answer["usage"], "completion_tokens": answer["usage"]["output_tokens"]}
 
 
 def _message(content: bytes) -> str:
