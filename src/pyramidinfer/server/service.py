@@ -80,7 +80,7 @@ class Service:
             queue_timeout=settings.queue_timeout,
             compress_idle=settings.compress_idle,
         )
-        self.metrics.worker = self.worker
+        self.metrics.gauges.worker = self.worker
         self.draining = False
         self.preparing = 0  # requests whose texts become tokens
         self._threads = ThreadPoolExecutor(2, "prepare")
@@ -147,6 +147,7 @@ class Service:
                 timeout=self.settings.request_timeout,
                 arrived=arrived,
                 watch=bool(options and options.include_kv),
+                over=self.metrics.over,
             )
         except Busy as busy:
             raise self._busy(busy) from None
