@@ -23,6 +23,7 @@ from tests.server.live import tiny_llm
 
 ROOT = Path(__file__).parents[1]
 DEPLOY = ROOT / "deploy"
+FILES = sorted(path for path in DEPLOY.rglob("*") if path.is_file())
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 IMAGES = ["Dockerfile.cpu", "Dockerfile.cuda"]
 #: Seconds a server takes beyond its drain timeout, at most (uvicorn closes connections for 5).
@@ -289,7 +290,7 @@ README = (DEPLOY / "README.md").read_text()
 
 
 def test_no_file_says_latest() -> None:
-    for path in DEPLOY.iterdir():
+    for path in FILES:
         assert ":latest" not in path.read_text(), path.name
 
 
@@ -308,8 +309,8 @@ def test_the_pages_commands_parse() -> None:
 
 def test_the_page_names_this_version_and_every_file() -> None:
     assert set(re.findall(r"pyramidinfer:(\d[\w.]*)", README)) == {VERSION}
-    for path in DEPLOY.iterdir():
-        assert path.name == "README.md" or f"`{path.name}`" in README
+    for path in FILES:
+        assert path.name == "README.md" or f"`{path.relative_to(DEPLOY)}`" in README
     for document in (README, *((DEPLOY / name).read_text() for name in IMAGES)):
         for file in re.findall(r"-f (deploy/\S+)", document):
             assert (ROOT / file).exists()
