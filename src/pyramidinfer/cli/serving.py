@@ -138,7 +138,10 @@ def batch(
     engine: Annotated[EngineConfig, pick("max_requests", *ALONE, reuse_share=0.0)],
     settings: Annotated[ServerSettings, pick("model_name", "generation_config")],
 ) -> None:
-    """Answer a file of requests; stopped or killed, it goes on where it was."""
+    """Answer a file of requests; stopped or killed, it goes on where it was.
+
+    Exit code 0: all were answered; 1: some answers are errors; 2: some requests have no answer.
+    """
     from pyramidinfer.cli.batch import run_batch
     from pyramidinfer.cli.serve import ModelChoice
 
