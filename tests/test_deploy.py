@@ -106,8 +106,28 @@ def test_images_are_pinned_and_run_as_nobody_special(name: str) -> None:
     assert user.isdecimal() and group.isdecimal() and int(user) > 0
     assert f"--uid {user} " in " ".join(text for _, text in image.shipped)
     made = " ".join(text for word, text in image.shipped if word == "RUN")
-    assert "g++" in made and "tini" in made  # both belong to the image that is shipped
+    assert "tini" in made
     assert image.last("STOPSIGNAL") == "SIGTERM"
+
+
+def test_the_cpu_image_has_kernels_and_no_compiler() -> None:
+    """They lie outside of the volume, which may begin empty, and are of the image's sources."""
+    image = Image("Dockerfile.cpu")
+    (made,) = [text for text in image.all("RUN") if "pyramidinfer.native.ship" in text]
+    folder = image.variables["PYRAMIDINFER_KERNELS"]
+    assert made.split()[-3:] == ["-m", "pyramidinfer.native.ship", folder]
+    (copied,) = [text.split() for text in image.all("COPY") if "--from" in text]
+    assert Path(folder).is_relative_to(copied[-1])
+    assert not Path(folder).is_relative_to(image.last("VOLUME"))
+    runs = {word: " ".join(text for each, text in image.steps if each == word) for word in ("RUN",)}
+    shipped = " ".join(text for word, text in image.shipped if word == "RUN")
+    assert "g++" in runs["RUN"] and "g++" not in shipped and "libgomp1" in shipped
+
+
+def test_the_gpu_image_keeps_a_compiler() -> None:
+    """Triton compiles a launcher for each kernel."""
+    image = Image("Dockerfile.cuda")
+    assert "g++" in " ".join(text for word, text in image.shipped if word == "RUN")
 
 
 @pytest.mark.parametrize("name", IMAGES)
