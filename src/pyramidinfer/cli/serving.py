@@ -14,7 +14,13 @@ from pyramidinfer.cli.config_file import read_config
 from pyramidinfer.cli.fields import command
 from pyramidinfer.config import EngineConfig
 from pyramidinfer.options import Option, option_fields, pick
-from pyramidinfer.server.settings import KEYS_VARIABLE, SAFETY, ServerSettings, read_key_file, read_keys
+from pyramidinfer.server.settings import (
+    KEYS_VARIABLE,
+    SAFETY,
+    ServerSettings,
+    read_key_file,
+    read_keys,
+)
 
 __all__ = ["add_serving"]
 

@@ -132,8 +132,8 @@ class ServerSettings:
     otel_traces: Annotated[
         bool,
         Option(
-            "Send an OpenTelemetry trace of every request by OTLP, to where OTEL_EXPORTER_OTLP_ENDPOINT "
-            "says. Needs the extra otel.",
+            "Send an OpenTelemetry trace of every request by OTLP, to where "
+            "OTEL_EXPORTER_OTLP_ENDPOINT says. Needs the extra otel.",
             panel=SERVER,
             see="#traces",
         ),
