@@ -109,6 +109,8 @@ def test_a_mixed_file(tmp_path: Path) -> None:
     target = tmp_path / "out.jsonl"
     code, out, err = run("batch", str(source), str(target), *SMALL)
     assert code == 1 and out == ""
+    told = run("batch", "--help")[1]
+    assert "Exit code" in told and "some answers are errors" in told
     assert "10 requests could not be answered; their lines say why" in err
     found = answers(target)
     assert len(found) == 16

@@ -103,7 +103,7 @@ def run_serve(choice: ModelChoice, settings: ServerSettings, floor: float | None
         if floor is not None:
             _check_quality(choice, floor)
         llm = load(choice)
-        defaults_of(llm, settings.generation_config)
+        defaults_of(llm, settings.generation_config, settings.log_format)
         try:
             serve(llm, settings, line)
         except EngineDied as error:
