@@ -85,7 +85,7 @@ def _fill(server: Served, length: int) -> float:
 
 def memory_of(pid: int) -> dict[str, int]:
     """Bytes by the kernel's names: ``VmRSS`` resident now, ``RssAnon`` of that not backed by files,
-    ``VmHWM`` the most there ever was.  ``OSError`` where the system does not tell (only Linux does)."""
+    ``VmHWM`` the most there ever was.  ``OSError`` where the system does not tell (Linux does)."""
     found = re.findall(
         r"^(VmRSS|RssAnon|VmHWM):\s+(\d+) kB$",
         Path(f"/proc/{pid}/status").read_text(),
