@@ -376,14 +376,16 @@ class FootprintPlan(Plan):
     ] = ("auto",)
     kv_memory: Annotated[
         tuple[str, ...],
-        Option("Memory for the caches, a list.", check=size_text, parse=parse_words),
+        Option("Memory for the caches, a list.", check=size_text),
     ] = ("64MiB", "256MiB")
     prompt_len: PromptLen = 1024
     dtype: Dtype = "auto"
     threads: Threads = 0
-    extras: Annotated[
-        tuple[str, ...], Option("Extras whose packages are added up, a list.", parse=parse_words)
-    ] = ("server", "lab", "otel")
+    extras: Annotated[tuple[str, ...], Option("Extras whose packages are added up, a list.")] = (
+        "server",
+        "lab",
+        "otel",
+    )
 
     @property
     def configuration(self) -> dict[str, Any]:
