@@ -23,6 +23,7 @@ from tests.server.live import tiny_llm
 
 ROOT = Path(__file__).parents[1]
 DEPLOY = ROOT / "deploy"
+FILES = sorted(path for path in DEPLOY.rglob("*") if path.is_file())
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 IMAGES = ["Dockerfile.cpu", "Dockerfile.cuda"]
 #: Seconds a server takes beyond its drain timeout, at most (uvicorn closes connections for 5).
@@ -105,8 +106,28 @@ def test_images_are_pinned_and_run_as_nobody_special(name: str) -> None:
     assert user.isdecimal() and group.isdecimal() and int(user) > 0
     assert f"--uid {user} " in " ".join(text for _, text in image.shipped)
     made = " ".join(text for word, text in image.shipped if word == "RUN")
-    assert "g++" in made and "tini" in made  # both belong to the image that is shipped
+    assert "tini" in made
     assert image.last("STOPSIGNAL") == "SIGTERM"
+
+
+def test_the_cpu_image_has_kernels_and_no_compiler() -> None:
+    """They lie outside of the volume, which may begin empty, and are of the image's sources."""
+    image = Image("Dockerfile.cpu")
+    (made,) = [text for text in image.all("RUN") if "pyramidinfer.native.ship" in text]
+    folder = image.variables["PYRAMIDINFER_KERNELS"]
+    assert made.split()[-3:] == ["-m", "pyramidinfer.native.ship", folder]
+    (copied,) = [text.split() for text in image.all("COPY") if "--from" in text]
+    assert Path(folder).is_relative_to(copied[-1])
+    assert not Path(folder).is_relative_to(image.last("VOLUME"))
+    runs = {word: " ".join(text for each, text in image.steps if each == word) for word in ("RUN",)}
+    shipped = " ".join(text for word, text in image.shipped if word == "RUN")
+    assert "g++" in runs["RUN"] and "g++" not in shipped and "libgomp1" in shipped
+
+
+def test_the_gpu_image_keeps_a_compiler() -> None:
+    """Triton compiles a launcher for each kernel."""
+    image = Image("Dockerfile.cuda")
+    assert "g++" in " ".join(text for word, text in image.shipped if word == "RUN")
 
 
 @pytest.mark.parametrize("name", IMAGES)
@@ -289,7 +310,7 @@ README = (DEPLOY / "README.md").read_text()
 
 
 def test_no_file_says_latest() -> None:
-    for path in DEPLOY.iterdir():
+    for path in FILES:
         assert ":latest" not in path.read_text(), path.name
 
 
@@ -308,8 +329,8 @@ def test_the_pages_commands_parse() -> None:
 
 def test_the_page_names_this_version_and_every_file() -> None:
     assert set(re.findall(r"pyramidinfer:(\d[\w.]*)", README)) == {VERSION}
-    for path in DEPLOY.iterdir():
-        assert path.name == "README.md" or f"`{path.name}`" in README
+    for path in FILES:
+        assert path.name == "README.md" or f"`{path.relative_to(DEPLOY)}`" in README
     for document in (README, *((DEPLOY / name).read_text() for name in IMAGES)):
         for file in re.findall(r"-f (deploy/\S+)", document):
             assert (ROOT / file).exists()

@@ -54,6 +54,6 @@ def test_all_names_exist(name: str) -> None:
 
 def test_extras() -> None:
     project = tomllib.loads((ROOT.parents[1] / "pyproject.toml").read_text())["project"]
-    extras = {"server", "lab", "lm_eval", "peft", "ray", "gpu", "dev", "all"}
+    extras = {"server", "lab", "lm_eval", "peft", "otel", "ray", "gpu", "dev", "all"}
     assert set(project["optional-dependencies"]) == extras
     assert project["version"] == pyramidinfer.__version__ == metadata("pyramidinfer")["Version"]

@@ -108,7 +108,9 @@ def test_a_mixed_file(tmp_path: Path) -> None:
         file.write("\n  \n")  # empty lines are none
     target = tmp_path / "out.jsonl"
     code, out, err = run("batch", str(source), str(target), *SMALL)
-    assert code == 0 and out == ""
+    assert code == 1 and out == ""
+    told = run("batch", "--help")[1]
+    assert "Exit code" in told and "some answers are errors" in told
     assert "10 requests could not be answered; their lines say why" in err
     found = answers(target)
     assert len(found) == 16
@@ -146,7 +148,8 @@ def test_a_mixed_file(tmp_path: Path) -> None:
 
     before = target.read_bytes()
     code, _, err = run("batch", str(source), str(target), *SMALL)
-    assert code == 0 and "16 of 16 answers are there already" in err
+    assert code == 1 and "16 of 16 answers are there already" in err  # as it was
+    assert "10 requests could not be answered" in err
     assert target.read_bytes() == before
 
 

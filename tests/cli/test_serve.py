@@ -231,6 +231,10 @@ def test_lossless_chooses_what_drafts_read(
         (["--policy", "snapkb"], "did you mean 'snapkv'"),
         (["--keep", "2"], "keep=2.0 must be above 0"),
         (["--api-key-file", "/no/such/file"], "cannot read the keys in '/no/such/file'"),
+        (["--metrics-key-file", "/no/such/file"], "cannot read the keys in '/no/such/file'"),
+        (["--log-level", "debug"], "log_level='debug' is unknown"),
+        (["--log-format", "xml"], "log_format='xml' is unknown"),
+        (["--access-log", "--log-level", "error"], "access_log writes lines of level info"),
         (["--kv-memory", "lots"], "kv_memory='lots' is not a size"),
         (["--kv-memory", "1000TiB"], "is more than"),
         (["--kv-memory", "10KiB"], "kv_memory=10240 bytes is below one page per layer"),
@@ -440,6 +444,31 @@ def test_prompts_and_keys_stay_out_of_the_log(tmp_path: Path) -> None:
         os.kill(begun.pid, signal.SIGTERM)
         assert begun.wait() == 0
         assert "sesame" not in begun.err and "baker" not in begun.err
+
+
+def test_a_log_of_json_and_a_key_for_metrics(tmp_path: Path) -> None:
+    """Every line is an object, from the first to the last; the key opens what it should."""
+    keys = tmp_path / "keys"
+    keys.write_text("for-prometheus\n")
+    options = ("--log-format", "json", "--access-log", "--metrics-key-file", str(keys))
+    with server(*options, "--host", "127.0.0.1") as (begun, http):
+        key = {"Authorization": "Bearer for-prometheus", "X-Request-Id": "scrape-1"}
+        assert http.get("/metrics", headers=key).status_code == 200
+        assert http.get("/metrics").status_code == 401
+        os.kill(begun.pid, signal.SIGTERM)
+        assert begun.wait() == 0
+        lines = [json.loads(line) for line in begun.err.splitlines()]
+    assert "pyramidinfer serves" in lines[0]["message"] and "stopping" in lines[-1]["message"]
+    (told,) = [each for each in lines if each.get("request_id") == "scrape-1"]
+    assert (told["path"], told["status"]) == ("/metrics", 200)
+    assert "for-prometheus" not in str(lines)
+
+
+def test_traces_that_cannot_be_sent_are_one_line() -> None:
+    code, _, err = run("serve", *SMALL, "--otel-traces", OTEL_TRACES_EXPORTER="console")
+    assert code == 2
+    (line,) = err.strip().splitlines()
+    assert line.startswith("error: OTEL_TRACES_EXPORTER=console: traces are sent by OTLP")
 
 
 @pytest.mark.parametrize("command", [["serve"], ["chat"], ["batch", "{in}", "out.jsonl"]])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import stat
 import subprocess
@@ -16,6 +17,7 @@ import pytest
 from pyramidinfer.attention import select_backend
 from pyramidinfer.native import NoCompilerError, build, library, why_not
 from pyramidinfer.native.build import cache_folder, compile_kernels, find_compiler
+from pyramidinfer.native.ship import ship
 from tests.native.isas import backend
 
 MADE = Path(compile_kernels()).read_bytes()  # a library that loads
@@ -243,3 +245,54 @@ def test_every_source_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         header.write_text(header.read_text() + "\n// more\n")
         found.add(compile_kernels())
     assert len(found) == 1 + len(list(sources.glob("*.h")))
+
+
+FLAGS = {
+    "avx512-bf16": "avx2 fma f16c avx512f avx512bw avx512vl avx512dq avx512_vnni avx512_bf16 sse2",
+    "avx512-vnni": "avx2 fma f16c avx512f avx512bw avx512vl avx512dq avx512_vnni",
+    "avx512": "avx2 fma f16c avx512f avx512bw avx512vl avx512dq",
+    "avx2": "avx2 fma f16c avx512f",
+    "portable": "sse2 avx2",
+}
+
+
+def test_kernels_built_ahead_of_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The best one that the CPU can run is taken, with no compiler there."""
+    monkeypatch.setenv("CXX", str(compiler(tmp_path)))
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    folder = tmp_path / "shipped"
+    made = dict(zip(build.SHIPPED, ship(folder), strict=True))
+    assert len(builds(tmp_path)) == len(made) == len(FLAGS)
+    assert {"-mavx512bf16", "-mavx512vnni", "-mavx512f"} <= set(builds(tmp_path)[0].split())
+    assert not [each for each in builds(tmp_path)[-1].split() if each.startswith("-m")]
+    monkeypatch.setenv("PYRAMIDINFER_KERNELS", str(folder))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    for name, flags in FLAGS.items():
+        monkeypatch.setattr(build, "cpu_flags", lambda flags=flags: flags)
+        assert compile_kernels() == made[name]
+    assert not cache_folder().exists()
+    assert why_not() is None
+    made["portable"].unlink()  # the last that was taken; it is loaded, so not written over
+    made["portable"].write_bytes(b"torn")
+    with pytest.raises(NoCompilerError, match="no-such-compiler"):
+        compile_kernels()
+    monkeypatch.setenv("CXX", str(compiler(tmp_path)))
+    assert compile_kernels().parent == cache_folder()
+
+
+def test_other_machines_get_what_they_can_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", str(compiler(tmp_path)))
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+    (made,) = ship(tmp_path / "shipped")
+    assert "portable" in made.name
+
+
+def test_kernels_of_other_sources_are_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", str(compiler(tmp_path)))
+    (tmp_path / "kernels-portable-0123456789abcdef0123.so").write_bytes(MADE)
+    monkeypatch.setenv("PYRAMIDINFER_KERNELS", str(tmp_path))
+    assert compile_kernels().parent == cache_folder()

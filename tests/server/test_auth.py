@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from pyramidinfer import LLM
-from pyramidinfer.server.settings import KEYS_VARIABLE, read_keys
+from pyramidinfer.server.settings import KEYS_VARIABLE, ServerSettings, read_keys
 from tests.server.live import Live, beside, serving
 
 KEYS = ("sesame-open-17", "mellon-23")
@@ -75,6 +75,38 @@ def test_a_key_is_needed(locked: Live, method: str, path: str) -> None:
         for scheme in ("Bearer", "bearer"):
             headers = {"Authorization": f"{scheme} {key}"}
             assert locked.http.request(method, url, headers=headers).status_code != 401
+
+
+SCRAPE = "scrape-only-5"
+
+
+def test_a_key_for_metrics_opens_nothing_else(llm: LLM) -> None:
+    with serving(beside(llm), api_keys=KEYS, metrics_keys=(SCRAPE,)) as live:
+        http = live.http
+        for key in (SCRAPE, *KEYS):
+            answer = http.get("/metrics", headers=bearer(key))
+            assert answer.status_code == 200 and "vllm:num_requests_running" in answer.text
+        for wrong in ({}, bearer(SCRAPE + "x"), {"Authorization": SCRAPE}):
+            assert http.get("/metrics", headers=wrong).status_code == 401
+        for method, path in CLOSED:
+            if path != "/metrics":
+                answer = http.request(method, live.url + path, headers=bearer(SCRAPE))
+                assert answer.status_code == 403, path
+                assert answer.json()["error"]["code"] == "metrics_key"
+        assert http.get("/health", headers=bearer(SCRAPE)).status_code == 200
+
+
+def test_a_key_for_metrics_alone_closes_them_only(llm: LLM) -> None:
+    with serving(beside(llm), metrics_keys=(SCRAPE,)) as live:
+        assert live.http.get("/metrics").status_code == 401
+        assert live.http.get("/metrics", headers=bearer(SCRAPE)).status_code == 200
+        assert live.complete(max_tokens=1).status_code == 200
+
+
+def test_a_key_is_for_metrics_or_for_all() -> None:
+    with pytest.raises(ValueError, match="a key of its own") as error:
+        ServerSettings(api_keys=KEYS, metrics_keys=KEYS[:1])
+    assert KEYS[0] not in str(error.value)
 
 
 def test_open_paths_need_none(locked: Live) -> None:

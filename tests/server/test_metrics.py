@@ -21,6 +21,18 @@ TYPES = {
     "vllm:request_queue_time_seconds": "histogram",
     "vllm:request_prompt_tokens": "histogram",
     "vllm:request_generation_tokens": "histogram",
+    "vllm:request_prefill_time_seconds": "histogram",
+    "vllm:request_decode_time_seconds": "histogram",
+    "vllm:request_inference_time_seconds": "histogram",
+    "vllm:request_time_per_output_token_seconds": "histogram",
+    "vllm:request_max_num_generation_tokens": "histogram",
+    "vllm:request_params_max_tokens": "histogram",
+    "vllm:request_params_n": "histogram",
+    "vllm:iteration_tokens_total": "histogram",
+    "vllm:prefix_cache_queries": "counter",
+    "vllm:prefix_cache_hits": "counter",
+    "pyramidinfer:step_seconds": "counter",
+    "pyramidinfer:draft_seconds": "counter",
     "vllm:prompt_tokens": "counter",
     "vllm:generation_tokens": "counter",
     "vllm:request_success": "counter",
@@ -112,6 +124,10 @@ def test_before_and_after_load(fresh: Live) -> None:
         "time_to_first_token_seconds",
         "e2e_request_latency_seconds",
         "request_queue_time_seconds",
+        "request_prefill_time_seconds",
+        "request_decode_time_seconds",
+        "request_inference_time_seconds",
+        "request_params_max_tokens",
         "request_prompt_tokens",
         "request_generation_tokens",
     ):
@@ -119,6 +135,24 @@ def test_before_and_after_load(fresh: Live) -> None:
         assert after[f"vllm:{name}_bucket le=+Inf"] == 7
     assert after["vllm:inter_token_latency_seconds_count"] == new - 7
     assert after["vllm:request_generation_tokens_sum"] == new
+    # the answer that ended with its first token has no time between tokens
+    assert after["vllm:request_time_per_output_token_seconds_count"] == 6
+    assert after["vllm:request_params_max_tokens_sum"] == 8 + 3 * 5 + 3 + 6 + 4
+    assert after["vllm:request_params_n_sum"] == 1 + 3 + 1 + 1 + 1
+    assert after["vllm:request_params_n_count"] == 5
+    assert after["vllm:request_max_num_generation_tokens_sum"] == 8 + 5 + 3 + 6 + 1
+    assert after["vllm:iteration_tokens_total_sum"] == prompts + new
+    longest = max(each["prompt_tokens"] for each in usages)
+    assert after["vllm:iteration_tokens_total_bucket le=16384.0"] > 7  # steps, not requests
+    assert after["vllm:iteration_tokens_total_sum"] > longest
+    parts = ("queue", "prefill", "decode")
+    spent = sum(after[f"vllm:request_{part}_time_seconds_sum"] for part in parts)
+    assert after["vllm:e2e_request_latency_seconds_sum"] == pytest.approx(spent)
+    for part in ("prefill", "decode"):
+        spent = after[f"vllm:request_{part}_time_seconds_sum"]
+        assert 0 < spent < after["vllm:request_inference_time_seconds_sum"]
+    assert after["pyramidinfer:step_seconds_total"] > 0
+    assert after["pyramidinfer:draft_seconds_total"] == 0
     assert after["pyramidinfer:requests_rejected_total status=400"] == 1
     assert after["pyramidinfer:requests_rejected_total status=404"] == 1
     skipped = sum(each["prefill_tokens_skipped"] for each in usages)
@@ -146,6 +180,25 @@ def test_reuse_is_counted(fresh: Live) -> None:
     assert values["pyramidinfer:reuse_misses_total"] == 1
     cached = second["usage"]["prompt_tokens_details"]["cached_tokens"]
     assert values["pyramidinfer:reuse_tokens_total"] == cached > 0
+    assert values["vllm:prefix_cache_hits_total"] == cached
+    asked = [each["usage"]["prompt_tokens"] for each in (said, second)]
+    assert values["vllm:prefix_cache_queries_total"] == sum(asked)
+    fresh.chat(STORY, compression={"reuse": False})  # asks for nobody's cache
+    assert read(fresh)["vllm:prefix_cache_queries_total"] == sum(asked)
+
+
+def test_guessing_takes_its_share_of_the_time(llm: LLM) -> None:
+    with serving(beside(llm, kv_memory="32MiB", draft_tokens=2)) as live:
+        answer = live.complete(STORY * 8, max_tokens=12, compression={"lossless": True})
+        assert answer.json()["usage"]["verifications"] > 0
+        values = read(live)
+        steps = values["pyramidinfer:step_seconds_total"]
+        assert 0 < values["pyramidinfer:draft_seconds_total"] < steps
+
+
+def test_no_series_tells_when_a_metric_was_made(fresh: Live) -> None:
+    fresh.complete()
+    assert "_created" not in fresh.http.get("/metrics").text
 
 
 def test_while_something_runs(fresh: Live) -> None:

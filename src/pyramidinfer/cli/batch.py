@@ -3,6 +3,9 @@
 Every answer is one line, written whole and synced before the next.  Begun again, the command cuts
 off a line that was not finished when it was killed, and does what is missing.  Requests may come
 from a pipe, which is read once, into a temporary file.
+
+The exit code is 0 where every request was answered, 1 where all have their line and some of those
+hold an error (a second run does not try them again), and 2 where some have none.
 """
 
 from __future__ import annotations
@@ -10,10 +13,12 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -42,13 +47,18 @@ def run_batch(
     model_name: str,
     generation_config: str = "auto",
 ) -> None:
-    """Answer what the target does not hold yet."""
+    """Answer what the target does not hold yet; exit code 1 where some answers are errors."""
     check_asked({}, generation_config)
     check_target(source, target)
     with open_requests(source) as requests:
         wanted = check_requests(requests)
         with target.open("a+b") as out:
-            _answer_rest(choice, requests, wanted, out, target, model_name, generation_config)
+            failed = _answer_rest(
+                choice, requests, wanted, out, target, model_name, generation_config
+            )
+    if failed:
+        print(f"{failed} requests could not be answered; their lines say why", file=sys.stderr)
+        raise typer.Exit(1)
 
 
 def _answer_rest(
@@ -59,14 +69,17 @@ def _answer_rest(
     target: Path,
     model_name: str,
     generation_config: str,
-) -> None:
-    """Go on where the target ends; ``OSError`` where a request is left without an answer."""
-    done = take_up(out, target, requests, wanted)
+) -> int:
+    """Go on where the target ends; how many answers are errors in all.
+
+    ``OSError`` where a request is left without an answer.
+    """
+    done, failed = take_up(out, target, requests, wanted)
     console = Console(stderr=True)
     if done:
         console.print(f"{len(done)} of {len(wanted)} answers are there already")
     if len(done) == len(wanted):
-        return
+        return failed
     llm = load(choice)
     defaults_of(llm, generation_config)
     most = llm.engine.config.max_requests
@@ -79,7 +92,6 @@ def _answer_rest(
         TimeElapsedColumn(),
         console=console,
     )
-    failed = 0
     left = wanted - done
     with bar:
         task = bar.add_task(Path(requests.name).name, total=len(wanted), completed=len(done))
@@ -100,8 +112,7 @@ def _answer_rest(
             f"{requests.name!r} was changed meanwhile: {len(left)} requests that it had "
             f"({min(left)!r}, say) have no answer; the same command goes on where it was"
         )
-    if failed:
-        console.print(f"{failed} requests could not be answered; their lines say why")
+    return failed
 
 
 async def _answer_all(service: Service, lines: Iterator[Line], write: Any, width: int) -> None:

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from pyramidinfer.cli.fields import command
 from pyramidinfer.lab.bench.plans import (
+    FootprintPlan,
     KernelPlan,
     KvDtypesPlan,
     LatencyPlan,
@@ -118,6 +119,15 @@ def memory(plan: MemoryPlan, json: Json = Path("out/bench_memory.json")) -> None
     result = run_memory(plan, _target(json))
     picture = draw_memory(plan.configuration, result, json.with_suffix(".png"))
     _show(memory_table(plan.configuration, result), json, picture)
+
+
+@command(bench)
+def footprint(plan: FootprintPlan, json: Json = Path("out/footprint.json")) -> None:
+    """What a serving process takes beside weights and kv_memory, and what is installed."""
+    from pyramidinfer.lab.bench.footprint import run_footprint
+    from pyramidinfer.lab.bench.table import footprint_table
+
+    _show(footprint_table(run_footprint(plan, _target(json))), json)
 
 
 @command(bench)

@@ -77,15 +77,17 @@ def check_asked(asked: Mapping[str, Any], generation_config: str) -> None:
     check_choice("--generation-config", generation_config, ("auto", "none"))
 
 
-def defaults_of(llm: LLM, generation_config: str) -> dict[str, Any]:
+def defaults_of(llm: LLM, generation_config: str, log_format: str = "text") -> dict[str, Any]:
     """The model's sampling defaults, told on standard error; none where they are switched off."""
+    from pyramidinfer.server.logs import announce
+
     found = llm.sampling_defaults if generation_config == "auto" else {}
     if found:
         shown = ", ".join(f"{name} {value:g}" for name, value in found.items())
-        print(
+        announce(
             f"sampling defaults of the model: {shown} (its generation_config.json; "
             f"--generation-config none switches them off)",
-            file=sys.stderr,
+            log_format,
         )
     return found
 

@@ -17,7 +17,9 @@ from pyramidinfer.config import EngineConfig
 from pyramidinfer.engine import LLM
 from pyramidinfer.models.loading import quiet_transformers, shipped_model
 from pyramidinfer.policies import Policy
+from pyramidinfer.server.logs import announce, set_up
 from pyramidinfer.server.run import EngineDied, bind, check_connections, serve
+from pyramidinfer.server.service import spans_module
 from pyramidinfer.server.settings import ServerSettings
 
 __all__ = ["ModelChoice", "load", "run_serve"]
@@ -85,24 +87,23 @@ def run_serve(choice: ModelChoice, settings: ServerSettings, floor: float | None
 
     floor : verify the policy first; below this share of the full cache's quality, do not serve.
     """
-    logging.basicConfig(
-        level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s"
-    )
-    for name in ("httpx", "transformers"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    set_up(settings.log_level, settings.log_format)
     if not settings.api_keys and not settings.is_loopback:
-        print(
+        announce(
             f"warning: {settings.host} can be reached from other machines and there is no API "
             f"key: anybody who reaches it may use the model (--api-key-file sets keys)",
-            file=sys.stderr,
+            settings.log_format,
+            logging.WARNING,
         )
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # until the server is there to drain
     check_connections(settings)
+    if settings.otel_traces:
+        spans_module()
     with bind(settings) as line:  # held, so that nobody takes it, and not open yet
         if floor is not None:
             _check_quality(choice, floor)
         llm = load(choice)
-        defaults_of(llm, settings.generation_config)
+        defaults_of(llm, settings.generation_config, settings.log_format)
         try:
             serve(llm, settings, line)
         except EngineDied as error:

@@ -14,7 +14,13 @@ from pyramidinfer.cli.config_file import read_config
 from pyramidinfer.cli.fields import command
 from pyramidinfer.config import EngineConfig
 from pyramidinfer.options import Option, option_fields, pick
-from pyramidinfer.server.settings import KEYS_VARIABLE, SAFETY, ServerSettings, read_keys
+from pyramidinfer.server.settings import (
+    KEYS_VARIABLE,
+    SAFETY,
+    ServerSettings,
+    read_key_file,
+    read_keys,
+)
 
 __all__ = ["add_serving"]
 
@@ -63,6 +69,16 @@ class ServeOptions:
         ),
     ] = None
 
+    metrics_key_file: Annotated[
+        Path | None,
+        Option(
+            "File with keys that open /metrics and nothing else, one a line, for Prometheus.",
+            unset="/metrics needs an API key where there are any",
+            panel=SAFETY,
+            see="#observe",
+        ),
+    ] = None
+
     def floor(self, model: ModelOptions, engine: EngineConfig) -> float | None:
         """What must be kept of the full cache's quality; None: it is not measured."""
         if not self.verify:
@@ -108,7 +124,11 @@ def serve(
     from pyramidinfer.cli.serve import ModelChoice, run_serve
 
     choice = ModelChoice.of(model, engine)
-    settings = replace(settings, api_keys=read_keys(options.api_key_file))
+    settings = replace(
+        settings,
+        api_keys=read_keys(options.api_key_file),
+        metrics_keys=read_key_file(options.metrics_key_file),
+    )
     if settings.compress_idle and not engine.reuse_share:
         raise ValueError(
             f"--compress-idle with --reuse-share {engine.reuse_share:g}: no conversation is held "
@@ -138,7 +158,10 @@ def batch(
     engine: Annotated[EngineConfig, pick("max_requests", *ALONE, reuse_share=0.0)],
     settings: Annotated[ServerSettings, pick("model_name", "generation_config")],
 ) -> None:
-    """Answer a file of requests; stopped or killed, it goes on where it was."""
+    """Answer a file of requests; stopped or killed, it goes on where it was.
+
+    Exit code 0: all were answered; 1: some answers are errors; 2: some requests have no answer.
+    """
     from pyramidinfer.cli.batch import run_batch
     from pyramidinfer.cli.serve import ModelChoice
 

@@ -27,7 +27,7 @@ from pyramidinfer.engine.reuse import Held, open_conversations
 from pyramidinfer.engine.sampler import prepare, sample
 from pyramidinfer.engine.scheduler import Plan, Scheduler
 from pyramidinfer.engine.shared import Shared
-from pyramidinfer.engine.stats import Stats, read_stats
+from pyramidinfer.engine.stats import Stats, Work, read_stats
 from pyramidinfer.engine.text import encoder_of
 from pyramidinfer.engine.undo import Undo
 from pyramidinfer.models import ModelRunner, Prefill
@@ -105,7 +105,7 @@ class Engine:
         ends = self.runner.end_ids | find_end_ids(tokenizer)
         self.end_ids = frozenset(end for end in ends if end < self.runner.vocab_size)
         self.maker = Maker(self.shared, self.end_ids)
-        self.peak_in_flight = 0
+        self.peak_in_flight, self.work = 0, Work()
         self._profile: Profile | None = None
         self.policy = self.bind(policy)
         if self.policy is not policy:
@@ -378,11 +378,13 @@ class Engine:
             stepped = self.runner.forward(self.pool, self._batch(plan))
             undo.ran = True
             ended = self._commit(plan, stepped, undo.committed)
+            done = time.perf_counter()
+            self.work.add(done - begun, guessed - begun if plan.drafts else 0.0)
             if plan.decode and not plan.prefill:
                 self.drafter.ran(
                     plan.drafts,
                     guessed - begun,
-                    time.perf_counter() - guessed,
+                    done - guessed,
                     len(plan.decode) + self.drafter.accepted - before,
                 )
             return ended
@@ -398,7 +400,9 @@ class Engine:
 
     def stats(self) -> Stats:
         """What it holds and has done, for other threads to read."""
-        return read_stats(self.scheduler, self.conversations, self.drafter, self.peak_in_flight)
+        return read_stats(
+            self.scheduler, self.conversations, self.drafter, self.work, self.peak_in_flight
+        )
 
     def check(self) -> None:
         """``pool.check()``, and that nothing is reserved when nothing runs."""

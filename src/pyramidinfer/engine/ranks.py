@@ -10,6 +10,7 @@ memory or random numbers.
 from __future__ import annotations
 
 import pickle
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -93,10 +94,13 @@ class Split(Engine):
         if not isinstance(runner, StageRunner):
             return super()._run(plan)
         self.peak_in_flight = max(self.peak_in_flight, self.scheduler.in_flight)
+        begun = time.perf_counter()
         try:
             return self._fly(runner, plan)
         except ValueError as error:  # of one stage alone: the others wait for it
             raise self.link.fail(f"a step failed: {error}") from error
+        finally:
+            self.work.add(time.perf_counter() - begun)
 
     def _fly(self, runner: StageRunner, plan: Plan) -> list[Request]:
         """Begin a step, where there is anything to do, and end the oldest one if it is time."""

@@ -64,9 +64,9 @@ class Conversations:
     """Caches of finished requests, least recently finished first.
 
     ``limit``: bytes they may hold together in the pool;  ``host``, ``disk``: where they go from
-    there.  ``hits`` (``hits_from`` a place), ``misses`` and ``reused_tokens`` count what was asked
-    for, ``dropped`` the caches that went for want of room, ``spills`` those that went from the pool
-    to host memory and ``loads`` those that came back.
+    there.  ``hits`` (``hits_from`` a place), ``misses``, and ``reused_tokens`` of all
+    ``queried_tokens`` count what was asked for, ``dropped`` the caches that went for want of room,
+    ``spills`` those that went from the pool to host memory and ``loads`` those that came back.
     """
 
     def __init__(
@@ -75,7 +75,8 @@ class Conversations:
         self.shared, self.limit, self.names = shared, limit, names
         self.host, self.disk = host, disk
         host.lost = self._lose
-        self.misses = self.reused_tokens = self.dropped = self.spills = self.loads = 0
+        self.misses = self.dropped = self.spills = self.loads = 0
+        self.queried_tokens = self.reused_tokens = 0
         self.hits_from: Counter[str] = Counter()
         self.index = Index()
         self._held: dict[Request, Conversation] = {}  # in the order in which they ended
@@ -209,6 +210,7 @@ class Conversations:
         finally:
             one.coming = False
         self.hits_from["disk" if one.from_disk else one.place] += 1
+        self.queried_tokens += len(request.prompt)
         self.reused_tokens += one.length
         request.pinned = one.pinned
         if here is not None:

@@ -198,6 +198,7 @@ class Scheduler:
             return "none"
         if request.owner is not None and request.status == "waiting":
             self.conversations.misses += 1
+            self.conversations.queried_tokens += len(request.prompt)
         self.ledger.reserve(request, wanted)
         return "taken"
 

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from pyramidinfer.engine.drafting import Drafter
 from pyramidinfer.engine.reuse import Conversations
 from pyramidinfer.engine.scheduler import Scheduler
 
-__all__ = ["Stats", "read_stats"]
+__all__ = ["Stats", "Work", "read_stats"]
+
+
+@dataclass
+class Work:
+    """Seconds that steps took so far, and those of them in which tokens were guessed ahead."""
+
+    seconds: float = 0.0
+    guessing: float = 0.0
+
+    def add(self, seconds: float, guessing: float = 0.0) -> None:
+        """Count a step."""
+        self.seconds += seconds
+        self.guessing += guessing
 
 
 class Stats(NamedTuple):
@@ -20,7 +34,12 @@ class Stats(NamedTuple):
     ``swapped_bytes``: of host memory, by preempted requests.  ``caches``, ``cache_bytes`` and
     ``hits_from``: conversations by place.  The rest counts events since the start, as
     ``scheduler.Counts`` and ``Conversations`` do; ``file_errors``: files that could not be read or
-    written;  ``drafted``, ``accepted``, ``verifications``: as in ``DraftUsage``, of all requests.
+    written;  ``drafted``, ``accepted``, ``verifications``: as in ``DraftUsage``, of all requests;
+    ``step_seconds``, ``guessing_seconds``: as in ``Work``.
+
+    ``prefix_queries`` and ``prefix_hits``: prompt tokens of requests that began and might have
+    found what others left, and those of them that were found and not computed again.  Whatever
+    shares caches adds its tokens to these two in ``read_stats``.
     """
 
     running: int
@@ -42,6 +61,8 @@ class Stats(NamedTuple):
     reuse_misses: int
     reuse_tokens: int
     reuse_dropped: int
+    prefix_queries: int
+    prefix_hits: int
     caches: dict[str, int]
     cache_bytes: dict[str, int]
     hits_from: dict[str, int]
@@ -51,10 +72,12 @@ class Stats(NamedTuple):
     drafted: int
     accepted: int
     verifications: int
+    step_seconds: float
+    guessing_seconds: float
 
 
 def read_stats(
-    scheduler: Scheduler, held: Conversations, drafter: Drafter, peak_running: int
+    scheduler: Scheduler, held: Conversations, drafter: Drafter, work: Work, peak_running: int
 ) -> Stats:
     """The numbers now; for the engine's own thread."""
     pool, done, disk = scheduler.pool, scheduler.counts, held.disk
@@ -79,6 +102,8 @@ def read_stats(
         reuse_misses=held.misses,
         reuse_tokens=held.reused_tokens,
         reuse_dropped=held.dropped,
+        prefix_queries=held.queried_tokens,
+        prefix_hits=held.reused_tokens,
         caches={
             "device": held.count,
             "host": len(held.host),
@@ -96,4 +121,6 @@ def read_stats(
         drafted=drafter.drafted,
         accepted=drafter.accepted,
         verifications=drafter.verifications,
+        step_seconds=work.seconds,
+        guessing_seconds=work.guessing,
     )

@@ -70,6 +70,9 @@ class Observer(Protocol):
     def ended(self, request: Request, reason: str) -> None:
         """A request ended."""
 
+    def stepped(self) -> None:
+        """A step is over, and what it gave was told."""
+
     def checked(self, sound: bool) -> None:
         """With nothing to do the engine checked that no page is lost."""
 
@@ -90,7 +93,7 @@ class Stream:
     """Updates of one submission, in order: ``async for update in stream``.
 
     ``close`` aborts what has not ended.  ``followed`` has a request and its samples in a row, for
-    every prompt.
+    every prompt.  ``over`` is called in the engine's thread when all of them have ended.
     """
 
     engine: AsyncEngine
@@ -100,6 +103,7 @@ class Stream:
     timeout: float
     arrived: float = field(default_factory=time.monotonic)
     updates: asyncio.Queue[Update] = field(default_factory=asyncio.Queue)
+    over: Callable[[list[Request]], None] | None = None
     left: int = 0
     again: bool = False
 
@@ -226,16 +230,19 @@ class AsyncEngine:
         timeout: float,
         watch: bool = False,
         arrived: float | None = None,
+        over: Callable[[list[Request]], None] | None = None,
     ) -> Stream:
         """Queue requests that ``Engine.make`` built; called in an event loop.
 
         ``watch``: every update tells of the cache;  ``arrived``: when they were asked for
-        (``time.monotonic``), from which on their waiting counts.  ``Busy`` where the queue is full.
+        (``time.monotonic``), from which on their waiting counts;  ``over``: called in the engine's
+        thread with all of them and their samples once they have ended.  ``Busy`` where the queue
+        is full.
         """
         if self.waiting and self.waiting + len(leaders) > self.max_waiting:
             raise Busy(self.waiting, self.retry_after())
         followed = [Followed(each) for leader in leaders for each in (leader, *leader.samples)]
-        stream = Stream(self, asyncio.get_running_loop(), followed, watch, timeout)
+        stream = Stream(self, asyncio.get_running_loop(), followed, watch, timeout, over=over)
         if arrived is not None:
             stream.arrived = arrived
         if self.is_idle:
@@ -277,6 +284,7 @@ class AsyncEngine:
         self._end(stream, "abort")
         if stream in self._live:
             self._live.remove(stream)
+            _say_over(stream)
 
     def _end(self, stream: Stream, reason: str) -> None:
         for request in [each for each in stream.requests if not each.ended]:
@@ -346,11 +354,14 @@ class AsyncEngine:
                     begun = time.monotonic()
                     self._check()
                     checked, due = True, 21 * time.monotonic() - 20 * begun  # a twentieth of it
-            if not self.engine.scheduler.idle:
+            steps = not self.engine.scheduler.idle
+            if steps:
                 checked = recompressing = False
                 self._step()
             self._expire()
             self._publish()
+            if steps:
+                self.observer.stepped()
 
     def _obey(self, wait: float | None) -> bool:
         """Do what was asked for, waiting so many seconds for it (None: until something is); False
@@ -449,8 +460,11 @@ class AsyncEngine:
                 update = self._news(stream, index, each)
                 if update is not None:
                     told.setdefault(stream.loop, []).append((stream, update))
-        self._live = [s for s in self._live if not all(each.ended for each in s.followed)]
+        over = [s for s in self._live if all(each.ended for each in s.followed)]
+        self._live = [each for each in self._live if each not in over]
         _tell(told)
+        for stream in over:
+            _say_over(stream)
 
     def _news(self, stream: Stream, index: int, each: Followed) -> Update | None:
         request = each.request
@@ -477,6 +491,11 @@ class AsyncEngine:
             text, each.written = whole[each.written :], max(each.written, len(whole))
         kv = self.engine.usage(request) if stream.watch or ended else None
         return Update(index, text, tokens, logprobs, request.finish_reason, request.error, kv)
+
+
+def _say_over(stream: Stream) -> None:
+    if stream.over is not None:
+        stream.over(stream.requests)
 
 
 def _tell(told: dict[asyncio.AbstractEventLoop, list[tuple[Stream, Update]]]) -> None:

@@ -81,12 +81,12 @@ def answer_file(source: Path, target: Path, options: ReplicaOptions) -> int:
     check_target(source, target)
     with open_requests(source) as requests, target.open("a+b") as out:
         wanted = check_requests(requests)
-        done = take_up(out, target, requests, wanted)
+        done, failed = take_up(out, target, requests, wanted)
         lines = [each._asdict() for each in read_requests(requests)]
         rows = [{"text": json.dumps(each)} for each in lines if each["custom_id"] not in done]
         if done:
             print(f"{len(done)} of {len(wanted)} answers are there already", file=sys.stderr)
-        failed, left = 0, wanted - done
+        left = wanted - done
         for row in _answered(rows, options) if rows else ():
             answer = json.loads(row["text"])
             if answer["custom_id"] not in left:  # a task that was run again

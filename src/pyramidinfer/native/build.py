@@ -1,4 +1,8 @@
-"""Compile the CPU kernels on first use, with the system's compiler, into a cache."""
+"""Compile the CPU kernels on first use, with the system's compiler, into a cache.
+
+Where ``PYRAMIDINFER_KERNELS`` names a folder of libraries built ahead of time (``native/ship.py``),
+the best of these that the CPU can run is taken instead.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +18,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 __all__ = [
     "ISAS",
+    "SHIPPED",
     "NoCompilerError",
+    "build_for",
     "cache_folder",
     "compile_kernels",
     "cpu_flags",
@@ -30,6 +37,30 @@ ISAS = {
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "portable": [],
+}
+
+
+class Kind(NamedTuple):
+    """A kind of CPU to build for: the compiler's options, and flags that it must have."""
+
+    options: list[str]
+    needs: frozenset[str]
+
+
+def _kind(isa: str, flags: str) -> Kind:
+    """``flags`` as /proc/cpuinfo writes them; those that ``isa`` does not have become options."""
+    more = [f"-m{flag.replace('_', '')}" for flag in flags.split() if flag.startswith("avx512_")]
+    return Kind([*ISAS[isa], *more], frozenset(flags.split()))
+
+
+_AVX512 = "avx512f avx512bw avx512vl avx512dq fma f16c"
+#: What is built ahead of time, the best first: whatever the kernels make a difference for.
+SHIPPED = {
+    "avx512-bf16": _kind("avx512", f"{_AVX512} avx512_vnni avx512_bf16"),
+    "avx512-vnni": _kind("avx512", f"{_AVX512} avx512_vnni"),
+    "avx512": _kind("avx512", _AVX512),
+    "avx2": _kind("avx2", "avx2 fma f16c"),
+    "portable": _kind("portable", ""),
 }
 FLAGS = ["-O3", "-std=c++17", "-fopenmp", "-fPIC", "-shared", "-fno-math-errno", "-w"]
 TIMEOUT = 300  # seconds
@@ -84,10 +115,13 @@ def compile_kernels(isa: str = "native") -> Path:
     """The shared library for an instruction set, built unless the cache has it.
 
     The cache goes by a hash of the sources, the compiler's version, the options and the CPU's
-    flags.  Raises ``NoCompilerError`` with the compiler's own words where it fails.
+    flags.  Raises ``NoCompilerError`` with the compiler's own words where it fails.  ``native`` is
+    taken from ``PYRAMIDINFER_KERNELS`` where that has what this CPU can run.
     """
-    folder, compiler = Path(__file__).parent, find_compiler()
-    sources = sorted([*folder.glob("*.h"), *folder.glob("*.cpp")])
+    if isa == "native" and (found := _shipped()) is not None:
+        _check_owner(found)
+        return found
+    compiler = find_compiler()
     options = [*FLAGS, *ISAS[isa]]
     try:
         version = subprocess.run(
@@ -98,14 +132,13 @@ def compile_kernels(isa: str = "native") -> Path:
     key = hashlib.sha256()
     for part in [version, *options, cpu_flags()]:
         key.update(part.encode() + b"\0")
-    for source in sources:
-        key.update(source.read_bytes())
+    _add_sources(key)
     target = cache_folder() / f"kernels-{isa}-{key.hexdigest()[:20]}.so"
     if not _is_whole(target):
         try:
             with _alone(target):
                 if not _is_whole(target):  # another process may have built it meanwhile
-                    _build(compiler, options, folder / "kernels.cpp", target)
+                    _build(compiler, options, target)
         except OSError as error:
             raise NoCompilerError(
                 f"the built kernels cannot be kept in {target.parent} ({error.strerror}); set "
@@ -113,6 +146,36 @@ def compile_kernels(isa: str = "native") -> Path:
             ) from None
     _check_owner(target)
     return target
+
+
+def build_for(name: str, folder: Path) -> Path:
+    """The library for a kind of CPU of ``SHIPPED``, built into ``folder``."""
+    target = _place(name, folder)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _build(find_compiler(), [*FLAGS, *SHIPPED[name].options], target)
+    return target
+
+
+def _shipped() -> Path | None:
+    """The best library that was built ahead of time, of these sources; None where there is none."""
+    folder = os.environ.get("PYRAMIDINFER_KERNELS")
+    if not folder:
+        return None
+    has = set(cpu_flags().split())
+    places = (_place(name, Path(folder)) for name, kind in SHIPPED.items() if kind.needs <= has)
+    return next((place for place in places if _is_whole(place)), None)
+
+
+def _place(name: str, folder: Path) -> Path:
+    key = hashlib.sha256()
+    _add_sources(key)
+    return folder / f"kernels-{name}-{key.hexdigest()[:20]}.so"
+
+
+def _add_sources(key: hashlib._Hash) -> None:
+    folder = Path(__file__).parent
+    for source in sorted([*folder.glob("*.h"), *folder.glob("*.cpp")]):
+        key.update(source.read_bytes())
 
 
 def _is_whole(library: Path) -> bool:
@@ -152,8 +215,9 @@ def _alone(target: Path) -> Iterator[None]:
         os.close(lock)
 
 
-def _build(compiler: str, options: list[str], source: Path, target: Path) -> None:
+def _build(compiler: str, options: list[str], target: Path) -> None:
     """Compile beside the target, then rename."""
+    source = Path(__file__).parent / "kernels.cpp"
     try:
         with tempfile.TemporaryDirectory(dir=target.parent) as place:
             built = Path(place) / target.name

@@ -22,6 +22,7 @@ from pyramidinfer.server.settings import ServerSettings
 from pyramidinfer.server.strict import parse_json
 
 __all__ = [
+    "Done",
     "Line",
     "Requests",
     "answer_line",
@@ -58,6 +59,13 @@ class Requests(NamedTuple):
     file: BinaryIO
 
 
+class Done(NamedTuple):
+    """What a file of answers holds: ids that are answered, and how many of those with an error."""
+
+    ids: set[str]
+    failed: int
+
+
 def batch_settings(width: int, **more: Any) -> ServerSettings:
     """Settings of a service that answers a batch, so many choices of a request at most."""
     return ServerSettings(
@@ -89,8 +97,8 @@ def open_requests(source: Path) -> Iterator[Requests]:
         yield Requests(str(source), copy)
 
 
-def take_up(out: BinaryIO, target: Path, requests: Requests, wanted: set[str]) -> set[str]:
-    """Ids that ``out`` answers already; it is locked, and a line that was not finished is cut off.
+def take_up(out: BinaryIO, target: Path, requests: Requests, wanted: set[str]) -> Done:
+    """What ``out`` answers already; it is locked, and a line that was not finished is cut off.
 
     ``ValueError`` where another process writes it, or where it is no file of answers to ``wanted``.
     """
@@ -99,7 +107,7 @@ def take_up(out: BinaryIO, target: Path, requests: Requests, wanted: set[str]) -
     except OSError:
         raise ValueError(f"{str(target)!r} is being written by another process") from None
     done, whole = _recover(out, target)
-    if strangers := done - wanted:
+    if strangers := done.ids - wanted:
         raise ValueError(
             f"{str(target)!r} holds an answer to {min(strangers)!r}, which is not in "
             f"{requests.name!r}: it belongs to another batch; name another file"
@@ -182,19 +190,21 @@ def check_requests(requests: Requests) -> set[str]:
     return set(first)
 
 
-def _recover(out: BinaryIO, target: Path) -> tuple[set[str], int]:
-    """Ids that are answered, and where the last line that was finished ends."""
-    done: set[str] = set()
+def _recover(out: BinaryIO, target: Path) -> tuple[Done, int]:
+    """What is answered, and where the last line that was finished ends."""
+    ids: set[str] = set()
     out.seek(0)
-    whole = 0
+    whole = failed = 0
     for number, line in enumerate(out, start=1):
         try:
             if not line.endswith(b"\n") and line[: len(BEGINNING)] == BEGINNING[: len(line)]:
                 break  # it was being written when the command was killed
-            done.add(json.loads(line)["custom_id"])
+            answer = json.loads(line)
+            ids.add(answer["custom_id"])
+            failed += answer["response"]["status_code"] != 200
         except (ValueError, KeyError, TypeError):
             raise ValueError(
                 f"{target}, line {number} is no answer of a batch; name another file"
             ) from None
         whole += len(line)
-    return done, whole
+    return Done(ids, failed), whole

@@ -17,6 +17,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pyramidinfer.server.errors import error_response
+from pyramidinfer.server.logs import Asked, asked
 from pyramidinfer.server.settings import ServerSettings
 
 __all__ = ["NONCE", "Gate"]
@@ -27,6 +28,8 @@ log = logging.getLogger(__name__)
 PAGES = {"/", "/docs"}
 #: Paths that need no key: pages and probes.
 OPEN = {*PAGES, "/health", "/ready", "/version"}
+#: What a key for metrics opens.
+SCRAPED = "/metrics"
 #: A body that is too large is read and let go up to so many times the limit.
 READ_ALL_THE_SAME = 4
 #: Where the page's nonce stands in the scope.
@@ -51,6 +54,11 @@ NO_KEY = error_response(
 )
 
 
+METRICS_ONLY = error_response(
+    403, f"this key opens {SCRAPED} only", None, "metrics_key", {"Connection": "close"}
+)
+
+
 class Gate:
     """ASGI middleware around the whole application.
 
@@ -65,6 +73,7 @@ class Gate:
         self.app, self.settings, self.rejected = app, settings, rejected
         self.keys = [key.encode() for key in settings.api_keys]
         self.owners = [blake2b(key, digest_size=16).hexdigest() for key in self.keys]
+        self.metrics_keys = [key.encode() for key in settings.metrics_keys]
         self.hosts: set[str] | None = None  # any
         if settings.is_loopback and not self.keys:
             self.hosts = {"localhost", "127.0.0.1", "[::1]", settings.host, *settings.allowed_hosts}
@@ -77,6 +86,8 @@ class Gate:
         scope[NONCE] = secrets.token_urlsafe(16)
         scope["owner"] = self._owner(headers)
         begun = time.monotonic()
+        about = Asked.of(headers)
+        token = asked.set(about)
 
         async def told(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -87,6 +98,7 @@ class Gate:
                 if scope["path"] in PAGES:
                     answer["Content-Security-Policy"] = POLICY.format(scope[NONCE])
                 answer.setdefault("Cache-Control", "no-store")
+                answer["X-Request-Id"] = about.id
             await send(message)
 
         try:  # Starlette's TrustedHostMiddleware would answer in plain text, not as OpenAI does
@@ -101,36 +113,41 @@ class Gate:
             elif wrong := _wrong_framing(headers):
                 self.rejected(wrong.status_code)
                 await wrong(scope, receive, told)
-            elif scope["owner"] is None and not _is_open(scope):
-                self.rejected(401)
-                await NO_KEY(scope, receive, told)
+            elif refused := self._refused(scope, headers):
+                self.rejected(refused.status_code)
+                await refused(scope, receive, told)
             else:
                 await self.app(scope, self._bounded(receive, headers), told)
         finally:
             if self.settings.access_log:  # the path as it was sent: decoded it may hold anything
                 path = scope.get("raw_path", b"").decode("latin-1")
+                status, seconds = scope.get("status", 499), time.monotonic() - begun
+                fields = {"method": scope["method"], "path": path, "status": status}
                 log.info(
                     "%s %s %s %.3f s",
-                    scope["method"],
-                    path,
-                    scope.get("status", 499),
-                    time.monotonic() - begun,
+                    *fields.values(),
+                    seconds,
+                    extra={"fields": {**fields, "seconds": round(seconds, 6)}},
                 )
+            asked.reset(token)
+
+    def _refused(self, scope: Scope, headers: Headers) -> Response | None:
+        """The answer to who has no key for what is asked."""
+        if _is_open(scope):
+            return None
+        is_scrape = scope["path"] == SCRAPED
+        if scope["owner"] is not None and (self.keys or not self.metrics_keys or not is_scrape):
+            return None
+        if _which(headers, self.metrics_keys) is None:
+            return NO_KEY
+        return None if is_scrape else METRICS_ONLY
 
     def _owner(self, headers: Headers) -> str | None:
-        """Whose request this is; None where a key is needed and not given.
-
-        All keys are compared, each in constant time.
-        """
+        """Whose request this is; None where a key is needed and not given."""
         if not self.keys:
             return "everybody"
-        scheme, _, given = headers.get("authorization", "").partition(" ")
-        owner = None
-        for index, key in enumerate(self.keys):
-            same = hmac.compare_digest(given.strip().encode("utf-8", "replace"), key)
-            if same and scheme.lower() == "bearer":
-                owner = self.owners[index]
-        return owner
+        index = _which(headers, self.keys)
+        return None if index is None else self.owners[index]
 
     def _bounded(self, receive: Receive, headers: Headers) -> Receive:
         """``receive`` that refuses what is too large, or takes too long to arrive.
@@ -183,6 +200,17 @@ def _wrong_framing(headers: Headers) -> Response | None:
             headers={"Accept-Encoding": "identity", "Connection": "close"},
         )
     return None
+
+
+def _which(headers: Headers, keys: list[bytes]) -> int | None:
+    """Which of the keys was given; all are compared, each in constant time."""
+    scheme, _, given = headers.get("authorization", "").partition(" ")
+    found = None
+    for index, key in enumerate(keys):
+        same = hmac.compare_digest(given.strip().encode("utf-8", "replace"), key)
+        if same and scheme.lower() == "bearer":
+            found = index
+    return found
 
 
 def _is_open(scope: Scope) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 from prometheus_client import (
     CollectorRegistry,
@@ -13,11 +12,10 @@ from prometheus_client import (
     ProcessCollector,
     generate_latest,
 )
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import Metric
 
-from pyramidinfer.engine.engine import Engine
 from pyramidinfer.engine.request import Request
-from pyramidinfer.engine.worker import AsyncEngine
+from pyramidinfer.server.gauges import ENGINE, Gauges, labels_of
 
 __all__ = ["Metrics"]
 
@@ -94,13 +92,19 @@ WHOLE = (
 TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
 SHARES = tuple(round(0.05 * step, 2) for step in range(1, 21))
 
-#: vLLM numbers its data-parallel engines and labels its metrics by them; a server here is one.
-ENGINE = "0"
+STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+CHOICES = (1, 2, 5, 10, 20)
+#: Why requests end: counted from 0, so that a rate is right from the first one on.
+REASONS = ("stop", "length", "abort", "timeout", "queue_timeout", "error")
 
 
-def labels_of(name: str, *more: str) -> tuple[str, ...]:
-    """The labels of a metric; those with vLLM's names have vLLM's."""
-    return ("model_name", *(("engine",) if name.startswith("vllm:") else ()), *more)
+class Registry(CollectorRegistry):
+    """Without a ``_created`` series beside every counter and histogram."""
+
+    def collect(self) -> Iterator[Metric]:
+        for metric in super().collect():
+            metric.samples = [s for s in metric.samples if not s.name.endswith("_created")]
+            yield metric
 
 
 class Metrics:
@@ -108,11 +112,13 @@ class Metrics:
 
     def __init__(self, model: str, about: dict[str, str]) -> None:
         self.model = model
-        self.registry = CollectorRegistry()
+        self.registry = Registry()
         ProcessCollector(registry=self.registry)  # memory, processor time, open files
         info = Info("pyramidinfer:server", "What runs", ("model_name",), registry=self.registry)
         info.labels(model).info(about)
-        self.worker: AsyncEngine | None = None
+        self._step = 0  # tokens of the step that is being told of
+        self.gauges = Gauges(model)
+        self.registry.register(self.gauges)
         self.rejected = self._counter(
             "pyramidinfer:requests_rejected", "Requests answered with an error", "status"
         )
@@ -130,6 +136,36 @@ class Metrics:
         )
         self._queue = self._histogram(
             "vllm:request_queue_time_seconds", "Arrival to the start of prefill", WHOLE
+        )
+        self._prefill = self._histogram(
+            "vllm:request_prefill_time_seconds", "Start of prefill to first token", WHOLE
+        )
+        self._decode = self._histogram(
+            "vllm:request_decode_time_seconds", "First token to last token", WHOLE
+        )
+        self._inference = self._histogram(
+            "vllm:request_inference_time_seconds", "Start of prefill to last token", WHOLE
+        )
+        self._per_token = self._histogram(
+            "vllm:request_time_per_output_token_seconds",
+            "Mean time between the tokens of a request",
+            BETWEEN,
+        )
+        self._steps = self._histogram(
+            "vllm:iteration_tokens_total",
+            "Prompt tokens of requests that got their first token in a step, and tokens generated",
+            STEP_TOKENS,
+        )
+        self._max_tokens = self._histogram(
+            "vllm:request_params_max_tokens", "max_tokens of a request", TOKENS
+        )
+        self._choices = self._histogram(
+            "vllm:request_params_n", "Answers that were asked for to a prompt", CHOICES
+        )
+        self._longest = self._histogram(
+            "vllm:request_max_num_generation_tokens",
+            "Generated tokens of the longest answer to a prompt",
+            TOKENS,
         )
         self._prompt_sizes = self._histogram(
             "vllm:request_prompt_tokens", "Prompt tokens of a request", TOKENS
@@ -151,6 +187,8 @@ class Metrics:
         self._success = self._counter(
             "vllm:request_success", "Requests that came to an end", "finished_reason"
         )
+        for reason in REASONS:
+            self._success.labels(model, ENGINE, reason)
         self._skipped = self._counter(
             "pyramidinfer:prefill_tokens_skipped",
             "Prompt tokens dropped between layers, mean over layers",
@@ -169,8 +207,6 @@ class Metrics:
         self._check_failures = self._counter(
             "pyramidinfer:pool_check_failures", "Times it found a page lost"
         ).labels(model)
-        self._layers = _Shares()
-        self.registry.register(_Gauges(self))
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(name, text, labels_of(name, *labels), registry=self.registry)
@@ -190,25 +226,32 @@ class Metrics:
     def tokens(self, request: Request, count: int, since: float | None) -> None:
         """See ``engine.worker.Observer``."""
         self._generated.inc(count)
+        self._step += count
         if since is not None:
             for _ in range(count):
                 self._between.observe(since / count)
         elif request.times.first_token is not None:
             self._first.observe(request.times.first_token - request.times.arrived)
+        if since is None and request.leads:
+            self._step += len(request.prompt)
+
+    def stepped(self) -> None:
+        """See ``engine.worker.Observer``."""
+        if self._step:
+            self._steps.observe(self._step)
+        self._step = 0
 
     def ended(self, request: Request, reason: str) -> None:
         """See ``engine.worker.Observer``."""
         self._success.labels(self.model, ENGINE, reason).inc()
         self._output_sizes.observe(len(request.output))
-        times = request.times
-        if times.ended is not None:
-            self._whole.observe(times.ended - times.arrived)
-        if times.started is None or request.kv is None or not request.kv.seen_len:
+        self._max_tokens.observe(request.params.max_tokens)
+        self._observe_times(request)
+        if request.times.started is None or request.kv is None or not request.kv.seen_len:
             return
-        self._queue.observe(times.started - times.arrived)
         self._prompt_sizes.observe(len(request.prompt))
         self._kept.observe(request.kv.kept_share)
-        self._layers.add(request.kv.layer_means, request.kv.full_len)
+        self.gauges.layers.add(request.kv.layer_means, request.kv.full_len)
         depth = len(request.kv.kept_len)
         computed = sum(request.computed[:depth])
         new = request.kv.seen_len - request.reused
@@ -221,158 +264,27 @@ class Metrics:
         gone = computed + fed * depth + request.reused_entries - sum(request.kv.layer_means)
         self._evicted.inc(max(0, gone))
 
+    def _observe_times(self, request: Request) -> None:
+        times, more = request.times, len(request.output) - 1
+        if times.ended is not None:
+            self._whole.observe(times.ended - times.arrived)
+        if times.started is not None:
+            self._queue.observe(times.started - times.arrived)
+        if times.started is None or times.first_token is None or times.ended is None:
+            return
+        self._prefill.observe(times.first_token - times.started)
+        self._decode.observe(times.ended - times.first_token)
+        self._inference.observe(times.ended - times.started)
+        if more > 0:
+            self._per_token.observe((times.ended - times.first_token) / more)
+
+    def over(self, requests: list[Request]) -> None:
+        """All that was asked for in one body has ended, in the engine's thread."""
+        for leader in [each for each in requests if each.leads]:
+            answers = (leader, *leader.samples)
+            self._choices.observe(len(answers))
+            self._longest.observe(max(len(each.output) for each in answers))
+
     def checked(self, sound: bool) -> None:
         """See ``engine.worker.Observer``."""
         (self._checks if sound else self._check_failures).inc()
-
-
-class _Shares:
-    """Kept share per layer over all requests that ended."""
-
-    def __init__(self) -> None:
-        self.kept: list[float] = []
-        self.full: list[float] = []
-
-    def add(self, kept: tuple[float, ...], full: tuple[int, ...]) -> None:
-        nothing = [0.0] * len(kept)
-        self.kept = [a + b for a, b in zip(self.kept or nothing, kept, strict=True)]
-        self.full = [a + b for a, b in zip(self.full or nothing, full, strict=True)]
-
-
-#: Gauges and counters by the field of ``engine.stats.Stats`` that they show.
-GAUGES = {
-    "vllm:num_requests_running": ("Requests in flight", "running"),
-    "vllm:num_requests_swapped": ("Requests put off for want of memory", "preempted"),
-    "pyramidinfer:swapped_bytes": (
-        "Bytes of host memory that preempted requests take",
-        "swapped_bytes",
-    ),
-    "pyramidinfer:pool_pages": ("Pages there are", "pages"),
-    "pyramidinfer:pool_pages_in_use": ("Pages somebody owns", "pages_in_use"),
-    "pyramidinfer:pool_pages_reusable": ("Pages of finished conversations", "pages_reusable"),
-    "pyramidinfer:reuse_bytes": ("Bytes that finished conversations hold", "reuse_bytes"),
-    "pyramidinfer:kv_bytes_reserved": ("Bytes of kv_memory that are reserved", "reserved_bytes"),
-    "pyramidinfer:peak_requests_running": (
-        "The most requests that were ever in flight",
-        "peak_running",
-    ),
-}
-COUNTERS = {
-    "vllm:spec_decode_num_drafts": ("Steps of requests that verified guesses", "verifications"),
-    "vllm:spec_decode_num_draft_tokens": ("Tokens guessed and verified", "drafted"),
-    "vllm:spec_decode_num_accepted_tokens": ("Guessed tokens that were right", "accepted"),
-    "pyramidinfer:swapped": ("Caches moved to host memory", "swapped"),
-    "pyramidinfer:recomputed": ("Caches freed and computed anew", "recomputed"),
-    "pyramidinfer:restarted": ("Prompts in progress that began again", "restarted"),
-    "pyramidinfer:resumed": ("Requests that came back", "resumed"),
-    "pyramidinfer:tightened": ("Times a running request's keep was lowered", "tightened"),
-    "pyramidinfer:reuse_hits": ("Requests that reused a conversation's cache", "reuse_hits"),
-    "pyramidinfer:reuse_misses": ("Requests that found none", "reuse_misses"),
-    "pyramidinfer:reuse_tokens": ("Tokens not computed again", "reuse_tokens"),
-    "pyramidinfer:reuse_dropped": ("Held caches that went for room", "reuse_dropped"),
-    "pyramidinfer:cache_spills": ("Held caches moved from the pool to host memory", "spills"),
-    "pyramidinfer:cache_loads": ("Held caches brought back into the pool", "loads"),
-    "pyramidinfer:cache_file_errors": (
-        "Files of caches that could not be read or written",
-        "file_errors",
-    ),
-}
-#: Those that have a value for each place where a cache can be.
-BY_PLACE: dict[str, tuple[Any, str, str]] = {
-    "pyramidinfer:caches": (GaugeMetricFamily, "Caches of finished conversations", "caches"),
-    "pyramidinfer:cache_bytes": (GaugeMetricFamily, "Bytes that they take", "cache_bytes"),
-    "pyramidinfer:cache_hits": (
-        CounterMetricFamily,
-        "Requests that reused a conversation's cache, by where it was",
-        "hits_from",
-    ),
-}
-
-
-class _Gauges:
-    """What the engine's thread last told of the engine, at the moment of asking."""
-
-    def __init__(self, metrics: Metrics) -> None:
-        self.metrics = metrics
-
-    def describe(self) -> list[Metric]:
-        return []
-
-    def collect(self) -> Iterator[Metric]:
-        worker, model = self.metrics.worker, self.metrics.model
-        if worker is None:
-            return
-        stats, idle = worker.stats, worker.recompressor
-        in_use = max(0, stats.pages_in_use - stats.pages_reusable)
-        gauges = [(name, text, getattr(stats, field)) for name, (text, field) in GAUGES.items()] + [
-            ("vllm:num_requests_waiting", "Requests that have not begun", worker.waiting),
-            (
-                "vllm:kv_cache_usage_perc",
-                "Share of the pages that running requests hold, 0 to 1",
-                in_use / stats.pages,
-            ),
-        ]
-        counters = [
-            (name, text, getattr(stats, field)) for name, (text, field) in COUNTERS.items()
-        ] + [
-            (
-                "vllm:num_preemptions",
-                "Requests that were put off for want of memory",
-                stats.swapped + stats.recomputed + stats.restarted,
-            ),
-            (
-                "pyramidinfer:recompressed",
-                "Held caches that were recompressed while idle",
-                idle.done if idle else 0,
-            ),
-            (
-                "pyramidinfer:recompressed_tokens",
-                "Tokens computed to recompress held caches, mean over layers",
-                idle.tokens if idle else 0,
-            ),
-        ]
-        for family, values in ((GaugeMetricFamily, gauges), (CounterMetricFamily, counters)):
-            for name, text, value in values:
-                yield _one(family(name, text, labels=labels_of(name)), model, value)
-        for name, (kind, text, field) in BY_PLACE.items():
-            places = kind(name, text, labels=["model_name", "place"])
-            for place, value in getattr(stats, field).items():
-                places.add_metric([model, place], value)
-            yield places
-        yield _cache_config(worker.engine, model)
-        shares = GaugeMetricFamily(
-            "pyramidinfer:kv_kept_share",
-            "Share of a full cache's entries that a layer kept, over all ended requests",
-            labels=["model_name", "layer"],
-        )
-        layers = self.metrics._layers
-        for layer, (kept, full) in enumerate(zip(layers.kept, layers.full, strict=True)):
-            shares.add_metric([model, str(layer)], kept / max(1, full))
-        yield shares
-
-
-def _one(family: Metric, model: str, value: float) -> Metric:
-    values = [model, ENGINE] if family.name.startswith("vllm:") else [model]
-    family.add_metric(values, value)  # type: ignore[attr-defined]
-    return family
-
-
-def _cache_config(engine: Engine, model: str) -> Metric:
-    """How large the cache is: 1, with those of vLLM's labels that are true here.
-
-    ``num_gpu_blocks`` counts blocks of ``block_size`` tokens, on whatever device, as if all of
-    their entries were kept.
-    """
-    layout, config = engine.pool.layout, engine.config
-    about = {
-        "block_size": layout.page_size,
-        "cache_dtype": config.kv_dtype,
-        "num_gpu_blocks": layout.whole_blocks,
-        "kv_cache_size_tokens": layout.whole_blocks * layout.page_size,
-        "kv_cache_memory_bytes": layout.budget,
-        "enable_prefix_caching": config.reuse_share > 0,
-    }
-    name = "vllm:cache_config_info"
-    family = GaugeMetricFamily(name, "Sizes of the cache", labels=labels_of(name, *about))
-    family.add_metric([model, ENGINE, *map(str, about.values())], 1)
-    return family

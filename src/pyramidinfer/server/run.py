@@ -10,7 +10,6 @@ import os
 import resource
 import signal
 import socket
-import sys
 import time
 from asyncio import TimerHandle
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from pyramidinfer.engine import LLM
 from pyramidinfer.server.app import build_app
+from pyramidinfer.server.logs import announce
 from pyramidinfer.server.service import Service
 from pyramidinfer.server.settings import ServerSettings
 
@@ -181,10 +181,9 @@ class _Server(uvicorn.Server):
             shown = f"[{host}]" if ":" in host else host
             kv_dtype = service.llm.engine.config.kv_dtype
             stored = "" if kv_dtype == "auto" else f" (keys and values in {kv_dtype})"
-            print(
+            announce(
                 f"pyramidinfer serves {service.name} at http://{shown}:{port}{stored}",
-                file=sys.stderr,
-                flush=True,
+                service.settings.log_format,
             )
 
 
@@ -220,6 +219,7 @@ def serve(llm: LLM, settings: ServerSettings, line: socket.socket) -> None:
         app,
         http=Patient,
         ws="none",
+        log_config=None,  # the log is ours (logs.py)
         log_level="warning",
         server_header=False,
         timeout_keep_alive=30,
@@ -248,7 +248,11 @@ async def _serve(server: _Server, service: Service, line: socket.socket) -> None
     dying = asyncio.create_task(_death(service))
     await asyncio.wait({listening, waiting, dying}, return_when=asyncio.FIRST_COMPLETED)
     if dying.done() and not stopping.is_set():
-        print("the engine's thread has ended: pyramidinfer ends", file=sys.stderr, flush=True)
+        announce(
+            "the engine's thread has ended: pyramidinfer ends",
+            service.settings.log_format,
+            logging.ERROR,
+        )
         server.config.timeout_graceful_shutdown = 1
     elif not listening.done():
         server.config.timeout_graceful_shutdown = await _drain(server, service)
@@ -285,10 +289,11 @@ async def _drain(server: _Server, service: Service) -> int:
     """Take nothing new and wait for what runs; the seconds that are left to who still reads."""
     service.draining = True
     ends = asyncio.get_running_loop().time() + service.settings.drain_timeout
-    print("pyramidinfer is stopping: waiting for what runs", file=sys.stderr, flush=True)
+    kind = service.settings.log_format
+    announce("pyramidinfer is stopping: waiting for what runs", kind)
     while not service.is_idle and not server.should_exit:
         if asyncio.get_running_loop().time() > ends:
-            print("pyramidinfer ends what is left", file=sys.stderr, flush=True)
+            announce("pyramidinfer ends what is left", kind)
             break
         await asyncio.sleep(0.05)
     service.worker.abort_all()  # whoever is left is told

@@ -16,16 +16,18 @@ from starlette.types import Receive, Scope, Send
 
 import pyramidinfer
 from pyramidinfer.engine import LLM
+from pyramidinfer.engine.request import Request as EngineRequest
 from pyramidinfer.engine.worker import AsyncEngine, Busy
 from pyramidinfer.server.errors import ApiError, of_reason
 from pyramidinfer.server.jobs import Job, Jobs
+from pyramidinfer.server.logs import Asked, asked
 from pyramidinfer.server.metrics import Metrics
 from pyramidinfer.server.prompts import Prompts
 from pyramidinfer.server.protocol import ChatRequest, CompletionRequest
 from pyramidinfer.server.replies import Reply, Shape
 from pyramidinfer.server.settings import ServerSettings
 
-__all__ = ["Service"]
+__all__ = ["Service", "spans_module"]
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -80,7 +82,8 @@ class Service:
             queue_timeout=settings.queue_timeout,
             compress_idle=settings.compress_idle,
         )
-        self.metrics.worker = self.worker
+        self.metrics.gauges.worker = self.worker
+        self.spans = spans_module().Spans(self.name) if settings.otel_traces else None
         self.draining = False
         self.preparing = 0  # requests whose texts become tokens
         self._threads = ThreadPoolExecutor(2, "prepare")
@@ -134,9 +137,24 @@ class Service:
         except ValueError as error:
             raise ApiError(400, str(error)) from None
 
+    def _over(
+        self, job: Job, about: Asked, arrived: float
+    ) -> Callable[[list[EngineRequest]], None]:
+        """What is told, in the engine's thread, of a body's requests once they have ended."""
+        operation = "chat" if job.is_chat else "text_completion"
+
+        def over(requests: list[EngineRequest]) -> None:
+            self.metrics.over(requests)
+            if self.spans is not None:
+                self.spans.over(operation, about, arrived, requests)
+
+        return over
+
     def _queue(self, job: Job, arrived: float) -> tuple[Job, Reply]:
         """Hand a body's requests over."""
         body = job.body
+        about = asked.get() or Asked("", {})  # a batch has no HTTP
+        about.answer = job.id
         if self.settings.log_prompts:
             text = [self.prompts.decode(each.prompt) for each in job.leaders]
             log.info("%s asks %r", job.id, text)
@@ -147,6 +165,7 @@ class Service:
                 timeout=self.settings.request_timeout,
                 arrived=arrived,
                 watch=bool(options and options.include_kv),
+                over=self._over(job, about, arrived),
             )
         except Busy as busy:
             raise self._busy(busy) from None
@@ -161,6 +180,8 @@ class Service:
         """End whatever runs, and the threads."""
         self.worker.stop()
         self._threads.shutdown(wait=False, cancel_futures=True)
+        if self.spans is not None:
+            self.spans.close()
 
     @property
     def is_idle(self) -> bool:
@@ -255,6 +276,20 @@ class Service:
     def _log_answer(self, reply: Reply) -> None:
         if self.settings.log_prompts:
             log.info("%s gets %r", reply.job.id, [each.text for each in reply.choices])
+
+
+def spans_module() -> Any:
+    """What makes traces; ``ValueError`` where OpenTelemetry is not installed, or where its
+    variables ask for what would not be done."""
+    try:
+        from pyramidinfer.server import spans
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"otel_traces needs OpenTelemetry ({error.name} is not installed): "
+            f"pip install 'pyramidinfer[otel]'"
+        ) from None
+    spans.check_variables()
+    return spans
 
 
 class EventStream(StreamingResponse):

@@ -21,8 +21,9 @@ from pyramidinfer.options import (
     positive,
     show_bytes,
 )
+from pyramidinfer.server.logs import FORMATS, LEVELS
 
-__all__ = ["KEYS_VARIABLE", "ServerSettings", "read_keys"]
+__all__ = ["KEYS_VARIABLE", "ServerSettings", "read_key_file", "read_keys"]
 
 #: Environment variable that holds API keys, separated by commas or white space.
 KEYS_VARIABLE = "PYRAMIDINFER_API_KEYS"
@@ -54,6 +55,8 @@ class ServerSettings:
     """What the operator decides; frozen.  ``ValueError`` for a value that cannot be.
 
     api_keys : who may ask; none means everybody.
+    metrics_keys : who may read ``/metrics`` and nothing else; where there are any, it needs one of
+        these or of the API keys.
     body_timeout : seconds a client may take to send its request.
     prompt_logprob_bytes : of the logits that are worked out for ``prompt_logprobs``, or ``echo``
         with ``logprobs``, in one step.
@@ -106,6 +109,33 @@ class ServerSettings:
         Option(
             "Log a line for every request: method, path, status, seconds; never bodies.",
             panel=SERVER,
+        ),
+    ] = False
+    log_level: Annotated[
+        str,
+        Option(
+            "Lines of the log that are written: info, warning or error and what is worse.",
+            panel=SERVER,
+            check=one_of(LEVELS),
+            see="#logs",
+        ),
+    ] = "info"
+    log_format: Annotated[
+        str,
+        Option(
+            "Lines of the log as text or as json objects.",
+            panel=SERVER,
+            check=one_of(FORMATS),
+            see="#logs",
+        ),
+    ] = "text"
+    otel_traces: Annotated[
+        bool,
+        Option(
+            "Send an OpenTelemetry trace of every request by OTLP, to where "
+            "OTEL_EXPORTER_OTLP_ENDPOINT says. Needs the extra otel.",
+            panel=SERVER,
+            see="#traces",
         ),
     ] = False
     compress_idle: Annotated[
@@ -272,6 +302,7 @@ class ServerSettings:
         ),
     ] = ()
     api_keys: tuple[str, ...] = ()
+    metrics_keys: tuple[str, ...] = ()
 
     @property
     def is_loopback(self) -> bool:
@@ -292,6 +323,17 @@ class ServerSettings:
             raise ValueError(
                 f"min_keep={self.min_keep} must be above 0 and at most max_keep={self.max_keep}"
             )
+        for name in ("access_log", "log_prompts"):
+            if getattr(self, name) and self.log_level != "info":
+                raise ValueError(
+                    f"{name} writes lines of level info, and log_level={self.log_level!r} leaves "
+                    f"them out; leave one of them out"
+                )
+        if set(self.metrics_keys) & set(self.api_keys):
+            raise ValueError(
+                "a key is both among those that may read /metrics only and among the API keys; "
+                "give Prometheus a key of its own"
+            )
         default, limit = self.default_max_tokens, self.max_tokens_limit
         if default is not None and limit is not None and default > limit:
             raise ValueError(
@@ -309,17 +351,30 @@ def read_keys(file: Path | None) -> tuple[str, ...]:
     keys = (given or "").replace(",", " ").split()
     if given is not None and not keys:
         raise ValueError(f"{KEYS_VARIABLE} is set and holds no key; unset it to serve everybody")
-    if file is not None:
-        try:
-            lines = file.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-            raise ValueError(f"cannot read the keys in {str(file)!r}: {reason}") from error
-        found = [line.partition("#")[0].strip() for line in lines]
-        found = [key for key in found if key]
-        if not found:
-            raise ValueError(f"{str(file)!r} holds no key; write one a line")
-        keys += found
+    return _checked([*keys, *read_key_file(file)])
+
+
+def read_key_file(file: Path | None) -> tuple[str, ...]:
+    """Keys from a file, one a line, ``#`` begins a comment (None: none).
+
+    ``ValueError`` for a file that cannot be read or holds no key.
+    """
+    if file is None:
+        return ()
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise ValueError(f"cannot read the keys in {str(file)!r}: {reason}") from error
+    found = [line.partition("#")[0].strip() for line in lines]
+    found = [key for key in found if key]
+    if not found:
+        raise ValueError(f"{str(file)!r} holds no key; write one a line")
+    return _checked(found)
+
+
+def _checked(keys: list[str]) -> tuple[str, ...]:
+    """Each key once; ``ValueError`` for what no header can hold."""
     for key in keys:
         if not key.isascii() or not key.isprintable() or " " in key:
             raise ValueError("an API key must be printable ASCII without spaces")

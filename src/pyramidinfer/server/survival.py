@@ -11,7 +11,8 @@ from pydantic import Field
 from pyramidinfer.engine.surviving import Survival, survival
 from pyramidinfer.server.errors import ApiError
 from pyramidinfer.server.prompts import Prompts
-from pyramidinfer.server.protocol import Compression, TokenizeRequest
+from pyramidinfer.server.protocol import TokenizeRequest
+from pyramidinfer.server.protocol_base import Compression
 from pyramidinfer.server.service import Service
 from pyramidinfer.types import TokenIds
 

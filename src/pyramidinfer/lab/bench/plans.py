@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DEFAULT_SHAPE",
+    "FootprintPlan",
     "KernelPlan",
     "KvDtypesPlan",
     "LatencyPlan",
@@ -362,6 +363,33 @@ class WeightsPlan(Plan):
     repeats: Repeats = 5
     warmup: Warmup = 1
     seed: Seed = 0
+
+
+@dataclass(frozen=True)
+class FootprintPlan(Plan):
+    """A server for each pair of weights and kv_memory, its pool filled with whole caches."""
+
+    model: OwnModel = None
+    weights: Annotated[
+        tuple[str, ...],
+        Option("How weights are stored: auto, int8, int4.", check=one_of(WEIGHTS)),
+    ] = ("auto",)
+    kv_memory: Annotated[
+        tuple[str, ...],
+        Option("Memory for the caches, a list.", check=size_text),
+    ] = ("64MiB", "256MiB")
+    prompt_len: PromptLen = 1024
+    dtype: Dtype = "auto"
+    threads: Threads = 0
+    extras: Annotated[tuple[str, ...], Option("Extras whose packages are added up, a list.")] = (
+        "server",
+        "lab",
+        "otel",
+    )
+
+    @property
+    def configuration(self) -> dict[str, Any]:
+        return asdict(self)
 
 
 @dataclass(frozen=True)

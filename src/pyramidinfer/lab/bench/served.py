@@ -124,7 +124,7 @@ class Served(Remote):
         assert self.process.stderr is not None
         for line in self.process.stderr:
             self.said.append(line.rstrip())
-            match = re.search(r"serves .* at (https?://[^\s]+)", line)
+            match = re.search(r"serves .* at (https?://[^\s\"]+)", line)
             if match and not self.url:
                 self.url = match[1].rstrip("/")
 

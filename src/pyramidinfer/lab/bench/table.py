@@ -7,6 +7,7 @@ from typing import Any
 from rich.table import Table
 
 __all__ = [
+    "footprint_table",
     "kernels_table",
     "kv_dtypes_table",
     "latency_table",
@@ -197,6 +198,20 @@ def kv_dtypes_table(result: Result) -> Table:
             percent(row["share_of_read"]["median"]),
             *(ranged(row["speedup"][name], ".2f") for name in names),
         )
+    return table
+
+
+def footprint_table(result: Result) -> Table:
+    """MiB of a process by weights and kv_memory; below it what is installed."""
+    table = Table(title="memory of a serving process, MiB")
+    parts = ("weight_bytes", "kv_memory", "beside", "resident_full", "peak")
+    for name in ("stored as", "weights", "kv_memory", "beside", "resident", "peak", "pages used"):
+        table.add_column(name, justify="right")
+    for row in result["rows"]:
+        sizes = [f"{row[part] / 2**20:.0f}" for part in parts]
+        table.add_row(row["weights"], *sizes, f"{row['pages_used']:.0%}")
+    largest = [f"{name} {size / 1e6:.0f}" for name, size in list(result["installed"].items())[:6]]
+    table.caption = f"installed: {result['installed_bytes'] / 1e6:.0f} MB ({', '.join(largest)})"
     return table
 
 

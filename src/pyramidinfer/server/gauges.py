@@ -1,0 +1,186 @@
+"""What ``/metrics`` shows of the engine's last snapshot (``engine.stats.Stats``)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+from pyramidinfer.engine.engine import Engine
+from pyramidinfer.engine.worker import AsyncEngine
+
+__all__ = ["ENGINE", "Gauges", "Shares", "labels_of"]
+
+#: vLLM numbers its data-parallel engines and labels its metrics by them; a server here is one.
+ENGINE = "0"
+
+
+def labels_of(name: str, *more: str) -> tuple[str, ...]:
+    """The labels of a metric; those with vLLM's names have vLLM's."""
+    return ("model_name", *(("engine",) if name.startswith("vllm:") else ()), *more)
+
+
+class Shares:
+    """Kept share per layer over all requests that ended."""
+
+    def __init__(self) -> None:
+        self.kept: list[float] = []
+        self.full: list[float] = []
+
+    def add(self, kept: tuple[float, ...], full: tuple[int, ...]) -> None:
+        nothing = [0.0] * len(kept)
+        self.kept = [a + b for a, b in zip(self.kept or nothing, kept, strict=True)]
+        self.full = [a + b for a, b in zip(self.full or nothing, full, strict=True)]
+
+
+#: Gauges and counters by the field of ``engine.stats.Stats`` that they show.
+GAUGES = {
+    "vllm:num_requests_running": ("Requests in flight", "running"),
+    "vllm:num_requests_swapped": ("Requests put off for want of memory", "preempted"),
+    "pyramidinfer:swapped_bytes": (
+        "Bytes of host memory that preempted requests take",
+        "swapped_bytes",
+    ),
+    "pyramidinfer:pool_pages": ("Pages there are", "pages"),
+    "pyramidinfer:pool_pages_in_use": ("Pages somebody owns", "pages_in_use"),
+    "pyramidinfer:pool_pages_reusable": ("Pages of finished conversations", "pages_reusable"),
+    "pyramidinfer:reuse_bytes": ("Bytes that finished conversations hold", "reuse_bytes"),
+    "pyramidinfer:kv_bytes_reserved": ("Bytes of kv_memory that are reserved", "reserved_bytes"),
+    "pyramidinfer:peak_requests_running": (
+        "The most requests that were ever in flight",
+        "peak_running",
+    ),
+}
+COUNTERS = {
+    "vllm:prefix_cache_queries": (
+        "Prompt tokens of requests that began and might have found them in a cache",
+        "prefix_queries",
+    ),
+    "vllm:prefix_cache_hits": ("Those that were found, not computed again", "prefix_hits"),
+    "pyramidinfer:step_seconds": ("Seconds that steps took", "step_seconds"),
+    "pyramidinfer:draft_seconds": (
+        "Seconds of them in which tokens were guessed ahead, not counting their verification",
+        "guessing_seconds",
+    ),
+    "vllm:spec_decode_num_drafts": ("Steps of requests that verified guesses", "verifications"),
+    "vllm:spec_decode_num_draft_tokens": ("Tokens guessed and verified", "drafted"),
+    "vllm:spec_decode_num_accepted_tokens": ("Guessed tokens that were right", "accepted"),
+    "pyramidinfer:swapped": ("Caches moved to host memory", "swapped"),
+    "pyramidinfer:recomputed": ("Caches freed and computed anew", "recomputed"),
+    "pyramidinfer:restarted": ("Prompts in progress that began again", "restarted"),
+    "pyramidinfer:resumed": ("Requests that came back", "resumed"),
+    "pyramidinfer:tightened": ("Times a running request's keep was lowered", "tightened"),
+    "pyramidinfer:reuse_hits": ("Requests that reused a conversation's cache", "reuse_hits"),
+    "pyramidinfer:reuse_misses": ("Requests that found none", "reuse_misses"),
+    "pyramidinfer:reuse_tokens": ("Tokens not computed again", "reuse_tokens"),
+    "pyramidinfer:reuse_dropped": ("Held caches that went for room", "reuse_dropped"),
+    "pyramidinfer:cache_spills": ("Held caches moved from the pool to host memory", "spills"),
+    "pyramidinfer:cache_loads": ("Held caches brought back into the pool", "loads"),
+    "pyramidinfer:cache_file_errors": (
+        "Files of caches that could not be read or written",
+        "file_errors",
+    ),
+}
+#: Those that have a value for each place where a cache can be.
+BY_PLACE: dict[str, tuple[Any, str, str]] = {
+    "pyramidinfer:caches": (GaugeMetricFamily, "Caches of finished conversations", "caches"),
+    "pyramidinfer:cache_bytes": (GaugeMetricFamily, "Bytes that they take", "cache_bytes"),
+    "pyramidinfer:cache_hits": (
+        CounterMetricFamily,
+        "Requests that reused a conversation's cache, by where it was",
+        "hits_from",
+    ),
+}
+
+
+class Gauges:
+    """What the engine's thread last told of the engine, at the moment of asking.
+
+    ``worker``: nothing is shown before it is set;  ``layers``: what requests that ended kept.
+    """
+
+    def __init__(self, model: str) -> None:
+        self.model, self.layers = model, Shares()
+        self.worker: AsyncEngine | None = None
+
+    def describe(self) -> list[Metric]:
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        worker, model = self.worker, self.model
+        if worker is None:
+            return
+        stats, idle = worker.stats, worker.recompressor
+        in_use = max(0, stats.pages_in_use - stats.pages_reusable)
+        gauges = [(name, text, getattr(stats, field)) for name, (text, field) in GAUGES.items()] + [
+            ("vllm:num_requests_waiting", "Requests that have not begun", worker.waiting),
+            (
+                "vllm:kv_cache_usage_perc",
+                "Share of the pages that running requests hold, 0 to 1",
+                in_use / stats.pages,
+            ),
+        ]
+        counters = [
+            (name, text, getattr(stats, field)) for name, (text, field) in COUNTERS.items()
+        ] + [
+            (
+                "vllm:num_preemptions",
+                "Requests that were put off for want of memory",
+                stats.swapped + stats.recomputed + stats.restarted,
+            ),
+            (
+                "pyramidinfer:recompressed",
+                "Held caches that were recompressed while idle",
+                idle.done if idle else 0,
+            ),
+            (
+                "pyramidinfer:recompressed_tokens",
+                "Tokens computed to recompress held caches, mean over layers",
+                idle.tokens if idle else 0,
+            ),
+        ]
+        for family, values in ((GaugeMetricFamily, gauges), (CounterMetricFamily, counters)):
+            for name, text, value in values:
+                yield _one(family(name, text, labels=labels_of(name)), model, value)
+        for name, (kind, text, field) in BY_PLACE.items():
+            places = kind(name, text, labels=["model_name", "place"])
+            for place, value in getattr(stats, field).items():
+                places.add_metric([model, place], value)
+            yield places
+        yield _cache_config(worker.engine, model)
+        shares = GaugeMetricFamily(
+            "pyramidinfer:kv_kept_share",
+            "Share of a full cache's entries that a layer kept, over all ended requests",
+            labels=["model_name", "layer"],
+        )
+        for layer, (kept, full) in enumerate(zip(self.layers.kept, self.layers.full, strict=True)):
+            shares.add_metric([model, str(layer)], kept / max(1, full))
+        yield shares
+
+
+def _one(family: Metric, model: str, value: float) -> Metric:
+    values = [model, ENGINE] if family.name.startswith("vllm:") else [model]
+    family.add_metric(values, value)  # type: ignore[attr-defined]
+    return family
+
+
+def _cache_config(engine: Engine, model: str) -> Metric:
+    """How large the cache is: 1, with those of vLLM's labels that are true here.
+
+    ``num_gpu_blocks`` counts blocks of ``block_size`` tokens, on whatever device, as if all of
+    their entries were kept.
+    """
+    layout, config = engine.pool.layout, engine.config
+    about = {
+        "block_size": layout.page_size,
+        "cache_dtype": config.kv_dtype,
+        "num_gpu_blocks": layout.whole_blocks,
+        "kv_cache_size_tokens": layout.whole_blocks * layout.page_size,
+        "kv_cache_memory_bytes": layout.budget,
+        "enable_prefix_caching": config.reuse_share > 0,
+    }
+    name = "vllm:cache_config_info"
+    family = GaugeMetricFamily(name, "Sizes of the cache", labels=labels_of(name, *about))
+    family.add_metric([model, ENGINE, *map(str, about.values())], 1)
+    return family
