@@ -15,6 +15,7 @@ import pytest
 import yaml
 from starlette.routing import Route
 
+import pyramidinfer
 from pyramidinfer.server.app import build_app
 from pyramidinfer.server.gate import OPEN
 from pyramidinfer.server.settings import ServerSettings
@@ -23,7 +24,7 @@ from tests.server.live import tiny_llm
 
 ROOT = Path(__file__).parents[1]
 DEPLOY = ROOT / "deploy"
-VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+VERSION = pyramidinfer.__version__
 IMAGES = ["Dockerfile.cpu", "Dockerfile.cuda"]
 #: Seconds a server takes beyond its drain timeout, at most (uvicorn closes connections for 5).
 CLOSING = 6
@@ -85,7 +86,8 @@ def test_images_copy_what_there_is(name: str) -> None:
         for source in sources:
             assert (ROOT / source).exists() and source in let_in
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert any(project["readme"] in sources for *sources, _ in copied)
+    for needed in (project["readme"], *project["license-files"]):
+        assert any(needed in sources for *sources, _ in copied)
     kept_out = [rule for rule in rules if rule.startswith("**/")]
     assert any(fnmatch.fnmatch("src/pyramidinfer/__pycache__", rule[1:]) for rule in kept_out)
     for extras in re.findall(r"/source\[([\w,]+)\]", " ".join(image.all("RUN"))):
