@@ -48,6 +48,13 @@ def test_readme_python_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert "room 472" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("page", ["transformers.md", "heads.md"])
+def test_a_pages_python_runs(page: str) -> None:
+    """As it stands, with the shipped model in place of the reader's own."""
+    (snippet,) = blocks((ROOT / "docs" / page).read_text(), "python")
+    exec(snippet.replace('"path-or-hub-id"', repr(shipped_model())), {})
+
+
 def commands(text: str = README) -> list[str]:
     lines = "\n".join(blocks(text, "bash")).splitlines()
     return [line for line in lines if line.startswith("pyramidinfer ")]
