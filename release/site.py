@@ -1,7 +1,7 @@
 """What mkdocs builds the site from beside docs/: pages that lie elsewhere, and executed notebooks.
 
-Links are written for the repository.  Those to files outside docs/ are turned into links to where the
-site has them: other pages, the API reference for a policy's source, copies of the files in deploy/.
+Links are written for the repository.  Those to files outside docs/ become links to where the site
+has them: other pages, the API reference for a policy's source, copies of the files in deploy/.
 """
 
 from __future__ import annotations
@@ -26,8 +26,15 @@ PAGES = {
     "CONTRIBUTING.md": "CONTRIBUTING.md",
     "deploy/README.md": "deploy/README.md",
 }
-#: Files that are linked to, and copied.
-COPIED = ("LICENSE", *(f"deploy/{each.name}" for each in (ROOT / "deploy").iterdir()))
+#: Files that are linked to, and copied: where they are, and where the site has them.
+COPIED = {
+    "LICENSE": "LICENSE.txt",
+    **{
+        f"deploy/{each.name}": f"deploy/{each.name}"
+        for each in sorted((ROOT / "deploy").iterdir())
+        if each.suffix != ".md"
+    },
+}
 CELL_SECONDS = 300
 LINK = re.compile(r"(\]\()([^)#\s]+)(#[^)\s]*)?(\))")
 FENCE = re.compile(r"(^```.*?^```$)", re.MULTILINE | re.DOTALL)
@@ -37,8 +44,8 @@ def on_files(files: Any, config: Any) -> Any:
     os.environ["PYTHONPATH"] = str(ROOT / "src")  # of the notebooks' kernels
     for source, target in PAGES.items():
         files.append(File.generated(config, target, content=(ROOT / source).read_text()))
-    for source in set(COPIED) - PAGES.keys():
-        files.append(File.generated(config, source, abs_src_path=str(ROOT / source)))
+    for source, target in COPIED.items():
+        files.append(File.generated(config, target, abs_src_path=str(ROOT / source)))
     for path in sorted((ROOT / "docs" / "notebooks").glob("*.ipynb")):
         page, images = executed(path)
         files.append(File.generated(config, f"notebooks/{path.stem}.md", content=page))
@@ -64,19 +71,15 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
         return f"{before}{relative}{f'#{own}' if own else anchor}{after}"
 
     parts = FENCE.split(markdown)
-    return "".join(
-        part if part.startswith("```") else LINK.sub(moved, part) for part in parts
-    )
+    return "".join(part if part.startswith("```") else LINK.sub(moved, part) for part in parts)
 
 
 def in_site(path: str) -> str | None:
     """Where the site has what the repository has at ``path``; None where it has not."""
-    if path in PAGES:
-        return PAGES[path]
+    if path in PAGES or path in COPIED:
+        return PAGES.get(path) or COPIED[path]
     if path.startswith("docs/"):
         return re.sub(r"^docs/(notebooks/\w+)\.ipynb$", r"docs/\1.md", path)[len("docs/") :]
-    if path in COPIED:
-        return path
     if method := re.fullmatch(r"src/pyramidinfer/policies/(\w+)\.py", path):
         return f"reference/policies.md#pyramidinfer.policies.{method[1]}"
     return None
@@ -105,6 +108,6 @@ def executed(path: Path) -> tuple[str, dict[str, bytes]]:
                 images[name] = base64.b64decode(data["image/png"])
                 parts.append(f"![What the cell above draws]({name})")
             elif text := data.get("text/plain") or (output.get("name") == "stdout" and output.text):
-                parts.append(f"```text title=\"Output\"\n{text.rstrip()}\n```")
+                parts.append(f'```text title="Output"\n{text.rstrip()}\n```')
     parts.insert(1, f"*[This page as a notebook]({path.name}){{ download }}*")
     return "\n\n".join(parts) + "\n", images

@@ -19,6 +19,7 @@ import httpx
 import pytest
 import torch
 
+import pyramidinfer
 from pyramidinfer import LLM, SamplingParams, policies
 from pyramidinfer.cli.app import main
 from pyramidinfer.lab import calibrate, methods
@@ -283,3 +284,28 @@ def test_the_files_that_answer_questions_are_there() -> None:
     named = re.findall(r"`([\w/]+\.py)`", (ROOT / "docs" / "where.md").read_text())
     assert len(named) > 20
     assert [each for each in named if not (ROOT / "src" / "pyramidinfer" / each).exists()] == []
+
+
+# --- the site -------------------------------------------------------------------------------------
+
+NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_hold_no_output(path: Path) -> None:
+    """``make docs`` runs them; what is committed is what a reader runs."""
+    cells = json.loads(path.read_text())["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert code and all(not cell["outputs"] for cell in code)
+    assert all(cell["execution_count"] is None for cell in code)
+    assert cells[0]["source"][0].startswith("# ")
+
+
+def test_the_reference_has_all_public_names() -> None:
+    pages = [path.read_text() for path in (ROOT / "docs" / "reference").glob("*.md")]
+    named = set(re.findall(r"^::: ([\w.]+)$", "\n".join(pages), re.MULTILINE))
+    for name in pyramidinfer.__all__:
+        module = getattr(pyramidinfer, name).__module__
+        assert named & {module, f"{module}.{name}"}, name
+    for kind in POLICIES.values():
+        assert kind.__module__ in named

@@ -55,7 +55,7 @@ def test_all_names_exist(name: str) -> None:
 
 def test_extras() -> None:
     project = tomllib.loads((ROOT.parents[1] / "pyproject.toml").read_text())["project"]
-    extras = {"server", "lab", "lm_eval", "peft", "ray", "gpu", "dev", "all"}
+    extras = {"server", "lab", "lm_eval", "peft", "ray", "gpu", "dev", "docs", "all"}
     assert set(project["optional-dependencies"]) == extras
 
 
