@@ -11,7 +11,7 @@ from typing import Any
 
 import griffe
 
-PARAMETER = re.compile(r"^(\w+(?:, \w+)*) ?: (?=\S)")
+PARAMETER = re.compile(r"^(\w+(?:, \w+)*) : (?=\S)")
 HEADING = re.compile(r"^(\w+)\n-{3,}$", re.MULTILINE)
 PAGE = re.compile(r"`{0,2}docs/(\w+)\.md`{0,2}")
 
@@ -20,18 +20,15 @@ def as_markdown(text: str) -> str:
     lines: list[str] = []
     in_list = False
     for line in HEADING.sub(r"**\1**\n", text).splitlines():
-        if PARAMETER.match(line):
-            if not in_list and lines and lines[-1]:
+        if found := PARAMETER.match(line):
+            if not in_list:
                 lines.append("")
+            names = ", ".join(f"`{name}`" for name in found[1].split(", "))
+            line = f"- {names}: {line[found.end() :]}"
             in_list = True
-            names = PARAMETER.match(line)[1]  # type: ignore[index]
-            marked = ", ".join(f"`{name}`" for name in names.split(", "))
-            lines.append(f"- {marked}: {line[PARAMETER.match(line).end() :]}")  # type: ignore[union-attr]
-            continue
-        if in_list and line and not line.startswith(" "):
+        elif in_list and line and not line.startswith(" "):
+            lines.append("")
             in_list = False
-            if lines[-1]:
-                lines.append("")
         lines.append(line)
     return PAGE.sub(r"[docs/\1.md](../\1.md)", "\n".join(lines))
 
