@@ -310,6 +310,7 @@ def test_the_pages_commands_parse() -> None:
 
 def test_the_page_names_this_version_and_every_file() -> None:
     assert set(re.findall(r"pyramidinfer:(\d[\w.]*)", README)) == {VERSION}
+    assert set(re.findall(r"pyramidinfer-(\d[\w.]*)-py3", README)) == {VERSION}
     for path in DEPLOY.iterdir():
         assert path.name == "README.md" or f"`{path.name}`" in README
     for document in (README, *((DEPLOY / name).read_text() for name in IMAGES)):

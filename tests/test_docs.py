@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -11,6 +12,8 @@ import sys
 import textwrap
 from dataclasses import fields, replace
 from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -54,6 +57,20 @@ def test_a_pages_python_runs(page: str) -> None:
     """As it stands, with the shipped model in place of the reader's own."""
     (snippet,) = blocks((ROOT / "docs" / page).read_text(), "python")
     exec(snippet.replace('"path-or-hub-id"', repr(shipped_model())), {})
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.stem)
+def test_python_on_every_page_names_what_there_is(page: Path) -> None:
+    """Every block compiles, and what it imports of this package can be imported."""
+    for block in blocks(page.read_text(), "python"):
+        tree = ast.parse(textwrap.dedent(block))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("pyramidinfer"):
+                if "ray" in str(node.module) and find_spec("ray") is None:
+                    continue
+                module = import_module(str(node.module))
+                missing = [each.name for each in node.names if not hasattr(module, each.name)]
+                assert not missing, f"{page.name}: {node.module} has no {missing}"
 
 
 def commands(text: str = README) -> list[str]:
