@@ -35,13 +35,14 @@ COPIED = {
         if each.suffix != ".md"
     },
 }
-CELL_SECONDS = 300
+CELL_SECONDS = 1800  # against a cell that hangs; they take seconds
 LINK = re.compile(r"(\]\()([^)#\s]+)(#[^)\s]*)?(\))")
 FENCE = re.compile(r"(^```.*?^```$)", re.MULTILINE | re.DOTALL)
 
 
 def on_files(files: Any, config: Any) -> Any:
     os.environ["PYTHONPATH"] = str(ROOT / "src")  # of the notebooks' kernels
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     for source, target in PAGES.items():
         files.append(File.generated(config, target, content=(ROOT / source).read_text()))
     for source, target in COPIED.items():
