@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from pyramidinfer.engine.drafting import Drafter
+from pyramidinfer.engine.request import Request
 from pyramidinfer.engine.reuse import Conversations
 from pyramidinfer.engine.scheduler import Scheduler
 
@@ -20,7 +21,9 @@ class Stats(NamedTuple):
     ``swapped_bytes``: of host memory, by preempted requests.  ``caches``, ``cache_bytes`` and
     ``hits_from``: conversations by place.  The rest counts events since the start, as
     ``scheduler.Counts`` and ``Conversations`` do; ``file_errors``: files that could not be read or
-    written;  ``drafted``, ``accepted``, ``verifications``: as in ``DraftUsage``, of all requests.
+    written;  ``drafted``, ``accepted``, ``verifications``: as in ``DraftUsage``, of all requests;
+    ``adapters_running``, ``adapters_waiting``: names of those that requests in flight run with, and
+    that waiting ones will.
     """
 
     running: int
@@ -51,6 +54,8 @@ class Stats(NamedTuple):
     drafted: int
     accepted: int
     verifications: int
+    adapters_running: list[str]
+    adapters_waiting: list[str]
 
 
 def read_stats(
@@ -96,4 +101,10 @@ def read_stats(
         drafted=drafter.drafted,
         accepted=drafter.accepted,
         verifications=drafter.verifications,
+        adapters_running=_adapters([*scheduler.running, *scheduler.prefilling]),
+        adapters_waiting=_adapters([*scheduler.waiting, *scheduler.preempted]),
     )
+
+
+def _adapters(requests: list[Request]) -> list[str]:
+    return sorted({each.adapter.name for each in requests if each.adapter is not None})
