@@ -21,11 +21,12 @@ from pyramidinfer.lab.bench.timing import ratios, spread
 from pyramidinfer.lab.record import write_result
 from pyramidinfer.models.families import find_family
 
-__all__ = ["run_adapters"]
+__all__ = ["run_adapters", "write_adapter"]
 
 
 def run_adapters(plan: AdaptersPlan, out: Path) -> dict[str, Any]:
     """Measure, write ``out``, and return its result: a row for each number of adapters."""
+    plan.check()
     rig, (spec,) = Rig(plan.setting), plan.setting.policies
     rig.check_length(plan.prompt_len, plan.output_len)
     prompts = rig.prompts(plan.batch, plan.prompt_len)
@@ -37,7 +38,8 @@ def run_adapters(plan: AdaptersPlan, out: Path) -> dict[str, Any]:
         engines = {count: _engine(plan, rig, spec, count, Path(inside)) for count in counts}
         for repeat in range(rounds):
             for count, engine in engines.items():
-                names = [*engine.adapters] or [None]
+                names: list[str | None] = [*engine.adapters]
+                names = names or [None]
                 loras = [names[index % len(names)] for index in range(plan.batch)]
                 run = run_pass(engine, prompts, plan.output_len, loras, clock)
                 if repeat >= plan.setting.warmup:
@@ -53,12 +55,12 @@ def _engine(plan: AdaptersPlan, rig: Rig, spec: str, count: int, inside: Path) -
     modules = {}
     for number in range(count):
         folder = inside / f"{count}-{number}"
-        _write(folder, rig.shared, plan.rank, plan.setting.seed + number)
+        write_adapter(folder, rig.shared, plan.rank, plan.setting.seed + number)
         modules[f"adapter-{number}"] = str(folder)
     return rig.engine(spec, plan.batch, plan.prompt_len, plan.output_len, lora_modules=modules)
 
 
-def _write(folder: Path, runner: Any, rank: int, seed: int) -> None:
+def write_adapter(folder: Path, runner: Any, rank: int, seed: int) -> None:
     """A random adapter on all linears of a model's layers, as peft would save it."""
     folder.mkdir()
     config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": "all-linear"}
