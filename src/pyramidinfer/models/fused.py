@@ -161,6 +161,7 @@ class FusedDecoder(Decoder):
         for number, layer in self.layers.items():
             packed += layer.pack_low_rank(adapter.parts.get(number, {}))
         adapter.take(packed)
+        adapter.parts = {}  # they are in what was packed
 
     def ropes(self, positions: Tensor, regimes: list[int]) -> Ropes:
         return {None: self.rotary.angles(self.like, positions, regimes)}
