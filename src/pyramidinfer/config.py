@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -38,6 +39,7 @@ __all__ = [
     "parse_bytes",
     "parse_device",
     "parse_dtype",
+    "parse_modules",
 ]
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
@@ -49,6 +51,44 @@ MOST_DRAFTS = 8
 WEIGHTS = ("auto", "int8", "int4")
 #: Headings of ``--help``.
 ENGINE = "Memory and scheduling"
+
+
+def parse_modules(given: Any) -> dict[str, str]:
+    """Adapters by name → folders or hub ids by name, from such a mapping or from texts:
+    ``"NAME=PATH"``, or the JSON object ``{"name": …, "path": …}``."""
+    pairs: list[tuple[Any, Any]] = []
+    if isinstance(given, Mapping):
+        pairs = list(given.items())
+    elif isinstance(given, list | tuple):
+        pairs = [_parse_module(each) for each in given]
+    else:
+        raise ValueError(f"lora_modules={given!r:.80} must be folders by name, {{'sql': 'path'}}")
+    found: dict[str, str] = {}
+    for name, path in pairs:
+        if not (isinstance(name, str) and name and isinstance(path, str | Path) and str(path)):
+            raise ValueError(f"lora_modules: {name!r:.60}={path!r:.60} must be a name and a path")
+        if name in found:
+            raise ValueError(f"lora_modules names {name!r} twice; every adapter needs its own name")
+        found[name] = str(path)
+    return found
+
+
+def _parse_module(text: Any) -> tuple[str, str]:
+    wrong = f'lora_modules: {text!r:.80} is neither NAME=PATH nor {{"name": …, "path": …}}'
+    if not isinstance(text, str):
+        raise ValueError(wrong)
+    if not text.lstrip().startswith("{"):
+        name, separator, path = text.partition("=")
+        if not separator:
+            raise ValueError(wrong)
+        return name.strip(), path.strip()
+    try:
+        entry = json.loads(text)
+    except ValueError:
+        raise ValueError(wrong) from None
+    if entry.keys() != {"name", "path"}:
+        raise ValueError(f"{wrong}: those are its two keys")
+    return entry["name"], entry["path"]
 
 
 def parse_dtype(value: str | torch.dtype, checkpoint: torch.dtype | None) -> torch.dtype:
@@ -114,6 +154,15 @@ class EngineConfig:
             see="weights.md",
         ),
     ] = "auto"
+    lora_modules: Annotated[
+        Mapping[str, str] | Sequence[str] | None,
+        Option(
+            "A LoRA adapter that requests may name as their model, several in one batch: "
+            'NAME=PATH, or {"name": …, "path": …} as JSON. May be repeated.',
+            repeat=True,
+            see="models.md",
+        ),
+    ] = None
     draft_tokens: Annotated[
         int | None,
         Option(
@@ -289,6 +338,7 @@ class EngineConfig:
                 f"give tensor_parallel_size or pipeline_parallel_size"
             )
         self._check_layers()
+        self._check_adapters()
         if not isinstance(self.profile, bool):
             raise ValueError(f"profile={self.profile!r} must be True or False")
         self._check_drafts()
@@ -352,6 +402,21 @@ class EngineConfig:
                     f"{name}={getattr(self, name)!s} has no effect with reuse_share=0: no "
                     f"conversation is held then"
                 )
+
+    def _check_adapters(self) -> None:
+        modules = parse_modules(self.lora_modules or {})
+        if modules and self.ranks > 1:
+            raise ValueError(
+                f"lora_modules={[*modules]} works on one rank only: leave tensor_parallel_size and "
+                f"pipeline_parallel_size out, or give one adapter's folder as the model, which "
+                f"merges it into its base"
+            )
+        object.__setattr__(self, "lora_modules", modules)
+
+    @property
+    def adapters(self) -> dict[str, str]:
+        """``lora_modules`` by name."""
+        return parse_modules(self.lora_modules or {})
 
     def _check_layers(self) -> None:
         given, stages = self.pipeline_layers, self.pipeline_parallel_size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from pyramidinfer import SamplingParams
 from pyramidinfer.config import EngineConfig
 from pyramidinfer.engine import Engine
 from pyramidinfer.engine.request import Request
+from tests.adapters import save_adapter
 from tests.engine.build import policy_named
 from tests.native.isas import backend
 from tests.tiny import random_prompt, tiny_model
@@ -39,7 +41,10 @@ def engine(family: str, dtype: torch.dtype, name: str, **options: Any) -> Engine
 
 
 def logits_of(
-    engine: Engine, prompts: list[list[int]], joining: int = 0
+    engine: Engine,
+    prompts: list[list[int]],
+    joining: int = 0,
+    loras: list[str | None] | None = None,
 ) -> tuple[list[list[int]], list[Tensor]]:
     """Tokens and logits ``[NEW, vocab]`` of each; ``joining`` steps lie between two prompts."""
     assert engine.runner.decoder.is_fused
@@ -55,8 +60,9 @@ def logits_of(
 
     engine._commit = watched  # type: ignore[method-assign]
     requests = []
-    for prompt in prompts:
-        requests.append(engine.add(prompt, params))
+    for prompt, lora in zip(prompts, loras or [None] * len(prompts), strict=True):
+        requests.append(engine.make(prompt, params, lora=lora))
+        engine.submit(requests[-1])
         for _ in range(joining):
             engine.step()
     while not engine.scheduler.idle:
@@ -117,3 +123,27 @@ def test_pages_do_not_matter(dtype: torch.dtype) -> None:
     logits_of(other, PROMPTS[::-1])  # leaves the free list in another order
     del other._commit
     assert_same(logits_of(other, PROMPTS), expected)
+
+
+@dtypes
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("weights", ["auto", "int4"])
+def test_beside_other_adapters(dtype: torch.dtype, weights: str, tmp_path: Path) -> None:
+    """A request's adapter is its own; one without is served as if there were none."""
+    loras = [None, "first", "second", "first", None]
+    folders = {
+        name: save_adapter(tmp_path / name, "llama", which)
+        for which, name in enumerate(("first", "second"))
+    }
+
+    def with_adapters() -> Engine:
+        return engine("llama", dtype, "full", lora_modules=folders, weights=weights)
+
+    expected = logits_of(with_adapters(), PROMPTS, loras=loras)
+    assert_same(logits_of(with_adapters(), PROMPTS, joining=4, loras=loras), expected)
+    for index, lora in enumerate(loras):
+        mine = ([expected[0][index]], [expected[1][index]])
+        assert_same(logits_of(with_adapters(), PROMPTS[index : index + 1], loras=[lora]), mine)
+        if lora is None:
+            without = engine("llama", dtype, "full", weights=weights)
+            assert_same(logits_of(without, PROMPTS[index : index + 1]), mine)

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from pyramidinfer.cli.fields import command
 from pyramidinfer.lab.bench.plans import (
+    AdaptersPlan,
     FootprintPlan,
     KernelPlan,
     KvDtypesPlan,
@@ -74,6 +75,15 @@ def weights(plan: WeightsPlan, json: Json = Path("out/weights.json")) -> None:
     from pyramidinfer.lab.bench.weights import run_weights
 
     _show(weights_table(run_weights(plan, _target(json))), json)
+
+
+@command(bench)
+def adapters(plan: AdaptersPlan, json: Json = Path("out/bench_adapters.json")) -> None:
+    """Decode step and prefill with LoRA adapters, beside the model alone."""
+    from pyramidinfer.lab.bench.adapters import run_adapters
+    from pyramidinfer.lab.bench.table import adapters_table
+
+    _show(adapters_table(run_adapters(plan, _target(json))), json)
 
 
 @command(bench, "kv-dtypes")

@@ -171,6 +171,10 @@ class PromptOptions:
         Path | None, Option("File that holds the prompt; - is standard input.")
     ] = None
     chat: Annotated[bool, Option("Apply the model's chat template.")] = False
+    lora: Annotated[
+        str | None,
+        Option("Name of the adapter in --lora-modules to answer with.", unset="the model alone"),
+    ] = None
     as_json: AsJson = False
 
 

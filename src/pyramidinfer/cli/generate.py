@@ -25,6 +25,9 @@ def run_generate(choice: ModelChoice, sampling: SamplingOptions, what: PromptOpt
     """Stream an answer to the terminal, or print it as one JSON object."""
     asked, as_json = sampling.asked, what.as_json
     check_asked(asked, sampling.generation_config)
+    modules = choice.engine.adapters
+    if what.lora is None and modules:
+        raise ValueError(f"--lora-modules {min(modules)} has no effect without --lora NAME")
     text = _read_prompt(what.prompt, what.prompt_file)
     llm = load(choice)
     named = sampling.chat_template_kwargs or {}
@@ -33,7 +36,7 @@ def run_generate(choice: ModelChoice, sampling: SamplingOptions, what: PromptOpt
     output = None
     try:
         written = 0
-        for output in llm.stream(ids, params):
+        for output in llm.stream(ids, params, lora=what.lora):
             if not as_json:
                 print(output.text[written:], end="", flush=True)
                 written = len(output.text)

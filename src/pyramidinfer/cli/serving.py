@@ -139,7 +139,7 @@ def serve(
 
 def chat(
     model: ModelOptions,
-    engine: Annotated[EngineConfig, pick(*ALONE, reuse_share=1.0)],
+    engine: Annotated[EngineConfig, pick(*ALONE, without=("lora_modules",), reuse_share=1.0)],
     sampling: SamplingOptions,
     options: ChatOptions,
 ) -> None:

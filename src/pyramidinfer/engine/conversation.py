@@ -19,6 +19,7 @@ import numpy as np
 
 from pyramidinfer.cache import Exported
 from pyramidinfer.engine.request import Request
+from pyramidinfer.models.adapters import Adapter
 from pyramidinfer.policies import Policy
 from pyramidinfer.types import TokenIds
 
@@ -98,13 +99,17 @@ class Names:
         """What an owner is known by."""
         return blake2b(owner.encode(), key=self.secret, digest_size=16).hexdigest()
 
-    def digests(self, owner: str, text: TokenIds, lengths: list[int]) -> Iterator[bytes]:
+    def digests(
+        self, owner: str, text: TokenIds, lengths: list[int], adapter: Adapter | None = None
+    ) -> Iterator[bytes]:
         """What the first so many tokens of an owner's text are known by; lengths ascend.
 
-        owner : as ``owner`` gives it.
+        owner : as ``owner`` gives it;  adapter : what the text ran with, whose caches are of use
+        with it only.
         """
         data, at = np.array(text, dtype=np.int64), 0
-        hasher = blake2b(owner.encode(), digest_size=32)
+        whose = owner if adapter is None else f"{owner} {adapter.mark}"
+        hasher = blake2b(whose.encode(), digest_size=32)
         for length in lengths:
             hasher.update(data[at:length].tobytes())
             at = length
@@ -114,7 +119,7 @@ class Names:
         """A finished request that has its cache; ``size``: bytes of that."""
         assert request.owner is not None
         owner, length = self.owner(request.owner), request.table.seen_len
-        *_, digest = self.digests(owner, request.text, [length])
+        *_, digest = self.digests(owner, request.text, [length], request.adapter)
         policy, mark = request.policy, self.mark(request.policy)
         whole = json.dumps([self.model, mark or repr(policy), request.protect, digest.hex()])
         return Conversation(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pyramidinfer.cache import Copier, Layout, Pool, Table
-from pyramidinfer.config import EngineConfig
+from pyramidinfer.config import EngineConfig, check_choice
 from pyramidinfer.engine import answers, holding
 from pyramidinfer.engine.chat_template import find_end_ids
 from pyramidinfer.engine.checks import check_plan
@@ -31,6 +31,7 @@ from pyramidinfer.engine.stats import Stats, Work, read_stats
 from pyramidinfer.engine.text import encoder_of
 from pyramidinfer.engine.undo import Undo
 from pyramidinfer.models import ModelRunner, Prefill
+from pyramidinfer.models.adapters import Adapter
 from pyramidinfer.models.batch import Batch
 from pyramidinfer.models.fingerprint import fingerprint
 from pyramidinfer.models.ranks import ALONE, Ranks
@@ -85,6 +86,8 @@ class Engine:
                 ranks=ranks,
                 weights=config.weights,
             )
+        #: What requests may run with besides the model, by name.
+        self.adapters = self.runner.load_adapters(config.adapters)
         device = self.runner.device
         check_plan(self.runner, policy, config, device)
         layout = Layout(
@@ -129,6 +132,7 @@ class Engine:
         scoring: Scoring | None = None,
         samples: int = 1,
         owner: str | None = None,
+        lora: str | None = None,
     ) -> Request:
         """Check a request and build it, without queueing it.
 
@@ -137,12 +141,27 @@ class Engine:
         already holds the beginning of the prompt;  ``scoring``: a continuation to score instead
         of generating;  ``samples``: answers wanted, the further ones in ``request.samples``;
         ``owner``: whose conversation this is, so that a later request of the same owner can reuse
-        its cache (None: nobody's, and it reuses none).
+        its cache (None: nobody's, and it reuses none);  ``lora``: the name of the adapter that it
+        runs with (None: the model alone).
         """
+        adapter = self.adapter(lora)
         chosen = self.policy if policy is None else self.bind(policy)
         if chosen is not self.policy:
             self.check_policy(chosen)
-        return self.maker.make(prompt, params, chosen, protect, hold, on, scoring, samples, owner)
+        return self.maker.make(
+            prompt, params, chosen, protect, hold, on, scoring, samples, owner, adapter
+        )
+
+    def adapter(self, name: str | None) -> Adapter | None:
+        """The adapter of this name, None for None; ``ValueError`` where there is none."""
+        if name is None:
+            return None
+        if not self.adapters:
+            raise ValueError(
+                f"lora={name!r}, and no adapter was loaded: give lora_modules={{{name!r}: FOLDER}}"
+            )
+        check_choice("lora", name, self.adapters)
+        return self.adapters[name]
 
     def bind(self, policy: Policy, measure: bool = True) -> Policy:
         """The policy with what it asks for of this model: its head profile where it has none, its

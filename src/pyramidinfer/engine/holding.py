@@ -42,7 +42,9 @@ def next_turn(
     check_tokens(tokens, shared.runner.vocab_size)
     text = request.prompt + request.output + list(tokens)
     spans = [*request.protect, *protect]
-    turn = maker.make(text, params, request.policy, spans, hold, old, None, 1)
+    turn = maker.make(
+        text, params, request.policy, spans, hold, old, None, 1, adapter=request.adapter
+    )
     if shared.is_endless(request.policy, len(text)):  # its rotary positions begin again
         limit = shared.runner.streaming.limit(request.is_long)
         check_stream(len(tokens) + 1, int(old.kept.max()), limit)

@@ -79,6 +79,9 @@ class LLM:
     weights : (one of the options) how the weights of linears are stored on the CPU kernels:
         ``"auto"`` in ``dtype``, ``"int8"`` or ``"int4"`` in so many bits, made while the model is
         loaded.  ``ValueError`` for a model or backend that has no such linears.
+    lora_modules : (one of the options) LoRA adapters that requests may name, ``{"sql": "folder or
+        hub id"}``: several in one batch, beside the model itself (docs/models.md).
+        ``ValueError`` for one that is for another model, or more than low ranks beside linears.
     options : further fields of ``EngineConfig`` (``page_size``, ``max_requests``, …).
         With ``tensor_parallel_size`` or ``pipeline_parallel_size`` above 1 a process is started for
         each further rank (under ``torchrun`` they are there already, and those above 0 end with
@@ -111,6 +114,7 @@ class LLM:
             runner = ModelRunner(empty, "reference")
             on = choose_device(backend, place, runner.dtype, config.weights)
             runner.check_weights(config.weights, on)
+            runner.load_adapters(config.adapters)
             loading = sum(each.nbytes for each in empty.parameters()) // config.ranks
             packed = config.weights != "auto" and on.coding == "packed"
             weights = stored_bytes(empty, config.weights) if packed else loading
@@ -165,6 +169,7 @@ class LLM:
         protect: Spans | list[Spans] = (),
         prefix: Prefix | Sequence[Prefix] | None = None,
         policy: str | Policy | None = None,
+        lora: str | Sequence[str | None] | None = None,
     ) -> list[RequestOutput]:
         """Answer every prompt; the list is in prompt order.
 
@@ -174,6 +179,8 @@ class LLM:
         all, or one for each): what ``prefill`` returned; a prompt then goes on from there, a text
         without special tokens in front, and spans count from the prefix's first token.
         ``policy``: for these prompts, instead of this LLM's own (a prefix has its own already).
+        ``lora`` (one for all, or one for each): the name of the adapter in ``lora_modules`` that a
+        prompt runs with, None for the model alone (what goes on from a prefix runs with its own).
         Every prompt is checked before any of them runs.  Ctrl-C ends all of them and raises a
         ``KeyboardInterrupt`` whose ``outputs`` holds every answer as far as it got.
         """
@@ -182,15 +189,15 @@ class LLM:
         many = _spread_sampling(chosen_params, len(batch))
         spans = _spread_spans(protect, len(batch))
         begun = _spread_prefixes(prefix, len(batch))
-        chosen = self._bound(policy)
+        chosen, loras = self._bound(policy), _spread_loras(lora, len(batch))
         if chosen is not None and (done := next(filter(None, begun), None)):
             raise ValueError(f"policy={chosen.name!r} beside {done!r}: give the policy to prefill")
         encoded = [
             self.encode(prompt, special=on is None) for prompt, on in zip(batch, begun, strict=True)
         ]
         requests = [
-            self._make(ids, params, keep, on, chosen)
-            for ids, params, keep, on in zip(encoded, many, spans, begun, strict=True)
+            self._make(ids, params, keep, on, chosen, name)
+            for ids, params, keep, on, name in zip(encoded, many, spans, begun, loras, strict=True)
         ]
         try:
             self.engine.run(requests)
@@ -205,11 +212,13 @@ class LLM:
         *,
         keep: float | None = None,
         protect: Spans = (),
+        lora: str | None = None,
     ) -> Prefix:
         """Take a text in and compress its cache now, for ``generate(…, prefix=…)`` to go on from.
 
         ``policy`` and ``keep``: as in ``LLM``; None is this LLM's own.  The policy sees the text
-        without what will be asked of it.  ``ValueError`` where the cache does not fit beside what
+        without what will be asked of it.  ``lora``: the adapter that it is taken in with, and that
+        whatever goes on from it runs with.  ``ValueError`` where the cache does not fit beside what
         is held.
         """
         if policy is None and keep is not None:
@@ -221,6 +230,7 @@ class LLM:
             policy=chosen,
             protect=protect,
             hold=True,
+            lora=lora,
         )
         self.engine.run([request])
         if request.error is not None:
@@ -240,10 +250,16 @@ class LLM:
         protect: Spans,
         prefix: Prefix | None,
         policy: Policy | None = None,
+        lora: str | None = None,
     ) -> Request:
         if prefix is None:
-            return self.engine.make(tokens, params, policy=policy, protect=protect)
+            return self.engine.make(tokens, params, policy=policy, protect=protect, lora=lora)
         held = prefix.held_by(self.engine)
+        if lora is not None and lora != prefix.lora:
+            raise ValueError(
+                f"lora={lora!r} beside {prefix!r}, which was taken in with lora={prefix.lora!r}: "
+                f"give the adapter to prefill"
+            )
         return self.engine.branch(held, tokens, params, protect=protect)
 
     def stream(
@@ -253,6 +269,7 @@ class LLM:
         *,
         protect: Spans = (),
         prefix: Prefix | None = None,
+        lora: str | None = None,
     ) -> Iterator[RequestOutput]:
         """Yield the answer as it grows: each item is the whole answer so far.
 
@@ -261,7 +278,7 @@ class LLM:
         """
         params = self.get_default_sampling_params() if sampling is None else sampling
         tokens = self.encode(prompt, special=prefix is None)
-        return self._follow(self._make(tokens, params, protect, prefix))
+        return self._follow(self._make(tokens, params, protect, prefix, lora=lora))
 
     def _follow(self, request: Request) -> Iterator[RequestOutput]:
         given, is_told = 0, False
@@ -284,16 +301,17 @@ class LLM:
         protect: Spans | list[Spans] = (),
         logits: bool = False,
         policy: str | Policy | None = None,
+        lora: str | Sequence[str | None] | None = None,
     ) -> list[Score]:
         """How likely each continuation is after its prompt, with compression in force.
 
         A prompt's cache is compressed as always; the continuation then goes in on top of it, every
         token attending to what was kept and to the continuation before it, and none is dropped.
         Texts of continuations get no special tokens.  ``logits=True`` returns them, too.
-        ``policy``: for these prompts, instead of this LLM's own.
+        ``policy``: for these prompts, instead of this LLM's own;  ``lora``: as in ``generate``.
         """
         batch, chosen = _as_batch(prompts), self._bound(policy)
-        spans = _spread_spans(protect, len(batch))
+        spans, loras = _spread_spans(protect, len(batch)), _spread_loras(lora, len(batch))
         tokens = [
             self.encode(each, special=False)
             for each in _one_each(_as_batch(continuations), len(batch), "continuations")
@@ -305,8 +323,9 @@ class LLM:
                 policy=chosen,
                 protect=keep,
                 scoring=Scoring(wanted, logits),
+                lora=name,
             )
-            for prompt, wanted, keep in zip(batch, tokens, spans, strict=True)
+            for prompt, wanted, keep, name in zip(batch, tokens, spans, loras, strict=True)
         ]
         self.engine.run(requests)
         return [self._scored(request) for request in requests]
@@ -384,6 +403,14 @@ def _spread_prefixes(prefix: Any, count: int) -> list[Prefix | None]:
         if not isinstance(each, Prefix | None):
             raise ValueError(f"prefix={each!r:.60} must be what prefill returned, or None")
     return _one_each(many, count, "prefixes")
+
+
+def _spread_loras(lora: Any, count: int) -> list[str | None]:
+    many = list(lora) if isinstance(lora, list | tuple) else [lora] * count
+    for each in many:
+        if not isinstance(each, str | None):
+            raise ValueError(f"lora={each!r:.60} must be an adapter's name, or None")
+    return _one_each(many, count, "adapters")
 
 
 def _spread_spans(protect: Any, count: int) -> list[Spans]:

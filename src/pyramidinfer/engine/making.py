@@ -24,6 +24,7 @@ from pyramidinfer.engine.memory import Cost, for_samples
 from pyramidinfer.engine.request import Request, Scoring
 from pyramidinfer.engine.shared import Shared
 from pyramidinfer.engine.text import Detokenizer, added_tokens
+from pyramidinfer.models.adapters import Adapter
 from pyramidinfer.policies import Policy
 from pyramidinfer.types import SamplingParams, TokenIds
 
@@ -52,6 +53,7 @@ class Maker:
         scoring: Scoring | None,
         samples: int,
         owner: str | None = None,
+        adapter: Adapter | None = None,
     ) -> Request:
         """See :meth:`Engine.make`; ``policy`` is checked already."""
         shared, runner = self.shared, self.shared.runner
@@ -96,6 +98,7 @@ class Maker:
                 params=params,
                 max_new=max_new,
                 policy=policy,
+                adapter=adapter,
                 cost=cost,
                 likely=likely,
                 protect=spans,

@@ -36,6 +36,12 @@ class Prefix:
         return self._request.policy
 
     @property
+    def lora(self) -> str | None:
+        """The adapter that it was taken in with, which what goes on from it runs with, too."""
+        adapter = self._request.adapter
+        return None if adapter is None else adapter.name
+
+    @property
     def kv(self) -> KVUsage:
         """What is held."""
         return self._engine.usage(self._request)

@@ -145,7 +145,12 @@ class Recompression:
         tokens, reach = torch.tensor(text, device=runner.device), [length] * layers.count
         table = shared.pool.new_table(length)
         sequence = Sequence(
-            policy=policy, cache=table, layers=layers, protected=protected, is_long=held.is_long
+            policy=policy,
+            cache=table,
+            layers=layers,
+            protected=protected,
+            is_long=held.is_long,
+            adapter=held.adapter,
         )
         self.prefill = Prefill(sequence, tokens, 0, reach, readings=again)
         shared.ledger.reserve(self, cost)

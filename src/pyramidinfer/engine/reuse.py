@@ -180,7 +180,7 @@ class Conversations:
             return []
         owner, lengths = self.names.owner(request.owner), self.index.lengths(len(request.prompt))
         mark, found = self.names.mark(request.policy), []
-        for digest in self.names.digests(owner, request.prompt, lengths):
+        for digest in self.names.digests(owner, request.prompt, lengths, request.adapter):
             found += self.index.at(digest)
         return [one for one in reversed(found) if one.owner == owner and one.fits(request, mark)]
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from pyramidinfer.engine.drafting import Drafter
+from pyramidinfer.engine.request import Request
 from pyramidinfer.engine.reuse import Conversations
 from pyramidinfer.engine.scheduler import Scheduler
 
@@ -35,7 +36,9 @@ class Stats(NamedTuple):
     ``hits_from``: conversations by place.  The rest counts events since the start, as
     ``scheduler.Counts`` and ``Conversations`` do; ``file_errors``: files that could not be read or
     written;  ``drafted``, ``accepted``, ``verifications``: as in ``DraftUsage``, of all requests;
-    ``step_seconds``, ``guessing_seconds``: as in ``Work``.
+    ``step_seconds``, ``guessing_seconds``: as in ``Work``;
+    ``adapters_running``, ``adapters_waiting``: names of those that requests in flight run with, and
+    that waiting ones will.
 
     ``prefix_queries`` and ``prefix_hits``: prompt tokens of requests that began and might have
     found what others left, and those of them that were found and not computed again.  Whatever
@@ -74,6 +77,8 @@ class Stats(NamedTuple):
     verifications: int
     step_seconds: float
     guessing_seconds: float
+    adapters_running: list[str]
+    adapters_waiting: list[str]
 
 
 def read_stats(
@@ -123,4 +128,10 @@ def read_stats(
         verifications=drafter.verifications,
         step_seconds=work.seconds,
         guessing_seconds=work.guessing,
+        adapters_running=_adapters([*scheduler.running, *scheduler.prefilling]),
+        adapters_waiting=_adapters([*scheduler.waiting, *scheduler.preempted]),
     )
+
+
+def _adapters(requests: list[Request]) -> list[str]:
+    return sorted({each.adapter.name for each in requests if each.adapter is not None})

@@ -433,7 +433,10 @@ class AsyncEngine:
                 old = each.request
                 told = stream.again or old.output or old.samples or not old.leads
                 if old.reused and not told:
-                    each.request = self.engine.make(old.prompt, old.params, policy=old.policy)
+                    lora = None if old.adapter is None else old.adapter.name
+                    each.request = self.engine.make(
+                        old.prompt, old.params, policy=old.policy, lora=lora
+                    )
                     each.request.times.arrived = old.times.arrived
                     stream.again = True
                     self.engine.submit(each.request)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pyramidinfer.cache import Table
+from pyramidinfer.models.adapters import Adapter
 from pyramidinfer.models.draft_view import DraftView
 from pyramidinfer.policies import Policy
 from pyramidinfer.types import Layers, Needs, Phase, Queries, View
@@ -34,7 +35,8 @@ class Sequence:
     ``cache``: None while it has none in the pool;  ``protected``: bool ``[text]``, tokens no policy
     may drop (generated ones never are);  ``is_long``: rotary regime, fixed at admission;
     ``prompt_len``: length of the text last taken in;  ``idle``: steps for which the policy need not
-    be asked whether to evict;  ``draft_view``: what its drafts read, where its policy has any.
+    be asked whether to evict;  ``draft_view``: what its drafts read, where its policy has any;
+    ``adapter``: what its tokens run with besides the model, for as long as it has a cache.
     """
 
     policy: Policy
@@ -45,6 +47,7 @@ class Sequence:
     prompt_len: int = 0
     idle: int = 0
     draft_view: DraftView | None = None
+    adapter: Adapter | None = None
 
     @property
     def table(self) -> Table:

@@ -17,10 +17,11 @@ from pyramidinfer.attention import DecodePlan
 from pyramidinfer.attention.base import Attended
 from pyramidinfer.cache import Pool, Weights
 from pyramidinfer.config import accumulate_dtype
+from pyramidinfer.models.adapters import Adapted
 from pyramidinfer.models.batch import Sequence
 from pyramidinfer.types import AttentionShape
 
-__all__ = ["Decoding", "Ropes", "Size", "Stepped"]
+__all__ = ["Decoding", "Ropes", "Size", "Stepped", "adapted_rows"]
 
 #: cos and sin of some rows, each ``[rows, rotated]``, by kind of layer.
 Ropes = dict[str | None, tuple[Tensor, Tensor]]
@@ -50,6 +51,11 @@ class Size(NamedTuple):
         )
 
 
+def adapted_rows(sequences: list[Sequence], fed: list[int]) -> Adapted | None:
+    """Adapters of the tokens that sequences feed."""
+    return Adapted.of((each.adapter, count) for each, count in zip(sequences, fed, strict=True))
+
+
 class Decoding:
     """``R`` tokens that sequences feed in one step, one each or several after one another (drafts
     that are verified).
@@ -57,7 +63,8 @@ class Decoding:
     What the layers read: plan (page tables, lengths with the new entry, positions);  pages, offsets
     ``[L, R, K]`` where the new entries go;  places ``[R]`` of the tokens among rotary positions.
     They are parts of one buffer, written on the host and uploaded at once.  tokens ``[R]`` and
-    ropes, cos and sin of the places, are on the device already.
+    ropes, cos and sin of the places, are on the device already.  adapted: rows' adapters, which
+    steps on fixed buffers have not.
 
     What they leave: queries ``[L, R, H, D]`` with their log-sum-exps lse ``[L, R, H]``, where rings
     ask for them;  weights, where running scores do.
@@ -101,6 +108,7 @@ class Decoding:
         self.plan = DecodePlan(read["tables"], read["lengths"], longest, read["positions"])
         self.tokens = torch.zeros(size.rows, dtype=torch.int64, device=pool.device)
         self.ropes: Ropes = {}
+        self.adapted: Adapted | None = None
         self._scratch = np.array([pool.group(layer).scratch for layer in range(pool.layers)])
         cuda: Any = torch.cuda
         self._sent = cuda.Event() if on_gpu and fixed else None
@@ -129,6 +137,8 @@ class Decoding:
         if self._sent is not None:
             self._sent.synchronize()  # the last upload has read the host's side
         host, count, row = self.host, sum(fed), 0
+        self.adapted = adapted_rows(sequences, fed)
+        assert not (self.fixed and self.adapted)
         for each, tokens in zip(sequences, fed, strict=True):
             table = each.table
             held, lengths = int(table.held.max()), table.kept[:, self._heads]

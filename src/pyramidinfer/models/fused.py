@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from pyramidinfer.attention import Scale
 from pyramidinfer.cache import Pool
 from pyramidinfer.cache.native import kernel_number
+from pyramidinfer.models.adapters import PLACES, Adapter, Low, Part
 from pyramidinfer.models.decode import Decoding, Ropes
 from pyramidinfer.models.ops import ADD, GATED, PLAIN, Heads, KernelOps, Ops
 from pyramidinfer.models.ranks import Ranks
@@ -30,6 +31,14 @@ __all__ = ["FusedDecoder", "fuse", "why_not"]
 
 #: What is packed; the second is a linear that is split over ranks.
 LINEARS = (nn.Linear, RowSplit)
+#: Where the linears of a layer are packed.
+_NAMES = {
+    "qkv": [f"self_attn.{name}_proj" for name in ("q", "k", "v", "qkv")],
+    "out": ["self_attn.o_proj"],
+    "gate_up": [f"mlp.{name}_proj" for name in ("gate", "up", "gate_up")],
+    "down": ["mlp.down_proj"],
+}
+assert tuple(_NAMES) == PLACES
 
 
 class FusedLayer:
@@ -47,6 +56,11 @@ class FusedLayer:
         self.out = _pack(ops, [attention.o_proj], PLAIN)
         self.gate_up = _pack(ops, _parts(mlp, "gate_proj", "up_proj", "gate_up_proj"), GATED)
         self.down = _pack(ops, [mlp.down_proj], PLAIN)
+        sizes = {n: m.out_features for n, m in layer.named_modules() if type(m) in LINEARS}
+        #: By place, the linears that are packed there, in order, each with its outputs.
+        self.linears = [
+            {name: sizes[name] for name in names if name in sizes} for names in _NAMES.values()
+        ]
         if not getattr(attention, "use_rope", True):
             rotated = 0
         self.heads = Heads(
@@ -69,25 +83,41 @@ class FusedLayer:
     def __call__(self, flat: Tensor, rope: Tables, call: LayerCall) -> Tensor:
         """The flat row ``[rows, hidden]`` through the layer; fewer rows where ``call`` says so.
         rope : float32 cos and sin, each ``[rows, rotated]``."""
-        ops, heads = self.ops, self.heads
+        ops, heads, adapted = self.ops, self.heads, call.adapted
+        low, *_ = Low.each(adapted, call.layer)
         normed = ops.norm(flat, self.norm1, self.epsilon)
-        qkv = ops.linear(normed, self.qkv, PLAIN).view(len(flat), -1, heads.size)
+        qkv = ops.linear(normed, self.qkv, PLAIN, None, low).view(len(flat), -1, heads.size)
         ops.rotate(qkv, heads, *rope)
         queries, rest = qkv[:, : heads.heads], qkv[:, heads.heads :]
         keys, values = rest.chunk(2, dim=1)
         attended = call(queries, keys, values, self.scale)
         if call.going is not None:
             flat = flat[call.going]
-        middle = self._summed(attended.flatten(1), self.out, flat)
+            adapted = adapted and adapted.only(call.going)
+        _, out, gate_up, down = Low.each(adapted, call.layer)
+        middle = self._summed(attended.flatten(1), self.out, flat, out)
         normed = ops.norm(middle, self.norm2, self.epsilon)
-        inner = ops.linear(normed, self.gate_up, GATED)
-        return self._summed(inner, self.down, middle)
+        inner = ops.linear(normed, self.gate_up, GATED, None, gate_up)
+        return self._summed(inner, self.down, middle, down)
 
-    def _summed(self, inner: Tensor, weights: Any, residual: Tensor) -> Tensor:
+    def _summed(self, inner: Tensor, weights: Any, residual: Tensor, low: Low | None) -> Tensor:
         """The residual plus the sum of what the ranks make of their part ``inner``."""
         if self.ranks.index:  # the first rank adds it
             return self.ranks.sum(self.ops.linear(inner, weights, PLAIN))
-        return self.ranks.sum(self.ops.linear(inner, weights, ADD, residual))
+        return self.ranks.sum(self.ops.linear(inner, weights, ADD, residual, low))
+
+    def pack_low_rank(self, parts: dict[str, Part]) -> list[Any]:
+        """What an adapter's parts of this layer's linears are packed as, by place."""
+        packed: list[Any] = []
+        for place, (weights, linears) in enumerate(zip(self.packed, self.linears, strict=True)):
+            mine, at = [], 0
+            for name, size in linears.items():
+                if name in parts:
+                    mine.append(parts[name]._replace(at=at))
+                at += size
+            how = GATED if PLACES[place] == "gate_up" else PLAIN
+            packed.append(self.ops.pack_low_rank(mine, weights, how) if mine else None)
+        return packed
 
 
 class FusedDecoder(Decoder):
@@ -125,6 +155,13 @@ class FusedDecoder(Decoder):
             return super().embed(ids, positions)
         assert isinstance(self.ops, KernelOps)
         return self.ops.rows(self.packed_table, ids)
+
+    def take_adapter(self, adapter: Adapter) -> None:
+        packed = []
+        for number, layer in self.layers.items():
+            packed += layer.pack_low_rank(adapter.parts.get(number, {}))
+        adapter.take(packed)
+        adapter.parts = {}  # they are in what was packed
 
     def ropes(self, positions: Tensor, regimes: list[int]) -> Ropes:
         return {None: self.rotary.angles(self.like, positions, regimes)}
@@ -173,6 +210,7 @@ class FusedDecoder(Decoder):
             kernel_number(pool.group(own.start)),
             *map(pointer, held),
             None if addresses is None else ctypes.addressof(addresses),
+            None if decoding.adapted is None else ctypes.addressof(decoding.adapted.call),
         )
         ops.kernels.run_step(ops.kind, ctypes.byref(call), pointer(x))
         return x

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pyramidinfer.models.adapters import Low, LowRank, Part, add_parts
 from pyramidinfer.models.weights import TABLE, Coded, code
 from pyramidinfer.native.library import DTYPES, FORMATS, HeadsData, Kernels, LinearData, pointer
 
@@ -43,8 +44,20 @@ class Ops(Protocol):
         """A head (or an embedding) ``[vocabulary, n]``, as ``pack``."""
         ...
 
-    def linear(self, x: Tensor, weights: Any, how: int, residual: Tensor | None = None) -> Tensor:
-        """``x [n, in]`` → ``[n, out]``; ``GATED``: silu(gate) · up; ``ADD``: plus the residual."""
+    def pack_low_rank(self, parts: list[Part], weights: Any, how: int) -> Any:
+        """What an adapter adds to a packed linear; parts in the order of its outputs."""
+        ...
+
+    def linear(
+        self,
+        x: Tensor,
+        weights: Any,
+        how: int,
+        residual: Tensor | None = None,
+        low: Low | None = None,
+    ) -> Tensor:
+        """``x [n, in]`` → ``[n, out]``; ``GATED``: silu(gate) · up; ``ADD``: plus the residual.
+        low : rows' adapters, which add to the product itself."""
         ...
 
     def norm(self, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -161,8 +174,25 @@ class KernelOps:
         )
         return out
 
+    def pack_low_rank(self, parts: list[Part], weights: Packed, how: int) -> LowRank:
+        half, lanes = int(self.kernels.panel_columns()) // 2, int(self.kernels.lanes())
+        size, total = weights.columns, weights.columns * (2 if how == GATED else 1)
+        if how == GATED:  # half a panel of gate columns, then the up columns that go with them
+            starts = [(at + up, size + up) for at in range(0, size, half) for up in (0, size)]
+        else:
+            panels = -(-total // (2 * half))
+            starts = [(at, total) for at in range(0, 2 * half * panels, half)]
+        columns = [range(at, max(at, min(at + half, end))) for at, end in starts]
+        deep = int(self.kernels.deep(self.kind))
+        return LowRank(parts, columns, half, weights.depth, lanes, deep, self.dtype)
+
     def linear(
-        self, x: Tensor, weights: Packed, how: int, residual: Tensor | None = None
+        self,
+        x: Tensor,
+        weights: Packed,
+        how: int,
+        residual: Tensor | None = None,
+        low: Low | None = None,
     ) -> Tensor:
         x = x.contiguous()
         out = x.new_empty(len(x), weights.columns)
@@ -174,6 +204,8 @@ class KernelOps:
             how,
             pointer(residual),
             pointer(out),
+            None if low is None else ctypes.byref(low.adapted.call),
+            0 if low is None else low.number,
         )
         return out
 
@@ -218,8 +250,21 @@ class TorchOps:
     def pack_table(self, weights: list[Tensor], biases: list[Tensor | None]) -> Any:
         return self.pack(weights, biases, PLAIN)
 
-    def linear(self, x: Tensor, weights: Any, how: int, residual: Tensor | None = None) -> Tensor:
+    def pack_low_rank(self, parts: list[Part], weights: Any, how: int) -> list[Part]:
+        return parts
+
+    def linear(
+        self,
+        x: Tensor,
+        weights: Any,
+        how: int,
+        residual: Tensor | None = None,
+        low: Low | None = None,
+    ) -> Tensor:
         out = F.linear(x, *weights)
+        if low is not None:
+            for adapter, rows in low.adapted.rows(x.device):
+                add_parts(out, x, rows, adapter.packed[low.number] or ())
         if how == GATED:
             gate, up = out.chunk(2, dim=-1)
             return F.silu(gate) * up

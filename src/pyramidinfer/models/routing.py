@@ -21,6 +21,7 @@ from pyramidinfer.attention.base import Pages, Scored, ScoredPrefill
 from pyramidinfer.attention.ragged import Run
 from pyramidinfer.cache import Pool, Table
 from pyramidinfer.cache.mover import Slots
+from pyramidinfer.models.adapters import Adapted, Adapter, Part, add_parts
 from pyramidinfer.models.batch import Moments, Prefill
 from pyramidinfer.models.decode import Decoding, Ropes
 from pyramidinfer.models.families import find_family
@@ -62,8 +63,9 @@ class LayerCall:
     """One pass of the flat row through one layer: decode rows first, then segments.
 
     last_only : of a segment, only its text's last token has an output (the last layer of a prompt,
-    where nothing reads the others);  scale, going : known once it was called, how products become
-    logits, and the rows of the flat row that have outputs (None: all).
+    where nothing reads the others);  adapted : adapters of the flat row's rows;
+    scale, going : known once it was called, how products become logits, and the rows of the flat
+    row that have outputs (None: all).
     """
 
     pool: Pool
@@ -75,6 +77,7 @@ class LayerCall:
     streaming: Streaming
     ranks: Ranks
     last_only: bool = False
+    adapted: Adapted | None = None
     scale: Scale | None = None
     going: Tensor | None = None
 
@@ -261,13 +264,52 @@ class LayerCall:
         return found._replace(lse=self.ranks.own_readers(found.lse, kv_heads))
 
 
+class AdaptedLinear(nn.Module):
+    """A linear of a model, and what rows' adapters add to it."""
+
+    def __init__(self, linear: nn.Module) -> None:
+        super().__init__()
+        self.linear = linear
+        self.parts: dict[Adapter, Part] = {}
+        self.adapted: Adapted | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.linear(x)
+        if self.adapted is not None:
+            for adapter, rows in self.adapted.rows(x.device):
+                if adapter in self.parts:
+                    add_parts(
+                        out.view(-1, out.shape[-1]),
+                        x.view(-1, x.shape[-1]),
+                        rows,
+                        [self.parts[adapter]],
+                    )
+        return out
+
+
 class ModuleLayer:
     """A Hugging Face decoder layer, attending through the call it is given."""
 
     def __init__(self, layer: nn.Module, attention: str) -> None:
         self.module = route(layer, attention)
+        self.adapted: dict[str, AdaptedLinear] = {}  # by name, linears that adapters add to
+
+    def take_parts(self, adapter: Adapter, parts: dict[str, Part]) -> None:
+        """Have linears of the copied layer add an adapter's parts; the layer given stays."""
+        for name, part in parts.items():
+            if name not in self.adapted:
+                *inside, leaf = name.split(".")
+                module = self.module
+                for step in inside:
+                    module._modules[step] = _shallow(module.get_submodule(step))
+                    module = module.get_submodule(step)
+                self.adapted[name] = AdaptedLinear(module.get_submodule(leaf))
+                module._modules[leaf] = self.adapted[name]
+            self.adapted[name].parts[adapter] = part
 
     def __call__(self, flat: Tensor, rope: Tables | None, call: LayerCall) -> Tensor:
+        for linear in self.adapted.values():
+            linear.adapted = call.adapted
         extra = {} if rope is None else {"position_embeddings": (rope[0][None], rope[1][None])}
         out: Tensor = self.module(flat[None], attention_mask=None, layer_call=call, **extra)
         if call.scale is None:
@@ -295,6 +337,12 @@ class Decoder:
         self.family, self.body, self.head, self.config = find_family(config), body, head, config
         self.rotary, self.like, self.own = rotary, like, own
         self.layers = {i: ModuleLayer(body.layers[i], self.family.attention) for i in own}
+
+    def take_adapter(self, adapter: Adapter) -> None:
+        """Have rows with this adapter run with it."""
+        for number, layer in self.layers.items():
+            assert isinstance(layer, ModuleLayer)
+            layer.take_parts(adapter, adapter.parts.get(number, {}))
 
     def ropes(self, positions: Tensor, regimes: list[int]) -> Ropes:
         """cos and sin of rows at rotary positions ``[n]``, each in its regime."""

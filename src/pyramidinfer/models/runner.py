@@ -7,7 +7,7 @@ into one flat row ``[rows, hidden]`` per layer.  Policies, cache and attention m
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -20,6 +20,7 @@ from pyramidinfer.attention import Backend, Scale
 from pyramidinfer.cache import GroupSpec, Place, Pool, Table
 from pyramidinfer.codec import find_codec
 from pyramidinfer.models import rereading
+from pyramidinfer.models.adapters import Adapted, Adapter
 from pyramidinfer.models.batch import Batch, Prefill, Sequence, Work
 from pyramidinfer.models.decode import Decoding, Size, Stepped
 from pyramidinfer.models.device import Device, choose_device
@@ -29,6 +30,7 @@ from pyramidinfer.models.fingerprint import measure
 from pyramidinfer.models.fused import fuse, why_not
 from pyramidinfer.models.graphs import DecodeGraphs
 from pyramidinfer.models.loading import end_ids
+from pyramidinfer.models.lora_modules import read_adapters
 from pyramidinfer.models.ranks import ALONE, Ranks
 from pyramidinfer.models.rotary import Rotary, Tables, count_positions
 from pyramidinfer.models.routing import Decoder, LayerCall, Segment, evaluating
@@ -122,6 +124,16 @@ class ModelRunner:
             self.max_positions,
             self.stages.own,
         )
+
+    def load_adapters(self, modules: Mapping[str, str]) -> dict[str, Adapter]:
+        """Adapters by name, from their folders or hub ids, ready for requests to run with.
+
+        ``ValueError`` for one that cannot be served beside this model, on one rank.
+        """
+        found = read_adapters(modules, self.body, self.config, self._like)
+        for each in found.values():
+            self.decoder.take_adapter(each)
+        return found
 
     def check_weights(self, weights: str, chosen: Device) -> None:
         """``ValueError`` where this model's weights (not needed) cannot be stored so, on what is
@@ -331,11 +343,23 @@ class ModelRunner:
             self.streaming,
             self.ranks,
             self._last_only(layer),
+            self._adapted(decoding, segments),
         )
         rope = self._rope(self.kinds[layer], decoding, segments)
         out = self.decoder.layers[layer](flat, rope, call)
         self.scales[layer] = call.scale
         return out
+
+    def _adapted(self, decoding: Decoding | None, segments: list[Segment]) -> Adapted | None:
+        """Adapters of decode rows, then of those of segments."""
+        riding = None if decoding is None else decoding.adapted
+        if not segments:
+            return riding
+        runs: list[tuple[Adapter | None, int]] = [] if riding is None else riding.runs
+        if decoding is not None and riding is None:
+            runs = [(None, decoding.size.rows)]
+        runs += [(each.prefill.sequence.adapter, each.size) for each in segments]
+        return Adapted.of(runs)
 
     def _rope(
         self, kind: str | None, decoding: Decoding | None, segments: list[Segment]
@@ -472,7 +496,8 @@ class ModelRunner:
         fed = batch.fed or [1] * len(sequences)
         claimed = pool.append_each([each.table for each in sequences], fed)
         size = Size.of(sequences, sum(fed))
-        if self.steps_on_buffers and not batch.works:
+        plain = all(each.adapter is None for each in sequences)
+        if self.steps_on_buffers and not batch.works and plain:
             decoding = self.graphs(pool).step(
                 size, lambda size: Decoding(size, pool, shape, like, fixed=True)
             )

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
+from pyramidinfer.models.adapters import Low
 from pyramidinfer.models.ops import GATED, Heads, TorchOps
 
 __all__ = ["TritonOps"]
@@ -27,9 +28,16 @@ BLOCK = 1024
 class TritonOps(TorchOps):
     """``TorchOps`` in few launches; float64 stays with torch."""
 
-    def linear(self, x: Tensor, weights: Any, how: int, residual: Tensor | None = None) -> Tensor:
-        if how != GATED or x.dtype == torch.float64:
-            return super().linear(x, weights, how, residual)
+    def linear(
+        self,
+        x: Tensor,
+        weights: Any,
+        how: int,
+        residual: Tensor | None = None,
+        low: Low | None = None,
+    ) -> Tensor:
+        if how != GATED or x.dtype == torch.float64 or low is not None:
+            return super().linear(x, weights, how, residual, low)
         both = F.linear(x, *weights)
         rows, inner = len(both), both.shape[1] // 2
         out = both.new_empty(rows, inner)

@@ -62,6 +62,11 @@ int can_multiply(int dtype, int format) {
 
 int64_t panel_columns() { return COLUMNS; }
 
+int64_t lanes() { return LANES; }
+
+// Numbers of a row that an adapter multiplies at once.
+int64_t deep(int dtype) { return dtype == 1 ? DEEP<bf16> : DEEP<float>; }
+
 int64_t group_inputs() { return GROUP; }
 
 // Several layers of the same shape, one after the other.
@@ -138,7 +143,7 @@ int64_t struct_bytes(int which) {
     static const size_t bytes[] = {
         sizeof(DecodeCall), sizeof(DenseCall), sizeof(Storage), sizeof(Keeping), sizeof(Adding),
         sizeof(Eviction), sizeof(WriteCall), sizeof(Linear), sizeof(Watch), sizeof(Heads),
-        sizeof(Layer), sizeof(Step),
+        sizeof(Layer), sizeof(Step), sizeof(LowRank), sizeof(Adapted),
     };
     return which < int(sizeof bytes / sizeof *bytes) ? int64_t(bytes[which]) : -1;
 }
@@ -192,14 +197,16 @@ void pack_linear(int dtype, const void* weights, int64_t columns, int64_t depth,
     });
 }
 
+// adapted: null, or which rows have which adapter; `index`: the linear's number in theirs.
 void run_linear(int dtype, const void* a, int64_t rows, const Linear* w, int how,
-                const void* residual, void* out) {
-    static thread_local Scratch room;
+                const void* residual, void* out, const Adapted* adapted, int64_t index) {
+    static thread_local Scratch room, low_space;
     char* codes = room.get<char>(linear_room(rows, *w));
+    const Low low{adapted, index, low_space.get<float>(low_room(rows, adapted))};
     by_linear(dtype, [&](auto kind) {
         using T = decltype(kind);
 #pragma omp parallel
-        linear<T>((const T*)a, rows, *w, Epilogue(how), (const T*)residual, (T*)out, codes);
+        linear<T>((const T*)a, rows, *w, Epilogue(how), (const T*)residual, (T*)out, codes, low);
     });
 }
 

@@ -15,6 +15,7 @@ from pyramidinfer.native.build import NoCompilerError, compile_kernels
 __all__ = [
     "DTYPES",
     "FORMATS",
+    "AdaptedData",
     "Adding",
     "DecodeCall",
     "DenseCall",
@@ -24,6 +25,7 @@ __all__ = [
     "Kernels",
     "LayerData",
     "LinearData",
+    "LowRankData",
     "StepCall",
     "StorageData",
     "WatchCall",
@@ -79,6 +81,8 @@ WriteCall = _struct(
     "key_row value_row key_head value_head count kv_heads key_dim value_dim page codec",
 )
 LinearData = _struct("LinearData", "packed bias", "columns depth format")
+LowRankData = _struct("LowRankData", "down scales up halves", "rank")
+AdaptedData = _struct("AdaptedData", "adapters starts members group", "groups most")
 
 
 class WatchCall(Structure):
@@ -145,7 +149,9 @@ class StepCall(Structure):
         ),
         *(
             (name, c_void_p)
-            for name in "cos sin pages offsets tables lengths at longest queries lse probs".split()
+            for name in (
+                "cos sin pages offsets tables lengths at longest queries lse probs adapted".split()
+            )
         ),
     )
 
@@ -164,12 +170,16 @@ STRUCTS: tuple[type[Structure], ...] = (
     HeadsData,
     LayerData,
     StepCall,
+    LowRankData,
+    AdaptedData,
 )
 
 SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "isa": (c_char_p, []),
     "can_multiply": (c_int, [c_int, c_int]),
     "panel_columns": (c_int64, []),
+    "lanes": (c_int64, []),
+    "deep": (c_int64, [c_int]),
     "group_inputs": (c_int64, []),
     "struct_bytes": (c_int64, [c_int]),
     "decode_attention": (None, [c_int, c_void_p, c_int64]),
@@ -224,7 +234,17 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "pack_linear": (None, [c_int, c_void_p, c_int64, c_int64, c_void_p]),
     "run_linear": (
         None,
-        [c_int, c_void_p, c_int64, POINTER(LinearData), c_int, c_void_p, c_void_p],
+        [
+            c_int,
+            c_void_p,
+            c_int64,
+            POINTER(LinearData),
+            c_int,
+            c_void_p,
+            c_void_p,
+            POINTER(AdaptedData),
+            c_int64,
+        ],
     ),
     "packed_bytes": (c_int64, [c_int, c_int64, c_int64]),
     "pack_coded": (None, [c_int, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_void_p]),

@@ -8,6 +8,7 @@
 
 #include <type_traits>
 
+#include "lowrank.h"
 #include "simd.h"
 
 constexpr int COLUMNS = WIDE * LANES;
@@ -239,8 +240,9 @@ inline Vec rounded(Vec x) {
 
 template <class T, int R>
 inline void finish(Vec (&acc)[R][WIDE], const Linear& w, Epilogue how, const T* residual, T* out,
-                   int64_t row, int64_t panel) {
+                   int64_t row, int64_t panel, const Low& low) {
     const int64_t first = panel * COLUMNS;
+    if (low.who) add_low<T>(acc, low, row, panel);
     for (int r = 0; r < R; ++r) {
         if (w.bias)
             for (int i = 0; i < WIDE; ++i) acc[r][i] = acc[r][i] + load(w.bias + first + i * LANES);
@@ -268,7 +270,7 @@ inline void finish(Vec (&acc)[R][WIDE], const Linear& w, Epilogue how, const T* 
 
 template <class T, int R>
 inline void linear_tile(const T* a, const Linear& w, Epilogue how, const T* residual, T* out,
-                        int64_t row, int64_t panel, const char*& next, int lines) {
+                        int64_t row, int64_t panel, const Low& low, const char*& next, int lines) {
     using U = typename UnitOf<T>::type;
     const int units = int(ceil_div(w.depth, U::DEPTH));
     Vec acc[R][WIDE];
@@ -276,7 +278,7 @@ inline void linear_tile(const T* a, const Linear& w, Epilogue how, const T* resi
         for (int i = 0; i < WIDE; ++i) acc[r][i] = set1(0.f);
     tile<U, R>(acc, reinterpret_cast<const uint32_t*>(a + row * w.depth), size_t(units),
                w.packed + size_t(panel) * units * COLUMNS, units, next, lines);
-    finish<T, R>(acc, w, how, residual, out, row, panel);
+    finish<T, R>(acc, w, how, residual, out, row, panel, low);
 }
 
 template <int N>
@@ -315,10 +317,10 @@ inline void over_tiles(int64_t rows, const Linear& w, size_t panel_size, size_t 
 // of a unit's.  To be called by all threads of a parallel region (or by one alone).
 template <class T>
 inline void number_linear(const T* a, int64_t rows, const Linear& w, Epilogue how,
-                          const T* residual, T* out) {
+                          const T* residual, T* out, const Low& low) {
     const size_t panel_size = size_t(w.depth / UnitOf<T>::type::DEPTH) * COLUMNS * 4;
     over_tiles(rows, w, panel_size, 4 * COLUMNS * 4,
                [&](auto count, int64_t row, int64_t panel, const char*& next, int lines) {
-                   linear_tile<T, count.value>(a, w, how, residual, out, row, panel, next, lines);
+                   linear_tile<T, count.value>(a, w, how, residual, out, row, panel, low, next, lines);
                });
 }

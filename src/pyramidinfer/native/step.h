@@ -89,12 +89,13 @@ struct Step {
     void* queries;                           // [depth, rows, heads, size] or null: kept for rings
     float* lse;                              // [depth, rows, heads]
     float* const* probs;                     // [depth] of [rows, kv_heads, longest], or null
+    const Adapted* adapted;                  // null where no row has an adapter
 };
 
 // x [rows, hidden] through all layers, in place.
 template <class T>
 inline void decode_step(const Step& s, T* x) {
-    static thread_local Scratch kept, spans_room, logits_room, codes_room;
+    static thread_local Scratch kept, spans_room, logits_room, codes_room, low_space;
     const int64_t wide = (s.heads + 2 * s.kv_heads) * s.size, mixed = s.heads * s.size;
     const int64_t streams = s.rows * s.kv_heads;
     T* normed = kept.get<T>(size_t(s.rows) * (s.hidden + wide + 2 * mixed + s.inner + 4 * LANES));
@@ -116,12 +117,14 @@ inline void decode_step(const Step& s, T* x) {
     float *partial = spans_room.get<float>(room), *kept_logits = nullptr;
     if (s.probs) kept_logits = logits_room.get<float>(logits);
     char* coded = codes_room.get<char>(codes);
+    float* products = low_space.get<float>(low_room(s.rows, s.adapted));
 #pragma omp parallel firstprivate(d)
     for (int64_t i = 0; i < s.depth; ++i) {
         const Layer& layer = s.layers[i];
+        const auto low = [&](int64_t of_layer) { return Low{s.adapted, 4 * i + of_layer, products}; };
         T* mine = s.queries ? (T*)s.queries + i * s.rows * mixed : queries;
         rms_norm(x, s.rows, s.hidden, (const T*)layer.norm1, layer.epsilon, normed);
-        linear<T>(normed, s.rows, layer.qkv, PLAIN, nullptr, qkv, coded);
+        linear<T>(normed, s.rows, layer.qkv, PLAIN, nullptr, qkv, coded, low(0));
         const int64_t table = std::max<int64_t>(0, layer.angles) * s.rows * s.rotated;
         const Heads h{s.heads, s.kv_heads, s.size, layer.angles < 0 ? 0 : s.rotated, layer.query_norm,
                       layer.key_norm, layer.epsilon};
@@ -142,9 +145,9 @@ inline void decode_step(const Step& s, T* x) {
         d.window = layer.window, d.scale = layer.scale;
         d.lse = s.lse + i * s.rows * s.heads, d.probs = s.probs ? s.probs[i] : nullptr;
         decode(d, decode_cut(d), partial, kept_logits);
-        linear<T>(attended, s.rows, layer.out, ADD, x, x, coded);
+        linear<T>(attended, s.rows, layer.out, ADD, x, x, coded, low(1));
         rms_norm(x, s.rows, s.hidden, (const T*)layer.norm2, layer.epsilon, normed);
-        linear<T>(normed, s.rows, layer.gate_up, GATED, nullptr, inner, coded);
-        linear<T>(inner, s.rows, layer.down, ADD, x, x, coded);
+        linear<T>(normed, s.rows, layer.gate_up, GATED, nullptr, inner, coded, low(2));
+        linear<T>(inner, s.rows, layer.down, ADD, x, x, coded, low(3));
     }
 }

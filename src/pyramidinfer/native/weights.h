@@ -120,7 +120,7 @@ inline void add_group(Vec (&sum)[R][N], const uint8_t* group, int first, const C
 
 template <class T, int64_t FORMAT, int R>
 inline void coded_tile(const CodedRows& a, const Linear& w, Epilogue how, const T* residual, T* out,
-                       int64_t row, int64_t panel, const char*& next, int lines) {
+                       int64_t row, int64_t panel, const Low& low, const char*& next, int lines) {
     constexpr int N = R > ROWS / 2 ? WIDE / 2 : WIDE;  // vectors at once: what fits the registers
     const int64_t groups = groups_of(w.depth);
     const size_t size = group_bytes(FORMAT);
@@ -137,16 +137,16 @@ inline void coded_tile(const CodedRows& a, const Linear& w, Epilogue how, const 
         for (int r = 0; r < R; ++r)
             for (int n = 0; n < N; ++n) acc[r][first + n] = sum[r][n];
     }
-    finish<T, R>(acc, w, how, residual, out, row, panel);
+    finish<T, R>(acc, w, how, residual, out, row, panel, low);
 }
 
 template <class T, int64_t FORMAT>
 inline void coded_linear(const CodedRows& a, int64_t rows, const Linear& w, Epilogue how,
-                         const T* residual, T* out) {
+                         const T* residual, T* out, const Low& low) {
     over_tiles(rows, w, panel_bytes(FORMAT, w.depth), group_bytes(FORMAT),
                [&](auto count, int64_t row, int64_t panel, const char*& next, int lines) {
-                   coded_tile<T, FORMAT, count.value>(a, w, how, residual, out, row, panel, next,
-                                                      lines);
+                   coded_tile<T, FORMAT, count.value>(a, w, how, residual, out, row, panel, low,
+                                                      next, lines);
                });
 }
 
@@ -155,26 +155,28 @@ inline size_t linear_room(int64_t rows, const Linear& w) {
     return w.format == NUMBERS ? 0 : coded_bytes(rows, w.depth);
 }
 
-// out [rows, columns (or half of them, GATED)] = a [rows, depth] · weights, whatever their format.
+// out [rows, columns (or half of them, GATED)] = a [rows, depth] · weights, whatever their format,
+// and what rows' adapters add.
 // To be called by all threads of a parallel region (or by one alone).
 template <class T>
 inline void linear(const T* a, int64_t rows, const Linear& w, Epilogue how, const T* residual,
-                   T* out, char* room) {
-    if (w.format == NUMBERS) return number_linear<T>(a, rows, w, how, residual, out);
+                   T* out, char* room, const Low& low = {}) {
+    if (low.who) low_products(a, w.depth, low);
+    if (w.format == NUMBERS) return number_linear<T>(a, rows, w, how, residual, out, low);
     static thread_local Scratch kept;
     if (rows * w.depth <= EACH_ITS_OWN) {
         const CodedRows mine = coded_rows(kept.get<char>(coded_bytes(rows, w.depth)), rows, w.depth);
         for (int64_t row = 0; row < rows; ++row) code_row(a, row, w.depth, mine);
         if (w.format == EIGHT_BITS)
-            return coded_linear<T, EIGHT_BITS>(mine, rows, w, how, residual, out);
-        return coded_linear<T, FOUR_BITS>(mine, rows, w, how, residual, out);
+            return coded_linear<T, EIGHT_BITS>(mine, rows, w, how, residual, out, low);
+        return coded_linear<T, FOUR_BITS>(mine, rows, w, how, residual, out, low);
     }
     const CodedRows shared = coded_rows(room, rows, w.depth);
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < rows; ++row) code_row(a, row, w.depth, shared);
     if (w.format == EIGHT_BITS)
-        return coded_linear<T, EIGHT_BITS>(shared, rows, w, how, residual, out);
-    coded_linear<T, FOUR_BITS>(shared, rows, w, how, residual, out);
+        return coded_linear<T, EIGHT_BITS>(shared, rows, w, how, residual, out, low);
+    coded_linear<T, FOUR_BITS>(shared, rows, w, how, residual, out, low);
 }
 
 // --- packing ------------------------------------------------------------------------------------

@@ -233,6 +233,8 @@ def _add_generation(app: FastAPI, service: Service) -> None:
             "object": "model",
             "created": created,
             "owned_by": "pyramidinfer",
+            "root": service.llm.name,
+            "parent": None,
             "max_model_len": engine.runner.max_positions,
             "weights": engine.config.weights,
             "weight_bytes": engine.runner.weight_bytes,
@@ -252,16 +254,21 @@ def _add_generation(app: FastAPI, service: Service) -> None:
             },
         }
 
+    def adapted(name: str) -> dict[str, Any]:
+        path = service.llm.engine.adapters[name].path
+        return {**about(), "id": name, "root": path, "parent": service.name}
+
     @app.get("/v1/models", responses={401: ERRORS[401]})
     async def models() -> dict[str, Any]:
-        """The model that is served, and what a request may ask of its cache."""
-        return {"object": "list", "data": [about()]}
+        """The model that is served, adapters of it, and what a request may ask of its cache."""
+        adapters = map(adapted, service.llm.engine.adapters)
+        return {"object": "list", "data": [about(), *adapters]}
 
     @app.get("/v1/models/{model:path}", responses={401: ERRORS[401], 404: ERRORS[404]})
     async def model(model: str) -> dict[str, Any]:
         """One model."""
         service.check_model(model)
-        return about()
+        return about() if model == service.name else adapted(model)
 
 
 def _summary(policy: Policy) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from pyramidinfer.engine.engine import Engine
+from pyramidinfer.engine.stats import Stats
 from pyramidinfer.engine.worker import AsyncEngine
 
 __all__ = ["ENGINE", "Gauges", "Shares", "labels_of"]
@@ -149,6 +151,7 @@ class Gauges:
                 places.add_metric([model, place], value)
             yield places
         yield _cache_config(worker.engine, model)
+        yield _adapters(worker.engine, stats, model)
         shares = GaugeMetricFamily(
             "pyramidinfer:kv_kept_share",
             "Share of a full cache's entries that a layer kept, over all ended requests",
@@ -162,6 +165,19 @@ class Gauges:
 def _one(family: Metric, model: str, value: float) -> Metric:
     values = [model, ENGINE] if family.name.startswith("vllm:") else [model]
     family.add_metric(values, value)  # type: ignore[attr-defined]
+    return family
+
+
+def _adapters(engine: Engine, stats: Stats, model: str) -> Metric:
+    """The adapters that requests run with and wait for; the value is the time, as in vLLM."""
+    about = {
+        "max_lora": len(engine.adapters),
+        "waiting_lora_adapters": ",".join(stats.adapters_waiting),
+        "running_lora_adapters": ",".join(stats.adapters_running),
+    }
+    name = "vllm:lora_requests_info"
+    family = GaugeMetricFamily(name, "Adapters of requests", labels=labels_of(name, *about))
+    family.add_metric([model, ENGINE, *map(str, about.values())], time.time())
     return family
 
 

@@ -175,7 +175,14 @@ class Jobs:
         reuse = reuse and params.prompt_logprobs is None  # a cache that is reused gives no logits
         owner = owner if reuse else None
         try:
-            return self.engine.make(prompt, params, policy=policy, samples=body.n or 1, owner=owner)
+            return self.engine.make(
+                prompt,
+                params,
+                policy=policy,
+                samples=body.n or 1,
+                owner=owner,
+                lora=body.model if body.model in self.engine.adapters else None,
+            )
         except ContextLengthError as error:
             raise self._too_long(param, f"{error}.") from None
         except GrammarError as error:

@@ -43,6 +43,11 @@ class Service:
     def __init__(self, llm: LLM, settings: ServerSettings) -> None:
         self.llm, self.settings = llm, settings
         self.name = settings.model_name or llm.name.rstrip("/").rpartition("/")[2]
+        if self.name in llm.engine.adapters:
+            raise ValueError(
+                f"lora_modules: an adapter and the model are both called {self.name!r}; give one "
+                f"another name (serve --model-name)"
+            )
         self.prompts = Prompts(
             llm.tokenizer, llm.engine.runner.vocab_size, settings.chat_template_kwargs
         )
@@ -171,7 +176,7 @@ class Service:
             raise self._busy(busy) from None
         except RuntimeError as error:
             raise ApiError(503, str(error), code="engine_dead") from None
-        return job, Reply(job, stream, self.name, self.prompts)
+        return job, Reply(job, stream, body.model or self.name, self.prompts)
 
     def _busy(self, busy: Busy) -> ApiError:
         return ApiError(429, str(busy), code="queue_full", retry_after=busy.retry_after)
@@ -212,10 +217,12 @@ class Service:
         return found
 
     def check_model(self, name: str | None) -> None:
-        if name is not None and name != self.name:
+        names = [self.name, *self.llm.engine.adapters]
+        if name is not None and name not in names:
             raise ApiError(
                 404,
-                f"The model {name!r} does not exist; this server has {self.name!r}.",
+                f"The model {name!r} does not exist; this server has "
+                f"{', '.join(map(repr, names))}.",
                 param="model",
                 code="model_not_found",
             )

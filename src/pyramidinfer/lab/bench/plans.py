@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DEFAULT_SHAPE",
+    "AdaptersPlan",
     "FootprintPlan",
     "KernelPlan",
     "KvDtypesPlan",
@@ -157,6 +158,27 @@ class LatencyPlan(_Timed):
     output_len: Annotated[
         int, Option("Tokens that each request generates, 2 or more.", check=at_least(2))
     ] = 32
+
+
+@dataclass(frozen=True)
+class AdaptersPlan(_Timed):
+    """A batch that is served with so many ``adapters``, and first with none, dealt to its requests
+    in turns; random ones of one ``rank`` on all linears of the layers.
+
+    With one thread, seconds are those of the processor, which nobody else's work lengthens.
+    """
+
+    setting: Annotated[
+        Setting,
+        pick(without=("policies", "keep", "kv_dtype"), policies=("full",), repeats=5),
+    ]
+    adapters: Annotated[
+        tuple[int, ...], Option("LoRA adapters that the requests are dealt.", check=at_least(1))
+    ] = (1, 4, 16)
+    rank: Annotated[int, Option("Rank of each adapter.", check=at_least(1))] = 16
+    batch: Batch = 16
+    prompt_len: PromptLen = 128
+    output_len: OutputLen = 32
 
 
 @dataclass(frozen=True)

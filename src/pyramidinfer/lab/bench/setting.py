@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -200,18 +200,30 @@ class Pass(NamedTuple):
         return [(self.seconds - self.prefill_seconds) / (longest - 1)]
 
 
-def run_pass(engine: Engine, prompts: list[TokenIds], output_len: int) -> Pass:
-    """Run all prompts at once, greedy, to ``output_len`` tokens each, and watch every step."""
+def run_pass(
+    engine: Engine,
+    prompts: list[TokenIds],
+    output_len: int,
+    loras: Sequence[str | None] = (),
+    clock: Callable[[], float] = time.monotonic,
+) -> Pass:
+    """Run all prompts at once, greedy, to ``output_len`` tokens each, and watch every step.
+
+    loras : each prompt's adapter, where there are any;  clock : what seconds are told by.
+    """
     params = SamplingParams(max_tokens=output_len, ignore_eos=True)
-    requests = [engine.make(prompt, params) for prompt in prompts]
+    names = loras or [None] * len(prompts)
+    requests = [
+        engine.make(prompt, params, lora=lora) for prompt, lora in zip(prompts, names, strict=True)
+    ]
     arrivals: list[list[float]] = [[] for _ in requests]
     after: dict[int, tuple[int, int, tuple[float, ...]]] = {}
     steps: list[float] = []
     engine.peak_in_flight = 0
-    start = began = time.monotonic()
+    start = began = clock()
     decodes = False  # the step to come, all of the requests and nothing else
     for _ in engine.steps(requests):
-        now = time.monotonic()
+        now = clock()
         if decodes:
             steps.append(now - began)
         for index, request in enumerate(requests):
@@ -221,8 +233,8 @@ def run_pass(engine: Engine, prompts: list[TokenIds], output_len: int) -> Pass:
                     use = engine.usage(request)
                     after[index] = (use.bytes, use.full_bytes, use.layer_means)
         decodes = all(request.status == "running" for request in requests)
-        began = time.monotonic()
-    seconds = time.monotonic() - start
+        began = clock()
+    seconds = clock() - start
     _check(requests, output_len)
     ends = [engine.usage(request) for request in requests]
     return Pass(

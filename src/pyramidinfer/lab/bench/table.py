@@ -7,6 +7,7 @@ from typing import Any
 from rich.table import Table
 
 __all__ = [
+    "adapters_table",
     "footprint_table",
     "kernels_table",
     "kv_dtypes_table",
@@ -212,6 +213,20 @@ def footprint_table(result: Result) -> Table:
         table.add_row(row["weights"], *sizes, f"{row['pages_used']:.0%}")
     largest = [f"{name} {size / 1e6:.0f}" for name, size in list(result["installed"].items())[:6]]
     table.caption = f"installed: {result['installed_bytes'] / 1e6:.0f} MB ({', '.join(largest)})"
+    return table
+
+
+def adapters_table(result: Result) -> Table:
+    """The median of step and prefill for every number of adapters, and their ratio to none."""
+    table = Table(title=f"requests with adapters, backend {result['backend']}")
+    for name in ("adapters", "step, ms", "to none", "prefill, ms", "to none"):
+        table.add_column(name, justify="right")
+    for row in result["rows"]:
+        cells = [str(row["adapters"])]
+        for what in ("step", "prefill"):
+            cells.append(f"{1e3 * row[f'{what}_seconds']['median']:.2f}")
+            cells.append(f"{row[f'{what}_ratio']['median']:.2f}")
+        table.add_row(*cells)
     return table
 
 
