@@ -208,6 +208,15 @@ class EngineConfig:
             see="#conversations",
         ),
     ] = 0.5
+    share_prefixes: Annotated[
+        bool,
+        Option(
+            "Share prefixes between API keys, too. Whoever measures the time to a first token can "
+            "then tell whether another key has asked with the same beginning.",
+            panel=ENGINE,
+            see="#prefixes",
+        ),
+    ] = False
     slot_scores: Annotated[
         bool,
         Option(
@@ -289,8 +298,9 @@ class EngineConfig:
                 f"give tensor_parallel_size or pipeline_parallel_size"
             )
         self._check_layers()
-        if not isinstance(self.profile, bool):
-            raise ValueError(f"profile={self.profile!r} must be True or False")
+        for switch in ("profile", "share_prefixes"):
+            if not isinstance(value := getattr(self, switch), bool):
+                raise ValueError(f"{switch}={value!r} must be True or False")
         self._check_drafts()
         if self.weights != "auto" and self.ranks > 1:
             raise ValueError(

@@ -20,7 +20,9 @@ class Stats(NamedTuple):
     ``swapped_bytes``: of host memory, by preempted requests.  ``caches``, ``cache_bytes`` and
     ``hits_from``: conversations by place.  The rest counts events since the start, as
     ``scheduler.Counts`` and ``Conversations`` do; ``file_errors``: files that could not be read or
-    written;  ``drafted``, ``accepted``, ``verifications``: as in ``DraftUsage``, of all requests.
+    written;  ``prefix_queries``: tokens of prompts that might have begun with what is in a cache,
+    ``prefix_hits``: those that did;  ``drafted``, ``accepted``, ``verifications``: as in
+    ``DraftUsage``, of all requests.
     """
 
     running: int
@@ -42,6 +44,8 @@ class Stats(NamedTuple):
     reuse_misses: int
     reuse_tokens: int
     reuse_dropped: int
+    prefix_queries: int
+    prefix_hits: int
     caches: dict[str, int]
     cache_bytes: dict[str, int]
     hits_from: dict[str, int]
@@ -79,6 +83,8 @@ def read_stats(
         reuse_misses=held.misses,
         reuse_tokens=held.reused_tokens,
         reuse_dropped=held.dropped,
+        prefix_queries=held.asked_tokens,
+        prefix_hits=held.reused_tokens,
         caches={
             "device": held.count,
             "host": len(held.host),

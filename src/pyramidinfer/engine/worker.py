@@ -421,8 +421,10 @@ class AsyncEngine:
             for each in lost:
                 old = each.request
                 told = stream.again or old.output or old.samples or not old.leads
-                if old.reused and not told:
-                    each.request = self.engine.make(old.prompt, old.params, policy=old.policy)
+                if (old.reused or old.prefix) and not told:
+                    each.request = self.engine.make(
+                        old.prompt, old.params, policy=old.policy, prefix=old.prefix
+                    )
                     each.request.times.arrived = old.times.arrived
                     stream.again = True
                     self.engine.submit(each.request)
