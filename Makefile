@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 TORCH := torch==2.13.0
 
-.PHONY: demo test test-real test-scale check model models numbers pages bench bench-gpu bench-lossless bench-scale bench-offload bench-replicas fuzz docs dist install install-dev clean
+.PHONY: demo test test-real test-scale check model models numbers pages bench bench-gpu bench-lossless bench-scale bench-offload bench-prefix bench-replicas fuzz docs dist install install-dev clean
 
 demo: $(VENV)/.installed
 	$(BIN)/pyramidinfer demo --fetch smollm2
@@ -111,6 +111,12 @@ bench-scale: $(VENV)/.installed
 bench-offload: $(VENV)/.installed
 	$(BIN)/pyramidinfer fetch smollm2
 	$(BENCH) offload --json $(RESULTS)/offload.json
+	$(MAKE) pages
+
+# A system prompt that chats share, for docs/serving.md.
+bench-prefix: $(VENV)/.installed
+	$(BIN)/pyramidinfer fetch smollm2
+	$(BENCH) prefix --json $(RESULTS)/prefix.json
 	$(MAKE) pages
 
 # Two replicas under Ray on this machine, one of which is killed, for docs/scaling.md.

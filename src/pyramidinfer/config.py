@@ -257,6 +257,15 @@ class EngineConfig:
             see="#conversations",
         ),
     ] = 0.5
+    share_prefixes: Annotated[
+        bool,
+        Option(
+            "Share prefixes between API keys, too. Whoever measures the time to a first token can "
+            "then tell whether another key has asked with the same beginning.",
+            panel=ENGINE,
+            see="#prefixes",
+        ),
+    ] = False
     slot_scores: Annotated[
         bool,
         Option(
@@ -339,8 +348,9 @@ class EngineConfig:
             )
         self._check_layers()
         self._check_adapters()
-        if not isinstance(self.profile, bool):
-            raise ValueError(f"profile={self.profile!r} must be True or False")
+        for switch in ("profile", "share_prefixes"):
+            if not isinstance(value := getattr(self, switch), bool):
+                raise ValueError(f"{switch}={value!r} must be True or False")
         self._check_drafts()
         if self.weights != "auto" and self.ranks > 1:
             raise ValueError(

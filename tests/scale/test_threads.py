@@ -329,6 +329,37 @@ def test_several_steps_are_on_their_way_at_once() -> None:
             assert run(on) == expected, (tensor, layers)
 
 
+@pytest.mark.parametrize("tensor, layers", [(2, None), (1, TWO)])
+def test_prefixes_are_shared_on_all_ranks_alike(tensor: int, layers: list[int] | None) -> None:
+    """By a request that still runs, and by what a policy kept of a prefix taken in alone."""
+    model = tiny_model("llama", torch.float64)
+    config = EngineConfig(kv_memory="4MiB", page_size=4, prefill_chunk=16, step_tokens=64)
+    system = random_prompt(1, 50)
+
+    def run(engine: Engine) -> list[tuple[int, list[int]]]:
+        def ask(seed: int, new: int, prefix: int) -> Request:
+            params = SamplingParams(max_tokens=new, ignore_eos=True, temperature=0.0)
+            policy = policy_named("snapkv" if prefix else "full")
+            prompt = system + random_prompt(seed, 9)
+            request = engine.make(prompt, params, policy=policy, owner="a", prefix=prefix)
+            engine.submit(request)
+            return request
+
+        asked = [ask(2, 40, 0), ask(3, 40, 50)]
+        while any(each.status != "running" for each in asked):
+            engine.step()
+        asked += [ask(seed, 8, prefix) for seed in (4, 5) for prefix in (0, 50)]
+        while not engine.scheduler.idle:
+            engine.step()
+        engine.check()
+        return [(each.reused, each.output) for each in asked]
+
+    expected = run(Engine(model, policy_named("full"), config))
+    assert [reused for reused, _ in expected] == [0, 0, 48, 50, 48, 50]
+    with split_engine(model, policy_named("full"), config, tensor, layers=layers) as engine:
+        assert run(engine) == expected
+
+
 # --- what cannot be ----------------------------------------------------------------------------
 
 

@@ -89,13 +89,21 @@ class Pool:
         table.noted_bytes = 0
         self.tables.remove(table)
 
-    def fork(self, table: Table) -> Table:
-        """A second table on the same pages; whoever writes first to a shared page copies it."""
+    def fork(self, table: Table, seen_len: int | None = None) -> Table:
+        """A second table on the same pages; whoever writes first to a shared page copies it.
+
+        seen_len : of the first so many tokens alone, of which nothing was dropped; without a ring.
+        """
         twin = Table(table.pages.copy(), table.held.copy(), table.kept.copy(), table.seen_len)
         twin.state = {name: value.clone() for name, value in table.state.items()}
-        twin.ring, twin.peak_bytes = copy_ring(table.ring, self.device), table.peak_bytes
+        twin.arriving = table.arriving
+        if seen_len is None:
+            twin.ring, twin.peak_bytes = copy_ring(table.ring, self.device), table.peak_bytes
+        else:
+            twin.kept[:], twin.seen_len = seen_len, seen_len
+            twin.held = np.minimum(twin.held, self.pages_for(self.lens(twin)))
         for layer in self.own_layers:
-            self.group(layer).counts[self.owned(table, layer)] += 1
+            self.group(layer).counts[self.owned(twin, layer)] += 1
         self.tables.add(twin)
         return twin
 

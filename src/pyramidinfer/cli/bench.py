@@ -19,6 +19,7 @@ from pyramidinfer.lab.bench.plans import (
     LosslessPlan,
     MemoryPlan,
     OffloadPlan,
+    PrefixPlan,
     ReplicasPlan,
     ScalePlan,
     StagesPlan,
@@ -174,6 +175,15 @@ def offload(plan: OffloadPlan, json: Json = Path("out/offload.json")) -> None:
     from pyramidinfer.lab.bench.offload_page import offload_table
 
     _show(offload_table(run_offload(plan, _target(json))), json)
+
+
+@command(bench)
+def prefix(plan: PrefixPlan, json: Json = Path("out/prefix.json")) -> None:
+    """Chats with one system prompt, which each of them computes or all of them share."""
+    from pyramidinfer.lab.bench.prefix import run_prefix
+    from pyramidinfer.lab.bench.prefix_page import prefix_table
+
+    _show(prefix_table(run_prefix(plan, _target(json))), json)
 
 
 @command(bench)

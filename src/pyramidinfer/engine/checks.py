@@ -20,6 +20,7 @@ __all__ = [
     "check_count",
     "check_params",
     "check_plan",
+    "check_prefix",
     "check_prompt_logprobs",
     "check_spans",
     "check_stream",
@@ -121,6 +122,23 @@ def check_prompt_logprobs(
             f"{what}: policy {policy.name!r} drops prompt tokens between layers, and dropped "
             f"tokens have no log-probabilities; ask for another policy ('full', say) or leave it "
             f"out"
+        )
+
+
+def check_prefix(prefix: int, length: int, params: SamplingParams, goes_on: bool) -> None:
+    """``ValueError`` for a prefix that cannot be taken in alone."""
+    prefix = check_count("prefix", prefix)
+    if not 0 < prefix < length:
+        raise ValueError(
+            f"prefix={prefix}: of a prompt of {length} tokens at least one must be in the prefix, "
+            f"and at least one behind it"
+        )
+    if goes_on:
+        raise ValueError(f"prefix={prefix}: what goes on with a cache, or is scored, has none")
+    if params.prompt_logprobs is not None:
+        raise ValueError(
+            f"prefix={prefix}: a prompt that is taken in by parts has no prompt_logprobs; leave "
+            f"one of them out"
         )
 
 

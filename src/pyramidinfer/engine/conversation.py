@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import lru_cache
 from hashlib import blake2b
@@ -17,9 +17,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from pyramidinfer.cache import Exported
+from pyramidinfer.cache import Exported, Table
 from pyramidinfer.engine.request import Request
-from pyramidinfer.models.adapters import Adapter
 from pyramidinfer.policies import Policy
 from pyramidinfer.types import TokenIds
 
@@ -33,9 +32,10 @@ Place = Literal["device", "host", "disk"]
 class Conversation:
     """A finished text and its cache.
 
-    ``id``: what its owner knows it by, and its file's name;  ``digest``: of owner and text, of
-    ``length`` tokens;  ``policy``: None while all that is known of it is its ``mark`` (a file of an
-    earlier run);  ``words``: its name and ``keep``;  ``size``: bytes it counts for, wherever it is.
+    ``id``: what its owner knows it by, and its file's name;  ``digest``: of realm and text, of
+    ``length`` tokens;  ``prefix``: so many of them were taken in alone (0: none);  ``policy``: None
+    while all that is known of it is its ``mark`` (a file of an earlier run);  ``words``: its name
+    and ``keep``;  ``size``: bytes it counts for, wherever it is.
 
     It is in the pool (``request`` has the cache), in host memory (``exported``) or on disk alone;
     one in host memory may have a file, too (``has_file``).  ``leaving``: its pages are being copied
@@ -55,6 +55,7 @@ class Conversation:
     size: int
     used: float
     pinned: float = 0.0
+    prefix: int = 0
     tokens: TokenIds | None = None
     request: Request | None = None
     exported: Exported | None = None
@@ -75,41 +76,59 @@ class Conversation:
         return "device" if self.request is not None else "disk"
 
     @property
+    def cache(self) -> Table | Exported:
+        """Its cache, where that is in memory."""
+        if self.exported is not None:
+            return self.exported
+        assert self.request is not None
+        return self.request.table
+
+    @property
     def is_pinned(self) -> bool:
         """Whether it must not be dropped."""
         return self.pinned > 0 and time.time() < self.pinned
 
+    @property
+    def is_prefix(self) -> bool:
+        """Whether it is a prefix that was taken in alone, for many to go on from."""
+        return self.length == self.prefix
+
     def fits(self, request: Request, mark: str) -> bool:
-        """Whether a request of the same owner that begins with its text may take it up."""
+        """Whether a request of the same realm that begins with its text may take it up."""
         same = self.mark == mark if self.policy is None else self.policy == request.policy
-        return same and self.protect == request.protect
+        spans = request.protected_in(self.length) if self.is_prefix else request.protect
+        return same and self.protect == spans and self.prefix == request.prefix
 
 
 class Names:
     """Digests of owners, texts and policies.
 
-    secret : keys the owners' (empty: the same in every process);  model : whose caches these are.
+    secret : keys the owners' (empty: the same in every process);  model : whose caches these are;
+    shares : prefixes are everybody's, whoever owns them.
     """
 
-    def __init__(self, secret: bytes = b"", model: str = "") -> None:
-        self.secret, self.model = secret, model
+    def __init__(self, secret: bytes = b"", model: str = "", shares: bool = False) -> None:
+        self.secret, self.model, self.shares = secret, model, shares
         self.mark = lru_cache(256)(_policy_mark)
 
     def owner(self, owner: str) -> str:
         """What an owner is known by."""
         return blake2b(owner.encode(), key=self.secret, digest_size=16).hexdigest()
 
-    def digests(
-        self, owner: str, text: TokenIds, lengths: list[int], adapter: Adapter | None = None
-    ) -> Iterator[bytes]:
-        """What the first so many tokens of an owner's text are known by; lengths ascend.
+    def realm(self, request: Request, of_prefix: bool = False) -> str:
+        """What those requests are known by that may take up this one's cache, or its prefix."""
+        owner, *rest = request.realm
+        if of_prefix and self.shares:
+            return self.owner(json.dumps(rest))
+        return self.owner(json.dumps([owner, *rest]) if any(rest) else owner)
 
-        owner : as ``owner`` gives it;  adapter : what the text ran with, whose caches are of use
-        with it only.
+    def digests(self, realm: str, text: TokenIds, lengths: Iterable[int]) -> Iterator[bytes]:
+        """What the first so many tokens of a realm's text are known by; lengths ascend.
+
+        realm : as ``realm`` gives it.
         """
         data, at = np.array(text, dtype=np.int64), 0
-        whose = owner if adapter is None else f"{owner} {adapter.mark}"
-        hasher = blake2b(whose.encode(), digest_size=32)
+        hasher = blake2b(realm.encode(), digest_size=32)
         for length in lengths:
             hasher.update(data[at:length].tobytes())
             at = length
@@ -119,9 +138,11 @@ class Names:
         """A finished request that has its cache; ``size``: bytes of that."""
         assert request.owner is not None
         owner, length = self.owner(request.owner), request.table.seen_len
-        *_, digest = self.digests(owner, request.text, [length], request.adapter)
+        realm = self.realm(request, request.prefix == length)
+        *_, digest = self.digests(realm, request.text, [length])
         policy, mark = request.policy, self.mark(request.policy)
-        whole = json.dumps([self.model, mark or repr(policy), request.protect, digest.hex()])
+        what = [self.model, mark or repr(policy), request.protect, digest.hex()]
+        whole = json.dumps(what + [request.prefix] * bool(request.prefix))
         return Conversation(
             id=blake2b(whole.encode(), digest_size=16).hexdigest(),
             owner=owner,
@@ -135,6 +156,7 @@ class Names:
             size=size,
             used=time.time(),
             pinned=request.pinned,
+            prefix=request.prefix,
             request=request,
         )
 

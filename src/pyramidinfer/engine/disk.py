@@ -355,6 +355,7 @@ def _about(one: Conversation, exported: Exported) -> dict[str, Any]:
         "mark": one.mark,
         "words": one.words,
         "protect": one.protect,
+        "prefix": one.prefix,
         "is_long": one.is_long,
         "size": one.size,
         "used": one.used,
@@ -381,6 +382,7 @@ def _conversation(about: dict[str, Any]) -> Conversation:
             is_long=about["is_long"],
             size=about["size"],
             used=about["used"],
+            prefix=about.get("prefix", 0),  # there was none before
             has_file=True,
         )
     except (KeyError, TypeError, ValueError):

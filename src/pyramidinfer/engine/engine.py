@@ -18,7 +18,7 @@ from pyramidinfer.engine import answers, holding
 from pyramidinfer.engine.chat_template import find_end_ids
 from pyramidinfer.engine.checks import check_plan
 from pyramidinfer.engine.drafting import Drafter, Drafts
-from pyramidinfer.engine.making import Maker, Spans, cost_from_held
+from pyramidinfer.engine.making import Maker, Spans, cost_from_held, costs_of
 from pyramidinfer.engine.memory import Ledger
 from pyramidinfer.engine.profiling import ensure_profile, find_profile
 from pyramidinfer.engine.recompress import Recompressor, recompress
@@ -133,6 +133,8 @@ class Engine:
         samples: int = 1,
         owner: str | None = None,
         lora: str | None = None,
+        prefix: int = 0,
+        salt: str = "",
     ) -> Request:
         """Check a request and build it, without queueing it.
 
@@ -142,14 +144,27 @@ class Engine:
         of generating;  ``samples``: answers wanted, the further ones in ``request.samples``;
         ``owner``: whose conversation this is, so that a later request of the same owner can reuse
         its cache (None: nobody's, and it reuses none);  ``lora``: the name of the adapter that it
-        runs with (None: the model alone).
+        runs with (None: the model alone);  ``prefix``: the first so many tokens of the prompt are
+        taken in and compressed alone, and held for requests of the owner with the same ones (0:
+        none);  ``salt``: caches are for requests with the same one alone.
         """
         adapter = self.adapter(lora)
         chosen = self.policy if policy is None else self.bind(policy)
         if chosen is not self.policy:
             self.check_policy(chosen)
         return self.maker.make(
-            prompt, params, chosen, protect, hold, on, scoring, samples, owner, adapter
+            prompt,
+            params,
+            chosen,
+            protect,
+            hold,
+            on,
+            scoring,
+            samples,
+            owner,
+            adapter,
+            prefix,
+            salt,
         )
 
     def adapter(self, name: str | None) -> Adapter | None:
@@ -514,6 +529,10 @@ class Engine:
             request.scoring.add(logits, likeliest)
             committed.add(request)
             return [request] if self._score_on(request, request.scoring) else []
+        if request.is_beginning:
+            self._go_on_from_prefix(request)
+            committed.add(request)
+            return []
         samples, ended = self._split(request) if request.prefill is not None else [], []
         for each in (request, *samples):
             reason = self._choose(each, logits[-1:], likeliest[-1:], broken[-1:])
@@ -554,14 +573,47 @@ class Engine:
         for each in begun:
             each.take(self.pool.fork(request.table), request)
             each.reused = request.reused
-            each.computed = request.prefill.computed if request.prefill else []
+            each.computed = self._computed(request)
             each.times.started, each.times.first_token = request.times.started, time.monotonic()
         return begun
 
+    def _computed(self, request: Request) -> list[int]:
+        """Tokens of a prompt that is in that entered each layer, each time; those of a prefix that
+        was taken in alone with those of the rest."""
+        assert request.prefill is not None
+        depth, now, before = self.runner.depth, request.prefill.computed, request.computed
+        if not before:
+            return now
+        entered = [sum(pair) for pair in zip(before[:depth], now[:depth], strict=True)]
+        return entered + before[depth:] + now[depth:]
+
+    def _go_on_from_prefix(self, request: Request) -> None:
+        """A prompt's prefix is in: it is held for others, and the rest of the prompt comes next."""
+        assert request.prefill is not None
+        shared = self.shared
+        if request.times.first_token is None:
+            request.computed = request.prefill.computed
+        request.prefill = None
+        costs = costs_of(
+            shared,
+            request.policy,
+            len(request.prompt),
+            request.max_new,
+            request.protect,
+            request.table,
+            samples=request.width,
+        )
+        if not request.output and costs[0].bytes <= request.cost.bytes:
+            for each in (request, *request.samples):
+                each.cost, each.likely = costs
+            self.ledger.reserve(request, request.likely)
+        self.conversations.hold_prefix(request)
+        shared.start(request)
+
     def _prefilled(self, request: Request, prefill: Prefill, samples: list[Request]) -> None:
         """A prompt is in: what only it needed is given back, and its samples run from now on."""
-        request.times.first_token = request.times.first_token or time.monotonic()
-        request.computed = request.computed or prefill.computed
+        if request.times.first_token is None:  # else it was in before, and is again
+            request.times.first_token, request.computed = time.monotonic(), self._computed(request)
         if prefill.reader is not None:
             request.prompt_logprobs = prefill.read
         request.prefill = None

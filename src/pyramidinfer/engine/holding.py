@@ -79,9 +79,8 @@ def truncate(shared: Shared, request: Request, seen_len: int) -> None:
         runner.streaming.forget(table)
         runner.streaming.close_gaps(pool, request)
     request.prompt, request.output = (request.prompt + request.output)[:seen_len], []
-    request.protect = tuple(
-        (start, min(stop, seen_len)) for start, stop in request.protect if start < seen_len
-    )
+    request.protect = request.protected_in(seen_len)
+    request.chain, request.prefix = None, min(request.prefix, seen_len)
     shared.ledger.reserve(request, shared.ledger.held(table))
 
 

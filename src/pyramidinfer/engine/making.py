@@ -6,14 +6,16 @@ import itertools
 import math
 from collections.abc import Sequence as Items
 from dataclasses import replace
+from typing import Protocol
 
 import numpy as np
 
-from pyramidinfer.cache import Exported, Table
+from pyramidinfer.cache import Table
 from pyramidinfer.config import EngineConfig
 from pyramidinfer.engine.checks import (
     ContextLengthError,
     check_params,
+    check_prefix,
     check_prompt_logprobs,
     check_spans,
     check_stream,
@@ -31,6 +33,18 @@ from pyramidinfer.types import SamplingParams, TokenIds
 __all__ = ["Maker", "Spans", "cost_from_held", "costs_of", "expected_of"]
 
 Spans = Items[tuple[int, int]]
+
+
+class Cached(Protocol):
+    """What is known of a cache that a request goes on with."""
+
+    @property
+    def seen_len(self) -> int:
+        """Tokens taken in."""
+
+    @property
+    def kept(self) -> np.ndarray:
+        """Entries ``[layers, kv_heads]``."""
 
 
 class Maker:
@@ -54,6 +68,8 @@ class Maker:
         samples: int,
         owner: str | None = None,
         adapter: Adapter | None = None,
+        prefix: int = 0,
+        salt: str = "",
     ) -> Request:
         """See :meth:`Engine.make`; ``policy`` is checked already."""
         shared, runner = self.shared, self.shared.runner
@@ -64,10 +80,12 @@ class Maker:
                 f"{samples} samples of one prompt: at least 1, and at most "
                 f"max_requests={shared.config.max_requests}"
             )
-        max_new = self._room(prompt, params, policy, on, scoring)
+        if prefix:
+            check_prefix(prefix, len(prompt), params, on is not None or scoring is not None)
+        max_new = self._room(prompt, params, policy, on, scoring, prefix)
         spans = check_spans(protect, len(prompt))
         cost, likely = costs_of(
-            shared, policy, len(prompt), max_new, spans, on, scoring, samples=samples
+            shared, policy, len(prompt), max_new, spans, on, scoring, samples, prefix
         )
         if params.min_tokens > max_new:
             raise ContextLengthError(
@@ -107,6 +125,8 @@ class Maker:
                 stop_ids=frozenset(stops),
                 scoring=scoring,
                 owner=owner,
+                prefix=prefix,
+                salt=salt,
                 constraint=constraint.copy() if constraint else None,
             )
 
@@ -124,6 +144,7 @@ class Maker:
         policy: Policy,
         on: Table | None,
         scoring: Scoring | None,
+        prefix: int,
     ) -> int:
         """Tokens that may be generated, or are scored; ``ValueError`` where the model has too few
         positions."""
@@ -131,7 +152,12 @@ class Maker:
         endless = self.shared.is_endless(policy, len(prompt))
         if endless:
             held = int(on.kept.max()) if on else 0
-            check_stream(len(prompt) - (on.seen_len if on else 0), held, longest)
+            new = len(prompt) - (on.seen_len if on else 0)
+            if prefix:
+                layers = runner.layers_for(prefix + 1)
+                kept = policy.forecast(prefix, 1, layers).by_head(runner.kv_heads)
+                held, new = min(prefix, int(kept.max())), len(prompt) - prefix + 1
+            check_stream(new, held, longest)
         elif len(prompt) >= longest + bool(scoring):
             raise ContextLengthError(
                 f"the prompt has {len(prompt)} tokens; this model has {longest} positions, so at "
@@ -155,22 +181,32 @@ def costs_of(
     length: int,
     max_new: int,
     spans: Spans,
-    on: Table | Exported | None = None,
+    on: Cached | None = None,
     scoring: Scoring | None = None,
     samples: int = 1,
+    prefix: int = 0,
 ) -> tuple[Cost, Cost]:
-    """The most that a prompt of ``length`` tokens can need (the first ones held by ``on``), and
-    what has to be reserved for it before it begins."""
+    """The most that a prompt of ``length`` tokens can need (the first ones held by ``on``, or the
+    first ``prefix`` to be taken in alone), and what has to be reserved for it before it begins."""
     seen, held = (on.seen_len, on.kept) if on else (0, None)
     layers = shared.runner.layers_for(length + max_new)
     covered = len(set().union(*(range(*span) for span in spans)))
-    find = shared.ledger.scoring_cost if scoring else shared.ledger.cost
-    most = likely = find(policy, length - seen, max_new, layers, covered, held, seen=seen)
-    expected = expected_of(shared.config, max_new)
-    if expected < max_new and not scoring:
-        likely = shared.ledger.cost(
-            policy, length - seen, max_new, layers, covered, held, expected, seen
+    ledger, expected = shared.ledger, expected_of(shared.config, max_new)
+
+    def cost(generated: int) -> Cost:
+        if seen < prefix:
+            return ledger.prefix_cost(
+                policy, prefix, length - prefix, max_new, layers, covered, generated
+            )
+        return ledger.cost(policy, length - seen, max_new, layers, covered, held, generated, seen)
+
+    if scoring:
+        most = likely = ledger.scoring_cost(
+            policy, length - seen, max_new, layers, covered, held, seen=seen
         )
+    else:
+        most = cost(max_new)
+        likely = most if expected == max_new else cost(expected)
     if samples > 1:
         most, likely = for_samples(most, samples), for_samples(likely, samples)
     return most, likely

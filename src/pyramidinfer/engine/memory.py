@@ -173,6 +173,26 @@ class Ledger:
         pages = np.maximum(context.pages, extended.pages)
         return Cost(pages, max(context.bytes, extended.bytes), extended.after_prefill)
 
+    def prefix_cost(
+        self,
+        policy: Policy,
+        prefix: int,
+        new: int,
+        max_new: int,
+        layers: Layers,
+        protected: int,
+        expected: int,
+    ) -> Cost:
+        """The most that a prompt can need whose first ``prefix`` tokens are taken in alone, and
+        ``new`` ones on top of what is kept of these."""
+        own = self.runner.layers_for(prefix + 1)
+        first = self.cost(policy, prefix, 1, own, protected)
+        assert first.after_prefill is not None and first.after_prefill.entries is not None
+        kept = np.minimum(first.after_prefill.entries, prefix)
+        rest = self.cost(policy, new, max_new, layers, protected, kept, expected, prefix)
+        pages = np.maximum(first.pages, rest.pages)
+        return Cost(pages, max(first.bytes, rest.bytes), rest.after_prefill)
+
     def _overhead(
         self,
         policy: Policy,

@@ -54,6 +54,8 @@ class Told:
     hold: bool
     scored: TokenIds | None
     owner: str | None
+    prefix: int
+    salt: str
     lowered_to: float | None
     onto: int | None
     samples: tuple[Told, ...]
@@ -246,6 +248,8 @@ class Leader(Split):
             request.hold,
             scored,
             request.owner,
+            request.prefix,
+            request.salt,
             request.lowered_to,
             onto,
             tuple(map(self._told, request.samples)),
@@ -377,6 +381,8 @@ class Follower(Split):
             scoring=None if told.scored is None else Scoring(told.scored, False),
             samples=list(map(self._request, told.samples)),
             owner=told.owner,
+            prefix=told.prefix,
+            salt=told.salt,
             lowered_to=told.lowered_to,
             onto=None if told.onto is None else self._told_of[told.onto],
         )

@@ -126,6 +126,9 @@ class Request(Sequence):
     ``preempted``: where its cache is meanwhile, since it holds nothing in the pool;
     ``lowered_to``: what its policy's ``keep`` was lowered to for want of memory.
     ``pinned``: when what it leaves behind may be dropped (``time.time``; 0: any time).
+    ``prefix``: its first so many tokens are taken in alone, for others to go on from (0: none);
+    ``salt``: caches are for requests with the same one;  ``chain``: what the pages of its prompt
+    are known by, once somebody asked.
     ``drafting``: how its drafts did, where its policy is lossless.
     """
 
@@ -163,6 +166,9 @@ class Request(Sequence):
     preempted: Preempted | None = None
     lowered_to: float | None = None
     pinned: float = 0.0
+    prefix: int = 0
+    salt: str = ""
+    chain: list[bytes] | None = None
     drafting: Drafting | None = None
 
     @property
@@ -174,6 +180,39 @@ class Request(Sequence):
     def text(self) -> TokenIds:
         """Every token so far."""
         return self.prompt + self.output
+
+    @property
+    def realm(self) -> tuple[str, ...]:
+        """Whose caches it may take up, the owner first: requests with the same realm share them."""
+        assert self.owner is not None
+        return (self.owner, self.salt, self.adapter.mark if self.adapter else "")
+
+    @property
+    def is_beginning(self) -> bool:
+        """Whether its prefix is being taken in, and not what comes after it."""
+        return self.prefill is not None and self.prefill.end <= self.prefix
+
+    def holder(self) -> Request:
+        """A request that has ended with this one's prefix, to hold that."""
+        return Request(
+            id=self.id,
+            prompt=self.prompt[: self.prefix],
+            params=self.params,
+            max_new=1,
+            policy=self.policy,
+            cost=self.cost,
+            likely=self.likely,
+            protect=self.protected_in(self.prefix),
+            status="finished",
+            owner=self.owner,
+            prefix=self.prefix,
+            salt=self.salt,
+            adapter=self.adapter,
+        )
+
+    def protected_in(self, length: int) -> tuple[tuple[int, int], ...]:
+        """Protected spans of the first so many tokens."""
+        return tuple((start, min(stop, length)) for start, stop in self.protect if start < length)
 
     @property
     def width(self) -> int:

@@ -3,7 +3,8 @@
 A request whose tokens begin with those of a finished one, of the same owner and under the same
 policy with the same options and budgets, reuses its cache and prefills the rest only.  A cache
 holds every token of its text but the last generated one.  What is reused belongs to the new
-request.
+request; of a prefix that was taken in alone a copy stays, on the same pages until one of them is
+written.  Where nothing is dropped, requests share what their texts begin with (``lending.py``).
 
 Caches are held in the pool.  When memory is short there the least recently finished goes first: to
 host memory, from there to disk, or where there is neither it is gone.  One that is wanted again is
@@ -16,16 +17,18 @@ import json
 import logging
 import time
 from collections import Counter
+from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Literal, NamedTuple
 
 import numpy as np
 
-from pyramidinfer.cache import Table
+from pyramidinfer.cache import Exported, Table
 from pyramidinfer.config import parse_bytes
 from pyramidinfer.engine.checks import check_stream
 from pyramidinfer.engine.conversation import Conversation, Index, Names, Place
 from pyramidinfer.engine.disk import DiskStore
+from pyramidinfer.engine.lending import Lenders
 from pyramidinfer.engine.making import costs_of
 from pyramidinfer.engine.memory import Cost
 from pyramidinfer.engine.offload import HostStore
@@ -35,7 +38,7 @@ from pyramidinfer.engine.shared import Shared
 from pyramidinfer.models.batch import Sequence
 from pyramidinfer.models.fingerprint import fingerprint
 
-__all__ = ["Conversations", "Found", "Held", "open_conversations"]
+__all__ = ["Conversations", "Found", "Held", "Offer", "open_conversations"]
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +48,24 @@ Found = Literal["taken", "none", "coming"]
 ELSEWHERE = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"}
 #: Seconds that a thread with nothing else to do waits for a disk before it looks around.
 PATIENCE = 0.005
+
+
+class Beginning(NamedTuple):
+    """The first tokens of a cache that keeps all: how many, and entries ``[layers, kv_heads]``."""
+
+    seen_len: int
+    kept: np.ndarray
+
+
+@dataclass(slots=True, eq=False)
+class Offer:
+    """What a request may go on with: a held cache (``one``), or the first ``length`` tokens of one
+    that stays its ``lender``'s, too (``table``, once it is set aside)."""
+
+    length: int
+    one: Conversation | None = None
+    lender: Request | None = None
+    table: Table | None = None
 
 
 class Held(NamedTuple):
@@ -73,6 +94,7 @@ class Conversations:
         self, shared: Shared, limit: int, host: HostStore, disk: DiskStore | None, names: Names
     ) -> None:
         self.shared, self.limit, self.names = shared, limit, names
+        self.lenders = Lenders(shared, names)
         self.host, self.disk = host, disk
         host.lost = self._lose
         self.misses = self.dropped = self.spills = self.loads = 0
@@ -116,7 +138,7 @@ class Conversations:
         assert request.reserved is not None
         one = self.names.of(request, request.reserved.bytes)
         for other in [each for each in self.index.at(one.digest) if each.id == one.id]:
-            if other.request is None:  # the same once more, and older
+            if other.request is None or one.is_prefix:  # the same once more, and older
                 self._discard(other)
         if one.is_pinned and self.pinned_bytes() + one.size > self.pin_limit:
             log.warning("cache %s is pinned no longer: it has outgrown what can be", one.id)
@@ -155,95 +177,59 @@ class Conversations:
 
     # --- taking up ----------------------------------------------------------------------------
 
-    def reuse(self, request: Request, patient: bool = False) -> Found:
-        """Give a waiting request the held cache that its text goes on with, the longest first, if
-        what is added then fits.
-
-        patient : there is other work, so copies need not be waited for.
-        """
-        for one in self._beginnings(request):
-            found = self._take_up(request, one, patient)
-            if found != "none":
-                return found
-        return "none"
+    def offers(self, request: Request) -> list[Offer]:
+        """What a waiting request may go on with, the most tokens first."""
+        found = [Offer(one.length, one) for one in self._beginnings(request)]
+        if self._takes(request) and (lender := self.lenders.find(request)) is not None:
+            found.insert(0, Offer(lender[1], lender=lender[0]))
+        return sorted(found, key=lambda each: each.length)[::-1]
 
     def read_ahead(self, request: Request) -> None:
         """Begin to read what a request will take up, where that is on disk."""
         if self.disk is not None:
-            best = next(iter(self._beginnings(request)), None)
+            best = next(reversed(self._beginnings(request)), None)
             if best is not None and best.place == "disk":
-                self._read(request, best)
+                self.read(request, best)
+
+    def _takes(self, request: Request) -> bool:
+        """Whether a request may begin with what another one has computed."""
+        free = request.cache is None and request.prompt_top is None
+        return free and request.owner is not None
 
     def _beginnings(self, request: Request) -> list[Conversation]:
-        """Texts that the request goes on with, the longest first."""
-        if request.owner is None or request.cache is not None or request.prompt_top is not None:
+        """Texts that the request goes on with, the longest last."""
+        if not self._takes(request):
             return []
-        owner, lengths = self.names.owner(request.owner), self.index.lengths(len(request.prompt))
-        mark, found = self.names.mark(request.policy), []
-        for digest in self.names.digests(owner, request.prompt, lengths, request.adapter):
-            found += self.index.at(digest)
-        return [one for one in reversed(found) if one.owner == owner and one.fits(request, mark)]
+        names, prompt = self.names, request.prompt
+        lengths = self.index.lengths(len(prompt))
+        digests = list(names.digests(names.realm(request), prompt, lengths))
+        if request.prefix and names.shares:
+            digests[:0] = names.digests(names.realm(request, True), prompt, [request.prefix])
+        mark = names.mark(request.policy)
+        held = [one for digest in digests for one in self.index.at(digest)]
+        return [one for one in held if one.fits(request, mark)]
 
-    def _take_up(self, request: Request, one: Conversation, patient: bool) -> Found:
-        """Give a cache to a request, if what is added to it then fits."""
-        shared, ledger = self.shared, self.shared.ledger
-        if one.place == "disk":
-            return self._read(request, one)
-        if one.tokens is not None and request.prompt[: one.length] != one.tokens:
-            return "none"
-        costs = self._costs(request, one)
-        if costs is None or not ledger.ever_fits(costs[0]):
-            return "none"
-        most, likely = costs
-        if not ledger.fits(likely, instead_of=_plus(self.cost, self._on_leave())):
-            return "none"
-        here = one.request if one.exported is None else None
-        if here is not None:
-            self._forget(here)
-        one.coming = True
-        try:
-            if not self._free(likely, here.reserved if here else None, patient):
-                if here is not None:
-                    self._count(here, 1)
-                    self._held[here] = one
-                return "coming"
-        finally:
-            one.coming = False
-        self.hits_from["disk" if one.from_disk else one.place] += 1
-        self.queried_tokens += len(request.prompt)
-        self.reused_tokens += one.length
-        request.pinned = one.pinned
-        if here is not None:
-            table, old = here.table, Sequence(policy=here.policy, is_long=here.is_long)
-            here.cache = None
-            request.reserved, here.reserved = here.reserved, None
+    def costs(self, request: Request, offer: Offer) -> tuple[Cost, Cost] | None:
+        """The most that a request needs that goes on with what is offered, and what must be
+        reserved for it; None where it cannot."""
+        shared, length, one = self.shared, len(request.prompt), offer.one
+        cache: Table | Exported | Beginning
+        if one is None:
+            assert offer.lender is not None
+            far = offer.lender.is_long
+            kept = np.full_like(offer.lender.table.kept, offer.length)
+            cache = Beginning(offer.length, kept)
+        elif one.tokens is not None and request.prompt[: one.length] != one.tokens:
+            return None
         else:
-            assert one.exported is not None
-            self._end_leave(one)
-            table = shared.copier.import_(one.exported)
-            old = Sequence(policy=request.policy, is_long=one.is_long)
-            shared.pool.note_peak(table)
-            self.loads += 1
-        one.request = None
-        self._discard(one)
-        request.reused, request.reused_entries = table.seen_len, table.layer_tokens
-        for each in (request, *request.samples):
-            each.cost, each.likely = most, likely
-        request.take(table, old)
-        return "taken"
-
-    def _costs(self, request: Request, one: Conversation) -> tuple[Cost, Cost] | None:
-        """What a request needs that goes on with a cache; None where it cannot."""
-        shared, length = self.shared, len(request.prompt)
-        cache = one.exported if one.request is None or one.leaving else one.request.table
-        assert cache is not None
+            far, cache = one.is_long, one.cache
         if shared.is_endless(request.policy, length):
-            limit = shared.runner.streaming.limit(one.is_long)
+            limit = shared.runner.streaming.limit(far)
             try:
                 check_stream(length - cache.seen_len + 1, int(cache.kept.max()), limit)
             except ValueError:
                 return None
-        elif one.is_long != is_long(
+        elif far != is_long(
             shared.runner, request.policy, length - cache.seen_len, length, request.max_new
         ):
             return None
@@ -257,7 +243,7 @@ class Conversations:
             samples=1 + len(request.samples),
         )
 
-    def _read(self, request: Request, one: Conversation) -> Found:
+    def read(self, request: Request, one: Conversation) -> Found:
         """Have a cache read from disk for a request; once only, should it go again meanwhile."""
         assert self.disk is not None
         if one.reading:
@@ -271,6 +257,88 @@ class Conversations:
         self.disk.read(one)
         return "coming"
 
+    def set_aside(self, offer: Offer) -> Cost | None:
+        """Have what is offered stay while room is made for whoever takes it; what is reserved for
+        that, which will be the taker's."""
+        one, lender = offer.one, offer.lender
+        if one is None:
+            assert lender is not None
+            offer.table = self.shared.pool.fork(lender.table, offer.length)
+            return None
+        one.coming = True
+        if one.exported is not None:
+            return None
+        assert one.request is not None
+        self._forget(one.request)
+        return one.request.reserved
+
+    def put_back(self, offer: Offer) -> None:
+        """Nobody takes it now."""
+        one = offer.one
+        if one is None:
+            assert offer.table is not None
+            self.shared.pool.release(offer.table)
+            return
+        one.coming = False
+        if one.exported is None:
+            assert one.request is not None
+            self._count(one.request, 1)
+            self._held[one.request] = one
+
+    def hand_over(self, request: Request, offer: Offer) -> None:
+        """Give a request what was set aside for it; with its reservation, where it has one."""
+        one = offer.one
+        if one is None:
+            self._lend(request, offer)
+        else:
+            one.coming = False
+            self.hits_from["disk" if one.from_disk else one.place] += 1
+            self._give(request, one)
+            if not one.is_prefix:
+                request.pinned = one.pinned
+        request.reused, request.reused_entries = request.table.seen_len, request.table.layer_tokens
+        self.reused_tokens += request.reused
+
+    def _lend(self, request: Request, offer: Offer) -> None:
+        """Begin a request on pages that stay another one's, too."""
+        table, lender = offer.table, offer.lender
+        assert table is not None and lender is not None
+        table.state = request.policy.truncated(table.state, table.kept)
+        self.hits_from["device"] += 1
+        request.take(table, Sequence(policy=request.policy, is_long=lender.is_long))
+
+    def _give(self, request: Request, one: Conversation) -> None:
+        """Give a held cache to a request, wherever it is."""
+        here = one.request if one.exported is None else None
+        if here is not None:
+            table, old = here.table, Sequence(policy=here.policy, is_long=here.is_long)
+            here.cache = None
+            request.reserved, here.reserved = here.reserved, None
+        else:
+            assert one.exported is not None
+            self._end_leave(one)
+            table = self.shared.copier.import_(one.exported)
+            old = Sequence(policy=request.policy, is_long=one.is_long)
+            self.shared.pool.note_peak(table)
+            self.loads += 1
+        one.request = None
+        self._discard(one)
+        request.take(table, old)
+
+    def hold_prefix(self, request: Request, pinned: float = 0.0) -> None:
+        """Hold a copy of a request's cache, which is its prefix's, for others to go on from; where
+        there is no room for it they compute it anew."""
+        if request.owner is None:
+            return
+        cost = self.shared.ledger.held(request.table)
+        if cost.bytes > self.limit or not self.make_room_for(cost, None):
+            return
+        holder = request.holder()
+        holder.take(self.shared.pool.fork(request.table), request)
+        holder.pinned = pinned
+        self.shared.ledger.reserve(holder, cost)
+        self.keep(holder)
+
     # --- making room --------------------------------------------------------------------------
 
     def make_room_for(self, wanted: Cost, mine: Cost | None, patient: bool = False) -> bool:
@@ -279,14 +347,16 @@ class Conversations:
 
         patient : False, too, while their copies are on the way.
         """
+        return self.could_have(wanted, mine) and self.free(wanted, mine, patient)
+
+    def could_have(self, wanted: Cost, mine: Cost | None = None) -> bool:
+        """Whether ``wanted`` could be reserved in place of ``mine`` if nothing were held."""
         given_back = _plus(self.cost, self._on_leave())
         if mine is not None:
             given_back = _plus(given_back, mine)
-        if not self.shared.ledger.fits(wanted, instead_of=given_back):
-            return False
-        return self._free(wanted, mine, patient)
+        return self.shared.ledger.fits(wanted, instead_of=given_back)
 
-    def _free(self, wanted: Cost, mine: Cost | None, patient: bool) -> bool:
+    def free(self, wanted: Cost, mine: Cost | None, patient: bool) -> bool:
         """``make_room_for`` where it is known that it can be."""
         ledger = self.shared.ledger
         nothing = Cost(np.zeros_like(ledger.pages), 0)
@@ -514,7 +584,8 @@ def _plus(one: Cost, other: Cost) -> Cost:
 def open_conversations(shared: Shared, weights: str) -> Conversations:
     """What an engine's config asks for.  weights : what tells its model's weights, for files;
     ``ValueError`` for a folder that cannot be used."""
-    config, disk, names = shared.config, None, Names()
+    config, disk = shared.config, None
+    names = Names(shares=config.share_prefixes)
     if config.disk_kv_cache is not None:
         runner = shared.runner
         sizes = {k: v for k, v in runner.config.to_dict().items() if k not in ELSEWHERE}
@@ -530,6 +601,6 @@ def open_conversations(shared: Shared, weights: str) -> Conversations:
         size = parse_bytes(config.disk_kv_memory or 0, "disk_kv_memory")
         pinned = shared.pool.device.type == "cuda"
         disk = DiskStore(config.disk_kv_cache, size, model, pinned)
-        names = Names(disk.secret, model)
+        names = Names(disk.secret, model, config.share_prefixes)
     host = HostStore(config.host_budget, disk)
     return Conversations(shared, int(config.budget * config.reuse_share), host, disk, names)

@@ -37,7 +37,7 @@ from pyramidinfer.engine.drafting import Drafts
 from pyramidinfer.engine.making import costs_of, expected_of
 from pyramidinfer.engine.memory import Cost
 from pyramidinfer.engine.request import Preempted, Request
-from pyramidinfer.engine.reuse import Conversations, Found
+from pyramidinfer.engine.reuse import Conversations, Found, Offer
 from pyramidinfer.engine.shared import Shared
 from pyramidinfer.models.batch import Work
 from pyramidinfer.types import KVUsage
@@ -190,9 +190,7 @@ class Scheduler:
             wanted = request.preempted.wanted
         elif not self._fits_at_worst(request):
             return "none"
-        elif (found := self.conversations.reuse(request, patient)) != "none":
-            if found == "taken":
-                self.ledger.reserve(request, request.likely)
+        elif (found := self._go_on(request)) != "none":
             return found
         if not self.conversations.make_room_for(wanted, mine, patient):
             return "none"
@@ -200,6 +198,45 @@ class Scheduler:
             self.conversations.misses += 1
             self.conversations.queried_tokens += len(request.prompt)
         self.ledger.reserve(request, wanted)
+        return "taken"
+
+    def _go_on(self, request: Request) -> Found:
+        """Have a waiting request begin with what was computed already: the longest that there is,
+        if what is added then fits, or what a prompt in progress is about to leave."""
+        held = self.conversations
+        offers = held.offers(request)
+        longest = offers[0].length if offers else 0
+        if request.cache is None and held.lenders.is_coming(request, self.prefilling, longest):
+            return "coming"
+        for offer in offers:
+            found = self._take_up(request, offer)
+            if found != "none":
+                return found
+        return "none"
+
+    def _take_up(self, request: Request, offer: Offer) -> Found:
+        """Reserve what a request needs that goes on with what is offered, and give it that."""
+        held = self.conversations
+        if offer.one is not None and offer.one.place == "disk":
+            return held.read(request, offer.one)
+        costs = held.costs(request, offer)
+        if costs is None or not self.ledger.ever_fits(costs[0]) or not held.could_have(costs[1]):
+            return "none"
+        mine, is_free = held.set_aside(offer), False
+        try:
+            is_free = held.free(costs[1], mine, self._is_patient)
+        finally:
+            if not is_free:
+                held.put_back(offer)
+        if not is_free:
+            return "coming"
+        held.hand_over(request, offer)
+        held.queried_tokens += len(request.prompt)
+        for each in (request, *request.samples):
+            each.cost, each.likely = costs
+        self.ledger.reserve(request, request.likely)
+        if request.reused == request.prefix:
+            held.hold_prefix(request, offer.one.pinned if offer.one else 0.0)
         return "taken"
 
     @property
@@ -272,6 +309,7 @@ class Scheduler:
         self.remove(request)
         request.status = "running"
         self.running.append(request)
+        self.conversations.lenders.add(request)
 
     def remove(self, request: Request) -> None:
         """Take a request out of its queue."""

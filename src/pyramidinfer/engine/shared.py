@@ -94,11 +94,15 @@ class Shared:
         return int(kept[list(layers.governed)].max(initial=0)) < runner.max_positions
 
     def start(self, request: Request) -> None:
-        """Give an admitted request its table, and put its prompt at the first layer."""
+        """Give an admitted request its table, and put its prompt at the first layer: its prefix
+        alone, where it has one that is not in yet."""
         if request.times.started is None:
             request.times.started = time.monotonic()
         runner, device, length = self.runner, self.runner.device, len(request.prompt)
-        layers = request.layers = runner.layers_for(length + request.max_new)
+        text, until, max_new = request.text, length, request.max_new
+        if (request.cache.seen_len if request.cache else 0) < request.prefix:
+            text, until, max_new = text[: request.prefix], request.prefix, 1
+        layers = request.layers = runner.layers_for(until + max_new)
         request.draft_view = None
         if request.cache is None:
             request.cache = self.pool.new_table(len(request.text))
@@ -109,16 +113,16 @@ class Shared:
         for start, stop in request.protect:
             request.protected[start:stop] = True
         table, shape = request.table, runner.ranks.own(runner.shapes[0])
-        new = request.text[table.seen_len :]
+        new = text[table.seen_len :]
         if request.policy.streams:
             table.wait()
             runner.streaming.make_room(self.pool, request, len(new))
-        rows = request.policy.ring(len(new) + int(table.longest[layers.first]), request.max_new)
+        rows = request.policy.ring(len(new) + int(table.longest[layers.first]), max_new)
         if rows and not request.scoring:
             table.ring = Ring.empty(
                 runner.depth, rows, shape.heads, shape.key_dim, runner.dtype, device
             )
-        forecast = request.policy.forecast(len(new), request.max_new, layers)
+        forecast = request.policy.forecast(len(new), max_new, layers)
         extra = int(request.protected.sum()) - scored
         reach = [min(len(new), count + extra) for count in forecast.reach]
         reader = None
@@ -131,7 +135,7 @@ class Shared:
             reach,
             reader is not None,
             reader,
-            readings=self.readings(request.policy, request.text, table.seen_len, request.max_new),
+            readings=self.readings(request.policy, text, table.seen_len, max_new),
         )
 
     def start_again(self, request: Request) -> None:

@@ -432,10 +432,10 @@ class AsyncEngine:
             for each in lost:
                 old = each.request
                 told = stream.again or old.output or old.samples or not old.leads
-                if old.reused and not told:
+                if (old.reused or old.prefix) and not told:
                     lora = None if old.adapter is None else old.adapter.name
                     each.request = self.engine.make(
-                        old.prompt, old.params, policy=old.policy, lora=lora
+                        old.prompt, old.params, policy=old.policy, lora=lora, prefix=old.prefix
                     )
                     each.request.times.arrived = old.times.arrived
                     stream.again = True

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pyramidinfer.lab import methods, numbers_bench, numbers_real, numbers_serving
-from pyramidinfer.lab.bench import offload_page, replicas_page, scale_page
+from pyramidinfer.lab.bench import offload_page, prefix_page, replicas_page, scale_page
 from pyramidinfer.lab.numbers_layers import icr, rac
 from pyramidinfer.lab.numbers_studies import (
     command_block,
@@ -161,6 +161,10 @@ def main() -> None:
         serving = offload_page.render_offload(serving, results["offload"])
         offload_page.PAGE.write_text(serving, encoding="utf-8")
         pages.append(offload_page.PAGE)
+    if "prefix" in results:
+        serving = prefix_page.PAGE.read_text(encoding="utf-8")
+        serving = prefix_page.render_prefix(serving, results["prefix"])
+        prefix_page.PAGE.write_text(serving, encoding="utf-8")
     print("wrote", ", ".join(map(str, pages)))
 
 

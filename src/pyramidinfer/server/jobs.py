@@ -6,7 +6,7 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 from pyramidinfer.config import check_choice
@@ -37,6 +37,8 @@ __all__ = ["Job", "Jobs"]
 MAX_STOP_LENGTH = 1000
 #: Characters that a token is taken to stand for at most, where the tokenizer sets no bound.
 LONGEST_TOKEN = 256
+#: Texts that no tokenizer begins with one and the same token.
+OTHER_TEXTS = ("the", "A", "\u4e16")
 #: For requests without ``max_tokens``, where neither the operator nor the model says another.
 MAX_TOKENS = 256
 
@@ -98,7 +100,10 @@ class Jobs:
         prompt = self._checked(self._rendered(body), "messages")
         wanted = body.max_completion_tokens or body.max_tokens
         top = (body.top_logprobs or 0) if body.logprobs else None
-        leader = self._request(body, prompt, wanted, top, owner)
+        prefix = self._prefix(
+            body, prompt, len(body.messages), partial(self._rendered_with, body), "messages"
+        )
+        leader = self._request(body, prompt, wanted, top, owner, prefix)
         return Job(body, [leader], reader=self.forms.reader(body, prompt))
 
     def completion(self, body: CompletionRequest, owner: str | None) -> Job:
@@ -114,8 +119,11 @@ class Jobs:
             else:
                 ids = prompt
             self._checked(ids, "prompt")
+            prefix = self._prefix(
+                body, ids, len(prompt), partial(self._encoded_with, body, prompt), "prompt"
+            )
             leader = self._request(
-                body, ids, body.max_tokens or int(drop) or None, body.logprobs, owner
+                body, ids, body.max_tokens or int(drop) or None, body.logprobs, owner, prefix
             )
             if body.echo:
                 echoed.append(prompt if isinstance(prompt, str) else self.prompts.decode(ids))
@@ -153,6 +161,62 @@ class Jobs:
         except ValueError as error:
             raise ApiError(400, str(error), param="messages") from None
 
+    # --- prefixes -----------------------------------------------------------------------------
+
+    def _prefix(
+        self,
+        body: Generation,
+        prompt: TokenIds,
+        size: int,
+        tokens_with: Callable[[int, str], TokenIds],
+        param: str,
+    ) -> int:
+        """How many of a prompt's tokens come from the items that are to be taken in alone.
+
+        size : items there are;  tokens_with : token ids of the first so many with another text
+            behind them.  What is common to all texts behind them is the prefix, so that it is the
+            same for every request that begins with these items.
+        """
+        count = body.compression.prefix if body.compression else None
+        if count is None:
+            return 0
+        if count >= size:
+            raise ApiError(
+                400,
+                f"compression: prefix={count}, and there are {size} items in {param}: at least one "
+                f"must come behind the prefix",
+                param="compression",
+            )
+        common = len(prompt)
+        for text in OTHER_TEXTS:
+            other = tokens_with(count, text)
+            same = zip(prompt[:common], other, strict=False)
+            differ = (at for at, (one, two) in enumerate(same) if one != two)
+            common = next(differ, min(common, len(other)))
+        if not common:
+            raise ApiError(
+                400,
+                f"compression: prefix={count}: nothing of these items stands at the beginning of "
+                f"the prompt, so they cannot be taken in alone; leave prefix out",
+                param="compression",
+            )
+        return min(common, len(prompt) - 1)
+
+    def _rendered_with(self, body: ChatRequest, count: int, text: str) -> TokenIds:
+        """Token ids of a chat's first messages and another text in the place of the next one's."""
+        changed = {"content": text, "tool_calls": None}
+        messages = [*body.messages[:count], body.messages[count].model_copy(update=changed)]
+        return self._rendered(body.model_copy(update={"messages": messages}), generate=False)
+
+    def _encoded_with(
+        self, body: CompletionRequest, prompt: str | TokenIds, count: int, text: str
+    ) -> TokenIds:
+        """Token ids of a prompt's first characters and another text behind them; of token ids the
+        first ones."""
+        if not isinstance(prompt, str):
+            return prompt[:count]
+        return self.prompts.encode(prompt[:count] + text, body.add_special_tokens)
+
     # --- parts --------------------------------------------------------------------------------
 
     def _request(
@@ -162,6 +226,7 @@ class Jobs:
         wanted: int | None,
         top: int | None,
         owner: str | None,
+        prefix: int,
     ) -> Request:
         settings = self.settings
         limit("n", body.n or 1, settings.max_n, "choices")
@@ -182,6 +247,8 @@ class Jobs:
                 samples=body.n or 1,
                 owner=owner,
                 lora=body.model if body.model in self.engine.adapters else None,
+                prefix=prefix,
+                salt=body.cache_salt or "",
             )
         except ContextLengthError as error:
             raise self._too_long(param, f"{error}.") from None

@@ -81,7 +81,9 @@ class Compression(Strict):
     ``policy``: a method's name (the server's own by default);  ``keep``: the common budget;
     ``reuse``: take up and leave a conversation's cache;  ``kv_dtype``: how keys and values are
     stored, which must be the server's;  ``lossless``: keep everything, and let the policy choose
-    what is read to guess tokens ahead (as the server does by default).
+    what is read to guess tokens ahead (as the server does by default);  ``prefix``: how many of
+    ``messages``, or of a ``prompt``'s characters or token ids, are taken in and compressed alone,
+    and held for requests that begin with the same.
     """
 
     policy: str | None = None
@@ -89,6 +91,7 @@ class Compression(Strict):
     reuse: bool = True
     kv_dtype: str | None = None
     lossless: bool | None = None
+    prefix: Annotated[int, Field(ge=1)] | None = None
 
 
 class Pin(Strict):
@@ -166,6 +169,7 @@ class Generation(Strict):
     skip_special_tokens: bool = True
     prompt_logprobs: Annotated[int, Field(ge=0)] | None = None
     structured_outputs: StructuredOutputs | None = None
+    cache_salt: Annotated[str, Field(min_length=1)] | None = None
     # what structured_outputs was before
     guided_json: dict[str, Any] | str | None = None
     guided_regex: str | None = None

@@ -52,6 +52,7 @@ __all__ = [
     "LosslessPlan",
     "MemoryPlan",
     "OffloadPlan",
+    "PrefixPlan",
     "ReplicasPlan",
     "ScalePlan",
     "Setting",
@@ -494,6 +495,29 @@ class OffloadPlan(Plan):
     repeats: Annotated[
         int, Option("Second turns from each place, which take turns.", check=at_least(1))
     ] = 3
+    dtype: Dtype = AUTO
+    threads: Threads = 0
+
+    def __post_init__(self) -> None:
+        self.check()
+
+
+@dataclass(frozen=True)
+class PrefixPlan(Plan):
+    """Chats of a system prompt and a question: one alone, once another one has been answered, then
+    ``chats`` that arrive together, when nothing is held.  A policy that drops takes the system
+    prompt in alone, shared or not."""
+
+    model: NamedModel = "smollm2"
+    policies: Policies = ("full", "pyramid:keep=.3")
+    system: Annotated[int, Option("Tokens of the system prompt.", check=at_least(1))] = 1000
+    question: Annotated[int, Option("Tokens of each question.", check=at_least(1))] = 30
+    output: Annotated[int, Option("Tokens generated for each.", check=at_least(1))] = 32
+    chats: Annotated[int, Option("Chats that arrive together.", check=at_least(1))] = 8
+    kv_memory: Annotated[
+        str, Option("GPU or CPU memory of the engine; half is for caches.", check=size_text)
+    ] = "1GiB"
+    repeats: Annotated[int, Option("Runs of each way, which take turns.", check=at_least(1))] = 3
     dtype: Dtype = AUTO
     threads: Threads = 0
 
