@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pyramidinfer.models.weights import TABLE, Coded, code
+from pyramidinfer.models.weights import TABLE, Rows
 from pyramidinfer.native.library import DTYPES, FORMATS, HeadsData, Kernels, LinearData, pointer
 
 __all__ = ["ADD", "GATED", "PLAIN", "Heads", "KernelOps", "Ops", "TorchOps"]
@@ -66,11 +66,11 @@ class Packed:
         columns: int,
         depth: int,
         how: int,
-        weights: str = "auto",
+        form: int = FORMATS["auto"],
     ) -> None:
         self.panels, self.bias, self.depth = panels, bias, depth
         self.columns = columns // 2 if how == GATED else columns
-        self.data = LinearData(pointer(panels), pointer(bias), columns, depth, FORMATS[weights])
+        self.data = LinearData(pointer(panels), pointer(bias), columns, depth, form)
 
     @property
     def nbytes(self) -> int:
@@ -90,12 +90,12 @@ class KernelOps:
 
     def pack(self, weights: list[Tensor], biases: list[Tensor | None], how: int) -> Packed:
         if self.weights != "auto":
-            return self._pack_coded([code(each, self.weights) for each in weights], biases, how)
+            return self._pack_coded([Rows.of(each, self.weights) for each in weights], biases, how)
         return self._pack_numbers(weights, biases, how)
 
     def pack_table(self, weights: list[Tensor], biases: list[Tensor | None]) -> Packed:
         if self.weights != "auto":
-            return self._pack_coded([code(each, TABLE) for each in weights], biases, PLAIN)
+            return self._pack_coded([Rows.of(each, TABLE) for each in weights], biases, PLAIN)
         return self._pack_numbers(weights, biases, PLAIN)
 
     def _pack_numbers(self, weights: list[Tensor], biases: list[Tensor | None], how: int) -> Packed:
@@ -119,9 +119,9 @@ class KernelOps:
         self.kernels.pack_linear(self.kind, pointer(rows), len(rows), depth, pointer(panels))
         return Packed(panels, bias, columns, depth, how)
 
-    def _pack_coded(self, parts: list[Coded], biases: list[Tensor | None], how: int) -> Packed:
-        panel, depth, name = int(self.kernels.panel_columns()), parts[0].depth, parts[0].name
-        sizes = [len(each.codes) for each in parts]
+    def _pack_coded(self, parts: list[Rows], biases: list[Tensor | None], how: int) -> Packed:
+        panel, depth, form = int(self.kernels.panel_columns()), parts[0].depth, parts[0].format
+        sizes = [len(each.addresses) for each in parts]
         columns = sum(sizes)
         bias = None
         if any(each is not None for each in biases):
@@ -131,26 +131,22 @@ class KernelOps:
                     for size, each in zip(sizes, biases, strict=True)
                 ]
             )
-        whole = Coded.joined(parts)
+        rows = torch.cat([each.addresses for each in parts])
+        sources = torch.cat([torch.full_like(each.addresses, each.source) for each in parts]).int()
         if how == GATED:  # half a panel of gate columns, then the up columns that go with them
             half, size = panel // 2, sizes[0]
             at = torch.arange(-(-size // half) * half).clamp(max=size - 1).view(-1, half)
             order = torch.cat([at, at + size], dim=1).flatten()
-            whole, bias = whole.rows(order), None if bias is None else bias[order]
+            rows, sources = rows[order], sources[order]
+            bias = None if bias is None else bias[order]
         if bias is not None:
             bias = F.pad(bias, (0, -len(bias) % panel))
-        count, form = len(whole.codes), FORMATS[name]
+        count = len(rows)
         panels = torch.empty(self.kernels.packed_bytes(form, count, depth), dtype=torch.uint8)
         self.kernels.pack_coded(
-            form,
-            pointer(whole.codes),
-            pointer(whole.scales),
-            pointer(whole.least),
-            count,
-            depth,
-            pointer(panels),
+            form, pointer(rows), pointer(sources), count, depth, pointer(panels)
         )
-        return Packed(panels, bias, columns, depth, how, name)
+        return Packed(panels, bias, columns, depth, how, form)
 
     def rows(self, table: Packed, ids: Tensor) -> Tensor:
         """Rows ``ids`` ``[n]`` of an embedding that is packed as a linear with codes, ``[n,

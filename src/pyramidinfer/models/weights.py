@@ -1,5 +1,8 @@
 """Weights in few bits: how a linear's or an embedding's numbers become codes, and back.
 
+Here in torch, for backends that only round weights; ``native/coding.h`` has the same rules, for the
+kernels, and makes the same codes.
+
 Every :data:`GROUP` inputs of an output share a scale of 16 bits.  ``int8``: a code of -127..127
 times the scale.  ``int4``: a code of 0..15 times the scale, plus the group's least value, another
 16 bits; both are those of a few candidates, all numbers of the group or a little less of its range,
@@ -15,10 +18,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pyramidinfer.native.library import FORMATS, SOURCES
+
 __all__ = [
     "GROUP",
     "TABLE",
     "Coded",
+    "Rows",
     "code",
     "coded_bytes",
     "decode",
@@ -51,22 +57,29 @@ class Coded(NamedTuple):
     least: Tensor | None
     depth: int
 
-    @classmethod
-    def joined(cls, parts: list[Coded]) -> Coded:
-        """Outputs of several linears of the same input side by side."""
-        first = parts[0]
-        codes, scales = (
-            torch.cat([getattr(each, name) for each in parts]) for name in ("codes", "scales")
-        )
-        least = None
-        if first.least is not None:
-            least = torch.cat([each.least for each in parts if each.least is not None])
-        return cls(first.name, codes, scales, least, first.depth)
 
-    def rows(self, order: Tensor) -> Coded:
-        """These outputs, in this order."""
-        least = None if self.least is None else self.least[order]
-        return self._replace(codes=self.codes[order], scales=self.scales[order], least=least)
+class Rows(NamedTuple):
+    """Outputs of a linear whose weights the kernels make into codes: where each one's ``depth``
+    numbers (or blocks of a GGUF file) lie, what they are, and the format that their codes get.
+
+    addresses : ``[n]`` int64;  held : what the addresses point into.
+    """
+
+    addresses: Tensor
+    source: int
+    format: int
+    depth: int
+    held: Tensor
+
+    @classmethod
+    def of(cls, weights: Tensor, name: str) -> Rows:
+        """``[n, depth]`` of any dtype, to be stored as ``name`` says."""
+        if weights.dtype not in SOURCES:
+            weights = weights.float()
+        weights = weights.contiguous()
+        at = torch.arange(len(weights)) * (weights.shape[1] * weights.element_size())
+        form, source = FORMATS[name], SOURCES[weights.dtype]
+        return cls(at + weights.data_ptr(), source, form, weights.shape[1], weights)
 
 
 def code(weights: Tensor, name: str) -> Coded:
@@ -148,7 +161,7 @@ def _four(groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         codes = (groups - least[..., None].float()).mul_(_inverse(scales)[..., None])
         codes.round_().clamp_(0, 15)
         off = codes * scales[..., None].float() + (least[..., None].float() - groups)
-        found = [off.square_().sum(-1), codes, scales, least]
+        found = [off.double().square_().sum(-1), codes, scales, least]
         if not best:
             best = found
             continue

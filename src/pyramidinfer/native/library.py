@@ -15,6 +15,7 @@ from pyramidinfer.native.build import NoCompilerError, compile_kernels
 __all__ = [
     "DTYPES",
     "FORMATS",
+    "SOURCES",
     "Adding",
     "DecodeCall",
     "DenseCall",
@@ -37,8 +38,11 @@ __all__ = [
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
-#: The numbers by which they know how a linear's weights are stored: in its dtype, or as codes.
-FORMATS = {"auto": 0, "int8": 1, "int4": 2}
+#: The numbers by which they know how a linear's weights are stored: in its dtype, or as codes
+#: (``Format`` in matmul.h).
+FORMATS = {"auto": 0, "int8": 1, "int4": 7}
+#: What rows of weights that become codes may be made of (``Source`` in coding.h).
+SOURCES = {torch.float32: 100, torch.bfloat16: 101, torch.float16: 102}
 
 
 def _struct(name: str, pointers: str, integers: str, floats: str = "") -> type[Structure]:
@@ -227,7 +231,7 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
         [c_int, c_void_p, c_int64, POINTER(LinearData), c_int, c_void_p, c_void_p],
     ),
     "packed_bytes": (c_int64, [c_int, c_int64, c_int64]),
-    "pack_coded": (None, [c_int, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_void_p]),
+    "pack_coded": (None, [c_int, c_void_p, c_void_p, c_int64, c_int64, c_void_p]),
     "read_rows": (None, [c_int, POINTER(LinearData), c_void_p, c_int64, c_void_p]),
     "run_norm": (None, [c_int, c_void_p, c_int64, c_int64, c_void_p, c_float, c_void_p]),
     "run_rotate": (None, [c_int, c_void_p, c_int64, POINTER(HeadsData), c_void_p, c_void_p]),

@@ -216,8 +216,9 @@ inline void pack_left(uint32_t* out, const T* from, int depth) {
 
 enum Epilogue { PLAIN = 0, ADD = 1, GATED = 2 };
 
-// How weights are stored: as numbers of the layer's dtype, or as codes (weights.h).
-enum Format { NUMBERS = 0, EIGHT_BITS = 1, FOUR_BITS = 2 };
+// How weights are stored: as numbers of the layer's dtype, or as codes (weights.h): of 8 bits or 4,
+// with a least value, two scales a group, and scales of 32 bits where these are set.
+enum Format { NUMBERS = 0, CODES = 1, FOUR = 2, LEAST = 4, FLOATS = 8, HALVES = 16 };
 
 // A linear's weights [columns][depth] packed for `linear`, with an optional bias [columns].
 // GATED: every panel holds COLUMNS/2 gate columns, then the up columns that belong to them.
