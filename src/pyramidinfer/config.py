@@ -46,7 +46,7 @@ KV_DTYPES = ("auto", "int8", "int4", "fp8")
 #: Guessed tokens of a request that a step verifies, at most.
 MOST_DRAFTS = 8
 #: How a linear's weights may be stored; see models/weights.py.
-WEIGHTS = ("auto", "int8", "int4")
+WEIGHTS = ("auto", "int8", "int4", "gguf")
 #: Headings of ``--help``.
 ENGINE = "Memory and scheduling"
 

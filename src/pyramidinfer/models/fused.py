@@ -23,6 +23,7 @@ from pyramidinfer.models.ranks import Ranks
 from pyramidinfer.models.rotary import Tables
 from pyramidinfer.models.routing import Decoder, LayerCall
 from pyramidinfer.models.sharding import RowSplit
+from pyramidinfer.models.weights import Rows
 from pyramidinfer.native.library import LayerData, StepCall, pointer
 from pyramidinfer.types import AttentionShape
 
@@ -101,12 +102,12 @@ class FusedDecoder(Decoder):
         self.layers, self.norm, self.ops = layers, plain.body.norm, ops
         has_head = plain.config.num_hidden_layers == plain.own.stop
         head, table = plain.head, plain.body.embed_tokens
-        self.packed_head = _pack_table(ops, head.weight, head.bias) if has_head else None
+        self.packed_head = _pack_table(ops, head) if has_head else None
         #: The embedding, where its rows are codes.
         self.packed_table: Any = None
-        if is_coded(ops):
+        if is_coded(ops) and (ops.weights != "gguf" or isinstance(_held(table), Rows)):
             tied = table.weight is head.weight and head.bias is None
-            self.packed_table = self.packed_head if tied else _pack_table(ops, table.weight)
+            self.packed_table = self.packed_head if tied else _pack_table(ops, table)
         self._layers_of: WeakKeyDictionary[Pool, Any] = WeakKeyDictionary()
 
     @property
@@ -311,7 +312,7 @@ def _weight(module: Any, name: str) -> Tensor | None:
 
 
 def _pack(ops: Ops, linears: list[Any], how: int) -> Any:
-    weights = [each.weight.data for each in linears]
+    weights = list(map(_held, linears))
     biases = [None if each.bias is None else each.bias.data for each in linears]
     if how == GATED and len(weights) == 1:
         weights = list(weights[0].chunk(2))
@@ -319,8 +320,14 @@ def _pack(ops: Ops, linears: list[Any], how: int) -> Any:
     return ops.pack(weights, biases, how)
 
 
-def _pack_table(ops: Ops, weight: Tensor, bias: Tensor | None = None) -> Any:
-    return ops.pack_table([weight.data], [None if bias is None else bias.data])
+def _pack_table(ops: Ops, table: Any) -> Any:
+    bias = getattr(table, "bias", None)
+    return ops.pack_table([_held(table)], [None if bias is None else bias.data])
+
+
+def _held(module: Any) -> Any:
+    """A linear's or an embedding's weights: a tensor, or ``Rows`` of a GGUF file."""
+    return getattr(module, "rows", None) or module.weight.data
 
 
 def _free(linears: list[nn.Linear]) -> None:

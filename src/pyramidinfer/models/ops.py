@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pyramidinfer.models.weights import TABLE, Rows
+from pyramidinfer.models.weights import TABLE, Rows, joined_format
 from pyramidinfer.native.library import DTYPES, FORMATS, HeadsData, Kernels, LinearData, pointer
 
 __all__ = ["ADD", "GATED", "PLAIN", "Heads", "KernelOps", "Ops", "TorchOps"]
@@ -35,11 +35,12 @@ class Ops(Protocol):
 
     multiple: int
 
-    def pack(self, weights: list[Tensor], biases: list[Tensor | None], how: int) -> Any:
-        """Linears of the same input side by side; for ``GATED`` gate and up."""
+    def pack(self, weights: list[Any], biases: list[Tensor | None], how: int) -> Any:
+        """Linears of the same input side by side; for ``GATED`` gate and up.  Weights are tensors,
+        or ``Rows`` where the kernels pack them."""
         ...
 
-    def pack_table(self, weights: list[Tensor], biases: list[Tensor | None]) -> Any:
+    def pack_table(self, weights: list[Any], biases: list[Tensor | None]) -> Any:
         """A head (or an embedding) ``[vocabulary, n]``, as ``pack``."""
         ...
 
@@ -88,15 +89,23 @@ class KernelOps:
         self.weights = weights
         self.multiple = 2 if weights == "auto" else 1
 
-    def pack(self, weights: list[Tensor], biases: list[Tensor | None], how: int) -> Packed:
-        if self.weights != "auto":
-            return self._pack_coded([Rows.of(each, self.weights) for each in weights], biases, how)
-        return self._pack_numbers(weights, biases, how)
+    def pack(self, weights: list[Any], biases: list[Tensor | None], how: int) -> Packed:
+        return self._pack(weights, biases, how, self.weights)
 
-    def pack_table(self, weights: list[Tensor], biases: list[Tensor | None]) -> Packed:
-        if self.weights != "auto":
-            return self._pack_coded([Rows.of(each, TABLE) for each in weights], biases, PLAIN)
-        return self._pack_numbers(weights, biases, PLAIN)
+    def pack_table(self, weights: list[Any], biases: list[Tensor | None]) -> Packed:
+        name = self.weights if self.weights in ("auto", "gguf") else TABLE
+        return self._pack(weights, biases, PLAIN, name)
+
+    def _pack(self, weights: list[Any], biases: list[Tensor | None], how: int, name: str) -> Packed:
+        if name in ("auto", "gguf") and not any(isinstance(each, Rows) for each in weights):
+            return self._pack_numbers(weights, biases, how)
+        if name == "gguf" and not all(isinstance(each, Rows) for each in weights):
+            raise ValueError(
+                "weights='gguf': the file has linears of the same input with and without codes; "
+                "leave weights out: the model is converted then"
+            )
+        rows = [each if isinstance(each, Rows) else Rows.of(each, name) for each in weights]
+        return self._pack_coded(rows, biases, how)
 
     def _pack_numbers(self, weights: list[Tensor], biases: list[Tensor | None], how: int) -> Packed:
         panel = int(self.kernels.panel_columns())
@@ -120,7 +129,8 @@ class KernelOps:
         return Packed(panels, bias, columns, depth, how)
 
     def _pack_coded(self, parts: list[Rows], biases: list[Tensor | None], how: int) -> Packed:
-        panel, depth, form = int(self.kernels.panel_columns()), parts[0].depth, parts[0].format
+        panel, depth = int(self.kernels.panel_columns()), parts[0].depth
+        form = joined_format([each.format for each in parts])
         sizes = [len(each.addresses) for each in parts]
         columns = sum(sizes)
         bias = None

@@ -28,6 +28,7 @@ __all__ = [
     "code",
     "coded_bytes",
     "decode",
+    "joined_format",
     "round_weights",
     "stored_bytes",
 ]
@@ -37,6 +38,9 @@ GROUP = 32
 #: How heads and embeddings are stored, whatever the layers': 4 bits lose too much there
 #: (docs/weights.md).
 TABLE = "int8"
+#: Parts of a format's number (``Format`` in native/matmul.h): codes of 8 bits, or of 4; with a
+#: least value; scales of 32 bits; a scale for each half of a group.
+CODES, FOUR, LEAST, FLOATS, HALVES = 1, 2, 4, 8, 16
 #: Shares of a group's range that 4 bits may cover: numbers outside are cut off.
 RANGES = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.75)
 #: Numbers that are coded at a time: what the nearest caches hold.
@@ -71,6 +75,27 @@ class Rows(NamedTuple):
     depth: int
     held: Tensor
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes as codes."""
+        each = 4 if self.format & FLOATS else 2
+        each *= 2 if self.format & LEAST else 1
+        each *= 2 if self.format & HALVES else 1
+        codes = GROUP // 2 if self.format & FOUR else GROUP
+        return len(self.addresses) * -(-self.depth // GROUP) * (codes + each)
+
+    def numbers(self, at: Tensor) -> Tensor:
+        """Those of outputs ``at``, in float32: of blocks, or of plain numbers."""
+        from gguf import GGMLQuantizationType, quants
+
+        places = ((self.addresses[at] - self.held.data_ptr()) // self.held.stride(0)).tolist()
+        found = quants.dequantize(self.held[places].numpy(), GGMLQuantizationType(self.source))
+        return torch.from_numpy(found)
+
+    def chunk(self, count: int) -> tuple[Rows, ...]:
+        """The same number of outputs each."""
+        return tuple(self._replace(addresses=each) for each in self.addresses.chunk(count))
+
     @classmethod
     def of(cls, weights: Tensor, name: str) -> Rows:
         """``[n, depth]`` of any dtype, to be stored as ``name`` says."""
@@ -80,6 +105,18 @@ class Rows(NamedTuple):
         at = torch.arange(len(weights)) * (weights.shape[1] * weights.element_size())
         form, source = FORMATS[name], SOURCES[weights.dtype]
         return cls(at + weights.data_ptr(), source, form, weights.shape[1], weights)
+
+
+def joined_format(formats: list[int]) -> int:
+    """The least format that holds what each of these does, to the bit."""
+    if len(set(formats)) == 1:
+        return formats[0]
+    found = CODES
+    for each in formats:
+        found |= each & (LEAST | FLOATS | HALVES)
+    if all(each & FOUR for each in formats):
+        return found | FOUR
+    return found | FLOATS if found & (LEAST | HALVES) else found
 
 
 def code(weights: Tensor, name: str) -> Coded:
@@ -104,6 +141,9 @@ def decode(coded: Coded) -> Tensor:
 def stored_bytes(model: Any, weights: str) -> int:
     """Bytes of a model's parameters where linears' ``weights`` are so stored (no values needed);
     without what fills the kernels' last panel of a linear."""
+    if weights == "gguf":
+        rows = {id(m.weight): m.rows.nbytes for m in model.modules() if hasattr(m, "rows")}
+        return sum(each.nbytes for each in model.parameters()) + sum(rows.values())
     coded = {} if weights == "auto" else {id(p): name for p, name in _coded(model, weights)}
     return sum(
         coded_bytes(each, coded[id(each)]) if id(each) in coded else each.nbytes
@@ -119,7 +159,9 @@ def coded_bytes(weights: Tensor, name: str) -> int:
 @torch.no_grad()
 def round_weights(model: Any, weights: str) -> None:
     """Give all linears, the head and the embedding what their codes stand for, in place: the
-    numbers change, the memory they take does not."""
+    numbers change, the memory they take does not.  Those of a GGUF file are what they are."""
+    if weights == "gguf":
+        return
     for parameter, name in list(_coded(model, weights)):
         for part in torch.split(parameter.data, max(1, CHUNK // parameter.shape[1])):
             part.copy_(decode(code(part, name)))

@@ -39,8 +39,8 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 #: The numbers by which they know how a linear's weights are stored: in its dtype, or as codes
-#: (``Format`` in matmul.h).
-FORMATS = {"auto": 0, "int8": 1, "int4": 7}
+#: (``Format`` in matmul.h); a GGUF file's are of several kinds.
+FORMATS = {"auto": 0, "int8": 1, "int4": 7, "gguf": 1}
 #: What rows of weights that become codes may be made of (``Source`` in coding.h).
 SOURCES = {torch.float32: 100, torch.bfloat16: 101, torch.float16: 102}
 
