@@ -264,7 +264,7 @@ def test_bytes_are_those_that_are_told(name: str, tied: bool, tmp_path: Path) ->
 @pytest.mark.parametrize(
     "family,options,words",
     [
-        ("gemma3_text", {}, "layers of Gemma 3 .text. are not of Llama's kind"),
+        ("gemma2", {}, "layers of Gemma 2 are not of Llama's kind"),
         ("llama", {"dtype": torch.float16}, "dtype='bfloat16'"),
         ("llama", {"hidden_act": "gelu"}, "gated by 'gelu'"),
     ],

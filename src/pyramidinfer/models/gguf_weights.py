@@ -87,7 +87,7 @@ def coded_model(folder: Path, config: Any, dtype: torch.dtype) -> Any:
             )
         order = _order(header, names[name], config, stored.shape[0])
         if kind in FORMATS and isinstance(module, nn.Linear | nn.Embedding):
-            module.rows = _rows(mapped.blocks(stored), stored, order)
+            vars(module)["rows"] = _rows(mapped.blocks(stored), stored, order)
             value = torch.empty(0, dtype=dtype)
         elif kind in NUMBERS or kind in FORMATS:
             value = mapped.numbers(stored)

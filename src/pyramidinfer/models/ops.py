@@ -12,10 +12,11 @@ from torch.nn import functional as F
 from pyramidinfer.models.weights import TABLE, Rows, joined_format
 from pyramidinfer.native.library import DTYPES, FORMATS, HeadsData, Kernels, LinearData, pointer
 
-__all__ = ["ADD", "GATED", "PLAIN", "Heads", "KernelOps", "Ops", "TorchOps"]
+__all__ = ["ADD", "GATED", "GELU", "PLAIN", "Heads", "KernelOps", "Ops", "TorchOps"]
 
-#: What is done with a linear's output: nothing, add a residual, or SiLU(gate) times up.
-PLAIN, ADD, GATED = 0, 1, 2
+#: What is done with a linear's output: nothing, add a residual, SiLU(gate) times up, or GELU(gate),
+#: by tanh, times up (packed as ``GATED``).
+PLAIN, ADD, GATED, GELU = 0, 1, 2, 3
 
 
 class Heads(NamedTuple):
@@ -29,11 +30,21 @@ class Heads(NamedTuple):
     key_norm: Tensor | None
     epsilon: float
 
+    @property
+    def has_floats(self) -> bool:
+        """Whether the norms' weights are floats."""
+        return self.query_norm is not None and self.query_norm.dtype == torch.float32
+
 
 class Ops(Protocol):
-    """The same arithmetic on whatever runs it, for sizes that are multiples of ``multiple``."""
+    """The same arithmetic on whatever runs it, for sizes that are multiples of ``multiple``.
+
+    ``has_gemma``: norms whose weights are floats (nothing is rounded before them), and ``GELU``.
+    """
 
     multiple: int
+    has_gemma: bool
+    weights: str
 
     def pack(self, weights: list[Any], biases: list[Tensor | None], how: int) -> Any:
         """Linears of the same input side by side; for ``GATED`` gate and up.  Weights are tensors,
@@ -83,6 +94,8 @@ class KernelOps:
 
     weights : how those of linears are stored, ``"auto"`` in the dtype (``models/weights.py``).
     """
+
+    has_gemma = True
 
     def __init__(self, kernels: Kernels, dtype: torch.dtype, weights: str = "auto") -> None:
         self.kernels, self.dtype, self.kind = kernels, dtype, DTYPES[dtype]
@@ -186,7 +199,14 @@ class KernelOps:
     def norm(self, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         out = torch.empty_like(x)
         self.kernels.run_norm(
-            self.kind, pointer(x), len(x), x.shape[1], pointer(weight), epsilon, pointer(out)
+            self.kind,
+            pointer(x),
+            len(x),
+            x.shape[1],
+            pointer(weight),
+            weight.dtype == torch.float32,
+            epsilon,
+            pointer(out),
         )
         return out
 
@@ -199,6 +219,7 @@ class KernelOps:
             pointer(heads.query_norm),
             pointer(heads.key_norm),
             heads.epsilon,
+            heads.has_floats,
         )
         self.kernels.run_rotate(
             self.kind, pointer(qkv), len(qkv), ctypes.byref(data), pointer(cos), pointer(sin)
@@ -208,7 +229,7 @@ class KernelOps:
 class TorchOps:
     """In torch, for GPUs: few launches, and nothing that a CUDA graph could not capture."""
 
-    multiple = 1
+    multiple, has_gemma, weights = 1, False, "auto"
 
     def pack(self, weights: list[Tensor], biases: list[Tensor | None], how: int) -> Any:
         bias = None

@@ -143,7 +143,7 @@ def stored_bytes(model: Any, weights: str) -> int:
     without what fills the kernels' last panel of a linear."""
     if weights == "gguf":
         rows = {id(m.weight): m.rows.nbytes for m in model.modules() if hasattr(m, "rows")}
-        return sum(each.nbytes for each in model.parameters()) + sum(rows.values())
+        return int(sum(each.nbytes for each in model.parameters()) + sum(rows.values()))
     coded = {} if weights == "auto" else {id(p): name for p, name in _coded(model, weights)}
     return sum(
         coded_bytes(each, coded[id(each)]) if id(each) in coded else each.nbytes

@@ -219,12 +219,13 @@ void read_rows(int dtype, const Linear* w, const int64_t* rows, int64_t count, v
     by_linear(dtype, [&](auto kind) { read_columns(*w, rows, count, (decltype(kind)*)out); });
 }
 
-void run_norm(int dtype, const void* x, int64_t rows, int64_t size, const void* weight,
+// floats: whether the weight is one of floats, whatever the dtype.
+void run_norm(int dtype, const void* x, int64_t rows, int64_t size, const void* weight, int floats,
               float epsilon, void* out) {
     by_linear(dtype, [&](auto kind) {
         using T = decltype(kind);
 #pragma omp parallel
-        rms_norm((const T*)x, rows, size, (const T*)weight, epsilon, (T*)out);
+        rms_norm((const T*)x, rows, size, weight, bool(floats), epsilon, (T*)out);
     });
 }
 

@@ -108,6 +108,7 @@ class HeadsData(Structure):
         ("query_norm", c_void_p),
         ("key_norm", c_void_p),
         ("epsilon", c_float),
+        ("floats", c_int64),
     )
 
 
@@ -117,6 +118,8 @@ class LayerData(Structure):
     _fields_ = (
         ("norm1", c_void_p),
         ("norm2", c_void_p),
+        ("after1", c_void_p),
+        ("after2", c_void_p),
         ("qkv", LinearData),
         ("out", LinearData),
         ("gate_up", LinearData),
@@ -133,6 +136,8 @@ class LayerData(Structure):
         ("epsilon", c_float),
         ("window", c_int64),
         ("angles", c_int64),
+        ("gating", c_int64),
+        ("floats", c_int64),
     )
 
 
@@ -233,7 +238,7 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "packed_bytes": (c_int64, [c_int, c_int64, c_int64]),
     "pack_coded": (None, [c_int, c_void_p, c_void_p, c_int64, c_int64, c_void_p]),
     "read_rows": (None, [c_int, POINTER(LinearData), c_void_p, c_int64, c_void_p]),
-    "run_norm": (None, [c_int, c_void_p, c_int64, c_int64, c_void_p, c_float, c_void_p]),
+    "run_norm": (None, [c_int, c_void_p, c_int64, c_int64, c_void_p, c_int, c_float, c_void_p]),
     "run_rotate": (None, [c_int, c_void_p, c_int64, POINTER(HeadsData), c_void_p, c_void_p]),
     "write_entries": (None, [c_int, POINTER(WriteCall)]),
     "run_step": (None, [c_int, POINTER(StepCall), c_void_p]),
