@@ -281,7 +281,7 @@ def test_models_without_such_linears(family: str, options: Any, words: str, tmp_
 
 
 def test_options_that_do_not_go_together() -> None:
-    with pytest.raises(ValueError, match="weights='int3' .*auto, int4, int8"):
+    with pytest.raises(ValueError, match="weights='int3' .*auto, gguf, int4, int8"):
         EngineConfig(weights="int3")
     with pytest.raises(ValueError, match="weights='int8' works on one rank only"):
         EngineConfig(weights="int8", tensor_parallel_size=2)

@@ -123,11 +123,12 @@ class FusedDecoder(Decoder):
         has_head = plain.config.num_hidden_layers == plain.own.stop
         head, table = plain.head, plain.body.embed_tokens
         self.packed_head = _pack_table(ops, head) if has_head else None
-        #: The embedding, where its rows are codes.
+        #: The embedding, where its rows are codes, or the head's.
         self.packed_table: Any = None
-        if is_coded(ops) and (ops.weights != "gguf" or isinstance(_held(table), Rows)):
-            tied = table.weight is head.weight and head.bias is None
-            self.packed_table = self.packed_head if tied else _pack_table(ops, table)
+        if has_head and isinstance(ops, KernelOps) and table.weight is head.weight:
+            self.packed_table = self.packed_head
+        elif is_coded(ops) and (ops.weights != "gguf" or isinstance(_held(table), Rows)):
+            self.packed_table = _pack_table(ops, table)
         self._layers_of: WeakKeyDictionary[Pool, Any] = WeakKeyDictionary()
 
     @property

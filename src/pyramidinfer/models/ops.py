@@ -172,8 +172,7 @@ class KernelOps:
         return Packed(panels, bias, columns, depth, how, form)
 
     def rows(self, table: Packed, ids: Tensor) -> Tensor:
-        """Rows ``ids`` ``[n]`` of an embedding that is packed as a linear with codes, ``[n,
-        depth]``."""
+        """Rows ``ids`` ``[n]`` of an embedding that is packed as a linear, ``[n, depth]``."""
         out = torch.empty(len(ids), table.depth, dtype=self.dtype)
         self.kernels.read_rows(
             self.kind, ctypes.byref(table.data), pointer(ids.contiguous()), len(ids), pointer(out)

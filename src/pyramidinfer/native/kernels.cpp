@@ -214,7 +214,7 @@ void pack_coded(int format, const void* const* rows, const int32_t* sources, int
     pack_codes(format, rows, sources, columns, depth, (uint8_t*)out);
 }
 
-// Rows of an embedding that is packed as a linear with codes: out [count, depth].
+// Rows of an embedding that is packed as a linear: out [count, depth].
 void read_rows(int dtype, const Linear* w, const int64_t* rows, int64_t count, void* out) {
     by_linear(dtype, [&](auto kind) { read_columns(*w, rows, count, (decltype(kind)*)out); });
 }

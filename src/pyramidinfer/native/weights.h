@@ -215,7 +215,21 @@ inline void linear(const T* a, int64_t rows, const Linear& w, Epilogue how, cons
 
 // Columns of a linear's weights as numbers: out [count, depth].
 template <class T>
+inline void read_numbers(const Linear& w, const int64_t* columns, int64_t count, T* out) {
+    using U = typename UnitOf<T>::type;
+    constexpr int deep = U::DEPTH;
+    const int64_t units = ceil_div(w.depth, deep);
+    for (int64_t i = 0; i < count; ++i) {
+        const int64_t panel = columns[i] / COLUMNS, c = columns[i] % COLUMNS;
+        const auto* from = reinterpret_cast<const typename U::Number*>(w.packed);
+        from += (panel * units * COLUMNS + c) * deep;
+        for (int64_t d = 0; d < w.depth; ++d)
+            from_float(to_float(from[d / deep * COLUMNS * deep + d % deep]), out[i * w.depth + d]);
+    }
+}
+template <class T>
 inline void read_columns(const Linear& w, const int64_t* columns, int64_t count, T* out) {
+    if (w.format == NUMBERS) return read_numbers(w, columns, count, out);
     const int64_t groups = groups_of(w.depth), format = w.format;
     const bool is_four = has_four_bits(format);
 #pragma omp parallel for schedule(static)
