@@ -109,7 +109,8 @@ class EngineConfig:
         str,
         Option(
             "How the weights of linear layers are stored: auto (in --dtype), int8 or int4 (about "
-            "half or a third of the bytes of 16 bits, and a faster step). Needs the C++ kernels.",
+            "half or a third of the bytes of 16 bits, and a faster step), gguf (the codes that the "
+            "model's GGUF file has). Needs the C++ kernels.",
             check=one_of(WEIGHTS),
             see="weights.md",
         ),
