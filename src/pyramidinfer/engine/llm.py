@@ -6,6 +6,7 @@ import operator
 import os
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,8 +21,9 @@ from pyramidinfer.engine.request import Request, Scoring
 from pyramidinfer.engine.split import check_sent, split_llm
 from pyramidinfer.engine.tracing import trace
 from pyramidinfer.models import ModelRunner
-from pyramidinfer.models.catalog import find_model
+from pyramidinfer.models.catalog import check_path, find_model
 from pyramidinfer.models.device import choose_device
+from pyramidinfer.models.gguf_weights import coded_model
 from pyramidinfer.models.loading import empty_model, load_model
 from pyramidinfer.models.ranks import check_heads
 from pyramidinfer.models.stages import check_stages
@@ -78,7 +80,8 @@ class LLM:
         multiples of 4.
     weights : (one of the options) how the weights of linears are stored on the CPU kernels:
         ``"auto"`` in ``dtype``, ``"int8"`` or ``"int4"`` in so many bits, made while the model is
-        loaded.  ``ValueError`` for a model or backend that has no such linears.
+        loaded, ``"gguf"`` as the GGUF file has them.  ``ValueError`` for a model or backend that
+        has no such linears.
     lora_modules : (one of the options) LoRA adapters that requests may name, ``{"sql": "folder or
         hub id"}``: several in one batch, beside the model itself (docs/models.md).
         ``ValueError`` for one that is for another model, or more than low ranks beside linears.
@@ -108,6 +111,7 @@ class LLM:
         chosen = choose_policy(policy, keep, lossless)
         if config.ranks > 1:
             check_sent(model, chosen)
+        of_file = False
         if not isinstance(model, nn.Module):
             model = find_model(os.fspath(model))
             empty, place = empty_model(model, dtype, device)
@@ -115,8 +119,11 @@ class LLM:
             on = choose_device(backend, place, runner.dtype, config.weights)
             runner.check_weights(config.weights, on)
             runner.load_adapters(config.adapters)
-            loading = sum(each.nbytes for each in empty.parameters()) // config.ranks
             packed = config.weights != "auto" and on.coding == "packed"
+            of_file = packed and config.weights == "gguf"
+            if of_file:
+                empty = coded_model(Path(check_path(model)), empty.config, runner.dtype)
+            loading = sum(each.nbytes for each in empty.parameters()) // config.ranks
             weights = stored_bytes(empty, config.weights) if packed else loading
             check_heads(config.tensor_parallel_size, runner.shapes[0])
             check_stages(config.pipeline_parallel_size, runner.depth, config.pipeline_layers)
@@ -127,7 +134,7 @@ class LLM:
                 str(model), chosen, config, tokenizer, dtype, device, sent
             )
         else:
-            loaded = load_model(model, tokenizer, dtype, device)
+            loaded = load_model(model, tokenizer, dtype, device, of_file=of_file)
             self.engine = Engine(
                 loaded.model,
                 chosen,

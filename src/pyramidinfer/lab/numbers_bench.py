@@ -339,6 +339,50 @@ def peers(entry: Result) -> str:
     return "\n".join([*lines, "\n![other engines](images/peers.png)\n"])
 
 
+WEIGHTS = ["weights", "MB", "perplexity", "over 16 bits", "KL, nats"]
+
+
+def weights(entry: Result) -> str:
+    """Bytes, quality and times of ways to store weights."""
+    c, result = entry["configuration"], entry["result"]
+    subject, rows = c["subject"], result["rows"]
+    batches = [each["batch"] for each in rows[0]["speed"]]
+    heads = [
+        f"{what} at {batch}" for batch in batches for what in ("step, ms,", "times", "prefill")
+    ]
+    lines = [
+        f"## Weights in few bits, {subject['model']}\n",
+        origin(entry),
+        command_block(entry),
+        f"In {subject['dtype']}, `auto` being 16 bits a weight ([weights.md](weights.md)). "
+        f"Perplexity and divergence from `auto` are of {c['samples']} passages of real English, "
+        f"{c['continuation']} tokens each after {c['context']} others; in brackets the 95 % "
+        f"interval. Times are of requests of {c['prompt_len']} + {c['output_len']} tokens, the "
+        f"median of {c['repeats']} passes in turns; `times` and `prefill` are how many times as "
+        "fast as `auto` a decode step and the prompts are.\n",
+        *table([*WEIGHTS, *heads], [_weights_row(row) for row in rows]),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _weights_row(row: Result) -> list[str]:
+    low, high = row["ratio_ci"]
+    cells = [
+        f"`{row['weights']}`",
+        f"{row['bytes'] / 1e6:.0f}",
+        f"{row['perplexity']:.2f}",
+        f"{row['ratio']:.3f} [{low:.3f}, {high:.3f}]",
+        f"{row['kl']:.4f}",
+    ]
+    for each in row["speed"]:
+        cells += [
+            f"{1e3 * each['step_seconds']['median']:.1f}",
+            f"{each['step_speedup']['median']:.2f}",
+            f"{each['prefill_speedup']['median']:.2f}",
+        ]
+    return cells
+
+
 SECTIONS: dict[str, Callable[[Result], str]] = {
     "bench_throughput": throughput,
     "bench_long": partial(throughput, name="long", title="Long prompts"),
@@ -348,6 +392,8 @@ SECTIONS: dict[str, Callable[[Result], str]] = {
     "bench_memory": memory,
     "bench_kernels": kernels,
     "kv_dtype_kernels": kv_dtype_kernels,
+    "weights_smollm2": weights,
+    "weights_gemma3": weights,
     "lossless": lossless,
     "lossless_simulated": lossless,
     "lossless_full_heads": lossless,

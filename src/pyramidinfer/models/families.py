@@ -91,9 +91,10 @@ class Family:
     ``body``: path to the module that holds the layers; ``attention``: the attention module's
     name in a layer; ``grouped``: it can have fewer KV heads than query heads;
     ``rotary_by_type``: rotary tables differ by layer type (Gemma 3);  ``plain``: layers are what
-    Llama's are (``models/fused.py``);  ``split``: how linears are split over ranks, where
-    transformers has no plan or another one (``models/sharding.py``);  ``stages``: parts of the body
-    in the order in which they run, where transformers has no plan of that (``models/stages.py``).
+    Llama's or Gemma 3's are (``models/fused.py``);  ``split``: how linears are split over ranks,
+    where transformers has no plan or another one (``models/sharding.py``);  ``stages``: parts of
+    the body in the order in which they run, where transformers has no plan of that
+    (``models/stages.py``).
     """
 
     title: str
@@ -140,7 +141,11 @@ FAMILIES: dict[str, Family] = {
     "phi3": Family("Phi-3", window=_window_of_config, plain=True, split=SPLIT_PHI3),
     "gemma2": Family("Gemma 2", window=_window_of_layer, logits=_logits_softcap),
     "gemma3_text": Family(
-        "Gemma 3 (text)", window=_window_of_layer, logits=_logits_softcap, rotary_by_type=True
+        "Gemma 3 (text)",
+        window=_window_of_layer,
+        logits=_logits_softcap,
+        rotary_by_type=True,
+        plain=True,
     ),
     "smollm3": Family("SmolLM3", window=_window_of_layer, plain=True),
     "olmo2": Family("OLMo2", split=SPLIT_OLMO2),

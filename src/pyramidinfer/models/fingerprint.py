@@ -38,6 +38,11 @@ def measure(body: nn.Module) -> tuple[list[tuple[float, ...]], list[tuple[float,
     for _, module in sorted(body.named_modules()):
         if isinstance(module, nn.Linear):
             continue
+        if (rows := getattr(module, "rows", None)) is not None:  # of a GGUF file
+            step = max(1, len(rows.addresses) // ROWS)
+            at = torch.arange(len(rows.addresses))[::step][:ROWS]
+            tables.append(_measured(rows.numbers(at), TABLE_WAYS))
+            continue
         for _, tensor in sorted(module.named_parameters(recurse=False)):
             if tensor.ndim == 1:
                 vectors.append(_measured(tensor, VECTOR_WAYS))

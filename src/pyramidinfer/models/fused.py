@@ -1,8 +1,10 @@
 """Plain decoder layers in few steps: QKV and gate/up fused, weights prepacked, buffers few.
 
 A layer is *plain* if it is what Llama's is: RMS norm, attention with rotary positions, RMS norm,
-SiLU-gated MLP, all linears plain ``nn.Linear`` (or Phi-3's fused ones).  Its arithmetic and
-rounding are those of transformers' own layer.  Everything else runs through Hugging Face's module.
+SiLU-gated MLP, all linears plain ``nn.Linear`` (or Phi-3's fused ones); or what Gemma 3's is: two
+more norms of what goes to the residual, GELU, weights of norms that are one less.  Its arithmetic
+and rounding are those of transformers' own layer.  Everything else runs through Hugging Face's
+module.
 """
 
 from __future__ import annotations
@@ -19,16 +21,18 @@ from pyramidinfer.cache import Pool
 from pyramidinfer.cache.native import kernel_number
 from pyramidinfer.models.adapters import PLACES, Adapter, Low, Part
 from pyramidinfer.models.decode import Decoding, Ropes
-from pyramidinfer.models.ops import ADD, GATED, PLAIN, Heads, KernelOps, Ops
+from pyramidinfer.models.ops import ADD, GATED, GELU, PLAIN, Heads, KernelOps, Ops
 from pyramidinfer.models.ranks import Ranks
 from pyramidinfer.models.rotary import Tables
 from pyramidinfer.models.routing import Decoder, LayerCall
 from pyramidinfer.models.sharding import RowSplit
+from pyramidinfer.models.weights import Rows
 from pyramidinfer.native.library import LayerData, StepCall, pointer
 from pyramidinfer.types import AttentionShape
 
 __all__ = ["FusedDecoder", "fuse", "why_not"]
 
+GELU_TANH = "gelu_pytorch_tanh"
 #: What is packed; the second is a linear that is split over ranks.
 LINEARS = (nn.Linear, RowSplit)
 #: Where the linears of a layer are packed.
@@ -49,9 +53,15 @@ class FusedLayer:
     ) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         self.shape, self.ops, self.ranks = shape, ops, ranks
-        self.epsilon = float(layer.input_layernorm.variance_epsilon)
-        self.norm1: Tensor = layer.input_layernorm.weight.data
-        self.norm2: Tensor = layer.post_attention_layernorm.weight.data
+        self.epsilon = _epsilon(layer.input_layernorm)
+        self.norm1, second = _scale(layer.input_layernorm), layer.post_attention_layernorm
+        self.after1: Tensor | None = None
+        self.after2: Tensor | None = None
+        self.gating = GATED
+        if _is_gemma(layer):
+            self.after1, second = _scale(second), layer.pre_feedforward_layernorm
+            self.after2, self.gating = _scale(layer.post_feedforward_layernorm), GELU
+        self.norm2 = _scale(second)
         self.qkv = _pack(ops, _parts(attention, "q_proj", "k_proj", "v_proj", "qkv_proj"), PLAIN)
         self.out = _pack(ops, [attention.o_proj], PLAIN)
         self.gate_up = _pack(ops, _parts(mlp, "gate_proj", "up_proj", "gate_up_proj"), GATED)
@@ -68,8 +78,8 @@ class FusedLayer:
             shape.kv_heads,
             shape.key_dim,
             rotated,
-            _weight(attention, "q_norm"),
-            _weight(attention, "k_norm"),
+            _norm_of(attention, "q_norm"),
+            _norm_of(attention, "k_norm"),
             self.epsilon,
         )
         scaling = getattr(attention, "scaling", None)
@@ -95,13 +105,19 @@ class FusedLayer:
             flat = flat[call.going]
             adapted = adapted and adapted.only(call.going)
         _, out, gate_up, down = Low.each(adapted, call.layer)
-        middle = self._summed(attended.flatten(1), self.out, flat, out)
+        middle = self._summed(attended.flatten(1), self.out, flat, self.after1, out)
         normed = ops.norm(middle, self.norm2, self.epsilon)
-        inner = ops.linear(normed, self.gate_up, GATED, None, gate_up)
-        return self._summed(inner, self.down, middle, down)
+        inner = ops.linear(normed, self.gate_up, self.gating, None, gate_up)
+        return self._summed(inner, self.down, middle, self.after2, down)
 
-    def _summed(self, inner: Tensor, weights: Any, residual: Tensor, low: Low | None) -> Tensor:
-        """The residual plus the sum of what the ranks make of their part ``inner``."""
+    def _summed(
+        self, inner: Tensor, weights: Any, residual: Tensor, after: Tensor | None, low: Low | None
+    ) -> Tensor:
+        """The residual plus the sum of what the ranks make of their part ``inner``, which goes
+        through the norm ``after``, if any."""
+        if after is not None:
+            added = self.ranks.sum(self.ops.linear(inner, weights, PLAIN, None, low))
+            return residual + self.ops.norm(added, after, self.epsilon)
         if self.ranks.index:  # the first rank adds it
             return self.ranks.sum(self.ops.linear(inner, weights, PLAIN))
         return self.ranks.sum(self.ops.linear(inner, weights, ADD, residual, low))
@@ -128,15 +144,21 @@ class FusedDecoder(Decoder):
 
     def __init__(self, plain: Decoder, layers: dict[int, FusedLayer], ops: Ops) -> None:
         super().__init__(plain.body, plain.head, plain.config, plain.rotary, plain.like, plain.own)
-        self.layers, self.norm, self.ops = layers, plain.body.norm, ops
+        self.layers, self.ops = layers, ops
+        self.norm, self.epsilon = _scale(plain.body.norm), _epsilon(plain.body.norm)
+        #: Of layers, in the order of the step's tables.
+        self.kinds: list[str | None] = [None] * plain.config.num_hidden_layers
+        if self.family.rotary_by_type:
+            self.kinds = list(plain.config.layer_types)
         has_head = plain.config.num_hidden_layers == plain.own.stop
         head, table = plain.head, plain.body.embed_tokens
-        self.packed_head = _pack_table(ops, head.weight, head.bias) if has_head else None
-        #: The embedding, where its rows are codes.
+        self.packed_head = _pack_table(ops, head) if has_head else None
+        #: The embedding, where its rows are codes, or the head's.
         self.packed_table: Any = None
-        if is_coded(ops):
-            tied = table.weight is head.weight and head.bias is None
-            self.packed_table = self.packed_head if tied else _pack_table(ops, table.weight)
+        if has_head and isinstance(ops, KernelOps) and table.weight is head.weight:
+            self.packed_table = self.packed_head
+        elif is_coded(ops) and (ops.weights != "gguf" or isinstance(_held(table), Rows)):
+            self.packed_table = _pack_table(ops, table)
         self._layers_of: WeakKeyDictionary[Pool, Any] = WeakKeyDictionary()
 
     @property
@@ -154,7 +176,9 @@ class FusedDecoder(Decoder):
         if self.packed_table is None:
             return super().embed(ids, positions)
         assert isinstance(self.ops, KernelOps)
-        return self.ops.rows(self.packed_table, ids)
+        rows = self.ops.rows(self.packed_table, ids)
+        scale = getattr(self.body.embed_tokens, "embed_scale", None)
+        return rows if scale is None else rows * scale.to(rows.dtype)
 
     def take_adapter(self, adapter: Adapter) -> None:
         packed = []
@@ -164,18 +188,22 @@ class FusedDecoder(Decoder):
         adapter.parts = {}  # they are in what was packed
 
     def ropes(self, positions: Tensor, regimes: list[int]) -> Ropes:
-        return {None: self.rotary.angles(self.like, positions, regimes)}
+        angles = self.rotary.angles
+        return {kind: angles(self.like, positions, regimes, kind) for kind in self.rotary.kinds}
 
     def logits(self, hidden: Tensor) -> Tensor:
-        normed = self.ops.norm(hidden, self.norm.weight.data, self.norm.variance_epsilon)
-        return self.ops.linear(normed, self.packed_head, PLAIN)
+        normed = self.ops.norm(hidden, self.norm, self.epsilon)
+        logits = self.ops.linear(normed, self.packed_head, PLAIN)
+        return self.family.logits(self.config, logits)
 
     def step(self, pool: Pool, decoding: Decoding, hidden: Tensor) -> Tensor | None:
-        ops, plan, own, rope = self.ops, decoding.plan, self.own, decoding.ropes[None]
+        ops, plan, own = self.ops, decoding.plan, self.own
         first, here = self.layers[own.start], slice(own.start, own.stop)
         if not isinstance(ops, KernelOps) or first.ranks.size > 1:
             return None
         heads, depth, rows = first.heads, len(self.layers), len(hidden)
+        tables = [decoding.ropes[kind] for kind in self.rotary.kinds]
+        rope = [torch.stack(each) for each in zip(*tables, strict=True)]
         x, lse, addresses = hidden.clone(), decoding.lse, None
         if lse is None:
             lse = torch.empty(depth, rows, heads.heads)
@@ -206,7 +234,7 @@ class FusedDecoder(Decoder):
             pool.page_size,
             rows,
             plan.tables.shape[3],
-            rope[0].shape[1],
+            rope[0].shape[-1],
             kernel_number(pool.group(own.start)),
             *map(pointer, held),
             None if addresses is None else ctypes.addressof(addresses),
@@ -224,6 +252,8 @@ class FusedDecoder(Decoder):
                 data[index] = LayerData(
                     pointer(layer.norm1),
                     pointer(layer.norm2),
+                    pointer(layer.after1),
+                    pointer(layer.after2),
                     layer.qkv.data,
                     layer.out.data,
                     layer.gate_up.data,
@@ -239,7 +269,9 @@ class FusedDecoder(Decoder):
                     layer.scale.scale,
                     heads.epsilon,
                     layer.scale.window or 0,
-                    0 if heads.rotated else -1,
+                    self.rotary.kinds.index(self.kinds[number]) if heads.rotated else -1,
+                    layer.gating,
+                    layer.norm1.dtype == torch.float32,
                 )
             self._layers_of[pool] = data
         return self._layers_of[pool]
@@ -281,6 +313,11 @@ def why_not(plain: Decoder, shapes: list[AttentionShape], ops: Ops, ranks: Ranks
         return "there is no layer"
     if not all(map(_is_plain, layers)):
         return "its layers have linears of other kinds, weights of several dtypes, or were changed"
+    is_gemma = any(map(_is_gemma, layers))
+    if is_gemma and not ops.has_gemma:
+        return f"layers of {family.title} are packed for the CPU kernels only"
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        return "it caps the logits of attention"
     if type(head) is not nn.Linear or not (_is_untouched(head) and _is_untouched(body.norm)):
         return "its head or last norm was changed"
     inner = ranks.part(config.intermediate_size)
@@ -288,8 +325,9 @@ def why_not(plain: Decoder, shapes: list[AttentionShape], ops: Ops, ranks: Ranks
     sizes = (config.hidden_size, inner.stop - inner.start, heads)
     if any(size % ops.multiple for size in sizes):
         return f"sizes {sizes} are no multiples of {ops.multiple}"
-    if (act := getattr(config, "hidden_act", None)) != "silu":
-        return f"its MLP is gated by {act!r}, not 'silu'"
+    name, wanted = ("hidden_activation", GELU_TANH) if is_gemma else ("hidden_act", "silu")
+    if (act := getattr(config, name, None)) != wanted:
+        return f"its MLP is gated by {act!r}, not {wanted!r}"
     return None
 
 
@@ -314,10 +352,16 @@ def _is_plain(layer: Any) -> bool:
         getattr(attention, "o_proj", None),
         getattr(mlp, "down_proj", None),
     ]
-    norms = [getattr(layer, name, None) for name in ("input_layernorm", "post_attention_layernorm")]
+    names = ("input_layernorm", "post_attention_layernorm")
+    epsilon = "eps" if _is_gemma(layer) else "variance_epsilon"
     return all(type(each) in LINEARS for each in linears) and all(
-        hasattr(norm, "variance_epsilon") for norm in norms
+        hasattr(getattr(layer, name, None), epsilon) for name in names
     )
+
+
+def _is_gemma(layer: Any) -> bool:
+    """Whether there are norms after attention and MLP, too, all of Gemma's kind."""
+    return hasattr(layer, "pre_feedforward_layernorm")
 
 
 def _is_uniform(module: nn.Module) -> bool:
@@ -343,13 +387,23 @@ def _parts(module: Any, *names: str) -> list[Any]:
     return [getattr(module, name, None) for name in names[:-1]]
 
 
-def _weight(module: Any, name: str) -> Tensor | None:
+def _norm_of(module: Any, name: str) -> Tensor | None:
     norm = getattr(module, name, None)
-    return None if norm is None else norm.weight.data
+    return None if norm is None else _scale(norm)
+
+
+def _scale(norm: Any) -> Tensor:
+    """What a norm multiplies with; in float32 where it holds one less (Gemma's)."""
+    weight: Tensor = norm.weight.data
+    return weight if hasattr(norm, "variance_epsilon") else 1.0 + weight.float()
+
+
+def _epsilon(norm: Any) -> float:
+    return float(norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps)
 
 
 def _pack(ops: Ops, linears: list[Any], how: int) -> Any:
-    weights = [each.weight.data for each in linears]
+    weights = list(map(_held, linears))
     biases = [None if each.bias is None else each.bias.data for each in linears]
     if how == GATED and len(weights) == 1:
         weights = list(weights[0].chunk(2))
@@ -357,8 +411,14 @@ def _pack(ops: Ops, linears: list[Any], how: int) -> Any:
     return ops.pack(weights, biases, how)
 
 
-def _pack_table(ops: Ops, weight: Tensor, bias: Tensor | None = None) -> Any:
-    return ops.pack_table([weight.data], [None if bias is None else bias.data])
+def _pack_table(ops: Ops, table: Any) -> Any:
+    bias = getattr(table, "bias", None)
+    return ops.pack_table([_held(table)], [None if bias is None else bias.data])
+
+
+def _held(module: Any) -> Any:
+    """A linear's or an embedding's weights: a tensor, or ``Rows`` of a GGUF file."""
+    return getattr(module, "rows", None) or module.weight.data
 
 
 def _free(linears: list[nn.Linear]) -> None:

@@ -33,10 +33,21 @@ from pyramidinfer.models.gguf_file import Header, read_header
 from pyramidinfer.models.gguf_mends import mend_config, mend_ends, mend_tokenizer
 from pyramidinfer.native.build import cache_folder
 
-__all__ = ["convert", "converted", "digest", "is_converted", "is_gguf", "models_folder"]
+__all__ = [
+    "SOURCE",
+    "convert",
+    "converted",
+    "digest",
+    "is_converted",
+    "is_gguf",
+    "models_folder",
+    "source_file",
+]
 
 #: Left in a converted folder: what it was made from.
 ORIGIN = "converted_from.json"
+#: The GGUF file beside what was made from it (fetched), or a link to where it is.
+SOURCE = "model.gguf"
 #: Raise when a conversion would come out otherwise: cached ones are made anew.
 VERSION = 2
 #: GGUF's names of architectures → transformers'; those it reads, and those it does not.
@@ -135,7 +146,28 @@ def converted(name: str) -> Path:
         finally:
             with suppress(OSError):  # there is no folder, or something in it
                 folder.parent.rmdir()
+    link = folder / SOURCE
+    if link.resolve() != file.resolve():
+        with suppress(OSError):  # a folder that is only read: weights="gguf" says that it lacks it
+            link.unlink(missing_ok=True)
+            link.symlink_to(file.resolve())
     return folder
+
+
+def source_file(folder: Path) -> Path:
+    """The GGUF file that a folder was made from; ``ValueError`` where it has none."""
+    file = folder / SOURCE
+    if file.is_file():
+        return file
+    if is_converted(folder) and folder.parent == models_folder():
+        raise ValueError(
+            f"weights='gguf': the GGUF file of {folder.name} is not here; run: pyramidinfer fetch "
+            f"{folder.name}"
+        )
+    raise ValueError(
+        f"weights='gguf': {str(folder)!r} was not made from a GGUF file that is there; name the "
+        f"file itself, or leave weights out"
+    )
 
 
 def digest(file: Path) -> str:

@@ -27,6 +27,7 @@ from pyramidinfer.models.folder import (
     stored_dtype,
     weight_files,
 )
+from pyramidinfer.models.gguf_weights import coded_model
 from pyramidinfer.models.lora import base_of, merge_adapter, unwrap
 from pyramidinfer.models.tensors import check_report, check_tensors
 
@@ -62,12 +63,15 @@ def load_model(
     tokenizer: Any = "auto",
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "auto",
+    *,
+    of_file: bool = False,
 ) -> LoadedModel:
     """Load a folder, hub id, fetched model or GGUF file, or take a transformers model as it is.
 
     ``tokenizer``: ``"auto"`` (the model's own, None where it has none), a tokenizer, what names
-    a model that has one, or None.  Raises ``ValueError`` for what cannot be loaded, with the
-    reason.
+    a model that has one, or None.  ``of_file``: linears with the codes of the GGUF file
+    (``gguf_weights.coded_model``), for kernels alone.  Raises ``ValueError`` for what cannot be
+    loaded, with the reason.
     """
     if isinstance(model, nn.Module):
         return _take_object(model, tokenizer, dtype, device)
@@ -76,7 +80,12 @@ def load_model(
     folder = model_folder(name, weights=True)
     if (folder / ADAPTER).is_file():
         return _load_adapted(name, folder, tokenizer, dtype, place)
-    loaded, kind = _load_weights(name, folder, dtype)
+    if of_file:
+        config = load_config(name)
+        kind = parse_dtype(dtype, config.dtype)
+        loaded = coded_model(folder, config, kind)
+    else:
+        loaded, kind = _load_weights(name, folder, dtype)
     found = find_tokenizer(folder, tokenizer, loaded.config)
     return LoadedModel(loaded.to(place).eval(), found, name, place, kind)
 

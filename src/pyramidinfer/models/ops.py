@@ -10,13 +10,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pyramidinfer.models.adapters import Low, LowRank, Part, add_parts
-from pyramidinfer.models.weights import TABLE, Coded, code
+from pyramidinfer.models.weights import TABLE, Rows, joined_format
 from pyramidinfer.native.library import DTYPES, FORMATS, HeadsData, Kernels, LinearData, pointer
 
-__all__ = ["ADD", "GATED", "PLAIN", "Heads", "KernelOps", "Ops", "TorchOps"]
+__all__ = ["ADD", "GATED", "GELU", "PLAIN", "Heads", "KernelOps", "Ops", "TorchOps"]
 
-#: What is done with a linear's output: nothing, add a residual, or SiLU(gate) times up.
-PLAIN, ADD, GATED = 0, 1, 2
+#: What is done with a linear's output: nothing, add a residual, SiLU(gate) times up, or GELU(gate),
+#: by tanh, times up (packed as ``GATED``).
+PLAIN, ADD, GATED, GELU = 0, 1, 2, 3
 
 
 class Heads(NamedTuple):
@@ -30,17 +31,28 @@ class Heads(NamedTuple):
     key_norm: Tensor | None
     epsilon: float
 
+    @property
+    def has_floats(self) -> bool:
+        """Whether the norms' weights are floats."""
+        return self.query_norm is not None and self.query_norm.dtype == torch.float32
+
 
 class Ops(Protocol):
-    """The same arithmetic on whatever runs it, for sizes that are multiples of ``multiple``."""
+    """The same arithmetic on whatever runs it, for sizes that are multiples of ``multiple``.
+
+    ``has_gemma``: norms whose weights are floats (nothing is rounded before them), and ``GELU``.
+    """
 
     multiple: int
+    has_gemma: bool
+    weights: str
 
-    def pack(self, weights: list[Tensor], biases: list[Tensor | None], how: int) -> Any:
-        """Linears of the same input side by side; for ``GATED`` gate and up."""
+    def pack(self, weights: list[Any], biases: list[Tensor | None], how: int) -> Any:
+        """Linears of the same input side by side; for ``GATED`` gate and up.  Weights are tensors,
+        or ``Rows`` where the kernels pack them."""
         ...
 
-    def pack_table(self, weights: list[Tensor], biases: list[Tensor | None]) -> Any:
+    def pack_table(self, weights: list[Any], biases: list[Tensor | None]) -> Any:
         """A head (or an embedding) ``[vocabulary, n]``, as ``pack``."""
         ...
 
@@ -79,11 +91,11 @@ class Packed:
         columns: int,
         depth: int,
         how: int,
-        weights: str = "auto",
+        form: int = FORMATS["auto"],
     ) -> None:
         self.panels, self.bias, self.depth = panels, bias, depth
         self.columns = columns // 2 if how == GATED else columns
-        self.data = LinearData(pointer(panels), pointer(bias), columns, depth, FORMATS[weights])
+        self.data = LinearData(pointer(panels), pointer(bias), columns, depth, form)
 
     @property
     def nbytes(self) -> int:
@@ -96,20 +108,30 @@ class KernelOps:
     weights : how those of linears are stored, ``"auto"`` in the dtype (``models/weights.py``).
     """
 
+    has_gemma = True
+
     def __init__(self, kernels: Kernels, dtype: torch.dtype, weights: str = "auto") -> None:
         self.kernels, self.dtype, self.kind = kernels, dtype, DTYPES[dtype]
         self.weights = weights
         self.multiple = 2 if weights == "auto" else 1
 
-    def pack(self, weights: list[Tensor], biases: list[Tensor | None], how: int) -> Packed:
-        if self.weights != "auto":
-            return self._pack_coded([code(each, self.weights) for each in weights], biases, how)
-        return self._pack_numbers(weights, biases, how)
+    def pack(self, weights: list[Any], biases: list[Tensor | None], how: int) -> Packed:
+        return self._pack(weights, biases, how, self.weights)
 
-    def pack_table(self, weights: list[Tensor], biases: list[Tensor | None]) -> Packed:
-        if self.weights != "auto":
-            return self._pack_coded([code(each, TABLE) for each in weights], biases, PLAIN)
-        return self._pack_numbers(weights, biases, PLAIN)
+    def pack_table(self, weights: list[Any], biases: list[Tensor | None]) -> Packed:
+        name = self.weights if self.weights in ("auto", "gguf") else TABLE
+        return self._pack(weights, biases, PLAIN, name)
+
+    def _pack(self, weights: list[Any], biases: list[Tensor | None], how: int, name: str) -> Packed:
+        if name in ("auto", "gguf") and not any(isinstance(each, Rows) for each in weights):
+            return self._pack_numbers(weights, biases, how)
+        if name == "gguf" and not all(isinstance(each, Rows) for each in weights):
+            raise ValueError(
+                "weights='gguf': the file has linears of the same input with and without codes; "
+                "leave weights out: the model is converted then"
+            )
+        rows = [each if isinstance(each, Rows) else Rows.of(each, name) for each in weights]
+        return self._pack_coded(rows, biases, how)
 
     def _pack_numbers(self, weights: list[Tensor], biases: list[Tensor | None], how: int) -> Packed:
         panel = int(self.kernels.panel_columns())
@@ -132,9 +154,10 @@ class KernelOps:
         self.kernels.pack_linear(self.kind, pointer(rows), len(rows), depth, pointer(panels))
         return Packed(panels, bias, columns, depth, how)
 
-    def _pack_coded(self, parts: list[Coded], biases: list[Tensor | None], how: int) -> Packed:
-        panel, depth, name = int(self.kernels.panel_columns()), parts[0].depth, parts[0].name
-        sizes = [len(each.codes) for each in parts]
+    def _pack_coded(self, parts: list[Rows], biases: list[Tensor | None], how: int) -> Packed:
+        panel, depth = int(self.kernels.panel_columns()), parts[0].depth
+        form = joined_format([each.format for each in parts])
+        sizes = [len(each.addresses) for each in parts]
         columns = sum(sizes)
         bias = None
         if any(each is not None for each in biases):
@@ -144,30 +167,25 @@ class KernelOps:
                     for size, each in zip(sizes, biases, strict=True)
                 ]
             )
-        whole = Coded.joined(parts)
+        rows = torch.cat([each.addresses for each in parts])
+        sources = torch.cat([torch.full_like(each.addresses, each.source) for each in parts]).int()
         if how == GATED:  # half a panel of gate columns, then the up columns that go with them
             half, size = panel // 2, sizes[0]
             at = torch.arange(-(-size // half) * half).clamp(max=size - 1).view(-1, half)
             order = torch.cat([at, at + size], dim=1).flatten()
-            whole, bias = whole.rows(order), None if bias is None else bias[order]
+            rows, sources = rows[order], sources[order]
+            bias = None if bias is None else bias[order]
         if bias is not None:
             bias = F.pad(bias, (0, -len(bias) % panel))
-        count, form = len(whole.codes), FORMATS[name]
+        count = len(rows)
         panels = torch.empty(self.kernels.packed_bytes(form, count, depth), dtype=torch.uint8)
         self.kernels.pack_coded(
-            form,
-            pointer(whole.codes),
-            pointer(whole.scales),
-            pointer(whole.least),
-            count,
-            depth,
-            pointer(panels),
+            form, pointer(rows), pointer(sources), count, depth, pointer(panels)
         )
-        return Packed(panels, bias, columns, depth, how, name)
+        return Packed(panels, bias, columns, depth, how, form)
 
     def rows(self, table: Packed, ids: Tensor) -> Tensor:
-        """Rows ``ids`` ``[n]`` of an embedding that is packed as a linear with codes, ``[n,
-        depth]``."""
+        """Rows ``ids`` ``[n]`` of an embedding that is packed as a linear, ``[n, depth]``."""
         out = torch.empty(len(ids), table.depth, dtype=self.dtype)
         self.kernels.read_rows(
             self.kind, ctypes.byref(table.data), pointer(ids.contiguous()), len(ids), pointer(out)
@@ -212,7 +230,14 @@ class KernelOps:
     def norm(self, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         out = torch.empty_like(x)
         self.kernels.run_norm(
-            self.kind, pointer(x), len(x), x.shape[1], pointer(weight), epsilon, pointer(out)
+            self.kind,
+            pointer(x),
+            len(x),
+            x.shape[1],
+            pointer(weight),
+            weight.dtype == torch.float32,
+            epsilon,
+            pointer(out),
         )
         return out
 
@@ -225,6 +250,7 @@ class KernelOps:
             pointer(heads.query_norm),
             pointer(heads.key_norm),
             heads.epsilon,
+            heads.has_floats,
         )
         self.kernels.run_rotate(
             self.kind, pointer(qkv), len(qkv), ctypes.byref(data), pointer(cos), pointer(sin)
@@ -234,7 +260,7 @@ class KernelOps:
 class TorchOps:
     """In torch, for GPUs: few launches, and nothing that a CUDA graph could not capture."""
 
-    multiple = 1
+    multiple, has_gemma, weights = 1, False, "auto"
 
     def pack(self, weights: list[Tensor], biases: list[Tensor | None], how: int) -> Any:
         bias = None

@@ -43,7 +43,7 @@ class Rotary:
             self.grows_from = int(config.max_position_embeddings)
         #: angles go by position alone, so that those worked out once stay right
         self.is_fixed = self.long_from is None and self.grows_from is None
-        self._known: Tables | None = None
+        self._known: dict[str | None, Tables] = {}
         self._longest = count_positions(family, config)
 
     def is_long(self, longest: int) -> bool:
@@ -72,23 +72,29 @@ class Rotary:
     @property
     def rotated(self) -> int:
         """Numbers of a head that have an angle."""
-        return 0 if self.module is None else 2 * int(self.module.inv_freq.shape[0])
+        if self.module is None:
+            return 0
+        kind = self.kinds[0]
+        frequencies = getattr(self.module, "inv_freq" if kind is None else f"{kind}_inv_freq")
+        return 2 * int(frequencies.shape[0])
 
-    def angles(self, like: Tensor, positions: Tensor, regimes: list[int]) -> Tables:
-        """float32 (cos, sin) ``[n, rotated]``, rounded as the dtype of ``like`` has them.
-
-        For families with one kind of table.  Fixed angles are worked out once for all positions
+    def angles(
+        self, like: Tensor, positions: Tensor, regimes: list[int], kind: str | None = None
+    ) -> Tables:
+        """float32 (cos, sin) ``[n, rotated]`` of a kind of layer, rounded as the dtype of ``like``
+        has them.  Fixed angles are worked out once for all positions
         (on a CPU for those that came up so far and as many again).
         """
         if not self.is_fixed:
-            cos, sin = self._one(like, positions, regimes, None)
+            cos, sin = self._one(like, positions, regimes, kind)
             return cos.float().contiguous(), sin.float().contiguous()
         most = int(positions.max()) + 1 if like.is_cpu else self._longest  # no look at a GPU
-        if self._known is None or most > len(self._known[0]):
+        if kind not in self._known or most > len(self._known[kind][0]):
             every = torch.arange(2 * most if like.is_cpu else most, device=positions.device)
-            cos, sin = self.module(like, every[None])
-            self._known = cos[0].float().contiguous(), sin[0].float().contiguous()
-        return self._known[0][positions], self._known[1][positions]
+            cos, sin = self._one(like, every, [], kind)
+            self._known[kind] = cos.float().contiguous(), sin.float().contiguous()
+        cos, sin = self._known[kind]
+        return cos[positions], sin[positions]
 
     def _one(self, like: Tensor, positions: Tensor, regimes: list[int], kind: str | None) -> Tables:
         arguments = () if kind is None else (kind,)

@@ -107,7 +107,10 @@ class ModelRunner:
         plain = Decoder(self.body, self.head, self.config, self.rotary, self._like, self.stages.own)
         self.decoder = plain
         self.check_weights(weights, self.chosen)
-        if weights != "auto" and ranks.fingerprint is None:  # of embeddings that are let go of
+        packed = weights == "gguf" and self.chosen.coding == "packed" and not first.is_meta
+        if packed and not any(hasattr(each, "rows") for each in model.modules()):
+            raise ValueError("weights='gguf' is for what is loaded from a GGUF file: name the file")
+        if (own or weights != "auto") and ranks.fingerprint is None:  # embeddings are let go of
             self.ranks = ranks = replace(ranks, fingerprint=measure(self.body))
         own_shapes = list(map(ranks.own, self.shapes))
         self.decoder = fuse(plain, own_shapes, self.chosen.ops, ranks, own=own)

@@ -99,7 +99,11 @@ def weights_mark(model: nn.Module) -> str:
     """What tells whether two ranks loaded the same weights: sums of every tensor's bits, and of its
     parts by their place."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.named_parameters()):
+    tensors = dict(model.named_parameters())
+    for name, module in model.named_modules():
+        if (rows := getattr(module, "rows", None)) is not None:  # of a GGUF file
+            tensors[f"{name}.rows"] = rows.held
+    for name, tensor in sorted(tensors.items()):
         bits = tensor.detach().contiguous().view(torch.uint8).flatten()
         words = bits[: len(bits) // 4 * 4].view(torch.int32)
         parts = words[: len(words) // PART * PART].view(-1, PART).sum(1, dtype=torch.int64)

@@ -1,5 +1,8 @@
 """Weights in few bits: how a linear's or an embedding's numbers become codes, and back.
 
+Here in torch, for backends that only round weights; ``native/coding.h`` has the same rules, for the
+kernels, and makes the same codes.
+
 Every :data:`GROUP` inputs of an output share a scale of 16 bits.  ``int8``: a code of -127..127
 times the scale.  ``int4``: a code of 0..15 times the scale, plus the group's least value, another
 16 bits; both are those of a few candidates, all numbers of the group or a little less of its range,
@@ -15,13 +18,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pyramidinfer.native.library import FORMATS, SOURCES
+
 __all__ = [
     "GROUP",
     "TABLE",
     "Coded",
+    "Rows",
     "code",
     "coded_bytes",
     "decode",
+    "joined_format",
     "round_weights",
     "stored_bytes",
 ]
@@ -31,6 +38,9 @@ GROUP = 32
 #: How heads and embeddings are stored, whatever the layers': 4 bits lose too much there
 #: (docs/weights.md).
 TABLE = "int8"
+#: Parts of a format's number (``Format`` in native/matmul.h): codes of 8 bits, or of 4; with a
+#: least value; scales of 32 bits; a scale for each half of a group.
+CODES, FOUR, LEAST, FLOATS, HALVES = 1, 2, 4, 8, 16
 #: Shares of a group's range that 4 bits may cover: numbers outside are cut off.
 RANGES = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.75)
 #: Numbers that are coded at a time: what the nearest caches hold.
@@ -51,22 +61,62 @@ class Coded(NamedTuple):
     least: Tensor | None
     depth: int
 
-    @classmethod
-    def joined(cls, parts: list[Coded]) -> Coded:
-        """Outputs of several linears of the same input side by side."""
-        first = parts[0]
-        codes, scales = (
-            torch.cat([getattr(each, name) for each in parts]) for name in ("codes", "scales")
-        )
-        least = None
-        if first.least is not None:
-            least = torch.cat([each.least for each in parts if each.least is not None])
-        return cls(first.name, codes, scales, least, first.depth)
 
-    def rows(self, order: Tensor) -> Coded:
-        """These outputs, in this order."""
-        least = None if self.least is None else self.least[order]
-        return self._replace(codes=self.codes[order], scales=self.scales[order], least=least)
+class Rows(NamedTuple):
+    """Outputs of a linear whose weights the kernels make into codes: where each one's ``depth``
+    numbers (or blocks of a GGUF file) lie, what they are, and the format that their codes get.
+
+    addresses : ``[n]`` int64;  held : what the addresses point into.
+    """
+
+    addresses: Tensor
+    source: int
+    format: int
+    depth: int
+    held: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes as codes."""
+        each = 4 if self.format & FLOATS else 2
+        each *= 2 if self.format & LEAST else 1
+        each *= 2 if self.format & HALVES else 1
+        codes = GROUP // 2 if self.format & FOUR else GROUP
+        return len(self.addresses) * -(-self.depth // GROUP) * (codes + each)
+
+    def numbers(self, at: Tensor) -> Tensor:
+        """Those of outputs ``at``, in float32: of blocks, or of plain numbers."""
+        from gguf import GGMLQuantizationType, quants
+
+        places = ((self.addresses[at] - self.held.data_ptr()) // self.held.stride(0)).tolist()
+        found = quants.dequantize(self.held[places].numpy(), GGMLQuantizationType(self.source))
+        return torch.from_numpy(found)
+
+    def chunk(self, count: int) -> tuple[Rows, ...]:
+        """The same number of outputs each."""
+        return tuple(self._replace(addresses=each) for each in self.addresses.chunk(count))
+
+    @classmethod
+    def of(cls, weights: Tensor, name: str) -> Rows:
+        """``[n, depth]`` of any dtype, to be stored as ``name`` says."""
+        if weights.dtype not in SOURCES:
+            weights = weights.float()
+        weights = weights.contiguous()
+        at = torch.arange(len(weights)) * (weights.shape[1] * weights.element_size())
+        form, source = FORMATS[name], SOURCES[weights.dtype]
+        return cls(at + weights.data_ptr(), source, form, weights.shape[1], weights)
+
+
+def joined_format(formats: list[int]) -> int:
+    """The least format that holds what each of these does, to the bit."""
+    if len(set(formats)) == 1:
+        return formats[0]
+    found = CODES
+    for each in formats:
+        found |= each & (LEAST | FLOATS | HALVES)
+    if all(each & FOUR for each in formats):
+        return found | FOUR
+    return found | FLOATS if found & (LEAST | HALVES) else found
 
 
 def code(weights: Tensor, name: str) -> Coded:
@@ -91,6 +141,9 @@ def decode(coded: Coded) -> Tensor:
 def stored_bytes(model: Any, weights: str) -> int:
     """Bytes of a model's parameters where linears' ``weights`` are so stored (no values needed);
     without what fills the kernels' last panel of a linear."""
+    if weights == "gguf":
+        rows = {id(m.weight): m.rows.nbytes for m in model.modules() if hasattr(m, "rows")}
+        return int(sum(each.nbytes for each in model.parameters()) + sum(rows.values()))
     coded = {} if weights == "auto" else {id(p): name for p, name in _coded(model, weights)}
     return sum(
         coded_bytes(each, coded[id(each)]) if id(each) in coded else each.nbytes
@@ -106,7 +159,9 @@ def coded_bytes(weights: Tensor, name: str) -> int:
 @torch.no_grad()
 def round_weights(model: Any, weights: str) -> None:
     """Give all linears, the head and the embedding what their codes stand for, in place: the
-    numbers change, the memory they take does not."""
+    numbers change, the memory they take does not.  Those of a GGUF file are what they are."""
+    if weights == "gguf":
+        return
     for parameter, name in list(_coded(model, weights)):
         for part in torch.split(parameter.data, max(1, CHUNK // parameter.shape[1])):
             part.copy_(decode(code(part, name)))
@@ -148,7 +203,7 @@ def _four(groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         codes = (groups - least[..., None].float()).mul_(_inverse(scales)[..., None])
         codes.round_().clamp_(0, 15)
         off = codes * scales[..., None].float() + (least[..., None].float() - groups)
-        found = [off.square_().sum(-1), codes, scales, least]
+        found = [off.double().square_().sum(-1), codes, scales, least]
         if not best:
             best = found
             continue

@@ -1,5 +1,6 @@
 // The CPU kernels behind a plain C interface; see library.py for the Python side.
 #include "cache.h"
+#include "coding.h"
 #include "matmul.h"
 #include "decode.h"
 #include "evict.h"
@@ -214,23 +215,24 @@ int64_t packed_bytes(int format, int64_t columns, int64_t depth) {
     return ceil_div(columns, COLUMNS) * int64_t(panel_bytes(format, depth));
 }
 
-// codes [columns, groups * GROUP], scales and least values [columns, groups] → panels.
-void pack_coded(int format, const uint8_t* codes, const fp16* scales, const fp16* least,
-                int64_t columns, int64_t depth, void* out) {
-    pack_codes(format, codes, scales, least, columns, depth, (uint8_t*)out);
+// Weights of outputs that lie at rows [columns], numbers or blocks of a GGUF (coding.h) → panels.
+void pack_coded(int format, const void* const* rows, const int32_t* sources, int64_t columns,
+                int64_t depth, void* out) {
+    pack_codes(format, rows, sources, columns, depth, (uint8_t*)out);
 }
 
-// Rows of an embedding that is packed as a linear with codes: out [count, depth].
+// Rows of an embedding that is packed as a linear: out [count, depth].
 void read_rows(int dtype, const Linear* w, const int64_t* rows, int64_t count, void* out) {
     by_linear(dtype, [&](auto kind) { read_columns(*w, rows, count, (decltype(kind)*)out); });
 }
 
-void run_norm(int dtype, const void* x, int64_t rows, int64_t size, const void* weight,
+// floats: whether the weight is one of floats, whatever the dtype.
+void run_norm(int dtype, const void* x, int64_t rows, int64_t size, const void* weight, int floats,
               float epsilon, void* out) {
     by_linear(dtype, [&](auto kind) {
         using T = decltype(kind);
 #pragma omp parallel
-        rms_norm((const T*)x, rows, size, (const T*)weight, epsilon, (T*)out);
+        rms_norm((const T*)x, rows, size, weight, bool(floats), epsilon, (T*)out);
     });
 }
 

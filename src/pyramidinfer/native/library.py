@@ -15,6 +15,7 @@ from pyramidinfer.native.build import NoCompilerError, compile_kernels
 __all__ = [
     "DTYPES",
     "FORMATS",
+    "SOURCES",
     "AdaptedData",
     "Adding",
     "DecodeCall",
@@ -39,8 +40,11 @@ __all__ = [
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
-#: The numbers by which they know how a linear's weights are stored: in its dtype, or as codes.
-FORMATS = {"auto": 0, "int8": 1, "int4": 2}
+#: The numbers by which they know how a linear's weights are stored: in its dtype, or as codes
+#: (``Format`` in matmul.h); a GGUF file's are of several kinds.
+FORMATS = {"auto": 0, "int8": 1, "int4": 7, "gguf": 1}
+#: What rows of weights that become codes may be made of (``Source`` in coding.h).
+SOURCES = {torch.float32: 100, torch.bfloat16: 101, torch.float16: 102}
 
 
 def _struct(name: str, pointers: str, integers: str, floats: str = "") -> type[Structure]:
@@ -108,6 +112,7 @@ class HeadsData(Structure):
         ("query_norm", c_void_p),
         ("key_norm", c_void_p),
         ("epsilon", c_float),
+        ("floats", c_int64),
     )
 
 
@@ -117,6 +122,8 @@ class LayerData(Structure):
     _fields_ = (
         ("norm1", c_void_p),
         ("norm2", c_void_p),
+        ("after1", c_void_p),
+        ("after2", c_void_p),
         ("qkv", LinearData),
         ("out", LinearData),
         ("gate_up", LinearData),
@@ -133,6 +140,8 @@ class LayerData(Structure):
         ("epsilon", c_float),
         ("window", c_int64),
         ("angles", c_int64),
+        ("gating", c_int64),
+        ("floats", c_int64),
     )
 
 
@@ -247,9 +256,9 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
         ],
     ),
     "packed_bytes": (c_int64, [c_int, c_int64, c_int64]),
-    "pack_coded": (None, [c_int, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_void_p]),
+    "pack_coded": (None, [c_int, c_void_p, c_void_p, c_int64, c_int64, c_void_p]),
     "read_rows": (None, [c_int, POINTER(LinearData), c_void_p, c_int64, c_void_p]),
-    "run_norm": (None, [c_int, c_void_p, c_int64, c_int64, c_void_p, c_float, c_void_p]),
+    "run_norm": (None, [c_int, c_void_p, c_int64, c_int64, c_void_p, c_int, c_float, c_void_p]),
     "run_rotate": (None, [c_int, c_void_p, c_int64, POINTER(HeadsData), c_void_p, c_void_p]),
     "write_entries": (None, [c_int, POINTER(WriteCall)]),
     "run_step": (None, [c_int, POINTER(StepCall), c_void_p]),

@@ -215,10 +215,12 @@ inline void pack_left(uint32_t* out, const T* from, int depth) {
 
 // --- linears ------------------------------------------------------------------------------------
 
-enum Epilogue { PLAIN = 0, ADD = 1, GATED = 2 };
+// GELU: GATED by another function.
+enum Epilogue { PLAIN = 0, ADD = 1, GATED = 2, GELU = 3 };
 
-// How weights are stored: as numbers of the layer's dtype, or as codes (weights.h).
-enum Format { NUMBERS = 0, EIGHT_BITS = 1, FOUR_BITS = 2 };
+// How weights are stored: as numbers of the layer's dtype, or as codes (weights.h): of 8 bits or 4,
+// with a least value, two scales a group, and scales of 32 bits where these are set.
+enum Format { NUMBERS = 0, CODES = 1, FOUR = 2, LEAST = 4, FLOATS = 8, HALVES = 16 };
 
 // A linear's weights [columns][depth] packed for `linear`, with an optional bias [columns].
 // GATED: every panel holds COLUMNS/2 gate columns, then the up columns that belong to them.
@@ -229,6 +231,12 @@ struct Linear {
 };
 
 inline Vec silu(Vec x) { return x / (set1(1.f) + exp2(x * set1(-LOG2E))); }
+
+// As tanh has it: x · sigmoid(2u), u = sqrt(2 / pi) · (x + 0.044715 x³).
+inline Vec gelu(Vec x) {
+    const Vec u = fma(x * x * x, set1(0.044715f), x) * set1(0.79788456080286536f);
+    return x / (set1(1.f) + exp2(u * set1(-2.f * LOG2E)));
+}
 
 // A value as the layer's dtype holds it.
 template <class T>
@@ -246,12 +254,12 @@ inline void finish(Vec (&acc)[R][WIDE], const Linear& w, Epilogue how, const T* 
     for (int r = 0; r < R; ++r) {
         if (w.bias)
             for (int i = 0; i < WIDE; ++i) acc[r][i] = acc[r][i] + load(w.bias + first + i * LANES);
-        if (how == GATED) {
+        if (how == GATED || how == GELU) {
             const int64_t size = w.columns / 2;
             for (int i = 0; i < WIDE / 2; ++i) {
                 const int64_t at = panel * (COLUMNS / 2) + i * LANES;
                 if (at >= size) continue;
-                const Vec gate = rounded<T>(silu(rounded<T>(acc[r][i])));
+                const Vec in = rounded<T>(acc[r][i]), gate = rounded<T>(how == GELU ? gelu(in) : silu(in));
                 store_at(out + (row + r) * size, gate * rounded<T>(acc[r][i + WIDE / 2]), int(at),
                          int(size));
             }

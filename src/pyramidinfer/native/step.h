@@ -4,36 +4,47 @@
 #include "decode.h"
 #include "weights.h"
 
-// out [rows, size] = x / rms(x), rounded, times weight.
+// What a norm makes of numbers at d, `by` being 1 / rms: rounded, then times a weight of the layer's
+// dtype; or (Gemma) times one of floats, with no rounding in between.
 template <class T>
-inline void rms_norm(const T* x, int64_t rows, int64_t size, const T* weight, float epsilon, T* out) {
-#pragma omp for schedule(static)
-    for (int64_t row = 0; row < rows; ++row) {
-        const T* from = x + row * size;
-        Vec squares = set1(0.f);
-        for (int d = 0; d < size; d += LANES) {
-            const Vec v = load_at(from, d, int(size));
-            squares = fma(v, v, squares);
-        }
-        const Vec by = set1(1.f / std::sqrt(sum(squares) / float(size) + epsilon));
-        for (int d = 0; d < size; d += LANES) {
-            const Vec v = rounded<T>(load_at(from, d, int(size)) * by);
-            store_at(out + row * size, v * load_at(weight, d, int(size)), d, int(size));
-        }
-    }
+inline Vec normed_at(const T* x, int d, int size, Vec by, const void* weight, bool has_floats) {
+    const Vec v = load_at(x, d, size) * by;
+    if (has_floats) return v * load_at((const float*)weight, d, size);
+    return rounded<T>(v) * load_at((const T*)weight, d, size);
 }
 
-// x [size] = x / rms(x), rounded, times weight, in place.
 template <class T>
-inline void norm_head(T* x, int size, const T* weight, float epsilon) {
+inline Vec one_over_rms(const T* x, int size, float epsilon) {
     Vec squares = set1(0.f);
     for (int d = 0; d < size; d += LANES) {
         const Vec v = load_at(x, d, size);
         squares = fma(v, v, squares);
     }
-    const Vec by = set1(1.f / std::sqrt(sum(squares) / float(size) + epsilon));
+    return set1(1.f / std::sqrt(sum(squares) / float(size) + epsilon));
+}
+
+// out [rows, size] = the norm of x, on top of a residual where there is one (which may be out).
+template <class T>
+inline void rms_norm(const T* x, int64_t rows, int64_t size, const void* weight, bool has_floats,
+                     float epsilon, T* out, const T* residual = nullptr) {
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < rows; ++row) {
+        const T* from = x + row * size;
+        const Vec by = one_over_rms(from, int(size), epsilon);
+        for (int d = 0; d < size; d += LANES) {
+            Vec v = normed_at(from, d, int(size), by, weight, has_floats);
+            if (residual) v = rounded<T>(v) + load_at(residual + row * size, d, int(size));
+            store_at(out + row * size, v, d, int(size));
+        }
+    }
+}
+
+// The same of one head x [size], in place.
+template <class T>
+inline void norm_head(T* x, int size, const void* weight, bool has_floats, float epsilon) {
+    const Vec by = one_over_rms(x, size, epsilon);
     for (int d = 0; d < size; d += LANES)
-        store_at(x, rounded<T>(load_at(x, d, size) * by) * load_at(weight, d, size), d, size);
+        store_at(x, normed_at(x, d, size, by, weight, has_floats), d, size);
 }
 
 // How a row [H + 2K, D] of queries, keys and values becomes what attention sees.
@@ -41,6 +52,7 @@ struct Heads {
     int64_t heads, kv_heads, size, rotated;  // rotated: numbers of a head that have an angle
     const void *query_norm, *key_norm;      // [D] or null
     float epsilon;
+    int64_t floats;  // whether norms have weights of floats
 };
 
 // Turn queries and keys by the angles cos, sin [rows, rotated] (two halves, as in Llama; the rest
@@ -54,7 +66,7 @@ inline void rotate(T* qkv, int64_t rows, const Heads& h, const float* cos, const
         for (int64_t head = 0; head < h.heads + h.kv_heads; ++head) {
             T* x = qkv + (row * (h.heads + 2 * h.kv_heads) + head) * h.size;
             const void* norm = head < h.heads ? h.query_norm : h.key_norm;
-            if (norm) norm_head(x, int(h.size), (const T*)norm, h.epsilon);
+            if (norm) norm_head(x, int(h.size), norm, h.floats, h.epsilon);
             for (int d = 0; d < half; d += LANES) {
                 const Vec a = load_at(x, d, half), b = load_at(x + half, d, half);
                 const Vec minus = set1(0.f) - load_at(s, d, half);
@@ -68,7 +80,8 @@ inline void rotate(T* qkv, int64_t rows, const Heads& h, const float* cos, const
 
 // One layer's weights, and where its cache lies.
 struct Layer {
-    const void *norm1, *norm2;  // [hidden]
+    const void *norm1, *norm2;    // [hidden]
+    const void *after1, *after2;  // [hidden] or null: norms of what is added to the residual
     Linear qkv, out, gate_up, down;
     void *keys, *values;
     int32_t* positions;
@@ -77,6 +90,7 @@ struct Layer {
     const void *query_norm, *key_norm;
     float scale, epsilon;
     int64_t window, angles;  // angles: which of the step's tables turns its keys, -1 for none
+    int64_t gating, floats;  // GATED or GELU; whether norms have weights of floats
 };
 
 struct Step {
@@ -123,11 +137,16 @@ inline void decode_step(const Step& s, T* x) {
         const Layer& layer = s.layers[i];
         const auto low = [&](int64_t of_layer) { return Low{s.adapted, 4 * i + of_layer, products}; };
         T* mine = s.queries ? (T*)s.queries + i * s.rows * mixed : queries;
-        rms_norm(x, s.rows, s.hidden, (const T*)layer.norm1, layer.epsilon, normed);
+        const auto add = [&](const T* from, const Linear& w, const void* after, const Low& adapted) {
+            if (!after) return linear<T>(from, s.rows, w, ADD, x, x, coded, adapted);
+            linear<T>(from, s.rows, w, PLAIN, nullptr, normed, coded, adapted);
+            rms_norm(normed, s.rows, s.hidden, after, layer.floats, layer.epsilon, x, x);
+        };
+        rms_norm(x, s.rows, s.hidden, layer.norm1, layer.floats, layer.epsilon, normed);
         linear<T>(normed, s.rows, layer.qkv, PLAIN, nullptr, qkv, coded, low(0));
         const int64_t table = std::max<int64_t>(0, layer.angles) * s.rows * s.rotated;
         const Heads h{s.heads, s.kv_heads, s.size, layer.angles < 0 ? 0 : s.rotated, layer.query_norm,
-                      layer.key_norm, layer.epsilon};
+                      layer.key_norm, layer.epsilon, layer.floats};
         rotate(qkv, s.rows, h, s.cos + table, s.sin + table);
         const T* keys = qkv + mixed;
         const Rows<T> new_rows{keys, keys + s.kv_heads * s.size, wide, wide, s.size, s.size, s.at,
@@ -145,9 +164,9 @@ inline void decode_step(const Step& s, T* x) {
         d.window = layer.window, d.scale = layer.scale;
         d.lse = s.lse + i * s.rows * s.heads, d.probs = s.probs ? s.probs[i] : nullptr;
         decode(d, decode_cut(d), partial, kept_logits);
-        linear<T>(attended, s.rows, layer.out, ADD, x, x, coded, low(1));
-        rms_norm(x, s.rows, s.hidden, (const T*)layer.norm2, layer.epsilon, normed);
-        linear<T>(normed, s.rows, layer.gate_up, GATED, nullptr, inner, coded, low(2));
-        linear<T>(inner, s.rows, layer.down, ADD, x, x, coded, low(3));
+        add(attended, layer.out, layer.after1, low(1));
+        rms_norm(x, s.rows, s.hidden, layer.norm2, layer.floats, layer.epsilon, normed);
+        linear<T>(normed, s.rows, layer.gate_up, Epilogue(layer.gating), nullptr, inner, coded, low(2));
+        add(inner, layer.down, layer.after2, low(3));
     }
 }

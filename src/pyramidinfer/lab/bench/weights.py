@@ -38,10 +38,11 @@ def run_weights(plan: WeightsPlan, out: Path) -> dict[str, Any]:
     model = plan.subject.loaded().model
     rows = []
     for name in names:
+        held = llms[name].engine.runner.weight_bytes
         row: dict[str, Any] = {
             "weights": name,
-            "bytes": stored_bytes(model, name),
-            "held_bytes": llms[name].engine.runner.weight_bytes,
+            "bytes": held if name == "gguf" else stored_bytes(model, name),
+            "held_bytes": held,
             **said[name],
             "speed": [],
         }
