@@ -30,9 +30,10 @@ PAGES = {
 COPIED = {
     "LICENSE": "LICENSE.txt",
     **{
-        f"deploy/{each.name}": f"deploy/{each.name}"
-        for each in sorted((ROOT / "deploy").iterdir())
-        if each.suffix != ".md"
+        each: each
+        for path in sorted((ROOT / "deploy").rglob("*"))
+        if path.is_file() and path.suffix != ".md"
+        for each in [path.relative_to(ROOT).as_posix()]
     },
 }
 CELL_SECONDS = 1800  # against a cell that hangs; they take seconds

@@ -262,9 +262,7 @@ def test_pyramid_starts_where_it_was_calibrated() -> None:
     assert mine.rule.endswith("; calibrated: after layer 1, at most 25% of the text goes deeper")
     bare = Pyramid(keep=0.3, profile=BARE)
     assert bare.begin(LAYERS) == 3 and going(bare) == [2000] * 3
-    assert bare.rule.endswith(
-        "(two texts agree with correlation 0.90); nothing is dropped between layers"
-    )
+    assert bare.rule.endswith("(agreement 0.90); nothing is dropped between layers")
     mine.check(LAYERS)
 
 

@@ -95,7 +95,7 @@ class ByHead(Limited, Profiled, ABC):
     @property
     def rule(self) -> str:
         if isinstance(self.profile, Profile):
-            how = f"two texts agree with correlation {self.profile.agreement:.2f}"
+            how = f"agreement {self.profile.agreement:.2f}"
             return f"what each head needs, as measured on {self.profile.text} ({how})"
         return "what each head needs, by given masks" if self.profile != "auto" else ""
 

@@ -201,7 +201,8 @@ def _recover(out: BinaryIO, target: Path) -> tuple[Done, int]:
                 break  # it was being written when the command was killed
             answer = json.loads(line)
             ids.add(answer["custom_id"])
-            failed += answer["response"]["status_code"] != 200
+            response = answer.get("response") or {}
+            failed += response.get("status_code") != 200
         except (ValueError, KeyError, TypeError):
             raise ValueError(
                 f"{target}, line {number} is no answer of a batch; name another file"
