@@ -65,13 +65,16 @@ numbers-heads: $(VENV)/.installed
 		$(foreach k,.5 .3 .2 .12,duo:keep=$(k),spare=.1)"
 	$(REAL_STUDY) ruler --model smollm2 --tasks $(CAN_DO) --protocols after --lengths 2000 $(REAL_RUN) \
 		--json $(RESULTS)/heads_spare.json --policies "full $(foreach k,.5 .3 .2,duo:keep=$(k)$(comma)spare=0)"
+	$(REAL_STUDY) ruler --model smollm2 --tasks $(CAN_DO) --lengths 2000 $(REAL_RUN) \
+		--json $(RESULTS)/calibrated_ruler.json --policies "full \
+		$(foreach k,.5 .3 .2,pyramid:keep=$(k)$(comma)start_layer=23$(comma)propagate_ratio=.2)"
 	$(REAL_STUDY) ruler --model smollm2 --tasks $(CAN_DO) --protocols after --lengths 1000 $(REAL_RUN) \
 		--json $(RESULTS)/later_ruler.json --policies "$(LATER)"
 	mv $(RESULTS)/later_ruler*.png docs/images/
 	$(REAL_STUDY) turns --model smollm2 --policies "$(CHATS)" $(REAL_RUN) --json $(RESULTS)/heads_turns.json
 	$(REAL_STUDY) turns --model smollm2 --policies "full pyramid:keep=.5 pyramid:keep=.3" --compress-idle $(REAL_RUN) \
 		--json $(RESULTS)/heads_turns_idle.json
-	rm -f $(RESULTS)/heads_needle*.png $(RESULTS)/heads_spare*.png
+	rm -f $(RESULTS)/heads_needle*.png $(RESULTS)/heads_spare*.png $(RESULTS)/calibrated_ruler*.png
 	mv $(RESULTS)/heads_*.png docs/images/
 
 # A text read again, in both protocols; chats under other methods; a model with sliding windows.

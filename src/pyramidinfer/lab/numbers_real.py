@@ -394,6 +394,15 @@ SECTIONS: dict[str, Callable[[Result], str]] = {
         "the model needs to repeat the text (`serve --compress-idle`); the same chats as above.",
     ),
     "decode_long": partial(_study, "long", "Long answers, cut while they grow", "decode_long"),
+    "calibrated_ruler": partial(
+        _ruler,
+        "The start that calibration found on SmolLM2",
+        "calibrated_ruler",
+        "`pyramidinfer calibrate smollm2` finds that a fifth of the text may go deeper after layer 23. "
+        "Same tasks and samples as in *Budgets by head*: fewer layer-tokens are computed, and fewer "
+        "questions that come later are answered at keep=0.5 and 0.3. So the profile of SmolLM2 in "
+        "this package has no calibration.",
+    ),
     "ruler_long": partial(
         _ruler,
         "One needle at 4,000 tokens",
