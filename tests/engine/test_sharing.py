@@ -61,7 +61,7 @@ def test_a_running_request_lends_what_others_begin_with(
     for each in (first, second, *second.samples):
         assert each.output == talk(fresh, each.prompt, len(each.output), owner=None).output
     assert engine.conversations.hits_from == {"device": 1}
-    assert (engine.conversations.asked_tokens, engine.conversations.reused_tokens) == (70, 24)
+    assert (engine.conversations.queried_tokens, engine.conversations.reused_tokens) == (70, 24)
     engine.conversations.clear()
     engine.check()
     assert engine.pool.budget_used == 0
