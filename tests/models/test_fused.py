@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from pyramidinfer import LLM, SamplingParams
 from pyramidinfer.models import ModelRunner
 from pyramidinfer.models import fused as fusing
 from pyramidinfer.models.families import FAMILIES
+from pyramidinfer.models.loading import shipped_model
 from pyramidinfer.models.ops import ADD, GATED, PLAIN, Heads, KernelOps, TorchOps
 from tests.engine.build import policy_named
 from tests.native.isas import ISAS, backend, random
@@ -403,3 +406,13 @@ def test_rotation_equals_torch(
     TorchOps().rotate(expected, heads, angles.cos(), angles.sin())
     near(got, expected, dtype)
     assert got[:, 5:].equal(qkv[:, 5:])
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="tells what is mapped: Linux only")
+def test_the_weights_file_is_unmapped(tmp_path: Path) -> None:
+    """Of a model that was loaded by us nothing but packed weights and copies of norms is left."""
+    folder = shutil.copytree(shipped_model(), tmp_path / "model")
+    llm = LLM(str(folder), kv_memory="4MiB", backend="cpu")
+    gc.collect()
+    assert llm.engine.runner.decoder.is_fused
+    assert str(folder) not in Path("/proc/self/maps").read_text()

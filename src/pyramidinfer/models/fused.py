@@ -290,6 +290,8 @@ def fuse(
         return plain
     body, head = plain.body, plain.head
     packed = {}
+    if own:
+        _unmap([body.norm, *(body.layers[number] for number in plain.own)])
     for number in plain.own:
         layer = body.layers[number]
         packed[number] = FusedLayer(layer, shapes[number], plain.rotary.rotated, ops, ranks)
@@ -419,6 +421,16 @@ def _pack_table(ops: Ops, table: Any) -> Any:
 def _held(module: Any) -> Any:
     """A linear's or an embedding's weights: a tensor, or ``Rows`` of a GGUF file."""
     return getattr(module, "rows", None) or module.weight.data
+
+
+def _unmap(modules: list[nn.Module]) -> None:
+    """Copy the parameters that are not packed (norms): views of them would keep the whole weight
+    file mapped into memory."""
+    for module in modules:
+        for each in module.modules():
+            if type(each) not in LINEARS:
+                for parameter in each.parameters(recurse=False):
+                    parameter.data = parameter.data.clone()
 
 
 def _free(linears: list[nn.Linear]) -> None:
