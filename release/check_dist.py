@@ -24,7 +24,7 @@ MOST_BYTES = 10 * 1000**2
 #: What cannot be missed from a wheel, beside what the source has.
 NEEDED = (
     "pyramidinfer/assets/demo-model/model.safetensors",
-    "pyramidinfer/assets/page.html",
+    "pyramidinfer/assets/page/page.html",
     "pyramidinfer/native/kernels.cpp",
     "pyramidinfer/native/simd.h",
     "pyramidinfer/py.typed",

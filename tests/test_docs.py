@@ -303,6 +303,23 @@ def test_the_files_that_answer_questions_are_there() -> None:
     assert [each for each in named if not (ROOT / "src" / "pyramidinfer" / each).exists()] == []
 
 
+def test_the_map_names_every_file() -> None:
+    """Package by package; files of a nested folder are named without their ending."""
+    code = ROOT / "src" / "pyramidinfer"
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    parts = dict(re.findall(r"\*\*`(\w+)/`\*\*[^`]*```\n(.*?)```", page, flags=re.DOTALL))
+    packages = {each.name for each in code.iterdir() if (each / "__init__.py").exists()}
+    assert set(parts) == packages
+    assert all(each.name in page for each in code.glob("[!_]*.py"))
+    for package, text in parts.items():
+        for suffix in ("py", "h", "cpp"):
+            found = {each.name for each in (code / package).glob(f"*.{suffix}")} - {"__init__.py"}
+            named = set(re.findall(rf"\b\w+\.{suffix}\b", text))
+            assert named == found, package
+        nested = {each.stem for each in (code / package).glob("*/*.py")} - {"__init__"}
+        assert nested <= set(re.findall(r"\w+", text)), package
+
+
 # --- the site -------------------------------------------------------------------------------------
 
 NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))

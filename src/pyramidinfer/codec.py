@@ -1,13 +1,13 @@
-"""Keys and values in few bits: codes, and a scale for every group of channels.
+"""Quantized keys and values: codes, and a scale for each group of channels.
 
-The channels of a head are cut into groups (64, or the largest smaller power of two that divides the
-head).  Each group is rotated by a Hadamard matrix, which spreads what a few channels hold over all
-of them, and stored as codes times one scale; the product of a rotated query with a rotated key is
-that of the two as they were.  Every entry has its own scales, so entries can be dropped, moved and
-shared one by one.
+The channels of a head are split into groups (64, or the largest smaller power of two that divides
+the head).  Each group is rotated by a Hadamard matrix, which spreads large values of a few channels
+over all of them, and stored as codes times one scale.  The product of a rotated query with a
+rotated key equals that of the original query and key.  Each entry has its own scales, so entries
+can be evicted, moved and shared one by one.
 
-Sources: rotation: QuaRot (2404.00456), llama.cpp #21038; scales by channel group and entry: KIVI's
-values (2402.02750).  KIVI's scales of keys span tokens, which an eviction would tear apart.
+Sources: rotation: QuaRot (2404.00456), llama.cpp #21038; scales per channel group and entry: values
+in KIVI (2402.02750).  KIVI's scales of keys span several tokens, which eviction would separate.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class Codec:
     """How a key or value ``[size]`` becomes codes and scales.
 
     A number is ``(code - (2^bits - 1) / 2) * scale`` with integer codes, ``code * scale`` with fp8.
-    Two codes of 4 bits share a byte: of every group's numbers the first half are the low bits, the
-    second half the high ones.  kernel : the number by which the C++ kernels know this.
+    Two 4-bit codes share a byte: the first half of a group is in the low bits, the second half in
+    the high bits.  kernel : the id of this codec in the C++ kernels.
     """
 
     name: str
@@ -47,11 +47,11 @@ class Codec:
 
     @property
     def middle(self) -> float:
-        """The code of zero, half of the largest."""
+        """The code of zero: half of the largest code."""
         return ((1 << self.bits) - 1) / 2
 
     def group(self, size: int) -> int:
-        """Channels that share a scale.  ``ValueError`` for a head that cannot be cut."""
+        """Channels that share a scale.  ``ValueError`` for a head size that cannot be split."""
         group = math.gcd(size, WIDEST)
         if group < NARROWEST:
             raise ValueError(
@@ -86,12 +86,12 @@ class Codec:
         return codes.flatten(-2), scales
 
     def decode(self, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-        """``[..., size]`` from what ``encode`` gave."""
+        """Codes and scales from ``encode`` → ``[..., size]`` in ``dtype``."""
         high = accumulate_dtype(dtype)
         return rotate(self.rotated(codes, scales, high)).flatten(-2).to(dtype)
 
     def rotated(self, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-        """The numbers as they are stored, ``[..., groups, group]``."""
+        """The stored numbers, still rotated, ``[..., groups, group]``."""
         groups = scales.shape[-1]
         codes = codes.reshape(*scales.shape, codes.shape[-1] // groups)
         if self.is_float:
@@ -109,7 +109,7 @@ CODECS = {
 
 
 def find_codec(kv_dtype: str) -> Codec | None:
-    """By name; None for ``auto``, the model's own dtype."""
+    """The codec of this name; None for ``auto``, the model's dtype."""
     check_choice("kv_dtype", kv_dtype, KV_DTYPES)
     return CODECS.get(kv_dtype)
 

@@ -1,9 +1,9 @@
-"""An option, written once: the field of a dataclass, with its help text and its bounds.
+"""Options: dataclass fields with a help text and bounds, each declared once.
 
     page_size: Annotated[int, Option("Tokens in a page.", check=at_least(1))] = 16
 
 The command line (``cli/fields.py``), the table in ``docs/serving.md`` and the checks of values are
-made from that.  Nothing here imports torch, so that ``--help`` answers at once.
+generated from these fields.  Nothing here imports torch, so ``--help`` is fast.
 """
 
 from __future__ import annotations
@@ -43,26 +43,26 @@ __all__ = [
 UNITS = {"": 1, "B": 1}
 for _power, _letter in enumerate("KMGT", start=1):
     UNITS |= {f"{_letter}iB": 1024**_power, f"{_letter}B": 1000**_power, _letter: 1024**_power}
-#: Raises ``ValueError`` that names the option where a value cannot be.
+#: Raises ``ValueError`` that names the option if a value is invalid.
 Check = Callable[[str, object], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """What a dataclass's field says of itself as an option.
+    """Declares a dataclass field as an option.
 
-    help : for ``--help`` and the docs; a full stop at the end.
-    unset : what None, or an empty text, stands for, in a few words.
-    panel : the heading in ``--help`` it stands under.
-    flags : its names, where they are not ``--field-name``.
-    check : for a value that is not None; of a tuple, for each of its elements.
-    parse : (option, text) to a value, where the field's type alone does not say how.
-    show : the default as text, which ``parse`` takes back.
-    repeat : a tuple is given one element at a time; else as ``A,B``.
+    help : the text for ``--help`` and the docs; ends with a full stop.
+    unset : the meaning of None or of an empty text, in a few words.
+    panel : the heading in ``--help`` under which it is listed.
+    flags : its flags, if they differ from ``--field-name``.
+    check : checks a value that is not None; for a tuple, each of its elements.
+    parse : converts (option, text) to a value, if the field's type does not define how.
+    show : converts the default to a text that ``parse`` accepts.
+    repeat : the elements of a tuple are given by repeating the option; otherwise as ``A,B``.
     inverted : the flag switches the field off.
-    positional : it may also stand alone, before all options.
+    positional : the value may also be given without a flag, before all options.
     callback : called with typer's context and the value before other options are read.
-    see : the page or section of ``docs/`` that tells more.
+    see : the page or section of ``docs/`` with more information.
     """
 
     help: str
@@ -90,15 +90,15 @@ class Field:
 
     @property
     def flags(self) -> tuple[str, ...]:
-        """``("--page-size",)``; the first is the one that messages name."""
+        """``("--page-size",)``; messages use the first one."""
         return self.option.flags or (f"--{self.name.replace('_', '-')}",)
 
 
 @dataclass(frozen=True, slots=True)
 class Pick:
-    """Which fields of a dataclass are options of a command: ``names``, all if empty, but none
-    ``without``.  ``values``: defaults of those that are, and values of those that are not, in place
-    of the dataclass's own."""
+    """Selects the fields of a dataclass that are options of a command: ``names`` (all if empty),
+    except those in ``without``.  ``values`` replaces the dataclass's values: as defaults of the
+    selected fields, and as fixed values of the others."""
 
     names: tuple[str, ...] = ()
     without: tuple[str, ...] = ()
@@ -110,7 +110,7 @@ class Pick:
 
 
 def pick(*names: str, without: tuple[str, ...] = (), **values: Any) -> Pick:
-    """``Annotated[Kind, pick("a", b=1)]``: a field of ``Kind`` as an option, another fixed."""
+    """``Annotated[Kind, pick("a", b=1)]``: field ``a`` of ``Kind`` is an option, ``b`` is fixed."""
     return Pick(names, without, values)
 
 
@@ -132,9 +132,9 @@ def option_fields(kind: type) -> dict[str, Field]:
 
 
 def check_options(values: Any, *, as_flags: bool = False) -> None:
-    """``ValueError`` for the first field whose own ``check`` refuses its value.
+    """Raise ``ValueError`` for the first field whose ``check`` refuses its value.
 
-    as_flags : name it as the command line does, ``--page-size``.
+    as_flags : the message uses the name on the command line, ``--page-size``.
     """
     kind: Any = type(values)
     for name, found in option_fields(kind).items():
@@ -148,7 +148,7 @@ def check_options(values: Any, *, as_flags: bool = False) -> None:
                 continue
             try:
                 check(flag, each)
-            except ValueError as error:  # as it was typed
+            except ValueError as error:  # the name as the user typed it
                 told = str(error).replace(f"{flag}=", f"{flag} ", 1)
                 raise ValueError(told.replace("a whole number of at", "at")) from None
 
@@ -157,13 +157,13 @@ def check_options(values: Any, *, as_flags: bool = False) -> None:
 
 
 def hint(name: str, choices: Iterable[str]) -> str:
-    """``"; did you mean 'x'?"``, or nothing where none is near: to end an error message with."""
+    """The end of an error message: ``"; did you mean 'x'?"``, or empty if no choice is near."""
     close = difflib.get_close_matches(name, sorted(choices), n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:
-    """``"; did you mean 'x'?"`` and the choices, to end an error message with."""
+    """The end of an error message: ``"did you mean 'x'?"`` and the list of choices."""
     options = sorted(choices)
     close = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]!r}? " if close else ""
@@ -171,47 +171,47 @@ def nearest(name: str, choices: Iterable[str]) -> str:
 
 
 def is_number(value: object) -> bool:
-    """An int or a float that is neither a bool nor NaN."""
+    """Whether a value is an int or a float, and neither a bool nor NaN."""
     return isinstance(value, int | float) and not isinstance(value, bool) and value == value
 
 
 def check_share(name: str, value: object, *, least: float = 0.0) -> None:
-    """``ValueError`` unless ``least`` <= value <= 1."""
+    """Raise ``ValueError`` unless ``least`` <= value <= 1."""
     if not (is_number(value) and least <= value <= 1):  # type: ignore[operator]
         raise ValueError(f"{name}={value!r} must lie between {least:g} and 1")
 
 
 def check_whole(name: str, value: object, least: int) -> None:
-    """``ValueError`` unless a whole number of at least ``least``."""
+    """Raise ``ValueError`` unless the value is a whole number of at least ``least``."""
     if type(value) is not int or value < least:
         raise ValueError(f"{name}={value!r} must be a whole number of at least {least}")
 
 
 def positive(name: str, value: object) -> None:
-    """``ValueError`` unless a time above 0."""
+    """Raise ``ValueError`` unless the value is a time above 0 seconds."""
     if not is_number(value) or value <= 0:  # type: ignore[operator]
         raise ValueError(f"{name}={value!r} must be above 0 seconds")
 
 
 def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
-    """``ValueError`` with the nearest choice unless ``value`` is one of them."""
+    """Raise ``ValueError`` with the nearest choice unless ``value`` is one of ``choices``."""
     options = list(choices)
     if not isinstance(value, str) or value not in options:
         raise ValueError(f"{name}={value!r} is unknown; {nearest(str(value), options)}")
 
 
 def at_least(least: int) -> Check:
-    """The check of an option: a whole number of at least this."""
+    """A check for an option: a whole number of at least ``least``."""
     return functools.partial(check_whole, least=least)
 
 
 def one_of(choices: Iterable[str]) -> Check:
-    """The check of an option: one of these names."""
+    """A check for an option: one of these names."""
     return functools.partial(check_choice, choices=tuple(choices))
 
 
 def json_object(name: str, text: str) -> dict[str, Any]:
-    """The JSON object that a text spells; ``ValueError`` where it spells another thing."""
+    """Parse a JSON object; ``ValueError`` if the text is not valid JSON or not an object."""
     try:
         found = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -225,7 +225,7 @@ T = TypeVar("T")
 
 
 def named_options(kind: type[T]) -> type[T]:
-    """A dataclass whose unknown options raise ``ValueError`` with the nearest name."""
+    """Decorate a dataclass: an unknown option raises ``ValueError`` with the nearest name."""
     build = kind.__init__
     known = [each.name for each in fields(kind)]  # type: ignore[arg-type]
 
@@ -241,7 +241,7 @@ def named_options(kind: type[T]) -> type[T]:
 
 
 def parse_bytes(value: int | str, name: str = "kv_memory") -> int:
-    """``2147483648``, ``"2GiB"``, ``"512 MiB"``, ``"1.5GB"`` → bytes."""
+    """Convert ``2147483648``, ``"2GiB"``, ``"512 MiB"`` or ``"1.5GB"`` to bytes."""
     if isinstance(value, bool) or not isinstance(value, int | str):
         raise ValueError(f"{name}={value!r}: give bytes, or a text such as '2GiB'")
     if isinstance(value, str):
@@ -266,7 +266,7 @@ def parse_size(name: str, text: str) -> int:
 
 
 def show_bytes(size: int) -> str:
-    """``4194304`` → ``"4MiB"``: the largest unit that leaves a whole number."""
+    """``4194304`` → ``"4MiB"``: in the largest unit that gives a whole number."""
     power = next(power for power in range(4, -1, -1) if size % 1024**power == 0)
     return f"{size // 1024**power}{('', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
 

@@ -1,4 +1,4 @@
-"""How the tokens of an answer are chosen, and what form it has."""
+"""Sampling parameters and structured outputs."""
 
 from __future__ import annotations
 
@@ -14,14 +14,17 @@ __all__ = ["SamplingParams", "StructuredOutputsParams"]
 @named_options
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StructuredOutputsParams:
-    """The form an answer must have, one of them.
+    """The required form of an answer.  Give exactly one of the first five.
 
-    ``json``: a JSON schema, as a dict or a text;  ``regex``: a regular expression for the whole
-    answer;  ``choice``: texts, one of which is the answer;  ``grammar``: in Lark's notation, or in
-    GBNF (``root ::= …``);  ``json_object``: any JSON object.
+    json : a JSON schema, as a dict or a text.
+    regex : a regular expression that the whole answer matches.
+    choice : a list of texts; the answer is one of them.
+    grammar : a grammar in Lark's notation or in GBNF (``root ::= …``).
+    json_object : True for any JSON object.
+    think : two tags; the model may generate any text between them before the structured answer.
+        The first is empty if the prompt ends with it; the model must then generate the second.
 
-    ``think``: two tags, between which anything may come before that; the first is empty where the
-    prompt ends with it, and the second then has to come.
+    ``ValueError`` for none or several of the five, and for values of another type.
     """
 
     json: dict[str, Any] | str | None = None
@@ -50,7 +53,9 @@ class StructuredOutputsParams:
         if (self.choice is not None and not texts) or not all(isinstance(t, str) for t in texts):
             raise ValueError(f"structured_outputs: choice={choice!r:.60} must be a list of texts")
         if self.json_object not in (None, True, False):
-            raise ValueError(f"structured_outputs: json_object={self.json_object!r:.60} is no bool")
+            raise ValueError(
+                f"structured_outputs: json_object={self.json_object!r:.60} must be True or False"
+            )
         for text in filter(None, (schema, self.regex, self.grammar, *texts)):
             try:
                 text.encode()
@@ -63,15 +68,27 @@ class StructuredOutputsParams:
 @named_options
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """How tokens are chosen.  ``temperature=0`` is greedy, and so is any below 0.00001.
+    """How tokens are sampled.
 
-    ``top_k=0``, ``top_p=1`` and ``min_p=0`` switch the filter off; ``top_p=0`` leaves the likeliest
-    token only.  ``logprobs=k`` returns the
-    log-probability of each chosen token and of the ``k`` likeliest ones, before any filter.
-    ``prompt_logprobs=k`` returns the same of the prompt.  ``logit_bias``: token id → what is added
-    to its logit, between -100 and 100.  ``min_tokens``: so many come before an end token, a stop id
-    or a stop string ends the answer (unless ``structured_outputs`` allows nothing but its end).
-    ``skip_special_tokens=False`` puts them into the text.
+    max_tokens : the largest number of tokens to generate.
+    temperature : 0, or any value below 0.00001, is greedy.
+    top_p, top_k, min_p : filters; ``top_p=1``, ``top_k=0`` and ``min_p=0`` switch them off.
+        ``top_p=0`` keeps only the most likely token.
+    repetition_penalty, presence_penalty, frequency_penalty : 1, 0 and 0 have no effect.
+    seed : makes the samples of a request reproducible.
+    stop : texts that end the answer.
+    stop_token_ids : token ids that end the answer.
+    ignore_eos : continue after an end token.
+    logprobs : *k* returns the log-probabilities of each generated token and of the *k* most likely
+        ones, before any filter.
+    logit_bias : token id → number added to its logit, between -100 and 100.
+    min_tokens : the number of tokens before an end token, a stop id or a stop string may end the
+        answer (unless ``structured_outputs`` allows only the end).
+    skip_special_tokens : False includes special tokens in the text.
+    prompt_logprobs : *k*, as ``logprobs``, for the tokens of the prompt.
+    structured_outputs : the required form of the answer.
+
+    ``ValueError`` for a value out of range.
     """
 
     max_tokens: int = 64
@@ -158,6 +175,6 @@ class SamplingParams:
 
     @property
     def is_greedy(self) -> bool:
-        """Whether the likeliest token is taken: by a temperature so low, any other has no chance,
-        and logits divided by it may overflow."""
+        """Whether the most likely token is always taken.  At so low a temperature no other token
+        is sampled, and logits divided by it may overflow."""
         return self.temperature < 1e-5

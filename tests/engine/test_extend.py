@@ -107,7 +107,9 @@ def test_truncate_refuses_what_a_window_has_let_go_of() -> None:
     turn = llm.engine.add(random_prompt(1, 40), SamplingParams(max_tokens=1), hold=True)
     while turn.finish_reason is None:
         llm.engine.step()
-    with pytest.raises(ValueError, match="cannot go back to 25 tokens: layer 0 keeps its window"):
+    with pytest.raises(
+        ValueError, match="cannot truncate to 25 tokens: layer 0 keeps only its window"
+    ):
         llm.engine.truncate(turn, 25)
     llm.engine.truncate(turn, 40)
     llm.engine.release(turn)

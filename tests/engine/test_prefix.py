@@ -88,7 +88,7 @@ def test_a_text_prefix_and_a_streamed_question() -> None:
         assert last.text == whole.text
         never_begun = llm.stream(question, prefix=cache)
         llm.engine.check()
-    with pytest.raises(ValueError, match="holds its cache no longer"):
+    with pytest.raises(ValueError, match="no longer holds its cache"):
         next(never_begun)
     assert llm.engine.pool.budget_used == 0
 
@@ -97,7 +97,10 @@ def test_what_cannot_be_is_said() -> None:
     llm, other = build("full"), build("full")
     cache = llm.prefill(random_prompt(1, 40))
     for wrong, words in (
-        (lambda: other.generate([random_prompt(2, 5)], PARAMS, prefix=cache), "another LLM's"),
+        (
+            lambda: other.generate([random_prompt(2, 5)], PARAMS, prefix=cache),
+            "belongs to another LLM",
+        ),
         (lambda: llm.generate([random_prompt(2, 5)] * 2, PARAMS, prefix=[cache]), "1 prefixes"),
         (lambda: llm.generate([random_prompt(2, 5)], PARAMS, prefix="cache"), "prefill returned"),
         (lambda: llm.prefill(random_prompt(1, 9), keep=0.5), "name the policy"),
@@ -106,7 +109,7 @@ def test_what_cannot_be_is_said() -> None:
         (lambda: llm.generate([[]], PARAMS, prefix=cache), "empty|no token"),
         (
             lambda: llm.generate([random_prompt(2, 5)], PARAMS, prefix=cache, policy=SnapKV()),
-            "policy='snapkv' beside .*: give the policy to prefill",
+            "policy='snapkv' with .*: give the policy to prefill",
         ),
     ):
         with pytest.raises(ValueError, match=words):

@@ -107,7 +107,7 @@ def test_json(llm: LLM) -> None:
         ({"regex": r"[^\s\S]"}, "the regular expression cannot be followed: no answer matches it"),
         ({"regex": "\ud800"}, "surrogates not allowed"),
         ({"choice": ["\ud800"]}, "surrogates not allowed"),
-        ({"json_object": "yes"}, "json_object='yes' is no bool"),
+        ({"json_object": "yes"}, "json_object='yes' must be True or False"),
     ],
 )
 def test_forms_that_cannot_be(llm: LLM, form: dict[str, Any], message: str) -> None:

@@ -1,4 +1,4 @@
-"""A prompt's compressed cache, held so that questions can go on from it."""
+"""The compressed cache of a text, held so that prompts can continue from it."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ __all__ = ["Prefix"]
 
 
 class Prefix:
-    """What ``LLM.prefill`` returns: the beginning of a text, taken in and compressed.
+    """The compressed cache of a text, as returned by ``LLM.prefill``.
 
-    Any number of ``LLM.generate(…, prefix=…)`` go on from it, each on a copy whose pages are shared
-    until they are written.  It holds its memory until ``release``, or the end of a ``with``.
+    Any number of ``LLM.generate(…, prefix=…)`` calls continue from it, each on a copy that shares
+    its pages until they are written.  It holds its memory until ``release``, or the end of a
+    ``with`` block.
     """
 
     def __init__(self, engine: Engine, request: Request) -> None:
@@ -27,42 +28,42 @@ class Prefix:
 
     @property
     def token_ids(self) -> TokenIds:
-        """The tokens it has taken in."""
+        """The tokens of the text."""
         return list(self._request.prompt)
 
     @property
     def policy(self) -> Policy:
-        """What compressed it, and goes on to hold what is added to it."""
+        """The policy that compressed it, which also applies to text added to it."""
         return self._request.policy
 
     @property
     def lora(self) -> str | None:
-        """The adapter that it was taken in with, which what goes on from it runs with, too."""
+        """The name of its adapter, which prompts that continue from it also use, or None."""
         adapter = self._request.adapter
         return None if adapter is None else adapter.name
 
     @property
     def kv(self) -> KVUsage:
-        """What is held."""
+        """The size of the held cache."""
         return self._engine.usage(self._request)
 
     @property
     def metrics(self) -> RequestMetrics:
-        """What taking it in cost."""
+        """Times and computed tokens of the prefill."""
         return self._engine.metrics(self._request)
 
     def held_by(self, engine: Engine) -> Request:
-        """The request that holds the cache; ``ValueError`` if it is released or another model's."""
+        """The request that holds the cache; ``ValueError`` if released, or of another ``LLM``."""
         if self._request.cache is None:
             raise ValueError(
-                f"{self!r} was released, so nothing can go on from it; call prefill again"
+                f"{self!r} was released, so no prompt can continue from it; call prefill again"
             )
         if engine is not self._engine:
-            raise ValueError(f"{self!r} is another LLM's; use it with the one that made it")
+            raise ValueError(f"{self!r} belongs to another LLM; use it with the LLM that made it")
         return self._request
 
     def release(self) -> None:
-        """Give the memory back; again does nothing."""
+        """Free the memory.  A second call does nothing."""
         self._engine.release(self._request)
 
     def __enter__(self) -> Prefix:
