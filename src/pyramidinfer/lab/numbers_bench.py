@@ -353,7 +353,7 @@ WEIGHTS = ["weights", "MB", "perplexity", "over 16 bits", "KL, nats"]
 
 
 def weights(entry: Result) -> str:
-    """Bytes, quality and times of ways to store weights."""
+    """Bytes, quality and times by the format of the weights."""
     c, result = entry["configuration"], entry["result"]
     subject, rows = c["subject"], result["rows"]
     batches = [each["batch"] for each in rows[0]["speed"]]
@@ -361,15 +361,16 @@ def weights(entry: Result) -> str:
         f"{what} at {batch}" for batch in batches for what in ("step, ms,", "times", "prefill")
     ]
     lines = [
-        f"## Weights in few bits, {subject['model']}\n",
+        f"## Quantized weights, {subject['model']}\n",
         origin(entry),
         command_block(entry),
-        f"In {subject['dtype']}, `auto` being 16 bits a weight ([weights.md](weights.md)). "
-        f"Perplexity and divergence from `auto` are of {c['samples']} passages of real English, "
-        f"{c['continuation']} tokens each after {c['context']} others; in brackets the 95 % "
-        f"interval. Times are of requests of {c['prompt_len']} + {c['output_len']} tokens, the "
-        f"median of {c['repeats']} passes in turns; `times` and `prefill` are how many times as "
-        "fast as `auto` a decode step and the prompts are.\n",
+        f"The model runs in {subject['dtype']}; `auto` has 16 bits per weight "
+        "([weights.md](weights.md)). Perplexity and divergence from `auto` are measured on "
+        f"{c['samples']} passages of real English, with {c['continuation']} scored tokens after "
+        f"{c['context']} tokens of context; in brackets the 95 % interval. Times are medians of "
+        f"{c['repeats']} passes in turns, for requests of {c['prompt_len']} + {c['output_len']} "
+        "tokens; `times` and `prefill` are the speed-ups over `auto` of a decode step and of "
+        "prefill.\n",
         *table([*WEIGHTS, *heads], [_weights_row(row) for row in rows]),
     ]
     return "\n".join(lines) + "\n"
