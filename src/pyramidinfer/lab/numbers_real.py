@@ -406,8 +406,8 @@ SECTIONS: dict[str, Callable[[Result], str]] = {
         "The start that calibration found on SmolLM2",
         "calibrated_ruler",
         "`pyramidinfer calibrate smollm2` finds that a fifth of the text may go deeper after layer "
-        "23. Same tasks and samples as in *Budgets by head*: fewer layer-tokens are computed, and at "
-        "keep=0.5, the default, fewer questions that come later are answered; the other "
+        "23. Same tasks and samples as in *Budgets by head*: fewer layer-tokens are computed, and "
+        "at keep=0.5, the default, fewer questions that come later are answered; the other "
         "differences are within the intervals. So the profile of SmolLM2 in this package has no "
         "calibration.",
     ),
