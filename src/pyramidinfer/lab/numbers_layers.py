@@ -30,10 +30,11 @@ def icr(entry: dict[str, Any], name: str = "icr", title: str = "What each layer 
         f"On {subject_words(plan['subject'])}; {plan['samples']} passages of {plan['context']:,} "
         f"tokens, {rows[0]['tokens']} scored tokens.\n",
         command_block(meta),
-        "How to read it: perplexity of the continuation with ONE layer's cache cut to a share, "
-        f"over that of the full cache ({rows[0]['full_perplexity']:.4g}); 1 means that the layer "
-        "does not miss what was cut. Intervals are in the picture. The paper saw, on LLaMA-2-13B "
-        f"({PAPER_ICR}).\n",
+        "**How to read it.** "
+        "Figures are the perplexity of the continuation with ONE layer's cache cut to a share, "
+        f"divided by that of the full cache ({rows[0]['full_perplexity']:.4g}); 1 means that the "
+        "layer does not need the removed entries. Intervals are in the picture. The paper's result "
+        f"on LLaMA-2-13B: {PAPER_ICR}.\n",
     ]
     lines += table(
         ["layer", *map(percent, shares)],
@@ -69,10 +70,11 @@ def rac(entry: dict[str, Any], name: str = "rac", title: str = "Do recent tokens
         f"On {subject_words(plan['subject'])}; {plan['samples']} texts of {plan['context']:,} "
         f"tokens.\n",
         command_block(meta),
-        "How to read it: the share of the context picks of the last token that recent tokens' "
-        "picks hold, too: mean over all distances, then at the furthest. Random picks share "
-        f"{' and '.join(f'{chance[top]:.2f} (top {top:.0%})' for top in chance)}; what is above "
-        "that is agreement. The paper's means at top 80 % on LLaMA-2-13B: "
+        "**How to read it.** "
+        "Figures are the share of the last token's context picks that are also picks of a recent "
+        "token: the mean over all distances, then the value at the furthest. Random picks share "
+        f"{' and '.join(f'{chance[top]:.2f} (top {top:.0%})' for top in chance)}; more than that "
+        "is agreement. The paper's means at top 80 % on LLaMA-2-13B: "
         f"{PAPER_RAC['single']:.0%} single, {PAPER_RAC['ensemble']:.0%} ensemble.\n",
     ]
     layers: list[int | None] = [*sorted({row["layer"] for row in rows}), None]

@@ -28,11 +28,12 @@ Result = dict[str, Any]
 
 MODELS = {"smollm2": "SmolLM2", "gemma3-270m": "Gemma 3 270M"}
 HOW = (
-    "How to read it: a score is the mean share of the wanted answers that were said, tasks "
-    "counting alike, with its 95 % interval; *inside*: the question was in the compressed prompt; "
-    "*after*: the context was compressed before the question came; *lost*: against the full cache "
-    "on the same samples (paired). KV and computed: shares of the full cache's bytes and "
-    "layer-tokens."
+    "**How to read it.** "
+    "A score is the mean share of the expected answers that appear in the output, with its 95 % "
+    "interval; all tasks have equal weight. *Inside*: the question was part of the compressed "
+    "prompt; *after*: the context was compressed before the question came; *lost*: loss relative "
+    "to the full cache on the same samples (paired). KV and computed: shares of the full cache's "
+    "bytes and layer-tokens."
 )
 
 
@@ -49,13 +50,13 @@ def _ruler(title: str, name: str, words: str, entry: Result) -> str:
 
 
 def _ruler_head(title: str, name: str, words: str, entry: Result) -> list[str]:
-    """What stands above a grid's table."""
+    """The text above a grid's table."""
     meta = entry["meta"]
     plan = meta["configuration"]
     return [
         f"## {title}\n",
         origin(meta),
-        f"On {subject_words(plan['subject'])}; {_samples(entry['rows'])} a task. {words}\n",
+        f"On {subject_words(plan['subject'])}; {_samples(entry['rows'])} per task. {words}\n",
         command_block(meta),
         HOW + "\n",
     ]
@@ -98,7 +99,7 @@ def _left_out(rows: list[Row], means: list[Row]) -> list[str]:
         return []
     scores = {row["task"]: row["score"] for row in rows if is_reference(row)}
     told = ", ".join(f"`{task}` ({scores[task]:.2f})" for task in left)
-    return [f"The full cache itself scores below .3 on {told}; left out of the means.\n"]
+    return [f"The full cache scores below .3 on {told}; these tasks are left out of the means.\n"]
 
 
 def _samples(rows: list[Row]) -> str:
@@ -119,8 +120,8 @@ def _pictured(title: str, name: str, words: str, entry: Result) -> str:
 
 
 def _kv_dtypes(title: str, name: str, words: str, entry: Result) -> str:
-    """A grid of ``study ruler`` in which caches are stored in several kv dtypes: what is left of
-    the full cache's score, by bytes."""
+    """A grid of ``study ruler`` with several kv dtypes: the share of the full cache's score that
+    remains, by bytes."""
     plan, means = entry["meta"]["configuration"], entry["meta"]["means"]
     ways = _by_way(means)
     order = list(dict.fromkeys((f["length"], f["policy"], f["keep"]) for f in map(_any, ways)))
@@ -136,17 +137,17 @@ def _kv_dtypes(title: str, name: str, words: str, entry: Result) -> str:
 
 
 def _codecs(entry: Result) -> str:
-    """``study codecs``: what few bits cost by how they are stored."""
+    """``study codecs``: the loss from quantization, by how the codes are stored."""
     meta = entry["meta"]
     plan = meta["configuration"]
     lines = [
-        "## Few bits, stored in other ways\n",
+        "## Quantized caches, stored in other ways\n",
         origin(meta),
         f"{subject_words(plan['subject'])}, {plan['samples']} passages of {plan['context']:,} "
-        "tokens of real English. `KL`: mean divergence of the next token's distribution from the "
-        "full cache's as it is, in nats, with its 95 % interval over passages; `same`: how often "
-        "the likeliest token is the same; `bytes`: of an entry of one head, key and value. What "
-        "`kv_dtype` does is called rotated, without more.\n",
+        "tokens of real English. `KL`: mean divergence of the next token's distribution from that "
+        "of the unquantized full cache, in nats, with its 95 % interval over passages; `same`: how "
+        "often the most likely token is the same; `bytes`: of an entry of one head, key and value. "
+        "`kv_dtype` uses the variant named rotated without additions.\n",
         command_block(meta),
     ]
     lines += table(
@@ -186,7 +187,7 @@ def _kv_dtype_row(way: dict[str, Row], protocols: list[str]) -> list[str]:
 
 
 def _study(study: str, title: str, name: str, entry: Result, more: str = "") -> str:
-    """One result of ``study turns``, ``text`` or ``long``; ``more`` is said of this one alone."""
+    """One result of ``study turns``, ``text`` or ``long``; ``more``: text for this result only."""
     meta, rows = entry["meta"], entry["rows"]
     plan, columns = meta["configuration"], COLUMNS[study]
     lines = [
@@ -216,12 +217,14 @@ def _with_ci(name: str) -> Callable[[Row], str]:
 
 
 WORDS = {
-    "turns": "Facts told in a chat's first turn, asked in turns 2 to 4 on the cache taken up: "
-    "share answered, what is lost against the full cache, and turn by turn.",
-    "text": "Perplexity of 64 tokens after a context, over the full cache's on the same passages, "
-    "and divergence (nats a token).",
-    "long": "Long greedy answers: perplexity under the full cache, what that loses in nats a "
-    "token, how many first tokens are the full cache's, share of 4-grams said before.",
+    "turns": "A chat's first turn contains facts, and turns 2 to 4 ask for them on the reused "
+    "cache. Figures are the share answered, the loss relative to the full cache, and the share by "
+    "turn.",
+    "text": "Perplexity of 64 tokens after a context, that perplexity divided by the full cache's "
+    "on the same passages, and divergence (nats per token).",
+    "long": "Long greedy answers: perplexity under the full cache, its loss in nats per token, "
+    "the number of leading tokens equal to the full cache's answer, and the share of 4-grams that "
+    "occurred before.",
 }
 COLUMNS: dict[str, dict[str, Callable[[Row], str]]] = {
     "turns": {
@@ -245,7 +248,7 @@ COLUMNS: dict[str, dict[str, Callable[[Row], str]]] = {
 
 
 def kept(entry: Result) -> str:
-    """Our methods beside kvpress's."""
+    """Our methods compared with kvpress."""
     c, result = entry["configuration"], entry["result"]
     versions = result["versions"]
     reasons = {row["policy"]: row["why"] for row in result["rows"] if row["why"]}
@@ -253,17 +256,18 @@ def kept(entry: Result) -> str:
         "## The same entries as kvpress?\n",
         origin(entry),
         f"Methods that [kvpress](https://github.com/NVIDIA/kvpress) {versions['kvpress']} (with "
-        f"transformers {versions['transformers']}) has, too, on one text: `{c['model']}` in "
+        f"transformers {versions['transformers']}) also has, on one text: `{c['model']}` in "
         f"float32, {c['length']:,} tokens of {c['source']}, keep={c['keep']:g}, the same options. "
-        f"The logits behind the text differ by {result['logits_apart']:.0e} at most.\n",
+        f"The logits after the text differ by at most {result['logits_apart']:.0e}.\n",
         "```bash\nmake bench-kept\n```\n",
-        "How to read it: what shares a budget (a head, a layer's heads, the whole model) holds as "
-        "many entries in both by construction; `same entries` is the share of them that both keep, "
-        "mean over all of these and the least. Where numbers differ, it is over those of whoever "
-        "keeps more, and behind `of` stands what the numbers allow. `ranks` is Spearman's "
-        "correlation of the scores (tokens that always stay left out), where both give every "
-        f"head's. Two choices by chance would share {percent(c['keep'])}. Kept: mean entries of "
-        "a head.\n",
+        "**How to read it.** "
+        "Each unit with its own budget (a head, the heads of a layer, or the whole model) keeps "
+        "the same number of entries in both by construction. `same entries` is the share of them "
+        "that both keep: the mean over all units, and the smallest. If the numbers of entries "
+        "differ, the share is of the larger number, and the figure after `of` is the largest "
+        "possible share. `ranks` is Spearman's correlation of the scores (without tokens that "
+        "always stay), if both give scores for every head. Two random choices would share "
+        f"{percent(c['keep'])}. Kept: mean number of entries per head.\n",
         *table(HEAD, [[f"`{cells[0]}`", *cells[1:]] for cells in kept_rows(result)]),
         "\nWhat differs by definition:\n",
         *(f"- `{policy}`: {why}." for policy, why in reasons.items()),
@@ -272,7 +276,7 @@ def kept(entry: Result) -> str:
 
 
 def lead(results: dict[str, Result]) -> list[str]:
-    """The most important figures, for the page's head."""
+    """The most important figures, for the top of the page."""
     if "heads_ruler" not in results:
         return []
     means = results["heads_ruler"]["meta"]["means"]
@@ -307,57 +311,57 @@ SECTIONS: dict[str, Callable[[Result], str]] = {
         _pictured,
         "RULER on a real model",
         "ruler",
-        "All policies get the same samples; each as published but for `keep`.",
+        "All policies get the same samples; each has its published options except `keep`.",
     ),
     "heads_ruler": partial(
         _pictured,
-        "Budgets by head, heads dealt once, and window scores alone",
+        "Budgets by head, heads assigned once, and window scores alone",
         "heads_ruler",
-        "Tasks that the full cache can do; `pyramid`, `duo` with `spare=.1` (the default at the "
-        "commit of its rows), and `snapkv`.",
+        "Tasks that the full cache can do, for `pyramid`, `duo` with `spare=.1` (the default at "
+        "the commit of its rows), and `snapkv`.",
     ),
     "kv_dtype_ruler": partial(
         _kv_dtypes,
         "Fewer entries, fewer bits",
         "kv_dtype_ruler",
-        "Every policy with keys and values as the model has them and in fewer bits; KV: share of "
-        "the full cache's bytes with 16 bits a number, scales included. *Of full*: the score as a "
-        "share of what the full cache in the model's own dtype has on the same samples; in "
-        "brackets its 95 % interval, by that of what is lost.",
+        "Every policy with keys and values in the model's dtype and quantized. KV: share of the "
+        "bytes of a full cache with 16 bits per number, scales included. *Of full*: the score as a "
+        "share of the score of the full cache in the model's own dtype on the same samples; in "
+        "brackets its 95 % interval, from the interval of the loss.",
     ),
     "kv_dtype_codecs": _codecs,
     "kv_dtype_tasks": partial(
         _kv_dtypes,
         "Fewer entries, fewer bits: other tasks",
         "kv_dtype_tasks",
-        "As above on tasks and samples that nothing was chosen by.",
+        "As above, on tasks and samples that were not used to choose any setting.",
     ),
     "kv_dtype_gemma": partial(
         _kv_dtypes,
         "Fewer entries, fewer bits: Gemma 3 270M",
         "kv_dtype_gemma",
-        "As above on a model whose sliding layers bound what eviction can save.",
+        "As above, on a model whose sliding-window layers limit how much eviction can save.",
     ),
     "heads_needle": partial(
         _ruler,
-        "One needle, asked for later, heads dealt once",
+        "One needle, asked for later, heads assigned once",
         "heads_needle",
-        "`duo` with `spare=.1`, the default at that commit, at falling budgets: which head keeps "
-        "everything was found once, on plain text.",
+        "`duo` with `spare=.1`, the default at that commit, at decreasing budgets. The heads that "
+        "keep all entries were determined once, on plain text.",
     ),
     "heads_spare": partial(
         _ruler,
-        "Heads dealt by need alone",
+        "Heads assigned by need alone",
         "heads_spare",
-        "The same tasks with `spare=0`, the default now, the question after.",
+        "The same tasks with `spare=0`, the current default, and the question after.",
     ),
     "later_ruler": partial(
         _pictured,
-        "The question that comes later",
+        "The question after compression",
         "later_ruler",
-        "Methods that look at keys, at queries to come, or at the text when it is read again, "
-        "beside budgets by head (`pyramid`) and chunks by the window's scores; the question after. "
-        "Computed above 100 %: `kvzip` reads a text twice.",
+        "Methods that score by keys, by expected future queries, or by reading the text again, "
+        "compared with budgets by head (`pyramid`) and chunks by the window's scores; the question "
+        "comes after. Computed above 100 %: `kvzip` reads a text twice.",
     ),
     "kept_kvpress": kept,
     "methods_ruler": partial(
@@ -365,7 +369,7 @@ SECTIONS: dict[str, Callable[[Result], str]] = {
         "A text read again, in both protocols",
         "methods_ruler",
         "Needle tasks that the full cache can do. Computed above 100 %: `kvzip` reads a text "
-        "twice, before it knows what is asked; so the question inside is read again as well.",
+        "twice before it is cut, so a question inside the prompt is also read again.",
     ),
     "methods_turns": partial(_study, "turns", "A chat, other methods", "methods_turns"),
     "pinned_turns": partial(
@@ -373,27 +377,30 @@ SECTIONS: dict[str, Callable[[Result], str]] = {
         "turns",
         "A chat whose prompts are pinned",
         "pinned_turns",
-        more="`triattention` as published: what is read stays whole, and only what is generated is "
-        "cut, every 128 tokens; so nothing is cut in a chat of short answers.",
+        more="`triattention` as published keeps prompts whole and evicts only generated tokens, "
+        "after every 128 of them, so it evicts nothing in a chat of short answers.",
     ),
     "gemma_ruler": partial(
         _pictured,
         "Gemma 3 270M",
         "gemma_ruler",
-        "A base model of 18 layers, of which 15 see a window of 512 tokens: their entries are "
-        "bounded already, so half of what is governed is three quarters of all bytes. The needle "
-        "tasks that it can do at all.",
+        "A base model of 18 layers, of which 15 have a sliding window of 512 tokens. Their entries "
+        "are already bounded, so half of the entries that a policy governs is three quarters of "
+        "all bytes. Only the needle tasks that the model can do.",
     ),
-    "heads_turns": partial(_study, "turns", "A chat, heads dealt once", "heads_turns"),
+    "heads_turns": partial(_study, "turns", "A chat, heads assigned once", "heads_turns"),
     "heads_turns_idle": partial(
         _study,
         "turns",
         "A chat, recompressed between turns",
         "heads_turns_idle",
-        more="Between two turns the cache is chosen anew, as many entries in every head, by what "
-        "the model needs to repeat the text (`serve --compress-idle`); the same chats as above.",
+        more="Between two turns the entries to keep are selected again, the same number in every "
+        "head, by what the model needs to repeat the text (`serve --compress-idle`). The chats are "
+        "those above.",
     ),
-    "decode_long": partial(_study, "long", "Long answers, cut while they grow", "decode_long"),
+    "decode_long": partial(
+        _study, "long", "Long answers, evicted during generation", "decode_long"
+    ),
     "calibrated_ruler": partial(
         _ruler,
         "The start that calibration found on SmolLM2",
@@ -408,27 +415,27 @@ SECTIONS: dict[str, Callable[[Result], str]] = {
         _ruler,
         "One needle at 4,000 tokens",
         "ruler_long",
-        "The default and `duo`. Two samples: an answer more or less is half of a score.",
+        "The default policy and `duo`. With two samples, a single answer is half of a score.",
     ),
     "keys_ruler": partial(
         _ruler,
         "Methods that score by keys, values or a second reading, in both protocols",
         "keys_ruler",
-        "Needle tasks that the full cache can do, two samples each; `rkv` cuts the prompt by its "
-        "rule, as it does a text that is generated. Computed above 100 %: `kvzip` reads a text "
+        "Needle tasks that the full cache can do, two samples each. `rkv` evicts from the prompt "
+        "by the same rule as from generated text. Computed above 100 %: `kvzip` reads a text "
         "twice.",
     ),
     "trial_1000": partial(
         _ruler,
         "One needle, 1,000 tokens",
         "trial_1000",
-        "What loses the answer: points instead of spans (`kernel`), and an early start.",
+        "Single entries instead of spans (`kernel`) and an early start layer lose the answer.",
     ),
     "trial_2000": partial(
         _ruler,
         "One needle, 2,000 tokens",
         "trial_2000",
-        "Published settings, and wide spans with a late start; `pyramid` is the rule before.",
+        "Published settings, and wide spans with a late start layer; `pyramid` is the former rule.",
     ),
     "trial_four": partial(
         _ruler,
@@ -440,7 +447,7 @@ SECTIONS: dict[str, Callable[[Result], str]] = {
         _ruler,
         "One needle, asked for after compression",
         "trial_after",
-        "What wide spans and a late start are worth where the question comes later.",
+        "The effect of wide spans and a late start layer if the question comes later.",
     ),
     **{
         f"{study}_{model}": partial(_study, study, f"{title}: {name}", f"{study}_{model}")

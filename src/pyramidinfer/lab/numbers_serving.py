@@ -34,12 +34,13 @@ def load(entry: Result) -> str:
         f"{memory}, keep {c['keep']:g}. Policies take turns at each rate, with the same prompts "
         f"and the same (Poisson) arrivals; `inf` sends all at once.\n",
         command_block(entry),
-        "How to read it: latencies are p50 / p99 and count from when a request was due. TTFT is "
-        "the time to the first token, ITL that between tokens. `good` requests had their first "
-        f"token within {c['slo_ttft']:g} s and further ones within {1e3 * c['slo_itl']:g} ms each "
-        "(mean of a request). `times` compares output tokens/s with the first policy's; as long as "
-        "a server keeps up, the arrivals decide them. `at once` is the most requests that ran at "
-        "the same time. Client and server share the machine.\n",
+        "**How to read it.** "
+        "Latencies are p50 / p99 and count from the time when a request was due. TTFT is the time "
+        "to the first token, ITL the inter-token latency. `good` requests had their first token "
+        f"within {c['slo_ttft']:g} s and further tokens within {1e3 * c['slo_itl']:g} ms each "
+        "(mean of a request). `times` compares output tokens/s with the first policy; as long as a "
+        "server keeps up, the arrival rate determines it. `at once` is the largest number of "
+        "requests that ran at the same time. Client and server share the machine.\n",
     ]
     head = [
         "requests/s",
@@ -97,13 +98,15 @@ def conversations(entry: Result, name: str = "turns", title: str = "Conversation
         f"## {title}\n",
         origin(entry),
         f"On {_model(result)} over HTTP, one at a time; {c['conversations']} conversations of "
-        f"{c['turns']} turns: {c['prompt_len']:,} tokens first, {c['turn_len']} new ones a turn, "
+        f"{c['turns']} turns: {c['prompt_len']:,} tokens first, {c['turn_len']} new ones per turn, "
         f"{c['output_len']} generated; keep {c['keep']:g}, {c['kv_memory']} of KV memory.\n",
         command_block(entry),
-        "How to read it: milliseconds to the first token, medians; `anew` computes the whole "
-        "prompt (`reuse: false`), `reuse` takes up the cache that the turn before left. Both are "
-        "asked turn by turn on the same server; `times faster` is within a conversation, in "
-        "brackets the range. `kept` is entries a layer at the turn's end.\n",
+        "**How to read it.** "
+        "Times are medians of the milliseconds to the first token. `anew` computes the whole "
+        "prompt (`reuse: false`); `reuse` continues from the cache of the turn before. Both "
+        "alternate turn by turn on the same server; `times faster` is taken within a conversation, "
+        "with the range in brackets. `kept` is the number of entries per layer at the end of the "
+        "turn.\n",
     ]
     head = [
         "policy",
@@ -144,14 +147,15 @@ def guidellm(entry: Result) -> str:
     lines = [
         "## The same server under guidellm\n",
         origin(entry),
-        f"{result['version'].replace('==', ' ')}, a load generator by others, on the shipped "
+        f"{result['version'].replace('==', ' ')}, an independent load generator, on the shipped "
         f"model: {c['prompt_len']:,} prompt tokens, {c['output_len']} generated, Poisson arrivals "
         f"for {c['seconds']:g} seconds at each rate; {c['kv_memory']} of KV memory, keep "
         f"{c['keep']:g}; one server after the other.\n",
         "```bash\nmake bench-guidellm\n```\n",
-        "How to read it: the figures are guidellm's own, and of requests that were answered in "
-        "time; `cut off` are those still running when the time was over. Latencies are p50 / p99, "
-        "of requests.\n",
+        "**How to read it.** "
+        "The figures are guidellm's own and cover the requests that were answered in time; "
+        "`cut off` are requests that were still running at the end. Latencies are p50 / p99 over "
+        "requests.\n",
     ]
     head = [
         "requests/s",
@@ -201,43 +205,42 @@ def soak(entry: Result) -> str:
         origin(entry),
         f"{c['clients']} clients at once for {c['seconds']:g} seconds on {c['kv_memory']} of KV "
         f"memory and a queue of {c['max_waiting']}; mixed policies, budgets, lengths and options; "
-        "a third of them hang up at a random moment.\n",
+        "clients disconnect from a third of the requests at a random moment.\n",
         command_block(entry),
         "| measure | figure |",
         "|---|---|",
         f"| requests | {result['requests']:,}: {outcomes.get('completed', 0):,} answered, "
-        f"{outcomes.get('left', 0):,} left, {outcomes.get('refused', 0):,} refused (429), "
+        f"{outcomes.get('left', 0):,} disconnected, {outcomes.get('refused', 0):,} refused (429), "
         f"{outcomes.get('failed', 0):,} failed |",
         f"| statuses | {statuses} |",
         f"| tokens streamed | {result['streamed_tokens']:,} |",
         f"| most requests running | {after.get('pyramidinfer:peak_requests_running', 0):.0f} |",
-        f"| caches taken up by a next turn | {after.get('pyramidinfer:reuse_hits_total', 0):,.0f} "
-        "|",
+        f"| caches reused by a next turn | {after.get('pyramidinfer:reuse_hits_total', 0):,.0f} |",
         f"| pages in use when idle | {after['pyramidinfer:pool_pages_in_use']:.0f}, held by "
-        f"conversations that may go on: {after['pyramidinfer:pool_pages_reusable']:.0f} |",
-        f"| the pool's own checks | {after['pyramidinfer:pool_checks_total']:.0f}, failed: "
-        f"{after['pyramidinfer:pool_check_failures_total']:.0f} |",
+        f"conversations that may continue: {after['pyramidinfer:pool_pages_reusable']:.0f} |",
+        f"| consistency checks of the pool | {after['pyramidinfer:pool_checks_total']:.0f}, "
+        f"failed: {after['pyramidinfer:pool_check_failures_total']:.0f} |",
     ]
     if memory is not None:
         lines.append(
             f"| resident memory | {memory['warm_bytes'] / 2**20:.0f} MiB after warm-up, "
             f"{memory['end_bytes'] / 2**20:.0f} MiB at the end ({memory['growth']:+.1%}) |"
         )
-    lines.append(f"| SIGTERM with requests in hand | exit code {result['exit_code']} |")
+    lines.append(f"| SIGTERM with requests in progress | exit code {result['exit_code']} |")
     wrong = "; ".join(result["breaches"])
-    lines.append(f"\n{'Wrong: ' + wrong if wrong else 'Nothing was wrong'}.\n")
+    lines.append(f"\n{'Failed: ' + wrong if wrong else 'All checks passed'}.\n")
     return "\n".join(lines)
 
 
 def fuzz(entry: Result) -> str:
     result = entry["result"]
     lines = [
-        "## Requests that nobody would send\n",
+        "## Fuzzing\n",
         origin(entry),
-        f"{result['cases']:,} requests in {result['seconds']:.0f} seconds, made from the server's "
-        "own OpenAPI document (schemathesis), from known names with any values, and from bodies "
-        f"with bytes changed. **{result['failures']:,} failures**: no answer, a status of 500 or "
-        "more, or an error that has not OpenAI's shape.\n",
+        f"{result['cases']:,} requests in {result['seconds']:.0f} seconds, generated from the "
+        "server's OpenAPI document (schemathesis), from known field names with arbitrary values, "
+        f"and from bodies with changed bytes. **{result['failures']:,} failures**; a failure is no "
+        "answer, a status of 500 or more, or an error that does not have OpenAI's format.\n",
         command_block(entry),
     ]
     by_operation = result.get("by_operation", {})

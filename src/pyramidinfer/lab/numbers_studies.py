@@ -1,4 +1,4 @@
-"""Sections of ``docs/numbers.md`` on the quality study's results, and what all sections share."""
+"""The quality study's section of ``docs/numbers.md``, and helpers for all sections."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Result = dict[str, Any]
 
 RESULTS = Path("benchmarks/results")
 RESAMPLES = 2000
-#: What the paper's own rule is called; other policies are compared with it.
+#: The name of the paper's own rule; other policies are compared with it.
 PAPER = "pyramidinfer"
 
 
@@ -67,7 +67,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 
 def estimate(value: float | None, bounds: Sequence[float] | None, form: str = ".2f") -> str:
-    """``0.97 [0.91, 0.99]``; a dash for what was not measured."""
+    """``0.97 [0.91, 0.99]``; a dash if it was not measured."""
     if value is None:
         return "–"
     if bounds is None:
@@ -88,7 +88,7 @@ def subject_words(subject: dict[str, Any]) -> str:
 
 
 def label(spec: str) -> str:
-    """A policy's spec as a cell, files by their names (an old result may have options of old)."""
+    """A policy's spec as a cell, files by name (results may have options that no longer exist)."""
     name, _, tail = spec.partition(":")
     options = [item.partition("=") for item in tail.split(",")] if tail else []
     short = [f"{key}={Path(value).name if '/' in value else value}" for key, _, value in options]
@@ -105,7 +105,7 @@ def joined(values: Iterable[Any]) -> str:
 
 
 def command_block(entry: dict[str, Any]) -> str:
-    """The command that a result recorded, as a block.  entry : what ``origin`` takes."""
+    """The command that a result recorded, as a block.  entry : as for ``origin``."""
     return f"```bash\n{entry['command']}\n```\n"
 
 
@@ -124,7 +124,7 @@ def _grid_head(title: str, name: str, entry: Result, words: str) -> list[str]:
     return [
         f"## {title}\n",
         origin(meta),
-        f"On {subject_words(grid['subject'])}; {samples}. All policies get the same ones.\n",
+        f"On {subject_words(grid['subject'])}; {samples}. All policies get the same samples.\n",
         command_block(meta),
         f"{words}\n",
     ]
@@ -136,7 +136,7 @@ def _kv(row: Row) -> str:
 
 def _footnote(rows: list[Row]) -> list[str]:
     missed = not all(row["reachable"] for row in rows)
-    return ["\n\\* the policy cannot go down to this `keep` here."] if missed else []
+    return ["\n\\* The policy cannot reach this `keep` here."] if missed else []
 
 
 def _by_cell(rows: list[Row]) -> dict[tuple[str, float, int], Row]:
@@ -159,9 +159,10 @@ def quality(entry: Result) -> str:
         "Quality against bytes",
         "quality",
         entry,
-        "How to read it: `KV` is the share of the full cache's bytes after the context, `prefill` "
-        "the share of layer-tokens computed; compare recall between rows of equal `KV`, not of "
-        "equal `keep`. In brackets: 95 % (Wilson).",
+        "**How to read it.** "
+        "`KV` is the share of the full cache's bytes after the context, `prefill` the share of "
+        "layer-tokens computed. Compare recall between rows of equal `KV`, not of equal `keep`. In "
+        "brackets: the 95 % interval (Wilson).",
     )
     head = ["policy", "keep"]
     for context in contexts:
@@ -190,12 +191,12 @@ def quality(entry: Result) -> str:
     return "\n".join([*lines, *_better_than_pyramid(rows)])
 
 
-#: Measures of a cell, how they are written, and whether more (1) or less (-1) is better.
+#: Measures of a cell, their format, and whether more (1) or less (-1) is better.
 MEASURES = (("recall", ".2f", 1), ("agreement", ".2f", 1), ("kl", ".2g", -1))
 
 
 def _better_than_pyramid(rows: list[Row]) -> list[str]:
-    """Where another policy's 95 % interval lies wholly on the better side of pyramid's."""
+    """Cells in which another policy is better than pyramid and the intervals do not overlap."""
     cells = _by_cell(rows)
     found = []
     for (_, keep, context), row in cells.items():
@@ -222,22 +223,22 @@ def _better_than_pyramid(rows: list[Row]) -> list[str]:
                 )
     if not any(row["policy"] == "pyramid" for row in rows):
         return []
-    words = "Where another policy's 95 % interval lies wholly on the better side of pyramid's"
+    words = "another policy is better than `pyramid` and the 95 % intervals do not overlap"
     if not found:
-        return [f"{words}: nowhere in this grid.\n"]
+        return [f"In no cell of this grid {words}.\n"]
     head = ["context", "keep", "policy", "measure", "its figure", "its KV", "pyramid", "its KV"]
-    return [f"{words}:\n", *table(head, sorted(found)), ""]
+    return [f"Cells in which {words}:\n", *table(head, sorted(found)), ""]
 
 
 def paired_ratio(mine: Sequence[int], other: Sequence[int]) -> tuple[float, float, float] | None:
-    """Sum over sum with its 95 % interval over resampled pairs; None where ``other`` has none."""
+    """Sum over sum with its 95 % interval over resampled pairs; None if ``other`` sums to 0."""
     if not sum(other):
         return None
     return _resampled(mine, other, lambda a, b: a.sum(-1) / b.sum(-1))
 
 
 def paired_difference(mine: Sequence[int], other: Sequence[int]) -> tuple[float, float, float]:
-    """Mean less mean with its 95 % interval over resampled pairs."""
+    """Difference of the means with its 95 % interval over resampled pairs."""
     return _resampled(mine, other, lambda a, b: a.mean(-1) - b.mean(-1))
 
 

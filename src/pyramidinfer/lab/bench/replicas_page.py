@@ -1,4 +1,4 @@
-"""The table of replicas in ``docs/scaling.md`` and the terminal's, from ``bench replicas``."""
+"""The table of ``bench replicas``'s results, for ``docs/scaling.md`` and for the terminal."""
 
 from __future__ import annotations
 
@@ -16,23 +16,27 @@ BEGIN, END = "<!-- from benchmarks/results/replicas.json -->", "<!-- end -->"
 
 
 def render_replicas(page: str, entry: dict[str, Any]) -> str:
-    """The page with this table as the result has it, between its two marks."""
+    """The page with this table generated from the result, between its two marks."""
     plan, result = entry["configuration"], entry["result"]
     killed = next(row for row in result["rows"] if "killed_after" in row)
     sizes = ", ".join(f"{name} {mebibytes(size)}" for name, size in result["process_bytes"].items())
     back = killed["seconds_back"]
-    again = "none was back in time" if back is None else f"two ran again {back:.0f} s later"
+    again = (
+        "no replacement was ready in time"
+        if back is None
+        else f"two were running again {back:.0f} s later"
+    )
     lines = [
         BEGIN,
         origin(entry),
         f"`{entry['command']}` on the model `{plan['model']}`, Ray {plan['ray']} with two "
         f"CPUs: {plan['chats']} chats of {plan['turns']} turns, {plan['at_once']} at a time, a "
-        f"first turn of {plan['words']} words; a turn that gets a 503 is sent again. One replica "
+        f"first turn of {plan['words']} words; a turn that gets a 503 is retried. One replica "
         f"was killed (SIGKILL) after {killed['killed_after']} of "
         f"{plan['chats'] * plan['turns']} answers; {again}.\n",
         *as_markdown(_rows(result["rows"])),
         "",
-        f"Memory of its own of each process: {sizes}.",
+        f"Memory of each process that it does not share: {sizes}.",
         END,
     ]
     before, _, rest = page.partition(BEGIN)
@@ -40,19 +44,19 @@ def render_replicas(page: str, entry: dict[str, Any]) -> str:
 
 
 def replicas_table(result: dict[str, Any]) -> Table:
-    """What the terminal shows."""
+    """The terminal's table."""
     return as_terminal("two replicas", _rows(result["rows"]))
 
 
 def _rows(rows: list[dict[str, Any]]) -> list[list[str]]:
     found = [
         [
-            "chats go",
+            "routing",
             "answered",
             "others",
             "hung",
             "same replica",
-            "cache taken up",
+            "cache reused",
             "turn, median",
         ]
     ]

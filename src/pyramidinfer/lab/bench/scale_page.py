@@ -1,4 +1,4 @@
-"""The tables of ``docs/scaling.md`` and the terminal's, from what ``bench scale`` measured."""
+"""The tables of ``bench scale``'s results, for ``docs/scaling.md`` and for the terminal."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ Row = dict[str, Any]
 
 
 def render_scale(page: str, entry: dict[str, Any], dealt: dict[str, Any] | None = None) -> str:
-    """The page with its tables as the results have them, between the two marks.  dealt : of
-    ``bench stages``."""
+    """The page with its tables generated from the results, between the two marks.  dealt : the
+    result of ``bench stages``."""
     plan, result = entry["configuration"], entry["result"]
     paper = result["paper"][0]
     lines = [
@@ -29,12 +29,13 @@ def render_scale(page: str, entry: dict[str, Any], dealt: dict[str, Any] | None 
         "## Measured\n",
         origin(entry),
         f"`{entry['command']}` on `{Path(plan['model']).name}` in {plan['dtype']}: one "
-        f"request of {plan['prompt']:,} prompt tokens and {plan['new']} generated ones. Ranks are "
-        "those that split layers × stages; kB, counted / by formula, are of the stage with most.\n",
+        f"request of {plan['prompt']:,} prompt tokens and {plan['new']} generated ones. *Ranks*: "
+        "ranks that split layers × stages. Figures are kB, counted / by formula, of the stage with "
+        "the most.\n",
         *as_markdown(_measured(result["rows"])),
         "",
         *([] if dealt is None else _stages_section(dealt)),
-        "## On paper\n",
+        "## Computed by formula\n",
         f"`{paper['shape']}` in bfloat16, one request of {paper['prompt']:,} prompt tokens and "
         f"{paper['new']} generated ones.\n",
         *as_markdown(_on_paper(result["paper"])),
@@ -52,8 +53,7 @@ def _stages_section(entry: dict[str, Any]) -> list[str]:
         f"`{entry['command']}` on `{Path(plan['model']).name}` in {plan['dtype']}, two "
         f"stages: {plan['requests']} requests at once of {plan['prompt']:,} prompt tokens and "
         f"{plan['new']} generated ones, {plan['repeats']} runs each, taking turns. *Busiest*: the "
-        "share of all work that the busier stage has, by forecast and in CPU seconds; a half is "
-        "best.\n",
+        "busier stage's share of all work, by forecast and in CPU seconds; a half is best.\n",
         *as_markdown(_dealt(entry["result"]["rows"])),
         "",
     ]
@@ -61,7 +61,15 @@ def _stages_section(entry: dict[str, Any]) -> list[str]:
 
 def _dealt(rows: list[Row]) -> list[list[str]]:
     found = [
-        ["policy", "stages", "layers", "busiest, forecast", "busiest, CPU", "seconds", "even / it"]
+        [
+            "policy",
+            "stages",
+            "layers",
+            "busiest, forecast",
+            "busiest, CPU",
+            "seconds",
+            "even / this",
+        ]
     ]
     for row in rows:
         times = row["times_even"]
@@ -82,13 +90,13 @@ def _dealt(rows: list[Row]) -> list[list[str]]:
 
 
 def stages_table(result: dict[str, Any]) -> Table:
-    """What the terminal shows after ``bench stages``."""
+    """The terminal's table after ``bench stages``."""
     return as_terminal("two stages", _dealt(result["rows"]))
 
 
 def scale_table(result: dict[str, Any]) -> Table:
-    """What the terminal shows after ``bench scale``."""
-    lines = [["policy", "ranks", "same tokens", "sent", "cache", "weights", "as by formula"]]
+    """The terminal's table after ``bench scale``."""
+    lines = [["policy", "ranks", "same tokens", "sent", "cache", "weights", "equals formula"]]
     for row in result["rows"]:
         pairs = [
             (row["sent"], row["sent_by_formula"]),
@@ -106,11 +114,11 @@ def scale_table(result: dict[str, Any]) -> Table:
                 _yes(held),
             ]
         )
-    return as_terminal("the rank with most", lines)
+    return as_terminal("the rank with the most", lines)
 
 
 def as_terminal(title: str, lines: list[list[str]]) -> Table:
-    """A table whose first line is its head."""
+    """A table whose first line is its header."""
     table = Table(title=title)
     head, *rows = lines
     for index, name in enumerate(head):
@@ -151,7 +159,7 @@ def _size(row: Row) -> str:
 
 
 def _pair(counted: list[int], said: list[int]) -> str:
-    """Of the stage that has most."""
+    """The figures of the stage with the most."""
     if not max(said) and not max(counted):
         return "–"
     return f"{max(counted) / 1e3:,.0f} / {max(said) / 1e3:,.0f}"
@@ -176,7 +184,7 @@ def _on_paper(rows: list[Row]) -> list[list[str]]:
 
 
 def as_markdown(rows: list[list[str]]) -> list[str]:
-    """Lines of a table whose first row is its head."""
+    """Lines of a table whose first row is its header."""
     head, *lines = rows
     every = [head, ["---", *["---:"] * (len(head) - 1)], *lines]
     return [f"| {' | '.join(row)} |" for row in every]
