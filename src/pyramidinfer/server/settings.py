@@ -93,7 +93,7 @@ class ServerSettings:
             "Seconds that running requests get after SIGTERM. Give the supervisor a longer one.",
             panel=SERVER,
             check=positive,
-            see="#overload-and-the-end",
+            see="#overload-and-shutdown",
         ),
     ] = 60.0
     keep_alive_on_engine_death: Annotated[
