@@ -211,7 +211,7 @@ def test_lossless_chooses_what_drafts_read(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--port", "70000"], "port=70000 must lie between 0 and 65535"),
+        (["--port", "70000"], "port=70000 must be between 0 and 65535"),
         (["--max-waiting", "0"], "max_waiting=0 must be a whole number of at least 1"),
         (["--queue-timeout", "0"], "queue_timeout=0.0 must be above 0 seconds"),
         (["--request-timeout", "nan"], "request_timeout=nan must be above 0"),
