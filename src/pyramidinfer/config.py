@@ -311,8 +311,7 @@ class EngineConfig:
         float | None,
         Option(
             "With overcommit: before a request is preempted, lower the keep of running requests, "
-            "at "
-            "most down to this share.",
+            "but not below this share.",
             unset="off",
             panel=ENGINE,
         ),

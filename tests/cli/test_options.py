@@ -97,7 +97,7 @@ def test_a_model_that_stands_alone_goes_before_the_environment(
         ("- keep", "must hold lines NAME: VALUE"),
         ("keep: [", "is not YAML"),
         ("port: many", "Invalid value for '--port'"),
-        ("port: 70000", "port=70000 must be between 0 and 65535"),
+        ("port: 70000", "port=70000 must lie between 0 and 65535"),
     ],
 )
 def test_a_bad_file_is_one_line(

@@ -63,7 +63,7 @@ class ServeOptions:
         Option(
             f"File with API keys, one per line. {KEYS_VARIABLE} may hold more, separated by "
             f"commas.",
-            unset="no keys, everybody may ask",
+            unset="no keys: everybody may send requests",
             panel=SAFETY,
             see="#secure",
         ),

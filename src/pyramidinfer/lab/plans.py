@@ -363,7 +363,7 @@ class HeadsPlan(Plan):
 
     def __post_init__(self) -> None:
         if not 0 < self.pruned_to < 1:
-            raise ValueError(f"--share {self.pruned_to} must be between 0 and 1")
+            raise ValueError(f"--share {self.pruned_to} must lie between 0 and 1")
         self.check()
 
 
@@ -393,7 +393,7 @@ class Task(Plan):
     def __post_init__(self) -> None:
         if not 0 < self.keep < 1:
             raise ValueError(
-                f"--keep {self.keep} must be between 0 and 1, so that entries are dropped"
+                f"--keep {self.keep} must lie between 0 and 1, so that entries are dropped"
             )
 
     def quick(self) -> Task:

@@ -327,7 +327,7 @@ class ServerSettings:
         positive("body_timeout", self.body_timeout)
         if type(self.port) is not int or not 0 <= self.port <= 65535:
             raise ValueError(
-                f"port={self.port!r} must be between 0 and 65535 (0 picks a free port)"
+                f"port={self.port!r} must lie between 0 and 65535 (0 picks a free port)"
             )
         if not 0 < self.min_keep <= self.max_keep:
             raise ValueError(
