@@ -92,7 +92,7 @@ def _parse_module(text: Any) -> tuple[str, str]:
 
 
 def parse_dtype(value: str | torch.dtype, checkpoint: torch.dtype | None) -> torch.dtype:
-    """The dtype to compute in; ``auto`` is the checkpoint's own."""
+    """The dtype to compute in; ``auto`` is the checkpoint's dtype."""
     import torch
 
     known: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPES}
@@ -105,7 +105,7 @@ def parse_dtype(value: str | torch.dtype, checkpoint: torch.dtype | None) -> tor
 
 
 def parse_device(value: str | torch.device) -> torch.device:
-    """``auto`` is the first CUDA device where there is one, else the CPU."""
+    """``auto`` is the first CUDA device if there is one, else the CPU."""
     import torch
 
     if value == "auto":
@@ -123,16 +123,16 @@ def parse_device(value: str | torch.device) -> torch.device:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
-    """How the engine runs; each field says what it is.
+    """The engine's settings; each field's help text says what it means.
 
-    ``ValueError`` for a value that cannot be, or that has no effect beside the others.
+    ``ValueError`` for an invalid value, or for one that has no effect with the others.
     """
 
     kv_memory: Annotated[
         int | str,
         Option(
-            "Memory for the caches of all requests together, on each rank: keys and values, and "
-            "what prompts in progress need beside them.",
+            "Memory for the KV caches of all requests together, on each rank. It includes what "
+            "prefill needs in addition to keys and values.",
             see="#size-the-memory",
         ),
     ] = "1GiB"
@@ -149,8 +149,9 @@ class EngineConfig:
         str,
         Option(
             "How the weights of linear layers are stored: auto (in --dtype), int8 or int4 (about "
-            "half or a third of the bytes of 16 bits, and a faster step), gguf (the codes that the "
-            "model's GGUF file has). Needs the C++ kernels.",
+            "half or a third of the bytes of 16 bits, and faster steps), or gguf (as quantized in "
+            "the "
+            "model's GGUF file). All but auto need the C++ kernels.",
             check=one_of(WEIGHTS),
             see="weights.md",
         ),
@@ -158,8 +159,8 @@ class EngineConfig:
     lora_modules: Annotated[
         Mapping[str, str] | Sequence[str] | None,
         Option(
-            "A LoRA adapter that requests may name as their model, several in one batch: "
-            'NAME=PATH, or {"name": …, "path": …} as JSON. May be repeated.',
+            "A LoRA adapter that requests may select by name as their model: NAME=PATH, or JSON "
+            '{"name": …, "path": …}. One batch may use several. May be repeated.',
             repeat=True,
             see="models.md",
         ),
@@ -167,9 +168,9 @@ class EngineConfig:
     draft_tokens: Annotated[
         int | None,
         Option(
-            f"Lossless requests: tokens guessed in every step, up to {MOST_DRAFTS}; 0 switches "
-            f"guessing off. It changes no answer.",
-            unset="as many as measured times say pay",
+            f"Tokens that a lossless request drafts in every step, up to {MOST_DRAFTS}; 0 switches "
+            f"drafting off. It changes no answer.",
+            unset="the number that measured times show to be fastest",
             check=at_least(0),
             see="lossless.md",
         ),
@@ -177,8 +178,9 @@ class EngineConfig:
     profile: Annotated[
         bool,
         Option(
-            "For pyramid, duo and triattention: do not measure a head profile of the model when it "
-            "is loaded (seconds, once for each model). Only a stored profile is used.",
+            "For pyramid, duo and triattention: use only a stored head profile. Without this "
+            "option, a missing profile is measured when the model is loaded (a few seconds, once "
+            "for each model).",
             flags=("--no-profile",),
             inverted=True,
             see="heads.md",
@@ -187,8 +189,8 @@ class EngineConfig:
     tensor_parallel_size: Annotated[
         int,
         Option(
-            "Tensor parallelism: processes, each on a device of its own, that split every layer. "
-            "--kv-memory is that of each.",
+            "Tensor parallelism: number of processes that every layer is split over, each on its "
+            "own device. --kv-memory is the memory of each.",
             check=at_least(1),
             see="scaling.md",
         ),
@@ -196,9 +198,9 @@ class EngineConfig:
     pipeline_parallel_size: Annotated[
         int,
         Option(
-            "Pipeline parallelism: stages that the layers are divided into, each of "
-            "--tensor-parallel-size processes. For heads that tensor parallelism does not divide, "
-            "or slow links.",
+            "Pipeline parallelism: number of stages that the layers are divided into, each of "
+            "--tensor-parallel-size processes. Use it if the number of heads is not divisible for "
+            "tensor parallelism, or if links are slow.",
             check=at_least(1),
             see="scaling.md",
         ),
@@ -206,16 +208,16 @@ class EngineConfig:
     pipeline_layers: Annotated[
         str | None,
         Option(
-            "Layers of each pipeline stage, such as 16,14.",
-            unset="by the work that the policy forecasts",
+            "Number of layers of each pipeline stage, such as 16,14.",
+            unset="balanced by the work expected under the policy",
             see="scaling.md",
         ),
     ] = None
     rank_timeout: Annotated[
         float | None,
         Option(
-            "With several processes: seconds without an answer from one of them after which all "
-            "end.",
+            "With several processes: if one of them does not answer for this many seconds, all of "
+            "them end.",
             unset="60",
             check=positive,
         ),
@@ -223,8 +225,8 @@ class EngineConfig:
     max_requests: Annotated[
         int,
         Option(
-            "Requests that run at once, at most. Lower it where the time between tokens matters "
-            "more than throughput.",
+            "Maximum number of requests that run at once. Lower it if the time between tokens "
+            "matters more than throughput.",
             panel=ENGINE,
             check=at_least(1),
         ),
@@ -232,8 +234,9 @@ class EngineConfig:
     step_tokens: Annotated[
         int,
         Option(
-            "Tokens that one step computes, at most, counted through all layers. With a lower "
-            "value prompts take longer and delay running answers less.",
+            "Maximum number of tokens that one step computes; a prompt token that the policy drops "
+            "between layers counts for the layers it passes. With a lower value prompts take "
+            "longer, but delay running answers less.",
             panel=ENGINE,
             check=at_least(1),
         ),
@@ -241,8 +244,9 @@ class EngineConfig:
     page_size: Annotated[
         int,
         Option(
-            "Tokens in a page of the KV cache, for each KV head. Small pages waste less memory on "
-            "small budgets.",
+            "Tokens in a page of the KV cache, for each KV head. Smaller pages waste less memory "
+            "if "
+            "budgets are small.",
             panel=ENGINE,
             check=at_least(1),
         ),
@@ -251,8 +255,8 @@ class EngineConfig:
     reuse_share: Annotated[
         float,
         Option(
-            "Share of --kv-memory that caches of finished conversations may hold while no request "
-            "needs it, for their next turns. 0 switches reuse off.",
+            "Share of --kv-memory that may hold the caches of finished requests for the next turns "
+            "of their conversations, while no request needs it. 0 switches reuse off.",
             panel=ENGINE,
             check=check_share,
             see="#conversations",
@@ -261,8 +265,8 @@ class EngineConfig:
     share_prefixes: Annotated[
         bool,
         Option(
-            "Share prefixes between API keys, too. Whoever measures the time to a first token can "
-            "then tell whether another key has asked with the same beginning.",
+            "Share prefixes between API keys too. A client that measures the time to first token "
+            "can then find out whether another key has sent the same prefix.",
             panel=ENGINE,
             see="#prefixes",
         ),
@@ -270,17 +274,17 @@ class EngineConfig:
     slot_scores: Annotated[
         bool,
         Option(
-            "Reserve memory for a running score of each cache entry (4 bytes an entry and KV "
-            "head), so that requests may ask for policy h2o.",
+            "Reserve memory for a running score of each cache entry (4 bytes per entry and KV "
+            "head), so that requests may select the policy h2o.",
             panel=ENGINE,
         ),
     ] = False
     admission: Annotated[
         str,
         Option(
-            "When a waiting request starts: reserve, when the memory it can need at most is free, "
-            "so that none is preempted; overcommit, when the memory it is expected to need is. "
-            "overcommit pays where answers end long before max_tokens.",
+            "When a waiting request starts. reserve: when the most memory it can need is free, so "
+            "that no request is preempted. overcommit: when the memory it is expected to need is "
+            "free; use it if answers end long before max_tokens.",
             panel=ENGINE,
             check=one_of(("reserve", "overcommit")),
         ),
@@ -306,8 +310,8 @@ class EngineConfig:
     elastic: Annotated[
         float | None,
         Option(
-            "With overcommit: before a request is preempted, lower the keep of running requests "
-            "down to this share.",
+            "With overcommit: before a request is preempted, lower the keep of running requests, "
+            "but not below this share.",
             unset="off",
             panel=ENGINE,
         ),
@@ -315,7 +319,7 @@ class EngineConfig:
     host_kv_memory: Annotated[
         int | str | None,
         Option(
-            "Host memory for caches that --kv-memory has no room for.",
+            "Host memory for KV caches that do not fit into --kv-memory.",
             unset="none; with overcommit as much as --kv-memory",
             panel=ENGINE,
             see="#kv-cache-beyond-device-memory",
@@ -324,15 +328,16 @@ class EngineConfig:
     disk_kv_cache: Annotated[
         str | Path | None,
         Option(
-            "A folder for caches of conversations that host memory has no room for. They are "
-            "found again after a restart.",
+            "Folder for the caches of conversations that do not fit into host memory. They are "
+            "found "
+            "again after a restart.",
             panel=ENGINE,
             see="#kv-cache-beyond-device-memory",
         ),
     ] = None
     disk_kv_memory: Annotated[
         int | str | None,
-        Option("Bytes of files in --disk-kv-cache, at most.", panel=ENGINE),
+        Option("Maximum size of the files in --disk-kv-cache.", panel=ENGINE),
     ] = None
 
     def __post_init__(self) -> None:
@@ -345,7 +350,7 @@ class EngineConfig:
         if self.rank_timeout is not None and self.ranks == 1:
             raise ValueError(
                 f"rank_timeout={self.rank_timeout} has no effect on one rank; leave it out, or "
-                f"give tensor_parallel_size or pipeline_parallel_size"
+                f"set tensor_parallel_size or pipeline_parallel_size"
             )
         self._check_layers()
         self._check_adapters()
@@ -364,8 +369,8 @@ class EngineConfig:
                 raise ValueError(f"elastic={self.elastic!r} must be above 0 and at most 1")
             if self.admission != "overcommit":
                 raise ValueError(
-                    f"elastic={self.elastic} needs admission='overcommit': with 'reserve' nothing "
-                    f"runs short"
+                    f"elastic={self.elastic} needs admission='overcommit': with 'reserve' memory "
+                    f"never runs out"
                 )
 
     def _check_drafts(self) -> None:
@@ -378,13 +383,13 @@ class EngineConfig:
         if self.draft_tokens and self.admission == "overcommit" and self.page_size == 1:
             raise ValueError(
                 f"draft_tokens={self.draft_tokens} has no effect with admission='overcommit' "
-                f"and page_size=1: guesses take no page that one token would not need; leave "
-                f"one of them out"
+                f"and page_size=1: drafts get no pages of their own then; leave one of "
+                f"them out"
             )
         if self.ranks > 1:
             raise ValueError(
                 f"draft_tokens={self.draft_tokens} has no effect on {self.ranks} ranks: "
-                f"lossless works on one; leave it out, or tensor_parallel_size and "
+                f"lossless requests need a single rank; leave it out, or tensor_parallel_size and "
                 f"pipeline_parallel_size"
             )
 
@@ -392,14 +397,14 @@ class EngineConfig:
         folder, size = self.disk_kv_cache, self.disk_kv_memory
         if (folder is None) != (size is None):
             raise ValueError(
-                f"disk_kv_cache={folder!r} and disk_kv_memory={size!r} go together: a folder, and "
-                f"how much may be in it"
+                f"disk_kv_cache={folder!r} and disk_kv_memory={size!r} must be set together: the "
+                f"folder, and the size of its files"
             )
         if folder is not None and not (isinstance(folder, str | Path) and str(folder)):
             raise ValueError(f"disk_kv_cache={folder!r} must be a folder")
         if folder is not None and not self.host_budget:
             raise ValueError(
-                f"disk_kv_cache={str(folder)!r} needs host_kv_memory: caches come and go through it"
+                f"disk_kv_cache={str(folder)!r} needs host_kv_memory: caches are copied through it"
             )
         if folder is not None and self.ranks > 1:
             raise ValueError(
@@ -411,7 +416,7 @@ class EngineConfig:
             if getattr(self, name) is not None and not self.reuse_share and unused:
                 raise ValueError(
                     f"{name}={getattr(self, name)!s} has no effect with reuse_share=0: no "
-                    f"conversation is held then"
+                    f"conversation is held then; set reuse_share or leave it out"
                 )
 
     def _check_adapters(self) -> None:
@@ -439,7 +444,7 @@ class EngineConfig:
             )
         if stages == 1 or len(given.split(",")) != stages:
             raise ValueError(
-                f"pipeline_layers={given!r} is for {len(given.split(','))} stages, and "
+                f"pipeline_layers={given!r} names {len(given.split(','))} stages, but "
                 f"pipeline_parallel_size={stages}"
             )
 
@@ -462,9 +467,9 @@ class EngineConfig:
 
     @classmethod
     def from_options(cls, others: Iterable[str] = (), **options: Any) -> EngineConfig:
-        """Build from keywords; an unknown one raises with the nearest name.
+        """Build from keywords; an unknown one raises ``ValueError`` with the nearest name.
 
-        ``others``: further names that the caller takes itself.
+        ``others``: further names that the caller handles itself.
         """
         known = [each.name for each in fields(cls)]
         for name in options:
@@ -474,7 +479,7 @@ class EngineConfig:
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The precision attention weights are worked out in: float64 for float64, else float32."""
+    """The precision that attention weights are computed in: float64 for float64, else float32."""
     import torch
 
     return torch.float64 if dtype == torch.float64 else torch.float32

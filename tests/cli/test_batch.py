@@ -325,7 +325,7 @@ def test_a_target_that_cannot_be(tmp_path: Path) -> None:
             (source, other, "line 1 is no answer of a batch"),
             (source, locked, "is being written by another process"),
             (source, tmp_path, "Is a directory"),
-            (source, Path("/dev/null"), "'/dev/null' is no file"),
+            (source, Path("/dev/null"), "'/dev/null' is not a regular file"),
             (source, tmp_path / "no" / "folder", "No such file or directory"),
             (tmp_path / "none", tmp_path / "out", "No such file or directory"),
         ):

@@ -67,7 +67,7 @@ def test_help_tells_what_is_registered() -> None:
     assert list(common.POLICY_NAMES) == sorted(POLICIES)
     assert list(common.BACKENDS) == sorted(available_backends())
     shown = " ".join(run("generate", "--help").stdout.replace("│", " ").split())
-    assert "default: (0.5 for pyramid and duo, the published settings for the others)" in shown
+    assert "default: (0.5 for pyramid and duo, the published budget for other policies)" in shown
     keeps = {name: getattr(make_policy(name), "keep", None) for name in POLICIES}
     assert {name for name, keep in keeps.items() if keep is not None} == {"pyramid", "duo", "kvzip"}
     assert keeps["pyramid"] == keeps["duo"] == 0.5  # kvzip's is published

@@ -36,13 +36,13 @@ def test_fetch_lists_fetches_and_says_so(
         "Apache-2.0",
         "gemma3-270m: Gemma 3 270M base (Q4_K_M)",
         "https://ai.google.dev/gemma/terms",
-        "not here; run: pyramidinfer fetch tiny",
+        "not installed; run: pyramidinfer fetch tiny",
     ):
         assert text in shown
     assert run(monkeypatch, "fetch", "tiny") == 0
     shown = capsys.readouterr().out
     folder = catalog.fetched("tiny")
-    assert f"tiny is here now: {folder}" in shown and "licence: none" in shown
+    assert f"tiny is installed: {folder}" in shown and "licence: none" in shown
     assert run(monkeypatch, "fetch", "tiny") == 0
     assert f"tiny is here already: {folder}" in capsys.readouterr().out
     assert (

@@ -362,7 +362,7 @@ def test_sigterm_lets_what_runs_end() -> None:
         next(lines)
         assert http.get("/ready").status_code == 200  # this connection stays
         os.kill(begun.pid, signal.SIGTERM)
-        begun.says("stopping: waiting for what runs")
+        begun.says("stopping: waiting for running requests")
         ready = http.get("/ready")
         assert (ready.status_code, ready.json()["error"]["code"]) == (503, "stopping")
         refused = http.post("/v1/completions", json={"prompt": "x"})
@@ -386,7 +386,7 @@ def test_what_does_not_end_is_ended(how: str) -> None:
         lines = stream.iter_lines()
         next(lines)
         os.kill(begun.pid, signal.SIGTERM)
-        begun.says("stopping: waiting for what runs")
+        begun.says("stopping: waiting for running requests")
         if how == "a second signal":
             os.kill(begun.pid, signal.SIGTERM)
         rest = [line for line in lines if line]
@@ -411,7 +411,7 @@ def test_who_reads_slowly_gets_the_whole_answer(stream: bool) -> None:
             )
             found = line.recv(2048)  # the answer has begun
             os.kill(begun.pid, signal.SIGTERM)
-            begun.says("stopping: waiting for what runs")
+            begun.says("stopping: waiting for running requests")
             end = time.monotonic() + 7  # longer than connections used to be given
             while time.monotonic() < end:
                 found += line.recv(512)

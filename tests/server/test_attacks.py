@@ -76,7 +76,7 @@ def test_descriptors_are_left_over(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run.resource, "getrlimit", lambda which: (run.resource.RLIM_INFINITY,) * 2)
     assert run.connections_left() == run.MOST_CONNECTIONS
     assert run.check_connections(ServerSettings(max_connections=7)) == 7
-    with pytest.raises(ValueError, match=r"max_connections=10001: .* leaves room for 10000"):
+    with pytest.raises(ValueError, match=r"max_connections=10001: .* allows 10000"):
         run.check_connections(ServerSettings(max_connections=10_001))
 
 
@@ -107,11 +107,11 @@ def test_bodies_of_too_many_parts(live: Live, kind: str, path: str) -> None:
     message = answer.json()["error"]["message"]
     said = {
         "cut short": "not valid JSON",
-        "texts": "texts and names; this server takes 100000",
-        "parts": "takes",
+        "texts": "texts and names; this server accepts at most 100000",
+        "parts": "accepts",
         "names": "an object has 4097 names; 4096 are read",
     }
-    assert said.get(kind, "objects and lists; this server takes 10000 at most") in message
+    assert said.get(kind, "objects and lists; this server accepts at most 10000") in message
 
 
 def test_too_many_values(live: Live) -> None:
@@ -149,7 +149,7 @@ def test_a_compressed_body(live: Live) -> None:
     headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
     answer = live.http.post("/v1/completions", content=body, headers=headers)
     assert answer.status_code == 415
-    assert "Content-Encoding 'gzip' is not understood" in answer.json()["error"]["message"]
+    assert "Content-Encoding 'gzip' is not supported" in answer.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("path", ["/v1/completions/", "/tokenize/", "/health/"])

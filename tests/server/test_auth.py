@@ -134,8 +134,8 @@ def test_keys_from_a_file_and_the_environment(
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"# nothing\n", "holds no key"),
-        (b"", "holds no key"),
+        (b"# nothing\n", "contains no key"),
+        (b"", "contains no key"),
         (b"a b", "printable ASCII"),
         ("schlüssel".encode(), "printable ASCII"),
         (b"\xff", "not UTF-8"),

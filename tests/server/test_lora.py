@@ -100,5 +100,5 @@ def test_metrics_name_the_adapters(live: Live) -> None:
 
 def test_an_adapter_is_not_called_as_the_model_is(folders: dict[str, str]) -> None:
     llm = tiny_llm("full", None, lora_modules={"tiny": folders["first"]})
-    with pytest.raises(ValueError, match="are both called 'tiny'"):
+    with pytest.raises(ValueError, match="are both named 'tiny'"):
         Service(llm, ServerSettings(model_name="tiny"))

@@ -87,7 +87,7 @@ def test_of_a_text_the_first_characters_and_of_ids_the_first_ones(keyed: Live) -
 @pytest.mark.parametrize(
     ("body", "words"),
     [
-        ({"compression": {**CUT, "prefix": 2}}, "prefix=2, and there are 2 items in messages"),
+        ({"compression": {**CUT, "prefix": 2}}, "prefix=2, but messages has 2 items"),
         ({"compression": {**CUT, "prefix": 0}}, "prefix: Input should be greater"),
         ({"compression": CUT | FULL | {"keep": 1}, "prompt_logprobs": 1}, "leave one of them out"),
         ({"cache_salt": ""}, "cache_salt: String should have at least 1 character"),

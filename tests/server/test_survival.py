@@ -97,7 +97,7 @@ def test_nobody_else_is_told(live: Live) -> None:
     [
         ({"columns": 0}, "columns"),
         ({"columns": 1025}, "columns"),
-        ({"compression": {"reuse": False}}, "no cache stays behind"),
+        ({"compression": {"reuse": False}}, "no cache is held"),
         ({"compression": {"policy": "nonsense"}}, "nonsense"),
         ({"prompt": "x"}, "one of them"),
         ({"owner": "bert"}, "owner"),

@@ -41,7 +41,7 @@ def options(
         typer.Option("--version", help="Show the version.", callback=_show_version, is_eager=True),
     ] = False,
 ) -> None:
-    """Language model inference in which fewer tokens are computed and fewer are kept."""
+    """Language model inference that computes fewer prompt tokens and keeps a smaller KV cache."""
 
 
 add_serving(app)
@@ -50,13 +50,13 @@ add_models(app)
 
 
 def main() -> None:
-    """Run the command line; a wrong command or option is one line, too."""
+    """Run the command line; a wrong command or option is a one-line error too."""
     try:
         code = app(standalone_mode=False)
     except (typer.Abort, KeyboardInterrupt):
         sys.exit(130)
     except Exception as error:
-        tell = getattr(error, "format_message", None)  # what every usage error of typer has
+        tell = getattr(error, "format_message", None)  # every usage error of typer has it
         if tell is None:
             raise
         print(f"error: {tell()}", file=sys.stderr)

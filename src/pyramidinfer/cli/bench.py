@@ -31,11 +31,12 @@ from pyramidinfer.lab.bench.serve_plan import ServePlan, TurnsPlan
 __all__ = ["bench"]
 
 bench = typer.Typer(
-    help="Measure speed and memory: JSON, a table, a picture.", no_args_is_help=True
+    help="Measure speed and memory; the result is a table, and JSON and a picture if asked for.",
+    no_args_is_help=True,
 )
 
 Json = Annotated[
-    Path, typer.Option("--json", help="File for the result; a picture goes beside it.")
+    Path, typer.Option("--json", help="JSON file for the result; a picture is written next to it.")
 ]
 ApiKey = Annotated[
     str | None, typer.Option(help="API key of the server at --url.", envvar="OPENAI_API_KEY")
@@ -59,7 +60,7 @@ def _show(table: Table, *paths: Path) -> None:
 
 @command(bench)
 def throughput(plan: ThroughputPlan, json: Json = Path("out/bench_throughput.json")) -> None:
-    """Many requests at once: tokens/s, prefill, decoding step, memory, shares of the machine."""
+    """Many concurrent requests: tokens/s, prefill, decode step, memory, use of the machine."""
     from pyramidinfer.lab.bench.plots import draw_throughput
     from pyramidinfer.lab.bench.table import throughput_table
     from pyramidinfer.lab.bench.throughput import run_throughput
@@ -71,7 +72,7 @@ def throughput(plan: ThroughputPlan, json: Json = Path("out/bench_throughput.jso
 
 @command(bench)
 def weights(plan: WeightsPlan, json: Json = Path("out/weights.json")) -> None:
-    """Weights of 8 and 4 bits: perplexity on real text, bytes, prefill and decode step."""
+    """Weights of 8 and 4 bits: perplexity on real text, bytes, prefill time, decode step."""
     from pyramidinfer.lab.bench.table import weights_table
     from pyramidinfer.lab.bench.weights import run_weights
 
@@ -80,7 +81,7 @@ def weights(plan: WeightsPlan, json: Json = Path("out/weights.json")) -> None:
 
 @command(bench)
 def adapters(plan: AdaptersPlan, json: Json = Path("out/bench_adapters.json")) -> None:
-    """Decode step and prefill with LoRA adapters, beside the model alone."""
+    """Decode step and prefill with LoRA adapters, compared with the model alone."""
     from pyramidinfer.lab.bench.adapters import run_adapters
     from pyramidinfer.lab.bench.table import adapters_table
 
@@ -89,7 +90,7 @@ def adapters(plan: AdaptersPlan, json: Json = Path("out/bench_adapters.json")) -
 
 @command(bench, "kv-dtypes")
 def kv_dtypes(plan: KvDtypesPlan, json: Json = Path("out/kv_dtype_kernels.json")) -> None:
-    """Decode attention over a cache of 8 and 4 bits, beside 16 bits and a plain read."""
+    """Decode attention over a cache of 8 and 4 bits, compared with 16 bits and a plain read."""
     from pyramidinfer.lab.bench.kv_dtypes import run_kv_dtypes
     from pyramidinfer.lab.bench.table import kv_dtypes_table
 
@@ -98,7 +99,7 @@ def kv_dtypes(plan: KvDtypesPlan, json: Json = Path("out/kv_dtype_kernels.json")
 
 @command(bench)
 def lossless(plan: LosslessPlan, json: Json = Path("out/lossless.json")) -> None:
-    """The full cache with drafts beside the full cache without, by context, batch and guesses."""
+    """Lossless requests, compared with the full cache without drafts."""
     from pyramidinfer.lab.bench.lossless import run_lossless
     from pyramidinfer.lab.bench.plots import draw_lossless
     from pyramidinfer.lab.bench.table import lossless_table
@@ -110,7 +111,7 @@ def lossless(plan: LosslessPlan, json: Json = Path("out/lossless.json")) -> None
 
 @command(bench)
 def latency(plan: LatencyPlan, json: Json = Path("out/bench_latency.json")) -> None:
-    """Time to first token and between tokens, p50 and p99, over prompt lengths."""
+    """Time to first token and between tokens, p50 and p99, by prompt length."""
     from pyramidinfer.lab.bench.latency import run_latency
     from pyramidinfer.lab.bench.plots import draw_latency
     from pyramidinfer.lab.bench.table import latency_table
@@ -122,7 +123,7 @@ def latency(plan: LatencyPlan, json: Json = Path("out/bench_latency.json")) -> N
 
 @command(bench)
 def memory(plan: MemoryPlan, json: Json = Path("out/bench_memory.json")) -> None:
-    """How many requests fit into one kv_memory at once, and what each holds."""
+    """How many requests fit into kv_memory at once, and the bytes of each."""
     from pyramidinfer.lab.bench.memory import run_memory
     from pyramidinfer.lab.bench.plots import draw_memory
     from pyramidinfer.lab.bench.table import memory_table
@@ -134,7 +135,7 @@ def memory(plan: MemoryPlan, json: Json = Path("out/bench_memory.json")) -> None
 
 @command(bench)
 def footprint(plan: FootprintPlan, json: Json = Path("out/footprint.json")) -> None:
-    """What a serving process takes beside weights and kv_memory, and what is installed."""
+    """Memory of a server beyond weights and kv_memory, and the size of the packages."""
     from pyramidinfer.lab.bench.footprint import run_footprint
     from pyramidinfer.lab.bench.table import footprint_table
 
@@ -143,7 +144,7 @@ def footprint(plan: FootprintPlan, json: Json = Path("out/footprint.json")) -> N
 
 @command(bench)
 def scale(plan: ScalePlan, json: Json = Path("out/scale.json")) -> None:
-    """A model over several processes: memory and traffic of each, beside the formula."""
+    """A model split over processes: memory and traffic of each, compared with the formula."""
     from pyramidinfer.lab.bench.scale import run_scale
     from pyramidinfer.lab.bench.scale_page import scale_table
 
@@ -152,7 +153,7 @@ def scale(plan: ScalePlan, json: Json = Path("out/scale.json")) -> None:
 
 @command(bench)
 def replicas(plan: ReplicasPlan, json: Json = Path("out/replicas.json")) -> None:
-    """Two replicas under Ray Serve: chats that find their cache again, and one that is killed."""
+    """Two replicas under Ray Serve: cache reuse of chats, and the loss of one replica."""
     from pyramidinfer.lab.bench.replicas import run_replicas
     from pyramidinfer.lab.bench.replicas_page import replicas_table
 
@@ -161,7 +162,7 @@ def replicas(plan: ReplicasPlan, json: Json = Path("out/replicas.json")) -> None
 
 @command(bench)
 def stages(plan: StagesPlan, json: Json = Path("out/stages.json")) -> None:
-    """Layers dealt to two stages evenly, beside by what the policy forecasts."""
+    """Two pipeline stages with equal layers, compared with layers balanced by expected work."""
     from pyramidinfer.lab.bench.scale_page import stages_table
     from pyramidinfer.lab.bench.stages import run_stages
 
@@ -170,7 +171,7 @@ def stages(plan: StagesPlan, json: Json = Path("out/stages.json")) -> None:
 
 @command(bench)
 def offload(plan: OffloadPlan, json: Json = Path("out/offload.json")) -> None:
-    """Conversations that pool, host memory and disk hold; the second turn's first token."""
+    """Conversations held in the pool, in host memory and on disk; time to reuse them."""
     from pyramidinfer.lab.bench.offload import run_offload
     from pyramidinfer.lab.bench.offload_page import offload_table
 
@@ -179,7 +180,7 @@ def offload(plan: OffloadPlan, json: Json = Path("out/offload.json")) -> None:
 
 @command(bench)
 def prefix(plan: PrefixPlan, json: Json = Path("out/prefix.json")) -> None:
-    """Chats with one system prompt, which each of them computes or all of them share."""
+    """Chats with the same system prompt, computed for each chat or shared."""
     from pyramidinfer.lab.bench.prefix import run_prefix
     from pyramidinfer.lab.bench.prefix_page import prefix_table
 
@@ -188,7 +189,7 @@ def prefix(plan: PrefixPlan, json: Json = Path("out/prefix.json")) -> None:
 
 @command(bench)
 def kernels(plan: KernelPlan, json: Json = Path("out/bench_kernels.json")) -> None:
-    """Attention and compaction alone, beside a plain read or copy of the same bytes."""
+    """Attention and compaction kernels, compared with a plain read or copy of the same bytes."""
     from pyramidinfer.lab.bench.kernels import run_kernels
     from pyramidinfer.lab.bench.plots import draw_kernels
     from pyramidinfer.lab.bench.table import kernels_table
@@ -203,7 +204,7 @@ def kernels(plan: KernelPlan, json: Json = Path("out/bench_kernels.json")) -> No
 def serve(
     plan: ServePlan, api_key: ApiKey = None, json: Json = Path("out/bench_serve.json")
 ) -> None:
-    """A server under load, rate by rate: latencies, goodput, requests at once."""
+    """A server under load, at each rate: latencies, goodput, concurrent requests."""
     from pyramidinfer.lab.bench.serve import run_serve
     from pyramidinfer.lab.bench.serve_views import draw_serve, serve_table
 
@@ -216,7 +217,7 @@ def serve(
 def turns(
     plan: TurnsPlan, api_key: ApiKey = None, json: Json = Path("out/bench_turns.json")
 ) -> None:
-    """Conversations, with the last turn's cache taken up and without: time to first token."""
+    """Time to first token of conversations, with and without reuse of the cache."""
     from pyramidinfer.lab.bench.serve_views import draw_turns, turns_table
     from pyramidinfer.lab.bench.turns import run_turns
 

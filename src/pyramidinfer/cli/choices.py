@@ -1,4 +1,4 @@
-"""Options that several commands have: the model and its policy, how to sample."""
+"""Options that several commands share: the model, its policy, and sampling."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pyramidinfer.cli.common import BACKENDS, DEFAULT_POLICY, POLICY_NAMES, poli
 from pyramidinfer.options import Option, at_least, check_options, json_object
 from pyramidinfer.server.settings import GenerationConfig
 
-if TYPE_CHECKING:  # torch takes seconds, and --help needs none of it
+if TYPE_CHECKING:  # importing torch takes seconds, and --help does not need it
     from pyramidinfer.policies import Policy
 
 __all__ = [
@@ -31,7 +31,7 @@ AsJson = Annotated[bool, Option("Print one JSON object.", flags=("--json",))]
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
-    """Which model, with which policy, and what it runs on."""
+    """The model, its policy, and the hardware it runs on."""
 
     model: Annotated[
         str | None,
@@ -45,22 +45,23 @@ class ModelOptions:
     policy: Annotated[
         str,
         Option(
-            f"Compression method; full compresses nothing. One of: {', '.join(POLICY_NAMES)}.",
+            f"Compression method; full keeps the whole cache. One of: {', '.join(POLICY_NAMES)}.",
             see="choosing.md",
         ),
     ] = DEFAULT_POLICY
     keep: Annotated[
         float | None,
         Option(
-            "Share of the prompt's KV cache that is kept, in (0, 1], mean over layers. Lower: more "
-            "requests at once, less recall.",
-            unset="0.5 for pyramid and duo, the published settings for the others",
+            "Share of the prompt's KV cache to keep, in (0, 1], mean over layers. With a lower "
+            "share "
+            "more requests fit into memory, and answers lose accuracy.",
+            unset="0.5 for pyramid and duo, the published budget for other policies",
         ),
     ] = None
     option: Annotated[
         tuple[str, ...],
         Option(
-            "An option of the policy, NAME=VALUE. May be repeated.",
+            "An option of the policy: NAME=VALUE. May be repeated.",
             flags=("--option", "-o"),
             repeat=True,
             see="methods.md",
@@ -69,8 +70,10 @@ class ModelOptions:
     lossless: Annotated[
         bool,
         Option(
-            "Give exactly the answers of policy full. The whole cache is kept; the entries that "
-            "--policy and --keep (0.1 for pyramid) choose are read to guess tokens ahead.",
+            "Speculative decoding that gives exactly the answers of policy full. The whole cache "
+            "is "
+            "kept; the entries that --policy and --keep (0.1 for pyramid) choose are read to draft "
+            "tokens.",
             see="lossless.md",
         ),
     ] = False
@@ -87,15 +90,15 @@ class ModelOptions:
     backend: Annotated[
         str,
         Option(
-            f"Attention kernels: auto (the fastest there are), {', '.join(BACKENDS)}. cpu (C++) "
-            f"fails without a compiler; reference is plain torch, and slow."
+            f"Attention kernels: auto (the fastest available), {', '.join(BACKENDS)}. cpu (C++) "
+            f"needs a compiler; reference is plain torch, and slow."
         ),
     ] = "auto"
     threads: Annotated[
         int,
         Option(
-            "CPU threads; 0 leaves it to torch. Set it to a container's CPU limit; OMP_NUM_THREADS "
-            "does the same.",
+            "CPU threads; 0 leaves the number to torch. In a container, set it to the CPU limit. "
+            "OMP_NUM_THREADS does the same.",
             check=at_least(0),
         ),
     ] = 0
@@ -104,7 +107,7 @@ class ModelOptions:
         check_options(self)
 
     def set_threads(self) -> None:
-        """Have torch use so many."""
+        """Set torch's number of threads."""
         import torch
 
         if self.threads:
@@ -112,17 +115,17 @@ class ModelOptions:
 
     @property
     def chosen(self) -> Policy:
-        """The policy object; ``ValueError`` for options that it does not have."""
+        """The policy object; ``ValueError`` for options it does not have."""
         return policy_from(self.policy, self.keep, list(self.option), self.lossless)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingOptions:
-    """How to choose tokens; None is what the model's generation config says, else greedy."""
+    """Sampling; None takes the model's generation config, else greedy."""
 
     max_tokens: Annotated[
         int | None,
-        Option("Tokens to generate, at most.", unset="the model's, else 256 in chat or 64"),
+        Option("Maximum number of generated tokens.", unset="the model's, else 256 in chat or 64"),
     ] = None
     temperature: Annotated[
         float | None, Option("Sampling temperature; 0 is greedy.", unset="the model's, or 0")
@@ -130,15 +133,15 @@ class SamplingOptions:
     top_p: Annotated[
         float | None,
         Option(
-            "Sample from the likeliest tokens of this total probability; 1 is off.",
+            "Sample from the likeliest tokens with this total probability; 1 is off.",
             unset="the model's, or off",
         ),
     ] = None
     top_k: Annotated[
         int | None,
-        Option("Sample from so many likeliest tokens; 0 is off.", unset="the model's, or off"),
+        Option("Sample from this many likeliest tokens; 0 is off.", unset="the model's, or off"),
     ] = None
-    seed: Annotated[int | None, Option("Makes sampling repeatable.")] = None
+    seed: Annotated[int | None, Option("Random seed, to make sampling repeatable.")] = None
     stop: Annotated[
         tuple[str, ...], Option("A text that ends the answer. May be repeated.", repeat=True)
     ] = ()
@@ -164,49 +167,50 @@ class SamplingOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class PromptOptions:
-    """What ``generate`` is asked, and how it answers."""
+    """The prompt of ``generate``, and the form of its answer."""
 
     prompt: Annotated[str | None, Option("The prompt.")] = None
-    prompt_file: Annotated[
-        Path | None, Option("File that holds the prompt; - is standard input.")
-    ] = None
+    prompt_file: Annotated[Path | None, Option("File with the prompt; - is standard input.")] = None
     chat: Annotated[bool, Option("Apply the model's chat template.")] = False
     lora: Annotated[
         str | None,
-        Option("Name of the adapter in --lora-modules to answer with.", unset="the model alone"),
+        Option("Name of an adapter of --lora-modules to answer with.", unset="the model alone"),
     ] = None
     as_json: AsJson = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class DemoOptions:
-    """What the demo asks, and in which memory; None is what suits the model."""
+    """Questions and memory of the demo; None is a value that suits the model."""
 
     fetch: Annotated[
         str | None,
-        Option("Download this model and run on it; where that fails, on the shipped one."),
+        Option("Download this model and run on it; if that fails, on the shipped one."),
     ] = None
     documents: Annotated[
-        int | None, Option("Documents, each with one question.", unset="24, or 15 for --fetch")
+        int | None,
+        Option("Number of documents, each with one question.", unset="24, or 15 for --fetch"),
     ] = None
     length: Annotated[
         int | None, Option("Tokens of each document.", unset="2000, or 1500 for --fetch")
     ] = None
     kv_memory: Annotated[
-        str | None, Option("Memory for all caches.", unset="64MiB, or 256MiB for --fetch")
+        str | None, Option("Memory for the KV caches.", unset="64MiB, or 256MiB for --fetch")
     ] = None
     keep: Annotated[
-        float | None, Option("Share of the cache that is kept.", unset="0.3, or 0.25 for --fetch")
+        float | None, Option("Share of the cache to keep.", unset="0.3, or 0.25 for --fetch")
     ] = None
-    out: Annotated[Path, Option("Folder for the picture and the figures.")] = Path("out")
+    out: Annotated[Path, Option("Folder for the picture and the results.")] = Path("out")
 
 
 @dataclass(frozen=True, kw_only=True)
 class InspectOptions:
-    """The request that is forecast."""
+    """The request whose memory is computed."""
 
     prompt_len: Annotated[int, Option("Tokens of the prompt.", check=at_least(1))] = 2048
-    max_tokens: Annotated[int, Option("Tokens to generate, at most.", check=at_least(1))] = 256
+    max_tokens: Annotated[int, Option("Maximum number of generated tokens.", check=at_least(1))] = (
+        256
+    )
     as_json: AsJson = False
 
     def __post_init__(self) -> None:
@@ -222,7 +226,7 @@ class DoctorOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ProfileOptions:
-    """Where a profile goes, and how it is told."""
+    """Output of a profile."""
 
     output: Annotated[
         Path | None,
@@ -231,19 +235,19 @@ class ProfileOptions:
         ),
     ] = None
     picture: Annotated[
-        Path | None, Option("File for a picture of layers and heads, PNG.", unset="none")
+        Path | None, Option("PNG file for a picture of layers and heads.", unset="none")
     ] = None
-    force: Annotated[bool, Option("Measure again what is stored.")] = False
-    quick: Annotated[bool, Option("Do a third of the work.")] = False
+    force: Annotated[bool, Option("Measure again, even if a profile is stored.")] = False
+    quick: Annotated[bool, Option("Measure on a third of the texts: faster, less exact.")] = False
     as_json: AsJson = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyOptions:
-    """When a setting holds, and where that is written."""
+    """The limit that a setting must reach, and the file for the result."""
 
     floor: Annotated[
         float | None,
-        Option("Share of the full cache's quality that must be kept.", unset="0.8"),
+        Option("Share of the full cache's quality that the policy must keep.", unset="0.8"),
     ] = None
     json: Annotated[Path | None, Option("File for the result.", unset="none")] = None

@@ -37,7 +37,7 @@ def demo(
         pick("kv_dtype", "weights", "tensor_parallel_size", "pipeline_parallel_size"),
     ],
 ) -> None:
-    """Answer questions about long documents in one memory budget, four ways, and draw it."""
+    """Answer questions about long documents in one memory budget, four ways, and draw a picture."""
     from pyramidinfer.cli.demo import run_demo
 
     run_demo(model.model, asked, engine)
@@ -48,7 +48,7 @@ def inspect(
     engine: Annotated[EngineConfig, pick("kv_dtype", "weights")],
     asked: InspectOptions,
 ) -> None:
-    """Show what a policy would compute and keep in each layer, and the bytes; generates nothing."""
+    """Show what a policy computes and keeps in each layer, and the bytes, without generating."""
     from pyramidinfer.cli.inspect import run_inspect
 
     run_inspect(model.model, model.chosen, model.dtype, engine, asked)
@@ -58,7 +58,7 @@ def profile(
     where: Annotated[Subject, pick("model", "text", "dtype", "device", kv_memory="128MiB")],
     options: Annotated[ProfileOptions, pick(without=("quick",))],
 ) -> None:
-    """Measure how much of a text each KV head of a model needs, once, and store it."""
+    """Measure how much of a text each KV head of a model needs, and store it."""
     from pyramidinfer.cli.profile import run_profile
 
     run_profile(where, options)
@@ -67,7 +67,7 @@ def profile(
 def calibrate(
     task: Task, options: Annotated[ProfileOptions, pick("output", "quick", "as_json")]
 ) -> None:
-    """Find after which layer of a model tokens may be dropped, and write it into its profile."""
+    """Find the layer after which tokens may be dropped, and store it in the model's profile."""
     from pyramidinfer.cli.calibrate import run_calibrate
     from pyramidinfer.models.loading import quiet_transformers
 
@@ -84,7 +84,8 @@ def verify(
     plan: VerifyPlan,
     options: VerifyOptions,
 ) -> None:
-    """Tell what share of the full cache's quality a setting keeps here; exit 1 below the floor."""
+    """Measure the share of the full cache's quality that a setting keeps; exit code 1 below the
+    floor."""
     from pyramidinfer.cli.verify import run_verify
     from pyramidinfer.lab.verify import FLOOR
 
@@ -94,7 +95,7 @@ def verify(
 
 
 def doctor(options: DoctorOptions) -> None:
-    """Tell what this machine has, which kernels and attention backend are in use, and why."""
+    """Show the machine's hardware, the kernels and attention backend in use, and why."""
     from pyramidinfer.cli.doctor import run_doctor
 
     run_doctor(options.as_json)

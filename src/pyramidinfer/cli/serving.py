@@ -24,13 +24,13 @@ from pyramidinfer.server.settings import (
 
 __all__ = ["add_serving"]
 
-#: What an engine needs to know that serves nobody else: the options under no heading.
+#: Engine options of commands that run no server: those without a panel.
 ALONE = tuple(name for name, each in option_fields(EngineConfig).items() if not each.option.panel)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServeOptions:
-    """What ``serve`` does before it serves."""
+    """Options of ``serve`` for the time before it serves."""
 
     config: Annotated[
         Path | None,
@@ -44,7 +44,7 @@ class ServeOptions:
     verify: Annotated[
         bool,
         Option(
-            "First measure what share of the full cache's quality the policy keeps on this model; "
+            "First measure how much of the full cache's quality the policy keeps on this model; "
             "below --verify-floor, do not serve.",
             panel=SAFETY,
             see="#verify",
@@ -53,7 +53,7 @@ class ServeOptions:
     verify_floor: Annotated[
         float | None,
         Option(
-            "With --verify: the share of the full cache's quality that must be kept.",
+            "With --verify: the share of the full cache's quality that the policy must keep.",
             unset="0.8",
             panel=SAFETY,
         ),
@@ -61,9 +61,9 @@ class ServeOptions:
     api_key_file: Annotated[
         Path | None,
         Option(
-            f"File with API keys, one a line. {KEYS_VARIABLE} holds further ones, separated by "
+            f"File with API keys, one per line. {KEYS_VARIABLE} may hold more, separated by "
             f"commas.",
-            unset="no keys, everybody may ask",
+            unset="no keys: everybody may send requests",
             panel=SAFETY,
             see="#secure",
         ),
@@ -72,15 +72,15 @@ class ServeOptions:
     metrics_key_file: Annotated[
         Path | None,
         Option(
-            "File with keys that open /metrics and nothing else, one a line, for Prometheus.",
-            unset="/metrics needs an API key where there are any",
+            "File with keys that open only /metrics, one per line, for Prometheus.",
+            unset="/metrics needs an API key if there are any",
             panel=SAFETY,
             see="#observe",
         ),
     ] = None
 
     def floor(self, model: ModelOptions, engine: EngineConfig) -> float | None:
-        """What must be kept of the full cache's quality; None: it is not measured."""
+        """The share of the full cache's quality to keep; None: it is not measured."""
         if not self.verify:
             if self.verify_floor is not None:
                 raise ValueError(
@@ -94,7 +94,8 @@ class ServeOptions:
             )
         if model.lossless:
             raise ValueError(
-                "--verify with --lossless: answers are the full cache's, so there is nothing to "
+                "--verify with --lossless: answers are those of the full cache, so there is "
+                "nothing to "
                 "measure; leave one of them out"
             )
         from pyramidinfer.lab.verify import FLOOR, check_floor
@@ -106,7 +107,7 @@ class ServeOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ChatOptions:
-    """What a conversation begins with."""
+    """Options that a chat begins with."""
 
     system: Annotated[str | None, Option("System prompt.")] = None
 
@@ -120,7 +121,7 @@ def add_serving(app: typer.Typer) -> None:
 def serve(
     model: ModelOptions, engine: EngineConfig, settings: ServerSettings, options: ServeOptions
 ) -> None:
-    """Serve a model under the OpenAI API, with a page at /."""
+    """Serve a model over the OpenAI API, with a web page at /."""
     from pyramidinfer.cli.serve import ModelChoice, run_serve
 
     choice = ModelChoice.of(model, engine)
@@ -143,7 +144,7 @@ def chat(
     sampling: SamplingOptions,
     options: ChatOptions,
 ) -> None:
-    """Chat with a model in the terminal; every turn reuses the last one's cache."""
+    """Chat with a model in the terminal; every turn reuses the cache of the previous one."""
     from pyramidinfer.cli.chat import run_chat
     from pyramidinfer.cli.serve import ModelChoice
 
@@ -153,14 +154,17 @@ def chat(
 
 def batch(
     source: Annotated[Path, typer.Argument(help="Requests in OpenAI's batch format, JSONL.")],
-    target: Annotated[Path, typer.Argument(help="Answers; what is there already is not repeated.")],
+    target: Annotated[
+        Path,
+        typer.Argument(help="File for the answers; requests that it answers already are skipped."),
+    ],
     model: ModelOptions,
     engine: Annotated[EngineConfig, pick("max_requests", *ALONE, reuse_share=0.0)],
     settings: Annotated[ServerSettings, pick("model_name", "generation_config")],
 ) -> None:
-    """Answer a file of requests; stopped or killed, it goes on where it was.
+    """Answer a file of requests; run again after a stop, it answers the rest.
 
-    Exit code 0: all were answered; 1: some answers are errors; 2: some requests have no answer.
+    Exit code 0: all requests were answered; 1: some answers are errors; 2: some have no answer.
     """
     from pyramidinfer.cli.batch import run_batch
     from pyramidinfer.cli.serve import ModelChoice
@@ -175,7 +179,7 @@ def generate(
     sampling: SamplingOptions,
     asked: PromptOptions,
 ) -> None:
-    """Answer one prompt with any supported local or hub model."""
+    """Answer one prompt."""
     from pyramidinfer.cli.generate import run_generate
     from pyramidinfer.cli.serve import ModelChoice
 

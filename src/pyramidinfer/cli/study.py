@@ -31,16 +31,21 @@ from pyramidinfer.options import pick
 __all__ = ["study"]
 
 study = typer.Typer(
-    help="Measure a model under compression: JSON, pictures, resumable.", no_args_is_help=True
+    help="Measure a model under compression; results are JSON and pictures, and can be resumed.",
+    no_args_is_help=True,
 )
 
-Json = Annotated[Path, typer.Option("--json", help="File for the result; pictures go beside it.")]
-Workers = Annotated[int, typer.Option(help="Processes of one thread each; 1 runs in this one.")]
+Json = Annotated[
+    Path, typer.Option("--json", help="JSON file for the result; pictures are written next to it.")
+]
+Workers = Annotated[
+    int, typer.Option(help="Number of processes with one thread each; 1 starts none.")
+]
 
 
 @command(study)
 def icr(plan: IcrPlan, json: Json = Path("out/icr.json"), workers: Workers = 1) -> None:
-    """Prune one layer at a time to a share, all others whole: what does each layer need?"""
+    """How much each layer needs: prune one layer at a time, keep the others whole."""
     from pyramidinfer.lab.icr import run_icr
 
     _quiet()
@@ -49,7 +54,7 @@ def icr(plan: IcrPlan, json: Json = Path("out/icr.json"), workers: Workers = 1) 
 
 @command(study)
 def rac(plan: RacPlan, json: Json = Path("out/rac.json"), workers: Workers = 1) -> None:
-    """Do recent tokens, alone or together, agree on which context matters?"""
+    """Whether recent tokens, alone or together, agree on which context matters."""
     from pyramidinfer.lab.rac import run_rac
 
     _quiet()
@@ -63,7 +68,7 @@ def survival(
     plan: MapPlan,
     json: Json = Path("out/map.json"),
 ) -> None:
-    """Which token of one prompt survives to which layer: figures, a picture and a page."""
+    """Which tokens of a prompt are kept in which layer: numbers, a picture and a web page."""
     from pyramidinfer.lab.survival import run_map
 
     if asked.prompt is not None and asked.prompt_file is not None:
@@ -79,7 +84,7 @@ def survival(
 
 @command(study)
 def quality(plan: Grid, json: Json = Path("out/quality.json"), workers: Workers = 1) -> None:
-    """Every policy at every budget: recall, perplexity, divergence, agreement, bytes."""
+    """Every policy at every keep: recall, perplexity, divergence, agreement, bytes."""
     from pyramidinfer.lab.quality import run_quality
 
     _quiet()
@@ -90,8 +95,8 @@ def quality(plan: Grid, json: Json = Path("out/quality.json"), workers: Workers 
 
 @command(study)
 def ruler(plan: RulerPlan, json: Json = Path("out/ruler.json"), workers: Workers = 1) -> None:
-    """RULER's thirteen tasks, the question inside the compressed prompt and after it. With --text
-    noise, needles lie in noise."""
+    """RULER's thirteen tasks, with the question inside the compressed prompt and after it. With
+    --text noise, needles are hidden in noise."""
     from pyramidinfer.lab.ruler.grid import run_ruler
     from pyramidinfer.lab.ruler.tables import means_table
 
@@ -102,7 +107,7 @@ def ruler(plan: RulerPlan, json: Json = Path("out/ruler.json"), workers: Workers
 
 @command(study)
 def turns(plan: TurnsPlan, json: Json = Path("out/turns.json"), workers: Workers = 1) -> None:
-    """Facts told in a chat's first turn, asked for in turns 2 to 4 on the cache taken up."""
+    """Facts from a chat's first turn, asked for in turns 2 to 4 with the reused cache."""
     from pyramidinfer.lab.turns import run_turns
     from pyramidinfer.lab.ways import rows_table
 
@@ -131,7 +136,7 @@ def text(plan: TextPlan, json: Json = Path("out/text.json"), workers: Workers = 
 
 @command(study)
 def long(plan: LongPlan, json: Json = Path("out/long.json"), workers: Workers = 1) -> None:
-    """Long answers: first difference from the full cache's, likelihood, repetition."""
+    """Long answers: first difference from the full cache's answer, likelihood, repetition."""
     from pyramidinfer.lab.long import run_long
     from pyramidinfer.lab.ways import rows_table
 
@@ -148,7 +153,7 @@ def long(plan: LongPlan, json: Json = Path("out/long.json"), workers: Workers = 
 
 @command(study)
 def heads(plan: HeadsPlan, json: Json = Path("out/heads.json"), workers: Workers = 1) -> None:
-    """What each KV head needs of a text, beside what pruning each layer alone loses."""
+    """How much of a text each KV head needs, and the loss when one layer is pruned."""
     from pyramidinfer.lab.heads import heads_table, run_heads
 
     _quiet()
@@ -158,7 +163,7 @@ def heads(plan: HeadsPlan, json: Json = Path("out/heads.json"), workers: Workers
 
 @command(study)
 def codecs(plan: CodecsPlan, json: Json = Path("out/codecs.json"), workers: Workers = 1) -> None:
-    """Keys and values in few bits: what rotation, scales and minima are worth. No picture."""
+    """Quantized keys and values: the effect of rotation, scales and minima. No picture."""
     from pyramidinfer.lab.codecs import codecs_table, run_codecs
 
     _quiet()
@@ -182,5 +187,5 @@ def _by_turn(row: dict[str, Any]) -> str:
 
 
 def _estimate(name: str) -> Callable[[dict[str, Any]], str]:
-    """A column of a row's figure with its interval."""
+    """A table column: a row's value with its interval."""
     return lambda row: "{:.2f} [{:.2f}, {:.2f}]".format(row[name], *row[f"{name}_ci"])

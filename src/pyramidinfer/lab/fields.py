@@ -1,4 +1,4 @@
-"""Options that benches and studies share (``options.Option``), and what checks their plans.
+"""Options that benches and studies share (``options.Option``), and the checks of their plans.
 
 Nothing here imports torch.
 """
@@ -15,10 +15,10 @@ __all__ = ["Plan", "parse_specs", "share", "size_text", "split_specs"]
 
 
 class Plan:
-    """What a bench or a study is told: a dataclass that checks its options."""
+    """The options of a bench or a study: a dataclass that checks them."""
 
     def check(self) -> None:
-        """``ValueError`` for what cannot be run, naming the option."""
+        """``ValueError``, naming the option, if the plan cannot be run."""
         check_options(self, as_flags=True)
         for each in fields(self):  # type: ignore[arg-type]
             inner: object = getattr(self, each.name)
@@ -65,22 +65,24 @@ NamedModel = Annotated[str, Option("Model folder, Hugging Face hub id, or fetche
 Shape = Annotated[
     str | None,
     Option(
-        "Instead of a model: random weights in the shape of llama2-7b, llama2-13b, llama3-8b or "
+        "Instead of a model: random weights with the layer sizes of llama2-7b, llama2-13b, "
+        "llama3-8b or "
         "bench-200m.",
-        unset="bench-200m where no model is given",
+        unset="bench-200m if no model is given",
     ),
 ]
 Policies = Annotated[
     tuple[str, ...],
     Option(
-        "Policies to compare: NAME,NAME or 'NAME NAME:option=value,…'. The first is what others "
-        "are compared with.",
+        "Policies to compare: NAME,NAME or 'NAME NAME:option=value,…'. The others are compared "
+        "with "
+        "the first.",
         parse=parse_specs,
         show=" ".join,
     ),
 ]
 Keep = Annotated[
-    float, Option("Share of the cache that every policy keeps that does not name its own.")
+    float, Option("Share of the cache that a policy keeps if it names no keep itself.")
 ]
 Dtype = Annotated[
     str, Option("Data type of weights and computation: auto, float32, bfloat16, float16, float64.")
@@ -101,32 +103,34 @@ Weights = Annotated[
 ]
 Device = Annotated[str, Option("auto (a GPU if there is one), cpu or cuda.")]
 Backend = Annotated[
-    str, Option("Attention kernels: auto (the fastest there are), cpu, triton or reference.")
+    str, Option("Attention kernels: auto (the fastest available), cpu, triton or reference.")
 ]
-Threads = Annotated[int, Option("CPU threads; 0 leaves it to torch.", check=at_least(0))]
+Threads = Annotated[int, Option("CPU threads; 0 leaves the number to torch.", check=at_least(0))]
 Repeats = Annotated[
-    int, Option("Measured passes of each policy, which take turns.", check=at_least(1))
+    int, Option("Measured runs of each policy; the policies take turns.", check=at_least(1))
 ]
-Warmup = Annotated[int, Option("Passes before them that are not measured.", check=at_least(1))]
+Warmup = Annotated[int, Option("Runs before these that are not measured.", check=at_least(1))]
 KvMemory = Annotated[
     str,
-    Option("Memory for the caches; auto is what all requests need at once.", check=size_text),
+    Option("Memory for the KV caches; auto is what all requests need together.", check=size_text),
 ]
-CacheMemory = Annotated[str, Option("Memory for the caches.")]
-RankMemory = Annotated[str, Option("Memory for the caches of each rank.", check=size_text)]
-Seed = Annotated[int, Option("Random seed: which weights, prompts or samples are drawn.")]
-Batch = Annotated[int, Option("Requests at once.", check=at_least(1))]
+CacheMemory = Annotated[str, Option("Memory for the KV caches.")]
+RankMemory = Annotated[str, Option("Memory for the KV caches of each rank.", check=size_text)]
+Seed = Annotated[int, Option("Random seed of weights, prompts or samples.")]
+Batch = Annotated[int, Option("Number of concurrent requests.", check=at_least(1))]
 Batches = Annotated[
     tuple[int, ...],
     Option(
-        "Requests at once; several numbers measure each.", flags=("--batch",), check=at_least(1)
+        "Number of concurrent requests; several numbers are measured one by one.",
+        flags=("--batch",),
+        check=at_least(1),
     ),
 ]
 PromptLen = Annotated[int, Option("Tokens of each prompt.", check=at_least(1))]
 PromptLens = Annotated[
     tuple[int, ...],
     Option(
-        "Tokens of each prompt; several numbers measure each.",
+        "Tokens of each prompt; several numbers are measured one by one.",
         flags=("--prompt-len",),
         check=at_least(1),
     ),
@@ -143,10 +147,10 @@ Text = Annotated[
     str | None,
     Option(
         "UTF-8 text file to draw samples from.",
-        unset="real English; the shipped model's own language",
+        unset="English text; for the shipped model text in its own language",
     ),
 ]
-Samples = Annotated[int, Option("Samples that each figure rests on.", check=at_least(1))]
+Samples = Annotated[int, Option("Number of samples behind each result.", check=at_least(1))]
 Context = Annotated[int, Option("Tokens of context in each sample.", check=at_least(1))]
 Specs = Annotated[
     tuple[str, ...],
@@ -158,12 +162,13 @@ Specs = Annotated[
 ]
 Keeps = Annotated[
     tuple[float, ...],
-    Option("Budgets to measure each policy at: shares in (0, 1].", check=share),
+    Option("Values of keep to measure each policy at, in (0, 1].", check=share),
 ]
 KvDtypes = Annotated[
     tuple[str, ...],
     Option(
-        "How keys and values are stored: auto, int8, int4, fp8; each policy is measured with each.",
+        "How the cache stores keys and values: auto, int8, int4, fp8; several are measured one by "
+        "one.",
         check=one_of(KV_DTYPES),
     ),
 ]

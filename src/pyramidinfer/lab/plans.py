@@ -1,4 +1,4 @@
-"""What each study measures: its options.  Plain values; nothing here imports torch."""
+"""Options of each study.  Plain values; nothing here imports torch."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ __all__ = [
 ]
 
 AUTO = "auto"
-#: With the question inside the compressed prompt, and after it.
+#: The question is part of the compressed prompt, or comes after it.
 PROTOCOLS = ("inside", "after")
-#: Questions and passages of a cell of ``Grid``, at least.
+#: Smallest number of questions and of passages of a cell of ``Grid``.
 LEAST = 5
 
 ON = ("model", "text", "dtype", "device", "kv_memory")
@@ -50,7 +50,7 @@ Chats = Annotated[Subject, pick("model", "dtype", "device", "kv_memory", kv_memo
 
 
 def short_enough(least: int) -> Any:
-    """The check of an option: so many tokens at least."""
+    """The check of an option: at least this many tokens."""
 
     def check(name: str, value: object) -> None:
         if not (isinstance(value, int) and value >= least):
@@ -59,12 +59,14 @@ def short_enough(least: int) -> Any:
     return check
 
 
-Continuation = Annotated[int, Option("Tokens scored after it, at most.", check=at_least(1))]
+Continuation = Annotated[
+    int, Option("Maximum number of tokens scored after the context.", check=at_least(1))
+]
 
 
 @dataclass(frozen=True)
 class IcrPlan(Plan):
-    """One layer is pruned at a time, all others are whole; ``layers`` None: each of them."""
+    """One layer is pruned at a time, the others keep everything; ``layers`` None: all layers."""
 
     subject: Here
     context: Annotated[int, Option("Tokens of context.", check=at_least(20))] = 1000
@@ -73,7 +75,7 @@ class IcrPlan(Plan):
     seed: Seed = 0
     shares: Annotated[
         tuple[float, ...],
-        Option("Shares of the pruned layer's entries that are kept, in (0, 1].", check=share),
+        Option("Shares of the pruned layer's entries to keep, in (0, 1].", check=share),
     ] = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0)
     layers: Annotated[
         tuple[int, ...] | None, Option("Layers to prune, one at a time.", unset="all")
@@ -93,10 +95,14 @@ class RacPlan(Plan):
     seed: Seed = 0
     tops: Annotated[
         tuple[float, ...],
-        Option("Shares of the context that each token picks.", flags=("--top",), check=share),
+        Option(
+            "Shares of the context that count as attended to by a token.",
+            flags=("--top",),
+            check=share,
+        ),
     ] = (0.8, 0.2)
     bins: Annotated[
-        int, Option("Parts that the distances below 30 % are divided into.", check=at_least(1))
+        int, Option("Number of equal parts of the distances below 30 %.", check=at_least(1))
     ] = 10
 
     def __post_init__(self) -> None:
@@ -110,13 +116,13 @@ class RacPlan(Plan):
 
 @dataclass(frozen=True)
 class MapPlan(Plan):
-    """One prompt: a text, or None for a generated question of ``context`` tokens."""
+    """One prompt: a text, or None for a generated question with ``context`` tokens."""
 
     subject: Annotated[Subject, pick("model", "dtype", "device", "kv_memory")]
     prompt: str | None = None
-    context: Annotated[
-        int, Option("Tokens of the generated question, where no prompt is given.")
-    ] = 1000
+    context: Annotated[int, Option("Tokens of the generated question, if no prompt is given.")] = (
+        1000
+    )
     max_tokens: Annotated[int, Option("Tokens to generate after the prompt.")] = 11
     seed: Seed = 0
 
@@ -126,9 +132,9 @@ class Grid(Plan):
     """Each policy (``NAME`` or ``NAME:option=value,…``; None: every one) at each keep and context
     length, with keys and values in each of ``kv_dtypes``.
 
-    Longer contexts get fewer samples, in proportion, so that all lengths cost alike (at least
-    ``LEAST``, or as many as at the shortest).  ``long_samples``: questions that generate so many
-    tokens that answers can be compared.
+    Longer contexts get proportionally fewer samples, so that all lengths cost the same (at least
+    ``LEAST``, or as many as at the shortest).  ``long_samples``: questions that generate enough
+    tokens to compare answers.
     """
 
     subject: Here
@@ -139,10 +145,10 @@ class Grid(Plan):
     ] = (1000, 3000)
     samples: Annotated[
         int,
-        Option("Questions at the shortest context; longer ones get fewer.", check=at_least(1)),
+        Option("Questions at the shortest context; longer contexts get fewer.", check=at_least(1)),
     ] = 40
     passages: Annotated[
-        float, Option("Passages for each question: a share, at least 5 a cell.")
+        float, Option("Text passages as a share of the questions; at least 5 in each cell.")
     ] = 0.5
     long_samples: int = 8
     continuation: int = 64
@@ -153,17 +159,17 @@ class Grid(Plan):
         _fill_policies(self)
 
     def questions_at(self, context: int) -> int:
-        """How many questions a context length gets."""
+        """Number of questions at a context length."""
         fair = round(self.samples * min(self.contexts) / context)
         return max(fair, min(LEAST, self.samples))
 
     def passages_at(self, context: int) -> int:
-        """How many passages a context length gets."""
+        """Number of passages at a context length."""
         questions = self.questions_at(context)
         return max(round(self.passages * questions), min(LEAST, questions))
 
     def cells(self) -> list[dict[str, Any]]:
-        """One dict a cell; the full cache stands at keep 1 only."""
+        """One dict per cell; the full cache is measured at keep 1 only."""
         from pyramidinfer.policies.registry import parse_policy
 
         _check_lists(self, "policies", "kv_dtypes")
@@ -182,7 +188,7 @@ class Grid(Plan):
 
 
 def _fill_policies(plan: Any) -> None:
-    """Every policy, where none was named."""
+    """Every policy, if none was named."""
     if plan.policies is None:
         from pyramidinfer.policies import POLICIES
 
@@ -196,7 +202,7 @@ def _check_lists(plan: Any, *names: str) -> None:
 
 
 def own_keep(spec: str) -> float | None:
-    """The ``keep`` that a policy's spec names itself; ``ValueError`` where that is no number."""
+    """The ``keep`` that a policy's spec names itself; ``ValueError`` if that is no number."""
     found = re.search(r"[:,]keep=([^,]*)", spec)
     if found is None:
         return None
@@ -210,16 +216,16 @@ def own_keep(spec: str) -> float | None:
 
 @dataclass(frozen=True)
 class Ways(Plan):
-    """On a model, each policy (``NAME`` or ``NAME:option=value,…``; None: every one) at each keep;
-    one that names a ``keep`` of its own at that only; and all of that with keys and values in each
-    of ``kv_dtypes``.  The full cache in the model's own dtype goes first, asked for or not."""
+    """On a model, each policy (``NAME`` or ``NAME:option=value,…``; None: every one) at each keep,
+    or, if it names a ``keep``, at that only; all of them with keys and values in each of
+    ``kv_dtypes``.  The full cache in the model's dtype is always measured first."""
 
     policies: Specs = None  # type: ignore[assignment]  # never None once it is made
     keeps: Keeps = (0.45, 0.3, 0.15)
     subject: Large = field(default_factory=Subject)
     samples: Annotated[
         int,
-        Option("Samples at the shortest length; longer ones get fewer.", check=at_least(1)),
+        Option("Samples at the shortest length; longer lengths get fewer.", check=at_least(1)),
     ] = 20
     seed: Seed = 0
     kv_dtypes: KvDtypes = field(default=(AUTO,), kw_only=True)
@@ -240,7 +246,7 @@ class Ways(Plan):
         return [{"policy": "full", "keep": 1.0, "kv_dtype": AUTO}, *self.others()]
 
     def others(self) -> list[dict[str, Any]]:
-        """Those of all but the reference; one kv dtype after the other, as each has an engine."""
+        """All cells but the reference, grouped by kv dtype, since each kv dtype needs an engine."""
         return [
             {"policy": spec, "keep": keep, "kv_dtype": kv_dtype}
             for kv_dtype in self.kv_dtypes
@@ -267,10 +273,10 @@ def known_task(name: str, value: object) -> None:
 
 @dataclass(frozen=True)
 class RulerPlan(Ways):
-    """At each length (tokens, template and answer included), each task in each protocol."""
+    """Each task in each protocol at each length (in tokens, including template and answer)."""
 
     lengths: Annotated[
-        tuple[int, ...], Option("Tokens of a prompt and its answer.", check=at_least(1))
+        tuple[int, ...], Option("Tokens of a prompt including its answer.", check=at_least(1))
     ] = (2000,)
     tasks: Annotated[
         tuple[str, ...], Option("RULER's tasks, NAME,NAME.", unset="all thirteen", check=known_task)
@@ -278,7 +284,8 @@ class RulerPlan(Ways):
     protocols: Annotated[
         tuple[str, ...],
         Option(
-            "inside: the question is part of the compressed prompt; after: it comes later.",
+            "inside: the question is part of the compressed prompt; after: it comes after "
+            "compression.",
             check=one_of(PROTOCOLS),
         ),
     ] = PROTOCOLS
@@ -311,13 +318,13 @@ class TurnsPlan(Ways):
     subject: Chats = field(default_factory=Subject)
     length: Annotated[int, Option("Tokens of each first turn.", check=at_least(1))] = 1000
     compress_idle: Annotated[
-        bool, Option("Compress caches again between turns, as serve --compress-idle does.")
+        bool, Option("Recompress caches between turns, as serve --compress-idle does.")
     ] = False
 
 
 @dataclass(frozen=True)
 class TextPlan(Ways):
-    """Passages of real text at each context length; longer ones get fewer, in proportion."""
+    """Passages of real text at each context length; longer contexts get proportionally fewer."""
 
     contexts: Annotated[
         tuple[int, ...], Option("Context lengths to measure, tokens.", check=at_least(1))
@@ -335,21 +342,23 @@ class LongPlan(Ways):
     samples: Samples = 8
     context: Context = 1000
     tokens: Annotated[
-        int, Option("Tokens to generate; end tokens do not end.", check=at_least(1))
+        int, Option("Tokens to generate; end tokens are ignored.", check=at_least(1))
     ] = 512
 
 
 @dataclass(frozen=True)
 class HeadsPlan(Plan):
-    """A profile, and the loss when one layer is cut to the share ``pruned_to``."""
+    """A profile, and the loss when one layer keeps only the share ``pruned_to``."""
 
     subject: Here
     context: Annotated[int, Option("Tokens of context.", check=at_least(20))] = 1000
     continuation: Continuation = 64
-    samples: Annotated[int, Option("Passages that layers are pruned on.", check=at_least(1))] = 4
+    samples: Annotated[
+        int, Option("Number of passages to measure pruning on.", check=at_least(1))
+    ] = 4
     seed: Seed = 0
     pruned_to: Annotated[
-        float, Option("What a pruned layer is cut to, in (0, 1).", flags=("--share",))
+        float, Option("Share that a pruned layer keeps, in (0, 1).", flags=("--share",))
     ] = 0.2
 
     def __post_init__(self) -> None:
@@ -366,16 +375,16 @@ class CodecsPlan(Plan):
     context: Annotated[
         int, Option("Tokens of each passage, all measured.", check=short_enough(60))
     ] = 1000
-    samples: Annotated[int, Option("Passages.", check=at_least(1))] = 4
+    samples: Annotated[int, Option("Number of passages.", check=at_least(1))] = 4
     seed: Seed = 0
 
 
 @dataclass(frozen=True)
 class Task(Plan):
-    """What ``calibrate`` measures on: texts with facts in them, and passages of running text."""
+    """Texts that ``calibrate`` measures on: texts that contain facts, and running text."""
 
     subject: Here
-    keep: Annotated[float, Option("Budget of the policy that is calibrated, in (0, 1).")] = 0.3
+    keep: Annotated[float, Option("Keep of the policy that is calibrated, in (0, 1).")] = 0.3
     context: int = 1000
     samples: int = 4
     passages: int = 3
@@ -383,24 +392,26 @@ class Task(Plan):
 
     def __post_init__(self) -> None:
         if not 0 < self.keep < 1:
-            raise ValueError(f"--keep {self.keep} must lie between 0 and 1, so that some go")
+            raise ValueError(
+                f"--keep {self.keep} must lie between 0 and 1, so that entries are dropped"
+            )
 
     def quick(self) -> Task:
-        """A third of the work."""
+        """The same with a third of the work."""
         return replace(self, context=600, samples=2, passages=2)
 
     @property
     def parts(self) -> int:
-        """Steps of the bar for every plan: running text, and each text in both protocols."""
+        """Steps of the progress bar per plan: running text, and each text in both protocols."""
         return 1 + 2 * self.samples
 
 
 @dataclass(frozen=True, slots=True)
 class VerifyPlan(Plan):
-    """How long prompts are, and about how long all may take."""
+    """Length of the prompts, and approximate time of the whole run."""
 
     length: Annotated[int, Option("Tokens of each prompt.", check=short_enough(300))] = 1000
-    seconds: Annotated[float, Option("About how long it may take, seconds.", check=positive)] = (
-        100.0
-    )
+    seconds: Annotated[
+        float, Option("Approximate time of the run, in seconds.", check=positive)
+    ] = 100.0
     seed: Seed = 0

@@ -1,4 +1,4 @@
-"""The application: routes, errors in OpenAI's shape, and the engine's life."""
+"""The application: routes, errors in OpenAI's format, and the engine's start and stop."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ __all__ = ["build_app"]
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-#: What any endpoint may answer besides 200, for the OpenAPI document.
+#: Statuses that any endpoint may answer besides 200, for the OpenAPI document.
 ERRORS: dict[int | str, dict[str, Any]] = {
     code: {
         "description": text,
@@ -63,8 +63,8 @@ ERRORS: dict[int | str, dict[str, Any]] = {
         404: "No such model or cache",
         408: "The body took too long",
         413: "The request is too large",
-        415: "The body is encoded in a way that is not understood",
-        429: "No room: try again after Retry-After seconds",
+        415: "The body's Content-Encoding is not supported",
+        429: "The queue is full: try again after Retry-After seconds",
         500: "The request failed",
         503: "The server is stopping",
         504: "The request took too long",
@@ -118,7 +118,7 @@ def _count(service: Service, status: int) -> None:
 
 
 def _add_errors(app: FastAPI, service: Service) -> None:
-    """Every error in OpenAI's shape; what is wrong with a body is 400, as its clients expect."""
+    """Every error in OpenAI's format; an invalid body is 400, as its clients expect."""
 
     @app.exception_handler(ApiError)
     async def of_api(_: Request, error: ApiError) -> JSONResponse:
@@ -147,11 +147,11 @@ def _add_errors(app: FastAPI, service: Service) -> None:
     async def of_ours(_: Request, error: Exception) -> JSONResponse:
         _count(service, 500)
         log.error("an unexpected error", exc_info=error)
-        return error_response(500, "an internal error; the server's log says more")
+        return error_response(500, "internal error; see the server's log")
 
 
 def _told(error: RequestValidationError) -> tuple[str, str | None]:
-    """The first thing that is wrong with a body, and which parameter it is."""
+    """The first error of a body, and its parameter."""
     found = error.errors()[0]
     place = [str(part) for part in found["loc"] if part != "body"]
     place = [part for part in place if not part.startswith("(")]  # which of several kinds it is
@@ -171,9 +171,9 @@ def _told(error: RequestValidationError) -> tuple[str, str | None]:
     if param == "prompt" and len(place) > 1:  # which of its kinds was meant is a guess
         message, place = "must be a text, texts, token ids, or lists of token ids", ["prompt"]
     if param == "tools" and found["type"] == "literal_error" and place[-1] == "type":
-        message = "only functions are understood: type must be 'function'"
+        message = "only functions are supported: type must be 'function'"
     if param == "messages" and "content" in place:
-        message = "must be a text or text parts; images, audio and files are not understood"
+        message = "must be a text or text parts; images, audio and files are not supported"
         place = place[: place.index("content") + 1]
     shown = f" (given: {found['input']!r:.60})" if place else ""
     return f"{'.'.join(place)}: {message}{shown}" if place else message, param
@@ -182,7 +182,7 @@ def _told(error: RequestValidationError) -> tuple[str, str | None]:
 def _add_generation(app: FastAPI, service: Service) -> None:
     @app.post("/v1/completions", responses=ERRORS)
     async def completions(request: Request, body: CompletionRequest) -> Response:
-        """Go on with a text.  ``stream`` answers with server-sent events."""
+        """Continue a text.  ``stream`` answers with server-sent events."""
         return await service.respond(request, body)
 
     @app.post("/v1/chat/completions", responses=ERRORS)
@@ -195,7 +195,7 @@ def _add_generation(app: FastAPI, service: Service) -> None:
 
     @app.post("/v1/responses", responses=ERRORS)
     async def responses(request: Request, body: ResponseRequest) -> Response:
-        """The next turn of a conversation that is given, or kept here.  ``stream`` answers with
+        """The next turn of a given or stored conversation.  ``stream`` answers with
         server-sent events."""
         return await answers.create(request, body)
 
@@ -203,14 +203,14 @@ def _add_generation(app: FastAPI, service: Service) -> None:
 
     @app.get("/v1/responses/{id}", responses=kept)
     async def response(request: Request, id: str) -> dict[str, Any]:
-        """An answer that was kept."""
+        """A stored answer."""
         for name in request.query_params:
             raise ApiError(400, f"unknown parameter {name!r:.60}", param=name[:60])
         return answers.get(request.scope["owner"], id)
 
     @app.delete("/v1/responses/{id}", responses=kept)
     async def delete_response(request: Request, id: str) -> dict[str, Any]:
-        """Forget an answer."""
+        """Delete a stored answer."""
         return answers.delete(request.scope["owner"], id)
 
     @app.post("/v1/embeddings", include_in_schema=False)
@@ -260,7 +260,7 @@ def _add_generation(app: FastAPI, service: Service) -> None:
 
     @app.get("/v1/models", responses={401: ERRORS[401]})
     async def models() -> dict[str, Any]:
-        """The model that is served, adapters of it, and what a request may ask of its cache."""
+        """The served model, its adapters, and the compression that requests may set."""
         adapters = map(adapted, service.llm.engine.adapters)
         return {"object": "list", "data": [about(), *adapters]}
 
@@ -294,7 +294,7 @@ def _add_tokens(app: FastAPI, service: Service) -> None:
 
 
 def _add_caches(app: FastAPI, service: Service) -> None:
-    """Caches of finished conversations; everybody sees those of the own API key only."""
+    """Held caches of conversations; a client sees only those of its API key."""
     engine = service.llm.engine
     lists: dict[int | str, dict[str, Any]] = {401: ERRORS[401], 503: ERRORS[503]}
 
@@ -308,20 +308,20 @@ def _add_caches(app: FastAPI, service: Service) -> None:
 
     @app.get("/v1/caches", responses=lists)
     async def caches(request: Request) -> dict[str, Any]:
-        """Caches that are held, the most recently used first."""
+        """Held caches, the most recently used first."""
         owner = request.scope["owner"]
         held = await service.inside(lambda: engine.caches(owner))
         return {"object": "list", "data": [_shown(each) for each in held]}
 
     @app.post("/v1/caches/{id}/pin", responses=ERRORS)
     async def pin(request: Request, id: str, body: Pin) -> dict[str, Any]:
-        """Have a cache, and what goes on with it, not dropped for some time."""
+        """Protect a cache, and the caches of later turns, from being dropped for some time."""
         owner = request.scope["owner"]
         return _shown(await found(id, lambda: engine.pin_cache(owner, id, body.ttl)))
 
     @app.delete("/v1/caches/{id}", responses={**lists, 404: ERRORS[404]})
     async def delete(request: Request, id: str) -> dict[str, Any]:
-        """Let a cache go everywhere."""
+        """Free a cache in every place."""
         owner = request.scope["owner"]
         await found(id, lambda: engine.delete_cache(owner, id))
         return {"id": id, "object": "cache", "deleted": True}
@@ -334,7 +334,7 @@ def _shown(held: Held) -> dict[str, Any]:
 def _add_operation(app: FastAPI, service: Service) -> None:
     @app.get("/health", responses={503: ERRORS[503]})
     async def health() -> dict[str, str]:
-        """Whether the engine is alive."""
+        """Whether the engine runs."""
         if not service.worker.is_alive:
             raise ApiError(503, "the engine's thread has ended", code="engine_dead")
         stalled = service.worker.stalled_seconds
@@ -344,7 +344,7 @@ def _add_operation(app: FastAPI, service: Service) -> None:
 
     @app.get("/ready", responses={503: ERRORS[503]})
     async def ready() -> dict[str, str]:
-        """Whether new requests are taken."""
+        """Whether new requests are accepted."""
         if service.draining or not service.worker.is_alive:
             raise ApiError(503, "the server is stopping", code="stopping")
         return {"status": "ready"}
@@ -356,5 +356,5 @@ def _add_operation(app: FastAPI, service: Service) -> None:
 
     @app.get("/metrics", response_class=PlainTextResponse, responses={401: ERRORS[401]})
     async def metrics() -> Response:
-        """What there is to chart, for Prometheus."""
+        """Metrics for Prometheus."""
         return Response(service.metrics.render(), media_type=CONTENT_TYPE_LATEST)

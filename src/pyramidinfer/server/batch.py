@@ -1,4 +1,5 @@
-"""OpenAI's batch format: lines that ask, lines that answer, and how far a file of answers got."""
+"""OpenAI's batch format: lines of requests, lines of answers, and the state of a file of
+answers."""
 
 from __future__ import annotations
 
@@ -60,7 +61,7 @@ class Requests(NamedTuple):
 
 
 class Done(NamedTuple):
-    """What a file of answers holds: ids that are answered, and how many of those with an error."""
+    """State of a file of answers: the answered ids, and the number of errors among them."""
 
     ids: set[str]
     failed: int
@@ -81,14 +82,16 @@ def batch_settings(width: int, **more: Any) -> ServerSettings:
 def check_target(source: Path, target: Path) -> None:
     """``ValueError`` for a target that cannot hold the answers of ``source``."""
     if target.exists() and source.exists() and source.samefile(target):
-        raise ValueError(f"{str(target)!r} is the file of requests; name another one for answers")
+        raise ValueError(
+            f"{str(target)!r} is the file of requests; name another file for the answers"
+        )
     if target.exists() and not target.is_file() and not target.is_dir():
-        raise ValueError(f"{str(target)!r} is no file: answers that are there already are read")
+        raise ValueError(f"{str(target)!r} is not a regular file, which resuming a batch needs")
 
 
 @contextmanager
 def open_requests(source: Path) -> Iterator[Requests]:
-    """The requests; those from a pipe are copied, since they are checked before they are run."""
+    """The requests; those from a pipe are copied, since they are read twice."""
     with source.open("rb") as given, tempfile.TemporaryFile() as copy:
         if source.is_file():
             yield Requests(str(source), given)
@@ -98,9 +101,9 @@ def open_requests(source: Path) -> Iterator[Requests]:
 
 
 def take_up(out: BinaryIO, target: Path, requests: Requests, wanted: set[str]) -> Done:
-    """What ``out`` answers already; it is locked, and a line that was not finished is cut off.
+    """What ``out`` answers already; locks it, and cuts off an unfinished line.
 
-    ``ValueError`` where another process writes it, or where it is no file of answers to ``wanted``.
+    ``ValueError`` if another process writes it, or if it has no answers to ``wanted``.
     """
     try:
         fcntl.flock(out, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -117,7 +120,7 @@ def take_up(out: BinaryIO, target: Path, requests: Requests, wanted: set[str]) -
 
 
 async def answer_line(service: Service, line: Line) -> dict[str, Any]:
-    """An answer's line; what cannot be served is answered with its error."""
+    """An answer's line; a request that cannot be served gets its error."""
     status, body = 200, {}
     try:
         if line.url not in BODIES:
@@ -128,7 +131,9 @@ async def answer_line(service: Service, line: Line) -> dict[str, Any]:
         body = await service.answer(asked, None)
     except ApiError as error:
         if not service.worker.is_alive:
-            raise OSError("the engine has stopped; the same command goes on where it was") from None
+            raise OSError(
+                "the engine has stopped; run the same command again to answer the rest"
+            ) from None
         status, body = error.status, error.body
     except ValidationError as error:
         first = error.errors()[0]
@@ -145,7 +150,7 @@ async def answer_line(service: Service, line: Line) -> dict[str, Any]:
 
 
 def read_requests(requests: Requests) -> Iterator[Line]:
-    """The requests; ``ValueError`` with the number of a line that is none."""
+    """The requests; ``ValueError`` with the number of an invalid line."""
     requests.file.seek(0)
     for number, line in enumerate(requests.file, start=1):
         try:
@@ -159,7 +164,7 @@ def read_requests(requests: Requests) -> Iterator[Line]:
 
 
 def parse_line(source: str, number: int, text: str) -> Line:
-    """A line of a file; ``ValueError`` where it is no request."""
+    """A line of a file; ``ValueError`` if it is no request."""
     where = f"{source}, line {number}"
     try:
         entry = parse_json(text)
@@ -191,7 +196,7 @@ def check_requests(requests: Requests) -> set[str]:
 
 
 def _recover(out: BinaryIO, target: Path) -> tuple[Done, int]:
-    """What is answered, and where the last line that was finished ends."""
+    """The answered ids, and the end of the last finished line."""
     ids: set[str] = set()
     out.seek(0)
     whole = failed = 0

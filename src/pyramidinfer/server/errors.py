@@ -69,7 +69,7 @@ def error_response(
 def of_reason(
     reason: str, error: str | None, retry_after: int, form: str | None = None
 ) -> ApiError | None:
-    """What a request that ended like this is answered; None where it came to a proper end.
+    """The error for a request that ended in this way; None if it finished normally.
 
     ``form``: the field that said what form the answer has.
     """
@@ -82,7 +82,7 @@ def of_reason(
     if reason == "queue_timeout":
         return ApiError(
             429,
-            "the request waited too long for room; try again later",
+            "the request waited too long in the queue; try again later",
             code="queue_timeout",
             retry_after=retry_after,
         )

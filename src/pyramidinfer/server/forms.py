@@ -1,4 +1,4 @@
-"""The form an answer must have, what reads it, and what a chat template is told of thinking."""
+"""Constraints of answers, their parsers, and the chat template's reasoning settings."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["Forms", "limit", "param_of", "plain_reader"]
 
 
 def limit(param: str, value: int, most: int, what: str, code: str | None = None) -> None:
-    """``ApiError`` where more is asked for than the server allows."""
+    """``ApiError`` if a value is above the server's limit."""
     if value > most:
         raise ApiError(
             400,
@@ -68,7 +68,7 @@ class Forms:
     def effort(
         self, body: ChatRequest | TokenizeRequest, options: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """What the chat template is told of how much is to be thought."""
+        """Arguments of the chat template for the reasoning effort."""
         effort = body.reasoning_effort if isinstance(body, ChatRequest) else None
         if effort is None:
             return {}
@@ -79,13 +79,13 @@ class Forms:
         if twice := found.keys() & options.keys():
             raise ApiError(
                 400,
-                f"reasoning_effort and chat_template_kwargs both set {min(twice)!r}: give one",
+                f"reasoning_effort and chat_template_kwargs both set {min(twice)!r}: set one",
                 param="reasoning_effort",
             )
         return found
 
     def reads_marks(self, body: Generation) -> bool:
-        """Whether special tokens have to be in the text, so that thoughts and calls are found."""
+        """Whether the text needs special tokens, so that reasoning and calls are found."""
         if not isinstance(body, ChatRequest):
             return False
         calls = body.calls_tools and self.prompts.special_marks
@@ -116,7 +116,7 @@ class Forms:
         )
 
     def form(self, body: Generation, prompt: TokenIds) -> StructuredOutputsParams | None:
-        """The form that the answer must have, in a chat behind what is thought first."""
+        """The constraint of the answer; in a chat it applies after the reasoning."""
         form = self._of_body(body)
         if form is None or not isinstance(body, ChatRequest):
             return form

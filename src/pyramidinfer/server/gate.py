@@ -1,4 +1,4 @@
-"""What every request passes first: size, time and key; and the headers every answer gets."""
+"""Checks of every request: size, time and key; and the headers of every answer."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ __all__ = ["NONCE", "Gate"]
 
 log = logging.getLogger(__name__)
 
-#: Pages, which ask for a key where one is needed.
+#: Pages, which ask for a key themselves if one is needed.
 PAGES = {"/", "/docs"}
 #: Paths that need no key: pages and probes.
 OPEN = {*PAGES, "/health", "/ready", "/version"}
-#: What a key for metrics opens.
+#: Paths that a metrics key opens.
 SCRAPED = "/metrics"
 #: A body that is too large is read and let go up to so many times the limit.
 READ_ALL_THE_SAME = 4
@@ -107,7 +107,7 @@ class Gate:
                 self.rejected(403)
                 await error_response(
                     403,
-                    f"Host {name!r:.100} is none of this server's names (--allowed-host adds one)",
+                    f"Host {name!r:.100} is not a name of this server (--allowed-host adds one)",
                     code="host_not_allowed",
                 )(scope, receive, told)
             elif wrong := _wrong_framing(headers):
@@ -132,7 +132,7 @@ class Gate:
             asked.reset(token)
 
     def _refused(self, scope: Scope, headers: Headers) -> Response | None:
-        """The answer to who has no key for what is asked."""
+        """The answer to a request without a valid key."""
         if _is_open(scope):
             return None
         is_scrape = scope["path"] == SCRAPED
@@ -143,14 +143,14 @@ class Gate:
         return None if is_scrape else METRICS_ONLY
 
     def _owner(self, headers: Headers) -> str | None:
-        """Whose request this is; None where a key is needed and not given."""
+        """The owner of the request; None if a key is needed and missing."""
         if not self.keys:
             return "everybody"
         index = _which(headers, self.keys)
         return None if index is None else self.owners[index]
 
     def _bounded(self, receive: Receive, headers: Headers) -> Receive:
-        """``receive`` that refuses what is too large, or takes too long to arrive.
+        """``receive`` that refuses a body that is too large, or takes too long to arrive.
 
         A body that is not much too large is read to its end first: a client that is cut off while
         it sends may never see the answer.
@@ -185,25 +185,25 @@ class Gate:
 
 
 def _wrong_framing(headers: Headers) -> Response | None:
-    """The answer to a body that would be read in another way than it was meant."""
+    """The error for a body whose headers are ambiguous or not supported."""
     if "content-length" in headers and "transfer-encoding" in headers:
         return error_response(
             400,
-            "Content-Length and Transfer-Encoding were both given; give one of them",
+            "Content-Length and Transfer-Encoding are both set; set one of them",
             headers={"Connection": "close"},
         )
     encoding = headers.get("content-encoding", "identity")
     if encoding.strip().lower() not in ("identity", ""):
         return error_response(
             415,
-            f"Content-Encoding {encoding!r:.60} is not understood; send the body as it is",
+            f"Content-Encoding {encoding!r:.60} is not supported; send the body uncompressed",
             headers={"Accept-Encoding": "identity", "Connection": "close"},
         )
     return None
 
 
 def _which(headers: Headers, keys: list[bytes]) -> int | None:
-    """Which of the keys was given; all are compared, each in constant time."""
+    """The key that was sent; all keys are compared, each in constant time."""
     scheme, _, given = headers.get("authorization", "").partition(" ")
     found = None
     for index, key in enumerate(keys):

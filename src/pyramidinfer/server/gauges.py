@@ -1,4 +1,4 @@
-"""What ``/metrics`` shows of the engine's last snapshot (``engine.stats.Stats``)."""
+"""Metrics of the engine's last snapshot (``engine.stats.Stats``)."""
 
 from __future__ import annotations
 
@@ -50,22 +50,22 @@ GAUGES = {
     "pyramidinfer:reuse_bytes": ("Bytes that finished conversations hold", "reuse_bytes"),
     "pyramidinfer:kv_bytes_reserved": ("Bytes of kv_memory that are reserved", "reserved_bytes"),
     "pyramidinfer:peak_requests_running": (
-        "The most requests that were ever in flight",
+        "Largest number of requests that ran at once",
         "peak_running",
     ),
 }
 COUNTERS = {
     "vllm:prefix_cache_queries": (
-        "Prompt tokens of requests that began and might have found them in a cache",
+        "Prompt tokens of requests that began and may reuse a cache",
         "prefix_queries",
     ),
-    "vllm:prefix_cache_hits": ("Those that were found, not computed again", "prefix_hits"),
+    "vllm:prefix_cache_hits": ("Prompt tokens found in a cache, not computed again", "prefix_hits"),
     "pyramidinfer:step_seconds": ("Seconds that steps took", "step_seconds"),
     "pyramidinfer:draft_seconds": (
-        "Seconds of them in which tokens were guessed ahead, not counting their verification",
+        "Seconds of steps spent drafting tokens, without their verification",
         "guessing_seconds",
     ),
-    "vllm:spec_decode_num_drafts": ("Steps of requests that verified guesses", "verifications"),
+    "vllm:spec_decode_num_drafts": ("Steps of requests that verified drafts", "verifications"),
     "vllm:spec_decode_num_draft_tokens": ("Tokens guessed and verified", "drafted"),
     "vllm:spec_decode_num_accepted_tokens": ("Guessed tokens that were right", "accepted"),
     "pyramidinfer:swapped": ("Caches moved to host memory", "swapped"),
@@ -97,7 +97,7 @@ BY_PLACE: dict[str, tuple[Any, str, str]] = {
 
 
 class Gauges:
-    """What the engine's thread last told of the engine, at the moment of asking.
+    """The last snapshot of the engine's thread, read at each scrape.
 
     ``worker``: nothing is shown before it is set;  ``layers``: what requests that ended kept.
     """
@@ -128,7 +128,7 @@ class Gauges:
         ] + [
             (
                 "vllm:num_preemptions",
-                "Requests that were put off for want of memory",
+                "Requests preempted because memory ran out",
                 stats.swapped + stats.recomputed + stats.restarted,
             ),
             (

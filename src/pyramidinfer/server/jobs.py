@@ -87,12 +87,12 @@ class Jobs:
 
     @property
     def own_keep(self) -> float | None:
-        """The keep of the server's own policy (None where it has none)."""
+        """The keep of the server's policy (None if it has none)."""
         return getattr(self.base, "keep", None)
 
     @property
     def may_keep_all(self) -> bool:
-        """Whether a request may keep everything, as lossless ones do."""
+        """Whether a request may keep everything, as lossless requests do."""
         return self.own.keeps_all or "full" in self.policies
 
     def chat(self, body: ChatRequest, owner: str | None) -> Job:
@@ -183,7 +183,7 @@ class Jobs:
         if count >= size:
             raise ApiError(
                 400,
-                f"compression: prefix={count}, and there are {size} items in {param}: at least one "
+                f"compression: prefix={count}, but {param} has {size} items: at least one "
                 f"must come behind the prefix",
                 param="compression",
             )
@@ -196,8 +196,8 @@ class Jobs:
         if not common:
             raise ApiError(
                 400,
-                f"compression: prefix={count}: nothing of these items stands at the beginning of "
-                f"the prompt, so they cannot be taken in alone; leave prefix out",
+                f"compression: prefix={count}: the prompt does not begin with these items, "
+                f"so they cannot be computed on their own; leave prefix out",
                 param="compression",
             )
         return min(common, len(prompt) - 1)
@@ -343,7 +343,7 @@ class Jobs:
 
     def _checked(self, prompt: TokenIds, param: str) -> TokenIds:
         if not prompt:
-            raise ApiError(400, f"the {param} is empty; give at least one token", param=param)
+            raise ApiError(400, f"the {param} is empty; send at least one token", param=param)
         longest = self.settings.max_prompt_tokens
         if longest is not None:
             limit(param, len(prompt), longest, "prompt tokens", code="context_length_exceeded")
@@ -412,13 +412,13 @@ class Jobs:
     # --- compression --------------------------------------------------------------------------
 
     def policy(self, asked: Compression | None) -> Policy:
-        """The policy of a request, within the operator's limits."""
+        """The policy of a request, within the server's limits."""
         stored = self.engine.config.kv_dtype
         if asked is not None and asked.kv_dtype not in (None, stored):
             raise ApiError(
                 400,
-                f"compression: kv_dtype={asked.kv_dtype!r}, and all caches of this server are "
-                f"stored in kv_dtype={stored!r}: ask for that, or leave it out",
+                f"compression: kv_dtype={asked.kv_dtype!r}, but all caches of this server are "
+                f"stored in kv_dtype={stored!r}: set that, or leave it out",
                 param="compression",
             )
         if asked is None:
@@ -482,7 +482,7 @@ class Jobs:
         return None
 
     def _policies(self) -> dict[str, Policy]:
-        """What a request may ask for, with default options, the server's own first."""
+        """Policies that a request may select, with default options, the server's first."""
         asked = self.settings.policies
         found = {self.base.name: self.base}
         for name in [*POLICIES] if asked is None else asked:

@@ -39,7 +39,7 @@ class Asked:
         return cls(given if TAKEN_OVER.fullmatch(given) else secrets.token_hex(16), headers)
 
 
-#: What the running task answers (None outside of requests, in the engine's thread say).
+#: The request that the running task answers (None outside of requests, as in the engine's thread).
 asked: ContextVar[Asked | None] = ContextVar("asked", default=None)
 
 
@@ -73,7 +73,7 @@ class Formatter(logging.Formatter):
 
 
 def set_up(level: str, kind: str) -> None:
-    """Have records of this level and above written to standard error."""
+    """Write records of this level and above to standard error."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(Formatter(kind))
     logging.basicConfig(level=level.upper(), handlers=[handler])
@@ -82,7 +82,7 @@ def set_up(level: str, kind: str) -> None:
 
 
 def announce(message: str, kind: str, level: int = logging.INFO) -> None:
-    """Tell the operator something whatever the log's level is: a bare line, or one of JSON."""
+    """Write a message at any log level: a plain line, or one of JSON."""
     if kind == "json":
         record = logging.LogRecord("pyramidinfer", level, "", 0, message, None, None)
         message = Formatter(kind).format(record)

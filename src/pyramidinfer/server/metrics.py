@@ -1,4 +1,4 @@
-"""Prometheus metrics: vLLM's names for what vLLM has, ours for the rest."""
+"""Prometheus metrics: vLLM's names for vLLM's metrics, our own for the rest."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ class Metrics:
             "pyramidinfer:requests_rejected", "Requests answered with an error", "status"
         )
         self.disconnected = self._counter(
-            "pyramidinfer:client_disconnects", "Clients that went away before their answer ended"
+            "pyramidinfer:client_disconnects", "Clients that disconnected before their answer ended"
         ).labels(model)
         self._first = self._histogram(
             "vllm:time_to_first_token_seconds", "Arrival to first token", FIRST_TOKEN
@@ -160,7 +160,7 @@ class Metrics:
             "vllm:request_params_max_tokens", "max_tokens of a request", TOKENS
         )
         self._choices = self._histogram(
-            "vllm:request_params_n", "Answers that were asked for to a prompt", CHOICES
+            "vllm:request_params_n", "Answers requested for a prompt", CHOICES
         )
         self._longest = self._histogram(
             "vllm:request_max_num_generation_tokens",
@@ -199,10 +199,11 @@ class Metrics:
         ).labels(model)
         self._evicted = self._counter(
             "pyramidinfer:kv_entries_evicted",
-            "Entries that were computed and are not in the cache at a request's end, all layers",
+            "Entries computed and no longer in the cache when a request ended, all layers",
         ).labels(model)
         self._checks = self._counter(
-            "pyramidinfer:pool_checks", "Times an idle engine found every page in its place"
+            "pyramidinfer:pool_checks",
+            "Checks of an idle engine that found every page with its owner",
         ).labels(model)
         self._check_failures = self._counter(
             "pyramidinfer:pool_check_failures", "Times it found a page lost"
@@ -279,7 +280,7 @@ class Metrics:
             self._per_token.observe((times.ended - times.first_token) / more)
 
     def over(self, requests: list[Request]) -> None:
-        """All that was asked for in one body has ended, in the engine's thread."""
+        """All requests of one body have ended; called in the engine's thread."""
         for leader in [each for each in requests if each.leads]:
             answers = (leader, *leader.samples)
             self._choices.observe(len(answers))

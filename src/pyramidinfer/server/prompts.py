@@ -40,9 +40,9 @@ class Prompts:
         self._spelled: dict[int, bytes] = {}
 
     def encode(self, text: str, special: bool = True) -> TokenIds:
-        """Token ids of a text; ``ValueError`` where there is no tokenizer or nothing to encode."""
+        """Token ids of a text; ``ValueError`` if there is no tokenizer or nothing to encode."""
         if self.tokenizer is None:
-            raise ValueError("a text prompt needs a tokenizer; none was loaded (give token ids)")
+            raise ValueError("a text prompt needs a tokenizer; none was loaded (send token ids)")
         ids: TokenIds = self.tokenizer(text, add_special_tokens=special)["input_ids"]
         return ids
 
@@ -69,7 +69,7 @@ class Prompts:
 
     @cached_property
     def added(self) -> dict[str, int]:
-        """Texts that are one token wherever they stand."""
+        """Texts that are always one token."""
         return added_tokens(self.tokenizer)
 
     @cached_property

@@ -40,7 +40,7 @@ class CompletionRequest(Generation):
         if self.best_of is not None and self.best_of != (self.n or 1):
             raise ValueError("best_of other than n is not supported: leave it out")
         if self.max_tokens == 0 and not self.echo and self.prompt_logprobs is None:
-            raise ValueError("max_tokens=0 makes sense with echo=true or prompt_logprobs only")
+            raise ValueError("max_tokens=0 needs echo=true or prompt_logprobs")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens={self.min_tokens} is above max_tokens={self.max_tokens}")
         return self
@@ -129,7 +129,7 @@ class FunctionCalled(Strict):
 
 
 class ToolCall(Strict):
-    """A call that the model made."""
+    """A call by the model."""
 
     id: Annotated[str, Field(min_length=1)]
     type: Literal["function"]
@@ -191,7 +191,7 @@ class ChatRequest(Generation):
     tools: Tools | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
-    # taken for the sake of clients that send them; they change nothing
+    # accepted because clients send them; without effect
     metadata: dict[str, Any] | None = None
     store: bool | None = None
     service_tier: str | None = None
@@ -205,7 +205,7 @@ class ChatRequest(Generation):
             raise ValueError("top_logprobs needs logprobs=true")
         both = (self.max_tokens, self.max_completion_tokens)
         if None not in both and both[0] != both[1]:
-            raise ValueError("max_tokens and max_completion_tokens differ: give one of them")
+            raise ValueError("max_tokens and max_completion_tokens differ: set one of them")
         most = self.max_completion_tokens or self.max_tokens
         if most is not None and self.min_tokens > most:
             raise ValueError(f"min_tokens={self.min_tokens} is above max_tokens={most}")
@@ -294,7 +294,7 @@ class TokenizeRequest(Strict):
         check_tools(self.tools or [])
         for name in given & {"add_generation_prompt", "chat_template_kwargs", "tools"}:
             if self.messages is None:
-                raise ValueError(f"{name} is for messages; leave it out beside prompt")
+                raise ValueError(f"{name} is for messages; leave it out with prompt")
         if self.prompt is None and "add_special_tokens" in given and self.add_special_tokens:
             raise ValueError("add_special_tokens is for prompt: the chat template puts its own")
         return self

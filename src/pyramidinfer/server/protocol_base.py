@@ -1,4 +1,4 @@
-"""What bodies of requests have in common, checked strictly."""
+"""Fields shared by request bodies, with strict checks."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class Compression(Strict):
     """What to keep for this request, within the operator's limits.
 
     ``policy``: a method's name (the server's own by default);  ``keep``: the common budget;
-    ``reuse``: take up and leave a conversation's cache;  ``kv_dtype``: how keys and values are
+    ``reuse``: reuse and hold a conversation's cache;  ``kv_dtype``: how keys and values are
     stored, which must be the server's;  ``lossless``: keep everything, and let the policy choose
     what is read to guess tokens ahead (as the server does by default);  ``prefix``: how many of
     ``messages``, or of a ``prompt``'s characters or token ids, are taken in and compressed alone,
@@ -128,7 +128,7 @@ class ResponseFormat(Strict):
     @model_validator(mode="after")
     def has_schema(self) -> ResponseFormat:
         if (self.type == "json_schema") != (self.json_schema is not None):
-            raise ValueError("json_schema belongs to type 'json_schema', and to no other")
+            raise ValueError("json_schema needs type 'json_schema'")
         return self
 
 
@@ -183,7 +183,7 @@ class Generation(Strict):
     def bounded(cls, given: Any) -> Any:
         biases = given.get("logit_bias") if isinstance(given, dict) else None
         if isinstance(biases, dict) and len(biases) > MANY_BIASES:
-            raise ValueError(f"logit_bias: {len(biases)} tokens; {MANY_BIASES} are taken at most")
+            raise ValueError(f"logit_bias: {len(biases)} tokens; at most {MANY_BIASES} are allowed")
         return given
 
     @model_validator(mode="after")
@@ -197,7 +197,9 @@ class Generation(Strict):
     @model_validator(mode="after")
     def has_one_form(self) -> Generation:
         if len(forms := self.forms) > 1:
-            raise ValueError(f"{' and '.join(forms)}: an answer has one form; give one of them")
+            raise ValueError(
+                f"{' and '.join(forms)}: an answer has one constraint; set one of them"
+            )
         return self
 
     @property

@@ -1,4 +1,4 @@
-"""What goes back: OpenAI's objects, whole or in chunks, and what was kept beside the usage."""
+"""Replies: OpenAI's objects, whole or in chunks, and the cache's figures in the usage."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = ["Reply", "Shape", "event", "failure"]
 
 @dataclass(slots=True)
 class Choice:
-    """One answer as far as it got."""
+    """One answer so far."""
 
     text: str = ""
     token_ids: TokenIds = field(default_factory=list)
@@ -38,7 +38,7 @@ class Choice:
 
 
 class Shape(Protocol):
-    """How an answer is told over HTTP, whole or in events."""
+    """The form of an answer over HTTP, whole or in events."""
 
     async def whole(self) -> dict[str, Any]: ...
 
@@ -59,7 +59,7 @@ class Reply:
     # --- whole --------------------------------------------------------------------------------
 
     async def whole(self) -> dict[str, Any]:
-        """The whole answer once it is there."""
+        """The whole answer when it is finished."""
         async for update in self.stream:
             self.take(update)
         choices = []
@@ -361,7 +361,7 @@ def _lowered(caches: list[KVUsage]) -> dict[str, float]:
 
 
 def _drafted(requests: list[Request]) -> dict[str, int]:
-    """What guesses did for those of these that are lossless."""
+    """The drafts of the lossless ones of these requests."""
     told = [each for each in map(drafts, requests) if each is not None]
     if not told:
         return {}

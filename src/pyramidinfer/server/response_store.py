@@ -1,4 +1,4 @@
-"""Answers of ``/v1/responses`` that can be gone on with, each key's apart."""
+"""Stored answers of ``/v1/responses``, separate for each API key."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class ResponseStore:
         self._bytes: defaultdict[str, int] = defaultdict(int)
 
     def put(self, owner: str, stored: Stored) -> None:
-        """Take an answer in; the newest stays, whatever its size."""
+        """Store an answer; the newest stays, whatever its size."""
         held = self._of[owner]
         held[stored.response["id"]] = stored
         self._bytes[owner] += stored.size

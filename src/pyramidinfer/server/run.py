@@ -1,4 +1,4 @@
-"""Listening, and stopping without losing anything."""
+"""Listen, and stop without losing requests."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def check_connections(settings: ServerSettings) -> int:
     most, wanted = connections_left(), settings.max_connections
     if wanted is not None and wanted > most:
         raise ValueError(
-            f"max_connections={wanted}: the limit of open files leaves room for {most}; raise it "
+            f"max_connections={wanted}: the limit of open files allows {most}; raise it "
             f"(ulimit -n) or ask for fewer"
         )
     return wanted or most
@@ -249,7 +249,7 @@ async def _serve(server: _Server, service: Service, line: socket.socket) -> None
     await asyncio.wait({listening, waiting, dying}, return_when=asyncio.FIRST_COMPLETED)
     if dying.done() and not stopping.is_set():
         announce(
-            "the engine's thread has ended: pyramidinfer ends",
+            "the engine's thread has died: the server ends",
             service.settings.log_format,
             logging.ERROR,
         )
@@ -290,7 +290,7 @@ async def _drain(server: _Server, service: Service) -> int:
     service.draining = True
     ends = asyncio.get_running_loop().time() + service.settings.drain_timeout
     kind = service.settings.log_format
-    announce("pyramidinfer is stopping: waiting for what runs", kind)
+    announce("pyramidinfer is stopping: waiting for running requests", kind)
     while not service.is_idle and not server.should_exit:
         if asyncio.get_running_loop().time() > ends:
             announce("pyramidinfer ends what is left", kind)

@@ -1,4 +1,4 @@
-"""From a checked body to an answer, whole or streamed, whoever asks (HTTP or a batch file)."""
+"""From a checked body to an answer, whole or streamed, for HTTP and batch files."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Service:
         self.name = settings.model_name or llm.name.rstrip("/").rpartition("/")[2]
         if self.name in llm.engine.adapters:
             raise ValueError(
-                f"lora_modules: an adapter and the model are both called {self.name!r}; give one "
+                f"lora_modules: an adapter and the model are both named {self.name!r}; give one "
                 f"another name (serve --model-name)"
             )
         self.prompts = Prompts(
@@ -54,15 +54,15 @@ class Service:
         self.jobs = Jobs(llm, settings, self.prompts)
         if settings.compress_idle and all(each.keeps_all for each in self.jobs.served.values()):
             raise ValueError(
-                f"compress_idle has no effect where requests may ask for "
-                f"{', '.join(self.jobs.policies)} only: such caches keep everything. Leave it out, "
+                f"compress_idle has no effect if requests may only select "
+                f"{', '.join(self.jobs.policies)}: such caches keep everything. Leave it out, "
                 f"or allow a policy that compresses (serve --policies)"
             )
         engine = llm.engine
         if engine.config.draft_tokens is not None and not self.jobs.may_keep_all:
             raise ValueError(
-                f"draft_tokens={engine.config.draft_tokens} has no effect where requests may ask "
-                f"for {', '.join(self.jobs.policies)} only: a lossless one keeps everything. Leave "
+                f"draft_tokens={engine.config.draft_tokens} has no effect if requests may only "
+                f"select {', '.join(self.jobs.policies)}: a lossless one keeps everything. Leave "
                 f"it out, or allow 'full' (serve --policies, --max-keep)"
             )
         self.metrics = Metrics(
@@ -319,7 +319,7 @@ class EventStream(StreamingResponse):
 
 
 class _Gone(Exception):
-    """The client went away."""
+    """The client disconnected."""
 
 
 async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:

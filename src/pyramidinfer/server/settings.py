@@ -1,4 +1,4 @@
-"""What the operator decides: addresses, keys, limits."""
+"""The server's settings: addresses, keys, limits."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ __all__ = ["KEYS_VARIABLE", "ServerSettings", "read_key_file", "read_keys"]
 
 #: Environment variable that holds API keys, separated by commas or white space.
 KEYS_VARIABLE = "PYRAMIDINFER_API_KEYS"
-#: Headings of ``--help``.
+#: Panel titles in ``--help``.
 SERVER, MEMORY, LIMITS, SAFETY = "Server", "Memory and scheduling", "Limits", "Safety"
 
-#: Shared with the commands that have no server.
+#: Shared with the commands that run no server.
 GenerationConfig = Annotated[
     str,
     Option(
-        "Where sampling parameters come from that nobody gives: auto, from the model's "
-        "generation_config.json; none, not from there.",
+        "Defaults of sampling parameters that a request does not set: auto takes them from the "
+        "model's generation_config.json, none ignores that file.",
         check=one_of(("auto", "none")),
         see="#sampling-defaults",
     ),
@@ -43,7 +43,7 @@ GenerationConfig = Annotated[
 ModelName = Annotated[
     str,
     Option(
-        "Model name that requests give, and that /v1/models lists.",
+        "Name of the model in requests and in /v1/models.",
         unset="the folder's name",
         flags=("--served-model-name", "--model-name"),
     ),
@@ -52,21 +52,22 @@ ModelName = Annotated[
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerSettings:
-    """What the operator decides; frozen.  ``ValueError`` for a value that cannot be.
+    """The server's settings; frozen.  ``ValueError`` for an invalid value.
 
-    api_keys : who may ask; none means everybody.
-    metrics_keys : who may read ``/metrics`` and nothing else; where there are any, it needs one of
-        these or of the API keys.
+    api_keys : keys that clients need; empty means that everybody may send requests.
+    metrics_keys : keys that open ``/metrics`` and nothing else; if there are any, ``/metrics``
+        needs one of these or one of the API keys.
     body_timeout : seconds a client may take to send its request.
-    prompt_logprob_bytes : of the logits that are worked out for ``prompt_logprobs``, or ``echo``
-        with ``logprobs``, in one step.
+    prompt_logprob_bytes : bytes of the logits computed in one step for ``prompt_logprobs``, or for
+        ``echo`` with ``logprobs``.
     """
 
     host: Annotated[
         str,
         Option(
-            "Address to listen on: 0.0.0.0 (inside a container, say) for all of the machine's, "
-            "which needs API keys.",
+            "Address to listen on. 0.0.0.0 listens on all addresses of the machine, for example in "
+            "a "
+            "container; set API keys then.",
             panel=SERVER,
         ),
     ] = "127.0.0.1"
@@ -79,7 +80,7 @@ class ServerSettings:
         Mapping[str, Any],
         Option(
             "Keyword arguments of the chat template for all requests, a JSON object such as "
-            '{"enable_thinking": false}. Those of a request go before these.',
+            '{"enable_thinking": false}. A request may override them.',
             unset="none",
             panel=SERVER,
             flags=("--default-chat-template-kwargs",),
@@ -90,31 +91,32 @@ class ServerSettings:
     drain_timeout: Annotated[
         float,
         Option(
-            "Seconds that running requests get after SIGTERM. Give the supervisor a longer one.",
+            "Seconds that running requests have to finish after SIGTERM. The stop timeout of your "
+            "supervisor must be longer.",
             panel=SERVER,
             check=positive,
-            see="#overload-and-the-end",
+            see="#overload-and-shutdown",
         ),
     ] = 60.0
     keep_alive_on_engine_death: Annotated[
         bool,
         Option(
-            "When the engine's thread has died, keep answering 503. Without it the process ends "
-            "with exit code 1, so that a supervisor restarts it.",
+            "If the engine's thread dies, keep running and answer 503. Without this option the "
+            "process ends with exit code 1, so that a supervisor restarts it.",
             panel=SERVER,
         ),
     ] = False
     access_log: Annotated[
         bool,
         Option(
-            "Log a line for every request: method, path, status, seconds; never bodies.",
+            "Log one line for every request: method, path, status and seconds, never bodies.",
             panel=SERVER,
         ),
     ] = False
     log_level: Annotated[
         str,
         Option(
-            "Lines of the log that are written: info, warning or error and what is worse.",
+            "Lowest level that is logged: info, warning or error.",
             panel=SERVER,
             check=one_of(LEVELS),
             see="#logs",
@@ -123,7 +125,7 @@ class ServerSettings:
     log_format: Annotated[
         str,
         Option(
-            "Lines of the log as text or as json objects.",
+            "Format of log lines: text, or json (one object per line).",
             panel=SERVER,
             check=one_of(FORMATS),
             see="#logs",
@@ -132,8 +134,8 @@ class ServerSettings:
     otel_traces: Annotated[
         bool,
         Option(
-            "Send an OpenTelemetry trace of every request by OTLP, to where "
-            "OTEL_EXPORTER_OTLP_ENDPOINT says. Needs the extra otel.",
+            "Send an OpenTelemetry trace of every request by OTLP to OTEL_EXPORTER_OTLP_ENDPOINT. "
+            "Needs the package extra otel.",
             panel=SERVER,
             see="#traces",
         ),
@@ -141,8 +143,9 @@ class ServerSettings:
     compress_idle: Annotated[
         bool,
         Option(
-            "While no request runs, compress the caches of finished conversations again, so that "
-            "they keep what any next question may need. For chats.",
+            "While no request runs, recompress the held caches of conversations so that they do "
+            "not "
+            "depend on the last question. For chats.",
             panel=MEMORY,
             see="#conversations",
         ),
@@ -150,7 +153,7 @@ class ServerSettings:
     max_waiting: Annotated[
         int,
         Option(
-            "Requests that may wait in the queue; one more is answered 429.",
+            "Maximum number of requests in the queue; further ones get 429.",
             panel=LIMITS,
             check=at_least(1),
         ),
@@ -158,7 +161,7 @@ class ServerSettings:
     queue_timeout: Annotated[
         float,
         Option(
-            "Seconds a request may wait in the queue before it is answered 429.",
+            "Seconds a request may wait in the queue before it gets 429.",
             panel=LIMITS,
             check=positive,
         ),
@@ -166,7 +169,7 @@ class ServerSettings:
     request_timeout: Annotated[
         float,
         Option(
-            "Seconds a request may take in all before it is ended with 504.",
+            "Seconds a request may take in total before it ends with 504.",
             panel=LIMITS,
             check=positive,
         ),
@@ -175,7 +178,8 @@ class ServerSettings:
     stall_timeout: Annotated[
         float,
         Option(
-            "Seconds in which no step ends, with work to do, after which /health answers 503: "
+            "If no step ends for this many seconds while there is work, /health answers 503. Must "
+            "be "
             "longer than any step takes.",
             panel=LIMITS,
             check=positive,
@@ -184,8 +188,8 @@ class ServerSettings:
     max_connections: Annotated[
         int | None,
         Option(
-            "Open connections, at most.",
-            unset="what the limit of open files, `ulimit -n`, leaves",
+            "Maximum number of open connections.",
+            unset="set by the limit of open files, `ulimit -n`",
             panel=LIMITS,
             check=at_least(1),
         ),
@@ -193,8 +197,9 @@ class ServerSettings:
     default_max_tokens: Annotated[
         int | None,
         Option(
-            "max_tokens of requests that give none. With --admission reserve, memory for as many "
-            "is reserved.",
+            "max_tokens of requests that do not set it. --admission reserve reserves memory for "
+            "all "
+            "of them.",
             unset="the model's max_new_tokens, or 256",
             panel=LIMITS,
             check=at_least(1),
@@ -203,8 +208,8 @@ class ServerSettings:
     max_tokens_limit: Annotated[
         int | None,
         Option(
-            "Largest max_tokens a request may ask for.",
-            unset="what the model's context length leaves",
+            "Largest max_tokens that a request may set.",
+            unset="the rest of the model's context length",
             panel=LIMITS,
             check=at_least(1),
         ),
@@ -212,7 +217,7 @@ class ServerSettings:
     max_prompt_tokens: Annotated[
         int | None,
         Option(
-            "Longest prompt a request may have, in tokens.",
+            "Longest prompt, in tokens.",
             unset="the model's context length",
             panel=LIMITS,
             check=at_least(1),
@@ -221,13 +226,15 @@ class ServerSettings:
     max_n: Annotated[
         int,
         Option(
-            "Choices one request may ask for: prompts times n.", panel=LIMITS, check=at_least(1)
+            "Maximum number of choices of a request: prompts times n.",
+            panel=LIMITS,
+            check=at_least(1),
         ),
     ] = 8
     max_stop: Annotated[
         int,
         Option(
-            "Stop strings, and stop token ids, one request may have.",
+            "Maximum number of stop strings, and of stop token ids, in a request.",
             panel=LIMITS,
             check=at_least(1),
         ),
@@ -247,7 +254,7 @@ class ServerSettings:
     max_schema_bytes: Annotated[
         int,
         Option(
-            "Largest JSON schema or grammar of a request; large ones take long to compile.",
+            "Largest JSON schema or grammar in a request; large ones take long to compile.",
             panel=LIMITS,
             flags=("--max-schema",),
             check=at_least(1),
@@ -259,32 +266,34 @@ class ServerSettings:
     policies: Annotated[
         tuple[str, ...] | None,
         Option(
-            "Policies a request may ask for besides the server's own, NAME,NAME.",
-            unset="all that the memory is laid out for",
+            "Policies that a request may select in addition to the server's, NAME,NAME.",
+            unset="all that work with the server's options",
             panel=LIMITS,
         ),
     ] = None
     min_keep: Annotated[
         float,
-        Option("Smallest keep a request may ask for.", panel=LIMITS, check=check_share),
+        Option("Smallest keep that a request may set.", panel=LIMITS, check=check_share),
     ] = 0.02
     max_keep: Annotated[
         float,
         Option(
-            "Largest keep a request may ask for. Below 1, requests for policy full are refused "
-            "too.",
+            "Largest keep that a request may set. If it is below 1, requests for the policy full "
+            "are "
+            "refused too.",
             panel=LIMITS,
             check=check_share,
         ),
     ] = 1.0
     log_prompts: Annotated[
-        bool, Option("Write prompts and answers to the log, to debug.", panel=SAFETY)
+        bool, Option("Write prompts and answers to the log, for debugging.", panel=SAFETY)
     ] = False
     allowed_hosts: Annotated[
         tuple[str, ...],
         Option(
-            "A further host name that a server on 127.0.0.1 without API keys answers to, behind a "
-            "proxy, say. May be repeated.",
+            "A further Host header that a server on 127.0.0.1 without API keys accepts, for "
+            "example "
+            "behind a proxy. May be repeated.",
             panel=SAFETY,
             flags=("--allowed-host",),
             repeat=True,
@@ -294,8 +303,7 @@ class ServerSettings:
     cors_origins: Annotated[
         tuple[str, ...],
         Option(
-            "An origin, https://HOST, whose pages may call the API from a browser. May be "
-            "repeated.",
+            "An origin (https://HOST) whose web pages may call the API. May be repeated.",
             panel=SAFETY,
             flags=("--cors-origin",),
             repeat=True,
@@ -318,7 +326,9 @@ class ServerSettings:
         check_whole("max_logprobs", self.max_logprobs, 0)
         positive("body_timeout", self.body_timeout)
         if type(self.port) is not int or not 0 <= self.port <= 65535:
-            raise ValueError(f"port={self.port!r} must lie between 0 and 65535 (0 picks one)")
+            raise ValueError(
+                f"port={self.port!r} must lie between 0 and 65535 (0 picks a free port)"
+            )
         if not 0 < self.min_keep <= self.max_keep:
             raise ValueError(
                 f"min_keep={self.min_keep} must be above 0 and at most max_keep={self.max_keep}"
@@ -326,13 +336,13 @@ class ServerSettings:
         for name in ("access_log", "log_prompts"):
             if getattr(self, name) and self.log_level != "info":
                 raise ValueError(
-                    f"{name} writes lines of level info, and log_level={self.log_level!r} leaves "
-                    f"them out; leave one of them out"
+                    f"{name} logs at level info, which log_level={self.log_level!r} hides; leave "
+                    f"one "
+                    f"of them out"
                 )
         if set(self.metrics_keys) & set(self.api_keys):
             raise ValueError(
-                "a key is both among those that may read /metrics only and among the API keys; "
-                "give Prometheus a key of its own"
+                "the same key is a metrics key and an API key; give Prometheus its own key"
             )
         default, limit = self.default_max_tokens, self.max_tokens_limit
         if default is not None and limit is not None and default > limit:
@@ -343,21 +353,21 @@ class ServerSettings:
 
 
 def read_keys(file: Path | None) -> tuple[str, ...]:
-    """API keys from a file (one a line, ``#`` begins a comment) and from the environment.
+    """API keys from a file (one per line, ``#`` begins a comment) and from the environment.
 
-    ``ValueError`` for a file that cannot be read or holds no key.
+    ``ValueError`` if the file cannot be read or contains no key.
     """
     given = os.environ.get(KEYS_VARIABLE)
     keys = (given or "").replace(",", " ").split()
     if given is not None and not keys:
-        raise ValueError(f"{KEYS_VARIABLE} is set and holds no key; unset it to serve everybody")
+        raise ValueError(f"{KEYS_VARIABLE} is set and contains no key; unset it to serve everybody")
     return _checked([*keys, *read_key_file(file)])
 
 
 def read_key_file(file: Path | None) -> tuple[str, ...]:
-    """Keys from a file, one a line, ``#`` begins a comment (None: none).
+    """Keys from a file, one per line, ``#`` begins a comment (None: no keys).
 
-    ``ValueError`` for a file that cannot be read or holds no key.
+    ``ValueError`` if the file cannot be read or contains no key.
     """
     if file is None:
         return ()
@@ -369,12 +379,12 @@ def read_key_file(file: Path | None) -> tuple[str, ...]:
     found = [line.partition("#")[0].strip() for line in lines]
     found = [key for key in found if key]
     if not found:
-        raise ValueError(f"{str(file)!r} holds no key; write one a line")
+        raise ValueError(f"{str(file)!r} contains no key; write one per line")
     return _checked(found)
 
 
 def _checked(keys: list[str]) -> tuple[str, ...]:
-    """Each key once; ``ValueError`` for what no header can hold."""
+    """Each key once; ``ValueError`` for a key that no header can contain."""
     for key in keys:
         if not key.isascii() or not key.isprintable() or " " in key:
             raise ValueError("an API key must be printable ASCII without spaces")

@@ -70,7 +70,9 @@ def _check_size(body: bytes) -> None:
 
 def _limit(found: int, most: int, what: str) -> None:
     if found > most:
-        raise HTTPException(400, f"the body holds {found} {what}; this server takes {most} at most")
+        raise HTTPException(
+            400, f"the body holds {found} {what}; this server accepts at most {most}"
+        )
 
 
 def parse_json(text: str) -> Any:

@@ -44,7 +44,7 @@ def add_survival(app: FastAPI, service: Service, errors: dict[int | str, dict[st
         service.check_model(body.model)
         if body.compression is not None and not body.compression.reuse:
             raise ApiError(
-                400, "compression: with reuse=false no cache stays behind", param="compression"
+                400, "compression: with reuse=false no cache is held", param="compression"
             )
         policy, owner = jobs.policy(body.compression), request.scope["owner"]
         tokens = await service.prepare(jobs.tokens, body)

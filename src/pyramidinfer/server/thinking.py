@@ -1,4 +1,4 @@
-"""Models that think before they answer: tags around the thoughts, in prompts and in answers."""
+"""Reasoning models: the tags around their reasoning, in prompts and in answers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["Tags", "ThinkReader", "Thinking", "partly"]
 
 
 class Tags(NamedTuple):
-    """What stands around a model's thoughts."""
+    """The tags around a model's reasoning."""
 
     begin: str
     end: str
@@ -81,7 +81,7 @@ class Thinking:
         return [one(turn) for turn in turns]
 
     def _ends_with(self, prompt: TokenIds) -> str:
-        """The tag at the end of a prompt; empty where there is none."""
+        """The tag at the end of a prompt; empty if there is none."""
         text = self.tokenizer.decode(prompt[-TAIL:], skip_special_tokens=False).rstrip()
         return next((tag for tag in self.tags or () if text.endswith(tag)), "")
 

@@ -1,4 +1,4 @@
-"""Calls in what a model writes, found while it comes; which calls and results belong together."""
+"""Parse tool calls while an answer is generated; match calls with their results."""
 
 from __future__ import annotations
 
@@ -209,7 +209,7 @@ class ToolReader:
         return Piece(text) if text else None
 
     def _no_call(self) -> Piece | None:
-        """What looked like a call is text."""
+        """Text that looked like a call, and is none."""
         text, self._mark = self._mark, ""
         self._step = self._text
         if not self.format.mark:

@@ -1,4 +1,4 @@
-"""What each bench measures: its options.  Plain values; nothing here imports torch."""
+"""Options of each bench.  Plain values; nothing here imports torch."""
 
 from __future__ import annotations
 
@@ -63,17 +63,17 @@ __all__ = [
 
 DEFAULT_SHAPE = "bench-200m"
 AUTO = "auto"
-#: Tokens of all caches of a row of ``LosslessPlan`` together, at most.
+#: Largest number of tokens of all caches of a row of ``LosslessPlan`` together.
 MOST_TOKENS = 128 * 1024
-#: What ``MemoryPlan`` shares where nothing is said.
+#: Default ``kv_memory`` of ``MemoryPlan``.
 DEFAULT_MEMORY = "256MiB"
 
 
 @dataclass(frozen=True)
 class Setting(Plan):
-    """What a bench of the engine runs on.
+    """Model and engine of a bench.
 
-    ``kv_memory`` auto is what all requests of a pass need at once, per policy.
+    ``kv_memory`` auto is what all requests of a run need together, for each policy.
     """
 
     model: Model = None
@@ -119,7 +119,7 @@ class Setting(Plan):
 
 
 def check_specs(policies: tuple[str, ...]) -> None:
-    """``ValueError`` where there are none, or one stands there twice."""
+    """``ValueError`` if there are none, or if one is named twice."""
     if not policies:
         raise ValueError("--policies is empty: name at least one")
     if len(set(policies)) != len(policies):
@@ -133,7 +133,7 @@ class _Timed(Plan):
 
     @property
     def configuration(self) -> dict[str, Any]:
-        """The setting's options and the plan's own, for a result."""
+        """The options of the setting and of the plan, for a result."""
         own = {name: value for name, value in asdict(self).items() if name != "setting"}  # type: ignore[call-overload]
         own = {name: list(each) if isinstance(each, tuple) else each for name, each in own.items()}
         return {**self.setting.configuration(), **own}
@@ -157,16 +157,16 @@ class LatencyPlan(_Timed):
     batches: Batches = (1,)
     prompt_lens: PromptLens = (128, 512, 2048)
     output_len: Annotated[
-        int, Option("Tokens that each request generates, 2 or more.", check=at_least(2))
+        int, Option("Tokens that each request generates, at least 2.", check=at_least(2))
     ] = 32
 
 
 @dataclass(frozen=True)
 class AdaptersPlan(_Timed):
-    """A batch that is served with so many ``adapters``, and first with none, dealt to its requests
-    in turns; random ones of one ``rank`` on all linears of the layers.
+    """A batch without adapters, then with each number of ``adapters``, which its requests use in
+    turns.  Adapters are random, of one ``rank``, on all linear layers.
 
-    With one thread, seconds are those of the processor, which nobody else's work lengthens.
+    With one thread, times are CPU times, which do not depend on the load of the machine.
     """
 
     setting: Annotated[
@@ -174,7 +174,7 @@ class AdaptersPlan(_Timed):
         pick(without=("policies", "keep", "kv_dtype"), policies=("full",), repeats=5),
     ]
     adapters: Annotated[
-        tuple[int, ...], Option("LoRA adapters that the requests are dealt.", check=at_least(1))
+        tuple[int, ...], Option("Number of LoRA adapters in the batch, a list.", check=at_least(1))
     ] = (1, 4, 16)
     rank: Annotated[int, Option("Rank of each adapter.", check=at_least(1))] = 16
     batch: Batch = 16
@@ -184,13 +184,13 @@ class AdaptersPlan(_Timed):
 
 @dataclass(frozen=True)
 class MemoryPlan(_Timed):
-    """As many equal requests as fit, twice over, so that some wait; at most ``most`` are run."""
+    """Twice as many equal requests as fit, so that some wait; at most ``most`` are run."""
 
     setting: Annotated[Setting, pick(without=("repeats", "warmup"), kv_memory=DEFAULT_MEMORY)]
     prompt_len: PromptLen = 512
     output_len: OutputLen = 32
     most: Annotated[
-        int, Option("Requests to run, at most.", flags=("--requests",), check=at_least(1))
+        int, Option("Maximum number of requests to run.", flags=("--requests",), check=at_least(1))
     ] = 64
 
     @property
@@ -205,7 +205,8 @@ class MemoryPlan(_Timed):
 
 @dataclass(frozen=True)
 class KernelPlan(Plan):
-    """Attention and compaction alone; ``storage``: bytes of entries to go round in, at least."""
+    """Attention and compaction kernels; ``storage``: smallest number of bytes of entries to cycle
+    through."""
 
     backend: Backend = AUTO
     dtype: Dtype = "bfloat16"
@@ -227,11 +228,12 @@ class KernelPlan(Plan):
 
 @dataclass(frozen=True)
 class KvDtypesPlan(Plan):
-    """Decode attention by how entries are stored; ``storage``: bytes of 16-bit entries to go round
-    in, at least."""
+    """Decode attention for each storage of entries; ``storage``: smallest number of bytes of 16-bit
+    entries to cycle through."""
 
     kv_dtypes: Annotated[
-        tuple[str, ...], Option("How the cache is stored, beside 16 bits: int8, int4, fp8.")
+        tuple[str, ...],
+        Option("How the cache stores keys and values, in addition to 16 bits: int8, int4, fp8."),
     ] = ("int8", "int4", "fp8")
     backend: Backend = AUTO
     dtype: Dtype = "bfloat16"
@@ -250,37 +252,37 @@ class KvDtypesPlan(Plan):
         for name in self.kv_dtypes:
             if find_codec(name) is None:
                 raise ValueError(
-                    f"--kv-dtypes {name}: every row has the model's own dtype beside it; name some "
+                    f"--kv-dtypes {name}: every row is compared with the model's dtype; name some "
                     f"of {', '.join(KV_DTYPES[1:])}"
                 )
 
 
 @dataclass(frozen=True)
 class LosslessPlan(Plan):
-    """The full cache with drafts beside the full cache without: a model with its weights, on real
-    text, or random weights in a ``shape``, with guesses right at the rate ``accept``."""
+    """The full cache with and without drafts: a model with its weights on real text, or random
+    weights in a ``shape`` with drafts accepted at the rate ``accept``."""
 
     model: Annotated[
         str | None,
-        Option("A model with its weights, on real text.", unset="smollm2 where no shape is given"),
+        Option("A model, measured on real text.", unset="smollm2 if no shape is given"),
     ] = None
     shape: Shape = None
     drafts: Annotated[
         tuple[str, ...],
         Option(
-            "Policies whose entries are read to guess tokens: NAME or NAME:option=value,….",
+            "Policies whose entries are read to draft tokens: NAME or NAME:option=value,….",
             parse=parse_specs,
             show=" ".join,
         ),
     ] = ("pyramid:keep=.1",)
     draft_tokens: Annotated[
-        tuple[str, ...], Option(f"Tokens guessed in a step: 0 to {MOST_DRAFTS}, or auto.")
+        tuple[str, ...], Option(f"Tokens drafted in a step: 0 to {MOST_DRAFTS}, or auto.")
     ] = ("1", "2", "4", AUTO)
     batches: Batches = (1, 4)
     contexts: PromptLens = (1024, 2048, 4096, 6500)
     accept: Annotated[
         float | None,
-        Option("With --shape: the share of guesses that are made right.", check=check_share),
+        Option("With --shape: the share of drafted tokens to accept.", check=check_share),
     ] = None
     output_len: OutputLen = 64
     repeats: Repeats = 3
@@ -302,8 +304,8 @@ class LosslessPlan(Plan):
             raise ValueError("give --model or --shape, one of them")
         if (self.shape is None) != (self.accept is None):
             raise ValueError(
-                f"--accept {self.accept}: give it with --shape, since random weights guess "
-                f"nothing, and leave it out with --model, where it is measured"
+                f"--accept {self.accept}: set it with --shape, since random weights draft no "
+                f"useful tokens, and leave it out with --model, which measures it"
             )
         for steps in self.draft_tokens:
             if steps != AUTO and not (steps.isdecimal() and int(steps) <= MOST_DRAFTS):
@@ -311,11 +313,11 @@ class LosslessPlan(Plan):
         for spec in self.drafts:
             Lossless(parse_policy(spec))
         if not self.cells:
-            raise ValueError(f"every batch and context has more than {MOST_TOKENS} tokens in all")
+            raise ValueError(f"every batch and context has more than {MOST_TOKENS} tokens in total")
 
     @property
     def cells(self) -> list[tuple[int, list[int]]]:
-        """Each context with the batches that are run at it."""
+        """Each context with its batches."""
         found = [
             (context, [batch for batch in self.batches if batch * context <= MOST_TOKENS])
             for context in self.contexts
@@ -324,7 +326,7 @@ class LosslessPlan(Plan):
 
 
 def counts_or_none(option: str, text: str) -> tuple[int, ...]:
-    """``"1,4"`` → whole numbers; nothing is none of them."""
+    """``"1,4"`` → whole numbers; an empty text is an empty tuple."""
     try:
         return tuple(map(int, parse_words(text)))
     except ValueError:
@@ -332,7 +334,7 @@ def counts_or_none(option: str, text: str) -> tuple[int, ...]:
 
 
 def show_counts(counts: tuple[int, ...]) -> str:
-    """What ``counts_or_none`` takes back."""
+    """Text that ``counts_or_none`` parses."""
     return ",".join(map(str, counts))
 
 
@@ -345,15 +347,15 @@ def pairs_of(option: str, text: str) -> tuple[tuple[int, int], ...]:
 
 
 def show_pairs(pairs: tuple[tuple[int, int], ...]) -> str:
-    """What ``pairs_of`` takes back."""
+    """Text that ``pairs_of`` parses."""
     return ",".join(f"{tensor}x{stages}" for tensor, stages in pairs)
 
 
 @dataclass(frozen=True)
 class WeightsPlan(Plan):
     """Text: ``samples`` passages, ``continuation`` tokens of each scored after ``context`` others.
-    Speed: ``batches`` of requests of ``prompt_len`` + ``output_len`` tokens, ``()`` where it is not
-    asked for."""
+    Speed: ``batches`` of requests of ``prompt_len`` + ``output_len`` tokens; ``()`` measures
+    no speed."""
 
     subject: Annotated[
         Subject,
@@ -366,7 +368,10 @@ class WeightsPlan(Plan):
     ]
     weights: Annotated[
         tuple[str, ...],
-        Option("What to compare with the model's dtype: int8, int4.", check=one_of(WEIGHTS[1:])),
+        Option(
+            "Storage of weights to compare with the model's dtype: int8, int4.",
+            check=one_of(WEIGHTS[1:]),
+        ),
     ] = ("int8", "int4")
     samples: Annotated[int, Option("Passages of text that are scored.", check=at_least(1))] = 20
     context: int = 256
@@ -374,7 +379,7 @@ class WeightsPlan(Plan):
     batches: Annotated[
         tuple[int, ...],
         Option(
-            "Requests that decode together, a list; empty measures no times.",
+            "Number of requests that decode together, a list; an empty one measures no times.",
             flags=("--batch",),
             check=at_least(1),
             parse=counts_or_none,
@@ -390,7 +395,7 @@ class WeightsPlan(Plan):
 
 @dataclass(frozen=True)
 class FootprintPlan(Plan):
-    """A server for each pair of weights and kv_memory, its pool filled with whole caches."""
+    """A server for each pair of weights and kv_memory, with its pool filled by full caches."""
 
     model: OwnModel = None
     weights: Annotated[
@@ -399,12 +404,14 @@ class FootprintPlan(Plan):
     ] = ("auto",)
     kv_memory: Annotated[
         tuple[str, ...],
-        Option("Memory for the caches, a list.", check=size_text),
+        Option("Memory for the KV caches, a list.", check=size_text),
     ] = ("64MiB", "256MiB")
     prompt_len: PromptLen = 1024
     dtype: Dtype = "auto"
     threads: Threads = 0
-    extras: Annotated[tuple[str, ...], Option("Extras whose packages are added up, a list.")] = (
+    extras: Annotated[
+        tuple[str, ...], Option("Package extras whose installed size is added up, a list.")
+    ] = (
         "server",
         "lab",
         "otel",
@@ -417,7 +424,7 @@ class FootprintPlan(Plan):
 
 @dataclass(frozen=True)
 class ScalePlan(Plan):
-    """One request on so many ranks, each a process."""
+    """One request on each number of ranks; each rank is a process."""
 
     model: OwnModel = None
     sizes: Annotated[
@@ -431,7 +438,7 @@ class ScalePlan(Plan):
     prompt: PromptTokens = 512
     new: Annotated[
         int,
-        Option("Tokens to generate, 2 or more.", flags=("--output-len",), check=at_least(2)),
+        Option("Tokens to generate, at least 2.", flags=("--output-len",), check=at_least(2)),
     ] = 16
     kv_memory: RankMemory = "64MiB"
     dtype: Dtype = "float32"
@@ -439,7 +446,9 @@ class ScalePlan(Plan):
     def __post_init__(self) -> None:
         if not self.sizes or self.sizes[0] != (1, 1):
             words = show_pairs(self.sizes)
-            raise ValueError(f"--sizes {words}: the first must be 1x1, which others are held to")
+            raise ValueError(
+                f"--sizes {words}: the first must be 1x1, which the others are compared with"
+            )
         self.check()
 
     @property
@@ -452,11 +461,11 @@ class ScalePlan(Plan):
 
 @dataclass(frozen=True)
 class StagesPlan(Plan):
-    """Requests that all come at once, on two stages; runs of each way take turns."""
+    """Requests that arrive together, on two stages; the ways of running them take turns."""
 
     model: NamedModel = "smollm2"
     policies: Policies = ("full", "pyramidinfer:keep=.45")
-    requests: Annotated[int, Option("Requests at once.", check=at_least(1))] = 8
+    requests: Annotated[int, Option("Number of concurrent requests.", check=at_least(1))] = 8
     prompt: PromptTokens = 1000
     new: OutputTokens = 32
     kv_memory: RankMemory = "1GiB"
@@ -476,24 +485,25 @@ class StagesPlan(Plan):
 @dataclass(frozen=True)
 class OffloadPlan(Plan):
     """Conversations of ``tokens`` tokens, until no more are held; then ``repeats`` second turns of
-    ``turn`` more tokens from each place, on a first one of ``prompt``."""
+    ``turn`` new tokens from each place, after a first turn of ``prompt`` tokens."""
 
     model: NamedModel = "smollm2"
     policies: Policies = ("full", "pyramid:keep=.3")
     tokens: Annotated[
-        int, Option("Tokens of each conversation that is counted.", check=at_least(1))
+        int, Option("Tokens of each held conversation that is counted.", check=at_least(1))
     ] = 300
     kv_memory: Annotated[
-        str, Option("GPU or CPU memory of the engine; half is for conversations.", check=size_text)
+        str,
+        Option("--kv-memory of the engine; half of it is for held conversations.", check=size_text),
     ] = "48MiB"
-    host: Annotated[str, Option("Host memory for caches.", check=size_text)] = "32MiB"
-    disk: Annotated[str, Option("Bytes of files of caches.", check=size_text)] = "64MiB"
+    host: Annotated[str, Option("Host memory for KV caches.", check=size_text)] = "32MiB"
+    disk: Annotated[str, Option("Disk space for KV caches.", check=size_text)] = "64MiB"
     prompt: Annotated[
-        int, Option("Tokens of the first turn, where turns are timed.", check=at_least(1))
+        int, Option("Tokens of the first turn when turns are timed.", check=at_least(1))
     ] = 600
     turn: Annotated[int, Option("New tokens of the second turn.", check=at_least(1))] = 30
     repeats: Annotated[
-        int, Option("Second turns from each place, which take turns.", check=at_least(1))
+        int, Option("Timed second turns from each place; the places take turns.", check=at_least(1))
     ] = 3
     dtype: Dtype = AUTO
     threads: Threads = 0
@@ -504,20 +514,22 @@ class OffloadPlan(Plan):
 
 @dataclass(frozen=True)
 class PrefixPlan(Plan):
-    """Chats of a system prompt and a question: one alone, once another one has been answered, then
-    ``chats`` that arrive together, when nothing is held.  A policy that drops takes the system
-    prompt in alone, shared or not."""
+    """Chats of a system prompt and a question: one chat after another has been answered, then
+    ``chats`` that arrive together while nothing is held.  A policy that drops entries compresses
+    the system prompt on its own, shared or not."""
 
     model: NamedModel = "smollm2"
     policies: Policies = ("full", "pyramid:keep=.3")
     system: Annotated[int, Option("Tokens of the system prompt.", check=at_least(1))] = 1000
     question: Annotated[int, Option("Tokens of each question.", check=at_least(1))] = 30
-    output: Annotated[int, Option("Tokens generated for each.", check=at_least(1))] = 32
-    chats: Annotated[int, Option("Chats that arrive together.", check=at_least(1))] = 8
+    output: Annotated[int, Option("Tokens generated for each question.", check=at_least(1))] = 32
+    chats: Annotated[int, Option("Number of chats that arrive together.", check=at_least(1))] = 8
     kv_memory: Annotated[
-        str, Option("GPU or CPU memory of the engine; half is for caches.", check=size_text)
+        str, Option("--kv-memory of the engine; half of it is for held caches.", check=size_text)
     ] = "1GiB"
-    repeats: Annotated[int, Option("Runs of each way, which take turns.", check=at_least(1))] = 3
+    repeats: Annotated[
+        int, Option("Runs with and without sharing, which take turns.", check=at_least(1))
+    ] = 3
     dtype: Dtype = AUTO
     threads: Threads = 0
 
@@ -527,15 +539,15 @@ class PrefixPlan(Plan):
 
 @dataclass(frozen=True)
 class ReplicasPlan(Plan):
-    """Chats of so many turns each, so many at a time, at two replicas under Ray Serve."""
+    """``chats`` conversations, ``at_once`` at a time, on two replicas under Ray Serve."""
 
     model: OwnModel = None
-    chats: Annotated[int, Option("Conversations.", check=at_least(2))] = 40
-    turns: Annotated[int, Option("Turns of each conversation.", check=at_least(2))] = 5
-    at_once: Annotated[int, Option("Conversations at a time.", check=at_least(1))] = 8
+    chats: Annotated[int, Option("Number of conversations.", check=at_least(2))] = 40
+    turns: Annotated[int, Option("Turns in each conversation.", check=at_least(2))] = 5
+    at_once: Annotated[int, Option("Concurrent conversations.", check=at_least(1))] = 8
     words: Annotated[int, Option("Words of each first turn.", check=at_least(20))] = 600
     new: OutputTokens = 16
-    kv_memory: Annotated[str, Option("Memory for the caches of each replica.")] = "256MiB"
+    kv_memory: Annotated[str, Option("Memory for the KV caches of each replica.")] = "256MiB"
     port: Annotated[int, Option("Port that Ray Serve listens on.")] = 8017
 
     def __post_init__(self) -> None:
@@ -546,7 +558,7 @@ class ReplicasPlan(Plan):
         return f"http://127.0.0.1:{self.port}"
 
     def opening(self, chat: int) -> str:
-        """A first message that no other chat begins with."""
+        """A first message that differs from that of every other chat."""
         fact = f"The harp of Ada Holt is in room {100 + chat} . "
         filler = "The storm touched the bridge . "
         return fact + filler * (self.words // 6) + "Where is the harp of Ada Holt ?"
