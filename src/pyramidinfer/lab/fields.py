@@ -1,4 +1,4 @@
-"""Options that benches and studies share (``options.Option``), and what checks their plans.
+"""Options that benches and studies share (``options.Option``), and the checks of their plans.
 
 Nothing here imports torch.
 """
@@ -15,10 +15,10 @@ __all__ = ["Plan", "parse_specs", "share", "size_text", "split_specs"]
 
 
 class Plan:
-    """What a bench or a study is told: a dataclass that checks its options."""
+    """The plan of a bench or a study: a dataclass that checks its options."""
 
     def check(self) -> None:
-        """``ValueError`` for what cannot be run, naming the option."""
+        """``ValueError`` that names the option, if the plan cannot be run."""
         check_options(self, as_flags=True)
         for each in fields(self):  # type: ignore[arg-type]
             inner: object = getattr(self, each.name)
@@ -35,18 +35,18 @@ def split_specs(text: str) -> tuple[str, ...]:
 
 
 def parse_specs(option: str, text: str) -> tuple[str, ...]:
-    """``split_specs``, as an option's ``parse``."""
+    """``split_specs`` as the ``parse`` of an option."""
     return split_specs(text)
 
 
 def size_text(name: str, value: object) -> None:
-    """The check of an option: a number of bytes as text, or auto."""
+    """Check of an option: a number of bytes as text, or auto."""
     if value != "auto":
         parse_bytes(value, name)  # type: ignore[arg-type]
 
 
 def share(name: str, value: object) -> None:
-    """The check of an option: a share in (0, 1]."""
+    """Check of an option: a share in (0, 1]."""
     if not (isinstance(value, int | float) and 0 < value <= 1):
         raise ValueError(f"{name}: {value} must be above 0 and at most 1")
 
@@ -132,7 +132,7 @@ PromptLens = Annotated[
     ),
 ]
 OutputLen = Annotated[int, Option("Tokens that each request generates.", check=at_least(1))]
-#: Where a plan's field has another name.
+#: Option names that differ from the plan's field.
 PromptTokens = Annotated[
     int, Option("Tokens of each prompt.", flags=("--prompt-len",), check=at_least(1))
 ]
