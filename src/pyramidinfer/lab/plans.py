@@ -1,4 +1,4 @@
-"""What each study measures: its options.  Plain values; nothing here imports torch."""
+"""The options of each study.  Plain values; nothing here imports torch."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ __all__ = [
 ]
 
 AUTO = "auto"
-#: With the question inside the compressed prompt, and after it.
+#: Protocols: the question inside the compressed prompt, or after it.
 PROTOCOLS = ("inside", "after")
-#: Questions and passages of a cell of ``Grid``, at least.
+#: Minimum number of questions and passages of a cell of ``Grid``.
 LEAST = 5
 
 ON = ("model", "text", "dtype", "device", "kv_memory")
@@ -50,7 +50,7 @@ Chats = Annotated[Subject, pick("model", "dtype", "device", "kv_memory", kv_memo
 
 
 def short_enough(least: int) -> Any:
-    """The check of an option: so many tokens at least."""
+    """Check of an option: at least ``least`` tokens."""
 
     def check(name: str, value: object) -> None:
         if not (isinstance(value, int) and value >= least):
@@ -64,7 +64,7 @@ Continuation = Annotated[int, Option("Tokens scored after it, at most.", check=a
 
 @dataclass(frozen=True)
 class IcrPlan(Plan):
-    """One layer is pruned at a time, all others are whole; ``layers`` None: each of them."""
+    """One layer is pruned at a time, all others keep everything; ``layers`` None: every layer."""
 
     subject: Here
     context: Annotated[int, Option("Tokens of context.", check=at_least(20))] = 1000
@@ -110,12 +110,12 @@ class RacPlan(Plan):
 
 @dataclass(frozen=True)
 class MapPlan(Plan):
-    """One prompt: a text, or None for a generated question of ``context`` tokens."""
+    """One prompt: a text, or None to generate a question of ``context`` tokens."""
 
     subject: Annotated[Subject, pick("model", "dtype", "device", "kv_memory")]
     prompt: str | None = None
     context: Annotated[
-        int, Option("Tokens of the generated question, where no prompt is given.")
+        int, Option("Tokens of the generated question, if no prompt is given.")
     ] = 1000
     max_tokens: Annotated[int, Option("Tokens to generate after the prompt.")] = 11
     seed: Seed = 0
@@ -126,9 +126,9 @@ class Grid(Plan):
     """Each policy (``NAME`` or ``NAME:option=value,…``; None: every one) at each keep and context
     length, with keys and values in each of ``kv_dtypes``.
 
-    Longer contexts get fewer samples, in proportion, so that all lengths cost alike (at least
-    ``LEAST``, or as many as at the shortest).  ``long_samples``: questions that generate so many
-    tokens that answers can be compared.
+    Longer contexts get proportionally fewer samples, so that all lengths cost the same (at least
+    ``LEAST``, or as many as at the shortest).  ``long_samples``: number of questions that generate
+    enough tokens to compare answers.
     """
 
     subject: Here
@@ -142,7 +142,7 @@ class Grid(Plan):
         Option("Questions at the shortest context; longer ones get fewer.", check=at_least(1)),
     ] = 40
     passages: Annotated[
-        float, Option("Passages for each question: a share, at least 5 a cell.")
+        float, Option("Passages per question: a share; at least 5 passages per cell.")
     ] = 0.5
     long_samples: int = 8
     continuation: int = 64
@@ -163,7 +163,7 @@ class Grid(Plan):
         return max(round(self.passages * questions), min(LEAST, questions))
 
     def cells(self) -> list[dict[str, Any]]:
-        """One dict a cell; the full cache stands at keep 1 only."""
+        """One dict per cell; the full cache has cells at keep 1 only."""
         from pyramidinfer.policies.registry import parse_policy
 
         _check_lists(self, "policies", "kv_dtypes")
@@ -182,7 +182,7 @@ class Grid(Plan):
 
 
 def _fill_policies(plan: Any) -> None:
-    """Every policy, where none was named."""
+    """Use every policy if none was named."""
     if plan.policies is None:
         from pyramidinfer.policies import POLICIES
 
@@ -196,7 +196,7 @@ def _check_lists(plan: Any, *names: str) -> None:
 
 
 def own_keep(spec: str) -> float | None:
-    """The ``keep`` that a policy's spec names itself; ``ValueError`` where that is no number."""
+    """The ``keep`` in a policy's spec, if any; ``ValueError`` if it is not a number."""
     found = re.search(r"[:,]keep=([^,]*)", spec)
     if found is None:
         return None
@@ -204,15 +204,15 @@ def own_keep(spec: str) -> float | None:
         return float(found[1])
     except ValueError:
         raise ValueError(
-            f"{spec!r}: keep={found[1]} is no number; give a share in (0, 1]"
+            f"{spec!r}: keep={found[1]} is not a number; give a share in (0, 1]"
         ) from None
 
 
 @dataclass(frozen=True)
 class Ways(Plan):
-    """On a model, each policy (``NAME`` or ``NAME:option=value,…``; None: every one) at each keep;
-    one that names a ``keep`` of its own at that only; and all of that with keys and values in each
-    of ``kv_dtypes``.  The full cache in the model's own dtype goes first, asked for or not."""
+    """On a model, each policy (``NAME`` or ``NAME:option=value,…``; None: every one) at each keep,
+    or only at the ``keep`` in its spec; and all of these with keys and values in each of
+    ``kv_dtypes``.  The full cache in the model's own dtype is always measured, and first."""
 
     policies: Specs = None  # type: ignore[assignment]  # never None once it is made
     keeps: Keeps = (0.45, 0.3, 0.15)
@@ -236,11 +236,12 @@ class Ways(Plan):
         super().check()
 
     def cells(self) -> list[dict[str, Any]]:
-        """``{"policy": …, "keep": …, "kv_dtype": …}`` of each, the reference first."""
+        """``{"policy": …, "keep": …, "kv_dtype": …}`` of each cell, the reference first."""
         return [{"policy": "full", "keep": 1.0, "kv_dtype": AUTO}, *self.others()]
 
     def others(self) -> list[dict[str, Any]]:
-        """Those of all but the reference; one kv dtype after the other, as each has an engine."""
+        """The cells except the reference, ordered by kv dtype, because each kv dtype has its own
+        engine."""
         return [
             {"policy": spec, "keep": keep, "kv_dtype": kv_dtype}
             for kv_dtype in self.kv_dtypes
@@ -259,7 +260,7 @@ class Ways(Plan):
 
 
 def known_task(name: str, value: object) -> None:
-    """The check of an option: one of RULER's tasks."""
+    """Check of an option: one of RULER's tasks."""
     from pyramidinfer.lab.ruler.tasks import check_task
 
     check_task(str(value))
@@ -267,7 +268,7 @@ def known_task(name: str, value: object) -> None:
 
 @dataclass(frozen=True)
 class RulerPlan(Ways):
-    """At each length (tokens, template and answer included), each task in each protocol."""
+    """At each length (tokens, template and answer included), every task in every protocol."""
 
     lengths: Annotated[
         tuple[int, ...], Option("Tokens of a prompt and its answer.", check=at_least(1))
@@ -317,7 +318,7 @@ class TurnsPlan(Ways):
 
 @dataclass(frozen=True)
 class TextPlan(Ways):
-    """Passages of real text at each context length; longer ones get fewer, in proportion."""
+    """Passages of real text at each context length; longer contexts get proportionally fewer."""
 
     contexts: Annotated[
         tuple[int, ...], Option("Context lengths to measure, tokens.", check=at_least(1))
@@ -335,7 +336,7 @@ class LongPlan(Ways):
     samples: Samples = 8
     context: Context = 1000
     tokens: Annotated[
-        int, Option("Tokens to generate; end tokens do not end.", check=at_least(1))
+        int, Option("Tokens to generate; end tokens do not end an answer.", check=at_least(1))
     ] = 512
 
 
@@ -349,12 +350,12 @@ class HeadsPlan(Plan):
     samples: Annotated[int, Option("Passages that layers are pruned on.", check=at_least(1))] = 4
     seed: Seed = 0
     pruned_to: Annotated[
-        float, Option("What a pruned layer is cut to, in (0, 1).", flags=("--share",))
+        float, Option("Share that a pruned layer is cut to, in (0, 1).", flags=("--share",))
     ] = 0.2
 
     def __post_init__(self) -> None:
         if not 0 < self.pruned_to < 1:
-            raise ValueError(f"--share {self.pruned_to} must lie between 0 and 1")
+            raise ValueError(f"--share {self.pruned_to} must be between 0 and 1")
         self.check()
 
 
@@ -372,7 +373,7 @@ class CodecsPlan(Plan):
 
 @dataclass(frozen=True)
 class Task(Plan):
-    """What ``calibrate`` measures on: texts with facts in them, and passages of running text."""
+    """The texts that ``calibrate`` measures on: texts with facts, and passages of running text."""
 
     subject: Here
     keep: Annotated[float, Option("Budget of the policy that is calibrated, in (0, 1).")] = 0.3
@@ -383,21 +384,21 @@ class Task(Plan):
 
     def __post_init__(self) -> None:
         if not 0 < self.keep < 1:
-            raise ValueError(f"--keep {self.keep} must lie between 0 and 1, so that some go")
+            raise ValueError(f"--keep {self.keep} must be above 0 and below 1")
 
     def quick(self) -> Task:
-        """A third of the work."""
+        """The same plan with a third of the work."""
         return replace(self, context=600, samples=2, passages=2)
 
     @property
     def parts(self) -> int:
-        """Steps of the bar for every plan: running text, and each text in both protocols."""
+        """Progress steps of every measured plan: running text, and each text in both protocols."""
         return 1 + 2 * self.samples
 
 
 @dataclass(frozen=True, slots=True)
 class VerifyPlan(Plan):
-    """How long prompts are, and about how long all may take."""
+    """The length of prompts, and the approximate time limit."""
 
     length: Annotated[int, Option("Tokens of each prompt.", check=short_enough(300))] = 1000
     seconds: Annotated[float, Option("About how long it may take, seconds.", check=positive)] = (
