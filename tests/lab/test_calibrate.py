@@ -146,7 +146,7 @@ def test_quick_is_a_third() -> None:
     assert 0.25 < tokens(task.quick()) / tokens(task) < 0.4
     assert task.questions == task.samples * 8 and task.quick().keep == task.keep
     for keep in (0.0, 1.0, -1.0, float("nan")):
-        with pytest.raises(ValueError, match=f"--keep {keep} must lie between 0 and 1"):
+        with pytest.raises(ValueError, match=f"--keep {keep} must be above 0 and below 1"):
             Task(Subject(), keep)
 
 
@@ -486,8 +486,8 @@ def test_a_random_model_answers_nothing(run: Run, tmp_path: Path) -> None:
     ("words", "message"),
     [
         ((), "the package holds a profile of this model"),
-        (("--keep", "0"), "--keep 0.0 must lie between 0 and 1"),
-        (("--keep", "1"), "--keep 1.0 must lie between 0 and 1"),
+        (("--keep", "0"), "--keep 0.0 must be above 0 and below 1"),
+        (("--keep", "1"), "--keep 1.0 must be above 0 and below 1"),
         (("--text", "no/such/text", "-o", "x"), "No such file"),
         (("no/such/model",), "does not exist"),
         (("--dtype", "float3"), "did you mean 'float32'"),

@@ -339,7 +339,7 @@ def test_mistakes_are_said_so() -> None:
         check_task("niah_singel_1")
     with pytest.raises(ValueError, match="no task '': Tasks are niah_single_1"):
         check_task("")
-    with pytest.raises(ValueError, match="0 samples are wanted"):
+    with pytest.raises(ValueError, match="0 samples requested"):
         make("vt", 0)
     with pytest.raises(ValueError, match="no task"):
         make("cew")

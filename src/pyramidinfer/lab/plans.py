@@ -114,9 +114,9 @@ class MapPlan(Plan):
 
     subject: Annotated[Subject, pick("model", "dtype", "device", "kv_memory")]
     prompt: str | None = None
-    context: Annotated[
-        int, Option("Tokens of the generated question, if no prompt is given.")
-    ] = 1000
+    context: Annotated[int, Option("Tokens of the generated question, used without a prompt.")] = (
+        1000
+    )
     max_tokens: Annotated[int, Option("Tokens to generate after the prompt.")] = 11
     seed: Seed = 0
 
@@ -355,7 +355,7 @@ class HeadsPlan(Plan):
 
     def __post_init__(self) -> None:
         if not 0 < self.pruned_to < 1:
-            raise ValueError(f"--share {self.pruned_to} must be between 0 and 1")
+            raise ValueError(f"--share {self.pruned_to} must be above 0 and below 1")
         self.check()
 
 

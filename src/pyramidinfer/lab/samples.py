@@ -249,7 +249,7 @@ def read_text(path: str) -> str:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError:
-        raise ValueError(f"{path} is no UTF-8 text") from None
+        raise ValueError(f"{path} is not UTF-8 text") from None
     if not text.strip():
         raise ValueError(f"{path} is empty")
     return text

@@ -1,4 +1,4 @@
-"""What each bench measures: its options.  Plain values; nothing here imports torch."""
+"""The options of each bench.  Plain values; nothing here imports torch."""
 
 from __future__ import annotations
 
@@ -63,17 +63,17 @@ __all__ = [
 
 DEFAULT_SHAPE = "bench-200m"
 AUTO = "auto"
-#: Tokens of all caches of a row of ``LosslessPlan`` together, at most.
+#: Maximum tokens of all caches of a row of ``LosslessPlan`` together.
 MOST_TOKENS = 128 * 1024
-#: What ``MemoryPlan`` shares where nothing is said.
+#: Default memory of ``MemoryPlan``.
 DEFAULT_MEMORY = "256MiB"
 
 
 @dataclass(frozen=True)
 class Setting(Plan):
-    """What a bench of the engine runs on.
+    """The model, policies and machine of an engine's bench.
 
-    ``kv_memory`` auto is what all requests of a pass need at once, per policy.
+    ``kv_memory`` auto: as much as all requests of a pass need at once, per policy.
     """
 
     model: Model = None
@@ -119,7 +119,7 @@ class Setting(Plan):
 
 
 def check_specs(policies: tuple[str, ...]) -> None:
-    """``ValueError`` where there are none, or one stands there twice."""
+    """``ValueError`` if the list is empty, or one occurs twice."""
     if not policies:
         raise ValueError("--policies is empty: name at least one")
     if len(set(policies)) != len(policies):
@@ -163,10 +163,10 @@ class LatencyPlan(_Timed):
 
 @dataclass(frozen=True)
 class AdaptersPlan(_Timed):
-    """A batch that is served with so many ``adapters``, and first with none, dealt to its requests
-    in turns; random ones of one ``rank`` on all linears of the layers.
+    """A batch with each number of ``adapters``, which its requests use in turns, and first without
+    any; random adapters of one ``rank`` on all linears of the layers.
 
-    With one thread, seconds are those of the processor, which nobody else's work lengthens.
+    With one thread, seconds are CPU time, which other processes do not lengthen.
     """
 
     setting: Annotated[
@@ -174,7 +174,7 @@ class AdaptersPlan(_Timed):
         pick(without=("policies", "keep", "kv_dtype"), policies=("full",), repeats=5),
     ]
     adapters: Annotated[
-        tuple[int, ...], Option("LoRA adapters that the requests are dealt.", check=at_least(1))
+        tuple[int, ...], Option("LoRA adapters that the requests use in turns.", check=at_least(1))
     ] = (1, 4, 16)
     rank: Annotated[int, Option("Rank of each adapter.", check=at_least(1))] = 16
     batch: Batch = 16
@@ -184,7 +184,7 @@ class AdaptersPlan(_Timed):
 
 @dataclass(frozen=True)
 class MemoryPlan(_Timed):
-    """As many equal requests as fit, twice over, so that some wait; at most ``most`` are run."""
+    """Twice as many equal requests as fit, so that some wait; at most ``most`` are run."""
 
     setting: Annotated[Setting, pick(without=("repeats", "warmup"), kv_memory=DEFAULT_MEMORY)]
     prompt_len: PromptLen = 512
@@ -205,7 +205,7 @@ class MemoryPlan(_Timed):
 
 @dataclass(frozen=True)
 class KernelPlan(Plan):
-    """Attention and compaction alone; ``storage``: bytes of entries to go round in, at least."""
+    """Attention and compaction alone; ``storage``: minimum bytes of entries to cycle through."""
 
     backend: Backend = AUTO
     dtype: Dtype = "bfloat16"
@@ -227,11 +227,11 @@ class KernelPlan(Plan):
 
 @dataclass(frozen=True)
 class KvDtypesPlan(Plan):
-    """Decode attention by how entries are stored; ``storage``: bytes of 16-bit entries to go round
-    in, at least."""
+    """Decode attention by how entries are stored; ``storage``: minimum bytes of 16-bit
+    entries to cycle through."""
 
     kv_dtypes: Annotated[
-        tuple[str, ...], Option("How the cache is stored, beside 16 bits: int8, int4, fp8.")
+        tuple[str, ...], Option("How the cache is stored, in addition to 16 bits: int8, int4, fp8.")
     ] = ("int8", "int4", "fp8")
     backend: Backend = AUTO
     dtype: Dtype = "bfloat16"
@@ -250,15 +250,16 @@ class KvDtypesPlan(Plan):
         for name in self.kv_dtypes:
             if find_codec(name) is None:
                 raise ValueError(
-                    f"--kv-dtypes {name}: every row has the model's own dtype beside it; name some "
+                    f"--kv-dtypes {name}: every row also has the model's own dtype; name some "
                     f"of {', '.join(KV_DTYPES[1:])}"
                 )
 
 
 @dataclass(frozen=True)
 class LosslessPlan(Plan):
-    """The full cache with drafts beside the full cache without: a model with its weights, on real
-    text, or random weights in a ``shape``, with guesses right at the rate ``accept``."""
+    """The full cache with drafts compared with the full cache without: a model with its weights, on
+    real text, or random weights in a ``shape``, with draft tokens accepted at the rate
+    ``accept``."""
 
     model: Annotated[
         str | None,
@@ -268,19 +269,19 @@ class LosslessPlan(Plan):
     drafts: Annotated[
         tuple[str, ...],
         Option(
-            "Policies whose entries are read to guess tokens: NAME or NAME:option=value,….",
+            "Policies whose entries are read to draft tokens: NAME or NAME:option=value,….",
             parse=parse_specs,
             show=" ".join,
         ),
     ] = ("pyramid:keep=.1",)
     draft_tokens: Annotated[
-        tuple[str, ...], Option(f"Tokens guessed in a step: 0 to {MOST_DRAFTS}, or auto.")
+        tuple[str, ...], Option(f"Draft tokens per step: 0 to {MOST_DRAFTS}, or auto.")
     ] = ("1", "2", "4", AUTO)
     batches: Batches = (1, 4)
     contexts: PromptLens = (1024, 2048, 4096, 6500)
     accept: Annotated[
         float | None,
-        Option("With --shape: the share of guesses that are made right.", check=check_share),
+        Option("With --shape: the share of draft tokens that are accepted.", check=check_share),
     ] = None
     output_len: OutputLen = 64
     repeats: Repeats = 3
@@ -302,8 +303,8 @@ class LosslessPlan(Plan):
             raise ValueError("give --model or --shape, one of them")
         if (self.shape is None) != (self.accept is None):
             raise ValueError(
-                f"--accept {self.accept}: give it with --shape, since random weights guess "
-                f"nothing, and leave it out with --model, where it is measured"
+                f"--accept {self.accept}: give it with --shape, since random weights cannot "
+                f"draft, and omit it with --model, where it is measured"
             )
         for steps in self.draft_tokens:
             if steps != AUTO and not (steps.isdecimal() and int(steps) <= MOST_DRAFTS):
@@ -311,11 +312,11 @@ class LosslessPlan(Plan):
         for spec in self.drafts:
             Lossless(parse_policy(spec))
         if not self.cells:
-            raise ValueError(f"every batch and context has more than {MOST_TOKENS} tokens in all")
+            raise ValueError(f"every batch and context has more than {MOST_TOKENS} tokens in total")
 
     @property
     def cells(self) -> list[tuple[int, list[int]]]:
-        """Each context with the batches that are run at it."""
+        """Each context with the batches that run with it."""
         found = [
             (context, [batch for batch in self.batches if batch * context <= MOST_TOKENS])
             for context in self.contexts
@@ -324,7 +325,7 @@ class LosslessPlan(Plan):
 
 
 def counts_or_none(option: str, text: str) -> tuple[int, ...]:
-    """``"1,4"`` → whole numbers; nothing is none of them."""
+    """``"1,4"`` → whole numbers; an empty text gives none."""
     try:
         return tuple(map(int, parse_words(text)))
     except ValueError:
@@ -332,7 +333,7 @@ def counts_or_none(option: str, text: str) -> tuple[int, ...]:
 
 
 def show_counts(counts: tuple[int, ...]) -> str:
-    """What ``counts_or_none`` takes back."""
+    """The inverse of ``counts_or_none``."""
     return ",".join(map(str, counts))
 
 
@@ -345,15 +346,15 @@ def pairs_of(option: str, text: str) -> tuple[tuple[int, int], ...]:
 
 
 def show_pairs(pairs: tuple[tuple[int, int], ...]) -> str:
-    """What ``pairs_of`` takes back."""
+    """The inverse of ``pairs_of``."""
     return ",".join(f"{tensor}x{stages}" for tensor, stages in pairs)
 
 
 @dataclass(frozen=True)
 class WeightsPlan(Plan):
     """Text: ``samples`` passages, ``continuation`` tokens of each scored after ``context`` others.
-    Speed: ``batches`` of requests of ``prompt_len`` + ``output_len`` tokens, ``()`` where it is not
-    asked for."""
+    Speed: ``batches`` of requests of ``prompt_len`` + ``output_len`` tokens, ``()`` for
+    none."""
 
     subject: Annotated[
         Subject,
@@ -366,7 +367,7 @@ class WeightsPlan(Plan):
     ]
     weights: Annotated[
         tuple[str, ...],
-        Option("What to compare with the model's dtype: int8, int4.", check=one_of(WEIGHTS[1:])),
+        Option("Formats to compare with the model's dtype: int8, int4.", check=one_of(WEIGHTS[1:])),
     ] = ("int8", "int4")
     samples: Annotated[int, Option("Passages of text that are scored.", check=at_least(1))] = 20
     context: int = 256
@@ -390,7 +391,7 @@ class WeightsPlan(Plan):
 
 @dataclass(frozen=True)
 class FootprintPlan(Plan):
-    """A server for each pair of weights and kv_memory, its pool filled with whole caches."""
+    """A server for each pair of weights and kv_memory, with its pool full of whole caches."""
 
     model: OwnModel = None
     weights: Annotated[
@@ -417,7 +418,7 @@ class FootprintPlan(Plan):
 
 @dataclass(frozen=True)
 class ScalePlan(Plan):
-    """One request on so many ranks, each a process."""
+    """One request on each number of ranks; every rank is a process."""
 
     model: OwnModel = None
     sizes: Annotated[
@@ -439,7 +440,7 @@ class ScalePlan(Plan):
     def __post_init__(self) -> None:
         if not self.sizes or self.sizes[0] != (1, 1):
             words = show_pairs(self.sizes)
-            raise ValueError(f"--sizes {words}: the first must be 1x1, which others are held to")
+            raise ValueError(f"--sizes {words}: the first must be 1x1, the reference of all others")
         self.check()
 
     @property
@@ -452,7 +453,7 @@ class ScalePlan(Plan):
 
 @dataclass(frozen=True)
 class StagesPlan(Plan):
-    """Requests that all come at once, on two stages; runs of each way take turns."""
+    """Requests that all arrive at once, on two stages; runs of both ways take turns."""
 
     model: NamedModel = "smollm2"
     policies: Policies = ("full", "pyramidinfer:keep=.45")
@@ -475,8 +476,8 @@ class StagesPlan(Plan):
 
 @dataclass(frozen=True)
 class OffloadPlan(Plan):
-    """Conversations of ``tokens`` tokens, until no more are held; then ``repeats`` second turns of
-    ``turn`` more tokens from each place, on a first one of ``prompt``."""
+    """Conversations of ``tokens`` tokens, until no more are held; then, from each place,
+    ``repeats`` second turns of ``turn`` more tokens after a first turn of ``prompt`` tokens."""
 
     model: NamedModel = "smollm2"
     policies: Policies = ("full", "pyramid:keep=.3")
@@ -489,7 +490,7 @@ class OffloadPlan(Plan):
     host: Annotated[str, Option("Host memory for caches.", check=size_text)] = "32MiB"
     disk: Annotated[str, Option("Bytes of files of caches.", check=size_text)] = "64MiB"
     prompt: Annotated[
-        int, Option("Tokens of the first turn, where turns are timed.", check=at_least(1))
+        int, Option("Tokens of the first turn of timed conversations.", check=at_least(1))
     ] = 600
     turn: Annotated[int, Option("New tokens of the second turn.", check=at_least(1))] = 30
     repeats: Annotated[
@@ -504,9 +505,9 @@ class OffloadPlan(Plan):
 
 @dataclass(frozen=True)
 class PrefixPlan(Plan):
-    """Chats of a system prompt and a question: one alone, once another one has been answered, then
-    ``chats`` that arrive together, when nothing is held.  A policy that drops takes the system
-    prompt in alone, shared or not."""
+    """Chats of a system prompt and a question: one alone, after another one was answered, then
+    ``chats`` that arrive together, when nothing is held.  A policy that drops tokens prefills the
+    system prompt separately, shared or not."""
 
     model: NamedModel = "smollm2"
     policies: Policies = ("full", "pyramid:keep=.3")
@@ -527,7 +528,7 @@ class PrefixPlan(Plan):
 
 @dataclass(frozen=True)
 class ReplicasPlan(Plan):
-    """Chats of so many turns each, so many at a time, at two replicas under Ray Serve."""
+    """Chats of ``turns`` turns each, ``at_once`` at a time, with two replicas under Ray Serve."""
 
     model: OwnModel = None
     chats: Annotated[int, Option("Conversations.", check=at_least(2))] = 40
@@ -546,7 +547,7 @@ class ReplicasPlan(Plan):
         return f"http://127.0.0.1:{self.port}"
 
     def opening(self, chat: int) -> str:
-        """A first message that no other chat begins with."""
+        """A first message that is unique to the chat."""
         fact = f"The harp of Ada Holt is in room {100 + chat} . "
         filler = "The storm touched the bridge . "
         return fact + filler * (self.words // 6) + "Where is the harp of Ada Holt ?"

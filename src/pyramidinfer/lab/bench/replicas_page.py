@@ -1,4 +1,4 @@
-"""The table of replicas in ``docs/scaling.md`` and the terminal's, from ``bench replicas``."""
+"""The table of replicas in ``docs/scaling.md`` and in the terminal, from ``bench replicas``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BEGIN, END = "<!-- from benchmarks/results/replicas.json -->", "<!-- end -->"
 
 
 def render_replicas(page: str, entry: dict[str, Any]) -> str:
-    """The page with this table as the result has it, between its two marks."""
+    """The page with the table of this result between its two marks."""
     plan, result = entry["configuration"], entry["result"]
     killed = next(row for row in result["rows"] if "killed_after" in row)
     sizes = ", ".join(f"{name} {mebibytes(size)}" for name, size in result["process_bytes"].items())
@@ -40,7 +40,7 @@ def render_replicas(page: str, entry: dict[str, Any]) -> str:
 
 
 def replicas_table(result: dict[str, Any]) -> Table:
-    """What the terminal shows."""
+    """The output in the terminal."""
     return as_terminal("two replicas", _rows(result["rows"]))
 
 

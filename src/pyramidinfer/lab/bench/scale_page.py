@@ -1,4 +1,4 @@
-"""The tables of ``docs/scaling.md`` and the terminal's, from what ``bench scale`` measured."""
+"""The tables in ``docs/scaling.md`` and in the terminal, from results of ``bench scale``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Row = dict[str, Any]
 
 
 def render_scale(page: str, entry: dict[str, Any], dealt: dict[str, Any] | None = None) -> str:
-    """The page with its tables as the results have them, between the two marks.  dealt : of
+    """The page with the tables of these results between its two marks.  dealt : result of
     ``bench stages``."""
     plan, result = entry["configuration"], entry["result"]
     paper = result["paper"][0]
@@ -82,12 +82,12 @@ def _dealt(rows: list[Row]) -> list[list[str]]:
 
 
 def stages_table(result: dict[str, Any]) -> Table:
-    """What the terminal shows after ``bench stages``."""
+    """The terminal's output after ``bench stages``."""
     return as_terminal("two stages", _dealt(result["rows"]))
 
 
 def scale_table(result: dict[str, Any]) -> Table:
-    """What the terminal shows after ``bench scale``."""
+    """The terminal's output after ``bench scale``."""
     lines = [["policy", "ranks", "same tokens", "sent", "cache", "weights", "as by formula"]]
     for row in result["rows"]:
         pairs = [
@@ -110,7 +110,7 @@ def scale_table(result: dict[str, Any]) -> Table:
 
 
 def as_terminal(title: str, lines: list[list[str]]) -> Table:
-    """A table whose first line is its head."""
+    """A table whose first line is the header."""
     table = Table(title=title)
     head, *rows = lines
     for index, name in enumerate(head):
@@ -151,7 +151,7 @@ def _size(row: Row) -> str:
 
 
 def _pair(counted: list[int], said: list[int]) -> str:
-    """Of the stage that has most."""
+    """Figures of the stage that has the most."""
     if not max(said) and not max(counted):
         return "–"
     return f"{max(counted) / 1e3:,.0f} / {max(said) / 1e3:,.0f}"
@@ -176,7 +176,7 @@ def _on_paper(rows: list[Row]) -> list[list[str]]:
 
 
 def as_markdown(rows: list[list[str]]) -> list[str]:
-    """Lines of a table whose first row is its head."""
+    """Lines of a table whose first row is the header."""
     head, *lines = rows
     every = [head, ["---", *["---:"] * (len(head) - 1)], *lines]
     return [f"| {' | '.join(row)} |" for row in every]
