@@ -335,7 +335,7 @@ def test_unreadable_texts_are_said_so(tmp_path: Path) -> None:
 
 def test_mistakes_are_said_so() -> None:
     check_task("vt")
-    with pytest.raises(ValueError, match="unknown task 'niah_singel_1': did you mean 'niah_single_1'"):
+    with pytest.raises(ValueError, match="task 'niah_singel_1': did you mean 'niah_single_1'"):
         check_task("niah_singel_1")
     with pytest.raises(ValueError, match="unknown task '': Tasks are niah_single_1"):
         check_task("")

@@ -301,9 +301,9 @@ def test_what_would_come_out_otherwise_is_refused(
 def test_files_that_are_no_whole_gguf(tmp_path: Path) -> None:
     whole = write(tmp_path / "tiny.gguf").read_bytes()
     for content, message in (
-        (b"PK\3\4", "is no GGUF file"),
-        (b"", "is no GGUF file"),
-        (b"GGUF", "is cut short"),
+        (b"PK\3\4", "is not a GGUF file"),
+        (b"", "is not a GGUF file"),
+        (b"GGUF", "is truncated"),
         (whole[:600], "end before its tensors begin"),
         (whole[:-40], "its tensors reach to"),
         (b"GGUF" + struct.pack(">I", 3) + whole[8:], "has GGUF version 50331648"),

@@ -187,7 +187,7 @@ def configure(folder: str, **keys: Any) -> None:
         ({"modules_to_save": ["lm_head"]}, "modules_to_save=.'lm_head'.: whole modules"),
         ({"bias": "all"}, "bias='all'"),
         ({"lora_bias": True}, "lora_bias=True: biases"),
-        ({"peft_type": "LOHA"}, "of the kind 'LOHA', and beside the base only LORA"),
+        ({"peft_type": "LOHA"}, "of the kind 'LOHA', and only LORA"),
         ({"task_type": "SEQ_CLS"}, "for the task 'SEQ_CLS'"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' changed the base's weights"),
         ({"r": 5}, r"lora_A has the shape \(4, 32\).*is \(5, 32\): is the base another model"),
