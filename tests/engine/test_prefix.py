@@ -88,7 +88,7 @@ def test_a_text_prefix_and_a_streamed_question() -> None:
         assert last.text == whole.text
         never_begun = llm.stream(question, prefix=cache)
         llm.engine.check()
-    with pytest.raises(ValueError, match="holds its cache no longer"):
+    with pytest.raises(ValueError, match="no longer holds its cache"):
         next(never_begun)
     assert llm.engine.pool.budget_used == 0
 

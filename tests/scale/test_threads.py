@@ -229,7 +229,7 @@ def test_what_a_caller_does_wrong_is_said_and_harms_nobody(
         engine.run([held])
         branch = engine.branch(held, [5, 6], params)
         engine.release(held)
-        with pytest.raises(ValueError, match=f"request {held.id} holds its cache no longer"):
+        with pytest.raises(ValueError, match=f"request {held.id} no longer holds its cache"):
             engine.submit(branch)
         Mine.__module__ = "__main__"
         with pytest.raises(ValueError, match="policy 'mine' is defined in the program itself"):

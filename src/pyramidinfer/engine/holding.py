@@ -1,4 +1,4 @@
-"""Held requests: going on with a cache, and forgetting the end of it."""
+"""Held requests: continuing on a cache, and removing the end of it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["check_held", "check_holds", "copy_held", "next_turn", "truncate"]
 
 
 def copy_held(pool: Pool, turn: Request) -> None:
-    """Give a request that is about to be queued its copy of the cache that it goes on with."""
+    """Give a request that is about to be queued its copy of the cache that it continues on."""
     check_held(turn)
     held, turn.onto = turn.onto, None
     if held is not None:
@@ -22,10 +22,10 @@ def copy_held(pool: Pool, turn: Request) -> None:
 
 
 def check_held(turn: Request) -> None:
-    """``ValueError`` where the cache that it goes on with is gone."""
+    """``ValueError`` if the cache that it continues on is gone."""
     held = turn.onto
     if held is not None and held.cache is None:
-        raise ValueError(f"request {held.id} holds its cache no longer; nothing can go on from it")
+        raise ValueError(f"request {held.id} no longer holds its cache, so none can continue it")
 
 
 def next_turn(
@@ -36,7 +36,7 @@ def next_turn(
     protect: Spans,
     hold: bool,
 ) -> Request:
-    """What goes on with a held request, checked; it has no cache yet."""
+    """A checked request that continues on a held request; it has no cache yet."""
     check_holds(request)
     old, shared = request.table, maker.shared
     check_tokens(tokens, shared.runner.vocab_size)
@@ -45,21 +45,21 @@ def next_turn(
     turn = maker.make(
         text, params, request.policy, spans, hold, old, None, 1, adapter=request.adapter
     )
-    if shared.is_endless(request.policy, len(text)):  # its rotary positions begin again
+    if shared.is_endless(request.policy, len(text)):  # its rotary positions start again
         limit = shared.runner.streaming.limit(request.is_long)
         check_stream(len(tokens) + 1, int(old.kept.max()), limit)
     elif not request.is_long and is_long(
         shared.runner, request.policy, len(text) - old.seen_len, len(text), turn.max_new
     ):
         raise ValueError(
-            "the text outgrows the rotary range its cache was made for; start a new request"
+            "the text exceeds the rotary range of its cache; start a new request"
         )
     turn.lowered_to = request.lowered_to
     return turn
 
 
 def check_holds(request: Request) -> None:
-    """``ValueError`` where a request holds no cache."""
+    """``ValueError`` if a request holds no cache."""
     if not request.hold or request.cache is None or not request.ended:
         raise ValueError(f"request {request.id} holds no cache; add it with hold=True")
 
@@ -85,8 +85,8 @@ def truncate(shared: Shared, request: Request, seen_len: int) -> None:
 
 
 def _why_not(shared: Shared, request: Request, seen_len: int) -> str | None:
-    """Why a request cannot go back to so many tokens: layers here that have dropped some that would
-    be seen again."""
+    """The reason why a request cannot be truncated to this many tokens: a layer has dropped tokens
+    that would be visible again."""
     table, pool = request.table, shared.pool
     for layer in pool.own_layers:
         window = shared.runner.shapes[layer].window

@@ -47,7 +47,7 @@ class Wire(Protocol):
         """The next message of a stage."""
 
     def wait(self, lane: int, left: int) -> None:
-        """Wait until at most ``count`` messages are in flight, and release the others."""
+        """Wait until at most ``left`` messages are in flight, and release the others."""
 
 
 #: Lanes: batches in flight, in order, and collectives of all stages.
