@@ -71,7 +71,7 @@ def check_plan(
     if config.host_budget > here:
         raise ValueError(
             f"host_kv_memory={config.host_budget} bytes ({config.host_budget / 2**30:.2f} GiB) is "
-            f"more than the {max(0, here) / 2**30:.2f} GiB of host memory that are free next to the "
+            f"more than the {max(0, here) / 2**30:.2f} GiB of host memory free next to the "
             f"rest; lower it"
         )
 

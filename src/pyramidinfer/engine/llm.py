@@ -42,7 +42,7 @@ Spans = Sequence[tuple[int, int]]
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C during ``generate``; ``outputs`` holds every answer as far as it got."""
+    """Ctrl-C during ``generate``; ``outputs`` holds the answers so far."""
 
     def __init__(self, outputs: list[RequestOutput]) -> None:
         super().__init__()
@@ -56,39 +56,41 @@ class LLM:
     ----------
     model : folder, hub id, the name of a fetched model (``"smollm2"``), a GGUF file (converted
         once, into the user's cache folder), the folder or hub id of a PEFT adapter (LoRA; merged
-        into its base model), or a loaded transformers model or ``PeftModel`` (used as it is,
-        without dropout even in training mode, and left usable in its mode; where its linears are
-        prepacked, they take their memory a second time).
+        into its base model), or a loaded transformers model or ``PeftModel`` (used unchanged,
+        without dropout even in training mode, and still usable in its mode; if its linears are
+        prepacked, the packed copy takes additional memory).
     policy : a name (see ``pyramidinfer.policies.POLICIES``) or a policy object.
-    keep : common budget of the policies, a share in (0, 1]; each policy says of what.  Refused
-        where the model's depth puts it out of reach; a prompt too short for it (a policy's window
-        always stays) keeps the nearest share instead, which the output tells.
+    keep : common budget of the policies, a share in (0, 1]; each policy defines its base.  Refused
+    if
+        it cannot be reached with the model's depth; a prompt that is too short for it (a policy's
+        window always stays) keeps the nearest possible share, which the output reports.
     kv_memory : bytes or a text such as ``"2GiB"``, for the caches of all requests together.
     dtype : ``"auto"`` (the checkpoint's), ``"float32"``, ``"bfloat16"``, ``"float16"``,
         ``"float64"``.
     device : ``"auto"``, ``"cpu"`` or ``"cuda"``.
-    tokenizer : ``"auto"``, a tokenizer, what names a model that has one, or None (token ids only).
-    backend : how to attend: ``"auto"`` (the fastest the device has), ``"cpu"`` (C++), ``"triton"``
+    tokenizer : ``"auto"``, a tokenizer, the name of a model that has one, or None (token ids only).
+    backend : attention backend: ``"auto"`` (the fastest on the device), ``"cpu"`` (C++),
+    ``"triton"``
         or ``"reference"`` (plain torch).
-    lossless : keep the full cache and say exactly what ``policy="full"`` says, but guess tokens
-        over the entries that ``policy`` would keep and verify several at once, where that is
-        faster (docs/lossless.md).  ``keep`` is what guesses read, a tenth by default.
+    lossless : keep the full cache and give exactly the answers of ``policy="full"``, but draft
+        tokens with the entries that ``policy`` would keep and verify several at once, if this is
+        faster (docs/lossless.md).  ``keep`` is the share that drafting reads, a tenth by default.
     kv_dtype : (one of the options) how keys and values are stored: ``"auto"`` in ``dtype``,
         ``"int8"`` or ``"fp8"`` in 8 bits, ``"int4"`` in 4, with 16 bits of scale for every 64
-        channels, so that ``kv_memory`` holds two or three and a half times what it does in
-        16 bits.  An output's ``kv.full_bytes`` are those of 16 bits then.  Head sizes must be
+        channels, so that ``kv_memory`` holds two or three and a half times as many entries as in
+        16 bits.  An output's ``kv.full_bytes`` then refers to 16 bits.  Head sizes must be
         multiples of 4.
     weights : (one of the options) how the weights of linears are stored on the CPU kernels:
-        ``"auto"`` in ``dtype``, ``"int8"`` or ``"int4"`` in so many bits, made while the model is
-        loaded, ``"gguf"`` as the GGUF file has them.  ``ValueError`` for a model or backend that
-        has no such linears.
+        ``"auto"`` in ``dtype``, ``"int8"`` or ``"int4"`` in 8 or 4 bits, quantized while the model
+        is loaded, ``"gguf"`` in the format of the GGUF file.  ``ValueError`` for a model or backend
+        that does not support it.
     lora_modules : (one of the options) LoRA adapters that requests may name, ``{"sql": "folder or
-        hub id"}``: several in one batch, beside the model itself (docs/models.md).
-        ``ValueError`` for one that is for another model, or more than low ranks beside linears.
+        hub id"}``: several in one batch, in addition to the model itself (docs/models.md).
+        ``ValueError`` for an adapter of another model, or with more than low-rank linears.
     options : further fields of ``EngineConfig`` (``page_size``, ``max_requests``, …).
         With ``tensor_parallel_size`` or ``pipeline_parallel_size`` above 1 a process is started for
-        each further rank (under ``torchrun`` they are there already, and those above 0 end with
-        this call); ``close`` or the end of this object ends them.
+        each further rank (under ``torchrun`` they exist already, and those above 0 end with this
+        call); ``close`` or the end of this object ends them.
 
     Raises ``ValueError`` for anything that cannot be used, before memory is taken.
     """
@@ -149,7 +151,7 @@ class LLM:
         self._generation_config = getattr(loaded.model, "generation_config", None)
 
     def close(self) -> None:
-        """End the model's other ranks; nothing can be done with it afterwards."""
+        """End the model's other ranks; it cannot be used afterwards."""
         self.engine.close()
 
     @property
@@ -158,14 +160,14 @@ class LLM:
 
     @property
     def sampling_defaults(self) -> dict[str, Any]:
-        """What the model's ``generation_config.json`` says, as fields of ``SamplingParams``.
+        """The model's ``generation_config.json`` as fields of ``SamplingParams``.
 
-        ``ValueError`` for a key in it that would change answers and is not supported.
+        ``ValueError`` for an unsupported key that would change answers.
         """
         return sampling_defaults(self._generation_config, self.name)
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """What ``generate`` and ``stream`` use where none are given: the model's own defaults."""
+        """The parameters that ``generate`` and ``stream`` use by default: those of the model."""
         return SamplingParams(**self.sampling_defaults)
 
     def generate(
@@ -181,15 +183,15 @@ class LLM:
         """Answer every prompt; the list is in prompt order.
 
         ``prompts``: a text, a list of texts, token ids, or lists of token ids.  ``sampling``
-        (``get_default_sampling_params()`` where none is given) and ``protect`` (spans of prompt
-        positions that are never dropped) are one for all, or one for each.  ``prefix`` (one for
-        all, or one for each): what ``prefill`` returned; a prompt then goes on from there, a text
-        without special tokens in front, and spans count from the prefix's first token.
-        ``policy``: for these prompts, instead of this LLM's own (a prefix has its own already).
-        ``lora`` (one for all, or one for each): the name of the adapter in ``lora_modules`` that a
-        prompt runs with, None for the model alone (what goes on from a prefix runs with its own).
-        Every prompt is checked before any of them runs.  Ctrl-C ends all of them and raises a
-        ``KeyboardInterrupt`` whose ``outputs`` holds every answer as far as it got.
+        (``get_default_sampling_params()`` by default) and ``protect`` (spans of prompt positions
+        that are never dropped) are one for all, or one for each.  ``prefix`` (one for all, or one
+        for each): a result of ``prefill``; a prompt then continues it, a text gets no special
+        tokens first, and spans count from the prefix's first token. ``policy``: for these prompts,
+        instead of this LLM's own (a prefix has its own already). ``lora`` (one for all, or one for
+        each): the name of the adapter in ``lora_modules`` that a prompt uses, None for the model
+        alone (prompts with a prefix use the prefix's adapter). Every prompt is checked before any
+        of them runs.  Ctrl-C ends all of them and raises a ``KeyboardInterrupt`` whose ``outputs``
+        holds the answers so far.
         """
         batch = _as_batch(prompts)
         chosen_params = self.get_default_sampling_params() if sampling is None else sampling
@@ -198,7 +200,7 @@ class LLM:
         begun = _spread_prefixes(prefix, len(batch))
         chosen, loras = self._bound(policy), _spread_loras(lora, len(batch))
         if chosen is not None and (done := next(filter(None, begun), None)):
-            raise ValueError(f"policy={chosen.name!r} beside {done!r}: give the policy to prefill")
+            raise ValueError(f"policy={chosen.name!r} with {done!r}: give the policy to prefill")
         encoded = [
             self.encode(prompt, special=on is None) for prompt, on in zip(batch, begun, strict=True)
         ]
@@ -221,15 +223,14 @@ class LLM:
         protect: Spans = (),
         lora: str | None = None,
     ) -> Prefix:
-        """Take a text in and compress its cache now, for ``generate(…, prefix=…)`` to go on from.
+        """Prefill a text and compress its cache now, for use in ``generate(…, prefix=…)``.
 
         ``policy`` and ``keep``: as in ``LLM``; None is this LLM's own.  The policy sees the text
-        without what will be asked of it.  ``lora``: the adapter that it is taken in with, and that
-        whatever goes on from it runs with.  ``ValueError`` where the cache does not fit beside what
-        is held.
+        without later questions.  ``lora``: the adapter for the prefill and for all requests with
+        this prefix.  ``ValueError`` if the cache does not fit next to the held caches.
         """
         if policy is None and keep is not None:
-            raise ValueError(f"keep={keep} without a policy: name the policy that it is for")
+            raise ValueError(f"keep={keep} without a policy: name its policy, too")
         chosen = self._bound(policy, keep)
         request = self.engine.make(
             self.encode(prompt),
@@ -243,11 +244,11 @@ class LLM:
         if request.error is not None:
             self.engine.release(request)
             raise ValueError(f"the prefix cannot be used: {request.error}")
-        request.output.clear()  # never fed, so the cache knows nothing of it
+        request.output.clear()  # never fed, so the cache has no entry for it
         return Prefix(self.engine, request)
 
     def _bound(self, policy: str | Policy | None, keep: float | None = None) -> Policy | None:
-        """A policy as it is on this model; ``ValueError`` as ``make_policy``."""
+        """A policy for this model; ``ValueError`` as in ``make_policy``."""
         return None if policy is None else make_policy(policy, keep)
 
     def _make(
@@ -264,7 +265,7 @@ class LLM:
         held = prefix.held_by(self.engine)
         if lora is not None and lora != prefix.lora:
             raise ValueError(
-                f"lora={lora!r} beside {prefix!r}, which was taken in with lora={prefix.lora!r}: "
+                f"lora={lora!r} with {prefix!r}, which was prefilled with lora={prefix.lora!r}: "
                 f"give the adapter to prefill"
             )
         return self.engine.branch(held, tokens, params, protect=protect)
@@ -280,8 +281,8 @@ class LLM:
     ) -> Iterator[RequestOutput]:
         """Yield the answer as it grows: each item is the whole answer so far.
 
-        The request is checked at once and queued when the first item is asked for.  Closing the
-        iterator aborts it.  Other requests go on in the same steps.
+        The request is checked at once and queued when the first item is read.  Closing the
+        iterator aborts it.  Other requests continue in the same steps.
         """
         params = self.get_default_sampling_params() if sampling is None else sampling
         tokens = self.encode(prompt, special=prefix is None)
@@ -310,12 +311,14 @@ class LLM:
         policy: str | Policy | None = None,
         lora: str | Sequence[str | None] | None = None,
     ) -> list[Score]:
-        """How likely each continuation is after its prompt, with compression in force.
+        """The log-likelihood of each continuation after its prompt, with the prompt's cache
+        compressed.
 
-        A prompt's cache is compressed as always; the continuation then goes in on top of it, every
-        token attending to what was kept and to the continuation before it, and none is dropped.
-        Texts of continuations get no special tokens.  ``logits=True`` returns them, too.
-        ``policy``: for these prompts, instead of this LLM's own;  ``lora``: as in ``generate``.
+        A prompt's cache is compressed as usual; the continuation is then fed on top of it.  Each of
+        its tokens attends to the kept entries and to the continuation before it, and none is
+        dropped.  Texts of continuations get no special tokens.  ``logits=True`` also returns
+        logits. ``policy``: for these prompts, instead of this LLM's own;  ``lora``: as in
+        ``generate``.
         """
         batch, chosen = _as_batch(prompts), self._bound(policy)
         spans, loras = _spread_spans(protect, len(batch)), _spread_loras(lora, len(batch))
@@ -355,7 +358,7 @@ class LLM:
         return trace(self.engine, self.encode(prompt), max_tokens, protect)
 
     def encode(self, prompt: Prompt, special: bool = True) -> TokenIds:
-        """Token ids of a prompt; a text gets the tokenizer's special tokens, unless told not."""
+        """Token ids of a prompt; a text gets the tokenizer's special tokens by default."""
         if not isinstance(prompt, str):
             return _token_ids(prompt)
         if self.tokenizer is None:
@@ -367,7 +370,7 @@ class LLM:
 
 
 def _is_list(value: Any) -> bool:
-    """Something ordered to go through: a list, a tuple, an array, but no text, bytes or mapping."""
+    """Whether it is an ordered iterable: a list, tuple or array, but no text, bytes or mapping."""
     return hasattr(value, "__getitem__") and not isinstance(value, str | bytes | bytearray | dict)
 
 
@@ -382,7 +385,7 @@ def _token_ids(prompt: Any) -> TokenIds:
     try:
         return [operator.index(token) for token in prompt]
     except TypeError:
-        raise ValueError(f"prompt {prompt!r:.60} holds something that is no token id") from None
+        raise ValueError(f"prompt {prompt!r:.60} contains values that are not token ids") from None
 
 
 def _as_batch(prompts: Any) -> list[Prompt]:
@@ -408,7 +411,7 @@ def _spread_prefixes(prefix: Any, count: int) -> list[Prefix | None]:
     many = list(prefix) if isinstance(prefix, list | tuple) else [prefix] * count
     for each in many:
         if not isinstance(each, Prefix | None):
-            raise ValueError(f"prefix={each!r:.60} must be what prefill returned, or None")
+            raise ValueError(f"prefix={each!r:.60} must be a result of prefill, or None")
     return _one_each(many, count, "prefixes")
 
 

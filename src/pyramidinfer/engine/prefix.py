@@ -1,4 +1,4 @@
-"""A prompt's compressed cache, held so that questions can go on from it."""
+"""A prompt's compressed cache, held so that questions can continue on it."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ __all__ = ["Prefix"]
 
 
 class Prefix:
-    """What ``LLM.prefill`` returns: the beginning of a text, taken in and compressed.
+    """The result of ``LLM.prefill``: the prefilled and compressed beginning of a text.
 
-    Any number of ``LLM.generate(…, prefix=…)`` go on from it, each on a copy whose pages are shared
-    until they are written.  It holds its memory until ``release``, or the end of a ``with``.
+    Any number of ``LLM.generate(…, prefix=…)`` continue on it, each on a copy whose pages are
+    shared until they are written.  It holds its memory until ``release``, or the end of a ``with``.
     """
 
     def __init__(self, engine: Engine, request: Request) -> None:
@@ -27,42 +27,42 @@ class Prefix:
 
     @property
     def token_ids(self) -> TokenIds:
-        """The tokens it has taken in."""
+        """The prefilled tokens."""
         return list(self._request.prompt)
 
     @property
     def policy(self) -> Policy:
-        """What compressed it, and goes on to hold what is added to it."""
+        """The policy that compressed it, which also applies to tokens added to it."""
         return self._request.policy
 
     @property
     def lora(self) -> str | None:
-        """The adapter that it was taken in with, which what goes on from it runs with, too."""
+        """The adapter of its prefill, which also applies to requests that continue on it."""
         adapter = self._request.adapter
         return None if adapter is None else adapter.name
 
     @property
     def kv(self) -> KVUsage:
-        """What is held."""
+        """The held cache."""
         return self._engine.usage(self._request)
 
     @property
     def metrics(self) -> RequestMetrics:
-        """What taking it in cost."""
+        """The cost of its prefill."""
         return self._engine.metrics(self._request)
 
     def held_by(self, engine: Engine) -> Request:
         """The request that holds the cache; ``ValueError`` if it is released or another model's."""
         if self._request.cache is None:
             raise ValueError(
-                f"{self!r} was released, so nothing can go on from it; call prefill again"
+                f"{self!r} was released and cannot be used any more; call prefill again"
             )
         if engine is not self._engine:
-            raise ValueError(f"{self!r} is another LLM's; use it with the one that made it")
+            raise ValueError(f"{self!r} belongs to another LLM; use it with the one that made it")
         return self._request
 
     def release(self) -> None:
-        """Give the memory back; again does nothing."""
+        """Free its memory; a second call has no effect."""
         self._engine.release(self._request)
 
     def __enter__(self) -> Prefix:
