@@ -106,7 +106,7 @@ def test_what_cannot_be_is_said() -> None:
         (lambda: llm.generate([[]], PARAMS, prefix=cache), "empty|no token"),
         (
             lambda: llm.generate([random_prompt(2, 5)], PARAMS, prefix=cache, policy=SnapKV()),
-            "policy='snapkv' beside .*: give the policy to prefill",
+            "policy='snapkv' with .*: give the policy to prefill",
         ),
     ):
         with pytest.raises(ValueError, match=words):

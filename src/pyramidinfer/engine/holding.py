@@ -51,9 +51,7 @@ def next_turn(
     elif not request.is_long and is_long(
         shared.runner, request.policy, len(text) - old.seen_len, len(text), turn.max_new
     ):
-        raise ValueError(
-            "the text exceeds the rotary range of its cache; start a new request"
-        )
+        raise ValueError("the text exceeds the rotary range of its cache; start a new request")
     turn.lowered_to = request.lowered_to
     return turn
 

@@ -226,9 +226,7 @@ class Link:
                 f"rank {rank} (process {each.pid}) is {_state(each.pid)}"
                 for rank, each in enumerate(self._processes, start=1)
             )
-            return (
-                f"not all ranks answered within {self.timeout:g} s: {states or 'states unknown'}"
-            )
+            return f"not all ranks answered within {self.timeout:g} s: {states or 'states unknown'}"
         return f"the ranks have stopped working together: {type(error).__name__}: {text[0]}"
 
     def _dead(self) -> str | None:
