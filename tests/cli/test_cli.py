@@ -476,7 +476,7 @@ def test_demo_prints_a_table_and_draws(tmp_path: Path) -> None:
         ),
         (
             ["serve", "--lossless", "--tensor-parallel-size", "2"],
-            "lossless works on one rank, and this is 2: leave tensor_parallel_size",
+            "lossless works on one rank, and this is 2: omit tensor_parallel_size",
         ),
         (
             ["serve", "--draft-tokens", "2", "--pipeline-parallel-size", "2"],

@@ -90,7 +90,7 @@ def test_convert_says_where(
         (["fetch", "gemma3-270m", "phi"], "no model is called 'phi'; there are: smollm2"),
         (["convert", "no/such.gguf", "new"], "GGUF file 'no/such.gguf' does not exist"),
         (["generate", "--model", "no/such.gguf", "--prompt", "x"], "does not exist"),
-        (["convert", __file__, "new"], "is no GGUF file"),
+        (["convert", __file__, "new"], "is not a GGUF file"),
         (["chat", "smolm2"], "'smolm2' does not exist; did you mean 'smollm2'?"),
         *(
             ([*command, "smollm2", *rest], "'smollm2' is not here yet; run: pyramidinfer fetch")

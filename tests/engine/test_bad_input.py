@@ -197,7 +197,7 @@ def test_bad_protect_spans(protect: Any) -> None:
         ({"kv_memory": "10"}, "kv_memory=10 bytes is below one page per layer"),
         ({"kv_memory": "2 parsecs"}, "kv_memory='2 parsecs' is not a size"),
         ({"kv_memory": 0}, "kv_memory=0"),
-        ({"kv_memory": "900TiB"}, "that are free on cpu beside the weights; lower kv_memory"),
+        ({"kv_memory": "900TiB"}, "that are free on cpu next to the weights; lower kv_memory"),
         ({"kv_memry": "1GiB"}, "unknown option 'kv_memry'; did you mean 'kv_memory'"),
         ({"polcy": "full"}, "did you mean 'policy'"),
         ({"page_size": 0}, "page_size=0"),

@@ -298,9 +298,9 @@ def test_models_with_few_positions(speaks: LLM) -> None:
     small.tokenizer = small.engine.shared.tokenizer = speaks.tokenizer
     made = profile_model(small.engine.shared)
     assert made.lengths[0] == room_for(small.engine.runner, again) > 64
-    with pytest.raises(ValueError, match="the model tells 100 positions apart"):
+    with pytest.raises(ValueError, match="the model has 100 positions"):
         room_for(of("llama", max_position_embeddings=100), again)
-    with pytest.raises(ValueError, match="the model tells 64 positions apart"):
+    with pytest.raises(ValueError, match="the model has 64 positions"):
         room_for(of("phi3"), again)  # its rotary positions change there
 
 

@@ -231,7 +231,7 @@ def test_a_taken_up_stream_goes_on_past_the_models_positions() -> None:
     assert turn.reused == 479
     assert turn.kv is not None and turn.kv.seen_len > engine.runner.max_positions
     assert max(of_layers(turn.kv.kept_len)) <= 33 + 21
-    with pytest.raises(ValueError, match="text is taken in at most 511 tokens at a time"):
+    with pytest.raises(ValueError, match="at most 511 tokens can be prefilled at a time"):
         talk(engine, after(turn, 3))
     engine.conversations.clear()
     engine.check()

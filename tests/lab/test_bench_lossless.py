@@ -69,7 +69,7 @@ def test_the_formula() -> None:
         (["--shape", "toy-gqa", "--accept", "2"], "between 0 and 1"),
         (["--draft-tokens", "9"], "--draft-tokens 9: write auto or 0 to 8"),
         (["--drafts", "h2o:keep=.1"], "cannot choose what drafts read"),
-        (["--prompt-len", "200000"], "more than 131072 tokens in all"),
+        (["--prompt-len", "200000"], "more than 131072 tokens in total"),
     ],
 )
 def test_what_cannot_be_run_is_refused(options: list[str], words: str, tmp_path: Path) -> None:

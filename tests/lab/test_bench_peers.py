@@ -145,7 +145,7 @@ def test_rows_of_another_run_are_marked_and_give_no_ratio(
     second = compare(tmp_path, drivers, fake("other"), keep=True)
     lines = {line[1]: line[6] for line in peers_rows(second)}
     assert lines == {"other": "–", "transformers (2020-01-01T00:00:00Z)": "1.00"}
-    with pytest.raises(ValueError, match="other settings; leave --keep-rows out"):
+    with pytest.raises(ValueError, match="other settings; omit --keep-rows"):
         compare(tmp_path, drivers, fake("other"), keep=True, repeats=3)
     third = compare(tmp_path, drivers, fake("other"))
     assert len(third["rows"]) == 1

@@ -254,7 +254,7 @@ def test_an_answer_of_another_length_has_failed() -> None:
     for record in (whole, short):
         check_tokens(record, 5)
     assert whole.outcome == "completed"
-    assert short.outcome == "failed" and short.why == "made 4 tokens in place of 5"
+    assert short.outcome == "failed" and short.why == "generated 4 tokens instead of 5"
 
 
 def test_concurrency_is_compared_with_the_first_policy() -> None:

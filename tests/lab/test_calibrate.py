@@ -146,7 +146,7 @@ def test_quick_is_a_third() -> None:
     assert 0.25 < tokens(task.quick()) / tokens(task) < 0.4
     assert task.questions == task.samples * 8 and task.quick().keep == task.keep
     for keep in (0.0, 1.0, -1.0, float("nan")):
-        with pytest.raises(ValueError, match=f"--keep {keep} must lie between 0 and 1"):
+        with pytest.raises(ValueError, match=f"--keep {keep} must be above 0 and below 1"):
             Task(Subject(), keep)
 
 
@@ -274,7 +274,7 @@ def test_the_bar_reaches_its_end_and_the_time_is_told_first(
 
     monkeypatch.setattr(lab, "progress_bar", Bar)
     calibrate(llm, profile, TASK, tell=tell)
-    assert told == [(f"{plans(OWN)} settings at most, about 0.0 minutes", 1)]
+    assert told == [(f"at most {plans(OWN)} settings, about 0.0 minutes", 1)]
 
 
 def test_a_model_that_answers_nothing_is_refused(
@@ -434,7 +434,7 @@ def test_the_command(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     found = Profile.load("deep/mine.json")
     assert told["path"] == "deep/mine.json" and told["seconds"] > 0
     assert Profile.from_dict(told["profile"]) == found and found.calibrated is not None
-    assert f"{1 + OWN.bit_length()} settings at most, about" in err
+    assert f"at most {1 + OWN.bit_length()} settings, about" in err
     code, out, err = run(*small, "-o", "again.json")
     assert code == 0 and out.startswith(found.calibrated.going) and "again.json" in out
     assert Profile.load("again.json") == found and not Path("cache").exists()
@@ -486,8 +486,8 @@ def test_a_random_model_answers_nothing(run: Run, tmp_path: Path) -> None:
     ("words", "message"),
     [
         ((), "the package holds a profile of this model"),
-        (("--keep", "0"), "--keep 0.0 must lie between 0 and 1"),
-        (("--keep", "1"), "--keep 1.0 must lie between 0 and 1"),
+        (("--keep", "0"), "--keep 0.0 must be above 0 and below 1"),
+        (("--keep", "1"), "--keep 1.0 must be above 0 and below 1"),
         (("--text", "no/such/text", "-o", "x"), "No such file"),
         (("no/such/model",), "does not exist"),
         (("--dtype", "float3"), "did you mean 'float32'"),

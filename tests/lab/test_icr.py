@@ -187,7 +187,7 @@ def test_intervals() -> None:
     [
         (["--shares", "0"], "--shares: 0.0 must be above 0"),
         (["--shares", "half"], "--shares 'half'"),
-        (["--layers", "12"], "--layers: 12 is none of the layers"),
+        (["--layers", "12"], "--layers: 12 is not one of the layers"),
         (["--samples", "0"], "--samples 0 must be at least 1"),
         (["--context", "5"], "--context 5 must be at least 20"),
         (["--text", "no/such/file"], "No such file"),

@@ -290,7 +290,7 @@ def test_where_the_full_cache_can_do_nothing_there_is_nothing_to_compare(
         main()
     assert not stopped.value.code
     shown = " ".join(capsys.readouterr().out.split())
-    assert "the full cache can do none of the tasks on this model: nothing to compare" in shown
+    assert "the full cache solves none of the tasks on this model: nothing to compare" in shown
     written = json.loads(out.read_text())
     assert written["meta"]["means"] == []
     assert {(row["policy"], row["score"]) for row in written["rows"]} == {("full", 0)}

@@ -232,7 +232,7 @@ def test_a_model_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "No such file"), (b"\xff\xfe", "is no UTF-8 text"), (b" \n\t", "is empty")],
+    [(None, "No such file"), (b"\xff\xfe", "is not UTF-8 text"), (b" \n\t", "is empty")],
 )
 def test_texts_that_cannot_be_used(
     folder: Path, tmp_path: Path, content: bytes | None, message: str

@@ -53,7 +53,7 @@ def greedy(model: Any, prompt: list[int], **options: Any) -> list[int]:
     [
         ("model.layers.0.self_attn.q_proj.bias", torch.ones(32), "attention_bias"),
         ("model.layers.0.self_attn.q_proj.weight_scale", torch.ones(1), "quantization_config"),
-        ("model.layers.4.mlp.up_proj.weight", torch.ones(48, 32), "of two models"),
+        ("model.layers.4.mlp.up_proj.weight", torch.ones(48, 32), "belong to different models"),
     ],
 )
 def test_a_tensor_without_a_place_is_refused(
@@ -302,8 +302,8 @@ def test_what_many_configs_carry_is_harmless(folder: Path) -> None:
         ("rope_parameters", {"rope_type": "spiral", "rope_theta": 1e4}, "rope_type='spiral'"),
         ("rope_parameters", {"rope_type": "linear", "factor": "8"}, "factor='8'"),
         ("quantization_config", {"quant_method": "foo"}, "quant_method='foo'"),
-        ("layer_types", 5, "config.json|makes no model"),
-        ("rms_norm_eps", "x", "config.json|makes no model"),
+        ("layer_types", 5, "config.json|no model can be built"),
+        ("rms_norm_eps", "x", "config.json|no model can be built"),
     ],
 )
 def test_absurd_configs(folder: Path, key: str, value: Any, message: str) -> None:
@@ -369,7 +369,7 @@ def test_training_mode_that_comes_later() -> None:
         ({"sliding_window": 128}, "sliding_window=128 has no effect"),
         (
             {"rope_theta": 5.0, "rope_parameters": {"rope_type": "default", "rope_theta": 7.0}},
-            "rope_theta=5.0 has no effect beside rope_parameters",
+            "rope_theta=5.0 has no effect next to rope_parameters",
         ),
     ],
 )

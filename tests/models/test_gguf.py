@@ -280,9 +280,9 @@ def test_what_transformers_passes_over_is_taken_in(tmp_path: Path) -> None:
             {"extra": {"llama.rope.dimension_count": 8, "llama.attention.key_length": 16}},
             "8 of 16 numbers of a head are rotated",
         ),
-        ({"extra": {"llama.rope.scaling.type": "longrope"}}, "in another way, 'longrope'"),
+        ({"extra": {"llama.rope.scaling.type": "longrope"}}, "rotary scaling 'longrope' is not"),
         ({"extra": {"split.count": 3}}, "is one of 3 parts; join them first"),
-        ({"pre": "viking"}, "its way of splitting text, 'viking', is not known"),
+        ({"pre": "viking"}, "its text split, 'viking', is not supported"),
         (
             {"tensors": {"blk.0.attn_q.bias": np.zeros(64, np.float32)}},
             "holds .* weights, the model that it describes has",
@@ -301,9 +301,9 @@ def test_what_would_come_out_otherwise_is_refused(
 def test_files_that_are_no_whole_gguf(tmp_path: Path) -> None:
     whole = write(tmp_path / "tiny.gguf").read_bytes()
     for content, message in (
-        (b"PK\3\4", "is no GGUF file"),
-        (b"", "is no GGUF file"),
-        (b"GGUF", "is cut short"),
+        (b"PK\3\4", "is not a GGUF file"),
+        (b"", "is not a GGUF file"),
+        (b"GGUF", "is truncated"),
         (whole[:600], "end before its tensors begin"),
         (whole[:-40], "its tensors reach to"),
         (b"GGUF" + struct.pack(">I", 3) + whole[8:], "has GGUF version 50331648"),
@@ -416,7 +416,7 @@ def test_no_index_no_pip_no_place(
 
 def test_a_file_that_cannot_be_converted_leaves_nothing(tmp_path: Path) -> None:
     file = write(tmp_path / "tiny.gguf", pre="viking")
-    with pytest.raises(ValueError, match="'viking', is not known"):
+    with pytest.raises(ValueError, match="'viking', is not supported"):
         LLM(str(file))
     assert not [each for each in models_folder().rglob("*") if each.name != "gguf"]
 

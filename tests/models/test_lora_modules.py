@@ -131,7 +131,7 @@ def test_prefixes_keep_their_adapter(folders: Any) -> None:
         for lora in (None, "second"):
             (output,) = llm.generate([question], GREEDY, prefix=prefix, lora=lora)
             assert output.token_ids == model_greedy(model, begun + question, NEW)
-        with pytest.raises(ValueError, match="taken in with lora='second': give the adapter to"):
+        with pytest.raises(ValueError, match="prefilled with lora='second': give the adapter to"):
             llm.generate([question], GREEDY, prefix=prefix, lora="first")
 
 
@@ -187,10 +187,10 @@ def configure(folder: str, **keys: Any) -> None:
         ({"modules_to_save": ["lm_head"]}, "modules_to_save=.'lm_head'.: whole modules"),
         ({"bias": "all"}, "bias='all'"),
         ({"lora_bias": True}, "lora_bias=True: biases"),
-        ({"peft_type": "LOHA"}, "of the kind 'LOHA', and beside the base only LORA"),
+        ({"peft_type": "LOHA"}, "of the kind 'LOHA', and only LORA"),
         ({"task_type": "SEQ_CLS"}, "for the task 'SEQ_CLS'"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' changed the base's weights"),
-        ({"r": 5}, r"lora_A has the shape \(4, 32\).*is \(5, 32\): is the base another model"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' also changes"),
+        ({"r": 5}, r"lora_A has the shape \(4, 32\).*be \(5, 32\): is its base another"),
         ({"lora_alpha": "x"}, "alpha 'x' must be a number above 0"),
         ({"target_modules": ["q_proj", "v_proj", "up_proj", "o_proj"]}, "lacks .*o_proj.lora_A"),
     ],
@@ -209,14 +209,14 @@ def test_adapters_of_other_models_and_places(tmp_path: Path) -> None:
             LLM(model or tiny_model("llama"), kv_memory="1MiB", lora_modules={"mine": folder})
 
     wide = save_adapter(tmp_path / "wide", "qwen3", 0)
-    refused(wide, r"lora_B has the shape \(64, 4\).*is \(32, 4\): is the base another model\?")
-    refused(save_adapter(tmp_path / "neox", "gpt_neox", 0), "gpt_neox.layers.0.* no linear of this")
+    refused(wide, r"lora_B has the shape \(64, 4\).*be \(32, 4\): is its base another")
+    refused(save_adapter(tmp_path / "neox", "gpt_neox", 0), "layers.0.* is not a linear of")
     tiny_model("mistral").save_pretrained(tmp_path / "base")
     named = save_adapter(tmp_path / "named", "llama", 0)
     configure(named, base_model_name_or_path=str(tmp_path / "base"))
     refused(named, "whose model_type is 'mistral'; here it is 'llama'")
     head = save_adapter(tmp_path / "head", "llama", 0, target_modules=["q_proj", "lm_head"])
-    refused(head, "it changes lm_head, and heads and embeddings are not served")
+    refused(head, "it changes lm_head, and adapters on heads and embeddings are not")
     refused(str(tmp_path / "base"), "it has no adapter_config.json")
     whole = save_adapter(tmp_path / "torn", "llama", 0)
     weights = Path(whole) / "adapter_model.safetensors"
@@ -228,5 +228,5 @@ def test_adapters_of_other_models_and_places(tmp_path: Path) -> None:
     tensors = load_file(weights := Path(bad) / "adapter_model.safetensors")
     tensors[gone][0, 0] = float("nan")
     save_file(tensors, weights)
-    refused(bad, "no finite number")
+    refused(bad, "values that are not finite")
     refused(bad, "is a peft.*Linear, not a plain linear: unload", adapted("llama", 0))

@@ -76,7 +76,7 @@ def test_what_other_processes_could_not_have_is_refused_before_any_begins(
     for given, why in (("3,1", "is for 2 stages, and pipeline_parallel_size=1"), ("a", "such as")):
         with pytest.raises(ValueError, match=f"pipeline_layers='{given}' .*{why}"):
             build(folder, pipeline_layers=given)
-    with pytest.raises(ValueError, match="'3,2' are 5 layers; this model has 4"):
+    with pytest.raises(ValueError, match="'3,2' has 5 layers; this model has 4"):
         build(folder, pipeline_layers="3,2", pipeline_parallel_size=2)
     with pytest.raises(ValueError, match="rank_timeout=5 has no effect on one rank"):
         build(folder, rank_timeout=5)

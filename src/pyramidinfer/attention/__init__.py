@@ -1,4 +1,5 @@
-"""How to attend: backends read pages and return outputs, log-sum-exps and scores on request."""
+"""Attention backends: they read pages and return outputs and, on request, log-sum-exps and
+scores."""
 
 from pyramidinfer.attention.base import Backend, DecodePlan, Scale, Scored
 from pyramidinfer.attention.select import available_backends, select_backend

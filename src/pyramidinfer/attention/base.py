@@ -1,4 +1,4 @@
-"""The seam every attention backend fits.
+"""The interface of attention backends.
 
 Notation: n new tokens, m cached entries, H query heads, K KV heads (H is a multiple of K),
 D key size, V value size, R decoding requests, L layers.
@@ -20,7 +20,7 @@ __all__ = ["Attended", "Backend", "DecodePlan", "Pages", "Scale", "Scored"]
 class Scale(NamedTuple):
     """How a layer turns ``q·k`` into a logit: times ``scale``, then ``softcap·tanh(x/softcap)``.
 
-    ``window``: a query at position p sees positions above p - window, None for all up to p.
+    ``window``: a query at position p sees positions above p - window; None: all positions up to p.
     """
 
     scale: float
@@ -44,17 +44,17 @@ class Pages(NamedTuple):
 
     @property
     def value_dim(self) -> int:
-        """Numbers of a value."""
+        """Size of a value (V)."""
         held = self.values.shape[-1]
         return held if self.codec is None else held * 8 // self.codec.bits
 
 
 @dataclass(frozen=True, slots=True)
 class DecodePlan:
-    """What stays the same over one decode step's layers; tensors are contiguous.
+    """The inputs that all layers of one decode step share; tensors are contiguous.
 
     tables : ``[L, R, K, P]`` int32 page numbers;  lengths : ``[L, R, K]`` int64, entries of each
-    head, the new one included;  longest : ``[L]`` no less than the largest length of each layer;
+    head, including the new one;  longest : ``[L]``, at least the largest length of each layer;
     positions : ``[R]`` int64, of the new tokens.
     """
 
@@ -80,7 +80,7 @@ class Scored(NamedTuple):
 
 
 class ScoredPrefill(Protocol):
-    """``Backend.prefill``, and the weights of its newest queries, summed on the way."""
+    """``Backend.prefill`` that also sums the weights of its newest queries in the same pass."""
 
     def __call__(
         self,
@@ -93,7 +93,7 @@ class ScoredPrefill(Protocol):
         reduce: Reduce,
         ramp: Tensor,
     ) -> tuple[Tensor, Scored]:
-        """``ramp`` ``[w]``: what each of the newest w queries counts.
+        """``ramp`` ``[w]``: the factor for the weights of each of the newest w queries.
 
         ``reduce.heads`` is ``mean`` or ``kv_mean``; the scores are sums over those queries, and
         lse is ``[w, H]``.
@@ -108,7 +108,7 @@ class Backend(Protocol):
 
     @property
     def prefill_scored(self) -> ScoredPrefill | None:
-        """``prefill`` that sums weights on the way, where it has that."""
+        """``prefill`` that also sums weights, or None if the backend has no such version."""
         ...
 
     def run(
@@ -121,7 +121,7 @@ class Backend(Protocol):
         *,
         probs: bool = False,
     ) -> Attended:
-        """One query ``[R, H, D]`` per request over its pages of ``layer``; gives lse too."""
+        """One query ``[R, H, D]`` per request over its pages of ``layer``; also returns lse."""
         ...
 
     def prefill(
@@ -153,17 +153,18 @@ class Backend(Protocol):
     ) -> Scored:
         """Attention weights of ``queries`` ``[W, H, D]`` over ``keys`` ``[K, m, D]``, reduced.
 
-        A weight is ``exp(qk - lse)`` with the log-sum-exp given (``[W, H]``, of the time the
-        query attended) and is never renormalised; without one it is worked out over ``keys``.
-        ``rows`` is the length of the whole window: rows missing in front count as zero weight
-        (``reduce.rows="below"`` counts the rows that are there).
+        A weight is ``exp(qk - lse)`` with the given log-sum-exp (``[W, H]``, from the time the
+        query attended) and is never renormalised; without one, it is computed over ``keys``.
+        ``rows`` is the length of the whole window: missing older rows count as zero weight
+        (``reduce.rows="below"`` counts only the rows that exist).
         """
         ...
 
     def column_sums(
         self, queries: Tensor, keys: Tensor, q_pos: Tensor, k_pos: Tensor, scale: Scale
     ) -> Tensor:
-        """Attention each entry gets from all ``queries``, summed over a group: ``[K, m]``.
+        """Attention weight that each entry gets from all ``queries``, summed over a group: ``[K,
+        m]``.
 
         The last n entries are the queries' own, in order.
         """

@@ -1,6 +1,6 @@
-"""Attention through the C++ kernels: decoding at memory speed, scores without a full matrix.
+"""Attention through the C++ kernels: decoding at memory bandwidth, scores without a full matrix.
 
-float64 has no kernels: it is worked out by the reference.
+There are no kernels for float64; the reference backend computes it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pyramidinfer.types import Reduce
 
 __all__ = ["CPUBackend"]
 
-PARTS = 4  # into which a head's watched queries are cut
+PARTS = 4  # parts of a head's watched queries
 
 ROWS = {"mean": 0, "sum": 0, "max": 1, "below": 2}
 
@@ -32,8 +32,8 @@ ROWS = {"mean": 0, "sum": 0, "max": 1, "below": 2}
 class CPUBackend(ReferenceBackend):
     """See :class:`pyramidinfer.attention.base.Backend` for shapes.
 
-    ``isa`` : instruction set to build for, ``"native"`` unless a test wants another.
-    ``NoCompilerError`` where the kernels cannot be built.
+    ``isa`` : instruction set to build for, ``"native"``; tests use others.
+    ``NoCompilerError`` if the kernels cannot be built.
     """
 
     name = "cpu"
@@ -68,7 +68,7 @@ class CPUBackend(ReferenceBackend):
         scale: Scale,
         probs: bool = False,
     ) -> tuple[Attended, ctypes.Structure]:
-        """What ``run`` will fill, and the kernels' call for it (contiguous ``queries``)."""
+        """The output that ``run`` fills, and the kernels' call for it (contiguous ``queries``)."""
         requests, heads, key_dim = queries.shape
         page, value_dim = pages.values.shape[1], pages.value_dim
         kv_heads, longest = plan.tables.shape[2], plan.longest[layer]
@@ -183,7 +183,7 @@ class CPUBackend(ReferenceBackend):
         reduce: Reduce,
         ramp: Tensor,
     ) -> tuple[Tensor, Scored]:
-        """The reference's way: one query's weights after the other's."""
+        """As in the reference: add the weights of one query after another."""
         out, each = self.prefill(queries, keys, values, q_pos, k_pos, scale), Reduce(reduce.heads)
         first, scores, lses = len(queries) - len(ramp), 0.0, []
         for row, weight in enumerate(ramp.tolist(), start=first):
@@ -241,7 +241,7 @@ class CPUBackend(ReferenceBackend):
 def _dense(
     queries: Tensor, keys: Tensor, values: Tensor, q_pos: Tensor, k_pos: Tensor, scale: Scale
 ) -> tuple[list[Tensor], ctypes.Structure]:
-    """The call for one request's tensors, and what must live until it is over."""
+    """The call for one request's tensors, and the tensors that must live until it returns."""
     if queries.stride(2) != 1 or queries.stride(1) != queries.shape[2]:
         queries = queries.contiguous()
     keys, values = (each if each.stride(2) == 1 else each.contiguous() for each in (keys, values))

@@ -1,6 +1,6 @@
-"""Attention over KV heads that hold different numbers of entries: in runs of equally long heads.
+"""Attention over KV heads that hold different numbers of entries: in runs of heads of equal length.
 
-Where all heads are equally long there is one run, and nothing is copied or split.
+If all heads have the same length, there is one run, and nothing is copied or split.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ __all__ = ["Run", "attend", "attend_scored", "column_sums", "window_scores"]
 
 
 class Run(NamedTuple):
-    """KV heads ``heads`` that are equally long: keys ``[k, m, D]``, values ``[k, m, V]`` (None
-    where only scores are asked for), positions ``[k, m]``."""
+    """KV heads ``heads`` of equal length: keys ``[k, m, D]``, values ``[k, m, V]`` (None
+    if only scores are needed), positions ``[k, m]``."""
 
     heads: slice
     keys: Tensor
@@ -52,7 +52,7 @@ def attend_scored(
     reduce: Reduce,
     ramp: Tensor,
 ) -> tuple[Tensor, Scored]:
-    """``Backend.prefill_scored``; scores are 0 behind a shorter head's entries."""
+    """``Backend.prefill_scored``; scores are 0 past the end of a shorter head."""
     _check(runs, reduce)
     total, found = runs[-1].heads.stop, []
     for run in runs:
@@ -76,7 +76,7 @@ def window_scores(
     rows: int,
     lse: Tensor | None = None,
 ) -> Scored:
-    """``Backend.window_scores``; scores are 0 behind a shorter head's entries."""
+    """``Backend.window_scores``; scores are 0 past the end of a shorter head."""
     _check(runs, reduce)
     total, found = runs[-1].heads.stop, []
     for run in runs:
@@ -92,7 +92,7 @@ def window_scores(
 def column_sums(
     backend: Backend, runs: list[Run], queries: Tensor, q_pos: Tensor, scale: Scale
 ) -> Tensor:
-    """``Backend.column_sums``: ``[K, longest]``, 0 behind a shorter head's entries."""
+    """``Backend.column_sums``: ``[K, longest]``, 0 past the end of a shorter head."""
     total = runs[-1].heads.stop
     return _stacked(
         [
@@ -103,7 +103,7 @@ def column_sums(
 
 
 def _check(runs: list[Run], reduce: Reduce) -> None:
-    """``ValueError`` where one row of scores is asked for and the heads hold different tokens."""
+    """``ValueError`` if one row of scores is requested but the heads hold different tokens."""
     if len(runs) > 1 and not reduce.heads.startswith("kv"):
         raise ValueError(
             f"Reduce(heads={reduce.heads!r}) gives one score per token for all heads, but these "
@@ -118,7 +118,7 @@ def _joined(found: list[Scored]) -> Scored:
 
 
 def _stacked(rows: list[Tensor]) -> Tensor:
-    """Rows of several runs one below the other, filled up with 0."""
+    """Stack the rows of several runs, padded with 0."""
     if len(rows) == 1:
         return rows[0]
     longest = max(each.shape[1] for each in rows)

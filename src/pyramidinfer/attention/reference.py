@@ -1,7 +1,7 @@
-"""Attention in plain torch: the judge of every other backend.
+"""Attention in plain torch: the reference for all other backends.
 
-Weights are worked out in float32 (float64 for float64 models).  Entries that must not be seen
-are masked, and masked values are zeroed before they are weighted: a freed entry may hold NaN.
+Weights are computed in float32 (float64 for float64 models).  Entries that a query must not see
+are masked, and masked values are set to zero before weighting, because a freed entry may hold NaN.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pyramidinfer.types import Reduce
 
 __all__ = ["ReferenceBackend"]
 
-#: Most logits worked on at once (elements): no full matrix, and the passes over them hit caches.
+#: Maximum logits per block (elements): no full matrix, and passes over a block hit the CPU caches.
 BLOCK = 1 << 20
 
 
@@ -136,9 +136,10 @@ class ReferenceBackend:
                 total += torch.matmul(ramp[part], weights).mean(1)
                 continue
             over_heads = weights.amax(1) if reduce.heads.endswith("max") else weights.mean(1)
-            if reduce.rows == "below":  # an entry the query could see and hardly looked at
+            if reduce.rows == "below":  # visible to the query, with hardly any weight
                 seen = k_pos[:, None] <= q_pos[part, None]
-                # A shade less than even: a query that sees one entry gives it 1, but for rounding.
+                # Slightly below the even weight: a query that sees one entry gives it 1, up to
+                # rounding.
                 even = (1 - 1e-5) / (q_pos[part, None] + 1).to(high)
                 total += ((over_heads < even) & seen).sum(1)
                 continue
@@ -158,7 +159,7 @@ class ReferenceBackend:
         total = torch.zeros(keys.shape[:2], dtype=high, device=keys.device)
         old = keys.shape[1] - len(queries)  # the rest are the queries' own, in order
         for part in _blocks(len(queries), queries.shape[1] * keys.shape[1]):
-            end = old + part.stop  # entries that this block's newest query can see
+            end = old + part.stop  # entries that the newest query of this block can see
             logits = self._masked(queries[part], keys[:, :end], q_pos[part], k_pos[:, :end], scale)
             total[:, :end] += torch.softmax(logits, dim=-1).sum((1, 2))
         return total
@@ -185,12 +186,12 @@ class ReferenceBackend:
     def _masked(
         self, queries: Tensor, keys: Tensor, q_pos: Tensor, k_pos: Tensor, scale: Scale
     ) -> Tensor:
-        """Logits ``[K, G, n, m]``, -inf where a query does not see an entry."""
+        """Logits ``[K, G, n, m]``, -inf for entries that a query does not see."""
         new, heads, _ = queries.shape
         kv_heads, high = keys.shape[0], accumulate_dtype(queries.dtype)
         grouped = queries.to(high).transpose(0, 1).reshape(kv_heads, heads // kv_heads, new, -1)
         logits = _logits(grouped, keys.to(high)[:, None], scale)
-        # Entries older than every query need no mask, and are all but the last few as a rule.
+        # Entries older than every query need no mask; usually these are all but the last few.
         old = 0 if scale.window is not None else max(0, keys.shape[1] - new)
         if old and int(k_pos[:, :old].max()) > int(q_pos.min()):
             old = 0

@@ -17,15 +17,16 @@ BACKENDS = ("cpu", "reference", "triton")
 
 
 def available_backends() -> list[str]:
-    """Names that ``select_backend`` takes, whether or not they work here."""
+    """Names that ``select_backend`` accepts, whether or not they work on this machine."""
     return list(BACKENDS)
 
 
 def select_backend(name: str = AUTO, device: torch.device | str = "cpu") -> Backend:
     """A backend for tensors on ``device``.
 
-    ``"auto"``: ``triton`` on a GPU, ``cpu`` elsewhere; ``reference`` with a warning that says why
-    where the C++ kernels cannot be built.  ``ValueError`` for one that cannot work there.
+    ``"auto"``: ``triton`` on a GPU, ``cpu`` elsewhere; ``reference`` if the C++ kernels
+    cannot be built, with a warning that says why.  ``ValueError`` if the backend cannot work on the
+    device.
     """
     kind = torch.device(device).type
     if name == AUTO:

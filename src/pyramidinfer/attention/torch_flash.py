@@ -1,7 +1,7 @@
-"""Causal attention of one sequence through torch's own fused kernels.
+"""Causal attention of one sequence with torch's fused kernels.
 
-For layers with neither a soft cap nor a window.  No mask is built where a fused kernel runs:
-older entries go in front, so that causality is aligned to the lower right corner.
+For layers with neither a soft cap nor a window.  Fused kernels need no mask: older entries come
+first, so that causality is aligned to the lower right corner.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ def attend_causal(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -
 
 
 def _fits_flash(queries: Tensor, values: Tensor) -> bool:
-    """Whether torch's flash kernel takes these on this device (Ampere or newer, 16 bits)."""
+    """Whether torch's flash kernel accepts these tensors on this device (Ampere or newer, 16
+    bits)."""
     size = queries.shape[-1]
     return (
         queries.is_cuda
@@ -64,7 +65,7 @@ def _is_ampere(device: int) -> bool:
 
 @cache
 def _find_varlen() -> Callable[..., Any] | None:
-    """``torch.nn.attention.varlen``, where torch has it with the options that are needed."""
+    """``torch.nn.attention.varlen``, or None if torch lacks it or its options needed here."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
@@ -77,12 +78,12 @@ def _find_varlen() -> Callable[..., Any] | None:
 def _attend_varlen(
     varlen: Callable[..., Any], queries: Tensor, keys: Tensor, values: Tensor, scale: float
 ) -> Tensor:
-    """One sequence in varlen's layout: ``[tokens, heads, D]`` and where sequences begin and end."""
+    """One sequence in varlen's layout: ``[tokens, heads, D]`` and the bounds of the sequence."""
     new, entries = queries.shape[0], keys.shape[1]
     ends = [
         torch.arange(0, 2 * count, count, dtype=torch.int32, device=queries.device)
         for count in (new, entries)
-    ]  # [0, count] each, made on the device
+    ]  # [0, count] each, created on the device
     out: Tensor = varlen(
         queries,
         keys.transpose(0, 1),

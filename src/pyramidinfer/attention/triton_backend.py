@@ -1,12 +1,12 @@
 """Attention in Triton: split-KV decoding over pages, window scores, column sums, prefill.
 
-``run`` neither waits for the device nor looks at what is on it: grids follow from shapes (the
-width of the page tables) and a fixed number of splits, so a CUDA graph may capture it.  A replay
-reads what the plan's tensors hold by then: page lists padded with any page to the same width, and
-length 0 for rows that are not in use (they give 0, their log-sum-exp is -inf); ``longest`` is no
-less than any length to come.
+``run`` neither waits for the device nor reads data from it: grids follow from shapes (the width of
+the page tables) and a fixed number of splits, so a CUDA graph may capture it.  A replay reads the
+current contents of the plan's tensors: page lists padded with any page to the same width, and
+length 0 for unused rows (their output is 0, their log-sum-exp is -inf); ``longest`` is at least as
+large as all lengths of later replays.
 
-Weights are worked out in float32; float64 models go to the reference.
+Weights are computed in float32; float64 models use the reference backend.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from pyramidinfer.types import Reduce
 
 __all__ = ["TritonBackend"]
 
-#: Numbers in one operand of a product, for 16-bit and float32 models (whose products are made of
-#: three): registers hold them, and shared memory of 99 KiB has room for loads that run ahead.
+#: Numbers in one operand of a product, for 16-bit and float32 models (a float32 product is made of
+#: three): they fit in registers, and 99 KiB of shared memory have room for prefetched loads.
 TILE, WIDE_TILE = 4096, 2048
 
 
 class TritonBackend:
     """See :class:`pyramidinfer.attention.base.Backend` for shapes.
 
-    ``splits``: programs that share one request's entries (per KV head) while decoding, and the
-    queries or entries of a window while scoring; fewer where there is less than a block for each.
+    ``splits``: number of programs that share one request's entries (per KV head) in decode, and the
+    queries or entries of a window in scoring; fewer if there is less than a block for each.
     """
 
     name = "triton"
@@ -45,8 +45,8 @@ class TritonBackend:
             raise ValueError(f"splits={splits} must be at least 1")
         if not (kernels.INTERPRETED or torch.cuda.is_available()):
             raise ValueError(
-                "attention backend 'triton' needs a GPU that torch can use; there is none (to try "
-                "it on the CPU, slowly, set TRITON_INTERPRET=1 before Triton is imported)"
+                "attention backend 'triton' needs a GPU that torch can use, and found none (to "
+                "try it on the CPU, slowly, set TRITON_INTERPRET=1 before Triton is imported)"
             )
         self.splits = splits
         self.reference = ReferenceBackend()
@@ -68,7 +68,7 @@ class TritonBackend:
         held = _Held.of(pages, sizes)
         requests, page_size = len(queries), pages.keys.shape[1]
         block = sizes.fit(max(sizes.key_pad, sizes.value_pad))
-        width = plan.tables.shape[-1] * page_size  # entries that fit in a row of the table
+        width = plan.tables.shape[-1] * page_size  # entries per row of the page table
         splits = max(1, min(self.splits, -(-width // block)))
         outs = _floats(queries, requests, sizes.heads, splits, sizes.value_dim)
         norms = _floats(queries, requests, sizes.heads, splits)
@@ -213,7 +213,8 @@ class TritonBackend:
     # --- inside -------------------------------------------------------------------------------
 
     def _shares(self, logits: Tensor, lse: Tensor, lengths: Tensor, sizes: _Sizes) -> Tensor:
-        """Logits ``[R, H, width]`` → weights summed over each group, ``[R, K, width]``."""
+        """Logits ``[R, H, width]`` → attention weights summed over each group, ``[R, K,
+        width]``."""
         requests, _, width = logits.shape
         probs = _floats(logits, requests, sizes.kv_heads, width)
         block = max(16, 2048 // sizes.group_pad)
@@ -263,7 +264,7 @@ class TritonBackend:
         over_heads: str,
         over_rows: str,
     ) -> Tensor:
-        """Scores ``[parts, K / together, m]`` of parts of the queries, yet to be joined."""
+        """Scores ``[parts, K / together, m]`` of parts of the queries, not yet combined."""
         sizes = _sizes(rows.queries, len(rows.keys), 1)
         block = sizes.fit(sizes.key_pad)
         steps = max(1, block // sizes.group_pad)
@@ -300,7 +301,7 @@ class TritonBackend:
 
 
 class _Rows(NamedTuple):
-    """Queries of one request and its entries, as the kernels take them."""
+    """Queries and entries of one request, as arguments of the kernels."""
 
     queries: Tensor  # [n, H, D], contiguous
     keys: Tensor  # [K, m, D]
@@ -324,10 +325,10 @@ class _Rows(NamedTuple):
 
 
 class _Held(NamedTuple):
-    """Pages as ``decode_split`` takes them."""
+    """Pages as arguments of ``decode_split``."""
 
     tensors: tuple[Tensor, ...]  # keys, values, their scales, positions
-    codec: int = 0  # without one scales are not looked at: any tensor will do
+    codec: int = 0  # without a codec, scales are not read: any tensor works
     key_group: int = 1
     value_group: int = 1
 
@@ -348,7 +349,7 @@ class _Held(NamedTuple):
 
 
 class _Sizes(NamedTuple):
-    """A layer's sizes, and those that a kernel pads to a power of two."""
+    """A layer's sizes, and the sizes that a kernel pads to a power of two."""
 
     heads: int
     kv_heads: int
@@ -357,7 +358,7 @@ class _Sizes(NamedTuple):
     tile: int
 
     def fit(self, pad: int) -> int:
-        """How many entries of ``pad`` numbers go into one operand of a product."""
+        """How many entries of ``pad`` numbers fit in one operand of a product."""
         return max(16, min(64, self.tile // pad))
 
     @property
@@ -399,7 +400,7 @@ def _sizes(queries: Tensor, kv_heads: int, value_dim: int) -> _Sizes:
 
 
 def _pad(size: int, least: int) -> int:
-    """The next power of two, not below ``least`` (products take 16 at least)."""
+    """The next power of two, at least ``least`` (products need at least 16)."""
     return max(least, 1 << (size - 1).bit_length())
 
 
@@ -408,7 +409,8 @@ def _numbers(scale: Scale) -> tuple[float, float, int]:
 
 
 def _kind(queries: Tensor, scale: Scale) -> dict[str, Any]:
-    """What is compiled in.  tf32 keeps all of a 16-bit number; three of them a float32 one."""
+    """Compile-time constants.  tf32 holds a 16-bit number exactly; three tf32 hold a float32
+    number."""
     capped, windowed = scale.softcap is not None, scale.window is not None
     return {"capped": capped, "windowed": windowed, "precision": _precision(queries.dtype)}
 
@@ -424,11 +426,12 @@ def _floats(like: Tensor, *shape: int) -> Tensor:
 
 
 def _dense(tensor: Tensor) -> Tensor:
-    """The tensor with its last dimension side by side in memory."""
+    """The tensor with a contiguous last dimension."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _device(tensor: Tensor) -> AbstractContextManager[None]:
-    """Kernels start on the current device: make it the tensor's (nothing on the CPU)."""
+    """Kernels start on the current device: make the tensor's device current (no effect on the
+    CPU)."""
     of: AbstractContextManager[None] = torch.cuda.device_of(tensor)  # type: ignore[no-untyped-call]
     return of

@@ -1,14 +1,14 @@
 """Triton kernels of attention.  Importing this module needs Triton (``triton_backend`` does).
 
 Notation as in ``attention/base.py``.  A *row* is one query of one head; the rows of a group (the
-query heads of one KV head) share every key that is loaded.  Whatever is loaded is turned into
+query heads of one KV head) share every key that is loaded.  Loaded numbers are converted to
 float32 at once: the interpreter multiplies bfloat16 as raw bits, and ``tf32`` products of numbers
-that had 16 bits are exact.  Entries that must not be seen are never loaded: a freed one may hold
-NaN.  ``*_pad`` is a size rounded up to a power of two.
+that had 16 bits are exact.  Entries that a query must not see are never loaded: a freed entry may
+hold NaN.  ``*_pad`` is a size rounded up to a power of two.
 
-What a codec stores is attended to as it lies there, rotated: queries are rotated once a program,
-and outputs are turned back when splits are combined.  Codes times their scales have more digits
-than tf32 (24 at most, of which it keeps 11), far fewer than a codec has lost already.
+Entries stored by a codec are attended to in their rotated form: queries are rotated once per
+program, and outputs are rotated back when splits are combined.  Codes times scales have more digits
+(at most 24) than tf32 keeps (11); this loss is far below that of the codec.
 """
 
 # mypy: disable-error-code="import-not-found,import-untyped,misc,no-untyped-def"
@@ -36,7 +36,7 @@ __all__ = [
 
 @triton.jit
 def _load(pointer, at, seen, size: tl.constexpr, pad: tl.constexpr):
-    """Rows of ``size`` numbers that begin at ``at`` ``[n]`` → ``[n, pad]``, 0 where not seen."""
+    """Rows of ``size`` numbers that begin at ``at`` ``[n]`` → ``[n, pad]``, 0 for unseen rows."""
     column = tl.arange(0, pad)
     mask = seen[:, None] & (column < size)[None, :]
     return tl.load(pointer + at[:, None] + column[None, :], mask=mask, other=0.0).to(tl.float32)
@@ -64,20 +64,20 @@ def _visible(q_pos, k_pos, window, windowed: tl.constexpr):
 
 @triton.jit
 def _lift(top, logits):
-    """The new running maximum, and what to subtract: 0 where a row has seen nothing so far."""
+    """The new running maximum, and the number to subtract: 0 if a row has seen nothing so far."""
     top = tl.maximum(top, tl.max(logits, 1))
     return top, tl.where(top == float("-inf"), 0.0, top)
 
 
 @triton.jit
 def _norm(top, total):
-    """Log-sum-exp of running maximum and sum; -inf where nothing was seen."""
+    """Log-sum-exp from running maximum and sum; -inf if nothing was seen."""
     return tl.where(total > 0.0, top + tl.log(tl.where(total > 0.0, total, 1.0)), float("-inf"))
 
 
 @triton.jit
 def _share(total):
-    """1 / total, or 1 where nothing was seen and there is only 0 to weigh."""
+    """1 / total, or 1 if nothing was seen (all values are 0 then)."""
     return 1.0 / tl.where(total > 0.0, total, 1.0)
 
 
@@ -123,9 +123,9 @@ def decode_split(
 ):
     """One group's rows over one split of its KV head's entries.  Grid ``[R, K, splits]``.
 
-    The splits of a head are even parts of *its* length, whole blocks long; those past its end
-    see nothing.  outs ``[R, H, splits, V]``, norms ``[R, H, splits]``, logits ``[R, H, width]``.
-    codec : its number, 0 for none (nothing has scales or groups then); outs are rotated with one.
+    The splits of a head are equal parts of *its* length, in whole blocks; splits past its end see
+    nothing.  outs ``[R, H, splits, V]``, norms ``[R, H, splits]``, logits ``[R, H, width]``.
+    codec : its number; 0: none, without scales and groups.  With a codec, outs are rotated.
     """
     request, kv, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     head = request.to(tl.int64) * tl.num_programs(1) + kv
@@ -198,7 +198,7 @@ def combine_splits(
 ):
     """Splits weighted by their share of the whole softmax.  Grid ``[R · H]``.
 
-    What a codec has rotated is turned back (``split_pad`` is 16 at least then).
+    With a codec, outputs are rotated back (``split_pad`` is at least 16 then).
     """
     row = tl.program_id(0).to(tl.int64)
     split = tl.arange(0, split_pad)
@@ -230,7 +230,8 @@ def group_probs(
     group_pad: tl.constexpr,
     block: tl.constexpr,
 ):
-    """Weights summed over a group, 0 past a head's end.  Grid ``[R, K, blocks of width]``.
+    """Attention weights summed over a group, 0 past a head's end.  Grid ``[R, K, blocks of
+    width]``.
 
     logits ``[R, H, width]``, lse ``[R, H]`` → probs ``[R, K, width]``.
     """
@@ -251,7 +252,7 @@ def group_probs(
 #
 # queries [n, H, D] contiguous; keys [K, m, D], k_pos [K, m] by strides; a block of rows is
 # queries × heads of one group, flattened: row r is query r // group, member r % group.
-# ``ordered``: the last n entries are the queries' own, in order (later ones need no look).
+# ``ordered``: the last n entries are the queries' own, in order (later entries need not be read).
 
 
 @triton.jit(
@@ -460,7 +461,7 @@ def reduce_rows(
         if over_heads == "mean":
             mixed = mixed / (group * together)
         step = start + tl.arange(0, steps)
-        if over_rows == "below":  # together is 1; a shade less than even, as in the reference
+        if over_rows == "below":  # together is 1; slightly below even, as in the reference
             here_each = tl.load(q_pos + step, mask=step < stop, other=0)
             own = tl.program_id(1).to(tl.int64) * pos_head
             there = tl.load(k_pos + own + entry, mask=live, other=0)
@@ -477,7 +478,7 @@ def reduce_rows(
     tl.store(scores + place * entries + entry, score, mask=live)
 
 
-#: Whether kernels run in Triton's interpreter: ``TRITON_INTERPRET=1`` was set before anything
-#: imported Triton, whose own functions are made for one or the other, too.
+#: Whether kernels run in Triton's interpreter: ``TRITON_INTERPRET=1`` was set before the
+#: first import of Triton, because Triton's own functions are also made for one of the two modes.
 INTERPRETED = not any(isinstance(each, triton.runtime.JITFunction) for each in (_norm, tl.sum))
 VERSION = tuple(int(part) for part in triton.__version__.split("+")[0].split(".")[:3])

@@ -1,4 +1,4 @@
-"""Where keys and values live: one paged pool, a table per request."""
+"""The KV cache: one paged pool, and a table per request."""
 
 from pyramidinfer.cache.evict import evict_best
 from pyramidinfer.cache.export import Copier, Exported

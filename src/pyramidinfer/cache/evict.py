@@ -1,4 +1,4 @@
-"""Evictions by a rule (``Best``), in the C++ kernels."""
+"""Evictions that follow a rule (``Best``), in the C++ kernels."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def evict_best(
     scales: list[Any],
     protected: Tensor,
 ) -> None:
-    """Carry out evictions of some layers of a request by their rules (``Needs.retain``), at once.
+    """Evict in several layers of a request at once, by their rules (``Needs.retain``).
 
-    ``scales``: how each layer's products become logits, where there is a window;  ``protected``:
-    bool ``[text]``.
+    ``scales``: how each layer turns products into logits, if it scores with a window;
+    ``protected``: bool ``[text]``.
     """
     kernels, protected = pool.kernels, protected.contiguous()
     assert kernels is not None
@@ -42,7 +42,7 @@ def evict_best(
     ]
     lists = [(each.ctypes.data, each.strides[0]) for each in (pages, kept, counts)]
     shields = pointer(protected)
-    held: dict[int, tuple[Tensor, Tensor]] = {}  # by window, what the calls point to
+    held: dict[int, tuple[Tensor, Tensor]] = {}  # per window: tensors that the calls point to
     for index, ((layer, rule, needs), scale) in enumerate(zip(rules, scales, strict=True)):
         spec = pool.group(layer).spec
         calls[index] = Eviction(
@@ -81,7 +81,7 @@ def _look_back(
     scale: Any,
     held: dict[int, tuple[Tensor, Tensor]],
 ) -> None:
-    """Fill in what an eviction with a window scores by."""
+    """Fill in the queries by which an eviction with a window scores entries."""
     assert ring is not None
     if needs.window not in held:
         rows = ring.rows(needs.window)

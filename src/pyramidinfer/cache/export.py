@@ -1,9 +1,9 @@
-"""A request's cache on its way between the pool and host memory.
+"""Copies of a request's cache between the pool and host memory.
 
-On a GPU entries go through a stream of their own into pinned memory and back, so that the device
-computes meanwhile.  Pages must stay owned until a copy out of them is over, and what came back must
-not be read before its copy is over: ``Exported.copying`` and ``Table.arriving`` tell.  On a CPU a
-copy is over when the call returns.
+On a GPU, entries are copied to pinned memory and back on a separate stream, so that the device
+computes meanwhile.  Pages must stay owned until a copy out of them has finished, and restored
+entries must not be read before their copy has finished: ``Exported.copying`` and ``Table.arriving``
+tell when.  On a CPU, a copy has finished when the call returns.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from pyramidinfer.types import State
 
 __all__ = ["Copier", "Exported"]
 
-#: Where tensors begin in pinned memory, in bytes.
+#: Alignment of tensors in pinned memory, in bytes.
 ALIGNED = 64
 
 
 class Exported(NamedTuple):
     """A request's cache in host memory.
 
-    kept : entries, ``[layers, kv_heads]``;  entries : a layer's keys, values, positions and, where
-    there are any, scores, its heads one after the other: ``[entries of all heads, ...]``;
-    on_device : names of the state that was on the pool's device;  copying : None once all of it is
-    here.
+    kept : entries, ``[layers, kv_heads]``;  entries : a layer's keys, values, positions and, if
+    it has any, scores, one head after another: ``[entries of all heads, ...]``;
+    on_device : names of the state that was on the pool's device;  copying : None once the copy has
+    finished.
     """
 
     kept: np.ndarray
@@ -46,17 +46,17 @@ class Exported(NamedTuple):
 
     @property
     def is_here(self) -> bool:
-        """Whether the copy is over."""
+        """Whether the copy has finished."""
         return self.copying is None or self.copying.query()
 
     def wait(self) -> None:
-        """Until the copy is over."""
+        """Wait until the copy has finished."""
         if self.copying is not None:
             self.copying.synchronize()
 
 
 class Copier:
-    """Moves caches out of a pool and back into it."""
+    """Copies caches out of a pool and back into it."""
 
     def __init__(self, pool: Pool) -> None:
         self.pool, self.device = pool, pool.device
@@ -65,7 +65,7 @@ class Copier:
             self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
 
     def host_bytes(self, size: int) -> int:
-        """Bytes of host memory that a cache of so many bytes takes: pinned memory comes in powers
+        """Bytes of host memory for a cache of ``bytes``: pinned memory is allocated in powers
         of two."""
         if self._stream is None:
             return size
@@ -96,7 +96,8 @@ class Copier:
         )
 
     def import_(self, exported: Exported) -> Table:
-        """Bring an exported cache back as a new table; ``arriving`` until the copy is over."""
+        """Copy an exported cache back into a new table; ``arriving`` until the copy has
+        finished."""
         pool = self.pool
         exported.wait()
         table = pool.new_table(int(exported.kept.max()))
@@ -125,7 +126,7 @@ class Copier:
 
     @contextmanager
     def _aside(self) -> Iterator[None]:
-        """What is asked of the device in this is done beside what is asked of it afterwards."""
+        """Work submitted in this context runs concurrently with work submitted after it."""
         if self._stream is None:
             yield
             return
@@ -134,7 +135,7 @@ class Copier:
             yield
 
     def _mark(self) -> Copying | None:
-        """The moment when all that was asked for aside is done."""
+        """An event that is reached when all work on the separate stream is done."""
         if self._stream is None:
             return None
         event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -143,7 +144,7 @@ class Copier:
         return found
 
     def _to_host(self, table: Table, taken: list[Iterator[Tensor]]) -> list[list[Tensor]]:
-        """Entries in host memory, in one block of pinned memory where they come from a GPU."""
+        """Entries in host memory, in one block of pinned memory if they come from a GPU."""
         if self._stream is None:
             return [list(layer) for layer in taken]
         pool, sizes = self.pool, 0
@@ -165,7 +166,7 @@ class Copier:
 
 
 def _entries(pool: Pool, table: Table, layer: int) -> Iterator[Tensor]:
-    """A layer's keys, values, positions and scores, one after the other, copied."""
+    """Copies of a layer's keys, values, positions and scores, in this order."""
     slots = pool.slots_of(table, layer)
     for storage in pool.group(layer).tensors():
         yield storage[slots]

@@ -15,15 +15,15 @@ __all__ = ["Group", "GroupSpec", "PoolExhausted"]
 
 
 class PoolExhausted(RuntimeError):
-    """No free page is left; admission by reservation makes this unreachable in the engine."""
+    """No free page is left.  The engine reserves pages at admission, so it never gets here."""
 
 
 @dataclass(frozen=True, slots=True)
 class GroupSpec:
     """Layers that share pages because their entries have the same size.
 
-    dtype : of keys and values wherever they are computed with;  codec : how they are stored, None
-    for as they are.
+    dtype : of keys and values in computations;  codec : how they are stored, None if they are
+    stored in ``dtype``.
     """
 
     layers: tuple[int, ...]
@@ -34,8 +34,8 @@ class GroupSpec:
     codec: Codec | None = None
 
     def page_bytes(self, page_size: int, scores: bool) -> int:
-        """Bytes of a page, which is one head's: keys, values with their scales, int32 positions
-        and, if asked, float32 scores."""
+        """Bytes of a page, which belongs to one head: keys and values with their scales, int32
+        positions and, if requested, float32 scores."""
         sizes = (self.key_dim, self.value_dim)
         numbers = sum(sizes) * self.dtype.itemsize
         if self.codec is not None:
@@ -44,19 +44,19 @@ class GroupSpec:
 
     @property
     def plain(self) -> GroupSpec:
-        """The same with entries as they are."""
+        """Bytes of a page whose entries are stored in ``dtype``."""
         return replace(self, codec=None)
 
     @property
     def uncoded(self) -> GroupSpec:
-        """What a codec's bytes are held against: entries of 16 bits; without one, as they are."""
+        """Bytes of a page to compare with: entries of 16 bits with a codec, else of ``dtype``."""
         return self if self.codec is None else replace(self.plain, dtype=torch.bfloat16)
 
 
 class Group:
     """One group's tensors, page counts and free list.
 
-    ``scratch``: a page behind all others that is never taken; rows without a request write there.
+    ``scratch``: an extra last page that is never allocated; rows without a request write there.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Group:
     def _storage(
         self, shape: tuple[int, int], size: int, device: torch.device
     ) -> tuple[Tensor, Tensor | None]:
-        """Keys or values ``[pages, page, size]``; with a codec their codes, and scales."""
+        """Keys or values ``[pages, page, size]``; with a codec, their codes and scales."""
         codec, fill = self.spec.codec, float("nan") if self.poison else 0.0
         make = torch.full if self.poison else lambda size, _, **kw: torch.zeros(size, **kw)
         if codec is None:
@@ -90,7 +90,7 @@ class Group:
         return codes, make(scales, fill, dtype=torch.float16, device=device)
 
     def tensors(self) -> list[Tensor]:
-        """All that an entry has: keys, values, positions; where there are any, scores; with a codec
+        """All tensors of an entry: keys, values, positions; scores if there are any; with a codec,
         the scales of keys and of values."""
         extra = (self.scores, self.key_scales, self.value_scales)
         return [self.keys, self.values, self.positions, *(x for x in extra if x is not None)]
@@ -103,7 +103,7 @@ class Group:
 
     def take(self, count: int) -> list[int]:
         if count > len(self.free):
-            raise PoolExhausted(f"{count} pages asked for, {len(self.free)} free")
+            raise PoolExhausted(f"{count} pages requested, {len(self.free)} free")
         if not count:
             return []
         taken = self.free[: -count - 1 : -1]

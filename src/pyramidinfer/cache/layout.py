@@ -1,4 +1,4 @@
-"""How a byte budget is cut into pages: sizes and counts, without any storage."""
+"""How a byte budget is divided into pages: sizes and counts, without any storage."""
 
 from __future__ import annotations
 
@@ -14,24 +14,25 @@ __all__ = ["Layout", "Place"]
 
 
 class Place(NamedTuple):
-    """What one rank holds: of these layers these KV heads."""
+    """The layers and KV heads that one rank holds."""
 
     layers: range
     heads: range
 
 
 class Layout:
-    """Pages for every KV head of every layer, out of one byte budget a rank.
+    """Pages for every KV head of every layer, from one byte budget per rank.
 
-    All layers have as many KV heads.  specs : groups of layers whose entries have the same size;
-    scores : whether each entry has a running score beside it;  places : what each rank holds (one
-    rank holds everything), of which ``own`` is that of ``rank``.  ``AssertionError`` where the
-    budget holds less than a page a head (``least_bytes``).
+    All layers have the same number of KV heads.  specs : groups of layers whose entries have the
+    same size;
+    scores : whether each entry has a running score;  places : what each rank holds (a single
+    rank holds everything); ``own`` is the place of ``rank``.  ``AssertionError`` if the budget is
+    less than one page per head (``least_bytes``).
 
     group_of, layer_page_bytes : ``[layers]``;  page_bytes : of every group;  uncoded_page_bytes :
-    ``[layers]``, of pages whose entries have 16 bits a number (without a codec: as they are);
-    page_counts : of every group of the first rank, then of the next one: the same on all ranks, so
-    that they admit the same requests.
+    ``[layers]``, of pages whose entries have 16 bits per number (without a codec: their own dtype);
+    page_counts : of every group of the first rank, then of the next rank.  All ranks compute the
+    same counts, so that they admit the same requests.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class Layout:
 
     @classmethod
     def smallest(cls, specs: list[GroupSpec], page_size: int, scores: bool = False) -> Layout:
-        """One page a head: for working out what something costs."""
+        """A layout with one page per head, to compute costs with."""
         return cls(specs, cls.least_bytes(specs, page_size, scores), page_size, scores=scores)
 
     @staticmethod
@@ -80,18 +81,18 @@ class Layout:
 
     @property
     def whole_blocks(self) -> int:
-        """Blocks of ``page_size`` tokens there is room for where every head of every layer keeps
-        all of them."""
+        """Blocks of ``page_size`` tokens that fit if every head of every layer keeps all of
+        them."""
         heads = self.by_group(self.heads_by_layer)
         return int((self.page_counts // np.maximum(heads, 1))[heads > 0].min())
 
     def pages_for(self, entries: Any) -> Any:
-        """Pages of so many entries (a number or an array)."""
+        """Pages for a number of entries (an integer or an array)."""
         return -(-entries // self.page_size)
 
     def by_layer(self, pages: np.ndarray) -> np.ndarray:
-        """Pages of every KV head, ``[layers, kv_heads]``, added up by rank and layer: ``[ranks,
-        layers]``, 0 where a rank does not hold the layer."""
+        """Pages of every KV head, ``[layers, kv_heads]``, summed per rank and layer: ``[ranks,
+        layers]``, 0 if a rank does not hold the layer."""
         found = np.zeros((len(self.places), self.layers), dtype=np.int64)
         for row, (layers, heads) in zip(found, self.places, strict=True):
             part = slice(layers.start, layers.stop)
@@ -99,10 +100,10 @@ class Layout:
         return found
 
     def by_group(self, pages: np.ndarray) -> np.ndarray:
-        """Pages ``[ranks, layers]`` added up by group, as in ``page_counts``."""
+        """Pages ``[ranks, layers]`` summed per group, as in ``page_counts``."""
         found = [np.bincount(self.group_of, row, len(self.page_bytes)) for row in pages]
         return np.concatenate(found).astype(np.int64)
 
     def bytes_of(self, pages: np.ndarray) -> int:
-        """Bytes of so many pages of every group, on the rank that has most."""
+        """Bytes of these page counts per group, on the rank that has the most."""
         return int((pages.reshape(-1, len(self.page_bytes)) * self.page_bytes).sum(1).max())

@@ -1,6 +1,6 @@
 """Writing, compacting and gathering a group's entries, in plain torch.
 
-The same in kernels: ``native.py`` (C++) and ``triton_compact.py``.
+Versions with kernels: ``native.py`` (C++) and ``triton_compact.py``.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class Slots(NamedTuple):
 
 
 class Stays(NamedTuple):
-    """A layer's pages ``[kv_heads, P]``, indices ``[1 or kv_heads, k]``, how many of them count and
-    how many entries there are, both ``[kv_heads]``."""
+    """A layer's pages ``[kv_heads, P]``, indices ``[1 or kv_heads, k]``, the number of valid
+    indices and the number of entries, both ``[kv_heads]``."""
 
     pages: np.ndarray
     indices: Tensor
@@ -43,9 +43,9 @@ class Moves(NamedTuple):
 
 
 class Mover:
-    """What happens to entries in a pool's storage.
+    """Operations on entries in a pool's storage.
 
-    kernels : C++ kernels that also select entries and carry out whole evictions, if there are any.
+    kernels : C++ kernels that also select entries and carry out whole evictions, or None.
     """
 
     kernels: Kernels | None = None
@@ -61,7 +61,7 @@ class Mover:
             group.scores[slots] = 0.0
 
     def keep(self, group: Group, layers: list[Stays]) -> None:
-        """Of every layer move the entries that stay to the front of each head."""
+        """In every layer, move the entries that stay to the first slots of each head."""
         device, page = group.keys.device, group.keys.shape[1]
         for pages, indices, kept, lengths in layers:
             indices = indices.expand(len(pages), -1).to(device)
@@ -93,7 +93,7 @@ class Mover:
     def decode(
         self, group: Group, storage: Tensor, scales: Tensor, pages: np.ndarray, kept: int
     ) -> Tensor:
-        """``gather`` of keys or values that a codec has stored."""
+        """``gather`` for keys or values that are stored by a codec."""
         codes, steps = (self.gather(each, pages, kept) for each in (storage, scales))
         assert group.spec.codec is not None
         return group.spec.codec.decode(codes, steps, group.spec.dtype)
@@ -109,22 +109,22 @@ def put(group: Group, storage: Tensor, scales: Tensor | None, at: Any, numbers: 
 
 
 def plan_moves(indices: Tensor, kept: Tensor, lengths: Tensor) -> Moves:
-    """Moves that leave of every head its entries ``indices`` ``[heads, k]``, the first ``kept``
-    ``[heads]`` of them, in its first slots; heads have ``lengths`` ``[heads]`` entries.
+    """Moves after which every head's first slots hold the first ``kept`` ``[heads]`` of its entries
+    ``indices`` ``[heads, k]``; heads have ``lengths`` ``[heads]`` entries.
 
-    Only entries at or beyond a head's ``kept`` move; those already in front stay where they are.
+    Only entries at or beyond a head's ``kept`` move; earlier entries stay in their slots.
     """
     heads, most = indices.shape
     counts = torch.arange(most, device=indices.device) < kept[:, None]
     entry = torch.arange(int(lengths.max()), device=indices.device)
     stays = torch.zeros(heads, len(entry) + 1, dtype=torch.bool, device=indices.device)
-    stays.scatter_(1, torch.where(counts, indices, len(entry)), True)  # the last column: nothing
+    stays.scatter_(1, torch.where(counts, indices, len(entry)), True)  # last: padding
     stays = stays[:, :-1] & (entry < lengths[:, None])
     if bool((stays.sum(1) != kept).any()):
-        raise AssertionError("a policy returned an entry twice, or one that is not there")
+        raise AssertionError("a policy returned an entry twice, or an entry that does not exist")
     in_front = entry < kept[:, None]
     head, target = (~stays & in_front).nonzero(as_tuple=True)
-    _, source = (stays & ~in_front).nonzero(as_tuple=True)  # as many per head as there are holes
+    _, source = (stays & ~in_front).nonzero(as_tuple=True)  # per head, as many sources as holes
     return Moves(head, source, target)
 
 

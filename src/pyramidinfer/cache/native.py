@@ -1,4 +1,4 @@
-"""The pool's moves on the C++ kernels."""
+"""The pool's operations on entries, with the C++ kernels."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = ["KernelMover", "kernel_number"]
 
 
 class KernelMover(Mover):
-    """``Mover`` on the C++ kernels; float64 is written in torch."""
+    """``Mover`` with the C++ kernels; torch writes float64."""
 
     kernels: Kernels
 
@@ -61,7 +61,7 @@ class KernelMover(Mover):
         tensors, page = group.tensors(), group.keys.shape[1]
         data = (StorageData * len(tensors))(*(_storage(each) for each in tensors))
         address, count = ctypes.addressof(data), len(tensors)
-        calls, held = [], []  # what the calls point to
+        calls, held = [], []  # tensors that the calls point to
         for pages, indices, kept, lengths in layers:
             indices = indices.long().contiguous()
             held.append(indices)
@@ -72,7 +72,7 @@ class KernelMover(Mover):
                 calls.append(Keeping(address, row, at + head * step, count, page, *counts))
         data_of = (Keeping * len(calls))(*calls)
         moved = self.kernels.keep(ctypes.addressof(data_of), len(calls))
-        assert moved >= 0, "a policy returned an entry twice, or one that is not there"
+        assert moved >= 0, "a policy returned an entry twice, or an entry that does not exist"
 
     def gather(self, storage: Tensor, pages: np.ndarray, kept: int) -> Tensor:
         out = torch.empty(len(pages), kept, *storage.shape[2:], dtype=storage.dtype)
@@ -107,7 +107,7 @@ class KernelMover(Mover):
 
 
 def kernel_number(group: Group) -> int:
-    """The number by which the kernels know how a group's entries are stored."""
+    """The kernels' number for the format in which a group stores its entries."""
     return 0 if group.spec.codec is None else group.spec.codec.kernel
 
 

@@ -1,19 +1,20 @@
 """The paged pool: allocated once, shared by all layers of all requests.
 
-A page holds entries of one KV head of one layer, so every head has a length of its own.  Layout of
+A page holds entries of one KV head of one layer, so every head has its own length.  Layout of
 one group (layers whose entries have the same size)::
 
     keys      [pages, page_size, key_dim]
     values    [pages, page_size, value_dim]
     positions [pages, page_size]   original position of the entry in each slot
-    scores    [pages, page_size]   running score, where a policy asked for one
+    scores    [pages, page_size]   running score, if a policy needs one
 
-With a codec (``codec.py``) keys and values are codes, and their scales stand beside them::
+With a codec (``codec.py``) keys and values are codes with scales::
 
     key_scales, value_scales [pages, page_size, groups]
 
-Attention only reads these tensors; this module alone writes, moves and frees.  A page's count is
-the number of tables that own it; a page owned twice is copied before it is written.
+Attention only reads these tensors; only this module writes, moves and frees entries.  A page's
+count is the number of tables that own it; a page with several owners is copied before it is
+written.
 """
 
 from __future__ import annotations
@@ -35,13 +36,13 @@ __all__ = ["Pool", "Slots", "copy_ring"]
 
 
 class Pool:
-    """The storage of a ``Layout`` on one rank, and who owns which of its pages.
+    """The storage of a ``Layout`` on one rank, and the owners of its pages.
 
-    kv_heads : those this rank holds, of the layers ``own_layers``.  Lengths (``Table.kept``) are of
-    all heads, whoever holds them; what is read and written here is this rank's.
+    kv_heads : the KV heads that this rank holds, in the layers ``own_layers``.  Lengths
+    (``Table.kept``) cover the heads of all ranks; reads and writes cover this rank's only.
 
-    mover : writes, moves and reads entries;  poison : what is freed becomes NaN, so that reading it
-    shows (for tests).
+    mover : writes, moves and reads entries;  poison : freed entries become NaN, so that tests
+    notice when they are read.
     """
 
     def __init__(
@@ -65,20 +66,20 @@ class Pool:
             for spec, pages in zip(layout.specs, counts, strict=True)
         ]
         self.tables: set[Table] = set()
-        self.peak_bytes = 0  # the most all tables ever held together, as last noted
-        self._overhead = 0  # bytes outside pages of all tables, as last noted
+        self.peak_bytes = 0  # peak bytes of all tables together, when last noted
+        self._overhead = 0  # bytes outside pages of all tables, when last noted
 
     # --- lifetime -----------------------------------------------------------------------------
 
     def new_table(self, entries: int = 0) -> Table:
-        """An empty table with room for ``entries`` a head before its page lists grow."""
+        """An empty table with room for ``entries`` per head before its page lists grow."""
         capacity = int(self.pages_for(max(entries, 1)))
         table = Table.empty(self.layers, self.layout.kv_heads, self.kv_heads, capacity)
         self.tables.add(table)
         return table
 
     def release(self, table: Table) -> None:
-        """Give back everything a table owns; the table is dead afterwards."""
+        """Free everything that a table owns; the table cannot be used afterwards."""
         if table.arriving is not None:
             table.arriving.synchronize()
         for layer in self.own_layers:
@@ -90,9 +91,9 @@ class Pool:
         self.tables.remove(table)
 
     def fork(self, table: Table, seen_len: int | None = None) -> Table:
-        """A second table on the same pages; whoever writes first to a shared page copies it.
+        """A second table on the same pages; the first write to a shared page copies it.
 
-        seen_len : of the first so many tokens alone, of which nothing was dropped; without a ring.
+        seen_len : share only this many first tokens, none of which was dropped; without a ring.
         """
         twin = Table(table.pages.copy(), table.held.copy(), table.kept.copy(), table.seen_len)
         twin.state = {name: value.clone() for name, value in table.state.items()}
@@ -121,9 +122,9 @@ class Pool:
     def append_each(
         self, tables: list[Table], counts: Sequence[int] = ()
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Claim new entries in every head of each table, so many as ``counts`` says (one where
-        nothing is said): pages and offsets ``[layers, n, kv_heads]``, both int64 (0 in layers of
-        other ranks), those of a table one after the other."""
+        """Claim new entries in every head of each table, as many as ``counts`` says (one by
+        default).  Returns pages and offsets ``[layers, n, kv_heads]``, both int64 (0 in layers of
+        other ranks), one table after another."""
         if max(counts, default=1) == 1:
             return self._append_one(tables)
         order, parts = [], []
@@ -160,7 +161,8 @@ class Pool:
         return pages.astype(np.int64), kept % self.page_size
 
     def _claim_next(self, table: Table, full: np.ndarray) -> None:
-        """Own a page for the next entry of heads whose pages are ``full``, ``[layers, own]``."""
+        """Allocate a page for the next entry of heads whose pages are ``full``, ``[layers,
+        own]``."""
         if int(table.held[full].max()) == table.pages.shape[2]:
             table.grow(table.pages.shape[2] + 1)
         for number, group in enumerate(self.groups):
@@ -186,9 +188,10 @@ class Pool:
         group.scores[slots] += amounts[self._upload(head), self._upload(entry)].float()
 
     def keep(self, table: Table, layer: int, keep: Keep) -> None:
-        """Drop every entry of a layer but those of ``keep``; free empty pages.
+        """Drop all entries of a layer except those in ``keep``; free empty pages.
 
-        Counts are of all heads, indices of all, of this rank's, or the same for all.
+        Counts cover all heads.  Indices cover all heads, this rank's heads, or are one row for
+        all heads.
         """
         indices = keep.indices
         if indices is None:
@@ -206,13 +209,13 @@ class Pool:
 
     @property
     def kernels(self) -> Kernels | None:
-        """C++ kernels that select entries and carry out whole evictions, if there are any."""
+        """C++ kernels that select entries and carry out whole evictions, or None."""
         return self.mover.kernels
 
     def evicts_best(self, needs: Needs, dtype: torch.dtype) -> bool:
         """Whether ``evict_best`` can carry this eviction out."""
         rule, reduce = needs.retain, needs.reduce
-        alone = self.kv_heads == self.layout.kv_heads  # else who knows what other heads keep?
+        alone = self.kv_heads == self.layout.kv_heads  # other ranks' counts are unknown
         if self.kernels is None or dtype not in DTYPES or not isinstance(rule, Best) or not alone:
             return False
         flat = (reduce.heads, reduce.rows) in (("kv_max", "max"), ("kv_mean", "mean"))
@@ -238,9 +241,9 @@ class Pool:
     def truncate(
         self, table: Table, seen_len: int, join: Callable[[Tensor], Tensor] = lambda own: own
     ) -> None:
-        """Forget every token from position ``seen_len`` on (a rejected draft, a changed turn).
+        """Remove all tokens from position ``seen_len`` on (a rejected draft, a changed turn).
 
-        join : makes numbers of this rank's heads into those of all ranks' heads.
+        join : gathers numbers of this rank's heads into those of all ranks' heads.
         """
         if not 0 <= seen_len <= table.seen_len:
             raise ValueError(f"seen_len={seen_len} is outside 0..{table.seen_len}")
@@ -270,18 +273,18 @@ class Pool:
                 self._poison(table, layer)
 
     def forget(self, table: Table, kept: np.ndarray, seen_len: int) -> None:
-        """Take back tokens that were appended and counted in, and nothing else was done since."""
+        """Undo the last append, whose tokens were counted; nothing else may have happened since."""
         table.seen_len = seen_len
         self.retract(table, kept)
 
     def note_peak(self, table: Table) -> None:
-        """Take down what a table, and all of them together, hold at this moment."""
+        """Record the bytes that a table, and all tables together, hold now."""
         self.note_overhead(table)
         table.peak_bytes = max(table.peak_bytes, self.bytes(table) + table.noted_bytes)
         self.peak_bytes = max(self.peak_bytes, self.budget_used + self._overhead)
 
     def note_overhead(self, table: Table) -> None:
-        """Take down what a table holds outside its pages (it may have become less)."""
+        """Record the bytes that a table holds outside its pages (they may have shrunk)."""
         extra = table.extra_bytes
         self._overhead += extra - table.noted_bytes
         table.noted_bytes = extra
@@ -296,7 +299,7 @@ class Pool:
         return table.kept[:, self.own_heads]
 
     def runs(self, table: Table, layer: int) -> Iterator[slice]:
-        """A layer's heads in runs of neighbours that are equally long."""
+        """A layer's heads in runs of neighbours of equal length."""
         kept, first = self.lens(table)[layer], 0
         for head in range(1, self.kv_heads + 1):
             if head == self.kv_heads or kept[head] != kept[first]:
@@ -304,43 +307,43 @@ class Pool:
                 first = head
 
     def keys(self, table: Table, layer: int, heads: slice = slice(None)) -> Tensor:
-        """A copy of the keys of heads that are equally long, ``[heads, kept, key_dim]``."""
+        """A copy of the keys of heads of equal length, ``[heads, kept, key_dim]``."""
         group = self.group(layer)
         return self._flat(table, layer, group.keys, heads, group.key_scales)
 
     def values(self, table: Table, layer: int, heads: slice = slice(None)) -> Tensor:
-        """A copy of the values of heads that are equally long, ``[heads, kept, value_dim]``."""
+        """A copy of the values of heads of equal length, ``[heads, kept, value_dim]``."""
         group = self.group(layer)
         return self._flat(table, layer, group.values, heads, group.value_scales)
 
     def positions(self, table: Table, layer: int) -> Tensor:
         """Original positions of a layer's entries, ``[kv_heads, longest]``, slot by slot.
 
-        Behind a shorter head's entries: negative numbers, no two the same.
+        Past the end of a shorter head: distinct negative numbers.
         """
         longest = int(self.lens(table)[layer].max())
         beyond = -1 - torch.arange(longest, dtype=torch.int32, device=self.device)
         return self._padded(table, layer, self.group(layer).positions, beyond).long()
 
     def scores(self, table: Table, layer: int) -> Tensor:
-        """Running scores of a layer's entries, ``[kv_heads, longest]``, 0 behind the shorter."""
+        """Running scores of a layer's entries, ``[kv_heads, longest]``, 0 past a head's end."""
         scores = self.group(layer).scores
         if scores is None:
             raise AssertionError("this pool keeps no scores")
         return self._padded(table, layer, scores, torch.zeros((), device=self.device))
 
     def bytes(self, table: Table) -> int:
-        """Bytes of the pages a table owns, those of all ranks together."""
+        """Bytes of the pages that a table owns, on all ranks together."""
         return int((self.pages_for(table.kept).sum(1) * self.layout.layer_page_bytes).sum())
 
     @property
     def budget_used(self) -> int:
-        """Bytes of all pages that some table owns."""
+        """Bytes of all pages that have an owner."""
         sizes = zip(self.groups, self.layout.page_bytes, strict=True)
         return sum((len(group.counts) - len(group.free)) * size for group, size in sizes)
 
     def slots_of(self, table: Table, layer: int) -> tuple[Tensor, Tensor]:
-        """Page and offset of every entry of a layer, its heads one after the other."""
+        """Page and offset of every entry of a layer, one head after another."""
         kept = self.lens(table)[layer]
         head, entry = np.nonzero(np.arange(int(kept.max())) < kept[:, None])
         pages = table.pages[layer, head, entry // self.page_size]
@@ -349,7 +352,7 @@ class Pool:
     # --- integrity ----------------------------------------------------------------------------
 
     def check(self) -> None:
-        """Every page is free or owned, exactly as often as it is counted; none is lost."""
+        """Assert that every page is either free or has as many owners as its count says."""
         for table in self.tables:
             layers = list(self.own_layers)
             wanted = self.pages_for(self.lens(table))
@@ -368,7 +371,7 @@ class Pool:
     # --- inside -------------------------------------------------------------------------------
 
     def owned(self, table: Table, layer: int) -> np.ndarray:
-        """The pages that a table owns in a layer, all heads' together."""
+        """The pages that a table owns in a layer, of all heads."""
         pages = table.pages[layer]
         owned: np.ndarray = pages[np.arange(pages.shape[1]) < table.held[layer][:, None]]
         return owned
@@ -388,17 +391,18 @@ class Pool:
         heads: slice,
         scales: Tensor | None = None,
     ) -> Tensor:
-        """``[heads, kept, ...]`` of one tensor of a group, of heads that are equally long."""
+        """``[heads, kept, ...]`` of one tensor of a group, of heads of equal length."""
         lengths = self.lens(table)[layer, heads]
         kept = int(lengths[0])
-        assert (lengths == kept).all(), "heads are not equally long: take them in runs"
+        assert (lengths == kept).all(), "heads differ in length: read them in runs"
         pages = table.pages[layer, heads]
         if scales is not None:
             return self.mover.decode(self.group(layer), storage, scales, pages, kept)
         return self.mover.gather(storage, pages, kept)
 
     def _padded(self, table: Table, layer: int, storage: Tensor, beyond: Tensor) -> Tensor:
-        """``[kv_heads, longest]`` of one tensor of a group, ``beyond`` behind shorter heads."""
+        """``[kv_heads, longest]`` of one tensor of a group, ``beyond`` past the end of shorter
+        heads."""
         runs = list(self.runs(table, layer))
         if len(runs) == 1:
             return self._flat(table, layer, storage, runs[0])
@@ -409,7 +413,7 @@ class Pool:
         return out
 
     def claim(self, table: Table, layer: int, first: np.ndarray, end: np.ndarray) -> None:
-        """Own the pages of every head's entries ``first..end``, none of them shared."""
+        """Make the table the only owner of the pages of every head's entries ``first..end``."""
         held, wanted = table.held[layer], self.pages_for(end)
         if wanted.max() > table.pages.shape[2]:
             table.grow(int(wanted.max()))
@@ -424,15 +428,15 @@ class Pool:
         table.held[layer] = held + new
 
     def own_front(self, table: Table, layer: int, entries: np.ndarray) -> None:
-        """Copy those of every head's first pages that others own too: the entries in them, so many
-        of a head, will be written over."""
+        """Copy those of every head's first pages that are shared, because their entries (this many
+        per head) will be overwritten."""
         most = self.pages_for(entries)
         if (self.group(layer).counts[table.pages[layer, :, : most.max()]] > 1).any():
             for head, count in enumerate(most.tolist()):
                 self._own(table, layer, head, list(range(count)))
 
     def own_fronts(self, table: Table, entries: np.ndarray) -> None:
-        """``own_front`` of all layers, ``entries`` ``[layers, kv_heads]``."""
+        """``own_front`` for all layers, ``entries`` ``[layers, kv_heads]``."""
         width = int(self.pages_for(entries).max())
         for number, group in enumerate(self.groups):
             mine = np.nonzero((self.group_of == number) & self._is_own)[0]
@@ -441,7 +445,7 @@ class Pool:
                 self.own_front(table, layer, entries[layer])
 
     def _own(self, table: Table, layer: int, head: int, indices: list[int]) -> None:
-        """Copy those of a head's pages that others own too."""
+        """Copy those of a head's pages that are shared."""
         group, row = self.group(layer), table.pages[layer, head]
         for index in indices:
             page = int(row[index])
@@ -465,7 +469,7 @@ class Pool:
             self._poison(table, layer)
 
     def _poison(self, table: Table, layer: int) -> None:
-        """Make what lies behind the last entry of every head unusable."""
+        """Poison the slots after the last entry of every head."""
         group = self.group(layer)
         for head, kept in enumerate(self.lens(table)[layer].tolist()):
             if kept % self.page_size:
@@ -478,7 +482,7 @@ class Pool:
 
 
 def copy_ring(ring: Ring | None, device: torch.device) -> Ring | None:
-    """A ring of its own on a device."""
+    """A ring with its own tensors on a device."""
     if ring is None:
         return None
     return Ring(

@@ -1,4 +1,4 @@
-"""Running scores: what a decode step adds to those of its requests."""
+"""Running scores: a decode step adds its attention weights to them."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ __all__ = ["Weights"]
 
 
 class Weights:
-    """The weights that a step's queries gave, by layer ``[rows, kv_heads, longest]``."""
+    """The attention weights of a step's queries, per layer ``[rows, kv_heads, longest]``."""
 
     def __init__(self, pool: Pool) -> None:
         self.pool = pool
         self.by_layer: dict[int, Tensor] = {}
 
     def add(self, table: Table, row: int) -> None:
-        """Add a row to the running scores of its request: in the kernels all layers at once, else
-        with ``Pool.add_scores``, which says what comes of it."""
+        """Add a row to the running scores of its request: all layers at once in the kernels,
+        else with ``Pool.add_scores``, which defines the result."""
         pool, places = self.pool, self._places
         if places is None:
             for layer, rows in self.by_layer.items():
@@ -51,8 +51,8 @@ class Weights:
 
     @cached_property
     def _places(self) -> np.ndarray | None:
-        """What the kernels know of every layer: its number, where its running scores and where its
-        weights are, and ``longest``; None where they cannot add them."""
+        """What the kernels get per layer: its number, the addresses of its running scores and of
+        its weights, and ``longest``; None if the kernels cannot add them."""
         if self.pool.kernels is None:
             return None
         found = []

@@ -1,7 +1,7 @@
-"""What one request owns: pages and lengths per KV head, its policy's state, its query ring.
+"""What one request owns: pages and lengths per KV head, policy state and query ring.
 
-``seen_len`` is how many tokens the request has processed (its next position);
-``kept[layer, head]`` is how many entries it has there.  They are different things.
+``seen_len`` is the number of tokens that the request has processed (its next position);
+``kept[layer, head]`` is the number of entries that a head still has.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ __all__ = ["Copying", "Ring", "Table"]
 
 
 class Copying(Protocol):
-    """A copy between a device and host memory that was begun (``torch.cuda.Event`` is one)."""
+    """A started copy between a device and host memory (``torch.cuda.Event`` is one)."""
 
     def query(self) -> bool:
-        """Whether it is over."""
+        """Whether it has finished."""
 
     def synchronize(self) -> None:
-        """Wait until it is."""
+        """Wait until it has finished."""
 
 
 @dataclass(slots=True)
 class Ring:
-    """The newest queries of every layer, with the log-sum-exp each had when it attended.
+    """The newest queries of every layer, with the log-sum-exp that each had when it attended.
 
     queries : ``[layers, capacity, heads, key_dim]``;  lse : ``[layers, capacity, heads]``;
-    positions : ``[capacity]``.  Rows are numbered as they are written; row ``i`` sits at
-    ``i % capacity``, and rows ``oldest`` to ``written - 1`` are there.
+    positions : ``[capacity]``.  Rows are numbered in the order of writing; row ``i`` is at
+    ``i % capacity``, and rows ``oldest`` to ``written - 1`` are valid.
     """
 
     queries: Tensor
@@ -77,19 +77,19 @@ class Ring:
         self.oldest = max(self.oldest, self.written - self.capacity)
 
     def begin(self, positions: Tensor) -> None:
-        """The first rows of every layer were just written, for these positions."""
+        """Record that the first rows of every layer were just written, for these positions."""
         count = positions.shape[0]
         self.positions[:count], self.oldest, self.written = positions, 0, count
 
     def truncate(self, seen_len: int) -> None:
-        """Forget rows of positions from ``seen_len`` on."""
+        """Remove rows of positions from ``seen_len`` on."""
         while self.written > self.oldest:
             if int(self.positions[(self.written - 1) % self.capacity]) < seen_len:
                 break
             self.written -= 1
 
     def rows(self, count: int) -> Tensor:
-        """Where the newest rows are, at most ``count``, oldest first."""
+        """Indices of the newest rows, at most ``count``, oldest first."""
         count = min(count, self.written - self.oldest)
         rows = torch.arange(self.written - count, self.written, device=self.positions.device)
         return rows % self.capacity
@@ -106,9 +106,9 @@ class Table:
 
     pages : ``[layers, own, capacity]`` int32, of the KV heads this rank holds (all of them on one
     rank); the first ``held[layer, head]`` of a row are owned.  held : ``[layers, own]`` int64,
-    pages in use.  kept : ``[layers, kv_heads]`` int64, entries of every head, on whatever rank.
+    pages in use.  kept : ``[layers, kv_heads]`` int64, entries of every head, of all ranks.
     transient_bytes : hidden states and window queries of a prompt in progress, outside the pool.
-    arriving : the copy that brings its entries back from host memory, until it was seen to be over.
+    arriving : the copy of its entries from host memory, until it is known to have finished.
     """
 
     pages: np.ndarray
@@ -119,18 +119,18 @@ class Table:
     ring: Ring | None = None
     transient_bytes: int = 0
     peak_bytes: int = 0
-    noted_bytes: int = 0  # of what is outside pages, when the pool last took it down
+    noted_bytes: int = 0  # bytes outside pages, when the pool last recorded them
     arriving: Copying | None = None
 
     @property
     def is_here(self) -> bool:
-        """Whether all entries have come back from host memory."""
+        """Whether all entries have been copied back from host memory."""
         if self.arriving is not None and self.arriving.query():
             self.arriving = None
         return self.arriving is None
 
     def wait(self) -> None:
-        """Until all entries have come back from host memory."""
+        """Wait until all entries have been copied back from host memory."""
         if self.arriving is not None:
             self.arriving.synchronize()
             self.arriving = None
@@ -145,17 +145,17 @@ class Table:
 
     @property
     def longest(self) -> np.ndarray:
-        """Entries of each layer's longest head, ``[layers]``."""
+        """Number of entries of each layer's longest head, ``[layers]``."""
         longest: np.ndarray = self.kept.max(1)
         return longest
 
     @property
     def layer_tokens(self) -> float:
-        """Entries of all layers, each the mean over its heads."""
+        """Number of entries per layer, averaged over its heads."""
         return float(self.kept.mean(1).sum())
 
     def lens(self, layer: int) -> tuple[int, ...]:
-        """Entries of each of a layer's heads."""
+        """Number of entries of each of a layer's heads."""
         return tuple(self.kept[layer].tolist())
 
     @property
@@ -165,7 +165,7 @@ class Table:
         return ring + self.transient_bytes + sum(value.nbytes for value in self.state.values())
 
     def grow(self, capacity: int) -> None:
-        """Make room for ``capacity`` page numbers a head."""
+        """Make room for ``capacity`` page numbers per head."""
         layers, kv_heads, old = self.pages.shape
         wider = np.zeros((layers, kv_heads, max(capacity, 2 * old)), dtype=np.int32)
         wider[:, :, :old] = self.pages

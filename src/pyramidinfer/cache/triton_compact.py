@@ -1,6 +1,6 @@
 """Compaction on a GPU: entries of all of a group's tensors move in one launch.
 
-What a codec stores is written and read in one launch each, too (``triton_entries.py``).
+With a codec, entries are also written in one launch and read in one (``triton_entries.py``).
 
 Importing this module needs Triton.
 """
@@ -34,10 +34,10 @@ def move_entries(
 ) -> None:
     """Copy entry ``source`` over entry ``target`` of ``head``, in place, for every move.
 
-    tensors : keys ``[pages, page, D]``, values ``[…, V]``, positions ``[pages, page]`` and, where
+    tensors : keys ``[pages, page, D]``, values ``[…, V]``, positions ``[pages, page]`` and, if
     there are any, scores, and scales of keys and of values ``[pages, page, groups]``
     (``Group.tensors()``);  rows : ``[K, P]`` pages of the layer's entries;  head, source, target :
-    ``[moves]``.  No entry may be a source and a target.
+    ``[moves]``.  No entry may be both a source and a target.
     """
     keys, values, positions = tensors[:3]
     scored, coded = len(tensors) in (4, 6), len(tensors) >= 5
@@ -75,8 +75,8 @@ def move_entries(
 
 
 class TritonMover(Mover):
-    """``Mover`` with compaction in one launch, and with a codec writing and reading, too; float64
-    is encoded and decoded in torch."""
+    """``Mover`` that compacts in one launch and, with a codec, writes and reads in one launch each;
+    torch encodes and decodes float64."""
 
     move = staticmethod(move_entries)
 
@@ -142,12 +142,13 @@ def _move(
 
 @triton.jit
 def _copy(storage, there, here, live, size: tl.constexpr, pad: tl.constexpr):
-    """Rows of ``size`` numbers from entries ``there`` to entries ``here``, bit by bit."""
+    """Copy rows of ``size`` numbers from entries ``there`` to entries ``here``, bit for bit."""
     column = tl.arange(0, pad)
     mask = live[:, None] & (column < size)[None, :]
     number = tl.load(storage + there[:, None] * size + column[None, :], mask=mask)
     tl.store(storage + here[:, None] * size + column[None, :], number, mask=mask)
 
 
-#: Whether the kernel runs in Triton's interpreter (``TRITON_INTERPRET=1`` before Triton came in).
+#: Whether the kernel runs in Triton's interpreter (``TRITON_INTERPRET=1`` was set before Triton was
+#: imported).
 INTERPRETED = not any(isinstance(each, triton.runtime.JITFunction) for each in (_copy, tl.sum))

@@ -1,4 +1,4 @@
-"""Entries of a codec on a GPU: written in one launch, read back in one.
+"""Entries stored by a codec on a GPU: one launch writes them, one launch reads them.
 
 Importing this module needs Triton.
 """
@@ -20,16 +20,16 @@ from pyramidinfer.triton_codec import load_rotated, rotate, store_rotated
 
 __all__ = ["read_entries", "write_entries"]
 
-#: Entries of one program; products want 16 rows at least.
+#: Entries per program; matrix products need at least 16 rows.
 BLOCK = 16
-#: Rotations keep what float32 numbers hold.
+#: Rotations keep the precision of float32.
 PRECISION = "ieee" if torch.version.hip else "tf32x3"
 
 
 def write_entries(
     group: Group, slots: Slots, keys: Tensor, values: Tensor, positions: Tensor
 ) -> None:
-    """``Mover.write`` of a group with a codec; keys and values are no float64."""
+    """``Mover.write`` for a group with a codec; keys and values must not be float64."""
     count, kv_heads = keys.shape[:2]
     if not count:
         return
@@ -69,7 +69,7 @@ def read_entries(
 ) -> Tensor:
     """``Mover.decode``: ``[heads, kept, size]`` of keys or values; pages ``[heads, P]``.
 
-    ``dtype`` is not float64.
+    ``dtype`` must not be float64.
     """
     size = storage.shape[2] * 8 // codec.bits
     out = torch.empty(len(pages), kept, size, dtype=dtype, device=storage.device)
@@ -93,7 +93,7 @@ def read_entries(
 
 
 def _sizes(name: str, size: int, codec: Codec) -> dict[str, Any]:
-    """What a kernel is compiled for: a head's size, padded to a power of two, and its groups'."""
+    """Compile-time sizes of a kernel: a head's size, padded to a power of two, and its groups'."""
     pad, ahead = max(16, triton.next_power_of_2(size)), f"{name}_" if name else ""
     return {f"{ahead}size": size, f"{ahead}pad": pad, f"{ahead}group": codec.group(size)}
 

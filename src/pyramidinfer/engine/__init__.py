@@ -1,4 +1,4 @@
-"""When what happens: admission, steps, sampling, answers."""
+"""The engine: admission, steps, sampling, answers."""
 
 from pyramidinfer.engine.engine import Engine
 from pyramidinfer.engine.launch import RanksError

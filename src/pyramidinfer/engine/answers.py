@@ -1,4 +1,4 @@
-"""What is told of a request: its cache, its times, its text."""
+"""The output of a request: its cache, its times, its text."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["drafts", "metrics", "output", "usage"]
 
 
 def usage(pool: Pool, runner: ModelRunner, request: Request) -> KVUsage:
-    """What the request's cache is now (or was, once it has ended)."""
+    """The request's cache now, or at its end."""
     if request.kv is not None or (request.cache is None and request.preempted is None):
         none = (0,) * runner.depth
         return request.kv or KVUsage(0, ((0,) * runner.kv_heads,) * runner.depth, none, 0, 0, 0)
@@ -30,7 +30,7 @@ def usage(pool: Pool, runner: ModelRunner, request: Request) -> KVUsage:
 
 
 def drafts(request: Request) -> DraftUsage | None:
-    """What guesses did for the request so far; None where it is not lossless."""
+    """Statistics of the request's drafts so far; None if it is not lossless."""
     if not request.policy.guesses:
         return None
     done = request.drafting or Drafting()
@@ -38,7 +38,7 @@ def drafts(request: Request) -> DraftUsage | None:
 
 
 def metrics(runner: ModelRunner, request: Request) -> RequestMetrics:
-    """What the request took so far."""
+    """The request's times and work so far."""
 
     def since(moment: float | None) -> float | None:
         return None if moment is None else moment - request.times.arrived

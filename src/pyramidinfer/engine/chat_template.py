@@ -1,4 +1,4 @@
-"""A tokenizer's chat template: messages to token ids, and nothing is lost on the way."""
+"""A tokenizer's chat template: messages to token ids, without ignoring any part of them."""
 
 from __future__ import annotations
 
@@ -13,34 +13,34 @@ from pyramidinfer.types import TokenIds
 __all__ = ["REASONING", "ChatTemplate", "Turn", "find_end_ids"]
 
 #: A message: its role and texts, ``{"role": "user", "content": "…", "name": "…"}``, and of an
-#: assistant ``tool_calls``, a list as OpenAI has it with ``arguments`` as objects.
+#: assistant ``tool_calls``, a list in OpenAI's format with ``arguments`` as objects.
 Turn = dict[str, Any]
-#: The field of an assistant's message with what it thought before.  A template that reads it
-#: leaves it out of earlier turns as it likes.
+#: The field of an assistant's message with its reasoning.  A template that reads it may leave it
+#: out of earlier turns.
 REASONING = "reasoning_content"
 
-#: Stands for the text of a field when it is asked whether the field has a place in the template:
-#: plain letters and digits, which filters leave alone.
+#: Placeholder of a field's text in the check whether the template uses the field: plain letters
+#: and digits, which filters do not change.
 MARK = "mark{}end"
 MARKED = re.compile(r"mark(\d+)end", re.IGNORECASE)
-#: Fields without a place that are looked at again with their own text, at most.
+#: Maximum number of unused fields that are checked again with their own text.
 DOUBTED = 4
-#: Names that a template reads and whoever asks cannot set.
+#: Names that a template reads and a request cannot set.
 OWN_NAMES = {"messages", "tools", "add_generation_prompt", "raise_exception", "strftime_now"}
 
 
 class Field(NamedTuple):
-    """A text of a conversation: which message's, and which field of it."""
+    """A text of a conversation: the message's index and the field."""
 
     turn: int
     key: str
 
 
 class ChatTemplate:
-    """A tokenizer's template (``exists`` tells whether there is one).
+    """A tokenizer's template (``exists``: whether there is one).
 
-    Contents go to it as texts, or as one text part each where it reads parts only.  Role
-    ``developer`` is ``system`` where the template does not name it.
+    Contents are passed as texts, or as one text part each if the template reads parts only.  Role
+    ``developer`` becomes ``system`` if the template does not name it.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -57,12 +57,12 @@ class ChatTemplate:
         options: Mapping[str, Any] | None = None,
         tools: Sequence[Mapping[str, Any]] = (),
     ) -> TokenIds:
-        """Token ids of a conversation, up to where the model answers if it is to ``generate``.
+        """Token ids of a conversation, up to the start of the model's answer if ``generate`` is
+        set.
 
-        ``options``: further names for the template (``enable_thinking``, say);  ``tools``: as
-        OpenAI has them, for a template that handles them.  ``ValueError`` where there is no
-        template, it refuses the messages, or it would ignore one of them, one of their fields or
-        an option.
+        ``options``: further names for the template (such as ``enable_thinking``);  ``tools``: in
+        OpenAI's format, for a template that supports them.  ``ValueError`` if there is no
+        template, it refuses the messages, or it would ignore a message, a field or an option.
         """
         if not self.exists:
             raise ValueError("this model has no chat template")
@@ -71,7 +71,7 @@ class ChatTemplate:
         return rendering.ids()
 
     def text(self, messages: Sequence[Turn], tools: Sequence[Mapping[str, Any]] = ()) -> str:
-        """The text of a conversation that is over; ``ValueError`` as ``ids``."""
+        """The text of a finished conversation; ``ValueError`` as in ``ids``."""
         return Rendering(self, messages, False, {}, tools).text()
 
     def check_options(self, options: Mapping[str, Any]) -> None:
@@ -99,13 +99,13 @@ class ChatTemplate:
         from jinja2 import Environment, meta
 
         place = Environment(extensions=["jinja2.ext.loopcontrols"])
-        # transformers' own tag around what an assistant says
+        # transformers' tag around an assistant's text
         plain = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", self.source)
         return frozenset(meta.find_undeclared_variables(place.parse(plain)))
 
     @cached_property
     def turn_end(self) -> int | None:
-        """The token right behind an assistant's words, where the template puts one there."""
+        """The token right after an assistant's text, if the template has one there."""
         talk = [{"role": role, "content": MARK.format(role)} for role in ("user", "assistant")]
         try:
             text = self.text(talk)
@@ -118,7 +118,7 @@ class ChatTemplate:
 
 
 class Rendering:
-    """One conversation on its way through a template."""
+    """The rendering of one conversation by a template."""
 
     def __init__(
         self,
@@ -135,7 +135,7 @@ class Rendering:
             {**each, "role": "system"} if renames and each["role"] == "developer" else {**each}
             for each in messages
         ]
-        self.parts: frozenset[int] = frozenset()  # messages whose content goes as a part
+        self.parts: frozenset[int] = frozenset()  # messages whose content is passed as a part
 
     def ids(self) -> TokenIds:
         self._find_places()
@@ -170,11 +170,11 @@ class Rendering:
         return text
 
     def _find_places(self) -> None:
-        """Choose the form of contents; ``ValueError`` for a text that has no place.
+        """Choose the form of contents; ``ValueError`` for a text that the template does not use.
 
-        Each text is replaced by a mark of its own and looked for in what comes out, so this takes
-        as long for a long text as for a short one.  Tool calls are left as they are; what a tool's
-        answer says of its call tells which call it answers, and needs no place.
+        Each text is replaced by a unique mark that is searched in the result, so the time does not
+        depend on the length of texts.  Tool calls are not replaced; the call id of a tool's answer
+        only identifies its call and need not appear.
         """
         calls = any("tool_calls" in turn for turn in self.turns)
         fields = [
@@ -202,7 +202,7 @@ class Rendering:
                 raise ValueError(self._nowhere(field))
 
     def _lost(self, marked: list[Turn], fields: list[Field]) -> list[Field] | None:
-        """Fields whose marks do not come out; None where the template refuses the marks."""
+        """Fields whose marks are missing in the result; None if the template refuses the marks."""
         try:
             text = self._rendered(marked)
         except ValueError:
@@ -211,13 +211,13 @@ class Rendering:
         return [field for number, field in enumerate(fields) if number not in found]
 
     def _matters(self, field: Field) -> bool:
-        """Whether the prompt changes with the field's own text."""
+        """Whether the prompt depends on the field's own text."""
         other = [dict(turn) for turn in self.turns]
         other[field.turn][field.key] += MARK.format(0)
         try:
             return self._rendered(self.turns) != self._rendered(other)
         except ValueError:
-            return True  # not ignored; the messages as they are decide
+            return True  # not ignored; the unchanged messages decide
 
     def _nowhere(self, field: Field) -> str:
         index, key = field
@@ -225,7 +225,7 @@ class Rendering:
         if key == "content":
             return (
                 f"messages[{index}]: this model's chat template ignores a message of role "
-                f"{role!r} there; leave it out, or give it another role"
+                f"{role!r} there; omit it, or give it another role"
             )
         return (
             f"messages[{index}].{key}: this model's chat template has no place for it, so it "
@@ -234,8 +234,8 @@ class Rendering:
 
 
 def find_end_ids(tokenizer: Any) -> frozenset[int]:
-    """Tokens that end an answer by what the tokenizer says: its end token, and its chat
-    template's end of a turn."""
+    """Tokens that end an answer according to the tokenizer: its end token, and the end of a turn in
+    its chat template."""
     template, eos = ChatTemplate(tokenizer), getattr(tokenizer, "eos_token_id", None)
     ends = (eos, template.turn_end if template.exists else None)
     return frozenset(end for end in ends if end is not None)

@@ -1,4 +1,4 @@
-"""What is refused before it costs anything, with the value and the way out."""
+"""Checks that refuse invalid input before any work, with the value and a remedy."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ __all__ = [
 
 
 class ContextLengthError(ValueError):
-    """More tokens than the model has positions, or the pool memory, for."""
+    """More tokens than the model's positions, or the pool's memory, allow."""
 
 
 def check_plan(
@@ -40,10 +40,11 @@ def check_plan(
     weights: int = 0,
     loading: int = 0,
 ) -> None:
-    """Whether this model (weights not needed) can run so: depth, budget, free memory.
+    """Check that this model (needs no weights) can run with this config: depth, budget, free
+    memory.
 
-    ``weights``: bytes still to be loaded beside the pool;  ``loading``: what they take before that,
-    as they are in the files.
+    ``weights``: bytes still to be loaded in addition to the pool;  ``loading``: bytes during
+    loading, in the files' format.
     """
     policy.check(runner.layers_for(1))
     check_ahead(policy, config)
@@ -63,29 +64,29 @@ def check_plan(
     if budget + weights > free:
         raise ValueError(
             f"kv_memory={budget} bytes ({budget / 2**30:.2f} GiB) is more than the "
-            f"{(free - weights) / 2**30:.2f} GiB of memory that are free on {device} beside the "
+            f"{(free - weights) / 2**30:.2f} GiB of memory that are free on {device} next to the "
             f"weights; lower kv_memory"
         )
     here = free_memory(torch.device("cpu")) - (budget + weights if device.type == "cpu" else 0)
     if config.host_budget > here:
         raise ValueError(
             f"host_kv_memory={config.host_budget} bytes ({config.host_budget / 2**30:.2f} GiB) is "
-            f"more than the {max(0, here) / 2**30:.2f} GiB of host memory that are free beside the "
+            f"more than the {max(0, here) / 2**30:.2f} GiB of host memory free next to the "
             f"rest; lower it"
         )
 
 
 def check_ahead(policy: Policy, config: EngineConfig) -> None:
-    """``ValueError`` for tokens guessed ahead where a model is split over ranks."""
+    """``ValueError`` for drafting if the model is split over ranks."""
     if policy.guesses and config.ranks > 1:
         raise ValueError(
-            f"lossless works on one rank, and this is {config.ranks}: leave tensor_parallel_size "
-            f"and pipeline_parallel_size out, or ask for policy='full'"
+            f"lossless works on one rank, and this is {config.ranks}: omit tensor_parallel_size "
+            f"and pipeline_parallel_size, or use policy='full'"
         )
 
 
 def check_params(params: SamplingParams, vocab_size: int, has_tokenizer: bool) -> None:
-    """Whether these can be had with this vocabulary."""
+    """Check that these parameters are valid for this vocabulary."""
     if not isinstance(params, SamplingParams):
         raise ValueError(f"sampling={params!r} must be SamplingParams")
     if params.stop and not has_tokenizer:
@@ -110,23 +111,23 @@ def check_count(name: str, value: int) -> int:
 def check_prompt_logprobs(
     policy: Policy, goes_on: bool = False, what: str = "prompt_logprobs"
 ) -> None:
-    """``ValueError`` unless every prompt token reaches the last layer: those dropped on the way,
-    and those of a cache that is gone on with, have no logits."""
+    """``ValueError`` unless every prompt token reaches the last layer: dropped tokens, and tokens
+    of a reused cache, have no logits."""
     if goes_on:
         raise ValueError(
-            f"{what}: what a prefix or an earlier turn holds has no log-probabilities any more; "
+            f"{what}: tokens of a prefix or an earlier turn have no log-probabilities any more; "
             f"give the whole prompt at once"
         )
     if policy.computes_less:
         raise ValueError(
             f"{what}: policy {policy.name!r} drops prompt tokens between layers, and dropped "
-            f"tokens have no log-probabilities; ask for another policy ('full', say) or leave it "
+            f"tokens have no log-probabilities; use another policy (such as 'full') or omit it "
             f"out"
         )
 
 
 def check_prefix(prefix: int, length: int, params: SamplingParams, goes_on: bool) -> None:
-    """``ValueError`` for a prefix that cannot be taken in alone."""
+    """``ValueError`` for a prefix that cannot be prefilled separately."""
     prefix = check_count("prefix", prefix)
     if not 0 < prefix < length:
         raise ValueError(
@@ -134,22 +135,22 @@ def check_prefix(prefix: int, length: int, params: SamplingParams, goes_on: bool
             f"and at least one behind it"
         )
     if goes_on:
-        raise ValueError(f"prefix={prefix}: what goes on with a cache, or is scored, has none")
+        raise ValueError(f"prefix={prefix}: requests on a held cache and scored requests have none")
     if params.prompt_logprobs is not None:
         raise ValueError(
-            f"prefix={prefix}: a prompt that is taken in by parts has no prompt_logprobs; leave "
+            f"prefix={prefix}: a prompt that is prefilled in parts has no prompt_logprobs; leave "
             f"one of them out"
         )
 
 
 def check_stream(new: int, held: int, positions: int) -> None:
-    """``ContextLengthError`` where a streaming request is given more at once than the model's
+    """``ContextLengthError`` if a streaming request gets more tokens at once than the model has
     positions."""
     if new + held >= positions:
         raise ContextLengthError(
-            f"{new} tokens on top of {held} cached ones exceed the {positions} positions that this "
-            f"model can tell apart at once; generation has no end, but text is taken in at most "
-            f"{positions - held - 1} tokens at a time"
+            f"{new} tokens on top of {held} cached ones exceed the {positions} positions of "
+            f"this model; generation is unlimited, but at most "
+            f"{positions - held - 1} tokens can be prefilled at a time"
         )
 
 

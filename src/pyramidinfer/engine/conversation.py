@@ -1,7 +1,8 @@
-"""What is known of a finished conversation, wherever its cache is, and how one is found again.
+"""The record of a finished conversation, independent of its cache's place, and the lookup of
+records.
 
-Texts are compared by digests of their beginnings, owners by keyed digests, so that neither an API
-key nor what stands for one is ever written down.
+Texts are compared by digests of their beginnings, owners by keyed digests, so that API keys are
+never stored.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from pyramidinfer.types import TokenIds
 
 __all__ = ["Conversation", "Index", "Names", "Place"]
 
-#: Where a cache can be.
+#: Places of a cache.
 Place = Literal["device", "host", "disk"]
 
 
@@ -32,15 +33,15 @@ Place = Literal["device", "host", "disk"]
 class Conversation:
     """A finished text and its cache.
 
-    ``id``: what its owner knows it by, and its file's name;  ``digest``: of realm and text, of
-    ``length`` tokens;  ``prefix``: so many of them were taken in alone (0: none);  ``policy``: None
-    while all that is known of it is its ``mark`` (a file of an earlier run);  ``words``: its name
-    and ``keep``;  ``size``: bytes it counts for, wherever it is.
+    ``id``: for its owner, and the name of its file;  ``digest``: of realm and text, of
+    ``length`` tokens;  ``prefix``: number of tokens that were prefilled separately (0: none);
+    ``policy``: None if only its ``mark`` is known (a file of an earlier run);  ``words``: its name
+    and ``keep``;  ``size``: bytes it counts for, in any place.
 
-    It is in the pool (``request`` has the cache), in host memory (``exported``) or on disk alone;
-    one in host memory may have a file, too (``has_file``).  ``leaving``: its pages are being copied
-    to host memory, ``coming``: back;  ``writing`` and ``reading``: its file is.  ``from_disk``: it
-    was read from there;  ``tried``: ids of requests that it was read for.
+    It is in the pool (``request`` has the cache), in host memory (``exported``) or only on disk;
+    one in host memory may also have a file (``has_file``).  ``leaving``: its pages are being copied
+    to host memory, ``coming``: back;  ``writing`` and ``reading``: its file is being written or
+    read. ``from_disk``: it was read from disk;  ``tried``: ids of requests that it was read for.
     """
 
     id: str
@@ -70,14 +71,14 @@ class Conversation:
 
     @property
     def place(self) -> Place:
-        """Where its cache is."""
+        """The place of its cache."""
         if self.exported is not None:
             return "host"
         return "device" if self.request is not None else "disk"
 
     @property
     def cache(self) -> Table | Exported:
-        """Its cache, where that is in memory."""
+        """Its cache, if it is in memory."""
         if self.exported is not None:
             return self.exported
         assert self.request is not None
@@ -90,11 +91,12 @@ class Conversation:
 
     @property
     def is_prefix(self) -> bool:
-        """Whether it is a prefix that was taken in alone, for many to go on from."""
+        """Whether it is a prefix that was prefilled separately, for many requests to continue
+        from."""
         return self.length == self.prefix
 
     def fits(self, request: Request, mark: str) -> bool:
-        """Whether a request of the same realm that begins with its text may take it up."""
+        """Whether a request of the same realm that begins with its text may reuse it."""
         same = self.mark == mark if self.policy is None else self.policy == request.policy
         spans = request.protected_in(self.length) if self.is_prefix else request.protect
         return same and self.protect == spans and self.prefix == request.prefix
@@ -103,8 +105,8 @@ class Conversation:
 class Names:
     """Digests of owners, texts and policies.
 
-    secret : keys the owners' (empty: the same in every process);  model : whose caches these are;
-    shares : prefixes are everybody's, whoever owns them.
+    secret : key for owners' digests (empty: the same in every process);  model : the model of these
+    caches;  shares : whether prefixes are shared between owners.
     """
 
     def __init__(self, secret: bytes = b"", model: str = "", shares: bool = False) -> None:
@@ -112,20 +114,20 @@ class Names:
         self.mark = lru_cache(256)(_policy_mark)
 
     def owner(self, owner: str) -> str:
-        """What an owner is known by."""
+        """The digest of an owner."""
         return blake2b(owner.encode(), key=self.secret, digest_size=16).hexdigest()
 
     def realm(self, request: Request, of_prefix: bool = False) -> str:
-        """What those requests are known by that may take up this one's cache, or its prefix."""
+        """The digest that is common to requests that may reuse this one's cache, or its prefix."""
         owner, *rest = request.realm
         if of_prefix and self.shares:
             return self.owner(json.dumps(rest))
         return self.owner(json.dumps([owner, *rest]) if any(rest) else owner)
 
     def digests(self, realm: str, text: TokenIds, lengths: Iterable[int]) -> Iterator[bytes]:
-        """What the first so many tokens of a realm's text are known by; lengths ascend.
+        """Digests of the first tokens of a realm's text, for ascending lengths.
 
-        realm : as ``realm`` gives it.
+        realm : a result of ``realm``.
         """
         data, at = np.array(text, dtype=np.int64), 0
         hasher = blake2b(realm.encode(), digest_size=32)
@@ -135,7 +137,7 @@ class Names:
             yield hasher.digest()
 
     def of(self, request: Request, size: int) -> Conversation:
-        """A finished request that has its cache; ``size``: bytes of that."""
+        """A finished request that has its cache; ``size``: bytes of the cache."""
         assert request.owner is not None
         owner, length = self.owner(request.owner), request.table.seen_len
         realm = self.realm(request, request.prefix == length)
@@ -162,8 +164,8 @@ class Names:
 
 
 def _policy_mark(policy: Policy) -> str:
-    """A digest of a policy with all its options; empty where an option cannot be written down, so
-    that its caches cannot be told from others in a later run."""
+    """A digest of a policy with all its options; empty if an option cannot be serialized, so that
+    its caches cannot be identified in a later run."""
     try:
         words = json.dumps(_plain(policy), sort_keys=True)
     except TypeError:
@@ -172,7 +174,7 @@ def _policy_mark(policy: Policy) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON can say of an option, dataclasses with their type; ``TypeError`` otherwise."""
+    """An option as JSON, dataclasses with their type; ``TypeError`` otherwise."""
     if is_dataclass(value) and not isinstance(value, type):
         kind = type(value)
         inside = {each.name: _plain(getattr(value, each.name)) for each in fields(value)}
@@ -187,7 +189,7 @@ def _plain(value: Any) -> Any:
 
 
 class Index:
-    """Conversations by what their texts are known by."""
+    """Conversations by the digests of their texts."""
 
     def __init__(self) -> None:
         self._by_digest: dict[bytes, list[Conversation]] = {}
@@ -215,5 +217,5 @@ class Index:
         return sorted(length for length in self._lengths if length < below)
 
     def at(self, digest: bytes) -> list[Conversation]:
-        """Those with this digest, the newest last."""
+        """Conversations with this digest, the newest last."""
         return self._by_digest.get(digest, [])

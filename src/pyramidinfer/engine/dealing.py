@@ -1,9 +1,9 @@
-"""Which stage of a pipeline gets which layers: by the work that a policy forecasts.
+"""Assignment of layers to the stages of a pipeline, by the work that a policy forecasts.
 
-Deep layers compute fewer tokens and keep fewer under a policy that drops some, so stages with as
-many layers each would not have as much to do.  A layer's work is counted in multiplications of one
-request of ``PROMPT`` and ``NEW`` tokens: each token that enters it goes through its weights and
-looks at what is kept there.  The head is the last stage's.
+Deep layers compute fewer tokens and keep fewer under a policy that drops some, so stages with
+equally many layers would not have equal work.  A layer's work is counted in multiplications for one
+request of ``PROMPT`` and ``NEW`` tokens: each token that enters the layer goes through its weights
+and attends to the entries kept there.  The head belongs to the last stage.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from pyramidinfer.policies.base import Facts, asks_for_profile
 
 __all__ = ["NEW", "PROMPT", "deal_layers", "layer_work"]
 
-#: Tokens of the request by which layers are dealt: a few pages of text, and an answer to them.
+#: Tokens of the request that the assignment is based on: a few pages of text, and an answer.
 PROMPT, NEW = 2000, 200
 
 
 def layer_work(empty: Any, runner: ModelRunner, policy: Policy) -> tuple[list[float], float]:
     """Multiplications of each layer, and of the head, for one request.
 
-    empty : the model (weights not needed) that the runner drives;  policy : bound to it.
+    empty : the runner's model (needs no weights);  policy : bound to it.
     """
     prompt = max(1, min(PROMPT, runner.max_positions - NEW))
     layers = runner.layers_for(prompt + NEW)
@@ -34,7 +34,7 @@ def layer_work(empty: Any, runner: ModelRunner, policy: Policy) -> tuple[list[fl
     work: list[float] = []
     for layer, shape in zip(runner.body.layers, runner.shapes, strict=False):
         weights = sum(each.numel() for each in layer.parameters())
-        entry = shape.heads * (shape.key_dim + shape.value_dim)  # of a query and one entry
+        entry = shape.heads * (shape.key_dim + shape.value_dim)  # per query and entry
         number, held = len(work), kept[len(work)]
         reach, window = forecast.reach[number], shape.window or prompt + NEW
         going_in = reach * (weights + entry * min(reach / 2, window))
@@ -47,7 +47,7 @@ def deal_layers(
     empty: Any, runner: ModelRunner, policy: Policy, stages: int, given: str | None
 ) -> list[range]:
     """Every stage's layers: as many as ``given`` says (``"16,14"``), or by the policy's forecast,
-    as if all were kept where that needs a head profile and none is known yet."""
+    as if all entries were kept if it needs a head profile that does not exist yet."""
     if given is not None:
         return ranges_of(list(map(int, given.split(","))))
     found = look_up(runner) if asks_for_profile(policy) else None

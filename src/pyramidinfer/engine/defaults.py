@@ -1,4 +1,4 @@
-"""How a model's makers sample from it: what its ``generation_config.json`` says."""
+"""A model's default sampling parameters, from its ``generation_config.json``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pyramidinfer.types import SamplingParams
 
 __all__ = ["sampling_defaults"]
 
-#: Keys that are taken, and the ``SamplingParams`` they are.
+#: Keys that are used, and their names in ``SamplingParams``.
 TAKEN = {
     "temperature": "temperature",
     "top_p": "top_p",
@@ -17,7 +17,7 @@ TAKEN = {
     "repetition_penalty": "repetition_penalty",
     "max_new_tokens": "max_tokens",
 }
-#: Keys that would change answers and are not supported, and their values that change nothing.
+#: Unsupported keys that would change answers, and their values without effect.
 REFUSED: dict[str, tuple[Any, ...]] = {
     "num_beams": (1,),
     "num_beam_groups": (1,),
@@ -50,11 +50,11 @@ REFUSED: dict[str, tuple[Any, ...]] = {
 
 
 def sampling_defaults(generation_config: Any, name: str) -> dict[str, Any]:
-    """Fields of ``SamplingParams`` that a generation config (None: there is none) gives.
+    """Fields of ``SamplingParams`` from a generation config (None: there is none).
 
-    ``do_sample: false`` is greedy; ``true`` without a temperature is temperature 1.  ``name``: the
-    model's, for the error.  ``ValueError`` for a key that would change answers and is not
-    supported, and for a value that cannot be.
+    ``do_sample: false`` is greedy; ``true`` without a temperature is temperature 1.  ``name``: of
+    the model, for errors.  ``ValueError`` for an unsupported key that would change answers, and for
+    an invalid value.
     """
     said = {
         key: value

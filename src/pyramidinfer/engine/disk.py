@@ -1,9 +1,9 @@
-"""Caches of conversations in files, which outlive the process.
+"""Caches of conversations in files that remain after the process ends.
 
 A file is safetensors, ``ID.safetensors``: a cache's entries and state, its text's tokens, and in
-the header what ``Conversation`` knows, the model's mark and a checksum.  One thread reads and
-writes, reading first; nobody waits for it but who asked to.  The folder belongs to one process at a
-time, and its ``owner.key`` keys the digests of owners.
+the header the fields of ``Conversation``, the model's mark and a checksum.  One thread reads and
+writes, with reads first; other threads do not wait for it.  Only one process at a time uses the
+folder, and its ``owner.key`` is the key of owners' digests.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ FORMAT = "pyramidinfer-kv-1"
 KEY = "owner.key"
 OURS = re.compile(r"[0-9a-f]{32}\.safetensors")
 UNFINISHED = re.compile(r"\.[0-9a-f]{32}\.tmp")
-#: Bytes of a header, at most: a part for every tensor, and one for the rest.
+#: Maximum bytes of a header: a part for every tensor, and one for the rest.
 HEADER_EACH, HEADER_REST = 256, 8192
 
 
 class FileError(Exception):
-    """A file that is not what it should be; ``is_ours``: we wrote it, and it is torn."""
+    """An invalid file; ``is_ours``: the engine wrote it, and it is damaged."""
 
     def __init__(self, message: str, is_ours: bool = False) -> None:
         super().__init__(message)
@@ -66,13 +66,13 @@ class Done(NamedTuple):
 
 
 class DiskStore:
-    """Files of one folder, together no more than ``limit`` bytes, the least recently used first to
-    go.
+    """Files of one folder with at most ``limit`` bytes in total; the least recently used are
+    evicted first.
 
-    model : whose caches these are; files of others are left alone;  pinned : read into pinned
-    memory.  ``found``: what was there at the start;  ``lost`` is told of files that go for want of
-    room;  ``errors`` counts files that could not be read or written.  ``ValueError`` for a folder
-    that cannot be used.
+    model : the model of these caches; files of other models are not touched;  pinned : read into
+    pinned memory.  ``found``: files at the start;  ``lost`` is called for files that are evicted
+    for room;  ``errors`` counts files that could not be read or written.  ``ValueError`` for a
+    folder that cannot be used.
     """
 
     def __init__(self, folder: str | Path, limit: int, model: str, pinned: bool = False) -> None:
@@ -102,8 +102,8 @@ class DiskStore:
     # --- from the engine's thread ---------------------------------------------------------------
 
     def write(self, one: Conversation) -> bool:
-        """Begin to write a cache that is in host memory; False where it must not be, or there is no
-        room for it that older ones have."""
+        """Start to write a cache that is in host memory; False if it must not be written, or
+        evicting older files gives no room for it."""
         exported, tokens = one.exported, one.tokens
         assert exported is not None and tokens is not None
         if not one.mark:
@@ -121,12 +121,12 @@ class DiskStore:
         return True
 
     def read(self, one: Conversation) -> None:
-        """Begin to read a cache's file."""
+        """Start to read a cache's file."""
         one.reading = True
         self._put(0, lambda: self._read(one))
 
     def forget(self, one: Conversation) -> None:
-        """Delete a cache's file, or have it deleted once it is written."""
+        """Delete a cache's file, now or as soon as it is written."""
         if one in self._held:
             del self._held[one]
             self.bytes -= one.file_bytes
@@ -141,13 +141,13 @@ class DiskStore:
                 self._take_down(self._done.get_nowait())
 
     def poll(self) -> list[Done]:
-        """What was done since this was asked last."""
+        """Operations finished since the last call."""
         self.settle()
         found, self._known = self._known, []
         return found
 
     def wait(self, seconds: float) -> None:
-        """Until something is done, or so many seconds have gone by."""
+        """Wait until an operation finishes, or for this many seconds."""
         if not self._known:
             with suppress(Empty):
                 self._take_down(self._done.get(timeout=seconds))
@@ -172,11 +172,11 @@ class DiskStore:
         self._known.append(done)
 
     def drain(self) -> None:
-        """Until everything that was asked for is done."""
+        """Wait until all requested operations have finished."""
         self._jobs.join()
 
     def close(self) -> None:
-        """Finish what was asked for, and let another process have the folder."""
+        """Finish all requested operations, and release the folder for another process."""
         if self._lock >= 0:
             self._put(2, None)
             self._thread.join()
@@ -187,7 +187,7 @@ class DiskStore:
         self._jobs.put((urgency, next(self._numbers), job))
 
     def _make_room(self, size: int, newcomer: Conversation | None) -> bool:
-        """Let files go that were used before ``newcomer``, until so many bytes more fit."""
+        """Evict files that were used before ``newcomer``, until this many more bytes fit."""
         if size > self.limit:
             return False
         able = [
@@ -209,7 +209,7 @@ class DiskStore:
     # --- the folder -----------------------------------------------------------------------------
 
     def _open(self) -> int:
-        """The folder's key file, which nobody else has open."""
+        """The folder's key file, opened exclusively."""
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             lock = os.open(self.folder / KEY, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -237,7 +237,7 @@ class DiskStore:
         return self.folder / f"{one.id}.safetensors"
 
     def _scan(self) -> list[Conversation]:
-        """What the headers of our files say."""
+        """The conversations in the headers of our files."""
         found = []
         for path in sorted(self.folder.iterdir()):
             if path.name == KEY:
@@ -260,14 +260,14 @@ class DiskStore:
         return found
 
     def _complain(self, path: Path, error: FileError) -> None:
-        """One line; what we wrote and is torn goes."""
+        """Log one line; delete a damaged file that the engine wrote."""
         self.errors += 1
         if error.is_ours:
             path.unlink(missing_ok=True)
         log.warning("%s is %s: %s", path, "deleted" if error.is_ours else "left alone", error)
 
     def _header(self, path: Path) -> tuple[dict[str, Any], str]:
-        """What a file says of itself, and its checksum."""
+        """A file's header fields, and its checksum."""
         try:
             with safe_open(path, "pt") as file:
                 words = file.metadata() or {}
@@ -294,7 +294,7 @@ class DiskStore:
                 done = job()
                 if done is not None:
                     self._done.put(done)
-            except OSError as error:  # of deleting: what is left is found at the next start
+            except OSError as error:  # while deleting: the file is found at the next start
                 log.warning("a file of a cache could not be deleted: %s", error)
             finally:
                 self._jobs.task_done()
@@ -367,7 +367,7 @@ def _about(one: Conversation, exported: Exported) -> dict[str, Any]:
 
 
 def _conversation(about: dict[str, Any]) -> Conversation:
-    """``FileError`` where something is missing."""
+    """``FileError`` if a field is missing."""
     try:
         name, keep = about["words"]
         return Conversation(
@@ -407,7 +407,7 @@ def _pack(exported: Exported, tokens: TokenIds) -> dict[str, Tensor]:
 def _unpack(
     tensors: dict[str, Tensor], about: dict[str, Any], pinned: bool
 ) -> tuple[Exported, TokenIds]:
-    """The inverse of ``_pack``, in memory of its own."""
+    """The inverse of ``_pack``, in new memory."""
     own = {name: _copied(each, pinned) for name, each in tensors.items()}
     entries: list[list[Tensor]] = []
     while f"layer.{len(entries)}.0" in own:
@@ -438,13 +438,13 @@ def _raw(tensor: Tensor) -> np.ndarray:
 
 
 def _copied(tensor: Tensor, pinned: bool) -> Tensor:
-    """The same by numpy, which takes no thread of torch's for it."""
+    """The same with numpy, which uses no threads of torch."""
     own = torch.from_numpy(_raw(tensor).copy()).view(tensor.dtype).reshape(tensor.shape)
     return own.pin_memory() if pinned else own
 
 
 def _alone(tensor: Tensor) -> Tensor:
-    """The tensor, in memory that it shares with no other."""
+    """The tensor in memory that it does not share."""
     if tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes:
         return tensor
     return _copied(tensor, False)

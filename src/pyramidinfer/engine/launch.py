@@ -1,11 +1,11 @@
-"""The processes of a model that is split over ranks: how they begin, talk, fail and end.
+"""The processes of a model that is split over ranks: their start, messages, failures and end.
 
 Rank 0 is the caller's own process.  It starts one process for each other rank, or finds them
-started by ``torchrun``; all of them make the same ``LLM``.  Rank 0 then tells the others what to do
-(``Link.tell``), in one order, and they do the same as it does (``engine/ranks.py``).
+started by ``torchrun``; all of them create the same ``LLM``.  Rank 0 then sends commands to the
+others (``Link.tell``) in one order, and they run the same steps as rank 0 (``engine/ranks.py``).
 
-A process that ends, hangs or has loaded something else breaks the link: rank 0 ends all others and
-raises ``RanksError`` with one line; the others end with one line on standard error.
+A process that ends, hangs or has loaded something different breaks the link: rank 0 ends all others
+and raises ``RanksError`` with one line; the others end with one line on standard error.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ from pyramidinfer.engine.mail import Mail, framed, unframed
 
 __all__ = ["Groups", "Link", "RanksError", "follow", "open_groups", "open_link"]
 
-#: Seconds that the others may take longer to load the model than the first.
+#: Seconds that other ranks may take longer to load the model than the first.
 LOADING = 1800.0
-#: Links that a process that was started has had: the number of the next one, the same on all ranks.
+#: Number of the next link of a started process, the same on all ranks.
 _links = itertools.count()
-#: The store that torchrun's processes meet in, kept for the next model.
+#: The rendezvous store of torchrun's processes, kept for the next model.
 _stores: dict[tuple[str, int], Any] = {}
 
 
 class RanksError(RuntimeError):
-    """The ranks of a model do not work together any longer; the message says which one and why."""
+    """The ranks of a model no longer work together; the message names the rank and the reason."""
 
-    is_told = True  # to a user as it is: a line, no trace
+    is_told = True  # shown to a user as one line without a trace
 
 
 class World(NamedTuple):
@@ -57,17 +57,17 @@ class World(NamedTuple):
 
 
 class Link:
-    """Between the ranks of one model, as one of them has it.
+    """One rank's connection to the other ranks of a model.
 
-    ``broken``: why nothing can be done any longer, or None.
+    ``broken``: the reason why the link is broken, or None.
     """
 
     def __init__(self, world: World, timeout: float, processes: list[subprocess.Popen[bytes]]):
         self.rank, self.size, self.timeout = world.rank, world.size, timeout
         self.broken: str | None = None
-        self.threads: int | None = None  # what this process had before it was one of several
+        self.threads: int | None = None  # state of this process before the link
         self.world, self._processes = world, processes
-        self.ahead = 0  # commands that may be on their way while this rank goes on
+        self.ahead = 0  # commands that may be in flight while this rank continues
         self._going: deque[tuple[Any, Tensor]] = deque()
         self._lock, self._closed = threading.RLock(), threading.Event()
         self._listeners: list[Callable[[str], None]] = []
@@ -77,18 +77,18 @@ class Link:
     # --- commands -------------------------------------------------------------------------------
 
     def begin(self) -> None:
-        """From now on commands are sent; the others are told regularly that the first is there."""
+        """Start to send commands; rank 0 also sends a sign of life regularly."""
         if self.rank == 0:
             threading.Thread(target=self._pulse, name="pulse", daemon=True).start()
 
     def tell(self, command: Any) -> None:
-        """Send a command from rank 0 to all others; None says nothing but that it is there."""
+        """Send a command from rank 0 to all others; None is only a sign of life."""
         with self._lock:
             self.check()
             self._send(pickle.dumps(command))
 
     def hear(self) -> Any:
-        """The next command; waits for as long as rank 0 is there."""
+        """The next command; waits as long as rank 0 is alive."""
         while True:
             command = pickle.loads(self._receive())
             if command is not None:
@@ -100,17 +100,17 @@ class Link:
         return self.broken is not None or self._closed.is_set()
 
     def check(self) -> None:
-        """``RanksError`` where the link is broken or closed."""
+        """``RanksError`` if the link is broken or closed."""
         if self.broken is None and self._closed.is_set():
-            self.broken = "the ranks of this model have been ended; make a new LLM"
+            self.broken = "the ranks of this model have been ended; create a new LLM"
         if self.broken is not None:
             raise RanksError(self.broken)
 
     @contextlib.contextmanager
     def guarded(self) -> Iterator[None]:
-        """Work that all ranks do together: what is raised in it breaks the link.
+        """Work of all ranks together: an exception in it breaks the link.
 
-        Ctrl-C waits for its end, since the others would not hear of it.
+        Ctrl-C waits for its end, because other ranks do not receive it.
         """
         with self._lock, uninterrupted():
             self.check()
@@ -135,7 +135,7 @@ class Link:
             raise self.fail(self._blame(error)) from error
 
     def _wait(self, left: int) -> None:
-        """Wait until no more than so many parts of commands are on their way."""
+        """Wait until at most this many parts of commands are in flight."""
         while len(self._going) > left:
             self._going.popleft()[0].wait()
 
@@ -145,8 +145,8 @@ class Link:
         return unframed(lambda part: dist.broadcast(part, group_src=0, group=self.world.control))
 
     def _pulse(self) -> None:
-        """Let the others know, while there is nothing to do, that rank 0 is there, and see that
-        they are."""
+        """While there is nothing to do, send a sign of life to the others, and check that they are
+        alive."""
         while not self._closed.wait(self.timeout / 4):
             with self._lock, contextlib.suppress(RanksError):
                 if self.broken is None and not self._closed.is_set():
@@ -155,7 +155,7 @@ class Link:
     # --- loading --------------------------------------------------------------------------------
 
     def decide(self, name: str, make: Callable[[], Any]) -> Any:
-        """What rank 0 makes of something, as JSON has it; the same on all ranks."""
+        """Rank 0's result of a function as JSON; the same on all ranks."""
         store, key = self.world.store, f"decided/{name}"
         if self.rank == 0:
             store.set(key, json.dumps(make()))
@@ -163,10 +163,10 @@ class Link:
         return json.loads(store.get(key))
 
     def agree(self, what: dict[str, str], error: str | None = None) -> None:
-        """Wait until every rank has loaded its part; ``ValueError`` where one could not, or has
-        loaded something else than rank 0.
+        """Wait until every rank has loaded its part; ``ValueError`` if one could not, or has
+        loaded something different from rank 0.
 
-        what : what must be the same on all ranks, by name;  error : why this rank has no part.
+        what : values that must be equal on all ranks, by name;  error : why this rank failed.
         """
         store, size = self.world.store, self.size
         store.set(f"loaded/{self.rank}", json.dumps([what, error]))
@@ -193,19 +193,19 @@ class Link:
         while not self.world.store.check([key]):
             self.check()
             if time.monotonic() > ends:
-                raise self.fail(f"{key} of the ranks did not come within {LOADING:.0f} s")
+                raise self.fail(f"{key} of the ranks did not arrive within {LOADING:.0f} s")
             time.sleep(0.02)
 
     # --- failing and ending ---------------------------------------------------------------------
 
     def when_broken(self, listener: Callable[[str], None]) -> None:
-        """Have a function called, in some thread, with the reason why the link broke."""
+        """Register a function that is called, in any thread, with the reason why the link broke."""
         self._listeners.append(listener)
         if self.broken is not None:
             listener(self.broken)
 
     def fail(self, why: str) -> RanksError:
-        """Break the link and end all other ranks; what to raise."""
+        """Break the link and end all other ranks; returns the error to raise."""
         if self.broken is None:
             self.broken = why
             self._end_processes()
@@ -214,7 +214,7 @@ class Link:
         return RanksError(self.broken)
 
     def _blame(self, error: BaseException) -> str:
-        """One line that says which rank does not work together with the others."""
+        """One line that names the rank that failed."""
         ends = time.monotonic() + 1.0
         while self._processes and time.monotonic() < ends:  # a process that dies closes first
             if dead := self._dead():
@@ -226,9 +226,7 @@ class Link:
                 f"rank {rank} (process {each.pid}) is {_state(each.pid)}"
                 for rank, each in enumerate(self._processes, start=1)
             )
-            return (
-                f"not all ranks answered within {self.timeout:g} s: {states or 'no word of them'}"
-            )
+            return f"not all ranks answered within {self.timeout:g} s: {states or 'states unknown'}"
         return f"the ranks have stopped working together: {type(error).__name__}: {text[0]}"
 
     def _dead(self) -> str | None:
@@ -241,7 +239,7 @@ class Link:
         return None
 
     def _watch(self) -> None:
-        """Notice a process that ends, also while there is nothing to do."""
+        """Detect a process that ends, even while there is nothing to do."""
         while not self._closed.wait(0.2):
             if self.broken is None and (dead := self._dead()):
                 self.fail(dead)
@@ -257,7 +255,7 @@ class Link:
                     each.stdin.close()
 
     def close(self) -> None:
-        """End all ranks; nothing can be done with the model afterwards."""
+        """End all ranks; the model cannot be used afterwards."""
         if self._closed.is_set():
             return
         if self.rank == 0 and self.broken is None:
@@ -304,15 +302,15 @@ def uninterrupted() -> Iterator[None]:
 
 
 class Groups(NamedTuple):
-    """Whom a rank works with: the process group of those that split its layers with it (None: it
-    has them alone), and the mail to other stages."""
+    """A rank's groups: the process group of the ranks that split its layers (None: it has them
+    alone), and the mail to other stages."""
 
     heads: Any
     mail: Mail | None
 
 
 def open_groups(link: Link, tensor: int, device: torch.device) -> Groups:
-    """The groups of a rank where ``tensor`` ranks in a row are a stage."""
+    """The groups of a rank, if ``tensor`` consecutive ranks are a stage."""
     import torch.distributed as dist
 
     stage, index = divmod(link.rank, tensor)
@@ -331,8 +329,8 @@ def open_groups(link: Link, tensor: int, device: torch.device) -> Groups:
 def open_link(size: int, device: torch.device, timeout: float, options: dict[str, Any]) -> Link:
     """This process's link to the other ranks, which are started unless ``torchrun`` has done so.
 
-    options : arguments of ``LLM`` for the others.  ``ValueError`` where there are fewer or more
-    processes than ``size``.
+    options : arguments of ``LLM`` for the others.  ``ValueError`` if the number of processes is not
+    ``size``.
     """
     import torch.distributed as dist
 
@@ -346,10 +344,10 @@ def open_link(size: int, device: torch.device, timeout: float, options: dict[str
         if found != size:
             raise ValueError(
                 f"torchrun started {found} processes, and tensor_parallel_size times "
-                f"pipeline_parallel_size is {size}: start as many as that"
+                f"pipeline_parallel_size is {size}: start that many"
             )
         return _joined(rank, size, device, timeout, [])
-    for name, places in psutil.net_if_addrs().items():  # nobody else need reach them
+    for name, places in psutil.net_if_addrs().items():  # no other machine needs to reach them
         if any(each.address == "127.0.0.1" for each in places):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
     store = _store("127.0.0.1", 0, size, True)
@@ -380,7 +378,8 @@ def _store(host: str, port: int, size: int, is_master: bool) -> Any:
 def _start(
     rank: int, size: int, port: int, device: torch.device, options: dict[str, Any]
 ) -> subprocess.Popen[bytes]:
-    """A process that makes the same ``LLM`` as rank ``rank``; it ends when its input is closed."""
+    """Start a process that creates the same ``LLM`` as rank ``rank``; it ends when its input
+    closes."""
     environment = {
         **os.environ,
         "RANK": str(rank),
@@ -402,7 +401,7 @@ def _start(
 
 
 def threads_of(size: int) -> int:
-    """Threads that each of so many ranks on one machine computes with."""
+    """Number of threads of each rank, if this many ranks share one machine."""
     return max(1, torch.get_num_threads() // size)
 
 
@@ -440,7 +439,7 @@ def _joined(
 
 
 def _given_store(rank: int, size: int) -> Any:
-    """The store that a process is told of by whoever started it."""
+    """The store at the address that the starting process passed on."""
     place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     if place not in _stores:
         agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
@@ -457,8 +456,9 @@ def _leave() -> None:
 
 
 def follow(make: Callable[..., object]) -> NoReturn:
-    """What a process does that rank 0 started: make the ``LLM`` it is given, and obey."""
-    for name in (signal.SIGINT, signal.SIGTERM):  # rank 0 says when to end
+    """Main function of a process that rank 0 started: create the given ``LLM`` and follow
+    commands."""
+    for name in (signal.SIGINT, signal.SIGTERM):  # rank 0 decides when to end
         signal.signal(name, signal.SIG_IGN)
     source = sys.stdin.buffer
     sys.path[:], options = pickle.load(source)
@@ -476,6 +476,6 @@ def follow(make: Callable[..., object]) -> NoReturn:
 
 
 def _end_with(source: Any) -> None:
-    """End as soon as rank 0 is no more."""
+    """End as soon as rank 0 has ended."""
     source.read()
     os._exit(1)

@@ -1,11 +1,11 @@
-"""Prefixes that requests share: whose cache begins as another request's would.
+"""Prefix sharing: a request reuses pages of another request's cache with the same first tokens.
 
-A key or value depends on the tokens before it alone.  So where a policy keeps every token, the
-pages of a prompt that is in serve any other prompt that begins with the same tokens, whether the
-request still runs or has ended and its cache is held.  Whole pages are shared, so nobody ever
-writes to a shared one.  Layers with a sliding window have dropped what came before it once a text
-is longer: such a cache lends nothing.  Neither does one whose keys were rotated by the length of
-the text (dynamic scaling).
+A key or value depends only on the tokens before it.  So if a policy keeps every token, the pages of
+a prefilled prompt can be used by any other prompt that begins with the same tokens, both while the
+request runs and after it has ended, if its cache is held.  Only whole pages are shared, so shared
+pages are never written.  Caches of texts that are longer than a layer's sliding window cannot be
+shared, because the layer has dropped entries, nor can caches whose keys were rotated by the length
+of the text (dynamic scaling).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["Lenders"]
 
 
 class Lenders:
-    """Requests whose prompts are in, by what the pages of these are known by."""
+    """Requests with prefilled prompts, by the digests of their pages."""
 
     def __init__(self, shared: Shared, names: Names) -> None:
         self.names, self.page_size = names, shared.pool.page_size
@@ -34,7 +34,7 @@ class Lenders:
         return len(self._chains)
 
     def add(self, request: Request) -> None:
-        """A request's prompt is in.  Whoever has no cache any longer is forgotten."""
+        """Add a request whose prompt is prefilled; remove requests without a cache."""
         for each in [each for each in self._chains if each.cache is None]:
             self._remove(each)
         if request.leads and self._may_share(request) and request not in self._chains:
@@ -50,8 +50,8 @@ class Lenders:
                 del self._by_page[digest]
 
     def find(self, request: Request) -> tuple[Request, int] | None:
-        """Whose first tokens a request can begin with, and how many; whole pages, and at least one
-        token is left to it."""
+        """The request whose first tokens a request can share, and their number: whole pages, and at
+        least one token is left to compute."""
         found = None
         if self._may_share(request):
             for pages, digest in enumerate(self._wanted(request), 1):
@@ -66,8 +66,8 @@ class Lenders:
         return found
 
     def is_coming(self, request: Request, begun: Iterable[Request], length: int) -> bool:
-        """Whether a prompt in progress will lend a request more than ``length`` tokens, and is
-        worth waiting for: at least half of it is shared."""
+        """Whether a prompt in progress will share more than ``length`` tokens with a request, and
+        is worth waiting for: at least half of it is shared."""
         for each in begun:
             if each.policy != request.policy or each.owner is None or request.owner is None:
                 continue
@@ -80,13 +80,13 @@ class Lenders:
         return False
 
     def _has_prefix_of(self, one: Request, other: Request) -> bool:
-        """Whether two requests have the same prefix, to be taken in alone."""
+        """Whether two requests have the same prefix to prefill separately."""
         size = one.prefix
         same = size == other.prefix and one.prompt[:size] == other.prompt[:size]
         return same and self.names.realm(one, True) == self.names.realm(other, True)
 
     def _common(self, request: Request, lender: Request) -> int:
-        """Tokens that two prompts have in common, of those that one can lend the other."""
+        """Number of common first tokens of two prompts that one can share with the other."""
         pages = 0
         for mine, its in zip(self._wanted(request), self._chain(lender), strict=False):
             if mine != its:
@@ -95,11 +95,11 @@ class Lenders:
         return pages * self.page_size if self._is_whole(lender) else 0
 
     def _wanted(self, request: Request) -> list[bytes]:
-        """What the pages of a prompt are known by, short of its last token."""
+        """Digests of the pages of a prompt without its last token."""
         return self._chain(request)[: (len(request.prompt) - 1) // self.page_size]
 
     def _chain(self, request: Request) -> list[bytes]:
-        """What the pages of a prompt are known by, each with all before it."""
+        """Digests of the pages of a prompt, each including all pages before it."""
         if request.chain is None:
             ends = range(self.page_size, len(request.prompt) + 1, self.page_size)
             realm = self.names.realm(request, True)
@@ -107,14 +107,14 @@ class Lenders:
         return request.chain
 
     def _may_share(self, request: Request) -> bool:
-        """Whether a request's cache can begin with, or be the beginning of, another one's."""
+        """Whether a request's cache can share its beginning with other requests."""
         return request.owner is not None and request.policy.keeps_all and not self._grows
 
     def _lends(self, request: Request, length: int) -> bool:
-        """Whether a request has so many tokens still."""
+        """Whether a request still has this many tokens."""
         table = request.cache
         return table is not None and length <= table.seen_len and self._is_whole(request)
 
     def _is_whole(self, request: Request) -> bool:
-        """Whether no window has left anything behind, and the last token is not fed."""
+        """Whether no window has dropped entries; the last token is not fed and does not count."""
         return self._window is None or len(request.text) <= self._window

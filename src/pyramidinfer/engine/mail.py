@@ -14,14 +14,14 @@ from pyramidinfer.models.stages import FLIGHTS, TALK
 
 __all__ = ["Mail", "framed", "unframed"]
 
-#: Bytes that travel with their length.
+#: Bytes that are sent together with their length.
 SHORT = 4096
 
 
 class Mail:
     """Messages between the ranks of a model's stages (``models/stages.py``).
 
-    ranks : by stage, whom this one talks to;  ahead : messages of a lane that may be on their way.
+    ranks : by stage, the rank to communicate with;  ahead : maximum messages of a lane in flight.
     """
 
     def __init__(self, ranks: list[int], device: torch.device) -> None:
@@ -41,7 +41,7 @@ class Mail:
         self.wait(lane, self.ahead)
 
     def wait(self, lane: int, left: int) -> None:
-        """Wait until no more than so many messages are on their way, and let the others go."""
+        """Wait until at most ``left`` messages are in flight, and release the others."""
         going = self._going[lane]
         while len(going) > left:
             for work, _ in going.popleft():
@@ -63,7 +63,7 @@ class Mail:
 
 
 def framed(data: bytes) -> list[Tensor]:
-    """Bytes as one tensor of a size that is known, or two."""
+    """Bytes as one tensor of a fixed size, or two."""
     head = torch.zeros(8 + SHORT, dtype=torch.uint8)
     head[:8] = torch.tensor(list(len(data).to_bytes(8, "little")), dtype=torch.uint8)
     whole = torch.frombuffer(bytearray(data), dtype=torch.uint8)
@@ -72,7 +72,7 @@ def framed(data: bytes) -> list[Tensor]:
 
 
 def unframed(take: Callable[[Tensor], Any]) -> bytes:
-    """The bytes of ``framed``; ``take`` fills in a tensor."""
+    """The bytes of ``framed``; ``take`` receives a tensor."""
     head = torch.zeros(8 + SHORT, dtype=torch.uint8)
     take(head)
     size = int.from_bytes(bytes(head[:8].tolist()), "little")

@@ -1,7 +1,7 @@
-"""Passages that a model reads and repeats, so that what its heads need can be measured.
+"""Passages that a model reads and repeats, to measure what its heads need.
 
-Two halves of different text: where the heads needed most on one are those needed most on the other,
-a profile says something about the model and not about the text.
+There are two halves of different text: if the same heads need most on both, a profile describes the
+model and not the text.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ __all__ = [
     "text_passages",
 ]
 
-#: Passages in both halves together, and tokens of each.
+#: Number of passages in both halves together, and tokens of each.
 COUNT, LENGTH = 4, 750
-#: The fewest tokens of a passage: where a model has no positions for more; in a short text.
+#: Minimum tokens of a passage: if a model has no positions for more; in a short text.
 FEWEST, SHORT = 64, 200
-#: The fewest of tokens drawn at random, which need no sense to be recognised.
+#: Minimum number of random tokens.
 FEWEST_RANDOM = 16
-#: A text is refused where so large a share of its tokens is unknown to the tokenizer.
+#: A text is refused if this share of its tokens is unknown to the tokenizer.
 UNKNOWN = 0.5
 
 
 @dataclass(frozen=True, slots=True)
 class Passages:
-    """What is read, as token ids.
+    """The passages as token ids.
 
-    name : of the text;  halves : passages of one text, and of another;  head : tokens in front of
-    every passage that are not repeated;  again : what stands between passage and repetition.
+    name : of the text;  halves : passages of one text, and of another;  head : tokens before every
+    passage that are not repeated;  again : tokens between passage and repetition.
     """
 
     name: str
@@ -62,20 +62,20 @@ class Passages:
         return [*self.halves[0], *self.halves[1]]
 
     def repeated(self, passage: TokenIds) -> TokenIds:
-        """What goes in behind a passage."""
+        """The tokens that are fed after a passage."""
         return [*self.again, *passage[self.head :]]
 
 
 def passages_for(runner: ModelRunner, tokenizer: Any) -> Passages:
-    """Real English, or where there is no tokenizer to read it with, random tokens."""
+    """Real English, or random tokens without a tokenizer."""
     if tokenizer is None:
         return random_passages(runner)
     return english_passages(runner, tokenizer)
 
 
 def random_passages(runner: ModelRunner) -> Passages:
-    """Tokens drawn at random: heads that find what they saw before show on these as well
-    (induction heads, Olsson et al., arXiv 2209.11895), though less like they do on text."""
+    """Random tokens: they also reveal heads that attend to earlier occurrences (induction heads,
+    Olsson et al., arXiv 2209.11895), though less exactly than text."""
     generator, length = torch.Generator().manual_seed(0), room_for(runner, 0, FEWEST_RANDOM)
     drawn = torch.randint(runner.vocab_size, (COUNT, length), generator=generator).tolist()
     halves = tuple(drawn[: COUNT // 2]), tuple(drawn[COUNT // 2 :])
@@ -83,7 +83,7 @@ def random_passages(runner: ModelRunner) -> Passages:
 
 
 def english_passages(runner: ModelRunner, tokenizer: Any) -> Passages:
-    """From the two texts that every Python has: its language reference, and docstrings."""
+    """From two texts in every Python installation: its language reference, and docstrings."""
     check_tokenizer(tokenizer)
     texts = paragraphs(), library_paragraphs()
     if not texts[1]:
@@ -103,7 +103,7 @@ def english_passages(runner: ModelRunner, tokenizer: Any) -> Passages:
 
 
 def text_passages(runner: ModelRunner, tokenizer: Any, text: str, name: str) -> Passages:
-    """From one text: its first half and its second, passages evenly spread."""
+    """From one text: its first and its second half, with evenly spread passages."""
     check_tokenizer(tokenizer)
     ids, head = plain_ids(tokenizer, text), head_of(tokenizer)
     room = room_for(runner, len(plain_ids(tokenizer, AGAIN)))
@@ -118,20 +118,20 @@ def text_passages(runner: ModelRunner, tokenizer: Any, text: str, name: str) -> 
 
 
 def room_for(runner: ModelRunner, again: int, fewest: int = FEWEST) -> int:
-    """Tokens of a passage that can be read and repeated on this model with ``again`` tokens in
+    """Maximum tokens of a passage that this model can read and repeat with ``again`` tokens in
     between, at most ``LENGTH``."""
     positions = min(runner.max_positions, runner.rotary.long_from or runner.max_positions)
     room = min(LENGTH, (positions - again - 1) // 2)
     if room < fewest:
         raise ValueError(
-            f"the model tells {positions} positions apart; {2 * fewest + again + 1} are needed to "
+            f"the model has {positions} positions; {2 * fewest + again + 1} are needed to "
             f"read a passage and repeat it, so it can have no head profile"
         )
     return room
 
 
 def check_tokenizer(tokenizer: Any) -> None:
-    """``ValueError`` where there is none."""
+    """``ValueError`` if there is none."""
     if tokenizer is None:
         raise ValueError(
             "this model came without a tokenizer, so a text cannot be read; give tokenizer=…"
@@ -152,7 +152,7 @@ def _made(
 
 
 def _beginning(tokenizer: Any, texts: Sequence[str], length: int) -> TokenIds:
-    """The first ``length`` tokens of some paragraphs, the head included."""
+    """The first ``length`` tokens of some paragraphs, including the head."""
     head, size = head_of(tokenizer), 4 * length
     whole = "\n\n".join(texts)
     while True:

@@ -1,13 +1,14 @@
-"""What each KV head of a model needs: measured once, stored, and found again.
+"""Head profiles, which say how much each KV head of a model needs: measured once, stored and looked
+up.
 
-The measurement is KVzip's (arXiv 2505.23416, section 3.2): a model that repeats a text looks back
-at whatever it needs of it.  Each passage goes in under the full cache, then again behind the
-question to repeat it; an entry of the passage counts as much as the largest attention weight that
-any query of its KV head's group gave it meanwhile.  One threshold for all heads then tells what
-matters, and a head's share is how much of a passage that is.  What is measured per entry there is
-summed up per head here: such shares hardly differ between texts.
+The measurement is KVzip's (arXiv 2505.23416, section 3.2): a model that repeats a text attends to
+everything that it needs of the text.  Each passage is prefilled with the full cache, then fed again
+after the request to repeat it; the score of an entry is the largest attention weight that any query
+of its KV head's group gave to it in the second pass.  One threshold applies to all heads, and a
+head's share is the share of a passage's entries above it.  KVzip uses scores per entry; here, they
+are summarized per head, because such shares hardly differ between texts.
 
-While the passages go in, the means of every layer's queries before rotation are taken as well
+The prefill of passages also records the means of every layer's queries before rotation
 (TriAttention, arXiv 2604.04921, section 3).
 """
 
@@ -66,10 +67,10 @@ __all__ = [
     "watch",
 ]
 
-#: The share of all heads' entries that matters.
+#: The share of all heads' entries above the threshold.
 KEPT = 0.2
-#: A passage's first tokens are not counted: every head looks at them, whatever they say, and their
-#: queries are like no others.
+#: A passage's first tokens do not count: every head attends to them for any text, and their queries
+#: are outliers.
 SINKS = 4
 #: Tokens of a step, so that a bar moves.
 STEP = 256
@@ -81,15 +82,15 @@ Tell = Callable[[int], None]
 
 
 class Means(NamedTuple):
-    """Of a layer's queries before rotation: ``[heads, key_dim]``, and ``[heads, pairs]`` of the
-    lengths of their rotated pairs."""
+    """Means of a layer's queries before rotation: ``[heads, key_dim]``, and ``[heads, pairs]`` of
+    the norms of their rotated pairs."""
 
     mean: Tensor
     sizes: Tensor
 
 
 class Watched(NamedTuple):
-    """What a passage and its repetition gave.
+    """The measurements of a passage and its repetition.
 
     scores : layer → ``[kv_heads, passage]``, of the layers that are governed;  queries : layer →
     means of the passage's own, of all layers.
@@ -101,8 +102,8 @@ class Watched(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class _Watching(Policy):
-    """Keeps everything, has ``again`` read behind the text, and writes down what the text's entries
-    got from the queries of that, and what the text's own queries are like.
+    """Keeps everything, lets ``again`` be read after the text, and records the scores of the text's
+    entries from these queries, and statistics of the text's own queries.
 
     found : layer → scores ``[kv_heads, text]``, on the host, of the layers that are ``governed``.
     queries : layer → means, on the host, of all layers.
@@ -137,12 +138,12 @@ class _Watching(Policy):
 def profile_model(
     shared: Shared, passages: Passages | None = None, progress: bool | None = None
 ) -> Profile:
-    """Measure the heads of an engine's model, in memory of its own.
+    """Measure the heads of an engine's model, in a separate cache.
 
-    passages : None for real English, or random tokens where there is no tokenizer
+    passages : None for real English, or random tokens without a tokenizer
     (``passages_for``);  progress : a bar on standard error; None shows it in a terminal.
-    ``ValueError`` where no passage can be read twice, and where the model bounds every layer by a
-    window.
+    ``ValueError`` if the model's positions do not allow reading a passage twice, or if every layer
+    has a sliding window.
     """
     runner = shared.runner
     passages = passages or passages_for(runner, shared.tokenizer)
@@ -151,7 +152,7 @@ def profile_model(
     if not any(governed):
         raise ValueError(
             "every layer of this model has a sliding window that is shorter than the passages, so "
-            "no head can be profiled: their memory is bounded already; use policy 'full'"
+            "no head can be profiled: the window limits their memory already; use policy 'full'"
         )
     pool = _pool_for(shared, longest)
     work = runner.depth * sum(len(each) + len(passages.repeated(each)) for each in passages.all)
@@ -184,8 +185,8 @@ def watch(
     repeated: TokenIds,
     tell: Tell = lambda _: None,
 ) -> Watched:
-    """The most that any query of ``repeated``, which follows the passage, gave each of its entries,
-    and the passage's own queries.  ``tell`` hears of layer-tokens done."""
+    """The largest weight that any query of ``repeated``, which follows the passage, gave to each of
+    its entries, and the passage's own queries.  ``tell`` receives finished layer-tokens."""
     length = len(passage)
     layers = runner.layers_for(length + len(repeated) + 1)
     watching = _Watching(repeated, layers.governed)
@@ -217,9 +218,9 @@ def watch(
 
 
 def head_shares(scores: dict[int, Tensor], kept: float = KEPT) -> dict[int, list[float]]:
-    """Per layer, each head's share of entries among the best ``kept`` of all heads' together.
+    """Per layer, each head's share of entries among the best ``kept`` of all heads together.
 
-    scores : layer → ``[kv_heads, passage]``.  Of equals the earlier one counts.
+    scores : layer → ``[kv_heads, passage]``.  Among equal scores, the earlier entry wins.
     """
     rows = torch.cat([each[:, SINKS:] for each in scores.values()])
     best = rows.flatten().argsort(descending=True, stable=True)[: round(kept * rows.numel())]
@@ -229,7 +230,8 @@ def head_shares(scores: dict[int, Tensor], kept: float = KEPT) -> dict[int, list
 
 
 def rank_correlation(first: Items[float], second: Items[float]) -> float:
-    """Spearman's; equals share their mean rank.  Where one has no order, 1 if both have none."""
+    """Spearman's correlation; equal values share their mean rank.  If one has no order: 1 if both
+    have none."""
     ranks = _ranks(first), _ranks(second)
     flat = [bool(np.ptp(each) == 0) for each in ranks]
     if any(flat):
@@ -271,7 +273,7 @@ def _rows(shares: dict[int, list[float]], heads: list[int]) -> tuple[tuple[float
 
 
 def _pool_for(shared: Shared, longest: int) -> Pool:
-    """Room for a passage and what is read behind it, together ``longest`` tokens."""
+    """Memory for a passage and its reading, together ``longest`` tokens."""
     specs, page = [spec.plain for spec in shared.pool.layout.specs], shared.config.page_size
     smallest = Layout.smallest(specs, page)
     runner, old = shared.runner, shared.pool.layout
@@ -310,42 +312,43 @@ def _version() -> str:
 
 
 class Found(NamedTuple):
-    """A profile and the file it is from."""
+    """A profile and its file."""
 
     profile: Profile
     path: Path
 
 
 def shipped_folder() -> Path:
-    """Where the package's own profiles lie."""
+    """The folder of the package's profiles."""
     return Path(str(files("pyramidinfer") / "assets" / "profiles"))
 
 
 def profiles_folder() -> Path:
-    """Where measured profiles lie: ``profiles`` in the user's cache folder."""
+    """The folder of measured profiles: ``profiles`` in the user's cache folder."""
     return cache_folder() / "profiles"
 
 
 def look_up(runner: ModelRunner) -> Found | None:
     """The profile of a model and its file: the package's, else one in the user's cache folder.
 
-    Files there that are damaged are told of (``RuntimeWarning``) and passed over.
+    Damaged files cause a ``RuntimeWarning`` and are ignored.
     """
     mark = fingerprint(runner)
     return _look_in(shipped_folder(), mark) or _look_in(profiles_folder(), mark)
 
 
 def find_profile(shared: Shared) -> Profile | None:
-    """The profile of a model where there is one (see ``look_up``)."""
+    """The profile of a model, if there is one (see ``look_up``)."""
     found = look_up(shared.runner)
     return None if found is None else found.profile
 
 
 def ensure_profile(shared: Shared, progress: bool | None = None) -> Profile:
-    """The profile of a model; where there is none it is measured on real English and stored.
+    """The profile of a model; if there is none, it is measured on real English and stored.
 
-    What was measured on random tokens, for want of a tokenizer, is not stored: others may have one.
-    A folder that cannot be written is told of (``RuntimeWarning``); the profile is good anyway.
+    A profile from random tokens (without a tokenizer) is not stored, because another user may have
+    the tokenizer.  If the folder is not writable, there is a ``RuntimeWarning`` and the profile is
+    still used.
     """
     if (profile := find_profile(shared)) is not None:
         return profile
@@ -365,7 +368,7 @@ def ensure_profile(shared: Shared, progress: bool | None = None) -> Profile:
 
 
 def store_profile(profile: Profile) -> Path:
-    """Write a profile into the user's cache folder, in the place of any other of this model."""
+    """Write a profile into the user's cache folder, replacing any other of this model."""
     folder, mark = profiles_folder(), profile.fingerprint
     digest = hashlib.sha256(json.dumps([mark.vectors, mark.tables]).encode()).hexdigest()
     path = profile.save(folder / f"{mark.key}-{digest[:12]}.json")

@@ -1,10 +1,10 @@
-"""Engines of a model that is split over ranks: one leads, the others do the same after it.
+"""Engines of a model that is split over ranks: one leads, the others repeat its steps.
 
-Every rank has the whole of a request's bookkeeping (tokens, lengths, reservations, queues) and its
-part of the weights and of the cache.  Whatever changes an engine is told to the others first, in
-one order, and done by all.  Rank 0 alone makes requests, chooses tokens and knows the time; in each
-step the others are told what it chose.  So nothing on another rank depends on its own clock, free
-memory or random numbers.
+Every rank has the complete state of requests (tokens, lengths, reservations, queues) and its part
+of the weights and of the cache.  Every change of an engine is sent to the others first, in one
+order, and applied on all ranks.  Only rank 0 creates requests, samples tokens and reads the clock;
+in each step it sends its samples to the others.  So nothing on another rank depends on its own
+clock, free memory or random numbers.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ __all__ = ["Follower", "Leader", "check_policy_sent"]
 
 @dataclass(frozen=True, slots=True)
 class Told:
-    """A request as the other ranks need to know it."""
+    """The parts of a request that other ranks need."""
 
     id: int
     prompt: TokenIds
     params: SamplingParams
     max_new: int
-    policy: int  # its number among the policies that were told
+    policy: int  # its number among the policies that were sent
     cost: Cost
     likely: Cost
     protect: tuple[tuple[int, int], ...]
@@ -62,7 +62,7 @@ class Told:
 
 
 class Chosen(NamedTuple):
-    """What a request got in a step: its token (None where it failed), and why it ended."""
+    """A request's result in a step: its token (None if it failed), and why it ended."""
 
     token: int | None
     reason: str | None
@@ -70,7 +70,8 @@ class Chosen(NamedTuple):
 
 
 class Holding(NamedTuple):
-    """Bytes that a rank holds, of weights and of pages in use, and has sent, by what for."""
+    """Bytes that a rank holds, of weights and of pages in use, and bytes it has sent, by
+    purpose."""
 
     weights: int
     cache: int
@@ -80,10 +81,10 @@ class Holding(NamedTuple):
 class Split(Engine):
     """The engine of one rank of several.
 
-    Where layers are dealt to stages, a step begins a batch of some requests and ends the oldest one
-    that is on its way: as many are as there are stages, of different requests, so that each stage
-    has one to work on.  With ``admission="overcommit"`` no two are on their way at once, since what
-    is done when memory runs short concerns all requests.
+    With pipeline stages, a step begins a batch of some requests and ends the oldest batch in
+    flight: there are as many batches as stages, of different requests, so that each stage has one
+    to work on.  With ``admission="overcommit"`` only one batch is in flight, because a lack of
+    memory affects all requests.
     """
 
     def __init__(self, link: Link, *values: Any, **options: Any) -> None:
@@ -99,13 +100,13 @@ class Split(Engine):
         begun = time.perf_counter()
         try:
             return self._fly(runner, plan)
-        except ValueError as error:  # of one stage alone: the others wait for it
+        except ValueError as error:  # of one stage only: the others wait for it
             raise self.link.fail(f"a step failed: {error}") from error
         finally:
             self.work.add(time.perf_counter() - begun)
 
     def _fly(self, runner: StageRunner, plan: Plan) -> list[Request]:
-        """Begin a step, where there is anything to do, and end the oldest one if it is time."""
+        """Begin a step, if there is work, and end the oldest one if it is due."""
         if plan.decode or plan.prefill:
             flight = runner.begin(self.pool, self._batch(plan))
             self._flights.append((plan, flight))
@@ -121,7 +122,7 @@ class Split(Engine):
         return ended
 
     def _holding(self) -> list[Holding]:
-        """What every stage's first rank holds and has sent; all ranks call this."""
+        """The memory and traffic of every stage's first rank; all ranks must call this."""
         runner = self.runner
         sent = runner.ranks.sent + runner.stages.sent
         mine = Holding(runner.ranks.weight_bytes, self.pool.budget_used, dict(sent))
@@ -134,7 +135,7 @@ class Leader(Split):
     def __init__(self, link: Link, *values: Any, **options: Any) -> None:
         self._busy, self._is_built = False, False
         self._policies: dict[Policy, int] = {}
-        self._known: set[int] = set()  # requests that the others know
+        self._known: set[int] = set()  # requests that other ranks know
         self._chosen: list[tuple[Request, int | None]] = []
         super().__init__(link, *values, **options)
         self._is_built = True
@@ -142,8 +143,8 @@ class Leader(Split):
 
     @contextmanager
     def together(self, name: str, *values: Any) -> Iterator[None]:
-        """Do something that the others do, too, with these arguments."""
-        if self._busy:  # part of what they do already
+        """Run an operation on all ranks with these arguments."""
+        if self._busy:  # already part of an operation on all ranks
             yield
             return
         with self.link.guarded():
@@ -155,7 +156,7 @@ class Leader(Split):
                 self._busy = False
 
     def _known_profile(self, measure: bool) -> Profile | None:
-        if self.link.broken is not None or self._is_built:  # the others are not asked again
+        if self.link.broken is not None or self._is_built:  # the other ranks are not asked again
             return find_profile(self.shared)
         found = find_profile(self.shared)
         self.link.tell(("profile", found))
@@ -193,7 +194,7 @@ class Leader(Split):
 
     def recompressor(self) -> Recompressor:
         raise ValueError(
-            "compress_idle (serve --compress-idle) works on one rank only: leave it out, or "
+            "compress_idle (serve --compress-idle) works on one rank only: omit it, or "
             "tensor_parallel_size and pipeline_parallel_size"
         )
 
@@ -203,7 +204,7 @@ class Leader(Split):
                 super().release(request)
 
     def pin_cache(self, owner: str, id: str, ttl: float) -> Held:
-        raise ValueError("caches can be pinned on one rank only: others do not look at the time")
+        raise ValueError("caches can be pinned on one rank only: other ranks do not read the clock")
 
     def delete_cache(self, owner: str, id: str) -> None:
         with self.together("delete_cache", owner, id):
@@ -222,12 +223,12 @@ class Leader(Split):
         self._known.discard(request.id)
 
     def holding(self) -> list[Holding]:
-        """What the first rank of every stage holds, and has sent so far."""
+        """The memory and traffic of every stage's first rank so far."""
         with self.together("holding"):
             return self._holding()
 
     def _told(self, request: Request) -> Told:
-        """The request for the others, its policy told before it where that is a new one."""
+        """The request for the other ranks; a new policy is sent before it."""
         number = self._policies.get(request.policy)
         if number is None:
             number = self._policies[request.policy] = len(self._policies)
@@ -262,7 +263,7 @@ class Leader(Split):
             return super().step()
 
     def step_singly(self) -> list[Request]:
-        """Nothing that failed on some ranks can be taken back on all of them."""
+        """A step that failed on some ranks cannot be undone on all of them."""
         self.link.check()
         raise RanksError("a step failed")
 
@@ -270,7 +271,7 @@ class Leader(Split):
         self._chosen = []
         try:
             ended = super()._commit(plan, stepped, committed)
-        except Exception as error:  # the others wait for what was chosen
+        except Exception as error:  # the others wait for the samples
             raise self.link.fail(f"a step failed: {type(error).__name__}: {error}") from error
         self.link.tell(
             [Chosen(token, each.finish_reason, each.error) for each, token in self._chosen]
@@ -297,7 +298,7 @@ class Leader(Split):
 
 
 class Follower(Split):
-    """The engine of another rank: does what it is told until it is told to end."""
+    """The engine of another rank: runs commands of rank 0 until it gets the command to end."""
 
     def __init__(self, link: Link, *values: Any, **options: Any) -> None:
         self._told_of: dict[int, Request] = {}
@@ -310,7 +311,7 @@ class Follower(Split):
         return profile_model(self.shared, progress=False) if found is None and measure else found
 
     def follow(self) -> NoReturn:
-        """Obey; ends the process when rank 0 ends the model."""
+        """Run commands; ends the process when rank 0 ends the model."""
         try:
             while (command := self.link.hear()) != "close":
                 name, values = command
@@ -321,7 +322,7 @@ class Follower(Split):
                     for number, each in self._told_of.items()
                     if not each.ended or each.cache is not None
                 }
-        except RuntimeError as error:  # of torch.distributed, where another rank is lost
+        except RuntimeError as error:  # from torch.distributed, if another rank is lost
             lines = str(error).strip().splitlines() or [type(error).__name__]
             raise RanksError(lines[0]) from error
         self.link.close()
@@ -392,7 +393,7 @@ class Follower(Split):
         return request
 
     def _commit(self, plan: Plan, stepped: Stepped, committed: set[Request]) -> list[Request]:
-        """All that is done together comes first; then what rank 0 chose is taken over."""
+        """Common work comes first; then rank 0's samples are applied."""
         given = [request for request, _ in plan.given if not request.ended]
         for row, request in enumerate(plan.decode):
             if not request.ended:
@@ -413,7 +414,7 @@ class Follower(Split):
 
 
 def check_policy_sent(policy: Policy) -> None:
-    """``ValueError`` for a policy that other processes could not be given."""
+    """``ValueError`` for a policy that cannot be sent to other processes."""
     if type(policy).__module__ == "__main__":
         raise ValueError(
             f"policy {policy.name!r} is defined in the program itself, where other ranks cannot "
@@ -429,7 +430,7 @@ def check_policy_sent(policy: Policy) -> None:
 
 
 def _mark(engine: Engine) -> tuple[int, ...]:
-    """What must be the same on all ranks before a step."""
+    """Values that must be equal on all ranks before a step."""
     scheduler = engine.scheduler
     lengths = sum(len(each.output) for each in scheduler.running)
     queues = (scheduler.waiting, scheduler.prefilling, scheduler.running, scheduler.preempted)

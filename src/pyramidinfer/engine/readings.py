@@ -1,4 +1,4 @@
-"""What is read behind a text once it is in, where its policy asks for that, and where."""
+"""Readings after a prefilled text that its policy requests, and their positions."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ def readings(
     max_new: int,
     head: int = 0,
 ) -> list[TokenIds]:
-    """What is read behind a text of ``length`` tokens that ends with ``new``; see
+    """The readings after a text of ``length`` tokens that ends with ``new``; see
     ``Policy.readings``."""
     far = is_long(runner, policy, len(new), length, max_new)
     return policy.readings(new, runner.streaming.limit(far) - length, head)
 
 
 def is_long(runner: ModelRunner, policy: Policy, new: int, length: int, max_new: int) -> bool:
-    """Whether a text of ``length`` tokens, the last ``new`` of them to be taken in, needs the long
-    rotary regime: for all that is generated, or to be read again behind itself."""
+    """Whether a text of ``length`` tokens, of which the last ``new`` are still to be prefilled,
+    needs the long rotary regime, including generated tokens and readings after it."""
     rotary = runner.rotary
     if rotary.long_from is None:
         return False

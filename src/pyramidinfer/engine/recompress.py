@@ -1,16 +1,17 @@
-"""Held caches chosen anew, by what the model needs to repeat their text.
+"""Recompression: entries of held caches are selected again, by what the model needs to repeat the
+text.
 
-What the cache of a conversation holds was chosen by what its last question looked at, and later
-turns ask other things.  Here the text of a held cache is taken in once more, whole, and read again
-behind itself as KVzip does (Kim et al., 2505.23416): no question has a say in those scores.  Then
-every head of every layer keeps as many entries as it held before, the ones with the best scores, so
-bytes, reservations and the state of the conversation's own policy stay what they were.  What all
-heads held of the text's two ends stays (the policy's first tokens, its newest window, what was just
-generated), and heads that held the same tokens hold the same tokens again.
+The entries of a conversation's cache were selected by the attention of its last question, but later
+turns ask different questions.  Recompression prefills the whole text of a held cache again and
+reads it after itself, as in KVzip (Kim et al., 2505.23416), so the scores do not depend on a
+question. Every head of every layer then keeps as many entries as before, those with the best
+scores, so bytes, reservations and the state of the conversation's policy do not change.  Tokens at
+the start and end of the text that all heads held stay (the policy's first tokens, its newest
+window, generated tokens), and heads that held the same tokens still do.
 
-Left alone is what nothing was dropped from, and what cannot be exchanged entry by entry: policies
-with running scores (h2o), with positions inside the cache (streaming_llm), or that read texts again
-themselves.
+Caches without dropped tokens do not change, nor caches whose entries cannot be exchanged one by
+one: policies with running scores (h2o), with positions inside the cache (streaming_llm), or that
+read texts again themselves.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Recut(Policy):
-    """Has a text read again as ``reader`` does, and keeps a given number of entries in every head.
+    """Lets a text be read again like ``reader``, and keeps a given number of entries in every head.
 
     counts : entries, ``[layers][kv_heads]``;  shared : by layer, whether all heads keep the same
     tokens;  sinks, recent : first and newest tokens that stay in every head.
@@ -86,8 +87,8 @@ class _Recut(Policy):
 
 
 class _Found(NamedTuple):
-    """What a held cache keeps: by layer, whether its heads keep the same tokens; the first and the
-    newest tokens that no head lacks; whether any head could keep others beside those."""
+    """The entries of a held cache: by layer, whether its heads keep the same tokens; the number of
+    first and newest tokens that all heads have; whether any head could keep different others."""
 
     shared: tuple[bool, ...]
     sinks: int
@@ -116,11 +117,10 @@ def _look(shared: Shared, held: Sequence, layers: Layers, protected: Tensor) -> 
 
 
 class Recompression:
-    """A held cache being chosen anew, beside the one that is held until that is over.
+    """The recompression of a held cache, into a new cache that replaces the old one at the end.
 
-    It takes memory that is free and no other, which is ``reserved`` for it as for a request.
-    ``work``: layer-tokens computed so far.  ``ValueError`` where the cache is left alone, saying
-    why.
+    It only uses free memory, which is ``reserved`` for it as for a request.  ``work``: layer-tokens
+    computed so far.  ``ValueError`` with the reason if the cache is not recompressed.
     """
 
     def __init__(
@@ -138,9 +138,9 @@ class Recompression:
         policy = self._policy(layers, protected)
         cost = shared.ledger.cost(policy, length, 1, layers, int(protected.sum()))
         if is_long(runner, policy, length, length, 1) != held.is_long:
-            raise ValueError("read again, it would have other rotary positions")
+            raise ValueError("its rotary positions would differ after reading it again")
         if not shared.ledger.fits(cost):
-            raise ValueError(f"it takes {cost.bytes} bytes for a while, more than are free")
+            raise ValueError(f"it temporarily needs {cost.bytes} bytes, more than are free")
         again = shared.readings(policy, text, 0, 1)
         tokens, reach = torch.tensor(text, device=runner.device), [length] * layers.count
         table = shared.pool.new_table(length)
@@ -156,7 +156,7 @@ class Recompression:
         shared.ledger.reserve(self, cost)
 
     def _policy(self, layers: Layers, protected: Tensor) -> _Recut:
-        """What chooses the entries; ``ValueError`` where there is nothing to choose."""
+        """The policy that selects the entries; ``ValueError`` if there is nothing to select."""
         held, reader = self.held, self.reader
         old = held.policy
         if old.reads_again or old.uses_scores or old.streams:
@@ -165,14 +165,14 @@ class Recompression:
             raise ValueError(f"its text has fewer than {reader.min_text} tokens")
         found = _look(self.shared, held, layers, protected)
         if not found.is_free:
-            raise ValueError("no head could keep other entries than it does")
+            raise ValueError("no head could keep different entries")
         counts = tuple(held.table.lens(layer) for layer in range(layers.count))
         return _Recut(reader, counts, found.shared, found.sinks, found.recent)
 
     def step(self) -> bool:
-        """Take one chunk through one layer; True once the new cache is in the old one's place.
+        """Take one chunk through one layer; True when the new cache has replaced the old one.
 
-        If anything is raised, the old one stays and nothing else is left.
+        If anything is raised, the old cache stays and the new one is freed.
         """
         shared, budget = self.shared, self.shared.config.prefill_chunk
         work = Work(self.prefill, budget)
@@ -191,7 +191,7 @@ class Recompression:
         return True
 
     def drop(self) -> None:
-        """Give back what was taken; the held cache is as it was, or the new one by now."""
+        """Free its memory; the held cache is unchanged, or already replaced."""
         table = self.prefill.sequence.table
         if self.held.cache is not table:
             self.shared.pool.release(table)
@@ -219,7 +219,7 @@ def recompress(
     try:
         while not recompression.step():
             pass
-    except BaseException:  # between two steps; a step that fails has given back what it took
+    except BaseException:  # between two steps; a failed step has freed its memory
         if recompression.reserved is not None:
             recompression.drop()
         raise
@@ -227,11 +227,12 @@ def recompress(
 
 
 class Recompressor:
-    """Recompresses caches of finished conversations for as long as nobody asks for anything.
+    """Recompresses caches of finished conversations while the engine is idle.
 
-    The most recently finished goes first; each is tried once, and again only if it was dropped
-    midway.  ``done``: how many were recompressed;  ``tokens``: computed for that, also in vain, the
-    mean over layers.  ``ValueError`` for an engine that holds no conversations.
+    The most recently finished conversation comes first; each is tried once, and again only if it
+    was interrupted.  ``done``: number of recompressed caches;  ``tokens``: computed for it, also
+    without success, as a mean over layers.  ``ValueError`` for an engine that holds no
+    conversations.
     """
 
     def __init__(self, shared: Shared, conversations: Conversations, reader: KVzip) -> None:
@@ -246,7 +247,7 @@ class Recompressor:
         self._tried: set[Request] = set()
 
     def step(self) -> bool:
-        """Look at a cache, or take one chunk through one layer; False where nothing is left."""
+        """Check a cache, or take one chunk through one layer; False if nothing is left."""
         now, self._now = self._now, None
         if now is None:
             return self._begin()
@@ -276,7 +277,7 @@ class Recompressor:
         return True
 
     def drop(self) -> None:
-        """Stop in the middle of a cache, if need be; it begins anew another time."""
+        """Stop the current cache, if any; it starts again later."""
         if self._now is not None:
             self._tried.remove(self._now.held)
             self._now.drop()

@@ -1,4 +1,4 @@
-"""A request inside the engine: what was asked, where it stands, what it has produced."""
+"""A request inside the engine: its input, its state and its output."""
 
 from __future__ import annotations
 
@@ -18,32 +18,32 @@ from pyramidinfer.types import KVUsage, Logprob, SamplingParams, TokenIds
 
 __all__ = ["Constraint", "Drafting", "Preempted", "Request", "Scoring", "Status", "Times"]
 
-#: Where a request stands: not queued yet, in one of the scheduler's queues, or at its end.
+#: A request's status: not queued yet, in one of the scheduler's queues, or finished.
 Status = Literal["made", "waiting", "prefilling", "running", "preempted", "finished"]
 
 
 class Constraint(Protocol):
-    """What a request's next token may be (a grammar); it is told every token that was chosen."""
+    """The allowed next tokens of a request (a grammar); it receives every sampled token."""
 
     @property
     def done(self) -> bool:
-        """Nothing can follow."""
+        """Whether no token can follow."""
 
     def allowed(self, vocab_size: int) -> Tensor:
-        """Which tokens may come next: bool ``[vocab_size]``, at least one of them."""
+        """The allowed next tokens: bool ``[vocab_size]``, at least one of them."""
 
     def accept(self, token: int) -> int:
-        """Take in the token that was chosen, or a longer one that leads to the same text."""
+        """Advance by the sampled token, or by a longer one with the same text."""
 
     def copy(self) -> Self:
-        """Another one in the same state."""
+        """A copy in the same state."""
 
 
 @dataclass(slots=True, eq=False)
 class Scoring:
-    """A continuation to be scored instead of generating, and what is known of it so far.
+    """A continuation to be scored instead of generating, and its results so far.
 
-    ``logits``: ``[tokens, vocab]`` in parts, on the host, if they are to be kept.
+    ``logits``: ``[tokens, vocab]`` in parts, on the host, if they are kept.
     """
 
     tokens: TokenIds
@@ -53,7 +53,7 @@ class Scoring:
     logits: list[Tensor] = field(default_factory=list)
 
     def add(self, logits: Tensor, likeliest: TokenIds) -> None:
-        """Take the logits ``[n, vocab]`` that predict the next n tokens, and their argmax."""
+        """Add the logits ``[n, vocab]`` that predict the next n tokens, and their argmax."""
         done = len(self.logprobs)
         wanted = self.tokens[done : done + len(likeliest)]
         wide = logits.to(accumulate_dtype(logits.dtype))
@@ -65,8 +65,8 @@ class Scoring:
 
 
 class Preempted(NamedTuple):
-    """A preempted request: its cache in host memory (None: to be computed anew), what it was in
-    the pool, what must fit before it comes back, and the bytes of host memory it takes."""
+    """A preempted request: its cache in host memory (None: to be recomputed), its state in the
+    pool, the reservation that must fit before it comes back, and its bytes of host memory."""
 
     cache: Exported | None
     kv: KVUsage
@@ -76,11 +76,11 @@ class Preempted(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class Drafting:
-    """How a request's drafts did so far.
+    """Statistics of a request's drafts so far.
 
-    ``drafted`` tokens were verified, of which ``accepted`` were right, in ``verifications`` passes;
-    ``rates``: of what is accepted lately, by who drafts.  ``places``: where a text's runs of a few
-    tokens were last seen, the first ``indexed`` tokens of it, for drafts that are looked up.
+    ``drafted`` tokens were verified, of which ``accepted`` were accepted, in ``verifications``
+    passes;  ``rates``: recent acceptance rates, by drafter.  ``places``: the last places of short
+    runs of tokens in the first ``indexed`` tokens of the text, for lookup drafts.
     """
 
     drafted: int = 0
@@ -104,32 +104,27 @@ class Times:
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class Request(Sequence):
-    """A request: what was asked, its cache, where it stands and what it produced.  Only the engine
-    changes it.
+    """A request: its input, its cache, its state and its output.  Only the engine changes it.
 
-    ``status``: where it stands;  ``cache``: while it has pages in the pool.
-    ``cost``: the most it may need;  ``likely``: what must be reserved for it to begin (the same,
-    unless memory is overcommitted);  ``reserved``: what the ledger counts for it now.
-    ``prompt``: every token taken in so far (extended turns and fed answers included);
-    ``scoring``: a continuation to score; nothing is generated then.
-    ``output``: tokens generated since the last prompt;  ``hold``: keep the cache at the end, so
-    that more tokens can be appended (``Engine.extend``).
-    ``samples``: further answers to the same prompt, which begin on this one's pages once its
-    prompt is in.
-    ``onto``: a held request; a copy of its cache is taken when this one is queued.
-    ``owner``: whose conversation this is; when it ends its cache is kept for a request of the
-    same owner that goes on with it (None: no reuse).  ``reused``: tokens of its cache, and
-    ``reused_entries`` over all layers.
-    ``constraint``: what its next token may be, where its answer has a given form.
-    ``stop_ids``: tokens that end it besides the model's own: ids, and stop strings that are one.
-    ``error``: what went wrong, where ``finish_reason`` is ``"error"``.
-    ``preempted``: where its cache is meanwhile, since it holds nothing in the pool;
-    ``lowered_to``: what its policy's ``keep`` was lowered to for want of memory.
-    ``pinned``: when what it leaves behind may be dropped (``time.time``; 0: any time).
-    ``prefix``: its first so many tokens are taken in alone, for others to go on from (0: none);
-    ``salt``: caches are for requests with the same one;  ``chain``: what the pages of its prompt
-    are known by, once somebody asked.
-    ``drafting``: how its drafts did, where its policy is lossless.
+    ``status``: its state;  ``cache``: while it has pages in the pool.
+    ``cost``: the maximum it may need;  ``likely``: the reservation that it needs to begin (the
+    same, unless memory is overcommitted);  ``reserved``: its current reservation in the ledger.
+    ``prompt``: all tokens fed so far (including extended turns and answers); ``scoring``: a
+    continuation to score; nothing is generated then. ``output``: tokens generated since the last
+    prompt;  ``hold``: keep the cache at the end, so that more tokens can be appended
+    (``Engine.extend``). ``samples``: further answers to the same prompt, which start on this one's
+    pages after its prefill. ``onto``: a held request; its cache is copied when this one is queued.
+    ``owner``: the owner of the conversation; at its end, the cache is kept for a request of the
+    same owner that continues it (None: no reuse).  ``reused``: tokens of its cache, and
+    ``reused_entries`` over all layers. ``constraint``: its allowed next tokens, if its answer has a
+    given form. ``stop_ids``: tokens that end it in addition to the model's: ids, and stop strings
+    of one token. ``error``: the error, if ``finish_reason`` is ``"error"``. ``preempted``: the
+    place of its cache while it has nothing in the pool; ``lowered_to``: the value its policy's
+    ``keep`` was lowered to because memory was short. ``pinned``: the time until which its cache
+    must not be dropped (``time.time``; 0: none). ``prefix``: number of first tokens that are
+    prefilled separately, for other requests (0: none); ``salt``: caches are shared only by requests
+    with the same salt;  ``chain``: digests of the pages of its prompt, computed at first use.
+    ``drafting``: statistics of its drafts, if its policy is lossless.
     """
 
     id: int
@@ -160,7 +155,7 @@ class Request(Sequence):
     owner: str | None = None
     reused: int = 0
     reused_entries: float = 0.0
-    leads: bool = True  # False for one of another's samples
+    leads: bool = True  # False for a sample of another request
     prompt_logprobs: list[Logprob] = field(default_factory=list)
     error: str | None = None
     preempted: Preempted | None = None
@@ -173,27 +168,28 @@ class Request(Sequence):
 
     @property
     def ended(self) -> bool:
-        """Whether it is at its end, held or not."""
+        """Whether it has ended, held or not."""
         return self.status == "finished"
 
     @property
     def text(self) -> TokenIds:
-        """Every token so far."""
+        """All tokens so far."""
         return self.prompt + self.output
 
     @property
     def realm(self) -> tuple[str, ...]:
-        """Whose caches it may take up, the owner first: requests with the same realm share them."""
+        """The owner and salt of caches that it may reuse: requests with the same realm share
+        them."""
         assert self.owner is not None
         return (self.owner, self.salt, self.adapter.mark if self.adapter else "")
 
     @property
     def is_beginning(self) -> bool:
-        """Whether its prefix is being taken in, and not what comes after it."""
+        """Whether its prefix is being prefilled, and not the rest."""
         return self.prefill is not None and self.prefill.end <= self.prefix
 
     def holder(self) -> Request:
-        """A request that has ended with this one's prefix, to hold that."""
+        """A finished request with this one's prefix, to hold its cache."""
         return Request(
             id=self.id,
             prompt=self.prompt[: self.prefix],
@@ -211,21 +207,21 @@ class Request(Sequence):
         )
 
     def protected_in(self, length: int) -> tuple[tuple[int, int], ...]:
-        """Protected spans of the first so many tokens."""
+        """Protected spans of the first ``length`` tokens."""
         return tuple((start, min(stop, length)) for start, stop in self.protect if start < length)
 
     @property
     def width(self) -> int:
-        """Requests in flight that this one stands for: itself, and samples that wait for it."""
+        """Number of requests in flight for this one: itself, and samples that wait for it."""
         return 1 + len(self.waiting_samples)
 
     @property
     def waiting_samples(self) -> list[Request]:
-        """Samples that begin once this one's prompt is in."""
+        """Samples that begin after this one's prefill."""
         return [each for each in self.samples if each.status == "made"]
 
     @property
     def prompt_top(self) -> int | None:
-        """How many of the likeliest tokens are wanted of each place in the prompt; None: nothing
-        is."""
+        """Number of most likely tokens to report per place in the prompt; None: no
+        log-probabilities."""
         return self.params.prompt_logprobs if self.leads else None

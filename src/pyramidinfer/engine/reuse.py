@@ -1,14 +1,14 @@
-"""Finished conversations: their caches stay, as long as nobody needs the memory.
+"""Finished conversations: their caches are kept until the memory is needed.
 
 A request whose tokens begin with those of a finished one, of the same owner and under the same
 policy with the same options and budgets, reuses its cache and prefills the rest only.  A cache
-holds every token of its text but the last generated one.  What is reused belongs to the new
-request; of a prefix that was taken in alone a copy stays, on the same pages until one of them is
-written.  Where nothing is dropped, requests share what their texts begin with (``lending.py``).
+covers every token of its text except the last generated one.  A reused cache belongs to the new
+request; of a separately prefilled prefix, a copy stays, on the same pages until one of them is
+written.  If nothing is dropped, requests share common first tokens (``lending.py``).
 
-Caches are held in the pool.  When memory is short there the least recently finished goes first: to
-host memory, from there to disk, or where there is neither it is gone.  One that is wanted again is
-copied back; one on disk is read into host memory first, while others go on.
+Caches are held in the pool.  If memory is short there, the least recently finished one moves first:
+to host memory, from there to disk, or it is dropped if there is neither.  A cache that is needed
+again is copied back; one on disk is read into host memory first, while other requests continue.
 """
 
 from __future__ import annotations
@@ -42,16 +42,17 @@ __all__ = ["Conversations", "Found", "Held", "Offer", "open_conversations"]
 
 log = logging.getLogger(__name__)
 
-#: What a request found: a cache that it has now, none, or one that is on its way.
+#: Result of a request's lookup: a cache that it has now, none, or one that is being read.
 Found = Literal["taken", "none", "coming"]
-#: What a model's config says that is no matter of its caches.
+#: Keys of a model's config that do not affect its caches.
 ELSEWHERE = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"}
-#: Seconds that a thread with nothing else to do waits for a disk before it looks around.
+#: Maximum seconds that an idle thread waits for a disk.
 PATIENCE = 0.005
 
 
 class Beginning(NamedTuple):
-    """The first tokens of a cache that keeps all: how many, and entries ``[layers, kv_heads]``."""
+    """The first tokens of a cache that keeps all: their number, and entries ``[layers,
+    kv_heads]``."""
 
     seen_len: int
     kept: np.ndarray
@@ -59,8 +60,8 @@ class Beginning(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class Offer:
-    """What a request may go on with: a held cache (``one``), or the first ``length`` tokens of one
-    that stays its ``lender``'s, too (``table``, once it is set aside)."""
+    """The cache that a request may continue on: a held one (``one``), or the first ``length``
+    tokens of its ``lender``'s cache, shared (``table``, after it is set aside)."""
 
     length: int
     one: Conversation | None = None
@@ -69,7 +70,7 @@ class Offer:
 
 
 class Held(NamedTuple):
-    """A held cache as its owner is told of it; times are seconds since 1970."""
+    """A held cache as reported to its owner; times are seconds since 1970."""
 
     id: str
     tokens: int
@@ -84,10 +85,10 @@ class Held(NamedTuple):
 class Conversations:
     """Caches of finished requests, least recently finished first.
 
-    ``limit``: bytes they may hold together in the pool;  ``host``, ``disk``: where they go from
-    there.  ``hits`` (``hits_from`` a place), ``misses``, and ``reused_tokens`` of all
-    ``queried_tokens`` count what was asked for, ``dropped`` the caches that went for want of room,
-    ``spills`` those that went from the pool to host memory and ``loads`` those that came back.
+    ``limit``: bytes they may hold together in the pool;  ``host``, ``disk``: the next places.
+    ``hits`` (``hits_from`` a place), ``misses``, and ``reused_tokens`` of all ``queried_tokens``
+    count lookups, ``dropped`` the caches that were dropped for lack of room, ``spills`` those that
+    moved from the pool to host memory and ``loads`` those that came back.
     """
 
     def __init__(
@@ -105,7 +106,7 @@ class Conversations:
         self._leaving: list[Conversation] = []
         self._pages, self._bytes = np.zeros_like(shared.ledger.pages), 0
         self._owners = [np.zeros(len(group.counts), dtype=np.int32) for group in shared.pool.groups]
-        self.page_count = 0  # pages that held caches own, those they share counted once
+        self.page_count = 0  # pages of held caches; shared pages count once
         if disk is not None:
             disk.lost = self._file_lost
             for one in disk.found:
@@ -113,7 +114,7 @@ class Conversations:
 
     @property
     def hits(self) -> int:
-        """Requests that took a cache up."""
+        """Number of requests that reused a cache."""
         return self.hits_from.total()
 
     @property
@@ -123,25 +124,25 @@ class Conversations:
 
     @property
     def held(self) -> list[Request]:
-        """Requests whose caches are held in the pool, the one that goes first in front."""
+        """Requests whose caches are held in the pool, in order of eviction."""
         return list(self._held)
 
     @property
     def cost(self) -> Cost:
-        """What all of them hold together in the pool."""
+        """Bytes that all of them hold in the pool."""
         return Cost(self._pages.copy(), self._bytes)
 
     # --- holding ------------------------------------------------------------------------------
 
     def keep(self, request: Request) -> None:
-        """Hold a request's cache, and let old ones go that are too much then."""
+        """Hold a request's cache, and evict old caches above the limit."""
         assert request.reserved is not None
         one = self.names.of(request, request.reserved.bytes)
         for other in [each for each in self.index.at(one.digest) if each.id == one.id]:
-            if other.request is None or one.is_prefix:  # the same once more, and older
+            if other.request is None or one.is_prefix:  # an older cache of the same text
                 self._discard(other)
         if one.is_pinned and self.pinned_bytes() + one.size > self.pin_limit:
-            log.warning("cache %s is pinned no longer: it has outgrown what can be", one.id)
+            log.warning("cache %s is no longer pinned: it exceeds the limit of bytes", one.id)
             one.pinned = 0.0
         self._held[request] = one
         self.index.add(one)
@@ -162,8 +163,8 @@ class Conversations:
             self.page_count += int(np.count_nonzero(owners[pages])) - before
 
     def exchange(self, request: Request, table: Table) -> None:
-        """Have a held request, of the caller's or of these, hold ``table`` in the place of its own,
-        which is given back."""
+        """Let a held request, of the caller or of these, hold ``table`` instead of its own table,
+        which is freed."""
         one = self._held.get(request)
         if one is not None:
             self._count(request, -1)
@@ -178,26 +179,26 @@ class Conversations:
     # --- taking up ----------------------------------------------------------------------------
 
     def offers(self, request: Request) -> list[Offer]:
-        """What a waiting request may go on with, the most tokens first."""
+        """Caches that a waiting request may continue on, those with most tokens first."""
         found = [Offer(one.length, one) for one in self._beginnings(request)]
         if self._takes(request) and (lender := self.lenders.find(request)) is not None:
             found.insert(0, Offer(lender[1], lender=lender[0]))
         return sorted(found, key=lambda each: each.length)[::-1]
 
     def read_ahead(self, request: Request) -> None:
-        """Begin to read what a request will take up, where that is on disk."""
+        """Start to read the cache that a request will reuse, if it is on disk."""
         if self.disk is not None:
             best = next(reversed(self._beginnings(request)), None)
             if best is not None and best.place == "disk":
                 self.read(request, best)
 
     def _takes(self, request: Request) -> bool:
-        """Whether a request may begin with what another one has computed."""
+        """Whether a request may share tokens that another request has computed."""
         free = request.cache is None and request.prompt_top is None
         return free and request.owner is not None
 
     def _beginnings(self, request: Request) -> list[Conversation]:
-        """Texts that the request goes on with, the longest last."""
+        """Texts that the request continues, the longest last."""
         if not self._takes(request):
             return []
         names, prompt = self.names, request.prompt
@@ -210,8 +211,8 @@ class Conversations:
         return [one for one in held if one.fits(request, mark)]
 
     def costs(self, request: Request, offer: Offer) -> tuple[Cost, Cost] | None:
-        """The most that a request needs that goes on with what is offered, and what must be
-        reserved for it; None where it cannot."""
+        """The maximum need of a request that continues on the offered cache, and its reservation;
+        None if it cannot use it."""
         shared, length, one = self.shared, len(request.prompt), offer.one
         cache: Table | Exported | Beginning
         if one is None:
@@ -244,7 +245,7 @@ class Conversations:
         )
 
     def read(self, request: Request, one: Conversation) -> Found:
-        """Have a cache read from disk for a request; once only, should it go again meanwhile."""
+        """Read a cache from disk for a request; only once, even if it is evicted again."""
         assert self.disk is not None
         if one.reading:
             return "coming"
@@ -273,7 +274,7 @@ class Conversations:
         return one.request.reserved
 
     def put_back(self, offer: Offer) -> None:
-        """Nobody takes it now."""
+        """Cancel an offer that is not used."""
         one = offer.one
         if one is None:
             assert offer.table is not None
@@ -286,7 +287,7 @@ class Conversations:
             self._held[one.request] = one
 
     def hand_over(self, request: Request, offer: Offer) -> None:
-        """Give a request what was set aside for it; with its reservation, where it has one."""
+        """Give a request the cache that was set aside for it, with its reservation, if any."""
         one = offer.one
         if one is None:
             self._lend(request, offer)
@@ -300,7 +301,7 @@ class Conversations:
         self.reused_tokens += request.reused
 
     def _lend(self, request: Request, offer: Offer) -> None:
-        """Begin a request on pages that stay another one's, too."""
+        """Begin a request on pages that it shares with another request."""
         table, lender = offer.table, offer.lender
         assert table is not None and lender is not None
         table.state = request.policy.truncated(table.state, table.kept)
@@ -308,7 +309,7 @@ class Conversations:
         request.take(table, Sequence(policy=request.policy, is_long=lender.is_long))
 
     def _give(self, request: Request, one: Conversation) -> None:
-        """Give a held cache to a request, wherever it is."""
+        """Give a held cache to a request, from any place."""
         here = one.request if one.exported is None else None
         if here is not None:
             table, old = here.table, Sequence(policy=here.policy, is_long=here.is_long)
@@ -326,8 +327,8 @@ class Conversations:
         request.take(table, old)
 
     def hold_prefix(self, request: Request, pinned: float = 0.0) -> None:
-        """Hold a copy of a request's cache, which is its prefix's, for others to go on from; where
-        there is no room for it they compute it anew."""
+        """Hold a copy of a request's cache, which covers its prefix, for other requests; without
+        room for it, they compute it again."""
         if request.owner is None:
             return
         cost = self.shared.ledger.held(request.table)
@@ -342,10 +343,10 @@ class Conversations:
     # --- making room --------------------------------------------------------------------------
 
     def make_room_for(self, wanted: Cost, mine: Cost | None, patient: bool = False) -> bool:
-        """Let as many caches go as must, so that ``wanted`` can be reserved in place of ``mine``;
-        False, and none goes, where that cannot be.
+        """Evict as many caches as needed to reserve ``wanted`` instead of ``mine``; False, without
+        evictions, if that is not possible.
 
-        patient : False, too, while their copies are on the way.
+        patient : also False while their copies are in flight.
         """
         return self.could_have(wanted, mine) and self.free(wanted, mine, patient)
 
@@ -357,7 +358,7 @@ class Conversations:
         return self.shared.ledger.fits(wanted, instead_of=given_back)
 
     def free(self, wanted: Cost, mine: Cost | None, patient: bool) -> bool:
-        """``make_room_for`` where it is known that it can be."""
+        """``make_room_for``, if it is known to be possible."""
         ledger = self.shared.ledger
         nothing = Cost(np.zeros_like(ledger.pages), 0)
         self._settle()
@@ -370,7 +371,7 @@ class Conversations:
         return True
 
     def make_room(self) -> bool:
-        """Let the oldest go; False where none is held."""
+        """Evict the oldest; False if none is held."""
         if not self._held and not self._leaving:
             return False
         if self._held:
@@ -379,12 +380,12 @@ class Conversations:
         return True
 
     def _forget(self, held: Request) -> Conversation:
-        """Count a request's cache no longer as held in the pool; it has it still."""
+        """Stop counting a request's cache as held in the pool; the request keeps it."""
         self._count(held, -1)
         return self._held.pop(held)
 
     def _drop(self) -> None:
-        """Let the oldest in the pool go, to host memory if it can."""
+        """Evict the oldest in the pool, to host memory if possible."""
         held = next(iter(self._held))
         one = self._forget(held)
         if self._spill(one, held):
@@ -394,8 +395,8 @@ class Conversations:
         self._lose(one)
 
     def _spill(self, one: Conversation, held: Request) -> bool:
-        """Copy a cache to host memory and give its pages back once that is over; False where there
-        is no room for it."""
+        """Copy a cache to host memory and free its pages afterwards; False if there is no room for
+        it."""
         size = self.shared.copier.host_bytes(one.size)
         if not self.limit or not self.host.make_room(size):
             return False
@@ -409,7 +410,7 @@ class Conversations:
         return True
 
     def _on_leave(self) -> Cost:
-        """What caches hold in the pool whose copies are on the way."""
+        """Bytes in the pool of caches whose copies are in flight."""
         found = Cost(np.zeros_like(self.shared.ledger.pages), 0)
         for one in self._leaving:
             assert one.request is not None and one.request.reserved is not None
@@ -417,7 +418,7 @@ class Conversations:
         return found
 
     def _settle(self, wait: bool = False) -> None:
-        """Give the pages back of those that are in host memory by now."""
+        """Free the pages of caches whose copies to host memory have finished."""
         for one in list(self._leaving):
             assert one.exported is not None
             if wait or one.exported.is_here:
@@ -432,7 +433,7 @@ class Conversations:
             one.request, one.leaving = None, False
 
     def _lose(self, one: Conversation) -> None:
-        """A cache is gone for want of room."""
+        """Count a cache that was dropped for lack of room."""
         if one.is_pinned:
             log.warning("cache %s was pinned; preempted requests needed its room", one.id)
         self.index.remove(one)
@@ -443,7 +444,7 @@ class Conversations:
             self._lose(one)
 
     def _discard(self, one: Conversation) -> None:
-        """Let a cache go everywhere."""
+        """Drop a cache in all places."""
         self.index.remove(one)
         if one.request in self._held:
             self.shared.release(self._forgotten(one))
@@ -461,14 +462,14 @@ class Conversations:
     # --- the disk's thread --------------------------------------------------------------------
 
     def poll(self) -> None:
-        """See what was written and read."""
+        """Process finished writes and reads."""
         if self.disk is None:
             return
         for done in self.disk.poll():
             one = done.one
             if not done.was_read:
                 continue
-            self.host.bytes -= one.size  # it was counted ahead
+            self.host.bytes -= one.size  # it was counted in advance
             if one not in self.index.at(one.digest):  # deleted meanwhile
                 continue
             if done.exported is None:
@@ -478,12 +479,12 @@ class Conversations:
             self.host.put(one)
 
     def wait(self) -> None:
-        """A moment, for what is being read; for whoever has nothing else to do."""
+        """Wait a moment for a read; called by an idle thread."""
         if self.disk is not None:
             self.disk.wait(PATIENCE)
 
     def clear(self) -> None:
-        """Let all go that are not on disk."""
+        """Drop all caches that are not on disk."""
         self.poll()
         for one in list(self.index):
             if one.place == "host" and one.has_file:
@@ -493,8 +494,8 @@ class Conversations:
                 self._discard(one)
 
     def close(self) -> None:
-        """Write what is not on disk yet, as far as there is room, the most recently used first; let
-        all go."""
+        """Write caches that are not on disk yet, as far as there is room, the most recently used
+        first; drop all of them from memory."""
         if self.disk is not None:
             self._settle(wait=True)
             for one in reversed(self.host.held):
@@ -521,7 +522,7 @@ class Conversations:
 
     @property
     def pin_limit(self) -> int:
-        """Bytes that pinned caches may take together."""
+        """Maximum bytes of all pinned caches."""
         return self.host.limit // 2
 
     def pinned_bytes(self) -> int:
@@ -535,10 +536,10 @@ class Conversations:
         return [_told(one) for one in sorted(mine, key=lambda one: -one.used)]
 
     def pin(self, owner: str, id: str, ttl: float) -> Held:
-        """Have a cache, or what goes on with it, not dropped for so many seconds.
+        """Keep a cache, or its continuation, from being dropped for this many seconds.
 
-        ``KeyError`` where the owner has none of this id;  ``ValueError`` where pinned caches would
-        take more than they may.
+        ``KeyError`` if the owner has no cache with this id;  ``ValueError`` if pinned caches would
+        exceed their limit.
         """
         found = self._owned(owner, id)
         if not self.host.limit:
@@ -550,7 +551,7 @@ class Conversations:
         size = sum(one.size for one in found)
         if taken + size > self.pin_limit:
             raise ValueError(
-                f"a cache of {size} bytes cannot be pinned beside {taken} that are: together they "
+                f"a cache of {size} bytes cannot be pinned next to {taken} bytes: together they "
                 f"may take {self.pin_limit}, half of host_kv_memory; wait, or delete a pinned one"
             )
         for one in found:
@@ -558,7 +559,7 @@ class Conversations:
         return _told(found[-1])
 
     def delete(self, owner: str, id: str) -> None:
-        """Let a cache go everywhere; ``KeyError`` where the owner has none of this id."""
+        """Drop a cache in all places; ``KeyError`` if the owner has no cache with this id."""
         for one in self._owned(owner, id):
             self._discard(one)
 
@@ -582,7 +583,7 @@ def _plus(one: Cost, other: Cost) -> Cost:
 
 
 def open_conversations(shared: Shared, weights: str) -> Conversations:
-    """What an engine's config asks for.  weights : what tells its model's weights, for files;
+    """The caches for an engine's config.  weights : fingerprint of the model's weights, for files;
     ``ValueError`` for a folder that cannot be used."""
     config, disk = shared.config, None
     names = Names(shares=config.share_prefixes)

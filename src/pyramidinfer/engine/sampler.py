@@ -1,4 +1,4 @@
-"""Choosing tokens: transformers' logits processors, each request with its own generator."""
+"""Sampling: transformers' logits processors; each request has its own generator."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = ["choose", "guessing", "prepare", "read_prompt", "sample"]
 
 
 class Constrained(LogitsProcessor):
-    """Shuts out what the request's constraint does not allow."""
+    """Masks tokens that the request's constraint does not allow."""
 
     def __init__(self, request: Request) -> None:
         self.request = request
@@ -63,7 +63,7 @@ class CountPenalty(LogitsProcessor):
 
 
 class MinTokens(LogitsProcessor):
-    """Shuts out what would end an answer until it has ``min_tokens`` tokens."""
+    """Masks tokens that would end an answer until it has ``min_tokens`` tokens."""
 
     def __init__(self, request: Request, ends: frozenset[int], device: torch.device) -> None:
         self.request, self.ends = request, torch.tensor(sorted(ends), device=device)
@@ -72,7 +72,7 @@ class MinTokens(LogitsProcessor):
         if len(self.request.output) >= self.request.params.min_tokens:
             return scores
         others = scores.index_fill(1, self.ends, -torch.inf)
-        return others if (others > -torch.inf).any() else scores  # a grammar is at its end
+        return others if (others > -torch.inf).any() else scores  # the grammar is complete
 
 
 def prepare(request: Request, device: torch.device, end_ids: frozenset[int]) -> None:
@@ -126,10 +126,10 @@ def choose(logits: Tensor, request: Request, likeliest: int) -> int:
 
 @contextmanager
 def guessing(requests: list[Request]) -> Iterator[None]:
-    """What requests choose in this is forgotten at its end: their text, the state of their random
-    numbers and of what their answers must follow are as before.
+    """Tokens that requests sample in this context are undone at its end: their text, random state
+    and constraint state are restored.
 
-    A guess rests on the random numbers that the real choice of the same token will rest on.
+    A draft token uses the random numbers that sampling will use for the same position.
     """
     before = [(each, len(each.output), each.generator, each.constraint) for each in requests]
     try:
@@ -144,14 +144,14 @@ def guessing(requests: list[Request]) -> Iterator[None]:
 
 
 def read_prompt(prompt: TokenIds, top: int, start: int, logits: Tensor) -> list[Logprob]:
-    """What the logits ``[n, vocab]`` of a prompt's tokens from ``start`` on say of those that
-    follow in the prompt, and of the ``top`` likeliest."""
+    """Log-probabilities from the logits ``[n, vocab]`` of a prompt's tokens from ``start`` on: of
+    the next tokens in the prompt, and of the ``top`` most likely ones."""
     tokens = prompt[start + 1 : start + 1 + len(logits)]
     return _logprobs(logits[: len(tokens)], tokens, top) if tokens else []
 
 
 def _choose(scores: Tensor, request: Request) -> int:
-    # Only the repetition penalty looks at the text, and making it a tensor takes time.
+    # Only the repetition penalty reads the text, and converting it to a tensor takes time.
     text = request.prompt + request.output if request.params.repetition_penalty != 1 else []
     seen = torch.tensor([text], dtype=torch.int64, device=scores.device)
     scores = request.processors(seen, scores)
@@ -162,7 +162,8 @@ def _choose(scores: Tensor, request: Request) -> int:
 
 
 def _logprobs(logits: Tensor, tokens: TokenIds, top: int) -> list[Logprob]:
-    """What ``logits`` ``[n, vocab]`` say of ``tokens`` ``[n]`` and of the ``top`` likeliest."""
+    """Log-probabilities from ``logits`` ``[n, vocab]`` of ``tokens`` ``[n]`` and of the ``top``
+    most likely ones."""
     values = torch.log_softmax(logits.to(accumulate_dtype(logits.dtype)), dim=-1)
     best = values.topk(min(top, values.shape[1]))
     chosen = values.gather(1, torch.tensor(tokens, device=logits.device)[:, None])

@@ -1,4 +1,4 @@
-"""What everything in the engine works with: the model, its memory, and what was configured."""
+"""State that all parts of the engine share: the model, its memory and the config."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ TEXT = 1000
 
 @dataclass(eq=False)
 class Shared:
-    """Handed to whoever admits, builds, holds or starts requests; it decides nothing itself."""
+    """Passed to the parts that admit, build, hold or start requests; it makes no decisions."""
 
     runner: ModelRunner
     pool: Pool
@@ -41,12 +41,12 @@ class Shared:
     copier: Copier
 
     def check_policy(self, policy: Policy) -> None:
-        """``ValueError`` where a request cannot have this policy on this model, in this pool."""
+        """``ValueError`` if a request cannot use this policy with this model and pool."""
         policy.check(self.runner.layers_for(1))
         check_ahead(policy, self.config)
         if policy.uses_scores and self.pool.groups[0].scores is None:
             raise ValueError(
-                f"policy {policy.name!r} keeps a running score beside each entry, and this pool "
+                f"policy {policy.name!r} keeps a running score for each entry, and this pool "
                 f"was made without: start the engine with slot_scores=True (serve --slot-scores)"
             )
         if policy.streams and not self._rotates_everywhere():
@@ -59,7 +59,7 @@ class Shared:
         self._check_scores(policy)
 
     def _check_scores(self, policy: Policy) -> None:
-        """``ValueError`` for scores that ranks which split layers cannot have."""
+        """``ValueError`` for scores that ranks which split layers cannot compute."""
         runner = self.runner
         layers, length = runner.layers_for(TEXT), TEXT
         state, lens = policy.start(layers), (length,) * runner.kv_heads
@@ -68,7 +68,7 @@ class Shared:
             runner.ranks.check(policy.needs(view))
 
     def _rotates_everywhere(self) -> bool:
-        """Whether each stage has a layer whose keys a streaming request turns."""
+        """Whether each stage has a layer whose keys a streaming request rotates."""
         runner, streaming = self.runner, self.runner.streaming
         if runner.stages.size == 1 or not streaming.is_possible:
             return True
@@ -77,7 +77,7 @@ class Shared:
         return all(wanted.intersection(layers) for layers in runner.stages.layers)
 
     def release(self, request: Request) -> None:
-        """Give back whatever a request has in the pool, and its reservation."""
+        """Free a request's memory in the pool, and its reservation."""
         if request.cache in self.pool.tables:
             self.pool.release(request.table)
         request.cache = request.preempted = None
@@ -95,7 +95,7 @@ class Shared:
 
     def start(self, request: Request) -> None:
         """Give an admitted request its table, and put its prompt at the first layer: its prefix
-        alone, where it has one that is not in yet."""
+        only, if it has one that is not prefilled yet."""
         if request.times.started is None:
             request.times.started = time.monotonic()
         runner, device, length = self.runner, self.runner.device, len(request.prompt)
@@ -139,7 +139,7 @@ class Shared:
         )
 
     def start_again(self, request: Request) -> None:
-        """Begin a prompt anew that was interrupted; nothing was in its cache before."""
+        """Restart an interrupted prompt whose cache was empty before."""
         table = request.table
         self.pool.retract(table, np.zeros_like(table.kept))
         table.seen_len, table.transient_bytes = 0, 0

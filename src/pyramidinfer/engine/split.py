@@ -32,7 +32,7 @@ TIMEOUT = 60.0
 
 
 def check_sent(model: Any, policy: Policy) -> None:
-    """``ValueError`` for what other processes could not be given."""
+    """``ValueError`` for arguments that cannot be sent to other processes."""
     if isinstance(model, nn.Module):
         raise ValueError(
             "a loaded model cannot be sent to other ranks: give its folder or name, or leave "

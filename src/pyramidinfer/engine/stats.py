@@ -1,4 +1,4 @@
-"""What an engine holds and has done, in numbers that another thread may read."""
+"""Statistics of an engine, which another thread may read."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["Stats", "Work", "read_stats"]
 
 @dataclass
 class Work:
-    """Seconds that steps took so far, and those of them in which tokens were guessed ahead."""
+    """Seconds of all steps so far, and of drafting in them."""
 
     seconds: float = 0.0
     guessing: float = 0.0

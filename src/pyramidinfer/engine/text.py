@@ -13,7 +13,7 @@ __all__ = ["Detokenizer", "added_tokens", "encoder_of", "head_of", "plain_ids"]
 
 #: Tokens of the prompt that an answer's first ones are decoded with.
 CONTEXT = 8
-#: Tokens without any text, or without the end of a character, that are waited for.
+#: Maximum tokens without text, or within an incomplete character, to wait for.
 PATIENCE = 16
 
 
@@ -75,7 +75,7 @@ class Detokenizer:
 
     @property
     def stable(self) -> str:
-        """The text less an ending that may turn out to begin a stop string."""
+        """The text without an ending that may be the start of a stop string."""
         held = 0
         for stop in self.stop:
             tail = self.text[-(len(stop) - 1) :] if len(stop) > 1 else ""
@@ -98,13 +98,13 @@ class Detokenizer:
 
 
 def added_tokens(tokenizer: Any) -> dict[str, int]:
-    """Texts that are one token wherever they stand, such as ``<|im_end|>``, and their ids."""
+    """Texts that are always one token, such as ``<|im_end|>``, and their ids."""
     find = getattr(tokenizer, "get_added_vocab", dict)
     return {text: token for text, token in find().items() if text.strip()}
 
 
 def plain_ids(tokenizer: Any, text: str) -> TokenIds:
-    """Token ids of a text as it stands."""
+    """Token ids of an unchanged text."""
     ids: TokenIds = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return ids
 
@@ -115,7 +115,7 @@ def encoder_of(tokenizer: Any) -> Callable[[str], TokenIds] | None:
 
 
 def head_of(tokenizer: Any) -> TokenIds:
-    """The tokens that the tokenizer puts in front of every text."""
+    """The tokens that the tokenizer puts before every text."""
     with_head: TokenIds = tokenizer("a")["input_ids"]
     without = plain_ids(tokenizer, "a")
     at = len(with_head) - len(without)

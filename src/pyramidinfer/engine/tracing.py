@@ -1,4 +1,4 @@
-"""Run one prompt alone and write down what survived where."""
+"""Run one prompt alone and record which entries remain in which layer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Taking back a step in which something was raised."""
+"""Undoing a step in which an exception was raised."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ __all__ = ["Undo"]
 
 
 class Undo:
-    """What a step's requests looked like before it.
+    """The state of a step's requests before it.
 
-    ``ran``: the forward pass came to its end;  ``committed``: requests that have their new token.
+    ``ran``: whether the forward pass finished;  ``committed``: requests that have their new token.
     A decoding request that has not loses the entry it wrote and feeds the same token again.  A
     prompt in progress begins again; one that extends a cache cannot, and is aborted.
     """

@@ -1,7 +1,7 @@
-"""The engine in a thread of its own: requests come and go through an async interface.
+"""The engine in its own thread, with an async interface for requests.
 
 One thread owns the engine and steps it for as long as there is work.  ``submit`` hands requests
-over and returns a ``Stream``; after every step each stream is told what its requests got.  A
+over and returns a ``Stream``; after every step each stream receives its requests' new tokens.  A
 request that nobody waits for is aborted before the next step begins.
 """
 
@@ -79,7 +79,7 @@ class Observer(Protocol):
 
 @dataclass(slots=True, eq=False)
 class Followed:
-    """How far a stream has been told of one request."""
+    """The output of one request that a stream has received so far."""
 
     request: Request
     given: int = 0
@@ -191,7 +191,7 @@ class AsyncEngine:
 
     @property
     def stalled_seconds(self) -> float:
-        """For how long no step has ended although there is work."""
+        """Seconds since the last step ended, if there is work."""
         return 0.0 if self.is_idle else time.monotonic() - self._beat
 
     @property
@@ -200,7 +200,7 @@ class AsyncEngine:
         return self._arriving + self.stats.waiting
 
     def tell(self, command: Callable[[], None]) -> None:
-        """Have the engine's thread do something between two steps."""
+        """Run a function in the engine's thread between two steps."""
         self._commands.put(command)
 
     def ask(self, look: Callable[[], T]) -> Future[T]:
@@ -379,7 +379,7 @@ class AsyncEngine:
         return True
 
     def _recompress(self) -> bool:
-        """A bit of work on held caches; False where there is none."""
+        """A small piece of work on held caches; False if there is none."""
         if self.recompressor is None:
             return False
         try:

@@ -1,7 +1,7 @@
-"""The demo's questions: prompts about long documents, and which answers are right.
+"""The demo's questions: prompts about long documents, and their right answers.
 
-For the shipped model they are in the language it was trained on; for any other, facts of several
-kinds are hidden in real English and asked through the chat template.
+For the shipped model, they are in the language it was trained on.  For any other model, facts of
+several kinds are hidden in real English, and the questions go through the chat template.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from pyramidinfer.types import SamplingParams, TokenIds
 
 __all__ = ["Question", "real_questions", "shipped_questions"]
 
-FACTS = 5  # in each document, one of every kind; one of them is asked for
+FACTS = 5  # per document: one of every kind; the question asks for one of them
 SENTENCE = SamplingParams(max_tokens=16, stop=(".", "\n"))
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A prompt, what is asked, the answer wanted, and the span of prompt tokens that holds it."""
+    """A prompt, its question, the expected answer, and the span of prompt tokens that holds it."""
 
     prompt: TokenIds
     asked: str
@@ -54,8 +54,8 @@ def shipped_questions(tokenizer: Any, seed: int, count: int, length: int) -> lis
 
 
 def real_questions(tokenizer: Any, seed: int, count: int, length: int) -> list[Question]:
-    """Prompts of at most ``length`` tokens, nearly: real English with five invented facts of
-    different kinds in it, and a question about one of them, kinds in turn."""
+    """Prompts of ``length`` tokens or slightly less: real English with five invented facts of
+    different kinds, and a question about one of them; the kinds take turns."""
     chat = Chat(tokenizer)
     found = []
     for index in range(count):
@@ -81,7 +81,7 @@ def _about(chat: Chat, facts: list[Fact], fact: Fact, seed: str, length: int) ->
 
 @dataclass(frozen=True, slots=True)
 class _Same:
-    """Word for word."""
+    """Whether the answer matches word for word."""
 
     answer: str
 

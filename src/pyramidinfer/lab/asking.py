@@ -1,8 +1,9 @@
-"""One engine over a model, asked under any policy, in the two protocols of the studies.
+"""One engine over a model that answers prompts under any policy, in the two protocols of the
+studies.
 
-*Inside*: context and question go in together, so a policy compresses with the question in view.
-*After*: the context is taken in and compressed first and the question goes on from what is left,
-as in every further turn of a chat (kvpress measures so).
+*Inside*: context and question form one prompt, so a policy compresses with the question in view.
+*After*: the context is prefilled and compressed first, and the question continues on the compressed
+cache, as in every further turn of a chat (kvpress measures this way).
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ __all__ = ["PROTOCOLS", "Answer", "Asker", "asker", "own_keep", "reachable"]
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What came out.
+    """An answer and its cost.
 
-    kv : inside: the cache when the answer was done; after: the compressed context's.
-    computed_share : layer-tokens of the prompt (after: of the context) that were computed.
+    kv : inside: the cache at the end of the answer; after: the cache of the compressed context.
+    computed_share : computed share of the layer-tokens of the prompt (after: of the context).
     """
 
     text: str
@@ -40,7 +41,7 @@ class Answer:
 
 
 def reachable(spec: str, keep: float | None, layers: Layers) -> Policy:
-    """The policy of a spec at ``keep``, or at the lowest share it can reach on this depth."""
+    """The policy of a spec at ``keep``, or at the lowest share it can reach with this depth."""
     policy = parse_policy(spec, keep)
     try:
         policy.check(layers)
@@ -51,7 +52,7 @@ def reachable(spec: str, keep: float | None, layers: Layers) -> Policy:
 
 
 class Asker:
-    """A loaded model, asked under one policy after the other."""
+    """A loaded model that answers prompts under one policy after another."""
 
     def __init__(self, subject: Subject) -> None:
         self.llm: LLM = subject.llm(Full(), slot_scores=True)
@@ -62,8 +63,8 @@ class Asker:
     def policy(self, spec: str, keep: float | None) -> Policy:
         """The policy of a spec (``NAME`` or ``NAME:option=value,…``) bound to the model.
 
-        A ``keep`` of its own holds; else it is at ``keep``, or the lowest share that it can
-        reach on the model's depth.
+        A ``keep`` in the spec takes precedence; otherwise it is ``keep``, or the lowest share that
+        the policy can reach with the model's number of layers.
         """
         if spec.split(":")[0] == "full":
             return Full()
@@ -87,7 +88,7 @@ class Asker:
                 for at in range(0, len(prompts), size)
                 for answer in self._after(prompts[at : at + size], params[at : at + size], policy)
             ]
-        raise ValueError(f"protocol {protocol!r} is none of {', '.join(PROTOCOLS)}")
+        raise ValueError(f"protocol {protocol!r} is unknown: use one of {', '.join(PROTOCOLS)}")
 
     def _inside(
         self, prompts: Sequence[Asked], params: Sequence[SamplingParams], policy: Policy
@@ -110,7 +111,7 @@ class Asker:
             ]
 
     def _at_once(self, longest: int) -> int:
-        """How many contexts to hold together: each may be there twice, when its copy is written."""
+        """How many contexts to hold at once: each may exist twice while its copy is written."""
         engine = self.llm.engine
         whole = full_bytes(engine.pool.layout, engine.runner, longest)
         return max(1, min(8, engine.pool.budget // (3 * whole)))
@@ -118,6 +119,6 @@ class Asker:
 
 @lru_cache(maxsize=2)
 def asker(subject: Subject) -> Asker:
-    """The process's engine over a model, made once: the full cache's, and one whose keys and values
-    are stored in other bits."""
+    """The process's engine over a model, created once per dtype of keys and values: one for the
+    full cache, one for quantized entries."""
     return Asker(subject)

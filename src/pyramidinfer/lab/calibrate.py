@@ -1,13 +1,13 @@
-"""Calibration: after which layer of a model tokens may be dropped, found on tasks and on text.
+"""Calibration: find the layer after which tokens may be dropped, on tasks and on text.
 
 The head profile says what each head needs, and the policy ``pyramid`` drops tokens between layers
-only after the last layer with much need.  How much earlier a model bears it is measured here: with
-questions inside the prompt, with questions that come later, and as divergence from what the model
-says of running text.  Of each propagated share the earliest layer that costs nothing is found by
-bisection over the layers without a sliding window; what computes least is written into the profile.
-Most answers are long (``lab/long_facts.py``), and no kind of question may lose one: short answers
-survive where long ones are lost.  The tasks are none of RULER's, and the samples are none that a
-study reports on.
+only after the last layer with much need.  Calibration measures how much earlier the model tolerates
+it: with questions inside the prompt, with questions that come later, and as the divergence of its
+predictions on running text.  For each propagated share, bisection over the layers without a sliding
+window finds the earliest layer that costs nothing; the plan that computes least is written into the
+profile.  Most answers are long (``lab/long_facts.py``), and no kind of question may lose an answer:
+short answers survive settings that lose long ones.  The tasks differ from RULER's, and the samples
+from those that studies report on.
 """
 
 from __future__ import annotations
@@ -37,27 +37,27 @@ from pyramidinfer.types import SamplingParams, Score, TokenIds
 
 __all__ = ["INSIDE", "Measured", "Question", "Sample", "Task", "calibrate", "make_samples", "plans"]
 
-#: Shares of the text that may go deeper.
+#: Shares of the text's tokens that deeper layers may process.
 SHARES = (0.2, 0.4)
-#: A plan is free if the divergence rises no further than this, and no kind loses an answer.
+#: A plan is free if the divergence does not exceed this, and no kind of question loses an answer.
 RISE, NOISE = 1.25, 0.005
-#: Questions of every text that are asked in the prompt as well, kinds in turn.
+#: Questions of every text that are also asked inside the prompt; kinds take turns.
 INSIDE = 2
-#: Tokens that an answer may have beyond its values', and between one value and the next.
+#: Tokens that an answer may have in addition to its values, and between two values.
 AROUND_VALUE = 8
 #: Tokens scored after a passage.
 CONTINUATION = 64
 
-#: How many answers were wrong, by the kind of question and the protocol.
+#: Number of wrong answers, by kind of question and protocol.
 Wrong = Counter[tuple[str, str]]
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What a plan was found to do.
+    """What was measured under a plan.
 
-    wrong : answers, by the kind of question and the protocol;  score : share of right answers;
-    kl : divergence, nats a token;  computed : share of layer-tokens.
+    wrong : wrong answers, by kind of question and protocol;  score : share of right answers;
+    kl : divergence in nats per token;  computed : share of layer-tokens.
     """
 
     wrong: Wrong
@@ -66,14 +66,14 @@ class Measured:
     computed: float
 
     def is_free(self, whole: Measured) -> bool:
-        """Whether it is no worse than with nothing dropped between layers before: of no kind of
-        question in any protocol more answers are wrong."""
+        """Whether it is as good as a run without drops between layers: for every kind of question
+        and protocol, no more answers are wrong."""
         return self.wrong <= whole.wrong and self.kl <= RISE * whole.kl + NOISE
 
 
 def plans(own: int) -> int:
-    """How many plans are measured at most where ``own`` layers that may be a start lie before the
-    profile's own."""
+    """Upper bound on the number of measured plans, if ``own`` layers before the profile's start may
+    be the start."""
     return 1 + len(SHARES) * own.bit_length()
 
 
@@ -84,7 +84,7 @@ def calibrate(
     progress: bool | None = None,
     tell: Callable[[str], None] = lambda _: None,
 ) -> Profile:
-    """The profile with what was found; ``tell`` hears how long it will take."""
+    """The profile with the calibration added; ``tell`` receives an estimate of the duration."""
     base = Pyramid(keep=task.keep, profile=replace(profile, calibrated=None), min_context=1)
     layers = llm.engine.runner.layers_for(task.context + CONTINUATION)
     begin = base.begin(layers)
@@ -96,16 +96,16 @@ def calibrate(
         whole = runs.measure(base, advance)
         assert whole is not None
         minutes = most * (time.monotonic() - begun) / 60
-        tell(f"{most} settings at most, about {minutes:.1f} minutes")
+        tell(f"at most {most} settings, about {minutes:.1f} minutes")
         if not any(kind != SHORT for kind, _ in runs.asked - whole.wrong):
             raise ValueError(
-                f"with all tokens computed and keep={task.keep} the model answers none of the "
-                f"questions with long answers, so nothing can be calibrated on them: give a higher "
-                f"--keep, or a text that it knows (--text)"
+                f"with all tokens computed and keep={task.keep}, the model answers none of the "
+                f"questions with long answers, so there is nothing to calibrate on: give a higher "
+                f"--keep, or a text that the model knows (--text)"
             )
         best = (whole, min(begin, layers.count - 1), 1.0)
         for share in SHARES:
-            low, high = 0, own  # the earliest free start is in low..high; high stands for none
+            low, high = 0, own  # the earliest free start is in low..high; high means none
             for _ in range(own.bit_length()):
                 if low == high:
                     advance(task.parts)
@@ -142,7 +142,8 @@ def calibrate(
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What follows the text, how the answer is generated, and whether it is right."""
+    """A question after the text: its tokens, how its answer is generated, and the check of the
+    answer."""
 
     kind: str
     rest: TokenIds
@@ -158,13 +159,13 @@ class Sample:
     questions: tuple[Question, ...]
 
     def inside(self, at: int) -> list[Question]:
-        """Those that are asked in the prompt where this is sample ``at``."""
+        """The questions that are asked inside the prompt if this is sample ``at``."""
         count = len(self.questions)
         return [self.questions[(INSIDE * at + i) % count] for i in range(INSIDE)]
 
 
 def make_samples(corpus: Corpus, task: Task) -> list[Sample]:
-    """Texts that are with their longest question ``task.context`` tokens long, or a few less."""
+    """Texts that have, with their longest question, ``task.context`` tokens or a few less."""
     make = _generated if corpus.ids is None else _told
     return [
         make(corpus, random.Random(f"calibrate {task.seed} {index}"), task.context)
@@ -173,7 +174,7 @@ def make_samples(corpus: Corpus, task: Task) -> list[Sample]:
 
 
 def _told(corpus: Corpus, rng: random.Random, length: int) -> Sample:
-    """Invented facts of all kinds, their statements evenly spread over a stretch of the text."""
+    """Invented facts of all kinds, their statements evenly spread over a passage of the text."""
     chat, facts = corpus.chat, invent_long(rng)
     around = [chat.ask("", f"\n\n{fact.question}", f" {fact.opening}") for fact in facts]
     told = [chat.encode(f" {fact.statement}") for fact in rng.sample(facts, len(facts))]
@@ -190,13 +191,13 @@ def _told(corpus: Corpus, rng: random.Random, length: int) -> Sample:
 
 
 def _saying(chat: Chat, fact: LongFact) -> SamplingParams:
-    """Greedy, as long as the answer is."""
+    """Greedy sampling of as many tokens as the answer has."""
     sizes = [len(chat.encode(f" {value}")) + AROUND_VALUE for value in fact.values]
     return SamplingParams(max_tokens=sum(sizes))
 
 
 def _generated(corpus: Corpus, rng: random.Random, length: int) -> Sample:
-    """A document in the shipped model's language, whose facts are all of one kind."""
+    """A document in the shipped model's language, with facts of one kind only."""
     document = documents.document(rng, length - AROUND, max(len(KINDS), length // 64))
     encode = corpus.tokenizer.convert_tokens_to_ids
     questions = (
@@ -217,7 +218,7 @@ class _Runs:
     def __init__(self, llm: LLM, task: Task) -> None:
         corpus = task.subject.corpus()
         self.llm, self.task, self.samples = llm, task, make_samples(corpus, task)
-        own = random.Random(f"calibrate {task.seed}").getrandbits(32)  # no study's passages
+        own = random.Random(f"calibrate {task.seed}").getrandbits(32)  # passages that no study uses
         passages = corpus.passages(own, task.passages, task.context, CONTINUATION)
         self.asked = Counter(
             (each.kind, protocol)
@@ -231,7 +232,7 @@ class _Runs:
     def measure(
         self, policy: Pyramid, advance: Callable[[int], None], whole: Measured | None = None
     ) -> Measured | None:
-        """What a plan does; None once it cannot be free beside ``whole`` whatever is still left."""
+        """Measure a plan; None as soon as it cannot be free compared with ``whole``."""
         kls = [
             divergence(full, mine)
             for full, mine in zip(self.full, self._scored(policy), strict=True)
@@ -251,7 +252,7 @@ class _Runs:
         return Measured(wrong, score, kl, float(np.mean(shares)))
 
     def _later(self, policy: Pyramid, sample: Sample) -> Wrong:
-        """Kinds that are answered wrong where all questions go on from what is left of a text."""
+        """Kinds with wrong answers, if all questions continue on a text's compressed cache."""
         asked = sample.questions
         with self.llm.prefill(sample.context, policy) as cache:
             rests = [each.rest for each in asked]
@@ -259,7 +260,7 @@ class _Runs:
         return _wrong("later", asked, [each.text for each in found])
 
     def _inside(self, policy: Pyramid, shares: list[float], at: int) -> Wrong:
-        """The same where a question is in the prompt; ``shares`` gets what was computed."""
+        """The same with the question inside the prompt; ``shares`` receives the computed shares."""
         sample = self.samples[at]
         asked = sample.inside(at)
         prompts = [sample.context + each.rest for each in asked]

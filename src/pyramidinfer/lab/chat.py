@@ -1,7 +1,7 @@
-"""How a text is put to a model: through its chat template, where its tokenizer has one.
+"""Prompts for a model: through its chat template, if its tokenizer has one.
 
-A prompt is made in two pieces, up to where a context ends and from there on, so that the same
-tokens can go in at once or one after the other.
+A prompt has two parts, split at the end of the context, so that the same tokens can be fed at once
+or one part after the other.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from pyramidinfer.types import TokenIds
 
 __all__ = ["Asked", "Chat"]
 
-#: Stand in a rendered conversation where a text is to be cut.
+#: Markers in a rendered conversation at which the text is split.
 MARKS = ("\u27e6cut 1\u27e7", "\u27e6cut 2\u27e7")
 
 
 class Asked(NamedTuple):
-    """Token ids up to the end of the context, and those of what follows it."""
+    """Token ids up to the end of the context, and the ids after it."""
 
     context: TokenIds
     rest: TokenIds
@@ -31,15 +31,15 @@ class Asked(NamedTuple):
 
 
 class Chat:
-    """A tokenizer and the form in which its model is asked.
+    """A tokenizer and the format of prompts for its model.
 
-    Without a template the context stands behind the tokens that the tokenizer puts in front of
-    every text, and the question follows it as it is.
+    Without a template, the context follows the tokens that the tokenizer puts before every text,
+    and the question follows unchanged.
     """
 
     def __init__(self, tokenizer: Any) -> None:
         if tokenizer is None:
-            raise ValueError("asking a model in words needs its tokenizer; none was found")
+            raise ValueError("prompts in words need the model's tokenizer, but none was found")
         self.tokenizer = tokenizer
 
     @property
@@ -47,9 +47,9 @@ class Chat:
         return bool(getattr(self.tokenizer, "chat_template", None))
 
     def ask(self, context: str, question: str, answer: str = "") -> Asked:
-        """A user's message of ``context`` and ``question`` (blanks between them are theirs), with
-        the first words of the ``answer`` given (without blanks at the end: they would part the
-        next word from its own)."""
+        """A user's message of ``context`` and ``question`` (including any blanks between them),
+        with the first words of the ``answer`` given (without blanks at the end, which would be
+        tokenized apart from the next word)."""
         answer = answer.rstrip()
         if not self.has_template:
             return Asked(self.head + self.encode(context), self.encode(question + answer))
@@ -58,14 +58,14 @@ class Chat:
         return Asked(self.encode(before), self.encode(after + answer.lstrip()))
 
     def begin(self, message: str) -> TokenIds:
-        """A conversation's first turn, up to where the model answers."""
+        """A conversation's first turn, up to the start of the model's answer."""
         if not self.has_template:
             return self.head + self.encode(message)
         return self.encode(self._render([{"role": "user", "content": message}]))
 
     def go_on(self, answer: TokenIds, message: str) -> TokenIds:
-        """What follows the model's ``answer`` (as generated, its end token included) when the user
-        says ``message``, up to where the model answers again."""
+        """The tokens after the model's ``answer`` (as generated, with its end token) when the user
+        sends ``message``, up to the start of the next answer."""
         if not self.has_template:
             return self.encode(message)
         talk = [
@@ -78,12 +78,12 @@ class Chat:
         return ids[1:] if ended else ids
 
     def encode(self, text: str) -> TokenIds:
-        """Token ids of a text as it stands."""
+        """Token ids of an unchanged text."""
         return plain_ids(self.tokenizer, text)
 
     @cached_property
     def head(self) -> TokenIds:
-        """The tokens that the tokenizer puts in front of every text."""
+        """The tokens that the tokenizer puts before every text."""
         return head_of(self.tokenizer)
 
     def _render(self, messages: Sequence[dict[str, str]]) -> str:

@@ -1,8 +1,7 @@
-"""The checks of ``verify``: what the full cache can do and what is left of it under a policy.
+"""The checks of ``verify``: the results of the full cache, and the share that a policy retains.
 
-A check takes samples in rounds, so that there can be as many as the time allows, and is worked out
-at the end.  Every sample is asked of both, the full cache and the policy.  Retrieval is in
-``retrieval.py``.
+A check takes samples in rounds, as many as the time allows, and is evaluated at the end.  Every
+sample is run with both the full cache and the policy.  Retrieval is in ``retrieval.py``.
 """
 
 from __future__ import annotations
@@ -38,10 +37,10 @@ LONG = 128  # tokens of a long answer
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One check: ``full`` and ``mine`` in words, and the share kept with its 95 % interval (None:
-    the full cache cannot do it here, so it does not count).
+    """One check: ``full`` and ``mine`` in words, and the retained share with its 95 % interval
+    (None: the full cache fails here, so the check does not count).
 
-    kv_share, computed_share : bytes and layer-tokens as shares of the full cache's, where measured.
+    kv_share, computed_share : bytes and layer-tokens as shares of the full cache's, if measured.
     """
 
     name: str
@@ -57,9 +56,9 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """What all checks measure: a model under a policy, at a length of prompts.
+    """The setup that all checks share: a model under a policy, with a prompt length.
 
-    machine : where the full cache runs, in the model's own dtype.
+    machine : the engine of the full cache, in the model's own dtype.
     """
 
     machine: Asker
@@ -69,12 +68,12 @@ class Bench:
 
     @property
     def own(self) -> Asker:
-        """Where the policy runs, with keys and values stored as the subject says."""
+        """The engine of the policy; the subject says how it stores keys and values."""
         return self.machine if self.subject.kv_dtype == AUTO else asker(self.subject)
 
 
 class Kind(Protocol):
-    """What takes samples and makes checks of them; ``telling`` is said meanwhile."""
+    """Takes samples and turns them into checks; ``telling`` is the progress message."""
 
     telling: str
 
@@ -84,8 +83,8 @@ class Kind(Protocol):
 
 
 def jeffreys(shares: Sequence[float]) -> tuple[float, float]:
-    """95 % interval of a mean of shares between 0 and 1, by Jeffreys' prior: unlike a bootstrap it
-    has a width where all samples are alike."""
+    """95 % interval of a mean of shares between 0 and 1, with Jeffreys' prior.  Unlike a
+    bootstrap interval, it has a width even if all samples are equal."""
     total, count = math.fsum(shares), len(shares)
     low, high = stats.beta.ppf((0.025, 0.975), total + 0.5, count - total + 0.5)
     return (0.0 if total == 0 else float(low)), (1.0 if total == count else float(high))
@@ -102,12 +101,12 @@ class Pairs:
 
     @classmethod
     def joined(cls, parts: Sequence[Pairs]) -> Pairs:
-        """The samples of several."""
+        """The samples of several checks together."""
         names = ("full", "mine", "kv", "computed")
         return cls(*([v for part in parts for v in getattr(part, name)] for name in names))
 
     def of_scores(self, name: str, note: str = "") -> Check:
-        """Of what the full cache answers, the share that is still answered."""
+        """The share of the full cache's right answers that the policy also gets right."""
         if np.mean(self.full) < SCREEN:
             return Check(name, f"{np.mean(self.full):.2f}", "–", None)
         shares = [min(1.0, m / t) for m, t in zip(self.mine, self.full, strict=True) if t > 0]
@@ -146,7 +145,7 @@ class Pairs:
 
 
 class Turns:
-    """Facts told in a chat's first turn and asked for in later ones, on the same cache."""
+    """Facts given in a chat's first turn and asked for in later turns, on the same cache."""
 
     telling = "turns of a chat"
 
@@ -170,7 +169,7 @@ class Turns:
 
 
 class Text:
-    """How well text is predicted on the compressed cache of what stands before it."""
+    """How well text is predicted on the compressed cache of the text before it."""
 
     telling = "text"
 
@@ -195,7 +194,7 @@ class Text:
 
 
 class LongAnswers:
-    """Long answers, judged by how likely the model with its full cache finds them."""
+    """Long answers, scored by their likelihood under the model with its full cache."""
 
     telling = f"{LONG} tokens generated"
 
@@ -226,6 +225,6 @@ class LongAnswers:
             self.pairs.of_losses(
                 self.telling,
                 f", {full:.0%} repeated",
-                f", {mine:.0%}; first {np.mean(self.same):.0f} tokens the same",
+                f", {mine:.0%}; first {np.mean(self.same):.0f} tokens identical",
             )
         ]

@@ -1,9 +1,9 @@
-"""``study codecs``: what keys and values in few bits cost, by how they are stored.
+"""``study codecs``: the error of quantized keys and values, by codec.
 
-What ``pyramidinfer.codec`` does and what it might do instead, each on the same passages:
-transformers' own model reads a passage while every key and value goes through the codes first, its
-own token's, too.  Measured is how far the distribution of every next token is from that of the
-model with its keys and values as they are.
+Compares the codecs of ``pyramidinfer.codec`` with alternatives on the same passages.  A
+transformers model reads a passage while every key and value is quantized first, including those of
+the current token.  The measure is the divergence of every next-token distribution from that of the
+model with unquantized keys and values.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from pyramidinfer.lab.study import Row, run_cells
 
 __all__ = ["VARIANTS", "CodecsPlan", "Stored", "Variant", "codecs_table", "run_codecs"]
 
-#: First tokens of a text, which are like no others, are left out of means.
+#: First tokens of a text, which are outliers, are left out of means.
 SINKS = 8
-#: Tokens whose distributions are compared at once.
+#: Number of tokens whose distributions are compared at once.
 ROWS = 256
 
 
@@ -39,9 +39,10 @@ ROWS = 256
 class Stored:
     """How one number is stored.
 
-    group : channels that share a scale;  rotated : each ``WIDEST`` channels by a Hadamard matrix;
-    minimum : codes count from a group's least number, which is stored beside the scale, instead of
-    from zero in their middle;  centred : less the channel's mean over another text.
+    group : channels that share a scale;  rotated : each ``WIDEST`` channels are rotated by a
+    Hadamard matrix;  minimum : codes count from a group's minimum, which is stored in addition to
+    the scale, instead of from zero in their middle;  centred : the channel's mean over another text
+    is subtracted.
     """
 
     kv_dtype: str
@@ -55,12 +56,12 @@ class Stored:
         return CODECS[self.kv_dtype]
 
     def bytes(self, size: int) -> float:
-        """Of a key or value of ``size`` numbers, with scales and minima (float16)."""
+        """Bytes of a key or value of ``size`` numbers, with scales and minima (float16)."""
         groups = size // math.gcd(size, self.group)
         return size * self.codec.bits / 8 + 2 * groups * (1 + self.minimum)
 
     def read(self, x: Tensor, mean: Tensor) -> Tensor:
-        """What is read of ``[..., size]`` when it was stored; ``mean`` is that of its channels."""
+        """Store ``[..., size]`` and read it back; ``mean`` is the mean of its channels."""
         if self.centred:
             return replace(self, centred=False).read(x - mean, mean) + mean
         size = x.shape[-1]
@@ -71,7 +72,7 @@ class Stored:
         return (rotate(y) if self.rotated else y).reshape(x.shape).to(x.dtype)
 
     def _coded(self, y: Tensor) -> Tensor:
-        """Groups ``[..., group]`` as codes and back."""
+        """Encode groups ``[..., group]`` and decode them."""
         middle = self.codec.middle
         if self.minimum:
             least = y.amin(-1, keepdim=True).half().float()
@@ -85,25 +86,25 @@ class Stored:
 
 
 def _scale(wanted: Tensor) -> Tensor:
-    """As float16 has it."""
+    """Rounded to float16."""
     return wanted.half().float()
 
 
 def _divided(y: Tensor, scale: Tensor) -> Tensor:
-    """Zero where the scale is."""
+    """A quotient that is zero if the scale is zero."""
     return torch.where(scale > 0, y / scale, 0.0)
 
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """How keys and values are stored; None: as they are, in 16 bits."""
+    """How keys and values are stored; None: in 16 bits."""
 
     name: str
     keys: Stored | None
     values: Stored | None
 
     def bytes(self, size: int) -> float:
-        """Of a key and a value of ``size`` numbers."""
+        """Bytes of a key and a value of ``size`` numbers."""
         parts = (self.keys, self.values)
         return sum(2 * size if each is None else each.bytes(size) for each in parts)
 
@@ -132,7 +133,7 @@ VARIANTS = (
 
 
 def run_codecs(plan: CodecsPlan, out: Path, workers: int = 1) -> list[Row]:
-    """Measure every variant on every passage and write ``out``; returns a row a variant."""
+    """Measure every variant on every passage and write ``out``; returns one row per variant."""
     plan.check()
     cells = [
         {"passage": passage, "variant": each.name}
@@ -146,7 +147,7 @@ def run_codecs(plan: CodecsPlan, out: Path, workers: int = 1) -> list[Row]:
 
 
 def codecs_table(rows: list[Row]) -> Table:
-    """What the terminal shows."""
+    """The table in the terminal."""
     table = Table(title="keys and values in few bits")
     table.add_column("stored", overflow="fold")
     for name in ("bytes of an entry", "KL [95 %]", "same next token"):
@@ -161,8 +162,8 @@ def codecs_table(rows: list[Row]) -> Table:
 def measure(plan: CodecsPlan, cell: dict[str, Any]) -> list[Row]:
     """One passage's row of one variant.
 
-    kl : mean over its tokens of the divergence of the next one's distribution from the model's
-    own, in nats;  agreement : how many next tokens are the same;  bytes : of an entry of a head.
+    kl : mean over its tokens of the divergence of the next-token distribution from the model's own,
+    in nats;  agreement : share of equal next tokens;  bytes : of an entry of a head.
     """
     (variant,) = (each for each in VARIANTS if each.name == cell["variant"])
     whole = _whole(plan, cell["passage"])
@@ -184,7 +185,7 @@ def measure(plan: CodecsPlan, cell: dict[str, Any]) -> list[Row]:
 
 
 class Coded(DynamicCache):
-    """A cache in which keys and values are what is read of them when they were stored.
+    """A cache that holds keys and values after quantization.
 
     means : per layer the means of the channels of keys and of values, ``[kv_heads, 1, size]``.
     """
@@ -210,7 +211,7 @@ class Coded(DynamicCache):
 
 
 class Averaging(DynamicCache):
-    """A cache that remembers the means of its channels."""
+    """A cache that records the means of its channels."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -227,7 +228,7 @@ class Averaging(DynamicCache):
 
 @lru_cache(maxsize=1)
 def _passages(plan: CodecsPlan) -> list[list[int]]:
-    """Those that are measured, and one more for means."""
+    """The measured passages, and one more for means."""
     drawn = plan.subject.corpus().passages(plan.seed, plan.samples + 1, plan.context, 1)
     return [each.context for each in drawn]
 
@@ -239,14 +240,14 @@ def _means(plan: CodecsPlan) -> list[tuple[Tensor, Tensor]]:
     return cache.means
 
 
-@lru_cache(maxsize=1)  # cells of one passage come one after the other
+@lru_cache(maxsize=1)  # cells of one passage follow each other
 def _whole(plan: CodecsPlan, passage: int) -> Tensor:
     return _logits(plan.subject, _passages(plan)[passage], DynamicCache())
 
 
 @torch.inference_mode()
 def _logits(subject: Subject, ids: list[int], cache: DynamicCache) -> Tensor:
-    """``[tokens, vocab]`` of a text that is read with this cache."""
+    """``[tokens, vocab]`` logits of a text that is read with this cache."""
     model = subject.loaded().model
     device = next(model.parameters()).device
     logits: Tensor = model(torch.tensor([ids], device=device), past_key_values=cache).logits[0]
@@ -254,14 +255,14 @@ def _logits(subject: Subject, ids: list[int], cache: DynamicCache) -> Tensor:
 
 
 def _pairs(whole: Tensor, mine: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Log-probabilities of both, some tokens at a time."""
+    """Log-probabilities of both, for some tokens at a time."""
     for at in range(0, len(whole), ROWS):
         p, q = (each[at : at + ROWS].float().log_softmax(-1) for each in (whole, mine))
         yield p, q
 
 
 def _summary(rows: list[Row]) -> Row:
-    """Over all passages, which count alike."""
+    """Means over all passages, equally weighted."""
     kl = [row["kl"] for row in rows]
     return {
         "variant": rows[0]["variant"],

@@ -1,8 +1,9 @@
 """Generated documents: readable filler with facts in it, and questions about those facts.
 
 The text is word-level: every word, number and mark is one token, written with spaces around it,
-so ``"The archive of Mira Holt is in room 472 ."`` is ten tokens.  The same generator trains the
-model in the repository, makes the demo's documents and judges recall; seeds keep them apart.
+so ``"The archive of Mira Holt is in room 472 ."`` is ten tokens.  The same generator makes the
+training texts of the model in the repository, the demo's documents and the tests of recall, each
+with other seeds.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ FUNCTION_WORDS = (
 
 
 def vocabulary() -> list[str]:
-    """Every token of the generated language, special tokens first, each once."""
+    """All tokens of the generated language without repetition, special tokens first."""
     lists = (
         SPECIALS,
         FUNCTION_WORDS,
@@ -104,7 +105,7 @@ def vocabulary() -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class Fact:
-    """Where somebody's thing is kept: the needle."""
+    """The place of a person's thing: the needle."""
 
     thing: str
     first: str
@@ -113,7 +114,7 @@ class Fact:
     number: str
 
     def words(self) -> list[str]:
-        """The fact as it stands in a document (ten words)."""
+        """The fact's sentence in a document (ten words)."""
         return [
             "The",
             self.thing,
@@ -130,7 +131,7 @@ class Fact:
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A document's words, the facts in it and where each fact's first word stands."""
+    """A document's words, its facts and the position of each fact's first word."""
 
     words: list[str]
     facts: list[Fact]
@@ -150,7 +151,7 @@ def answer_words(fact: Fact) -> list[str]:
     return fact.words()
 
 
-#: Generated tokens an answer takes: the sentence and the end mark.
+#: Generated tokens of an answer: the sentence and the end mark.
 ANSWER_TOKENS = 11
 
 
@@ -190,7 +191,7 @@ def filler_sentence(rng: random.Random) -> list[str]:
 def sample_facts(rng: random.Random, count: int) -> list[Fact]:
     """``count`` facts about different people: family names and numbers are not repeated."""
     if count > len(LAST_NAMES):
-        raise ValueError(f"{count} facts asked for; at most {len(LAST_NAMES)} fit one document")
+        raise ValueError(f"{count} facts requested; one document holds at most {len(LAST_NAMES)}")
     lasts, numbers = rng.sample(LAST_NAMES, count), rng.sample(NUMBERS, count)
     return [
         Fact(rng.choice(THINGS), rng.choice(FIRST_NAMES), last, rng.choice(PLACES), number)
@@ -199,9 +200,9 @@ def sample_facts(rng: random.Random, count: int) -> list[Fact]:
 
 
 def document(rng: random.Random, length: int, facts: int) -> Document:
-    """A document of exactly ``length`` words with ``facts`` facts at random places among filler.
+    """A document of exactly ``length`` words with ``facts`` facts at random places in filler text.
 
-    The first filler sentence is cut at its front to make the length come out.
+    The first filler sentence is shortened at its start to reach the exact length.
     """
     needles = sample_facts(rng, facts)
     room = length - sum(len(fact.words()) for fact in needles)

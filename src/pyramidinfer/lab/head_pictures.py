@@ -1,4 +1,5 @@
-"""Pictures of a head profile: layers × heads, and beside what pruning one layer loses."""
+"""Pictures of a head profile: layers × heads, and a comparison with the loss from pruning one
+layer."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ from pyramidinfer.policies.profile import Profile
 
 __all__ = ["draw_heads", "draw_profile"]
 
-#: Divergences below this are noise of the arithmetic and drawn as this.
+#: Divergences below this are rounding noise and drawn as this value.
 LEAST = 1e-7
 
 
@@ -28,9 +29,9 @@ def draw_profile(profile: Profile, path: Path) -> Path:
 
 
 def draw_heads(profile: Profile, rows: Sequence[Row], path: Path) -> Path:
-    """The profile; and by layer the mean of its heads beside the divergence when it is pruned.
+    """The profile, and per layer the mean of its heads and the divergence when it is pruned.
 
-    rows : of the study, one a layer; ``kl`` is None where a layer was not pruned.
+    rows : of the study, one per layer; ``kl`` is None if a layer was not pruned.
     """
     width = _width(profile)
     figure = Figure(figsize=(width + 5.2, _height(profile)), layout="constrained")
@@ -48,7 +49,7 @@ def draw_heads(profile: Profile, rows: Sequence[Row], path: Path) -> Path:
     other.plot(losses, layers, marker="s", markersize=3.5, color="#c4561c")
     other.set_xscale("log")
     other.set_xlabel(
-        f"divergence with {mine[0]['pruned_to']:.0%} of it kept, nats a token, {counted(mine)}",
+        f"divergence with {mine[0]['pruned_to']:.0%} of it kept, nats per token, {counted(mine)}",
         color="#c4561c",
     )
     right.set_ylabel("layer")

@@ -1,8 +1,9 @@
-"""What each head needs, beside what pruning each layer loses: ``pyramidinfer study heads``.
+"""``pyramidinfer study heads``: what each head needs, compared with the loss from pruning each
+layer.
 
-Two measurements that know nothing of each other.  The head profile (``engine/profiling.py``) looks
-at attention while the model repeats a text; ICR (``lab/icr.py``) prunes one layer and scores what
-follows.  Where a layer's heads need much, pruning it should cost much.
+The two measurements are independent.  The head profile (``engine/profiling.py``) records attention
+while the model repeats a text; ICR (``lab/icr.py``) prunes one layer and scores the continuation.
+Pruning a layer whose heads need much should cost much.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ __all__ = ["HeadsPlan", "heads_table", "measure_profile", "passages_of", "run_he
 
 
 def run_heads(plan: HeadsPlan, out: Path, workers: int = 1) -> tuple[list[Row], Path]:
-    """Measure, write ``out`` and draw; returns a row a layer, and the picture's path."""
+    """Measure, write ``out`` and draw; returns one row per layer, and the picture's path."""
     cells: list[dict[str, Any]] = [{"part": "profile"}]
     cells += [{"part": "icr", "passage": index} for index in range(plan.samples)]
     first, *rest = run_cells("heads", settings(plan), cells, partial(_work, plan), out, workers)
@@ -50,8 +51,8 @@ def run_heads(plan: HeadsPlan, out: Path, workers: int = 1) -> tuple[list[Row], 
 
 
 def heads_table(rows: list[Row]) -> Table:
-    """A line a layer."""
-    table = Table(title="what a layer's heads need, and what pruning it loses")
+    """One line per layer."""
+    table = Table(title="what a layer's heads need, and the loss from pruning it")
     for name in ("layer", "heads", "mean", "KL when pruned"):
         table.add_column(name, justify="right")
     for row in rows:
@@ -69,8 +70,8 @@ def measure_profile(llm: LLM, subject: Subject, progress: bool | None = None) ->
 
 
 def passages_of(llm: LLM, subject: Subject) -> Passages | None:
-    """What a profile is measured on: a file's text, the shipped model's own language, or None for
-    real English."""
+    """The text that a profile is measured on: a file's text, the shipped model's own language, or
+    None for real English."""
     runner, tokenizer = llm.engine.runner, llm.tokenizer
     if subject.text is not None:
         text = read_text(subject.text)
@@ -107,7 +108,7 @@ def _passages(plan: HeadsPlan) -> list[Passage]:
 
 
 def _row(profile: Profile, layer: int, pruned_to: float, found: list[Row]) -> Row:
-    """A layer's heads, and its losses over all passages (None where it was not pruned)."""
+    """A layer's heads, and its losses over all passages (None if it was not pruned)."""
     rows = [row for row in found if row["layer"] == layer]
     tokens = sum(row["tokens"] for row in rows)
 

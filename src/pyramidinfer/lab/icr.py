@@ -1,17 +1,17 @@
 """Inference context redundancy: how much of the context does each layer need?
 
-The measurement of the PyramidInfer paper (arXiv 2405.12532, section 3.1).  The context goes in
-whole; then the cache of ONE layer is cut to its top share, all other layers stay as they are, and
-the continuation is scored on that cache.
+The measurement of the PyramidInfer paper (arXiv 2405.12532, section 3.1).  The whole context
+is prefilled; then the cache of ONE layer is cut to its top share, all other layers stay unchanged,
+and the continuation is scored on that cache.
 
-What counts as top is the paper's score: attention of the newest 20 % of queries, mean over heads,
-mean over queries weighted linearly from 1 to 1.2.  The newest entries stay first: the whole window
-as long as it takes up half of what is kept or less, and no more than half otherwise; the others,
-those of the window included, compete by their score.
+Entries are ranked by the paper's score: attention of the newest 20 % of queries, mean over heads,
+mean over queries weighted linearly from 1 to 1.2.  The newest entries always stay: the whole window
+if it is at most half of the kept entries, otherwise half of them.  The other entries, including the
+rest of the window, are kept by score.
 
-The context's last token is held back and goes in with the continuation, so that every scored
-token is predicted from the pruned cache.  Layers whose sliding window is shorter than the text
-are left out: they are bounded by that window.
+The context's last token is fed with the continuation, so that every scored token is predicted from
+the pruned cache.  Layers whose sliding window is shorter than the text are left out, because the
+window already limits them.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ def measure_passage(
 ) -> list[Row]:
     """One row per layer and share; ``llm`` has the policy ``WindowScores``.
 
-    nll, full_nll : minus log-likelihood of the continuation, pruned and not, in nats;
-    kl : divergence of the pruned model's next-token distribution from the whole one's, in nats.
+    nll, full_nll : negative log-likelihood of the continuation, with and without pruning, in nats;
+    kl : divergence of the pruned model's next-token distribution from the full model's, in nats.
     Both are sums over ``tokens``.
     """
     engine = llm.engine
@@ -122,9 +122,9 @@ def measure_passage(
 
 
 def top_entries(scores: Tensor, share: float) -> Tensor:
-    """Which entries a layer keeps, ``[1, k]``: see the module's first lines.
+    """The entries that a layer keeps, ``[1, k]``: see the module's docstring.
 
-    scores : ``[n]``, of entries in the order of the text.
+    scores : ``[n]``, of the entries in text order.
     """
     length = len(scores)
     count = max(1, round(share * length))
@@ -139,7 +139,7 @@ def _recent(length: int) -> int:
 
 @dataclass(frozen=True)
 class WindowScores(Policy):
-    """Keeps everything, and remembers each layer's scores ``[prompt]`` in its state."""
+    """Keeps all entries, and stores each layer's scores ``[prompt]`` in its state."""
 
     def needs(self, view: View) -> Needs:
         if view.phase != "prefill" or not view.layers.governed[view.layer]:
@@ -159,7 +159,7 @@ def _name(layer: int) -> str:
 def _continue(
     engine: Engine, held: Request, passage: Passage, kept: tuple[int, Tensor] | None
 ) -> Scoring:
-    """Score the continuation on a copy of a held cache, of which one layer is pruned first."""
+    """Score the continuation on a copy of a held cache, after pruning one layer of it."""
     table = engine.pool.fork(held.table)
     scoring = Scoring(passage.continuation, keep_logits=True)
     try:
@@ -177,12 +177,13 @@ def _continue(
 
 
 def _logprobs(scoring: Scoring) -> Tensor:
-    """``[continuation, vocab]`` float64."""
+    """Log-probabilities ``[continuation, vocab]`` in float64."""
     return torch.cat(scoring.logits).double().log_softmax(-1)
 
 
 def _layers(plan: IcrPlan) -> tuple[int, ...]:
-    """The layers to prune; ``ValueError`` for one that is not there or bounded by its window."""
+    """The layers to prune; ``ValueError`` for a layer that does not exist or is limited by its
+    window."""
     governed = _llm(plan.subject).engine.runner.layers_for(plan.context + plan.continuation)
     possible = tuple(layer for layer, yes in enumerate(governed.governed) if yes)
     if plan.layers is None:
@@ -190,7 +191,7 @@ def _layers(plan: IcrPlan) -> tuple[int, ...]:
     for layer in plan.layers:
         if layer not in possible:
             raise ValueError(
-                f"--layers: {layer} is none of the layers that see a whole text of "
+                f"--layers: {layer} is not one of the layers that attend to a whole text of "
                 f"{plan.context + plan.continuation} tokens: {', '.join(map(str, possible))}"
             )
     return tuple(sorted(set(plan.layers)))
@@ -210,7 +211,7 @@ def _passages(plan: IcrPlan) -> list[Passage]:
 
 
 def _summarise(found: list[Row]) -> list[Row]:
-    """One row per layer and share over all passages, tokens counting alike."""
+    """One row per layer and share over all passages; all tokens have the same weight."""
     cells: dict[tuple[int, float], list[Row]] = {}
     for row in found:
         cells.setdefault((row["layer"], row["share"]), []).append(row)
@@ -242,7 +243,7 @@ def _summary(layer: int, share: float, rows: list[Row]) -> Row:
 def bootstrap(values: np.ndarray, weights: np.ndarray) -> tuple[float | None, float | None]:
     """95 % interval of ``values.sum() / weights.sum()`` over resampled passages (percentiles).
 
-    (None, None) for a single passage, which says nothing about others.
+    (None, None) for a single passage, which has no spread.
     """
     if len(values) < 2:
         return None, None
@@ -263,7 +264,7 @@ def bootstrap(values: np.ndarray, weights: np.ndarray) -> tuple[float | None, fl
 
 
 def publish(path: Path, rows: list[Row], **more: Any) -> None:
-    """Put a study's summary in the place of its rows, and ``more`` into what is said of it."""
+    """Replace a study's rows by its summary, and add ``more`` to its metadata."""
     meta = {**json.loads(path.read_text())["meta"], **more}
     body = ",\n".join(json.dumps(row) for row in rows)
     path.write_text(f'{{"meta": {json.dumps(meta, indent=1)},\n"rows": [\n{body}\n]}}\n')

@@ -1,4 +1,4 @@
-"""Invented facts of several kinds, to be told in real text and asked for again."""
+"""Invented facts of several kinds, which are inserted into real text and asked for later."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ EVENTS = [
 
 @dataclass(frozen=True, slots=True)
 class Fact:
-    """A statement, the question it answers, the answer's first words, and the value wanted.
+    """A statement, the question it answers, the answer's first words, and the expected value.
 
     kind : ``code``, ``town``, ``colour``, ``name`` or ``date``.
     """
@@ -73,23 +73,23 @@ class Fact:
     value: str
 
     def is_in(self, said: str) -> bool:
-        """Whether the value was said, in whatever case, as words of its own."""
+        """Whether a text contains the value as whole words, ignoring case."""
         return says(said, self.value)
 
 
 def says(said: str, value: str) -> bool:
-    """Whether a text has a value in it, in whatever case, as words of its own."""
+    """Whether a text contains a value as whole words, ignoring case."""
     return re.search(rf"(?<!\w){re.escape(value)}(?!\w)", said, re.IGNORECASE) is not None
 
 
 def invent(rng: random.Random, count: int) -> list[Fact]:
-    """``count`` facts of the five kinds in turn; nobody, no place and no value twice."""
+    """``count`` facts of the five kinds in turn; no person, place or value occurs twice."""
     people, places = rng.sample(PEOPLE, len(PEOPLE)), rng.sample(PLACES, len(PLACES))
     towns, colours = rng.sample(TOWNS, len(TOWNS)), rng.sample(COLOURS, len(COLOURS))
     events = rng.sample(EVENTS, len(EVENTS))
     most = 5 * min(len(TOWNS), len(COLOURS), len(EVENTS) // 2)
     if not 1 <= count <= most:
-        raise ValueError(f"{count} facts of one text: give at least 1 and at most {most}")
+        raise ValueError(f"{count} facts for one text: give 1 to {most}")
     found = []
     for index in range(count):
         kind = ("code", "town", "colour", "name", "date")[index % 5]
@@ -115,7 +115,8 @@ def invent(rng: random.Random, count: int) -> list[Fact]:
 
 
 def stretch(rng: random.Random, texts: Sequence[str], wanted: int) -> list[str]:
-    """Sentences of about ``wanted`` characters in a row, from a random place on, wrapping round."""
+    """Consecutive sentences of about ``wanted`` characters from a random start; wraps at the
+    end."""
     at, size = rng.randrange(len(texts)), 0
     found: list[str] = []
     while True:
@@ -128,9 +129,9 @@ def stretch(rng: random.Random, texts: Sequence[str], wanted: int) -> list[str]:
 
 
 def fit(build: Callable[[int], T], size: Callable[[T], int], length: int) -> T:
-    """What ``build`` makes of about as many characters as give ``length`` tokens, no more.
+    """The result of ``build`` for the number of characters that gives at most ``length`` tokens.
 
-    Bisection; the smallest (no characters) where even that has more.
+    Found by bisection.  Returns the smallest result (no characters) if even that has more tokens.
     """
     low, high, best = 0, 8 * length, build(0)
     while high - low > 40:
@@ -144,8 +145,8 @@ def fit(build: Callable[[int], T], size: Callable[[T], int], length: int) -> T:
 
 
 def hide_facts(rng: random.Random, facts: Sequence[Fact], wanted: int) -> str:
-    """Real English of about ``wanted`` characters with the facts' statements among its sentences,
-    spread over the whole, in random order."""
+    """Real English of about ``wanted`` characters with the facts' statements between its
+    sentences, spread over the whole text in random order."""
     sentences = stretch(rng, paragraphs(), wanted)
     order = rng.sample(list(facts), len(facts))
     for index in reversed(range(len(order))):

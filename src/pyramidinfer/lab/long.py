@@ -1,7 +1,7 @@
-"""``study long``: what long answers become on a cache that goes on being compressed.
+"""``study long``: long answers on a cache that is compressed during decode.
 
-End tokens do not end an answer, so all have the same length.  A text is judged by how likely the
-model with its full cache finds it, and by how much it repeats itself.
+End tokens do not end an answer, so all answers have the same length.  A text is scored by its
+likelihood under the model with its full cache, and by how much it repeats itself.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ ASK = "\n\nExplain what the text above says, point by point and in detail."
 
 @dataclass(frozen=True, slots=True)
 class LongRun:
-    """Generated tokens, and the share of a full cache's bytes held at the end."""
+    """Generated tokens, and the bytes held at the end as a share of a full cache's."""
 
     token_ids: TokenIds
     kv_share: float
@@ -53,7 +53,8 @@ class LongRun:
 def long_prompts(
     machine: Asker, subject: Subject, seed: int, count: int, context: int
 ) -> list[TokenIds]:
-    """Prompts of ``context`` tokens: real text, to be explained where the model chats."""
+    """Prompts of ``context`` tokens: real text, with a request to explain it if the model has a
+    chat template."""
     corpus, chat = subject.corpus(), machine.chat
     if corpus.ids is None:  # the shipped model's language
         return [each.context for each in corpus.passages(seed, count, context, 1)]
@@ -75,13 +76,13 @@ def measure_long(
 def losses_under_full(
     machine: Asker, prompts: Sequence[TokenIds], runs: Sequence[LongRun]
 ) -> list[float]:
-    """Minus log-likelihood of each generated text under the full cache, nats a token."""
+    """Negative log-likelihood of each generated text under the full cache, in nats per token."""
     passages = [Passage(p, run.token_ids) for p, run in zip(prompts, runs, strict=True)]
     return [loss(each) for each in measure_text(machine, Full(), passages)]
 
 
 def first_difference(mine: TokenIds, other: TokenIds) -> int:
-    """How many first tokens are the same."""
+    """Number of equal tokens at the start."""
     for index, (a, b) in enumerate(zip(mine, other, strict=True)):
         if a != b:
             return index
@@ -89,7 +90,7 @@ def first_difference(mine: TokenIds, other: TokenIds) -> int:
 
 
 def repetition(tokens: TokenIds) -> float:
-    """Share of the runs of ``GRAM`` tokens that stood in the text before."""
+    """Share of the runs of ``GRAM`` tokens that occurred earlier in the text."""
     seen: set[tuple[int, ...]] = set()
     again = 0
     grams = [tuple(tokens[at : at + GRAM]) for at in range(len(tokens) - GRAM + 1)]
@@ -100,7 +101,7 @@ def repetition(tokens: TokenIds) -> float:
 
 
 def run_long(plan: LongPlan, out: Path, workers: int = 1) -> tuple[list[Row], Path]:
-    """Measure, write ``out`` and a picture beside it."""
+    """Measure; write ``out`` and a picture next to it."""
     plan.check()
     for name, least in (("samples", 1), ("tokens", GRAM), ("context", 60)):
         if getattr(plan, name) < least:
@@ -110,7 +111,7 @@ def run_long(plan: LongPlan, out: Path, workers: int = 1) -> tuple[list[Row], Pa
 
 
 def measure(plan: LongPlan, cell: dict[str, Any]) -> list[Row]:
-    """One cell's row; ``lost`` is of the log-likelihood, nats a token."""
+    """One cell's row; ``lost`` is the loss of log-likelihood in nats per token."""
     prompts, full, full_losses = _full(plan)
     if is_reference(cell):
         mine, losses = full, full_losses

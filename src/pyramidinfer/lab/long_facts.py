@@ -1,7 +1,7 @@
 """Invented facts whose answers are long: numbers, keys, codes, addresses, several names at once.
 
-A short value may come out of a layer that has looked it up already; to say a long one a model must
-look back at the text for every token of it.
+A layer may have copied a short value already; to generate a long value, the model must attend to
+the text for each of its tokens.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ __all__ = ["KINDS", "SHORT", "LongFact", "invent_long"]
 
 #: The one kind with a short answer.
 SHORT = "short"
-#: One fact of each is told in a text.
+#: A text contains one fact of each kind.
 KINDS = (SHORT, "number", "key", "code", "names", "address")
 ROADS = ["Lane", "Street", "Hill", "Row"]
 
 
 @dataclass(frozen=True, slots=True)
 class LongFact:
-    """A statement, the question it answers, the answer's first words, and the values that must all
-    be said.
+    """A statement, the question it answers, the answer's first words, and the values that the
+    answer must contain.
 
     kind : one of ``KINDS``.
     """
@@ -35,12 +35,12 @@ class LongFact:
     values: tuple[str, ...]
 
     def is_in(self, said: str) -> bool:
-        """Whether every value was said, in whatever case and order."""
+        """Whether a text contains every value, in any case and order."""
         return all(says(said, value) for value in self.values)
 
 
 def invent_long(rng: random.Random) -> list[LongFact]:
-    """A fact of each of ``KINDS``, about other places, people and events each."""
+    """A fact of each of ``KINDS``; all are about different places, people and events."""
     plain = rng.choice(invent(rng, 5))
     short = LongFact(SHORT, plain.statement, plain.question, plain.opening, (plain.value,))
 

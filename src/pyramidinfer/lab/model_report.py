@@ -1,4 +1,4 @@
-"""What the shipped model can do: recall, perplexity, and where pruning is free.
+"""Measurements of the shipped model: recall, perplexity, and where pruning costs nothing.
 
 ``python -m pyramidinfer.lab.model_report`` writes ``benchmarks/results/demo_model.json`` and the
 pictures of ``docs/images``.
@@ -29,12 +29,13 @@ from pyramidinfer.policies import Full, Policy, PyramidInfer
 
 __all__ = ["filler_perplexity", "recall", "report"]
 
-#: Documents of the report are drawn from this seed; training and the demo use others.
+#: Seed of the report's documents; training and the demo use other seeds.
 SEED = 77
 
 
 def recall(model: str, policy: Policy, length: int, count: int) -> dict[str, Any]:
-    """Share of questions answered word for word, and what the policy computed and kept."""
+    """Share of questions answered word for word, and the shares that the policy computed and
+    kept."""
     questions = make_questions(SEED, count, length)
     llm = LLM(model, policy, kv_memory="256MiB", dtype="float32")
     outputs = llm.generate([question.prompt for question in questions], ANSWER)
@@ -49,7 +50,7 @@ def recall(model: str, policy: Policy, length: int, count: int) -> dict[str, Any
 
 
 def one_drop(layer: int, depth: int, share: float) -> PyramidInfer:
-    """All tokens up to ``layer``; after it ``share`` of them, and no further drop."""
+    """All tokens up to ``layer``, after it ``share`` of them; no further drop."""
     return PyramidInfer(
         start_layer=layer,
         interval=depth,
@@ -76,7 +77,7 @@ def filler_perplexity(model: str, count: int = 20, length: int = 1000) -> dict[s
 
 
 def report(model: str, out: Path, images: Path, count: int) -> None:
-    """Measure everything and write it."""
+    """Measure everything and write the result."""
     log = [json.loads(line) for line in (Path(model) / LOG).read_text().splitlines()]
     depth = log[0]["recipe"]["layers"]
     result: dict[str, Any] = {}

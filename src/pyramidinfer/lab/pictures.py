@@ -18,14 +18,15 @@ from pyramidinfer.lab.study import Row
 
 __all__ = ["PAPER_ICR", "PAPER_RAC", "counted", "draw_icr", "draw_rac", "legend", "save"]
 
-#: What the paper (arXiv 2405.12532) found on LLaMA-2-13B: one layer of 40 cut to a share.
+#: The paper's (arXiv 2405.12532) result on LLaMA-2-13B: one layer of 40 cut to a share.
 PAPER_ICR = "at 50 % layer 2 suffers strongly, layer 27 hardly; layer 37 is flat even at 20 %"
-#: The same: mean overlap of recent tokens' top 80 % of the context with the last token's.
+#: From the same paper: mean overlap of recent tokens' top 80 % of the context with the last
+#: token's.
 PAPER_RAC = {"single": 0.86, "ensemble": 0.93}
 
 
 def draw_icr(rows: list[Row], path: Path) -> Path:
-    """Perplexity over the share kept, a line per layer; and the divergence of every cell."""
+    """Perplexity over the share kept, one line per layer; and the divergence of every cell."""
     layers = sorted({row["layer"] for row in rows})
     shares = sorted({row["share"] for row in rows})
     cells = {(row["layer"], row["share"]): row for row in rows}
@@ -78,7 +79,7 @@ def _redundancy_curve(axis: Any, rows: list[Row], colour: Any) -> None:
 def _name_worst(
     axis: Any, cells: dict[tuple[int, float], Row], layers: list[int], shares: list[float]
 ) -> None:
-    """Write their number beside the curves that suffer most at the smallest share."""
+    """Label the curves that lose most at the smallest share with their layer number."""
     placed: list[float] = []
     for layer in sorted(layers, key=lambda layer: -cells[layer, shares[0]]["log_ratio"])[:4]:
         change = cells[layer, shares[0]]["log_ratio"]
@@ -132,7 +133,7 @@ def _divergence_map(
     axis.set_yticks(range(0, len(layers), every), [str(layer) for layer in layers[::every]])
     axis.set_xlabel("share kept, %")
     axis.set_ylabel("pruned layer")
-    axis.set_title("Divergence from the full cache, nats a token", loc="left", fontsize=11)
+    axis.set_title("Divergence from the full cache, nats per token", loc="left", fontsize=11)
     bar = figure.colorbar(image, ax=axis, pad=0.02, fraction=0.05, extend="min")
     bar.set_label("KL divergence")
     if len(layers) > 20 or len(shares) > 10:
@@ -199,20 +200,20 @@ def _consistency_map(axis: Any, rows: list[Row], layers: list[int], norm: Any) -
 
 
 def counted(rows: Iterable[Row], name: str = "samples") -> str:
-    """How many samples a figure rests on: ``n = 8``, or ``n = 5 to 20`` where rows differ.
+    """The number of samples of a figure: ``n = 8``, or ``n = 5 to 20`` if rows differ.
 
-    Rows of older files may not say it: then nothing is told.
+    Empty for rows of older files that do not record it.
     """
     found = sorted({row[name] for row in rows if name in row})
     return f"n = {' to '.join(map(str, found[:1] + found[1:][-1:]))}" if found else ""
 
 
 def legend(figure: Figure, axis: Any) -> None:
-    """The axis' lines below the figure, in as many columns as its width has room for."""
+    """The legend of an axis below the figure, in as many columns as fit its width."""
     handles, texts = axis.get_legend_handles_labels()
     if not texts:
         return
-    column = 0.72 + 0.088 * max(map(len, texts))  # inches, at this size of type
+    column = 0.72 + 0.088 * max(map(len, texts))  # inches, at this font size
     columns = max(1, min(len(texts), int((figure.get_figwidth() - 0.4) / column)))
     figure.legend(
         handles, texts, loc="outside lower center", ncols=columns, frameon=False, fontsize=9
@@ -220,7 +221,7 @@ def legend(figure: Figure, axis: Any) -> None:
 
 
 def save(figure: Figure, path: Path) -> Path:
-    """Write a picture, making its folder."""
+    """Write a picture; create its folder if needed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     FigureCanvasAgg(figure)
     figure.savefig(path, dpi=130)

@@ -21,10 +21,10 @@ KEPT, NEEDLE, GONE = (0.20, 0.38, 0.62), (0.86, 0.25, 0.16), (0.93, 0.94, 0.96)
 def draw_pyramid(
     traces: list[tuple[str, Trace]], words: list[str], needle: tuple[int, int], path: Path
 ) -> Path:
-    """Prompt along x, layers along y: which token is kept in which layer, by how many heads.
+    """Prompt along x, layers along y: which token is kept in which layer, and by how many heads.
 
-    ``words``: the prompt's tokens as they read;  ``needle``: the span of tokens to mark.  Below
-    each pyramid stands an excerpt around it, every word with the number of layers that keep it.
+    ``words``: the prompt's tokens as text;  ``needle``: the span of tokens to mark.  Below
+    each pyramid is an excerpt around the needle; each word has the number of layers that keep it.
     """
     figure = Figure(figsize=(13, 4.1 * len(traces)), layout="constrained")
     axes = figure.subplots(2 * len(traces), 1, height_ratios=[3, 1.1] * len(traces), squeeze=False)
@@ -76,7 +76,7 @@ def _draw_grid(
 def _draw_excerpt(
     axis: Any, survived: np.ndarray, words: list[str], needle: tuple[int, int]
 ) -> None:
-    """Words around the needle; the number over each is how many layers keep it."""
+    """Words around the needle; the number above each is the number of layers that keep it."""
     first = max(0, needle[0] - 6)
     last = min(len(words), first + 22)
     axis.set_axis_off()

@@ -1,8 +1,8 @@
-"""Quality against bytes: every policy at every budget, on the same samples.
+"""Quality over bytes: every policy at every budget, on the same samples.
 
 A cell is one policy at one ``keep`` and one context length.  Its samples are
 
-* questions with a needle (recall; a few of them generate on, for agreement with the full cache);
+* questions with a needle (recall; a few generate more tokens, for agreement with the full cache);
 * passages with a continuation, scored on the compressed cache (perplexity, divergence).
 
 All policies see the same samples, so their differences are paired.
@@ -31,14 +31,14 @@ from pyramidinfer.types import SamplingParams, Score, TokenIds
 
 __all__ = ["DEPTHS", "Grid", "divergence", "interval", "run_quality"]
 
-DEPTHS = 5  # needles lie at so many depths
+DEPTHS = 5  # number of depths of needles
 AGREED = 64  # tokens generated for the agreement with the full cache
-#: A share may miss ``keep`` by this much of it (pages, windows) and still count as reached.
+#: Relative deviation from ``keep`` (pages, windows) at which a share still counts as reached.
 SLACK = 0.04
 
 
 def run_quality(grid: Grid, out: Path, workers: int = 1) -> list[Path]:
-    """Measure the grid, write ``out`` and pictures beside it; returns the pictures."""
+    """Measure the grid; write ``out`` and pictures next to it; returns the pictures."""
     rows = run_cells("quality", settings(grid), grid.cells(), partial(measure, grid), out, workers)
     curves = draw_quality(rows, out.with_suffix(".png"))
     needles = draw_needles(rows, out.with_name(out.stem + "_needles.png"))
@@ -92,7 +92,7 @@ def measure(grid: Grid, cell: dict[str, Any]) -> list[Row]:
 
 
 def nearest_policy(spec: str, keep: float, subject: Subject) -> Policy:
-    """The policy at ``keep``, or at the lowest share it can reach on this model."""
+    """The policy at ``keep``, or at the lowest share that it can reach on this model."""
     if spec == "full":
         return Full()
     return reachable(spec, keep, subject.layers)
@@ -100,7 +100,7 @@ def nearest_policy(spec: str, keep: float, subject: Subject) -> Policy:
 
 @dataclass(frozen=True)
 class Reference:
-    """What the full cache does on a context length's samples."""
+    """Results of the full cache on a context length's samples."""
 
     scores: list[Score]
     tokens: list[TokenIds]
@@ -119,7 +119,7 @@ def _needles(grid: Grid, context: int) -> list[Needle]:
 
 
 def _answer(llm: LLM, grid: Grid, context: int, only: int | None = None) -> list[Any]:
-    """Answers to the needles' questions; the first ``long_samples`` generate on."""
+    """Answers to the needles' questions; the first ``long_samples`` generate more tokens."""
     needles = _needles(grid, context)[:only]
     params = [
         SamplingParams(max_tokens=AGREED, ignore_eos=True)

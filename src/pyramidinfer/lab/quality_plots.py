@@ -26,14 +26,14 @@ LOOKS: dict[str, dict[str, Any]] = {
 #: measure → (title, logarithmic)
 PANELS = {
     "recall": ("exact recall", False),
-    "kl": ("divergence from the full cache (nats a token)", True),
+    "kl": ("divergence from the full cache (nats per token)", True),
     "agreement": ("greedy tokens as with the full cache", False),
 }
 
 
 def style(names: list[str]) -> dict[str, dict[str, Any]]:
-    """Colour and marker of each policy, the project's own drawn strongest; the line of each kv
-    dtype (``names`` are those of ``rows.series``)."""
+    """Colour and marker of each policy, with the strongest for the project's own; line style of
+    each kv dtype (``names`` are those of ``rows.series``)."""
     colours = matplotlib.colormaps["tab10"]
     specs = list(dict.fromkeys(name.partition(" ")[0] for name in names))
     specs = [*(spec for spec in specs if spec != "full"), "full"]
@@ -53,8 +53,8 @@ def style(names: list[str]) -> dict[str, dict[str, Any]]:
 
 
 def labels(names: list[str]) -> dict[str, str]:
-    """What each series is called: its policy, its kv dtype unless ``auto``, and those options that
-    not all with options share."""
+    """The name of each series: its policy, its kv dtype unless ``auto``, and the options in which
+    series with options differ."""
     specs = {name: name.partition(" ") for name in names}
     options = {n: spec.partition(":")[2].split(",") for n, (spec, *_) in specs.items() if ":" in n}
     shared = set.intersection(*map(set, options.values())) if len(options) > 1 else set()
@@ -67,7 +67,7 @@ def labels(names: list[str]) -> dict[str, str]:
 
 
 def draw_quality(rows: list[Row], path: Path) -> Path:
-    """One row of panels a context length; share of the full cache's bytes along x."""
+    """One row of panels per context length; share of the full cache's bytes along x."""
     contexts = sorted({row["context"] for row in rows})
     others = [row for row in rows if not is_reference(row)]
     names = list(dict.fromkeys(map(series, others)))
@@ -104,7 +104,7 @@ def _draw_line(
     if not points:
         return
     least = 1e-6 if log else -1.0
-    # what generation held: a policy may grow on top of its budget, or evict below it
+    # bytes during generation: a policy may grow above its budget, or evict below it
     x = [r["kv_share_end" if measure == "agreement" else "kv_share"] for r in points]
     y = [max(r[measure], least) for r in points]
     axis.plot(x, y, label=name, **look)
@@ -122,7 +122,7 @@ def _draw_level(axis: Any, rows: list[Row], context: int, measure: str) -> None:
 
 
 def draw_needles(rows: list[Row], path: Path) -> Path:
-    """Recall by the needle's depth (down) and the context's length (across), a panel a cell."""
+    """Recall by the needle's depth (down) and the context's length (across), one panel per cell."""
     names = list(dict.fromkeys(map(series, rows)))
     called = labels(names)
     keeps = sorted({row["keep"] for row in rows if row["keep"] < 1}, reverse=True)

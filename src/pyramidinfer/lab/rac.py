@@ -1,17 +1,17 @@
 """Recent attention consistency: do recent tokens agree on which context matters?
 
 The measurement of the PyramidInfer paper (arXiv 2405.12532, section 3.2).  A text of n tokens is
-split at relative distance d = (n - i) / n = 30 % from its end: the tokens before are the context,
-those after (i = 1 … n counts tokens) are recent.  Each recent token's attention, mean over heads,
-ranks the context; its set is the top 80 % of the context's tokens, and the figure is the share of
-that set that the last token's set holds too.  Two random sets would share 80 %.
+split at relative distance d = (n - i) / n = 30 % from its end (i = 1 … n counts tokens): the
+earlier tokens are the context, the later ones are recent.  Each recent token's attention, mean over
+heads, ranks the context; its set is the top 80 % of the context's tokens.  The result is the share
+of this set that is also in the last token's set.  Two random sets would share 80 %.
 
-``single``: a token's own attention ranks.  ``ensemble``: the mean over the 20 % of the text that
-ends at the token ranks, weighted linearly from 1 to 1.2; as in every window score, a token gets
-nothing from queries before it.
+``single``: ranked by the token's own attention.  ``ensemble``: ranked by the mean over the 20 % of
+the text that end at the token, weighted linearly from 1 to 1.2; as in every window score, a token
+gets no weight from queries before it.
 
-The weights are those the engine's attention gives: every newest query is scored by the backend
-itself.  Layers whose sliding window is shorter than the text are left out.
+The weights are those of the engine's attention: the backend itself scores every recent query.
+Layers whose sliding window is shorter than the text are left out.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ MODES = ("single", "ensemble")
 
 
 def run_rac(plan: RacPlan, out: Path, workers: int = 1) -> Path:
-    """Measure, write ``out`` and draw; returns the picture's path."""
+    """Measure, write ``out`` and draw a picture; returns the picture's path."""
     plan = replace(plan, tops=tuple(dict.fromkeys(plan.tops)))
     cells = [{"passage": index} for index in range(plan.samples)]
     configuration = {
@@ -82,7 +82,7 @@ def measure_text(llm: LLM, tokens: TokenIds, tops: tuple[float, ...], bins: int)
     parts: list[Tensor] = []
 
     def take(seen: Newest) -> None:
-        """Collect a layer's rows chunk by chunk; compare them once all are there."""
+        """Collect a layer's rows chunk by chunk; compare them when all have arrived."""
         found = seen.weights[:, :context]  # earlier chunks have not seen the whole context
         parts.append(F.pad(found, (0, context - found.shape[1])))
         if sum(len(part) for part in parts) < recent + window - 1:
@@ -129,9 +129,10 @@ def _ramp(recent: int, window: int) -> Tensor:
 
 
 def _overlaps(scores: Tensor, count: int) -> np.ndarray:
-    """The share of each row's ``count`` best columns that are the last row's, too: ``[rows]``.
+    """The share of each row's ``count`` best columns that are also among the last row's:
+    ``[rows]``.
 
-    Equal scores go to the earlier column.
+    Among equal scores, the earlier column wins.
     """
     best = scores.argsort(dim=1, descending=True, stable=True)[:, :count]
     in_last = torch.zeros(scores.shape[1], dtype=torch.bool, device=scores.device)
@@ -147,7 +148,7 @@ class Newest(NamedTuple):
     """One chunk of a prompt in one layer.
 
     reached : ``[new]`` positions of the tokens computed;  positions : ``[entries]`` in the cache;
-    weights : ``[rows, entries]`` attention, mean over heads, of those queries that are watched.
+    weights : ``[rows, entries]`` attention of the watched queries, mean over heads.
     """
 
     layer: int
@@ -160,9 +161,9 @@ Take = Callable[[Newest], None]
 
 
 class NewestRows:
-    """A backend that also tells the attention of a prompt's newest queries, those from position
-    ``first`` on.  For one prompt at a time; everything else, and what comes behind position
-    ``end`` (a prompt that is read again), is the ``inner`` backend's."""
+    """A backend that also reports the attention of a prompt's newest queries, from position
+    ``first`` on.  For one prompt at a time; all other work, and positions from ``end`` on (a prompt
+    that is read again), go to the ``inner`` backend."""
 
     prefill_scored = None  # everything comes through prefill
 
@@ -184,7 +185,7 @@ class NewestRows:
     ) -> Tensor:
         if int(q_pos[0]) >= self.end:
             return self.inner.prefill(queries, keys, values, q_pos, k_pos, scale)
-        if self.layer < 0 or int(q_pos[0]) <= self.last:  # layer-major: positions start again
+        if self.layer < 0 or int(q_pos[0]) <= self.last:  # next layer: positions start again
             self.layer += 1
         self.last = int(q_pos[-1])
         weights = self._weights(queries, keys, q_pos, k_pos, scale)
@@ -209,8 +210,8 @@ class NewestRows:
 
 @contextmanager
 def watch(llm: LLM, first: int, end: int, take: Take) -> Iterator[None]:
-    """Within it, ``take`` is told about every chunk of the one prompt, of ``end`` tokens, that goes
-    in."""
+    """In this context, ``take`` receives every prefilled chunk of the one prompt of ``end``
+    tokens."""
     runner = llm.engine.runner
     chosen = runner.chosen
     watching = cast(Backend, NewestRows(chosen.attention, first, end, take))

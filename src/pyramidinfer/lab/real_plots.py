@@ -18,7 +18,7 @@ __all__ = ["draw_long", "draw_text", "draw_turns"]
 
 
 def draw_turns(rows: Sequence[Row], path: Path) -> Path:
-    """Share of the asked facts that were answered, over the bytes of the last turn."""
+    """Share of facts answered, over the bytes of the last turn."""
     figure = Figure(figsize=(6.6, 4.9), layout="constrained")
     axis = figure.subplots()
     _over_bytes(axis, rows, "score", "score_ci")
@@ -32,7 +32,7 @@ def draw_turns(rows: Sequence[Row], path: Path) -> Path:
 
 
 def draw_text(rows: Sequence[Row], path: Path) -> Path:
-    """Perplexity over the full cache's, a panel a context length."""
+    """Perplexity divided by the full cache's, one panel per context length."""
     contexts = sorted({row["context"] for row in rows})
     figure = Figure(figsize=(1.2 + 3.6 * len(contexts), 4.4), layout="constrained")
     axes = figure.subplots(1, len(contexts), squeeze=False, sharey=True)[0]
@@ -50,7 +50,7 @@ def draw_text(rows: Sequence[Row], path: Path) -> Path:
 
 
 def draw_long(rows: Sequence[Row], path: Path) -> Path:
-    """How likely the full model finds long answers, and how much they repeat."""
+    """Likelihood of long answers under the full model, and how much they repeat."""
     figure = Figure(figsize=(10.5, 4.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     _over_bytes(left, rows, "perplexity", None)
@@ -74,7 +74,7 @@ def _over_bytes(axis: Any, rows: Sequence[Row], name: str, bounds: str | None) -
         mine = sorted((r for r in others if series(r) == each), key=lambda row: row["kv_share"])
         x = [row["kv_share"] for row in mine]
         axis.plot(x, [row[name] for row in mine], label=called[each], **looks[each])
-        if bounds is not None:  # bars: they can be seen where there is one keep only
+        if bounds is not None:  # bars, because they are visible with a single keep
             low, high = ([row[bounds][side] for row in mine] for side in (0, 1))
             axis.vlines(x, low, high, color=looks[each]["color"], alpha=0.5, linewidth=1)
     for row in rows:

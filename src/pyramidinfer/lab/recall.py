@@ -10,16 +10,16 @@ from pyramidinfer.types import RequestOutput, SamplingParams
 
 __all__ = ["ANSWER", "Question", "is_right", "make_question", "make_questions"]
 
-#: How answers are generated: greedily, as long as an answer is.
+#: Sampling of answers: greedy, with the length of an answer.
 ANSWER = SamplingParams(max_tokens=documents.ANSWER_TOKENS)
 
-#: Tokens around the document in a prompt: marks, the question and the answer's beginning.
+#: Tokens around the document in a prompt: marks, the question and the start of the answer.
 AROUND = 12
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A prompt about one fact, its right answer, and where that fact stands in the prompt.
+    """A prompt about one fact, its right answer, and the place of the fact in the prompt.
 
     ``needle``: the span of prompt tokens holding the fact (the first is ``<bos>``).
     """
@@ -35,7 +35,7 @@ def make_question(
     """A prompt of ``length`` tokens in the chat format, asking for one of its facts.
 
     ``facts`` defaults to one in 64 tokens; ``depth``: ask for the fact nearest to this share of
-    the document (0: its beginning), else for any.
+    the document (0: its start); by default for any fact.
     """
     room = length - AROUND
     count = facts if facts is not None else max(2, min(100, length // 64))
@@ -55,7 +55,7 @@ def make_question(
 
 
 def make_questions(seed: int, count: int, length: int, facts: int | None = None) -> list[Question]:
-    """``count`` questions about as many documents, the same for the same seed."""
+    """``count`` questions, each about its own document; deterministic for a seed."""
     rng = random.Random(f"questions {seed}")
     return [make_question(rng, length, facts) for _ in range(count)]
 

@@ -1,4 +1,4 @@
-"""Results that say where they come from: commit, machine, configuration."""
+"""Results with their origin: commit, machine, configuration."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ from pyramidinfer.lab import documents
 __all__ = ["command", "commit", "machine", "write_result"]
 
 
-#: The option whose value no result may show.
+#: The option whose value must not appear in a result.
 SECRET = "--api-key"
 
 
 def commit() -> str:
-    """The checkout's commit, with a mark where the code differs from it; ``unknown`` outside one.
+    """The checkout's commit, with a mark if the code differs from it; ``unknown`` outside a
+    checkout.
 
     Results and what is generated from them do not count as code.
     """
@@ -45,7 +46,7 @@ def commit() -> str:
 
 
 def command() -> str:
-    """The command line that runs, as it was given; API keys are left out."""
+    """The current command line as given, without API keys."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     module = "" if spec is None else spec.name.removesuffix(".__main__")
     program, words = [Path(sys.argv[0]).name], sys.argv[1:]
@@ -62,7 +63,7 @@ def command() -> str:
 
 
 def machine() -> dict[str, Any]:
-    """What it ran on."""
+    """The machine of a run."""
     return {
         "processor": _processor(),
         "cores": psutil.cpu_count(),

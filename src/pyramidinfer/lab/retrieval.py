@@ -1,5 +1,5 @@
-"""``verify``: what of the questions about a long prompt that the full cache answers is still
-answered, asked inside the compressed prompt and after it."""
+"""Retrieval in ``verify``: of the questions about a long prompt that the full cache answers, the
+share that the policy still answers, with the question inside the compressed prompt and after it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class _Question:
 
 
 class Retrieval:
-    """Questions about a long prompt: RULER's, or the shipped model's where it knows no other."""
+    """Questions about a long prompt: RULER's, or those of the shipped model's language."""
 
     telling = "retrieval"
 
@@ -42,7 +42,7 @@ class Retrieval:
             full, _, _ = self._answer(self.bench.machine, "inside", questions, Full())
             self.full.setdefault(task, []).extend(full)
             if not self._can(task):
-                continue  # until it turns out that the full cache can do it
+                continue  # until the full cache is known to solve it
             for protocol in PROTOCOLS:
                 scores, kept, computed = self._answer(
                     self.bench.own, protocol, questions, self.bench.policy
@@ -71,7 +71,7 @@ class Retrieval:
         return float(np.mean(self.full[task])) >= SCREEN
 
     def _questions(self, seed: int, count: int) -> dict[str, list[_Question]]:
-        """One of each task, which are more than ``count`` together."""
+        """One sample of each task, because there are more tasks than ``count``."""
         machine, subject, length = self.bench.machine, self.bench.subject, self.bench.length
         corpus = subject.corpus()
         if corpus.ids is not None:

@@ -1,7 +1,7 @@
-"""What a result's row is of: a policy, and how its cache was stored.
+"""The series of a result's row: a policy, and how its cache was stored.
 
-Rows of results made before caches could be stored in fewer bits do not say how: in the model's own
-dtype (``auto``).
+Rows of results from before quantized caches have no such field; their caches were stored in the
+model's own dtype (``auto``).
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ def kv_dtype(row: Row) -> str:
 
 
 def series(row: Row) -> str:
-    """The policy's spec, and behind a blank how its cache was stored unless that is ``auto``."""
+    """The policy's spec and, after a blank, how its cache was stored unless that is ``auto``."""
     return row["policy"] if kv_dtype(row) == AUTO else f"{row['policy']} {kv_dtype(row)}"
 
 
 def is_reference(row: Row) -> bool:
-    """Whether it is the full cache in the model's own dtype, which all are compared with."""
+    """Whether the row is the full cache in the model's own dtype, the reference of all
+    comparisons."""
     return series(row) == "full"

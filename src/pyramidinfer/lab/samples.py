@@ -1,8 +1,8 @@
-"""What studies ask a model: passages with a continuation, and questions with a needle.
+"""The samples of studies: passages with a continuation, and questions with a needle.
 
-A model whose tokenizer knows the chat marks of the generated language that the shipped model was
-trained on gets that.  Any other gets the user's file or, where none is given, real English text,
-and questions go through its chat template where it has one.
+A model whose tokenizer knows the chat marks of the shipped model's generated language gets samples
+in that language.  Any other model gets the user's file or, if none is given, real English text, and
+questions go through its chat template if it has one.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ __all__ = [
     "settings",
 ]
 
-#: Stands for the model in the package, wherever that is installed.
+#: Name of the model in the package, independent of its path.
 SHIPPED = "shipped"
-#: What a result calls the text of the shipped model's language.
+#: Name in results of the text in the shipped model's language.
 GENERATED = "generated text"
 
 
@@ -52,7 +52,7 @@ class Passage:
 
 @dataclass(frozen=True, slots=True)
 class Needle:
-    """A prompt that asks for a fact at ``depth`` (0: first, 1: last) and how the answer reads."""
+    """A prompt that asks for a fact at ``depth`` (0: first, 1: last), and the right answer."""
 
     prompt: TokenIds
     answer: str
@@ -67,7 +67,7 @@ class Needle:
 
 @dataclass(frozen=True)
 class Subject:
-    """What is studied: a model, a text and where it runs.  Plain values, so it can be pickled."""
+    """The subject of a study: a model, a text and a device.  Plain values, so it can be pickled."""
 
     model: Annotated[
         str,
@@ -84,12 +84,12 @@ class Subject:
     kv_dtype: KvDtype = "auto"
 
     def loaded(self) -> LoadedModel:
-        """The transformers model and its tokenizer, once a process."""
+        """The transformers model and its tokenizer, loaded once per process."""
         return _load(self.model, self.dtype, self.device)
 
     def llm(self, policy: Policy, **options: Any) -> LLM:
-        """An engine over the model, which is loaded once a process; with ``weights="gguf"`` its
-        file is."""
+        """An engine over the model, which is loaded once per process; with ``weights="gguf"``, the
+        engine loads the file itself."""
         from pyramidinfer.engine import LLM
 
         loaded = self.loaded()
@@ -110,7 +110,7 @@ class Subject:
 
     @property
     def source(self) -> str:
-        """Which text samples are drawn from, as a result names it."""
+        """The name in results of the text that samples are drawn from."""
         from pyramidinfer.engine.english import ENGLISH
 
         if self.text is not None:
@@ -119,7 +119,7 @@ class Subject:
 
     @property
     def layers(self) -> Layers:
-        """The model's, none of them bounded by a window."""
+        """The model's layers, none of which has a sliding window."""
         from pyramidinfer.models import ModelRunner
         from pyramidinfer.types import Layers
 
@@ -139,7 +139,7 @@ class Corpus:
         from pyramidinfer.lab.chat import Chat
 
         if tokenizer is None:
-            raise ValueError("a study needs the model's tokenizer; none was found beside it")
+            raise ValueError("a study needs a tokenizer, but the model has none")
         self.tokenizer, self.chat = tokenizer, Chat(tokenizer)
         marks = {"<user>", "<assistant>", "<end>", "room"}
         self.has_marks = marks <= set(tokenizer.get_vocab())
@@ -148,10 +148,11 @@ class Corpus:
         self.ids: TokenIds | None = None if text is None else self.chat.encode(text)
 
     def passages(self, seed: int, count: int, context: int, continuation: int) -> list[Passage]:
-        """``count`` contexts of ``context`` tokens, each with what follows it.
+        """``count`` contexts of ``context`` tokens, each with its continuation.
 
-        In the shipped model's format that is the answer to the question the context ends with
-        (11 tokens, or fewer if fewer are asked for), else the next ``continuation`` tokens.
+        In the shipped model's format, the continuation is the answer to the question the context
+        ends with (11 tokens, or fewer if ``continuation`` is less), else the next ``continuation``
+        tokens.
         """
         rng = random.Random(f"passages {seed}")
         if self.ids is None:
@@ -176,7 +177,7 @@ class Corpus:
         return Needle(ids, question.answer, documents.ANSWER_TOKENS, depth)
 
     def _conversation(self, rng: random.Random, context: int, continuation: int) -> Passage:
-        """A document and a question; the continuation answers it (and says nothing else)."""
+        """A document and a question; the continuation is the answer and nothing else."""
         room = context - 12
         if room < 40:
             raise ValueError(f"a context of {context} tokens is too short; give at least 60")
@@ -190,7 +191,7 @@ class Corpus:
     # --- any other model or text --------------------------------------------------------------
 
     def stretch(self, rng: random.Random, count: int) -> TokenIds:
-        """``count`` tokens of the text in a row, from a random place on."""
+        """``count`` consecutive tokens of the text from a random start."""
         assert self.ids is not None
         if count < 1:
             raise ValueError("the context is too short for a question and its fact")
@@ -208,7 +209,7 @@ class Corpus:
         return Passage(whole[:context], whole[context:])
 
     def _hidden(self, rng: random.Random, length: int, depth: float) -> Needle:
-        """A fact somewhere in the text, asked for at the end with the answer's first words."""
+        """A fact somewhere in the text, and a question at the end with the answer's first words."""
         (fact,) = documents.sample_facts(rng, 1)
         opening = f"The {fact.thing} of {fact.first} {fact.last} is in"
         sentence = self.chat.encode(f" {opening} {fact.place} {fact.number}. ")
@@ -223,15 +224,15 @@ class Corpus:
 
 
 def settings(plan: Any) -> dict[str, Any]:
-    """A study's plan (a dataclass with a ``subject``) as plain values for its result, which says
-    what text its samples come from."""
+    """A study's plan (a dataclass with a ``subject``) as plain values for its result, including
+    the name of the samples' text."""
     found = asdict(plan)
     found["subject"]["source"] = plan.subject.source
     return found
 
 
 def forget() -> None:
-    """Let go of the model that studies hold."""
+    """Release the model that studies hold."""
     _load.cache_clear()
 
 
@@ -244,11 +245,11 @@ def _load(model: str, dtype: str, device: str) -> LoadedModel:
 
 
 def read_text(path: str) -> str:
-    """A file's text; ``ValueError`` where it is none."""
+    """A file's text; ``ValueError`` if it is not a text file."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError:
-        raise ValueError(f"{path} is no UTF-8 text") from None
+        raise ValueError(f"{path} is not UTF-8 text") from None
     if not text.strip():
         raise ValueError(f"{path} is empty")
     return text

@@ -1,8 +1,8 @@
-"""A picture of the server's page: the example document, asked and answered.
+"""A picture of the server's page: the example document with its question and answer.
 
 ``python -m pyramidinfer.lab.screenshot --url http://127.0.0.1:8000 --out docs/images/page.png``
 
-Needs Python's ``playwright`` and Chromium, which playwright is pointed at; it downloads nothing.
+Needs Python's ``playwright`` and an installed Chromium; nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ __all__ = ["FLAGS", "SEEDED", "find_chromium", "missing", "take"]
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
-#: For a browser in a container, and one that talks to nobody but the page's server.
+#: Options for a browser in a container that connects to the page's server only.
 FLAGS = [
     "--no-sandbox",
     "--disable-gpu",
@@ -33,12 +33,12 @@ SEEDED = """(() => { let seed = 7; Math.random = () => {
 
 
 def find_chromium() -> str | None:
-    """Where the browser is, None if there is none on the search path."""
+    """Path of the browser, or None if it is not on the search path."""
     return next((path for name in NAMES if (path := shutil.which(name))), None)
 
 
 def missing() -> str | None:
-    """What is not there and how it is installed, in a line; None if everything is."""
+    """The missing program and how to install it, in one line; None if nothing is missing."""
     if importlib.util.find_spec("playwright") is None:
         return "Python's playwright is not installed: pip install playwright"
     if find_chromium() is None:
@@ -47,9 +47,9 @@ def missing() -> str | None:
 
 
 def take(url: str, out: Path, *, width: int = 1280, height: int = 800) -> None:
-    """Send the example document to the server at ``url``; the page with its answer goes to ``out``.
+    """Send the example document to the server at ``url``; write a picture of the answer to ``out``.
 
-    ``RuntimeError`` where playwright, Chromium or the server is missing, or no answer came.
+    ``RuntimeError`` if playwright, Chromium or the server is missing, or no answer came.
     """
     if reason := missing():
         raise RuntimeError(reason)

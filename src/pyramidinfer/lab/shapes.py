@@ -1,4 +1,4 @@
-"""Models of known shapes with random weights: speed and memory do not depend on what they say."""
+"""Models of known shapes with random weights: speed and memory do not depend on the weights."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pyramidinfer.config import nearest, parse_device, parse_dtype
 
 __all__ = ["SHAPES", "empty_shape", "make_model", "save_model", "shape_config"]
 
-#: Llama configs (the toys are for trying a bench out).  ``max_position_embeddings`` is raised:
+#: Llama configs (the toys are for trial runs of a bench).  ``max_position_embeddings`` is raised:
 #: random weights have no trained length.
 SHAPES: dict[str, dict[str, Any]] = {
     "llama2-7b": {
@@ -85,8 +85,8 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 POSITIONS = 32768
 STD = 0.02
-#: Weights are read from one table of normal values, each tensor beginning elsewhere; its length is
-#: a prime, so rows of a matrix never repeat in step.
+#: Weights are read from one table of normal values, each tensor from another offset; its length is
+#: a prime, so that rows of a matrix do not repeat.
 TABLE = 16_777_213
 
 
@@ -119,7 +119,7 @@ def make_model(
     seed: int = 0,
     **changes: Any,
 ) -> Any:
-    """A transformers model with seeded random weights, made in its dtype on its device.
+    """A transformers model with seeded random weights, created in its dtype on its device.
 
     ``changes``: fields of the config.  The same weights on every device.
     """
@@ -134,7 +134,7 @@ def make_model(
 
 @torch.no_grad()
 def _fill(model: nn.Module, seed: int) -> None:
-    """Matrices get small normal values, norms ones."""
+    """Fill matrices with small normal values, norms with ones."""
     size = min(TABLE, max(each.numel() for each in model.parameters()) + 1)
     table = torch.empty(size).normal_(0.0, STD, generator=torch.Generator().manual_seed(seed))
     first = next(model.parameters())
@@ -148,7 +148,7 @@ def _fill(model: nn.Module, seed: int) -> None:
 
 
 def _copy_round(target: Tensor, table: Tensor, at: int) -> int:
-    """Fill ``target`` from the table, going round; returns where the next one begins."""
+    """Fill ``target`` from the table cyclically; returns the offset for the next tensor."""
     done = 0
     while done < len(target):
         count = min(len(target) - done, len(table) - at)

@@ -1,8 +1,8 @@
-"""How a study runs: cells of a grid, rows as they come, a file that can be gone on with.
+"""How a study runs: cells of a grid, rows written as they are measured, a file that can be resumed.
 
-A study is a list of cells (plain dicts).  Each cell's rows are appended to ``F.json.partial`` the
-moment they are there; an interrupted study started again with the same settings skips what is
-done.  At the end everything goes into ``F.json`` with commit, machine and configuration.
+A study is a list of cells (plain dicts).  Each cell's rows are appended to ``F.json.partial`` at
+once; an interrupted study that is started again with the same settings skips finished cells.  At
+the end, all rows go into ``F.json`` with commit, machine and configuration.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Cell = dict[str, Any]
 class Store:
     """Rows of one study on disk.
 
-    ``ValueError`` where a partial file was begun with other settings.
+    ``ValueError`` if the partial file belongs to other settings.
     """
 
     def __init__(self, path: Path, study: str, configuration: dict[str, Any]) -> None:
@@ -44,7 +44,7 @@ class Store:
             self._reuse()
 
     def _reuse(self) -> None:
-        """Read what an earlier run left; one that measured nothing does not count."""
+        """Read the partial file of an earlier run; a file without rows does not count."""
         lines = self.partial.read_text().splitlines()
         try:
             head = json.loads(lines[0]) if lines else None
@@ -72,7 +72,7 @@ class Store:
         return _key(cell) in self.rows
 
     def add(self, cell: Cell, rows: list[Row]) -> None:
-        """Write a cell's rows down."""
+        """Append a cell's rows to the partial file."""
         rows = json.loads(json.dumps(rows))
         self.rows[_key(cell)] = rows
         if not self.partial.exists():
@@ -81,7 +81,7 @@ class Store:
             file.write(json.dumps({"cell": cell, "rows": rows}) + "\n")
 
     def rows_of(self, cells: list[Cell]) -> list[Row]:
-        """The rows of cells that are done, in the order of the cells."""
+        """The rows of finished cells, in the order of the cells."""
         return [row for cell in cells for row in self.rows[_key(cell)]]
 
     def finish(self, cells: list[Cell]) -> list[Row]:
@@ -103,11 +103,11 @@ def run_cells(
     workers: int = 1,
     then: Callable[[list[Row]], list[Cell]] | None = None,
 ) -> list[Row]:
-    """Work on every cell that is not done yet, behind a progress bar; returns all rows.
+    """Work on every unfinished cell with a progress bar; returns all rows.
 
-    ``workers`` above 1: so many processes of one thread each; ``work`` must be picklable.
-    ``then``: further cells, known once the rows of ``cells`` are there.
-    Ctrl-C leaves what is done on disk and raises ``KeyboardInterrupt``.
+    ``workers`` above 1: that many processes with one thread each; ``work`` must be picklable.
+    ``then``: further cells, which depend on the rows of ``cells``.
+    Ctrl-C leaves the finished cells on disk and raises ``KeyboardInterrupt``.
     """
     if workers < 1:
         raise ValueError(f"--workers {workers} must be at least 1")

@@ -1,10 +1,9 @@
-"""Which tokens of one prompt survive to which layer: figures, a picture, a page to look around in.
+"""Which tokens of one prompt survive to which layer: figures, a picture and an interactive page.
 
-A token *reached* a layer if it was computed there; its entry is *kept* by those KV heads that hold
-it once the prompt is in (and, where tokens were generated, at the end).  Beside that stands a
-*score* that no policy has a hand in: the attention the token got in that layer from the prompt's
-newest ``WINDOW`` queries (those of them that reached it), mean over heads and queries, taken in
-the same pass.
+A token *reached* a layer if it was computed there; its entry is *kept* by the KV heads that hold
+it after prefill (and at the end, if tokens were generated).  In addition there is a *score* that is
+independent of the policy: the attention that the token got in that layer from the prompt's newest
+``WINDOW`` queries (those that reached the layer), mean over heads and queries, from the same pass.
 """
 
 from __future__ import annotations
@@ -55,12 +54,12 @@ Spans = list[list[int]]
 
 @dataclass(frozen=True)
 class Survival:
-    """What became of a prompt's tokens (n of them; ``tokens`` has the generated ones, too).
+    """The survival of a prompt's n tokens (``tokens`` also has the generated ones).
 
     reached : ``[layers, n]`` computed in the layer;  kept, end : ``[layers, heads, tokens]`` held
     by a KV head after the prompt, and at the end;  heads : KV heads of each layer;
-    scores : ``[layers, n]`` mean attention from the newest ``window`` queries, NaN where the
-    token did not get to;  needle : the span of the fact that is asked for, if known.
+    scores : ``[layers, n]`` mean attention from the newest ``window`` queries, NaN if the
+    token did not reach the layer;  needle : the span of the fact in question, if known.
     """
 
     title: str
@@ -88,7 +87,7 @@ class Survival:
 
 
 def run_map(plan: MapPlan, policy: Policy, out: Path) -> tuple[Path, Path]:
-    """Measure, write ``out`` and draw; returns the paths of the picture and the page."""
+    """Measure, write ``out`` and draw a picture; returns the paths of the picture and the page."""
     llm = plan.subject.llm(policy)
     prompt, needle = _prompt(plan, llm)
     name = policy.name
@@ -117,10 +116,10 @@ def _work(llm: LLM, prompt: TokenIds, max_tokens: int, cell: dict[str, Any]) -> 
 
 
 def measure_survival(llm: LLM, prompt: TokenIds, max_tokens: int) -> tuple[TokenIds, list[Row]]:
-    """The tokens generated, and a row per layer.
+    """The generated tokens, and a row per layer.
 
-    reached : spans ``[start, stop)`` of positions computed there;  kept, kept_at_end : the same of
-    the entries of each KV head;  scores : of each prompt token, None where it did not get to.
+    reached : spans ``[start, stop)`` of positions computed there;  kept, kept_at_end : spans of
+    the entries of each KV head;  scores : of each prompt token, None if it did not reach the layer.
     """
     length, depth = len(prompt), llm.engine.runner.depth
     reached = torch.zeros(depth, length, dtype=torch.bool)
@@ -191,7 +190,7 @@ def survival(
 
 
 def _prompt(plan: MapPlan, llm: LLM) -> tuple[TokenIds, list[int] | None]:
-    """The prompt's tokens, and the span of the fact it asks for where that is known."""
+    """The prompt's tokens, and the span of the fact it asks for, if known."""
     if plan.prompt is not None:
         return llm.encode(plan.prompt), None
     corpus = replace(plan.subject, text=None).corpus()
@@ -202,14 +201,14 @@ def _prompt(plan: MapPlan, llm: LLM) -> tuple[TokenIds, list[int] | None]:
 
 
 def texts(tokenizer: Any, ids: TokenIds) -> list[str]:
-    """Each token's text; its number where there is no tokenizer."""
+    """Each token's text, or its number without a tokenizer."""
     if tokenizer is None:
         return [f"#{token}" for token in ids]
     return [tokenizer.decode([token]) for token in ids]
 
 
 def visible(text: str) -> str:
-    """The text with marks in place of what cannot be seen, or would disturb what stands around."""
+    """The text with marks in place of characters that are invisible or would break the layout."""
     marks = {" ": "␣", "\n": "⏎", "\r": "␍", "\t": "⇥", "": "∅"}
     if text in marks:
         return marks[text]
@@ -241,7 +240,7 @@ def _spans(positions: list[int]) -> Spans:
 
 
 def draw_map(found: Survival, path: Path) -> Path:
-    """Layers × positions, and each layer's shares beside it."""
+    """Layers × positions, and each layer's shares next to it."""
     depth, length = found.reached.shape
     figure = Figure(figsize=(13, 1.9 + 0.19 * min(max(depth, 12), 40)), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=[6, 1], sharey=True)
@@ -292,8 +291,8 @@ def draw_map(found: Survival, path: Path) -> Path:
 
 
 def page(found: Survival) -> str:
-    """One HTML file that needs nothing else.  Arrays are base64, layer by layer, token by token:
-    a byte (``reached``), a bit a KV head (``kept``), a little-endian float32 (``scores``)."""
+    """One self-contained HTML file.  Arrays are base64, layer by layer, token by token:
+    a byte (``reached``), a bit per KV head (``kept``), a little-endian float32 (``scores``)."""
 
     def pack(array: np.ndarray) -> str:
         return base64.b64encode(array.tobytes()).decode()

@@ -26,18 +26,19 @@ CONTINUATION = 64  # tokens scored after each context
 
 
 def measure_text(machine: Asker, policy: Policy, passages: Sequence[Passage]) -> list[Score]:
-    """Score each continuation on its context's compressed cache; none of it is dropped."""
+    """Score each continuation on its context's compressed cache; the continuation is not
+    compressed."""
     contexts, wanted = [p.context for p in passages], [p.continuation for p in passages]
     return machine.llm.score(contexts, wanted, logits=True, policy=policy)
 
 
 def loss(score: Score) -> float:
-    """Minus log-likelihood of the continuation, nats a token."""
+    """Negative log-likelihood of the continuation, in nats per token."""
     return -math.fsum(score.logprobs) / len(score.logprobs)
 
 
 def run_text(plan: TextPlan, out: Path, workers: int = 1) -> tuple[list[Row], Path]:
-    """Measure, write ``out`` and a picture beside it."""
+    """Measure; write ``out`` and a picture next to it."""
     plan.check()
     if not plan.contexts or min(plan.contexts) < 60:
         raise ValueError(f"--contexts {plan.contexts}: give lengths of at least 60 tokens")
@@ -82,7 +83,7 @@ def _passages(plan: TextPlan, context: int) -> tuple[Passage, ...]:
     return tuple(corpus.passages(plan.seed, plan.passages(context), context, CONTINUATION))
 
 
-@lru_cache(maxsize=1)  # with their logits: cells of one context come one after the other
+@lru_cache(maxsize=1)  # with their logits: cells of one context follow each other
 def _full(plan: TextPlan, context: int) -> list[Score]:
     machine = asker(plan.subject)
     return measure_text(machine, machine.policy("full", None), _passages(plan, context))

@@ -20,7 +20,7 @@ CHAT_TEMPLATE = (
 
 
 def build_tokenizer(context: int) -> PreTrainedTokenizerFast:
-    """One token a word, number or mark; unknown words become ``<unk>``."""
+    """One token per word, number or mark; unknown words become ``<unk>``."""
     vocab = {word: index for index, word in enumerate(documents.vocabulary())}
     inner = Tokenizer(WordLevel(vocab, unk_token="<unk>"))
     inner.pre_tokenizer = Whitespace()

@@ -1,14 +1,15 @@
 """Train the model shipped in the repository, from generated text alone.
 
-``python -m pyramidinfer.lab.train --out DIR`` makes the same model again (up to float rounding).
+``python -m pyramidinfer.lab.train --out DIR`` reproduces the model (up to float rounding).
 
 Stages: pure copying (a random sequence repeated to fill the window), restating facts in shuffled
 order, recall of facts among filler with the length growing 1.5x whenever recall passes a bar, and
 two stages at mixed lengths, the second with the learning rate falling to zero.  Only the first
-``base_layers`` are trained until that last stage; the others start as the identity and join there.
+``base_layers`` are trained before the last stage; the others start as the identity and are trained
+in it.
 The final norm and head are also applied after the *exit* layers (as in LayerSkip,
-arXiv 2404.16710).  Both make deep layers redundant: what a large model has by itself (the
-paper's inference context redundancy) and a tiny one, trained plainly, lacks.
+arXiv 2404.16710).  Both make deep layers redundant, as in large models (the paper's inference
+context redundancy) and unlike in a tiny model with plain training.
 """
 
 from __future__ import annotations
@@ -32,12 +33,12 @@ from pyramidinfer.lab.tokenizer import build_tokenizer
 __all__ = ["LOG", "Recipe", "train"]
 
 LOG = "training_log.jsonl"
-NEVER = 2.0  # recall cannot pass it
+NEVER = 2.0  # recall cannot exceed it
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """Everything that decides what the trained model is."""
+    """All settings that determine the trained model."""
 
     width: int = 128
     layers: int = 12
@@ -68,7 +69,7 @@ class Recipe:
 
 
 class Example(NamedTuple):
-    """Token ids, the weight of predicting each, and ``keys``: which must be recalled."""
+    """Token ids, the loss weight of each, and ``keys``: the tokens that must be recalled."""
 
     ids: list[int]
     weights: list[float]
@@ -76,7 +77,7 @@ class Example(NamedTuple):
 
 
 class Sampler:
-    """Makes training sequences; every call is a new document."""
+    """Makes training sequences; every call returns a new document."""
 
     def __init__(self, recipe: Recipe, seed: int) -> None:
         self.recipe = recipe
@@ -93,10 +94,10 @@ class Sampler:
         return Example(ids, [1.0 if key else 0.0 for key in keys], keys)
 
     def pairs(self, length: int) -> Example:
-        """A few facts, then the same facts again and again in random order.
+        """A few facts, then the same facts repeatedly in random order.
 
-        How many words stand between the name and what is to be recalled differs from sequence
-        to sequence: none, up to the whole sentence.
+        The number of words between the name and the recalled part differs between sequences:
+        from none to the whole sentence.
         """
         rng, recipe = self.rng, self.recipe
         facts = documents.sample_facts(rng, rng.randint(2, 6))
@@ -181,7 +182,7 @@ def new_model(recipe: Recipe) -> LlamaForCausalLM:
 class Losses(NamedTuple):
     total: Tensor
     filler: float
-    recall: list[float]  # share of recalled tokens that are right, per exit, the last layer last
+    recall: list[float]  # share of recalled tokens that are right, per exit and last layer
 
 
 def losses(
@@ -192,7 +193,8 @@ def losses(
 ) -> Losses:
     """The weighted loss of the last layer plus ``exit_weight`` times that of each exit.
 
-    Filler predictions are a random sample: the head costs as much as several layers otherwise.
+    Filler predictions are a random sample, because the head would otherwise cost as much as several
+    layers.
     """
     ids, weights, keys = batch
     states = model.model(ids, output_hidden_states=True, use_cache=False).hidden_states
@@ -218,8 +220,8 @@ def losses(
 
 
 class Stage(NamedTuple):
-    """``lengths``: one is drawn for each step;  ``bar``: recall at which the stage ends early;
-    ``depth``: layers that run;  ``fresh``: begins from the saved weights with a new optimizer."""
+    """``lengths``: each step draws one;  ``bar``: recall at which the stage ends early;
+    ``depth``: layers that run;  ``fresh``: starts from the saved weights with a new optimizer."""
 
     kind: str
     lengths: tuple[int, ...]
@@ -266,7 +268,7 @@ class Trainer:
         )
 
     def run(self, stage: Stage, report_every: int = 20) -> None:
-        """Train until recall passes the stage's bar or its tokens are spent."""
+        """Train until recall passes the stage's bar or all its tokens are used."""
         recipe, spent, recall = self.recipe, 0, 0.0
         self.model.config.num_hidden_layers = stage.depth  # transformers runs that many layers
         while spent < stage.tokens and recall < stage.bar:
@@ -310,8 +312,8 @@ class Trainer:
 def train(recipe: Recipe, out: Path, *, threads: int = 1, resume: Path | None = None) -> None:
     """Run the recipe; write model, tokenizer and ``training_log.jsonl`` into ``out``.
 
-    The mixed and finish stages begin anew from the saved (bfloat16) weights, so training can be
-    taken up before either of them: ``resume`` is a folder written by the stage before.
+    The mixed and finish stages start from the saved (bfloat16) weights, so training can be resumed
+    before either of them: ``resume`` is a folder that the stage before has written.
     """
     torch.set_num_threads(threads)
     torch.manual_seed(recipe.seed)
@@ -339,7 +341,7 @@ def train(recipe: Recipe, out: Path, *, threads: int = 1, resume: Path | None = 
 
 
 def load(model: LlamaForCausalLM, folder: Path) -> None:
-    """Take over saved weights."""
+    """Load saved weights."""
     saved = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
     model.load_state_dict(saved.state_dict())
 
@@ -356,7 +358,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--resume", type=Path, help="a folder to take up before mixed or finish")
+    parser.add_argument("--resume", type=Path, help="folder to resume from before mixed or finish")
     arguments = parser.parse_args()
     train(Recipe(), arguments.out, threads=arguments.threads, resume=arguments.resume)
 

@@ -1,7 +1,7 @@
-"""``study turns``: facts told in a chat's first turn, asked for in later ones.
+"""``study turns``: facts given in a chat's first turn, asked for in later turns.
 
-The cache of every turn is taken up by the next, so what was compressed away is gone.  Nobody knew
-the questions when the facts were compressed.
+Every turn continues on the cache of the turn before, so evicted entries stay evicted.  The
+questions are unknown when the facts are compressed.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ __all__ = [
     "run_turns",
 ]
 
-#: Facts told, and turns in which one of them is asked for, its answer's first words given.
+#: Number of facts, and of turns that ask for one of them and give the answer's first words.
 FACTS, TURNS = 6, 3
-ANSWER, SHORT = 16, 16  # tokens of an answer; of what is said to the notes themselves
-MORE = 200  # tokens at most that the turns add to the first
+ANSWER, SHORT = 16, 16  # tokens of an answer, and of the reply to the notes
+MORE = 200  # maximum tokens that the turns add to the first
 
 
 @dataclass(frozen=True, slots=True)
 class Talk:
-    """What the user says first, and the facts asked for in the turns that follow."""
+    """The user's first message, and the facts that the following turns ask for."""
 
     notes: str
     asked: tuple[Fact, ...]
@@ -55,8 +55,8 @@ class Talk:
 
 @dataclass(frozen=True, slots=True)
 class TurnScores:
-    """Whether the fact was answered (1 or 0), and the share of a full cache's bytes, by turn; and
-    how often the cache was recompressed in between."""
+    """Per turn: whether the answer was right (1 or 0), and the share of a full cache's bytes; and
+    the number of recompressions in between."""
 
     scores: tuple[float, ...]
     kv_shares: tuple[float, ...]
@@ -69,7 +69,7 @@ class TurnScores:
 
 
 def make_talks(machine: Asker, seed: int, count: int, length: int) -> list[Talk]:
-    """``count`` chats; the first turn has at most ``length`` tokens, nearly."""
+    """``count`` chats; the first turn has ``length`` tokens or slightly less."""
     if length < 200:
         raise ValueError(f"--length {length} is too short for {FACTS} facts; give at least 200")
     chat = machine.chat
@@ -102,7 +102,8 @@ def _ask(machine: Asker, said: TokenIds, fact: Fact) -> TokenIds:
 def measure_turns(
     machine: Asker, policy: Policy, talks: Sequence[Talk], compress_idle: bool = False
 ) -> list[TurnScores]:
-    """Hold the chats, all at once, each turn on the cache of the last (recompressed if wanted)."""
+    """Run all chats at once, each turn on the cache of the turn before (recompressed on
+    request)."""
     engine, chat = machine.llm.engine, machine.chat
     first = SamplingParams(max_tokens=SHORT if chat.has_template else 1)
     later = SamplingParams(max_tokens=ANSWER, stop=(".", "\n"))
@@ -140,11 +141,11 @@ def measure_turns(
 def in_groups(
     machine: Asker, policy: Policy, talks: Sequence[Talk], compress_idle: bool = False
 ) -> list[TurnScores]:
-    """``measure_turns``, as many chats at once as fit into the cache's memory."""
+    """``measure_turns`` with as many chats at once as fit into the cache's memory."""
     engine = machine.llm.engine
     longest = max(len(machine.chat.begin(talk.notes)) for talk in talks) + MORE
     whole = full_bytes(engine.pool.layout, engine.runner, longest)
-    size = max(1, engine.pool.budget // (2 * whole))  # what is held stays while turns go on
+    size = max(1, engine.pool.budget // (2 * whole))  # held caches stay while turns continue
     return [
         scores
         for at in range(0, len(talks), size)
@@ -153,7 +154,7 @@ def in_groups(
 
 
 def run_turns(plan: TurnsPlan, out: Path, workers: int = 1) -> tuple[list[Row], Path]:
-    """Measure, write ``out`` and a picture beside it."""
+    """Measure; write ``out`` and a picture next to it."""
     plan.check()
     rows = run_cells("turns", settings(plan), plan.cells(), partial(measure, plan), out, workers)
     return rows, draw_turns(rows, out.with_suffix(".png"))

@@ -1,9 +1,8 @@
-"""What share of the full cache's quality a setting keeps on a model: in two minutes, before users
-find out.
+"""The share of the full cache's quality that a setting retains on a model, in about two minutes.
 
-Retrieval with the question inside the compressed prompt and after it, chats, text and long
-answers, each against the full cache on the same samples.  A share is of what the full cache can
-do: where it can do nothing, a check does not count.
+The checks are retrieval with the question inside the compressed prompt and after it, chats, text
+and long answers, each against the full cache on the same samples.  Shares refer to the results of
+the full cache; a check on which the full cache fails does not count.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from pyramidinfer.policies import Policy
 __all__ = ["FLOOR", "ROUND", "Check", "VerifyPlan", "check_floor", "jeffreys", "judge", "verify"]
 
 FLOOR = 0.8
-#: Samples of a check, or of a task, that a round takes; so many are the least.
+#: Samples per check, or per task, in a round, which is the minimum.
 ROUND = 3
 ROUNDS = 8  # at most
 #: Far apart, so that the rounds of neighbouring seeds share no samples.
@@ -29,7 +28,7 @@ STRIDE = 10_000
 
 
 def check_floor(name: str, floor: float) -> None:
-    """``ValueError`` for a floor that cannot be; ``name`` is the option's."""
+    """``ValueError`` for an invalid floor; ``name`` is the option's name."""
     if not 0 < floor <= 1:
         raise ValueError(f"{name} {floor} must be above 0 and at most 1")
 
@@ -41,12 +40,12 @@ def verify(
     plan: VerifyPlan,
     tell: Callable[[str], None] = lambda _: None,
 ) -> list[Check]:
-    """All checks; ``tell`` hears what is being done.
+    """Run all checks; ``tell`` receives progress messages.
 
-    machine : the full cache's, in the model's own dtype; the policy runs there, too, unless the
-    subject names a ``kv_dtype``.
+    machine : the engine of the full cache, in the model's own dtype; the policy also runs there,
+    unless the subject names a ``kv_dtype``.
 
-    The first round of samples is timed, and as many more are taken as the time has room for.
+    The first round of samples is timed, and as many more rounds run as fit into the time.
     """
     plan.check()
     if plan.length > machine.llm.engine.runner.max_positions - LONG:
@@ -63,13 +62,13 @@ def verify(
             tell(f"{each.telling}, samples {number * ROUND + 1} to {(number + 1) * ROUND}")
             each.more(plan.seed * STRIDE + number, ROUND)
         now = time.monotonic()
-        if (now - begun) + (now - at) > plan.seconds:  # one more would end too late
+        if (now - begun) + (now - at) > plan.seconds:  # another round would end too late
             break
     return [check for each in kinds for check in each.checks()]
 
 
 def judge(checks: Sequence[Check], floor: float) -> tuple[list[Check], list[Check]]:
-    """Checks that are surely below the floor, and those of which it cannot be told."""
+    """Checks that are certainly below the floor, and checks that are undecided."""
     counted = [each for each in checks if each.share is not None]
     below = [each for each in counted if each.high < floor]
     return below, [each for each in counted if each.low < floor <= each.high]

@@ -1,4 +1,4 @@
-"""The policies and budgets that a study compares with the full cache."""
+"""Results of the policies and budgets that a study compares with the full cache."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ __all__ = ["Ways", "paired", "rows_table"]
 
 
 def paired(name: str, mine: list[float], full: list[float]) -> Row:
-    """A figure's mean with its 95 % interval, and what is lost against the full cache's figures of
-    the same samples (resampled together)."""
+    """A figure's mean with its 95 % interval, and the loss against the full cache on the same
+    samples (resampled together)."""
     lost = [theirs - ours for ours, theirs in zip(mine, full, strict=True)]
     return {
         name: float(np.mean(mine)),
@@ -28,7 +28,7 @@ def paired(name: str, mine: list[float], full: list[float]) -> Row:
 
 
 def rows_table(title: str, rows: list[Row], columns: dict[str, Callable[[Row], str]]) -> Table:
-    """What a study prints: a line a policy and keep, with the columns named."""
+    """The table that a study prints: one line per policy and keep, with the named columns."""
     table = Table(title=title)
     table.add_column("policy", overflow="fold")
     for column in ("keep", "KV kept", *columns):

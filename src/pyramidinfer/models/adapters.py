@@ -1,7 +1,7 @@
-"""Low-rank adapters that are served beside the base model, one a request (LoRA, as peft saves it).
+"""Low-rank adapters that are served with the base model, one per request (LoRA, as saved by peft).
 
-An adapter adds ``scale · up · (down · x)`` to what some linears give of ``x``.  The base's weights
-stay as they are, so rows of one step may each have another adapter, or none.
+An adapter adds ``scale · up · (down · x)`` to the outputs of some linears for an input ``x``.  The
+base's weights do not change, so rows of one step may each use a different adapter, or none.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ PLACES = ("qkv", "out", "gate_up", "down")
 
 
 class Part(NamedTuple):
-    """What an adapter adds to one linear: down ``[rank, in]``, up ``[out, rank]``; ``at``: where
-    the linear's outputs begin among those that are packed together."""
+    """An adapter's matrices for one linear: down ``[rank, in]``, up ``[out, rank]``; ``at``: index
+    of the linear's first output among the outputs that are packed together."""
 
     down: Tensor
     up: Tensor
@@ -45,8 +45,8 @@ class LowRank:
         deep: int,
         dtype: torch.dtype,
     ) -> None:
-        """columns : outputs that each half of a panel has, at most ``half``, as they lie side by
-        side;  lanes : numbers of a vector;  deep : inputs that are multiplied at once."""
+        """columns : contiguous outputs in each half of a panel, at most ``half``;  lanes : numbers
+        per vector;  deep : inputs that are multiplied at once."""
         ranks = [len(each.down) for each in parts]
         self.rank = -(-sum(ranks) // lanes) * lanes
         wide = -(-depth // deep) * deep
@@ -92,15 +92,16 @@ def _overlap(part: Part, wanted: range) -> range:
 class Adapter:
     """One adapter, read and checked (``models/lora_modules.py``).
 
-    name : what requests ask for;  path : as it was given;  mark : a digest of what it adds, which
-    its caches go by;  parts : by layer, and by the linear's place in it (``self_attn.q_proj``).
+    name : used in requests;  path : as given;  mark : a digest of its weights, which identifies its
+    caches;  parts : by layer, and by the linear's place in it (``self_attn.q_proj``).
     """
 
     def __init__(self, name: str, path: str, mark: str, parts: dict[int, dict[str, Part]]) -> None:
         self.name, self.path, self.mark, self.parts = name, path, mark, parts
-        #: By layer and place (``PLACES``): what ops made of the parts of a packed linear, or None.
+        #: By layer and place (``PLACES``): the parts of a packed linear in the format of ops, or
+        #: None.
         self.packed: list[Any] = []
-        #: The same for the kernels.
+        #: The same in the format of the kernels.
         self.data: Any = None
 
     def __repr__(self) -> str:
@@ -108,11 +109,11 @@ class Adapter:
 
     @property
     def rank(self) -> int:
-        """The highest that the kernels work with."""
+        """The maximum rank that the kernels support."""
         return max((each.rank for each in self.packed if isinstance(each, LowRank)), default=0)
 
     def take(self, packed: list[Any]) -> None:
-        """Go on with what was packed, one for every linear of the model."""
+        """Keep the packed parts, one for every linear of the model."""
         self.packed = packed
         if any(isinstance(each, LowRank) for each in packed):
             none = LowRankData(None, None, None, None, 0)
@@ -121,7 +122,7 @@ class Adapter:
 
 
 class Adapted:
-    """Which rows of a flat row have which adapter.  ``group`` ``[rows]``: a row's number in
+    """The adapter of each row of a flat row.  ``group`` ``[rows]``: a row's number in
     ``adapters``, -1 for none."""
 
     def __init__(self, adapters: list[Adapter], group: np.ndarray) -> None:
@@ -131,7 +132,7 @@ class Adapted:
 
     @classmethod
     def of(cls, runs: Iterable[tuple[Adapter | None, int]]) -> Adapted | None:
-        """So many rows of each, one after the other; None where nobody has an adapter."""
+        """The given number of rows for each, in order; None if no row has an adapter."""
         runs = list(runs)
         numbers: dict[Adapter, int] = {}
         for adapter, _ in runs:
@@ -144,21 +145,21 @@ class Adapted:
 
     @property
     def runs(self) -> list[tuple[Adapter | None, int]]:
-        """As ``of`` takes them, a row each."""
+        """The arguments of ``of``, one row each."""
         return [(None if number < 0 else self.adapters[number], 1) for number in self.group]
 
     def only(self, rows: Tensor) -> Adapted:
-        """Of these rows."""
+        """The adapters of a subset of the rows."""
         return Adapted(self.adapters, self.group[rows.cpu().numpy()])
 
     def rows(self, device: torch.device) -> list[tuple[Adapter, Tensor]]:
-        """Every adapter with its rows."""
+        """Each adapter with its rows."""
         found = [(each, np.flatnonzero(self.group == i)) for i, each in enumerate(self.adapters)]
         return [(each, torch.from_numpy(rows).to(device)) for each, rows in found if len(rows)]
 
     @property
     def call(self) -> Any:
-        """The same for the kernels; it lives as long as this."""
+        """The same for the kernels; valid as long as this object."""
         if self._call is None:
             members = [np.flatnonzero(self.group == i) for i in range(len(self.adapters))]
             starts = np.cumsum([0, *map(len, members)], dtype=np.int64)
@@ -179,7 +180,8 @@ class Adapted:
 
 
 class Low(NamedTuple):
-    """Adapters of a linear's rows; ``number``: its own among the model's packed linears."""
+    """Adapters of a linear's rows; ``number``: the linear's index among the model's packed
+    linears."""
 
     adapted: Adapted
     number: int
@@ -193,7 +195,7 @@ class Low(NamedTuple):
 
 
 def add_parts(out: Tensor, x: Tensor, rows: Tensor, parts: Iterable[Part]) -> None:
-    """Add to the outputs ``[n, out]`` of ``x`` ``[n, in]`` in these rows what an adapter does."""
+    """Add an adapter's part to the outputs ``[n, out]`` for ``x`` ``[n, in]`` in these rows."""
     some = x[rows]
     for down, up, scale, at in parts:
         found = (some @ down.T) @ up.T * scale

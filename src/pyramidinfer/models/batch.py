@@ -1,4 +1,4 @@
-"""One request as the layer loop sees it, and new tokens on their way through the layers."""
+"""One request in the layer loop, and the progress of new tokens through the layers."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def _nothing_protected() -> Tensor:
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class Sequence:
-    """A cache and what decides about it: what the layer loop knows of a request.
+    """A request in the layer loop: its cache, and the state that decides about its entries.
 
-    ``cache``: None while it has none in the pool;  ``protected``: bool ``[text]``, tokens no policy
-    may drop (generated ones never are);  ``is_long``: rotary regime, fixed at admission;
-    ``prompt_len``: length of the text last taken in;  ``idle``: steps for which the policy need not
-    be asked whether to evict;  ``draft_view``: what its drafts read, where its policy has any;
-    ``adapter``: what its tokens run with besides the model, for as long as it has a cache.
+    ``cache``: None while it has no cache in the pool;  ``protected``: bool ``[text]``, tokens no
+    policy may drop (generated ones never are);  ``is_long``: rotary regime, fixed at admission;
+    ``prompt_len``: length of the last prefilled text;  ``idle``: number of steps without a check
+    for evictions;  ``draft_view``: the pages that its drafts read, if its policy drafts;
+    ``adapter``: the LoRA adapter of its tokens, constant while it has a cache.
     """
 
     policy: Policy
@@ -51,12 +51,12 @@ class Sequence:
 
     @property
     def table(self) -> Table:
-        """Its cache, where it must have one."""
+        """The cache, which must exist."""
         assert self.cache is not None, "it has no cache in the pool"
         return self.cache
 
     def take(self, cache: Table, of: Sequence) -> None:
-        """Go on with a cache that was made for another one, under the other one's policy."""
+        """Continue with the cache of another sequence, under that sequence's policy."""
         self.cache, self.policy, self.layers = cache, of.policy, of.layers
         self.protected, self.is_long = of.protected, of.is_long
         self.prompt_len, self.idle = of.prompt_len, of.idle
@@ -64,7 +64,8 @@ class Sequence:
 
     @property
     def offset(self) -> int:
-        """Rotary position of a new token: its place in the text less this (streaming only)."""
+        """Rotary position of a new token: its place in the text minus this offset (streaming
+        only)."""
         return int(self.table.state[OFFSET]) if OFFSET in self.table.state else 0
 
     def is_protected(self, positions: Tensor) -> Tensor:
@@ -77,8 +78,8 @@ class Sequence:
 
 
 class Moments(NamedTuple):
-    """Sums over queries before rotation: how many ``[]``, of them ``[heads, key_dim]``, of their
-    outer products ``[heads, key_dim, key_dim]``, and of the lengths of their rotated pairs
+    """Sums over queries before rotation: their count ``[]``, their sum ``[heads, key_dim]``, the
+    sum of outer products ``[heads, key_dim, key_dim]``, and of the norms of their rotated pairs
     ``[heads, pairs]``."""
 
     number: Tensor
@@ -88,7 +89,7 @@ class Moments(NamedTuple):
 
     @staticmethod
     def of(queries: Tensor, pairs: int) -> Moments:
-        """queries ``[heads, n, key_dim]``, of which the first ``2 * pairs`` numbers rotate."""
+        """queries ``[heads, n, key_dim]``, of which the first ``2 * pairs`` channels rotate."""
         number = torch.tensor(queries.shape[1], device=queries.device)
         sizes = queries[..., :pairs].hypot(queries[..., pairs : 2 * pairs]).sum(1)
         return Moments(number, queries.sum(1), queries.mT @ queries, sizes)
@@ -97,7 +98,7 @@ class Moments(NamedTuple):
         return Moments(*(mine + theirs for mine, theirs in zip(self, other, strict=True)))
 
     def queries(self, scale: float) -> Queries:
-        """What the queries are like, times ``scale``."""
+        """Statistics of the queries, times ``scale``."""
         mean = self.first / self.number
         covariance = self.second / self.number - mean[:, :, None] * mean[:, None]
         return Queries(mean * scale, covariance * scale**2, self.sizes / self.number * scale)
@@ -107,25 +108,25 @@ class Moments(NamedTuple):
 class Prefill:
     """Progress of a request's new tokens: a prompt (prefill) or more text (extend).
 
-    Layer-major: all tokens go through a layer before the next one begins, so one layer's state
-    is held at a time.
+    Layer-major: all tokens go through a layer before the next layer starts, so only one layer's
+    state is held at a time.
 
-    tokens : ``[new]`` ids;  ``reach``: at most so many of them enter each layer;
+    tokens : ``[new]`` ids;  ``reach``: maximum number of them that enter each layer;
     positions : ``[n]`` of the tokens that entered the current ``layer``;
     hidden : ``[n, hidden]`` its input (None at layer 0: embedded chunk by chunk);
-    reader : is given the logits of every new token, ``[part, vocab]`` in order, once they are in
-    (then the last one's alone are the pass's), with the number of the part's first token; what it
-    gives is added to ``read``;
-    out : ``[n, hidden]`` its output so far;  ``done`` of the n tokens have been through it.
-    readings : what is still to be read behind the text once it is in (``Policy.readings``), and
-    ``again`` what is being read;  ``answer`` waits meanwhile: outputs that the head will read.
+    reader : called with the logits of all new tokens, ``[part, vocab]`` in order, and the number of
+    the part's first token; its results are added to ``read`` (the pass returns only the last
+    token's logits);
+    out : ``[n, hidden]`` its output so far;  ``done`` of the n tokens have passed it.
+    readings : tokens still to be read after the prefilled text (``Policy.readings``);  ``again`` :
+    the current reading;  ``answer`` : outputs for the head, kept until readings end.
     """
 
     sequence: Sequence
     tokens: Tensor
     first: int
     reach: list[int]
-    all_rows: bool = False  # logits of every new token are wanted, not the last one's alone
+    all_rows: bool = False  # logits of all new tokens are needed, not only the last one's
     reader: Callable[[int, Tensor], list[Any]] | None = None
     layer: int = 0
     done: int = 0
@@ -137,11 +138,11 @@ class Prefill:
     scores: Tensor | None = None  # [1 or kv_heads, entries]
     columns: Tensor | None = None  # [kv_heads, entries]
     moments: Moments | None = None  # of the layer's queries
-    computed: list[int] = field(default_factory=list)  # tokens that entered each layer, each time
+    computed: list[int] = field(default_factory=list)  # tokens that entered each layer, per pass
     readings: list[Tensor] = field(default_factory=list)
     read: list[Any] = field(default_factory=list)
     again: Tensor | None = None
-    is_reread: bool = False  # the text is in and was begun to be read again
+    is_reread: bool = False  # the text is prefilled, and its second reading has begun
     answer: Tensor | None = None
 
     def __post_init__(self) -> None:
@@ -150,7 +151,7 @@ class Prefill:
         self.sequence.prompt_len = new
 
     def read_on(self) -> bool:
-        """Turn to the next reading; False where none is left."""
+        """Start the next reading; False if none is left."""
         if not self.readings:
             self.again = None
             return False
@@ -162,32 +163,32 @@ class Prefill:
 
     @property
     def end(self) -> int:
-        """The place behind the text."""
+        """The place after the text."""
         return self.first + self.tokens.shape[0]
 
     @property
     def entering(self) -> Tensor:
-        """Ids of what goes through the layers now."""
+        """Ids of the tokens that currently go through the layers."""
         return self.tokens if self.again is None else self.again
 
     @property
     def gives_all(self) -> bool:
-        """Whether all outputs of the last layer are wanted from what goes through it now."""
+        """Whether all outputs of the last layer are needed from the current tokens."""
         return self.all_rows and self.again is None
 
     @property
     def length(self) -> int:
-        """Tokens that enter the current layer."""
+        """Number of tokens that enter the current layer."""
         return self.positions.shape[0]
 
     @property
     def left(self) -> int:
-        """Tokens still to go through the current layer."""
+        """Number of tokens that have not passed the current layer yet."""
         return self.length - self.done
 
     @property
     def rows(self) -> int:
-        """Logits that the pass gives of it at its end."""
+        """Number of rows of logits that the pass returns for it at its end."""
         return len(self.tokens) if self.all_rows and not self.reader else 1
 
     @property
@@ -196,7 +197,7 @@ class Prefill:
 
     @property
     def work_left(self) -> int:
-        """Layer-tokens still to do, at most."""
+        """Upper bound on the remaining layer-tokens."""
         depth = self.sequence.layers.count
         later = depth * sum(map(len, self.readings))
         if self.again is not None:
@@ -206,7 +207,7 @@ class Prefill:
         return later + self.left + sum(min(self.length, n) for n in self.reach[self.layer + 1 :])
 
     def view(self, layer: int | None = None) -> View:
-        """The layer it is at as a policy sees it, or another one once all is through."""
+        """The view of the current layer that a policy gets, or of another layer after the last."""
         sequence, table = self.sequence, self.sequence.table
         new, arriving = (0, 0) if self.finished else (self.length, self.left)
         layer, first = self.layer if layer is None else layer, sequence.layers.first
@@ -225,7 +226,7 @@ class Prefill:
         )
 
     def move(self, device: torch.device | str) -> None:
-        """Take what is held beside the pool to a device."""
+        """Move its tensors outside the pool to a device."""
         for name in ("hidden", "out", "queries", "scores", "columns", "answer"):
             tensor = getattr(self, name)
             setattr(self, name, None if tensor is None else tensor.to(device))
@@ -249,7 +250,7 @@ class Prefill:
 
 @dataclass(slots=True, eq=False)
 class Work:
-    """What one step may do for a prefill: at most ``budget`` layer-tokens."""
+    """A prefill's work in one step: at most ``budget`` layer-tokens."""
 
     prefill: Prefill
     budget: int
@@ -257,8 +258,8 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One step: running sequences with the tokens they feed (``[R]``, of each so many as ``fed``
-    says, one where that is empty), and prefill work."""
+    """One step: running sequences with the tokens they feed (``[R]``; ``fed`` gives the number per
+    sequence, one if empty), and prefill work."""
 
     decode: list[Sequence]
     tokens: Tensor

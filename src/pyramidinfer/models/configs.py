@@ -1,4 +1,4 @@
-"""A model's ``config.json``: read and checked here, so that it chooses sizes and never code."""
+"""Reading and checking a model's ``config.json``, so that it sets sizes and never selects code."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from pyramidinfer.models.folder import read_json
 
 __all__ = ["read_config"]
 
-#: Keys that choose an implementation.  transformers' own (how the model that saved the config
-#: happened to attend) are passed over: attention is this engine's.  Another one is hub code.
+#: Keys that choose an implementation.  The values of transformers (the attention of the model that
+#: saved the config) are ignored, because this engine has its own attention; others are hub code.
 IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
 OWN = {
     "eager",
@@ -31,7 +31,7 @@ OWN = {
     "batched_mm",
     "pyramidinfer",
 }
-#: Names remote code, which is never run: the families' own code is used.
+#: Names remote code, which is never run; the families' code in transformers is used.
 REMOTE = "auto_map"
 #: Keys that choose code or files, or nest another model.
 REFUSED = (
@@ -48,9 +48,9 @@ REFUSED = (
     "decoder",
     "generator",
 )
-#: Of models that classify: no effect here.
+#: Keys of classification models: no effect here.
 LABELS = ("num_labels", "id2label", "label2id")
-#: Sizes: whole numbers of at least 1, and the most that is believed.
+#: Sizes: whole numbers of at least 1, with the maximum that is accepted.
 SIZES = {
     "num_hidden_layers": 1024,
     "hidden_size": 2**20,
@@ -77,14 +77,14 @@ ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function")
 
 
 def read_config(folder: Path) -> Any:
-    """The transformers config of a folder, of a supported family; ``ValueError`` naming the key
-    that cannot be used."""
+    """The transformers config of a folder, of a supported family; ``ValueError`` with the
+    name of a key that cannot be used."""
     file = folder / "config.json"
     raw = read_json(file, "config")
     kind = raw.pop("model_type", None)
     find_family(SimpleNamespace(model_type=kind))
     if kind == "mistral" and raw.get("layer_types"):
-        find_family(SimpleNamespace(model_type="ministral"))  # what transformers takes it for
+        find_family(SimpleNamespace(model_type="ministral"))  # the class that transformers selects
     try:
         _check_code(raw, file)
     except RecursionError:
@@ -111,12 +111,12 @@ def read_config(folder: Path) -> Any:
 
 
 def _check_effect(raw: dict[str, Any], config: Any, file: Path) -> None:
-    """Refuse keys that say what the model is not."""
+    """Refuse keys that contradict the model."""
     theta = (raw.get("rope_parameters") or {}).get("rope_theta")
     if None not in (theta, raw.get("rope_theta")) and theta != raw["rope_theta"]:
         raise ValueError(
-            f"{str(file)!r}: rope_theta={raw['rope_theta']!r} has no effect beside "
-            f"rope_parameters, which says {theta!r}: leave one of them out"
+            f"{str(file)!r}: rope_theta={raw['rope_theta']!r} has no effect next to "
+            f"rope_parameters, which has {theta!r}: leave one of them out"
         )
     if raw.get("sliding_window") and find_family(config).window is Family.window:
         raise ValueError(
@@ -130,7 +130,7 @@ def _chooses_implementation(key: str) -> bool:
 
 
 def _check_code(value: Any, file: Path) -> None:
-    """Whatever it nests: no key chooses code."""
+    """At any depth: no key may choose code."""
     if isinstance(value, list):
         for each in value:
             _check_code(each, file)
@@ -173,7 +173,7 @@ def _check_dtype(raw: dict[str, Any], file: Path) -> None:
 
 
 def _check_quantization(raw: dict[str, Any], file: Path) -> None:
-    """transformers loads what it does not know as if it were not quantized."""
+    """transformers loads unknown methods as if the model were not quantized."""
     given = raw.get("quantization_config")
     if given is None:
         return
@@ -188,7 +188,7 @@ def _check_quantization(raw: dict[str, Any], file: Path) -> None:
 
 
 def _check_parts(config: Any, file: Path) -> None:
-    """What the model is made of has a meaning; transformers would raise in the midst of it."""
+    """Check names of components, because transformers would raise while building the model."""
     for key in ACTIVATIONS:
         name = getattr(config, key, None)
         if name is not None and (not isinstance(name, str) or name not in ACT2FN):

@@ -1,7 +1,7 @@
-"""One decode step: what its layers read, and what they leave.
+"""One decode step: the inputs and outputs of its layers.
 
-However a step runs (all layers in one call, layer by layer, or replayed as a CUDA graph), it reads
-and fills in the same :class:`Decoding`.
+All ways to run a step (all layers in one call, layer by layer, or a replayed CUDA graph) read and
+fill the same :class:`Decoding`.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ __all__ = ["Decoding", "Ropes", "Size", "Stepped", "adapted_rows"]
 #: cos and sin of some rows, each ``[rows, rotated]``, by kind of layer.
 Ropes = dict[str | None, tuple[Tensor, Tensor]]
 
-#: Parts of a buffer begin at multiples of so many bytes.
+#: Alignment of parts of a buffer, in bytes.
 ALIGNED = 128
 
 
 class Size(NamedTuple):
-    """``rows`` tokens of requests with at most ``pages`` pages a head; whether rings and scores
-    are asked for."""
+    """``rows`` tokens of requests with at most ``pages`` pages per head; whether rings and scores
+    are needed."""
 
     rows: int
     pages: int
@@ -41,7 +41,7 @@ class Size(NamedTuple):
 
     @classmethod
     def of(cls, sequences: list[Sequence], rows: int) -> Size:
-        """Just enough for so many tokens of these sequences."""
+        """The exact size for this number of tokens of these sequences."""
         tables = [each.table for each in sequences]
         return cls(
             rows,
@@ -57,29 +57,29 @@ def adapted_rows(sequences: list[Sequence], fed: list[int]) -> Adapted | None:
 
 
 class Decoding:
-    """``R`` tokens that sequences feed in one step, one each or several after one another (drafts
+    """``R`` tokens that sequences feed in one step, one per sequence or several in a row (drafts
     that are verified).
 
-    What the layers read: plan (page tables, lengths with the new entry, positions);  pages, offsets
-    ``[L, R, K]`` where the new entries go;  places ``[R]`` of the tokens among rotary positions.
+    Inputs of the layers: plan (page tables, lengths with the new entry, positions);  pages, offsets
+    ``[L, R, K]`` of the new entries;  places ``[R]``, rotary positions of the tokens.
     They are parts of one buffer, written on the host and uploaded at once.  tokens ``[R]`` and
-    ropes, cos and sin of the places, are on the device already.  adapted: rows' adapters, which
-    steps on fixed buffers have not.
+    ropes, cos and sin of the places, are on the device already.  adapted: the rows' adapters; steps
+    on fixed buffers have none.
 
-    What they leave: queries ``[L, R, H, D]`` with their log-sum-exps lse ``[L, R, H]``, where rings
-    ask for them;  weights, where running scores do.
+    Outputs of the layers: queries ``[L, R, H, D]`` with their log-sum-exps lse ``[L, R, H]``, if
+    rings need them;  weights, if running scores need them.
 
-    ``counted``: its tokens are counted in, and evictions done (``ModelRunner.commit``).
+    ``counted``: its tokens were counted, and evictions done (``ModelRunner.commit``).
 
-    ``fixed``: made once, for a CUDA graph that reads whatever the buffers hold.  Rows and pages are
-    rounded up then; rows that no sequence needs have length 0 and write into a page that no table
+    ``fixed``: created once, for a CUDA graph that reads the current contents of the buffers.  Rows
+    and pages are then rounded up; unused rows have length 0 and write into a page that no table
     owns (``Group.scratch``).
     """
 
     def __init__(
         self, size: Size, pool: Pool, shape: AttentionShape, like: Tensor, *, fixed: bool = False
     ) -> None:
-        """shape : of every layer;  like : a tensor of the model's dtype, where it is."""
+        """shape : of every layer;  like : a tensor of the model's dtype on its device."""
         self.size, self.fixed, on_gpu = size, fixed, pool.device.type == "cuda"
         self.counted = False
         self._heads, self._page_size = pool.own_heads, pool.page_size
@@ -128,11 +128,11 @@ class Decoding:
         fed: list[int],
         drafts: bool = False,
     ) -> None:
-        """Write down what the sequences hold, and upload it.
+        """Fill the inputs from the sequences' tables, and upload them.
 
-        pages, offsets : of the entries just claimed (``Pool.append_each``), of which each sequence
-        has ``fed``.  A token sees the entries before it and its own.  ``drafts``: of what is held
-        they read what their draft views say.
+        pages, offsets : of the entries just claimed (``Pool.append_each``), ``fed`` per sequence.
+        A token attends to the entries before it and its own.  ``drafts``: tokens read only the
+        pages in their draft views.
         """
         if self._sent is not None:
             self._sent.synchronize()  # the last upload has read the host's side
@@ -165,7 +165,8 @@ class Decoding:
             self._sent.record()
 
     def feed(self, tokens: Tensor, ropes: Ropes) -> None:
-        """What is on the device already, of the rows in use; copied where buffers are fixed."""
+        """Set the inputs that are on the device already, of the used rows; copied into fixed
+        buffers."""
         if not self.fixed:
             self.tokens, self.ropes = tokens, ropes
             return
@@ -179,7 +180,7 @@ class Decoding:
                 mine[:count].copy_(given)
 
     def note(self, layer: int, queries: Tensor, attended: Attended) -> None:
-        """Take down what a layer's attention gave, of queries ``[R, H, D]``."""
+        """Store the results of a layer's attention for queries ``[R, H, D]``."""
         if self.queries is not None and self.lse is not None:
             assert attended.lse is not None
             self.queries[layer], self.lse[layer] = queries, attended.lse

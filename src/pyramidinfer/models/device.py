@@ -1,4 +1,4 @@
-"""What does the work where a model is: chosen once, by the backend's name."""
+"""The implementations of a model's device: chosen once, by the backend's name."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ __all__ = ["Device", "choose_device"]
 
 @dataclass(frozen=True)
 class Device:
-    """What does the work where a model is, handed to all that work there.
+    """The implementations of a model's device, shared by all parts that work on it.
 
-    attention : over pages and prompts;  ops : arithmetic of plain layers, None where nothing is
-    gained over the model's own modules;  mover : writes and moves entries of the cache, and has the
-    kernels that select them;  replays : whether decode steps run on fixed buffers, which a GPU
-    replays;  coding : what becomes of weights that are asked for in few bits: ``"packed"`` as
-    codes, ``"rounded"`` to what codes stand for, or None where there is neither.
+    attention : over pages and prompts;  ops : arithmetic of plain layers, None if the model's own
+    modules are as fast;  mover : writes and moves entries of the cache, and provides
+    the kernels that select them;  replays : whether decode steps run on fixed buffers, which a GPU
+    replays;  coding : how quantized weights are stored: ``"packed"`` as codes, ``"rounded"`` to the
+    values of the codes, or None if neither is supported.
     """
 
     attention: Backend
@@ -36,8 +36,8 @@ class Device:
 def choose_device(
     backend: str, place: torch.device, dtype: torch.dtype, weights: str = "auto"
 ) -> Device:
-    """By a backend's name (``select_backend``, whose errors these are), for a model of this dtype
-    at ``place``, its linears' ``weights`` stored so."""
+    """Choose by a backend's name (errors as in ``select_backend``), for a model of this dtype at
+    ``place`` with linears stored as ``weights``."""
     attention, on_gpu = select_backend(backend, place), place.type == "cuda"
     if isinstance(attention, CPUBackend):
         made = attention.kernels

@@ -1,8 +1,8 @@
-"""Which pages of a full cache a request's drafts read.
+"""The pages of a full cache that a request's drafts read.
 
-Pages, not entries: a page is read where it lies, so nothing is copied, and a draft's own entries
-go where they stay if it is accepted.  Of every KV head the pages that hold most of what the policy
-would keep, as many as those entries fill, the first one, and all pages that came later.
+A draft view selects pages, not entries, so nothing is copied, and the entries of accepted draft
+tokens stay in place.  For every KV head it has the pages with most of the entries that the policy
+would keep (as many pages as these entries fill), the first page, and all later pages.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ __all__ = ["DraftView"]
 
 
 class DraftView:
-    """Page numbers count within a head's own pages, so that they outlive a move to host memory.
+    """Page numbers are relative to a head's own pages, so they stay valid after offloading to host.
 
-    picks : ``[layers, kv_heads, n]`` pages that are read, of which ``counts`` ``[layers,
-    kv_heads]`` count;  later : ``[layers, kv_heads]`` the page from which on all are read (0: all
-    of them);  seen_len : tokens there were when it was chosen.
+    picks : ``[layers, kv_heads, n]`` pages to read, of which the first ``counts``
+    ``[layers, kv_heads]`` are valid;  later : ``[layers, kv_heads]``, the page from which on all
+    are read (0: all pages);  seen_len : number of tokens when the view was chosen.
     """
 
     def __init__(self, layers: int, kv_heads: int) -> None:
@@ -30,14 +30,15 @@ class DraftView:
         self.seen_len = 0
 
     def copy(self) -> DraftView:
-        """Another one that reads the same."""
+        """A copy that reads the same pages."""
         twin = DraftView(*self.counts.shape)
         twin.picks, twin.counts = self.picks.copy(), self.counts.copy()
         twin.later, twin.seen_len = self.later.copy(), self.seen_len
         return twin
 
     def note(self, layer: int, keep: Keep, lens: np.ndarray, page_size: int, seen_len: int) -> None:
-        """Take down what a policy would keep of a layer's ``lens`` ``[kv_heads]`` entries."""
+        """Record the entries that a policy would keep of a layer's ``lens`` ``[kv_heads]``
+        entries."""
         self.seen_len = seen_len
         self.later[layer] = self.counts[layer] = 0
         if keep.indices is None:
@@ -58,7 +59,7 @@ class DraftView:
 
     def read(self, table: Table, page_size: int) -> tuple[np.ndarray, np.ndarray]:
         """Pages ``[layers, kv_heads, n]`` of a table in the order in which drafts read them, and
-        entries in them ``[layers, kv_heads]``."""
+        the number of entries in them ``[layers, kv_heads]``."""
         newer = table.held - self.later
         width = int((self.counts + newer).max())
         at = np.arange(width)
@@ -72,6 +73,6 @@ class DraftView:
         return pages, table.kept - (self.later - self.counts) * page_size
 
     def share(self, entries: int, page_size: int) -> float:
-        """What drafts read of a cache with so many entries in every head, as a share of it."""
+        """The share that drafts read of a cache with this number of entries in every head."""
         skipped = int(((self.later - self.counts) * page_size).sum())
         return 1 - skipped / (self.counts.size * entries)

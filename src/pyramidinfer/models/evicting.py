@@ -1,4 +1,4 @@
-"""Asking a policy, while a request decodes, which entries of its layers stay."""
+"""Evictions during decode: the policy selects the entries of each layer that stay."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def evict(
     ranks: Ranks,
     at_once: bool = False,
 ) -> None:
-    """Every layer whose eviction is due; rules that the kernels know are carried out together.
+    """Evict in every layer that is due; rules that the kernels support are carried out together.
 
-    ``at_once``: no head may gather entries beyond what it is held to.
+    ``at_once``: no head may exceed its budget in the meantime.
     """
     table, policy = sequence.table, sequence.policy
     first = int(table.kept[sequence.layers.first].max())
@@ -72,7 +72,7 @@ def evict(
 
 
 def _room(sequence: Sequence, own: range) -> np.ndarray:
-    """Entries that may still come, ``[layers]``, until an eviction of a layer in ``own`` is due
+    """Number of further entries, ``[layers]``, until an eviction of a layer in ``own`` is due
     (below 0)."""
     kept, layers, policy = sequence.table.kept, sequence.layers, sequence.policy
     room = policy.ceiling(kept, sequence.table.state, layers) + policy.slack - kept
@@ -92,8 +92,8 @@ def retain(
     columns: Tensor | None = None,
     queries: Queries | None = None,
 ) -> None:
-    """Show the policy a layer's entries, those of all ranks' heads, ask it what stays, and keep it.
-    What is given is of all heads already."""
+    """Show the policy a layer's entries of all ranks' heads, and keep those that it selects.
+    The arguments cover all heads already."""
     table, layer = sequence.table, view.layer
 
     def joined(own: Tensor) -> Tensor:
@@ -163,7 +163,7 @@ def _joined(own: Tensor, longest: int, kv_heads: int, needs: Needs, ranks: Ranks
 
 
 def _widened(rows: Tensor, longest: int) -> Tensor:
-    """Rows ``[heads, n, ...]`` with 0 behind, ``[heads, longest, ...]``."""
+    """Rows ``[heads, n, ...]`` padded with 0, ``[heads, longest, ...]``."""
     if rows.shape[1] == longest:
         return rows
     out = rows.new_zeros(len(rows), longest, *rows.shape[2:])
@@ -174,7 +174,8 @@ def _widened(rows: Tensor, longest: int) -> Tensor:
 def _wide(
     pool: Pool, table: Table, layer: int, read: Callable[[Table, int, slice], Tensor]
 ) -> Tensor:
-    """Keys or values ``[kv_heads, longest, dim]`` in float32 or wider, 0 behind a shorter head."""
+    """Keys or values ``[kv_heads, longest, dim]`` in float32 or wider, 0 past the end of a shorter
+    head."""
     parts = [(heads, read(table, layer, heads)) for heads in pool.runs(table, layer)]
     first, longest = parts[0][1], int(pool.lens(table)[layer].max())
     out = first.new_zeros(
@@ -194,7 +195,7 @@ def _ring_scores(
     scale: Scale,
     ranks: Ranks,
 ) -> Tensor:
-    """Weights that the ring's newest queries gave, ``[1 or K, longest]``; 0 where not wanted."""
+    """Attention weights of the ring's newest queries, ``[1 or K, longest]``; 0 if not needed."""
     assert table.ring is not None
     queries, lse, positions = table.ring.newest(layer, needs.window)
     queries, lse = (ranks.all_readers(each, table.kept.shape[1]) for each in (queries, lse))

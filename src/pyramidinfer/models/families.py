@@ -1,4 +1,4 @@
-"""Where each supported family keeps its parts, and what it does around its decoder layers."""
+"""The module paths of each supported family, and its computations around the decoder layers."""
 
 from __future__ import annotations
 
@@ -89,11 +89,11 @@ class Family:
     """How to drive one ``model_type`` of transformers.
 
     ``body``: path to the module that holds the layers; ``attention``: the attention module's
-    name in a layer; ``grouped``: it can have fewer KV heads than query heads;
-    ``rotary_by_type``: rotary tables differ by layer type (Gemma 3);  ``plain``: layers are what
-    Llama's or Gemma 3's are (``models/fused.py``);  ``split``: how linears are split over ranks,
-    where transformers has no plan or another one (``models/sharding.py``);  ``stages``: parts of
-    the body in the order in which they run, where transformers has no plan of that
+    name in a layer; ``grouped``: whether it can have fewer KV heads than query heads;
+    ``rotary_by_type``: whether rotary tables differ by layer type (Gemma 3);  ``plain``: whether
+    layers have the structure of Llama's or Gemma 3's (``models/fused.py``);  ``split``: how linears
+    are split over ranks, if transformers has no plan or a different one (``models/sharding.py``);
+    ``stages``: parts of the body in the order of execution, if transformers has no plan for it
     (``models/stages.py``).
     """
 
@@ -112,7 +112,7 @@ class Family:
     stages: tuple[str, ...] = ()
 
 
-#: All heads would be gathered on every rank by transformers' own plans.
+#: The plans of transformers would gather all heads on every rank.
 SPLIT_PHI3 = {
     "layers.*.self_attn.qkv_proj": "packed",
     "layers.*.self_attn.o_proj": "rowwise",
@@ -179,7 +179,8 @@ FAMILIES: dict[str, Family] = {
 
 
 def find_family(config: Any) -> Family:
-    """The family of a transformers config; ``ValueError`` naming the supported ones otherwise."""
+    """The family of a transformers config; ``ValueError`` that lists the supported ones
+    otherwise."""
     kind = getattr(config, "model_type", None)
     if not isinstance(kind, str) or kind not in FAMILIES:
         titles = ", ".join(family.title for family in FAMILIES.values())

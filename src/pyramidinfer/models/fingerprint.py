@@ -1,8 +1,8 @@
-"""Whose weights these are, told from tensors that no packing lets go of.
+"""Fingerprint of a model's weights, from tensors that remain after packing.
 
-Once linears are packed their memory is given back (``models/fused.py``), so only norms, their
-biases and embeddings are looked at: a model trained on has other norms or embeddings, while
-adapters (LoRA) merged into linears alone are not seen.
+Packed linears are freed (``models/fused.py``), so only norms, their biases and embeddings are used.
+Further training changes norms or embeddings and thus the fingerprint; adapters (LoRA) that were
+merged into linears only are not detected.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ from pyramidinfer.policies.profile import Fingerprint
 
 __all__ = ["fingerprint", "measure"]
 
-#: Rows of an embedding that are looked at, evenly spread.
+#: Number of rows of an embedding that are used, evenly spread.
 ROWS = 256
-#: Directions that a vector, and an embedding's rows, are measured in.
+#: Number of directions for a vector, and for an embedding's rows.
 VECTOR_WAYS, TABLE_WAYS = 2, 8
 
 
 def fingerprint(runner: Any) -> Fingerprint:
-    """The fingerprint of a ``ModelRunner``'s model, the same before and after its weights were
+    """The fingerprint of a ``ModelRunner``'s model, the same before and after its weights are
     packed or split."""
     vectors, tables = runner.ranks.fingerprint or measure(runner.body)
     return Fingerprint(_key(runner), tuple(vectors), tuple(tables))
 
 
 def measure(body: nn.Module) -> tuple[list[tuple[float, ...]], list[tuple[float, ...]]]:
-    """What a whole model's vectors and tables are like."""
+    """Measures of a whole model's vectors and tables."""
     vectors, tables = [], []
     for _, module in sorted(body.named_modules()):
         if isinstance(module, nn.Linear):
             continue
-        if (rows := getattr(module, "rows", None)) is not None:  # of a GGUF file
+        if (rows := getattr(module, "rows", None)) is not None:  # rows of a GGUF file
             step = max(1, len(rows.addresses) // ROWS)
             at = torch.arange(len(rows.addresses))[::step][:ROWS]
             tables.append(_measured(rows.numbers(at), TABLE_WAYS))
@@ -64,10 +64,10 @@ def _key(runner: Any) -> str:
 
 
 def _measured(tensor: Tensor, ways: int) -> tuple[float, ...]:
-    """Root mean square, and the tensor's share in each direction, in float64.
+    """Root mean square, and the tensor's projection on each direction, in float64.
 
-    A direction is a row of signs.  Divided by the tensor's length the sum is about 1 in size for
-    any tensor, and rounding its numbers by a share e of themselves moves it by about e.
+    A direction is a row of signs.  Divided by the tensor's norm, the sum has a magnitude of about 1
+    for any tensor, and a relative rounding error e of its numbers changes it by about e.
     """
     values = tensor.detach().to("cpu", torch.float64).flatten().numpy()
     length = float(np.sqrt((values * values).sum()))

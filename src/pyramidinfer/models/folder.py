@@ -1,6 +1,6 @@
-"""Where a model's files lie, and which of them are read: a folder's, or those of a hub id.
+"""The location of a model's files, in a folder or of a hub id, and the files that are read.
 
-Everything here happens before transformers sees a file.
+All checks here happen before transformers reads a file.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ __all__ = [
     "weight_files",
 ]
 
-#: What makes a folder one of a PEFT adapter.
+#: The file that identifies the folder of a PEFT adapter.
 ADAPTER = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-#: Files beside the weights that something here reads.
+#: Files other than weights that are read here.
 SMALL = ("*.json", "*.model", "*.txt", "*.jinja")
-#: Those that transformers passes over, or fails on without a name, where they are broken.
+#: Files that transformers ignores, or whose name it does not report, if they are broken.
 READ_WHOLE = (
     "generation_config.json",
     "tokenizer_config.json",
@@ -61,10 +61,10 @@ def one_line(error: BaseException) -> str:
 
 
 def model_folder(name: str, weights: bool = False) -> Path:
-    """The folder of a path or hub id, its config and tokenizer (``weights``: all of it) in it.
+    """The folder of a path or hub id, with config and tokenizer (``weights``: all files).
 
-    What a hub id names is downloaded unless it is in the cache already.  ``ValueError`` where it
-    cannot be had, at once where there is no network.
+    Files of a hub id are downloaded unless they are cached.  ``ValueError`` if they are not
+    available; immediately if there is no network.
     """
     path = Path(name).expanduser()
     if not path.exists():
@@ -81,7 +81,7 @@ def model_folder(name: str, weights: bool = False) -> Path:
 
 
 def check_pointer(file: Path) -> None:
-    """``ValueError`` where a file is not there itself, but git-lfs's note of where it is."""
+    """``ValueError`` if a file is only a git-lfs pointer."""
     with file.open("rb") as stream:
         if stream.read(len(POINTER)) == POINTER:
             raise ValueError(
@@ -91,7 +91,7 @@ def check_pointer(file: Path) -> None:
 
 
 def read_json(file: Path, what: str) -> dict[str, Any]:
-    """An object from a JSON file; ``ValueError`` where it holds anything else."""
+    """An object from a JSON file; ``ValueError`` if it holds anything else."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError, OSError) as error:
@@ -102,8 +102,8 @@ def read_json(file: Path, what: str) -> dict[str, Any]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that a folder's model consists of; ``ValueError`` where one is missing
-    or lies outside it."""
+    """The safetensors files that a folder's model consists of; ``ValueError`` if one is missing
+    or outside the folder."""
     files = [folder / name for name in _weight_names(folder)]
     if not files[0].is_file() and not list(folder.glob("*.safetensors")):
         raise ValueError(
@@ -118,7 +118,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def read_headers(files: list[Path]) -> dict[str, tuple[str, int]]:
-    """Tensor → (safetensors' name of its dtype, how many numbers), from the files' headers."""
+    """Tensor → (safetensors' name of its dtype, number of elements), from the files' headers."""
     found = {}
     for file in files:
         try:
@@ -132,7 +132,7 @@ def read_headers(files: list[Path]) -> dict[str, tuple[str, int]]:
 
 
 def stored_dtype(headers: dict[str, tuple[str, int]]) -> torch.dtype | None:
-    """The dtype that most numbers of a checkpoint have; None where it is none to compute in."""
+    """The dtype of most numbers of a checkpoint; None if it cannot be used for computation."""
     counts: Counter[str] = Counter()
     for kind, count in headers.values():
         counts[kind] += count
@@ -141,7 +141,7 @@ def stored_dtype(headers: dict[str, tuple[str, int]]) -> torch.dtype | None:
 
 
 def _weight_names(folder: Path) -> list[str]:
-    """Names of the weights' files, as transformers chooses them."""
+    """Names of the weight files, with the rules of transformers."""
     index = folder / INDEX
     if (folder / WEIGHTS).exists() or not index.is_file():
         return [WEIGHTS]
@@ -165,7 +165,7 @@ def _weight_names(folder: Path) -> list[str]:
 
 @functools.cache
 def _download(name: str, patterns: tuple[str, ...]) -> Path:
-    """Once a process, so that all files are of one state of the repository."""
+    """Downloaded once per process, so that all files are from one revision of the repository."""
     try:
         return Path(snapshot_download(name, allow_patterns=[*patterns], ignore_patterns=["*/*"]))
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:

@@ -1,9 +1,9 @@
-"""Plain decoder layers in few steps: QKV and gate/up fused, weights prepacked, buffers few.
+"""Plain decoder layers in few steps: fused QKV and gate/up, prepacked weights, few buffers.
 
-A layer is *plain* if it is what Llama's is: RMS norm, attention with rotary positions, RMS norm,
-SiLU-gated MLP, all linears plain ``nn.Linear`` (or Phi-3's fused ones); or what Gemma 3's is: two
-more norms of what goes to the residual, GELU, weights of norms that are one less.  Its arithmetic
-and rounding are those of transformers' own layer.  Everything else runs through Hugging Face's
+A layer is *plain* if it has Llama's structure: RMS norm, attention with rotary positions, RMS norm,
+SiLU-gated MLP, all linears plain ``nn.Linear`` (or Phi-3's fused ones); or Gemma 3's: two more
+norms before the residual additions, GELU, and norm weights that are stored minus one.  Arithmetic
+and rounding are the same as in transformers' layer.  All other layers run through Hugging Face's
 module.
 """
 
@@ -33,9 +33,9 @@ from pyramidinfer.types import AttentionShape
 __all__ = ["FusedDecoder", "fuse", "why_not"]
 
 GELU_TANH = "gelu_pytorch_tanh"
-#: What is packed; the second is a linear that is split over ranks.
+#: Modules that are packed; the second is a linear that is split over ranks.
 LINEARS = (nn.Linear, RowSplit)
-#: Where the linears of a layer are packed.
+#: Places of the packed linears of a layer.
 _NAMES = {
     "qkv": [f"self_attn.{name}_proj" for name in ("q", "k", "v", "qkv")],
     "out": ["self_attn.o_proj"],
@@ -67,7 +67,7 @@ class FusedLayer:
         self.gate_up = _pack(ops, _parts(mlp, "gate_proj", "up_proj", "gate_up_proj"), GATED)
         self.down = _pack(ops, [mlp.down_proj], PLAIN)
         sizes = {n: m.out_features for n, m in layer.named_modules() if type(m) in LINEARS}
-        #: By place, the linears that are packed there, in order, each with its outputs.
+        #: By place: the linears that are packed there, in order, each with its number of outputs.
         self.linears = [
             {name: sizes[name] for name in names if name in sizes} for names in _NAMES.values()
         ]
@@ -91,7 +91,8 @@ class FusedLayer:
         return [self.qkv, self.out, self.gate_up, self.down]
 
     def __call__(self, flat: Tensor, rope: Tables, call: LayerCall) -> Tensor:
-        """The flat row ``[rows, hidden]`` through the layer; fewer rows where ``call`` says so.
+        """Run the flat row ``[rows, hidden]`` through the layer; returns fewer rows if ``call``
+        says so.
         rope : float32 cos and sin, each ``[rows, rotated]``."""
         ops, heads, adapted = self.ops, self.heads, call.adapted
         low, *_ = Low.each(adapted, call.layer)
@@ -113,17 +114,17 @@ class FusedLayer:
     def _summed(
         self, inner: Tensor, weights: Any, residual: Tensor, after: Tensor | None, low: Low | None
     ) -> Tensor:
-        """The residual plus the sum of what the ranks make of their part ``inner``, which goes
-        through the norm ``after``, if any."""
+        """The residual plus the sum over ranks of the linear's outputs for their part ``inner``,
+        with the norm ``after`` on the sum, if any."""
         if after is not None:
             added = self.ranks.sum(self.ops.linear(inner, weights, PLAIN, None, low))
             return residual + self.ops.norm(added, after, self.epsilon)
-        if self.ranks.index:  # the first rank adds it
+        if self.ranks.index:  # the first rank adds the residual
             return self.ranks.sum(self.ops.linear(inner, weights, PLAIN))
         return self.ranks.sum(self.ops.linear(inner, weights, ADD, residual, low))
 
     def pack_low_rank(self, parts: dict[str, Part]) -> list[Any]:
-        """What an adapter's parts of this layer's linears are packed as, by place."""
+        """The packed parts of an adapter for this layer's linears, by place."""
         packed: list[Any] = []
         for place, (weights, linears) in enumerate(zip(self.packed, self.linears, strict=True)):
             mine, at = [], 0
@@ -146,14 +147,14 @@ class FusedDecoder(Decoder):
         super().__init__(plain.body, plain.head, plain.config, plain.rotary, plain.like, plain.own)
         self.layers, self.ops = layers, ops
         self.norm, self.epsilon = _scale(plain.body.norm), _epsilon(plain.body.norm)
-        #: Of layers, in the order of the step's tables.
+        #: Kinds of layers, in the order of the step's tables.
         self.kinds: list[str | None] = [None] * plain.config.num_hidden_layers
         if self.family.rotary_by_type:
             self.kinds = list(plain.config.layer_types)
         has_head = plain.config.num_hidden_layers == plain.own.stop
         head, table = plain.head, plain.body.embed_tokens
         self.packed_head = _pack_table(ops, head) if has_head else None
-        #: The embedding, where its rows are codes, or the head's.
+        #: The packed embedding, if its rows are codes or shared with the head.
         self.packed_table: Any = None
         if has_head and isinstance(ops, KernelOps) and table.weight is head.weight:
             self.packed_table = self.packed_head
@@ -185,7 +186,7 @@ class FusedDecoder(Decoder):
         for number, layer in self.layers.items():
             packed += layer.pack_low_rank(adapter.parts.get(number, {}))
         adapter.take(packed)
-        adapter.parts = {}  # they are in what was packed
+        adapter.parts = {}  # the packed copy has them
 
     def ropes(self, positions: Tensor, regimes: list[int]) -> Ropes:
         angles = self.rotary.angles
@@ -244,7 +245,7 @@ class FusedDecoder(Decoder):
         return x
 
     def _layer_data(self, pool: Pool) -> Any:
-        """The layers as the C side sees them; made once a pool."""
+        """The layers as C structures; created once per pool."""
         if pool not in self._layers_of:
             data = (LayerData * len(self.layers))()
             for index, (number, layer) in enumerate(self.layers.items()):
@@ -280,11 +281,11 @@ class FusedDecoder(Decoder):
 def fuse(
     plain: Decoder, shapes: list[AttentionShape], ops: Ops | None, ranks: Ranks, *, own: bool
 ) -> Decoder:
-    """The model's layers packed for ``ops``, or as they are where they are not plain or nothing
-    would be gained.  ``shapes``: of all layers, as they are on this rank.
+    """The model's layers packed for ``ops``, or the model's own modules if they are not plain or
+    packing has no benefit.  ``shapes``: of all layers on this rank.
 
-    ``own`` : the model is ours alone, so weights that were packed are freed.  Otherwise it
-    stays as it is, and packed weights take their memory a second time.
+    ``own`` : the engine owns the model, so packed weights are freed.  Otherwise the model stays
+    unchanged, and packed weights take additional memory.
     """
     if ops is None or plain.like.is_meta or why_not(plain, shapes, ops, ranks) is not None:
         return plain
@@ -306,7 +307,7 @@ def fuse(
 
 
 def why_not(plain: Decoder, shapes: list[AttentionShape], ops: Ops, ranks: Ranks) -> str | None:
-    """Why a model's layers cannot be packed for ``ops`` (weights need not be there), or None."""
+    """The reason why a model's layers cannot be packed for ``ops``, or None; needs no weights."""
     body, head, config, family = plain.body, plain.head, plain.config, plain.family
     if not family.plain:
         return f"layers of {family.title} are not of Llama's kind"
@@ -326,7 +327,7 @@ def why_not(plain: Decoder, shapes: list[AttentionShape], ops: Ops, ranks: Ranks
     heads = shapes[0].heads * shapes[0].key_dim
     sizes = (config.hidden_size, inner.stop - inner.start, heads)
     if any(size % ops.multiple for size in sizes):
-        return f"sizes {sizes} are no multiples of {ops.multiple}"
+        return f"sizes {sizes} are not multiples of {ops.multiple}"
     name, wanted = ("hidden_activation", GELU_TANH) if is_gemma else ("hidden_act", "silu")
     if (act := getattr(config, name, None)) != wanted:
         return f"its MLP is gated by {act!r}, not {wanted!r}"
@@ -339,7 +340,7 @@ def is_coded(ops: Ops | None) -> bool:
 
 
 def packed_bytes(packed: Any) -> int:
-    """Bytes of what ``Ops.pack`` gave, or of None."""
+    """Bytes of a result of ``Ops.pack``; 0 for None."""
     parts = packed if isinstance(packed, tuple) else [packed]
     return sum(each.nbytes for each in parts if each is not None)
 
@@ -362,12 +363,13 @@ def _is_plain(layer: Any) -> bool:
 
 
 def _is_gemma(layer: Any) -> bool:
-    """Whether there are norms after attention and MLP, too, all of Gemma's kind."""
+    """Whether there are also norms after attention and MLP, all of Gemma's kind."""
     return hasattr(layer, "pre_feedforward_layernorm")
 
 
 def _is_uniform(module: nn.Module) -> bool:
-    """Whether all parameters are plain contiguous tensors of one dtype: their memory is read."""
+    """Whether all parameters are plain contiguous tensors of one dtype, whose memory can be
+    read."""
     parameters = [each.data for each in module.parameters()]
     return len({each.dtype for each in parameters}) == 1 and all(
         type(each) is Tensor and each.is_contiguous() for each in parameters
@@ -375,7 +377,7 @@ def _is_uniform(module: nn.Module) -> bool:
 
 
 def _is_untouched(module: nn.Module) -> bool:
-    """Whether a module does what its class in torch or transformers does, and nothing besides."""
+    """Whether a module is an unmodified class of torch or transformers."""
     home = type(module).__module__.partition(".")[0]
     hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
     known = home in ("torch", "transformers") or type(module) is RowSplit
@@ -383,7 +385,7 @@ def _is_untouched(module: nn.Module) -> bool:
 
 
 def _parts(module: Any, *names: str) -> list[Any]:
-    """The linears that are there: separate ones, or the fused one (the last name)."""
+    """The existing linears: separate ones, or the fused one (the last name)."""
     if hasattr(module, names[-1]):
         return [getattr(module, names[-1])]
     return [getattr(module, name, None) for name in names[:-1]]
@@ -395,7 +397,7 @@ def _norm_of(module: Any, name: str) -> Tensor | None:
 
 
 def _scale(norm: Any) -> Tensor:
-    """What a norm multiplies with; in float32 where it holds one less (Gemma's)."""
+    """A norm's factors; in float32 if its weights are stored minus one (Gemma)."""
     weight: Tensor = norm.weight.data
     return weight if hasattr(norm, "variance_epsilon") else 1.0 + weight.float()
 

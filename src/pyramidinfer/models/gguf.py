@@ -1,8 +1,8 @@
-"""GGUF files become folders of safetensors, once, so that everything else reads one format.
+"""GGUF files are converted once to folders of safetensors, so that all other code reads one format.
 
-transformers reads and dequantizes a GGUF; weights, config, tokenizer, chat template and end ids are
-written down as it has them, in float32 (dequantized values do not fit in 16 bits), but for what it
-gets wrong (``gguf_mends.py``).
+transformers reads and dequantizes a GGUF; weights (in float32, because dequantized values do not
+fit in 16 bits), config, tokenizer, chat template and end ids are saved as it returns them, with
+corrections (``gguf_mends.py``).
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ __all__ = [
     "source_file",
 ]
 
-#: Left in a converted folder: what it was made from.
+#: File in a converted folder that records its source.
 ORIGIN = "converted_from.json"
-#: The GGUF file beside what was made from it (fetched), or a link to where it is.
+#: The GGUF file next to its conversion (fetched), or a link to it.
 SOURCE = "model.gguf"
-#: Raise when a conversion would come out otherwise: cached ones are made anew.
+#: Increase when the conversion changes: cached conversions are then made again.
 VERSION = 2
-#: GGUF's names of architectures → transformers'; those it reads, and those it does not.
+#: GGUF's names of architectures → transformers' names; supported and unsupported ones.
 READS = {
     "llama": "llama",
     "mistral": "mistral",
@@ -71,17 +71,17 @@ PROBE = "The archive is in room 472.\n\n1. It's  here:\t«naïve» 日本 <|im_e
 
 
 def is_gguf(name: str) -> bool:
-    """Whether a model's name means a GGUF file."""
+    """Whether a model's name refers to a GGUF file."""
     return name.lower().endswith(".gguf") and not Path(name).expanduser().is_dir()
 
 
 def models_folder() -> Path:
-    """Where fetched and converted models lie: ``models`` in the user's cache folder."""
+    """The folder of fetched and converted models: ``models`` in the user's cache folder."""
     return cache_folder() / "models"
 
 
 def is_converted(folder: Path) -> bool:
-    """Whether a folder is a conversion as this version makes it."""
+    """Whether a folder is a conversion by this version."""
     try:
         return bool(json.loads((folder / ORIGIN).read_text())["version"] == VERSION)
     except (OSError, ValueError, KeyError, TypeError):
@@ -91,9 +91,9 @@ def is_converted(folder: Path) -> bool:
 def convert(file: Path, folder: Path, replace: bool = False) -> Path:
     """Write ``folder`` (new or empty) from a GGUF file: safetensors, config, tokenizer.
 
-    ``replace``: a folder that is there gives way.  It appears whole or not at all.  ``ValueError``
-    where the file is no whole GGUF, its family is not supported or it says what is not understood
-    (before weights are read), or the folder holds something already.
+    ``replace``: an existing folder is replaced.  The folder appears complete or not at all.
+    ``ValueError`` if the file is not a complete GGUF, its family is not supported, it has unknown
+    metadata (checked before weights are read), or the folder is not empty.
     """
     header = read_header(file)
     _check_reader()
@@ -129,10 +129,10 @@ def convert(file: Path, folder: Path, replace: bool = False) -> Path:
 
 
 def converted(name: str) -> Path:
-    """The folder of a GGUF file's conversion in the user's cache, made when it is not there.
+    """The folder of a GGUF file's conversion in the user's cache, converted if needed.
 
-    Known by the file's path, size and time of change: reading gigabytes to know that nothing
-    changed would take longer than loading.  The folder has the file's name, which servers show.
+    Identified by the file's path, size and modification time, because a checksum would take longer
+    than loading.  The folder has the file's name, which servers show.
     """
     file = Path(name).expanduser()
     if not file.is_file():
@@ -144,18 +144,18 @@ def converted(name: str) -> Path:
         try:
             convert(file, folder, replace=True)
         finally:
-            with suppress(OSError):  # there is no folder, or something in it
+            with suppress(OSError):  # the folder is missing or not empty
                 folder.parent.rmdir()
     link = folder / SOURCE
     if link.resolve() != file.resolve():
-        with suppress(OSError):  # a folder that is only read: weights="gguf" says that it lacks it
+        with suppress(OSError):  # a read-only folder: weights="gguf" then reports it
             link.unlink(missing_ok=True)
             link.symlink_to(file.resolve())
     return folder
 
 
 def source_file(folder: Path) -> Path:
-    """The GGUF file that a folder was made from; ``ValueError`` where it has none."""
+    """The GGUF file that a folder was made from; ``ValueError`` if it has none."""
     file = folder / SOURCE
     if file.is_file():
         return file
@@ -165,7 +165,7 @@ def source_file(folder: Path) -> Path:
             f"{folder.name}"
         )
     raise ValueError(
-        f"weights='gguf': {str(folder)!r} was not made from a GGUF file that is there; name the "
+        f"weights='gguf': {str(folder)!r} was not made from an existing GGUF file; name the "
         f"file itself, or leave weights out"
     )
 
@@ -177,11 +177,11 @@ def digest(file: Path) -> str:
 
 
 def _check_reader() -> None:
-    """Older versions of transformers make other tokenizers."""
+    """Refuse older versions of transformers, which make different tokenizers."""
     if importlib.util.find_spec("transformers.integrations.gguf") is None:
         raise ValueError(
-            f"transformers {transformers.__version__} reads GGUF files in another way; converting "
-            f"them is known to work with 5.24: pip install -U transformers"
+            f"transformers {transformers.__version__} reads GGUF files differently; conversion "
+            f"works with 5.24: pip install -U transformers"
         )
 
 
@@ -199,9 +199,9 @@ def _check_family(header: Header) -> None:
 
 
 def _check_count(header: Header, config: Any) -> None:
-    """Every number of the file has a place in the model, and the other way round.
+    """Check that the file and the model have the same number of weights.
 
-    transformers drops tensors that it has no place for (biases, experts).
+    transformers drops tensors that have no place in its model (biases, experts).
     """
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -216,7 +216,7 @@ def _check_count(header: Header, config: Any) -> None:
 
 @contextmanager
 def _no_bar() -> Iterator[None]:
-    """Without the bar that transformers shows over a GGUF's tensors, which has no switch."""
+    """Suppress the progress bar of transformers over a GGUF's tensors, which has no option."""
     bar = getattr(modeling_gguf_pytorch_utils, "tqdm", None)
     modeling_gguf_pytorch_utils.tqdm = lambda items, **_: items
     try:
@@ -226,21 +226,21 @@ def _no_bar() -> Iterator[None]:
 
 
 def _work_folder(folder: Path) -> Path:
-    """An empty folder beside the one that will be, in one of its own."""
+    """An empty temporary folder next to the final one."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent)) / "model"
         work.mkdir()
     except OSError as error:
         raise ValueError(
-            f"the model cannot be kept in {folder.parent} ({error.strerror}); the cache lies where "
+            f"cannot store the model in {folder.parent} ({error.strerror}); the cache lies where "
             f"PYRAMIDINFER_CACHE says"
         ) from None
     return work
 
 
 def _save_model(loaded: Any, config: Any, folder: Path) -> None:
-    """The weights in a fresh model of their own, which knows nothing of quantization."""
+    """The weights in a new model without quantization settings."""
     with torch.device("meta"):
         fresh = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     fresh.load_state_dict(loaded.state_dict(), assign=True, strict=False)
@@ -251,13 +251,13 @@ def _save_model(loaded: Any, config: Any, folder: Path) -> None:
     fresh.generation_config = loaded.generation_config
     fresh.generation_config.eos_token_id = config.eos_token_id
     fresh.save_pretrained(folder)
-    readable = (folder / "config.json").stat().st_mode  # safetensors files are the owner's only
+    readable = (folder / "config.json").stat().st_mode  # safetensors' files are private
     for each in folder.glob("*.safetensors"):
         each.chmod(readable)
 
 
 def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Save it, and see that what is read again is the same."""
+    """Save the tokenizer, and check that it reads back the same."""
     tokenizer.save_pretrained(folder)
     again = AutoTokenizer.from_pretrained(folder)
     same = all(
@@ -265,11 +265,11 @@ def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
         for what in ("bos_token_id", "eos_token_id", "pad_token_id", "chat_template")
     )
     if not same or again(PROBE)["input_ids"] != tokenizer(PROBE)["input_ids"]:
-        raise ValueError("the tokenizer came back otherwise than it was saved; nothing was kept")
+        raise ValueError("the saved tokenizer differs after reading it back; nothing was stored")
 
 
 def _put(work: Path, folder: Path, replace: bool) -> None:
-    """Move the finished folder to its place; where another process was quicker, its own stays."""
+    """Move the finished folder to its place, unless another process was faster."""
     if replace and folder.exists() and not is_converted(folder):
         folder.rename(work.with_name("old"))
     try:
@@ -280,7 +280,7 @@ def _put(work: Path, folder: Path, replace: bool) -> None:
 
 
 def _read(file: Path, loader: Any, what: str, **options: Any) -> Any:
-    """Read a part of a GGUF with transformers, its many exceptions rotated into one."""
+    """Read a part of a GGUF with transformers, its many exceptions converted to one."""
     try:
         return loader.from_pretrained(str(file.parent), gguf_file=file.name, **options)
     except Exception as error:

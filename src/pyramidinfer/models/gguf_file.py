@@ -1,4 +1,4 @@
-"""What a GGUF file says of itself: metadata and the table of tensors, without reading weights.
+"""The header of a GGUF file: metadata and the table of tensors, without reading weights.
 
 Layout (little-endian): ``GGUF``, version u32, tensors u64, keys u64; for each key its name, type
 and value; for each tensor its name, dimensions (fastest first), type and offset; then, aligned, the
@@ -37,7 +37,7 @@ LETTERS = {
 STRING, ARRAY = 8, 9
 VERSIONS = (2, 3)
 FLOAT32 = 0
-#: Longer arrays (a vocabulary, say) are passed over.
+#: Longer arrays (such as a vocabulary) are skipped.
 SHORT = 1024
 
 
@@ -67,7 +67,7 @@ class Header:
         return str(self.metadata["general.architecture"])
 
     def get(self, key: str) -> Any:
-        """A value of the model's own keys (``attention.key_length``), None where it is absent."""
+        """A value of the model's own keys (``attention.key_length``), None if absent."""
         return self.metadata.get(f"{self.architecture}.{key}")
 
     def floats(self, name: str) -> np.ndarray:
@@ -79,20 +79,20 @@ class Header:
 
 
 def read_header(file: Path) -> Header:
-    """``ValueError`` where the file is not there, is no GGUF, is a part of one, or is cut short."""
+    """``ValueError`` if the file is missing, not a GGUF, a part of one, or truncated."""
     if not file.is_file():
         raise ValueError(f"GGUF file {str(file)!r} does not exist")
     check_pointer(file)
     size = file.stat().st_size
     with file.open("rb") as stream:
         if stream.read(4) != b"GGUF":
-            raise ValueError(f"{str(file)!r} is no GGUF file: it does not begin with 'GGUF'")
+            raise ValueError(f"{str(file)!r} is not a GGUF file: it does not begin with 'GGUF'")
         with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
             try:
                 header = _Reader(data).header(file)
             except (struct.error, IndexError):
                 raise ValueError(
-                    f"{str(file)!r} is cut short: its {size} bytes end before its tensors begin"
+                    f"{str(file)!r} is truncated: its {size} bytes end before its tensors begin"
                 ) from None
     if header.metadata.get("split.count", 1) > 1:
         raise ValueError(
@@ -102,7 +102,7 @@ def read_header(file: Path) -> Header:
     ends = [_end(file, name, tensor) for name, tensor in header.tensors.items()]
     if max(ends, default=0) > size:
         raise ValueError(
-            f"{str(file)!r} is cut short: it has {size} bytes, its tensors reach to {max(ends)}"
+            f"{str(file)!r} is truncated: it has {size} bytes, its tensors reach to {max(ends)}"
         )
     return header
 
@@ -118,7 +118,7 @@ def _end(file: Path, name: str, tensor: Tensor) -> int:
 
 
 class _Reader:
-    """Walks over the bytes."""
+    """Reads values one after another."""
 
     def __init__(self, data: mmap.mmap) -> None:
         self.data, self.at = data, 4
@@ -127,7 +127,7 @@ class _Reader:
         version = self.number("I")
         if version not in VERSIONS:
             raise ValueError(
-                f"{str(file)!r} has GGUF version {version}; read are 2 and 3, little-endian"
+                f"{str(file)!r} has GGUF version {version}; supported are 2 and 3, little-endian"
             )
         tensors, keys = self.number("Q"), self.number("Q")
         metadata = {}
@@ -164,7 +164,7 @@ class _Reader:
         return self.data[self.at - length : self.at].decode("utf-8", "replace")
 
     def value(self, kind: int) -> Any:
-        """The next value; None for an array that is long."""
+        """The next value; None for a long array."""
         if kind == STRING:
             return self.text()
         if kind != ARRAY:

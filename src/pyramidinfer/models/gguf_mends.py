@@ -1,7 +1,7 @@
-"""Where transformers' reading of a GGUF and the file itself differ: mended, or refused.
+"""Differences between a GGUF file and what transformers reads from it: corrected or refused.
 
-transformers takes a fixed list of keys from a file and passes over the rest, so a model may load
-and be another one.  Everything a file says must be understood here.
+transformers reads a fixed list of keys from a file and ignores the rest, so a model may load with
+the wrong settings.  All keys of a file must be known here.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pyramidinfer.models.gguf_file import Header
 
 __all__ = ["mend_config", "mend_ends", "mend_tokenizer"]
 
-#: Keys that transformers reads into the config, or that nothing hangs on.
+#: Keys that transformers reads into the config, or that have no effect.
 READ = {
     "context_length",
     "block_count",
@@ -29,7 +29,7 @@ READ = {
     "tensor_data_layout",
     "attention.layer_norm_epsilon",
 }
-#: Keys that are taken in here.
+#: Keys that are handled here.
 MENDED = {
     "attention.key_length",
     "attention.value_length",
@@ -46,23 +46,23 @@ MENDED = {
     "rope.scaling.finetuned",
 }
 GEMMA = ("gemma2", "gemma3")
-#: Depth of the models whose queries are scaled by hidden / heads and not by the head's size.
+#: Depth of models that scale queries by hidden / heads instead of the head's size.
 LARGEST = {"gemma2": 46, "gemma3": 62}
-#: Byte-level vocabularies whose digits stand alone before anything else is split.
+#: Byte-level vocabularies that split off single digits first.
 DIGITS = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"}
-#: Byte-level vocabularies split as GPT-2's, which is what transformers does with a name it lacks.
+#: Byte-level vocabularies with GPT-2's split, the default of transformers for unknown names.
 PLAIN = {"gpt-2", "default", "mpt", "olmo", "jais", "phi-2", "granite-docling", "trillion"}
-#: How instruct models end a turn; an end where the file's chat template writes it.
+#: End-of-turn tokens of instruct models; used if the file's chat template writes them.
 TURN_ENDS = ("<|im_end|>", "<end_of_turn>", "<|eot_id|>", "<|end|>")
 
 
 def mend_config(header: Header, config: Any) -> None:
-    """Bring a config that transformers read in line with the file, in place."""
+    """Correct a config that transformers read, according to the file, in place."""
     prefix = header.architecture + "."
     for name, value in header.metadata.items():
         key = name.removeprefix(prefix)
         if name.startswith(prefix) and key not in READ | MENDED and value not in (0, False, ""):
-            raise _refused(header, f"it says {name}={value!r}, which is not understood here")
+            raise _refused(header, f"it says {name}={value!r}, which is not supported")
     _mend_heads(header, config)
     _mend_windows(header, config)
     if header.architecture in GEMMA:
@@ -71,9 +71,10 @@ def mend_config(header: Header, config: Any) -> None:
 
 
 def mend_ends(header: Header, tokenizer: Any, first: Any) -> Any:
-    """The end-of-sequence ids: what transformers found, and the ends of a turn that it passes over.
+    """The end-of-sequence ids: those of transformers, and the end-of-turn tokens that it ignores.
 
-    An instruct model whose turn ends with another token than its texts would not stop.
+    Without them, an instruct model whose turns end with a different token than texts would not
+    stop.
     """
     ends = [first] if isinstance(first, int) else list(first or ())
     named = (header.metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("eot", "eom"))
@@ -86,10 +87,10 @@ def mend_ends(header: Header, tokenizer: Any, first: Any) -> Any:
 
 
 def mend_tokenizer(header: Header, tokenizer: Any) -> None:
-    """Split text as the file's vocabulary wants it.
+    """Set the text split of the file's vocabulary.
 
-    transformers knows most names in ``tokenizer.ggml.pre`` and takes GPT-2's way for the others;
-    for SmolLM's that parts a line feed or blank from its like before a digit.
+    transformers knows most names in ``tokenizer.ggml.pre`` and uses GPT-2's split for the others;
+    for SmolLM this separates repeated line feeds or blanks before a digit.
     """
     from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
@@ -104,7 +105,7 @@ def mend_tokenizer(header: Header, tokenizer: Any) -> None:
             ]
         )
     elif pre not in PLAIN and pre not in GGUF_PRE_TOKENIZER_SPLITS:
-        raise _refused(header, f"its way of splitting text, {pre!r}, is not known here")
+        raise _refused(header, f"its text split, {pre!r}, is not supported")
 
 
 def _refused(header: Header, reason: str) -> ValueError:
@@ -114,7 +115,7 @@ def _refused(header: Header, reason: str) -> ValueError:
 
 
 def _mend_heads(header: Header, config: Any) -> None:
-    """The size of a head; transformers takes it from the file for some families only."""
+    """The size of a head; transformers reads it from the file for some families only."""
     head, value = header.get("attention.key_length"), header.get("attention.value_length")
     if head is not None and hasattr(config, "head_dim"):
         config.head_dim = head
@@ -143,7 +144,7 @@ def _mend_windows(header: Header, config: Any) -> None:
 
 
 def _mend_gemma(header: Header, config: Any) -> None:
-    """Caps on scores and logits, and what queries are scaled by, which no file says."""
+    """Soft caps of scores and logits, and the scale of queries, which is in no file."""
     for key in ("attn_logit_softcapping", "final_logit_softcapping"):
         if (cap := header.get(key)) is not None:
             setattr(config, key, cap or None)
@@ -154,9 +155,9 @@ def _mend_gemma(header: Header, config: Any) -> None:
 
 
 def _mend_rotation(header: Header, config: Any) -> None:
-    """Stretched rotary positions, all of which transformers passes over."""
+    """Scaled rotary positions, which transformers ignores."""
     rope = config.rope_parameters
-    rope = rope.get("full_attention", rope)  # Gemma 3 stretches its layers without a window only
+    rope = rope.get("full_attention", rope)  # Gemma 3 scales only layers without a window
     if (local := header.get("rope.freq_base_swa")) is not None:
         config.rope_parameters["sliding_attention"]["rope_theta"] = local
     factor = header.get("rope.scaling.factor") or header.get("rope.scale_linear") or 1.0
@@ -172,13 +173,14 @@ def _mend_rotation(header: Header, config: Any) -> None:
     elif kind == "linear" and factor != 1:
         rope.update(rope_type="linear", factor=factor)
     elif kind not in ("none", "linear", "yarn"):
-        raise _refused(header, f"its rotary positions are stretched in another way, {kind!r}")
+        raise _refused(header, f"its rotary scaling {kind!r} is not supported")
     if "rope_freqs.weight" in header.tensors:
         _mend_llama3(header, rope, config)
 
 
 def _mend_llama3(header: Header, rope: dict[str, Any], config: Any) -> None:
-    """Llama 3.1's stretching: the file holds the divisor of each frequency, a config its rule."""
+    """Llama 3.1's rotary scaling: the file holds the divisor of each frequency, a config the
+    rule."""
     found = header.floats("rope_freqs.weight")
     if np.allclose(found, 1):
         return

@@ -1,7 +1,8 @@
-"""Linears and embeddings with the codes of a GGUF file, which are never made into numbers.
+"""Linears and embeddings with the codes of a GGUF file, which are never dequantized.
 
-The file is mapped; each quantized tensor becomes ``Rows`` (where each output's blocks lie), which
-the kernels pack (``native/coding.h``).  What is no matrix, or is not quantized, is read as numbers.
+The file is memory-mapped; each quantized tensor becomes ``Rows`` (addresses of each output's
+blocks), which the kernels pack (``native/coding.h``).  Vectors and unquantized tensors are read as
+numbers.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from pyramidinfer.models.weights import CODES, FLOATS, FOUR, HALVES, LEAST, Rows
 
 __all__ = ["coded_model"]
 
-#: What blocks become: the codes they are, under scales of the precision they have; 5 and 6 bits
-#: take the room of 8.
+#: The format of each block type: its codes, with scales of its own precision; codes of 5 and 6
+#: bits are stored in 8.
 FORMATS = {
     GGMLQuantizationType.Q4_0: CODES | FOUR | LEAST,
     GGMLQuantizationType.Q4_1: CODES | FOUR | LEAST,
@@ -35,18 +36,18 @@ FORMATS = {
     GGMLQuantizationType.Q5_K: CODES | LEAST | FLOATS,
     GGMLQuantizationType.Q6_K: CODES | HALVES | FLOATS,
 }
-#: Those that hold numbers.
+#: Types that hold plain numbers.
 NUMBERS = {
     GGMLQuantizationType.F32,
     GGMLQuantizationType.F16,
     GGMLQuantizationType.BF16,
 }
-#: Families whose files hold what a norm multiplies with, where the model holds one less.
+#: Families whose files hold norm factors, while the model stores the factors minus one.
 GEMMA = ("gemma2", "gemma3")
 
 
 class Mapped(NamedTuple):
-    """A file's bytes, and what it says of itself."""
+    """A file's bytes and its header."""
 
     header: Header
     data: Tensor
@@ -67,7 +68,7 @@ def coded_model(folder: Path, config: Any, dtype: torch.dtype) -> Any:
     """The model of a converted folder, its linears and embedding ``Rows`` of the GGUF file that it
     was made from (attribute ``rows``, their ``weight`` empty), everything else in ``dtype``.
 
-    ``ValueError`` where the file is not there, or holds blocks of another type.
+    ``ValueError`` if the file is missing, or holds blocks of an unsupported type.
     """
     header = read_header(source_file(folder))
     mapped = Mapped(header, torch.from_numpy(np.memmap(header.file, np.uint8, mode="c")))
@@ -97,8 +98,8 @@ def coded_model(folder: Path, config: Any, dtype: torch.dtype) -> Any:
         else:
             raise ValueError(
                 f"weights='gguf': {names[name]} of {str(header.file)!r} has blocks of type "
-                f"{kind.name}; read are {', '.join(each.name for each in FORMATS)}. "
-                f"Leave weights out: the model is converted then"
+                f"{kind.name}; supported are {', '.join(each.name for each in FORMATS)}. "
+                f"Omit weights: the model is converted then"
             )
         setattr(module, key, nn.Parameter(value, requires_grad=False))
     _share(model)
@@ -109,7 +110,7 @@ def coded_model(folder: Path, config: Any, dtype: torch.dtype) -> Any:
 
 
 def _names(header: Header, model: Any) -> dict[str, str]:
-    """The model's names → the file's."""
+    """The model's tensor names → the file's."""
     found = next(k for k, name in gguf.MODEL_ARCH_NAMES.items() if name == header.architecture)
     known = gguf.get_tensor_name_map(found, model.config.num_hidden_layers)
     names = {}
@@ -122,8 +123,8 @@ def _names(header: Header, model: Any) -> dict[str, str]:
 
 
 def _order(header: Header, name: str, config: Any, count: int) -> Tensor | None:
-    """Where the model's outputs are among the file's: in files of the Llama family the two halves
-    of every query and key head, which rotate together, lie in turns."""
+    """Index in the file of each of the model's outputs: files of the Llama family interleave the
+    two halves of every query and key head, which rotate together."""
     heads = {
         "attn_q": config.num_attention_heads,
         "attn_k": getattr(config, "num_key_value_heads", None),
@@ -142,7 +143,7 @@ def _rows(blocks: Tensor, stored: Stored, order: Tensor | None) -> Rows:
 
 
 def _share(model: Any) -> None:
-    """A head that is tied has the embedding's rows, too."""
+    """A tied head also gets the embedding's rows."""
     model.tie_weights()
     head, table = model.get_output_embeddings(), model.get_input_embeddings()
     if head.weight is table.weight and hasattr(table, "rows"):
@@ -150,7 +151,7 @@ def _share(model: Any) -> None:
 
 
 def _fill_buffers(model: Any, config: Any) -> None:
-    """What is worked out from the config, and was not while the model had no memory."""
+    """Compute the buffers that depend on the config, which the model on the meta device lacks."""
     for name, module in list(model.named_modules()):
         if not any(each.is_meta for each in module.buffers(recurse=False)):
             continue
@@ -159,4 +160,4 @@ def _fill_buffers(model: Any, config: Any) -> None:
         elif name.endswith("rotary_emb"):
             model.set_submodule(name, type(module)(config))
         else:
-            raise ValueError(f"weights='gguf': {name} of this model is not known; leave it out")
+            raise ValueError(f"weights='gguf': {name} of this model is not supported; omit weights")

@@ -1,11 +1,11 @@
 """The decode step on fixed buffers, which a GPU replays as one CUDA graph.
 
-A step's inputs go into buffers of a *size*: requests and pages rounded up, so that few sizes are
-ever needed.  The first steps of a size run kernel by kernel, which warms everything up; then the
-same calls are captured, and from there on a step is one upload and one replay.  Without a GPU
-nothing is captured: the same calls run on the same buffers.
+A step's inputs go into buffers of a *size*: requests and pages are rounded up, so that few sizes
+are needed.  The first steps of a size run kernel by kernel as a warm-up; then the same calls are
+captured, and each later step is one upload and one replay.  Without a GPU, nothing is captured: the
+same calls run on the same buffers.
 
-What changes the cache's shape (claiming pages, evicting) stays outside.
+Changes of the cache's shape (claiming pages, evicting) stay outside the graph.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ __all__ = ["DecodeGraphs", "round_pages", "round_rows"]
 
 #: Steps of a size that run kernel by kernel before it is captured.
 WARM_UP = 2
-#: Sizes kept at once; the one not used for longest goes.
+#: Maximum number of sizes; the least recently used one is removed.
 MOST = 24
-#: Pages a request has room for, at least.
+#: Minimum number of pages per request.
 LEAST_PAGES = 16
 
 
@@ -45,16 +45,16 @@ def round_pages(count: int) -> int:
 
 
 class Step:
-    """One size: its buffers, and the graph once there is one."""
+    """One size: its buffers, and its graph if captured."""
 
     def __init__(self, decoding: Decoding) -> None:
         self.decoding, self.used = decoding, 0
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.out: Tensor | None = None  # where the graph leaves its results
+        self.out: Tensor | None = None  # output of the graph
 
 
 class DecodeGraphs:
-    """Decode steps over one pool.  What a step leaves is good until the next one."""
+    """Decode steps over one pool.  A step's outputs are valid until the next step."""
 
     def __init__(self, pool: Pool) -> None:
         self.steps: OrderedDict[Size, Step] = OrderedDict()
@@ -65,11 +65,11 @@ class DecodeGraphs:
 
     @property
     def captured(self) -> int:
-        """Sizes that are replayed."""
+        """Number of captured sizes."""
         return sum(step.graph is not None for step in self.steps.values())
 
     def step(self, size: Size, make: Callable[[Size], Decoding]) -> Decoding:
-        """The buffers of a step with room for ``size``, made where there are none yet."""
+        """The buffers of a step with room for ``size``, created if missing."""
         size = size._replace(rows=round_rows(size.rows), pages=round_pages(size.pages))
         if size not in self.steps:
             self.steps[size] = Step(make(size))
@@ -79,8 +79,8 @@ class DecodeGraphs:
         return self.steps[size].decoding
 
     def run(self, decoding: Decoding, work: Callable[[], Tensor]) -> Tensor:
-        """Logits ``[rows, vocab]`` that ``work`` gives of these buffers; it waits for nothing and
-        does not depend on what they hold."""
+        """Logits ``[rows, vocab]`` of ``work`` on these buffers; ``work`` must not wait for the
+        device or depend on the buffers' contents."""
         step = self.steps[decoding.size]
         step.used += 1
         if self.captures and step.graph is None and step.used > WARM_UP:

@@ -31,7 +31,7 @@ from pyramidinfer.models.gguf_weights import coded_model
 from pyramidinfer.models.lora import base_of, merge_adapter, unwrap
 from pyramidinfer.models.tensors import check_report, check_tensors
 
-#: Files that make a tokenizer, one of them.
+#: Files of a tokenizer; one of them must exist.
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
 
 __all__ = [
@@ -49,7 +49,7 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A model ready to run, its tokenizer (None where there is none) and where it came from."""
+    """A model ready to run, its tokenizer (or None) and its source."""
 
     model: nn.Module
     tokenizer: Any
@@ -66,12 +66,12 @@ def load_model(
     *,
     of_file: bool = False,
 ) -> LoadedModel:
-    """Load a folder, hub id, fetched model or GGUF file, or take a transformers model as it is.
+    """Load a folder, hub id, fetched model or GGUF file, or use a transformers model unchanged.
 
-    ``tokenizer``: ``"auto"`` (the model's own, None where it has none), a tokenizer, what names
-    a model that has one, or None.  ``of_file``: linears with the codes of the GGUF file
-    (``gguf_weights.coded_model``), for kernels alone.  Raises ``ValueError`` for what cannot be
-    loaded, with the reason.
+    ``tokenizer``: ``"auto"`` (the model's own, or None), a tokenizer, the name of a model that has
+    one, or None.  ``of_file``: linears with the codes of the GGUF file
+    (``gguf_weights.coded_model``), for the kernels only.  ``ValueError`` with the reason if
+    something cannot be loaded.
     """
     if isinstance(model, nn.Module):
         return _take_object(model, tokenizer, dtype, device)
@@ -91,7 +91,7 @@ def load_model(
 
 
 def _load_weights(name: str, folder: Path, dtype: str | torch.dtype) -> tuple[Any, torch.dtype]:
-    """The model of a folder on the CPU, every tensor of its files in its place."""
+    """The model of a folder on the CPU, with every tensor of its files in its place."""
     config, files = load_config(name), weight_files(folder)
     check_tensors(name, config, read_headers(files))
     kind = parse_dtype(dtype, config.dtype)
@@ -125,19 +125,19 @@ def _load_adapted(
 
 
 def shipped_model() -> str:
-    """Folder of the model in the package."""
+    """Folder of the model that ships in the package."""
     return str(files("pyramidinfer") / "assets" / "demo-model")
 
 
 def quiet_transformers() -> None:
-    """Switch transformers' progress bars and advice off (the command line's choice)."""
+    """Switch off transformers' progress bars and advice (the command line's choice)."""
     logging.disable_progress_bar()
     logging.set_verbosity_error()
 
 
 def load_config(name: str) -> Any:
     """The transformers config of a folder, a hub id, a fetched model's name or a GGUF file; an
-    adapter's is its base model's.  Where it names no dtype, it gets that of the weights."""
+    adapter's is its base model's.  If it names no dtype, it gets that of the weights."""
     name = check_path(find_model(name))
     folder = model_folder(name)
     if (folder / ADAPTER).is_file():
@@ -155,7 +155,7 @@ def empty_model(
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "auto",
 ) -> tuple[Any, torch.device]:
-    """The model without weights (on the meta device), and where it would be loaded."""
+    """The model without weights (on the meta device), and the device it would be loaded to."""
     place, config = parse_device(device), load_config(str(name))
     kind = parse_dtype(dtype, config.dtype)
     try:
@@ -163,7 +163,7 @@ def empty_model(
             return AutoModelForCausalLM.from_config(config, dtype=kind), place
     except Exception as error:
         raise ValueError(
-            f"the config of {str(name)!r} makes no model: {one_line(error)}"
+            f"no model can be built from the config of {str(name)!r}: {one_line(error)}"
         ) from error
 
 
@@ -173,11 +173,11 @@ def free_memory(device: torch.device) -> int:
         return int(torch.cuda.mem_get_info(device)[0])
     free = int(psutil.virtual_memory().available)
     for group in _groups(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")):
-        try:  # a container's limit, or a service's
+        try:  # limit of a container or service
             limit = int((group / "memory.max").read_text())
             used = int((group / "memory.current").read_text())
             for line in (group / "memory.stat").read_text().splitlines():
-                if line.startswith("inactive_file "):  # files read before give way
+                if line.startswith("inactive_file "):  # the page cache can be freed
                     used -= int(line.split()[1])
             free = min(free, limit - used)
         except (OSError, ValueError):
@@ -186,7 +186,7 @@ def free_memory(device: torch.device) -> int:
 
 
 def _groups(root: Path, own: Path) -> list[Path]:
-    """Folders of the control groups this process is in, the innermost first."""
+    """Folders of this process's control groups, innermost first."""
     try:
         lines = own.read_text().splitlines()
     except OSError:
@@ -207,11 +207,11 @@ def _take_object(
         raise ValueError("the model's weights are on the meta device; load them first")
     if dtype != "auto" and parse_dtype(dtype, None) != first.dtype:
         raise ValueError(
-            f"dtype={dtype!r}, but the model given is {first.dtype}; convert it, or leave 'auto'"
+            f"dtype={dtype!r}, but the model given is {first.dtype}; convert it, or use 'auto'"
         )
     if device != "auto" and parse_device(device).type != first.device.type:
         raise ValueError(
-            f"device={device!r}, but the model given is on {first.device}; move it, or leave 'auto'"
+            f"device={device!r}, but the model given is on {first.device}; move it, or use 'auto'"
         )
     name = getattr(config, "_name_or_path", "") or type(model).__name__
     if isinstance(tokenizer, str) and tokenizer == "auto":
@@ -221,18 +221,18 @@ def _take_object(
 
 
 def _from_hub(loader: Any, folder: Path, what: str, **options: Any) -> Any:
-    """``from_pretrained`` with its many exceptions rotated into one ``ValueError``."""
+    """``from_pretrained`` with its many exceptions converted to one ``ValueError``."""
     try:
         return loader.from_pretrained(str(folder), trust_remote_code=False, **options)
     except BaseException as error:
-        is_panic = type(error).__name__ == "PanicException"  # of a tokenizer, in Rust
+        is_panic = type(error).__name__ == "PanicException"  # raised by a tokenizer, in Rust
         if not (isinstance(error, Exception) or is_panic):
             raise
         raise ValueError(f"cannot load {what}: {one_line(error)}") from error
 
 
 def _check_generation_config(folder: Path) -> None:
-    """``ValueError`` for one that cannot be read, which transformers passes over."""
+    """``ValueError`` for an unreadable file, which transformers ignores."""
     file = folder / "generation_config.json"
     try:
         if file.is_file() and not isinstance(json.loads(file.read_text(encoding="utf-8")), dict):
@@ -242,9 +242,9 @@ def _check_generation_config(folder: Path) -> None:
 
 
 def find_tokenizer(folder: Path, tokenizer: Any, config: Any = None) -> Any:
-    """``"auto"``: the folder's own, None where it has none; else what is given or named.
+    """``"auto"``: the folder's own tokenizer, or None; else the tokenizer that is given or named.
 
-    config : the model's, so that transformers does not read the folder's as it is.
+    config : the model's checked config, so that transformers does not read the folder's.
     """
     if tokenizer is None or not isinstance(tokenizer, str | os.PathLike):
         return _check_tokenizer(tokenizer)

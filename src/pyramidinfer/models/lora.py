@@ -1,4 +1,4 @@
-"""Models with an adapter (LoRA and its kin, as the ``peft`` library trains and saves them)."""
+"""Models with an adapter (LoRA and related kinds, trained and saved by the ``peft`` library)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from pyramidinfer.models.folder import (
 
 __all__ = ["base_of", "merge_adapter", "unwrap"]
 
-#: Kinds that change a model's own linears, and nothing about how it is run.
+#: Kinds that change only the weights of a model's linears.
 KINDS = ("LORA", "ADALORA", "LOHA", "LOKR", "IA3")
 WAY_OUT = (
     "put the base model there or correct base_model_name_or_path, or merge the two with peft "
@@ -33,9 +33,9 @@ REFUSED = ("megatron_config", "alora_invocation_tokens")
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The transformers model inside a ``PeftModel``, its adapters in it; any other as it is.
+    """The transformers model inside a ``PeftModel``, with its adapters; any other model unchanged.
 
-    ``ValueError`` for a kind of adapter that is more than other linears (prompt tuning, say).
+    ``ValueError`` for adapters that change more than linears (such as prompt tuning).
     """
     if not any(each.__module__.startswith("peft.") for each in type(model).__mro__):
         return model
@@ -46,10 +46,10 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def base_of(folder: Path, name: str) -> str:
-    """What an adapter's folder says its base model is: a path that is there, or a hub id.
+    """The base model that an adapter's folder names: an existing path, or a hub id.
 
-    ``ValueError`` with the way out where it names none, it is not here, or the adapter is of a kind
-    that cannot be merged.
+    ``ValueError`` with a remedy if it names none, the base is missing, or this kind of adapter
+    cannot be merged.
     """
     raw = read_json(folder / ADAPTER, "adapter config")
     _check_kind(f"adapter {name!r}", raw)
@@ -82,7 +82,7 @@ def merge_adapter(model: Any, folder: Path, name: str) -> Any:
     check_pointer(weights)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what they tell of is checked below
+            warnings.simplefilter("ignore")  # their subject is checked below
             config = PeftConfig.from_pretrained(str(folder))
             config.inference_mode = True
             wrapped = PeftModel(model, config)
@@ -100,7 +100,7 @@ def merge_adapter(model: Any, folder: Path, name: str) -> Any:
 
 
 def _check_tied(model: Any, wrapped: Any, name: str) -> None:
-    """Merging into the head would change the embeddings with it where they are one tensor."""
+    """Merging into the head would also change the embeddings if they are one tensor."""
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
     changed = any(hasattr(each, "base_layer") for each in (head, embeddings))
     weights = [getattr(each, "base_layer", each).weight for each in (head, embeddings)]
@@ -109,7 +109,7 @@ def _check_tied(model: Any, wrapped: Any, name: str) -> None:
 
 
 def _plain(config: Any) -> dict[str, Any]:
-    """A peft config as its file has it."""
+    """A peft config as it is in the file."""
     plain: dict[str, Any] = json.loads(json.dumps(config.to_dict(), default=str))
     plain["peft_type"] = getattr(config.peft_type, "value", config.peft_type)
     plain["task_type"] = getattr(config.task_type, "value", config.task_type)

@@ -1,4 +1,4 @@
-"""Reading LoRA adapters that are served beside their base model (``lora_modules``)."""
+"""Reading LoRA adapters that are served with their base model (``lora_modules``)."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ __all__ = ["read_adapters"]
 
 WAY_OUT = "merge it into its base instead: give its folder as the model"
 CONFIG = "config.json"
-#: Keys of an adapter's config that change what it adds, and what they ask for.
+#: Keys of an adapter's config that change its effect, and their meaning.
 REFUSED = {
     "use_dora": "DoRA",
-    "modules_to_save": "whole modules beside low ranks",
+    "modules_to_save": "whole modules in addition to low ranks",
     "lora_bias": "biases",
     "trainable_token_indices": "embeddings of some tokens",
-    "target_parameters": "parameters that are no linears",
+    "target_parameters": "parameters outside of linears",
     "layer_replication": "layers used twice",
     "megatron_config": "Megatron's layers",
-    "alora_invocation_tokens": "tokens from which on it works",
+    "alora_invocation_tokens": "tokens that activate it",
     "use_qalora": "QALoRA",
     "use_bdlora": "block-diagonal parts",
     "velora_config": "VeLoRA",
@@ -45,9 +45,9 @@ REFUSED = {
     "arrow_config": "a router",
     "kasa_config": "KaSA",
 }
-#: Ways to begin training that leave the base's weights alone.
+#: Initializations that do not change the base's weights.
 BEGINNINGS = (True, False, None, "gaussian", "eva", "orthogonal")
-#: What two models must agree on to take the same adapter.
+#: Config keys that must agree if two models use the same adapter.
 SIZES = ("model_type", "hidden_size", "num_hidden_layers", "intermediate_size")
 #: Heads and embeddings of the families.
 TABLES = ("lm_head", "embed_out", "embed_tokens", "embed_in", "embed_positions")
@@ -57,10 +57,10 @@ KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 def read_adapters(
     modules: Mapping[str, str], body: nn.Module, config: Any, like: Tensor
 ) -> dict[str, Adapter]:
-    """Adapters by name, each from its folder or hub id, checked against the base model (whose
-    weights need not be there), their tensors like ``like``.
+    """Adapters by name, each from its folder or hub id, checked against the base model (which needs
+    no weights), with tensors like ``like``.
 
-    ``ValueError`` that names the adapter where it cannot be served beside the base.
+    ``ValueError`` that names the adapter if it cannot be served with the base.
     """
     found = {}
     for name, path in modules.items():
@@ -78,7 +78,7 @@ class _Reader:
         self.name, self.path, self.config = name, path, config
         self.folder = model_folder(check_path(path), weights=True)
         if not (self.folder / ADAPTER).is_file():
-            raise ValueError(f"it has no {ADAPTER}: it is no adapter's folder")
+            raise ValueError(f"it has no {ADAPTER}: this is not an adapter's folder")
         self.raw = read_json(self.folder / ADAPTER, "adapter config")
         self.inside = find_family(config).body
         self.linears = {
@@ -104,12 +104,12 @@ class _Reader:
         return Adapter(self.name, self.path, digest.hexdigest()[:32], parts)
 
     def _check(self) -> None:
-        """``ValueError`` for what is more than low ranks beside linears."""
+        """``ValueError`` if the adapter is more than low-rank matrices for linears."""
         raw = self.raw
         if raw.get("peft_type") != "LORA":
             raise ValueError(
-                f"it is of the kind {raw.get('peft_type')!r:.80}, and beside the base only LORA is "
-                f"served; {WAY_OUT}"
+                f"it is of the kind {raw.get('peft_type')!r:.80}, and only LORA is served with "
+                f"the base; {WAY_OUT}"
             )
         if raw.get("task_type") not in (None, "CAUSAL_LM"):
             raise ValueError(
@@ -120,30 +120,30 @@ class _Reader:
         for key, what in REFUSED.items():
             if raw.get(key):
                 raise ValueError(
-                    f"{key}={raw[key]!r:.80}: {what}, which cannot be served beside the base; "
+                    f"{key}={raw[key]!r:.80}: {what}, which cannot be served with the base; "
                     f"{WAY_OUT}"
                 )
         if raw.get("init_lora_weights", True) not in BEGINNINGS:
             raise ValueError(
-                f"init_lora_weights={raw['init_lora_weights']!r:.80} changed the base's weights, "
-                f"too; {WAY_OUT}"
+                f"init_lora_weights={raw['init_lora_weights']!r:.80} also changes the base's "
+                f"weights; {WAY_OUT}"
             )
 
     def _check_base(self) -> None:
-        """``ValueError`` where its base is here and is another kind of model."""
+        """``ValueError`` if its base is available and a different model."""
         base = self.raw.get("base_model_name_or_path")
         if not isinstance(base, str) or not base:
             return
         folder = fetched(base) if base in CATALOG else Path(base).expanduser()
         if folder is None or not (folder / CONFIG).is_file():
-            return  # known by its shapes alone
+            return  # only its shapes are checked
         theirs = read_json(folder / CONFIG, "config")
         for key in SIZES:
             mine = getattr(self.config, key, None)
             if key in theirs and theirs[key] != mine:
                 raise ValueError(
                     f"it is for the base model {base!r}, whose {key} is {theirs[key]!r:.40}; here "
-                    f"it is {mine!r:.40}: serve it beside that model"
+                    f"it is {mine!r:.40}: serve it with that model"
                 )
 
     def _pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
@@ -171,29 +171,29 @@ class _Reader:
         return {place: (both["A"], both["B"]) for place, both in found.items()}
 
     def _place(self, key: str) -> tuple[str, str]:
-        """Which linear of the body a tensor is for, and whether it is A or B."""
+        """The linear of the body that a tensor belongs to, and whether it is A or B."""
         table = next((each for each in TABLES if each in key.split(".")), None)
         if table is not None:
             raise ValueError(
-                f"it changes {table}, and heads and embeddings are not served with adapters; "
+                f"it changes {table}, and adapters on heads and embeddings are not served; "
                 f"{WAY_OUT}"
             )
         match = KEY.fullmatch(key)
         if match is None:
-            raise ValueError(f"{key} is no part of a linear's low ranks; {WAY_OUT}")
+            raise ValueError(f"{key} is not a low-rank matrix of a linear; {WAY_OUT}")
         place = match[1].removeprefix(f"{self.inside}.")
         if place == match[1] or place not in self.linears:
-            raise ValueError(f"it changes {match[1]}, which is no linear of this model's layers")
+            raise ValueError(f"it changes {match[1]}, which is not a linear of this model's layers")
         if type(self.linears[place]) is not nn.Linear:
             kind = type(self.linears[place])
             raise ValueError(
                 f"{match[1]} of the model is a {kind.__module__}.{kind.__name__}, not a plain "
-                f"linear: unload the adapter that is in it"
+                f"linear: unload its adapter first"
             )
         return place, match[2]
 
     def _scale(self, place: str, down: Tensor, up: Tensor) -> float:
-        """What its products are multiplied with; ``ValueError`` for wrong shapes."""
+        """The scale of its products; ``ValueError`` for wrong shapes."""
         raw, linear = self.raw, self.linears[place]
         rank = self._of(place, "rank_pattern", raw.get("r", 8))
         wanted = [(rank, linear.in_features), (linear.out_features, rank)]
@@ -201,15 +201,15 @@ class _Reader:
             if tuple(tensor.shape) != shape:
                 raise ValueError(
                     f"{place}.lora_{which} has the shape {tuple(tensor.shape)}; by its config and "
-                    f"this model's linear it is {shape}: is the base another model?"
+                    f"this model's linear it should be {shape}: is its base another model?"
                 )
             if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
-                raise ValueError(f"{place}.lora_{which} holds something that is no finite number")
+                raise ValueError(f"{place}.lora_{which} has values that are not finite")
         alpha = self._of(place, "alpha_pattern", raw.get("lora_alpha", 8))
         return float(alpha / (math.sqrt(rank) if raw.get("use_rslora") else rank))
 
     def _of(self, place: str, key: str, usual: Any) -> Any:
-        """A number of the config for one linear, as peft finds it."""
+        """A number of the config for one linear, with peft's rules."""
         name, patterns = f"{self.inside}.{place}", self.raw.get(key) or {}
         for pattern, value in patterns.items():
             if re.match(rf"(.*\.)?({pattern})$", name):
@@ -220,7 +220,7 @@ class _Reader:
         return usual
 
     def _check_targets(self, pairs: Mapping[str, Any]) -> None:
-        """``ValueError`` where its config names linears for which it has no tensors."""
+        """``ValueError`` if its config names linears for which it has no tensors."""
         targets, raw = self.raw.get("target_modules"), self.raw
         if not isinstance(targets, list) or raw.get("layers_to_transform") is not None:
             return

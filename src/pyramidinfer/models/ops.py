@@ -1,4 +1,5 @@
-"""What surrounds attention in a plain layer: linears, norms, rotation, on kernels or in torch."""
+"""The operations around attention in a plain layer: linears, norms, rotation, in kernels or
+torch."""
 
 from __future__ import annotations
 
@@ -15,8 +16,8 @@ from pyramidinfer.native.library import DTYPES, FORMATS, HeadsData, Kernels, Lin
 
 __all__ = ["ADD", "GATED", "GELU", "PLAIN", "Heads", "KernelOps", "Ops", "TorchOps"]
 
-#: What is done with a linear's output: nothing, add a residual, SiLU(gate) times up, or GELU(gate),
-#: by tanh, times up (packed as ``GATED``).
+#: Epilogue of a linear: none, add a residual, SiLU(gate) times up, or GELU(gate), with tanh, times
+#: up (packed as ``GATED``).
 PLAIN, ADD, GATED, GELU = 0, 1, 2, 3
 
 
@@ -33,14 +34,14 @@ class Heads(NamedTuple):
 
     @property
     def has_floats(self) -> bool:
-        """Whether the norms' weights are floats."""
+        """Whether the norms' weights are float32."""
         return self.query_norm is not None and self.query_norm.dtype == torch.float32
 
 
 class Ops(Protocol):
-    """The same arithmetic on whatever runs it, for sizes that are multiples of ``multiple``.
+    """The same arithmetic in each implementation, for sizes that are multiples of ``multiple``.
 
-    ``has_gemma``: norms whose weights are floats (nothing is rounded before them), and ``GELU``.
+    ``has_gemma``: supports norms with float32 weights (no rounding before them), and ``GELU``.
     """
 
     multiple: int
@@ -48,16 +49,16 @@ class Ops(Protocol):
     weights: str
 
     def pack(self, weights: list[Any], biases: list[Tensor | None], how: int) -> Any:
-        """Linears of the same input side by side; for ``GATED`` gate and up.  Weights are tensors,
-        or ``Rows`` where the kernels pack them."""
+        """Pack linears of the same input together; for ``GATED``, gate and up.  Weights are
+        tensors, or ``Rows`` for the kernels."""
         ...
 
     def pack_table(self, weights: list[Any], biases: list[Tensor | None]) -> Any:
-        """A head (or an embedding) ``[vocabulary, n]``, as ``pack``."""
+        """Pack a head (or an embedding) ``[vocabulary, n]``, as in ``pack``."""
         ...
 
     def pack_low_rank(self, parts: list[Part], weights: Any, how: int) -> Any:
-        """What an adapter adds to a packed linear; parts in the order of its outputs."""
+        """Pack an adapter's parts for a packed linear, in the order of its outputs."""
         ...
 
     def linear(
@@ -69,7 +70,7 @@ class Ops(Protocol):
         low: Low | None = None,
     ) -> Tensor:
         """``x [n, in]`` → ``[n, out]``; ``GATED``: silu(gate) · up; ``ADD``: plus the residual.
-        low : rows' adapters, which add to the product itself."""
+        low : rows' adapters, which add to the product before the epilogue."""
         ...
 
     def norm(self, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -82,7 +83,7 @@ class Ops(Protocol):
 
 
 class Packed:
-    """Weights in panels for the kernels, with what the C side needs to know of them."""
+    """Weights in panels for the kernels, with their description for the C side."""
 
     def __init__(
         self,
@@ -103,9 +104,9 @@ class Packed:
 
 
 class KernelOps:
-    """On the C++ kernels; outputs of ``linear`` and ``norm`` are fresh tensors.
+    """With the C++ kernels; outputs of ``linear`` and ``norm`` are fresh tensors.
 
-    weights : how those of linears are stored, ``"auto"`` in the dtype (``models/weights.py``).
+    weights : how weights of linears are stored, ``"auto"``: in the dtype (``models/weights.py``).
     """
 
     has_gemma = True
@@ -128,7 +129,7 @@ class KernelOps:
         if name == "gguf" and not all(isinstance(each, Rows) for each in weights):
             raise ValueError(
                 "weights='gguf': the file has linears of the same input with and without codes; "
-                "leave weights out: the model is converted then"
+                "omit weights: the model is converted then"
             )
         rows = [each if isinstance(each, Rows) else Rows.of(each, name) for each in weights]
         return self._pack_coded(rows, biases, how)
@@ -258,7 +259,7 @@ class KernelOps:
 
 
 class TorchOps:
-    """In torch, for GPUs: few launches, and nothing that a CUDA graph could not capture."""
+    """In torch, for GPUs: few launches, all of which a CUDA graph can capture."""
 
     multiple, has_gemma, weights = 1, False, "auto"
 
@@ -297,7 +298,7 @@ class TorchOps:
         return out if residual is None else out + residual
 
     def norm(self, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-        return weight * F.rms_norm(x, x.shape[-1:], None, epsilon)  # rounded before the weight, too
+        return weight * F.rms_norm(x, x.shape[-1:], None, epsilon)  # also rounded before the weight
 
     def rotate(self, qkv: Tensor, heads: Heads, cos: Tensor, sin: Tensor) -> None:
         for norm, first, last in (
@@ -317,7 +318,7 @@ class TorchOps:
 
 
 def _with_bias(weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``[out, in + 1]``: the bias as a last column, so that both are reordered alike."""
+    """``[out, in + 1]``: the bias as a last column, so that both get the same order."""
     column = _zeros_like_rows(weight) if bias is None else bias
     return torch.cat([weight, column[:, None]], dim=1)
 

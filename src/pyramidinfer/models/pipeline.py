@@ -1,8 +1,8 @@
-"""A model's stage in a pipeline: its layers run on what the stage before it gives.
+"""A model's stage in a pipeline: its layers run on the outputs of the stage before it.
 
-A batch is begun here (``begin``) when this stage's part is done and passed on, and ended (``end``)
-once the last stage's word of it has come: what was kept in all layers, and the logits.  Meanwhile
-other batches are begun, so that all stages have something to do.
+``begin`` runs this stage's part of a batch and passes it on; ``end`` waits for the last stage's
+message with the kept entries of all layers and the logits.  Other batches begin in the meantime, so
+that all stages are busy.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = ["Flight", "StageRunner"]
 
 
 class Flight(NamedTuple):
-    """A batch on its way.  known : what the last stage says of it, where this is the last one: a
+    """A batch in the pipeline.  known : the last stage's message, if this is the last stage: a
     note, and the logits."""
 
     batch: Batch
@@ -35,18 +35,18 @@ class Flight(NamedTuple):
 class StageRunner(ModelRunner):
     """One stage's layers; the first stage has the embedding, the last one the head.
 
-    Logits are had by the first stage, which chooses tokens, and by the last one; ``forward`` gives
-    them to all.
+    The first stage, which samples tokens, and the last one have logits; ``forward`` returns them on
+    all stages.
     """
 
     @torch.inference_mode()
     def forward(self, pool: Pool, batch: Batch) -> Stepped:
-        """One step all the way through; decoding sequences are counted in (``commit``) already."""
+        """One complete step; decoding sequences are already committed (``commit``)."""
         return self.end(pool, self.begin(pool, batch, TALK))
 
     @torch.inference_mode()
     def begin(self, pool: Pool, batch: Batch, lane: int = FLIGHTS) -> Flight:
-        """This stage's part of a step, evictions of the sequences that decode included."""
+        """This stage's part of a step, including evictions of the decoding sequences."""
         with evaluating(self._given):
             return self._begin(pool, batch, lane)
 
@@ -79,7 +79,7 @@ class StageRunner(ModelRunner):
 
     @torch.inference_mode()
     def end(self, pool: Pool, flight: Flight) -> Stepped:
-        """Wait for the last stage's word, and have here what all stages have changed."""
+        """Wait for the last stage's message, and apply the changes of all stages."""
         stages, batch = self.stages, flight.batch
         if flight.known is not None:
             note, logits = flight.known
@@ -100,10 +100,10 @@ class StageRunner(ModelRunner):
         return self._like.new_empty(0, self.vocab_size)
 
     def _end_text(self, pool: Pool, prefill: Prefill) -> None:
-        """Not before all stages know that it is through (``end``)."""
+        """Do nothing here: all stages must know first that the text is through (``end``)."""
 
     def _finish_text(self, pool: Pool, prefill: Prefill) -> None:
-        """``ModelRunner._end_text``, stage by stage where the policy is asked once more."""
+        """``ModelRunner._end_text``, stage by stage if the policy selects entries once more."""
         stages, table = self.stages, prefill.sequence.table
 
         def hear(stage: int) -> None:
@@ -125,11 +125,11 @@ class StageRunner(ModelRunner):
 
     @torch.inference_mode()
     def commit(self, pool: Pool, sequence: Sequence, decoding: Decoding, row: int) -> None:
-        """Nothing is left to be done here: a step that was run has counted its tokens in."""
+        """Do nothing: the step has already counted its tokens."""
         assert decoding.counted
 
     def positions(self, pool: Pool, table: Table, layer: int) -> Tensor:
-        """As of one rank; all stages call this."""
+        """As on one rank; all stages must call this."""
         owner = next(i for i, layers in enumerate(self.stages.layers) if layer in layers)
         if owner != self.stages.index:
             return self.stages.receive(owner)[1][0]

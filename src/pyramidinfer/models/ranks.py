@@ -1,9 +1,9 @@
-"""The ranks that split a model's layers (tensor parallel), and how their parts come together.
+"""The ranks that split a model's layers (tensor parallel), and the collectives between them.
 
-Every rank has a part of the query heads, the KV heads that those read, a part of the MLP and of the
-vocabulary, and all tokens.  What a layer's parts give is added up over the ranks twice a layer
-(``sum``).  Policies see all heads: what a rank observed of its own is joined with the others'
-(``join``, ``over_heads``), so every rank chooses the same entries, and drops those of its heads.
+Every rank has a part of the query heads, the KV heads that they read, a part of the MLP and of the
+vocabulary, and all tokens.  Partial results are summed over the ranks twice per layer (``sum``).
+Policies see all heads: observations of all ranks' heads are gathered (``join``, ``over_heads``), so
+every rank selects the same entries, and drops those of its own heads.
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ __all__ = ["ALONE", "Ranks", "check_heads"]
 
 @dataclass(eq=False)
 class Ranks:
-    """One rank of ``size`` that split every layer.
+    """One of ``size`` ranks that split every layer.
 
-    index : which one;  group : torch.distributed's process group of them (None for one rank);
-    sent : bytes that this rank handed to collectives, by what for;  fingerprint : what a head
-    profile knows the whole model by;  weight_bytes : of this rank's part;  timeout : of the groups
-    that are made of them (None: torch's own).
+    index : of this rank;  group : torch.distributed's process group of the ranks (None for one
+    rank);
+    sent : bytes that this rank passed to collectives, by purpose;  fingerprint : of the whole
+    model, for head profiles;  weight_bytes : of this rank's part;  timeout : of the process groups
+    (None: torch's default).
     """
 
     index: int = 0
@@ -39,12 +40,12 @@ class Ranks:
     fingerprint: Any = None
     weight_bytes: int = 0
     timeout: timedelta | None = None
-    _sharing: dict[int, Any] = field(default_factory=dict)  # by KV heads, who shares one
+    _sharing: dict[int, Any] = field(default_factory=dict)  # KV heads → their group
 
     # --- whose is what --------------------------------------------------------------------------
 
     def part(self, size: int) -> slice:
-        """This rank's part of ``size`` things in a row; parts differ by one at most."""
+        """This rank's part of ``size`` consecutive items; parts differ by at most one."""
         return slice(size * self.index // self.size, size * (self.index + 1) // self.size)
 
     def copies(self, kv_heads: int) -> int:
@@ -52,7 +53,7 @@ class Ranks:
         return max(1, self.size // kv_heads)
 
     def own_heads(self, kv_heads: int) -> range:
-        """The KV heads of which this rank has keys and values."""
+        """The KV heads whose keys and values this rank has."""
         if (copies := self.copies(kv_heads)) > 1:
             return range(self.index // copies, self.index // copies + 1)
         part = self.part(kv_heads)
@@ -72,7 +73,7 @@ class Ranks:
     # --- adding up ------------------------------------------------------------------------------
 
     def sum(self, partial: Tensor, what: str = "layers") -> Tensor:
-        """The sum over ranks of what each has; the same on all of them."""
+        """The sum over ranks; the same on all of them."""
         return partial if self.size == 1 else self._sum(partial, self.group, what)
 
     def _sum(self, partial: Tensor, group: Any, what: str) -> Tensor:
@@ -118,7 +119,7 @@ class Ranks:
     def over_heads(self, own: Tensor, heads: str) -> Tensor:
         """``[1, n]``, a ``"mean"`` or ``"max"`` over this rank's heads → the same over all heads.
 
-        Worked out of everybody's part in the same order, so that no rank rounds otherwise.
+        Computed from the ranks' parts in the same order, so that all ranks round in the same way.
         """
         if self.size == 1:
             return own
@@ -126,7 +127,7 @@ class Ranks:
         return found.amax(0) if heads == "max" else found.mean(0)
 
     def check(self, needs: Needs) -> None:
-        """``ValueError`` for scores that cannot be had from what ranks have of them."""
+        """``ValueError`` for scores that cannot be combined from the ranks' parts."""
         heads, rows = needs.reduce.heads, needs.reduce.rows
         apart = heads.startswith("kv") or (heads, rows) in (
             ("mean", "mean"),
@@ -135,15 +136,15 @@ class Ranks:
         )
         if self.size > 1 and needs.window and not apart:
             raise ValueError(
-                f"Reduce(heads={heads!r}, rows={rows!r}) needs the weights of all heads in one "
-                f"place: with tensor_parallel_size={self.size} ask for 'kv_mean' or 'kv_max', or "
+                f"Reduce(heads={heads!r}, rows={rows!r}) needs the weights of all heads on one "
+                f"rank: with tensor_parallel_size={self.size} ask for 'kv_mean' or 'kv_max', or "
                 f"for sums of means"
             )
 
     # --- KV heads that several ranks hold ---------------------------------------------------------
 
     def share(self, kv_heads: int) -> None:
-        """Make the groups of ranks that hold the same KV head; they call this together."""
+        """Create the groups of ranks that hold the same KV head; all ranks must call this."""
         copies = self.copies(kv_heads)
         if copies == 1 or kv_heads in self._sharing:
             return
@@ -180,7 +181,7 @@ ALONE = Ranks()
 
 
 def check_heads(size: int, shape: AttentionShape) -> None:
-    """``ValueError``, with the sizes that work, where so many ranks cannot split these heads."""
+    """``ValueError`` with the sizes that work, if this number of ranks cannot split these heads."""
 
     def works(ranks: int) -> bool:
         together = shape.kv_heads % ranks == 0 or ranks % shape.kv_heads == 0
@@ -190,5 +191,5 @@ def check_heads(size: int, shape: AttentionShape) -> None:
         sizes = [str(ranks) for ranks in range(1, shape.heads + 1) if works(ranks)]
         raise ValueError(
             f"tensor_parallel_size={size}: this model's {shape.heads} query heads over "
-            f"{shape.kv_heads} KV heads cannot be split so; sizes that work: {', '.join(sizes)}"
+            f"{shape.kv_heads} KV heads cannot be split; sizes that work: {', '.join(sizes)}"
         )

@@ -1,7 +1,7 @@
-"""A text that is in is read again behind itself, and its cache is cut when that is over.
+"""A prefilled text is read again after itself, and its cache is cut at the end of the readings.
 
-All layers hold the whole text meanwhile.  A reading goes through them like any further text, but
-what it leaves in a layer is dropped as soon as the policy has seen what its queries looked at.
+All layers hold the whole text until then.  A reading goes through them like any further text, but
+its entries in a layer are dropped as soon as the policy has seen the attention of its queries.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ __all__ = ["cut", "end_layer"]
 
 
 def end_layer(pool: Pool, prefill: Prefill, streaming: Streaming, ranks: Ranks) -> None:
-    """Tell the policy what a reading gave the entries of a layer, and forget the reading's own."""
+    """Give the policy a reading's scores of a layer's entries, and remove the reading's own
+    entries."""
     sequence, needs, layer = prefill.sequence, prefill.needs, prefill.layer
     table = sequence.table
     before = table.kept[layer] - prefill.length
@@ -32,7 +33,7 @@ def end_layer(pool: Pool, prefill: Prefill, streaming: Streaming, ranks: Ranks) 
 
 
 def cut(pool: Pool, prefill: Prefill, streaming: Streaming, ranks: Ranks, layers: range) -> None:
-    """Once all was read, ask the policy layer by layer what stays."""
+    """After all readings, let the policy select the entries that stay, layer by layer."""
     sequence = prefill.sequence
     table, policy = sequence.table, sequence.policy
     pool.note_peak(table)
@@ -45,8 +46,8 @@ def cut(pool: Pool, prefill: Prefill, streaming: Streaming, ranks: Ranks, layers
 
 
 def _fronts(rows: Tensor | None, lengths: Tensor) -> Tensor | None:
-    """Rows ``[heads, n]`` without what is behind the first ``lengths`` of each: ``[heads,
-    longest]``, 0 behind the shorter."""
+    """Rows ``[heads, n]`` cut to the first ``lengths`` of each: ``[heads, longest]``, padded with
+    0."""
     if rows is None:
         return None
     rows = rows[:, : int(lengths.max())]

@@ -1,11 +1,11 @@
 """Rotary tables for rows of different requests, each in its own regime.
 
 Some frequencies depend on a text's length: long-rope (Phi-3) has short ones up to
-``original_max_position_embeddings`` and long ones beyond, dynamic scaling stretches them more the
-longer a text is.  transformers looks at the largest position it is given, so requests packed in one
-row would choose for each other; here every row says which text length its frequencies are for.
-Long-rope's is a property of the request, fixed at admission by the length it may reach; dynamic
-scaling's is the length of the text when the token goes in, as in transformers.
+``original_max_position_embeddings`` and long ones beyond it; dynamic scaling grows with the length
+of the text.  transformers uses the largest position in its input, so requests packed in one row
+would affect each other; here, every row has the text length for its frequencies.  For long-rope, it
+is fixed at admission by the length that the request may reach; for dynamic scaling, it is the
+length of the text when the token is fed, as in transformers.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Tables = tuple[Tensor, Tensor]
 
 
 class Rotary:
-    """Cosines and sines of the family's own rotary module, row by row."""
+    """Cosines and sines of the family's rotary module, row by row."""
 
     def __init__(self, family: Family, body: nn.Module, config: Any) -> None:
         self.module: Any = copy.deepcopy(body.rotary_emb) if family.rotary else None
@@ -37,11 +37,11 @@ class Rotary:
         for scale in scales:
             if scale.get("rope_type") == "longrope":
                 self.long_from = int(scale["original_max_position_embeddings"])
-        #: frequencies stretch with the text beyond this length
+        #: frequencies scale with the text beyond this length
         self.grows_from: int | None = None
         if "dynamic" in types:
             self.grows_from = int(config.max_position_embeddings)
-        #: angles go by position alone, so that those worked out once stay right
+        #: angles depend on the position only, so they can be cached
         self.is_fixed = self.long_from is None and self.grows_from is None
         self._known: dict[str | None, Tables] = {}
         self._longest = count_positions(family, config)
@@ -51,9 +51,9 @@ class Rotary:
         return self.long_from is not None and longest > self.long_from
 
     def regime(self, is_long: bool, length: int) -> int:
-        """The text length that a token's frequencies are for; 0: those of short texts.
+        """The text length for a token's frequencies; 0: those of short texts.
 
-        is_long : of its request;  length : of the text, once the tokens that go in with it are in.
+        is_long : of its request;  length : of the text, including the tokens fed in the same pass.
         """
         if self.long_from is not None:
             return self.long_from + 1 if is_long else 0
@@ -64,14 +64,14 @@ class Rotary:
     ) -> dict[str | None, Tables]:
         """(cos, sin) ``[n, dim]`` per layer type for positions ``[n]``, each in its regime.
 
-        like : a tensor of the dtype wanted."""
+        like : a tensor of the requested dtype."""
         if self.module is None:
             return {}
         return {kind: self._one(like, positions, regimes, kind) for kind in self.kinds}
 
     @property
     def rotated(self) -> int:
-        """Numbers of a head that have an angle."""
+        """Number of rotated channels of a head."""
         if self.module is None:
             return 0
         kind = self.kinds[0]
@@ -81,14 +81,14 @@ class Rotary:
     def angles(
         self, like: Tensor, positions: Tensor, regimes: list[int], kind: str | None = None
     ) -> Tables:
-        """float32 (cos, sin) ``[n, rotated]`` of a kind of layer, rounded as the dtype of ``like``
-        has them.  Fixed angles are worked out once for all positions
-        (on a CPU for those that came up so far and as many again).
+        """float32 (cos, sin) ``[n, rotated]`` of a kind of layer, rounded to the dtype of
+        ``like``.  Fixed angles are computed once for all positions (on a CPU, for twice the
+        positions used so far).
         """
         if not self.is_fixed:
             cos, sin = self._one(like, positions, regimes, kind)
             return cos.float().contiguous(), sin.float().contiguous()
-        most = int(positions.max()) + 1 if like.is_cpu else self._longest  # no look at a GPU
+        most = int(positions.max()) + 1 if like.is_cpu else self._longest  # no read from a GPU
         if kind not in self._known or most > len(self._known[kind][0]):
             every = torch.arange(2 * most if like.is_cpu else most, device=positions.device)
             cos, sin = self._one(like, every, [], kind)
@@ -106,9 +106,9 @@ class Rotary:
         for length in set(regimes):
             rows = lengths == length
             here = torch.where(rows, positions, 0)
-            if self.grows_from is not None:  # forget the longest text seen so far
+            if self.grows_from is not None:  # reset the longest text seen so far
                 self.module(like, torch.zeros_like(here[None, :1]), *arguments)
-            if length:  # transformers chooses by the largest position
+            if length:  # transformers selects by the largest position
                 here = torch.cat([here, here.new_tensor([length - 1])])
             cos, sin = (each[0, : len(rows)] for each in self.module(like, here[None], *arguments))
             if found is not None:
@@ -127,11 +127,10 @@ def rope_scales(config: Any) -> list[dict[str, Any]]:
 
 
 def count_positions(family: Family, config: Any) -> int:
-    """Positions that a model can tell apart: the config's, or what its rotary scale stretches them
-    to where that is more.
+    """Number of positions of a model: the config's, or that of its rotary scale if it is larger.
 
-    Configs of Gemma 3, and scales that name the original length, count the stretch already; others
-    name the length before it.  Long-rope's factor is worked out of the config's length.
+    Configs of Gemma 3, and scales that name the original length, include the scale already; others
+    give the length before scaling.  Long-rope's factor follows from the config's length.
     """
     plain = most = int(config.max_position_embeddings)
     for scale in rope_scales(config):

@@ -1,7 +1,7 @@
 """Attention of a Hugging Face layer, routed to pages and backends.
 
-A layer's attention module projects and rotates as always, then calls the attention function named
-in its config.  Ours gets a :class:`LayerCall` as a keyword, so nothing global is involved.
+A layer's attention module projects and rotates as usual, then calls the attention function named in
+its config.  Our function gets a :class:`LayerCall` as a keyword, so no global state is needed.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Segment(NamedTuple):
     size: int
 
     def rows_out(self, last_only: bool) -> list[int]:
-        """Rows of the flat row whose outputs are wanted: all, or the text's last token's."""
+        """Rows of the flat row whose outputs are needed: all, or that of the text's last token."""
         every = range(self.start, self.start + self.size)
         if not last_only or self.prefill.gives_all:
             return list(every)
@@ -62,10 +62,10 @@ class Segment(NamedTuple):
 class LayerCall:
     """One pass of the flat row through one layer: decode rows first, then segments.
 
-    last_only : of a segment, only its text's last token has an output (the last layer of a prompt,
-    where nothing reads the others);  adapted : adapters of the flat row's rows;
-    scale, going : known once it was called, how products become logits, and the rows of the flat
-    row that have outputs (None: all).
+    last_only : of a segment, only its text's last token has an output (in the last layer of a
+    prompt, where nothing reads the others);  adapted : adapters of the flat row's rows; scale,
+    going : set by the call: the scale of logits, and the rows of the flat row that have outputs
+    (None: all).
     """
 
     pool: Pool
@@ -128,7 +128,7 @@ class LayerCall:
         self, prefill: Prefill, queries: Tensor, keys: Tensor, values: Tensor, scale: Scale
     ) -> Tensor:
         table, layer, count = prefill.sequence.table, self.layer, queries.shape[0]
-        # What a codec has stored is attended to as it will be later, whatever the chunks.
+        # Attend to entries as the codec stores them, so that results do not depend on chunks.
         held = bool(self.pool.lens(table)[layer].any())
         held = held or self.pool.group(layer).spec.codec is not None
         new = prefill.positions[prefill.done : prefill.done + count]
@@ -161,10 +161,11 @@ class LayerCall:
         prefill.moments = found if prefill.moments is None else prefill.moments.plus(found)
 
     def _sums_up(self, prefill: Prefill) -> bool:
-        """Whether the window's weights are only summed, so that attention can do it on the way."""
+        """Whether the window's weights are only summed, so that attention can sum them in the same
+        pass."""
         needs = prefill.needs
         linear = needs.reduce.heads.endswith("mean") and needs.reduce.rows in ("mean", "sum")
-        whole = self.ranks.copies(self.pool.layout.kv_heads) == 1  # else others read them, too
+        whole = self.ranks.copies(self.pool.layout.kv_heads) == 1  # else other ranks also need them
         asked = bool(needs.window) and not (needs.remember or needs.column_sums)
         return linear and whole and asked
 
@@ -177,7 +178,7 @@ class LayerCall:
         q_pos: Tensor,
         scale: Scale,
     ) -> Tensor:
-        """``prefill``, adding to the prefill's scores what this chunk's window queries give."""
+        """``prefill`` that also adds the weights of this chunk's window queries to the scores."""
         needs, count = prefill.needs, len(queries)
         window = min(needs.window, prefill.length)
         first = max(0, prefill.length - window - prefill.done)  # first window row in this chunk
@@ -204,7 +205,7 @@ class LayerCall:
     def _observe(
         self, prefill: Prefill, queries: Tensor, q_pos: Tensor, runs: list[Run], scale: Scale
     ) -> None:
-        """Collect what the policy needs of this layer, and the ring's first row, at its end."""
+        """At the end of this layer, collect the policy's observations and the ring's rows."""
         needs, count = prefill.needs, queries.shape[0]
         ring = prefill.sequence.table.ring if prefill.again is None else None
         is_last = prefill.done + count == prefill.length
@@ -256,8 +257,8 @@ class LayerCall:
         reduce: Reduce,
         rows: int,
     ) -> Scored:
-        """``Backend.window_scores``: by all queries that read this rank's KV heads, the
-        log-sum-exps of its own."""
+        """``Backend.window_scores``: by all queries that read this rank's KV heads; returns
+        the log-sum-exps of its own."""
         kv_heads = self.pool.layout.kv_heads
         readers = self.ranks.all_readers(queries, kv_heads)
         found = ragged.window_scores(self.backend, runs, readers, q_pos, scale, reduce, rows=rows)
@@ -265,7 +266,7 @@ class LayerCall:
 
 
 class AdaptedLinear(nn.Module):
-    """A linear of a model, and what rows' adapters add to it."""
+    """A linear of a model that also adds the rows' adapters."""
 
     def __init__(self, linear: nn.Module) -> None:
         super().__init__()
@@ -288,14 +289,15 @@ class AdaptedLinear(nn.Module):
 
 
 class ModuleLayer:
-    """A Hugging Face decoder layer, attending through the call it is given."""
+    """A Hugging Face decoder layer that attends through the given call."""
 
     def __init__(self, layer: nn.Module, attention: str) -> None:
         self.module = route(layer, attention)
-        self.adapted: dict[str, AdaptedLinear] = {}  # by name, linears that adapters add to
+        self.adapted: dict[str, AdaptedLinear] = {}  # by name: linears with adapters
 
     def take_parts(self, adapter: Adapter, parts: dict[str, Part]) -> None:
-        """Have linears of the copied layer add an adapter's parts; the layer given stays."""
+        """Let linears of the copied layer add an adapter's parts; the given layer does not
+        change."""
         for name, part in parts.items():
             if name not in self.adapted:
                 *inside, leaf = name.split(".")
@@ -313,7 +315,7 @@ class ModuleLayer:
         extra = {} if rope is None else {"position_embeddings": (rope[0][None], rope[1][None])}
         out: Tensor = self.module(flat[None], attention_mask=None, layer_call=call, **extra)
         if call.scale is None:
-            raise ValueError(f"layer {call.layer} did not call the attention function it was given")
+            raise ValueError(f"layer {call.layer} did not call the given attention function")
         return out[0]
 
 
@@ -322,8 +324,8 @@ class Decoder:
 
     layers : by number, those in ``own``; each takes the flat row ``[rows, hidden]``, the rows' cos
     and sin (None where there are no rotary positions) and the ``LayerCall`` to attend through, and
-    gives the flat row's outputs.
-    ``is_fused``: a layer gives only the rows that its call asks for, and looks at nothing on the
+    returns the flat row's outputs.
+    ``is_fused``: a layer returns only the rows that its call needs, and reads nothing from the
     device, so that a step may be captured in a CUDA graph.
     """
 
@@ -333,13 +335,13 @@ class Decoder:
     def __init__(
         self, body: Any, head: Any, config: Any, rotary: Rotary, like: Tensor, own: range
     ) -> None:
-        """like : a tensor of the model's dtype, where it is."""
+        """like : a tensor of the model's dtype on its device."""
         self.family, self.body, self.head, self.config = find_family(config), body, head, config
         self.rotary, self.like, self.own = rotary, like, own
         self.layers = {i: ModuleLayer(body.layers[i], self.family.attention) for i in own}
 
     def take_adapter(self, adapter: Adapter) -> None:
-        """Have rows with this adapter run with it."""
+        """Prepare an adapter for the rows that use it."""
         for number, layer in self.layers.items():
             assert isinstance(layer, ModuleLayer)
             layer.take_parts(adapter, adapter.parts.get(number, {}))
@@ -350,35 +352,34 @@ class Decoder:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of the weights that this stands on, those that are tied once."""
+        """Bytes of the weights in use; tied weights count once."""
         found = [*self.body.parameters(), *self.head.parameters()]
         return sum(each.nbytes for each in {id(each): each for each in found}.values())
 
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
-        """Tokens ``[n]`` → ``[n, hidden]``."""
+        """Embed tokens ``[n]`` → ``[n, hidden]``."""
         return self.family.embed(self.body, self.config, ids[None], positions[None])[0]
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """``[n, hidden]`` → ``[n, vocab]``."""
+        """The head: ``[n, hidden]`` → ``[n, vocab]``."""
         normed = self.family.finish(self.body, self.config, hidden)
         return self.family.logits(self.config, self.head(normed))
 
     def step(self, pool: Pool, decoding: Decoding, hidden: Tensor) -> Tensor | None:
-        """The decode rows ``[R, hidden]`` through the layers in one call; None where they run one
-        by one only."""
+        """The decode rows ``[R, hidden]`` through the layers in one call; None if layers can only
+        run one by one."""
         return None
 
 
 def scores_by_chunk(needs: Needs, length: int) -> bool:
-    """Whether the window is all of ``length`` tokens and the largest weight counts: nothing need be
-    kept of a chunk's queries then."""
+    """Whether the window is all of ``length`` tokens and the maximum counts, so that a chunk's
+    queries need not be kept."""
     flat = needs.reduce.rows == "max" and needs.reduce.newest_weight == 1
     return flat and needs.window >= length and not needs.remember
 
 
 def runs_of(pool: Pool, table: Table, layer: int, values: bool = True) -> list[Run]:
-    """A layer's entries, in runs of equally long heads; keys alone where no ``values`` are asked
-    for."""
+    """A layer's entries, in runs of heads of equal length; keys only if ``values`` is false."""
     positions = pool.positions(table, layer)
     return [
         Run(
@@ -394,8 +395,8 @@ def runs_of(pool: Pool, table: Table, layer: int, values: bool = True) -> list[R
 def route(layer: nn.Module, attention: str) -> nn.Module:
     """A copy of a decoder layer that shares every weight but attends through our function.
 
-    The layer given is not touched.  ``ValueError`` where something else runs in its place
-    (hooks of device maps and offloading), since that would pass our attention by.
+    The given layer does not change.  ``ValueError`` if it has hooks (device maps, offloading),
+    which would bypass our attention.
     """
     for module in (layer, getattr(layer, attention)):
         if "forward" in vars(module) or hasattr(module, "_hf_hook"):
@@ -421,7 +422,7 @@ def _shallow(module: nn.Module) -> nn.Module:
 
 @contextmanager
 def evaluating(modules: list[nn.Module]) -> Iterator[None]:
-    """Without dropout, whatever mode the modules are in; each has its mode back afterwards."""
+    """Disable dropout in all modules; each gets its mode back afterwards."""
     training = [module for module in modules if module.training]
     for module in training:
         module.training = False
@@ -447,7 +448,7 @@ def _attend(
 ) -> tuple[Tensor, None]:
     """transformers' attention function: ``[1, heads, T, dim]`` in, ``[1, T, heads, dim]`` out."""
     if layer_call is None:
-        raise ValueError(f"attention implementation {NAME!r} works inside its own engine only")
+        raise ValueError(f"attention implementation {NAME!r} works only inside its own engine")
     given = {name for name, item in others.items() if item is not None and item is not False}
     if attention_mask is not None:
         given.add("attention_mask")
@@ -457,7 +458,7 @@ def _attend(
         given.add("sliding_window")
     if given:
         raise ValueError(
-            f"{type(module).__name__} uses attention features this engine does not know: "
+            f"{type(module).__name__} uses attention features that this engine does not support: "
             f"{', '.join(sorted(given))}"
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling

@@ -46,21 +46,21 @@ def _no_span(name: str) -> AbstractContextManager[None]:
     return nullcontext()
 
 
-READ = 64  # logits of a prompt that are held at a time
+READ = 64  # rows of a prompt's logits that are held at a time
 
 
 class ModelRunner:
     """A transformers causal language model, driven layer by layer.
 
-    backend : by whose name what works where the model is gets chosen (``Device``).
+    backend : name that selects the implementations for the model's device (``Device``).
     ``ValueError`` for an unsupported family or layer feature.  The model object stays usable and
-    in its mode (it runs without dropout even in training mode), unless it is given away (``own``):
-    then weights that are packed are freed.  ``ranks``: who shares the layers with this one, where
-    the model is one rank's part (``models/sharding.py``); ``shapes`` are of all ranks together.
-    ``weights``: how those of linears are stored (``EngineConfig.weights``).
-    ``stages``: who has which layers, where they are dealt out (``models/pipeline.py``).
-    ``span``: for profilers; entered by name around what choosing entries takes, ``"retain"`` at a
-    layer's end in prefill and ``"evict"`` while decoding.
+    in its mode (it runs without dropout even in training mode), unless the engine owns it
+    (``own``): then packed weights are freed.  ``ranks``: the ranks that share the layers, if the
+    model is one rank's part (``models/sharding.py``); ``shapes`` are of all ranks together.
+    ``weights``: how weights of linears are stored (``EngineConfig.weights``). ``stages``: the
+    layers of each stage, if there are several (``models/pipeline.py``). ``span``: for profilers; a
+    context that is entered around the selection of entries, with the name ``"retain"`` at a layer's
+    end in prefill and ``"evict"`` in decode.
     """
 
     def __init__(
@@ -109,16 +109,16 @@ class ModelRunner:
         self.check_weights(weights, self.chosen)
         packed = weights == "gguf" and self.chosen.coding == "packed" and not first.is_meta
         if packed and not any(hasattr(each, "rows") for each in model.modules()):
-            raise ValueError("weights='gguf' is for what is loaded from a GGUF file: name the file")
-        if (own or weights != "auto") and ranks.fingerprint is None:  # embeddings are let go of
+            raise ValueError("weights='gguf' is for models loaded from a GGUF file: name the file")
+        if (own or weights != "auto") and ranks.fingerprint is None:  # embeddings are freed
             self.ranks = ranks = replace(ranks, fingerprint=measure(self.body))
         own_shapes = list(map(ranks.own, self.shapes))
         self.decoder = fuse(plain, own_shapes, self.chosen.ops, ranks, own=own)
         self._graphs: WeakKeyDictionary[Pool, DecodeGraphs] = WeakKeyDictionary()
         self.end_ids = end_ids(model)
         self.span: Callable[[str], AbstractContextManager[None]] = _no_span
-        self.every_output = False  # the last layer's too, though the head reads last tokens alone
-        self.scales: list[Scale | None] = [None] * depth  # known once a layer has run
+        self.every_output = False  # also the last layer's, though the head reads last tokens only
+        self.scales: list[Scale | None] = [None] * depth  # set when a layer has run
         attentions: list[Any] = [getattr(layer, self.family.attention) for layer in originals]
         self.streaming = Streaming(
             self.rotary,
@@ -129,9 +129,9 @@ class ModelRunner:
         )
 
     def load_adapters(self, modules: Mapping[str, str]) -> dict[str, Adapter]:
-        """Adapters by name, from their folders or hub ids, ready for requests to run with.
+        """Adapters by name, from their folders or hub ids, ready for use by requests.
 
-        ``ValueError`` for one that cannot be served beside this model, on one rank.
+        ``ValueError`` for an adapter that cannot be served with this model on one rank.
         """
         found = read_adapters(modules, self.body, self.config, self._like)
         for each in found.values():
@@ -139,8 +139,8 @@ class ModelRunner:
         return found
 
     def check_weights(self, weights: str, chosen: Device) -> None:
-        """``ValueError`` where this model's weights (not needed) cannot be stored so, on what is
-        chosen for it."""
+        """``ValueError`` if the chosen implementations cannot store this model's weights this way;
+        needs no weights."""
         if weights == "auto" or chosen.coding == "rounded":
             return
         if chosen.coding is None:
@@ -154,13 +154,13 @@ class ModelRunner:
                 return
             why = f"this model cannot be packed for the CPU kernels ({found})"
         raise ValueError(
-            f"weights={weights!r}: {why}. Leave weights out, or see what they cost with "
+            f"weights={weights!r}: {why}. Omit weights, or measure their effect with "
             f"backend='reference', which rounds them and saves no memory"
         )
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of the weights, as they are stored."""
+        """Bytes of the stored weights."""
         return self.decoder.weight_bytes
 
     @property
@@ -184,7 +184,7 @@ class ModelRunner:
 
     @property
     def places(self) -> list[Place]:
-        """What every rank holds of the cache: those of the first stage, then of the next one."""
+        """Every rank's place in the cache: the ranks of the first stage, then of the next one."""
         return [
             Place(layers, heads)
             for layers in self.stages.layers
@@ -198,18 +198,18 @@ class ModelRunner:
 
     def positions(self, pool: Pool, table: Table, layer: int) -> Tensor:
         """Original positions of a layer's entries in all heads, ``[kv_heads, longest]``, negative
-        behind a shorter head's."""
+        past the end of a shorter head."""
         return joined_positions(pool, table, layer, self.ranks)
 
     def graphs(self, pool: Pool) -> DecodeGraphs:
-        """Decode steps over this pool, kept for as long as it."""
+        """Decode steps over this pool, kept as long as the pool."""
         if pool not in self._graphs:
             self._graphs[pool] = DecodeGraphs(pool)
         return self._graphs[pool]
 
     def group_specs(self, kv_dtype: str = "auto") -> list[GroupSpec]:
         """Layers grouped by the size of their entries, stored in ``kv_dtype``.  ``ValueError``
-        where this model's heads cannot be."""
+        if this model's heads cannot be stored this way."""
         codec = find_codec(kv_dtype)
         groups: dict[tuple[int, int, int], list[int]] = {}
         for layer, shape in enumerate(self.shapes):
@@ -218,19 +218,19 @@ class ModelRunner:
         if codec is not None:
             for _, *sizes in groups:
                 for size in sizes:
-                    codec.group(size)  # refuses what it cannot cut
+                    codec.group(size)  # raises if it cannot divide the heads
         return [GroupSpec(tuple(layers), *key, self.dtype, codec) for key, layers in groups.items()]
 
     def layers_for(self, longest: int) -> Layers:
-        """The depth as a request of at most ``longest`` tokens has it: a window it cannot
-        outgrow is no window."""
+        """The depth for a request of at most ``longest`` tokens: windows that are longer do not
+        count."""
         windows = (shape.window for shape in self.shapes)
         governed = tuple(window is None or window >= longest for window in windows)
         return Layers(governed, self.kv_heads)
 
     @torch.inference_mode()
     def forward(self, pool: Pool, batch: Batch) -> Stepped:
-        """Run one step.  Decoding sequences are to be committed with ``commit`` afterwards."""
+        """Run one step.  Decoding sequences must be committed with ``commit`` afterwards."""
         with evaluating(self._given):
             return self._forward(pool, batch)
 
@@ -242,7 +242,7 @@ class ModelRunner:
         last: dict[int, Tensor] = {}
         through = self._pass(pool, decoding, batch.works, last)
         while any(work.budget > 0 and work.prefill.again is not None for work in batch.works):
-            self._pass(pool, None, batch.works, last)  # texts that begin to be read again
+            self._pass(pool, None, batch.works, last)  # texts that start to be read again
         rows = [through] if len(through) else []
         rows += [last[index] for index in sorted(last)]
         if not rows:
@@ -250,8 +250,8 @@ class ModelRunner:
         return Stepped(self._logits(torch.cat(rows)), decoding)
 
     def _decode(self, pool: Pool, decoding: Decoding) -> Tensor:
-        """Logits ``[R, vocab]`` of a step that only decodes.  Nothing in here waits for the device
-        or depends on what its buffers hold."""
+        """Logits ``[R, vocab]`` of a decode-only step.  Nothing here waits for the device or
+        depends on the contents of its buffers."""
         return self._logits(self._pass(pool, decoding, [], {}))
 
     def _pass(
@@ -262,11 +262,11 @@ class ModelRunner:
         last: dict[int, Tensor],
         entering: Tensor | None = None,
     ) -> Tensor:
-        """This stage's layers once, for tokens that sequences feed and for works from where each
-        stands.
+        """Run this stage's layers once, for tokens that sequences feed and for prefill works from
+        their current layer.
 
-        entering : ``[R, hidden]`` of the tokens, where they come from another stage.  Gives their
-        outputs ``[R, hidden]``; ``last`` takes those of the works that come to their end.
+        entering : ``[R, hidden]`` of the tokens, if they come from another stage.  Returns their
+        outputs ``[R, hidden]``; ``last`` receives the outputs of works that finish.
         """
         hidden = self._like.new_empty(0, self.hidden_size)
         if decoding is not None:
@@ -296,7 +296,7 @@ class ModelRunner:
         return hidden
 
     def _embed(self, ids: Tensor, positions: Tensor) -> Tensor:
-        """Tokens ``[n]`` → ``[n, hidden]``."""
+        """Embed tokens ``[n]`` → ``[n, hidden]``."""
         return self.decoder.embed(ids, positions)
 
     # --- one layer ----------------------------------------------------------------------------
@@ -384,18 +384,18 @@ class ModelRunner:
         return cos, sin
 
     def _last_only(self, layer: int) -> bool:
-        """Whether a layer gives outputs of last tokens only."""
+        """Whether a layer returns outputs of last tokens only."""
         return self.decoder.is_fused and layer == self.depth - 1 and not self.every_output
 
     def _store(self, segments: list[Segment], out: Tensor, at: int) -> None:
-        """Put a pass's outputs (from row ``at`` on) where the next layer or the head reads them."""
+        """Store a pass's outputs (from row ``at`` on) for the next layer or the head."""
         for segment in segments:
             prefill, _, count = segment
             wanted = len(segment.rows_out(self._last_only(prefill.layer)))
             rows, at = out[at : at + wanted], at + wanted
             end = prefill.done + count
             last_only = prefill.layer == self.depth - 1 and not prefill.gives_all
-            if last_only:  # what the head will not read is not kept
+            if last_only:  # rows that the head does not read are not kept
                 if end == prefill.length:
                     prefill.out = rows[-1:].clone()
             elif count == prefill.length:
@@ -407,7 +407,8 @@ class ModelRunner:
             prefill.done = end
 
     def _finish_layer(self, pool: Pool, prefill: Prefill) -> Tensor | None:
-        """Ask the policy what stays and what goes deeper; what the head reads at the end."""
+        """Let the policy select the entries that stay and the tokens that go deeper; at the end,
+        keep the head's input."""
         table, going = prefill.sequence.table, None
         assert prefill.out is not None
         table.transient_bytes = prefill.transient_bytes
@@ -438,7 +439,7 @@ class ModelRunner:
         return answer[-1:]
 
     def _end_text(self, pool: Pool, prefill: Prefill) -> None:
-        """A text is through all layers: cut what was read again, close gaps."""
+        """End a text that is through all layers: cut a text that was read again, close gaps."""
         sequence, table = prefill.sequence, prefill.sequence.table
         if prefill.is_reread:
             rereading.cut(pool, prefill, self.streaming, self.ranks, self.stages.own)
@@ -448,7 +449,8 @@ class ModelRunner:
             self.streaming.close_gaps(pool, sequence)
 
     def _keep_layer(self, pool: Pool, prefill: Prefill) -> Tensor | None:
-        """What stays of a layer that the whole text is through; rows that go deeper (None: all)."""
+        """Cut a layer that the whole text has passed; returns the rows that go deeper (None:
+        all)."""
         sequence, needs, layer = prefill.sequence, prefill.needs, prefill.layer
         table, policy, view = sequence.table, sequence.policy, prefill.view()
         if policy.uses_scores and prefill.columns is not None:
@@ -482,7 +484,7 @@ class ModelRunner:
         return going
 
     def _queries(self, prefill: Prefill) -> Queries | None:
-        """What the layer's queries are like, where the policy asked."""
+        """Statistics of the layer's queries, if the policy needs them."""
         if prefill.moments is None:
             return None
         scale = self.scales[prefill.layer]
@@ -493,8 +495,8 @@ class ModelRunner:
     # --- decoding -----------------------------------------------------------------------------
 
     def _claim(self, pool: Pool, batch: Batch) -> Decoding:
-        """Claim an entry for every token that decoding sequences feed, and write down what the
-        step reads."""
+        """Claim an entry for every token that decoding sequences feed, and fill the inputs of
+        the step."""
         sequences, shape, like = batch.decode, self.ranks.own(self.shapes[0]), self._like
         fed = batch.fed or [1] * len(sequences)
         claimed = pool.append_each([each.table for each in sequences], fed)
@@ -513,7 +515,7 @@ class ModelRunner:
     def _feed(
         self, decoding: Decoding, sequences: list[Sequence], tokens: Tensor, fed: list[int]
     ) -> None:
-        """Hand a step its tokens and the angles of their places."""
+        """Give a step its tokens and the angles of their places."""
         regimes = [
             self.rotary.regime(each.is_long, each.table.seen_len + number + 1)
             for each, count in zip(sequences, fed, strict=True)
@@ -524,9 +526,10 @@ class ModelRunner:
 
     @torch.inference_mode()
     def draft(self, pool: Pool, sequences: list[Sequence], tokens: Tensor) -> Tensor:
-        """Feed each sequence a token ``[R]`` over what its drafts read: logits ``[R, vocab]``.
+        """Feed each sequence a token ``[R]`` over the pages that its drafts read: logits ``[R,
+        vocab]``.
 
-        The tokens are counted in, so that drafts can follow one another; ``Pool.forget`` forgets
+        The tokens are counted, so that further draft tokens can follow; ``Pool.forget`` removes
         them all.
         """
         with evaluating(self._given):
@@ -542,8 +545,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def commit(self, pool: Pool, sequence: Sequence, decoding: Decoding, row: int) -> None:
-        """Count a decoded token (``row`` of its step), remember its queries, let the policy
-        evict."""
+        """Count a decoded token (``row`` of its step), store its queries, let the policy evict."""
         self._count(pool, sequence, decoding, row)
         if sequence.policy.streams:
             self._move_places(pool, sequence)
@@ -551,13 +553,13 @@ class ModelRunner:
     def accept(
         self, pool: Pool, sequence: Sequence, decoding: Decoding, rows: range, count: int
     ) -> None:
-        """Commit the first ``count`` tokens that were fed in ``rows``, and forget the others."""
+        """Commit the first ``count`` tokens that were fed in ``rows``, and remove the others."""
         pool.retract(sequence.table, sequence.table.kept - (len(rows) - count))
         for row in rows[:count]:
             self.commit(pool, sequence, decoding, row)
 
     def _move_places(self, pool: Pool, sequence: Sequence) -> None:
-        """Have the places of a streaming request close up, and room for the next token."""
+        """Close the gaps in a streaming request's positions, and make room for the next token."""
         self.streaming.close_gaps(pool, sequence)
         self.streaming.make_room(pool, sequence, 1)
 
@@ -585,7 +587,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def evict_now(self, pool: Pool, sequence: Sequence) -> None:
-        """Between two steps, bring a decoding request down to budgets that were lowered."""
+        """Between two steps, evict down to budgets that were lowered."""
         held = -1
         while held != int(sequence.table.kept.sum()):
             held = int(sequence.table.kept.sum())
@@ -597,8 +599,8 @@ class ModelRunner:
     # --- shared -------------------------------------------------------------------------------
 
     def _trim(self, pool: Pool, sequence: Sequence, layer: int, position: int, slack: int) -> None:
-        """Drop what a sliding layer can no longer see from ``position`` on (once it is over
-        ``slack`` entries)."""
+        """Drop entries that a sliding layer cannot see from ``position`` on (if they are more than
+        ``slack``)."""
         window, kept = self.shapes[layer].window, int(sequence.table.longest[layer])
         if window is None or sequence.layers.governed[layer] or kept < window + slack:
             return
@@ -607,7 +609,7 @@ class ModelRunner:
         pool.keep(sequence.table, layer, Keep(indices))
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        """``[n, hidden]`` → ``[n, vocab]``."""
+        """The head: ``[n, hidden]`` → ``[n, vocab]``."""
         return self.ranks.columns(self.decoder.logits(hidden), self.vocab_size)
 
     def _shape(self, layer: nn.Module) -> AttentionShape:

@@ -1,10 +1,10 @@
 """A model split over ranks: each keeps its part of the heads, of the MLP and of the vocabulary.
 
-Which linear is split which way is transformers' own plan of the model (``base_model_tp_plan``), or
-the family's in ``models/families.py`` where transformers has none or one that gathers all heads on
-every rank.  ``colwise``: outputs are split;  ``rowwise``: inputs are, and what the ranks make of
-theirs is added up, the bias once;  ``packed``: several linears' outputs one below the other, each
-of them split;  ``norm``: a norm over what is split.
+The split of each linear follows transformers' plan of the model (``base_model_tp_plan``), or the
+family's plan in ``models/families.py`` if transformers has none or one that gathers all heads on
+every rank.  ``colwise``: outputs are split;  ``rowwise``: inputs are split, and the ranks' outputs
+are summed, with the bias once;  ``packed``: the stacked outputs of several linears, each of them
+split; ``norm``: a norm over a split row.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from pyramidinfer.models.families import find_family
 from pyramidinfer.models.ranks import Ranks
 from pyramidinfer.types import AttentionShape
 
-#: Words of a weight that are summed up together (``weights_mark``).
+#: Words of a weight that are summed together (``weights_mark``).
 PART = 64
 
 __all__ = ["RowSplit", "plan_of", "split_model", "weights_mark"]
 
-#: What transformers' plans say of modules that every rank keeps whole.
+#: Values in transformers' plans for modules that every rank keeps whole.
 WHOLE = ("replicated_with_grad_allreduce", "sequence_parallel")
 
 
 class RowSplit(nn.Linear):
     """A linear of which this rank has some input columns; its outputs are summed over the ranks.
 
-    The first rank adds the bias.  ``summed`` is what a linear of the whole model gives.
+    The first rank adds the bias.  ``summed`` is the output of the whole model's linear.
     """
 
     def __init__(self, whole: nn.Linear, columns: slice, ranks: Ranks) -> None:
@@ -50,7 +50,7 @@ class RowSplit(nn.Linear):
 
 
 class SplitEmbedding(nn.Module):
-    """An embedding of which this rank has some rows; ``whole`` is cut to them."""
+    """An embedding of which this rank has some rows; ``whole`` is cut to these rows."""
 
     def __init__(self, whole: nn.Embedding, ranks: Ranks) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class SplitNorm(nn.Module):
         self.size, self.ranks = size, ranks
 
     def forward(self, row: Tensor) -> Tensor:
-        wide = row.float()  # as transformers' own norm, whatever the dtype
+        wide = row.float()  # as transformers' norm, in every dtype
         squares = self.ranks.sum(wide.pow(2).sum(-1, keepdim=True))
         normed = wide * torch.rsqrt(squares / self.size + self.epsilon)
         out: Tensor = (self.weight * normed).to(row.dtype)
@@ -91,17 +91,17 @@ def plan_of(config: Any) -> dict[str, str]:
     family = find_family(config)
     plan = dict(getattr(config, "base_model_tp_plan", None) or {}) | family.split
     if not plan:
-        raise ValueError(f"{family.title} has no plan for being split over ranks")
+        raise ValueError(f"{family.title} has no plan for tensor parallelism")
     return plan
 
 
 def weights_mark(model: nn.Module) -> str:
-    """What tells whether two ranks loaded the same weights: sums of every tensor's bits, and of its
-    parts by their place."""
+    """A mark that shows whether two ranks loaded the same weights: sums of every tensor's bits, and
+    of its parts weighted by place."""
     digest = hashlib.sha256()
     tensors = dict(model.named_parameters())
     for name, module in model.named_modules():
-        if (rows := getattr(module, "rows", None)) is not None:  # of a GGUF file
+        if (rows := getattr(module, "rows", None)) is not None:  # rows of a GGUF file
             tensors[f"{name}.rows"] = rows.held
     for name, tensor in sorted(tensors.items()):
         bits = tensor.detach().contiguous().view(torch.uint8).flatten()
@@ -116,7 +116,7 @@ def weights_mark(model: nn.Module) -> str:
 
 @torch.no_grad()
 def split_model(model: Any, shape: AttentionShape, ranks: Ranks) -> None:
-    """Cut a loaded model, in place, to what this rank computes of it.
+    """Cut a loaded model, in place, to this rank's part.
 
     shape : of the whole model's attention layers.
     """
@@ -149,7 +149,7 @@ def _pattern(name: str) -> str:
 def _split(
     body: nn.Module, name: str, module: Any, how: str, shape: AttentionShape, ranks: Ranks
 ) -> None:
-    """Cut one module; ``ValueError`` for a way that is not known."""
+    """Cut one module; ``ValueError`` for an unknown split."""
     if how == "rowwise":
         columns = _rows(name, module.in_features, shape, ranks)[0]
         parent, _, leaf = name.rpartition(".")
@@ -164,10 +164,10 @@ def _split(
         (part,) = _rows(name, len(module.weight), shape, ranks)
         copies = ranks.copies(shape.kv_heads) if _is_kv(name) else 1
         parent, _, leaf = name.rpartition(".")
-        whole = len(module.weight) * copies  # each copy of a KV head adds its squares
+        whole = len(module.weight) * copies  # each copy of a KV head adds its squares to the sum
         body.get_submodule(parent)._modules[leaf] = SplitNorm(module, part, whole, ranks)
     else:
-        raise ValueError(f"{name} is split {how!r}, which this engine does not know")
+        raise ValueError(f"{name} has the split {how!r}, which this engine does not support")
 
 
 def _is_kv(name: str) -> bool:
@@ -188,7 +188,7 @@ def _rows(
     if _is_kv(name):
         return [kv]
     heads = ranks.part(shape.heads)
-    if not packed:  # query heads, each with what belongs to it
+    if not packed:  # query heads with their parts
         each = size // shape.heads
         return [slice(heads.start * each, heads.stop * each)]
     queries, keys = shape.heads * shape.key_dim, shape.kv_heads * shape.key_dim
@@ -199,7 +199,7 @@ def _rows(
 
 
 def _tell_heads(attention: Any, own: AttentionShape) -> None:
-    """Let an attention module know how many heads it has now, where it asks."""
+    """Set an attention module's number of heads, if it has such attributes."""
     attention.config = copy.copy(attention.config)
     attention.config.num_attention_heads = own.heads
     for name, count in (("num_heads", own.heads), ("num_key_value_heads", own.kv_heads)):
@@ -208,5 +208,5 @@ def _tell_heads(attention: Any, own: AttentionShape) -> None:
 
 
 def _kept(part: Tensor) -> nn.Parameter:
-    """A part of a weight, in memory of its own, so that the rest can go."""
+    """A part of a weight in its own memory, so that the rest can be freed."""
     return nn.Parameter(part.detach().clone(), requires_grad=False)

@@ -1,10 +1,10 @@
-"""The stages that a model's layers are dealt to (pipeline parallel), and what goes between them.
+"""The stages of a model's layers (pipeline parallel), and the messages between them.
 
 A stage is one rank, or several that split its layers (``models/ranks.py``), with a range of the
 layers and their part of the cache.  All stages know every request: its lengths in all layers, its
-policy's state, where its prompt stands.  A step's batch goes through the stages in order.  With the
-rows of hidden states goes a :class:`Note` of what each stage has changed; the last stage tells it
-to all others, beside the logits.
+policy's state, the progress of its prompt.  A step's batch goes through the stages in order.  The
+rows of hidden states are sent with a :class:`Note` of the changes in each stage; the last stage
+sends it to all others, with the logits.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ __all__ = [
 
 
 class Wire(Protocol):
-    """Messages to and from the same rank of other stages, those of a lane in order.  Sending does
-    not wait."""
+    """Messages to and from the same rank of other stages; messages of a lane keep their order.
+    Sending does not wait."""
 
     def send(self, stage: int, lane: int, what: Any, tensors: list[Tensor]) -> None:
         """Send anything that can be pickled, and tensors."""
@@ -47,19 +47,19 @@ class Wire(Protocol):
         """The next message of a stage."""
 
     def wait(self, lane: int, left: int) -> None:
-        """Wait until no more than so many messages are on their way, and let the others go."""
+        """Wait until at most ``left`` messages are in flight, and release the others."""
 
 
-#: Batches that are on their way, one behind the other, and what all stages wait for together.
+#: Lanes: batches in flight, in order, and collectives of all stages.
 FLIGHTS, TALK = 0, 1
 
 
 @dataclass(eq=False)
 class Stages:
-    """One stage of those that have a model's layers.
+    """One stage of a model's layers.
 
-    layers : every stage's range;  index : which one this is;  sent : bytes of tensors that this
-    rank sent to other stages, by what for.
+    layers : every stage's range;  index : of this stage;  sent : bytes of tensors that this rank
+    sent to other stages, by purpose.
     """
 
     layers: list[range]
@@ -78,7 +78,7 @@ class Stages:
 
     @property
     def words(self) -> str:
-        """Layers of every stage, as ``pipeline_layers`` is written."""
+        """Layers of every stage, in the format of ``pipeline_layers``."""
         return ",".join(str(len(each)) for each in self.layers)
 
     @property
@@ -92,14 +92,14 @@ class Stages:
     def send(
         self, stage: int, what: Any, tensors: list[tuple[str, Tensor]], lane: int = TALK
     ) -> None:
-        """Send to a stage; every tensor with what it is for."""
+        """Send to a stage; every tensor with its purpose."""
         assert self.wire is not None
         for name, tensor in tensors:
             self.sent[name] += tensor.nbytes
         self.wire.send(stage, lane, what, [tensor for _, tensor in tensors])
 
     def receive(self, stage: int, lane: int = TALK) -> tuple[Any, list[Tensor]]:
-        """The next message of a stage: what, and its tensors."""
+        """The next message of a stage: its content and its tensors."""
         assert self.wire is not None
         return self.wire.receive(stage, lane)
 
@@ -110,17 +110,18 @@ class Stages:
                 self.send(stage, what, tensors, lane)
 
     def let_go(self, flights: int) -> None:
-        """Keep no messages of steps that are over, where so many are on their way."""
+        """Release messages of finished steps, if this many are in flight."""
         assert self.wire is not None
         left = flights
-        if self.is_last and flights:  # others may not have heard yet of those that are over here
+        if self.is_last and flights:  # other stages may not know yet which steps have finished here
             left = (self.size - 1) * (flights + self.size)
         self.wire.wait(FLIGHTS, left)
         if not flights:
             self.wire.wait(TALK, 0)
 
     def gather(self, mine: Any) -> list[Any]:
-        """What every stage has of something, in order, the same on all of them; all call this."""
+        """Gather an object from every stage, in order; all stages must call this and get the
+        same."""
         if self.size == 1:
             return [mine]
         if not self.is_first:
@@ -131,8 +132,8 @@ class Stages:
         return found
 
     def sync_lengths(self, kept: np.ndarray) -> None:
-        """Have in ``kept`` ``[layers, kv_heads]``, of which every stage knows its own layers, those
-        of all stages."""
+        """Fill ``kept`` ``[layers, kv_heads]``, of which every stage knows its own layers, with the
+        layers of all stages."""
         own = kept[self.own.start : self.own.stop]
         if self.size > 1:
             kept[:] = np.concatenate(self.gather(own))
@@ -142,29 +143,29 @@ class Stages:
 
 
 def check_stages(stages: int, depth: int, given: str | None = None) -> None:
-    """``ValueError`` where there are not as many layers as stages, or as many as ``given`` says."""
+    """``ValueError`` if there are fewer layers than stages, or not as many as ``given`` says."""
     if stages > depth:
         raise ValueError(
             f"pipeline_parallel_size={stages}: this model has {depth} layers; at most {depth} work"
         )
     if given is not None and (count := sum(map(int, given.split(",")))) != depth:
-        raise ValueError(f"pipeline_layers={given!r} are {count} layers; this model has {depth}")
+        raise ValueError(f"pipeline_layers={given!r} has {count} layers; this model has {depth}")
 
 
 def ranges_of(counts: list[int]) -> list[range]:
-    """Ranges of so many layers each, one behind the other."""
+    """Consecutive ranges with these numbers of layers."""
     stops = list(accumulate(counts))
     return [range(stop - count, stop) for stop, count in zip(stops, counts, strict=True)]
 
 
 def share_layers(costs: list[float], stages: int, last: float = 0.0) -> list[range]:
-    """Deal layers with these costs to stages, in order, so that the costliest stage costs least.
+    """Assign layers with these costs to stages, in order, so that the maximum cost is minimal.
 
-    last : what the last stage has to do besides.  Every stage gets a layer at least.
+    last : additional cost of the last stage.  Every stage gets at least one layer.
     """
     sums = np.concatenate([[0.0], np.cumsum(costs)])
     depth = len(costs)
-    best = np.full((stages + 1, depth + 1), np.inf)  # of the first stages, with so many layers
+    best = np.full((stages + 1, depth + 1), np.inf)  # of the first stages, by number of layers
     cut = np.zeros((stages + 1, depth + 1), dtype=int)
     best[0, 0] = 0.0
     for stage in range(1, stages + 1):
@@ -181,11 +182,11 @@ def share_layers(costs: list[float], stages: int, last: float = 0.0) -> list[ran
 
 
 def keep_stage(model: Any, stages: Stages) -> None:
-    """Free the weights of a loaded model, in place, that other stages have.
+    """Free the weights of a loaded model, in place, that belong to other stages.
 
-    What is in front of the layers in transformers' plan of the model (``base_model_pp_plan``, or
-    the family's in ``models/families.py``) is the first stage's, what is behind them and the head
-    the last one's.
+    Parts before the layers in transformers' plan of the model (``base_model_pp_plan``, or the
+    family's in ``models/families.py``) belong to the first stage, parts after them and the head to
+    the last one.
     """
     family = find_family(model.config)
     body = model.get_submodule(family.body)
@@ -211,10 +212,10 @@ def _nothing(weight: Tensor) -> nn.Parameter:
 
 
 class Stands(NamedTuple):
-    """Where a prompt stands: what of ``Prefill`` and its cache other stages must know.
+    """The progress of a prompt: the parts of ``Prefill`` and its cache that other stages need.
 
-    left : layer-tokens that it may still do in this step;  newest : positions of the ring's rows;
-    read : what its reader gave;  moves : its rows come along, since it enters the next stage.
+    left : remaining layer-tokens in this step;  newest : positions of the ring's rows;  read :
+    results of its reader;  moves : whether its rows are sent, because it enters the next stage.
     """
 
     layer: int
@@ -232,11 +233,11 @@ class Stands(NamedTuple):
 
 @dataclass
 class Note:
-    """What the stages have changed so far in a step.
+    """The changes that stages have made so far in a step.
 
-    kept : of a decode row, the entries in a stage's layers where some were dropped (row, first
-    layer, ``[layers, kv_heads]``);  states : of a decode row, its policy's new state;  prompts :
-    by number of the work, where it stands.
+    kept : of a decode row, the number of entries in a stage's layers if some were dropped (row,
+    first layer, ``[layers, kv_heads]``);  states : of a decode row, its policy's new state;
+    prompts : by number of the work, its progress.
     """
 
     kept: list[tuple[int, int, np.ndarray]] = field(default_factory=list)
@@ -244,7 +245,7 @@ class Note:
     prompts: dict[int, Stands] = field(default_factory=dict)
 
     def enter(self, pool: Pool, works: list[Work], tensors: list[Tensor]) -> None:
-        """Take over the prompts that have come to this stage, with their rows and positions."""
+        """Continue the prompts that have reached this stage, with their rows and positions."""
         for index, stands in self.prompts.items():
             work = works[index]
             work.budget = stands.left
@@ -259,8 +260,8 @@ class Note:
     def leave(
         self, pool: Pool, works: list[Work], begun: list[int], stages: Stages
     ) -> list[tuple[str, Tensor]]:
-        """Write down where prompts stand that this stage has worked on (``begun``: the layer each
-        was at); rows and positions of those that go on to the next one."""
+        """Record the progress of prompts in this stage (``begun``: the first layer of each);
+        returns rows and positions of those that enter the next stage."""
         moving = []
         for index, (work, layer) in enumerate(zip(works, begun, strict=True)):
             if layer not in stages.own:
@@ -292,7 +293,7 @@ class Note:
 
     @contextmanager
     def watch(self, row: int, sequence: Sequence, own: range) -> Iterator[None]:
-        """Write down what is changed of a decode row in this: entries dropped, the policy's
+        """Record the changes of a decode row in this context: dropped entries, the policy's
         state."""
         table, mine = sequence.table, slice(own.start, own.stop)
         if row in self.states:
@@ -305,12 +306,12 @@ class Note:
             self.states[row] = told(table.state)
 
     def apply(self, decode: list[Sequence], works: list[Work], stages: Stages) -> None:
-        """Have here what all stages have changed.  Requests that have ended meanwhile are passed
-        over."""
+        """Apply the changes of all stages.  Requests that have ended in the meantime are
+        skipped."""
         for row, first, kept in self.kept:
             if (table := decode[row].cache) is not None:
                 table.kept[first : first + len(kept)] = kept
-                decode[row].idle = 0  # what is due may hang on lengths of other stages' layers
+                decode[row].idle = 0  # due evictions may depend on lengths of other stages' layers
         for row, state in self.states.items():
             if (table := decode[row].cache) is not None:
                 table.state = {**table.state, **state}
@@ -323,7 +324,7 @@ class Note:
             while len(prefill.readings) > stands.readings:
                 prefill.read_on()
             prefill.layer, prefill.done = stands.layer, stands.done
-            if stands.layer not in stages.own:  # how many there are is all that is asked here
+            if stands.layer not in stages.own:  # only their number is needed here
                 prefill.positions = torch.empty(stands.length, dtype=torch.int64, device="meta")
 
     @staticmethod
@@ -341,15 +342,15 @@ def _note_bytes(pool: Pool, prefill: Prefill) -> None:
     pool.note_overhead(table)
 
 
-#: Names of what each stage remembers of its own layers begin so.
+#: Prefix of names of state that each stage keeps for its own layers.
 HERE = "streaming."
 
 
 def told(state: State) -> State:
-    """What other stages are told of a state."""
+    """The part of a state that other stages receive."""
     return {name: value for name, value in state.items() if not name.startswith(HERE)}
 
 
 def kept_here(state: State) -> State:
-    """What they are not told of it."""
+    """The part of a state that other stages do not receive."""
     return {name: value for name, value in state.items() if name.startswith(HERE)}

@@ -1,10 +1,10 @@
-"""Positions inside the cache: keys rotated so that what is left of a text looks contiguous.
+"""Positions inside the cache: keys are rotated so that the kept tokens look contiguous.
 
 A request of a streaming policy (StreamingLLM) feeds each new token at the rotary position
-``place in the text - offset``.  Entries older than a dropped one stand further back than their
+``place in the text - offset``.  Entries older than a dropped one are further back than their
 place in the cache, so their keys are rotated forward to close the gap: always from a copy of the
-key as it was first written, so that rounding does not add up.  When rotary positions reach the
-model's last one, all keys are rotated back and the offset grows, so a text has no end.
+original key, so that rounding errors do not add up.  When rotary positions reach the model's last
+one, all keys are rotated back and the offset grows, so a text can have any length.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ __all__ = ["Streaming"]
 
 #: State: places in the text of the rotated entries, and the rotary positions of their copies.
 PLACES, ROTARY = "streaming.places", "streaming.rotary"
-#: State: copies of a layer's keys, by the layer's number behind this.
+#: State: copies of a layer's keys; prefix of the layer's number.
 KEYS = "streaming.keys."
 
 
 class Streaming:
-    """Turns keys of one model.  ``kinds``: rotary kind per layer; ``rotates``: whether it has
-    rotary positions at all;  ``own``: layers whose keys are here."""
+    """Rotates keys of one model.  ``kinds``: rotary kind per layer; ``rotates``: whether the model
+    has rotary positions;  ``own``: layers whose keys are on this rank."""
 
     def __init__(
         self,
@@ -43,21 +43,21 @@ class Streaming:
 
     @property
     def is_possible(self) -> bool:
-        """Whether keys can be rotated: not learned positions, nor keys that were each rotated by
-        frequencies of their own (dynamic scaling)."""
+        """Whether keys can be rotated: not with learned positions, or if every key was rotated by
+        different frequencies (dynamic scaling)."""
         return self.rotary.module is not None and self.rotary.grows_from is None
 
     def close_gaps(self, pool: Pool, sequence: Sequence) -> None:
-        """Turn the entries that are older than a dropped one to their place in the cache."""
+        """Rotate the entries that are older than a dropped one to their place in the cache."""
         table, first = sequence.table, sequence.layers.first
         kept = int(table.longest[first])
         here = [layer for layer in self.own if sequence.layers.governed[layer]]
         if not self.is_possible or not kept or not here:
             return
-        places = pool.positions(table, here[0])[0].sort().values.cpu()  # the same in all of them
+        places = pool.positions(table, here[0])[0].sort().values.cpu()  # the same in all layers
         base = table.seen_len - sequence.offset - kept  # rotary position of the cache's start
         rank = torch.arange(kept)
-        before = places - sequence.offset != rank + base  # older than some gap
+        before = places - sequence.offset != rank + base  # older than a gap
         if not before.any():
             return
         self._copy_new(pool, sequence, places[before])
@@ -69,7 +69,7 @@ class Streaming:
             pool.rewrite_keys(table, layer, known, rotated)
 
     def make_room(self, pool: Pool, sequence: Sequence, count: int) -> None:
-        """Turn everything back where ``count`` more tokens would pass the model's positions."""
+        """Rotate all keys back if ``count`` more tokens would exceed the model's positions."""
         table = sequence.table
         reached = table.seen_len - sequence.offset
         if not self.is_possible or reached + count <= self.limit(sequence.is_long):
@@ -95,7 +95,7 @@ class Streaming:
         return min(self.max_positions, self.rotary.long_from)
 
     def forget(self, table: Table) -> None:
-        """Drop copies of tokens from ``table.seen_len`` on, which were just forgotten."""
+        """Drop copies of tokens from ``table.seen_len`` on, which were just removed."""
         state = dict(table.state)
         if PLACES not in state:
             return
@@ -116,7 +116,8 @@ class Streaming:
         return layer in self.layers and self.is_possible
 
     def pairs(self, like: Tensor, layer: int) -> int:
-        """Pairs of a head's numbers that can be rotated: number ``f`` with number ``f + pairs``."""
+        """Number of a head's channel pairs that can be rotated: channel ``f`` with ``f +
+        pairs``."""
         if not self.turns(layer):
             return 0
         start = torch.zeros(1, dtype=torch.int64, device=like.device)
@@ -126,8 +127,8 @@ class Streaming:
     def unrotated(
         self, queries: Tensor, positions: Tensor, layer: int, sequence: Sequence, length: int
     ) -> Tensor:
-        """Queries ``[heads, n, key_dim]`` of these rotary positions, in a text of this length, as
-        they were before rotation, in float32 or wider."""
+        """Queries ``[heads, n, key_dim]`` of these rotary positions, in a text of this length, with
+        the rotation undone, in float32 or wider."""
         wide = queries.float() if queries.dtype != torch.float64 else queries
         if not self.turns(layer):
             return wide
@@ -136,13 +137,13 @@ class Streaming:
     def mean_rotation(
         self, like: Tensor, ahead: Items[int], layer: int, sequence: Sequence, length: int
     ) -> Tensor:
-        """``[key_dim, key_dim]``: a vector times this is the mean of it rotated to the places
-        ``ahead`` of a text of this length, 1 for the next token's; the identity where nothing is
-        rotated.
+        """``[key_dim, key_dim]``: a vector times this is the mean of the vector rotated to the
+        places ``ahead`` of a text of this length, 1 for the next token's; the identity without
+        rotation.
 
-        like : any tensor of that size, dtype and device.  Places may lie far beyond the model's
-        last position and keep the request's frequencies, so angles are worked out from those of
-        one step.
+        like : any tensor of that size, dtype and device.  Places may be far beyond the model's
+        last position and keep the request's frequencies, so angles are computed from those of one
+        step.
         """
         unit = torch.eye(like.shape[-1], dtype=like.dtype, device=like.device)
         if not self.turns(layer):
@@ -158,14 +159,15 @@ class Streaming:
         self, like: Tensor, by: Tensor, layer: int, sequence: Sequence, length: int = 0
     ) -> tuple[Tensor, Tensor]:
         """Cosines and sines ``[n, rotated]`` of ``by`` ``[n]`` positions, of length 1 together."""
-        steps = torch.cat([by, by.new_zeros(1)]).to(like.device)  # the last one tells the scaling
+        steps = torch.cat([by, by.new_zeros(1)]).to(like.device)  # the last one has the scaling
         regimes = [self.rotary.regime(sequence.is_long, length)] * len(steps)
         cos, sin = self.rotary.tables(like, steps, regimes)[self.kinds[layer]]
         scale = cos[-1, 0]
         return cos[:-1] / scale, sin[:-1] / scale
 
     def copied_elsewhere(self, table: Table) -> int:
-        """Bytes of copies of rotated keys that other ranks have of their layers, at most."""
+        """Upper bound on the bytes of copies of rotated keys that other ranks have of their
+        layers."""
         here = [each.nbytes for name, each in table.state.items() if name.startswith(KEYS)]
         if not here or len(self._here()) == len(self.layers):
             return 0
@@ -178,7 +180,7 @@ class Streaming:
         return [layer for layer in self._here() if sequence.layers.governed[layer]]
 
     def _copy_new(self, pool: Pool, sequence: Sequence, places: Tensor) -> None:
-        """Keep copies of the keys that are rotated for the first time."""
+        """Store copies of keys that are rotated for the first time."""
         table, state = sequence.table, dict(sequence.table.state)
         known = state.get(PLACES, torch.zeros(0, dtype=torch.int64))
         new = places[~torch.isin(places, known)]

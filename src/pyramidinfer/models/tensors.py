@@ -1,4 +1,4 @@
-"""Every tensor of a checkpoint has its place in the model, and the other way round."""
+"""Checks that every tensor of a checkpoint has a place in the model, and vice versa."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from pyramidinfer.models.folder import FLOATS
 
 __all__ = ["check_report", "check_tensors"]
 
-#: Buffers that older versions of transformers saved, all of them worked out anew: rotary
-#: frequencies, position ids, and causal masks (GPT-NeoX) with what they are filled with.
+#: Buffers that older versions of transformers saved and that are recomputed: rotary frequencies,
+#: position ids, and causal masks (GPT-NeoX) with their fill value.
 HARMLESS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|position_ids|attention\.bias|masked_bias)$")
-#: Ends of tensors' names → the key that a config lacks where it has no place for them.
+#: Ends of tensors' names → the missing key of a config that has no place for them.
 HINTS = {
     "bias": "a config with biases says so (attention_bias, mlp_bias)",
     "scale": "quantized weights need their quantization_config",
@@ -24,9 +24,10 @@ HINTS = {
 
 
 def check_tensors(name: str, config: Any, headers: dict[str, tuple[str, int]]) -> None:
-    """``ValueError`` naming a tensor that holds no plain floats where weights are not quantized.
+    """``ValueError`` with the name of a tensor that is not plain floats, if weights are not
+    quantized.
 
-    headers : tensor → (safetensors' name of its dtype, how many numbers).
+    headers : tensor → (safetensors' name of its dtype, number of elements).
     """
     if getattr(config, "quantization_config", None) is not None:
         return
@@ -40,7 +41,7 @@ def check_tensors(name: str, config: Any, headers: dict[str, tuple[str, int]]) -
 
 
 def check_report(name: str, report: dict[str, Any]) -> None:
-    """``ValueError`` where transformers left tensors at random values, or dropped some.
+    """``ValueError`` if transformers left tensors at random values, or dropped some.
 
     report : its loading info.
     """
@@ -61,7 +62,7 @@ def check_report(name: str, report: dict[str, Any]) -> None:
     if extra:
         hint = next(
             (hint for end, hint in HINTS.items() if extra.endswith(end)),
-            "the config and the weights are of two models",
+            "the config and the weights belong to different models",
         )
         raise ValueError(
             f"model {name!r} has the tensor {extra}{more}, for which its config has no place: "
@@ -70,6 +71,6 @@ def check_report(name: str, report: dict[str, Any]) -> None:
 
 
 def _first(names: Iterable[str]) -> tuple[str, str]:
-    """The first name that matters, and how many more there are; empty where there is none."""
+    """The first relevant name and the number of further ones; empty if there is none."""
     found = sorted(each for each in names if not HARMLESS.search(each))
     return (found[0] if found else ""), (f" (and {len(found) - 1} more)" if found[1:] else "")

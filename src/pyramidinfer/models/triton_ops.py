@@ -1,6 +1,6 @@
-"""Norm, rotation and gating as one Triton kernel each, where torch starts a handful.
+"""Norm, rotation and gating as one Triton kernel each, where torch needs several.
 
-Rounding is that of ``TorchOps``, number by number: 16-bit models round after the norm and before
+Rounding is bit for bit that of ``TorchOps``: 16-bit models round after the norm and before
 its weight, after SiLU, and after each product of a rotation.  Importing this module needs Triton.
 """
 
@@ -21,12 +21,12 @@ from pyramidinfer.models.ops import GATED, Heads, TorchOps
 
 __all__ = ["TritonOps"]
 
-#: Columns of a gated output that one program makes.
+#: Columns of a gated output per program.
 BLOCK = 1024
 
 
 class TritonOps(TorchOps):
-    """``TorchOps`` in few launches; float64 stays with torch."""
+    """``TorchOps`` in few launches; float64 uses torch."""
 
     def linear(
         self,
@@ -123,7 +123,7 @@ def _norm(x, weight, out, stride, epsilon, size: tl.constexpr, pad: tl.constexpr
 
 @triton.jit
 def _part(qkv, scale, at, first, by, there, normed: tl.constexpr):
-    """Numbers of a head from ``first`` on, normed: ``at`` counts from there."""
+    """Normalized channels of a head from ``first`` on; ``at`` counts from there."""
     number = tl.load(qkv + first + at, mask=there, other=0.0).to(tl.float32)
     if normed:
         weight = tl.load(scale + first + at, mask=there, other=0.0).to(tl.float32)
@@ -174,7 +174,7 @@ def _rotate(
     sin_high = tl.load(sin + angle + half, mask=there, other=0.0).to(kind).to(tl.float32)
     new_low = (low * cos_low).to(kind).to(tl.float32) - (high * sin_low).to(kind).to(tl.float32)
     new_high = (high * cos_high).to(kind).to(tl.float32) + (low * sin_high).to(kind).to(tl.float32)
-    tl.debug_barrier()  # all threads have loaded what is now written over
+    tl.debug_barrier()  # all threads have loaded the values that are now overwritten
     tl.store(qkv + at, new_low, mask=there)
     tl.store(qkv + half + at, new_high, mask=there)
     if normed:
@@ -182,6 +182,7 @@ def _rotate(
 
 
 def _device(tensor: Tensor) -> AbstractContextManager[None]:
-    """Kernels start on the current device: make it the tensor's (nothing on the CPU)."""
+    """Kernels start on the current device: make the tensor's device current (no effect on the
+    CPU)."""
     of: AbstractContextManager[None] = torch.cuda.device_of(tensor)
     return of

@@ -1,12 +1,12 @@
-"""Weights in few bits: how a linear's or an embedding's numbers become codes, and back.
+"""Quantized weights: encoding and decoding of a linear's or an embedding's numbers.
 
-Here in torch, for backends that only round weights; ``native/coding.h`` has the same rules, for the
-kernels, and makes the same codes.
+Here in torch, for backends that only round weights; ``native/coding.h`` has the same rules for the
+kernels and makes the same codes.
 
 Every :data:`GROUP` inputs of an output share a scale of 16 bits.  ``int8``: a code of -127..127
-times the scale.  ``int4``: a code of 0..15 times the scale, plus the group's least value, another
-16 bits; both are those of a few candidates, all numbers of the group or a little less of its range,
-that bring back its numbers with the least square error.
+times the scale.  ``int4``: a code of 0..15 times the scale, plus the group's minimum, another 16
+bits.  Candidates for both cover the group's whole range or slightly less of it; the one with the
+smallest square error is used.
 """
 
 from __future__ import annotations
@@ -35,25 +35,25 @@ __all__ = [
 
 #: Inputs of an output that share a scale.
 GROUP = 32
-#: How heads and embeddings are stored, whatever the layers': 4 bits lose too much there
+#: Format of heads and embeddings, independent of the layers': 4 bits lose too much there
 #: (docs/weights.md).
 TABLE = "int8"
 #: Parts of a format's number (``Format`` in native/matmul.h): codes of 8 bits, or of 4; with a
-#: least value; scales of 32 bits; a scale for each half of a group.
+#: minimum; scales of 32 bits; a scale for each half of a group.
 CODES, FOUR, LEAST, FLOATS, HALVES = 1, 2, 4, 8, 16
-#: Shares of a group's range that 4 bits may cover: numbers outside are cut off.
+#: Shares of a group's range that 4 bits may cover: numbers outside are clipped.
 RANGES = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.75)
-#: Numbers that are coded at a time: what the nearest caches hold.
+#: Numbers that are encoded at a time: they fit in the nearest caches.
 CHUNK = 1 << 16
-#: Bytes that a group takes: its codes, and what its numbers share.
+#: Bytes of a group: its codes and shared values.
 GROUP_BYTES = {"int8": GROUP + 2, "int4": GROUP // 2 + 4}
-#: Added to codes of 8 bits, so that bytes have no sign.
+#: Added to codes of 8 bits, so that bytes are unsigned.
 MIDDLE = 128
 
 
 class Coded(NamedTuple):
-    """Weights ``[n, depth]`` in codes ``[n, groups * GROUP]`` (bytes), with scales, and least
-    values where codes have 4 bits, ``[n, groups]`` each, of 16 bits."""
+    """Weights ``[n, depth]`` in codes ``[n, groups * GROUP]`` (bytes), with scales and, for
+    codes of 4 bits, minima, ``[n, groups]`` each, of 16 bits."""
 
     name: str
     codes: Tensor
@@ -63,10 +63,10 @@ class Coded(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Outputs of a linear whose weights the kernels make into codes: where each one's ``depth``
-    numbers (or blocks of a GGUF file) lie, what they are, and the format that their codes get.
+    """Outputs of a linear whose weights the kernels encode: the addresses of each output's
+    ``depth`` numbers (or blocks of a GGUF file), their type, and the format of their codes.
 
-    addresses : ``[n]`` int64;  held : what the addresses point into.
+    addresses : ``[n]`` int64;  held : the tensors that the addresses point into.
     """
 
     addresses: Tensor
@@ -77,7 +77,7 @@ class Rows(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Bytes as codes."""
+        """Bytes of the codes."""
         each = 4 if self.format & FLOATS else 2
         each *= 2 if self.format & LEAST else 1
         each *= 2 if self.format & HALVES else 1
@@ -85,7 +85,7 @@ class Rows(NamedTuple):
         return len(self.addresses) * -(-self.depth // GROUP) * (codes + each)
 
     def numbers(self, at: Tensor) -> Tensor:
-        """Those of outputs ``at``, in float32: of blocks, or of plain numbers."""
+        """Weights of outputs ``at`` in float32, from blocks or plain numbers."""
         from gguf import GGMLQuantizationType, quants
 
         places = ((self.addresses[at] - self.held.data_ptr()) // self.held.stride(0)).tolist()
@@ -93,12 +93,12 @@ class Rows(NamedTuple):
         return torch.from_numpy(found)
 
     def chunk(self, count: int) -> tuple[Rows, ...]:
-        """The same number of outputs each."""
+        """Split into parts with the same number of outputs."""
         return tuple(self._replace(addresses=each) for each in self.addresses.chunk(count))
 
     @classmethod
     def of(cls, weights: Tensor, name: str) -> Rows:
-        """``[n, depth]`` of any dtype, to be stored as ``name`` says."""
+        """``[n, depth]`` of any dtype, to be stored in the format ``name``."""
         if weights.dtype not in SOURCES:
             weights = weights.float()
         weights = weights.contiguous()
@@ -108,7 +108,7 @@ class Rows(NamedTuple):
 
 
 def joined_format(formats: list[int]) -> int:
-    """The least format that holds what each of these does, to the bit."""
+    """The smallest format that holds all of these exactly."""
     if len(set(formats)) == 1:
         return formats[0]
     found = CODES
@@ -120,7 +120,7 @@ def joined_format(formats: list[int]) -> int:
 
 
 def code(weights: Tensor, name: str) -> Coded:
-    """``[n, depth]`` of any dtype as codes; a last group is filled up with zeros."""
+    """Encode ``[n, depth]`` of any dtype; the last group is padded with zeros."""
     depth = weights.shape[1]
     parts = [
         (_eight if name == "int8" else _four)(_groups(part))
@@ -131,7 +131,7 @@ def code(weights: Tensor, name: str) -> Coded:
 
 
 def decode(coded: Coded) -> Tensor:
-    """What the codes stand for, ``[n, depth]`` in float32."""
+    """The values of the codes, ``[n, depth]`` in float32."""
     codes = coded.codes.view(*coded.scales.shape, GROUP).float()
     steps = coded.scales.float()[..., None]
     least = -MIDDLE * steps if coded.least is None else coded.least.float()[..., None]
@@ -139,8 +139,8 @@ def decode(coded: Coded) -> Tensor:
 
 
 def stored_bytes(model: Any, weights: str) -> int:
-    """Bytes of a model's parameters where linears' ``weights`` are so stored (no values needed);
-    without what fills the kernels' last panel of a linear."""
+    """Bytes of a model's parameters if linears are stored as ``weights`` (needs no values), without
+    the padding of a linear's last panel in the kernels."""
     if weights == "gguf":
         rows = {id(m.weight): m.rows.nbytes for m in model.modules() if hasattr(m, "rows")}
         return int(sum(each.nbytes for each in model.parameters()) + sum(rows.values()))
@@ -158,8 +158,8 @@ def coded_bytes(weights: Tensor, name: str) -> int:
 
 @torch.no_grad()
 def round_weights(model: Any, weights: str) -> None:
-    """Give all linears, the head and the embedding what their codes stand for, in place: the
-    numbers change, the memory they take does not.  Those of a GGUF file are what they are."""
+    """Round all linears, the head and the embedding to the values of their codes, in place: the
+    numbers change, their memory does not.  Weights of a GGUF file do not change."""
     if weights == "gguf":
         return
     for parameter, name in list(_coded(model, weights)):
@@ -168,7 +168,7 @@ def round_weights(model: Any, weights: str) -> None:
 
 
 def _coded(model: Any, weights: str) -> Iterator[tuple[nn.Parameter, str]]:
-    """The parameters that are stored as codes, and as which: one that is tied comes once."""
+    """The parameters that are stored as codes, with their formats; a tied parameter occurs once."""
     tables = {id(each.weight) for each in _tables(model)}
     seen: set[int] = set()
     for module in [*_tables(model), *(m for m in model.modules() if isinstance(m, nn.Linear))]:
@@ -217,6 +217,6 @@ def _four(groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _inverse(scales: Tensor) -> Tensor:
-    """1 over the scales as they are stored; 0 for 0."""
+    """1 divided by the stored scales; 0 for 0."""
     wide = scales.float()
     return torch.where(wide > 0, 1 / wide, 0)

@@ -1,4 +1,4 @@
-"""Timing ``Pool.keep``: half of a layer's entries stay, and holes are filled from the tail."""
+"""Timing ``Pool.keep``: half of a layer's entries stay, and the last entries fill the holes."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def time_keep(
     warmup: int,
     mover: Mover,
 ) -> tuple[list[float], list[float], int]:
-    """Seconds a layer of ``keep``, of a copy of as many bytes, and the bytes moved (read and
-    written, both counted)."""
+    """Seconds per layer of ``keep`` and of a copy of the same size, and the bytes moved (reads plus
+    writes)."""
     spec = GroupSpec(tuple(range(LAYERS)), kv_heads, dim, dim, dtype)
     pages = LAYERS * kv_heads * (-(-context // page) + 1)
     pool = Pool(Layout([spec], pages * spec.page_bytes(page, False), page), device, mover=mover)

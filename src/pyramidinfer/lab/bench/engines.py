@@ -1,4 +1,4 @@
-"""The engines that ``make bench-peers`` compares, and what each is told."""
+"""The engines that ``make bench-peers`` compares, and their options."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from pyramidinfer.config import nearest
 __all__ = ["ENGINES", "Engine", "Workload", "chosen_engines", "parse_workloads"]
 
 KEEP = 0.45
-#: Stands in an engine's options for a value of one of the two tables below.
+#: Placeholder in an engine's options for a value of one of the two tables below.
 BY_WORKLOAD = "by workload"
-#: Holds a full cache of a workload and its prompts in progress.
+#: Memory for a full cache of a workload and its prompts in progress.
 KV_MEMORY = {"A": "640MiB", "B": "1152MiB"}
-#: Entries that OpenVINO's eviction leaves a request, by workload (multiples of its block of 32).
+#: Entries per request after OpenVINO's eviction, by workload (multiples of its block of 32).
 EVICTED = {"A": 352, "B": 1952}
 
 
@@ -36,8 +36,8 @@ WORKLOADS = {"A": Workload(16, 512, 64), "B": Workload(4, 4096, 64)}
 
 @dataclass(frozen=True)
 class Engine:
-    """environment: folder under the peers' one, None for ours;  driver: script in the drivers'
-    folder;  options: what the driver is told."""
+    """environment: folder under the peers' folder, None for ours;  driver: script in the drivers'
+    folder;  options: the driver's options."""
 
     name: str
     environment: str | None
@@ -56,7 +56,7 @@ class Engine:
         return environments / self.environment / "bin" / "python"
 
     def options_for(self, name: str, workload: Workload) -> dict[str, Any]:
-        """Options, with what depends on the workload filled in."""
+        """Options with the values that depend on the workload."""
         usual = max(128, round(KEEP * (workload.prompt_len + workload.new) / 32) * 32)
         filled = {"entries": EVICTED.get(name, usual), "kv_memory": KV_MEMORY.get(name, "1280MiB")}
         return {
@@ -103,7 +103,8 @@ ENGINES: tuple[Engine, ...] = (
 
 
 def chosen_engines(names: Iterable[str], engines: Iterable[Engine] = ENGINES) -> list[Engine]:
-    """Engines by name, or by the beginning of it (``ours`` is all of ours); all for no name."""
+    """Engines by name or by the beginning of a name (``ours`` selects all of ours); all without a
+    name."""
     engines = list(engines)
     wanted = [name.strip().lower() for name in names if name.strip()]
     for name in wanted:
@@ -126,7 +127,7 @@ def parse_workloads(text: str) -> dict[str, Workload]:
         if match:
             made = Workload(int(match[2]), int(match[3]), int(match[4]))
             if made.requests < 1 or made.prompt_len < 1 or made.new < 2:
-                raise ValueError(f"--workloads {part!r}: below 1 request, 1 token or 2 new ones")
+                raise ValueError(f"--workloads {part!r}: give at least 1 request, 1 token, 2 new")
             found[match[1]] = made
         elif part in WORKLOADS:
             found[part] = WORKLOADS[part]

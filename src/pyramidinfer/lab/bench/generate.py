@@ -1,4 +1,4 @@
-"""transformers' own ``generate``, timed as our passes are."""
+"""transformers' ``generate``, timed in the same way as our passes."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from pyramidinfer.types import TokenIds
 
 __all__ = ["CACHES", "bytes_per_request", "time_generate"]
 
-#: Its caches by the name of a row: how ``generate`` is asked for one, and whether it compiles the
-#: model for it (left alone, it does so with a static cache on a GPU).
+#: Its caches by the name of a row: the option of ``generate``, and whether it compiles the model
+#: (the default is to compile with a static cache on a GPU).
 CACHES: dict[str, tuple[str | None, bool]] = {
     "transformers, dynamic": (None, False),
     "transformers, static": ("static", False),
@@ -39,9 +39,9 @@ def _settings(engine: str, new: int) -> Any:
 def time_generate(
     model: Any, engine: str, prompts: list[TokenIds], new: int, repeats: int
 ) -> dict[str, Any]:
-    """Seconds of the whole and of one token alone (the prefill), greedy, after a warm-up.
+    """Seconds of a whole pass and of one token only (the prefill), greedy, after a warm-up.
 
-    A compiled model is warmed up by a whole pass, since every size is compiled anew.
+    The warm-up of a compiled model is a whole pass, because every size is compiled separately.
     """
     ids = torch.tensor(prompts, device=model.device)
     model.generation_config.eos_token_id = None
@@ -73,8 +73,8 @@ def time_generate(
 
 
 def bytes_per_request(config: Any, itemsize: int, prompt_len: int, new: int) -> int:
-    """What a request needs at most: a full cache and either its prompt's states in a layer, or
-    one layer's cache a second time (a dynamic one is joined anew in every step)."""
+    """Maximum bytes of a request: a full cache, and either its prompt's states in a layer or a copy
+    of one layer's cache (a dynamic cache is concatenated in every step)."""
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     layer = 2 * config.num_key_value_heads * size * itemsize
     states = (4 * config.hidden_size + 3 * config.intermediate_size) * itemsize

@@ -1,8 +1,8 @@
 """``make bench-gpu``: the paper's workload and longer ones on a GPU, in under ten minutes.
 
-Random weights in the shapes of LLaMA-2-13B and Llama-3-8B.  Each engine runs alone, one after the
-other; transformers' ``generate`` first, since our engines use its weights up.  The file is written
-after every run, so that nothing measured is lost.
+Random weights in the shapes of LLaMA-2-13B and Llama-3-8B.  Engines run one after
+another; transformers' ``generate`` comes first, because our engines consume its weights.  The file
+is written after every run, so that no measurement is lost.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ from pyramidinfer.types import SamplingParams, TokenIds
 
 __all__ = ["Bench", "main", "run_bench"]
 
-#: Of a device's memory, what weights, caches and everything else may take.
+#: Share of a device's memory for weights, caches and everything else.
 MEMORY_SHARE = 0.92
-#: Where the largest batch was too large after all: tries, and what is left of the batch each time.
+#: If the largest batch was too large: number of tries, and the factor of the batch for each try.
 TRIES, STEP_DOWN = 4, 0.88
 PAGE = 16
 
@@ -57,7 +57,7 @@ class Weights:
         self.model: Any = None
 
     def of(self, shape: str) -> Rig:
-        """The shape's sizes and prompts; other weights are let go of."""
+        """The shape's sizes and prompts; releases other weights."""
         if self.rig is None or self.rig.setting.shape != shape:
             self.drop()
             plan = self.plan
@@ -94,7 +94,7 @@ class Weights:
 
 
 class Bench:
-    """Everything of one plan; ``result`` grows run by run."""
+    """All runs of one plan; each run is added to ``result``."""
 
     def __init__(self, plan: GPUPlan, out: Path, now: Callable[[], float] = time.monotonic) -> None:
         self.plan, self.out, self.now = plan, out, now
@@ -113,7 +113,7 @@ class Bench:
         }
 
     def run(self) -> dict[str, Any]:
-        """Measure all that there is time for."""
+        """Measure as much as the time allows."""
         self.result["roof"] = self._try("roof", 0.0, self._roof)
         for each in self.plan.attention:
             head = each._asdict()
@@ -144,7 +144,7 @@ class Bench:
     def _try(
         self, name: str, guess: float, work: Callable[[], dict[str, Any]]
     ) -> dict[str, Any] | None:
-        """What ``work`` found, or why it failed; None where there is no time left for it."""
+        """The result of ``work``, or the reason for its failure; None if no time is left for it."""
         if self.elapsed + guess > self.plan.budget_seconds:
             self.result["not_run"].append(name)
             return None
@@ -170,7 +170,7 @@ class Bench:
         if run.cell.batch is not None:
             return self._once(run, run.cell.batch, 1.0)
         share = 1.0
-        for left in reversed(range(TRIES)):  # as many as fit, and less where that was too much
+        for left in reversed(range(TRIES)):  # as many as fit, and fewer if that was too many
             try:
                 return {**self._once(run, None, share), "is_largest": True, "share": share}
             except torch.OutOfMemoryError:
@@ -210,7 +210,7 @@ class Bench:
             rig.setting = replace(rig.setting, kv_memory="auto")
             engine = rig.engine(run.engine, batch, *sizes)
         prompts = rig.prompts(batch, cell.prompt_len)
-        run_pass(engine, prompts, cell.output_len)  # captures what will be replayed
+        run_pass(engine, prompts, cell.output_len)  # captures the graphs for replay
         passes = [run_pass(engine, prompts, cell.output_len) for _ in range(self.plan.repeats)]
         found = figures(passes)
         if self.roof is not None:
@@ -234,7 +234,7 @@ class Bench:
         }
 
     def _left(self, rig: Rig) -> int:
-        """Bytes for everything but the weights."""
+        """Bytes for everything except the weights."""
         total = self.plan.memory
         if total is None:
             total = int(MEMORY_SHARE * torch.cuda.get_device_properties(self.device).total_memory)
@@ -249,7 +249,7 @@ class Bench:
 
     @torch.inference_mode()
     def _attend(self, each: Attention) -> dict[str, Any]:
-        """Seconds of one layer's decode attention, other entries every time, in one graph."""
+        """Seconds of one layer's decode attention in one graph, with other entries every time."""
         backend = select_backend(self.plan.backend, self.device)
         page_bytes = 2 * each.kv_heads * PAGE * each.size * self.dtype.itemsize
         needed = each.batch * -(-each.context // PAGE)
@@ -277,7 +277,7 @@ class Bench:
 
 
 def _captured(kernel: Callable[[int], object]) -> Callable[[int], object]:
-    """One call as a CUDA graph, so that starting its kernels costs nothing."""
+    """One call as a CUDA graph, so that kernel launches cost nothing."""
     cuda: Any = torch.cuda
     side = cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -314,7 +314,7 @@ def _gpu(device: torch.device) -> dict[str, Any] | None:
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
-    """What the terminal shows: rows, and the bars."""
+    """The output in the terminal: rows, and targets."""
     where = "TOY RUN, no GPU" if result["is_toy"] else result["gpu"]["name"]
     rows = Table(title=f"{where}; {result['seconds']:.0f} s")
     for name in (
@@ -367,7 +367,7 @@ def tables(result: dict[str, Any]) -> list[Table]:
 def run_bench(plan: GPUPlan, out: Path) -> dict[str, Any]:
     """Measure, write ``out``, show tables, and return the result."""
     if parse_device(plan.device).type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("bench-gpu needs a GPU that torch can use; --toy tries it out without one")
+        raise ValueError("bench-gpu needs a GPU that torch can use; --toy runs without one")
     quiet_transformers()
     result = Bench(plan, out).run()
     console = Console()
@@ -389,7 +389,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--budget-seconds", type=float, default=GPUPlan.budget_seconds)
     add("--repeats", type=int, default=None, help="passes of our engines that count")
     add("--backend", default="auto")
-    add("--toy", action="store_true", help="a tiny model on the CPU, to try the script out")
+    add("--toy", action="store_true", help="a tiny model on the CPU, to try the script")
     given = parser.parse_args(arguments)
     changes = {"budget_seconds": given.budget_seconds, "backend": given.backend}
     if given.repeats is not None:

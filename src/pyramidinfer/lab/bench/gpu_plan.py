@@ -1,4 +1,4 @@
-"""What ``make bench-gpu`` runs: cells of work, engines, their order, and the bars."""
+"""The plan of ``make bench-gpu``: cells of work, engines, their order, and the targets."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ATTENTION_BAR = 0.7
 class Cell(NamedTuple):
     """``batch`` prompts of ``prompt_len`` tokens, ``output_len`` generated each.
 
-    batch : None for the largest that an engine's memory holds.
+    batch : None for the largest batch that fits in an engine's memory.
     """
 
     name: str
@@ -30,7 +30,7 @@ class Cell(NamedTuple):
 
 
 class Run(NamedTuple):
-    """One engine on one cell; ``guess``: seconds it takes on an H200, warm-up included."""
+    """One engine on one cell; ``guess``: estimated seconds on an H200, including warm-up."""
 
     cell: Cell
     engine: str
@@ -42,7 +42,7 @@ class Run(NamedTuple):
 
 
 class Attention(NamedTuple):
-    """Decode attention on its own, in a shape's heads, over entries stored in ``kv_dtype``."""
+    """Decode attention alone, with a shape's heads, over entries stored in ``kv_dtype``."""
 
     heads: int
     kv_heads: int
@@ -54,12 +54,13 @@ class Attention(NamedTuple):
 
 @dataclass(frozen=True)
 class GPUPlan:
-    """Plain values.  ``runs`` in the order in which they are measured.
+    """Plain values.  ``runs`` are measured in their order.
 
-    budget_seconds : nothing is begun that would not end by then, by its guess;
-    memory : bytes that weights and caches may take, None for ``MEMORY_SHARE`` of the device's;
-    reserve : of these, bytes that are left to what an engine works with;
-    most : requests at once, where as many run as fit;  storage : bytes attention goes round in.
+    budget_seconds : no run starts whose estimate exceeds this limit;
+    memory : bytes for weights and caches, None for ``MEMORY_SHARE`` of the device's;
+    reserve : bytes of ``memory`` that are left for an engine's working memory;
+    most : maximum number of requests at once, if as many run as fit;  storage : bytes of entries
+    that attention cycles through.
     """
 
     runs: tuple[Run, ...]
@@ -80,7 +81,7 @@ class GPUPlan:
 def _runs(
     large: str, small: str, cells: dict[str, tuple[int | None, int, int]], guessed: bool
 ) -> tuple[Run, ...]:
-    """Runs of the same weights follow one another; what takes longest for least comes last."""
+    """Runs with the same weights follow each other; the least useful long runs come last."""
     guesses = {  # cell → (transformers, ours)
         "paper": (30, 20),
         "largest": (45, 60),
@@ -133,7 +134,7 @@ def real_plan(**changes: Any) -> GPUPlan:
 
 
 def toy_plan(**changes: Any) -> GPUPlan:
-    """The same script in seconds on a CPU; what it measures means nothing."""
+    """The same script in seconds on a CPU; its figures have no meaning."""
     cells: dict[str, tuple[int | None, int, int]] = {
         "paper": (2, 32, 4),
         "largest": (None, 32, 4),
@@ -155,8 +156,8 @@ def toy_plan(**changes: Any) -> GPUPlan:
 
 
 def bars(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """Every ratio that has a bar, next to it; None where one side was not measured (and whether it
-    is met also where a toy was)."""
+    """Every ratio with its target; None if one side was not measured, and for a toy plan no verdict
+    on the target."""
     speeds = {
         (row["cell"], row["engine"]): row["output_tokens_per_second"]["median"]
         for row in result["rows"]
@@ -190,7 +191,7 @@ def bars(result: dict[str, Any]) -> list[dict[str, Any]]:
         compare("long", policy, ("full",), 1.6)
         compare("single", policy, ("full",), 1.0)
         compare("single", policy, (DYNAMIC, STATIC), 1.0)
-        if ("paper", COMPILED) in speeds:  # for the record: it takes a minute or two to begin
+        if ("paper", COMPILED) in speeds:  # for the record only: it takes a minute or two to start
             compare("paper", policy, (COMPILED,), 1.0)
     for row in result["attention"]:
         share = row.get("share_of_copy_bandwidth")

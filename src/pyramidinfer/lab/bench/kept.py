@@ -1,9 +1,9 @@
-"""Our methods beside kvpress's own, on one text: which entries each keeps, and how it ranks them.
+"""Our methods compared with kvpress's on one text: which entries each keeps, and how it ranks them.
 
 ``python -m pyramidinfer.lab.bench.kept``, or ``make bench-kept``.
 
-Both take the same model in float32, the same token ids and the same share to keep.  kvpress runs in
-an environment of its own (``make peers``).
+Both get the same model in float32, the same token ids and the same share to keep.  kvpress runs in
+its own environment (``make peers``).
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ __all__ = [
 ]
 
 Row = dict[str, Any]
-#: What a budget is shared by, and so what holds as many entries in both by construction.
+#: The unit that shares a budget, which therefore holds equally many entries in both.
 Level = Literal["head", "layer", "model"]
 KVPRESS = Engine("kvpress", "kvpress", "keep_kvpress.py", dtype="float32")
 
@@ -59,11 +59,11 @@ KVPRESS = Engine("kvpress", "kvpress", "keep_kvpress.py", dtype="float32")
 class Case:
     """One of our methods and its counterpart.
 
-    policy : ours, as on the command line, without ``keep``;  press : theirs: its class, its options
-        (one that is such a pair in turn is the press that is wrapped);  level : what shares a
-        budget.
-    first, last : tokens at either end that both keep whatever their scores: left out of ranks.
-    why : what differs by definition.
+    policy : ours, as on the command line, without ``keep``;  press : theirs: class and options
+        (an option that is such a pair itself is the wrapped press);  level : the unit that shares
+        a budget.
+    first, last : tokens at either end that both always keep; they are left out of ranks.
+    why : differences by definition.
     """
 
     policy: str
@@ -75,7 +75,7 @@ class Case:
 
     @property
     def theirs(self) -> str:
-        """Their name for it, a press that is wrapped in brackets."""
+        """Their name of the method, with a wrapped press in brackets."""
         return _named(self.press)
 
 
@@ -86,7 +86,7 @@ def _named(press: tuple[str, dict[str, Any]]) -> str:
 
 
 def _spec(press: tuple[str, dict[str, Any]]) -> Row:
-    """The same for the driver."""
+    """The method as the driver's input."""
     name, options = press
     plain = {key: _spec(each) if isinstance(each, tuple) else each for key, each in options.items()}
     return {"press": name, "options": plain}
@@ -163,7 +163,7 @@ CASES: tuple[Case, ...] = (
 @dataclass(frozen=True)
 class KeptPlan:
     """Plain values.  model : folder or fetched model, of the Llama kind;  length : tokens of the
-    text, a stretch of what studies read;  keep : share of its entries that stays."""
+    text, a passage of the studies' text;  keep : share of its entries that stays."""
 
     model: str = "smollm2"
     length: int = 800
@@ -172,7 +172,7 @@ class KeptPlan:
     threads: int = 1
 
     def check(self) -> None:
-        """``ValueError`` for what cannot be run."""
+        """``ValueError`` if the plan cannot be run."""
         check_keep(self.keep)
         check_whole("length", self.length, 64)
         check_whole("threads", self.threads, 1)
@@ -183,8 +183,8 @@ class KeptPlan:
 
 
 class Found(NamedTuple):
-    """Of one method: which entries stay, bool ``[layers, kv_heads, n]``, and what they were ranked
-    by, of the same shape, where that can be told."""
+    """Results of one method: which entries stay, bool ``[layers, kv_heads, n]``, and the scores
+    that rank them, of the same shape, if known."""
 
     kept: np.ndarray
     scores: np.ndarray | None
@@ -202,9 +202,9 @@ def run_kept(
     environments: Path = Path(".peers"),
     drivers: Path = Path("benchmarks/peers"),
 ) -> Row:
-    """Ask both, compare, write ``out`` and return the result.
+    """Run both, compare, write ``out`` and return the result.
 
-    ``ValueError`` where kvpress is not there or fails, with its reason.
+    ``ValueError`` with the reason if kvpress is missing or fails.
     """
     plan.check()
     cases = list(cases)
@@ -237,8 +237,8 @@ def run_kept(
 
 
 def _plain_folder(model: str, work: Path) -> Path:
-    """The model without its chat template, whose beginning kvpress's KVzip would take the text's
-    for."""
+    """The model without its chat template, because kvpress's KVzip would take the start of the text
+    for the template's."""
     folder = Path(shipped_model() if model == SHIPPED else find_model(model)).expanduser()
     if not (folder / "config.json").is_file():
         raise ValueError(f"--model {model!r} must be a folder or a fetched model")
@@ -258,8 +258,8 @@ def _plain_folder(model: str, work: Path) -> Path:
 def _ours(
     plan: KeptPlan, case: Case, ids: TokenIds, question: TokenIds | None
 ) -> tuple[Found, Tensor]:
-    """What our engine keeps, and its logits behind the text.  ``question``: token ids between the
-    text and its repetition, of a method that reads it again."""
+    """The entries that our engine keeps, and its logits after the text.  ``question``: token ids
+    between the text and its repetition, for a method that reads it again."""
     policy, scores = parse_policy(case.policy, plan.keep), {}
     if question is not None:
         asked: Row = {"question": tuple(question)}
@@ -280,8 +280,8 @@ def _ours(
 
 
 def _watched(policy: Policy, take: Callable[[int, Tensor], None]) -> Policy:
-    """The policy, telling ``take`` by layer the scores ``[kv_heads, n]`` by which it ranks a
-    text's entries, where it has some for every head."""
+    """The policy, with a hook: ``take`` receives, per layer, the scores ``[kv_heads, n]`` by which
+    the policy ranks entries, if it has scores for every head."""
     kind: Any = type(policy)
 
     def score(self: Any, seen: Observation) -> Tensor:
@@ -341,16 +341,17 @@ def _row(case: Case, ours: Found, theirs: Found) -> Row:
 
 
 def _grouped(array: np.ndarray, level: Level) -> np.ndarray:
-    """``[layers, kv_heads, n]`` → ``[groups, entries]``, a group being what shares a budget."""
+    """``[layers, kv_heads, n]`` → ``[groups, entries]``, a group shares a budget."""
     layers, heads, _ = array.shape
     return array.reshape({"head": layers * heads, "layer": layers, "model": 1}[level], -1)
 
 
 def agreement(ours: np.ndarray, theirs: np.ndarray, level: Level) -> Row:
-    """``same``: entries that both keep, over those of whoever keeps more, mean and least over all
-    groups;  ``at_most``: what their numbers allow it to be in the mean.
+    """``same``: entries that both keep, divided by the larger number of kept entries; mean and
+    minimum over all groups;  ``at_most``: upper bound of the mean, from the numbers of kept
+    entries.
 
-    Both are bool ``[layers, kv_heads, n]``, and keep something in every group.
+    Both arguments are bool ``[layers, kv_heads, n]`` with kept entries in every group.
     """
     mine, other = _grouped(ours, level), _grouped(theirs, level)
     counts = np.stack([mine.sum(1), other.sum(1)])
@@ -359,8 +360,8 @@ def agreement(ours: np.ndarray, theirs: np.ndarray, level: Level) -> Row:
 
 
 def ranks(ours: np.ndarray, theirs: np.ndarray, level: Level) -> Row:
-    """Spearman's rank correlation of scores ``[layers, kv_heads, n]``, mean and least over all
-    groups."""
+    """Spearman's rank correlation of scores ``[layers, kv_heads, n]``, mean and minimum
+    over all groups."""
     pairs = zip(_grouped(ours, level), _grouped(theirs, level), strict=True)
     return _spread(np.array([spearmanr(mine, other).statistic for mine, other in pairs]))
 
@@ -420,7 +421,7 @@ def _table(plan: KeptPlan, result: Row) -> Table:
 
 
 def _chosen(names: str) -> list[Case]:
-    """Cases by our policy's name, or by the beginning of it; all for no name."""
+    """Cases by our policy's name or by the beginning of a name; all without a name."""
     wanted = [name.strip() for name in names.split(";") if name.strip()]
     for name in wanted:
         if not any(case.policy.startswith(name) for case in CASES):
@@ -438,7 +439,7 @@ def main(arguments: list[str] | None = None) -> None:
         prog="python -m pyramidinfer.lab.bench.kept", description=(__doc__ or "").splitlines()[0]
     )
     add = parser.add_argument
-    add("--only", default="", help="our policies, separated by semicolons; a beginning is enough")
+    add("--only", default="", help="our policies (or name beginnings), separated by semicolons")
     add("--model", default=usual.model, help="a folder or a fetched model, of the Llama kind")
     add("--length", type=int, default=usual.length, help="tokens of the text")
     add("--keep", type=float, default=usual.keep)
@@ -456,7 +457,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     Console(width=150).print(_table(plan, result))
-    print(f"logits behind the text differ by {result['logits_apart']:.1e} at most\n{given.json}")
+    print(f"logits after the text differ by at most {result['logits_apart']:.1e}\n{given.json}")
 
 
 if __name__ == "__main__":

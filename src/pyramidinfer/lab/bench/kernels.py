@@ -1,8 +1,8 @@
-"""``bench kernels``: attention and compaction alone, each beside the plainest work of its size.
+"""``bench kernels``: attention and compaction alone, compared with simple work of the same size.
 
-Every kernel is timed in turns with what it is compared with: decoding and window scores with a
-read of the same bytes, compaction with a copy of as many bytes, prefill and column sums with
-torch's own fused attention.  ``share`` is the other's time over the kernel's.
+Every kernel is timed in turns with its reference: decode and window scores with a read of the same
+bytes, compaction with a copy of the same size, prefill and column sums with torch's fused
+attention. ``share`` is the reference's time divided by the kernel's.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ __all__ = ["KernelPlan", "all_heads_alike", "decode_work", "run_kernels"]
 HEADS = ((16, 16), (16, 4))  # query heads, KV heads
 DIM = 64
 WINDOW = 32  # queries that a policy scores
-UNEQUAL, SHORT = 0.2, 64  # what heads hold in the mean of a context, and the short ones at most
-LAYERS = 1024  # at most so many layers' entries are read in turns, so that caches do not hold them
+UNEQUAL, SHORT = 0.2, 64  # mean share of a context in heads; maximum of short heads
+LAYERS = 1024  # maximum number of layers read in turns, so that CPU caches do not hold them
 
 
 class Work(NamedTuple):
-    """A kernel and what it is compared with; ``size`` in bytes, ``flops`` where they count."""
+    """A kernel and its reference; ``size`` in bytes, ``flops`` if they are the limit."""
 
     head: dict[str, Any]
     against: str
@@ -50,7 +50,7 @@ class Work(NamedTuple):
     other: Callable[[int], object]
     size: int
     flops: float | None = None
-    layers: int = 1  # that one call goes through; size and flops are those of one
+    layers: int = 1  # layers per call; size and flops are those of one layer
 
 
 def run_kernels(plan: KernelPlan, out: Path) -> dict[str, Any]:
@@ -128,9 +128,9 @@ def decode_work(
     context: int,
     like: Tensor | None = None,
 ) -> Work:
-    """One token of each request over its pages, layer after layer, as a decode step does it.
+    """One token of each request over its pages, layer after layer, as in a decode step.
 
-    like : of the queries' size and dtype, the keys unless given; coded entries need it.
+    like : of the queries' size and dtype, by default the keys; required for quantized entries.
     """
     lens = [context] * heads[1]
     layers = _layers_in(storage, batch, lens)
@@ -152,8 +152,8 @@ def decode_work(
 def unequal_work(
     backend: Backend, heads: tuple[int, int], storage: Pages, batch: int, context: int
 ) -> Work:
-    """The same where heads hold a fifth of the context in the mean: some all of it and the others
-    the newest, against heads that hold a fifth each."""
+    """Decode attention with heads that hold a fifth of the context on average (some all of it, the
+    others only the newest), compared with heads that hold a fifth each."""
     kv_heads, few = heads[1], min(SHORT, context // 10)
     left, lens = round(UNEQUAL * context * kv_heads) - few * kv_heads, []
     for _ in range(kv_heads):
@@ -176,7 +176,7 @@ def unequal_work(
 def all_heads_alike(
     backend: Backend, heads: tuple[int, int], storage: Pages, batch: int, context: int, like: Tensor
 ) -> Callable[[], object]:
-    """One token of each request over its pages, in every layer that the storage has room for.
+    """One token of each request over its pages, in every layer that fits in the storage.
 
     like : of the queries' size and dtype.
     """
@@ -186,14 +186,14 @@ def all_heads_alike(
 
 
 def _bytes(storage: Pages, batch: int, lens: list[int]) -> int:
-    """Keys and values of one layer, scales of coded ones included."""
+    """Bytes of keys and values of one layer, including scales of quantized entries."""
     parts = storage.keys, storage.values, storage.key_scales, storage.value_scales
     entry = sum(each.shape[2] * each.dtype.itemsize for each in parts if each is not None)
     return batch * sum(lens) * entry
 
 
 def _layers_in(storage: Pages, batch: int, lens: list[int]) -> int:
-    """Layers that the storage holds, so that one after the other is read from memory."""
+    """Layers that the storage holds, so that each one is read from memory."""
     pages = sum(-(-length // storage.keys.shape[1]) for length in lens)
     return max(1, min(LAYERS, len(storage.keys) // (batch * pages)))
 
@@ -207,8 +207,8 @@ def _decode(
     layers: int,
     like: Tensor | None = None,
 ) -> tuple[Callable[[], object], int]:
-    """Decode attention of all layers, of requests whose KV heads have these lengths, and the pages
-    that they hold.  like : of the queries' size and dtype, the keys unless given."""
+    """Decode attention of all layers, for requests whose KV heads have these lengths, and the pages
+    that they hold.  like : of the queries' size and dtype, by default the keys."""
     like = storage.keys if like is None else like
     page, size = storage.keys.shape[1], like.shape[-1]
     device, longest = storage.keys.device, max(lens)
@@ -227,7 +227,7 @@ def _decode(
 def _all_layers(
     backend: Backend, plan: DecodePlan, layers: int, queries: Tensor, storage: Pages, scale: Scale
 ) -> Callable[[], object]:
-    """All layers' decode attention; in C++ with one call, as the engine's decode step has it."""
+    """Decode attention of all layers; in C++ with one call, as in the engine's decode step."""
     if not isinstance(backend, CPUBackend) or queries.dtype not in DTYPES:
         return lambda: [
             backend.run(plan, layer, queries, storage, scale) for layer in range(layers)
@@ -235,7 +235,7 @@ def _all_layers(
     made = [backend.call(plan, layer, queries, storage, scale) for layer in range(layers)]
     calls = (type(made[0][1]) * layers)(*(call for _, call in made))
     kind, address = DTYPES[queries.dtype], ctypes.addressof(calls)
-    held = made, calls, plan, queries  # what the calls point to
+    held = made, calls, plan, queries  # tensors that the calls point to
     return lambda: (held, backend.kernels.decode_attention(kind, address, layers))
 
 

@@ -24,7 +24,7 @@ __all__ = ["SHAPES", "KvDtypesPlan", "coded", "run_kv_dtypes"]
 
 
 class Shape(NamedTuple):
-    """Query heads, KV heads and their size, of a model or of nobody's."""
+    """Query heads, KV heads and head size, of a model or freely chosen."""
 
     heads: int
     kv_heads: int
@@ -41,7 +41,7 @@ SHAPES = (
 
 
 def run_kv_dtypes(plan: KvDtypesPlan, out: Path) -> dict[str, Any]:
-    """Measure, write ``out``, and return its result: a row for each shape, batch and context."""
+    """Measure, write ``out``, and return its result: one row per shape, batch and context."""
     plan.check()
     device, dtype = parse_device(plan.device), parse_dtype(plan.dtype, None)
     backend = choose_device(plan.backend, device, dtype).attention
@@ -70,7 +70,7 @@ def _row(
     page, heads = plan.page_size, (shape.heads, shape.kv_heads)
     entry = 2 * shape.size * dtype.itemsize
     needed = batch * shape.kv_heads * -(-context // page)
-    # Whole layers, so that no page is read that decoding does not read.
+    # Whole layers, so that only pages are read that decode reads as well.
     pages = needed * max(1, -(-plan.storage // (entry * page * needed)))
     keys, values = (torch.randn(pages, page, shape.size, device=device).to(dtype) for _ in "kv")
     positions = torch.zeros(pages, page, dtype=torch.int32, device=device)

@@ -1,8 +1,8 @@
-"""Requests to a server over HTTP: streamed, on time, and told apart by how they ended.
+"""Requests to a server over HTTP: streamed, sent on schedule, and classified by their outcome.
 
 The load is *open*: a request is sent when it is due, whether or not earlier ones have been
-answered, and every latency counts from when it was due.  So a server that falls behind cannot
-hide its queue by holding the client up.
+answered, and every latency counts from the due time.  So a slow server cannot hide its queue by
+delaying the client.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 
 try:
     import httpx
-except ImportError as _missing:  # not everybody who runs models loads servers
+except ImportError as _missing:  # an optional dependency
     raise ValueError("this needs httpx: pip install httpx") from _missing
 
 __all__ = ["RESPONSES", "Leave", "Record", "arrival_times", "ask", "client", "httpx", "offer"]
@@ -30,7 +30,7 @@ LEAD = 0.05  # seconds from now until the first request is due
 
 @dataclass(frozen=True)
 class Leave:
-    """When a client hangs up: after so many seconds, or after so many chunks."""
+    """When a client disconnects: after a number of seconds, or of chunks."""
 
     seconds: float | None = None
     chunks: int | None = None
@@ -40,8 +40,8 @@ class Leave:
 class Record:
     """One request.  Times are seconds on the load's clock.
 
-    due : when it was to be sent;  sent : when it was;  arrivals : of each token;
-    status : of HTTP, 0 where there was no answer;  left : the client hung up;
+    due : scheduled time of sending;  sent : actual time;  arrivals : of each token;
+    status : of HTTP, 0 without an answer;  left : the client disconnected;
     done : the stream came to its proper end;  finish : reason of each choice that finished, of a
     response its status;  id : of the answer.
     """
@@ -73,12 +73,12 @@ class Record:
 
     @property
     def output_tokens(self) -> int:
-        """As the server counts them, where it does."""
+        """Number of prompt tokens by the server's count, if it reports one."""
         return int(self.usage.get("completion_tokens", len(self.arrivals)))
 
     @property
     def why(self) -> str:
-        """What went wrong, in words; empty where nothing did."""
+        """The error in words; empty without an error."""
         if self.outcome != "failed" or self.error:
             return self.error
         if self.status != 200:
@@ -87,7 +87,7 @@ class Record:
 
 
 def arrival_times(rate: float, count: int, seed: int) -> list[float]:
-    """When requests are due: a Poisson process of ``rate`` a second, all at 0 for ``inf``."""
+    """Due times of requests: a Poisson process of ``rate`` per second; all at 0 for ``inf``."""
     if not rate > 0:
         raise ValueError(f"--rates: {rate} must be above 0 (requests a second, or inf)")
     gaps = np.random.default_rng(seed).exponential(1.0, count)
@@ -95,7 +95,7 @@ def arrival_times(rate: float, count: int, seed: int) -> list[float]:
 
 
 def client(url: str, api_key: str | None = None, timeout: float = 300.0) -> httpx.AsyncClient:
-    """A client without a limit on connections of its own."""
+    """A client without a limit on its number of connections."""
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     return httpx.AsyncClient(
         base_url=url,
@@ -110,7 +110,7 @@ def client(url: str, api_key: str | None = None, timeout: float = 300.0) -> http
 async def offer(
     http: httpx.AsyncClient, path: str, bodies: Sequence[Body], due: Sequence[float]
 ) -> list[Record]:
-    """Send every body when it is due; a record of each, in the same order."""
+    """Send every body when it is due; returns a record of each, in the same order."""
     start = time.perf_counter() + LEAD
 
     async def one(body: Body, at: float) -> Record:
@@ -173,8 +173,8 @@ async def _stream(
 
 
 async def _events(response: httpx.Response) -> AsyncIterator[bytes]:
-    """The data of server-sent events.  Lines end at newlines only: ``aiter_lines`` also splits at
-    separators that JSON may hold."""
+    """The data of server-sent events.  Lines end at newlines only, because ``aiter_lines`` also
+    splits at separators that JSON may contain."""
     rest = b""
     async for piece in response.aiter_bytes():
         *lines, rest = (rest + piece).split(b"\n")
@@ -184,7 +184,7 @@ async def _events(response: httpx.Response) -> AsyncIterator[bytes]:
 
 
 def _take(chunk: dict[str, Any], record: Record, now: float) -> None:
-    """One chunk of a stream into its record."""
+    """Add one chunk of a stream to its record."""
     if chunk.get("type", "").startswith("response."):
         _take_event(chunk, record, now)
         return
@@ -218,7 +218,7 @@ def _take_event(event: dict[str, Any], record: Record, now: float) -> None:
 
 
 def _message(content: bytes) -> str:
-    """What an error answer says."""
+    """The message of an error response."""
     try:
         return str(json.loads(content)["error"]["message"])
     except (ValueError, KeyError, TypeError):

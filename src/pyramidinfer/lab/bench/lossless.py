@@ -1,8 +1,8 @@
-"""``bench lossless``: the full cache with drafts beside the full cache without, side by side.
+"""``bench lossless``: the full cache with drafts compared with the full cache without drafts.
 
-On a model with its weights prompts are real text, and what is guessed is right as often as it is.
-Random weights guess nothing: there a cache of random numbers is put in place, drafts run and cost
-what they cost, and each guess is then made right or wrong at a given rate (*simulated*).
+For a model with its weights, prompts are real text, and the acceptance rate of drafts is measured.
+Random weights cannot draft: the cache is filled with random numbers, drafting runs at its real
+cost, and each draft token is then accepted or rejected at a given rate (*simulated*).
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ from pyramidinfer.types import SamplingParams, TokenIds
 
 __all__ = ["LosslessPlan", "expected_speed", "run_lossless"]
 
-#: Tokens by which a measured request goes on from a held one.
+#: Tokens that a measured request adds to a held one.
 FED = 4
 
 
 class Timed(NamedTuple):
-    """What some requests took to decode, and what they said."""
+    """Decode times of some requests, and their answers."""
 
     seconds: float
     outputs: list[TokenIds]
@@ -52,19 +52,19 @@ class Timed(NamedTuple):
 
 
 def expected_speed(rate: float, count: int, read: float, cache: float) -> float:
-    """How many times as fast ``count`` guesses a step make decoding that is bound by reading
-    memory: tokens a step over what its drafts and its verification read.
+    """Speedup of memory-bound decode by ``count`` draft tokens per step: tokens per step divided by
+    the bytes that drafting and verification read, relative to a step without drafts.
 
-    rate : of guesses that are right;  read : share of the cache that drafts read;  cache : bytes of
-    the caches over bytes of the weights.
+    rate : acceptance rate of draft tokens;  read : share of the cache that drafting reads;  cache :
+    bytes of the caches divided by bytes of the weights.
     """
     tokens = sum(rate**number for number in range(count + 1))
     return tokens / (count * (1 + read * cache) / (1 + cache) + 1)
 
 
 def run_lossless(plan: LosslessPlan, out: Path) -> dict[str, Any]:
-    """Measure, write ``out``, and return its result: a row for each context, batch, drafting policy
-    and number of guesses."""
+    """Measure, write ``out``, and return its result: one row per context, batch, drafting policy
+    and number of draft tokens."""
     plan.check()
     runner, text, weights = _load(plan)
     longest = max(context for context, _ in plan.cells) + FED + plan.output_len
@@ -84,7 +84,7 @@ def run_lossless(plan: LosslessPlan, out: Path) -> dict[str, Any]:
 
 
 def _load(plan: LosslessPlan) -> tuple[ModelRunner, TokenIds, int]:
-    """The model packed, a long text for it, and bytes of its weights."""
+    """The packed model, a long text for it, and the bytes of its weights."""
     if plan.shape is not None:
         model = make_model(plan.shape, plan.dtype, plan.device, plan.seed)
         draw = np.random.default_rng(plan.seed)
@@ -107,7 +107,7 @@ def _cell(
     batches: list[int],
     spec: str,
 ) -> list[dict[str, Any]]:
-    """Rows of one context and drafting policy: every batch and number of guesses."""
+    """Rows of one context and drafting policy: every batch and number of draft tokens."""
     most = max(batches)
     starts = np.linspace(0, max(0, len(text) - context - FED), most).astype(int).tolist()
     prompts = [text[start : start + context + FED] for start in starts]
@@ -128,7 +128,7 @@ def _cell(
                 return _timed(plan, mine, held[1][:n], prompts)
 
             works[steps] = work
-            work()  # what pays is learnt, and memory is warm
+            work()  # learns which drafts pay, and warms up memory
         for _ in range(plan.repeats):
             for name, run in works.items():
                 found[name].append(run())
@@ -188,7 +188,8 @@ def _row(
 
 
 def _rate_of(accepted: float, count: float) -> float:
-    """How likely a guess is right where so many of ``count`` in a row were, on average."""
+    """The acceptance rate of a draft token at which this many of ``count`` are accepted on
+    average."""
     low, high = 0.0, 1.0
     for _ in range(40):
         middle = (low + high) / 2
@@ -213,7 +214,8 @@ def _layout(runner: ModelRunner) -> Layout:
 def _engine(
     plan: LosslessPlan, runner: ModelRunner, policy: Policy, context: int, count: int
 ) -> Engine:
-    """With room for held requests and for those that go on with copies of their caches."""
+    """An engine with room for held requests and for requests that continue on copies of their
+    caches."""
     layout = _layout(runner)
     size = full_bytes(layout, runner, context + FED + plan.output_len + 64)
     transient = 4 * context * runner.hidden_size * runner.dtype.itemsize
@@ -243,7 +245,7 @@ def _hold(
 
 
 def _fill(engine: Engine, request: Request, text: TokenIds, seed: int) -> None:
-    """Put random entries into a held cache, as if the whole text had been taken in."""
+    """Fill a held cache with random entries, as if the whole text had been prefilled."""
     pool, table = engine.pool, request.table
     generator = torch.Generator(pool.device).manual_seed(seed)
     heads, context = pool.kv_heads, len(text)
@@ -268,8 +270,8 @@ def _fill(engine: Engine, request: Request, text: TokenIds, seed: int) -> None:
 def _timed(
     plan: LosslessPlan, engine: Engine, held: list[Request], prompts: list[TokenIds]
 ) -> Timed:
-    """Go on from held requests, each with a copy of its cache, and time what is decoded once all
-    have their first token."""
+    """Continue held requests on copies of their caches, and time the decode steps after all
+    requests have their first token."""
     params = SamplingParams(max_tokens=plan.output_len, ignore_eos=True)
     turns = [
         engine.branch(each, prompt[len(each.prompt) :], params)
@@ -294,9 +296,9 @@ def _drafter(plan: LosslessPlan, shared: Shared, steps: str, truth: Timed) -> Dr
 
 
 class Simulated(Drafter):
-    """Guesses with the model, and then makes each guess right at a given rate.
+    """Drafts with the model, and then makes each draft token right at a given rate.
 
-    truth : the answers of the full cache; requests are told apart by their prompts.
+    truth : the answers of the full cache; prompts identify requests.
     """
 
     def __init__(

@@ -1,4 +1,5 @@
-"""What the machine can do, measured in the same run: the roof that shares refer to."""
+"""The machine's bandwidth and matrix rate, measured in the same run: the roof that shares refer
+to."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ from pyramidinfer.native import kernels, why_not
 
 __all__ = ["Roof", "measure_roof", "plain_read"]
 
-#: Bytes read or copied at once: well above what caches hold.
+#: Bytes read or copied at once: well above the size of CPU caches.
 BYTES = 512 * 2**20
 ROWS, WIDTH, OUT = 2048, 2048, 8192
 
@@ -33,7 +34,7 @@ class Roof:
         return asdict(self)
 
     def best(self, other: Roof) -> Roof:
-        """The higher of two measurements, figure by figure."""
+        """The maximum of two measurements, figure by figure."""
         return Roof(*(max(a, b) for a, b in zip(self.tuple, other.tuple, strict=True)))
 
     @property
@@ -42,7 +43,7 @@ class Roof:
 
 
 def plain_read(tensor: Tensor) -> object:
-    """Read every byte of a contiguous tensor, as fast as it goes."""
+    """Read every byte of a contiguous tensor, as fast as possible."""
     native = _kernels() if tensor.device.type == "cpu" else None
     if native is not None and tensor.nbytes % 8 == 0:
         return native.read_words(tensor.data_ptr(), tensor.nbytes // 8)
@@ -54,7 +55,7 @@ def plain_read(tensor: Tensor) -> object:
 
 @lru_cache(maxsize=1)
 def _kernels() -> Any:
-    """The C++ kernels, None where they cannot be built."""
+    """The C++ kernels, None if they cannot be built."""
     return None if why_not() else kernels()
 
 
@@ -62,11 +63,11 @@ def _kernels() -> Any:
 def measure_roof(
     dtype: torch.dtype, device: torch.device, repeats: int = 5, size: int | None = None
 ) -> Roof:
-    """The best of some repeats of each, one after the other."""
+    """The best of several repeats of each, one after another."""
     size = BYTES if size is None else size
     source = torch.ones(size // 4, device=device)
     target = torch.empty_like(source)
-    scale = max(1, 2**29 // size)  # a small size is a trial run: small matrices, too
+    scale = max(1, 2**29 // size)  # a small size is a trial run, with small matrices
     left = torch.ones(ROWS // min(scale, 16), WIDTH, dtype=dtype, device=device)
     right = torch.ones(OUT // min(scale, 16), WIDTH, dtype=dtype, device=device)
     seconds = side_by_side(

@@ -14,7 +14,7 @@ from pyramidinfer.types import SamplingParams
 
 __all__ = ["MemoryPlan", "run_memory"]
 
-#: Where nothing is said, what is shared out.
+#: Default of the memory that requests share.
 
 
 def run_memory(plan: MemoryPlan, out: Path) -> dict[str, Any]:
@@ -66,7 +66,7 @@ def _measure(plan: MemoryPlan, rig: Rig, spec: str) -> dict[str, Any]:
 
 
 def _fits(engine: Engine, plan: MemoryPlan) -> int:
-    """Requests whose whole prompts may go in at once; ``ValueError`` if one is too much."""
+    """Requests whose whole prompts may be prefilled at once; ``ValueError`` if one is too large."""
     params = SamplingParams(max_tokens=plan.output_len, ignore_eos=True)
     request = engine.make([0] * plan.prompt_len, params)
     return engine.ledger.how_many(request.cost)

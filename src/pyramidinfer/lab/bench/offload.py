@@ -1,5 +1,5 @@
-"""``bench offload``: conversations that the pool, host memory and a disk hold, and how soon the
-second turn of one answers from each."""
+"""``bench offload``: the number of conversations that the pool, host memory and a disk hold, and
+the time to first token of a second turn from each."""
 
 from __future__ import annotations
 
@@ -28,10 +28,11 @@ from pyramidinfer.types import SamplingParams, TokenIds
 
 __all__ = ["WAYS", "OffloadPlan", "run_offload"]
 
-#: Where the second turn finds the first one's cache; ``anew``: nowhere.
+#: Places of the first turn's cache when the second arrives; ``anew``: no cache.
 WAYS = ("device", "host", "disk", "anew")
 OWNER = "bench"
-#: Conversations after which one that adds none to those that are held ends the count.
+#: Minimum number of conversations; after it, the count ends when a conversation adds none to those
+#: held.
 MOST = 1000
 
 
@@ -48,7 +49,7 @@ def run_offload(plan: OffloadPlan, out: Path) -> dict[str, Any]:
 
 
 def _count(plan: OffloadPlan, spec: str) -> dict[str, int]:
-    """How many conversations are held, by place, once each further one pushes one out."""
+    """Number of held conversations per place, when each further one evicts another."""
     budgets = {"kv_memory": plan.kv_memory, "host_kv_memory": plan.host}
     with _engine(plan, spec, plan.disk, **budgets) as engine, progress(spec, MOST) as done:
         conversations = engine.conversations
@@ -65,8 +66,8 @@ def _count(plan: OffloadPlan, spec: str) -> dict[str, int]:
 
 
 def _times(plan: OffloadPlan, spec: str) -> dict[str, Any]:
-    """Seconds from the second turn's arrival to its first token by place, and what a cache takes
-    there; the same tokens must come from everywhere but computed anew."""
+    """Seconds from the second turn's arrival to its first token, and bytes of a cache, per place;
+    all places except ``anew`` must give the same tokens."""
     seconds: dict[str, list[float]] = {way: [] for way in WAYS}
     bytes_: dict[str, int] = {}
     room = {"kv_memory": "512MiB", "host_kv_memory": "256MiB"}
@@ -119,7 +120,7 @@ def _engine(plan: OffloadPlan, spec: str, disk: str, **options: Any) -> Iterator
 
 
 def _text(engine: Engine, number: int, length: int) -> TokenIds:
-    """Tokens that no other number has."""
+    """Tokens that are unique to this number."""
     size = engine.runner.vocab_size - FIRST_WORD
     draw = torch.Generator().manual_seed(number)
     return (FIRST_WORD + torch.randint(0, size, (length,), generator=draw)).tolist()
@@ -134,7 +135,7 @@ def _answer(engine: Engine, text: TokenIds) -> Request:
 
 
 def _move(engine: Engine, way: str) -> None:
-    """Bring what is held to where it is to be found; what is on disk is no longer in memory."""
+    """Move held caches to the given place; caches on disk are removed from memory."""
     conversations = engine.conversations
     if way == "anew":
         conversations.clear()

@@ -1,10 +1,10 @@
-"""One model, the same prompts, one engine after the other.
+"""One model and the same prompts on one engine after another.
 
 ``python -m pyramidinfer.lab.bench.peers``, or ``make bench-peers``.
 
-Every engine runs in a process of its own, peers in environments of their own (``make peers``).  One
-that is not installed, or fails, is a row that says so.  Rows carry their run: ratios are made
-within one run only, also where ``--keep-rows`` leaves an earlier run's rows in the file.
+Every engine runs in its own process, and peers in their own environments (``make peers``).  An
+engine that is not installed or fails gets a row that says so.  Rows record their run: ratios are
+computed only within one run, even if ``--keep-rows`` leaves rows of an earlier run in the file.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ from pyramidinfer.lab.shapes import SHAPES, make_model, save_model, shape_config
 __all__ = ["Comparison", "ask_driver", "main", "run_peers"]
 
 Row = dict[str, Any]
-LIMIT = 1800  # seconds an engine may take for one workload
+LIMIT = 1800  # time limit of an engine for one workload, seconds
 WIDTH = 150  # of the table
 FIRST_WORD = 4  # token ids below it are special
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Plain values.  ``enough_seconds``: no further repeat once so much has been measured."""
+    """Plain values.  ``enough_seconds``: no further repeat after this much measured time."""
 
     workloads: dict[str, Workload]
     shape: str = "bench-200m"
@@ -123,7 +123,7 @@ def run_peers(
 def _run_engine(
     engine: Engine, job: dict[str, Any], threads: int, environments: Path, drivers: Path, work: Path
 ) -> Row:
-    """What one engine's process measured, or why there is nothing."""
+    """The result of one engine's process, or the reason why there is none."""
     Path(job["work"]).mkdir(parents=True, exist_ok=True)
     row = ask_driver(engine, job, threads, environments, drivers, work)
     if "said" not in row:
@@ -137,8 +137,8 @@ def _run_engine(
 def ask_driver(
     engine: Engine, job: dict[str, Any], threads: int, environments: Path, drivers: Path, work: Path
 ) -> Row:
-    """``status`` and what an engine's driver ``said`` about a job, or the ``reason`` why there is
-    nothing."""
+    """``status`` and the answer (``said``) of an engine's driver to a job, or the ``reason`` why
+    there is none."""
     python = engine.python(environments)
     why = _why_missing(engine, python, environments)
     if why:
@@ -179,16 +179,16 @@ def _why_missing(engine: Engine, python: Path, environments: Path) -> str:
     failed = environments / engine.environment / "failed.txt"
     if failed.is_file():
         return " ".join(failed.read_text().split())[:400]
-    return "" if python.exists() else f"{python.parent.parent} is not there; run `make peers`"
+    return "" if python.exists() else f"{python.parent.parent} does not exist; run `make peers`"
 
 
 def _figures(said: Row, job: dict[str, Any]) -> Row:
-    """Rates of a run; a step is what is left after the first tokens, shared out evenly."""
+    """Rates of a run; a step's time is the time after the first tokens, divided evenly."""
     new, count = job["max_new"], len(job["prompts"])
     totals, firsts = said["total_seconds"], said["prefill_seconds"]
     made = [len(each) for each in said["tokens"]]
     if made != [new] * count or said["output_tokens"] != new * count:
-        raise ValueError(f"it made {made} tokens in place of {count} x {new}")
+        raise ValueError(f"it generated {made} tokens instead of {count} x {new}")
     total, first = float(np.median(totals)), float(np.median(firsts))
     prompt = sum(len(each) for each in job["prompts"])
     return {
@@ -227,25 +227,25 @@ def _result(rows: list[Row], old: list[Row], run: str) -> dict[str, Any]:
 
 
 def _agreement(mine: list[list[int]], judge: list[list[int]]) -> float:
-    """Share of tokens that are the same, in the same place."""
+    """Share of equal tokens at the same positions."""
     pairs = [a == b for x, y in zip(mine, judge, strict=True) for a, b in zip(x, y, strict=True)]
     return sum(pairs) / len(pairs)
 
 
 def _old_rows(out: Path, configuration: dict[str, Any]) -> list[Row]:
-    """Rows of an earlier run with the same settings; ``ValueError`` for other ones."""
+    """Rows of an earlier run with the same settings; ``ValueError`` for other settings."""
     if not out.is_file():
         return []
     entry = json.loads(out.read_text("utf-8"))
     now, then = dict(configuration), dict(entry["configuration"])
     now.pop("workloads"), then.pop("workloads")
     if now != then:
-        raise ValueError(f"{out} was measured with other settings; leave --keep-rows out")
+        raise ValueError(f"{out} was measured with other settings; omit --keep-rows")
     return [row for row in entry["result"]["rows"] if row["workload"] in configuration["workloads"]]
 
 
 def _model_folder(plan: Comparison, work: Path) -> Path:
-    """The model all engines load, made once (bfloat16)."""
+    """The model that all engines load, created once (bfloat16)."""
     if plan.shape not in SHAPES:
         shape_config(plan.shape)
     name = plan.shape if plan.layers is None else f"{plan.shape}-{plan.layers}"
@@ -281,7 +281,7 @@ def main(arguments: list[str] | None = None) -> None:
         prog="python -m pyramidinfer.lab.bench.peers", description=(__doc__ or "").splitlines()[0]
     )
     add = parser.add_argument
-    add("--only", default="", help="engines, separated by semicolons; a beginning is enough")
+    add("--only", default="", help="engines (or name beginnings), separated by semicolons")
     add("--workloads", default="A,B", help="A, B, or NAME=REQUESTSxPROMPT+NEW")
     add("--shape", default="bench-200m", help=f"one of {', '.join(SHAPES)}")
     add("--layers", type=int, default=None, help="fewer layers, for a trial run")
@@ -325,7 +325,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\nstopped; what was measured is in the file", file=sys.stderr)
+        print("\nstopped; the file has all rows measured so far", file=sys.stderr)
         sys.exit(130)
     Console(width=WIDTH).print(peers_table(plan.configuration, result))
     draw_peers(plan.configuration, result, given.picture)

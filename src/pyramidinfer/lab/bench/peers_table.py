@@ -9,7 +9,7 @@ from rich.table import Table
 __all__ = ["HEAD", "RIVALS", "peers_reasons", "peers_rows", "peers_table"]
 
 Result = dict[str, Any]
-#: Engines that the others are compared with.
+#: Engines that all others are compared with.
 RIVALS = ("transformers", "OpenVINO")
 #: KV: bytes after prefill over those of a full cache; same tokens: as transformers' in bf16.
 HEAD = (
@@ -63,7 +63,7 @@ def peers_rows(result: Result) -> list[list[str]]:
 
 
 def peers_reasons(result: Result) -> list[str]:
-    """Why there is no figure, a line each."""
+    """The reasons for missing figures, one line each."""
     return [
         f"{row['engine']} on {row['workload']}: {row['status']}: {row['reason']}"
         for row in sorted(result["rows"], key=lambda row: row["workload"])

@@ -1,4 +1,4 @@
-"""Pictures of what the benches measured."""
+"""Pictures of the benches' results."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def draw_throughput(configuration: Result, result: Result, path: Path) -> Path:
 
 
 def _context_axis(axis: Any, lengths: list[int]) -> None:
-    """Lengths along x, doubling; y from zero."""
+    """Lengths along x on a scale of doublings; y from zero."""
     axis.set_xscale("log", base=2)
     axis.set_xticks(lengths, [str(length) for length in lengths], fontsize=8)
     axis.minorticks_off()
@@ -67,7 +67,7 @@ def _context_axis(axis: Any, lengths: list[int]) -> None:
 
 
 def draw_lossless(result: Result, path: Path) -> Path:
-    """Times as fast as the full cache, over bytes of the caches over bytes of the weights."""
+    """Speedup over the full cache, by the ratio of cache bytes to weight bytes."""
     rows = result["rows"]
     steps = list(dict.fromkeys(row["draft_tokens"] for row in rows))
     figure = Figure(figsize=(8, 4.5), layout="constrained")
@@ -85,15 +85,15 @@ def draw_lossless(result: Result, path: Path) -> Path:
             axis.plot(at, [row["expected"] for row in mine], ":", color=color, alpha=0.5)
     axis.axhline(1, color="grey", linewidth=0.8)
     axis.set_xscale("log", base=2)
-    axis.set_xlabel("bytes of the caches over bytes of the weights (dotted: were memory all)")
-    axis.set_title("decoding, times as fast as the full cache without drafts", loc="left")
+    axis.set_xlabel("bytes of the caches / bytes of the weights (dotted: memory-bound limit)")
+    axis.set_title("decode speed relative to the full cache without drafts", loc="left")
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False, title="guesses in a step")
     return save(figure, path)
 
 
 def draw_latency(configuration: Result, result: Result, path: Path) -> Path:
-    """Time to first token and between tokens over prompt length, one row of panels a batch."""
+    """Time to first token and between tokens over prompt length, one row of panels per batch."""
     rows = result["rows"]
     batches = sorted({row["batch"] for row in rows})
     policies = list(dict.fromkeys(row["policy"] for row in rows))
@@ -126,13 +126,13 @@ def draw_latency(configuration: Result, result: Result, path: Path) -> Path:
 
 
 def draw_memory(configuration: Result, result: Result, path: Path) -> Path:
-    """Requests in flight, and bytes of a request."""
+    """Running requests, and bytes per request."""
     rows = result["rows"]
     names = [row["policy"] for row in rows]
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     c = configuration
-    title = f"requests in flight in {c['kv_memory']} ({c['prompt_len']} + {c['output_len']} tokens)"
+    title = f"running requests in {c['kv_memory']} ({c['prompt_len']} + {c['output_len']} tokens)"
     _bars(left, names, [row["in_flight"] for row in rows], title, ".0f")
     sizes = [row.get("kv_bytes_per_request", 0.0) / 2**20 for row in rows]
     _bars(right, names, sizes, "MiB a request at the end", ".1f")
@@ -140,7 +140,7 @@ def draw_memory(configuration: Result, result: Result, path: Path) -> Path:
 
 
 def draw_kernels(configuration: Result, result: Result, path: Path) -> Path:
-    """What each kernel reaches of the work it is compared with, over the context."""
+    """Speed of each kernel relative to its reference, over the context."""
     rows = result["rows"]
     kernels = list(dict.fromkeys((row["kernel"], row["against"]) for row in rows))
     figure = Figure(figsize=(3.2 * len(kernels), 3.6), layout="constrained")
@@ -166,7 +166,7 @@ def draw_kernels(configuration: Result, result: Result, path: Path) -> Path:
 
 
 def draw_peers(configuration: Result, result: Result, path: Path) -> Path:
-    """Output tokens/s of every engine on every workload; those that did not run are named."""
+    """Output tokens/s of every engine on every workload; engines that did not run are named."""
     rows, run = result["rows"], result["run"]
     workloads = list(configuration["workloads"])
     engines = list(dict.fromkeys(row["engine"] for row in rows))[::-1]

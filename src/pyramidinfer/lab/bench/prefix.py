@@ -1,5 +1,4 @@
-"""``bench prefix``: chats that begin with the same system prompt, which each of them computes or
-all of them share."""
+"""``bench prefix``: chats with the same system prompt, which each of them computes or all share."""
 
 from __future__ import annotations
 
@@ -23,7 +22,7 @@ from pyramidinfer.types import SamplingParams, TokenIds
 
 __all__ = ["WAYS", "run_prefix"]
 
-#: Every chat computes the system prompt itself, or they share it.
+#: Each chat computes the system prompt, or they share it.
 WAYS = ("anew", "shared")
 OWNER = "bench"
 
@@ -38,7 +37,7 @@ def run_prefix(plan: PrefixPlan, out: Path) -> dict[str, Any]:
 
 
 def _measure(plan: PrefixPlan, spec: str) -> dict[str, Any]:
-    """Seconds to a first token and tokens a second, by way; the same tokens must come both ways."""
+    """Time to first token in seconds and tokens per second, both ways; the tokens must be equal."""
     name, own = parse_spec(spec)
     llm = LLM(
         find_model(plan.model), make_policy(name, **own), kv_memory=plan.kv_memory, dtype=plan.dtype
@@ -73,7 +72,7 @@ def _measure(plan: PrefixPlan, spec: str) -> dict[str, Any]:
 
 
 def _once(engine: Engine, plan: PrefixPlan, way: str) -> tuple[Request, list[Request], int, float]:
-    """A chat alone, then some together, the most bytes that these held, and the seconds of that."""
+    """Seconds of one chat alone and of several together, and the peak bytes of the latter."""
     engine.conversations.clear()
     engine.run(_chats(engine, plan, way, range(1)))
     (alone,) = _chats(engine, plan, way, range(1, 2))
@@ -101,7 +100,7 @@ def _chats(engine: Engine, plan: PrefixPlan, way: str, numbers: range) -> list[R
 
 
 def _text(engine: Engine, number: int, length: int) -> TokenIds:
-    """Tokens that no other number has."""
+    """Tokens that are unique to this number."""
     size = engine.runner.vocab_size - FIRST_WORD
     draw = torch.Generator().manual_seed(number)
     return (FIRST_WORD + torch.randint(0, size, (length,), generator=draw)).tolist()

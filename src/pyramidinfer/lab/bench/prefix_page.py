@@ -1,4 +1,4 @@
-"""The table of ``docs/serving.md`` and the terminal's, from what ``bench prefix`` measured."""
+"""The table in ``docs/serving.md`` and in the terminal, from results of ``bench prefix``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BEGIN, END = "<!-- from benchmarks/results/prefix.json -->", "<!-- end -->"
 
 
 def render_prefix(page: str, entry: dict[str, Any]) -> str:
-    """The page with its table as the result has it, between the two marks."""
+    """The page with the table of this result between its two marks."""
     plan = entry["configuration"]
     head, *rows = _rows(entry["result"])
     lines = [
@@ -41,7 +41,7 @@ def render_prefix(page: str, entry: dict[str, Any]) -> str:
 
 
 def prefix_table(result: dict[str, Any]) -> Table:
-    """What the terminal shows after ``bench prefix``."""
+    """The terminal's output after ``bench prefix``."""
     table, (head, *rows) = Table(title="system prompt"), _rows(result)
     for name in head:
         table.add_column(name)

@@ -28,12 +28,12 @@ from pyramidinfer.lab.samples import SHIPPED
 
 __all__ = ["ReplicasPlan", "Tally", "cluster", "run_replicas"]
 
-#: Seconds after which a request that has no answer counts as hanging.
+#: Seconds after which a request without an answer counts as hanging.
 PATIENCE = 120.0
-#: Times that a turn is sent in all where it gets a 503.
+#: Maximum attempts per turn if it gets a 503.
 TRIES = 20
 OBJECT_STORE = 200 * 2**20
-#: Names of processes as Ray sets them, by what they are in the table.
+#: Process names that Ray sets, by their name in the table.
 ROLES = {
     "engine": "ServeReplica:default:engine",
     "ingress": "ServeReplica:default:ingress",
@@ -45,7 +45,7 @@ WAYS = ("by conversation", "anywhere", "one killed")
 
 @dataclass
 class Tally:
-    """What became of every request."""
+    """The outcome of every request."""
 
     codes: Counter[str] = field(default_factory=Counter)
     hung: int = 0
@@ -57,7 +57,7 @@ class Tally:
 
     @property
     def row(self) -> dict[str, Any]:
-        """The numbers; shares are of turns after the first."""
+        """The figures; shares refer to turns after the first."""
         return {
             "turns_answered": self.turns,
             "codes": dict(sorted(self.codes.items())),
@@ -70,8 +70,8 @@ class Tally:
 
 
 def run_replicas(plan: ReplicasPlan, out: Path) -> dict[str, Any]:
-    """Serve, ask, kill, write ``out``, and return its result.  ``ModuleNotFoundError`` without
-    Ray."""
+    """Serve, send requests, kill a replica, write ``out``, and return its result.
+    ``ModuleNotFoundError`` without Ray."""
     rows = []
     with cluster(plan) as serve, progress("replicas", len(WAYS)) as done:
         sizes = _sizes()
@@ -107,7 +107,7 @@ def cluster(plan: ReplicasPlan) -> Iterator[Any]:
         object_store_memory=OBJECT_STORE,
         include_dashboard=False,
         log_to_driver=False,
-        # Workers stand behind everything else on the machine otherwise.
+        # Otherwise workers run at a lower priority than all other processes.
         _system_config={"worker_niceness": 0},
     )
     try:
@@ -120,7 +120,7 @@ def cluster(plan: ReplicasPlan) -> Iterator[Any]:
 
 
 async def _ask_all(plan: ReplicasPlan, way: str, tally: Tally) -> None:
-    """All chats, so many at a time, each turn on the last one's answer."""
+    """All chats, ``at_once`` at a time; each turn continues the answer before."""
     room = asyncio.Semaphore(plan.at_once)
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(timeout=PATIENCE, trust_env=False, limits=limits) as client:
@@ -128,7 +128,7 @@ async def _ask_all(plan: ReplicasPlan, way: str, tally: Tally) -> None:
         async def chat(number: int) -> None:
             async with room:
                 headers: dict[str, str] = {}
-                # No way begins as another one, so none takes up its caches.
+                # All ways begin differently, so that none reuses another's caches.
                 messages = [{"role": "user", "content": f"{way} . {plan.opening(number)}"}]
                 last = None
                 for turn in range(plan.turns):
@@ -152,7 +152,8 @@ async def _ask_all(plan: ReplicasPlan, way: str, tally: Tally) -> None:
 async def _turn(
     plan: ReplicasPlan, client: Any, headers: Any, messages: Any, tally: Tally
 ) -> Any | None:
-    """The answer to a turn, sent again after each 503 as OpenAI's clients do; None without one."""
+    """The answer to a turn, with retries after each 503 as in OpenAI's clients; None without an
+    answer."""
     asked = [{key: each[key] for key in ("role", "content")} for each in messages]
     body = {"messages": asked, "max_tokens": plan.new, "temperature": 0}
     for _ in range(TRIES):
@@ -180,7 +181,7 @@ async def _turn(
 
 
 def _told(answer: Any) -> str:
-    """A status with OpenAI's code, or without where the body has none."""
+    """A status with OpenAI's code, if the body has one."""
     try:
         return f"{answer.status_code} {answer.json()['error']['code']}"
     except (ValueError, LookupError, TypeError):
@@ -188,7 +189,7 @@ def _told(answer: Any) -> str:
 
 
 class _Killer(threading.Thread):
-    """Kills an engine's process once so many turns are answered, and sees when it is back."""
+    """Kills an engine's process after a number of answered turns, and records when it is back."""
 
     def __init__(self, serve: Any, tally: Tally, after: int) -> None:
         super().__init__(daemon=True)
@@ -212,7 +213,7 @@ class _Killer(threading.Thread):
                 self.back = time.monotonic() - begun
 
     def row(self) -> dict[str, Any]:
-        """Turns answered when it struck, and seconds until two replicas ran again."""
+        """Turns answered at the time of the kill, and seconds until two replicas ran again."""
         self.join()
         return {"killed_after": self.answered_before, "seconds_back": self.back}
 
@@ -230,7 +231,8 @@ def _processes(role: str) -> list[psutil.Process]:
 
 
 def _sizes() -> dict[str, int]:
-    """Bytes of its own of each kind of process, the largest, and of all else of Ray together."""
+    """Private bytes of each kind of process (the largest), and of all other processes of Ray
+    together."""
     own = {role: [_own(each) for each in _processes(role)] for role in ROLES}
     every = sum(map(_own, psutil.Process().children(recursive=True)))
     rest = every - sum(map(sum, own.values()))

@@ -1,4 +1,4 @@
-"""How much work a pass was: floating point operations of a prefill, bytes of a decoding step."""
+"""The work of a pass: floating point operations of a prefill, bytes of a decode step."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ __all__ = ["decode_bytes", "prefill_flops", "roofline"]
 
 
 def prefill_flops(runner: ModelRunner, computed: list[int]) -> float:
-    """Operations of one prompt's prefill, ``computed[layer]`` tokens having entered each layer, and
-    behind them those of each time that it was read again.
+    """Operations of one prompt's prefill, with ``computed[layer]`` tokens in each layer, followed
+    by those of each pass that read it again.
 
     Products with the layers' matrices, causal attention, and the head for the last token.
     """
@@ -26,7 +26,7 @@ def prefill_flops(runner: ModelRunner, computed: list[int]) -> float:
         parameters = layers[at % len(layers)].parameters()
         matrices = float(sum(each.numel() for each in parameters if each.ndim == 2))
         window = shape.window or before + tokens
-        alone = max(0, min(tokens, window - before))  # tokens that see all there is
+        alone = max(0, min(tokens, window - before))  # tokens that attend to all entries
         pairs = alone * (before + (alone + 1) / 2) + (tokens - alone) * window
         total += 2.0 * tokens * matrices
         total += 2.0 * shape.heads * (shape.key_dim + shape.value_dim) * pairs
@@ -34,7 +34,7 @@ def prefill_flops(runner: ModelRunner, computed: list[int]) -> float:
 
 
 def weight_bytes(runner: ModelRunner, weights: str = "auto") -> int:
-    """Bytes of the weights that a step reads, whatever its batch: all but the embedding table."""
+    """Bytes of weights that a step reads for any batch: all except the embedding table."""
     return sum(
         coded_bytes(each, name) if each.ndim == 2 and weights != "auto" else each.nbytes
         for modules, name in ((_layers(runner), weights), ([runner.head], TABLE))
@@ -46,7 +46,7 @@ def weight_bytes(runner: ModelRunner, weights: str = "auto") -> int:
 def decode_bytes(
     runner: ModelRunner, entries: list[float], kv_dtype: str = "auto", weights: str = "auto"
 ) -> float:
-    """Bytes one decoding step has to read: weights once, keys and values of every entry.
+    """Bytes that one decode step must read: weights once, keys and values of every entry.
 
     ``entries[layer]``: cached entries of all requests, stored in ``kv_dtype``.
     """
@@ -71,10 +71,10 @@ def roofline(
     kv_dtype: str = "auto",
     weights: str = "auto",
 ) -> dict[str, Any]:
-    """Shares of what the machine can do: matrix rate in prefill, read bandwidth in decoding.
+    """Shares of the machine's rates: matrix rate in prefill, read bandwidth in decode.
 
-    ``prefill``, ``step``: measured seconds.  Decoding rides along while prompts go in; that work
-    is not counted, so the matrix share is a lower bound.
+    ``prefill``, ``step``: measured seconds.  Decode steps that run together with prefill
+    are not counted, so the matrix share is a lower bound.
     """
     flops = sum(prefill_flops(runner, computed) for computed in run.computed)
     entries = [(a + b) / 2 for a, b in zip(run.kept_prefill, run.kept_end, strict=True)]

@@ -1,4 +1,4 @@
-"""``bench scale``: a model over several ranks on this machine, held against the formula."""
+"""``bench scale``: a model over several ranks on this machine, compared with the formula."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ from pyramidinfer.types import SamplingParams
 
 __all__ = ["ScalePlan", "run_scale"]
 
-#: Policies by the words of a table; others that choose while decoding cannot be simulated.
+#: Policies by their name in a table; others that select tokens during decode cannot be simulated.
 POLICIES: dict[str, tuple[str, float | None]] = {
     "full": ("full", None),
     "snapkv, keep 0.3": ("snapkv", 0.3),
     "pyramid, keep 0.3": ("pyramid", 0.3),
 }
-#: What nobody has at hand: a known shape, ranks and stages, a prompt, an answer.
+#: Configurations that are only simulated: a known shape, ranks and stages, a prompt, an answer.
 PAPER = ("llama3-70b", ((1, 1), (8, 1), (1, 8), (64, 1), (8, 8)), Work(8192, 128))
 
 
@@ -75,8 +75,8 @@ def _open(plan: ScalePlan, tensor: int, stages: int) -> LLM:
 
 
 def _measure(plan: ScalePlan, llm: LLM, policy: Policy, tensor: int) -> dict[str, Any]:
-    """One request: what every stage's first rank sent, what it held at its end, and what the
-    formula says of that."""
+    """One request: bytes that every stage's first rank sent, bytes it held at the end, and the
+    values of the formula."""
     engine = llm.engine
     split = Split(tensor, engine.runner.stages.layers)
     before = []
@@ -126,7 +126,7 @@ def _bytes(sent: Counter[str]) -> dict[str, int]:
 
 
 def _on_paper() -> list[dict[str, Any]]:
-    """What nobody ran: a larger model on more ranks.  Of all ranks, the one that has most."""
+    """Simulation of a larger model on more ranks: the figures of the rank that has the most."""
     shape, sizes, work = PAPER
     rows = []
     for tensor, stages in sizes:
@@ -161,7 +161,7 @@ def _on_paper() -> list[dict[str, Any]]:
 
 
 def _waits(depth: int, tensor: int, stages: int) -> int:
-    """Messages that one token takes one after the other: sums in every layer, of the embedding and
-    of the logits; from stage to stage, and back."""
+    """Consecutive messages per token: sums in every layer, of the embedding and of the logits; from
+    stage to stage, and back."""
     within = 2 * depth + 2 if tensor > 1 else 0
     return within + (stages if stages > 1 else 0)

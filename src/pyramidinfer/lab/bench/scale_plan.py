@@ -1,8 +1,9 @@
-"""What a model over several ranks holds and sends, by formula: for sizes nobody has at hand.
+"""Bytes that a model over several ranks holds and sends, by formula: for sizes that are not at
+hand.
 
-Nothing is run.  Weights follow from the plan by which linears are split and layers are dealt; pages
-and traffic from the lengths that a policy keeps, walked through layer by layer, token by token.
-``bench scale`` holds this against runs (``docs/scaling.md``).
+Nothing is run.  Weights follow from the plan that splits linears and assigns layers; pages and
+traffic from the lengths that a policy keeps, simulated layer by layer, token by token.
+``bench scale`` compares this with runs (``docs/scaling.md``).
 """
 
 from __future__ import annotations
@@ -29,14 +30,14 @@ POSITION = 8  # bytes
 
 
 class Work(NamedTuple):
-    """One request: so many prompt tokens and generated ones."""
+    """The size of one request: prompt tokens and generated tokens."""
 
     prompt: int
     new: int
 
 
 class Split(NamedTuple):
-    """So many ranks split every layer, and stages have these layers."""
+    """The number of ranks that split every layer, and the layers of each stage."""
 
     tensor: int
     layers: list[range]
@@ -47,17 +48,18 @@ class Split(NamedTuple):
 
 
 def weight_bytes(empty: Any, runner: ModelRunner, split: Split, stage: int = 0) -> int:
-    """Weights of a stage's first rank; ``empty``, the model without weights, is cut to them."""
+    """Weights of a stage's first rank; ``empty``, the model without weights, is cut to this
+    stage."""
     if split.tensor > 1:
         split_model(empty, runner.shapes[0], Ranks(0, split.tensor))
     keep_stage(empty, Stages(split.layers, stage))
-    different = {id(each): each for each in empty.parameters()}  # what is tied counts once
+    different = {id(each): each for each in empty.parameters()}  # tied weights count once
     return sum(each.nbytes for each in different.values())
 
 
 def cache_bytes(runner: ModelRunner, lens: list[list[int]], split: Split) -> list[int]:
-    """Bytes of pages of so many entries, ``[layers][kv_heads]``, on each rank: those of the first
-    stage, then of the next one."""
+    """Bytes of pages for entries ``[layers][kv_heads]`` on each rank: the ranks of the first stage,
+    then of the next one."""
     specs = runner.group_specs()
     heads = Ranks(0, split.tensor).heads_by_rank(runner.kv_heads)
     places = [Place(layers, each) for layers in split.layers for each in heads]
@@ -70,18 +72,18 @@ def cache_bytes(runner: ModelRunner, lens: list[list[int]], split: Split) -> lis
 def simulate(
     runner: ModelRunner, policy: Policy, work: Work, split: Split
 ) -> tuple[list[Counter[str]], list[list[int]]]:
-    """Bytes that every stage's first rank hands to collectives (``Ranks.sent``) and sends to other
-    stages (``Stages.sent``) for one request, by what for, and the entries it ends with.
+    """Bytes that every stage's first rank passes to collectives (``Ranks.sent``) and sends to other
+    stages (``Stages.sent``) for one request, by purpose, and the entries at the end.
 
-    ``ValueError`` for a policy that chooses while decoding by no rule (``types.Best``), since what
-    it keeps is not known.
+    ``ValueError`` for a policy that selects tokens during decode without a rule (``types.Best``),
+    because its entries cannot be predicted.
     """
     layers = runner.layers_for(work.prompt + work.new)
     forecast = policy.forecast(work.prompt, 0, layers)
     size, steps = runner.dtype.itemsize, work.new - 1  # the last token is not fed
     hidden = runner.hidden_size * size
     outputs = list(forecast.reach)
-    if runner.family.plain:  # the last layer gives outputs of last tokens alone
+    if runner.family.plain:  # the last layer outputs last tokens only
         outputs[-1] = 1
     policies, lens = _observed(runner, policy, work, layers, Ranks(0, split.tensor))
     found = []
@@ -107,7 +109,8 @@ def simulate(
 def _observed(
     runner: ModelRunner, policy: Policy, work: Work, layers: Layers, ranks: Ranks
 ) -> tuple[list[int], list[list[int]]]:
-    """Bytes joined in each layer so that the policy sees all heads, and the entries at the end."""
+    """Bytes gathered in each layer so that the policy sees all heads, and the entries at the
+    end."""
     state, total = policy.start(layers), [0] * layers.count
     lens: list[list[int]] = []
     forecast = policy.forecast(work.prompt, 0, layers)
@@ -133,7 +136,7 @@ def _observed(
                 continue
             rule = needs.retain
             if rule is True or rule.safeguard is not None:
-                raise ValueError(f"what {policy.name!r} keeps while decoding is not known")
+                raise ValueError(f"the entries of {policy.name!r} in decode cannot be predicted")
             total[layer] += _joined(runner, needs, max(heads), ranks, needs.window, ring=True)
             each = [rule.count] * len(heads) if isinstance(rule.count, int) else list(rule.count)
             lens[layer] = list(map(min, heads, each))
@@ -164,9 +167,9 @@ def _joined(
     *,
     ring: bool = False,
 ) -> int:
-    """Bytes that one look at a layer with so many entries a head takes.
+    """Bytes of one eviction in a layer with ``entries`` per head.
 
-    window : queries that are scored;  ring : with the log-sum-exps they had when they attended.
+    window : number of scored queries;  ring : whether they are stored with their log-sum-exps.
     """
     if ranks.size == 1:
         return 0
@@ -190,9 +193,8 @@ def _joined(
 
 
 def wire_bytes(sent: Counter[str], tensor: int) -> float:
-    """What a rank puts on its link: of what it hands to collectives, a ring of ``tensor`` ranks
-    sends what is summed 2 (n - 1) / n times, and what is joined to each other rank; the next stage
-    gets its message once."""
+    """Bytes that a rank sends on its link: a ring of ``tensor`` ranks sends sums 2 (n - 1) / n
+    times, and gathered tensors to each other rank; the next stage gets its message once."""
     summed = sent["layers"] + sent["embedding"]
     joined = sent["logits"] + sent["policy"]
     passed = sent["rows"] + sent["prompts"] + sent["results"]

@@ -1,7 +1,7 @@
-"""What choosing tokens costs: window scores, ranking, gathering and compaction, on a clock.
+"""The time of token selection: window scores, ranking, gathering and compaction.
 
-The paper says of its own method that it gains nothing at small batch, because this costs what it
-saves.  Here a pass is run with a clock around everything that a full cache does without.
+The paper reports no gain of its method at small batch sizes, because selection costs as much as it
+saves.  Here, a pass is timed around all work that a full cache does not need.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ __all__ = ["measure_selection"]
 
 
 class Clock:
-    """Seconds spent in the outermost of the spans that were entered, by name.
+    """Seconds in the outermost of the entered spans, by name.
 
-    ``extra``: spent for the sake of the measurement.
+    ``extra``: time of the measurement itself.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -50,7 +50,7 @@ class Clock:
 
 
 class TimedBackend:
-    """A backend whose scores are on a clock; everything else is the ``inner`` backend's."""
+    """A backend that times its scores; all other work goes to the ``inner`` backend."""
 
     def __init__(self, inner: Any, clock: Clock) -> None:
         self.inner, self.clock = inner, clock
@@ -69,7 +69,7 @@ class TimedBackend:
         return timed
 
     def _scored(self, *given: Any) -> Any:
-        """``prefill_scored``, of which only what it takes longer than ``prefill`` counts."""
+        """``prefill_scored``, of which only the time above that of ``prefill`` counts."""
         clock, start = self.clock, self.clock.now()
         self.inner.prefill(*given[:6])
         middle = clock.now()
@@ -80,7 +80,7 @@ class TimedBackend:
 
 
 def measure_selection(engine: Engine, prompts: list[TokenIds], output_len: int) -> dict[str, float]:
-    """Seconds of selection in a pass, as shares of its prefill and of its decoding."""
+    """Seconds of selection in a pass, as shares of its prefill and of its decode time."""
     runner, clock = engine.runner, Clock(engine.runner.device)
     chosen, span = runner.chosen, runner.span
     timed: Any = TimedBackend(chosen.attention, clock)

@@ -1,7 +1,7 @@
-"""What share of prefill choosing tokens takes under methods that score by keys or chunks.
+"""The share of prefill time that token selection takes in methods that score by keys or chunks.
 
-One pass of one prompt a policy and length, with clocks (``selection.py``): a share of its own pass
-needs no other to be compared with.
+One timed pass (``selection.py``) of one prompt per policy and length; shares refer to the pass
+itself.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ LENGTHS = (2000, 4000)
 def measure_shares(
     setting: Setting, lengths: tuple[int, ...], out: Path, name: str
 ) -> list[dict[str, Any]]:
-    """Rows of length, policy and the shares, written to ``out`` as they come; ``name``: what a user
-    calls the model."""
+    """Rows of length, policy and the shares, written to ``out`` as they come; ``name``: the
+    user's name of the model."""
     rig, rows = Rig(setting), list[dict[str, Any]]()
     configuration = {**setting.configuration(), "model": name, "lengths": list(lengths)}
     for length in lengths:

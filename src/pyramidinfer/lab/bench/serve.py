@@ -1,7 +1,7 @@
 """``bench serve``: a server under load over HTTP, request rate by request rate.
 
-Every policy has a server of its own with the same ``kv_memory``; at each rate they take turns
-with the same prompts and the same arrivals, so that ratios are of neighbours in time.
+Every policy has its own server with the same ``kv_memory``; at each rate they take turns with the
+same prompts and the same arrivals, so that ratios compare runs that are close in time.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ __all__ = [
 ]
 
 WATCH_SECONDS = 0.25
-FAREWELL_SECONDS = 120.0  # for what a server still has in hand after a pass
+FAREWELL_SECONDS = 120.0  # for requests that a server still has after a pass
 Prompts = list[list[int]]
 
 
@@ -86,7 +86,7 @@ def run_serve(
 def servers_for(
     setting: ServerSetting, api_key: str | None = None, program: Sequence[str] = PROGRAM
 ) -> Iterator[dict[str, Remote]]:
-    """A server for every policy: one each that is started here, or the same one that runs."""
+    """A server for every policy: each is started here, or all use the running one."""
     if setting.url is not None:
         remote = Remote(setting.url, api_key)
         yield dict.fromkeys(setting.policies or (AS_IT_IS,), remote)
@@ -97,7 +97,7 @@ def servers_for(
 
 
 def check_length(model: dict[str, Any], prompt_len: int, output_len: int) -> None:
-    """``ValueError`` where the served model has too few positions."""
+    """``ValueError`` if the served model has too few positions."""
     longest = model.get("max_model_len")
     if longest is not None and prompt_len + output_len > longest:
         raise ValueError(
@@ -120,7 +120,7 @@ def chosen_ids(server: Remote, given: str | None) -> list[int]:
         return sorted(set(answer.json()["tokens"]))
     except (httpx.HTTPError, LookupError, ValueError) as error:
         raise ValueError(
-            f"{server.url}/tokenize does not tell which token ids there are ({error}); name them: "
+            f"{server.url}/tokenize does not report the model's token ids ({error}); give them: "
             f"--token-ids LOW-HIGH"
         ) from None
 
@@ -141,7 +141,7 @@ class _Pass:
 
     @property
     def seconds(self) -> float:
-        """From the first request due to the end of the last."""
+        """Seconds from the due time of the first request to the end of the last."""
         return max(each.ended for each in self.records)
 
 
@@ -163,7 +163,7 @@ def _run_pass(
     for record in records:
         check_tokens(record, plan.output_len)
     after = server.metrics().get(PEAK)
-    if after is not None and after != before:  # the server's own count is exact, ours samples
+    if after is not None and after != before:  # the server's count is exact, ours is sampled
         seen = after
     return _Pass(records, seen)
 
@@ -190,16 +190,16 @@ async def _under_watch(
 
 
 def check_tokens(record: Record, output_len: int) -> None:
-    """An answer of another length than was asked for is a failure."""
+    """An answer whose length differs from the requested one is a failure."""
     if record.outcome == "completed" and record.output_tokens != output_len:
-        record.error = f"made {record.output_tokens} tokens in place of {output_len}"
+        record.error = f"generated {record.output_tokens} tokens instead of {output_len}"
 
 
 # --- figures --------------------------------------------------------------------------------------
 
 
 def percentiles(values: Sequence[float]) -> dict[str, float] | None:
-    """p50, p99 and the largest; None where nothing was measured."""
+    """p50, p99 and maximum; None without measurements."""
     if not values:
         return None
     found = {f"p{at}": float(np.percentile(values, at)) for at in (50, 99)}
@@ -219,7 +219,7 @@ def meets(record: Record, slo_ttft: float, slo_itl: float) -> bool:
 def figures(
     records: Sequence[Record], seconds: float, slo_ttft: float, slo_itl: float
 ) -> dict[str, Any]:
-    """What records of a pass, or of several that took ``seconds`` together, come to."""
+    """The figures of one pass, or of several passes that took ``seconds`` together."""
     whole = [each for each in records if each.outcome == "completed"]
     counts = Counter(each.outcome for each in records)
     good = sum(meets(each, slo_ttft, slo_itl) for each in records)

@@ -1,4 +1,4 @@
-"""What the benches that load a server are told, and the soak.  Plain values."""
+"""The options of the benches that load a server, and of the soak test.  Plain values."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from pyramidinfer.options import Option, at_least, check_share, positive
 
 __all__ = ["AS_IT_IS", "ServePlan", "ServerSetting", "SoakPlan", "TurnsPlan", "rate_name"]
 
-AS_IT_IS = "the server's"  # how rows of a server that runs already are called
+AS_IT_IS = "the server's"  # name in rows of a server that runs already
 
 
 def split_options(text: str) -> list[str]:
-    """Words of a command line; ``ValueError`` that shows it where a quotation is left open."""
+    """Words of a command line; ``ValueError`` that shows it if a quotation mark is not closed."""
     try:
         return shlex.split(text)
     except ValueError as error:
@@ -34,7 +34,7 @@ def split_options(text: str) -> list[str]:
 
 @dataclass(frozen=True)
 class ServerSetting(Plan):
-    """Which servers are asked: one that runs, or one that is started for every policy."""
+    """The servers under load: one that runs already, or one that is started for every policy."""
 
     model: OwnModel = None
     url: Annotated[
@@ -58,7 +58,7 @@ class ServerSetting(Plan):
         str, Option("Further options of `pyramidinfer serve`.", flags=("--serve-options",))
     ] = ""
     threads: Annotated[
-        int, Option("CPU threads of each server; 0 leaves it to torch.", check=at_least(0))
+        int, Option("CPU threads of each server; 0 leaves the choice to torch.", check=at_least(0))
     ] = 0
     token_ids: Annotated[
         str | None,
@@ -102,7 +102,7 @@ class ServerSetting(Plan):
         return name, keep, options
 
     def words(self, spec: str) -> list[str]:
-        """What stands after ``pyramidinfer serve`` for one policy."""
+        """The arguments of ``pyramidinfer serve`` for one policy."""
         name, keep, options = self.policy(spec)
         words = [self.model] if self.model else []
         words += ["--port", "0", "--policy", name, "--kv-memory", self.kv_memory]
@@ -112,7 +112,7 @@ class ServerSetting(Plan):
         return [*words, *split_options(self.options)]
 
     def compression(self, spec: str) -> dict[str, Any]:
-        """What a request says to a server that runs already."""
+        """The fields of a request to a server that runs already."""
         if self.url is None or spec == AS_IT_IS:
             return {}
         name, keep, options = self.policy(spec)
@@ -123,7 +123,7 @@ class ServerSetting(Plan):
 
 @dataclass(frozen=True)
 class ServePlan(Plan):
-    """Rates are requests a second; ``inf`` sends all at once.
+    """Rates are requests per second; ``inf`` sends all at once.
 
     slo_ttft, slo_itl : seconds to the first token, and between tokens (mean of a request), within
     which a request counts as good.
@@ -163,7 +163,7 @@ class ServePlan(Plan):
 
 
 def rate_name(rate: float) -> float | str:
-    """A rate as JSON holds it: infinity is no number there."""
+    """A rate as JSON, which has no number for infinity."""
     return "inf" if rate == float("inf") else rate
 
 
@@ -193,7 +193,7 @@ class TurnsPlan(Plan):
 
 @dataclass(frozen=True)
 class SoakPlan(Plan):
-    """Plain values.  ``judge_memory``: a short run has no steady state to judge."""
+    """Plain values.  ``judge_memory``: whether to check memory; a short run has no steady state."""
 
     clients: Annotated[int, Option("Clients at once.", check=at_least(1))] = 200
     seconds: Annotated[float, Option("How long it takes, seconds.", check=positive)] = 300.0
@@ -215,7 +215,7 @@ class SoakPlan(Plan):
 
     @property
     def words(self) -> list[str]:
-        """What stands after ``pyramidinfer serve``."""
+        """The arguments of ``pyramidinfer serve``."""
         return [
             *([self.model] if self.model else []),
             "--port",

@@ -17,7 +17,7 @@ Result = dict[str, Any]
 
 
 def milliseconds(values: dict[str, float] | None, *names: str) -> list[str]:
-    """Cells; dashes for what was not measured."""
+    """Cells of the table; dashes for missing measurements."""
     return ["–" if values is None else f"{1e3 * values[name]:,.0f}" for name in names]
 
 
@@ -113,7 +113,7 @@ def _finish(axis: Any, title: str, label: str) -> None:
 
 
 def draw_serve(configuration: Result, result: Result, path: Path) -> Path:
-    """Time to first token, goodput and requests running over the rate, a line a policy."""
+    """Time to first token, goodput and running requests over the rate, one line per policy."""
     c, rows = configuration, result["rows"]
     rates = [f"{float(each):g}" for each in c["rates"]]
     figure = Figure(figsize=(13, 3.9), layout="constrained")
@@ -152,7 +152,7 @@ def _gaps(values: list[float | None]) -> list[float]:
 
 
 def draw_turns(configuration: Result, result: Result, path: Path) -> Path:
-    """Time to first token over the turns, with reuse and without; and how much faster."""
+    """Time to first token over the turns, with and without reuse, and the speedup."""
     c, rows = configuration, result["rows"]
     figure = Figure(figsize=(11, 3.9), layout="constrained")
     left, right = figure.subplots(1, 2)

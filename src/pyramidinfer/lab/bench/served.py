@@ -1,4 +1,4 @@
-"""A server in a process of its own, as the benches and the soak start, watch and stop it."""
+"""A server in its own process, which benches and the soak test start, watch and stop."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["PROGRAM", "Remote", "Served", "parse_metrics", "serving"]
 PROGRAM = (sys.executable, "-m", "pyramidinfer", "serve")
 RUNNING, WAITING = "vllm:num_requests_running", "vllm:num_requests_waiting"
 PEAK = "pyramidinfer:peak_requests_running"
-KEYS = "PYRAMIDINFER_API_KEYS"  # a server of our own asks for none
+KEYS = "PYRAMIDINFER_API_KEYS"  # a server that we start needs none
 START_SECONDS = 180.0  # a first start may build kernels
 STOP_SECONDS = 90.0
 Metrics = dict[str, float]
@@ -39,7 +39,7 @@ def parse_metrics(text: str) -> Metrics:
 
 
 class Remote:
-    """A server at an address; what can be asked beside generation."""
+    """A server at an address, and its requests other than generation."""
 
     def __init__(self, url: str, api_key: str | None = None) -> None:
         self.url, self.api_key = url.rstrip("/"), api_key
@@ -61,7 +61,7 @@ class Remote:
         }
 
     def metrics(self) -> Metrics:
-        """Empty where the server has none."""
+        """Empty if the server has none."""
         try:
             answer = self.get("/metrics")
         except httpx.HTTPError:
@@ -69,7 +69,7 @@ class Remote:
         return parse_metrics(answer.text) if answer.status_code == 200 else {}
 
     def model(self) -> dict[str, Any]:
-        """The first of /v1/models; ``ValueError`` where nobody serves there."""
+        """The first of /v1/models; ``ValueError`` if no server answers there."""
         try:
             answer = self.get("/v1/models")
             answer.raise_for_status()
@@ -78,8 +78,8 @@ class Remote:
             raise ValueError(f"no model is served at {self.url}: {error}") from None
 
     def idle(self, seconds: float = 60.0) -> Metrics:
-        """Wait until nothing runs or waits, and return the metrics then; ``ValueError`` after
-        so many seconds."""
+        """Wait until nothing runs or waits, and return the metrics; ``ValueError`` after
+        ``seconds``."""
         end = time.monotonic() + seconds
         while True:
             now = self.metrics()
@@ -96,7 +96,7 @@ class Remote:
 class Served(Remote):
     """A subprocess that serves; ``ready`` waits for it.
 
-    words : what stands after ``serve``;  threads : 0 leaves the choice to the server.
+    words : arguments after ``serve``;  threads : 0 leaves the choice to the server.
     """
 
     def __init__(
@@ -133,7 +133,7 @@ class Served(Remote):
         return self.process.pid
 
     def ready(self, seconds: float = START_SECONDS) -> Served:
-        """Wait until it takes requests; ``ValueError`` with its last words where it does not."""
+        """Wait until it accepts requests; ``ValueError`` with its last output if it does not."""
         end = time.monotonic() + seconds
         while time.monotonic() < end and self.process.poll() is None:
             with contextlib.suppress(httpx.HTTPError):
@@ -145,7 +145,7 @@ class Served(Remote):
         raise ValueError(f"the server did not start: {said[-1] if said else 'it said nothing'}")
 
     def stop(self, seconds: float = STOP_SECONDS) -> int | None:
-        """SIGTERM, and its exit code; None where it had to be killed."""
+        """Send SIGTERM and return the exit code; None if it had to be killed."""
         with contextlib.suppress(ProcessLookupError):
             self.process.send_signal(signal.SIGTERM)
         try:

@@ -1,4 +1,4 @@
-"""What every bench of the engine shares: the model, the policies, the prompts, one pass."""
+"""Parts that all benches of the engine share: the model, the policies, the prompts, one pass."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ FIRST_WORD = 3  # ids below it are special
 class Rig:
     """The model of a setting, and engines over it.
 
-    runner : the model's sizes, without weights;  ``model`` is loaded when first asked for.
+    runner : the model's sizes, without weights;  ``model`` is loaded at first use.
     """
 
     def __init__(self, setting: Setting) -> None:
@@ -46,7 +46,7 @@ class Rig:
         self.device = parse_device(setting.device)
         empty = self._empty()
         self.runner = ModelRunner(empty, "reference")
-        self.runner.group_specs(setting.kv_dtype)  # refuses what its heads cannot be stored in
+        self.runner.group_specs(setting.kv_dtype)  # refuses a kv dtype that does not fit its heads
         self.dtype: torch.dtype = self.runner.dtype
         self.runner.check_weights(
             setting.weights,
@@ -66,7 +66,7 @@ class Rig:
         return empty_model(setting.model, setting.dtype, setting.device)[0]
 
     def load(self) -> Any:
-        """The model with its weights, made or read anew."""
+        """The model with its weights, newly created or loaded."""
         setting, shape = self.setting, self.setting.shape_name
         if shape is not None:
             return make_model(shape, self.shape_dtype, setting.device, setting.seed)
@@ -79,7 +79,7 @@ class Rig:
         return self.pack(self.load())
 
     def pack(self, model: Any) -> ModelRunner:
-        """A model's weights as engines run on them; the model itself is used up."""
+        """A model's weights in the engine's format; the model itself is consumed."""
         return ModelRunner(
             model,
             self.setting.backend,
@@ -89,13 +89,13 @@ class Rig:
         )
 
     def prompts(self, count: int, length: int) -> list[TokenIds]:
-        """Random tokens, the same for the same seed."""
+        """Random tokens, deterministic for a seed."""
         draw = np.random.default_rng(self.setting.seed)
         low = min(FIRST_WORD, self.runner.vocab_size - 1)
         return [draw.integers(low, self.runner.vocab_size, length).tolist() for _ in range(count)]
 
     def check_length(self, prompt_len: int, output_len: int) -> None:
-        """``ValueError`` where the model has too few positions."""
+        """``ValueError`` if the model has too few positions."""
         longest = self.runner.max_positions
         if prompt_len + output_len > longest:
             raise ValueError(
@@ -113,10 +113,10 @@ class Rig:
         alone: bool = False,
         **options: Any,
     ) -> Engine:
-        """An engine with one policy; ``kv_memory`` as the setting says.
+        """An engine with one policy and the setting's ``kv_memory``.
 
-        ``alone``: it has weights of its own and nothing else holds them, as where a user loads a
-        model; otherwise all share one ``ModelRunner``.
+        ``alone``: the engine is the only owner of its weights, as when a user loads a model;
+        otherwise all engines share one ``ModelRunner``.
         """
         policy = self._bound(spec)
         memory: int | str = self.setting.kv_memory
@@ -134,7 +134,7 @@ class Rig:
 
     @cached_property
     def _policies(self) -> dict[str, Policy]:
-        """Those bound so far: a head profile is measured once."""
+        """Policies bound so far, so that a head profile is measured only once."""
         return {}
 
     def _bound(self, spec: str) -> Policy:
@@ -166,10 +166,10 @@ class Rig:
 class Pass(NamedTuple):
     """One run of all prompts.
 
-    seconds : the whole;  arrivals : of each request's tokens, seconds since the start;
+    seconds : of the whole run;  arrivals : of each request's tokens, seconds since the start;
     decode_steps : seconds of each step in which every request decoded and no prompt was in
-    progress;  computed : tokens that entered each layer, each time, request by request;
-    prefill_bytes, end_bytes : (cache bytes, bytes of a full one), all requests together;
+    progress;  computed : tokens that entered each layer, per pass and request;
+    prefill_bytes, end_bytes : (cache bytes, bytes of a full cache), all requests together;
     kept_prefill, kept_end : entries over all layers and requests.
     """
 
@@ -185,7 +185,7 @@ class Pass(NamedTuple):
 
     @property
     def prefill_seconds(self) -> float:
-        """Until the last request has its first token."""
+        """Seconds until the last request has its first token."""
         return max(each[0] for each in self.arrivals)
 
     @property
@@ -193,7 +193,7 @@ class Pass(NamedTuple):
         return sum(len(each) for each in self.arrivals)
 
     def step_seconds(self) -> list[float]:
-        """Seconds of decoding steps; where prompts were always in progress, the mean one."""
+        """Seconds of decode steps; if prompts were always in progress, their mean."""
         longest = max(len(each) for each in self.arrivals)
         if self.decode_steps or longest < 2:
             return self.decode_steps
@@ -207,9 +207,9 @@ def run_pass(
     loras: Sequence[str | None] = (),
     clock: Callable[[], float] = time.monotonic,
 ) -> Pass:
-    """Run all prompts at once, greedy, to ``output_len`` tokens each, and watch every step.
+    """Run all prompts at once, greedy, to ``output_len`` tokens each, and record every step.
 
-    loras : each prompt's adapter, where there are any;  clock : what seconds are told by.
+    loras : each prompt's adapter, if there are any;  clock : source of times.
     """
     params = SamplingParams(max_tokens=output_len, ignore_eos=True)
     names = loras or [None] * len(prompts)
@@ -221,7 +221,7 @@ def run_pass(
     steps: list[float] = []
     engine.peak_in_flight = 0
     start = began = clock()
-    decodes = False  # the step to come, all of the requests and nothing else
+    decodes = False  # the next step has all of the requests and nothing else
     for _ in engine.steps(requests):
         now = clock()
         if decodes:
@@ -261,8 +261,8 @@ def _check(requests: list[Request], output_len: int) -> None:
 
 @contextmanager
 def progress(title: str, total: int) -> Iterator[Any]:
-    """A progress bar on stderr; call what it yields after each piece of work, with a word on the
-    next."""
+    """A progress bar on stderr; call the yielded function after each piece of work, with a label
+    for the next one."""
     bar = Progress(
         TextColumn(title),
         BarColumn(),

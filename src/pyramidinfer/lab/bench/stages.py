@@ -1,4 +1,5 @@
-"""``bench stages``: layers dealt to two stages evenly, beside by what the policy forecasts."""
+"""``bench stages``: layers split over two stages evenly, compared with a split by the policy's
+forecast."""
 
 from __future__ import annotations
 
@@ -53,7 +54,7 @@ def run_stages(plan: StagesPlan, out: Path) -> dict[str, Any]:
 
 
 def _run(plan: StagesPlan, spec: str, way: str) -> dict[str, Any]:
-    """All requests once, in processes that begin and end with it."""
+    """All requests once, in processes that are started for the run and end with it."""
     depth = ModelRunner(empty_model(plan.name, plan.dtype)[0], "reference").depth
     half = -(-depth // 2)
     options: dict[str, Any] = {"pipeline_layers": f"{half},{depth - half}"} if way == "even" else {}

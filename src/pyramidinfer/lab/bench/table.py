@@ -1,4 +1,4 @@
-"""What the terminal shows after a bench."""
+"""The terminal's output after a bench."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def mebibytes(count: float | None) -> str:
 
 
 def ranged(values: dict[str, float] | None, form: str, scale: float = 1.0) -> str:
-    """``12.3 (12.1-12.9)``; a dash for what was not measured."""
+    """``12.3 (12.1-12.9)``; a dash without a measurement."""
     if values is None:
         return "–"
     low, high = values["min"] * scale, values["max"] * scale
@@ -38,7 +38,7 @@ def percent(value: float | None) -> str:
 
 
 def _by_policy(title: str, rows: list[Result], lines: dict[str, Any]) -> Table:
-    """One column a policy, one line a figure."""
+    """One column per policy, one line per figure."""
     table = Table(title=title)
     table.add_column("", no_wrap=True)
     for row in rows:
@@ -49,7 +49,7 @@ def _by_policy(title: str, rows: list[Result], lines: dict[str, Any]) -> Table:
 
 
 def _stored(configuration: Result) -> str:
-    """Said where the cache or the weights are not in the model's dtype."""
+    """A note if the cache or the weights are not in the model's dtype."""
     kv_dtype, weights = configuration["kv_dtype"], configuration["weights"]
     cache = "" if kv_dtype == "auto" else f", cache in {kv_dtype}"
     return cache if weights == "auto" else f"{cache}, weights in {weights}"
@@ -163,8 +163,8 @@ def kernels_table(configuration: Result, result: Result) -> Table:
 
 
 def lossless_table(result: Result) -> Table:
-    """How many times as fast as the full cache without drafts, with the range over the repeats."""
-    table = Table(title=f"lossless, backend {result['backend']}; times as fast as full")
+    """Speed relative to the full cache without drafts, with the range over the repeats."""
+    table = Table(title=f"lossless, backend {result['backend']}; speed relative to full")
     names = ("context", "batch", "drafts", "read", "guesses", "right", "K/W")
     for name in (*names, "times full", "expected"):
         table.add_column(name, justify="right")
@@ -184,9 +184,9 @@ def lossless_table(result: Result) -> Table:
 
 
 def kv_dtypes_table(result: Result) -> Table:
-    """How many times as fast as 16 bits, with the range over the repeats."""
+    """Speed relative to 16 bits, with the range over the repeats."""
     names = list(result["rows"][0]["speedup"])
-    table = Table(title=f"decode attention, backend {result['backend']}; times as fast as 16 bits")
+    table = Table(title=f"decode attention, backend {result['backend']}; speed relative to 16 bits")
     for name in ("heads", "size", "batch", "context", "16 bits, ms", "of a plain read", *names):
         table.add_column(name, justify="right")
     for row in result["rows"]:
@@ -203,7 +203,7 @@ def kv_dtypes_table(result: Result) -> Table:
 
 
 def footprint_table(result: Result) -> Table:
-    """MiB of a process by weights and kv_memory; below it what is installed."""
+    """MiB of a process by weights and kv_memory; below the table, installed sizes."""
     table = Table(title="memory of a serving process, MiB")
     parts = ("weight_bytes", "kv_memory", "beside", "resident_full", "peak")
     for name in ("stored as", "weights", "kv_memory", "beside", "resident", "peak", "pages used"):
@@ -217,7 +217,8 @@ def footprint_table(result: Result) -> Table:
 
 
 def adapters_table(result: Result) -> Table:
-    """The median of step and prefill for every number of adapters, and their ratio to none."""
+    """The median of step and prefill for every number of adapters, and their ratio to no
+    adapter."""
     table = Table(title=f"requests with adapters, backend {result['backend']}")
     for name in ("adapters", "step, ms", "to none", "prefill, ms", "to none"):
         table.add_column(name, justify="right")
@@ -232,7 +233,7 @@ def adapters_table(result: Result) -> Table:
 
 def weights_table(result: Result) -> Table:
     """Bytes and perplexity, then the median of step and prefill for every batch."""
-    table = Table(title=f"weights of few bits, backend {result['backend']}")
+    table = Table(title=f"quantized weights, backend {result['backend']}")
     batches = [each["batch"] for each in result["rows"][0]["speed"]]
     heads = [f"{what} at {batch}, ms" for batch in batches for what in ("step", "prefill")]
     for name in ("weights", "MB", "perplexity", "KL", *heads):

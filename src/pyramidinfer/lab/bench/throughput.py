@@ -46,7 +46,7 @@ def run_throughput(plan: ThroughputPlan, out: Path) -> dict[str, Any]:
                     passes[spec].append(run)
                 done(spec)
         selection = {}
-        for spec in specs:  # with clocks, after the passes that count
+        for spec in specs:  # with timers, after the measured passes
             selection[spec] = measure_selection(engines[spec], prompts, plan.output_len)
             done(spec)
     roof = before.best(measure_roof(rig.dtype, rig.device))
@@ -74,7 +74,7 @@ def run_throughput(plan: ThroughputPlan, out: Path) -> dict[str, Any]:
 
 
 def figures(passes: list[Pass]) -> dict[str, Any]:
-    """What passes of one policy come to."""
+    """The figures of the passes of one policy."""
     last = passes[-1]
     prompt = sum(each[0] for each in last.computed)
     new = last.output_tokens
@@ -100,7 +100,7 @@ def figures(passes: list[Pass]) -> dict[str, Any]:
 
 
 def _against(mine: list[Pass], first: list[Pass]) -> dict[str, Any]:
-    """How many times as fast as the first policy, repeat by repeat."""
+    """Speed relative to the first policy, per repeat."""
     return {
         "throughput": ratios([run.seconds for run in first], [run.seconds for run in mine]),
         "prefill": ratios(
@@ -110,7 +110,7 @@ def _against(mine: list[Pass], first: list[Pass]) -> dict[str, Any]:
 
 
 def forget(device: torch.device) -> None:
-    """Give back what nothing refers to."""
+    """Free memory that nothing refers to."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""Timing things side by side, and what a figure is made of."""
+"""Timing of alternatives in turns, and statistics of the samples."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 __all__ = ["PeakMemory", "Spread", "ratios", "side_by_side", "spread", "synchronize"]
 
-#: One sample of a short piece of work repeats it until so many seconds have gone by.
+#: One sample of a short piece of work repeats it until this many seconds have passed.
 SAMPLE_SECONDS = 0.02
 MOST_CALLS = 1000
 
@@ -26,7 +26,7 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 def ratios(mine: Sequence[float], others: Sequence[float]) -> Spread:
-    """Spread of ``mine / others``, repeat by repeat (neighbours in time)."""
+    """Spread of ``mine / others``, per repeat (neighbours in time)."""
     return spread([a / b for a, b in zip(mine, others, strict=True)])
 
 
@@ -42,9 +42,9 @@ def side_by_side(
     repeats: int,
     warmup: int = 1,
 ) -> dict[str, list[float]]:
-    """Seconds a call of each work takes, ``repeats`` samples each, taken in turns: A B A B.
+    """Seconds per call of each work, with ``repeats`` samples each, in turns: A B A B.
 
-    A work is called with a running number, so that it can read other memory every time.
+    A work is called with a running number, so that it can read different memory every time.
     """
     calls: dict[str, int] = {}
     for name, work in works.items():
@@ -70,14 +70,14 @@ def _sample(work: Callable[[int], object], device: torch.device, first: int, cou
 
 
 class PeakMemory:
-    """The most memory in use since it was made: the process's on a CPU, the device's on a GPU."""
+    """The peak memory since its creation: of the process on a CPU, of the device on a GPU."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
             return
-        with contextlib.suppress(OSError):  # forget the high-water mark
+        with contextlib.suppress(OSError):  # reset the peak
             Path("/proc/self/clear_refs").write_text("5")
 
     @property

@@ -1,8 +1,8 @@
 """``bench turns``: conversations over HTTP, with and without reuse of the last turn's cache.
 
-A turn's prompt is all that was said before and some new tokens.  With reuse, the server takes up
-the cache that the turn before left behind; without, it computes everything again.  Both are asked
-in turns, turn by turn, on the same server.
+A turn's prompt is the conversation so far and some new tokens.  With reuse, the server continues on
+the cache of the turn before; without reuse, it computes everything again.  Both ways alternate,
+turn by turn, on the same server.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pyramidinfer.lab.record import write_result
 
 __all__ = ["run_turns"]
 
-#: How a conversation is continued, the second being the yardstick.
+#: How a conversation is continued; the second way is the reference.
 MODES = {"reuse": True, "anew": False}
 Said = dict[str, list[Record]]  # by mode, turn by turn
 
@@ -58,7 +58,7 @@ def run_turns(
 async def _converse(
     plan: TurnsPlan, server: Remote, spec: str, ids: list[int], number: int
 ) -> Said:
-    """One conversation, both ways; which goes first changes from turn to turn."""
+    """One conversation, both ways; the way that goes first changes from turn to turn."""
     draw = np.random.default_rng([plan.setting.seed, number])
     history: dict[str, list[int]] = {mode: [] for mode in MODES}
     said: Said = {mode: [] for mode in MODES}
@@ -77,7 +77,7 @@ async def _converse(
 async def _turn(
     plan: TurnsPlan, http: httpx.AsyncClient, spec: str, mode: str, prompt: list[int]
 ) -> Record:
-    """One answer; ``ValueError`` where it is not what was asked for."""
+    """One answer; ``ValueError`` if it is not the requested one."""
     compression = {**plan.setting.compression(spec), "reuse": MODES[mode]}
     record = await ask(
         http,
@@ -96,14 +96,14 @@ async def _turn(
         raise ValueError(f"a turn of {len(prompt)} tokens {record.outcome}: {record.why}")
     if len(record.tokens) != plan.output_len:
         raise ValueError(
-            f"the server told {len(record.tokens)} of {plan.output_len} generated token ids; a "
+            f"the server returned {len(record.tokens)} of {plan.output_len} generated token ids; a "
             f"conversation needs all of them (return_token_ids)"
         )
     return record
 
 
 def _rows(plan: TurnsPlan, spec: str, said: list[Said]) -> list[dict[str, Any]]:
-    """A row a turn; ratios are of the two ways in the same conversation."""
+    """One row per turn; ratios compare the two ways in the same conversation."""
     rows = []
     for turn in range(plan.turns):
         records = {mode: [each[mode][turn] for each in said] for mode in MODES}

@@ -1,5 +1,5 @@
-"""``bench weights``: a model with weights of 8 and 4 bits beside its own dtype: perplexity on real
-text, bytes, and how long a prompt and a decode step take."""
+"""``bench weights``: a model with weights of 8 and 4 bits compared with its own dtype: perplexity
+on real text, bytes, and times of a prompt and a decode step."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ BASE = "auto"
 
 
 def run_weights(plan: WeightsPlan, out: Path) -> dict[str, Any]:
-    """Measure, write ``out``, and return its result: a row for each way of storing weights."""
+    """Measure, write ``out``, and return its result: one row per format of weights."""
     plan.check()
     names = [BASE, *plan.weights]
     llms = {name: plan.subject.llm(Full(), weights=name) for name in names}
@@ -102,7 +102,7 @@ def _quality(plan: WeightsPlan, llms: dict[str, LLM], done: Any) -> dict[str, di
 
 
 def _speed(plan: WeightsPlan, llms: dict[str, LLM], batch: int, done: Any) -> dict[str, list[Pass]]:
-    """Passes of one batch, in turns."""
+    """Timed passes of one batch, in turns."""
     draw = np.random.default_rng(plan.seed)
     passes: dict[str, list[Pass]] = {name: [] for name in llms}
     highest = next(iter(llms.values())).engine.runner.vocab_size

@@ -1,9 +1,9 @@
-"""RULER's tasks over a whole text: tracing variables (vt), common and frequent words (cwe, fwe).
+"""RULER's tasks over a whole text: variable tracing (vt), common and frequent words (cwe, fwe).
 
 Templates and counts are those of NVIDIA/RULER (``scripts/data/synthetic``, arXiv 2404.06654,
-section 3).  Where this departs from it:
+section 3).  Differences:
 
-vt : an assignment has a line of its own (RULER: the beginning of a noise line); variables of the
+vt : an assignment has its own line (RULER: the start of a noise line); variables of the
     worked example have five letters too (three), and it is about half as long (up to 500 tokens).
 cwe : words are those of Python's documentation (``words.english_words``; RULER: ``wonderwords``);
     common ones have five letters or more, and none is common in the worked example as well.
@@ -26,19 +26,20 @@ __all__ = ["cwe", "fwe", "vt", "zipf_counts"]
 HOPS = 4
 #: Noise lines of vt's worked example, some 500 letters.
 EXAMPLE_LINES = 6
-#: From so many tokens on cwe repeats its words more often: RULER's 4,096 less a chat template.
+#: From this length in tokens, cwe repeats its words more often: RULER's 4,096 less a template.
 LONG = 4096 - 128
 COMMON = 10
-#: Letters of a common word at least: a shorter one ("the") is found in any answer.
+#: Minimum letters of a common word: a shorter one ("the") occurs in any answer.
 LETTERS = 5
-#: The sum of 1 / k², k from 1 on: what Zipf's law with exponent 2 is divided by.
+#: The sum of 1 / k², k from 1 on: the normalizer of Zipf's law with exponent 2.
 ZETA_2 = 1.6449340668482264
-#: From so many words on Zipf's ranks 1 to 5 have counts that differ.
+#: From this number of words, Zipf's ranks 1 to 5 have different counts.
 LEAST_CODED = 73
 
 
 def vt(task: str, rng: random.Random, length: int, text: Haystack) -> Recipe:
-    """One chain of four hops in noise; asked: all variables that have its first one's value."""
+    """One chain of four hops in noise; the question asks for all variables with the first one's
+    value."""
     noise = Haystack.noise()
     names = unlike(lambda: coded(rng, 5, string.ascii_uppercase))
     values = unlike(lambda: str(rng.randrange(10_000, 100_000)))
@@ -72,8 +73,8 @@ def vt(task: str, rng: random.Random, length: int, text: Haystack) -> Recipe:
 
 
 def cwe(task: str, rng: random.Random, length: int, text: Haystack) -> Recipe:
-    """A numbered list in which ten words come often and all others seldom.  It ends where the words
-    do: at some 40,000 tokens."""
+    """A numbered list in which ten words are frequent and all others rare.  The vocabulary limits
+    it to about 40,000 tokens."""
     often, seldom = (30, 3) if length >= LONG else (6, 1)
     shown, shown_often, shown_seldom = (40, 10, 3) if length >= LONG else (20, 3, 1)
     words = rng.sample(english_words(), len(english_words()))
@@ -104,8 +105,8 @@ def cwe(task: str, rng: random.Random, length: int, text: Haystack) -> Recipe:
 
 
 def fwe(task: str, rng: random.Random, length: int, text: Haystack) -> Recipe:
-    """Words of random letters, as often as Zipf's law says; the first of them is written as dots,
-    and the three after it are asked for."""
+    """Words of random letters with frequencies by Zipf's law; the most frequent is written as dots,
+    and the question asks for the next three."""
     letters, shuffle = random.Random(rng.getrandbits(64)), rng.getrandbits(64)
     fresh = unlike(lambda: coded(letters, 6, string.ascii_lowercase))
     vocabulary = ["...", *islice(fresh, 3)]
@@ -132,8 +133,8 @@ def fwe(task: str, rng: random.Random, length: int, text: Haystack) -> Recipe:
 
 
 def zipf_counts(size: int) -> list[int]:
-    """How often each rank comes among ``size`` words by Zipf's law with exponent 2, rounded down;
-    ranks that never come are left out."""
+    """The count of each rank among ``size`` words by Zipf's law with exponent 2, rounded down;
+    ranks with count 0 are left out."""
     counts, rank = [], 1
     while (count := int(size / (ZETA_2 * rank**2))) > 0:
         counts.append(count)

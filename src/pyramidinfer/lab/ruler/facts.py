@@ -1,8 +1,9 @@
-"""Question answering in RULER's form, on facts that we invent.
+"""Question answering in RULER's form, on invented facts.
 
 RULER puts the paragraphs of SQuAD and HotpotQA among other paragraphs.  Those need a download, and
-models know their answers by heart; here documents tell of people and companies that do not exist,
-so an answer can only come from the text.  Scores compare with each other, not with RULER's.
+models know their answers by heart.  Here, documents are about people and companies that do not
+exist, so an answer can only come from the text.  Scores are comparable with each other, not with
+RULER's.
 """
 
 from __future__ import annotations
@@ -92,7 +93,8 @@ TWO = "In which town is the head office of the company that {person} works for?"
 
 @dataclass(frozen=True, slots=True)
 class Fact:
-    """A person, where they were born, the company that they work for and where that is."""
+    """A person, the place of birth, the company that the person works for and the company's
+    place."""
 
     person: str
     birth: str
@@ -103,8 +105,8 @@ class Fact:
 
 
 class World:
-    """Facts without end.  No name is part of another one: each begins with two syllables of its
-    own (consonant, vowel, consonant)."""
+    """An endless source of facts.  No name is part of another one: each begins with two unique
+    syllables (consonant, vowel, consonant)."""
 
     def __init__(self, rng: random.Random) -> None:
         self.rng = rng
@@ -140,8 +142,8 @@ class World:
 
 
 def qa(task: str, rng: random.Random, length: int, text: Haystack) -> Recipe:
-    """Documents with those that answer the question among them: one of them in ``qa_facts_1``; in
-    ``qa_facts_2`` one that names the company and one that says where it is."""
+    """Documents that include those with the answer: one document in ``qa_facts_1``; in
+    ``qa_facts_2`` one that names the company and one that gives its place."""
     two = task == "qa_facts_2"
     asked_person = two or rng.random() < 0.5
     depths = [rng.random() for _ in range(2 if two else 1)]

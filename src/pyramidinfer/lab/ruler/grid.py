@@ -1,8 +1,8 @@
 """``study ruler``: RULER's tasks under every policy at every budget, in two protocols.
 
-The full cache goes first.  A task that it scores below ``SCREEN`` on says nothing of compression:
-it is reported for the full cache, and left out for the others and of all means.  All policies see
-the same samples, so differences from the full cache are paired.
+The full cache is measured first.  A task on which it scores below ``SCREEN`` says nothing about
+compression: it is reported for the full cache only, and left out for the others and from all
+means.  All policies see the same samples, so differences from the full cache are paired.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ __all__ = [
     "task_samples",
 ]
 
-#: A task on which the full cache scores less is left out.
+#: A task on which the full cache scores below this is left out.
 SCREEN = 0.3
 #: ``--text noise``: RULER's own noise sentences instead of a text.
 NOISE = "noise"
@@ -50,7 +50,7 @@ RESAMPLES = 2000
 
 
 def after_screening(plan: RulerPlan, screened: list[Row]) -> list[dict[str, Any]]:
-    """The others' cells, of tasks that the full cache can do."""
+    """Cells of the other policies, on tasks that the full cache solves."""
     able = passed(screened)
     return [
         {"length": length, **way, "task": task, "protocol": protocol}
@@ -63,8 +63,8 @@ def after_screening(plan: RulerPlan, screened: list[Row]) -> list[dict[str, Any]
 
 
 def run_ruler(plan: RulerPlan, out: Path, workers: int = 1) -> tuple[list[Row], list[Path]]:
-    """Measure, write ``out`` and pictures beside it; returns means over tasks (none where the full
-    cache can do none of them), and the pictures."""
+    """Measure; write ``out`` and pictures next to it; returns means over tasks (none if the full
+    cache solves no task), and the pictures."""
     plan.check()
     configuration = asdict(plan)
     configuration["subject"]["source"] = haystack(plan.subject).name
@@ -108,7 +108,7 @@ def measure(plan: RulerPlan, cell: dict[str, Any]) -> list[Row]:
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """Scores of samples (0 to 1), bytes over the full cache's, layer-tokens computed."""
+    """Scores of samples (0 to 1), bytes relative to the full cache, layer-tokens computed."""
 
     scores: list[float]
     texts: list[str]
@@ -119,7 +119,7 @@ class Scored:
 def answer_samples(
     machine: Asker, samples: Sequence[Sample], protocol: str, policy: Policy
 ) -> Scored:
-    """Ask samples under a policy and score what is said."""
+    """Answer samples under a policy and score the answers."""
     prompts = [ask(machine, sample) for sample in samples]
     params = [SamplingParams(max_tokens=sample.max_tokens) for sample in samples]
     answers = machine.ask(protocol, prompts, params, policy)
@@ -138,7 +138,8 @@ def ask(machine: Asker, sample: Sample) -> Asked:
 def task_samples(
     machine: Asker, subject: Subject, task: str, count: int, length: int, seed: int
 ) -> list[Sample]:
-    """Samples of one task whose whole prompts have at most ``length`` tokens, answer included."""
+    """Samples of one task whose whole prompts, including the answer, have at most ``length``
+    tokens."""
     chat = machine.chat
     template = len(chat.ask("a", " b", " c").whole) - len(chat.encode("a b c"))
     return make_samples(
@@ -152,7 +153,7 @@ def task_samples(
 
 
 def haystack(subject: Subject) -> Haystack:
-    """What needles are hidden in."""
+    """The text in which needles are hidden."""
     if subject.text is None:
         return Haystack.default()
     return Haystack.noise() if subject.text == NOISE else Haystack.read(subject.text)
@@ -168,19 +169,19 @@ def _samples(plan: RulerPlan, task: str, length: int) -> tuple[Sample, ...]:
 
 
 def passed(rows: Sequence[Row]) -> set[tuple[int, str]]:
-    """``(length, task)`` of those that the full cache can do."""
+    """``(length, task)`` of the cells that the full cache solves."""
     return {
         (row["length"], row["task"]) for row in rows if is_reference(row) and row["score"] >= SCREEN
     }
 
 
 def means(rows: Sequence[Row]) -> list[Row]:
-    """Means over the tasks that the full cache can do, of every policy, keep, kv dtype, length
+    """Means over the tasks that the full cache solves, for every policy, keep, kv dtype, length
     and protocol.
 
-    score, score_ci : tasks count alike; 95 %, resampling the samples of each task.
-    lost, lost_ci : the full cache's mean less this one's, on the same samples (paired).
-    left_out : tasks that were screened away.
+    score, score_ci : tasks have equal weight; 95 %, by resampling the samples of each task.
+    lost, lost_ci : the full cache's mean minus this one, on the same samples (paired).
+    left_out : tasks that the screen excludes.
     """
     able = passed(rows)
     whole = {(r["length"], r["protocol"], r["task"]): r for r in rows if is_reference(r)}
@@ -229,7 +230,7 @@ def _mean(parts: list[np.ndarray]) -> float:
 
 def _bounds(parts: list[np.ndarray]) -> list[float]:
     """95 % bootstrap interval of the mean over tasks of the mean over samples; the mean itself
-    where a task has one sample."""
+    if a task has one sample."""
     if min(map(len, parts)) < 2:
         return [_mean(parts)] * 2
 

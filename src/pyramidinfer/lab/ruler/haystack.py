@@ -1,4 +1,4 @@
-"""What needles are hidden in: sentences of a text, or RULER's own noise."""
+"""The text around needles: sentences of a text, or RULER's noise."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ __all__ = ["Haystack", "hide"]
 
 #: RULER's noise, one line of it (NVIDIA/RULER, scripts/data/synthetic/niah.py).
 LINE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
-#: A stretch of more words without a full stop is cut into sentences of so many.
+#: A passage of more words without a full stop is cut into sentences of this many.
 LONGEST = 80
 
 
 @dataclass(frozen=True, slots=True)
 class Haystack:
-    """Sentences in a text's order, and what stands between them.
+    """Sentences in text order, and their separator.
 
-    name : what a result calls the text.
+    name : the text's name in results.
     """
 
     name: str
@@ -40,12 +40,12 @@ class Haystack:
 
     @classmethod
     def read(cls, path: str | Path) -> Haystack:
-        """A text file (UTF-8).  Where more is wanted than it holds, it begins again."""
+        """A text file (UTF-8).  If more text is needed, it starts again from the beginning."""
         path = Path(path)
         try:
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is no UTF-8 text ({error}): save it as UTF-8") from None
+            raise ValueError(f"{path} is not UTF-8 text ({error}): save it as UTF-8") from None
         except OSError as error:
             raise ValueError(
                 f"{path} cannot be read ({error.strerror}): name a text file"
@@ -56,21 +56,21 @@ class Haystack:
 
     @classmethod
     def noise(cls) -> Haystack:
-        """RULER's noise sentences: one line of five, again and again."""
+        """RULER's noise sentences: one line of five, repeated."""
         return cls("noise", (LINE,), "\n")
 
     def take(self, start: int, count: int) -> list[str]:
-        """``count`` sentences from number ``start`` on, from the first again after the last."""
+        """``count`` sentences from number ``start`` on; wraps at the end."""
         return [self.sentences[(start + i) % len(self.sentences)] for i in range(count)]
 
     def begin(self, rng: random.Random) -> int:
-        """A sentence to start at."""
+        """The index of a random first sentence."""
         return rng.randrange(len(self.sentences))
 
 
 def hide(needles: list[str], depths: list[float], sentences: list[str]) -> list[str]:
-    """Sentences with needles between them, each at its depth (0 to 1).  Needles of one order stay
-    in it where their depths ascend."""
+    """Sentences with needles between them, each at its depth (0 to 1).  Needles with ascending
+    depths keep their order."""
     found = list(sentences)
     places = sorted(zip(depths, range(len(needles)), strict=True), reverse=True)
     for depth, which in places:

@@ -1,9 +1,9 @@
-"""RULER's needles in a haystack: eight forms of finding what a text says about a key.
+"""RULER's needles in a haystack: eight forms of finding the values of a key in a text.
 
 Templates and forms are those of NVIDIA/RULER (``scripts/synthetic.yaml``, arXiv 2404.06654,
-section 3); the words of the keys are our own.  Departures: a needle's depth is any (RULER draws
-from 40 steps in a text, different ones for different needles), no key and no value comes twice, and
-the text begins at any of its sentences (RULER's at the first).
+section 3); the words of the keys are our own.  Differences: a needle has any depth (RULER draws
+from 40 steps in a text, different ones for different needles), keys and values are unique, and the
+text starts at any of its sentences (RULER's at the first).
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ NEEDLE = "One of the special magic {what} for {key} is: {value}."
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """Where needles are hidden, how many keys there are, how many values each has, and how many of
-    the keys are asked for."""
+    """A form: the haystack, the number of keys, the number of values per key, and the number of
+    keys in the question."""
 
     hay: Literal["noise", "text", "needles"]
     value: Literal["numbers", "uuids"] = "numbers"
@@ -50,7 +50,7 @@ FORMS = {
 
 
 def niah(task: str, rng: random.Random, length: int, text: Haystack) -> Recipe:
-    """Needles at random depths between sentences, in as many sentences as wanted."""
+    """Needles at random depths between ``size`` sentences."""
     form = FORMS[task]
     draw_key = word_keys(rng) if form.key == "words" else lambda: uuid4(rng)
     draw_value = (lambda: number(rng)) if form.value == "numbers" else lambda: uuid4(rng)
@@ -80,7 +80,7 @@ def niah(task: str, rng: random.Random, length: int, text: Haystack) -> Recipe:
 
     most = None
     if form.hay == "needles" and form.key == "words":
-        most = len(ADJECTIVES) * len(NOUNS) * 3 // 4  # there are no more keys that differ
+        most = len(ADJECTIVES) * len(NOUNS) * 3 // 4  # the number of different keys is limited
     return Recipe(build, most=most)
 
 
@@ -94,7 +94,7 @@ def _grouped(values: Iterator[str], size: int) -> Iterator[tuple[str, ...]]:
 
 
 def _words(form: Form, keys: list[str], one: bool) -> tuple[str, str, str]:
-    """Instruction, question and the answer's first words; in the singular for one value."""
+    """Instruction, question and the answer's first words; singular for one value."""
     query = keys[0] if len(keys) == 1 else ", ".join(keys[:-1]) + f", and {keys[-1]}"
     what = form.value[:-1] if one else form.value
     some, are, are_all = ("A", "is", "is") if one else ("Some", "are", "are all")

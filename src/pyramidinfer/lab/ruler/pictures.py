@@ -21,8 +21,8 @@ TITLES = {"inside": "question inside the compressed prompt", "after": "question 
 
 
 def draw_scores(means: Sequence[Row], path: Path) -> Path:
-    """Mean score over KV bytes, a line a policy and kv dtype, a row a length, a column a
-    protocol."""
+    """Mean score over KV bytes: one line per policy and kv dtype, one row per length, one column
+    per protocol."""
     lengths = sorted({row["length"] for row in means})
     protocols = [each for each in TITLES if any(row["protocol"] == each for row in means)]
     names = list(dict.fromkeys(_method(row) for row in means if not is_reference(row)))
@@ -61,7 +61,7 @@ def draw_scores(means: Sequence[Row], path: Path) -> Path:
 
 
 def _method(row: Row) -> str:
-    """A series' name without a ``keep`` of the policy's own."""
+    """A series' name without the policy's ``keep``."""
     return re.sub(r"(:)keep=[^, ]*,|[:,]keep=[^, ]*", r"\1", series(row))
 
 
@@ -75,8 +75,8 @@ def _line(axis: Any, rows: list[Row], look: dict[str, Any], name: str) -> None:
 
 
 def draw_tasks(rows: Sequence[Row], screen: float, path: Path) -> Path:
-    """Score of every task (across) under every policy and keep (down); a panel a protocol and
-    length.  Tasks that the full cache fails have its score only."""
+    """Score of every task (across) under every policy and keep (down); one panel per protocol and
+    length.  Tasks on which the full cache fails show its score only."""
     panels = list(dict.fromkeys((row["length"], row["protocol"]) for row in rows))
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     lines = list(dict.fromkeys((series(row), row["keep"]) for row in rows))
@@ -111,7 +111,7 @@ def draw_tasks(rows: Sequence[Row], screen: float, path: Path) -> Path:
         axis.set_title(title, loc="left", fontsize=10)
         figure.colorbar(image, ax=axis, shrink=0.7)
     figure.supxlabel(
-        f"RULER score; not asked where the full cache has less than {screen:g}",
+        f"RULER score; blank if the full cache has less than {screen:g}",
         fontsize=8.5,
     )
     return save(figure, path)

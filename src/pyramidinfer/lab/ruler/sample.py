@@ -1,4 +1,4 @@
-"""What a RULER task asks, how an answer is scored, and how a text is made as long as wanted.
+"""A RULER task's sample, the score of an answer, and the fit of a text to a length.
 
 After RULER (Hsieh et al. 2024, arXiv 2404.06654; NVIDIA/RULER): the length of a sample counts its
 text, the answer's first words and the tokens that may be generated.  An answer scores the mean
@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 __all__ = ["Recipe", "Sample", "TooShort", "fill", "find_size"]
 
-#: A text is long enough when so small a share of the room is left.
+#: A text is long enough if at most this share of the room is left.
 SLACK = 0.01
-#: The tokenizer is asked so often at most for one sample, twice aside.
+#: Maximum calls of the tokenizer for one sample, not counting two.
 STEPS = 12
 
 
@@ -23,8 +23,9 @@ STEPS = 12
 class Sample:
     """One question.
 
-    context : instruction, worked example and haystack; what may be compressed before the question.
-    question : what follows it, beginning with the newline that separates them.
+    context : instruction, worked example and haystack; the part that may be compressed before the
+    question.
+    question : the rest, starting with the newline that separates them.
     answer : the first words of the answer, given to the model.
     """
 
@@ -40,8 +41,8 @@ class Sample:
         return self.context + self.question + self.answer
 
     def score(self, said: str) -> float:
-        """Share of the references found in what was said, whatever the case; for ``qa`` 1 if any
-        is."""
+        """Share of the references found in the answer, ignoring case; for ``qa``, 1 if any is
+        found."""
         said = said.lower()
         found = [reference.lower() in said for reference in self.references]
         if self.task.startswith("qa_"):
@@ -51,8 +52,8 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """A sample of any size: ``build(size)`` gives the same for the same size, and more of the same
-    for a larger one.  Sizes go from ``least`` to ``most`` (None: without end)."""
+    """A sample of any size: ``build(size)`` is deterministic, and a larger size extends the
+    same sample.  Sizes go from ``least`` to ``most`` (None: no limit)."""
 
     build: Callable[[int], Sample]
     least: int = 1
@@ -60,7 +61,7 @@ class Recipe:
 
 
 class TooShort(Exception):
-    """Even the smallest sample has more tokens (``needed``) than there may be."""
+    """Even the smallest sample has more tokens (``needed``) than allowed."""
 
     def __init__(self, needed: int) -> None:
         super().__init__(needed)
@@ -78,8 +79,8 @@ def fill(recipe: Recipe, length: int, count_tokens: Callable[[str], int]) -> Sam
 
 
 def find_size(cost: Callable[[int], int], least: int, most: int | None, room: int) -> int:
-    """The largest size whose cost is at most ``room``, or one within 1 % of it; costs grow about
-    evenly, so a straight line through two of them finds it in a few steps."""
+    """The largest size whose cost is at most ``room``, or one within 1 % of it; costs grow
+    about linearly, so linear interpolation finds it in a few steps."""
     low, low_cost = least, cost(least)
     if low_cost > room:
         raise TooShort(low_cost)

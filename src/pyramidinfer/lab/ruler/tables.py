@@ -1,4 +1,4 @@
-"""What ``study ruler`` prints: means over tasks, a line a policy and keep."""
+"""The output of ``study ruler``: means over tasks, one line per policy and keep."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["means_table"]
 
 
 def means_table(means: Sequence[Row]) -> Table:
-    """Score of both protocols with its interval, and what it took, by length."""
+    """Score of both protocols with its interval, and its cost, by length."""
     table = Table(title="RULER: mean score over tasks [95 % interval]")
     for column in ("tokens", "policy", "keep", "KV kept", "computed", *PROTOCOLS):
         if column == "policy":
@@ -36,10 +36,10 @@ def means_table(means: Sequence[Row]) -> Table:
             *(_score(found.get(protocol)) for protocol in PROTOCOLS),
         )
     if not means:
-        table.caption = "the full cache can do none of the tasks on this model: nothing to compare"
+        table.caption = "the full cache solves none of the tasks on this model: nothing to compare"
     left_out = sorted({task for row in means for task in row["left_out"]})
     if left_out:
-        table.caption = f"the full cache cannot do, so left out: {', '.join(left_out)}"
+        table.caption = f"left out, because the full cache fails on them: {', '.join(left_out)}"
     return table
 
 

@@ -1,8 +1,8 @@
 """RULER's thirteen tasks (Hsieh et al. 2024, arXiv 2404.06654), made without a download.
 
-Needles in haystacks, variable tracing and counting words are RULER's own, after its definitions
-(NVIDIA/RULER).  Its two tasks of question answering use SQuAD and HotpotQA; ours are of the same
-form on invented facts, and have names of their own (``qa_facts_1``, ``qa_facts_2``).
+Needles in haystacks, variable tracing and counting words follow RULER's definitions (NVIDIA/RULER).
+Its two question answering tasks use SQuAD and HotpotQA; ours have the same form with invented
+facts, and their own names (``qa_facts_1``, ``qa_facts_2``).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pyramidinfer.lab.ruler.sample import Recipe, Sample, TooShort, fill
 
 __all__ = ["TASKS", "Haystack", "Sample", "check_task", "make_samples"]
 
-#: Task, generator of random numbers, length and haystack to a sample of any size.
+#: From task, random number generator, length and haystack to a sample of any size.
 Maker = Callable[[str, random.Random, int, Haystack], Recipe]
 MAKERS: dict[str, Maker] = {
     **dict.fromkeys(FORMS, niah),
@@ -33,12 +33,12 @@ TASKS: tuple[str, ...] = tuple(MAKERS)
 
 
 def check_task(name: str) -> None:
-    """``ValueError`` for a task that there is not, with the name that is nearest to it."""
+    """``ValueError`` with the nearest name for an unknown task."""
     if name in MAKERS:
         return
     near = difflib.get_close_matches(name, TASKS, 1, 0.4)
     meant = f"did you mean {near[0]!r}? " if near else ""
-    raise ValueError(f"there is no task {name!r}: {meant}Tasks are {', '.join(TASKS)}")
+    raise ValueError(f"unknown task {name!r}: {meant}Tasks are {', '.join(TASKS)}")
 
 
 def make_samples(
@@ -49,13 +49,13 @@ def make_samples(
     count_tokens: Callable[[str], int],
     text: Haystack,
 ) -> list[Sample]:
-    """Samples of a task, each as long as goes into ``length`` tokens, those of the answer included.
+    """Samples of a task, each as long as fits into ``length`` tokens, including the answer.
 
-    The i-th is the same for the same task, length, seed and text, however many are made.
+    The i-th sample depends only on task, length, seed and text, not on ``count``.
     """
     check_task(task)
     if count < 1:
-        raise ValueError(f"{count} samples are wanted: choose 1 or more --samples")
+        raise ValueError(f"{count} samples requested: choose 1 or more --samples")
     found = []
     for i in range(count):
         rng = random.Random(f"{task} {length} {seed} {i}")
@@ -63,7 +63,7 @@ def make_samples(
             found.append(fill(MAKERS[task](task, rng, length, text), length, count_tokens))
         except TooShort as error:
             raise ValueError(
-                f"task {task} needs at least {error.needed} tokens; {length} are given: choose "
+                f"task {task} needs at least {error.needed} tokens; got {length}: choose "
                 "longer --lengths"
             ) from None
     return found

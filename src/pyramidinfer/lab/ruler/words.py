@@ -1,7 +1,7 @@
 """Words for keys, lists and coded texts.
 
-RULER draws its words from the ``wonderwords`` package.  Here keys are made of two short lists of
-our own, and the numbered lists of common words of the vocabulary of Python's documentation.
+RULER draws its words from the ``wonderwords`` package.  Here, keys come from two short lists of our
+own, and the numbered lists of common words from the vocabulary of Python's documentation.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def coded(rng: random.Random, letters: int, alphabet: str) -> str:
 
 
 def unlike(draw: Callable[[], str]) -> Iterator[str]:
-    """Draws without end, none twice."""
+    """An endless source of draws without repetition."""
     seen: set[str] = set()
     while True:
         found = draw()
@@ -85,8 +85,8 @@ def word_keys(rng: random.Random) -> Callable[[], str]:
 @lru_cache(maxsize=1)
 def english_words() -> tuple[str, ...]:
     """The words of 3 to 10 lowercase letters in Python's documentation (``pydoc_data.topics``),
-    sorted: some 2,500, the same for the same Python."""
-    from pydoc_data.topics import topics  # half a megabyte, wanted by few
+    sorted: about 2,500, the same for the same Python version."""
+    from pydoc_data.topics import topics  # half a megabyte, rarely needed
 
     text = "\n".join(topics.values())
     return tuple(sorted(set(re.findall(r"(?<!\w)[a-z]{3,10}(?!\w)", text))))
