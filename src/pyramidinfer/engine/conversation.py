@@ -117,7 +117,10 @@ class Names:
 
     def realm(self, request: Request, of_prefix: bool = False) -> str:
         """What those requests are known by that may take up this one's cache, or its prefix."""
-        owner, *rest = request.realm
+        return self.realm_of(*request.realm, of_prefix=of_prefix)
+
+    def realm_of(self, owner: str, *rest: str, of_prefix: bool = False) -> str:
+        """``realm`` of requests with this one, a tuple as ``Request.realm`` gives it."""
         if of_prefix and self.shares:
             return self.owner(json.dumps(rest))
         return self.owner(json.dumps([owner, *rest]) if any(rest) else owner)
