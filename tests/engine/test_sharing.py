@@ -14,8 +14,9 @@ import torch
 from pyramidinfer import SamplingParams
 from pyramidinfer.config import EngineConfig
 from pyramidinfer.engine import Engine
+from pyramidinfer.engine.recompress import Recompressor
 from pyramidinfer.engine.request import Request
-from pyramidinfer.policies import Lossless, Policy
+from pyramidinfer.policies import KVzip, Lossless, Policy
 from tests.engine.build import build, policy_named
 from tests.engine.serving import NAMES, finish, queue, start, step, talk
 from tests.tiny import random_prompt, tiny_model
@@ -270,6 +271,27 @@ def test_a_prefix_of_a_model_with_windows_or_two_regimes(family: str) -> None:
     assert [each.reused for each in asked] == [0, 40]
     for each in asked:
         assert each.output == talk(fresh, each.prompt, owner=None).output
+
+
+def test_a_held_prefix_is_not_recompressed() -> None:
+    """Answers are the same whether it was held for a while or is taken in anew; the conversation
+    that began with it is chosen anew."""
+    engine, fresh = start("full"), start("full")
+    system, cut = random_prompt(1, 60), policy_named("snapkv")
+    options: dict[str, Any] = {"policy": cut, "prefix": len(system)}
+    ask(engine, begin_with(1, 9, system), **options)
+    finish(engine)
+    idle = Recompressor(engine.shared, engine.conversations, KVzip(min_text=1))
+    while idle.step():
+        engine.pool.check()
+    assert idle.done == 1
+    for number in range(2, 6):
+        prompt = begin_with(number, 9, system)
+        again = ask(engine, prompt, **options)
+        anew = ask(fresh, prompt, **{**options, "owner": None})
+        finish(engine)
+        finish(fresh)
+        assert (again.reused, again.output) == (len(system), anew.output)
 
 
 def test_a_prefix_moves_down_and_comes_back(tmp_path: Path) -> None:

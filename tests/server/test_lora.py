@@ -79,17 +79,26 @@ def test_models_are_listed_as_vllm_lists_them(live: Live, folders: dict[str, str
 
 
 def test_conversations_of_one_adapter_are_not_anothers(live: Live) -> None:
-    def cached(text: str, model: str) -> tuple[int, str]:
-        body: dict[str, Any] = live.chat(text, model=model, max_tokens=6).json()
-        used = body["usage"]["prompt_tokens_details"]["cached_tokens"]
-        return used, body["choices"][0]["message"]["content"]
-
-    _, said = cached(PROMPT * 4, "first")
-    turns = (PROMPT * 4, said, "and then")
+    """Of another one it shares the beginning of all chats at most."""
+    text = "Once there was Ada. " * 8
+    told: dict[str, Any] = live.chat(text, model="first", max_tokens=6).json()
+    turns = (text, told["choices"][0]["message"]["content"], "and then")
     for model, expected in (("second", False), ("tiny", False), ("first", True)):
         answer = live.chat(*turns, model=model).json()
         used = answer["usage"]["prompt_tokens_details"]["cached_tokens"]
-        assert bool(used) == expected, model
+        assert (used > told["usage"]["prompt_tokens"] // 2) == expected, model
+
+
+def test_survival_is_told_of_the_adapters_own_conversation(live: Live) -> None:
+    text = PROMPT * 6
+    said = live.chat(text, model="first", max_tokens=6).json()["choices"][0]["message"]["content"]
+    roles = ("user", "assistant")
+    turns = [
+        {"role": role, "content": each} for role, each in zip(roles, (text, said), strict=True)
+    ]
+    for model, status in (("second", 404), ("tiny", 404), ("first", 200)):
+        answer = live.http.post("/v1/caches/survival", json={"model": model, "messages": turns})
+        assert answer.status_code == status, (model, answer.text)
 
 
 def test_metrics_name_the_adapters(live: Live) -> None:

@@ -89,6 +89,20 @@ def test_an_answer_is_the_chats(live: Live, client: openai.OpenAI) -> None:
     assert usage["output_tokens_details"] == {"reasoning_tokens": 0}
 
 
+def test_caches_are_for_answers_of_the_same_salt(client: openai.OpenAI) -> None:
+    def cached(salt: str) -> int:
+        told = client.responses.create(
+            model="demo-model",
+            input=f"Salted . {FACT * 4}",
+            max_output_tokens=1,
+            extra_body={"cache_salt": salt, "compression": {"policy": "full"}},
+        )
+        assert told.usage is not None
+        return told.usage.input_tokens_details.cached_tokens
+
+    assert [cached("one") > 0, cached("two") > 0, cached("one") > 0] == [False, False, True]
+
+
 def test_a_conversation_goes_on_here(live: Live, client: openai.OpenAI) -> None:
     """The next turn finds text and cache of the last one; the same as if all had been sent."""
     first = client.responses.create(model="demo-model", input=FACT, temperature=0)

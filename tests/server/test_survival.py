@@ -92,6 +92,23 @@ def test_nobody_else_is_told(live: Live) -> None:
     assert survival(live, turns, "mallory").status_code == 401
 
 
+def test_what_a_request_would_take_up_is_told(live: Live) -> None:
+    """One with another salt, or whose beginning was taken in alone, takes up other caches."""
+    cut = {"compression": {"policy": "snapkv", "keep": 0.3}}
+    begun = {"compression": {"policy": "snapkv", "keep": 0.3, "prefix": 1}}
+    turns = [{"role": "user", "content": "The harp is there . " * 20}] * 2
+    asked: list[dict[str, Any]] = [cut, {**cut, "cache_salt": "mine"}, begun]
+    ids = set()
+    for body in asked:
+        whole = {**body, "add_generation_prompt": True}
+        assert survival(live, turns, **whole).status_code == 404
+        post(live, "chat/completions", messages=turns, max_tokens=1, temperature=0, **body)
+        found = survival(live, turns, **whole)
+        assert found.status_code == 200, found.text
+        ids.add(found.json()["id"])
+    assert len(ids) == len(asked)
+
+
 @pytest.mark.parametrize(
     ("body", "part"),
     [

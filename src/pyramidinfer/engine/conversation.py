@@ -119,7 +119,10 @@ class Names:
 
     def realm(self, request: Request, of_prefix: bool = False) -> str:
         """The digest that is common to requests that may reuse this one's cache, or its prefix."""
-        owner, *rest = request.realm
+        return self.realm_of(*request.realm, of_prefix=of_prefix)
+
+    def realm_of(self, owner: str, *rest: str, of_prefix: bool = False) -> str:
+        """``realm`` of requests with this realm, a tuple as ``Request.realm`` returns it."""
         if of_prefix and self.shares:
             return self.owner(json.dumps(rest))
         return self.owner(json.dumps([owner, *rest]) if any(rest) else owner)

@@ -161,6 +161,8 @@ class Recompression:
         old = held.policy
         if old.reads_again or old.uses_scores or old.streams:
             raise ValueError(f"entries of policy {old.name!r} cannot be exchanged")
+        if held.prefix == held.table.seen_len:
+            raise ValueError("others go on from this prefix as from one that they take in anew")
         if held.table.seen_len < reader.min_text:
             raise ValueError(f"its text has fewer than {reader.min_text} tokens")
         found = _look(self.shared, held, layers, protected)

@@ -13,13 +13,28 @@ from pyramidinfer.cache import Exported
 from pyramidinfer.config import accumulate_dtype
 from pyramidinfer.engine.memory import Cost
 from pyramidinfer.engine.text import Detokenizer
+from pyramidinfer.models.adapters import Adapter
 from pyramidinfer.models.batch import Prefill, Sequence
 from pyramidinfer.types import KVUsage, Logprob, SamplingParams, TokenIds
 
-__all__ = ["Constraint", "Drafting", "Preempted", "Request", "Scoring", "Status", "Times"]
+__all__ = [
+    "Constraint",
+    "Drafting",
+    "Preempted",
+    "Request",
+    "Scoring",
+    "Status",
+    "Times",
+    "realm_of",
+]
 
 #: A request's status: not queued yet, in one of the scheduler's queues, or finished.
 Status = Literal["made", "waiting", "prefilling", "running", "preempted", "finished"]
+
+
+def realm_of(owner: str, salt: str, adapter: Adapter | None) -> tuple[str, ...]:
+    """Whose caches a request may take up, the owner first: all with the same realm share them."""
+    return (owner, salt, adapter.mark if adapter else "")
 
 
 class Constraint(Protocol):
@@ -178,10 +193,9 @@ class Request(Sequence):
 
     @property
     def realm(self) -> tuple[str, ...]:
-        """The owner and salt of caches that it may reuse: requests with the same realm share
-        them."""
+        """See :func:`realm_of`."""
         assert self.owner is not None
-        return (self.owner, self.salt, self.adapter.mark if self.adapter else "")
+        return realm_of(self.owner, self.salt, self.adapter)
 
     @property
     def is_beginning(self) -> bool:

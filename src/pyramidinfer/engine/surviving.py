@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pyramidinfer.engine.conversation import Conversation
 from pyramidinfer.engine.engine import Engine
+from pyramidinfer.engine.request import realm_of
 from pyramidinfer.policies import Policy
 from pyramidinfer.types import TokenIds
 
@@ -30,19 +31,28 @@ class Survival(NamedTuple):
 
 
 def survival(
-    engine: Engine, owner: str, text: TokenIds, policy: Policy, columns: int
+    engine: Engine,
+    owner: str,
+    text: TokenIds,
+    policy: Policy,
+    columns: int,
+    lora: str | None = None,
+    salt: str = "",
+    prefix: int = 0,
 ) -> Survival | None:
     """What is held of the longest beginning of ``text`` that a request of this owner and policy
     would take up, in at most ``columns`` columns; None where there is none.  In the engine's
     thread.
 
+    ``lora``, ``salt`` and ``prefix`` are the request's, as :meth:`Engine.make` takes them.
     ``ValueError`` where it cannot be looked at: on disk, or on several ranks.
     """
     runner = engine.runner
     if runner.ranks.size * runner.stages.size > 1:
         raise ValueError("what survives can be looked at on one rank only")
     engine.conversations.poll()
-    found = _held(engine, owner, text, policy)
+    realm = realm_of(owner, salt, engine.adapter(lora))
+    found = _held(engine, realm, text, policy, prefix)
     if found is None:
         return None
     if found.place == "disk":
@@ -62,15 +72,17 @@ def survival(
     return Survival(found.id, found.length, width, layers)
 
 
-def _held(engine: Engine, owner: str, text: TokenIds, policy: Policy) -> Conversation | None:
-    """The longest text held of this owner and policy that the given one begins with."""
+def _held(
+    engine: Engine, realm: tuple[str, ...], text: TokenIds, policy: Policy, prefix: int
+) -> Conversation | None:
+    """The longest text held of this realm, policy and prefix that the given one begins with."""
     names, index = engine.conversations.names, engine.conversations.index
-    mine, mark = names.owner(owner), names.mark(policy)
+    mark = names.mark(policy)
     best = None
-    for digest in names.digests(mine, text, index.lengths(len(text) + 1)):
+    for digest in names.digests(names.realm_of(*realm), text, index.lengths(len(text) + 1)):
         for one in index.at(digest):
             same = one.mark == mark if one.policy is None else one.policy == policy
-            if one.owner == mine and same:
+            if one.prefix == prefix and same:
                 best = one
     return best
 

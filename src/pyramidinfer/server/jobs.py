@@ -101,7 +101,11 @@ class Jobs:
         wanted = body.max_completion_tokens or body.max_tokens
         top = (body.top_logprobs or 0) if body.logprobs else None
         prefix = self._prefix(
-            body, prompt, len(body.messages), partial(self._rendered_with, body), "messages"
+            body.compression,
+            prompt,
+            len(body.messages),
+            partial(self._rendered_with, body),
+            "messages",
         )
         leader = self._request(body, prompt, wanted, top, owner, prefix)
         return Job(body, [leader], reader=self.forms.reader(body, prompt))
@@ -120,7 +124,11 @@ class Jobs:
                 ids = prompt
             self._checked(ids, "prompt")
             prefix = self._prefix(
-                body, ids, len(prompt), partial(self._encoded_with, body, prompt), "prompt"
+                body.compression,
+                ids,
+                len(prompt),
+                partial(self._encoded_with, body, prompt),
+                "prompt",
             )
             leader = self._request(
                 body, ids, body.max_tokens or int(drop) or None, body.logprobs, owner, prefix
@@ -138,6 +146,20 @@ class Jobs:
         text = body.prompt or ""
         self._check_length(text, "prompt")
         return self.prompts.encode(text, body.add_special_tokens)
+
+    def begun(self, body: TokenizeRequest, compression: Compression | None) -> tuple[TokenIds, int]:
+        """``tokens`` of a body, and how many of them ``compression`` has taken in alone."""
+        tokens = self.tokens(body)
+        if body.messages is None:
+            text = body.prompt or ""
+            tokens_with = partial(self._encoded_with, body, text)
+            return tokens, self._prefix(compression, tokens, len(text), tokens_with, "prompt")
+        size, tokens_with = len(body.messages), partial(self._rendered_with, body)
+        return tokens, self._prefix(compression, tokens, size, tokens_with, "messages")
+
+    def lora(self, model: str | None) -> str | None:
+        """The adapter that a body's ``model`` names, None for the model alone."""
+        return model if model in self.engine.adapters else None
 
     def text(self, body: Detokenize) -> str:
         """The text of a body's tokens; no more of them than a request may have."""
@@ -165,7 +187,7 @@ class Jobs:
 
     def _prefix(
         self,
-        body: Generation,
+        compression: Compression | None,
         prompt: TokenIds,
         size: int,
         tokens_with: Callable[[int, str], TokenIds],
@@ -177,7 +199,7 @@ class Jobs:
             behind them.  What is common to all texts behind them is the prefix, so that it is the
             same for every request that begins with these items.
         """
-        count = body.compression.prefix if body.compression else None
+        count = compression.prefix if compression else None
         if count is None:
             return 0
         if count >= size:
@@ -202,14 +224,21 @@ class Jobs:
             )
         return min(common, len(prompt) - 1)
 
-    def _rendered_with(self, body: ChatRequest, count: int, text: str) -> TokenIds:
+    def _rendered_with(
+        self, body: ChatRequest | TokenizeRequest, count: int, text: str
+    ) -> TokenIds:
         """Token ids of a chat's first messages and another text in the place of the next one's."""
         changed = {"content": text, "tool_calls": None}
-        messages = [*body.messages[:count], body.messages[count].model_copy(update=changed)]
+        given = body.messages or []
+        messages = [*given[:count], given[count].model_copy(update=changed)]
         return self._rendered(body.model_copy(update={"messages": messages}), generate=False)
 
     def _encoded_with(
-        self, body: CompletionRequest, prompt: str | TokenIds, count: int, text: str
+        self,
+        body: CompletionRequest | TokenizeRequest,
+        prompt: str | TokenIds,
+        count: int,
+        text: str,
     ) -> TokenIds:
         """Token ids of a prompt's first characters and another text behind them; of token ids the
         first ones."""
@@ -246,7 +275,7 @@ class Jobs:
                 policy=policy,
                 samples=body.n or 1,
                 owner=owner,
-                lora=body.model if body.model in self.engine.adapters else None,
+                lora=self.lora(body.model),
                 prefix=prefix,
                 salt=body.cache_salt or "",
             )

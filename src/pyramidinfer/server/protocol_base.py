@@ -14,6 +14,7 @@ from pydantic import (
 )
 
 __all__ = [
+    "CacheSalt",
     "Compression",
     "Generation",
     "JsonSchema",
@@ -143,6 +144,9 @@ class StructuredOutputs(Strict):
     json_object: bool | None = None
 
 
+CacheSalt = Annotated[str, Field(min_length=1)] | None
+
+
 class Generation(Strict):
     """What both endpoints take."""
 
@@ -169,7 +173,7 @@ class Generation(Strict):
     skip_special_tokens: bool = True
     prompt_logprobs: Annotated[int, Field(ge=0)] | None = None
     structured_outputs: StructuredOutputs | None = None
-    cache_salt: Annotated[str, Field(min_length=1)] | None = None
+    cache_salt: CacheSalt = None
     # what structured_outputs was before
     guided_json: dict[str, Any] | str | None = None
     guided_regex: str | None = None

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag, TypeAdapter, model_validator
 
 from pyramidinfer.server.protocol import MANY_TOOLS, Effort, FunctionCalled, FunctionName
-from pyramidinfer.server.protocol_base import Compression, Strict
+from pyramidinfer.server.protocol_base import CacheSalt, Compression, Strict
 
 __all__ = [
     "FunctionCallItem",
@@ -241,6 +241,7 @@ class ResponseRequest(Strict):
     service_tier: Literal["auto", "default"] | None = None
     # ours
     chat_template_kwargs: dict[str, Any] | None = None
+    cache_salt: CacheSalt = None
     compression: Compression | None = None
 
     @model_validator(mode="after")

@@ -113,6 +113,7 @@ def chat_of(body: ResponseRequest, items: Sequence[Item]) -> ChatRequest:
         "tool_choice": _choice(body),
         "parallel_tool_calls": body.parallel_tool_calls,
         "chat_template_kwargs": body.chat_template_kwargs,
+        "cache_salt": body.cache_salt,
         "compression": body.compression,
     }
     try:

@@ -12,7 +12,7 @@ from pyramidinfer.engine.surviving import Survival, survival
 from pyramidinfer.server.errors import ApiError
 from pyramidinfer.server.prompts import Prompts
 from pyramidinfer.server.protocol import TokenizeRequest
-from pyramidinfer.server.protocol_base import Compression
+from pyramidinfer.server.protocol_base import CacheSalt, Compression
 from pyramidinfer.server.service import Service
 from pyramidinfer.types import TokenIds
 
@@ -23,14 +23,15 @@ MOST_COLUMNS = 1024
 
 
 class SurvivalRequest(TokenizeRequest):
-    """A conversation so far, its last answer included, under the compression that it was asked
-    with.
+    """A conversation so far, its last answer included, with the ``model``, ``cache_salt`` and
+    compression that it was asked with.
 
     ``columns``: into how many the text is cut at most, each of as many tokens as the others.
     """
 
     add_generation_prompt: bool = False
     compression: Compression | None = None
+    cache_salt: CacheSalt = None
     columns: Annotated[int, Field(ge=1, le=MOST_COLUMNS)] = 512
 
 
@@ -47,10 +48,11 @@ def add_survival(app: FastAPI, service: Service, errors: dict[int | str, dict[st
                 400, "compression: with reuse=false no cache is held", param="compression"
             )
         policy, owner = jobs.policy(body.compression), request.scope["owner"]
-        tokens = await service.prepare(jobs.tokens, body)
+        tokens, prefix = await service.prepare(jobs.begun, body, body.compression)
+        lora, salt = jobs.lora(body.model), body.cache_salt or ""
         try:
             found = await service.inside(
-                lambda: survival(engine, owner, tokens, policy, body.columns)
+                lambda: survival(engine, owner, tokens, policy, body.columns, lora, salt, prefix)
             )
         except ValueError as error:
             raise ApiError(400, str(error)) from None
