@@ -110,9 +110,7 @@ def test_queries_and_alerts_name_metrics_there_are(live: Live) -> None:
 
 def test_every_field_of_a_request_is_listed() -> None:
     listed = {
-        name
-        for row in rows(section("OpenAI API"))
-        for name in re.findall(r"`(\w+)`", row[0])
+        name for row in rows(section("OpenAI API")) for name in re.findall(r"`(\w+)`", row[0])
     }
     fields = ChatRequest.model_fields.keys() | CompletionRequest.model_fields.keys()
     assert listed == set(fields)
