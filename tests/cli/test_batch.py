@@ -111,7 +111,7 @@ def test_a_mixed_file(tmp_path: Path) -> None:
     assert code == 1 and out == ""
     told = run("batch", "--help")[1]
     assert "Exit code" in told and "some answers are errors" in told
-    assert "10 requests could not be answered; their lines say why" in err
+    assert "10 requests could not be answered; their lines have the errors" in err
     found = answers(target)
     assert len(found) == 16
     status = {name: each["response"]["status_code"] for name, each in found.items()}

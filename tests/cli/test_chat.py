@@ -39,7 +39,7 @@ def taken_up(told: list[str]) -> list[int]:
 def test_a_conversation() -> None:
     said, told = chat(STORY, "Where is the map ?", "And now ?")
     assert len(said) == 3 and all(said[:2])  # it has nothing to say to the last one
-    assert "/help tells what else can be typed, Ctrl-D leaves" in told[0]
+    assert "/help lists the commands, Ctrl-D leaves" in told[0]
     cached = taken_up(told)
     assert len(cached) == 3 and 0 == cached[0] < cached[1] < cached[2]
     llm = LLM(shipped_model())

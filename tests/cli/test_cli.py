@@ -164,7 +164,7 @@ def test_generate_lossless_says_what_full_says() -> None:
     assert 0 <= drafts["accepted"] <= drafts["drafted"] and drafts["verifications"] > 0
     told = " ".join(run(*lossless, text=prompt).stderr.split())
     assert f"lossless, {drafts['accepted']} of {drafts['drafted']} drafts accepted, " in told
-    assert "kept 100%" in told and "tokens a verification" in told
+    assert "kept 100%" in told and "tokens per verification" in told
 
 
 def test_generate_tells_where_positions_end() -> None:
@@ -184,7 +184,7 @@ def test_generate_tells_where_positions_end() -> None:
     entry = json.loads(done.stdout)
     assert entry["finish_reason"] == "length"
     left = len(entry["token_ids"])
-    assert f"50 tokens were asked for, and the model has positions for {left} " in done.stderr
+    assert f"50 tokens were requested, but the model's context leaves {left} " in done.stderr
 
 
 def test_chat_applies_the_template() -> None:
@@ -248,10 +248,10 @@ def test_inspect_is_the_policys_forecast() -> None:
     tight = run("inspect", "--policy", "pyramidinfer", "--keep", "0.09", "--prompt-len", "1000")
     assert "keep=0.09 cannot be reached at this prompt length" in tight.stdout
     short = run("inspect", "--keep", "0.3", "--prompt-len", "300").stdout
-    assert "texts shorter than min_context=1024 are given what 1024 tokens would be" in short
+    assert "texts below min_context=1024 tokens keep as many entries as 1024 tokens would" in short
     assert "the lowest is" not in short
     short = run("inspect", "--policy", "pyramidinfer", "--keep", "0.3", "--prompt-len", "50").stdout
-    assert "cannot be reached at this prompt length (min_context=64: shorter ones" in short
+    assert "cannot be reached at this prompt length (min_context=64: shorter texts" in short
     table = run(
         "inspect",
         "--model",
@@ -285,7 +285,9 @@ def test_inspect_of_sliding_layers(
     assert "of a full cache's entries kept after it: 1.000" in full
     text = shown("--policy", "streaming_llm", "--keep", "0.3")
     assert "cannot be reached" not in text
-    assert "layers hold no more than their sliding window; of the others' entries 0.3" in text
+    assert (
+        "layers hold at most their sliding window; of the entries of the other layers, 0.3" in text
+    )
     rows = json.loads(shown("--policy", "snapkv", "--keep", "0.5", "--json"))["layers"]
     assert max(row["bytes"] / row["full_bytes"] for row in rows) == 1
 
@@ -379,7 +381,7 @@ def test_inspect_counts_what_is_read_again(
     assert found["tokens_read_again"] == 1000 + len(llm.policy.question)  # type: ignore[attr-defined]
     table = shown()
     assert "mean share of the prompt computed: 2.0" in table and "kept after it: 0.300" in table
-    assert "cannot be reached" not in table and "are read behind the prompt" in table
+    assert "cannot be reached" not in table and "are read after the prompt" in table
 
 
 def test_demo_prints_a_table_and_draws(tmp_path: Path) -> None:
@@ -430,7 +432,7 @@ def test_demo_prints_a_table_and_draws(tmp_path: Path) -> None:
         (["generate", "--prompt", "x", "--kep", "0.4"], "No such option"),
         (["genrate"], "No such command 'genrate'"),
         (["generate", "--max-tokens", "many"], "Invalid value for '--max-tokens'"),
-        (["generate"], "give the prompt with --prompt TEXT or --prompt-file FILE"),
+        (["generate"], "give a prompt with --prompt TEXT or --prompt-file FILE"),
         (["generate", "--prompt-file", "no/such/file"], "cannot read --prompt-file"),
         (["generate", "--prompt", "x", "--model", GOLDEN], "needs a tokenizer"),
         (["generate", "--prompt", "x", "--model", GOLDEN, "--chat"], "has no chat template"),

@@ -229,7 +229,7 @@ def test_a_server_below_the_floor_does_not_open(
     assert said.out == "" and "retrieval, question inside" in said.err
     last = said.err.strip().splitlines()[-1]
     assert last.startswith("error: policy 'streaming_llm' keeps less than 0.8")
-    assert "nothing is served: choose another --policy" in last
+    assert "the server does not start: choose another --policy" in last
 
 
 def serve_verified(monkeypatch: pytest.MonkeyPatch, *words: str) -> tuple[list[Any], list[Any]]:

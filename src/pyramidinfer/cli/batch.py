@@ -1,11 +1,11 @@
 """``pyramidinfer batch``: a file of requests, in OpenAI's batch format.
 
-Every answer is one line, written whole and synced before the next.  Begun again, the command cuts
-off a line that was not finished when it was killed, and does what is missing.  Requests may come
-from a pipe, which is read once, into a temporary file.
+Every answer is one line, written whole and synced to disk before the next.  When run again, the
+command cuts off an unfinished line, and answers the rest.  Requests may come from a pipe, which is
+read once, into a temporary file.
 
-The exit code is 0 where every request was answered, 1 where all have their line and some of those
-hold an error (a second run does not try them again), and 2 where some have none.
+The exit code is 0 if every request was answered, 1 if all requests have a line and some lines hold
+an error (a second run does not retry them), and 2 if some requests have no line.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ def run_batch(
     model_name: str,
     generation_config: str = "auto",
 ) -> None:
-    """Answer what the target does not hold yet; exit code 1 where some answers are errors."""
+    """Answer the requests that have no line in the target; exit code 1 if some answers are
+    errors."""
     check_asked({}, generation_config)
     check_target(source, target)
     with open_requests(source) as requests:
@@ -57,7 +58,10 @@ def run_batch(
                 choice, requests, wanted, out, target, model_name, generation_config
             )
     if failed:
-        print(f"{failed} requests could not be answered; their lines say why", file=sys.stderr)
+        print(
+            f"{failed} requests could not be answered; their lines in the answers have the errors",
+            file=sys.stderr,
+        )
         raise typer.Exit(1)
 
 
@@ -70,9 +74,9 @@ def _answer_rest(
     model_name: str,
     generation_config: str,
 ) -> int:
-    """Go on where the target ends; how many answers are errors in all.
+    """Answer the requests that have no line yet; return the number of errors among all answers.
 
-    ``OSError`` where a request is left without an answer.
+    ``OSError`` if a request is left without an answer.
     """
     done, failed = take_up(out, target, requests, wanted)
     console = Console(stderr=True)
@@ -109,14 +113,14 @@ def _answer_rest(
         asyncio.run(_answer_all(service, lines, write, most))
     if left:
         raise OSError(
-            f"{requests.name!r} was changed meanwhile: {len(left)} requests that it had "
-            f"({min(left)!r}, say) have no answer; the same command goes on where it was"
+            f"{requests.name!r} was changed during the run: {len(left)} of its requests "
+            f"(such as {min(left)!r}) have no answer; run the same command again to answer them"
         )
     return failed
 
 
 async def _answer_all(service: Service, lines: Iterator[Line], write: Any, width: int) -> None:
-    """So many requests at a time, answers in the order in which they end."""
+    """Run a bounded number of requests at a time; answers in the order in which they end."""
     service.worker.start()
     running: set[asyncio.Task[dict[str, Any]]] = set()
     try:

@@ -19,7 +19,7 @@ __all__ = ["run_calibrate"]
 
 
 def run_calibrate(task: Task, output: Path | None, as_json: bool) -> None:
-    """Measure, write the model's profile anew, and say what was found."""
+    """Measure, rewrite the model's profile, and print the result."""
     if output is not None:
         check_target(output, "the profile")
     llm = task.subject.llm(Full())

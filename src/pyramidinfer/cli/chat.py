@@ -24,12 +24,12 @@ from pyramidinfer.types import SamplingParams
 
 __all__ = ["run_chat"]
 
-MAX_TOKENS = 256  # of an answer, where nobody says another
+MAX_TOKENS = 256  # default length of an answer
 HELP = """/reset        begin a new conversation
 /system TEXT  begin one with this system prompt
 /keep SHARE   change the budget of the policy
 /policy NAME  change the policy
-/exit         leave (also Ctrl-D); Ctrl-C stops an answer, arrow keys recall what was typed"""
+/exit         leave (also Ctrl-D); Ctrl-C stops an answer, arrow keys recall your input"""
 
 
 def run_chat(
@@ -45,14 +45,14 @@ def run_chat(
         raise ValueError(f"model {llm.name!r} has no chat template; use `pyramidinfer generate`")
     chosen = {"max_tokens": MAX_TOKENS, **defaults_of(llm, source), **asked}
     chat = _Chat(llm, SamplingParams(**chosen), system, sampling.chat_template_kwargs or {})
-    chat.note(f"{Path(llm.name).name}: /help tells what else can be typed, Ctrl-D leaves")
+    chat.note(f"{Path(llm.name).name}: /help lists the commands, Ctrl-D leaves")
     with history():
         while _turn(chat):
             pass
 
 
 def _turn(chat: _Chat) -> bool:
-    """Read a line and do what it says; False where it was the last one."""
+    """Read a line and carry it out; False if it was the last one."""
     is_terminal = sys.stdin.isatty()
     try:
         line = input("> " if is_terminal else "").strip()
@@ -79,7 +79,7 @@ def _turn(chat: _Chat) -> bool:
 
 
 class _Chat:
-    """A conversation, its policy, and what came of it."""
+    """A conversation, its policy, and its last result."""
 
     def __init__(
         self,
@@ -92,7 +92,7 @@ class _Chat:
         self.prompts = Prompts(llm.tokenizer, llm.engine.runner.vocab_size, template_kwargs)
         self.console = Console(stderr=True, highlight=False)
         self.lossless = llm.policy.guesses
-        self.keep: float | None = getattr(self._chosen, "keep", None)  # the last one there was
+        self.keep: float | None = getattr(self._chosen, "keep", None)  # of the last answer
         self.turns: list[Message] = []
         self.reset(system)
 
@@ -125,7 +125,7 @@ class _Chat:
 
     @property
     def _chosen(self) -> Policy:
-        """The policy that chooses what stays, or what guesses read."""
+        """The policy that chooses the kept entries, or those that drafts read."""
         return self.policy.chooser
 
     def _use(self, policy: Policy) -> None:
@@ -138,7 +138,7 @@ class _Chat:
         self.note(f"policy {self._chosen.name}{budget}" + ", lossless" * self.lossless)
 
     def say(self, line: str) -> None:
-        """One turn; Ctrl-C stops the answer, and what there is of it stays."""
+        """One turn; Ctrl-C stops the answer and keeps its text so far."""
         engine = self.llm.engine
         turns = [*self.turns, Message(role="user", content=line)]
         tokens = self.prompts.chat(turns)
@@ -160,7 +160,7 @@ class _Chat:
                 wrapped.write(shown[written:])
                 written = max(written, len(shown))
         except KeyboardInterrupt:
-            engine.abort(request)  # also where it came between two steps
+            engine.abort(request)  # also if it came between two steps
         finally:
             wrapped.end()
         if request.finish_reason == "abort":

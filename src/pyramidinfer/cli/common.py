@@ -1,4 +1,4 @@
-"""What the commands share."""
+"""Functions that the commands share."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import typer
 
-if TYPE_CHECKING:  # torch takes seconds, and --help needs none of it
+if TYPE_CHECKING:  # importing torch takes seconds, and --help does not need it
     from pyramidinfer.engine import LLM
     from pyramidinfer.policies import Policy
     from pyramidinfer.types import DraftUsage
@@ -29,7 +29,7 @@ __all__ = [
     "policy_from",
 ]
 
-#: What ``--help`` tells of the registry and of the backends, which are not imported for it.
+#: Names of policies and backends for ``--help``, which does not import them.
 POLICY_NAMES = (
     "chunkkv",
     "duo",
@@ -52,7 +52,7 @@ POLICY_NAMES = (
 BACKENDS = ("cpu", "reference", "triton")
 DEFAULT_POLICY = "pyramid"
 
-#: What each extra brings.
+#: The packages of each extra.
 EXTRAS = {
     "server": (
         "fastapi",
@@ -69,7 +69,7 @@ EXTRAS = {
 
 
 def check_asked(asked: Mapping[str, Any], generation_config: str) -> None:
-    """``ValueError`` for options of sampling that cannot be, before anything is loaded."""
+    """``ValueError`` for invalid sampling options, before anything is loaded."""
     from pyramidinfer.config import check_choice
     from pyramidinfer.types import SamplingParams
 
@@ -78,7 +78,7 @@ def check_asked(asked: Mapping[str, Any], generation_config: str) -> None:
 
 
 def defaults_of(llm: LLM, generation_config: str, log_format: str = "text") -> dict[str, Any]:
-    """The model's sampling defaults, told on standard error; none where they are switched off."""
+    """The model's sampling defaults, printed to standard error; none if they are switched off."""
     from pyramidinfer.server.logs import announce
 
     found = llm.sampling_defaults if generation_config == "auto" else {}
@@ -86,7 +86,7 @@ def defaults_of(llm: LLM, generation_config: str, log_format: str = "text") -> d
         shown = ", ".join(f"{name} {value:g}" for name, value in found.items())
         announce(
             f"sampling defaults of the model: {shown} (its generation_config.json; "
-            f"--generation-config none switches them off)",
+            f"--generation-config none ignores them)",
             log_format,
         )
     return found
@@ -94,9 +94,9 @@ def defaults_of(llm: LLM, generation_config: str, log_format: str = "text") -> d
 
 @contextmanager
 def plain_errors() -> Iterator[None]:
-    """A user's mistake is one line and exit code 2; Ctrl-C leaves what is done and exits 130.
+    """Print a user's error as one line and exit with code 2; Ctrl-C exits with code 130.
 
-    A ``RuntimeWarning`` (a slow fallback, say) is one line, told once.
+    A ``RuntimeWarning`` (such as a slow fallback) is one line, printed once.
     """
     try:
         with _plain_warnings():
@@ -162,31 +162,31 @@ def policy_from(
 
 
 def check_drafts(draft_tokens: int | None, lossless: bool) -> None:
-    """``ValueError`` for ``--draft-tokens`` where no request can be lossless."""
+    """``ValueError`` for ``--draft-tokens`` if no request can be lossless."""
     if draft_tokens is not None and not lossless:
         raise ValueError(
-            f"--draft-tokens {draft_tokens} has no effect without --lossless; give both or neither"
+            f"--draft-tokens {draft_tokens} has no effect without --lossless; set both or neither"
         )
 
 
 def check_profiling(policy: Policy, profile: bool) -> None:
-    """``ValueError`` for ``--no-profile`` where the policy asks for no head profile."""
+    """``ValueError`` for ``--no-profile`` if the policy needs no head profile."""
     from pyramidinfer.policies.base import asks_for_profile
 
     if not profile and not asks_for_profile(policy):
         raise ValueError(
-            f"--no-profile has no effect: policy {policy.name!r} asks for no head profile of the "
+            f"--no-profile has no effect: policy {policy.name!r} needs no head profile of the "
             f"model; leave it out"
         )
 
 
 def drafts_told(drafts: DraftUsage) -> str:
-    """What a lossless answer's guesses did, in a few words."""
+    """The drafts of a lossless answer, in a few words."""
     if not drafts.verifications:
         return "lossless, nothing drafted"
     return (
         f"lossless, {drafts.accepted} of {drafts.drafted} drafts accepted, "
-        f"{drafts.tokens_per_verification:.1f} tokens a verification"
+        f"{drafts.tokens_per_verification:.1f} tokens per verification"
     )
 
 

@@ -1,4 +1,4 @@
-"""Options from a YAML file, ``--config``; the command line and the environment go before it."""
+"""Options from a YAML file, ``--config``; the command line and the environment override it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def read_config(context: typer.Context, file: Path | None) -> Path | None:
     """Make a file's values the defaults of a command: a callback of typer.
 
     Keys are option names, ``kv-memory`` or ``kv_memory``.  ``ValueError`` for a key that is no
-    option, with the nearest, and for one that is given twice.
+    option, with the nearest name, and for a key that is given twice.
     """
     if file is None:
         return None
@@ -59,7 +59,7 @@ def _entries(file: Path) -> Mapping[Any, Any]:
 
 
 def _value(place: str, value: Any, repeated: bool) -> Any:
-    """As the command line would have it: a list as ``A,B`` or one by one, a mapping as JSON."""
+    """A value as on the command line: a list as ``A,B`` or one by one, a mapping as JSON."""
     if value is None:
         raise ValueError(f"{place} has no value; leave it out")
     if isinstance(value, dict):

@@ -32,12 +32,12 @@ from pyramidinfer.types import RequestOutput, Trace
 __all__ = ["run_demo"]
 
 SEED = 2024
-EXAMPLES = 3  # questions whose answers are shown
+EXAMPLES = 3  # number of questions whose answers are shown
 
 
 @dataclass(frozen=True, slots=True)
 class Usual:
-    """What is asked of a model where nothing else is said."""
+    """The default questions and memory for a model."""
 
     documents: int
     length: int
@@ -45,13 +45,13 @@ class Usual:
     keep: float
 
 
-#: The shipped model, and any other.
+#: Defaults of the shipped model and of any other.
 TOY, REAL = Usual(24, 2000, "64MiB", 0.3), Usual(15, 1500, "256MiB", 0.25)
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One way of answering: what came out and what it took."""
+    """One way of answering: its answers and its cost."""
 
     title: str
     outputs: list[RequestOutput]
@@ -63,7 +63,7 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """What is asked, of which model and in what memory.  ``model``: None is the shipped one."""
+    """Questions, model and memory of a demo.  ``model``: None is the shipped one."""
 
     model: str | None
     documents: int
@@ -83,7 +83,7 @@ class Ask:
 
     @property
     def text(self) -> str:
-        """Which text the documents are made of."""
+        """The text that the documents are made of."""
         return GENERATED if self.model is None else ENGLISH
 
     def questions(self, tokenizer: Any, seed: int, count: int, length: int) -> list[Question]:
@@ -139,10 +139,10 @@ def run_demo(model: str | None, asked: DemoOptions, engine: EngineConfig) -> Non
 
 
 def _engines(ask: Ask, loaded: LoadedModel, config: EngineConfig) -> Iterator[tuple[str, Engine]]:
-    """One engine a way and its title, the full cache's first.
+    """One engine and a title for each way, the full cache first.
 
-    On one rank all have the same weights; over several a way's ranks end before the next one's
-    begin.
+    On one rank all engines share the weights; with several ranks, the ranks of one way end before
+    those of the next begin.
     """
     ways = _ways(ask.keep, ask.model is None)
     if config.ranks == 1:
@@ -167,8 +167,8 @@ def _run(
     shown: Question,
     traces: list[tuple[str, Trace]],
 ) -> list[Run]:
-    """The questions one way after the other, and what each keeps of the prompt that is ``shown``;
-    the table of what is done, interrupted or not."""
+    """Answer the questions one way after the other, and record what each way keeps of the prompt
+    ``shown``; print the table of finished ways, also when interrupted."""
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -190,8 +190,8 @@ def _run(
 
 
 def _fetched(wanted: str) -> str | None:
-    """The model's name once it is here; None, with a line that says why, where it cannot be."""
-    find_entry(wanted)  # a name that is not known is a mistake, no missing network
+    """The model's name after the download; None, with a line that says why, if that fails."""
+    find_entry(wanted)  # an unknown name is an error of the user, not of the network
     try:
         fetch(wanted)
     except (ValueError, OSError) as error:
@@ -201,9 +201,9 @@ def _fetched(wanted: str) -> str | None:
 
 
 def _ways(keep: float, shipped: bool) -> list[tuple[str, Policy]]:
-    """Titles and policies: the full cache, the paper's rule, ours.
+    """Titles and policies: the full cache, the paper's rule, the default policy.
 
-    shipped : the model is the one the paper's own settings suit.
+    shipped : whether it is the shipped model, which the paper's settings suit.
     """
     rule = (f"paper's rule, keep {keep}", PyramidInfer(keep=keep))
     ours = (f"pyramid, keep {keep}", Pyramid(keep=keep))
@@ -213,7 +213,7 @@ def _ways(keep: float, shipped: bool) -> list[tuple[str, Policy]]:
 
 
 def _show_answers(console: Console, questions: Sequence[Question], runs: Sequence[Run]) -> None:
-    """What each way said to the first questions."""
+    """The answers of each way to the first questions."""
     for index, question in enumerate(questions[:EXAMPLES]):
         console.print(f"\n{question.asked} [dim]({question.wanted})[/dim]", highlight=False)
         for run in runs:
@@ -230,7 +230,7 @@ def _show_answers(console: Console, questions: Sequence[Question], runs: Sequenc
 
 
 def _verdict(runs: Sequence[Run]) -> str:
-    """What each way cost and saved against the first, in a line each."""
+    """Cost and savings of each way against the first, one line each."""
     first, whole, lines = runs[0], _figures(runs[0]), []
     for run in runs[1:]:
         found, same = _figures(run), sum(map(min, run.right, first.right))
@@ -249,7 +249,7 @@ def _answer(
     advance: Callable[[], None],
     runs: list[Run],
 ) -> None:
-    """All questions at once through one engine; interrupted, what is answered still counts."""
+    """All questions at once on one engine; if interrupted, finished answers still count."""
     requests = [engine.make(question.prompt, question.params) for question in questions]
     begun = time.monotonic()
     try:
@@ -269,7 +269,7 @@ def _answer(
 
 
 def _figures(run: Run) -> dict[str, float]:
-    """What the table says of a run."""
+    """The table row of a run."""
     count = len(run.outputs)
     new = sum(len(o.token_ids) for o in run.outputs)
     old = sum(len(o.prompt_token_ids) for o in run.outputs)

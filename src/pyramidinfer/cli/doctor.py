@@ -1,4 +1,4 @@
-"""``pyramidinfer doctor``: what this machine has, what is in use, and why."""
+"""``pyramidinfer doctor``: the machine's hardware, the kernels in use, and why."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 def run_doctor(as_json: bool) -> None:
-    """Print a report; whatever is missing is part of it, not an error."""
+    """Print a report; missing parts are reported, and are no errors."""
     with Console(stderr=True).status("building the CPU kernels, once …"):
         why_not()
     found = _report()
@@ -35,7 +35,7 @@ def run_doctor(as_json: bool) -> None:
         return
     table = Table(show_header=False)
     table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")  # a long path is shown whole
+    table.add_column(overflow="fold")  # so that long paths are not cut off
     for name, value in _rows(found):
         table.add_row(name, escape(value))
     Console(highlight=False).print(table)
@@ -78,7 +78,7 @@ def _compiler() -> str | None:
 
 
 def _kernels() -> dict[str, Any]:
-    """The C++ kernels: what they were built for and where they lie, or why there are none."""
+    """The C++ kernels: their instruction set and path, or why there are none."""
     if reason := why_not():
         return {"instructions": None, "path": None, "linears": [], "reason": reason}
     made = kernels()
@@ -93,7 +93,7 @@ def _kernels() -> dict[str, Any]:
 
 
 def _backend() -> dict[str, str | None]:
-    """What ``backend="auto"`` takes where ``device="auto"`` puts a model, and why."""
+    """The backend that ``backend="auto"`` selects on the device of ``device="auto"``, and why."""
     device = parse_device("auto")
     try:
         with warnings.catch_warnings():
@@ -117,7 +117,7 @@ def _gpus() -> list[dict[str, Any]]:
 
 
 def _huge_pages() -> str | None:
-    """``always``, ``madvise`` or ``never``; None where the system does not tell."""
+    """``always``, ``madvise`` or ``never``; None if the system does not say."""
     try:
         return HUGE_PAGES.read_text().partition("[")[2].partition("]")[0] or None
     except OSError:

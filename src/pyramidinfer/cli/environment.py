@@ -10,23 +10,24 @@ from pyramidinfer.server.settings import KEYS_VARIABLE
 __all__ = ["PREFIX", "check_variables", "register", "variable"]
 
 PREFIX = "PYRAMIDINFER_"
-#: Read elsewhere: keys, the cache folder, the chat's history.
+#: Variables that are no options: keys, the cache folder, the chat's history.
 OTHERS = {KEYS_VARIABLE, f"{PREFIX}CACHE", f"{PREFIX}CHAT_HISTORY"}
 _known: set[str] = set()
 
 
 def variable(flag: str) -> str:
-    """The variable of an option: ``--kv-memory`` has ``PYRAMIDINFER_KV_MEMORY``."""
+    """The variable of an option: ``PYRAMIDINFER_KV_MEMORY`` for ``--kv-memory``."""
     return PREFIX + flag.removeprefix("--").replace("-", "_").upper()
 
 
 def register(name: str) -> None:
-    """A variable that some command reads."""
+    """Register a variable that a command reads."""
     _known.add(name)
 
 
 def check_variables() -> None:
-    """``ValueError`` for a variable with our prefix that no command reads, with the nearest."""
+    """``ValueError`` with the nearest name for a ``PYRAMIDINFER_`` variable that no command
+    reads."""
     known = _known | OTHERS
     for name in sorted(os.environ):
         if name.startswith(PREFIX) and name not in known:

@@ -3,10 +3,10 @@
     @command(app)
     def throughput(plan: ThroughputPlan) -> None: ...
 
-has an option for every field of ``ThroughputPlan`` that says it is one, and of the dataclasses
-among its fields; the function is called with the plan filled in.  ``Annotated[EngineConfig,
-pick("kv_dtype", kv_memory="2GiB")]`` takes one of the fields, and has another value for a further
-one.  Parameters that are no dataclasses are typer's own.
+has an option for every field of ``ThroughputPlan`` that is annotated as one, and for those of the
+dataclasses among its fields; the function is called with the filled plan.
+``Annotated[EngineConfig, pick("kv_dtype", kv_memory="2GiB")]`` selects one field, and gives another
+field a new default.  Other parameters are passed to typer.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pyramidinfer.options import Field, Pick, option_fields, parse_words
 __all__ = ["command", "options_of"]
 
 KEYWORD = inspect.Parameter.KEYWORD_ONLY
-#: Types that typer reads by itself; of a union the first of them counts.
+#: Types that typer parses itself; the first of them in a union counts.
 PLAIN = (bool, Path, float, str, int)
 
 
@@ -36,7 +36,7 @@ def command(
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Register a function as a command.
 
-    variables : every option may be given as an environment variable ``PYRAMIDINFER_OPTION``, too.
+    variables : every option may also be given as an environment variable ``PYRAMIDINFER_OPTION``.
     """
 
     def add(function: Callable[..., None]) -> Callable[..., None]:
@@ -63,7 +63,7 @@ def _in_words(field: Field, default: Any) -> str:
 
 
 def _from_fields(function: Callable[..., None], variables: bool) -> Callable[..., None]:
-    """What typer sees in place of the function: one parameter an option."""
+    """The function that typer sees instead: one parameter for each option."""
     parameters = [inspect.Parameter("typer_context", KEYWORD, annotation=typer.Context)]
     builders, own = {}, []
     for parameter in inspect.signature(function, eval_str=True).parameters.values():
@@ -91,7 +91,7 @@ def _from_fields(function: Callable[..., None], variables: bool) -> Callable[...
 
 
 def _dataclass_of(hint: Any) -> tuple[Any, Pick]:
-    """The dataclass that a type hint names, and which of its fields; None for another type."""
+    """The dataclass that a type hint names, and the selected fields; None for other types."""
     extras: tuple[Any, ...] = ()
     if get_origin(hint) is Annotated:
         hint, *extras = get_args(hint)  # type: ignore[assignment]
@@ -100,7 +100,7 @@ def _dataclass_of(hint: Any) -> tuple[Any, Pick]:
 
 
 def _options(kind: Any, chosen: Pick) -> Iterator[tuple[Field, Any]]:
-    """Every option with its default, those of dataclasses among the fields included."""
+    """Every option with its default, including those of dataclasses among the fields."""
     known = option_fields(kind)
     for name, hint in get_type_hints(kind, include_extras=True).items():
         inner, inner_pick = _dataclass_of(hint)
@@ -111,7 +111,7 @@ def _options(kind: Any, chosen: Pick) -> Iterator[tuple[Field, Any]]:
 
 
 def _build(kind: Any, chosen: Pick, context: typer.Context, given: Mapping[str, Any]) -> Any:
-    """The dataclass, filled with what was given."""
+    """The dataclass, filled with the given values."""
     values, known = dict(chosen.values), option_fields(kind)
     for name, hint in get_type_hints(kind, include_extras=True).items():
         inner, inner_pick = _dataclass_of(hint)
@@ -124,12 +124,12 @@ def _build(kind: Any, chosen: Pick, context: typer.Context, given: Mapping[str, 
 
 
 def _name(field: Field) -> str:
-    """What typer calls it: ``--max-body`` is ``max_body``."""
+    """The option's name in typer: ``--max-body`` is ``max_body``."""
     return field.flags[0].removeprefix("--").replace("-", "_")
 
 
 def _value(field: Field, usual: Any, context: typer.Context, given: Mapping[str, Any]) -> Any:
-    """What the dataclass takes, of what typer read."""
+    """Convert a value parsed by typer to that of the dataclass."""
     name, option = _name(field), field.option
     value = given[name]
     if option.positional:
@@ -147,7 +147,7 @@ def _value(field: Field, usual: Any, context: typer.Context, given: Mapping[str,
 
 
 def _one_of_both(name: str, alone: Any, named: Any, context: typer.Context) -> Any:
-    """A value that stands alone goes before one of the environment or a file."""
+    """A positional value overrides one of the environment or a file."""
     source = context.get_parameter_source(f"{name}_option")
     if None not in (alone, named) and alone != named and source and source.name == "COMMANDLINE":
         raise ValueError(f"two {name}s are given, {alone!r} and --{name} {named!r}; leave one out")
@@ -179,7 +179,7 @@ def _elements(flag: str, text: str, kind: type) -> tuple[Any, ...]:
 
 
 def _parameters(field: Field, default: Any, variables: bool) -> Iterator[inspect.Parameter]:
-    """What typer needs to know of an option."""
+    """An option in typer's terms."""
     option, name, flags = field.option, _name(field), list(field.flags)
     kind, default = _plain(field, default)
     if kind is bool and default:
@@ -206,7 +206,7 @@ def _parameter(name: str, kind: Any, default: Any, told: Any) -> inspect.Paramet
 
 
 def _plain(field: Field, default: Any) -> tuple[Any, Any]:
-    """The type that typer reads, and the default in it."""
+    """The type that typer parses, and the default in that type."""
     option = field.option
     if option.inverted:
         return bool, not default

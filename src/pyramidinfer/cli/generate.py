@@ -47,8 +47,8 @@ def run_generate(choice: ModelChoice, sampling: SamplingOptions, what: PromptOpt
     assert output is not None
     if output.finish_reason == "length" and len(output.token_ids) < params.max_tokens:
         print(
-            f"warning: {params.max_tokens} tokens were asked for, and the model has positions for "
-            f"{len(output.token_ids)} behind this prompt",
+            f"warning: {params.max_tokens} tokens were requested, but the model's context leaves "
+            f"{len(output.token_ids)} after this prompt",
             file=sys.stderr,
         )
     if as_json:
@@ -68,7 +68,7 @@ def run_generate(choice: ModelChoice, sampling: SamplingOptions, what: PromptOpt
 
 def _read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
     if (prompt is None) == (prompt_file is None):
-        raise ValueError("give the prompt with --prompt TEXT or --prompt-file FILE")
+        raise ValueError("give a prompt with --prompt TEXT or --prompt-file FILE")
     if prompt is not None:
         return prompt
     assert prompt_file is not None
@@ -84,7 +84,7 @@ def _read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
 def _chat_ids(llm: LLM, text: str, options: Mapping[str, Any]) -> TokenIds:
     template = ChatTemplate(llm.tokenizer)
     if not template.exists:
-        raise ValueError(f"model {llm.name!r} has no chat template; leave --chat out")
+        raise ValueError(f"model {llm.name!r} has no chat template; leave out --chat")
     return template.ids([{"role": "user", "content": text}], options=options)
 
 

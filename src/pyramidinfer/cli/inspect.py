@@ -50,7 +50,7 @@ def run_inspect(
 ) -> None:
     """Print the forecast per layer: tokens computed, entries kept, bytes.
 
-    Those of the full cache are of 16 bits a number where ``kv_dtype`` has fewer.
+    Bytes of the full cache count 16 bits per number if ``kv_dtype`` has fewer.
     """
     prompt_len, max_tokens = asked.prompt_len, asked.max_tokens
     kv_dtype, weights = engine.kv_dtype, engine.weights
@@ -63,7 +63,7 @@ def run_inspect(
         folder = Path(check_path(find_model(model or shipped_model())))
         empty = coded_model(folder, empty.config, runner.dtype)
     weight_bytes = stored_bytes(empty, weights)
-    specs = runner.group_specs(kv_dtype)  # refuses at once
+    specs = runner.group_specs(kv_dtype)  # refuses an invalid value at once
     if isinstance(getattr(chosen, "profile", None), Profile):
         chosen.check(runner.layers_for(1))  # before weights are read
     path = model or shipped_model()
@@ -93,7 +93,7 @@ def run_inspect(
     in_pages = layout.bytes_of(cost.after_prefill.pages)
     overhead = cost.after_prefill.bytes - in_pages
     rows: list[dict[str, Any]] = []
-    caps = [  # sliding layers hold no more than this, whatever the policy
+    caps = [  # sliding-window layers hold at most this, under any policy
         longest if shape.window is None or governed else shape.window + page
         for shape, governed in zip(runner.shapes, layers.governed, strict=True)
     ]
@@ -101,7 +101,7 @@ def run_inspect(
     for layer, cap in enumerate(caps):
         kept, full = np.minimum(heads[layer], cap), min(longest, cap)
         together, pages = int(kept.sum()), int(layout.pages_for(kept).sum())
-        if forecast.total is not None:  # every head may have one page that is not full
+        if forecast.total is not None:  # each head may have one partly filled page
             together = min(together, forecast.total[layer])
             pages = min(pages, forecast.total[layer] // page + runner.kv_heads)
         rows.append(
@@ -153,10 +153,11 @@ def run_inspect(
 
 
 class _After(NamedTuple):
-    """What is kept once the prompt is in.
+    """Entries kept after prefill.
 
-    share : of a full cache's entries;  governed : of the entries of layers without a sliding
-    window;  budget : the mean over layers that ``keep`` is held to;  sliding : how many there are.
+    share : of the full cache's entries;  governed : of the entries of layers without a sliding
+    window;  budget : mean over the layers that ``keep`` applies to;  sliding : number of layers
+    with a sliding window.
     """
 
     share: float
@@ -170,9 +171,9 @@ class _After(NamedTuple):
     ) -> _After:
         forecast = policy.forecast(prompt_len, 0, layers)
         held = forecast.by_head(kv_heads).mean(1)
-        if forecast.total is not None:  # what a layer's heads hold together
+        if forecast.total is not None:  # entries of all heads of a layer
             held = np.minimum(held, np.array(forecast.total) / kv_heads)
-        if forecast.sum is not None:  # what the governed layers hold together
+        if forecast.sum is not None:  # entries of all governed layers
             rule = np.array(layers.governed)
             held[rule] = (forecast.sum / kv_heads - held[~rule].sum()) / rule.sum()
         full = np.minimum(caps, prompt_len)
@@ -183,7 +184,7 @@ class _After(NamedTuple):
 
 
 def _profile(model: str, dtype: str) -> Profile:
-    """The model's profile; kernels are built only where it has to be measured."""
+    """The model's profile; kernels are built only if it must be measured."""
     found = find_profile(_reference(model, dtype).shared)
     return found or ensure_profile(LLM(model, Full(), dtype=dtype).engine.shared)
 
@@ -193,8 +194,8 @@ def _reference(model: str, dtype: str) -> Engine:
 
 
 def _of_heads(kept: list[int], together: int) -> str:
-    """One number where all heads keep as many, else each head's, or of many the extremes; where
-    they share what they hold ``together``, the most of one and the mean."""
+    """One number if all heads keep the same, else the number of each head, or the range of many;
+    if the heads share the ``together`` entries, the maximum and the mean."""
     if together < sum(kept):
         return f"{max(kept)}, mean {together / len(kept):.0f}"
     if len(set(kept)) == 1:
@@ -205,14 +206,14 @@ def _of_heads(kept: list[int], together: int) -> str:
 
 
 def _why_more(policy: Policy, keep: float, prompt_len: int, share: float) -> str:
-    """Why a share above ``keep`` is kept."""
+    """The reason that more than ``keep`` is kept."""
     least = getattr(policy, "min_context", 0)
-    if hasattr(policy, "profile") and prompt_len < least:  # heads have limits of their own
+    if hasattr(policy, "profile") and prompt_len < least:  # heads have their own limits
         return (
-            f"keep={keep} is not reached at this prompt length: texts shorter than min_context="
-            f"{least} are given what {least} tokens would be, here {share:.3f}"
+            f"keep={keep} is not reached at this prompt length: texts below min_context="
+            f"{least} tokens keep as many entries as {least} tokens would, here {share:.3f}"
         )
-    why = f" (min_context={least}: shorter ones are cut less)" if prompt_len < least else ""
+    why = f" (min_context={least}: shorter texts are compressed less)" if prompt_len < least else ""
     return f"keep={keep} cannot be reached at this prompt length{why}; the lowest is {share:.3f}"
 
 
@@ -266,17 +267,19 @@ def _print(
     )
     if after.sliding:
         print(
-            f"{after.sliding} of {len(rows)} layers hold no more than their sliding window; "
-            f"of the others' entries {after.governed:.3f} are kept"
+            f"{after.sliding} of {len(rows)} layers hold at most their sliding window; "
+            f"of the entries of the other layers, {after.governed:.3f} are kept"
         )
     if again:
-        print(f"{again} of these tokens are read behind the prompt, while all of it is held")
+        print(
+            f"{again} of these tokens are read after the prompt, while all of its entries are held"
+        )
     keep = getattr(policy, "keep", None)
     if keep is not None and after.budget > keep + 0.005 + 1 / prompt_len:
         print(_why_more(policy, keep, prompt_len, after.budget))
     print(weights)
     print(
-        f"full cache{bits}: {human_bytes(full)}; beside the pages, query rings and state: "
-        f"{human_bytes(overhead)}; reserved at admission, prompt in progress included: "
+        f"full cache{bits}: {human_bytes(full)}; in addition to the pages, query rings and state: "
+        f"{human_bytes(overhead)}; reserved at admission, including the prompt in progress: "
         f"{human_bytes(admission)}"
     )

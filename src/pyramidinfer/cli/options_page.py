@@ -15,7 +15,7 @@ BEGIN, END = "<!-- options of serve -->\n", "<!-- end -->\n"
 
 
 def render(page: str) -> str:
-    """The page with its table written anew."""
+    """The page with a new table."""
     before, rest = page.split(BEGIN)
     after = rest.split(END, 1)[1]
     lines = ["| option | default | meaning |", "|---|---|---|"]

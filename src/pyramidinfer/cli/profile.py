@@ -1,4 +1,4 @@
-"""``pyramidinfer profile``: what each KV head of a model needs, measured and shown."""
+"""``pyramidinfer profile``: measure and show how much each KV head of a model needs."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
 
 __all__ = ["check_place", "heat_map", "run_profile"]
 
-#: Heads of a layer that are shown with their numbers; more are shades.
+#: Up to this number of heads, a layer shows numbers; with more it shows shades.
 NUMBERS = 16
-#: A calibration holds on while no head's share moves by more.
+#: A calibration stays valid if no head's share changes by more.
 SAME_SHARE = 0.01
 SHADES = " ░▒▓█"
 
 
 def run_profile(where: Subject, options: ProfileOptions) -> None:
-    """Measure, store and show it; what is stored already is shown."""
+    """Measure and store a profile, and show it; a stored one is only shown."""
     from pyramidinfer.engine.profiling import look_up
     from pyramidinfer.models.loading import quiet_transformers
     from pyramidinfer.policies import Full
@@ -92,8 +92,8 @@ def run_profile(where: Subject, options: ProfileOptions) -> None:
 
 
 def _with_calibration(made: Profile, old: Profile) -> Profile:
-    """The profile with the calibration of the one it replaces, which was made with that one's
-    budgets; where the heads' shares are others now, it is left out and that is told."""
+    """The profile with the calibration of the profile it replaces.  The calibration depends on the
+    heads' shares: if they differ now, it is left out, with a message."""
     if old.calibrated is None:
         return made
     pairs = zip(made.share, old.share, strict=True)
@@ -102,25 +102,25 @@ def _with_calibration(made: Profile, old: Profile) -> Profile:
         return replace(made, calibrated=old.calibrated)
     print(
         f"the calibration ({old.calibrated.going}) is left out: it was made with other shares (one "
-        f"moved by {moved:.1%}); pyramidinfer calibrate makes it anew",
+        f"moved by {moved:.1%}); run pyramidinfer calibrate again",
         file=sys.stderr,
     )
     return made
 
 
 def check_place(found: Found | None, output: Path | None) -> None:
-    """``ValueError`` where a profile made now would lie where none looks for it."""
+    """``ValueError`` if a new profile would be stored where it is never read."""
     from pyramidinfer.engine.profiling import shipped_folder
 
     if output is None and found is not None and found.path.parent == shipped_folder():
         raise ValueError(
-            "the package holds a profile of this model, which goes before those in the cache "
-            "folder: give --output FILE for one of your own, and use it by that name"
+            "the package has a profile of this model, which takes precedence over the cache "
+            "folder: write your own with --output FILE, and use it by that name"
         )
 
 
 def heat_map(title: str, profile: Profile) -> Table:
-    """Layers × heads; a head's share as a number, or as a shade where there are many."""
+    """Layers × heads; a head's share as a number, or as a shade if there are many."""
     table = Table(title=f"{title}: share of its entries that each KV head needs")
     table.add_column("layer", justify="right")
     widest = max(map(len, profile.share))

@@ -26,7 +26,7 @@ __all__ = ["ModelChoice", "load", "run_serve"]
 
 
 class ModelChoice(NamedTuple):
-    """A model, the policy it runs with, and how the engine runs."""
+    """A model, its policy, and the engine's settings."""
 
     model: ModelOptions
     policy: Policy
@@ -34,14 +34,14 @@ class ModelChoice(NamedTuple):
 
     @classmethod
     def of(cls, model: ModelOptions, engine: EngineConfig) -> ModelChoice:
-        """With the policy that the options name; ``ValueError`` where it cannot be."""
+        """With the policy of the options; ``ValueError`` if that is invalid."""
         policy = model.chosen
         check_profiling(policy, engine.profile)
         return cls(model, policy, engine)
 
 
 def load(choice: ModelChoice) -> LLM:
-    """The model, ready; the shipped one where none is named."""
+    """The loaded model; the shipped one if none is named."""
     quiet_transformers()
     where = choice.model
     where.set_threads()
@@ -56,7 +56,7 @@ def load(choice: ModelChoice) -> LLM:
 
 
 def _check_quality(choice: ModelChoice, floor: float) -> None:
-    """End with exit code 1 where the policy is surely below the floor on this model."""
+    """End with exit code 1 if the policy is significantly below the floor on this model."""
     from pyramidinfer.cli.verify import run_verify
     from pyramidinfer.lab.plans import VerifyPlan
     from pyramidinfer.lab.samples import SHIPPED, Subject
@@ -75,7 +75,8 @@ def _check_quality(choice: ModelChoice, floor: float) -> None:
     if not run_verify(where, choice.policy, floor, VerifyPlan(), console=Console(stderr=True)):
         print(
             f"error: policy {choice.policy.name!r} keeps less than {floor:g} of the full cache's "
-            f"quality on this model, so nothing is served: choose another --policy or a higher "
+            f"quality on this model, so the server does not start: choose another --policy or a "
+            f"higher "
             f"--keep, or lower --verify-floor",
             file=sys.stderr,
         )
@@ -90,16 +91,16 @@ def run_serve(choice: ModelChoice, settings: ServerSettings, floor: float | None
     set_up(settings.log_level, settings.log_format)
     if not settings.api_keys and not settings.is_loopback:
         announce(
-            f"warning: {settings.host} can be reached from other machines and there is no API "
-            f"key: anybody who reaches it may use the model (--api-key-file sets keys)",
+            f"warning: {settings.host} can be reached from other machines, and there are no "
+            f"API keys: anybody who reaches it can use the model (--api-key-file sets keys)",
             settings.log_format,
             logging.WARNING,
         )
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # until the server is there to drain
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # until the server can drain
     check_connections(settings)
     if settings.otel_traces:
         spans_module()
-    with bind(settings) as line:  # held, so that nobody takes it, and not open yet
+    with bind(settings) as line:  # bound, so that no other process takes the port, but not open yet
         if floor is not None:
             _check_quality(choice, floor)
         llm = load(choice)

@@ -1,4 +1,4 @@
-"""What a conversation needs of a terminal: lines with a history, answers wrapped at words."""
+"""Terminal functions of the chat: input lines with a history, answers wrapped at words."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from pyramidinfer.native.build import cache_folder
 
 __all__ = ["HISTORY_VARIABLE", "Wrapped", "history", "history_file"]
 
-#: A file to keep typed lines in; empty: they are not kept.
+#: Names the file for the history of input lines; empty: no history.
 HISTORY_VARIABLE = "PYRAMIDINFER_CHAT_HISTORY"
-LINES = 1000  # that a history keeps
-#: What would move the cursor or change the terminal, had a model written it.
+LINES = 1000  # in the history
+#: Control characters, which could move the cursor or change the terminal.
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def history_file() -> Path | None:
-    """Where typed lines are kept: ``$PYRAMIDINFER_CHAT_HISTORY``, else ``chat_history`` in the
-    user's cache folder; None where that variable is empty."""
+    """File of the history: ``$PYRAMIDINFER_CHAT_HISTORY``, else ``chat_history`` in the user's
+    cache folder; None if that variable is empty."""
     own = os.environ.get(HISTORY_VARIABLE)
     if own is None:
         return cache_folder() / "chat_history"
@@ -35,14 +35,14 @@ def history_file() -> Path | None:
 
 @contextmanager
 def history() -> Iterator[None]:
-    """``input`` edits its line and recalls earlier ones, those of other days too, if this is a
-    terminal; a file that cannot be read or written is told of and does without."""
+    """In a terminal, let ``input`` edit its line and recall lines of this and earlier sessions; if
+    the file cannot be read or written, print a line and go on without a history."""
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         yield
         return
     try:
         import readline
-    except ImportError:  # a Python that was built without it
+    except ImportError:  # Python may be built without it
         yield
         return
     readline.clear_history()
@@ -51,7 +51,7 @@ def history() -> Iterator[None]:
     if file is not None:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            os.close(os.open(file, os.O_CREAT | os.O_RDWR, 0o600))  # nobody else's to read
+            os.close(os.open(file, os.O_CREAT | os.O_RDWR, 0o600))  # readable by the user only
             readline.read_history_file(file)
         except OSError as error:
             print(
@@ -69,16 +69,16 @@ def history() -> Iterator[None]:
 
 
 class Wrapped:
-    """Writes a text as it comes.
+    """Writes a text while it is generated.
 
-    On a terminal lines break between words, so a word appears once it is whole; fenced code is left
-    as it is; control characters are left out.  Elsewhere the text is written unchanged.
+    In a terminal lines break between words, so a word appears when it is complete; fenced code is
+    not wrapped, and control characters are removed.  Elsewhere the text is written unchanged.
     """
 
     def __init__(self, out: TextIO) -> None:
         self.out, self.is_terminal = out, out.isatty()
         self.word, self.gap, self.column = "", "", 0
-        self.line, self.is_code = "", False  # the text's own line so far, and whether it is code
+        self.line, self.is_code = "", False  # the current line of the text, and whether it is code
 
     def write(self, text: str) -> None:
         """The next part of the text."""
@@ -90,7 +90,7 @@ class Wrapped:
         self.out.flush()
 
     def end(self) -> None:
-        """The text is over: write what is left of it, and end its line."""
+        """End of the text: write the rest of it, and end its line."""
         self._put()
         self.out.write("\n")
         self.out.flush()
@@ -113,11 +113,11 @@ class Wrapped:
             self.gap += letter
         else:
             self.word += letter
-            if cell_len(letter) > 1:  # scripts that break anywhere
+            if cell_len(letter) > 1:  # scripts that may break at any character
                 self._put()
 
     def _put(self) -> None:
-        """Write the word, on a line of its own beginning where it does not fit into this one."""
+        """Write the word, on a new line if it does not fit into this one."""
         if not self.word:
             return
         width = get_terminal_size().columns

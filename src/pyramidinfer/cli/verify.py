@@ -32,9 +32,10 @@ def run_verify(
     out: Path | None = None,
     console: Console | None = None,
 ) -> bool:
-    """Run the checks and print them; False where one is surely below the floor.
+    """Run the checks and print them; False if one is significantly below the floor.
 
-    A ``kv_dtype`` has an engine of its own beside the full cache's; each gets half of the memory.
+    A ``kv_dtype`` needs an engine in addition to that of the full cache; each gets half of the
+    memory.
     """
     console = console or Console()
     check_floor("--floor", floor)
@@ -105,11 +106,11 @@ def _table(where: Subject, policy: Policy, checks: Sequence[Check]) -> Table:
 
 
 def _duration(checks: Sequence[Check], plan: VerifyPlan, took: float) -> str:
-    """How long it took, and why it was longer than wanted."""
+    """Time of the run, and the reason if it took longer than asked."""
     fewest = min((each.samples for each in checks if each.share is not None), default=ROUND)
     if took <= plan.seconds or fewest > ROUND:
         return f"({took:.0f} s)"
-    return f"({took:.0f} s: {ROUND} samples a check, the least there are, take so long)"
+    return f"({took:.0f} s: the smallest number of samples, {ROUND} per check, takes this long)"
 
 
 def _verdict(
@@ -120,7 +121,7 @@ def _verdict(
     took: str,
 ) -> str:
     if all(each.share is None for each in checks):
-        return f"nothing could be told: the full cache itself can do none of this {took}"
+        return f"no result: the model fails every check even with the full cache {took}"
     if below:
         names = "; ".join(each.name for each in below)
         return f"[bold]does not hold[/bold]: below {floor:g} of the full cache: {names} {took}"
