@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 
 from pyramidinfer import LLM, SamplingParams
@@ -22,10 +24,11 @@ def test_the_full_cache_answers(name: str, loaded: LoadedModel, sampling: dict[s
     model, tokenizer = loaded.model, loaded.tokenizer
     prompts = real_prompts(tokenizer, PROMPTS, SHORTEST, LONGEST)
     params = SamplingParams(max_tokens=NEW, **{"temperature": 0.0, **sampling})
-    full = LLM(model, "full", tokenizer=tokenizer, kv_memory="2GiB")
+    full = LLM(model, "full", tokenizer=tokenizer, kv_memory="1GiB")
     expected = [each.token_ids for each in full.generate(prompts, params)]
     del full
-    llm = LLM(model, tokenizer=tokenizer, kv_memory="2GiB", lossless=True, draft_tokens=3)
+    gc.collect()
+    llm = LLM(model, tokenizer=tokenizer, kv_memory="1GiB", lossless=True, draft_tokens=3)
     found = llm.generate(prompts, params)
     differ = [i for i, each in enumerate(found) if each.token_ids != expected[i]]
     if llm.engine.runner.decoder.is_fused:
