@@ -25,12 +25,13 @@ def render_offload(page: str, entry: dict[str, Any]) -> str:
         BEGIN,
         origin(entry),
         f"`{entry['command']}` on "
-        f"`{Path(plan['model']).name}`. *Held*: conversations of "
-        f"{plan['tokens']:,} tokens in half of {plan['kv_memory']} of `kv_memory`, {plan['host']} "
-        f"of host memory and {plan['disk']} of disk. *First token*: of a second turn of "
-        f"{plan['turn']} tokens on a first one of {plan['prompt']:,}, from where its cache is; "
-        f"medians of {plan['repeats']}, taking turns, with the range; files not in the system's "
-        f"memory.\n",
+        f"`{Path(plan['model']).name}`. *Held*: number of conversations of "
+        f"{plan['tokens']:,} tokens that are held at the same time, in half of "
+        f"{plan['kv_memory']} of `kv_memory`, {plan['host']} of host memory and {plan['disk']} of "
+        f"disk. *First token*: time to first token of a second turn of {plan['turn']} tokens after "
+        f"a first turn of {plan['prompt']:,}, by the place of its cache: the median of "
+        f"{plan['repeats']} measurements and their range. The four cases were measured in turn, "
+        f"and files were not in the page cache of the operating system.\n",
         f"| {' | '.join(head)} |",
         f"|{'---|' * len(head)}",
         *(f"| {' | '.join(row)} |" for row in rows),
@@ -51,14 +52,14 @@ def offload_table(result: dict[str, Any]) -> Table:
 
 
 def _rows(result: dict[str, Any]) -> list[list[str]]:
-    found = [["policy", "where", "held", "bytes of one", "first token"]]
+    found = [["policy", "place of the cache", "held", "bytes of one", "first token"]]
     for row in result["rows"]:
         for way in WAYS:
             seconds = row["first_token_seconds"][way]
             found.append(
                 [
                     row["policy"],
-                    "computed anew" if way == "anew" else way,
+                    "computed again" if way == "anew" else way,
                     str(row["held"].get(way, "–")),
                     mebibytes(row["bytes"][way]) if way in row["bytes"] else "–",
                     f"{seconds['median']:.2f} s ({seconds['min']:.2f} to {seconds['max']:.2f})",

@@ -27,10 +27,11 @@ def render_prefix(page: str, entry: dict[str, Any]) -> str:
         f"`pyramidinfer bench prefix --repeats {plan['repeats']} --threads {plan['threads']}` on "
         f"`{Path(plan['model']).name}`: chats of a system prompt of {plan['system']:,} tokens and "
         f"a question of {plan['question']}, with {plan['output']} tokens generated. *First token*: "
-        f"of one alone, after another one was answered. *Tokens a second* and *peak*: of "
-        f"{plan['chats']} that arrive together, when nothing is held. Medians of "
-        f'{plan["repeats"]}, taking turns, with the range; *anew* is `"reuse": false`, and under a '
-        f"policy that drops both ways have `prefix`.\n",
+        f"time to first token of a chat that runs alone after another chat was answered. *Tokens a "
+        f"second* and *peak*: throughput and memory of {plan['chats']} chats that arrive together, "
+        f"when no cache is held. The figures are medians of {plan['repeats']} runs and their "
+        f'range; the ways were measured in turn. *Computed again* is `"reuse": false`. Under a '
+        f"policy that drops entries, both ways set `prefix`.\n",
         f"| {' | '.join(head)} |",
         f"|{'---|' * len(head)}",
         *(f"| {' | '.join(row)} |" for row in rows),
@@ -58,7 +59,7 @@ def _rows(result: dict[str, Any]) -> list[list[str]]:
             found.append(
                 [
                     row["policy"],
-                    "computed anew" if way == "anew" else way,
+                    "computed again" if way == "anew" else way,
                     f"{first['median']:.2f} s ({first['min']:.2f} to {first['max']:.2f})",
                     f"{rate['median']:.1f} ({rate['min']:.1f} to {rate['max']:.1f})",
                     mebibytes(row["peak_bytes"][way]),
