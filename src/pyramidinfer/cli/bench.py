@@ -60,7 +60,7 @@ def _show(table: Table, *paths: Path) -> None:
 
 @command(bench)
 def throughput(plan: ThroughputPlan, json: Json = Path("out/bench_throughput.json")) -> None:
-    """Many concurrent requests: tokens/s, prefill, decode step, memory, use of the machine."""
+    """Many concurrent requests: tokens/s, prefill, decode step, memory, hardware utilization."""
     from pyramidinfer.lab.bench.plots import draw_throughput
     from pyramidinfer.lab.bench.table import throughput_table
     from pyramidinfer.lab.bench.throughput import run_throughput
@@ -72,7 +72,7 @@ def throughput(plan: ThroughputPlan, json: Json = Path("out/bench_throughput.jso
 
 @command(bench)
 def weights(plan: WeightsPlan, json: Json = Path("out/weights.json")) -> None:
-    """Weights of 8 and 4 bits: perplexity on real text, bytes, prefill time, decode step."""
+    """Weights quantized to 8 and 4 bits: perplexity, bytes, prefill time, decode step."""
     from pyramidinfer.lab.bench.table import weights_table
     from pyramidinfer.lab.bench.weights import run_weights
 
@@ -90,7 +90,7 @@ def adapters(plan: AdaptersPlan, json: Json = Path("out/bench_adapters.json")) -
 
 @command(bench, "kv-dtypes")
 def kv_dtypes(plan: KvDtypesPlan, json: Json = Path("out/kv_dtype_kernels.json")) -> None:
-    """Decode attention over a cache of 8 and 4 bits, compared with 16 bits and a plain read."""
+    """Decode attention on a cache of 8 and 4 bits, compared with 16 bits and a plain read."""
     from pyramidinfer.lab.bench.kv_dtypes import run_kv_dtypes
     from pyramidinfer.lab.bench.table import kv_dtypes_table
 
@@ -99,7 +99,7 @@ def kv_dtypes(plan: KvDtypesPlan, json: Json = Path("out/kv_dtype_kernels.json")
 
 @command(bench)
 def lossless(plan: LosslessPlan, json: Json = Path("out/lossless.json")) -> None:
-    """Lossless requests, compared with the full cache without drafts."""
+    """Lossless requests, compared with the full cache without speculative decoding."""
     from pyramidinfer.lab.bench.lossless import run_lossless
     from pyramidinfer.lab.bench.plots import draw_lossless
     from pyramidinfer.lab.bench.table import lossless_table
@@ -123,7 +123,7 @@ def latency(plan: LatencyPlan, json: Json = Path("out/bench_latency.json")) -> N
 
 @command(bench)
 def memory(plan: MemoryPlan, json: Json = Path("out/bench_memory.json")) -> None:
-    """How many requests fit into kv_memory at once, and the bytes of each."""
+    """How many requests fit into --kv-memory at once, and the bytes of each."""
     from pyramidinfer.lab.bench.memory import run_memory
     from pyramidinfer.lab.bench.plots import draw_memory
     from pyramidinfer.lab.bench.table import memory_table
@@ -135,7 +135,7 @@ def memory(plan: MemoryPlan, json: Json = Path("out/bench_memory.json")) -> None
 
 @command(bench)
 def footprint(plan: FootprintPlan, json: Json = Path("out/footprint.json")) -> None:
-    """Memory of a server beyond weights and kv_memory, and the size of the packages."""
+    """Memory of a server beyond weights and --kv-memory, and the installed size of packages."""
     from pyramidinfer.lab.bench.footprint import run_footprint
     from pyramidinfer.lab.bench.table import footprint_table
 
@@ -144,7 +144,7 @@ def footprint(plan: FootprintPlan, json: Json = Path("out/footprint.json")) -> N
 
 @command(bench)
 def scale(plan: ScalePlan, json: Json = Path("out/scale.json")) -> None:
-    """A model split over processes: memory and traffic of each, compared with the formula."""
+    """A model split over processes: memory and traffic of each, compared with predictions."""
     from pyramidinfer.lab.bench.scale import run_scale
     from pyramidinfer.lab.bench.scale_page import scale_table
 
@@ -162,7 +162,7 @@ def replicas(plan: ReplicasPlan, json: Json = Path("out/replicas.json")) -> None
 
 @command(bench)
 def stages(plan: StagesPlan, json: Json = Path("out/stages.json")) -> None:
-    """Two pipeline stages with equal layers, compared with layers balanced by expected work."""
+    """Two pipeline stages of equally many layers, compared with stages of equal work."""
     from pyramidinfer.lab.bench.scale_page import stages_table
     from pyramidinfer.lab.bench.stages import run_stages
 
@@ -180,7 +180,7 @@ def offload(plan: OffloadPlan, json: Json = Path("out/offload.json")) -> None:
 
 @command(bench)
 def prefix(plan: PrefixPlan, json: Json = Path("out/prefix.json")) -> None:
-    """Chats with the same system prompt, computed for each chat or shared."""
+    """Chats with the same system prompt, which is shared or computed for each chat."""
     from pyramidinfer.lab.bench.prefix import run_prefix
     from pyramidinfer.lab.bench.prefix_page import prefix_table
 
@@ -204,7 +204,7 @@ def kernels(plan: KernelPlan, json: Json = Path("out/bench_kernels.json")) -> No
 def serve(
     plan: ServePlan, api_key: ApiKey = None, json: Json = Path("out/bench_serve.json")
 ) -> None:
-    """A server under load, at each rate: latencies, goodput, concurrent requests."""
+    """A server under load, by request rate: latencies, goodput, concurrent requests."""
     from pyramidinfer.lab.bench.serve import run_serve
     from pyramidinfer.lab.bench.serve_views import draw_serve, serve_table
 

@@ -26,10 +26,9 @@ def render_offload(page: str, entry: dict[str, Any]) -> str:
         origin(entry),
         f"`{entry['command']}` on "
         f"`{Path(plan['model']).name}`. *Held*: number of conversations of "
-        f"{plan['tokens']:,} tokens that are held at the same time, in half of "
-        f"{plan['kv_memory']} of `kv_memory`, {plan['host']} of host memory and {plan['disk']} of "
-        f"disk. *First token*: time to first token of a second turn of {plan['turn']} tokens after "
-        f"a first turn of {plan['prompt']:,}, by the place of its cache: the median of "
+        f"{plan['tokens']:,} tokens that each place holds (device: half of {plan['kv_memory']} of "
+        f"`kv_memory`; host: {plan['host']}; disk: {plan['disk']}). *First token*: "
+        f"time to first token of a second turn of {plan['turn']} tokens after a first turn of {plan['prompt']:,}, by the place of its cache: the median of "
         f"{plan['repeats']} measurements and their range. The four cases were measured in turn, "
         f"and files were not in the page cache of the operating system.\n",
         f"| {' | '.join(head)} |",
@@ -52,7 +51,7 @@ def offload_table(result: dict[str, Any]) -> Table:
 
 
 def _rows(result: dict[str, Any]) -> list[list[str]]:
-    found = [["policy", "place of the cache", "held", "bytes of one", "first token"]]
+    found = [["policy", "place of the cache", "held", "bytes of the timed cache", "first token"]]
     for row in result["rows"]:
         for way in WAYS:
             seconds = row["first_token_seconds"][way]
