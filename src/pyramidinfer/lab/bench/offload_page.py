@@ -28,7 +28,8 @@ def render_offload(page: str, entry: dict[str, Any]) -> str:
         f"`{Path(plan['model']).name}`. *Held*: number of conversations of "
         f"{plan['tokens']:,} tokens that each place holds (device: half of {plan['kv_memory']} of "
         f"`kv_memory`; host: {plan['host']}; disk: {plan['disk']}). *First token*: "
-        f"time to first token of a second turn of {plan['turn']} tokens after a first turn of {plan['prompt']:,}, by the place of its cache: the median of "
+        f"time to first token of a second turn of {plan['turn']} tokens after a first turn of "
+        f"{plan['prompt']:,}, by the place of its cache: the median of "
         f"{plan['repeats']} measurements and their range. The four cases were measured in turn, "
         f"and files were not in the page cache of the operating system.\n",
         f"| {' | '.join(head)} |",
