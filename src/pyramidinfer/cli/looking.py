@@ -37,7 +37,7 @@ def demo(
         pick("kv_dtype", "weights", "tensor_parallel_size", "pipeline_parallel_size"),
     ],
 ) -> None:
-    """Compare four policies on questions about long documents, in the same memory; a picture."""
+    """Answer questions on long documents with four policies in equal memory, and draw a picture."""
     from pyramidinfer.cli.demo import run_demo
 
     run_demo(model.model, asked, engine)

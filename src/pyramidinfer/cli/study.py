@@ -38,6 +38,7 @@ study = typer.Typer(
 Json = Annotated[
     Path, typer.Option("--json", help="JSON file for the result; pictures are written next to it.")
 ]
+JsonOnly = Annotated[Path, typer.Option("--json", help="JSON file for the result.")]
 Workers = Annotated[
     int, typer.Option(help="Number of processes with one thread each; 1 starts none.")
 ]
@@ -162,8 +163,10 @@ def heads(plan: HeadsPlan, json: Json = Path("out/heads.json"), workers: Workers
 
 
 @command(study)
-def codecs(plan: CodecsPlan, json: Json = Path("out/codecs.json"), workers: Workers = 1) -> None:
-    """Error of quantized keys and values, by rotation, scales and minima. No picture."""
+def codecs(
+    plan: CodecsPlan, json: JsonOnly = Path("out/codecs.json"), workers: Workers = 1
+) -> None:
+    """Error of quantized keys and values, by rotation, scales and minima."""
     from pyramidinfer.lab.codecs import codecs_table, run_codecs
 
     _quiet()

@@ -120,7 +120,7 @@ KvMemory = Annotated[
 ]
 CacheMemory = Annotated[str, Option("Memory for the KV caches.")]
 RankMemory = Annotated[str, Option("Memory for the KV caches of each rank.", check=size_text)]
-Seed = Annotated[int, Option("Random seed of weights, prompts or samples.")]
+Seed = Annotated[int, Option("Random seed, for random weights, prompts or samples.")]
 Batch = Annotated[int, Option("Number of concurrent requests.", check=at_least(1))]
 Batches = Annotated[
     tuple[int, ...],

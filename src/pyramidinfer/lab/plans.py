@@ -96,7 +96,7 @@ class RacPlan(Plan):
     tops: Annotated[
         tuple[float, ...],
         Option(
-            "Shares of the context to compare: the tokens with the highest attention weights.",
+            "Shares of the context, taken from its most attended tokens, to compare.",
             flags=("--top",),
             check=share,
         ),
