@@ -1,4 +1,4 @@
-"""A server under many clients for minutes: ``python -m pyramidinfer.lab.soak``.
+"""A server under many clients for minutes: ``pyramidinfer bench soak``.
 
 Clients stream with mixed policies, budgets, lengths and options; a third of them hang up at a
 random moment.  The server has too little memory and a bounded queue, so that requests wait and
@@ -8,9 +8,7 @@ that just stops, no page that leaks, memory that does not grow, and an orderly e
 
 from __future__ import annotations
 
-import argparse
 import asyncio
-import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -27,7 +25,7 @@ from pyramidinfer.lab.bench.served import PEAK, PROGRAM, RUNNING, WAITING, Metri
 from pyramidinfer.lab.record import write_result
 from pyramidinfer.lab.soak_requests import Visitor, Wish
 
-__all__ = ["main", "memory_growth", "run_soak"]
+__all__ = ["memory_growth", "report", "run_soak"]
 
 WARM_SHARE = 0.2  # of the time; memory is compared with what it was then
 GROWTH = 0.02  # memory may grow by so much afterwards
@@ -247,46 +245,8 @@ async def _end(plan: SoakPlan, server: Served) -> tuple[int | None, list[str]]:
     return code, wrong
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """The command line."""
-    usual = SoakPlan()
-    parser = argparse.ArgumentParser(
-        prog="python -m pyramidinfer.lab.soak", description=(__doc__ or "").splitlines()[0]
-    )
-    add = parser.add_argument
-    add("--clients", type=int, default=usual.clients)
-    add("--seconds", type=float, default=usual.seconds)
-    add("--model", default=None, help="folder, hub id, fetched model or GGUF")
-    add("--kv-memory", default=usual.kv_memory, help="little, so that requests wait")
-    add("--max-waiting", type=int, default=usual.max_waiting, help="the queue's bound")
-    add("--reuse-share", type=float, default=usual.reuse_share, help="0: no conversations are kept")
-    add("--serve-options", default="", help="further options for `pyramidinfer serve`")
-    add("--threads", type=int, default=0, help="of the server; 0 leaves its choice")
-    add("--seed", type=int, default=0)
-    add("--json", type=Path, default=Path("out/soak.json"))
-    given = parser.parse_args(arguments)
-    try:
-        plan = SoakPlan(
-            given.clients,
-            given.seconds,
-            given.model,
-            given.kv_memory,
-            given.max_waiting,
-            given.reuse_share,
-            given.serve_options,
-            given.threads,
-            given.seed,
-        )
-        result = run_soak(plan, given.json)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    _report(result)
-    print(given.json)
-    sys.exit(bool(result["breaches"]))
-
-
-def _report(result: dict[str, Any]) -> None:
+def report(result: dict[str, Any]) -> None:
+    """Print what came of it."""
     counts = ", ".join(f"{number} {name}" for name, number in result["outcomes"].items())
     print(f"{result['requests']} requests in {result['seconds']:.0f} seconds: {counts}")
     memory = result["memory"]
@@ -299,7 +259,3 @@ def _report(result: dict[str, Any]) -> None:
     for breach in result["breaches"]:
         print(f"wrong: {breach}")
     print("soak: failed" if result["breaches"] else "soak: passed")
-
-
-if __name__ == "__main__":
-    main()
