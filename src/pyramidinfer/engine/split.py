@@ -68,7 +68,7 @@ def split_llm(
         kind = Follower if link.rank else Leader
         engine = kind(link, runner, policy, config, loaded.tokenizer)
     except BaseException as error:
-        link.broken = link.broken or str(error)  # no rank needs a message: each has an error, or times out
+        link.broken = link.broken or str(error)  # no message needed: ranks time out
         link.close()
         raise
     if isinstance(engine, Follower):

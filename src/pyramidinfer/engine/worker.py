@@ -357,7 +357,7 @@ class AsyncEngine:
                 if not recompressing:
                     begun = time.monotonic()
                     self._check()
-                    checked, due = True, 21 * time.monotonic() - 20 * begun  # checks take a twentieth of the time
+                    checked, due = True, 21 * time.monotonic() - 20 * begun  # 5% of the time
             steps = not self.engine.scheduler.idle
             if steps:
                 checked = recompressing = False
