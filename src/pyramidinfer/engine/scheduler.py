@@ -13,11 +13,11 @@ in this order, until everything fits:
 
 1. reservations of running requests are cut to what the next step needs, the youngest first;
 2. caches of finished conversations are evicted, the least recently finished first, to host memory
-while there is room;
+   while there is room;
 3. (elastic) the compressed request with the highest ``keep`` gets a lower one, down to a floor;
 4. the youngest request is preempted: its cache moves to host memory, where conversations are
-evicted for it, or is dropped and recomputed later if the policy keeps everything and the config
-asks for it.
+   evicted for it, or is dropped and recomputed later if the policy keeps everything and the
+   config asks for it.
 
 A preempted request resumes before any request that has not begun, as soon as the memory it is
 expected to need from then on fits.  The oldest request is preempted only if it runs alone (then
