@@ -453,11 +453,11 @@ class Scheduler:
         return gone
 
     def _recompute(self, request: Request) -> Preempted | None:
-        """Drop a request's cache, to recompute its text later.  None unless the config asks for it
+        """Prepare a preempted request to be recomputed.  None unless the config asks for it
         and recomputing gives the same cache."""
         shared, policy = self.shared, request.policy
         anew = self.config.preempt == "recompute" and policy.keeps_all
-        anew &= shared.runner.rotary.grows_from is None  # else keys are rotated on arrival
+        anew &= shared.runner.rotary.grows_from is None  # else recomputed keys would differ
         if not anew or request.scoring is not None:
             return None
         left = request.max_new - len(request.output)

@@ -40,9 +40,9 @@ def survival(
     salt: str = "",
     prefix: int = 0,
 ) -> Survival | None:
-    """The cache that a request with this owner, policy and ``text`` would reuse (the one for the
-    longest prefix of ``text``), in at most ``columns`` columns; None if there is none.  Call it in
-    the engine's thread.
+    """How much remains of ``text`` in the cache that a request with this owner, policy and text
+    would reuse (the one for its longest prefix), in at most ``columns`` columns.  None if there is
+    no such cache.  Call it in the engine's thread.
 
     ``lora``, ``salt`` and ``prefix`` are those of the request, as in :meth:`Engine.make`.
     ``ValueError`` if the cache cannot be read: it is on disk, or split over several ranks.

@@ -24,8 +24,8 @@ class Detokenizer:
     tokens of context are decoded again each time (at first the end of the prompt, unless a special
     token separates it from the answer).  Text that ends in an incomplete character waits for the
     next token.  Stop strings count only after ``min_tokens`` tokens.  (The ``DecodeStream`` of
-    tokenizers never returns an incomplete character, because it cannot be told that the answer has
-    ended.)
+    tokenizers never returns an incomplete character at the end of an answer, because it cannot know
+    that the answer has ended.)
     """
 
     def __init__(

@@ -250,7 +250,7 @@ class AsyncEngine:
             stream.arrived = arrived
         if self.is_idle:
             self._beat = time.monotonic()  # idle time does not count as a stall
-        with self._lock:  # so that requests in the queue are told if the thread dies
+        with self._lock:  # if the thread dies, requests in the queue get an error
             if not self.is_alive:
                 raise RuntimeError("the engine's thread has ended")
             self._arriving += len(leaders)

@@ -129,7 +129,7 @@ class Pyramid(ByHead):
 
     def begin(self, layers: Layers) -> int:
         """The layer after which tokens are dropped, by its scores: the first one without a sliding
-        window, from the wanted layer on; ``layers.count`` where there is none."""
+        window, from the wanted layer on; ``layers.count`` if there is none."""
         wanted = self._wanted(layers)
         return next((i for i in range(wanted, layers.count) if layers.governed[i]), layers.count)
 
