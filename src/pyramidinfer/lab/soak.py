@@ -1,9 +1,9 @@
-"""A server under many clients for minutes: ``pyramidinfer bench soak``.
+"""A server under load from many clients for minutes: ``pyramidinfer bench soak``.
 
-Clients stream with mixed policies, budgets, lengths and options; a third of them hang up at a
-random moment.  The server has too little memory and a bounded queue, so that requests wait and
-some are refused.  Afterwards nothing may be wrong: no other status than 200 and 429, no stream
-that just stops, no page that leaks, memory that does not grow, and an orderly end.
+Clients stream with mixed policies, budgets, lengths and options; a third of them disconnect at a
+random moment.  The server has too little memory and a bounded queue, so that requests wait and some
+are refused.  Afterwards the run is checked: only the statuses 200 and 429, no stream that ends
+without a finish reason, no leaked page, no growing memory, and a clean exit.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from pyramidinfer.lab.soak_requests import Visitor, Wish
 
 __all__ = ["memory_growth", "report", "run_soak"]
 
-WARM_SHARE = 0.2  # of the time; memory is compared with what it was then
-GROWTH = 0.02  # memory may grow by so much afterwards
-WINDOW = 0.1  # of the time, at both ends of what is compared
-#: Every so many seconds come some in which one client in ten asks: the queue empties, and caches of
-#: conversations live until their next turn.
+WARM_SHARE = 0.2  # share of the run; memory is compared with its level after it
+GROWTH = 0.02  # allowed growth of memory afterwards
+WINDOW = 0.1  # share of the run, for the windows compared at both ends
+#: Every ``WAVE`` seconds, there are ``CALM`` seconds in which only one of ``BUSY_IN_CALM`` clients
+#: sends: the queue empties, and caches of conversations stay until their next turn.
 WAVE, CALM, BUSY_IN_CALM = 40.0, 15.0, 10
-LAST_REQUESTS = 4  # in hand when the server is told to stop
+LAST_REQUESTS = 4  # in progress when the server gets SIGTERM
 IN_USE, REUSABLE = "pyramidinfer:pool_pages_in_use", "pyramidinfer:pool_pages_reusable"
 CHECKS, FAULTS = "pyramidinfer:pool_checks_total", "pyramidinfer:pool_check_failures_total"
 WATCHED = (
@@ -56,7 +56,7 @@ WATCHED = (
 
 @dataclass
 class _Seen:
-    """What came of the requests; and memory, second by second."""
+    """The outcomes of the requests, and the memory, second by second."""
 
     outcomes: Counter[str] = field(default_factory=Counter)
     statuses: Counter[int] = field(default_factory=Counter)
@@ -83,7 +83,8 @@ class _Seen:
 def run_soak(
     plan: SoakPlan, out: Path | None = None, program: Sequence[str] = PROGRAM
 ) -> dict[str, Any]:
-    """Load a server, write ``out``, and return the result; ``breaches`` is what was wrong."""
+    """Start a server, load it, write ``out``, and return the result; ``breaches`` lists the
+    faults."""
     plan.check()
     server = Served(plan.words, plan.threads, program)
     try:
@@ -123,7 +124,7 @@ def run_soak(
 
 
 async def _load(plan: SoakPlan, server: Served) -> _Seen:
-    """All clients, until the time is over; those still served then wait for their answers."""
+    """Run all clients until the time is over; then wait for the answers still in progress."""
     seen = _Seen()
     start = time.perf_counter()
     end = start + plan.seconds
@@ -152,7 +153,7 @@ async def _load(plan: SoakPlan, server: Served) -> _Seen:
 
 
 def is_calm(moment: float) -> bool:
-    """Whether few are to ask at this moment of the run."""
+    """Whether only a few clients send at this moment of the run."""
     return moment % WAVE > WAVE - CALM
 
 
@@ -165,8 +166,8 @@ async def _watch(server: Served, seen: _Seen, start: float) -> None:
 
 
 def memory_growth(moments: Sequence[float], resident: Sequence[int]) -> dict[str, Any] | None:
-    """Resident bytes after warm-up and at the end, medians of windows; None for too short a
-    series."""
+    """Resident bytes after warm-up and at the end, as medians of windows; None if the series is too
+    short."""
     if len(moments) < 20:
         return None
     length = moments[-1]
@@ -203,7 +204,7 @@ def _memory_words(memory: dict[str, Any] | None) -> str:
 
 
 def _after(server: Served) -> tuple[Metrics, list[str]]:
-    """Figures of the idle server, and what is wrong with them."""
+    """The metrics of the idle server, and the faults they show."""
     try:
         server.idle(60)
         time.sleep(1.0)  # an idle server checks its pool
@@ -227,7 +228,8 @@ def _after(server: Served) -> tuple[Metrics, list[str]]:
 
 
 async def _end(plan: SoakPlan, server: Served) -> tuple[int | None, list[str]]:
-    """SIGTERM with requests in hand: they are answered to the end, and the server exits with 0."""
+    """Send SIGTERM during requests: they must be answered completely, and the exit code must be
+    0."""
     visitor = Visitor(server.model(), plan.seed, plan.clients)
     wishes = [visitor.long_wish() for _ in range(LAST_REQUESTS)]
     async with client(server.url) as http:
