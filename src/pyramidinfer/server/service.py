@@ -275,7 +275,7 @@ class Service:
         except Exception as error:
             if not isinstance(error, ApiError):
                 log.exception("a stream failed")
-            reply.stream.close()  # now, not when the client has read the rest
+            reply.stream.close()  # otherwise it would count as a disconnect
             yield shape.failed(error)
             return
         self._log_answer(reply)

@@ -94,7 +94,7 @@ class Thinking:
         return lambda: ThinkReader(tags, opened)
 
     def before_form(self, prompt: TokenIds) -> tuple[str, str] | None:
-        """Tags of the reasoning that may precede a constrained answer (the first one is empty if the
+        """Tags of the reasoning that may precede a constrained answer (the first is empty if the
         prompt ends with it); None without reasoning."""
         if self.tags is None:
             return None

@@ -19,10 +19,10 @@ __all__ = ["FORMATS", "HERMES", "ToolFormat", "ToolPrompt", "grammar_of"]
 class ToolFormat:
     """The text around calls; each call is an object with a name and arguments.
 
-    ``mark``: marks the beginning of calls (empty: the answer's first brace does);  ``begin``: from
-    the mark to the first call;  ``between``: text between two calls;  ``end``: text after the
-    last call;  ``key``: name of the arguments in a call;  ``id_length``: length of the call ids that
-    templates accept (None: any).
+    ``mark``: marks the beginning of calls (empty: the answer's first brace does);  ``begin``:
+    from the mark to the first call;  ``between``: text between two calls;  ``end``: text after
+    the last call;  ``key``: name of the arguments in a call;  ``id_length``: length of the call
+    ids that templates accept (None: any).
     """
 
     name: str
