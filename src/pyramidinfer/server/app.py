@@ -43,7 +43,7 @@ __all__ = ["build_app"]
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-#: Statuses that any endpoint may answer besides 200, for the OpenAPI document.
+#: Error statuses of all endpoints, for the OpenAPI document.
 ERRORS: dict[int | str, dict[str, Any]] = {
     code: {
         "description": text,
@@ -89,7 +89,7 @@ def build_app(llm: LLM, settings: ServerSettings) -> FastAPI:
         lifespan=lifespan,
         docs_url=None,
         redoc_url=None,
-        description="OpenAI's API in front of an engine that keeps fewer tokens, layer by layer.",
+        description="OpenAI's API for an engine that keeps fewer tokens from layer to layer.",
     )
     app.state.service = service
     app.state.large_bodies = asyncio.Semaphore(1)

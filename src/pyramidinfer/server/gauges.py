@@ -90,7 +90,7 @@ BY_PLACE: dict[str, tuple[Any, str, str]] = {
     "pyramidinfer:cache_bytes": (GaugeMetricFamily, "Bytes that they take", "cache_bytes"),
     "pyramidinfer:cache_hits": (
         CounterMetricFamily,
-        "Requests that reused a conversation's cache, by where it was",
+        "Requests that reused a conversation's cache, by the cache's place",
         "hits_from",
     ),
 }
