@@ -130,7 +130,7 @@ def _check(options: ReplicaOptions) -> None:
 
 
 def main(words: list[str]) -> int:
-    """Exit code of the command: 0 if every request has its line, else 2 with a line of error."""
+    """Exit code of the command: 0 if every request has its line, else 2 and a one-line error."""
     try:
         if len(words) < 2 or not all("=" in word for word in words[2:]):
             raise ValueError("give a file of requests, a file for answers, and NAME=VALUE options")
