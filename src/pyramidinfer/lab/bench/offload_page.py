@@ -18,7 +18,7 @@ BEGIN, END = "<!-- from benchmarks/results/offload.json -->", "<!-- end -->"
 
 
 def render_offload(page: str, entry: dict[str, Any]) -> str:
-    """The page with the table of this result between its two marks."""
+    """The page with the table of this result between the two marks."""
     plan = entry["configuration"]
     head, *rows = _rows(entry["result"])
     lines = [
@@ -27,10 +27,10 @@ def render_offload(page: str, entry: dict[str, Any]) -> str:
         f"`{entry['command']}` on "
         f"`{Path(plan['model']).name}`. *Held*: conversations of "
         f"{plan['tokens']:,} tokens in half of {plan['kv_memory']} of `kv_memory`, {plan['host']} "
-        f"of host memory and {plan['disk']} of disk. *First token*: of a second turn of "
-        f"{plan['turn']} tokens on a first one of {plan['prompt']:,}, from where its cache is; "
-        f"medians of {plan['repeats']}, taking turns, with the range; files not in the system's "
-        f"memory.\n",
+        f"of host memory and {plan['disk']} of disk. *First token*: time to first token of a "
+        f"second turn of {plan['turn']} tokens after a first turn of {plan['prompt']:,}, with its "
+        f"cache in each place; median and range of {plan['repeats']} runs, in which the places "
+        f"take turns. Files on disk were not in the system's page cache.\n",
         f"| {' | '.join(head)} |",
         f"|{'---|' * len(head)}",
         *(f"| {' | '.join(row)} |" for row in rows),
@@ -51,14 +51,14 @@ def offload_table(result: dict[str, Any]) -> Table:
 
 
 def _rows(result: dict[str, Any]) -> list[list[str]]:
-    found = [["policy", "where", "held", "bytes of one", "first token"]]
+    found = [["policy", "where", "held", "bytes each", "first token"]]
     for row in result["rows"]:
         for way in WAYS:
             seconds = row["first_token_seconds"][way]
             found.append(
                 [
                     row["policy"],
-                    "computed anew" if way == "anew" else way,
+                    "computed again" if way == "anew" else way,
                     str(row["held"].get(way, "–")),
                     mebibytes(row["bytes"][way]) if way in row["bytes"] else "–",
                     f"{seconds['median']:.2f} s ({seconds['min']:.2f} to {seconds['max']:.2f})",

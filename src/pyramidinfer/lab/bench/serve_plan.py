@@ -131,7 +131,7 @@ class ServePlan(Plan):
 
     setting: ServerSetting
     rates: Annotated[
-        tuple[float, ...], Option("Requests a second, a list; inf sends all at once.")
+        tuple[float, ...], Option("Requests per second, a list; inf sends all at once.")
     ] = (1, 2, 4, 8, float("inf"))
     requests: Annotated[int, Option("Requests of each pass.", check=at_least(1))] = 32
     prompt_len: PromptLen = 1000
@@ -143,7 +143,7 @@ class ServePlan(Plan):
     ] = 1.0
     slo_itl: Annotated[
         float,
-        Option("Seconds between tokens of a good request, mean.", check=positive),
+        Option("Mean seconds between tokens of a good request.", check=positive),
     ] = 0.1
     repeats: Annotated[
         int, Option("Passes at each rate; policies take turns.", check=at_least(1))
