@@ -449,6 +449,11 @@ def _sort_options(policy: str, options: dict[str, Any]) -> tuple[dict[str, Any],
         raise ValueError(f"unknown policy {policy!r}; {nearest(str(policy), POLICIES)}")
     of_engine = {each.name for each in fields(EngineConfig)}
     of_policy = {each.name for each in fields(POLICIES[policy])}
+    if "lora_modules" in options:
+        raise ValueError(
+            f"lora_modules={options['lora_modules']!r}: no task would run with the adapters; to "
+            f"evaluate one, give its folder as pretrained="
+        )
     for name in options:
         if name not in of_engine | of_policy:
             choices = {*ARGUMENTS, *of_engine, *of_policy}
