@@ -19,4 +19,4 @@ bench-guidellm: .peers/guidellm/.tried $(VENV)/.installed-dev
 		--json $(RESULTS)/guidellm.json $(GUIDELLM_OPTIONS)
 
 soak: $(VENV)/.installed-dev
-	$(BIN)/python -m pyramidinfer.lab.soak --json $(RESULTS)/soak.json $(SOAK_OPTIONS)
+	$(BIN)/pyramidinfer bench soak --json $(RESULTS)/soak.json $(SOAK_OPTIONS)

@@ -45,7 +45,7 @@ __all__ = [
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 #: How keys and values may be stored; see codec.py.
 KV_DTYPES = ("auto", "int8", "int4", "fp8")
-#: Guessed tokens of a request that a step verifies, at most.
+#: The most drafted tokens of a request that one step verifies.
 MOST_DRAFTS = 8
 #: How a linear's weights may be stored; see models/weights.py.
 WEIGHTS = ("auto", "int8", "int4", "gguf")

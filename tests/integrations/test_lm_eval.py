@@ -396,6 +396,7 @@ def test_continuations_that_cannot_be_scored(snapkv: PyramidInferLM) -> None:
             "unknown model argument 'polcy' with policy 'pyramid'; did you mean 'policy'",
         ),
         ({"policy": "snapkv", "windw": 8}, "did you mean 'window'"),
+        ({"lora_modules": {"sql": "folder"}}, "give its folder as pretrained="),
         ({"policy": "full", "window": 8}, "unknown model argument 'window' with policy 'full'"),
         ({"policy": "snap"}, "unknown policy 'snap'; did you mean 'snapkv'"),
         ({"keep": 1.5}, "keep=1.5"),

@@ -26,7 +26,7 @@ from pyramidinfer.lab.bench.plans import (
     ThroughputPlan,
     WeightsPlan,
 )
-from pyramidinfer.lab.bench.serve_plan import ServePlan, TurnsPlan
+from pyramidinfer.lab.bench.serve_plan import ServePlan, SoakPlan, TurnsPlan
 
 __all__ = ["bench"]
 
@@ -225,3 +225,14 @@ def turns(
     result = run_turns(plan, _target(json), api_key)
     picture = draw_turns(plan.configuration, result, json.with_suffix(".png"))
     _show(turns_table(plan.configuration, result), json, picture)
+
+
+@command(bench)
+def soak(plan: SoakPlan, json: Json = Path("out/soak.json")) -> None:
+    """A server under many clients for minutes; exit code 1 if anything was wrong."""
+    from pyramidinfer.lab.soak import report, run_soak
+
+    result = run_soak(plan, _target(json))
+    report(result)
+    print(json)
+    raise typer.Exit(bool(result["breaches"]))

@@ -97,7 +97,7 @@ def _backend() -> dict[str, str | None]:
     device = parse_device("auto")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the report says it
+            warnings.simplefilter("ignore")  # the report has the reason
             name = select_backend("auto", device).name
     except ValueError as error:
         return {"name": None, "device": str(device), "reason": str(error)}

@@ -121,8 +121,7 @@ def check_prompt_logprobs(
     if policy.computes_less:
         raise ValueError(
             f"{what}: policy {policy.name!r} drops prompt tokens between layers, and dropped "
-            f"tokens have no log-probabilities; use another policy (such as 'full') or omit it "
-            f"out"
+            f"tokens have no log-probabilities; use another policy (such as 'full') or omit it"
         )
 
 

@@ -135,7 +135,7 @@ class DiskStore:
         one.has_file = False
 
     def settle(self) -> None:
-        """Take down what was done."""
+        """Process the results of finished operations."""
         with suppress(Empty):
             while True:
                 self._take_down(self._done.get_nowait())
@@ -382,7 +382,7 @@ def _conversation(about: dict[str, Any]) -> Conversation:
             is_long=about["is_long"],
             size=about["size"],
             used=about["used"],
-            prefix=about.get("prefix", 0),  # there was none before
+            prefix=about.get("prefix", 0),  # absent in older files
             has_file=True,
         )
     except (KeyError, TypeError, ValueError):
@@ -438,13 +438,13 @@ def _raw(tensor: Tensor) -> np.ndarray:
 
 
 def _copied(tensor: Tensor, pinned: bool) -> Tensor:
-    """The same with numpy, which uses no threads of torch."""
+    """The same, copied with numpy, which uses no torch threads."""
     own = torch.from_numpy(_raw(tensor).copy()).view(tensor.dtype).reshape(tensor.shape)
     return own.pin_memory() if pinned else own
 
 
 def _alone(tensor: Tensor) -> Tensor:
-    """The tensor in memory that it does not share."""
+    """The tensor, copied if it shares its storage."""
     if tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes:
         return tensor
     return _copied(tensor, False)

@@ -1,16 +1,16 @@
-"""Drafts for requests that keep everything: guessed tokens that the next step verifies.
+"""Speculative decoding for requests with an exact cache: drafted tokens, verified by the next step.
 
-A step of such a request (policy ``lossless``) feeds its newest token and what was guessed to
-follow, each as a row of its own over the whole cache, as if they were fed one after another.  So
-every row's logits are those that decoding gives, and a token is chosen from them as always: the
-answer is the full cache's, whatever was guessed.  A guess that equals the choice was right, and the
-next row counts too.  Random numbers are the same for a guess and for the choice it foresees (Gumbel
-coupling; drafter-invariant speculation, Daliri et al. 2408.07978), so sampled answers are the full
-cache's for the same seed, too.
+A step of such a request (policy ``lossless``) feeds its newest token and its drafted tokens, each
+as its own row over the whole cache, as if they were fed one after another.  Each row therefore
+gives the same logits as plain decoding, and a token is chosen from them as usual, so the answer
+equals the full cache's answer whatever was drafted.  If a drafted token equals the chosen one, it
+is accepted and the next row counts too.  A draft uses the same random numbers as the choice that it
+predicts (Gumbel coupling; drafter-invariant speculation, Daliri et al. 2408.07978), so sampled
+answers also equal those of the full cache for the same seed.
 
-There are two drafters: the model itself over what its policy says is worth reading (``view``), and
-the text so far, where it goes on from a run of tokens that is at its end now (``lookup``: prompt
-lookup decoding).
+There are two drafters: the model itself, attending only to the entries that the policy selects
+(``view``), and prompt lookup (``lookup``), which copies what followed an earlier occurrence of the
+text's newest tokens.
 """
 
 from __future__ import annotations
@@ -30,33 +30,34 @@ from pyramidinfer.types import TokenIds
 
 __all__ = ["Drafter", "Drafts"]
 
-#: Lengths of the runs that are looked up, the longest first.
+#: Lengths of the token runs that are looked up, the longest first.
 RUNS = (4, 3)
-#: Tokens after which what drafts read is chosen anew.
+#: Number of tokens after which the entries that drafts attend to are selected again.
 RENEW = 64
-#: Steps after which what drafts cost and bring is measured again, and what a step takes without.
+#: Number of steps after which the cost and benefit of drafts, and the time of a plain step, are
+#: measured again.
 PROBE = 64
-#: Guesses of a request while it is not known what they cost.
+#: Drafted tokens per request while their cost is unknown.
 FIRST = 2
-#: How much the newest draft counts in the rate of those accepted.
+#: Weight of the newest draft in the moving average of the acceptance rate.
 WEIGHT = 0.1
-#: How likely a guess is taken to be right before anything is known, by who guesses.
+#: Assumed acceptance rate before anything is measured, by drafter.
 HOPE: dict[By, float] = {"view": 0.8, "lookup": 1.0}
 BY: tuple[By, ...] = ("view", "lookup")
 
 
 class Drafts(NamedTuple):
-    """What was guessed of a request, and by whom."""
+    """The drafted tokens of a request and their drafter."""
 
     tokens: TokenIds
     by: By
 
 
 class Drafter:
-    """Says how many tokens are guessed in the next step, guesses them, and learns how that went.
+    """Decides how many tokens to draft in the next step, drafts them, and learns from the result.
 
-    steps : guesses in every step, instead of as many as pay by what was measured (0: none).
-    Which and how many guesses are made changes no answer, so timings may decide it.
+    steps : drafted tokens in every step (0: none); None: as many as pay off by measured times.  The
+    kind and number of drafts change no answer, so timings may decide them.
     """
 
     def __init__(self, shared: Shared, steps: int | None = None) -> None:
@@ -68,7 +69,8 @@ class Drafter:
     # --- guessing -----------------------------------------------------------------------------
 
     def propose(self, requests: list[Request]) -> dict[Request, Drafts]:
-        """Guesses for those of the requests about to decode that may have any."""
+        """Draft tokens for the requests that are about to decode; requests without drafts are left
+        out."""
         self._load = None
         able = {each: self._room(each) for each in requests if each.policy.guesses}
         if not able or self.steps == 0:
@@ -97,7 +99,7 @@ class Drafter:
         return drafts
 
     def _stays_plain(self, load: Load) -> bool:
-        """Whether this step guesses nothing, so that it is measured what it takes then."""
+        """Whether this step drafts nothing, so that the time of a plain step is measured."""
         if self.steps is not None:
             return False
         self._until_plain -= 1
@@ -108,22 +110,23 @@ class Drafter:
 
     @staticmethod
     def _rate(request: Request, by: By) -> float:
-        """How likely a guess is right, given that those before it in the same step were."""
+        """The probability that a draft is accepted, given that those before it in the step were."""
         assert request.drafting is not None
         return request.drafting.rates.get(by, HOPE[by])
 
     def _gain(self, request: Request, by: By, counts: dict[By, int], load: Load) -> float:
-        """Tokens that so many guesses give on average, for each step's worth of time."""
+        """Expected tokens with the request's count in ``counts``, per plain step's worth of
+        time."""
         rate, count = self._rate(request, by), counts[by]
         return _expected(rate, count) / (1 + count * self.gauge.cost(by, load))
 
     def _room(self, request: Request) -> int:
-        """Tokens that may be guessed: not beyond the answer's end, nor what is reserved for it, nor
-        the point at which a sliding layer drops what it cannot see any longer (as it does without
-        guesses)."""
+        """The number of tokens that may be drafted.  It ends before the end of the answer, the
+        memory reserved for the request, and the point where a sliding layer drops entries outside
+        its window (as it does without drafts)."""
         page, kept = self.shared.pool.page_size, request.table.kept
         room = min(MOST_DRAFTS, request.max_new - len(request.output) - 1)
-        if self.shared.config.admission == "overcommit":  # no page but what one token may need
+        if self.shared.config.admission == "overcommit":  # at most the page that one token may need
             room = min(room, page - 1 - int((kept % page).max()))
         for shape, governed, held in zip(
             self.shared.runner.shapes, request.layers.governed, kept.max(1).tolist(), strict=True
@@ -133,7 +136,8 @@ class Drafter:
         return room
 
     def _guess(self, rooms: dict[Request, int]) -> dict[Request, TokenIds]:
-        """Let the model guess so many tokens of each over what its drafts read."""
+        """Draft up to the given number of tokens for each request with the model, over its draft
+        view."""
         shared, pool = self.shared, self.shared.pool
         for each in rooms:
             view, table = each.draft_view, each.table
@@ -163,23 +167,23 @@ class Drafter:
         return guessed
 
     def _take(self, request: Request, logits: torch.Tensor, likeliest: int) -> bool:
-        """Guess a token from logits ``[vocab]``; False where none can follow."""
+        """Draft a token from logits ``[vocab]``; False if no token is allowed."""
         try:
             request.output.append(choose(logits, request, likeliest))
         except Exception:
             if request.constraint is None:
                 raise
-            request.constraint = None  # the real choice will tell what is wrong
+            request.constraint = None  # the real choice will report the error
             return False
         return True
 
     def _goes_on(self, request: Request) -> bool:
-        """Whether anything can follow what is guessed."""
+        """Whether more tokens can follow those drafted."""
         is_done = request.constraint is not None and request.constraint.done
         return not is_done and request.output[-1] not in request.stop_ids
 
     def _look_up(self, request: Request, room: int) -> TokenIds:
-        """What followed the last time that the text's newest tokens stood in it."""
+        """The tokens that followed the last earlier occurrence of the text's newest tokens."""
         drafting, text = request.drafting, request.text
         assert drafting is not None
         for end in range(max(1, drafting.indexed), len(text)):
@@ -195,7 +199,7 @@ class Drafter:
     # --- how many -----------------------------------------------------------------------------
 
     def _worth(self, request: Request, by: By, load: Load) -> int:
-        """Guesses of a request that are worth verifying where they cost nothing but that."""
+        """Drafted tokens of a request that are worth verifying if drafting itself is free."""
         if self.steps is not None:
             return self.steps
         if (least := self.gauge.verifying(load)) is None:
@@ -204,10 +208,11 @@ class Drafter:
         count = 0
         while count < MOST_DRAFTS and chance > 1.1 * least:
             count, chance = count + 1, chance * rate
-        return count or int(len(request.output) % PROBE == 0)  # try again now and then
+        return count or int(len(request.output) % PROBE == 0)  # retry now and then
 
     def _steps(self, requests: list[Request], load: Load) -> int:
-        """How many tokens the model guesses in this step: as many as give most tokens a second."""
+        """How many tokens the model drafts in this step: the number that gives the most tokens per
+        second."""
         if self.steps is not None:
             return self.steps
         if not self.gauge.is_measured(load):
@@ -221,7 +226,7 @@ class Drafter:
         if speed(best) > 1.03 * speed(0):
             return best
         self._until_try -= 1
-        if self._until_try < 0:  # see again what it costs
+        if self._until_try < 0:  # measure the cost again
             self._until_try = PROBE
             return 1
         return 0
@@ -235,9 +240,10 @@ class Drafter:
         seconds: float,
         tokens: int,
     ) -> None:
-        """A step of the requests last proposed for and nothing else, which verified ``drafts``,
-        took so long, and ``guessing`` before it; it gave so many tokens."""
-        if self._load is None:  # nobody could have had any
+        """Record a step that decoded exactly the requests last passed to ``propose``: it verified
+        ``drafts`` in ``seconds``, after ``guessing`` seconds of drafting, and produced ``tokens``
+        tokens."""
+        if self._load is None:  # no request could have drafts
             return
         counts: dict[By, list[int]] = {
             by: [len(each.tokens) for each in drafts.values() if each.by == by] for by in BY
@@ -245,7 +251,7 @@ class Drafter:
         self.gauge.ran(self._load, counts, guessing, seconds, tokens)
 
     def learn(self, request: Request, drafts: Drafts, accepted: int) -> None:
-        """So many of a request's guesses, the first ones, were right."""
+        """Record that the first ``accepted`` drafted tokens of a request were accepted."""
         drafting = request.drafting
         assert drafting is not None
         verified = min(len(drafts.tokens), accepted + 1)
@@ -260,5 +266,5 @@ class Drafter:
 
 
 def _expected(rate: float, count: int) -> float:
-    """Tokens that a step with so many guesses gives on average."""
+    """Expected tokens of a step that verifies ``count`` drafted tokens."""
     return sum(rate**number for number in range(count + 1))

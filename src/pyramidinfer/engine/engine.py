@@ -47,13 +47,13 @@ __all__ = ["Engine"]
 
 
 class Engine:
-    """Many requests, one model, one pool.  Not thread-safe: one caller steps it.
+    """Many requests, one model, one pool.  Not thread-safe: only one caller may step it.
 
-    ``add`` queues a request, ``step`` advances all of them and returns those that ended,
-    ``abort`` ends one at once.  ``ValueError`` for a request that can never be served.
+    ``add`` queues a request, ``step`` advances all of them and returns those that ended, ``abort``
+    ends one at once.  ``ValueError`` for a request that can never be served.
 
-    ``model``: a transformers model, or a ``ModelRunner`` that engines share, whose backend and
-    chunk of prefill then hold.  ``policy``: of requests that name none.
+    ``model``: a transformers model, or a ``ModelRunner`` that engines share; then its backend and
+    prefill chunk apply.  ``policy``: for requests that name none.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class Engine:
                 ranks=ranks,
                 weights=config.weights,
             )
-        #: What requests may run with besides the model, by name.
+        #: The LoRA adapters that requests may use, by name.
         self.adapters = self.runner.load_adapters(config.adapters)
         device = self.runner.device
         check_plan(self.runner, policy, config, device)
@@ -138,15 +138,15 @@ class Engine:
     ) -> Request:
         """Check a request and build it, without queueing it.
 
-        ``policy``: what to keep (the engine's own where none is given);  ``protect``: spans
-        ``(start, stop)`` of prompt positions that no policy may drop;  ``on``: a cache that
-        already holds the beginning of the prompt;  ``scoring``: a continuation to score instead
-        of generating;  ``samples``: answers wanted, the further ones in ``request.samples``;
-        ``owner``: whose conversation this is, so that a later request of the same owner can reuse
-        its cache (None: nobody's, and it reuses none);  ``lora``: the name of the adapter that it
-        runs with (None: the model alone);  ``prefix``: the first so many tokens of the prompt are
-        taken in and compressed alone, and held for requests of the owner with the same ones (0:
-        none);  ``salt``: caches are for requests with the same one alone.
+        ``policy``: what to keep (None: the engine's policy);  ``protect``: spans ``(start, stop)``
+        of prompt positions that no policy may drop;  ``on``: a cache that already holds the
+        beginning of the prompt;  ``scoring``: a continuation to score instead of generating;
+        ``samples``: the number of answers; ``request.samples`` holds all but the first;  ``owner``:
+        the owner of the conversation, whose later requests can reuse the cache (None: the request
+        neither leaves nor reuses a cache);  ``lora``: the name of the adapter to use (None: the
+        model alone);  ``prefix``: this many first tokens of the prompt are prefilled and compressed
+        separately, and their cache is held for requests of the owner with the same prefix (0:
+        none);  ``salt``: caches are shared only between requests with the same salt.
         """
         adapter = self.adapter(lora)
         chosen = self.policy if policy is None else self.bind(policy)
@@ -168,7 +168,7 @@ class Engine:
         )
 
     def adapter(self, name: str | None) -> Adapter | None:
-        """The adapter of this name, None for None; ``ValueError`` where there is none."""
+        """The adapter with this name (None for None); ``ValueError`` if there is none."""
         if name is None:
             return None
         if not self.adapters:
@@ -179,13 +179,13 @@ class Engine:
         return self.adapters[name]
 
     def bind(self, policy: Policy, measure: bool = True) -> Policy:
-        """The policy with what it asks for of this model: its head profile where it has none, its
-        sentences as tokens.
+        """The policy bound to this model: with the model's head profile if it needs one and has
+        none, and with its texts tokenized.
 
-        measure : make the profile where there is none yet, which runs the model (seconds, with a
-        bar in a terminal).  Without it, or with ``profile=False`` in the config, there may be none
-        to be had, which the policy's ``check`` then tells of.  ``ValueError`` where a profile is
-        given that is of other weights.
+        measure : measure a missing profile, which runs the model (seconds, with a progress bar in a
+        terminal).  Without it, or with ``profile=False`` in the config, the profile may stay
+        missing, which the policy's ``check`` reports.  ``ValueError`` if the given profile is of
+        other weights.
         """
 
         def profile() -> Profile | None:
@@ -206,19 +206,19 @@ class Engine:
         return fingerprint(self.runner)
 
     def check_policy(self, policy: Policy) -> None:
-        """``ValueError`` where a request cannot have this policy in this engine."""
+        """``ValueError`` if a request cannot use this policy in this engine."""
         self.shared.check_policy(policy)
 
     def add(
         self, prompt: TokenIds, params: SamplingParams, *, protect: Spans = (), hold: bool = False
     ) -> Request:
-        """Queue a request; its progress can be read off the returned object."""
+        """Queue a request; the returned object shows its progress."""
         request = self.make(prompt, params, protect=protect, hold=hold)
         self.submit(request)
         return request
 
     def submit(self, request: Request) -> None:
-        """Queue a request made before."""
+        """Queue a request that ``make`` or ``branch`` built."""
         holding.copy_held(self.pool, request)
         for each in (request, *request.samples):
             prepare(each, self.runner.device, self.end_ids)
@@ -233,10 +233,10 @@ class Engine:
         protect: Spans = (),
         hold: bool = False,
     ) -> Request:
-        """Go on with a held request: ``tokens`` (a further turn) join its compressed cache.
+        """Continue a held request: ``tokens`` (a further turn) are added to its compressed cache.
 
-        Its own last answer is part of the text, and ``protect`` spans are positions of the whole
-        text.  The old request object is used up.
+        The text includes the request's last answer, and ``protect`` spans are positions in the
+        whole text.  The old request object can no longer be used.
         """
         turn = holding.next_turn(self.maker, request, tokens, params, protect, hold)
         self._go_on(request, turn)
@@ -252,36 +252,36 @@ class Engine:
     def branch(
         self, request: Request, tokens: TokenIds, params: SamplingParams, *, protect: Spans = ()
     ) -> Request:
-        """A request, not yet queued, that goes on with a copy of a held request's cache.
+        """A request, not yet queued, that continues from a copy of a held request's cache.
 
-        The copy is made when it is queued, and shares pages until they are written.  The held
-        request stays as it is, for others.
+        The copy is made when the request is queued, and shares pages until they are written.  The
+        held request does not change, so other requests can branch from it too.
         """
         turn = holding.next_turn(self.maker, request, tokens, params, protect, False)
         turn.onto = request
         return turn
 
     def truncate(self, request: Request, seen_len: int) -> None:
-        """Forget a held request's tokens from position ``seen_len`` on (a rejected draft).
+        """Remove a held request's tokens from position ``seen_len`` on (a rejected draft).
 
-        ``ValueError`` where layers with a sliding window have already dropped entries that
-        would be seen again.
+        ``ValueError`` if layers with a sliding window have already dropped entries that would be
+        attended to again.
         """
         holding.truncate(self.shared, request, seen_len)
 
     def recompress(self, request: Request) -> bool:
-        """Choose anew what a held request's cache keeps, by what the model needs to repeat the
-        text: for any question to come.
+        """Choose again which entries a held request's cache keeps: those that the model needs to
+        repeat the text, so that the cache serves any later question.
 
-        Every head keeps as many entries as before.  It takes two prefills of the text, in memory
-        that is free, and other requests wait meanwhile.  False where the cache was left alone
-        (``engine/recompress.py`` says which are);  ``ValueError`` where none is held.
+        Every head keeps the same number of entries as before.  This takes two prefills of the text,
+        in free memory, while other requests wait.  False if the cache was left unchanged
+        (``engine/recompress.py`` lists the cases);  ``ValueError`` if the request holds no cache.
         """
         return recompress(self.shared, self.conversations, self._reader(), request)
 
     def recompressor(self) -> Recompressor:
-        """What does that to finished conversations, bit by bit; ``ValueError`` where this engine
-        holds none."""
+        """A ``Recompressor``, which recompresses the caches of finished conversations in small
+        steps; ``ValueError`` if this engine holds no conversations."""
         return Recompressor(self.shared, self.conversations, self._reader())
 
     def _reader(self) -> KVzip:
@@ -302,7 +302,7 @@ class Engine:
         self.conversations.delete(owner, id)
 
     def release(self, request: Request) -> None:
-        """Give a held request's cache back."""
+        """Free a held request's cache."""
         if request.ended and request.cache is not None:
             self.shared.release(request)
             request.hold = False
@@ -315,7 +315,7 @@ class Engine:
         self.fail(request, "abort")
 
     def fail(self, request: Request, reason: str = "error", error: str | None = None) -> None:
-        """End a request at once for a reason of no use to its conversation."""
+        """End a request at once with this reason; its cache is not kept for its conversation."""
         for each in (request, *request.waiting_samples):
             if not each.ended:
                 self.scheduler.remove(each)
@@ -330,11 +330,11 @@ class Engine:
             pass
 
     def steps(self, requests: Items[Request]) -> Iterator[list[Request]]:
-        """Queue requests (those that are not yet) and step until all of them have ended; after
-        every step, whoever ended in it.
+        """Queue the requests that are not queued yet, and step until all have ended; yields the
+        requests that ended in each step.
 
-        Samples are waited for like the requests that lead them.  Where anything is raised, or
-        nobody asks on, all are aborted.
+        It also waits for the samples of each request.  If an exception is raised, or the caller
+        stops iterating, all of them are aborted.
         """
         everyone = [each for request in requests for each in (request, *request.samples)]
         try:
@@ -345,21 +345,22 @@ class Engine:
                 yield self.step()
         finally:
             for each in everyone:
-                self.abort(each)  # nothing, for one that has ended
+                self.abort(each)  # no effect on one that has ended
 
     def step(self) -> list[Request]:
-        """Advance everything by one step; returns the requests that ended.
+        """Advance all requests by one step; returns those that ended.
 
-        If anything is raised inside (Ctrl-C included), what the step had begun is undone and
-        requests go on as if it had not been tried; only one that cannot be taken back (its
-        entries were being evicted, or it extends a cache) is aborted.
+        If an exception is raised (Ctrl-C included), the step is undone and requests continue as if
+        it had not been tried.  Only a request that cannot be restored (its entries were being
+        evicted, or it extends a cache) is aborted.
         """
         return self._run(self._schedule())
 
     def step_singly(self) -> list[Request]:
-        """A step in which a request that makes its pass fail ends with an error, alone.
+        """Step requests one by one; one whose pass fails ends with an error, without affecting
+        others.
 
-        For when ``step`` raised an ``Exception`` and nobody knows by whom it was caused.
+        For use after ``step`` raised an ``Exception`` that cannot be traced to a request.
         """
         ended = []
         plan = self._schedule(begin=False)
@@ -377,16 +378,16 @@ class Engine:
         return ended
 
     def blame(self, request: Request, error: Exception) -> None:
-        """End a request with an error, or give that as the reason of one that was aborted because
-        its step could not be taken back."""
+        """End a request with an error.  If it was already aborted because its step could not be
+        undone, its finish reason becomes this error."""
         why = f"{type(error).__name__}: {error}"
         self.fail(request, error=why)
         if request.finish_reason == "abort":
             request.finish_reason, request.error = "error", why
 
     def _schedule(self, begin: bool = True) -> Plan:
-        """What the next step does, once memory is there for it; with ``begin``, requests that fit
-        have begun."""
+        """The plan of the next step, after memory for it was freed; with ``begin``, requests that
+        fit are started first."""
         scheduler = self.scheduler
         try:
             scheduler.relieve()
@@ -401,7 +402,7 @@ class Engine:
 
     def _run(self, plan: Plan) -> list[Request]:
         """One pass through the model; returns the requests that ended."""
-        if not plan.requests:  # everybody waits for something
+        if not plan.requests:  # all requests wait for something
             return []
         self.peak_in_flight = max(self.peak_in_flight, self.scheduler.in_flight)
         undo = Undo(self.shared, plan)
@@ -429,17 +430,17 @@ class Engine:
 
     @property
     def peak_bytes(self) -> int:
-        """The most that all requests together ever held, pages and everything beside them."""
+        """The most bytes that all requests together ever held, in pages and outside them."""
         return self.pool.peak_bytes
 
     def stats(self) -> Stats:
-        """What it holds and has done, for other threads to read."""
+        """A snapshot of the engine's statistics, for other threads to read."""
         return read_stats(
             self.scheduler, self.conversations, self.drafter, self.work, self.peak_in_flight
         )
 
     def check(self) -> None:
-        """``pool.check()``, and that nothing is reserved when nothing runs."""
+        """``pool.check()``, and check that nothing is reserved when nothing runs."""
         self.pool.check()
         if self.scheduler.idle and not self.pool.tables:
             assert self.ledger.bytes == 0 and not self.ledger.pages.any(), "a reservation is left"
@@ -456,15 +457,15 @@ class Engine:
         )
 
     def _commit(self, plan: Plan, stepped: Stepped, committed: set[Request]) -> list[Request]:
-        """Sample a token for every request that got logits; end those that are done."""
-        highest, best = stepped.logits.max(-1)  # NaN is higher than any number
+        """Sample a token for every request that has logits; end those that are done."""
+        highest, best = stepped.logits.max(-1)  # max treats NaN as the highest number
         likeliest, broken = best.tolist(), (~highest.isfinite()).tolist()
         ended = []
         following = 0
         for index, (request, count) in enumerate(plan.given):
             rows = slice(following, following + count)
             following += count
-            if request.ended:  # from outside while the step ran
+            if request.ended:  # ended from outside while the step ran
                 continue
             if request in plan.drafts:
                 ended += self._verify(
@@ -488,8 +489,8 @@ class Engine:
         broken: list[bool],
         committed: set[Request],
     ) -> list[Request]:
-        """Choose tokens from a request's ``rows`` for as long as they are what was guessed; those
-        that ended with that."""
+        """Choose tokens from a request's ``rows`` while they equal its drafts; returns the request
+        if it ended."""
         assert stepped.decoding is not None
         fed, chosen, reason = range(rows.start, rows.stop), 0, None
         try:
@@ -511,7 +512,7 @@ class Engine:
         return [request]
 
     def _advance(self, request: Request, stepped: Stepped, row: int) -> None:
-        """Count a decoding request's token in, and evict what is due."""
+        """Commit a decoding request's token, and evict entries that are due."""
         assert stepped.decoding is not None
         self.runner.commit(self.pool, request, stepped.decoding, row)
 
@@ -523,8 +524,8 @@ class Engine:
         broken: list[bool],
         committed: set[Request],
     ) -> list[Request]:
-        """What a request's logits ``[rows, vocab]`` mean for it and for samples that waited for
-        it; those that ended with that."""
+        """Handle a request's logits ``[rows, vocab]``, also for samples that wait for its prompt;
+        returns the requests that ended."""
         if request.scoring is not None:
             request.scoring.add(logits, likeliest)
             committed.add(request)
@@ -548,27 +549,29 @@ class Engine:
     def _choose(
         self, request: Request, logits: Tensor, likeliest: TokenIds, broken: list[bool]
     ) -> str | None:
-        """A request's next token from its logits ``[1, vocab]``; why it ends with that, or None."""
+        """Choose a request's next token from its logits ``[1, vocab]``; returns the reason if it
+        ends with this token, else None."""
         if broken[0]:
             request.error = "the model's logits are not finite numbers (NaN or infinity)"
             return "error"
         return self._sample(request, logits[0], likeliest[0])
 
     def _sample(self, request: Request, logits: Tensor, likeliest: int) -> str | None:
-        """Choose a request's next token; why it ends with that, or None."""
+        """Sample a request's next token; returns the reason if it ends with this token, else
+        None."""
         try:
             token, logprob = sample(logits, request, likeliest)
         except Exception as error:
             if request.constraint is None:
                 raise
-            request.error = f"{type(error).__name__}: {error}"  # nobody else is concerned
+            request.error = f"{type(error).__name__}: {error}"  # affects this request only
             return "error"
         request.output.append(token)
         request.logprobs += [] if logprob is None else [logprob]
         return self._reason(request, token)
 
     def _split(self, request: Request) -> list[Request]:
-        """Begin the further samples of a prompt that is in, on its pages."""
+        """Start the further samples of a prefilled prompt, on its pages."""
         begun = request.waiting_samples
         for each in begun:
             each.take(self.pool.fork(request.table), request)
@@ -578,8 +581,8 @@ class Engine:
         return begun
 
     def _computed(self, request: Request) -> list[int]:
-        """Tokens of a prompt that is in that entered each layer, each time; those of a prefix that
-        was taken in alone with those of the rest."""
+        """The number of tokens of a prefilled prompt that entered each layer, per reading; a prefix
+        that was prefilled separately is included."""
         assert request.prefill is not None
         depth, now, before = self.runner.depth, request.prefill.computed, request.computed
         if not before:
@@ -588,7 +591,8 @@ class Engine:
         return entered + before[depth:] + now[depth:]
 
     def _go_on_from_prefix(self, request: Request) -> None:
-        """A prompt's prefix is in: it is held for others, and the rest of the prompt comes next."""
+        """After a prompt's prefix is prefilled: hold its cache for other requests, and continue
+        with the rest of the prompt."""
         assert request.prefill is not None
         shared = self.shared
         if request.times.first_token is None:
@@ -611,8 +615,9 @@ class Engine:
         shared.start(request)
 
     def _prefilled(self, request: Request, prefill: Prefill, samples: list[Request]) -> None:
-        """A prompt is in: what only it needed is given back, and its samples run from now on."""
-        if request.times.first_token is None:  # else it was in before, and is again
+        """After a prompt is prefilled: free what only prefill needed; the request and its samples
+        decode from now on."""
+        if request.times.first_token is None:  # else it was recomputed
             request.times.first_token, request.computed = time.monotonic(), self._computed(request)
         if prefill.reader is not None:
             request.prompt_logprobs = prefill.read
@@ -624,10 +629,11 @@ class Engine:
             self.scheduler.to_running(each)
 
     def _score_on(self, request: Request, scoring: Scoring) -> bool:
-        """Once the context is in, score the continuation on top of it; True when that is done."""
+        """After the context is prefilled: score the continuation on top of it; True when that is
+        done."""
         assert request.prefill is not None
         table = request.table
-        if request.kv is None:  # the context is in, nothing else yet
+        if request.kv is None:  # only the context is prefilled
             request.times.first_token = time.monotonic()
             request.computed = request.prefill.computed
             request.kv = self.usage(request)
@@ -642,7 +648,7 @@ class Engine:
         return True
 
     def _reason(self, request: Request, token: int) -> str | None:
-        """Why a request ends with ``token``, or None."""
+        """The reason if a request ends with ``token``, else None."""
         params = request.params
         ends = token in request.stop_ids or (token in self.end_ids and not params.ignore_eos)
         if ends and len(request.output) > params.min_tokens:
@@ -656,11 +662,11 @@ class Engine:
         return "length" if len(request.output) >= request.max_new else None
 
     def _end(self, request: Request, reason: str) -> None:
-        """Count what the request used, then give its pages back (or hold them)."""
+        """Record what the request used, then free its pages (or hold them)."""
         request.finish_reason, request.times.ended = reason, time.monotonic()
         request.status = "finished"
         if request.drafting is not None:
-            request.drafting.places.clear()  # nothing is looked up any longer
+            request.drafting.places.clear()  # no more lookups
         request.kv = self.usage(request)
         if request.detokenizer and not request.detokenizer.stopped:
             request.detokenizer.update(self._said(request, reason), last=True)
@@ -678,7 +684,7 @@ class Engine:
         self.shared.release(request)
 
     def _said(self, request: Request, reason: str) -> TokenIds:
-        """A request's tokens less the one that ended it, where that is no part of its text."""
+        """A request's tokens, without the one that ended it if that is not part of its text."""
         ends = self.end_ids.union(request.stop_ids).difference(request.params.stop_token_ids)
         ended = reason == "stop" and request.output[-1] in ends
         return request.output[:-1] if ended else request.output
@@ -686,27 +692,26 @@ class Engine:
     # --- ranks --------------------------------------------------------------------------------
 
     def together(self, name: str, *values: Any) -> AbstractContextManager[None]:
-        """What is done in this is done by all ranks of the model (``engine/ranks.py``)."""
+        """A context whose body runs on all ranks of the model (``engine/ranks.py``)."""
         return nullcontext()
 
     def check_alive(self) -> None:
-        """``RanksError`` where some rank of the model is lost."""
+        """``RanksError`` if a rank of the model is lost."""
 
     def when_broken(self, tell: Callable[[str], None]) -> None:
-        """Have a function called, in any thread, with the reason once nothing can be done any
-        longer."""
+        """Call ``tell``, in any thread, with the reason when the engine can no longer run."""
 
     def close(self) -> None:
-        """End the model's other ranks; nothing can be done with it afterwards."""
+        """End the model's other ranks; the engine cannot be used afterwards."""
 
     # --- answers ------------------------------------------------------------------------------
 
     def usage(self, request: Request) -> KVUsage:
-        """What the request's cache is now (or was, once it has ended)."""
+        """The size of the request's cache now (or when it ended)."""
         return answers.usage(self.pool, self.runner, request)
 
     def metrics(self, request: Request) -> RequestMetrics:
-        """What the request took so far."""
+        """The request's times and counts so far."""
         return answers.metrics(self.runner, request)
 
     def output(self, request: Request) -> RequestOutput:

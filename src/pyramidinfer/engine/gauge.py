@@ -1,4 +1,4 @@
-"""What steps and guesses took lately, and whether guessing paid."""
+"""Recent times of steps and drafts, and whether drafting paid off."""
 
 from __future__ import annotations
 
@@ -8,31 +8,31 @@ from typing import Literal, NamedTuple
 
 __all__ = ["By", "Gauge", "Load"]
 
-#: Who guesses: the model over what its drafts read, or the text so far.
+#: The drafter: the model over its draft view, or prompt lookup.
 By = Literal["view", "lookup"]
 
-#: Measurements of a kind that count, and how many must be there.
+#: The number of recent measurements of each kind that count, and the minimum number needed.
 RECENT, ENOUGH = 7, 2
-#: What a guess is taken to cost before that was measured, in steps without any.
+#: Assumed cost of a drafted token before it is measured, in plain steps (without drafts).
 COST: dict[By, float] = {"view": 0.5, "lookup": 0.1}
-#: Steps after which it is seen whether guessing paid; for how many steps it is left alone at first
-#: where it did not, and at most.
+#: Number of drafted steps after which drafting is judged; if it did not pay off, for how many steps
+#: the drafter pauses the first time, and at most.
 WATCHED, REST, LONGEST_REST = 12, 64, 1024
 
 
 class Load(NamedTuple):
-    """Requests that decode in a step, and how much they hold (twice the logarithm, so that steps of
-    about the same size are held against each other)."""
+    """The number of requests that decode in a step, and the size of their caches (twice the base-2
+    logarithm of the entries, so that steps of about the same size are compared)."""
 
     rows: int
     size: int
 
 
 class Gauge:
-    """Seconds by kind of work and by what a step has to do, as medians.
+    """Median seconds by kind of work and load.
 
-    Costs are told in steps without guesses.  Where guesses did not pay over some steps, whoever
-    made them rests, twice as long each time.
+    Costs are measured in plain steps (without drafts).  A drafter that did not pay off over some
+    steps pauses, each time for twice as long.
     """
 
     def __init__(self) -> None:
@@ -48,20 +48,20 @@ class Gauge:
         return statistics.median(measured) if len(measured) >= ENOUGH else None
 
     def is_known(self, load: Load) -> bool:
-        """Whether it was measured what such a step takes without guesses."""
+        """Whether the time of a plain step with this load is known."""
         return self._median("plain", load) is not None
 
     def is_measured(self, load: Load) -> bool:
-        """Whether it was measured what the model's guesses cost, made and verified."""
+        """Whether the cost of the model's drafts (drafting and verifying) is known."""
         return all(self._median(kind, load) is not None for kind in ("verify", "view"))
 
     def verifying(self, load: Load) -> float | None:
-        """What verifying one more guess of each request costs; None where that is not known."""
+        """The cost of verifying one more drafted token per request; None if unknown."""
         plain, more = self._median("plain", load), self._median("verify", load)
         return None if plain is None or more is None else more / plain
 
     def cost(self, by: By, load: Load) -> float:
-        """What one more guess of each request costs, made and verified."""
+        """The cost of drafting and verifying one more token per request."""
         plain, more = self._median("plain", load), self.verifying(load)
         making = self._median(by, load) if by == "view" else 0.0
         if plain is None or more is None or making is None:
@@ -69,16 +69,17 @@ class Gauge:
         return more + making / plain
 
     def rests(self, by: By) -> bool:
-        """Whether guesses of this kind are left alone in this step; asked once a step."""
+        """Whether this drafter pauses in this step; call it once per step."""
         self._rest[by] = max(0, self._rest[by] - 1)
         return self._rest[by] > 0
 
     def ran(
         self, load: Load, counts: dict[By, list[int]], guessing: float, seconds: float, tokens: int
     ) -> None:
-        """A step took ``seconds``, and ``guessing`` before it; it gave so many tokens.
+        """Record a step of ``seconds``, after ``guessing`` seconds of drafting, that gave
+        ``tokens`` tokens.
 
-        counts : by who made them, guesses of each request that had any.
+        counts : by drafter, the number of drafted tokens of each request that had any.
         """
         guessed = sum(map(sum, counts.values()))
         if not guessed:

@@ -1,4 +1,7 @@
-"""Answers that follow a JSON schema, a regular expression or a grammar: masks from llguidance."""
+"""Structured outputs: answers that follow a JSON schema, a regular expression or a grammar.
+
+llguidance computes the masks of allowed tokens.
+"""
 
 from __future__ import annotations
 
@@ -23,44 +26,43 @@ if TYPE_CHECKING:
 __all__ = ["GrammarConstraint", "GrammarError", "Grammars"]
 
 ANY_OBJECT = '{"type": "object"}'
-#: White space between two tokens of JSON: a blank, or a new line and its indentation.  Without a
-#: bound a model that does not want to go on writes blanks until it is cut off.
+#: White space between two tokens of JSON: a space, or a new line and its indentation.  Without a
+#: bound, a model that does not continue the answer writes spaces until it reaches the token limit.
 WHITE_SPACE = r" |\r?\n[ \t]{0,20}"
-FIRST_TOKENS = 4  # that are tried before a grammar is taken
-#: What has a meaning in a regular expression.
+FIRST_TOKENS = 4  # these are tried before a grammar is accepted
+#: Characters with a special meaning in a regular expression.
 SIGNS = re.compile(r"[\\.+*?()|\[\]{}^$#&\-~]")
-#: Tokens by their ids, as Lark's notation has them.
+#: Token IDs in Lark's notation.
 TOKEN_IDS = re.compile(r"<\[[\d,\-^*]+\]>")
-#: A rule as GBNF writes it; what has none is Lark's.
+#: A rule in GBNF syntax; a grammar without one is read as Lark.
 GBNF_RULE = re.compile(r"^\s*[\w-]+\s*::=", re.MULTILINE)
 
 
 class GrammarError(ValueError):
-    """A grammar that cannot be followed, by what it says, for its size, or by the tokenizer."""
+    """A grammar that is invalid, too large, or not supported by the tokenizer."""
 
 
 class GrammarConstraint:
-    """A matcher in the state it is in; see ``engine.sampler.Constraint``.
+    """A matcher and its state; see ``engine.sampler.Constraint``.
 
-    ``what``: how errors call the grammar.
+    ``what``: the name of the grammar in error messages.
     """
 
     def __init__(
         self, matcher: llguidance.LLMatcher, tables: llguidance.LLTokenizer, what: str
     ) -> None:
         self.matcher, self.tables, self.what = matcher, tables, what
-        self.pending: TokenIds = []  # the rest of a text that was cut anew
+        self.pending: TokenIds = []  # the rest of a text that was tokenized again
 
     @property
     def done(self) -> bool:
         return bool(self.matcher.is_stopped())
 
     def allowed(self, vocab_size: int) -> Tensor:
-        """Tokens that may come next, bool ``[vocab_size]``; ``GrammarError`` where there is
-        none.
+        """The tokens allowed next, bool ``[vocab_size]``; ``GrammarError`` if there are none.
 
-        Where one text only may come, it is cut into tokens as the tokenizer would cut it: that is
-        what the model has learned, and what the next turn's prompt will have there.
+        If only one text can follow, it is split into tokens as the tokenizer would split it: the
+        model was trained on this split, and the next turn's prompt will contain it.
         """
         forced = (self.pending or self.matcher.compute_ff_tokens())[:1]
         if forced and forced[0] < vocab_size:
@@ -74,8 +76,9 @@ class GrammarConstraint:
         return torch.from_numpy(bits)
 
     def accept(self, token: int) -> int:
-        """Take in a token.  Where only one text can follow it, both are cut as the tokenizer would
-        cut them: ``"`` and ``}}`` for ``"}`` where another brace has to come."""
+        """Accept a token and return the token to use instead of it.  If only one text can follow,
+        both are tokenized together as the tokenizer would: ``"`` and ``}}`` instead of ``"}`` if
+        another brace must follow."""
         if self.pending:
             self.pending.pop(0)
             self._consume(token)
@@ -89,7 +92,8 @@ class GrammarConstraint:
         return token
 
     def _cut(self, token: int, follows: bytes) -> TokenIds:
-        """The tokenizer's tokens of a token's text and what follows, as far as the former goes."""
+        """Tokenize a token's text together with what follows; return the tokens that cover the
+        former."""
         begun = self.tables.decode_bytes([token])
         heads: TokenIds = []
         for each in self.tables.tokenize_bytes(begun + follows) if follows else ():
@@ -103,7 +107,7 @@ class GrammarConstraint:
             raise self.error(f"does not take token {token}")
 
     def error(self, why: str) -> GrammarError:
-        """One line; what the library says beyond it is about its inside."""
+        """The error on one line, without the library's internal details."""
         return _error(self.what, self.matcher.get_error() or why)
 
     def copy(self) -> GrammarConstraint:
@@ -138,7 +142,7 @@ class Grammars:
             ) from None
 
     def constraint(self, wanted: StructuredOutputsParams) -> GrammarConstraint:
-        """At its beginning; ``GrammarError`` for what cannot be followed."""
+        """A constraint in its initial state; ``GrammarError`` if the grammar cannot be followed."""
         tables = self._tables
         from llguidance import LLMatcher
 
@@ -146,9 +150,9 @@ class Grammars:
             what, grammar = _read(wanted)
         except GrammarError:
             raise
-        except ValueError as error:  # a schema that is none, as the library says it
+        except ValueError as error:  # an invalid schema, in the library's words
             raise _error("JSON schema", error) from None
-        if wanted.choice is None and not wanted.json_object:  # those are ours
+        if wanted.choice is None and not wanted.json_object:  # those are built here
             _try(what, grammar)
         if wanted.think is not None:
             grammar = _behind_thoughts(grammar, wanted.think, added_tokens(self.tokenizer))
@@ -156,14 +160,15 @@ class Grammars:
         if matcher.is_error():
             raise _error(what, matcher.get_error())
         made = GrammarConstraint(matcher, tables, what)
-        # that the vocabulary can begin it, and that what may follow is not too much to work out
+        # check that the vocabulary can begin it and that the next tokens are cheap enough to
+        # compute
         for token in made.copy().allowed(self.vocab_size).nonzero()[:FIRST_TOKENS, 0].tolist():
             made.copy().accept(token)
         return made
 
 
 def _read(wanted: StructuredOutputsParams) -> tuple[str, str]:
-    """What errors call it, and the grammar as llguidance reads it."""
+    """The name of the grammar in error messages, and the grammar as llguidance reads it."""
     from llguidance import LLMatcher
     from llguidance.gbnf_to_lark import gbnf_to_lark
 
@@ -181,14 +186,14 @@ def _read(wanted: StructuredOutputsParams) -> tuple[str, str]:
     if GBNF_RULE.search(text):
         try:
             text = gbnf_to_lark(text)
-        except Exception as error:  # the library raises bare ones, too
+        except Exception as error:  # the library also raises bare exceptions
             raise _error("grammar", error) from None
     return "grammar", LLMatcher.grammar_from_lark(text)
 
 
 def _behind_thoughts(grammar: str, think: tuple[str, str], added: Mapping[str, int]) -> str:
-    """A grammar of answers that may think first, between tags; the opening one is empty where it
-    has come already."""
+    """A grammar of answers that may begin with thoughts between tags; the opening tag is empty if
+    the prompt already contains it."""
     begin, end = think
 
     def put(tag: str) -> str:
@@ -202,17 +207,17 @@ def _behind_thoughts(grammar: str, think: tuple[str, str], added: Mapping[str, i
         r"TEXT: /(.|\n)*/",
         r"SPACE: /[ \n]{1,4}/",
     ]
-    lark = not grammar.startswith("{")  # the library's own JSON, of anything else
+    lark = not grammar.startswith("{")  # the library's own grammars are JSON, the others Lark
     answer = {"lark_grammar": grammar} if lark else json.loads(grammar)["grammars"][0]
     whole = [{"lark_grammar": "\n".join(rules)}, {**answer, "name": "answer"}]
     return json.dumps({"grammars": whole})
 
 
 def _try(what: str, grammar: str) -> None:
-    """``GrammarError`` for one that would end this process, or keep it busy for ever."""
+    """``GrammarError`` for a grammar that would crash this process or keep it busy for ever."""
     import llguidance
 
-    grammar = TOKEN_IDS.sub("<[1]>", grammar)  # the trial has another vocabulary
+    grammar = TOKEN_IDS.sub("<[1]>", grammar)  # the trial uses another vocabulary
     try:
         if survives(grammar, str(Path(llguidance.__file__).parents[1])):
             return
@@ -226,7 +231,7 @@ def _try(what: str, grammar: str) -> None:
 
 
 def _error(what: str, reason: object) -> GrammarError:
-    """In one line: of several the one that says why."""
+    """The error on one line: of several lines, the one that gives the reason."""
     lines = str(reason).splitlines() or [""]
     why = next((line for line in lines if line.startswith("error: ")), lines[0])
     if why.startswith("NoExtension"):

@@ -1,4 +1,4 @@
-"""From what a user asks to a request: checked, and its cost known."""
+"""Builds requests from what a user asks for: validated, with their memory cost."""
 
 from __future__ import annotations
 
@@ -36,19 +36,19 @@ Spans = Items[tuple[int, int]]
 
 
 class Cached(Protocol):
-    """What is known of a cache that a request goes on with."""
+    """The cache that a request continues from."""
 
     @property
     def seen_len(self) -> int:
-        """Tokens taken in."""
+        """The number of tokens processed so far."""
 
     @property
     def kept(self) -> np.ndarray:
-        """Entries ``[layers, kv_heads]``."""
+        """The number of entries ``[layers, kv_heads]``."""
 
 
 class Maker:
-    """Builds requests of one engine."""
+    """Builds the requests of one engine."""
 
     def __init__(self, shared: Shared, end_ids: frozenset[int]) -> None:
         self.shared = shared
@@ -71,7 +71,7 @@ class Maker:
         prefix: int = 0,
         salt: str = "",
     ) -> Request:
-        """See :meth:`Engine.make`; ``policy`` is checked already."""
+        """See :meth:`Engine.make`; ``policy`` is already checked."""
         shared, runner = self.shared, self.shared.runner
         check_params(params, runner.vocab_size, shared.tokenizer is not None)
         check_tokens(prompt, runner.vocab_size)
@@ -146,8 +146,8 @@ class Maker:
         scoring: Scoring | None,
         prefix: int,
     ) -> int:
-        """Tokens that may be generated, or are scored; ``ValueError`` where the model has too few
-        positions."""
+        """The number of tokens that may be generated or are scored; ``ValueError`` if the model has
+        too few positions."""
         runner, longest = self.shared.runner, self.shared.runner.max_positions
         endless = self.shared.is_endless(policy, len(prompt))
         if endless:
@@ -186,8 +186,9 @@ def costs_of(
     samples: int = 1,
     prefix: int = 0,
 ) -> tuple[Cost, Cost]:
-    """The most that a prompt of ``length`` tokens can need (the first ones held by ``on``, or the
-    first ``prefix`` to be taken in alone), and what has to be reserved for it before it begins."""
+    """The most memory that a prompt of ``length`` tokens can need, and what has to be reserved
+    before it begins.  ``on`` already holds its first tokens; its first ``prefix`` tokens are
+    prefilled separately."""
     seen, held = (on.seen_len, on.kept) if on else (0, None)
     layers = shared.runner.layers_for(length + max_new)
     covered = len(set().union(*(range(*span) for span in spans)))
@@ -213,8 +214,9 @@ def costs_of(
 
 
 def cost_from_held(shared: Shared, request: Request, samples: list[Request]) -> None:
-    """A request whose text was cut by one threshold for all layers: what each of them keeps was not
-    known before, so what it needs from here on is told by what it holds."""
+    """Update the cost of a request whose text was compressed with one threshold for all layers: the
+    entries kept per layer were unknown in advance, so the remaining need follows from those held
+    now."""
     kept = request.table.kept
 
     def from_here(cost: Cost, generated: int) -> Cost:
@@ -230,7 +232,8 @@ def cost_from_held(shared: Shared, request: Request, samples: list[Request]) -> 
 
 
 def expected_of(config: EngineConfig, left: int) -> int:
-    """Tokens that a request is counted on to generate of those ``left`` to it."""
+    """The number of tokens that a request is expected to generate, out of the ``left`` that it
+    may."""
     if config.admission == "reserve":
         return left
     return max(1, math.ceil(config.expected_output * left))

@@ -1,8 +1,9 @@
-"""What a request may need at most, and how much is reserved: admission by reservation.
+"""The most memory a request may need, and how much is reserved: admission by reservation.
 
-Every request's forecast is rounded to pages and added to what is already reserved, so a request
-that was let in can never run short (what else there is: ``scheduler.py``).  Query rings, policy
-state and the hidden states of prompts in progress count against the same ``kv_memory``.
+Every request's forecast is rounded up to pages and added to what is already reserved, so an
+admitted request can never run out of memory (``scheduler.py`` describes the alternative).  Query
+rings, policy state and the hidden states of prompts in progress count against the same
+``kv_memory``.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ __all__ = ["Cost", "Ledger", "for_samples", "full_bytes", "full_lens", "uncoded_
 class Cost(NamedTuple):
     """An upper bound: pages per group at the worst moment, and all bytes at that moment.
 
-    ``after_prefill``: the bound once the prompt is in (None where this already is it);
-    ``entries`` per layer and head and the bytes of ``overhead`` outside pages: what such a bound is
-    made of.
+    ``after_prefill``: the bound once the prefill is done (None if this bound already is it);
+    ``entries`` per layer and head, and the bytes of ``overhead`` outside pages: the parts of the
+    bound after prefill.
     """
 
     pages: np.ndarray
@@ -41,21 +42,21 @@ class Cost(NamedTuple):
 
 
 def for_samples(cost: Cost, samples: int) -> Cost:
-    """The cost of several answers to one prompt: one takes it in, then each may hold its own."""
+    """The cost of several answers to one prompt: one prefills it, then each may hold its own
+    cache."""
     settled = cost.after_prefill or cost
     pages = np.maximum(cost.pages, settled.pages * samples)
     return Cost(pages, max(cost.bytes, settled.bytes * samples), settled)
 
 
 class Reserved(Protocol):
-    """A request, as far as the ledger knows it."""
+    """A request, as far as the ledger needs it."""
 
     reserved: Cost | None
 
 
 class Ledger:
-    """Reservations made against the pool; together they never exceed what there is (but see
-    ``is_over``)."""
+    """Reservations in the pool; together they never exceed its capacity (but see ``is_over``)."""
 
     def __init__(self, layout: Layout, runner: ModelRunner) -> None:
         self.layout, self.runner = layout, runner
@@ -75,10 +76,10 @@ class Ledger:
     ) -> Cost:
         """The most that ``new`` prompt tokens and ``max_new`` generated ones can need.
 
-        ``held``: entries per layer and head already in the cache (extend);  ``expected``: count so
-        many generated tokens instead of ``max_new`` (the ring is as long as all may make it);
-        ``seen``: tokens in front of the prompt's, in the cache or dropped from it; None: the prompt
-        is not read again, whatever the policy says.
+        ``held``: entries per layer and head already in the cache (extend);  ``expected``: count
+        this many generated tokens instead of ``max_new`` (the ring is sized for ``max_new``);
+        ``seen``: the number of tokens before those of the prompt, in the cache or dropped from it;
+        None: the prompt is not read again, whatever the policy says.
         """
         layout, runner = self.layout, self.runner
         shape = (layers.count, runner.kv_heads)
@@ -109,7 +110,7 @@ class Ledger:
         worst = np.zeros_like(layout.page_counts)
         for layer in range(
             layers.count
-        ):  # layers before it are cut already, this one is in progress
+        ):  # layers before it are already compressed, this one is in progress
             pages = np.where(np.arange(layers.count) <= layer, final, before)
             pages[:, layer] = arriving[:, layer]
             worst = np.maximum(worst, layout.by_group(pages))
@@ -130,8 +131,8 @@ class Ledger:
         return Cost(worst, max(size, settled.bytes), settled)
 
     def _pages(self, entries: np.ndarray, total: np.ndarray | None = None) -> np.ndarray:
-        """Pages by rank and layer, ``[ranks, layers]``, of so many entries a head ``[layers,
-        kv_heads]``, which are no more than ``total`` a layer."""
+        """Pages by rank and layer, ``[ranks, layers]``, of this many entries per head ``[layers,
+        kv_heads]``, which are at most ``total`` per layer."""
         layout = self.layout
         pages = layout.by_layer(layout.pages_for(entries))
         if total is not None:  # every head may have one page that is not full
@@ -145,7 +146,7 @@ class Ledger:
         total: np.ndarray | None = None,
         in_all: int | None = None,
     ) -> Cost:
-        """What so many entries per layer and head take, no more than ``total`` a layer and
+        """The cost of this many entries per layer and head, at most ``total`` per layer and
         ``in_all`` together, and ``overhead`` bytes outside pages."""
         layout, pages = self.layout, self._pages(entries, total)
         groups = layout.by_group(pages)
@@ -183,8 +184,8 @@ class Ledger:
         protected: int,
         expected: int,
     ) -> Cost:
-        """The most that a prompt can need whose first ``prefix`` tokens are taken in alone, and
-        ``new`` ones on top of what is kept of these."""
+        """The most that a prompt can need if its first ``prefix`` tokens are prefilled separately
+        and the ``new`` remaining ones on top of the entries kept of these."""
         own = self.runner.layers_for(prefix + 1)
         first = self.cost(policy, prefix, 1, own, protected)
         assert first.after_prefill is not None and first.after_prefill.entries is not None
@@ -232,14 +233,14 @@ class Ledger:
             return hidden + window * heads * key_dim * item + columns * kv_heads * high + told
 
         transient = going("extend" if base.any() else "prefill", reach, base)
-        if reread:  # what the head will read waits meanwhile, in a prompt that is scored all of it
+        if reread:  # the head's input is stored meanwhile if every prompt token is scored
             waiting = new * runner.hidden_size * item
             again = going("reread", np.full(layers.count, reread), base + reach[:, None])
             transient = max(transient, waiting + again)
         return ring + sum(value.nbytes for value in state.values()), transient
 
     def _rotated(self, count: int) -> int:
-        """Bytes of the copies a streaming request keeps of keys that are rotated, of so many
+        """Bytes of the copies of rotated keys that a streaming request keeps, for ``count``
         tokens."""
         runner = self.runner
         sizes = (runner.ranks.own(runner.shapes[layer]) for layer in runner.streaming.layers)
@@ -247,7 +248,7 @@ class Ledger:
         return count * (keys * int(runner.dtype.itemsize) + 16) + 8
 
     def fits(self, cost: Cost, instead_of: Cost | None = None) -> bool:
-        """Whether ``cost`` can be reserved now, given that ``instead_of`` would be given back."""
+        """Whether ``cost`` can be reserved now, if ``instead_of`` is given back."""
         pages, size = self.pages + cost.pages, self.bytes + cost.bytes
         if instead_of is not None:
             pages, size = pages - instead_of.pages, size - instead_of.bytes
@@ -255,22 +256,22 @@ class Ledger:
 
     @property
     def is_over(self) -> bool:
-        """Whether more is reserved than there is (``admission="overcommit"`` only, before a pass
-        begins)."""
+        """Whether more is reserved than the pool has (``admission="overcommit"`` only, before a
+        pass begins)."""
         return self.bytes > self.layout.budget or bool((self.pages > self.layout.page_counts).any())
 
     def ever_fits(self, cost: Cost) -> bool:
-        """Whether it could be let in if nothing else were."""
+        """Whether a request of this cost could be admitted to an empty pool."""
         return self.how_many(cost) > 0
 
     def how_many(self, cost: Cost) -> int:
-        """Requests of this cost that could be let in if nothing else were."""
+        """The number of requests of this cost that an empty pool could admit."""
         wanted = cost.pages > 0
         pages: list[int] = (self.layout.page_counts[wanted] // cost.pages[wanted]).tolist()
         return min([*pages, self.layout.budget // max(cost.bytes, 1)])
 
     def check_fits(self, cost: Cost, prompt: int, max_new: int, samples: int = 1) -> None:
-        """``ContextLengthError`` for a request that could never be let in."""
+        """``ContextLengthError`` for a request that could never be admitted."""
         have = self.layout.budget
         if not self.ever_fits(cost):
             each = f" in each of {samples} answers" if samples > 1 else ""
@@ -282,13 +283,13 @@ class Ledger:
             )
 
     def held(self, table: Table) -> Cost:
-        """What a finished request needs whose cache is kept."""
+        """The cost of a finished request whose cache is kept."""
         used = self.layout.by_group(self._pages(table.kept))
         beside = table.extra_bytes + self.runner.streaming.copied_elsewhere(table)
         return Cost(used, self.layout.bytes_of(used) + beside)
 
     def reserve(self, holder: Reserved, cost: Cost | None) -> None:
-        """Count ``cost`` for a request in place of what was reserved for it before."""
+        """Reserve ``cost`` for a request, replacing its previous reservation."""
         if holder.reserved is not None:
             self.pages -= holder.reserved.pages
             self.bytes -= holder.reserved.bytes
@@ -299,8 +300,8 @@ class Ledger:
 
 
 def full_bytes(layout: Layout, runner: ModelRunner, seen_len: int) -> int:
-    """Bytes a full cache of ``seen_len`` tokens takes in pages, 16 bits a number where the pool has
-    fewer; sliding layers stop at their window."""
+    """Bytes of pages that a full cache of ``seen_len`` tokens takes, at 16 bits per number if the
+    pool quantizes; sliding layers stop at their window."""
     return uncoded_bytes(layout, runner, full_lens(runner, seen_len))
 
 
@@ -309,8 +310,8 @@ def full_lens(
 ) -> tuple[int, ...]:
     """Entries per layer that a full cache of ``seen_len`` tokens holds in every KV head.
 
-    Sliding layers stop at their window, and drop what is older some entries at a time:
-    ``held`` is how many they hold just now, which a full cache would hold as well.
+    Sliding layers stop at their window and drop older entries several at a time: ``held`` is how
+    many they hold now, which a full cache would hold as well.
     """
     held = held or (0,) * runner.depth
     return tuple(
@@ -320,8 +321,8 @@ def full_lens(
 
 
 def uncoded_bytes(layout: Layout, runner: ModelRunner, lens: Items[int]) -> int:
-    """Bytes of pages of a cache with so many entries per layer in every KV head, 16 bits a number
-    where the pool has fewer."""
+    """Bytes of pages of a cache with this many entries per layer in every KV head, at 16 bits per
+    number if the pool quantizes."""
     return sum(
         int(layout.pages_for(entries)) * shape.kv_heads * int(size)
         for entries, shape, size in zip(lens, runner.shapes, layout.uncoded_page_bytes, strict=True)

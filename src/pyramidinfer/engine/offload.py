@@ -1,8 +1,9 @@
-"""Caches in host memory: conversations, which give way, and preempted requests, which do not.
+"""The host memory tier: caches of conversations, which may be evicted, and of preempted requests,
+which may not.
 
-What must go from here, the least recently used first, is on disk already or is lost: once more than
-half of the room is filled by caches without a file, the oldest of them are written in advance, so
-that nobody waits for a disk later.
+The least recently used caches are evicted first.  An evicted cache is lost unless it is on disk.
+So once caches without a file fill more than half of the limit, the oldest of them are written in
+advance, and later evictions do not wait for the disk.
 """
 
 from __future__ import annotations
@@ -16,17 +17,17 @@ __all__ = ["HostStore"]
 
 
 class HostStore:
-    """Conversations in no more than ``limit`` bytes, the least recently used in front.
+    """Conversations in at most ``limit`` bytes, ordered from the least recently used.
 
-    ``others`` tells how many bytes of the limit preempted requests take;  ``lost`` is told of
-    caches that go for want of room;  ``disk``: where they go then, if there is one.
+    ``others`` returns the bytes of the limit that preempted requests use;  ``lost`` is called for
+    caches that are evicted without a file;  ``disk``: the disk tier, if there is one.
     """
 
     def __init__(self, limit: int, disk: DiskStore | None) -> None:
         self.limit, self.disk = limit, disk
         self.others: Callable[[], int] = lambda: 0
         self.lost: Callable[[Conversation], None] = lambda one: None
-        self.bytes = 0  # of conversations, those that are being read included
+        self.bytes = 0  # of conversations, including those that are being read
         self._held: dict[Conversation, None] = {}
 
     def __len__(self) -> int:
@@ -34,27 +35,27 @@ class HostStore:
 
     @property
     def held(self) -> list[Conversation]:
-        """The one that goes first in front."""
+        """The conversations held, in the order of eviction."""
         return list(self._held)
 
     def put(self, one: Conversation) -> None:
-        """Hold a cache for which there is room."""
+        """Add a cache for which there is room."""
         self._held[one] = None
         self.bytes += one.size
         self._write_ahead()
 
     def remove(self, one: Conversation) -> None:
-        """Hold a cache no longer; whoever has it may still use it."""
+        """Remove a cache; callers that still have it may use it."""
         del self._held[one]
         self.bytes -= one.size
         one.exported = None
 
     def make_room(self, size: int, must: bool = False) -> bool:
-        """Let conversations go until so many bytes are free; False, and none goes, where that
-        cannot be.
+        """Evict conversations until ``size`` bytes are free; False, and nothing is evicted, if that
+        is not possible.
 
-        must : for a preempted request: all that can go does, and files that are being written are
-        waited for.
+        must : for a preempted request: evict all that can be evicted even if that is not enough,
+        and wait for files that are being written.
         """
         room = self.limit - self.others() - size
         if self.bytes <= room:
@@ -74,7 +75,7 @@ class HostStore:
         return self.bytes <= room
 
     def _write_ahead(self) -> None:
-        """Have the oldest written where too many could not go without being lost."""
+        """Write the oldest caches to disk if more than half of the limit has no file."""
         if self.disk is None:
             return
         bare = [one for one in self._held if not (one.has_file or one.writing)]

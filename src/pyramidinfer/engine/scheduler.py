@@ -1,27 +1,30 @@
-"""Who runs: admission, each step's plan, and what happens when memory runs out.
+"""The scheduler: admission, each step's plan, and what happens when memory runs out.
 
-Running requests decode one token in every step.  Prompts share what is left of the step's
-budget, oldest first; a long prompt spreads over many steps and never holds the others up.
+Running requests decode one token in every step.  Prompts share the rest of the step's budget,
+oldest first; a long prompt is spread over many steps and never blocks other requests.
 
-By default a request begins when the most it can need fits beside what is reserved for others.
-With ``admission="overcommit"`` it begins when what it is *expected* to need fits: its prompt in
-full, and a share of the tokens it may generate.  Before every step at least what it may claim is
-then reserved for each decoding request: one entry more in every layer, and no page shared.  One
-that outlives what was expected is expected to go on for the same share of what is left to it.
-Where reservations exceed what there is, in this order, until they fit:
+By default a request begins when the most memory it can need fits in addition to what is reserved
+for others.  With ``admission="overcommit"`` it begins when the memory it is *expected* to need
+fits: its whole prompt, and a share of the tokens it may generate.  Before every step, each decoding
+request then has at least the memory reserved that the step may claim: one more entry in every
+layer, and no shared page.  A request that generates more than expected is expected to generate the
+same share of its remaining tokens.  If more is reserved than the pool has, the following is done,
+in this order, until everything fits:
 
-1. expectations give way, the youngest request's first, down to what the next step needs;
-2. caches of finished conversations go, the least recently finished first, to host memory while
-   there is room;
+1. reservations of running requests are cut to what the next step needs, the youngest first;
+2. caches of finished conversations are evicted, the least recently finished first, to host memory
+   while there is room;
 3. (elastic) the compressed request with the highest ``keep`` gets a lower one, down to a floor;
-4. the youngest request is preempted: its cache moves to host memory, where conversations give way
-   to it, or is dropped and computed anew where the policy keeps everything and that was asked for.
+4. the youngest request is preempted: its cache moves to host memory, where conversations are
+   evicted for it, or is dropped and recomputed later if the policy keeps everything and the
+   config asks for it.
 
-A preempted request comes back before any that never began, as soon as what it is expected to need
-from there on fits.  The oldest is preempted only when it is alone (caches that a caller holds then
-take the room), and what could not be served alone was refused from the start: the oldest always
-gets on, and every request comes to its end.  Pages cannot run out inside a pass, since reservations
-count every page once for each owner and cover the pass.
+A preempted request resumes before any request that has not begun, as soon as the memory it is
+expected to need from then on fits.  The oldest request is preempted only if it runs alone (then
+caches that a caller holds use the memory).  Requests that would not fit alone are refused when they
+arrive.  So the oldest request always makes progress, and every request finishes.  Pages cannot run
+out inside a pass, because reservations count every page once for each owner and cover the whole
+pass.
 """
 
 from __future__ import annotations
@@ -44,14 +47,14 @@ from pyramidinfer.types import KVUsage
 
 __all__ = ["Counts", "Plan", "Scheduler"]
 
-#: What ``keep`` is multiplied by each time it is lowered.
+#: Factor that ``keep`` is multiplied by each time it is lowered.
 STEP = 0.8
 
 
 class Plan(NamedTuple):
-    """One step: requests that decode, and requests whose prompt goes on with how much work.
+    """One step: the requests that decode, and the requests in prefill with the work for each.
 
-    ``drafts``: what was guessed of those that decode, to be verified.
+    ``drafts``: the drafted tokens of decoding requests, to be verified.
     """
 
     decode: list[Request]
@@ -60,20 +63,20 @@ class Plan(NamedTuple):
 
     @property
     def requests(self) -> list[Request]:
-        """All of them."""
+        """All requests of the step."""
         return [*self.decode, *(request for request, _ in self.prefill)]
 
     @property
     def fed(self) -> list[int]:
-        """Tokens that each of those that decode feeds."""
+        """The number of tokens that each decoding request feeds."""
         return [
             1 + len(self.drafts[each].tokens) if each in self.drafts else 1 for each in self.decode
         ]
 
     @property
     def given(self) -> list[tuple[Request, int]]:
-        """Once it was run: requests that have logits, those that decode first and then those whose
-        prompt came to its end, and how many each."""
+        """After the step has run: the requests with logits (decoding requests first, then those
+        whose prefill finished), and the number of rows of each."""
         ended = [(each, work.prefill) for each, work in self.prefill if work.prefill.finished]
         decoded = list(zip(self.decode, self.fed, strict=True))
         return decoded + [(each, prefill.rows) for each, prefill in ended]
@@ -81,8 +84,8 @@ class Plan(NamedTuple):
 
 @dataclass
 class Counts:
-    """How often what was done: caches moved to host memory, caches freed to be computed anew,
-    prompts in progress that began again, requests that came back, ``keep`` lowered."""
+    """Numbers of events: caches moved to host memory, caches freed to be recomputed, prompts in
+    progress that restarted, requests that resumed, times that ``keep`` was lowered."""
 
     swapped: int = 0
     recomputed: int = 0
@@ -92,13 +95,13 @@ class Counts:
 
 
 class Scheduler:
-    """Four queues: waiting (no memory yet), prefilling, running (decoding), and those that were
-    preempted, the oldest first.
+    """Four queues: waiting (no memory yet), prefilling, running (decoding), and preempted, the
+    oldest first.
 
-    ``moving``: the request that is being begun, preempted or brought back; where something is
-    raised meanwhile it cannot go on, and whoever catches that has to end it.  ``flying``: requests
-    of steps that are still on their way through the stages of a pipeline; the next one is of
-    others.
+    ``moving``: the request that is being started, preempted or resumed; if an exception is raised
+    meanwhile, it cannot continue, and the caller that catches the exception has to end it.
+    ``flying``: requests of steps that are still in the stages of a pipeline; the next step takes
+    other requests.
     """
 
     def __init__(self, shared: Shared, conversations: Conversations) -> None:
@@ -128,11 +131,11 @@ class Scheduler:
 
     @property
     def host_bytes(self) -> int:
-        """Bytes of host memory that preempted requests take."""
+        """Bytes of host memory that preempted requests use."""
         return sum(each.preempted.size for each in list(self.preempted) if each.preempted)
 
     def queue(self, request: Request) -> None:
-        """Let a request wait, behind all others."""
+        """Add a request at the end of the waiting queue."""
         request.status = "waiting"
         self.waiting.append(request)
         self.conversations.read_ahead(request)
@@ -140,12 +143,13 @@ class Scheduler:
     # --- beginning ----------------------------------------------------------------------------
 
     def admit(self) -> None:
-        """Let requests begin, or come back, as many as fit.
+        """Start or resume as many requests as fit.
 
-        Those that were preempted come before all that never began.  The oldest waits for room and
-        nobody overtakes it, except who already holds a cache (an extended request): its pages are
-        part of what the oldest waits for, and except while its cache comes from elsewhere.
-        ``ValueError`` where nothing runs and nothing can begin.
+        Preempted requests come before those that have not begun.  The oldest request waits for
+        memory, and no other request overtakes it, with two exceptions: a request that already holds
+        a cache (an extended request), since its pages are part of what the oldest waits for, and
+        any request while the cache of the oldest is still being copied or computed.  ``ValueError``
+        if nothing runs and nothing can start.
         """
         self.conversations.poll()
         blocked = coming = False
@@ -182,8 +186,8 @@ class Scheduler:
             )
 
     def _reserve(self, request: Request) -> Found:
-        """Reserve for a request what it needs to begin, or to come back; "none" where that does not
-        fit now."""
+        """Reserve the memory that a request needs to start or resume; "none" if it does not fit
+        now."""
         wanted, mine, patient = request.likely, request.reserved, self._is_patient
         if request.status == "preempted":
             assert request.preempted is not None
@@ -201,8 +205,8 @@ class Scheduler:
         return "taken"
 
     def _go_on(self, request: Request) -> Found:
-        """Have a waiting request begin with what was computed already: the longest that there is,
-        if what is added then fits, or what a prompt in progress is about to leave."""
+        """Start a waiting request from a cache that already exists: the longest one for which the
+        additional memory fits, or one that a prompt in progress will leave soon ("coming")."""
         held = self.conversations
         offers = held.offers(request)
         longest = offers[0].length if offers else 0
@@ -215,7 +219,8 @@ class Scheduler:
         return "none"
 
     def _take_up(self, request: Request, offer: Offer) -> Found:
-        """Reserve what a request needs that goes on with what is offered, and give it that."""
+        """Reserve what a request needs if it continues from the offered cache, and hand the cache
+        over."""
         held = self.conversations
         if offer.one is not None and offer.one.place == "disk":
             return held.read(request, offer.one)
@@ -241,12 +246,13 @@ class Scheduler:
 
     @property
     def _is_patient(self) -> bool:
-        """Whether there is work while a copy is on its way; never on several ranks, which must not
-        look at the time."""
+        """Whether other requests can run while a copy is in progress.  Always False with several
+        ranks, whose decisions must not depend on time."""
         return self.in_flight > 0 and self.config.ranks == 1
 
     def _fits_at_worst(self, request: Request) -> bool:
-        """Whether a further request can be had at its worst, host memory included."""
+        """Whether a further request fits, host memory included, if every request needs its
+        maximum."""
         if not self.overcommits:
             return True
         worst = sum(
@@ -274,11 +280,11 @@ class Scheduler:
     # --- a step -------------------------------------------------------------------------------
 
     def plan(self) -> Plan:
-        """Share one step's layer-tokens out.
+        """Divide one step's layer-tokens among the prompts.
 
-        Three quarters go to prompts in order of arrival, the oldest always getting at least a
-        chunk; the rest goes to those with the least left to do, so that a short prompt behind a
-        long one is not held up.
+        Three quarters go to prompts in order of arrival, and the oldest always gets at least a
+        chunk.  The rest goes to the prompts with the least work left, so that a long prompt does
+        not block a short one that arrived later.
         """
         self._wait_for_caches()
         running, prefilling = self._turn(self.running), self._turn(self.prefilling)
@@ -291,28 +297,28 @@ class Scheduler:
         return Plan(running, [(each, work) for each, work in chosen if work.budget])
 
     def _turn(self, queue: list[Request]) -> list[Request]:
-        """Those of a queue whose turn it is: all whose caches are here, or, where a pipeline has
-        several steps on their way, its share of those that are in none."""
+        """The requests of a queue that the next step may take: all whose caches are in the pool.
+        If a pipeline runs several steps at once: this step's share of those that are in none."""
         stages = 1 if self.overcommits else self.shared.runner.stages.size
         here = [each for each in queue if each not in self.flying and each.table.is_here]
         return here[: -(-len(queue) // stages)]
 
     def _wait_for_caches(self) -> None:
-        """Until what comes from host memory is here, where nobody else could run meanwhile."""
+        """Wait for caches that are being copied from host memory, if no other request can run."""
         requests = [*self.running, *self.prefilling]
         if self.config.ranks > 1 or not any(each.table.is_here for each in requests):
             for each in requests:
                 each.table.wait()
 
     def to_running(self, request: Request) -> None:
-        """A request's prompt is in: from now on it decodes."""
+        """Move a request whose prefill has finished to the decoding requests."""
         self.remove(request)
         request.status = "running"
         self.running.append(request)
         self.conversations.lenders.add(request)
 
     def remove(self, request: Request) -> None:
-        """Take a request out of its queue."""
+        """Remove a request from its queue."""
         for queue in (self.waiting, self.prefilling, self.running, self.preempted):
             if request in queue:
                 queue.remove(request)
@@ -320,7 +326,8 @@ class Scheduler:
     # --- more reserved than there is ----------------------------------------------------------
 
     def relieve(self) -> None:
-        """Reserve every decoding request what the next step may claim, and make that fit."""
+        """Reserve what the next step may claim for every decoding request, and free memory until
+        the reservations fit."""
         if not self.overcommits:
             return
         self._restore()
@@ -333,7 +340,7 @@ class Scheduler:
                 self._preempt()
 
     def _short(self) -> list[Request]:
-        """Those that the next step may take beyond their reservation."""
+        """The requests for which the next step may claim more than is reserved."""
         if not self.running:
             return []
         layout, kept = self.pool.layout, [each.table.kept for each in self.running]
@@ -343,23 +350,23 @@ class Scheduler:
         return [self.running[row] for row in np.nonzero((need > reserved).any(1))[0]]
 
     def _needed(self, request: Request) -> Cost:
-        """What a decoding request holds, and what one step may add."""
+        """The memory that a decoding request holds, plus what one step may add."""
         return self._after(request, 1)
 
     def _expected(self, request: Request) -> Cost:
-        """What a decoding request is expected to need from here on."""
+        """The memory that a decoding request is expected to need from now on."""
         left = max(1, request.max_new - len(request.output))
         return self._after(request, expected_of(self.config, left))
 
     def _after(self, request: Request, steps: int) -> Cost:
-        """What a decoding request may need for so many tokens more."""
+        """The memory that a decoding request may need for ``steps`` more tokens."""
         kept, most = request.table.kept, _decode_cost(request)
         assert most.entries is not None
         entries = np.maximum(kept + 1, np.minimum(kept + steps, most.entries))
         return self.ledger.decode_cost(entries, most.overhead)
 
     def _expect_less(self) -> None:
-        """Reserve no more than the next step needs, the youngest request's reservation first."""
+        """Cut reservations to what the next step needs, the youngest request's first."""
         for request in sorted(self.running, key=_age, reverse=True):
             if not self.ledger.is_over:
                 return
@@ -368,7 +375,7 @@ class Scheduler:
                 self._trimmed.append(request)
 
     def _restore(self) -> None:
-        """Reserve what is expected again, the oldest request first, as far as it fits."""
+        """Restore reservations to what is expected, the oldest request's first, while they fit."""
         if not self._trimmed:
             return
         ledger, running = self.ledger, set(self.running)
@@ -380,7 +387,7 @@ class Scheduler:
             ledger.reserve(self._trimmed.pop(0), expected)
 
     def _tighten(self) -> bool:
-        """Lower the highest ``keep`` among compressed requests; False where none can be."""
+        """Lower the highest ``keep`` among compressed requests; False if none can be lowered."""
         floor = self.config.elastic
         if floor is None:
             return False
@@ -389,7 +396,7 @@ class Scheduler:
         return any(self._lower(each, floor) for each in able)
 
     def _lower(self, request: Request, floor: float) -> bool:
-        """Lower a request's ``keep`` until some layer is held to less, and evict at once."""
+        """Lower a request's ``keep`` until the limit of some layer falls, and evict at once."""
         runner, table, keep = self.shared.runner, request.table, _keep(request)
         found = None
         while keep > floor and found is None:
@@ -417,7 +424,7 @@ class Scheduler:
         return True
 
     def _preempt(self) -> None:
-        """Take the youngest request out of the pool."""
+        """Preempt the youngest request."""
         request = max((*self.prefilling, *self.running), key=_age)
         self.moving = request
         gone = self._recompute(request) or self._moved(request)
@@ -446,17 +453,18 @@ class Scheduler:
         return gone
 
     def _recompute(self, request: Request) -> Preempted | None:
-        """Have a request's text computed anew, where that is asked for and gives the same."""
+        """Prepare a preempted request to be recomputed.  None unless the config asks for it
+        and recomputing gives the same cache."""
         shared, policy = self.shared, request.policy
         anew = self.config.preempt == "recompute" and policy.keeps_all
-        anew &= shared.runner.rotary.grows_from is None  # else keys are rotated as it comes in
+        anew &= shared.runner.rotary.grows_from is None  # else recomputed keys would differ
         if not anew or request.scoring is not None:
             return None
         left = request.max_new - len(request.output)
         most, likely = costs_of(
             shared, policy, len(request.text), left, request.protect, samples=request.width
         )
-        if not self.ledger.ever_fits(most):  # a longer text than the prompt it began with
+        if not self.ledger.ever_fits(most):  # a text longer than the prompt
             return None
         kv = self._usage(request)
         for each in (request, *request.waiting_samples):
@@ -474,7 +482,7 @@ class Scheduler:
 
 
 def _grant(works: list[Work], budget: int) -> int:
-    """Give each work what it can use, in order; returns what is left over."""
+    """Give each work what it can use, in order; returns what is left."""
     for work in works:
         more = min(budget, work.prefill.work_left - work.budget)
         work.budget += more

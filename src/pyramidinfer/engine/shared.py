@@ -25,7 +25,7 @@ from pyramidinfer.types import TokenIds, View
 
 __all__ = ["Shared"]
 
-#: Tokens of a text for which a policy is asked what it needs, before any text is there.
+#: Length of the text in tokens for which a policy's needs are checked at the start.
 TEXT = 1000
 
 
@@ -148,8 +148,8 @@ class Shared:
         self.start(request)
 
     def readings(self, policy: Policy, text: TokenIds, seen: int, max_new: int) -> list[Tensor]:
-        """What is read behind a text of which all but the first ``seen`` tokens are about to be
-        taken in, token ids each."""
+        """Token sequences to read after a text of which all but the first ``seen`` tokens are about
+        to be prefilled."""
         if not policy.reads_again:
             return []
         head = 0

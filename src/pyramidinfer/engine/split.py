@@ -27,7 +27,7 @@ from pyramidinfer.policies import Policy
 
 __all__ = ["check_sent", "split_llm"]
 
-#: Seconds after which a rank that does not answer ends all of them.
+#: Seconds without an answer from a rank after which all ranks end.
 TIMEOUT = 60.0
 
 
@@ -50,11 +50,11 @@ def split_llm(
     device: Any,
     sent: dict[str, Any],
 ) -> tuple[LoadedModel, Engine]:
-    """A model split over ranks: this rank's part, and the engine that leads.  On other ranks this
-    obeys until rank 0 ends the model, and ends the process.
+    """A model split over ranks: this rank's part, and the leading engine.  On other ranks this
+    function follows rank 0 until it ends the model, and then exits the process.
 
-    sent : further arguments of ``LLM``.  ``ValueError``, ``RanksError`` where the ranks do not come
-    together.
+    sent : further arguments of ``LLM``.  ``ValueError`` or ``RanksError`` if the ranks cannot
+    connect or do not match.
     """
     place = parse_device(device)
     same = {"model": model, "policy": policy, "dtype": dtype, "device": device}
@@ -68,7 +68,7 @@ def split_llm(
         kind = Follower if link.rank else Leader
         engine = kind(link, runner, policy, config, loaded.tokenizer)
     except BaseException as error:
-        link.broken = link.broken or str(error)  # nobody need be told: each has an error, or waits
+        link.broken = link.broken or str(error)  # no message needed: ranks time out
         link.close()
         raise
     if isinstance(engine, Follower):

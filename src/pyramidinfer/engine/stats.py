@@ -27,22 +27,21 @@ class Work:
 
 
 class Stats(NamedTuple):
-    """The engine at one moment, between two steps.
+    """The state of the engine at one moment, between two steps.
 
-    ``running``: requests in flight, ``peak_running`` the most there ever were;  ``pages``: in the
-    pool, ``pages_in_use`` those that somebody owns, ``pages_reusable`` those of finished
-    conversations, which hold ``reuse_bytes``;  ``reserved_bytes``: of ``kv_memory``;
-    ``swapped_bytes``: of host memory, by preempted requests.  ``caches``, ``cache_bytes`` and
-    ``hits_from``: conversations by place.  The rest counts events since the start, as
-    ``scheduler.Counts`` and ``Conversations`` do; ``file_errors``: files that could not be read or
-    written;  ``drafted``, ``accepted``, ``verifications``: as in ``DraftUsage``, of all requests;
-    ``step_seconds``, ``guessing_seconds``: as in ``Work``;
-    ``adapters_running``, ``adapters_waiting``: names of those that requests in flight run with, and
-    that waiting ones will.
+    ``running``: requests in flight; ``peak_running``: the most so far;  ``pages``: pages of the
+    pool; ``pages_in_use``: pages with an owner; ``pages_reusable``: pages of finished
+    conversations, which take ``reuse_bytes``;  ``reserved_bytes``: reserved bytes of ``kv_memory``;
+    ``swapped_bytes``: host memory of preempted requests.  ``caches``, ``cache_bytes`` and
+    ``hits_from``: conversations by place.  The other fields count events since the start, as in
+    ``scheduler.Counts`` and ``Conversations``;  ``file_errors``: files that could not be read or
+    written;  ``drafted``, ``accepted``, ``verifications``: as in ``DraftUsage``, over all requests;
+    ``step_seconds``, ``guessing_seconds``: as in ``Work``;  ``adapters_running``,
+    ``adapters_waiting``: the names of the adapters of requests in flight and of waiting requests.
 
-    ``prefix_queries`` and ``prefix_hits``: prompt tokens of requests that began and might have
-    found what others left, and those of them that were found and not computed again.  Whatever
-    shares caches adds its tokens to these two in ``read_stats``.
+    ``prefix_queries``: prompt tokens of admitted requests that could have reused a cache;
+    ``prefix_hits``: those of them that were reused and not computed again.  Any new way to share
+    caches adds its tokens to these two in ``read_stats``.
     """
 
     running: int
@@ -84,7 +83,7 @@ class Stats(NamedTuple):
 def read_stats(
     scheduler: Scheduler, held: Conversations, drafter: Drafter, work: Work, peak_running: int
 ) -> Stats:
-    """The numbers now; for the engine's own thread."""
+    """The statistics now; call it in the engine's thread."""
     pool, done, disk = scheduler.pool, scheduler.counts, held.disk
     pages = sum(len(group.counts) for group in pool.groups)
     return Stats(

@@ -1,4 +1,4 @@
-"""Which tokens of a finished conversation are still held, layer by layer."""
+"""Which tokens of a finished conversation are still in the cache, per layer."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ __all__ = ["Survival", "survival"]
 
 
 class Survival(NamedTuple):
-    """What a held cache has of its text.
+    """The part of its text that a cache still holds.
 
-    id : the cache's;  tokens : those of the text it is of;  width : tokens of a column, of which
-    the last may have fewer;  layers : ``[layers][columns]``, percent of a column's entries that the
-    heads of the layer hold, from 0 (none) to 100 (all of them in every head).
+    id : the cache's id;  tokens : the number of tokens in its text;  width : tokens per column (the
+    last column may have fewer);  layers : ``[layers][columns]``, the percentage of a column's
+    entries that the heads of the layer hold, from 0 (none) to 100 (all of them in every head).
     """
 
     id: str
@@ -40,12 +40,12 @@ def survival(
     salt: str = "",
     prefix: int = 0,
 ) -> Survival | None:
-    """What is held of the longest beginning of ``text`` that a request of this owner and policy
-    would take up, in at most ``columns`` columns; None where there is none.  In the engine's
-    thread.
+    """How much remains of ``text`` in the cache that a request with this owner, policy and text
+    would reuse (the one for its longest prefix), in at most ``columns`` columns.  None if there is
+    no such cache.  Call it in the engine's thread.
 
-    ``lora``, ``salt`` and ``prefix`` are the request's, as :meth:`Engine.make` takes them.
-    ``ValueError`` where it cannot be looked at: on disk, or on several ranks.
+    ``lora``, ``salt`` and ``prefix`` are those of the request, as in :meth:`Engine.make`.
+    ``ValueError`` if the cache cannot be read: it is on disk, or split over several ranks.
     """
     runner = engine.runner
     if runner.ranks.size * runner.stages.size > 1:
@@ -66,7 +66,8 @@ def survival(
         whole = torch.full_like(held, width * heads)
         whole[-1] = (found.length - width * (count - 1)) * heads
         shares = (100 * held / whole).round().long()
-        # one entry of a thousand is not none, and all but one are not all
+        # 0 stands for exactly none and 100 for exactly all, so other shares are rounded away from
+        # both
         shares = shares.clamp(held.gt(0).long(), 100 - held.lt(whole).long())
         layers.append(shares.tolist())
     return Survival(found.id, found.length, width, layers)
@@ -75,7 +76,7 @@ def survival(
 def _held(
     engine: Engine, realm: tuple[str, ...], text: TokenIds, policy: Policy, prefix: int
 ) -> Conversation | None:
-    """The longest text held of this realm, policy and prefix that the given one begins with."""
+    """The cache of this realm, policy and prefix whose text is the longest prefix of ``text``."""
     names, index = engine.conversations.names, engine.conversations.index
     mark = names.mark(policy)
     best = None

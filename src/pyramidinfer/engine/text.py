@@ -1,4 +1,4 @@
-"""From token ids to text, a few tokens at a time, and stop strings; the tokens of a text."""
+"""Incremental detokenization with stop strings, and tokenization of texts."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from pyramidinfer.types import TokenIds
 
 __all__ = ["Detokenizer", "added_tokens", "encoder_of", "head_of", "plain_ids"]
 
-#: Tokens of the prompt that an answer's first ones are decoded with.
+#: Number of last prompt tokens that the first tokens of an answer are decoded with.
 CONTEXT = 8
 #: Maximum tokens without text, or within an incomplete character, to wait for.
 PATIENCE = 16
 
 
 class Detokenizer:
-    """Text of a growing list of tokens, decoding only its newest part.
+    """The text of a growing list of tokens; each update decodes only the newest part.
 
-    A token may complete a character begun by the ones before it, or bring a space between itself
-    and them, so a little context is decoded again each time (at first the end of the prompt, unless
-    a special token parts it from the answer); text that ends in an incomplete character waits for
-    the next token.  Stop strings count from behind ``min_tokens`` tokens on.  (tokenizers'
-    ``DecodeStream`` holds back an unfinished character for good: it cannot be told that the answer
-    is over.)
+    A token may complete a character begun by earlier tokens, or add a space after them, so a few
+    tokens of context are decoded again each time (at first the end of the prompt, unless a special
+    token separates it from the answer).  Text that ends in an incomplete character waits for the
+    next token.  Stop strings count only after ``min_tokens`` tokens.  (The ``DecodeStream`` of
+    tokenizers never returns an incomplete character at the end of an answer, because it cannot know
+    that the answer has ended.)
     """
 
     def __init__(
@@ -47,10 +47,11 @@ class Detokenizer:
         self._context, self._read = -len(self._before), 0
 
     def update(self, tokens: TokenIds, *, last: bool = False) -> None:
-        """Take in tokens beyond those seen; ``stopped`` tells that a stop string was reached.
+        """Process the tokens added since the last call; ``stopped`` is set when a stop string is
+        found.
 
-        The text is cut before the stop string.  A tokenizer that raises is told of in ``error``,
-        and the text stays as it is from then on: one request's must not end the others'.
+        The text is cut before the stop string.  If the tokenizer raises, ``error`` is set and the
+        text no longer changes, so that an error in one request does not end the others.
         """
         if self.error:
             return
@@ -87,7 +88,7 @@ class Detokenizer:
         return self.text[: len(self.text) - held]
 
     def _part(self, tokens: TokenIds, end: int) -> TokenIds:
-        """Tokens from the context on; the prompt's end has negative places."""
+        """Tokens from the context on; tokens of the prompt's end have negative indices."""
         if self._context >= 0:
             return tokens[self._context : end]
         return self._before[self._context :] + tokens[:end]
@@ -110,7 +111,7 @@ def plain_ids(tokenizer: Any, text: str) -> TokenIds:
 
 
 def encoder_of(tokenizer: Any) -> Callable[[str], TokenIds] | None:
-    """What makes a text into token ids as it stands, where there is a tokenizer."""
+    """A function that tokenizes a text without special tokens; None without a tokenizer."""
     return None if tokenizer is None else partial(plain_ids, tokenizer)
 
 

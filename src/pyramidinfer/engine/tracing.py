@@ -18,7 +18,7 @@ __all__ = ["trace"]
 def trace(
     engine: Engine, prompt: TokenIds, max_tokens: int, protect: Items[tuple[int, int]]
 ) -> Trace:
-    """See :meth:`pyramidinfer.LLM.trace`.  Every generated token is fed, the last one too."""
+    """See :meth:`pyramidinfer.LLM.trace`.  Every generated token is fed, including the last."""
     if type(max_tokens) is not int or max_tokens < 0:
         raise ValueError(f"max_tokens={max_tokens!r} must be a whole number of at least 0")
     with engine.together("trace", prompt, max_tokens, protect):

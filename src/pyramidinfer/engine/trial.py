@@ -1,7 +1,7 @@
-"""A grammar is read in a process of its own first: there are small ones that end the process that
-reads them (nested too deeply), or keep it busy for ever.
+"""Reads a grammar in a separate process first: some small grammars crash the process that reads
+them (nested too deeply) or keep it busy for ever.
 
-Run as a script, which imports nothing of this package.
+This file is run as a script and imports nothing of this package.
 """
 
 from __future__ import annotations
@@ -14,18 +14,19 @@ from functools import lru_cache
 
 __all__ = ["survives"]
 
-SECONDS = 3  # of a CPU's time
+SECONDS = 3  # of CPU time
 MEMORY = 2**30
-STACK = 2**20  # less than any thread of ours has
-PATIENCE = 120.0  # seconds, on a machine that is busy with other things
+STACK = 2**20  # smaller than the stack of any thread in the server
+PATIENCE = 120.0  # seconds of wall time; long, because the machine may be busy
 
 
 @lru_cache(64)
 def survives(grammar: str, library: str) -> bool:
-    """Whether reading a grammar comes to an end, well or with an error, within these bounds.
+    """Whether reading a grammar finishes, successfully or with an error, within the limits above.
 
-    One that names a special token, which is not known there, was not read whole: False.
-    ``library``: the folder that llguidance is in.  ``OSError`` where no process can be started.
+    False also for a grammar that names a special token: the trial's vocabulary lacks it, so the
+    grammar is not read completely.  ``library``: the folder that contains llguidance.  ``OSError``
+    if no process can be started.
     """
     command = [sys.executable, "-I", "-S", __file__, library]
     with suppress(subprocess.TimeoutExpired):
@@ -54,7 +55,7 @@ def _main() -> int:
         (resource.RLIMIT_AS, MEMORY),
         (resource.RLIMIT_CORE, 0),
     ):
-        with suppress(OSError, ValueError):  # not every system has every one
+        with suppress(OSError, ValueError):  # some systems lack some of these limits
             resource.setrlimit(bound, (most, most))
     threading.stack_size(STACK)
     ended = threading.Event()

@@ -12,11 +12,12 @@ __all__ = ["Undo"]
 
 
 class Undo:
-    """The state of a step's requests before it.
+    """The state of a step's requests before the step.
 
     ``ran``: whether the forward pass finished;  ``committed``: requests that have their new token.
-    A decoding request that has not loses the entry it wrote and feeds the same token again.  A
-    prompt in progress begins again; one that extends a cache cannot, and is aborted.
+    A decoding request that is not committed loses the entry that the step wrote, and feeds the same
+    token again.  A prompt in progress starts again; one that extends a cache cannot, and is
+    aborted.
     """
 
     def __init__(self, shared: Shared, plan: Plan) -> None:
@@ -28,8 +29,8 @@ class Undo:
         self.samples = [each for request, _ in plan.prefill for each in request.waiting_samples]
 
     def roll_back(self) -> Iterator[Request]:
-        """Bring every request of the plan that was not committed into a state to go on from; those
-        for which there is none are to be aborted."""
+        """Restore every request of the plan that was not committed to a state from which it can
+        continue.  Yields the requests that cannot be restored; the caller aborts them."""
         pool = self.shared.pool
         for request, (kept, seen_len) in zip(self.plan.decode, self.before, strict=True):
             if request in self.committed or request.cache is None:
@@ -37,9 +38,9 @@ class Undo:
             table = request.cache
             if table.seen_len == seen_len:
                 pool.retract(table, kept)
-            else:  # entries are evicted already, and its token is lost
+            else:  # entries are already evicted and its token is lost
                 yield request
-        for sample in self.samples:  # one that has pages and no token cannot go on
+        for sample in self.samples:  # a sample with pages but no token cannot continue
             if sample.cache is not None and sample not in self.committed:
                 yield sample
         for request, work in self.plan.prefill:

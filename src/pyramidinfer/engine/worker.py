@@ -1,8 +1,8 @@
 """The engine in its own thread, with an async interface for requests.
 
-One thread owns the engine and steps it for as long as there is work.  ``submit`` hands requests
-over and returns a ``Stream``; after every step each stream receives its requests' new tokens.  A
-request that nobody waits for is aborted before the next step begins.
+One thread owns the engine and steps it while there is work.  ``submit`` queues requests and returns
+a ``Stream``; after every step each stream receives the new tokens of its requests.  A request whose
+client has disconnected is aborted before the next step begins.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ __all__ = ["AsyncEngine", "Busy", "Observer", "Stream", "Update"]
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-#: Seconds without anything to do until the pool is checked.
+#: Seconds without work after which the pool is checked.
 QUIET = 0.05
 
 
@@ -45,10 +45,11 @@ class Busy(Exception):
 
 
 class Update(NamedTuple):
-    """What one of a stream's requests (``choice``) got in a step.
+    """What one of a stream's requests (``choice``) produced in a step.
 
-    ``finish_reason``: as in ``RequestOutput``, or ``"timeout"``, or ``"queue_timeout"`` for one
-    that never began.  ``kv``: its cache now, where asked for and at the end.
+    ``finish_reason``: as in ``RequestOutput``, or ``"timeout"``, or ``"queue_timeout"`` for a
+    request that never began.  ``kv``: its cache now, if the stream watches it and in the last
+    update.
     """
 
     choice: int
@@ -61,20 +62,20 @@ class Update(NamedTuple):
 
 
 class Observer(Protocol):
-    """Whoever counts; called in the engine's thread."""
+    """Collects metrics; called in the engine's thread."""
 
     def tokens(self, request: Request, count: int, since: float | None) -> None:
-        """A request got so many tokens at once, ``since`` seconds after its last one (None: its
-        first are among them)."""
+        """A request produced ``count`` tokens at once, ``since`` seconds after its previous ones
+        (None: its first token is among them)."""
 
     def ended(self, request: Request, reason: str) -> None:
         """A request ended."""
 
     def stepped(self) -> None:
-        """A step is over, and what it gave was told."""
+        """A step has ended and its results have been delivered."""
 
     def checked(self, sound: bool) -> None:
-        """With nothing to do the engine checked that no page is lost."""
+        """The idle engine checked its pool; ``sound``: whether no page is lost."""
 
 
 @dataclass(slots=True, eq=False)
@@ -92,8 +93,9 @@ class Followed:
 class Stream:
     """Updates of one submission, in order: ``async for update in stream``.
 
-    ``close`` aborts what has not ended.  ``followed`` has a request and its samples in a row, for
-    every prompt.  ``over`` is called in the engine's thread when all of them have ended.
+    ``close`` aborts the requests that have not ended.  ``followed`` lists, for every prompt, a
+    request followed by its samples.  ``over`` is called in the engine's thread when all of them
+    have ended.
     """
 
     engine: AsyncEngine
@@ -127,7 +129,7 @@ class Stream:
             yield update
 
     def close(self) -> None:
-        """Abort what still runs; its pages are free before the next step."""
+        """Abort the requests that still run; their pages are free before the next step."""
         if self.left:
             self.left = 0
             self.engine.tell(lambda: self.engine.abort(self))
@@ -136,9 +138,10 @@ class Stream:
 class AsyncEngine:
     """Steps an engine in a thread.
 
-    ``max_waiting``: requests that may wait to begin; one more is ``Busy``.  ``queue_timeout``:
-    seconds after which a request that has not begun is given up.  ``compress_idle``: while nobody
-    asks for anything, recompress caches of finished conversations (``engine/recompress.py``).
+    ``max_waiting``: the most requests that may wait to begin; above it ``submit`` raises ``Busy``.
+    ``queue_timeout``: seconds after which a request that has not begun is ended.
+    ``compress_idle``: recompress caches of finished conversations while there are no requests
+    (``engine/recompress.py``).
     """
 
     def __init__(
@@ -153,13 +156,13 @@ class AsyncEngine:
         self.engine, self.observer = engine, observer
         self.recompressor = engine.recompressor() if compress_idle else None
         self.max_waiting, self.queue_timeout = max_waiting, queue_timeout
-        self.pace = 0.0  # seconds between two requests that end, a running mean
+        self.pace = 0.0  # running mean of the seconds between two requests that end
         self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._live: list[Stream] = []
         self._arriving = 0
-        self.stats = engine.stats()  # the engine as it was when this thread last looked
+        self.stats = engine.stats()  # statistics as of the last step
         self._stopping = False
-        self.died = False  # ended by something raised, not by ``stop``
+        self.died = False  # ended by an exception, not by ``stop``
         self.why = "the engine's thread has ended with an error, which the log has"
         engine.when_broken(lambda _: self.tell(self.engine.check_alive))
         self._last_end = time.monotonic()
@@ -186,7 +189,7 @@ class AsyncEngine:
 
     @property
     def is_idle(self) -> bool:
-        """Nothing is waiting, running, or about to be."""
+        """Whether no request is waiting, running or arriving."""
         return not self._live and not self._arriving
 
     @property
@@ -204,8 +207,8 @@ class AsyncEngine:
         self._commands.put(command)
 
     def ask(self, look: Callable[[], T]) -> Future[T]:
-        """What ``look`` finds, or raises, in the engine's thread between two steps.
-        ``RuntimeError`` where that has ended, at once or in the future."""
+        """The result of ``look`` (or its exception), called in the engine's thread between two
+        steps.  ``RuntimeError`` if that thread has ended, at once or in the future."""
         found: Future[T] = Future()
 
         def answer() -> None:
@@ -232,12 +235,12 @@ class AsyncEngine:
         arrived: float | None = None,
         over: Callable[[list[Request]], None] | None = None,
     ) -> Stream:
-        """Queue requests that ``Engine.make`` built; called in an event loop.
+        """Queue requests that ``Engine.make`` built; call it in an event loop.
 
-        ``watch``: every update tells of the cache;  ``arrived``: when they were asked for
-        (``time.monotonic``), from which on their waiting counts;  ``over``: called in the engine's
-        thread with all of them and their samples once they have ended.  ``Busy`` where the queue
-        is full.
+        ``watch``: every update includes the cache;  ``arrived``: when the requests arrived
+        (``time.monotonic``); waiting times count from here;  ``over``: called in the engine's
+        thread with all requests and their samples once they have ended.  Raises ``Busy`` if the
+        queue is full.
         """
         if self.waiting and self.waiting + len(leaders) > self.max_waiting:
             raise Busy(self.waiting, self.retry_after())
@@ -246,8 +249,8 @@ class AsyncEngine:
         if arrived is not None:
             stream.arrived = arrived
         if self.is_idle:
-            self._beat = time.monotonic()  # having had nothing to do is no standstill
-        with self._lock:  # whoever is in the queue when the thread dies is told
+            self._beat = time.monotonic()  # idle time does not count as a stall
+        with self._lock:  # if the thread dies, requests in the queue get an error
             if not self.is_alive:
                 raise RuntimeError("the engine's thread has ended")
             self._arriving += len(leaders)
@@ -255,7 +258,7 @@ class AsyncEngine:
         return stream
 
     def retry_after(self) -> int:
-        """Seconds after which the queue may have moved up by its length."""
+        """Seconds after which the queue may have advanced by its length."""
         return max(1, min(60, math.ceil(self.pace * (self.waiting + 1))))
 
     # --- in the engine's thread ---------------------------------------------------------------
@@ -308,19 +311,20 @@ class AsyncEngine:
         self._stopping = True
 
     def _work(self) -> None:
-        set_threads(self._threads)  # OpenMP counts for every thread that calls it
+        set_threads(self._threads)  # OpenMP sets the thread count per calling thread
         try:
             self._loop()
         except RanksError as error:
             self.why = str(error)
             log.error("%s", error)
             self._die()
-        except BaseException:  # a panic in a library of Rust is no Exception
+        except BaseException:  # a panic in a Rust library is not an Exception
             log.exception("the engine's thread has ended")
             self._die()
 
     def _die(self) -> None:
-        """Tell everybody who waits, those in the queue too; the engine is not to be touched."""
+        """End all streams with an error, including those still in the queue, without using the
+        engine."""
         with self._lock:
             self.died = True
         while True:
@@ -353,7 +357,7 @@ class AsyncEngine:
                 if not recompressing:
                     begun = time.monotonic()
                     self._check()
-                    checked, due = True, 21 * time.monotonic() - 20 * begun  # a twentieth of it
+                    checked, due = True, 21 * time.monotonic() - 20 * begun  # 5% of the time
             steps = not self.engine.scheduler.idle
             if steps:
                 checked = recompressing = False
@@ -364,14 +368,14 @@ class AsyncEngine:
                 self.observer.stepped()
 
     def _obey(self, wait: float | None) -> bool:
-        """Do what was asked for, waiting so many seconds for it (None: until something is); False
-        where nothing was."""
+        """Run the commands in the queue, waiting this many seconds for one (None: until one
+        arrives); False if there was none."""
         try:
             command = self._commands.get(block=wait != 0.0, timeout=wait)
         except Empty:
             return False
         if self.recompressor is not None:
-            self.recompressor.drop()  # whoever asks comes first
+            self.recompressor.drop()  # requests take priority over recompression
         command()
         with suppress(Empty):
             while not self._stopping:
@@ -379,7 +383,7 @@ class AsyncEngine:
         return True
 
     def _recompress(self) -> bool:
-        """A small piece of work on held caches; False if there is none."""
+        """Do a small step of recompressing held caches; False if there is nothing to do."""
         if self.recompressor is None:
             return False
         try:
@@ -402,7 +406,7 @@ class AsyncEngine:
         ]
         try:
             self.engine.step()
-        except RanksError:  # nothing can be done any longer
+        except RanksError:  # no further step is possible
             raise
         except Exception as error:
             log.exception("a step failed; its requests are tried one by one")
@@ -416,16 +420,16 @@ class AsyncEngine:
         for request in [each.request for each in running if each.request.ended]:
             self.observer.ended(request, request.finish_reason or "")
             now = time.monotonic()
-            if self.engine.scheduler.waiting:  # else the gap is nobody's wait
+            if self.engine.scheduler.waiting:  # otherwise no request waited in this gap
                 gap = now - self._last_end
                 self.pace += (0.1 if self.pace else 1.0) * (gap - self.pace)
             self._last_end = now
 
     def _blame(self, error: Exception) -> None:
-        """After a step that failed: requests that could not be taken back end with an error.
+        """After a failed step: requests that cannot be restored end with an error.
 
-        One that had just reused a conversation's cache, and has told nothing yet, begins again
-        without it instead.
+        A request that had just reused a conversation's cache and has delivered nothing yet starts
+        again without the cache instead.
         """
         for stream in self._live:
             lost = [each for each in stream.followed if each.request.finish_reason == "abort"]
@@ -454,8 +458,7 @@ class AsyncEngine:
                 self._end(stream, "queue_timeout")
 
     def _publish(self) -> None:
-        """Tell every stream what its requests got since it was told last, and whoever asks how the
-        engine is."""
+        """Send every stream the new output of its requests, and refresh ``stats``."""
         self.stats = self.engine.stats()
         told: dict[asyncio.AbstractEventLoop, list[tuple[Stream, Update]]] = {}
         for stream in self._live:
@@ -503,7 +506,7 @@ def _say_over(stream: Stream) -> None:
 
 def _tell(told: dict[asyncio.AbstractEventLoop, list[tuple[Stream, Update]]]) -> None:
     for loop, items in told.items():
-        with suppress(RuntimeError):  # the loop is closed: nobody listens
+        with suppress(RuntimeError):  # the loop is closed: there is no receiver
             loop.call_soon_threadsafe(_deliver, items)
 
 

@@ -1,1 +1,1 @@
-"""The engine inside other tools; import the one you need, each has its own requirements."""
+"""The engine inside other tools; each module has its own requirements."""

@@ -1,8 +1,8 @@
-"""The model ``pyramidinfer`` of lm-eval (the LM Evaluation Harness), compression in force.
+"""The model ``pyramidinfer`` for lm-eval (the LM Evaluation Harness), with compression.
 
-A context goes through the compressing prefill; its continuation is scored, or its answer
-generated, on top of the cache that is left.  ``python -m pyramidinfer.integrations.lm_eval``
-takes the arguments of the command ``lm_eval``.
+Prefill compresses the context; then its continuation is scored, or its answer generated, on the
+compressed cache.  ``python -m pyramidinfer.integrations.lm_eval`` takes the arguments of the
+command ``lm_eval``.
 """
 
 # mypy: disable-error-code="import-untyped, import-not-found"
@@ -83,18 +83,20 @@ Window = tuple[TokenIds, TokenIds]
 
 @register_model("pyramidinfer")
 class PyramidInferLM(TemplateLM):  # type: ignore[misc, unused-ignore]
-    """A model of this engine, as lm-eval wants it.
+    """This engine as a model of lm-eval.
 
     pretrained : folder, hub id, fetched model, GGUF file, or a loaded transformers model.
     policy, keep : a policy's name and budget; its other options are given by name.
     dtype, device, kv_memory, tokenizer : as for ``LLM``.
-    max_length : most tokens of a context and its continuation; the model's positions if None.
-    max_gen_toks : most generated tokens where a task does not say.
+    max_length : maximum number of tokens of a context and its continuation; the model's positions
+        if None.
+    max_gen_toks : maximum number of generated tokens if a task does not set it.
     rolling_context : in ``loglikelihood_rolling``, the share of a window that is compressed
         context.  None: 0.5, and 0 (lm-eval's own windows) for the policy ``full``.
-    add_bos_token, prefix_token_id, chat_template_args : as for lm-eval's ``hf``; where a tokenizer
-        that is given, or has no BOS, begins a text with none, ``add_bos_token=True`` is refused.
-    batch_size, max_batch_size : ignored, all requests of a call run together.
+    add_bos_token, prefix_token_id, chat_template_args : as for lm-eval's ``hf``.
+        ``add_bos_token=True`` is refused if the tokenizer has no BOS, or if a given tokenizer adds
+        none.
+    batch_size, max_batch_size : ignored, because all requests of a call run together.
     options : options of the policy and of ``EngineConfig`` (``page_size``, ``kv_dtype``, …).
 
     Raises ``ValueError`` for anything unknown, with the nearest name.
@@ -161,10 +163,11 @@ class PyramidInferLM(TemplateLM):  # type: ignore[misc, unused-ignore]
     def create_from_arg_obj(
         cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None
     ) -> PyramidInferLM:
-        """Model arguments win over ``--device`` and ``--batch_size``, which are always there."""
+        """Model arguments take precedence over ``--device`` and ``--batch_size``, which are always
+        set."""
         others = {name: value for name, value in (additional_config or {}).items() if value}
         if others.get("device") == "cuda:0" and not torch.cuda.is_available():
-            del others["device"]  # the command's default, not somebody's wish
+            del others["device"]  # the command's default, not set by the user
         if "pretrained" not in arg_dict:
             raise ValueError(
                 "model_args needs pretrained=: a folder, hub id, fetched model or GGUF file"
@@ -183,9 +186,9 @@ class PyramidInferLM(TemplateLM):  # type: ignore[misc, unused-ignore]
         return max_length
 
     def _set_bos(self, wanted: bool, is_own: bool) -> None:
-        """Tell the tokenizer, as ``hf`` does: many have a BOS and add none by themselves.
+        """Set ``add_bos_token``, as ``hf`` does: many tokenizers have a BOS but do not add it.
 
-        is_own : it was loaded here, and is nobody else's.
+        is_own : whether the tokenizer was loaded here; a given one is not changed.
         """
         if is_own:
             self.tokenizer.add_bos_token = wanted
@@ -214,7 +217,7 @@ class PyramidInferLM(TemplateLM):  # type: ignore[misc, unused-ignore]
 
     @property
     def prefix_token_id(self) -> int:
-        """What the first token of a text, and an empty context, is conditioned on."""
+        """The token before the first token of a text, and in place of an empty context."""
         return self._prefix
 
     @property
@@ -222,7 +225,7 @@ class PyramidInferLM(TemplateLM):  # type: ignore[misc, unused-ignore]
         return str(self.tokenizer.name_or_path).replace("/", "__")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> TokenIds:
-        """Token ids; a text that begins with the prefix token's gets no second one."""
+        """Token ids; a text that begins with the prefix token gets no second one."""
         if add_special_tokens is None:
             has_one = has_bos_prefix(string, self._prefix_text)
             add_special_tokens = False if has_one else self.add_bos_token
@@ -237,7 +240,7 @@ class PyramidInferLM(TemplateLM):  # type: ignore[misc, unused-ignore]
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """The conversation as a prompt, without the system role where a template refuses it."""
+        """The conversation as a prompt, without system messages if the template refuses them."""
 
         def render(messages: list[dict[str, str]]) -> str:
             text: str = self.tokenizer.apply_chat_template(
@@ -278,9 +281,9 @@ class PyramidInferLM(TemplateLM):  # type: ignore[misc, unused-ignore]
     def windows(self, tokens: TokenIds) -> Iterator[Window]:
         """A text as (context, continuation) pairs whose continuations make up the text.
 
-        With ``rolling_context`` = 0 these are lm-eval's own.  Otherwise a window is no longer
-        than the text, its first share is context, and the first window is split in two: as much
-        as a context, after the prefix token alone, and the rest after that.
+        With ``rolling_context`` = 0 these are lm-eval's own windows.  Otherwise a window is at most
+        as long as the text, and its first share is context.  The first window is split in two: as
+        many tokens as a context after the prefix token alone, and the rest after those.
         """
         size, context = self._room - 1, 1
         if self.rolling_context:
@@ -298,9 +301,9 @@ class PyramidInferLM(TemplateLM):  # type: ignore[misc, unused-ignore]
 
     @property
     def _room(self) -> int:
-        """Most tokens of a context and its continuation.
+        """Maximum number of tokens of a context and its continuation.
 
-        The last one is only predicted, so that ``max_length`` leaves room for one more.
+        The last token is only predicted, so there is room for ``max_length`` plus one.
         """
         return self.max_length + 1
 
@@ -337,7 +340,7 @@ class PyramidInferLM(TemplateLM):  # type: ignore[misc, unused-ignore]
         for index, request in self._run(made, kind, disable_tqdm):
             assert request.scoring is not None
             answers[index] = sum(request.scoring.logprobs), all(request.scoring.greedy)
-            if requests[index][0] is not None:  # a rolling window is no request of its own
+            if requests[index][0] is not None:  # a rolling window is only a part of a request
                 self.cache_hook.add_partial(kind, requests[index][0], answers[index])
         return answers
 
@@ -384,7 +387,7 @@ class PyramidInferLM(TemplateLM):  # type: ignore[misc, unused-ignore]
         stop = [each for each in handle_stop_sequences(until, eos) if each != ""]
         if not all(isinstance(each, str) for each in stop):
             raise ValueError(f"until={until!r} must be a text, or a list of texts")
-        # the text leaves special tokens out, so there a stop string is found by the token's id
+        # decoded text has no special tokens, so such a stop string is matched by the token's id
         ids = [token for token, text in self._special.items() if any(s in text for s in stop)]
         params = SamplingParams(
             max_tokens=max_tokens, temperature=temperature, stop=stop, stop_token_ids=ids, **rest
@@ -392,7 +395,7 @@ class PyramidInferLM(TemplateLM):  # type: ignore[misc, unused-ignore]
         return params, stop
 
     def _find_special(self) -> dict[int, str]:
-        """Tokens that decoding leaves out, with their texts."""
+        """Tokens that decoding leaves out, and their texts."""
         added = getattr(self.tokenizer, "added_tokens_decoder", {})
         special = {token for token, each in added.items() if each.special}
         return {
@@ -406,7 +409,7 @@ class PyramidInferLM(TemplateLM):  # type: ignore[misc, unused-ignore]
     def _run(
         self, requests: list[Request], kind: str, quiet: bool
     ) -> Iterator[tuple[int, Request]]:
-        """Run requests together; yields each, with its index, as soon as it has ended."""
+        """Run requests together; yields the index and the request when it has ended."""
         engine, tally = self.llm.engine, self.tallies.setdefault(kind, Tally())
         places = {request.id: index for index, request in enumerate(requests)}
         with tqdm(total=len(requests), desc=f"Running {kind} requests", disable=quiet) as bar:
@@ -428,7 +431,7 @@ class PyramidInferLM(TemplateLM):  # type: ignore[misc, unused-ignore]
         tally.full_bytes += used.full_bytes
 
     def get_model_info(self) -> dict[str, Any]:
-        """What lm-eval writes into its results beside the arguments."""
+        """Information that lm-eval writes into its results in addition to the arguments."""
         return {
             "model_dtype": str(self.llm.dtype),
             "pyramidinfer": {
@@ -441,11 +444,16 @@ class PyramidInferLM(TemplateLM):  # type: ignore[misc, unused-ignore]
 
 
 def _sort_options(policy: str, options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Options by name for the engine and for the policy."""
+    """Splits options into those of the engine and those of the policy."""
     if policy not in POLICIES:
         raise ValueError(f"unknown policy {policy!r}; {nearest(str(policy), POLICIES)}")
     of_engine = {each.name for each in fields(EngineConfig)}
     of_policy = {each.name for each in fields(POLICIES[policy])}
+    if "lora_modules" in options:
+        raise ValueError(
+            f"lora_modules={options['lora_modules']!r}: no task would run with the adapters; to "
+            f"evaluate one, give its folder as pretrained="
+        )
     for name in options:
         if name not in of_engine | of_policy:
             choices = {*ARGUMENTS, *of_engine, *of_policy}

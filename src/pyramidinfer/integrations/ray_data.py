@@ -1,8 +1,8 @@
 """A batch file through several engines under Ray Data.
 
 ``python -m pyramidinfer.integrations.ray_data requests.jsonl answers.jsonl NAME=VALUE …`` reads and
-writes the lines of ``pyramidinfer batch``: either goes on where the other was stopped.  ``Answers``
-is the stage for a pipeline of one's own.
+writes the lines of ``pyramidinfer batch``: each command resumes a file that the other one left
+unfinished.  ``Answers`` is a stage for other pipelines.
 """
 
 # mypy: disable-error-code="import-untyped, import-not-found"
@@ -39,18 +39,18 @@ from pyramidinfer.server.service import Service
 
 __all__ = ["Answers", "answer_file"]
 
-#: Rows that a task takes along; an engine works on several tasks at a time.
+#: Rows per task; an engine works on several tasks at a time.
 ROWS = 16
-#: Settings of a server that mean something here.
+#: Server settings that apply to a batch.
 SERVER = ("model_name", "generation_config")
 
 
 class Answers:
     """A stage of ``Dataset.map_batches``: an engine that answers rows.
 
-    Rows have a column ``text``, a line of OpenAI's batch format each, as ``ray.data.read_text``
-    gives them; out come ``custom_id`` and in ``text`` the answer's line, in the same order.  What
-    cannot be served is answered with its error.
+    Input rows have a column ``text`` with one line of OpenAI's batch format, as
+    ``ray.data.read_text`` returns them.  Output rows have ``custom_id``, and in ``text`` the line
+    of the answer, in the same order.  A request that cannot be served gets a line with the error.
     """
 
     def __init__(self, options: ReplicaOptions) -> None:
@@ -61,7 +61,7 @@ class Answers:
         self.service.worker.start()
 
     async def __call__(self, rows: Mapping[str, Any]) -> dict[str, list[str]]:
-        """Answers to some rows; ``ValueError`` for one that is no request."""
+        """Answers to rows; ``ValueError`` for a row that is not a request."""
         texts = enumerate(map(str, rows["text"]), start=1)
         lines = [parse_line("the dataset", number, text) for number, text in texts]
         found = await asyncio.gather(*(answer_line(self.service, line) for line in lines))
@@ -72,10 +72,10 @@ class Answers:
 
 
 def answer_file(source: Path, target: Path, options: ReplicaOptions) -> int:
-    """Answer what ``target`` does not hold yet; how many requests could not be answered.
+    """Answer the requests without a line in ``target``; returns the number of errors.
 
-    Each answer is written whole and synced.  Requests are held in memory.  ``ValueError`` for files
-    that cannot be, ``OSError`` where a request is left without an answer: the same call goes on.
+    Each answer is written whole and synced to disk.  Requests are held in memory.  ``ValueError``
+    for unsuitable files, ``OSError`` if requests have no answer: call it again to answer them.
     """
     _check(options)
     check_target(source, target)
@@ -89,7 +89,7 @@ def answer_file(source: Path, target: Path, options: ReplicaOptions) -> int:
         left = wanted - done
         for row in _answered(rows, options) if rows else ():
             answer = json.loads(row["text"])
-            if answer["custom_id"] not in left:  # a task that was run again
+            if answer["custom_id"] not in left:  # Ray ran a task twice
                 continue
             out.write(row["text"].encode() + b"\n")
             out.flush()
@@ -102,7 +102,7 @@ def answer_file(source: Path, target: Path, options: ReplicaOptions) -> int:
 
 
 def _answered(rows: list[dict[str, str]], options: ReplicaOptions) -> Any:
-    """Rows of answers as blocks of them come in."""
+    """Rows of answers, in the order in which their blocks are finished."""
     engines = ray.data.ActorPoolStrategy(
         min_size=options.min_replicas, max_size=options.max_replicas
     )
@@ -130,7 +130,7 @@ def _check(options: ReplicaOptions) -> None:
 
 
 def main(words: list[str]) -> int:
-    """Exit code of the command: 0 where every request has its line, else 2 with one line why."""
+    """Exit code of the command: 0 if every request has its line, else 2 and a one-line error."""
     try:
         if len(words) < 2 or not all("=" in word for word in words[2:]):
             raise ValueError("give a file of requests, a file for answers, and NAME=VALUE options")

@@ -1,8 +1,8 @@
 """Replicas of the server under Ray Serve: ``serve run pyramidinfer.integrations.ray_serve:app``.
 
-A thin ingress takes requests in, reads which conversation each belongs to, and hands it to a
-replica as it came; the replica's own application answers, so every route, key and error is that of
-``pyramidinfer serve``.  A replica that is lost costs its requests a 503 and nothing else.
+An ingress receives requests, determines the conversation of each, and passes it unchanged to a
+replica.  The replica's own application answers, so all routes, keys and errors are those of
+``pyramidinfer serve``.  If a replica is lost, its requests get a 503; others are not affected.
 """
 
 # mypy: disable-error-code="import-untyped, import-not-found"
@@ -37,14 +37,14 @@ __all__ = ["ConversationRouter", "Ingress", "Replica", "app"]
 
 log = logging.getLogger(__name__)
 
-#: Of a request's scope, what can be sent to another process and what an application reads.
+#: Fields of a request's scope that the application reads, and that can be sent to its process.
 SENT = ("type", "http_version", "method", "scheme", "path", "raw_path", "query_string", "headers")
-#: Seconds beyond a request's own in which a replica must have said that it timed out.
+#: Seconds in addition to a request's timeout in which a replica must report the timeout.
 SPARE = 30.0
 
 
 class ConversationRouter(RequestRouter):
-    """Requests of a conversation (``session_id``) reach the replica that has its cache."""
+    """Routes requests of a conversation (``session_id``) to the replica that has its cache."""
 
     def initialize_state(self, spill: int) -> None:
         self.spill = spill
@@ -52,7 +52,7 @@ class ConversationRouter(RequestRouter):
     async def choose_replicas(
         self, candidate_replicas: list[Any], pending_request: Any = None
     ) -> list[list[Any]]:
-        """See ``ranks_of``; within a rank Serve takes the least busy one that has room."""
+        """See ``ranks_of``; within a rank, Serve selects the least busy replica with room."""
         key = ""
         if pending_request is not None:
             pending_request.routing_context.should_backoff = True
@@ -64,7 +64,7 @@ class ConversationRouter(RequestRouter):
 
 
 class Replica:
-    """One engine with the whole application in front of it."""
+    """One engine with the whole application."""
 
     def __init__(self, options: ReplicaOptions) -> None:
         self.llm = options.load()
@@ -74,7 +74,7 @@ class Replica:
         self.name = serve.get_replica_context().replica_id.unique_id
 
     def check_health(self) -> None:
-        """Serve replaces a replica for which this raises."""
+        """Raises if the replica has failed; Serve then replaces it."""
         worker, settings = self.service.worker, self.service.settings
         if not worker.is_alive:
             raise RuntimeError(worker.why)
@@ -82,7 +82,7 @@ class Replica:
             raise RuntimeError(f"no step has ended for {worker.stalled_seconds:.0f} s")
 
     async def answer(self, scope: Scope, body: bytes) -> AsyncIterator[Any]:
-        """This replica's name as soon as it has the request, then the answer's ASGI messages."""
+        """First the name of this replica, then the ASGI messages of the answer."""
         yield self.name
         messages: asyncio.Queue[Message | None] = asyncio.Queue()
         gone = asyncio.Event()
@@ -102,7 +102,7 @@ class Replica:
             while (message := await messages.get()) is not None:
                 yield message
             await work
-        finally:  # also where whoever asked has gone: the request is ended, its pages are free
+        finally:  # also after a disconnect: end the request and free its pages
             gone.set()
             await asyncio.wait({work})
 
@@ -113,14 +113,14 @@ class Replica:
 
 
 class Ingress:
-    """Hands every request to a replica.  replicas : Serve's handle of the deployment."""
+    """Passes every request to a replica.  replicas : Serve's handle of the deployment."""
 
     def __init__(self, replicas: Any, options: ReplicaOptions) -> None:
         self.replicas = replicas.options(stream=True)
         self.settings = options.settings()
 
     async def __call__(self, request: Request) -> Response:
-        """Answer as a replica does; 503 where none takes the request, or the one that did is
+        """The answer of a replica; 503 if no replica accepts the request, or if its replica is
         lost."""
         try:
             body = await _body(request, self.settings.max_body_bytes, self.settings.body_timeout)
@@ -134,7 +134,7 @@ class Ingress:
             return Response(json.dumps(error.body), error.status, error.headers, "application/json")
 
     async def _begun(self, messages: Any) -> Response:
-        """The answer, once there is something of it: what fails before that has a status."""
+        """The answer after its first messages, so that an earlier error gets its own status."""
         name = await _next(messages, self.settings.queue_timeout, "no replica took the request")
         seconds = self.settings.request_timeout + SPARE
         first = await _next(messages, seconds, "the replica did not answer")
@@ -143,7 +143,7 @@ class Ingress:
 
 
 class _Forwarded(Response):
-    """An answer as a replica's application sends it."""
+    """An answer, forwarded from a replica's application."""
 
     def __init__(self, messages: Any, begun: list[Message], seconds: float, replica: str) -> None:
         self.messages, self.begun, self.seconds = messages, begun, seconds
@@ -162,16 +162,16 @@ class _Forwarded(Response):
                     message = await _next(self.messages, self.seconds, "the answer did not go on")
                 except ApiError as error:
                     if not self.streams:
-                        raise  # the connection is closed: half an answer is none
+                        raise  # closes the connection: a truncated answer is invalid
                     event = f"data: {json.dumps(error.body)}\n\n".encode()
                     message = {"type": "http.response.body", "body": event, "more_body": False}
                 await send(message)
         finally:
-            self.messages.cancel()  # nothing happens where it has ended
+            self.messages.cancel()  # without effect if it has ended
 
 
 async def _next(messages: Any, seconds: float, late: str) -> Any:
-    """What a replica says next; ``ApiError`` (503) where it is lost, or says nothing in time."""
+    """The next message of a replica; ``ApiError`` (503) if it is lost or sends nothing in time."""
     try:
         async with asyncio.timeout(seconds):
             return await anext(messages)
@@ -189,7 +189,7 @@ def _lost(code: str, message: str) -> ApiError:
 
 
 async def _body(request: Request, most: int, seconds: float) -> bytes:
-    """A request's body; of one that is too large, enough for the replica to say so."""
+    """A request's body; if it is too large, a part long enough for the replica to refuse it."""
     found = bytearray()
     try:
         async with asyncio.timeout(seconds):
@@ -203,8 +203,8 @@ async def _body(request: Request, most: int, seconds: float) -> bytes:
 
 
 def app(given: dict[str, Any]) -> Any:
-    """The application; ``given`` is what ``serve run`` was told as ``NAME=VALUE``, or ``args`` of a
-    Serve configuration (see ``ReplicaOptions``).  ``ValueError`` for what cannot be."""
+    """The application; ``given``: the ``NAME=VALUE`` arguments of ``serve run``, or ``args`` of a
+    Serve configuration (see ``ReplicaOptions``).  ``ValueError`` for invalid options."""
     options = ReplicaOptions.of(given)
     settings = options.settings()
     room = options.llm.get("max_requests", 64) + settings.max_waiting

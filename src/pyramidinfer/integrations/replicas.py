@@ -1,4 +1,4 @@
-"""Several replicas of one model: what each is made of, and which one a conversation goes to.
+"""Several replicas of one model: their options, and the routing of conversations.
 
 Nothing here needs Ray; ``ray_serve`` and ``ray_data`` run it.
 """
@@ -19,26 +19,28 @@ from pyramidinfer.server.settings import ServerSettings, read_keys
 
 __all__ = ["SESSION_HEADER", "ReplicaOptions", "conversation_of", "ranks_of"]
 
-#: The header by which a client names its conversation itself.
+#: Header with a client's own name for its conversation.
 SESSION_HEADER = "x-session-id"
-#: What ``LLM`` takes besides the fields of ``EngineConfig``.
+#: Arguments of ``LLM`` in addition to the fields of ``EngineConfig``.
 MODEL = ("model", "policy", "keep", "dtype", "device", "backend")
-#: Settings that only a process that listens itself has a use for, or that are given another way.
+#: Settings that need a process with its own socket, or that are set in another way.
 NOT_HERE = ("port", "max_connections", "keep_alive_on_engine_death", "api_keys")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReplicaOptions:
-    """What ``serve run pyramidinfer.integrations.ray_serve:app NAME=VALUE …`` takes.
+    """Options of ``serve run pyramidinfer.integrations.ray_serve:app NAME=VALUE …``.
 
-    min_replicas, max_replicas : engines at least and at most; equal is a fixed number.
-    target_ongoing_requests : requests, running and waiting, of one replica that the autoscaler
-        aims at.
-    spill : requests a replica may have more than the least busy one, from which on a conversation
-        goes to that one instead of to the replica that has its cache.
-    num_cpus, num_gpus : what Ray sets aside for each replica; torch takes so many threads.
-    ingresses : processes that take requests in and hand them to replicas.
-    api_key_file : keys, one a line, read by every replica (also ``PYRAMIDINFER_API_KEYS``).
+    min_replicas, max_replicas : minimum and maximum number of engines; equal for a fixed number.
+    target_ongoing_requests : the autoscaler's target for the running and waiting requests of one
+        replica.
+    spill : if the replica with a conversation's cache has at least this many requests more than
+        the least busy one, the conversation goes to another replica.
+    num_cpus, num_gpus : resources that Ray reserves for each replica; torch uses ``num_cpus``
+        threads.
+    ingresses : processes that receive requests and pass them to replicas.
+    api_key_file : file with one key per line, read by every replica (also
+        ``PYRAMIDINFER_API_KEYS``).
     llm : arguments of ``LLM`` (``model``, ``policy``, ``keep``, ``kv_memory``, …).
     server : fields of ``ServerSettings``.
     """
@@ -69,8 +71,8 @@ class ReplicaOptions:
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> ReplicaOptions:
-        """From ``NAME=VALUE`` of a command line or a configuration; names of all three kinds stand
-        side by side.  ``ValueError`` for an unknown one, with the nearest."""
+        """Options from ``NAME=VALUE`` of a command line or a configuration, which may have names of
+        all three kinds.  ``ValueError`` for an unknown one, with the nearest name."""
         own = {each.name for each in fields(cls)} - {"llm", "server"}
         engine = {each.name for each in fields(EngineConfig)} | set(MODEL)
         server = {each.name for each in fields(ServerSettings)} - set(NOT_HERE)
@@ -98,14 +100,14 @@ class ReplicaOptions:
         return replace(self.settings(), api_keys=read_keys(file))
 
     def load(self) -> LLM:
-        """The model, ready; the shipped one where none is named."""
+        """The loaded model; the shipped one if none is named."""
         quiet_transformers()
         given = {"model": shipped_model(), **self.llm}
         return LLM(given.pop("model"), given.pop("policy", "pyramid"), **given)
 
 
 def _value(given: Any) -> Any:
-    """A command line's text as the number, truth value or null that it spells, or the text."""
+    """The JSON value of a command line's text, or the text."""
     if not isinstance(given, str):
         return given
     try:
@@ -115,11 +117,11 @@ def _value(given: Any) -> Any:
 
 
 def conversation_of(headers: Mapping[str, str], body: bytes) -> str:
-    """What all requests of a conversation have in common; empty where that cannot be told.
+    """A key that all requests of a conversation share; empty if there is none.
 
-    headers : names in lower case.  That is the session header, else the body's
-    ``prompt_cache_key``, else a chat's messages (or a response's ``input``) up to the first one of
-    a user.  Caches are never shared between API keys, so neither are conversations.
+    headers : names in lower case.  The key is a hash of the session header, else of the body's
+    ``prompt_cache_key``, else of a chat's messages (or a response's ``input``) up to the first user
+    message.  It includes the API key, because caches are never shared between API keys.
     """
     asked: Any = None
     beginning: Any = headers.get(SESSION_HEADER)
@@ -151,12 +153,12 @@ def _first_turn(messages: Any) -> list[Any] | None:
 
 
 def ranks_of(key: str, loads: Mapping[str, int], spill: int) -> list[list[str]]:
-    """Replicas to try, those of the first list before those of the second.
+    """Replicas to try: those of the first list, then those of the second.
 
-    loads : requests of every replica, by its name.  A conversation goes to the replica whose hash
-    with it is highest: all who route agree on that, and where one comes or goes, only its own
-    conversations move.  Where that replica has ``spill`` requests more than the least busy one,
-    and without a key, all are equal.
+    loads : number of requests of every replica, by its name.  A conversation goes to the replica
+    with the highest hash of both names (rendezvous hashing): all ingresses agree on it, and when a
+    replica is added or removed, only its own conversations move.  If that replica has at least
+    ``spill`` requests more than the least busy one, or without a key, all replicas are in one list.
     """
     if not key or not loads:
         return [list(loads)]

@@ -1,4 +1,4 @@
-"""What an evaluation's requests computed and kept, added up."""
+"""Sums of the tokens and entries that an evaluation's requests computed and kept."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ __all__ = ["Tally"]
 
 @dataclass(slots=True)
 class Tally:
-    """What the requests of one kind added up to.
+    """Sums over the requests of one kind.
 
-    ``scored``: tokens whose likelihood was asked for;  ``on_prefix``: those of them in a window
-    whose context is one token, so that there was nothing to compress.
+    ``scored``: tokens whose likelihood was requested;  ``on_prefix``: those of them in a window
+    with a context of one token, where nothing can be compressed.
     """
 
     requests: int = 0
@@ -26,7 +26,7 @@ class Tally:
     on_prefix: int = 0
 
     def shares(self) -> dict[str, float]:
-        """For the results: each a share of what the full cache would have been."""
+        """Counts and shares for the results; shares are relative to the full cache."""
         shares = {
             "requests": self.requests,
             "context_tokens": self.tokens,

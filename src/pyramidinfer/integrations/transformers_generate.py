@@ -1,10 +1,10 @@
 """The engine as the decoding loop of transformers' ``model.generate``.
 
 ``generate`` takes a callable as ``custom_generate``: it prepares inputs, generation config, logits
-processors and stopping criteria as always, then calls it in place of its own loop.  Of the hooks of
-transformers this is the only one that replaces the loop and runs no code from a folder: a
-``custom_generate`` that is a text does, and a ``Cache`` or an attention function stays inside the
-loop, which computes every prompt token in every layer.
+processors and stopping criteria as usual, then calls the callable instead of its own loop.  No
+other hook of transformers replaces the loop without running code from a folder: a
+``custom_generate`` that is a string runs such code, and a ``Cache`` or an attention function stays
+inside the loop, which computes every prompt token in every layer.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from pyramidinfer.types import RequestOutput, SamplingParams, TokenIds
 
 __all__ = ["PyramidInferGenerate"]
 
-#: Logits processors that the sampler has, too: the field of ``SamplingParams``, the attribute.
+#: Logits processors that the sampler supports: the field of ``SamplingParams``, the attribute.
 PROCESSORS = {
     TemperatureLogitsWarper: ("temperature", "temperature"),
     TopKLogitsWarper: ("top_k", "top_k"),
@@ -42,7 +42,7 @@ PROCESSORS = {
     MinPLogitsWarper: ("min_p", "min_p"),
     RepetitionPenaltyLogitsProcessor: ("repetition_penalty", "penalty"),
 }
-#: Options of a generation config that the engine cannot follow, and values that change nothing.
+#: Options of a generation config that the engine does not support, and values without effect.
 OTHERS: dict[str, tuple[Any, ...]] = {
     "cache_implementation": (),
     "cache_config": (),
@@ -60,35 +60,35 @@ OTHERS: dict[str, tuple[Any, ...]] = {
     "output_scores": (False,),
     "output_logits": (False,),
 }
-#: In the table of a model's defaults, but possible here.
+#: Options that a model's defaults may not set, but that are supported here.
 POSSIBLE = {"num_return_sequences", "min_length", "min_new_tokens"}
-#: Arguments that transformers prepares for a model's forward pass, which the engine does itself.
+#: Arguments that transformers prepares for its forward pass; the engine does not need them.
 FORWARD = {"attention_mask", "position_ids", "use_cache", "cache", "logits_to_keep"}
 
 
 class PyramidInferGenerate:
     """``model.generate(**inputs, custom_generate=PyramidInferGenerate("pyramid", keep=0.45))``.
 
-    Returns what ``generate`` does: ``[rows, width]`` token ids, the prompt in front, filled up with
-    ``pad_token_id`` behind a row's end.  The generated tokens are those of ``LLM`` on the same
-    model with the same options; rows run together, and padding on the left is taken off first.
+    Returns what ``generate`` returns: token ids ``[rows, width]``, the prompt first, padded with
+    ``pad_token_id`` after the end of a row.  The generated tokens are those of ``LLM`` on the same
+    model with the same options; rows run together, and padding on the left is removed first.
     ``outputs`` holds the last call's ``RequestOutput`` of each row.
 
-    Sampled tokens follow the same distribution as transformers', not the same random numbers; they
-    repeat after ``torch.manual_seed``.
+    Sampled tokens have the same distribution as in transformers, but use other random numbers; they
+    are repeatable with ``torch.manual_seed``.
 
     policy : a name or a policy object, as in ``LLM``.
     keep : the policy's budget, as in ``LLM``.
-    kv_memory : bytes or a text such as ``"2GiB"``, for all rows of a call together.
-    tokenizer : the model's; a policy that measures the model's heads reads text with it.
+    kv_memory : bytes or a string such as ``"2GiB"``, for all rows of a call together.
+    tokenizer : the model's tokenizer, for policies that measure the model's heads on text.
     options : further options of ``LLM`` (``kv_dtype``, ``lossless``, ``backend``, …).
 
-    The engine is made at the first call and kept, with its memory, for the next ones; it is made
-    again for another model, and where weights have changed.
+    The first call creates the engine, which stays in memory for later calls; another model or
+    changed weights create a new engine.
 
-    Calls raise ``ValueError``, which names the option, for what ``LLM`` refuses and for what the
-    engine cannot do: beams, assistants, streamers, logits processors and stopping criteria of one's
-    own, scores and attentions as outputs.
+    Calls raise ``ValueError`` with the name of the option for everything that ``LLM`` refuses or
+    the engine does not support: beams, assistants, streamers, custom logits processors and stopping
+    criteria, scores and attentions as outputs.
     """
 
     def __init__(
@@ -147,13 +147,13 @@ class PyramidInferGenerate:
         return told
 
     def _llm(self, model: nn.Module) -> LLM:
-        """The engine for a model as it is now."""
+        """The engine for a model with its current weights."""
         state = [
             (each.data_ptr(), 0 if each.is_inference() else each._version)
             for each in model.parameters()
         ]
         if self._made is None or self._made[0] is not model or self._made[1] != state:
-            self._made = None  # its memory first
+            self._made = None  # free its memory first
             self._made = model, state, LLM(model, **self._options)
         return self._made[2]
 
@@ -163,7 +163,7 @@ def _refuse(what: str, way_out: str = "leave it out, or leave custom_generate ou
 
 
 def _check_caller(frame: Any) -> None:
-    """Refuse what ``generate`` takes and does not hand on to a callable: nothing would say so."""
+    """Refuse arguments that ``generate`` accepts but does not pass to a callable."""
     taken = frame.f_back.f_locals if frame and frame.f_back else {}
     for name in ("streamer", "assistant_model", "synced_gpus"):
         if taken.get(name):
@@ -205,7 +205,7 @@ def _prompts(input_ids: Tensor, model_kwargs: dict[str, Any]) -> list[TokenIds]:
 
 
 def _stops(criteria: Any) -> tuple[TokenIds, int]:
-    """Ids that end a row, and the most columns there may be."""
+    """Ids that end a row, and the maximum number of columns."""
     stops: TokenIds = []
     most: int | None = None
     for each in criteria:
@@ -215,12 +215,12 @@ def _stops(criteria: Any) -> tuple[TokenIds, int]:
             most = each.max_length
         else:
             raise _refuse(f"stopping_criteria: {type(each).__name__}")
-    assert most is not None  # generate sets it
+    assert most is not None  # generate always sets it
     return stops, most
 
 
 def _sampling(processors: Any, width: int) -> dict[str, Any]:
-    """Fields of ``SamplingParams`` that do what the processors do; ``width``: columns before."""
+    """Fields of ``SamplingParams`` equivalent to the processors; ``width``: prompt columns."""
     fields: dict[str, Any] = {"temperature": 1.0}
     for each in processors:
         if type(each) in PROCESSORS:
@@ -237,7 +237,7 @@ def _sampling(processors: Any, width: int) -> dict[str, Any]:
 
 
 def _joined(input_ids: Tensor, outputs: list[RequestOutput], pad: Tensor | None) -> Tensor:
-    """Prompts as they were given and what follows them, ``[rows, width + longest]``."""
+    """The given prompts followed by the generated tokens, ``[rows, width + longest]``."""
     longest = max(len(each.token_ids) for each in outputs)
     fill = 0 if pad is None else int(pad)
     rows = [each.token_ids + [fill] * (longest - len(each.token_ids)) for each in outputs]

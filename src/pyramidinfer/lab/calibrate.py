@@ -2,12 +2,12 @@
 
 The head profile says what each head needs, and the policy ``pyramid`` drops tokens between layers
 only after the last layer with much need.  Calibration measures how much earlier the model tolerates
-it: with questions inside the prompt, with questions that come later, and as the divergence of its
-predictions on running text.  For each propagated share, bisection over the layers without a sliding
-window finds the earliest layer that costs nothing; the plan that computes least is written into the
-profile.  Most answers are long (``lab/long_facts.py``), and no kind of question may lose an answer:
-short answers survive settings that lose long ones.  The tasks differ from RULER's, and the samples
-from those that studies report on.
+drops: with questions inside the prompt, with questions that come later, and by the divergence of
+its predictions on running text.  For each propagated share, bisection over the layers without a
+sliding window finds the earliest layer without any loss; the plan that computes least is written
+into the profile.  Most answers are long (``lab/long_facts.py``), and no kind of question may lose
+an answer: short answers survive settings that lose long ones.  The tasks differ from those of
+RULER, and the samples differ from those that studies report on.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ class Measured:
     computed: float
 
     def is_free(self, whole: Measured) -> bool:
-        """Whether it is as good as a run without drops between layers: for every kind of question
-        and protocol, no more answers are wrong."""
+        """Whether the plan is as good as a run without drops between layers: for every kind of
+        question and protocol, no more answers are wrong."""
         return self.wrong <= whole.wrong and self.kl <= RISE * whole.kl + NOISE
 
 

@@ -1,8 +1,9 @@
-"""Requests that nobody would send: ``python -m pyramidinfer.lab.fuzz``.
+"""Send generated requests, valid and invalid, to a server: ``python -m pyramidinfer.lab.fuzz``.
 
-Schemathesis reads the server's own OpenAPI document and makes bodies that follow it and bodies
-that do not; to these come known names with any values, and bodies with bytes changed.  Whatever is
-sent must get an answer, no answer may be a 5xx, and every error must have OpenAI's shape.
+Schemathesis reads the server's own OpenAPI document and generates bodies that follow it and bodies
+that do not.  In addition, bodies with known field names and random values are sent, and bodies with
+changed bytes.  Every request must get an answer, no answer may be a 5xx, and every error must have
+OpenAI's format.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from pyramidinfer.lab.record import write_result
 
 __all__ = ["LIMITS", "fuzz", "main"]
 
-#: Low limits, so that ten thousand answers take minutes.
+#: Low limits, so that ten thousand answers take only minutes.
 LIMITS: dict[str, Any] = {
     "max_tokens_limit": 4,
     "default_max_tokens": 2,
@@ -51,9 +52,9 @@ WORDS = [
     "--request-timeout",
     "20",
 ]
-SHOWN = 20  # failures that a result tells in full
-BARE = 5  # cases of an operation that takes nothing
-RAW = 0.2  # share of cases that are known names with any values, or changed bytes
+SHOWN = 20  # failures that a result reports in full
+BARE = 5  # cases for an operation without arguments
+RAW = 0.2  # share of cases with known names and random values, or with changed bytes
 ROUND = 250  # cases that are drawn at once
 
 BODIES: dict[str, list[dict[str, Any]]] = {
@@ -145,7 +146,7 @@ BODIES: dict[str, list[dict[str, Any]]] = {
 
 @dataclass
 class _Tally:
-    """What was asked and how it was answered."""
+    """The requests sent and the statuses and failures of their answers."""
 
     url: str
     session: Any
@@ -158,11 +159,11 @@ class _Tally:
         return sum(counts.total() for counts in self.statuses.values())
 
     def ask(self, operation: str, send: Callable[[], Any], reproduce: Callable[[], str]) -> None:
-        """Send a case, and look at what comes back."""
+        """Send a case and check the answer."""
         try:
             answer = send()
             status, wrong = str(answer.status_code), _wrong(answer)
-        except OSError as error:  # requests' errors are all of this kind
+        except OSError as error:  # base class of all errors of requests
             status, wrong = "none", f"no answer: {error}"
         self.statuses[operation][status] += 1
         if wrong:
@@ -174,7 +175,7 @@ class _Tally:
 
 
 def _wrong(answer: Any) -> str:
-    """What is wrong with an answer; nothing mostly."""
+    """The fault in an answer, in words; empty if there is none."""
     text = answer.content.decode("utf-8", "replace")
     if answer.status_code >= 500:
         return f"status {answer.status_code}: {text[:300]}"
@@ -190,7 +191,7 @@ def _wrong(answer: Any) -> str:
 
 
 def fuzz(url: str, cases: int, seed: int = 0) -> dict[str, Any]:
-    """Send ``cases`` requests to a server that has ``LIMITS``, and tell what came of them.
+    """Send ``cases`` requests to a server that runs with ``LIMITS``, and return the result.
 
     ``ValueError`` without Schemathesis.
     """
@@ -243,7 +244,7 @@ def _send(tally: _Tally, case: Any) -> None:
 
 
 def _tame(case: Any) -> None:
-    """Bring a body that follows the schema within the server's limits, so that it generates."""
+    """Reduce a body that follows the schema to the server's limits, so that it generates."""
     body = case.body
     if not isinstance(body, dict) or not {"prompt", "messages", "input"} & set(body):
         return
@@ -262,9 +263,9 @@ def _tame(case: Any) -> None:
     for name in ("model", "max_completion_tokens" if "max_tokens" in body else "", "best_of"):
         body.pop(name, None)
     for name in ("previous_response_id", "reasoning_effort", "reasoning", "chat_template_kwargs"):
-        body.pop(name, None)  # what there is not here
+        body.pop(name, None)  # not supported or unknown here
     for name in [name for name in body if name.startswith(("guided_", "structured_"))]:
-        del body[name]  # the shipped model's tokenizer follows none
+        del body[name]  # the shipped model's tokenizer supports none
     body.pop("response_format", None)
     if isinstance(body.get("tools"), list):
         _tame_tools(body)
@@ -289,7 +290,7 @@ def _tame(case: Any) -> None:
 
 
 def _tame_message(message: dict[str, Any]) -> dict[str, Any]:
-    """One that says something and needs no other: no call, no result."""
+    """A message with text that does not depend on others: no tool call, no tool result."""
     role = "user" if message["role"] == "tool" else message["role"]
     content = message.get("content") or "x"
     parts = content[:4] if isinstance(content, list) else content
@@ -297,8 +298,8 @@ def _tame_message(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def _tame_tools(body: dict[str, Any]) -> None:
-    """Few functions of different names, none of which has to be called: the shipped model's
-    tokenizer cannot write what would be enforced."""
+    """At most three functions with different names, none of them required: the shipped model's
+    tokenizer does not support enforced calls."""
     functions = [each.get("function", each) for each in body["tools"] if isinstance(each, dict)]
     for number, function in enumerate(functions):
         function.pop("strict", None)
@@ -309,7 +310,7 @@ def _tame_tools(body: dict[str, Any]) -> None:
 
 
 def _within(tokens: list[Any]) -> list[Any]:
-    """Token ids, or lists of them, that the shipped model has."""
+    """Replace token IDs, also in nested lists, by IDs that the shipped model has."""
     return [
         _within(each[:50]) if isinstance(each, list) else each % 1000 if type(each) is int else each
         for each in tokens
@@ -317,7 +318,8 @@ def _within(tokens: list[Any]) -> list[Any]:
 
 
 def _draw(tally: _Tally, operation: Any, mode: Any, count: int, seed: int) -> bool:
-    """So many cases that follow an operation's schema, or do not; False where there are none."""
+    """Send ``count`` cases that follow an operation's schema, or violate it; False if there are
+    none."""
     from hypothesis.errors import Unsatisfiable
 
     def send(case: Any) -> None:
@@ -333,7 +335,7 @@ def _draw(tally: _Tally, operation: Any, mode: Any, count: int, seed: int) -> bo
 
 
 def _draw_raw(tally: _Tally, count: int, seed: int) -> None:
-    """Bodies of known names with any values, and bodies with bytes changed."""
+    """Send bodies with known names and random values, and bodies with changed bytes."""
     from hypothesis import strategies as st
 
     values = st.recursive(
@@ -377,7 +379,7 @@ def _cut(body: dict[str, Any], places: list[tuple[int, bytes]]) -> bytes:
 
 
 def _each(strategy: Any, act: Callable[[Any], None], count: int, seed: int) -> None:
-    """Do something with so many things drawn from a strategy."""
+    """Call ``act`` with ``count`` values drawn from a strategy."""
     import hypothesis
 
     @hypothesis.seed(seed)

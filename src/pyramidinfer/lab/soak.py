@@ -1,16 +1,14 @@
-"""A server under many clients for minutes: ``python -m pyramidinfer.lab.soak``.
+"""A server under load from many clients for minutes: ``pyramidinfer bench soak``.
 
-Clients stream with mixed policies, budgets, lengths and options; a third of them hang up at a
-random moment.  The server has too little memory and a bounded queue, so that requests wait and
-some are refused.  Afterwards nothing may be wrong: no other status than 200 and 429, no stream
-that just stops, no page that leaks, memory that does not grow, and an orderly end.
+Clients stream with mixed policies, budgets, lengths and options; a third of them disconnect at a
+random moment.  The server has too little memory and a bounded queue, so that requests wait and some
+are refused.  Afterwards the run is checked: only the statuses 200 and 429, no stream that ends
+without a finish reason, no leaked page, no growing memory, and a clean exit.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
-import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -27,15 +25,15 @@ from pyramidinfer.lab.bench.served import PEAK, PROGRAM, RUNNING, WAITING, Metri
 from pyramidinfer.lab.record import write_result
 from pyramidinfer.lab.soak_requests import Visitor, Wish
 
-__all__ = ["main", "memory_growth", "run_soak"]
+__all__ = ["memory_growth", "report", "run_soak"]
 
-WARM_SHARE = 0.2  # of the time; memory is compared with what it was then
-GROWTH = 0.02  # memory may grow by so much afterwards
-WINDOW = 0.1  # of the time, at both ends of what is compared
-#: Every so many seconds come some in which one client in ten asks: the queue empties, and caches of
-#: conversations live until their next turn.
+WARM_SHARE = 0.2  # share of the run; memory is compared with its level after it
+GROWTH = 0.02  # allowed growth of memory afterwards
+WINDOW = 0.1  # share of the run, for the windows compared at both ends
+#: Every ``WAVE`` seconds, there are ``CALM`` seconds in which only one of ``BUSY_IN_CALM`` clients
+#: sends: the queue empties, and caches of conversations stay until their next turn.
 WAVE, CALM, BUSY_IN_CALM = 40.0, 15.0, 10
-LAST_REQUESTS = 4  # in hand when the server is told to stop
+LAST_REQUESTS = 4  # in progress when the server gets SIGTERM
 IN_USE, REUSABLE = "pyramidinfer:pool_pages_in_use", "pyramidinfer:pool_pages_reusable"
 CHECKS, FAULTS = "pyramidinfer:pool_checks_total", "pyramidinfer:pool_check_failures_total"
 WATCHED = (
@@ -58,7 +56,7 @@ WATCHED = (
 
 @dataclass
 class _Seen:
-    """What came of the requests; and memory, second by second."""
+    """The outcomes of the requests, and the memory, second by second."""
 
     outcomes: Counter[str] = field(default_factory=Counter)
     statuses: Counter[int] = field(default_factory=Counter)
@@ -85,7 +83,8 @@ class _Seen:
 def run_soak(
     plan: SoakPlan, out: Path | None = None, program: Sequence[str] = PROGRAM
 ) -> dict[str, Any]:
-    """Load a server, write ``out``, and return the result; ``breaches`` is what was wrong."""
+    """Start a server, load it, write ``out``, and return the result; ``breaches`` lists the
+    faults."""
     plan.check()
     server = Served(plan.words, plan.threads, program)
     try:
@@ -125,7 +124,7 @@ def run_soak(
 
 
 async def _load(plan: SoakPlan, server: Served) -> _Seen:
-    """All clients, until the time is over; those still served then wait for their answers."""
+    """Run all clients until the time is over; then wait for the answers still in progress."""
     seen = _Seen()
     start = time.perf_counter()
     end = start + plan.seconds
@@ -154,7 +153,7 @@ async def _load(plan: SoakPlan, server: Served) -> _Seen:
 
 
 def is_calm(moment: float) -> bool:
-    """Whether few are to ask at this moment of the run."""
+    """Whether only a few clients send at this moment of the run."""
     return moment % WAVE > WAVE - CALM
 
 
@@ -167,8 +166,8 @@ async def _watch(server: Served, seen: _Seen, start: float) -> None:
 
 
 def memory_growth(moments: Sequence[float], resident: Sequence[int]) -> dict[str, Any] | None:
-    """Resident bytes after warm-up and at the end, medians of windows; None for too short a
-    series."""
+    """Resident bytes after warm-up and at the end, as medians of windows; None if the series is too
+    short."""
     if len(moments) < 20:
         return None
     length = moments[-1]
@@ -205,7 +204,7 @@ def _memory_words(memory: dict[str, Any] | None) -> str:
 
 
 def _after(server: Served) -> tuple[Metrics, list[str]]:
-    """Figures of the idle server, and what is wrong with them."""
+    """The metrics of the idle server, and the faults they show."""
     try:
         server.idle(60)
         time.sleep(1.0)  # an idle server checks its pool
@@ -229,7 +228,8 @@ def _after(server: Served) -> tuple[Metrics, list[str]]:
 
 
 async def _end(plan: SoakPlan, server: Served) -> tuple[int | None, list[str]]:
-    """SIGTERM with requests in hand: they are answered to the end, and the server exits with 0."""
+    """Send SIGTERM during requests: they must be answered completely, and the exit code must be
+    0."""
     visitor = Visitor(server.model(), plan.seed, plan.clients)
     wishes = [visitor.long_wish() for _ in range(LAST_REQUESTS)]
     async with client(server.url) as http:
@@ -247,46 +247,8 @@ async def _end(plan: SoakPlan, server: Served) -> tuple[int | None, list[str]]:
     return code, wrong
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """The command line."""
-    usual = SoakPlan()
-    parser = argparse.ArgumentParser(
-        prog="python -m pyramidinfer.lab.soak", description=(__doc__ or "").splitlines()[0]
-    )
-    add = parser.add_argument
-    add("--clients", type=int, default=usual.clients)
-    add("--seconds", type=float, default=usual.seconds)
-    add("--model", default=None, help="folder, hub id, fetched model or GGUF")
-    add("--kv-memory", default=usual.kv_memory, help="little, so that requests wait")
-    add("--max-waiting", type=int, default=usual.max_waiting, help="the queue's bound")
-    add("--reuse-share", type=float, default=usual.reuse_share, help="0: no conversations are kept")
-    add("--serve-options", default="", help="further options for `pyramidinfer serve`")
-    add("--threads", type=int, default=0, help="of the server; 0 leaves its choice")
-    add("--seed", type=int, default=0)
-    add("--json", type=Path, default=Path("out/soak.json"))
-    given = parser.parse_args(arguments)
-    try:
-        plan = SoakPlan(
-            given.clients,
-            given.seconds,
-            given.model,
-            given.kv_memory,
-            given.max_waiting,
-            given.reuse_share,
-            given.serve_options,
-            given.threads,
-            given.seed,
-        )
-        result = run_soak(plan, given.json)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    _report(result)
-    print(given.json)
-    sys.exit(bool(result["breaches"]))
-
-
-def _report(result: dict[str, Any]) -> None:
+def report(result: dict[str, Any]) -> None:
+    """Print what came of it."""
     counts = ", ".join(f"{number} {name}" for name, number in result["outcomes"].items())
     print(f"{result['requests']} requests in {result['seconds']:.0f} seconds: {counts}")
     memory = result["memory"]
@@ -299,7 +261,3 @@ def _report(result: dict[str, Any]) -> None:
     for breach in result["breaches"]:
         print(f"wrong: {breach}")
     print("soak: failed" if result["breaches"] else "soak: passed")
-
-
-if __name__ == "__main__":
-    main()

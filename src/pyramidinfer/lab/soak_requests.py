@@ -1,4 +1,4 @@
-"""What the soak's clients ask for."""
+"""The requests that the soak's clients send."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["Visitor", "Wish"]
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 LONGEST = 1500  # words of a prompt
-#: A function that may be called; of ``/v1/responses`` without the object around it.
+#: A function for tool calls; ``/v1/responses`` takes it without the object around it.
 FUNCTION = {
     "name": "find_room",
     "description": "Finds the room of an archive",
@@ -23,7 +23,7 @@ FUNCTION = {
 
 @dataclass(frozen=True)
 class Wish:
-    """One request: sent after ``pause`` seconds; ``patience``: rest after a refusal."""
+    """One request: sent after ``pause`` seconds; ``patience``: seconds to wait after a refusal."""
 
     path: str
     body: dict[str, Any]
@@ -34,9 +34,10 @@ class Wish:
 
 
 class Visitor:
-    """One client.  The same seed and number wish for the same things, as far as answers agree.
+    """One client.  The same seed and number give the same requests, as long as the answers are
+    equal.
 
-    model : the server's entry of /v1/models, which says what policies a request may choose.
+    model : the server's entry in /v1/models, which lists the policies that a request may choose.
     """
 
     def __init__(self, model: dict[str, Any], seed: int = 0, number: int = 0) -> None:
@@ -46,12 +47,12 @@ class Visitor:
         self.longest = min(LONGEST, (model.get("max_model_len") or 4096) // 2)
         self.draw = random.Random(f"{seed} {number}")
         self.talk: list[dict[str, str]] = []
-        #: Of the conversation so far: its compression, and its tools.
+        #: The compression and the tools of the current conversation.
         self.terms: dict[str, Any] = {}
-        self.last: dict[str, Any] = {}  # what goes on from a response that the server keeps
+        self.last: dict[str, Any] = {}  # fields that continue a stored response
 
     def wish(self) -> Wish:
-        """What it asks for next."""
+        """The client's next request."""
         draw = self.draw
         kind = draw.choices((COMPLETIONS, CHAT, RESPONSES), (0.4, 0.35, 0.25))[0]
         body = self._response() if kind == RESPONSES else self._body()
@@ -63,7 +64,7 @@ class Visitor:
             if not going_on:
                 tools = {"tools": [{"type": "function", "function": FUNCTION}]}
                 self.terms = self._terms(tools)
-            body.pop("compression", None)  # on other terms the cache is of no use
+            body.pop("compression", None)  # the cache can only be reused with the same compression
             body |= self.terms
             if "logprobs" in body:
                 body |= {"logprobs": True, "top_logprobs": body["logprobs"]}
@@ -79,7 +80,7 @@ class Visitor:
         )
 
     def heard(self, wish: Wish, record: Record) -> None:
-        """An answer; conversations go on now and then, so that there is a cache to take up."""
+        """Process an answer; some conversations continue, so that caches are reused."""
         if wish.path == RESPONSES:
             kept = record.outcome == "completed" and wish.body["store"]
             goes_on = kept and self.draw.random() < 0.7
@@ -87,7 +88,7 @@ class Visitor:
             self.last = {"previous_response_id": record.id, **terms} if goes_on else {}
         if wish.path != CHAT:
             return
-        if record.outcome == "refused":  # and asked again, in other words
+        if record.outcome == "refused":  # the next request uses other words
             self.talk = self.talk[:-1]
             return
         whole = record.outcome == "completed" and wish.choices == 1 and record.text
@@ -97,12 +98,12 @@ class Visitor:
             self.talk = []
 
     def long_wish(self) -> Wish:
-        """A request that takes a while, and whose client stays."""
+        """A long request whose client does not disconnect."""
         body = {"max_tokens": 512, "temperature": 0.0, "ignore_eos": True}
         return Wish(COMPLETIONS, {**body, "prompt": self._text()}, Leave(), 1, 0.0, 0.0)
 
     def _response(self) -> dict[str, Any]:
-        """A response, often the next one of a conversation that the server keeps."""
+        """A response, often the next turn of a stored conversation."""
         draw = self.draw
         text = " ".join(filler_sentence(draw)) if self.last else self._text()
         body: dict[str, Any] = {"input": text, "max_output_tokens": draw.choice((1, 4, 16, 48, 96))}
@@ -112,7 +113,7 @@ class Visitor:
         return body | (self.last or self._terms({"tools": [{"type": "function", **FUNCTION}]}))
 
     def _terms(self, tools: dict[str, Any]) -> dict[str, Any]:
-        """What holds for a whole conversation."""
+        """Fields that are the same for a whole conversation."""
         draw = self.draw
         found = {"compression": self._compression()} if self.policies else {}
         found = found if draw.random() < 0.7 else {}
@@ -157,7 +158,8 @@ class Visitor:
         return " ".join(word for _ in range(1 + length // 10) for word in filler_sentence(draw))
 
     def _leave(self) -> Leave:
-        """Two of three stay; the others leave early, while they wait or are being answered."""
+        """Two of three clients stay; the others disconnect early, while waiting or during the
+        answer."""
         draw = self.draw
         if draw.random() < 2 / 3:
             return Leave()

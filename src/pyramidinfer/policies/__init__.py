@@ -1,4 +1,5 @@
-"""What to keep: one file a method, one registry line."""
+"""Policies, which decide what the cache keeps: one file per method, one line each in the
+registry."""
 
 from pyramidinfer.policies.base import Forecast, Policy
 from pyramidinfer.policies.chunkkv import ChunkKV

@@ -102,7 +102,7 @@ class Policy:
 
     @property
     def rule(self) -> str:
-        """What decides beside the options (a profile, a calibration), in a few words, or ``""``."""
+        """What decides besides the options (a profile, a calibration) in a few words, or ``""``."""
         return ""
 
     # --- what stays ---------------------------------------------------------------------------

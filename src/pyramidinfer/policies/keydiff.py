@@ -53,6 +53,6 @@ class KeyDiff(Retaining):
 
     def score(self, seen: Observation) -> Tensor:
         assert seen.keys is not None
-        keys = F.normalize(seen.keys, dim=-1)  # padding behind a shorter head stays 0
+        keys = F.normalize(seen.keys, dim=-1)  # padding after a shorter head stays 0
         anchor = F.normalize(keys.sum(1, keepdim=True), dim=-1)
         return -(keys * anchor).sum(-1)

@@ -1,9 +1,9 @@
 """Keep everything; another policy chooses what drafts read (self-speculative decoding).
 
-The output is that of the full cache: draft tokens are guesses, and the model verifies them over all
-entries.  The other policy only chooses which entries the drafts read.  It changes how many guesses
-are accepted, never the output.  Drafting with a short view of a long cache comes from TriForce
-(2404.11912) and MagicDec (2408.11049).
+The output equals that of the full cache, because the model verifies the draft tokens over all
+entries.  The other policy only chooses which entries the drafts read.  It changes how many draft
+tokens are accepted, never the output.  Drafting with a short view of a long cache comes from
+TriForce (2404.11912) and MagicDec (2408.11049).
 """
 
 from __future__ import annotations

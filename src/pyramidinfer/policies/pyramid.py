@@ -10,7 +10,7 @@ generated tokens included.
 
 A token's score is the largest attention weight that any of the last ``window`` queries of the KV
 head's group gave to it or to one of its neighbours.  The pooling is wide (``kernel``) because an
-answer is a span of tokens, and queries often attend to the words beside it.  After the last layer
+answer is a span of tokens, and queries often attend to the words next to it.  After the last layer
 with much need (by the profile), only as many tokens go deeper as the fullest deeper head can hold.
 They are chosen by the scores of all heads together, so a single deeper head may miss a token that
 it would have kept.  Pooled window scores come from SnapKV (2404.14469), unequal head budgets from
@@ -129,7 +129,7 @@ class Pyramid(ByHead):
 
     def begin(self, layers: Layers) -> int:
         """The layer after which tokens are dropped, by its scores: the first one without a sliding
-        window, from the wanted layer on; ``layers.count`` where there is none."""
+        window, from the wanted layer on; ``layers.count`` if there is none."""
         wanted = self._wanted(layers)
         return next((i for i in range(wanted, layers.count) if layers.governed[i]), layers.count)
 

@@ -145,9 +145,9 @@ class TriAttention(Buffered, Profiled):
         assert keys is not None and seen.rotation is not None and centres is not None
         centre, sizes = (keys.new_tensor(each[layer]) for each in (centres.mean, centres.sizes))
         pairs = sizes.shape[1]
-        beside = sizes - _lengths(centre, pairs)  # of queries, without their centre's
+        beside = sizes - _lengths(centre, pairs)  # the queries' spread around it
         scores = _grouped(centre @ seen.rotation, keys) + _grouped(beside, _lengths(keys, pairs))
-        there = (seen.positions >= self._pinned(seen.view))[:, None]  # those that compete
+        there = (seen.positions >= self._pinned(seen.view))[:, None]  # the entries that compete
         count = there.sum(-1, keepdim=True)
         mean = torch.where(there, scores, 0.0).sum(-1, keepdim=True) / count
         scores = torch.where(there, scores - mean, 0.0)

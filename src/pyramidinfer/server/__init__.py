@@ -1,1 +1,1 @@
-"""The OpenAI API in front of the engine."""
+"""The OpenAI API on top of the engine."""

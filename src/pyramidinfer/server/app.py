@@ -43,7 +43,7 @@ __all__ = ["build_app"]
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-#: Statuses that any endpoint may answer besides 200, for the OpenAPI document.
+#: Error statuses of all endpoints, for the OpenAPI document.
 ERRORS: dict[int | str, dict[str, Any]] = {
     code: {
         "description": text,
@@ -83,13 +83,13 @@ def build_app(llm: LLM, settings: ServerSettings) -> FastAPI:
         service.close()
 
     app = FastAPI(
-        redirect_slashes=False,  # a redirect would go wherever Host says
+        redirect_slashes=False,  # the target of a redirect would depend on the Host header
         title="PyramidInfer",
         version=pyramidinfer.__version__,
         lifespan=lifespan,
         docs_url=None,
         redoc_url=None,
-        description="OpenAI's API in front of an engine that keeps fewer tokens, layer by layer.",
+        description="OpenAI's API for an engine that keeps fewer tokens from layer to layer.",
     )
     app.state.service = service
     app.state.large_bodies = asyncio.Semaphore(1)
@@ -154,7 +154,7 @@ def _told(error: RequestValidationError) -> tuple[str, str | None]:
     """The first error of a body, and its parameter."""
     found = error.errors()[0]
     place = [str(part) for part in found["loc"] if part != "body"]
-    place = [part for part in place if not part.startswith("(")]  # which of several kinds it is
+    place = [part for part in place if not part.startswith("(")]  # no tag of a union
     param = place[0] if place else None
     message = str(found["msg"]).removeprefix("Value error, ")
     if found["type"] == "model_attributes_type" and not place:
@@ -168,7 +168,7 @@ def _told(error: RequestValidationError) -> tuple[str, str | None]:
         return "the body is missing; send a JSON object", None
     if found["type"] == "missing":
         return f"missing parameter {'.'.join(place)!r}", param
-    if param == "prompt" and len(place) > 1:  # which of its kinds was meant is a guess
+    if param == "prompt" and len(place) > 1:  # the intended kind is unknown
         message, place = "must be a text, texts, token ids, or lists of token ids", ["prompt"]
     if param == "tools" and found["type"] == "literal_error" and place[-1] == "type":
         message = "only functions are supported: type must be 'function'"
@@ -272,7 +272,7 @@ def _add_generation(app: FastAPI, service: Service) -> None:
 
 
 def _summary(policy: Policy) -> str:
-    """The first line of a policy's description, begun small."""
+    """The first line of a policy's description, with a lower-case first letter."""
     text = (inspect.getdoc(type(policy)) or "").partition("\n")[0]
     return text[:1].lower() + text[1:].removesuffix(".")
 

@@ -1,5 +1,4 @@
-"""OpenAI's batch format: lines of requests, lines of answers, and the state of a file of
-answers."""
+"""OpenAI's batch format: request lines, answer lines, and the state of a file of answers."""
 
 from __future__ import annotations
 
@@ -40,8 +39,8 @@ BODIES: dict[str, type[ChatRequest] | type[CompletionRequest]] = {
     "/v1/chat/completions": ChatRequest,
     "/v1/completions": CompletionRequest,
 }
-FOREVER = 1e9  # seconds: a batch has time
-BEGINNING = b'{"id": "batch_req_'  # of an answer's line
+FOREVER = 1e9  # seconds; a batch has no time limit
+BEGINNING = b'{"id": "batch_req_'  # first characters of an answer line
 
 
 class Line(NamedTuple):
@@ -54,7 +53,7 @@ class Line(NamedTuple):
 
 
 class Requests(NamedTuple):
-    """A file of requests that can be read again, and what the user calls it."""
+    """A file of requests that can be read twice, and the name that the user gave."""
 
     name: str
     file: BinaryIO
@@ -68,7 +67,7 @@ class Done(NamedTuple):
 
 
 def batch_settings(width: int, **more: Any) -> ServerSettings:
-    """Settings of a service that answers a batch, so many choices of a request at most."""
+    """Settings of a service for a batch, with this maximum number of choices per request."""
     return ServerSettings(
         max_waiting=sys.maxsize,
         queue_timeout=FOREVER,
@@ -101,9 +100,10 @@ def open_requests(source: Path) -> Iterator[Requests]:
 
 
 def take_up(out: BinaryIO, target: Path, requests: Requests, wanted: set[str]) -> Done:
-    """What ``out`` answers already; locks it, and cuts off an unfinished line.
+    """The state of ``out``; locks the file, and cuts off an unfinished line.
 
-    ``ValueError`` if another process writes it, or if it has no answers to ``wanted``.
+    ``ValueError`` if another process writes it, or if it holds answers to requests that are not
+    in ``wanted``.
     """
     try:
         fcntl.flock(out, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -120,7 +120,7 @@ def take_up(out: BinaryIO, target: Path, requests: Requests, wanted: set[str]) -
 
 
 async def answer_line(service: Service, line: Line) -> dict[str, Any]:
-    """An answer's line; a request that cannot be served gets its error."""
+    """The line of an answer; for a request that cannot be served, a line with the error."""
     status, body = 200, {}
     try:
         if line.url not in BODIES:
@@ -139,7 +139,7 @@ async def answer_line(service: Service, line: Line) -> dict[str, Any]:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
         status, body = 400, error_body(400, f"{place}: {first['msg']}", place)
-    except Exception as error:  # one request's fault must not keep the others from an answer
+    except Exception as error:  # an error of one request must not stop the others
         status, body = 500, error_body(500, f"{type(error).__name__}: {error}")
     return {
         "id": f"batch_req_{uuid.uuid4().hex}",
@@ -150,7 +150,7 @@ async def answer_line(service: Service, line: Line) -> dict[str, Any]:
 
 
 def read_requests(requests: Requests) -> Iterator[Line]:
-    """The requests; ``ValueError`` with the number of an invalid line."""
+    """The requests; ``ValueError`` with the line number if a line is invalid."""
     requests.file.seek(0)
     for number, line in enumerate(requests.file, start=1):
         try:
@@ -164,7 +164,7 @@ def read_requests(requests: Requests) -> Iterator[Line]:
 
 
 def parse_line(source: str, number: int, text: str) -> Line:
-    """A line of a file; ``ValueError`` if it is no request."""
+    """A line as a request; ``ValueError`` if it is not one."""
     where = f"{source}, line {number}"
     try:
         entry = parse_json(text)
@@ -181,7 +181,7 @@ def parse_line(source: str, number: int, text: str) -> Line:
 
 
 def check_requests(requests: Requests) -> set[str]:
-    """The ids of a file of requests, every line of which is one."""
+    """The ids of all requests; ``ValueError`` if two are equal."""
     first: dict[str, int] = {}
     for line in read_requests(requests):
         if line.custom_id in first:
@@ -196,14 +196,14 @@ def check_requests(requests: Requests) -> set[str]:
 
 
 def _recover(out: BinaryIO, target: Path) -> tuple[Done, int]:
-    """The answered ids, and the end of the last finished line."""
+    """The answered ids, and the offset after the last finished line."""
     ids: set[str] = set()
     out.seek(0)
     whole = failed = 0
     for number, line in enumerate(out, start=1):
         try:
             if not line.endswith(b"\n") and line[: len(BEGINNING)] == BEGINNING[: len(line)]:
-                break  # it was being written when the command was killed
+                break  # the command was killed while it wrote this line
             answer = json.loads(line)
             ids.add(answer["custom_id"])
             response = answer.get("response") or {}

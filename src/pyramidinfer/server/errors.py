@@ -1,4 +1,4 @@
-"""Errors as OpenAI's clients expect them."""
+"""Errors in OpenAI's format."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TYPES = {
 
 
 class ApiError(Exception):
-    """An answer other than 200: status, message, the parameter at fault and OpenAI's code."""
+    """An error response: status, message, the invalid parameter and OpenAI's code."""
 
     def __init__(
         self,
@@ -69,11 +69,11 @@ def error_response(
 def of_reason(
     reason: str, error: str | None, retry_after: int, form: str | None = None
 ) -> ApiError | None:
-    """The error for a request that ended in this way; None if it finished normally.
+    """The error for a request with this finish reason; None if it finished normally.
 
-    ``form``: the field that said what form the answer has.
+    ``form``: the field that constrained the answer.
     """
-    if reason == "error" and error and error.startswith("GrammarError: "):  # seen on the way only
+    if reason == "error" and error and error.startswith("GrammarError: "):  # found in decode
         return ApiError(400, error.removeprefix("GrammarError: "), param=form)
     if reason == "error":
         return ApiError(500, f"the request failed: {error}", code="request_failed")

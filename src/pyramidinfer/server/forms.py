@@ -31,25 +31,26 @@ def limit(param: str, value: int, most: int, what: str, code: str | None = None)
 
 
 def param_of(body: Generation) -> str | None:
-    """The field that says what form the answer has."""
+    """The field that constrains the answer."""
     if isinstance(body, ChatRequest) and body.calls_tools:
         return "tools"
     return next(iter(body.forms), None)
 
 
 def plain_reader() -> AnswerReader:
-    """What takes all of an answer for text."""
+    """A reader that treats the whole answer as text."""
     return AnswerReader(None, None)
 
 
 class Forms:
-    """Of one model's answers; ``ApiError`` or ``ValueError`` for what cannot be had."""
+    """Constraints and parsers of one model's answers; ``ApiError`` or ``ValueError`` for
+    unsupported requests."""
 
     def __init__(self, prompts: Prompts, settings: ServerSettings) -> None:
         self.prompts, self.settings = prompts, settings
 
     def reader(self, body: ChatRequest, prompt: TokenIds) -> Callable[[], AnswerReader]:
-        """What makes a reader of each of a chat's answers."""
+        """A function that creates a reader, for each choice of a chat."""
         thoughts = self.prompts.thinking.reader(prompt)
         format, several = self.prompts.tool_prompt.format, self._several(body)
         names = body.choosable or [each.function.name for each in body.tools or ()]
@@ -92,8 +93,9 @@ class Forms:
         return calls or self.prompts.thinking.is_special
 
     def _calls(self, body: ChatRequest) -> StructuredOutputsParams | None:
-        """The form of an answer that holds calls, where they have to be valid: a call is wanted,
-        or functions are ``strict``, or what is not a call has a form, too."""
+        """The constraint of an answer with calls; None if calls need not be valid.  They must be
+        valid if a call is required, if functions are ``strict`` or named by ``tool_choice``, or
+        if an answer without calls has a constraint."""
         tools = [each.function for each in body.tools or ()]
         callable = [each for each in tools if each.name in (body.choosable or [each.name])]
         form = next(iter(body.forms.values()), None)

@@ -24,15 +24,15 @@ __all__ = ["NONCE", "Gate"]
 
 log = logging.getLogger(__name__)
 
-#: Pages, which ask for a key themselves if one is needed.
+#: Pages; they ask for a key themselves if one is needed.
 PAGES = {"/", "/docs"}
 #: Paths that need no key: pages and probes.
 OPEN = {*PAGES, "/health", "/ready", "/version"}
-#: Paths that a metrics key opens.
+#: Paths that accept a metrics key.
 SCRAPED = "/metrics"
-#: A body that is too large is read and let go up to so many times the limit.
+#: A body that is too large is read and discarded up to this multiple of the limit.
 READ_ALL_THE_SAME = 4
-#: Where the page's nonce stands in the scope.
+#: Key of the page's nonce in the scope.
 NONCE = "page_nonce"
 POLICY = (
     "default-src 'none'; style-src 'nonce-{0}'; script-src 'nonce-{0}'; connect-src 'self'; "
@@ -62,9 +62,9 @@ METRICS_ONLY = error_response(
 class Gate:
     """ASGI middleware around the whole application.
 
-    Puts ``scope["owner"]`` in: a text of its own for every key, the same after a restart, for what
-    must not be shared.
-    ``rejected``: told the status of every answer that the gate gives itself.
+    It sets ``scope["owner"]``: a text that is unique to each key and the same after a restart, for
+    data that must not be shared between keys.
+    ``rejected``: called with the status of every response that the gate sends itself.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class Gate:
                 answer["X-Request-Id"] = about.id
             await send(message)
 
-        try:  # Starlette's TrustedHostMiddleware would answer in plain text, not as OpenAI does
+        try:  # Starlette's TrustedHostMiddleware answers in plain text instead of OpenAI's format
             name = re.sub(r":\d*$", "", headers.get("host", "localhost")).lower()
             if self.hosts is not None and name not in self.hosts:
                 self.rejected(403)
@@ -119,7 +119,7 @@ class Gate:
             else:
                 await self.app(scope, self._bounded(receive, headers), told)
         finally:
-            if self.settings.access_log:  # the path as it was sent: decoded it may hold anything
+            if self.settings.access_log:  # undecoded: without line breaks
                 path = scope.get("raw_path", b"").decode("latin-1")
                 status, seconds = scope.get("status", 499), time.monotonic() - begun
                 fields = {"method": scope["method"], "path": path, "status": status}
@@ -132,7 +132,7 @@ class Gate:
             asked.reset(token)
 
     def _refused(self, scope: Scope, headers: Headers) -> Response | None:
-        """The answer to a request without a valid key."""
+        """The response to a request without a valid key."""
         if _is_open(scope):
             return None
         is_scrape = scope["path"] == SCRAPED
@@ -150,10 +150,10 @@ class Gate:
         return None if index is None else self.owners[index]
 
     def _bounded(self, receive: Receive, headers: Headers) -> Receive:
-        """``receive`` that refuses a body that is too large, or takes too long to arrive.
+        """A ``receive`` that rejects a body that is too large or takes too long to arrive.
 
-        A body that is not much too large is read to its end first: a client that is cut off while
-        it sends may never see the answer.
+        A body that is slightly too large is read to its end first, because a client that is
+        disconnected while it sends may never see the response.
         """
         most, announced = self.settings.max_body_bytes, headers.get("content-length", "")
         size = int(announced) if announced.isdecimal() else 0
@@ -162,7 +162,7 @@ class Gate:
 
         async def bounded() -> Message:
             nonlocal arrived, whole
-            if whole:  # from here on it tells of a client that goes away
+            if whole:  # from here on, it only reports a disconnect
                 return await receive()
             if size > (most if "expect" in headers else READ_ALL_THE_SAME * most):
                 raise _too_large(most)
@@ -203,7 +203,7 @@ def _wrong_framing(headers: Headers) -> Response | None:
 
 
 def _which(headers: Headers, keys: list[bytes]) -> int | None:
-    """The key that was sent; all keys are compared, each in constant time."""
+    """The index of the sent key; all keys are compared, each in constant time."""
     scheme, _, given = headers.get("authorization", "").partition(" ")
     found = None
     for index, key in enumerate(keys):

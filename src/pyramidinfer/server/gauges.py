@@ -14,17 +14,17 @@ from pyramidinfer.engine.worker import AsyncEngine
 
 __all__ = ["ENGINE", "Gauges", "Shares", "labels_of"]
 
-#: vLLM numbers its data-parallel engines and labels its metrics by them; a server here is one.
+#: vLLM labels its metrics with the number of the data-parallel engine; a server here has one.
 ENGINE = "0"
 
 
 def labels_of(name: str, *more: str) -> tuple[str, ...]:
-    """The labels of a metric; those with vLLM's names have vLLM's."""
+    """The labels of a metric; metrics with vLLM's names have vLLM's labels."""
     return ("model_name", *(("engine",) if name.startswith("vllm:") else ()), *more)
 
 
 class Shares:
-    """Kept share per layer over all requests that ended."""
+    """Kept share per layer over all ended requests."""
 
     def __init__(self) -> None:
         self.kept: list[float] = []
@@ -84,13 +84,13 @@ COUNTERS = {
         "file_errors",
     ),
 }
-#: Those that have a value for each place where a cache can be.
+#: Metrics with one value for each place of a cache.
 BY_PLACE: dict[str, tuple[Any, str, str]] = {
     "pyramidinfer:caches": (GaugeMetricFamily, "Caches of finished conversations", "caches"),
     "pyramidinfer:cache_bytes": (GaugeMetricFamily, "Bytes that they take", "cache_bytes"),
     "pyramidinfer:cache_hits": (
         CounterMetricFamily,
-        "Requests that reused a conversation's cache, by where it was",
+        "Requests that reused a conversation's cache, by the cache's place",
         "hits_from",
     ),
 }
@@ -99,7 +99,7 @@ BY_PLACE: dict[str, tuple[Any, str, str]] = {
 class Gauges:
     """The last snapshot of the engine's thread, read at each scrape.
 
-    ``worker``: nothing is shown before it is set;  ``layers``: what requests that ended kept.
+    ``worker``: there are no values before it is set;  ``layers``: entries that ended requests kept.
     """
 
     def __init__(self, model: str) -> None:
@@ -169,7 +169,7 @@ def _one(family: Metric, model: str, value: float) -> Metric:
 
 
 def _adapters(engine: Engine, stats: Stats, model: str) -> Metric:
-    """The adapters that requests run with and wait for; the value is the time, as in vLLM."""
+    """The adapters of running and of waiting requests; the value is the time, as in vLLM."""
     about = {
         "max_lora": len(engine.adapters),
         "waiting_lora_adapters": ",".join(stats.adapters_waiting),
@@ -182,10 +182,10 @@ def _adapters(engine: Engine, stats: Stats, model: str) -> Metric:
 
 
 def _cache_config(engine: Engine, model: str) -> Metric:
-    """How large the cache is: 1, with those of vLLM's labels that are true here.
+    """The size of the cache: value 1, with those of vLLM's labels that apply here.
 
-    ``num_gpu_blocks`` counts blocks of ``block_size`` tokens, on whatever device, as if all of
-    their entries were kept.
+    ``num_gpu_blocks`` counts blocks of ``block_size`` tokens on any device, as if all of their
+    entries were kept.
     """
     layout, config = engine.pool.layout, engine.config
     about = {

@@ -1,4 +1,4 @@
-"""From a body to requests of the engine: policy, prompts, parameters, limits."""
+"""Request bodies to engine requests: policy, prompts, parameters, limits."""
 
 from __future__ import annotations
 
@@ -35,21 +35,21 @@ from pyramidinfer.types import SamplingParams, StructuredOutputsParams, TokenIds
 __all__ = ["Job", "Jobs"]
 
 MAX_STOP_LENGTH = 1000
-#: Characters that a token is taken to stand for at most, where the tokenizer sets no bound.
+#: Assumed maximum number of characters per token if the tokenizer sets no bound.
 LONGEST_TOKEN = 256
-#: Texts that no tokenizer begins with one and the same token.
+#: Texts that differ in their first token under every tokenizer.
 OTHER_TEXTS = ("the", "A", "\u4e16")
-#: For requests without ``max_tokens``, where neither the operator nor the model says another.
+#: For requests without ``max_tokens``, if neither the operator nor the model sets a default.
 MAX_TOKENS = 256
 
 
 @dataclass(slots=True)
 class Job:
-    """One HTTP request as the engine will see it.
+    """One HTTP request for the engine.
 
-    ``leaders``: a request per prompt (further choices are its samples);  ``echoed``: what stands
-    before each prompt's answers;  ``drop``: nothing was to be generated;  ``reader``: makes what
-    parts a chat's answer into thoughts, text and calls.
+    ``leaders``: a request per prompt (further choices are its samples);  ``echoed``: the text
+    before the answers to each prompt;  ``drop``: no tokens were requested;  ``reader``: creates the
+    parser that splits a chat's answer into reasoning, text and tool calls.
     """
 
     body: ChatRequest | CompletionRequest
@@ -77,7 +77,7 @@ class Jobs:
         self.engine, self.own = llm.engine, llm.policy
         self.forms = Forms(prompts, settings)
         self.lossless = self.own.guesses
-        #: What the operator has decide what stays, or what is read to guess tokens ahead.
+        #: Chooses the entries to keep or, on a lossless server, those that drafts read.
         self.base = self.own.chooser
         self.defaults = llm.sampling_defaults if settings.generation_config == "auto" else {}
         self.refused: dict[str, str] = {}  # policies that cannot be served, and why
@@ -139,7 +139,7 @@ class Jobs:
         return Job(body, leaders, echoed, drop)
 
     def tokens(self, body: TokenizeRequest) -> TokenIds:
-        """Token ids of what a body holds; no longer a text than a request may have."""
+        """Token ids of a body's text or messages, within the limits of a request."""
         if body.messages is not None:
             self._check_messages(body.messages, body.tools, body.add_generation_prompt)
             return self._rendered(body, body.add_generation_prompt)
@@ -148,7 +148,7 @@ class Jobs:
         return self.prompts.encode(text, body.add_special_tokens)
 
     def begun(self, body: TokenizeRequest, compression: Compression | None) -> tuple[TokenIds, int]:
-        """``tokens`` of a body, and how many of them ``compression`` has taken in alone."""
+        """``tokens`` of a body, and how many of them ``compression.prefix`` prefills alone."""
         tokens = self.tokens(body)
         if body.messages is None:
             text = body.prompt or ""
@@ -158,11 +158,11 @@ class Jobs:
         return tokens, self._prefix(compression, tokens, size, tokens_with, "messages")
 
     def lora(self, model: str | None) -> str | None:
-        """The adapter that a body's ``model`` names, None for the model alone."""
+        """The adapter that a body's ``model`` names; None for the model without an adapter."""
         return model if model in self.engine.adapters else None
 
     def text(self, body: Detokenize) -> str:
-        """The text of a body's tokens; no more of them than a request may have."""
+        """The text of a body's tokens, within the limits of a request."""
         most = self.settings.max_prompt_tokens or self.engine.runner.max_positions
         if not self.own.streams:
             limit("tokens", len(body.tokens), most, "tokens")
@@ -193,11 +193,11 @@ class Jobs:
         tokens_with: Callable[[int, str], TokenIds],
         param: str,
     ) -> int:
-        """How many of a prompt's tokens come from the items that are to be taken in alone.
+        """The number of a prompt's tokens that belong to the items of ``compression.prefix``.
 
-        size : items there are;  tokens_with : token ids of the first so many with another text
-            behind them.  What is common to all texts behind them is the prefix, so that it is the
-            same for every request that begins with these items.
+        size : number of items;  tokens_with : token ids of the first ``count`` items, followed by
+            another text.  The prefix is the part that all following texts have in common, so it is
+            the same for every request that begins with these items.
         """
         count = compression.prefix if compression else None
         if count is None:
@@ -227,7 +227,7 @@ class Jobs:
     def _rendered_with(
         self, body: ChatRequest | TokenizeRequest, count: int, text: str
     ) -> TokenIds:
-        """Token ids of a chat's first messages and another text in the place of the next one's."""
+        """Token ids of a chat's first messages, with another text as the next message."""
         changed = {"content": text, "tool_calls": None}
         given = body.messages or []
         messages = [*given[:count], given[count].model_copy(update=changed)]
@@ -240,8 +240,8 @@ class Jobs:
         count: int,
         text: str,
     ) -> TokenIds:
-        """Token ids of a prompt's first characters and another text behind them; of token ids the
-        first ones."""
+        """Token ids of a prompt's first characters, followed by another text; for a prompt of token
+        ids, the first ids."""
         if not isinstance(prompt, str):
             return prompt[:count]
         return self.prompts.encode(prompt[:count] + text, body.add_special_tokens)
@@ -266,7 +266,7 @@ class Jobs:
         form = self.forms.form(body, prompt)
         params = self._params(body, most, top, self._prompt_top(body, len(prompt), policy), form)
         reuse = body.compression is None or body.compression.reuse
-        reuse = reuse and params.prompt_logprobs is None  # a cache that is reused gives no logits
+        reuse = reuse and params.prompt_logprobs is None  # a reused cache gives no logits
         owner = owner if reuse else None
         try:
             return self.engine.make(
@@ -333,7 +333,7 @@ class Jobs:
     def _max_tokens(
         self, prompt: TokenIds, wanted: int | None, policy: Policy, param: str, least: int
     ) -> int:
-        """How many to generate: what was asked for, if there is room, or the default."""
+        """The number of tokens to generate: the requested one, if there is room, or the default."""
         settings, size = self.settings, len(prompt)
         room = self.engine.runner.max_positions - size
         endless = self.engine.shared.is_endless(policy, size)
@@ -361,7 +361,7 @@ class Jobs:
         return wanted
 
     def _too_long(self, param: str, what: str) -> ApiError:
-        """As OpenAI and vLLM say it: there are clients that read the message."""
+        """The wording of OpenAI and vLLM, because some clients parse the message."""
         longest = self.engine.runner.max_positions
         return ApiError(
             400,
@@ -381,8 +381,8 @@ class Jobs:
     def _check_messages(
         self, messages: Sequence[Message], tools: Sequence[Tool] | None, whole: bool = True
     ) -> None:
-        """``_check_length`` of a chat; each of its messages and parts is a token at least.  Results
-        belong to calls, and all calls have theirs if it is ``whole``."""
+        """``_check_length`` for a chat, where each message and part is at least one token.  Results
+        must belong to calls, and if the chat is ``whole``, every call must have its result."""
         try:
             check_calls(messages, whole)
         except ValueError as error:
@@ -402,7 +402,7 @@ class Jobs:
         self._check_length("".join(each.model_dump_json() for each in tools or ()), "tools")
 
     def _check_length(self, text: str, param: str) -> None:
-        """Refuse a text that has too many tokens however it is cut, before it is."""
+        """Refuse a text before tokenization if it has too many tokens in any tokenization."""
         most = self.settings.max_prompt_tokens or self.engine.runner.max_positions
         each = self.prompts.longest_token or LONGEST_TOKEN
         if not self.own.streams and len(text) > most * each:
@@ -413,8 +413,8 @@ class Jobs:
             )
 
     def _prompt_top(self, body: Generation, size: int, policy: Policy) -> int | None:
-        """How many of the likeliest are wanted of a prompt of ``size`` tokens, which only a policy
-        by which each of them reaches the last layer can tell."""
+        """The number of likeliest tokens requested for each of ``size`` prompt tokens.  The policy
+        must compute every prompt token in the last layer."""
         top, what, param = body.prompt_logprobs, "prompt_logprobs", "prompt_logprobs"
         if isinstance(body, CompletionRequest) and body.echo and body.logprobs is not None:
             if top is None:
@@ -463,7 +463,7 @@ class Jobs:
     def _make_policy(self, name: str | None, keep: float | None, lossless: bool) -> Policy:
         settings, own = self.settings, self.base
         if lossless:
-            name = None if name == "full" else name  # that has nothing to choose what is read
+            name = None if name == "full" else name  # full chooses no entries for drafts
             if not self.may_keep_all:
                 raise ValueError(
                     f"lossless keeps everything, as policy 'full' does, which is not served here; "
@@ -484,26 +484,26 @@ class Jobs:
         if keep is not None and not low <= keep <= high:
             raise ValueError(f"keep={keep} is outside what this server allows: {low} to {high}")
         share = DRAFT_KEEP if lossless and not self.lossless else self.own_keep
-        if self.lossless and not lossless:  # the server's own is what drafts read
+        if self.lossless and not lossless:  # the server's keep is that of drafts
             share = min(high, getattr(make_policy(own.name), "keep", None) or high)
         share = share if keep is None else keep
         if name is None or name == own.name:
             chosen = choose_policy(own, share, lossless)
         elif name == "full":
-            make_policy(name, keep)  # a keep below 1 is refused
+            make_policy(name, keep)  # refuses a keep below 1
             chosen = make_policy(name)
         else:
             if share is None:
                 share = DRAFT_KEEP if lossless else min(high, 1.0)
             chosen = choose_policy(name, share, lossless)
-        chosen = self.engine.bind(chosen, measure=False)  # the model is being served
+        chosen = self.engine.bind(chosen, measure=False)  # the model is in use
         self.engine.check_policy(chosen)
         return chosen
 
     @property
     def heads(self) -> list[list[float] | None] | None:
-        """The share of its entries that each KV head needs ``[layers][kv_heads]``, None in layers
-        that a window bounds; None where no policy here has a profile."""
+        """The share of its entries that each KV head needs, ``[layers][kv_heads]``, None in layers
+        with a sliding window; None if no served policy has a profile."""
         for each in self.served.values():
             if isinstance(profile := getattr(each, "profile", None), Profile):
                 rows = zip(profile.share, profile.governed, strict=True)
@@ -511,7 +511,7 @@ class Jobs:
         return None
 
     def _policies(self) -> dict[str, Policy]:
-        """Policies that a request may select, with default options, the server's first."""
+        """Policies that a request may select, with default options; the server's policy first."""
         asked = self.settings.policies
         found = {self.base.name: self.base}
         for name in [*POLICIES] if asked is None else asked:

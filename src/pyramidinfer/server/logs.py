@@ -1,4 +1,4 @@
-"""The log: a line for each record, as text or as JSON, with the id of the request it is about."""
+"""The log: one line per record, as text or JSON, with the id of the request."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["FORMATS", "LEVELS", "Asked", "Formatter", "announce", "asked", "set_
 
 LEVELS = ("info", "warning", "error")
 FORMATS = ("text", "json")
-#: Ids of a client's that are taken over: short, and nothing that could break a line in two.
+#: Client ids that are accepted: short, and without characters that could break a line.
 TAKEN_OVER = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
@@ -25,8 +25,8 @@ TAKEN_OVER = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 class Asked:
     """The HTTP request that is being answered.
 
-    ``id``: the client's ``X-Request-Id``, or one of ours;  ``answer``: the id of its answer, once
-    there is one;  ``headers``: as they came, for what traces tell across services.
+    ``id``: the client's ``X-Request-Id``, or a generated one;  ``answer``: the id of its answer,
+    once it is known;  ``headers``: the request's headers, for traces across services.
     """
 
     id: str
@@ -39,12 +39,12 @@ class Asked:
         return cls(given if TAKEN_OVER.fullmatch(given) else secrets.token_hex(16), headers)
 
 
-#: The request that the running task answers (None outside of requests, as in the engine's thread).
+#: The request that the current task answers; None outside of requests, as in the engine's thread.
 asked: ContextVar[Asked | None] = ContextVar("asked", default=None)
 
 
 class Formatter(logging.Formatter):
-    """``kind``: one of ``FORMATS``.  A record may have ``fields``, names and values for JSON."""
+    """``kind``: one of ``FORMATS``.  A record's ``fields`` are names and values for JSON."""
 
     def __init__(self, kind: str) -> None:
         super().__init__("%(asctime)s %(levelname)s %(about)s%(message)s")
@@ -82,7 +82,7 @@ def set_up(level: str, kind: str) -> None:
 
 
 def announce(message: str, kind: str, level: int = logging.INFO) -> None:
-    """Write a message at any log level: a plain line, or one of JSON."""
+    """Write a message at any log level, as a plain line or as JSON."""
     if kind == "json":
         record = logging.LogRecord("pyramidinfer", level, "", 0, message, None, None)
         message = Formatter(kind).format(record)

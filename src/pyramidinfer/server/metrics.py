@@ -1,4 +1,4 @@
-"""Prometheus metrics: vLLM's names for vLLM's metrics, our own for the rest."""
+"""Prometheus metrics: vLLM's names for vLLM's metrics, other names for the rest."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pyramidinfer.server.gauges import ENGINE, Gauges, labels_of
 
 __all__ = ["Metrics"]
 
-# Buckets as vLLM has them, in seconds.
+# vLLM's buckets, in seconds.
 FIRST_TOKEN = (
     0.001,
     0.005,
@@ -94,12 +94,12 @@ SHARES = tuple(round(0.05 * step, 2) for step in range(1, 21))
 
 STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 CHOICES = (1, 2, 5, 10, 20)
-#: Why requests end: counted from 0, so that a rate is right from the first one on.
+#: Finish reasons; their counters start at 0, so that a rate includes the first request.
 REASONS = ("stop", "length", "abort", "timeout", "queue_timeout", "error")
 
 
 class Registry(CollectorRegistry):
-    """Without a ``_created`` series beside every counter and histogram."""
+    """A registry without the ``_created`` series of counters and histograms."""
 
     def collect(self) -> Iterator[Metric]:
         for metric in super().collect():
@@ -108,15 +108,15 @@ class Registry(CollectorRegistry):
 
 
 class Metrics:
-    """Counts what requests get (the engine's thread tells) and reads gauges when asked."""
+    """Counts requests and tokens in the engine's thread, and reads gauges at each scrape."""
 
     def __init__(self, model: str, about: dict[str, str]) -> None:
         self.model = model
         self.registry = Registry()
-        ProcessCollector(registry=self.registry)  # memory, processor time, open files
+        ProcessCollector(registry=self.registry)  # memory, CPU time, open files
         info = Info("pyramidinfer:server", "What runs", ("model_name",), registry=self.registry)
         info.labels(model).info(about)
-        self._step = 0  # tokens of the step that is being told of
+        self._step = 0  # tokens of the current step
         self.gauges = Gauges(model)
         self.registry.register(self.gauges)
         self.rejected = self._counter(

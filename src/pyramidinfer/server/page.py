@@ -12,7 +12,7 @@ from pyramidinfer.server.gate import NONCE
 
 __all__ = ["add_page"]
 
-#: The page's script, in the order in which its parts are read.
+#: Parts of the page's script, in loading order.
 SCRIPTS = (
     "base",
     "markdown",
@@ -31,12 +31,12 @@ def add_page(app: FastAPI) -> None:
 
     @app.get("/", response_class=HTMLResponse)
     async def page(request: Request) -> HTMLResponse:
-        """The page: chat, and the live pyramid beside it."""
+        """The page: a chat next to the live pyramid."""
         return HTMLResponse(_document().replace("__NONCE__", request.scope[NONCE]))
 
     @app.get("/docs", response_class=HTMLResponse)
     async def docs(request: Request) -> HTMLResponse:
-        """What ``/openapi.json`` says, to read."""
+        """``/openapi.json`` as a readable page."""
         text = (files("pyramidinfer") / "assets" / "docs.html").read_text(encoding="utf-8")
         return HTMLResponse(text.replace("__NONCE__", request.scope[NONCE]))
 

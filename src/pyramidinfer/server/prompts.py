@@ -19,14 +19,15 @@ from pyramidinfer.types import TokenIds
 
 __all__ = ["Prompts"]
 
-#: Letter of byte-level BPE → byte.
+#: Character of byte-level BPE → byte.
 BYTES = {letter: byte for byte, letter in bytes_to_unicode().items()}
 
 
 class Prompts:
     """One model's tokenizer (None: token ids only), as the API needs it.
 
-    ``options``: of every chat, for the template; ``ValueError`` for one that it never reads.
+    ``options``: template arguments of every chat; ``ValueError`` for one that the template never
+    reads.
     """
 
     def __init__(
@@ -53,9 +54,9 @@ class Prompts:
         options: Mapping[str, Any] | None = None,
         tools: Sequence[Tool] = (),
     ) -> TokenIds:
-        """Token ids of a conversation; ``ValueError`` where the template does not take it.
+        """Token ids of a conversation; ``ValueError`` if the template rejects it.
 
-        ``options``: of a request, for the template; those it leaves out are ``self.options``.
+        ``options``: template arguments of a request; they override ``self.options``.
         """
         if not self.template.exists:
             raise ValueError("this model has no chat template; use /v1/completions")
@@ -69,12 +70,12 @@ class Prompts:
 
     @cached_property
     def added(self) -> dict[str, int]:
-        """Texts that are always one token."""
+        """Texts that are always one token, with their ids."""
         return added_tokens(self.tokenizer)
 
     @cached_property
     def special_marks(self) -> bool:
-        """Whether what stands around a tool call is left out of texts with the special tokens."""
+        """Whether the marks around a tool call are lost in texts without special tokens."""
         special = getattr(self.tokenizer, "all_special_tokens", ())
         format = self.tool_prompt.format
         return any(each in f"{format.begin}{format.between}{format.end}" for each in special) or (
@@ -82,7 +83,7 @@ class Prompts:
         )
 
     def decode(self, tokens: TokenIds, special: bool = True) -> str:
-        """The text of tokens, with special ones unless told not."""
+        """The text of tokens, by default with special tokens."""
         if self.tokenizer is None:
             raise ValueError("detokenizing needs a tokenizer; none was loaded")
         for token in tokens:
@@ -99,9 +100,9 @@ class Prompts:
         reader: Detokenizer | None = None,
         skip_special_tokens: bool = True,
     ) -> tuple[list[int], Detokenizer | None]:
-        """Where in the text the tokens after those ``said`` begin, and what has read them.
+        """Offsets in the text of ``tokens``, which follow ``said``, and the decoder that read them.
 
-        ``prompt``: what stands before the text, which counts from 0.
+        ``prompt``: tokens before the text; offsets count from the text's start.
         """
         if self.tokenizer is None:
             return [0] * len(tokens), None
@@ -114,9 +115,9 @@ class Prompts:
         return found, reader
 
     def spell(self, token: int) -> bytes:
-        """The bytes a token stands for, with the space before it; half a character, it may be.
+        """The bytes of a token, with the space before it; they may end within a character.
 
-        ``token_id:N`` where there is no tokenizer.
+        ``token_id:N`` without a tokenizer.
         """
         if token not in self._spelled:
             self._spelled[token] = self._bytes(token)
@@ -136,7 +137,7 @@ class Prompts:
 
     @cached_property
     def _of_bytes(self) -> bool:
-        """Whether tokens are spelled in byte-level BPE's alphabet."""
+        """Whether tokens use the alphabet of byte-level BPE."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         return backend is not None and '"ByteLevel"' in json.dumps(
             json.loads(backend.to_str())["decoder"]
@@ -144,7 +145,7 @@ class Prompts:
 
     @cached_property
     def longest_token(self) -> int | None:
-        """Characters of the longest token; None where one may stand for any number of them."""
+        """Characters of the longest token; None if a token may stand for any number of them."""
         if self.tokenizer is None or not self._of_bytes:
             return None
         return max(map(len, self.tokenizer.get_vocab()), default=None)

@@ -1,4 +1,4 @@
-"""Bodies of requests: OpenAI's fields, vLLM's extras and ours; the parts of a chat."""
+"""Request bodies: OpenAI's fields, vLLM's extra fields and ours; the parts of a chat."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class CompletionRequest(Generation):
 
 
 class TextPart(Strict):
-    """A part of a message's content; only text is understood."""
+    """A part of a message's content; only text is supported."""
 
     type: Literal["text"]
     text: str
@@ -111,7 +111,7 @@ Tools = Annotated[list[Tool], Field(max_length=MANY_TOOLS, fail_fast=True)]
 
 
 class FunctionCalled(Strict):
-    """``arguments``: a JSON object, as a text."""
+    """``arguments``: a JSON object as a string."""
 
     name: str
     arguments: str
@@ -165,7 +165,7 @@ class Message(Strict):
 
     @property
     def turn(self) -> dict[str, Any]:
-        """What the chat template gets: the role, the text, and further fields that are given."""
+        """The message for the chat template: role, text, and further fields that are set."""
         texts = {"name", "refusal", "tool_call_id", "reasoning_content"}
         further = self.model_dump(include=texts, exclude_none=True)
         if self.tool_calls:
@@ -237,7 +237,7 @@ class ChatRequest(Generation):
 
     @property
     def choosable(self) -> list[str] | None:
-        """Names of the functions that may be called, where ``tool_choice`` names them."""
+        """Names of the functions that may be called, if ``tool_choice`` names them."""
         choice = self.tool_choice
         if isinstance(choice, ToolNamed):
             return [choice.function.name]
@@ -254,7 +254,7 @@ class ChatRequest(Generation):
 
     @property
     def calls_tools(self) -> bool:
-        """Whether the answer may hold calls."""
+        """Whether the answer may contain calls."""
         return bool(self.tools) and self.tool_choice != "none"
 
     @property
@@ -268,7 +268,7 @@ class ChatRequest(Generation):
 
 
 def check_tools(tools: list[Tool]) -> None:
-    """``ValueError`` for two functions of one name."""
+    """``ValueError`` for two functions with the same name."""
     names = [each.function.name for each in tools]
     for name in names:
         if names.count(name) > 1:
@@ -276,7 +276,7 @@ def check_tools(tools: list[Tool]) -> None:
 
 
 class TokenizeRequest(Strict):
-    """``POST /tokenize``: a text, or messages as the chat template puts them."""
+    """``POST /tokenize``: a text, or messages under the chat template."""
 
     model: str | None = None
     prompt: str | None = None

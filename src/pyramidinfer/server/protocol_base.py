@@ -27,20 +27,20 @@ __all__ = [
     "TokenId",
 ]
 
-# Lists end at their first error: a body may hold a million of them.
+# Validation of a list stops at its first error: a body may contain a million errors.
 TokenId = Annotated[int, Field(ge=0)]
 TokenList = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 Texts = Annotated[list[str], Field(min_length=1, fail_fast=True)]
 TokenLists = Annotated[list[TokenList], Field(min_length=1, fail_fast=True)]
 
-MANY = 16  # unknown names that are told of, at most
+MANY = 16  # maximum number of unknown names in an error
 MANY_BIASES = 1024
-#: For how long a cache can be pinned: a week.
+#: Longest time that a cache can be pinned: a week.
 MOST_SECONDS = 7 * 24 * 3600
 
 
 def _kind(prompt: Any) -> str:
-    """What a prompt is meant to be, by its first item."""
+    """The intended type of a prompt, by its first item."""
     first = prompt[0] if isinstance(prompt, list) and prompt else None
     if isinstance(prompt, str):
         return "text"
@@ -57,10 +57,10 @@ Prompt = Annotated[
 
 
 class Strict(BaseModel):
-    """Unknown names and other types are errors; so are NaN and infinity.
+    """Unknown names, wrong types, NaN and infinity are errors.
 
-    A name that says nothing (null; an unknown one with an empty list) is passed over: clients send
-    those for what is not set.
+    Null values, and unknown names with an empty list, are ignored, because clients send those for
+    unset fields.
     """
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
@@ -79,12 +79,12 @@ class Strict(BaseModel):
 class Compression(Strict):
     """What to keep for this request, within the operator's limits.
 
-    ``policy``: a method's name (the server's own by default);  ``keep``: the common budget;
+    ``policy``: a method's name (default: the server's);  ``keep``: the share of entries to keep;
     ``reuse``: reuse and hold a conversation's cache;  ``kv_dtype``: how keys and values are
     stored, which must be the server's;  ``lossless``: keep everything, and let the policy choose
-    what is read to guess tokens ahead (as the server does by default);  ``prefix``: how many of
-    ``messages``, or of a ``prompt``'s characters or token ids, are taken in and compressed alone,
-    and held for requests that begin with the same.
+    the entries that drafts read (default: as the server);  ``prefix``: the number of ``messages``,
+    or of a ``prompt``'s characters or token ids, that are prefilled and compressed alone, and held
+    for requests that begin with the same prefix.
     """
 
     policy: str | None = None
@@ -96,14 +96,14 @@ class Compression(Strict):
 
 
 class Pin(Strict):
-    """``POST /v1/caches/{id}/pin``: for how many seconds a cache must not be dropped."""
+    """``POST /v1/caches/{id}/pin``: the number of seconds for which a cache is not dropped."""
 
     ttl: Annotated[float, Field(gt=0, le=MOST_SECONDS)]
 
 
 class StreamOptions(Strict):
-    """``include_usage``: a last chunk tells the usage, and with ``continuous_usage_stats`` every
-    chunk does;  ``include_kv``: every chunk tells how many tokens each layer keeps."""
+    """``include_usage``: the last chunk has the usage, and with ``continuous_usage_stats`` every
+    chunk has it;  ``include_kv``: every chunk has the number of tokens that each layer keeps."""
 
     include_usage: bool = False
     include_kv: bool = False
@@ -112,7 +112,7 @@ class StreamOptions(Strict):
 
 
 class JsonSchema(Strict):
-    """OpenAI's ``json_schema``; the schema itself is what it is."""
+    """OpenAI's ``json_schema``; the schema itself may have any fields."""
 
     name: str
     description: str | None = None
@@ -148,7 +148,7 @@ CacheSalt = Annotated[str, Field(min_length=1)] | None
 
 
 class Generation(Strict):
-    """What both endpoints take."""
+    """Fields of both endpoints."""
 
     model: str | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
@@ -162,7 +162,7 @@ class Generation(Strict):
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     user: str | None = None
-    # what vLLM takes besides
+    # vLLM's extra fields
     top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(ge=0.01, le=1000)] | None = None
@@ -174,12 +174,12 @@ class Generation(Strict):
     prompt_logprobs: Annotated[int, Field(ge=0)] | None = None
     structured_outputs: StructuredOutputs | None = None
     cache_salt: CacheSalt = None
-    # what structured_outputs was before
+    # vLLM's names before structured_outputs
     guided_json: dict[str, Any] | str | None = None
     guided_regex: str | None = None
     guided_choice: Texts | None = None
     guided_grammar: str | None = None
-    # ours
+    # our own fields
     compression: Compression | None = None
 
     @model_validator(mode="before")
@@ -208,7 +208,7 @@ class Generation(Strict):
 
     @property
     def forms(self) -> dict[str, dict[str, Any]]:
-        """Fields that say what form the answer has, and what as ``StructuredOutputsParams``."""
+        """Fields that constrain the answer, with arguments of ``StructuredOutputsParams``."""
         found = {
             f"guided_{kind}": {kind: getattr(self, f"guided_{kind}")}
             for kind in ("json", "regex", "choice", "grammar")

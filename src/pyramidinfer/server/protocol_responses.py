@@ -1,4 +1,4 @@
-"""Bodies of ``/v1/responses``: OpenAI's Responses API, as far as text and functions go."""
+"""Bodies of ``/v1/responses``: OpenAI's Responses API for text and functions."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class InputText(Strict):
 
 
 class OutputText(Strict):
-    """What the model said in an earlier turn; its log-probabilities are not looked at."""
+    """Text of the model from an earlier turn; its log-probabilities are ignored."""
 
     type: Literal["output_text"]
     text: str
@@ -45,7 +45,7 @@ class ReasoningText(Strict):
 
 
 def _tag(part: Any) -> str:
-    """A part's or an item's type, marked as no name of a field (see ``app``)."""
+    """The type of a part or an item, in brackets to tell it from field names (see ``app``)."""
     return f"({part.get('type', 'message') if isinstance(part, dict) else part.type})"
 
 
@@ -71,7 +71,7 @@ def _text(content: str | list[Any]) -> str:
 
 
 class MessageItem(Strict):
-    """A turn of user, system, developer or assistant."""
+    """A message of the user, system, developer or assistant."""
 
     type: Literal["message"] = "message"
     role: Literal["user", "assistant", "system", "developer"]
@@ -94,7 +94,7 @@ class FunctionCallItem(FunctionCalled):
 
 
 class FunctionOutputItem(Strict):
-    """What came of a call."""
+    """The result of a call."""
 
     type: Literal["function_call_output"]
     call_id: Id
@@ -108,7 +108,7 @@ class FunctionOutputItem(Strict):
 
 
 class ReasoningItem(Strict):
-    """What the model thought before what comes next."""
+    """The model's reasoning before the next item."""
 
     type: Literal["reasoning"]
     id: Id | None = None
@@ -138,7 +138,7 @@ ITEMS: TypeAdapter[list[Item]] = TypeAdapter(list[TaggedItem])
 
 
 def read_items(items: list[dict[str, Any]]) -> list[Item]:
-    """Items of an answer as items of an input."""
+    """Output items as input items."""
     return ITEMS.validate_python(items)
 
 
@@ -234,12 +234,12 @@ class ResponseRequest(Strict):
     truncation: Literal["disabled"] | None = None
     background: Literal[False] | None = None
     metadata: Annotated[dict[str, str], Field(max_length=16)] | None = None
-    # taken for the sake of clients that send them; they change nothing
+    # accepted because clients send them; without effect
     user: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     service_tier: Literal["auto", "default"] | None = None
-    # ours
+    # our own fields
     chat_template_kwargs: dict[str, Any] | None = None
     cache_salt: CacheSalt = None
     compression: Compression | None = None
@@ -252,7 +252,7 @@ class ResponseRequest(Strict):
 
     @property
     def items(self) -> list[Item]:
-        """What is new in the conversation."""
+        """The new items of the conversation."""
         if isinstance(self.input, str):
             return [MessageItem(role="user", content=self.input)]
         return list(self.input)

@@ -1,4 +1,4 @@
-"""Replies: OpenAI's objects, whole or in chunks, and the cache's figures in the usage."""
+"""Replies: OpenAI's objects, whole or in chunks, with the cache's figures in the usage."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ __all__ = ["Reply", "Shape", "event", "failure"]
 
 @dataclass(slots=True)
 class Choice:
-    """One answer so far."""
+    """The state of one answer."""
 
     text: str = ""
     token_ids: TokenIds = field(default_factory=list)
     logprobs: list[Logprob] = field(default_factory=list)
     finish_reason: str | None = None
     parts: AnswerReader = field(default_factory=lambda: AnswerReader(None, None))
-    # where the text of its tokens begins (completions' text_offset)
+    # offset of its first token's text (completions' text_offset)
     base: int = 0
     said: TokenIds = field(default_factory=list)
     reader: Detokenizer | None = None
 
 
 class Shape(Protocol):
-    """The form of an answer over HTTP, whole or in events."""
+    """The format of an answer over HTTP, whole or in events."""
 
     async def whole(self) -> dict[str, Any]: ...
 
@@ -48,18 +48,18 @@ class Shape(Protocol):
 
 
 class Reply:
-    """Forms the answer to a job from a stream's updates.  ``ApiError`` for one that failed."""
+    """Creates the answer to a job from a stream's updates.  ``ApiError`` for a failed request."""
 
     def __init__(self, job: Job, stream: Stream, model: str, prompts: Prompts) -> None:
         self.job, self.stream, self.model, self.prompts = job, stream, model, prompts
         self.choices = [Choice(parts=job.reader()) for _ in stream.followed]
-        wanted = job.body.logprobs  # chat: yes or no; completions: how many besides
+        wanted = job.body.logprobs  # chat: a bool; completions: a number of likeliest tokens
         self.wants_logprobs = bool(wanted) if job.is_chat else wanted is not None
 
     # --- whole --------------------------------------------------------------------------------
 
     async def whole(self) -> dict[str, Any]:
-        """The whole answer when it is finished."""
+        """The whole answer, when it is complete."""
         async for update in self.stream:
             self.take(update)
         choices = []
@@ -76,7 +76,7 @@ class Reply:
         return {**self._head(kind), **answer}
 
     def _message(self, choice: Choice, text: str) -> dict[str, Any]:
-        """An assistant's message; its thoughts, and its calls in a list, beside the text."""
+        """An assistant message: text, reasoning and tool calls."""
         calls: list[dict[str, Any]] = []
         pieces = choice.parts.feed(text, last=True)
         text = "".join(piece.text for piece in pieces)
@@ -93,7 +93,8 @@ class Reply:
         return message
 
     def _reason(self, choice: Choice) -> str | None:
-        """Why it ended; as OpenAI has it, one that had to call a named function just stopped."""
+        """The finish reason; as in OpenAI's API, it is ``stop`` after a call that was required by
+        name."""
         named = isinstance(self.job.body, ChatRequest) and isinstance(
             self.job.body.tool_choice, ToolNamed
         )
@@ -103,13 +104,13 @@ class Reply:
     # --- in chunks ----------------------------------------------------------------------------
 
     async def chunks(self, first: Update | None) -> AsyncIterator[bytes]:
-        """Events as they come; ``first``: an update that was looked at before."""
+        """Events as they occur; ``first``: an update that was already received."""
         async for chunk in self._chunks(first):
             yield event(chunk)
         yield b"data: [DONE]\n\n"
 
     def failed(self, error: Exception) -> bytes:
-        """The event that tells of an error in mid-stream."""
+        """The event for an error in the middle of a stream."""
         return event(failure(error))
 
     async def _chunks(self, first: Update | None) -> AsyncIterator[dict[str, Any]]:
@@ -134,7 +135,7 @@ class Reply:
             yield {**self._head(kind), "choices": [], "usage": self.usage()}
 
     def _deltas(self, update: Update, is_first: bool) -> list[dict[str, Any]]:
-        """The choices of the chunks that one update becomes."""
+        """The ``choices`` entries of an update's chunks."""
         entry = self._choice(
             update.choice, update.text, update.token_ids, update.logprobs, is_first
         )
@@ -164,7 +165,7 @@ class Reply:
     # --- parts --------------------------------------------------------------------------------
 
     def take(self, update: Update) -> None:
-        """Add what an update brings to its choice; ``ApiError`` where it tells of a failure."""
+        """Add an update to its choice; ``ApiError`` if the request failed."""
         if update.finish_reason is not None:
             error = of_reason(
                 update.finish_reason,
@@ -192,7 +193,7 @@ class Reply:
     def _choice(
         self, index: int, text: str, tokens: TokenIds, logprobs: list[Logprob], begins: bool
     ) -> dict[str, Any]:
-        """A choice, or the part of one, that these tokens are; the prompt too where echoed."""
+        """A choice, or a part of one, from these tokens; with the prompt if it is echoed."""
         request = self.stream.followed[index].request
         leader = self._leader(index)
         if self.job.drop:
@@ -224,13 +225,13 @@ class Reply:
         return entry
 
     def _of_prompt(self, leader: Request) -> list[dict[str, Any] | None]:
-        """A prompt's tokens and the likeliest in their place, as vLLM tells of them."""
+        """A prompt's tokens and the likeliest ones at each position, in vLLM's format."""
 
         def one(token: int, value: float, rank: int) -> dict[str, Any]:
             text = self.prompts.spell(token).decode("utf-8", "replace")
             return {"logprob": value, "rank": rank, "decoded_token": text}
 
-        found: list[dict[str, Any] | None] = [None]  # nothing comes before the first one
+        found: list[dict[str, Any] | None] = [None]  # the first token has no log-probability
         for each in leader.prompt_logprobs:
             told = {str(each.token_id): one(each.token_id, each.logprob, each.rank)}
             top = _top(each, self.job.body.prompt_logprobs or 0).top
@@ -244,7 +245,7 @@ class Reply:
         return self.job.leaders[index // width]
 
     def spelled(self, logprob: Logprob) -> dict[str, Any]:
-        """A token as chat completions tell of it."""
+        """A token in the format of chat completions."""
 
         def one(token: int, value: float) -> dict[str, Any]:
             spelled = self.prompts.spell(token)
@@ -262,14 +263,14 @@ class Reply:
         request: Request,
         echoed: str | None,
     ) -> dict[str, Any]:
-        """Tokens as completions tell of them; ``start``: tokens without a log-probability."""
+        """Tokens in the format of completions; ``start``: tokens without a log-probability."""
 
         def spell(token: int) -> str:
             return self.prompts.spell(token).decode("utf-8", "replace")
 
         ids = [*start, *(each.token_id for each in logprobs)]
         offsets: list[int] = []
-        if echoed is not None:  # the prompt's tokens, and after them the answer's
+        if echoed is not None:  # the prompt's tokens, then the answer's
             offsets, _ = self.prompts.offsets(ids[: len(request.prompt)], [], [])
             choice.base = len(echoed)
         new = ids[len(offsets) :]
@@ -291,7 +292,7 @@ class Reply:
         }
 
     def usage(self) -> dict[str, Any]:
-        """OpenAI's counts, and what was kept and skipped (tokens: means over layers)."""
+        """OpenAI's counts, and the kept and skipped tokens (means over layers)."""
         requests = self.stream.requests
         leaders = [each for each in requests if each.leads]
         prompt = sum(len(each.prompt) for each in leaders)
@@ -321,7 +322,7 @@ class Reply:
         }
 
     def _thoughts(self) -> dict[str, Any]:
-        """The tokens that were thoughts, of a model that has any."""
+        """The number of reasoning tokens, for a reasoning model."""
         readers = [(each.parts.thoughts, each.token_ids) for each in self.choices]
         counts = [
             self.prompts.thinking.count(reader, tokens)
@@ -332,7 +333,7 @@ class Reply:
 
 
 def _delta(pieces: list[Piece]) -> dict[str, Any]:
-    """What a chunk tells of thoughts, text and calls."""
+    """Reasoning, text and calls of a chunk."""
     text = "".join(piece.text for piece in pieces)
     thought = "".join(piece.thought for piece in pieces)
     delta: dict[str, Any] = {"reasoning_content": thought} if thought else {}
@@ -350,18 +351,18 @@ def _delta(pieces: list[Piece]) -> dict[str, Any]:
 
 
 def _top(logprob: Logprob, most: int) -> Logprob:
-    """With fewer of the likeliest."""
+    """The log-probability with fewer of the likeliest tokens."""
     return logprob._replace(top=dict([*logprob.top.items()][:most]))
 
 
 def _lowered(caches: list[KVUsage]) -> dict[str, float]:
-    """What ``--elastic`` lowered the ``keep`` of these to, where it did."""
+    """The ``keep`` to which ``--elastic`` lowered these requests, if it did."""
     lowered = [kv.keep_lowered_to for kv in caches if kv.keep_lowered_to is not None]
     return {"kv_keep_lowered_to": min(lowered)} if lowered else {}
 
 
 def _drafted(requests: list[Request]) -> dict[str, int]:
-    """The drafts of the lossless ones of these requests."""
+    """Counts of drafted and accepted tokens of the lossless requests."""
     told = [each for each in map(drafts, requests) if each is not None]
     if not told:
         return {}
@@ -383,13 +384,14 @@ def _kv(kv: KVUsage) -> dict[str, Any]:
 
 
 def event(entry: dict[str, Any], name: str = "") -> bytes:
-    """A server-sent event, escaped to ASCII: some clients split lines at U+2028 and its like."""
+    """A server-sent event, escaped to ASCII because some clients split lines at U+2028 and
+    similar characters."""
     head = f"event: {name}\n" if name else ""
     return f"{head}data: {json.dumps(entry, separators=(',', ':'))}\n\n".encode()
 
 
 def failure(error: Exception) -> dict[str, Any]:
-    """The event that tells of an error in the middle of a stream."""
+    """OpenAI's error object for an error in the middle of a stream."""
     if isinstance(error, ApiError):
         return error.body
     return ApiError(500, f"{type(error).__name__}: {error}").body

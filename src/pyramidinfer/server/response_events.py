@@ -1,4 +1,4 @@
-"""An answer as OpenAI's Responses API tells of it: items, and the events by which they come."""
+"""An answer in the format of OpenAI's Responses API: items, and the events of a stream."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from pyramidinfer.server.tool_calls import Piece
 __all__ = ["ResponseReply"]
 
 Event = dict[str, Any]
-#: Fields of usage that have another name here.
+#: Fields of usage that have another name in the Responses API.
 COUNTS = {"prompt_tokens", "completion_tokens", "total_tokens"}
 DETAILS = {"prompt_tokens_details", "completion_tokens_details"}
 
 
 class Output:
-    """The items of one answer, and events (without their numbers) that tell how they come."""
+    """The items of one answer, and the events (without numbers) that stream them."""
 
     def __init__(self) -> None:
         self.items: list[dict[str, Any]] = []
-        self._call: int | None = None  # the call that comes, where one does
-        self._is_open = False  # more of the last item may come
+        self._call: int | None = None  # the call in progress, if any
+        self._is_open = False  # the last item may continue
 
     def feed(self, pieces: list[Piece], logprobs: list[dict[str, Any]]) -> Iterator[Event]:
-        """More of the answer; ``logprobs``: of the tokens of its text."""
+        """The next part of the answer; ``logprobs``: of the tokens of its text."""
         for piece in pieces:
             if piece.thought:
                 yield from self._more("reasoning", piece.thought, [])
@@ -41,7 +41,7 @@ class Output:
                 logprobs = []
 
     def end(self, status: str) -> Iterator[Event]:
-        """No more comes; an answer without any item has said nothing."""
+        """The end of the answer; without any item, it gets an empty message."""
         if not self.items:
             yield from self._begin_text("message")
         yield from self._close(status)
@@ -124,9 +124,9 @@ class Output:
 
 
 class ResponseReply:
-    """A reply in the shape of the Responses API; ``keep``: told of the answer when it is there.
+    """A reply in the format of the Responses API; ``keep``: called with the complete answer.
 
-    ``reply``: to the chat that the request stands for, of one choice.
+    ``reply``: the reply to the equivalent chat request, with one choice.
     """
 
     def __init__(
@@ -136,21 +136,21 @@ class ResponseReply:
         self.output = Output()
         self.id = _id("resp")
         self._number = -1
-        self._logprobs: list[dict[str, Any]] = []  # of tokens whose text is still to come
+        self._logprobs: list[dict[str, Any]] = []  # of tokens whose text is not complete
 
     async def whole(self) -> dict[str, Any]:
-        """The whole answer once it is there."""
+        """The whole answer, when it is complete."""
         events = [told async for told in self._told(None)]
         answer: dict[str, Any] = events[-1]["response"]
         return answer
 
     async def chunks(self, first: Update | None) -> AsyncIterator[bytes]:
-        """Events as they come; ``first``: an update that was looked at before."""
+        """Events as they occur; ``first``: an update that was already received."""
         async for told in self._told(first):
             yield event(told, told["type"])
 
     def failed(self, error: Exception) -> bytes:
-        """The event that tells of an error in mid-stream."""
+        """The event for an error in the middle of a stream."""
         wrong = failure(error)["error"]
         busy = isinstance(error, ApiError) and error.status == 429
         code = "rate_limit_exceeded" if busy else "server_error"
@@ -199,7 +199,7 @@ class ResponseReply:
         return {"type": told["type"], "sequence_number": self._number, **told}
 
     def _response(self, status: str) -> dict[str, Any]:
-        """The answer's object, as far as it is there."""
+        """The response object so far."""
         body, job = self.body, self.reply.job
         params = job.leaders[0].params
         is_over = status in ("completed", "incomplete")
@@ -237,7 +237,7 @@ class ResponseReply:
 
 
 def _usage(usage: dict[str, Any]) -> dict[str, Any]:
-    """By the names of the Responses API; what was kept and skipped has its own everywhere."""
+    """The usage with the names of the Responses API; the cache's fields keep their names."""
     thought = usage.get("completion_tokens_details", {"reasoning_tokens": 0})
     return {
         "input_tokens": usage["prompt_tokens"],

@@ -11,13 +11,13 @@ from pyramidinfer.server.protocol_responses import Item
 
 __all__ = ["ResponseStore", "Stored"]
 
-#: Of one API key: the least recently used go first.
+#: Limits per API key; the least recently used answers are removed first.
 MOST_RESPONSES, MOST_BYTES = 1000, 32 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """An answer as it was given, and the items of its whole conversation, itself included."""
+    """An answer as it was sent, and the items of its conversation, including the answer."""
 
     response: dict[str, Any]
     items: list[Item]
@@ -29,7 +29,7 @@ class Stored:
 
 
 class ResponseStore:
-    """Bounded by number and bytes for each owner; gone when the server ends."""
+    """A store with a maximum number and size of answers per owner, in memory only."""
 
     def __init__(self, most: int = MOST_RESPONSES, most_bytes: int = MOST_BYTES) -> None:
         self.most, self.most_bytes = most, most_bytes
@@ -37,7 +37,7 @@ class ResponseStore:
         self._bytes: defaultdict[str, int] = defaultdict(int)
 
     def put(self, owner: str, stored: Stored) -> None:
-        """Store an answer; the newest stays, whatever its size."""
+        """Store an answer; the newest one is kept even if it is too large."""
         held = self._of[owner]
         held[stored.response["id"]] = stored
         self._bytes[owner] += stored.size
@@ -46,7 +46,7 @@ class ResponseStore:
             self._bytes[owner] -= oldest.size
 
     def get(self, owner: str, id: str) -> Stored | None:
-        """An owner's answer, which is the most recently used from now on."""
+        """An owner's answer, which becomes the most recently used one."""
         held = self._of.get(owner)
         if held is None or id not in held:
             return None
@@ -54,7 +54,7 @@ class ResponseStore:
         return held[id]
 
     def delete(self, owner: str, id: str) -> bool:
-        """Whether there was such an answer."""
+        """Delete an answer; returns whether it existed."""
         found = self._of[owner].pop(id, None) if owner in self._of else None
         if found is not None:
             self._bytes[owner] -= found.size

@@ -1,4 +1,4 @@
-"""OpenAI's Responses API on top of chats: what a body asks of a chat, and answers that are kept."""
+"""OpenAI's Responses API on top of chats: the equivalent chat request, and stored answers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from pyramidinfer.server.service import Service
 
 __all__ = ["Responses", "chat_of"]
 
-#: What a field of a chat is here, for errors.
+#: Field of a chat → field of the Responses API, for errors.
 NAMES = {
     "messages": "input",
     "response_format": "text.format",
@@ -41,7 +41,7 @@ NAMED = re.compile(rf"\b({'|'.join(NAMES)})\b")
 
 
 class Responses:
-    """The endpoint of one service, and the answers it keeps."""
+    """The endpoint of one service, and its stored answers."""
 
     def __init__(self, service: Service) -> None:
         self.service, self.store = service, ResponseStore()
@@ -67,7 +67,7 @@ class Responses:
             raise
 
     def get(self, owner: str, id: str) -> dict[str, Any]:
-        """An answer that was kept; ``ApiError`` where there is none."""
+        """A stored answer; ``ApiError`` if there is none."""
         found = self.store.get(owner, id)
         return self._missing(id) if found is None else found.response
 
@@ -77,7 +77,7 @@ class Responses:
         return {"id": id, "object": "response", "deleted": True}
 
     def _before(self, owner: str, id: str | None) -> list[Item]:
-        """The conversation up to an answer."""
+        """The conversation up to and including an answer."""
         if id is None:
             return []
         found = self.store.get(owner, id)
@@ -95,8 +95,8 @@ class Responses:
 
 
 def chat_of(body: ResponseRequest, items: Sequence[Item]) -> ChatRequest:
-    """The chat that a body stands for, whose conversation is ``items``; ``ApiError`` where there is
-    none."""
+    """The chat request for a body with the conversation ``items``; ``ApiError`` if the body is
+    invalid."""
     messages = [{"role": "system", "content": body.instructions}] if body.instructions else []
     asked: dict[str, Any] = {
         "model": body.model,
@@ -135,7 +135,7 @@ def _format(body: ResponseRequest) -> dict[str, Any] | None:
 
 
 def _function(given: dict[str, Any]) -> dict[str, Any]:
-    """A function, or the choice of one, as chats have it."""
+    """A function, or the choice of one, in the format of chats."""
     rest = {name: value for name, value in given.items() if name != "type"}
     return {"type": "function", "function": rest}
 
@@ -151,9 +151,9 @@ def _choice(body: ResponseRequest) -> Any:
 
 
 def _messages(items: Sequence[Item]) -> list[dict[str, Any]]:
-    """Items as messages: what the model thought, said and called between two others' is one."""
+    """Items as messages; consecutive reasoning, text and calls of the model are one message."""
     messages: list[dict[str, Any]] = []
-    turn: dict[str, Any] | None = None  # the assistant's that goes on
+    turn: dict[str, Any] | None = None  # the current assistant message
     waiting: list[str] = []  # calls without a result
     for place, item in enumerate(items):
         if isinstance(item, FunctionOutputItem):
@@ -187,7 +187,7 @@ def _messages(items: Sequence[Item]) -> list[dict[str, Any]]:
 
 
 def _goes_on(turn: dict[str, Any], item: Item) -> bool:
-    """Whether an item of the assistant's belongs to its turn so far."""
+    """Whether an assistant item belongs to the current assistant message."""
     if isinstance(item, ReasoningItem):
         return not turn["content"] and "tool_calls" not in turn
     if isinstance(item, MessageItem):
@@ -208,7 +208,7 @@ def _add(turn: dict[str, Any], item: Item) -> None:
 
 
 def _can_go_on(item: dict[str, Any]) -> bool:
-    """Whether an item may stand in a conversation: a call that was cut off may not."""
+    """Whether an item may be part of a conversation; a truncated call may not."""
     if item["type"] != "function_call":
         return True
     try:

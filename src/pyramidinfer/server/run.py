@@ -1,4 +1,4 @@
-"""Listen, and stop without losing requests."""
+"""Listen for connections, and stop without losing requests."""
 
 from __future__ import annotations
 
@@ -30,41 +30,41 @@ log = logging.getLogger(__name__)
 
 #: Seconds a client may take to send the head of a request.
 HEAD_TIMEOUT = 30.0
-#: Connections that the system accepts before we have seen them.
+#: Connections that the operating system queues before the server accepts them.
 BACKLOG = 16
-#: File descriptors that are left for connections that are on their way in or out, and all else.
+#: File descriptors reserved for connections that are opening or closing, and for other files.
 SPARE = 8 * BACKLOG
-#: The most connections where file descriptors set no limit.
+#: Maximum number of connections if file descriptors set no limit.
 MOST_CONNECTIONS = 10_000
-#: Seconds between two lines about too many connections.
+#: Seconds between two log lines about too many connections.
 LOG_EVERY = 60.0
 REFUSAL = (
     b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\nRetry-After: 1\r\n"
     b"Connection: close\r\n\r\n"
 )
-#: Seconds that whoever is told of the engine's end has to read it.
+#: Seconds for clients to read the error after the engine has died.
 LAST_WORDS = 1.0
 
 
 class EngineDied(Exception):
-    """The engine's thread has ended, and the server with it."""
+    """The engine's thread has died, so the server has ended."""
 
 
 class Connections:
-    """No more connections than there are file descriptors for.
+    """Limits the number of connections to the available file descriptors.
 
-    One more takes the place of the one that has waited longest without a request; where all have
-    requests, it is turned away.
+    A connection above the limit replaces the connection that has been idle longest; if all have
+    requests, the new one is refused.
     """
 
     def __init__(self, most: int) -> None:
         self.most, self.open = most, 0
-        self.waiting: dict[Patient, None] = {}  # in the order in which they began to wait
+        self.waiting: dict[Patient, None] = {}  # in the order in which they became idle
         self._told = -LOG_EVERY
         self._refused = 0
 
     def admit(self) -> bool:
-        """Whether one more may stay."""
+        """Whether a new connection is accepted."""
         self.open += 1
         if self.open <= self.most:
             return True
@@ -90,7 +90,7 @@ class Connections:
 
 
 def connections_left() -> int:
-    """Connections that the limit of file descriptors has room for, with some to spare."""
+    """Connections that fit into the limit of file descriptors, with some reserve."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY:
         return MOST_CONNECTIONS
@@ -102,7 +102,7 @@ def connections_left() -> int:
 
 
 def check_connections(settings: ServerSettings) -> int:
-    """Connections that may be open; ``ValueError`` where more are asked for than there can be."""
+    """Maximum number of connections; ``ValueError`` if the setting exceeds the system's limit."""
     most, wanted = connections_left(), settings.max_connections
     if wanted is not None and wanted > most:
         raise ValueError(
@@ -113,7 +113,7 @@ def check_connections(settings: ServerSettings) -> int:
 
 
 class Patient(H11Protocol):
-    """HTTP/1.1 that gives a client only so long to send the head of its request."""
+    """HTTP/1.1 with a timeout for the head of a request."""
 
     timer: TimerHandle | None = None
     refused = False
@@ -129,7 +129,7 @@ class Patient(H11Protocol):
         self._expect_head()
 
     def leave(self) -> None:
-        """Make room for another one."""
+        """Close this connection to make room for another one."""
         self._stop_timer()
         self.transport.close()
 
@@ -150,7 +150,7 @@ class Patient(H11Protocol):
             super().connection_lost(exc)
 
     def _expect_head(self) -> None:
-        """Start the clock while no request is being answered, stop it when one is."""
+        """Start the timer while no request is being answered; stop it for a request."""
         if self.cycle is not None and not self.cycle.response_complete:
             self._stop_timer()
         elif self.timer is None:
@@ -171,7 +171,7 @@ class Patient(H11Protocol):
 
 
 class _Server(uvicorn.Server):
-    """Uvicorn without its own handling of signals, which ends the process by the signal."""
+    """Uvicorn without its own signal handling, which ends the process by the signal."""
 
     async def startup(self, sockets: Any = None) -> None:
         await super().startup(sockets)
@@ -188,7 +188,7 @@ class _Server(uvicorn.Server):
 
 
 def bind(settings: ServerSettings) -> socket.socket:
-    """The address, held but not listened to yet.  ``OSError`` where it cannot be had."""
+    """A bound socket that does not listen yet.  ``OSError`` if the address is not available."""
     host, port = settings.host, settings.port
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
@@ -207,11 +207,11 @@ def bind(settings: ServerSettings) -> socket.socket:
 
 
 def serve(llm: LLM, settings: ServerSettings, line: socket.socket) -> None:
-    """Serve on a bound address until SIGTERM or Ctrl-C; then answer what was accepted, and return.
+    """Serve on a bound address until SIGTERM or Ctrl-C; then finish accepted requests, and return.
 
-    New requests get 503 meanwhile.  What has not ended after ``drain_timeout`` seconds, or at a
-    second signal, is ended.  ``EngineDied`` where the engine's thread ended by itself (unless
-    ``keep_alive_on_engine_death``).
+    During this time, new requests get 503.  Requests that still run after ``drain_timeout`` seconds
+    or at a second signal are ended.  ``EngineDied`` if the engine's thread has died (unless
+    ``keep_alive_on_engine_death`` is set).
     """
     app = build_app(llm, settings)
     Patient.limit = Connections(check_connections(settings))
@@ -219,7 +219,7 @@ def serve(llm: LLM, settings: ServerSettings, line: socket.socket) -> None:
         app,
         http=Patient,
         ws="none",
-        log_config=None,  # the log is ours (logs.py)
+        log_config=None,  # logs.py configures the log
         log_level="warning",
         server_header=False,
         timeout_keep_alive=30,
@@ -236,7 +236,7 @@ async def _serve(server: _Server, service: Service, line: socket.socket) -> None
     loop.set_exception_handler(_rate_limited())
 
     def stop() -> None:
-        if stopping.is_set():  # the second time
+        if stopping.is_set():  # the second signal
             server.config.timeout_graceful_shutdown = 1
             server.should_exit = True
         stopping.set()
@@ -263,7 +263,8 @@ async def _serve(server: _Server, service: Service, line: socket.socket) -> None
 
 
 def _rate_limited() -> Callable[[asyncio.AbstractEventLoop, dict[str, Any]], None]:
-    """An event loop's handler of exceptions that says once a minute that no file can be opened."""
+    """An exception handler of the event loop, which logs once a minute that no file can be
+    opened."""
     told = -LOG_EVERY
 
     def handle(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
@@ -279,14 +280,15 @@ def _rate_limited() -> Callable[[asyncio.AbstractEventLoop, dict[str, Any]], Non
 
 
 async def _death(service: Service) -> None:
-    """Return when the engine's thread has died and everybody had time to hear of it."""
+    """Return when the engine's thread has died and clients had time to read the error."""
     while service.settings.keep_alive_on_engine_death or not service.worker.died:
         await asyncio.sleep(0.25)
     await asyncio.sleep(LAST_WORDS)
 
 
 async def _drain(server: _Server, service: Service) -> int:
-    """Take nothing new and wait for what runs; the seconds that are left to who still reads."""
+    """Refuse new requests and wait for running ones; returns the seconds left for clients that
+    still read."""
     service.draining = True
     ends = asyncio.get_running_loop().time() + service.settings.drain_timeout
     kind = service.settings.log_format
@@ -296,6 +298,6 @@ async def _drain(server: _Server, service: Service) -> int:
             announce("pyramidinfer ends what is left", kind)
             break
         await asyncio.sleep(0.05)
-    service.worker.abort_all()  # whoever is left is told
-    await asyncio.sleep(0.2)  # last chunks leave
+    service.worker.abort_all()  # remaining clients get an error
+    await asyncio.sleep(0.2)  # time for the last chunks
     return max(1, math.ceil(ends - asyncio.get_running_loop().time()))

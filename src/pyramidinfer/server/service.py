@@ -33,12 +33,12 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 Shaped = Callable[[Reply], Shape]
 
-#: Seconds beyond the request's own that a client has to read its answer.
+#: Seconds in addition to the request's timeout for a client to read its answer.
 READING = 60.0
 
 
 class Service:
-    """One model behind the API.  ``draining``: nothing new is taken any more."""
+    """One model and its API.  ``draining``: new requests are refused."""
 
     def __init__(self, llm: LLM, settings: ServerSettings) -> None:
         self.llm, self.settings = llm, settings
@@ -90,7 +90,7 @@ class Service:
         self.metrics.gauges.worker = self.worker
         self.spans = spans_module().Spans(self.name) if settings.otel_traces else None
         self.draining = False
-        self.preparing = 0  # requests whose texts become tokens
+        self.preparing = 0  # requests in tokenization
         self._threads = ThreadPoolExecutor(2, "prepare")
 
     # --- for whoever asks ---------------------------------------------------------------------
@@ -98,7 +98,7 @@ class Service:
     async def begin(
         self, body: ChatRequest | CompletionRequest, owner: str | None
     ) -> tuple[Job, Reply]:
-        """Check a body and queue what it asks for.  ``ApiError`` where that cannot be."""
+        """Check a body and queue its requests.  ``ApiError`` if it cannot be served."""
         if self.draining or not self.worker.is_alive:
             raise ApiError(503, "the server is stopping", code="stopping", retry_after=10)
         self.check_model(body.model)
@@ -109,16 +109,16 @@ class Service:
             return self._queue(job, arrived)
 
     async def prepare(self, work: Callable[..., T], *values: Any) -> T:
-        """What ``work`` makes of a text, in a thread.
+        """The result of ``work`` on a text, in a thread.
 
-        It waits in the line of requests whose texts become tokens, and as long as they do.
+        It waits in the queue of requests to be tokenized, with the same timeout.
         """
         with self._waiting():
             return await self._in_thread(time.monotonic(), work, *values)
 
     @contextmanager
     def _waiting(self) -> Iterator[None]:
-        """Meanwhile one more is counted; ``ApiError`` where there are too many already."""
+        """Count one more request in preparation; ``ApiError`` if there are too many."""
         if self.preparing and self.preparing + self.worker.waiting >= self.settings.max_waiting:
             raise self._busy(Busy(self.preparing + self.worker.waiting, self.worker.retry_after()))
         self.preparing += 1
@@ -128,7 +128,7 @@ class Service:
             self.preparing -= 1
 
     async def _in_thread(self, arrived: float, work: Callable[..., T], *values: Any) -> T:
-        """``work`` in a thread, unless its turn comes too late."""
+        """Run ``work`` in a thread, unless it waited longer than the queue timeout."""
 
         def in_time() -> T:
             if time.monotonic() - arrived > self.settings.queue_timeout:
@@ -145,7 +145,7 @@ class Service:
     def _over(
         self, job: Job, about: Asked, arrived: float
     ) -> Callable[[list[EngineRequest]], None]:
-        """What is told, in the engine's thread, of a body's requests once they have ended."""
+        """A callback for the ended requests of a body, to be called in the engine's thread."""
         operation = "chat" if job.is_chat else "text_completion"
 
         def over(requests: list[EngineRequest]) -> None:
@@ -156,7 +156,7 @@ class Service:
         return over
 
     def _queue(self, job: Job, arrived: float) -> tuple[Job, Reply]:
-        """Hand a body's requests over."""
+        """Submit a body's requests to the engine."""
         body = job.body
         about = asked.get() or Asked("", {})  # a batch has no HTTP
         about.answer = job.id
@@ -182,7 +182,7 @@ class Service:
         return ApiError(429, str(busy), code="queue_full", retry_after=busy.retry_after)
 
     def close(self) -> None:
-        """End whatever runs, and the threads."""
+        """End running requests, and the threads."""
         self.worker.stop()
         self._threads.shutdown(wait=False, cancel_futures=True)
         if self.spans is not None:
@@ -190,12 +190,12 @@ class Service:
 
     @property
     def is_idle(self) -> bool:
-        """Nothing is being prepared, waiting or running."""
+        """Whether no request is in preparation, waiting or running."""
         return not self.preparing and self.worker.is_idle
 
     async def inside(self, look: Callable[[], T]) -> T:
-        """What ``look`` finds in the engine's thread, between two steps; ``ApiError`` where that
-        has ended."""
+        """The result of ``look``, called in the engine's thread between two steps; ``ApiError`` if
+        the thread has ended."""
         try:
             return await asyncio.wrap_future(self.worker.ask(look))
         except RuntimeError as error:
@@ -207,7 +207,7 @@ class Service:
         owner: str | None,
         shaped: Shaped | None = None,
     ) -> dict[str, Any]:
-        """The whole answer, in another shape if need be.  ``ApiError`` where there is none."""
+        """The whole answer, in the format of ``shaped``.  ``ApiError`` for a failed request."""
         _, reply = await self.begin(body, owner)
         try:
             found = await (shaped(reply) if shaped else reply).whole()
@@ -235,7 +235,7 @@ class Service:
         body: ChatRequest | CompletionRequest,
         shaped: Shaped | None = None,
     ) -> Response:
-        """Answer over HTTP; a client that goes away takes its request along."""
+        """Answer over HTTP; if the client disconnects, the request is aborted."""
         owner: str | None = request.scope["owner"]
         try:
             if not body.stream:
@@ -252,8 +252,8 @@ class Service:
         owner: str | None,
         shaped: Shaped | None,
     ) -> Response:
-        """A stream of events.  It begins once there is something to tell, so that what fails
-        before is answered with its proper status."""
+        """A stream of events.  It starts with the first event, so that an earlier error gets its
+        own HTTP status."""
         _, reply = await self.begin(body, owner)
         shape: Shape = shaped(reply) if shaped else reply
         try:
@@ -275,7 +275,7 @@ class Service:
         except Exception as error:
             if not isinstance(error, ApiError):
                 log.exception("a stream failed")
-            reply.stream.close()  # before the client, which has not gone away, is done reading
+            reply.stream.close()  # otherwise it would count as a disconnect
             yield shape.failed(error)
             return
         self._log_answer(reply)
@@ -286,8 +286,8 @@ class Service:
 
 
 def spans_module() -> Any:
-    """What makes traces; ``ValueError`` where OpenTelemetry is not installed, or where its
-    variables ask for what would not be done."""
+    """The module for traces; ``ValueError`` if OpenTelemetry is not installed, or if its variables
+    ask for something unsupported."""
     try:
         from pyramidinfer.server import spans
     except ModuleNotFoundError as error:
@@ -300,7 +300,7 @@ def spans_module() -> Any:
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events; however it ends, the requests behind it end too."""
+    """Server-sent events; when the response ends for any reason, its requests end too."""
 
     def __init__(self, service: Service, reply: Reply, events: AsyncIterator[bytes]) -> None:
         super().__init__(events, media_type="text/event-stream")
@@ -323,7 +323,7 @@ class _Gone(Exception):
 
 
 async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """What ``work`` gives; ``_Gone`` if the client goes away first."""
+    """The result of ``work``; ``_Gone`` if the client disconnects first."""
 
     async def leaves() -> None:
         while (await request.receive())["type"] != "http.disconnect":

@@ -54,7 +54,7 @@ ModelName = Annotated[
 class ServerSettings:
     """The server's settings; frozen.  ``ValueError`` for an invalid value.
 
-    api_keys : keys that clients need; empty means that everybody may send requests.
+    api_keys : keys that clients need; if empty, any client may send requests.
     metrics_keys : keys that open ``/metrics`` and nothing else; if there are any, ``/metrics``
         needs one of these or one of the API keys.
     body_timeout : seconds a client may take to send its request.

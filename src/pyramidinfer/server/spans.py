@@ -1,8 +1,8 @@
-"""Traces: what a request's time went to, as OpenTelemetry's spans (needs the extra ``otel``).
+"""Traces of requests as OpenTelemetry spans (needs the extra ``otel``).
 
-Each request that the engine took gets a span, in the trace that the client's ``traceparent`` names,
-with ``prepare`` (its text becomes tokens), ``queue``, ``prefill`` and ``decode`` inside.  Names of
-attributes are those of OpenTelemetry's conventions for generative AI, ours where they have none.
+Each request that the engine accepted gets a span in the trace of the client's ``traceparent``,
+with child spans ``prepare`` (tokenization), ``queue``, ``prefill`` and ``decode``.  Attribute names
+follow OpenTelemetry's conventions for generative AI; others are our own.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pyramidinfer.server.logs import Asked
 
 __all__ = ["Spans", "check_variables"]
 
-#: OpenTelemetry's variables that could ask for what there is not here, and what they may say.
+#: OpenTelemetry's variables that could ask for something unsupported, and their allowed values.
 UNDERSTOOD = {
     "OTEL_TRACES_EXPORTER": ("", "otlp"),
     "OTEL_EXPORTER_OTLP_PROTOCOL": ("", "http/protobuf"),
@@ -34,7 +34,7 @@ UNDERSTOOD = {
 
 
 class Spans:
-    """Makes spans of requests that ended and hands them to an exporter, in a thread of its own."""
+    """Creates spans of ended requests and passes them to an exporter, in its own thread."""
 
     def __init__(self, model: str) -> None:
         self.model = model
@@ -46,11 +46,11 @@ class Spans:
         return OTLPSpanExporter()
 
     def close(self) -> None:
-        """Send what is left."""
+        """Send the remaining spans."""
         self.provider.shutdown()
 
     def over(self, operation: str, about: Asked, arrived: float, requests: list[Request]) -> None:
-        """All requests of a body have ended, which arrived then (``time.monotonic``)."""
+        """All requests of a body have ended; ``arrived``: its arrival (``time.monotonic``)."""
         base = time.time_ns() - time.monotonic_ns()
 
         def at(moment: float) -> int:
@@ -111,7 +111,7 @@ class Spans:
 
 
 def check_variables() -> None:
-    """``ValueError`` where OpenTelemetry's variables ask for what would not be done."""
+    """``ValueError`` if OpenTelemetry's variables ask for something unsupported."""
     for name, values in UNDERSTOOD.items():
         value = os.environ.get(name, "")
         if value not in values:
@@ -122,7 +122,8 @@ def check_variables() -> None:
 
 
 def _resource() -> Resource:
-    """What sends: by ``OTEL_SERVICE_NAME`` and ``OTEL_RESOURCE_ATTRIBUTES``, or our name."""
+    """The sending service, from ``OTEL_SERVICE_NAME`` and ``OTEL_RESOURCE_ATTRIBUTES``; otherwise
+    our name."""
     found = Resource.create()
     if str(found.attributes[SERVICE_NAME]).startswith("unknown_service"):
         found = found.merge(Resource({SERVICE_NAME: "pyramidinfer"}))

@@ -1,5 +1,5 @@
-"""Bodies as JSON to the letter: no NaN, no name twice, no half characters; and none so large that
-reading it would keep everybody waiting."""
+"""Strict JSON bodies: no NaN, no duplicate names, no lone surrogates; and a size limit, so that
+parsing a body does not delay other requests."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from fastapi.routing import APIRoute
 __all__ = ["StrictRoute", "parse_json"]
 
 
-#: Objects and lists that a body may hold, texts and names, and all values; names of one object.
+#: Maximum numbers of a body: objects and lists, strings and names, all values; names per object.
 MOST_CONTAINERS, MOST_TEXTS, MOST_VALUES, MOST_NAMES = 10_000, 100_000, 1_000_000, 4096
-#: Bytes from which on a body is large: such bodies are read one at a time, so that others get their
-#: turn in between.
+#: Size in bytes of a large body: large bodies are parsed one at a time, so that other requests are
+#: served in between.
 LARGE = 16 * 2**10
 
-#: A string, or the beginning of one that does not end; never goes back over what it has read.
+#: A string, or the beginning of one that does not end; without backtracking.
 STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
 
 
 class TooManyNames(ValueError):
-    """An object that is valid JSON, and too large."""
+    """An object is valid JSON, but too large."""
 
 
 class _StrictRequest(Request):
@@ -46,7 +46,7 @@ class _StrictRequest(Request):
 
 
 class StrictRoute(APIRoute):
-    """A route whose body is read so; what is not valid is 400 and says why."""
+    """A route with a strict body; an invalid one gets 400 with the reason."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handler = super().get_route_handler()
@@ -58,9 +58,9 @@ class StrictRoute(APIRoute):
 
 
 def _check_size(body: bytes) -> None:
-    """Refuse a body of too many parts by its quotes, commas and brackets, before it is taken
-    apart."""
-    texts = (body.count(b'"') - body.count(b'\\"')) // 2  # or more: backslashes may be escaped
+    """Refuse a body with too many parts before parsing it, by its quotes, commas and brackets."""
+    # a lower bound: the backslash before a quote may be escaped itself
+    texts = (body.count(b'"') - body.count(b'\\"')) // 2
     _limit(texts, MOST_TEXTS, "texts and names")
     bare = STRING.sub(b"", body)
     containers = bare.count(b"[") + bare.count(b"{")
@@ -76,7 +76,7 @@ def _limit(found: int, most: int, what: str) -> None:
 
 
 def parse_json(text: str) -> Any:
-    """What a text says; ``ValueError`` where it is not JSON to the letter, and why."""
+    """The value of a text; ``ValueError`` with the reason if it is not strict JSON."""
     try:
         return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_unique)
     except json.JSONDecodeError as error:
@@ -85,7 +85,7 @@ def parse_json(text: str) -> Any:
         raise ValueError("nested too deeply") from None
     except TooManyNames:
         raise
-    except ValueError as error:  # a number of thousands of digits, or one of ours
+    except ValueError as error:  # a number with thousands of digits, or our own error
         raise ValueError(f"not valid JSON: {error}") from None
 
 

@@ -1,4 +1,4 @@
-"""``POST /v1/caches/survival``: which tokens of one's own conversation are held in which layer."""
+"""``POST /v1/caches/survival``: which tokens of a conversation are held in which layer."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from pyramidinfer.types import TokenIds
 
 __all__ = ["MOST_COLUMNS", "SurvivalRequest", "add_survival"]
 
-#: However long a text is, an answer has no more columns.
+#: Maximum number of columns of an answer, for a text of any length.
 MOST_COLUMNS = 1024
 
 
 class SurvivalRequest(TokenizeRequest):
-    """A conversation so far, its last answer included, with the ``model``, ``cache_salt`` and
-    compression that it was asked with.
+    """A conversation up to its last answer, with the ``model``, ``cache_salt`` and compression of
+    its requests.
 
-    ``columns``: into how many the text is cut at most, each of as many tokens as the others.
+    ``columns``: maximum number of columns; all columns have the same number of tokens.
     """
 
     add_generation_prompt: bool = False
@@ -36,12 +36,12 @@ class SurvivalRequest(TokenizeRequest):
 
 
 def add_survival(app: FastAPI, service: Service, errors: dict[int | str, dict[str, Any]]) -> None:
-    """The route.  Whoever asks has the text, so that nothing is told of texts of others."""
+    """The route.  The client sends the text itself, so no texts of others are disclosed."""
     engine, jobs = service.llm.engine, service.jobs
 
     @app.post("/v1/caches/survival", responses=errors)
     async def of_text(request: Request, body: SurvivalRequest) -> dict[str, Any]:
-        """What is held of a conversation, layer by layer."""
+        """The held tokens of a conversation, layer by layer."""
         service.check_model(body.model)
         if body.compression is not None and not body.compression.reuse:
             raise ApiError(

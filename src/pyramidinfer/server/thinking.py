@@ -1,4 +1,4 @@
-"""Reasoning models: the tags around their reasoning, in prompts and in answers."""
+"""Reasoning models: the tags around the reasoning, in prompts and in answers."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ class Tags(NamedTuple):
     end: str
 
 
-#: Of Qwen 3, DeepSeek R1, SmolLM3 and others; of Mistral's Magistral.
+#: First the tags of Qwen 3, DeepSeek R1, SmolLM3 and others, then those of Mistral's Magistral.
 TAGS = (Tags("<think>", "</think>"), Tags("[THINK]", "[/THINK]"))
-#: Names by which chat templates switch thinking on and off.
+#: Template arguments that switch reasoning on and off.
 SWITCHES = ("enable_thinking", "thinking")
-TAIL = 24  # tokens of a prompt's end among which a tag is looked for
+TAIL = 24  # last tokens of a prompt that are searched for a tag
 
 
 class Thinking:
-    """How one model thinks, by its chat template and its vocabulary.
+    """The reasoning of one model, according to its chat template and its vocabulary.
 
-    ``tags``: what stands around its thoughts; None for a model that has none.
+    ``tags``: the tags around its reasoning; None for a model without reasoning.
     """
 
     def __init__(self, tokenizer: Any, template: ChatTemplate) -> None:
@@ -46,13 +46,13 @@ class Thinking:
 
     @cached_property
     def is_special(self) -> bool:
-        """Whether a tag is left out of texts with the special tokens."""
+        """Whether a tag is a special token, which is left out of plain texts."""
         special = getattr(self.tokenizer, "all_special_tokens", ())
         return self.tags is not None and any(each in special for each in self.tags)
 
     def options(self, effort: str) -> dict[str, Any]:
-        """What the chat template is told of ``reasoning_effort``; ``ValueError`` where it has no
-        name for that."""
+        """Template arguments for ``reasoning_effort``; ``ValueError`` if the template has no such
+        argument."""
         names = self.template.names if self.template.exists else ()
         if "reasoning_effort" in names:
             return {"reasoning_effort": effort}
@@ -65,8 +65,8 @@ class Thinking:
         )
 
     def turns(self, turns: Sequence[Turn]) -> list[Turn]:
-        """Turns with earlier thoughts where the template looks for them: in a field of their own,
-        or in front of the answer, between tags."""
+        """Turns with earlier reasoning where the template expects it: in its own field, or between
+        tags before the answer."""
         if self.tags is None or REASONING in self.template.source:
             return list(turns)
         begin, end = self.tags
@@ -86,7 +86,7 @@ class Thinking:
         return next((tag for tag in self.tags or () if text.endswith(tag)), "")
 
     def reader(self, prompt: TokenIds) -> Callable[[], ThinkReader] | None:
-        """Makes what finds the thoughts in an answer to this prompt."""
+        """Creates parsers of the reasoning in answers to this prompt."""
         tags = self.tags
         if tags is None:
             return None
@@ -94,8 +94,8 @@ class Thinking:
         return lambda: ThinkReader(tags, opened)
 
     def before_form(self, prompt: TokenIds) -> tuple[str, str] | None:
-        """Tags of the thoughts that may come before an answer of a given form (the first is empty
-        where the prompt ends with it); None where none come."""
+        """Tags of the reasoning that may precede a constrained answer (the first is empty if the
+        prompt ends with it); None without reasoning."""
         if self.tags is None:
             return None
         found = self._ends_with(prompt)
@@ -104,7 +104,7 @@ class Thinking:
         return ("", self.tags.end) if found else (self.tags.begin, self.tags.end)
 
     def count(self, reader: ThinkReader, tokens: TokenIds) -> int:
-        """How many of an answer's tokens are thoughts, the tags included."""
+        """The number of reasoning tokens in an answer, including the tags."""
         if reader.counted is not None:
             return reader.counted
         if not reader.has_thought:
@@ -125,21 +125,21 @@ class Thinking:
 
 
 class ThinkReader:
-    """Parts one answer into thoughts and what follows them.
+    """Splits one answer into reasoning and the text after it.
 
-    ``opened``: the prompt ends with the opening tag.  Thoughts stand at the beginning or nowhere;
-    white space around them belongs to neither.
+    ``opened``: the prompt ends with the opening tag.  Reasoning can only be at the beginning; white
+    space around it is dropped.
     """
 
     def __init__(self, tags: Tags, opened: bool) -> None:
         self.tags, self.has_thought, self.is_over = tags, opened, False
-        self.counted: int | None = None  # tokens, once they are known
+        self.counted: int | None = None  # reasoning tokens, once they are known
         self._rest = ""
         self._step = self._beginning
         self._said = False  # something other than white space
 
     def feed(self, text: str, last: bool = False) -> tuple[str, str]:
-        """More thoughts, and more of what follows; ``last``: there is no more of it."""
+        """More reasoning, and more of the text after it; ``last``: the answer ends here."""
         self._rest += text
         thoughts = answer = ""
         while True:
@@ -153,7 +153,7 @@ class ThinkReader:
                 return thoughts, answer
 
     def _beginning(self, last: bool) -> str:
-        """The opening tag, where it comes; one more where the prompt has it already is no harm."""
+        """Skip the opening tag, even if the prompt already ends with one."""
         text = self._rest.lstrip()
         if text.startswith(self.tags.begin):
             self._rest = text[len(self.tags.begin) :]
@@ -190,6 +190,6 @@ class ThinkReader:
 
 
 def partly(text: str, mark: str) -> int:
-    """How many letters at the end of a text are the beginning of a mark."""
+    """The number of characters at the end of a text that are the beginning of a mark."""
     most = min(len(mark) - 1, len(text))
     return next((size for size in range(most, 0, -1) if mark.startswith(text[-size:])), 0)

@@ -14,17 +14,17 @@ from pyramidinfer.server.tool_formats import ToolFormat
 
 __all__ = ["AnswerReader", "Piece", "ToolReader", "check_calls"]
 
-#: The beginning of a call as models write it, up to its arguments.
+#: The usual beginning of a call, up to its arguments.
 HEAD = re.compile(
     r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*+")\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)'
 )
-#: What models of Llama 3's format may put in front of a call.
+#: Token that models with Llama 3's format may write before a call.
 PYTHON_TAG = "<|python_tag|>"
 
 
 class Piece(NamedTuple):
-    """More of an answer: text, or of a call (0 is the first) its name, once, and arguments, or of
-    its thoughts."""
+    """A part of an answer: text, reasoning, or of a call (its index from 0) its name, once, and
+    arguments."""
 
     text: str = ""
     call: int | None = None
@@ -35,7 +35,7 @@ class Piece(NamedTuple):
 
     @property
     def delta(self) -> dict[str, Any]:
-        """What OpenAI's chunks tell of a call."""
+        """The call in the format of OpenAI's chunks."""
         if not self.name:
             return {"index": self.call, "function": {"arguments": self.arguments}}
         function = {"name": self.name, "arguments": self.arguments}
@@ -43,13 +43,13 @@ class Piece(NamedTuple):
 
 
 class Braces:
-    """How far a JSON object goes in a text that is still coming."""
+    """Finds the end of a JSON object in an incomplete text."""
 
     def __init__(self, depth: int = 0) -> None:
         self.depth, self.in_text, self.escaped = depth, False, False
 
     def read(self, text: str) -> int | None:
-        """Where the object ends in this text, exclusive; None where it goes on."""
+        """Index after the end of the object in this text; None if the object continues."""
         for at, letter in enumerate(text):
             if self.escaped:
                 self.escaped = False
@@ -67,12 +67,12 @@ class Braces:
 
 
 class ToolReader:
-    """Parts one answer into text and calls.
+    """Splits one answer into text and calls.
 
-    ``names``: of the functions there are; only such a call is one where no mark tells that it is
-    (elsewhere whoever asked is to learn that the model called something else).  ``several``: after
-    a first call there may be others; else they are dropped.  What has the mark of a call and is
-    none is text.  White space between text and calls belongs to neither.
+    ``names``: names of the functions.  In a format without a mark, only calls of these count (in
+    others, the client should see that the model called an unknown function).  ``several``: more
+    calls may follow the first one; otherwise they are dropped.  Text after a mark that is not a
+    call stays text.  White space between text and calls is dropped.
     """
 
     def __init__(self, format: ToolFormat, names: Sequence[str], several: bool) -> None:
@@ -81,11 +81,11 @@ class ToolReader:
         self._rest = ""
         self._step = self._text if format.mark else self._beginning
         self._braces = Braces()
-        self._said = False  # text since the last call
-        self._mark = ""  # as it was written, for a call that turns out to be none
+        self._said = False  # whether there was text since the last call
+        self._mark = ""  # as written, in case no call follows
 
     def feed(self, text: str, last: bool = False) -> list[Piece]:
-        """What more of the text tells; ``last``: there is no more of it."""
+        """The new parts of the answer; ``last``: the answer ends here."""
         self._rest += text
         pieces: list[Piece] = []
         while True:
@@ -96,10 +96,10 @@ class ToolReader:
             if before == (self._step, len(self._rest)):
                 return pieces
 
-    # --- steps: each takes what it can from the rest, and says what comes next ----------------
+    # --- steps: each reads what it can from the rest, and sets the next step ------------------
 
     def _beginning(self, last: bool) -> Piece | None:
-        """An answer that is a call if it begins as one."""
+        """The beginning of an answer in a format without a mark."""
         text = self._rest.lstrip()
         if not text or (PYTHON_TAG.startswith(text) and not last):
             return self._out(self._rest) if last else None
@@ -130,7 +130,7 @@ class ToolReader:
         return self._out(self._rest[: len(self._rest) - held])
 
     def _call(self, last: bool) -> Piece | None:
-        """The beginning of a call; the list's bracket, too, where the format has one."""
+        """The beginning of a call, with the list's bracket if the format has one."""
         opening = self.format.begin[len(self.format.mark) :].strip()
         text = self._rest.lstrip()
         if self._mark and opening and text.startswith(opening):
@@ -166,7 +166,7 @@ class ToolReader:
         return self._more(text) if text else None
 
     def _ending(self, last: bool) -> Piece | None:
-        """From the end of the arguments to that of the call."""
+        """From the end of the arguments to the end of the call."""
         end = self._braces.read(self._rest)
         self._rest = "" if end is None else self._rest[end:]
         if end is not None:
@@ -174,7 +174,7 @@ class ToolReader:
         return None
 
     def _after(self, last: bool) -> Piece | None:
-        """Behind a call: another one, or the end of them."""
+        """After a call: another call, or the end of the calls."""
         if not self.several:
             self._step = self._nothing
             return None
@@ -182,7 +182,7 @@ class ToolReader:
         closing = self.format.end.strip()
         text = self._rest.lstrip()
         self._mark, self._said = "", False
-        if mark and mark in between:  # each call is closed on its own
+        if mark and mark in between:  # each call has its own closing mark
             if text.startswith(closing):
                 self._rest, self._step = text[len(closing) :], self._text
             elif text and (last or not closing.startswith(text)):
@@ -209,7 +209,7 @@ class ToolReader:
         return Piece(text) if text else None
 
     def _no_call(self) -> Piece | None:
-        """Text that looked like a call, and is none."""
+        """Text that looked like a call, but is not one."""
         text, self._mark = self._mark, ""
         self._step = self._text
         if not self.format.mark:
@@ -217,7 +217,7 @@ class ToolReader:
         return self._out(text, take=False)
 
     def _name(self, shown: str) -> str | None:
-        """A call's name, from JSON; None where it is none."""
+        """A call's name, from JSON; None if it is not a valid name."""
         try:
             name = json.loads(shown, strict=False)
         except ValueError:
@@ -226,7 +226,7 @@ class ToolReader:
         return name if isinstance(name, str) and name and known else None
 
     def _whole(self) -> int | None:
-        """Where the object that begins here ends."""
+        """Index after the end of the object that begins here."""
         return Braces().read(self._rest) if self._rest.strip() else None
 
     def _begin(self, name: str, arguments: str = "") -> Piece:
@@ -240,13 +240,14 @@ class ToolReader:
 
 
 class AnswerReader:
-    """Parts one answer into thoughts, text and calls; what nobody looks for is text."""
+    """Splits one answer into reasoning, text and calls; without a parser for one of these, it is
+    text."""
 
     def __init__(self, thoughts: ThinkReader | None, calls: ToolReader | None) -> None:
         self.thoughts, self.calls = thoughts, calls
 
     def feed(self, text: str, last: bool = False) -> list[Piece]:
-        """What more of the text tells; ``last``: there is no more of it."""
+        """The new parts of the answer; ``last``: the answer ends here."""
         thought = ""
         if self.thoughts is not None:
             thought, text = self.thoughts.feed(text, last)
@@ -261,7 +262,7 @@ class AnswerReader:
 
 
 def _read(text: str) -> tuple[Any, str] | None:
-    """The name and the arguments (JSON) of a call whose parts stand in any order."""
+    """The name and the arguments (JSON) of a call with its parts in any order."""
     try:
         call = json.loads(text, strict=False)
         name = call["name"]
@@ -276,8 +277,8 @@ def _read(text: str) -> tuple[Any, str] | None:
 
 
 def check_calls(messages: Sequence[Message], whole: bool = True) -> None:
-    """``ValueError`` for a result without its call, and a call without its result; at the end of
-    the messages, too, if they are ``whole``."""
+    """``ValueError`` for a result without a call, and for a call without a result; ``whole``: the
+    last calls also need results."""
     open_calls: dict[str, str] = {}
     asked = -1
     for index, message in enumerate(messages):

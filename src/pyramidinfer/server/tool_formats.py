@@ -1,5 +1,5 @@
-"""How models are told of tools, and how they call them: the formats, which of them a model's chat
-template writes, the default prompt, and grammars that hold a model to calls that are valid."""
+"""Tools in prompts and calls in answers: the formats, the one that a model's chat template writes,
+the default prompt, and grammars for valid calls."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ __all__ = ["FORMATS", "HERMES", "ToolFormat", "ToolPrompt", "grammar_of"]
 
 @dataclass(frozen=True, slots=True)
 class ToolFormat:
-    """What stands around calls, each of which is an object with a name and ``arguments``.
+    """The text around calls; each call is an object with a name and arguments.
 
-    ``mark``: what tells that calls begin (empty: the answer's first brace does);  ``begin``: from
-    the mark up to the first call;  ``between`` two calls;  ``end``: behind the last;  ``key``: what
-    the arguments are called;  ``id_length``: of the ids that templates take (None: any).
+    ``mark``: marks the beginning of calls (empty: the answer's first brace does);  ``begin``:
+    from the mark to the first call;  ``between``: text between two calls;  ``end``: text after
+    the last call;  ``key``: name of the arguments in a call;  ``id_length``: length of the call
+    ids that templates accept (None: any).
     """
 
     name: str
@@ -33,16 +34,16 @@ class ToolFormat:
     id_length: int | None = None
 
     def head(self, name: str) -> str:
-        """A call up to its arguments."""
+        """The text of a call up to its arguments."""
         return f'{{"name": {json.dumps(name)}, "{self.key}": '
 
     def write(self, calls: Iterable[tuple[str, str]]) -> str:
-        """Calls, each a name and its arguments (JSON), as a model writes them."""
+        """The text of calls; each call is a name and its arguments (JSON)."""
         texts = [f"{self.head(name)}{arguments}}}" for name, arguments in calls]
         return f"{self.begin}{self.between.join(texts)}{self.end}"
 
 
-#: Hermes's, which Qwen 2.5, Qwen 3 and SmolLM3 have, too.
+#: Format of Hermes, Qwen 2.5, Qwen 3 and SmolLM3.
 HERMES = ToolFormat(
     "hermes",
     "<tool_call>",
@@ -57,7 +58,7 @@ FORMATS = (
     ToolFormat("llama3", "", "", "; ", "", key="parameters"),
 )
 
-#: Where a chat template does not handle tools, the model is told of them so (as Hermes's are).
+#: Prompt for tools (Hermes's) if the chat template does not handle tools.
 TOOLS_PROMPT = """# Tools
 
 You may call one or more functions to assist with the user query.
@@ -74,7 +75,7 @@ For each function call, return a json object with function name and arguments wi
 </tool_call>"""
 
 NAME, KEY, RESULT = "probe_name", "probe_key", "probe result"
-#: A conversation that a template which handles tools can write.
+#: A conversation for testing whether a template handles tools.
 PROBE: list[Turn] = [
     {"role": "user", "content": "Hi"},
     {
@@ -101,11 +102,11 @@ PROBE_TOOL = {
 
 
 class ToolPrompt:
-    """Puts tools, calls and results into the turns of one model's conversations.
+    """Writes tools, calls and results into the turns of one model's conversations.
 
-    ``native``: its chat template does that, and calls have the template's format; else tools stand
-    in the system's message by ``TOOLS_PROMPT`` (in the first user's where there can be none), calls
-    and results are texts, and the format is Hermes's.
+    ``native``: the chat template does that, and calls have the template's format.  Otherwise
+    ``TOOLS_PROMPT`` is added to the system message (to the first user message if the template takes
+    no system message), calls and results are texts, and the format is Hermes's.
     """
 
     def __init__(self, template: ChatTemplate) -> None:
@@ -113,10 +114,10 @@ class ToolPrompt:
 
     @cached_property
     def _own(self) -> ToolFormat | None:
-        """The format in which the template writes calls, if it writes tools and results, too."""
+        """The template's format of calls, if it also writes tools and results."""
         try:
             text = self.template.text(PROBE, [PROBE_TOOL])
-        except Exception:  # a template raises what it likes
+        except Exception:  # a template may raise any error
             return None
         if "probe_tool" not in text or RESULT not in text:
             return None
@@ -151,7 +152,7 @@ class ToolPrompt:
 
     @cached_property
     def _has_system(self) -> bool:
-        """Whether the template takes a system's message."""
+        """Whether the template takes a system message."""
         try:
             self.template.text([{"role": "system", "content": "Hi"}, {**PROBE[0]}])
         except Exception:
@@ -161,9 +162,9 @@ class ToolPrompt:
     def turns(
         self, turns: Sequence[Turn], tools: Sequence[Mapping[str, Any]]
     ) -> tuple[list[Turn], Sequence[Mapping[str, Any]]]:
-        """Turns and tools as the template is to have them.
+        """Turns and tools for the template.
 
-        Arguments in ``turns`` are texts (JSON).  Results stand in the order of their calls.
+        Arguments in ``turns`` are texts (JSON).  Results are in the order of their calls.
         """
         ordered = _ordered(turns)
         if self.native:
@@ -171,7 +172,7 @@ class ToolPrompt:
         return self._told(self._written(ordered), tools), ()
 
     def _written(self, turns: Sequence[Turn]) -> list[Turn]:
-        """Calls and results as texts; results that follow each other are one message."""
+        """Calls and results as texts; consecutive results are one message."""
         written: list[Turn] = []
         for turn in turns:
             if turn["role"] == "tool":
@@ -192,7 +193,7 @@ class ToolPrompt:
         return written
 
     def _told(self, turns: list[Turn], tools: Sequence[Mapping[str, Any]]) -> list[Turn]:
-        """With the tools in front."""
+        """The turns with the tools in the first message."""
         if not tools:
             return turns
         listed = "\n".join(json.dumps(each, ensure_ascii=False) for each in tools)
@@ -211,10 +212,10 @@ class ToolPrompt:
 
 
 def _ordered(turns: Sequence[Turn]) -> list[Turn]:
-    """With the results of an assistant's calls in the order of the calls."""
+    """The turns with the results of each assistant message in the order of its calls."""
     ordered: list[Turn] = []
     places: dict[str, int] = {}
-    first = 0  # of the results that stand together
+    first = 0  # index of the first of consecutive results
     for turn in turns:
         if turn["role"] != "tool":
             places = {one["id"]: at for at, one in enumerate(turn.get("tool_calls", ()))}
@@ -229,7 +230,7 @@ def _ordered(turns: Sequence[Turn]) -> list[Turn]:
 
 
 def _with_objects(turn: Turn) -> Turn:
-    """A turn whose calls have their arguments as objects, as templates take them."""
+    """The turn with the arguments of its calls as objects, as templates expect them."""
     if "tool_calls" not in turn:
         return turn
 
@@ -242,10 +243,10 @@ def _with_objects(turn: Turn) -> Turn:
 
 # --- grammars -------------------------------------------------------------------------------------
 
-#: JSON as templates write it: what a model was told and what comes back are cut into the same
-#: tokens, and its cache goes on.
+#: JSON as templates write it: the generated call and the same call in the next prompt have the same
+#: tokens, so the cache can be reused.
 STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-#: Keys of a schema that say more of an object's properties than ``properties`` does.
+#: Keys of a schema, other than ``properties``, that allow properties of an object.
 MORE = {"additionalProperties", "patternProperties", "unevaluatedProperties"}
 MORE |= {"allOf", "anyOf", "oneOf", "$ref", "if"}
 
@@ -259,11 +260,11 @@ def grammar_of(
     schema: Mapping[str, Any] | None = None,
     added: Mapping[str, int] | None = None,
 ) -> str:
-    """A grammar (Lark's notation) of answers that call these functions, a name and a schema of its
-    arguments each.
+    """A grammar (Lark's notation) of answers that may call these functions, each given by its name
+    and the schema of its arguments.
 
-    ``several``: more than one call may come;  ``must``: nothing but calls;  ``schema``: what an
-    answer without calls has to be (None: any text);  ``added``: texts that are one token.
+    ``several``: more than one call is allowed;  ``must``: only calls are allowed;  ``schema``: of
+    an answer without calls (None: any text);  ``added``: texts that are one token, with their ids.
     """
 
     def put(text: str) -> str:
@@ -300,7 +301,7 @@ def grammar_of(
 
 
 def _spelled(text: str, added: Mapping[str, int]) -> str:
-    """A text in a grammar; what is a token of its own there goes by its id."""
+    """A text in a grammar; texts that are one token are written as their ids."""
     names = sorted((name for name in added if name in text), key=len, reverse=True)
     parts = re.split(f"({'|'.join(map(re.escape, names))})", text) if names else [text]
     shown = (f"<[{added[part]}]>" if part in added else json.dumps(part) for part in parts if part)
@@ -308,8 +309,8 @@ def _spelled(text: str, added: Mapping[str, int]) -> str:
 
 
 def _styled(parameters: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The schema of arguments: an object, without properties that it does not name, unless it says
-    more of them."""
+    """The schema of arguments: an object without further properties, unless the schema has rules
+    for them."""
     schema: dict[str, Any] = {"type": "object", **(parameters or {}), "x-guidance": STYLE}
     if not MORE & schema.keys():
         schema = {"properties": {}, **schema, "additionalProperties": False}

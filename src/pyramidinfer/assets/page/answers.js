@@ -16,7 +16,7 @@ function ask(turn) {
   settle();
   clearFigures();
   schedule();
-  const clock = setInterval(schedule, 100);  // the wait for the first token
+  const clock = setInterval(schedule, 100);  // shows the time to first token while waiting
   answer(run, body).catch((error) => error).then((error) => {
     clearInterval(clock);
     finish(run, run.stop.signal.aborted ? null : error);
@@ -28,17 +28,17 @@ async function answer(run, body) {
   if (!response.ok) throw await refusal(response);
   for await (const chunk of events(response.body)) take(run, chunk);
   if (!run.finish) throw new Trouble("The connection ended before the answer was complete.");
-  if (run.finish === "error" || run.finish === "abort") throw new Trouble("The server broke the answer off.");
+  if (run.finish === "error" || run.finish === "abort") throw new Trouble("The server ended the answer early.");
 }
 function take(run, chunk) {
-  if (chunk.error) throw new Trouble(chunk.error.message || "The server broke the answer off.");
+  if (chunk.error) throw new Trouble(chunk.error.message || "The server ended the answer early.");
   const choice = chunk.choices?.[0];
   const text = choice?.delta?.content;
   const thought = choice?.delta?.reasoning_content;
   if (chunk.kv) run.kv = chunk.kv;
   if (chunk.usage) run.usage = chunk.usage;
   if (choice) run.last = performance.now();
-  if (choice && chunk.kv && !run.prompt) run.prompt = chunk.kv.seen;  // the first token is not in it yet
+  if (choice && chunk.kv && !run.prompt) run.prompt = chunk.kv.seen;  // does not count the first generated token
   if (text || thought) {
     run.pieces += 1;
     if (run.first === null) {
@@ -57,7 +57,7 @@ function finish(run, error) {
   const { turn, parts } = run;
   const current = state.run === run;
   parts.element.classList.remove("busy");
-  if (!current) return;  // a new chat was begun
+  if (!current) return;  // the user started a new chat
   paint();
   state.run = null;
   parts.said = run.answer;
@@ -94,7 +94,7 @@ function notesOf(run, error) {
   if (usage?.kv_keep_lowered_to) notes.push(`keep lowered to ${percent(usage.kv_keep_lowered_to, 1)} by the server`);
   if (run.finish === "length") notes.push("ended at the token limit");
   if (!error && !run.finish) notes.push(run.answer ? "stopped" : "stopped before the first token");
-  else if (!error && !run.answer) notes.push("the model ended without a word");
+  else if (!error && !run.answer) notes.push("the model generated no text");
   return notes;
 }
 let countdown = 0;
@@ -102,10 +102,10 @@ function report(run, error) {
   const { turn, parts } = run;
   const box = make("div", "trouble");
   const known = error instanceof Trouble;
-  let text = known ? error.message : run.answer ? `The connection broke off (${error.message}).`
+  let text = known ? error.message : run.answer ? `The connection was lost (${error.message}).`
     : `The server cannot be reached (${error.message}).`;
   if (error.status === 401)
-    text = "The server asks for an API key, or does not take this one. Put it into Settings, API key.";
+    text = "The server asks for an API key, or this one is invalid. Enter it under Settings, API key.";
   turn.status = error.status || -1;
   if (error.status === 404) loadModel();
   const retry = button("Retry", () => again(turn, true), "framed once");

@@ -3,7 +3,7 @@ const $ = (id) => document.getElementById(id);
 const state = { model: null, turns: [], run: null, unanswered: "" };
 const calm = matchMedia("(hover: none)");
 
-/* Small things */
+/* Helpers */
 function make(tag, name, text) {
   const element = document.createElement(tag);
   if (name) element.className = name;
@@ -28,7 +28,7 @@ function bytes(count) {
 function store(name, value) {
   try {
     if (value) sessionStorage.setItem(name, value); else sessionStorage.removeItem(name);
-  } catch { /* not allowed, or full */ }
+  } catch { /* storage is disabled or full */ }
 }
 function stored(name) {
   try { return sessionStorage.getItem(name) || ""; } catch { return ""; }
@@ -51,7 +51,7 @@ function headers(more) {
 async function refusal(response) {
   const text = await response.text().catch(() => "");
   let said = "";
-  try { const body = JSON.parse(text); said = body.error?.message ?? body.detail; } catch { /* no JSON */ }
+  try { const body = JSON.parse(text); said = body.error?.message ?? body.detail; } catch { /* not JSON */ }
   if (typeof said !== "string" || !said)
     said = `The server answered ${response.status} ${response.statusText}`.trim() + ".";
   const after = response.headers.get("Retry-After");
@@ -123,7 +123,7 @@ function askForKey(focus) {
 
 /* Settings */
 let saved = {};
-try { saved = JSON.parse(stored("settings") || "{}"); } catch { /* as if there were none */ }
+try { saved = JSON.parse(stored("settings") || "{}"); } catch { /* invalid: use the defaults */ }
 for (const [name, id] of [["maxTokens", "max-tokens"], ["temperature", "temperature"], ["system", "system"]])
   if (saved[name] !== undefined) $(id).value = saved[name];
 function saveSettings() {

@@ -1,4 +1,4 @@
-/* A made-up document, in the words the shipped model knows */
+/* A random document in the vocabulary of the shipped model */
 const W = Object.fromEntries(Object.entries({
   thing: "archive atlas camera compass crown diary globe harp lantern map mirror piano scroll telescope violin",
   place: "room hall vault locker office cellar", first: "Ada Clara Edith Felix Greta Hugo Ivan Julia Leon Mira Nadia Olga Paula Silas Vera",
@@ -42,11 +42,11 @@ $("example").addEventListener("click", () => {
   const had = box.value.trim();
   if (had || !calm.matches) {
     box.focus();
-    box.select();  // typed in, so that the browser's undo brings a draft back
+    box.select();  // replaces the selection, so that the browser's undo restores a draft
   }
   if (document.activeElement !== box || !document.execCommand("insertText", false, madeUp())) box.value = madeUp();
   grow();
   keepDraft();
   box.scrollTop = box.scrollHeight;
-  if (had) hint("Undo (Ctrl+Z) brings your text back");
+  if (had) hint("Undo (Ctrl+Z) restores your text");
 });

@@ -1,5 +1,5 @@
-/* Markdown.  What a model writes becomes elements that are made here and text nodes, never HTML: no
-   markup of its own, no images, links to http, https and mailto only. */
+/* Markdown.  A model's text becomes elements created here and text nodes, never HTML: no raw markup,
+   no images, and links to http, https and mailto only. */
 const BLOCKS = {
   fence: /^ {0,3}(`{3,}|~{3,})[ \t]*([^`\n]*)$/,
   heading: /^ {0,3}(#{1,6})[ \t]+(.*)$/,
@@ -7,11 +7,11 @@ const BLOCKS = {
   quote: /^ {0,3}> ?/,
   item: /^([ \t]*)([-*+]|\d{1,9}[.)])[ \t]+(?=\S)/,
 };
-const DEEPEST = 8;  // blocks in blocks, marks in marks
+const DEEPEST = 8;  // maximum nesting of blocks, and of marks
 const indent = (line) => line.match(/^[ \t]*/)[0].replaceAll("\t", "    ").length;
 const begins = (line) => Object.values(BLOCKS).some((block) => block.test(line));
 
-/* Cut lines into blocks, each with its own lines (from, to) and what makes it an element */
+/* Split lines into blocks; each has its source lines and a function that creates its element */
 function blocksOf(lines) {
   const blocks = [];
   for (let at = 0; at < lines.length;) {
@@ -108,8 +108,8 @@ function codeBlock(code, language) {
   return box;
 }
 
-/* Marks inside a line.  Every search for an end is one that finds it or is not tried again, so that no
-   text takes more than linear time at a depth. */
+/* Marks inside a line.  A search for the end of a mark that fails is not repeated, so the time is linear
+   in the text at each nesting depth. */
 const LINK = /!?\[([^[\]]{0,500})\]\(((?:[^\s()<>]|\([^\s()<>]{0,500}\)){1,2000})(?:\s+"[^"]{0,300}")?\)/y;
 const BARE = /<?(https?:\/\/[^\s<>`]{1,2000})>?/y;
 const MARKS = [["**", "strong"], ["__", "strong"], ["~~", "del"], ["*", "em"], ["_", "em"]];
@@ -125,7 +125,7 @@ function link(address, text, depth) {
   return depth < DEEPEST ? inline(text, element, DEEPEST) : element;
 }
 function inline(text, element, depth = 0) {
-  const missing = new Set();  // marks that nothing ends from here on
+  const missing = new Set();  // marks without an end in the rest of the text
   let plain = "";
   const add = (child) => {
     if (plain) element.append(plain);
@@ -155,14 +155,14 @@ function spanAt(text, at, depth, missing) {
     if (end < 0) missing.add(mark);
     else return [end + mark.length, inline(text.slice(at + mark.length, end), make(tag), depth + 1)];
   }
-  const run = text.slice(at).match(/^([*_~])\1*/)[0];  // marks that mark nothing
+  const run = text.slice(at).match(/^([*_~])\1*/)[0];  // marks without effect
   return [at + run.length, run];
 }
 function endOf(text, mark, from) {
   for (let at = text.indexOf(mark, from); at >= 0; at = text.indexOf(mark, at + 1)) {
     if (/\s/.test(text[at - 1]) || (mark[0] === "_" && /\w/.test(text[at + mark.length] ?? ""))) continue;
-    if (mark.length === 2) while (text[at + 2] === mark[0]) at += 1;  // of ***, the two at the end
-    if (mark.length === 1 && (text[at - 1] === mark || text[at + 1] === mark)) continue;  // half of a longer one
+    if (mark.length === 2) while (text[at + 2] === mark[0]) at += 1;  // in ***, the last two
+    if (mark.length === 1 && (text[at - 1] === mark || text[at + 1] === mark)) continue;  // a part of a longer mark
     return at;
   }
   return -1;
@@ -194,7 +194,7 @@ function linkAt(text, at, depth) {
   return address ? [bare[0].startsWith("<") ? BARE.lastIndex : at + whole.length, link(address, whole, DEEPEST - 1)] : null;
 }
 
-/* Show a text in an element, of which only blocks that have changed are made anew */
+/* Show a text in an element; only changed blocks are created again */
 function showMarkdown(element, text) {
   const blocks = blocksOf(text.split("\n"));
   const old = element.sources ?? [];
@@ -205,9 +205,9 @@ function showMarkdown(element, text) {
   element.sources = blocks.map((block) => block.source);
 }
 
-/* Copying; without a secure context there is the old way only */
+/* Copy to the clipboard; without a secure context, with execCommand */
 async function copy(text) {
-  try { await navigator.clipboard.writeText(text); return true; } catch { /* not there, or not allowed */ }
+  try { await navigator.clipboard.writeText(text); return true; } catch { /* not available, or not allowed */ }
   const [box, focused] = [make("textarea", "unseen", text), document.activeElement];
   document.body.append(box);
   box.select();

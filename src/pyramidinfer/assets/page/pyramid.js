@@ -1,4 +1,4 @@
-/* Painting: once a frame at most */
+/* Painting, at most once per frame */
 let frame = 0;
 function schedule() { if (!frame) frame = requestAnimationFrame(paint); }
 function paint() {
@@ -15,7 +15,7 @@ function paint() {
   drawFigures(run);
   follow();
   const now = performance.now();
-  if (now - run.toldAt > 4000 && run.answer.length > run.told) {  // whole words, now and then
+  if (now - run.toldAt > 4000 && run.answer.length > run.told) {  // for screen readers: whole words, every four seconds
     const end = run.answer.lastIndexOf(" ") + 1;
     if (end > run.told) say(run.answer.slice(run.told, end));
     run.told = Math.max(end, run.told);
@@ -50,7 +50,7 @@ function counted(run) {
 }
 function rate(run) {
   const span = run.last - run.first;
-  const made = run.base ? run.kv.seen - run.base : run.pieces - 1;  // since the first
+  const made = run.base ? run.kv.seen - run.base : run.pieces - 1;  // since the first token
   if (run.first === null || made < 1 || span < 5) return "–";
   const speed = (made * 1000) / span;
   return speed < 100 ? speed.toFixed(1) : whole.format(speed);
@@ -96,7 +96,7 @@ function drawFigures(run) {
   }
 }
 
-/* Why a short text is not cut, or less than asked for */
+/* The reason if a short text is not cut, or cut less than requested */
 function reason({ kv, policy, keep, lossless }) {
   if (!policy || policy === "full" || keep === 1 || lossless) return "";
   const least = state.model?.compression?.min_context?.[policy] ?? 0;
@@ -106,12 +106,13 @@ function reason({ kv, policy, keep, lossless }) {
   return share > keep + 0.03 ? short : "";
 }
 
-/* Layers × KV heads: what each needs (the model's profile), and what it keeps of this text */
+/* Layers × KV heads: the share of a text that each needs (the model's profile), and the share of this
+   text that it keeps */
 function map(id, layers, share, told) {
   const heads = Math.max(...layers.map((row) => row?.length ?? 0), 1);
   const cells = layers.flatMap((row, layer) => Array.from({ length: heads }, (_, head) => {
     const cell = make("i", row ? "" : "none");
-    cell.title = `layer ${layer}, head ${head}: ${row ? told(row[head], layer) : "bounded by its window"}`;
+    cell.title = `layer ${layer}, head ${head}: ${row ? told(row[head], layer) : "limited by its window"}`;
     if (row) cell.style.setProperty("--share", share(row[head], layer));
     cell.style.gridArea = `${layers.length - layer} / ${head + 1}`;
     return cell;
@@ -149,7 +150,7 @@ function build(layers) {
   scale = 0;
   label();
 }
-function label() {  // as many layers as there is room for are named
+function label() {  // labels only as many layers as fit
   const height = $("plot").clientHeight / (rows.length || 1);
   const every = [1, 2, 4, 5, 8, 10, 16, 20, 32].find((step) => step * height >= 12) ?? 64;
   $("plot").classList.toggle("dense", height < 4);
@@ -170,7 +171,7 @@ function ticks(most) {
   $("ticks").replaceChildren(...marks);
 }
 
-/* Tokens a layer keeps: the mean over its KV heads, each of which has a number of its own. */
+/* Tokens that a layer keeps: the mean over its KV heads, which may keep different numbers */
 const layerMeans = (kv) =>
   kv.kept.map((heads) => heads.reduce((sum, count) => sum + count, 0) / heads.length);
 function draw(kv) {

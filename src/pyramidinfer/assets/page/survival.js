@@ -1,4 +1,4 @@
-/* Which tokens of the conversation are held in which layer, as the server has them after an answer */
+/* Which tokens of the conversation the server holds in which layer after an answer */
 const survival = { asked: null, found: null, at: null, wanted: 0 };
 function view(name) {
   $("cache").dataset.view = name;
@@ -18,7 +18,7 @@ function survive(run) {
 function forgetSurvival() {
   Object.assign(survival, { asked: null, found: null, at: null });
   survival.wanted += 1;
-  tellSurvival(state.run ? "Once the answer is there" : "Nothing is held yet");
+  tellSurvival(state.run ? "Shown after the answer" : "Nothing is held yet");
 }
 function tellSurvival(text) {
   $("survival").hidden = true;
@@ -28,7 +28,7 @@ function tellSurvival(text) {
 async function lookAtSurvival() {
   if (!survival.asked || survival.found) { drawSurvival(); return; }
   const number = ++survival.wanted;
-  tellSurvival("Looking");
+  tellSurvival("Loading");
   try {
     const response = await fetch("v1/caches/survival", { method: "POST", body: JSON.stringify(survival.asked),
       headers: headers({ "Content-Type": "application/json" }) });
@@ -56,7 +56,7 @@ function showSurvival() {
 }
 const meanOf = (column) => survival.found.layers.reduce((sum, row) => sum + row[column], 0) / survival.found.layers.length;
 
-/* The picture: positions to the right, layers upwards as in the bars */
+/* The picture: positions from left to right, layers upwards as in the bars */
 function drawSurvival() {
   const { found, at } = survival;
   const canvas = $("survival");
@@ -87,7 +87,7 @@ function drawSurvival() {
   const [left, top] = [edge(at.column, columns, wide), high - edge(at.layer + 1, rows, high)];
   pen.strokeRect(left - 1, top, edge(at.column + 1, columns, wide) - left + 2, high - edge(at.layer, rows, high) - top);
 }
-/* A cell is looked at (null: none): the text goes by its layer then, else by the mean of all */
+/* Select a cell (null: none): the text shows its layer, or without a cell the mean of all layers */
 function pointAt(at) {
   const { found } = survival;
   survival.at = at;
@@ -102,7 +102,7 @@ function pointAt(at) {
   const last = at && Math.min(first + found.width, found.tokens) - 1;
   $("survival-told").textContent = at
     ? `Layer ${at.layer}, token${first === last ? ` ${first}` : `s ${first} to ${last}`}: ${found.layers[at.layer][at.column]} % held`
-    : `${whole.format(found.tokens)} tokens to the right, layers upwards; below, the text as it is held. Point at either.`;
+    : `${whole.format(found.tokens)} tokens from left to right, layers upwards; below, the text. Point at either.`;
 }
 function pointed(event) {
   const { found } = survival;

@@ -48,7 +48,7 @@ function drawUser(turn) {
   acts.append(copyButton(() => turn.text), button("Edit", () => edit(turn)));
 }
 
-/* A message is written anew in its place: what came after it goes, and it is asked again */
+/* Edit a message in place: later messages are removed, and it is sent again */
 function edit(turn) {
   if (state.run) { hint("Still answering: Escape stops it"); return; }
   clearInterval(countdown);

@@ -1,5 +1,5 @@
 """``bench adapters``: decode steps and prefill of requests that each have one of several LoRA
-adapters, beside those of the model alone."""
+adapters, compared with those of the model alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""``bench footprint``: what a serving process takes beside ``kv_memory``, and what is installed."""
+"""``bench footprint``: memory of a serving process in addition to ``kv_memory``, and the size of
+installed packages."""
 
 from __future__ import annotations
 
@@ -19,9 +20,9 @@ from pyramidinfer.options import parse_bytes
 
 __all__ = ["installed_bytes", "memory_of", "run_footprint"]
 
-#: What prompts are made of; each begins with a number of its own, so that none reuses another's.
+#: Text of prompts; each prompt begins with a different number, so that none reuses a cache.
 TEXT = "The old baker walked to the market . "
-#: Share of the pages that must be somebody's for the pool to count as filled.
+#: Share of pages in use from which the pool counts as filled.
 FILLED = 0.9
 
 
@@ -67,7 +68,7 @@ def _measure(plan: FootprintPlan, weights: str, memory: str) -> dict[str, Any]:
 
 
 def _fill(server: Served, length: int) -> float:
-    """Ask until the pool holds no more; the share of its pages that are somebody's."""
+    """Send prompts until the pool is full; returns the share of its pages in use."""
     count = server.post("/tokenize", {"prompt": TEXT}).json()["count"]
     text, share, number = TEXT * max(1, length // count), 0.0, 0
     while share < FILLED:
@@ -78,14 +79,14 @@ def _fill(server: Served, length: int) -> float:
         now = server.idle()
         before, number = share, number + 1
         share = now["pyramidinfer:pool_pages_in_use"] / now["pyramidinfer:pool_pages"]
-        if share <= before:  # old caches give way to new ones
+        if share <= before:  # new caches evict old ones
             break
     return share
 
 
 def memory_of(pid: int) -> dict[str, int]:
-    """Bytes by the kernel's names: ``VmRSS`` resident now, ``RssAnon`` of that not backed by files,
-    ``VmHWM`` the most there ever was.  ``OSError`` where the system does not tell (Linux does)."""
+    """Bytes by the kernel's names: ``VmRSS`` resident, ``RssAnon`` the part of it not backed by
+    files, ``VmHWM`` the peak.  ``OSError`` on systems without them (Linux has them)."""
     found = re.findall(
         r"^(VmRSS|RssAnon|VmHWM):\s+(\d+) kB$",
         Path(f"/proc/{pid}/status").read_text(),
@@ -95,8 +96,8 @@ def memory_of(pid: int) -> dict[str, int]:
 
 
 def installed_bytes(extras: tuple[str, ...]) -> dict[str, int]:
-    """Bytes of each package that ``pyramidinfer[extras]`` brings, as installed here, the largest
-    first; what an image adds to its base."""
+    """Bytes of each installed package that ``pyramidinfer[extras]`` needs, the largest first: the
+    size that an image adds to its base."""
     sizes = {each.name: _size(each) for each in _needed("pyramidinfer", extras)}
     own = Path(pyramidinfer.__file__).parent
     sizes["pyramidinfer"] = sum(each.stat().st_size for each in own.rglob("*") if each.is_file())
@@ -104,7 +105,7 @@ def installed_bytes(extras: tuple[str, ...]) -> dict[str, int]:
 
 
 def _needed(name: str, extras: tuple[str, ...]) -> Iterator[Distribution]:
-    """The packages that one asks for, directly or not; each once."""
+    """The direct and indirect requirements of a package; each once."""
     seen: dict[str, set[str]] = {}
     queue = [(name, set(extras))]
     while queue:

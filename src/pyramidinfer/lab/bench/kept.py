@@ -1,4 +1,4 @@
-"""Our methods compared with kvpress's on one text: which entries each keeps, and how it ranks them.
+"""Our methods compared with kvpress's methods on one text: kept entries and their ranking.
 
 ``python -m pyramidinfer.lab.bench.kept``, or ``make bench-kept``.
 
@@ -50,7 +50,7 @@ __all__ = [
 ]
 
 Row = dict[str, Any]
-#: The unit that shares a budget, which therefore holds equally many entries in both.
+#: The unit that shares a budget, and therefore keeps the same number of entries in both.
 Level = Literal["head", "layer", "model"]
 KVPRESS = Engine("kvpress", "kvpress", "keep_kvpress.py", dtype="float32")
 
@@ -59,7 +59,7 @@ KVPRESS = Engine("kvpress", "kvpress", "keep_kvpress.py", dtype="float32")
 class Case:
     """One of our methods and its counterpart.
 
-    policy : ours, as on the command line, without ``keep``;  press : theirs: class and options
+    policy : ours, as on the command line, without ``keep``;  press : class and options of theirs
         (an option that is such a pair itself is the wrapped press);  level : the unit that shares
         a budget.
     first, last : tokens at either end that both always keep; they are left out of ranks.
@@ -237,8 +237,8 @@ def run_kept(
 
 
 def _plain_folder(model: str, work: Path) -> Path:
-    """The model without its chat template, because kvpress's KVzip would take the start of the text
-    for the template's."""
+    """The model without its chat template, because kvpress's KVzip would mistake the start of the
+    text for that of the template."""
     folder = Path(shipped_model() if model == SHIPPED else find_model(model)).expanduser()
     if not (folder / "config.json").is_file():
         raise ValueError(f"--model {model!r} must be a folder or a fetched model")
@@ -370,7 +370,7 @@ def _spread(values: np.ndarray) -> Row:
     return {"mean": float(values.mean()), "least": float(values.min())}
 
 
-# --- telling --------------------------------------------------------------------------------------
+# --- output ---------------------------------------------------------------------------------------
 
 HEAD = (
     "ours",

@@ -148,7 +148,7 @@ async def _stream(
     http: httpx.AsyncClient, path: str, body: Body, record: Record, start: float, chunks: int | None
 ) -> None:
     usual: Body = {"stream": True}
-    if path != RESPONSES:  # whose last event tells the usage in any case
+    if path != RESPONSES:  # its last event always has the usage
         usual["stream_options"] = {"include_usage": True}
     async with http.stream("POST", path, json={**usual, **body}) as response:
         record.status = response.status_code

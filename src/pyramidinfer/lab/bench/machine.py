@@ -23,8 +23,8 @@ ROWS, WIDTH, OUT = 2048, 2048, 8192
 
 @dataclass(frozen=True, slots=True)
 class Roof:
-    """Bytes read a second, bytes copied a second (read and written, both counted), and floating
-    point operations a second of a matrix product in the model's dtype."""
+    """Bytes read per second, bytes copied per second (reads plus writes), and floating point
+    operations per second of a matrix product in the model's dtype."""
 
     read: float
     copy: float

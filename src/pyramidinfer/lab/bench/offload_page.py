@@ -18,7 +18,7 @@ BEGIN, END = "<!-- from benchmarks/results/offload.json -->", "<!-- end -->"
 
 
 def render_offload(page: str, entry: dict[str, Any]) -> str:
-    """The page with the table of this result between its two marks."""
+    """The page with the table of this result between the two marks."""
     plan = entry["configuration"]
     head, *rows = _rows(entry["result"])
     lines = [

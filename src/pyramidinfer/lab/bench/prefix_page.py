@@ -18,20 +18,19 @@ BEGIN, END = "<!-- from benchmarks/results/prefix.json -->", "<!-- end -->"
 
 
 def render_prefix(page: str, entry: dict[str, Any]) -> str:
-    """The page with the table of this result between its two marks."""
+    """The page with the table of this result between the two marks."""
     plan = entry["configuration"]
     head, *rows = _rows(entry["result"])
     lines = [
         BEGIN,
         origin(entry),
         f"`pyramidinfer bench prefix --repeats {plan['repeats']} --threads {plan['threads']}` on "
-        f"`{Path(plan['model']).name}`: chats of a system prompt of {plan['system']:,} tokens and "
-        f"a question of {plan['question']}, with {plan['output']} tokens generated. *First token*: "
-        f"time to first token of a chat that runs alone after another chat was answered. *Tokens a "
-        f"second* and *peak*: throughput and memory of {plan['chats']} chats that arrive together, "
-        f"when no cache is held. The figures are medians of {plan['repeats']} runs and their "
-        f'range; the ways were measured in turn. *Computed again* is `"reuse": false`. Under a '
-        f"policy that drops entries, both ways set `prefix`.\n",
+        f"`{Path(plan['model']).name}`: chats with a system prompt of {plan['system']:,} tokens, a "
+        f"question of {plan['question']} and {plan['output']} generated tokens. *First token*: "
+        f"time to first token of one chat, after another one was answered. *Tokens per second* and "
+        f"*peak*: {plan['chats']} chats that arrive together, with no held caches. Median and "
+        f"range of {plan['repeats']} runs, in which both ways take turns. *Computed again* is "
+        f'`"reuse": false`; with a policy that drops entries, both ways set `prefix`.\n',
         f"| {' | '.join(head)} |",
         f"|{'---|' * len(head)}",
         *(f"| {' | '.join(row)} |" for row in rows),
@@ -52,7 +51,7 @@ def prefix_table(result: dict[str, Any]) -> Table:
 
 
 def _rows(result: dict[str, Any]) -> list[list[str]]:
-    found = [["policy", "system prompt", "first token", "tokens a second", "peak"]]
+    found = [["policy", "system prompt", "first token", "tokens per second", "peak"]]
     for row in result["rows"]:
         for way in WAYS:
             first, rate = row["first_token_seconds"][way], row["tokens_per_second"][way]

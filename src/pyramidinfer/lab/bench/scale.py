@@ -126,7 +126,7 @@ def _bytes(sent: Counter[str]) -> dict[str, int]:
 
 
 def _on_paper() -> list[dict[str, Any]]:
-    """Simulation of a larger model on more ranks: the figures of the rank that has the most."""
+    """Simulation of a larger model on more ranks: the figures of the rank with the largest ones."""
     shape, sizes, work = PAPER
     rows = []
     for tensor, stages in sizes:

@@ -159,7 +159,7 @@ def _size(row: Row) -> str:
 
 
 def _pair(counted: list[int], said: list[int]) -> str:
-    """The figures of the stage with the most."""
+    """The figures of the stage with the largest ones."""
     if not max(said) and not max(counted):
         return "–"
     return f"{max(counted) / 1e3:,.0f} / {max(said) / 1e3:,.0f}"

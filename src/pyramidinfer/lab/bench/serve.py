@@ -46,7 +46,7 @@ __all__ = [
 ]
 
 WATCH_SECONDS = 0.25
-FAREWELL_SECONDS = 120.0  # for requests that a server still has after a pass
+FAREWELL_SECONDS = 120.0  # for requests that still run after a pass
 Prompts = list[list[int]]
 
 
@@ -163,7 +163,7 @@ def _run_pass(
     for record in records:
         check_tokens(record, plan.output_len)
     after = server.metrics().get(PEAK)
-    if after is not None and after != before:  # the server's count is exact, ours is sampled
+    if after is not None and after != before:  # the server's count is exact, this one is sampled
         seen = after
     return _Pass(records, seen)
 
@@ -171,7 +171,7 @@ def _run_pass(
 async def _under_watch(
     server: Remote, bodies: list[Body], due: list[float], timeout: float
 ) -> tuple[list[Record], float | None]:
-    """Records, and the most requests seen running at once."""
+    """Records, and the maximum number of requests observed running at once."""
     seen: list[float] = []
 
     async def watch(http: httpx.AsyncClient) -> None:
@@ -265,13 +265,13 @@ def _rows(
 
 
 def _speed(run: _Pass) -> float:
-    """Output tokens a second."""
+    """Output tokens per second."""
     whole = [each.output_tokens for each in run.records if each.outcome == "completed"]
     return sum(whole) / run.seconds
 
 
 def _concurrency(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The most requests that ran at once under every policy, over the first one's."""
+    """Maximum number of concurrent requests of every policy, relative to the first policy."""
     most: dict[str, float] = {}
     for row in rows:
         if row["peak_running"] is not None:

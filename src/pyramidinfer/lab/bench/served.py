@@ -145,7 +145,7 @@ class Served(Remote):
         raise ValueError(f"the server did not start: {said[-1] if said else 'it said nothing'}")
 
     def stop(self, seconds: float = STOP_SECONDS) -> int | None:
-        """Send SIGTERM and return the exit code; None if it had to be killed."""
+        """Send SIGTERM and return the exit code; None if it was killed."""
         with contextlib.suppress(ProcessLookupError):
             self.process.send_signal(signal.SIGTERM)
         try:
