@@ -171,7 +171,7 @@ class EngineConfig:
         Option(
             f"Tokens that a lossless request drafts in every step, up to {MOST_DRAFTS}; 0 switches "
             f"drafting off. It changes no answer.",
-            unset="chosen for speed from times measured while serving",
+            unset="chosen for speed, from measured times",
             check=at_least(0),
             see="lossless.md",
         ),
@@ -179,9 +179,9 @@ class EngineConfig:
     profile: Annotated[
         bool,
         Option(
-            "For pyramid, duo and triattention: do not measure the model's head profile, which "
-            "says how much of a text each KV head needs. Without this option, a missing profile is "
-            "measured when the model is loaded (a few seconds, once for each model).",
+            "For pyramid, duo and triattention: use a stored head profile (how much of a text each "
+            "KV head needs), but do not measure a missing one. Without this option, it is measured "
+            "when the model is loaded (a few seconds, once for each model).",
             flags=("--no-profile",),
             inverted=True,
             see="heads.md",
