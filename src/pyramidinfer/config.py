@@ -131,8 +131,8 @@ class EngineConfig:
     kv_memory: Annotated[
         int | str,
         Option(
-            "Memory for the KV caches of all requests together, on each rank. It includes what "
-            "prefill needs in addition to keys and values.",
+            "Memory for the KV caches of all requests together, on each rank. The working memory "
+            "of prefill is taken from it too.",
             see="#size-the-memory",
         ),
     ] = "1GiB"
@@ -160,7 +160,8 @@ class EngineConfig:
         Mapping[str, str] | Sequence[str] | None,
         Option(
             "A LoRA adapter that requests may select by name as their model: NAME=PATH, or JSON "
-            '{"name": …, "path": …}. One batch may use several. May be repeated.',
+            '{"name": …, "path": …}. Requests with different adapters run in the same batch. '
+            "May be repeated.",
             repeat=True,
             see="models.md",
         ),
@@ -170,7 +171,7 @@ class EngineConfig:
         Option(
             f"Tokens that a lossless request drafts in every step, up to {MOST_DRAFTS}; 0 switches "
             f"drafting off. It changes no answer.",
-            unset="the number that measured times show to be fastest",
+            unset="chosen for speed, from measured times",
             check=at_least(0),
             see="lossless.md",
         ),
@@ -178,9 +179,9 @@ class EngineConfig:
     profile: Annotated[
         bool,
         Option(
-            "For pyramid, duo and triattention: use only a stored head profile. Without this "
-            "option, a missing profile is measured when the model is loaded (a few seconds, once "
-            "for each model).",
+            "For pyramid, duo and triattention: use a stored head profile (how much of a text each "
+            "KV head needs), but do not measure a missing one. Without this option, it is measured "
+            "when the model is loaded (a few seconds, once for each model).",
             flags=("--no-profile",),
             inverted=True,
             see="heads.md",
@@ -200,7 +201,7 @@ class EngineConfig:
         Option(
             "Pipeline parallelism: number of stages that the layers are divided into, each of "
             "--tensor-parallel-size processes. Use it if the number of heads is not divisible for "
-            "tensor parallelism, or if links are slow.",
+            "tensor parallelism, or if the connections between devices are slow.",
             check=at_least(1),
             see="scaling.md",
         ),
@@ -209,15 +210,15 @@ class EngineConfig:
         str | None,
         Option(
             "Number of layers of each pipeline stage, such as 16,14.",
-            unset="balanced by the work expected under the policy",
+            unset="balanced by the work that each layer has under the policy",
             see="scaling.md",
         ),
     ] = None
     rank_timeout: Annotated[
         float | None,
         Option(
-            "With several processes: if one of them does not answer for this many seconds, all of "
-            "them end.",
+            "With tensor or pipeline parallelism: if one process does not answer for this many "
+            "seconds, all processes end.",
             unset="60",
             check=positive,
         ),
@@ -234,9 +235,9 @@ class EngineConfig:
     step_tokens: Annotated[
         int,
         Option(
-            "Maximum number of tokens that one step computes; a prompt token that the policy drops "
-            "between layers counts for the layers it passes. With a lower value prompts take "
-            "longer, but delay running answers less.",
+            "Maximum number of tokens that one step computes. A prompt token that the policy drops "
+            "between layers counts only as the share of layers that compute it. With a lower "
+            "value, prompts take longer, but delay the answers in progress less.",
             panel=ENGINE,
             check=at_least(1),
         ),
@@ -256,7 +257,7 @@ class EngineConfig:
         float,
         Option(
             "Share of --kv-memory that may hold the caches of finished requests for the next turns "
-            "of their conversations, while no request needs it. 0 switches reuse off.",
+            "of their conversations, until a request needs the memory. 0 switches reuse off.",
             panel=ENGINE,
             check=check_share,
             see="#conversations",
@@ -292,7 +293,8 @@ class EngineConfig:
     expected_output: Annotated[
         float,
         Option(
-            "With overcommit: the share of max_tokens that a request is expected to generate.",
+            "With --admission overcommit: the share of its max_tokens that a request is expected "
+            "to generate.",
             panel=ENGINE,
             check=check_share,
         ),
@@ -300,9 +302,9 @@ class EngineConfig:
     preempt: Annotated[
         str,
         Option(
-            "With overcommit, when memory runs out: swap moves the newest request's cache to host "
-            "memory; recompute frees it and computes it again later (policy full only; others are "
-            "swapped).",
+            "With --admission overcommit: what to do with the cache of a preempted request. swap "
+            "moves it to host memory; recompute frees it and computes it again later (policy full "
+            "only; with others it is swapped).",
             panel=ENGINE,
             check=one_of(("swap", "recompute")),
         ),
@@ -310,8 +312,8 @@ class EngineConfig:
     elastic: Annotated[
         float | None,
         Option(
-            "With overcommit: before a request is preempted, lower the keep of running requests, "
-            "but not below this share.",
+            "With --admission overcommit: before a request is preempted, lower the keep of running "
+            "requests, but not below this value, in (0, 1].",
             unset="off",
             panel=ENGINE,
         ),
@@ -320,7 +322,7 @@ class EngineConfig:
         int | str | None,
         Option(
             "Host memory for KV caches that do not fit into --kv-memory.",
-            unset="none; with overcommit as much as --kv-memory",
+            unset="none; with --admission overcommit as much as --kv-memory",
             panel=ENGINE,
             see="#kv-cache-beyond-device-memory",
         ),

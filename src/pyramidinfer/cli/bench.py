@@ -31,13 +31,14 @@ from pyramidinfer.lab.bench.serve_plan import ServePlan, SoakPlan, TurnsPlan
 __all__ = ["bench"]
 
 bench = typer.Typer(
-    help="Measure speed and memory; the result is a table, and JSON and a picture if asked for.",
+    help="Measure speed and memory. The result is a table and a JSON file, often also a picture.",
     no_args_is_help=True,
 )
 
 Json = Annotated[
     Path, typer.Option("--json", help="JSON file for the result; a picture is written next to it.")
 ]
+JsonOnly = Annotated[Path, typer.Option("--json", help="JSON file for the result.")]
 ApiKey = Annotated[
     str | None, typer.Option(help="API key of the server at --url.", envvar="OPENAI_API_KEY")
 ]
@@ -60,7 +61,7 @@ def _show(table: Table, *paths: Path) -> None:
 
 @command(bench)
 def throughput(plan: ThroughputPlan, json: Json = Path("out/bench_throughput.json")) -> None:
-    """Many concurrent requests: tokens/s, prefill, decode step, memory, use of the machine."""
+    """Many concurrent requests: tokens/s, prefill, decode step, memory, hardware utilization."""
     from pyramidinfer.lab.bench.plots import draw_throughput
     from pyramidinfer.lab.bench.table import throughput_table
     from pyramidinfer.lab.bench.throughput import run_throughput
@@ -71,8 +72,8 @@ def throughput(plan: ThroughputPlan, json: Json = Path("out/bench_throughput.jso
 
 
 @command(bench)
-def weights(plan: WeightsPlan, json: Json = Path("out/weights.json")) -> None:
-    """Weights of 8 and 4 bits: perplexity on real text, bytes, prefill time, decode step."""
+def weights(plan: WeightsPlan, json: JsonOnly = Path("out/weights.json")) -> None:
+    """Weights quantized to 8 and 4 bits: perplexity, bytes, prefill time, decode step."""
     from pyramidinfer.lab.bench.table import weights_table
     from pyramidinfer.lab.bench.weights import run_weights
 
@@ -80,7 +81,7 @@ def weights(plan: WeightsPlan, json: Json = Path("out/weights.json")) -> None:
 
 
 @command(bench)
-def adapters(plan: AdaptersPlan, json: Json = Path("out/bench_adapters.json")) -> None:
+def adapters(plan: AdaptersPlan, json: JsonOnly = Path("out/bench_adapters.json")) -> None:
     """Decode step and prefill with LoRA adapters, compared with the model alone."""
     from pyramidinfer.lab.bench.adapters import run_adapters
     from pyramidinfer.lab.bench.table import adapters_table
@@ -89,8 +90,8 @@ def adapters(plan: AdaptersPlan, json: Json = Path("out/bench_adapters.json")) -
 
 
 @command(bench, "kv-dtypes")
-def kv_dtypes(plan: KvDtypesPlan, json: Json = Path("out/kv_dtype_kernels.json")) -> None:
-    """Decode attention over a cache of 8 and 4 bits, compared with 16 bits and a plain read."""
+def kv_dtypes(plan: KvDtypesPlan, json: JsonOnly = Path("out/kv_dtype_kernels.json")) -> None:
+    """Decode attention on a cache of 8 and 4 bits, compared with 16 bits and a plain read."""
     from pyramidinfer.lab.bench.kv_dtypes import run_kv_dtypes
     from pyramidinfer.lab.bench.table import kv_dtypes_table
 
@@ -99,7 +100,7 @@ def kv_dtypes(plan: KvDtypesPlan, json: Json = Path("out/kv_dtype_kernels.json")
 
 @command(bench)
 def lossless(plan: LosslessPlan, json: Json = Path("out/lossless.json")) -> None:
-    """Lossless requests, compared with the full cache without drafts."""
+    """Lossless requests, compared with the full cache without speculative decoding."""
     from pyramidinfer.lab.bench.lossless import run_lossless
     from pyramidinfer.lab.bench.plots import draw_lossless
     from pyramidinfer.lab.bench.table import lossless_table
@@ -123,7 +124,7 @@ def latency(plan: LatencyPlan, json: Json = Path("out/bench_latency.json")) -> N
 
 @command(bench)
 def memory(plan: MemoryPlan, json: Json = Path("out/bench_memory.json")) -> None:
-    """How many requests fit into kv_memory at once, and the bytes of each."""
+    """How many requests fit into --kv-memory at once, and the bytes of each."""
     from pyramidinfer.lab.bench.memory import run_memory
     from pyramidinfer.lab.bench.plots import draw_memory
     from pyramidinfer.lab.bench.table import memory_table
@@ -134,8 +135,8 @@ def memory(plan: MemoryPlan, json: Json = Path("out/bench_memory.json")) -> None
 
 
 @command(bench)
-def footprint(plan: FootprintPlan, json: Json = Path("out/footprint.json")) -> None:
-    """Memory of a server beyond weights and kv_memory, and the size of the packages."""
+def footprint(plan: FootprintPlan, json: JsonOnly = Path("out/footprint.json")) -> None:
+    """Memory of a server beyond weights and --kv-memory, and the installed size of packages."""
     from pyramidinfer.lab.bench.footprint import run_footprint
     from pyramidinfer.lab.bench.table import footprint_table
 
@@ -143,8 +144,8 @@ def footprint(plan: FootprintPlan, json: Json = Path("out/footprint.json")) -> N
 
 
 @command(bench)
-def scale(plan: ScalePlan, json: Json = Path("out/scale.json")) -> None:
-    """A model split over processes: memory and traffic of each, compared with the formula."""
+def scale(plan: ScalePlan, json: JsonOnly = Path("out/scale.json")) -> None:
+    """A model split over processes: memory and traffic of each, compared with predictions."""
     from pyramidinfer.lab.bench.scale import run_scale
     from pyramidinfer.lab.bench.scale_page import scale_table
 
@@ -152,7 +153,7 @@ def scale(plan: ScalePlan, json: Json = Path("out/scale.json")) -> None:
 
 
 @command(bench)
-def replicas(plan: ReplicasPlan, json: Json = Path("out/replicas.json")) -> None:
+def replicas(plan: ReplicasPlan, json: JsonOnly = Path("out/replicas.json")) -> None:
     """Two replicas under Ray Serve: cache reuse of chats, and the loss of one replica."""
     from pyramidinfer.lab.bench.replicas import run_replicas
     from pyramidinfer.lab.bench.replicas_page import replicas_table
@@ -161,8 +162,8 @@ def replicas(plan: ReplicasPlan, json: Json = Path("out/replicas.json")) -> None
 
 
 @command(bench)
-def stages(plan: StagesPlan, json: Json = Path("out/stages.json")) -> None:
-    """Two pipeline stages with equal layers, compared with layers balanced by expected work."""
+def stages(plan: StagesPlan, json: JsonOnly = Path("out/stages.json")) -> None:
+    """Two pipeline stages of equally many layers, compared with stages of equal work."""
     from pyramidinfer.lab.bench.scale_page import stages_table
     from pyramidinfer.lab.bench.stages import run_stages
 
@@ -170,7 +171,7 @@ def stages(plan: StagesPlan, json: Json = Path("out/stages.json")) -> None:
 
 
 @command(bench)
-def offload(plan: OffloadPlan, json: Json = Path("out/offload.json")) -> None:
+def offload(plan: OffloadPlan, json: JsonOnly = Path("out/offload.json")) -> None:
     """Conversations held in the pool, in host memory and on disk; time to reuse them."""
     from pyramidinfer.lab.bench.offload import run_offload
     from pyramidinfer.lab.bench.offload_page import offload_table
@@ -179,8 +180,8 @@ def offload(plan: OffloadPlan, json: Json = Path("out/offload.json")) -> None:
 
 
 @command(bench)
-def prefix(plan: PrefixPlan, json: Json = Path("out/prefix.json")) -> None:
-    """Chats with the same system prompt, computed for each chat or shared."""
+def prefix(plan: PrefixPlan, json: JsonOnly = Path("out/prefix.json")) -> None:
+    """Chats with the same system prompt, which is shared or computed for each chat."""
     from pyramidinfer.lab.bench.prefix import run_prefix
     from pyramidinfer.lab.bench.prefix_page import prefix_table
 
@@ -204,7 +205,7 @@ def kernels(plan: KernelPlan, json: Json = Path("out/bench_kernels.json")) -> No
 def serve(
     plan: ServePlan, api_key: ApiKey = None, json: Json = Path("out/bench_serve.json")
 ) -> None:
-    """A server under load, at each rate: latencies, goodput, concurrent requests."""
+    """A server under load, by request rate: latencies, goodput, concurrent requests."""
     from pyramidinfer.lab.bench.serve import run_serve
     from pyramidinfer.lab.bench.serve_views import draw_serve, serve_table
 

@@ -72,7 +72,7 @@ class ModelOptions:
         Option(
             "Speculative decoding that gives exactly the answers of policy full. The whole cache "
             "is "
-            "kept; the entries that --policy and --keep (0.1 for pyramid) choose are read to draft "
+            "kept; --policy and --keep (0.1 for pyramid) choose the entries that are read to draft "
             "tokens.",
             see="lossless.md",
         ),
@@ -97,8 +97,8 @@ class ModelOptions:
     threads: Annotated[
         int,
         Option(
-            "CPU threads; 0 leaves the number to torch. In a container, set it to the CPU limit. "
-            "OMP_NUM_THREADS does the same.",
+            "CPU threads; 0 lets torch choose the number. In a container, set it to the CPU limit. "
+            "The variable OMP_NUM_THREADS does the same.",
             check=at_least(0),
         ),
     ] = 0
@@ -125,7 +125,10 @@ class SamplingOptions:
 
     max_tokens: Annotated[
         int | None,
-        Option("Maximum number of generated tokens.", unset="the model's, else 256 in chat or 64"),
+        Option(
+            "Maximum number of generated tokens.",
+            unset="the model's max_new_tokens, else 256 in a chat and 64 otherwise",
+        ),
     ] = None
     temperature: Annotated[
         float | None, Option("Sampling temperature; 0 is greedy.", unset="the model's, or 0")
@@ -133,13 +136,16 @@ class SamplingOptions:
     top_p: Annotated[
         float | None,
         Option(
-            "Sample from the likeliest tokens with this total probability; 1 is off.",
+            "Sample only from the likeliest tokens that together have this probability; 1 is off.",
             unset="the model's, or off",
         ),
     ] = None
     top_k: Annotated[
         int | None,
-        Option("Sample from this many likeliest tokens; 0 is off.", unset="the model's, or off"),
+        Option(
+            "Sample only from this many of the likeliest tokens; 0 is off.",
+            unset="the model's, or off",
+        ),
     ] = None
     seed: Annotated[int | None, Option("Random seed, to make sampling repeatable.")] = None
     stop: Annotated[

@@ -191,7 +191,7 @@ def _parameters(field: Field, default: Any, variables: bool) -> Iterator[inspect
         told |= {} if default is None else {"show_default": default}
         default = None
         yield _parameter(name, str | None, None, typer.Argument(**told))
-        name, told = f"{name}_option", {"help": f"{name.upper()}, given by name."}
+        name, told = f"{name}_option", {"help": f"The argument {name}, given as an option."}
     if variables:
         told["envvar"] = variable(field.flags[0])
         register(told["envvar"])

@@ -37,7 +37,7 @@ def demo(
         pick("kv_dtype", "weights", "tensor_parallel_size", "pipeline_parallel_size"),
     ],
 ) -> None:
-    """Answer questions about long documents in one memory budget, four ways, and draw a picture."""
+    """Answer questions on long documents with four policies in equal memory, and draw a picture."""
     from pyramidinfer.cli.demo import run_demo
 
     run_demo(model.model, asked, engine)
@@ -48,7 +48,7 @@ def inspect(
     engine: Annotated[EngineConfig, pick("kv_dtype", "weights")],
     asked: InspectOptions,
 ) -> None:
-    """Show what a policy computes and keeps in each layer, and the bytes, without generating."""
+    """Show what a policy computes and keeps in each layer, and its bytes; generates no text."""
     from pyramidinfer.cli.inspect import run_inspect
 
     run_inspect(model.model, model.chosen, model.dtype, engine, asked)
@@ -67,7 +67,7 @@ def profile(
 def calibrate(
     task: Task, options: Annotated[ProfileOptions, pick("output", "quick", "as_json")]
 ) -> None:
-    """Find the layer after which tokens may be dropped, and store it in the model's profile."""
+    """Find the layer after which tokens may be dropped, and store it in the head profile."""
     from pyramidinfer.cli.calibrate import run_calibrate
     from pyramidinfer.models.loading import quiet_transformers
 
@@ -84,8 +84,8 @@ def verify(
     plan: VerifyPlan,
     options: VerifyOptions,
 ) -> None:
-    """Measure the share of the full cache's quality that a setting keeps; exit code 1 below the
-    floor."""
+    """Measure how much of the full cache's quality a policy keeps; exit code 1 if it is below
+    --floor."""
     from pyramidinfer.cli.verify import run_verify
     from pyramidinfer.lab.verify import FLOOR
 

@@ -44,8 +44,8 @@ class ServeOptions:
     verify: Annotated[
         bool,
         Option(
-            "First measure how much of the full cache's quality the policy keeps on this model; "
-            "below --verify-floor, do not serve.",
+            "Before serving, measure how much of the full cache's quality the policy keeps on this "
+            "model; if it is below --verify-floor, end with exit code 1.",
             panel=SAFETY,
             see="#verify",
         ),
@@ -72,7 +72,7 @@ class ServeOptions:
     metrics_key_file: Annotated[
         Path | None,
         Option(
-            "File with keys that open only /metrics, one per line, for Prometheus.",
+            "File with keys that give access only to /metrics, one per line, for Prometheus.",
             unset="/metrics needs an API key if there are any",
             panel=SAFETY,
             see="#observe",
@@ -156,13 +156,15 @@ def batch(
     source: Annotated[Path, typer.Argument(help="Requests in OpenAI's batch format, JSONL.")],
     target: Annotated[
         Path,
-        typer.Argument(help="File for the answers; requests that it answers already are skipped."),
+        typer.Argument(
+            help="File for the answers; requests that have an answer there are skipped."
+        ),
     ],
     model: ModelOptions,
     engine: Annotated[EngineConfig, pick("max_requests", *ALONE, reuse_share=0.0)],
     settings: Annotated[ServerSettings, pick("model_name", "generation_config")],
 ) -> None:
-    """Answer a file of requests; run again after a stop, it answers the rest.
+    """Answer a file of requests; after a stop, the same command answers the remaining ones.
 
     Exit code 0: all requests were answered; 1: some answers are errors; 2: some have no answer.
     """

@@ -38,6 +38,7 @@ study = typer.Typer(
 Json = Annotated[
     Path, typer.Option("--json", help="JSON file for the result; pictures are written next to it.")
 ]
+JsonOnly = Annotated[Path, typer.Option("--json", help="JSON file for the result.")]
 Workers = Annotated[
     int, typer.Option(help="Number of processes with one thread each; 1 starts none.")
 ]
@@ -45,7 +46,7 @@ Workers = Annotated[
 
 @command(study)
 def icr(plan: IcrPlan, json: Json = Path("out/icr.json"), workers: Workers = 1) -> None:
-    """How much each layer needs: prune one layer at a time, keep the others whole."""
+    """How many entries each layer needs: prune one layer at a time, the others keep all."""
     from pyramidinfer.lab.icr import run_icr
 
     _quiet()
@@ -54,7 +55,7 @@ def icr(plan: IcrPlan, json: Json = Path("out/icr.json"), workers: Workers = 1) 
 
 @command(study)
 def rac(plan: RacPlan, json: Json = Path("out/rac.json"), workers: Workers = 1) -> None:
-    """Whether recent tokens, alone or together, agree on which context matters."""
+    """Whether recent tokens attend to the same context, singly and as a group."""
     from pyramidinfer.lab.rac import run_rac
 
     _quiet()
@@ -162,8 +163,10 @@ def heads(plan: HeadsPlan, json: Json = Path("out/heads.json"), workers: Workers
 
 
 @command(study)
-def codecs(plan: CodecsPlan, json: Json = Path("out/codecs.json"), workers: Workers = 1) -> None:
-    """Quantized keys and values: the effect of rotation, scales and minima. No picture."""
+def codecs(
+    plan: CodecsPlan, json: JsonOnly = Path("out/codecs.json"), workers: Workers = 1
+) -> None:
+    """Error of quantized keys and values, by rotation, scales and minima."""
     from pyramidinfer.lab.codecs import codecs_table, run_codecs
 
     _quiet()

@@ -74,15 +74,14 @@ Shape = Annotated[
 Policies = Annotated[
     tuple[str, ...],
     Option(
-        "Policies to compare: NAME,NAME or 'NAME NAME:option=value,…'. The others are compared "
-        "with "
-        "the first.",
+        "Policies to compare: NAME,NAME or 'NAME NAME:option=value,…'. The first is the "
+        "reference for the others.",
         parse=parse_specs,
         show=" ".join,
     ),
 ]
 Keep = Annotated[
-    float, Option("Share of the cache that a policy keeps if it names no keep itself.")
+    float, Option("Share of the cache that a policy keeps if its entry in --policies sets no keep.")
 ]
 Dtype = Annotated[
     str, Option("Data type of weights and computation: auto, float32, bfloat16, float16, float64.")
@@ -105,23 +104,28 @@ Device = Annotated[str, Option("auto (a GPU if there is one), cpu or cuda.")]
 Backend = Annotated[
     str, Option("Attention kernels: auto (the fastest available), cpu, triton or reference.")
 ]
-Threads = Annotated[int, Option("CPU threads; 0 leaves the number to torch.", check=at_least(0))]
+Threads = Annotated[int, Option("CPU threads; 0 lets torch choose the number.", check=at_least(0))]
 Repeats = Annotated[
-    int, Option("Measured runs of each policy; the policies take turns.", check=at_least(1))
+    int,
+    Option("Number of measured runs of each configuration; these run in turn.", check=at_least(1)),
 ]
-Warmup = Annotated[int, Option("Runs before these that are not measured.", check=at_least(1))]
+Warmup = Annotated[
+    int, Option("Number of unmeasured runs before the measured ones.", check=at_least(1))
+]
 KvMemory = Annotated[
     str,
-    Option("Memory for the KV caches; auto is what all requests need together.", check=size_text),
+    Option(
+        "Memory for the KV caches; auto: as much as all requests need together.", check=size_text
+    ),
 ]
 CacheMemory = Annotated[str, Option("Memory for the KV caches.")]
 RankMemory = Annotated[str, Option("Memory for the KV caches of each rank.", check=size_text)]
-Seed = Annotated[int, Option("Random seed of weights, prompts or samples.")]
+Seed = Annotated[int, Option("Random seed, for random weights, prompts or samples.")]
 Batch = Annotated[int, Option("Number of concurrent requests.", check=at_least(1))]
 Batches = Annotated[
     tuple[int, ...],
     Option(
-        "Number of concurrent requests; several numbers are measured one by one.",
+        "Number of concurrent requests; a list is measured one number after another.",
         flags=("--batch",),
         check=at_least(1),
     ),
@@ -130,7 +134,7 @@ PromptLen = Annotated[int, Option("Tokens of each prompt.", check=at_least(1))]
 PromptLens = Annotated[
     tuple[int, ...],
     Option(
-        "Tokens of each prompt; several numbers are measured one by one.",
+        "Tokens of each prompt; a list is measured one number after another.",
         flags=("--prompt-len",),
         check=at_least(1),
     ),
@@ -146,11 +150,11 @@ OutputTokens = Annotated[
 Text = Annotated[
     str | None,
     Option(
-        "UTF-8 text file to draw samples from.",
-        unset="English text; for the shipped model text in its own language",
+        "UTF-8 text file from which samples are taken.",
+        unset="English text; for the shipped model, text of its synthetic language",
     ),
 ]
-Samples = Annotated[int, Option("Number of samples behind each result.", check=at_least(1))]
+Samples = Annotated[int, Option("Number of samples for each result.", check=at_least(1))]
 Context = Annotated[int, Option("Tokens of context in each sample.", check=at_least(1))]
 Specs = Annotated[
     tuple[str, ...],
@@ -167,8 +171,8 @@ Keeps = Annotated[
 KvDtypes = Annotated[
     tuple[str, ...],
     Option(
-        "How the cache stores keys and values: auto, int8, int4, fp8; several are measured one by "
-        "one.",
+        "How the cache stores keys and values: auto, int8, int4, fp8; a list is measured one "
+        "after another.",
         check=one_of(KV_DTYPES),
     ),
 ]

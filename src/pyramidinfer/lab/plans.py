@@ -96,13 +96,17 @@ class RacPlan(Plan):
     tops: Annotated[
         tuple[float, ...],
         Option(
-            "Shares of the context that count as attended to by a token.",
+            "Shares of the context, taken from its most attended tokens, to compare.",
             flags=("--top",),
             check=share,
         ),
     ] = (0.8, 0.2)
     bins: Annotated[
-        int, Option("Number of equal parts of the distances below 30 %.", check=at_least(1))
+        int,
+        Option(
+            "Number of bins for the distance from the end of the text (0 to 30 % of it).",
+            check=at_least(1),
+        ),
     ] = 10
 
     def __post_init__(self) -> None:
@@ -120,7 +124,7 @@ class MapPlan(Plan):
 
     subject: Annotated[Subject, pick("model", "dtype", "device", "kv_memory")]
     prompt: str | None = None
-    context: Annotated[int, Option("Tokens of the generated question, if no prompt is given.")] = (
+    context: Annotated[int, Option("Tokens of the prompt that is generated if none is given.")] = (
         1000
     )
     max_tokens: Annotated[int, Option("Tokens to generate after the prompt.")] = 11
@@ -141,14 +145,17 @@ class Grid(Plan):
     policies: Specs = None  # type: ignore[assignment]  # never None once it is made
     keeps: Keeps = (1.0, 0.75, 0.6, 0.45, 0.3, 0.2, 0.1)
     contexts: Annotated[
-        tuple[int, ...], Option("Context lengths to measure, tokens.", check=short_enough(60))
+        tuple[int, ...], Option("Context lengths to measure, in tokens.", check=short_enough(60))
     ] = (1000, 3000)
     samples: Annotated[
         int,
-        Option("Questions at the shortest context; longer contexts get fewer.", check=at_least(1)),
+        Option(
+            "Number of questions at the shortest context; longer contexts get fewer.",
+            check=at_least(1),
+        ),
     ] = 40
     passages: Annotated[
-        float, Option("Text passages as a share of the questions; at least 5 in each cell.")
+        float, Option("Number of text passages, as a share of the number of questions; at least 5.")
     ] = 0.5
     long_samples: int = 8
     continuation: int = 64
@@ -225,7 +232,9 @@ class Ways(Plan):
     subject: Large = field(default_factory=Subject)
     samples: Annotated[
         int,
-        Option("Samples at the shortest length; longer lengths get fewer.", check=at_least(1)),
+        Option(
+            "Number of samples at the shortest length; longer lengths get fewer.", check=at_least(1)
+        ),
     ] = 20
     seed: Seed = 0
     kv_dtypes: KvDtypes = field(default=(AUTO,), kw_only=True)
@@ -327,7 +336,7 @@ class TextPlan(Ways):
     """Passages of real text at each context length; longer contexts get proportionally fewer."""
 
     contexts: Annotated[
-        tuple[int, ...], Option("Context lengths to measure, tokens.", check=at_least(1))
+        tuple[int, ...], Option("Context lengths to measure, in tokens.", check=at_least(1))
     ] = (500, 1000, 2000, 4000)
 
     def passages(self, context: int) -> int:
@@ -342,7 +351,7 @@ class LongPlan(Ways):
     samples: Samples = 8
     context: Context = 1000
     tokens: Annotated[
-        int, Option("Tokens to generate; end tokens are ignored.", check=at_least(1))
+        int, Option("Number of tokens to generate; end tokens are ignored.", check=at_least(1))
     ] = 512
 
 
@@ -354,11 +363,13 @@ class HeadsPlan(Plan):
     context: Annotated[int, Option("Tokens of context.", check=at_least(20))] = 1000
     continuation: Continuation = 64
     samples: Annotated[
-        int, Option("Number of passages to measure pruning on.", check=at_least(1))
+        int,
+        Option("Number of passages on which the loss by pruning is measured.", check=at_least(1)),
     ] = 4
     seed: Seed = 0
     pruned_to: Annotated[
-        float, Option("Share that a pruned layer keeps, in (0, 1).", flags=("--share",))
+        float,
+        Option("Share of its entries that a pruned layer keeps, in (0, 1).", flags=("--share",)),
     ] = 0.2
 
     def __post_init__(self) -> None:
@@ -373,7 +384,7 @@ class CodecsPlan(Plan):
 
     subject: Annotated[Subject, pick("model", "text", "dtype", "device")]
     context: Annotated[
-        int, Option("Tokens of each passage, all measured.", check=short_enough(60))
+        int, Option("Tokens of each passage; all of them are measured.", check=short_enough(60))
     ] = 1000
     samples: Annotated[int, Option("Number of passages.", check=at_least(1))] = 4
     seed: Seed = 0
@@ -384,7 +395,7 @@ class Task(Plan):
     """Texts that ``calibrate`` measures on: texts that contain facts, and running text."""
 
     subject: Here
-    keep: Annotated[float, Option("Keep of the policy that is calibrated, in (0, 1).")] = 0.3
+    keep: Annotated[float, Option("keep of the policy that is calibrated, in (0, 1).")] = 0.3
     context: int = 1000
     samples: int = 4
     passages: int = 3

@@ -143,9 +143,8 @@ class ServerSettings:
     compress_idle: Annotated[
         bool,
         Option(
-            "While no request runs, recompress the held caches of conversations so that they do "
-            "not "
-            "depend on the last question. For chats.",
+            "While no request runs, select the entries of held caches again, so that they do not "
+            "depend on the last question of the conversation. For chats.",
             panel=MEMORY,
             see="#conversations",
         ),
@@ -189,7 +188,7 @@ class ServerSettings:
         int | None,
         Option(
             "Maximum number of open connections.",
-            unset="set by the limit of open files, `ulimit -n`",
+            unset="as many as the limit of open files allows, `ulimit -n`",
             panel=LIMITS,
             check=at_least(1),
         ),
@@ -198,8 +197,7 @@ class ServerSettings:
         int | None,
         Option(
             "max_tokens of requests that do not set it. --admission reserve reserves memory for "
-            "all "
-            "of them.",
+            "that many tokens.",
             unset="the model's max_new_tokens, or 256",
             panel=LIMITS,
             check=at_least(1),
@@ -266,8 +264,8 @@ class ServerSettings:
     policies: Annotated[
         tuple[str, ...] | None,
         Option(
-            "Policies that a request may select in addition to the server's, NAME,NAME.",
-            unset="all that work with the server's options",
+            "Policies that a request may select in addition to the server's policy: NAME,NAME.",
+            unset="all policies that work with the server's options",
             panel=LIMITS,
         ),
     ] = None
@@ -291,9 +289,8 @@ class ServerSettings:
     allowed_hosts: Annotated[
         tuple[str, ...],
         Option(
-            "A further Host header that a server on 127.0.0.1 without API keys accepts, for "
-            "example "
-            "behind a proxy. May be repeated.",
+            "An additional value of the Host header that a server on 127.0.0.1 without API keys "
+            "accepts, for example behind a proxy. May be repeated.",
             panel=SAFETY,
             flags=("--allowed-host",),
             repeat=True,

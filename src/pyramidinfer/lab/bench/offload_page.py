@@ -25,12 +25,13 @@ def render_offload(page: str, entry: dict[str, Any]) -> str:
         BEGIN,
         origin(entry),
         f"`{entry['command']}` on "
-        f"`{Path(plan['model']).name}`. *Held*: conversations of "
-        f"{plan['tokens']:,} tokens in half of {plan['kv_memory']} of `kv_memory`, {plan['host']} "
-        f"of host memory and {plan['disk']} of disk. *First token*: time to first token of a "
-        f"second turn of {plan['turn']} tokens after a first turn of {plan['prompt']:,}, with its "
-        f"cache in each place; median and range of {plan['repeats']} runs, in which the places "
-        f"take turns. Files on disk were not in the system's page cache.\n",
+        f"`{Path(plan['model']).name}`. *Held*: number of conversations of "
+        f"{plan['tokens']:,} tokens that each place holds (device: half of {plan['kv_memory']} of "
+        f"`kv_memory`; host: {plan['host']}; disk: {plan['disk']}). *First token*: "
+        f"time to first token of a second turn of {plan['turn']} tokens after a first turn of "
+        f"{plan['prompt']:,}, by the place of its cache: the median of "
+        f"{plan['repeats']} measurements and their range. The four cases were measured in turn, "
+        f"and files were not in the page cache of the operating system.\n",
         f"| {' | '.join(head)} |",
         f"|{'---|' * len(head)}",
         *(f"| {' | '.join(row)} |" for row in rows),
@@ -51,7 +52,7 @@ def offload_table(result: dict[str, Any]) -> Table:
 
 
 def _rows(result: dict[str, Any]) -> list[list[str]]:
-    found = [["policy", "where", "held", "bytes each", "first token"]]
+    found = [["policy", "place of the cache", "held", "bytes of the timed cache", "first token"]]
     for row in result["rows"]:
         for way in WAYS:
             seconds = row["first_token_seconds"][way]

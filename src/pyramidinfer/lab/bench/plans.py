@@ -264,25 +264,28 @@ class LosslessPlan(Plan):
 
     model: Annotated[
         str | None,
-        Option("A model, measured on real text.", unset="smollm2 if no shape is given"),
+        Option("Measure this model, on real text.", unset="smollm2 if no shape is given"),
     ] = None
     shape: Shape = None
     drafts: Annotated[
         tuple[str, ...],
         Option(
-            "Policies whose entries are read to draft tokens: NAME or NAME:option=value,….",
+            "Policies that choose the entries read to draft tokens: NAME or NAME:option=value,….",
             parse=parse_specs,
             show=" ".join,
         ),
     ] = ("pyramid:keep=.1",)
     draft_tokens: Annotated[
-        tuple[str, ...], Option(f"Tokens drafted in a step: 0 to {MOST_DRAFTS}, or auto.")
+        tuple[str, ...], Option(f"Tokens drafted in a step, a list: 0 to {MOST_DRAFTS}, or auto.")
     ] = ("1", "2", "4", AUTO)
     batches: Batches = (1, 4)
     contexts: PromptLens = (1024, 2048, 4096, 6500)
     accept: Annotated[
         float | None,
-        Option("With --shape: the share of drafted tokens to accept.", check=check_share),
+        Option(
+            "With --shape: the share of drafted tokens that is accepted (simulated).",
+            check=check_share,
+        ),
     ] = None
     output_len: OutputLen = 64
     repeats: Repeats = 3
@@ -369,17 +372,20 @@ class WeightsPlan(Plan):
     weights: Annotated[
         tuple[str, ...],
         Option(
-            "Storage of weights to compare with the model's dtype: int8, int4.",
+            "How weights are stored, in addition to the model's dtype: int8, int4.",
             check=one_of(WEIGHTS[1:]),
         ),
     ] = ("int8", "int4")
-    samples: Annotated[int, Option("Passages of text that are scored.", check=at_least(1))] = 20
+    samples: Annotated[
+        int, Option("Number of text passages for the perplexity.", check=at_least(1))
+    ] = 20
     context: int = 256
     continuation: int = 256
     batches: Annotated[
         tuple[int, ...],
         Option(
-            "Number of requests that decode together, a list; an empty one measures no times.",
+            "Number of requests that decode together, a list; with an empty list, no times are "
+            "measured.",
             flags=("--batch",),
             check=at_least(1),
             parse=counts_or_none,
@@ -410,7 +416,7 @@ class FootprintPlan(Plan):
     dtype: Dtype = "auto"
     threads: Threads = 0
     extras: Annotated[
-        tuple[str, ...], Option("Package extras whose installed size is added up, a list.")
+        tuple[str, ...], Option("Package extras to include in the installed size, a list.")
     ] = (
         "server",
         "lab",
@@ -430,7 +436,7 @@ class ScalePlan(Plan):
     sizes: Annotated[
         tuple[tuple[int, int], ...],
         Option(
-            "Tensor-parallel ranks x pipeline stages to measure, a list. 1x1 comes first.",
+            "Tensor-parallel ranks x pipeline stages to measure, a list that begins with 1x1.",
             parse=pairs_of,
             show=show_pairs,
         ),
@@ -490,7 +496,10 @@ class OffloadPlan(Plan):
     model: NamedModel = "smollm2"
     policies: Policies = ("full", "pyramid:keep=.3")
     tokens: Annotated[
-        int, Option("Tokens of each held conversation that is counted.", check=at_least(1))
+        int,
+        Option(
+            "Tokens of each conversation when held conversations are counted.", check=at_least(1)
+        ),
     ] = 300
     kv_memory: Annotated[
         str,
@@ -499,11 +508,15 @@ class OffloadPlan(Plan):
     host: Annotated[str, Option("Host memory for KV caches.", check=size_text)] = "32MiB"
     disk: Annotated[str, Option("Disk space for KV caches.", check=size_text)] = "64MiB"
     prompt: Annotated[
-        int, Option("Tokens of the first turn when turns are timed.", check=at_least(1))
+        int, Option("Tokens of the first turn when second turns are timed.", check=at_least(1))
     ] = 600
     turn: Annotated[int, Option("New tokens of the second turn.", check=at_least(1))] = 30
     repeats: Annotated[
-        int, Option("Timed second turns from each place; the places take turns.", check=at_least(1))
+        int,
+        Option(
+            "Number of timed second turns for each place of the cache; measured in turn.",
+            check=at_least(1),
+        ),
     ] = 3
     dtype: Dtype = AUTO
     threads: Threads = 0
@@ -523,12 +536,18 @@ class PrefixPlan(Plan):
     system: Annotated[int, Option("Tokens of the system prompt.", check=at_least(1))] = 1000
     question: Annotated[int, Option("Tokens of each question.", check=at_least(1))] = 30
     output: Annotated[int, Option("Tokens generated for each question.", check=at_least(1))] = 32
-    chats: Annotated[int, Option("Number of chats that arrive together.", check=at_least(1))] = 8
+    chats: Annotated[
+        int, Option("Number of chats that arrive at the same time.", check=at_least(1))
+    ] = 8
     kv_memory: Annotated[
         str, Option("--kv-memory of the engine; half of it is for held caches.", check=size_text)
     ] = "1GiB"
     repeats: Annotated[
-        int, Option("Runs with and without sharing, which take turns.", check=at_least(1))
+        int,
+        Option(
+            "Number of runs with sharing, and of runs without; these run in turn.",
+            check=at_least(1),
+        ),
     ] = 3
     dtype: Dtype = AUTO
     threads: Threads = 0
@@ -544,7 +563,7 @@ class ReplicasPlan(Plan):
     model: OwnModel = None
     chats: Annotated[int, Option("Number of conversations.", check=at_least(2))] = 40
     turns: Annotated[int, Option("Turns in each conversation.", check=at_least(2))] = 5
-    at_once: Annotated[int, Option("Concurrent conversations.", check=at_least(1))] = 8
+    at_once: Annotated[int, Option("Number of concurrent conversations.", check=at_least(1))] = 8
     words: Annotated[int, Option("Words of each first turn.", check=at_least(20))] = 600
     new: OutputTokens = 16
     kv_memory: Annotated[str, Option("Memory for the KV caches of each replica.")] = "256MiB"

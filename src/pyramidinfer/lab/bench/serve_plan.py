@@ -39,13 +39,13 @@ class ServerSetting(Plan):
     model: OwnModel = None
     url: Annotated[
         str | None,
-        Option("A server that runs already.", unset="a server is started for every policy"),
+        Option("Measure this running server.", unset="a server is started for every policy"),
     ] = None
     policies: Annotated[
         tuple[str, ...],
         Option(
-            "Policies to compare: NAME,NAME or 'NAME NAME:keep=.3'. The first is what others are "
-            "compared with. With --url each request asks for its policy.",
+            "Policies to compare: NAME,NAME or 'NAME NAME:keep=.3'. The first is the reference for "
+            "the others. With --url, each request sets its policy.",
             unset="full,pyramid; with --url the server's own",
             parse=parse_specs,
         ),
@@ -58,18 +58,21 @@ class ServerSetting(Plan):
         str, Option("Further options of `pyramidinfer serve`.", flags=("--serve-options",))
     ] = ""
     threads: Annotated[
-        int, Option("CPU threads of each server; 0 leaves the choice to torch.", check=at_least(0))
+        int,
+        Option("CPU threads of each server; 0 lets torch choose the number.", check=at_least(0)),
     ] = 0
     token_ids: Annotated[
         str | None,
         Option(
-            "Token ids that prompts are drawn from, LOW-HIGH.",
-            unset="those that /tokenize makes of a text",
+            "Range of the random token ids in prompts, LOW-HIGH.",
+            unset="the ids that /tokenize gives for a text",
         ),
     ] = None
     timeout: Annotated[
         float,
-        Option("Seconds without a token after which a request has failed.", check=positive),
+        Option(
+            "Seconds without a new token after which a request counts as failed.", check=positive
+        ),
     ] = 300.0
     seed: Seed = 0
 
@@ -133,22 +136,28 @@ class ServePlan(Plan):
     rates: Annotated[
         tuple[float, ...], Option("Requests per second, a list; inf sends all at once.")
     ] = (1, 2, 4, 8, float("inf"))
-    requests: Annotated[int, Option("Requests of each pass.", check=at_least(1))] = 32
+    requests: Annotated[int, Option("Number of requests at each rate.", check=at_least(1))] = 32
     prompt_len: PromptLen = 1000
     output_len: Annotated[
         int, Option("Tokens that each request generates, 2 or more.", check=at_least(2))
     ] = 64
     slo_ttft: Annotated[
-        float, Option("Seconds in which a good request has its first token.", check=positive)
+        float, Option("Goodput: maximum seconds to the first token of a request.", check=positive)
     ] = 1.0
     slo_itl: Annotated[
         float,
-        Option("Mean seconds between tokens of a good request.", check=positive),
+        Option("Goodput: maximum mean seconds between the tokens of a request.", check=positive),
     ] = 0.1
     repeats: Annotated[
-        int, Option("Passes at each rate; policies take turns.", check=at_least(1))
+        int, Option("Number of measurements at each rate; policies run in turn.", check=at_least(1))
     ] = 1
-    warmup: Annotated[int, Option("Requests to each server before them.", check=at_least(0))] = 2
+    warmup: Annotated[
+        int,
+        Option(
+            "Number of unmeasured requests to each server before the measurement.",
+            check=at_least(0),
+        ),
+    ] = 2
 
     def check(self) -> None:
         super().check()
@@ -177,8 +186,13 @@ class TurnsPlan(Plan):
     prompt_len: Annotated[int, Option("Tokens of each first prompt.", check=at_least(1))] = 1000
     turn_len: Annotated[int, Option("New tokens of each later prompt.", check=at_least(1))] = 50
     output_len: OutputLen = 32
-    conversations: Annotated[int, Option("Measured conversations.", check=at_least(1))] = 5
-    warmup: Annotated[int, Option("Conversations before them.", check=at_least(0))] = 1
+    conversations: Annotated[
+        int, Option("Number of measured conversations.", check=at_least(1))
+    ] = 5
+    warmup: Annotated[
+        int,
+        Option("Number of unmeasured conversations before the measured ones.", check=at_least(0)),
+    ] = 1
 
     @property
     def longest(self) -> int:
@@ -195,16 +209,18 @@ class TurnsPlan(Plan):
 class SoakPlan(Plan):
     """Plain values.  ``judge_memory``: whether to check memory; a short run has no steady state."""
 
-    clients: Annotated[int, Option("Clients at once.", check=at_least(1))] = 200
-    seconds: Annotated[float, Option("How long it takes, seconds.", check=positive)] = 300.0
+    clients: Annotated[int, Option("Number of concurrent clients.", check=at_least(1))] = 200
+    seconds: Annotated[float, Option("Duration in seconds.", check=positive)] = 300.0
     model: OwnModel = None
-    kv_memory: Annotated[str, Option("Memory for caches: little, so that requests wait.")] = "24MiB"
+    kv_memory: Annotated[str, Option("Memory for KV caches; so little that requests wait.")] = (
+        "24MiB"
+    )
     max_waiting: Annotated[
         int, Option("Requests that may wait in the queue.", check=at_least(1))
     ] = 64
     reuse_share: Annotated[
         float,
-        Option("Share of the memory for held conversations; 0: none.", check=check_share),
+        Option("Share of the memory for held conversations; 0 holds none.", check=check_share),
     ] = 0.5
     options: Annotated[
         str, Option("Further options of `pyramidinfer serve`.", flags=("--serve-options",))
