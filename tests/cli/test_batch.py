@@ -111,7 +111,7 @@ def test_a_mixed_file(tmp_path: Path) -> None:
     assert code == 1 and out == ""
     told = run("batch", "--help")[1]
     assert "Exit code" in told and "some answers are errors" in told
-    assert "10 requests could not be answered; their lines have the errors" in err
+    assert "10 requests could not be answered; their lines in the answers have the errors" in err
     found = answers(target)
     assert len(found) == 16
     status = {name: each["response"]["status_code"] for name, each in found.items()}
@@ -258,7 +258,7 @@ def test_requests_that_are_gone_meanwhile(
 
     monkeypatch.setattr(batch_module, "load", cut)
     assert run_here(monkeypatch, "batch", str(source), str(tmp_path / "out"), *SMALL) == 2
-    assert "2 requests that it had ('b', say) have no answer" in capsys.readouterr().err
+    assert "2 of its requests (such as 'b') have no answer" in capsys.readouterr().err
     assert set(answers(tmp_path / "out")) == {"a"}
 
 

@@ -108,7 +108,7 @@ def test_the_shipped_models_profile_is_there(profile: Any, small: Path) -> None:
     made = find_profile(LLM(shipped_model(), "full", kv_memory="4MiB").engine.shared)
     assert Profile.load("copy.json") == made
     code, _, err = profile("--force")
-    assert code == 2 and "the package holds a profile of this model" in err and "--output" in err
+    assert code == 2 and "the package has a profile of this model" in err and "--output" in err
     assert profile("--force", "-o", "own.json")[0] == 0
     own = Profile.load("own.json")
     assert own.text == "generated text" and own.lengths == (220,) * 4
@@ -120,7 +120,7 @@ def test_the_shipped_models_profile_is_there(profile: Any, small: Path) -> None:
     [
         (["--text", "none.txt", "-o", "x.json"], "none.txt"),
         (["--text", "short.txt", "-o", "x.json"], "short.txt has"),
-        (["--text", "short.txt"], "the package holds a profile"),
+        (["--text", "short.txt"], "the package has a profile"),
         (["--force", "-o", "."], "is a folder; name a file"),
         (["--dtype", "float99"], "float99"),
         (["./nowhere"], "model path './nowhere' does not exist"),

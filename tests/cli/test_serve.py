@@ -234,7 +234,7 @@ def test_lossless_chooses_what_drafts_read(
         (["--metrics-key-file", "/no/such/file"], "cannot read the keys in '/no/such/file'"),
         (["--log-level", "debug"], "log_level='debug' is unknown"),
         (["--log-format", "xml"], "log_format='xml' is unknown"),
-        (["--access-log", "--log-level", "error"], "access_log writes lines of level info"),
+        (["--access-log", "--log-level", "error"], "access_log logs at level info"),
         (["--kv-memory", "lots"], "kv_memory='lots' is not a size"),
         (["--kv-memory", "1000TiB"], "is more than"),
         (["--kv-memory", "10KiB"], "kv_memory=10240 bytes is below one page per layer"),

@@ -228,7 +228,7 @@ def test_not_enough_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(llm_module, "load_model", lambda *_: pytest.fail("weights were read"))
     for free, message in (
         (weights - 1, "needs .* GiB for its weights"),
-        (weights + 2**20 - 1, "kv_memory=1048576 bytes .* beside the weights; lower kv_memory"),
+        (weights + 2**20 - 1, "kv_memory=1048576 bytes .* next to the weights; lower kv_memory"),
     ):
         monkeypatch.setattr(checks, "free_memory", lambda _, free=free: free)
         with pytest.raises(ValueError, match=message):

@@ -165,7 +165,7 @@ def test_phi3_turns_may_go_back_below_the_switch() -> None:
     short = llm.engine.add(random_prompt(1, 20), SamplingParams(max_tokens=4), hold=True)
     while short.finish_reason is None:
         llm.engine.step()
-    with pytest.raises(ValueError, match="exceeds the rotary range"):
+    with pytest.raises(ValueError, match="outgrows the rotary range"):
         llm.engine.extend(short, random_prompt(2, 60), SamplingParams(max_tokens=4))
     llm.engine.release(short)
     llm.engine.check()

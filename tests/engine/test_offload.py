@@ -519,8 +519,8 @@ def test_who_comes_back_is_not_computed_before_it_is_here() -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"disk_kv_cache": "x"}, "go together"),
-        ({"disk_kv_memory": "1GiB"}, "go together"),
+        ({"disk_kv_cache": "x"}, "must be set together"),
+        ({"disk_kv_memory": "1GiB"}, "must be set together"),
         ({"disk_kv_cache": "x", "disk_kv_memory": "1GiB"}, "needs host_kv_memory"),
         ({"host_kv_memory": "1MiB", "reuse_share": 0.0}, "no effect with reuse_share=0"),
         ({"host_kv_memory": "some"}, "host_kv_memory='some' is not a size"),

@@ -203,8 +203,8 @@ def test_long_texts_are_read_in_what_positions_are_left() -> None:
     assert max(request.computed[4:]) <= 112 and sum(request.computed[4::4]) > 400
     assert request.kv is not None and request.kv.kept_share < 0.32
     message = (
-        "reads a text of 480 tokens again behind itself, which takes 75 positions at least, and "
-        "this model has 32 left there: shorten the text, or take a policy that reads it once"
+        "reads a text of 480 tokens a second time after it, which needs at least 75 positions, and "
+        "this model has 32 left there: shorten the text, or choose a policy that reads it once"
     )
     with pytest.raises(ValueError, match=message):
         engine.add(random_prompt(1, 480), ALL)

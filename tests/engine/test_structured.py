@@ -237,7 +237,7 @@ def test_prompt_logprobs_that_do_not_exist() -> None:
     with pytest.raises(ValueError, match="policy 'pyramid' drops prompt tokens between layers"):
         llm.generate([random_prompt(1, 50)], params, policy="pyramid")
     prefix = llm.prefill([5, 6, 7])
-    with pytest.raises(ValueError, match="prompt_logprobs: what a prefix or an earlier turn holds"):
+    with pytest.raises(ValueError, match="prompt_logprobs: tokens of a prefix or an earlier turn"):
         llm.generate([[8, 9]], params, prefix=prefix)
     with pytest.raises(ValueError, match="prompt_logprobs=-1"):
         SamplingParams(prompt_logprobs=-1)

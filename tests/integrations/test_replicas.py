@@ -173,7 +173,7 @@ def test_bench_replicas_says_what_it_needs() -> None:
 
 
 def test_plans_that_cannot_be() -> None:
-    with pytest.raises(ValueError, match="turns=1"):
+    with pytest.raises(ValueError, match="--turns 1"):
         ReplicasPlan(turns=1)
     assert ReplicasPlan().opening(1) != ReplicasPlan().opening(2)
 

@@ -64,7 +64,7 @@ def test_the_formula() -> None:
 @pytest.mark.parametrize(
     "options,words",
     [
-        (["--shape", "toy-gqa"], "--accept None: give it with --shape"),
+        (["--shape", "toy-gqa"], "--accept None: set it with --shape"),
         (["--accept", ".5"], "--accept 0.5"),
         (["--shape", "toy-gqa", "--accept", "2"], "between 0 and 1"),
         (["--draft-tokens", "9"], "--draft-tokens 9: write auto or 0 to 8"),

@@ -349,7 +349,7 @@ def test_token_ids() -> None:
     for given in ("3", "6-3", "a-b"):
         with pytest.raises(ValueError, match=f"--token-ids '{given}': write LOW-HIGH"):
             chosen_ids(nobody, given)
-    with pytest.raises(ValueError, match="name them: --token-ids"):
+    with pytest.raises(ValueError, match="give them: --token-ids"):
         chosen_ids(nobody, None)
     with pytest.raises(ValueError, match=r"no model is served at http://127\.0\.0\.1:9"):
         nobody.model()

@@ -93,7 +93,7 @@ def test_passages_are_in_the_models_own_language(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--share", "1"], "--share 1.0 must be above 0 and below 1"),
+        (["--share", "1"], "--share 1.0 must lie between 0 and 1"),
         (["--samples", "0"], "--samples 0"),
         (["--context", "5"], "--context 5"),
         (["--text", "none.txt"], "none.txt"),

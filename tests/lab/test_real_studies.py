@@ -279,7 +279,7 @@ def test_ways(where: Subject) -> None:
         (["turns", "--samples", "0"], "--samples 0"),
         (["turns", "--compress-idle", "--length", "20"], "--length 20 is too short"),
         (["turns", "--samples", "1"], "give another, such as --model smollm2"),
-        (["text", "--policies", "full snapkv:keep=abc"], "keep=abc is not a number"),
+        (["text", "--policies", "full snapkv:keep=abc"], "keep=abc is no number"),
         (["text", "--policies", "full snapkv:keep=0"], "keep=0 must be above 0"),
         (["text", "--contexts", "9"], "at least 60"),
         (["text", "--keeps", "2"], "--keeps: 2.0"),

@@ -226,7 +226,7 @@ def test_a_subject_can_be_sent_to_another_process(folder: Path, tmp_path: Path) 
 
 def test_a_model_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     tiny_model("llama").save_pretrained(tmp_path / "model")
-    with pytest.raises(ValueError, match="needs the model's tokenizer; none was found"):
+    with pytest.raises(ValueError, match="needs a tokenizer, but the model has none"):
         Subject(str(tmp_path / "model"), kv_memory="2MiB").corpus()
 
 

@@ -148,7 +148,7 @@ def test_a_ruinous_setting_is_found(
     (inside,) = (c for c in result["checks"] if c["name"] == "retrieval, question inside")
     assert inside["share"] < 0.3 and inside["kv_share"] < 0.3
     assert inside["computed_share"] == 1  # this policy drops nothing between layers
-    assert "3 samples a check, the least there are" in shown
+    assert "the smallest number of samples, 3 per check" in shown
 
 
 def test_a_model_that_can_do_nothing_is_not_blamed_on_the_policy(tmp_path: Path) -> None:

@@ -104,7 +104,7 @@ def test_a_file_is_read_as_it_is(tmp_path: Path, cache: None) -> None:
 
 
 def test_what_has_no_file_is_refused() -> None:
-    with pytest.raises(ValueError, match="was not made from a GGUF file"):
+    with pytest.raises(ValueError, match="was not made from an existing GGUF file"):
         LLM("src/pyramidinfer/assets/demo-model", "full", backend="cpu", weights="gguf")
     with pytest.raises(ValueError, match="loaded from a GGUF file: name the file"):
         LLM(tiny_model("llama"), "full", backend="cpu", weights="gguf")

@@ -291,7 +291,7 @@ def test_more_text_at_once_than_positions_is_refused() -> None:
         llm.generate([random_prompt(1, POSITIONS)], params(1))
     request = finish(llm, llm.engine.add(random_prompt(1, longest), params(9), hold=True))
     room = POSITIONS - 20 - 1
-    with pytest.raises(ValueError, match=f"at most {room} tokens at a time"):
+    with pytest.raises(ValueError, match=f"at most {room} tokens can be prefilled at a time"):
         llm.engine.extend(request, random_prompt(2, room), params(1))  # and its last answer
     turn = finish(llm, llm.engine.extend(request, random_prompt(2, room - 1), params(9), hold=True))
     assert of_layers(turn.kv.kept_len) == [20] * 4

@@ -126,7 +126,7 @@ def test_announcements_have_the_logs_format(capsys: pytest.CaptureFixture[str]) 
 
 def test_what_would_write_nothing_is_refused() -> None:
     for name in ("access_log", "log_prompts"):
-        with pytest.raises(ValueError, match=f"{name} writes lines of level info"):
+        with pytest.raises(ValueError, match=f"{name} logs at level info"):
             ServerSettings(**{name: True, "log_level": "warning"})
     for wrong in ({"log_level": "debug"}, {"log_format": "xml"}):
         with pytest.raises(ValueError, match=next(iter(wrong))):

@@ -52,7 +52,7 @@ def test_under_full_nothing_else_is_said(keyed: Live, stream: bool) -> None:
     def talk(reuse: bool) -> tuple[list[Any], list[int]]:
         texts, ids, taken = [FIRST], [], []
         for question in ("Where is the map ?", "Who walked to the market ?", ""):
-            body = {"compression": {**FULL, "reuse": reuse}}
+            body = {"compression": {**FULL, "reuse": reuse}, "cache_salt": f"talk {stream}"}
             said, answer = turn(keyed, *texts, **body)
             ids.append(answer["choices"][0]["token_ids"])
             taken.append(cached(answer))
@@ -92,9 +92,11 @@ def test_never_across_keys(keyed: Live) -> None:
     "other", [{"keep": 0.6}, {"policy": "full"}, {"policy": "snapkv"}, {"reuse": False}]
 )
 def test_never_for_another_policy_or_budget(keyed: Live, other: dict[str, Any]) -> None:
-    said, _ = turn(keyed, FIRST, compression={"keep": 0.3})
-    assert cached(turn(keyed, FIRST, said, "Where ?", compression=other)[1]) == 0
-    assert cached(turn(keyed, FIRST, said, "Where ?", compression={"keep": 0.3})[1]) > 0
+    mine, salt = {"keep": 0.3}, f"apart from other tests: {other}"
+    said, _ = turn(keyed, FIRST, compression=mine, cache_salt=salt)
+    again = (FIRST, said, "Where ?")
+    assert cached(turn(keyed, *again, compression=other, cache_salt=salt)[1]) == 0
+    assert cached(turn(keyed, *again, compression=mine, cache_salt=salt)[1]) > 0
 
 
 def test_who_declines_leaves_nothing_either(keyed: Live) -> None:

@@ -112,7 +112,7 @@ def test_forms_that_would_end_or_hang_the_server(tiny: Live, form: dict[str, Any
 
 def test_one_form_only(tiny: Live) -> None:
     wanted = {"response_format": {"type": "json_object"}, "guided_choice": ["a"]}
-    assert "one form" in error_of(tiny.chat("x", **wanted))["message"]
+    assert "one constraint" in error_of(tiny.chat("x", **wanted))["message"]
     plain = {"response_format": {"type": "text"}, "guided_choice": ["a"]}
     assert tiny.chat("x", **plain).json()["choices"][0]["message"]["content"] == "a"
 
