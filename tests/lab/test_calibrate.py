@@ -146,7 +146,7 @@ def test_quick_is_a_third() -> None:
     assert 0.25 < tokens(task.quick()) / tokens(task) < 0.4
     assert task.quick().keep == task.keep
     for keep in (0.0, 1.0, -1.0, float("nan")):
-        with pytest.raises(ValueError, match=f"--keep {keep} must be above 0 and below 1"):
+        with pytest.raises(ValueError, match=f"--keep {keep} must lie between 0 and 1"):
             Task(Subject(), keep)
 
 
