@@ -46,3 +46,9 @@ def test_sizes_are_checked() -> None:
         PrefixPlan(chats=0)
     with pytest.raises(ValueError, match="--kv-memory 'lots' is not a size"):
         PrefixPlan(kv_memory="lots")
+
+
+def test_the_page_shows_the_committed_result() -> None:
+    entry = json.loads((ROOT / "benchmarks" / "results" / "prefix.json").read_text())
+    page = (ROOT / PAGE).read_text()
+    assert render_prefix(page, entry) == page
