@@ -330,9 +330,8 @@ def test_a_step_that_raises_is_taken_back(where: str, monkeypatch: pytest.Monkey
     mine, other = (queue(engine, random_prompt(i, 40), 30) for i in range(2))
     while len(mine.output) < 8:
         step(engine)
-    target: Any = engine if where == "choose" else engine.runner
-    name = "_choose" if where == "choose" else where
-    real, calls = getattr(target, name), []
+    target: Any = engine.committer if where == "choose" else engine.runner
+    real, calls = getattr(target, where), []
 
     def fails(*values: Any) -> Any:
         calls.append(values)
@@ -341,7 +340,7 @@ def test_a_step_that_raises_is_taken_back(where: str, monkeypatch: pytest.Monkey
         return real(*values)
 
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="once"):
-        patch.setattr(target, name, fails)
+        patch.setattr(target, where, fails)
         engine.step()
     engine.pool.check()
     finish(engine)

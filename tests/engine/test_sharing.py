@@ -113,7 +113,7 @@ def test_a_lender_may_end_while_others_go_on() -> None:
         assert each.output == talk(fresh, each.prompt, 20, owner=None).output
     assert not engine.pool.tables
     later = talk(engine, begin_with(4))
-    assert later.reused == 0 and len(engine.conversations.lenders) == 1
+    assert later.reused == 0 and len(engine.conversations.offers.lenders) == 1
 
 
 def test_prompts_that_arrive_together_are_begun_once() -> None:

@@ -295,7 +295,7 @@ def test_parts_of_a_buffer_begin_where_kernels_like_it() -> None:
     """Triton compiles anew for pointers that are not multiples of 16 bytes."""
     spec = GroupSpec((0, 1, 2, 3, 4), 2, 8, 8, torch.float32)
     pool, shape = Pool(Layout([spec], 1 << 20)), AttentionShape(4, 2, 8, 8, None)
-    made = Decoding(Size(3, 16, False, False), pool, shape, torch.empty(0), fixed=True)
+    made = Decoding(Size(3, 16, False, False), pool, shape, torch.empty(0), "replayed")
     plan = made.plan
     for part in (plan.tables, plan.lengths, plan.positions, made.pages, made.offsets, made.places):
         assert part.data_ptr() % 16 == 0 and part.is_contiguous()

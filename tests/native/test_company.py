@@ -50,7 +50,7 @@ def logits_of(
     assert engine.runner.decoder.is_fused
     params = SamplingParams(max_tokens=NEW, ignore_eos=True)
     rows: dict[Request, list[Tensor]] = {}
-    commit = engine._commit
+    commit = engine.committer.commit
 
     def watched(plan: Any, stepped: Any, committed: Any) -> Any:
         begun = [request for request, work in plan.prefill if work.prefill.finished]
@@ -58,7 +58,7 @@ def logits_of(
             rows.setdefault(request, []).append(stepped.logits[row].clone())
         return commit(plan, stepped, committed)
 
-    engine._commit = watched  # type: ignore[method-assign]
+    engine.committer.commit = watched  # type: ignore[method-assign]
     requests = []
     for prompt, lora in zip(prompts, loras or [None] * len(prompts), strict=True):
         requests.append(engine.make(prompt, params, lora=lora))

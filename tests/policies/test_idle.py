@@ -11,8 +11,9 @@ from pyramidinfer.cache import Pool
 from pyramidinfer.config import EngineConfig
 from pyramidinfer.engine import Engine
 from pyramidinfer.engine.tracing import trace
-from pyramidinfer.models import ModelRunner
+from pyramidinfer.models import evicting, runner
 from pyramidinfer.models.batch import Sequence
+from pyramidinfer.models.stack import Stack
 from pyramidinfer.policies import POLICIES, make_policy
 from pyramidinfer.types import Trace
 from tests.engine.build import SMALL
@@ -44,15 +45,15 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Any:
         def always(self) -> None:
             self.count, self.in_every_step = 0, True
 
-    found, evict = Asked(), ModelRunner._evict
+    found, evict = Asked(), evicting.evict
 
-    def counted(runner: ModelRunner, pool: Pool, sequence: Sequence) -> None:
+    def counted(stack: Stack, pool: Pool, sequence: Sequence) -> None:
         found.count += 1
-        evict(runner, pool, sequence)
+        evict(stack, pool, sequence)
         if found.in_every_step:
             sequence.idle = 0
 
-    monkeypatch.setattr(ModelRunner, "_evict", counted)
+    monkeypatch.setattr(runner, "evict", counted)
     return found
 
 

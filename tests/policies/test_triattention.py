@@ -106,7 +106,7 @@ def test_vectors_are_turned_to_places_far_ahead(family: str) -> None:
         assert rotated == expected
         base = 10_000.0
         if family == "gemma3_text":
-            base = 1e6 if runner.kinds[layer] == "full_attention" else 10_000.0
+            base = 1e6 if runner.decoder.kinds[layer] == "full_attention" else 10_000.0
         if family == "smollm3":
             base = 2e6
         total = torch.zeros(size, dtype=torch.float64)

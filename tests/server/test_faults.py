@@ -232,7 +232,7 @@ def test_logits_that_are_no_numbers(
 ) -> None:
     group, wanted = together
     engine = group.live.engine
-    commit = engine._commit
+    commit = engine.committer.commit
 
     def failing(plan: Any, stepped: Any, committed: Any) -> Any:
         logits = stepped.logits.clone()
@@ -241,7 +241,7 @@ def test_logits_that_are_no_numbers(
                 logits[row, 7] = value
         return commit(plan, stepped._replace(logits=logits), committed)
 
-    monkeypatch.setattr(engine, "_commit", failing)
+    monkeypatch.setattr(engine.committer, "commit", failing)
     good, bad = group.run(stream)
     assert good == wanted
     assert (

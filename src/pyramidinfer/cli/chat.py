@@ -154,9 +154,9 @@ class _Chat:
         written, shown, wrapped = 0, "", Wrapped(sys.stdout)
         try:
             for _ in engine.steps([request]):
-                if request.finish_reason is None and not text.stopped:
+                if not request.ended and not text.stopped:
                     text.update(request.output)
-                shown = text.stable if request.finish_reason is None else text.text
+                shown = text.text if request.ended else text.stable
                 wrapped.write(shown[written:])
                 written = max(written, len(shown))
         except KeyboardInterrupt:

@@ -59,8 +59,7 @@ def output(pool: Pool, runner: ModelRunner, request: Request) -> RequestOutput:
     """The request's answer so far."""
     text = ""
     if request.detokenizer:
-        ended = request.finish_reason is not None
-        text = request.detokenizer.text if ended else request.detokenizer.stable
+        text = request.detokenizer.text if request.ended else request.detokenizer.stable
     logprobs = list(request.logprobs) if request.params.logprobs is not None else None
     told = request.prompt_top is not None and (request.prompt_logprobs or request.output)
     return RequestOutput(

@@ -10,32 +10,32 @@ from functools import cached_property, partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pyramidinfer.cache import Copier, Layout, Pool, Table
 from pyramidinfer.config import EngineConfig, check_choice
-from pyramidinfer.engine import answers, holding
+from pyramidinfer.engine import answers, holding, owned
 from pyramidinfer.engine.chat_template import find_end_ids
 from pyramidinfer.engine.checks import check_plan
-from pyramidinfer.engine.drafting import Drafter, Drafts
-from pyramidinfer.engine.making import Maker, Spans, cost_from_held, costs_of
+from pyramidinfer.engine.committing import Committer
+from pyramidinfer.engine.drafting import Drafter
+from pyramidinfer.engine.making import Maker, Spans
 from pyramidinfer.engine.memory import Ledger
 from pyramidinfer.engine.profiling import ensure_profile, find_profile
 from pyramidinfer.engine.recompress import Recompressor, recompress
 from pyramidinfer.engine.request import Request, Scoring
-from pyramidinfer.engine.reuse import Held, open_conversations
-from pyramidinfer.engine.sampler import prepare, sample
+from pyramidinfer.engine.reuse import open_conversations
+from pyramidinfer.engine.sampler import prepare
 from pyramidinfer.engine.scheduler import Plan, Scheduler
 from pyramidinfer.engine.shared import Shared
 from pyramidinfer.engine.stats import Stats, Work, read_stats
 from pyramidinfer.engine.text import encoder_of
 from pyramidinfer.engine.undo import Undo
-from pyramidinfer.models import ModelRunner, Prefill
+from pyramidinfer.models import ModelRunner
 from pyramidinfer.models.adapters import Adapter
 from pyramidinfer.models.batch import Batch
 from pyramidinfer.models.fingerprint import fingerprint
 from pyramidinfer.models.ranks import ALONE, Ranks
-from pyramidinfer.models.runner import Stepped
 from pyramidinfer.models.sharding import weights_mark
 from pyramidinfer.native.forks import watch_forks
 from pyramidinfer.policies import KVzip, Policy
@@ -108,11 +108,19 @@ class Engine:
         ends = self.runner.end_ids | find_end_ids(tokenizer)
         self.end_ids = frozenset(end for end in ends if end < self.runner.vocab_size)
         self.maker = Maker(self.shared, self.end_ids)
+        self.committer = self._committer()
+        #: The requests that the last failed step could not restore.
+        self.lost: list[Request] = []
         self.peak_in_flight, self.work = 0, Work()
         self._profile: Profile | None = None
         self.policy = self.bind(policy)
         if self.policy is not policy:
             self.policy.check(self.runner.layers_for(1))
+
+    def _committer(self) -> Committer:
+        return Committer(
+            self.shared, self.scheduler, self.conversations, self.drafter, self.end_ids
+        )
 
     @property
     def tokenizer(self) -> Any:
@@ -289,17 +297,17 @@ class Engine:
         assert isinstance(reader, KVzip)
         return reader
 
-    def caches(self, owner: str) -> list[Held]:
+    def caches(self, owner: str) -> list[owned.Held]:
         """Caches of an owner's finished conversations, the most recently used first."""
-        return self.conversations.listed(owner)
+        return owned.listed(self.conversations, owner)
 
-    def pin_cache(self, owner: str, id: str, ttl: float) -> Held:
-        """See :meth:`Conversations.pin`."""
-        return self.conversations.pin(owner, id, ttl)
+    def pin_cache(self, owner: str, id: str, ttl: float) -> owned.Held:
+        """See :func:`owned.pin`."""
+        return owned.pin(self.conversations, owner, id, ttl)
 
     def delete_cache(self, owner: str, id: str) -> None:
-        """See :meth:`Conversations.delete`."""
-        self.conversations.delete(owner, id)
+        """See :func:`owned.delete`."""
+        owned.delete(self.conversations, owner, id)
 
     def release(self, request: Request) -> None:
         """Free a held request's cache."""
@@ -320,7 +328,7 @@ class Engine:
             if not each.ended:
                 self.scheduler.remove(each)
                 each.hold, each.owner, each.error = False, None, error
-                self._end(each, reason)
+                self.committer.end(each, reason)
 
     # --- stepping -----------------------------------------------------------------------------
 
@@ -352,8 +360,10 @@ class Engine:
 
         If an exception is raised (Ctrl-C included), the step is undone and requests continue as if
         it had not been tried.  Only a request that cannot be restored (its entries were being
-        evicted, or it extends a cache) is aborted.
+        evicted, or it extends a cache) ends (``lost``): with the error, or aborted if the step was
+        interrupted.
         """
+        self.lost = []
         return self._run(self._schedule())
 
     def step_singly(self) -> list[Request]:
@@ -373,17 +383,17 @@ class Engine:
             try:
                 ended += self._run(single)
             except Exception as error:
-                self.blame(request, error)
+                self._lose(request, error)
                 ended.append(request)
         return ended
 
-    def blame(self, request: Request, error: Exception) -> None:
-        """End a request with an error.  If it was already aborted because its step could not be
-        undone, its finish reason becomes this error."""
-        why = f"{type(error).__name__}: {error}"
-        self.fail(request, error=why)
-        if request.finish_reason == "abort":
-            request.finish_reason, request.error = "error", why
+    def _lose(self, request: Request, error: BaseException) -> None:
+        """End a request that a failed step cannot restore."""
+        self.lost.append(request)
+        if isinstance(error, Exception):
+            self.fail(request, error=f"{type(error).__name__}: {error}")
+        else:
+            self.abort(request)
 
     def _schedule(self, begin: bool = True) -> Plan:
         """The plan of the next step, after memory for it was freed; with ``begin``, requests that
@@ -393,10 +403,10 @@ class Engine:
             scheduler.relieve()
             if begin:
                 scheduler.admit()
-        except BaseException:
+        except BaseException as error:
             if (lost := scheduler.moving) is not None:
                 scheduler.moving = None
-                self.abort(lost)
+                self._lose(lost, error)
             raise
         return scheduler.plan()
 
@@ -412,7 +422,7 @@ class Engine:
             guessed, before = time.perf_counter(), self.drafter.accepted
             stepped = self.runner.forward(self.pool, self._batch(plan))
             undo.ran = True
-            ended = self._commit(plan, stepped, undo.committed)
+            ended = self.committer.commit(plan, stepped, undo.committed)
             done = time.perf_counter()
             self.work.add(done - begun, guessed - begun if plan.drafts else 0.0)
             if plan.decode and not plan.prefill:
@@ -423,9 +433,9 @@ class Engine:
                     len(plan.decode) + self.drafter.accepted - before,
                 )
             return ended
-        except BaseException:
+        except BaseException as error:
             for lost in undo.roll_back():
-                self.abort(lost)
+                self._lose(lost, error)
             raise
 
     @property
@@ -455,239 +465,6 @@ class Engine:
             [work for _, work in plan.prefill],
             plan.fed,
         )
-
-    def _commit(self, plan: Plan, stepped: Stepped, committed: set[Request]) -> list[Request]:
-        """Sample a token for every request that has logits; end those that are done."""
-        highest, best = stepped.logits.max(-1)  # max treats NaN as the highest number
-        likeliest, broken = best.tolist(), (~highest.isfinite()).tolist()
-        ended = []
-        following = 0
-        for index, (request, count) in enumerate(plan.given):
-            rows = slice(following, following + count)
-            following += count
-            if request.ended:  # ended from outside while the step ran
-                continue
-            if request in plan.drafts:
-                ended += self._verify(
-                    request, plan.drafts[request], stepped, rows, likeliest, broken, committed
-                )
-                continue
-            if index < len(plan.decode):
-                self._advance(request, stepped, rows.start)
-            ended += self._settle(
-                request, stepped.logits[rows], likeliest[rows], broken[rows], committed
-            )
-        return ended
-
-    def _verify(
-        self,
-        request: Request,
-        drafts: Drafts,
-        stepped: Stepped,
-        rows: slice,
-        likeliest: TokenIds,
-        broken: list[bool],
-        committed: set[Request],
-    ) -> list[Request]:
-        """Choose tokens from a request's ``rows`` while they equal its drafts; returns the request
-        if it ended."""
-        assert stepped.decoding is not None
-        fed, chosen, reason = range(rows.start, rows.stop), 0, None
-        try:
-            for row in fed:
-                at = slice(row, row + 1)
-                reason = self._choose(request, stepped.logits[at], likeliest[at], broken[at])
-                chosen += 1
-                committed.add(request)
-                if reason or chosen == len(fed) or request.output[-1] != drafts.tokens[chosen - 1]:
-                    break
-        finally:
-            if chosen:
-                self.runner.accept(self.pool, request, stepped.decoding, fed, chosen)
-        self.drafter.learn(request, drafts, chosen - 1)
-        if not reason:
-            return []
-        self.scheduler.remove(request)
-        self._end(request, reason)
-        return [request]
-
-    def _advance(self, request: Request, stepped: Stepped, row: int) -> None:
-        """Commit a decoding request's token, and evict entries that are due."""
-        assert stepped.decoding is not None
-        self.runner.commit(self.pool, request, stepped.decoding, row)
-
-    def _settle(
-        self,
-        request: Request,
-        logits: Tensor,
-        likeliest: TokenIds,
-        broken: list[bool],
-        committed: set[Request],
-    ) -> list[Request]:
-        """Handle a request's logits ``[rows, vocab]``, also for samples that wait for its prompt;
-        returns the requests that ended."""
-        if request.scoring is not None:
-            request.scoring.add(logits, likeliest)
-            committed.add(request)
-            return [request] if self._score_on(request, request.scoring) else []
-        if request.is_beginning:
-            self._go_on_from_prefix(request)
-            committed.add(request)
-            return []
-        samples, ended = self._split(request) if request.prefill is not None else [], []
-        for each in (request, *samples):
-            reason = self._choose(each, logits[-1:], likeliest[-1:], broken[-1:])
-            committed.add(each)
-            if each.prefill is not None:
-                self._prefilled(each, each.prefill, samples)
-            if reason:
-                self.scheduler.remove(each)
-                self._end(each, reason)
-                ended.append(each)
-        return ended
-
-    def _choose(
-        self, request: Request, logits: Tensor, likeliest: TokenIds, broken: list[bool]
-    ) -> str | None:
-        """Choose a request's next token from its logits ``[1, vocab]``; returns the reason if it
-        ends with this token, else None."""
-        if broken[0]:
-            request.error = "the model's logits are not finite numbers (NaN or infinity)"
-            return "error"
-        return self._sample(request, logits[0], likeliest[0])
-
-    def _sample(self, request: Request, logits: Tensor, likeliest: int) -> str | None:
-        """Sample a request's next token; returns the reason if it ends with this token, else
-        None."""
-        try:
-            token, logprob = sample(logits, request, likeliest)
-        except Exception as error:
-            if request.constraint is None:
-                raise
-            request.error = f"{type(error).__name__}: {error}"  # affects this request only
-            return "error"
-        request.output.append(token)
-        request.logprobs += [] if logprob is None else [logprob]
-        return self._reason(request, token)
-
-    def _split(self, request: Request) -> list[Request]:
-        """Start the further samples of a prefilled prompt, on its pages."""
-        begun = request.waiting_samples
-        for each in begun:
-            each.take(self.pool.fork(request.table), request)
-            each.reused = request.reused
-            each.computed = self._computed(request)
-            each.times.started, each.times.first_token = request.times.started, time.monotonic()
-        return begun
-
-    def _computed(self, request: Request) -> list[int]:
-        """The number of tokens of a prefilled prompt that entered each layer, per reading; a prefix
-        that was prefilled separately is included."""
-        assert request.prefill is not None
-        depth, now, before = self.runner.depth, request.prefill.computed, request.computed
-        if not before:
-            return now
-        entered = [sum(pair) for pair in zip(before[:depth], now[:depth], strict=True)]
-        return entered + before[depth:] + now[depth:]
-
-    def _go_on_from_prefix(self, request: Request) -> None:
-        """After a prompt's prefix is prefilled: hold its cache for other requests, and continue
-        with the rest of the prompt."""
-        assert request.prefill is not None
-        shared = self.shared
-        if request.times.first_token is None:
-            request.computed = request.prefill.computed
-        request.prefill = None
-        costs = costs_of(
-            shared,
-            request.policy,
-            len(request.prompt),
-            request.max_new,
-            request.protect,
-            request.table,
-            samples=request.width,
-        )
-        if not request.output and costs[0].bytes <= request.cost.bytes:
-            for each in (request, *request.samples):
-                each.cost, each.likely = costs
-            self.ledger.reserve(request, request.likely)
-        self.conversations.hold_prefix(request)
-        shared.start(request)
-
-    def _prefilled(self, request: Request, prefill: Prefill, samples: list[Request]) -> None:
-        """After a prompt is prefilled: free what only prefill needed; the request and its samples
-        decode from now on."""
-        if request.times.first_token is None:  # else it was recomputed
-            request.times.first_token, request.computed = time.monotonic(), self._computed(request)
-        if prefill.reader is not None:
-            request.prompt_logprobs = prefill.read
-        request.prefill = None
-        if prefill.is_reread:
-            cost_from_held(self.shared, request, samples)
-        for each in (request, *samples):
-            self.ledger.reserve(each, request.likely.after_prefill)
-            self.scheduler.to_running(each)
-
-    def _score_on(self, request: Request, scoring: Scoring) -> bool:
-        """After the context is prefilled: score the continuation on top of it; True when that is
-        done."""
-        assert request.prefill is not None
-        table = request.table
-        if request.kv is None:  # only the context is prefilled
-            request.times.first_token = time.monotonic()
-            request.computed = request.prefill.computed
-            request.kv = self.usage(request)
-            rest = torch.tensor(scoring.tokens[:-1], dtype=torch.int64, device=self.runner.device)
-            if len(rest):
-                reach = [len(rest)] * self.runner.depth
-                request.prefill = Prefill(request, rest, table.seen_len, reach, True)
-                return False
-        request.prefill = None
-        self.scheduler.remove(request)
-        self._end(request, "length")
-        return True
-
-    def _reason(self, request: Request, token: int) -> str | None:
-        """The reason if a request ends with ``token``, else None."""
-        params = request.params
-        ends = token in request.stop_ids or (token in self.end_ids and not params.ignore_eos)
-        if ends and len(request.output) > params.min_tokens:
-            return "stop"
-        if params.stop and request.detokenizer:
-            request.detokenizer.update(request.output)
-            if request.detokenizer.stopped:
-                return "stop"
-        if request.constraint is not None and request.constraint.done:
-            return "stop"
-        return "length" if len(request.output) >= request.max_new else None
-
-    def _end(self, request: Request, reason: str) -> None:
-        """Record what the request used, then free its pages (or hold them)."""
-        request.finish_reason, request.times.ended = reason, time.monotonic()
-        request.status = "finished"
-        if request.drafting is not None:
-            request.drafting.places.clear()  # no more lookups
-        request.kv = self.usage(request)
-        if request.detokenizer and not request.detokenizer.stopped:
-            request.detokenizer.update(self._said(request, reason), last=True)
-        if request.detokenizer and request.detokenizer.error and reason in ("stop", "length"):
-            reason = request.finish_reason = "error"
-            request.error = request.detokenizer.error
-        if request.prefill is not None:
-            request.computed, request.prefill = request.computed or request.prefill.computed, None
-        keeps = request.owner is not None and reason != "error" and request.lowered_to is None
-        if (request.hold or keeps) and request.cache is not None:
-            self.ledger.reserve(request, self.ledger.held(request.cache))
-            if keeps:
-                self.conversations.keep(request)
-            return
-        self.shared.release(request)
-
-    def _said(self, request: Request, reason: str) -> TokenIds:
-        """A request's tokens, without the one that ended it if that is not part of its text."""
-        ends = self.end_ids.union(request.stop_ids).difference(request.params.stop_token_ids)
-        ended = reason == "stop" and request.output[-1] in ends
-        return request.output[:-1] if ended else request.output
 
     # --- ranks --------------------------------------------------------------------------------
 

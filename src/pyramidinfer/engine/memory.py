@@ -40,6 +40,10 @@ class Cost(NamedTuple):
     entries: np.ndarray | None = None
     overhead: int = 0
 
+    def plus(self, other: Cost) -> Cost:
+        """Both at once."""
+        return Cost(self.pages + other.pages, self.bytes + other.bytes)
+
 
 def for_samples(cost: Cost, samples: int) -> Cost:
     """The cost of several answers to one prompt: one prefills it, then each may hold its own

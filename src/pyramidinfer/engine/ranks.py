@@ -19,15 +19,16 @@ from typing import Any, NamedTuple, NoReturn
 
 from torch import Tensor
 
+from pyramidinfer.engine.committing import Committer
 from pyramidinfer.engine.engine import Engine
 from pyramidinfer.engine.holding import check_held, check_holds
 from pyramidinfer.engine.launch import Link, RanksError
 from pyramidinfer.engine.making import Spans
 from pyramidinfer.engine.memory import Cost
+from pyramidinfer.engine.owned import Held
 from pyramidinfer.engine.profiling import find_profile, profile_model, store_profile
 from pyramidinfer.engine.recompress import Recompressor
 from pyramidinfer.engine.request import Request, Scoring
-from pyramidinfer.engine.reuse import Held
 from pyramidinfer.engine.scheduler import Plan
 from pyramidinfer.engine.tracing import trace
 from pyramidinfer.models.pipeline import Flight, StageRunner
@@ -78,6 +79,64 @@ class Holding(NamedTuple):
     sent: dict[str, int]
 
 
+class Telling(Committer):
+    """Commits rank 0's steps, and tells the other ranks what it has sampled."""
+
+    def __init__(self, link: Link, *parts: Any) -> None:
+        super().__init__(*parts)
+        self.link = link
+        self._chosen: list[tuple[Request, int | None]] = []
+
+    def commit(self, plan: Plan, stepped: Stepped, committed: set[Request]) -> list[Request]:
+        self._chosen = []
+        try:
+            ended = super().commit(plan, stepped, committed)
+        except Exception as error:  # the others wait for the samples
+            raise self.link.fail(f"a step failed: {type(error).__name__}: {error}") from error
+        self.link.tell(
+            [Chosen(token, each.finish_reason, each.error) for each, token in self._chosen]
+        )
+        return ended
+
+    def choose(
+        self, request: Request, logits: Tensor, likeliest: TokenIds, broken: list[bool]
+    ) -> str | None:
+        before = len(request.output)
+        reason = super().choose(request, logits, likeliest, broken)
+        token = request.output[-1] if len(request.output) > before else None
+        self._chosen.append((request, token))
+        return reason
+
+
+class Following(Committer):
+    """Commits another rank's steps, with the tokens that rank 0 has sampled."""
+
+    def __init__(self, link: Link, *parts: Any) -> None:
+        super().__init__(*parts)
+        self.link = link
+        self._chosen: list[Chosen] = []
+
+    def commit(self, plan: Plan, stepped: Stepped, committed: set[Request]) -> list[Request]:
+        """Common work comes first; then rank 0's samples are applied."""
+        given = [request for request, _ in plan.given if not request.ended]
+        for row, request in enumerate(plan.decode):
+            if not request.ended:
+                self.advance(request, stepped, row)
+        self._chosen = self.link.hear()[::-1]
+        ended = []
+        for request in given:
+            ended += self._answer(request, stepped.logits[:0], [], [], committed)
+        return ended
+
+    def choose(
+        self, request: Request, logits: Tensor, likeliest: TokenIds, broken: list[bool]
+    ) -> str | None:
+        token, reason, request.error = self._chosen.pop()
+        if token is not None:
+            request.output.append(token)
+        return reason
+
+
 class Split(Engine):
     """The engine of one rank of several.
 
@@ -117,7 +176,7 @@ class Split(Engine):
             return []
         plan, flight = self._flights.popleft()
         self.scheduler.flying.difference_update(plan.requests)
-        ended = self._commit(plan, runner.end(self.pool, flight), set())
+        ended = self.committer.commit(plan, runner.end(self.pool, flight), set())
         runner.stages.let_go(len(self._flights))
         return ended
 
@@ -136,10 +195,13 @@ class Leader(Split):
         self._busy, self._is_built = False, False
         self._policies: dict[Policy, int] = {}
         self._known: set[int] = set()  # requests that other ranks know
-        self._chosen: list[tuple[Request, int | None]] = []
         super().__init__(link, *values, **options)
         self._is_built = True
         link.begin()
+
+    def _committer(self) -> Committer:
+        parts = self.shared, self.scheduler, self.conversations, self.drafter, self.end_ids
+        return Telling(self.link, *parts)
 
     @contextmanager
     def together(self, name: str, *values: Any) -> Iterator[None]:
@@ -214,12 +276,9 @@ class Leader(Split):
         if request.ended or request.id not in self._known:
             return super().fail(request, reason, error)
         if self.link.is_over:
-            return super().fail(request, reason, error or self.link.broken)
+            return super().fail(request, reason, self.link.broken or error)
         with self.together("fail", request.id, reason):
-            return super().fail(request, reason, error)
-
-    def _end(self, request: Request, reason: str) -> None:
-        super()._end(request, reason)
+            super().fail(request, reason, error)
         self._known.discard(request.id)
 
     def holding(self) -> list[Holding]:
@@ -260,32 +319,14 @@ class Leader(Split):
 
     def step(self) -> list[Request]:
         with self.together("step", _mark(self)):
-            return super().step()
+            ended = super().step()
+        self._known.difference_update(each.id for each in ended)
+        return ended
 
     def step_singly(self) -> list[Request]:
         """A step that failed on some ranks cannot be undone on all of them."""
         self.link.check()
         raise RanksError("a step failed")
-
-    def _commit(self, plan: Plan, stepped: Stepped, committed: set[Request]) -> list[Request]:
-        self._chosen = []
-        try:
-            ended = super()._commit(plan, stepped, committed)
-        except Exception as error:  # the others wait for the samples
-            raise self.link.fail(f"a step failed: {type(error).__name__}: {error}") from error
-        self.link.tell(
-            [Chosen(token, each.finish_reason, each.error) for each, token in self._chosen]
-        )
-        return ended
-
-    def _choose(
-        self, request: Request, logits: Tensor, likeliest: TokenIds, broken: list[bool]
-    ) -> str | None:
-        before = len(request.output)
-        reason = super()._choose(request, logits, likeliest, broken)
-        token = request.output[-1] if len(request.output) > before else None
-        self._chosen.append((request, token))
-        return reason
 
     def check_alive(self) -> None:
         self.link.check()
@@ -303,8 +344,11 @@ class Follower(Split):
     def __init__(self, link: Link, *values: Any, **options: Any) -> None:
         self._told_of: dict[int, Request] = {}
         self._learned: list[Policy] = []
-        self._chosen: list[Chosen] = []
         super().__init__(link, *values, **options)
+
+    def _committer(self) -> Committer:
+        parts = self.shared, self.scheduler, self.conversations, self.drafter, self.end_ids
+        return Following(self.link, *parts)
 
     def _known_profile(self, measure: bool) -> Profile | None:
         found: Profile | None = self.link.hear()[1]
@@ -391,26 +435,6 @@ class Follower(Split):
             each.leads = False
         self._told_of[request.id] = request
         return request
-
-    def _commit(self, plan: Plan, stepped: Stepped, committed: set[Request]) -> list[Request]:
-        """Common work comes first; then rank 0's samples are applied."""
-        given = [request for request, _ in plan.given if not request.ended]
-        for row, request in enumerate(plan.decode):
-            if not request.ended:
-                self._advance(request, stepped, row)
-        self._chosen = self.link.hear()[::-1]
-        ended = []
-        for request in given:
-            ended += self._settle(request, stepped.logits[:0], [], [], committed)
-        return ended
-
-    def _choose(
-        self, request: Request, logits: Tensor, likeliest: TokenIds, broken: list[bool]
-    ) -> str | None:
-        token, reason, request.error = self._chosen.pop()
-        if token is not None:
-            request.output.append(token)
-        return reason
 
 
 def check_policy_sent(policy: Policy) -> None:

@@ -15,30 +15,25 @@ from __future__ import annotations
 
 import json
 import logging
-import time
 from collections import Counter
-from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 
-from pyramidinfer.cache import Exported, Table
+from pyramidinfer.cache import Table
 from pyramidinfer.config import parse_bytes
-from pyramidinfer.engine.checks import check_stream
-from pyramidinfer.engine.conversation import Conversation, Index, Names, Place
+from pyramidinfer.engine.conversation import Conversation, Index, Names
 from pyramidinfer.engine.disk import DiskStore
-from pyramidinfer.engine.lending import Lenders
-from pyramidinfer.engine.making import costs_of
 from pyramidinfer.engine.memory import Cost
+from pyramidinfer.engine.offers import Offer, Offers
 from pyramidinfer.engine.offload import HostStore
-from pyramidinfer.engine.readings import is_long
 from pyramidinfer.engine.request import Request
 from pyramidinfer.engine.shared import Shared
 from pyramidinfer.models.batch import Sequence
 from pyramidinfer.models.fingerprint import fingerprint
 
-__all__ = ["Conversations", "Found", "Held", "Offer", "open_conversations"]
+__all__ = ["Conversations", "Found", "open_conversations"]
 
 log = logging.getLogger(__name__)
 
@@ -48,38 +43,6 @@ Found = Literal["taken", "none", "coming"]
 ELSEWHERE = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"}
 #: Maximum seconds that an idle thread waits for a disk.
 PATIENCE = 0.005
-
-
-class Beginning(NamedTuple):
-    """The first tokens of a cache that keeps all: their number, and entries ``[layers,
-    kv_heads]``."""
-
-    seen_len: int
-    kept: np.ndarray
-
-
-@dataclass(slots=True, eq=False)
-class Offer:
-    """The cache that a request may continue on: a held one (``one``), or the first ``length``
-    tokens of its ``lender``'s cache, shared (``table``, after it is set aside)."""
-
-    length: int
-    one: Conversation | None = None
-    lender: Request | None = None
-    table: Table | None = None
-
-
-class Held(NamedTuple):
-    """A held cache as reported to its owner; times are seconds since 1970."""
-
-    id: str
-    tokens: int
-    bytes: int
-    where: Place
-    policy: str
-    keep: float | None
-    last_used: float
-    pinned_until: float | None
 
 
 class Conversations:
@@ -95,13 +58,13 @@ class Conversations:
         self, shared: Shared, limit: int, host: HostStore, disk: DiskStore | None, names: Names
     ) -> None:
         self.shared, self.limit, self.names = shared, limit, names
-        self.lenders = Lenders(shared, names)
         self.host, self.disk = host, disk
         host.lost = self._lose
         self.misses = self.dropped = self.spills = self.loads = 0
         self.queried_tokens = self.reused_tokens = 0
         self.hits_from: Counter[str] = Counter()
         self.index = Index()
+        self.offers = Offers(shared, names, self.index)
         self._held: dict[Request, Conversation] = {}  # in the order in which they ended
         self._leaving: list[Conversation] = []
         self._pages, self._bytes = np.zeros_like(shared.ledger.pages), 0
@@ -140,7 +103,7 @@ class Conversations:
         one = self.names.of(request, request.reserved.bytes)
         for other in [each for each in self.index.at(one.digest) if each.id == one.id]:
             if other.request is None or one.is_prefix:  # an older cache of the same text
-                self._discard(other)
+                self.discard(other)
         if one.is_pinned and self.pinned_bytes() + one.size > self.pin_limit:
             log.warning("cache %s is no longer pinned: it exceeds the limit of bytes", one.id)
             one.pinned = 0.0
@@ -178,71 +141,12 @@ class Conversations:
 
     # --- taking up ----------------------------------------------------------------------------
 
-    def offers(self, request: Request) -> list[Offer]:
-        """Caches that a waiting request may continue on, those with most tokens first."""
-        found = [Offer(one.length, one) for one in self._beginnings(request)]
-        if self._takes(request) and (lender := self.lenders.find(request)) is not None:
-            found.insert(0, Offer(lender[1], lender=lender[0]))
-        return sorted(found, key=lambda each: each.length)[::-1]
-
     def read_ahead(self, request: Request) -> None:
         """Start to read the cache that a request will reuse, if it is on disk."""
         if self.disk is not None:
-            best = next(reversed(self._beginnings(request)), None)
+            best = next(reversed(self.offers.beginnings(request)), None)
             if best is not None and best.place == "disk":
                 self.read(request, best)
-
-    def _takes(self, request: Request) -> bool:
-        """Whether a request may share tokens that another request has computed."""
-        free = request.cache is None and request.prompt_top is None
-        return free and request.owner is not None
-
-    def _beginnings(self, request: Request) -> list[Conversation]:
-        """Texts that the request continues, the longest last."""
-        if not self._takes(request):
-            return []
-        names, prompt = self.names, request.prompt
-        lengths = self.index.lengths(len(prompt))
-        digests = list(names.digests(names.realm(request), prompt, lengths))
-        if request.prefix and names.shares:
-            digests[:0] = names.digests(names.realm(request, True), prompt, [request.prefix])
-        mark = names.mark(request.policy)
-        held = [one for digest in digests for one in self.index.at(digest)]
-        return [one for one in held if one.fits(request, mark)]
-
-    def costs(self, request: Request, offer: Offer) -> tuple[Cost, Cost] | None:
-        """The maximum need of a request that continues on the offered cache, and its reservation;
-        None if it cannot use it."""
-        shared, length, one = self.shared, len(request.prompt), offer.one
-        cache: Table | Exported | Beginning
-        if one is None:
-            assert offer.lender is not None
-            far = offer.lender.is_long
-            kept = np.full_like(offer.lender.table.kept, offer.length)
-            cache = Beginning(offer.length, kept)
-        elif one.tokens is not None and request.prompt[: one.length] != one.tokens:
-            return None
-        else:
-            far, cache = one.is_long, one.cache
-        if shared.is_endless(request.policy, length):
-            limit = shared.runner.streaming.limit(far)
-            try:
-                check_stream(length - cache.seen_len + 1, int(cache.kept.max()), limit)
-            except ValueError:
-                return None
-        elif far != is_long(
-            shared.runner, request.policy, length - cache.seen_len, length, request.max_new
-        ):
-            return None
-        return costs_of(
-            shared,
-            request.policy,
-            length,
-            request.max_new,
-            request.protect,
-            cache,
-            samples=1 + len(request.samples),
-        )
 
     def read(self, request: Request, one: Conversation) -> Found:
         """Read a cache from disk for a request; only once, even if it is evicted again."""
@@ -323,7 +227,7 @@ class Conversations:
             self.shared.pool.note_peak(table)
             self.loads += 1
         one.request = None
-        self._discard(one)
+        self.discard(one)
         request.take(table, old)
 
     def hold_prefix(self, request: Request, pinned: float = 0.0) -> None:
@@ -340,6 +244,15 @@ class Conversations:
         self.shared.ledger.reserve(holder, cost)
         self.keep(holder)
 
+    @property
+    def pin_limit(self) -> int:
+        """Maximum bytes of all pinned caches."""
+        return self.host.limit // 2
+
+    def pinned_bytes(self) -> int:
+        """Bytes of caches that must not be dropped."""
+        return sum(one.size for one in self.index if one.is_pinned)
+
     # --- making room --------------------------------------------------------------------------
 
     def make_room_for(self, wanted: Cost, mine: Cost | None, patient: bool = False) -> bool:
@@ -352,22 +265,22 @@ class Conversations:
 
     def could_have(self, wanted: Cost, mine: Cost | None = None) -> bool:
         """Whether ``wanted`` could be reserved in place of ``mine`` if nothing were held."""
-        given_back = _plus(self.cost, self._on_leave())
+        given_back = self.cost.plus(self._on_leave())
         if mine is not None:
-            given_back = _plus(given_back, mine)
+            given_back = given_back.plus(mine)
         return self.shared.ledger.fits(wanted, instead_of=given_back)
 
     def free(self, wanted: Cost, mine: Cost | None, patient: bool) -> bool:
         """``make_room_for``, if it is known to be possible."""
         ledger = self.shared.ledger
         nothing = Cost(np.zeros_like(ledger.pages), 0)
-        self._settle()
-        while not ledger.fits(wanted, instead_of=_plus(mine or nothing, self._on_leave())):
+        self._end_leaves()
+        while not ledger.fits(wanted, instead_of=(mine or nothing).plus(self._on_leave())):
             self._drop()
         if not ledger.fits(wanted, instead_of=mine):
             if patient:
                 return False
-            self._settle(wait=True)
+            self._end_leaves(wait=True)
         return True
 
     def make_room(self) -> bool:
@@ -376,7 +289,7 @@ class Conversations:
             return False
         if self._held:
             self._drop()
-        self._settle(wait=True)
+        self._end_leaves(wait=True)
         return True
 
     def _forget(self, held: Request) -> Conversation:
@@ -406,7 +319,7 @@ class Conversations:
         self._leaving.append(one)
         self.host.put(one)
         self.spills += 1
-        self._settle()
+        self._end_leaves()
         return True
 
     def _on_leave(self) -> Cost:
@@ -414,10 +327,10 @@ class Conversations:
         found = Cost(np.zeros_like(self.shared.ledger.pages), 0)
         for one in self._leaving:
             assert one.request is not None and one.request.reserved is not None
-            found = _plus(found, one.request.reserved)
+            found = found.plus(one.request.reserved)
         return found
 
-    def _settle(self, wait: bool = False) -> None:
+    def _end_leaves(self, wait: bool = False) -> None:
         """Free the pages of caches whose copies to host memory have finished."""
         for one in list(self._leaving):
             assert one.exported is not None
@@ -443,7 +356,7 @@ class Conversations:
         if one.place == "disk":
             self._lose(one)
 
-    def _discard(self, one: Conversation) -> None:
+    def discard(self, one: Conversation) -> None:
         """Drop a cache in all places."""
         self.index.remove(one)
         if one.request in self._held:
@@ -491,13 +404,13 @@ class Conversations:
                 self._end_leave(one)
                 self.host.remove(one)
             elif one.place != "disk":
-                self._discard(one)
+                self.discard(one)
 
     def close(self) -> None:
         """Write caches that are not on disk yet, as far as there is room, the most recently used
         first; drop all of them from memory."""
         if self.disk is not None:
-            self._settle(wait=True)
+            self._end_leaves(wait=True)
             for one in reversed(self.host.held):
                 if not (one.has_file or one.writing):
                     self.disk.write(one)
@@ -516,70 +429,7 @@ class Conversations:
             if one.place == "disk":
                 self.index.remove(one)
             else:
-                self._discard(one)
-
-    # --- what an owner may do -----------------------------------------------------------------
-
-    @property
-    def pin_limit(self) -> int:
-        """Maximum bytes of all pinned caches."""
-        return self.host.limit // 2
-
-    def pinned_bytes(self) -> int:
-        """Bytes of caches that must not be dropped."""
-        return sum(one.size for one in self.index if one.is_pinned)
-
-    def listed(self, owner: str) -> list[Held]:
-        """An owner's caches, the most recently used first."""
-        self.poll()
-        mine = [one for one in self.index if one.owner == self.names.owner(owner)]
-        return [_told(one) for one in sorted(mine, key=lambda one: -one.used)]
-
-    def pin(self, owner: str, id: str, ttl: float) -> Held:
-        """Keep a cache, or its continuation, from being dropped for this many seconds.
-
-        ``KeyError`` if the owner has no cache with this id;  ``ValueError`` if pinned caches would
-        exceed their limit.
-        """
-        found = self._owned(owner, id)
-        if not self.host.limit:
-            raise ValueError(
-                "nothing can be pinned without host memory that it can move to: start with "
-                "host_kv_memory (serve --host-kv-memory)"
-            )
-        taken = self.pinned_bytes() - sum(one.size for one in found if one.is_pinned)
-        size = sum(one.size for one in found)
-        if taken + size > self.pin_limit:
-            raise ValueError(
-                f"a cache of {size} bytes cannot be pinned next to {taken} bytes: together they "
-                f"may take {self.pin_limit}, half of host_kv_memory; wait, or delete a pinned one"
-            )
-        for one in found:
-            one.pinned = time.time() + ttl
-        return _told(found[-1])
-
-    def delete(self, owner: str, id: str) -> None:
-        """Drop a cache in all places; ``KeyError`` if the owner has no cache with this id."""
-        for one in self._owned(owner, id):
-            self._discard(one)
-
-    def _owned(self, owner: str, id: str) -> list[Conversation]:
-        self.poll()
-        mine = self.names.owner(owner)
-        found = [one for one in self.index if one.id == id and one.owner == mine]
-        if not found:
-            raise KeyError(id)
-        return found
-
-
-def _told(one: Conversation) -> Held:
-    name, keep = one.words
-    pinned = one.pinned if one.is_pinned else None
-    return Held(one.id, one.length, one.size, one.place, name, keep, one.used, pinned)
-
-
-def _plus(one: Cost, other: Cost) -> Cost:
-    return Cost(one.pages + other.pages, one.bytes + other.bytes)
+                self.discard(one)
 
 
 def open_conversations(shared: Shared, weights: str) -> Conversations:

@@ -39,8 +39,9 @@ from pyramidinfer.engine import answers
 from pyramidinfer.engine.drafting import Drafts
 from pyramidinfer.engine.making import costs_of, expected_of
 from pyramidinfer.engine.memory import Cost
+from pyramidinfer.engine.offers import Offer
 from pyramidinfer.engine.request import Preempted, Request
-from pyramidinfer.engine.reuse import Conversations, Found, Offer
+from pyramidinfer.engine.reuse import Conversations, Found
 from pyramidinfer.engine.shared import Shared
 from pyramidinfer.models.batch import Work
 from pyramidinfer.types import KVUsage
@@ -208,9 +209,11 @@ class Scheduler:
         """Start a waiting request from a cache that already exists: the longest one for which the
         additional memory fits, or one that a prompt in progress will leave soon ("coming")."""
         held = self.conversations
-        offers = held.offers(request)
+        offers = held.offers.find(request)
         longest = offers[0].length if offers else 0
-        if request.cache is None and held.lenders.is_coming(request, self.prefilling, longest):
+        if request.cache is None and held.offers.lenders.is_coming(
+            request, self.prefilling, longest
+        ):
             return "coming"
         for offer in offers:
             found = self._take_up(request, offer)
@@ -224,7 +227,7 @@ class Scheduler:
         held = self.conversations
         if offer.one is not None and offer.one.place == "disk":
             return held.read(request, offer.one)
-        costs = held.costs(request, offer)
+        costs = held.offers.costs(request, offer)
         if costs is None or not self.ledger.ever_fits(costs[0]) or not held.could_have(costs[1]):
             return "none"
         mine, is_free = held.set_aside(offer), False
@@ -315,7 +318,7 @@ class Scheduler:
         self.remove(request)
         request.status = "running"
         self.running.append(request)
-        self.conversations.lenders.add(request)
+        self.conversations.offers.lenders.add(request)
 
     def remove(self, request: Request) -> None:
         """Remove a request from its queue."""

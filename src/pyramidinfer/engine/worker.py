@@ -408,10 +408,10 @@ class AsyncEngine:
             self.engine.step()
         except RanksError:  # no further step is possible
             raise
-        except Exception as error:
+        except Exception:
             log.exception("a step failed; its requests are tried one by one")
             try:
-                self._blame(error)
+                self._restart()
                 self.engine.step_singly()
             except Exception as worse:
                 log.exception("so did trying them one by one: all are ended")
@@ -425,15 +425,11 @@ class AsyncEngine:
                 self.pace += (0.1 if self.pace else 1.0) * (gap - self.pace)
             self._last_end = now
 
-    def _blame(self, error: Exception) -> None:
-        """After a failed step: requests that cannot be restored end with an error.
-
-        A request that had just reused a conversation's cache and has delivered nothing yet starts
-        again without the cache instead.
-        """
+    def _restart(self) -> None:
+        """After a failed step: a request that it could not restore, that had just reused a
+        conversation's cache and has delivered nothing yet, starts again without the cache."""
         for stream in self._live:
-            lost = [each for each in stream.followed if each.request.finish_reason == "abort"]
-            for each in lost:
+            for each in [each for each in stream.followed if each.request in self.engine.lost]:
                 old = each.request
                 told = stream.again or old.output or old.samples or not old.leads
                 if (old.reused or old.prefix) and not told:
@@ -444,8 +440,6 @@ class AsyncEngine:
                     each.request.times.arrived = old.times.arrived
                     stream.again = True
                     self.engine.submit(each.request)
-                    continue
-                self.engine.blame(old, error)
 
     def _expire(self) -> None:
         now = time.monotonic()

@@ -7,7 +7,7 @@ fill the same :class:`Decoding`.
 from __future__ import annotations
 
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -21,8 +21,10 @@ from pyramidinfer.models.adapters import Adapted
 from pyramidinfer.models.batch import Sequence
 from pyramidinfer.types import AttentionShape
 
-__all__ = ["Decoding", "Ropes", "Size", "Stepped", "adapted_rows"]
+__all__ = ["Decoding", "Ropes", "Size", "Stepped", "Way", "adapted_rows"]
 
+#: How a step runs: replayed on fixed buffers, all layers in one call, or layer by layer.
+Way = Literal["replayed", "whole", "layers"]
 #: cos and sin of some rows, each ``[rows, rotated]``, by kind of layer.
 Ropes = dict[str | None, tuple[Tensor, Tensor]]
 
@@ -71,16 +73,16 @@ class Decoding:
 
     ``counted``: its tokens were counted, and evictions done (``ModelRunner.commit``).
 
-    ``fixed``: created once, for a CUDA graph that reads the current contents of the buffers.  Rows
-    and pages are then rounded up; unused rows have length 0 and write into a page that no table
-    owns (``Group.scratch``).
+    ``way``: how the step runs.  A replayed one is created once, for a CUDA graph that reads the
+    current contents of the buffers.  Its rows and pages are rounded up; unused rows have length 0
+    and write into a page that no table owns (``Group.scratch``).
     """
 
     def __init__(
-        self, size: Size, pool: Pool, shape: AttentionShape, like: Tensor, *, fixed: bool = False
+        self, size: Size, pool: Pool, shape: AttentionShape, like: Tensor, way: Way = "layers"
     ) -> None:
         """shape : of every layer;  like : a tensor of the model's dtype on its device."""
-        self.size, self.fixed, on_gpu = size, fixed, pool.device.type == "cuda"
+        self.size, self.way, on_gpu = size, way, pool.device.type == "cuda"
         self.counted = False
         self._heads, self._page_size = pool.own_heads, pool.page_size
         rows = (pool.layers, size.rows, pool.kv_heads)
@@ -93,9 +95,9 @@ class Decoding:
         for name, (dtype, sizes) in parts.items():
             spans[name] = slice(end, end + prod(sizes) * dtype.itemsize)
             end = -(-spans[name].stop // ALIGNED) * ALIGNED
-        self._host = torch.zeros(end, dtype=torch.uint8, pin_memory=on_gpu and fixed)
+        self._host = torch.zeros(end, dtype=torch.uint8, pin_memory=on_gpu and self.fixed)
         self._device = self._host
-        if on_gpu or fixed:
+        if on_gpu or self.fixed:
             self._device = torch.empty(end, dtype=torch.uint8, device=pool.device)
 
         def part(buffer: Tensor, name: str) -> Tensor:
@@ -111,7 +113,7 @@ class Decoding:
         self.adapted: Adapted | None = None
         self._scratch = np.array([pool.group(layer).scratch for layer in range(pool.layers)])
         cuda: Any = torch.cuda
-        self._sent = cuda.Event() if on_gpu and fixed else None
+        self._sent = cuda.Event() if on_gpu and self.fixed else None
         self.weights = Weights(pool)
         self.queries: Tensor | None = None
         self.lse: Tensor | None = None
@@ -119,6 +121,11 @@ class Decoding:
             high = accumulate_dtype(like.dtype)
             self.queries = like.new_empty(pool.layers, size.rows, shape.heads, shape.key_dim)
             self.lse = like.new_empty(self.queries.shape[:3], dtype=high)
+
+    @property
+    def fixed(self) -> bool:
+        """Whether the buffers stay for further steps."""
+        return self.way == "replayed"
 
     def fill(
         self,

@@ -20,11 +20,12 @@ from pyramidinfer.attention import Scale
 from pyramidinfer.cache import Pool
 from pyramidinfer.cache.native import kernel_number
 from pyramidinfer.models.adapters import PLACES, Adapter, Low, Part
-from pyramidinfer.models.decode import Decoding, Ropes
+from pyramidinfer.models.decode import Decoding, Ropes, Way
+from pyramidinfer.models.decoder import Decoder
 from pyramidinfer.models.ops import ADD, GATED, GELU, PLAIN, Heads, KernelOps, Ops
 from pyramidinfer.models.ranks import Ranks
 from pyramidinfer.models.rotary import Tables
-from pyramidinfer.models.routing import Decoder, LayerCall
+from pyramidinfer.models.routing import LayerCall
 from pyramidinfer.models.sharding import RowSplit
 from pyramidinfer.models.weights import Rows
 from pyramidinfer.native.library import LayerData, StepCall, pointer
@@ -147,10 +148,6 @@ class FusedDecoder(Decoder):
         super().__init__(plain.body, plain.head, plain.config, plain.rotary, plain.like, plain.own)
         self.layers, self.ops = layers, ops
         self.norm, self.epsilon = _scale(plain.body.norm), _epsilon(plain.body.norm)
-        #: Kinds of layers, in the order of the step's tables.
-        self.kinds: list[str | None] = [None] * plain.config.num_hidden_layers
-        if self.family.rotary_by_type:
-            self.kinds = list(plain.config.layer_types)
         has_head = plain.config.num_hidden_layers == plain.own.stop
         head, table = plain.head, plain.body.embed_tokens
         self.packed_head = _pack_table(ops, head) if has_head else None
@@ -197,11 +194,16 @@ class FusedDecoder(Decoder):
         logits = self.ops.linear(normed, self.packed_head, PLAIN)
         return self.family.logits(self.config, logits)
 
-    def step(self, pool: Pool, decoding: Decoding, hidden: Tensor) -> Tensor | None:
+    @property
+    def way(self) -> Way:
+        """All layers run in one call of the C++ kernels, unless ranks meet in every layer."""
+        alone = self.layers[self.own.start].ranks.size == 1
+        return "whole" if isinstance(self.ops, KernelOps) and alone else "layers"
+
+    def step(self, pool: Pool, decoding: Decoding, hidden: Tensor) -> Tensor:
         ops, plan, own = self.ops, decoding.plan, self.own
         first, here = self.layers[own.start], slice(own.start, own.stop)
-        if not isinstance(ops, KernelOps) or first.ranks.size > 1:
-            return None
+        assert isinstance(ops, KernelOps)
         heads, depth, rows = first.heads, len(self.layers), len(hidden)
         tables = [decoding.ropes[kind] for kind in self.rotary.kinds]
         rope = [torch.stack(each) for each in zip(*tables, strict=True)]

@@ -59,7 +59,7 @@ class StageRunner(ModelRunner):
             entering = tensors.pop(0) if decoding is not None else None
             note.enter(pool, works, tensors)
         begun = [work.prefill.layer for work in works]
-        rows = self._pass(pool, decoding, works, last, entering)
+        rows = self.run(pool, decoding, works, last, entering)
         if decoding is not None:
             for row, sequence in enumerate(batch.decode):
                 with note.watch(row, sequence, stages.own):
@@ -70,8 +70,7 @@ class StageRunner(ModelRunner):
             through = [] if decoding is None else [("rows", rows)]
             stages.send(stages.index + 1, note, through + moving, lane)
             return Flight(batch, decoding, lane, None)
-        ended = [rows, *(last[index] for index in sorted(last))]
-        logits = self._logits(torch.cat(ended)) if sum(map(len, ended)) else self._no_logits
+        logits = self._answers(rows, last)
         for stage in range(stages.size - 1):
             wanted = len(logits) and (stage == 0 or lane == TALK)
             stages.send(stage, note, [("results", logits)] if wanted else [], lane)
@@ -85,7 +84,7 @@ class StageRunner(ModelRunner):
             note, logits = flight.known
         else:
             note, tensors = stages.receive(stages.size - 1, flight.lane)
-            logits = tensors[0] if tensors else self._no_logits
+            logits = tensors[0] if tensors else self._answers(self._like[:0], {})
         note.apply(batch.decode, batch.works, stages)
         for sequence in batch.decode:
             if sequence.cache is not None and sequence.policy.streams:
@@ -94,10 +93,6 @@ class StageRunner(ModelRunner):
             if work.prefill.finished and work.prefill.sequence.cache is not None:
                 self._finish_text(pool, work.prefill)
         return Stepped(logits, flight.decoding)
-
-    @property
-    def _no_logits(self) -> Tensor:
-        return self._like.new_empty(0, self.vocab_size)
 
     def _end_text(self, pool: Pool, prefill: Prefill) -> None:
         """Do nothing here: all stages must know first that the text is through (``end``)."""

@@ -11,37 +11,36 @@ from torch import Tensor
 
 from pyramidinfer.cache import Pool
 from pyramidinfer.models.batch import Prefill
-from pyramidinfer.models.evicting import joined_scores, retain
-from pyramidinfer.models.ranks import Ranks
-from pyramidinfer.models.streaming import Streaming
+from pyramidinfer.models.selecting import joined_scores, retain
+from pyramidinfer.models.stack import Stack
 
 __all__ = ["cut", "end_layer"]
 
 
-def end_layer(pool: Pool, prefill: Prefill, streaming: Streaming, ranks: Ranks) -> None:
+def end_layer(stack: Stack, pool: Pool, prefill: Prefill) -> None:
     """Give the policy a reading's scores of a layer's entries, and remove the reading's own
     entries."""
     sequence, needs, layer = prefill.sequence, prefill.needs, prefill.layer
     table = sequence.table
     before = table.kept[layer] - prefill.length
-    found = joined_scores(pool, table, layer, needs, ranks, prefill)
+    found = joined_scores(stack.ranks, prefill)
     pool.shrink(table, layer, before)
     lengths = torch.from_numpy(before).to(pool.device)
     scores, columns = (_fronts(each, lengths) for each in found)
     if needs.retain is not None:
-        retain(pool, sequence, prefill.view(), needs, streaming, ranks, scores, columns)
+        retain(stack, pool, sequence, prefill.view(), needs, scores, columns)
 
 
-def cut(pool: Pool, prefill: Prefill, streaming: Streaming, ranks: Ranks, layers: range) -> None:
+def cut(stack: Stack, pool: Pool, prefill: Prefill) -> None:
     """After all readings, let the policy select the entries that stay, layer by layer."""
     sequence = prefill.sequence
     table, policy = sequence.table, sequence.policy
     pool.note_peak(table)
-    for layer in layers:
+    for layer in stack.stages.own:
         view = prefill.view(layer)
         needs = policy.needs(view)
         if needs.retain is not None:
-            retain(pool, sequence, view, needs, streaming, ranks)
+            retain(stack, pool, sequence, view, needs)
         table.state = policy.prefilled(prefill.view(layer))
 
 

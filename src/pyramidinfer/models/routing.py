@@ -7,37 +7,35 @@ its config.  Our function gets a :class:`LayerCall` as a keyword, so no global s
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from pyramidinfer.attention import Backend, Scale, ragged
+from pyramidinfer.attention import Scale, ragged
 from pyramidinfer.attention.base import Pages, Scored, ScoredPrefill
 from pyramidinfer.attention.ragged import Run
 from pyramidinfer.cache import Pool, Table
 from pyramidinfer.cache.mover import Slots
-from pyramidinfer.models.adapters import Adapted, Adapter, Part, add_parts
+from pyramidinfer.models.adapters import Adapted, Adapter
 from pyramidinfer.models.batch import Moments, Prefill
-from pyramidinfer.models.decode import Decoding, Ropes
-from pyramidinfer.models.families import find_family
-from pyramidinfer.models.ranks import Ranks
-from pyramidinfer.models.rotary import Rotary, Tables
-from pyramidinfer.models.streaming import Streaming
+from pyramidinfer.models.decode import Decoding
+from pyramidinfer.models.stack import Stack
 from pyramidinfer.types import Needs, Reduce
 
 __all__ = [
-    "Decoder",
     "LayerCall",
     "Segment",
     "evaluating",
     "route",
     "runs_of",
     "scores_by_chunk",
+    "shallow",
 ]
 
 NAME = "pyramidinfer"
@@ -63,21 +61,16 @@ class LayerCall:
     """One pass of the flat row through one layer: decode rows first, then segments.
 
     last_only : of a segment, only its text's last token has an output (in the last layer of a
-    prompt, where nothing reads the others);  adapted : adapters of the flat row's rows; scale,
-    going : set by the call: the scale of logits, and the rows of the flat row that have outputs
-    (None: all).
+    prompt, where nothing reads the others);  scale, going : set by the call: the scale of logits,
+    and the rows of the flat row that have outputs (None: all).
     """
 
+    stack: Stack
     pool: Pool
-    backend: Backend
     layer: int
-    window: int | None
     decoding: Decoding | None
     segments: list[Segment]
-    streaming: Streaming
-    ranks: Ranks
     last_only: bool = False
-    adapted: Adapted | None = None
     scale: Scale | None = None
     going: Tensor | None = None
 
@@ -93,6 +86,18 @@ class LayerCall:
             rows = slice(start, start + size)
             outs.append(self._prefill(prefill, queries[rows], keys[rows], values[rows], scale))
         return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+    @cached_property
+    def adapted(self) -> Adapted | None:
+        """Adapters of the flat row's rows."""
+        riding = None if self.decoding is None else self.decoding.adapted
+        if not self.segments:
+            return riding
+        runs: list[tuple[Adapter | None, int]] = [] if riding is None else riding.runs
+        if self.decoding is not None and riding is None:
+            runs = [(None, self.decoding.size.rows)]
+        runs += [(each.prefill.sequence.adapter, each.size) for each in self.segments]
+        return Adapted.of(runs)
 
     def _last_rows(self, device: torch.device) -> Tensor:
         rows = list(range(self.decoding.size.rows)) if self.decoding else []
@@ -115,11 +120,11 @@ class LayerCall:
             group.value_scales,
             group.spec.codec,
         )
-        attended = self.backend.run(
+        attended = self.stack.backend.run(
             plan, layer, queries[rows], pages, scale, probs=decoding.size.scores
         )
         if attended.probs is not None:
-            found = self.ranks.sum_readers(attended.probs, pool.layout.kv_heads)
+            found = self.stack.ranks.sum_readers(attended.probs, pool.layout.kv_heads)
             attended = attended._replace(probs=found)
         decoding.note(layer, queries[rows], attended)
         return attended.out
@@ -140,7 +145,7 @@ class LayerCall:
         if prefill.needs.queries_from is not None:
             self._count_in(prefill, queries, new, prefill.needs.queries_from)
         last_only = self.last_only and not prefill.gives_all  # nothing reads the others' outputs
-        summing = self.backend.prefill_scored
+        summing = self.stack.backend.prefill_scored
         if summing is not None and not last_only and self._sums_up(prefill):
             return self._attend_summing(summing, prefill, queries, runs, new, scale)
         self._observe(prefill, queries, new, runs, scale)
@@ -148,16 +153,16 @@ class LayerCall:
             if count < prefill.left:
                 return queries.new_empty(0, *queries.shape[1:])
             queries, new = queries[-1:], new[-1:]
-        return ragged.attend(self.backend, runs, queries, new, scale)
+        return ragged.attend(self.stack.backend, runs, queries, new, scale)
 
     def _count_in(self, prefill: Prefill, queries: Tensor, positions: Tensor, first: int) -> None:
         """Add queries ``[n, H, D]`` of tokens from ``first`` on to the moments of their layer."""
         counting = positions >= first
         places = positions[counting] - prefill.sequence.offset
-        unrotated = self.streaming.unrotated(
+        unrotated = self.stack.streaming.unrotated(
             queries[counting].transpose(0, 1), places, self.layer, prefill.sequence, prefill.end
         )
-        found = Moments.of(unrotated, self.streaming.pairs(queries, self.layer))
+        found = Moments.of(unrotated, self.stack.streaming.pairs(queries, self.layer))
         prefill.moments = found if prefill.moments is None else prefill.moments.plus(found)
 
     def _sums_up(self, prefill: Prefill) -> bool:
@@ -165,9 +170,9 @@ class LayerCall:
         pass."""
         needs = prefill.needs
         linear = needs.reduce.heads.endswith("mean") and needs.reduce.rows in ("mean", "sum")
-        whole = self.ranks.copies(self.pool.layout.kv_heads) == 1  # else other ranks also need them
+        alone = self.stack.ranks.copies(self.stack.kv_heads) == 1  # else others need them, too
         asked = bool(needs.window) and not (needs.remember or needs.column_sums)
-        return linear and whole and asked
+        return linear and alone and asked
 
     def _attend_summing(
         self,
@@ -183,7 +188,7 @@ class LayerCall:
         window = min(needs.window, prefill.length)
         first = max(0, prefill.length - window - prefill.done)  # first window row in this chunk
         if first >= count:
-            return ragged.attend(self.backend, runs, queries, q_pos, scale)
+            return ragged.attend(self.stack.backend, runs, queries, q_pos, scale)
         ramp = torch.linspace(1.0, needs.reduce.newest_weight, needs.window, device=queries.device)
         end = needs.window - (
             prefill.length - prefill.done - count
@@ -210,8 +215,8 @@ class LayerCall:
         ring = prefill.sequence.table.ring if prefill.again is None else None
         is_last = prefill.done + count == prefill.length
         if needs.column_sums:
-            readers = self.ranks.all_readers(queries, self.pool.layout.kv_heads)
-            found = ragged.column_sums(self.backend, runs, readers, q_pos, scale)
+            readers = self.stack.ranks.all_readers(queries, self.stack.kv_heads)
+            found = ragged.column_sums(self.stack.backend, runs, readers, q_pos, scale)
             if prefill.columns is not None:
                 found[:, : prefill.columns.shape[1]] += prefill.columns
             prefill.columns = found
@@ -259,116 +264,12 @@ class LayerCall:
     ) -> Scored:
         """``Backend.window_scores``: by all queries that read this rank's KV heads; returns
         the log-sum-exps of its own."""
-        kv_heads = self.pool.layout.kv_heads
-        readers = self.ranks.all_readers(queries, kv_heads)
-        found = ragged.window_scores(self.backend, runs, readers, q_pos, scale, reduce, rows=rows)
-        return found._replace(lse=self.ranks.own_readers(found.lse, kv_heads))
-
-
-class AdaptedLinear(nn.Module):
-    """A linear of a model that also adds the rows' adapters."""
-
-    def __init__(self, linear: nn.Module) -> None:
-        super().__init__()
-        self.linear = linear
-        self.parts: dict[Adapter, Part] = {}
-        self.adapted: Adapted | None = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.linear(x)
-        if self.adapted is not None:
-            for adapter, rows in self.adapted.rows(x.device):
-                if adapter in self.parts:
-                    add_parts(
-                        out.view(-1, out.shape[-1]),
-                        x.view(-1, x.shape[-1]),
-                        rows,
-                        [self.parts[adapter]],
-                    )
-        return out
-
-
-class ModuleLayer:
-    """A Hugging Face decoder layer that attends through the given call."""
-
-    def __init__(self, layer: nn.Module, attention: str) -> None:
-        self.module = route(layer, attention)
-        self.adapted: dict[str, AdaptedLinear] = {}  # by name: linears with adapters
-
-    def take_parts(self, adapter: Adapter, parts: dict[str, Part]) -> None:
-        """Let linears of the copied layer add an adapter's parts; the given layer does not
-        change."""
-        for name, part in parts.items():
-            if name not in self.adapted:
-                *inside, leaf = name.split(".")
-                module = self.module
-                for step in inside:
-                    module._modules[step] = _shallow(module.get_submodule(step))
-                    module = module.get_submodule(step)
-                self.adapted[name] = AdaptedLinear(module.get_submodule(leaf))
-                module._modules[leaf] = self.adapted[name]
-            self.adapted[name].parts[adapter] = part
-
-    def __call__(self, flat: Tensor, rope: Tables | None, call: LayerCall) -> Tensor:
-        for linear in self.adapted.values():
-            linear.adapted = call.adapted
-        extra = {} if rope is None else {"position_embeddings": (rope[0][None], rope[1][None])}
-        out: Tensor = self.module(flat[None], attention_mask=None, layer_call=call, **extra)
-        if call.scale is None:
-            raise ValueError(f"layer {call.layer} did not call the given attention function")
-        return out[0]
-
-
-class Decoder:
-    """A model's decoder layers and its head: its own modules, or (``FusedDecoder``) packed weights.
-
-    layers : by number, those in ``own``; each takes the flat row ``[rows, hidden]``, the rows' cos
-    and sin (None where there are no rotary positions) and the ``LayerCall`` to attend through, and
-    returns the flat row's outputs.
-    ``is_fused``: a layer returns only the rows that its call needs, and reads nothing from the
-    device, so that a step may be captured in a CUDA graph.
-    """
-
-    is_fused = False
-    layers: Mapping[int, Callable[[Tensor, Any, LayerCall], Tensor]]
-
-    def __init__(
-        self, body: Any, head: Any, config: Any, rotary: Rotary, like: Tensor, own: range
-    ) -> None:
-        """like : a tensor of the model's dtype on its device."""
-        self.family, self.body, self.head, self.config = find_family(config), body, head, config
-        self.rotary, self.like, self.own = rotary, like, own
-        self.layers = {i: ModuleLayer(body.layers[i], self.family.attention) for i in own}
-
-    def take_adapter(self, adapter: Adapter) -> None:
-        """Prepare an adapter for the rows that use it."""
-        for number, layer in self.layers.items():
-            assert isinstance(layer, ModuleLayer)
-            layer.take_parts(adapter, adapter.parts.get(number, {}))
-
-    def ropes(self, positions: Tensor, regimes: list[int]) -> Ropes:
-        """cos and sin of rows at rotary positions ``[n]``, each in its regime."""
-        return self.rotary.tables(self.like, positions, regimes)
-
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of the weights in use; tied weights count once."""
-        found = [*self.body.parameters(), *self.head.parameters()]
-        return sum(each.nbytes for each in {id(each): each for each in found}.values())
-
-    def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
-        """Embed tokens ``[n]`` → ``[n, hidden]``."""
-        return self.family.embed(self.body, self.config, ids[None], positions[None])[0]
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """The head: ``[n, hidden]`` → ``[n, vocab]``."""
-        normed = self.family.finish(self.body, self.config, hidden)
-        return self.family.logits(self.config, self.head(normed))
-
-    def step(self, pool: Pool, decoding: Decoding, hidden: Tensor) -> Tensor | None:
-        """The decode rows ``[R, hidden]`` through the layers in one call; None if layers can only
-        run one by one."""
-        return None
+        kv_heads = self.stack.kv_heads
+        readers = self.stack.ranks.all_readers(queries, kv_heads)
+        found = ragged.window_scores(
+            self.stack.backend, runs, readers, q_pos, scale, reduce, rows=rows
+        )
+        return found._replace(lse=self.stack.ranks.own_readers(found.lse, kv_heads))
 
 
 def scores_by_chunk(needs: Needs, length: int) -> bool:
@@ -405,7 +306,7 @@ def route(layer: nn.Module, attention: str) -> nn.Module:
                 f"whole on one device"
             )
     AttentionInterface.register(NAME, _attend)
-    routed, inner = _shallow(layer), _shallow(getattr(layer, attention))
+    routed, inner = shallow(layer), shallow(getattr(layer, attention))
     config: Any = copy.copy(inner.config)
     config._attn_implementation = NAME
     inner.config = config
@@ -413,7 +314,8 @@ def route(layer: nn.Module, attention: str) -> nn.Module:
     return routed
 
 
-def _shallow(module: nn.Module) -> nn.Module:
+def shallow(module: nn.Module) -> nn.Module:
+    """A copy of a module, for inference, with the same submodules and weights."""
     twin = copy.copy(module)
     twin._modules = dict(module._modules)
     twin.training = False
@@ -454,7 +356,7 @@ def _attend(
         given.add("attention_mask")
     if dropout:
         given.add("dropout")
-    if sliding_window not in (None, layer_call.window):
+    if sliding_window not in (None, layer_call.stack.shapes[layer_call.layer].window):
         given.add("sliding_window")
     if given:
         raise ValueError(
@@ -466,6 +368,6 @@ def _attend(
         query[0].transpose(0, 1),
         key[0].transpose(0, 1),
         value[0].transpose(0, 1),
-        Scale(scale, softcap, layer_call.window),
+        Scale(scale, softcap, layer_call.stack.shapes[layer_call.layer].window),
     )
     return out[None], None

@@ -7,7 +7,8 @@ into one flat row ``[rows, hidden]`` per layer.  Policies, cache and attention m
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from collections.abc import Sequence as Items
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -16,15 +17,14 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from pyramidinfer.attention import Backend, Scale
-from pyramidinfer.cache import GroupSpec, Place, Pool, Table
-from pyramidinfer.codec import find_codec
+from pyramidinfer.cache import Pool, Table
 from pyramidinfer.models import rereading
-from pyramidinfer.models.adapters import Adapted, Adapter
+from pyramidinfer.models.adapters import Adapter
 from pyramidinfer.models.batch import Batch, Prefill, Sequence, Work
-from pyramidinfer.models.decode import Decoding, Size, Stepped
+from pyramidinfer.models.decode import Decoding, Size, Stepped, Way
+from pyramidinfer.models.decoder import Decoder
 from pyramidinfer.models.device import Device, choose_device
-from pyramidinfer.models.evicting import evict, joined_positions, joined_scores, retain
+from pyramidinfer.models.evicting import evict
 from pyramidinfer.models.families import find_family
 from pyramidinfer.models.fingerprint import measure
 from pyramidinfer.models.fused import fuse, why_not
@@ -32,12 +32,14 @@ from pyramidinfer.models.graphs import DecodeGraphs
 from pyramidinfer.models.loading import end_ids
 from pyramidinfer.models.lora_modules import read_adapters
 from pyramidinfer.models.ranks import ALONE, Ranks
-from pyramidinfer.models.rotary import Rotary, Tables, count_positions
-from pyramidinfer.models.routing import Decoder, LayerCall, Segment, evaluating
+from pyramidinfer.models.rotary import Rotary, count_positions
+from pyramidinfer.models.routing import LayerCall, Segment, evaluating
+from pyramidinfer.models.selecting import cut_layer, joined_positions, trim
+from pyramidinfer.models.stack import Stack
 from pyramidinfer.models.stages import Stages
 from pyramidinfer.models.streaming import Streaming
 from pyramidinfer.models.weights import round_weights
-from pyramidinfer.types import AttentionShape, Keep, Layers, Observation, Queries
+from pyramidinfer.types import AttentionShape
 
 __all__ = ["ModelRunner", "Stepped"]
 
@@ -49,7 +51,7 @@ def _no_span(name: str) -> AbstractContextManager[None]:
 READ = 64  # rows of a prompt's logits that are held at a time
 
 
-class ModelRunner:
+class ModelRunner(Stack):
     """A transformers causal language model, driven layer by layer.
 
     backend : name that selects the implementations for the model's device (``Device``).
@@ -58,9 +60,7 @@ class ModelRunner:
     (``own``): then packed weights are freed.  ``ranks``: the ranks that share the layers, if the
     model is one rank's part (``models/sharding.py``); ``shapes`` are of all ranks together.
     ``weights``: how weights of linears are stored (``EngineConfig.weights``). ``stages``: the
-    layers of each stage, if there are several (``models/pipeline.py``). ``span``: for profilers; a
-    context that is entered around the selection of entries, with the name ``"retain"`` at a layer's
-    end in prefill and ``"evict"`` in decode.
+    layers of each stage, if there are several (``models/pipeline.py``).
     """
 
     def __init__(
@@ -99,7 +99,6 @@ class ModelRunner:
         self.stages = stages or Stages([range(depth)])
         ranks.share(self.kv_heads)
         self.rotary = Rotary(self.family, self.body, self.config)
-        self.kinds = list(self.config.layer_types) if self.family.rotary_by_type else [None] * depth
         self.hidden_size: int = self.config.hidden_size
         self.vocab_size: int = self.config.vocab_size
         self.max_positions = count_positions(self.family, self.config)
@@ -116,13 +115,11 @@ class ModelRunner:
         self.decoder = fuse(plain, own_shapes, self.chosen.ops, ranks, own=own)
         self._graphs: WeakKeyDictionary[Pool, DecodeGraphs] = WeakKeyDictionary()
         self.end_ids = end_ids(model)
-        self.span: Callable[[str], AbstractContextManager[None]] = _no_span
-        self.every_output = False  # also the last layer's, though the head reads last tokens only
-        self.scales: list[Scale | None] = [None] * depth  # set when a layer has run
+        self.span, self.scales = _no_span, [None] * depth
         attentions: list[Any] = [getattr(layer, self.family.attention) for layer in originals]
         self.streaming = Streaming(
             self.rotary,
-            self.kinds,
+            plain.kinds,
             [getattr(each, "use_rope", True) for each in attentions],
             self.max_positions,
             self.stages.own,
@@ -164,37 +161,10 @@ class ModelRunner:
         return self.decoder.weight_bytes
 
     @property
-    def depth(self) -> int:
-        return len(self.shapes)
-
-    @property
-    def kv_heads(self) -> int:
-        """KV heads of every layer."""
-        return self.shapes[0].kv_heads
-
-    @property
     def steps_on_buffers(self) -> bool:
         """Whether steps that only decode run on fixed buffers (CUDA graphs, on a GPU)."""
         alone = self.ranks.size == self.stages.size == 1
         return self.decoder.is_fused and self.chosen.replays and alone
-
-    @property
-    def backend(self) -> Backend:
-        return self.chosen.attention
-
-    @property
-    def places(self) -> list[Place]:
-        """Every rank's place in the cache: the ranks of the first stage, then of the next one."""
-        return [
-            Place(layers, heads)
-            for layers in self.stages.layers
-            for heads in self.ranks.heads_by_rank(self.kv_heads)
-        ]
-
-    @property
-    def rank(self) -> int:
-        """This rank's number in ``places``."""
-        return self.stages.index * self.ranks.size + self.ranks.index
 
     def positions(self, pool: Pool, table: Table, layer: int) -> Tensor:
         """Original positions of a layer's entries in all heads, ``[kv_heads, longest]``, negative
@@ -207,27 +177,6 @@ class ModelRunner:
             self._graphs[pool] = DecodeGraphs(pool)
         return self._graphs[pool]
 
-    def group_specs(self, kv_dtype: str = "auto") -> list[GroupSpec]:
-        """Layers grouped by the size of their entries, stored in ``kv_dtype``.  ``ValueError``
-        if this model's heads cannot be stored this way."""
-        codec = find_codec(kv_dtype)
-        groups: dict[tuple[int, int, int], list[int]] = {}
-        for layer, shape in enumerate(self.shapes):
-            key = (shape.kv_heads, shape.key_dim, shape.value_dim)
-            groups.setdefault(key, []).append(layer)
-        if codec is not None:
-            for _, *sizes in groups:
-                for size in sizes:
-                    codec.group(size)  # raises if it cannot divide the heads
-        return [GroupSpec(tuple(layers), *key, self.dtype, codec) for key, layers in groups.items()]
-
-    def layers_for(self, longest: int) -> Layers:
-        """The depth for a request of at most ``longest`` tokens: windows that are longer do not
-        count."""
-        windows = (shape.window for shape in self.shapes)
-        governed = tuple(window is None or window >= longest for window in windows)
-        return Layers(governed, self.kv_heads)
-
     @torch.inference_mode()
     def forward(self, pool: Pool, batch: Batch) -> Stepped:
         """Run one step.  Decoding sequences must be committed with ``commit`` afterwards."""
@@ -236,30 +185,34 @@ class ModelRunner:
 
     def _forward(self, pool: Pool, batch: Batch) -> Stepped:
         decoding = self._claim(pool, batch) if batch.decode else None
-        if decoding is not None and decoding.fixed:
+        if decoding is not None and decoding.way == "replayed":
             logits = self.graphs(pool).run(decoding, lambda: self._decode(pool, decoding))
             return Stepped(logits[: len(batch.decode)], decoding)
         last: dict[int, Tensor] = {}
-        through = self._pass(pool, decoding, batch.works, last)
+        through = self.run(pool, decoding, batch.works, last)
         while any(work.budget > 0 and work.prefill.again is not None for work in batch.works):
-            self._pass(pool, None, batch.works, last)  # texts that start to be read again
-        rows = [through] if len(through) else []
-        rows += [last[index] for index in sorted(last)]
-        if not rows:
-            return Stepped(through.new_empty(0, self.vocab_size), decoding)
-        return Stepped(self._logits(torch.cat(rows)), decoding)
+            self.run(pool, None, batch.works, last)  # texts that start to be read again
+        return Stepped(self._answers(through, last), decoding)
+
+    def way(self, batch: Batch) -> Way:
+        """How a step runs: layer by layer with prompts, else replayed if the device does that and
+        no row has an adapter, else as the decoder can."""
+        if batch.works:
+            return "layers"
+        plain = all(each.adapter is None for each in batch.decode)
+        return "replayed" if self.steps_on_buffers and plain else self.decoder.way
 
     def _decode(self, pool: Pool, decoding: Decoding) -> Tensor:
         """Logits ``[R, vocab]`` of a decode-only step.  Nothing here waits for the device or
         depends on the contents of its buffers."""
-        return self._logits(self._pass(pool, decoding, [], {}))
+        return self._logits(self.run(pool, decoding))
 
-    def _pass(
+    def run(
         self,
         pool: Pool,
         decoding: Decoding | None,
-        works: list[Work],
-        last: dict[int, Tensor],
+        works: Items[Work] = (),
+        last: dict[int, Tensor] | None = None,
         entering: Tensor | None = None,
     ) -> Tensor:
         """Run this stage's layers once, for tokens that sequences feed and for prefill works from
@@ -268,13 +221,12 @@ class ModelRunner:
         entering : ``[R, hidden]`` of the tokens, if they come from another stage.  Returns their
         outputs ``[R, hidden]``; ``last`` receives the outputs of works that finish.
         """
-        hidden = self._like.new_empty(0, self.hidden_size)
+        hidden = self._like.new_empty(0, self.hidden_size) if entering is None else entering
         if decoding is not None:
             if entering is None:
-                entering = self._embed(decoding.tokens, decoding.plan.positions)
-            hidden = entering
-            if not works and (out := self.decoder.step(pool, decoding, hidden)) is not None:
-                return out
+                hidden = self.decoder.embed(decoding.tokens, decoding.plan.positions)
+            if decoding.way == "whole":
+                return self.decoder.step(pool, decoding, hidden)
         for layer in self.stages.own:
             riding = decoding
             while True:
@@ -291,18 +243,21 @@ class ModelRunner:
                 if work.prefill.layer == layer and work.prefill.left == 0:
                     with self.span("retain"):
                         tail = self._finish_layer(pool, work.prefill)
-                    if tail is not None:
+                    if tail is not None and last is not None:
                         last[index] = tail
         return hidden
 
-    def _embed(self, ids: Tensor, positions: Tensor) -> Tensor:
-        """Embed tokens ``[n]`` → ``[n, hidden]``."""
-        return self.decoder.embed(ids, positions)
+    def _answers(self, through: Tensor, last: dict[int, Tensor]) -> Tensor:
+        """Logits of decode rows, then of works that have finished."""
+        rows = [each for each in (through, *(last[index] for index in sorted(last))) if len(each)]
+        if not rows:
+            return self._like.new_empty(0, self.vocab_size)
+        return self._logits(torch.cat(rows))
 
     # --- one layer ----------------------------------------------------------------------------
 
     def _take(
-        self, works: list[Work], layer: int, start: int
+        self, works: Items[Work], layer: int, start: int
     ) -> tuple[list[Segment], list[Tensor]]:
         """Claim the next chunk of every prefill that is at this layer and has budget left."""
         segments, parts = [], []
@@ -317,7 +272,7 @@ class ModelRunner:
                 prefill.computed.append(prefill.length)
             rows = slice(prefill.done, prefill.done + count)
             if prefill.hidden is None:
-                part = self._embed(prefill.entering[rows], prefill.positions[rows])
+                part = self.decoder.embed(prefill.entering[rows], prefill.positions[rows])
             else:
                 part = prefill.hidden[rows]
             work.budget -= count
@@ -336,56 +291,14 @@ class ModelRunner:
     ) -> Tensor:
         """Decode rows, then those of segments, through one decoder layer: ``[rows, hidden]``."""
         flat = rows[0] if len(rows) == 1 else torch.cat(rows)
-        call = LayerCall(
-            pool,
-            self.backend,
-            layer,
-            self.shapes[layer].window,
-            decoding,
-            segments,
-            self.streaming,
-            self.ranks,
-            self._last_only(layer),
-            self._adapted(decoding, segments),
-        )
-        rope = self._rope(self.kinds[layer], decoding, segments)
-        out = self.decoder.layers[layer](flat, rope, call)
+        call = LayerCall(self, pool, layer, decoding, segments, self._last_only(layer))
+        out = self.decoder.run(flat, call)
         self.scales[layer] = call.scale
         return out
 
-    def _adapted(self, decoding: Decoding | None, segments: list[Segment]) -> Adapted | None:
-        """Adapters of decode rows, then of those of segments."""
-        riding = None if decoding is None else decoding.adapted
-        if not segments:
-            return riding
-        runs: list[tuple[Adapter | None, int]] = [] if riding is None else riding.runs
-        if decoding is not None and riding is None:
-            runs = [(None, decoding.size.rows)]
-        runs += [(each.prefill.sequence.adapter, each.size) for each in segments]
-        return Adapted.of(runs)
-
-    def _rope(
-        self, kind: str | None, decoding: Decoding | None, segments: list[Segment]
-    ) -> Tables | None:
-        """cos and sin of decode rows, then of those of segments; None without rotary positions."""
-        parts = [] if decoding is None else [decoding.ropes]
-        if segments:
-            places, regimes = [], []
-            for prefill, _, count in segments:
-                rows = slice(prefill.done, prefill.done + count)
-                places.append(prefill.positions[rows] - prefill.sequence.offset)
-                regime = self.rotary.regime(prefill.sequence.is_long, prefill.end)
-                regimes += [regime] * count
-            parts.append(self.decoder.ropes(torch.cat(places), regimes))
-        ropes = [part[kind] for part in parts if kind in part]
-        if len(ropes) < 2:
-            return ropes[0] if ropes else None
-        cos, sin = (torch.cat(each) for each in zip(*ropes, strict=True))
-        return cos, sin
-
     def _last_only(self, layer: int) -> bool:
         """Whether a layer returns outputs of last tokens only."""
-        return self.decoder.is_fused and layer == self.depth - 1 and not self.every_output
+        return self.decoder.is_fused and layer == self.depth - 1
 
     def _store(self, segments: list[Segment], out: Tensor, at: int) -> None:
         """Store a pass's outputs (from row ``at`` on) for the next layer or the head."""
@@ -414,9 +327,9 @@ class ModelRunner:
         table.transient_bytes = prefill.transient_bytes
         pool.note_peak(table)
         if prefill.again is None:
-            going = self._keep_layer(pool, prefill)
+            going = cut_layer(self, pool, prefill)
         else:
-            rereading.end_layer(pool, prefill, self.streaming, self.ranks)
+            rereading.end_layer(self, pool, prefill)
         hidden, prefill.out = prefill.out, None
         prefill.hidden = hidden if going is None else hidden[going]
         prefill.queries = prefill.scores = prefill.columns = prefill.moments = None
@@ -442,55 +355,11 @@ class ModelRunner:
         """End a text that is through all layers: cut a text that was read again, close gaps."""
         sequence, table = prefill.sequence, prefill.sequence.table
         if prefill.is_reread:
-            rereading.cut(pool, prefill, self.streaming, self.ranks, self.stages.own)
+            rereading.cut(self, pool, prefill)
         table.transient_bytes, table.seen_len = 0, prefill.end
         pool.note_overhead(table)
         if sequence.policy.streams:
             self.streaming.close_gaps(pool, sequence)
-
-    def _keep_layer(self, pool: Pool, prefill: Prefill) -> Tensor | None:
-        """Cut a layer that the whole text has passed; returns the rows that go deeper (None:
-        all)."""
-        sequence, needs, layer = prefill.sequence, prefill.needs, prefill.layer
-        table, policy, view = sequence.table, sequence.policy, prefill.view()
-        if policy.uses_scores and prefill.columns is not None:
-            pool.add_scores(table, layer, prefill.columns)
-        scores, columns = joined_scores(pool, table, layer, needs, self.ranks, prefill)
-        going = None
-        if needs.propagate is not None and layer < self.depth - 1:
-            seen = Observation(
-                view,
-                prefill.positions[None],
-                sequence.is_protected(prefill.positions)[None],
-                _newest(scores, prefill.length, table.lens(layer)),
-                _newest(columns, prefill.length, table.lens(layer)),
-                rule=needs.propagate,
-                kernels=pool.kernels,
-            )
-            keep, table.state = policy.propagate(seen, table.state)
-            going = None if keep.indices is None else keep.indices[0]
-            assert going is None or int(going[-1]) == prefill.length - 1, "the last token must stay"
-            assert going is None or not prefill.all_rows or len(going) == prefill.length, "scored"
-        if needs.retain is not None:
-            queries = self._queries(prefill)
-            retain(
-                pool, sequence, view, needs, self.streaming, self.ranks, scores, columns, queries
-            )
-        self._trim(pool, sequence, layer, prefill.end, slack=0)
-        table.state = policy.prefilled(prefill.view())
-        sequence.idle = 0
-        if going is not None:
-            prefill.positions = prefill.positions[going]
-        return going
-
-    def _queries(self, prefill: Prefill) -> Queries | None:
-        """Statistics of the layer's queries, if the policy needs them."""
-        if prefill.moments is None:
-            return None
-        scale = self.scales[prefill.layer]
-        assert scale is not None
-        own = prefill.moments.queries(scale.scale)
-        return Queries(*map(self.ranks.join_queries, own))
 
     # --- decoding -----------------------------------------------------------------------------
 
@@ -501,13 +370,13 @@ class ModelRunner:
         fed = batch.fed or [1] * len(sequences)
         claimed = pool.append_each([each.table for each in sequences], fed)
         size = Size.of(sequences, sum(fed))
-        plain = all(each.adapter is None for each in sequences)
-        if self.steps_on_buffers and not batch.works and plain:
+        way = self.way(batch)
+        if way == "replayed":
             decoding = self.graphs(pool).step(
-                size, lambda size: Decoding(size, pool, shape, like, fixed=True)
+                size, lambda size: Decoding(size, pool, shape, like, way)
             )
         else:
-            decoding = Decoding(size, pool, shape, like)
+            decoding = Decoding(size, pool, shape, like, way)
         decoding.fill(sequences, *claimed, fed)
         self._feed(decoding, sequences, batch.tokens, fed)
         return decoding
@@ -536,7 +405,7 @@ class ModelRunner:
             ones = [1] * len(sequences)
             claimed = pool.append_each([each.table for each in sequences], ones)
             size = Size.of(sequences, len(sequences))._replace(rings=False, scores=False)
-            decoding = Decoding(size, pool, self.shapes[0], self._like)
+            decoding = Decoding(size, pool, self.shapes[0], self._like, self.decoder.way)
             decoding.fill(sequences, *claimed, ones, drafts=True)
             self._feed(decoding, sequences, tokens, ones)
             for each in sequences:
@@ -574,16 +443,13 @@ class ModelRunner:
         pool.note_peak(table)
         for layer in self.stages.own:
             if not sequence.layers.governed[layer]:
-                self._trim(pool, sequence, layer, table.seen_len, slack=pool.page_size)
+                trim(self, pool, sequence, layer, table.seen_len, slack=pool.page_size)
         if sequence.policy.evicts:
             if sequence.idle:
                 sequence.idle -= 1
             else:
                 with self.span("evict"):
-                    self._evict(pool, sequence)
-
-    def _evict(self, pool: Pool, sequence: Sequence, at_once: bool = False) -> None:
-        evict(pool, sequence, self.backend, self.scales, self.streaming, self.ranks, at_once)
+                    evict(self, pool, sequence)
 
     @torch.inference_mode()
     def evict_now(self, pool: Pool, sequence: Sequence) -> None:
@@ -591,22 +457,12 @@ class ModelRunner:
         held = -1
         while held != int(sequence.table.kept.sum()):
             held = int(sequence.table.kept.sum())
-            self._evict(pool, sequence, True)
+            evict(self, pool, sequence, at_once=True)
         self.stages.sync_lengths(sequence.table.kept)
         if sequence.policy.streams:
             self.streaming.close_gaps(pool, sequence)
 
     # --- shared -------------------------------------------------------------------------------
-
-    def _trim(self, pool: Pool, sequence: Sequence, layer: int, position: int, slack: int) -> None:
-        """Drop entries that a sliding layer cannot see from ``position`` on (if they are more than
-        ``slack``)."""
-        window, kept = self.shapes[layer].window, int(sequence.table.longest[layer])
-        if window is None or sequence.layers.governed[layer] or kept < window + slack:
-            return
-        visible = pool.positions(sequence.table, layer) > position - window
-        indices = visible.nonzero(as_tuple=True)[1].view(visible.shape[0], -1)
-        pool.keep(sequence.table, layer, Keep(indices))
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """The head: ``[n, hidden]`` → ``[n, vocab]``."""
@@ -621,11 +477,3 @@ class ModelRunner:
             kv_heads = getattr(self.config, "num_key_value_heads", None) or heads
         window = self.family.window(self.config, attention)
         return AttentionShape(heads, kv_heads, size, size, window)
-
-
-def _newest(tensor: Tensor | None, count: int, lens: tuple[int, ...]) -> Tensor | None:
-    """Columns of each head's newest ``count`` entries, of a tensor ``[1 or kv_heads, longest]``."""
-    if tensor is None or len(set(lens)) == 1:
-        return None if tensor is None else tensor[:, -count:]
-    ends = torch.tensor(lens, device=tensor.device)[:, None]
-    return tensor.gather(1, ends - count + torch.arange(count, device=tensor.device))

@@ -19,7 +19,7 @@ from starlette.exceptions import HTTPException
 
 import pyramidinfer
 from pyramidinfer.engine import LLM
-from pyramidinfer.engine.reuse import Held
+from pyramidinfer.engine.owned import Held
 from pyramidinfer.policies import Policy
 from pyramidinfer.server.errors import ApiError, error_response
 from pyramidinfer.server.gate import Gate
