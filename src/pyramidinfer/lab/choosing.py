@@ -81,12 +81,13 @@ PICTURES = {
 
 def draw_choosing(results: dict[str, Result], folder: Path) -> list[Path]:
     """Draw each picture for which there are results; returns their paths."""
-    paths = []
-    for name, picture in PICTURES.items():
-        found = points(results, picture)
-        if found:
-            paths.append(_draw(found, picture, folder / f"{name}.png"))
-    return paths
+    found = {name: points(results, picture) for name, picture in PICTURES.items()}
+    looks = style(list(dict.fromkeys(each.name for some in found.values() for each in some)))
+    return [
+        _draw(found[name], looks, picture, folder / f"{name}.png")
+        for name, picture in PICTURES.items()
+        if found[name]
+    ]
 
 
 def points(results: dict[str, Result], picture: Picture) -> list[Point]:
@@ -136,9 +137,12 @@ def _method(row: Row) -> str | None:
     return None if name == "full" or own else f"{name} {stored}".rstrip()
 
 
-def _draw(found: list[Point], picture: Picture, path: Path) -> Path:
+def _draw(
+    found: list[Point], looks: dict[str, dict[str, Any]], picture: Picture, path: Path
+) -> Path:
+    """``looks``: the style of each name, the same in all pictures."""
     names = list(dict.fromkeys(each.name for each in found))
-    looks, called = style(names), labels(names)
+    called = labels(names)
     figure = Figure(figsize=(8.6, 4.8), layout="constrained")
     axis = figure.subplots()
     for name in names:

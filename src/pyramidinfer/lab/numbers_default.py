@@ -25,8 +25,10 @@ GRIDS = (
     "kv_dtype_ruler",
     "kv_dtype_tasks",
     "later_bits",
+    "all_ruler",
     "ruler_long",
     "gemma_ruler",
+    "gemma_quarter",
     "kv_dtype_gemma",
 )
 #: The default policy with no option but its budget.
