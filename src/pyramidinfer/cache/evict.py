@@ -51,7 +51,8 @@ def evict_best(
         calls[name] = each.ctypes.data + layers * each.strides[0]
     calls["protect"], calls["text"] = pointer(protected) or 0, len(protected)
     calls["width"], calls["page"] = pages.shape[2], pool.page_size
-    for name, of_rules in zip(RULE, zip(*(_facts(rule) for _, rule, _ in rules)), strict=True):
+    facts = zip(*(_facts(rule) for _, rule, _ in rules), strict=True)
+    for name, of_rules in zip(RULE, facts, strict=True):
         calls[name] = of_rules
     calls["recent"] = table.seen_len - 1 - calls["recent"]
     looking = [i for i, (_, rule, _) in enumerate(rules) if rule.by == "window"]
