@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
+from pyramidinfer.cache.group import Group
 from pyramidinfer.cache.native import kernel_number
 from pyramidinfer.cache.pool import Pool
 from pyramidinfer.cache.table import Ring, Table
@@ -15,6 +15,14 @@ from pyramidinfer.native.library import DTYPES, Eviction, pointer
 from pyramidinfer.types import Best, Needs
 
 __all__ = ["evict_best"]
+
+CALL = np.dtype(Eviction)
+#: Fields of a call that say how a group's entries are stored.
+STORAGE = (
+    "keys values positions scores key_scales value_scales kv_heads key_dim value_dim codec".split()
+)
+#: Fields of a call that a rule sets (``recent`` is a number of tokens here, then a place).
+RULE = "kernel pools_max sinks recent room running".split()
 
 
 def evict_best(
@@ -31,65 +39,89 @@ def evict_best(
     """
     kernels, protected = pool.kernels, protected.contiguous()
     assert kernels is not None
-    calls = (Eviction * len(rules))()
     pages, kept, counts = table.pages, table.kept, table.kept.copy()
     for layer, rule, _ in rules:
         counts[layer] = rule.count
     pool.own_fronts(table, np.where(counts < kept, kept, 0))
-    tensors = [
-        list(map(pointer, (x.keys, x.values, x.positions, x.scores, x.key_scales, x.value_scales)))
-        for x in pool.groups
-    ]
-    lists = [(each.ctypes.data, each.strides[0]) for each in (pages, kept, counts)]
-    shields = pointer(protected)
-    held: dict[int, tuple[Tensor, Tensor]] = {}  # per window: tensors that the calls point to
-    for index, ((layer, rule, needs), scale) in enumerate(zip(rules, scales, strict=True)):
-        spec = pool.group(layer).spec
-        calls[index] = Eviction(
-            *tensors[pool.group_of[layer]],
-            *(start + layer * step for start, step in lists),
-            shields,
-            None,
-            None,
-            None,
-            None,
-            pages.shape[2],
-            rule.kernel,
-            rule.pool == "max",
-            rule.sinks,
-            table.seen_len - 1 - rule.recent,
-            rule.room,
-            rule.by == "running",
-            len(protected),
-            spec.kv_heads,
-            spec.key_dim,
-            spec.value_dim,
-            pool.page_size,
-            kernel_number(pool.group(layer)),
-        )
-        if rule.by == "window":
-            _look_back(calls[index], table.ring, layer, needs, scale, held)
-    kernels.evict_entries(DTYPES[pool.groups[0].spec.dtype], ctypes.addressof(calls), len(rules))
+    layers = np.array([layer for layer, *_ in rules])
+    calls = np.zeros(len(rules), CALL)
+    for name, of_group in zip(STORAGE, _storage(pool).T, strict=True):
+        calls[name] = of_group[pool.group_of[layers]]
+    for name, each in (("pages", pages), ("lengths", kept), ("counts", counts)):
+        calls[name] = each.ctypes.data + layers * each.strides[0]
+    calls["protect"], calls["text"] = pointer(protected) or 0, len(protected)
+    calls["width"], calls["page"] = pages.shape[2], pool.page_size
+    facts = zip(*(_facts(rule) for _, rule, _ in rules), strict=True)
+    for name, of_rules in zip(RULE, facts, strict=True):
+        calls[name] = of_rules
+    calls["recent"] = table.seen_len - 1 - calls["recent"]
+    looking = [i for i, (_, rule, _) in enumerate(rules) if rule.by == "window"]
+    held = [_look_back(calls, looking, layers, rules, scales, table.ring)] if looking else []
+    kernels.evict_entries(DTYPES[pool.groups[0].spec.dtype], calls.ctypes.data, len(rules))
+    del held
     pool.retract(table, counts)
 
 
+def _facts(rule: Best) -> tuple[int, ...]:
+    """``RULE`` of a rule."""
+    by_running = rule.by == "running"
+    return rule.kernel, rule.pool == "max", rule.sinks, rule.recent, rule.room, by_running
+
+
 def _look_back(
-    call: Any,
+    calls: np.ndarray,
+    looking: list[int],
+    layers: np.ndarray,
+    rules: list[tuple[int, Best, Needs]],
+    scales: list[Any],
     ring: Ring | None,
-    layer: int,
-    needs: Needs,
-    scale: Any,
-    held: dict[int, tuple[Tensor, Tensor]],
-) -> None:
-    """Fill in the queries by which an eviction with a window scores entries."""
+) -> list[Tensor]:
+    """Fill in the queries by which the evictions ``looking`` score entries; returns tensors that
+    the calls point to."""
     assert ring is not None
-    if needs.window not in held:
-        rows = ring.rows(needs.window)
-        held[needs.window] = rows, ring.positions[rows]
-    rows, places = held[needs.window]
-    heads = ring.queries.shape[2]
-    call.queries = ring.queries.data_ptr() + layer * ring.queries[0].nbytes
-    call.lse, call.rows, call.query_at = map(pointer, (ring.lse[layer], rows, places))
-    call.window, call.heads, call.takes_max = len(rows), heads, needs.reduce.rows == "max"
-    call.scale, call.softcap = scale.scale, scale.softcap or 0.0
-    call.share = call.kv_heads / (heads * needs.window)
+    held: dict[int, tuple[Tensor, Tensor]] = {}  # per window
+    mine, heads = calls[looking], ring.queries.shape[2]
+    needs = [rules[index][2] for index in looking]
+    for window in {each.window for each in needs}:
+        rows = ring.rows(window)
+        held[window] = rows, ring.positions[rows]
+    at = layers[looking]
+    mine["queries"] = ring.queries.data_ptr() + at * ring.queries[0].nbytes
+    mine["lse"] = ring.lse.data_ptr() + at * ring.lse[0].nbytes
+    mine["rows"] = [held[each.window][0].data_ptr() for each in needs]
+    mine["query_at"] = [held[each.window][1].data_ptr() for each in needs]
+    mine["window"] = [len(held[each.window][0]) for each in needs]
+    mine["heads"], mine["takes_max"] = heads, [each.reduce.rows == "max" for each in needs]
+    mine["scale"] = [scales[index].scale for index in looking]
+    mine["softcap"] = [scales[index].softcap or 0.0 for index in looking]
+    mine["share"] = mine["kv_heads"] / (heads * np.array([each.window for each in needs]))
+    calls[looking] = mine
+    return [tensor for pair in held.values() for tensor in pair]
+
+
+def _storage(pool: Pool) -> np.ndarray:
+    """What calls say of each group's storage, in the order of ``STORAGE``: ``[groups, fields]``."""
+    return np.array(
+        [
+            [
+                *(pointer(tensor) or 0 for tensor in _tensors(group)),
+                group.spec.kv_heads,
+                group.spec.key_dim,
+                group.spec.value_dim,
+                kernel_number(group),
+            ]
+            for group in pool.groups
+        ],
+        dtype=np.int64,
+    )
+
+
+def _tensors(group: Group) -> tuple[Tensor | None, ...]:
+    return (
+        group.keys,
+        group.values,
+        group.positions,
+        group.scores,
+        group.key_scales,
+        group.value_scales,
+    )
