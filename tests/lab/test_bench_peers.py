@@ -381,7 +381,7 @@ def test_every_engine_has_a_driver_and_a_recipe() -> None:
         assert (DRIVERS / engine.driver).is_file()
     evicting = next(each for each in ENGINES if each.name == "OpenVINO, eviction 8/8")
     for name, workload in {**engines.WORKLOADS, **parse_workloads("T=2x300+4")}.items():
-        entries = evicting.options_for(name, workload)["entries"]
+        entries = evicting.options_for(name, workload, "1MiB")["entries"]
         assert entries % 32 == 0 and 96 < entries < workload.prompt_len
 
 

@@ -37,7 +37,7 @@ from pyramidinfer.lab.bench.peers_drive import (
     figures,
     first_agreement,
 )
-from pyramidinfer.lab.bench.peers_models import is_real, make_prompts, shared_model
+from pyramidinfer.lab.bench.peers_models import cache_memory, is_real, make_prompts, shared_model
 from pyramidinfer.lab.bench.peers_table import equal_table, peers_table
 from pyramidinfer.lab.bench.plots import draw_peers
 from pyramidinfer.lab.record import commit, write_result
@@ -164,7 +164,7 @@ def _job(
         "dtype": engine.dtype,
         "repeats": plan.repeats,
         "enough_seconds": plan.enough_seconds,
-        "options": engine.options_for(name, workload),
+        "options": engine.options_for(name, workload, cache_memory(folder, workload)),
     }
 
 

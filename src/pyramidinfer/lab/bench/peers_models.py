@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from pyramidinfer.config import nearest
 from pyramidinfer.engine.english import english
@@ -15,8 +16,9 @@ from pyramidinfer.lab.bench.engines import Workload
 from pyramidinfer.lab.shapes import SHAPES, make_model, save_model, shape_config
 from pyramidinfer.models.catalog import CATALOG, find_model
 
-__all__ = ["is_real", "make_prompts", "shared_model"]
+__all__ = ["cache_memory", "is_real", "make_prompts", "shared_model"]
 
+IN_PROGRESS = 96  # MiB
 FIRST_WORD = 4  # token ids below it are special
 
 
@@ -48,6 +50,17 @@ def _round(source: str, folder: Path, changes: dict[str, Any]) -> None:
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16, **changes)
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+
+
+def cache_memory(folder: Path, workload: Workload) -> str:
+    """What our ``kv_memory`` is for a workload: a full 16-bit cache, a quarter more, and room for
+    prompts in progress."""
+    config = AutoConfig.from_pretrained(folder)
+    heads = config.num_key_value_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    entry = 2 * 2 * config.num_hidden_layers * heads * size  # keys and values, bytes
+    tokens = workload.requests * (workload.prompt_len + workload.new)
+    return f"{math.ceil(1.25 * tokens * entry / 2**20) + IN_PROGRESS}MiB"
 
 
 def make_prompts(shape: str, folder: Path, workload: Workload, seed: int) -> list[list[int]]:

@@ -58,7 +58,8 @@ def peers(entry: Result, picture: str = "peers") -> str:
         f"in its own process. Requests × (prompt + generated): {loads}. Up to {c['repeats']} "
         f"repeats, fewer once {c['enough_seconds']:g} seconds are measured. "
         f"{'; '.join(sorted(versions, key=str.lower))}.\n",
-        f"```bash\n{entry.get('command', 'make bench-peers')}\n```\n",
+        "```bash\n"
+        f"make bench-peers{'' if picture == 'peers' else '-larger LARGER=' + c['shape']}\n```\n",
         "**How to read it.** `8/16` are the bits of the weights and of the KV cache; an engine is "
         "compared with those of the same bits only. Ratios are of output tokens/s. Ours: `full` "
         f"with the whole cache, `pyramid` and `pyramidinfer` with keep={KEEP:g}; other engines "
