@@ -93,13 +93,14 @@ def compare(
     drivers: Path,
     *entries: Engine,
     resume: bool = False,
+    limit: float = 60.0,
     workloads: str = "T=2x5+3",
     **changes: Any,
 ) -> dict[str, Any]:
     plan = Comparison(parse_workloads(workloads), **{"shape": "small", "threads": 1, **changes})
     out = tmp_path / "peers.json"
     folders = Folders(tmp_path / "work", tmp_path / "environments", drivers)
-    result = run_peers(plan, entries, out, folders, resume=resume)
+    result = run_peers(plan, entries, out, folders, limit=limit, resume=resume)
     assert json.loads(out.read_text())["result"] == result
     return result
 

@@ -58,15 +58,13 @@ SAME_FIRST = 0.5
 
 @dataclass(frozen=True)
 class Comparison:
-    """Plain values.  ``enough_seconds``: no further repeat after this much measured time;
-    ``limit``: of an engine on a workload, loading included, seconds."""
+    """Plain values.  ``enough_seconds``: no further repeat after this much measured time."""
 
     workloads: dict[str, Workload]
     shape: str = "smollm2"
     threads: int = 2
     repeats: int = 3
     enough_seconds: float = 10.0
-    limit: float = LIMIT
     seed: int = 0
     layers: int | None = None  # fewer, for a trial run
 
@@ -74,8 +72,6 @@ class Comparison:
         for name, value in (("threads", self.threads), ("repeats", self.repeats)):
             if value < 1:
                 raise ValueError(f"--{name} {value} must be at least 1")
-        if self.limit <= 0:
-            raise ValueError(f"--limit {self.limit:g} must be over 0 seconds")
         is_real(self.shape)
 
     @property
@@ -126,9 +122,16 @@ def run_peers(
     out: Path,
     folders: Folders,
     *,
+    limit: float = LIMIT,
     resume: bool = False,
 ) -> dict[str, Any]:
-    """Measure, write ``out`` after every engine, and return the result."""
+    """Measure, write ``out`` after every engine, and return the result.
+
+    limit : seconds for an engine on a workload, loading included;  resume : continue the run whose
+        rows are in the work folder.
+    """
+    if limit <= 0:
+        raise ValueError(f"--limit {limit:g} must be over 0 seconds")
     engines = list(engines)
     folder = prepare(plan, engines, folders)
     run, todo = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"), dict(plan.workloads)
@@ -143,7 +146,7 @@ def run_peers(
             print(f"{name}: {engine.name} …", file=sys.stderr, flush=True)
             job = {**_job(plan, engine, folder, name, workload), "prompts": prompts}
             row = _row(engine, name, run, job)
-            row |= _measured(folders.ask(plan, engine, job, plan.limit), job)
+            row |= _measured(folders.ask(plan, engine, job, limit), job)
             rows[engine.name, name] = row
             _report(row)
             _store(folders.work / ROWS, plan, run, rows)
@@ -268,7 +271,6 @@ def main(arguments: list[str] | None = None) -> None:
             given.threads,
             given.repeats,
             given.enough_seconds,
-            given.limit,
             layers=given.layers,
         )
         engines = chosen_engines(given.only.split(";"), parse_bits(given.bits))
@@ -276,7 +278,9 @@ def main(arguments: list[str] | None = None) -> None:
         if given.prepare:
             print(prepare(plan, engines, folders))
             return
-        result = run_peers(plan, engines, given.json, folders, resume=given.resume)
+        result = run_peers(
+            plan, engines, given.json, folders, limit=given.limit, resume=given.resume
+        )
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -313,7 +317,7 @@ def _parser() -> argparse.ArgumentParser:
         default=usual.enough_seconds,
         help="no further repeat after so many",
     )
-    add("--limit", type=float, default=usual.limit, help="seconds for an engine on a workload")
+    add("--limit", type=float, default=LIMIT, help="seconds for an engine on a workload")
     add("--json", type=Path, default=Path("benchmarks/results/peers.json"))
     add("--picture", type=Path, default=Path("docs/images/peers.png"))
     add("--work", type=Path, default=Path("out/peers"), help="models and converted models")
