@@ -227,13 +227,13 @@ def test_an_interrupted_run_goes_on(
     monkeypatch.setattr(peers, "commit", lambda: "one")
     first = compare(tmp_path, drivers, fake(JUDGE), fake("dead", fails=True))
     assert log(tmp_path, "loaded") == [JUDGE]
-    second = compare(tmp_path, drivers, fake(JUDGE), fake("dead"), workloads="U=1x4+2", resume=True)
+    second = compare(tmp_path, drivers, fake(JUDGE), fake("dead"), workloads="S=1x4+2", resume=True)
     assert log(tmp_path, "loaded")[1:] == [JUDGE, "dead"]
     third = compare(tmp_path, drivers, fake(JUDGE), fake("dead"), resume=True)
     assert log(tmp_path, "loaded")[3:] == ["dead"]
     assert {each["run"] for each in (first, second, third)} == {first["run"]}
     assert [(row["workload"], row["engine"], row["status"]) for row in third["rows"]] == [
-        *(("T", JUDGE, "ok"), ("T", "dead", "ok"), ("U", JUDGE, "ok"), ("U", "dead", "ok")),
+        *(("S", JUDGE, "ok"), ("S", "dead", "ok"), ("T", JUDGE, "ok"), ("T", "dead", "ok")),
     ]
     assert third["rows"][0]["agreement"] == 1
     with pytest.raises(ValueError, match="other settings; omit --resume"):

@@ -245,7 +245,7 @@ def _interrupted(
     same = all(now["workloads"].get(name, each) == each for name, each in then["workloads"].items())
     if not same or {**then, "workloads": loads} != {**now, "workloads": loads}:
         raise ValueError(f"{path} was measured with other settings; omit --resume to begin anew")
-    both = replace(plan, workloads={name: Workload(**each) for name, each in loads.items()})
+    both = replace(plan, workloads={n: Workload(**each) for n, each in sorted(loads.items())})
     rows = {(row["engine"], row["workload"]): row for row in entry["rows"]}
     return both, entry["run"], rows
 
