@@ -210,6 +210,10 @@ def test_only_equal_bits_are_compared(tmp_path: Path, drivers: Path) -> None:
     noted = {**entry, "result": {**result, "note": "From an earlier version."}}
     assert "From an earlier version." in peers_page.render_speed(page, noted, None)
     assert "From an earlier version." in peers_page.peers(noted)
+    entry["configuration"]["shape"] = "smollm2"
+    assert "engines on SmolLM2-135M-Instruct, on" in peers_page.render_speed(page, entry, None)
+    larger = peers_page.peers(entry, "peers_llama3.2-1b")
+    assert "## Other engines, smollm2" in larger and "images/peers_llama3.2-1b.png" in larger
 
 
 def test_the_readme_repeats_the_committed_result() -> None:

@@ -19,6 +19,7 @@ from pyramidinfer.lab.bench.peers_table import (
 )
 from pyramidinfer.lab.numbers_studies import origin, table
 from pyramidinfer.lab.shapes import SHAPES
+from pyramidinfer.models.catalog import find_entry
 
 __all__ = ["BEGIN", "END", "PAGE", "PEER_SHAPES", "peers", "render_speed"]
 
@@ -31,7 +32,9 @@ PEER_SHAPES = ("qwen2.5-0.5b", "llama3.2-1b")
 
 def _model(shape: str) -> str:
     """The model in words."""
-    return f"random weights in the shape of `{shape}`" if shape in SHAPES else f"`{shape}`"
+    if shape in SHAPES:
+        return f"random weights in the shape of `{shape}`"
+    return find_entry(shape).title.partition(" (")[0]
 
 
 def peers(entry: Result, picture: str = "peers") -> str:
