@@ -40,7 +40,8 @@ def load(job: dict[str, Any]) -> Engine:
         firsts = [out.metrics.first_token_seconds or 0.0 for out in outs]
         kept = sum(out.kv.bytes for out in outs) / sum(out.kv.full_bytes for out in outs)
         computed = sum(out.metrics.computed_share for out in outs) / len(outs)
-        notes.update(kv_share_end=kept, computed_share=computed)
+        at_once = llm.engine.peak_in_flight
+        notes.update(kv_share_end=kept, computed_share=computed, in_flight=at_once)
         return Answers([out.token_ids for out in outs], max(firsts))
 
     first = job["prompts"][:1]  # the cache of a request that generates one token is its prompt's
