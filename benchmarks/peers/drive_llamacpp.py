@@ -1,9 +1,15 @@
-"""llama.cpp, float16: all sequences in one batch, through its low-level interface."""
+"""llama.cpp: all sequences in one batch, through its low-level interface.
+
+The GGUF file is written in float16 from the model's tensors; llama.cpp's own quantizer makes the
+others of it.  A K type needs rows of a multiple of 256: the quantizer stores other tensors in the
+nearest type that fits, and the driver tells which types the file has.
+"""
 
 from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +48,15 @@ def per_head(weight: np.ndarray, heads: int) -> np.ndarray:
     return split.swapaxes(1, 2).reshape(rows, columns)
 
 
-def convert(folder: Path, target: Path) -> None:
-    """Write a Llama checkpoint as GGUF: matrices float16, norms float32, no vocabulary."""
+def write(folder: Path, target: Path) -> None:
+    """Write a Llama or Qwen2 checkpoint as GGUF: matrices float16, the rest float32, no
+    vocabulary."""
     config = json.loads((folder / "config.json").read_text())
+    family = config["model_type"]
+    if family not in ("llama", "qwen2"):
+        raise ValueError(f"the driver cannot write a GGUF file of a {family} model")
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
-    out = gguf.GGUFWriter(str(target), "llama")
+    out = gguf.GGUFWriter(str(target), family)
     out.add_vocab_size(config["vocab_size"])
     out.add_context_length(config["max_position_embeddings"])
     out.add_embedding_length(config["hidden_size"])
@@ -55,17 +65,20 @@ def convert(folder: Path, target: Path) -> None:
     out.add_head_count(heads)
     out.add_head_count_kv(kv_heads)
     out.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    out.add_rope_dimension_count(config["head_dim"])
+    out.add_rope_dimension_count(config.get("head_dim") or config["hidden_size"] // heads)
     out.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
     out.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
     out.add_tokenizer_model("no_vocab")
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
+    arch = {"llama": gguf.MODEL_ARCH.LLAMA, "qwen2": gguf.MODEL_ARCH.QWEN2}[family]
+    names = gguf.get_tensor_name_map(arch, config["num_hidden_layers"])
     for name, weight in tensors(folder).items():
-        if name.endswith("q_proj.weight"):
+        if name == "lm_head.weight" and config["tie_word_embeddings"]:
+            continue  # the embedding is the head
+        if family == "llama" and name.endswith("q_proj.weight"):
             weight = per_head(weight, heads)
-        elif name.endswith("k_proj.weight"):
+        elif family == "llama" and name.endswith("k_proj.weight"):
             weight = per_head(weight, kv_heads)
-        known = names.get_name(name, try_suffixes=(".weight",))
+        known = names.get_name(name, try_suffixes=(".weight", ".bias"))
         out.add_tensor(known, weight.astype(np.float16) if weight.ndim > 1 else weight)
     out.write_header_to_file()
     out.write_kv_data_to_file()
@@ -73,12 +86,39 @@ def convert(folder: Path, target: Path) -> None:
     out.close()
 
 
+def convert(job: dict[str, Any]) -> Path:
+    """The GGUF file of a type, made once."""
+    kind = job["options"]["type"]
+    target = Path(job["work"]) / f"model-{kind}.gguf"
+    if target.is_file():
+        return target
+    half = target.with_suffix(".part")
+    if kind == "F16":
+        write(Path(job["model"]), half)
+    else:
+        whole = convert({**job, "options": {"type": "F16"}})
+        settings = lib.llama_model_quantize_default_params()
+        settings.ftype = getattr(lib, f"LLAMA_FTYPE_MOSTLY_{kind}")
+        settings.nthread = job["threads"]
+        if lib.llama_model_quantize(str(whole).encode(), str(half).encode(), settings):
+            raise RuntimeError(f"llama.cpp cannot quantize the model to {kind}")
+    half.rename(target)
+    return target
+
+
+def described(target: Path) -> dict[str, Any]:
+    """The file's weights: bytes, bits each, and how many matrices have which type."""
+    matrices = [each for each in gguf.GGUFReader(target).tensors if len(each.shape) > 1]
+    size = sum(int(each.n_bytes) for each in matrices)
+    return {
+        "weight_bytes": size,
+        "bits_per_weight": 8 * size / sum(int(each.n_elements) for each in matrices),
+        "types": dict(Counter(each.tensor_type.name for each in matrices)),
+    }
+
+
 def load(job: dict[str, Any]) -> Engine:
-    target = Path(job["work"]) / "model-f16.gguf"
-    if not target.is_file():
-        half = target.with_suffix(".part")
-        convert(Path(job["model"]), half)
-        half.rename(target)
+    target = convert(job)
     lib.llama_backend_init()
     model = lib.llama_model_load_from_file(str(target).encode(), lib.llama_model_default_params())
     if not model:
@@ -91,6 +131,8 @@ def load(job: dict[str, Any]) -> Engine:
     settings.n_batch = BATCH
     settings.n_threads = settings.n_threads_batch = job["threads"]
     settings.flash_attn_type = 1  # on
+    kind = {"f16": lib.GGML_TYPE_F16, "q8_0": lib.GGML_TYPE_Q8_0}[job["options"]["cache"]]
+    settings.type_k = settings.type_v = kind
     context = lib.llama_init_from_model(model, settings)
     if not context:
         raise RuntimeError("llama.cpp cannot make a context")
@@ -138,8 +180,8 @@ def load(job: dict[str, Any]) -> Engine:
                 tokens[which].append(best)
         return Answers(tokens, first)
 
-    return Engine(generate, ["llama-cpp-python", "gguf"], {"dtype": "float16"})
+    return Engine(generate, ["llama-cpp-python", "gguf"], described(target))
 
 
 if __name__ == "__main__":
-    drive(load)
+    drive(load, convert)

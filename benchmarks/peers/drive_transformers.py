@@ -1,4 +1,4 @@
-"""transformers: ``generate`` (static batch), or its continuous batching."""
+"""transformers: ``generate`` (static batch)."""
 
 from __future__ import annotations
 
@@ -51,45 +51,11 @@ def run_generate(model: Any, prompts: list[list[int]], max_new: int) -> Answers:
     return Answers(out[:, ids.shape[1] :].tolist(), stamp.first - start)
 
 
-def continuous(model: Any, job: dict[str, Any]) -> Any:
-    """Its cache is set to what the prompts need: left alone it takes 60 % of the memory.
-
-    Prompts packed into one batch are masked from each other, so small batches cost it less.
-    """
-    from transformers import ContinuousBatchingConfig
-
-    page = 256
-    longest = max(len(prompt) for prompt in job["prompts"]) + job["max_new"]
-    blocks = len(job["prompts"]) * (-(-longest // page) + 1)
-    settings = ContinuousBatchingConfig(
-        page_size=page,
-        num_blocks=blocks,
-        max_batch_tokens=job["options"].get("tokens", 512),
-        max_requests_per_batch=len(job["prompts"]),
-        allow_block_sharing=False,
-    )
-
-    def generate(prompts: list[list[int]], max_new: int) -> Answers:
-        start = time.perf_counter()
-        found = model.generate_batch(  # its thread must not be in inference mode
-            prompts,
-            generation_config=greedy(max_new),
-            record_timestamps=True,
-            continuous_batching_config=settings,
-        )
-        done = list(found.values())
-        firsts = [each.timestamps[0] for each in done if each.timestamps]
-        first = max(firsts) - start if len(firsts) == len(prompts) else None
-        return Answers([list(each.generated_tokens) for each in done], first)
-
-    return generate
-
-
 def load(job: dict[str, Any]) -> Engine:
     model = load_model(job)
-    if job["options"].get("mode") == "continuous":
-        return Engine(continuous(model, job), ["transformers", "torch"])
-    return Engine(lambda prompts, new: run_generate(model, prompts, new), ["transformers", "torch"])
+    notes = {"weight_bytes": sum(each.nbytes for each in model.parameters())}
+    packages = ["transformers", "torch"]
+    return Engine(lambda prompts, new: run_generate(model, prompts, new), packages, notes)
 
 
 if __name__ == "__main__":

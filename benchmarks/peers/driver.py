@@ -4,6 +4,8 @@ Standard library only: it runs in each peer's own environment.  A job::
 
     {"model": folder, "work": folder for converted weights, "prompts": [[ids]], "max_new": 64,
      "threads": 2, "dtype": "bfloat16", "repeats": 2, "enough_seconds": 60, "options": {}}
+
+A job with ``"convert_only": true`` makes the converted weights and measures nothing.
 """
 
 from __future__ import annotations
@@ -40,9 +42,21 @@ class Engine:
     notes: dict[str, Any] = field(default_factory=dict)
 
 
-def drive(load: Callable[[dict[str, Any]], Engine]) -> None:
-    """Time the engine that ``load`` makes of a job."""
-    reply(lambda job: timed(load, job))
+def drive(
+    load: Callable[[dict[str, Any]], Engine],
+    convert: Callable[[dict[str, Any]], Any] | None = None,
+) -> None:
+    """Time the engine that ``load`` makes of a job.  ``convert`` makes its weights, once."""
+
+    def answer(job: dict[str, Any]) -> dict[str, Any]:
+        if not job.get("convert_only"):
+            return timed(load, job)
+        start = time.perf_counter()
+        if convert is not None:
+            convert(job)
+        return {"seconds": time.perf_counter() - start}
+
+    reply(answer)
 
 
 def reply(answer: Callable[[dict[str, Any]], dict[str, Any]]) -> None:

@@ -69,13 +69,22 @@ def is_whole(entry: dict[str, Any], picture: Path) -> bool:
 
 def test_shapes_are_those_of_the_models() -> None:
     counts = {}
-    for name in ("llama2-7b", "llama2-13b", "llama3-8b", "bench-200m"):
+    for name in (
+        "llama2-7b",
+        "llama2-13b",
+        "llama3-8b",
+        "llama3.2-1b",
+        "qwen2.5-0.5b",
+        "bench-200m",
+    ):
         with torch.device("meta"):
             model = shapes.AutoModelForCausalLM.from_config(shape_config(name))
         counts[name] = sum(each.numel() for each in model.parameters())
     assert counts["llama2-7b"] == 6_738_415_616
     assert counts["llama2-13b"] == 13_015_864_320
     assert counts["llama3-8b"] == 8_030_261_248
+    assert counts["llama3.2-1b"] == 1_235_814_400
+    assert counts["qwen2.5-0.5b"] == 494_032_768
     assert 200e6 < counts["bench-200m"] < 210e6
     with pytest.raises(ValueError, match="did you mean 'llama2-7b'"):
         shape_config("llama2-7")
@@ -93,6 +102,9 @@ def test_random_weights_are_seeded_and_run(tmp_path: Path) -> None:
     weights = torch.cat([each.detach().flatten() for each in model.parameters() if each.ndim == 2])
     assert abs(float(weights.std()) - shapes.STD) < 1e-3 and abs(float(weights.mean())) < 1e-3
     assert make_model("small", num_hidden_layers=1).dtype == torch.bfloat16
+    tied = make_model("small", model_type="qwen2", tie_word_embeddings=True)
+    assert tied.lm_head.weight is tied.model.embed_tokens.weight
+    assert not tied.model.layers[0].self_attn.q_proj.bias.any()
 
     llm = LLM(str(save_model(model, tmp_path / "model")), policy="full", kv_memory="1MiB")
     assert llm.tokenizer("w9 w11 <eos> nothing")["input_ids"] == [9, 11, 2, 3]

@@ -1,7 +1,7 @@
 """Generate ``docs/numbers.md`` from the committed results: ``python -m pyramidinfer.lab.numbers``.
 
-This also writes ``docs/methods.md`` and the tables of ``docs/scaling.md`` and ``docs/serving.md``,
-and draws the curves of ``docs/choosing.md``.
+This also writes ``docs/methods.md``, the tables of ``docs/scaling.md`` and ``docs/serving.md``, and
+the comparison with other engines in the README, and draws the curves of ``docs/choosing.md``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pyramidinfer.lab import (
     numbers_real,
     numbers_serving,
 )
-from pyramidinfer.lab.bench import offload_page, prefix_page, replicas_page, scale_page
+from pyramidinfer.lab.bench import offload_page, peers_page, prefix_page, replicas_page, scale_page
 from pyramidinfer.lab.choosing import draw_choosing
 from pyramidinfer.lab.numbers_layers import icr, rac
 from pyramidinfer.lab.numbers_studies import (
@@ -46,7 +46,7 @@ def render(results: dict[str, dict[str, Any]]) -> str:
         "The policy `pyramid` has changed: it now gives every KV head its own budget by the head "
         "profile. Older results use its former rule: one budget for all heads of a layer, filled "
         "with single tokens, and a start layer found per prompt. These are the needle trials and "
-        "all results on speed and serving, except SmolLM2 with eight requests at once.\n",
+        f"all results on speed and serving, except {_newer(results)}.\n",
         *numbers_real.lead(results),
         *numbers_default.default_section(results),
     ]
@@ -63,6 +63,15 @@ def render(results: dict[str, dict[str, Any]]) -> str:
     ]
     parts += [section(results[name]) for name, section in SECTIONS.items() if name in results]
     return "\n".join(parts)
+
+
+def _newer(results: dict[str, dict[str, Any]]) -> str:
+    """Words for results on speed that were measured again with the present rule."""
+    peers = results.get("peers")
+    eight = "SmolLM2 with eight requests at once"
+    if peers is None or "note" in peers["result"]:
+        return eight
+    return f"{eight} and the comparison with other engines"
 
 
 def _model(entry: dict[str, Any]) -> str:
@@ -182,6 +191,11 @@ def main() -> None:
         serving = prefix_page.render_prefix(serving, results["prefix"])
         prefix_page.PAGE.write_text(serving, encoding="utf-8")
     pages += draw_choosing(results, IMAGES)
+    if "peers" in results:
+        readme = peers_page.PAGE.read_text(encoding="utf-8")
+        readme = peers_page.render_speed(readme, results["peers"], results.get("weights_smollm2"))
+        peers_page.PAGE.write_text(readme, encoding="utf-8")
+        pages.append(peers_page.PAGE)
     print("wrote", ", ".join(map(str, pages)))
 
 

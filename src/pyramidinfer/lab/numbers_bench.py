@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from pyramidinfer.lab.bench.peers_table import HEAD, peers_reasons, peers_rows
+from pyramidinfer.lab.bench.peers_page import PEER_SHAPES, peers
 from pyramidinfer.lab.bench.setting import DEFAULT_SHAPE
 from pyramidinfer.lab.numbers_studies import command_block, origin, percent, table
 
@@ -313,42 +313,6 @@ def lossless_rows(result: Result) -> list[list[str]]:
     ]
 
 
-def peers(entry: Result) -> str:
-    c, result = entry["configuration"], entry["result"]
-    loads = "; ".join(
-        f"{name}: {w['requests']} requests of {w['prompt_len']:,} + {w['new']} tokens"
-        for name, w in c["workloads"].items()
-    )
-    versions = {
-        " with ".join(f"{name} {n}" for name, n in row["versions"].items() if name != "torch")
-        for row in result["rows"]
-        if row["status"] == "ok" and not row["is_ours"]
-    }
-    shown = "; ".join(sorted(versions, key=str.lower))
-    notes = {row["engine"]: row["note"] for row in result["rows"] if row["note"]}
-    lines = [
-        "## Other engines\n",
-        origin(entry),
-        f"On random weights in the shape of `{c['shape']}`, {c['threads']} threads, greedy, end of "
-        f"sequence ignored, the same prompts; one engine after the other in the run of "
-        f"{result['run']}, each in its own process. {loads}. Dtype bfloat16 unless the name "
-        f"or the engine says otherwise (llama.cpp: float16). {shown}.\n",
-        "```bash\nmake bench-peers\n```\n",
-        "**How to read it.** "
-        "Ratios compare output tokens/s within one run. Prefill ends when the last request has its "
-        "first token; a step is the remaining time divided by the number of tokens after the "
-        "first. `KV`, for our engine only, is the cache's bytes after prefill divided by those of "
-        "a full cache. `memory` is the peak of the process. `same tokens` is the share equal to "
-        "transformers' tokens in bfloat16 (with random weights, rounding is enough to make outputs "
-        "diverge).\n",
-        *table(HEAD, peers_rows(result)),
-    ]
-    lines += [f"\n{reason}" for reason in peers_reasons(result)]
-    if notes:
-        lines.append("\n" + "; ".join(f"{name}: {note}" for name, note in notes.items()) + ".")
-    return "\n".join([*lines, "\n![other engines](images/peers.png)\n"])
-
-
 WEIGHTS = ["weights", "MB", "perplexity", "over 16 bits", "KL, nats"]
 
 
@@ -409,4 +373,5 @@ SECTIONS: dict[str, Callable[[Result], str]] = {
     "lossless_simulated": lossless,
     "lossless_full_heads": lossless,
     "peers": peers,
+    **{f"peers_{shape}": partial(peers, picture=f"peers_{shape}") for shape in PEER_SHAPES},
 }

@@ -13,8 +13,8 @@ from pyramidinfer.config import nearest, parse_device, parse_dtype
 
 __all__ = ["SHAPES", "empty_shape", "make_model", "save_model", "shape_config"]
 
-#: Llama configs (the toys are for trial runs of a bench).  ``max_position_embeddings`` is raised:
-#: random weights have no trained length.
+#: Configs, of the Llama family unless ``model_type`` names another (the toys are for trial runs of
+#: a bench).  ``max_position_embeddings`` is raised: random weights have no trained length.
 SHAPES: dict[str, dict[str, Any]] = {
     "llama2-7b": {
         "hidden_size": 4096,
@@ -58,6 +58,27 @@ SHAPES: dict[str, dict[str, Any]] = {
         "intermediate_size": 1536,
         "vocab_size": 49152,
     },
+    "qwen2.5-0.5b": {
+        "model_type": "qwen2",
+        "hidden_size": 896,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "intermediate_size": 4864,
+        "vocab_size": 151936,
+        "rope_theta": 1_000_000.0,
+        "tie_word_embeddings": True,
+    },
+    "llama3.2-1b": {
+        "hidden_size": 2048,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "intermediate_size": 8192,
+        "vocab_size": 128256,
+        "rope_theta": 500_000.0,
+        "tie_word_embeddings": True,
+    },
     "bench-200m": {
         "hidden_size": 1024,
         "num_hidden_layers": 16,
@@ -91,7 +112,7 @@ TABLE = 16_777_213
 
 
 def shape_config(shape: str, **changes: Any) -> Any:
-    """The Llama config of a shape; ``ValueError`` with the nearest name for an unknown one."""
+    """The config of a shape; ``ValueError`` with the nearest name for an unknown one."""
     if shape not in SHAPES:
         raise ValueError(f"--shape {shape!r} is unknown; {nearest(shape, SHAPES)}")
     usual = {
@@ -101,7 +122,7 @@ def shape_config(shape: str, **changes: Any) -> Any:
         "bos_token_id": 1,
         "eos_token_id": 2,
     }
-    return AutoConfig.for_model("llama", **{**usual, **SHAPES[shape], **changes})
+    return AutoConfig.for_model(**{"model_type": "llama", **usual, **SHAPES[shape], **changes})
 
 
 def empty_shape(shape: str, dtype: str | torch.dtype = "bfloat16", **changes: Any) -> Any:
@@ -126,6 +147,7 @@ def make_model(
     place, kind = parse_device(device), parse_dtype(dtype, torch.bfloat16)
     model = empty_shape(shape, kind, **changes).to_empty(device=place)
     config = model.config
+    model.tie_weights()
     model.model.rotary_emb = type(model.model.rotary_emb)(config).to(place)
     _fill(model, seed)
     model.config._name_or_path = shape
@@ -134,15 +156,15 @@ def make_model(
 
 @torch.no_grad()
 def _fill(model: nn.Module, seed: int) -> None:
-    """Fill matrices with small normal values, norms with ones."""
+    """Fill matrices with small normal values, norms with ones, biases with zeros."""
     size = min(TABLE, max(each.numel() for each in model.parameters()) + 1)
     table = torch.empty(size).normal_(0.0, STD, generator=torch.Generator().manual_seed(seed))
     first = next(model.parameters())
     table = table.to(first.dtype).to(first.device)
     at = 0
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         if parameter.ndim < 2:
-            parameter.fill_(1.0)
+            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
             continue
         at = _copy_round(parameter.view(-1), table, at)
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from pyramidinfer.config import check_whole, nearest
 from pyramidinfer.lab.bench.engines import Engine
-from pyramidinfer.lab.bench.peers import ask_driver
+from pyramidinfer.lab.bench.peers_drive import ask_driver
 from pyramidinfer.lab.record import write_result
 from pyramidinfer.lab.samples import SHIPPED, Subject
 from pyramidinfer.models.catalog import find_model

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -166,32 +165,60 @@ def draw_kernels(configuration: Result, result: Result, path: Path) -> Path:
 
 
 def draw_peers(configuration: Result, result: Result, path: Path) -> Path:
-    """Output tokens/s of every engine on every workload; engines that did not run are named."""
-    rows, run = result["rows"], result["run"]
-    workloads = list(configuration["workloads"])
-    engines = list(dict.fromkeys(row["engine"] for row in rows))[::-1]
-    figure = Figure(figsize=(6.2 * len(workloads), 0.42 * len(engines) + 1.6), layout="constrained")
-    axes = figure.subplots(1, len(workloads), squeeze=False)[0]
-    for axis, name in zip(axes, workloads, strict=True):
+    """Output tokens/s, a column for each workload; engines of the same bits stand together, and
+    those that did not run are named."""
+    rows, workloads = result["rows"], configuration["workloads"]
+    engines = {row["engine"]: f"{row['weights']}/{row['cache']}" for row in rows}
+    order = [
+        name
+        for bits in dict.fromkeys(engines.values())
+        for name in engines
+        if engines[name] == bits
+    ]
+    places, heads = _places([engines[name] for name in order])
+    size = (5.2 * len(workloads) + 1.6, 0.27 * places[-1] + 1.2)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(1, len(workloads), squeeze=False, sharey=True)[0]
+    for axis, (name, w) in zip(axes, workloads.items(), strict=True):
         mine = {row["engine"]: row for row in rows if row["workload"] == name}
-        for at, engine in enumerate(engines):
-            row = mine.get(engine)
-            if row is None or row["status"] != "ok" or row["run"] != run:
-                why = "not run" if row is None else row["status"]
-                why = "of another run" if why == "ok" else why
-                axis.text(0, at, f" {why}", va="center", fontsize=8, color=MISSING)
-                continue
-            speed = row["output_tokens_per_second"]
-            axis.barh(at, speed, color=OURS if row["is_ours"] else THEIRS)
-            axis.text(speed, at, f" {speed:.1f}", va="center", fontsize=8)
+        for at, engine in zip(places, order, strict=True):
+            _draw_peer(axis, at, mine.get(engine))
         axis.margins(x=0.15)
-        axis.set_ylim(-0.6, len(engines) - 0.4)
-        axis.set_yticks(np.arange(len(engines)), engines, fontsize=8)
-        w = configuration["workloads"][name]
+        axis.set_ylim(places[-1] + 0.6, -0.9)
         axis.set_title(
             f"{name}: {w['requests']} x {w['prompt_len']} + {w['new']} tokens, output tokens/s",
             loc="left",
             fontsize=10,
         )
         axis.spines[["top", "right"]].set_visible(False)
+    titles = [engine.removesuffix(f" {engines[engine]}") for engine in order]
+    axes[0].set_yticks(places, titles, fontsize=8)
+    for at, bits in heads:
+        weights, cache = bits.split("/")
+        words = f"weights {weights} bits, KV cache {cache} bits"
+        axes[0].text(0, at, f" {words}", va="center", fontsize=8, fontweight="bold")
     return save(figure, path)
+
+
+def _places(bits: list[str]) -> tuple[list[int], list[tuple[int, str]]]:
+    """Where the bars stand, and where the heading of each group does."""
+    places: list[int] = []
+    heads: list[tuple[int, str]] = []
+    at = 0
+    for each in bits:
+        if not heads or heads[-1][1] != each:
+            heads.append((at, each))
+            at += 1
+        places.append(at)
+        at += 1
+    return places, heads
+
+
+def _draw_peer(axis: Any, at: int, row: Result | None) -> None:
+    if row is None or row["status"] != "ok":
+        why = "not measured" if row is None else row["status"]
+        axis.text(0, at, f" {why}", va="center", fontsize=7, color=MISSING if row else THEIRS)
+        return
+    speed = row["output_tokens_per_second"]
+    axis.barh(at, speed, color=OURS if row["is_ours"] else THEIRS)
+    axis.text(speed, at, f" {speed:.1f}", va="center", fontsize=8)
