@@ -124,13 +124,17 @@ class Output:
 
 
 class ResponseReply:
-    """A reply in the format of the Responses API; ``keep``: called with the complete answer.
+    """A reply in the format of the Responses API; ``keep``: called with the complete answer, if it
+    is to be stored.
 
     ``reply``: the reply to the equivalent chat request, with one choice.
     """
 
     def __init__(
-        self, reply: Reply, body: ResponseRequest, keep: Callable[[dict[str, Any]], None]
+        self,
+        reply: Reply,
+        body: ResponseRequest,
+        keep: Callable[[dict[str, Any]], None] = lambda answer: None,
     ) -> None:
         self.reply, self.body, self.keep = reply, body, keep
         self.output = Output()
