@@ -1,4 +1,5 @@
-"""Sections of ``docs/numbers.md`` on the server: load, conversations, guidellm, soak, fuzzing."""
+"""Sections of ``docs/numbers.md`` on the server: load, conversations, guidellm, clients, soak,
+fuzzing."""
 
 from __future__ import annotations
 
@@ -194,6 +195,22 @@ def guidellm(entry: Result) -> str:
     return "\n".join(lines) + "\n"
 
 
+def clients(entry: Result) -> str:
+    rows = [
+        [each["client"], each["version"], name, "yes" if told["passed"] else f"no: {told['said']}"]
+        for each in entry["result"]["clients"]
+        for name, told in each["checks"].items()
+    ]
+    lines = [
+        "## Clients\n",
+        origin(entry),
+        "Agent frameworks, chat front ends and a proxy against `pyramidinfer serve --model smollm2`, "
+        "each as its documentation says, with only the address and the model's name set.\n",
+        "```bash\nmake check-clients\n```\n",
+    ]
+    return "\n".join(lines + table(["client", "version", "what it did", "works"], rows)) + "\n"
+
+
 def soak(entry: Result) -> str:
     c, result = entry["configuration"], entry["result"]
     outcomes, after, memory = result["outcomes"], result["after"], result["memory"]
@@ -264,6 +281,7 @@ SECTIONS: dict[str, Callable[[Result], str]] = {
     "bench_turns": conversations,
     "bench_turns_long": partial(conversations, name="turns_long", title="Long conversations"),
     "guidellm": guidellm,
+    "clients": clients,
     "soak": soak,
     "fuzz": fuzz,
 }

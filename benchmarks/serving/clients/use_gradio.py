@@ -1,0 +1,27 @@
+"""Gradio's chat page (``gr.load_chat``), driven by its own client."""
+
+from __future__ import annotations
+
+import gradio as gr
+from common import GREETING, expect, main
+from gradio_client import Client
+
+
+def page(url: str, model: str) -> str:
+    """Two turns; the page sends the history with the second, and streams both."""
+    chat = gr.load_chat(url, model=model, token="none", file_types=None, api_name="chat")
+    _, local, _ = chat.launch(prevent_thread_lock=True, quiet=True, share=False)
+    try:
+        client = Client(local, verbose=False)
+        job = client.submit(GREETING, api_name="/chat")
+        expect(job.result(timeout=600))
+        parts = len(job.outputs())
+        assert parts > 1, f"{parts} parts"
+        again = client.predict("And once more?", api_name="/chat")
+        return f"{parts} parts; {expect(again)}"
+    finally:
+        chat.close()
+
+
+if __name__ == "__main__":
+    main("gradio", {"chat page": page})
