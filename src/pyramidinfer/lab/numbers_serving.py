@@ -204,7 +204,7 @@ def clients(entry: Result) -> str:
     lines = [
         "## Clients\n",
         origin(entry),
-        "Agent frameworks, chat front ends and a proxy against `pyramidinfer serve --model smollm2`, "
+        "Agent frameworks, chat front ends and a proxy with `pyramidinfer serve --model smollm2`, "
         "each as its documentation says, with only the address and the model's name set.\n",
         "```bash\nmake check-clients\n```\n",
     ]
