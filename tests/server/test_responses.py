@@ -201,6 +201,8 @@ def test_log_probabilities(client: openai.OpenAI) -> None:
             "input",
         ),
         ({"input": [{"role": "user", "content": 5}]}, "input.0.content", "input"),
+        ({"input": [5, "x"]}, "input.0", "input"),
+        ({"input": [{"role": "user", "content": ["x"]}]}, "input.0.content.0", "input"),
         (
             {"input": [{"type": "function_call_output", "call_id": "c", "output": "x"}]},
             "No tool call found for function call output with call_id 'c'",

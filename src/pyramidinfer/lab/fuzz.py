@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import time
 from base64 import b64encode
 from collections import Counter, defaultdict
@@ -63,6 +64,7 @@ class _Tally:
         self.statuses[operation][status] += 1
         if wrong:
             self.failed += 1
+            print(f"{operation}: {wrong}", file=sys.stderr, flush=True)
             if len(self.failures) < SHOWN:
                 self.failures.append(
                     {"operation": operation, "wrong": wrong, "reproduce": reproduce()}
