@@ -15,8 +15,11 @@ bench-serving: $(VENV)/.installed-dev
 
 # An independent load generator, in an environment of its own, against the same server.
 bench-guidellm: .peers/guidellm/.tried $(VENV)/.installed-dev
-	$(BIN)/python $(SERVING)/drive_guidellm.py --environment .peers/guidellm \
+	$(BIN)/pyramidinfer fetch smollm2
+	$(BIN)/python $(SERVING)/drive_guidellm.py --environment .peers/guidellm --model smollm2 \
+		--kv-memory 128MiB --prompt-len 256 --output-len 32 --rates 1,2,4 \
 		--json $(RESULTS)/guidellm.json $(GUIDELLM_OPTIONS)
+	$(MAKE) pages
 
 # Agent frameworks, chat front ends and a proxy, in an environment of their own, against the same server.
 #   make check-clients CLIENTS_OPTIONS="--only llm,litellm"

@@ -148,8 +148,9 @@ def guidellm(entry: Result) -> str:
     lines = [
         "## The same server under guidellm\n",
         origin(entry),
-        f"{result['version'].replace('==', ' ')}, an independent load generator, on the shipped "
-        f"model: {c['prompt_len']:,} prompt tokens, {c['output_len']} generated, Poisson arrivals "
+        f"{result['version'].replace('==', ' ')}, an independent load generator, on "
+        f"{c.get('model') or 'the shipped model'}: {c['prompt_len']:,} prompt tokens, "
+        f"{c['output_len']} generated, Poisson arrivals "
         f"for {c['seconds']:g} seconds at each rate; {c['kv_memory']} of KV memory, keep "
         f"{c['keep']:g}; one server after the other.\n",
         "```bash\nmake bench-guidellm\n```\n",
