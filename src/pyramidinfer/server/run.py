@@ -32,8 +32,8 @@ log = logging.getLogger(__name__)
 HEAD_TIMEOUT = 30.0
 #: Connections that the server accepts at a time.
 BACKLOG = 16
-#: Connections that the operating system queues before the server accepts them.  If more arrive while
-#: the server is busy, the system resets them.
+#: Connections that the operating system queues before the server accepts them.  If more arrive
+#: while the server is busy, the system resets them.
 QUEUE = 1024
 #: File descriptors reserved for connections that are opening or closing, and for other files.
 SPARE = 8 * BACKLOG
