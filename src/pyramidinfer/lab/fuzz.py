@@ -72,7 +72,7 @@ class _Tally:
 
     def _note(self, answer: Any) -> None:
         """Remember a stored response, which later requests continue, read or delete."""
-        if answer.status_code == 200 and answer.content[:14] == b'{"id":"resp_':
+        if answer.status_code == 200 and answer.content.startswith(b'{"id":"resp_'):
             said = answer.json()
             self.stored = said["id"] if said.get("store") else self.stored
 
