@@ -131,7 +131,7 @@ bench-replicas: $(VENV)/.installed-ray
 
 # Send 10,000 generated requests to the server.
 fuzz: $(VENV)/.installed-dev
-	$(BIN)/python -m pyramidinfer.lab.fuzz --cases 10000 --json $(RESULTS)/fuzz.json
+	$(BENCH) fuzz --json $(RESULTS)/fuzz.json
 
 # The paper's workload and longer ones on a GPU, in under ten minutes. TOY=--toy runs a toy version on a CPU.
 TOY ?=

@@ -17,7 +17,8 @@ pip() { "$folder/bin/python" -m pip "$@" >> "$log" 2>&1; }
 
 echo "peer $name: installing into $folder"
 "$python" -m venv "$folder" >> "$log" 2>&1 || fail "no virtual environment from $python"
-if [ "$name" != llamacpp ]; then  # torch comes first, so that nothing pulls in a CUDA build
+if [ "$name" != llamacpp ] && [ "$name" != clients ]; then  # these two need no torch
+    # torch comes first, so that nothing pulls in a CUDA build
     # shellcheck disable=SC2086  # TORCH may carry an --index-url
     pip install -q $torch || fail "$torch cannot be installed"
 fi

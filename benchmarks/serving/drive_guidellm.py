@@ -5,7 +5,7 @@ are its own: this starts the server, once for every policy, runs guidellm in its
 and keeps the key figures of its report.
 
 Its synthetic prompts are cut from English text and come out nearly empty where a tokenizer knows
-few words, as the shipped model's; so prompts of the exact length are written to a file for it.
+few words, as the shipped model's; so prompts of the asked length are written to a file for it.
 """
 
 from __future__ import annotations
@@ -23,40 +23,34 @@ from pathlib import Path
 from typing import Any
 
 from pyramidinfer.lab.bench.serve_plan import ServerSetting
-from pyramidinfer.lab.bench.served import serving
+from pyramidinfer.lab.bench.served import Served, serving
 from pyramidinfer.lab.documents import document
 from pyramidinfer.lab.record import write_result
+from pyramidinfer.models.catalog import find_model
 from pyramidinfer.models.loading import shipped_model
 
 LIMIT = 900  # seconds one run of guidellm may take
 LATENCIES = {"first_token_ms": "time_to_first_token_ms", "inter_token_ms": "inter_token_latency_ms"}
 
 
-def write_prompts(path: Path, given: argparse.Namespace, tokenize: Any) -> None:
-    """A line a request; documents of the generator, which are as long in tokens as asked for."""
+def write_prompts(path: Path, given: argparse.Namespace, server: Served) -> None:
+    """A line a request; documents of the generator, cut to the asked number of tokens."""
     count = math.ceil(1.5 * max(map(float, given.rates.split(","))) * given.seconds) + 20
     lines = []
     for number in range(count):
         text = document(random.Random(f"{given.seed} {number}"), given.prompt_len, 2).text
-        lines.append(
-            {
-                "prompt": text,
-                "prompt_tokens_count": given.prompt_len,
-                "output_tokens_count": given.output_len,
-            }
-        )
-    made = tokenize(lines[0]["prompt"])
-    if made != given.prompt_len:
-        raise ValueError(
-            f"a prompt of {given.prompt_len} words became {made} tokens: this needs "
-            f"the shipped model's tokenizer"
-        )
+        body = {"prompt": text, "add_special_tokens": False}
+        ids = server.post("/tokenize", body).json()["tokens"][: given.prompt_len]
+        cut = server.post("/detokenize", {"tokens": ids}).json()["prompt"]
+        counts = {"prompt_tokens_count": len(ids), "output_tokens_count": given.output_len}
+        lines.append({"prompt": cut, **counts})
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def run_guidellm(given: argparse.Namespace, url: str, work: Path) -> dict[str, Any]:
     """guidellm's own report."""
     report = work / "report.json"
+    model = find_model(given.model) if given.model else shipped_model()
     profile = f"kind=poisson,rate={given.rates.split(',')[0]}"
     command = [
         str(given.environment / "bin" / "guidellm"),
@@ -71,7 +65,7 @@ def run_guidellm(given: argparse.Namespace, url: str, work: Path) -> dict[str, A
         "--constraint",
         f"kind=max_duration,seconds={given.seconds:g}",
         "--tokenizer",
-        f"kind=huggingface_auto,model={shipped_model()}",
+        f"kind=huggingface_auto,model={model}",
         "--data",
         f"kind=json_file,path={work / 'prompts.jsonl'}",
         "--seed",
@@ -138,6 +132,7 @@ def row(policy: str, benchmark: dict[str, Any]) -> dict[str, Any]:
 def measure(given: argparse.Namespace) -> list[dict[str, Any]]:
     """One server after the other; a row for each policy and rate."""
     setting = ServerSetting(
+        model=given.model,
         policies=tuple(given.policies.split(",")),
         keep=given.keep,
         kv_memory=given.kv_memory,
@@ -152,12 +147,7 @@ def measure(given: argparse.Namespace) -> list[dict[str, Any]]:
             tempfile.TemporaryDirectory() as folder,
         ):
             server, work = servers[policy], Path(folder)
-
-            def tokenize(text: str, server: Any = server) -> int:
-                body = {"prompt": text, "add_special_tokens": False}
-                return int(server.post("/tokenize", body).json()["count"])
-
-            write_prompts(work / "prompts.jsonl", given, tokenize)
+            write_prompts(work / "prompts.jsonl", given, server)
             report = run_guidellm(given, server.url, work)
             rows += [row(policy, each) for each in report["benchmarks"]]
     return rows
@@ -167,6 +157,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
     add("--environment", type=Path, default=Path(".peers/guidellm"))
+    add("--model", help="as for `pyramidinfer serve`; default: the shipped model")
     add("--policies", default="full,pyramid")
     add("--keep", type=float, default=0.45)
     add("--kv-memory", default="16MiB")

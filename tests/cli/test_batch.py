@@ -21,7 +21,7 @@ from pyramidinfer.models.loading import shipped_model
 from tests.commands import command, run
 from tests.server.live import until
 
-COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+COMPLETIONS, CHAT, RESPONSES = "/v1/completions", "/v1/chat/completions", "/v1/responses"
 SMALL = ("--kv-memory", "32MiB")
 
 
@@ -102,6 +102,10 @@ def test_a_mixed_file(tmp_path: Path) -> None:
                 compression={"policy": "full"},
             ),
             line("form", CHAT, messages=user, guided_choice=["a"]),
+            line("response", RESPONSES, input="Where is the map ?", max_output_tokens=5),
+            line("stored", RESPONSES, input="x", store=True),
+            line("next", RESPONSES, input="x", previous_response_id="resp_1"),
+            line("effort", RESPONSES, input="x", reasoning={"effort": "low"}),
         ],
     )
     with source.open("a") as file:
@@ -111,11 +115,11 @@ def test_a_mixed_file(tmp_path: Path) -> None:
     assert code == 1 and out == ""
     told = run("batch", "--help")[1]
     assert "Exit code" in told and "some answers are errors" in told
-    assert "10 requests could not be answered; their lines in the answers have the errors" in err
+    assert "13 requests could not be answered; their lines in the answers have the errors" in err
     found = answers(target)
-    assert len(found) == 16
+    assert len(found) == 20
     status = {name: each["response"]["status_code"] for name, each in found.items()}
-    good = {"good", "chat", "many", "é\u2028", "\ud800", "told"}
+    good = {"good", "chat", "many", "é\u2028", "\ud800", "told", "response"}
     assert {name for name, code in status.items() if code == 200} == good
     assert status.pop("model") == 404
     assert {code for name, code in status.items() if name not in good} == {400}
@@ -128,6 +132,9 @@ def test_a_mixed_file(tmp_path: Path) -> None:
     assert len(found["many"]["response"]["body"]["choices"]) == 4
     told = found["told"]["response"]["body"]
     assert told["usage"]["completion_tokens"] == 9
+    response = found["response"]["response"]["body"]
+    assert (response["object"], response["store"]) == ("response", False)
+    assert 0 < response["usage"]["output_tokens"] <= 5
     assert len(told["prompt_logprobs"]) == told["usage"]["prompt_tokens"]
     messages = {
         name: found[name]["response"]["body"]["error"]["message"]
@@ -142,14 +149,17 @@ def test_a_mixed_file(tmp_path: Path) -> None:
         ("stream", "does not stream"),
         ("url", "/v1/embeddings"),
         ("policy", "snapkv"),
+        ("stored", "leave store out"),
+        ("next", "leave previous_response_id out"),
+        ("effort", "reasoning.effort"),
         ("form", "tokenizer cannot write JSON, nor follow any grammar"),
     ):
         assert part in messages[name]
 
     before = target.read_bytes()
     code, _, err = run("batch", str(source), str(target), *SMALL)
-    assert code == 1 and "16 of 16 answers are there already" in err  # as it was
-    assert "10 requests could not be answered" in err
+    assert code == 1 and "20 of 20 answers are there already" in err  # as it was
+    assert "13 requests could not be answered" in err
     assert target.read_bytes() == before
 
 

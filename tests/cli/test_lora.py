@@ -39,6 +39,28 @@ def test_generate_with_an_adapter(folder: str) -> None:
     assert code == 2 and "adapter 'mine' (no/where/at/all)" in told
 
 
+def test_a_chat_changes_its_adapter(folder: str) -> None:
+    words = [
+        "chat",
+        "--max-tokens",
+        "2",
+        "--kv-memory",
+        "32MiB",
+        "--lora-modules",
+        f"mine={folder}",
+    ]
+    lines = "Where ?\n/lora\nWhere ?\n/lora your\n/lora mine\nWho ?\n"
+    ran = CliRunner().invoke(app, [*words, "--lora", "mine"], input=lines)
+    assert ran.exit_code == 0, ran.stderr
+    told = ran.stderr
+    assert told.index("the model alone") < told.index("lora='your' is unknown")
+    assert told.index("lora='your' is unknown") < told.index("adapter mine")
+    reused = [line for line in told.splitlines() if "of them reused" in line]
+    assert len(reused) == 3 and ", 0 of them" in reused[1]  # another adapter's cache is not used
+    ran = CliRunner().invoke(app, [*words, "--lora", "your"], input=lines)
+    assert ran.exit_code == 2 and "lora='your' is unknown" in ran.stderr
+
+
 def test_a_batchs_lines_choose_adapters(folder: str, tmp_path: Path) -> None:
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     names = ["base", "mine", "nobody"]

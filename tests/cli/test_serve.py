@@ -425,11 +425,20 @@ def test_who_reads_slowly_gets_the_whole_answer(stream: bool) -> None:
         assert begun.wait() == 0
 
 
-def test_nobody_is_waited_for_who_asks_nothing() -> None:
-    """Connections that are open and idle do not hold up the end."""
+def test_many_connections_at_once_and_idle_ones() -> None:
+    """A burst of connections waits while the server is busy, and is answered.  Connections that are
+    open and idle do not hold up the end."""
     with server() as (begun, http):
         assert http.get("/health").status_code == 200
-        with socket.create_connection((http.base_url.host, http.base_url.port or 0)):
+        place = (http.base_url.host, http.base_url.port or 0)
+        os.kill(begun.pid, signal.SIGSTOP)  # as busy as can be
+        lines = [socket.create_connection(place, timeout=10) for _ in range(100)]
+        os.kill(begun.pid, signal.SIGCONT)
+        for line in lines:
+            with line:
+                line.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+                assert line.recv(100).startswith(b"HTTP/1.1 200")
+        with socket.create_connection(place):
             os.kill(begun.pid, signal.SIGTERM)
             assert begun.wait() == 0
 

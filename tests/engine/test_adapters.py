@@ -11,6 +11,7 @@ import torch
 from pyramidinfer import LLM, SamplingParams
 from pyramidinfer.engine import Engine
 from pyramidinfer.engine.request import Request
+from pyramidinfer.engine.tracing import trace
 from tests.adapters import adapted, save_adapter
 from tests.engine.build import policy_named
 from tests.engine.serving import finish, start
@@ -37,6 +38,15 @@ def ask(engine: Engine, text: list[int], lora: str | None, owner: str | None = "
     engine.submit(request)
     finish(engine)
     return request
+
+
+def test_a_trace_is_its_adapters(folders: dict[str, str]) -> None:
+    engine = start("full", lora_modules=folders)
+    found = {lora: trace(engine, TEXT, 5, (), lora).token_ids for lora in WHO}
+    assert found == {lora: ask(engine, TEXT, lora, owner=None).output for lora in WHO}
+    with pytest.raises(ValueError, match="lora='third' is unknown"):
+        trace(engine, TEXT, 5, (), "third")
+    engine.check()
 
 
 def test_a_conversations_cache_is_its_adapters(folders: dict[str, str]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from pyramidinfer.lab import soak
@@ -81,17 +83,29 @@ def test_what_is_wrong_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "lacks pyramidinfer:pool_pages_in_use" in soak._after(lacking)[1][0]  # type: ignore[arg-type]
 
 
+def _is_shared(body: dict[str, Any]) -> bool:
+    """Whether a chat has a system prompt that others have too."""
+    return "messages" in body and body["messages"][0]["role"] == "system"
+
+
 def test_clients_wish_for_all_kinds_of_things() -> None:
-    visitors = [Visitor(MODEL, seed=0, number=number) for number in range(20)]
+    adapters = ["adapter-0", "adapter-1"]
+    visitors = [Visitor(MODEL, 0, number, adapters) for number in range(20)]
     wishes = []
     for _ in range(20):
         for visitor in visitors:
             wishes.append(visitor.wish())
             visitor.heard(wishes[-1], answered(text="in room 472 .", id="resp_1"))
     bodies = [wish.body for wish in wishes]
-    for option in ("stop", "n", "logprobs", "seed", "ignore_eos", "compression", "tools"):
+    for option in ("stop", "n", "logprobs", "seed", "ignore_eos", "compression", "tools", "model"):
         assert 0 < sum(option in body for body in bodies) < len(bodies), option
-    assert {"full", "pyramid"} == {b["compression"]["policy"] for b in bodies if "compression" in b}
+    chosen = [body["compression"] for body in bodies if "compression" in body]
+    assert {"full", "pyramid", None} == {each.get("policy") for each in chosen}
+    assert {body["model"] for body in bodies if "model" in body} == set(adapters)
+    assert any("cache_salt" in body for body in bodies)
+    manuals = [b["messages"][0]["content"] for b in bodies if _is_shared(b)]
+    assert 1 < len(set(manuals)) < len(manuals)
+    assert any("prefix" in each for each in chosen)
     assert {wish.path for wish in wishes} == {"/v1/completions", "/v1/chat/completions", RESPONSES}
     further = [body for body in bodies if "previous_response_id" in body]
     assert further and any("tools" in body for body in further)
@@ -103,7 +117,7 @@ def test_clients_wish_for_all_kinds_of_things() -> None:
         pass
     refused.heard(wish, Record(status=429))
     assert refused.talk == wish.body["messages"][:-1]
-    longer = [body for body in bodies if len(body.get("messages", ())) > 2]
-    assert longer and all(each["messages"][1]["role"] == "assistant" for each in longer)
-    again = Visitor(MODEL, seed=0, number=0)
+    longer = [body["messages"] for body in bodies if len(body.get("messages", ())) > 2]
+    assert longer and all(each[-2]["role"] == "assistant" for each in longer)
+    again = Visitor(MODEL, 0, 0, adapters)
     assert again.wish() == wishes[0] != Visitor(MODEL, seed=1, number=0).wish()

@@ -290,9 +290,17 @@ def test_a_reused_cache_that_fails_is_done_without(
             raise ArithmeticError("once")
         return forward(pool, batch)
 
+    make, protected = engine.make, []
+
+    def made(*values: Any, **options: Any) -> Any:
+        protected.append(options.get("protect"))
+        return make(*values, **{"protect": ((0, 3),), **options})
+
     monkeypatch.setattr(engine.runner, "forward", failing)
+    monkeypatch.setattr(engine, "make", made)
     answer = tiny.complete([*text, 9], max_tokens=8, **body)
     assert failed == [1] and answer.json()["choices"] == wanted
+    assert protected == [None, ((0, 3),)]
 
 
 def test_a_reused_cache_that_fails_later_does_not_begin_again(

@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 import openai
 import pytest
-from pydantic import BaseModel
+from openai.types.responses import Response, ResponseStreamEvent
+from pydantic import BaseModel, TypeAdapter
 
 from pyramidinfer.server.response_store import ResponseStore, Stored
 from tests.server.live import Live, serving, tiny_llm
@@ -201,6 +202,8 @@ def test_log_probabilities(client: openai.OpenAI) -> None:
             "input",
         ),
         ({"input": [{"role": "user", "content": 5}]}, "input.0.content", "input"),
+        ({"input": [5, "x"]}, "input.0", "input"),
+        ({"input": [{"role": "user", "content": ["x"]}]}, "input.0.content.0", "input"),
         (
             {"input": [{"type": "function_call_output", "call_id": "c", "output": "x"}]},
             "No tool call found for function call output with call_id 'c'",
@@ -312,6 +315,33 @@ def test_an_agents_loop(keyed: Live, tools: openai.OpenAI) -> None:
     assert final.usage.input_tokens_details.cached_tokens == answer.usage.total_tokens - 1
     with pytest.raises(openai.BadRequestError, match=f"No tool output found.*{call.call_id}"):
         tools.responses.create(model="tiny", input="Hi", previous_response_id=answer.id)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"metadata": {"a": "b"}, "prompt_cache_key": "c", "safety_identifier": "s"},
+        {"tools": [LOOK], "tool_choice": "required", "max_output_tokens": 40},
+        {"include": ["message.output_text.logprobs"], "top_logprobs": 2, "store": False},
+    ],
+    ids=["text", "calls", "logprobs"],
+)
+def test_answers_and_events_have_every_required_field(keyed: Live, more: dict[str, Any]) -> None:
+    """OpenAI's client checks nothing, but other clients do."""
+    head = {"Authorization": "Bearer a"}
+    body = {"input": "Hi", "max_output_tokens": 4, **more}
+    whole = keyed.http.post("/v1/responses", json=body, headers=head).json()
+    assert Response.model_validate(whole).id == whole["id"]
+    for name in ("metadata", "prompt_cache_key", "safety_identifier", "store"):
+        assert whole[name] == more.get(name, whole[name])
+    details = whole["usage"]["input_tokens_details"]
+    assert sum(details.values()) == whole["usage"]["input_tokens"]
+    alone = {**body, "stream": True, "compression": {"reuse": False}}
+    text = keyed.http.post("/v1/responses", json=alone, headers=head).text
+    events = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: ")]
+    told = [TypeAdapter(ResponseStreamEvent).validate_python(each) for each in events]
+    assert [each.sequence_number for each in told] == list(range(len(told)))
+    assert events[-1]["response"]["usage"]["input_tokens_details"]["cache_write_tokens"] == 0
 
 
 def test_keys_do_not_share_answers(keyed: Live, tools: openai.OpenAI) -> None:

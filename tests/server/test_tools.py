@@ -12,7 +12,7 @@ import pytest
 from pyramidinfer.engine.chat_template import ChatTemplate
 from pyramidinfer.engine.grammar import Grammars
 from pyramidinfer.server.tool_calls import ToolReader
-from pyramidinfer.server.tool_formats import FORMATS, HERMES, ToolPrompt, grammar_of
+from pyramidinfer.server.tool_formats import FORMATS, HERMES, MOST_CALLS, ToolPrompt, grammar_of
 from pyramidinfer.types import StructuredOutputsParams
 from tests.server.live import Live, byte_tokenizer, serving, tiny_llm
 
@@ -171,6 +171,8 @@ def test_only_calls_of_these_functions_fit(format: Any, marked: bool) -> None:
     assert fits(must, tokenizer, format.write(one)) and not fits(must, tokenizer, "Hi")
     assert not fits(must, tokenizer, format.write(two))
     assert fits(several, tokenizer, format.write(two))
+    assert fits(several, tokenizer, format.write(one * MOST_CALLS))
+    assert not fits(several, tokenizer, format.write(one * (MOST_CALLS + 1)))
     for wrong in (
         [("look", GOOD.replace("5", "6"))],
         [("look", GOOD.replace("true", "true, " + '"more": 1'))],

@@ -26,7 +26,7 @@ from pyramidinfer.lab.bench.plans import (
     ThroughputPlan,
     WeightsPlan,
 )
-from pyramidinfer.lab.bench.serve_plan import ServePlan, SoakPlan, TurnsPlan
+from pyramidinfer.lab.bench.serve_plan import FuzzPlan, ServePlan, SoakPlan, TurnsPlan
 
 __all__ = ["bench"]
 
@@ -228,7 +228,7 @@ def turns(
 
 
 @command(bench)
-def soak(plan: SoakPlan, json: Json = Path("out/soak.json")) -> None:
+def soak(plan: SoakPlan, json: JsonOnly = Path("out/soak.json")) -> None:
     """A server under many clients for minutes; exit code 1 if anything was wrong."""
     from pyramidinfer.lab.soak import report, run_soak
 
@@ -236,3 +236,13 @@ def soak(plan: SoakPlan, json: Json = Path("out/soak.json")) -> None:
     report(result)
     print(json)
     raise typer.Exit(bool(result["breaches"]))
+
+
+@command(bench)
+def fuzz(plan: FuzzPlan, json: JsonOnly = Path("out/fuzz.json")) -> None:
+    """Generated requests, valid and invalid, to a server; exit code 1 if anything was wrong."""
+    from pyramidinfer.lab.fuzz import report, run_fuzz
+
+    passed = report(run_fuzz(plan, _target(json)))
+    print(json)
+    raise typer.Exit(not passed)

@@ -29,6 +29,7 @@ HELP = """/reset        begin a new conversation
 /system TEXT  begin one with this system prompt
 /keep SHARE   change the budget of the policy
 /policy NAME  change the policy
+/lora NAME    answer with this adapter of --lora-modules; without a name, with the model alone
 /exit         leave (also Ctrl-D); Ctrl-C stops an answer, arrow keys recall your input"""
 
 
@@ -36,8 +37,12 @@ def run_chat(
     choice: ModelChoice,
     system: str | None,
     sampling: SamplingOptions,
+    lora: str | None = None,
 ) -> None:
-    """Read a line, answer it, until the input ends."""
+    """Read a line, answer it, until the input ends.
+
+    lora : the name of the adapter to begin with.
+    """
     asked, source = sampling.asked, sampling.generation_config
     check_asked(asked, source)
     llm = load(choice)
@@ -45,6 +50,8 @@ def run_chat(
         raise ValueError(f"model {llm.name!r} has no chat template; use `pyramidinfer generate`")
     chosen = {"max_tokens": MAX_TOKENS, **defaults_of(llm, source), **asked}
     chat = _Chat(llm, SamplingParams(**chosen), system, sampling.chat_template_kwargs or {})
+    if lora is not None:
+        chat.use_adapter(lora)
     chat.note(f"{Path(llm.name).name}: /help lists the commands, Ctrl-D leaves")
     with history():
         while _turn(chat):
@@ -93,6 +100,7 @@ class _Chat:
         self.console = Console(stderr=True, highlight=False)
         self.lossless = llm.policy.guesses
         self.keep: float | None = getattr(self._chosen, "keep", None)  # of the last answer
+        self.lora: str | None = None
         self.turns: list[Message] = []
         self.reset(system)
 
@@ -120,8 +128,16 @@ class _Chat:
         elif word == "/policy":
             keep = None if rest == "full" and not self.lossless else self.keep
             self._use(choose_policy(rest, keep, self.lossless))
+        elif word == "/lora":
+            self.use_adapter(rest or None)
+            self.note(f"adapter {rest}" if rest else "the model alone")
         else:
             raise ValueError(f"unknown command {word!r}; /help lists them")
+
+    def use_adapter(self, name: str | None) -> None:
+        """Answer with this adapter from now on; ``ValueError`` if there is none of this name."""
+        self.llm.engine.adapter(name)
+        self.lora = name
 
     @property
     def _chosen(self) -> Policy:
@@ -142,7 +158,7 @@ class _Chat:
         engine = self.llm.engine
         turns = [*self.turns, Message(role="user", content=line)]
         tokens = self.prompts.chat(turns)
-        request = engine.make(tokens, self.params, policy=self.policy, owner="chat")
+        request = engine.make(tokens, self.params, policy=self.policy, owner="chat", lora=self.lora)
         begun = time.monotonic()
         text = self._follow(request)
         self.turns = [*turns, Message(role="assistant", content=text.strip())]

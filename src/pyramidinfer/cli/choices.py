@@ -171,6 +171,12 @@ class SamplingOptions:
         return {name: value for name, value in given.items() if value is not None}
 
 
+Lora = Annotated[
+    str | None,
+    Option("Name of an adapter of --lora-modules to answer with.", unset="the model alone"),
+]
+
+
 @dataclass(frozen=True, kw_only=True)
 class PromptOptions:
     """The prompt of ``generate``, and the form of its answer."""
@@ -178,10 +184,7 @@ class PromptOptions:
     prompt: Annotated[str | None, Option("The prompt.")] = None
     prompt_file: Annotated[Path | None, Option("File with the prompt; - is standard input.")] = None
     chat: Annotated[bool, Option("Apply the model's chat template.")] = False
-    lora: Annotated[
-        str | None,
-        Option("Name of an adapter of --lora-modules to answer with.", unset="the model alone"),
-    ] = None
+    lora: Lora = None
     as_json: AsJson = False
 
 

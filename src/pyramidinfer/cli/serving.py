@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from pyramidinfer.cli.choices import ModelOptions, PromptOptions, SamplingOptions
+from pyramidinfer.cli.choices import Lora, ModelOptions, PromptOptions, SamplingOptions
 from pyramidinfer.cli.common import check_drafts
 from pyramidinfer.cli.config_file import read_config
 from pyramidinfer.cli.fields import command
@@ -110,6 +110,7 @@ class ChatOptions:
     """Options that a chat begins with."""
 
     system: Annotated[str | None, Option("System prompt.")] = None
+    lora: Lora = None
 
 
 def add_serving(app: typer.Typer) -> None:
@@ -140,7 +141,7 @@ def serve(
 
 def chat(
     model: ModelOptions,
-    engine: Annotated[EngineConfig, pick(*ALONE, without=("lora_modules",), reuse_share=1.0)],
+    engine: Annotated[EngineConfig, pick(*ALONE, reuse_share=1.0)],
     sampling: SamplingOptions,
     options: ChatOptions,
 ) -> None:
@@ -149,7 +150,7 @@ def chat(
     from pyramidinfer.cli.serve import ModelChoice
 
     check_drafts(engine.draft_tokens, model.lossless)
-    run_chat(ModelChoice.of(model, engine), options.system, sampling)
+    run_chat(ModelChoice.of(model, engine), options.system, sampling, options.lora)
 
 
 def batch(

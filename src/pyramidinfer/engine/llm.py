@@ -368,12 +368,20 @@ class LLM:
             torch.cat(scoring.logits) if scoring.keep_logits else None,
         )
 
-    def trace(self, prompt: Prompt, max_tokens: int = 0, *, protect: Spans = ()) -> Trace:
+    def trace(
+        self,
+        prompt: Prompt,
+        max_tokens: int = 0,
+        *,
+        protect: Spans = (),
+        lora: str | None = None,
+    ) -> Trace:
         """Which tokens each layer keeps, for pictures and tests (greedy, ignores end tokens).
 
         max_tokens : the number of tokens to generate after prefill.
+        protect, lora : as in ``generate``.
         """
-        return trace(self.engine, self.encode(prompt), max_tokens, protect)
+        return trace(self.engine, self.encode(prompt), max_tokens, protect, lora)
 
     def encode(self, prompt: Prompt, special: bool = True) -> TokenIds:
         """Token ids of a prompt; a text gets the tokenizer's special tokens if ``special``."""

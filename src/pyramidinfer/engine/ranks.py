@@ -403,8 +403,10 @@ class Follower(Split):
             raise RanksError(f"this rank is out of step: {_mark(self)}, not {mark}")
         self.step()
 
-    def _obey_trace(self, prompt: TokenIds, max_tokens: int, protect: Spans) -> None:
-        trace(self, prompt, max_tokens, protect)
+    def _obey_trace(
+        self, prompt: TokenIds, max_tokens: int, protect: Spans, lora: str | None
+    ) -> None:
+        trace(self, prompt, max_tokens, protect, lora)
 
     def _request(self, told: Told) -> Request:
         request = Request(

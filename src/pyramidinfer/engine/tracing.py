@@ -16,20 +16,28 @@ __all__ = ["trace"]
 
 
 def trace(
-    engine: Engine, prompt: TokenIds, max_tokens: int, protect: Items[tuple[int, int]]
+    engine: Engine,
+    prompt: TokenIds,
+    max_tokens: int,
+    protect: Items[tuple[int, int]],
+    lora: str | None = None,
 ) -> Trace:
     """See :meth:`pyramidinfer.LLM.trace`.  Every generated token is fed, including the last."""
     if type(max_tokens) is not int or max_tokens < 0:
         raise ValueError(f"max_tokens={max_tokens!r} must be a whole number of at least 0")
-    with engine.together("trace", prompt, max_tokens, protect):
-        return _traced(engine, prompt, max_tokens, protect)
+    with engine.together("trace", prompt, max_tokens, protect, lora):
+        return _traced(engine, prompt, max_tokens, protect, lora)
 
 
 def _traced(
-    engine: Engine, prompt: TokenIds, max_tokens: int, protect: Items[tuple[int, int]]
+    engine: Engine,
+    prompt: TokenIds,
+    max_tokens: int,
+    protect: Items[tuple[int, int]],
+    lora: str | None,
 ) -> Trace:
     params = SamplingParams(max_tokens=max_tokens + 1, ignore_eos=True)
-    request = engine.make(prompt, params, protect=protect)
+    request = engine.make(prompt, params, protect=protect, lora=lora)
     if request.max_new < max_tokens:
         raise ValueError(
             f"{len(prompt)} prompt tokens and {max_tokens} generated ones exceed the model's "

@@ -442,7 +442,12 @@ class AsyncEngine:
                 if (old.reused or old.prefix) and not told:
                     lora = None if old.adapter is None else old.adapter.name
                     each.request = self.engine.make(
-                        old.prompt, old.params, policy=old.policy, lora=lora, prefix=old.prefix
+                        old.prompt,
+                        old.params,
+                        policy=old.policy,
+                        protect=old.protect,
+                        lora=lora,
+                        prefix=old.prefix,
                     )
                     each.request.times.arrived = old.times.arrived
                     stream.again = True

@@ -1,4 +1,4 @@
-"""Send generated requests, valid and invalid, to a server: ``python -m pyramidinfer.lab.fuzz``.
+"""Send generated requests, valid and invalid, to a server: ``pyramidinfer bench fuzz``.
 
 Schemathesis reads the server's own OpenAPI document and generates bodies that follow it and bodies
 that do not.  In addition, bodies with known field names and random values are sent, and bodies with
@@ -8,7 +8,6 @@ OpenAI's format.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import sys
@@ -16,140 +15,36 @@ import time
 from base64 import b64encode
 from collections import Counter, defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+from pyramidinfer.lab.bench.adapters import adapter_words
+from pyramidinfer.lab.bench.serve_plan import FuzzPlan
 from pyramidinfer.lab.bench.served import Served
+from pyramidinfer.lab.fuzz_bodies import BODIES, tame
 from pyramidinfer.lab.record import write_result
 
-__all__ = ["LIMITS", "fuzz", "main"]
+__all__ = ["fuzz", "report", "run_fuzz"]
 
-#: Low limits, so that ten thousand answers take only minutes.
-LIMITS: dict[str, Any] = {
-    "max_tokens_limit": 4,
-    "default_max_tokens": 2,
-    "max_prompt_tokens": 200,
-    "max_n": 3,
-    "max_body_bytes": 64 * 1024,
-    "request_timeout": 20.0,
-}
-WORDS = [
-    "--port",
-    "0",
-    "--kv-memory",
-    "16MiB",
-    "--max-tokens-limit",
-    "4",
-    "--default-max-tokens",
-    "2",
-    "--max-prompt-tokens",
-    "200",
-    "--max-n",
-    "3",
-    "--max-body",
-    "64KiB",
-    "--request-timeout",
-    "20",
-]
 SHOWN = 20  # failures that a result reports in full
 BARE = 5  # cases for an operation without arguments
 RAW = 0.2  # share of cases with known names and random values, or with changed bytes
 ROUND = 250  # cases that are drawn at once
 
-BODIES: dict[str, list[dict[str, Any]]] = {
-    "/v1/completions": [
-        {"prompt": "The storm", "max_tokens": 3, "temperature": 0.5, "top_p": 0.9, "n": 2},
-        {"prompt": [[5, 6], [7]], "echo": True, "logprobs": 2, "compression": {"policy": "full"}},
-        {"prompt": "x", "stream": True, "stream_options": {"include_kv": True}, "stop": ["a"]},
-        {
-            "prompt": "x",
-            "logit_bias": {"5": 3},
-            "seed": 1,
-            "min_p": 0.1,
-            "top_k": 3,
-            "repetition_penalty": 1.5,
-            "presence_penalty": 1,
-            "frequency_penalty": -1,
-            "stop_token_ids": [7],
-            "ignore_eos": True,
-            "return_token_ids": True,
-        },
-    ],
-    "/v1/chat/completions": [
-        {"messages": [{"role": "user", "content": "x"}], "max_completion_tokens": 2, "n": 2},
-        {
-            "messages": [{"role": "system", "content": [{"type": "text", "text": "x"}]}],
-            "logprobs": True,
-            "top_logprobs": 3,
-            "compression": {"keep": 0.5, "reuse": False},
-        },
-        {
-            "messages": [{"role": "user", "content": "x"}],
-            "response_format": {
-                "type": "json_schema",
-                "json_schema": {"name": "x", "schema": {"type": "object"}},
-            },
-        },
-        {
-            "messages": [
-                {"role": "user", "content": "x"},
-                {
-                    "role": "assistant",
-                    "content": "y",
-                    "reasoning_content": "z",
-                    "tool_calls": [
-                        {
-                            "id": "a",
-                            "type": "function",
-                            "function": {"name": "f", "arguments": "{}"},
-                        }
-                    ],
-                },
-                {"role": "tool", "tool_call_id": "a", "content": "x"},
-            ],
-            "tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}],
-            "tool_choice": "auto",
-            "parallel_tool_calls": False,
-            "reasoning_effort": "low",
-            "stream": True,
-        },
-    ],
-    "/v1/responses": [
-        {"input": "x", "instructions": "y", "max_output_tokens": 2, "stream": True},
-        {
-            "input": [
-                {"role": "user", "content": [{"type": "input_text", "text": "x"}]},
-                {"type": "reasoning", "content": [{"type": "reasoning_text", "text": "x"}]},
-                {"type": "function_call", "call_id": "a", "name": "f", "arguments": "{}"},
-                {"type": "function_call_output", "call_id": "a", "output": "x"},
-            ],
-            "tools": [{"type": "function", "name": "f", "parameters": {}, "strict": True}],
-            "tool_choice": {"type": "function", "name": "f"},
-            "previous_response_id": "resp_1",
-            "store": False,
-            "reasoning": {"effort": "low"},
-        },
-        {
-            "input": "x",
-            "text": {"format": {"type": "json_schema", "name": "x", "schema": {}}},
-            "include": ["message.output_text.logprobs"],
-            "top_logprobs": 2,
-            "metadata": {"a": "b"},
-            "compression": {"keep": 0.5},
-        },
-    ],
-    "/tokenize": [{"prompt": "x"}, {"messages": [{"role": "user", "content": "x"}]}],
-    "/detokenize": [{"tokens": [5, 6]}],
-}
-
 
 @dataclass
 class _Tally:
-    """The requests sent and the statuses and failures of their answers."""
+    """The requests sent and the statuses and failures of their answers.
+
+    models : names that the server has;  stored : the id of the response stored last.
+    """
 
     url: str
     session: Any
+    models: list[str] = field(default_factory=list)
+    stored: str = ""
     statuses: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
     failures: list[dict[str, str]] = field(default_factory=list)
     failed: int = 0
@@ -163,15 +58,23 @@ class _Tally:
         try:
             answer = send()
             status, wrong = str(answer.status_code), _wrong(answer)
+            self._note(answer)
         except OSError as error:  # base class of all errors of requests
             status, wrong = "none", f"no answer: {error}"
         self.statuses[operation][status] += 1
         if wrong:
             self.failed += 1
+            print(f"{operation}: {wrong}", file=sys.stderr, flush=True)
             if len(self.failures) < SHOWN:
                 self.failures.append(
                     {"operation": operation, "wrong": wrong, "reproduce": reproduce()}
                 )
+
+    def _note(self, answer: Any) -> None:
+        """Remember a stored response, which later requests continue, read or delete."""
+        if answer.status_code == 200 and answer.content.startswith(b'{"id":"resp_'):
+            said = answer.json()
+            self.stored = said["id"] if said.get("store") else self.stored
 
 
 def _wrong(answer: Any) -> str:
@@ -191,7 +94,7 @@ def _wrong(answer: Any) -> str:
 
 
 def fuzz(url: str, cases: int, seed: int = 0) -> dict[str, Any]:
-    """Send ``cases`` requests to a server that runs with ``LIMITS``, and return the result.
+    """Send ``cases`` requests to a server with the limits of ``FuzzPlan``; return the result.
 
     ``ValueError`` without Schemathesis.
     """
@@ -203,7 +106,8 @@ def fuzz(url: str, cases: int, seed: int = 0) -> dict[str, Any]:
     begun = time.perf_counter()
     with requests.Session() as session:
         session.trust_env = False
-        tally = _Tally(url, session)
+        listed = session.get(f"{url}/v1/models", timeout=60).json()["data"]
+        tally = _Tally(url, session, [each["id"] for each in listed])
         schema: Any = schemathesis.openapi.from_url(f"{url}/openapi.json")
         found = [each.ok() for each in schema.get_all_operations()]
         takes = [each for each in found if each.body or list(each.iter_parameters())]
@@ -243,80 +147,6 @@ def _send(tally: _Tally, case: Any) -> None:
     )
 
 
-def _tame(case: Any) -> None:
-    """Reduce a body that follows the schema to the server's limits, so that it generates."""
-    body = case.body
-    if not isinstance(body, dict) or not {"prompt", "messages", "input"} & set(body):
-        return
-    for name, most in (
-        ("max_tokens", 4),
-        ("max_completion_tokens", 4),
-        ("max_output_tokens", 4),
-        ("n", 3),
-        ("logprobs", 5),
-        ("top_logprobs", 5),
-        ("min_tokens", 2),
-        ("prompt_logprobs", 5),
-    ):
-        if type(body.get(name)) is int:
-            body[name] = min(body[name], most)
-    for name in ("model", "max_completion_tokens" if "max_tokens" in body else "", "best_of"):
-        body.pop(name, None)
-    for name in ("previous_response_id", "reasoning_effort", "reasoning", "chat_template_kwargs"):
-        body.pop(name, None)  # not supported or unknown here
-    for name in [name for name in body if name.startswith(("guided_", "structured_"))]:
-        del body[name]  # the shipped model's tokenizer supports none
-    body.pop("response_format", None)
-    if isinstance(body.get("tools"), list):
-        _tame_tools(body)
-    if isinstance(body.get("messages"), list):
-        body["messages"] = [_tame_message(each) for each in body["messages"][:4]]
-    if body.get("stream"):
-        body.pop("prompt_logprobs", None)
-    if "top_logprobs" in body and "input" not in body:
-        body["logprobs"] = True
-    if isinstance(body.get("logit_bias"), dict):
-        biases = enumerate(body["logit_bias"].values())
-        body["logit_bias"] = {str(7 * index): amount for index, amount in biases}
-    if isinstance(body.get("compression"), dict) and "policy" in body["compression"]:
-        body["compression"]["policy"] = "snapkv"
-    if isinstance(body.get("stop"), list):
-        body["stop"] = body["stop"][:8]
-    if not body.get("stream"):
-        body.pop("stream_options", None)
-    for name in ("stop_token_ids", "prompt"):
-        if isinstance(body.get(name), list):
-            body[name] = _within(body[name])[:8]
-
-
-def _tame_message(message: dict[str, Any]) -> dict[str, Any]:
-    """A message with text that does not depend on others: no tool call, no tool result."""
-    role = "user" if message["role"] == "tool" else message["role"]
-    content = message.get("content") or "x"
-    parts = content[:4] if isinstance(content, list) else content
-    return {"role": role, "content": parts}
-
-
-def _tame_tools(body: dict[str, Any]) -> None:
-    """At most three functions with different names, none of them required: the shipped model's
-    tokenizer does not support enforced calls."""
-    functions = [each.get("function", each) for each in body["tools"] if isinstance(each, dict)]
-    for number, function in enumerate(functions):
-        function.pop("strict", None)
-        function |= {"name": f"f{number}"}
-    body["tools"] = body["tools"][:3]
-    if body.get("tool_choice") not in ("auto", "none"):
-        body.pop("tool_choice", None)
-
-
-def _within(tokens: list[Any]) -> list[Any]:
-    """Replace token IDs, also in nested lists, by IDs that the shipped model has."""
-    return [
-        _within(each[:50]) if isinstance(each, list) else each % 1000 if type(each) is int else each
-        for each in tokens
-    ]
-
-
 def _draw(tally: _Tally, operation: Any, mode: Any, count: int, seed: int) -> bool:
     """Send ``count`` cases that follow an operation's schema, or violate it; False if there are
     none."""
@@ -324,7 +154,9 @@ def _draw(tally: _Tally, operation: Any, mode: Any, count: int, seed: int) -> bo
 
     def send(case: Any) -> None:
         if mode.is_positive and seed % 2:
-            _tame(case)
+            tame(case.body, tally.models, tally.stored)
+            if tally.stored and "/v1/responses/" in case.operation.label:
+                case.path_parameters["id"] = tally.stored
         _send(tally, case)
 
     try:
@@ -397,40 +229,32 @@ def _each(strategy: Any, act: Callable[[Any], None], count: int, seed: int) -> N
     one()
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m pyramidinfer.lab.fuzz", description=(__doc__ or "").splitlines()[0]
-    )
-    parser.add_argument("--cases", type=int, default=10_000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=0, help="of the server; 0: its choice")
-    parser.add_argument("--json", type=Path, default=Path("out/fuzz.json"))
-    given = parser.parse_args(arguments)
-    server = Served(WORDS, given.threads)
-    try:
-        if given.cases < 1:
-            raise ValueError(f"cases={given.cases} must be a whole number of at least 1")
-        server.ready()
-        result = fuzz(server.url, given.cases, given.seed)
-        after = server.idle()
-        code = server.stop()
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    finally:
-        server.kill()
-    lost = int(after["pyramidinfer:pool_check_failures_total"])
-    result |= {"exit_code": code, "pool_check_failures": lost}
-    write_result(given.json, {"cases": given.cases, "seed": given.seed, "words": WORDS}, result)
+def run_fuzz(plan: FuzzPlan, out: Path | None = None) -> dict[str, Any]:
+    """Start a server, send the requests, write ``out``, and return the result."""
+    plan.check()
+    with TemporaryDirectory() as folder:
+        words = [*plan.words, *adapter_words(None, plan.adapters, Path(folder))]
+        server = Served(words, plan.threads)
+        try:
+            server.ready()
+            result = fuzz(server.url, plan.cases, plan.seed)
+            after = server.idle()
+            code = server.stop()
+        finally:
+            server.kill()
+    failed = int(after["pyramidinfer:pool_check_failures_total"])
+    result |= {"exit_code": code, "pool_check_failures": failed}
+    if out is not None:
+        write_result(out, {**asdict(plan), "words": plan.words}, result)
+    return result
+
+
+def report(result: dict[str, Any]) -> bool:
+    """Print the result; whether nothing was wrong."""
     for name, told in result["by_operation"].items():
         counts = ", ".join(f"{status}: {count}" for status, count in told["statuses"].items())
         print(f"{told['cases']:6} {name}  {counts}")
     for example in result["examples"]:
         print(f"{example['operation']}: {example['wrong']}\n  {example['reproduce']}")
     print(f"{result['cases']} cases in {result['seconds']:.0f} s, {result['failures']} failures")
-    sys.exit(bool(result["failures"] or lost or code))
-
-
-if __name__ == "__main__":
-    main()
+    return not (result["failures"] or result["pool_check_failures"] or result["exit_code"])

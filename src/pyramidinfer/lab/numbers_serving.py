@@ -1,4 +1,5 @@
-"""Sections of ``docs/numbers.md`` on the server: load, conversations, guidellm, soak, fuzzing."""
+"""Sections of ``docs/numbers.md`` on the server: load, conversations, guidellm, clients, soak,
+fuzzing."""
 
 from __future__ import annotations
 
@@ -147,8 +148,9 @@ def guidellm(entry: Result) -> str:
     lines = [
         "## The same server under guidellm\n",
         origin(entry),
-        f"{result['version'].replace('==', ' ')}, an independent load generator, on the shipped "
-        f"model: {c['prompt_len']:,} prompt tokens, {c['output_len']} generated, Poisson arrivals "
+        f"{result['version'].replace('==', ' ')}, an independent load generator, on "
+        f"{c.get('model') or 'the shipped model'}: {c['prompt_len']:,} prompt tokens, "
+        f"{c['output_len']} generated, Poisson arrivals "
         f"for {c['seconds']:g} seconds at each rate; {c['kv_memory']} of KV memory, keep "
         f"{c['keep']:g}; one server after the other.\n",
         "```bash\nmake bench-guidellm\n```\n",
@@ -192,6 +194,22 @@ def guidellm(entry: Result) -> str:
     words = sorted({word for row in result["rows"] for word in row["error_words"]})
     lines += [f"\nErrors: {'; '.join(words)}."] if words else []
     return "\n".join(lines) + "\n"
+
+
+def clients(entry: Result) -> str:
+    rows = [
+        [each["client"], each["version"], name, "yes" if told["passed"] else f"no: {told['said']}"]
+        for each in entry["result"]["clients"]
+        for name, told in each["checks"].items()
+    ]
+    lines = [
+        "## Clients\n",
+        origin(entry),
+        "Agent frameworks, chat front ends and a proxy with `pyramidinfer serve --model smollm2`, "
+        "each as its documentation says, with only the address and the model's name set.\n",
+        "```bash\nmake check-clients\n```\n",
+    ]
+    return "\n".join(lines + table(["client", "version", "what it did", "works"], rows)) + "\n"
 
 
 def soak(entry: Result) -> str:
@@ -264,6 +282,7 @@ SECTIONS: dict[str, Callable[[Result], str]] = {
     "bench_turns": conversations,
     "bench_turns_long": partial(conversations, name="turns_long", title="Long conversations"),
     "guidellm": guidellm,
+    "clients": clients,
     "soak": soak,
     "fuzz": fuzz,
 }

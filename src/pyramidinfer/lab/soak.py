@@ -14,11 +14,13 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import psutil
 
+from pyramidinfer.lab.bench.adapters import adapter_words
 from pyramidinfer.lab.bench.load import Record, ask, client
 from pyramidinfer.lab.bench.serve_plan import SoakPlan
 from pyramidinfer.lab.bench.served import PEAK, PROGRAM, RUNNING, WAITING, Metrics, Served
@@ -44,6 +46,8 @@ WATCHED = (
     PEAK,
     "pyramidinfer:reuse_bytes",
     "pyramidinfer:reuse_hits_total",
+    "vllm:prefix_cache_queries_total",
+    "vllm:prefix_cache_hits_total",
     "vllm:num_preemptions_total",
     "pyramidinfer:resumed_total",
     "pyramidinfer:tightened_total",
@@ -86,19 +90,21 @@ def run_soak(
     """Start a server, load it, write ``out``, and return the result; ``breaches`` lists the
     faults."""
     plan.check()
-    server = Served(plan.words, plan.threads, program)
-    try:
-        server.ready()
-        began = time.perf_counter()
-        seen = asyncio.run(_load(plan, server))
-        seconds = time.perf_counter() - began
-        breaches = [f"{count} times: {what}" for what, count in seen.faults.most_common(10)]
-        idle, wrong = _after(server)
-        breaches += wrong
-        code, wrong = asyncio.run(_end(plan, server))
-        breaches += wrong
-    finally:
-        server.kill()
+    with TemporaryDirectory() as folder:
+        words = [*plan.words, *adapter_words(plan.model, plan.adapters, Path(folder))]
+        server = Served(words, plan.threads, program)
+        try:
+            server.ready()
+            began = time.perf_counter()
+            seen = asyncio.run(_load(plan, server))
+            seconds = time.perf_counter() - began
+            breaches = [f"{count} times: {what}" for what, count in seen.faults.most_common(10)]
+            idle, wrong = _after(server)
+            breaches += wrong
+            code, wrong = asyncio.run(_end(plan, server))
+            breaches += wrong
+        finally:
+            server.kill()
     memory = memory_growth(seen.moments, seen.resident)
     if plan.judge_memory and (memory is None or memory["growth"] > GROWTH):
         breaches.append(_memory_words(memory))
@@ -129,9 +135,10 @@ async def _load(plan: SoakPlan, server: Served) -> _Seen:
     start = time.perf_counter()
     end = start + plan.seconds
     model = server.model()
+    adapters = [f"adapter-{number}" for number in range(plan.adapters)]
 
     async def one(number: int) -> None:
-        visitor = Visitor(model, plan.seed, number)
+        visitor = Visitor(model, plan.seed, number, adapters)
         async with client(server.url) as http:
             while (now := time.perf_counter()) < end:
                 if number % BUSY_IN_CALM and is_calm(now - start):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,8 @@ __all__ = ["Visitor", "Wish"]
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 LONGEST = 1500  # words of a prompt
+MANUALS, SHARED = 3, 0.3  # system prompts that clients have in common; share of their chats
+LASTING = ("compression", "tools", "model", "cache_salt")  # fields that all turns have
 #: A function for tool calls; ``/v1/responses`` takes it without the object around it.
 FUNCTION = {
     "name": "find_room",
@@ -38,16 +41,24 @@ class Visitor:
     equal.
 
     model : the server's entry in /v1/models, which lists the policies that a request may choose.
+    adapters : names of its adapters.
     """
 
-    def __init__(self, model: dict[str, Any], seed: int = 0, number: int = 0) -> None:
+    def __init__(
+        self,
+        model: dict[str, Any],
+        seed: int = 0,
+        number: int = 0,
+        adapters: Sequence[str] = (),
+    ) -> None:
+        self.adapters = list(adapters)
         about = model.get("compression") or {}
         self.policies = list(about.get("policies") or ())
         self.keeps = (max(0.1, about.get("min_keep", 0.1)), about.get("max_keep", 1.0))
         self.longest = min(LONGEST, (model.get("max_model_len") or 4096) // 2)
         self.draw = random.Random(f"{seed} {number}")
         self.talk: list[dict[str, str]] = []
-        #: The compression and the tools of the current conversation.
+        #: What the current conversation has in every turn: compression, tools, adapter, salt.
         self.terms: dict[str, Any] = {}
         self.last: dict[str, Any] = {}  # fields that continue a stored response
 
@@ -59,17 +70,22 @@ class Visitor:
         if kind == CHAT:
             going_on = bool(self.talk) and self.talk[-1]["role"] == "assistant"
             text = " ".join(filler_sentence(draw)) if going_on else self._text()
-            self.talk = [*(self.talk if going_on else ()), {"role": "user", "content": text}]
-            body["messages"] = self.talk
+            before = self.talk
             if not going_on:
                 tools = {"tools": [{"type": "function", "function": FUNCTION}]}
-                self.terms = self._terms(tools)
+                self.terms, before = self._terms(tools), []
+                if draw.random() < SHARED:
+                    before = [{"role": "system", "content": self._manual()}]
+                    self._mark_prefix()
+            self.talk = [*before, {"role": "user", "content": text}]
+            body["messages"] = self.talk
             body.pop("compression", None)  # the cache can only be reused with the same compression
             body |= self.terms
             if "logprobs" in body:
                 body |= {"logprobs": True, "top_logprobs": body["logprobs"]}
         elif kind == COMPLETIONS:
             body["prompt"] = self._text()
+            body |= self._whose()
         return Wish(
             kind,
             body,
@@ -84,7 +100,7 @@ class Visitor:
         if wish.path == RESPONSES:
             kept = record.outcome == "completed" and wish.body["store"]
             goes_on = kept and self.draw.random() < 0.7
-            terms = {name: it for name, it in wish.body.items() if name in ("compression", "tools")}
+            terms = {name: it for name, it in wish.body.items() if name in LASTING}
             self.last = {"previous_response_id": record.id, **terms} if goes_on else {}
         if wish.path != CHAT:
             return
@@ -117,7 +133,28 @@ class Visitor:
         draw = self.draw
         found = {"compression": self._compression()} if self.policies else {}
         found = found if draw.random() < 0.7 else {}
+        found |= self._whose()
         return found | tools if draw.random() < 0.3 else found
+
+    def _whose(self) -> dict[str, Any]:
+        """The adapter and the salt of a request, which separate its cache from others."""
+        draw = self.draw
+        found: dict[str, Any] = {}
+        if self.adapters and draw.random() < 0.3:
+            found["model"] = draw.choice(self.adapters)
+        if draw.random() < 0.2:
+            found["cache_salt"] = draw.choice(("a", "b"))
+        return found
+
+    def _manual(self) -> str:
+        """A system prompt that clients have in common."""
+        return document(random.Random(f"manual {self.draw.randrange(MANUALS)}"), 200, 2).text
+
+    def _mark_prefix(self) -> None:
+        """Often mark the system prompt as a prefix, which policies that drop entries need."""
+        if self.draw.random() < 0.7:
+            terms = self.terms.get("compression", {})
+            self.terms["compression"] = {**terms, "prefix": 1}
 
     def _body(self) -> dict[str, Any]:
         draw = self.draw

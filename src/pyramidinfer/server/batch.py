@@ -17,6 +17,8 @@ from pydantic import ValidationError
 
 from pyramidinfer.server.errors import ApiError, error_body
 from pyramidinfer.server.protocol import ChatRequest, CompletionRequest
+from pyramidinfer.server.protocol_responses import ResponseRequest
+from pyramidinfer.server.responses import answer_alone
 from pyramidinfer.server.service import Service
 from pyramidinfer.server.settings import ServerSettings
 from pyramidinfer.server.strict import parse_json
@@ -35,9 +37,11 @@ __all__ = [
     "take_up",
 ]
 
-BODIES: dict[str, type[ChatRequest] | type[CompletionRequest]] = {
+Body = ChatRequest | CompletionRequest | ResponseRequest
+BODIES: dict[str, type[Body]] = {
     "/v1/chat/completions": ChatRequest,
     "/v1/completions": CompletionRequest,
+    "/v1/responses": ResponseRequest,
 }
 FOREVER = 1e9  # seconds; a batch has no time limit
 BEGINNING = b'{"id": "batch_req_'  # first characters of an answer line
@@ -125,10 +129,13 @@ async def answer_line(service: Service, line: Line) -> dict[str, Any]:
     try:
         if line.url not in BODIES:
             raise ApiError(400, f"url {line.url!r} is none of {', '.join(BODIES)}", param="url")
-        asked = BODIES[line.url].model_validate_json(json.dumps(line.body))
+        asked: Body = BODIES[line.url].model_validate_json(json.dumps(line.body))
         if asked.stream:
             raise ApiError(400, "a batch does not stream; leave stream out", param="stream")
-        body = await service.answer(asked, None)
+        if isinstance(asked, ResponseRequest):
+            body = await answer_alone(service, asked)
+        else:
+            body = await service.answer(asked, None)
     except ApiError as error:
         if not service.worker.is_alive:
             raise OSError(

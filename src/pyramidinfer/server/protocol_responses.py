@@ -46,7 +46,10 @@ class ReasoningText(Strict):
 
 def _tag(part: Any) -> str:
     """The type of a part or an item, in brackets to tell it from field names (see ``app``)."""
-    return f"({part.get('type', 'message') if isinstance(part, dict) else part.type})"
+    kind = (
+        part.get("type", "message") if isinstance(part, dict) else getattr(part, "type", "message")
+    )
+    return f"({kind})"
 
 
 TextPart = Annotated[

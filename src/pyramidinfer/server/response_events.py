@@ -124,13 +124,17 @@ class Output:
 
 
 class ResponseReply:
-    """A reply in the format of the Responses API; ``keep``: called with the complete answer.
+    """A reply in the format of the Responses API; ``keep``: called with the complete answer, if it
+    is to be stored.
 
     ``reply``: the reply to the equivalent chat request, with one choice.
     """
 
     def __init__(
-        self, reply: Reply, body: ResponseRequest, keep: Callable[[dict[str, Any]], None]
+        self,
+        reply: Reply,
+        body: ResponseRequest,
+        keep: Callable[[dict[str, Any]], None] = lambda answer: None,
     ) -> None:
         self.reply, self.body, self.keep = reply, body, keep
         self.output = Output()
@@ -230,23 +234,29 @@ class ResponseReply:
             "top_logprobs": body.top_logprobs or 0,
             "top_p": params.top_p,
             "truncation": "disabled",
-            "usage": _usage(self.reply.usage()) if is_over else None,
+            "usage": self._usage() if is_over else None,
             "user": body.user,
+            "safety_identifier": body.safety_identifier,
+            "prompt_cache_key": body.prompt_cache_key,
+            "service_tier": "default",
             "metadata": body.metadata or {},
         }
 
-
-def _usage(usage: dict[str, Any]) -> dict[str, Any]:
-    """The usage with the names of the Responses API; the cache's fields keep their names."""
-    thought = usage.get("completion_tokens_details", {"reasoning_tokens": 0})
-    return {
-        "input_tokens": usage["prompt_tokens"],
-        "input_tokens_details": usage["prompt_tokens_details"],
-        "output_tokens": usage["completion_tokens"],
-        "output_tokens_details": thought,
-        "total_tokens": usage["total_tokens"],
-        **{name: it for name, it in usage.items() if name not in COUNTS | DETAILS},
-    }
+    def _usage(self) -> dict[str, Any]:
+        """The usage with the names of the Responses API; the cache's fields keep their names."""
+        usage = self.reply.usage()
+        read = usage["prompt_tokens_details"]
+        thought = usage.get("completion_tokens_details", {"reasoning_tokens": 0})
+        leaves_cache = self.reply.job.leaders[0].owner is not None
+        written = (usage["prompt_tokens"] - read["cached_tokens"]) * leaves_cache
+        return {
+            "input_tokens": usage["prompt_tokens"],
+            "input_tokens_details": {**read, "cache_write_tokens": written},
+            "output_tokens": usage["completion_tokens"],
+            "output_tokens_details": thought,
+            "total_tokens": usage["total_tokens"],
+            **{name: it for name, it in usage.items() if name not in COUNTS | DETAILS},
+        }
 
 
 def _id(kind: str) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from fastapi import Request, Response
@@ -26,7 +27,7 @@ from pyramidinfer.server.response_events import ResponseReply
 from pyramidinfer.server.response_store import ResponseStore, Stored
 from pyramidinfer.server.service import Service
 
-__all__ = ["Responses", "chat_of"]
+__all__ = ["Responses", "answer_alone", "chat_of"]
 
 #: Field of a chat → field of the Responses API, for errors.
 NAMES = {
@@ -59,12 +60,8 @@ class Responses:
         def shaped(reply: Reply) -> ResponseReply:
             return ResponseReply(reply, body, keep)
 
-        try:
+        with _own_names():
             return await self.service.respond(request, chat_of(body, items), shaped)
-        except ApiError as error:
-            error.message = NAMED.sub(lambda found: NAMES[found[0]], error.message)
-            error.param = NAMES.get(error.param or "", error.param)
-            raise
 
     def get(self, owner: str, id: str) -> dict[str, Any]:
         """A stored answer; ``ApiError`` if there is none."""
@@ -92,6 +89,32 @@ class Responses:
 
     def _missing(self, id: str) -> NoReturn:
         raise ApiError(404, f"Response with id {id!r:.80} not found.", param="id")
+
+
+async def answer_alone(service: Service, body: ResponseRequest) -> dict[str, Any]:
+    """The whole answer to a request without a store, as in a batch; ``ApiError`` if it cannot be
+    served."""
+    for name in ("previous_response_id", "store"):
+        if getattr(body, name) and name in body.model_fields_set:
+            raise ApiError(400, f"a batch stores no answers; leave {name} out", param=name)
+    alone = body.model_copy(update={"store": False})
+
+    def shaped(reply: Reply) -> ResponseReply:
+        return ResponseReply(reply, alone)
+
+    with _own_names():
+        return await service.answer(chat_of(alone, alone.items), None, shaped)
+
+
+@contextmanager
+def _own_names() -> Iterator[None]:
+    """Errors of the equivalent chat name the fields of the Responses API."""
+    try:
+        yield
+    except ApiError as error:
+        error.message = NAMED.sub(lambda found: NAMES[found[0]], error.message)
+        error.param = NAMES.get(error.param or "", error.param)
+        raise
 
 
 def chat_of(body: ResponseRequest, items: Sequence[Item]) -> ChatRequest:

@@ -30,8 +30,11 @@ log = logging.getLogger(__name__)
 
 #: Seconds a client may take to send the head of a request.
 HEAD_TIMEOUT = 30.0
-#: Connections that the operating system queues before the server accepts them.
+#: Connections that the server accepts at a time.
 BACKLOG = 16
+#: Connections that the operating system queues before the server accepts them.  If more arrive
+#: while the server is busy, the system resets them.
+QUEUE = 1024
 #: File descriptors reserved for connections that are opening or closing, and for other files.
 SPARE = 8 * BACKLOG
 #: Maximum number of connections if file descriptors set no limit.
@@ -176,6 +179,8 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: Any = None) -> None:
         await super().startup(sockets)
         if not self.should_exit:
+            for each in sockets:
+                each.listen(QUEUE)  # asyncio has set it to the number accepted at a time
             service: Service = self.config.app.state.service  # type: ignore[union-attr]
             host, port = self.servers[0].sockets[0].getsockname()[:2]
             shown = f"[{host}]" if ":" in host else host

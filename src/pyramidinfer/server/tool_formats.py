@@ -12,7 +12,7 @@ from typing import Any
 
 from pyramidinfer.engine.chat_template import ChatTemplate, Turn
 
-__all__ = ["FORMATS", "HERMES", "ToolFormat", "ToolPrompt", "grammar_of"]
+__all__ = ["FORMATS", "HERMES", "MOST_CALLS", "ToolFormat", "ToolPrompt", "grammar_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +57,9 @@ FORMATS = (
     ToolFormat("mistral", "[TOOL_CALLS]", "[TOOL_CALLS][", ", ", "]", id_length=9),
     ToolFormat("llama3", "", "", "; ", "", key="parameters"),
 )
+
+#: Limit of enforced calls in one answer: a small model may repeat a call for ever.
+MOST_CALLS = 8
 
 #: Prompt for tools (Hermes's) if the chat template does not handle tools.
 TOOLS_PROMPT = """# Tools
@@ -263,8 +266,9 @@ def grammar_of(
     """A grammar (Lark's notation) of answers that may call these functions, each given by its name
     and the schema of its arguments.
 
-    ``several``: more than one call is allowed;  ``must``: only calls are allowed;  ``schema``: of
-    an answer without calls (None: any text);  ``added``: texts that are one token, with their ids.
+    ``several``: up to ``MOST_CALLS`` calls are allowed (otherwise one);  ``must``: only calls are
+    allowed;  ``schema``: of an answer without calls (None: any text);  ``added``: texts that are
+    one token, with their ids.
     """
 
     def put(text: str) -> str:
@@ -274,7 +278,7 @@ def grammar_of(
         forms = [_call(format.key, name, parameters) for name, parameters in functions]
         return f"start: %json {json.dumps(_plain({'anyOf': [*forms, schema]}))}"
     calls = " | ".join(f"call_{index}" for index in range(len(functions)))
-    more = f"({put(format.between)} call)*" if several else ""
+    more = f"({put(format.between)} call){{0,{MOST_CALLS - 1}}}" if several else ""
     rules = [f"calls: call {more} {put(format.end)}", f"call: {calls}"]
     for index, (name, parameters) in enumerate(functions):
         rules += [

@@ -20,8 +20,10 @@ from pyramidinfer.lab.bench.setting import Pass, Rig, progress, run_pass
 from pyramidinfer.lab.bench.timing import ratios, spread
 from pyramidinfer.lab.record import write_result
 from pyramidinfer.models.families import find_family
+from pyramidinfer.models.loading import empty_model, shipped_model
+from pyramidinfer.models.runner import ModelRunner
 
-__all__ = ["run_adapters", "write_adapter"]
+__all__ = ["adapter_words", "run_adapters", "write_adapter"]
 
 
 def run_adapters(plan: AdaptersPlan, out: Path) -> dict[str, Any]:
@@ -76,6 +78,22 @@ def write_adapter(folder: Path, runner: Any, rank: int, seed: int) -> None:
                 tensor = torch.randn(*sizes, generator=draw) * 0.01
                 tensors[f"{name}.lora_{which}.weight"] = tensor
     save_file(tensors, folder / "adapter_model.safetensors")
+
+
+def adapter_words(model: str | None, count: int, folder: Path) -> list[str]:
+    """Arguments of ``pyramidinfer serve`` for this many random adapters, written into ``folder``.
+
+    model : as for ``serve``; None is the shipped model.
+    """
+    if not count:
+        return []
+    runner = ModelRunner(empty_model(model or shipped_model())[0], "reference")
+    words = []
+    for number in range(count):
+        name = f"adapter-{number}"
+        write_adapter(folder / name, runner, 4, number)
+        words += ["--lora-modules", f"{name}={folder / name}"]
+    return words
 
 
 def _figures(base: list[Pass], mine: list[Pass]) -> dict[str, Any]:

@@ -19,7 +19,15 @@ from pyramidinfer.lab.fields import (
 )
 from pyramidinfer.options import Option, at_least, check_share, positive
 
-__all__ = ["AS_IT_IS", "ServePlan", "ServerSetting", "SoakPlan", "TurnsPlan", "rate_name"]
+__all__ = [
+    "AS_IT_IS",
+    "FuzzPlan",
+    "ServePlan",
+    "ServerSetting",
+    "SoakPlan",
+    "TurnsPlan",
+    "rate_name",
+]
 
 AS_IT_IS = "the server's"  # name in rows of a server that runs already
 
@@ -205,6 +213,12 @@ class TurnsPlan(Plan):
         return {**asdict(self.setting), **own}
 
 
+Adapters = Annotated[
+    int,
+    Option("Number of random LoRA adapters that requests may select.", check=at_least(0)),
+]
+
+
 @dataclass(frozen=True)
 class SoakPlan(Plan):
     """Plain values.  ``judge_memory``: whether to check memory; a short run has no steady state."""
@@ -222,6 +236,7 @@ class SoakPlan(Plan):
         float,
         Option("Share of the memory for held conversations; 0 holds none.", check=check_share),
     ] = 0.5
+    adapters: Adapters = 2
     options: Annotated[
         str, Option("Further options of `pyramidinfer serve`.", flags=("--serve-options",))
     ] = ""
@@ -244,3 +259,21 @@ class SoakPlan(Plan):
             str(self.reuse_share),
             *split_options(self.options),
         ]
+
+
+@dataclass(frozen=True)
+class FuzzPlan(Plan):
+    """Plain values."""
+
+    cases: Annotated[int, Option("Number of requests.", check=at_least(1))] = 10_000
+    adapters: Adapters = 1
+    threads: Threads = 0
+    seed: Seed = 0
+
+    @property
+    def words(self) -> list[str]:
+        """The arguments of ``pyramidinfer serve``: limits so low that ten thousand answers take
+        minutes."""
+        limits = "--max-tokens-limit 4 --default-max-tokens 2 --max-prompt-tokens 200 --max-n 3"
+        more = "--max-body 64KiB --request-timeout 20"
+        return f"--port 0 --kv-memory 16MiB {limits} {more}".split()
