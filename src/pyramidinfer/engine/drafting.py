@@ -141,6 +141,8 @@ class Drafter:
         shared, pool = self.shared, self.shared.pool
         for each in rooms:
             view, table = each.draft_view, each.table
+            if table.away is not None:  # drafts read the pages that are in the pool
+                continue
             if view is None or table.seen_len - view.seen_len >= RENEW:
                 each.draft_view = view or DraftView(*table.kept.shape)
                 each.draft_view.seen_len = table.seen_len
