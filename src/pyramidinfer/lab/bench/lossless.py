@@ -312,8 +312,8 @@ class Simulated(Drafter):
     def _look_up(self, request: Request, room: int) -> TokenIds:
         return []
 
-    def _guess(self, rooms: dict[Request, int]) -> dict[Request, TokenIds]:
-        made = super()._guess(rooms)
+    def _guess(self, rooms: dict[Request, int], is_trial: bool = False) -> dict[Request, TokenIds]:
+        made = super()._guess(rooms, is_trial)
         for request, tokens in made.items():
             right = self._truth[tuple(request.prompt)][len(request.output) :]
             drawn = self._draw.random(len(tokens)) < self._accept
