@@ -148,7 +148,7 @@ def test_what_it_does_not_go_with() -> None:
     with pytest.raises(ContextLengthError, match="host_kv_memory, which has 64"):
         small.make(ask, params)
     with pytest.raises(ValueError, match="nothing can be pinned with offload_lossless"):
-        engine.conversations.pin("ann", "x", 1.0)
+        engine.pin_cache("ann", "x", 1.0)
     given = {"offload_lossless": True, "host_kv_memory": "1MiB"}
     EngineConfig(**given, reuse_share=0.0)
     for options, words in [
