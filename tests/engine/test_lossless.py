@@ -423,29 +423,29 @@ def took(
 
 
 def test_what_drafts_may_lose() -> None:
-    """A drafter that seems to pay may lose a step; then it waits until its account covers it."""
+    """A drafter that seems to pay may lose some steps; then it waits until it may again."""
     costs: dict[Any, float] = {"plain": 1.0, "verify": 0.6, "view": 0.7}
     gauge, two = Gauge(lambda load: costs), Load(2, 20)
     assert not gauge.is_known(two) and gauge.cost("view", two) == pytest.approx(1.3)
     for _ in range(3):
         gauge.ran(two, {"view": [], "lookup": []}, 0.0, 0.1, 2)
     assert gauge.is_known(two) and not gauge.is_known(Load(2, 21))
-    assert gauge.covers("view", -0.1) and not gauge.covers("view", 0.3)
+    assert gauge.covers("view") and not gauge.covers("view", 0.3)
     steps = 0
     while not gauge.covers("view", 0.3):
         gauge.begin()
         steps += 1
     assert steps == pytest.approx(0.3 / LOSS, abs=1)
-    assert gauge.covers("view", -0.1)
+    assert gauge.covers("view")
     for _ in range(2):  # three times as long, and no token more
         gauge.ran(two, {"view": [2, 2], "lookup": []}, 0.1, 0.2, 2)
-    assert not gauge.covers("view", -0.1) and gauge.covers("lookup", -0.1)
+    assert not gauge.covers("view") and gauge.covers("lookup")
     assert gauge.verifying(two) == pytest.approx(0.5)
     assert gauge.cost("view", two) == pytest.approx(1.0)
     assert gauge.cost("view", Load(3, 22)) == pytest.approx(1.0)  # of the most similar load
     for _ in range(9):  # three times as many tokens in half the time
         gauge.ran(two, {"view": [2, 2], "lookup": []}, 0.02, 0.03, 6)
-    assert gauge.covers("view", -0.1) and gauge.covers("view", 99.0)
+    assert gauge.covers("view") and gauge.covers("view", 99.0)
 
 
 def test_costs_before_they_are_measured() -> None:

@@ -38,9 +38,9 @@ RENEW = 64
 PROBE = 64
 #: Weight of the newest draft in the moving averages of acceptance rates: of a request, and of all
 #: requests, which a new request starts with.
-WEIGHT, OVERALL = 0.1, 0.02
+WEIGHT, OVERALL = 0.15, 0.02
 #: Assumed acceptance rate before anything is measured, by drafter.
-HOPE: dict[By, float] = {"view": 0.8, "lookup": 0.7}
+HOPE: dict[By, float] = {"view": 0.8, "lookup": 0.5}
 #: Share of the cache that drafts are assumed to read before their cost is measured.
 READ = 0.1
 BY: tuple[By, ...] = ("view", "lookup")
@@ -66,6 +66,7 @@ class Drafter:
         self._until_plain = PROBE
         self._load: Load | None = None
         self._rates = dict(HOPE)  # of all requests
+        self._foreseen: dict[Request, tuple[int, int]] = {}  # looked-up tokens by place, not fed
         self._weights = shared.runner.weight_bytes
 
     # --- guessing -----------------------------------------------------------------------------
@@ -85,25 +86,33 @@ class Drafter:
         for each in able:
             each.drafting = each.drafting or Drafting()
         self.gauge.begin()
+        self._compare(able)
         count, is_trial = self._steps(list(able), load)
-        looks = self.steps is not None or self.gauge.covers("lookup", -1.0)
+        looks = self.steps is not None or self.gauge.covers("lookup")
         drafts, wanted = {}, {}
         for each, room in able.items():
             most: dict[By, int] = {
                 "view": min(room, count, count if is_trial else self._worth(each, "view", load)),
                 "lookup": min(room, self._worth(each, "lookup", load)) if looks else 0,
             }
-            if self._gain(each, "lookup", most, load) >= self._gain(each, "view", most, load):
-                tokens = self._look_up(each, most["lookup"]) if most["lookup"] else []
-                if tokens:
-                    drafts[each] = Drafts(tokens, "lookup")
-                    continue
+            better = self._gain(each, "lookup", most, load) >= self._gain(each, "view", most, load)
+            tokens = self._look_up(each, max(1, most["lookup"]))
+            if tokens and most["lookup"] and better:
+                drafts[each] = Drafts(tokens, "lookup")
+                continue
+            if tokens:
+                self._foreseen[each] = len(each.output), tokens[0]
             wanted[each] = most["view"]
-        if not any(wanted.values()) and not drafts:
-            drafts = self._try_lookup(able, load)
         guessed = self._guess({each: count for each, count in wanted.items() if count}, is_trial)
         drafts |= {each: Drafts(tokens, "view") for each, tokens in guessed.items() if tokens}
         return drafts
+
+    def _compare(self, able: dict[Request, int]) -> None:
+        """Learn from tokens that were looked up and not verified, which costs no time."""
+        foreseen, self._foreseen = self._foreseen, {}
+        for each, (at, token) in foreseen.items():
+            if each in able and at < len(each.output):
+                self._note(each, "lookup", each.output[at] == token)
 
     def _stays_plain(self, load: Load) -> bool:
         """Whether this step drafts nothing, so that the time of a plain step is measured."""
@@ -225,17 +234,6 @@ class Drafter:
             count, chance = count + 1, chance * rate
         return count
 
-    def _try_lookup(self, able: dict[Request, int], load: Load) -> dict[Request, Drafts]:
-        """A looked-up token of one request, to measure again where it is not expected to pay."""
-        if self.steps is not None or not self.gauge.covers(
-            "lookup", self.gauge.verifying(load) / load.rows
-        ):
-            return {}
-        for each in able:
-            if tokens := self._look_up(each, 1):
-                return {each: Drafts(tokens, "lookup")}
-        return {}
-
     def _steps(self, requests: list[Request], load: Load) -> tuple[int, bool]:
         """How many tokens the model drafts in this step: the number that gives the most tokens per
         second; and whether this only measures the cost again."""
@@ -248,7 +246,7 @@ class Drafter:
 
         best = max(range(MOST_DRAFTS + 1), key=lambda count: tokens(count) / (1 + count * cost))
         if tokens(best) > 1.03 * (1 + best * cost):
-            return (best if self.gauge.covers("view", -1.0) else 0), False
+            return (best if self.gauge.covers("view") else 0), False
         loss = max(0.0, 1 + cost - tokens(1))
         return int(self.gauge.covers("view", loss)), True
 
@@ -275,16 +273,19 @@ class Drafter:
         """Record that the first ``accepted`` drafted tokens of a request were accepted."""
         drafting = request.drafting
         assert drafting is not None
-        verified = min(len(drafts.tokens), accepted + 1)
-        rate = self._rate(request, drafts.by)
-        for number in range(verified):
-            rate += WEIGHT * ((number < accepted) - rate)
-            self._rates[drafts.by] += OVERALL * ((number < accepted) - self._rates[drafts.by])
-        drafting.rates[drafts.by] = rate
+        for number in range(min(len(drafts.tokens), accepted + 1)):
+            self._note(request, drafts.by, number < accepted)
         for each in (drafting, self):
             each.drafted += len(drafts.tokens)
             each.accepted += accepted
             each.verifications += 1
+
+    def _note(self, request: Request, by: By, is_right: bool) -> None:
+        """Count a draft token in the acceptance rates."""
+        assert request.drafting is not None
+        rates, rate = request.drafting.rates, self._rate(request, by)
+        rates[by] = rate + WEIGHT * (is_right - rate)
+        self._rates[by] += OVERALL * (is_right - self._rates[by])
 
 
 def _expected(rate: float, count: int) -> float:

@@ -20,7 +20,7 @@ RECENT, ENOUGH = 7, 2
 #: Share of the time that each drafter may lose while it is tried.
 LOSS = 0.0075
 #: Plain steps that a drafter may lose in advance if it seems to pay, and that it can save up.
-ADVANCE, SAVED = 1.0, 0.5
+ADVANCE, SAVED = 2.0, 0.5
 
 
 class Load(NamedTuple):
@@ -93,10 +93,10 @@ class Gauge:
         """The cost of drafting and verifying one more token per request."""
         return self.verifying(load) + (self._cost("view", load) if by == "view" else 0.0)
 
-    def covers(self, by: By, loss: float) -> bool:
-        """Whether a drafter may be used in this step, which is expected to lose this many plain
-        steps (below 0: to gain)."""
-        if loss < 0:
+    def covers(self, by: By, loss: float | None = None) -> bool:
+        """Whether a drafter may be used in a step that is expected to lose this many plain steps
+        (None: to gain)."""
+        if loss is None:
             return self._account[by] > -ADVANCE
         return self._account[by] >= min(loss, SAVED)
 
