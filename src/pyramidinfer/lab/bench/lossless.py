@@ -126,7 +126,7 @@ def _cell(
         for steps, drafter in drafters.items():
 
             def work(drafter: Drafter = drafter, n: int = batch) -> Timed:
-                mine.drafter = drafter
+                mine.drafter = mine.committer.drafter = drafter
                 return _timed(plan, mine, held[1][:n], prompts)
 
             works[steps] = work
