@@ -161,13 +161,13 @@ class Drafter:
 
     def _guess(self, rooms: dict[Request, int], is_trial: bool = False) -> dict[Request, TokenIds]:
         """Draft up to the given number of tokens for each request with the model, over its draft
-        view, which a trial does not renew."""
+        view, which a trial renews less often."""
         shared, pool = self.shared, self.shared.pool
         for each in rooms:
             view, table = each.draft_view, each.table
             if table.away is not None:  # drafts read the pages that are in the pool
                 continue
-            if view is None or (not is_trial and table.seen_len - view.seen_len >= RENEW):
+            if view is None or table.seen_len - view.seen_len >= (4 if is_trial else 1) * RENEW:
                 each.draft_view = view or DraftView(*table.kept.shape)
                 each.draft_view.seen_len = table.seen_len
                 shared.runner.evict_now(pool, each)
