@@ -103,7 +103,7 @@ class Maker:
         shared.ledger.check_fits(cost, len(prompt), max_new, samples)
         away = None
         if scoring is None and is_offloaded(shared, policy):
-            layers = runner.layers_for(len(prompt) + max_new)
+            layers = shared.runner.layers_for(len(prompt) + max_new)
             away = away_for(shared, policy, len(prompt), layers)
             check_offloaded(shared, away.reserved, hold, prefix)
             owner = None  # its cache cannot be continued
