@@ -327,6 +327,16 @@ class EngineConfig:
             see="#kv-cache-beyond-device-memory",
         ),
     ] = None
+    offload_lossless: Annotated[
+        bool,
+        Option(
+            "Keep the caches of lossless requests in --host-kv-memory. --kv-memory then holds the "
+            "part that drafts read, and one layer of the rest at a time while drafts are verified. "
+            "For devices that are too small for the whole cache.",
+            panel=ENGINE,
+            see="lossless.md",
+        ),
+    ] = False
     disk_kv_cache: Annotated[
         str | Path | None,
         Option(
@@ -356,7 +366,7 @@ class EngineConfig:
             )
         self._check_layers()
         self._check_adapters()
-        for switch in ("profile", "share_prefixes"):
+        for switch in ("profile", "share_prefixes", "offload_lossless"):
             if not isinstance(value := getattr(self, switch), bool):
                 raise ValueError(f"{switch}={value!r} must be True or False")
         self._check_drafts()
@@ -396,6 +406,8 @@ class EngineConfig:
             )
 
     def _check_offload(self) -> None:
+        if self.offload_lossless:
+            self._check_away()
         folder, size = self.disk_kv_cache, self.disk_kv_memory
         if (folder is None) != (size is None):
             raise ValueError(
@@ -415,11 +427,27 @@ class EngineConfig:
             )
         for name in ("host_kv_memory", "disk_kv_cache"):
             unused = name == "disk_kv_cache" or self.admission == "reserve"
+            unused &= not (name == "host_kv_memory" and self.offload_lossless)
             if getattr(self, name) is not None and not self.reuse_share and unused:
                 raise ValueError(
                     f"{name}={getattr(self, name)!s} has no effect with reuse_share=0: no "
                     f"conversation is held then; set reuse_share or leave it out"
                 )
+
+    def _check_away(self) -> None:
+        name = f"offload_lossless={self.offload_lossless}"
+        if self.ranks > 1:
+            raise ValueError(
+                f"{name}: lossless requests need a single rank; leave it out, or "
+                f"tensor_parallel_size and pipeline_parallel_size"
+            )
+        if not self.host_kv_memory:
+            raise ValueError(f"{name} needs host_kv_memory: the caches are there")
+        if self.admission == "overcommit":
+            raise ValueError(
+                f"{name} works with admission='reserve' only: a cache that is partly in host "
+                f"memory cannot be preempted; leave one of them out"
+            )
 
     def _check_adapters(self) -> None:
         modules = parse_modules(self.lora_modules or {})

@@ -307,6 +307,8 @@ class KVUsage:
     ``bytes``: bytes of its pages.  ``peak_bytes``: the most it held at any time, query rings and
     prefill buffers included.  ``full_bytes``: bytes of the pages of a full cache.
     ``keep_lowered_to``: the ``keep`` that it was lowered to under memory pressure, or None.
+    ``host_bytes``: bytes of further pages in host memory (``offload_lossless``), which ``bytes``
+    does not include.
     """
 
     seen_len: int
@@ -316,6 +318,7 @@ class KVUsage:
     peak_bytes: int
     full_bytes: int
     keep_lowered_to: float | None = None
+    host_bytes: int = 0
 
     @property
     def kept_share(self) -> float:

@@ -485,6 +485,11 @@ def test_demo_prints_a_table_and_draws(tmp_path: Path) -> None:
             "draft_tokens=2 has no effect on 2 ranks",
         ),
         (["serve", "--draft-tokens", "2", "--max-keep", "0.5"], "draft_tokens=2 has no effect"),
+        (
+            ["serve", "--offload-lossless", "--host-kv-memory", "1MiB", "--max-keep", "0.5"],
+            "offload_lossless=True has no effect",
+        ),
+        (["serve", "--offload-lossless"], "offload_lossless=True needs host_kv_memory"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(

@@ -14,7 +14,7 @@ from pyramidinfer.config import EngineConfig
 from pyramidinfer.engine import Engine
 from pyramidinfer.engine.checks import check_ahead
 from pyramidinfer.engine.drafting import Drafter
-from pyramidinfer.engine.gauge import Gauge, Load
+from pyramidinfer.engine.gauge import LOSS, Gauge, Load, memory_bound
 from pyramidinfer.engine.request import Request
 from pyramidinfer.models.draft_view import DraftView
 from pyramidinfer.policies import Lossless, choose_policy, make_policy
@@ -422,25 +422,42 @@ def took(
     Gauge.ran(gauge, load, counts, cost * made, 1.0 + cost * made, tokens)
 
 
-def test_who_does_not_pay_rests() -> None:
-    """Twice as long each time, until it pays; what verifying costs is told in steps."""
-    gauge, two = Gauge(), Load(2, 20)
-    assert not gauge.is_known(two) and gauge.cost("view", two) == 0.5
+def test_what_drafts_may_lose() -> None:
+    """A drafter that seems to pay may lose some steps; then it waits until it may again."""
+    costs: dict[Any, float] = {"plain": 1.0, "verify": 0.6, "view": 0.7}
+    gauge, two = Gauge(lambda load: costs), Load(2, 20)
+    assert not gauge.is_known(two) and gauge.cost("view", two) == pytest.approx(1.3)
     for _ in range(3):
         gauge.ran(two, {"view": [], "lookup": []}, 0.0, 0.1, 2)
     assert gauge.is_known(two) and not gauge.is_known(Load(2, 21))
-    lengths = []
-    for tokens in (2, 2, 8, 2):  # of steps that took three times as long
-        for _ in range(12):
-            assert not gauge.rests("view")
-            gauge.ran(two, {"view": [2, 2], "lookup": []}, 0.1, 0.2, tokens)
-        lengths.append(0)
-        while gauge.rests("view"):
-            lengths[-1] += 1
-    assert lengths == [63, 127, 0, 63]
-    assert not gauge.rests("lookup")
+    assert gauge.covers("view") and not gauge.covers("view", 0.3)
+    steps = 0
+    while not gauge.covers("view", 0.3):
+        gauge.begin()
+        steps += 1
+    assert steps == pytest.approx(0.3 / LOSS, abs=1)
+    assert gauge.covers("view")
+    for _ in range(2):  # three times as long, and no token more
+        gauge.ran(two, {"view": [2, 2], "lookup": []}, 0.1, 0.2, 2)
+    assert not gauge.covers("view") and gauge.covers("lookup")
     assert gauge.verifying(two) == pytest.approx(0.5)
     assert gauge.cost("view", two) == pytest.approx(1.0)
+    assert gauge.cost("view", Load(3, 22)) == pytest.approx(1.0)  # of the most similar load
+    for _ in range(9):  # three times as many tokens in half the time
+        gauge.ran(two, {"view": [2, 2], "lookup": []}, 0.02, 0.03, 6)
+    assert gauge.covers("view") and gauge.covers("view", 99.0)
+
+
+def test_costs_before_they_are_measured() -> None:
+    """Grouped heads on a CPU cannot be expected to pay; memory-bound attention can."""
+
+    def best(cache: float, group: int, on_gpu: bool = False, rate: float = 0.85) -> float:
+        costs = memory_bound(cache, 0.1, group, on_gpu)
+        each = costs["verify"] + costs["view"]
+        return max(sum(rate**n for n in range(c + 1)) / (1 + c * each) for c in range(9))
+
+    assert best(2.3, 3) == 1
+    assert best(5.6, 1) > 1.1 and best(2.3, 3, on_gpu=True) > 1.3 and best(0.1, 1) == 1
 
 
 def test_nothing_is_guessed_where_it_does_not_pay(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -452,7 +469,7 @@ def test_nothing_is_guessed_where_it_does_not_pay(monkeypatch: pytest.MonkeyPatc
     for cost in (1.0, 0.01):
         mine = queue(engine, random_prompt(7, 40), 150)
         before = drafter.drafted
-        drafter.gauge = gauge = Gauge()
+        drafter.gauge = gauge = Gauge(drafter._assumed)
         monkeypatch.setattr(gauge, "ran", partial(took, gauge, cost))
         finish(engine)
         counts[cost] = drafter.drafted - before

@@ -67,6 +67,10 @@ def test_the_formula() -> None:
         (["--shape", "toy-gqa"], "--accept None: set it with --shape"),
         (["--accept", ".5"], "--accept 0.5"),
         (["--shape", "toy-gqa", "--accept", "2"], "between 0 and 1"),
+        (
+            ["--shape", "toy-gqa", "--accept", ".5", "--check-prompts", "9"],
+            "--check-prompts 9 needs --model",
+        ),
         (["--draft-tokens", "9"], "--draft-tokens 9: write auto or 0 to 8"),
         (["--drafts", "h2o:keep=.1"], "cannot choose what drafts read"),
         (["--prompt-len", "200000"], "more than 131072 tokens in total"),

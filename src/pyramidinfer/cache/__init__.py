@@ -1,5 +1,6 @@
 """The KV cache: one paged pool, and a table per request."""
 
+from pyramidinfer.cache.away import Away, Staging
 from pyramidinfer.cache.evict import evict_best
 from pyramidinfer.cache.export import Copier, Exported
 from pyramidinfer.cache.group import GroupSpec, PoolExhausted
@@ -9,6 +10,7 @@ from pyramidinfer.cache.running import Weights
 from pyramidinfer.cache.table import Copying, Ring, Table
 
 __all__ = [
+    "Away",
     "Copier",
     "Copying",
     "Exported",
@@ -18,6 +20,7 @@ __all__ = [
     "Pool",
     "PoolExhausted",
     "Ring",
+    "Staging",
     "Table",
     "Weights",
     "evict_best",

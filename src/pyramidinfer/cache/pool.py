@@ -90,7 +90,7 @@ class Pool:
         for layer in self.own_layers:
             self.shrink(table, layer, 0)
         table.kept[:] = 0
-        table.ring, table.state = None, {}
+        table.ring, table.state, table.away = None, {}, None
         self._overhead -= table.noted_bytes
         table.noted_bytes = 0
         self.tables.remove(table)
@@ -102,10 +102,11 @@ class Pool:
         """
         twin = Table(table.pages.copy(), table.held.copy(), table.kept.copy(), table.seen_len)
         twin.state = {name: value.clone() for name, value in table.state.items()}
-        twin.arriving = table.arriving
+        twin.arriving, twin.away = table.arriving, table.away
         if seen_len is None:
             twin.ring, twin.peak_bytes = copy_ring(table.ring, self.device), table.peak_bytes
         else:
+            assert table.away is None
             twin.kept[:], twin.seen_len = seen_len, seen_len
             twin.held = np.minimum(twin.held, self.pages_for(self.lens(twin)))
         for layer in self.own_layers:

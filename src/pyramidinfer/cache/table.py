@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -15,6 +15,9 @@ from torch import Tensor
 
 from pyramidinfer.config import accumulate_dtype
 from pyramidinfer.types import State
+
+if TYPE_CHECKING:
+    from pyramidinfer.cache.away import Away
 
 __all__ = ["Copying", "Ring", "Table"]
 
@@ -109,6 +112,7 @@ class Table:
     pages in use.  kept : ``[layers, kv_heads]`` int64, entries of every head, of all ranks.
     transient_bytes : hidden states and window queries of a prompt in progress, outside the pool.
     arriving : the copy of its entries from host memory, until it is known to have finished.
+    away : its pages that are in host memory while it is in use (``cache/away.py``), or None.
     """
 
     pages: np.ndarray
@@ -121,6 +125,7 @@ class Table:
     peak_bytes: int = 0
     noted_bytes: int = 0  # bytes outside pages, when the pool last recorded them
     arriving: Copying | None = None
+    away: Away | None = None
 
     @property
     def is_here(self) -> bool:
@@ -142,6 +147,11 @@ class Table:
             np.zeros((layers, own), dtype=np.int64),
             np.zeros((layers, kv_heads), dtype=np.int64),
         )
+
+    @property
+    def entries(self) -> np.ndarray:
+        """Entries of every head, also those in host memory, ``[layers, kv_heads]``."""
+        return self.kept if self.away is None else self.away.entries(self.kept)
 
     @property
     def longest(self) -> np.ndarray:

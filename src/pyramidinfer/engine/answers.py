@@ -23,10 +23,11 @@ def usage(pool: Pool, runner: ModelRunner, request: Request) -> KVUsage:
     table = request.table
     now = pool.bytes(table)
     peak = max(table.peak_bytes, now + table.extra_bytes)
-    kept = tuple(table.lens(layer) for layer in range(runner.depth))
+    kept = tuple(map(tuple, table.entries.tolist()))
+    host = 0 if table.away is None else table.away.bytes
     full = full_lens(runner, table.seen_len, [max(heads) for heads in kept])
     whole = uncoded_bytes(pool.layout, runner, full)
-    return KVUsage(table.seen_len, kept, full, now, peak, whole, request.lowered_to)
+    return KVUsage(table.seen_len, kept, full, now, peak, whole, request.lowered_to, host)
 
 
 def drafts(request: Request) -> DraftUsage | None:

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 
 from pyramidinfer.config import MOST_DRAFTS
-from pyramidinfer.engine.gauge import By, Gauge, Load
+from pyramidinfer.engine.gauge import By, Gauge, Kind, Load, memory_bound
 from pyramidinfer.engine.request import Drafting, Request
 from pyramidinfer.engine.sampler import choose, guessing
 from pyramidinfer.engine.shared import Shared
@@ -34,15 +34,15 @@ __all__ = ["Drafter", "Drafts"]
 RUNS = (4, 3)
 #: Number of tokens after which the entries that drafts attend to are selected again.
 RENEW = 64
-#: Number of steps after which the cost and benefit of drafts, and the time of a plain step, are
-#: measured again.
+#: Number of steps after which the time of a plain step is measured again.
 PROBE = 64
-#: Drafted tokens per request while their cost is unknown.
-FIRST = 2
-#: Weight of the newest draft in the moving average of the acceptance rate.
-WEIGHT = 0.1
+#: Weight of the newest draft in the moving averages of acceptance rates: of a request, and of all
+#: requests, which a new request starts with.
+WEIGHT, OVERALL = 0.15, 0.02
 #: Assumed acceptance rate before anything is measured, by drafter.
-HOPE: dict[By, float] = {"view": 0.8, "lookup": 1.0}
+HOPE: dict[By, float] = {"view": 0.8, "lookup": 0.5}
+#: Share of the cache that drafts are assumed to read before their cost is measured.
+READ = 0.1
 BY: tuple[By, ...] = ("view", "lookup")
 
 
@@ -61,10 +61,13 @@ class Drafter:
     """
 
     def __init__(self, shared: Shared, steps: int | None = None) -> None:
-        self.shared, self.steps, self.gauge = shared, steps, Gauge()
+        self.shared, self.steps, self.gauge = shared, steps, Gauge(self._assumed)
         self.drafted = self.accepted = self.verifications = 0
-        self._until_plain = self._until_try = PROBE
+        self._until_plain = PROBE
         self._load: Load | None = None
+        self._rates = dict(HOPE)  # of all requests
+        self._foreseen: dict[Request, tuple[int, int]] = {}  # looked-up tokens by place, not fed
+        self._weights = shared.runner.weight_bytes
 
     # --- guessing -----------------------------------------------------------------------------
 
@@ -75,28 +78,41 @@ class Drafter:
         able = {each: self._room(each) for each in requests if each.policy.guesses}
         if not able or self.steps == 0:
             return {}
-        entries = sum(int(each.table.longest.sum()) for each in requests)
+        entries = sum(int(each.table.entries.max(1).sum()) for each in requests)
         load = self._load = Load(len(requests), round(2 * math.log2(entries)))
         able = {each: room for each, room in able.items() if room > 0}
         if not able or self._stays_plain(load):
             return {}
         for each in able:
             each.drafting = each.drafting or Drafting()
-        rests = {by: self.steps is None and self.gauge.rests(by) for by in BY}
-        count = 0 if rests["view"] else self._steps(list(able), load)
+        self.gauge.begin()
+        self._compare(able)
+        count, is_trial = self._steps(list(able), load)
+        looks = self.steps is not None or self.gauge.covers("lookup")
         drafts, wanted = {}, {}
         for each, room in able.items():
-            most = {by: 0 if rests[by] else min(room, self._worth(each, by, load)) for by in BY}
-            most["view"] = min(most["view"], count)
-            if self._gain(each, "lookup", most, load) >= self._gain(each, "view", most, load):
-                tokens = self._look_up(each, most["lookup"]) if most["lookup"] else []
-                if tokens:
-                    drafts[each] = Drafts(tokens, "lookup")
-                    continue
+            most: dict[By, int] = {
+                "view": min(room, count, count if is_trial else self._worth(each, "view", load)),
+                "lookup": min(room, self._worth(each, "lookup", load)) if looks else 0,
+            }
+            better = self._gain(each, "lookup", most, load) >= self._gain(each, "view", most, load)
+            tokens = self._look_up(each, max(1, most["lookup"]))
+            if tokens and most["lookup"] and better:
+                drafts[each] = Drafts(tokens, "lookup")
+                continue
+            if tokens:
+                self._foreseen[each] = len(each.output), tokens[0]
             wanted[each] = most["view"]
-        guessed = self._guess({each: count for each, count in wanted.items() if count})
+        guessed = self._guess({each: count for each, count in wanted.items() if count}, is_trial)
         drafts |= {each: Drafts(tokens, "view") for each, tokens in guessed.items() if tokens}
         return drafts
+
+    def _compare(self, able: dict[Request, int]) -> None:
+        """Learn from tokens that were looked up and not verified, which costs no time."""
+        foreseen, self._foreseen = self._foreseen, {}
+        for each, (at, token) in foreseen.items():
+            if each in able and at < len(each.output):
+                self._note(each, "lookup", each.output[at] == token)
 
     def _stays_plain(self, load: Load) -> bool:
         """Whether this step drafts nothing, so that the time of a plain step is measured."""
@@ -108,11 +124,19 @@ class Drafter:
             return True
         return False
 
-    @staticmethod
-    def _rate(request: Request, by: By) -> float:
+    def _assumed(self, load: Load) -> dict[Kind, float]:
+        """The costs of drafts to be expected before they are measured."""
+        runner, sizes = self.shared.runner, self.shared.pool.layout.layer_page_bytes
+        shape, page = runner.shapes[0], self.shared.pool.page_size
+        entry = float(sizes.mean()) / page * shape.kv_heads
+        cache = 2 ** (load.size / 2) * entry / self._weights
+        group = shape.heads // shape.kv_heads
+        return memory_bound(cache, READ, group, runner.device.type == "cuda")
+
+    def _rate(self, request: Request, by: By) -> float:
         """The probability that a draft is accepted, given that those before it in the step were."""
         assert request.drafting is not None
-        return request.drafting.rates.get(by, HOPE[by])
+        return request.drafting.rates.get(by, self._rates[by])
 
     def _gain(self, request: Request, by: By, counts: dict[By, int], load: Load) -> float:
         """Expected tokens with the request's count in ``counts``, per plain step's worth of
@@ -135,13 +159,15 @@ class Drafter:
                 room = min(room, shape.window + page - 2 - held)
         return room
 
-    def _guess(self, rooms: dict[Request, int]) -> dict[Request, TokenIds]:
+    def _guess(self, rooms: dict[Request, int], is_trial: bool = False) -> dict[Request, TokenIds]:
         """Draft up to the given number of tokens for each request with the model, over its draft
-        view."""
+        view, which a trial renews less often."""
         shared, pool = self.shared, self.shared.pool
         for each in rooms:
             view, table = each.draft_view, each.table
-            if view is None or table.seen_len - view.seen_len >= RENEW:
+            if table.away is not None:  # drafts read the pages that are in the pool
+                continue
+            if view is None or table.seen_len - view.seen_len >= (4 if is_trial else 1) * RENEW:
                 each.draft_view = view or DraftView(*table.kept.shape)
                 each.draft_view.seen_len = table.seen_len
                 shared.runner.evict_now(pool, each)
@@ -202,34 +228,27 @@ class Drafter:
         """Drafted tokens of a request that are worth verifying if drafting itself is free."""
         if self.steps is not None:
             return self.steps
-        if (least := self.gauge.verifying(load)) is None:
-            return FIRST
-        rate = chance = self._rate(request, by)
-        count = 0
+        least, rate = self.gauge.verifying(load), self._rate(request, by)
+        count, chance = 0, rate
         while count < MOST_DRAFTS and chance > 1.1 * least:
             count, chance = count + 1, chance * rate
-        return count or int(len(request.output) % PROBE == 0)  # retry now and then
+        return count
 
-    def _steps(self, requests: list[Request], load: Load) -> int:
+    def _steps(self, requests: list[Request], load: Load) -> tuple[int, bool]:
         """How many tokens the model drafts in this step: the number that gives the most tokens per
-        second."""
+        second; and whether this only measures the cost again."""
         if self.steps is not None:
-            return self.steps
-        if not self.gauge.is_measured(load):
-            return FIRST
+            return self.steps, False
         cost, rates = self.gauge.cost("view", load), [self._rate(each, "view") for each in requests]
 
-        def speed(count: int) -> float:
-            return sum(_expected(rate, count) for rate in rates) / (1 + count * cost)
+        def tokens(count: int) -> float:
+            return sum(_expected(rate, count) for rate in rates) / len(rates)
 
-        best = max(range(MOST_DRAFTS + 1), key=speed)
-        if speed(best) > 1.03 * speed(0):
-            return best
-        self._until_try -= 1
-        if self._until_try < 0:  # measure the cost again
-            self._until_try = PROBE
-            return 1
-        return 0
+        best = max(range(MOST_DRAFTS + 1), key=lambda count: tokens(count) / (1 + count * cost))
+        if tokens(best) > 1.03 * (1 + best * cost):
+            return (best if self.gauge.covers("view") else 0), False
+        loss = max(0.0, 1 + cost - tokens(1))
+        return int(self.gauge.covers("view", loss)), True
 
     # --- learning -----------------------------------------------------------------------------
 
@@ -254,15 +273,19 @@ class Drafter:
         """Record that the first ``accepted`` drafted tokens of a request were accepted."""
         drafting = request.drafting
         assert drafting is not None
-        verified = min(len(drafts.tokens), accepted + 1)
-        rate = self._rate(request, drafts.by)
-        for number in range(verified):
-            rate += WEIGHT * ((number < accepted) - rate)
-        drafting.rates[drafts.by] = rate
+        for number in range(min(len(drafts.tokens), accepted + 1)):
+            self._note(request, drafts.by, number < accepted)
         for each in (drafting, self):
             each.drafted += len(drafts.tokens)
             each.accepted += accepted
             each.verifications += 1
+
+    def _note(self, request: Request, by: By, is_right: bool) -> None:
+        """Count a draft token in the acceptance rates."""
+        assert request.drafting is not None
+        rates, rate = request.drafting.rates, self._rate(request, by)
+        rates[by] = rate + WEIGHT * (is_right - rate)
+        self._rates[by] += OVERALL * (is_right - self._rates[by])
 
 
 def _expected(rate: float, count: int) -> float:

@@ -1,23 +1,26 @@
-"""Recent times of steps and drafts, and whether drafting paid off."""
+"""Recent times of steps and drafts, and how much time drafting may lose while it is tried."""
 
 from __future__ import annotations
 
 import statistics
 from collections import defaultdict, deque
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
-__all__ = ["By", "Gauge", "Load"]
+__all__ = ["By", "Gauge", "Kind", "Load", "memory_bound"]
 
 #: The drafter: the model over its draft view, or prompt lookup.
 By = Literal["view", "lookup"]
+#: What costs time: a plain step (without drafts), verifying one more token per request, and
+#: drafting one more token with the model.
+Kind = Literal["plain", "verify", "view"]
 
 #: The number of recent measurements of each kind that count, and the minimum number needed.
 RECENT, ENOUGH = 7, 2
-#: Assumed cost of a drafted token before it is measured, in plain steps (without drafts).
-COST: dict[By, float] = {"view": 0.5, "lookup": 0.1}
-#: Number of drafted steps after which drafting is judged; if it did not pay off, for how many steps
-#: the drafter pauses the first time, and at most.
-WATCHED, REST, LONGEST_REST = 12, 64, 1024
+#: Share of the time that each drafter may lose while it is tried.
+LOSS = 0.0075
+#: Plain steps that a drafter may lose in advance if it seems to pay, and that it can save up.
+ADVANCE, SAVED = 2.0, 0.5
 
 
 class Load(NamedTuple):
@@ -27,51 +30,80 @@ class Load(NamedTuple):
     rows: int
     size: int
 
+    def distance(self, other: Load) -> int:
+        """How much two loads differ."""
+        return abs(self.rows - other.rows) + abs(self.size - other.size)
+
+
+def memory_bound(cache: float, read: float, group: int, on_gpu: bool) -> dict[Kind, float]:
+    """The costs of drafts to be expected before they are measured, in plain steps.
+
+    cache : bytes of the caches divided by bytes of the weights;  read : share of the cache that
+    drafts read;  group : query heads per KV head.  A step takes the time to read memory.  On a
+    CPU, another row also takes arithmetic: little for the weights, and more for the cache, the
+    more query heads read an entry.
+    """
+    share = cache / (1 + cache)
+    verify = 0.05 if on_gpu else 0.15 * (1 - share) + 0.25 * min(group, 3) * share
+    return {"plain": 1.0, "verify": verify, "view": 1 - share + read * share}
+
 
 class Gauge:
-    """Median seconds by kind of work and load.
+    """Median seconds by kind of work and load, and an account of the time that drafts lost.
 
-    Costs are measured in plain steps (without drafts).  A drafter that did not pay off over some
-    steps pauses, each time for twice as long.
+    Costs are in plain steps.  Costs of a load that was not measured are those of the most similar
+    load, or ``expected`` ones.
+
+    Every step adds ``LOSS`` to a drafter's account, and a step with drafts adds what it gained or
+    lost.  A drafter that seems to pay may overdraw its account a little; one that does not seem to
+    pay is tried when its account covers the expected loss.
     """
 
-    def __init__(self) -> None:
-        self._seconds: dict[tuple[str, Load], deque[float]] = defaultdict(
+    def __init__(self, expected: Callable[[Load], dict[Kind, float]]) -> None:
+        self._expected = expected
+        self._seconds: dict[tuple[Kind, Load], deque[float]] = defaultdict(
             lambda: deque(maxlen=RECENT)
         )
-        self._paid: dict[By, list[tuple[float, float]]] = {"view": [], "lookup": []}
-        self._rest: dict[By, int] = {"view": 0, "lookup": 0}
-        self._next_rest: dict[By, int] = {"view": REST, "lookup": REST}
+        self._account: dict[By, float] = {"view": 0.0, "lookup": 0.0}
 
-    def _median(self, kind: str, load: Load) -> float | None:
-        measured = self._seconds[kind, load]
+    def _median(self, kind: Kind, load: Load) -> float | None:
+        measured = self._seconds.get((kind, load), ())
         return statistics.median(measured) if len(measured) >= ENOUGH else None
+
+    def _cost(self, kind: Kind, load: Load) -> float:
+        known = [
+            (load.distance(other), other)
+            for name, other in self._seconds
+            if name == kind and self._median(kind, other) and self._median("plain", other)
+        ]
+        if not known:
+            return self._expected(load)[kind]
+        other = min(known)[1]
+        return (self._median(kind, other) or 0.0) / (self._median("plain", other) or 1.0)
 
     def is_known(self, load: Load) -> bool:
         """Whether the time of a plain step with this load is known."""
         return self._median("plain", load) is not None
 
-    def is_measured(self, load: Load) -> bool:
-        """Whether the cost of the model's drafts (drafting and verifying) is known."""
-        return all(self._median(kind, load) is not None for kind in ("verify", "view"))
-
-    def verifying(self, load: Load) -> float | None:
-        """The cost of verifying one more drafted token per request; None if unknown."""
-        plain, more = self._median("plain", load), self._median("verify", load)
-        return None if plain is None or more is None else more / plain
+    def verifying(self, load: Load) -> float:
+        """The cost of verifying one more drafted token per request."""
+        return self._cost("verify", load)
 
     def cost(self, by: By, load: Load) -> float:
         """The cost of drafting and verifying one more token per request."""
-        plain, more = self._median("plain", load), self.verifying(load)
-        making = self._median(by, load) if by == "view" else 0.0
-        if plain is None or more is None or making is None:
-            return COST[by]
-        return more + making / plain
+        return self.verifying(load) + (self._cost("view", load) if by == "view" else 0.0)
 
-    def rests(self, by: By) -> bool:
-        """Whether this drafter pauses in this step; call it once per step."""
-        self._rest[by] = max(0, self._rest[by] - 1)
-        return self._rest[by] > 0
+    def covers(self, by: By, loss: float | None = None) -> bool:
+        """Whether a drafter may be used in a step that is expected to lose this many plain steps
+        (None: to gain)."""
+        if loss is None:
+            return self._account[by] > -ADVANCE
+        return self._account[by] >= min(loss, SAVED)
+
+    def begin(self) -> None:
+        """Count a step in which drafts are possible."""
+        for by, saved in self._account.items():
+            self._account[by] = min(SAVED, saved + LOSS)
 
     def ran(
         self, load: Load, counts: dict[By, list[int]], guessing: float, seconds: float, tokens: int
@@ -91,14 +123,5 @@ class Gauge:
         by: By = "view" if counts["view"] else "lookup"
         if by == "view":
             self._seconds["view", load].append(guessing / max(counts["view"]))
-        paid = self._paid[by]
-        paid.append((tokens / load.rows, (guessing + seconds) / plain))
-        if len(paid) < WATCHED:
-            return
-        gained, spent = map(sum, zip(*paid, strict=True))
-        paid.clear()
-        if gained >= spent:
-            self._next_rest[by] = REST
-            return
-        self._rest[by] = self._next_rest[by]
-        self._next_rest[by] = min(LONGEST_REST, 2 * self._next_rest[by])
+        gained = tokens / load.rows - (guessing + seconds) / plain
+        self._account[by] = min(SAVED, self._account[by] + gained)

@@ -23,6 +23,12 @@ from pyramidinfer.engine.checks import (
 )
 from pyramidinfer.engine.grammar import Grammars
 from pyramidinfer.engine.memory import Cost, for_samples
+from pyramidinfer.engine.offloading import (
+    away_for,
+    check_offloaded,
+    is_offloaded,
+    offloaded_cost,
+)
 from pyramidinfer.engine.request import Request, Scoring
 from pyramidinfer.engine.shared import Shared
 from pyramidinfer.engine.text import Detokenizer, added_tokens
@@ -95,6 +101,12 @@ class Maker:
         if params.prompt_logprobs is not None:
             check_prompt_logprobs(policy, on is not None)
         shared.ledger.check_fits(cost, len(prompt), max_new, samples)
+        away = None
+        if scoring is None and is_offloaded(shared, policy):
+            layers = shared.runner.layers_for(len(prompt) + max_new)
+            away = away_for(shared, policy, len(prompt), layers)
+            check_offloaded(shared, away.reserved, hold, prefix)
+            owner = None  # its cache cannot be continued
         ids, form = self.added_tokens, params.structured_outputs
         stops = {*params.stop_token_ids, *(ids[text] for text in params.stop if text in ids)}
         constraint = None if form is None else self.grammars.constraint(form)
@@ -118,6 +130,7 @@ class Maker:
                 prefix=prefix,
                 salt=salt,
                 constraint=constraint.copy() if constraint else None,
+                away=away,
             )
 
         request = one(params)
@@ -198,7 +211,9 @@ def costs_of(
             )
         return ledger.cost(policy, length - seen, max_new, layers, covered, held, generated, seen)
 
-    if scoring:
+    if scoring is None and is_offloaded(shared, policy):
+        most = likely = offloaded_cost(shared, policy, length, max_new, layers, covered)
+    elif scoring:
         most = likely = ledger.scoring_cost(
             policy, length - seen, max_new, layers, covered, held, seen=seen
         )

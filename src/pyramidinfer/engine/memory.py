@@ -77,13 +77,16 @@ class Ledger:
         held: np.ndarray | None = None,
         expected: int | None = None,
         seen: int | None = 0,
+        here: np.ndarray | None = None,
     ) -> Cost:
         """The most that ``new`` prompt tokens and ``max_new`` generated ones can need.
 
         ``held``: entries per layer and head already in the cache (extend);  ``expected``: count
         this many generated tokens instead of ``max_new`` (the ring is sized for ``max_new``);
         ``seen``: the number of tokens before those of the prompt, in the cache or dropped from it;
-        None: the prompt is not read again, whatever the policy says.
+        None: the prompt is not read again, whatever the policy says;  ``here``: the most prompt
+        entries per layer and head that stay in the pool, if the others move to host memory
+        (``cache/away.py``).
         """
         layout, runner = self.layout, self.runner
         shape = (layers.count, runner.kv_heads)
@@ -102,6 +105,8 @@ class Ledger:
             kept = np.minimum(kept, bound.by_head(runner.kv_heads) + protected)
             if bound.total is not None:
                 total = np.array(bound.total) + protected * runner.kv_heads
+        if here is not None:
+            kept = np.minimum(kept, here + generated)
         whole = base + reach[:, None]  # while the prompt is read again
         for layer, sizes in enumerate(runner.shapes):
             if sizes.window is not None and not layers.governed[layer]:
@@ -122,6 +127,8 @@ class Ledger:
         if forecast.sum is not None:
             in_all = int(base.sum()) + forecast.sum + protected * base.size
         after = self.decode_cost(kept, lasting, total, in_all)
+        if here is not None:
+            after = self._with_staging(after, reach)
         return Cost(np.maximum(worst, after.pages), max(size, after.bytes), after)
 
     def _worst(self, before: np.ndarray, within: np.ndarray, final: np.ndarray) -> np.ndarray:
@@ -133,6 +140,16 @@ class Ledger:
             pages[:, layer] = within[:, layer]
             worst = np.maximum(worst, self.layout.by_group(pages))
         return worst
+
+    def _with_staging(self, cost: Cost, reach: np.ndarray) -> Cost:
+        """A cost and the spare pages for one layer of ``reach`` ``[layers]`` tokens."""
+        layout, spare = self.layout, np.zeros_like(cost.pages)
+        for layer, tokens in enumerate(reach.tolist()):
+            pages = np.zeros((layout.layers, layout.kv_heads), dtype=np.int64)
+            pages[layer] = layout.pages_for(tokens)
+            spare = np.maximum(spare, layout.by_group(layout.by_layer(pages)))
+        size = cost.bytes + layout.bytes_of(spare)
+        return cost._replace(pages=cost.pages + spare, bytes=size)
 
     def _pages(self, entries: np.ndarray, total: np.ndarray | None = None) -> np.ndarray:
         """Pages by rank and layer, ``[ranks, layers]``, of this many entries per head ``[layers,

@@ -37,6 +37,10 @@ def pin(conversations: Conversations, owner: str, id: str, ttl: float) -> Held:
     ``KeyError`` if the owner has no cache with this id;  ``ValueError`` if pinned caches would
     exceed their limit.
     """
+    if conversations.shared.config.offload_lossless:
+        raise ValueError(
+            "nothing can be pinned with offload_lossless: lossless requests need the host memory"
+        )
     found = _owned(conversations, owner, id)
     if not conversations.host.limit:
         raise ValueError(

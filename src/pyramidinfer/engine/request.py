@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple, Protocol, Self
 import torch
 from torch import Tensor
 
-from pyramidinfer.cache import Exported
+from pyramidinfer.cache import Away, Exported
 from pyramidinfer.config import accumulate_dtype
 from pyramidinfer.engine.memory import Cost
 from pyramidinfer.engine.text import Detokenizer
@@ -139,7 +139,8 @@ class Request(Sequence):
     must not be dropped (``time.time``; 0: none). ``prefix``: number of first tokens that are
     prefilled separately, for other requests (0: none); ``salt``: caches are shared only by requests
     with the same salt;  ``chain``: digests of the pages of its prompt, computed at first use.
-    ``drafting``: statistics of its drafts, if its policy is lossless.
+    ``drafting``: statistics of its drafts, if its policy is lossless;  ``away``: what its cache may
+    have in host memory, if it is there (``offload_lossless``).
     """
 
     id: int
@@ -180,6 +181,7 @@ class Request(Sequence):
     salt: str = ""
     chain: list[bytes] | None = None
     drafting: Drafting | None = None
+    away: Away | None = None
 
     @property
     def ended(self) -> bool:

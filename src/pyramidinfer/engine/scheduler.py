@@ -132,8 +132,11 @@ class Scheduler:
 
     @property
     def host_bytes(self) -> int:
-        """Bytes of host memory that preempted requests use."""
-        return sum(each.preempted.size for each in list(self.preempted) if each.preempted)
+        """Bytes of host memory that preempted requests use, and lossless ones whose caches are
+        there."""
+        swapped = sum(each.preempted.size for each in list(self.preempted) if each.preempted)
+        tables = [each.cache for each in (*self.prefilling, *self.running) if each.cache]
+        return swapped + sum(away.reserved for away in {each.away for each in tables if each.away})
 
     def queue(self, request: Request) -> None:
         """Add a request at the end of the waiting queue."""
@@ -195,6 +198,8 @@ class Scheduler:
             wanted = request.preempted.wanted
         elif not self._fits_at_worst(request):
             return "none"
+        elif request.away is not None and not self._fits_on_host(request.away.reserved):
+            return "none" if self.in_flight else "coming"
         elif (found := self._go_on(request)) != "none":
             return found
         if not self.conversations.make_room_for(wanted, mine, patient):
@@ -264,6 +269,10 @@ class Scheduler:
         )
         most = self.pool.budget + self.config.host_budget - self.conversations.pinned_bytes()
         return not worst or worst + request.cost.bytes <= most
+
+    def _fits_on_host(self, size: int) -> bool:
+        """Whether this many bytes of host memory are free, after conversations were evicted."""
+        return self.conversations.host.make_room(size, must=not self.in_flight)
 
     def _resume(self, request: Request) -> None:
         """Bring a preempted request back into the pool."""

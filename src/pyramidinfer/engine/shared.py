@@ -108,6 +108,7 @@ class Shared:
             request.cache = self.pool.new_table(len(request.text))
             request.cache.state = request.policy.start(layers)
             request.is_long = is_long(runner, request.policy, length, length, request.max_new)
+        request.table.away = None if request.away is None else request.away.anew()
         scored = len(request.scoring.tokens) if request.scoring else 0
         request.protected = torch.arange(length + scored, device=device) >= length
         for start, stop in request.protect:

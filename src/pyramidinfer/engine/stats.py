@@ -32,7 +32,8 @@ class Stats(NamedTuple):
     ``running``: requests in flight; ``peak_running``: the most so far;  ``pages``: pages of the
     pool; ``pages_in_use``: pages with an owner; ``pages_reusable``: pages of finished
     conversations, which take ``reuse_bytes``;  ``reserved_bytes``: reserved bytes of ``kv_memory``;
-    ``swapped_bytes``: host memory of preempted requests.  ``caches``, ``cache_bytes`` and
+    ``swapped_bytes``: host memory of preempted requests, and of lossless ones whose caches are
+    there.  ``caches``, ``cache_bytes`` and
     ``hits_from``: conversations by place.  The other fields count events since the start, as in
     ``scheduler.Counts`` and ``Conversations``;  ``file_errors``: files that could not be read or
     written;  ``drafted``, ``accepted``, ``verifications``: as in ``DraftUsage``, over all requests;

@@ -220,7 +220,7 @@ class Prefill:
             sequence.prompt_len,
             new,
             kept,
-            max(kept) if layer <= first else int(table.longest[first]),
+            max(kept) if layer <= first else int(table.entries[first].max()),
             self.end,
             table.state,
         )

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pyramidinfer.attention import DecodePlan
 from pyramidinfer.attention.base import Attended
-from pyramidinfer.cache import Pool, Weights
+from pyramidinfer.cache import Pool, Staging, Weights
 from pyramidinfer.config import accumulate_dtype
 from pyramidinfer.models.adapters import Adapted
 from pyramidinfer.models.batch import Sequence
@@ -73,6 +73,8 @@ class Decoding:
 
     ``counted``: its tokens were counted, and evictions done (``ModelRunner.commit``).
 
+    ``staging``: the caches that are partly in host memory, whose layers are loaded before they run.
+
     ``way``: how the step runs.  A replayed one is created once, for a CUDA graph that reads the
     current contents of the buffers.  Its rows and pages are rounded up; unused rows have length 0
     and write into a page that no table owns (``Group.scratch``).
@@ -84,6 +86,7 @@ class Decoding:
         """shape : of every layer;  like : a tensor of the model's dtype on its device."""
         self.size, self.way, on_gpu = size, way, pool.on_gpu
         self.counted = False
+        self.staging: Staging | None = None
         self._heads, self._page_size = pool.own_heads, pool.page_size
         rows = (pool.layers, size.rows, pool.kv_heads)
         parts: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
@@ -150,7 +153,9 @@ class Decoding:
             table = each.table
             held, lengths = int(table.held.max()), table.kept[:, self._heads]
             read = table.pages[..., :held]
-            if drafts and each.draft_view is not None:
+            if table.away is not None and self.staging is not None:
+                read, lengths = self.staging.read(table)
+            elif drafts and table.away is None and each.draft_view is not None:
                 read, lengths = each.draft_view.read(table, self._page_size)
             for number in range(tokens):
                 host["tables"][:, row, :, : read.shape[2]] = read

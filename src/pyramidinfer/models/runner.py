@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from pyramidinfer.cache import Pool, Table
+from pyramidinfer.cache import Pool, Staging, Table
 from pyramidinfer.models import rereading
 from pyramidinfer.models.adapters import Adapter
 from pyramidinfer.models.batch import Batch, Prefill, Sequence, Work
@@ -181,11 +181,12 @@ class ModelRunner(Stack):
     @torch.inference_mode()
     def forward(self, pool: Pool, batch: Batch) -> Stepped:
         """Run one step.  Decoding sequences must be committed with ``commit`` afterwards."""
-        with evaluating(self._given):
-            return self._forward(pool, batch)
+        tables = [each.table for each in batch.decode]
+        with evaluating(self._given), Staging(pool, tables) as staging:
+            return self._forward(pool, batch, staging)
 
-    def _forward(self, pool: Pool, batch: Batch) -> Stepped:
-        decoding = self._claim(pool, batch) if batch.decode else None
+    def _forward(self, pool: Pool, batch: Batch, staging: Staging) -> Stepped:
+        decoding = self._claim(pool, batch, staging) if batch.decode else None
         if decoding is not None and decoding.way == "replayed":
             logits = self.graphs(pool).run(decoding, lambda: self._decode(pool, decoding))
             return Stepped(logits[: len(batch.decode)], decoding)
@@ -196,9 +197,9 @@ class ModelRunner(Stack):
         return Stepped(self._answers(through, last), decoding)
 
     def way(self, batch: Batch) -> Way:
-        """How a step runs: layer by layer with prompts, else replayed if the device does that and
-        no row has an adapter, else as the decoder can."""
-        if batch.works:
+        """How a step runs: layer by layer with prompts or caches in host memory, else replayed if
+        the device does that and no row has an adapter, else as the decoder can."""
+        if batch.works or any(each.table.away is not None for each in batch.decode):
             return "layers"
         plain = all(each.adapter is None for each in batch.decode)
         return "replayed" if self.steps_on_buffers and plain else self.decoder.way
@@ -238,6 +239,8 @@ class ModelRunner(Stack):
                 if riding is None and not segments:
                     break
                 rows = parts if riding is None else [hidden, *parts]
+                if riding is not None and riding.staging is not None:
+                    riding.staging.load(layer)
                 out = self._run_layer(pool, layer, rows, riding, segments)
                 if riding is not None:
                     hidden, riding = out[:start], None
@@ -323,7 +326,7 @@ class ModelRunner(Stack):
 
     # --- decoding -----------------------------------------------------------------------------
 
-    def _claim(self, pool: Pool, batch: Batch) -> Decoding:
+    def _claim(self, pool: Pool, batch: Batch, staging: Staging | None = None) -> Decoding:
         """Claim an entry for every token that decoding sequences feed, and fill the inputs of
         the step."""
         sequences, shape, like = batch.decode, self.ranks.own(self.shapes[0]), self._like
@@ -331,12 +334,16 @@ class ModelRunner(Stack):
         claimed = pool.append_each([each.table for each in sequences], fed)
         size = Size.of(sequences, sum(fed))
         way = self.way(batch)
+        if staging:
+            width = staging.width(each.table for each in sequences)
+            size = size._replace(pages=max(size.pages, width))
         if way == "replayed":
             decoding = self.graphs(pool).step(
                 size, lambda size: Decoding(size, pool, shape, like, way)
             )
         else:
             decoding = Decoding(size, pool, shape, like, way)
+            decoding.staging = staging
         decoding.fill(sequences, *claimed, fed)
         self._feed(decoding, sequences, batch.tokens, fed)
         return decoding

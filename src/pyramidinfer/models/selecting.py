@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -49,6 +50,8 @@ def cut_layer(stack: Stack, pool: Pool, prefill: Prefill) -> Tensor | None:
     trim(stack, pool, sequence, layer, prefill.end, slack=0)
     table.state = policy.prefilled(prefill.view())
     sequence.idle = 0
+    if table.away is not None:
+        _send_away(pool, sequence, layer)
     if going is not None:
         prefill.positions = prefill.positions[going]
     return going
@@ -100,6 +103,25 @@ def retain(
         view_of.note(layer, keep, table.kept[layer], pool.page_size, view.seen_len)
         return
     pool.keep(table, layer, keep)
+
+
+def _send_away(pool: Pool, sequence: Sequence, layer: int) -> None:
+    """Move the pages of a prompt's layer that drafts do not read to host memory, and as many more
+    as the pool has no room for."""
+    table, view, away = sequence.table, sequence.draft_view, sequence.table.away
+    assert away is not None
+    if not sequence.layers.governed[layer]:
+        return
+    whole = int(table.kept[layer].min()) // pool.page_size
+    stays = np.zeros((pool.kv_heads, whole), dtype=bool)
+    for head, most in enumerate(away.most[layer].tolist()):
+        picks = np.arange(whole)
+        if view is not None and view.later[layer, head]:
+            picks = view.picks[layer, head, : view.counts[layer, head]]
+        if len(picks) > most:  # the policy would keep more than its forecast
+            picks = np.concatenate([picks[:1], picks[len(picks) - most + 1 :]])
+        stays[head, picks] = True
+    away.send(pool, table, layer, stays)
 
 
 def trim(

@@ -41,7 +41,7 @@ GAUGES = {
     "vllm:num_requests_running": ("Requests in flight", "running"),
     "vllm:num_requests_swapped": ("Requests put off for want of memory", "preempted"),
     "pyramidinfer:swapped_bytes": (
-        "Bytes of host memory that preempted requests take",
+        "Bytes of host memory reserved for preempted requests and for lossless ones",
         "swapped_bytes",
     ),
     "pyramidinfer:pool_pages": ("Pages there are", "pages"),

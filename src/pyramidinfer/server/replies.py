@@ -318,6 +318,7 @@ class Reply:
             **self._thoughts(),
             **_lowered(caches),
             **_drafted(requests),
+            **_offloaded(caches),
             **extra,
         }
 
@@ -371,6 +372,12 @@ def _drafted(requests: list[Request]) -> dict[str, int]:
         "accepted_tokens": sum(each.accepted for each in told),
         "verifications": sum(each.verifications for each in told),
     }
+
+
+def _offloaded(caches: list[KVUsage]) -> dict[str, int]:
+    """Bytes of caches in host memory, if there are any."""
+    size = sum(kv.host_bytes for kv in caches)
+    return {"kv_bytes_host": size} if size else {}
 
 
 def _kv(kv: KVUsage) -> dict[str, Any]:

@@ -59,9 +59,13 @@ class Service:
                 f"or allow a policy that compresses (serve --policies)"
             )
         engine = llm.engine
-        if engine.config.draft_tokens is not None and not self.jobs.may_keep_all:
+        options = {
+            name: getattr(engine.config, name) for name in ("draft_tokens", "offload_lossless")
+        }
+        unused = [name for name, value in options.items() if value not in (None, False)]
+        if unused and not self.jobs.may_keep_all:
             raise ValueError(
-                f"draft_tokens={engine.config.draft_tokens} has no effect if requests may only "
+                f"{unused[0]}={options[unused[0]]} has no effect if requests may only "
                 f"select {', '.join(self.jobs.policies)}: a lossless one keeps everything. Leave "
                 f"it out, or allow 'full' (serve --policies, --max-keep)"
             )

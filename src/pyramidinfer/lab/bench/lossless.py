@@ -79,6 +79,8 @@ def run_lossless(plan: LosslessPlan, out: Path) -> dict[str, Any]:
     text_name = "random numbers in the cache" if plan.accept is not None else ENGLISH
     result = {"backend": runner.backend.name, "weight_bytes": weights, "text": text_name}
     result["rows"] = rows
+    if plan.check_prompts:
+        result["checked"] = _check_answers(plan, runner, text)
     write_result(out, asdict(plan), result)
     return result
 
@@ -124,7 +126,7 @@ def _cell(
         for steps, drafter in drafters.items():
 
             def work(drafter: Drafter = drafter, n: int = batch) -> Timed:
-                mine.drafter = drafter
+                mine.drafter = mine.committer.drafter = drafter
                 return _timed(plan, mine, held[1][:n], prompts)
 
             works[steps] = work
@@ -160,7 +162,7 @@ def _row(
         for name in ("drafted", "accepted", "verifications")
     )
     tokens = batch * (plan.output_len - 1)
-    page = EngineConfig().page_size
+    page = plan.page_size
     shares = [
         each.draft_view.share(len(each.text) - 1, page)
         for run in runs
@@ -168,7 +170,7 @@ def _row(
         if each.draft_view is not None
     ]
     read = float(np.mean(shares)) if shares else 1.0
-    entry = full_bytes(_layout(runner), runner, context)
+    entry = full_bytes(_layout(plan, runner), runner, context)
     mean = drafted / verified if verified else 0.0
     rate = _rate_of(accepted / verified, mean) if verified and mean else 0.0
     cache = batch * entry / weights
@@ -200,6 +202,36 @@ def _rate_of(accepted: float, count: float) -> float:
     return low
 
 
+def _check_answers(plan: LosslessPlan, runner: ModelRunner, text: TokenIds) -> dict[str, int]:
+    """Answer prompts of 40 to 400 tokens with and without drafts, many in a batch: how many of the
+    answers differ, and how many tokens were drafted and accepted."""
+    count, longest = plan.check_prompts, 400
+    starts = np.linspace(0, len(text) - longest, count).astype(int).tolist()
+    prompts = [
+        text[start : start + 40 + number * 37 % (longest - 39)]
+        for number, start in enumerate(starts)
+    ]
+    params = SamplingParams(max_tokens=24, ignore_eos=True)
+    answers = []
+    for policy, steps in ((Full(), None), (_draft(plan.drafts[0]), 3)):
+        config = EngineConfig(
+            kv_dtype=plan.kv_dtype, page_size=plan.page_size, draft_tokens=steps, reuse_share=0.0
+        )
+        engine = Engine(runner, policy, config)
+        requests = [engine.add(prompt, params) for prompt in prompts]
+        while not all(each.ended for each in requests):
+            engine.step()
+        answers.append([each.output for each in requests])
+    differ = sum(one != other for one, other in zip(*answers, strict=True))
+    drafter = engine.drafter
+    return {
+        "prompts": count,
+        "different": differ,
+        "drafted": drafter.drafted,
+        "accepted": drafter.accepted,
+    }
+
+
 # --- engines and what they hold ------------------------------------------------------------------
 
 
@@ -207,8 +239,8 @@ def _draft(spec: str) -> Policy:
     return Lossless(parse_policy(spec))
 
 
-def _layout(runner: ModelRunner) -> Layout:
-    return Layout.smallest(runner.group_specs(), EngineConfig().page_size)
+def _layout(plan: LosslessPlan, runner: ModelRunner) -> Layout:
+    return Layout.smallest(runner.group_specs(), plan.page_size)
 
 
 def _engine(
@@ -216,12 +248,13 @@ def _engine(
 ) -> Engine:
     """An engine with room for held requests and for requests that continue on copies of their
     caches."""
-    layout = _layout(runner)
+    layout = _layout(plan, runner)
     size = full_bytes(layout, runner, context + FED + plan.output_len + 64)
     transient = 4 * context * runner.hidden_size * runner.dtype.itemsize
     config = EngineConfig(
         kv_memory=int(2.2 * count * size) + transient + layout.budget + 2**26,
         kv_dtype=plan.kv_dtype,
+        page_size=plan.page_size,
         max_requests=2 * count + 1,
         reuse_share=0.0,
     )
@@ -312,8 +345,8 @@ class Simulated(Drafter):
     def _look_up(self, request: Request, room: int) -> TokenIds:
         return []
 
-    def _guess(self, rooms: dict[Request, int]) -> dict[Request, TokenIds]:
-        made = super()._guess(rooms)
+    def _guess(self, rooms: dict[Request, int], is_trial: bool = False) -> dict[Request, TokenIds]:
+        made = super()._guess(rooms, is_trial)
         for request, tokens in made.items():
             right = self._truth[tuple(request.prompt)][len(request.output) :]
             drawn = self._draw.random(len(tokens)) < self._accept

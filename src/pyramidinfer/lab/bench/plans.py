@@ -287,6 +287,15 @@ class LosslessPlan(Plan):
             check=check_share,
         ),
     ] = None
+    check_prompts: Annotated[
+        int,
+        Option(
+            "With --model: also answer this many prompts of 40 to 400 tokens with and without "
+            "drafts, and count the answers that differ.",
+            check=at_least(0),
+        ),
+    ] = 0
+    page_size: Annotated[int, Option("Tokens in a page of the cache.", check=at_least(1))] = 16
     output_len: OutputLen = 64
     repeats: Repeats = 3
     dtype: Dtype = "bfloat16"
@@ -309,6 +318,10 @@ class LosslessPlan(Plan):
             raise ValueError(
                 f"--accept {self.accept}: set it with --shape, since random weights draft no "
                 f"useful tokens, and leave it out with --model, which measures it"
+            )
+        if self.check_prompts and self.model is None:
+            raise ValueError(
+                f"--check-prompts {self.check_prompts} needs --model: random weights draft nothing"
             )
         for steps in self.draft_tokens:
             if steps != AUTO and not (steps.isdecimal() and int(steps) <= MOST_DRAFTS):

@@ -165,6 +165,8 @@ def kernels_table(configuration: Result, result: Result) -> Table:
 def lossless_table(result: Result) -> Table:
     """Speed relative to the full cache without drafts, with the range over the repeats."""
     table = Table(title=f"lossless, backend {result['backend']}; speed relative to full")
+    if (checked := result.get("checked")) is not None:
+        table.caption = f"{checked['different']} of {checked['prompts']} answers differ"
     names = ("context", "batch", "drafts", "read", "guesses", "right", "K/W")
     for name in (*names, "times full", "expected"):
         table.add_column(name, justify="right")
