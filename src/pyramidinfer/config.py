@@ -355,7 +355,7 @@ class EngineConfig:
                 f"set tensor_parallel_size or pipeline_parallel_size"
             )
         self._check_layers()
-        self._check_adapters()
+        object.__setattr__(self, "lora_modules", parse_modules(self.lora_modules or {}))
         for switch in ("profile", "share_prefixes"):
             if not isinstance(value := getattr(self, switch), bool):
                 raise ValueError(f"{switch}={value!r} must be True or False")
@@ -420,16 +420,6 @@ class EngineConfig:
                     f"{name}={getattr(self, name)!s} has no effect with reuse_share=0: no "
                     f"conversation is held then; set reuse_share or leave it out"
                 )
-
-    def _check_adapters(self) -> None:
-        modules = parse_modules(self.lora_modules or {})
-        if modules and self.ranks > 1:
-            raise ValueError(
-                f"lora_modules={[*modules]} works on one rank only: leave tensor_parallel_size and "
-                f"pipeline_parallel_size out, or give one adapter's folder as the model, which "
-                f"merges it into its base"
-            )
-        object.__setattr__(self, "lora_modules", modules)
 
     @property
     def adapters(self) -> dict[str, str]:

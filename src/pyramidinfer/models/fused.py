@@ -47,13 +47,14 @@ assert tuple(_NAMES) == PLACES
 
 
 class FusedLayer:
-    """One plain layer's weights, packed for ``ops``: this rank's part of them."""
+    """One plain layer's weights, packed for ``ops``: this rank's part of them.  ``index``: among
+    the rank's layers."""
 
     def __init__(
-        self, layer: Any, shape: AttentionShape, rotated: int, ops: Ops, ranks: Ranks
+        self, layer: Any, index: int, shape: AttentionShape, rotated: int, ops: Ops, ranks: Ranks
     ) -> None:
         attention, mlp = layer.self_attn, layer.mlp
-        self.shape, self.ops, self.ranks = shape, ops, ranks
+        self.index, self.shape, self.ops, self.ranks = index, shape, ops, ranks
         self.epsilon = _epsilon(layer.input_layernorm)
         self.norm1, second = _scale(layer.input_layernorm), layer.post_attention_layernorm
         self.after1: Tensor | None = None
@@ -96,7 +97,7 @@ class FusedLayer:
         says so.
         rope : float32 cos and sin, each ``[rows, rotated]``."""
         ops, heads, adapted = self.ops, self.heads, call.adapted
-        low, *_ = Low.each(adapted, call.layer)
+        low, *_ = Low.each(adapted, self.index)
         normed = ops.norm(flat, self.norm1, self.epsilon)
         qkv = ops.linear(normed, self.qkv, PLAIN, None, low).view(len(flat), -1, heads.size)
         ops.rotate(qkv, heads, *rope)
@@ -106,7 +107,7 @@ class FusedLayer:
         if call.going is not None:
             flat = flat[call.going]
             adapted = adapted and adapted.only(call.going)
-        _, out, gate_up, down = Low.each(adapted, call.layer)
+        _, out, gate_up, down = Low.each(adapted, self.index)
         middle = self._summed(attended.flatten(1), self.out, flat, self.after1, out)
         normed = ops.norm(middle, self.norm2, self.epsilon)
         inner = ops.linear(normed, self.gate_up, self.gating, None, gate_up)
@@ -121,7 +122,7 @@ class FusedLayer:
             added = self.ranks.sum(self.ops.linear(inner, weights, PLAIN, None, low))
             return residual + self.ops.norm(added, after, self.epsilon)
         if self.ranks.index:  # the first rank adds the residual
-            return self.ranks.sum(self.ops.linear(inner, weights, PLAIN))
+            return self.ranks.sum(self.ops.linear(inner, weights, PLAIN, None, low))
         return self.ranks.sum(self.ops.linear(inner, weights, ADD, residual, low))
 
     def pack_low_rank(self, parts: dict[str, Part]) -> list[Any]:
@@ -296,8 +297,8 @@ def fuse(
     if own:
         _unmap([body.norm, *(body.layers[number] for number in plain.own)])
     for number in plain.own:
-        layer = body.layers[number]
-        packed[number] = FusedLayer(layer, shapes[number], plain.rotary.rotated, ops, ranks)
+        layer, index = body.layers[number], number - plain.own.start
+        packed[number] = FusedLayer(layer, index, shapes[number], plain.rotary.rotated, ops, ranks)
         if own:
             _free([each for each in layer.modules() if type(each) in LINEARS])
     fused = FusedDecoder(plain, packed, ops)
