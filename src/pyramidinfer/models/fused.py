@@ -26,7 +26,7 @@ from pyramidinfer.models.ops import ADD, GATED, GELU, PLAIN, Heads, KernelOps, O
 from pyramidinfer.models.ranks import Ranks
 from pyramidinfer.models.rotary import Tables
 from pyramidinfer.models.routing import LayerCall
-from pyramidinfer.models.sharding import RowSplit
+from pyramidinfer.models.sharding import RowSplit, SplitEmbedding
 from pyramidinfer.models.weights import Rows
 from pyramidinfer.native.library import LayerData, StepCall, pointer
 from pyramidinfer.types import AttentionShape
@@ -174,9 +174,14 @@ class FusedDecoder(Decoder):
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
         if self.packed_table is None:
             return super().embed(ids, positions)
+        table = self.body.embed_tokens
+        return table.look_up(ids, self._rows) if _is_split(table) else self._rows(ids)
+
+    def _rows(self, ids: Tensor) -> Tensor:
+        """Rows of the packed embedding, of this rank's part of it."""
         assert isinstance(self.ops, KernelOps)
         rows = self.ops.rows(self.packed_table, ids)
-        scale = getattr(self.body.embed_tokens, "embed_scale", None)
+        scale = getattr(_whole_or_part(self.body.embed_tokens), "embed_scale", None)
         return rows if scale is None else rows * scale.to(rows.dtype)
 
     def take_adapter(self, adapter: Adapter) -> None:
@@ -305,7 +310,8 @@ def fuse(
     if own and (head.weight is not body.embed_tokens.weight or fused.packed_table is not None):
         _free([head])
     if own and fused.packed_table is not None:
-        body.embed_tokens.weight = _nothing_of(body.embed_tokens.weight)
+        table = _whole_or_part(body.embed_tokens)
+        table.weight = _nothing_of(table.weight)
     return fused
 
 
@@ -421,6 +427,15 @@ def _pack(ops: Ops, linears: list[Any], how: int) -> Any:
 def _pack_table(ops: Ops, table: Any) -> Any:
     bias = getattr(table, "bias", None)
     return ops.pack_table([_held(table)], [None if bias is None else bias.data])
+
+
+def _is_split(table: nn.Module) -> bool:
+    return isinstance(table, SplitEmbedding)
+
+
+def _whole_or_part(table: Any) -> Any:
+    """The embedding that has the weight: of the whole vocabulary, or of this rank's part."""
+    return table.part if _is_split(table) else table
 
 
 def _held(module: Any) -> Any:

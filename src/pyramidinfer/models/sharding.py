@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from pyramidinfer.types import AttentionShape
 #: Words of a weight that are summed together (``weights_mark``).
 PART = 64
 
-__all__ = ["RowSplit", "plan_of", "split_adapter", "split_model", "weights_mark"]
+__all__ = ["RowSplit", "SplitEmbedding", "plan_of", "split_adapter", "split_model", "weights_mark"]
 
 #: Values in transformers' plans for modules that every rank keeps whole.
 WHOLE = ("replicated_with_grad_allreduce", "sequence_parallel")
@@ -60,8 +60,9 @@ class SplitEmbedding(nn.Module):
 
     def __init__(self, whole: nn.Embedding, ranks: Ranks) -> None:
         super().__init__()
-        self.first = ranks.part(whole.num_embeddings).start
-        whole.weight = _kept(whole.weight[ranks.part(whole.num_embeddings)])
+        part = ranks.part(whole.num_embeddings)
+        self.first, self.count = part.start, part.stop - part.start
+        whole.weight = _kept(whole.weight[part])
         whole.padding_idx = None
         self.part, self.ranks = whole, ranks
 
@@ -70,9 +71,13 @@ class SplitEmbedding(nn.Module):
         return self.part.weight
 
     def forward(self, ids: Tensor) -> Tensor:
+        return self.look_up(ids, self.part)
+
+    def look_up(self, ids: Tensor, rows: Callable[[Tensor], Tensor]) -> Tensor:
+        """The embedding, by a function that returns this rank's rows (counted from its first)."""
         local = ids - self.first
-        mine = (local >= 0) & (local < len(self.part.weight))
-        found: Tensor = self.part(torch.where(mine, local, 0))
+        mine = (local >= 0) & (local < self.count)
+        found = rows(torch.where(mine, local, 0))
         return self.ranks.sum(torch.where(mine[..., None], found, 0), "embedding")
 
 
