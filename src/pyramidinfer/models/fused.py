@@ -174,8 +174,10 @@ class FusedDecoder(Decoder):
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
         if self.packed_table is None:
             return super().embed(ids, positions)
-        table = self.body.embed_tokens
-        return table.look_up(ids, self._rows) if _is_split(table) else self._rows(ids)
+        if not _is_split(table := self.body.embed_tokens):
+            return self._rows(ids)
+        found: Tensor = table.look_up(ids, self._rows)
+        return found
 
     def _rows(self, ids: Tensor) -> Tensor:
         """Rows of the packed embedding, of this rank's part of it."""
