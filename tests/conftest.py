@@ -14,7 +14,10 @@ if not torch.cuda.is_available():  # before anything imports Triton
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from pyramidinfer.cache import Pool
-from pyramidinfer.engine import profiling
+from pyramidinfer.engine import engine, profiling
+from pyramidinfer.engine.shared import Shared
+from pyramidinfer.models.fingerprint import fingerprint
+from pyramidinfer.policies.profile import Profile
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -32,6 +35,28 @@ def own_profiles(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
             "profiles_folder",
             lambda: Path(os.environ.get("PYRAMIDINFER_CACHE") or own) / "profiles",
         )
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def heads_are_measured_once() -> Iterator[None]:
+    """Profiles of models without a tokenizer are not stored, so every engine would measure its own:
+    here engines of the same weights and dtype have one measurement."""
+    known: dict[torch.dtype, list[Profile]] = {}
+    ensure = engine.ensure_profile
+
+    def once(shared: Shared) -> Profile:
+        if shared.tokenizer is not None or profiling.look_up(shared.runner) is not None:
+            return ensure(shared)
+        mark, measured = fingerprint(shared.runner), known.setdefault(shared.runner.dtype, [])
+        found = next((each for each in measured if each.fingerprint.matches(mark)), None)
+        if found is None:
+            found = ensure(shared)
+            measured.append(found)
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "ensure_profile", once)
         yield
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tests.engine.build import policy_named
 from tests.policies.test_golden import CASES, GOLDEN, official
-from tests.scale.build import CONFIG, STAGES, TWO, answers
+from tests.scale.build import CONFIG, STAGES, TWO, Answer, answers
 from tests.scale.spawn import run_cases
 from tests.scale.threads import split_engine
 from tests.scale.worker import Case
@@ -19,7 +21,7 @@ from pyramidinfer.engine import Engine
 from pyramidinfer.engine.tracing import trace
 from pyramidinfer.models.families import FAMILIES
 from pyramidinfer.models.loading import load_model
-from pyramidinfer.policies import POLICIES
+from pyramidinfer.policies import POLICIES, Policy
 
 #: Every layer of the tiny model slides, so there is no head profile to be had.
 UNPROFILED = {"mistral": {"duo", "pyramid", "triattention"}}
@@ -41,16 +43,22 @@ def layers_of(family: str, stages: int) -> list[int] | None:
     return [1] * (stages - 1) + [depth - stages + 1]
 
 
+@cache
+def on_one_rank(family: str) -> tuple[Any, Policy, dict[str, list[Answer]]]:
+    """A tiny model, its engine's policy, and what one rank answers under every policy."""
+    default = policy_named("full" if family in UNPROFILED else "pyramid")
+    model = tiny_model(family, torch.float64)
+    policies = sorted(set(POLICIES) - UNPROFILED.get(family, set()))
+    return model, default, answers(Engine(model, default, CONFIG), policies)
+
+
 @pytest.mark.parametrize("tensor, stages", SPLITS)
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_every_policy_on_every_family(family: str, tensor: int, stages: int) -> None:
-    policies = sorted(set(POLICIES) - UNPROFILED.get(family, set()))
-    layers = layers_of(family, stages)
+    model, default, expected = on_one_rank(family)
+    policies, layers = list(expected), layers_of(family, stages)
     if family in UNTURNED.get(stages, set()):
         policies.remove("streaming_llm")
-    default = policy_named("full" if family in UNPROFILED else "pyramid")
-    model = tiny_model(family, torch.float64)
-    expected = answers(Engine(model, default, CONFIG), policies)
     with split_engine(model, default, CONFIG, tensor, layers=layers) as engine:
         found = answers(engine, policies)
         engine.check()

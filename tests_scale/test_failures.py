@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import httpx
 import psutil
 import pytest
 import torch
+from tests.adapters import save_adapter
 from tests.engine.build import policy_named
 from tests.tiny import random_prompt, tiny_model
 
@@ -24,13 +25,21 @@ from pyramidinfer import LLM, SamplingParams
 from pyramidinfer.engine.launch import RanksError
 from pyramidinfer.models.loading import shipped_model
 
+ROOT = Path(__file__).parents[1]
 GREEDY = SamplingParams(max_tokens=8, ignore_eos=True, temperature=0.0)
 ONE_RANK = """
 import sys
 from pyramidinfer import LLM, SamplingParams
 from pyramidinfer.engine.launch import RanksError
 try:
-    llm = LLM(sys.argv[1], "full", kv_memory=sys.argv[2], dtype="float32", tensor_parallel_size=2)
+    llm = LLM(
+        sys.argv[1],
+        "full",
+        kv_memory=sys.argv[2],
+        dtype="float32",
+        tensor_parallel_size=2,
+        lora_modules={each: each for each in sys.argv[3:]},
+    )
     print(llm.generate([[5, 6, 7]], SamplingParams(max_tokens=3))[0].token_ids)
     llm.close()
 except (ValueError, RanksError) as error:
@@ -46,15 +55,20 @@ def folder(tmp_path: Path) -> Path:
 
 
 def as_torchrun(
-    models: list[Path], memory: list[str], port: int
+    models: list[Path],
+    memory: list[str],
+    port: int,
+    loras: Sequence[str] = (),
+    places: Sequence[Path] = (ROOT, ROOT),
 ) -> list[subprocess.CompletedProcess[str]]:
-    """Two processes as ``torchrun`` starts them; what became of each."""
+    """Two processes as ``torchrun`` starts them, each in its folder; what became of each."""
     started = []
     for rank, (model, size) in enumerate(zip(models, memory, strict=True)):
         place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         started.append(
             subprocess.Popen(
-                [sys.executable, "-c", ONE_RANK, str(model), size],
+                [sys.executable, "-c", ONE_RANK, str(model), size, *loras],
+                cwd=places[rank],
                 env={**os.environ, **place, "RANK": str(rank), "WORLD_SIZE": "2"},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
@@ -125,6 +139,17 @@ def test_ranks_with_other_weights_or_options_say_so(folder: Path, tmp_path: Path
             assert each.returncode == 2
             assert f"error: rank 1 has other {what} than rank 0" in each.stderr
             assert "Traceback" not in each.stderr
+
+
+def test_ranks_with_another_adapter_of_the_same_name_say_so(folder: Path, tmp_path: Path) -> None:
+    places = [tmp_path / "here", tmp_path / "there"]
+    for which, place in enumerate(places):
+        save_adapter(place / "mine", "llama", which)
+    found = as_torchrun([folder] * 2, ["4MiB"] * 2, free_port(), ["mine"], places)
+    for each in found:
+        assert each.returncode == 2
+        assert "error: rank 1 has other weights of 'mine' than rank 0" in each.stderr
+        assert "Traceback" not in each.stderr
 
 
 def test_a_port_that_is_taken_is_told(folder: Path) -> None:

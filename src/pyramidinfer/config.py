@@ -365,7 +365,7 @@ class EngineConfig:
                 f"set tensor_parallel_size or pipeline_parallel_size"
             )
         self._check_layers()
-        self._check_adapters()
+        object.__setattr__(self, "lora_modules", parse_modules(self.lora_modules or {}))
         for switch in ("profile", "share_prefixes", "offload_lossless"):
             if not isinstance(value := getattr(self, switch), bool):
                 raise ValueError(f"{switch}={value!r} must be True or False")
@@ -448,16 +448,6 @@ class EngineConfig:
                 f"{name} works with admission='reserve' only: a cache that is partly in host "
                 f"memory cannot be preempted; leave one of them out"
             )
-
-    def _check_adapters(self) -> None:
-        modules = parse_modules(self.lora_modules or {})
-        if modules and self.ranks > 1:
-            raise ValueError(
-                f"lora_modules={[*modules]} works on one rank only: leave tensor_parallel_size and "
-                f"pipeline_parallel_size out, or give one adapter's folder as the model, which "
-                f"merges it into its base"
-            )
-        object.__setattr__(self, "lora_modules", modules)
 
     @property
     def adapters(self) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import pytest
@@ -14,6 +15,15 @@ from pyramidinfer.policies import POLICIES
 from tests.engine.build import alone, build
 from tests.tiny import of_layers, random_prompt, tiny_model
 
+GREEDY_14 = SamplingParams(max_tokens=14, ignore_eos=True)
+#: Below, at and above pages, chunks and windows.
+LENGTHS = (1, 2, 5, 16, 17, 33, 48, 70)
+
+
+@cache
+def alone_of_length(name: str, family: str, length: int) -> list[int]:
+    return alone(name, family, random_prompt(length, length), GREEDY_14)
+
 
 @pytest.mark.parametrize("name", sorted(POLICIES))
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "opt", "phi3"])
@@ -21,7 +31,8 @@ from tests.tiny import of_layers, random_prompt, tiny_model
 @given(data=st.data())
 def test_tokens_do_not_depend_on_neighbours(name: str, family: str, data: st.DataObject) -> None:
     """Random arrivals, lengths, aborts, chunk sizes and budgets (float64)."""
-    lengths = data.draw(st.lists(st.integers(1, 70), min_size=2, max_size=6))
+    some = st.lists(st.sampled_from(LENGTHS), min_size=2, max_size=6, unique=True)
+    lengths = data.draw(some)
     gaps = data.draw(st.lists(st.integers(0, 5), min_size=6, max_size=6))
     doomed = data.draw(st.integers(-1, 1))
     llm = build(
@@ -32,11 +43,10 @@ def test_tokens_do_not_depend_on_neighbours(name: str, family: str, data: st.Dat
         max_requests=data.draw(st.sampled_from([2, 64])),
         kv_memory=data.draw(st.sampled_from(["300KiB", "4MiB"])),
     )
-    params = SamplingParams(max_tokens=14, ignore_eos=True)
     requests = []
-    for seed, length in enumerate(lengths):
-        requests.append(llm.engine.add(random_prompt(seed, length), params))
-        for _ in range(gaps[seed]):
+    for length, gap in zip(lengths, gaps, strict=False):
+        requests.append(llm.engine.add(random_prompt(length, length), GREEDY_14))
+        for _ in range(gap):
             llm.engine.step()
     if doomed >= 0:
         llm.engine.abort(requests[doomed])
@@ -45,7 +55,7 @@ def test_tokens_do_not_depend_on_neighbours(name: str, family: str, data: st.Dat
         llm.engine.pool.check()
     llm.engine.check()
     for index, request in enumerate(requests):
-        expected = alone(name, family, request.prompt, params)
+        expected = alone_of_length(name, family, lengths[index])
         if index == doomed and request.finish_reason == "abort":
             assert request.output == expected[: len(request.output)]
         else:

@@ -151,8 +151,6 @@ def test_names(folders: Any) -> None:
         llm.generate(PROMPTS, lora=["first", None])
     with pytest.raises(ValueError, match="no adapter was loaded: give lora_modules"):
         LLM(tiny_model("llama"), kv_memory="1MiB", policy="full").generate(PROMPTS, lora="first")
-    with pytest.raises(ValueError, match="works on one rank only"):
-        LLM("folder", lora_modules={"a": "b"}, tensor_parallel_size=2)
 
 
 def test_how_adapters_are_named() -> None:

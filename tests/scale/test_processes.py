@@ -13,9 +13,11 @@ import torch
 from pyramidinfer import LLM, SamplingParams
 from pyramidinfer.engine.launch import RanksError
 from pyramidinfer.policies import Policy
+from tests.adapters import save_adapter
 from tests.engine.build import policy_named
 from tests.tiny import random_prompt, tiny_model
 
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")  # peft's
 GREEDY = SamplingParams(max_tokens=8, ignore_eos=True, temperature=0.0)
 
 
@@ -23,12 +25,14 @@ GREEDY = SamplingParams(max_tokens=8, ignore_eos=True, temperature=0.0)
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("model")
     tiny_model("llama", torch.float64).save_pretrained(place)
+    save_adapter(place / "adapter", "llama", 1)
     return place
 
 
 def build(folder: Path, **options: object) -> LLM:
     """Its policy has the model's heads measured first, by all ranks together."""
-    return LLM(folder, policy_named("pyramid"), kv_memory="4MiB", page_size=4, **options)
+    options |= {"kv_memory": "4MiB", "page_size": 4, "lora_modules": {"a": f"{folder}/adapter"}}
+    return LLM(folder, policy_named("pyramid"), **options)
 
 
 def children() -> list[psutil.Process]:
@@ -42,9 +46,16 @@ def children() -> list[psutil.Process]:
 @pytest.mark.parametrize("option", ["tensor_parallel_size", "pipeline_parallel_size"])
 def test_tokens_of_two_processes_and_the_end_of_one(folder: Path, option: str) -> None:
     prompts = [random_prompt(1, 40), random_prompt(2, 9)]
-    expected = [each.token_ids for each in build(folder).generate(prompts, GREEDY)]
+    loras = [None, "a", "a"]
+
+    def tokens(llm: LLM) -> list[list[int]]:
+        answers = llm.generate([*prompts, prompts[0]], GREEDY, lora=loras)
+        return [each.token_ids for each in answers]
+
+    expected = tokens(build(folder))
+    assert expected[0] != expected[2]
     llm = build(folder, **{option: 2})
-    assert [each.token_ids for each in llm.generate(prompts, GREEDY)] == expected
+    assert tokens(llm) == expected
     request = llm.engine.add(prompts[0], GREEDY)
     llm.engine.step()
     (other,) = children()

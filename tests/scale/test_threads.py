@@ -16,6 +16,7 @@ from pyramidinfer.engine import Engine
 from pyramidinfer.engine.dealing import deal_layers, layer_work
 from pyramidinfer.engine.request import Request, Scoring
 from pyramidinfer.engine.scheduler import Counts
+from pyramidinfer.engine.surviving import survival
 from pyramidinfer.engine.tracing import trace
 from pyramidinfer.models import ModelRunner
 from pyramidinfer.models.families import FAMILIES, find_family
@@ -43,8 +44,9 @@ def equal(
     policies: list[str],
     dtype: torch.dtype = torch.float64,
     layers: list[int] | None = None,
+    **changes: Any,
 ) -> None:
-    model = tiny_model(family, dtype)
+    model = tiny_model(family, dtype, **changes)
     expected = answers(Engine(model, policy_named("full"), CONFIG), policies)
     with split_engine(model, policy_named("full"), CONFIG, size, layers=layers) as engine:
         found = answers(engine, policies)
@@ -93,10 +95,15 @@ def test_every_family_in_two_stages(family: str) -> None:
     equal(family, 1, ["full", "pyramidinfer"], layers=[1, depth - 1])
 
 
-@pytest.mark.parametrize("tensor, layers", [(2, None), (1, TWO)])
-def test_packed_layers(tensor: int, layers: list[int] | None) -> None:
-    """In float32 the C++ kernels multiply and choose; tokens are those of one rank."""
-    equal("llama", tensor, ["full", "snapkv", "pyramidinfer", "h2o"], torch.float32, layers)
+@pytest.mark.parametrize(
+    "family, tensor, layers",
+    [("llama", 2, None), ("llama", 1, TWO), ("gemma3_text", 2, None)],
+)
+def test_packed_layers(family: str, tensor: int, layers: list[int] | None) -> None:
+    """In float32 the C++ kernels multiply and choose, and read embeddings from the packed head if
+    both are one tensor; tokens are those of one rank."""
+    names = ["full", "snapkv", "pyramidinfer", "h2o"]
+    equal(family, tensor, names, torch.float32, layers, tie_word_embeddings=True)
 
 
 @pytest.mark.parametrize("size, layers", [(2, None), (4, None), (1, TWO), (2, TWO)])
@@ -231,6 +238,12 @@ def test_what_a_caller_does_wrong_is_said_and_harms_nobody(
         engine.release(held)
         with pytest.raises(ValueError, match=f"request {held.id} no longer holds its cache"):
             engine.submit(branch)
+        for wrong, why in (
+            (lambda: survival(engine, "a", prompt, engine.policy, 9), "shown on one rank only"),
+            (engine.recompressor, "compress_idle .* works on one rank only"),
+        ):
+            with pytest.raises(ValueError, match=why):
+                wrong()
         Mine.__module__ = "__main__"
         with pytest.raises(ValueError, match="policy 'mine' is defined in the program itself"):
             engine.make(prompt, params, policy=Mine())

@@ -20,9 +20,10 @@ from pyramidinfer.engine.ranks import Follower, Leader
 from pyramidinfer.models import ModelRunner
 from pyramidinfer.models.families import find_family
 from pyramidinfer.models.fingerprint import measure
+from pyramidinfer.models.lora_modules import read_adapters
 from pyramidinfer.models.pipeline import StageRunner
 from pyramidinfer.models.ranks import Ranks
-from pyramidinfer.models.sharding import split_model
+from pyramidinfer.models.sharding import split_adapter, split_model
 from pyramidinfer.models.stages import Stages, keep_stage, ranges_of
 from pyramidinfer.policies import Policy
 
@@ -147,14 +148,23 @@ def split_engine(
         stage, index = divmod(rank, tensor)
         ranks = ThreadRanks(index, tensor, meetings[stage], others=others[stage])
         part = copy.deepcopy(whole)
-        ranks.fingerprint = measure(part.get_submodule(find_family(part.config).body))
+        body = part.get_submodule(find_family(part.config).body)
+        ranks.fingerprint = measure(body)
+        like = next(part.parameters()).new_empty(0)
+        adapters = read_adapters(config.adapters, body, part.config, like)
         if tensor > 1:
             split_model(part, shape, ranks)
         mine = Stages(stages, stage, QueueWire(stage, boxes, index))
         keep_stage(part, mine)
         kind = StageRunner if len(stages) > 1 else ModelRunner
         driven = kind(part, backend, config.prefill_chunk, own=True, ranks=ranks, stages=mine)
-        return (Follower if rank else Leader)(QueueLink(rank, queues), driven, policy, config)
+        for each in adapters.values():
+            split_adapter(each, part.config, shape, ranks, mine.own)
+        led = (Follower if rank else Leader)(
+            *(QueueLink(rank, queues), driven, policy, config),
+            adapters=driven.take_adapters(adapters),
+        )
+        return led
 
     def stop() -> None:
         for meeting in [*meetings, *(each for some in others for each in some.values())]:

@@ -53,7 +53,8 @@ class Engine:
     ends one at once.  ``ValueError`` for a request that can never be served.
 
     ``model``: a transformers model, or a ``ModelRunner`` that engines share; then its backend and
-    prefill chunk apply.  ``policy``: for requests that name none.
+    prefill chunk apply.  ``policy``: for requests that name none.  ``adapters``: those of
+    ``config``, if the runner has taken them already.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class Engine:
         *,
         own: bool = False,
         ranks: Ranks = ALONE,
+        adapters: dict[str, Adapter] | None = None,
     ) -> None:
         watch_forks()
         self.config, self.policy = config, policy
@@ -87,7 +89,7 @@ class Engine:
                 weights=config.weights,
             )
         #: The LoRA adapters that requests may use, by name.
-        self.adapters = self.runner.load_adapters(config.adapters)
+        self.adapters = adapters or self.runner.load_adapters(config.adapters)
         device = self.runner.device
         check_plan(self.runner, policy, config, device)
         layout = Layout(

@@ -56,6 +56,7 @@ class Told:
     prefix: int
     salt: str
     lowered_to: float | None
+    lora: str | None
     onto: int | None
     samples: tuple[Told, ...]
 
@@ -290,6 +291,7 @@ class Leader(Split):
         self._known.add(request.id)
         scored = None if request.scoring is None else request.scoring.tokens
         onto = None if request.onto is None else request.onto.id
+        lora = None if request.adapter is None else request.adapter.name
         return Told(
             request.id,
             request.prompt,
@@ -305,6 +307,7 @@ class Leader(Split):
             request.prefix,
             request.salt,
             request.lowered_to,
+            lora,
             onto,
             tuple(map(self._told, request.samples)),
         )
@@ -425,6 +428,7 @@ class Follower(Split):
             prefix=told.prefix,
             salt=told.salt,
             lowered_to=told.lowered_to,
+            adapter=self.adapter(told.lora),
             onto=None if told.onto is None else self._told_of[told.onto],
         )
         for each in request.samples:

@@ -16,12 +16,14 @@ from pyramidinfer.engine.engine import Engine
 from pyramidinfer.engine.launch import Groups, Link, open_groups, open_link
 from pyramidinfer.engine.ranks import Follower, Leader, check_policy_sent
 from pyramidinfer.models import ModelRunner
+from pyramidinfer.models.adapters import Adapter
 from pyramidinfer.models.families import find_family
 from pyramidinfer.models.fingerprint import measure
 from pyramidinfer.models.loading import LoadedModel, empty_model, load_model
+from pyramidinfer.models.lora_modules import read_adapters
 from pyramidinfer.models.pipeline import StageRunner
 from pyramidinfer.models.ranks import Ranks
-from pyramidinfer.models.sharding import split_model, weights_mark
+from pyramidinfer.models.sharding import split_adapter, split_model, weights_mark
 from pyramidinfer.models.stages import Stages, keep_stage, ranges_of
 from pyramidinfer.policies import Policy
 
@@ -62,11 +64,11 @@ def split_llm(
     link = open_link(config.ranks, place, config.rank_timeout or TIMEOUT, options)
     try:
         groups = open_groups(link, config.tensor_parallel_size, place)
-        loaded, runner = _load_part(
+        loaded, runner, adapters = _load_part(
             model, policy, config, tokenizer, dtype, place, link, groups, sent["backend"]
         )
         kind = Follower if link.rank else Leader
-        engine = kind(link, runner, policy, config, loaded.tokenizer)
+        engine = kind(link, runner, policy, config, loaded.tokenizer, adapters=adapters)
     except BaseException as error:
         link.broken = link.broken or str(error)  # no message needed: ranks time out
         link.close()
@@ -86,8 +88,9 @@ def _load_part(
     link: Link,
     groups: Groups,
     backend: str,
-) -> tuple[LoadedModel, ModelRunner]:
-    """Load a model and cut it to this rank's part, once all ranks have loaded the same."""
+) -> tuple[LoadedModel, ModelRunner, dict[str, Adapter]]:
+    """Load a model and its adapters and cut them to this rank's part, once all ranks have loaded
+    the same."""
     stage, index = divmod(link.rank, config.tensor_parallel_size)
     limit = timedelta(seconds=link.timeout)
     ranks = Ranks(index, config.tensor_parallel_size, groups.heads, timeout=limit)
@@ -96,8 +99,12 @@ def _load_part(
         whole: Any = loaded.model
         versions = f"{torch.__version__} {transformers.__version__}"
         options = f"{policy} {config}"
+        body = whole.get_submodule(find_family(whole.config).body)
+        like = torch.empty(0, dtype=loaded.dtype, device=place)
+        adapters = read_adapters(config.adapters, body, whole.config, like)
         what = {"weights": weights_mark(whole), "options": options, "versions": versions}
-        ranks.fingerprint = measure(whole.get_submodule(find_family(whole.config).body))
+        what |= {f"weights of {name!r}": each.mark for name, each in adapters.items()}
+        ranks.fingerprint = measure(body)
     except Exception as error:
         link.agree({}, f"{error}")
         raise
@@ -118,4 +125,6 @@ def _load_part(
     loaded = replace(loaded, model=whole.to(place), device=place)
     kind = StageRunner if stages.size > 1 else ModelRunner
     runner = kind(loaded.model, backend, config.prefill_chunk, own=True, ranks=ranks, stages=stages)
-    return loaded, runner
+    for each in adapters.values():
+        split_adapter(each, whole.config, probe.shapes[0], ranks, stages.own)
+    return loaded, runner, runner.take_adapters(adapters)

@@ -49,7 +49,10 @@ def survival(
     """
     runner = engine.runner
     if runner.ranks.size * runner.stages.size > 1:
-        raise ValueError("what survives can be looked at on one rank only")
+        raise ValueError(
+            "which tokens survive can be shown on one rank only: every rank holds a part of the "
+            "cache; omit tensor_parallel_size and pipeline_parallel_size"
+        )
     engine.conversations.poll()
     realm = realm_of(owner, salt, engine.adapter(lora))
     found = _held(engine, realm, text, policy, prefix)

@@ -113,7 +113,7 @@ class Adapter:
         return max((each.rank for each in self.packed if isinstance(each, LowRank)), default=0)
 
     def take(self, packed: list[Any]) -> None:
-        """Keep the packed parts, one for every linear of the model."""
+        """Keep the packed parts, one for every packed linear of this rank."""
         self.packed = packed
         if any(isinstance(each, LowRank) for each in packed):
             none = LowRankData(None, None, None, None, 0)
@@ -180,7 +180,7 @@ class Adapted:
 
 
 class Low(NamedTuple):
-    """Adapters of a linear's rows; ``number``: the linear's index among the model's packed
+    """Adapters of a linear's rows; ``number``: the linear's index among the rank's packed
     linears."""
 
     adapted: Adapted
@@ -188,7 +188,7 @@ class Low(NamedTuple):
 
     @classmethod
     def each(cls, adapted: Adapted | None, layer: int) -> list[Low | None]:
-        """One for each of a layer's ``PLACES``."""
+        """One for each of a layer's ``PLACES``; layers are counted from the rank's first."""
         if adapted is None:
             return [None] * len(PLACES)
         return [cls(adapted, layer * len(PLACES) + place) for place in range(len(PLACES))]

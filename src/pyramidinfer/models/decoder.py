@@ -12,23 +12,27 @@ from pyramidinfer.cache import Pool
 from pyramidinfer.models.adapters import Adapted, Adapter, Part, add_parts
 from pyramidinfer.models.decode import Decoding, Ropes, Way
 from pyramidinfer.models.families import find_family
+from pyramidinfer.models.ranks import ALONE
 from pyramidinfer.models.rotary import Rotary, Tables
 from pyramidinfer.models.routing import LayerCall, route, shallow
+from pyramidinfer.models.sharding import RowSplit
 
 __all__ = ["Decoder"]
 
 
 class AdaptedLinear(nn.Module):
-    """A linear of a model that also adds the rows' adapters."""
+    """A linear of a model that also adds the rows' adapters, before a sum over ranks."""
 
     def __init__(self, linear: nn.Module) -> None:
         super().__init__()
-        self.linear = linear
+        self.linear, self.partial, self.ranks = linear, linear.__call__, ALONE
+        if isinstance(linear, RowSplit):
+            self.partial, self.ranks = linear.partial, linear.ranks
         self.parts: dict[Adapter, Part] = {}
         self.adapted: Adapted | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.linear(x)
+        out: Tensor = self.partial(x)
         if self.adapted is not None:
             for adapter, rows in self.adapted.rows(x.device):
                 if adapter in self.parts:
@@ -38,7 +42,7 @@ class AdaptedLinear(nn.Module):
                         rows,
                         [self.parts[adapter]],
                     )
-        return out
+        return self.ranks.sum(out)
 
 
 class ModuleLayer:

@@ -26,7 +26,7 @@ from pyramidinfer.models.ops import ADD, GATED, GELU, PLAIN, Heads, KernelOps, O
 from pyramidinfer.models.ranks import Ranks
 from pyramidinfer.models.rotary import Tables
 from pyramidinfer.models.routing import LayerCall
-from pyramidinfer.models.sharding import RowSplit
+from pyramidinfer.models.sharding import RowSplit, SplitEmbedding
 from pyramidinfer.models.weights import Rows
 from pyramidinfer.native.library import LayerData, StepCall, pointer
 from pyramidinfer.types import AttentionShape
@@ -47,13 +47,14 @@ assert tuple(_NAMES) == PLACES
 
 
 class FusedLayer:
-    """One plain layer's weights, packed for ``ops``: this rank's part of them."""
+    """One plain layer's weights, packed for ``ops``: this rank's part of them.  ``index``: among
+    the rank's layers."""
 
     def __init__(
-        self, layer: Any, shape: AttentionShape, rotated: int, ops: Ops, ranks: Ranks
+        self, layer: Any, index: int, shape: AttentionShape, rotated: int, ops: Ops, ranks: Ranks
     ) -> None:
         attention, mlp = layer.self_attn, layer.mlp
-        self.shape, self.ops, self.ranks = shape, ops, ranks
+        self.index, self.shape, self.ops, self.ranks = index, shape, ops, ranks
         self.epsilon = _epsilon(layer.input_layernorm)
         self.norm1, second = _scale(layer.input_layernorm), layer.post_attention_layernorm
         self.after1: Tensor | None = None
@@ -96,7 +97,7 @@ class FusedLayer:
         says so.
         rope : float32 cos and sin, each ``[rows, rotated]``."""
         ops, heads, adapted = self.ops, self.heads, call.adapted
-        low, *_ = Low.each(adapted, call.layer)
+        low, *_ = Low.each(adapted, self.index)
         normed = ops.norm(flat, self.norm1, self.epsilon)
         qkv = ops.linear(normed, self.qkv, PLAIN, None, low).view(len(flat), -1, heads.size)
         ops.rotate(qkv, heads, *rope)
@@ -106,7 +107,7 @@ class FusedLayer:
         if call.going is not None:
             flat = flat[call.going]
             adapted = adapted and adapted.only(call.going)
-        _, out, gate_up, down = Low.each(adapted, call.layer)
+        _, out, gate_up, down = Low.each(adapted, self.index)
         middle = self._summed(attended.flatten(1), self.out, flat, self.after1, out)
         normed = ops.norm(middle, self.norm2, self.epsilon)
         inner = ops.linear(normed, self.gate_up, self.gating, None, gate_up)
@@ -121,7 +122,7 @@ class FusedLayer:
             added = self.ranks.sum(self.ops.linear(inner, weights, PLAIN, None, low))
             return residual + self.ops.norm(added, after, self.epsilon)
         if self.ranks.index:  # the first rank adds the residual
-            return self.ranks.sum(self.ops.linear(inner, weights, PLAIN))
+            return self.ranks.sum(self.ops.linear(inner, weights, PLAIN, None, low))
         return self.ranks.sum(self.ops.linear(inner, weights, ADD, residual, low))
 
     def pack_low_rank(self, parts: dict[str, Part]) -> list[Any]:
@@ -173,9 +174,16 @@ class FusedDecoder(Decoder):
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
         if self.packed_table is None:
             return super().embed(ids, positions)
+        if not _is_split(table := self.body.embed_tokens):
+            return self._rows(ids)
+        found: Tensor = table.look_up(ids, self._rows)
+        return found
+
+    def _rows(self, ids: Tensor) -> Tensor:
+        """Rows of the packed embedding, of this rank's part of it."""
         assert isinstance(self.ops, KernelOps)
         rows = self.ops.rows(self.packed_table, ids)
-        scale = getattr(self.body.embed_tokens, "embed_scale", None)
+        scale = getattr(_whole_or_part(self.body.embed_tokens), "embed_scale", None)
         return rows if scale is None else rows * scale.to(rows.dtype)
 
     def take_adapter(self, adapter: Adapter) -> None:
@@ -296,15 +304,16 @@ def fuse(
     if own:
         _unmap([body.norm, *(body.layers[number] for number in plain.own)])
     for number in plain.own:
-        layer = body.layers[number]
-        packed[number] = FusedLayer(layer, shapes[number], plain.rotary.rotated, ops, ranks)
+        layer, index = body.layers[number], number - plain.own.start
+        packed[number] = FusedLayer(layer, index, shapes[number], plain.rotary.rotated, ops, ranks)
         if own:
             _free([each for each in layer.modules() if type(each) in LINEARS])
     fused = FusedDecoder(plain, packed, ops)
     if own and (head.weight is not body.embed_tokens.weight or fused.packed_table is not None):
         _free([head])
     if own and fused.packed_table is not None:
-        body.embed_tokens.weight = _nothing_of(body.embed_tokens.weight)
+        table = _whole_or_part(body.embed_tokens)
+        table.weight = _nothing_of(table.weight)
     return fused
 
 
@@ -420,6 +429,15 @@ def _pack(ops: Ops, linears: list[Any], how: int) -> Any:
 def _pack_table(ops: Ops, table: Any) -> Any:
     bias = getattr(table, "bias", None)
     return ops.pack_table([_held(table)], [None if bias is None else bias.data])
+
+
+def _is_split(table: nn.Module) -> bool:
+    return isinstance(table, SplitEmbedding)
+
+
+def _whole_or_part(table: Any) -> Any:
+    """The embedding that has the weight: of the whole vocabulary, or of this rank's part."""
+    return table.part if _is_split(table) else table
 
 
 def _held(module: Any) -> Any:

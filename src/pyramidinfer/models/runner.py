@@ -129,12 +129,15 @@ class ModelRunner(Stack):
     def load_adapters(self, modules: Mapping[str, str]) -> dict[str, Adapter]:
         """Adapters by name, from their folders or hub ids, ready for use by requests.
 
-        ``ValueError`` for an adapter that cannot be served with this model on one rank.
+        ``ValueError`` for an adapter that cannot be served with this model, which is whole.
         """
-        found = read_adapters(modules, self.body, self.config, self._like)
-        for each in found.values():
+        return self.take_adapters(read_adapters(modules, self.body, self.config, self._like))
+
+    def take_adapters(self, adapters: dict[str, Adapter]) -> dict[str, Adapter]:
+        """Make adapters ready that have been read, and cut to this rank's part."""
+        for each in adapters.values():
             self.decoder.take_adapter(each)
-        return found
+        return adapters
 
     def check_weights(self, weights: str, chosen: Device) -> None:
         """``ValueError`` if the chosen implementations cannot store this model's weights this way;

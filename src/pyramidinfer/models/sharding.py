@@ -12,12 +12,14 @@ from __future__ import annotations
 import copy
 import hashlib
 import re
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pyramidinfer.models.adapters import Adapter, Part
 from pyramidinfer.models.families import find_family
 from pyramidinfer.models.ranks import Ranks
 from pyramidinfer.types import AttentionShape
@@ -25,7 +27,7 @@ from pyramidinfer.types import AttentionShape
 #: Words of a weight that are summed together (``weights_mark``).
 PART = 64
 
-__all__ = ["RowSplit", "plan_of", "split_model", "weights_mark"]
+__all__ = ["RowSplit", "SplitEmbedding", "plan_of", "split_adapter", "split_model", "weights_mark"]
 
 #: Values in transformers' plans for modules that every rank keeps whole.
 WHOLE = ("replicated_with_grad_allreduce", "sequence_parallel")
@@ -45,8 +47,12 @@ class RowSplit(nn.Linear):
         self.register_parameter("bias", None if bias is None else _kept(bias))
         self.ranks = ranks
 
+    def partial(self, inputs: Tensor) -> Tensor:
+        """This rank's addend."""
+        return F.linear(inputs, self.weight, self.bias)
+
     def forward(self, inputs: Tensor) -> Tensor:
-        return self.ranks.sum(F.linear(inputs, self.weight, self.bias))
+        return self.ranks.sum(self.partial(inputs))
 
 
 class SplitEmbedding(nn.Module):
@@ -54,8 +60,9 @@ class SplitEmbedding(nn.Module):
 
     def __init__(self, whole: nn.Embedding, ranks: Ranks) -> None:
         super().__init__()
-        self.first = ranks.part(whole.num_embeddings).start
-        whole.weight = _kept(whole.weight[ranks.part(whole.num_embeddings)])
+        part = ranks.part(whole.num_embeddings)
+        self.first, self.count = part.start, part.stop - part.start
+        whole.weight = _kept(whole.weight[part])
         whole.padding_idx = None
         self.part, self.ranks = whole, ranks
 
@@ -64,9 +71,13 @@ class SplitEmbedding(nn.Module):
         return self.part.weight
 
     def forward(self, ids: Tensor) -> Tensor:
+        return self.look_up(ids, self.part)
+
+    def look_up(self, ids: Tensor, rows: Callable[[Tensor], Tensor]) -> Tensor:
+        """The embedding, by a function that returns this rank's rows (counted from its first)."""
         local = ids - self.first
-        mine = (local >= 0) & (local < len(self.part.weight))
-        found: Tensor = self.part(torch.where(mine, local, 0))
+        mine = (local >= 0) & (local < self.count)
+        found = rows(torch.where(mine, local, 0))
         return self.ranks.sum(torch.where(mine[..., None], found, 0), "embedding")
 
 
@@ -124,10 +135,10 @@ def split_model(model: Any, shape: AttentionShape, ranks: Ranks) -> None:
     body, family = model.get_submodule(find_family(config).body), find_family(config)
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     tied = head.weight is embedding.weight
-    plan = [(re.compile(_pattern(name)), how) for name, how in plan_of(config).items()]
+    plan = plan_of(config)
     for name, module in list(body.named_modules()):
-        found = next((how for pattern, how in plan if pattern.fullmatch(name)), None)
-        if found is not None and found not in WHOLE and name.startswith("layers."):
+        found = _how(plan, name)
+        if found is not None and name.startswith("layers."):
             _split(body, name, module, found, shape, ranks)
     for layer in body.layers:
         _tell_heads(getattr(layer, family.attention), ranks.own(shape))
@@ -142,8 +153,43 @@ def split_model(model: Any, shape: AttentionShape, ranks: Ranks) -> None:
     head.out_features = len(head.weight)
 
 
-def _pattern(name: str) -> str:
-    return re.escape(name).replace(r"\*", r"\d+")
+def split_adapter(
+    adapter: Adapter, config: Any, shape: AttentionShape, ranks: Ranks, layers: Iterable[int]
+) -> None:
+    """Cut an adapter of the whole model, in place, to this rank's layers and its part of them.
+
+    ``down`` is cut like the inputs of its linear and ``up`` like the outputs, so that what the
+    adapter adds is split, and summed, together with the linear's own outputs.
+    """
+    plan = plan_of(config) if ranks.size > 1 else {}
+    adapter.parts = {
+        layer: {
+            place: _split_part(part, f"layers.{layer}.{place}", plan, shape, ranks)
+            for place, part in adapter.parts.get(layer, {}).items()
+        }
+        for layer in layers
+    }
+
+
+def _split_part(
+    part: Part, name: str, plan: dict[str, str], shape: AttentionShape, ranks: Ranks
+) -> Part:
+    how = _how(plan, name)
+    if how is None:
+        return part
+    if how == "rowwise":
+        columns = _rows(name, part.down.shape[1], shape, ranks)[0]
+        return part._replace(down=part.down[:, columns].clone())
+    rows = _rows(name, len(part.up), shape, ranks, packed=how == "packed")
+    return part._replace(up=torch.cat([part.up[each] for each in rows]))
+
+
+def _how(plan: dict[str, str], name: str) -> str | None:
+    """How a module is split by the plan; None if every rank keeps it whole."""
+    for pattern, how in plan.items():
+        if re.fullmatch(re.escape(pattern).replace(r"\*", r"\d+"), name):
+            return None if how in WHOLE else how
+    return None
 
 
 def _split(
