@@ -14,6 +14,7 @@ __all__ = [
     "latency_table",
     "lossless_table",
     "memory_table",
+    "step_table",
     "throughput_table",
     "weights_table",
 ]
@@ -228,6 +229,24 @@ def adapters_table(result: Result) -> Table:
             cells.append(f"{1e3 * row[f'{what}_seconds']['median']:.2f}")
             cells.append(f"{row[f'{what}_ratio']['median']:.2f}")
         table.add_row(*cells)
+    return table
+
+
+def step_table(result: Result) -> Table:
+    """Milliseconds of each part of a decode step."""
+    read = result["roof"]["read"] / 1e9
+    table = Table(title=f"a decode step, ms; weights are read at {read:.1f} GB/s at most")
+    parts = list(result["rows"][0]["parts"])
+    for name in ("weights", "batch", "step", "bandwidth", *parts):
+        table.add_column(name, justify="right", overflow="fold")
+    for row in result["rows"]:
+        table.add_row(
+            row["weights"],
+            str(row["batch"]),
+            f"{1e3 * row['step_seconds']['median']:.2f}",
+            f"{row['share_of_read_bandwidth']:.0%}",
+            *(f"{1e3 * seconds:.2f}" for seconds in row["parts"].values()),
+        )
     return table
 
 
