@@ -112,7 +112,7 @@ class Decoding:
         self.tokens = torch.zeros(size.rows, dtype=torch.int64, device=pool.device)
         self.ropes: Ropes = {}
         self.adapted: Adapted | None = None
-        scratch = [pool.group(layer).scratch for layer in range(pool.layers)] if fixed else []
+        scratch = [pool.group(i).scratch for i in range(pool.layers)] if self.fixed else []
         self._scratch = np.array(scratch)
         cuda: Any = torch.cuda
         self._sent = cuda.Event() if on_gpu and self.fixed else None
