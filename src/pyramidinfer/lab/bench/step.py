@@ -38,6 +38,7 @@ def run_step(plan: StepPlan, out: Path) -> dict[str, Any]:
     if plan.threads:
         torch.set_num_threads(plan.threads)
     llms = {name: plan.subject.llm(Full(), weights=name) for name in plan.weights}
+    sizes = {name: _decoder(llm).step_bytes for name, llm in llms.items()}
     dtype, device = next(iter(llms.values())).dtype, next(iter(llms.values())).device
     roof, rows = measure_roof(dtype, device), []
     with progress("step", len(plan.batches) * len(llms) * (plan.repeats + plan.warmup)) as done:
@@ -50,8 +51,8 @@ def run_step(plan: StepPlan, out: Path) -> dict[str, Any]:
                         passes[name].append(found)
                     done(f"{name} {batch}")
             rows += [
-                {"weights": name, "batch": batch, "bytes": _decoder(llm).step_bytes, **_row(found)}
-                for (name, found), llm in zip(passes.items(), llms.values(), strict=True)
+                {"weights": name, "batch": batch, "bytes": sizes[name], **_row(found)}
+                for name, found in passes.items()
             ]
     roof = roof.best(measure_roof(dtype, device))
     for row in rows:
