@@ -83,7 +83,7 @@ def test_a_spec_with_a_keep_of_its_own_is_measured_there_only() -> None:
 
 
 def test_weights_are_measured_against_those_of_the_models_dtype() -> None:
-    """Each in its own engine; rows with other weights are no reference, and have their own means."""
+    """Each in its own engine; rows with other weights are no reference, and have own means."""
     asked = plan(policies=("full",), weights=("int8", "auto"), kv_dtypes=("auto", "int4"))
     stored = [(each["weights"], each["kv_dtype"]) for each in asked.cells()]
     own, *others = stored

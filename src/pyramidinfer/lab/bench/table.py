@@ -255,7 +255,7 @@ def weights_table(result: Result) -> Table:
     table = Table(title=f"quantized weights, backend {result['backend']}")
     batches = [each["batch"] for each in result["rows"][0]["speed"]]
     heads = [f"{what} at {batch}, ms" for batch in batches for what in ("step", "prefill")]
-    for name in ("weights", "MB", "perplexity", "KL", *heads):
+    for name in ("weights", "MB", "load, s", "perplexity", "KL", *heads):
         table.add_column(name, justify="right")
     for row in result["rows"]:
         times = [
@@ -266,6 +266,7 @@ def weights_table(result: Result) -> Table:
         table.add_row(
             row["weights"],
             f"{row['bytes'] / 1e6:.1f}",
+            f"{row['load_seconds']:.1f}",
             f"{row['perplexity']:.3f}",
             f"{row['kl']:.4f}",
             *times,
