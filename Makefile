@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 TORCH := torch==2.13.0
 
-.PHONY: demo test test-real test-scale check model models numbers pages bench bench-gpu bench-lossless bench-scale bench-offload bench-prefix bench-replicas fuzz docs dist install install-dev clean
+.PHONY: demo test test-real test-scale test-cross check model models numbers pages bench bench-gpu bench-lossless bench-scale bench-offload bench-prefix bench-replicas fuzz docs dist install install-dev clean
 
 demo: $(VENV)/.installed
 	$(BIN)/pyramidinfer demo --fetch smollm2
@@ -20,6 +20,14 @@ test-real: models $(VENV)/.installed-dev
 # processes (docs/scaling.md).
 test-scale: $(VENV)/.installed-ray
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests_scale
+
+# The CPU kernels on another CPU, emulated (Debian, Ubuntu: apt install g++-aarch64-linux-gnu qemu-user).
+CROSS ?= aarch64
+test-cross:
+	mkdir -p out
+	$(CROSS)-linux-gnu-g++ -O2 -std=c++17 -fopenmp -static -fno-math-errno -w \
+		-Isrc/pyramidinfer/native tests/native/cross/check.cpp -o out/check-$(CROSS)
+	qemu-$(CROSS) out/check-$(CROSS)
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check src tests tests_real tests_scale release
