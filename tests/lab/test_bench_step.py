@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from pyramidinfer.lab.bench import step
+from pyramidinfer.lab.bench.machine import measure_roof
 from pyramidinfer.lab.bench.step import STEP_PARTS, StepPlan, run_step
 from pyramidinfer.lab.bench.table import step_table
 from pyramidinfer.lab.samples import Subject
@@ -29,6 +31,7 @@ def test_a_step_is_the_sum_of_its_parts(tmp_path: Path, monkeypatch: pytest.Monk
     """Every part takes time, and none is counted twice; the decoder is left as it was."""
     passes, llms, out = [], [], tmp_path / "step.json"
     run, decoder_of = step._pass, step._decoder
+    monkeypatch.setattr(step, "measure_roof", partial(measure_roof, size=2**22))
     monkeypatch.setattr(step, "_pass", lambda *given: passes.append(run(*given)) or passes[-1])
     monkeypatch.setattr(step, "_decoder", lambda llm: llms.append(llm) or decoder_of(llm))
     result = run_step(plan(), out)
