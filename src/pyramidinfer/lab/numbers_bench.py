@@ -409,8 +409,7 @@ def step(entry: Result) -> str:
         f"{c['output_len']} tokens. `norms` to `down`: all layers together; `cache`: rotation and "
         "writing of entries; `inputs`: the rest of the forward pass, which is Python; `engine`: "
         "the best token and the bookkeeping of requests. `bandwidth`: bytes of linears and head "
-        f"per second, as a share of {result['roof']['read'] / 1e9:.1f} GB/s, the best read rate "
-        "before and after.\n",
+        "per second, as a share of the rate at which memory is read right after a pass.\n",
         *table(
             ["weights", "requests", "step", "bandwidth", *parts],
             [
@@ -418,7 +417,7 @@ def step(entry: Result) -> str:
                     f"`{row['weights']}`",
                     f"{row['batch']}",
                     f"{1e3 * row['step_seconds']['median']:.1f}",
-                    f"{row['share_of_read_bandwidth']:.0%}",
+                    f"{row['share_of_read_bandwidth']['median']:.0%}",
                     *(f"{1e3 * seconds:.2f}" for seconds in row["parts"].values()),
                 ]
                 for row in rows

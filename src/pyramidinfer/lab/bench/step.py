@@ -14,7 +14,7 @@ import torch
 
 from pyramidinfer.engine import LLM
 from pyramidinfer.engine.engine import Engine
-from pyramidinfer.lab.bench.machine import measure_roof
+from pyramidinfer.lab.bench.machine import plain_read
 from pyramidinfer.lab.bench.plans import StepPlan
 from pyramidinfer.lab.bench.setting import FIRST_WORD, progress
 from pyramidinfer.lab.bench.timing import spread
@@ -27,6 +27,8 @@ from pyramidinfer.types import SamplingParams, TokenIds
 
 __all__ = ["StepPlan", "run_step"]
 
+#: Bytes that are read after each pass, some times: other programs may slow down both alike.
+READ, READS = 256 * 2**20, 5
 #: Parts of a step: of all layers together (``PARTS``), the head, the rest of the forward pass
 #: (pages, positions, embedding), and the engine around it (best token, bookkeeping).
 STEP_PARTS = (*PARTS, "head", "inputs", "engine")
@@ -39,26 +41,23 @@ def run_step(plan: StepPlan, out: Path) -> dict[str, Any]:
         torch.set_num_threads(plan.threads)
     llms = {name: plan.subject.llm(Full(), weights=name) for name in plan.weights}
     sizes = {name: _decoder(llm).step_bytes for name, llm in llms.items()}
-    dtype, device = next(iter(llms.values())).dtype, next(iter(llms.values())).device
-    roof, rows = measure_roof(dtype, device), []
+    rows, memory = [], torch.ones(READ // 4)
     with progress("step", len(plan.batches) * len(llms) * (plan.repeats + plan.warmup)) as done:
         for batch in plan.batches:
             passes: dict[str, list[np.ndarray]] = {name: [] for name in llms}
+            reads: dict[str, list[float]] = {name: [] for name in llms}
             for repeat in range(plan.warmup + plan.repeats):
                 for name, llm in llms.items():
                     found = _pass(llm.engine, _prompts(plan, llm, batch), plan.output_len)
                     if repeat >= plan.warmup:
                         passes[name].append(found)
+                        reads[name].append(_read_rate(memory))
                     done(f"{name} {batch}")
             rows += [
-                {"weights": name, "batch": batch, "bytes": sizes[name], **_row(found)}
+                {"weights": name, "batch": batch, **_row(found, sizes[name], reads[name])}
                 for name, found in passes.items()
             ]
-    roof = roof.best(measure_roof(dtype, device))
-    for row in rows:
-        rate = row["bytes"] / row["step_seconds"]["median"]
-        row["share_of_read_bandwidth"] = rate / roof.read
-    result = {"backend": "cpu", "roof": roof.figures(), "rows": rows}
+    result = {"backend": "cpu", "rows": rows}
     write_result(out, asdict(plan), result)
     return result
 
@@ -69,14 +68,30 @@ def _prompts(plan: StepPlan, llm: LLM, batch: int) -> list[TokenIds]:
     return [draw.integers(FIRST_WORD, highest, plan.prompt_len).tolist() for _ in range(batch)]
 
 
-def _row(passes: list[np.ndarray]) -> dict[str, Any]:
-    """Figures of passes, each the seconds of its steps by part ``[steps, parts]``."""
+def _row(passes: list[np.ndarray], size: int, reads: list[float]) -> dict[str, Any]:
+    """Figures of passes, each the seconds of its steps by part ``[steps, parts]``, with ``size``
+    bytes of weights; reads : bytes read per second after each pass."""
     medians = [np.median(each, axis=0) for each in passes]
     parts = dict(zip(STEP_PARTS, np.median(medians, axis=0).tolist(), strict=True))
+    steps = [float(np.median(each.sum(axis=1))) for each in passes]
+    shares = [size / step / read for step, read in zip(steps, reads, strict=True)]
     return {
-        "step_seconds": spread([float(np.median(each.sum(axis=1))) for each in passes]),
+        "bytes": size,
+        "step_seconds": spread(steps),
         "parts": parts,
+        "read_per_second": spread(reads),
+        "share_of_read_bandwidth": spread(shares),
     }
+
+
+def _read_rate(memory: torch.Tensor) -> float:
+    """Bytes per second at which memory is read now: median of a few times."""
+    seconds = []
+    for _ in range(READS):
+        began = time.perf_counter()
+        plain_read(memory)
+        seconds.append(time.perf_counter() - began)
+    return memory.nbytes / float(np.median(seconds))
 
 
 def _decoder(llm: LLM) -> FusedDecoder:
