@@ -86,10 +86,14 @@ bench: $(VENV)/.installed
 	$(BENCH) kv-dtypes --json $(RESULTS)/kv_dtype_kernels.json
 	$(BIN)/pyramidinfer fetch smollm2
 	$(BENCH) weights --model smollm2 --dtype bfloat16 --weights int8,int4,gguf --samples 8 \
-		--batch 1,4,16 --repeats 2 --json $(RESULTS)/weights_smollm2.json
+		--batch 1,4,16 --prompt-len 256 --repeats 2 --json $(RESULTS)/weights_smollm2.json
 	$(BIN)/pyramidinfer fetch gemma3-270m
 	$(BENCH) weights --model gemma3-270m --dtype bfloat16 --weights int8,int4,gguf --samples 4 \
-		--batch 1,4 --repeats 2 --json $(RESULTS)/weights_gemma3.json
+		--batch 1,4 --prompt-len 256 --repeats 2 --json $(RESULTS)/weights_gemma3.json
+	$(BENCH) step --model smollm2 --threads 1 --weights auto,int8,int4,gguf --repeats 3 \
+		--json $(RESULTS)/step_smollm2.json
+	$(BENCH) step --model gemma3-270m --threads 1 --weights auto,int8,int4,gguf --batch 1,4 --repeats 3 \
+		--output-len 32 --json $(RESULTS)/step_gemma3.json
 	$(BENCH) throughput $(BENCH_OPTIONS) --json $(RESULTS)/bench_throughput.json
 	$(BENCH) throughput $(BENCH_OPTIONS) --batch 4 --prompt-len 4096 --repeats 2 \
 		--policies full,pyramidinfer --json $(RESULTS)/bench_long.json
