@@ -152,7 +152,8 @@ GPU_OPTIONS ?=
 bench-gpu: $(VENV)/.installed
 	$(BIN)/python -m pyramidinfer.lab.bench.gpu $(TOY) $(GPU_OPTIONS)
 
-# Generate docs/numbers.md and docs/methods.md from the committed results, and the options in docs/serving.md.
+# Generate docs/numbers.md, docs/methods.md and the curves of docs/choosing.md from the committed results,
+# and the options in docs/serving.md.
 pages: $(VENV)/.installed
 	$(BIN)/python -m pyramidinfer.lab.numbers
 	$(BIN)/python -m pyramidinfer.cli.options_page

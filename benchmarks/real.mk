@@ -66,7 +66,8 @@ numbers-weights: $(VENV)/.installed
 
 # Heads with lengths of their own: `duo` on the tasks that the full cache can do, and on one needle.
 CAN_DO := niah_single_1,niah_single_2,niah_single_3,niah_multikey_1,niah_multivalue,niah_multiquery,fwe
-DUO := full $(foreach k,.3 .2 .5 .12,pyramid:keep=$(k)) duo:keep=.2,spare=.1 duo:keep=.3,spare=.1 duo:keep=.5,spare=.1 snapkv:keep=.3
+DUO := full $(foreach k,.3 .2 .5 .12,pyramid:keep=$(k)) duo:keep=.2,spare=.1 duo:keep=.3,spare=.1 duo:keep=.5,spare=.1 snapkv:keep=.3 \
+	pyramidinfer:keep=.45
 LATER := full $(foreach k,.3 .2 .1,kvzip:keep=$(k)) $(foreach k,.3 .2,expected_attention:keep=$(k)) \
 	keydiff:keep=.3 chunkkv:keep=.3 pyramid:keep=.2
 CHATS := full pyramid:keep=.5 pyramid:keep=.3 duo:keep=.5,spare=0 duo:keep=.3,spare=0 duo:keep=.5,spare=.1 duo:keep=.3,spare=.1
@@ -100,6 +101,12 @@ TALKS := full kvzip:keep=.5 kvzip:keep=.3 $(foreach p,expected_attention keydiff
 KEYS := full kvzip:keep=.2 expected_attention:keep=.3 expected_attention:keep=.1 \
 	$(foreach p,keydiff chunkkv rkv,$(p):keep=.3)
 
+#: Every method at one budget, and three at equal bytes with 8 bits.
+ALL := full $(foreach p,expected_attention keydiff chunkkv rkv kvzip pyramid duo snapkv tova h2o pyramidkv fastkv \
+	scissorhands streaming_llm pyramidinfer triattention,$(p):keep=.3)
+BITS := $(foreach p,kvzip pyramid duo,$(foreach k,.19 .38 .57,$(p):keep=$(k)))
+FRESH := --dtype bfloat16 --lengths 2000 --seed 1
+
 .PHONY: numbers-methods
 numbers-methods: $(VENV)/.installed
 	$(BIN)/pyramidinfer fetch smollm2
@@ -112,7 +119,16 @@ numbers-methods: $(VENV)/.installed
 		$(REAL_RUN) --json $(RESULTS)/keys_ruler.json --policies "$(KEYS)"
 	rm -f $(RESULTS)/keys_*.png
 	mv $(RESULTS)/pinned_turns.png docs/images/
+	$(REAL_STUDY) ruler --model smollm2 $(FRESH) --tasks $(NEEDLES) --protocols after --kv-dtypes int8 $(REAL_RUN) \
+		--json $(RESULTS)/later_bits.json --policies "$(BITS)"
+	$(REAL_STUDY) ruler --model smollm2 $(FRESH) --tasks $(NEEDLES) $(REAL_RUN) \
+		--json $(RESULTS)/all_ruler.json --policies "$(ALL)"
+	rm -f $(RESULTS)/later_bits_tasks.png
+	mv $(RESULTS)/later_bits.png $(RESULTS)/all_ruler*.png docs/images/
 	$(BIN)/pyramidinfer fetch gemma3-270m
+	$(REAL_STUDY) ruler --model gemma3-270m $(FRESH) --tasks niah_single_1,niah_single_2,niah_multivalue \
+		$(REAL_RUN) --json $(RESULTS)/gemma_quarter.json --policies "full pyramid:keep=.25 duo:keep=.25"
+	rm -f $(RESULTS)/gemma_quarter*.png
 	$(REAL_STUDY) ruler --model gemma3-270m --tasks niah_single_1,niah_single_2,niah_multivalue --lengths 2000 \
 		$(REAL_RUN) --json $(RESULTS)/gemma_ruler.json --policies "full pyramid:keep=.5 duo:keep=.5"
 	mv $(RESULTS)/methods_*.png $(RESULTS)/gemma_*.png docs/images/

@@ -59,25 +59,26 @@ def test_imports_point_one_way(path: Path) -> None:
             assert not {mine, other} <= APART, f"{mine} and {other} must meet in models only"
 
 
+def file_of(name: str) -> Path | None:
+    """The file of a module or package of ours; None for what is neither."""
+    inside = ROOT.joinpath(*name.split(".")[1:])
+    found = [inside.with_suffix(".py"), inside / "__init__.py"]
+    return next(
+        (each for each in found if name.startswith("pyramidinfer.") and each.exists()), None
+    )
+
+
 def modules(path: Path) -> set[Path]:
-    """Files of the package that a file imports, lazily and under TYPE_CHECKING too; a package's
-    ``__init__``, which only hands on what its files define, is left out."""
+    """Files of the package that a file imports, lazily and under TYPE_CHECKING too: the file of
+    every module that is named, and a package's ``__init__`` for a name that it hands on."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
+            found |= {file_of(alias.name) for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
-            names.append(node.module or "")
-        else:
-            continue
-        for name in names:
-            inside = (
-                ROOT.joinpath(*name.split(".")[1:]) if name.startswith("pyramidinfer.") else None
-            )
-            if inside is not None and inside.with_suffix(".py").exists():
-                found.add(inside.with_suffix(".py"))
-    return found - {path}
+            whole = node.module or ""
+            found |= {file_of(f"{whole}.{alias.name}") or file_of(whole) for alias in node.names}
+    return {each for each in found if each is not None} - {path}
 
 
 def test_no_files_import_each_other_in_a_circle() -> None:

@@ -44,7 +44,6 @@ def test_a_step_is_the_sum_of_its_parts(tmp_path: Path, monkeypatch: pytest.Monk
     assert own["bytes"] > 3 * eight["bytes"]  # 32 bits against 8.5
     for row in result["rows"]:
         assert list(row["parts"]) == list(STEP_PARTS)
-        assert row["step_seconds"]["min"] > max(row["parts"].values())
         rate = row["bytes"] / row["step_seconds"]["max"] / row["read_per_second"]["max"]
         assert 0 < rate <= row["share_of_read_bandwidth"]["min"]
     for llm in llms:

@@ -20,7 +20,8 @@ from pyramidinfer.policies import make_policy
 from pyramidinfer.policies.profile import Calibrated, Centres, Fingerprint, Profile
 from pyramidinfer.types import Trace
 from tests.policies import judge as judging
-from tests.policies.judge import Judge, exact_llama
+from tests.policies.judge import Judge
+from tests.policies.judge_model import exact_llama
 from tests.tiny import VOCAB, random_prompt
 
 NEW = 20

@@ -16,7 +16,8 @@ from pyramidinfer.models.batch import Batch, Sequence
 from pyramidinfer.models.families import FAMILIES
 from pyramidinfer.policies import Full, StreamingLLM
 from pyramidinfer.types import Logprob
-from tests.policies.judge import Judge, exact_llama
+from tests.policies.judge import Judge
+from tests.policies.judge_model import exact_llama
 from tests.tiny import LONGROPE, VOCAB, of_layers, random_prompt, tiny_model
 
 POSITIONS = 64

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from pyramidinfer import LLM
-from pyramidinfer.engine import engine as engine_module
+from pyramidinfer.engine import committing
 from pyramidinfer.engine.grammar import GrammarConstraint, GrammarError
 from pyramidinfer.engine.text import Detokenizer
 from pyramidinfer.engine.worker import Stream
@@ -209,14 +209,14 @@ def test_a_sampler_that_fails(
     together: tuple[Together, list[Any]], stream: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     group, wanted = together
-    sample = engine_module.sample
+    sample = committing.sample
 
     def failing(logits: Any, request: Any, likeliest: int) -> Any:
         if marked(request) and len(request.output) == 3:
             raise RuntimeError("no token pleases")
         return sample(logits, request, likeliest)
 
-    monkeypatch.setattr(engine_module, "sample", failing)
+    monkeypatch.setattr(committing, "sample", failing)
     good, bad = group.run(stream)
     assert good == wanted
     assert "RuntimeError: no token pleases" in error_of(bad, stream)["message"]
@@ -302,7 +302,7 @@ def test_a_reused_cache_that_fails_later_does_not_begin_again(
     body: dict[str, Any] = {"max_tokens": 8, "ignore_eos": True, "return_token_ids": True}
     first = tiny.complete(GOOD[1], **body).json()
     text = tiny.service.llm.tokenizer(GOOD[1])["input_ids"] + first["choices"][0]["token_ids"]
-    sample, failed = engine_module.sample, [0]
+    sample, failed = committing.sample, [0]
 
     def failing(logits: Any, request: Any, likeliest: int) -> Any:
         if request.reused and len(request.output) == 3 and not failed[0]:
@@ -310,7 +310,7 @@ def test_a_reused_cache_that_fails_later_does_not_begin_again(
             raise RuntimeError("once")
         return sample(logits, request, likeliest)
 
-    monkeypatch.setattr(engine_module, "sample", failing)
+    monkeypatch.setattr(committing, "sample", failing)
     answer = tiny.complete([*text, 9], **body, stream=True)
     assert failed == [1]
     assert "RuntimeError: once" in error_of(answer, True)["message"]

@@ -61,7 +61,7 @@ class Copier:
     def __init__(self, pool: Pool) -> None:
         self.pool, self.device = pool, pool.device
         self._stream: Any = None
-        if self.device.type == "cuda":
+        if pool.on_gpu:
             self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
 
     def host_bytes(self, size: int) -> int:

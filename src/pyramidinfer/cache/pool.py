@@ -69,6 +69,11 @@ class Pool:
         self.peak_bytes = 0  # peak bytes of all tables together, when last noted
         self._overhead = 0  # bytes outside pages of all tables, when last noted
 
+    @property
+    def on_gpu(self) -> bool:
+        """Whether its memory is a GPU's."""
+        return self.device.type == "cuda"
+
     # --- lifetime -----------------------------------------------------------------------------
 
     def new_table(self, entries: int = 0) -> Table:

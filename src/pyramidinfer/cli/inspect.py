@@ -34,7 +34,7 @@ from pyramidinfer.models.loading import (
 )
 from pyramidinfer.models.weights import stored_bytes
 from pyramidinfer.policies import Full, Policy
-from pyramidinfer.policies.base import Facts
+from pyramidinfer.policies.base import Facts, Forecast
 from pyramidinfer.policies.profile import Profile
 from pyramidinfer.types import Layers
 
@@ -55,25 +55,12 @@ def run_inspect(
     prompt_len, max_tokens = asked.prompt_len, asked.max_tokens
     kv_dtype, weights = engine.kv_dtype, engine.weights
     quiet_transformers()
-    empty, place = empty_model(model or shipped_model(), dtype)
-    runner = ModelRunner(empty, "reference")  # builds nothing
-    if weights != "auto":
-        runner.check_weights(weights, choose_device("auto", place, runner.dtype, weights))
-    if weights == "gguf":
-        folder = Path(check_path(find_model(model or shipped_model())))
-        empty = coded_model(folder, empty.config, runner.dtype)
-    weight_bytes = stored_bytes(empty, weights)
+    path = model or shipped_model()
+    runner, weight_bytes = _without_weights(path, dtype, weights)
     specs = runner.group_specs(kv_dtype)  # refuses an invalid value at once
     if isinstance(getattr(chosen, "profile", None), Profile):
         chosen.check(runner.layers_for(1))  # before weights are read
-    path = model or shipped_model()
-    chosen = chosen.bind(
-        Facts(
-            lambda: _profile(path, dtype),
-            lambda given: given.check_model(fingerprint(_reference(path, dtype).runner)),
-            lambda: encoder_of(find_tokenizer(model_folder(find_model(path)), "auto")),
-        )
-    )
+    chosen = _bound(chosen, path, dtype)
     longest = prompt_len + max_tokens
     if longest > runner.max_positions:
         raise ValueError(
@@ -82,57 +69,35 @@ def run_inspect(
         )
     layers = runner.layers_for(longest)
     chosen.check(layers)
-    forecast = chosen.forecast(prompt_len, max_tokens, layers)
-    page = engine.page_size
-    layout = Layout.smallest(specs, page, chosen.uses_scores)
-    per_page = [int(size) for size in layout.layer_page_bytes]
-    uncoded = [int(size) for size in layout.uncoded_page_bytes]
+    layout = Layout.smallest(specs, engine.page_size, chosen.uses_scores)
     cost = Ledger(layout, runner).cost(chosen, prompt_len, max_tokens, layers, 0)
     again = sum(map(len, readings(runner, chosen, range(prompt_len), prompt_len, max_tokens)))
     assert cost.after_prefill is not None
     in_pages = layout.bytes_of(cost.after_prefill.pages)
     overhead = cost.after_prefill.bytes - in_pages
-    rows: list[dict[str, Any]] = []
     caps = [  # sliding-window layers hold at most this, under any policy
-        longest if shape.window is None or governed else shape.window + page
+        longest if shape.window is None or governed else shape.window + engine.page_size
         for shape, governed in zip(runner.shapes, layers.governed, strict=True)
     ]
-    heads = forecast.by_head(runner.kv_heads)
-    for layer, cap in enumerate(caps):
-        kept, full = np.minimum(heads[layer], cap), min(longest, cap)
-        together, pages = int(kept.sum()), int(layout.pages_for(kept).sum())
-        if forecast.total is not None:  # each head may have one partly filled page
-            together = min(together, forecast.total[layer])
-            pages = min(pages, forecast.total[layer] // page + runner.kv_heads)
-        rows.append(
-            {
-                "layer": layer,
-                "computed": forecast.reach[layer],
-                "kept": kept.tolist(),
-                "kept_together": together,
-                "bytes": pages * per_page[layer],
-                "full_bytes": layout.pages_for(full) * runner.kv_heads * uncoded[layer],
-            }
-        )
+    forecast = chosen.forecast(prompt_len, max_tokens, layers)
+    rows = _rows(forecast, layout, [min(longest, cap) for cap in caps], caps, runner.kv_heads)
     if asked.as_json:
-        head = {"model": model or shipped_model(), "policy": repr(chosen), "rule": chosen.rule}
-        print(
-            json.dumps(
-                {
-                    **head,
-                    "prompt_len": prompt_len,
-                    "max_tokens": max_tokens,
-                    "kv_dtype": kv_dtype,
-                    "weights": weights,
-                    "weight_bytes": weight_bytes,
-                    "layers": rows,
-                    "tokens_read_again": again,
-                    "bytes": in_pages,
-                    "ring_and_state_bytes": overhead,
-                    "admission_bytes": cost.bytes,
-                }
-            )
-        )
+        found = {
+            "model": path,
+            "policy": repr(chosen),
+            "rule": chosen.rule,
+            "prompt_len": prompt_len,
+            "max_tokens": max_tokens,
+            "kv_dtype": kv_dtype,
+            "weights": weights,
+            "weight_bytes": weight_bytes,
+            "layers": rows,
+            "tokens_read_again": again,
+            "bytes": in_pages,
+            "ring_and_state_bytes": overhead,
+            "admission_bytes": cost.bytes,
+        }
+        print(json.dumps(found))
         return
     after = _After.of(chosen, prompt_len, layers, runner.kv_heads, caps)
     told = "" if weights == "auto" else f", stored in {weights}"
@@ -150,6 +115,53 @@ def run_inspect(
         after,
         size,
     )
+
+
+def _without_weights(path: str, dtype: str, weights: str) -> tuple[ModelRunner, int]:
+    """A runner over a model without weights, and the bytes that the weights would take."""
+    empty, place = empty_model(path, dtype)
+    runner = ModelRunner(empty, "reference")  # builds nothing
+    if weights != "auto":
+        runner.check_weights(weights, choose_device("auto", place, runner.dtype, weights))
+    if weights == "gguf":
+        folder = Path(check_path(find_model(path)))
+        empty = coded_model(folder, empty.config, runner.dtype)
+    return runner, stored_bytes(empty, weights)
+
+
+def _bound(policy: Policy, path: str, dtype: str) -> Policy:
+    return policy.bind(
+        Facts(
+            lambda: _profile(path, dtype),
+            lambda given: given.check_model(fingerprint(_reference(path, dtype).runner)),
+            lambda: encoder_of(find_tokenizer(model_folder(find_model(path)), "auto")),
+        )
+    )
+
+
+def _rows(
+    forecast: Forecast, layout: Layout, full: list[int], caps: list[int], kv_heads: int
+) -> list[dict[str, Any]]:
+    """One row per layer;  full : entries of the full cache in each head."""
+    rows = []
+    for layer, heads in enumerate(forecast.by_head(kv_heads)):
+        kept = np.minimum(heads, caps[layer])
+        together, pages = int(kept.sum()), int(layout.pages_for(kept).sum())
+        if forecast.total is not None:  # each head may have one partly filled page
+            together = min(together, forecast.total[layer])
+            pages = min(pages, forecast.total[layer] // layout.page_size + kv_heads)
+        whole = layout.pages_for(full[layer]) * kv_heads
+        rows.append(
+            {
+                "layer": layer,
+                "computed": forecast.reach[layer],
+                "kept": kept.tolist(),
+                "kept_together": together,
+                "bytes": pages * int(layout.layer_page_bytes[layer]),
+                "full_bytes": whole * int(layout.uncoded_page_bytes[layer]),
+            }
+        )
+    return rows
 
 
 class _After(NamedTuple):

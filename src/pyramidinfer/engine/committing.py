@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +20,19 @@ from pyramidinfer.models import Prefill
 from pyramidinfer.models.runner import Stepped
 from pyramidinfer.types import TokenIds
 
-__all__ = ["Committer"]
+__all__ = ["Committer", "Rows"]
+
+
+class Rows(NamedTuple):
+    """Logits ``[rows, vocab]``, the likeliest token of each row, and whether it is no number."""
+
+    logits: Tensor
+    likeliest: TokenIds
+    broken: list[bool]
+
+    def part(self, first: int, end: int) -> Rows:
+        """Some of the rows."""
+        return Rows(self.logits[first:end], self.likeliest[first:end], self.broken[first:end])
 
 
 class Committer:
@@ -40,24 +53,19 @@ class Committer:
     def commit(self, plan: Plan, stepped: Stepped, committed: set[Request]) -> list[Request]:
         """Sample a token for every request that has logits; end those that are done."""
         highest, best = stepped.logits.max(-1)  # max treats NaN as the highest number
-        likeliest, broken = best.tolist(), (~highest.isfinite()).tolist()
-        ended = []
-        following = 0
+        every = Rows(stepped.logits, best.tolist(), (~highest.isfinite()).tolist())
+        ended, following = [], 0
         for index, (request, count) in enumerate(plan.given):
-            rows = slice(following, following + count)
-            following += count
+            first, following = following, following + count
             if request.ended:  # ended from outside while the step ran
                 continue
             if request in plan.drafts:
-                ended += self._verify(
-                    request, plan.drafts[request], stepped, rows, likeliest, broken, committed
-                )
+                fed = range(first, following)
+                ended += self._verify(request, plan.drafts[request], stepped, fed, every, committed)
                 continue
             if index < len(plan.decode):
-                self.advance(request, stepped, rows.start)
-            ended += self._answer(
-                request, stepped.logits[rows], likeliest[rows], broken[rows], committed
-            )
+                self.advance(request, stepped, first)
+            ended += self._answer(request, every.part(first, following), committed)
         return ended
 
     def _verify(
@@ -65,19 +73,17 @@ class Committer:
         request: Request,
         drafts: Drafts,
         stepped: Stepped,
-        rows: slice,
-        likeliest: TokenIds,
-        broken: list[bool],
+        fed: range,
+        every: Rows,
         committed: set[Request],
     ) -> list[Request]:
-        """Choose tokens from a request's ``rows`` while they equal its drafts; returns the request
-        if it ended."""
+        """Choose tokens from the rows that a request has ``fed`` while they equal its drafts;
+        returns the request if it ended."""
         assert stepped.decoding is not None
-        fed, chosen, reason = range(rows.start, rows.stop), 0, None
+        chosen, reason = 0, None
         try:
             for row in fed:
-                at = slice(row, row + 1)
-                reason = self.choose(request, stepped.logits[at], likeliest[at], broken[at])
+                reason = self.choose(request, every.part(row, row + 1))
                 chosen += 1
                 committed.add(request)
                 if reason or chosen == len(fed) or request.output[-1] != drafts.tokens[chosen - 1]:
@@ -88,7 +94,6 @@ class Committer:
         self.drafter.learn(request, drafts, chosen - 1)
         if not reason:
             return []
-        self.scheduler.remove(request)
         self.end(request, reason)
         return [request]
 
@@ -97,18 +102,11 @@ class Committer:
         assert stepped.decoding is not None
         self.shared.runner.commit(self.shared.pool, request, stepped.decoding, row)
 
-    def _answer(
-        self,
-        request: Request,
-        logits: Tensor,
-        likeliest: TokenIds,
-        broken: list[bool],
-        committed: set[Request],
-    ) -> list[Request]:
-        """Handle a request's logits ``[rows, vocab]``, also for samples that wait for its prompt;
-        returns the requests that ended."""
+    def _answer(self, request: Request, rows: Rows, committed: set[Request]) -> list[Request]:
+        """Handle a request's logits, also for samples that wait for its prompt; returns the
+        requests that ended."""
         if request.scoring is not None:
-            request.scoring.add(logits, likeliest)
+            request.scoring.add(rows.logits, rows.likeliest)
             committed.add(request)
             return [request] if self._score_on(request, request.scoring) else []
         if request.is_beginning:
@@ -117,31 +115,23 @@ class Committer:
             return []
         samples, ended = self._split(request) if request.status == "prefilling" else [], []
         for each in (request, *samples):
-            reason = self.choose(each, logits[-1:], likeliest[-1:], broken[-1:])
+            reason = self.choose(each, rows)
             committed.add(each)
             if each.prefill is not None:
                 self._prefilled(each, each.prefill, samples)
             if reason:
-                self.scheduler.remove(each)
                 self.end(each, reason)
                 ended.append(each)
         return ended
 
-    def choose(
-        self, request: Request, logits: Tensor, likeliest: TokenIds, broken: list[bool]
-    ) -> str | None:
-        """Choose a request's next token from its logits ``[1, vocab]``; returns the reason if it
-        ends with this token, else None."""
-        if broken[0]:
+    def choose(self, request: Request, rows: Rows) -> str | None:
+        """Sample a request's next token from its last row; returns the reason if it ends with this
+        token, else None."""
+        if rows.broken[-1]:
             request.error = "the model's logits are not finite numbers (NaN or infinity)"
             return "error"
-        return self._sample(request, logits[0], likeliest[0])
-
-    def _sample(self, request: Request, logits: Tensor, likeliest: int) -> str | None:
-        """Sample a request's next token; returns the reason if it ends with this token, else
-        None."""
         try:
-            token, logprob = sample(logits, request, likeliest)
+            token, logprob = sample(rows.logits[-1], request, rows.likeliest[-1])
         except Exception as error:
             if request.constraint is None:
                 raise
@@ -226,7 +216,6 @@ class Committer:
                 request.prefill = Prefill(request, rest, table.seen_len, reach, True)
                 return False
         request.prefill = None
-        self.scheduler.remove(request)
         self.end(request, "length")
         return True
 
@@ -245,7 +234,8 @@ class Committer:
         return "length" if len(request.output) >= request.max_new else None
 
     def end(self, request: Request, reason: str) -> None:
-        """Record what the request used, then free its pages (or hold them)."""
+        """End a request: record what it used, then free its pages (or hold them)."""
+        self.scheduler.remove(request)
         request.finish_reason, request.times.ended = reason, time.monotonic()
         request.status = "finished"
         if request.drafting is not None:

@@ -134,7 +134,7 @@ class DiskStore:
             self._put(1, lambda: path.unlink(missing_ok=True))
         one.has_file = False
 
-    def settle(self) -> None:
+    def note_done(self) -> None:
         """Process the results of finished operations."""
         with suppress(Empty):
             while True:
@@ -142,7 +142,7 @@ class DiskStore:
 
     def poll(self) -> list[Done]:
         """Operations finished since the last call."""
-        self.settle()
+        self.note_done()
         found, self._known = self._known, []
         return found
 

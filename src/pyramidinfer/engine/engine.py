@@ -326,7 +326,6 @@ class Engine:
         """End a request at once with this reason; its cache is not kept for its conversation."""
         for each in (request, *request.waiting_samples):
             if not each.ended:
-                self.scheduler.remove(each)
                 each.hold, each.owner, each.error = False, None, error
                 self.committer.end(each, reason)
 

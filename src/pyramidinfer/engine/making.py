@@ -72,9 +72,9 @@ class Maker:
         salt: str = "",
     ) -> Request:
         """See :meth:`Engine.make`; ``policy`` is already checked."""
-        shared, runner = self.shared, self.shared.runner
-        check_params(params, runner.vocab_size, shared.tokenizer is not None)
-        check_tokens(prompt, runner.vocab_size)
+        shared, size = self.shared, self.shared.runner.vocab_size
+        check_params(params, size, shared.tokenizer is not None)
+        check_tokens(prompt, size)
         if not 1 <= samples <= shared.config.max_requests:
             raise ValueError(
                 f"{samples} samples of one prompt: at least 1, and at most "
@@ -95,21 +95,11 @@ class Maker:
         if params.prompt_logprobs is not None:
             check_prompt_logprobs(policy, on is not None)
         shared.ledger.check_fits(cost, len(prompt), max_new, samples)
-        ids = self.added_tokens
+        ids, form = self.added_tokens, params.structured_outputs
         stops = {*params.stop_token_ids, *(ids[text] for text in params.stop if text in ids)}
-        form = params.structured_outputs
         constraint = None if form is None else self.grammars.constraint(form)
 
         def one(params: SamplingParams) -> Request:
-            text = None
-            if shared.tokenizer:
-                text = Detokenizer(
-                    shared.tokenizer,
-                    tuple(params.stop),
-                    prompt,
-                    params.min_tokens,
-                    params.skip_special_tokens,
-                )
             return Request(
                 id=next(self._ids),
                 prompt=list(prompt),
@@ -121,7 +111,7 @@ class Maker:
                 likely=likely,
                 protect=spans,
                 hold=hold,
-                detokenizer=text,
+                detokenizer=self._detokenizer(prompt, params),
                 stop_ids=frozenset(stops),
                 scoring=scoring,
                 owner=owner,
@@ -136,6 +126,13 @@ class Maker:
             request.samples.append(one(replace(params, seed=seed)))
             request.samples[-1].leads = False
         return request
+
+    def _detokenizer(self, prompt: TokenIds, params: SamplingParams) -> Detokenizer | None:
+        tokenizer = self.shared.tokenizer
+        if not tokenizer:
+            return None
+        stop = tuple(params.stop)
+        return Detokenizer(tokenizer, stop, prompt, params.min_tokens, params.skip_special_tokens)
 
     def _room(
         self,

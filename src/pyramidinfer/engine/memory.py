@@ -48,9 +48,9 @@ class Cost(NamedTuple):
 def for_samples(cost: Cost, samples: int) -> Cost:
     """The cost of several answers to one prompt: one prefills it, then each may hold its own
     cache."""
-    settled = cost.after_prefill or cost
-    pages = np.maximum(cost.pages, settled.pages * samples)
-    return Cost(pages, max(cost.bytes, settled.bytes * samples), settled)
+    after = cost.after_prefill or cost
+    pages = np.maximum(cost.pages, after.pages * samples)
+    return Cost(pages, max(cost.bytes, after.bytes * samples), after)
 
 
 class Reserved(Protocol):
@@ -110,18 +110,9 @@ class Ledger:
                 whole[layer] = np.minimum(whole[layer], most)
         final, before = self._pages(whole if reread else kept, total), self._pages(base)
         arriving = np.maximum(final, self._pages(base + reach[:, None]))
-        rereading = self._pages(whole + reread)
-        worst = np.zeros_like(layout.page_counts)
-        for layer in range(
-            layers.count
-        ):  # layers before it are already compressed, this one is in progress
-            pages = np.where(np.arange(layers.count) <= layer, final, before)
-            pages[:, layer] = arriving[:, layer]
-            worst = np.maximum(worst, layout.by_group(pages))
-            if reread:
-                pages = final.copy()
-                pages[:, layer] = rereading[:, layer]
-                worst = np.maximum(worst, layout.by_group(pages))
+        worst = self._worst(before, arriving, final)
+        if reread:
+            worst = np.maximum(worst, self._worst(final, self._pages(whole + reread), final))
         lasting, transient = self._overhead(policy, new, max_new, layers, reach, base, reread)
         transient += forecast.working_bytes
         if policy.streams:
@@ -130,9 +121,18 @@ class Ledger:
         in_all = None
         if forecast.sum is not None:
             in_all = int(base.sum()) + forecast.sum + protected * base.size
-        settled = self.decode_cost(kept, lasting, total, in_all)
-        worst = np.maximum(worst, settled.pages)
-        return Cost(worst, max(size, settled.bytes), settled)
+        after = self.decode_cost(kept, lasting, total, in_all)
+        return Cost(np.maximum(worst, after.pages), max(size, after.bytes), after)
+
+    def _worst(self, before: np.ndarray, within: np.ndarray, final: np.ndarray) -> np.ndarray:
+        """The most pages per group while new tokens go through the layers one by one.  Per layer:
+        before they reach it, while they are in it, and afterwards."""
+        worst, layers = np.zeros_like(self.layout.page_counts), np.arange(final.shape[1])
+        for layer in layers:
+            pages = np.where(layers <= layer, final, before)
+            pages[:, layer] = within[:, layer]
+            worst = np.maximum(worst, self.layout.by_group(pages))
+        return worst
 
     def _pages(self, entries: np.ndarray, total: np.ndarray | None = None) -> np.ndarray:
         """Pages by rank and layer, ``[ranks, layers]``, of this many entries per head ``[layers,

@@ -62,7 +62,7 @@ class HostStore:
             return True
         if must and self.disk is not None and any(one.writing for one in self._held):
             self.disk.drain()
-            self.disk.settle()
+            self.disk.note_done()
         able = [one for one in self._held if _may_go(one)]
         if not must and self.bytes - sum(one.size for one in able) > room:
             return False

@@ -17,9 +17,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
 
-from torch import Tensor
-
-from pyramidinfer.engine.committing import Committer
+from pyramidinfer.engine.committing import Committer, Rows
 from pyramidinfer.engine.engine import Engine
 from pyramidinfer.engine.holding import check_held, check_holds
 from pyramidinfer.engine.launch import Link, RanksError
@@ -98,11 +96,9 @@ class Telling(Committer):
         )
         return ended
 
-    def choose(
-        self, request: Request, logits: Tensor, likeliest: TokenIds, broken: list[bool]
-    ) -> str | None:
+    def choose(self, request: Request, rows: Rows) -> str | None:
         before = len(request.output)
-        reason = super().choose(request, logits, likeliest, broken)
+        reason = super().choose(request, rows)
         token = request.output[-1] if len(request.output) > before else None
         self._chosen.append((request, token))
         return reason
@@ -125,12 +121,10 @@ class Following(Committer):
         self._chosen = self.link.hear()[::-1]
         ended = []
         for request in given:
-            ended += self._answer(request, stepped.logits[:0], [], [], committed)
+            ended += self._answer(request, Rows(stepped.logits[:0], [], []), committed)
         return ended
 
-    def choose(
-        self, request: Request, logits: Tensor, likeliest: TokenIds, broken: list[bool]
-    ) -> str | None:
+    def choose(self, request: Request, rows: Rows) -> str | None:
         token, reason, request.error = self._chosen.pop()
         if token is not None:
             request.output.append(token)

@@ -422,7 +422,7 @@ class Conversations:
                 self.disk.drain()
                 one.exported = None
             self.disk.drain()
-            self.disk.settle()
+            self.disk.note_done()
             self.disk.close()
             self.disk = self.host.disk = None
         for one in list(self.index):
@@ -450,8 +450,7 @@ def open_conversations(shared: Shared, weights: str) -> Conversations:
         ]
         model = blake2b("\n".join(what).encode(), digest_size=16).hexdigest()
         size = parse_bytes(config.disk_kv_memory or 0, "disk_kv_memory")
-        pinned = shared.pool.device.type == "cuda"
-        disk = DiskStore(config.disk_kv_cache, size, model, pinned)
+        disk = DiskStore(config.disk_kv_cache, size, model, shared.pool.on_gpu)
         names = Names(disk.secret, model, config.share_prefixes)
     host = HostStore(config.host_budget, disk)
     return Conversations(shared, int(config.budget * config.reuse_share), host, disk, names)

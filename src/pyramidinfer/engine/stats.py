@@ -37,7 +37,9 @@ class Stats(NamedTuple):
     ``scheduler.Counts`` and ``Conversations``;  ``file_errors``: files that could not be read or
     written;  ``drafted``, ``accepted``, ``verifications``: as in ``DraftUsage``, over all requests;
     ``step_seconds``, ``guessing_seconds``: as in ``Work``;  ``adapters_running``,
-    ``adapters_waiting``: the names of the adapters of requests in flight and of waiting requests.
+    ``adapters_waiting``: the names of the adapters of requests in flight and of waiting requests;
+    ``recompressed``, ``recompressed_tokens``: as ``done`` and ``tokens`` of a ``Recompressor``, if
+    one runs while the engine is idle.
 
     ``prefix_queries``: prompt tokens of admitted requests that could have reused a cache;
     ``prefix_hits``: those of them that were reused and not computed again.  Any new way to share
@@ -78,6 +80,8 @@ class Stats(NamedTuple):
     guessing_seconds: float
     adapters_running: list[str]
     adapters_waiting: list[str]
+    recompressed: int = 0
+    recompressed_tokens: float = 0.0
 
 
 def read_stats(

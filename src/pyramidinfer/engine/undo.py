@@ -16,8 +16,7 @@ class Undo:
 
     ``ran``: whether the forward pass finished;  ``committed``: requests that have their new token.
     A decoding request that is not committed loses the entry that the step wrote, and feeds the same
-    token again.  A prompt in progress starts again; one that extends a cache cannot, and is
-    aborted.
+    token again.  A prompt in progress starts again; one that extends a cache cannot, and ends.
     """
 
     def __init__(self, shared: Shared, plan: Plan) -> None:
@@ -30,7 +29,7 @@ class Undo:
 
     def roll_back(self) -> Iterator[Request]:
         """Restore every request of the plan that was not committed to a state from which it can
-        continue.  Yields the requests that cannot be restored; the caller aborts them."""
+        continue.  Yields the requests that cannot be restored; the caller ends them."""
         pool = self.shared.pool
         for request, (kept, seen_len) in zip(self.plan.decode, self.before, strict=True):
             if request in self.committed or request.cache is None:

@@ -24,6 +24,7 @@ import torch
 from pyramidinfer.engine.engine import Engine
 from pyramidinfer.engine.launch import RanksError
 from pyramidinfer.engine.request import Request
+from pyramidinfer.engine.stats import Stats
 from pyramidinfer.native.forks import set_threads
 from pyramidinfer.types import KVUsage, Logprob, TokenIds
 
@@ -160,7 +161,7 @@ class AsyncEngine:
         self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._live: list[Stream] = []
         self._arriving = 0
-        self.stats = engine.stats()  # statistics as of the last step
+        self.stats = self._now()  # statistics as of the last step
         self._stopping = False
         self.died = False  # ended by an exception, not by ``stop``
         self.why = "the engine's thread has ended with an error, which the log has"
@@ -278,7 +279,7 @@ class AsyncEngine:
             with self._lock:
                 self._arriving -= len(leaders)
                 if not self.died:
-                    self.stats = self.engine.stats()
+                    self.stats = self._now()
 
     def abort(self, stream: Stream) -> None:
         """End a stream's requests at once (the engine's thread only; see ``Stream.close``)."""
@@ -382,6 +383,12 @@ class AsyncEngine:
                 self._commands.get_nowait()()
         return True
 
+    def _now(self) -> Stats:
+        found, idle = self.engine.stats(), self.recompressor
+        if idle is None:
+            return found
+        return found._replace(recompressed=idle.done, recompressed_tokens=idle.tokens)
+
     def _recompress(self) -> bool:
         """Do a small step of recompressing held caches; False if there is nothing to do."""
         if self.recompressor is None:
@@ -453,7 +460,7 @@ class AsyncEngine:
 
     def _publish(self) -> None:
         """Send every stream the new output of its requests, and refresh ``stats``."""
-        self.stats = self.engine.stats()
+        self.stats = self._now()
         told: dict[asyncio.AbstractEventLoop, list[tuple[Stream, Update]]] = {}
         for stream in self._live:
             for index, each in enumerate(stream.followed):

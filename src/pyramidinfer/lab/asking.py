@@ -13,8 +13,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache
 
-from pyramidinfer.engine import LLM
-from pyramidinfer.engine.memory import full_bytes
+from pyramidinfer.engine import LLM, Engine
 from pyramidinfer.lab.chat import Asked, Chat
 from pyramidinfer.lab.plans import PROTOCOLS, own_keep
 from pyramidinfer.lab.samples import Subject
@@ -23,7 +22,7 @@ from pyramidinfer.policies.base import KeepError
 from pyramidinfer.policies.registry import parse_policy
 from pyramidinfer.types import KVUsage, Layers, SamplingParams, TokenIds
 
-__all__ = ["PROTOCOLS", "Answer", "Asker", "asker", "own_keep", "reachable"]
+__all__ = ["PROTOCOLS", "Answer", "Asker", "asker", "full_caches", "own_keep", "reachable"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,9 +111,13 @@ class Asker:
 
     def _at_once(self, longest: int) -> int:
         """How many contexts to hold at once: each may exist twice while its copy is written."""
-        engine = self.llm.engine
-        whole = full_bytes(engine.pool.layout, engine.runner, longest)
-        return max(1, min(8, engine.pool.budget // (3 * whole)))
+        return max(1, min(8, full_caches(self.llm.engine, longest) // 3))
+
+
+def full_caches(engine: Engine, length: int) -> int:
+    """How many full caches of texts of this length an engine's memory can hold."""
+    layers = engine.runner.layers_for(length + 1)
+    return engine.ledger.how_many(engine.ledger.cost(Full(), length, 1, layers, 0))
 
 
 @lru_cache(maxsize=2)

@@ -1,6 +1,7 @@
 """Generate ``docs/numbers.md`` from the committed results: ``python -m pyramidinfer.lab.numbers``.
 
-This also writes ``docs/methods.md`` and the tables of ``docs/scaling.md`` and ``docs/serving.md``.
+This also writes ``docs/methods.md`` and the tables of ``docs/scaling.md`` and ``docs/serving.md``,
+and draws the curves of ``docs/choosing.md``.
 """
 
 from __future__ import annotations
@@ -10,8 +11,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pyramidinfer.lab import methods, numbers_bench, numbers_real, numbers_serving
+from pyramidinfer.lab import (
+    methods,
+    numbers_bench,
+    numbers_default,
+    numbers_real,
+    numbers_serving,
+)
 from pyramidinfer.lab.bench import offload_page, prefix_page, replicas_page, scale_page
+from pyramidinfer.lab.choosing import draw_choosing
 from pyramidinfer.lab.numbers_layers import icr, rac
 from pyramidinfer.lab.numbers_studies import (
     command_block,
@@ -25,6 +33,7 @@ from pyramidinfer.lab.samples import SHIPPED
 __all__ = ["main", "render"]
 
 PAGE = Path("docs/numbers.md")
+IMAGES = Path("docs/images")
 
 
 def render(results: dict[str, dict[str, Any]]) -> str:
@@ -39,6 +48,7 @@ def render(results: dict[str, dict[str, Any]]) -> str:
         "with single tokens, and a start layer found per prompt. These are the needle trials and "
         "all results on speed and serving, except SmolLM2 with eight requests at once.\n",
         *numbers_real.lead(results),
+        *numbers_default.default_section(results),
     ]
     real: dict[str, Callable[[dict[str, Any]], str]] = {
         **numbers_real.SECTIONS,
@@ -171,6 +181,7 @@ def main() -> None:
         serving = prefix_page.PAGE.read_text(encoding="utf-8")
         serving = prefix_page.render_prefix(serving, results["prefix"])
         prefix_page.PAGE.write_text(serving, encoding="utf-8")
+    pages += draw_choosing(results, IMAGES)
     print("wrote", ", ".join(map(str, pages)))
 
 

@@ -369,6 +369,13 @@ SECTIONS: dict[str, Callable[[Result], str]] = {
         )
         for name, title in (("smollm2", "SmolLM2-135M"), ("gemma3", "Gemma 3 270M"))
     },
+    "later_bits": partial(
+        _kv_dtypes,
+        "The question after compression, at 8 bits",
+        "later_bits",
+        "`kvzip`, `pyramid` and `duo` with 10, 20 and 30 % of the bytes of a full cache with 16 "
+        "bits per number. No setting was chosen on these samples.",
+    ),
     "heads_needle": partial(
         _ruler,
         "One needle, asked for later, heads assigned once",
@@ -415,6 +422,13 @@ SECTIONS: dict[str, Callable[[Result], str]] = {
         "are already bounded, so half of the entries that a policy governs is three quarters of "
         "all bytes. Only the needle tasks that the model can do.",
     ),
+    "gemma_quarter": partial(
+        _ruler,
+        "Gemma 3 270M at a quarter",
+        "gemma_quarter",
+        "The same tasks with other samples. Here a quarter of the entries that a policy governs "
+        "is two thirds of all bytes.",
+    ),
     "heads_turns": partial(_study, "turns", "A chat, heads assigned once", "heads_turns"),
     "heads_turns_idle": partial(
         _study,
@@ -451,6 +465,13 @@ SECTIONS: dict[str, Callable[[Result], str]] = {
         "Needle tasks that the full cache can do, two samples each. `rkv` evicts from the prompt "
         "by the same rule as from generated text. Computed above 100 %: `kvzip` reads a text "
         "twice.",
+    ),
+    "all_ruler": partial(
+        _pictured,
+        "All methods at one budget",
+        "all_ruler",
+        "Every method at keep=0.3, with its published options. `triattention` keeps the whole "
+        "prompt and evicts generated tokens only.",
     ),
     "trial_1000": partial(
         _ruler,

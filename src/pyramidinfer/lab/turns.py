@@ -15,9 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from pyramidinfer.engine.memory import full_bytes
 from pyramidinfer.engine.request import Request
-from pyramidinfer.lab.asking import Asker, asker
+from pyramidinfer.lab.asking import Asker, asker, full_caches
 from pyramidinfer.lab.invented import Fact, fit, hide_facts, invent
 from pyramidinfer.lab.plans import TurnsPlan
 from pyramidinfer.lab.real_plots import draw_turns
@@ -142,10 +141,8 @@ def in_groups(
     machine: Asker, policy: Policy, talks: Sequence[Talk], compress_idle: bool = False
 ) -> list[TurnScores]:
     """``measure_turns`` with as many chats at once as fit into the cache's memory."""
-    engine = machine.llm.engine
     longest = max(len(machine.chat.begin(talk.notes)) for talk in talks) + MORE
-    whole = full_bytes(engine.pool.layout, engine.runner, longest)
-    size = max(1, engine.pool.budget // (2 * whole))  # held caches stay while turns continue
+    size = max(1, full_caches(machine.llm.engine, longest) // 2)  # held ones stay during turns
     return [
         scores
         for at in range(0, len(talks), size)

@@ -82,7 +82,7 @@ class Decoding:
         self, size: Size, pool: Pool, shape: AttentionShape, like: Tensor, way: Way = "layers"
     ) -> None:
         """shape : of every layer;  like : a tensor of the model's dtype on its device."""
-        self.size, self.way, on_gpu = size, way, pool.device.type == "cuda"
+        self.size, self.way, on_gpu = size, way, pool.on_gpu
         self.counted = False
         self._heads, self._page_size = pool.own_heads, pool.page_size
         rows = (pool.layers, size.rows, pool.kv_heads)

@@ -58,7 +58,7 @@ class DecodeGraphs:
 
     def __init__(self, pool: Pool) -> None:
         self.steps: OrderedDict[Size, Step] = OrderedDict()
-        self.captures = pool.device.type == "cuda"
+        self.captures = pool.on_gpu
         cuda: Any = torch.cuda
         self._side = cuda.Stream(pool.device) if self.captures else None
         self._memory: Any = None  # shared by all graphs: one of them runs at a time

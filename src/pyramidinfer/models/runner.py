@@ -21,6 +21,7 @@ from pyramidinfer.cache import Pool, Table
 from pyramidinfer.models import rereading
 from pyramidinfer.models.adapters import Adapter
 from pyramidinfer.models.batch import Batch, Prefill, Sequence, Work
+from pyramidinfer.models.chunks import store_chunks, take_chunks
 from pyramidinfer.models.decode import Decoding, Size, Stepped, Way
 from pyramidinfer.models.decoder import Decoder
 from pyramidinfer.models.device import Device, choose_device
@@ -231,14 +232,17 @@ class ModelRunner(Stack):
             riding = decoding
             while True:
                 start = 0 if riding is None else len(hidden)
-                segments, parts = self._take(works, layer, start)
+                segments, parts = take_chunks(
+                    works, layer, start, self.prefill_chunk, self.decoder, self.ranks
+                )
                 if riding is None and not segments:
                     break
                 rows = parts if riding is None else [hidden, *parts]
                 out = self._run_layer(pool, layer, rows, riding, segments)
                 if riding is not None:
                     hidden, riding = out[:start], None
-                self._store(segments, out, start)
+                is_last = layer == self.depth - 1
+                store_chunks(segments, out, start, is_last, self._last_only(layer))
             for index, work in enumerate(works):
                 if work.prefill.layer == layer and work.prefill.left == 0:
                     with self.span("retain"):
@@ -255,31 +259,6 @@ class ModelRunner(Stack):
         return self._logits(torch.cat(rows))
 
     # --- one layer ----------------------------------------------------------------------------
-
-    def _take(
-        self, works: Items[Work], layer: int, start: int
-    ) -> tuple[list[Segment], list[Tensor]]:
-        """Claim the next chunk of every prefill that is at this layer and has budget left."""
-        segments, parts = [], []
-        for work in works:
-            prefill = work.prefill
-            count = min(self.prefill_chunk, prefill.left, work.budget)
-            if prefill.layer != layer or count <= 0:
-                continue
-            if prefill.done == 0:
-                prefill.needs = prefill.sequence.policy.needs(prefill.view())
-                self.ranks.check(prefill.needs)
-                prefill.computed.append(prefill.length)
-            rows = slice(prefill.done, prefill.done + count)
-            if prefill.hidden is None:
-                part = self.decoder.embed(prefill.entering[rows], prefill.positions[rows])
-            else:
-                part = prefill.hidden[rows]
-            work.budget -= count
-            segments.append(Segment(prefill, start, count))
-            parts.append(part)
-            start += count
-        return segments, parts
 
     def _run_layer(
         self,
@@ -299,25 +278,6 @@ class ModelRunner(Stack):
     def _last_only(self, layer: int) -> bool:
         """Whether a layer returns outputs of last tokens only."""
         return self.decoder.is_fused and layer == self.depth - 1
-
-    def _store(self, segments: list[Segment], out: Tensor, at: int) -> None:
-        """Store a pass's outputs (from row ``at`` on) for the next layer or the head."""
-        for segment in segments:
-            prefill, _, count = segment
-            wanted = len(segment.rows_out(self._last_only(prefill.layer)))
-            rows, at = out[at : at + wanted], at + wanted
-            end = prefill.done + count
-            last_only = prefill.layer == self.depth - 1 and not prefill.gives_all
-            if last_only:  # rows that the head does not read are not kept
-                if end == prefill.length:
-                    prefill.out = rows[-1:].clone()
-            elif count == prefill.length:
-                prefill.out = rows
-            else:
-                if prefill.out is None:
-                    prefill.out = out.new_empty(prefill.length, out.shape[-1])
-                prefill.out[prefill.done : end] = rows
-            prefill.done = end
 
     def _finish_layer(self, pool: Pool, prefill: Prefill) -> Tensor | None:
         """Let the policy select the entries that stay and the tokens that go deeper; at the end,

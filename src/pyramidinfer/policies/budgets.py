@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import lru_cache
 
-__all__ = ["CURVES", "SHAPES", "curve_ratio", "fill_budgets", "linear_budget"]
+__all__ = ["CURVES", "curve_ratio", "linear_budget"]
 
 #: ``curve(layer, layers, end)``: the share of the context that is kept after ``layer``.
 CURVES: dict[str, Callable[[int, int, float], float]] = {
@@ -36,30 +35,3 @@ def linear_budget(layer: int, layers: int, first: float, last: float, *, most: i
     first, last = max(total - most, min(first, most)), max(total - most, min(last, most))
     step = (last - first) / (layers - 1) if layers > 1 else 0.0
     return round(first + layer * step)
-
-
-#: ``shape(layer, layers)``: a layer's budget relative to the others.
-SHAPES: dict[str, Callable[[int, int], float]] = {
-    "level": lambda layer, layers: 1.0,
-    "linear": lambda layer, layers: float(layers - layer),
-    "cosine": lambda layer, layers: 0.05 + (math.cos(math.pi * (layer + 0.5) / layers) + 1) / 2,
-    "rising": lambda layer, layers: float(layer + 1),
-}
-
-
-@lru_cache(maxsize=256)
-def fill_budgets(shape: str, keep: float, reach: tuple[float, ...]) -> tuple[float, ...]:
-    """Shares per layer by a named shape, with the mean ``keep`` and none above its ``reach``.
-
-    The surplus of a full layer goes to the others; if all are full, the mean stays below ``keep``.
-    """
-    weights = [SHAPES[shape](layer, len(reach)) for layer in range(len(reach))]
-
-    def held(level: float) -> list[float]:
-        return [min(most, level * weight) for most, weight in zip(reach, weights, strict=True)]
-
-    wanted, low, high = keep * len(reach), 0.0, 1.0 / min(weights)
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if sum(held(middle)) < wanted else (low, middle)
-    return tuple(held(high))

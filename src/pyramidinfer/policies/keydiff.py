@@ -15,7 +15,7 @@ from typing import ClassVar
 from torch import Tensor
 from torch.nn import functional as F
 
-from pyramidinfer.config import check_whole, named_options
+from pyramidinfer.config import named_options
 from pyramidinfer.policies.retaining import Retaining
 from pyramidinfer.types import Best, Needs, Observation, View
 
@@ -35,13 +35,6 @@ class KeyDiff(Retaining):
     evicts: ClassVar[bool] = True
 
     capacity: int = 2048
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_whole("capacity", self.capacity, 1)
-
-    def entries(self, text_len: int) -> int:
-        return self.capacity
 
     def floor(self) -> int:
         return 2  # two keys are equally far from their mean

@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from pyramidinfer.config import check_whole, is_number, named_options
+from pyramidinfer.config import is_number, named_options
 from pyramidinfer.policies.budgets import linear_budget
 from pyramidinfer.policies.snapkv import WindowRetaining
 from pyramidinfer.types import Layers
@@ -38,12 +38,8 @@ class PyramidKV(WindowRetaining):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_whole("capacity", self.capacity, 1)
         if not (is_number(self.beta) and self.beta >= 1):
             raise ValueError(f"beta={self.beta!r} must be at least 1")
-
-    def entries(self, text_len: int) -> int:
-        return self.capacity
 
     def budget(self, layer: int, text_len: int, layers: Layers) -> int:
         mean = max(1, self.mean_budget(text_len) - self.window)

@@ -80,10 +80,13 @@ class Retaining(Limited):
 
     def __post_init__(self) -> None:
         check_keep(self.keep)
+        check_whole("capacity", getattr(self, "capacity", 1), 1)
 
     def entries(self, text_len: int) -> int:
-        """The mean budget per layer without ``keep``: everything, unless a method overrides it."""
-        return text_len
+        """The mean budget per layer without ``keep``: the option ``capacity`` of methods that have
+        it, else everything, unless a method overrides this."""
+        found: int = getattr(self, "capacity", text_len)
+        return found
 
     def floor(self) -> int:
         """The smallest possible budget of a layer."""

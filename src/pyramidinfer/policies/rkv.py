@@ -65,10 +65,6 @@ class RKV(Buffered):
         check_kernel(self.kernel)
         check_share("mix", self.mix)
         check_share("threshold", self.threshold)
-        check_whole("capacity", self.capacity, 1)
-
-    def entries(self, text_len: int) -> int:
-        return self.capacity
 
     def floor(self) -> int:
         return self.window + 1

@@ -87,10 +87,3 @@ class SnapKV(WindowRetaining):
     name: ClassVar[str] = "snapkv"
 
     capacity: int = 1024
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_whole("capacity", self.capacity, 1)
-
-    def entries(self, text_len: int) -> int:
-        return self.capacity

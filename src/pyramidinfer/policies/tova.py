@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from pyramidinfer.config import check_whole, named_options
+from pyramidinfer.config import named_options
 from pyramidinfer.policies.retaining import Retaining
 from pyramidinfer.types import Best, Needs, Reduce, View
 
@@ -32,13 +32,6 @@ class TOVA(Retaining):
     evicts: ClassVar[bool] = True
 
     capacity: int = 512
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_whole("capacity", self.capacity, 1)
-
-    def entries(self, text_len: int) -> int:
-        return self.capacity
 
     def needs(self, view: View) -> Needs:
         if not self.over(view):

@@ -65,7 +65,6 @@ class TriAttention(Buffered, Profiled):
         super().__post_init__()
         if not isinstance(self.pin_prompt, bool):
             raise ValueError(f"pin_prompt={self.pin_prompt!r} must be True or False")
-        check_whole("capacity", self.capacity, 1)
         check_whole("offset_max", self.offset_max, 1)
         self.load_profile()
 
@@ -86,9 +85,6 @@ class TriAttention(Buffered, Profiled):
         if not isinstance(self.profile, Profile):
             return ""
         return f"centres of the model's queries, as measured on {self.profile.text}"
-
-    def entries(self, text_len: int) -> int:
-        return self.capacity
 
     # --- a pinned prompt ------------------------------------------------------------------------
 

@@ -83,6 +83,11 @@ COUNTERS = {
         "Files of caches that could not be read or written",
         "file_errors",
     ),
+    "pyramidinfer:recompressed": ("Held caches that were recompressed while idle", "recompressed"),
+    "pyramidinfer:recompressed_tokens": (
+        "Tokens computed to recompress held caches, mean over layers",
+        "recompressed_tokens",
+    ),
 }
 #: Metrics with one value for each place of a cache.
 BY_PLACE: dict[str, tuple[Any, str, str]] = {
@@ -113,7 +118,7 @@ class Gauges:
         worker, model = self.worker, self.model
         if worker is None:
             return
-        stats, idle = worker.stats, worker.recompressor
+        stats = worker.stats
         in_use = max(0, stats.pages_in_use - stats.pages_reusable)
         gauges = [(name, text, getattr(stats, field)) for name, (text, field) in GAUGES.items()] + [
             ("vllm:num_requests_waiting", "Requests that have not begun", worker.waiting),
@@ -130,16 +135,6 @@ class Gauges:
                 "vllm:num_preemptions",
                 "Requests preempted because memory ran out",
                 stats.swapped + stats.recomputed + stats.restarted,
-            ),
-            (
-                "pyramidinfer:recompressed",
-                "Held caches that were recompressed while idle",
-                idle.done if idle else 0,
-            ),
-            (
-                "pyramidinfer:recompressed_tokens",
-                "Tokens computed to recompress held caches, mean over layers",
-                idle.tokens if idle else 0,
             ),
         ]
         for family, values in ((GaugeMetricFamily, gauges), (CounterMetricFamily, counters)):

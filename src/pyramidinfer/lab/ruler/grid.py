@@ -36,6 +36,8 @@ __all__ = [
     "Scored",
     "answer_samples",
     "haystack",
+    "interval_of_tasks",
+    "mean_of_tasks",
     "means",
     "passed",
     "run_ruler",
@@ -206,10 +208,10 @@ def means(rows: Sequence[Row]) -> list[Row]:
                 "keep": keep,
                 "kv_dtype": stored,
                 "weights": held,
-                "score": _mean(own),
-                "score_ci": _bounds(own),
-                "lost": _mean(lost),
-                "lost_ci": _bounds(lost),
+                "score": mean_of_tasks(own),
+                "score_ci": interval_of_tasks(own),
+                "lost": mean_of_tasks(lost),
+                "lost_ci": interval_of_tasks(lost),
                 "kv_share": float(np.mean([row["kv_share"] for row in mine])),
                 "prefill_share": float(np.mean([row["prefill_share"] for row in mine])),
                 "tasks": [row["task"] for row in mine],
@@ -226,15 +228,16 @@ def means(rows: Sequence[Row]) -> list[Row]:
     return found
 
 
-def _mean(parts: list[np.ndarray]) -> float:
+def mean_of_tasks(parts: list[np.ndarray]) -> float:
+    """The mean over tasks of the mean over samples; ``parts``: one array of samples per task."""
     return float(np.mean([part.mean() for part in parts]))
 
 
-def _bounds(parts: list[np.ndarray]) -> list[float]:
+def interval_of_tasks(parts: list[np.ndarray]) -> list[float]:
     """95 % bootstrap interval of the mean over tasks of the mean over samples; the mean itself
     if a task has one sample."""
     if min(map(len, parts)) < 2:
-        return [_mean(parts)] * 2
+        return [mean_of_tasks(parts)] * 2
 
     def mean(*drawn: np.ndarray, axis: int) -> np.ndarray:
         return np.asarray(np.mean([part.mean(axis) for part in drawn], axis=0))
