@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 TORCH := torch==2.13.0
 
-.PHONY: demo test test-real test-scale check model models numbers pages bench bench-gpu bench-lossless bench-scale bench-offload bench-prefix bench-replicas fuzz docs dist install install-dev clean
+.PHONY: demo test test-real test-scale test-cross check model models numbers pages bench bench-gpu bench-lossless bench-scale bench-offload bench-prefix bench-replicas fuzz docs dist install install-dev clean
 
 demo: $(VENV)/.installed
 	$(BIN)/pyramidinfer demo --fetch smollm2
@@ -20,6 +20,14 @@ test-real: models $(VENV)/.installed-dev
 # processes (docs/scaling.md).
 test-scale: $(VENV)/.installed-ray
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests_scale
+
+# The CPU kernels on another CPU, emulated (Debian, Ubuntu: apt install g++-aarch64-linux-gnu qemu-user).
+CROSS ?= aarch64
+test-cross:
+	mkdir -p out
+	$(CROSS)-linux-gnu-g++ -O2 -std=c++17 -fopenmp -static -fno-math-errno -w \
+		-Isrc/pyramidinfer/native tests/native/cross/check.cpp -o out/check-$(CROSS)
+	qemu-$(CROSS) out/check-$(CROSS)
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check src tests tests_real tests_scale release
@@ -78,10 +86,14 @@ bench: $(VENV)/.installed
 	$(BENCH) kv-dtypes --json $(RESULTS)/kv_dtype_kernels.json
 	$(BIN)/pyramidinfer fetch smollm2
 	$(BENCH) weights --model smollm2 --dtype bfloat16 --weights int8,int4,gguf --samples 8 \
-		--batch 1,4,16 --repeats 2 --json $(RESULTS)/weights_smollm2.json
+		--batch 1,4,16 --prompt-len 256 --repeats 2 --json $(RESULTS)/weights_smollm2.json
 	$(BIN)/pyramidinfer fetch gemma3-270m
 	$(BENCH) weights --model gemma3-270m --dtype bfloat16 --weights int8,int4,gguf --samples 4 \
-		--batch 1,4 --repeats 2 --json $(RESULTS)/weights_gemma3.json
+		--batch 1,4 --prompt-len 256 --repeats 2 --json $(RESULTS)/weights_gemma3.json
+	$(BENCH) step --model smollm2 --threads 1 --weights auto,int8,int4,gguf --repeats 3 \
+		--json $(RESULTS)/step_smollm2.json
+	$(BENCH) step --model gemma3-270m --threads 1 --weights auto,int8,int4,gguf --batch 1,4 --repeats 3 \
+		--output-len 32 --json $(RESULTS)/step_gemma3.json
 	$(BENCH) throughput $(BENCH_OPTIONS) --json $(RESULTS)/bench_throughput.json
 	$(BENCH) throughput $(BENCH_OPTIONS) --batch 4 --prompt-len 4096 --repeats 2 \
 		--policies full,pyramidinfer --json $(RESULTS)/bench_long.json

@@ -49,6 +49,21 @@ numbers-kv-dtype: $(VENV)/.installed
 	rm -f $(RESULTS)/kv_dtype_ruler_tasks.png
 	$(MAKE) pages
 
+# Tasks with quantized weights.  The committed results were made with SAMPLES=6.
+EASY := niah_single_2,niah_single_3,niah_multivalue,niah_multiquery
+WEIGHTS := --policies full --dtype bfloat16 --weights auto,int8,int4,gguf --lengths 600 --protocols inside
+
+.PHONY: numbers-weights
+numbers-weights: $(VENV)/.installed
+	$(BIN)/pyramidinfer fetch smollm2
+	$(REAL_STUDY) ruler --model smollm2 $(WEIGHTS) --tasks $(EASY) $(REAL_RUN) \
+		--json $(RESULTS)/weights_tasks_smollm2.json
+	$(BIN)/pyramidinfer fetch gemma3-270m
+	$(REAL_STUDY) ruler --model gemma3-270m $(WEIGHTS) --tasks niah_single_1,niah_single_2,niah_multivalue \
+		$(REAL_RUN) --json $(RESULTS)/weights_tasks_gemma3.json
+	rm -f $(RESULTS)/weights_tasks_*.png
+	$(MAKE) pages
+
 # Heads with lengths of their own: `duo` on the tasks that the full cache can do, and on one needle.
 CAN_DO := niah_single_1,niah_single_2,niah_single_3,niah_multikey_1,niah_multivalue,niah_multiquery,fwe
 DUO := full $(foreach k,.3 .2 .5 .12,pyramid:keep=$(k)) duo:keep=.2,spare=.1 duo:keep=.3,spare=.1 duo:keep=.5,spare=.1 snapkv:keep=.3 \
@@ -144,6 +159,7 @@ numbers-real: models
 		--samples $(HALF) $(LIKE) --json $(RESULTS)/ruler_long.json
 	$(MAKE) numbers-trials SAMPLES=$(SAMPLES_REAL)
 	$(MAKE) numbers-heads SAMPLES=$(SAMPLES_REAL)
+	$(MAKE) numbers-weights SAMPLES=$(SAMPLES_REAL)
 	$(MAKE) numbers-methods SAMPLES=$(SAMPLES_REAL)
 	$(MAKE) numbers-decode SAMPLES=$(SAMPLES_REAL)
 	$(MAKE) numbers-decode SAMPLES=$(HALF)

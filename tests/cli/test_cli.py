@@ -464,7 +464,6 @@ def test_demo_prints_a_table_and_draws(tmp_path: Path) -> None:
         (["generate", "--prompt", "x", "--kv-dtype", "int5"], "kv_dtype='int5' is unknown"),
         (["inspect", "--kv-dtype", "int5"], "kv_dtype='int5' is unknown; did you mean 'int8'"),
         (["demo", "--kv-dtype", "int5"], "kv_dtype='int5' is unknown"),
-        (["serve", "--verify", "--weights", "int8"], "--verify with --weights int8"),
         (["serve", "--verify", "--lossless"], "--verify with --lossless"),
         (["generate", "--prompt", "x", "--draft-tokens", "2"], "no effect without --lossless"),
         (["chat", "--draft-tokens", "2"], "--draft-tokens 2 has no effect without --lossless"),

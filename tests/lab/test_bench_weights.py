@@ -34,6 +34,7 @@ def test_rows_tell_bytes_loss_and_times(tmp_path: Path) -> None:
     assert (own["kl"], own["ratio"]) == (0, 1)
     assert 0 < eight["kl"] < four["kl"]
     for row in result["rows"]:
+        assert row["load_seconds"] > 0
         (speed,) = row["speed"]
         assert speed["batch"] == 2 and speed["step_seconds"]["min"] > 0
     assert len(weights_table(result).rows) == 3

@@ -15,6 +15,8 @@ from pyramidinfer.engine.english import ENGLISH
 from pyramidinfer.lab import asking
 from pyramidinfer.lab.asking import asker
 from pyramidinfer.lab.chat import Asked, Chat
+from pyramidinfer.lab.quality_plots import style
+from pyramidinfer.lab.rows import series
 from pyramidinfer.lab.ruler import grid
 from pyramidinfer.lab.ruler.grid import (
     RulerPlan,
@@ -78,6 +80,25 @@ def test_a_spec_with_a_keep_of_its_own_is_measured_there_only() -> None:
         for spec in ("snapkv:keep=.3,kernel=5", "tova")
     }
     assert keeps == {"snapkv:keep=.3,kernel=5": {0.3}, "tova": {0.5, 0.2}}
+
+
+def test_weights_are_measured_against_those_of_the_models_dtype() -> None:
+    """Each in its own engine; rows with other weights are no reference, and have own means."""
+    asked = plan(policies=("full",), weights=("int8", "auto"), kv_dtypes=("auto", "int4"))
+    stored = [(each["weights"], each["kv_dtype"]) for each in asked.cells()]
+    own, *others = stored
+    assert own == ("auto", "auto")
+    assert others == [("int8", "auto"), ("int8", "int4"), ("auto", "int4")]
+    assert [asked.stored(cell).weights for cell in asked.cells()] == [each for each, _ in stored]
+    rows = [
+        row("full", "a", [1.0, 1.0], 1.0),
+        row("full", "a", [0.0, 1.0], 1.0, weights="int8"),
+        row("full", "a", [0.0, 0.0], 1.0, weights="int8", kv_dtype="int4"),
+    ]
+    found = {series(each): (each["score"], each["lost"]) for each in means(rows)}
+    eight = {"full weights=int8": (0.5, 0.5), "full int4 weights=int8": (0.0, 1.0)}
+    assert found == {"full": (1.0, 0.0), **eight}
+    assert all(style(list(found)).values())
 
 
 def test_means_are_paired_with_the_full_cache_and_leave_out_what_it_cannot_do() -> None:

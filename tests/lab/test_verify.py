@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
+from dataclasses import replace
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -122,15 +123,17 @@ def test_a_cache_in_few_bits_is_held_against_the_full_one_in_the_models_dtype(
     assert lost[0] != lost[1]
 
 
-def test_full_and_coded_answers_come_from_machines_of_their_own() -> None:
+@pytest.mark.parametrize("option", ["kv_dtype", "weights"])
+def test_full_and_coded_answers_come_from_machines_of_their_own(option: str) -> None:
     """... over one model, and from one machine where nothing is coded."""
     plain = Subject(kv_memory="8MiB")
-    coded = Subject(kv_memory="8MiB", kv_dtype="int8")
+    coded = replace(plain, **{option: "int8"})
+    assert coded.plain == plain
     machine = asker(plain)
     assert Bench(machine, plain, Full(), 300).own is machine
     own = Bench(machine, coded, Full(), 300).own
-    assert own.llm.engine.config.kv_dtype == "int8"
-    assert machine.llm.engine.config.kv_dtype == "auto"
+    assert getattr(own.llm.engine.config, option) == "int8"
+    assert getattr(machine.llm.engine.config, option) == "auto"
     asker.cache_clear()
 
 
@@ -256,16 +259,20 @@ def serve_verified(monkeypatch: pytest.MonkeyPatch, *words: str) -> tuple[list[A
     return asked, served
 
 
-@pytest.mark.parametrize(("backend", "kv_dtype"), [("auto", "auto"), ("reference", "int4")])
+@pytest.mark.parametrize(
+    ("backend", "kv_dtype", "weights"), [("auto", "auto", "auto"), ("reference", "int4", "int8")]
+)
 def test_a_server_that_holds_is_served(
-    backend: str, kv_dtype: str, monkeypatch: pytest.MonkeyPatch
+    backend: str, kv_dtype: str, weights: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Verified with the server's own model, policy, memory, backend and bits, at the floor."""
-    words = ["--backend", backend, "--kv-dtype", kv_dtype, "--verify", "--verify-floor", ".9"]
+    words = ["--backend", backend, "--kv-dtype", kv_dtype, "--weights", weights]
+    words += ["--verify", "--verify-floor", ".9"]
     asked, served = serve_verified(monkeypatch, "--keep", ".3", *words)
     ((where, policy, floor, plan),) = asked
     memory = str(16 * 2**20)
-    assert where == Subject(kv_memory=memory, dtype="float32", backend=backend, kv_dtype=kv_dtype)
+    stored = {"backend": backend, "kv_dtype": kv_dtype, "weights": weights}
+    assert where == Subject(kv_memory=memory, dtype="float32", **stored)
     assert (policy.name, policy.keep, floor, plan) == ("pyramid", 0.3, 0.9, VerifyPlan())
     assert len(served) == 1
     used = [llm.engine.runner.backend.name for llm in (served[0][0], where.llm(policy))]

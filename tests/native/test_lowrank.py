@@ -15,7 +15,7 @@ OPS = [
     for isa in ISAS
     for dtype in (torch.float32, torch.bfloat16)
     for weights in ("auto", "int4")
-    if backend(isa).kernels.multiplies(dtype, weights)
+    if backend(isa).kernels.multiplies(dtype)
 ]
 #: Rows, inputs, outputs of two linears side by side; ranks of three adapters in each of them.
 SHAPES = [(1, 32, (48, 6)), (7, 70, (30, 130)), (45, 96, (129, 129))]

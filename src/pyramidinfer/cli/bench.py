@@ -23,6 +23,7 @@ from pyramidinfer.lab.bench.plans import (
     ReplicasPlan,
     ScalePlan,
     StagesPlan,
+    StepPlan,
     ThroughputPlan,
     WeightsPlan,
 )
@@ -78,6 +79,15 @@ def weights(plan: WeightsPlan, json: JsonOnly = Path("out/weights.json")) -> Non
     from pyramidinfer.lab.bench.weights import run_weights
 
     _show(weights_table(run_weights(plan, _target(json))), json)
+
+
+@command(bench)
+def step(plan: StepPlan, json: JsonOnly = Path("out/step.json")) -> None:
+    """A decode step by part, and its share of the memory's read bandwidth."""
+    from pyramidinfer.lab.bench.step import run_step
+    from pyramidinfer.lab.bench.table import step_table
+
+    _show(step_table(run_step(plan, _target(json))), json)
 
 
 @command(bench)

@@ -117,7 +117,7 @@ def _build(kind: Any, chosen: Pick, context: typer.Context, given: Mapping[str, 
         inner, inner_pick = _dataclass_of(hint)
         if inner is not None:
             values[name] = _build(inner, inner_pick, context, given)
-        elif name in known and _name(known[name]) in given:
+        elif name in known and chosen.takes(name) and _name(known[name]) in given:
             usual = chosen.values.get(name, known[name].default)
             values[name] = _value(known[name], usual, context, given)
     return kind(**values)

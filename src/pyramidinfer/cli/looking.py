@@ -78,7 +78,10 @@ def calibrate(
 def verify(
     where: Annotated[
         Subject,
-        pick("model", "text", "kv_memory", "dtype", "kv_dtype", "device", kv_memory="1GiB"),
+        pick(
+            *("model", "text", "kv_memory", "dtype", "kv_dtype", "weights", "device"),
+            kv_memory="1GiB",
+        ),
     ],
     model: Annotated[ModelOptions, pick("policy", "keep", "option")],
     plan: VerifyPlan,

@@ -70,6 +70,7 @@ def _check_quality(choice: ModelChoice, floor: float) -> None:
         str(engine.kv_memory),
         model.backend,
         engine.kv_dtype,
+        engine.weights,
     )
     model.set_threads()
     if not run_verify(where, choice.policy, floor, VerifyPlan(), console=Console(stderr=True)):

@@ -79,7 +79,7 @@ class ServeOptions:
         ),
     ] = None
 
-    def floor(self, model: ModelOptions, engine: EngineConfig) -> float | None:
+    def floor(self, model: ModelOptions) -> float | None:
         """The share of the full cache's quality to keep; None: it is not measured."""
         if not self.verify:
             if self.verify_floor is not None:
@@ -87,11 +87,6 @@ class ServeOptions:
                     f"--verify-floor {self.verify_floor:g} has no effect without --verify"
                 )
             return None
-        if engine.weights != "auto":
-            raise ValueError(
-                f"--verify with --weights {engine.weights}: what is measured has --weights auto; "
-                f"leave one of them out"
-            )
         if model.lossless:
             raise ValueError(
                 "--verify with --lossless: answers are those of the full cache, so there is "
@@ -136,7 +131,7 @@ def serve(
             f"--compress-idle with --reuse-share {engine.reuse_share:g}: no conversation is held "
             f"then; give a share above 0"
         )
-    run_serve(choice, settings, options.floor(model, engine))
+    run_serve(choice, settings, options.floor(model))
 
 
 def chat(

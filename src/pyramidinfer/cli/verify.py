@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from pyramidinfer.config import KV_DTYPES, check_choice, parse_bytes
+from pyramidinfer.config import KV_DTYPES, WEIGHTS, check_choice, parse_bytes
 from pyramidinfer.lab.asking import asker
 from pyramidinfer.lab.plans import VerifyPlan
 from pyramidinfer.lab.record import write_result
@@ -34,18 +34,19 @@ def run_verify(
 ) -> bool:
     """Run the checks and print them; False if one is significantly below the floor.
 
-    A ``kv_dtype`` needs an engine in addition to that of the full cache; each gets half of the
-    memory.
+    A ``kv_dtype`` or ``weights`` needs an engine in addition to that of the full cache; each gets
+    half of the memory.
     """
     console = console or Console()
     check_floor("--floor", floor)
     plan.check()
     check_choice("--kv-dtype", where.kv_dtype, KV_DTYPES)
+    check_choice("--weights", where.weights, WEIGHTS)
     quiet_transformers()
     begun = time.monotonic()
     try:
-        ours = where if where.kv_dtype == AUTO else replace(where, kv_memory=_half(where))
-        machine = asker(replace(ours, kv_dtype=AUTO))
+        ours = where if where == where.plain else replace(where, kv_memory=_half(where))
+        machine = asker(ours.plain)
         with console.status("loading") as status:
             checks = verify(machine, ours, policy, plan, status.update)
     finally:
@@ -83,6 +84,7 @@ def _table(where: Subject, policy: Policy, checks: Sequence[Check]) -> Table:
     keep = getattr(policy, "keep", None)
     told = policy.name if keep is None else f"{policy.name}, keep {keep:g}"
     told += "" if where.kv_dtype == AUTO else f", {where.kv_dtype}"
+    told += "" if where.weights == AUTO else f", weights {where.weights}"
     table = Table(title=f"{where.model}: {told} against the full cache")
     table.add_column("check", overflow="fold")
     table.add_column("full cache", overflow="fold")

@@ -23,7 +23,6 @@ from pyramidinfer.lab.long import (
     repetition,
 )
 from pyramidinfer.lab.quality import interval
-from pyramidinfer.lab.rows import AUTO
 from pyramidinfer.lab.ruler.grid import SCREEN
 from pyramidinfer.lab.samples import Subject
 from pyramidinfer.lab.text import CONTINUATION, loss, measure_text
@@ -68,8 +67,8 @@ class Bench:
 
     @property
     def own(self) -> Asker:
-        """The engine of the policy; the subject says how it stores keys and values."""
-        return self.machine if self.subject.kv_dtype == AUTO else asker(self.subject)
+        """The engine of the policy; the subject says how it stores cache and weights."""
+        return self.machine if self.subject == self.subject.plain else asker(self.subject)
 
 
 class Kind(Protocol):

@@ -100,6 +100,14 @@ Weights = Annotated[
         check=one_of(WEIGHTS),
     ),
 ]
+ManyWeights = Annotated[
+    tuple[str, ...],
+    Option(
+        "How the weights of linear layers are stored: auto, int8, int4, gguf; a list is measured "
+        "one after another.",
+        check=one_of(WEIGHTS),
+    ),
+]
 Device = Annotated[str, Option("auto (a GPU if there is one), cpu or cuda.")]
 Backend = Annotated[
     str, Option("Attention kernels: auto (the fastest available), cpu, triton or reference.")

@@ -23,7 +23,7 @@ from pyramidinfer.lab.numbers_studies import (
     subject_words,
     table,
 )
-from pyramidinfer.lab.rows import AUTO, kv_dtype
+from pyramidinfer.lab.rows import AUTO, kv_dtype, weights
 from pyramidinfer.policies import POLICIES, Policy, make_policy
 from pyramidinfer.policies.base import Facts
 from pyramidinfer.policies.profile import Fingerprint, Profile
@@ -343,6 +343,7 @@ def _base(kind: type) -> str:
 def _measured(name: str, quality: dict[str, Any]) -> list[str]:
     """The policy's rows of the quality study."""
     mine = [row for row in quality["rows"] if row["policy"].partition(":")[0] == name]
+    mine = [row for row in mine if weights(row) == AUTO]
     if not mine:
         return []
     stored = any(kv_dtype(row) != AUTO for row in mine)

@@ -319,7 +319,7 @@ def lossless_rows(result: Result) -> list[list[str]]:
     ]
 
 
-WEIGHTS = ["weights", "MB", "perplexity", "over 16 bits", "KL, nats"]
+WEIGHTS = ["weights", "MB", "load, s", "perplexity", "over 16 bits", "KL, nats"]
 
 
 def weights(entry: Result) -> str:
@@ -337,7 +337,8 @@ def weights(entry: Result) -> str:
         f"The model runs in {subject['dtype']}; `auto` has 16 bits per weight "
         "([weights.md](weights.md)). Perplexity and divergence from `auto` are measured on "
         f"{c['samples']} passages of real English, with {c['continuation']} scored tokens after "
-        f"{c['context']} tokens of context; in brackets the 95 % interval. Times are medians of "
+        f"{c['context']} tokens of context; in brackets the 95 % interval. `load` quantizes and "
+        "packs the model in memory (`gguf`: reads the file). Times are medians of "
         f"{c['repeats']} passes in turns, for requests of {c['prompt_len']} + {c['output_len']} "
         "tokens; `times` and `prefill` are the speed-ups over `auto` of a decode step and of "
         "prefill.\n",
@@ -351,6 +352,7 @@ def _weights_row(row: Result) -> list[str]:
     cells = [
         f"`{row['weights']}`",
         f"{row['bytes'] / 1e6:.0f}",
+        f"{row['load_seconds']:.1f}",
         f"{row['perplexity']:.2f}",
         f"{row['ratio']:.3f} [{low:.3f}, {high:.3f}]",
         f"{row['kl']:.4f}",
@@ -364,6 +366,37 @@ def _weights_row(row: Result) -> list[str]:
     return cells
 
 
+def step(entry: Result) -> str:
+    """A decode step by part."""
+    c, result = entry["configuration"], entry["result"]
+    subject, rows = c["subject"], result["rows"]
+    parts = list(rows[0]["parts"])
+    lines = [
+        f"## A decode step by part, {subject['model']}\n",
+        origin(entry),
+        command_block(entry),
+        f"Milliseconds of a step in {subject['dtype']}, for requests of {c['prompt_len']} + "
+        f"{c['output_len']} tokens. `norms` to `down`: all layers together; `cache`: rotation and "
+        "writing of entries; `inputs`: the rest of the forward pass, which is Python; `engine`: "
+        "the best token and the bookkeeping of requests. `bandwidth`: bytes of linears and head "
+        "per second, as a share of the rate at which memory is read right after a pass.\n",
+        *table(
+            ["weights", "requests", "step", "bandwidth", *parts],
+            [
+                [
+                    f"`{row['weights']}`",
+                    f"{row['batch']}",
+                    f"{1e3 * row['step_seconds']['median']:.1f}",
+                    f"{row['share_of_read_bandwidth']['median']:.0%}",
+                    *(f"{1e3 * seconds:.2f}" for seconds in row["parts"].values()),
+                ]
+                for row in rows
+            ],
+        ),
+    ]
+    return "\n".join(lines) + "\n"
+
+
 SECTIONS: dict[str, Callable[[Result], str]] = {
     "bench_throughput": throughput,
     "bench_long": partial(throughput, name="long", title="Long prompts"),
@@ -375,6 +408,8 @@ SECTIONS: dict[str, Callable[[Result], str]] = {
     "kv_dtype_kernels": kv_dtype_kernels,
     "weights_smollm2": weights,
     "weights_gemma3": weights,
+    "step_smollm2": step,
+    "step_gemma3": step,
     "lossless": lossless,
     "lossless_simulated": lossless,
     "lossless_full_heads": lossless,

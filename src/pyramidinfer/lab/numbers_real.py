@@ -19,7 +19,7 @@ from pyramidinfer.lab.numbers_studies import (
     subject_words,
     table,
 )
-from pyramidinfer.lab.rows import is_reference, kv_dtype, series
+from pyramidinfer.lab.rows import is_reference, kv_dtype, series, weights
 from pyramidinfer.lab.study import Row
 
 __all__ = ["SECTIONS", "lead"]
@@ -163,6 +163,23 @@ def _codecs(entry: Result) -> str:
         ],
     )
     return "\n".join(lines) + "\n"
+
+
+def _weights(title: str, name: str, words: str, entry: Result) -> str:
+    """A grid of ``study ruler`` with several weights, each under the full cache."""
+    lines = _ruler_head(title, name, words, entry)
+    lines += table(
+        ["weights", "score", "lost"],
+        [
+            [
+                f"`{weights(row)}`",
+                estimate(row["score"], row["score_ci"]),
+                "–" if is_reference(row) else estimate(row["lost"], row["lost_ci"]),
+            ]
+            for row in entry["meta"]["means"]
+        ],
+    )
+    return "\n".join([*lines, "", *_left_out(entry["rows"], entry["meta"]["means"])]) + "\n"
 
 
 def _any(way: dict[str, Row]) -> Row:
@@ -342,6 +359,16 @@ SECTIONS: dict[str, Callable[[Result], str]] = {
         "kv_dtype_gemma",
         "As above, on a model whose sliding-window layers limit how much eviction can save.",
     ),
+    **{
+        f"weights_tasks_{name}": partial(
+            _weights,
+            f"Tasks with quantized weights, {title}",
+            f"weights_tasks_{name}",
+            "The full cache in bfloat16. *Lost*: score of `auto` minus that of the row, on the "
+            "same samples; 95 % intervals in brackets.",
+        )
+        for name, title in (("smollm2", "SmolLM2-135M"), ("gemma3", "Gemma 3 270M"))
+    },
     "later_bits": partial(
         _kv_dtypes,
         "The question after compression, at 8 bits",

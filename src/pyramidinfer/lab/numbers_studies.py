@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from pyramidinfer.lab.rows import AUTO, kv_dtype, series
+from pyramidinfer.lab.rows import AUTO, kv_dtype, series, weights
 from pyramidinfer.lab.samples import GENERATED, SHIPPED
 from pyramidinfer.lab.study import Row
 
@@ -96,8 +96,11 @@ def label(spec: str) -> str:
 
 
 def named(row: Row) -> str:
-    """A row's policy as a cell, and how its cache was stored unless that is ``auto``."""
-    return label(row["policy"]) + ("" if kv_dtype(row) == AUTO else f", {kv_dtype(row)}")
+    """A row's policy as a cell, and how its cache and weights were stored unless ``auto``."""
+    words = [label(row["policy"])]
+    words += [kv_dtype(row)] if kv_dtype(row) != AUTO else []
+    words += [f"weights {weights(row)}"] if weights(row) != AUTO else []
+    return ", ".join(words)
 
 
 def joined(values: Iterable[Any]) -> str:

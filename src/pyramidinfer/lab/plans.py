@@ -10,6 +10,7 @@ from pyramidinfer.lab.fields import (
     Context,
     Keeps,
     KvDtypes,
+    ManyWeights,
     Plan,
     Samples,
     Seed,
@@ -42,6 +43,9 @@ AUTO = "auto"
 PROTOCOLS = ("inside", "after")
 #: Smallest number of questions and of passages of a cell of ``Grid``.
 LEAST = 5
+
+#: The cell that all others are compared with.
+REFERENCE: dict[str, Any] = {"policy": "full", "keep": 1.0, "kv_dtype": AUTO, "weights": AUTO}
 
 ON = ("model", "text", "dtype", "device", "kv_memory")
 Here = Annotated[Subject, pick(*ON)]
@@ -134,7 +138,7 @@ class MapPlan(Plan):
 @dataclass(frozen=True)
 class Grid(Plan):
     """Each policy (``NAME`` or ``NAME:option=value,…``; None: every one) at each keep and context
-    length, with keys and values in each of ``kv_dtypes``.
+    length, with keys and values in each of ``kv_dtypes``, and with each of ``weights``.
 
     Longer contexts get proportionally fewer samples, so that all lengths cost the same (at least
     ``LEAST``, or as many as at the shortest).  ``long_samples``: questions that generate enough
@@ -161,6 +165,7 @@ class Grid(Plan):
     continuation: int = 64
     seed: Seed = 0
     kv_dtypes: KvDtypes = (AUTO,)
+    weights: ManyWeights = (AUTO,)
 
     def __post_init__(self) -> None:
         _fill_policies(self)
@@ -179,16 +184,16 @@ class Grid(Plan):
         """One dict per cell; the full cache is measured at keep 1 only."""
         from pyramidinfer.policies.registry import parse_policy
 
-        _check_lists(self, "policies", "kv_dtypes")
+        _check_lists(self, "policies", "kv_dtypes", "weights")
         self.check()
         for spec in self.policies:
             parse_policy(spec, None if spec == "full" else 1.0)
         if not (is_number(self.passages) and self.passages >= 0):
             raise ValueError(f"--passages {self.passages} must be at least 0")
         return [
-            {"policy": spec, "keep": keep, "kv_dtype": kv_dtype, "context": context}
+            {"policy": spec, "keep": keep, **stored, "context": context}
             for context in self.contexts
-            for kv_dtype in self.kv_dtypes
+            for stored in _stored(self)
             for spec in self.policies
             for keep in ((1.0,) if spec == "full" else self.keeps)
         ]
@@ -200,6 +205,15 @@ def _fill_policies(plan: Any) -> None:
         from pyramidinfer.policies import POLICIES
 
         object.__setattr__(plan, "policies", tuple(POLICIES))
+
+
+def _stored(plan: Any) -> list[dict[str, str]]:
+    """How cache and weights are stored: each needs its own engine."""
+    return [
+        {"kv_dtype": kv_dtype, "weights": weights}
+        for weights in plan.weights
+        for kv_dtype in plan.kv_dtypes
+    ]
 
 
 def _check_lists(plan: Any, *names: str) -> None:
@@ -225,7 +239,8 @@ def own_keep(spec: str) -> float | None:
 class Ways(Plan):
     """On a model, each policy (``NAME`` or ``NAME:option=value,…``; None: every one) at each keep,
     or, if it names a ``keep``, at that only; all of them with keys and values in each of
-    ``kv_dtypes``.  The full cache in the model's dtype is always measured first."""
+    ``kv_dtypes``, and with each of ``weights``.  The full cache, everything in the model's dtype,
+    is always measured first."""
 
     policies: Specs = None  # type: ignore[assignment]  # never None once it is made
     keeps: Keeps = (0.45, 0.3, 0.15)
@@ -238,6 +253,7 @@ class Ways(Plan):
     ] = 20
     seed: Seed = 0
     kv_dtypes: KvDtypes = field(default=(AUTO,), kw_only=True)
+    weights: ManyWeights = field(default=(AUTO,), kw_only=True)
 
     def __post_init__(self) -> None:
         _fill_policies(self)
@@ -245,23 +261,24 @@ class Ways(Plan):
     def check(self) -> None:
         from pyramidinfer.policies.registry import parse_policy
 
-        _check_lists(self, "policies", "keeps", "kv_dtypes")
+        _check_lists(self, "policies", "keeps", "kv_dtypes", "weights")
         for spec in self.policies:
             parse_policy(spec, None if spec == "full" or own_keep(spec) is not None else 1.0)
         super().check()
 
     def cells(self) -> list[dict[str, Any]]:
-        """``{"policy": …, "keep": …, "kv_dtype": …}`` of each, the reference first."""
-        return [{"policy": "full", "keep": 1.0, "kv_dtype": AUTO}, *self.others()]
+        """``{"policy": …, "keep": …, "kv_dtype": …, "weights": …}`` of each, the reference
+        first."""
+        return [REFERENCE, *self.others()]
 
     def others(self) -> list[dict[str, Any]]:
-        """All cells but the reference, grouped by kv dtype, since each kv dtype needs an engine."""
+        """All cells but the reference, grouped by engine."""
         return [
-            {"policy": spec, "keep": keep, "kv_dtype": kv_dtype}
-            for kv_dtype in self.kv_dtypes
+            {"policy": spec, "keep": keep, **stored}
+            for stored in _stored(self)
             for spec in self.policies
-            if (spec, kv_dtype) != ("full", AUTO)
             for keep in self._keeps(spec)
+            if {"policy": spec, "keep": keep, **stored} != REFERENCE
         ]
 
     def _keeps(self, spec: str) -> tuple[float, ...]:
@@ -269,8 +286,8 @@ class Ways(Plan):
         return self.keeps if own is None else (own,)
 
     def stored(self, cell: dict[str, Any]) -> Subject:
-        """The model with a cell's kv dtype."""
-        return replace(self.subject, kv_dtype=cell["kv_dtype"])
+        """The model with a cell's kv dtype and weights."""
+        return replace(self.subject, kv_dtype=cell["kv_dtype"], weights=cell["weights"])
 
 
 def known_task(name: str, value: object) -> None:
@@ -314,7 +331,7 @@ class RulerPlan(Ways):
     def screening(self) -> list[dict[str, Any]]:
         """The full cache's cells."""
         return [
-            {"length": length, "policy": "full", "keep": 1.0, "kv_dtype": AUTO, "task": task}
+            {"length": length, **REFERENCE, "task": task}
             for length in self.lengths
             for task in self.tasks
         ]

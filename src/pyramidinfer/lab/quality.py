@@ -49,7 +49,7 @@ def measure(grid: Grid, cell: dict[str, Any]) -> list[Row]:
     """One cell's row."""
     context, keep = cell["context"], cell["keep"]
     policy = nearest_policy(cell["policy"], keep, grid.subject)
-    llm = replace(grid.subject, kv_dtype=cell["kv_dtype"]).llm(policy)
+    llm = replace(grid.subject, kv_dtype=cell["kv_dtype"], weights=cell["weights"]).llm(policy)
     reference = _reference(grid, context)
     needles = _needles(grid, context)
     outputs = _answer(llm, grid, context)

@@ -16,12 +16,15 @@ from pyramidinfer.lab.study import Row
 __all__ = ["draw_needles", "draw_quality", "labels", "style"]
 
 MARKERS = "osD^vPX<>*h"
-#: How the lines of each kv dtype are drawn.
+#: How the lines of each kv dtype, and of other weights, are drawn.
 LOOKS: dict[str, dict[str, Any]] = {
     AUTO: {"linestyle": "-"},
     "int8": {"linestyle": "--", "markerfacecolor": "white"},
     "fp8": {"linestyle": "-.", "markerfacecolor": "white"},
     "int4": {"linestyle": ":", "fillstyle": "left"},
+    "weights=int8": {"linestyle": "--", "fillstyle": "top"},
+    "weights=int4": {"linestyle": ":", "fillstyle": "bottom"},
+    "weights=gguf": {"linestyle": "-.", "fillstyle": "right"},
 }
 #: measure → (title, logarithmic)
 PANELS = {
@@ -33,18 +36,18 @@ PANELS = {
 
 def style(names: list[str]) -> dict[str, dict[str, Any]]:
     """Colour and marker of each policy, with the strongest for the project's own; line style of
-    each kv dtype (``names`` are those of ``rows.series``)."""
+    each kv dtype and kind of weights (``names`` are those of ``rows.series``)."""
     colours = matplotlib.colormaps["tab10"]
     specs = list(dict.fromkeys(name.partition(" ")[0] for name in names))
     specs = [*(spec for spec in specs if spec != "full"), "full"]
     styles = {}
     for name in names:
-        spec, _, stored = name.partition(" ")
+        spec, *stored = name.split(" ")
         index, own = specs.index(spec), spec == "pyramid"
         styles[name] = {
             "color": "0.35" if spec == "full" else colours(index % 10),
             "marker": MARKERS[index % len(MARKERS)],
-            **LOOKS[stored or AUTO],
+            **{key: look for each in stored or [AUTO] for key, look in LOOKS[each].items()},
             "linewidth": 2.4 if own else 1.2,
             "markersize": 5.5 if own else 4,
             "zorder": 3 if own else 2,

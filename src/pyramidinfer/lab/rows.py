@@ -1,14 +1,14 @@
-"""The series of a result's row: a policy, and how its cache was stored.
+"""The series of a result's row: a policy, and how its cache and the weights were stored.
 
-Rows of results from before quantized caches have no such field; their caches were stored in the
-model's own dtype (``auto``).
+Rows of older results lack these fields; their caches and weights were stored in the model's own
+dtype (``auto``).
 """
 
 from __future__ import annotations
 
 from pyramidinfer.lab.study import Row
 
-__all__ = ["AUTO", "is_reference", "kv_dtype", "series"]
+__all__ = ["AUTO", "is_reference", "kv_dtype", "series", "weights"]
 
 AUTO = "auto"
 
@@ -17,12 +17,20 @@ def kv_dtype(row: Row) -> str:
     return str(row.get("kv_dtype", AUTO))
 
 
+def weights(row: Row) -> str:
+    return str(row.get("weights", AUTO))
+
+
 def series(row: Row) -> str:
-    """The policy's spec and, after a blank, how its cache was stored unless that is ``auto``."""
-    return row["policy"] if kv_dtype(row) == AUTO else f"{row['policy']} {kv_dtype(row)}"
+    """The policy's spec and, each after a blank unless it is ``auto``, how its cache was stored,
+    and ``weights=`` how weights were."""
+    words = [row["policy"]]
+    words += [kv_dtype(row)] if kv_dtype(row) != AUTO else []
+    words += [f"weights={weights(row)}"] if weights(row) != AUTO else []
+    return " ".join(words)
 
 
 def is_reference(row: Row) -> bool:
-    """Whether the row is the full cache in the model's own dtype, the reference of all
-    comparisons."""
+    """Whether the row is the full cache, cache and weights in the model's own dtype: the reference
+    of all comparisons."""
     return series(row) == "full"

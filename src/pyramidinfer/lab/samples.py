@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import random
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pyramidinfer.lab import documents
-from pyramidinfer.lab.fields import Backend, CacheMemory, Device, Dtype, KvDtype, Text
+from pyramidinfer.lab.fields import Backend, CacheMemory, Device, Dtype, KvDtype, Text, Weights
 from pyramidinfer.options import Option
 
 if TYPE_CHECKING:  # torch takes seconds, and --help needs none of it
@@ -82,6 +82,12 @@ class Subject:
     kv_memory: CacheMemory = "512MiB"
     backend: Backend = "auto"
     kv_dtype: KvDtype = "auto"
+    weights: Weights = "auto"
+
+    @property
+    def plain(self) -> Subject:
+        """The same model with cache and weights in its own dtype."""
+        return replace(self, kv_dtype="auto", weights="auto")
 
     def loaded(self) -> LoadedModel:
         """The transformers model and its tokenizer, loaded once per process."""
@@ -93,7 +99,8 @@ class Subject:
         from pyramidinfer.engine import LLM
 
         loaded = self.loaded()
-        of_file = options.get("weights") == "gguf"
+        options = {"weights": self.weights, **options}
+        of_file = options["weights"] == "gguf"
         return LLM(
             self.model if of_file else loaded.model,
             policy,

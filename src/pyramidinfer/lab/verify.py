@@ -43,7 +43,7 @@ def verify(
     """Run all checks; ``tell`` receives progress messages.
 
     machine : the engine of the full cache, in the model's own dtype; the policy also runs there,
-    unless the subject names a ``kv_dtype``.
+    unless the subject names a ``kv_dtype`` or ``weights``.
 
     The first round of samples is timed, and as many more rounds run as fit into the time.
     """

@@ -106,15 +106,17 @@ class Decoding:
         def part(buffer: Tensor, name: str) -> Tensor:
             return buffer[spans[name]].view(parts[name][0]).view(parts[name][1])
 
-        self.host = {name: part(self._host, name).numpy() for name in parts}
         read = {name: part(self._device, name) for name in parts}
+        own = read if self._device is self._host else {n: part(self._host, n) for n in parts}
+        self.host = {name: each.numpy() for name, each in own.items()}
         self.pages, self.offsets, self.places = (read[n] for n in ("pages", "offsets", "places"))
         longest = [size.pages * pool.page_size] * pool.layers
         self.plan = DecodePlan(read["tables"], read["lengths"], longest, read["positions"])
         self.tokens = torch.zeros(size.rows, dtype=torch.int64, device=pool.device)
         self.ropes: Ropes = {}
         self.adapted: Adapted | None = None
-        self._scratch = np.array([pool.group(layer).scratch for layer in range(pool.layers)])
+        scratch = [pool.group(i).scratch for i in range(pool.layers)] if self.fixed else []
+        self._scratch = np.array(scratch)
         cuda: Any = torch.cuda
         self._sent = cuda.Event() if on_gpu and self.fixed else None
         self.weights = Weights(pool)

@@ -41,7 +41,7 @@ def choose_device(
     attention, on_gpu = select_backend(backend, place), place.type == "cuda"
     if isinstance(attention, CPUBackend):
         made = attention.kernels
-        ops = KernelOps(made, dtype, weights) if made.multiplies(dtype, weights) else None
+        ops = KernelOps(made, dtype, weights) if made.multiplies(dtype) else None
         return Device(attention, ops, KernelMover(made), coding="packed")
     if attention.name == "triton" and on_gpu:
         from pyramidinfer.cache.triton_compact import TritonMover

@@ -171,6 +171,12 @@ class FusedDecoder(Decoder):
                 sizes += [each.nbytes for each in module.parameters(recurse=False)]
         return sum(sizes)
 
+    @property
+    def step_bytes(self) -> int:
+        """Bytes of linears and head, which a decode step reads once."""
+        packed = [each for layer in self.layers.values() for each in layer.packed]
+        return sum(map(packed_bytes, [*packed, self.packed_head]))
+
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
         if self.packed_table is None:
             return super().embed(ids, positions)
@@ -250,6 +256,7 @@ class FusedDecoder(Decoder):
             *map(pointer, held),
             None if addresses is None else ctypes.addressof(addresses),
             None if decoding.adapted is None else ctypes.addressof(decoding.adapted.call),
+            pointer(ops.seconds),
         )
         ops.kernels.run_step(ops.kind, ctypes.byref(call), pointer(x))
         return x

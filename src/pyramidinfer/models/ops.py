@@ -107,6 +107,8 @@ class KernelOps:
     """With the C++ kernels; outputs of ``linear`` and ``norm`` are fresh tensors.
 
     weights : how weights of linears are stored, ``"auto"``: in the dtype (``models/weights.py``).
+    seconds : for profilers; float64 of ``native.library.PARTS``, to which decode steps add the time
+    of each part.
     """
 
     has_gemma = True
@@ -114,6 +116,7 @@ class KernelOps:
     def __init__(self, kernels: Kernels, dtype: torch.dtype, weights: str = "auto") -> None:
         self.kernels, self.dtype, self.kind = kernels, dtype, DTYPES[dtype]
         self.weights = weights
+        self.seconds: Tensor | None = None
         self.multiple = 2 if weights == "auto" else 1
 
     def pack(self, weights: list[Any], biases: list[Tensor | None], how: int) -> Packed:

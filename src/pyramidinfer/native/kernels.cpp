@@ -18,7 +18,7 @@ static void by_dtype(int dtype, F f) {
     else f(fp16{});
 }
 
-// The same for what linears are there for: see can_multiply.
+// The same for what layers of the Llama kind are there for: see has_layers.
 template <class F>
 static void by_linear(int dtype, F f) {
     if (dtype == 1) return f(bf16{});
@@ -51,15 +51,8 @@ extern "C" {
 
 const char* isa() { return ISA_NAME; }
 
-// Whether linears of this dtype run here on weights of a format (others are torch's business).
-int can_multiply(int dtype, int format) {
-    if (format != NUMBERS) return dtype == 0 || dtype == 1;
-#ifdef PAIRS
-    return dtype == 0 || dtype == 1;
-#else
-    return dtype == 0;
-#endif
-}
+// Whether layers of this dtype run here (others are torch's business).
+int has_layers(int dtype) { return dtype == 0 || dtype == 1; }
 
 int64_t panel_columns() { return COLUMNS; }
 
@@ -183,18 +176,18 @@ void pool_neighbours(const float* scores, const int64_t* places, int64_t row, in
 
 int64_t read_words(const int64_t* words, int64_t count) { return read_all(words, count); }
 
-// --- layers of the Llama kind; dtype 0 or 1 where can_multiply says so -----------------------------
+// --- layers of the Llama kind; dtype 0 or 1 ---------------------------------------------------
 
 // weights [columns, depth] → panels.
 void pack_linear(int dtype, const void* weights, int64_t columns, int64_t depth, void* out) {
     by_linear(dtype, [&](auto kind) {
         using T = decltype(kind);
         const int64_t panels = ceil_div(columns, COLUMNS);
-        const int64_t units = ceil_div(depth, UnitOf<T>::type::DEPTH);
+        const int64_t units = ceil_div(depth, LinearUnit<T>::DEPTH);
 #pragma omp parallel for schedule(static)
         for (int64_t p = 0; p < panels; ++p)
-            pack_keys<T>((uint32_t*)out + p * units * COLUMNS, p * COLUMNS, columns, int(depth),
-                         [&](int64_t column) { return (const T*)weights + column * depth; });
+            pack_weights<T>((uint32_t*)out + p * units * COLUMNS, p * COLUMNS, columns, int(depth),
+                            [&](int64_t column) { return (const T*)weights + column * depth; });
     });
 }
 

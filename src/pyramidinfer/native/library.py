@@ -15,6 +15,7 @@ from pyramidinfer.native.build import NoCompilerError, compile_kernels
 __all__ = [
     "DTYPES",
     "FORMATS",
+    "PARTS",
     "SOURCES",
     "AdaptedData",
     "Adding",
@@ -145,6 +146,10 @@ class LayerData(Structure):
     )
 
 
+#: Parts of a step whose times it can tell (``Part`` in step.h).
+PARTS = ("norms", "qkv", "cache", "attention", "out", "gate_up", "down")
+
+
 class StepCall(Structure):
     """A decode step: ``Step`` in step.h."""
 
@@ -159,7 +164,8 @@ class StepCall(Structure):
         *(
             (name, c_void_p)
             for name in (
-                "cos sin pages offsets tables lengths at longest queries lse probs adapted".split()
+                "cos sin pages offsets tables lengths at longest queries lse probs adapted "
+                "seconds".split()
             )
         ),
     )
@@ -185,7 +191,7 @@ STRUCTS: tuple[type[Structure], ...] = (
 
 SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "isa": (c_char_p, []),
-    "can_multiply": (c_int, [c_int, c_int]),
+    "has_layers": (c_int, [c_int]),
     "panel_columns": (c_int64, []),
     "lanes": (c_int64, []),
     "deep": (c_int64, [c_int]),
@@ -291,9 +297,9 @@ class Kernels:
         """The instruction set in use."""
         return str(self.isa().decode())
 
-    def multiplies(self, dtype: torch.dtype, weights: str = "auto") -> bool:
-        """Whether linears of this dtype run here, on weights so stored."""
-        return dtype in DTYPES and bool(self.can_multiply(DTYPES[dtype], FORMATS[weights]))
+    def multiplies(self, dtype: torch.dtype) -> bool:
+        """Whether linears of this dtype run here."""
+        return dtype in DTYPES and bool(self.has_layers(DTYPES[dtype]))
 
 
 @lru_cache(maxsize=8)

@@ -22,17 +22,23 @@ struct FloatUnit {
     }
 };
 
-#ifdef PAIRS
 struct PairUnit {
     static constexpr int DEPTH = 2;
     using Number = bf16;
     static inline void mul(Vec& acc, const uint32_t* b, uint32_t a) {
+#ifdef PAIRS
         acc.v = add_pairs(acc.v, _mm512_loadu_si512(b), _mm512_set1_epi32(int(a)));
+#else
+        acc = fma(seconds(b), second(a), fma(firsts(b), first(a), acc));
+#endif
     }
 };
-#endif
 
-// What numbers of a type are multiplied as.
+// What numbers of a type are multiplied as in linears, whose weights stay in panels.
+template <class T>
+using LinearUnit = std::conditional_t<std::is_same_v<T, bf16>, PairUnit, FloatUnit>;
+
+// The same in attention, whose operands are packed each time.
 template <class T>
 struct UnitOf {
     using type = FloatUnit;
@@ -169,6 +175,15 @@ inline void pack_keys(uint32_t* out, int64_t first, int64_t count, int depth, Co
     pack_columns<typename UnitOf<T>::type, T>(out, first, count, depth, column);
 }
 
+// Weights of a linear as columns.
+template <class T, class Column>
+inline void pack_weights(uint32_t* out, int64_t first, int64_t count, int depth, Column column) {
+    using U = LinearUnit<T>;
+    if constexpr (std::is_same_v<U, typename UnitOf<T>::type>)
+        return pack_keys<T>(out, first, count, depth, column);
+    pack_columns<U, T>(out, first, count, depth, column);
+}
+
 // Rows (values) as units: entries first.. deep, columns at..at+COLUMNS; out [units][COLUMNS].
 template <class T, class Row>
 inline void pack_rows(uint32_t* out, int64_t first, int64_t end, int units, int at, int size,
@@ -279,7 +294,7 @@ inline void finish(Vec (&acc)[R][WIDE], const Linear& w, Epilogue how, const T* 
 template <class T, int R>
 inline void linear_tile(const T* a, const Linear& w, Epilogue how, const T* residual, T* out,
                         int64_t row, int64_t panel, const Low& low, const char*& next, int lines) {
-    using U = typename UnitOf<T>::type;
+    using U = LinearUnit<T>;
     const int units = int(ceil_div(w.depth, U::DEPTH));
     Vec acc[R][WIDE];
     for (int r = 0; r < R; ++r)
@@ -326,7 +341,7 @@ inline void over_tiles(int64_t rows, const Linear& w, size_t panel_size, size_t 
 template <class T>
 inline void number_linear(const T* a, int64_t rows, const Linear& w, Epilogue how,
                           const T* residual, T* out, const Low& low) {
-    const size_t panel_size = size_t(w.depth / UnitOf<T>::type::DEPTH) * COLUMNS * 4;
+    const size_t panel_size = size_t(w.depth / LinearUnit<T>::DEPTH) * COLUMNS * 4;
     over_tiles(rows, w, panel_size, 4 * COLUMNS * 4,
                [&](auto count, int64_t row, int64_t panel, const char*& next, int lines) {
                    linear_tile<T, count.value>(a, w, how, residual, out, row, panel, low, next, lines);

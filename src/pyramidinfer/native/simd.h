@@ -213,6 +213,17 @@ inline Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
 inline Vec operator/(Vec a, Vec b) { return {_mm256_div_ps(a.v, b.v)}; }
 inline Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
 inline Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
+// Pairs of bf16 as floats: the first numbers of a vector of pairs, the second ones; and of one pair,
+// in all lanes.
+inline Vec wide_first(__m256i x) { return {_mm256_castsi256_ps(_mm256_slli_epi32(x, 16))}; }
+inline Vec wide_second(__m256i x) {
+    const __m256i high = _mm256_set1_epi32(int(0xffff0000));
+    return {_mm256_castsi256_ps(_mm256_and_si256(x, high))};
+}
+inline Vec firsts(const uint32_t* p) { return wide_first(_mm256_loadu_si256((const __m256i*)p)); }
+inline Vec seconds(const uint32_t* p) { return wide_second(_mm256_loadu_si256((const __m256i*)p)); }
+inline Vec first(uint32_t pair) { return wide_first(_mm256_set1_epi32(int(pair))); }
+inline Vec second(uint32_t pair) { return wide_second(_mm256_set1_epi32(int(pair))); }
 // Whole numbers, and bytes: four to a lane.
 struct Ints {
     __m256i v;
@@ -272,6 +283,14 @@ inline Vec fma(Vec a, Vec b, Vec c) {
     return each([&](int i) { return a.v[i] * b.v[i] + c.v[i]; });
 }
 inline Vec max(Vec a, Vec b) { return each([&](int i) { return std::max(a.v[i], b.v[i]); }); }
+// Pairs of bf16 as floats: the first numbers of a vector of pairs, the second ones; and of one pair,
+// in all lanes.
+inline Vec firsts(const uint32_t* p) { return each([=](int i) { return of_bits(p[i] << 16); }); }
+inline Vec seconds(const uint32_t* p) {
+    return each([=](int i) { return of_bits(p[i] & 0xffff0000u); });
+}
+inline Vec first(uint32_t pair) { return set1(of_bits(pair << 16)); }
+inline Vec second(uint32_t pair) { return set1(of_bits(pair & 0xffff0000u)); }
 // Whole numbers, and bytes: four to a lane.
 struct Ints {
     int32_t v[LANES];

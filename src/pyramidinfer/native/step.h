@@ -104,6 +104,20 @@ struct Step {
     float* lse;                              // [depth, rows, heads]
     float* const* probs;                     // [depth] of [rows, kv_heads, longest], or null
     const Adapted* adapted;                  // null where no row has an adapter
+    double* seconds;                         // [Part] to add each part's time to, or null
+};
+
+enum Part { NORMS, QKV, CACHE, ATTENTION, OUT, GATE_UP, DOWN };
+
+// The time since the last part ended, by the first thread's clock.
+struct Clock {
+    double* seconds;
+    double last = seconds ? omp_get_wtime() : 0.;
+    void end(Part part) {
+        if (!seconds || omp_get_thread_num()) return;
+        const double now = omp_get_wtime();
+        seconds[part] += now - last, last = now;
+    }
 };
 
 // x [rows, hidden] through all layers, in place.
@@ -132,7 +146,8 @@ inline void decode_step(const Step& s, T* x) {
     if (s.probs) kept_logits = logits_room.get<float>(logits);
     char* coded = codes_room.get<char>(codes);
     float* products = low_space.get<float>(low_room(s.rows, s.adapted));
-#pragma omp parallel firstprivate(d)
+    Clock clock{s.seconds};
+#pragma omp parallel firstprivate(d, clock)
     for (int64_t i = 0; i < s.depth; ++i) {
         const Layer& layer = s.layers[i];
         const auto low = [&](int64_t of_layer) { return Low{s.adapted, 4 * i + of_layer, products}; };
@@ -143,7 +158,9 @@ inline void decode_step(const Step& s, T* x) {
             rms_norm(normed, s.rows, s.hidden, after, layer.floats, layer.epsilon, x, x);
         };
         rms_norm(x, s.rows, s.hidden, layer.norm1, layer.floats, layer.epsilon, normed);
+        clock.end(NORMS);
         linear<T>(normed, s.rows, layer.qkv, PLAIN, nullptr, qkv, coded, low(0));
+        clock.end(QKV);
         const int64_t table = std::max<int64_t>(0, layer.angles) * s.rows * s.rotated;
         const Heads h{s.heads, s.kv_heads, s.size, layer.angles < 0 ? 0 : s.rotated, layer.query_norm,
                       layer.key_norm, layer.epsilon, layer.floats};
@@ -157,6 +174,7 @@ inline void decode_step(const Step& s, T* x) {
 #pragma omp for schedule(static)
         for (int64_t row = 0; row < s.rows; ++row)
             std::memcpy(mine + row * mixed, qkv + row * wide, mixed * sizeof(T));
+        clock.end(CACHE);
         d.queries = mine, d.keys = layer.keys, d.values = layer.values;
         d.key_scales = layer.key_scales, d.value_scales = layer.value_scales;
         d.positions = layer.positions, d.table = s.tables + i * streams * s.width;
@@ -164,9 +182,14 @@ inline void decode_step(const Step& s, T* x) {
         d.window = layer.window, d.scale = layer.scale;
         d.lse = s.lse + i * s.rows * s.heads, d.probs = s.probs ? s.probs[i] : nullptr;
         decode(d, decode_cut(d), partial, kept_logits);
+        clock.end(ATTENTION);
         add(attended, layer.out, layer.after1, low(1));
+        clock.end(OUT);
         rms_norm(x, s.rows, s.hidden, layer.norm2, layer.floats, layer.epsilon, normed);
+        clock.end(NORMS);
         linear<T>(normed, s.rows, layer.gate_up, Epilogue(layer.gating), nullptr, inner, coded, low(2));
+        clock.end(GATE_UP);
         add(inner, layer.down, layer.after2, low(3));
+        clock.end(DOWN);
     }
 }

@@ -51,25 +51,30 @@ inline void put_scale(uint8_t* to, int at, int64_t format, float scale) {
 
 // --- rows on their way in -----------------------------------------------------------------------
 
-// Rows [rows, groups * GROUP] as codes -127..127 with a scale for every group, and sums of the codes
-// of each half of it.
+// Rows as codes -127..127 with a scale for every group, ROWS of them side by side as a tile reads
+// them: codes [tiles][groups][ROWS][GROUP], scales [tiles][groups][ROWS].  And for each half of a
+// group, [tiles][groups][2][ROWS], what the format needs of the sum of its codes: `excess`, which
+// takes away what weights that stand MIDDLE above give too much, or, for least values, `sums`, times
+// the scale.  Where halves share a scale, the first one has both together.
 struct CodedRows {
     int8_t* codes;
     float* scales;
-    int32_t* sums;
+    int32_t* excess;
+    float* sums;  // the same place
 };
 inline size_t coded_bytes(int64_t rows, int64_t depth) {
-    return size_t(rows) * size_t(groups_of(depth)) * (GROUP + 12);
+    return size_t(round_up(rows, ROWS)) * size_t(groups_of(depth)) * (GROUP + 12);
 }
 inline CodedRows coded_rows(char* room, int64_t rows, int64_t depth) {
-    const size_t groups = size_t(rows) * size_t(groups_of(depth));
+    const size_t groups = size_t(round_up(rows, ROWS)) * size_t(groups_of(depth));
     auto* scales = reinterpret_cast<float*>(room);
-    auto* sums = reinterpret_cast<int32_t*>(scales + groups);
-    return {reinterpret_cast<int8_t*>(sums + 2 * groups), scales, sums};
+    auto* excess = reinterpret_cast<int32_t*>(scales + groups);
+    return {reinterpret_cast<int8_t*>(excess + 2 * groups), scales, excess,
+            reinterpret_cast<float*>(excess)};
 }
 
 template <class T>
-inline void code_row(const T* x, int64_t row, int64_t depth, const CodedRows& out) {
+inline void code_row(const T* x, int64_t row, int64_t depth, int64_t format, const CodedRows& out) {
     const int64_t groups = groups_of(depth);
     for (int64_t g = 0; g < groups; ++g) {
         Vec part[GROUP / LANES], most = set1(0.f), none = set1(0.f);
@@ -82,95 +87,123 @@ inline void code_row(const T* x, int64_t row, int64_t depth, const CodedRows& ou
         const float largest = top(most), lost = sum(none);  // lost: no number where one is none
         const bool is_plain = largest > 0.f && lost == 0.f;
         const Vec by = set1(is_plain ? 127.f / largest : 0.f);
-        int8_t* codes = out.codes + (row * groups + g) * GROUP;
+        const int64_t tile = (row / ROWS * groups + g) * ROWS, r = row % ROWS;
+        int8_t* codes = out.codes + (tile + r) * GROUP;
         for (int i = 0; i < GROUP / LANES; ++i)
             store_signed(codes + i * LANES, is_plain ? part[i] * by : set1(0.f));
-        out.scales[row * groups + g] = largest / 127.f + lost;
+        const float scale = out.scales[tile + r] = largest / 127.f + lost;
+        int32_t total[2] = {0, 0};
+        for (int i = 0; i < HALF; ++i) total[0] += codes[i], total[1] += codes[i + HALF];
+        if (parts_of(format) == 1) total[0] += total[1];
         for (int h = 0; h < 2; ++h) {
-            int32_t total = 0;
-            for (int i = h * HALF; i < (h + 1) * HALF; ++i) total += codes[i];
-            out.sums[2 * (row * groups + g) + h] = total;
+            const int64_t at = 2 * tile + h * ROWS + r;
+            if (has_least(format)) out.sums[at] = scale * float(total[h]);
+            else out.excess[at] = -MIDDLE * total[h];
         }
     }
 }
 
 // --- products -----------------------------------------------------------------------------------
 
-// sum[rows][N] += one group's products of rows with the columns of vectors first..first+N.  Where
-// its halves have scales of their own, what the first one gave is added before the second begins.
+// acc[rows][N] += `units` units of inputs of codes with those of rows [ROWS][GROUP]; codes of 4 bits
+// have as many again in their high halves, which belong to the units from FOURS / 2 on.
 template <bool IS_FOUR, int R, int N>
-inline void add_group(Vec (&sum)[R][N], const uint8_t* group, int64_t format, int first,
-                      const CodedRows& a, int64_t row, int64_t groups, int64_t g) {
-    constexpr int units = FOURS / 2;
-    const bool is_low = has_least(format), has_halves = parts_of(format) == 2;
-    const uint8_t* codes = group + head_bytes(format) + first * LANES * 4;
-    const int8_t* rows[R];
-    for (int r = 0; r < R; ++r) rows[r] = a.codes + ((row + r) * groups + g) * GROUP;
+inline void add_units(Ints (&acc)[R][N], const uint8_t* codes, const int8_t* rows, int units) {
     const auto four = [&](int r, int u) {
         int32_t bits;
-        std::memcpy(&bits, rows[r] + 4 * u, 4);
+        std::memcpy(&bits, rows + r * GROUP + 4 * u, 4);
         return as_signed(bits);
     };
-    const auto total = [&](int r, int half) {  // of the row's codes under one scale
-        const int32_t* both = a.sums + 2 * ((row + r) * groups + g);
-        return has_halves ? both[half] : both[0] + both[1];
-    };
-    Ints acc[R][N];
-    for (int half = 0; half < (IS_FOUR ? 1 : 2); ++half, codes += units * COLUMNS * 4) {
-        if (half == 0 || has_halves)
-            for (int r = 0; r < R; ++r)
-                for (int n = 0; n < N; ++n) acc[r][n] = ints(is_low ? 0 : -MIDDLE * total(r, half));
+#pragma GCC unroll 8
+    for (int u = 0; u < units; ++u, codes += COLUMNS * 4) {
+        Unsigned low[N], high[N];
 #pragma GCC unroll 4
-        for (int u = 0; u < units; ++u)
-#pragma GCC unroll 4
-            for (int n = 0; n < N; ++n) {
-                const Bytes bytes = load_bytes(codes + (u * COLUMNS + n * LANES) * 4);
-                if (IS_FOUR) {
-                    const Unsigned low = as_unsigned(low_halves(bytes));
-                    const Unsigned high = as_unsigned(high_halves(bytes));
-#pragma GCC unroll 6
-                    for (int r = 0; r < R; ++r) {
-                        acc[r][n] = dot(acc[r][n], low, four(r, u));
-                        acc[r][n] = dot(acc[r][n], high, four(r, u + units));
-                    }
-                } else {
-                    const Unsigned all = as_unsigned(bytes);
-#pragma GCC unroll 6
-                    for (int r = 0; r < R; ++r)
-                        acc[r][n] = dot(acc[r][n], all, four(r, half * units + u));
-                }
-            }
-        if (!IS_FOUR && half == 0 && !has_halves) continue;
-        const int part = has_halves ? half * COLUMNS : 0;
         for (int n = 0; n < N; ++n) {
-            const int at = part + (first + n) * LANES;
-            const Vec scale = load_scales(group, at, format);
-            const Vec least =
-                is_low ? load_scales(group + scale_bytes(format), at, format) : set1(0.f);
-            for (int r = 0; r < R; ++r) {
-                const float by = a.scales[(row + r) * groups + g];
-                sum[r][n] = fma(to_float(acc[r][n]), scale * set1(by), sum[r][n]);
-                if (is_low) sum[r][n] = fma(least, set1(by * float(total(r, half))), sum[r][n]);
-            }
+            const Bytes bytes = load_bytes(codes + n * LANES * 4);
+            low[n] = as_unsigned(IS_FOUR ? low_halves(bytes) : bytes);
+            if (IS_FOUR) high[n] = as_unsigned(high_halves(bytes));
+        }
+#pragma GCC unroll 6
+        for (int r = 0; r < R; ++r) {
+            const Signed first = four(r, u);
+#pragma GCC unroll 4
+            for (int n = 0; n < N; ++n) acc[r][n] = dot(acc[r][n], low[n], first);
+            if (!IS_FOUR) continue;
+            const Signed second = four(r, u + FOURS / 2);
+#pragma GCC unroll 4
+            for (int n = 0; n < N; ++n) acc[r][n] = dot(acc[r][n], high[n], second);
+        }
+    }
+}
+
+template <int N>
+using Coding = std::integral_constant<int64_t, N>;
+
+// f(format as a constant): all that are made.
+template <class F>
+inline void by_format(int64_t format, F f) {
+    constexpr int coarse = CODES | LEAST | FLOATS, fine = CODES | HALVES | FLOATS;
+    switch (format) {
+        case CODES: return f(Coding<CODES>{});
+        case CODES | FOUR | LEAST: return f(Coding<CODES | FOUR | LEAST>{});
+        case coarse | FOUR: return f(Coding<coarse | FOUR>{});
+        case coarse: return f(Coding<coarse>{});
+        case fine: return f(Coding<fine>{});
+        case coarse | fine: return f(Coding<coarse | fine>{});
+    }
+}
+
+// sum[rows][N] += one group's products of a tile's rows with the columns of vectors first..first+N.
+template <int64_t FORMAT, int R, int N>
+inline void add_group(Vec (&sum)[R][N], const uint8_t* group, int first,
+                      const CodedRows& a, int64_t tile) {
+    constexpr bool is_four = has_four_bits(FORMAT), is_low = has_least(FORMAT);
+    constexpr int parts = parts_of(FORMAT), units = (is_four ? FOURS / 2 : FOURS) / parts;
+    const uint8_t* codes = group + head_bytes(FORMAT) + first * LANES * 4;
+    const int8_t* rows = a.codes + tile * GROUP;
+    const float* scales = a.scales + tile;
+#pragma GCC unroll 2
+    for (int part = 0; part < parts; ++part) {
+        const int32_t* excess = a.excess + 2 * tile + part * ROWS;
+        Ints acc[R][N];
+#pragma GCC unroll 6
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+            for (int n = 0; n < N; ++n) acc[r][n] = ints(is_low ? 0 : excess[r]);
+        add_units<is_four>(acc, codes + part * units * COLUMNS * 4, rows + part * units * 4, units);
+#pragma GCC unroll 4
+        for (int n = 0; n < N; ++n) {
+            const int place = part * COLUMNS + (first + n) * LANES;
+            const Vec scale = load_scales(group, place, FORMAT);
+#pragma GCC unroll 6
+            for (int r = 0; r < R; ++r)
+                sum[r][n] = fma(to_float(acc[r][n]), scale * set1(scales[r]), sum[r][n]);
+            if (!is_low) continue;
+            const Vec least = load_scales(group + scale_bytes(FORMAT), place, FORMAT);
+            const float* sums = a.sums + 2 * tile + part * ROWS;
+#pragma GCC unroll 6
+            for (int r = 0; r < R; ++r) sum[r][n] = fma(least, set1(sums[r]), sum[r][n]);
         }
     }
 }
 
 // acc[rows] = rows · the columns of a panel; nothing in it depends on the layer's dtype.
-template <bool IS_FOUR, int R>
+template <int64_t FORMAT, int R>
 __attribute__((noinline)) void coded_sums(Vec (&acc)[R][WIDE], const CodedRows& a, const Linear& w,
                                           int64_t row, int64_t panel, const char*& next, int lines) {
     constexpr int N = R > ROWS / 2 ? WIDE / 2 : WIDE;  // vectors at once: what fits the registers
-    const int64_t groups = groups_of(w.depth), format = w.format;
-    const size_t size = group_bytes(format);
+    const int64_t groups = groups_of(w.depth);
+    constexpr size_t size = group_bytes(FORMAT);
     const auto* from = reinterpret_cast<const uint8_t*>(w.packed) + size_t(panel) * groups * size;
     for (int first = 0; first < WIDE; first += N) {
         Vec sum[R][N];
+#pragma GCC unroll 6
         for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
             for (int n = 0; n < N; ++n) sum[r][n] = set1(0.f);
         for (int64_t g = 0; g < groups; ++g) {
             for (int i = first; i < lines; i += WIDE / N, next += 64) __builtin_prefetch(next, 0, 2);
-            add_group<IS_FOUR, R, N>(sum, from + size_t(g) * size, format, first, a, row, groups, g);
+            add_group<FORMAT>(sum, from + size_t(g) * size, first, a, (row / ROWS * groups + g) * ROWS);
         }
         for (int r = 0; r < R; ++r)
             for (int n = 0; n < N; ++n) acc[r][first + n] = sum[r][n];
@@ -183,9 +216,9 @@ inline void coded_linear(const CodedRows& a, int64_t rows, const Linear& w, Epil
     over_tiles(rows, w, panel_bytes(w.format, w.depth), group_bytes(w.format),
                [&](auto count, int64_t row, int64_t panel, const char*& next, int lines) {
                    Vec acc[count.value][WIDE];
-                   if (has_four_bits(w.format))
-                       coded_sums<true, count.value>(acc, a, w, row, panel, next, lines);
-                   else coded_sums<false, count.value>(acc, a, w, row, panel, next, lines);
+                   by_format(w.format, [&](auto format) {
+                       coded_sums<format.value, count.value>(acc, a, w, row, panel, next, lines);
+                   });
                    finish<T, count.value>(acc, w, how, residual, out, row, panel, low);
                });
 }
@@ -206,19 +239,19 @@ inline void linear(const T* a, int64_t rows, const Linear& w, Epilogue how, cons
     static thread_local Scratch kept;
     if (rows * w.depth <= EACH_ITS_OWN) {
         const CodedRows mine = coded_rows(kept.get<char>(coded_bytes(rows, w.depth)), rows, w.depth);
-        for (int64_t row = 0; row < rows; ++row) code_row(a, row, w.depth, mine);
+        for (int64_t row = 0; row < rows; ++row) code_row(a, row, w.depth, w.format, mine);
         return coded_linear<T>(mine, rows, w, how, residual, out, low);
     }
     const CodedRows shared = coded_rows(room, rows, w.depth);
 #pragma omp for schedule(static)
-    for (int64_t row = 0; row < rows; ++row) code_row(a, row, w.depth, shared);
+    for (int64_t row = 0; row < rows; ++row) code_row(a, row, w.depth, w.format, shared);
     coded_linear<T>(shared, rows, w, how, residual, out, low);
 }
 
 // Columns of a linear's weights as numbers: out [count, depth].
 template <class T>
 inline void read_numbers(const Linear& w, const int64_t* columns, int64_t count, T* out) {
-    using U = typename UnitOf<T>::type;
+    using U = LinearUnit<T>;
     constexpr int deep = U::DEPTH;
     const int64_t units = ceil_div(w.depth, deep);
     for (int64_t i = 0; i < count; ++i) {

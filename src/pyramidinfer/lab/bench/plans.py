@@ -16,6 +16,7 @@ from pyramidinfer.lab.fields import (
     Keep,
     KvDtype,
     KvMemory,
+    ManyWeights,
     Model,
     NamedModel,
     OutputLen,
@@ -57,6 +58,7 @@ __all__ = [
     "ScalePlan",
     "Setting",
     "StagesPlan",
+    "StepPlan",
     "ThroughputPlan",
     "WeightsPlan",
 ]
@@ -410,6 +412,36 @@ class WeightsPlan(Plan):
     repeats: Repeats = 5
     warmup: Warmup = 1
     seed: Seed = 0
+
+
+@dataclass(frozen=True)
+class StepPlan(Plan):
+    """Steps of ``batches`` of requests, each with ``prompt_len`` + ``output_len`` tokens."""
+
+    subject: Annotated[
+        Subject,
+        pick(
+            *("model", "dtype", "backend", "kv_memory"),
+            model="smollm2",
+            dtype="bfloat16",
+            device="cpu",
+        ),
+    ]
+    weights: ManyWeights = ("auto", "int8", "int4")
+    batches: Batches = (1, 4, 16)
+    threads: Threads = 0
+    prompt_len: PromptLen = 128
+    output_len: OutputLen = 64
+    repeats: Repeats = 3
+    warmup: Warmup = 1
+    seed: Seed = 0
+
+    def check(self) -> None:
+        super().check()
+        if not self.weights:
+            raise ValueError("--weights is empty: name at least one")
+        if self.output_len < 3:
+            raise ValueError(f"--output-len {self.output_len}: give at least 3")
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ __all__ = [
     "latency_table",
     "lossless_table",
     "memory_table",
+    "step_table",
     "throughput_table",
     "weights_table",
 ]
@@ -233,12 +234,29 @@ def adapters_table(result: Result) -> Table:
     return table
 
 
+def step_table(result: Result) -> Table:
+    """Milliseconds of each part of a decode step."""
+    table = Table(title="a decode step, ms, and the share of the read bandwidth")
+    parts = list(result["rows"][0]["parts"])
+    for name in ("weights", "batch", "step", "bandwidth", *parts):
+        table.add_column(name, justify="right", overflow="fold")
+    for row in result["rows"]:
+        table.add_row(
+            row["weights"],
+            str(row["batch"]),
+            f"{1e3 * row['step_seconds']['median']:.2f}",
+            f"{row['share_of_read_bandwidth']['median']:.0%}",
+            *(f"{1e3 * seconds:.2f}" for seconds in row["parts"].values()),
+        )
+    return table
+
+
 def weights_table(result: Result) -> Table:
     """Bytes and perplexity, then the median of step and prefill for every batch."""
     table = Table(title=f"quantized weights, backend {result['backend']}")
     batches = [each["batch"] for each in result["rows"][0]["speed"]]
     heads = [f"{what} at {batch}, ms" for batch in batches for what in ("step", "prefill")]
-    for name in ("weights", "MB", "perplexity", "KL", *heads):
+    for name in ("weights", "MB", "load, s", "perplexity", "KL", *heads):
         table.add_column(name, justify="right")
     for row in result["rows"]:
         times = [
@@ -249,6 +267,7 @@ def weights_table(result: Result) -> Table:
         table.add_row(
             row["weights"],
             f"{row['bytes'] / 1e6:.1f}",
+            f"{row['load_seconds']:.1f}",
             f"{row['perplexity']:.3f}",
             f"{row['kl']:.4f}",
             *times,

@@ -4,6 +4,7 @@ on real text, bytes, and times of a prompt and a decode step."""
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,12 @@ def run_weights(plan: WeightsPlan, out: Path) -> dict[str, Any]:
     """Measure, write ``out``, and return its result: one row per format of weights."""
     plan.check()
     names = [BASE, *plan.weights]
-    llms = {name: plan.subject.llm(Full(), weights=name) for name in names}
+    plan.subject.loaded()
+    llms, took = {}, {}
+    for name in names:
+        begun = time.perf_counter()
+        llms[name] = plan.subject.llm(Full(), weights=name)
+        took[name] = time.perf_counter() - begun
     steps = plan.samples + len(plan.batches) * len(names) * (plan.warmup + plan.repeats)
     with progress("weights", steps) as done:
         said = _quality(plan, llms, done)
@@ -43,6 +49,7 @@ def run_weights(plan: WeightsPlan, out: Path) -> dict[str, Any]:
             "weights": name,
             "bytes": held if name == "gguf" else stored_bytes(model, name),
             "held_bytes": held,
+            "load_seconds": took[name],
             **said[name],
             "speed": [],
         }

@@ -21,7 +21,7 @@ from pyramidinfer.lab.chat import Asked
 from pyramidinfer.lab.icr import publish
 from pyramidinfer.lab.plans import RulerPlan
 from pyramidinfer.lab.quality import interval
-from pyramidinfer.lab.rows import is_reference, kv_dtype
+from pyramidinfer.lab.rows import is_reference, kv_dtype, weights
 from pyramidinfer.lab.ruler.pictures import draw_scores, draw_tasks
 from pyramidinfer.lab.ruler.tasks import Haystack, Sample, make_samples
 from pyramidinfer.lab.samples import Subject
@@ -178,8 +178,8 @@ def passed(rows: Sequence[Row]) -> set[tuple[int, str]]:
 
 
 def means(rows: Sequence[Row]) -> list[Row]:
-    """Means over the tasks that the full cache solves, for every policy, keep, kv dtype, length
-    and protocol.
+    """Means over the tasks that the full cache solves, for every policy, keep, kv dtype, weights,
+    length and protocol.
 
     score, score_ci : tasks have equal weight; 95 %, by resampling the samples of each task.
     lost, lost_ci : the full cache's mean minus this one, on the same samples (paired).
@@ -190,10 +190,11 @@ def means(rows: Sequence[Row]) -> list[Row]:
     cells: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         if (row["length"], row["task"]) in able:
-            key = (row["length"], row["protocol"], row["policy"], row["keep"], kv_dtype(row))
+            where = row["length"], row["protocol"]
+            key = (*where, row["policy"], row["keep"], kv_dtype(row), weights(row))
             cells.setdefault(key, []).append(row)
     found = []
-    for (length, protocol, policy, keep, stored), mine in cells.items():
+    for (length, protocol, policy, keep, stored, held), mine in cells.items():
         own = [np.array(row["scores"]) for row in mine]
         lost = [
             np.array(whole[length, protocol, row["task"]]["scores"]) - scores
@@ -206,6 +207,7 @@ def means(rows: Sequence[Row]) -> list[Row]:
                 "policy": policy,
                 "keep": keep,
                 "kv_dtype": stored,
+                "weights": held,
                 "score": mean_of_tasks(own),
                 "score_ci": interval_of_tasks(own),
                 "lost": mean_of_tasks(lost),
