@@ -100,12 +100,16 @@ def test_clients_wish_for_all_kinds_of_things() -> None:
     for option in ("stop", "n", "logprobs", "seed", "ignore_eos", "compression", "tools", "model"):
         assert 0 < sum(option in body for body in bodies) < len(bodies), option
     chosen = [body["compression"] for body in bodies if "compression" in body]
-    assert {"full", "pyramid", None} == {each.get("policy") for each in chosen}
+    assert {"full", "pyramid"} == {each["policy"] for each in chosen}
     assert {body["model"] for body in bodies if "model" in body} == set(adapters)
     assert any("cache_salt" in body for body in bodies)
     manuals = [b["messages"][0]["content"] for b in bodies if _is_shared(b)]
     assert 1 < len(set(manuals)) < len(manuals)
-    assert any("prefix" in each for each in chosen)
+    shared = {b["messages"][0]["content"]: b["compression"] for b in bodies if _is_shared(b)}
+    assert all(
+        b["compression"] == shared[b["messages"][0]["content"]] for b in bodies if _is_shared(b)
+    )
+    assert all(each["prefix"] == 1 for each in shared.values())
     assert {wish.path for wish in wishes} == {"/v1/completions", "/v1/chat/completions", RESPONSES}
     further = [body for body in bodies if "previous_response_id" in body]
     assert further and any("tools" in body for body in further)

@@ -76,7 +76,6 @@ class Visitor:
                 self.terms, before = self._terms(tools), []
                 if draw.random() < SHARED:
                     before = [{"role": "system", "content": self._manual()}]
-                    self._mark_prefix()
             self.talk = [*before, {"role": "user", "content": text}]
             body["messages"] = self.talk
             body.pop("compression", None)  # the cache can only be reused with the same compression
@@ -147,14 +146,17 @@ class Visitor:
         return found
 
     def _manual(self) -> str:
-        """A system prompt that clients have in common."""
-        return document(random.Random(f"manual {self.draw.randrange(MANUALS)}"), 200, 2).text
-
-    def _mark_prefix(self) -> None:
-        """Often mark the system prompt as a prefix, which policies that drop entries need."""
-        if self.draw.random() < 0.7:
-            terms = self.terms.get("compression", {})
-            self.terms["compression"] = {**terms, "prefix": 1}
+        """A system prompt that clients have in common.  Its number chooses the compression, because
+        only requests with the same compression share entries."""
+        number = self.draw.randrange(MANUALS)
+        if self.policies:
+            policy = self.policies[number % len(self.policies)]
+            terms: dict[str, Any] = {"policy": policy, "prefix": 1}
+            if policy != "full":
+                low, high = self.keeps
+                terms["keep"] = min(max(0.5, low), high)
+            self.terms["compression"] = terms
+        return document(random.Random(f"manual {number}"), 200, 2).text
 
     def _body(self) -> dict[str, Any]:
         draw = self.draw
