@@ -7,17 +7,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from pyramidinfer.cache.away import Away
 from pyramidinfer.config import accumulate_dtype
 from pyramidinfer.types import State
-
-if TYPE_CHECKING:
-    from pyramidinfer.cache.away import Away
 
 __all__ = ["Copying", "Ring", "Table"]
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyramidinfer.cache import Pool, Table
+from pyramidinfer.cache import Pool, Table, send_away
 from pyramidinfer.config import accumulate_dtype
 from pyramidinfer.models.batch import Prefill, Sequence
 from pyramidinfer.models.draft_view import DraftView
@@ -121,7 +121,7 @@ def _send_away(pool: Pool, sequence: Sequence, layer: int) -> None:
         if len(picks) > most:  # the policy would keep more than its forecast
             picks = np.concatenate([picks[:1], picks[len(picks) - most + 1 :]])
         stays[head, picks] = True
-    away.send(pool, table, layer, stays)
+    send_away(pool, table, layer, stays)
 
 
 def trim(
