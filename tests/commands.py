@@ -13,6 +13,7 @@ import re
 import select
 import signal
 import struct
+import subprocess
 import sys
 import termios
 import time
@@ -102,6 +103,33 @@ def run(*arguments: str, text: str = "", **environment: str) -> tuple[int, str, 
 def run_done(*arguments: str, text: str = "", **environment: str) -> CompletedProcess[str]:
     """``run``, its result as ``subprocess.run`` has it."""
     return CompletedProcess(arguments, *run(*arguments, text=text, **environment))
+
+
+#: Each command in a fork, from before anything of the package was imported.
+WITHOUT = """
+import os, sys
+names, *commands = sys.argv[1:]
+sys.modules.update(dict.fromkeys(names.split(",")))
+import torch, transformers
+for number, words in enumerate(commands):
+    child = os.fork()
+    if not child:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os.dup2(os.open(f"err{number}", os.O_CREAT | os.O_WRONLY), 2)
+        sys.argv[:] = ["pyramidinfer", *words.split()]
+        from pyramidinfer.cli.app import main
+        main()
+        sys.exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+def each_without(missing: list[str], commands: list[str], folder: Path) -> list[tuple[int, str]]:
+    """Every command's exit code and its standard error where some packages are not installed."""
+    words = [sys.executable, "-c", WITHOUT, ",".join(missing), *commands]
+    done = subprocess.run(words, stdout=subprocess.PIPE, text=True, cwd=folder, check=True)
+    codes = map(int, done.stdout.split())
+    return [(code, (folder / f"err{i}").read_text()) for i, code in enumerate(codes)]
 
 
 class Terminal:

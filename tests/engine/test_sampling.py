@@ -43,14 +43,19 @@ def test_a_seed_repeats_and_neighbours_do_not_matter() -> None:
 
 
 def test_sampled_shares_follow_the_softmax() -> None:
-    """4000 first tokens at temperature 2 against the model's own distribution."""
+    """4000 first tokens at temperature 2, each of its own seed, against the model's own
+    distribution."""
     model = tiny_model("llama")
     with torch.no_grad():
         expected = torch.softmax(model(torch.tensor([PROMPT])).logits[0, -1] / 2, -1)
-    llm = LLM(model, policy="full", kv_memory="64MiB", max_requests=500)
-    many = [SamplingParams(max_tokens=1, temperature=2.0, seed=s) for s in range(4000)]
-    outs = llm.generate([PROMPT] * 4000, many)
-    counts = torch.bincount(torch.tensor([out.token_ids[0] for out in outs]), minlength=VOCAB)
+    llm, asked = LLM(model, policy="full", kv_memory="64MiB", max_requests=500), []
+    for seed in range(0, 4000, 500):  # a sample's seed is the request's plus its number
+        params = SamplingParams(max_tokens=1, temperature=2.0, seed=seed)
+        asked.append(llm.engine.make(PROMPT, params, samples=500))
+    llm.engine.run(asked)
+    tokens = [each.output[0] for request in asked for each in (request, *request.samples)]
+    counts = torch.bincount(torch.tensor(tokens), minlength=VOCAB)
+    assert counts.sum() == 4000
     assert (counts / 4000 - expected).abs().sum() < 0.25
     for token in expected.topk(3).indices.tolist():
         assert counts[token] / 4000 == pytest.approx(float(expected[token]), abs=0.03)
