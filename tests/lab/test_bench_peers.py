@@ -379,7 +379,7 @@ def test_ours_and_theirs_have_the_same_bits() -> None:
 
 def test_every_engine_has_a_driver_and_a_recipe() -> None:
     recipes = {path.stem for path in (DRIVERS / "requirements").glob("*.txt")}
-    recipes -= {"constraints", "guidellm"}  # a load generator, no engine
+    recipes -= {"constraints", "guidellm", "clients"}  # a load generator and clients, no engines
     assert {each.environment for each in ENGINES if not each.is_ours} == recipes
     makefile = (DRIVERS / "peers.mk").read_text()
     assert set(makefile.split("PEERS ?= ")[1].splitlines()[0].split()) == recipes

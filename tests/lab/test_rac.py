@@ -15,7 +15,7 @@ import torch
 
 from pyramidinfer import LLM
 from pyramidinfer.lab import rac
-from pyramidinfer.lab.rac import EVERY_ROW, MODES, Newest, RacPlan, measure_text, watch
+from pyramidinfer.lab.rac import MODES, Newest, RacPlan, measure_text, watch
 from pyramidinfer.lab.samples import Subject
 from pyramidinfer.models.loading import shipped_model
 from tests.tiny import SPECIFIC, random_prompt, tiny_model
@@ -87,7 +87,7 @@ def test_rows_are_the_models_attention_in_every_family(family: str) -> None:
 
     backend = llm.engine.runner.backend
     with watch(llm, 20, 50, take):
-        llm.generate([prompt], EVERY_ROW)
+        llm.trace(prompt)
     assert llm.engine.runner.backend is backend
     wanted = attention(model, prompt)
     assert sorted(found) == list(range(len(wanted)))

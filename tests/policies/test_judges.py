@@ -19,7 +19,7 @@ from pyramidinfer import LLM, SamplingParams
 from pyramidinfer.policies import make_policy
 from pyramidinfer.policies.profile import Calibrated, Centres, Fingerprint, Profile
 from pyramidinfer.types import Trace
-from tests.policies import judge as judging
+from tests.policies import judge_model
 from tests.policies.judge import Judge
 from tests.policies.judge_model import exact_llama
 from tests.tiny import VOCAB, random_prompt
@@ -353,7 +353,7 @@ def test_numbers_stored_otherwise_are_noticed(
         return float((trace.final_logits - logits).abs().max())
 
     assert off() < 1e-9
-    monkeypatch.setattr(judging, "hadamard", lambda size: torch.eye(size, dtype=torch.float64))
+    monkeypatch.setattr(judge_model, "hadamard", lambda size: torch.eye(size, dtype=torch.float64))
     assert off() > 1e-4
 
 

@@ -38,23 +38,12 @@ from pyramidinfer.lab.plans import RacPlan
 from pyramidinfer.lab.samples import Subject, settings
 from pyramidinfer.lab.study import Row, run_cells
 from pyramidinfer.policies import Full
-from pyramidinfer.types import Reduce, SamplingParams, TokenIds
+from pyramidinfer.types import Reduce, TokenIds
 
-__all__ = [
-    "EVERY_ROW",
-    "MODES",
-    "Newest",
-    "NewestRows",
-    "RacPlan",
-    "measure_text",
-    "run_rac",
-    "watch",
-]
+__all__ = ["MODES", "Newest", "NewestRows", "RacPlan", "measure_text", "run_rac", "watch"]
 
 RECENT, WINDOW, NEWEST_WEIGHT = 0.3, 0.2, 1.2
 MODES = ("single", "ensemble")
-#: With it the last layer attends from every token of a prompt, not only from the last.
-EVERY_ROW = SamplingParams(max_tokens=1, prompt_logprobs=0)
 
 
 def run_rac(plan: RacPlan, out: Path, workers: int = 1) -> Path:
@@ -119,7 +108,7 @@ def measure_text(llm: LLM, tokens: TokenIds, tops: tuple[float, ...], bins: int)
                 )
 
     with watch(llm, length - (recent + window - 1), length, take):
-        llm.generate([tokens], EVERY_ROW)
+        llm.trace(tokens)
     return rows
 
 
@@ -221,12 +210,12 @@ class NewestRows:
 
 @contextmanager
 def watch(llm: LLM, first: int, end: int, take: Take) -> Iterator[None]:
-    """In this context, ``take`` receives every chunk of the one prompt of ``end`` tokens, which is
-    prefilled with ``EVERY_ROW``."""
+    """In this context, ``take`` receives every prefilled chunk of the one prompt of ``end``
+    tokens."""
     runner = llm.engine.runner
     chosen = runner.chosen
     watching = cast(Backend, NewestRows(chosen.attention, first, end, take))
-    runner.chosen = replace(chosen, attention=watching)
+    runner.chosen = replace(chosen, attention=watching, every_row=True)
     try:
         yield
     finally:

@@ -23,7 +23,8 @@ class Device:
     modules are as fast;  mover : writes and moves entries of the cache, and provides
     the kernels that select them;  replays : whether decode steps run on fixed buffers, which a GPU
     replays;  coding : how quantized weights are stored: ``"packed"`` as codes, ``"rounded"`` to the
-    values of the codes, or None if neither is supported.
+    values of the codes, or None if neither is supported;  every_row : the last layer also attends
+    from tokens whose output the head does not read, for an ``attention`` that watches its queries.
     """
 
     attention: Backend
@@ -31,6 +32,7 @@ class Device:
     mover: Mover
     replays: bool = False
     coding: str | None = None
+    every_row: bool = False
 
 
 def choose_device(

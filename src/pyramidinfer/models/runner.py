@@ -283,7 +283,8 @@ class ModelRunner(Stack):
 
     def _last_only(self, layer: int) -> bool:
         """Whether a layer returns outputs of last tokens only."""
-        return self.decoder.is_fused and layer == self.depth - 1
+        last = self.decoder.is_fused and layer == self.depth - 1
+        return last and not self.chosen.every_row
 
     def _finish_layer(self, pool: Pool, prefill: Prefill) -> Tensor | None:
         """Let the policy select the entries that stay and the tokens that go deeper; at the end,

@@ -282,7 +282,8 @@ inline Vec operator/(Vec a, Vec b) { return each([&](int i) { return a.v[i] / b.
 inline Vec fma(Vec a, Vec b, Vec c) {
     return each([&](int i) { return a.v[i] * b.v[i] + c.v[i]; });
 }
-inline Vec max(Vec a, Vec b) { return each([&](int i) { return std::max(a.v[i], b.v[i]); }); }
+// `b` where either is NaN, as in x86's instruction.
+inline Vec max(Vec a, Vec b) { return each([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; }); }
 // Pairs of bf16 as floats: the first numbers of a vector of pairs, the second ones; and of one pair,
 // in all lanes.
 inline Vec firsts(const uint32_t* p) { return each([=](int i) { return of_bits(p[i] << 16); }); }
