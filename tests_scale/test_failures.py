@@ -141,6 +141,7 @@ def test_ranks_with_other_weights_or_options_say_so(folder: Path, tmp_path: Path
             assert "Traceback" not in each.stderr
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")  # peft's
 def test_ranks_with_another_adapter_of_the_same_name_say_so(folder: Path, tmp_path: Path) -> None:
     places = [tmp_path / "here", tmp_path / "there"]
     for which, place in enumerate(places):
