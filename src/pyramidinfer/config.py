@@ -442,11 +442,11 @@ class EngineConfig:
                 f"tensor_parallel_size and pipeline_parallel_size"
             )
         if not self.host_kv_memory:
-            raise ValueError(f"{name} needs host_kv_memory: the caches are there")
+            raise ValueError(f"{name} needs host_kv_memory, which holds the caches; set it")
         if self.admission == "overcommit":
             raise ValueError(
                 f"{name} works with admission='reserve' only: a cache that is partly in host "
-                f"memory cannot be preempted; leave one of them out"
+                f"memory cannot be preempted; leave out one of the two"
             )
 
     @property

@@ -15,8 +15,8 @@ class Away:
     pool;  reserved : bytes of host memory that were reserved for the pages.
 
     here : by layer, bool ``[kv_heads, pages]``: which of its first pages are in the pool;
-    blocks : by layer, the others' contents, one head after another, a tensor ``[pages, page_size,
-    ...]`` for each of ``Group.tensors``.
+    blocks : by layer, the contents of the other pages, one head after another: a tensor ``[pages,
+    page_size, ...]`` for each of ``Group.tensors``.
     """
 
     def __init__(self, most: np.ndarray, page_size: int, reserved: int) -> None:

@@ -17,11 +17,12 @@ from pyramidinfer.types import Best, Needs
 __all__ = ["evict_best"]
 
 CALL = np.dtype(Eviction)
-#: Fields of a call that say how a group's entries are stored.
+#: Fields of a call that describe how a group's entries are stored.
 STORAGE = (
     "keys values positions scores key_scales value_scales kv_heads key_dim value_dim codec".split()
 )
-#: Fields of a call that a rule sets (``recent`` is a number of tokens here, then a place).
+#: Fields of a call that a rule sets (``recent`` is a number of tokens here, and then becomes a
+#: position).
 RULE = "kernel pools_max sinks recent room running".split()
 
 
@@ -63,7 +64,7 @@ def evict_best(
 
 
 def _facts(rule: Best) -> tuple[int, ...]:
-    """``RULE`` of a rule."""
+    """The values of the fields ``RULE`` for a rule."""
     by_running = rule.by == "running"
     return rule.kernel, rule.pool == "max", rule.sinks, rule.recent, rule.room, by_running
 
@@ -100,7 +101,7 @@ def _look_back(
 
 
 def _storage(pool: Pool) -> np.ndarray:
-    """What calls say of each group's storage, in the order of ``STORAGE``: ``[groups, fields]``."""
+    """The storage of each group, as the fields ``STORAGE`` of calls: ``[groups, fields]``."""
     return np.array(
         [
             [

@@ -71,7 +71,7 @@ class Pool:
 
     @property
     def on_gpu(self) -> bool:
-        """Whether its memory is a GPU's."""
+        """Whether its memory is on a GPU."""
         return self.device.type == "cuda"
 
     # --- lifetime -----------------------------------------------------------------------------

@@ -81,7 +81,7 @@ class Staging:
         return bool(self._caches)
 
     def width(self, tables: Iterable[Table]) -> int:
-        """The most pages of a head that a step over these whole caches reads."""
+        """The largest number of pages per head that a step over these whole caches reads."""
         most = [each.entries.max() for each in tables if each.away is not None]
         return int(self.pool.pages_for(max(most, default=0)))
 
@@ -97,7 +97,7 @@ class Staging:
 
     def read(self, table: Table) -> tuple[np.ndarray, np.ndarray]:
         """Pages ``[layers, kv_heads, n]`` of the whole cache in its order, and the number of
-        entries in them ``[layers, kv_heads]``; a layer's are valid once it is loaded."""
+        entries in them ``[layers, kv_heads]``; those of a layer are valid after ``load``."""
         away, entries = table.away, table.entries
         assert away is not None
         wide = int(self.pool.pages_for(entries.max()))

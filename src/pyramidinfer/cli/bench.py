@@ -83,7 +83,7 @@ def weights(plan: WeightsPlan, json: JsonOnly = Path("out/weights.json")) -> Non
 
 @command(bench)
 def step(plan: StepPlan, json: JsonOnly = Path("out/step.json")) -> None:
-    """A decode step by part, and its share of the memory's read bandwidth."""
+    """Time of a decode step by part, and its share of the memory's read bandwidth."""
     from pyramidinfer.lab.bench.step import run_step
     from pyramidinfer.lab.bench.table import step_table
 
@@ -250,7 +250,7 @@ def soak(plan: SoakPlan, json: JsonOnly = Path("out/soak.json")) -> None:
 
 @command(bench)
 def fuzz(plan: FuzzPlan, json: JsonOnly = Path("out/fuzz.json")) -> None:
-    """Generated requests, valid and invalid, to a server; exit code 1 if anything was wrong."""
+    """Send generated requests, valid and invalid, to a server; exit code 1 if one fails."""
     from pyramidinfer.lab.fuzz import report, run_fuzz
 
     passed = report(run_fuzz(plan, _target(json)))

@@ -118,7 +118,7 @@ def run_inspect(
 
 
 def _without_weights(path: str, dtype: str, weights: str) -> tuple[ModelRunner, int]:
-    """A runner over a model without weights, and the bytes that the weights would take."""
+    """A runner over a model without weights, and the bytes that its weights would take."""
     empty, place = empty_model(path, dtype)
     runner = ModelRunner(empty, "reference")  # builds nothing
     if weights != "auto":

@@ -1,4 +1,4 @@
-"""After a pass: requests get the tokens sampled from their logits, and move on or end."""
+"""After a pass: samples tokens from the logits, and advances or ends requests."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = ["Committer", "Rows"]
 
 
 class Rows(NamedTuple):
-    """Logits ``[rows, vocab]``, the likeliest token of each row, and whether it is no number."""
+    """Logits ``[rows, vocab]``, the likeliest token of each row, and whether it is not finite."""
 
     logits: Tensor
     likeliest: TokenIds
@@ -77,7 +77,7 @@ class Committer:
         every: Rows,
         committed: set[Request],
     ) -> list[Request]:
-        """Choose tokens from the rows that a request has ``fed`` while they equal its drafts;
+        """Sample tokens from the rows that a request has ``fed``, as long as they equal its drafts;
         returns the request if it ended."""
         assert stepped.decoding is not None
         chosen, reason = 0, None

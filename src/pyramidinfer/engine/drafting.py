@@ -37,7 +37,7 @@ RENEW = 64
 #: Number of steps after which the time of a plain step is measured again.
 PROBE = 64
 #: Weight of the newest draft in the moving averages of acceptance rates: of a request, and of all
-#: requests, which a new request starts with.
+#: requests.  A new request starts with the latter.
 WEIGHT, OVERALL = 0.15, 0.02
 #: Assumed acceptance rate before anything is measured, by drafter.
 HOPE: dict[By, float] = {"view": 0.8, "lookup": 0.5}
@@ -66,7 +66,7 @@ class Drafter:
         self._until_plain = PROBE
         self._load: Load | None = None
         self._rates = dict(HOPE)  # of all requests
-        self._foreseen: dict[Request, tuple[int, int]] = {}  # looked-up tokens by place, not fed
+        self._foreseen: dict[Request, tuple[int, int]] = {}  # looked-up tokens by position, not fed
         self._weights = shared.runner.weight_bytes
 
     # --- guessing -----------------------------------------------------------------------------
@@ -108,7 +108,7 @@ class Drafter:
         return drafts
 
     def _compare(self, able: dict[Request, int]) -> None:
-        """Learn from tokens that were looked up and not verified, which costs no time."""
+        """Update acceptance rates with looked-up tokens that were not verified, at no cost."""
         foreseen, self._foreseen = self._foreseen, {}
         for each, (at, token) in foreseen.items():
             if each in able and at < len(each.output):
@@ -125,7 +125,7 @@ class Drafter:
         return False
 
     def _assumed(self, load: Load) -> dict[Kind, float]:
-        """The costs of drafts to be expected before they are measured."""
+        """The expected costs of drafts, used until they are measured."""
         runner, sizes = self.shared.runner, self.shared.pool.layout.layer_page_bytes
         shape, page = runner.shapes[0], self.shared.pool.page_size
         entry = float(sizes.mean()) / page * shape.kv_heads
@@ -161,7 +161,7 @@ class Drafter:
 
     def _guess(self, rooms: dict[Request, int], is_trial: bool = False) -> dict[Request, TokenIds]:
         """Draft up to the given number of tokens for each request with the model, over its draft
-        view, which a trial renews less often."""
+        view.  A trial renews the view less often."""
         shared, pool = self.shared, self.shared.pool
         for each in rooms:
             view, table = each.draft_view, each.table
@@ -235,8 +235,8 @@ class Drafter:
         return count
 
     def _steps(self, requests: list[Request], load: Load) -> tuple[int, bool]:
-        """How many tokens the model drafts in this step: the number that gives the most tokens per
-        second; and whether this only measures the cost again."""
+        """The number of tokens that the model drafts in this step, chosen for the most tokens per
+        second; and whether the draft only measures its cost again."""
         if self.steps is not None:
             return self.steps, False
         cost, rates = self.gauge.cost("view", load), [self._rate(each, "view") for each in requests]

@@ -53,8 +53,8 @@ class Engine:
     ends one at once.  ``ValueError`` for a request that can never be served.
 
     ``model``: a transformers model, or a ``ModelRunner`` that engines share; then its backend and
-    prefill chunk apply.  ``policy``: for requests that name none.  ``adapters``: those of
-    ``config``, if the runner has taken them already.
+    prefill chunk apply.  ``policy``: of requests that name none.  ``adapters``: those of
+    ``config``, if the runner already has them.
     """
 
     def __init__(

@@ -11,15 +11,16 @@ __all__ = ["By", "Gauge", "Kind", "Load", "memory_bound"]
 
 #: The drafter: the model over its draft view, or prompt lookup.
 By = Literal["view", "lookup"]
-#: What costs time: a plain step (without drafts), verifying one more token per request, and
-#: drafting one more token with the model.
+#: Kinds of work: a plain step (without drafts), verifying one more token per request, and drafting
+#: one more token with the model.
 Kind = Literal["plain", "verify", "view"]
 
 #: The number of recent measurements of each kind that count, and the minimum number needed.
 RECENT, ENOUGH = 7, 2
-#: Share of the time that each drafter may lose while it is tried.
+#: Share of the time that each drafter may lose in trials.
 LOSS = 0.0075
-#: Plain steps that a drafter may lose in advance if it seems to pay, and that it can save up.
+#: In plain steps: how far a drafter that seems to pay may overdraw its account, and the largest
+#: balance of an account.
 ADVANCE, SAVED = 2.0, 0.5
 
 
@@ -36,12 +37,12 @@ class Load(NamedTuple):
 
 
 def memory_bound(cache: float, read: float, group: int, on_gpu: bool) -> dict[Kind, float]:
-    """The costs of drafts to be expected before they are measured, in plain steps.
+    """The expected costs of drafts in plain steps, used until they are measured.
 
     cache : bytes of the caches divided by bytes of the weights;  read : share of the cache that
     drafts read;  group : query heads per KV head.  A step takes the time to read memory.  On a
-    CPU, another row also takes arithmetic: little for the weights, and more for the cache, the
-    more query heads read an entry.
+    CPU, arithmetic for another row takes time too: little for the weights; for the cache, it grows
+    with the number of query heads that read an entry.
     """
     share = cache / (1 + cache)
     verify = 0.05 if on_gpu else 0.15 * (1 - share) + 0.25 * min(group, 3) * share
@@ -51,12 +52,12 @@ def memory_bound(cache: float, read: float, group: int, on_gpu: bool) -> dict[Ki
 class Gauge:
     """Median seconds by kind of work and load, and an account of the time that drafts lost.
 
-    Costs are in plain steps.  Costs of a load that was not measured are those of the most similar
-    load, or ``expected`` ones.
+    Costs are in plain steps.  A load that was not measured has the costs of the most similar
+    measured load, or ``expected`` ones if there is none.
 
     Every step adds ``LOSS`` to a drafter's account, and a step with drafts adds what it gained or
-    lost.  A drafter that seems to pay may overdraw its account a little; one that does not seem to
-    pay is tried when its account covers the expected loss.
+    lost.  A drafter that seems to pay may overdraw its account by ``ADVANCE``; any other drafter is
+    tried only when its account covers the expected loss.
     """
 
     def __init__(self, expected: Callable[[Load], dict[Kind, float]]) -> None:

@@ -41,7 +41,7 @@ class Cost(NamedTuple):
     overhead: int = 0
 
     def plus(self, other: Cost) -> Cost:
-        """Both at once."""
+        """The sum of both costs."""
         return Cost(self.pages + other.pages, self.bytes + other.bytes)
 
 
@@ -84,8 +84,8 @@ class Ledger:
         ``held``: entries per layer and head already in the cache (extend);  ``expected``: count
         this many generated tokens instead of ``max_new`` (the ring is sized for ``max_new``);
         ``seen``: the number of tokens before those of the prompt, in the cache or dropped from it;
-        None: the prompt is not read again, whatever the policy says;  ``here``: the most prompt
-        entries per layer and head that stay in the pool, if the others move to host memory
+        None: the prompt is not read again, even if the policy asks for it;  ``here``: the most
+        prompt entries per layer and head that stay in the pool, if the others move to host memory
         (``cache/away.py``).
         """
         layout, runner = self.layout, self.runner
@@ -142,7 +142,7 @@ class Ledger:
         return worst
 
     def _with_staging(self, cost: Cost, reach: np.ndarray) -> Cost:
-        """A cost and the spare pages for one layer of ``reach`` ``[layers]`` tokens."""
+        """A cost with the spare pages for one layer, of ``reach`` ``[layers]`` tokens."""
         layout, spare = self.layout, np.zeros_like(cost.pages)
         for layer, tokens in enumerate(reach.tolist()):
             pages = np.zeros((layout.layers, layout.kv_heads), dtype=np.int64)

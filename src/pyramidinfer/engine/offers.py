@@ -1,4 +1,4 @@
-"""Which caches a request may continue on, and what it then needs."""
+"""Finds the caches that a request may continue on, and the memory that it then needs."""
 
 from __future__ import annotations
 

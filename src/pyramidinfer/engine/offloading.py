@@ -1,7 +1,7 @@
-"""Lossless requests with caches in host memory (``offload_lossless``): what they may hold where.
+"""Limits of lossless requests with caches in host memory (``offload_lossless``).
 
-The pool has the pages of the prompt that drafts read, everything newer, and spare pages for one
-layer of the rest while drafts are verified (``cache/away.py``).
+The pool has the pages of the prompt that drafts read, all newer entries, and spare pages for one
+layer of the other pages while drafts are verified (``cache/away.py``).
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ def is_offloaded(shared: Shared, policy: Policy) -> bool:
 
 
 def away_for(shared: Shared, policy: Policy, length: int, layers: Layers) -> Away:
-    """What may stay in the pool of a prompt of ``length`` tokens, and the most that leaves it."""
+    """The largest parts of a cache that stay in the pool and that leave it, for a prompt of
+    ``length`` tokens."""
     layout, kv_heads = shared.pool.layout, shared.runner.kv_heads
     chosen = policy.chooser.forecast(length, 0, layers).by_head(kv_heads)
     most = np.maximum(1, layout.pages_for(np.minimum(chosen, length)))
@@ -39,7 +40,7 @@ def offloaded_cost(
 ) -> Cost:
     """The most memory in the pool that a request with its cache in host memory can need."""
     most = away_for(shared, policy, length, layers).most
-    here = (most + 1) * shared.pool.page_size  # and a page that is not full
+    here = (most + 1) * shared.pool.page_size  # one page may not be full
     return shared.ledger.cost(policy, length, max_new, layers, protected, here=here)
 
 

@@ -1,4 +1,4 @@
-"""What an owner may do with its held caches: list, pin and delete them."""
+"""Lists, pins and deletes an owner's held caches."""
 
 from __future__ import annotations
 

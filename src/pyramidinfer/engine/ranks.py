@@ -79,7 +79,7 @@ class Holding(NamedTuple):
 
 
 class Telling(Committer):
-    """Commits rank 0's steps, and tells the other ranks what it has sampled."""
+    """Commits the steps of rank 0, and sends the sampled tokens to the other ranks."""
 
     def __init__(self, link: Link, *parts: Any) -> None:
         super().__init__(*parts)
@@ -106,7 +106,7 @@ class Telling(Committer):
 
 
 class Following(Committer):
-    """Commits another rank's steps, with the tokens that rank 0 has sampled."""
+    """Commits the steps of another rank, with the tokens that rank 0 sampled."""
 
     def __init__(self, link: Link, *parts: Any) -> None:
         super().__init__(*parts)

@@ -132,8 +132,8 @@ class Scheduler:
 
     @property
     def host_bytes(self) -> int:
-        """Bytes of host memory that preempted requests use, and lossless ones whose caches are
-        there."""
+        """Bytes of host memory used by preempted requests, and by lossless requests whose caches
+        are there."""
         swapped = sum(each.preempted.size for each in list(self.preempted) if each.preempted)
         tables = [each.cache for each in (*self.prefilling, *self.running) if each.cache]
         return swapped + sum(away.reserved for away in {each.away for each in tables if each.away})

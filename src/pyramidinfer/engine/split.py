@@ -89,8 +89,8 @@ def _load_part(
     groups: Groups,
     backend: str,
 ) -> tuple[LoadedModel, ModelRunner, dict[str, Adapter]]:
-    """Load a model and its adapters and cut them to this rank's part, once all ranks have loaded
-    the same."""
+    """Load a model and its adapters; when all ranks have loaded the same ones, cut them to this
+    rank's part."""
     stage, index = divmod(link.rank, config.tensor_parallel_size)
     limit = timedelta(seconds=link.timeout)
     ranks = Ranks(index, config.tensor_parallel_size, groups.heads, timeout=limit)

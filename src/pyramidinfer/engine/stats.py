@@ -33,14 +33,14 @@ class Stats(NamedTuple):
     pool; ``pages_in_use``: pages with an owner; ``pages_reusable``: pages of finished
     conversations, which take ``reuse_bytes``;  ``reserved_bytes``: reserved bytes of ``kv_memory``;
     ``swapped_bytes``: host memory of preempted requests, and of lossless ones whose caches are
-    there.  ``caches``, ``cache_bytes`` and
-    ``hits_from``: conversations by place.  The other fields count events since the start, as in
-    ``scheduler.Counts`` and ``Conversations``;  ``file_errors``: files that could not be read or
-    written;  ``drafted``, ``accepted``, ``verifications``: as in ``DraftUsage``, over all requests;
-    ``step_seconds``, ``guessing_seconds``: as in ``Work``;  ``adapters_running``,
-    ``adapters_waiting``: the names of the adapters of requests in flight and of waiting requests;
-    ``recompressed``, ``recompressed_tokens``: as ``done`` and ``tokens`` of a ``Recompressor``, if
-    one runs while the engine is idle.
+    there.  ``caches``, ``cache_bytes`` and ``hits_from``: conversations by place.  The other fields
+    count events since the start, as in ``scheduler.Counts`` and ``Conversations``;
+    ``file_errors``: files that could not be read or written;  ``drafted``, ``accepted``,
+    ``verifications``: as in ``DraftUsage``, over all requests; ``step_seconds``,
+    ``guessing_seconds``: as in ``Work``;  ``adapters_running``, ``adapters_waiting``: the names of
+    the adapters of requests in flight and of waiting requests; ``recompressed``,
+    ``recompressed_tokens``: as ``done`` and ``tokens`` of a ``Recompressor``, if one runs while the
+    engine is idle.
 
     ``prefix_queries``: prompt tokens of admitted requests that could have reused a cache;
     ``prefix_hits``: those of them that were reused and not computed again.  Any new way to share

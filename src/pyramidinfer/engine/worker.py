@@ -433,8 +433,8 @@ class AsyncEngine:
             self._last_end = now
 
     def _restart(self) -> None:
-        """After a failed step: a request that it could not restore, that had just reused a
-        conversation's cache and has delivered nothing yet, starts again without the cache."""
+        """After a failed step: restart a request without the cache, if the step could not restore
+        it, it had just reused a conversation's cache, and it has delivered nothing yet."""
         for stream in self._live:
             for each in [each for each in stream.followed if each.request in self.engine.lost]:
                 old = each.request

@@ -67,7 +67,7 @@ class Bench:
 
     @property
     def own(self) -> Asker:
-        """The engine of the policy; the subject says how it stores cache and weights."""
+        """The engine of the policy; the subject sets how it stores cache and weights."""
         return self.machine if self.subject == self.subject.plain else asker(self.subject)
 
 

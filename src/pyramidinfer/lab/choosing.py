@@ -1,9 +1,9 @@
-"""The curves of ``docs/choosing.md``: what is left of the full cache's score, over bytes.
+"""The curves of ``docs/choosing.md``: share of the full cache's score, over bytes.
 
 Each picture joins all committed results of one case on SmolLM2.  The score of a policy is divided
 by that of the full cache on the same samples, so points of results with different samples can be
-compared.  Where several results have the same policy, keep and kv dtype, all their tasks count
-alike.  Policies with other options than ``keep`` are left out, and so are full caches.
+compared.  If several results have the same policy, keep and kv dtype, all their tasks have
+equal weight.  Policies with other options than ``keep`` are left out, and so are full caches.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ RULER = (
 )
 
 
-#: Options that do not make a policy another one: its budget, and defaults that results name.
+#: Options that do not distinguish policies: the budget, and defaults that results name.
 DEFAULTS = r"(keep=[\d.]+|spare=0)?"
 
 
@@ -49,7 +49,7 @@ class Picture:
     """One case.
 
     title : of the picture;  results : names of the results;  protocol : of ``study ruler``;
-    options : what the policies of a result have in addition, by the result's name.
+    options : suffix of the names of a result's policies, by the result's name.
     """
 
     title: str
@@ -130,7 +130,7 @@ def _same(first: Row, second: Row) -> bool:
 
 def _method(row: Row) -> str | None:
     """A policy's name and, after a blank, its kv dtype unless that is ``auto``; None for a full
-    cache, and for a policy with other options than ``keep`` (or with what is a default now)."""
+    cache, and for a policy with other options than ``keep`` (or a present default)."""
     spec, _, stored = series(row).partition(" ")
     name, _, options = spec.partition(":")
     own = [each for each in options.split(",") if not re.fullmatch(DEFAULTS, each)]

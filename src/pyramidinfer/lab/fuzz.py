@@ -250,7 +250,7 @@ def run_fuzz(plan: FuzzPlan, out: Path | None = None) -> dict[str, Any]:
 
 
 def report(result: dict[str, Any]) -> bool:
-    """Print the result; whether nothing was wrong."""
+    """Print the result; returns whether there was no failure."""
     for name, told in result["by_operation"].items():
         counts = ", ".join(f"{status}: {count}" for status, count in told["statuses"].items())
         print(f"{told['cases']:6} {name}  {counts}")

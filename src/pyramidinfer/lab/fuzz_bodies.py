@@ -1,4 +1,4 @@
-"""The bodies that the fuzz changes, and drawn bodies reduced to what a server can answer."""
+"""Bodies that the fuzz changes, and generated bodies reduced to the limits of a server."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ def render(results: dict[str, dict[str, Any]]) -> str:
 
 
 def _newer(results: dict[str, dict[str, Any]]) -> str:
-    """Words for results on speed that were measured again with the present rule."""
+    """Names the results on speed that were measured again with the present rule."""
     peers = results.get("peers")
     eight = "SmolLM2 with eight requests at once"
     if peers is None or "note" in peers["result"]:

@@ -38,7 +38,7 @@ NEAR = 0.08
 
 
 class Pair(list[tuple[np.ndarray, np.ndarray]]):
-    """For each task, the scores of the same samples: of one policy, and of another."""
+    """For each task, the scores of two policies on the same samples."""
 
     @property
     def of_other(self) -> tuple[float, float, float]:
@@ -117,7 +117,7 @@ def default_section(results: dict[str, Result]) -> list[str]:
     order = sorted(cells, key=lambda key: (models.index(key[0]), key[1], -key[2], key[3]))
     lines = [
         "## The default against the full cache\n",
-        "`pyramid` with its default options, over the RULER grids below that have it. A cell is "
+        "`pyramid` with its default options, over the RULER grids below that include it. A cell is "
         "the mean score over the tasks of all these grids, divided by that of the full 16- or "
         "32-bit cache on the same samples, with its 95 % interval from the paired differences. "
         "*Samples*: number of questions. KV: share of the bytes of a full cache with 16 bits or "
@@ -154,7 +154,7 @@ def _pair(mine: Row, other: Row) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _matching(rows: Iterable[Row], mine: Row, wanted: Any) -> Row:
-    """The row of the same cell that is wanted."""
+    """The row of the same length, task and protocol that ``wanted`` accepts."""
     place = ("length", "task", "protocol")
     return next(
         row for row in rows if wanted(row) and all(row[each] == mine[each] for each in place)
@@ -162,7 +162,7 @@ def _matching(rows: Iterable[Row], mine: Row, wanted: Any) -> Row:
 
 
 def _is_near(mine: list[Row], other: list[Row]) -> bool:
-    """Whether two ways can be compared: the same length and kv dtype, about the same bytes."""
+    """Whether two policies can be compared: the same length and kv dtype, about the same bytes."""
     first, second = mine[0], other[0]
     same = (first["length"], kv_dtype(first)) == (second["length"], kv_dtype(second))
     own = _share(mine, "kv_share")
@@ -222,7 +222,7 @@ def _apart(pair: Pair | None) -> str:
 
 
 def _verdict(compared: list[tuple[str, Row, Row, dict[str, Pair]]]) -> str:
-    """Which other policies are better by more than noise while they compute no more."""
+    """Names the other policies that are better by more than noise and compute no more."""
     better = [
         f"{label(other['policy'])} ({protocol}, `{grid}`)"
         for grid, mine, other, pairs in compared

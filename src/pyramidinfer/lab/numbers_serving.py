@@ -206,7 +206,8 @@ def clients(entry: Result) -> str:
         "## Clients\n",
         origin(entry),
         "Agent frameworks, chat front ends and a proxy with `pyramidinfer serve --model smollm2`, "
-        "each as its documentation says, with only the address and the model's name set.\n",
+        "each set up as its documentation describes, with only the address and the model's name "
+        "changed.\n",
         "```bash\nmake check-clients\n```\n",
     ]
     return "\n".join(lines + table(["client", "version", "what it did", "works"], rows)) + "\n"

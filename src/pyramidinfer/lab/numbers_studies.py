@@ -96,7 +96,7 @@ def label(spec: str) -> str:
 
 
 def named(row: Row) -> str:
-    """A row's policy as a cell, and how its cache and weights were stored unless ``auto``."""
+    """A row's policy as a cell, with the formats of cache and weights unless ``auto``."""
     words = [label(row["policy"])]
     words += [kv_dtype(row)] if kv_dtype(row) != AUTO else []
     words += [f"weights {weights(row)}"] if weights(row) != AUTO else []

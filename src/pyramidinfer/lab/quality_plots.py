@@ -16,7 +16,7 @@ from pyramidinfer.lab.study import Row
 __all__ = ["draw_needles", "draw_quality", "labels", "style"]
 
 MARKERS = "osD^vPX<>*h"
-#: How the lines of each kv dtype, and of other weights, are drawn.
+#: Line styles of kv dtypes and of quantized weights.
 LOOKS: dict[str, dict[str, Any]] = {
     AUTO: {"linestyle": "-"},
     "int8": {"linestyle": "--", "markerfacecolor": "white"},

@@ -22,8 +22,8 @@ def weights(row: Row) -> str:
 
 
 def series(row: Row) -> str:
-    """The policy's spec and, each after a blank unless it is ``auto``, how its cache was stored,
-    and ``weights=`` how weights were."""
+    """The policy's spec, the kv dtype, and ``weights=`` with their format, separated by spaces;
+    formats that are ``auto`` are omitted."""
     words = [row["policy"]]
     words += [kv_dtype(row)] if kv_dtype(row) != AUTO else []
     words += [f"weights={weights(row)}"] if weights(row) != AUTO else []

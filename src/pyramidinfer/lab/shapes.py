@@ -13,8 +13,8 @@ from pyramidinfer.config import nearest, parse_device, parse_dtype
 
 __all__ = ["SHAPES", "empty_shape", "make_model", "save_model", "shape_config"]
 
-#: Configs, of the Llama family unless ``model_type`` names another (the toys are for trial runs of
-#: a bench).  ``max_position_embeddings`` is raised: random weights have no trained length.
+#: Configs, of the Llama family unless ``model_type`` names another (the small ones are for trial
+#: runs of a bench).  ``max_position_embeddings`` is raised: random weights have no trained length.
 SHAPES: dict[str, dict[str, Any]] = {
     "llama2-7b": {
         "hidden_size": 4096,

@@ -14,7 +14,7 @@ __all__ = ["Visitor", "Wish"]
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 LONGEST = 1500  # words of a prompt
-MANUALS, SHARED = 3, 0.3  # system prompts that clients have in common; share of their chats
+MANUALS, SHARED = 3, 0.3  # shared system prompts; share of chats that use one
 LASTING = ("compression", "tools", "model", "cache_salt")  # fields that all turns have
 #: A function for tool calls; ``/v1/responses`` takes it without the object around it.
 FUNCTION = {
@@ -58,7 +58,7 @@ class Visitor:
         self.longest = min(LONGEST, (model.get("max_model_len") or 4096) // 2)
         self.draw = random.Random(f"{seed} {number}")
         self.talk: list[dict[str, str]] = []
-        #: What the current conversation has in every turn: compression, tools, adapter, salt.
+        #: Fields of every turn of the current conversation: compression, tools, adapter, salt.
         self.terms: dict[str, Any] = {}
         self.last: dict[str, Any] = {}  # fields that continue a stored response
 
@@ -146,7 +146,7 @@ class Visitor:
         return found
 
     def _manual(self) -> str:
-        """A system prompt that clients have in common.  Its number chooses the compression, because
+        """A system prompt that clients share.  Its number selects the compression, because
         only requests with the same compression share entries."""
         number = self.draw.randrange(MANUALS)
         if self.policies:

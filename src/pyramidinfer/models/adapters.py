@@ -180,7 +180,7 @@ class Adapted:
 
 
 class Low(NamedTuple):
-    """Adapters of a linear's rows; ``number``: the linear's index among the rank's packed
+    """Adapters of a linear's rows; ``number``: index of the linear among the rank's packed
     linears."""
 
     adapted: Adapted

@@ -18,7 +18,7 @@ def take_chunks(
     works: Iterable[Work], layer: int, start: int, size: int, decoder: Decoder, ranks: Ranks
 ) -> tuple[list[Segment], list[Tensor]]:
     """Claim the next chunk, of at most ``size`` tokens, of every prefill that is at this layer and
-    has budget left: segments from row ``start`` of the flat row on, and their input."""
+    has budget left.  Returns segments from row ``start`` of the flat row on, and their inputs."""
     segments, parts = [], []
     for work in works:
         prefill = work.prefill
@@ -53,7 +53,7 @@ def store_chunks(
         wanted = len(segment.rows_out(last_only))
         rows, at = out[at : at + wanted], at + wanted
         end = prefill.done + count
-        if is_last and not prefill.gives_all:  # rows that the head does not read are not kept
+        if is_last and not prefill.gives_all:  # keep only rows that the head reads
             if end == prefill.length:
                 prefill.out = rows[-1:].clone()
         elif count == prefill.length:

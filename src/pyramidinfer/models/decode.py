@@ -71,7 +71,7 @@ class Decoding:
     Outputs of the layers: queries ``[L, R, H, D]`` with their log-sum-exps lse ``[L, R, H]``, if
     rings need them;  weights, if running scores need them.
 
-    ``counted``: its tokens were counted, and evictions done (``ModelRunner.commit``).
+    ``counted``: whether its tokens were counted and evictions done (``ModelRunner.commit``).
 
     ``staging``: the caches that are partly in host memory, whose layers are loaded before they run.
 
@@ -129,7 +129,7 @@ class Decoding:
 
     @property
     def fixed(self) -> bool:
-        """Whether the buffers stay for further steps."""
+        """Whether the buffers are kept for further steps."""
         return self.way == "replayed"
 
     def fill(

@@ -109,11 +109,11 @@ class Decoder:
 
     @property
     def way(self) -> Way:
-        """How steps that only decode run."""
+        """How decode-only steps run."""
         return "layers"
 
     def run(self, flat: Tensor, call: LayerCall) -> Tensor:
-        """The flat row ``[rows, hidden]`` through the layer of the call."""
+        """Run the flat row ``[rows, hidden]`` through the layer of the call."""
         return self.layers[call.layer](flat, self._rope(call), call)
 
     def _rope(self, call: LayerCall) -> Tables | None:
@@ -153,6 +153,6 @@ class Decoder:
         return self.family.logits(self.config, self.head(normed))
 
     def step(self, pool: Pool, decoding: Decoding, hidden: Tensor) -> Tensor:
-        """The decode rows ``[R, hidden]`` through all layers in one call, if ``way`` is
+        """Run the decode rows ``[R, hidden]`` through all layers in one call, if ``way`` is
         ``"whole"``."""
         raise NotImplementedError

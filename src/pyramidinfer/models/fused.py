@@ -47,8 +47,8 @@ assert tuple(_NAMES) == PLACES
 
 
 class FusedLayer:
-    """One plain layer's weights, packed for ``ops``: this rank's part of them.  ``index``: among
-    the rank's layers."""
+    """One plain layer's weights, packed for ``ops``: this rank's part of them.  ``index``: its
+    number among the rank's layers."""
 
     def __init__(
         self, layer: Any, index: int, shape: AttentionShape, rotated: int, ops: Ops, ranks: Ranks
@@ -186,7 +186,7 @@ class FusedDecoder(Decoder):
         return found
 
     def _rows(self, ids: Tensor) -> Tensor:
-        """Rows of the packed embedding, of this rank's part of it."""
+        """Rows of this rank's part of the packed embedding."""
         assert isinstance(self.ops, KernelOps)
         rows = self.ops.rows(self.packed_table, ids)
         scale = getattr(_whole_or_part(self.body.embed_tokens), "embed_scale", None)
@@ -443,7 +443,7 @@ def _is_split(table: nn.Module) -> bool:
 
 
 def _whole_or_part(table: Any) -> Any:
-    """The embedding that has the weight: of the whole vocabulary, or of this rank's part."""
+    """The embedding with this weight: of the whole vocabulary, or of this rank's part."""
     return table.part if _is_split(table) else table
 
 

@@ -170,7 +170,7 @@ class LayerCall:
         pass."""
         needs = prefill.needs
         linear = needs.reduce.heads.endswith("mean") and needs.reduce.rows in ("mean", "sum")
-        alone = self.stack.ranks.copies(self.stack.kv_heads) == 1  # else others need them, too
+        alone = self.stack.ranks.copies(self.stack.kv_heads) == 1  # else other tokens need them too
         asked = bool(needs.window) and not (needs.remember or needs.column_sums)
         return linear and alone and asked
 

@@ -127,14 +127,14 @@ class ModelRunner(Stack):
         )
 
     def load_adapters(self, modules: Mapping[str, str]) -> dict[str, Adapter]:
-        """Adapters by name, from their folders or hub ids, ready for use by requests.
+        """Load adapters from their folders or hub ids; returns them by name, ready for requests.
 
         ``ValueError`` for an adapter that cannot be served with this model, which is whole.
         """
         return self.take_adapters(read_adapters(modules, self.body, self.config, self._like))
 
     def take_adapters(self, adapters: dict[str, Adapter]) -> dict[str, Adapter]:
-        """Make adapters ready that have been read, and cut to this rank's part."""
+        """Prepare adapters that have been read and cut to this rank's part."""
         for each in adapters.values():
             self.decoder.take_adapter(each)
         return adapters
@@ -196,12 +196,12 @@ class ModelRunner(Stack):
         last: dict[int, Tensor] = {}
         through = self.run(pool, decoding, batch.works, last)
         while any(work.budget > 0 and work.prefill.again is not None for work in batch.works):
-            self.run(pool, None, batch.works, last)  # texts that start to be read again
+            self.run(pool, None, batch.works, last)  # texts whose second pass starts
         return Stepped(self._answers(through, last), decoding)
 
     def way(self, batch: Batch) -> Way:
-        """How a step runs: layer by layer with prompts or caches in host memory, else replayed if
-        the device does that and no row has an adapter, else as the decoder can."""
+        """How a step runs: layer by layer if it has prompts or caches in host memory; else replayed
+        if the device supports it and no row has an adapter; else as the decoder does."""
         if batch.works or any(each.table.away is not None for each in batch.decode):
             return "layers"
         plain = all(each.adapter is None for each in batch.decode)

@@ -1,4 +1,4 @@
-"""What a policy selects in one layer: tokens that go deeper, and entries that stay."""
+"""Applies a policy in one layer: selects tokens for deeper layers, and entries to keep."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ __all__ = ["cut_layer", "joined", "joined_positions", "joined_scores", "retain",
 
 
 def cut_layer(stack: Stack, pool: Pool, prefill: Prefill) -> Tensor | None:
-    """Cut a layer that the whole text has passed; returns the rows that go deeper (None: all)."""
+    """Drop entries of a layer after the whole text has passed it; returns the rows that go to
+    deeper layers (None: all)."""
     sequence, needs, layer = prefill.sequence, prefill.needs, prefill.layer
     table, policy, view = sequence.table, sequence.policy, prefill.view()
     if policy.uses_scores and prefill.columns is not None:
@@ -106,8 +107,8 @@ def retain(
 
 
 def _send_away(pool: Pool, sequence: Sequence, layer: int) -> None:
-    """Move the pages of a prompt's layer that drafts do not read to host memory, and as many more
-    as the pool has no room for."""
+    """Move the pages of a prompt's layer that drafts do not read to host memory, and further pages
+    if more than ``Away.most`` would stay."""
     table, view, away = sequence.table, sequence.draft_view, sequence.table.away
     assert away is not None
     if not sequence.layers.governed[layer]:

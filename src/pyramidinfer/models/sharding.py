@@ -48,7 +48,7 @@ class RowSplit(nn.Linear):
         self.ranks = ranks
 
     def partial(self, inputs: Tensor) -> Tensor:
-        """This rank's addend."""
+        """This rank's part of the sum."""
         return F.linear(inputs, self.weight, self.bias)
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -74,7 +74,8 @@ class SplitEmbedding(nn.Module):
         return self.look_up(ids, self.part)
 
     def look_up(self, ids: Tensor, rows: Callable[[Tensor], Tensor]) -> Tensor:
-        """The embedding, by a function that returns this rank's rows (counted from its first)."""
+        """The embedding, computed with a function that returns this rank's rows (counted from its
+        first)."""
         local = ids - self.first
         mine = (local >= 0) & (local < self.count)
         found = rows(torch.where(mine, local, 0))
@@ -158,8 +159,8 @@ def split_adapter(
 ) -> None:
     """Cut an adapter of the whole model, in place, to this rank's layers and its part of them.
 
-    ``down`` is cut like the inputs of its linear and ``up`` like the outputs, so that what the
-    adapter adds is split, and summed, together with the linear's own outputs.
+    ``down`` is cut like the inputs of its linear and ``up`` like the outputs, so that the adapter's
+    outputs are split, and summed, together with the linear's own outputs.
     """
     plan = plan_of(config) if ranks.size > 1 else {}
     adapter.parts = {

@@ -1,4 +1,4 @@
-"""What a model's layers share: sizes, implementations, and the ranks that split them."""
+"""State that a model's layers share: sizes, implementations, and the ranks that split them."""
 
 from __future__ import annotations
 
@@ -20,11 +20,10 @@ __all__ = ["Stack"]
 
 
 class Stack:
-    """A model's layers, as attention, eviction and memory see them: the base class of
-    ``ModelRunner``.
+    """A model's layers, as attention, eviction and memory use them; base class of ``ModelRunner``.
 
     shapes : of every layer, of all ranks together;  chosen : the implementations for the model's
-    device;  ranks, stages : what this rank has of the layers;  scales : of every layer's logits,
+    device;  ranks, stages : this rank's part of the layers;  scales : of every layer's logits,
     None until the layer has run;  span : for profilers: a context that is entered around the
     selection of entries, with the name ``"retain"`` at a layer's end in prefill and ``"evict"`` in
     decode.
@@ -67,7 +66,7 @@ class Stack:
         return self.stages.index * self.ranks.size + self.ranks.index
 
     def scale(self, layer: int) -> Scale:
-        """The scale of a layer's logits; it must have run."""
+        """The scale of the logits of a layer that has run."""
         scale = self.scales[layer]
         assert scale is not None
         return scale

@@ -1,21 +1,21 @@
-// Blocks of codes of 8 or 4 bits, multiplied as they are.
+// Blocks of 8-bit or 4-bit codes, multiplied without decoding.
 #pragma once
 #include "pairs.h"
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VNNI__)
 #define INTEGER_BLOCKS 1
-// Whether codes are multiplied as integers: groups must fill a register.
+// Whether codes are multiplied as integers, which requires groups that fill a register.
 inline bool takes_integers(int codec, const Shape& s) {
     return (codec == INT8 || codec == INT4) && s.key_dim % 64 == 0 && s.value_dim % 64 == 0;
 }
 
-// What codes of 8 bits are multiplied with has 16, in two signed bytes, high · 256 + low.  With codes
-// of 4 bits one byte is enough: its step is a seventeenth of theirs.
+// The other operand of 8-bit codes has 16 bits, in two signed bytes: high · 256 + low.  With 4-bit
+// codes one byte is enough, because its step is a seventeenth of that of the codes.
 constexpr float SIXTEEN_BITS = 127 * 256.f;
 
-// A block of 64 numbers of a query as integers; by: what one of them counts.
+// A block of 64 numbers of a query as integers; by: the value of the integer 1.
 struct IntegerQuery {
-    alignas(64) int8_t high[4][64], low[4][64];  // as spread_quarters has them
+    alignas(64) int8_t high[4][64], low[4][64];  // in the layout of spread_quarters
     int32_t sum;
     float by;
 
@@ -37,7 +37,7 @@ struct IntegerQuery {
     }
 };
 
-// Sums over the quarters of four vectors, as of floats.
+// Sums over the quarters of four vectors, as sum_quarters of floats.
 inline __m512i sum_quarters(const __m512i* x) {
     const auto fold = [](__m512i a, __m512i b) {
         return _mm512_add_epi32(_mm512_shuffle_i32x4(a, b, 0x88), _mm512_shuffle_i32x4(a, b, 0xdd));
@@ -48,9 +48,9 @@ inline __m512i sum_quarters(const __m512i* x) {
 template <int CODEC>
 struct IntegerBlock {
     static constexpr int TILES = MOST_TILES;
-    static constexpr int BYTES = CODEC == INT4 ? 32 : 64;  // of a group of 64 numbers
+    static constexpr int BYTES = CODEC == INT4 ? 32 : 64;  // per group of 64 numbers
     static constexpr int TWICE_MIDDLE = CODEC == INT4 ? 15 : 255;
-    static constexpr bool IS_WIDE = CODEC == INT8;  // two bytes for what is multiplied with codes
+    static constexpr bool IS_WIDE = CODEC == INT8;  // the other operand has two bytes
     static constexpr float QUERY_MOST = IS_WIDE ? SIXTEEN_BITS : 127.f;
     static constexpr float WEIGHT_MOST = IS_WIDE ? SIXTEEN_BITS : 255.f;
     Shape shape;
@@ -60,7 +60,7 @@ struct IntegerBlock {
     bool fetches;
     Block block, next;
 
-    // Query h of the block's, rotated.
+    // Set query h of the block; it is rotated.
     void set(int h, const float* query) {
         const int groups = shape.key_dim / 64;
         for (int b = 0; b < groups; ++b) queries[h * groups + b].set(query + b * 64, QUERY_MOST);
@@ -80,13 +80,13 @@ struct IntegerBlock {
         const __m256i high = _mm256_and_si256(_mm256_srli_epi16(both, 4), nibble);
         return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
     }
-    // Codes of group b of entries e.. e + 3 of n, at `from` (of entry 0 past the end), while the next
-    // block's codes `ahead` are fetched.  A line holds codes of two groups or entries of 4 bits.
+    // Load the codes of group b of entries e.. e + 3 of n, at `from` (past the end: those of entry 0),
+    // and prefetch the next block's codes `ahead`.  A cache line holds two groups or entries of 4 bits.
     static void load_four(const uint8_t* from, const uint8_t* ahead, int e, int n, int b, int groups,
                           __m512i* four) {
         const size_t row = size_t(groups) * BYTES;
         from += b * BYTES;
-        if (IS_WIDE && e + 4 <= n)  // faster; with 4 bits it is not
+        if (IS_WIDE && e + 4 <= n)  // faster, but not with 4 bits
             for (int k = 0; k < 4; ++k) four[k] = codes(from + (e + k) * row);
         else
             for (int k = 0; k < 4; ++k) four[k] = codes(from + (e + k < n ? e + k : 0) * row);
@@ -94,7 +94,7 @@ struct IntegerBlock {
             if (ahead && (BYTES == 64 || (groups % 2 ? k : b) % 2 == 0))
                 __builtin_prefetch(ahead + b * BYTES + (e + k) * row, 0, 2);
     }
-    // Scales of group b of n entries, 0 behind the last one.
+    // Scales of group b of n entries; 0 after the last one.
     static __m512 scales(const fp16* from, int n, int b, int groups) {
         if (groups == 1)
             return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(__mmask16((1u << n) - 1), from));
@@ -108,7 +108,7 @@ struct IntegerBlock {
     }
     template <int G>
     void products(float* rows, int h) const {
-        constexpr int AT_ONCE = G > 2 ? 2 : 4;  // fours of entries; as many as there are registers for
+        constexpr int AT_ONCE = G > 2 ? 2 : 4;  // groups of four entries, as many as fit into registers
         const int groups = shape.key_dim / 64;
         const size_t row = size_t(groups) * BYTES;
         for (int i = 0; i < block.count; ++i) {
@@ -159,16 +159,16 @@ struct IntegerBlock {
             for (int g = 0; g < G; ++g) store(rows + g * ROW + i * LANES, total[g]);
         }
     }
-    // Between the powers of two along a straight line, which is above the curve.
+    // An upper bound of e^below: linear between powers of two, so it is above the curve.
     static float peak(float below) {
         if (below == NEVER) return 0.f;
         const float power = std::max(below * LOG2E, -126.f);
         return of_bits(uint32_t((power + 127.f) * 0x1p23f)) * 1.00001f;
     }
-    // Sums are kept in the order that four interleaved rows have: see integers_in_order.
+    // Sums are kept in the order of four interleaved rows (integers_in_order).
     template <int G>
     void weigh(float* const* acc, const float* const* rows, const float* below, const int* n) {
-        if constexpr (IS_WIDE && G > 2) {  // more sums than there are registers for
+        if constexpr (IS_WIDE && G > 2) {  // more sums than fit into registers
             weigh<2>(acc, rows, below, n);
             weigh<G - 2>(acc + 2, rows + 2, below + 2, n);
         } else {
@@ -198,7 +198,7 @@ struct IntegerBlock {
                 const __m512 weight = _mm512_mul_ps(_mm512_loadu_ps(rows[g] + i * LANES), steps[i]);
                 const __m512i number = _mm512_cvtps_epi32(_mm512_mul_ps(weight, scale));
                 _mm_store_si128((__m128i*)(low[g] + i * LANES), _mm512_cvtepi32_epi8(number));
-                if (IS_WIDE) {  // what the low byte, which is signed, leaves
+                if (IS_WIDE) {  // the high byte; the low one is signed
                     const __m512i rest = _mm512_add_epi32(number, _mm512_set1_epi32(128));
                     _mm_store_si128((__m128i*)(high[g] + i * LANES),
                                     _mm512_cvtepi32_epi8(_mm512_srai_epi32(rest, 8)));
@@ -226,7 +226,7 @@ struct IntegerBlock {
                     int32_t bytes;
                     std::memcpy(&bytes, low[g] + i * LANES + e, 4);
                     const __m512i small = _mm512_set1_epi32(bytes);
-                    if (!IS_WIDE) {  // weights have no sign here, and codes have none to lose
+                    if (!IS_WIDE) {  // weights are not negative, and 4-bit codes fit into signed bytes
                         for (int j = 0; j < 4; ++j)
                             lower[g][j] = _mm512_dpbusd_epi32(lower[g][j], small, four[j]);
                         continue;
@@ -251,7 +251,7 @@ struct IntegerBlock {
     }
 };
 
-// Blocks of 64 sums in the order of four interleaved rows → as they are.
+// Blocks of 64 sums: order of four interleaved rows → natural order.
 inline void integers_in_order(float* sums, int size) {
     float block[64];
     for (int at = 0; at < size; at += 64) {

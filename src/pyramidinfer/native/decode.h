@@ -1,16 +1,17 @@
-// Decode attention: one query per request over its pages, every key read once per group of heads.
+// Decode attention: one query per request over its pages; every key is read once per group of heads.
 #pragma once
 #include <omp.h>
 
 #include "coded.h"
 
-// All entries of a bundle for all heads of its rows, which get what they get alone.
+// Attend to all entries of a bundle for all heads of its rows.  Results equal those of each row alone.
 template <class T, class Kind>
 inline void attend(const Decode<T>& a, Shape shape, const Bundle& b, Kind& kind, float* kept_logits) {
     static thread_local Scratch room;
     const int heads = b.rows * shape.group;
     float *rows = room.get<float>(size_t(heads) * (ROW + 1)), *below = rows + size_t(heads) * ROW;
-    Walk<T> walk(a, b.first + b.rows - 1, b.kv_head, b.begin, b.end(), Kind::TILES);  // its pages are all others' too
+    // The last row has the pages of all other rows.
+    Walk<T> walk(a, b.first + b.rows - 1, b.kv_head, b.begin, b.end(), Kind::TILES);
     for (Block block = walk.next(), next; block.count; block = next) {
         next = walk.next();
         kind.enter(block, next.count ? next : b.following);
@@ -41,7 +42,7 @@ inline void attend(const Decode<T>& a, Shape shape, const Bundle& b, Kind& kind,
     }
 }
 
-// The same where numbers come from a source: queries [heads][D], and widened [heads][padded D].
+// The same for numbers from a source: queries [heads][D]; wide: as floats [heads][padded D].
 template <class N, class T, class Source>
 inline void attend_numbers(const Decode<T>& a, Shape shape, const Bundle& b, const Source& source,
                            const N* queries, const float* wide, float* kept_logits) {
@@ -59,8 +60,8 @@ inline void attend_numbers(const Decode<T>& a, Shape shape, const Bundle& b, con
     attend(a, shape, b, block, kept_logits);
 }
 
-// The same of entries that a codec has stored: queries [heads][padded D] are rotated as the keys are,
-// and so the sums of values stay.
+// The same for entries stored by a codec: queries [heads][padded D] are rotated like the keys, and
+// the sums of values remain rotated.
 template <class T>
 inline void attend_coded(const Decode<T>& a, Shape shape, const Bundle& b, float* queries,
                          float* kept_logits) {
@@ -81,8 +82,8 @@ inline void attend_coded(const Decode<T>& a, Shape shape, const Bundle& b, float
         return;
     }
 #endif
-    // Others as numbers: of T where those are multiplied in pairs and lose nothing that eight bits
-    // have, else as floats.
+    // Otherwise codes are decoded to numbers: to T if T is multiplied in pairs (it represents 8-bit
+    // codes without loss), else to floats.
     using N = std::conditional_t<UnitOf<T>::type::DEPTH == 2, T, float>;
     const size_t wide = size_t(MOST_TILES) * LANES * (a.key_dim + a.value_dim);
     N *decoded = room.get<N>(wide + size_t(heads) * a.key_dim), *rotated = decoded + wide;
@@ -93,22 +94,22 @@ inline void attend_coded(const Decode<T>& a, Shape shape, const Bundle& b, float
     attend_numbers(a, shape, b, source, rotated, queries, kept_logits);
 }
 
-// How the work is cut: every KV head's entries into spans, so that a long head is shared by all
-// cores.  Spans go by a head's own length alone, so a request's outputs do not depend on who else
-// is there.
+// How the work is split: each KV head's entries are cut into spans, so that all cores share a long
+// head.  Spans depend only on the head's own length, so a request's outputs do not depend on other
+// requests.
 struct Cut {
-    int spans, size;  // size: entries of a span
+    int spans, size;  // size: entries per span
 };
 constexpr int SPAN = 256;
 
-// How many rows from `row` on read the same pages as it between entries begin and end of a KV head,
-// 0 where the row before it does and counts it in.  Rows with nothing there are nobody's.
+// Number of rows, starting at `row`, that read the same pages between entries begin and end of a KV
+// head; 0 if an earlier row's bundle includes this row, or if the row has no entries there.
 template <class T>
 inline int rows_together(const Decode<T>& a, int row, int kv_head, int64_t begin, int64_t end) {
     const auto at = [&](int r) { return size_t(r) * a.kv_heads + kv_head; };
     const auto used = [&](int r) { return std::min(a.lengths[at(r)], end); };
     const auto pages = [&](int r) { return ceil_div(used(r), a.page) - begin / a.page; };
-    const auto continues = [&](int r) {  // all pages of the row before it are its own too
+    const auto continues = [&](int r) {  // it has all pages of the row before it
         const int64_t count = pages(r - 1);
         if (count <= 0 || pages(r) < count) return false;
         const int32_t* mine = a.table + at(r) * a.width + begin / a.page;
@@ -136,7 +137,7 @@ inline Block first_after(const Decode<T>& a, Cut cut, int task, int tasks) {
     return {};
 }
 
-// To be called by all threads of a parallel region; `room` comes from decode_room.
+// All threads of a parallel region must call it; `room` has the size that decode_room returns.
 template <class T>
 inline void decode(const Decode<T>& a, Cut cut, float* room, float* kept_logits) {
     const int group = a.group(), spans = cut.spans;
@@ -227,7 +228,7 @@ inline void decode(const Decode<T>& a, Cut cut, float* room, float* kept_logits)
     }
 }
 
-// The cut, and the floats of working room it needs.
+// The split, and the number of floats of working memory that it needs.
 template <class T>
 inline Cut decode_cut(const Decode<T>& a) {
     const int size = int(round_up(SPAN, a.page));

@@ -10,7 +10,7 @@
 #include "step.h"
 #include "weights.h"
 
-// f(T{}) for dtype 0 float32, 1 bfloat16, 2 float16.
+// Call f(T{}) for dtype 0 (float32), 1 (bfloat16) or 2 (float16).
 template <class F>
 static void by_dtype(int dtype, F f) {
     if (dtype == 0) f(float{});
@@ -18,7 +18,7 @@ static void by_dtype(int dtype, F f) {
     else f(fp16{});
 }
 
-// The same for what layers of the Llama kind are there for: see has_layers.
+// The same for the dtypes of Llama-style layers (has_layers).
 template <class F>
 static void by_linear(int dtype, F f) {
     if (dtype == 1) return f(bf16{});
@@ -51,14 +51,14 @@ extern "C" {
 
 const char* isa() { return ISA_NAME; }
 
-// Whether layers of this dtype run here (others are torch's business).
+// Whether layers of this dtype run in these kernels; torch runs the others.
 int has_layers(int dtype) { return dtype == 0 || dtype == 1; }
 
 int64_t panel_columns() { return COLUMNS; }
 
 int64_t lanes() { return LANES; }
 
-// Numbers of a row that an adapter multiplies at once.
+// Numbers of a row that an adapter multiplies at a time.
 int64_t deep(int dtype) { return dtype == 1 ? DEEP<bf16> : DEEP<float>; }
 
 int64_t group_inputs() { return GROUP; }
@@ -94,7 +94,7 @@ void decode_attention(int dtype, const DecodeCall* calls, int64_t count) {
     });
 }
 
-// watch: null, or the queries whose weights are summed meanwhile.
+// watch: null, or the queries whose weights are also summed.
 void prefill_attention(int dtype, const DenseCall* c, void* out, const Watch* watch) {
     by_dtype(dtype, [&](auto kind) {
         using T = decltype(kind);
@@ -118,7 +118,7 @@ void gather_pages(const Storage* tensor, const int32_t* pages, int64_t row, int 
     gather(*tensor, pages, row, heads, page, kept, (char*)out);
 }
 
-// Of keys or values that a codec has stored: codes, their scales.
+// Keys or values stored by a codec: codes and their scales.
 void gather_decoded(int dtype, int codec, const uint8_t* codes, const fp16* scales, int64_t size,
                     const int32_t* pages, int64_t row, int heads, int page, int64_t kept, void* out) {
     by_dtype(dtype, [&](auto kind) {
@@ -132,7 +132,7 @@ struct WriteCall {
     int64_t key_row, value_row, key_head, value_head, count, kv_heads, key_dim, value_dim, page, codec;
 };
 
-// Bytes of what library.py describes a second time, in the order of its STRUCTS.
+// Sizes of the structs that library.py declares too, in the order of its STRUCTS.
 int64_t struct_bytes(int which) {
     static const size_t bytes[] = {
         sizeof(DecodeCall), sizeof(DenseCall), sizeof(Storage), sizeof(Keeping), sizeof(Adding),
@@ -176,7 +176,7 @@ void pool_neighbours(const float* scores, const int64_t* places, int64_t row, in
 
 int64_t read_words(const int64_t* words, int64_t count) { return read_all(words, count); }
 
-// --- layers of the Llama kind; dtype 0 or 1 ---------------------------------------------------
+// --- Llama-style layers; dtype 0 or 1 ---------------------------------------------------------
 
 // weights [columns, depth] → panels.
 void pack_linear(int dtype, const void* weights, int64_t columns, int64_t depth, void* out) {
@@ -191,7 +191,7 @@ void pack_linear(int dtype, const void* weights, int64_t columns, int64_t depth,
     });
 }
 
-// adapted: null, or which rows have which adapter; `index`: the linear's number in theirs.
+// adapted: null, or the adapters of the rows; index: of the linear in the adapters.
 void run_linear(int dtype, const void* a, int64_t rows, const Linear* w, int how,
                 const void* residual, void* out, const Adapted* adapted, int64_t index) {
     static thread_local Scratch room, low_space;
@@ -208,7 +208,7 @@ int64_t packed_bytes(int format, int64_t columns, int64_t depth) {
     return ceil_div(columns, COLUMNS) * int64_t(panel_bytes(format, depth));
 }
 
-// Weights of outputs that lie at rows [columns], numbers or blocks of a GGUF (coding.h) → panels.
+// Weights of the outputs at the addresses rows [columns], numbers or GGUF blocks (coding.h) → panels.
 void pack_coded(int format, const void* const* rows, const int32_t* sources, int64_t columns,
                 int64_t depth, void* out) {
     pack_codes(format, rows, sources, columns, depth, (uint8_t*)out);
@@ -219,7 +219,7 @@ void read_rows(int dtype, const Linear* w, const int64_t* rows, int64_t count, v
     by_linear(dtype, [&](auto kind) { read_columns(*w, rows, count, (decltype(kind)*)out); });
 }
 
-// floats: whether the weight is one of floats, whatever the dtype.
+// floats: whether the weight is in floats, whatever the dtype.
 void run_norm(int dtype, const void* x, int64_t rows, int64_t size, const void* weight, int floats,
               float epsilon, void* out) {
     by_linear(dtype, [&](auto kind) {

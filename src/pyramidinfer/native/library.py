@@ -146,7 +146,7 @@ class LayerData(Structure):
     )
 
 
-#: Parts of a step whose times it can tell (``Part`` in step.h).
+#: Parts of a step whose times it can measure (``Part`` in step.h).
 PARTS = ("norms", "qkv", "cache", "attention", "out", "gate_up", "down")
 
 

@@ -1,8 +1,8 @@
-// Matrix products on packed operands: the one inner loop under linears, prefill attention and
-// window scores.
+// Matrix products on packed operands: the inner loop of linears, prefill attention and window
+// scores.
 //
-// A *unit* is what one multiply takes: a pair of bf16 numbers (AVX-512), or one float.
-// Packed operands are panels of COLUMNS = WIDE x LANES columns: [panel][units][COLUMNS] units.
+// A *unit* is the operand of one multiplication: a pair of bf16 numbers, or one float.
+// A packed operand is a list of panels of COLUMNS = WIDE x LANES columns: [panel][units][COLUMNS].
 #pragma once
 #include <omp.h>
 
@@ -12,7 +12,7 @@
 #include "simd.h"
 
 constexpr int COLUMNS = WIDE * LANES;
-constexpr int ROWS = LANES == 16 ? 6 : 4;  // rows of a tile: accumulators fill the registers
+constexpr int ROWS = LANES == 16 ? 6 : 4;  // rows of a tile, so that accumulators fill the registers
 
 struct FloatUnit {
     static constexpr int DEPTH = 1;  // numbers in a unit
@@ -34,11 +34,11 @@ struct PairUnit {
     }
 };
 
-// What numbers of a type are multiplied as in linears, whose weights stay in panels.
+// The unit of a type in linears, whose weights are packed once.
 template <class T>
 using LinearUnit = std::conditional_t<std::is_same_v<T, bf16>, PairUnit, FloatUnit>;
 
-// The same in attention, whose operands are packed each time.
+// The unit of a type in attention, whose operands are packed for each call.
 template <class T>
 struct UnitOf {
     using type = FloatUnit;
@@ -50,8 +50,8 @@ struct UnitOf<bf16> {
 };
 #endif
 
-// acc[rows][W] += a[rows][units] · the first W * LANES of b[units][COLUMNS]; `next` is fetched
-// meanwhile, `lines` of 64 bytes every four units.
+// acc[rows][W] += a[rows][units] · the first W * LANES columns of b[units][COLUMNS].  Prefetches
+// `next`, `lines` cache lines of 64 bytes every four units.
 template <class U, int R, int W>
 inline void tile(Vec (&acc)[R][W], const uint32_t* a, size_t lda, const uint32_t* b, int units,
                  const char*& next, int lines) {
@@ -107,8 +107,9 @@ inline void panel_product(float* c, size_t ldc, bool add, const uint32_t* a, siz
 
 // --- packing ------------------------------------------------------------------------------------
 
-// Columns first..first+COLUMNS of an operand whose column c is the contiguous vector column(c)
-// of `depth` numbers; out [units][COLUMNS].  Absent columns and a last odd number are zero.
+// Pack columns first..first+COLUMNS of an operand whose column c is the contiguous vector column(c)
+// of `depth` numbers; out [units][COLUMNS].  Missing columns, and the partner of a last odd number,
+// are zero.
 template <class U, class T, class Column>
 inline void pack_columns(uint32_t* out, int64_t first, int64_t count, int depth, Column column) {
     const int units = int(ceil_div(depth, U::DEPTH));
@@ -149,7 +150,7 @@ inline void transpose16(__m512i (&r)[16]) {
     }
 }
 
-// Keys as columns: 16 of them at a time, 32 numbers deep.
+// Pack keys as columns: 16 keys and 32 numbers of each at a time.
 template <class Column>
 inline void pack_pairs(uint32_t* out, int64_t first, int64_t count, int depth, Column column) {
     if (depth % 32) return pack_columns<PairUnit, bf16>(out, first, count, depth, column);
@@ -175,7 +176,7 @@ inline void pack_keys(uint32_t* out, int64_t first, int64_t count, int depth, Co
     pack_columns<typename UnitOf<T>::type, T>(out, first, count, depth, column);
 }
 
-// Weights of a linear as columns.
+// Pack the weights of a linear as columns.
 template <class T, class Column>
 inline void pack_weights(uint32_t* out, int64_t first, int64_t count, int depth, Column column) {
     using U = LinearUnit<T>;
@@ -184,7 +185,7 @@ inline void pack_weights(uint32_t* out, int64_t first, int64_t count, int depth,
     pack_columns<U, T>(out, first, count, depth, column);
 }
 
-// Rows (values) as units: entries first.. deep, columns at..at+COLUMNS; out [units][COLUMNS].
+// Pack rows (values) as units: entries from `first` on, columns at..at+COLUMNS; out [units][COLUMNS].
 template <class T, class Row>
 inline void pack_rows(uint32_t* out, int64_t first, int64_t end, int units, int at, int size,
                       Row row) {
@@ -216,7 +217,7 @@ inline void pack_rows(uint32_t* out, int64_t first, int64_t end, int units, int 
     }
 }
 
-// Numbers as the left operand's units: [units] (and one more is written over).
+// Pack numbers as units of the left operand: [units]; one more unit is overwritten.
 template <class T>
 inline void pack_left(uint32_t* out, const T* from, int depth) {
     using U = typename UnitOf<T>::type;
@@ -230,11 +231,11 @@ inline void pack_left(uint32_t* out, const T* from, int depth) {
 
 // --- linears ------------------------------------------------------------------------------------
 
-// GELU: GATED by another function.
+// GELU: GATED with GELU in place of SiLU.
 enum Epilogue { PLAIN = 0, ADD = 1, GATED = 2, GELU = 3 };
 
-// How weights are stored: as numbers of the layer's dtype, or as codes (weights.h): of 8 bits or 4,
-// with a least value, two scales a group, and scales of 32 bits where these are set.
+// How weights are stored: as numbers of the layer's dtype, or as codes of 8 or 4 bits (weights.h),
+// with a minimum, two scales per group, or 32-bit scales if these bits are set.
 enum Format { NUMBERS = 0, CODES = 1, FOUR = 2, LEAST = 4, FLOATS = 8, HALVES = 16 };
 
 // A linear's weights [columns][depth] packed for `linear`, with an optional bias [columns].
@@ -247,13 +248,13 @@ struct Linear {
 
 inline Vec silu(Vec x) { return x / (set1(1.f) + exp2(x * set1(-LOG2E))); }
 
-// As tanh has it: x · sigmoid(2u), u = sqrt(2 / pi) · (x + 0.044715 x³).
+// The tanh approximation of GELU: x · sigmoid(2u), u = sqrt(2 / pi) · (x + 0.044715 x³).
 inline Vec gelu(Vec x) {
     const Vec u = fma(x * x * x, set1(0.044715f), x) * set1(0.79788456080286536f);
     return x / (set1(1.f) + exp2(u * set1(-2.f * LOG2E)));
 }
 
-// A value as the layer's dtype holds it.
+// A value rounded to the layer's dtype.
 template <class T>
 inline Vec rounded(Vec x) {
     T as[LANES];
@@ -307,9 +308,9 @@ inline void linear_tile(const T* a, const Linear& w, Epilogue how, const T* resi
 template <int N>
 using Count = std::integral_constant<int, N>;
 
-// f(R, row, panel, next, lines) for every tile of R (a constant of 1..ROWS) rows and every panel,
-// dealt to the threads of a parallel region.  The next panel comes in while one is used: a share of
-// it with every tile of rows, `lines` of 64 bytes from `next` on for every `step` bytes of a panel.
+// Call f(R, row, panel, next, lines) for every tile of R rows (a constant of 1..ROWS) and every panel,
+// divided among the threads of a parallel region.  Each tile prefetches a part of the next panel:
+// `lines` cache lines of 64 bytes from `next` on, for every `step` bytes of the panel.
 template <class F>
 inline void over_tiles(int64_t rows, const Linear& w, size_t panel_size, size_t step, F f) {
     const int64_t panels = ceil_div(w.columns, COLUMNS), block = 32 * ROWS;
@@ -337,7 +338,7 @@ inline void over_tiles(int64_t rows, const Linear& w, size_t panel_size, size_t 
 }
 
 // out [rows, columns (or half of them, GATED)] = a [rows, depth] · weights.  `depth` is a multiple
-// of a unit's.  To be called by all threads of a parallel region (or by one alone).
+// of a unit's.  All threads of a parallel region must call it (or a single thread).
 template <class T>
 inline void number_linear(const T* a, int64_t rows, const Linear& w, Epilogue how,
                           const T* residual, T* out, const Low& low) {

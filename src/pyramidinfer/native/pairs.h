@@ -3,27 +3,28 @@
 #include "matmul.h"
 #include "products.h"
 
-// Whether entries are multiplied in pairs: what is left over of a row of 32 would cost more.
+// Whether entries are multiplied in pairs: the remainder of a row that is no multiple of 32 would
+// cost more than pairs save.
 template <class T>
 inline bool takes_pairs(int key_dim, int value_dim) {
     return UnitOf<T>::type::DEPTH == 2 && key_dim % 32 == 0 && value_dim % 32 == 0;
 }
 
 #ifdef PAIRS
-// Numbers of 32 bits of four rows, four from each quarter, turned: part i has the quarters' i-th
-// numbers of all rows.
+// Transpose the 32-bit numbers of four rows, each with four quarters of four numbers: part i has the
+// i-th number of every quarter of all rows.
 inline void turn_quarters(const __m512i* rows, __m512i* parts) {
     const __m512i a = _mm512_unpacklo_epi32(rows[0], rows[1]), b = _mm512_unpackhi_epi32(rows[0], rows[1]);
     const __m512i c = _mm512_unpacklo_epi32(rows[2], rows[3]), d = _mm512_unpackhi_epi32(rows[2], rows[3]);
     parts[0] = _mm512_unpacklo_epi64(a, c), parts[1] = _mm512_unpackhi_epi64(a, c);
     parts[2] = _mm512_unpacklo_epi64(b, d), parts[3] = _mm512_unpackhi_epi64(b, d);
 }
-// What four rows are multiplied with then: each part has one number of every quarter, four times.
+// The matching operand of these parts: part i has the i-th number of every quarter, four times.
 inline void spread_quarters(const __m512i row, __m512i* parts) {
     parts[0] = _mm512_shuffle_epi32(row, _MM_PERM_AAAA), parts[1] = _mm512_shuffle_epi32(row, _MM_PERM_BBBB);
     parts[2] = _mm512_shuffle_epi32(row, _MM_PERM_CCCC), parts[3] = _mm512_shuffle_epi32(row, _MM_PERM_DDDD);
 }
-// Sums over the quarters of four vectors, one vector's after the other's.
+// Sums over the quarters of four vectors, one vector after the other.
 inline Vec sum_quarters(const Vec* x) {
     const auto fold = [](__m512 a, __m512 b) {
         return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
@@ -31,9 +32,9 @@ inline Vec sum_quarters(const Vec* x) {
     return {fold(fold(x[0].v, x[1].v), fold(x[2].v, x[3].v))};
 }
 
-// Sums of values are kept in the order in which two rows of pairs interleave: of every 32 numbers
-// the quarters 0, 2, 4, 6 of four come first.
-inline Vec in_order(const float* block, int half) {  // numbers 16 * half.. of a block of 32
+// Sums of values are kept in the order of two interleaved rows of pairs: of every 32 numbers, the
+// groups of four 0, 2, 4 and 6 come first.
+inline Vec in_order(const float* block, int half) {  // numbers from 16 * half on, of a block of 32
     const __m512i index = half ? _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28,
                                                    29, 30, 31)
                                : _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21,
@@ -41,8 +42,8 @@ inline Vec in_order(const float* block, int half) {  // numbers 16 * half.. of a
     return {_mm512_permutex2var_ps(load(block).v, index, load(block + 16).v)};
 }
 
-// queries [heads][D / 32][4 parts][16 pairs]; while the first heads are at work, the same lines of the
-// next block are fetched.
+// queries [heads][D / 32][4 parts][16 pairs].  The first heads prefetch the same cache lines of the
+// next block.
 template <class Source>
 struct PairBlock {
     static constexpr int TILES = 2;
@@ -53,7 +54,7 @@ struct PairBlock {
     Numbers<bf16> at;
     bool fetches;
 
-    // Query h of the block's.
+    // Set query h of the block.
     void set(int h, const bf16* query) {
         for (int s = 0; s < shape.key_dim / 32; ++s) {
             __m512i parts[4];
@@ -76,7 +77,7 @@ struct PairBlock {
     }
     template <int G, bool WHOLE, bool FETCH>
     void tile(float* rows, int h, int i) const {
-        constexpr int AT_ONCE = G > 2 ? 2 : 4;  // fours of entries; as many as there are registers for
+        constexpr int AT_ONCE = G > 2 ? 2 : 4;  // groups of four entries, as many as fit into registers
         const int steps = shape.key_dim / 32, n = block.tiles[i].n;
         const uint32_t* query = queries + size_t(h) * steps * 64;
         Vec found[G][4];
@@ -108,7 +109,7 @@ struct PairBlock {
         }
         for (int g = 0; g < G; ++g) store(rows + g * ROW + i * LANES, sum_quarters(found[g]));
     }
-    // Weights are rounded to bf16; two entries at a time.
+    // Weights are rounded to bf16, and two entries are read at a time.
     template <int G>
     void weigh(float* const* acc, const float* const* rows, const float*, const int* n) {
         alignas(64) uint32_t pair[G][ROW / 2];
@@ -125,7 +126,7 @@ struct PairBlock {
         for (; d + 64 <= shape.value_dim; d += 64) columns<G, true, FETCH>(acc, pair, n, d);
         if (d < shape.value_dim) columns<G, false, FETCH>(acc, pair, n, d);
     }
-    // Numbers d..d + 32 of the sums, or to d + 64 if IS_WIDE.
+    // Sums of the value dimensions d..d + 32, or d..d + 64 if IS_WIDE.
     template <int G, bool IS_WIDE, bool FETCH>
     void columns(float* const* acc, const uint32_t (*pair)[ROW / 2], const int* n, int d) const {
         const int size = shape.value_dim;
@@ -140,7 +141,7 @@ struct PairBlock {
                 const bf16 *one = at.values[i] + from, *two = one + size;
                 constexpr int LINES = IS_WIDE ? 4 : 2;
                 if (FETCH) fetch(at.next_values[i] + d * 32 + entry * (LINES * 32), LINES * 64);
-                const bool is_odd = entry + 1 == n[i];  // nothing is known of what lies behind it
+                const bool is_odd = entry + 1 == n[i];  // the memory after it may be uninitialized
                 const uint32_t* weights = *pair + (i * LANES + entry) / 2;
                 const auto load_two = [&](int at, __m512i& low, __m512i& high) {
                     const __m512i x = _mm512_loadu_si512(one + at);

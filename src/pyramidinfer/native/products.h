@@ -1,13 +1,13 @@
-// Blocks of entries that are multiplied as floats, and where entries come from.  A kind of block
-// offers, for query heads from h on of all that attend to it:
-//   enter(block, next): make a block ready, have the next one brought close;
-//   products<G>(rows, h): rows [G][ROW] of products with its entries;
-//   weigh<G>(acc, rows, below, n): acc [G][padded V] += weights rows [G][ROW] · values, of the first
+// Blocks of entries that are multiplied as floats, and the sources of their numbers.  Each kind of
+// block has these methods, for G of the query heads that attend to it, from head h on:
+//   enter(block, next): prepare a block and prefetch the next one;
+//   products<G>(rows, h): write the products with its entries to rows [G][ROW];
+//   weigh<G>(acc, rows, below, n): acc [G][padded V] += weights rows [G][ROW] · values, over the first
 //     n[i] entries of tile i; the largest weight of head g is e^below[g].
 #pragma once
 #include "spans.h"
 
-// Calls f(std::integral_constant<int, count>) for up to four of something.
+// Call f(std::integral_constant<int, count>), for a count of 1 to 4.
 template <class F>
 inline void with_count(int count, F f) {
     switch (count) {
@@ -18,14 +18,14 @@ inline void with_count(int count, F f) {
     }
 }
 
-// Keys and values of a block's tiles as numbers N, and where the next block's lie.
+// Keys and values of a block's tiles as numbers N, and the addresses of those of the next block.
 template <class N>
 struct Numbers {
     const N *keys[MOST_TILES], *values[MOST_TILES];
     const char *next_keys[MOST_TILES], *next_values[MOST_TILES];
 };
 
-// Entries that are used as they lie.
+// Entries that are read where they are stored.
 template <class N>
 struct Lying {
     const N *keys, *values;
@@ -41,7 +41,7 @@ struct Lying {
     }
 };
 
-// Entries that a codec has stored, decoded (rotated as they are).  room [MOST_TILES * LANES][D + V].
+// Entries stored by a codec, decoded but still rotated.  room [MOST_TILES * LANES][D + V].
 template <class N>
 struct Decoded {
     const uint8_t *keys, *values;
@@ -72,7 +72,7 @@ struct Decoded {
     }
 };
 
-// Queries of one group, in float: [G][padded D].
+// Queries of one group as floats: [G][padded D].
 template <class T>
 inline void widen(float* out, const T* from, int rows, int size, int padded) {
     for (int r = 0; r < rows; ++r)

@@ -1,5 +1,5 @@
-// One vector of floats on whatever the CPU has: 16 lanes (AVX-512) or 8 (AVX2, plain C++).
-// Entries are bf16, fp16 or fp32 in memory; everything is worked out in float.
+// A vector of floats for the CPU's instructions: 16 lanes (AVX-512) or 8 (AVX2, plain C++).
+// Entries are bf16, fp16 or fp32 in memory; all arithmetic is in float.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -52,7 +52,7 @@ inline void from_float(float x, fp16& out) {
     const uint32_t u = bits_of(x), sign = (u >> 16) & 0x8000, size = u & 0x7fffffff;
     if (size > 0x7f800000) out.bits = 0x7e00;
     else if (size >= 0x47800000) out.bits = uint16_t(sign | 0x7c00);
-    else if (size < 0x38800000)  // subnormal: let the adder round
+    else if (size < 0x38800000)  // subnormal: an addition rounds it
         out.bits = uint16_t(sign | (bits_of(of_bits(size) + 0.5f) - 0x3f000000));
     else out.bits = uint16_t(sign | ((size - 0x38000000 + 0xfff + ((size >> 13) & 1)) >> 13));
 #endif
@@ -97,7 +97,7 @@ inline Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
 inline Vec operator/(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
 inline Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 inline Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
-// acc + a · b, lane by lane over pairs of bf16; without an instruction for it, by two of floats.
+// acc + a · b per lane, over pairs of bf16; with two float instructions if the CPU has none for pairs.
 #define PAIRS 1
 inline __m512 add_pairs(__m512 acc, __m512i a, __m512i b) {
 #ifdef __AVX512BF16__
@@ -111,7 +111,7 @@ inline __m512 add_pairs(__m512 acc, __m512i a, __m512i b) {
 }
 inline float sum(Vec a) { return _mm512_reduce_add_ps(a.v); }
 inline float top(Vec a) { return _mm512_reduce_max_ps(a.v); }
-// Whole numbers, and bytes: four to a lane.
+// Integers, and bytes: four per lane.
 struct Ints {
     __m512i v;
 };
@@ -161,7 +161,7 @@ inline Vec exp2(Vec x) {
     const __mmask16 seen = _mm512_cmp_ps_mask(x.v, _mm512_set1_ps(-126.f), _CMP_NLT_UQ);
     return {_mm512_maskz_scalef_ps(seen, p, n)};
 }
-// The sum of each of 16 vectors, as one vector.
+// The sums of 16 vectors, as one vector.
 inline Vec sum_each(const Vec* r) {
     __m512 four[4];
     for (int i = 0; i < 4; ++i) {
@@ -213,8 +213,8 @@ inline Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
 inline Vec operator/(Vec a, Vec b) { return {_mm256_div_ps(a.v, b.v)}; }
 inline Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
 inline Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
-// Pairs of bf16 as floats: the first numbers of a vector of pairs, the second ones; and of one pair,
-// in all lanes.
+// Pairs of bf16 as floats: the first numbers of a vector of pairs; its second numbers; the first and
+// the second number of one pair, in all lanes.
 inline Vec wide_first(__m256i x) { return {_mm256_castsi256_ps(_mm256_slli_epi32(x, 16))}; }
 inline Vec wide_second(__m256i x) {
     const __m256i high = _mm256_set1_epi32(int(0xffff0000));
@@ -224,7 +224,7 @@ inline Vec firsts(const uint32_t* p) { return wide_first(_mm256_loadu_si256((con
 inline Vec seconds(const uint32_t* p) { return wide_second(_mm256_loadu_si256((const __m256i*)p)); }
 inline Vec first(uint32_t pair) { return wide_first(_mm256_set1_epi32(int(pair))); }
 inline Vec second(uint32_t pair) { return wide_second(_mm256_set1_epi32(int(pair))); }
-// Whole numbers, and bytes: four to a lane.
+// Integers, and bytes: four per lane.
 struct Ints {
     __m256i v;
 };
@@ -282,17 +282,17 @@ inline Vec operator/(Vec a, Vec b) { return each([&](int i) { return a.v[i] / b.
 inline Vec fma(Vec a, Vec b, Vec c) {
     return each([&](int i) { return a.v[i] * b.v[i] + c.v[i]; });
 }
-// `b` where either is NaN, as in x86's instruction.
+// Returns `b` if either is NaN, as x86's instruction does.
 inline Vec max(Vec a, Vec b) { return each([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; }); }
-// Pairs of bf16 as floats: the first numbers of a vector of pairs, the second ones; and of one pair,
-// in all lanes.
+// Pairs of bf16 as floats: the first numbers of a vector of pairs; its second numbers; the first and
+// the second number of one pair, in all lanes.
 inline Vec firsts(const uint32_t* p) { return each([=](int i) { return of_bits(p[i] << 16); }); }
 inline Vec seconds(const uint32_t* p) {
     return each([=](int i) { return of_bits(p[i] & 0xffff0000u); });
 }
 inline Vec first(uint32_t pair) { return set1(of_bits(pair << 16)); }
 inline Vec second(uint32_t pair) { return set1(of_bits(pair & 0xffff0000u)); }
-// Whole numbers, and bytes: four to a lane.
+// Integers, and bytes: four per lane.
 struct Ints {
     int32_t v[LANES];
 };
@@ -358,7 +358,7 @@ inline Vec exp2(Vec a) {
         n[i] = x[i] < -126.f ? 0.f : of_bits(uint32_t(std::min(whole, 127.f) + 127.f) << 23);
         x[i] -= whole;
         if (n[i] == 0.f) x[i] = 0.f;
-        if (x[i] != x[i]) n[i] = x[i];  // no number stays none
+        if (x[i] != x[i]) n[i] = x[i];  // NaN stays NaN
     }
     const Vec r = load(x);
     Vec p = set1(1.5403530e-4f);
@@ -373,7 +373,7 @@ inline Vec sum_each(const Vec* r) {
 }
 #endif
 
-// The first n < LANES elements, zeros behind them.
+// The first n < LANES elements, followed by zeros.
 template <class T>
 inline Vec load_part(const T* p, int n) {
     T padded[LANES] = {};
@@ -386,7 +386,7 @@ inline void store_part(T* p, Vec a, int n) {
     store(padded, a);
     std::memcpy(p, padded, size_t(n) * sizeof(T));
 }
-// Elements at..at+LANES of a row of `size`, zeros beyond its end.
+// Elements at..at+LANES of a row of `size`; zeros after its end.
 template <class T>
 inline Vec load_at(const T* row, int at, int size) {
     return at + LANES <= size ? load(row + at) : load_part(row + at, size - at);

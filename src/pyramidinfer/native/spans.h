@@ -1,4 +1,4 @@
-// What decode attention goes over: the pages of a request's KV heads, in blocks of entries.
+// The entries that decode attention reads: the pages of a request's KV heads, in blocks.
 #pragma once
 #include <algorithm>
 #include <cstring>
@@ -22,13 +22,13 @@ struct Decode {
     T* out;
     float *lse, *probs;
     int requests, heads, kv_heads, key_dim, value_dim, page, width, codec;
-    int64_t longest, window;  // window: positions a query sees back, 0 for all
-    float scale, softcap;     // softcap 0: none
+    int64_t longest, window;  // window: number of positions that a query attends to, 0 for all
+    float scale, softcap;     // softcap: 0 for none
 
     int group() const { return heads / kv_heads; }
 };
 
-// softcap(x * scale) in place of raw products.
+// Products → logits: softcap(x * scale).
 inline Vec logits(Vec x, float scale, float softcap) {
     x = x * set1(scale);
     if (softcap == 0.f) return x;
@@ -36,47 +36,48 @@ inline Vec logits(Vec x, float scale, float softcap) {
     return set1(softcap) * (set1(1.f) - set1(2.f) / (set1(1.f) + exp2(y)));
 }
 
-// What all of a request's blocks of one KV head share.
+// Sizes that all blocks share.
 struct Shape {
     int group, key_dim, value_dim, padded_key, padded_value;
 };
 
-// What one span of entries gives a group's heads: [G][padded V] values, [G] tops, [G][LANES] sums.
+// Results of one span of entries for the heads of a group: sums of values [G][padded V], largest
+// logits [G], and sums of weights [G][LANES].
 struct Partial {
     float *values, *top, *sums;
 };
 
-// The part of one head.
+// The results of one head.
 inline Partial of_head(Partial all, int head, int padded_value) {
     return {all.values + head * padded_value, all.top + head, all.sums + head * LANES};
 }
 
-// n <= LANES entries of one page from entry t on, at `slot` of the storage.
+// n <= LANES entries of one page, from entry t on, stored from `slot` on.
 struct Tile {
     int64_t t;
     size_t slot;
     int n;
 };
-// Tiles that are attended to at once; products with tile i are numbers i * LANES.. of a row.
+// Tiles that are attended to at once; products with tile i start at i * LANES of a row.
 constexpr int MOST_TILES = 4, ROW = MOST_TILES * LANES;
 struct Block {
     Tile tiles[MOST_TILES];
     int count;
 
-    // How many entries of tile i come before `end`.
+    // Number of entries of tile i before `end`.
     int seen(int i, int64_t end) const {
         return int(std::max<int64_t>(0, std::min<int64_t>(end - tiles[i].t, tiles[i].n)));
     }
 };
 
-// Rows that read the same pages in a span of a KV head: tokens of one request that are fed together,
-// or requests that share a prefix.  Each page is read once for all of them.
+// Rows that read the same pages in a span of a KV head: tokens of one request in the same step, or
+// requests that share a prefix.  Each page is read once for all of them.
 constexpr int MOST_ROWS = 16;
 struct Bundle {
     int first, rows, kv_head;
     int64_t begin, ends[MOST_ROWS];  // row i attends to begin..ends[i]
     Partial mine[MOST_ROWS];
-    Block following;  // what is attended to after this span
+    Block following;  // the first block that is attended to after this span
 
     int64_t end() const { return *std::max_element(ends, ends + rows); }
 };
@@ -105,14 +106,14 @@ struct Walk {
     }
 };
 
-// Have memory bring `bytes` close; pages lie anywhere, so no hardware can foresee them.
+// Prefetch `bytes`: pages can be anywhere in memory, so the hardware cannot predict them.
 inline void fetch(const void* from, int64_t bytes) {
     for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char*)from + i, 0, 2);
 }
 
-// Products row [ROW] of a block's entries before `end` with one query head of a request become
-// weights; what was summed of the head before shrinks where there is a new top.  How far below the
-// top the largest weight is, NEVER where nothing is seen.
+// Convert a row [ROW] of products of one query head with a block's entries before `end` to weights.
+// If a logit is larger than all before, the head's earlier sums are scaled down.  Returns the
+// block's largest logit minus the head's largest one; NEVER if no entry is attended to.
 template <class T>
 inline float soften(const Decode<T>& a, int request, int head, const Block& block, int64_t end,
                     float* row, Partial to, int padded_value, float* kept_logits) {
@@ -132,14 +133,14 @@ inline float soften(const Decode<T>& a, int request, int head, const Block& bloc
         most = max(most, load(mine));
     }
     const float best = top(most);
-    if (best == NEVER) {  // nothing, or NaN
+    if (best == NEVER) {  // no entry, or NaN
         for (int i = 0; i < block.count; ++i) all = all + load(row + i * LANES);
         if (!std::isnan(sum(all))) {
             for (int i = 0; i < block.count; ++i) store(row + i * LANES, set1(0.f));
             return NEVER;
         }
     }
-    if (!(best <= *to.top)) {  // a new top (or NaN)
+    if (!(best <= *to.top)) {  // a new largest logit (or NaN)
         const float less = *to.top == NEVER ? 0.f : std::exp(*to.top - best);
         for (int d = 0; d < padded_value; d += LANES)
             store(to.values + d, load(to.values + d) * set1(less));

@@ -1,11 +1,11 @@
-// What surrounds attention in a layer of the Llama kind, and a whole decode step of such layers.
+// The parts of a Llama-style layer around attention, and a whole decode step of such layers.
 #pragma once
 #include "cache.h"
 #include "decode.h"
 #include "weights.h"
 
-// What a norm makes of numbers at d, `by` being 1 / rms: rounded, then times a weight of the layer's
-// dtype; or (Gemma) times one of floats, with no rounding in between.
+// Normalized numbers from d on; `by` is 1 / rms.  They are rounded and then multiplied by a weight of
+// the layer's dtype, or (Gemma) multiplied by a float weight without rounding in between.
 template <class T>
 inline Vec normed_at(const T* x, int d, int size, Vec by, const void* weight, bool has_floats) {
     const Vec v = load_at(x, d, size) * by;
@@ -23,7 +23,7 @@ inline Vec one_over_rms(const T* x, int size, float epsilon) {
     return set1(1.f / std::sqrt(sum(squares) / float(size) + epsilon));
 }
 
-// out [rows, size] = the norm of x, on top of a residual where there is one (which may be out).
+// out [rows, size] = norm of x, plus the residual if there is one (which may be out).
 template <class T>
 inline void rms_norm(const T* x, int64_t rows, int64_t size, const void* weight, bool has_floats,
                      float epsilon, T* out, const T* residual = nullptr) {
@@ -39,7 +39,7 @@ inline void rms_norm(const T* x, int64_t rows, int64_t size, const void* weight,
     }
 }
 
-// The same of one head x [size], in place.
+// The same for one head x [size], in place.
 template <class T>
 inline void norm_head(T* x, int size, const void* weight, bool has_floats, float epsilon) {
     const Vec by = one_over_rms(x, size, epsilon);
@@ -47,16 +47,16 @@ inline void norm_head(T* x, int size, const void* weight, bool has_floats, float
         store_at(x, normed_at(x, d, size, by, weight, has_floats), d, size);
 }
 
-// How a row [H + 2K, D] of queries, keys and values becomes what attention sees.
+// How a row [H + 2K, D] of queries, keys and values is prepared for attention.
 struct Heads {
-    int64_t heads, kv_heads, size, rotated;  // rotated: numbers of a head that have an angle
+    int64_t heads, kv_heads, size, rotated;  // rotated: rotated numbers per head
     const void *query_norm, *key_norm;      // [D] or null
     float epsilon;
-    int64_t floats;  // whether norms have weights of floats
+    int64_t floats;  // whether the weights of norms are floats
 };
 
-// Turn queries and keys by the angles cos, sin [rows, rotated] (two halves, as in Llama; the rest
-// of a head stays), in place.  Threads go on with their own rows at once.
+// Rotate queries and keys by the angles cos, sin [rows, rotated], in place (in two halves as in Llama;
+// the rest of a head is unchanged).  Threads continue with their own rows without waiting.
 template <class T>
 inline void rotate(T* qkv, int64_t rows, const Heads& h, const float* cos, const float* sin) {
 #pragma omp for schedule(static) nowait
@@ -78,38 +78,38 @@ inline void rotate(T* qkv, int64_t rows, const Heads& h, const float* cos, const
     }
 }
 
-// One layer's weights, and where its cache lies.
+// One layer's weights and cache.
 struct Layer {
     const void *norm1, *norm2;    // [hidden]
-    const void *after1, *after2;  // [hidden] or null: norms of what is added to the residual
+    const void *after1, *after2;  // [hidden] or null: norms before the residual is added
     Linear qkv, out, gate_up, down;
     void *keys, *values;
     int32_t* positions;
     float* scores;
-    fp16 *key_scales, *value_scales;  // null where entries lie as they are
+    fp16 *key_scales, *value_scales;  // null if entries are not quantized
     const void *query_norm, *key_norm;
     float scale, epsilon;
-    int64_t window, angles;  // angles: which of the step's tables turns its keys, -1 for none
-    int64_t gating, floats;  // GATED or GELU; whether norms have weights of floats
+    int64_t window, angles;  // angles: index of its table of angles in the step, -1 for none
+    int64_t gating, floats;  // GATED or GELU; whether the weights of norms are floats
 };
 
 struct Step {
     const Layer* layers;
     int64_t depth, hidden, inner, heads, kv_heads, size, page, rows, width, rotated, codec;
     const float *cos, *sin;                  // [tables, rows, rotated]
-    const int64_t *pages, *offsets;          // [depth, rows, kv_heads] where the new entries go
+    const int64_t *pages, *offsets;          // [depth, rows, kv_heads], of the new entries
     const int32_t* tables;                   // [depth, rows, kv_heads, width]
     const int64_t *lengths, *at, *longest;   // [depth, rows, kv_heads], [rows], [depth]
     void* queries;                           // [depth, rows, heads, size] or null: kept for rings
     float* lse;                              // [depth, rows, heads]
     float* const* probs;                     // [depth] of [rows, kv_heads, longest], or null
-    const Adapted* adapted;                  // null where no row has an adapter
-    double* seconds;                         // [Part] to add each part's time to, or null
+    const Adapted* adapted;                  // null if no row has an adapter
+    double* seconds;                         // [Part], to which each part's time is added, or null
 };
 
 enum Part { NORMS, QKV, CACHE, ATTENTION, OUT, GATE_UP, DOWN };
 
-// The time since the last part ended, by the first thread's clock.
+// Adds the time since the last part ended, measured by the first thread.
 struct Clock {
     double* seconds;
     double last = seconds ? omp_get_wtime() : 0.;
@@ -120,7 +120,7 @@ struct Clock {
     }
 };
 
-// x [rows, hidden] through all layers, in place.
+// Run x [rows, hidden] through all layers, in place.
 template <class T>
 inline void decode_step(const Step& s, T* x) {
     static thread_local Scratch kept, spans_room, logits_room, codes_room, low_space;

@@ -1,27 +1,27 @@
-// Linears on weights of few bits: codes of 8 or 4 bits with a scale for every GROUP inputs (or half
-// of them), and a least value where the format has one.  Rows are coded in 8 bits on their way in,
-// each for itself, so that products are of whole numbers; sums over groups are of floats, in the
-// order of the groups.
+// Linears with quantized weights: codes of 8 or 4 bits with a scale for every GROUP inputs (or every
+// half of a group), and a minimum if the format has one.  Input rows are quantized to 8 bits, each
+// independently of the others, so that products are products of integers.  Sums over groups are sums
+// of floats, in the order of the groups.
 //
-// A panel is [groups] of: scales [parts][COLUMNS], least values [parts][COLUMNS] where there are
-// any, codes: bytes [units of four inputs][COLUMNS][4].  Bytes of 4-bit codes hold unit u in their
-// low halves and unit u + 4 in their high ones.
+// A panel is [groups] of: scales [parts][COLUMNS]; minima [parts][COLUMNS], if the format has them;
+// codes: bytes [units of four inputs][COLUMNS][4].  A byte with 4-bit codes has unit u in its low half
+// and unit u + 4 in its high half.
 #pragma once
 #include "matmul.h"
 #include "scratch.h"
 
 constexpr int GROUP = 32;
 constexpr int HALF = GROUP / 2;
-constexpr int FOURS = GROUP / 4;       // units of a group
-constexpr int EACH_ITS_OWN = 16 << 10;  // up to so many numbers every thread codes all rows itself
-constexpr int MIDDLE = 128;            // what codes of 8 bits without a least value stand above
+constexpr int FOURS = GROUP / 4;       // units per group
+constexpr int EACH_ITS_OWN = 16 << 10;  // up to this many numbers, every thread quantizes all rows itself
+constexpr int MIDDLE = 128;            // the code of zero in 8-bit formats without a minimum
 
 constexpr bool has_four_bits(int64_t format) { return format & FOUR; }
 constexpr bool has_least(int64_t format) { return format & LEAST; }
-constexpr int parts_of(int64_t format) { return format & HALVES ? 2 : 1; }  // scales of a group
+constexpr int parts_of(int64_t format) { return format & HALVES ? 2 : 1; }  // scales per group
 
 inline int64_t groups_of(int64_t depth) { return ceil_div(depth, GROUP); }
-// Bytes of a group's scales, or of its least values; and of both, which lie before its codes.
+// Bytes of a group's scales, or of its minima; and of both, which precede its codes.
 constexpr size_t scale_bytes(int64_t format) {
     return size_t(COLUMNS) * parts_of(format) * (format & FLOATS ? 4 : 2);
 }
@@ -35,7 +35,7 @@ inline size_t panel_bytes(int64_t format, int64_t depth) {
     return group_bytes(format) * size_t(groups_of(depth));
 }
 
-// Scales (or least values) of a group from place `at` on, as they are stored.
+// Scales (or minima) of a group from index `at` on, converted from the stored type.
 inline Vec load_scales(const uint8_t* from, int at, int64_t format) {
     if (format & FLOATS) return load(reinterpret_cast<const float*>(from) + at);
     return load(reinterpret_cast<const fp16*>(from) + at);
@@ -49,18 +49,18 @@ inline void put_scale(uint8_t* to, int at, int64_t format, float scale) {
     else from_float(scale, reinterpret_cast<fp16*>(to)[at]);
 }
 
-// --- rows on their way in -----------------------------------------------------------------------
+// --- input rows ---------------------------------------------------------------------------------
 
-// Rows as codes -127..127 with a scale for every group, ROWS of them side by side as a tile reads
-// them: codes [tiles][groups][ROWS][GROUP], scales [tiles][groups][ROWS].  And for each half of a
-// group, [tiles][groups][2][ROWS], what the format needs of the sum of its codes: `excess`, which
-// takes away what weights that stand MIDDLE above give too much, or, for least values, `sums`, times
-// the scale.  Where halves share a scale, the first one has both together.
+// Rows as codes -127..127 with a scale for every group, ROWS of them next to each other, as a tile
+// reads them: codes [tiles][groups][ROWS][GROUP], scales [tiles][groups][ROWS].  In addition, for each
+// half of a group, [tiles][groups][2][ROWS], a multiple of the sum of its codes: `excess` cancels the
+// offset MIDDLE of the weights' codes; formats with a minimum use `sums`, the sum times the scale.
+// If the halves of a group share a scale, the first half has the sum of both.
 struct CodedRows {
     int8_t* codes;
     float* scales;
     int32_t* excess;
-    float* sums;  // the same place
+    float* sums;  // the same memory as excess
 };
 inline size_t coded_bytes(int64_t rows, int64_t depth) {
     return size_t(round_up(rows, ROWS)) * size_t(groups_of(depth)) * (GROUP + 12);
@@ -84,7 +84,7 @@ inline void code_row(const T* x, int64_t row, int64_t depth, int64_t format, con
             most = max(most, max(part[i], set1(0.f) - part[i]));
             none = fma(part[i], set1(0.f), none);
         }
-        const float largest = top(most), lost = sum(none);  // lost: no number where one is none
+        const float largest = top(most), lost = sum(none);  // lost: NaN if an input is not finite, else 0
         const bool is_plain = largest > 0.f && lost == 0.f;
         const Vec by = set1(is_plain ? 127.f / largest : 0.f);
         const int64_t tile = (row / ROWS * groups + g) * ROWS, r = row % ROWS;
@@ -105,8 +105,8 @@ inline void code_row(const T* x, int64_t row, int64_t depth, int64_t format, con
 
 // --- products -----------------------------------------------------------------------------------
 
-// acc[rows][N] += `units` units of inputs of codes with those of rows [ROWS][GROUP]; codes of 4 bits
-// have as many again in their high halves, which belong to the units from FOURS / 2 on.
+// acc[rows][N] += products of `units` units of codes with those of rows [ROWS][GROUP].  4-bit codes
+// have the same number of units again in their high halves, which are units FOURS / 2 and following.
 template <bool IS_FOUR, int R, int N>
 inline void add_units(Ints (&acc)[R][N], const uint8_t* codes, const int8_t* rows, int units) {
     const auto four = [&](int r, int u) {
@@ -139,7 +139,7 @@ inline void add_units(Ints (&acc)[R][N], const uint8_t* codes, const int8_t* row
 template <int N>
 using Coding = std::integral_constant<int64_t, N>;
 
-// f(format as a constant): all that are made.
+// f(format as a constant), for every format that exists.
 template <class F>
 inline void by_format(int64_t format, F f) {
     constexpr int coarse = CODES | LEAST | FLOATS, fine = CODES | HALVES | FLOATS;
@@ -187,11 +187,11 @@ inline void add_group(Vec (&sum)[R][N], const uint8_t* group, int first,
     }
 }
 
-// acc[rows] = rows · the columns of a panel; nothing in it depends on the layer's dtype.
+// acc[rows] = rows · columns of a panel; independent of the layer's dtype.
 template <int64_t FORMAT, int R>
 __attribute__((noinline)) void coded_sums(Vec (&acc)[R][WIDE], const CodedRows& a, const Linear& w,
                                           int64_t row, int64_t panel, const char*& next, int lines) {
-    constexpr int N = R > ROWS / 2 ? WIDE / 2 : WIDE;  // vectors at once: what fits the registers
+    constexpr int N = R > ROWS / 2 ? WIDE / 2 : WIDE;  // vectors at a time, as many as fit into registers
     const int64_t groups = groups_of(w.depth);
     constexpr size_t size = group_bytes(FORMAT);
     const auto* from = reinterpret_cast<const uint8_t*>(w.packed) + size_t(panel) * groups * size;
@@ -223,14 +223,13 @@ inline void coded_linear(const CodedRows& a, int64_t rows, const Linear& w, Epil
                });
 }
 
-// Room that `linear` needs for rows of weights with codes, shared by all threads.
+// Working memory that `linear` needs for quantized rows, shared by all threads.
 inline size_t linear_room(int64_t rows, const Linear& w) {
     return w.format == NUMBERS ? 0 : coded_bytes(rows, w.depth);
 }
 
-// out [rows, columns (or half of them, GATED)] = a [rows, depth] · weights, whatever their format,
-// and what rows' adapters add.
-// To be called by all threads of a parallel region (or by one alone).
+// out [rows, columns (or half of them, GATED)] = a [rows, depth] · weights of any format, plus the
+// outputs of the rows' adapters.  All threads of a parallel region must call it (or a single thread).
 template <class T>
 inline void linear(const T* a, int64_t rows, const Linear& w, Epilogue how, const T* residual,
                    T* out, char* room, const Low& low = {}) {
@@ -248,7 +247,7 @@ inline void linear(const T* a, int64_t rows, const Linear& w, Epilogue how, cons
     coded_linear<T>(shared, rows, w, how, residual, out, low);
 }
 
-// Columns of a linear's weights as numbers: out [count, depth].
+// Columns of a linear's weights, dequantized: out [count, depth].
 template <class T>
 inline void read_numbers(const Linear& w, const int64_t* columns, int64_t count, T* out) {
     using U = LinearUnit<T>;

@@ -84,7 +84,7 @@ class Retaining(Limited):
 
     def entries(self, text_len: int) -> int:
         """The mean budget per layer without ``keep``: the option ``capacity`` of methods that have
-        it, else everything, unless a method overrides this."""
+        it, else all entries; methods may override it."""
         found: int = getattr(self, "capacity", text_len)
         return found
 

@@ -108,7 +108,7 @@ async def answer_alone(service: Service, body: ResponseRequest) -> dict[str, Any
 
 @contextmanager
 def _own_names() -> Iterator[None]:
-    """Errors of the equivalent chat name the fields of the Responses API."""
+    """Make errors of the equivalent chat name the fields of the Responses API."""
     try:
         yield
     except ApiError as error:

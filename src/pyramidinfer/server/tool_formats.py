@@ -58,7 +58,7 @@ FORMATS = (
     ToolFormat("llama3", "", "", "; ", "", key="parameters"),
 )
 
-#: Limit of enforced calls in one answer: a small model may repeat a call for ever.
+#: Limit of enforced calls in one answer: a small model may repeat a call endlessly.
 MOST_CALLS = 8
 
 #: Prompt for tools (Hermes's) if the chat template does not handle tools.

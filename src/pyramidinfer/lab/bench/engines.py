@@ -35,7 +35,7 @@ EVICTED = {"A": 352, "B": 1952}
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """``requests`` prompts of ``prompt_len`` tokens, ``new`` generated each."""
+    """``requests`` prompts of ``prompt_len`` tokens, each with ``new`` generated tokens."""
 
     requests: int
     prompt_len: int
@@ -48,8 +48,8 @@ WORKLOADS = {"A": Workload(16, 512, 64), "B": Workload(4, 4096, 64), "C": Worklo
 @dataclass(frozen=True)
 class Engine:
     """environment: folder under the peers' folder, None for ours;  driver: script in the drivers'
-    folder;  options: the driver's options;  weights, cache: bits;  on: the workloads of the table
-    above that it runs on, all without any;  converts: whether the driver converts the model;
+    folder;  options: the driver's options;  weights, cache: bits;  on: names of the ``WORKLOADS``
+    that it runs on (empty: all);  converts: whether the driver converts the model;
     whole: whether every entry of the cache is kept."""
 
     name: str
@@ -78,7 +78,7 @@ class Engine:
         return environments / self.environment / "bin" / "python"
 
     def runs_on(self, name: str) -> bool:
-        """Whether it is measured on a workload; a workload of one's own is for all engines."""
+        """Whether it is measured on a workload; those outside ``WORKLOADS`` are for all."""
         return not self.on or name in self.on or name not in WORKLOADS
 
     def options_for(self, name: str, workload: Workload, kv_memory: str) -> dict[str, Any]:
@@ -132,7 +132,7 @@ def _vllm() -> Engine:
 
 
 def _openvino(weights: int, cache: int, evict: bool = False) -> Engine:
-    """16-bit weights are stored in float16, and computed with in bfloat16 like all others."""
+    """16-bit weights are stored in float16; computation is in bfloat16, as in all other engines."""
     options: dict[str, Any] = {
         "weights": {16: "fp16", 8: "int8", 4: "int4"}[weights],
         "cache": {16: "bf16", 8: "u8"}[cache],
@@ -170,9 +170,10 @@ def _press(name: str, press: str) -> Engine:
     return _named(f"kvpress, {name} {KEEP:g}", 16, 16, "kvpress", options, whole=False)
 
 
-#: In the order of the measurements: what is compared stands together.  For one user only: a 16-bit
-#: cache with quantized weights, which only llama.cpp has, and llama.cpp's kinds beyond the usual
-#: ones.  It takes minutes for B, where only its fastest usual kind is measured.
+#: In the order of measurement; engines that are compared are next to each other.  Only for a single
+#: request: a 16-bit cache with quantized weights (of the others, only llama.cpp has this), and
+#: llama.cpp's less usual types.  llama.cpp takes minutes for B, so only its fastest usual type
+#: runs there.
 ENGINES: tuple[Engine, ...] = (
     _transformers(),
     _ours(16, 16, "full"),
@@ -212,8 +213,8 @@ ENGINES: tuple[Engine, ...] = (
 def chosen_engines(
     names: Iterable[str], bits: Iterable[str] = (), engines: Iterable[Engine] = ENGINES
 ) -> list[Engine]:
-    """Engines by name or by the beginning of a name (``ours`` selects all of ours), and of these
-    only those with some ``bits`` (``8/16``: weights/cache).  All without a name or bits."""
+    """Engines whose name begins with one of ``names`` (``ours`` selects all of ours) and whose bits
+    are among ``bits`` (``8/16``: weights/cache).  An empty list selects all."""
     engines, bits = list(engines), list(bits)
     wanted = [name.strip().lower() for name in names if name.strip()]
     for name in wanted:

@@ -203,7 +203,7 @@ def _rate_of(accepted: float, count: float) -> float:
 
 
 def _check_answers(plan: LosslessPlan, runner: ModelRunner, text: TokenIds) -> dict[str, int]:
-    """Answer prompts of 40 to 400 tokens with and without drafts, many in a batch: how many of the
+    """Answer prompts of 40 to 400 tokens with and without drafts, many in a batch; returns how many
     answers differ, and how many tokens were drafted and accepted."""
     count, longest = plan.check_prompts, 400
     starts = np.linspace(0, len(text) - longest, count).astype(int).tolist()

@@ -1,10 +1,11 @@
-"""One model and the same prompts on one engine after another.
+"""Run one model with the same prompts on one engine after another.
 
 ``python -m pyramidinfer.lab.bench.peers``, or ``make bench-peers``.
 
 Every engine runs in its own process, and peers in their own environments (``make peers``).  An
-engine that is not installed, fails or takes too long gets a row that says so.  Every row is stored
-in the work folder as soon as it is measured, so that ``--resume`` continues an interrupted run.
+engine that is not installed, fails or takes too long gets a row with the reason.  Every row is
+stored in the work folder as soon as it is measured, so that ``--resume`` continues an interrupted
+run.
 """
 
 from __future__ import annotations
@@ -51,8 +52,8 @@ WIDTH = 150  # of the table
 #: File in the work folder with the rows of a run, their tokens included.
 ROWS = "rows.json"
 JUDGE = "transformers 16/16"
-#: A 16-bit engine on real weights whose answers begin with transformers' token less often runs
-#: another model: a conversion went wrong.
+#: If a smaller share of a 16-bit engine's answers on real weights begins with transformers' token,
+#: the engine runs another model, because a conversion went wrong.
 SAME_FIRST = 0.5
 
 
@@ -81,7 +82,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Folders:
-    """work: of a model, its conversions and a run's rows;  environments, drivers: of the peers."""
+    """work: of the model, its conversions and the rows;  environments, drivers: of the peers."""
 
     work: Path
     environments: Path = Path(".peers")
@@ -237,14 +238,14 @@ def _store(path: Path, plan: Comparison, run: str, rows: dict[tuple[str, str], R
 def _interrupted(
     path: Path, plan: Comparison
 ) -> tuple[Comparison, str, dict[tuple[str, str], Row]]:
-    """An interrupted run with the workloads of both, its time, and its rows; ``ValueError`` if it
-    had other settings."""
+    """An interrupted run: its plan with the workloads of ``plan`` added, its time, and its rows;
+    ``ValueError`` if it had other settings."""
     entry = json.loads(path.read_text("utf-8"))
     then, now = entry["configuration"], plan.configuration
     loads = {**then["workloads"], **now["workloads"]}
     same = all(now["workloads"].get(name, each) == each for name, each in then["workloads"].items())
     if not same or {**then, "workloads": loads} != {**now, "workloads": loads}:
-        raise ValueError(f"{path} was measured with other settings; omit --resume to begin anew")
+        raise ValueError(f"{path} was measured with other settings; omit --resume to start anew")
     both = replace(plan, workloads={n: Workload(**each) for n, each in sorted(loads.items())})
     rows = {(row["engine"], row["workload"]): row for row in entry["rows"]}
     return both, entry["run"], rows
@@ -315,7 +316,7 @@ def _parser() -> argparse.ArgumentParser:
         "--enough-seconds",
         type=float,
         default=usual.enough_seconds,
-        help="no further repeat after so many",
+        help="no further repeat after this time",
     )
     add("--limit", type=float, default=LIMIT, help="seconds for an engine on a workload")
     add("--json", type=Path, default=Path("benchmarks/results/peers.json"))
@@ -323,8 +324,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--work", type=Path, default=Path("out/peers"), help="models and converted models")
     add("--environments", type=Path, default=Path(".peers"))
     add("--resume", action="store_true", help="continue an interrupted run")
-    add("--prepare", action="store_true", help="make and convert the model, and stop")
-    add("--list", action="store_true", help="name the engines and stop")
+    add("--prepare", action="store_true", help="only make and convert the model")
+    add("--list", action="store_true", help="only list the engines")
     return parser
 
 

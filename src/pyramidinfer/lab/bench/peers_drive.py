@@ -1,4 +1,4 @@
-"""One engine's process: a job for its driver, and its answer or the reason why there is none."""
+"""Runs an engine's driver in its own process; returns its answer, or why it failed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The model that all engines of a comparison load, and their prompts; both are made once."""
+"""The model that all engines of a comparison load, and its prompts; both are made once."""
 
 from __future__ import annotations
 
@@ -46,15 +46,15 @@ def shared_model(shape: str, work: Path, seed: int, layers: int | None = None) -
 
 
 def _round(source: str, folder: Path, changes: dict[str, Any]) -> None:
-    """A fetched model in bfloat16: what was dequantized of its file is in float32."""
+    """A fetched model in bfloat16; weights dequantized from its file are in float32."""
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16, **changes)
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(source).save_pretrained(folder)
 
 
 def cache_memory(folder: Path, workload: Workload) -> str:
-    """What our ``kv_memory`` is for a workload: a full 16-bit cache, a quarter more, and room for
-    prompts in progress."""
+    """Our ``kv_memory`` for a workload: the bytes of a full 16-bit cache, a quarter more, and the
+    memory of prompts in progress."""
     config = AutoConfig.from_pretrained(folder)
     heads = config.num_key_value_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -64,7 +64,7 @@ def cache_memory(folder: Path, workload: Workload) -> str:
 
 
 def make_prompts(shape: str, folder: Path, workload: Workload, seed: int) -> list[list[int]]:
-    """Token ids: stretches of real English for a real model, random ones for random weights."""
+    """Token ids: passages of real English for a real model, random ones for random weights."""
     draw = np.random.default_rng(seed)
     count, length = workload.requests, workload.prompt_len
     if not is_real(shape):

@@ -26,7 +26,7 @@ __all__ = ["BEGIN", "END", "PAGE", "PEER_SHAPES", "peers", "render_speed"]
 Result = dict[str, Any]
 PAGE = Path("README.md")
 BEGIN, END = "<!-- from benchmarks/results/peers.json -->", "<!-- end -->"
-#: Shapes with random weights that are measured too, each in a result of its own.
+#: Further shapes that are measured with random weights, each in its own result.
 PEER_SHAPES = ("qwen2.5-0.5b", "llama3.2-1b")
 
 
@@ -82,7 +82,7 @@ def peers(entry: Result, picture: str = "peers") -> str:
 
 
 def _notes(rows: list[Result]) -> list[str]:
-    """What engines say of themselves, once each."""
+    """A note about each engine that has one."""
     found = {row["engine"]: row["note"] for row in rows if row["note"]}
     for row in rows:
         notes = row.get("notes", {})
@@ -109,9 +109,9 @@ def render_speed(page: str, entry: Result, weights: Result | None) -> str:
         f"The figure compares engines on {_model(c['shape'])}, on {entry['machine']['cores']} CPU "
         f"cores with {c['threads']} threads, at equal bits of weights and KV cache (`8/16`: 8-bit "
         f"weights, 16-bit cache), with the same prompts, one engine after the other in one run "
-        f"(`make bench-peers`). In the table: output tokens per second, and in brackets how many "
-        f"times as many as the fastest other engine generates; `pyramid` and `pyramidinfer` (the "
-        f"paper's rule) have keep={KEEP:g}.\n",
+        f"(`make bench-peers`). The table shows output tokens per second, and in brackets the "
+        f"ratio to the fastest other engine. `pyramid` and `pyramidinfer` (the paper's rule) have "
+        f"keep={KEEP:g}.\n",
         *table([*head, "fastest other engine"], [row for row in rows if row]),
         "",
     ]
@@ -129,7 +129,7 @@ def render_speed(page: str, entry: Result, weights: Result | None) -> str:
 
 
 def _speed_row(configuration: Result, result: Result, group: Group) -> list[str]:
-    """A line of the table; empty if ours or every other engine was not measured."""
+    """A row of the table; empty if our engine, or every other engine, was not measured."""
     name, bits = group
     best = best_peer(result, group)
     speeds = {

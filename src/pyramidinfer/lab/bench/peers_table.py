@@ -25,7 +25,7 @@ __all__ = [
 Result = dict[str, Any]
 #: Workload, and bits of weights and cache.
 Group = tuple[str, str]
-#: Our policies by their names in rows.
+#: Our policies, with their names in rows.
 OURS = {
     "full": "ours, full",
     "pyramid": f"ours, pyramid {KEEP:g}",

@@ -201,7 +201,7 @@ def draw_peers(configuration: Result, result: Result, path: Path) -> Path:
 
 
 def _places(bits: list[str]) -> tuple[list[int], list[tuple[int, str]]]:
-    """Where the bars stand, and where the heading of each group does."""
+    """Positions of the bars, and of the heading of each group."""
     places: list[int] = []
     heads: list[tuple[int, str]] = []
     at = 0

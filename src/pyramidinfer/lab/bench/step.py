@@ -1,5 +1,5 @@
-"""``bench step``: a decode step by part, for each format of the weights and each batch, and how
-close it comes to the time in which the weights can be read."""
+"""``bench step``: time of a decode step by part, for each format of the weights and each batch, and
+the share of the read bandwidth that it reaches."""
 
 from __future__ import annotations
 
@@ -27,10 +27,11 @@ from pyramidinfer.types import SamplingParams, TokenIds
 
 __all__ = ["StepPlan", "run_step"]
 
-#: Bytes that are read after each pass, some times: other programs may slow down both alike.
+#: Bytes that are read after each pass, and how often: other programs slow down both the pass and
+#: the reads.
 READ, READS = 256 * 2**20, 5
-#: Parts of a step: of all layers together (``PARTS``), the head, the rest of the forward pass
-#: (pages, positions, embedding), and the engine around it (best token, bookkeeping).
+#: Parts of a step: those of all layers together (``PARTS``), the head, the rest of the forward pass
+#: (pages, positions, embedding), and the engine (best token, bookkeeping).
 STEP_PARTS = (*PARTS, "head", "inputs", "engine")
 
 
@@ -69,8 +70,11 @@ def _prompts(plan: StepPlan, llm: LLM, batch: int) -> list[TokenIds]:
 
 
 def _row(passes: list[np.ndarray], size: int, reads: list[float]) -> dict[str, Any]:
-    """Figures of passes, each the seconds of its steps by part ``[steps, parts]``, with ``size``
-    bytes of weights; reads : bytes read per second after each pass."""
+    """Figures of one row.
+
+    passes : of each pass, the seconds of its steps by part, ``[steps, parts]``;  size : bytes of
+    the weights;  reads : bytes read per second after each pass.
+    """
     medians = [np.median(each, axis=0) for each in passes]
     parts = dict(zip(STEP_PARTS, np.median(medians, axis=0).tolist(), strict=True))
     steps = [float(np.median(each.sum(axis=1))) for each in passes]
@@ -85,7 +89,7 @@ def _row(passes: list[np.ndarray], size: int, reads: list[float]) -> dict[str, A
 
 
 def _read_rate(memory: torch.Tensor) -> float:
-    """Bytes per second at which memory is read now: median of a few times."""
+    """Bytes per second at which memory is read now, the median of a few reads."""
     seconds = []
     for _ in range(READS):
         began = time.perf_counter()
