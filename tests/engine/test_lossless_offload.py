@@ -29,6 +29,8 @@ def away(name: str = "snapkv", family: str = "llama", **options: Any) -> Engine:
         ("pyramid", "opt", 3),
         ("streaming_llm", "gemma3_text", 8),
         ("pyramidinfer", "llama", 3),
+        ("expected_attention", "llama", 3),
+        ("fastkv", "gemma3_text", 3),
     ],
 )
 def test_the_full_cache_answers(name: str, family: str, steps: int) -> None:
@@ -38,7 +40,12 @@ def test_the_full_cache_answers(name: str, family: str, steps: int) -> None:
         found.append(queue(engine, random_prompt(number, size[0]), size[1]))
         step(engine)
         step(engine)
-    finish(engine)
+    while not engine.scheduler.idle:
+        step(engine)
+        for each in (*engine.scheduler.prefilling, *engine.scheduler.running):
+            assert each.table.away is not None
+            assert each.table.away.bytes <= each.table.away.reserved
+    engine.check()
     assert outputs(found) == [alone("full", family, i, *size) for i, size in enumerate(SIZES[:3])]
     for each in found:
         assert each.kv is not None
