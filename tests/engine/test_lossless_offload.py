@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,8 +19,11 @@ from tests.engine.test_lossless import SIZES, begin, drafted_by, outputs, run
 from tests.tiny import random_prompt
 
 
+GIVEN = {"offload_lossless": True, "host_kv_memory": "4MiB"}
+
+
 def away(name: str = "snapkv", family: str = "llama", **options: Any) -> Engine:
-    return begin(name, family, **{"offload_lossless": True, "host_kv_memory": "4MiB", **options})
+    return begin(name, family, **{**GIVEN, **options})
 
 
 @pytest.mark.parametrize(
@@ -173,3 +177,16 @@ def test_the_same_engine_serves_requests_that_are_not_lossless() -> None:
     finish(engine)
     assert kept.away is None and engine.conversations.count == 1
     assert drafted_by("snapkv").guesses
+
+
+def test_sliding_layers_stay_in_the_pool() -> None:
+    """All of what they hold is reserved, whatever the policy would drop before it reaches them."""
+    drafts = make_policy("fastkv", 0.05, window=2, propagate_ratio=0.05)
+    engine = start(Lossless(drafts), "gemma3_text", **GIVEN)
+    request = queue(engine, random_prompt(0, 90), 2)
+    step(engine)
+    most, sliding = request.cost.after_prefill, ~np.array(request.layers.governed)
+    assert most is not None and most.entries is not None
+    assert sliding.any() and (request.table.kept <= most.entries)[sliding].all()
+    finish(engine)
+    assert request.output == alone("full", "gemma3_text", 0, 90, 2)

@@ -29,6 +29,7 @@ def away_for(shared: Shared, policy: Policy, length: int, layers: Layers) -> Awa
     layout, kv_heads = shared.pool.layout, shared.runner.kv_heads
     chosen = policy.chooser.forecast(length, 0, layers).by_head(kv_heads)
     most = np.maximum(1, layout.pages_for(np.minimum(chosen, length)))
+    most[~np.array(layers.governed)] = layout.pages_for(length)  # sliding layers stay in the pool
     pages = kv_heads * (length // layout.page_size)
     size = pages * int(layout.layer_page_bytes[list(layers.governed)].sum())
     return Away(most, layout.page_size, shared.copier.host_bytes(size) if size else 0)
