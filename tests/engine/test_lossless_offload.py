@@ -10,6 +10,7 @@ import torch
 
 from pyramidinfer import SamplingParams
 from pyramidinfer.cache import Staging
+from pyramidinfer.cache.group import Group
 from pyramidinfer.config import EngineConfig
 from pyramidinfer.engine import Engine
 from pyramidinfer.engine.checks import ContextLengthError
@@ -190,3 +191,25 @@ def test_sliding_layers_stay_in_the_pool() -> None:
     assert sliding.any() and (request.table.kept <= most.entries)[sliding].all()
     finish(engine)
     assert request.output == alone("full", "gemma3_text", 0, 90, 2)
+
+
+def test_spare_pages_are_freed_if_not_all_can_be_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = away()
+    mine = [queue(engine, random_prompt(i, 70), 9) for i in range(2)]
+    while not all(each.output for each in mine):
+        step(engine)
+    real, calls = Group.take, []
+
+    def fails(group: Group, count: int) -> list[int]:
+        calls.append(count)
+        if len(calls) == 2:
+            raise RuntimeError("once")
+        return real(group, count)
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="once"):
+        patch.setattr(Group, "take", fails)
+        engine.step()
+    assert calls[0] > 0
+    engine.pool.check()
+    finish(engine)
+    assert outputs(mine) == [alone("full", "llama", i, 70, 9) for i in range(2)]
