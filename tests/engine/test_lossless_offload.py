@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pyramidinfer import SamplingParams
-from pyramidinfer.cache import Staging
+from pyramidinfer.cache import Exported, Staging
 from pyramidinfer.cache.group import Group
 from pyramidinfer.config import EngineConfig
 from pyramidinfer.engine import Engine
@@ -213,3 +213,30 @@ def test_spare_pages_are_freed_if_not_all_can_be_taken(monkeypatch: pytest.Monke
     engine.pool.check()
     finish(engine)
     assert outputs(mine) == [alone("full", "llama", i, 70, 9) for i in range(2)]
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_conversations_make_room_in_both_places(
+    late: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if one that leaves the pool for the host is still being copied (``late``)."""
+    length, new = 90, 9
+    asked = away().make(random_prompt(0, length), SamplingParams(max_tokens=new))
+    assert asked.away is not None
+    engine = away(kv_memory=asked.cost.bytes + 4096, host_kv_memory=asked.away.reserved + 64)
+    kept = queue(engine, random_prompt(1, 40), 9, make_policy("full"), owner="ann")
+    finish(engine)
+    assert kept.finish_reason and engine.conversations.count == 1
+    if late:
+        queries = iter([False] * 6)
+        monkeypatch.setattr(Exported, "is_here", property(lambda _: next(queries, True)))
+        engine.conversations._drop()
+    mine = queue(engine, random_prompt(0, length), new)
+    for _ in range(200):
+        if engine.scheduler.idle:
+            break
+        step(engine)
+        assert engine.conversations.host.bytes + engine.scheduler.host_bytes <= (
+            engine.config.host_budget
+        )
+    assert mine.output == alone("full", "llama", 0, length, new)
