@@ -194,7 +194,7 @@ def test_sliding_layers_stay_in_the_pool() -> None:
 
 
 def test_spare_pages_are_freed_if_not_all_can_be_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = away()
+    engine = away(steps=0)
     mine = [queue(engine, random_prompt(i, 70), 9) for i in range(2)]
     while not all(each.output for each in mine):
         step(engine)
