@@ -215,6 +215,20 @@ def test_spare_pages_are_freed_if_not_all_can_be_taken(monkeypatch: pytest.Monke
     assert outputs(mine) == [alone("full", "llama", i, 70, 9) for i in range(2)]
 
 
+def test_pinned_blocks_are_rounded_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pinned memory is allocated in powers of two, and every tensor of a layer is a block."""
+    engine, total = away(), 0
+    monkeypatch.setattr(engine.shared.copier, "_stream", object())
+    asked = engine.make(random_prompt(0, 90), SamplingParams(max_tokens=9))
+    for layer in range(engine.runner.depth):
+        for each in engine.pool.group(layer).tensors():
+            size, block = engine.runner.kv_heads * (90 // 4) * each[0].nbytes, 1
+            while block < size:
+                block *= 2
+            total += block
+    assert asked.away is not None and asked.away.reserved == total
+
+
 @pytest.mark.parametrize("late", [False, True])
 def test_conversations_make_room_in_both_places(
     late: bool, monkeypatch: pytest.MonkeyPatch

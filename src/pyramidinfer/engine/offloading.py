@@ -31,8 +31,9 @@ def away_for(shared: Shared, policy: Policy, length: int, layers: Layers) -> Awa
     most = np.maximum(1, layout.pages_for(np.minimum(chosen, length)))
     most[~np.array(layers.governed)] = layout.pages_for(length)  # sliding layers stay in the pool
     pages = kv_heads * (length // layout.page_size)
-    size = pages * int(layout.layer_page_bytes[list(layers.governed)].sum())
-    return Away(most, layout.page_size, shared.copier.host_bytes(size) if size else 0)
+    governed = [layer for layer, is_governed in enumerate(layers.governed) if is_governed]
+    size = sum(shared.copier.block_bytes(layer, pages) for layer in governed)
+    return Away(most, layout.page_size, size)
 
 
 def offloaded_cost(
