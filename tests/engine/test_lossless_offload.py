@@ -14,6 +14,7 @@ from pyramidinfer.cache.group import Group
 from pyramidinfer.config import EngineConfig
 from pyramidinfer.engine import Engine
 from pyramidinfer.engine.checks import ContextLengthError
+from pyramidinfer.engine.tracing import trace
 from pyramidinfer.policies import Lossless, make_policy
 from tests.engine.serving import alone, finish, queue, start, step
 from tests.engine.test_lossless import SIZES, begin, drafted_by, outputs, run
@@ -161,6 +162,8 @@ def test_what_it_does_not_go_with() -> None:
         small.make(ask, params)
     with pytest.raises(ValueError, match="nothing can be pinned with offload_lossless"):
         engine.pin_cache("ann", "x", 1.0)
+    with pytest.raises(ValueError, match=r"a trace .*start the engine without offload_lossless"):
+        trace(engine, ask, 2, ())
     given = {"offload_lossless": True, "host_kv_memory": "1MiB"}
     EngineConfig(**given, reuse_share=0.0)
     for options, words in [
