@@ -20,7 +20,6 @@ from tests.engine.serving import alone, finish, queue, start, step
 from tests.engine.test_lossless import SIZES, begin, drafted_by, outputs, run
 from tests.tiny import random_prompt
 
-
 GIVEN = {"offload_lossless": True, "host_kv_memory": "4MiB"}
 
 

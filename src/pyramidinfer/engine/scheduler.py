@@ -196,9 +196,7 @@ class Scheduler:
         if request.status == "preempted":
             assert request.preempted is not None
             wanted = request.preempted.wanted
-        elif not self._fits_at_worst(request):
-            return "none"
-        elif request.away is not None and request.away.reserved > self._host_left:
+        elif not self._fits_at_worst(request) or not self._may_fit_on_host(request):
             return "none"
         elif (found := self._go_on(request)) != "none":
             return found
@@ -272,10 +270,10 @@ class Scheduler:
         most = self.pool.budget + self.config.host_budget - self.conversations.pinned_bytes()
         return not worst or worst + request.cost.bytes <= most
 
-    @property
-    def _host_left(self) -> int:
-        """Bytes of host memory that no request has."""
-        return self.config.host_budget - self.host_bytes
+    def _may_fit_on_host(self, request: Request) -> bool:
+        """Whether a request's host memory is free or held by conversations."""
+        size = 0 if request.away is None else request.away.reserved
+        return not size or size <= self.config.host_budget - self.host_bytes
 
     def _fits_on_host(self, size: int) -> bool:
         """Whether this many bytes of host memory are free, after conversations were evicted; last,
