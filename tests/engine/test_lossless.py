@@ -477,6 +477,28 @@ def test_nothing_is_guessed_where_it_does_not_pay(monkeypatch: pytest.MonkeyPatc
     assert counts[1.0] < 30 < 100 < counts[0.01]
 
 
+def test_nothing_is_tried_beside_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such steps are not measured: they charge no account, and so give none more time."""
+    engine = begin("streaming_llm", steps=None, prefill_chunk=16, step_tokens=20)
+    drafter, begun = engine.drafter, []
+    costs: dict[Any, float] = {"plain": 1.0, "verify": 0.6, "view": 0.7}
+    drafter.gauge = gauge = Gauge(lambda load: costs)
+    monkeypatch.setattr(gauge, "is_known", lambda load: True)
+    monkeypatch.setattr(gauge, "covers", lambda by, loss=None: True)
+    monkeypatch.setattr(gauge, "begin", lambda: begun.append(1))
+    monkeypatch.setattr(Drafter, "_look_up", lambda *values: [])
+    queue(engine, random_prompt(0, 30), 40)
+    while engine.scheduler.prefilling or not engine.scheduler.running:
+        step(engine)
+    queue(engine, random_prompt(1, 150), 3)
+    step(engine)
+    while engine.scheduler.prefilling:
+        assert not begun and not drafter.drafted
+        step(engine)
+    finish(engine)
+    assert begun and drafter.drafted
+
+
 def test_what_drafts_read() -> None:
     """The pages with most of what is kept, as many as it fills, the first one, all later ones."""
     engine = start("full")

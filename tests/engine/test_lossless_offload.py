@@ -4,22 +4,27 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from pyramidinfer import SamplingParams
-from pyramidinfer.cache import Staging
+from pyramidinfer.cache import Exported, Staging
+from pyramidinfer.cache.group import Group
 from pyramidinfer.config import EngineConfig
 from pyramidinfer.engine import Engine
 from pyramidinfer.engine.checks import ContextLengthError
+from pyramidinfer.engine.tracing import trace
 from pyramidinfer.policies import Lossless, make_policy
 from tests.engine.serving import alone, finish, queue, start, step
 from tests.engine.test_lossless import SIZES, begin, drafted_by, outputs, run
 from tests.tiny import random_prompt
 
+GIVEN = {"offload_lossless": True, "host_kv_memory": "4MiB"}
+
 
 def away(name: str = "snapkv", family: str = "llama", **options: Any) -> Engine:
-    return begin(name, family, **{"offload_lossless": True, "host_kv_memory": "4MiB", **options})
+    return begin(name, family, **{**GIVEN, **options})
 
 
 @pytest.mark.parametrize(
@@ -29,6 +34,8 @@ def away(name: str = "snapkv", family: str = "llama", **options: Any) -> Engine:
         ("pyramid", "opt", 3),
         ("streaming_llm", "gemma3_text", 8),
         ("pyramidinfer", "llama", 3),
+        ("expected_attention", "llama", 3),
+        ("fastkv", "gemma3_text", 3),
     ],
 )
 def test_the_full_cache_answers(name: str, family: str, steps: int) -> None:
@@ -38,7 +45,12 @@ def test_the_full_cache_answers(name: str, family: str, steps: int) -> None:
         found.append(queue(engine, random_prompt(number, size[0]), size[1]))
         step(engine)
         step(engine)
-    finish(engine)
+    while not engine.scheduler.idle:
+        step(engine)
+        for each in (*engine.scheduler.prefilling, *engine.scheduler.running):
+            assert each.table.away is not None
+            assert each.table.away.bytes <= each.table.away.reserved
+    engine.check()
     assert outputs(found) == [alone("full", family, i, *size) for i, size in enumerate(SIZES[:3])]
     for each in found:
         assert each.kv is not None
@@ -149,6 +161,8 @@ def test_what_it_does_not_go_with() -> None:
         small.make(ask, params)
     with pytest.raises(ValueError, match="nothing can be pinned with offload_lossless"):
         engine.pin_cache("ann", "x", 1.0)
+    with pytest.raises(ValueError, match=r"a trace .*start the engine without offload_lossless"):
+        trace(engine, ask, 2, ())
     given = {"offload_lossless": True, "host_kv_memory": "1MiB"}
     EngineConfig(**given, reuse_share=0.0)
     for options, words in [
@@ -166,3 +180,79 @@ def test_the_same_engine_serves_requests_that_are_not_lossless() -> None:
     finish(engine)
     assert kept.away is None and engine.conversations.count == 1
     assert drafted_by("snapkv").guesses
+
+
+def test_sliding_layers_stay_in_the_pool() -> None:
+    """All of what they hold is reserved, whatever the policy would drop before it reaches them."""
+    drafts = make_policy("fastkv", 0.05, window=2, propagate_ratio=0.05)
+    engine = start(Lossless(drafts), "gemma3_text", **GIVEN)
+    request = queue(engine, random_prompt(0, 90), 2)
+    step(engine)
+    most, sliding = request.cost.after_prefill, ~np.array(request.layers.governed)
+    assert most is not None and most.entries is not None
+    assert sliding.any() and (request.table.kept <= most.entries)[sliding].all()
+    finish(engine)
+    assert request.output == alone("full", "gemma3_text", 0, 90, 2)
+
+
+def test_spare_pages_are_freed_if_not_all_can_be_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = away(steps=0)
+    mine = [queue(engine, random_prompt(i, 70), 9) for i in range(2)]
+    while not all(each.output for each in mine):
+        step(engine)
+    real, calls = Group.take, []
+
+    def fails(group: Group, count: int) -> list[int]:
+        calls.append(count)
+        if len(calls) == 2:
+            raise RuntimeError("once")
+        return real(group, count)
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="once"):
+        patch.setattr(Group, "take", fails)
+        engine.step()
+    assert calls[0] > 0
+    engine.pool.check()
+    finish(engine)
+    assert outputs(mine) == [alone("full", "llama", i, 70, 9) for i in range(2)]
+
+
+def test_pinned_blocks_are_rounded_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pinned memory is allocated in powers of two, and every tensor of a layer is a block."""
+    engine, total = away(), 0
+    monkeypatch.setattr(engine.shared.copier, "_stream", object())
+    asked = engine.make(random_prompt(0, 90), SamplingParams(max_tokens=9))
+    for layer in range(engine.runner.depth):
+        for each in engine.pool.group(layer).tensors():
+            size, block = engine.runner.kv_heads * (90 // 4) * each[0].nbytes, 1
+            while block < size:
+                block *= 2
+            total += block
+    assert asked.away is not None and asked.away.reserved == total
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_conversations_make_room_in_both_places(
+    late: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if one that leaves the pool for the host is still being copied (``late``)."""
+    length, new = 90, 9
+    asked = away().make(random_prompt(0, length), SamplingParams(max_tokens=new))
+    assert asked.away is not None
+    engine = away(kv_memory=asked.cost.bytes + 4096, host_kv_memory=asked.away.reserved + 64)
+    kept = queue(engine, random_prompt(1, 40), 9, make_policy("full"), owner="ann")
+    finish(engine)
+    assert kept.finish_reason and engine.conversations.count == 1
+    if late:
+        queries = iter([False] * 6)
+        monkeypatch.setattr(Exported, "is_here", property(lambda _: next(queries, True)))
+        engine.conversations._drop()
+    mine = queue(engine, random_prompt(0, length), new)
+    for _ in range(200):
+        if engine.scheduler.idle:
+            break
+        step(engine)
+        assert engine.conversations.host.bytes + engine.scheduler.host_bytes <= (
+            engine.config.host_budget
+        )
+    assert mine.output == alone("full", "llama", 0, length, new)

@@ -72,6 +72,14 @@ class Copier:
         tensors = 4 * self.pool.layers + 64
         return int(1 << (size + ALIGNED * tensors - 1).bit_length())
 
+    def block_bytes(self, layer: int, pages: int) -> int:
+        """Bytes of host memory for pages of a layer that leave the pool while the request runs: one
+        block per tensor of the layer's group (``send_away``)."""
+        sizes = [pages * each[0].nbytes for each in self.pool.group(layer).tensors()]
+        if self._stream is None or not pages:
+            return sum(sizes)
+        return sum(1 << (size - 1).bit_length() for size in sizes)
+
     def export(self, table: Table) -> Exported:
         """Copy a request's cache to host memory; the table still owns its pages."""
         pool = self.pool

@@ -57,6 +57,14 @@ class Staging:
         self._spare: dict[Away, list[np.ndarray]] = {}
 
     def __enter__(self) -> Staging:
+        try:
+            self._take()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def _take(self) -> None:
         for away in self._caches:
             self._spare[away] = []
             for number, group in enumerate(self.pool.groups):
@@ -69,11 +77,10 @@ class Staging:
                 self._spare[away].append(taken)
         for table in self._caches.values():
             self.pool.note_peak(table)
-        return self
 
     def __exit__(self, *_: Any) -> None:
         for spare in self._spare.values():
-            for group, pages in zip(self.pool.groups, spare, strict=True):
+            for group, pages in zip(self.pool.groups, spare, strict=False):
                 group.drop(pages)
         self._spare.clear()
 

@@ -71,9 +71,10 @@ class Drafter:
 
     # --- guessing -----------------------------------------------------------------------------
 
-    def propose(self, requests: list[Request]) -> dict[Request, Drafts]:
+    def propose(self, requests: list[Request], alone: bool = True) -> dict[Request, Drafts]:
         """Draft tokens for the requests that are about to decode; requests without drafts are left
-        out."""
+        out.  Only steps that decode ``alone``, without prompts, are measured: in others, no drafter
+        is tried and none may lose more time."""
         self._load = None
         able = {each: self._room(each) for each in requests if each.policy.guesses}
         if not able or self.steps == 0:
@@ -85,9 +86,12 @@ class Drafter:
             return {}
         for each in able:
             each.drafting = each.drafting or Drafting()
-        self.gauge.begin()
+        if alone:
+            self.gauge.begin()
         self._compare(able)
         count, is_trial = self._steps(list(able), load)
+        if is_trial and not alone:
+            count = 0
         looks = self.steps is not None or self.gauge.covers("lookup")
         drafts, wanted = {}, {}
         for each, room in able.items():

@@ -419,7 +419,7 @@ class Engine:
         undo = Undo(self.shared, plan)
         try:
             begun = time.perf_counter()
-            plan = plan._replace(drafts=self.drafter.propose(plan.decode))
+            plan = plan._replace(drafts=self.drafter.propose(plan.decode, not plan.prefill))
             guessed, before = time.perf_counter(), self.drafter.accepted
             stepped = self.runner.forward(self.pool, self._batch(plan))
             undo.ran = True

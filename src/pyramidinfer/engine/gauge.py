@@ -55,9 +55,9 @@ class Gauge:
     Costs are in plain steps.  A load that was not measured has the costs of the most similar
     measured load, or ``expected`` ones if there is none.
 
-    Every step adds ``LOSS`` to a drafter's account, and a step with drafts adds what it gained or
-    lost.  A drafter that seems to pay may overdraw its account by ``ADVANCE``; any other drafter is
-    tried only when its account covers the expected loss.
+    Every measured step adds ``LOSS`` to a drafter's account, and a step with drafts adds what it
+    gained or lost.  A drafter that seems to pay may overdraw its account by ``ADVANCE``; any other
+    drafter is tried only when its account covers the expected loss.
     """
 
     def __init__(self, expected: Callable[[Load], dict[Kind, float]]) -> None:
@@ -102,7 +102,7 @@ class Gauge:
         return self._account[by] >= min(loss, SAVED)
 
     def begin(self) -> None:
-        """Count a step in which drafts are possible."""
+        """Count a measured step in which drafts are possible."""
         for by, saved in self._account.items():
             self._account[by] = min(SAVED, saved + LOSS)
 

@@ -24,15 +24,16 @@ def is_offloaded(shared: Shared, policy: Policy) -> bool:
 
 
 def away_for(shared: Shared, policy: Policy, length: int, layers: Layers) -> Away:
-    """The largest parts of a cache that stay in the pool and that leave it, for a prompt of
-    ``length`` tokens."""
+    """What may stay in the pool of a prompt of ``length`` tokens.  Host memory is reserved for all
+    pages that may leave it: a forecast only bounds how many stay."""
     layout, kv_heads = shared.pool.layout, shared.runner.kv_heads
     chosen = policy.chooser.forecast(length, 0, layers).by_head(kv_heads)
     most = np.maximum(1, layout.pages_for(np.minimum(chosen, length)))
-    gone = np.maximum(0, length // layout.page_size - most)
-    gone[~np.array(layers.governed)] = 0  # sliding layers stay in the pool
-    size = int((gone.sum(1) * layout.layer_page_bytes).sum())
-    return Away(most, layout.page_size, shared.copier.host_bytes(size) if size else 0)
+    most[~np.array(layers.governed)] = layout.pages_for(length)  # sliding layers stay in the pool
+    pages = kv_heads * (length // layout.page_size)
+    governed = [layer for layer, is_governed in enumerate(layers.governed) if is_governed]
+    size = sum(shared.copier.block_bytes(layer, pages) for layer in governed)
+    return Away(most, layout.page_size, size)
 
 
 def offloaded_cost(

@@ -292,6 +292,11 @@ class Conversations:
         self._end_leaves(wait=True)
         return True
 
+    def make_room_on_host(self, size: int, must: bool) -> bool:
+        """``HostStore.make_room``; ``must``: also wait for caches that are being copied there."""
+        self._end_leaves(wait=must)
+        return self.host.make_room(size, must)
+
     def _forget(self, held: Request) -> Conversation:
         """Stop counting a request's cache as held in the pool; the request keeps it."""
         self._count(held, -1)

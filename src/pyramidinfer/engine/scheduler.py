@@ -196,14 +196,14 @@ class Scheduler:
         if request.status == "preempted":
             assert request.preempted is not None
             wanted = request.preempted.wanted
-        elif not self._fits_at_worst(request):
+        elif not self._fits_at_worst(request) or not self._may_fit_on_host(request):
             return "none"
-        elif request.away is not None and not self._fits_on_host(request.away.reserved):
-            return "none" if self.in_flight else "coming"
         elif (found := self._go_on(request)) != "none":
             return found
         if not self.conversations.make_room_for(wanted, mine, patient):
             return "none"
+        if request.away is not None and not self._fits_on_host(request.away.reserved):
+            return "none" if self.in_flight else "coming"
         if request.owner is not None and request.status == "waiting":
             self.conversations.misses += 1
             self.conversations.queried_tokens += len(request.prompt)
@@ -270,9 +270,15 @@ class Scheduler:
         most = self.pool.budget + self.config.host_budget - self.conversations.pinned_bytes()
         return not worst or worst + request.cost.bytes <= most
 
+    def _may_fit_on_host(self, request: Request) -> bool:
+        """Whether a request's host memory is free or held by conversations."""
+        size = 0 if request.away is None else request.away.reserved
+        return not size or size <= self.config.host_budget - self.host_bytes
+
     def _fits_on_host(self, size: int) -> bool:
-        """Whether this many bytes of host memory are free, after conversations were evicted."""
-        return self.conversations.host.make_room(size, must=not self.in_flight)
+        """Whether this many bytes of host memory are free, after conversations were evicted; last,
+        since conversations may move there when room is made in the pool."""
+        return self.conversations.make_room_on_host(size, must=not self.in_flight)
 
     def _resume(self, request: Request) -> None:
         """Bring a preempted request back into the pool."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pyramidinfer.engine.engine import Engine
+from pyramidinfer.engine.offloading import is_offloaded
 from pyramidinfer.engine.request import Request
 from pyramidinfer.models.batch import Batch, Work
 from pyramidinfer.types import SamplingParams, TokenIds, Trace
@@ -25,6 +26,11 @@ def trace(
     """See :meth:`pyramidinfer.LLM.trace`.  Every generated token is fed, including the last."""
     if type(max_tokens) is not int or max_tokens < 0:
         raise ValueError(f"max_tokens={max_tokens!r} must be a whole number of at least 0")
+    if is_offloaded(engine.shared, engine.policy):
+        raise ValueError(
+            "a trace reads the whole cache in the pool, and offload_lossless moves a part of it to "
+            "host memory: start the engine without offload_lossless"
+        )
     with engine.together("trace", prompt, max_tokens, protect, lora):
         return _traced(engine, prompt, max_tokens, protect, lora)
 
