@@ -450,8 +450,14 @@ class AsyncEngine:
     def _again(self, old: Request) -> Request:
         """A request that asks for the same, queued."""
         lora = None if old.adapter is None else old.adapter.name
-        asked = {"policy": old.policy, "protect": old.protect, "lora": lora, "prefix": old.prefix}
-        new = self.engine.make(old.prompt, old.params, **asked)
+        new = self.engine.make(
+            old.prompt,
+            old.params,
+            policy=old.policy,
+            protect=old.protect,
+            lora=lora,
+            prefix=old.prefix,
+        )
         new.times.arrived = old.times.arrived
         self.engine.submit(new)
         return new
