@@ -17,7 +17,7 @@ from pyramidinfer import LLM, SamplingParams
 from pyramidinfer.models.fingerprint import fingerprint
 from pyramidinfer.models.gguf_weights import FORMATS
 from pyramidinfer.models.ops import GATED, PLAIN, KernelOps
-from pyramidinfer.models.weights import Rows, joined_format
+from pyramidinfer.models.weights import CODED, CODES, HALVES, Rows, joined_format
 from tests.models.test_fused import near
 from tests.models.test_gguf import write
 from tests.models.test_weights import apart, rounded_rows
@@ -79,7 +79,18 @@ def test_products_are_of_what_codes_stand_for(isa: str) -> None:
         first, second = expected.chunk(2, dim=1)
         got = ops.linear(x, ops.pack([gate, up], [None, None], GATED), GATED)
         near(got, F.silu(first) * second, torch.float32)
-    assert len(seen) == 6
+    assert seen == set(CODED)
+
+
+def test_formats_that_no_kernel_reads_are_refused() -> None:
+    """Any linears of a file may be packed together; their format is among the kernels'."""
+    for count in (2, 3):
+        for some in combinations_with_replacement(set(FORMATS.values()), count):
+            assert joined_format(list(some)) in CODED, some
+    ops, (rows, _) = KernelOps(backend("native").kernels, torch.float32, "gguf"), blocks(Q8_0, 4, 1)
+    odd = rows._replace(format=CODES | HALVES)
+    with pytest.raises(ValueError, match=f"no weights in the format {CODES | HALVES}$"):
+        ops.pack([odd], [None], PLAIN)
 
 
 def test_a_file_is_read_as_it_is(tmp_path: Path, cache: None) -> None:

@@ -73,3 +73,22 @@ def test_each_rank_adds_its_part(
     for tensor, layers in splits:
         with split_engine(model, policy_named("snapkv"), config, tensor, layers=layers) as engine:
             assert answers(engine) == expected, (tensor, layers)
+
+
+def test_a_stage_without_parts_of_an_adapter(place: Path) -> None:
+    """Only the first layer is adapted, which is on the first of two stages; on the C++ kernels."""
+    only = {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [0]}
+    folder = save_adapter(place / "only", "llama", 0, **only)
+    model, config = tiny_model("llama"), replace(CONFIG, lora_modules={"first": folder})
+    prompt, policy = random_prompt(3, 30), policy_named("snapkv")
+
+    def answer(engine: Engine, lora: str | None) -> list[int]:
+        asked = engine.make(prompt, PARAMS, lora=lora)
+        engine.run([asked])
+        return asked.output
+
+    one = Engine(model, policy, config)
+    expected = answer(one, "first")
+    assert expected != answer(one, None), "the adapter must matter"
+    with split_engine(model, policy, config, 1, layers=TWO) as engine:
+        assert answer(engine, "first") == expected

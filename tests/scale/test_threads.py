@@ -255,6 +255,11 @@ def test_what_a_caller_does_wrong_is_said_and_harms_nobody(
         engine.abort(many.samples[0])
         engine.run([many])
         assert many.samples[0].finish_reason == "abort" and len(many.samples[1].output) == 4
+        early = engine.make(prompt, params, samples=3)
+        engine.submit(early)
+        engine.abort(early)
+        assert {each.finish_reason for each in (early, *early.samples)} == {"abort"}
+        assert not engine._known, "what has ended is forgotten"
         engine.check()
 
 

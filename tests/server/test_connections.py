@@ -9,6 +9,7 @@ import pytest
 
 from pyramidinfer import LLM
 from pyramidinfer.server import run, service
+from pyramidinfer.server.settings import ServerSettings
 from tests.server.live import MODEL, STORY, Live, beside, connect, post, serving, until
 
 LONG: dict[str, Any] = {"max_tokens": 2500, "ignore_eos": True, "temperature": 0}
@@ -138,3 +139,14 @@ def test_who_does_not_read_is_let_go(
             until(lambda: "did not read its answer in time" in caplog.text)
             until(lambda: live.service.worker.is_idle)
         assert live.complete().status_code == 200
+
+
+def test_connections_wait_until_they_are_accepted() -> None:
+    """More than are accepted at a time, whatever length of queue asyncio asks for."""
+    with run.bind(ServerSettings(port=0)) as line:
+        line.listen(run.BACKLOG)
+        waiting = []
+        for _ in range(3 * run.BACKLOG):
+            waiting.append(socket.create_connection(line.getsockname()[:2], timeout=5))
+        for each in waiting:
+            each.close()

@@ -18,7 +18,7 @@ from pyramidinfer import LLM
 from pyramidinfer.engine import committing
 from pyramidinfer.engine.grammar import GrammarConstraint, GrammarError
 from pyramidinfer.engine.text import Detokenizer
-from pyramidinfer.engine.worker import Stream
+from pyramidinfer.engine.worker import AsyncEngine, Followed, Stream
 from pyramidinfer.server.run import _drain
 from tests.server.live import STORY, Live, beside, connect, post, serving, until
 
@@ -373,6 +373,31 @@ def test_an_engine_that_stands_still(llm: LLM) -> None:
             assert live.http.get("/health").json()["error"]["code"] == "engine_stalled"
         assert waits.result().status_code == 200
         until(lambda: live.http.get("/health").status_code == 200)
+
+
+def test_a_request_that_cannot_start_again_ends_alone() -> None:
+    """The next one, lost in the same step, starts again all the same."""
+    lost: list[Any] = [
+        SimpleNamespace(prompt=[number], params=None, policy=None, protect=(), adapter=None)
+        for number in range(2)
+    ]
+    for each in lost:
+        each.reused, each.prefix, each.output, each.samples, each.leads = 4, 0, [], [], True
+        each.times = SimpleNamespace(arrived=5.0)
+    queued: list[Any] = []
+
+    def make(prompt: list[int], params: Any, **options: Any) -> Any:
+        if prompt == [0]:
+            raise ValueError("there is no such adapter any more")
+        return SimpleNamespace(prompt=prompt, times=SimpleNamespace(arrived=0.0))
+
+    worker: Any = AsyncEngine.__new__(AsyncEngine)
+    worker.engine = SimpleNamespace(lost=lost, make=make, submit=queued.append)
+    worker._live = [SimpleNamespace(followed=[Followed(each)], again=False) for each in lost]
+    worker._restart()
+    first, second = (stream.followed[0].request for stream in worker._live)
+    assert first is lost[0] and [second] == queued
+    assert second.prompt == [1] and second.times.arrived == 5.0
 
 
 # --- a tokenizer that raises ----------------------------------------------------------------------

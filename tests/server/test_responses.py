@@ -344,6 +344,15 @@ def test_answers_and_events_have_every_required_field(keyed: Live, more: dict[st
     assert events[-1]["response"]["usage"]["input_tokens_details"]["cache_write_tokens"] == 0
 
 
+def test_a_server_that_holds_no_caches_writes_none() -> None:
+    llm = tiny_llm(kv_memory="16MiB", reuse_share=0.0)
+    llm.tokenizer.chat_template = PLAIN
+    with serving(llm, model_name="tiny") as live:
+        body = {"input": "Hi", "max_output_tokens": 4}
+        usage = live.http.post("/v1/responses", json=body).json()["usage"]
+    assert usage["input_tokens_details"] == {"cached_tokens": 0, "cache_write_tokens": 0}
+
+
 def test_keys_do_not_share_answers(keyed: Live, tools: openai.OpenAI) -> None:
     mine = tools.responses.create(model="tiny", input="Hi", max_output_tokens=1)
     with keyed.openai("b") as other:

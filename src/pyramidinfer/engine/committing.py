@@ -252,7 +252,7 @@ class Committer:
         if (request.hold or keeps) and request.cache is not None:
             self.shared.ledger.reserve(request, self.shared.ledger.held(request.cache))
             if keeps:
-                self.conversations.keep(request)
+                request.leaves_cache = self.conversations.keep(request)
             return
         self.shared.release(request)
 

@@ -274,7 +274,8 @@ class Leader(Split):
             return super().fail(request, reason, self.link.broken or error)
         with self.together("fail", request.id, reason):
             super().fail(request, reason, error)
-        self._known.discard(request.id)
+        ended = [each.id for each in (request, *request.samples) if each.ended]
+        self._known.difference_update(ended)
 
     def holding(self) -> list[Holding]:
         """The memory and traffic of every stage's first rank so far."""

@@ -140,7 +140,8 @@ class Request(Sequence):
     prefilled separately, for other requests (0: none); ``salt``: caches are shared only by requests
     with the same salt;  ``chain``: digests of the pages of its prompt, computed at first use.
     ``drafting``: statistics of its drafts, if its policy is lossless;  ``away``: what its cache may
-    have in host memory, if it is there (``offload_lossless``).
+    have in host memory, if it is there (``offload_lossless``);  ``leaves_cache``: whether its
+    cache was held for its conversation when it ended.
     """
 
     id: int
@@ -182,6 +183,7 @@ class Request(Sequence):
     chain: list[bytes] | None = None
     drafting: Drafting | None = None
     away: Away | None = None
+    leaves_cache: bool = False
 
     @property
     def ended(self) -> bool:

@@ -97,8 +97,9 @@ class Conversations:
 
     # --- holding ------------------------------------------------------------------------------
 
-    def keep(self, request: Request) -> None:
-        """Hold a request's cache, and evict old caches above the limit."""
+    def keep(self, request: Request) -> bool:
+        """Hold a request's cache, and evict old caches above the limit; False if it is among
+        them."""
         assert request.reserved is not None
         one = self.names.of(request, request.reserved.bytes)
         for other in [each for each in self.index.at(one.digest) if each.id == one.id]:
@@ -112,6 +113,7 @@ class Conversations:
         self._count(request, 1)
         while self._bytes > self.limit:
             self._drop()
+        return one in self.index.at(one.digest)
 
     def _count(self, held: Request, sign: int) -> None:
         """Count what a cache in the pool holds in or out."""

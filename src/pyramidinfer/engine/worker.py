@@ -434,24 +434,33 @@ class AsyncEngine:
 
     def _restart(self) -> None:
         """After a failed step: restart a request without the cache, if the step could not restore
-        it, it had just reused a conversation's cache, and it has delivered nothing yet."""
+        it, it had just reused a conversation's cache, and it has delivered nothing yet.  If it
+        cannot be restarted, its error stays."""
         for stream in self._live:
             for each in [each for each in stream.followed if each.request in self.engine.lost]:
                 old = each.request
                 told = stream.again or old.output or old.samples or not old.leads
                 if (old.reused or old.prefix) and not told:
-                    lora = None if old.adapter is None else old.adapter.name
-                    each.request = self.engine.make(
-                        old.prompt,
-                        old.params,
-                        policy=old.policy,
-                        protect=old.protect,
-                        lora=lora,
-                        prefix=old.prefix,
-                    )
-                    each.request.times.arrived = old.times.arrived
                     stream.again = True
-                    self.engine.submit(each.request)
+                    try:
+                        each.request = self._again(old)
+                    except Exception:
+                        log.exception("a request could not start again")
+
+    def _again(self, old: Request) -> Request:
+        """A request that asks for the same, queued."""
+        lora = None if old.adapter is None else old.adapter.name
+        new = self.engine.make(
+            old.prompt,
+            old.params,
+            policy=old.policy,
+            protect=old.protect,
+            lora=lora,
+            prefix=old.prefix,
+        )
+        new.times.arrived = old.times.arrived
+        self.engine.submit(new)
+        return new
 
     def _expire(self) -> None:
         now = time.monotonic()

@@ -113,9 +113,9 @@ class Adapter:
         return max((each.rank for each in self.packed if isinstance(each, LowRank)), default=0)
 
     def take(self, packed: list[Any]) -> None:
-        """Keep the packed parts, one for every packed linear of this rank."""
+        """Keep the packed parts, one for every packed linear of this rank; it may have none."""
         self.packed = packed
-        if any(isinstance(each, LowRank) for each in packed):
+        if all(each is None or isinstance(each, LowRank) for each in packed):
             none = LowRankData(None, None, None, None, 0)
             each_data = [none if each is None else each.data for each in packed]
             self.data = (LowRankData * len(packed))(*each_data)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pyramidinfer.models.adapters import Low, LowRank, Part, add_parts
-from pyramidinfer.models.weights import TABLE, Rows, joined_format
+from pyramidinfer.models.weights import CODED, TABLE, Rows, joined_format
 from pyramidinfer.native.library import DTYPES, FORMATS, HeadsData, Kernels, LinearData, pointer
 
 __all__ = ["ADD", "GATED", "GELU", "PLAIN", "Heads", "KernelOps", "Ops", "TorchOps"]
@@ -161,6 +161,8 @@ class KernelOps:
     def _pack_coded(self, parts: list[Rows], biases: list[Tensor | None], how: int) -> Packed:
         panel, depth = int(self.kernels.panel_columns()), parts[0].depth
         form = joined_format([each.format for each in parts])
+        if form not in CODED:
+            raise ValueError(f"the kernels read no weights in the format {form}")
         sizes = [len(each.addresses) for each in parts]
         columns = sum(sizes)
         bias = None

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from pyramidinfer.native.library import FORMATS, SOURCES
 
 __all__ = [
+    "CODED",
     "GROUP",
     "TABLE",
     "Coded",
@@ -41,6 +42,15 @@ TABLE = "int8"
 #: Parts of a format's number (``Format`` in native/matmul.h): codes of 8 bits, or of 4; with a
 #: minimum; scales of 32 bits; a scale for each half of a group.
 CODES, FOUR, LEAST, FLOATS, HALVES = 1, 2, 4, 8, 16
+#: Formats that the kernels read (``by_format`` in ``weights.h``).
+CODED = (
+    CODES,
+    CODES | FOUR | LEAST,
+    CODES | LEAST | FLOATS,
+    CODES | FOUR | LEAST | FLOATS,
+    CODES | HALVES | FLOATS,
+    CODES | LEAST | HALVES | FLOATS,
+)
 #: Shares of a group's range that 4 bits may cover: numbers outside are clipped.
 RANGES = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.75)
 #: Numbers that are encoded at a time: they fit in the nearest caches.

@@ -247,8 +247,8 @@ class ResponseReply:
         usage = self.reply.usage()
         read = usage["prompt_tokens_details"]
         thought = usage.get("completion_tokens_details", {"reasoning_tokens": 0})
-        leaves_cache = self.reply.job.leaders[0].owner is not None
-        written = (usage["prompt_tokens"] - read["cached_tokens"]) * leaves_cache
+        leaves = any(each.leaves_cache for each in self.reply.stream.requests)
+        written = (usage["prompt_tokens"] - read["cached_tokens"]) * leaves
         return {
             "input_tokens": usage["prompt_tokens"],
             "input_tokens_details": {**read, "cache_write_tokens": written},

@@ -173,14 +173,20 @@ class Patient(H11Protocol):
             self.transport.close()
 
 
+class Line(socket.socket):
+    """A listening socket with a queue of its own; asyncio would make it as long as the number of
+    connections accepted at a time."""
+
+    def listen(self, backlog: int = QUEUE) -> None:
+        super().listen(QUEUE)
+
+
 class _Server(uvicorn.Server):
     """Uvicorn without its own signal handling, which ends the process by the signal."""
 
     async def startup(self, sockets: Any = None) -> None:
         await super().startup(sockets)
         if not self.should_exit:
-            for each in sockets:
-                each.listen(QUEUE)  # asyncio has set it to the number accepted at a time
             service: Service = self.config.app.state.service  # type: ignore[union-attr]
             host, port = self.servers[0].sockets[0].getsockname()[:2]
             shown = f"[{host}]" if ":" in host else host
@@ -198,7 +204,7 @@ def bind(settings: ServerSettings) -> socket.socket:
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, kind, protocol, _, address = found[0]
-        line = socket.socket(family, kind, protocol)
+        line = Line(family, kind, protocol)
     except OSError as error:
         raise OSError(f"cannot listen on {host}: {error.strerror or error}") from None
     line.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

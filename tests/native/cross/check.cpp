@@ -1,5 +1,5 @@
-// The kernels without Python: linears of every format, norms, rotation and decode attention against
-// sums in double.  Built by `make test-cross` for a CPU that is emulated; exits with the number of
+// The kernels without Python: linears of every format, norms, rotation, and decode attention of one
+// request (no codes of its cache, no pages that are shared) against sums in double.  Built by `make test-cross` for a CPU that is emulated; exits with the number of
 // faults.
 #include <cstdio>
 #include <random>
@@ -47,6 +47,8 @@ static void linears(int dtype, int format, int64_t rows, int64_t depth, int64_t 
     for (int64_t c = 0; c < columns; ++c) all[c] = c;
     std::vector<T> held(columns * depth + 64), out(rows * columns + 64);
     read_rows(dtype, &w, all.data(), columns, held.data());
+    for (int64_t i = 0; i < columns * depth; ++i)  // codes of 4 bits are up to half a step away
+        check("weight", format, dtype, to_float(held[i]), to_float(weights[i]), 0.3);
     run_linear(dtype, a.data(), rows, &w, PLAIN, nullptr, out.data(), nullptr, 0);
     for (int64_t r = 0; r < rows; ++r)
         for (int64_t c = 0; c < columns; ++c) {
@@ -92,8 +94,8 @@ static void norm_and_turn(int dtype, double near) {
 }
 
 template <class T>
-static void attention(int dtype, double near) {
-    const int64_t heads = 4, kv_heads = 2, dim = 64, page = 16, length = 37, pages = 3;
+static void attention(int dtype, int64_t dim, int64_t length, double near) {
+    const int64_t heads = 4, kv_heads = 2, page = 16, pages = ceil_div(length, page);
     const auto queries = as<T>(numbers(heads * dim, 8));
     const auto keys = as<T>(numbers(kv_heads * pages * page * dim, 9));
     const auto values = as<T>(numbers(kv_heads * pages * page * dim, 10));
@@ -127,7 +129,13 @@ static void attention(int dtype, double near) {
 }
 
 int main() {
-    const int formats[] = {NUMBERS, CODES, CODES | FOUR | LEAST};
+    const int formats[] = {NUMBERS,
+                           CODES,
+                           CODES | FOUR | LEAST,
+                           CODES | LEAST | FLOATS,
+                           CODES | FOUR | LEAST | FLOATS,
+                           CODES | HALVES | FLOATS,
+                           CODES | LEAST | HALVES | FLOATS};
     for (int format : formats)
         for (int64_t rows : {1, 4, 9}) {
             const double coded = format == NUMBERS ? 0 : 0.01;
@@ -135,7 +143,11 @@ int main() {
             linears<bf16>(1, format, rows, 64, 70, 4e-3 + coded);
         }
     norm_and_turn<float>(0, 1e-5), norm_and_turn<bf16>(1, 3e-2);
-    attention<float>(0, 1e-4), attention<bf16>(1, 2e-2), attention<fp16>(2, 4e-3);
+    for (int64_t dim : {40, 64})
+        for (int64_t length : {37, 600}) {
+            attention<float>(0, dim, length, 1e-4), attention<bf16>(1, dim, length, 2e-2);
+            attention<fp16>(2, dim, length, 4e-3);
+        }
     std::printf("%s, %d lanes: %d faults\n", isa(), int(lanes()), faults);
     return faults > 0;
 }
