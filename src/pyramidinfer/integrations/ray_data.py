@@ -130,7 +130,8 @@ def _check(options: ReplicaOptions) -> None:
 
 
 def main(words: list[str]) -> int:
-    """Exit code of the command: 0 if every request has its line, else 2 and a one-line error."""
+    """Exit code of the command, as of ``pyramidinfer batch``: 0 if every request was answered, 1 if
+    all requests have a line and some lines hold errors, else 2 and a one-line error."""
     try:
         if len(words) < 2 or not all("=" in word for word in words[2:]):
             raise ValueError("give a file of requests, a file for answers, and NAME=VALUE options")
@@ -141,7 +142,7 @@ def main(words: list[str]) -> int:
         return 2
     if failed:
         print(f"{failed} requests could not be answered; their lines say why", file=sys.stderr)
-    return 0
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
