@@ -190,7 +190,7 @@ def test_only_equal_bits_are_compared(tmp_path: Path, drivers: Path) -> None:
     assert times["transformers 16/16"] == "0.50" and times["ours, full 8/16"] == "–"
 
     entry = json.loads((tmp_path / "peers.json").read_text()) | {"result": result}
-    weights = {
+    weights: dict[str, Any] = {
         "configuration": {"subject": {"model": "small"}},
         "result": {
             "rows": [
@@ -200,27 +200,34 @@ def test_only_equal_bits_are_compared(tmp_path: Path, drivers: Path) -> None:
         },
     }
     page = f"before\n{peers_page.BEGIN}\nold\n{peers_page.END}\nafter\n"
-    readme = peers_page.render_speed(page, entry, weights)
+    names = {"tasks": ["a", "b"], "samples": 6}
+    tasks = {"meta": {"means": [{"weights": "int8", "score": 0.875, **names}]}}
+    readme = peers_page.render_speed(page, entry, weights, tasks)
     assert readme.startswith("before\n") and readme.endswith("after\n") and "old" not in readme
     assert "| 16/16 | 30.0 (1.50×) | 50.0 (2.50×) | – | OpenVINO: 20.0 |" in readme
     assert "16.80 with 16 bits, 16.90 with int4" in readme
-    assert "in the shape of `small`" in readme and "earlier version" not in readme
+    assert "Mean score on 2 RULER tasks with 6 samples each: 0.88 with int8." in readme
+    assert "that was measured (on T: llama.cpp, OpenVINO, transformers)" in readme
+    assert "in the shape of `small`" in readme
     weights["configuration"]["subject"]["model"] = "another"
-    assert "16.80" not in peers_page.render_speed(page, entry, weights)
-    noted = {**entry, "result": {**result, "note": "From an earlier version."}}
-    assert "From an earlier version." in peers_page.render_speed(page, noted, None)
-    assert "From an earlier version." in peers_page.peers(noted)
+    other = peers_page.render_speed(page, entry, weights, tasks)
+    assert "16.80" not in other and "RULER" not in other
     entry["configuration"]["shape"] = "smollm2"
-    assert "engines on SmolLM2-135M-Instruct, on" in peers_page.render_speed(page, entry, None)
+    assert "engines on SmolLM2-135M-Instruct, on" in peers_page.render_speed(
+        page, entry, None, None
+    )
     larger = peers_page.peers(entry, "peers_llama3.2-1b")
     assert "## Other engines, smollm2" in larger and "images/peers_llama3.2-1b.png" in larger
 
 
 def test_the_readme_repeats_the_committed_result() -> None:
     entry = json.loads((ROOT / "benchmarks" / "results" / "peers.json").read_text())
-    weights = json.loads((ROOT / "benchmarks" / "results" / "weights_smollm2.json").read_text())
+    results = ROOT / "benchmarks" / "results"
+    quality = [
+        json.loads((results / f"weights{x}_smollm2.json").read_text()) for x in ("", "_tasks")
+    ]
     readme = (ROOT / "README.md").read_text()
-    assert peers_page.render_speed(readme, entry, weights) == readme
+    assert peers_page.render_speed(readme, entry, *quality) == readme
     assert len(re.findall(r"\(\d+\.\d\d×\)", readme)) >= 2
 
 

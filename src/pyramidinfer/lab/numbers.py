@@ -46,7 +46,8 @@ def render(results: dict[str, dict[str, Any]]) -> str:
         "The policy `pyramid` has changed: it now gives every KV head its own budget by the head "
         "profile. Older results use its former rule: one budget for all heads of a layer, filled "
         "with single tokens, and a start layer found per prompt. These are the needle trials and "
-        f"all results on speed and serving, except {_newer(results)}.\n",
+        "all results on speed and serving, except SmolLM2 with eight requests at once and the "
+        "comparison with other engines.\n",
         *numbers_real.lead(results),
         *numbers_default.default_section(results),
     ]
@@ -63,15 +64,6 @@ def render(results: dict[str, dict[str, Any]]) -> str:
     ]
     parts += [section(results[name]) for name, section in SECTIONS.items() if name in results]
     return "\n".join(parts)
-
-
-def _newer(results: dict[str, dict[str, Any]]) -> str:
-    """Names the results on speed that were measured again with the present rule."""
-    peers = results.get("peers")
-    eight = "SmolLM2 with eight requests at once"
-    if peers is None or "note" in peers["result"]:
-        return eight
-    return f"{eight} and the comparison with other engines"
 
 
 def _model(entry: dict[str, Any]) -> str:
@@ -193,7 +185,8 @@ def main() -> None:
     pages += draw_choosing(results, IMAGES)
     if "peers" in results:
         readme = peers_page.PAGE.read_text(encoding="utf-8")
-        readme = peers_page.render_speed(readme, results["peers"], results.get("weights_smollm2"))
+        quality = (results.get(f"weights{kind}_smollm2") for kind in ("", "_tasks"))
+        readme = peers_page.render_speed(readme, results["peers"], *quality)
         peers_page.PAGE.write_text(readme, encoding="utf-8")
         pages.append(peers_page.PAGE)
     print("wrote", ", ".join(map(str, pages)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,6 @@ def peers(entry: Result, picture: str = "peers") -> str:
     lines = [
         f"## Other engines{'' if picture == 'peers' else ', ' + c['shape']}\n",
         origin(entry),
-        f"{result['note']}\n" if "note" in result else "",
         f"On {_model(c['shape'])}, {c['threads']} threads, greedy, end of sequence ignored, the "
         f"same prompts ({prompts}); one engine after the other in the run of {result['run']}, each "
         f"in its own process. Requests × (prompt + generated): {loads}. Up to {c['repeats']} "
@@ -78,7 +78,7 @@ def peers(entry: Result, picture: str = "peers") -> str:
         *(f"\n{note}" for note in _notes(rows)),
         f"\n![other engines](images/{picture}.png)\n",
     ]
-    return "\n".join(line for line in lines if line)
+    return "\n".join(lines)
 
 
 def _notes(rows: list[Result]) -> list[str]:
@@ -96,10 +96,11 @@ def _notes(rows: list[Result]) -> list[str]:
 # --- the README -----------------------------------------------------------------------------------
 
 
-def render_speed(page: str, entry: Result, weights: Result | None) -> str:
+def render_speed(page: str, entry: Result, weights: Result | None, tasks: Result | None) -> str:
     """The README with the table of this result between the two marks.
 
-    weights : the result of ``bench weights`` on the same model, for the quality of quantized ones.
+    weights, tasks : results of ``bench weights`` and of ``study ruler --weights``, for the quality
+    of quantized weights; left out if they are of another model.
     """
     c, result = entry["configuration"], entry["result"]
     head = ["workload", "weights/cache bits", *(f"`{each}`" for each in OURS)]
@@ -110,15 +111,13 @@ def render_speed(page: str, entry: Result, weights: Result | None) -> str:
         f"cores with {c['threads']} threads, at equal bits of weights and KV cache (`8/16`: 8-bit "
         f"weights, 16-bit cache), with the same prompts, one engine after the other in one run "
         f"(`make bench-peers`). The table shows output tokens per second, and in brackets the "
-        f"ratio to the fastest other engine. `pyramid` and `pyramidinfer` (the paper's rule) have "
-        f"keep={KEEP:g}.\n",
+        f"ratio to the fastest other engine that was measured ({_others(result)}). `pyramid` and "
+        f"`pyramidinfer` (the paper's rule) have keep={KEEP:g}.\n",
         *table([*head, "fastest other engine"], [row for row in rows if row]),
         "",
     ]
-    if "note" in result:
-        lines.append(f"{result['note']}\n")
     if weights is not None and weights["configuration"]["subject"]["model"] == c["shape"]:
-        lines.append(f"{_quality(weights)}\n")
+        lines.append(f"{_perplexity(weights)}{'' if tasks is None else _scores(tasks)}\n")
     lines += [
         "Memory, prefill and step times of every engine: [docs/numbers.md](docs/numbers.md); "
         "method: [docs/bench.md](docs/bench.md).",
@@ -150,15 +149,40 @@ def _speed_row(configuration: Result, result: Result, group: Group) -> list[str]
     ]
 
 
-def _quality(weights: Result) -> str:
+def _others(result: Result) -> str:
+    """The other engines that were measured on each workload."""
+    found: dict[str, set[str]] = {}
+    for row in result["rows"]:
+        if row["status"] == "ok" and not row["is_ours"]:
+            found.setdefault(row["workload"], set()).add(re.split("[ ,]", row["engine"])[0])
+    return "; ".join(
+        f"on {name}: {', '.join(sorted(engines, key=str.lower))}"
+        for name, engines in sorted(found.items())
+    )
+
+
+def _perplexity(weights: Result) -> str:
     """The perplexity of our quantized weights."""
     c, rows = weights["configuration"], weights["result"]["rows"]
-    figures = ", ".join(
-        f"{row['perplexity']:.2f} with {'16 bits' if row['weights'] == 'auto' else row['weights']}"
-        for row in rows
-        if row["weights"] in ("auto", "int8", "int4")
-    )
     return (
         f"The perplexity of `{c['subject']['model']}` on real English text, by the weights: "
-        f"{figures} ([docs/weights.md](docs/weights.md))."
+        f"{_by_weights(rows, 'perplexity')} ([docs/weights.md](docs/weights.md))."
+    )
+
+
+def _scores(tasks: Result) -> str:
+    """The mean task scores of our quantized weights."""
+    means = tasks["meta"]["means"]
+    count, samples = len(means[0]["tasks"]), means[0]["samples"]
+    return (
+        f" Mean score on {count} RULER tasks with {samples} samples each: "
+        f"{_by_weights(means, 'score')}."
+    )
+
+
+def _by_weights(rows: list[Result], key: str) -> str:
+    return ", ".join(
+        f"{row[key]:.2f} with {'16 bits' if row['weights'] == 'auto' else row['weights']}"
+        for row in rows
+        if row["weights"] in ("auto", "int8", "int4")
     )

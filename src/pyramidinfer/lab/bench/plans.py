@@ -387,7 +387,7 @@ class WeightsPlan(Plan):
     weights: Annotated[
         tuple[str, ...],
         Option(
-            "How weights are stored, in addition to the model's dtype: int8, int4.",
+            "How weights are stored, in addition to the model's dtype: int8, int4, gguf; a list.",
             check=one_of(WEIGHTS[1:]),
         ),
     ] = ("int8", "int4")
