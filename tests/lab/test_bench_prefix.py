@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from pyramidinfer.lab.bench.plans import PrefixPlan
 from pyramidinfer.lab.bench.prefix import WAYS, run_prefix
 from pyramidinfer.lab.bench.prefix_page import BEGIN, END, PAGE, render_prefix
+from pyramidinfer.lab.bench.scaling_plans import PrefixPlan
 from pyramidinfer.models.loading import shipped_model
 
 ROOT = Path(__file__).parents[2]

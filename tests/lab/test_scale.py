@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from pyramidinfer import SamplingParams
-from pyramidinfer.lab.bench.plans import ScalePlan, pairs_of
 from pyramidinfer.lab.bench.scale_page import PAGE, render_scale
 from pyramidinfer.lab.bench.scale_plan import (
     Split,
@@ -20,6 +19,7 @@ from pyramidinfer.lab.bench.scale_plan import (
     weight_bytes,
     wire_bytes,
 )
+from pyramidinfer.lab.bench.scaling_plans import ScalePlan, pairs_of
 from pyramidinfer.lab.shapes import empty_shape
 from pyramidinfer.models import ModelRunner
 from pyramidinfer.models.stages import ranges_of

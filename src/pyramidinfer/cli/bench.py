@@ -18,14 +18,16 @@ from pyramidinfer.lab.bench.plans import (
     LatencyPlan,
     LosslessPlan,
     MemoryPlan,
+    StepPlan,
+    ThroughputPlan,
+    WeightsPlan,
+)
+from pyramidinfer.lab.bench.scaling_plans import (
     OffloadPlan,
     PrefixPlan,
     ReplicasPlan,
     ScalePlan,
     StagesPlan,
-    StepPlan,
-    ThroughputPlan,
-    WeightsPlan,
 )
 from pyramidinfer.lab.bench.serve_plan import FuzzPlan, ServePlan, SoakPlan, TurnsPlan
 

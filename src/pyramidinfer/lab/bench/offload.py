@@ -18,7 +18,7 @@ import torch
 from pyramidinfer.engine import LLM
 from pyramidinfer.engine.engine import Engine
 from pyramidinfer.engine.request import Request
-from pyramidinfer.lab.bench.plans import OffloadPlan
+from pyramidinfer.lab.bench.scaling_plans import OffloadPlan
 from pyramidinfer.lab.bench.setting import FIRST_WORD, progress
 from pyramidinfer.lab.bench.timing import spread
 from pyramidinfer.lab.record import write_result

@@ -21,7 +21,7 @@ import psutil
 
 from pyramidinfer.integrations.replicas import SESSION_HEADER
 from pyramidinfer.lab.bench.load import httpx
-from pyramidinfer.lab.bench.plans import ReplicasPlan
+from pyramidinfer.lab.bench.scaling_plans import ReplicasPlan
 from pyramidinfer.lab.bench.setting import progress
 from pyramidinfer.lab.record import write_result
 from pyramidinfer.lab.samples import SHIPPED

@@ -13,7 +13,6 @@ import psutil
 from pyramidinfer.engine import LLM
 from pyramidinfer.engine.dealing import deal_layers
 from pyramidinfer.engine.ranks import Leader
-from pyramidinfer.lab.bench.plans import ScalePlan
 from pyramidinfer.lab.bench.scale_plan import (
     Split,
     Work,
@@ -22,6 +21,7 @@ from pyramidinfer.lab.bench.scale_plan import (
     weight_bytes,
     wire_bytes,
 )
+from pyramidinfer.lab.bench.scaling_plans import ScalePlan
 from pyramidinfer.lab.bench.setting import progress
 from pyramidinfer.lab.record import write_result
 from pyramidinfer.lab.samples import SHIPPED

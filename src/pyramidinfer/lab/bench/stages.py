@@ -14,7 +14,7 @@ import psutil
 
 from pyramidinfer.engine import LLM
 from pyramidinfer.engine.dealing import layer_work
-from pyramidinfer.lab.bench.plans import StagesPlan
+from pyramidinfer.lab.bench.scaling_plans import StagesPlan
 from pyramidinfer.lab.bench.setting import FIRST_WORD, progress
 from pyramidinfer.lab.bench.timing import ratios, spread
 from pyramidinfer.lab.record import write_result
