@@ -39,7 +39,7 @@ def test_auto_dtype_is_the_checkpoints() -> None:
 
 def test_nearest_offers_one_and_lists_all() -> None:
     assert nearest("ful", ["full", "h2o"]) == "did you mean 'full'? (choices: full, h2o)"
-    assert nearest("zzz", ["full", "h2o"]) == "(choices: full, h2o)"
+    assert nearest("zzz", ["full", "h2o"]) == "choices: full, h2o"
 
 
 def test_config_is_frozen() -> None:

@@ -163,11 +163,11 @@ def hint(name: str, choices: Iterable[str]) -> str:
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:
-    """The end of an error message: ``"did you mean 'x'?"`` and the list of choices."""
+    """The end of an error message: ``"did you mean 'x'?"``, if one is near, and the choices."""
     options = sorted(choices)
     close = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    return f"{hint}(choices: {', '.join(options)})"
+    listed = f"choices: {', '.join(options)}"
+    return f"did you mean {close[0]!r}? ({listed})" if close else listed
 
 
 def is_number(value: object) -> bool:
